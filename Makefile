@@ -1,0 +1,33 @@
+# Two commands do everything on a fresh machine with Python 3.11, pip and make: `make demo` and `make test`.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Idle threads must sleep: spinning ones slow each other down many times over on a busy machine.
+export OMP_WAIT_POLICY := passive
+
+.PHONY: demo test lint install clean
+
+install: $(STAMP)
+
+# torch first and alone: of its builds the CPU one is enough, and nothing may pull another in afterwards
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[metrics,dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/fewstep demo --out demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist

@@ -1,0 +1,21 @@
+"""fewstep: distil a text-to-image diffusion model into one that needs 2 to 8 network calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["UserError", "distill", "sample", "train_teacher"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """The verbs, imported at first use: `import fewstep` stays light."""
+    if name == "UserError":
+        from fewstep.errors import UserError
+
+        return UserError
+    if name in __all__:
+        from fewstep import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'fewstep' has no attribute {name!r}")

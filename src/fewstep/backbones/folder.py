@@ -1,0 +1,75 @@
+"""What a pipeline folder is, found out from its JSON alone: fast, and before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fewstep.errors import UserError, nearest
+from fewstep.files import read_json
+
+KNOWN = {"StableDiffusionPipeline": "sd"}
+"""Pipeline class -> backbone."""
+
+
+@dataclass(frozen=True)
+class PipelineFolder:
+    """A diffusers pipeline on disk.
+
+    Attributes:
+        kind: the backbone that loads it.
+        components: component -> (library, class), from model_index.json.
+    """
+
+    path: Path
+    kind: str
+    components: dict[str, tuple[str, str]]
+
+    def config(self, component: str) -> dict[str, Any]:
+        """The JSON config of one component."""
+        name = "scheduler_config.json" if component == "scheduler" else "config.json"
+        config: dict[str, Any] = read_json(self.path / component / name)
+        return config
+
+    def fingerprint(self, *components: str) -> str:
+        """sha256 over the weights of the components: which base an adapter belongs to, whether a cache is stale.
+
+        Hashes the bytes of every safetensors file in name order.
+        """
+        digest = hashlib.sha256()
+        for component in components:
+            for file in sorted((self.path / component).glob("*.safetensors")):
+                with file.open("rb") as stream:
+                    while block := stream.read(1 << 20):
+                        digest.update(block)
+        return digest.hexdigest()
+
+
+def read_folder(path: Path | str) -> PipelineFolder:
+    """Identify a pipeline folder.
+
+    Raises:
+        UserError: no such folder, no model_index.json, or a pipeline class without a backbone.
+    """
+    path = Path(path)
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise UserError(f"teacher = {str(path)!r} is no diffusers pipeline folder: it holds no model_index.json")
+    data = read_json(index)
+    name = str(data.get("_class_name"))
+    if name not in KNOWN:
+        raise UserError(f"teacher = {str(path)!r} is a {name}; the nearest supported pipeline is {nearest(name, KNOWN)}")
+    components = {
+        key: (value[0], value[1])
+        for key, value in data.items()
+        if isinstance(value, list) and len(value) == 2 and value[0] is not None
+    }
+    for component in ("unet", "vae", "scheduler", "text_encoder", "tokenizer"):
+        if component not in components or not (path / component).is_dir():
+            raise UserError(f"teacher = {str(path)!r} is incomplete: it holds no {component}")
+    for component in ("unet", "vae", "text_encoder"):
+        if not list((path / component).glob("*.safetensors")):
+            raise UserError(f"{path / component} holds no safetensors weights; pickled weights are never read")
+    return PipelineFolder(path, KNOWN[name], components)

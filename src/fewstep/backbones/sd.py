@@ -1,0 +1,202 @@
+"""Stable Diffusion 1.x and 2.x shaped pipelines: UNet2DConditionModel, one text encoder, AutoencoderKL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from fewstep.backbones.folder import PipelineFolder, read_folder
+from fewstep.denoiser import Condition
+from fewstep.errors import UserError
+from fewstep.schedule import Prediction, VariancePreserving
+
+LORA_TARGETS = [
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+]
+"""The layers that LCM-LoRA, TCD and TLCM adapt (suffixes of module names)."""
+
+_PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+_TEXT_ENCODERS = ("CLIPTextModel", "BertModel")
+_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", "BertTokenizer", "BertTokenizerFast", "PreTrainedTokenizerFast")
+
+
+@contextmanager
+def _loading(what: str) -> Any:
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError, RuntimeError, KeyError) as error:
+        raise UserError(f"cannot load {what}: {' '.join(str(error).split())[:300]}") from error
+
+
+class StableDiffusion:
+    """A loaded pipeline. Networks are frozen, in eval mode and fp32; nothing here knows a method.
+
+    Attributes:
+        network: the UNet.
+        path, prediction: the noise path of its scheduler and what it predicts.
+        latent_shape: (channels, height, width) of a latent at the trained size.
+        targets: where LoRA goes.
+    """
+
+    kind = "sd"
+    targets = LORA_TARGETS
+
+    def __init__(self, folder: PipelineFolder, device: torch.device | str = "cpu") -> None:
+        self.folder = folder
+        self.device = torch.device(device)
+        scheduler = folder.config("scheduler")
+        name = scheduler.get("prediction_type", "epsilon")
+        if name not in _PREDICTIONS:
+            raise UserError(f"prediction_type = {name!r} of {folder.path} is not one of {', '.join(_PREDICTIONS)}")
+        self.prediction: Prediction = _PREDICTIONS[name]
+        self.path = _path(scheduler)
+        unet = folder.config("unet")
+        self.latent_shape = (int(unet["in_channels"]), int(unet["sample_size"]), int(unet["sample_size"]))
+        self.network: nn.Module = self._load_unet()
+        self._text: tuple[Any, Any] | None = None
+        self._vae: Any = None
+
+    def _load_unet(self) -> nn.Module:
+        from diffusers import UNet2DConditionModel
+
+        with _loading(f"{self.folder.path}/unet"):
+            unet = UNet2DConditionModel.from_pretrained(
+                self.folder.path, subfolder="unet", torch_dtype=torch.float32, use_safetensors=True
+            )
+        return self._ready(unet)
+
+    def _ready(self, module: Any) -> Any:
+        return module.to(self.device).eval().requires_grad_(False)
+
+    def fresh_network(self) -> nn.Module:
+        """Another copy of the UNet, for full fine-tuning."""
+        return self._load_unet()
+
+    @property
+    def vae(self) -> Any:
+        """The autoencoder, loaded at first use."""
+        if self._vae is None:
+            from diffusers import AutoencoderKL
+
+            with _loading(f"{self.folder.path}/vae"):
+                vae = AutoencoderKL.from_pretrained(
+                    self.folder.path, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True
+                )
+            self._vae = self._ready(vae)
+        return self._vae
+
+    def _load_text(self) -> tuple[Any, Any]:
+        if self._text is None:
+            import transformers
+
+            classes = []
+            for component, legal in (("tokenizer", _TOKENIZERS), ("text_encoder", _TEXT_ENCODERS)):
+                name = self.folder.components[component][1]
+                if name not in legal:
+                    raise UserError(f"{component} class {name!r} is not one of {', '.join(legal)}")
+                classes.append(getattr(transformers, name))
+            with _loading(f"{self.folder.path}/text_encoder"):
+                tokenizer = classes[0].from_pretrained(self.folder.path / "tokenizer", local_files_only=True)
+                encoder = classes[1].from_pretrained(
+                    self.folder.path / "text_encoder",
+                    local_files_only=True,
+                    use_safetensors=True,
+                    dtype=torch.float32,
+                )
+            self._text = tokenizer, self._ready(encoder)
+        return self._text
+
+    def release_encoders(self) -> None:
+        """Drop the text encoder and the autoencoder from memory; they are loaded again when asked for."""
+        self._text = self._vae = None
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], batch: int = 256) -> Condition:
+        """Prompts -> {"text": float32 [N, tokens, width]}, as the diffusers pipeline encodes them."""
+        tokenizer, encoder = self._load_text()
+        parts = []
+        for start in range(0, len(prompts), batch):
+            tokens = tokenizer(
+                list(prompts[start : start + batch]),
+                padding="max_length",
+                max_length=tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            ).to(self.device)
+            masked = getattr(encoder.config, "use_attention_mask", False)
+            mask = tokens.attention_mask if masked else None
+            parts.append(encoder(tokens.input_ids, attention_mask=mask)[0].float())
+        return {"text": torch.cat(parts)}
+
+    def null(self, count: int) -> Condition:
+        """The unconditional branch: the encoded empty prompt (SDXL, unlike this family, uses zeros)."""
+        text = self.encode([""])["text"]
+        return {"text": text.expand(count, *text.shape[1:])}
+
+    def call(
+        self,
+        network: nn.Module,
+        x: Tensor,
+        t: Tensor,
+        condition: Condition,
+        *,
+        s: Tensor | None = None,
+        w: Tensor | None = None,
+        residuals: Any = None,
+    ) -> Tensor:
+        """One network call: x [B, C, H, W], t float64 [B] in training indices -> output like x.
+
+        s and w (target time, guidance) are for students that are told them; this UNet is not. Times below
+        index 0 (clean data) are asked as index 0.
+        """
+        if s is not None or w is not None:
+            raise UserError("this student is not told s or w: method.told must be 'none' for this backbone")
+        extra = residuals or {}
+        out: Tensor = network(x, t.clamp(min=0).float(), condition["text"], return_dict=False, **extra)[0]
+        return out
+
+    @torch.no_grad()
+    def to_latents(self, pictures: np.ndarray, batch: int = 128) -> Tensor:
+        """uint8 [N, H, W, 3] -> posterior means, float32 [N, C, h, w], scaled as the UNet expects."""
+        parts = []
+        for start in range(0, len(pictures), batch):
+            part = torch.from_numpy(np.array(pictures[start : start + batch])).to(self.device)
+            part = part.permute(0, 3, 1, 2).float() / 127.5 - 1
+            parts.append(self.vae.encode(part).latent_dist.mean * self.vae.config.scaling_factor)
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def to_pictures(self, latents: Tensor, batch: int = 128) -> np.ndarray:
+        """Latents -> uint8 [N, H, W, 3], rounded as diffusers rounds."""
+        parts = []
+        for part in latents.split(batch):
+            decoded = self.vae.decode(part.to(self.device) / self.vae.config.scaling_factor, return_dict=False)[0]
+            scaled = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
+            parts.append((scaled * 255).round().astype(np.uint8))
+        return np.concatenate(parts)
+
+
+def _path(scheduler: dict[str, Any]) -> VariancePreserving:
+    """The noise path of a scheduler config, from diffusers' own table."""
+    from diffusers import DDPMScheduler
+
+    known = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr")
+    with _loading("the scheduler config"):
+        table = DDPMScheduler(**{key: scheduler[key] for key in known if key in scheduler}).alphas_cumprod
+    return VariancePreserving.from_alphas_cumprod(table.double().clamp(min=1e-24))
+
+
+def load_backbone(path: Any, device: torch.device | str = "cpu") -> StableDiffusion:
+    """Load a pipeline folder.
+
+    Raises:
+        UserError: not a pipeline folder of a known kind, or broken files.
+    """
+    return StableDiffusion(read_folder(path), device)

@@ -1,0 +1,156 @@
+"""The `fewstep` command: one verb each for what the library does, a thin layer over its functions.
+
+Everything heavy is imported inside the verbs, so that help and refusals are quick.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel
+
+from fewstep.errors import UserError
+
+app = typer.Typer(
+    name="fewstep",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Distil a text-to-image diffusion model into one that needs 2 to 8 network calls; sample and measure it.",
+)
+
+Teacher = Annotated[str, typer.Option(help="Pipeline folder; empty for the bundled teacher.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", help="Override one setting, e.g. -s optim.lr=3e-4. May be given often."),
+]
+
+
+def settings_help(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every setting of a config with its default and meaning, a line each."""
+    lines = []
+    for name, field in model.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        if isinstance(default, BaseModel):
+            lines += settings_help(type(default), f"{prefix}{name}.")
+        else:
+            lines.append(f"  {prefix}{name} = {default!r}: {field.description}")
+    return lines
+
+
+@app.command()
+def recipes(settings: Annotated[bool, typer.Option(help="List every setting too.")] = False) -> None:
+    """List the bundled recipes, and with --settings everything that a recipe or -s can set."""
+    from fewstep.recipes import names
+    from fewstep.settings import DistillConfig
+
+    for name in names():
+        typer.echo(name)
+    if settings:
+        typer.echo("\nsettings (recipe < --config file < -s key=value):")
+        typer.echo("\n".join(settings_help(DistillConfig)))
+
+
+@app.command()
+def distill(
+    recipe: Annotated[str, typer.Option(help="Bundled recipe (see `fewstep recipes`) or a YAML file.")] = "tcd",
+    out: Annotated[Path, typer.Option(help="Run folder; a run that was stopped is resumed from it.")] = Path("runs/tcd"),
+    teacher: Teacher = "",
+    config: Annotated[Path | None, typer.Option(help="YAML file laid over the recipe.")] = None,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option(help="Say what it will take, and stop.")] = False,
+) -> None:
+    """Distil a teacher into a few-step student.
+
+    Example: fewstep distill --recipe tcd --out runs/tcd -s loop.steps=400 -s optim.lr=1e-3
+
+    Writes into the run folder: config.yaml (resolved), log.jsonl, tensorboard/, checkpoints/, grids/, best/ and
+    student/ (the LoRA to use). `fewstep recipes --settings` lists everything that -s can set.
+    """
+    from fewstep import api
+
+    words = list(overrides or [])
+    if teacher:
+        words.append(f"teacher={teacher}")
+    done = api.distill(recipe, out=out, config=config, overrides=words, dry_run=dry_run)
+    typer.echo(done)
+
+
+@app.command()
+def sample(
+    prompts: Annotated[list[str] | None, typer.Argument(help='Prompts, e.g. "a doggy, fluent 3d style".')] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Text file, one prompt a line.")] = None,
+    lora: Annotated[str, typer.Option(help="Student: tcd or lcm (bundled), a LoRA file or folder, or 'none'.")] = "tcd",
+    teacher: Teacher = "",
+    steps: Annotated[int | None, typer.Option(help="Network calls a picture.")] = None,
+    gamma: Annotated[float | None, typer.Option(help="Stochasticity of TCD sampling, 0 to 1.")] = None,
+    omega: Annotated[float | None, typer.Option(help="Guidance, papers' convention; 0 for students.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="sss, lcm, ddim, euler or dpmpp_2s.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count up.")] = 0,
+    count: Annotated[int, typer.Option(help="Pictures a prompt.")] = 1,
+    out: Annotated[Path, typer.Option(help="Picture to write: one picture, or a sheet of them (.png, .webp).")] = Path("sample.png"),
+    scale: Annotated[int, typer.Option(help="Whole factor by which pictures are enlarged.")] = 4,
+) -> None:
+    """Draw pictures from prompts, with the settings that the student brings along.
+
+    Example: fewstep sample "a doggy, fluent 3d style" --steps 4 --out doggy.png
+    """
+    from fewstep import api
+
+    path = api.sample(
+        prompts or [],
+        prompt_file=prompt_file,
+        lora=None if lora == "none" else lora,
+        teacher=teacher,
+        seed=seed,
+        count=count,
+        out=out,
+        scale=scale,
+        settings={"steps": steps, "gamma": gamma, "omega": omega, "sampler": sampler},
+    )
+    typer.echo(f"wrote {path}")
+
+
+@app.command()
+def train_teacher(
+    out: Annotated[Path, typer.Option(help="Run folder; a run that was stopped is resumed from it.")] = Path("runs/teacher"),
+    target: Annotated[Path, typer.Option(help="Pipeline folder to write.")] = Path("runs/teacher/pipeline"),
+    config: Annotated[Path | None, typer.Option(help="YAML file of the teacher's recipe.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train the bundled world's teacher from Emoji-8: autoencoder, then denoiser. Takes hours on a CPU."""
+    from fewstep import api
+
+    typer.echo(f"wrote {api.train_teacher(out=out, target=target, config=config, overrides=overrides or [])}")
+
+
+def one_line(error: object) -> str:
+    """An error as one line."""
+    return " ".join(str(error).split())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; user errors are one line and exit code 2."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads starve each other on a busy CPU
+    usage_error: Any = typer.BadParameter.__mro__[2]  # click's base error: typer carries its own copy of click
+    try:
+        result: Any = typer.main.get_command(app).main(args=arguments, prog_name="fewstep", standalone_mode=False)
+        sys.exit(result if isinstance(result, int) else 0)
+    except UserError as error:
+        print(f"fewstep: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except usage_error as error:
+        print(f"fewstep: {one_line(error.format_message())} (see --help)", file=sys.stderr)
+        sys.exit(2)
+    except (typer.Abort, KeyboardInterrupt):
+        print("fewstep: stopped; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

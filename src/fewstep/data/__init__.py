@@ -1,0 +1,1 @@
+"""Prompts, pictures, cached latents. Knows no method."""

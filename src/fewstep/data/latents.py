@@ -1,0 +1,89 @@
+"""Latents and text states computed once, kept on disk, and served by item number."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.data.pictures import Captioned
+from fewstep.draws import Draws
+from fewstep.files import atomic_write
+from fewstep.training.checkpoint import load_tensors, save_tensors
+
+
+class Encoders(Protocol):
+    """What a backbone offers to the cache."""
+
+    def encode(self, prompts: Sequence[str]) -> Mapping[str, Tensor]: ...
+    def to_latents(self, pictures: np.ndarray) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class LatentSet:
+    """A training set without encoders.
+
+    Attributes:
+        latents: fp32 [N, C, h, w].
+        table: the conditions of the K distinct captions and, last, of the empty prompt, [K + 1, ...] each.
+        rows: int64 [N, c]: which conditions belong to which latent.
+    """
+
+    latents: Tensor
+    table: dict[str, Tensor]
+    rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def condition(self, items: Tensor, draws: Draws, device: torch.device) -> dict[str, Tensor]:
+        """One of the captions of each item, drawn."""
+        chosen = draws.integers("caption", 0, self.rows.shape[1]).cpu()
+        return self._states(self.rows[items, chosen], device)
+
+    def null(self, count: int, device: torch.device) -> dict[str, Tensor]:
+        """The empty prompt, `count` times."""
+        return self._states(torch.full((count,), -1), device)
+
+    def _states(self, rows: Tensor, device: torch.device) -> dict[str, Tensor]:
+        return {name: states[rows].float().to(device, non_blocking=True) for name, states in self.table.items()}
+
+
+def cached(folder: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the tensors of `key` from the folder, or make and store them; a broken file is made again."""
+    path = folder / f"{key}.safetensors"
+    if path.is_file():
+        return load_tensors(path)
+    tensors = make()
+    with atomic_write(path) as part:
+        save_tensors(part, tensors)
+    return tensors
+
+
+def latent_set(data: Captioned, encoders: Encoders, fingerprint: str, cache: Path) -> LatentSet:
+    """Encode pictures and captions, once for each (encoder weights, pictures, captions).
+
+    Text states are kept in fp16, latents in fp32.
+    """
+    digest = hashlib.sha256(fingerprint.encode())
+    digest.update(np.ascontiguousarray(data.pictures).data)
+    latents = cached(cache, f"latents-{digest.hexdigest()[:16]}", lambda: {"latents": encoders.to_latents(data.pictures).cpu()})
+    distinct = sorted({caption for row in data.captions for caption in row})
+    digest = hashlib.sha256((fingerprint + json.dumps(distinct)).encode())
+
+    def encode() -> dict[str, Tensor]:
+        states = encoders.encode([*distinct, ""])
+        return {name: state.half().cpu() for name, state in states.items()}
+
+    table = cached(cache, f"captions-{digest.hexdigest()[:16]}", encode)
+    number = {caption: i for i, caption in enumerate(distinct)}
+    most = max(len(row) for row in data.captions)
+    rows = torch.tensor([[number[row[i % len(row)]] for i in range(most)] for row in data.captions])
+    return LatentSet(latents["latents"], table, rows)

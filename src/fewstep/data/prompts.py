@@ -1,0 +1,23 @@
+"""Prompt files: one prompt a line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fewstep.errors import UserError
+
+
+def read_prompts(path: Path | str) -> list[str]:
+    """Read the non-empty lines of a UTF-8 text file.
+
+    Raises:
+        UserError: missing, not text, or without a prompt.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompts = {str(path)!r} cannot be read: {error}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"prompts = {str(path)!r} holds no prompt; write one a line")
+    return prompts

@@ -1,0 +1,77 @@
+"""A network on a path: its estimate of x0 and eps, with and without guidance.
+
+The network runs in whatever precision it likes; conversion happens in fp32 (x0 = (x - sigma eps)/alpha multiplies
+an error of eps by 14.6 at t = 999 of SD's schedule).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.names import Prediction
+from fewstep.schedule import Estimate, Path, expand, interpret
+from fewstep.solver import Denoise
+
+Condition = Mapping[str, Tensor]
+"""What a network is told beside x and t, by name; every tensor is [B, ...]."""
+
+Call = Callable[[Tensor, Tensor, Condition, str], Tensor]
+"""network(x_t [B, ...], t [B], condition, role) -> output [B, ...]."""
+
+
+def join(first: Condition, second: Condition) -> Condition:
+    """Two conditions as one batch."""
+    return {name: torch.cat([first[name], second[name]]) for name in first}
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """network + path + what the network predicts.
+
+    Raises:
+        UserError: an eps network on a path that ends in pure noise (alpha = 0): x0 = (x - sigma eps)/alpha does
+            not exist there.
+    """
+
+    call: Call
+    path: Path
+    prediction: Prediction
+
+    def __post_init__(self) -> None:
+        noisiest = torch.tensor(self.path.noisiest, dtype=torch.float64)
+        if self.prediction == "eps" and float(self.path.alpha(noisiest)) < 1e-6:
+            raise UserError(
+                "prediction = 'eps' with zero terminal SNR (alpha = 0 at the noisiest time) has no x0; "
+                "the nearest legal one is 'v', or a schedule without rescale_betas_zero_snr"
+            )
+
+    def _interpret(self, output: Tensor, x_t: Tensor, t: Tensor) -> Estimate:
+        x = x_t.float()
+        return interpret(self.prediction, output.float(), x, expand(self.path.alpha(t), x), expand(self.path.sigma(t), x))
+
+    def estimate(self, x_t: Tensor, t: Tensor, condition: Condition, role: str) -> Estimate:
+        """x0 and eps at x_t [B, ...], t float64 [B]; one network call of batch B."""
+        return self._interpret(self.call(x_t, t, condition, role), x_t, t)
+
+    def guided(self, x_t: Tensor, t: Tensor, condition: Condition, null: Condition, omega: Tensor, role: str) -> Estimate:
+        """The estimate of (1 + omega) output(c) - omega output(null), omega [B]; one network call of batch 2B.
+
+        Guidance commutes with the conversion, which is linear in the output.
+        """
+        both = self.call(torch.cat([x_t, x_t]), torch.cat([t, t]), join(condition, null), role)
+        with_prompt, without = both.float().chunk(2)
+        w = expand(omega, with_prompt)
+        return self._interpret(with_prompt + w * (with_prompt - without), x_t, t)
+
+    def bind(self, condition: Condition, role: str) -> Denoise:
+        """A plain function (x_t, t) -> Estimate for solvers and samplers."""
+        return lambda x_t, t: self.estimate(x_t, t, condition, role)
+
+    def bind_guided(self, condition: Condition, null: Condition, omega: Tensor, role: str) -> Denoise:
+        """The same with guidance."""
+        return lambda x_t, t: self.guided(x_t, t, condition, null, omega, role)

@@ -1,0 +1,168 @@
+"""`fewstep distill`: from a teacher and captioned pictures to a few-step student.
+
+Data flows one way: config -> data -> method -> loop -> checkpoint -> export.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from fewstep.backbones.folder import read_folder
+from fewstep.backbones.sd import StableDiffusion, load_backbone
+from fewstep.data import pictures
+from fewstep.data.latents import LatentSet, latent_set
+from fewstep.denoiser import Denoiser
+from fewstep.draws import Draws
+from fewstep.errors import UserError
+from fewstep.estimate import Estimated, estimate
+from fewstep.export.lora import save_lora
+from fewstep.files import atomic_folder
+from fewstep.objectives.consistency import consistency_loss
+from fewstep.settings import DistillConfig, teacher_path
+from fewstep.students import Student, make_student
+from fewstep.training.cpu import speed_up
+from fewstep.training.loop import Batch, Follower, Loss, Update, train
+from fewstep.training.run import RunLog
+from fewstep.watch import Watch
+
+
+@dataclass(frozen=True)
+class Run:
+    """A distillation that is ready to start: everything loaded, nothing trained."""
+
+    config: DistillConfig
+    backbone: StableDiffusion
+    data: LatentSet
+    student: Student
+    denoiser: Denoiser
+    base: str
+
+
+def pick_device(name: str) -> torch.device:
+    """auto -> cuda where there is one.
+
+    Raises:
+        UserError: cuda asked for and absent.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device = 'cuda' is not there on this machine; the nearest legal one is 'cpu'")
+    return torch.device(name)
+
+
+def load_data(config: DistillConfig, backbone: StableDiffusion, cache: Path) -> LatentSet:
+    """Latents and text states, from the cache where they are; the encoders are dropped afterwards."""
+    if config.data.source == "emoji8":
+        captioned = pictures.bundled(config.data.captions, config.loop.seed)
+    else:
+        captioned = pictures.from_folder(Path(config.data.source), backbone.latent_shape[1] * backbone.compression)
+    data = latent_set(captioned, backbone, backbone.folder.fingerprint("vae", "text_encoder"), cache)
+    backbone.release_encoders()
+    return data
+
+
+def prepare(config: DistillConfig, cache: Path) -> Run:
+    """Load the teacher and the data, and lay out the roles.
+
+    Raises:
+        UserError: the teacher or the data cannot be read.
+    """
+    folder = read_folder(teacher_path(config.teacher))
+    backbone = load_backbone(folder.path, pick_device(config.device))
+    data = load_data(config, backbone, cache)
+    if backbone.device.type == "cpu":
+        speed_up(backbone.network)
+    roles = ("student", "target") if config.method.target == "ema" else ("student",)
+    student = make_student(backbone, config.student, roles, config.loop.seed)
+    denoiser = Denoiser(student.call, backbone.path, backbone.prediction)
+    return Run(config, backbone, data, student, denoiser, folder.fingerprint("unet"))
+
+
+def update_plan(run: Run) -> list[Update]:
+    """The consistency family's plan: one line, the student."""
+    config, device = run.config, run.backbone.device
+
+    def loss(batch: Batch, draws: Draws) -> Loss:
+        items = batch["items"]
+        condition = run.data.condition(items, draws, config.data.empty_prompts, device)
+        null = run.data.null(len(items), device)
+        return consistency_loss(config.method, run.denoiser, batch["latents"], condition, null, draws)
+
+    follower = None
+    if config.method.target == "ema":
+        follower = Follower(run.student.roles.parameters("target"), config.method.target_decay)
+    return [Update("student", run.student.roles.parameters("student"), loss, config.optim, follower=follower)]
+
+
+def export_student(run: Run, weights: Mapping[str, Tensor], target: Path, notes: Mapping[str, Any]) -> Path:
+    """Write a student for use: a LoRA file, or a whole UNet folder for a full one.
+
+    Returns:
+        the file or folder.
+    """
+    config = run.config
+    notes = {"method": config.recipe, "guidance_seen": config.method.guidance.model_dump(), **notes}
+    if config.student.kind == "lora":
+        return save_lora(
+            target,
+            weights,
+            rank=config.student.rank,
+            alpha=config.student.lora_alpha,
+            targets=list(config.student.targets or run.backbone.targets),
+            base=run.base,
+            sampling=config.sampling,
+            notes=notes,
+        )
+    network: Any = run.backbone.fresh_network()
+    network.load_state_dict(dict(weights))
+    with atomic_folder(target) as part:
+        network.save_pretrained(part, safe_serialization=True)
+    return target
+
+
+def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quiet: bool = False) -> Path:
+    """Distil, resuming what `out` already holds; return the student's file.
+
+    The run folder gets config.yaml, versions.json, log.jsonl, tensorboard/, checkpoints/, grids/, best/ (where
+    quality is watched) and student/.
+
+    Raises:
+        UserError: anything wrong with the config, the files or the place, before training starts.
+    """
+    run = prepare(config, cache or out / "cache")
+    device = run.backbone.device
+    accelerator = Accelerator(
+        mixed_precision="no" if config.loop.precision == "fp32" else config.loop.precision,
+        cpu=device.type == "cpu",
+    )
+    log = RunLog(out, config, title=f"distil {config.recipe}", main=accelerator.is_main_process, quiet=quiet)
+    watch = None
+    if config.loop.watch_every:
+
+        def keep(weights: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+            export_student(run, weights, out / "best", notes)
+
+        watch = Watch(config, run.backbone, run.denoiser, run.student.roles.parameters("student"), out, keep)
+
+    def fetch(items: np.ndarray) -> Batch:
+        rows = torch.from_numpy(items)
+        return {"items": rows, "latents": run.data.latents[rows].to(device, non_blocking=True)}
+
+    plan = update_plan(run)
+    trained = train(plan, fetch, len(run.data), config.loop, log, accelerator, watch)
+    return export_student(run, trained.weights["student"], out / "student", {"steps_trained": trained.step})
+
+
+def estimate_run(config: DistillConfig, cache: Path) -> Estimated:
+    """What a run will take, from its real networks and one timed step; nothing is written but the cache."""
+    run = prepare(config, cache)
+    return estimate(update_plan(run), run.data.latents, config, run.backbone.network)

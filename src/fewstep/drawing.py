@@ -1,0 +1,122 @@
+"""`fewstep sample`: prompts to pictures with a teacher or a student, and sheets of them to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+
+from fewstep.backbones.folder import read_folder
+from fewstep.backbones.sd import StableDiffusion, load_backbone
+from fewstep.denoiser import Condition, Denoiser
+from fewstep.errors import UserError
+from fewstep.export.lora import check_base, merge_lora, read_lora
+from fewstep.files import atomic_write
+from fewstep.inference import draw_latents
+from fewstep.roles import BASE
+from fewstep.settings import Sampling
+
+TEACHER_SAMPLING = Sampling(sampler="ddim", steps=50, omega=7.0, spacing="trailing", end="clean")
+"""How a teacher is sampled where nothing else is said."""
+
+
+@dataclass(frozen=True)
+class Artist:
+    """A loaded network that draws: a teacher, or a student with its own settings."""
+
+    backbone: StableDiffusion
+    denoiser: Denoiser
+    sampling: Sampling
+
+    def latents(self, condition: Condition, seeds: Sequence[int], sampling: Sampling, batch: int = 64) -> Tensor:
+        """One latent a seed, float32 on the CPU; `condition` has one row a seed."""
+        null = self.backbone.null(1) if sampling.omega > 0 else {}
+        device = self.backbone.device
+        parts = []
+        for start in range(0, len(seeds), batch):
+            rows = slice(start, start + batch)
+            part = {name: value[rows].to(device) for name, value in condition.items()}
+            drawn = draw_latents(
+                self.denoiser, part, null, sampling, seeds[rows], self.backbone.latent_shape, BASE, device
+            )
+            parts.append(drawn.cpu())
+        return torch.cat(parts)
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling | None = None) -> np.ndarray:
+        """One picture for each (prompt, seed), uint8 [N, H, W, 3]."""
+        condition = self.backbone.encode(prompts)
+        return self.backbone.to_pictures(self.latents(condition, seeds, sampling or self.sampling))
+
+
+def artist_of(backbone: StableDiffusion, sampling: Sampling = TEACHER_SAMPLING) -> Artist:
+    """Let a backbone draw as it is."""
+
+    def call(x: Tensor, t: Tensor, condition: Condition, role: str) -> Tensor:
+        return backbone.call(backbone.network, x, t, condition)
+
+    return Artist(backbone, Denoiser(call, backbone.path, backbone.prediction), sampling)
+
+
+def load_artist(teacher: Path, lora: Path | str | None = None, device: torch.device | str = "cpu") -> Artist:
+    """Load a pipeline folder and, merged into it, a student's LoRA.
+
+    The student brings its own inference settings; a LoRA that has none is sampled as TCD at 4 steps.
+
+    Raises:
+        UserError: not a pipeline, not a LoRA, or a LoRA of another base.
+    """
+    folder = read_folder(teacher)
+    student = read_lora(lora) if lora is not None else None
+    backbone = load_backbone(folder.path, device)
+    if student is None:
+        return artist_of(backbone)
+    network: nn.Module = backbone.network
+    check_base(student, network, folder.fingerprint("unet") if student.base else "", str(lora))
+    merge_lora(network, student)
+    return artist_of(backbone, student.sampling or Sampling())
+
+
+def sheet(pictures: np.ndarray, columns: int, scale: int = 2, gap: int = 4) -> Image.Image:
+    """Pictures side by side, row by row, enlarged by a whole factor, on white."""
+    n, h, w, _ = pictures.shape
+    rows = -(-n // columns)
+    canvas = Image.new("RGB", (columns * (w * scale + gap) + gap, rows * (h * scale + gap) + gap), "white")
+    for i, picture in enumerate(pictures):
+        tile = Image.fromarray(picture).resize((w * scale, h * scale), Image.Resampling.NEAREST)
+        canvas.paste(tile, (gap + (i % columns) * (w * scale + gap), gap + (i // columns) * (h * scale + gap)))
+    return canvas
+
+
+def labelled_sheet(rows: Sequence[tuple[str, np.ndarray]], labels: Sequence[str], scale: int = 2) -> Image.Image:
+    """A grid with a name before each row and a label over each column."""
+    margin, head = 150, 18
+    body = sheet(np.concatenate([pictures for _, pictures in rows]), len(labels), scale)
+    canvas = Image.new("RGB", (body.width + margin, body.height + head), "white")
+    canvas.paste(body, (margin, head))
+    write = ImageDraw.Draw(canvas)
+    wide = (body.width - 4) / len(labels)
+    high = (body.height - 4) / len(rows)
+    for i, label in enumerate(labels):
+        write.text((margin + 4 + i * wide, 4), label[: int(wide // 6)], fill="black")
+    for i, (name, _) in enumerate(rows):
+        write.text((4, head + 4 + (i + 0.45) * high), name, fill="black")
+    return canvas
+
+
+def save_picture(image: Image.Image, path: Path) -> Path:
+    """Write a picture (PNG or WebP by its suffix), atomically.
+
+    Raises:
+        UserError: another suffix, or a place that cannot be written to.
+    """
+    kinds = {".png": "PNG", ".webp": "WEBP"}
+    if path.suffix.lower() not in kinds:
+        raise UserError(f"out = {str(path)!r} must end in .png or .webp; the nearest is {path.with_suffix('.png').name!r}")
+    with atomic_write(path) as part:
+        image.save(part, format=kinds[path.suffix.lower()], **({"lossless": True} if path.suffix == ".webp" else {}))
+    return path

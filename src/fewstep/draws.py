@@ -1,0 +1,78 @@
+"""Random numbers keyed by what they are for, not by who asks first.
+
+A draw depends on (seed, purpose, step, global sample index) alone: never on the rank, the world size, the
+micro-batch or on how many draws came before it. A resumed run therefore repeats an uninterrupted one, and two
+processes draw together what one process would have drawn.
+
+Philox is counter-based: the key holds (seed, purpose), the counter starts at (0, 0, sample, step), so that no
+two streams overlap (each may draw 2^128 numbers before it reaches the next one).
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def generator(seed: int, purpose: str, sample: int = 0, step: int = 0) -> np.random.Generator:
+    """Return the generator of one (seed, purpose, sample, step)."""
+    key = np.array([seed, zlib.crc32(purpose.encode())], dtype=np.uint64)
+    counter = np.array([0, 0, sample, step], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+@dataclass(frozen=True)
+class Draws:
+    """All random draws of one training step for the samples `indices` (global sample indices, [B]).
+
+    Every method returns one row per sample. Tensors are made on the CPU and moved to `device` without waiting.
+    """
+
+    seed: int
+    step: int
+    indices: tuple[int, ...]
+    device: torch.device = torch.device("cpu")
+
+    def _generators(self, purpose: str) -> list[np.random.Generator]:
+        return [generator(self.seed, purpose, index, self.step) for index in self.indices]
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor
+
+    def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal numbers, float32 [B, *shape]."""
+        rows = [g.standard_normal(shape, dtype=np.float32) for g in self._generators(purpose)]
+        return self._to_device(np.stack(rows))
+
+    def uniform(self, purpose: str, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """Uniform numbers in [low, high), float64 [B]."""
+        return self._to_device(np.array([g.uniform(low, high) for g in self._generators(purpose)]))
+
+    def integers(self, purpose: str, low: int, high: int) -> Tensor:
+        """Uniform integers in [low, high), int64 [B]."""
+        return self._to_device(np.array([g.integers(low, high) for g in self._generators(purpose)]))
+
+    def chance(self, purpose: str, probability: float) -> Tensor:
+        """True with the given probability, bool [B]."""
+        return self.uniform(purpose) < probability
+
+
+def order(seed: int, count: int, start: int, stop: int) -> np.ndarray:
+    """Return which of `count` items stand at the positions start..stop-1 of an endless shuffled pass, int64.
+
+    Every epoch is a fresh permutation keyed by (seed, epoch).
+    """
+    positions = np.arange(start, stop)
+    epochs, offsets = positions // count, positions % count
+    result = np.empty_like(positions)
+    for epoch in np.unique(epochs):
+        chosen = epochs == epoch
+        result[chosen] = generator(seed, "order", step=int(epoch)).permutation(count)[offsets[chosen]]
+    return result

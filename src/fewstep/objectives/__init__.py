@@ -1,0 +1,1 @@
+"""Objectives: what a student is asked to minimise."""

@@ -1,0 +1,116 @@
+"""Several roles on one set of base weights.
+
+In LoRA mode teacher, student and target are one frozen base with different adapters. The role is an argument of
+each call. Nothing here touches `requires_grad`: PEFT's own `set_adapter` turns the gradients of all other adapters
+off, so that a backward after another role's call would give zero gradients and no error. And a block under
+gradient checkpointing, which runs again inside the backward, re-enters the role it first ran in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+BASE = "teacher"
+"""The role without adapter."""
+
+
+class AdapterRoles:
+    """One network whose LoRA layers (PEFT) are switched by role. Base weights exist once."""
+
+    def __init__(self, network: nn.Module) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        self.network = network
+        self._layers: list[Any] = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
+        self._active: str = BASE
+
+    def _enter(self, role: str) -> None:
+        self._active = role
+        for layer in self._layers:
+            layer._disable_adapters = role == BASE
+            if role != BASE:
+                layer._active_adapter = [role]
+
+    @contextmanager
+    def use(self, role: str) -> Iterator[nn.Module]:
+        """The network as `role`, until the block ends."""
+        before = self._active
+        self._enter(role)
+        try:
+            yield self.network
+        finally:
+            self._enter(before)
+
+    def parameters(self, role: str) -> dict[str, nn.Parameter]:
+        """The adapter weights of `role`, by their name without the role's."""
+        tag = f".{role}."
+        return {n.replace(tag, "."): p for n, p in self.network.named_parameters() if tag in n and "lora_" in n}
+
+    def checkpointing(self) -> None:
+        """Turn on gradient checkpointing that remembers the role."""
+
+        def run(block: Callable[..., Any], *args: Any) -> Any:
+            role = self._active
+            module = block.__self__ if hasattr(block, "__self__") else block
+
+            def again(*inputs: Any) -> Any:
+                with self.use(role):
+                    return module(*inputs)
+
+            return torch.utils.checkpoint.checkpoint(again, *args, use_reentrant=False)
+
+        self.network.enable_gradient_checkpointing(gradient_checkpointing_func=run)  # type: ignore[operator]
+
+
+class SeparateRoles:
+    """One network a role, for full fine-tuning."""
+
+    def __init__(self, networks: Mapping[str, nn.Module]) -> None:
+        self.networks = dict(networks)
+
+    @contextmanager
+    def use(self, role: str) -> Iterator[nn.Module]:
+        """The network of `role`."""
+        yield self.networks[role]
+
+    def parameters(self, role: str) -> dict[str, nn.Parameter]:
+        """All weights of the role's network."""
+        return dict(self.networks[role].named_parameters())
+
+    def checkpointing(self) -> None:
+        """Turn on gradient checkpointing in every network."""
+        for network in self.networks.values():
+            network.enable_gradient_checkpointing()  # type: ignore[operator]
+
+
+Roles = AdapterRoles | SeparateRoles
+
+
+def add_adapter(network: nn.Module, role: str, rank: int, alpha: float, targets: list[str], seed: int) -> None:
+    """Give `network` (a diffusers model) a LoRA adapter named after the role; its B matrices start at zero.
+
+    The A matrices are drawn from `seed`, independent of the global generator. All other adapters keep their
+    gradients, and the base stays frozen.
+    """
+    from peft import LoraConfig
+
+    wanted = {n for n, p in network.named_parameters() if p.requires_grad and "lora_" in n}
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), adapter_name=role)  # type: ignore[operator]
+    torch.random.set_rng_state(state)
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name in wanted or (f".{role}." in name and "lora_" in name))
+
+
+@torch.no_grad()
+def copy_role(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    """Overwrite the weights of one role with those of another."""
+    for name, value in source.items():
+        target[name].copy_(value)

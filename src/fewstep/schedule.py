@@ -1,0 +1,195 @@
+"""Noise paths, and what a network's output means on them.
+
+A path is x_t = alpha_t x_0 + sigma_t eps. Its half log-SNR is lambda_t = log(alpha_t / sigma_t), as in DPM-Solver.
+Times are float64 tensors of any shape, in the units of the path:
+
+- variance preserving: the training index of the network, 0 .. T-1. Index i has seen i+1 noising steps, so clean
+  data is t = -1. Between integers log(alpha_t^2) is linear;
+- flow matching: t in [0, 1], clean at 0;
+- variance exploding (EDM): t is sigma itself, clean at 0.
+
+All functions compute in float64 and return float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from fewstep.names import Prediction
+
+PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
+
+
+class Path(Protocol):
+    """A noise path; `clean` and `noisiest` are its two ends, in its own units of time."""
+
+    @property
+    def clean(self) -> float: ...
+    @property
+    def noisiest(self) -> float: ...
+    def alpha(self, t: Tensor) -> Tensor: ...
+    def sigma(self, t: Tensor) -> Tensor: ...
+    def log_snr(self, t: Tensor) -> Tensor: ...
+    def time_of(self, log_snr: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class VariancePreserving:
+    """alpha^2 + sigma^2 = 1 on T training indices; `log_alpha_bar` is log(alpha_i^2) for i = -1 .. T-1, [T+1]."""
+
+    log_alpha_bar: Tensor
+
+    @staticmethod
+    def from_betas(betas: Tensor) -> VariancePreserving:
+        """Build from DDPM's betas [T]: alpha_i^2 = prod_{j <= i} (1 - beta_j)."""
+        steps = torch.log1p(-betas.double())
+        return VariancePreserving(torch.cat([steps.new_zeros(1), steps.cumsum(0)]))
+
+    @staticmethod
+    def from_alphas_cumprod(alphas_cumprod: Tensor) -> VariancePreserving:
+        """Build from a scheduler's own table alpha_i^2, [T], for exact parity with it."""
+        table = alphas_cumprod.double().log()
+        return VariancePreserving(torch.cat([table.new_zeros(1), table]))
+
+    @property
+    def clean(self) -> float:
+        return -1.0
+
+    @property
+    def noisiest(self) -> float:
+        return float(len(self.log_alpha_bar) - 2)
+
+    def _log_alpha_bar(self, t: Tensor) -> Tensor:
+        table = self.log_alpha_bar.to(t.device)
+        place = (t.double() + 1).clamp(0, len(table) - 1)
+        low = place.floor().long().clamp(max=len(table) - 2)
+        return torch.lerp(table[low], table[low + 1], place - low)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.exp(0.5 * self._log_alpha_bar(t))
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sqrt(-torch.expm1(self._log_alpha_bar(t)))
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        log_alpha_bar = self._log_alpha_bar(t)
+        return 0.5 * (log_alpha_bar - torch.log(-torch.expm1(log_alpha_bar)))
+
+    def time_of(self, log_snr: Tensor) -> Tensor:
+        """The time with the given lambda, clamped to the path's ends; exact inverse of `log_snr`."""
+        table = self.log_alpha_bar.to(log_snr.device)
+        wanted = -torch.nn.functional.softplus(-2 * log_snr.double())
+        # the table falls; searchsorted wants it to rise
+        high = torch.searchsorted(-table, -wanted).clamp(1, len(table) - 1)
+        share = (table[high - 1] - wanted) / (table[high - 1] - table[high])
+        return high - 2 + share.clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class FlowMatching:
+    """alpha = 1 - t, sigma = t (rectified flow)."""
+
+    @property
+    def clean(self) -> float:
+        return 0.0
+
+    @property
+    def noisiest(self) -> float:
+        return 1.0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t.double()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t.double()
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return torch.log1p(-t.double()) - torch.log(t.double())
+
+    def time_of(self, log_snr: Tensor) -> Tensor:
+        return torch.sigmoid(-log_snr.double())
+
+
+@dataclass(frozen=True)
+class VarianceExploding:
+    """alpha = 1, sigma = t (EDM), up to `sigma_max`."""
+
+    sigma_max: float = 80.0
+
+    @property
+    def clean(self) -> float:
+        return 0.0
+
+    @property
+    def noisiest(self) -> float:
+        return self.sigma_max
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t, dtype=torch.float64)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t.double()
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return -torch.log(t.double())
+
+    def time_of(self, log_snr: Tensor) -> Tensor:
+        return torch.exp(-log_snr.double())
+
+
+def scaled_linear(start: float = 0.00085, end: float = 0.012, steps: int = 1000) -> VariancePreserving:
+    """Stable Diffusion's schedule: betas = linspace(sqrt(start), sqrt(end), T)^2."""
+    return VariancePreserving.from_betas(torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64).square())
+
+
+def expand(coefficient: Tensor, like: Tensor) -> Tensor:
+    """Give a per-sample coefficient [B] (or a scalar) the rank and type of `like` [B, ...], for multiplication."""
+    wide = coefficient.to(device=like.device, dtype=like.dtype)
+    return wide if wide.dim() == 0 else wide.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def add_noise(path: Path, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """x_t = alpha_t x_0 + sigma_t eps, for times t [B]."""
+    return expand(path.alpha(t), x_0) * x_0 + expand(path.sigma(t), x_0) * eps
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a network says of x_t, in both forms: x_t = alpha_t x0 + sigma_t eps holds exactly."""
+
+    x0: Tensor
+    eps: Tensor
+
+
+def interpret(prediction: Prediction, output: Tensor, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Estimate:
+    """Turn a network's output into x0 and eps.
+
+    With alpha, sigma shaped to multiply x_t:
+    eps: x0 = (x - sigma eps) / alpha;  x0: eps = (x - alpha x0) / sigma;
+    v = alpha eps - sigma x0;  flow: u = eps - x0. The last two are solved together with x = alpha x0 + sigma eps,
+    so that they hold on every path.
+    """
+    if prediction == "eps":
+        return Estimate((x_t - sigma_t * output) / alpha_t, output)
+    if prediction == "x0":
+        return Estimate(output, (x_t - alpha_t * output) / sigma_t)
+    if prediction == "v":
+        norm = alpha_t.square() + sigma_t.square()
+        return Estimate((alpha_t * x_t - sigma_t * output) / norm, (sigma_t * x_t + alpha_t * output) / norm)
+    norm = alpha_t + sigma_t
+    return Estimate((x_t - sigma_t * output) / norm, (x_t + alpha_t * output) / norm)
+
+
+def target_of(prediction: Prediction, x_0: Tensor, eps: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
+    """What a network of the given kind should output for x_t = alpha_t x_0 + sigma_t eps."""
+    if prediction == "eps":
+        return eps
+    if prediction == "x0":
+        return x_0
+    if prediction == "v":
+        return alpha_t * eps - sigma_t * x_0
+    return eps - x_0

@@ -1,0 +1,104 @@
+"""Checkpoints: safetensors and JSON only, whole or absent, exact.
+
+A checkpoint is a folder `checkpoints/step-00000400/` with, for each update of the plan,
+`<name>.safetensors` (trainable weights, fp32), `<name>.optimizer.safetensors` and, where there is one,
+`<name>.ema.safetensors`, beside `state.json` (step, counters, the caller's notes).
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fewstep.errors import UserError
+from fewstep.files import atomic_folder, read_json, write_json
+
+STEP_FOLDER = re.compile(r"step-(\d{8})")
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as they are (contiguous copies on the CPU) to one safetensors file."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(plain, path, metadata=dict(metadata or {}))
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        UserError: missing, truncated or of another format.
+    """
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
+    """Flatten an optimiser's per-parameter state into {"<parameter>|<key>": tensor}."""
+    result = {}
+    for index, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            result[f"{names[index]}|{key}"] = torch.as_tensor(value)
+    return result
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` flattened."""
+    state: dict[int, dict[str, Tensor]] = {}
+    index_of = {name: index for index, name in enumerate(names)}
+    for flat, value in tensors.items():
+        name, _, key = flat.rpartition("|")
+        state.setdefault(index_of[name], {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+@torch.no_grad()
+def restore_parameters(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Copy tensors into parameters of the same names and shapes.
+
+    Raises:
+        UserError: names or shapes differ: the file belongs to another network.
+    """
+    missing = sorted(set(parameters) ^ set(tensors))
+    if missing:
+        raise UserError(f"{path} belongs to another network: {missing[0]} is in only one of them")
+    for name, parameter in parameters.items():
+        if parameter.shape != tensors[name].shape:
+            raise UserError(f"{path}: {name} is {tuple(tensors[name].shape)}, not {tuple(parameter.shape)}")
+        parameter.copy_(tensors[name])
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """All whole checkpoints below `folder`, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name))
+
+
+def save(folder: Path, step: int, files: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int) -> Path:
+    """Write one checkpoint, then drop the oldest ones beyond `keep`."""
+    target = folder / f"step-{step:08d}"
+    with atomic_folder(target) as part:
+        for name, tensors in files.items():
+            save_tensors(part / f"{name}.safetensors", tensors)
+        write_json(part / "state.json", {"step": step, **state})
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint."""
+    state: dict[str, Any] = read_json(checkpoint / "state.json")
+    return state

@@ -1,0 +1,48 @@
+"""Exponential moving averages of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class Ema:
+    """A moving average of named parameters: theta_ema <- mu theta_ema + (1 - mu) theta.
+
+    The decay warms up as mu_n = min(mu, (1 + n) / (10 + n)), so that the random start is forgotten early.
+    The update is a few fused kernels over all tensors, without a wait for the device.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], decay: float, shadow: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Start from `parameters`; with `shadow`, the average lives in those tensors (another role's weights)."""
+        self.decay = decay
+        self.updates = 0
+        if shadow is None:
+            self.shadow = {name: p.detach().clone() for name, p in parameters.items()}
+        else:
+            self.shadow = {name: shadow[name].detach() for name in parameters}
+            self.copy_from(parameters)
+
+    @torch.no_grad()
+    def update(self, parameters: Mapping[str, Tensor]) -> None:
+        """Move the average one step towards `parameters` (same names and shapes)."""
+        self.updates += 1
+        mu = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        names = list(self.shadow)
+        torch._foreach_lerp_([self.shadow[n] for n in names], [parameters[n].detach() for n in names], 1 - mu)
+
+    @torch.no_grad()
+    def copy_from(self, parameters: Mapping[str, Tensor]) -> None:
+        """Overwrite the average with `parameters`."""
+        for name, value in self.shadow.items():
+            value.copy_(parameters[name])
+
+    @torch.no_grad()
+    def copy_to(self, parameters: Mapping[str, Tensor]) -> None:
+        """Overwrite `parameters` with the average."""
+        for name, value in self.shadow.items():
+            parameters[name].copy_(value)

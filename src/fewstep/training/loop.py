@@ -1,0 +1,270 @@
+"""The training loop: it runs an update plan over batches and knows no method.
+
+A method hands over an ordered list of `Update`s: whose parameters, which loss, how often. The loop owns
+everything else: order of the data, random draws, accumulation, clipping, averages, logs, checkpoints, resuming.
+Nothing in a step waits for the device; numbers are read back at the log interval only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from fewstep.draws import Draws, order
+from fewstep.errors import UserError
+from fewstep.settings import LoopConfig, OptimConfig
+from fewstep.training import checkpoint
+from fewstep.training.ema import Ema
+from fewstep.training.optim import clip_gradients, learning_rate, make_optimizer
+from fewstep.training.run import RunLog
+
+T_BINS = 10
+"""Bins of t/T in which the loss is reported."""
+
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a loss function returns.
+
+    Attributes:
+        value: the scalar to minimise, the mean over the micro-batch.
+        per_sample: [B], for the loss by timestep bin.
+        t: [B] in [0, 1], the share t/T of each sample.
+        scalars: further scalars to log.
+    """
+
+    value: Tensor
+    per_sample: Tensor | None = None
+    t: Tensor | None = None
+    scalars: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Follower:
+    """Weights of another role that follow an update's parameters as a moving average (a consistency target)."""
+
+    weights: Mapping[str, Tensor]
+    decay: float
+
+
+@dataclass(frozen=True)
+class Update:
+    """One line of an update plan: minimise `loss` over `parameters` every `every` steps."""
+
+    name: str
+    parameters: Mapping[str, nn.Parameter]
+    loss: Callable[[Batch, Draws], Loss]
+    optim: OptimConfig
+    every: int = 1
+    follower: Follower | None = None
+
+
+class _Running:
+    """An update with its optimiser, its average and its sums since the last log line."""
+
+    def __init__(self, update: Update, device: torch.device) -> None:
+        self.update = update
+        self.names = list(update.parameters)
+        self.parameters = list(update.parameters.values())
+        self.optimizer = make_optimizer(self.parameters, update.optim)
+        self.averages: dict[str, Ema] = {}
+        if update.optim.ema:
+            self.averages["ema"] = Ema(update.parameters, update.optim.ema)
+        if update.follower:
+            self.averages["follower"] = Ema(update.parameters, update.follower.decay, update.follower.weights)
+        self.device = device
+        self.reset()
+
+    def reset(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.bin_sum = torch.zeros(T_BINS, device=self.device)
+        self.bin_count = torch.zeros(T_BINS, device=self.device)
+
+    def note(self, name: str, value: Tensor) -> None:
+        self.sums[name] = self.sums.get(name, torch.zeros((), device=self.device)) + value.detach().float()
+        self.counts[name] = self.counts.get(name, 0) + 1
+
+    def note_bins(self, loss: Loss) -> None:
+        if loss.per_sample is None or loss.t is None:
+            return
+        index = (loss.t * T_BINS).long().clamp_(0, T_BINS - 1)
+        self.bin_sum.index_add_(0, index, loss.per_sample.detach().float())
+        self.bin_count.index_add_(0, index, torch.ones_like(loss.per_sample, dtype=torch.float32))
+
+    def read(self) -> dict[str, float]:
+        """Means since the last call; the only place of a step that waits for the device."""
+        result = {f"{self.update.name}/{k}": v.item() / self.counts[k] for k, v in self.sums.items()}
+        for index, (total, count) in enumerate(zip(self.bin_sum.tolist(), self.bin_count.tolist(), strict=True)):
+            if count:
+                result[f"{self.update.name}/loss_t{index / T_BINS:.1f}"] = total / count
+        self.reset()
+        return result
+
+    def files(self) -> dict[str, dict[str, Tensor]]:
+        name = self.update.name
+        files = {
+            name: dict(self.update.parameters),
+            f"{name}.optimizer": checkpoint.optimizer_tensors(self.optimizer, self.names),
+        }
+        for kind, average in self.averages.items():
+            files[f"{name}.{kind}"] = average.shadow
+        return files  # type: ignore[return-value]
+
+    def state(self) -> dict[str, int]:
+        """What of the averages is no tensor."""
+        return {kind: average.updates for kind, average in self.averages.items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        """The averaged weights, or else the last ones; copies."""
+        ema = self.averages.get("ema")
+        source: Mapping[str, Tensor] = ema.shadow if ema else self.update.parameters
+        return {name: tensor.detach().clone() for name, tensor in source.items()}
+
+    def restore(self, folder: Path, state: Mapping[str, Any]) -> None:
+        name = self.update.name
+        path = folder / f"{name}.safetensors"
+        checkpoint.restore_parameters(self.update.parameters, checkpoint.load_tensors(path), path)
+        tensors = checkpoint.load_tensors(folder / f"{name}.optimizer.safetensors")
+        checkpoint.restore_optimizer(self.optimizer, self.names, tensors)
+        for kind, average in self.averages.items():
+            average.copy_from(checkpoint.load_tensors(folder / f"{name}.{kind}.safetensors"))
+            average.updates = state["averages"][name][kind]
+
+
+@dataclass
+class Trained:
+    """What a finished run hands on: the averaged (or else the last) weights of each update."""
+
+    weights: dict[str, dict[str, Tensor]]
+    step: int
+
+
+def _average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
+    """Mean of the gradients over all processes, as one flat message."""
+    if accelerator.num_processes == 1:
+        return
+    grads = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.reshape(-1) for g in grads])
+    flat = accelerator.reduce(flat, reduction="mean")
+    for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        grad.copy_(part.view_as(grad))
+
+
+def train(
+    plan: Sequence[Update],
+    fetch: Callable[[np.ndarray], Batch],
+    count: int,
+    config: LoopConfig,
+    log: RunLog,
+    accelerator: Accelerator,
+    watch: Callable[[int, dict[str, dict[str, Tensor]]], Mapping[str, float]] | None = None,
+) -> Trained:
+    """Run `plan` for `config.steps` steps, resuming from the newest checkpoint of the run folder.
+
+    Args:
+        fetch: item numbers (int64 [b], below `count`) -> batch, on the device of `accelerator`.
+        count: number of items; they are visited in a fresh order each epoch.
+        watch: called every `config.watch_every` steps with the step and the weights to judge; its figures
+            are logged. It must leave the parameters as they were.
+
+    Raises:
+        UserError: the batch cannot be split over processes and micro-batches, or the loss is not finite.
+    """
+    share = config.accumulate * accelerator.num_processes
+    if config.batch % share:
+        legal = max(share, round(config.batch / share) * share)
+        raise UserError(
+            f"loop.batch = {config.batch} is not a multiple of accumulate x processes = {share}; "
+            f"the nearest legal one is {legal}"
+        )
+    device = accelerator.device
+    running = [_Running(update, device) for update in plan]
+    folder = log.folder / "checkpoints"
+    done = 0
+    found = checkpoint.checkpoints(folder)
+    if found:
+        state = checkpoint.read_state(found[-1])
+        done = int(state["step"])
+        for r in running:
+            r.restore(found[-1], state)
+        log.truncate(done)
+    micro = config.batch // share
+
+    def positions(step: int, part: int) -> np.ndarray:
+        start = step * config.batch + (part * accelerator.num_processes + accelerator.process_index) * micro
+        return np.arange(start, start + micro)
+
+    def load(step: int, part: int) -> tuple[np.ndarray, Batch]:
+        where = positions(step, part)
+        return where, fetch(order(config.seed, count, int(where[0]), int(where[-1]) + 1))
+
+    def save(step: int) -> None:
+        if not accelerator.is_main_process:
+            return
+        files: dict[str, Mapping[str, Tensor]] = {}
+        for r in running:
+            files.update(r.files())
+        state = {"averages": {r.update.name: r.state() for r in running}}
+        checkpoint.save(folder, step, files, state, config.keep)
+
+    pieces = [(step, part) for step in range(done, config.steps) for part in range(config.accumulate)]
+    with ThreadPoolExecutor(max_workers=1) as pool, log.progress(done, config.steps) as bar:
+        ahead: Future[tuple[np.ndarray, Batch]] | None = pool.submit(load, *pieces[0]) if pieces else None
+        for number, (step, part) in enumerate(pieces):
+            assert ahead is not None
+            where, batch = ahead.result()
+            ahead = pool.submit(load, *pieces[number + 1]) if number + 1 < len(pieces) else None
+            draws = Draws(config.seed, step, tuple(int(i) for i in where), device)
+            last = part == config.accumulate - 1
+            for r in running:
+                if step % r.update.every:
+                    continue
+                with accelerator.autocast():
+                    loss = r.update.loss(batch, draws)
+                accelerator.backward(loss.value / config.accumulate)
+                r.note("loss", loss.value)
+                r.note_bins(loss)
+                for name, value in loss.scalars.items():
+                    r.note(name, value)
+                if last:
+                    _average_gradients(accelerator, r.parameters)
+                    r.note("grad_norm", clip_gradients(r.parameters, r.update.optim.clip))
+                    rate = learning_rate(r.update.optim, step // r.update.every, config.steps // r.update.every)
+                    for group in r.optimizer.param_groups:
+                        group["lr"] = rate
+                    r.optimizer.step()
+                    r.optimizer.zero_grad(set_to_none=True)
+                    for average in r.averages.values():
+                        average.update(r.update.parameters)
+            if not last:
+                continue
+            now = step + 1
+            ends = now == config.steps
+            if now % config.log_every == 0 or ends:
+                figures = {key: value for r in running for key, value in r.read().items()}
+                bad = [key for key, value in figures.items() if not math.isfinite(value)]
+                if bad:
+                    raise UserError(
+                        f"{bad[0]} is not finite at step {now}; the last checkpoint is sound: "
+                        f"lower optim.lr (now {plan[0].optim.lr:g}) or set loop.precision=fp32"
+                    )
+                log.figures(now, figures)
+                bar.note(figures)
+            bar.step()
+            if config.watch_every and watch and (now % config.watch_every == 0 or ends):
+                log.figures(now, dict(watch(now, {r.update.name: r.weights() for r in running})))
+            if now % config.save_every == 0 or ends:
+                save(now)
+    return Trained({r.update.name: r.weights() for r in running}, config.steps)
