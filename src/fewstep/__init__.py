@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["UserError", "distill", "sample", "train_teacher"]
+__all__ = ["UserError", "demo", "distill", "evaluate", "sample", "train_teacher"]
 __version__ = "0.1.0"
 
 

@@ -5,6 +5,7 @@ Everything heavy is imported inside the verbs, so that help and refusals are qui
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -59,7 +60,9 @@ def recipes(settings: Annotated[bool, typer.Option(help="List every setting too.
 @app.command()
 def distill(
     recipe: Annotated[str, typer.Option(help="Bundled recipe (see `fewstep recipes`) or a YAML file.")] = "tcd",
-    out: Annotated[Path, typer.Option(help="Run folder; a run that was stopped is resumed from it.")] = Path("runs/tcd"),
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder, runs/<recipe> if left out; a stopped run is resumed from it.")
+    ] = None,
     teacher: Teacher = "",
     config: Annotated[Path | None, typer.Option(help="YAML file laid over the recipe.")] = None,
     overrides: Overrides = None,
@@ -76,9 +79,10 @@ def distill(
 
     words = list(overrides or [])
     if teacher:
-        words.append(f"teacher={teacher}")
-    done = api.distill(recipe, out=out, config=config, overrides=words, dry_run=dry_run)
-    typer.echo(done)
+        words.append(f"teacher={json.dumps(teacher, ensure_ascii=False)}")  # a path, not a YAML value
+    place = out or Path("runs") / Path(recipe).stem
+    done = api.distill(recipe, out=place, config=config, overrides=words, dry_run=dry_run)
+    typer.echo(f"wrote {done}" if isinstance(done, Path) else "\n".join(done.lines()))
 
 
 @app.command()
@@ -93,7 +97,9 @@ def sample(
     sampler: Annotated[str | None, typer.Option(help="sss, lcm, ddim, euler or dpmpp_2s.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count up.")] = 0,
     count: Annotated[int, typer.Option(help="Pictures a prompt.")] = 1,
-    out: Annotated[Path, typer.Option(help="Picture to write: one picture, or a sheet of them (.png, .webp).")] = Path("sample.png"),
+    out: Annotated[Path, typer.Option(help="Picture to write: one picture, or a sheet of them (.png, .webp).")] = Path(
+        "sample.png"
+    ),
     scale: Annotated[int, typer.Option(help="Whole factor by which pictures are enlarged.")] = 4,
 ) -> None:
     """Draw pictures from prompts, with the settings that the student brings along.
@@ -117,8 +123,71 @@ def sample(
 
 
 @app.command()
+def evaluate(
+    prompt_file: Annotated[Path, typer.Option(help="Text file, one prompt a line (at least 500 for FD).")],
+    lora: Annotated[str, typer.Option(help="Student: tcd or lcm (bundled), a LoRA file or folder, or 'none'.")] = "tcd",
+    teacher: Teacher = "",
+    real: Annotated[Path | None, typer.Option(help="Folder of real pictures; empty for Emoji-8.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Network calls a picture.")] = None,
+    gamma: Annotated[float | None, typer.Option(help="Stochasticity of TCD sampling, 0 to 1.")] = None,
+    omega: Annotated[float | None, typer.Option(help="Guidance, papers' convention; 0 for students.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="sss, lcm, ddim, euler or dpmpp_2s.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count up.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for figures.json.")] = Path("runs/evaluation"),
+) -> None:
+    """Measure a student or a teacher: FD, KID, detail, distance to the teacher, prompt agreement.
+
+    Example: fewstep evaluate --prompt-file prompts.txt --lora runs/tcd/student --steps 4
+    """
+    from fewstep import api
+
+    figures = api.evaluate(
+        prompt_file=prompt_file,
+        out=out,
+        lora=None if lora == "none" else lora,
+        teacher=teacher,
+        real=real,
+        seed=seed,
+        settings={"steps": steps, "gamma": gamma, "omega": omega, "sampler": sampler},
+    )
+    for name, figure in figures.items():
+        interval = f" [{figure.low:.4g}, {figure.high:.4g}]" if figure.low is not None else ""
+        floor = f", real pictures {figure.floor:.4g}" if figure.floor is not None else ""
+        typer.echo(f"{name}: {figure.value:.4g}{interval} (n = {figure.n}{floor})")
+    typer.echo(f"wrote {out / 'figures.json'}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder; a demo that was stopped goes on from it.")] = Path("demo"),
+    overrides: Overrides = None,
+) -> None:
+    """Distil LCM and TCD from the bundled teacher, compare them with it, write report.html. About ten minutes.
+
+    Example: fewstep demo --out demo -s steps=200
+    """
+    from fewstep import api
+
+    path = api.demo(out=out, overrides=overrides or [])
+    typer.echo(f"wrote {path}: open it in a browser")
+
+
+@app.command()
+def benchmark(
+    out: Annotated[Path, typer.Option(help="Folder; a benchmark that was stopped goes on.")] = Path("runs/benchmark"),
+    overrides: Overrides = None,
+) -> None:
+    """The TCD paper's Table 1 and gamma figures on the bundled world, three seeds. Takes hours on a CPU."""
+    from fewstep import api
+
+    typer.echo(f"wrote {api.benchmark(out=out, overrides=overrides or [])}")
+
+
+@app.command()
 def train_teacher(
-    out: Annotated[Path, typer.Option(help="Run folder; a run that was stopped is resumed from it.")] = Path("runs/teacher"),
+    out: Annotated[Path, typer.Option(help="Run folder; a run that was stopped is resumed from it.")] = Path(
+        "runs/teacher"
+    ),
     target: Annotated[Path, typer.Option(help="Pipeline folder to write.")] = Path("runs/teacher/pipeline"),
     config: Annotated[Path | None, typer.Option(help="YAML file of the teacher's recipe.")] = None,
     overrides: Overrides = None,
@@ -137,7 +206,7 @@ def one_line(error: object) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; user errors are one line and exit code 2."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads starve each other on a busy CPU
-    usage_error: Any = typer.BadParameter.__mro__[2]  # click's base error: typer carries its own copy of click
+    usage_error: Any = typer.BadParameter.__mro__[2]  # click's base error, of the click that typer carries
     try:
         result: Any = typer.main.get_command(app).main(args=arguments, prog_name="fewstep", standalone_mode=False)
         sys.exit(result if isinstance(result, int) else 0)
@@ -145,7 +214,13 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"fewstep: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except usage_error as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # `fewstep` alone
+            print(error.format_message())
+            sys.exit(0)
         print(f"fewstep: {one_line(error.format_message())} (see --help)", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a disk that fills up, a folder that goes away
+        print(f"fewstep: {one_line(error)}; what is whole was kept", file=sys.stderr)
         sys.exit(2)
     except (typer.Abort, KeyboardInterrupt):
         print("fewstep: stopped; run the same command again to go on", file=sys.stderr)

@@ -6,6 +6,8 @@ Every config of the project is a frozen pydantic model; `resolve` builds one fro
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -17,10 +19,16 @@ from fewstep.errors import UserError, nearest
 
 
 class Config(BaseModel):
-    """Base of every config: frozen, and closed to unknown keys."""
+    """Base of every config: frozen, closed to unknown keys and to infinities.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    A folder named 2024 is read from YAML as a number; it becomes text again where text is wanted.
+    """
 
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
+
+
+EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+"""A number that YAML 1.1 takes for text."""
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
@@ -69,47 +77,79 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise UserError(f"override {override!r}: {text!r} is not a YAML value") from error
-        if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
-            try:
-                value = float(value)
-            except ValueError:
-                pass
+        if EXPONENT.fullmatch(text.strip()):  # YAML 1.1 reads 1e-4 as a string
+            value = float(text)
         for part in reversed(key.split(".")):
             value = {part: value}
         result = merge(result, value)
     return result
 
 
-def _keys_at(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
-    """The legal keys of the (nested) model that `path` leads to."""
-    for part in path:
-        field = model.model_fields.get(str(part))
-        if field is None:
-            continue
-        nested = [a for a in (field.annotation, *get_args(field.annotation)) if isinstance(a, type)]
-        nested = [a for a in nested if issubclass(a, BaseModel)]
-        if nested:
-            model = nested[0]
-    return list(model.model_fields)
+def _nested(annotation: Any) -> type[BaseModel] | None:
+    """The model that a field holds, if it holds one."""
+    found = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+    return found[0] if found else None
+
+
+def dotted_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every key of a config, nested ones with their sections: ["loop", "loop.steps", ...]."""
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        nested = _nested(field.annotation)
+        if nested is not None:
+            keys += dotted_keys(nested, f"{prefix}{name}.")
+    return keys
+
+
+def nearest_key(model: type[BaseModel], wrong: str) -> str:
+    """The known dotted key nearest to `wrong`.
+
+    The same last word in another section comes first (lr -> optim.lr), then the words of the same section, then
+    all others.
+    """
+    keys = dotted_keys(model)
+    section, _, word = wrong.rpartition(".")
+    namesakes = [key for key in keys if key.rpartition(".")[2] == word]
+    if namesakes:
+        return nearest(wrong, namesakes)
+    siblings = [key for key in keys if key.rpartition(".")[0] == section]
+    alike = difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.7) or difflib.get_close_matches(wrong, keys, n=1)
+    return alike[0] if alike else nearest(wrong, siblings or keys)
+
+
+BOUNDS = {
+    "greater_than_equal": ("ge", "at least"),
+    "less_than_equal": ("le", "at most"),
+    "greater_than": ("gt", "above"),
+    "less_than": ("lt", "below"),
+}
+"""pydantic's complaint -> (the bound's name in it, its words)."""
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """Turn the first complaint of pydantic into one line: field, value, nearest legal value."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        legal = _keys_at(model, first["loc"][:-1])
-        best = nearest(str(first["loc"][-1]), legal)
-        prefix = ".".join(str(part) for part in first["loc"][:-1])
-        return f"unknown key {where}; the nearest known one is {prefix + '.' if prefix else ''}{best}"
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "missing":
+    kind, given = first["type"], first["input"]
+    if kind == "extra_forbidden":
+        return f"unknown key {where}; the nearest known one is {nearest_key(model, where)}"
+    if kind == "missing":
         return f"{where} is missing"
-    if first["type"] == "literal_error":
+    if kind == "literal_error":
         legal = [word.strip("' ") for word in first["ctx"]["expected"].replace(" or ", ", ").split(",")]
-        best = nearest(str(first["input"]), legal)
-        return f"{where} = {first['input']!r} is not one of {', '.join(legal)}; the nearest is {best}"
-    return f"{where} = {first['input']!r}: {message}" if where else message
+        best = nearest(str(given), legal)
+        return f"{where} = {given!r} is not one of {', '.join(legal)}; the nearest is {best}"
+    if kind in BOUNDS:
+        name, words = BOUNDS[kind]
+        bound = first["ctx"][name]
+        return f"{where} = {given!r} must be {words} {bound:g}" + (
+            f"; the nearest legal one is {bound:g}" if name in ("ge", "le") else ""
+        )
+    message = first["msg"].removeprefix("Value error, ")
+    if not where:
+        return message
+    return f"{where}: {message}" if isinstance(given, Mapping | BaseModel) else f"{where} = {given!r}: {message}"
 
 
 def validate(model: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:

@@ -1,7 +1,7 @@
 """A network on a path: its estimate of x0 and eps, with and without guidance.
 
-The network runs in whatever precision it likes; conversion happens in fp32 (x0 = (x - sigma eps)/alpha multiplies
-an error of eps by 14.6 at t = 999 of SD's schedule).
+The network runs in whatever precision it likes; conversion happens in fp32 (x0 = (x - sigma eps)/alpha
+multiplies an error of eps by 14.6 at t = 999 of SD's schedule).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Denoiser:
     """network + path + what the network predicts.
 
     Raises:
-        UserError: an eps network on a path that ends in pure noise (alpha = 0): x0 = (x - sigma eps)/alpha does
-            not exist there.
+        UserError: an eps network on a path that ends in pure noise (alpha = 0): x0 = (x - sigma eps)/alpha
+            does not exist there.
     """
 
     call: Call
@@ -52,14 +52,17 @@ class Denoiser:
 
     def _interpret(self, output: Tensor, x_t: Tensor, t: Tensor) -> Estimate:
         x = x_t.float()
-        return interpret(self.prediction, output.float(), x, expand(self.path.alpha(t), x), expand(self.path.sigma(t), x))
+        alpha_t, sigma_t = expand(self.path.alpha(t), x), expand(self.path.sigma(t), x)
+        return interpret(self.prediction, output.float(), x, alpha_t, sigma_t)
 
     def estimate(self, x_t: Tensor, t: Tensor, condition: Condition, role: str) -> Estimate:
         """x0 and eps at x_t [B, ...], t float64 [B]; one network call of batch B."""
         return self._interpret(self.call(x_t, t, condition, role), x_t, t)
 
-    def guided(self, x_t: Tensor, t: Tensor, condition: Condition, null: Condition, omega: Tensor, role: str) -> Estimate:
-        """The estimate of (1 + omega) output(c) - omega output(null), omega [B]; one network call of batch 2B.
+    def guided(
+        self, x_t: Tensor, t: Tensor, condition: Condition, null: Condition, omega: Tensor, role: str
+    ) -> Estimate:
+        """The estimate of (1 + omega) output(c) - omega output(null), omega [B]; one call of batch 2B.
 
         Guidance commutes with the conversion, which is linear in the output.
         """

@@ -5,6 +5,8 @@ Data flows one way: config -> data -> method -> loop -> checkpoint -> export.
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,23 +14,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.backbones.folder import read_folder
 from fewstep.backbones.sd import StableDiffusion, load_backbone
 from fewstep.data import pictures
 from fewstep.data.latents import LatentSet, latent_set
 from fewstep.denoiser import Denoiser
-from fewstep.draws import Draws
+from fewstep.drawing import Artist
+from fewstep.draws import Draws, order
 from fewstep.errors import UserError
 from fewstep.estimate import Estimated, estimate
 from fewstep.export.lora import save_lora
-from fewstep.files import atomic_folder
+from fewstep.export.pipeline import save_pipeline
 from fewstep.objectives.consistency import consistency_loss
+from fewstep.roles import SeparateRoles
 from fewstep.settings import DistillConfig, teacher_path
 from fewstep.students import Student, make_student
 from fewstep.training.cpu import speed_up
+from fewstep.training.launch import make_accelerator
 from fewstep.training.loop import Batch, Follower, Loss, Update, train
 from fewstep.training.run import RunLog
 from fewstep.watch import Watch
@@ -40,6 +44,7 @@ class Run:
 
     config: DistillConfig
     backbone: StableDiffusion
+    pictures: np.ndarray
     data: LatentSet
     student: Student
     denoiser: Denoiser
@@ -59,15 +64,15 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def load_data(config: DistillConfig, backbone: StableDiffusion, cache: Path) -> LatentSet:
-    """Latents and text states, from the cache where they are; the encoders are dropped afterwards."""
+def read_pictures(config: DistillConfig, size: int) -> pictures.Captioned:
+    """The captioned pictures that the config names, `size` pixels a side.
+
+    Raises:
+        UserError: they cannot be read.
+    """
     if config.data.source == "emoji8":
-        captioned = pictures.bundled(config.data.captions, config.loop.seed)
-    else:
-        captioned = pictures.from_folder(Path(config.data.source), backbone.latent_shape[1] * backbone.compression)
-    data = latent_set(captioned, backbone, backbone.folder.fingerprint("vae", "text_encoder"), cache)
-    backbone.release_encoders()
-    return data
+        return pictures.bundled(config.data.captions, config.loop.seed)
+    return pictures.from_folder(Path(config.data.source), size)
 
 
 def prepare(config: DistillConfig, cache: Path) -> Run:
@@ -78,13 +83,18 @@ def prepare(config: DistillConfig, cache: Path) -> Run:
     """
     folder = read_folder(teacher_path(config.teacher))
     backbone = load_backbone(folder.path, pick_device(config.device))
-    data = load_data(config, backbone, cache)
+    captioned = read_pictures(config, backbone.picture_size)
+    # the configs too: the latents' scale stands there
+    configs = [folder.config(component) for component in ("vae", "text_encoder")]
+    encoders = folder.fingerprint("vae", "text_encoder") + json.dumps(configs, sort_keys=True)
+    data = latent_set(captioned, backbone, encoders, cache)
+    backbone.release_encoders()
     if backbone.device.type == "cpu":
         speed_up(backbone.network)
     roles = ("student", "target") if config.method.target == "ema" else ("student",)
     student = make_student(backbone, config.student, roles, config.loop.seed)
     denoiser = Denoiser(student.call, backbone.path, backbone.prediction)
-    return Run(config, backbone, data, student, denoiser, folder.fingerprint("unet"))
+    return Run(config, backbone, captioned.pictures, data, student, denoiser, folder.fingerprint("unet"))
 
 
 def update_plan(run: Run) -> list[Update]:
@@ -104,7 +114,7 @@ def update_plan(run: Run) -> list[Update]:
 
 
 def export_student(run: Run, weights: Mapping[str, Tensor], target: Path, notes: Mapping[str, Any]) -> Path:
-    """Write a student for use: a LoRA file, or a whole UNet folder for a full one.
+    """Write a student for use: a LoRA file, or a whole pipeline folder for a full one.
 
     Returns:
         the file or folder.
@@ -122,11 +132,22 @@ def export_student(run: Run, weights: Mapping[str, Tensor], target: Path, notes:
             sampling=config.sampling,
             notes=notes,
         )
-    network: Any = run.backbone.fresh_network()
+    network = run.backbone.fresh_network()
     network.load_state_dict(dict(weights))
-    with atomic_folder(target) as part:
-        network.save_pretrained(part, safe_serialization=True)
-    return target
+    record = {"base": run.base, "sampling": config.sampling.model_dump(mode="json"), **notes}
+    return save_pipeline(target, run.backbone.folder.path, network, record)
+
+
+def networks(run: Run) -> list[nn.Module]:
+    """Every network of the run: one in LoRA mode, one a role in full fine-tuning."""
+    roles = run.student.roles
+    return list(roles.networks.values()) if isinstance(roles, SeparateRoles) else [roles.network]
+
+
+def shuffled(run: Run) -> np.ndarray:
+    """The training pictures in a fixed random order."""
+    result: np.ndarray = run.pictures[order(run.config.loop.seed, len(run.pictures), 0, len(run.pictures))]
+    return result
 
 
 def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quiet: bool = False) -> Path:
@@ -140,10 +161,7 @@ def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quie
     """
     run = prepare(config, cache or out / "cache")
     device = run.backbone.device
-    accelerator = Accelerator(
-        mixed_precision="no" if config.loop.precision == "fp32" else config.loop.precision,
-        cpu=device.type == "cpu",
-    )
+    accelerator = make_accelerator(config.loop.precision, device)
     log = RunLog(out, config, title=f"distil {config.recipe}", main=accelerator.is_main_process, quiet=quiet)
     watch = None
     if config.loop.watch_every:
@@ -151,13 +169,17 @@ def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quie
         def keep(weights: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
             export_student(run, weights, out / "best", notes)
 
-        watch = Watch(config, run.backbone, run.denoiser, run.student.roles.parameters("student"), out, keep)
+        artist = Artist(run.backbone, run.denoiser, config.sampling, "student")
+        watch = Watch(config, artist, run.student.roles.parameters("student"), shuffled(run), out, keep)
 
     def fetch(items: np.ndarray) -> Batch:
         rows = torch.from_numpy(items)
         return {"items": rows, "latents": run.data.latents[rows].to(device, non_blocking=True)}
 
     plan = update_plan(run)
+    if accelerator.is_main_process and not quiet:
+        estimated = estimate(plan, run.data.latents, config, *networks(run))
+        print("\n".join([f"writes to {out}", *estimated.lines()]), file=sys.stderr)
     trained = train(plan, fetch, len(run.data), config.loop, log, accelerator, watch)
     return export_student(run, trained.weights["student"], out / "student", {"steps_trained": trained.step})
 
@@ -165,4 +187,4 @@ def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quie
 def estimate_run(config: DistillConfig, cache: Path) -> Estimated:
     """What a run will take, from its real networks and one timed step; nothing is written but the cache."""
     run = prepare(config, cache)
-    return estimate(update_plan(run), run.data.latents, config, run.backbone.network)
+    return estimate(update_plan(run), run.data.latents, config, *networks(run))

@@ -16,13 +16,11 @@ from fewstep.backbones.sd import StableDiffusion, load_backbone
 from fewstep.denoiser import Condition, Denoiser
 from fewstep.errors import UserError
 from fewstep.export.lora import check_base, merge_lora, read_lora
+from fewstep.export.pipeline import sampling_of
 from fewstep.files import atomic_write
 from fewstep.inference import draw_latents
 from fewstep.roles import BASE
-from fewstep.settings import Sampling
-
-TEACHER_SAMPLING = Sampling(sampler="ddim", steps=50, omega=7.0, spacing="trailing", end="clean")
-"""How a teacher is sampled where nothing else is said."""
+from fewstep.settings import TEACHER_SAMPLING, Sampling
 
 
 @dataclass(frozen=True)
@@ -32,6 +30,7 @@ class Artist:
     backbone: StableDiffusion
     denoiser: Denoiser
     sampling: Sampling
+    role: str = BASE
 
     def latents(self, condition: Condition, seeds: Sequence[int], sampling: Sampling, batch: int = 64) -> Tensor:
         """One latent a seed, float32 on the CPU; `condition` has one row a seed."""
@@ -42,7 +41,14 @@ class Artist:
             rows = slice(start, start + batch)
             part = {name: value[rows].to(device) for name, value in condition.items()}
             drawn = draw_latents(
-                self.denoiser, part, null, sampling, seeds[rows], self.backbone.latent_shape, BASE, device
+                self.denoiser,
+                part,
+                null,
+                sampling,
+                seeds[rows],
+                self.backbone.latent_shape,
+                self.role,
+                device,
             )
             parts.append(drawn.cpu())
         return torch.cat(parts)
@@ -65,7 +71,8 @@ def artist_of(backbone: StableDiffusion, sampling: Sampling = TEACHER_SAMPLING) 
 def load_artist(teacher: Path, lora: Path | str | None = None, device: torch.device | str = "cpu") -> Artist:
     """Load a pipeline folder and, merged into it, a student's LoRA.
 
-    The student brings its own inference settings; a LoRA that has none is sampled as TCD at 4 steps.
+    A student (LoRA or whole pipeline) brings its own inference settings; a LoRA that has none is sampled as TCD at
+    4 steps, a pipeline that has none as a teacher.
 
     Raises:
         UserError: not a pipeline, not a LoRA, or a LoRA of another base.
@@ -74,7 +81,7 @@ def load_artist(teacher: Path, lora: Path | str | None = None, device: torch.dev
     student = read_lora(lora) if lora is not None else None
     backbone = load_backbone(folder.path, device)
     if student is None:
-        return artist_of(backbone)
+        return artist_of(backbone, sampling_of(folder.path) or TEACHER_SAMPLING)
     network: nn.Module = backbone.network
     check_base(student, network, folder.fingerprint("unet") if student.base else "", str(lora))
     merge_lora(network, student)
@@ -116,7 +123,11 @@ def save_picture(image: Image.Image, path: Path) -> Path:
     """
     kinds = {".png": "PNG", ".webp": "WEBP"}
     if path.suffix.lower() not in kinds:
-        raise UserError(f"out = {str(path)!r} must end in .png or .webp; the nearest is {path.with_suffix('.png').name!r}")
+        raise UserError(
+            f"out = {str(path)!r} must end in .png or .webp; the nearest is {path.with_suffix('.png').name!r}"
+        )
     with atomic_write(path) as part:
-        image.save(part, format=kinds[path.suffix.lower()], **({"lossless": True} if path.suffix == ".webp" else {}))
+        image.save(
+            part, format=kinds[path.suffix.lower()], **({"lossless": True} if path.suffix.lower() == ".webp" else {})
+        )
     return path

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+CPU = torch.device("cpu")
+
 
 def generator(seed: int, purpose: str, sample: int = 0, step: int = 0) -> np.random.Generator:
     """Return the generator of one (seed, purpose, sample, step)."""
@@ -29,13 +31,14 @@ def generator(seed: int, purpose: str, sample: int = 0, step: int = 0) -> np.ran
 class Draws:
     """All random draws of one training step for the samples `indices` (global sample indices, [B]).
 
-    Every method returns one row per sample. Tensors are made on the CPU and moved to `device` without waiting.
+    Every method returns one row per sample. Tensors are made on the CPU and moved to `device` without
+    waiting.
     """
 
     seed: int
     step: int
     indices: tuple[int, ...]
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     def _generators(self, purpose: str) -> list[np.random.Generator]:
         return [generator(self.seed, purpose, index, self.step) for index in self.indices]

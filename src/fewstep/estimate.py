@@ -49,7 +49,7 @@ class Estimated:
 
 def estimate(plan: Sequence[Update], latents: Tensor, config: DistillConfig, *networks: nn.Module) -> Estimated:
     """Time two steps of the plan (no optimiser step is taken) and add up its memory."""
-    rows = torch.arange(config.loop.batch // config.loop.accumulate) % len(latents)
+    rows = torch.arange(max(1, config.loop.batch // config.loop.accumulate)) % len(latents)
     device = next(networks[0].parameters()).device
     batch = {"items": rows, "latents": latents[rows].to(device)}
     spent = 0.0
@@ -60,10 +60,11 @@ def estimate(plan: Sequence[Update], latents: Tensor, config: DistillConfig, *ne
             kind = torch.float16 if config.loop.precision == "fp16" else torch.bfloat16
             with torch.autocast(device.type, dtype=kind, enabled=enabled):
                 loss = update.loss(batch, Draws(config.loop.seed, step, tuple(range(len(rows))), device))
-            float(loss.value)
-            loss.value.backward()
+            torch.autograd.backward(loss.value, inputs=list(update.parameters.values()))
             for parameter in update.parameters.values():
                 parameter.grad = None
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         spent = (time.perf_counter() - started) * config.loop.accumulate
     trained = sum(p.numel() * p.element_size() for u in plan for p in u.parameters.values())
     copies = 3 + (1 if config.optim.ema else 0)

@@ -48,7 +48,8 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
 def atomic_folder(path: Path | str) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path`; swap it in as `path` when the block ends without error.
 
-    An older folder at `path` is replaced as a whole.
+    An older folder at `path` is replaced as a whole. A folder cannot be renamed over another one: between the two
+    renames that takes, a killed process leaves the old one under a hidden name that ends in `.old`.
 
     Raises:
         UserError: the parent folder cannot be written to, or the disk is full.
@@ -62,17 +63,69 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     try:
         yield part
         part.chmod(0o755)
-        if path.exists():
-            old = part.with_suffix(".old")
-            path.replace(old)
-            part.replace(path)
-            shutil.rmtree(old)
-        else:
-            part.replace(path)
+        for file in part.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
+        _swap(part, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; nothing was left there") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _swap(part: Path, path: Path) -> None:
+    """Rename the folder `part` to `path`, in the place of what is there."""
+    if not path.exists():
+        part.replace(path)
+        return
+    old = part.with_suffix(".old")
+    path.replace(old)
+    try:
+        part.replace(path)
+    except OSError:
+        old.replace(path)
+        raise
+    if old.is_dir():
+        shutil.rmtree(old)
+    else:
+        old.unlink()
+
+
+def sweep(folder: Path | str) -> None:
+    """Remove what killed processes left half-written in `folder` (hidden `.part` and `.old` entries)."""
+    for left in [*Path(folder).glob(".*.part"), *Path(folder).glob(".*.old")]:
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that no half of it is ever seen under its own name."""
+    gone = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.replace(gone)
+    shutil.rmtree(gone)
+
+
+def check_writable(folder: Path | str) -> None:
+    """Refuse a folder that cannot be written to or made, before any work; leaves no trace.
+
+    Raises:
+        UserError: a file stands in the way, or the nearest folder that exists takes no files.
+    """
+    folder = Path(folder)
+    nearest = folder.absolute()
+    try:
+        while not nearest.exists() and nearest != nearest.parent:
+            nearest = nearest.parent
+        with tempfile.TemporaryFile(dir=nearest) as probe:
+            probe.write(b"0")
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}; choose a writable folder") from error
 
 
 def write_json(path: Path | str, data: Any) -> None:

@@ -34,19 +34,26 @@ def training_grid(path: Path, count: int) -> Tensor:
     On a continuous path: noisiest * i/N, i = 1 .. N.
 
     Raises:
-        UserError: count does not divide the number of indices.
+        UserError: count is below 1, or does not divide the number of indices.
     """
     if isinstance(path, VariancePreserving):
         total = int(path.noisiest) + 1
         if not 1 <= count <= total or total % count:
             legal = min((n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(n - count))
-            raise UserError(f"grid = {count} does not divide the {total} training indices; the nearest is {legal}")
+            raise UserError(
+                f"grid = {count} does not divide {total} training indices; the nearest is {legal}"
+            )
         return torch.arange(1, count + 1, dtype=torch.float64) * (total // count) - 1
+    if count < 1:
+        raise UserError(f"grid = {count} is below 1; the nearest legal one is 1")
     return path.noisiest * torch.arange(1, count + 1, dtype=torch.float64) / count
 
 
 def previous(grid: Tensor, index: Tensor, k: int, lowest: float) -> Tensor:
-    """The time k grid points below grid[index]; `lowest` where the grid has ended. index int64 [B] -> float64 [B]."""
+    """The time k grid points below grid[index]; `lowest` where the grid has ended.
+
+    index int64 [B] -> float64 [B].
+    """
     below = torch.cat([grid.new_tensor([lowest]), grid])
     return below[(index + 1 - k).clamp(min=0)]
 
@@ -54,15 +61,18 @@ def previous(grid: Tensor, index: Tensor, k: int, lowest: float) -> Tensor:
 def inference_times(path: Path, steps: int, *, grid: int = 50, spacing: Spacing = "grid") -> Tensor:
     """The times at which the network is called, falling, float64 [steps].
 
-    `grid`: every floor(i N / steps)-th point of the training grid from the noisiest down (LCM's and TCD's rule;
-    4 steps of 50: 999, 759, 499, 259). `trailing`: round(T - i T / steps) - 1, the usual list for ODE solvers.
+    `grid`: every floor(i N / steps)-th point of the training grid from the noisiest down (LCM's and TCD's
+    rule; 4 steps of 50: 999, 759, 499, 259). `trailing`: round(T - i T / steps) - 1, the usual list for ODE
+    solvers.
 
     Raises:
         UserError: steps out of range.
     """
-    limit = grid if spacing == "grid" else int(path.noisiest) + 1 if isinstance(path, VariancePreserving) else 1000
+    indices = int(path.noisiest) + 1 if isinstance(path, VariancePreserving) else 1000
+    limit = grid if spacing == "grid" else indices
     if not 1 <= steps <= limit:
-        raise UserError(f"steps = {steps} is out of range; the nearest legal one is {min(max(steps, 1), limit)}")
+        legal = min(max(steps, 1), limit)
+        raise UserError(f"steps = {steps} is out of range; the nearest legal one is {legal}")
     if spacing == "grid":
         points = training_grid(path, grid).flip(0)
         # floor in integers: floating division would drop a point where i N / steps is whole

@@ -1,13 +1,14 @@
 """Several roles on one set of base weights.
 
-In LoRA mode teacher, student and target are one frozen base with different adapters. The role is an argument of
-each call. Nothing here touches `requires_grad`: PEFT's own `set_adapter` turns the gradients of all other adapters
-off, so that a backward after another role's call would give zero gradients and no error. And a block under
-gradient checkpointing, which runs again inside the backward, re-enters the role it first ran in.
+In LoRA mode teacher, student and target are one frozen base with different adapters. The role is an argument
+of each call. Nothing here touches `requires_grad`: PEFT's own `set_adapter` turns the gradients of all other
+adapters off, so that a backward after another role's call would give zero gradients and no error. And a block
+under gradient checkpointing, which runs again inside the backward, re-enters the role it first ran in.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -29,8 +30,11 @@ class AdapterRoles:
         self.network = network
         self._layers: list[Any] = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
         self._active: str = BASE
+        self._enter(BASE)  # PEFT leaves the adapter that was added last switched on
 
     def _enter(self, role: str) -> None:
+        if role != BASE and not any(role in layer.lora_A for layer in self._layers):
+            raise KeyError(f"no adapter is named {role!r}")  # PEFT would run the bare base, without a word
         self._active = role
         for layer in self._layers:
             layer._disable_adapters = role == BASE
@@ -50,18 +54,18 @@ class AdapterRoles:
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
         """The adapter weights of `role`, by their name without the role's."""
         tag = f".{role}."
-        return {n.replace(tag, "."): p for n, p in self.network.named_parameters() if tag in n and "lora_" in n}
+        named = self.network.named_parameters()
+        return {n.replace(tag, "."): p for n, p in named if tag in n and "lora_" in n}
 
     def checkpointing(self) -> None:
         """Turn on gradient checkpointing that remembers the role."""
 
         def run(block: Callable[..., Any], *args: Any) -> Any:
             role = self._active
-            module = block.__self__ if hasattr(block, "__self__") else block
 
             def again(*inputs: Any) -> Any:
                 with self.use(role):
-                    return module(*inputs)
+                    return block(*inputs)
 
             return torch.utils.checkpoint.checkpoint(again, *args, use_reentrant=False)
 
@@ -101,10 +105,11 @@ def add_adapter(network: nn.Module, role: str, rank: int, alpha: float, targets:
     from peft import LoraConfig
 
     wanted = {n for n, p in network.named_parameters() if p.requires_grad and "lora_" in n}
-    state = torch.random.get_rng_state()
-    torch.manual_seed(seed)
-    network.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), adapter_name=role)  # type: ignore[operator]
-    torch.random.set_rng_state(state)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)  # type: ignore[arg-type]
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # many adapters are the point
+        torch.manual_seed(seed)
+        network.add_adapter(config, adapter_name=role)  # type: ignore[operator]
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name in wanted or (f".{role}." in name and "lora_" in name))
 

@@ -1,12 +1,14 @@
 """Sampling: pure step functions, and the loops built on them.
 
-A step takes the network's estimate at x_t and returns x at the next time; nothing has state. Loops take the list
-of call times from `grid.inference_times` and a `noise()` that returns fresh standard normal noise shaped like x.
+A step takes the network's estimate at x_t and returns x at the next time; nothing has state. Loops take the
+list of call times (one at least) from `grid.inference_times` and a `noise()` that returns fresh standard
+normal noise shaped like x.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -28,7 +30,8 @@ def check_gamma(gamma: float) -> float:
         UserError: it does not.
     """
     if not 0 <= gamma <= 1:
-        raise UserError(f"gamma = {gamma} is outside [0, 1]; the nearest legal one is {min(max(gamma, 0.0), 1.0)}")
+        legal = min(max(gamma, 0.0), 1.0)
+        raise UserError(f"gamma = {gamma} is outside [0, 1]; the nearest legal one is {legal}")
     return gamma
 
 
@@ -46,15 +49,18 @@ def diffuse(path: Path, x_s: Tensor, s: Tensor, t: Tensor, z: Tensor) -> Tensor:
 def sss_target(path: Path, t_next: Tensor, gamma: float) -> Tensor:
     """SSS's denoising target s = (1 - gamma) t_next; floored to an index on an indexed path, as released."""
     s = (1 - gamma) * t_next
-    return s.floor() if isinstance(path, VariancePreserving) else s
+    if gamma == 0 or not isinstance(path, VariancePreserving):
+        return s
+    # .7 * 90 is 62.99...: what is whole but for rounding must not lose an index
+    return (s + 1e-9).floor()
 
 
 def sss_step(path: Path, estimate: Estimate, t_next: Tensor, gamma: float, z: Tensor) -> Tensor:
-    """Strategic stochastic sampling (TCD, algorithm 4): jump to s = (1 - gamma) t_next, then diffuse to t_next.
+    """Strategic stochastic sampling (TCD, algorithm 4): jump to s = (1 - gamma) t_next, then diffuse.
 
-    gamma = 0 is the deterministic jump; gamma = 1 returns to the least noisy index and re-noises fully, as
-    multistep consistency sampling does. With the first-order jump it is DDIM with noise of standard deviation
-    sqrt(1 - alpha_next^2/alpha_s^2).
+    gamma = 0 is the deterministic jump to t_next; gamma = 1 returns to the least noisy index and re-noises
+    fully, as multistep consistency sampling does. With the first-order jump it is DDIM with noise of standard
+    deviation sqrt(1 - alpha_next^2/alpha_s^2).
     """
     s = sss_target(path, t_next, gamma)
     x_s = first_order(estimate, expand(path.alpha(s), estimate.x0), expand(path.sigma(s), estimate.x0))
@@ -75,45 +81,47 @@ def sample_sss(
 ) -> Tensor:
     """Draw with SSS from x at times[0]; len(times) network calls, no noise after the last."""
     check_gamma(gamma)
-    for t, t_next in zip(times, [*times[1:], None], strict=True):
+    for t, t_next in pairwise(times):
         estimate = denoise(x, _batch(t, x))
-        if t_next is None:
-            last = _batch(end_time(path, end), x)
-            return first_order(estimate, expand(path.alpha(last), x), expand(path.sigma(last), x))
         z = noise() if gamma > 0 else torch.zeros_like(x)
         x = sss_step(path, estimate, _batch(t_next, x), gamma, z)
-    raise UserError("steps = 0 is out of range; the nearest legal one is 1")
+    return ddim(denoise, path, x, _batch(times[-1], x), _batch(end_time(path, end), x))
 
 
-def sample_consistency(denoise: Denoise, path: Path, x: Tensor, times: Sequence[float], noise: Noise) -> Tensor:
+def sample_consistency(
+    denoise: Denoise, path: Path, x: Tensor, times: Sequence[float], noise: Noise
+) -> Tensor:
     """LCM's multistep consistency sampling (arXiv 2310.04378, algorithm 3); it ends on clean data."""
-    for t, t_next in zip(times, [*times[1:], None], strict=True):
+
+    def jump(x: Tensor, t: float) -> Tensor:
         now = _batch(t, x)
         c_skip, c_out = skip_scalings(now)
-        x_0 = skip_connection(x, denoise(x, now), expand(c_skip, x), expand(c_out, x))
-        if t_next is None:
-            return x_0
-        x = consistency_step(path, x_0, _batch(t_next, x), noise())
-    raise UserError("steps = 0 is out of range; the nearest legal one is 1")
+        return skip_connection(x, denoise(x, now), expand(c_skip, x), expand(c_out, x))
+
+    for t, t_next in pairwise(times):
+        x = consistency_step(path, jump(x, t), _batch(t_next, x), noise())
+    return jump(x, times[-1])
 
 
 def sample_ode(
     denoise: Denoise, path: Path, x: Tensor, times: Sequence[float], end: End, solver: SolverName = "ddim"
 ) -> Tensor:
-    """Follow the probability-flow ODE from x at times[0] to the end point, one solver step a time."""
-    step = SOLVERS[solver]
-    stops = [*times, end_time(path, end)]
-    for t, s in zip(stops[:-1], stops[1:], strict=True):
-        last_to_clean = s == path.clean
-        x = (ddim if last_to_clean else step)(denoise, path, x, _batch(t, x), _batch(s, x))
+    """Follow the probability-flow ODE from x at times[0] to the end point, one solver step a time.
+
+    A step from pure noise or onto clean data, where lambda is infinite, is of first order: one call.
+    """
+    for t, s in pairwise([*times, end_time(path, end)]):
+        now = _batch(t, x)
+        endless = s == path.clean or float(path.alpha(now[:1])) == 0
+        x = (ddim if endless else SOLVERS[solver])(denoise, path, x, now, _batch(s, x))
     return x
 
 
 def picture_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> tuple[Tensor, Noise]:
     """Start noise [len(seeds), *shape] and the step noise after it, from one CPU generator per picture.
 
-    The order of the draws is that of a diffusers pipeline given a list of CPU generators, so that pictures are
-    the same there, and a picture does not depend on the batch it is drawn in.
+    The order of the draws is that of a diffusers pipeline given a list of CPU generators, so that pictures
+    are the same there, and a picture does not depend on the batch it is drawn in.
     """
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 

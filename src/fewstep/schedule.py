@@ -1,10 +1,10 @@
 """Noise paths, and what a network's output means on them.
 
-A path is x_t = alpha_t x_0 + sigma_t eps. Its half log-SNR is lambda_t = log(alpha_t / sigma_t), as in DPM-Solver.
-Times are float64 tensors of any shape, in the units of the path:
+A path is x_t = alpha_t x_0 + sigma_t eps. Its half log-SNR is lambda_t = log(alpha_t / sigma_t), as in
+DPM-Solver. Times are float64 tensors of any shape, in the units of the path:
 
-- variance preserving: the training index of the network, 0 .. T-1. Index i has seen i+1 noising steps, so clean
-  data is t = -1. Between integers log(alpha_t^2) is linear;
+- variance preserving: the training index of the network, 0 .. T-1. Index i has seen i+1 noising steps, so
+  clean data is t = -1. Between integers log(alpha_t^2) is linear;
 - flow matching: t in [0, 1], clean at 0;
 - variance exploding (EDM): t is sigma itself, clean at 0.
 
@@ -28,18 +28,32 @@ class Path(Protocol):
     """A noise path; `clean` and `noisiest` are its two ends, in its own units of time."""
 
     @property
-    def clean(self) -> float: ...
+    def clean(self) -> float:
+        """The time of clean data, sigma = 0."""
+
     @property
-    def noisiest(self) -> float: ...
-    def alpha(self, t: Tensor) -> Tensor: ...
-    def sigma(self, t: Tensor) -> Tensor: ...
-    def log_snr(self, t: Tensor) -> Tensor: ...
-    def time_of(self, log_snr: Tensor) -> Tensor: ...
+    def noisiest(self) -> float:
+        """The time with the most noise."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """alpha_t."""
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """sigma_t."""
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """lambda_t = log(alpha_t / sigma_t)."""
+
+    def time_of(self, log_snr: Tensor) -> Tensor:
+        """The time with the given lambda."""
 
 
 @dataclass(frozen=True)
 class VariancePreserving:
-    """alpha^2 + sigma^2 = 1 on T training indices; `log_alpha_bar` is log(alpha_i^2) for i = -1 .. T-1, [T+1]."""
+    """alpha^2 + sigma^2 = 1 on T training indices.
+
+    `log_alpha_bar` is log(alpha_i^2) for i = -1 .. T-1, [T+1].
+    """
 
     log_alpha_bar: Tensor
 
@@ -57,10 +71,12 @@ class VariancePreserving:
 
     @property
     def clean(self) -> float:
+        """The time one noising step before index 0."""
         return -1.0
 
     @property
     def noisiest(self) -> float:
+        """T - 1."""
         return float(len(self.log_alpha_bar) - 2)
 
     def _log_alpha_bar(self, t: Tensor) -> Tensor:
@@ -70,12 +86,15 @@ class VariancePreserving:
         return torch.lerp(table[low], table[low + 1], place - low)
 
     def alpha(self, t: Tensor) -> Tensor:
+        """alpha_t."""
         return torch.exp(0.5 * self._log_alpha_bar(t))
 
     def sigma(self, t: Tensor) -> Tensor:
+        """sigma_t, without cancellation near clean data."""
         return torch.sqrt(-torch.expm1(self._log_alpha_bar(t)))
 
     def log_snr(self, t: Tensor) -> Tensor:
+        """lambda_t; infinite on clean data."""
         log_alpha_bar = self._log_alpha_bar(t)
         return 0.5 * (log_alpha_bar - torch.log(-torch.expm1(log_alpha_bar)))
 
@@ -95,22 +114,28 @@ class FlowMatching:
 
     @property
     def clean(self) -> float:
+        """0."""
         return 0.0
 
     @property
     def noisiest(self) -> float:
+        """1."""
         return 1.0
 
     def alpha(self, t: Tensor) -> Tensor:
+        """1 - t."""
         return 1 - t.double()
 
     def sigma(self, t: Tensor) -> Tensor:
+        """t."""
         return t.double()
 
     def log_snr(self, t: Tensor) -> Tensor:
+        """log((1 - t)/t); infinite at both ends."""
         return torch.log1p(-t.double()) - torch.log(t.double())
 
     def time_of(self, log_snr: Tensor) -> Tensor:
+        """The time with the given lambda, sigmoid(-lambda)."""
         return torch.sigmoid(-log_snr.double())
 
 
@@ -122,32 +147,39 @@ class VarianceExploding:
 
     @property
     def clean(self) -> float:
+        """0."""
         return 0.0
 
     @property
     def noisiest(self) -> float:
+        """`sigma_max`."""
         return self.sigma_max
 
     def alpha(self, t: Tensor) -> Tensor:
+        """1."""
         return torch.ones_like(t, dtype=torch.float64)
 
     def sigma(self, t: Tensor) -> Tensor:
+        """t."""
         return t.double()
 
     def log_snr(self, t: Tensor) -> Tensor:
+        """-log t."""
         return -torch.log(t.double())
 
     def time_of(self, log_snr: Tensor) -> Tensor:
+        """The time with the given lambda, e^{-lambda}."""
         return torch.exp(-log_snr.double())
 
 
 def scaled_linear(start: float = 0.00085, end: float = 0.012, steps: int = 1000) -> VariancePreserving:
     """Stable Diffusion's schedule: betas = linspace(sqrt(start), sqrt(end), T)^2."""
-    return VariancePreserving.from_betas(torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64).square())
+    roots = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64)
+    return VariancePreserving.from_betas(roots.square())
 
 
 def expand(coefficient: Tensor, like: Tensor) -> Tensor:
-    """Give a per-sample coefficient [B] (or a scalar) the rank and type of `like` [B, ...], for multiplication."""
+    """Give a per-sample coefficient [B] (or a scalar) the rank and type of `like` [B, ...], to multiply."""
     wide = coefficient.to(device=like.device, dtype=like.dtype)
     return wide if wide.dim() == 0 else wide.reshape(-1, *[1] * (like.dim() - 1))
 
@@ -165,18 +197,23 @@ class Estimate:
     eps: Tensor
 
 
-def interpret(prediction: Prediction, output: Tensor, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Estimate:
+def interpret(
+    prediction: Prediction, output: Tensor, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor
+) -> Estimate:
     """Turn a network's output into x0 and eps.
 
     With alpha, sigma shaped to multiply x_t:
     eps: x0 = (x - sigma eps) / alpha;  x0: eps = (x - alpha x0) / sigma;
-    v = alpha eps - sigma x0;  flow: u = eps - x0. The last two are solved together with x = alpha x0 + sigma eps,
-    so that they hold on every path.
+    v = alpha eps - sigma x0;  flow: u = eps - x0. The last two are solved together with
+    x = alpha x0 + sigma eps, so that they hold on every path. Where sigma = 0, x is clean data already,
+    whatever an x0 network says.
     """
     if prediction == "eps":
         return Estimate((x_t - sigma_t * output) / alpha_t, output)
     if prediction == "x0":
-        return Estimate(output, (x_t - alpha_t * output) / sigma_t)
+        clean = sigma_t == 0
+        x0 = torch.where(clean, x_t / torch.where(clean, alpha_t, 1), output)
+        return Estimate(x0, (x_t - alpha_t * x0) / torch.where(clean, 1, sigma_t))
     if prediction == "v":
         norm = alpha_t.square() + sigma_t.square()
         return Estimate((alpha_t * x_t - sigma_t * output) / norm, (sigma_t * x_t + alpha_t * output) / norm)

@@ -36,6 +36,25 @@ class Sampling(Config):
     spacing: Spacing = Field("grid", description="grid (LCM's and TCD's rule) or trailing")
     end: End = Field("index0", description="end point: clean or index0; lcm always ends on clean data")
 
+    @model_validator(mode="after")
+    def _countable(self) -> Self:
+        calls = CALLS[self.sampler]
+        most = self.grid * calls
+        if self.spacing == "grid" and self.steps > most:
+            raise ValueError(
+                f"steps = {self.steps} is out of range for grid = {self.grid}; the nearest legal one is {most}"
+            )
+        if self.steps % calls:
+            raise ValueError(
+                f"steps = {self.steps} network calls cannot be split into {self.sampler} steps of {calls}; "
+                f"the nearest legal one is {self.steps + 1}"
+            )
+        return self
+
+
+TEACHER_SAMPLING = Sampling(sampler="ddim", steps=50, omega=7.0, spacing="trailing", end="clean")
+"""How a teacher is sampled where nothing else is said."""
+
 
 class Guidance(Config):
     """The guidance of the teacher's step: scale ~ U[low, high], one draw a sample."""
@@ -79,7 +98,9 @@ class ConsistencyConfig(Config):
     @model_validator(mode="after")
     def _legal(self) -> Self:
         if self.jump == "skip" and self.s != "zero":
-            raise ValueError(f"s = {self.s!r} with jump = 'skip', which only reaches the end; the nearest legal s is 'zero'")
+            raise ValueError(
+                f"s = {self.s!r} with jump = 'skip', which only reaches the end; the nearest legal s is 'zero'"
+            )
         if self.k >= self.grid:
             raise ValueError(f"k = {self.k} must be below grid = {self.grid}; the nearest legal one is {self.grid - 1}")
         return self
@@ -101,6 +122,7 @@ class StudentConfig(Config):
 
     @property
     def lora_alpha(self) -> float:
+        """LoRA's alpha; the scale is alpha / rank."""
         return self.alpha if self.alpha is not None else float(self.rank)
 
 
@@ -112,18 +134,37 @@ class DataConfig(Config):
     empty_prompts: float = Field(0.0, ge=0, le=1, description="share of samples trained with the empty prompt")
 
 
+def check_batch(batch: int, accumulate: int, processes: int = 1) -> None:
+    """Refuse a batch that cannot be split over micro-batches and processes.
+
+    Raises:
+        ValueError: naming the nearest legal batch.
+    """
+    share = accumulate * processes
+    if batch % share:
+        below = batch // share * share
+        legal = below if below and batch - below <= share // 2 else below + share
+        over = f"accumulate = {accumulate}" + (f" x {processes} processes" if processes > 1 else "")
+        raise ValueError(f"batch = {batch} is not a multiple of {over}; the nearest legal one is {legal}")
+
+
 class LoopConfig(Config):
     """How long, how much at a time, how often."""
 
     steps: int = Field(1000, ge=1, description="optimiser steps")
     batch: int = Field(32, ge=1, description="samples per optimiser step, over all processes")
     accumulate: int = Field(1, ge=1, description="micro-batches per optimiser step")
-    seed: int = Field(0, ge=0, description="seed of every random draw")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="seed of every random draw")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast type of the networks")
     log_every: int = Field(10, ge=1, description="steps between log lines")
     save_every: int = Field(500, ge=1, description="steps between checkpoints")
     keep: int = Field(2, ge=1, description="checkpoints kept")
     watch_every: int | None = Field(None, ge=1, description="steps between quality checks; null for none")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        check_batch(self.batch, self.accumulate)
+        return self
 
 
 class OptimConfig(Config):
@@ -135,7 +176,8 @@ class OptimConfig(Config):
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
     decay: Literal["constant", "cosine", "linear", "cooldown"] = Field(
-        "constant", description="law after the warm-up; cooldown = constant, then linear to 0 over the last fifth"
+        "constant",
+        description="law after the warm-up; cooldown = constant, then linear to 0 over the last fifth",
     )
     clip: float | None = Field(1.0, gt=0, description="largest global gradient norm; null for none")
     ema: float | None = Field(None, gt=0, lt=1, description="decay of the moving average; null for none")
@@ -164,6 +206,24 @@ class DistillConfig(Config):
     sampling: Sampling = Field(Sampling(), description="how it will be sampled; travels with the student")
     watch: WatchConfig = Field(WatchConfig(), description="how it is judged on the way")
 
+    @model_validator(mode="after")
+    def _one_grid(self) -> Self:
+        """A student is only asked for what it was trained on: law 1 of the architecture."""
+        method, sampling = self.method, self.sampling
+        if sampling.sampler not in ("sss", "lcm"):
+            return self
+        if sampling.spacing == "grid" and method.grid % sampling.grid:
+            raise ValueError(
+                f"sampling.grid = {sampling.grid} asks for times that method.grid = {method.grid} does not train; "
+                f"the nearest legal one is {method.grid}"
+            )
+        if sampling.sampler == "sss" and sampling.end != method.end:
+            raise ValueError(
+                f"sampling.end = {sampling.end!r} is not the end point that is trained; "
+                f"the nearest legal one is {method.end!r}"
+            )
+        return self
+
 
 def resolve(recipe: str = "tcd", config: str | Path | None = None, overrides: Sequence[str] = ()) -> DistillConfig:
     """A recipe, then a YAML file over it, then dotted overrides over both.
@@ -171,10 +231,12 @@ def resolve(recipe: str = "tcd", config: str | Path | None = None, overrides: Se
     Raises:
         UserError: unknown recipe or key, or an illegal value.
     """
-    data = merge({"recipe": recipe}, read_recipe(recipe))
+    changes = parse_overrides(overrides)
     if config is not None:
-        data = merge(data, read_yaml(config))
-    return validate(DistillConfig, merge(data, parse_overrides(overrides)))
+        changes = merge(read_yaml(config), changes)
+    recipe = str(changes.get("recipe", recipe))  # a recipe that is named there brings its method along
+    data = merge({"recipe": recipe}, read_recipe(recipe))
+    return validate(DistillConfig, merge(data, {**changes, "recipe": recipe}))
 
 
 def teacher_path(named: str) -> Path:

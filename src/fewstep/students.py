@@ -20,7 +20,9 @@ class Host(Protocol):
     network: nn.Module
     targets: list[str]
 
-    def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor: ...
+    def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """One network call."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -56,11 +56,15 @@ def read_folder(path: Path | str) -> PipelineFolder:
     path = Path(path)
     index = path / "model_index.json"
     if not index.is_file():
-        raise UserError(f"teacher = {str(path)!r} is no diffusers pipeline folder: it holds no model_index.json")
+        raise UserError(
+            f"teacher = {str(path)!r} is no diffusers pipeline folder: it holds no model_index.json"
+        )
     data = read_json(index)
     name = str(data.get("_class_name"))
     if name not in KNOWN:
-        raise UserError(f"teacher = {str(path)!r} is a {name}; the nearest supported pipeline is {nearest(name, KNOWN)}")
+        raise UserError(
+            f"teacher = {str(path)!r} is a {name}; the nearest supported pipeline is {nearest(name, KNOWN)}"
+        )
     components = {
         key: (value[0], value[1])
         for key, value in data.items()
@@ -71,5 +75,22 @@ def read_folder(path: Path | str) -> PipelineFolder:
             raise UserError(f"teacher = {str(path)!r} is incomplete: it holds no {component}")
     for component in ("unet", "vae", "text_encoder"):
         if not list((path / component).glob("*.safetensors")):
-            raise UserError(f"{path / component} holds no safetensors weights; pickled weights are never read")
-    return PipelineFolder(path, KNOWN[name], components)
+            raise UserError(
+                f"{path / component} holds no safetensors weights; pickled weights are never read"
+            )
+    folder = PipelineFolder(path, KNOWN[name], components)
+    check_terminal_snr(folder.config("scheduler"))
+    return folder
+
+
+def check_terminal_snr(scheduler: dict[str, Any]) -> None:
+    """Refuse an eps network on a schedule that ends in pure noise: x0 = (x - sigma eps)/alpha is not there.
+
+    Raises:
+        UserError: it is one.
+    """
+    if scheduler.get("rescale_betas_zero_snr") and scheduler.get("prediction_type", "epsilon") == "epsilon":
+        raise UserError(
+            "prediction_type = 'epsilon' with zero terminal SNR (rescale_betas_zero_snr) has no x0 at the noisiest "
+            "time; the nearest legal one is 'v_prediction', or rescale_betas_zero_snr = false"
+        )

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fewstep.backbones.folder import PipelineFolder, read_folder
 from fewstep.denoiser import Condition
 from fewstep.errors import UserError
-from fewstep.schedule import Prediction, VariancePreserving
+from fewstep.names import Prediction
+from fewstep.schedule import VariancePreserving
 
 LORA_TARGETS = [
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
@@ -24,7 +25,13 @@ LORA_TARGETS = [
 
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 _TEXT_ENCODERS = ("CLIPTextModel", "BertModel")
-_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", "BertTokenizer", "BertTokenizerFast", "PreTrainedTokenizerFast")
+_TOKENIZERS = (
+    "CLIPTokenizer",
+    "CLIPTokenizerFast",
+    "BertTokenizer",
+    "BertTokenizerFast",
+    "PreTrainedTokenizerFast",
+)
 
 
 @contextmanager
@@ -42,6 +49,7 @@ class StableDiffusion:
         network: the UNet.
         path, prediction: the noise path of its scheduler and what it predicts.
         latent_shape: (channels, height, width) of a latent at the trained size.
+        picture_size: pixels a side at the trained size.
         targets: where LoRA goes.
     """
 
@@ -54,11 +62,15 @@ class StableDiffusion:
         scheduler = folder.config("scheduler")
         name = scheduler.get("prediction_type", "epsilon")
         if name not in _PREDICTIONS:
-            raise UserError(f"prediction_type = {name!r} of {folder.path} is not one of {', '.join(_PREDICTIONS)}")
+            raise UserError(
+                f"prediction_type = {name!r} of {folder.path} is not one of {', '.join(_PREDICTIONS)}"
+            )
         self.prediction: Prediction = _PREDICTIONS[name]
         self.path = _path(scheduler)
         unet = folder.config("unet")
         self.latent_shape = (int(unet["in_channels"]), int(unet["sample_size"]), int(unet["sample_size"]))
+        vae = folder.config("vae")
+        self.picture_size = self.latent_shape[1] * 2 ** (len(vae["block_out_channels"]) - 1)
         self.network: nn.Module = self._load_unet()
         self._text: tuple[Any, Any] | None = None
         self._vae: Any = None
@@ -70,7 +82,8 @@ class StableDiffusion:
             unet = UNet2DConditionModel.from_pretrained(
                 self.folder.path, subfolder="unet", torch_dtype=torch.float32, use_safetensors=True
             )
-        return self._ready(unet)
+        ready: nn.Module = self._ready(unet)
+        return ready
 
     def _ready(self, module: Any) -> Any:
         return module.to(self.device).eval().requires_grad_(False)
@@ -176,8 +189,11 @@ class StableDiffusion:
     def to_pictures(self, latents: Tensor, batch: int = 128) -> np.ndarray:
         """Latents -> uint8 [N, H, W, 3], rounded as diffusers rounds."""
         parts = []
-        for part in latents.split(batch):
-            decoded = self.vae.decode(part.to(self.device) / self.vae.config.scaling_factor, return_dict=False)[0]
+        for start in range(0, len(latents), batch):
+            part = latents[start : start + batch]
+            decoded = self.vae.decode(
+                part.to(self.device) / self.vae.config.scaling_factor, return_dict=False
+            )[0]
             scaled = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
             parts.append((scaled * 255).round().astype(np.uint8))
         return np.concatenate(parts)

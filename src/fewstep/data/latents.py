@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fewstep.data.pictures import Captioned
 from fewstep.draws import Draws
+from fewstep.errors import UserError
 from fewstep.files import atomic_write
 from fewstep.training.checkpoint import load_tensors, save_tensors
 
@@ -22,8 +23,13 @@ from fewstep.training.checkpoint import load_tensors, save_tensors
 class Encoders(Protocol):
     """What a backbone offers to the cache."""
 
-    def encode(self, prompts: Sequence[str]) -> Mapping[str, Tensor]: ...
-    def to_latents(self, pictures: np.ndarray) -> Tensor: ...
+    def encode(self, prompts: Sequence[str]) -> Mapping[str, Tensor]:
+        """Prompts -> conditions, one row each."""
+        ...
+
+    def to_latents(self, pictures: np.ndarray) -> Tensor:
+        """uint8 pictures -> latents."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -43,10 +49,14 @@ class LatentSet:
     def __len__(self) -> int:
         return len(self.latents)
 
-    def condition(self, items: Tensor, draws: Draws, device: torch.device) -> dict[str, Tensor]:
-        """One of the captions of each item, drawn."""
+    def condition(self, items: Tensor, draws: Draws, empty: float, device: torch.device) -> dict[str, Tensor]:
+        """One of the captions of each item, drawn; the empty prompt instead for a share `empty` of them."""
         chosen = draws.integers("caption", 0, self.rows.shape[1]).cpu()
-        return self._states(self.rows[items, chosen], device)
+        rows = self.rows[items, chosen]
+        if empty > 0:
+            last = len(next(iter(self.table.values()))) - 1
+            rows = torch.where(draws.chance("empty prompt", empty).cpu(), last, rows)
+        return self._states(rows, device)
 
     def null(self, count: int, device: torch.device) -> dict[str, Tensor]:
         """The empty prompt, `count` times."""
@@ -60,7 +70,10 @@ def cached(folder: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dic
     """Return the tensors of `key` from the folder, or make and store them; a broken file is made again."""
     path = folder / f"{key}.safetensors"
     if path.is_file():
-        return load_tensors(path)
+        try:
+            return load_tensors(path)
+        except UserError:
+            path.unlink(missing_ok=True)
     tensors = make()
     with atomic_write(path) as part:
         save_tensors(part, tensors)
@@ -72,9 +85,13 @@ def latent_set(data: Captioned, encoders: Encoders, fingerprint: str, cache: Pat
 
     Text states are kept in fp16, latents in fp32.
     """
-    digest = hashlib.sha256(fingerprint.encode())
+    digest = hashlib.sha256(f"{fingerprint} {data.pictures.shape}".encode())
     digest.update(np.ascontiguousarray(data.pictures).data)
-    latents = cached(cache, f"latents-{digest.hexdigest()[:16]}", lambda: {"latents": encoders.to_latents(data.pictures).cpu()})
+    latents = cached(
+        cache,
+        f"latents-{digest.hexdigest()[:16]}",
+        lambda: {"latents": encoders.to_latents(data.pictures).cpu()},
+    )
     distinct = sorted({caption for row in data.captions for caption in row})
     digest = hashlib.sha256((fingerprint + json.dumps(distinct)).encode())
 

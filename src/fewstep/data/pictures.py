@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from fewstep.errors import UserError
 
@@ -39,8 +39,8 @@ def read_picture(path: Path, size: int) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
-            rgba = image.convert("RGBA")
-    except (OSError, ValueError, SyntaxError) as error:
+            rgba = ImageOps.exif_transpose(image).convert("RGBA")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read picture {path}: {error}") from error
     flat = Image.new("RGBA", rgba.size, "white")
     flat.alpha_composite(rgba)
@@ -61,24 +61,43 @@ def from_folder(folder: Path, size: int) -> Captioned:
     """
     if not folder.is_dir():
         raise UserError(f"data = {str(folder)!r} is not a folder; give a folder of pictures or 'emoji8'")
-    table: dict[str, str] = {}
     index = folder / "metadata.jsonl"
-    if index.is_file():
-        try:
-            rows = [json.loads(line) for line in index.read_text(encoding="utf-8").splitlines() if line.strip()]
-            table = {row["file_name"]: row["text"] for row in rows}
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{index} needs lines with file_name and text: {error}") from error
-    files = [folder / name for name in table] if table else sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-    if not files:
+    listed = _listed(index) if index.is_file() else {}
+    if listed:
+        captioned = {folder / name: text for name, text in listed.items()}
+    else:
+        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+        captioned = {file: _caption_beside(file) for file in files}
+    if not captioned:
         raise UserError(f"data = {str(folder)!r} holds no picture ({', '.join(SUFFIXES)})")
-    captions = []
-    for file in files:
-        text = table.get(str(file.relative_to(folder)))
-        if text is None:
-            beside = file.with_suffix(".txt")
-            if not beside.is_file():
-                raise UserError(f"picture {file} has no caption: write {beside.name} beside it or a metadata.jsonl")
-            text = beside.read_text(encoding="utf-8").strip()
-        captions.append([text])
-    return Captioned(np.stack([read_picture(file, size) for file in files]), captions)
+    return Captioned(
+        np.stack([read_picture(file, size) for file in captioned]), [[text] for text in captioned.values()]
+    )
+
+
+def _listed(index: Path) -> dict[str, str]:
+    """file_name -> text of a metadata.jsonl."""
+    table = {}
+    try:
+        for line in index.read_text(encoding="utf-8").split("\n"):
+            if line.strip():
+                row = json.loads(line)
+                name, text = row["file_name"], row["text"]
+                if not isinstance(name, str) or not isinstance(text, str):
+                    raise TypeError(f"{line.strip()[:80]} is not text")
+                table[name] = text.strip()
+    except KeyError as error:
+        raise UserError(f"{index} needs lines with file_name and text: {error} is missing") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{index} needs lines with file_name and text: {error}") from error
+    return table
+
+
+def _caption_beside(file: Path) -> str:
+    beside = file.with_suffix(".txt")
+    if not beside.is_file():
+        raise UserError(f"picture {file} has no caption: write {beside.name} beside it or a metadata.jsonl")
+    try:
+        return beside.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read caption {beside}: {error}") from error

@@ -14,9 +14,11 @@ def read_prompts(path: Path | str) -> list[str]:
         UserError: missing, not text, or without a prompt.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts = {str(path)!r} cannot be read: {error}") from error
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise UserError(f"prompts = {str(path)!r} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompts = {str(path)!r} is not UTF-8 text: {error}") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"prompts = {str(path)!r} holds no prompt; write one a line")

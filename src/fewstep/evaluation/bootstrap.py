@@ -48,7 +48,7 @@ def mean_figure(scores: Array, seed: int, purpose: str = "bootstrap") -> Figure:
 
 
 def paired_difference(ours: Array, theirs: Array, seed: int) -> Figure:
-    """Return the mean of ours - theirs over prompts, with its interval: both were measured on the same prompts.
+    """Return the mean of ours - theirs over prompts, with its interval; both are of the same prompts.
 
     Raises:
         UserError: not the same number of prompts.

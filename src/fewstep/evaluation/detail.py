@@ -1,7 +1,8 @@
 """Detail: how much fine structure pictures have, by edge density and by lossless WebP size.
 
-These stand for the image complexity of the TCD paper, whose network is not available here, and are called what
-they are. Noise raises both, so that a figure says little without those of real, blurred and noised pictures.
+These stand for the image complexity of the TCD paper, whose network is not available here, and are called
+what they are. Noise raises both, so that a figure says little without those of real, blurred and noised
+pictures.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from fewstep.draws import generator
-from fewstep.evaluation.bootstrap import mean_figure
-from fewstep.evaluation.metric import Against, Array, Figure, Identity, Pictures, check_pictures
+from fewstep.evaluation.metric import Array, Figure, Identity, Pictures, check_pictures
+from fewstep.evaluation.per_picture import PictureMean
 
 LUMA = np.array([0.299, 0.587, 0.114])
 BLURS = (0.5, 1.0)
@@ -47,22 +48,7 @@ def webp_bytes(pictures: Pictures) -> Array:
     return np.array(sizes)
 
 
-class _PictureMean:
-    """A number a picture, from its pixels alone."""
-
-    against: Against = "nothing"
-    identity: Identity
-
-    def scores(self, features: Array, against: Array | None) -> Array:
-        """Return the features themselves, [N]."""
-        return features
-
-    def reduce(self, features: Array, against: Array | None, seed: int) -> Figure:
-        """Return their mean."""
-        return mean_figure(features, seed, self.identity.name)
-
-
-class EdgeDensity(_PictureMean):
+class EdgeDensity(PictureMean):
     """Detail as `edge_density`."""
 
     identity = Identity(
@@ -78,7 +64,7 @@ class EdgeDensity(_PictureMean):
         return edge_density(pictures)
 
 
-class WebpBytes(_PictureMean):
+class WebpBytes(PictureMean):
     """Detail as `webp_bytes`."""
 
     identity = Identity(
@@ -86,7 +72,7 @@ class WebpBytes(_PictureMean):
         measures="size as lossless WebP",
         better="neither",
         unit="bytes",
-        reduction="mean over pictures of the lossless WebP size (libwebp through Pillow, quality 50, method 3)",
+        reduction="mean over pictures of the lossless WebP size (Pillow, quality 50, method 3)",
     )
 
     def features(self, pictures: Pictures, prompts: Sequence[str]) -> Array:

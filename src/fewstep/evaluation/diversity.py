@@ -19,9 +19,7 @@ def pairwise_distance(features: Array) -> Array:
         UserError: another shape, or a single picture a prompt.
     """
     if features.ndim != 3 or features.shape[1] < 2:
-        raise UserError(
-            f"diversity needs features [prompts, noises, D] with at least 2 noises, not {list(features.shape)}"
-        )
+        raise UserError(f"diversity needs features [prompts, noises >= 2, D], not {list(features.shape)}")
     unit = normalise(features)
     k = unit.shape[1]
     # Of unit rows, the sum over ordered pairs of x_i.x_j is |sum x|^2 - k.
@@ -34,7 +32,10 @@ def diversity(features: Features, pictures: Pictures, seed: int = 0, short: str 
     """Return the mean over prompts of `pairwise_distance`, its interval over prompts.
 
     Args:
+        features: the backbone.
         pictures: uint8 [P, k, H, W, 3], k noises a prompt.
+        seed: of the bootstrap.
+        short: the backbone's short name.
 
     Raises:
         UserError: another shape, or a single picture a prompt.

@@ -21,7 +21,7 @@ class Reference:
 
     Attributes:
         pictures: uint8 [M, H, W, 3].
-        floor: uint8 [F, H, W, 3], none of which is in `pictures`; F at least the number measured. None for no floor.
+        floor: uint8 [F, H, W, 3], none of them in `pictures`, F at least the number measured; None for none.
         floor_prompts: a prompt for each of them.
     """
 
@@ -40,11 +40,15 @@ class Reference:
         check_pictures(pictures, prompts)
         if not 0 < n < len(pictures):
             raise UserError(
-                f"{len(pictures)} real pictures with {n} set aside leave none to measure against; give more real ones"
+                f"{len(pictures)} real pictures with {n} set aside leave none to measure against; give more"
             )
         shuffled = generator(seed, "floor").permutation(len(pictures))
         aside = shuffled[:n]
-        return cls(pictures[shuffled[n:]], pictures[aside], tuple(prompts[i] for i in aside) if prompts else ("",) * n)
+        return cls(
+            pictures[shuffled[n:]],
+            pictures[aside],
+            tuple(prompts[i] for i in aside) if prompts else ("",) * n,
+        )
 
     def floor_of(self, metric: Metric, n: int, seed: int) -> float | None:
         """Return what n of the set-aside pictures get, measured once for each metric; None where nothing can.
@@ -80,6 +84,8 @@ def evaluate_pictures(
     Args:
         pictures: uint8 [N, H, W, 3].
         prompts: N.
+        metrics: what to measure.
+        reference: real pictures; without them, distances from real pictures are left out.
         teacher: the teacher's pictures of the same prompts from the same noise, uint8 [N, H, W, 3].
         seed: of the bootstrap.
 
@@ -93,31 +99,31 @@ def evaluate_pictures(
     if teacher is not None:
         check_pictures(teacher, prompts)
     figures: dict[str, Figure] = {}
-
-    def note(metric: Metric, name: str, against: Array | None, floor: float | None) -> None:
-        features = metric.features(pictures, prompts)
-        figure = metric.reduce(features, against, seed)
-        identity = replace(metric.identity, name=name, n=figure.n, seed=seed)
-        figures[name] = replace(figure, floor=floor, identity=identity)
-
     for metric in metrics:
-        name = metric.identity.name
-        floor = reference.floor_of(metric, len(pictures), seed) if reference else None
+        own = metric.identity.name
+        others: dict[str, Array | None] = {}
         if metric.against == "nothing":
-            note(metric, name, None, floor)
+            others[own] = None
         if metric.against == "real" and reference:
-            note(metric, name, metric.features(reference.pictures, ()), floor)
+            others[own] = metric.features(reference.pictures, ())
         if metric.against == "real" and teacher is not None:
-            note(metric, name + TO_TEACHER, metric.features(teacher, prompts), None)
+            others[own + TO_TEACHER] = metric.features(teacher, prompts)
         if metric.against == "teacher" and teacher is not None:
-            note(metric, name, metric.features(teacher, prompts), None)
+            others[own] = metric.features(teacher, prompts)
+        features = metric.features(pictures, prompts) if others else None
+        for name, against in others.items():
+            assert features is not None
+            figure = metric.reduce(features, against, seed)
+            identity = replace(metric.identity, name=name, n=figure.n, seed=seed)
+            floor = reference.floor_of(metric, figure.n, seed) if reference and name == own else None
+            figures[name] = replace(figure, floor=floor, identity=identity)
     return figures
 
 
 def score_pictures(
     pictures: Pictures, prompts: Sequence[str], metrics: Sequence[Scored], teacher: Pictures | None = None
 ) -> dict[str, Array]:
-    """Return each prompt's number, [N], by metric: what `bootstrap.paired_difference` compares two methods with.
+    """Return each prompt's number, [N], by metric, for `bootstrap.paired_difference` of two methods.
 
     Raises:
         UserError: as `evaluate_pictures`.

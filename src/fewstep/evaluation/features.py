@@ -1,4 +1,7 @@
-"""Features of pictures, computed once: in batches, with a progress bar, kept in memory and, if asked, on disk."""
+"""Features of pictures, computed once, in batches, and kept in memory and, if asked, on disk.
+
+On disk they are safetensors files named by the pixels and the backbone.
+"""
 
 from __future__ import annotations
 

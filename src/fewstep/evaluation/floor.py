@@ -19,6 +19,9 @@ def real_versus_real(
     Args:
         distance: of features [n, D] from features [N - n, D], e.g. `FrechetDistance.distance`.
         features: of all real pictures, [N, D].
+        n: pictures in a repeat.
+        seed: of the drawing of those.
+        repeats: how often.
 
     Returns:
         The mean, with the smallest and the largest of the repeats for an interval.

@@ -1,7 +1,7 @@
 """FD: the Frechet distance between Gaussians fitted to features, on the real pictures' principal components.
 
-With 1,280 dimensions and 1,000 pictures the distance is mostly the noise of its covariances; on 64 components it
-is not. It is named after its backbone ("FD-Lite0") and never FID, with which it does not compare.
+With 1,280 dimensions and 1,000 pictures the distance is mostly the noise of its covariances; on 64 components
+it is not. It is named after its backbone ("FD-Lite0") and never FID, with which it does not compare.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Projection:
         n, width = features.shape
         if n <= components or width < components:
             raise UserError(
-                f"{components} principal components need more than {components} pictures and as many features; "
+                f"{components} principal components need more than {components} pictures and features; "
                 f"got {n} pictures of {width}"
             )
         wide = features.astype(np.float64)
@@ -118,8 +118,8 @@ class FrechetDistance:
             better="lower",
             unit="",
             reduction=(
-                f"squared Frechet distance of Gaussians, float64, on {projection.axes.shape[1]} principal components "
-                f"of {projection.n} real pictures (sha256 {projection.sha256[:16]}), "
+                f"squared Frechet distance of Gaussians, float64, on {projection.axes.shape[1]} principal "
+                f"components of {projection.n} real pictures (sha256 {projection.sha256[:16]}), "
                 f"interval: {RESAMPLES} bootstrap resamples of both sets, centred"
             ),
             backbone=backbone.name,

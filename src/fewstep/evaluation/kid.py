@@ -1,7 +1,7 @@
 """KID: the squared maximum mean discrepancy of features under a cubic kernel (arXiv 1801.01401), unbiased.
 
-The usual code averages over random subsets of 1,000; here all pairs are used, in blocks of rows for memory's sake.
-On small sets that has the smallest variance and stays unbiased.
+The usual code averages over random subsets of 1,000; here all pairs are used, in blocks of rows for memory's
+sake. On small sets that has the smallest variance and stays unbiased.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from fewstep.evaluation.metric import Against, Array, Figure, Identity, Pictures
 
 FEWEST = 10
 RESAMPLES = 200
+KEPT = 4
+"""Sets measured against whose own term is remembered."""
 ROWS = 1024
 """Rows of the kernel matrix held at a time."""
 
@@ -28,7 +30,8 @@ Wide = npt.NDArray[np.float64]
 def kernel(x: Array, y: Array) -> Wide:
     """k(x, y) = (x.y / D + 1)^3 for all rows of [N, D] and [M, D], float64 [N, M]."""
     product = (x @ y.T).astype(np.float64)
-    return np.power(product / x.shape[1] + 1, 3, out=product)
+    result: Wide = np.power(product / x.shape[1] + 1, 3, out=product)
+    return result
 
 
 def within(x: Array, weights: Wide) -> Wide:
@@ -42,7 +45,8 @@ def within(x: Array, weights: Wide) -> Wide:
         block = kernel(x[rows], x)
         block[np.arange(len(block)), np.arange(start, start + len(block))] = 0
         total += ((weights[:, rows] @ block) * weights).sum(1)
-    return total / (np.square(weights.sum(1)) - np.square(weights).sum(1))
+    mean: Wide = total / (np.square(weights.sum(1)) - np.square(weights).sum(1))
+    return mean
 
 
 def between(x: Array, y: Array, weights_x: Wide, weights_y: Wide) -> Wide:
@@ -51,7 +55,8 @@ def between(x: Array, y: Array, weights_x: Wide, weights_y: Wide) -> Wide:
     for start in range(0, len(x), ROWS):
         rows = slice(start, start + ROWS)
         total += ((weights_x[:, rows] @ kernel(x[rows], y)) * weights_y).sum(1)
-    return total / (weights_x.sum(1) * weights_y.sum(1))
+    mean: Wide = total / (weights_x.sum(1) * weights_y.sum(1))
+    return mean
 
 
 def mmd2(x: Array, y: Array) -> float:
@@ -70,7 +75,7 @@ class KernelDistance:
         backbone = features.backbone
         self.identity = Identity(
             name=f"KID-{short}",
-            measures="squared kernel distance between the features of two picture sets, 0 on average for equal ones",
+            measures="squared kernel distance between the features of two picture sets",
             better="lower",
             unit="",
             reduction=(
@@ -82,7 +87,7 @@ class KernelDistance:
             licence=backbone.licence,
             input=backbone.input,
         )
-        self._seen: dict[tuple[bytes, int], Wide] = {}
+        self._seen: dict[tuple[bytes, int | None], Wide] = {}
 
     def features(self, pictures: Pictures, prompts: Sequence[str]) -> Array:
         """Return the backbone's features, [N, D]."""
@@ -95,7 +100,9 @@ class KernelDistance:
             UserError: fewer than 10 pictures on either side.
         """
         self._check(features, against)
-        return mmd2(features, against)
+        ours, theirs = np.ones((1, len(features))), np.ones((1, len(against)))
+        value = within(features, ours) + self._other(against, theirs, None)
+        return float((value - 2 * between(features, against, ours, theirs))[0])
 
     def reduce(self, features: Array, against: Array | None, seed: int) -> Figure:
         """Return the distance with its interval.
@@ -113,11 +120,11 @@ class KernelDistance:
         value = float(values[0])
         return Figure(value, *centred_interval(value, values[1:]), len(features))
 
-    def _other(self, against: Array, weights: Wide, seed: int) -> Wide:
+    def _other(self, against: Array, weights: Wide, seed: int | None) -> Wide:
         """The other set's own term, which stays the same while many sets are measured against it."""
         key = (hashlib.sha256(np.ascontiguousarray(against).data).digest(), seed)
         if key not in self._seen:
-            if len(self._seen) > 1:
+            if len(self._seen) >= KEPT:
                 self._seen.pop(next(iter(self._seen)))
             self._seen[key] = within(against, weights)
         return self._seen[key]

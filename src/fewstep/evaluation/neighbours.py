@@ -40,6 +40,8 @@ def nearest(features: Array, gallery: Array, left_out: Indices | None = None) ->
     """Return the gallery picture of the largest cosine for each picture, int64 [N].
 
     Args:
+        features: of the pictures, [N, D].
+        gallery: features of real pictures, [G, D].
         left_out: int64 [N, K], gallery pictures that do not count for that picture; -1 for none.
     """
     ours, theirs = normalise(features), normalise(gallery)
@@ -69,6 +71,7 @@ def neighbour_shares(
         gallery: features of real pictures, [G, D].
         gallery_concepts: what they show, G.
         own: gallery pictures that are the prompt's own, [N] or [N, K], -1 for none.
+        seed: of the bootstrap.
 
     Raises:
         UserError: counts that do not fit, or an own picture outside the gallery.
@@ -76,7 +79,7 @@ def neighbour_shares(
     n, size = len(features), len(gallery)
     if len(concepts) != n or len(gallery_concepts) != size:
         raise UserError(
-            f"{n} pictures with {len(concepts)} concepts, {size} gallery pictures with {len(gallery_concepts)}: "
+            f"{n} pictures with {len(concepts)} concepts, gallery of {size} with {len(gallery_concepts)}: "
             "give one concept a picture"
         )
     if own is None:
@@ -84,7 +87,9 @@ def neighbour_shares(
     mine = np.asarray(own, dtype=np.int64).reshape(n, -1)
     if mine.size and not (mine.min() >= NONE and mine.max() < size):
         worst = int(mine.min() if mine.min() < NONE else mine.max())
-        raise UserError(f"own={worst} is outside the gallery of {size}; the nearest is {NONE if worst < 0 else size - 1}")
+        raise UserError(
+            f"own={worst} is outside the gallery of {size}; the nearest is {NONE if worst < 0 else size - 1}"
+        )
     wanted, shown = np.asarray(concepts), np.asarray(gallery_concepts)
     first = nearest(features, gallery)
     other = nearest(features, gallery, mine)

@@ -25,7 +25,7 @@ def cell(figure: Figure) -> str:
 
 
 def table(rows: Mapping[str, Mapping[str, Figure]], first: str = "method") -> str:
-    """Return a Markdown table of figures by row and metric, with a row of real pictures and a line on each metric."""
+    """Return a Markdown table by row and metric, with a row of real pictures and a line on each metric."""
     names = list(dict.fromkeys(name for figures in rows.values() for name in figures))
     if not names:
         return ""
@@ -58,7 +58,8 @@ def _note(name: str, figures: list[Figure]) -> str:
         return f"- {name}: n = {n}."
     unit = f", in {identity.unit}" if identity.unit else ""
     backbone = f"; {identity.backbone}" if identity.backbone != "none" else ""
-    return f"- {name}: {identity.measures}{unit} (n = {n}, seed {identity.seed}; {identity.reduction}{backbone})."
+    how = f"n = {n}, seed {identity.seed}; {identity.reduction}{backbone}"
+    return f"- {name}: {identity.measures}{unit} ({how})."
 
 
 def _plain(text: str) -> str:

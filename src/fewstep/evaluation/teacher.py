@@ -13,7 +13,7 @@ from fewstep.evaluation.metric import Against, Array, Figure, Identity, Pictures
 
 
 def pixel_rmse(ours: Array, theirs: Array) -> Array:
-    """Root of the mean squared difference of each pair of pictures, in 8-bit levels, [N, ...] -> float64 [N]."""
+    """Root mean squared difference of each pair of pictures, in 8-bit levels, [N, ...] -> float64 [N]."""
     error = (ours.astype(np.float64) - theirs).reshape(len(ours), -1)
     rmse: Array = np.sqrt(np.square(error).mean(1))
     return rmse
@@ -38,9 +38,10 @@ class _Paired:
             UserError: no teacher's pictures, or not one for each of the student's.
         """
         if against is None or len(against) != len(features):
+            found = 0 if against is None else len(against)
             raise UserError(
-                f"{self.identity.name}: {len(features)} pictures came with {0 if against is None else len(against)} "
-                "of the teacher; give one for each, from the same prompt and noise"
+                f"{self.identity.name}: {len(features)} pictures came with {found} of the teacher; "
+                "give one for each, from the same prompt and noise"
             )
         return self._distance(features, against)
 

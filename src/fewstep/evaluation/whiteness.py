@@ -1,8 +1,8 @@
 """Background whiteness: is the border white where the real pictures' is?
 
-A teacher whose latents leak a grey mean, or a student that adds a haze, shows here first. Background is a pixel of
-the 2-pixel border ring that is white (all channels at least 250) in the real pictures of the prompt; where those
-leave none, one that is white in 95 % of all real pictures.
+A teacher whose latents leak a grey mean, or a student that adds a haze, shows here first. Background is a
+pixel of the 2-pixel border ring that is white (all channels at least 250) in every real picture of the
+prompt; where those leave none, one that is white in 95 % of all real pictures.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fewstep.errors import UserError
-from fewstep.evaluation.bootstrap import mean_figure
-from fewstep.evaluation.metric import Against, Array, Figure, Identity, Pictures, check_pictures
+from fewstep.evaluation.metric import Array, Identity, Pictures, check_pictures
+from fewstep.evaluation.per_picture import PictureMean
 
 RING = 2
 WHITE = 250
@@ -30,10 +30,7 @@ def background(real: Pictures, share: float = MOSTLY) -> Mask:
     Raises:
         UserError: not a set of pictures.
     """
-    check_pictures(real)
-    ring = np.ones(real.shape[1:3], dtype=np.bool_)
-    ring[RING:-RING, RING:-RING] = False
-    mask: Mask = ring & ((real.min(-1) >= WHITE).mean(0) >= share)
+    mask: Mask = _white_ring(real).mean(0) >= share
     return mask
 
 
@@ -41,16 +38,27 @@ def background_by_prompt(real: Pictures, prompts_of_real: Sequence[Sequence[str]
     """Return for each prompt the ring pixels that are white in every real picture that answers it.
 
     Args:
+        real: uint8 [N, H, W, 3].
         prompts_of_real: for each real picture, the prompts that it answers.
     """
-    rows: dict[str, list[int]] = {}
+    white = _white_ring(real)
+    masks: dict[str, Mask] = {}
     for row, prompts in enumerate(prompts_of_real):
         for prompt in prompts:
-            rows.setdefault(prompt, []).append(row)
-    return {prompt: background(real[chosen], 1.0) for prompt, chosen in rows.items()}
+            masks[prompt] = masks[prompt] & white[row] if prompt in masks else white[row]
+    return masks
 
 
-class Whiteness:
+def _white_ring(real: Pictures) -> Mask:
+    """Which pixels of each picture are white and in the border ring, bool [N, H, W]."""
+    check_pictures(real)
+    ring = np.ones(real.shape[1:3], dtype=np.bool_)
+    ring[RING:-RING, RING:-RING] = False
+    white: Mask = (real.min(-1) >= WHITE) & ring
+    return white
+
+
+class Whiteness(PictureMean):
     """Mean level, or share of white pixels, of each picture's background.
 
     Args:
@@ -60,8 +68,6 @@ class Whiteness:
     Raises:
         UserError: `everywhere` is empty.
     """
-
-    against: Against = "nothing"
 
     def __init__(
         self, kind: Literal["share", "level"], everywhere: Mask, by_prompt: Mapping[str, Mask] | None = None
@@ -77,8 +83,8 @@ class Whiteness:
             better="higher",
             unit="share" if kind == "share" else "levels (0 to 255)",
             reduction=(
-                f"mean over pictures; background: {RING}-pixel border ring where the prompt's real pictures are all "
-                f"white (every channel >= {WHITE}), else where {MOSTLY:.0%} of all real pictures are"
+                f"mean over pictures; background: {RING}-pixel border ring where the prompt's real pictures "
+                f"are all white (every channel >= {WHITE}), else where {MOSTLY:.0%} of all real pictures are"
             ),
         )
 
@@ -90,18 +96,10 @@ class Whiteness:
         """
         check_pictures(pictures)
         if pictures.shape[1:3] != self.everywhere.shape:
-            raise UserError(f"pictures are {list(pictures.shape[1:3])} but the background is {list(self.everywhere.shape)}")
+            raise UserError(f"pictures are {pictures.shape[1:3]} but the background is {self.everywhere.shape}")
         values = []
         for number, picture in enumerate(pictures):
             mask = self.by_prompt.get(prompts[number], self.everywhere) if len(prompts) else self.everywhere
             seen = picture[mask if mask.any() else self.everywhere]
             values.append(float((seen.min(-1) >= WHITE).mean() if self.kind == "share" else seen.mean()))
         return np.array(values)
-
-    def scores(self, features: Array, against: Array | None) -> Array:
-        """Return the features themselves, [N]."""
-        return features
-
-    def reduce(self, features: Array, against: Array | None, seed: int) -> Figure:
-        """Return their mean."""
-        return mean_figure(features, seed, self.identity.name)

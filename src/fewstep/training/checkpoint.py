@@ -7,8 +7,8 @@ A checkpoint is a folder `checkpoints/step-00000400/` with, for each update of t
 
 from __future__ import annotations
 
+import json
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,40 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
-from fewstep.files import atomic_folder, read_json, write_json
+from fewstep.files import atomic_folder, read_json, remove_folder, write_json
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors as they are (contiguous copies on the CPU) to one safetensors file."""
+    """Write tensors as they are (contiguous copies on the CPU) to one safetensors file.
+
+    The same tensors and metadata give the same bytes.
+
+    Raises:
+        OSError: the file cannot be written, or the disk is full.
+    """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(plain, path, metadata=dict(metadata or {}))
+    try:
+        save_file(plain, path, metadata=dict(metadata or {}))
+    except SafetensorError as error:  # its own name for a full disk
+        raise OSError(str(error)) from error
+    _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata in the order of its keys: the writer's own order differs from process to process."""
+    with path.open("r+b") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        text = stream.read(length)
+        header = json.loads(text)
+        if "__metadata__" not in header:
+            return
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        if len(ordered) == length:
+            stream.seek(8)
+            stream.write(ordered)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -37,11 +62,12 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         UserError: missing, truncated or of another format.
     """
     try:
-        return load_file(path)
+        tensors: dict[str, Tensor] = load_file(path)
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from error
+    return tensors
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
@@ -54,11 +80,18 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dic
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` flattened."""
+    """Put back what `optimizer_tensors` flattened.
+
+    Moments get the memory layout of their parameter again: kernels round differently over another one.
+    """
     state: dict[int, dict[str, Tensor]] = {}
     index_of = {name: index for index, name in enumerate(names)}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for flat, value in tensors.items():
         name, _, key = flat.rpartition("|")
+        parameter = parameters[index_of[name]]
+        if value.shape == parameter.shape and value.dim():
+            value = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
         state.setdefault(index_of[name], {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -86,7 +119,9 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name))
 
 
-def save(folder: Path, step: int, files: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int) -> Path:
+def save(
+    folder: Path, step: int, files: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
+) -> Path:
     """Write one checkpoint, then drop the oldest ones beyond `keep`."""
     target = folder / f"step-{step:08d}"
     with atomic_folder(target) as part:
@@ -94,7 +129,7 @@ def save(folder: Path, step: int, files: Mapping[str, Mapping[str, Tensor]], sta
             save_tensors(part / f"{name}.safetensors", tensors)
         write_json(part / "state.json", {"step": step, **state})
     for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        remove_folder(old)
     return target
 
 

@@ -11,15 +11,21 @@ from torch import Tensor
 class Ema:
     """A moving average of named parameters: theta_ema <- mu theta_ema + (1 - mu) theta.
 
-    The decay warms up as mu_n = min(mu, (1 + n) / (10 + n)), so that the random start is forgotten early.
+    With `warm_up` the decay is mu_n = min(mu, (1 + n) / (10 + n)), so that the start is forgotten early: right for
+    weights to be used, not for a consistency target, whose law in the papers is the plain one.
     The update is a few fused kernels over all tensors, without a wait for the device.
     """
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], decay: float, shadow: Mapping[str, Tensor] | None = None
+        self,
+        parameters: Mapping[str, Tensor],
+        decay: float,
+        shadow: Mapping[str, Tensor] | None = None,
+        warm_up: bool = True,
     ) -> None:
         """Start from `parameters`; with `shadow`, the average lives in those tensors (another role's weights)."""
         self.decay = decay
+        self.warm_up = warm_up
         self.updates = 0
         if shadow is None:
             self.shadow = {name: p.detach().clone() for name, p in parameters.items()}
@@ -31,7 +37,7 @@ class Ema:
     def update(self, parameters: Mapping[str, Tensor]) -> None:
         """Move the average one step towards `parameters` (same names and shapes)."""
         self.updates += 1
-        mu = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        mu = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warm_up else self.decay
         names = list(self.shadow)
         torch._foreach_lerp_([self.shadow[n] for n in names], [parameters[n].detach() for n in names], 1 - mu)
 

@@ -2,7 +2,7 @@
 
 A method hands over an ordered list of `Update`s: whose parameters, which loss, how often. The loop owns
 everything else: order of the data, random draws, accumulation, clipping, averages, logs, checkpoints, resuming.
-Nothing in a step waits for the device; numbers are read back at the log interval only.
+Nothing in a step waits for the device; numbers are read back where they are logged or saved only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from fewstep.draws import Draws, order
 from fewstep.errors import UserError
-from fewstep.settings import LoopConfig, OptimConfig
+from fewstep.files import sweep
+from fewstep.settings import LoopConfig, OptimConfig, check_batch
 from fewstep.training import checkpoint
 from fewstep.training.ema import Ema
 from fewstep.training.optim import clip_gradients, learning_rate, make_optimizer
@@ -82,7 +83,8 @@ class _Running:
         if update.optim.ema:
             self.averages["ema"] = Ema(update.parameters, update.optim.ema)
         if update.follower:
-            self.averages["follower"] = Ema(update.parameters, update.follower.decay, update.follower.weights)
+            followed = update.follower
+            self.averages["follower"] = Ema(update.parameters, followed.decay, followed.weights, warm_up=False)
         self.device = device
         self.reset()
 
@@ -103,8 +105,12 @@ class _Running:
         self.bin_sum.index_add_(0, index, loss.per_sample.detach().float())
         self.bin_count.index_add_(0, index, torch.ones_like(loss.per_sample, dtype=torch.float32))
 
+    def bad(self) -> list[str]:
+        """Which sums since the last `read` are not finite; waits for the device."""
+        return [f"{self.update.name}/{k}" for k, v in self.sums.items() if not math.isfinite(v.item())]
+
     def read(self) -> dict[str, float]:
-        """Means since the last call; the only place of a step that waits for the device."""
+        """Means since the last call; waits for the device."""
         result = {f"{self.update.name}/{k}": v.item() / self.counts[k] for k, v in self.sums.items()}
         for index, (total, count) in enumerate(zip(self.bin_sum.tolist(), self.bin_count.tolist(), strict=True)):
             if count:
@@ -179,18 +185,21 @@ def train(
         watch: called every `config.watch_every` steps with the step and the weights to judge; its figures
             are logged. It must leave the parameters as they were.
 
+    Returns:
+        the averaged weights, and the step they are of: a run that has gone further is not taken back.
+
     Raises:
-        UserError: the batch cannot be split over processes and micro-batches, or the loss is not finite.
+        UserError: the batch cannot be split over processes and micro-batches, or a loss or gradient is not
+            finite. What is not finite is never saved.
     """
     share = config.accumulate * accelerator.num_processes
-    if config.batch % share:
-        legal = max(share, round(config.batch / share) * share)
-        raise UserError(
-            f"loop.batch = {config.batch} is not a multiple of accumulate x processes = {share}; "
-            f"the nearest legal one is {legal}"
-        )
+    try:
+        check_batch(config.batch, config.accumulate, accelerator.num_processes)
+    except ValueError as error:
+        raise UserError(f"loop.{error}") from error
     device = accelerator.device
     running = [_Running(update, device) for update in plan]
+    scaler = accelerator.scaler  # fp16 alone: its small gradients would vanish unscaled
     folder = log.folder / "checkpoints"
     done = 0
     found = checkpoint.checkpoints(folder)
@@ -199,7 +208,11 @@ def train(
         done = int(state["step"])
         for r in running:
             r.restore(found[-1], state)
-        log.truncate(done)
+        if scaler:
+            scaler.load_state_dict(state["scaler"])
+    if accelerator.is_main_process:
+        sweep(folder)
+    log.truncate(done)  # with no checkpoint yet, what a killed run logged
     micro = config.batch // share
 
     def positions(step: int, part: int) -> np.ndarray:
@@ -210,13 +223,22 @@ def train(
         where = positions(step, part)
         return where, fetch(order(config.seed, count, int(where[0]), int(where[-1]) + 1))
 
+    def refuse(step: int, bad: Sequence[str]) -> None:
+        if bad:
+            raise UserError(
+                f"{bad[0]} is not finite at step {step}; the last checkpoint is sound: "
+                f"start another run with a lower optim.lr (now {plan[0].optim.lr:g}) or loop.precision = fp32"
+            )
+
     def save(step: int) -> None:
         if not accelerator.is_main_process:
             return
         files: dict[str, Mapping[str, Tensor]] = {}
         for r in running:
             files.update(r.files())
-        state = {"averages": {r.update.name: r.state() for r in running}}
+        state: dict[str, Any] = {"averages": {r.update.name: r.state() for r in running}}
+        if scaler:
+            state["scaler"] = scaler.state_dict()
         checkpoint.save(folder, step, files, state, config.keep)
 
     pieces = [(step, part) for step in range(done, config.steps) for part in range(config.accumulate)]
@@ -233,38 +255,48 @@ def train(
                     continue
                 with accelerator.autocast():
                     loss = r.update.loss(batch, draws)
-                accelerator.backward(loss.value / config.accumulate)
+                # only into its own parameters: a loss may run through those of another update
+                accelerator.backward(loss.value / config.accumulate, inputs=r.parameters)
                 r.note("loss", loss.value)
                 r.note_bins(loss)
                 for name, value in loss.scalars.items():
                     r.note(name, value)
                 if last:
                     _average_gradients(accelerator, r.parameters)
-                    r.note("grad_norm", clip_gradients(r.parameters, r.update.optim.clip))
-                    rate = learning_rate(r.update.optim, step // r.update.every, config.steps // r.update.every)
+                    if scaler:
+                        scaler.unscale_(r.optimizer)
+                    norm = clip_gradients(r.parameters, r.update.optim.clip)
+                    # the scaler skips a step whose gradients have overflowed, and lowers its scale
+                    r.note("grad_norm", torch.nan_to_num(norm, 0.0, 0.0) if scaler else norm)
+                    every = r.update.every
+                    rate = learning_rate(r.update.optim, step // every, -(-config.steps // every))
                     for group in r.optimizer.param_groups:
                         group["lr"] = rate
-                    r.optimizer.step()
+                    if scaler:
+                        scaler.step(r.optimizer)
+                    else:
+                        r.optimizer.step()
                     r.optimizer.zero_grad(set_to_none=True)
                     for average in r.averages.values():
                         average.update(r.update.parameters)
             if not last:
                 continue
+            if scaler and any(step % r.update.every == 0 for r in running):
+                scaler.update()
             now = step + 1
             ends = now == config.steps
             if now % config.log_every == 0 or ends:
                 figures = {key: value for r in running for key, value in r.read().items()}
-                bad = [key for key, value in figures.items() if not math.isfinite(value)]
-                if bad:
-                    raise UserError(
-                        f"{bad[0]} is not finite at step {now}; the last checkpoint is sound: "
-                        f"lower optim.lr (now {plan[0].optim.lr:g}) or set loop.precision=fp32"
-                    )
+                refuse(now, [key for key, value in figures.items() if not math.isfinite(value)])
                 log.figures(now, figures)
                 bar.note(figures)
             bar.step()
-            if config.watch_every and watch and (now % config.watch_every == 0 or ends):
+            watches = config.watch_every and watch and (now % config.watch_every == 0 or ends)
+            saves = now % config.save_every == 0 or ends
+            if watches or saves:
+                refuse(now, [name for r in running for name in r.bad()])
+            if watches and watch and accelerator.is_main_process:
                 log.figures(now, dict(watch(now, {r.update.name: r.weights() for r in running})))
-            if now % config.save_every == 0 or ends:
+            if saves:
                 save(now)
-    return Trained({r.update.name: r.weights() for r in running}, config.steps)
+    return Trained({r.update.name: r.weights() for r in running}, max(done, config.steps))

@@ -6,15 +6,16 @@ import json
 import platform
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 from tqdm import tqdm
 
-from fewstep.config import Config
+from fewstep.config import Config, read_yaml
 from fewstep.errors import UserError
 from fewstep.files import atomic_write, write_json
 
@@ -53,7 +54,8 @@ class RunLog:
     """Writes what a run says of itself. Only the main process writes.
 
     Raises:
-        UserError: the folder belongs to a run with another config (its length apart), or cannot be written to.
+        UserError: the folder belongs to a run with another config (length and rhythm apart), or cannot be
+            written to.
     """
 
     def __init__(self, folder: Path, config: Config, *, title: str, main: bool = True, quiet: bool = False) -> None:
@@ -69,16 +71,8 @@ class RunLog:
         except OSError as error:
             raise UserError(f"cannot write run folder {folder}: {error.strerror}; choose a writable one") from error
         resolved = config.model_dump(mode="json")
-        path = folder / "config.yaml"
-        if path.exists():
-            old = yaml.safe_load(path.read_text(encoding="utf-8"))
-            if _without_length(old) != _without_length(resolved):
-                changed = _first_difference(old, resolved)
-                raise UserError(
-                    f"run folder {folder} holds a run with another {changed}; "
-                    "give the same config to resume it, or another --out"
-                )
-        with atomic_write(path) as part:
+        check_same_run(folder, config)
+        with atomic_write(folder / "config.yaml") as part:
             part.write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), encoding="utf-8")
         write_json(folder / "versions.json", versions())
 
@@ -95,7 +89,7 @@ class RunLog:
             try:
                 if json.loads(line)["step"] <= step:
                     lines.append(line)
-            except json.JSONDecodeError:  # cut off by a kill
+            except (json.JSONDecodeError, TypeError, KeyError):  # cut off by a kill
                 continue
         with atomic_write(self._log) as part:
             part.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
@@ -104,7 +98,7 @@ class RunLog:
         """Append figures to log.jsonl and TensorBoard."""
         if not self.main:
             return
-        line = {"step": step, "time": round(time.time(), 1), **{k: round(v, 8) for k, v in figures.items()}}
+        line = {"step": step, "time": round(time.time(), 1), **{k: float(f"{v:.8g}") for k, v in figures.items()}}
         with self._log.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
         if self._board is None:
@@ -117,24 +111,53 @@ class RunLog:
     @contextmanager
     def progress(self, done: int, total: int) -> Iterator[Bar]:
         """A bar over steps, with rate and time left, on stderr."""
-        with tqdm(
-            total=total,
-            initial=done,
-            desc=self.title,
-            unit="step",
-            disable=self.quiet or not self.main,
-            mininterval=1.0,
-            dynamic_ncols=True,
-        ) as bar:
-            yield Bar(bar)
-        if self._board is not None:
-            self._board.flush()
+        try:
+            with tqdm(
+                total=total,
+                initial=done,
+                desc=self.title,
+                unit="step",
+                disable=self.quiet or not self.main,
+                mininterval=1.0,
+                dynamic_ncols=True,
+            ) as bar:
+                yield Bar(bar)
+        finally:
+            if self._board is not None:
+                self._board.close()
+                self._board = None
 
 
-def _without_length(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without `loop.steps`: a run may be resumed to a longer or shorter end."""
-    loop = {key: value for key, value in config.get("loop", {}).items() if key != "steps"}
-    return {**config, "loop": loop}
+def check_same_run(folder: Path, config: Config) -> None:
+    """Refuse a run folder that holds a run with another config; how long and how often may differ.
+
+    Keys that the older run did not know yet count as their defaults.
+
+    Raises:
+        UserError: naming the first difference.
+    """
+    path = folder / "config.yaml"
+    if not path.exists():
+        return
+    old: Any = read_yaml(path)
+    with suppress(ValidationError):  # one of another kind of run, or of another version, is compared as it stands
+        old = type(config).model_validate(old).model_dump(mode="json")
+    old, new = _without_rhythm(old), _without_rhythm(config.model_dump(mode="json"))
+    if old != new:
+        raise UserError(
+            f"run folder {folder} holds a run with another {_first_difference(old, new)}; "
+            "give the same config to resume it, or another --out"
+        )
+
+
+RHYTHM = ("steps", "log_every", "save_every", "keep", "watch_every")
+"""Settings of the loop that do not change a step."""
+
+
+def _without_rhythm(config: Mapping[str, Any]) -> dict[str, Any]:
+    loop = config.get("loop")
+    kept = {k: v for k, v in loop.items() if k not in RHYTHM} if isinstance(loop, Mapping) else loop
+    return {**config, "loop": kept}
 
 
 def _first_difference(old: Any, new: Any, prefix: str = "") -> str:

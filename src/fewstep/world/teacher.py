@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from fewstep.files import atomic_folder, write_json
 from fewstep.training.cpu import speed_up
 from fewstep.world import emoji8
 from fewstep.world.train_unet import UnetConfig, train_unet
-from fewstep.world.train_vae import VaeConfig, make_vae, reconstruction_psnr, train_vae
+from fewstep.world.train_vae import VaeConfig, make_vae, reconstruction_psnr, to_tensor, train_vae
 
 SHARD_BYTES = 14 * 2**20
 """Largest weight file in the repository (its limit is 15 MiB a file)."""
@@ -29,33 +31,53 @@ class TeacherConfig(Config):
     """The bundled teacher's recipe."""
 
     text: str = Field("", description="folder with text_encoder/ and tokenizer/; empty for the bundled one")
-    vae: VaeConfig = VaeConfig()
-    unet: UnetConfig = UnetConfig()
+    vae: VaeConfig = Field(VaeConfig(), description="the autoencoder")
+    unet: UnetConfig = Field(UnetConfig(), description="the denoiser")
+
+    @model_validator(mode="after")
+    def _one_precision(self) -> Self:
+        first, second = self.vae.loop.precision, self.unet.loop.precision
+        if first != second:
+            raise ValueError(
+                f"unet.loop.precision = {second!r} must be the autoencoder's; the nearest is {first!r}"
+            )
+        return self
 
 
-class TextStates:
-    """The frozen text encoder: prompts -> last hidden states, as the diffusers pipeline computes them."""
+class WorldEncoders:
+    """The finished autoencoder and the frozen text encoder, as the diffusers pipeline uses them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, vae: Any, folder: Path) -> None:
         from transformers import AutoTokenizer, BertModel
 
+        self.vae = vae
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         self.encoder: Any = BertModel.from_pretrained(
             folder / "text_encoder", local_files_only=True, use_safetensors=True, dtype=torch.float32
         ).eval()
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """float32 [N, tokens, width]."""
-        tokens = self.tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        states: Tensor = self.encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
-        return states
+    def encode(self, prompts: Sequence[str], batch: int = 256) -> dict[str, Tensor]:
+        """Prompts -> {"text": last hidden states, float32 [N, tokens, width]}."""
+        parts = []
+        for start in range(0, len(prompts), batch):
+            tokens = self.tokenizer(
+                list(prompts[start : start + batch]),
+                padding="max_length",
+                max_length=self.tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            )
+            parts.append(self.encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0])
+        return {"text": torch.cat(parts)}
+
+    @torch.no_grad()
+    def to_latents(self, pictures: np.ndarray, batch: int = 128) -> Tensor:
+        """uint8 [N, 64, 64, 3] -> posterior means, float32 [N, C, 8, 8]."""
+        parts = []
+        for start in range(0, len(pictures), batch):
+            parts.append(self.vae.encode(to_tensor(pictures[start : start + batch])).latent_dist.mean)
+        return torch.cat(parts)
 
 
 def save_sharded(folder: Path, module: Any, stem: str = "diffusion_pytorch_model") -> None:
@@ -80,7 +102,9 @@ def save_sharded(folder: Path, module: Any, stem: str = "diffusion_pytorch_model
         save_file(shard, folder / file, metadata={"format": "pt"})
         where.update(dict.fromkeys(shard, file))
     total = sum(value.nbytes for value in tensors.values())
-    write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+    write_json(
+        folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where}
+    )
 
 
 def save_pipeline(folder: Path, vae: Any, unet: Any, text: Path) -> None:
@@ -119,7 +143,7 @@ SCHEDULER = {
     "prediction_type": "epsilon",
     "clip_sample": False,
     "set_alpha_to_one": True,
-    "steps_offset": 0,
+    "steps_offset": 1,
     "timestep_spacing": "trailing",
 }
 
@@ -148,20 +172,19 @@ def train_teacher(config: TeacherConfig, out: Path, target: Path) -> dict[str, f
     if not (text / "text_encoder" / "config.json").is_file():
         raise UserError(f"text = {str(text)!r} holds no text_encoder/; the bundled one lies in world/teacher")
     data, heldout = emoji8.load("train"), emoji8.load("heldout-concept")
+    precision = config.unet.loop.precision
+    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
     vae = finished_vae(config.vae, out / "vae")
     if vae is None:
-        accelerator = Accelerator(mixed_precision=_mixed(config.vae.loop.precision))
         vae = train_vae(config.vae, data.pictures, heldout.pictures, out / "vae", accelerator)
         save_file({k: v.contiguous() for k, v in vae.state_dict().items()}, out / "vae" / "final.safetensors")
     vae = vae.cpu().eval()
     speed_up(vae)
     psnr = reconstruction_psnr(vae, heldout.pictures)
-    Accelerator._shared_state.clear() if hasattr(Accelerator, "_shared_state") else None
-    accelerator = Accelerator(mixed_precision=_mixed(config.unet.loop.precision))
-    unet = train_unet(config.unet, vae, TextStates(text), out / "unet", accelerator)
+    digest = hashlib.sha256()
+    for file in [out / "vae" / "final.safetensors", *sorted((text / "text_encoder").glob("*.safetensors"))]:
+        digest.update(file.read_bytes())
+    encoders = WorldEncoders(vae, text)
+    unet = train_unet(config.unet, encoders, digest.hexdigest(), out / "unet", accelerator)
     save_pipeline(target, vae, unet.cpu(), text)
     return {"vae_psnr_heldout": psnr}
-
-
-def _mixed(precision: str) -> str:
-    return "no" if precision == "fp32" else precision

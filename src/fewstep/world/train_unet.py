@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,8 @@ from pydantic import Field
 from torch import Tensor
 
 from fewstep.config import Config
+from fewstep.data.latents import Encoders, latent_set
+from fewstep.data.pictures import bundled
 from fewstep.draws import Draws
 from fewstep.schedule import VariancePreserving, add_noise, scaled_linear
 from fewstep.settings import LoopConfig, OptimConfig
@@ -20,10 +21,6 @@ from fewstep.training.cpu import speed_up
 from fewstep.training.loop import Batch, Loss, Trained, Update, train
 from fewstep.training.run import RunLog
 from fewstep.world import emoji8
-from fewstep.world.train_vae import to_tensor
-
-Encode = Callable[[Sequence[str]], Tensor]
-"""Prompts -> text states, float32 [N, tokens, width]."""
 
 
 class UnetConfig(Config):
@@ -32,15 +29,16 @@ class UnetConfig(Config):
     channels: tuple[int, ...] = Field((128, 192), description="channels at 8x8 and 4x4")
     layers: int = Field(1, ge=1, description="residual and attention blocks at each resolution")
     heads: int = Field(4, ge=1, description="attention heads")
+    groups: int = Field(32, ge=1, description="groups of the group norms")
     latent_channels: int = Field(16, ge=1, description="channels of a latent")
     text_width: int = Field(384, ge=1, description="width of the text states")
     captions: int = Field(12, ge=1, description="captions drawn once for each picture")
     prompt_dropout: float = Field(0.1, ge=0, le=1, description="share of empty prompts")
     min_snr: float = Field(5.0, gt=0, description="gamma of the Min-SNR weight min(SNR, gamma)/SNR")
     loop: LoopConfig = LoopConfig(
-        steps=6000, batch=128, save_every=250, keep=3, watch_every=500, log_every=25, precision="bf16"
+        steps=9000, batch=64, save_every=500, keep=3, watch_every=1000, log_every=50, precision="bf16"
     )
-    optim: OptimConfig = OptimConfig(lr=5e-4, warmup=300, decay="cooldown", ema=0.999, weight_decay=0.01)
+    optim: OptimConfig = OptimConfig(lr=4e-4, warmup=500, decay="cooldown", ema=0.9993, weight_decay=0.01)
 
 
 def make_unet(config: UnetConfig) -> Any:
@@ -58,35 +56,18 @@ def make_unet(config: UnetConfig) -> Any:
         up_block_types=("CrossAttnUpBlock2D",) * depth,
         cross_attention_dim=config.text_width,
         attention_head_dim=config.heads,
+        norm_num_groups=config.groups,
     )
 
 
-@torch.no_grad()
-def encode_pictures(vae: Any, pictures: np.ndarray, batch: int = 128) -> Tensor:
-    """Posterior means of uint8 pictures, float32 [N, C, 8, 8]."""
-    parts = [
-        vae.encode(to_tensor(pictures[i : i + batch])).latent_dist.mean for i in range(0, len(pictures), batch)
-    ]
-    return torch.cat(parts)
-
-
-def cache_captions(records: Sequence[emoji8.Record], count: int, seed: int, encode: Encode) -> tuple[Tensor, Tensor]:
-    """Draw `count` captions a record and encode each distinct one once.
-
-    Returns:
-        states: bf16 [K + 1, tokens, width]; the last row is the empty prompt.
-        rows: int64 [N, count], which states belong to which record.
-    """
-    table = emoji8.caption_table(records, count, seed)
-    distinct = sorted({caption for row in table for caption in row})
-    number = {caption: i for i, caption in enumerate(distinct)}
-    parts = [encode([*distinct, ""][i : i + 512]).bfloat16() for i in range(0, len(distinct) + 1, 512)]
-    rows = torch.tensor([[number[caption] for caption in row] for row in table])
-    return torch.cat(parts), rows
-
-
 def eps_loss(
-    unet: Any, path: VariancePreserving, latents: Tensor, states: Tensor, t: Tensor, eps: Tensor, min_snr: float
+    unet: Any,
+    path: VariancePreserving,
+    latents: Tensor,
+    states: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    min_snr: float,
 ) -> Loss:
     """Min-SNR-weighted squared error of the predicted noise (arXiv 2303.09556); t int64 [B]."""
     x_t = add_noise(path, latents, eps, t)
@@ -97,16 +78,16 @@ def eps_loss(
     return Loss((weight * per_sample).mean(), per_sample, (t + 1) / (path.noisiest + 1))
 
 
-def train_unet(
-    config: UnetConfig, vae: Any, encode: Encode, folder: Path, accelerator: Accelerator
-) -> Any:
-    """Train the denoiser on Emoji-8's training split; return it with averaged weights."""
-    data, heldout = emoji8.load("train"), emoji8.load("heldout-pair")
+def train_unet(config: UnetConfig, encoders: Encoders, fingerprint: str, folder: Path, accelerator: Accelerator) -> Any:
+    """Train the denoiser on Emoji-8's training split; return it with averaged weights.
+
+    Latents and text states are computed once and kept in `folder`/cache, known by the encoders' `fingerprint`.
+    """
+    heldout = emoji8.load("heldout-pair")
     seed = config.loop.seed
-    latents = encode_pictures(vae, data.pictures)
-    states, rows = cache_captions(data.records, config.captions, seed, encode)
-    judged = encode_pictures(vae, heldout.pictures)
-    judged_states = encode([emoji8.name_with_style(record) for record in heldout.records])
+    data = latent_set(bundled(config.captions, seed), encoders, fingerprint, folder / "cache")
+    judged = encoders.to_latents(heldout.pictures)
+    judged_states = encoders.encode([emoji8.name_with_style(record) for record in heldout.records])["text"]
     torch.manual_seed(seed)
     unet = make_unet(config)
     speed_up(unet)
@@ -117,12 +98,11 @@ def train_unet(
 
     def loss(batch: Batch, draws: Draws) -> Loss:
         items = batch["items"]
-        row = rows[items, draws.integers("caption", 0, rows.shape[1]).cpu()]
-        row = torch.where(draws.chance("dropout", config.prompt_dropout).cpu(), len(states) - 1, row)
-        x_0 = latents[items].to(device)
+        x_0 = data.latents[items].to(device)
+        states = data.condition(items, draws, config.prompt_dropout, device)["text"]
         eps = draws.normal("noise", tuple(x_0.shape[1:]))
         t = draws.integers("t", 0, total)
-        return eps_loss(unet, path, x_0, states[row].float().to(device), t, eps, config.min_snr)
+        return eps_loss(unet, path, x_0, states, t, eps, config.min_snr)
 
     def fetch(items: np.ndarray) -> Batch:
         return {"items": torch.from_numpy(items)}
@@ -146,6 +126,6 @@ def train_unet(
 
     log = RunLog(folder, config, title="denoiser", main=accelerator.is_main_process)
     plan = [Update("unet", dict(unet.named_parameters()), loss, config.optim)]
-    trained: Trained = train(plan, fetch, len(latents), config.loop, log, accelerator, watch)
+    trained: Trained = train(plan, fetch, len(data), config.loop, log, accelerator, watch)
     unet.load_state_dict(trained.weights["unet"])
     return unet.eval()

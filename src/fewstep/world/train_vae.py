@@ -89,8 +89,9 @@ def fold_statistics(vae: Any, pictures: np.ndarray, batch: int = 64) -> None:
     convolutions around the latent: `quant_conv` (encoder side) and `post_quant_conv` (decoder side).
     Reconstructions do not change.
     """
-    total, square, count = 0.0, 0.0, 0
     channels = vae.config.latent_channels
+    total = square = torch.zeros(channels, dtype=torch.float64)
+    count = 0
     for start in range(0, len(pictures), batch):
         z = vae.encode(to_tensor(pictures[start : start + batch])).latent_dist.mean.double()
         total = total + z.sum((0, 2, 3))

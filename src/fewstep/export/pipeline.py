@@ -1,0 +1,46 @@
+"""A fully fine-tuned student as a whole pipeline folder, with its inference settings beside the weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fewstep.config import validate
+from fewstep.files import atomic_folder, read_json
+from fewstep.settings import Sampling
+
+if TYPE_CHECKING:  # its settings are read before torch is
+    from torch import nn
+
+RECORD = "fewstep.json"
+"""The file that holds the settings; diffusers does not mind it."""
+
+
+def save_pipeline(target: Path, base: Path, network: nn.Module, record: Mapping[str, Any]) -> Path:
+    """Copy the pipeline folder `base` with another denoiser, and write `record` (with a `sampling` entry) beside it.
+
+    Raises:
+        UserError: the place cannot be written to.
+    """
+    saver: Any = network
+    with atomic_folder(target) as part:
+        for item in base.iterdir():
+            if item.name == "unet" or item.name == RECORD:
+                continue
+            (shutil.copytree if item.is_dir() else shutil.copy2)(item, part / item.name)
+        saver.save_pretrained(part / "unet", safe_serialization=True)
+        (part / RECORD).write_text(json.dumps(dict(record), indent=2) + "\n", encoding="utf-8")
+    return target
+
+
+def sampling_of(pipeline: Path) -> Sampling | None:
+    """The settings that a pipeline folder brings along; None for one that is not a student.
+
+    Raises:
+        UserError: the record is broken.
+    """
+    path = pipeline / RECORD
+    return validate(Sampling, read_json(path).get("sampling", {})) if path.is_file() else None

@@ -1,0 +1,26 @@
+"""One way to get an Accelerator, for every training in a process."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+
+from fewstep.errors import UserError
+
+
+def make_accelerator(precision: str, device: torch.device) -> Accelerator:
+    """Return an Accelerator for loop.precision (fp32, bf16, fp16) on `device`.
+
+    Accelerate keeps its first settings for the life of the process and refuses others; a notebook that trains
+    twice needs them forgotten. The processes themselves stay as they were launched.
+
+    Raises:
+        UserError: fp16 without a GPU.
+    """
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("loop.precision = 'fp16' needs a GPU; the nearest legal one is 'bf16'")
+    moved = bool(PartialState._shared_state) and PartialState().device.type != device.type
+    AcceleratorState._reset_state(reset_partial_state=moved)
+    mixed = "no" if precision == "fp32" else precision
+    return Accelerator(mixed_precision=mixed, cpu=device.type == "cpu")

@@ -1,0 +1,125 @@
+"""The quality watch: during training, the same prompts from the same noise, judged and shown.
+
+A consistency loss does not track quality. Every so often the student draws the fixed prompts; a grid is written,
+KID to real pictures and the distance to the teacher's end points are logged, and the best student is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.data.latents import cached
+from fewstep.data.prompts import read_prompts
+from fewstep.drawing import Artist, artist_of, labelled_sheet, save_picture
+from fewstep.evaluation.features import Features
+from fewstep.evaluation.kid import KernelDistance
+from fewstep.evaluation.lite0 import Lite0Backbone
+from fewstep.evaluation.teacher import TeacherFeatures
+from fewstep.files import read_json, write_json
+from fewstep.roles import copy_role
+from fewstep.settings import TEACHER_SAMPLING, DistillConfig
+from fewstep.world import emoji8
+
+SHOWN = 10
+"""Prompts in the grid."""
+REAL = 1000
+"""Real pictures that KID is taken from."""
+
+Keep = Callable[[Mapping[str, Tensor], Mapping[str, Any]], None]
+
+
+def watched_prompts(name: str, count: int) -> list[str]:
+    """The first `count` prompts of a file or of a bundled list, repeated where there are fewer."""
+    prompts = read_prompts(name) if name.endswith(".txt") else list(emoji8.read_prompts(name))
+    return [prompts[i % len(prompts)] for i in range(count)]
+
+
+class Watch:
+    """Draws and judges the student; called by the loop with (step, weights).
+
+    Args:
+        denoiser: whose role `student` draws.
+        parameters: the student's trainable weights; they are lent the weights to judge and get their own back.
+        real: pictures uint8 [N, H, W, 3] that KID is taken from.
+        keep: called with the weights and their figures whenever KID is the best so far.
+    """
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        student: Artist,
+        parameters: Mapping[str, Tensor],
+        real: np.ndarray,
+        out: Path,
+        keep: Keep,
+    ) -> None:
+        watch = config.watch
+        self.student = student
+        self.parameters = parameters
+        self.out = out
+        self.keep = keep
+        self.prompts = watched_prompts(watch.prompts, watch.count)
+        self.seeds = [watch.seed + i for i in range(watch.count)]
+        self.features = Features(Lite0Backbone(), progress=False)
+        self.kid = KernelDistance(self.features)
+        self.to_teacher = TeacherFeatures(self.features)
+        self.real = real[:REAL]
+        self.condition = student.backbone.encode(self.prompts)
+        self.reference = self._teacher_pictures(config)
+        self.best = self._best_so_far()
+
+    def _teacher_pictures(self, config: DistillConfig) -> np.ndarray:
+        """The teacher's end points, uint8 [count, H, W, 3]; drawn once a run and kept in its cache."""
+        sampling = TEACHER_SAMPLING.model_copy(
+            update={"steps": config.watch.teacher_steps, "omega": config.method.guidance.mean_omega}
+        )
+        backbone = self.student.backbone
+        known = json.dumps(
+            [backbone.folder.fingerprint("unet", "vae"), sampling.model_dump(), self.prompts, self.seeds]
+        )
+        key = f"watch-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
+
+        def draw() -> dict[str, Tensor]:
+            latents = artist_of(backbone).latents(self.condition, self.seeds, sampling)
+            return {"pictures": torch.from_numpy(backbone.to_pictures(latents))}
+
+        pictures: np.ndarray = cached(self.out / "cache", key, draw)["pictures"].numpy()
+        return pictures
+
+    def _best_so_far(self) -> float:
+        path = self.out / "best" / "figures.json"
+        if not path.is_file():
+            return float("inf")
+        return float(read_json(path)["kid"])
+
+    @torch.no_grad()
+    def __call__(self, step: int, weights: Mapping[str, Mapping[str, Tensor]]) -> Mapping[str, float]:
+        """Judge the student with the given weights."""
+        judged = weights["student"]
+        own = {name: value.detach().clone() for name, value in self.parameters.items()}
+        copy_role(judged, self.parameters)
+        try:
+            latents = self.student.latents(self.condition, self.seeds, self.student.sampling)
+        finally:
+            copy_role(own, self.parameters)
+        pictures = self.student.backbone.to_pictures(latents)
+        drawn, real, wanted = (self.features(p) for p in (pictures, self.real, self.reference))
+        figures = {
+            "kid": self.kid.distance(drawn, real),
+            "to_teacher": float(self.to_teacher.scores(drawn, wanted).mean()),
+        }
+        rows = [(f"step {step}", pictures[:SHOWN]), ("teacher", self.reference[:SHOWN])]
+        save_picture(labelled_sheet(rows, self.prompts[:SHOWN]), self.out / "grids" / f"step-{step:08d}.webp")
+        if figures["kid"] < self.best:
+            self.best = figures["kid"]
+            self.keep(judged, {"step": step, **figures})
+            write_json(self.out / "best" / "figures.json", {"step": step, **figures})
+        return {f"watch/{name}": value for name, value in figures.items()}

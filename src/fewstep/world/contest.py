@@ -1,0 +1,197 @@
+"""Teacher, solvers and students on the same prompts from the same noise, measured: what demo and benchmark share.
+
+Pictures are kept on disk by what made them, so that a stopped contest goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
+
+from fewstep.drawing import Artist, load_artist
+from fewstep.evaluation.agreement import PromptAgreement, load_scorer
+from fewstep.evaluation.detail import EdgeDensity, WebpBytes
+from fewstep.evaluation.evaluate import Reference, evaluate_pictures, score_pictures
+from fewstep.evaluation.features import Features
+from fewstep.evaluation.frechet import FEWEST, FrechetDistance, Projection
+from fewstep.evaluation.kid import KernelDistance
+from fewstep.evaluation.lite0 import Lite0Backbone
+from fewstep.evaluation.metric import Metric, Scored
+from fewstep.evaluation.results import Row
+from fewstep.evaluation.teacher import TeacherFeatures, TeacherPixels
+from fewstep.files import atomic_write
+from fewstep.settings import TEACHER_SAMPLING, Sampling
+
+SOLVER_NAMES = {"euler": "Euler", "ddim": "DDIM", "dpmpp_2s": "DPM-Solver++(2S)"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the contest: who draws, and how.
+
+    Attributes:
+        method: its name in tables.
+        sampling: steps, gamma, guidance.
+        lora: the student, None for the teacher.
+        seed: of the student's training, and of the noise.
+    """
+
+    method: str
+    sampling: Sampling
+    lora: Path | None = None
+    seed: int = 0
+    note: str = ""
+
+
+def teacher_entry(omega: float, steps: int, seed: int, name: str = "teacher") -> Entry:
+    """The teacher's converged end points: guided DDIM."""
+    sampling = TEACHER_SAMPLING.model_copy(update={"steps": steps, "omega": omega})
+    return Entry(name, sampling, seed=seed)
+
+
+def solver_entries(omega: float, steps: Sequence[int], seed: int) -> list[Entry]:
+    """Euler, DDIM and DPM-Solver++(2S) on the teacher, at equal network calls (a guided call counts once).
+
+    All take their times from the students' grid; the two-call solver ends at the least noisy index, where its
+    mid-point exists.
+    """
+    entries = []
+    for solver, name in SOLVER_NAMES.items():
+        for count in steps:
+            end = "index0" if solver == "dpmpp_2s" else "clean"
+            settings = {"sampler": solver, "steps": count, "omega": omega, "spacing": "grid", "end": end}
+            entries.append(Entry(name, Sampling.model_validate(settings), seed=seed))
+    return entries
+
+
+def student_entries(
+    method: str, lora: Path, sampling: Sampling, steps: Sequence[int], seed: int
+) -> list[Entry]:
+    """A student at several step counts."""
+    return [Entry(method, sampling.model_copy(update={"steps": count}), lora, seed) for count in steps]
+
+
+class Studio:
+    """Draws entries and keeps their pictures.
+
+    Args:
+        teacher: pipeline folder.
+        prompts: one picture each.
+        folder: where pictures are kept.
+    """
+
+    def __init__(self, teacher: Path, prompts: Sequence[str], folder: Path) -> None:
+        self.teacher = teacher
+        self.prompts = list(prompts)
+        self.folder = folder
+        self._artists: dict[str, Artist] = {}
+
+    def artist(self, lora: Path | None) -> Artist:
+        """The teacher, or the student of a LoRA; loaded once, the last one kept."""
+        key = str(lora)
+        if key not in self._artists:
+            self._artists = {"None": self._artists["None"]} if "None" in self._artists else {}
+            self._artists[key] = load_artist(self.teacher, lora)
+        return self._artists[key]
+
+    def key(self, entry: Entry) -> str:
+        """What decides an entry's pictures, hashed."""
+        digest = hashlib.sha256()
+        known = [entry.sampling.model_dump(mode="json"), entry.seed, self.prompts]
+        digest.update(json.dumps(known).encode())
+        files = (
+            [entry.lora]
+            if entry.lora and entry.lora.is_file()
+            else sorted((entry.lora or Path("-")).glob("*.safetensors"))
+        )
+        for file in [*files, *sorted((self.teacher / "unet").glob("*.safetensors"))]:
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+        return digest.hexdigest()[:24]
+
+    def seeds(self, seed: int) -> list[int]:
+        """The seed of each prompt's noise; contests of different seeds share none."""
+        return [seed * 1_000_000 + i for i in range(len(self.prompts))]
+
+    def pictures(self, entry: Entry) -> np.ndarray:
+        """The entry's pictures, uint8 [N, H, W, 3], drawn if they are not there yet."""
+        path = self.folder / f"{self.key(entry)}.safetensors"
+        if path.is_file():
+            kept: np.ndarray = load_file(path)["pictures"]
+            return kept
+        artist = self.artist(entry.lora)
+        pictures = artist.draw(self.prompts, self.seeds(entry.seed), entry.sampling)
+        with atomic_write(path) as part:
+            save_file({"pictures": pictures}, part)
+        return pictures
+
+
+class Judge:
+    """All metrics over one feature backbone and one set of real pictures.
+
+    FD is left out below its smallest sample (500), where its bias rules.
+    """
+
+    def __init__(self, real: np.ndarray, n: int, scorer: Path | None, seed: int = 0) -> None:
+        self.features = Features(Lite0Backbone())
+        self.reference = Reference.split(real, n, seed)
+        self.seed = seed
+        self.metrics: list[Metric] = [KernelDistance(self.features)]
+        if n >= FEWEST:
+            projection = Projection.fit(self.features(self.reference.pictures))
+            self.metrics.insert(0, FrechetDistance(self.features, projection))
+        self.scored: list[Scored] = [
+            EdgeDensity(),
+            WebpBytes(),
+            TeacherPixels(),
+            TeacherFeatures(self.features),
+        ]
+        if scorer is not None:
+            self.scored.insert(0, PromptAgreement(load_scorer(scorer)))
+        self.metrics += self.scored
+
+    def row(
+        self, entry: Entry, prompts: Sequence[str], pictures: np.ndarray, teacher: np.ndarray | None
+    ) -> Row:
+        """Measure one entry against real pictures and against the teacher's from the same noise."""
+        figures = evaluate_pictures(pictures, prompts, self.metrics, self.reference, teacher, self.seed)
+        scores = score_pictures(pictures, prompts, self.scored, teacher)
+        sampling = entry.sampling
+        return Row(
+            method=entry.method,
+            steps=sampling.steps,
+            gamma=sampling.gamma if sampling.sampler == "sss" else None,
+            omega=sampling.omega or None,
+            seed=entry.seed,
+            figures=figures,
+            scores={name: [float(value) for value in values] for name, values in scores.items()},
+            note=entry.note,
+        )
+
+
+def contest(
+    studio: Studio,
+    judge: Judge,
+    teacher: Entry,
+    entries: Sequence[Entry],
+    done: Callable[[Row], None] | None = None,
+) -> list[Row]:
+    """Draw and measure the teacher and all entries of one noise seed, with a progress bar."""
+    reference = studio.pictures(teacher)
+    rows = []
+    with tqdm(total=1 + len(entries), desc=f"contest, seed {teacher.seed}", unit="row") as bar:
+        for entry in [teacher, *entries]:
+            bar.set_postfix_str(f"{entry.method} {entry.sampling.steps}")
+            pictures = studio.pictures(entry)
+            row = judge.row(entry, studio.prompts, pictures, None if entry is teacher else reference)
+            rows.append(row)
+            if done:
+                done(row)
+            bar.update()
+    return rows

@@ -1,0 +1,124 @@
+"""A pipeline and a picture folder small enough that a whole distillation takes a second or two."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+
+WORDS = ["red", "green", "blue", "yellow", "disc", "square", "ring", "bar", "a", "on", "white", ",", "style"]
+COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 70, 220), "yellow": (240, 200, 40)}
+SHAPES = ("disc", "square", "ring", "bar")
+
+
+def draw_shape(colour: str, shape: str) -> np.ndarray:
+    """A shape on white, uint8 [64, 64, 3]."""
+    y, x = np.mgrid[:64, :64] - 31.5
+    radius = np.hypot(x, y)
+    inside = {
+        "disc": radius < 22,
+        "square": np.maximum(abs(x), abs(y)) < 20,
+        "ring": (radius < 26) & (radius > 14),
+        "bar": (abs(y) < 9) & (abs(x) < 27),
+    }[shape]
+    picture = np.full((64, 64, 3), 255, np.uint8)
+    picture[inside] = COLOURS[colour]
+    return picture
+
+
+@pytest.fixture(scope="session")
+def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16 pictures with captions in metadata.jsonl."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("pictures")
+    lines = []
+    for colour in COLOURS:
+        for shape in SHAPES:
+            Image.fromarray(draw_shape(colour, shape)).save(folder / f"{colour}-{shape}.png")
+            lines.append(json.dumps({"file_name": f"{colour}-{shape}.png", "text": f"a {colour} {shape}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def write_text_encoder(folder: Path) -> None:
+    """A random BertModel of width 32 and a word-piece tokenizer of a few words."""
+    import torch
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel
+
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    (folder / "tokenizer").mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
+    (folder / "tokenizer" / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
+    settings = {"tokenizer_class": "BertTokenizer", "model_max_length": 8, "do_lower_case": True}
+    names = {f"{kind}_token": f"[{kind.upper()}]" for kind in ("pad", "unk", "cls", "sep", "mask")}
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings | names), encoding="utf-8")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=8,
+        use_attention_mask=True,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    BertModel(config).save_pretrained(folder / "text_encoder")
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable-Diffusion-shaped pipeline folder with random weights: 64x64 pictures, 8x8x4 latents."""
+    import torch
+
+    from fewstep.world.teacher import save_pipeline
+    from fewstep.world.train_unet import UnetConfig, make_unet
+    from fewstep.world.train_vae import VaeConfig, make_vae
+
+    text = tmp_path_factory.mktemp("text")
+    write_text_encoder(text)
+    torch.manual_seed(1)
+    unet = make_unet(UnetConfig(channels=(16, 32), heads=2, groups=8, latent_channels=4, text_width=32))
+    vae = make_vae(VaeConfig(channels=(8, 8, 8, 8), groups=4, latent_channels=4))
+    with torch.no_grad():
+        vae.quant_conv.weight.mul_(4)  # random encoders say little: latents of a usual size
+        unet.conv_out.weight.mul_(8)
+    folder = tmp_path_factory.mktemp("pipeline") / "tiny"
+    save_pipeline(folder, vae, unet, text)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where distillations of the session share their latents."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def tiny_overrides(tiny_pipeline: Path, picture_folder: Path) -> list[str]:
+    """Overrides for a distillation of the tiny pipeline: 6 steps of 4."""
+    return [
+        f"teacher={tiny_pipeline}",
+        f"data.source={picture_folder}",
+        "device=cpu",
+        "student.rank=4",
+        "loop.steps=6",
+        "loop.batch=4",
+        "loop.log_every=1",
+        "loop.save_every=2",
+        "optim.lr=1e-3",
+    ]

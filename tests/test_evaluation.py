@@ -1,0 +1,508 @@
+"""The reductions: closed forms, unbiasedness, intervals, refusals, and what evaluate puts together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fewstep.errors import UserError
+from fewstep.evaluation.bootstrap import mean_figure, paired_difference
+from fewstep.evaluation.detail import (
+    EdgeDensity,
+    WebpBytes,
+    blurred,
+    detail_scale,
+    edge_density,
+    noised,
+    webp_bytes,
+)
+from fewstep.evaluation.diversity import diversity, pairwise_distance
+from fewstep.evaluation.evaluate import (
+    TO_TEACHER,
+    Reference,
+    evaluate_pictures,
+    load_figures,
+    save_figures,
+    score_pictures,
+)
+from fewstep.evaluation.features import Features
+from fewstep.evaluation.floor import real_versus_real
+from fewstep.evaluation.frechet import FrechetDistance, Projection, frechet, moments
+from fewstep.evaluation.kid import KernelDistance, between, mmd2, within
+from fewstep.evaluation.metric import Array, Figure, Identity, Pictures, check_pictures
+from fewstep.evaluation.neighbours import neighbour_shares
+from fewstep.evaluation.table import table
+from fewstep.evaluation.teacher import TeacherFeatures, TeacherPixels, cosine_distance, pixel_rmse
+from fewstep.evaluation.whiteness import Whiteness, background, background_by_prompt
+from fewstep.world import emoji8
+
+
+class Coarse:
+    """A backbone without weights: mean colours of 8x8 cells."""
+
+    name = "8x8 mean colours"
+    weights_sha256 = "none"
+    licence = "none"
+    input = "as given"
+    calls = 0
+
+    def __call__(self, pictures: Pictures) -> Array:
+        self.calls += len(pictures)
+        n, h, w, _ = pictures.shape
+        cells = pictures.reshape(n, 8, h // 8, 8, w // 8, 3).mean((2, 4), dtype=np.float32)
+        return cells.reshape(n, -1) / np.float32(255)
+
+
+@pytest.fixture(scope="module")
+def real() -> emoji8.Emoji8:
+    return emoji8.load("train")
+
+
+@pytest.fixture(scope="module")
+def coarse() -> Features:
+    return Features(Coarse(), progress=False)
+
+
+def some(real: emoji8.Emoji8, n: int, seed: int = 0) -> Pictures:
+    return real.pictures[np.random.default_rng(seed).permutation(len(real))[:n]]
+
+
+# ---------------------------------------------------------------------------------------------------- FD
+
+
+def test_frechet_equals_closed_forms() -> None:
+    rng = np.random.default_rng(0)
+    zero, eye = np.zeros(4), np.eye(4)
+    a, b = np.array([1.0, 4.0, 9.0, 0.25]), np.array([4.0, 1.0, 1.0, 0.25])
+    shift = np.array([3.0, 0.0, -4.0, 0.0])
+    assert frechet(zero, eye, zero, eye) == pytest.approx(0, abs=1e-12)
+    assert frechet(shift, eye, zero, eye) == pytest.approx(25)
+    # Axis-aligned: sum of squared differences of standard deviations: 1 + 1 + 4 + 0.
+    assert frechet(shift, np.diag(a), zero, np.diag(b)) == pytest.approx(25 + 6)
+    turn = np.linalg.qr(rng.normal(size=(4, 4)))[0]
+    turned = frechet(turn @ shift, turn @ np.diag(a) @ turn.T, zero, turn @ np.diag(b) @ turn.T)
+    assert turned == pytest.approx(31)
+    # Covariances that do not commute: the trace of a square root is the sum of roots of the eigenvalues.
+    x, y = (m @ m.T + 0.1 * eye for m in rng.normal(size=(2, 4, 4)))
+    roots = np.sqrt(np.linalg.eigvals(x @ y).real)
+    assert frechet(zero, x, zero, y) == pytest.approx(np.trace(x + y) - 2 * roots.sum(), rel=1e-9)
+    flat = np.diag([1.0, 1.0, 0.0, 0.0])
+    assert frechet(zero, flat, zero, eye) == pytest.approx(2), "singular covariances"
+
+
+def test_fd_of_samples_from_known_gaussians(coarse: Features) -> None:
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(20000, 6))
+    y = 2 * rng.normal(size=(20000, 6)) + 1
+    every_axis = Projection(np.zeros(6), np.eye(6), 1.0, 20000)
+    assert FrechetDistance(coarse, every_axis).distance(y, x) == pytest.approx(6 + 6, rel=0.03)
+    moved = FrechetDistance(coarse, every_axis).distance(x + np.arange(6), x)
+    assert moved == pytest.approx(55, rel=1e-9), "equal covariances: the squared shift alone"
+    weights = rng.integers(0, 3, len(x)).astype(float)
+    repeated = np.repeat(x, weights.astype(int), axis=0)
+    for one, two in zip(moments(x, weights), moments(repeated), strict=True):
+        assert np.allclose(one, two)
+
+
+def test_projection_keeps_the_largest_directions() -> None:
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(3000, 100)) * np.where(np.arange(100) < 64, 10.0, 0.1) + 5
+    projection = Projection.fit(x.astype(np.float32))
+    assert projection.axes.shape == (100, 64)
+    assert np.allclose(projection.axes.T @ projection.axes, np.eye(64))
+    assert projection.explained > 0.999
+    assert np.abs(projection.axes[64:]).max() < 0.05
+    assert np.allclose(projection(x).mean(0), 0, atol=1e-5)
+    assert Projection.fit(x[::-1].astype(np.float32)).sha256 == projection.sha256, "order does not count"
+    assert Projection.fit(x[1:].astype(np.float32)).sha256 != projection.sha256
+    with pytest.raises(UserError, match="64 principal components"):
+        Projection.fit(x[:64])
+
+
+def test_fd_is_refused_below_500_and_says_what_it_is(real: emoji8.Emoji8, coarse: Features) -> None:
+    features = coarse(some(real, 1200))
+    metric = FrechetDistance(coarse, Projection.fit(features), "Coarse")
+    with pytest.raises(UserError, match="FD-Coarse of 499 pictures would be mostly noise; give at least 500"):
+        metric.distance(features[:499], features[500:])
+    with pytest.raises(UserError, match="499 pictures to measure against"):
+        metric.reduce(features[:600], features[:499], 0)
+    with pytest.raises(UserError, match="needs pictures to measure against"):
+        metric.reduce(features[:600], None, 0)
+    figure = metric.reduce(features[:500], features[500:], 0)
+    assert figure.low is not None
+    assert figure.high is not None
+    assert 0 <= figure.low <= figure.value <= figure.high
+    assert figure == metric.reduce(features[:500], features[500:], 0), "the bootstrap is seeded"
+    assert "FID" not in metric.identity.name
+    assert metric.projection.sha256[:16] in metric.identity.reduction
+
+
+def test_fd_and_kid_show_blur_noise_and_mode_drop(real: emoji8.Emoji8, coarse: Features) -> None:
+    pictures = some(real, 1500)
+    ours, rest = pictures[:500], coarse(pictures[500:])
+    kid = KernelDistance(coarse)
+    fd = FrechetDistance(coarse, Projection.fit(coarse(pictures)))
+    dropped = np.repeat(ours[:50], 10, axis=0)
+    for metric in (fd, kid):
+        floor = metric.distance(coarse(ours), rest)
+        assert metric.distance(coarse(dropped), rest) > 2 * abs(floor), "50 pictures ten times each"
+        fades = [metric.distance(coarse((ours * s + 255 * (1 - s)).astype(np.uint8)), rest) for s in (0.9, 0.7)]
+        assert floor < fades[0] < fades[1], "paler pictures"
+
+
+# --------------------------------------------------------------------------------------------------- KID
+
+
+def brute_mmd2(x: Array, y: Array) -> float:
+    def k(a: Array, b: Array) -> float:
+        return float((a @ b / len(a) + 1) ** 3)
+
+    n, m = len(x), len(y)
+    xx = sum(k(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    yy = sum(k(y[i], y[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+    return xx + yy - 2 * sum(k(a, b) for a in x for b in y) / (n * m)
+
+
+def test_kid_equals_its_definition_in_any_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(3)
+    x, y = rng.normal(size=(17, 5)), rng.normal(size=(23, 5)) + 0.4
+    expected = brute_mmd2(x, y)
+    assert mmd2(x, y) == pytest.approx(expected, rel=1e-12)
+    monkeypatch.setattr("fewstep.evaluation.kid.ROWS", 7)
+    assert mmd2(x, y) == pytest.approx(expected, rel=1e-12)
+    assert KernelDistance(Features(Coarse())).distance(x, y) == pytest.approx(expected, rel=1e-12)
+
+
+def test_weights_of_kid_count_rows_but_never_pair_a_row_with_itself() -> None:
+    rng = np.random.default_rng(4)
+    x, y = rng.normal(size=(6, 3)), rng.normal(size=(5, 3))
+    counts = np.array([2.0, 0, 1, 3, 0, 1])
+    times = counts.astype(int)
+    pairs = [((x[i] @ x[j] / 3 + 1) ** 3, counts[i] * counts[j]) for i in range(6) for j in range(6) if i != j]
+    mean = sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs)
+    assert within(x, counts[None])[0] == pytest.approx(mean)
+    repeated = np.repeat(x, times, axis=0)
+    expected = between(repeated, y, np.ones((1, len(repeated))), np.ones((1, 5)))[0]
+    assert between(x, y, counts[None], np.ones((1, 5)))[0] == pytest.approx(expected)
+
+
+def test_kid_is_unbiased_and_grows_with_the_shift() -> None:
+    rng = np.random.default_rng(5)
+    draws = np.array([mmd2(rng.normal(size=(40, 8)), rng.normal(size=(60, 8))) for _ in range(400)])
+    error = draws.std() / np.sqrt(len(draws))
+    assert abs(draws.mean()) < 3 * error
+    assert draws.min() < 0, "an unbiased estimate of 0 falls on both sides"
+    x, y = rng.normal(size=(400, 8)), rng.normal(size=(400, 8))
+    distances = [mmd2(x + shift, y) for shift in (0.0, 0.2, 0.4, 0.8)]
+    assert distances == sorted(distances)
+
+
+def test_kid_interval_covers_the_true_distance() -> None:
+    rng = np.random.default_rng(6)
+    metric = KernelDistance(Features(Coarse()))
+    # x ~ N(c 1, I), y ~ N(0, I): x.x'/D is no simple law, so the truth comes from a large sample.
+    truth = mmd2(rng.normal(size=(6000, 4)) + 0.5, rng.normal(size=(6000, 4)))
+    hits = 0
+    for _ in range(40):
+        figure = metric.reduce(rng.normal(size=(150, 4)) + 0.5, rng.normal(size=(300, 4)), 0)
+        assert figure.low is not None
+        assert figure.high is not None
+        hits += figure.low <= truth <= figure.high
+    assert hits >= 33, "of 40 intervals that should cover 95 % of the time"
+
+
+def test_kid_refuses_a_handful() -> None:
+    x = np.ones((9, 3))
+    with pytest.raises(UserError, match="KID-Lite0 of 9 pictures says nothing; give at least 10"):
+        KernelDistance(Features(Coarse())).distance(x, np.ones((50, 3)))
+
+
+def test_floor_averages_splits() -> None:
+    rng = np.random.default_rng(7)
+    features = rng.normal(size=(300, 4))
+    figure = real_versus_real(mmd2, features, 100, seed=0)
+    assert figure.n == 100
+    assert figure.low is not None
+    assert figure.high is not None
+    assert figure.low <= figure.value <= figure.high
+    assert abs(figure.value) < 0.2
+    assert real_versus_real(mmd2, features, 100, seed=0) == figure
+    assert real_versus_real(mmd2, features, 100, seed=1) != figure
+    with pytest.raises(UserError, match="n=300 of 300"):
+        real_versus_real(mmd2, features, 300, seed=0)
+
+
+# --------------------------------------------------------------------------------------------- bootstrap
+
+
+def test_mean_interval_covers_the_mean() -> None:
+    rng = np.random.default_rng(8)
+    hits = 0
+    for seed in range(200):
+        figure = mean_figure(rng.exponential(size=80), seed)
+        assert figure.low is not None
+        assert figure.high is not None
+        assert figure.low < figure.value < figure.high
+        hits += figure.low <= 1.0 <= figure.high
+    assert 178 <= hits <= 199
+    narrow, wide = mean_figure(rng.normal(size=1600), 0), mean_figure(rng.normal(size=100), 0)
+    assert (narrow.high or 0) - (narrow.low or 0) < 0.5 * ((wide.high or 0) - (wide.low or 0))
+    assert mean_figure(np.array([2.0]), 0) == Figure(2.0, None, None, 1)
+    with pytest.raises(UserError, match="score 1 is not finite"):
+        mean_figure(np.array([1.0, np.nan]), 0)
+
+
+def test_pairing_sees_what_separate_intervals_hide() -> None:
+    rng = np.random.default_rng(9)
+    prompts = rng.normal(size=200)
+    ours, theirs = prompts + 0.1 + 0.05 * rng.normal(size=200), prompts
+    paired = paired_difference(ours, theirs, 0)
+    assert paired.low is not None
+    assert paired.low > 0
+    assert (mean_figure(ours, 0).low or 0) < (mean_figure(theirs, 0).high or 0)
+    with pytest.raises(UserError, match="200 scores cannot be paired with 199"):
+        paired_difference(ours, theirs[1:], 0)
+
+
+# ------------------------------------------------------------------------------------- detail, whiteness
+
+
+def ramp(step: int) -> Pictures:
+    row = (np.arange(64) * step).astype(np.uint8)
+    return np.broadcast_to(row[None, None, :, None], (1, 64, 64, 3)).copy()
+
+
+def test_edge_density_of_known_pictures() -> None:
+    assert edge_density(np.full((2, 64, 64, 3), 90, np.uint8)).tolist() == [0, 0]
+    assert edge_density(ramp(1))[0] == pytest.approx(1)
+    assert edge_density(ramp(3))[0] == pytest.approx(3)
+    assert edge_density(ramp(3).swapaxes(1, 2))[0] == pytest.approx(3), "down as across"
+
+
+def test_detail_scale_orders_copies(real: emoji8.Emoji8) -> None:
+    scale = detail_scale(some(real, 60))
+    edges = {name: figures[EdgeDensity.identity.name].value for name, figures in scale.items()}
+    order = ["blurred, radius 1", "blurred, radius 0.5", "real", "noised, sigma 5", "noised, sigma 10"]
+    assert sorted(edges, key=edges.__getitem__) == order
+    sizes = {name: figures[WebpBytes.identity.name].value for name, figures in scale.items()}
+    assert sizes["real"] < sizes["noised, sigma 5"] < sizes["noised, sigma 10"]
+
+
+def test_webp_bytes_measure_a_lossless_file() -> None:
+    plain = np.full((1, 64, 64, 3), 200, np.uint8)
+    noise = np.random.default_rng(10).integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)
+    assert webp_bytes(plain)[0] < 100
+    assert webp_bytes(noise)[0] > 64 * 64 * 3 * 0.95
+
+
+def test_noise_and_blur_are_what_they_say() -> None:
+    grey = np.full((4, 64, 64, 3), 128, np.uint8)
+    assert noised(grey, 5, 0).astype(float).std() == pytest.approx(5, rel=0.03)
+    assert (noised(grey, 5, 0) == noised(grey, 5, 0)).all()
+    assert (blurred(grey, 1.0) == grey).all()
+
+
+def test_whiteness_of_planted_borders(real: emoji8.Emoji8) -> None:
+    pictures = np.zeros((20, 64, 64, 3), np.uint8)
+    pictures[:, :, :2] = 255
+    pictures[0, 0, 0] = 0  # 1 of 20 is not white there: 95 % still are
+    everywhere = background(pictures)
+    assert everywhere.sum() == 128
+    assert everywhere[:, :2].all()
+    hazy = pictures.copy()
+    hazy[1:] = np.where(pictures[1:] == 255, 245, 0)
+    share, level = (Whiteness(kind, everywhere) for kind in ("share", "level"))  # type: ignore[arg-type]
+    prompts = [""] * 20
+    assert share.features(pictures, prompts)[1:].tolist() == [1.0] * 19
+    assert share.features(hazy, prompts)[1:].tolist() == [0.0] * 19
+    assert level.features(hazy, prompts)[1:] == pytest.approx(245)
+    by_prompt = background_by_prompt(pictures, [["a"], *[["b"]] * 19])
+    assert by_prompt["a"].sum() == 127
+    assert by_prompt["b"].sum() == 128
+    by_prompt["none"] = np.zeros((64, 64), bool)
+    one = Whiteness("share", everywhere, by_prompt).features(pictures[[0, 0, 0]], ["a", "b", "none"])
+    assert one.tolist() == [1.0, 127 / 128, 127 / 128]
+    with pytest.raises(UserError, match="no white border"):
+        Whiteness("share", np.zeros((64, 64), bool))
+    assert background(real.pictures).sum() > 50
+
+
+# --------------------------------------------------------------------------- diversity, neighbours, teacher
+
+
+def test_diversity_of_known_sets(coarse: Features, real: emoji8.Emoji8) -> None:
+    rng = np.random.default_rng(11)
+    same = np.repeat(rng.normal(size=(3, 1, 7)), 5, axis=1)
+    assert pairwise_distance(same) == pytest.approx(0, abs=1e-12)
+    assert pairwise_distance(np.eye(4)[None]) == pytest.approx(1)
+    x = rng.normal(size=(2, 4, 7))
+    unit = x / np.linalg.norm(x, axis=-1, keepdims=True)
+    expected = [np.mean([1 - u[i] @ u[j] for i in range(4) for j in range(i)]) for u in unit]
+    assert pairwise_distance(x) == pytest.approx(expected)
+    with pytest.raises(UserError, match="noises >= 2"):
+        pairwise_distance(x[:, :1])
+    pictures = some(real, 24).reshape(6, 4, 64, 64, 3)
+    figure = diversity(coarse, pictures)
+    assert figure.n == 6
+    assert figure.identity is not None
+    assert "4 noises" in figure.identity.reduction
+    assert diversity(coarse, np.repeat(pictures[:, :1], 4, axis=1)).value < 1e-6 < figure.value
+
+
+def test_neighbours_on_planted_features() -> None:
+    gallery = np.eye(4)
+    shown = ["cat", "cat", "dog", "cow"]
+    near = np.array([[1, 0.9, 0, 0], [0, 0, 0.8, 1], [0.1, 0, 0.2, 1]])
+    found = neighbour_shares(near, ["cat", "dog", "cow"], gallery, shown, np.array([0, -1, 3]))
+    assert found.nearest.tolist() == [0, 3, 3]
+    assert found.right_concept.value == pytest.approx(2 / 3)
+    # Without their own: the cat's next is the other cat; the cow's next is the dog.
+    assert found.right_concept_without_own.value == pytest.approx(1 / 3)
+    assert found.own is not None
+    assert found.own.value == 1
+    assert found.own.n == 2
+    both = neighbour_shares(near[:1], ["cat"], gallery, shown, np.array([[0, 1]]))
+    assert both.right_concept_without_own.value == 0
+    assert neighbour_shares(near, ["cat", "dog", "cow"], gallery, shown).own is None
+    scaled = neighbour_shares(9 * near, ["cat", "dog", "cow"], 0.1 * gallery, shown)
+    assert scaled.nearest.tolist() == [0, 3, 3], "the cosine ignores lengths"
+    with pytest.raises(UserError, match="own=4 is outside the gallery of 4; the nearest is 3"):
+        neighbour_shares(near, ["cat", "dog", "cow"], gallery, shown, np.array([4, 0, 0]))
+
+
+def test_distance_to_teacher_is_paired(coarse: Features, real: emoji8.Emoji8) -> None:
+    ours = np.zeros((2, 8, 8, 3), np.uint8)
+    theirs = ours.copy()
+    theirs[1] = 10
+    theirs[0, :4] = 20
+    assert pixel_rmse(ours, theirs) == pytest.approx([20 / np.sqrt(2), 10])
+    assert cosine_distance(np.eye(2), np.array([[3.0, 0], [0, -2]])) == pytest.approx([0, 2])
+    pictures = some(real, 30)
+    for metric in (TeacherPixels(), TeacherFeatures(coarse)):
+        features = metric.features(pictures, ())
+        assert metric.reduce(features, features, 0).value == pytest.approx(0, abs=1e-9)
+        assert metric.reduce(features, metric.features(pictures[::-1], ()), 0).value > 0
+        with pytest.raises(UserError, match="30 pictures came with 29 of the teacher"):
+            metric.reduce(features, features[1:], 0)
+
+
+# ---------------------------------------------------------------------------------------------- evaluate
+
+
+def test_features_are_computed_once_and_survive_on_disk(tmp_path: Path, real: emoji8.Emoji8) -> None:
+    pictures = some(real, 40)
+    backbone = Coarse()
+    features = Features(backbone, tmp_path)
+    first = features(pictures)
+    assert features(pictures.copy()) is first
+    assert backbone.calls == 40
+    assert not first.flags.writeable
+    changed = pictures.copy()
+    changed[0, 0, 0, 0] ^= 1
+    features(changed)
+    assert backbone.calls == 80, "one bit makes another set"
+    fresh = Coarse()
+    assert np.array_equal(Features(fresh, tmp_path)(pictures), first)
+    assert fresh.calls == 0
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:50])
+    assert np.array_equal(Features(fresh, tmp_path)(pictures), first)
+    assert fresh.calls == 40
+    other = Coarse()
+    other.weights_sha256 = "other weights"
+    Features(other, tmp_path)(pictures)
+    assert other.calls == 40
+
+
+class Redness:
+    """A metric of one's own: three members are enough."""
+
+    against = "nothing"
+    identity = Identity("redness", "mean red", "higher", "levels", "mean")
+
+    def features(self, pictures: Pictures, prompts: Sequence[str]) -> Array:
+        return pictures[..., 0].mean((1, 2))
+
+    def reduce(self, features: Array, against: Array | None, seed: int) -> Figure:
+        return mean_figure(features, seed)
+
+
+def test_evaluate_puts_everything_beside_each_figure(real: emoji8.Emoji8, coarse: Features, tmp_path: Path) -> None:
+    pictures, prompts = some(real, 600), ["x"] * 600
+    reference = Reference.split(some(real, 1300, 2), 700, seed=1)
+    assert len(reference.pictures) == 600
+    projection = Projection.fit(coarse(reference.pictures))
+    metrics = [FrechetDistance(coarse, projection), KernelDistance(coarse), TeacherPixels(), Redness()]
+    teacher = noised(pictures, 10, 0)
+    figures = evaluate_pictures(pictures, prompts, metrics, reference, teacher, seed=5)  # type: ignore[arg-type]
+    fd, kid = "FD-Lite0", "KID-Lite0"
+    assert set(figures) == {fd, kid, fd + TO_TEACHER, kid + TO_TEACHER, "to teacher: pixels", "redness"}
+    for name, figure in figures.items():
+        assert figure.identity is not None
+        assert figure.identity.name == name
+        assert (figure.n, figure.identity.n, figure.identity.seed) == (600, 600, 5)
+    for name in (fd, kid, "redness"):
+        assert figures[name].floor is not None
+    assert figures[fd + TO_TEACHER].floor is None
+    assert figures["to teacher: pixels"].floor is None
+    assert reference.floor is not None
+    assert figures["redness"].floor == pytest.approx(reference.floor[:600, :, :, 0].mean())
+    floor = metrics[1].distance(coarse(reference.floor[:600]), coarse(reference.pictures))  # type: ignore[union-attr]
+    assert figures[kid].floor == pytest.approx(floor)
+    alone = evaluate_pictures(pictures, prompts, metrics)  # type: ignore[arg-type]
+    assert set(alone) == {"redness"}
+    assert alone["redness"].floor is None
+
+    results = {"TCD | 4": figures, "only red": alone}
+    save_figures(tmp_path / "figures.json", results)
+    assert load_figures(tmp_path / "figures.json") == results
+    text = table(results)
+    lines = text.splitlines()
+    assert lines[0].startswith("| method | FD-Lite0 ↓ |")
+    assert "redness ↑" in lines[0]
+    assert lines[2].startswith("| TCD \\| 4 | ")
+    assert lines[4].startswith("| *real pictures* | ")
+    assert "n = 600, seed 5" in text
+
+    with pytest.raises(UserError, match="600 pictures need as many real ones set aside for the floor, not 30"):
+        evaluate_pictures(pictures, prompts, metrics[:1], replace(reference, floor=reference.floor[:30], _floors={}))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="600 pictures came with 599 prompts"):
+        evaluate_pictures(pictures, prompts[1:], metrics, reference)  # type: ignore[arg-type]
+
+
+def test_scores_pair_methods_by_prompt(real: emoji8.Emoji8, coarse: Features) -> None:
+    teacher = some(real, 50)
+    prompts = ["x"] * 50
+    metrics = [TeacherPixels(), TeacherFeatures(coarse), EdgeDensity()]
+    soft, softer = (score_pictures(blurred(teacher, r), prompts, metrics, teacher) for r in (0.5, 1.0))
+    for name in ("to teacher: pixels", "to teacher: Lite0"):
+        difference = paired_difference(softer[name], soft[name], 0)
+        assert difference.low is not None
+        assert difference.low > 0
+    edges = paired_difference(softer["detail: edges"], soft["detail: edges"], 0)
+    assert edges.high is not None
+    assert edges.high < 0
+    assert set(score_pictures(teacher, prompts, metrics)) == {"detail: edges"}
+
+
+def test_what_is_no_picture_set_is_refused() -> None:
+    with pytest.raises(UserError, match=r"float32 \[2, 8, 8, 3\]; give uint8"):
+        check_pictures(np.zeros((2, 8, 8, 3), np.float32))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"uint8 \[8, 8, 3\]"):
+        check_pictures(np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(UserError, match="0 pictures"):
+        check_pictures(np.zeros((0, 8, 8, 3), np.uint8))
+
+
+def test_foreign_figures_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    path.write_text('{"row": {"FD": {"value": 1}}}')
+    with pytest.raises(UserError, match="not a figure"):
+        load_figures(path)
+    path.write_text("[1, 2]")
+    with pytest.raises(UserError, match="does not hold figures"):
+        load_figures(path)

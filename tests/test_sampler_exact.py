@@ -1,0 +1,310 @@
+"""Samplers on the exact teacher, in float64: marginals are kept, and SSS is DDIM with the matching noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from exact import Mixture, gaussian, three_modes, times_of
+from fewstep.errors import UserError
+from fewstep.grid import end_time, inference_times
+from fewstep.names import End
+from fewstep.sampler import (
+    check_gamma,
+    consistency_step,
+    diffuse,
+    picture_noise,
+    sample_consistency,
+    sample_sss,
+    sss_step,
+    sss_target,
+)
+from fewstep.schedule import Estimate, FlowMatching, Path, VarianceExploding, expand, scaled_linear
+from fewstep.solver import Denoise
+
+VP = scaled_linear()
+PATHS: dict[str, Path] = {"vp": VP, "flow": FlowMatching(), "ve": VarianceExploding(20.0)}
+GAMMAS = (0.0, 0.3, 1.0)
+
+
+def exact_jumper(teacher: Mixture, times: list[float], gamma: float, end: End, rk_steps: int = 64) -> Denoise:
+    """A network told where each jump of `sample_sss` lands: its first-order jump from t to s is the exact one.
+
+    It solves alpha_t x0 + sigma_t eps = x_t together with alpha_s x0 + sigma_s eps = x_s.
+    """
+    path = teacher.path
+    landing = {
+        t: float(sss_target(path, torch.tensor(t_next, dtype=torch.float64), gamma)) for t, t_next in pairwise(times)
+    }
+    landing[times[-1]] = end_time(path, end)
+
+    def denoise(x_t: Tensor, t: Tensor) -> Estimate:
+        s = times_of(landing[float(t[0])], x_t)
+        x_s = teacher.flow(x_t, t, s, steps=rk_steps)
+        a_t, b_t, a_s, b_s = (expand(f(u), x_t) for u in (t, s) for f in (path.alpha, path.sigma))
+        det = a_t * b_s - a_s * b_t
+        return Estimate((b_s * x_t - b_t * x_s) / det, (a_t * x_s - a_s * x_t) / det)
+
+    return denoise
+
+
+def call_times(path: Path, steps: int) -> list[float]:
+    return [float(t) for t in inference_times(path, steps)]
+
+
+@pytest.mark.parametrize("gamma", [*GAMMAS, 0.2, 0.77])
+@pytest.mark.parametrize(("name", "end"), [("vp", "clean"), ("vp", "index0"), ("flow", "clean"), ("ve", "clean")])
+def test_sss_with_exact_jump_keeps_a_gaussians_moments(name: str, gamma: float, end: End) -> None:
+    """Every step is affine in x and z, so one batch of unit vectors gives the law of each x_t without sampling.
+
+    Row 0 is x = 0, row 1 x = 1 (both without noise); row 2 + i has z = 1 at the i-th noise alone.
+    """
+    path = PATHS[name]
+    teacher = gaussian(path, mean=(0.7,), std=0.6)
+    times = call_times(path, 4)
+    seen: list[Tensor] = []
+    jump = exact_jumper(teacher, times, gamma, end)
+
+    def denoise(x_t: Tensor, t: Tensor) -> Estimate:
+        seen.append(x_t)
+        return jump(x_t, t)
+
+    drawn = 0
+
+    def noise() -> Tensor:
+        nonlocal drawn
+        drawn += 1
+        return torch.eye(len(times) + 1, dtype=torch.float64)[1 + drawn][:, None]
+
+    x = torch.zeros(len(times) + 1, 1, dtype=torch.float64)
+    x[1] = 1
+    seen.append(sample_sss(denoise, path, x, times, gamma, end, noise))
+    assert drawn == (len(times) - 1 if gamma > 0 else 0)
+
+    def moments(t: float) -> tuple[float, float]:
+        alpha, sigma = (float(f(torch.tensor(t, dtype=torch.float64))) for f in (path.alpha, path.sigma))
+        return alpha * 0.7, alpha**2 * 0.36 + sigma**2
+
+    start_mean, start_var = moments(times[0])
+    for t, rows in zip([*times, end_time(path, end)], seen, strict=True):
+        offset, gain = float(rows[0]), float(rows[1] - rows[0])
+        mean = offset + gain * start_mean
+        var = gain**2 * start_var + float((rows[2:] - rows[0]).square().sum())
+        assert (mean, var) == pytest.approx(moments(t), abs=1e-10)
+
+
+def ks(a: Tensor, b: Tensor) -> float:
+    """Two-sample Kolmogorov-Smirnov statistic, [N] and [M]."""
+    both = torch.cat([a, b]).sort().values
+    below = (torch.searchsorted(v.sort().values, both, right=True).double() / len(v) for v in (a, b))
+    return float((next(below) - next(below)).abs().max())
+
+
+DIRECTIONS = torch.stack([torch.tensor([math.cos(a), math.sin(a)]) for a in torch.arange(6) * math.pi / 6]).double()
+
+
+def worst(a: Tensor, b: Tensor) -> float:
+    """The largest KS statistic over six directions, 0 and 90 degrees (the axes) among them."""
+    return max(ks(a @ d, b @ d) for d in DIRECTIONS)
+
+
+def threshold(n: int, tests: int, level: float = 1e-3) -> float:
+    """Two samples of n differ by more with probability `level`, over all tests together (Bonferroni)."""
+    return math.sqrt(-0.5 * math.log(level / tests / 2)) * math.sqrt(2 / n)
+
+
+N = 100_000
+
+
+@pytest.fixture(scope="module")
+def fresh() -> Tensor:
+    """Exact draws of the end marginal."""
+    return three_modes(VP).sample(N, 0.0, torch.Generator().manual_seed(7))
+
+
+def run_mixture(gamma: float, tamper: Callable[[Tensor], Tensor] = lambda z: z) -> Tensor:
+    teacher = three_modes(VP)
+    g = torch.Generator().manual_seed(11)
+    x = teacher.sample(N, 999.0, g)
+    times = call_times(VP, 4)
+    jump = exact_jumper(teacher, times, gamma, "index0", rk_steps=6)
+    return sample_sss(
+        jump, VP, x, times, gamma, "index0", lambda: tamper(torch.randn(N, 2, generator=g, dtype=torch.float64))
+    )
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_sss_with_exact_jump_keeps_a_mixture(fresh: Tensor, gamma: float) -> None:
+    """n = 100,000 from the exact p_T, 4 steps; seeded, so it passes or fails for good."""
+    assert worst(run_mixture(gamma), fresh) < threshold(N, len(DIRECTIONS) * len(GAMMAS))
+
+
+def test_the_two_sample_test_sees_a_tenth_less_noise(fresh: Tensor) -> None:
+    assert worst(run_mixture(0.3, lambda z: 0.9 * z), fresh) > threshold(N, len(DIRECTIONS) * len(GAMMAS))
+
+
+def random_estimate(path: Path, t: float, seed: int = 0) -> tuple[Estimate, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    x0, eps, z = (torch.randn(16, 3, generator=g, dtype=torch.float64) for _ in range(3))
+    now = times_of(t, x0)
+    return Estimate(x0, eps), expand(path.alpha(now), x0) * x0 + expand(path.sigma(now), x0) * eps, z
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.2, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("t_next", [19.0, 259.0, 499.0, 759.0, 979.0])
+def test_sss_with_first_order_jump_is_ddim_with_matching_noise(t_next: float, gamma: float) -> None:
+    """SSS = alpha x0 + sqrt(sigma^2 - std^2) eps + std z with std = sqrt(1 - alpha_next^2/alpha_s^2)."""
+    estimate, _, z = random_estimate(VP, 999.0)
+    then = times_of(t_next, z)
+    s = times_of(math.floor(round((1 - gamma) * t_next, 6)) if gamma else t_next, z)
+    std = torch.sqrt(1 - (VP.alpha(then) / VP.alpha(s)).square())
+    straight = torch.sqrt(VP.sigma(then).square() - std.square())
+    wanted = expand(VP.alpha(then), z) * estimate.x0 + expand(straight, z) * estimate.eps + expand(std, z) * z
+    assert float((sss_step(VP, estimate, then, gamma, z) - wanted).abs().max()) < 1e-12
+
+
+# t, t_next, share of sigma^2 that is fresh noise at gamma .2 and .3, gamma that makes DDIM's eta 1
+PUBLISHED = [
+    (999, 759, 0.70, 0.82, 0.446),
+    (759, 499, 0.48, 0.63, 0.566),
+    (499, 259, 0.33, 0.46, 0.649),
+    (999, 499, 0.48, 0.63, 0.932),
+    (999, 959, 0.85, 0.93, 0.043),
+    (499, 479, 0.47, 0.61, 0.040),
+]
+
+
+@pytest.mark.parametrize(("t", "t_next", "at_2", "at_3", "ancestral"), PUBLISHED)
+def test_share_of_fresh_noise(t: float, t_next: float, at_2: float, at_3: float, ancestral: float) -> None:
+    """gamma is linear in the time index, not in noise: the same gamma is much noise in a short step."""
+    zero, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    then = times_of(t_next, one)
+    sigma = float(VP.sigma(then))
+
+    def std(gamma: float) -> float:
+        return float(sss_step(VP, Estimate(zero, zero), then, gamma, one))
+
+    assert (std(0.2) / sigma) ** 2 == pytest.approx(at_2, abs=0.0051)
+    assert (std(0.3) / sigma) ** 2 == pytest.approx(at_3, abs=0.0051)
+    now = times_of(t, one)
+    ratio = float(VP.alpha(now) / VP.alpha(then))
+    eta_1 = sigma / float(VP.sigma(now)) * math.sqrt(1 - ratio**2)
+    # s is floored to an index: gamma is known to one index in t_next
+    assert std(ancestral - 1 / t_next) <= eta_1 + 1e-3
+    assert std(ancestral + 1 / t_next) >= eta_1 - 1e-3
+
+
+@pytest.mark.parametrize("t_next", [259, 499, 739])
+def test_sss_step_is_diffusers_ddim_step_with_eta(t_next: int) -> None:
+    """One step of their DDIM with the eta that has the same standard deviation, same noise."""
+    from diffusers import DDIMScheduler
+
+    theirs = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
+    theirs.num_inference_steps = 4  # a stride of 250
+    t = t_next + 250
+    theirs.alphas_cumprod = VP.alpha(torch.arange(1000.0)).square()
+    estimate, x_t, z = random_estimate(VP, t)
+    then = times_of(t_next, z)
+    for gamma in (0.2, 0.3, 0.4):
+        std = float(torch.sqrt(1 - (VP.alpha(then) / VP.alpha(sss_target(VP, then, gamma))).square())[0])
+        eta = std / float(theirs._get_variance(t, t_next)) ** 0.5
+        wanted = theirs.step(estimate.eps, t, x_t, eta=eta, variance_noise=z).prev_sample
+        assert float((sss_step(VP, estimate, then, gamma, z) - wanted).abs().max()) < 1e-12
+
+
+def test_gamma_0_is_the_deterministic_jump_and_gamma_1_the_consistency_step() -> None:
+    for path in PATHS.values():
+        t_next = 499.0 if path is VP else 0.4 * path.noisiest
+        estimate, _, z = random_estimate(path, path.noisiest)
+        then = times_of(t_next, z)
+        plain = expand(path.alpha(then), z) * estimate.x0 + expand(path.sigma(then), z) * estimate.eps
+        assert float((sss_step(path, estimate, then, 0.0, z) - plain).abs().max()) < 1e-12
+    path = PATHS["flow"]
+    estimate, _, z = random_estimate(path, 1.0)
+    then = times_of(0.4, z)
+    again = consistency_step(path, estimate.x0, then, z)
+    assert float((sss_step(path, estimate, then, 1.0, z) - again).abs().max()) < 1e-12
+
+
+def test_sss_target_floors_to_an_index_and_survives_rounding() -> None:
+    whole = torch.arange(1000, dtype=torch.float64)
+    for percent in range(101):
+        wanted = torch.div((100 - percent) * torch.arange(1000), 100, rounding_mode="floor")
+        assert torch.equal(sss_target(VP, whole, percent / 100), wanted.double()), percent
+    assert sss_target(VP, torch.tensor(90.0, dtype=torch.float64), 0.3) == 63, ".7 * 90 is 62.99... in floating point"
+    assert sss_target(VP, torch.tensor(123.4, dtype=torch.float64), 0.0) == 123.4
+    assert float(sss_target(PATHS["flow"], torch.tensor(0.5, dtype=torch.float64), 0.3)) == pytest.approx(0.35)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_diffuse_joins_marginals(name: str) -> None:
+    """From s to t in one go or through u: same mean factor, same variance; and sigma_t is reached from s = clean."""
+    path = PATHS[name]
+    s, u, t = (times_of(path.clean + share * (path.noisiest - path.clean), torch.empty(1)) for share in (0.1, 0.4, 0.9))
+    zero, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+
+    def mean_and_var(a: Tensor, b: Tensor) -> tuple[float, float]:
+        return float(diffuse(path, one, a, b, zero)), float(diffuse(path, zero, a, b, one)) ** 2
+
+    m1, v1 = mean_and_var(s, u)
+    m2, v2 = mean_and_var(u, t)
+    m, v = mean_and_var(s, t)
+    assert (m, v) == pytest.approx((m1 * m2, m2**2 * v1 + v2), rel=1e-12)
+    assert m**2 * float(path.sigma(s)) ** 2 + v == pytest.approx(float(path.sigma(t)) ** 2, rel=1e-12)
+    clean = times_of(path.clean, one)
+    m, v = mean_and_var(clean, t)
+    assert (m, v) == pytest.approx((float(path.alpha(t)), float(path.sigma(t)) ** 2), rel=1e-12)
+
+
+def test_diffuse_to_the_same_time_adds_nothing() -> None:
+    """Rounding must not turn the zero into the root of a negative number."""
+    every = torch.arange(1000, dtype=torch.float64)
+    x, z = torch.ones(1000, 1, dtype=torch.float64), torch.ones(1000, 1, dtype=torch.float64)
+    assert float((diffuse(VP, x, every, every, z) - x).abs().max()) < 1e-7
+
+
+def test_diffuse_on_the_flow_path_is_not_the_variance_preserving_formula() -> None:
+    path = PATHS["flow"]
+    one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+    std = float(diffuse(path, zero, times_of(0.2, one), times_of(0.6, one), one))
+    assert std == pytest.approx(math.sqrt(0.36 - 0.25 * 0.04), rel=1e-12)
+
+
+def test_one_step_draws_no_noise() -> None:
+    teacher = three_modes(VP)
+    x = teacher.sample(4, 999.0, torch.Generator().manual_seed(0))
+
+    def noise() -> Tensor:
+        raise AssertionError("noise after the last step")
+
+    estimate = teacher.denoise(x, times_of(999.0, x))
+    out = sample_sss(teacher.denoise, VP, x, [999.0], 0.5, "clean", noise)
+    assert torch.equal(out, estimate.x0)
+    assert float((sample_consistency(teacher.denoise, VP, x, [999.0], noise) - estimate.x0).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize(("gamma", "nearest"), [(-0.1, "0.0"), (1.5, "1.0"), (math.inf, "1.0")])
+def test_gamma_outside_its_range_is_refused(gamma: float, nearest: str) -> None:
+    teacher = three_modes(VP)
+    x = teacher.sample(2, 999.0, torch.Generator().manual_seed(0))
+    with pytest.raises(UserError, match=rf"gamma = {gamma} is outside \[0, 1\].*nearest legal one is {nearest}$"):
+        sample_sss(teacher.denoise, VP, x, [999.0, 499.0], gamma, "index0", lambda: x)
+    with pytest.raises(UserError, match="gamma"):
+        check_gamma(math.nan)
+    assert check_gamma(0) == 0
+    assert check_gamma(1) == 1
+
+
+def test_a_pictures_noise_does_not_depend_on_its_batch() -> None:
+    start, noise = picture_noise([5, 6, 7], (2, 3))
+    steps = [noise(), noise()]
+    alone, alone_noise = picture_noise([6], (2, 3))
+    assert torch.equal(alone[0], start[1])
+    assert torch.equal(alone_noise()[0], steps[0][1])
+    assert torch.equal(alone_noise()[0], steps[1][1])
+    assert len({float(x) for x in torch.cat([start, *steps]).flatten()}) == 3 * 3 * 6
