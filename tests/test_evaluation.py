@@ -205,10 +205,10 @@ def test_kid_interval_covers_the_true_distance() -> None:
     rng = np.random.default_rng(6)
     metric = KernelDistance(Features(Coarse()))
     # x ~ N(c 1, I), y ~ N(0, I): x.x'/D is no simple law, so the truth comes from a large sample.
-    truth = mmd2(rng.normal(size=(6000, 4)) + 0.5, rng.normal(size=(6000, 4)))
+    truth = mmd2(rng.normal(size=(4000, 4)) + 0.5, rng.normal(size=(4000, 4)))
     hits = 0
     for _ in range(40):
-        figure = metric.reduce(rng.normal(size=(150, 4)) + 0.5, rng.normal(size=(300, 4)), 0)
+        figure = metric.reduce(rng.normal(size=(100, 4)) + 0.5, rng.normal(size=(150, 4)), 0)
         assert figure.low is not None
         assert figure.high is not None
         hits += figure.low <= truth <= figure.high

@@ -142,7 +142,8 @@ class Subject:
                     without = ask(scaled, now, null)
                     out = without + (1 + omega) * (out - without)
                 x = scheduler.step(out, t, x, **step).prev_sample
-            return x / (scheduler.sigmas[-1] ** 2 + 1) ** 0.5 if exploding else x
+            last: Tensor = x / (scheduler.sigmas[-1] ** 2 + 1) ** 0.5 if exploding else x
+            return last
 
         return run
 

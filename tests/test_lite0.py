@@ -122,6 +122,7 @@ def test_weights_are_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path = tmp_path / lite0_weights.CONVERTED
     assert lite0_weights.sha256(path) == lite0_weights.CONVERTED_SHA256
     assert not any(name.startswith("_fc") for name in first)
+    assert "Apache License, Version 2.0" in path.with_suffix(".LICENSE.txt").read_text()
     monkeypatch.setattr(lite0_weights, "convert", lambda target: pytest.fail("converted again"))
     lite0_weights.load_weights()
     monkeypatch.undo()

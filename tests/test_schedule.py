@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fewstep.names import Prediction
 from fewstep.schedule import (
     PREDICTIONS,
     FlowMatching,
     Path,
-    Prediction,
     VarianceExploding,
     VariancePreserving,
     add_noise,

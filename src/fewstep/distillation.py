@@ -27,6 +27,7 @@ from fewstep.errors import UserError
 from fewstep.estimate import Estimated, estimate
 from fewstep.export.lora import save_lora
 from fewstep.export.pipeline import save_pipeline
+from fewstep.files import sweep
 from fewstep.objectives.consistency import consistency_loss
 from fewstep.roles import SeparateRoles
 from fewstep.settings import DistillConfig, teacher_path
@@ -163,6 +164,9 @@ def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quie
     device = run.backbone.device
     accelerator = make_accelerator(config.loop.precision, device)
     log = RunLog(out, config, title=f"distil {config.recipe}", main=accelerator.is_main_process, quiet=quiet)
+    if accelerator.is_main_process:
+        for place in (out / "student", out / "best"):
+            sweep(place)
     watch = None
     if config.loop.watch_every:
 
@@ -181,7 +185,10 @@ def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quie
         estimated = estimate(plan, run.data.latents, config, *networks(run))
         print("\n".join([f"writes to {out}", *estimated.lines()]), file=sys.stderr)
     trained = train(plan, fetch, len(run.data), config.loop, log, accelerator, watch)
-    return export_student(run, trained.weights["student"], out / "student", {"steps_trained": trained.step})
+    target = out / "student"
+    if accelerator.is_main_process:
+        target = export_student(run, trained.weights["student"], target, {"steps_trained": trained.step})
+    return target
 
 
 def estimate_run(config: DistillConfig, cache: Path) -> Estimated:

@@ -137,6 +137,11 @@ def retrieval(scorer: Scorer, states: Tensor, names: list[str], part: emoji8.Emo
     return float((cosine.argmax(1) == right).float().mean())
 
 
+def _part(data: emoji8.Emoji8, split: str) -> emoji8.Emoji8:
+    rows = [row for row, record in enumerate(data.records) if record.split == split]
+    return emoji8.Emoji8(data.pictures[rows], tuple(data.records[row] for row in rows))
+
+
 def train_scorer(
     config: AgreementConfig,
     folder: Path,
@@ -194,7 +199,9 @@ def train_scorer(
 
     names = sorted({record.name for record in emoji8.load_records(emoji8.SPLITS)})
     states = text(names)
-    watched = {split: emoji8.load(split) for split in ("heldout-pair", "heldout-concept")} | {"train": data}
+    held_out_splits = ("heldout-pair", "heldout-concept")
+    held_out = emoji8.load(held_out_splits)
+    watched = {"train": data, **{split: _part(held_out, split) for split in held_out_splits}}
 
     def judge(weights: dict[str, Tensor]) -> dict[str, float]:
         judged = Scorer(config.network, text.width)

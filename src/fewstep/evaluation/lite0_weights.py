@@ -27,6 +27,14 @@ CONVERTED = "efficientnet-lite0-57934424.safetensors"
 CONVERTED_SHA256 = "f4efee4c1b6937da4b56c96ff6baf8d3493ec26a5e23116c787c06ec40f56ffc"
 LICENCE = "Apache-2.0"
 CREDIT = "EfficientNet-Lite0, ImageNet weights by Google in the PyTorch form of ML Illustrated, Apache-2.0"
+NOTICE = f"""{CONVERTED} holds the weights of EfficientNet-Lite0 from the package {PACKAGE}.
+
+Copyright (c) 2020, ML Illustrated (PyTorch form); architecture and ImageNet training by Google.
+Licensed under the Apache License, Version 2.0; you may obtain a copy of the licence at
+http://www.apache.org/licenses/LICENSE-2.0
+
+Changes: stored as safetensors, without the classifier and the batch counters.
+"""
 CACHE = "FEWSTEP_CACHE"
 
 
@@ -57,7 +65,7 @@ def sha256(path: Path) -> str:
 
 
 def convert(target: Path) -> None:
-    """Write the package's weights, without the classifier, to `target`.
+    """Write the package's weights, without the classifier, to `target`, and their licence beside it.
 
     Raises:
         UserError: the package is absent or holds another file, or `target` cannot be written.
@@ -78,6 +86,8 @@ def convert(target: Path) -> None:
     with atomic_write(target) as part:
         # One metadata key only: their order in the file is not fixed, and the file's hash is.
         save_file(kept, part, metadata={"credit": CREDIT})
+    with atomic_write(target.with_suffix(".LICENSE.txt")) as part:
+        part.write_text(NOTICE, encoding="utf-8")
 
 
 def load_weights() -> dict[str, Tensor]:

@@ -54,8 +54,13 @@ def _white_ring(real: Pictures) -> Mask:
     check_pictures(real)
     ring = np.ones(real.shape[1:3], dtype=np.bool_)
     ring[RING:-RING, RING:-RING] = False
-    white: Mask = (real.min(-1) >= WHITE) & ring
+    white: Mask = (darkest(real) >= WHITE) & ring
     return white
+
+
+def darkest(pictures: Pictures) -> npt.NDArray[np.uint8]:
+    """Return each pixel's smallest channel, uint8 [..., H, W]; numpy's own minimum is slow over three numbers."""
+    return np.minimum(np.minimum(pictures[..., 0], pictures[..., 1]), pictures[..., 2])
 
 
 class Whiteness(PictureMean):

@@ -34,10 +34,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(plain, path, metadata=dict(metadata or {}))
+        save_file(plain, path, metadata=dict(metadata) if metadata else None)
     except SafetensorError as error:  # its own name for a full disk
         raise OSError(str(error)) from error
-    _sort_metadata(path)
+    if metadata:
+        _sort_metadata(path)
 
 
 def _sort_metadata(path: Path) -> None:
@@ -46,8 +47,6 @@ def _sort_metadata(path: Path) -> None:
         length = int.from_bytes(stream.read(8), "little")
         text = stream.read(length)
         header = json.loads(text)
-        if "__metadata__" not in header:
-            return
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
         if len(ordered) == length:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from fewstep.config import Config, read_yaml
 from fewstep.errors import UserError
-from fewstep.files import atomic_write, write_json
+from fewstep.files import atomic_write, sweep, write_json
 
 PACKAGES = ("fewstep", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
 
@@ -72,6 +72,7 @@ class RunLog:
             raise UserError(f"cannot write run folder {folder}: {error.strerror}; choose a writable one") from error
         resolved = config.model_dump(mode="json")
         check_same_run(folder, config)
+        sweep(folder)
         with atomic_write(folder / "config.yaml") as part:
             part.write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), encoding="utf-8")
         write_json(folder / "versions.json", versions())

@@ -171,6 +171,7 @@ class Judge:
             seed=entry.seed,
             figures=figures,
             scores={name: [float(value) for value in values] for name, values in scores.items()},
+            calls_note="two evaluations of the network a call (with and without the prompt)" if sampling.omega else "",
             note=entry.note,
         )
 

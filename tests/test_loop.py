@@ -1,0 +1,406 @@
+"""The training loop on problems small enough to be known."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fewstep.config import Config
+from fewstep.draws import Draws
+from fewstep.errors import UserError
+from fewstep.settings import LoopConfig, OptimConfig
+from fewstep.training import checkpoint
+from fewstep.training.ema import Ema
+from fewstep.training.launch import make_accelerator
+from fewstep.training.loop import Batch, Follower, Loss, Update, train
+from fewstep.training.optim import clip_gradients, learning_rate
+from fewstep.training.run import RunLog
+
+CPU = torch.device("cpu")
+DATA = torch.linspace(-1, 1, 24).reshape(12, 2)
+GOAL = torch.tensor([0.5, -0.25])
+
+
+class Settings(Config):
+    loop: LoopConfig
+    optim: OptimConfig = OptimConfig(lr=0.05)
+
+
+def fetch(items: np.ndarray) -> Batch:
+    return {"x": DATA[torch.from_numpy(items)]}
+
+
+def weights() -> nn.Parameter:
+    return nn.Parameter(torch.tensor([2.0, 1.0]))
+
+
+def squared(w: nn.Parameter) -> Callable[[Batch, Draws], Loss]:
+    """E (w - GOAL - noise)^2, weighted by the item; every sample's noise is its own."""
+
+    def loss(batch: Batch, draws: Draws) -> Loss:
+        noise = 0.1 * draws.normal("noise", (2,))
+        per_sample = ((w - GOAL - noise) * (1.5 + batch["x"])).square().sum(1)
+        return Loss(per_sample.mean(), per_sample.detach(), draws.uniform("t"))
+
+    return loss
+
+
+def run(
+    folder: Path,
+    plan: list[Update],
+    *,
+    watch: Any = None,
+    accelerator: Any = None,
+    **loop: Any,
+) -> Any:
+    config = Settings(loop=LoopConfig(**{"batch": 4, "log_every": 1, "save_every": 1000} | loop))
+    log = RunLog(folder, config, title="test", quiet=True)
+    return train(plan, fetch, len(DATA), config.loop, log, accelerator or make_accelerator("fp32", CPU), watch)
+
+
+def single(w: nn.Parameter, **optim: Any) -> list[Update]:
+    return [Update("w", {"w": w}, squared(w), OptimConfig(**{"lr": 0.05} | optim))]
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_loss_falls_to_the_minimum(tmp_path: Path) -> None:
+    w = weights()
+    done = run(tmp_path, single(w), steps=150)
+    logged = [line["w/loss"] for line in lines(tmp_path)]
+    assert len(logged) == 150
+    assert np.mean(logged[-5:]) < 0.02 * np.mean(logged[:5])
+    torch.testing.assert_close(done.weights["w"]["w"], GOAL, atol=0.05, rtol=0)
+
+
+def test_four_micro_batches_equal_one_batch(tmp_path: Path) -> None:
+    ends = []
+    for accumulate in (1, 4):
+        w = weights()
+        run(tmp_path / str(accumulate), single(w), steps=20, batch=8, accumulate=accumulate)
+        ends.append(w.detach().clone())
+    torch.testing.assert_close(*ends, atol=1e-6, rtol=0)
+    one, four = (lines(tmp_path / name) for name in ("1", "4"))
+    for a, b in zip(one, four, strict=True):
+        assert a["w/loss"] == pytest.approx(b["w/loss"], rel=1e-5)
+        assert {k for k in a if "loss_t" in k} == {k for k in b if "loss_t" in k}
+
+
+def test_clipping_scales_to_the_limit_and_reports_the_norm_before() -> None:
+    def with_gradients() -> list[nn.Parameter]:
+        parts = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(2))]
+        parts[0].grad, parts[1].grad = torch.tensor([3.0]), torch.tensor([0.0, 4.0])
+        return parts
+
+    parts = with_gradients()
+    assert float(clip_gradients(parts, 1.0)) == pytest.approx(5.0)
+    torch.testing.assert_close(parts[0].grad, torch.tensor([0.6]))
+    torch.testing.assert_close(parts[1].grad, torch.tensor([0.0, 0.8]))
+    for limit in (None, 6.0):
+        parts = with_gradients()
+        assert float(clip_gradients(parts, limit)) == pytest.approx(5.0)
+        assert parts[0].grad is not None
+        assert parts[0].grad.item() == pytest.approx(3.0)
+    assert float(clip_gradients([nn.Parameter(torch.zeros(1))], 1.0)) == 0.0
+
+
+def test_averages_follow_their_laws(tmp_path: Path) -> None:
+    """The average for use warms up, min(mu, (1 + n)/(10 + n)); a target follows the papers' plain law."""
+    w, target = weights(), torch.zeros(2)
+    seen: list[Tensor] = []
+
+    def watch(step: int, judged: Any) -> dict[str, float]:
+        seen.append(w.detach().clone())
+        return {}
+
+    start = w.detach().clone()
+    update = Update("w", {"w": w}, squared(w), OptimConfig(lr=0.05, ema=0.3), follower=Follower({"w": target}, 0.75))
+    done = run(tmp_path, [update], steps=4, watch=watch, watch_every=1)
+    average, followed = start.clone(), start.clone()
+    for n, value in enumerate(seen, start=1):
+        mu = min(0.3, (1 + n) / (10 + n))
+        average = mu * average + (1 - mu) * value
+        followed = 0.75 * followed + 0.25 * value
+    torch.testing.assert_close(done.weights["w"]["w"], average)
+    torch.testing.assert_close(target, followed)
+    assert not torch.equal(done.weights["w"]["w"], w.detach())
+
+
+def test_an_average_copies_both_ways() -> None:
+    w = {"w": torch.tensor([1.0])}
+    ema = Ema(w, 0.5, warm_up=False)
+    ema.update({"w": torch.tensor([3.0])})
+    assert ema.shadow["w"].item() == 2.0
+    assert w["w"].item() == 1.0  # the start is a copy
+    ema.copy_to(w)
+    assert w["w"].item() == 2.0
+
+
+@pytest.mark.parametrize(
+    ("law", "step", "expected"),
+    [
+        ("constant", 0, 0.25),  # warm-up: (step + 1)/4
+        ("constant", 3, 1.0),
+        ("constant", 23, 1.0),
+        ("linear", 4, 1.0),
+        ("linear", 14, 0.5),
+        ("linear", 24, 0.0),
+        ("cosine", 4, 1.0),
+        ("cosine", 9, 0.5 * (1 + math.cos(math.pi / 4))),
+        ("cosine", 14, 0.5),
+        ("cosine", 24, 0.0),
+        ("cooldown", 14, 1.0),
+        ("cooldown", 20, 1.0),
+        ("cooldown", 22, 0.5),
+        ("cooldown", 24, 0.0),
+    ],
+)
+def test_learning_rate_laws(law: str, step: int, expected: float) -> None:
+    config = OptimConfig(lr=2.0, warmup=4, decay=law)  # type: ignore[arg-type]
+    assert learning_rate(config, step, 24) == pytest.approx(2 * expected, abs=1e-12)
+
+
+def test_loss_by_timestep_bin_sums_right(tmp_path: Path) -> None:
+    w = weights()
+    per_sample = torch.tensor([1.0, 3.0, 5.0, 7.0])
+    t = torch.tensor([0.0, 0.05, 0.35, 1.0], dtype=torch.float64)
+
+    def loss(batch: Batch, draws: Draws) -> Loss:
+        return Loss(w.sum() * 0 + per_sample.mean(), per_sample, t, {"extra": torch.tensor(draws.step + 1.0)})
+
+    run(tmp_path, [Update("w", {"w": w}, loss, OptimConfig())], steps=4, log_every=2)
+    first, second = lines(tmp_path)
+    for line in (first, second):
+        bins = {key: value for key, value in line.items() if "loss_t" in key}
+        assert bins == {"w/loss_t0.0": 2.0, "w/loss_t0.3": 5.0, "w/loss_t0.9": 7.0}
+        assert line["w/loss"] == 4.0
+    assert (first["w/extra"], second["w/extra"]) == (1.5, 3.5)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_what_is_not_finite_is_refused_and_never_saved(tmp_path: Path, where: str) -> None:
+    w = weights()
+    good = squared(w)
+
+    def loss(batch: Batch, draws: Draws) -> Loss:
+        ok = good(batch, draws)
+        if draws.step < 5:
+            return ok
+        if where == "loss":
+            return Loss(ok.value * float("nan"))
+        return Loss((w - w.detach()).abs().sqrt().sum())  # 0, with an infinite slope
+
+    plan = [Update("w", {"w": w}, loss, OptimConfig(lr=0.05))]
+    with pytest.raises(UserError, match=r"not finite at step 6; the last checkpoint is sound.*optim.lr"):
+        run(tmp_path, plan, steps=20, log_every=20, save_every=1, keep=2)
+    found = checkpoint.checkpoints(tmp_path / "checkpoints")
+    assert [path.name for path in found] == ["step-00000004", "step-00000005"]
+    for file in found[-1].glob("*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in checkpoint.load_tensors(file).values())
+
+
+def test_two_updates_keep_their_rhythm_and_their_own_gradients(tmp_path: Path) -> None:
+    a, b, alone = weights(), weights(), weights()
+    steps: dict[str, list[int]] = {"a": [], "b": []}
+
+    def loss_a(batch: Batch, draws: Draws) -> Loss:
+        steps["a"].append(draws.step)
+        return Loss(((a - GOAL).square() + 10 * b * a).sum())  # runs through b too
+
+    def loss_b(batch: Batch, draws: Draws) -> Loss:
+        steps["b"].append(draws.step)
+        return squared(b)(batch, draws)
+
+    optim = OptimConfig(lr=0.05, decay="linear")
+    plan = [Update("a", {"w": a}, loss_a, optim), Update("b", {"w": b}, loss_b, optim, every=3)]
+    run(tmp_path / "both", plan, steps=8)
+    assert steps == {"a": list(range(8)), "b": [0, 3, 6]}
+    run(tmp_path / "alone", [Update("b", {"w": alone}, squared(alone), optim, every=3)], steps=8)
+    assert torch.equal(b, alone)
+    # three updates of a linear law: rates lr, 2/3 lr, 1/3 lr; the last one still moves
+    state = checkpoint.load_tensors(tmp_path / "both" / "checkpoints" / "step-00000008" / "b.optimizer.safetensors")
+    assert state["w|step"].item() == 3
+    assert [learning_rate(optim, n, 3) / 0.05 for n in range(3)] == pytest.approx([1, 2 / 3, 1 / 3])
+
+
+def test_the_rate_of_a_rare_update_runs_over_its_own_count(tmp_path: Path) -> None:
+    w = weights()
+    before: list[Tensor] = []
+
+    def loss(batch: Batch, draws: Draws) -> Loss:
+        before.append(w.detach().clone())
+        return squared(w)(batch, draws)
+
+    run(tmp_path, [Update("w", {"w": w}, loss, OptimConfig(lr=0.05, decay="linear"), every=3)], steps=8)
+    assert not torch.equal(w.detach(), before[-1])
+
+
+def test_a_batch_that_cannot_be_split_is_refused_with_the_nearest(tmp_path: Path) -> None:
+    for batch, accumulate, nearest in ((6, 4, 4), (7, 4, 8), (2, 4, 4), (10, 4, 8), (31, 2, 30)):
+        with pytest.raises(ValueError, match=rf"batch = {batch} .*accumulate = {accumulate}.* is {nearest} "):
+            LoopConfig(batch=batch, accumulate=accumulate)
+
+    class Two:  # a launch of two processes
+        num_processes, process_index, is_main_process, device, scaler = 2, 0, True, CPU, None
+
+    w = weights()
+    with pytest.raises(UserError, match=r"loop.batch = 5 is not a multiple .* 2 processes; .* is 4"):
+        run(tmp_path, single(w), steps=1, batch=5, accelerator=Two())
+
+
+class StopError(Exception):
+    """A run that is cut short."""
+
+
+def stopped_at(step: int, plan: list[Update]) -> list[Update]:
+    first = plan[0]
+
+    def loss(batch: Batch, draws: Draws) -> Loss:
+        if draws.step == step:
+            raise StopError
+        return first.loss(batch, draws)
+
+    cut = Update(first.name, first.parameters, loss, first.optim, first.every, first.follower)
+    return [cut, *plan[1:]]
+
+
+@pytest.mark.parametrize("cut", [1, 7])
+def test_a_resumed_log_has_every_step_once(tmp_path: Path, cut: int) -> None:
+    """Stopped before the first checkpoint, and after the second."""
+    w = weights()
+    with pytest.raises(StopError):
+        run(tmp_path, stopped_at(cut, single(w)), steps=10, save_every=3)
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, cut + 1))
+    with (tmp_path / "log.jsonl").open("a") as stream:
+        stream.write('{"step": 8, "ti')  # a line cut off by a kill
+    run(tmp_path, single(weights()), steps=10, save_every=3)
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, 11))
+
+
+def test_resuming_equals_going_on(tmp_path: Path) -> None:
+    """Two updates, averages, accumulation, a falling rate: weights, averages and figures bit for bit."""
+
+    def plan() -> tuple[list[Update], Tensor]:
+        a, b, target = weights(), weights(), torch.zeros(2)
+        optim = OptimConfig(lr=0.05, decay="cosine", ema=0.9, weight_decay=0.01)
+        first = Update("a", {"w": a}, squared(a), optim, follower=Follower({"w": target}, 0.9))
+        return [first, Update("b", {"w": b}, squared(b), optim, every=2)], target
+
+    whole, target = plan()
+    loop = {"steps": 11, "save_every": 4, "accumulate": 2}
+    expected = run(tmp_path / "whole", whole, **loop)
+    cut, _ = plan()
+    with pytest.raises(StopError):
+        run(tmp_path / "cut", stopped_at(9, cut), **loop)
+    again, target_again = plan()
+    resumed = run(tmp_path / "cut", again, **loop)
+    for name in ("a", "b"):
+        assert torch.equal(expected.weights[name]["w"], resumed.weights[name]["w"])
+    for one, other in zip(whole, again, strict=True):
+        assert torch.equal(one.parameters["w"], other.parameters["w"])
+    assert torch.equal(target, target_again)
+    figures = [
+        [{k: v for k, v in line.items() if k != "time"} for line in lines(tmp_path / n)] for n in ("whole", "cut")
+    ]
+    assert figures[0] == figures[1]
+
+
+def test_a_run_can_be_made_longer_but_is_not_taken_back(tmp_path: Path) -> None:
+    run(tmp_path, single(weights()), steps=4)
+    longer = weights()
+    assert run(tmp_path, single(longer), steps=6).step == 6
+    whole = weights()
+    run(tmp_path / "whole", single(whole), steps=6)
+    assert torch.equal(longer, whole)
+    shorter = run(tmp_path, single(weights()), steps=5)
+    assert shorter.step == 6
+    assert torch.equal(shorter.weights["w"]["w"], whole)
+
+
+def test_a_run_folder_keeps_to_one_config(tmp_path: Path) -> None:
+    def log(**optim: Any) -> None:
+        config = Settings(loop=LoopConfig(steps=3 + len(optim), save_every=1 + len(optim)), optim=OptimConfig(**optim))
+        RunLog(tmp_path, config, title="test", quiet=True)
+
+    log()
+    log(lr=1e-4)  # the default, said; steps and save_every are free
+    with pytest.raises(UserError, match=r"another optim.lr \(0.0001, now 0.001\)"):
+        log(lr=1e-3)
+    file = tmp_path / "config.yaml"
+    file.write_text(file.read_text().replace("  clip: 1.0\n", ""))
+    log()  # written before there was a clip: the default counts
+    assert "clip: 1.0" in file.read_text()
+
+
+def test_what_killed_runs_left_is_swept_away(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for name in (".step-00000002.abc.part", ".step-00000001.old"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "w.safetensors").write_bytes(b"half")
+    run(tmp_path, single(weights()), steps=2, save_every=1, keep=1)
+    assert [path.name for path in folder.iterdir()] == ["step-00000002"]
+
+
+def test_a_failing_fetch_is_heard(tmp_path: Path) -> None:
+    def broken(items: np.ndarray) -> Batch:
+        raise UserError("gone")
+
+    config = Settings(loop=LoopConfig(steps=1, batch=4))
+    log = RunLog(tmp_path, config, title="test", quiet=True)
+    with pytest.raises(UserError, match="gone"):
+        train(single(weights()), broken, 12, config.loop, log, make_accelerator("fp32", CPU))
+
+
+def test_precisions_may_change_within_a_process() -> None:
+    for precision, mixed in (("fp32", "no"), ("bf16", "bf16"), ("fp32", "no")):
+        assert make_accelerator(precision, CPU).mixed_precision == mixed
+    with pytest.raises(UserError, match=r"fp16.*needs a GPU.*bf16"):
+        make_accelerator("fp16", CPU)
+
+
+class Scaling:
+    """An accelerator with fp16's gradient scaler, on the CPU."""
+
+    num_processes, process_index, is_main_process, device = 1, 0, True, CPU
+
+    def __init__(self) -> None:
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+
+    def autocast(self) -> Any:
+        return nullcontext()
+
+    def backward(self, loss: Tensor, **options: Any) -> None:
+        self.scaler.scale(loss).backward(**options)
+
+
+def test_scaled_gradients_are_unscaled_before_clipping_and_overflows_skipped(tmp_path: Path) -> None:
+    plain, scaled = weights(), weights()
+    run(tmp_path / "plain", single(plain, clip=0.1), steps=6)
+    run(tmp_path / "scaled", single(scaled, clip=0.1), steps=6, accelerator=Scaling())
+    torch.testing.assert_close(plain, scaled, atol=1e-6, rtol=0)
+    norms = [[line["w/grad_norm"] for line in lines(tmp_path / n)] for n in ("plain", "scaled")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+    w, accelerator = weights(), Scaling()
+
+    plan = single(w)
+    hook = w.register_hook(lambda grad: grad * float("inf"))
+    run(tmp_path / "over", plan, steps=1, accelerator=accelerator)
+    assert torch.equal(w, weights())  # the step was skipped
+    assert accelerator.scaler.get_scale() == 512.0
+    hook.remove()
+    resumed = Scaling()
+    run(tmp_path / "over", plan, steps=2, accelerator=resumed)
+    assert resumed.scaler.get_scale() == 512.0  # the scale came back with the checkpoint
+    assert not torch.equal(w, weights())

@@ -1,0 +1,298 @@
+"""The consistency objective: its draws, its guidance, and that it is zero exactly where it should be."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from exact import Mixture, gaussian, times_of
+from torch import Tensor
+
+from fewstep.config import validate
+from fewstep.denoiser import Denoiser
+from fewstep.draws import Draws
+from fewstep.errors import UserError
+from fewstep.names import omega_of
+from fewstep.objectives import consistency
+from fewstep.objectives.consistency import consistency_loss, draw_times
+from fewstep.objectives.distance import huber, l2
+from fewstep.roles import BASE
+from fewstep.schedule import Estimate, interpret, scaled_linear
+from fewstep.settings import ConsistencyConfig, Guidance, resolve
+
+PATH = scaled_linear()
+TCD = ConsistencyConfig()
+LCM = ConsistencyConfig(s="zero", jump="skip", distance="huber")
+
+
+def draws(count: int, step: int = 0, seed: int = 7) -> Draws:
+    return Draws(seed, step, tuple(range(count)))
+
+
+# ---- times
+
+
+@pytest.mark.parametrize(("end", "value"), [("index0", 0.0), ("clean", -1.0)])
+def test_times_stand_on_the_grid(end: Any, value: float) -> None:
+    times = draw_times(ConsistencyConfig(end=end), PATH, draws(20_000))
+    grid = torch.arange(1, 51, dtype=torch.float64) * 20 - 1
+    assert set(times.t_nk.tolist()) == set(grid.tolist())
+    assert set(times.t_n.tolist()) == {value, *grid[:-1].tolist()}
+    lowest = times.t_nk == 19
+    assert (times.t_nk - times.t_n)[~lowest].unique().tolist() == [20.0]
+    assert times.t_n[lowest].unique().tolist() == [value]
+    assert set(times.s.tolist()) == {value, *grid[:-1].tolist()}
+    assert bool((times.s <= times.t_n).all())
+
+
+def test_times_are_uniform() -> None:
+    """n over the grid, and s over end .. t_n with both ends, by chi-square at 1 in 1000."""
+    stats = pytest.importorskip("scipy.stats")
+    times = draw_times(TCD, PATH, draws(60_000))
+    counts = np.bincount(((times.t_nk + 1) / 20).long().numpy())[1:]
+    assert stats.chisquare(counts).pvalue > 1e-3
+    for t_nk, points in ((999.0, 50), (199.0, 10), (39.0, 2)):
+        s = times.s[times.t_nk == t_nk]
+        place = torch.where(s == 0, 0, (s + 1) / 20).long().numpy()
+        counts = np.bincount(place, minlength=points)
+        assert len(counts) == points
+        assert stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_a_wider_skip_and_the_end_law() -> None:
+    times = draw_times(ConsistencyConfig(k=3), PATH, draws(5_000))
+    assert (times.t_nk - times.t_n)[times.t_nk > 59].unique().tolist() == [60.0]
+    assert times.t_nk.min() == 59.0
+    assert times.t_n[times.t_nk == 59].unique().tolist() == [0.0]
+    zero = draw_times(LCM, PATH, draws(1_000))
+    assert zero.s.unique().tolist() == [0.0]
+
+
+def test_draws_do_not_depend_on_the_split() -> None:
+    whole = draw_times(TCD, PATH, Draws(3, 5, tuple(range(8))))
+    part = draw_times(TCD, PATH, Draws(3, 5, (2, 3)))
+    for name in ("t_nk", "t_n", "s"):
+        assert torch.equal(getattr(whole, name)[2:4], getattr(part, name))
+    assert not torch.equal(whole.t_nk, draw_times(TCD, PATH, Draws(3, 6, tuple(range(8)))).t_nk)
+
+
+# ---- choices
+
+
+def test_guidance_conventions() -> None:
+    assert (omega_of(7.5, "lcm"), omega_of(7.5, "imagen")) == (7.5, 6.5)
+    assert Guidance(convention="lcm", low=2, high=14).omegas == (2.0, 14.0)
+    imagen = Guidance(convention="imagen", low=3, high=15)
+    assert imagen.omegas == (2.0, 14.0)
+    assert imagen.mean_omega == 8.0
+    with pytest.raises(UserError, match=r"guidance: high = 1 is below low; the nearest legal one is 5"):
+        validate(ConsistencyConfig, {"guidance": {"low": 5, "high": 1}})
+
+
+def test_the_skip_connection_only_reaches_the_end() -> None:
+    with pytest.raises(UserError, match=r"s = 'uniform' with jump = 'skip'.* is 'zero'"):
+        resolve("lcm", None, ["method.s=uniform"])
+    with pytest.raises(UserError, match=r"k = 50 must be below grid = 50; .* 49"):
+        resolve("tcd", None, ["method.k=50"])
+
+
+def test_distances() -> None:
+    a, b = torch.tensor([[1.0, 3.0], [0.0, 0.0]]), torch.tensor([[0.0, 1.0], [0.0, 0.0]])
+    assert l2(a, b, 1.0).tolist() == [2.5, 0.0]
+    expected = ((1 + 0.25) ** 0.5 - 0.5 + (4 + 0.25) ** 0.5 - 0.5) / 2
+    assert huber(a, b, 0.5).tolist() == pytest.approx([expected, 0.0])
+    tiny = huber(a, b, 1e-3)[0].item()
+    assert tiny == pytest.approx(1.5, abs=1e-3)  # nearly L1
+
+
+# ---- the loss
+
+
+class Recorder:
+    """A network without weights that notes who was called with what; it says eps = theta."""
+
+    def __init__(self) -> None:
+        self.theta = torch.zeros((), requires_grad=True)
+        self.calls: list[SimpleNamespace] = []
+
+    def __call__(self, x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
+        self.calls.append(
+            SimpleNamespace(role=role, n=len(x), t=t, grad=torch.is_grad_enabled(), text=condition["text"])
+        )
+        # with the prompt 1 + theta, without it theta: guidance by omega is 1 + omega + theta
+        return torch.zeros_like(x) + self.theta + condition["text"][:, None]
+
+
+def loss_of(config: ConsistencyConfig, network: Any, count: int = 16) -> Any:
+    denoiser = Denoiser(network, PATH, "eps")
+    x_0 = torch.from_numpy(np.random.default_rng(0).standard_normal((count, 3))).float()
+    return consistency_loss(
+        config, denoiser, x_0, {"text": torch.ones(count)}, {"text": torch.zeros(count)}, draws(count)
+    )
+
+
+@pytest.mark.parametrize(("target", "role"), [("self", "student"), ("ema", "target")])
+def test_who_is_called_and_who_learns(target: Any, role: str) -> None:
+    network = Recorder()
+    loss = loss_of(ConsistencyConfig(target=target), network)
+    assert [(c.role, c.n, c.grad) for c in network.calls] == [
+        (BASE, 32, False),
+        (role, 16, False),
+        ("student", 16, True),
+    ]
+    teacher, aim, student = network.calls
+    assert teacher.text.tolist() == [1.0] * 16 + [0.0] * 16
+    assert torch.equal(teacher.t[:16], student.t)
+    assert bool((aim.t < student.t).all())
+    assert loss.per_sample.shape == (16,)
+    torch.testing.assert_close(loss.t, (student.t + 1) / 1000)
+    torch.testing.assert_close(loss.value, loss.per_sample.mean())
+    loss.value.backward()
+    assert network.theta.grad is not None
+    assert network.theta.grad.abs() > 0
+
+
+@pytest.mark.parametrize(("convention", "low"), [("lcm", 3.0), ("imagen", 4.0)])
+def test_the_teacher_step_is_guided_by_omega(convention: Any, low: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """omega = 3 in either convention: eps = (1 + 3) * 1 - 3 * 0 = 4."""
+    seen: list[Estimate] = []
+
+    def solver(denoise: Any, path: Any, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        seen.append(denoise(x_t, t))
+        return x_t
+
+    monkeypatch.setitem(consistency.SOLVERS, "ddim", solver)
+    loss_of(ConsistencyConfig(guidance=Guidance(convention=convention, low=low, high=low)), Recorder())
+    torch.testing.assert_close(seen[0].eps, torch.full((16, 3), 4.0))
+
+
+def exact_network(mixture: Mixture, times: Any) -> Any:
+    """A network whose first-order jump to s is the exact one: student and target know their s.
+
+    The teacher's DDIM step to t_n is made exact in the same way. With eps the network's output,
+    x_s = alpha_s (x - sigma eps)/alpha + sigma_s eps is solved for eps.
+    """
+
+    def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
+        goal = torch.cat([times.t_n, times.t_n]) if role == BASE else times.s
+        alpha, sigma = PATH.alpha(t)[:, None], PATH.sigma(t)[:, None]
+        alpha_s, sigma_s = PATH.alpha(goal)[:, None], PATH.sigma(goal)[:, None]
+        x = x.double()
+        landed = mixture.flow(x, t, goal)
+        gain = sigma_s - alpha_s * sigma / alpha
+        same = (goal == t)[:, None]
+        away = (landed - alpha_s / alpha * x) / torch.where(same, 1, gain)
+        return torch.where(same, mixture.denoise(x, t).eps, away)
+
+    return call
+
+
+@pytest.mark.parametrize("config", [TCD, ConsistencyConfig(end="clean"), ConsistencyConfig(s="zero")])
+def test_the_exact_jump_has_no_loss(config: ConsistencyConfig) -> None:
+    """On a Gaussian, with the exact flow for teacher, student and target, every pair of jumps agrees."""
+    mixture = gaussian(PATH)
+    count = 256
+    keyed = draws(count)
+    times = draw_times(config, PATH, keyed)
+    denoiser = Denoiser(exact_network(mixture, times), PATH, "eps")
+    x_0 = mixture.sample(count, -1.0, torch.Generator().manual_seed(1)).float()
+    text = {"text": torch.zeros(count, 1)}
+    unguided = config.model_copy(update={"guidance": Guidance(low=0, high=0)})
+    loss = consistency_loss(unguided, denoiser, x_0, text, text, keyed)
+    assert loss.per_sample is not None
+    assert float(loss.per_sample.max()) < 1e-9
+
+    spoilt = replace(denoiser, call=lambda x, t, c, role: denoiser.call(x, t, c, role) + 0.05 * (role == "student"))
+    assert float(consistency_loss(unguided, spoilt, x_0, text, text, keyed).value) > 1e-6
+
+
+def test_the_skip_jump_has_no_loss_for_the_exact_end_point() -> None:
+    """LCM's student that knows the clean end of each path agrees with itself along the path."""
+    mixture = gaussian(PATH)
+    count = 256
+    keyed = draws(count)
+    times = draw_times(LCM, PATH, keyed)
+
+    def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
+        x = x.double()
+        alpha, sigma = PATH.alpha(t)[:, None], PATH.sigma(t)[:, None]
+        if role == BASE:
+            return exact_network(mixture, times)(x, t, condition, role)
+        clean = mixture.flow(x, t, times_of(-1.0, x))
+        return (x - alpha * clean) / sigma
+
+    x_0 = mixture.sample(count, -1.0, torch.Generator().manual_seed(1)).float()
+    text = {"text": torch.zeros(count, 1)}
+    unguided = LCM.model_copy(update={"guidance": Guidance(low=0, high=0), "distance": "l2"})
+    loss = consistency_loss(unguided, Denoiser(call, PATH, "eps"), x_0, text, text, keyed)
+    assert loss.per_sample is not None
+    inside = times.t_n > 0
+    assert float(loss.per_sample[inside].max()) < 1e-5  # c_out is not quite 1, c_skip not quite 0
+    assert float(loss.per_sample[~inside].max()) < 5e-3  # at t_n = 0 the target is x itself, sigma = .029
+    estimate = interpret("eps", torch.zeros(1, 1), torch.ones(1, 1), torch.ones(1, 1), torch.zeros(1, 1))
+    assert estimate.x0.item() == 1.0
+
+
+# ---- a real network
+
+
+@pytest.fixture
+def small(tiny_overrides: list[str]) -> list[str]:
+    return [*tiny_overrides, "student.targets=[to_q,to_v,conv1,conv2,conv_out]", "optim.lr=3e-3"]
+
+
+@pytest.mark.parametrize("target", ["self", "ema"])
+def test_gradients_reach_the_student_alone(target: str, small: list[str], tiny_cache: Path) -> None:
+    from fewstep import distillation
+
+    run = distillation.prepare(resolve("tcd", None, [*small, f"method.target={target}"]), tiny_cache)
+    (update,) = distillation.update_plan(run)
+    items = torch.arange(4)
+    loss = update.loss({"items": items, "latents": run.data.latents[items]}, draws(4))
+    loss.value.backward()
+    learnt = {name for name, p in run.backbone.network.named_parameters() if p.grad is not None}
+    assert learnt
+    assert all(".student." in name for name in learnt)
+    assert {f"{name}" for name in update.parameters} == {name.replace(".student.", ".") for name in learnt}
+    ups = [p.grad for name, p in update.parameters.items() if "lora_B" in name]
+    assert all(g is not None and bool(g.abs().sum() > 0) for g in ups)
+    if target == "ema":
+        for name, parameter in run.student.roles.parameters("target").items():
+            assert torch.equal(parameter, update.parameters[name])
+
+
+@pytest.mark.parametrize("recipe", ["tcd", "lcm"])
+def test_the_loss_falls_in_thirty_steps(recipe: str, small: list[str], tiny_cache: Path, tmp_path: Path) -> None:
+    """Judged on the same draws before and after, since the loss depends on t far more than on thirty steps."""
+    from fewstep import distillation
+
+    config = resolve(recipe, None, [*small, "loop.steps=30", "loop.batch=8", "loop.save_every=30", "optim.lr=1e-2"])
+    file = distillation.distill(config, tmp_path, cache=tiny_cache, quiet=True)
+    assert file.is_file()
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged] == list(range(1, 31))
+
+    run = distillation.prepare(config, tiny_cache)
+    (update,) = distillation.update_plan(run)
+    items = torch.arange(16)
+    batch = {"items": items, "latents": run.data.latents[items]}
+
+    def judge() -> float:
+        with torch.no_grad():
+            values = [update.loss(batch, Draws(99, step, tuple(range(16)))).value for step in range(4)]
+        return float(torch.stack(values).mean())
+
+    before = judge()
+    from safetensors.torch import load_file
+
+    trained = load_file(tmp_path / "checkpoints" / "step-00000030" / "student.safetensors")
+    with torch.no_grad():
+        for name, parameter in update.parameters.items():
+            parameter.copy_(trained[name])
+    assert judge() < 0.9 * before

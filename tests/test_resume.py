@@ -1,0 +1,101 @@
+"""A distillation that is stopped, however, goes on as if it had not been."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SMALL = ["student.rank=2", "student.targets=[to_q,conv1,time_emb_proj]", "loop.steps=5", "loop.save_every=2"]
+
+
+def figures(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "time"} for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kind", "target"),
+    [("tcd", "lora", "self"), ("tcd", "full", "ema"), ("lcm", "lora", "ema"), ("lcm", "full", "self")],
+)
+def test_resuming_equals_going_on(
+    recipe: str,
+    kind: str,
+    target: str,
+    tiny_overrides: list[str],
+    tiny_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Stopped in step 4, after the checkpoint of step 2: weights, averages and figures bit for bit."""
+    from fewstep import distillation
+    from fewstep.settings import resolve
+
+    words = [*tiny_overrides, *SMALL, f"student.kind={kind}", f"method.target={target}", "optim.ema=0.8"]
+    config = resolve(recipe, None, words)
+    whole = distillation.distill(config, tmp_path / "whole", cache=tiny_cache, quiet=True)
+
+    class StopError(Exception):
+        pass
+
+    def stopping(method: Any, denoiser: Any, x_0: Any, condition: Any, null: Any, draws: Any) -> Any:
+        if draws.step == 3:
+            raise StopError
+        return plain(method, denoiser, x_0, condition, null, draws)
+
+    plain = distillation.consistency_loss
+    with monkeypatch.context() as patched:
+        patched.setattr(distillation, "consistency_loss", stopping)
+        with pytest.raises(StopError):
+            distillation.distill(config, tmp_path / "cut", cache=tiny_cache, quiet=True)
+    assert [p.name for p in (tmp_path / "cut" / "checkpoints").iterdir()] == ["step-00000002"]
+    resumed = distillation.distill(config, tmp_path / "cut", cache=tiny_cache, quiet=True)
+
+    last = [folder / "checkpoints" / "step-00000005" for folder in (tmp_path / "whole", tmp_path / "cut")]
+    names = sorted(path.name for path in last[0].iterdir())
+    expected = ["state.json", *(f"student{kind}.safetensors" for kind in ("", ".ema", ".optimizer"))]
+    assert names == sorted(expected + (["student.follower.safetensors"] if target == "ema" else []))
+    for name in names:
+        assert (last[0] / name).read_bytes() == (last[1] / name).read_bytes(), name
+    assert figures(tmp_path / "whole") == figures(tmp_path / "cut")
+    if kind == "lora":
+        assert whole.read_bytes() == resumed.read_bytes()
+        trained = load_file(whole)
+        assert any(float(v.abs().max()) > 0 for n, v in trained.items() if "lora_B" in n)
+    else:
+        weights = [load_file(next((folder / "unet").glob("*.safetensors"))) for folder in (whole, resumed)]
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_killed_at_ten_random_moments_and_inside_a_save(
+    tiny_overrides: list[str], tiny_cache: Path, tmp_path: Path
+) -> None:
+    """kill -9 of the real command: the final LoRA equals an uninterrupted run's, byte for byte."""
+    words = [*tiny_overrides, *SMALL, "loop.steps=20", "loop.keep=1"]
+    environment = os.environ | {"PYTHONHASHSEED": "random"}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("kill_harness.py")), str(tmp_path), *words],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert record["kills"] == 10, record
+    assert record["saving"], record
+    assert record["removing"], record
+    peace, fire = (tmp_path / name for name in ("peace", "fire"))
+    name = "pytorch_lora_weights.safetensors"
+    assert (peace / "student" / name).read_bytes() == (fire / "student" / name).read_bytes()
+    assert figures(peace) == figures(fire)
+    assert [p.name for p in (fire / "checkpoints").iterdir()] == ["step-00000020"]
+    assert [p.name for p in (fire / "student").iterdir()] == [name]
+    assert not [p for p in fire.rglob("*") if p.name.endswith((".part", ".old"))]
