@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from exact import Mixture, gaussian, three_modes, times_of
+from fewstep.config import validate
+from fewstep.denoiser import Condition, Denoiser
 from fewstep.errors import UserError
 from fewstep.grid import end_time, inference_times
-from fewstep.names import End
+from fewstep.inference import draw_latents
+from fewstep.names import End, Prediction, SamplerName, SolverName, omega_of
 from fewstep.sampler import (
     check_gamma,
     consistency_step,
@@ -24,7 +27,17 @@ from fewstep.sampler import (
     sss_step,
     sss_target,
 )
-from fewstep.schedule import Estimate, FlowMatching, Path, VarianceExploding, expand, scaled_linear
+from fewstep.schedule import (
+    Estimate,
+    FlowMatching,
+    Path,
+    VarianceExploding,
+    VariancePreserving,
+    add_noise,
+    expand,
+    scaled_linear,
+)
+from fewstep.settings import Sampling
 from fewstep.solver import Denoise
 
 VP = scaled_linear()
@@ -53,7 +66,7 @@ def exact_jumper(teacher: Mixture, times: list[float], gamma: float, end: End, r
     return denoise
 
 
-def call_times(path: Path, steps: int) -> list[float]:
+def grid_times(path: Path, steps: int) -> list[float]:
     return [float(t) for t in inference_times(path, steps)]
 
 
@@ -66,7 +79,7 @@ def test_sss_with_exact_jump_keeps_a_gaussians_moments(name: str, gamma: float, 
     """
     path = PATHS[name]
     teacher = gaussian(path, mean=(0.7,), std=0.6)
-    times = call_times(path, 4)
+    times = grid_times(path, 4)
     seen: list[Tensor] = []
     jump = exact_jumper(teacher, times, gamma, end)
 
@@ -131,7 +144,7 @@ def run_mixture(gamma: float, tamper: Callable[[Tensor], Tensor] = lambda z: z) 
     teacher = three_modes(VP)
     g = torch.Generator().manual_seed(11)
     x = teacher.sample(N, 999.0, g)
-    times = call_times(VP, 4)
+    times = grid_times(VP, 4)
     jump = exact_jumper(teacher, times, gamma, "index0", rk_steps=6)
     return sample_sss(
         jump, VP, x, times, gamma, "index0", lambda: tamper(torch.randn(N, 2, generator=g, dtype=torch.float64))
@@ -308,3 +321,64 @@ def test_a_pictures_noise_does_not_depend_on_its_batch() -> None:
     assert torch.equal(alone_noise()[0], steps[0][1])
     assert torch.equal(alone_noise()[0], steps[1][1])
     assert len({float(x) for x in torch.cat([start, *steps]).flatten()}) == 3 * 3 * 6
+
+
+def denoiser(prediction: Prediction = "eps", path: Path = VP) -> Denoiser:
+    """A network that answers tanh(x) + what it is told."""
+    return Denoiser(lambda x, t, told, role: torch.tanh(x) + told["text"], path, prediction)
+
+
+def test_eps_with_zero_terminal_snr_is_refused() -> None:
+    log_alpha_bar = VP.log_alpha_bar.clone()
+    log_alpha_bar[-1] = math.log(1e-24)
+    for path in (VariancePreserving(log_alpha_bar), FlowMatching()):
+        with pytest.raises(UserError, match=r"zero terminal SNR.*nearest legal one is 'v'"):
+            denoiser("eps", path)
+        denoiser("v", path)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "euler", "dpmpp_2s"])
+def test_steps_count_network_calls(solver: SolverName) -> None:
+    asked = 0
+
+    def call(x: Tensor, t: Tensor, told: Condition, role: str) -> Tensor:
+        nonlocal asked
+        asked += 1
+        return torch.tanh(x)
+
+    sampling = Sampling(sampler=solver, steps=6)
+    draw_latents(Denoiser(call, VP, "eps"), {}, {}, sampling, [0, 1], (3,), "teacher")
+    assert asked == 6
+    if solver == "dpmpp_2s":
+        with pytest.raises(UserError, match=r"steps = 5 network calls .* nearest legal one is 6$"):
+            validate(Sampling, {"sampler": solver, "steps": 5})
+
+
+@pytest.mark.parametrize("sampler", ["sss", "lcm", "ddim"])
+def test_a_latent_does_not_depend_on_its_batch(sampler: SamplerName) -> None:
+    sampling = Sampling(sampler=sampler, steps=4, omega=1.5)
+    told, null = {"text": torch.tensor([[0.1], [0.2], [0.3]])}, {"text": torch.zeros(1, 1)}
+    together = draw_latents(denoiser(), told, null, sampling, [4, 5, 6], (7,), "teacher")
+    alone = draw_latents(denoiser(), {"text": told["text"][1:2]}, null, sampling, [5], (7,), "teacher")
+    assert torch.equal(alone[0], together[1])
+    assert together.dtype == torch.float32
+
+
+def test_guidance_is_in_the_papers_convention_and_one_call() -> None:
+    """output = (1 + omega) output(c) - omega output(null), omega for each sample; conversion in fp32."""
+    batches = []
+
+    def call(x: Tensor, t: Tensor, told: Condition, role: str) -> Tensor:
+        batches.append(len(x))
+        assert role == "teacher"
+        return told["text"].bfloat16().expand_as(x)
+
+    x, t = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([499.0, 999.0])
+    told, null = {"text": torch.tensor([[2.0], [4.0]])}, {"text": torch.tensor([[1.0], [1.0]])}
+    omega = torch.tensor([0.5, 7.0])
+    found = Denoiser(call, VP, "eps").guided(x, t, told, null, omega, "teacher")
+    assert batches == [4]
+    assert found.x0.dtype == found.eps.dtype == torch.float32
+    assert found.eps[:, 0].tolist() == [1.5 * 2 - 0.5, 8 * 4 - 7]
+    assert torch.allclose(add_noise(VP, found.x0, found.eps, t), x, rtol=0, atol=1e-5)
+    assert (omega_of(7.5, "imagen"), omega_of(7.5, "lcm")) == (6.5, 7.5)

@@ -40,9 +40,7 @@ def training_grid(path: Path, count: int) -> Tensor:
         total = int(path.noisiest) + 1
         if not 1 <= count <= total or total % count:
             legal = min((n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(n - count))
-            raise UserError(
-                f"grid = {count} does not divide {total} training indices; the nearest is {legal}"
-            )
+            raise UserError(f"grid = {count} does not divide {total} training indices; the nearest is {legal}")
         return torch.arange(1, count + 1, dtype=torch.float64) * (total // count) - 1
     if count < 1:
         raise UserError(f"grid = {count} is below 1; the nearest legal one is 1")

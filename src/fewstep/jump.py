@@ -21,9 +21,7 @@ def first_order(estimate: Estimate, alpha_s: Tensor, sigma_s: Tensor) -> Tensor:
     return alpha_s * estimate.x0 + sigma_s * estimate.eps
 
 
-def skip_scalings(
-    t: Tensor, timestep_scaling: float = 10.0, sigma_data: float = 0.5
-) -> tuple[Tensor, Tensor]:
+def skip_scalings(t: Tensor, timestep_scaling: float = 10.0, sigma_data: float = 0.5) -> tuple[Tensor, Tensor]:
     """LCM's (c_skip, c_out) as released: with tau = scaling * t, sigma_data^2 / (tau^2 + sigma_data^2) and
     tau / sqrt(tau^2 + sigma_data^2) (arXiv 2310.04378 and its code). float64, the shape of t.
 

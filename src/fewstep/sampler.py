@@ -88,9 +88,7 @@ def sample_sss(
     return ddim(denoise, path, x, _batch(times[-1], x), _batch(end_time(path, end), x))
 
 
-def sample_consistency(
-    denoise: Denoise, path: Path, x: Tensor, times: Sequence[float], noise: Noise
-) -> Tensor:
+def sample_consistency(denoise: Denoise, path: Path, x: Tensor, times: Sequence[float], noise: Noise) -> Tensor:
     """LCM's multistep consistency sampling (arXiv 2310.04378, algorithm 3); it ends on clean data."""
 
     def jump(x: Tensor, t: float) -> Tensor:
@@ -112,7 +110,7 @@ def sample_ode(
     """
     for t, s in pairwise([*times, end_time(path, end)]):
         now = _batch(t, x)
-        endless = s == path.clean or float(path.alpha(now[:1])) == 0
+        endless = s == path.clean or float(path.alpha(torch.tensor(t, dtype=torch.float64))) == 0
         x = (ddim if endless else SOLVERS[solver])(denoise, path, x, now, _batch(s, x))
     return x
 

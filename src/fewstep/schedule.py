@@ -197,9 +197,7 @@ class Estimate:
     eps: Tensor
 
 
-def interpret(
-    prediction: Prediction, output: Tensor, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor
-) -> Estimate:
+def interpret(prediction: Prediction, output: Tensor, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Estimate:
     """Turn a network's output into x0 and eps.
 
     With alpha, sigma shaped to multiply x_t:

@@ -109,6 +109,8 @@ class StableDiffusion:
         if self._text is None:
             import transformers
 
+            transformers.utils.logging.disable_progress_bar()  # its bars would stand between ours and in errors
+
             classes = []
             for component, legal in (("tokenizer", _TOKENIZERS), ("text_encoder", _TEXT_ENCODERS)):
                 name = self.folder.components[component][1]

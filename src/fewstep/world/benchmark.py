@@ -29,7 +29,7 @@ from fewstep.world.contest import (
     student_entries,
     teacher_entry,
 )
-from fewstep.world.demo import METHODS, STEPS, WORLD_OVERRIDES, picture_grid, real_figures
+from fewstep.world.demo import METHODS, STEPS, WORLD_OVERRIDES, picture_grid
 from fewstep.world.location import root
 
 GAMMAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -87,10 +87,9 @@ def choose(name: str, out: Path, candidates: Mapping[str, Sequence[Entry]], stud
 def benchmark(config: BenchmarkConfig, out: Path) -> Path:
     """Run every stage that is not done yet; return the report's path."""
     teacher = teacher_path("")
-    real = emoji8.load("train").pictures
     scorer = root() / "scorer"
     validation = Studio(teacher, emoji8.read_prompts("validation"), out / "pictures")
-    judge = Judge(real, len(validation.prompts), scorer)
+    judge = Judge(validation.prompts, scorer)
 
     def rate_entries(recipe: str, rate: float) -> list[Entry]:
         student = train(config, recipe, rate, config.seeds[0], out)
@@ -110,6 +109,7 @@ def benchmark(config: BenchmarkConfig, out: Path) -> Path:
     }
     omegas = {f"{omega:g}": [teacher_entry(omega, 50, 99)] for omega in config.omegas}
     best_omega = float(choose("omega-teacher", out, omegas, validation, judge))
+    tuning_judge = Judge(emoji8.read_prompts("gamma"), scorer)
     tuning = Studio(teacher, emoji8.read_prompts("gamma"), out / "pictures")
     first = train(config, "tcd", rates["tcd"], config.seeds[0], out)
     gammas = {
@@ -119,13 +119,13 @@ def benchmark(config: BenchmarkConfig, out: Path) -> Path:
                 out,
                 {f"{g:g}": student_entries("TCD", first, sampling_of("tcd", g), [steps], 99) for g in GAMMAS},
                 tuning,
-                judge,
+                tuning_judge,
             )
         )
         for steps in STEPS
     }
     studio = Studio(teacher, emoji8.read_prompts("benchmark")[: config.prompts], out / "pictures")
-    full = Judge(real, len(studio.prompts), scorer)
+    full = Judge(studio.prompts, scorer)
     mean_omega = resolve("tcd").method.guidance.mean_omega
     rows: list[Row] = []
     shown: list[tuple[str, Entry]] = []
@@ -133,9 +133,7 @@ def benchmark(config: BenchmarkConfig, out: Path) -> Path:
         students = {recipe: train(config, recipe, rates[recipe], seed, out) for recipe in METHODS}
         entries = solver_entries(mean_omega, STEPS, seed)
         for recipe, method in METHODS.items():
-            entries += student_entries(
-                method, students[recipe], sampling_of(recipe, config.gamma), STEPS, seed
-            )
+            entries += student_entries(method, students[recipe], sampling_of(recipe, config.gamma), STEPS, seed)
         for steps in STEPS:
             tuned = sampling_of("tcd", gammas[steps])
             entries += student_entries("TCD, tuned gamma", students["tcd"], tuned, [steps], seed)
@@ -151,14 +149,15 @@ def benchmark(config: BenchmarkConfig, out: Path) -> Path:
             best = f"teacher, omega {best_omega:g}"
             entries.append(teacher_entry(best_omega, 50, seed, best))
         reference = teacher_entry(mean_omega, 50, seed)
-        rows += contest(studio, full, reference, entries)
-        if seed == config.seeds[0]:
-            four = [e for e in entries if e.sampling.steps == 4 and "sweep" not in e.method]
+        four = [e for e in entries if e.sampling.steps == 4 and "sweep" not in e.method]
+        first_seed = seed == config.seeds[0]
+        rows += contest(studio, full, reference, entries, diverse=[reference, *four] if first_seed else [])
+        if first_seed:
             shown = [("teacher, 50 steps", reference), *((f"{e.method}, 4 steps", e) for e in four)]
     results = Results(
         title="fewstep benchmark: Table 1 on the bundled world",
         rows=tuple(rows),
-        real=real_figures(full, studio.prompts),
+        real=full.real(),
         scale=detail_scale(full.reference.pictures[:1000]),
         prompts=tuple(studio.prompts),
         settings={
@@ -167,7 +166,7 @@ def benchmark(config: BenchmarkConfig, out: Path) -> Path:
             "seeds": ", ".join(map(str, config.seeds)),
             "training": f"{config.steps * config.batch} samples a student, batch {config.batch}",
             "learning rates": ", ".join(f"{METHODS[r]} {rate:g}" for r, rate in rates.items()),
-            "teacher's guidance": f"omega {mean_omega:g} (the students' mean); best on the validation list {best_omega:g}",
+            "teacher's guidance": f"omega {mean_omega:g} (the students' mean); best for validation {best_omega:g}",
             "tuned gamma": ", ".join(f"{gamma:g} at {steps} steps" for steps, gamma in gammas.items()),
         },
         caveats=(),

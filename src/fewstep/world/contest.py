@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -17,18 +18,17 @@ from tqdm import tqdm
 
 from fewstep.drawing import Artist, load_artist
 from fewstep.evaluation.agreement import PromptAgreement, load_scorer
-from fewstep.evaluation.detail import EdgeDensity, WebpBytes
-from fewstep.evaluation.evaluate import Reference, evaluate_pictures, score_pictures
-from fewstep.evaluation.features import Features
-from fewstep.evaluation.frechet import FEWEST, FrechetDistance, Projection
-from fewstep.evaluation.kid import KernelDistance
-from fewstep.evaluation.lite0 import Lite0Backbone
-from fewstep.evaluation.metric import Metric, Scored
+from fewstep.evaluation.bundled import Gallery, lite0, metrics
+from fewstep.evaluation.diversity import diversity
+from fewstep.evaluation.evaluate import evaluate_pictures, score_pictures
+from fewstep.evaluation.metric import Figure, Scored
 from fewstep.evaluation.results import Row
-from fewstep.evaluation.teacher import TeacherFeatures, TeacherPixels
 from fewstep.files import atomic_write
 from fewstep.settings import TEACHER_SAMPLING, Sampling
 
+NOISY_PROMPTS = 100
+NOISES = 8
+"""Prompts, and pictures of each, that diversity is measured on."""
 SOLVER_NAMES = {"euler": "Euler", "ddim": "DDIM", "dpmpp_2s": "DPM-Solver++(2S)"}
 
 
@@ -71,9 +71,7 @@ def solver_entries(omega: float, steps: Sequence[int], seed: int) -> list[Entry]
     return entries
 
 
-def student_entries(
-    method: str, lora: Path, sampling: Sampling, steps: Sequence[int], seed: int
-) -> list[Entry]:
+def student_entries(method: str, lora: Path, sampling: Sampling, steps: Sequence[int], seed: int) -> list[Entry]:
     """A student at several step counts."""
     return [Entry(method, sampling.model_copy(update={"steps": count}), lora, seed) for count in steps]
 
@@ -121,44 +119,55 @@ class Studio:
 
     def pictures(self, entry: Entry) -> np.ndarray:
         """The entry's pictures, uint8 [N, H, W, 3], drawn if they are not there yet."""
-        path = self.folder / f"{self.key(entry)}.safetensors"
+        return self._kept(entry, "", self.prompts, self.seeds(entry.seed))
+
+    def noises(self, entry: Entry, prompts: int = NOISY_PROMPTS, noises: int = NOISES) -> np.ndarray:
+        """Several pictures of each of the first prompts, uint8 [P, k, H, W, 3]."""
+        chosen = [prompt for prompt in self.prompts[:prompts] for _ in range(noises)]
+        seeds = [500_000 + seed for seed in range(len(chosen))]
+        pictures = self._kept(entry, f"-{prompts}x{noises}", chosen, seeds)
+        return pictures.reshape(-1, noises, *pictures.shape[1:])
+
+    def _kept(self, entry: Entry, kind: str, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+        path = self.folder / f"{self.key(entry)}{kind}.safetensors"
         if path.is_file():
             kept: np.ndarray = load_file(path)["pictures"]
             return kept
-        artist = self.artist(entry.lora)
-        pictures = artist.draw(self.prompts, self.seeds(entry.seed), entry.sampling)
+        pictures = self.artist(entry.lora).draw(prompts, seeds, entry.sampling)
         with atomic_write(path) as part:
             save_file({"pictures": pictures}, part)
         return pictures
 
 
 class Judge:
-    """All metrics over one feature backbone and one set of real pictures.
+    """The bundled world's metrics, for one list of prompts.
 
     FD is left out below its smallest sample (500), where its bias rules.
+
+    Args:
+        prompts: open prompts or captions of Emoji-8; real pictures of the same concepts are the reference.
+        scorer: folder of the prompt-agreement scorer, or None to leave it out.
+        seed: of the reference and of bootstrap intervals.
     """
 
-    def __init__(self, real: np.ndarray, n: int, scorer: Path | None, seed: int = 0) -> None:
-        self.features = Features(Lite0Backbone())
-        self.reference = Reference.split(real, n, seed)
+    def __init__(self, prompts: Sequence[str], scorer: Path | None, seed: int = 0) -> None:
+        gallery = Gallery.load()
+        self.features = lite0()
+        self.reference = gallery.reference(prompts, seed)
         self.seed = seed
-        self.metrics: list[Metric] = [KernelDistance(self.features)]
-        if n >= FEWEST:
-            projection = Projection.fit(self.features(self.reference.pictures))
-            self.metrics.insert(0, FrechetDistance(self.features, projection))
-        self.scored: list[Scored] = [
-            EdgeDensity(),
-            WebpBytes(),
-            TeacherPixels(),
-            TeacherFeatures(self.features),
-        ]
+        self.metrics = metrics(gallery, self.features, len(prompts))
         if scorer is not None:
-            self.scored.insert(0, PromptAgreement(load_scorer(scorer)))
-        self.metrics += self.scored
+            self.metrics.insert(1, PromptAgreement(load_scorer(scorer)))
+        self.scored = [cast(Scored, metric) for metric in self.metrics if hasattr(metric, "scores")]
 
-    def row(
-        self, entry: Entry, prompts: Sequence[str], pictures: np.ndarray, teacher: np.ndarray | None
-    ) -> Row:
+    def real(self) -> dict[str, Figure]:
+        """The same figures of real pictures of the same prompts."""
+        floor = self.reference.floor
+        assert floor is not None
+        usable = [metric for metric in self.metrics if metric.against != "teacher"]
+        return evaluate_pictures(floor, self.reference.floor_prompts, usable, self.reference, None, self.seed)
+
+    def row(self, entry: Entry, prompts: Sequence[str], pictures: np.ndarray, teacher: np.ndarray | None) -> Row:
         """Measure one entry against real pictures and against the teacher's from the same noise."""
         figures = evaluate_pictures(pictures, prompts, self.metrics, self.reference, teacher, self.seed)
         scores = score_pictures(pictures, prompts, self.scored, teacher)
@@ -176,14 +185,24 @@ class Judge:
         )
 
 
+def with_diversity(row: Row, entry: Entry, studio: Studio, judge: Judge) -> Row:
+    """The row with one figure more: how much pictures of one prompt differ from noise to noise."""
+    figure = diversity(judge.features, studio.noises(entry), judge.seed)
+    name = figure.identity.name if figure.identity else "diversity"
+    return replace(row, figures={**row.figures, name: figure})
+
+
 def contest(
     studio: Studio,
     judge: Judge,
     teacher: Entry,
     entries: Sequence[Entry],
-    done: Callable[[Row], None] | None = None,
+    diverse: Sequence[Entry] = (),
 ) -> list[Row]:
-    """Draw and measure the teacher and all entries of one noise seed, with a progress bar."""
+    """Draw and measure the teacher and all entries of one noise seed, with a progress bar.
+
+    Entries that are also in `diverse` get their diversity measured too.
+    """
     reference = studio.pictures(teacher)
     rows = []
     with tqdm(total=1 + len(entries), desc=f"contest, seed {teacher.seed}", unit="row") as bar:
@@ -191,8 +210,6 @@ def contest(
             bar.set_postfix_str(f"{entry.method} {entry.sampling.steps}")
             pictures = studio.pictures(entry)
             row = judge.row(entry, studio.prompts, pictures, None if entry is teacher else reference)
-            rows.append(row)
-            if done:
-                done(row)
+            rows.append(with_diversity(row, entry, studio, judge) if entry in diverse else row)
             bar.update()
     return rows

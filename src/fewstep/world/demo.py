@@ -12,8 +12,6 @@ from pydantic import Field
 from fewstep import distillation
 from fewstep.config import Config
 from fewstep.evaluation.detail import detail_scale
-from fewstep.evaluation.evaluate import evaluate_pictures
-from fewstep.evaluation.metric import Figure
 from fewstep.evaluation.report import write_report
 from fewstep.evaluation.results import Results, save_results
 from fewstep.settings import resolve, teacher_path
@@ -66,9 +64,7 @@ def train_students(config: DemoConfig, out: Path) -> dict[str, Path]:
             f"optim.lr={config.lr}",
             *WORLD_OVERRIDES,
         ]
-        students[recipe] = distillation.distill(
-            resolve(recipe, None, changes), out / recipe, cache=out / "cache"
-        )
+        students[recipe] = distillation.distill(resolve(recipe, None, changes), out / recipe, cache=out / "cache")
     return students
 
 
@@ -79,7 +75,7 @@ def demo(config: DemoConfig, out: Path) -> Path:
     trained = time.perf_counter() - started
     prompts = emoji8.read_prompts("benchmark")[: config.prompts]
     studio = Studio(teacher_path(""), prompts, out / "pictures")
-    judge = Judge(emoji8.load("train").pictures, len(prompts), root() / "scorer", config.seed)
+    judge = Judge(prompts, root() / "scorer", config.seed)
     omega = resolve("tcd").method.guidance.mean_omega
     entries = solver_entries(omega, STEPS, config.seed)
     for recipe, method in METHODS.items():
@@ -91,7 +87,7 @@ def demo(config: DemoConfig, out: Path) -> Path:
     results = Results(
         title="fewstep demo",
         rows=tuple(rows),
-        real=real_figures(judge, prompts),
+        real=judge.real(),
         scale=detail_scale(judge.reference.pictures[:512]),
         prompts=tuple(prompts),
         settings={
@@ -114,16 +110,6 @@ def demo(config: DemoConfig, out: Path) -> Path:
     return write_report(out / "report.html", results, picture_grid(studio, chosen, config.shown))
 
 
-def real_figures(judge: Judge, prompts: Sequence[str]) -> dict[str, Figure]:
-    """The same figures of real pictures, as many as were drawn."""
-    floor = judge.reference.floor
-    assert floor is not None
-    usable = [metric for metric in judge.metrics if metric.against != "teacher"]
-    return evaluate_pictures(floor[: len(prompts)], prompts, usable, judge.reference, None, judge.seed)
-
-
-def picture_grid(
-    studio: Studio, chosen: Sequence[tuple[str, Entry]], shown: int
-) -> list[tuple[str, np.ndarray]]:
+def picture_grid(studio: Studio, chosen: Sequence[tuple[str, Entry]], shown: int) -> list[tuple[str, np.ndarray]]:
     """The first prompts by each of the named entries: what the report shows."""
     return [(name, studio.pictures(entry)[:shown]) for name, entry in chosen]

@@ -82,9 +82,7 @@ def folder() -> Path:
     """
     path = location.root() / "emoji8"
     if not (path / "pictures.jsonl").is_file():
-        raise UserError(
-            f"{path} has no pictures.jsonl; point {location.ENVIRONMENT} at a complete world/ folder"
-        )
+        raise UserError(f"{path} has no pictures.jsonl; point {location.ENVIRONMENT} at a complete world/ folder")
     return path
 
 
@@ -265,9 +263,7 @@ def _text(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields, **lists, "codepoint": fields["concept"]}
 
 
-def _record(
-    fields: Mapping[str, Any], concepts: Mapping[str, Mapping[str, Any]], sources: Mapping[str, str]
-) -> Record:
+def _record(fields: Mapping[str, Any], concepts: Mapping[str, Mapping[str, Any]], sources: Mapping[str, str]) -> Record:
     style = fields["style"]
     text = concepts[fields["concept"]]
     return Record(**{**text, **fields, "family": STYLE_FAMILY[style], "source": sources[style]})

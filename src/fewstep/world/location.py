@@ -25,9 +25,7 @@ def root() -> Path:
     if named:
         folder = Path(named).expanduser()
         if not folder.is_dir():
-            raise UserError(
-                f"{ENVIRONMENT}={named} is not a folder; name the one that holds emoji8/, or unset it"
-            )
+            raise UserError(f"{ENVIRONMENT}={named} is not a folder; name the one that holds emoji8/, or unset it")
         return folder
     checkout = Path(__file__).resolve().parents[3] / "world"
     if checkout.is_dir():

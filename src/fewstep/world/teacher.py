@@ -38,9 +38,7 @@ class TeacherConfig(Config):
     def _one_precision(self) -> Self:
         first, second = self.vae.loop.precision, self.unet.loop.precision
         if first != second:
-            raise ValueError(
-                f"unet.loop.precision = {second!r} must be the autoencoder's; the nearest is {first!r}"
-            )
+            raise ValueError(f"unet.loop.precision = {second!r} must be the autoencoder's; the nearest is {first!r}")
         return self
 
 
@@ -102,9 +100,7 @@ def save_sharded(folder: Path, module: Any, stem: str = "diffusion_pytorch_model
         save_file(shard, folder / file, metadata={"format": "pt"})
         where.update(dict.fromkeys(shard, file))
     total = sum(value.nbytes for value in tensors.values())
-    write_json(
-        folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where}
-    )
+    write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
 
 
 def save_pipeline(folder: Path, vae: Any, unet: Any, text: Path) -> None:

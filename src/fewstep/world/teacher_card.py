@@ -11,11 +11,10 @@ from PIL import Image
 
 from fewstep.drawing import Artist, labelled_sheet, load_artist, save_picture
 from fewstep.draws import generator
-from fewstep.evaluation.features import Features
-from fewstep.evaluation.lite0 import Lite0Backbone
+from fewstep.evaluation.bundled import Gallery, lite0, metrics
 from fewstep.evaluation.metric import Figure
-from fewstep.evaluation.neighbours import Neighbours, neighbour_shares
-from fewstep.evaluation.whiteness import Whiteness, background
+from fewstep.evaluation.neighbours import Neighbours
+from fewstep.evaluation.whiteness import Whiteness
 from fewstep.files import write_json
 from fewstep.settings import TEACHER_SAMPLING
 from fewstep.world import emoji8
@@ -42,19 +41,6 @@ class Card:
         return "\n".join(lines)
 
 
-class _Gallery:
-    """The training pictures and their features, to look neighbours up in."""
-
-    def __init__(self) -> None:
-        self.data = emoji8.load("train")
-        self.features = Features(Lite0Backbone())
-        self.known = self.features(self.data.pictures)
-        self.concepts = [record.concept for record in self.data.records]
-
-    def look_up(self, pictures: np.ndarray, concepts: list[str], own: np.ndarray | None = None) -> Neighbours:
-        return neighbour_shares(self.features(pictures), concepts, self.known, self.concepts, own)
-
-
 def teacher_card(pipeline: Path, out: Path, *, n: int = 1000, omega: float = 3.0, steps: int = 50) -> Card:
     """Draw and judge; write card.json, card.md and samples.webp into `out`.
 
@@ -67,40 +53,41 @@ def teacher_card(pipeline: Path, out: Path, *, n: int = 1000, omega: float = 3.0
     """
     artist = load_artist(pipeline)
     sampling = TEACHER_SAMPLING.model_copy(update={"steps": steps, "omega": omega})
-    gallery = _Gallery()
+    gallery = Gallery.load()
+    features = lite0()
     records = gallery.data.records
     chosen = generator(0, "teacher card").permutation(len(records))[:n]
+    figures: dict[str, Figure] = {}
+
+    def look_up(prompts: list[str], concepts: list[str] | None, pictures: np.ndarray) -> Neighbours:
+        return gallery.neighbours(features, pictures, prompts, concepts)
 
     def draw(prompts: list[str], first: int) -> np.ndarray:
         return artist.draw(prompts, [first + i for i in range(len(prompts))], sampling)
 
-    figures: dict[str, Figure] = {}
-    seen = draw([emoji8.name_with_style(records[i]) for i in chosen], 10_000)
-    shares = gallery.look_up(seen, [records[i].concept for i in chosen], chosen)
+    prompts = [emoji8.name_with_style(records[i]) for i in chosen]
+    seen = draw(prompts, 10_000)
+    shares = look_up(prompts, None, seen)
     figures["seen prompts: nearest real picture has the right concept"] = shares.right_concept
     figures["... with the prompt's own picture left out"] = shares.right_concept_without_own
     if shares.own is not None:
         figures["... nearest real picture is the prompt's own training picture"] = shares.own
-    real = gallery.look_up(gallery.data.pictures[chosen], [records[i].concept for i in chosen], chosen)
+    truth = gallery.data.pictures[chosen]
+    real = look_up(prompts, None, truth)
     figures["real pictures: nearest other real picture has the right concept"] = real.right_concept_without_own
-    pairs = emoji8.load("heldout-pair").records
-    unseen = draw([emoji8.name_with_style(record) for record in pairs], 20_000)
-    figures["held-out (concept, family) pairs: right concept"] = gallery.look_up(
-        unseen, [record.concept for record in pairs]
-    ).right_concept
+    unseen = [emoji8.name_with_style(record) for record in emoji8.load_records("heldout-pair")]
+    pairs = look_up(unseen, None, draw(unseen, 20_000))
+    figures["held-out (concept, family) pairs: right concept"] = pairs.right_concept
     words = json.loads((emoji8.folder() / "synonyms.json").read_text(encoding="utf-8"))
-    concepts = [entry["concept"] for entry in words]
-    said = gallery.look_up(draw([entry["word"] for entry in words], 30_000), concepts).right_concept
-    named = gallery.look_up(draw([entry["name"] for entry in words], 30_000), concepts).right_concept
-    figures["words of no caption: right concept"] = said
-    figures["the same concepts by their captions' names: right concept"] = named
-    mask = background(gallery.data.pictures)
-    for kind in ("level", "share"):
-        metric = Whiteness("level" if kind == "level" else "share", mask)
-        prompts = ["" for _ in seen]
-        figures[f"background whiteness ({kind})"] = metric.reduce(metric.features(seen, prompts), None, 0)
-        truth = gallery.data.pictures[chosen]
-        figures[f"... of real pictures ({kind})"] = metric.reduce(metric.features(truth, prompts), None, 0)
+    names = [entry["name"] for entry in words]
+    said = [entry["word"] for entry in words]
+    figures["words of no caption: right concept"] = look_up(said, names, draw(said, 30_000)).right_concept
+    figures["the same concepts by their captions' names"] = look_up(names, names, draw(names, 30_000)).right_concept
+    for metric in metrics(gallery, features, n):
+        if isinstance(metric, Whiteness):
+            name = metric.identity.name
+            figures[name] = metric.reduce(metric.features(seen, prompts), None, 0)
+            figures[f"{name}, real pictures"] = metric.reduce(metric.features(truth, prompts), None, 0)
     card = Card(figures)
     write_json(out / "card.json", {name: figure.to_dict() for name, figure in figures.items()})
     (out / "card.md").write_text(card.markdown() + "\n", encoding="utf-8")

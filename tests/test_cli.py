@@ -1,0 +1,478 @@
+"""What a person types: help that teaches, refusals of one line, exit code 2, nothing written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fewstep import cli
+from fewstep.training.checkpoint import save_tensors
+
+LIMIT = float(os.environ.get("FEWSTEP_REFUSAL_SECONDS", "2"))
+"""Seconds of processor time that a refusal may take."""
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run in an empty folder, to see what is left in it."""
+    place = tmp_path / "here"
+    place.mkdir()
+    monkeypatch.chdir(place)
+
+
+def written() -> list[str]:
+    return sorted(str(path) for path in Path().rglob("*"))
+
+
+Refuse = Callable[..., str]
+
+
+@pytest.fixture
+def refuse(capsys: pytest.CaptureFixture[str]) -> Refuse:
+    """Run the command; it must exit with 2, say one line, write nothing. Returns the line."""
+
+    def run(*arguments: str, keeps: tuple[str, ...] = ()) -> str:
+        before = written()
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main(list(arguments))
+        out, err = capsys.readouterr()
+        assert stop.value.code == 2, err
+        assert out == ""
+        assert err.startswith("fewstep: ")
+        assert err.count("\n") == 1, err
+        assert "Traceback" not in err
+        assert written() == sorted({*before, *keeps})
+        return err
+
+    return run
+
+
+@pytest.fixture
+def distilled(tiny_pipeline: Path, tmp_path: Path) -> Path:
+    """A LoRA of the tiny pipeline, whole and honest: zero but for its shape."""
+    from fewstep.backbones.folder import read_folder
+    from fewstep.export.lora import save_lora
+    from fewstep.settings import Sampling
+
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    weights = {f"{layer}.lora_A.weight": torch.ones(2, 32), f"{layer}.lora_B.weight": torch.zeros(32, 2)}
+    base = read_folder(tiny_pipeline).fingerprint("unet")
+    return save_lora(
+        tmp_path / "good.safetensors",
+        weights,
+        rank=2,
+        alpha=2,
+        targets=["to_q"],
+        base=base,
+        sampling=Sampling(),
+        notes={},
+    )
+
+
+# ---- distill
+
+
+def test_an_unknown_recipe_names_the_nearest(refuse: Refuse) -> None:
+    assert "recipe = 'tdc' is not one of lcm, tcd; the nearest is tcd" in refuse("distill", "--recipe", "tdc")
+    assert "nowhere.yaml" in refuse("distill", "--recipe", "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optim.leraning_rate=1", "unknown key optim.leraning_rate; the nearest known one is optim."),
+        ("lr=1e-3", "unknown key lr; the nearest known one is optim.lr"),
+        ("methd.k=2", "unknown key methd; the nearest known one is method"),
+        ("loop.step=2", "unknown key loop.step; the nearest known one is loop.steps"),
+        ("optim.lr", "override 'optim.lr' is not of the form key=value"),
+        ("optim.lr=fast", "optim.lr = 'fast'"),
+        ("optim.lr=0", "optim.lr = 0 must be above 0"),
+        ("optim.lr=.inf", "optim.lr = inf"),
+        ("loop.steps=0", "loop.steps = 0 must be at least 1; the nearest legal one is 1"),
+        ("sampling.steps=51", "steps = 51 is out of range for grid = 50; the nearest legal one is 50"),
+        ("sampling.gamma=1.5", "sampling.gamma = 1.5 must be at most 1; the nearest legal one is 1"),
+        ("method.jump=hop", "method.jump = 'hop' is not one of skip, first_order; the nearest is"),
+        ("method.grid=25", "sampling.grid = 50 asks for times that method.grid = 25 does not train"),
+        ("sampling.end=clean", "sampling.end = 'clean' is not the end point that is trained"),
+        ("loop.accumulate=5", "batch = 32 is not a multiple of accumulate = 5; the nearest legal one is 30"),
+        ("data.source=nowhere", "data.source = 'nowhere' is not a folder"),
+        ("teacher=nowhere", "teacher = 'nowhere' is no diffusers pipeline folder"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_the_nearest(
+    refuse: Refuse, tiny_pipeline: Path, override: str, words: str
+) -> None:
+    teacher = () if override.startswith("teacher") else ("--teacher", str(tiny_pipeline))
+    assert words in refuse("distill", *teacher, "-s", override)
+
+
+def test_wrong_config_files(refuse: Refuse, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("optim: {lr: 1e-4\n")
+    assert "is not valid YAML" in refuse("distill", "--config", str(file))
+    file.write_text("- optim\n")
+    assert "must hold a mapping" in refuse("distill", "--config", str(file))
+    file.write_text("optim:\n  rate: 1e-4\n")
+    assert "unknown key optim.rate; the nearest known one is optim." in refuse("distill", "--config", str(file))
+    assert "cannot read config" in refuse("distill", "--config", str(tmp_path / "none.yaml"))
+
+
+def test_an_eps_teacher_with_zero_terminal_snr(
+    refuse: Refuse, tiny_pipeline: Path, picture_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_pipeline, tmp_path / "zero")
+    path = tmp_path / "zero" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rescale_betas_zero_snr": True}))
+    teacher = ("--teacher", str(tmp_path / "zero"))
+    for arguments in (
+        ("distill", *teacher, "-s", f"data.source={picture_folder}"),
+        ("sample", "x", "--lora", "none", *teacher),
+    ):
+        line = refuse(*arguments)
+        assert "zero terminal SNR" in line
+        assert "the nearest legal one is 'v_prediction'" in line
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction"}))
+    cli_out = tmp_path / "v.png"
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["sample", "a red disc", "--lora", "none", "--steps", "2", "--out", str(cli_out), *teacher])
+    assert stop.value.code == 0
+    assert cli_out.is_file()
+
+
+@pytest.mark.parametrize("place", ["below a file", "/proc/fewstep/run"])
+def test_an_unwritable_place(
+    refuse: Refuse, tiny_pipeline: Path, picture_folder: Path, distilled: Path, place: str
+) -> None:
+    if place == "below a file":
+        Path("file").write_text("")
+        place = "file/run"
+    teacher = ("--teacher", str(tiny_pipeline))
+    line = refuse("distill", *teacher, "-s", f"data.source={picture_folder}", "--out", place)
+    assert f"cannot write {place}" in line
+    line = refuse("sample", "a disc", *teacher, "--lora", str(distilled), "--out", f"{place}/a.png")
+    assert f"cannot write {place}" in line
+
+
+def test_a_run_folder_of_another_config(refuse: Refuse, tiny_overrides: list[str]) -> None:
+    from fewstep.settings import resolve
+    from fewstep.training.run import RunLog
+
+    RunLog(Path("run"), resolve("tcd", None, tiny_overrides), title="x", quiet=True)
+    words = [word for override in [*tiny_overrides, "optim.lr=0.5"] for word in ("-s", override)]
+    assert "holds a run with another optim.lr (0.001, now 0.5)" in refuse("distill", "--out", "run", *words)
+
+
+def test_a_full_disk_while_training(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny_overrides: list[str]
+) -> None:
+    """The second checkpoint does not fit: one line, the first one is whole, no half is left."""
+    from fewstep.training import checkpoint
+
+    plain = checkpoint.save_tensors
+
+    def save(path: Path, *others: Any) -> None:
+        plain(path, *others)
+        if "step-00000004" in str(path) and path.name == "student.optimizer.safetensors":
+            path.write_bytes(path.read_bytes()[:100])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_tensors", save)
+    changes = [*tiny_overrides, "student.targets=[to_q]"]
+    words = ["distill", "--out", "run", *(word for change in changes for word in ("-s", change))]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    assert stop.value.code == 2
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("fewstep: ")]
+    assert len(said) == 1
+    assert "step-00000004: No space left on device; nothing was left there" in said[0]
+    assert [path.name for path in Path("run/checkpoints").iterdir()] == ["step-00000002"]
+    monkeypatch.setattr(checkpoint, "save_tensors", plain)  # room again: the run goes on
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    assert stop.value.code == 0
+    assert Path("run/student/pytorch_lora_weights.safetensors").is_file()
+
+
+def test_a_full_disk_while_drawing(
+    refuse: Refuse, monkeypatch: pytest.MonkeyPatch, tiny_pipeline: Path, distilled: Path
+) -> None:
+    from PIL import Image
+
+    Path("a.png").write_bytes(b"the old picture")
+
+    def save(self: Any, target: Any, **options: Any) -> None:
+        Path(target).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    line = refuse("sample", "a disc", "--teacher", str(tiny_pipeline), "--lora", str(distilled), "--out", "a.png")
+    assert "cannot write a.png: No space left on device" in line
+    assert Path("a.png").read_bytes() == b"the old picture"
+
+
+# ---- sample
+
+
+def test_prompts_that_are_not_there(refuse: Refuse, tmp_path: Path) -> None:
+    assert "prompts is empty" in refuse("sample")
+    assert "prompts is empty" in refuse("sample", " ")
+    assert "prompts = 'none.txt' cannot be read: No such file" in refuse("sample", "--prompt-file", "none.txt")
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n  \n")
+    assert "holds no prompt" in refuse("sample", "--prompt-file", str(empty))
+    empty.write_bytes(b"\xff\xfe\x00")
+    assert "is not UTF-8 text" in refuse("sample", "--prompt-file", str(empty))
+    assert "cannot be read" in refuse("sample", "--prompt-file", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--steps", "0"), "steps = 0 must be at least 1; the nearest legal one is 1"),
+        (("--steps", "51"), "steps = 51 is out of range for grid = 50; the nearest legal one is 50"),
+        (("--steps", "four"), "Invalid value for '--steps': Input should be a valid integer"),
+        (("--steps", "3", "--sampler", "dpmpp_2s"), "steps = 3 network calls cannot be split into dpmpp_2s"),
+        (("--gamma", "-0.1"), "gamma = -0.1 must be at least 0; the nearest legal one is 0"),
+        (("--gamma", "1.01"), "gamma = 1.01 must be at most 1; the nearest legal one is 1"),
+        (("--gamma", "nan"), "gamma = nan"),
+        (("--omega", "-1"), "omega = -1.0 must be at least 0"),
+        (("--sampler", "dimm"), "sampler = 'dimm' is not one of sss, lcm, ddim, euler, dpmpp_2s; the nearest is ddim"),
+        (("--count", "0"), "count = 0 must be at least 1"),
+        (("--scale", "-3"), "scale = -3 must be at least 1"),
+        (("--seed", "-1"), "seed = -1 is out of range; the nearest legal one is 0"),
+        (("--out", "picture.gif"), "out = 'picture.gif' must end in .png or .webp; the nearest is 'picture.png'"),
+        (("--out", "picture"), "out = 'picture' must end in .png or .webp"),
+        (("--lora", "tdc"), "lora = 'tdc' is neither a file nor a bundled student; the nearest is 'tcd'"),
+        (("--colour", "red"), "No such option"),
+    ],
+)
+def test_options_out_of_range(
+    refuse: Refuse, tiny_pipeline: Path, distilled: Path, options: tuple[str, ...], words: str
+) -> None:
+    lora = () if "--lora" in options else ("--lora", str(distilled))
+    assert words in refuse("sample", "a disc", "--teacher", str(tiny_pipeline), *lora, *options)
+
+
+def test_teacher_sampling_has_its_own_range(refuse: Refuse, tiny_pipeline: Path) -> None:
+    """trailing takes more steps than the students' grid has points, but not more than there are indices."""
+    teacher = ("--teacher", str(tiny_pipeline), "--lora", "none")
+    assert "steps = 0" in refuse("sample", "a disc", *teacher, "--steps", "0")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["sample", "a disc", *teacher, "--steps", "51", "--out", "t.png"])
+    assert stop.value.code == 0
+
+
+def test_out_is_a_folder(refuse: Refuse, tiny_pipeline: Path, distilled: Path) -> None:
+    Path("a.png").mkdir()
+    teacher = ("--teacher", str(tiny_pipeline), "--lora", str(distilled))
+    assert "out = 'a.png' is a folder" in refuse("sample", "a disc", *teacher, "--out", "a.png")
+
+
+def test_loras_that_are_none(refuse: Refuse, tiny_pipeline: Path, distilled: Path, tmp_path: Path) -> None:
+    def with_lora(path: Path) -> str:
+        return refuse("sample", "a disc", "--teacher", str(tiny_pipeline), "--lora", str(path))
+
+    whole = distilled.read_bytes()
+    cut = tmp_path / "cut.safetensors"
+    for length in (0, 5, 40, len(whole) // 2, len(whole) - 1):
+        cut.write_bytes(whole[:length])
+        assert "cut.safetensors is not a whole safetensors file" in with_lora(cut)
+    cut.write_bytes(whole + b"more")
+    assert "is not a whole safetensors file" in with_lora(cut)
+    cut.write_bytes(os.urandom(4096))
+    assert "is not a whole safetensors file" in with_lora(cut)
+    foreign = tmp_path / "foreign.safetensors"
+    save_tensors(foreign, {"transformer.weight": torch.zeros(2, 2)})
+    assert "is not a LoRA of a UNet in the diffusers form: it holds 'transformer.weight'" in with_lora(foreign)
+    pickled = tmp_path / "lora.bin"
+    pickled.write_bytes(b"\x80\x04")
+    assert "pickled weights are never read" in with_lora(pickled)
+    assert "holds no pytorch_lora_weights.safetensors" in with_lora(tmp_path)
+    assert "is a whole pipeline; give it as the teacher" in with_lora(tiny_pipeline)
+
+
+def test_a_lora_of_another_base(refuse: Refuse, tiny_pipeline: Path, distilled: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_pipeline, other)
+    file = other / "unet" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+    line = refuse("sample", "a disc", "--teacher", str(other), "--lora", str(distilled))
+    assert "was trained on another base (sha256 " in line
+    strange = tmp_path / "strange.safetensors"
+    for module, a, b, words in (
+        ("mid_block.nowhere", (2, 32), (32, 2), "this one has no layer mid_block.nowhere"),
+        ("conv_in", (2, 3, 3, 3), (16, 2, 1, 1), "conv_in is (16, 4, 3, 3), not (16, 3, 3, 3)"),
+    ):
+        tensors = {f"unet.{module}.lora_A.weight": torch.zeros(a), f"unet.{module}.lora_B.weight": torch.zeros(b)}
+        save_tensors(strange, tensors)
+        line = refuse("sample", "a disc", "--teacher", str(tiny_pipeline), "--lora", str(strange))
+        assert f"is for another base: {words}" in line
+
+
+def test_a_broken_teacher(refuse: Refuse, tiny_pipeline: Path, tmp_path: Path) -> None:
+    def at(path: Path) -> str:
+        return refuse("sample", "a disc", "--teacher", str(path), "--lora", "none")
+
+    assert "holds no model_index.json" in at(tmp_path)
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_pipeline, broken)
+    index = broken / "model_index.json"
+    data = json.loads(index.read_text())
+    index.write_text(json.dumps(data | {"_class_name": "FluxPipeline"}))
+    assert "is a FluxPipeline; the nearest supported pipeline is StableDiffusionPipeline" in at(broken)
+    index.write_text("{")
+    assert "is not valid JSON" in at(broken)
+    index.write_text(json.dumps(data))
+    file = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    file.rename(file.with_suffix(".bin"))
+    assert "pickled weights are never read" in at(broken)
+
+
+# ---- in a process of its own
+
+VERBS = ("recipes", "distill", "sample", "evaluate", "demo", "benchmark", "train-teacher")
+
+
+def command(*arguments: str) -> tuple[subprocess.CompletedProcess[str], float]:
+    """Run the command as a user does; return the outcome and the processor seconds it took."""
+    code = (
+        "import atexit, sys, time\n"
+        "atexit.register(lambda: print('cpu', time.process_time(), 'torch' in sys.modules))\n"
+        "from fewstep.cli import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+    *lines, last = done.stdout.splitlines()
+    _, seconds, heavy = last.split()
+    assert heavy == "False", "torch was imported for this"
+    done.stdout = "\n".join(lines)
+    return done, float(seconds)
+
+
+def test_refusals_are_quick_and_light(tiny_pipeline: Path, distilled: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(distilled.read_bytes()[:-1])
+    teacher = ("--teacher", str(tiny_pipeline))
+    for arguments in (
+        ("distill", "--recipe", "nope"),
+        ("distill", "-s", "optim.nope=1"),
+        ("sample", "a disc", *teacher, "--lora", str(cut)),
+        ("sample", "a disc", *teacher, "--lora", str(distilled), "--steps", "51"),
+    ):
+        done, seconds = command(*arguments)
+        assert done.returncode == 2
+        assert done.stdout == ""
+        assert len(done.stderr.splitlines()) == 1
+        assert seconds < LIMIT
+
+
+def test_the_console_script_refuses_too() -> None:
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "fewstep.cli", "distill", "--recipe", "nope"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert time.monotonic() - started < 5 * LIMIT  # by the wall, on a machine that may be busy
+    assert written() == []
+
+
+def test_help_is_light() -> None:
+    done, seconds = command("--help")
+    assert done.returncode == 0
+    assert seconds < LIMIT
+    for verb in VERBS:
+        assert verb in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("verb", "options"),
+    [
+        ("recipes", ("--settings",)),
+        ("distill", ("--recipe", "--out", "--teacher", "--config", "--set", "--dry-run")),
+        (
+            "sample",
+            ("--prompt-file", "--lora", "--steps", "--gamma", "--omega", "--sampler", "--seed", "--count", "--out"),
+        ),
+        ("evaluate", ("--prompt-file", "--lora", "--real", "--steps", "--out")),
+        ("demo", ("--out", "--set")),
+        ("benchmark", ("--out", "--set")),
+        ("train-teacher", ("--out", "--target", "--config", "--set")),
+    ],
+)
+def test_help_names_every_option(verb: str, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([verb, "--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0
+    for option in options:
+        assert option in out
+
+
+def test_alone_it_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 0
+    assert "distill" in out
+    assert len(out.splitlines()) > 5
+    assert err == ""
+
+
+def test_recipes_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    from fewstep.config import dotted_keys
+    from fewstep.settings import DistillConfig
+
+    with pytest.raises(SystemExit):
+        cli.main(["recipes", "--settings"])
+    out = capsys.readouterr().out
+    sections = {key.rpartition(".")[0] for key in dotted_keys(DistillConfig)}
+    for key in dotted_keys(DistillConfig):
+        assert key in sections or f"  {key} = " in out, key
+
+
+def test_a_whole_slice(tiny_overrides: list[str], capsys: pytest.CaptureFixture[str], tiny_pipeline: Path) -> None:
+    """distill --dry-run, distill, sample: what a newcomer does."""
+    changes = [*tiny_overrides, "student.targets=[to_q]", "loop.steps=2"]
+    words = ["--out", "run", *(word for change in changes for word in ("-s", change))]
+
+    def run(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(list(arguments))
+        out, err = capsys.readouterr()
+        assert stop.value.code == 0, err
+        return out
+
+    out = run("distill", *words, "--dry-run")
+    assert [line.split()[0] for line in out.splitlines()] == ["time", "memory", "calls"]
+    assert "4 network evaluations a sample and step (student 1, target 1, teacher 2)" in out
+    assert [path.name for path in Path("run").iterdir()] == ["cache"]
+    file = Path("run/student/pytorch_lora_weights.safetensors")
+    assert f"wrote {file}" in run("distill", *words)
+    names = {path.name for path in Path("run").iterdir()}
+    assert names == {"cache", "checkpoints", "config.yaml", "log.jsonl", "student", "tensorboard", "versions.json"}
+    for options, size in (
+        (("--steps", "2"), (264, 264)),
+        (("--count", "2", "--scale", "1", "--steps", "1"), (140, 72)),
+    ):
+        out = run(
+            "sample", "a red disc", "--teacher", str(tiny_pipeline), "--lora", "run/student", "--out", "a.png", *options
+        )
+        from PIL import Image
+
+        assert "wrote a.png" in out
+        assert Image.open("a.png").size == size
