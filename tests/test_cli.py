@@ -19,7 +19,7 @@ import torch
 from fewstep import cli
 from fewstep.training.checkpoint import save_tensors
 
-LIMIT = float(os.environ.get("FEWSTEP_REFUSAL_SECONDS", "2"))
+LIMIT = 2.0
 """Seconds of processor time that a refusal may take."""
 
 
@@ -340,6 +340,23 @@ def test_a_broken_teacher(refuse: Refuse, tiny_pipeline: Path, tmp_path: Path) -
     file = broken / "unet" / "diffusion_pytorch_model.safetensors"
     file.rename(file.with_suffix(".bin"))
     assert "pickled weights are never read" in at(broken)
+
+
+def test_evaluate_refuses_before_it_draws(refuse: Refuse, tiny_pipeline: Path, distilled: Path, tmp_path: Path) -> None:
+    teacher = ("--teacher", str(tiny_pipeline), "--lora", str(distilled))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red disc\n")
+    assert "prompts = 'none.txt' cannot be read" in refuse("evaluate", *teacher, "--prompt-file", "none.txt")
+    known = ("evaluate", *teacher, "--prompt-file", str(prompts))
+    assert "real = 'nowhere' is not a folder" in refuse(*known, "--real", "nowhere")
+    assert "steps = 51 is out of range" in refuse(*known, "--steps", "51")
+    assert "gamma = 2.0 must be at most 1" in refuse(*known, "--gamma", "2")
+
+
+def test_train_teacher_refuses_unknown_keys(refuse: Refuse) -> None:
+    assert "unknown key unet.loop.step; the nearest known one is unet.loop.steps" in refuse(
+        "train-teacher", "-s", "unet.loop.step=1"
+    )
 
 
 # ---- in a process of its own

@@ -103,19 +103,14 @@ def dotted_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def nearest_key(model: type[BaseModel], wrong: str) -> str:
-    """The known dotted key nearest to `wrong`.
-
-    The same last word in another section comes first (lr -> optim.lr), then the words of the same section, then
-    all others.
-    """
-    keys = dotted_keys(model)
+    """The known dotted key nearest to `wrong`: by its last word, keys of the same section before others."""
     section, _, word = wrong.rpartition(".")
-    namesakes = [key for key in keys if key.rpartition(".")[2] == word]
-    if namesakes:
-        return nearest(wrong, namesakes)
-    siblings = [key for key in keys if key.rpartition(".")[0] == section]
-    alike = difflib.get_close_matches(wrong, siblings, n=1, cutoff=0.7) or difflib.get_close_matches(wrong, keys, n=1)
-    return alike[0] if alike else nearest(wrong, siblings or keys)
+
+    def likeness(key: str) -> float:
+        own_section, _, own_word = key.rpartition(".")
+        return difflib.SequenceMatcher(None, word, own_word).ratio() + 0.2 * (own_section == section)
+
+    return max(dotted_keys(model), key=likeness)
 
 
 BOUNDS = {

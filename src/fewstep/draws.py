@@ -31,8 +31,8 @@ def generator(seed: int, purpose: str, sample: int = 0, step: int = 0) -> np.ran
 class Draws:
     """All random draws of one training step for the samples `indices` (global sample indices, [B]).
 
-    Every method returns one row per sample. Tensors are made on the CPU and moved to `device` without
-    waiting.
+    Every method returns one row per sample. Noise is moved to `device` without waiting; numbers that decide (times,
+    guidance, captions) stay on the CPU, where schedules are computed, and reach the device as coefficients.
     """
 
     seed: int
@@ -50,17 +50,17 @@ class Draws:
         return tensor
 
     def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
-        """Standard normal numbers, float32 [B, *shape]."""
+        """Standard normal numbers, float32 [B, *shape], on the device."""
         rows = [g.standard_normal(shape, dtype=np.float32) for g in self._generators(purpose)]
         return self._to_device(np.stack(rows))
 
     def uniform(self, purpose: str, low: float = 0.0, high: float = 1.0) -> Tensor:
         """Uniform numbers in [low, high), float64 [B]."""
-        return self._to_device(np.array([g.uniform(low, high) for g in self._generators(purpose)]))
+        return torch.from_numpy(np.array([g.uniform(low, high) for g in self._generators(purpose)]))
 
     def integers(self, purpose: str, low: int, high: int) -> Tensor:
         """Uniform integers in [low, high), int64 [B]."""
-        return self._to_device(np.array([g.integers(low, high) for g in self._generators(purpose)]))
+        return torch.from_numpy(np.array([g.integers(low, high) for g in self._generators(purpose)]))
 
     def chance(self, purpose: str, probability: float) -> Tensor:
         """True with the given probability, bool [B]."""

@@ -53,7 +53,7 @@ def draw_latents(
     x = x.to(device)
     if sampling.omega > 0:
         wide = {k: v.expand(len(x), *v.shape[1:]) for k, v in null.items()}
-        omega = torch.full((len(x),), sampling.omega, device=x.device)
+        omega = torch.full((len(x),), sampling.omega)
         denoise = denoiser.bind_guided(condition, wide, omega, role)
     else:
         denoise = denoiser.bind(condition, role)

@@ -73,7 +73,7 @@ def consistency_step(path: Path, x_0: Tensor, t_next: Tensor, z: Tensor) -> Tens
 
 
 def _batch(t: float, x: Tensor) -> Tensor:
-    return torch.full((len(x),), t, dtype=torch.float64, device=x.device)
+    return torch.full((len(x),), t, dtype=torch.float64)
 
 
 def sample_sss(

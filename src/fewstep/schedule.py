@@ -8,7 +8,7 @@ DPM-Solver. Times are float64 tensors of any shape, in the units of the path:
 - flow matching: t in [0, 1], clean at 0;
 - variance exploding (EDM): t is sigma itself, clean at 0.
 
-All functions compute in float64 and return float64.
+All functions compute in float64 on the CPU, where times are decided; `expand` takes coefficients to the device.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class VariancePreserving:
         return float(len(self.log_alpha_bar) - 2)
 
     def _log_alpha_bar(self, t: Tensor) -> Tensor:
-        table = self.log_alpha_bar.to(t.device)
+        table = self.log_alpha_bar
         place = (t.double() + 1).clamp(0, len(table) - 1)
         low = place.floor().long().clamp(max=len(table) - 2)
         return torch.lerp(table[low], table[low + 1], place - low)
@@ -100,7 +100,7 @@ class VariancePreserving:
 
     def time_of(self, log_snr: Tensor) -> Tensor:
         """The time with the given lambda, clamped to the path's ends; exact inverse of `log_snr`."""
-        table = self.log_alpha_bar.to(log_snr.device)
+        table = self.log_alpha_bar
         wanted = -torch.nn.functional.softplus(-2 * log_snr.double())
         # the table falls; searchsorted wants it to rise
         high = torch.searchsorted(-table, -wanted).clamp(1, len(table) - 1)
@@ -180,7 +180,7 @@ def scaled_linear(start: float = 0.00085, end: float = 0.012, steps: int = 1000)
 
 def expand(coefficient: Tensor, like: Tensor) -> Tensor:
     """Give a per-sample coefficient [B] (or a scalar) the rank and type of `like` [B, ...], to multiply."""
-    wide = coefficient.to(device=like.device, dtype=like.dtype)
+    wide = coefficient.to(device=like.device, dtype=like.dtype, non_blocking=True)
     return wide if wide.dim() == 0 else wide.reshape(-1, *[1] * (like.dim() - 1))
 
 

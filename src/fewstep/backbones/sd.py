@@ -174,7 +174,7 @@ class StableDiffusion:
         if s is not None or w is not None:
             raise UserError("this student is not told s or w: method.told must be 'none' for this backbone")
         extra = residuals or {}
-        out: Tensor = network(x, t.clamp(min=0).float(), condition["text"], return_dict=False, **extra)[0]
+        out: Tensor = network(x, t.clamp(min=0).float().to(x.device), condition["text"], return_dict=False, **extra)[0]
         return out
 
     @torch.no_grad()

@@ -51,11 +51,11 @@ class LatentSet:
 
     def condition(self, items: Tensor, draws: Draws, empty: float, device: torch.device) -> dict[str, Tensor]:
         """One of the captions of each item, drawn; the empty prompt instead for a share `empty` of them."""
-        chosen = draws.integers("caption", 0, self.rows.shape[1]).cpu()
+        chosen = draws.integers("caption", 0, self.rows.shape[1])
         rows = self.rows[items, chosen]
         if empty > 0:
             last = len(next(iter(self.table.values()))) - 1
-            rows = torch.where(draws.chance("empty prompt", empty).cpu(), last, rows)
+            rows = torch.where(draws.chance("empty prompt", empty), last, rows)
         return self._states(rows, device)
 
     def null(self, count: int, device: torch.device) -> dict[str, Tensor]:

@@ -187,7 +187,7 @@ def train_scorer(
 
     def loss(batch: Batch, draws: Draws) -> Loss:
         items = batch["items"]
-        chosen = captions.rows[items, draws.integers("caption", 0, captions.rows.shape[1]).cpu()]
+        chosen = captions.rows[items, draws.integers("caption", 0, captions.rows.shape[1])]
         positive, ignored = answers(captions, items, chosen)
         pictures = augment(batch["pictures"], draws).contiguous(memory_format=torch.channels_last)
         seen = scorer.embed_pictures(pictures)

@@ -29,16 +29,16 @@ def augment(pictures: Tensor, draws: Draws) -> Tensor:
 
 
 def _column(draws: Draws, purpose: str, low: float, high: float) -> Tensor:
-    return draws.uniform(purpose, low, high).float()[:, None, None, None]
+    return draws.uniform(purpose, low, high).float().to(draws.device)[:, None, None, None]
 
 
 def _chance(draws: Draws, purpose: str, probability: float) -> Tensor:
-    return draws.chance(purpose, probability)[:, None, None, None]
+    return draws.chance(purpose, probability).to(draws.device)[:, None, None, None]
 
 
 def _move(x: Tensor, draws: Draws) -> Tensor:
-    zoom = draws.uniform("zoom", 1 / 1.1, 1 / 0.85).float()
-    across, down = (draws.uniform(name, -0.12, 0.12).float() for name in ("across", "down"))
+    zoom = draws.uniform("zoom", 1 / 1.1, 1 / 0.85).float().to(draws.device)
+    across, down = (draws.uniform(name, -0.12, 0.12).float().to(draws.device) for name in ("across", "down"))
     zero = torch.zeros_like(zoom)
     theta = torch.stack([torch.stack([zoom, zero, across], 1), torch.stack([zero, zoom, down], 1)], 1)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
@@ -49,7 +49,8 @@ def _tint(x: Tensor, draws: Draws) -> Tensor:
     grey = x.mean(1, keepdim=True)
     x = grey + _column(draws, "saturation", 0.8, 1.2) * (x - grey)
     # Gains act on the distance from white, so that the background stays white.
-    gains = torch.stack([draws.uniform(f"gain {c}", 0.85, 1.1).float() for c in "rgb"], 1)[:, :, None, None]
+    gains = torch.stack([draws.uniform(f"gain {c}", 0.85, 1.1).float() for c in "rgb"], 1)
+    gains = gains.to(draws.device)[:, :, None, None]
     return 1 - gains * (1 - x)
 
 

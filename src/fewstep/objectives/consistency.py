@@ -45,9 +45,7 @@ def draw_times(config: ConsistencyConfig, path: Path, draws: Draws) -> Pair:
     """
     grid = training_grid(path, config.grid)
     end = end_time(path, config.end)
-    device = draws.device
     index = draws.integers("n", config.k - 1, config.grid)
-    grid = grid.to(device)
     t_nk, t_n = grid[index], previous(grid, index, config.k, end)
     if config.s == "zero":
         return Pair(t_nk, t_n, torch.full_like(t_n, end))

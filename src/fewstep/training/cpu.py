@@ -79,4 +79,4 @@ def speed_up(network: nn.Module) -> None:
         if type(module) is nn.GroupNorm:
             module.__class__ = FastGroupNorm
     if hasattr(network, "set_attn_processor"):
-        network.set_attn_processor(AttnProcessor())
+        network.set_attn_processor(AttnProcessor())  # type: ignore[operator]

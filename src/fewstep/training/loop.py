@@ -101,7 +101,7 @@ class _Running:
     def note_bins(self, loss: Loss) -> None:
         if loss.per_sample is None or loss.t is None:
             return
-        index = (loss.t * T_BINS).long().clamp_(0, T_BINS - 1)
+        index = (loss.t * T_BINS).long().clamp(0, T_BINS - 1).to(self.device, non_blocking=True)
         self.bin_sum.index_add_(0, index, loss.per_sample.detach().float())
         self.bin_count.index_add_(0, index, torch.ones_like(loss.per_sample, dtype=torch.float32))
 

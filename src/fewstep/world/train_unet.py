@@ -26,7 +26,7 @@ from fewstep.world import emoji8
 class UnetConfig(Config):
     """The denoiser: an eps-prediction UNet over 8x8 latents with cross-attention to the text states."""
 
-    channels: tuple[int, ...] = Field((128, 192), description="channels at 8x8 and 4x4")
+    channels: tuple[int, ...] = Field((128, 128), description="channels at 8x8 and 4x4")
     layers: int = Field(1, ge=1, description="residual and attention blocks at each resolution")
     heads: int = Field(4, ge=1, description="attention heads")
     groups: int = Field(32, ge=1, description="groups of the group norms")
@@ -38,7 +38,7 @@ class UnetConfig(Config):
     loop: LoopConfig = LoopConfig(
         steps=9000, batch=64, save_every=500, keep=3, watch_every=1000, log_every=50, precision="bf16"
     )
-    optim: OptimConfig = OptimConfig(lr=4e-4, warmup=500, decay="cooldown", ema=0.9993, weight_decay=0.01)
+    optim: OptimConfig = OptimConfig(lr=5e-4, warmup=500, decay="cooldown", ema=0.9993, weight_decay=0.01)
 
 
 def make_unet(config: UnetConfig) -> Any:

@@ -1,0 +1,217 @@
+"""Typed configuration: layers, overrides, and the one line that a mistake gets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from pydantic import Field, model_validator
+
+from fewstep.config import Config, dotted_keys, merge, nearest_key, parse_overrides, read_yaml, validate
+from fewstep.errors import UserError, nearest
+from fewstep.settings import DistillConfig, Sampling, resolve
+
+
+class Inner(Config):
+    rate: float = Field(0.1, gt=0, lt=10)
+    name: str = ""
+    mode: Literal["slow", "fast"] = "slow"
+    limit: float | None = None
+
+
+class Outer(Config):
+    inner: Inner = Inner()
+    other: Inner = Inner()
+    count: int = Field(3, ge=1, le=5)
+
+    @model_validator(mode="after")
+    def _even(self) -> Outer:
+        if self.count == 4:
+            raise ValueError("count = 4 is unlucky; the nearest legal one is 5")
+        return self
+
+
+def test_merge_lays_one_mapping_over_another() -> None:
+    base = {"a": {"x": 1, "y": {"z": 2}}, "b": [1, 2]}
+    change = {"a": {"y": {"w": 3}}, "b": [9], "c": None}
+    assert merge(base, change) == {"a": {"x": 1, "y": {"z": 2, "w": 3}}, "b": [9], "c": None}
+    assert base == {"a": {"x": 1, "y": {"z": 2}}, "b": [1, 2]}
+    assert merge({"a": 1}, {"a": {"b": 2}}) == {"a": {"b": 2}}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("3E5", 3e5),
+        ("-2.5e+3", -2500.0),
+        ("0.5", 0.5),
+        ("7", 7),
+        ("null", None),
+        ("true", True),
+        ("[a, b]", ["a", "b"]),
+        ("{x: 1}", {"x": 1}),
+        ("infinity", "infinity"),
+        ("nan", "nan"),
+        ("'1e-4'", "1e-4"),
+        ('"a: b # c"', "a: b # c"),
+        ("", None),
+        ("a=b", "a=b"),
+    ],
+)
+def test_override_values_are_yaml(text: str, value: Any) -> None:
+    assert parse_overrides([f"a.b={text}"]) == {"a": {"b": value}}
+
+
+def test_overrides_add_up_and_the_last_wins() -> None:
+    assert parse_overrides(["a.x=1", "a.y=2", "a.x=3", "b=4"]) == {"a": {"x": 3, "y": 2}, "b": 4}
+    for wrong in ("a", "=1", "a..b=1", ".a=1", "a.=1"):
+        with pytest.raises(UserError, match="not of the form key=value"):
+            parse_overrides([wrong])
+    with pytest.raises(UserError, match="is not a YAML value"):
+        parse_overrides(["a=[1"])
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        ({"cuont": 1}, "unknown key cuont; the nearest known one is count"),
+        ({"inner": {"raet": 1}}, "unknown key inner.raet; the nearest known one is inner.rate"),
+        ({"other": {"raet": 1}}, "unknown key other.raet; the nearest known one is other.rate"),
+        ({"rate": 1}, "unknown key rate; the nearest known one is inner.rate"),
+        ({"count": 0}, "count = 0 must be at least 1; the nearest legal one is 1"),
+        ({"count": 6}, "count = 6 must be at most 5; the nearest legal one is 5"),
+        ({"inner": {"rate": 0}}, "inner.rate = 0 must be above 0"),
+        ({"inner": {"rate": 10}}, "inner.rate = 10 must be below 10"),
+        ({"inner": {"rate": float("inf")}}, "inner.rate = inf: Input should be a finite number"),
+        ({"inner": {"mode": "fsat"}}, "inner.mode = 'fsat' is not one of slow, fast; the nearest is fast"),
+        ({"count": "many"}, "count = 'many': Input should be a valid integer"),
+        ({"inner": 3}, "inner = 3: Input should be a valid dictionary"),
+        ({"count": 4}, "count = 4 is unlucky; the nearest legal one is 5"),
+    ],
+)
+def test_a_mistake_gets_one_line(data: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError) as refused:
+        validate(Outer, data)
+    assert str(refused.value).startswith(line)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_mistake_of_a_section_does_not_print_the_section() -> None:
+    class Top(Config):
+        section: Outer = Outer()
+
+    with pytest.raises(UserError) as refused:
+        validate(Top, {"section": {"count": 4}})
+    assert str(refused.value) == "section: count = 4 is unlucky; the nearest legal one is 5"
+
+
+def test_missing_keys_are_named() -> None:
+    class Needs(Config):
+        must: int
+
+    with pytest.raises(UserError, match=r"^must is missing$"):
+        validate(Needs, {})
+
+
+def test_numbers_become_text_where_text_is_wanted() -> None:
+    assert validate(Inner, {"name": 2024}).name == "2024"
+
+
+def test_configs_are_frozen_and_list_their_keys() -> None:
+    assert dotted_keys(Outer)[:3] == ["inner", "inner.rate", "inner.name"]
+    assert "sampling.gamma" in dotted_keys(DistillConfig)
+    assert nearest_key(DistillConfig, "gama") == "sampling.gamma"
+    assert nearest_key(DistillConfig, "optim.gama") == "sampling.gamma"
+    with pytest.raises(Exception, match="frozen"):
+        Outer().count = 2  # type: ignore[misc]
+
+
+def test_nearest() -> None:
+    assert nearest("dimm", ["sss", "ddim", "euler"]) == "ddim"
+    assert nearest("zzz", ["a", "b"]) in ("a", "b")
+    with pytest.raises(ValueError, match="at least one"):
+        nearest("x", [])
+
+
+def test_yaml_files(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("# nothing\n")
+    assert read_yaml(file) == {}
+    file.write_text("optim: {lr: 1e-4}\n")
+    assert resolve("tcd", file).optim.lr == 1e-4
+    for text, words in (
+        ("- a\n", "must hold a mapping"),
+        ("a: [\n", "not valid YAML"),
+        ("a: !!python/object:os.x {}", "not valid"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=words) as refused:
+            read_yaml(file)
+        assert "\n" not in str(refused.value)
+    with pytest.raises(UserError, match="cannot read config"):
+        read_yaml(tmp_path)
+
+
+def test_layers_of_a_distillation(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("optim:\n  lr: 0.5\n  warmup: 7\nsampling:\n  gamma: 0.1\n")
+    config = resolve("tcd", file, ["optim.lr=2e-3", "student.targets=[to_q, conv1]"])
+    assert (config.optim.lr, config.optim.warmup, config.sampling.gamma) == (2e-3, 7, 0.1)
+    assert config.student.targets == ("to_q", "conv1")
+    assert (config.recipe, config.method.s, config.method.jump) == ("tcd", "uniform", "first_order")
+    lcm = resolve("lcm")
+    assert (lcm.recipe, lcm.method.s, lcm.method.jump, lcm.sampling.sampler) == ("lcm", "zero", "skip", "lcm")
+    assert lcm.method.distance == "huber"
+
+
+def test_a_recipe_named_anywhere_brings_its_method(tmp_path: Path) -> None:
+    """A label alone would say lcm and train tcd."""
+    assert resolve("tcd", None, ["recipe=lcm"]) == resolve("lcm")
+    file = tmp_path / "run.yaml"
+    file.write_text("recipe: lcm\nloop: {steps: 3}\n")
+    config = resolve("tcd", file)
+    assert (config.method.jump, config.loop.steps) == ("skip", 3)
+    own = tmp_path / "own.yaml"
+    own.write_text("method: {k: 2}\n")
+    assert resolve(str(own)).method.k == 2
+
+
+def test_a_resolved_config_resolves_to_itself(tmp_path: Path) -> None:
+    import yaml
+
+    config = resolve("lcm", None, ["optim.lr=3e-4", "student.targets=[to_q]"])
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert resolve("tcd", file) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"steps": 51}, r"steps = 51 .* nearest legal one is 50"),
+        ({"steps": 11, "grid": 10}, r"steps = 11 .* nearest legal one is 10"),
+        ({"steps": 102, "sampler": "dpmpp_2s"}, r"steps = 102 .* nearest legal one is 100"),
+        ({"steps": 5, "sampler": "dpmpp_2s"}, r"steps = 5 network calls .* nearest legal one is 6"),
+    ],
+)
+def test_sampling_steps_fit_their_grid(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        validate(Sampling, settings)
+
+
+def test_sampling_steps_that_fit() -> None:
+    assert validate(Sampling, {"steps": 50}).steps == 50
+    assert validate(Sampling, {"steps": 100, "sampler": "dpmpp_2s"}).steps == 100
+    assert validate(Sampling, {"steps": 200, "sampler": "ddim", "spacing": "trailing"}).steps == 200
+
+
+def test_training_and_sampling_share_one_grid() -> None:
+    words = ["method.grid=25", "sampling.grid=25"]
+    assert resolve("tcd", None, words).sampling.grid == 25
+    assert resolve("tcd", None, ["method.grid=100"]).sampling.grid == 50  # every second point is trained
+    with pytest.raises(UserError, match=r"sampling.grid = 50 asks for times.* is 25"):
+        resolve("tcd", None, ["method.grid=25"])
+    with pytest.raises(UserError, match=r"sampling.end = 'index0' is not the end point.* 'clean'"):
+        resolve("tcd", None, ["method.end=clean"])

@@ -1,0 +1,169 @@
+"""Files are whole or absent, and what was there before stays until the new one is whole."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from fewstep import files
+from fewstep.errors import UserError
+from fewstep.files import atomic_folder, atomic_write, check_writable, read_json, remove_folder, sweep, write_json
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_appears_whole(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "a.txt"
+    with atomic_write(target) as part:
+        part.write_text("new")
+        assert not target.exists()
+        assert part.parent == target.parent  # a rename within one file system
+    assert target.read_text() == "new"
+    assert stat.S_IMODE(target.stat().st_mode) == 0o644
+    assert names(target.parent) == ["a.txt"]
+
+
+FAILURES = [ValueError("x"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")]
+
+
+def fail_to_write(target: Path, error: BaseException) -> None:
+    with atomic_write(target) as part:
+        part.write_text("half")
+        raise error
+
+
+def fail_to_fill(target: Path, error: BaseException) -> None:
+    with atomic_folder(target) as part:
+        (part / "new").write_text("half")
+        raise error
+
+
+@pytest.mark.parametrize("error", FAILURES)
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, error: BaseException) -> None:
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+    expected = UserError if isinstance(error, OSError) else type(error)
+    with pytest.raises(expected):
+        fail_to_write(target, error)
+    assert target.read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^cannot write .*a.txt: No space left on device; nothing was left there$"):
+        fail_to_write(tmp_path / "a.txt", FAILURES[-1])
+
+
+def test_a_place_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file" / "x", Path("/proc/fewstep/x")):
+        with pytest.raises(UserError, match=r"cannot write .*choose a writable folder"), atomic_write(place):
+            pass
+        with pytest.raises(UserError, match=r"cannot write .*choose a writable folder"), atomic_folder(place):
+            pass
+
+
+def test_a_folder_appears_whole_and_replaces_the_old_one(tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    for text in ("one", "two"):
+        with atomic_folder(target) as part:
+            (part / text).write_text(text)
+            (part / "sub").mkdir()
+            assert not (target / text).exists()
+        assert names(target) == sorted([text, "sub"])
+        assert names(tmp_path) == ["run"]
+    assert stat.S_IMODE(target.stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize("error", FAILURES)
+def test_a_failed_folder_keeps_the_old_one(tmp_path: Path, error: BaseException) -> None:
+    target = tmp_path / "run"
+    target.mkdir()
+    (target / "old").write_text("old")
+    expected = UserError if isinstance(error, OSError) else type(error)
+    with pytest.raises(expected):
+        fail_to_fill(target, error)
+    assert names(target) == ["old"]
+    assert names(tmp_path) == ["run"]
+
+
+def test_a_failed_swap_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "run"
+    target.mkdir()
+    (target / "old").write_text("old")
+    plain = Path.replace
+
+    def replace(self: Path, other: Path) -> Path:
+        if self.name.endswith(".part"):
+            raise OSError(errno.EIO, "broken")
+        return plain(self, other)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(UserError, match="broken"), atomic_folder(target) as part:
+        (part / "new").write_text("new")
+    assert names(target) == ["old"]
+    assert names(tmp_path) == ["run"]
+
+
+def test_leftovers_are_swept_and_nothing_else(tmp_path: Path) -> None:
+    for name in (".a.x1.part", ".b.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text("")
+    for name in (".c.x2.part", "kept.part", ".hidden", "kept.old"):
+        (tmp_path / name).write_text("")
+    sweep(tmp_path)
+    sweep(tmp_path / "absent")
+    assert names(tmp_path) == [".hidden", "kept.old", "kept.part"]
+
+
+def test_a_folder_is_removed_under_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "step-1"
+    folder.mkdir()
+    (folder / "a").write_text("")
+    seen: list[list[str]] = []
+    plain = files.shutil.rmtree
+    monkeypatch.setattr(files.shutil, "rmtree", lambda f, *a, **k: (seen.append(names(tmp_path)), plain(f, *a, **k)))
+    remove_folder(folder)
+    assert seen[-1] == [".step-1.old"]
+    assert names(tmp_path) == []
+
+
+def test_checking_a_place_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_writable(tmp_path / "a" / "b")
+    monkeypatch.chdir(tmp_path)
+    check_writable("runs/x")
+    check_writable(".")
+    assert names(tmp_path) == []
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "a", Path("/proc/a/b")):
+        with pytest.raises(UserError, match="cannot write"):
+            check_writable(place)
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(UserError, match="No space left on device"):
+        check_writable(tmp_path)
+
+
+def test_json_files(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"name": "八", "n": [1, 2.5, None]})
+    assert read_json(path) == {"name": "八", "n": [1, 2.5, None]}
+    assert "八" in path.read_text(encoding="utf-8")
+    with pytest.raises(TypeError):
+        write_json(path, {"bad": object()})
+    assert json.loads(path.read_text(encoding="utf-8"))["n"] == [1, 2.5, None]
+    assert names(tmp_path) == ["a.json"]
+    path.write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_json(path)
+    path.write_bytes(b"\xff")
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_json(path)
+    with pytest.raises(UserError, match="cannot read"):
+        read_json(tmp_path / "none.json")

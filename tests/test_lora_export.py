@@ -1,0 +1,239 @@
+"""Exported students: plain diffusers draws with them what we draw."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fewstep.backbones.folder import read_folder
+from fewstep.backbones.sd import load_backbone
+from fewstep.errors import UserError
+from fewstep.export.header import check_lora, read_header, read_safetensors_header
+from fewstep.export.lora import check_base, merge_lora, read_lora, save_lora
+from fewstep.roles import AdapterRoles, add_adapter
+from fewstep.settings import Sampling
+from fewstep.training.checkpoint import save_tensors
+
+RANK = 4
+SAMPLING = Sampling(sampler="sss", steps=6, gamma=0.1)
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def make(tiny_pipeline: Path, tmp_path: Path) -> Make:
+    """Write a LoRA whose B is not zero, with every layer that the recipes adapt."""
+
+    def run(alpha: float = RANK, dtype: torch.dtype = torch.float32, name: str = "student") -> Path:
+        backbone = load_backbone(tiny_pipeline)
+        add_adapter(backbone.network, "student", RANK, alpha, backbone.targets, seed=3)
+        roles = AdapterRoles(backbone.network)
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for key, parameter in roles.parameters("student").items():
+                if "lora_B" in key:
+                    parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+        file = save_lora(
+            tmp_path / name,
+            {key: p.detach() for key, p in roles.parameters("student").items()},
+            rank=RANK,
+            alpha=alpha,
+            targets=backbone.targets,
+            base=read_folder(tiny_pipeline).fingerprint("unet"),
+            sampling=SAMPLING,
+            notes={"method": "tcd"},
+            dtype=dtype,
+        )
+        with roles.use("student") as network:
+            run.expected = outputs(network)  # type: ignore[attr-defined]
+        return file
+
+    return run
+
+
+def outputs(network: nn.Module) -> Tensor:
+    generator = torch.Generator().manual_seed(9)
+    x = torch.randn(2, 4, 8, 8, generator=generator)
+    text = torch.randn(2, 8, 32, generator=generator)
+    with torch.no_grad():
+        out: Tensor = network(x, torch.tensor([19.0, 759.0]), text, return_dict=False)[0]
+    return out
+
+
+@pytest.mark.parametrize("alpha", [4.0, 1.0, 10.0])
+def test_merging_equals_the_adapter_and_plain_diffusers(make: Make, tiny_pipeline: Path, alpha: float) -> None:
+    """scale = alpha / rank in all three: our roles, our merge, diffusers' load_lora_weights."""
+    from diffusers import StableDiffusionPipeline
+
+    file = make(alpha)
+    expected: Tensor = make.expected  # type: ignore[attr-defined]
+    network = load_backbone(tiny_pipeline).network
+    plain = outputs(network)
+    assert float((plain - expected).abs().max()) > 1e-2  # the student is another network
+    merge_lora(network, read_lora(file))
+    torch.testing.assert_close(outputs(network), expected, atol=1e-5, rtol=1e-5)
+
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(tiny_pipeline, safety_checker=None)
+    pipeline.load_lora_weights(str(file.parent))
+    torch.testing.assert_close(outputs(pipeline.unet), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_file_carries_its_settings_and_its_base(make: Make, tiny_pipeline: Path) -> None:
+    file = make(dtype=torch.float16)
+    assert file.name == "pytorch_lora_weights.safetensors"
+    base = read_folder(tiny_pipeline).fingerprint("unet")
+    with safe_open(file, framework="pt") as stream:
+        metadata = stream.metadata()
+    record = json.loads(metadata["fewstep"])
+    assert record["base"] == base
+    assert record["sampling"] == SAMPLING.model_dump(mode="json")
+    assert (record["method"], record["rank"], record["alpha"]) == ("tcd", RANK, RANK)
+    adapter = json.loads(metadata["lora_adapter_metadata"])
+    assert (adapter["unet.r"], adapter["unet.lora_alpha"]) == (RANK, RANK)
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16}
+    lora = read_lora(file.parent)
+    assert (lora.base, lora.sampling) == (base, SAMPLING)
+    assert all(tensor.dtype == torch.float32 for tensor in lora.down.values())
+    kinds = {len(tensor.shape) for tensor in lora.down.values()}
+    assert kinds == {2, 4}  # linear and convolution
+    check_base(lora, load_backbone(tiny_pipeline).network, base, file)
+    assert check_lora(file, read_folder(tiny_pipeline)).sampling == SAMPLING
+
+
+def test_the_same_student_gives_the_same_bytes(make: Make) -> None:
+    """Metadata too: the library under it orders them anew in every write."""
+    files = {make(name=f"student-{i}").read_bytes() for i in range(4)}
+    assert len(files) == 1
+
+
+def test_a_picture_is_the_same_in_plain_diffusers(make: Make, tiny_pipeline: Path) -> None:
+    """TCDScheduler, eta = gamma, one CPU generator: the latents of `fewstep sample`."""
+    from diffusers import StableDiffusionPipeline, TCDScheduler
+
+    from fewstep.drawing import load_artist
+
+    file = make()
+    artist = load_artist(tiny_pipeline, file)
+    assert artist.sampling == SAMPLING
+    ours = artist.latents(artist.backbone.encode(["a red disc"]), [11], artist.sampling)
+
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(tiny_pipeline, safety_checker=None)
+    pipeline.scheduler = TCDScheduler.from_config(pipeline.scheduler.config)
+    pipeline.load_lora_weights(str(file))
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        "a red disc",
+        num_inference_steps=SAMPLING.steps,
+        guidance_scale=0,
+        eta=SAMPLING.gamma,
+        generator=torch.Generator().manual_seed(11),
+        output_type="latent",
+    ).images
+    assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_the_merge_by_hand(kind: str, tmp_path: Path) -> None:
+    """W + alpha/rank B A; for a convolution B is 1x1 and A has the kernel."""
+    layer: nn.Module = nn.Linear(3, 2, bias=False) if kind == "linear" else nn.Conv2d(3, 2, 3, bias=False)
+    network = nn.ModuleDict({"layer": layer})
+    shape = () if kind == "linear" else (3, 3)
+    a, b = torch.randn(2, 3, *shape), torch.randn(2, 2, *[1] * len(shape))
+    file = tmp_path / "a.safetensors"
+    metadata = {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 6})}
+    save_tensors(file, {"unet.layer.lora_A.weight": a, "unet.layer.lora_B.weight": b}, metadata)
+    before = layer.weight.detach().clone()  # type: ignore[union-attr, operator]
+    merge_lora(network, read_lora(file))
+    product = torch.einsum("or,ri...->oi...", b.flatten(1), a)
+    torch.testing.assert_close(layer.weight.detach(), before + 3 * product)  # type: ignore[union-attr, operator, arg-type]
+
+
+def lora_file(path: Path, a: tuple[int, ...] = (2, 3), b: tuple[int, ...] = (5, 2), **metadata: Any) -> Path:
+    tensors = {"unet.x.lora_A.weight": torch.zeros(a), "unet.x.lora_B.weight": torch.zeros(b)}
+    save_tensors(path, tensors, {key: json.dumps(value) for key, value in metadata.items()})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("adapter", "scale"),
+    [
+        ({}, 1.0),
+        ({"unet.lora_alpha": 8}, 4.0),
+        ({"unet.lora_alpha": 8, "unet.alpha_pattern": {"x": 1}}, 0.5),
+        ({"unet.lora_alpha": 8, "unet.alpha_pattern": {"y": 1}}, 4.0),
+        ({"unet.lora_alpha": 8, "unet.use_rslora": True}, 8 / 2**0.5),
+    ],
+)
+def test_scales_of_foreign_adapters(adapter: dict[str, Any], scale: float, tmp_path: Path) -> None:
+    header = read_header(lora_file(tmp_path / "a.safetensors", lora_adapter_metadata=adapter))
+    assert header.scale == {"x": pytest.approx(scale)}
+    assert (header.base, header.sampling) == ("", None)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ({"fewstep": []}, "fewstep is no mapping"),
+        ({"fewstep": {"sampling": {"steps": 0}}}, "steps = 0 must be at least 1"),
+        ({"fewstep": {"sampling": {"stpes": 1}}}, "unknown key stpes; the nearest known one is steps"),
+        ({"lora_adapter_metadata": {"unet.lora_alpha": "much"}}, "has broken metadata"),
+        ({"lora_adapter_metadata": 3}, "has broken metadata"),
+    ],
+)
+def test_broken_records_are_refused(metadata: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words):
+        read_lora(lora_file(tmp_path / "a.safetensors", **metadata))
+
+
+def test_broken_shapes_are_refused(tmp_path: Path) -> None:
+    for a, b in (((2, 3), (5, 3)), ((2, 3, 3, 3), (5, 2, 3, 3))):
+        with pytest.raises(UserError, match="do not fit"):
+            read_lora(lora_file(tmp_path / "a.safetensors", a, b))
+    file = tmp_path / "half.safetensors"
+    save_tensors(file, {"unet.x.lora_A.weight": torch.zeros(2, 3)})
+    with pytest.raises(UserError, match="it holds 1 A and 0 B matrices"):
+        read_lora(file)
+    save_tensors(file, {"unet.x.lora_A.weight": torch.zeros(2, 3), "unet.x.alpha": torch.zeros(())})
+    with pytest.raises(UserError, match=r"it holds 'unet.x.alpha'"):
+        read_lora(file)
+    save_tensors(file, {})
+    with pytest.raises(UserError, match="it holds 0 A and 0 B"):
+        read_lora(file)
+
+
+def test_headers_say_what_files_hold(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    tensors = {"a": torch.zeros(2, 3), "b": torch.zeros((), dtype=torch.int64), "c": torch.zeros(0, 4)}
+    save_tensors(file, tensors, {"z": "1", "é": "2", "a": "3"})
+    metadata, shapes = read_safetensors_header(file)
+    assert metadata == {"a": "3", "z": "1", "é": "2"}
+    assert list(metadata) == ["a", "z", "é"]
+    assert shapes == {"a": (2, 3), "b": (), "c": (0, 4)}
+    assert set(load_file(file)) == {"a", "b", "c"}
+
+
+def test_a_full_student_is_a_pipeline_with_its_settings(
+    tiny_overrides: list[str], tiny_cache: Path, tmp_path: Path
+) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    from fewstep import distillation
+    from fewstep.drawing import load_artist
+    from fewstep.settings import resolve
+
+    config = resolve("tcd", None, [*tiny_overrides, "student.kind=full", "loop.steps=2", "sampling.steps=3"])
+    folder = distillation.distill(config, tmp_path, cache=tiny_cache, quiet=True)
+    artist = load_artist(folder)
+    assert artist.sampling == config.sampling
+    trained = load_file(tmp_path / "checkpoints" / "step-00000002" / "student.safetensors")
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    for name, parameter in pipeline.unet.named_parameters():
+        torch.testing.assert_close(parameter.detach(), trained[name], atol=0, rtol=0)
+    assert artist.draw(["a red disc"], [0]).shape == (1, 64, 64, 3)

@@ -1,0 +1,124 @@
+"""The quality watch and the estimate: what a run says of itself before and while it trains."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fewstep import distillation, watch
+from fewstep.files import read_json
+from fewstep.settings import resolve
+
+
+class Pooled:
+    """Features without a network: means over a 4x4 grid of each channel."""
+
+    name, licence, input, weights_sha256 = "pooled", "none", "uint8", "none"
+
+    def __call__(self, pictures: np.ndarray) -> np.ndarray:
+        small = pictures.astype(np.float32).reshape(len(pictures), 4, 16, 4, 16, 3).mean((2, 4)) / 255
+        return small.reshape(len(pictures), -1)
+
+
+@pytest.fixture
+def watched(tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr(watch, "Lite0Backbone", Pooled)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red disc\na blue ring\n")
+    return [
+        *tiny_overrides,
+        "student.targets=[to_q]",
+        "loop.steps=4",
+        "loop.watch_every=2",
+        f"watch.prompts={prompts}",
+        "watch.count=16",
+        "watch.teacher_steps=2",
+        "sampling.steps=2",
+    ]
+
+
+def figures(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_watch_draws_judges_and_keeps_the_best(
+    watched: list[str], tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([0.5, 0.3])
+    monkeypatch.setattr(watch.KernelDistance, "distance", lambda self, a, b: next(scores))
+    config = resolve("tcd", None, watched)
+    distillation.distill(config, tmp_path / "run", cache=tiny_cache, quiet=True)
+    lines = [line for line in figures(tmp_path / "run") if "watch/kid" in line]
+    assert [(line["step"], line["watch/kid"]) for line in lines] == [(2, 0.5), (4, 0.3)]
+    assert all(line["watch/to_teacher"] > 0 for line in lines)
+    grids = sorted((tmp_path / "run" / "grids").iterdir())
+    assert [path.name for path in grids] == ["step-00000002.webp", "step-00000004.webp"]
+    assert Image.open(grids[0]).width > 10 * 128
+    best = tmp_path / "run" / "best"
+    kept = read_json(best / "figures.json")
+    assert (kept["step"], kept["kid"]) == (4, 0.3)
+    assert (best / "pytorch_lora_weights.safetensors").is_file()
+    assert len(list((tmp_path / "run" / "cache").glob("watch-*.safetensors"))) == 1
+
+    # made longer: worse students do not replace the best one, the teacher is not drawn again
+    scores = iter([0.4])
+    before = (best / "pytorch_lora_weights.safetensors").read_bytes()
+    longer = resolve("tcd", None, [*watched, "loop.steps=6"])
+    monkeypatch.setattr(watch, "artist_of", None)
+    distillation.distill(longer, tmp_path / "run", cache=tiny_cache, quiet=True)
+    assert read_json(best / "figures.json")["kid"] == 0.3
+    assert (best / "pytorch_lora_weights.safetensors").read_bytes() == before
+
+
+def test_watching_does_not_change_the_run(watched: list[str], tiny_cache: Path, tmp_path: Path) -> None:
+    """The student lends its weights to the judge and gets its own back, averages or not."""
+    students = []
+    for name, changes in (("with", []), ("without", ["loop.watch_every=null"])):
+        config = resolve("tcd", None, [*watched, "optim.ema=0.5", *changes])
+        students.append(distillation.distill(config, tmp_path / name, cache=tiny_cache, quiet=True).read_bytes())
+    assert students[0] == students[1]
+    judged = [line["watch/kid"] for line in figures(tmp_path / "with") if "watch/kid" in line]
+    assert len(judged) == 2
+    assert all(np.isfinite(judged))
+
+
+def test_prompts_are_repeated_up_to_the_count(tmp_path: Path) -> None:
+    file = tmp_path / "p.txt"
+    file.write_text("a\nb\nc\n")
+    assert watch.watched_prompts(str(file), 5) == ["a", "b", "c", "a", "b"]
+    assert len(watch.watched_prompts("validation", 20)) == 20
+
+
+def test_the_estimate_adds_up(tiny_overrides: list[str], tiny_cache: Path) -> None:
+    words = [*tiny_overrides, "loop.steps=100", "loop.accumulate=2"]
+    lora = distillation.estimate_run(resolve("tcd", None, words), tiny_cache)
+    assert 0 < lora.seconds_per_step < 60
+    assert lora.seconds == pytest.approx(100 * lora.seconds_per_step)
+    assert lora.data_bytes == 16 * 4 * 8 * 8 * 4
+    assert lora.calls == {"student": 1, "target": 1, "teacher": 2}
+    assert len(lora.lines()) == 3
+    full = ["student.kind=full", "method.target=ema", "optim.ema=0.9", "method.solver=dpmpp_2s"]
+    whole = distillation.estimate_run(resolve("tcd", None, [*words, *full]), tiny_cache)
+    base = lora.weights_bytes - lora.trained_bytes // 3  # its adapters are weights too
+    assert whole.weights_bytes == 3 * base  # teacher, student and target
+    assert whole.trained_bytes == 4 * base  # gradient, two moments, average
+    assert whole.calls["teacher"] == 4
+
+
+def test_an_estimate_leaves_the_student_alone(tiny_overrides: list[str], tiny_cache: Path) -> None:
+    from fewstep.estimate import estimate
+
+    config = resolve("tcd", None, tiny_overrides)
+    run = distillation.prepare(config, tiny_cache)
+    plan = distillation.update_plan(run)
+    before = {name: p.detach().clone() for name, p in plan[0].parameters.items()}
+    estimate(plan, run.data.latents, config, *distillation.networks(run))
+    for name, parameter in plan[0].parameters.items():
+        assert torch.equal(parameter, before[name])
+        assert parameter.grad is None
