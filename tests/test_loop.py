@@ -94,6 +94,7 @@ def test_four_micro_batches_equal_one_batch(tmp_path: Path) -> None:
     one, four = (lines(tmp_path / name) for name in ("1", "4"))
     for a, b in zip(one, four, strict=True):
         assert a["w/loss"] == pytest.approx(b["w/loss"], rel=1e-5)
+        assert a["w/grad_norm"] == pytest.approx(b["w/grad_norm"], rel=1e-4)
         assert {k for k in a if "loss_t" in k} == {k for k in b if "loss_t" in k}
 
 
@@ -348,8 +349,10 @@ def test_what_killed_runs_left_is_swept_away(tmp_path: Path) -> None:
     for name in (".step-00000002.abc.part", ".step-00000001.old"):
         (folder / name).mkdir(parents=True)
         (folder / name / "w.safetensors").write_bytes(b"half")
+    (tmp_path / ".student.abc.part").write_text("half")
     run(tmp_path, single(weights()), steps=2, save_every=1, keep=1)
     assert [path.name for path in folder.iterdir()] == ["step-00000002"]
+    assert not (tmp_path / ".student.abc.part").exists()
 
 
 def test_a_failing_fetch_is_heard(tmp_path: Path) -> None:

@@ -47,8 +47,10 @@ def test_times_stand_on_the_grid(end: Any, value: float) -> None:
     lowest = times.t_nk == 19
     assert (times.t_nk - times.t_n)[~lowest].unique().tolist() == [20.0]
     assert times.t_n[lowest].unique().tolist() == [value]
-    assert set(times.s.tolist()) == {value, *grid[:-1].tolist()}
+    assert set(times.s.tolist()) <= {value, *grid[:-1].tolist()}
     assert bool((times.s <= times.t_n).all())
+    assert bool(((times.s == times.t_n) & (times.t_n > 500)).any())  # both ends are drawn
+    assert bool(((times.s == value) & (times.t_n > 500)).any())
 
 
 def test_times_are_uniform() -> None:
