@@ -23,9 +23,7 @@ def world() -> Emoji8:
 
 @pytest.fixture(scope="module")
 def synonyms() -> list[dict[str, str]]:
-    entries: list[dict[str, str]] = json.loads(
-        (emoji8.folder() / "synonyms.json").read_text(encoding="utf-8")
-    )
+    entries: list[dict[str, str]] = json.loads((emoji8.folder() / "synonyms.json").read_text(encoding="utf-8"))
     return entries
 
 
@@ -136,9 +134,7 @@ def test_the_same_concept_in_two_fluent_styles_is_alike(world: Emoji8) -> None:
 def test_prompt_lists_are_disjoint_and_open(world: Emoji8) -> None:
     seen = families_in_train(world)
     concept = {r.name: r.concept for r in world.records}
-    lists = {
-        name: emoji8.read_prompts(name) for name in ("benchmark", "validation", "gamma", "heldout_concepts")
-    }
+    lists = {name: emoji8.read_prompts(name) for name in ("benchmark", "validation", "gamma", "heldout_concepts")}
     assert [len(prompts) for prompts in lists.values()] == [1000, 150, 150, 60]
     every = [prompt for prompts in lists.values() for prompt in prompts]
     assert len(set(every)) == len(every)
@@ -186,9 +182,7 @@ def test_drawn_captions_keep_their_shares_and_their_pieces(world: Emoji8) -> Non
     record = next(r for r in world.records if r.id == "twemoji/1f419")
     generator = np.random.default_rng(1)
     drawn = [emoji8.draw_caption(record, generator) for _ in range(4000)]
-    share = Counter(
-        "name, style" if c == "octopus, twemoji style" else "name" if c == "octopus" else "" for c in drawn
-    )
+    share = Counter("name, style" if c == "octopus, twemoji style" else "name" if c == "octopus" else "" for c in drawn)
     assert share["name, style"] / 4000 == pytest.approx(0.45, abs=0.03)
     assert share["name"] / 4000 == pytest.approx(0.30, abs=0.03)
     styled = sum(c.endswith("twemoji style") for c in drawn)

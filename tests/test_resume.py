@@ -85,7 +85,7 @@ def test_killed_at_ten_random_moments_and_inside_a_save(
         capture_output=True,
         text=True,
         env=environment,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads(done.stdout.splitlines()[-1])

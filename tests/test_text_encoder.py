@@ -58,9 +58,7 @@ def loaded():  # type: ignore[no-untyped-def]
 def encode(*texts: str, length: int = 20) -> tuple[Tensor, Tensor]:
     """Return states [B, length, C] and mask [B, length], called as StableDiffusionPipeline calls them."""
     tokenizer, encoder = loaded()
-    batch = tokenizer(
-        list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-    )
+    batch = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return encoder(batch.input_ids, attention_mask=batch.attention_mask)[0], batch.attention_mask
 
 
@@ -115,9 +113,7 @@ def test_own_word_is_nearest_to_its_concept(word: str, name: str) -> None:
 
 
 def test_phrase_with_style_keeps_its_concept() -> None:
-    scores = (
-        mean_state("a cute doggy, fluent 3d style") @ mean_state(*(f"{name}, noto style" for name in NAMES)).T
-    )[0]
+    scores = (mean_state("a cute doggy, fluent 3d style") @ mean_state(*(f"{name}, noto style" for name in NAMES)).T)[0]
     assert NAMES[int(scores.argmax())] == "dog"
 
 

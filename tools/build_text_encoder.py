@@ -26,12 +26,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from text_encoder_words import Words, compose, read_words
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import BertModel
 
 from fewstep.files import atomic_folder
+from text_encoder_words import Words, compose, read_words
 
 SEED = 20
 LAYERS = (0, 2, 5)
@@ -62,9 +62,7 @@ def familiar(words: Words, full: Tokenizer) -> Words:
     """Leave out lemmas of rare pieces, most of which are scientific names."""
     encodings = full.encode_batch(list(words.lemmas), add_special_tokens=False)
     pairs = zip(words.lemmas, encodings, strict=True)
-    lemmas = tuple(
-        lemma for lemma, encoding in pairs if len(encoding.ids) <= len(re.split(r"[ -]", lemma)) + 2
-    )
+    lemmas = tuple(lemma for lemma, encoding in pairs if len(encoding.ids) <= len(re.split(r"[ -]", lemma)) + 2)
     kept = set(lemmas)
     synonyms = tuple(pair for pair in words.synonyms if kept.issuperset(pair))
     return replace(words, lemmas=lemmas, synonyms=synonyms)
@@ -151,11 +149,13 @@ def align(texts: Sequence[str], full: Tokenizer, small: Tokenizer) -> tuple[Batc
 
 
 def by_word(tokens: Sequence[str], word_ids: Sequence[int | None]) -> list[list[str]]:
+    """Group word pieces by the word they come from."""
     groups = itertools.groupby(zip(tokens, word_ids, strict=True), key=lambda item: item[1])
     return [[token for token, _ in group] for _, group in groups]
 
 
 def pad(rows: Sequence[tuple[list[int], list[int]]]) -> Batch:
+    """Rows of (token ids, segment numbers) as one padded batch."""
     width = max(len(ids) for ids, _ in rows)
 
     def block(index: int, fill: int) -> Tensor:
@@ -166,6 +166,7 @@ def pad(rows: Sequence[tuple[list[int], list[int]]]) -> Batch:
 
 
 def states_of(model: BertModel, batch: Batch) -> Tensor:
+    """The last hidden states, fp32 [B, tokens, width]."""
     with torch.autocast("cpu", torch.bfloat16):
         states: Tensor = model(batch.ids, batch.mask).last_hidden_state
     return states.float()
@@ -206,9 +207,7 @@ def lines(words: Words, draw: random.Random) -> Iterator[list[str]]:
         yield from (chunk[start : start + BATCH] for start in starts)
 
 
-def distil(
-    student: BertModel, teacher: BertModel, full: Tokenizer, small: Tokenizer, words: Words, steps: int
-) -> None:
+def distil(student: BertModel, teacher: BertModel, full: Tokenizer, small: Tokenizer, words: Words, steps: int) -> None:
     """Train the student in place: segments' states match the teacher's, and synonyms' mean states attract.
 
     The word embeddings stay MiniLM's, so that words which no training line holds keep their place.
@@ -284,9 +283,8 @@ def write_encoder(student: BertModel, place: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Build the tokenizer, distil the encoder, write both."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"))
     world = Path(__file__).resolve().parents[1] / "world"
     parser.add_argument("--out", type=Path, default=world / "teacher")

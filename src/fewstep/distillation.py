@@ -32,6 +32,7 @@ from fewstep.objectives.consistency import consistency_loss
 from fewstep.roles import SeparateRoles
 from fewstep.settings import DistillConfig, teacher_path
 from fewstep.students import Student, make_student
+from fewstep.training import checkpoint
 from fewstep.training.cpu import speed_up
 from fewstep.training.launch import make_accelerator
 from fewstep.training.loop import Batch, Follower, Loss, Update, train
@@ -72,7 +73,13 @@ def read_pictures(config: DistillConfig, size: int) -> pictures.Captioned:
         UserError: they cannot be read.
     """
     if config.data.source == "emoji8":
-        return pictures.bundled(config.data.captions, config.loop.seed)
+        bundled = pictures.bundled(config.data.captions, config.loop.seed)
+        if bundled.pictures.shape[1] != size:
+            raise UserError(
+                f"data.source = 'emoji8' holds pictures of {bundled.pictures.shape[1]} pixels a side and the teacher "
+                f"draws {size}; give a folder of pictures"
+            )
+        return bundled
     return pictures.from_folder(Path(config.data.source), size)
 
 
@@ -181,7 +188,8 @@ def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quie
         return {"items": rows, "latents": run.data.latents[rows].to(device, non_blocking=True)}
 
     plan = update_plan(run)
-    if accelerator.is_main_process and not quiet:
+    unfinished = checkpoint.last_step(out / "checkpoints") < config.loop.steps
+    if unfinished and accelerator.is_main_process and not quiet:
         estimated = estimate(plan, run.data.latents, config, *networks(run))
         print("\n".join([f"writes to {out}", *estimated.lines()]), file=sys.stderr)
     trained = train(plan, fetch, len(run.data), config.loop, log, accelerator, watch)

@@ -65,6 +65,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         part.chmod(0o755)
         for file in part.rglob("*"):
             if file.is_file():
+                file.chmod(0o644)  # some writers make files that only their owner can read
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
         _swap(part, path)

@@ -27,9 +27,7 @@ def call_times(sampling: Sampling, denoiser: Denoiser) -> list[float]:
             f"steps = {sampling.steps} network calls cannot be split into {sampling.sampler} steps of {calls}; "
             f"the nearest legal one is {sampling.steps + 1}"
         )
-    times = inference_times(
-        denoiser.path, sampling.steps // calls, grid=sampling.grid, spacing=sampling.spacing
-    )
+    times = inference_times(denoiser.path, sampling.steps // calls, grid=sampling.grid, spacing=sampling.spacing)
     return [float(t) for t in times]
 
 

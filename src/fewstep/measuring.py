@@ -30,11 +30,7 @@ def read_real(folder: Path | None, size: int) -> np.ndarray:
         from fewstep.world import emoji8
 
         return emoji8.load("train").pictures
-    files = (
-        sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-        if folder.is_dir()
-        else []
-    )
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES) if folder.is_dir() else []
     if not files:
         raise UserError(f"real = {str(folder)!r} is not a folder with pictures ({', '.join(SUFFIXES)})")
     return np.stack([read_picture(file, size) for file in files])

@@ -56,9 +56,7 @@ def read_folder(path: Path | str) -> PipelineFolder:
     path = Path(path)
     index = path / "model_index.json"
     if not index.is_file():
-        raise UserError(
-            f"teacher = {str(path)!r} is no diffusers pipeline folder: it holds no model_index.json"
-        )
+        raise UserError(f"teacher = {str(path)!r} is no diffusers pipeline folder: it holds no model_index.json")
     data = read_json(index)
     name = str(data.get("_class_name"))
     if name not in KNOWN:
@@ -75,9 +73,7 @@ def read_folder(path: Path | str) -> PipelineFolder:
             raise UserError(f"teacher = {str(path)!r} is incomplete: it holds no {component}")
     for component in ("unet", "vae", "text_encoder"):
         if not list((path / component).glob("*.safetensors")):
-            raise UserError(
-                f"{path / component} holds no safetensors weights; pickled weights are never read"
-            )
+            raise UserError(f"{path / component} holds no safetensors weights; pickled weights are never read")
     folder = PipelineFolder(path, KNOWN[name], components)
     check_terminal_snr(folder.config("scheduler"))
     return folder

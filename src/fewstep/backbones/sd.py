@@ -62,9 +62,7 @@ class StableDiffusion:
         scheduler = folder.config("scheduler")
         name = scheduler.get("prediction_type", "epsilon")
         if name not in _PREDICTIONS:
-            raise UserError(
-                f"prediction_type = {name!r} of {folder.path} is not one of {', '.join(_PREDICTIONS)}"
-            )
+            raise UserError(f"prediction_type = {name!r} of {folder.path} is not one of {', '.join(_PREDICTIONS)}")
         self.prediction: Prediction = _PREDICTIONS[name]
         self.path = _path(scheduler)
         unet = folder.config("unet")
@@ -193,9 +191,7 @@ class StableDiffusion:
         parts = []
         for start in range(0, len(latents), batch):
             part = latents[start : start + batch]
-            decoded = self.vae.decode(
-                part.to(self.device) / self.vae.config.scaling_factor, return_dict=False
-            )[0]
+            decoded = self.vae.decode(part.to(self.device) / self.vae.config.scaling_factor, return_dict=False)[0]
             scaled = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
             parts.append((scaled * 255).round().astype(np.uint8))
         return np.concatenate(parts)

@@ -24,5 +24,6 @@ def read_recipe(name: str) -> dict[str, Any]:
     if name.endswith((".yaml", ".yml")):
         return read_yaml(Path(name))
     if name not in names():
-        raise UserError(f"recipe = {name!r} is not one of {', '.join(names())}; the nearest is {nearest(name, names())}")
+        known = names()
+        raise UserError(f"recipe = {name!r} is not one of {', '.join(known)}; the nearest is {nearest(name, known)}")
     return read_yaml(Path(str(resources.files(__name__) / f"{name}.yaml")))
