@@ -34,7 +34,7 @@ from fewstep.settings import DistillConfig, teacher_path
 from fewstep.students import Student, make_student
 from fewstep.training import checkpoint
 from fewstep.training.cpu import speed_up
-from fewstep.training.launch import make_accelerator
+from fewstep.training.launch import make_accelerator, pick_device
 from fewstep.training.loop import Batch, Follower, Loss, Update, train
 from fewstep.training.run import RunLog
 from fewstep.watch import Watch
@@ -51,19 +51,6 @@ class Run:
     student: Student
     denoiser: Denoiser
     base: str
-
-
-def pick_device(name: str) -> torch.device:
-    """auto -> cuda where there is one.
-
-    Raises:
-        UserError: cuda asked for and absent.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device = 'cuda' is not there on this machine; the nearest legal one is 'cpu'")
-    return torch.device(name)
 
 
 def read_pictures(config: DistillConfig, size: int) -> pictures.Captioned:

@@ -201,9 +201,10 @@ def _path(scheduler: dict[str, Any]) -> VariancePreserving:
     """The noise path of a scheduler config, from diffusers' own table."""
     from diffusers import DDPMScheduler
 
-    known = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr")
+    known = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+    settings = {key: scheduler[key] for key in (*known, "rescale_betas_zero_snr") if key in scheduler}
     with _loading("the scheduler config"):
-        table = DDPMScheduler(**{key: scheduler[key] for key in known if key in scheduler}).alphas_cumprod
+        table = DDPMScheduler(**settings).alphas_cumprod
     return VariancePreserving.from_alphas_cumprod(table.double().clamp(min=1e-24))
 
 

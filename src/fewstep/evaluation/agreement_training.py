@@ -21,6 +21,7 @@ from fewstep.evaluation.scorer import Scorer, ScorerConfig, multi_positive_loss
 from fewstep.evaluation.text_side import BertStates, TextBackbone
 from fewstep.settings import LoopConfig, OptimConfig
 from fewstep.training.cpu import speed_up
+from fewstep.training.launch import make_accelerator, pick_device
 from fewstep.training.loop import Batch, Loss, Update, train
 from fewstep.training.run import RunLog
 from fewstep.world import emoji8, location
@@ -177,8 +178,7 @@ def train_scorer(
     torch.manual_seed(seed)
     scorer = Scorer(config.network, text.width)
     speed_up(scorer)
-    mixed = "no" if config.loop.precision == "fp32" else config.loop.precision
-    accelerator = accelerator or Accelerator(mixed_precision=mixed)
+    accelerator = accelerator or make_accelerator(config.loop.precision, pick_device("auto"))
     device = accelerator.device
     scorer.to(device)
 

@@ -24,3 +24,16 @@ def make_accelerator(precision: str, device: torch.device) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=moved)
     mixed = "no" if precision == "fp32" else precision
     return Accelerator(mixed_precision=mixed, cpu=device.type == "cpu")
+
+
+def pick_device(name: str) -> torch.device:
+    """auto -> cuda where there is one.
+
+    Raises:
+        UserError: cuda asked for and absent.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device = 'cuda' is not there on this machine; the nearest legal one is 'cpu'")
+    return torch.device(name)

@@ -7,18 +7,19 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewstep.config import Config
 from fewstep.errors import UserError
-from fewstep.files import atomic_folder, write_json
+from fewstep.files import atomic_folder, atomic_write, write_json
 from fewstep.training.cpu import speed_up
+from fewstep.training.launch import make_accelerator, pick_device
 from fewstep.world import emoji8
 from fewstep.world.train_unet import UnetConfig, train_unet
 from fewstep.world.train_vae import VaeConfig, make_vae, reconstruction_psnr, to_tensor, train_vae
@@ -31,15 +32,9 @@ class TeacherConfig(Config):
     """The bundled teacher's recipe."""
 
     text: str = Field("", description="folder with text_encoder/ and tokenizer/; empty for the bundled one")
+    autoencoder: str = Field("", description="folder of a finished AutoencoderKL to keep; empty to train one")
     vae: VaeConfig = Field(VaeConfig(), description="the autoencoder")
     unet: UnetConfig = Field(UnetConfig(), description="the denoiser")
-
-    @model_validator(mode="after")
-    def _one_precision(self) -> Self:
-        first, second = self.vae.loop.precision, self.unet.loop.precision
-        if first != second:
-            raise ValueError(f"unet.loop.precision = {second!r} must be the autoencoder's; the nearest is {first!r}")
-        return self
 
 
 class WorldEncoders:
@@ -144,14 +139,24 @@ SCHEDULER = {
 }
 
 
+FINAL = "final.safetensors"
+"""A run folder's finished autoencoder, fp32."""
+
+
 def finished_vae(config: VaeConfig, folder: Path) -> Any | None:
     """The autoencoder of an earlier, finished training in `folder`, or None."""
-    path = folder / "final.safetensors"
+    path = folder / FINAL
     if not path.is_file():
         return None
     vae = make_vae(config)
     vae.load_state_dict(load_file(path))
     return vae.eval()
+
+
+def save_vae(vae: Any, folder: Path) -> None:
+    """Keep a finished autoencoder in its run folder."""
+    with atomic_write(folder / FINAL) as part:
+        save_file({name: value.contiguous() for name, value in vae.state_dict().items()}, part)
 
 
 def train_teacher(config: TeacherConfig, out: Path, target: Path) -> dict[str, float]:
@@ -160,27 +165,31 @@ def train_teacher(config: TeacherConfig, out: Path, target: Path) -> dict[str, f
     Returns:
         the held-out PSNR of the autoencoder, in dB.
     """
-    from accelerate import Accelerator
-
     from fewstep.world.location import root
 
     text = Path(config.text) if config.text else root() / "teacher"
     if not (text / "text_encoder" / "config.json").is_file():
         raise UserError(f"text = {str(text)!r} holds no text_encoder/; the bundled one lies in world/teacher")
     data, heldout = emoji8.load("train"), emoji8.load("heldout-concept")
-    precision = config.unet.loop.precision
-    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+    device = pick_device("auto")
     vae = finished_vae(config.vae, out / "vae")
+    if vae is None and config.autoencoder:
+        from diffusers import AutoencoderKL
+
+        vae = AutoencoderKL.from_pretrained(config.autoencoder, use_safetensors=True, torch_dtype=torch.float32)
+        save_vae(vae, out / "vae")
     if vae is None:
+        accelerator = make_accelerator(config.vae.loop.precision, device)
         vae = train_vae(config.vae, data.pictures, heldout.pictures, out / "vae", accelerator)
-        save_file({k: v.contiguous() for k, v in vae.state_dict().items()}, out / "vae" / "final.safetensors")
+        save_vae(vae, out / "vae")
     vae = vae.cpu().eval()
     speed_up(vae)
     psnr = reconstruction_psnr(vae, heldout.pictures)
     digest = hashlib.sha256()
-    for file in [out / "vae" / "final.safetensors", *sorted((text / "text_encoder").glob("*.safetensors"))]:
+    for file in [out / "vae" / FINAL, *sorted((text / "text_encoder").glob("*.safetensors"))]:
         digest.update(file.read_bytes())
     encoders = WorldEncoders(vae, text)
+    accelerator = make_accelerator(config.unet.loop.precision, device)
     unet = train_unet(config.unet, encoders, digest.hexdigest(), out / "unet", accelerator)
     save_pipeline(target, vae, unet.cpu(), text)
     return {"vae_psnr_heldout": psnr}

@@ -136,6 +136,6 @@ def train_vae(
     plan = [Update("vae", parameters, loss, config.optim)]
     trained: Trained = train(plan, fetch, len(pictures), config.loop, log, accelerator, watch)
     vae.load_state_dict(trained.weights["vae"])
-    vae.eval()
+    vae.cpu().eval()
     fold_statistics(vae, pictures)
     return vae
