@@ -162,7 +162,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder; a demo that was stopped goes on from it.")] = Path("demo"),
     overrides: Overrides = None,
 ) -> None:
-    """Distil LCM and TCD from the bundled teacher, compare them with it, write report.html. About ten minutes.
+    """Distil LCM and TCD from the bundled teacher, compare them with it, write report.html. Budgeted at ten minutes.
 
     Example: fewstep demo --out demo -s steps=200
     """

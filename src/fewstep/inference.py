@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fewstep.denoiser import Condition, Denoiser
-from fewstep.errors import UserError
 from fewstep.grid import inference_times
 from fewstep.names import CALLS
 from fewstep.sampler import picture_noise, sample_consistency, sample_ode, sample_sss
@@ -19,15 +18,10 @@ def call_times(sampling: Sampling, denoiser: Denoiser) -> list[float]:
     """The times of the solver's or sampler's steps, falling.
 
     Raises:
-        UserError: more steps than the grid has points, or an odd number of calls for a two-call solver.
+        UserError: more steps than the grid has points.
     """
-    calls = CALLS[sampling.sampler]
-    if sampling.steps % calls:
-        raise UserError(
-            f"steps = {sampling.steps} network calls cannot be split into {sampling.sampler} steps of {calls}; "
-            f"the nearest legal one is {sampling.steps + 1}"
-        )
-    times = inference_times(denoiser.path, sampling.steps // calls, grid=sampling.grid, spacing=sampling.spacing)
+    count = sampling.steps // CALLS[sampling.sampler]  # whole: `Sampling` refuses any other
+    times = inference_times(denoiser.path, count, grid=sampling.grid, spacing=sampling.spacing)
     return [float(t) for t in times]
 
 
