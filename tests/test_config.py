@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from fewstep.config import Config, dotted_keys, merge, nearest_key, parse_overrides, read_yaml, validate
 from fewstep.errors import UserError, nearest
 from fewstep.settings import DistillConfig, Sampling, resolve
+from fewstep.world.teacher import TeacherConfig
 
 
 class Inner(Config):
@@ -215,3 +216,11 @@ def test_training_and_sampling_share_one_grid() -> None:
         resolve("tcd", None, ["method.grid=25"])
     with pytest.raises(UserError, match=r"sampling.end = 'index0' is not the end point.* 'clean'"):
         resolve("tcd", None, ["method.end=clean"])
+
+
+def test_changing_one_key_of_a_section_keeps_what_the_defaults_say_of_the_others() -> None:
+    changed = validate(TeacherConfig, parse_overrides(["unet.loop.steps=12000"]))
+    assert changed.unet.loop.steps == 12000
+    assert changed.unet.loop.batch == TeacherConfig().unet.loop.batch
+    assert changed.unet.optim == TeacherConfig().unet.optim
+    assert changed.vae == TeacherConfig().vae

@@ -147,13 +147,22 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     return f"{where}: {message}" if isinstance(given, Mapping | BaseModel) else f"{where} = {given!r}: {message}"
 
 
+def section_defaults(model: type[BaseModel]) -> dict[str, Any]:
+    """What a model's defaults say of their sections: one key of a section may be changed and the rest stays."""
+    return {
+        name: merge(section_defaults(type(field.default)), field.default.model_dump(exclude_unset=True))
+        for name, field in model.model_fields.items()
+        if isinstance(field.default, BaseModel)
+    }
+
+
 def validate(model: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:
-    """Build a config from a mapping.
+    """Build a config from a mapping, laid over the defaults of its sections.
 
     Raises:
         UserError: one line naming the first wrong field, its value and the nearest legal one.
     """
     try:
-        return model.model_validate(dict(data))
+        return model.model_validate(merge(section_defaults(model), data))
     except ValidationError as error:
         raise UserError(explain(error, model)) from error

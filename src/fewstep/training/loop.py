@@ -71,6 +71,17 @@ class Update:
     follower: Follower | None = None
 
 
+def _average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
+    """Mean of the gradients over all processes, as one flat message."""
+    if accelerator.num_processes == 1:
+        return
+    grads = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.reshape(-1) for g in grads])
+    flat = accelerator.reduce(flat, reduction="mean")
+    for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        grad.copy_(part.view_as(grad))
+
+
 class _Running:
     """An update with its optimiser, its average and its sums since the last log line."""
 
@@ -104,6 +115,38 @@ class _Running:
         index = (loss.t * T_BINS).long().clamp(0, T_BINS - 1).to(self.device, non_blocking=True)
         self.bin_sum.index_add_(0, index, loss.per_sample.detach().float())
         self.bin_count.index_add_(0, index, torch.ones_like(loss.per_sample, dtype=torch.float32))
+
+    def backward(self, batch: Batch, draws: Draws, accelerator: Accelerator, accumulate: int) -> None:
+        """Add one micro-batch's gradients."""
+        with accelerator.autocast():
+            loss = self.update.loss(batch, draws)
+        # only into its own parameters: a loss may run through those of another update
+        accelerator.backward(loss.value / accumulate, inputs=self.parameters)
+        self.note("loss", loss.value)
+        self.note_bins(loss)
+        for name, value in loss.scalars.items():
+            self.note(name, value)
+
+    def step(self, accelerator: Accelerator, step: int, steps: int) -> None:
+        """Take one optimiser step with the gathered gradients, and let the averages follow."""
+        _average_gradients(accelerator, self.parameters)
+        scaler = accelerator.scaler
+        if scaler:
+            scaler.unscale_(self.optimizer)
+        norm = clip_gradients(self.parameters, self.update.optim.clip)
+        # the scaler skips a step whose gradients have overflowed, and lowers its scale
+        self.note("grad_norm", torch.nan_to_num(norm, 0.0, 0.0) if scaler else norm)
+        every = self.update.every
+        rate = learning_rate(self.update.optim, step // every, -(-steps // every))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if scaler:
+            scaler.step(self.optimizer)
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for average in self.averages.values():
+            average.update(self.update.parameters)
 
     def bad(self) -> list[str]:
         """Which sums since the last `read` are not finite; waits for the device."""
@@ -155,17 +198,6 @@ class Trained:
 
     weights: dict[str, dict[str, Tensor]]
     step: int
-
-
-def _average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
-    """Mean of the gradients over all processes, as one flat message."""
-    if accelerator.num_processes == 1:
-        return
-    grads = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.reshape(-1) for g in grads])
-    flat = accelerator.reduce(flat, reduction="mean")
-    for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-        grad.copy_(part.view_as(grad))
 
 
 def train(
@@ -253,32 +285,9 @@ def train(
             for r in running:
                 if step % r.update.every:
                     continue
-                with accelerator.autocast():
-                    loss = r.update.loss(batch, draws)
-                # only into its own parameters: a loss may run through those of another update
-                accelerator.backward(loss.value / config.accumulate, inputs=r.parameters)
-                r.note("loss", loss.value)
-                r.note_bins(loss)
-                for name, value in loss.scalars.items():
-                    r.note(name, value)
+                r.backward(batch, draws, accelerator, config.accumulate)
                 if last:
-                    _average_gradients(accelerator, r.parameters)
-                    if scaler:
-                        scaler.unscale_(r.optimizer)
-                    norm = clip_gradients(r.parameters, r.update.optim.clip)
-                    # the scaler skips a step whose gradients have overflowed, and lowers its scale
-                    r.note("grad_norm", torch.nan_to_num(norm, 0.0, 0.0) if scaler else norm)
-                    every = r.update.every
-                    rate = learning_rate(r.update.optim, step // every, -(-config.steps // every))
-                    for group in r.optimizer.param_groups:
-                        group["lr"] = rate
-                    if scaler:
-                        scaler.step(r.optimizer)
-                    else:
-                        r.optimizer.step()
-                    r.optimizer.zero_grad(set_to_none=True)
-                    for average in r.averages.values():
-                        average.update(r.update.parameters)
+                    r.step(accelerator, step, config.steps)
             if not last:
                 continue
             if scaler and any(step % r.update.every == 0 for r in running):

@@ -8,31 +8,36 @@ guidance and at the teacher's own best. Every stage keeps what it made, so a sto
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import Field
+from tqdm import tqdm
 
-from fewstep import distillation
 from fewstep.config import Config
 from fewstep.evaluation.detail import detail_scale
 from fewstep.evaluation.report import write_report
 from fewstep.evaluation.results import Results, Row, save_results
-from fewstep.files import read_json, write_json
+from fewstep.files import write_json
 from fewstep.settings import Sampling, resolve, teacher_path
 from fewstep.world import emoji8
 from fewstep.world.contest import (
+    Bench,
     Entry,
     Judge,
     Studio,
     contest,
+    measured,
     solver_entries,
     student_entries,
     teacher_entry,
 )
-from fewstep.world.demo import METHODS, STEPS, WORLD_OVERRIDES, picture_grid
-from fewstep.world.location import root
+from fewstep.world.demo import picture_grid
+from fewstep.world.students import METHODS, STEPS, students_omega, train_student
 
 GAMMAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+CHOOSING = 99
+"""Seed of the noise from which rates, guidance and gammas are chosen; no result rests on it."""
 
 
 class BenchmarkConfig(Config):
@@ -51,15 +56,16 @@ class BenchmarkConfig(Config):
 def train(config: BenchmarkConfig, recipe: str, rate: float, seed: int, out: Path) -> Path:
     """Train one student, or return the finished one."""
     folder = out / "students" / f"{recipe}-{rate:g}-{seed}"
-    changes = [
-        f"loop.steps={config.steps}",
-        f"loop.batch={config.batch}",
-        f"loop.seed={seed}",
-        "loop.save_every=200",
-        f"optim.lr={rate}",
-        *WORLD_OVERRIDES,
-    ]
-    return distillation.distill(resolve(recipe, None, changes), folder, cache=out / "cache")
+    return train_student(
+        recipe,
+        folder,
+        out / "cache",
+        steps=config.steps,
+        batch=config.batch,
+        lr=rate,
+        seed=seed,
+        save_every=100,
+    )
 
 
 def sampling_of(recipe: str, gamma: float) -> Sampling:
@@ -72,97 +78,120 @@ def kid_of(row: Row) -> float:
     return row.figures["KID-Lite0"].value
 
 
-def choose(name: str, out: Path, candidates: Mapping[str, Sequence[Entry]], studio: Studio, judge: Judge) -> str:
-    """The candidate with the lowest mean KID to real pictures; all figures are kept in <name>.json."""
-    path = out / f"{name}.json"
-    if not path.is_file():
+@dataclass(frozen=True)
+class Stage:
+    """A list of prompts with who draws them and who judges."""
+
+    studio: Studio
+    judge: Judge
+    out: Path
+
+    @classmethod
+    def on(cls, prompts: Sequence[str], out: Path, bench: Bench) -> Stage:
+        """Set up a stage for the bundled teacher on some prompts."""
+        return cls(Studio(teacher_path(""), prompts, out / "pictures"), Judge(prompts, bench), out)
+
+    def choose(self, name: str, candidates: Mapping[str, Sequence[Entry]]) -> str:
+        """The candidate with the lowest mean KID to real pictures; all means are kept in <name>.json."""
         means = {}
-        for key, entries in candidates.items():
-            rows = [judge.row(entry, studio.prompts, studio.pictures(entry), None) for entry in entries]
+        for key, entries in tqdm(candidates.items(), desc=f"choosing {name}", unit="candidate"):
+            rows = [measured(self.studio, self.judge, entry, None) for entry in entries]
             means[key] = sum(kid_of(row) for row in rows) / len(rows)
-        write_json(path, {"kid": means, "chosen": min(means, key=lambda key: means[key])})
-    return str(read_json(path)["chosen"])
+        best = min(means, key=lambda key: means[key])
+        write_json(self.out / f"{name}.json", {"kid": means, "chosen": best, "n": len(self.studio.prompts)})
+        return best
+
+
+def choose_rate(config: BenchmarkConfig, recipe: str, stage: Stage) -> float:
+    """The learning rate whose student of the first seed is best over all step counts."""
+    candidates = {
+        f"{rate:g}": student_entries(
+            METHODS[recipe],
+            train(config, recipe, rate, config.seeds[0], stage.out),
+            sampling_of(recipe, config.gamma),
+            STEPS,
+            CHOOSING,
+        )
+        for rate in config.rates
+    }
+    return float(stage.choose(f"rate-{recipe}", candidates))
+
+
+def choose_omega(config: BenchmarkConfig, stage: Stage) -> float:
+    """The teacher's own best guidance at 50 steps."""
+    candidates = {f"{omega:g}": [teacher_entry(omega, 50, CHOOSING)] for omega in config.omegas}
+    return float(stage.choose("omega-teacher", candidates))
+
+
+def choose_gammas(student: Path, stage: Stage) -> dict[int, float]:
+    """TCD's best gamma at each step count."""
+    chosen = {}
+    for steps in STEPS:
+        candidates = {
+            f"{gamma:g}": student_entries("TCD", student, sampling_of("tcd", gamma), [steps], CHOOSING)
+            for gamma in GAMMAS
+        }
+        chosen[steps] = float(stage.choose(f"gamma-{steps}", candidates))
+    return chosen
+
+
+def headline_entries(
+    config: BenchmarkConfig, students: Mapping[str, Path], gammas: Mapping[int, float], omega: float, seed: int
+) -> list[Entry]:
+    """Table 1 at one seed: solvers on the teacher, both students, TCD once more with its tuned gammas."""
+    entries = solver_entries(omega, STEPS, seed)
+    for recipe, method in METHODS.items():
+        entries += student_entries(method, students[recipe], sampling_of(recipe, config.gamma), STEPS, seed)
+    for steps in STEPS:
+        tuned = sampling_of("tcd", gammas[steps])
+        entries += student_entries("TCD, tuned gamma", students["tcd"], tuned, [steps], seed)
+    return entries
+
+
+def sweep_entries(student: Path, seed: int) -> list[Entry]:
+    """The paper's Figures 5 and 6: every gamma at every step count."""
+    return [
+        entry
+        for gamma in GAMMAS
+        for entry in student_entries("TCD, gamma sweep", student, sampling_of("tcd", gamma), STEPS, seed)
+    ]
 
 
 def benchmark(config: BenchmarkConfig, out: Path) -> Path:
     """Run every stage that is not done yet; return the report's path."""
-    teacher = teacher_path("")
-    scorer = root() / "scorer"
-    validation = Studio(teacher, emoji8.read_prompts("validation"), out / "pictures")
-    judge = Judge(validation.prompts, scorer)
+    bench = Bench.load(out / "features")
+    validation = Stage.on(emoji8.read_prompts("validation"), out, bench)
+    rates = {recipe: choose_rate(config, recipe, validation) for recipe in METHODS}
+    best_omega = choose_omega(config, validation)
+    first = config.seeds[0]
+    tuning = Stage.on(emoji8.read_prompts("gamma"), out, bench)
+    gammas = choose_gammas(train(config, "tcd", rates["tcd"], first, out), tuning)
 
-    def rate_entries(recipe: str, rate: float) -> list[Entry]:
-        student = train(config, recipe, rate, config.seeds[0], out)
-        return student_entries(recipe, student, sampling_of(recipe, config.gamma), STEPS, 99)
-
-    rates = {
-        recipe: float(
-            choose(
-                f"rate-{recipe}",
-                out,
-                {f"{r:g}": rate_entries(recipe, r) for r in config.rates},
-                validation,
-                judge,
-            )
-        )
-        for recipe in METHODS
-    }
-    omegas = {f"{omega:g}": [teacher_entry(omega, 50, 99)] for omega in config.omegas}
-    best_omega = float(choose("omega-teacher", out, omegas, validation, judge))
-    tuning_judge = Judge(emoji8.read_prompts("gamma"), scorer)
-    tuning = Studio(teacher, emoji8.read_prompts("gamma"), out / "pictures")
-    first = train(config, "tcd", rates["tcd"], config.seeds[0], out)
-    gammas = {
-        steps: float(
-            choose(
-                f"gamma-{steps}",
-                out,
-                {f"{g:g}": student_entries("TCD", first, sampling_of("tcd", g), [steps], 99) for g in GAMMAS},
-                tuning,
-                tuning_judge,
-            )
-        )
-        for steps in STEPS
-    }
-    studio = Studio(teacher, emoji8.read_prompts("benchmark")[: config.prompts], out / "pictures")
-    full = Judge(studio.prompts, scorer)
-    mean_omega = resolve("tcd").method.guidance.mean_omega
+    final = Stage.on(emoji8.read_prompts("benchmark")[: config.prompts], out, bench)
+    mean_omega = students_omega()
     rows: list[Row] = []
-    shown: list[tuple[str, Entry]] = []
     for seed in config.seeds:
         students = {recipe: train(config, recipe, rates[recipe], seed, out) for recipe in METHODS}
-        entries = solver_entries(mean_omega, STEPS, seed)
-        for recipe, method in METHODS.items():
-            entries += student_entries(method, students[recipe], sampling_of(recipe, config.gamma), STEPS, seed)
-        for steps in STEPS:
-            tuned = sampling_of("tcd", gammas[steps])
-            entries += student_entries("TCD, tuned gamma", students["tcd"], tuned, [steps], seed)
-        if seed == config.seeds[0]:
-            entries += [
-                entry
-                for gamma in GAMMAS
-                for entry in student_entries(
-                    "TCD, gamma sweep", students["tcd"], sampling_of("tcd", gamma), STEPS, seed
-                )
-            ]
+        teacher = teacher_entry(mean_omega, 50, seed)
+        entries = headline_entries(config, students, gammas, mean_omega, seed)
         if best_omega != mean_omega:
-            best = f"teacher, omega {best_omega:g}"
-            entries.append(teacher_entry(best_omega, 50, seed, best))
-        reference = teacher_entry(mean_omega, 50, seed)
-        four = [e for e in entries if e.sampling.steps == 4 and "sweep" not in e.method]
-        first_seed = seed == config.seeds[0]
-        rows += contest(studio, full, reference, entries, diverse=[reference, *four] if first_seed else [])
-        if first_seed:
-            shown = [("teacher, 50 steps", reference), *((f"{e.method}, 4 steps", e) for e in four)]
+            entries.append(teacher_entry(best_omega, 50, seed, f"teacher, omega {best_omega:g}"))
+        diverse: list[Entry] = []
+        if seed == first:
+            diverse = [teacher, *(entry for entry in entries if entry.sampling.steps == 4)]
+            entries += sweep_entries(students["tcd"], seed)
+        rows += contest(final.studio, final.judge, teacher, entries, diverse)
+        if seed == first:
+            shown = [(f"{entry.method}, {entry.sampling.steps} steps", entry) for entry in diverse]
     results = Results(
         title="fewstep benchmark: Table 1 on the bundled world",
         rows=tuple(rows),
-        real=full.real(),
-        scale=detail_scale(full.reference.pictures[:1000]),
-        prompts=tuple(studio.prompts),
+        real=final.judge.real(),
+        scale=detail_scale(final.judge.reference.pictures[:1000]),
+        prompts=tuple(final.studio.prompts),
         settings={
             "command": f"fewstep benchmark --out {out}",
-            "prompts": f"{len(studio.prompts)} open prompts (no style: several right pictures each)",
+            "prompts": f"{len(final.studio.prompts)} open prompts (no style: several right pictures each)",
             "seeds": ", ".join(map(str, config.seeds)),
             "training": f"{config.steps * config.batch} samples a student, batch {config.batch}",
             "learning rates": ", ".join(f"{METHODS[r]} {rate:g}" for r, rate in rates.items()),
@@ -172,4 +201,4 @@ def benchmark(config: BenchmarkConfig, out: Path) -> Path:
         caveats=(),
     )
     save_results(out / "results.json", results)
-    return write_report(out / "report.html", results, picture_grid(studio, shown, config.shown))
+    return write_report(out / "report.html", results, picture_grid(final.studio, shown, config.shown))

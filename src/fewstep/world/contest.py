@@ -1,6 +1,6 @@
 """Teacher, solvers and students on the same prompts from the same noise, measured: what demo and benchmark share.
 
-Pictures are kept on disk by what made them, so that a stopped contest goes on where it was.
+Pictures and rows are kept on disk by what made them, so that a stopped contest goes on where it was.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -21,8 +21,9 @@ from fewstep.evaluation.agreement import PromptAgreement, load_scorer
 from fewstep.evaluation.bundled import Gallery, lite0, metrics
 from fewstep.evaluation.diversity import diversity
 from fewstep.evaluation.evaluate import evaluate_pictures, score_pictures
-from fewstep.evaluation.metric import Figure, Scored
-from fewstep.evaluation.results import Row
+from fewstep.evaluation.features import Features
+from fewstep.evaluation.metric import Figure, Metric, Scored
+from fewstep.evaluation.results import Results, Row, load_results, save_results
 from fewstep.files import atomic_write
 from fewstep.settings import TEACHER_SAMPLING, Sampling
 
@@ -139,6 +140,30 @@ class Studio:
         return pictures
 
 
+@dataclass(frozen=True)
+class Bench:
+    """What every judge of one run shares: the real pictures, the backbone's features, the scorer.
+
+    Attributes:
+        gallery: Emoji-8's training pictures.
+        features: of pictures, kept in the run's folder.
+        agreement: the prompt-agreement metric.
+    """
+
+    gallery: Gallery
+    features: Features
+    agreement: PromptAgreement
+
+    @classmethod
+    def load(cls, folder: Path) -> Bench:
+        """Read the bundled world's; `folder` keeps features of pictures between processes.
+
+        Raises:
+            UserError: a part of the bundled world is missing or damaged.
+        """
+        return cls(Gallery.load(), lite0(folder), PromptAgreement(load_scorer()))
+
+
 class Judge:
     """The bundled world's metrics, for one list of prompts.
 
@@ -146,19 +171,23 @@ class Judge:
 
     Args:
         prompts: open prompts or captions of Emoji-8; real pictures of the same concepts are the reference.
-        scorer: folder of the prompt-agreement scorer, or None to leave it out.
+        bench: what all judges share.
         seed: of the reference and of bootstrap intervals.
     """
 
-    def __init__(self, prompts: Sequence[str], scorer: Path | None, seed: int = 0) -> None:
-        gallery = Gallery.load()
-        self.features = lite0()
-        self.reference = gallery.reference(prompts, seed)
+    def __init__(self, prompts: Sequence[str], bench: Bench, seed: int = 0) -> None:
+        self.prompts = list(prompts)
+        self.bench = bench
         self.seed = seed
-        self.metrics = metrics(gallery, self.features, len(prompts))
-        if scorer is not None:
-            self.metrics.insert(1, PromptAgreement(load_scorer(scorer)))
+        self.reference = bench.gallery.reference(prompts, seed)
+        self.metrics: list[Metric] = metrics(bench.gallery, bench.features, len(prompts))
+        self.metrics.insert(1, bench.agreement)
         self.scored = [cast(Scored, metric) for metric in self.metrics if hasattr(metric, "scores")]
+
+    @property
+    def key(self) -> str:
+        """What decides a row's figures besides the pictures, as text."""
+        return json.dumps([[asdict(metric.identity) for metric in self.metrics], self.prompts, self.seed])
 
     def real(self) -> dict[str, Figure]:
         """The same figures of real pictures of the same prompts."""
@@ -167,10 +196,10 @@ class Judge:
         usable = [metric for metric in self.metrics if metric.against != "teacher"]
         return evaluate_pictures(floor, self.reference.floor_prompts, usable, self.reference, None, self.seed)
 
-    def row(self, entry: Entry, prompts: Sequence[str], pictures: np.ndarray, teacher: np.ndarray | None) -> Row:
+    def row(self, entry: Entry, pictures: np.ndarray, teacher: np.ndarray | None = None) -> Row:
         """Measure one entry against real pictures and against the teacher's from the same noise."""
-        figures = evaluate_pictures(pictures, prompts, self.metrics, self.reference, teacher, self.seed)
-        scores = score_pictures(pictures, prompts, self.scored, teacher)
+        figures = evaluate_pictures(pictures, self.prompts, self.metrics, self.reference, teacher, self.seed)
+        scores = score_pictures(pictures, self.prompts, self.scored, teacher)
         sampling = entry.sampling
         return Row(
             method=entry.method,
@@ -187,9 +216,27 @@ class Judge:
 
 def with_diversity(row: Row, entry: Entry, studio: Studio, judge: Judge) -> Row:
     """The row with one figure more: how much pictures of one prompt differ from noise to noise."""
-    figure = diversity(judge.features, studio.noises(entry), judge.seed)
+    figure = diversity(judge.bench.features, studio.noises(entry), judge.seed)
     name = figure.identity.name if figure.identity else "diversity"
     return replace(row, figures={**row.figures, name: figure})
+
+
+def measured(studio: Studio, judge: Judge, entry: Entry, teacher: Entry | None, *, diverse: bool = False) -> Row:
+    """The entry's row, drawn and measured if it is not kept yet.
+
+    Args:
+        teacher: whose pictures from the same noise it is compared with; None for the teacher itself.
+        diverse: measure diversity too.
+    """
+    known = [studio.key(entry), studio.key(teacher) if teacher else "", judge.key, entry.method, entry.note, diverse]
+    path = studio.folder / f"row-{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:24]}.json"
+    if path.is_file():
+        return load_results(path).rows[0]
+    row = judge.row(entry, studio.pictures(entry), studio.pictures(teacher) if teacher else None)
+    if diverse:
+        row = with_diversity(row, entry, studio, judge)
+    save_results(path, Results(title=str(row), rows=(row,)))
+    return row
 
 
 def contest(
@@ -203,13 +250,11 @@ def contest(
 
     Entries that are also in `diverse` get their diversity measured too.
     """
-    reference = studio.pictures(teacher)
     rows = []
     with tqdm(total=1 + len(entries), desc=f"contest, seed {teacher.seed}", unit="row") as bar:
         for entry in [teacher, *entries]:
             bar.set_postfix_str(f"{entry.method} {entry.sampling.steps}")
-            pictures = studio.pictures(entry)
-            row = judge.row(entry, studio.prompts, pictures, None if entry is teacher else reference)
-            rows.append(with_diversity(row, entry, studio, judge) if entry in diverse else row)
+            reference = None if entry is teacher else teacher
+            rows.append(measured(studio, judge, entry, reference, diverse=entry in diverse))
             bar.update()
     return rows

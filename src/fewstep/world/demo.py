@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from pydantic import Field
 
-from fewstep import distillation
 from fewstep.config import Config
 from fewstep.evaluation.detail import detail_scale
 from fewstep.evaluation.report import write_report
@@ -17,6 +16,7 @@ from fewstep.evaluation.results import Results, save_results
 from fewstep.settings import resolve, teacher_path
 from fewstep.world import emoji8
 from fewstep.world.contest import (
+    Bench,
     Entry,
     Judge,
     Studio,
@@ -25,19 +25,7 @@ from fewstep.world.contest import (
     student_entries,
     teacher_entry,
 )
-from fewstep.world.location import root
-
-METHODS = {"lcm": "LCM", "tcd": "TCD"}
-STEPS = (2, 4, 8, 20)
-WORLD_OVERRIDES = (
-    "loop.precision=bf16",
-    "student.rank=16",
-    "optim.warmup=10",
-    "optim.decay=cosine",
-    "optim.ema=0.95",
-    "data.captions=6",
-)
-"""What the bundled world's small network changes in the recipes, for every method alike."""
+from fewstep.world.students import METHODS, STEPS, students_omega, train_student
 
 
 class DemoConfig(Config):
@@ -54,18 +42,19 @@ class DemoConfig(Config):
 
 def train_students(config: DemoConfig, out: Path) -> dict[str, Path]:
     """Distil LCM and TCD for the demo's budget: same samples, batch, rank, guidance law and learning rate."""
-    students = {}
-    for recipe in METHODS:
-        changes = [
-            f"loop.steps={config.steps}",
-            f"loop.batch={config.batch}",
-            f"loop.seed={config.seed}",
-            f"loop.save_every={max(1, config.steps // 3)}",
-            f"optim.lr={config.lr}",
-            *WORLD_OVERRIDES,
-        ]
-        students[recipe] = distillation.distill(resolve(recipe, None, changes), out / recipe, cache=out / "cache")
-    return students
+    return {
+        recipe: train_student(
+            recipe,
+            out / recipe,
+            out / "cache",
+            steps=config.steps,
+            batch=config.batch,
+            lr=config.lr,
+            seed=config.seed,
+            save_every=max(1, config.steps // 3),
+        )
+        for recipe in METHODS
+    }
 
 
 def demo(config: DemoConfig, out: Path) -> Path:
@@ -75,8 +64,8 @@ def demo(config: DemoConfig, out: Path) -> Path:
     trained = time.perf_counter() - started
     prompts = emoji8.read_prompts("benchmark")[: config.prompts]
     studio = Studio(teacher_path(""), prompts, out / "pictures")
-    judge = Judge(prompts, root() / "scorer", config.seed)
-    omega = resolve("tcd").method.guidance.mean_omega
+    judge = Judge(prompts, Bench.load(out / "features"), config.seed)
+    omega = students_omega()
     entries = solver_entries(omega, STEPS, config.seed)
     for recipe, method in METHODS.items():
         sampling = resolve(recipe).sampling.model_copy(update={"gamma": config.gamma})

@@ -1,0 +1,47 @@
+"""Students of the bundled teacher: what demo and benchmark distil, under one law for every method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fewstep import distillation
+from fewstep.settings import DistillConfig, resolve
+from fewstep.world.location import root
+
+METHODS = {"lcm": "LCM", "tcd": "TCD"}
+"""Recipe -> name in tables."""
+STEPS = (2, 4, 8, 20)
+"""Network calls at which methods are compared, as in the TCD paper's Table 1."""
+
+
+def law() -> Path:
+    """The YAML file that is laid over every recipe on the bundled world."""
+    return root() / "distill.yaml"
+
+
+def student_config(recipe: str, overrides: Sequence[str] = ()) -> DistillConfig:
+    """A recipe under the bundled world's law."""
+    return resolve(recipe, law(), overrides)
+
+
+def students_omega() -> float:
+    """The mean guidance that every student of the bundled world learns; teacher rows stand at it."""
+    return student_config("tcd").method.guidance.mean_omega
+
+
+def train_student(
+    recipe: str, out: Path, cache: Path, *, steps: int, batch: int, lr: float, seed: int, save_every: int
+) -> Path:
+    """Distil one student, or return the finished one; a stopped run goes on where it was.
+
+    What is not an argument (samples, rank, guidance, averaging) is the same for all.
+    """
+    changes = [
+        f"loop.steps={steps}",
+        f"loop.batch={batch}",
+        f"loop.seed={seed}",
+        f"loop.save_every={save_every}",
+        f"optim.lr={lr}",
+    ]
+    return distillation.distill(student_config(recipe, changes), out, cache=cache)
