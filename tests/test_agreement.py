@@ -27,11 +27,11 @@ from fewstep.evaluation.agreement import (
     save_scorer,
     to_input,
 )
-from fewstep.evaluation.agreement_training import AgreementConfig, answers, draw_captions, train_scorer
 from fewstep.evaluation.augment import augment
 from fewstep.evaluation.scorer import Scorer, ScorerConfig, multi_positive_loss
 from fewstep.settings import LoopConfig, OptimConfig
 from fewstep.world import emoji8
+from fewstep.world.train_scorer import AgreementConfig, answers, draw_captions, train_scorer
 
 STEPS = 70
 TINY = ScorerConfig(channels=(8, 16), blocks=(1, 1), groups=4, hidden=32, width=16)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from fewstep import cli
-from fewstep.training.checkpoint import save_tensors
+from fewstep.tensors import save_tensors
 
 LIMIT = 2.0
 """Seconds of processor time that a refusal may take."""

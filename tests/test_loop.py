@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from fewstep.config import Config
 from fewstep.draws import Draws
 from fewstep.errors import UserError
+from fewstep.loss import Loss
 from fewstep.settings import LoopConfig, OptimConfig
 from fewstep.training import checkpoint
 from fewstep.training.ema import Ema
 from fewstep.training.launch import make_accelerator
-from fewstep.training.loop import Batch, Follower, Loss, Update, train
+from fewstep.training.loop import Batch, Follower, Update, train
 from fewstep.training.optim import clip_gradients, learning_rate
 from fewstep.training.run import RunLog
 

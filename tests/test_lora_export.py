@@ -20,7 +20,7 @@ from fewstep.export.header import check_lora, read_header, read_safetensors_head
 from fewstep.export.lora import check_base, merge_lora, read_lora, save_lora
 from fewstep.roles import AdapterRoles, add_adapter
 from fewstep.settings import Sampling
-from fewstep.training.checkpoint import save_tensors
+from fewstep.tensors import save_tensors
 
 RANK = 4
 SAMPLING = Sampling(sampler="sss", steps=6, gamma=0.1)

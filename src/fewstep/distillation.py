@@ -28,6 +28,7 @@ from fewstep.estimate import Estimated, estimate
 from fewstep.export.lora import save_lora
 from fewstep.export.pipeline import save_pipeline
 from fewstep.files import sweep
+from fewstep.loss import Loss
 from fewstep.objectives.consistency import consistency_loss
 from fewstep.roles import SeparateRoles
 from fewstep.settings import DistillConfig, teacher_path
@@ -35,7 +36,7 @@ from fewstep.students import Student, make_student
 from fewstep.training import checkpoint
 from fewstep.training.cpu import speed_up
 from fewstep.training.launch import make_accelerator, pick_device
-from fewstep.training.loop import Batch, Follower, Loss, Update, train
+from fewstep.training.loop import Batch, Follower, Update, train
 from fewstep.training.run import RunLog
 from fewstep.watch import Watch
 

@@ -17,7 +17,7 @@ from fewstep.data.pictures import Captioned
 from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.files import atomic_write
-from fewstep.training.checkpoint import load_tensors, save_tensors
+from fewstep.tensors import load_tensors, save_tensors
 
 
 class Encoders(Protocol):

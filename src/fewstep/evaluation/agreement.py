@@ -1,7 +1,7 @@
 """Prompt agreement: does a picture show what its prompt says, by a scorer trained on Emoji-8 alone.
 
 It is no CLIP score: it knows drawn emoji and their names and little else; it saw the training split only.
-Training is in `agreement_training.py`.
+Training is in `world/train_scorer.py`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewstep.config import validate
@@ -27,6 +25,7 @@ from fewstep.evaluation.per_picture import PictureMean
 from fewstep.evaluation.scorer import SIZE, Scorer, ScorerConfig
 from fewstep.evaluation.text_side import BertStates, TextBackbone
 from fewstep.files import atomic_folder, read_json, write_json
+from fewstep.tensors import load_tensors, save_tensors
 from fewstep.world import location
 
 WEIGHTS = "scorer.safetensors"
@@ -140,7 +139,7 @@ def save_scorer(
     }
     with atomic_folder(folder) as part:
         half = {name: tensor.detach().half().contiguous() for name, tensor in sorted(weights.items())}
-        save_file(half, part / WEIGHTS, metadata={"licence": "Apache-2.0"})
+        save_tensors(part / WEIGHTS, half, metadata={"licence": "Apache-2.0"})
         write_json(part / RECORD, {**record, "weights_sha256": sha256(part / WEIGHTS)})
 
 
@@ -172,10 +171,9 @@ def load_scorer(folder: Path | None = None, text: TextBackbone | None = None) ->
         )
     path = folder / WEIGHTS
     try:
-        weights = {name: tensor.float() for name, tensor in load_file(path).items()}
         scorer = Scorer(config, width)
-        scorer.load_state_dict(weights)
-    except (SafetensorError, OSError, RuntimeError) as error:
+        scorer.load_state_dict({name: tensor.float() for name, tensor in load_tensors(path).items()})
+    except RuntimeError as error:
         raise UserError(f"{path} is not this scorer's weights: {' '.join(str(error).split())[:200]}") from error
     if sha256(path) != digest:
         raise UserError(f"{path} is not the file that {RECORD} names (sha256 {digest[:16]}); restore it")

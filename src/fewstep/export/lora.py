@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fewstep.export.header import FILE, LoraHeader, check_fits, read_header
 from fewstep.files import atomic_write
 from fewstep.settings import Sampling
-from fewstep.training.checkpoint import load_tensors, save_tensors
+from fewstep.tensors import load_tensors, save_tensors
 
 
 @dataclass(frozen=True)

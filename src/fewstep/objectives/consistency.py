@@ -19,12 +19,12 @@ from fewstep.denoiser import Condition, Denoiser
 from fewstep.draws import Draws
 from fewstep.grid import end_time, previous, training_grid
 from fewstep.jump import first_order, skip_connection, skip_scalings
+from fewstep.loss import Loss
 from fewstep.objectives.distance import DISTANCES
 from fewstep.roles import BASE
 from fewstep.schedule import Path, add_noise, expand
 from fewstep.settings import ConsistencyConfig
 from fewstep.solver import SOLVERS
-from fewstep.training.loop import Loss
 
 
 @dataclass(frozen=True)

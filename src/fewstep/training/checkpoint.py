@@ -7,66 +7,19 @@ A checkpoint is a folder `checkpoints/step-00000400/` with, for each update of t
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
 from fewstep.files import atomic_folder, read_json, remove_folder, write_json
+from fewstep.tensors import save_tensors
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors as they are (contiguous copies on the CPU) to one safetensors file.
-
-    The same tensors and metadata give the same bytes.
-
-    Raises:
-        OSError: the file cannot be written, or the disk is full.
-    """
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(plain, path, metadata=dict(metadata) if metadata else None)
-    except SafetensorError as error:  # its own name for a full disk
-        raise OSError(str(error)) from error
-    if metadata:
-        _sort_metadata(path)
-
-
-def _sort_metadata(path: Path) -> None:
-    """Put the metadata in the order of its keys: the writer's own order differs from process to process."""
-    with path.open("r+b") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        text = stream.read(length)
-        header = json.loads(text)
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
-        if len(ordered) == length:
-            stream.seek(8)
-            stream.write(ordered)
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
-
-    Raises:
-        UserError: missing, truncated or of another format.
-    """
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a whole safetensors file: {error}") from error
-    return tensors
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from fewstep.draws import Draws, order
 from fewstep.errors import UserError
 from fewstep.files import sweep
+from fewstep.loss import Loss
 from fewstep.settings import LoopConfig, OptimConfig, check_batch
+from fewstep.tensors import load_tensors
 from fewstep.training import checkpoint
 from fewstep.training.ema import Ema
 from fewstep.training.optim import clip_gradients, learning_rate, make_optimizer
@@ -32,23 +34,6 @@ T_BINS = 10
 """Bins of t/T in which the loss is reported."""
 
 Batch = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Loss:
-    """What a loss function returns.
-
-    Attributes:
-        value: the scalar to minimise, the mean over the micro-batch.
-        per_sample: [B], for the loss by timestep bin.
-        t: [B] in [0, 1], the share t/T of each sample.
-        scalars: further scalars to log.
-    """
-
-    value: Tensor
-    per_sample: Tensor | None = None
-    t: Tensor | None = None
-    scalars: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -184,11 +169,11 @@ class _Running:
     def restore(self, folder: Path, state: Mapping[str, Any]) -> None:
         name = self.update.name
         path = folder / f"{name}.safetensors"
-        checkpoint.restore_parameters(self.update.parameters, checkpoint.load_tensors(path), path)
-        tensors = checkpoint.load_tensors(folder / f"{name}.optimizer.safetensors")
+        checkpoint.restore_parameters(self.update.parameters, load_tensors(path), path)
+        tensors = load_tensors(folder / f"{name}.optimizer.safetensors")
         checkpoint.restore_optimizer(self.optimizer, self.names, tensors)
         for kind, average in self.averages.items():
-            average.copy_from(checkpoint.load_tensors(folder / f"{name}.{kind}.safetensors"))
+            average.copy_from(load_tensors(folder / f"{name}.{kind}.safetensors"))
             average.updates = state["averages"][name][kind]
 
 

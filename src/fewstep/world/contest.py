@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+import torch
 from tqdm import tqdm
 
 from fewstep.drawing import Artist, load_artist
 from fewstep.evaluation.agreement import PromptAgreement, load_scorer
-from fewstep.evaluation.bundled import Gallery, lite0, metrics
 from fewstep.evaluation.diversity import diversity
 from fewstep.evaluation.evaluate import evaluate_pictures, score_pictures
 from fewstep.evaluation.features import Features
@@ -26,6 +25,8 @@ from fewstep.evaluation.metric import Figure, Metric, Scored
 from fewstep.evaluation.results import Results, Row, load_results, save_results
 from fewstep.files import atomic_write
 from fewstep.settings import TEACHER_SAMPLING, Sampling
+from fewstep.tensors import load_tensors, save_tensors
+from fewstep.world.measures import Gallery, lite0, metrics
 
 NOISY_PROMPTS = 100
 NOISES = 8
@@ -132,11 +133,11 @@ class Studio:
     def _kept(self, entry: Entry, kind: str, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
         path = self.folder / f"{self.key(entry)}{kind}.safetensors"
         if path.is_file():
-            kept: np.ndarray = load_file(path)["pictures"]
+            kept: np.ndarray = load_tensors(path)["pictures"].numpy()
             return kept
         pictures = self.artist(entry.lora).draw(prompts, seeds, entry.sampling)
         with atomic_write(path) as part:
-            save_file({"pictures": pictures}, part)
+            save_tensors(part, {"pictures": torch.from_numpy(pictures)})
         return pictures
 
 

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import Field
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewstep.config import Config
 from fewstep.errors import UserError
 from fewstep.files import atomic_folder, atomic_write, write_json
+from fewstep.tensors import load_tensors, save_tensors
 from fewstep.training.cpu import speed_up
 from fewstep.training.launch import make_accelerator, pick_device
 from fewstep.world import emoji8
@@ -87,12 +87,12 @@ def save_sharded(folder: Path, module: Any, stem: str = "diffusion_pytorch_model
         shards[-1][name] = value
         size += value.nbytes
     if len(shards) == 1:
-        save_file(shards[0], folder / f"{stem}.safetensors", metadata={"format": "pt"})
+        save_tensors(folder / f"{stem}.safetensors", shards[0], metadata={"format": "pt"})
         return
     where = {}
     for number, shard in enumerate(shards, start=1):
         file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        save_tensors(folder / file, shard, metadata={"format": "pt"})
         where.update(dict.fromkeys(shard, file))
     total = sum(value.nbytes for value in tensors.values())
     write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
@@ -149,14 +149,14 @@ def finished_vae(config: VaeConfig, folder: Path) -> Any | None:
     if not path.is_file():
         return None
     vae = make_vae(config)
-    vae.load_state_dict(load_file(path))
+    vae.load_state_dict(load_tensors(path))
     return vae.eval()
 
 
 def save_vae(vae: Any, folder: Path) -> None:
     """Keep a finished autoencoder in its run folder."""
     with atomic_write(folder / FINAL) as part:
-        save_file({name: value.contiguous() for name, value in vae.state_dict().items()}, part)
+        save_tensors(part, vae.state_dict())
 
 
 def train_teacher(config: TeacherConfig, out: Path, target: Path) -> dict[str, float]:

@@ -11,13 +11,13 @@ from PIL import Image
 
 from fewstep.drawing import Artist, labelled_sheet, load_artist, save_picture
 from fewstep.draws import generator
-from fewstep.evaluation.bundled import Gallery, lite0, metrics
 from fewstep.evaluation.metric import Figure
 from fewstep.evaluation.neighbours import Neighbours
 from fewstep.evaluation.whiteness import Whiteness
 from fewstep.files import write_json
 from fewstep.settings import TEACHER_SAMPLING
 from fewstep.world import emoji8
+from fewstep.world.measures import Gallery, lite0, metrics
 
 SHOWN = (
     *("octopus, noto style", "octopus, fluent 3d style", "octopus", "sea, animal", "doggy", "automobile"),

@@ -15,10 +15,11 @@ from fewstep.config import Config
 from fewstep.data.latents import Encoders, latent_set
 from fewstep.data.pictures import bundled
 from fewstep.draws import Draws
+from fewstep.loss import Loss
 from fewstep.schedule import VariancePreserving, add_noise, scaled_linear
 from fewstep.settings import LoopConfig, OptimConfig
 from fewstep.training.cpu import speed_up
-from fewstep.training.loop import Batch, Loss, Trained, Update, train
+from fewstep.training.loop import Batch, Trained, Update, train
 from fewstep.training.run import RunLog
 from fewstep.world import emoji8
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from fewstep.config import Config
 from fewstep.draws import Draws
+from fewstep.loss import Loss
 from fewstep.settings import LoopConfig, OptimConfig
 from fewstep.training.cpu import speed_up
-from fewstep.training.loop import Batch, Loss, Trained, Update, train
+from fewstep.training.loop import Batch, Trained, Update, train
 from fewstep.training.run import RunLog
 
 

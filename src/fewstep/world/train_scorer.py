@@ -19,10 +19,11 @@ from fewstep.evaluation.agreement import Agreement, load_scorer, save_scorer, to
 from fewstep.evaluation.augment import augment
 from fewstep.evaluation.scorer import Scorer, ScorerConfig, multi_positive_loss
 from fewstep.evaluation.text_side import BertStates, TextBackbone
+from fewstep.loss import Loss
 from fewstep.settings import LoopConfig, OptimConfig
 from fewstep.training.cpu import speed_up
 from fewstep.training.launch import make_accelerator, pick_device
-from fewstep.training.loop import Batch, Loss, Update, train
+from fewstep.training.loop import Batch, Update, train
 from fewstep.training.run import RunLog
 from fewstep.world import emoji8, location
 
