@@ -28,10 +28,12 @@ from fewstep.evaluation.agreement import (
     to_input,
 )
 from fewstep.evaluation.augment import augment
-from fewstep.evaluation.scorer import Scorer, ScorerConfig, multi_positive_loss
+from fewstep.evaluation.scorer import Scorer, multi_positive_loss
+from fewstep.evaluation.settings import ScorerConfig
 from fewstep.settings import LoopConfig, OptimConfig
 from fewstep.world import emoji8
-from fewstep.world.train_scorer import AgreementConfig, answers, draw_captions, train_scorer
+from fewstep.world.settings import AgreementConfig
+from fewstep.world.train_scorer import answers, draw_captions, train_scorer
 
 STEPS = 70
 TINY = ScorerConfig(channels=(8, 16), blocks=(1, 1), groups=4, hidden=32, width=16)

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from fewstep.config import Config, dotted_keys, merge, nearest_key, parse_overrides, read_yaml, validate
 from fewstep.errors import UserError, nearest
 from fewstep.settings import DistillConfig, Sampling, resolve
-from fewstep.world.teacher import TeacherConfig
+from fewstep.world.settings import TeacherConfig
 
 
 class Inner(Config):

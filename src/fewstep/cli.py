@@ -8,13 +8,17 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import BaseModel
 
 from fewstep.errors import UserError
+
+if TYPE_CHECKING:
+    from fewstep.evaluation.metric import Figure
 
 app = typer.Typer(
     name="fewstep",
@@ -26,6 +30,7 @@ app = typer.Typer(
 )
 
 Teacher = Annotated[str, typer.Option(help="Pipeline folder; empty for the bundled teacher.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", help="Override one setting, e.g. -s optim.lr=3e-4. May be given often."),
@@ -44,17 +49,30 @@ def settings_help(model: type[BaseModel], prefix: str = "") -> list[str]:
     return lines
 
 
+def echo_figures(figures: Mapping[str, Figure]) -> None:
+    """Print figures, a line each, with interval, n and what real pictures get."""
+    for name, figure in figures.items():
+        interval = f" [{figure.low:.4g}, {figure.high:.4g}]" if figure.low is not None else ""
+        floor = f", real pictures {figure.floor:.4g}" if figure.floor is not None else ""
+        typer.echo(f"{name}: {figure.value:.4g}{interval} (n = {figure.n}{floor})")
+
+
 @app.command()
 def recipes(settings: Annotated[bool, typer.Option(help="List every setting too.")] = False) -> None:
-    """List the bundled recipes, and with --settings everything that a recipe or -s can set."""
+    """List the bundled recipes, and with --settings everything that a recipe or -s can set, verb by verb."""
     from fewstep.recipes import names
     from fewstep.settings import DistillConfig
+    from fewstep.world.settings import AgreementConfig, BenchmarkConfig, DemoConfig, TeacherConfig
 
     for name in names():
         typer.echo(name)
     if settings:
-        typer.echo("\nsettings (recipe < --config file < -s key=value):")
+        typer.echo("\nsettings of distill (recipe < --config file < -s key=value):")
         typer.echo("\n".join(settings_help(DistillConfig)))
+        verbs = (("demo", DemoConfig), ("benchmark", BenchmarkConfig), ("train-teacher", TeacherConfig))
+        for verb, config in (*verbs, ("train-scorer", AgreementConfig)):
+            typer.echo(f"\nsettings of {verb} (-s key=value):")
+            typer.echo("\n".join(settings_help(config)))
 
 
 @app.command()
@@ -101,6 +119,7 @@ def sample(
         "sample.png"
     ),
     scale: Annotated[int, typer.Option(help="Whole factor by which pictures are enlarged.")] = 4,
+    device: Device = "auto",
 ) -> None:
     """Draw pictures from prompts, with the settings that the student brings along.
 
@@ -117,6 +136,7 @@ def sample(
         count=count,
         out=out,
         scale=scale,
+        device=device,
         settings={"steps": steps, "gamma": gamma, "omega": omega, "sampler": sampler},
     )
     typer.echo(f"wrote {path}")
@@ -128,11 +148,18 @@ def evaluate(
     lora: Annotated[str, typer.Option(help="Student: tcd or lcm (bundled), a LoRA file or folder, or 'none'.")] = "tcd",
     teacher: Teacher = "",
     real: Annotated[Path | None, typer.Option(help="Folder of real pictures; empty for Emoji-8.")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Pipeline whose 50-step pictures are compared with; empty for a LoRA's teacher.")
+    ] = None,
+    reference_omega: Annotated[
+        float | None, typer.Option(help="Its guidance; empty for the mean that the student was trained with.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Network calls a picture.")] = None,
     gamma: Annotated[float | None, typer.Option(help="Stochasticity of TCD sampling, 0 to 1.")] = None,
     omega: Annotated[float | None, typer.Option(help="Guidance, papers' convention; 0 for students.")] = None,
     sampler: Annotated[str | None, typer.Option(help="sss, lcm, ddim, euler or dpmpp_2s.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count up.")] = 0,
+    device: Device = "auto",
     out: Annotated[Path, typer.Option(help="Folder for figures.json.")] = Path("runs/evaluation"),
 ) -> None:
     """Measure a student or a teacher: FD, KID, detail, distance to the teacher, prompt agreement.
@@ -147,13 +174,13 @@ def evaluate(
         lora=None if lora == "none" else lora,
         teacher=teacher,
         real=real,
+        reference=reference,
+        reference_omega=reference_omega,
         seed=seed,
+        device=device,
         settings={"steps": steps, "gamma": gamma, "omega": omega, "sampler": sampler},
     )
-    for name, figure in figures.items():
-        interval = f" [{figure.low:.4g}, {figure.high:.4g}]" if figure.low is not None else ""
-        floor = f", real pictures {figure.floor:.4g}" if figure.floor is not None else ""
-        typer.echo(f"{name}: {figure.value:.4g}{interval} (n = {figure.n}{floor})")
+    echo_figures(figures)
     typer.echo(f"wrote {out / 'figures.json'}")
 
 
@@ -181,6 +208,32 @@ def benchmark(
     from fewstep import api
 
     typer.echo(f"wrote {api.benchmark(out=out, overrides=overrides or [])}")
+
+
+@app.command()
+def teacher_card(
+    out: Annotated[Path, typer.Option(help="Folder for card.json, card.md and samples.webp.")] = Path("runs/card"),
+    teacher: Teacher = "",
+    omega: Annotated[float | None, typer.Option(help="Guidance; empty for what the teacher brings along.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps of guided DDIM.")] = 50,
+    n: Annotated[int, typer.Option(help="Seen prompts to draw.")] = 1000,
+) -> None:
+    """Measure a teacher of the bundled world: right concepts, copies, unseen words, white backgrounds."""
+    from fewstep import api
+
+    echo_figures(api.teacher_card(out=out, teacher=teacher, omega=omega, steps=steps, n=n))
+    typer.echo(f"wrote {out / 'card.md'}")
+
+
+@app.command()
+def train_scorer(
+    out: Annotated[Path, typer.Option(help="Run folder; a stopped run is resumed from it.")] = Path("runs/scorer"),
+    overrides: Overrides = None,
+) -> None:
+    """Train the bundled world's prompt-agreement scorer from Emoji-8."""
+    from fewstep import api
+
+    typer.echo(f"wrote {api.train_scorer(out=out, overrides=overrides or [])}")
 
 
 @app.command()

@@ -33,12 +33,11 @@ from fewstep.objectives.consistency import consistency_loss
 from fewstep.roles import SeparateRoles
 from fewstep.settings import DistillConfig, teacher_path
 from fewstep.students import Student, make_student
-from fewstep.training import checkpoint
 from fewstep.training.cpu import speed_up
 from fewstep.training.launch import make_accelerator, pick_device
 from fewstep.training.loop import Batch, Follower, Update, train
-from fewstep.training.run import RunLog
-from fewstep.watch import Watch
+from fewstep.training.run import RunLog, last_step
+from fewstep.watch import Watch, watched_prompts
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,16 @@ class Run:
 
     config: DistillConfig
     backbone: StableDiffusion
-    pictures: np.ndarray
+    captioned: pictures.Captioned
     data: LatentSet
     student: Student
     denoiser: Denoiser
     base: str
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of what it trains on: a run is resumed on the same only."""
+        return {"teacher": self.base, "data": self.data.key}
 
 
 def read_pictures(config: DistillConfig, size: int) -> pictures.Captioned:
@@ -71,14 +75,14 @@ def read_pictures(config: DistillConfig, size: int) -> pictures.Captioned:
     return pictures.from_folder(Path(config.data.source), size)
 
 
-def prepare(config: DistillConfig, cache: Path) -> Run:
+def prepare(config: DistillConfig, cache: Path, device: torch.device) -> Run:
     """Load the teacher and the data, and lay out the roles.
 
     Raises:
         UserError: the teacher or the data cannot be read.
     """
     folder = read_folder(teacher_path(config.teacher))
-    backbone = load_backbone(folder.path, pick_device(config.device))
+    backbone = load_backbone(folder.path, device)
     captioned = read_pictures(config, backbone.picture_size)
     # the configs too: the latents' scale stands there
     configs = [folder.config(component) for component in ("vae", "text_encoder")]
@@ -90,7 +94,7 @@ def prepare(config: DistillConfig, cache: Path) -> Run:
     roles = ("student", "target") if config.method.target == "ema" else ("student",)
     student = make_student(backbone, config.student, roles, config.loop.seed)
     denoiser = Denoiser(student.call, backbone.path, backbone.prediction)
-    return Run(config, backbone, captioned.pictures, data, student, denoiser, folder.fingerprint("unet"))
+    return Run(config, backbone, captioned, data, student, denoiser, folder.fingerprint("unet"))
 
 
 def update_plan(run: Run) -> list[Update]:
@@ -140,10 +144,11 @@ def networks(run: Run) -> list[nn.Module]:
     return list(roles.networks.values()) if isinstance(roles, SeparateRoles) else [roles.network]
 
 
-def shuffled(run: Run) -> np.ndarray:
-    """The training pictures in a fixed random order."""
-    result: np.ndarray = run.pictures[order(run.config.loop.seed, len(run.pictures), 0, len(run.pictures))]
-    return result
+def shuffled(run: Run) -> pictures.Captioned:
+    """The training pictures and their captions in a fixed random order."""
+    n = len(run.captioned.pictures)
+    rows = order(run.config.loop.seed, n, 0, n)
+    return pictures.Captioned(run.captioned.pictures[rows], [run.captioned.captions[int(row)] for row in rows])
 
 
 def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quiet: bool = False) -> Path:
@@ -155,10 +160,12 @@ def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quie
     Raises:
         UserError: anything wrong with the config, the files or the place, before training starts.
     """
-    run = prepare(config, cache or out / "cache")
-    device = run.backbone.device
-    accelerator = make_accelerator(config.loop.precision, device)
-    log = RunLog(out, config, title=f"distil {config.recipe}", main=accelerator.is_main_process, quiet=quiet)
+    # first: on several GPUs it says which one is this process's
+    accelerator = make_accelerator(config.loop.precision, pick_device(config.device))
+    device = accelerator.device
+    run = prepare(config, cache or out / "cache", device)
+    main = accelerator.is_main_process
+    log = RunLog(out, config, title=f"distil {config.recipe}", inputs=run.inputs, main=main, quiet=quiet)
     if accelerator.is_main_process:
         for place in (out / "student", out / "best"):
             sweep(place)
@@ -169,14 +176,16 @@ def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quie
             export_student(run, weights, out / "best", notes)
 
         artist = Artist(run.backbone, run.denoiser, config.sampling, "student")
-        watch = Watch(config, artist, run.student.roles.parameters("student"), shuffled(run), out, keep)
+        seen = shuffled(run)
+        prompts = watched_prompts(config, [said[0] for said in seen.captions])
+        watch = Watch(config, artist, run.student.roles.parameters("student"), prompts, seen.pictures, out, keep)
 
     def fetch(items: np.ndarray) -> Batch:
         rows = torch.from_numpy(items)
         return {"items": rows, "latents": run.data.latents[rows].to(device, non_blocking=True)}
 
     plan = update_plan(run)
-    unfinished = checkpoint.last_step(out / "checkpoints") < config.loop.steps
+    unfinished = last_step(out / "checkpoints") < config.loop.steps
     if unfinished and accelerator.is_main_process and not quiet:
         estimated = estimate(plan, run.data.latents, config, *networks(run))
         print("\n".join([f"writes to {out}", *estimated.lines()]), file=sys.stderr)
@@ -189,5 +198,5 @@ def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quie
 
 def estimate_run(config: DistillConfig, cache: Path) -> Estimated:
     """What a run will take, from its real networks and one timed step; nothing is written but the cache."""
-    run = prepare(config, cache)
+    run = prepare(config, cache, pick_device(config.device))
     return estimate(update_plan(run), run.data.latents, config, *networks(run))

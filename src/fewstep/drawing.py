@@ -16,7 +16,7 @@ from fewstep.backbones.sd import StableDiffusion, load_backbone
 from fewstep.denoiser import Condition, Denoiser
 from fewstep.errors import UserError
 from fewstep.export.lora import check_base, merge_lora, read_lora
-from fewstep.export.pipeline import sampling_of
+from fewstep.export.pipeline import teacher_sampling
 from fewstep.files import atomic_write
 from fewstep.inference import draw_latents
 from fewstep.roles import BASE
@@ -81,7 +81,7 @@ def load_artist(teacher: Path, lora: Path | str | None = None, device: torch.dev
     student = read_lora(lora) if lora is not None else None
     backbone = load_backbone(folder.path, device)
     if student is None:
-        return artist_of(backbone, sampling_of(folder.path) or TEACHER_SAMPLING)
+        return artist_of(backbone, teacher_sampling(folder.path))
     network: nn.Module = backbone.network
     check_base(student, network, folder.fingerprint("unet") if student.base else "", str(lora))
     merge_lora(network, student)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from fewstep.data.pictures import SUFFIXES, read_picture
-from fewstep.drawing import load_artist
+from fewstep.drawing import Artist, load_artist
 from fewstep.errors import UserError
-from fewstep.evaluation.detail import EdgeDensity, WebpBytes
+from fewstep.evaluation.detail import EdgeDensity, WebpBytes, detail_scale
+from fewstep.evaluation.diversity import NOISES, diversity
 from fewstep.evaluation.evaluate import Reference, evaluate_pictures, save_figures
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.frechet import FEWEST, FrechetDistance, Projection
@@ -17,62 +21,154 @@ from fewstep.evaluation.kid import KernelDistance
 from fewstep.evaluation.lite0 import Lite0Backbone
 from fewstep.evaluation.metric import Figure, Metric
 from fewstep.evaluation.teacher import TeacherFeatures, TeacherPixels
-from fewstep.settings import TEACHER_SAMPLING, Sampling
+from fewstep.settings import Sampling
+
+DIVERSE_PROMPTS = 100
+"""Prompts that diversity is measured on, at most."""
+SCALED = 512
+"""Real pictures that are blurred and noised for the scale of detail."""
 
 
-def read_real(folder: Path | None, size: int) -> np.ndarray:
-    """Real pictures of a folder, or the bundled set's training split for None.
+@dataclass(frozen=True)
+class Yardstick:
+    """What a prompt list is measured with, open before anything is drawn.
+
+    Attributes:
+        reference: real pictures.
+        metrics: what is measured.
+        features: the backbone that they share.
+        real_diversity: of real pictures of the same prompts, where that is known.
+    """
+
+    reference: Reference
+    metrics: list[Metric]
+    features: Features
+    real_diversity: float | None = None
+
+
+def read_real(folder: Path, size: int) -> np.ndarray:
+    """Real pictures of a folder, uint8 [N, size, size, 3].
 
     Raises:
-        UserError: no folder or no picture in it.
+        UserError: no folder, or fewer than two pictures in it.
     """
-    if folder is None:
-        from fewstep.world import emoji8
-
-        return emoji8.load("train").pictures
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES) if folder.is_dir() else []
-    if not files:
-        raise UserError(f"real = {str(folder)!r} is not a folder with pictures ({', '.join(SUFFIXES)})")
+    if len(files) < 2:
+        raise UserError(f"real = {str(folder)!r} is not a folder with pictures ({', '.join(SUFFIXES)}), at least 2")
     return np.stack([read_picture(file, size) for file in files])
 
 
+def folder_yardstick(folder: Path, n: int, size: int, seed: int, features: Features) -> Yardstick:
+    """Measure against a folder of real pictures; there is a floor where it holds more than twice `n`.
+
+    Raises:
+        UserError: no folder with pictures.
+    """
+    pool = read_real(folder, size)
+    reference = Reference.split(pool, n, seed) if len(pool) > 2 * n else Reference(pool)
+    metrics: list[Metric] = [
+        KernelDistance(features),
+        TeacherFeatures(features),
+        TeacherPixels(),
+        EdgeDensity(),
+        WebpBytes(),
+    ]
+    if min(n, len(reference.pictures)) >= FEWEST:
+        metrics.insert(0, FrechetDistance(features, Projection.fit(features(reference.pictures))))
+    return Yardstick(reference, metrics, features)
+
+
+def emoji8_yardstick(prompts: Sequence[str], size: int, seed: int, features: Features) -> Yardstick:
+    """Measure against Emoji-8, as the benchmark does.
+
+    Prompts that name its concepts are measured against pictures of these; other words against all pictures.
+
+    Raises:
+        UserError: the teacher draws another size.
+    """
+    from fewstep.evaluation.agreement import PromptAgreement, load_scorer
+    from fewstep.world import emoji8
+    from fewstep.world.measures import Gallery, metrics, real_diversity
+
+    if size != emoji8.SIZE:
+        raise UserError(
+            f"real is empty and means Emoji-8 ({emoji8.SIZE} pixels), the teacher draws {size}; give a folder"
+        )
+    gallery = Gallery.load()
+    scorer = PromptAgreement(load_scorer())
+    chosen = [*metrics(gallery, features, len(prompts)), scorer]
+    if all(gallery.knows(prompt) for prompt in prompts):
+        diverse = real_diversity(gallery, features, prompts, seed)
+        return Yardstick(gallery.reference(prompts, seed), chosen, features, diverse.value if diverse else None)
+    data = gallery.data
+    names = [record.name for record in data.records]
+    return Yardstick(Reference.split(data.pictures, len(prompts), seed, names), chosen, features)
+
+
 def evaluate(
+    artist: Artist,
+    prompts: Sequence[str],
+    yardstick: Yardstick,
+    *,
+    sampling: Sampling,
+    end_points: np.ndarray | None,
+    seed: int,
+) -> dict[str, Figure]:
+    """Draw one picture a prompt and several of the first prompts, and measure them; figures by name.
+
+    Args:
+        end_points: the teacher's converged pictures of the same prompts from the same noise, if it is known.
+        seed: of the first picture, and of the bootstrap.
+    """
+    pictures = artist.draw(prompts, count_up(seed, len(prompts)), sampling)
+    figures = evaluate_pictures(pictures, prompts, yardstick.metrics, yardstick.reference, end_points, seed)
+    several = [prompt for prompt in prompts[:DIVERSE_PROMPTS] for _ in range(NOISES)]
+    noises = artist.draw(several, count_up(seed, len(several)), sampling)
+    diverse = diversity(yardstick.features, noises.reshape(-1, NOISES, *noises.shape[1:]), seed)
+    name = diverse.identity.name if diverse.identity else "diversity"
+    return {**figures, name: replace(diverse, floor=yardstick.real_diversity)}
+
+
+def count_up(seed: int, n: int) -> list[int]:
+    """The seed of each of n pictures."""
+    return [seed + i for i in range(n)]
+
+
+def evaluate_folder(
     teacher: Path,
-    prompts: list[str],
+    prompts: Sequence[str],
     *,
     lora: Path | None,
     real: Path | None,
-    sampling: Sampling | None,
-    reference_omega: float,
+    sampling: Sampling,
+    reference: Path | None,
+    reference_sampling: Sampling,
     seed: int,
+    device: torch.device,
     out: Path,
-) -> dict[str, Figure]:
-    """Draw one picture a prompt, measure them, write figures.json; return the figures by name.
+) -> Mapping[str, Figure]:
+    """Measure a pipeline folder or a LoRA on it; write figures.json and return the figures by name.
 
-    FD needs at least 500 prompts and is left out below. Distances to the teacher are taken from its guided DDIM
-    end points at 50 steps from the same noise.
+    FD needs at least 500 pictures on both sides and is left out below.
+
+    Args:
+        teacher: pipeline folder that draws.
+        lora: a student on it, or None.
+        real: folder of real pictures; None for Emoji-8.
+        reference: pipeline folder whose end points from the same noise are compared with; None for none.
+        reference_sampling: how it draws them.
+        out: folder for figures.json.
     """
-    artist = load_artist(teacher, lora)
-    seeds = [seed + i for i in range(len(prompts))]
-    pictures = artist.draw(prompts, seeds, sampling)
+    artist = load_artist(teacher, lora, device)
+    n, size = len(prompts), artist.backbone.picture_size
+    features = Features(Lite0Backbone(), out / "features")
+    yardstick = (
+        folder_yardstick(real, n, size, seed, features) if real else emoji8_yardstick(prompts, size, seed, features)
+    )
     end_points = None
-    if lora is not None:
-        settings = TEACHER_SAMPLING.model_copy(update={"omega": reference_omega})
-        end_points = load_artist(teacher).draw(prompts, seeds, settings)
-    features = Features(Lite0Backbone())
-    pool = read_real(real, artist.backbone.picture_size)
-    n = len(prompts)
-    reference = Reference.split(pool, n, seed) if len(pool) > 2 * n else Reference(pool)
-    metrics: list[Metric] = [KernelDistance(features), EdgeDensity(), WebpBytes()]
-    if n >= FEWEST:
-        metrics.insert(0, FrechetDistance(features, Projection.fit(features(reference.pictures))))
-    metrics += [TeacherPixels(), TeacherFeatures(features)]
-    if real is None:
-        from fewstep.evaluation.agreement import PromptAgreement, load_scorer
-        from fewstep.world.location import root
-
-        metrics.append(PromptAgreement(load_scorer(root() / "scorer")))
-    figures = evaluate_pictures(pictures, prompts, metrics, reference, end_points, seed)
-    name = f"{Path(lora).stem if lora else 'teacher'} {(sampling or artist.sampling).steps} steps"
-    save_figures(out / "figures.json", {name: figures})
+    if reference is not None:
+        end_points = load_artist(reference, None, device).draw(prompts, count_up(seed, n), reference_sampling)
+    figures = evaluate(artist, prompts, yardstick, sampling=sampling, end_points=end_points, seed=seed)
+    name = f"{lora.stem if lora else teacher.name} {sampling.steps} steps"
+    save_figures(out / "figures.json", {name: figures, **detail_scale(yardstick.reference.pictures[:SCALED], seed)})
     return figures

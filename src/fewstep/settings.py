@@ -186,7 +186,7 @@ class OptimConfig(Config):
 class WatchConfig(Config):
     """Quality checks during training, every loop.watch_every steps."""
 
-    prompts: str = Field("validation", description="prompt file, or the name of a bundled list")
+    prompts: str = Field("", description="prompt file or bundled list; empty for the data's own")
     count: int = Field(256, ge=16, description="pictures drawn at each check")
     seed: int = Field(1234, ge=0, description="seed of the first picture; the others count up")
     teacher_steps: int = Field(50, ge=1, description="steps of the teacher's end points")
@@ -201,7 +201,7 @@ class DistillConfig(Config):
     method: ConsistencyConfig = Field(ConsistencyConfig(), description="the objective")
     student: StudentConfig = Field(StudentConfig(), description="what is trained")
     data: DataConfig = Field(DataConfig(), description="what it sees")
-    loop: LoopConfig = Field(LoopConfig(), description="how long")
+    loop: LoopConfig = Field(LoopConfig(watch_every=500), description="how long")
     optim: OptimConfig = Field(OptimConfig(), description="how fast")
     sampling: Sampling = Field(Sampling(), description="how it will be sampled; travels with the student")
     watch: WatchConfig = Field(WatchConfig(), description="how it is judged on the way")
@@ -212,7 +212,12 @@ class DistillConfig(Config):
         method, sampling = self.method, self.sampling
         if sampling.sampler not in ("sss", "lcm"):
             return self
-        if sampling.spacing == "grid" and method.grid % sampling.grid:
+        if sampling.spacing != "grid":
+            raise ValueError(
+                f"sampling.spacing = {sampling.spacing!r} takes times that are not trained; "
+                "the nearest legal one is 'grid'"
+            )
+        if method.grid % sampling.grid:
             raise ValueError(
                 f"sampling.grid = {sampling.grid} asks for times that method.grid = {method.grid} does not train; "
                 f"the nearest legal one is {method.grid}"

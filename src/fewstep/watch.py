@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from torch import Tensor
 from fewstep.data.latents import cached
 from fewstep.data.prompts import read_prompts
 from fewstep.drawing import Artist, artist_of, labelled_sheet, save_picture
+from fewstep.errors import UserError
 from fewstep.evaluation.features import Features
-from fewstep.evaluation.kid import KernelDistance
+from fewstep.evaluation.kid import FEWEST, KernelDistance
 from fewstep.evaluation.lite0 import Lite0Backbone
 from fewstep.evaluation.teacher import TeacherFeatures
 from fewstep.files import read_json, write_json
@@ -36,18 +37,26 @@ REAL = 1000
 Keep = Callable[[Mapping[str, Tensor], Mapping[str, Any]], None]
 
 
-def watched_prompts(name: str, count: int) -> list[str]:
-    """The first `count` prompts of a file or of a bundled list, repeated where there are fewer."""
-    prompts = read_prompts(name) if name.endswith(".txt") else list(emoji8.read_prompts(name))
-    return [prompts[i % len(prompts)] for i in range(count)]
+def watched_prompts(config: DistillConfig, captions: Sequence[str]) -> list[str]:
+    """The watch's fixed prompts: those of its list, then captions of the training pictures, then from the start again.
+
+    With no list named, the bundled pictures come with one, and others are watched on their captions alone.
+    """
+    named = config.watch.prompts or ("validation" if config.data.source == "emoji8" else "")
+    listed: Sequence[str] = ()
+    if named:
+        listed = read_prompts(named) if named.endswith(".txt") else emoji8.read_prompts(named)
+    pool = [*listed, *dict.fromkeys(caption for caption in captions if caption.strip() and caption not in listed)]
+    return [pool[i % len(pool)] for i in range(config.watch.count)]
 
 
 class Watch:
     """Draws and judges the student; called by the loop with (step, weights).
 
     Args:
-        denoiser: whose role `student` draws.
+        student: draws with the role `student`.
         parameters: the student's trainable weights; they are lent the weights to judge and get their own back.
+        prompts: what it draws.
         real: pictures uint8 [N, H, W, 3] that KID is taken from.
         keep: called with the weights and their figures whenever KID is the best so far.
     """
@@ -57,16 +66,22 @@ class Watch:
         config: DistillConfig,
         student: Artist,
         parameters: Mapping[str, Tensor],
+        prompts: Sequence[str],
         real: np.ndarray,
         out: Path,
         keep: Keep,
     ) -> None:
         watch = config.watch
+        if len(real) < FEWEST:
+            raise UserError(
+                f"loop.watch_every takes KID from at least {FEWEST} pictures, data.source has {len(real)}; "
+                "give more, or loop.watch_every=null"
+            )
         self.student = student
         self.parameters = parameters
         self.out = out
         self.keep = keep
-        self.prompts = watched_prompts(watch.prompts, watch.count)
+        self.prompts = list(prompts)
         self.seeds = [watch.seed + i for i in range(watch.count)]
         self.features = Features(Lite0Backbone(), progress=False)
         self.kid = KernelDistance(self.features)

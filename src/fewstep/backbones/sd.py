@@ -133,20 +133,7 @@ class StableDiffusion:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], batch: int = 256) -> Condition:
         """Prompts -> {"text": float32 [N, tokens, width]}, as the diffusers pipeline encodes them."""
-        tokenizer, encoder = self._load_text()
-        parts = []
-        for start in range(0, len(prompts), batch):
-            tokens = tokenizer(
-                list(prompts[start : start + batch]),
-                padding="max_length",
-                max_length=tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            ).to(self.device)
-            masked = getattr(encoder.config, "use_attention_mask", False)
-            mask = tokens.attention_mask if masked else None
-            parts.append(encoder(tokens.input_ids, attention_mask=mask)[0].float())
-        return {"text": torch.cat(parts)}
+        return {"text": encode_text(*self._load_text(), prompts, self.device, batch)}
 
     def null(self, count: int) -> Condition:
         """The unconditional branch: the encoded empty prompt (SDXL, unlike this family, uses zeros)."""
@@ -170,7 +157,7 @@ class StableDiffusion:
         index 0 (clean data) are asked as index 0.
         """
         if s is not None or w is not None:
-            raise UserError("this student is not told s or w: method.told must be 'none' for this backbone")
+            raise UserError("this backbone's network cannot be told s or w")
         extra = residuals or {}
         out: Tensor = network(x, t.clamp(min=0).float().to(x.device), condition["text"], return_dict=False, **extra)[0]
         return out
@@ -178,12 +165,7 @@ class StableDiffusion:
     @torch.no_grad()
     def to_latents(self, pictures: np.ndarray, batch: int = 128) -> Tensor:
         """uint8 [N, H, W, 3] -> posterior means, float32 [N, C, h, w], scaled as the UNet expects."""
-        parts = []
-        for start in range(0, len(pictures), batch):
-            part = torch.from_numpy(np.array(pictures[start : start + batch])).to(self.device)
-            part = part.permute(0, 3, 1, 2).float() / 127.5 - 1
-            parts.append(self.vae.encode(part).latent_dist.mean * self.vae.config.scaling_factor)
-        return torch.cat(parts)
+        return encode_pictures(self.vae, pictures, self.device, batch)
 
     @torch.no_grad()
     def to_pictures(self, latents: Tensor, batch: int = 128) -> np.ndarray:
@@ -195,6 +177,34 @@ class StableDiffusion:
             scaled = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
             parts.append((scaled * 255).round().astype(np.uint8))
         return np.concatenate(parts)
+
+
+@torch.no_grad()
+def encode_text(tokenizer: Any, encoder: Any, prompts: Sequence[str], device: torch.device, batch: int = 256) -> Tensor:
+    """Prompts -> text states, float32 [N, tokens, width], as the diffusers pipeline makes them."""
+    masked = getattr(encoder.config, "use_attention_mask", False)
+    parts = []
+    for start in range(0, len(prompts), batch):
+        tokens = tokenizer(
+            list(prompts[start : start + batch]),
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).to(device)
+        parts.append(encoder(tokens.input_ids, attention_mask=tokens.attention_mask if masked else None)[0].float())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def encode_pictures(vae: Any, pictures: np.ndarray, device: torch.device, batch: int = 128) -> Tensor:
+    """uint8 [N, H, W, 3] -> posterior means, float32 [N, C, h, w], scaled as the UNet expects."""
+    parts = []
+    for start in range(0, len(pictures), batch):
+        part = torch.from_numpy(np.array(pictures[start : start + batch])).to(device)
+        part = part.permute(0, 3, 1, 2).float() / 127.5 - 1
+        parts.append(vae.encode(part).latent_dist.mean * vae.config.scaling_factor)
+    return torch.cat(parts)
 
 
 def _path(scheduler: dict[str, Any]) -> VariancePreserving:

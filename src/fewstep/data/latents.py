@@ -27,6 +27,10 @@ class Encoders(Protocol):
         """Prompts -> conditions, one row each."""
         ...
 
+    def null(self, count: int) -> Mapping[str, Tensor]:
+        """The condition of the unconditional branch, `count` rows."""
+        ...
+
     def to_latents(self, pictures: np.ndarray) -> Tensor:
         """uint8 pictures -> latents."""
         ...
@@ -38,19 +42,21 @@ class LatentSet:
 
     Attributes:
         latents: fp32 [N, C, h, w].
-        table: the conditions of the K distinct captions and, last, of the empty prompt, [K + 1, ...] each.
+        table: the conditions of the K distinct captions and, last, the unconditional one, [K + 1, ...] each.
         rows: int64 [N, c]: which conditions belong to which latent.
+        key: fingerprint of encoders, pictures and captions.
     """
 
     latents: Tensor
     table: dict[str, Tensor]
     rows: Tensor
+    key: str
 
     def __len__(self) -> int:
         return len(self.latents)
 
     def condition(self, items: Tensor, draws: Draws, empty: float, device: torch.device) -> dict[str, Tensor]:
-        """One of the captions of each item, drawn; the empty prompt instead for a share `empty` of them."""
+        """One of the captions of each item, drawn; the unconditional one instead for a share `empty` of them."""
         chosen = draws.integers("caption", 0, self.rows.shape[1])
         rows = self.rows[items, chosen]
         if empty > 0:
@@ -59,7 +65,7 @@ class LatentSet:
         return self._states(rows, device)
 
     def null(self, count: int, device: torch.device) -> dict[str, Tensor]:
-        """The empty prompt, `count` times."""
+        """The unconditional condition, `count` times."""
         return self._states(torch.full((count,), -1), device)
 
     def _states(self, rows: Tensor, device: torch.device) -> dict[str, Tensor]:
@@ -87,20 +93,18 @@ def latent_set(data: Captioned, encoders: Encoders, fingerprint: str, cache: Pat
     """
     digest = hashlib.sha256(f"{fingerprint} {data.pictures.shape}".encode())
     digest.update(np.ascontiguousarray(data.pictures).data)
-    latents = cached(
-        cache,
-        f"latents-{digest.hexdigest()[:16]}",
-        lambda: {"latents": encoders.to_latents(data.pictures).cpu()},
-    )
+    seen = f"latents-{digest.hexdigest()[:16]}"
+    latents = cached(cache, seen, lambda: {"latents": encoders.to_latents(data.pictures).cpu()})
     distinct = sorted({caption for row in data.captions for caption in row})
     digest = hashlib.sha256((fingerprint + json.dumps(distinct)).encode())
 
     def encode() -> dict[str, Tensor]:
-        states = encoders.encode([*distinct, ""])
-        return {name: state.half().cpu() for name, state in states.items()}
+        states, null = encoders.encode(distinct), encoders.null(1)
+        return {name: torch.cat([state, null[name]]).half().cpu() for name, state in states.items()}
 
-    table = cached(cache, f"captions-{digest.hexdigest()[:16]}", encode)
+    said = f"captions-{digest.hexdigest()[:16]}"
+    table = cached(cache, said, encode)
     number = {caption: i for i, caption in enumerate(distinct)}
     most = max(len(row) for row in data.captions)
     rows = torch.tensor([[number[row[i % len(row)]] for i in range(most)] for row in data.captions])
-    return LatentSet(latents["latents"], table, rows)
+    return LatentSet(latents["latents"], table, rows, f"{seen} {said}")

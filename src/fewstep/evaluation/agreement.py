@@ -22,7 +22,8 @@ from fewstep.evaluation.bootstrap import mean_figure
 from fewstep.evaluation.lite0_weights import sha256
 from fewstep.evaluation.metric import Array, Figure, Identity, Pictures, check_pictures
 from fewstep.evaluation.per_picture import PictureMean
-from fewstep.evaluation.scorer import SIZE, Scorer, ScorerConfig
+from fewstep.evaluation.scorer import SIZE, Scorer
+from fewstep.evaluation.settings import ScorerConfig
 from fewstep.evaluation.text_side import BertStates, TextBackbone
 from fewstep.files import atomic_folder, read_json, write_json
 from fewstep.tensors import load_tensors, save_tensors
@@ -101,7 +102,8 @@ class PromptAgreement(PictureMean):
         self._agreement = agreement
         self.identity = Identity(
             name="agreement",
-            measures="how well pictures fit their prompts, by a scorer trained on Emoji-8 alone",
+            measures="how well pictures fit their prompts, by a picture network trained on Emoji-8 "
+            "alone; it reads prompts with the teacher's text encoder, and cannot see a word that this misreads",
             better="higher",
             unit="cosine",
             reduction="mean over pictures of the cosine of picture and prompt",

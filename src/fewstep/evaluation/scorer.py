@@ -10,23 +10,12 @@ import math
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
-from fewstep.config import Config
+from fewstep.evaluation.settings import ScorerConfig
 
 SIZE = 64
 """Edge of what the picture side sees, in pixels."""
-
-
-class ScorerConfig(Config):
-    """Shape of the scorer's trained parts."""
-
-    channels: tuple[int, ...] = Field(default=(48, 96, 160), description="channels at 32x32, 16x16, 8x8")
-    blocks: tuple[int, ...] = Field(default=(1, 2, 2), description="residual blocks at each resolution")
-    groups: int = Field(default=16, ge=1, description="groups of the group norms")
-    hidden: int = Field(default=512, ge=1, description="hidden width of the text head")
-    width: int = Field(default=256, ge=1, description="width of the common space")
 
 
 class Residual(nn.Module):

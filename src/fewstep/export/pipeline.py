@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fewstep.config import validate
 from fewstep.files import atomic_folder, read_json
-from fewstep.settings import Sampling
+from fewstep.settings import TEACHER_SAMPLING, Sampling
 
 if TYPE_CHECKING:  # its settings are read before torch is
     from torch import nn
@@ -37,10 +37,19 @@ def save_pipeline(target: Path, base: Path, network: nn.Module, record: Mapping[
 
 
 def sampling_of(pipeline: Path) -> Sampling | None:
-    """The settings that a pipeline folder brings along; None for one that is not a student.
+    """The settings that a pipeline folder brings along; None for one that has no record.
 
     Raises:
         UserError: the record is broken.
     """
     path = pipeline / RECORD
     return validate(Sampling, read_json(path).get("sampling", {})) if path.is_file() else None
+
+
+def teacher_sampling(pipeline: Path) -> Sampling:
+    """How a teacher's folder is sampled: as its own record says, else by `TEACHER_SAMPLING`.
+
+    Raises:
+        UserError: the record is broken.
+    """
+    return sampling_of(pipeline) or TEACHER_SAMPLING

@@ -7,7 +7,6 @@ A checkpoint is a folder `checkpoints/step-00000400/` with, for each update of t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,7 @@ from torch import Tensor, nn
 from fewstep.errors import UserError
 from fewstep.files import atomic_folder, read_json, remove_folder, write_json
 from fewstep.tensors import save_tensors
-
-STEP_FOLDER = re.compile(r"step-(\d{8})")
+from fewstep.training.run import checkpoints
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
@@ -62,19 +60,6 @@ def restore_parameters(parameters: Mapping[str, nn.Parameter], tensors: Mapping[
         if parameter.shape != tensors[name].shape:
             raise UserError(f"{path}: {name} is {tuple(tensors[name].shape)}, not {tuple(parameter.shape)}")
         parameter.copy_(tensors[name])
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """All whole checkpoints below `folder`, oldest first."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name))
-
-
-def last_step(folder: Path) -> int:
-    """The step of the newest checkpoint below `folder`; 0 if there is none."""
-    found = checkpoints(folder)
-    return int(found[-1].name.removeprefix("step-")) if found else 0
 
 
 def save(

@@ -6,7 +6,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
-from fewstep.errors import UserError
+from fewstep.errors import UserError, nearest
+
+DEVICES = ("auto", "cpu", "cuda")
 
 
 def make_accelerator(precision: str, device: torch.device) -> Accelerator:
@@ -30,8 +32,12 @@ def pick_device(name: str) -> torch.device:
     """auto -> cuda where there is one.
 
     Raises:
-        UserError: cuda asked for and absent.
+        UserError: another name than auto, cpu, cuda, or cuda asked for and absent.
     """
+    if name not in DEVICES:
+        raise UserError(
+            f"device = {name!r} is not one of {', '.join(DEVICES)}; the nearest is {nearest(name, DEVICES)!r}"
+        )
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():

@@ -27,8 +27,9 @@ from fewstep.settings import LoopConfig, OptimConfig, check_batch
 from fewstep.tensors import load_tensors
 from fewstep.training import checkpoint
 from fewstep.training.ema import Ema
-from fewstep.training.optim import clip_gradients, learning_rate, make_optimizer
-from fewstep.training.run import RunLog
+from fewstep.training.optim import clip_gradients, make_optimizer
+from fewstep.training.rate import learning_rate
+from fewstep.training.run import RunLog, checkpoints
 
 T_BINS = 10
 """Bins of t/T in which the loss is reported."""
@@ -219,7 +220,7 @@ def train(
     scaler = accelerator.scaler  # fp16 alone: its small gradients would vanish unscaled
     folder = log.folder / "checkpoints"
     done = 0
-    found = checkpoint.checkpoints(folder)
+    found = checkpoints(folder)
     if found:
         state = checkpoint.read_state(found[-1])
         done = int(state["step"])

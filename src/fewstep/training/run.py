@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,8 +18,13 @@ from tqdm import tqdm
 
 from fewstep.config import Config, read_yaml
 from fewstep.errors import UserError
-from fewstep.files import atomic_write, sweep, write_json
+from fewstep.files import atomic_write, read_json, sweep, write_json
+from fewstep.training.rate import learning_rate
 
+STEP_FOLDER = re.compile(r"step-(\d{8})")
+"""A whole checkpoint's folder."""
+INPUTS = "inputs.json"
+"""Fingerprints of what a run was fed."""
 PACKAGES = ("fewstep", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
 
 
@@ -53,12 +59,24 @@ class Bar:
 class RunLog:
     """Writes what a run says of itself. Only the main process writes.
 
+    Args:
+        inputs: what the run is fed (base, encoders, data), by name, as fingerprints: a resumed run must be fed the
+            same.
+
     Raises:
-        UserError: the folder belongs to a run with another config (length and rhythm apart), or cannot be
-            written to.
+        UserError: the folder belongs to another run (`check_same_run`), or cannot be written to.
     """
 
-    def __init__(self, folder: Path, config: Config, *, title: str, main: bool = True, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        *,
+        title: str,
+        inputs: Mapping[str, str] | None = None,
+        main: bool = True,
+        quiet: bool = False,
+    ) -> None:
         self.folder = folder
         self.title = title
         self.main = main
@@ -71,11 +89,13 @@ class RunLog:
         except OSError as error:
             raise UserError(f"cannot write run folder {folder}: {error.strerror}; choose a writable one") from error
         resolved = config.model_dump(mode="json")
-        check_same_run(folder, config)
+        check_same_run(folder, config, inputs)
         sweep(folder)
         with atomic_write(folder / "config.yaml") as part:
             part.write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), encoding="utf-8")
         write_json(folder / "versions.json", versions())
+        if inputs is not None:
+            write_json(folder / INPUTS, dict(inputs))
 
     @property
     def _log(self) -> Path:
@@ -129,10 +149,27 @@ class RunLog:
                 self._board = None
 
 
-def check_same_run(folder: Path, config: Config) -> None:
-    """Refuse a run folder that holds a run with another config; how long and how often may differ.
+def checkpoints(folder: Path) -> list[Path]:
+    """All whole checkpoints below `folder`, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name))
 
-    Keys that the older run did not know yet count as their defaults.
+
+def last_step(folder: Path) -> int:
+    """The step of the newest checkpoint below `folder`; 0 if there is none."""
+    found = checkpoints(folder)
+    return int(found[-1].name.removeprefix("step-")) if found else 0
+
+
+def check_same_run(folder: Path, config: Config, inputs: Mapping[str, str] | None = None) -> None:
+    """Refuse a run folder that holds another run.
+
+    How often it logs, saves and watches may differ. So may its length, as long as every step taken so far had the
+    learning rate that it has in the new length. Keys that the older run did not know yet count as their defaults.
+
+    Args:
+        inputs: what the run was fed, by name, as fingerprints; None before they are known.
 
     Raises:
         UserError: naming the first difference.
@@ -142,17 +179,40 @@ def check_same_run(folder: Path, config: Config) -> None:
         return
     old: Any = read_yaml(path)
     with suppress(ValidationError):  # one of another kind of run, or of another version, is compared as it stands
-        old = type(config).model_validate(old).model_dump(mode="json")
+        known = type(config).model_validate(old)
+        _check_length(folder, known, config)
+        old = known.model_dump(mode="json")
     old, new = _without_rhythm(old), _without_rhythm(config.model_dump(mode="json"))
     if old != new:
         raise UserError(
             f"run folder {folder} holds a run with another {_first_difference(old, new)}; "
             "give the same config to resume it, or another --out"
         )
+    if inputs is not None and (folder / INPUTS).exists():
+        fed = read_json(folder / INPUTS)
+        changed = sorted(name for name in {*fed, *inputs} if fed.get(name) != inputs.get(name))
+        if changed:
+            raise UserError(
+                f"run folder {folder} holds a run on another {changed[0]} "
+                f"({str(fed.get(changed[0]))[:12]}, now {str(inputs.get(changed[0]))[:12]}); give another --out"
+            )
+
+
+def _check_length(folder: Path, old: Any, new: Any) -> None:
+    """Refuse another number of steps where it would have changed the steps that are done."""
+    if not hasattr(old, "loop") or not hasattr(old, "optim"):
+        return
+    before, after = old.loop.steps, new.loop.steps
+    done = last_step(folder / "checkpoints")
+    if any(learning_rate(old.optim, i, before) != learning_rate(old.optim, i, after) for i in range(done)):
+        raise UserError(
+            f"run folder {folder} holds {done} steps of a run with loop.steps = {before}: under optim.decay = "
+            f"{old.optim.decay!r} another length ({after}) means other learning rates; give {before}, or another --out"
+        )
 
 
 RHYTHM = ("steps", "log_every", "save_every", "keep", "watch_every")
-"""Settings of the loop that do not change a step."""
+"""Settings of the loop that do not change a step (`steps` is looked at on its own)."""
 
 
 def _without_rhythm(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,11 +26,13 @@ from fewstep.evaluation.results import Results, Row, load_results, save_results
 from fewstep.files import atomic_write
 from fewstep.settings import TEACHER_SAMPLING, Sampling
 from fewstep.tensors import load_tensors, save_tensors
-from fewstep.world.measures import Gallery, lite0, metrics
+from fewstep.training.launch import pick_device
+from fewstep.world.measures import Gallery, lite0, metrics, real_diversity
 
 NOISY_PROMPTS = 100
 NOISES = 8
 """Prompts, and pictures of each, that diversity is measured on."""
+INDEX0_NOTE = "ends at index 0 (sigma = .029), as TCD does; DDIM and Euler end on clean data"
 SOLVER_NAMES = {"euler": "Euler", "ddim": "DDIM", "dpmpp_2s": "DPM-Solver++(2S)"}
 
 
@@ -66,10 +68,10 @@ def solver_entries(omega: float, steps: Sequence[int], seed: int) -> list[Entry]
     """
     entries = []
     for solver, name in SOLVER_NAMES.items():
+        end, note = ("index0", INDEX0_NOTE) if solver == "dpmpp_2s" else ("clean", "")
         for count in steps:
-            end = "index0" if solver == "dpmpp_2s" else "clean"
             settings = {"sampler": solver, "steps": count, "omega": omega, "spacing": "grid", "end": end}
-            entries.append(Entry(name, Sampling.model_validate(settings), seed=seed))
+            entries.append(Entry(name, Sampling.model_validate(settings), seed=seed, note=note))
     return entries
 
 
@@ -98,7 +100,7 @@ class Studio:
         key = str(lora)
         if key not in self._artists:
             self._artists = {"None": self._artists["None"]} if "None" in self._artists else {}
-            self._artists[key] = load_artist(self.teacher, lora)
+            self._artists[key] = load_artist(self.teacher, lora, pick_device("auto"))
         return self._artists[key]
 
     def key(self, entry: Entry) -> str:
@@ -219,7 +221,9 @@ def with_diversity(row: Row, entry: Entry, studio: Studio, judge: Judge) -> Row:
     """The row with one figure more: how much pictures of one prompt differ from noise to noise."""
     figure = diversity(judge.bench.features, studio.noises(entry), judge.seed)
     name = figure.identity.name if figure.identity else "diversity"
-    return replace(row, figures={**row.figures, name: figure})
+    real = real_diversity(judge.bench.gallery, judge.bench.features, judge.prompts, judge.seed)
+    floor = real.value if real else None
+    return replace(row, figures={**row.figures, name: replace(figure, floor=floor)})
 
 
 def measured(studio: Studio, judge: Judge, entry: Entry, teacher: Entry | None, *, diverse: bool = False) -> Row:

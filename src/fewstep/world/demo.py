@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from pydantic import Field
 
-from fewstep.config import Config
 from fewstep.evaluation.detail import detail_scale
+from fewstep.evaluation.frechet import FEWEST
 from fewstep.evaluation.report import write_report
 from fewstep.evaluation.results import Results, save_results
+from fewstep.provenance import commit, hardware
 from fewstep.settings import resolve, teacher_path
 from fewstep.world import emoji8
 from fewstep.world.contest import (
@@ -25,19 +26,8 @@ from fewstep.world.contest import (
     student_entries,
     teacher_entry,
 )
-from fewstep.world.students import METHODS, STEPS, students_omega, train_student
-
-
-class DemoConfig(Config):
-    """The demo's budget: small enough for ten minutes on two cores."""
-
-    steps: int = Field(120, ge=1, description="optimiser steps of each student")
-    batch: int = Field(64, ge=1, description="samples a step")
-    lr: float = Field(1e-3, gt=0, description="learning rate of both students")
-    prompts: int = Field(128, ge=100, description="open prompts drawn and measured")
-    gamma: float = Field(0.2, ge=0, le=1, description="TCD's gamma at every step count")
-    shown: int = Field(10, ge=1, description="prompts in the picture grid")
-    seed: int = Field(0, ge=0, description="seed of training and of the noise")
+from fewstep.world.settings import DemoConfig
+from fewstep.world.students import METHODS, STEPS, student_config, students_omega, train_student
 
 
 def train_students(config: DemoConfig, out: Path) -> dict[str, Path]:
@@ -60,11 +50,11 @@ def train_students(config: DemoConfig, out: Path) -> dict[str, Path]:
 def demo(config: DemoConfig, out: Path) -> Path:
     """Train, draw, measure, report; return the report's path. A stopped demo goes on where it was."""
     started = time.perf_counter()
+    prompts = emoji8.read_prompts("benchmark")[: config.prompts]
+    judge = Judge(prompts, Bench.load(out / "features"), config.seed)  # what is missing is said before the training
     students = train_students(config, out)
     trained = time.perf_counter() - started
-    prompts = emoji8.read_prompts("benchmark")[: config.prompts]
     studio = Studio(teacher_path(""), prompts, out / "pictures")
-    judge = Judge(prompts, Bench.load(out / "features"), config.seed)
     omega = students_omega()
     entries = solver_entries(omega, STEPS, config.seed)
     for recipe, method in METHODS.items():
@@ -73,6 +63,16 @@ def demo(config: DemoConfig, out: Path) -> Path:
     teacher = teacher_entry(omega, 50, config.seed)
     rows = contest(studio, judge, teacher, entries)
     samples = config.steps * config.batch
+    law = student_config("tcd")
+    caveats = [
+        f"This demo trains each student on {samples} samples; the benchmark trains far longer "
+        "(docs/results.md). Read its order of methods as a first look."
+    ]
+    if len(prompts) < FEWEST:
+        caveats.append(
+            f"With n = {len(prompts)} FD would mostly measure its own bias (at least {FEWEST} pictures are asked for): "
+            "KID stands in its place."
+        )
     results = Results(
         title="fewstep demo",
         rows=tuple(rows),
@@ -81,22 +81,30 @@ def demo(config: DemoConfig, out: Path) -> Path:
         prompts=tuple(prompts),
         settings={
             "command": f"fewstep demo --out {out}",
+            "commit": commit(),
+            "hardware": hardware(),
             "prompts": f"{len(prompts)} open prompts (no style: several right pictures each)",
             "seed": str(config.seed),
-            "training": f"{samples} samples a student, {trained:.0f} s for both",
-            "time": f"{time.perf_counter() - started:.0f} s in all",
+            "training": f"{samples} samples a student, batch {config.batch}, lr {config.lr:g}, rank {law.student.rank}",
+            "guidance": f"omega {law.method.guidance.low:g} to {law.method.guidance.high:g} in training; "
+            f"the teacher's rows at the mean, {omega:g}",
+            "gamma": f"{config.gamma:g} at every step count",
+            "time": f"{trained:.0f} s for training, {time.perf_counter() - started:.0f} s in all (this run)",
         },
-        caveats=(
-            f"This demo trains each student on {samples} samples; the benchmark trains far longer "
-            "(docs/results.md). Read its order of methods as a first look.",
-            f"With n = {len(prompts)} FD would mostly measure its own bias (at least 500 pictures are asked for): "
-            "KID stands in its place.",
-        ),
+        caveats=tuple(caveats),
     )
     save_results(out / "results.json", results)
     four = [(f"{entry.method}, 4 steps", entry) for entry in entries if entry.sampling.steps == 4]
     chosen = [(f"teacher, {teacher.sampling.steps} steps", teacher), *four]
-    return write_report(out / "report.html", results, picture_grid(studio, chosen, config.shown))
+    grid = picture_grid(studio, chosen, config.shown)
+    return write_report(out / "report.html", results, grid, command=sample_command(students["tcd"]))
+
+
+def sample_command(student: Path) -> str:
+    """How to draw with the student that was just trained."""
+    fewstep = Path(sys.argv[0])
+    name = str(fewstep) if fewstep.name == "fewstep" and ".venv" in fewstep.parts else "fewstep"
+    return f'{name} sample "a doggy, fluent 3d style" --steps 4 --lora {student} --out doggy.png'
 
 
 def picture_grid(studio: Studio, chosen: Sequence[tuple[str, Entry]], shown: int) -> list[tuple[str, np.ndarray]]:

@@ -12,13 +12,15 @@ import numpy.typing as npt
 
 from fewstep.draws import generator
 from fewstep.errors import UserError
+from fewstep.evaluation.bootstrap import mean_figure
 from fewstep.evaluation.detail import EdgeDensity, WebpBytes
+from fewstep.evaluation.diversity import pairwise_distance
 from fewstep.evaluation.evaluate import Reference
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.frechet import FEWEST, FrechetDistance, Projection
 from fewstep.evaluation.kid import KernelDistance
 from fewstep.evaluation.lite0 import Lite0Backbone
-from fewstep.evaluation.metric import Array, Metric, Pictures
+from fewstep.evaluation.metric import Array, Figure, Metric, Pictures
 from fewstep.evaluation.neighbours import NONE, Neighbours, neighbour_shares
 from fewstep.evaluation.teacher import TeacherFeatures, TeacherPixels
 from fewstep.evaluation.whiteness import Whiteness, background, background_by_prompt
@@ -62,6 +64,14 @@ class Gallery:
     @cached_property
     def _names(self) -> set[str]:
         return {record.name for record in emoji8.load_records(emoji8.SPLITS)}
+
+    def knows(self, prompt: str) -> bool:
+        """Whether a prompt is a concept's name, or a name with a style."""
+        try:
+            self.concept_of(prompt)
+        except UserError:
+            return False
+        return True
 
     def concept_of(self, prompt: str) -> str:
         """Return the name of the concept that a prompt (a name, or a name with a style) asks for.
@@ -133,6 +143,19 @@ class Gallery:
         wanted = concepts or [self.concept_of(prompt) for prompt in prompts]
         gallery: Array = features(self.data.pictures)
         return neighbour_shares(features(pictures), wanted, gallery, self.concepts, self.own_rows(prompts), seed)
+
+
+def real_diversity(gallery: Gallery, features: Features, prompts: Sequence[str], seed: int = 0) -> Figure | None:
+    """Return the mean feature distance between the real pictures that answer one prompt (a concept's art styles).
+
+    Prompts with a single answer do not count; None where no prompt has two.
+    """
+    every = features(gallery.data.pictures)
+    answers = [rows for prompt in prompts if len(rows := gallery.rows.get(prompt, [])) > 1]
+    if not answers:
+        return None
+    distances = np.array([pairwise_distance(every[rows][None])[0] for rows in answers])
+    return mean_figure(distances, seed, "diversity")
 
 
 def lite0(folder: Path | None = None, *, progress: bool = True) -> Features:

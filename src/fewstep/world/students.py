@@ -42,6 +42,7 @@ def train_student(
         f"loop.batch={batch}",
         f"loop.seed={seed}",
         f"loop.save_every={save_every}",
+        "loop.watch_every=null",  # they are measured when they are done
         f"optim.lr={lr}",
     ]
     return distillation.distill(student_config(recipe, changes), out, cache=cache)

@@ -11,30 +11,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from fewstep.config import Config
+from fewstep.backbones.sd import encode_pictures, encode_text
 from fewstep.errors import UserError
 from fewstep.files import atomic_folder, atomic_write, write_json
 from fewstep.tensors import load_tensors, save_tensors
 from fewstep.training.cpu import speed_up
 from fewstep.training.launch import make_accelerator, pick_device
 from fewstep.world import emoji8
-from fewstep.world.train_unet import UnetConfig, train_unet
-from fewstep.world.train_vae import VaeConfig, make_vae, reconstruction_psnr, to_tensor, train_vae
+from fewstep.world.settings import TeacherConfig
+from fewstep.world.train_unet import train_unet
+from fewstep.world.train_vae import reconstruction_psnr, train_vae
 
 SHARD_BYTES = 14 * 2**20
 """Largest weight file in the repository (its limit is 15 MiB a file)."""
-
-
-class TeacherConfig(Config):
-    """The bundled teacher's recipe."""
-
-    text: str = Field("", description="folder with text_encoder/ and tokenizer/; empty for the bundled one")
-    autoencoder: str = Field("", description="folder of a finished AutoencoderKL to keep; empty to train one")
-    vae: VaeConfig = Field(VaeConfig(), description="the autoencoder")
-    unet: UnetConfig = Field(UnetConfig(), description="the denoiser")
 
 
 class WorldEncoders:
@@ -49,28 +40,18 @@ class WorldEncoders:
             folder / "text_encoder", local_files_only=True, use_safetensors=True, dtype=torch.float32
         ).eval()
 
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str], batch: int = 256) -> dict[str, Tensor]:
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Prompts -> {"text": last hidden states, float32 [N, tokens, width]}."""
-        parts = []
-        for start in range(0, len(prompts), batch):
-            tokens = self.tokenizer(
-                list(prompts[start : start + batch]),
-                padding="max_length",
-                max_length=self.tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            )
-            parts.append(self.encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0])
-        return {"text": torch.cat(parts)}
+        return {"text": encode_text(self.tokenizer, self.encoder, prompts, torch.device("cpu"))}
 
-    @torch.no_grad()
-    def to_latents(self, pictures: np.ndarray, batch: int = 128) -> Tensor:
+    def null(self, count: int) -> dict[str, Tensor]:
+        """The encoded empty prompt."""
+        text = self.encode([""])["text"]
+        return {"text": text.expand(count, *text.shape[1:])}
+
+    def to_latents(self, pictures: np.ndarray) -> Tensor:
         """uint8 [N, 64, 64, 3] -> posterior means, float32 [N, C, 8, 8]."""
-        parts = []
-        for start in range(0, len(pictures), batch):
-            parts.append(self.vae.encode(to_tensor(pictures[start : start + batch])).latent_dist.mean)
-        return torch.cat(parts)
+        return encode_pictures(self.vae, pictures, torch.device("cpu"))
 
 
 def save_sharded(folder: Path, module: Any, stem: str = "diffusion_pytorch_model") -> None:
@@ -143,18 +124,44 @@ FINAL = "final.safetensors"
 """A run folder's finished autoencoder, fp32."""
 
 
-def finished_vae(config: VaeConfig, folder: Path) -> Any | None:
-    """The autoencoder of an earlier, finished training in `folder`, or None."""
+def finished_vae(folder: Path) -> Any | None:
+    """The autoencoder that a finished training left in `folder`, or None."""
     path = folder / FINAL
     if not path.is_file():
         return None
-    vae = make_vae(config)
+    vae = load_config(folder)
     vae.load_state_dict(load_tensors(path))
     return vae.eval()
 
 
+def load_config(folder: Path) -> Any:
+    """A freshly initialised autoencoder of the shape that the folder's config.json says."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL.from_config(AutoencoderKL.load_config(folder, local_files_only=True))
+
+
+def given_vae(folder: Path) -> Any:
+    """A finished autoencoder of the user's.
+
+    Raises:
+        UserError: the folder holds none.
+    """
+    from diffusers import AutoencoderKL
+
+    if not (folder / "config.json").is_file():
+        raise UserError(f"autoencoder = {str(folder)!r} holds no config.json; give the folder of an AutoencoderKL")
+    try:
+        return AutoencoderKL.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32
+        ).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"cannot load autoencoder {folder}: {' '.join(str(error).split())[:200]}") from error
+
+
 def save_vae(vae: Any, folder: Path) -> None:
-    """Keep a finished autoencoder in its run folder."""
+    """Keep a finished autoencoder in its run folder: its shape, then its weights."""
+    vae.save_config(folder)
     with atomic_write(folder / FINAL) as part:
         save_tensors(part, vae.state_dict())
 
@@ -172,15 +179,13 @@ def train_teacher(config: TeacherConfig, out: Path, target: Path) -> dict[str, f
         raise UserError(f"text = {str(text)!r} holds no text_encoder/; the bundled one lies in world/teacher")
     data, heldout = emoji8.load("train"), emoji8.load("heldout-concept")
     device = pick_device("auto")
-    vae = finished_vae(config.vae, out / "vae")
-    if vae is None and config.autoencoder:
-        from diffusers import AutoencoderKL
-
-        vae = AutoencoderKL.from_pretrained(config.autoencoder, use_safetensors=True, torch_dtype=torch.float32)
-        save_vae(vae, out / "vae")
+    vae = finished_vae(out / "vae")
     if vae is None:
-        accelerator = make_accelerator(config.vae.loop.precision, device)
-        vae = train_vae(config.vae, data.pictures, heldout.pictures, out / "vae", accelerator)
+        if config.autoencoder:
+            vae = given_vae(Path(config.autoencoder))
+        else:
+            accelerator = make_accelerator(config.vae.loop.precision, device)
+            vae = train_vae(config.vae, data.pictures, heldout.pictures, out / "vae", accelerator)
         save_vae(vae, out / "vae")
     vae = vae.cpu().eval()
     speed_up(vae)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from fewstep.backbones.sd import StableDiffusion
 from fewstep.drawing import Artist, labelled_sheet, load_artist, save_picture
 from fewstep.draws import generator
+from fewstep.evaluation.bootstrap import mean_figure
+from fewstep.evaluation.features import Features
 from fewstep.evaluation.metric import Figure
-from fewstep.evaluation.neighbours import Neighbours
 from fewstep.evaluation.whiteness import Whiteness
-from fewstep.files import write_json
-from fewstep.settings import TEACHER_SAMPLING
+from fewstep.files import atomic_write, write_json
+from fewstep.settings import Sampling
+from fewstep.training.launch import pick_device
 from fewstep.world import emoji8
 from fewstep.world.measures import Gallery, lite0, metrics
 
@@ -41,64 +45,89 @@ class Card:
         return "\n".join(lines)
 
 
-def teacher_card(pipeline: Path, out: Path, *, n: int = 1000, omega: float = 3.0, steps: int = 50) -> Card:
+def teacher_card(pipeline: Path, out: Path, *, n: int, sampling: Sampling) -> Card:
     """Draw and judge; write card.json, card.md and samples.webp into `out`.
 
     Args:
         pipeline: the teacher's folder.
         out: where to write.
         n: seen prompts (name with style) drawn from the training records.
-        omega: guidance, papers' convention.
-        steps: of guided DDIM.
+        sampling: how the teacher draws.
     """
-    artist = load_artist(pipeline)
-    sampling = TEACHER_SAMPLING.model_copy(update={"steps": steps, "omega": omega})
+    artist = load_artist(pipeline, None, pick_device("auto"))
     gallery = Gallery.load()
-    features = lite0()
+    features = lite0(out / "features")
+    figures = {
+        **autoencoder_figures(artist.backbone),
+        **seen_figures(artist, gallery, features, sampling, n),
+        **unseen_figures(artist, gallery, features, sampling),
+    }
+    card = Card(figures)
+    write_json(out / "card.json", {name: figure.to_dict() for name, figure in figures.items()})
+    with atomic_write(out / "card.md") as part:
+        part.write_text(card.markdown() + "\n", encoding="utf-8")
+    save_picture(sample_grid(artist, sampling), out / "samples.webp")
+    return card
+
+
+def autoencoder_figures(backbone: StableDiffusion) -> dict[str, Figure]:
+    """PSNR of held-out concepts through the autoencoder, dB."""
+    pictures = emoji8.load("heldout-concept").pictures
+    restored = backbone.to_pictures(backbone.to_latents(pictures)).astype(np.float64)
+    error = np.square(restored - pictures).mean((1, 2, 3))
+    psnr = 10 * np.log10(255.0**2 / np.maximum(error, 1e-3))
+    return {"autoencoder, PSNR on held-out concepts (dB)": mean_figure(psnr, 0, "psnr")}
+
+
+def draw(artist: Artist, prompts: Sequence[str], first: int, sampling: Sampling) -> np.ndarray:
+    """A picture a prompt, seeds counting up from `first`."""
+    return artist.draw(prompts, [first + i for i in range(len(prompts))], sampling)
+
+
+def seen_figures(artist: Artist, gallery: Gallery, features: Features, sampling: Sampling, n: int) -> dict[str, Figure]:
+    """Does it draw what it saw, does it copy it, is its background white?"""
     records = gallery.data.records
     chosen = generator(0, "teacher card").permutation(len(records))[:n]
-    figures: dict[str, Figure] = {}
-
-    def look_up(prompts: list[str], concepts: list[str] | None, pictures: np.ndarray) -> Neighbours:
-        return gallery.neighbours(features, pictures, prompts, concepts)
-
-    def draw(prompts: list[str], first: int) -> np.ndarray:
-        return artist.draw(prompts, [first + i for i in range(len(prompts))], sampling)
-
     prompts = [emoji8.name_with_style(records[i]) for i in chosen]
-    seen = draw(prompts, 10_000)
-    shares = look_up(prompts, None, seen)
-    figures["seen prompts: nearest real picture has the right concept"] = shares.right_concept
-    figures["... with the prompt's own picture left out"] = shares.right_concept_without_own
+    seen, truth = draw(artist, prompts, 10_000, sampling), gallery.data.pictures[chosen]
+    shares = gallery.neighbours(features, seen, prompts)
+    real = gallery.neighbours(features, truth, prompts)
+    figures = {
+        "seen prompts: nearest real picture has the right concept": shares.right_concept,
+        "... with the prompt's own picture left out": shares.right_concept_without_own,
+        "real pictures: nearest other real picture has the right concept": real.right_concept_without_own,
+    }
     if shares.own is not None:
-        figures["... nearest real picture is the prompt's own training picture"] = shares.own
-    truth = gallery.data.pictures[chosen]
-    real = look_up(prompts, None, truth)
-    figures["real pictures: nearest other real picture has the right concept"] = real.right_concept_without_own
-    unseen = [emoji8.name_with_style(record) for record in emoji8.load_records("heldout-pair")]
-    pairs = look_up(unseen, None, draw(unseen, 20_000))
-    figures["held-out (concept, family) pairs: right concept"] = pairs.right_concept
-    words = json.loads((emoji8.folder() / "synonyms.json").read_text(encoding="utf-8"))
-    names = [entry["name"] for entry in words]
-    said = [entry["word"] for entry in words]
-    figures["words of no caption: right concept"] = look_up(said, names, draw(said, 30_000)).right_concept
-    figures["the same concepts by their captions' names"] = look_up(names, names, draw(names, 30_000)).right_concept
-    for metric in metrics(gallery, features, n):
+        figures["seen prompts: nearest real picture is the prompt's own training picture"] = shares.own
+    for metric in metrics(gallery, features, len(prompts)):
         if isinstance(metric, Whiteness):
             name = metric.identity.name
             figures[name] = metric.reduce(metric.features(seen, prompts), None, 0)
             figures[f"{name}, real pictures"] = metric.reduce(metric.features(truth, prompts), None, 0)
-    card = Card(figures)
-    write_json(out / "card.json", {name: figure.to_dict() for name, figure in figures.items()})
-    (out / "card.md").write_text(card.markdown() + "\n", encoding="utf-8")
-    save_picture(sample_grid(artist, omega, steps), out / "samples.webp")
-    return card
+    return figures
 
 
-def sample_grid(artist: Artist, omega: float, steps: int, noises: int = 6) -> Image.Image:
+def unseen_figures(artist: Artist, gallery: Gallery, features: Features, sampling: Sampling) -> dict[str, Figure]:
+    """Held-out pairs of concept and style family, and words that no caption holds."""
+    pairs = [emoji8.name_with_style(record) for record in emoji8.load_records("heldout-pair")]
+    words = json.loads((emoji8.folder() / "synonyms.json").read_text(encoding="utf-8"))
+    names, said = [entry["name"] for entry in words], [entry["word"] for entry in words]
+
+    def right(prompts: list[str], concepts: list[str] | None, first: int) -> Figure:
+        pictures = draw(artist, prompts, first, sampling)
+        return gallery.neighbours(features, pictures, prompts, concepts).right_concept
+
+    by_word, by_name = right(said, names, 30_000), right(names, names, 30_000)
+    share = by_word.value / by_name.value if by_name.value else 0.0
+    return {
+        "held-out (concept, family) pairs: right concept": right(pairs, None, 20_000),
+        "words of no caption: right concept": by_word,
+        "the same concepts by their captions' names": by_name,
+        "words of no caption, as a share of the captioned rate": Figure(share, None, None, by_word.n),
+    }
+
+
+def sample_grid(artist: Artist, sampling: Sampling, noises: int = 6) -> Image.Image:
     """A row a noise, a column a prompt."""
-    sampling = TEACHER_SAMPLING.model_copy(update={"steps": steps, "omega": omega})
-    rows = []
-    for seed in range(noises):
-        rows.append((f"seed {seed}", artist.draw(SHOWN, [seed] * len(SHOWN), sampling)))
+    rows = [(f"seed {seed}", artist.draw(SHOWN, [seed] * len(SHOWN), sampling)) for seed in range(noises)]
     return labelled_sheet(rows, SHOWN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,37 +10,24 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from pydantic import Field
 from torch import Tensor
 
-from fewstep.config import Config
 from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.evaluation.agreement import Agreement, load_scorer, save_scorer, to_input
 from fewstep.evaluation.augment import augment
-from fewstep.evaluation.scorer import Scorer, ScorerConfig, multi_positive_loss
+from fewstep.evaluation.scorer import Scorer, multi_positive_loss
 from fewstep.evaluation.text_side import BertStates, TextBackbone
 from fewstep.loss import Loss
-from fewstep.settings import LoopConfig, OptimConfig
 from fewstep.training.cpu import speed_up
 from fewstep.training.launch import make_accelerator, pick_device
 from fewstep.training.loop import Batch, Update, train
 from fewstep.training.run import RunLog
 from fewstep.world import emoji8, location
+from fewstep.world.settings import AgreementConfig
 
 WATCHED = 500
 """Pictures of each kind looked at while it trains."""
-
-
-class AgreementConfig(Config):
-    """Training of the scorer: symmetric contrastive loss on pictures and drawn captions."""
-
-    network: ScorerConfig = ScorerConfig()
-    captions: int = Field(default=12, ge=1, description="captions drawn once for each picture")
-    loop: LoopConfig = LoopConfig(
-        steps=1300, batch=256, save_every=100, watch_every=130, log_every=10, precision="bf16", seed=7
-    )
-    optim: OptimConfig = OptimConfig(lr=2e-3, warmup=60, decay="cosine", ema=0.995, weight_decay=0.05)
 
 
 @dataclass(frozen=True)
@@ -213,7 +201,11 @@ def train_scorer(
     def watch(step: int, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
         return judge(weights["scorer"])
 
-    log = RunLog(folder, config, title="scorer", main=accelerator.is_main_process, quiet=quiet)
+    inputs = {
+        "text encoder": text.sha256,
+        "pictures": hashlib.sha256(np.ascontiguousarray(data.pictures).data).hexdigest(),
+    }
+    log = RunLog(folder, config, title="scorer", inputs=inputs, main=accelerator.is_main_process, quiet=quiet)
     plan = [Update("scorer", dict(scorer.named_parameters()), loss, config.optim)]
     trained = train(plan, fetch, len(data), config.loop, log, accelerator, watch)
     weights = {name: tensor.cpu() for name, tensor in trained.weights["scorer"].items()}

@@ -8,38 +8,18 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from pydantic import Field
 from torch import Tensor
 
-from fewstep.config import Config
 from fewstep.data.latents import Encoders, latent_set
 from fewstep.data.pictures import bundled
 from fewstep.draws import Draws
 from fewstep.loss import Loss
 from fewstep.schedule import VariancePreserving, add_noise, scaled_linear
-from fewstep.settings import LoopConfig, OptimConfig
 from fewstep.training.cpu import speed_up
 from fewstep.training.loop import Batch, Trained, Update, train
 from fewstep.training.run import RunLog
 from fewstep.world import emoji8
-
-
-class UnetConfig(Config):
-    """The denoiser: an eps-prediction UNet over 8x8 latents with cross-attention to the text states."""
-
-    channels: tuple[int, ...] = Field((128, 128), description="channels at 8x8 and 4x4")
-    layers: int = Field(1, ge=1, description="residual and attention blocks at each resolution")
-    heads: int = Field(4, ge=1, description="attention heads")
-    groups: int = Field(32, ge=1, description="groups of the group norms")
-    latent_channels: int = Field(16, ge=1, description="channels of a latent")
-    text_width: int = Field(384, ge=1, description="width of the text states")
-    captions: int = Field(12, ge=1, description="captions drawn once for each picture")
-    prompt_dropout: float = Field(0.1, ge=0, le=1, description="share of empty prompts")
-    min_snr: float = Field(5.0, gt=0, description="gamma of the Min-SNR weight min(SNR, gamma)/SNR")
-    loop: LoopConfig = LoopConfig(
-        steps=9000, batch=64, save_every=500, keep=3, watch_every=1000, log_every=50, precision="bf16"
-    )
-    optim: OptimConfig = OptimConfig(lr=5e-4, warmup=500, decay="cooldown", ema=0.9993, weight_decay=0.01)
+from fewstep.world.settings import UnetConfig
 
 
 def make_unet(config: UnetConfig) -> Any:
@@ -72,10 +52,10 @@ def eps_loss(
 ) -> Loss:
     """Min-SNR-weighted squared error of the predicted noise (arXiv 2303.09556); t int64 [B]."""
     x_t = add_noise(path, latents, eps, t)
-    predicted = unet(x_t, t, states, return_dict=False)[0].float()
+    predicted = unet(x_t, t.to(x_t.device), states, return_dict=False)[0].float()
     per_sample = (predicted - eps).square().mean((1, 2, 3))
     snr = torch.exp(2 * path.log_snr(t))
-    weight = (snr.clamp(max=min_snr) / snr).float()
+    weight = (snr.clamp(max=min_snr) / snr).to(per_sample)
     return Loss((weight * per_sample).mean(), per_sample, (t + 1) / (path.noisiest + 1))
 
 
@@ -125,7 +105,7 @@ def train_unet(config: UnetConfig, encoders: Encoders, fingerprint: str, folder:
             parts.append(value.per_sample)
         return {"eps_mse_heldout_pairs": float(torch.cat(parts).mean())}
 
-    log = RunLog(folder, config, title="denoiser", main=accelerator.is_main_process)
+    log = RunLog(folder, config, title="denoiser", inputs={"data": data.key}, main=accelerator.is_main_process)
     plan = [Update("unet", dict(unet.named_parameters()), loss, config.optim)]
     trained: Trained = train(plan, fetch, len(data), config.loop, log, accelerator, watch)
     unet.load_state_dict(trained.weights["unet"])

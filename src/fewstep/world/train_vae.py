@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from pydantic import Field
 from torch import Tensor, nn
 
-from fewstep.config import Config
 from fewstep.draws import Draws
 from fewstep.loss import Loss
-from fewstep.settings import LoopConfig, OptimConfig
 from fewstep.training.cpu import speed_up
 from fewstep.training.loop import Batch, Trained, Update, train
 from fewstep.training.run import RunLog
-
-
-class VaeConfig(Config):
-    """The autoencoder: 64x64 pictures to 8x8 latents."""
-
-    channels: tuple[int, ...] = Field((32, 64, 128, 128), description="channels at each resolution")
-    layers: int = Field(1, ge=1, description="residual blocks at each resolution")
-    latent_channels: int = Field(16, ge=1, description="channels of a latent")
-    groups: int = Field(16, ge=1, description="groups of the group norms")
-    beta: float = Field(5e-4, ge=0, description="weight of the KL term, per latent number")
-    l1: float = Field(0.1, ge=0, description="weight of the absolute error beside the squared one")
-    loop: LoopConfig = LoopConfig(steps=2800, batch=16, save_every=200, watch_every=400, precision="bf16")
-    optim: OptimConfig = OptimConfig(lr=6e-4, warmup=200, decay="cosine", ema=0.998, weight_decay=0.01)
+from fewstep.world.settings import VaeConfig
 
 
 def make_vae(config: VaeConfig) -> Any:
@@ -133,7 +119,8 @@ def train_vae(
         judge.load_state_dict(weights["vae"])
         return {"psnr_heldout": reconstruction_psnr(judge.eval(), heldout[:256])}
 
-    log = RunLog(folder, config, title="autoencoder", main=accelerator.is_main_process)
+    inputs = {"pictures": hashlib.sha256(np.ascontiguousarray(pictures).data).hexdigest()}
+    log = RunLog(folder, config, title="autoencoder", inputs=inputs, main=accelerator.is_main_process)
     plan = [Update("vae", parameters, loss, config.optim)]
     trained: Trained = train(plan, fetch, len(pictures), config.loop, log, accelerator, watch)
     vae.load_state_dict(trained.weights["vae"])

@@ -1,0 +1,104 @@
+"""Every setting of the bundled world's commands. Light: read, and refused, before torch is imported."""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from fewstep.config import Config
+from fewstep.evaluation.settings import ScorerConfig
+from fewstep.settings import LoopConfig, OptimConfig
+
+Rate = Annotated[float, Field(gt=0)]
+Omega = Annotated[float, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, le=89)]
+"""Seeds from 90 on are those from which settings are chosen."""
+
+
+class VaeConfig(Config):
+    """The autoencoder: 64x64 pictures to 8x8 latents."""
+
+    channels: tuple[int, ...] = Field((32, 64, 128, 128), description="channels at each resolution")
+    layers: int = Field(1, ge=1, description="residual blocks at each resolution")
+    latent_channels: int = Field(16, ge=1, description="channels of a latent")
+    groups: int = Field(16, ge=1, description="groups of the group norms")
+    beta: float = Field(5e-4, ge=0, description="weight of the KL term, per latent number")
+    l1: float = Field(0.1, ge=0, description="weight of the absolute error beside the squared one")
+    loop: LoopConfig = LoopConfig(steps=2800, batch=16, save_every=200, watch_every=400, precision="bf16")
+    optim: OptimConfig = OptimConfig(lr=6e-4, warmup=200, decay="cosine", ema=0.998, weight_decay=0.01)
+
+
+class UnetConfig(Config):
+    """The denoiser: an eps-prediction UNet over 8x8 latents with cross-attention to the text states."""
+
+    channels: tuple[int, ...] = Field((128, 128), description="channels at 8x8 and 4x4")
+    layers: int = Field(1, ge=1, description="residual and attention blocks at each resolution")
+    heads: int = Field(4, ge=1, description="attention heads")
+    groups: int = Field(32, ge=1, description="groups of the group norms")
+    latent_channels: int = Field(16, ge=1, description="channels of a latent")
+    text_width: int = Field(384, ge=1, description="width of the text states")
+    captions: int = Field(12, ge=1, description="captions drawn once for each picture")
+    prompt_dropout: float = Field(0.1, ge=0, le=1, description="share of empty prompts")
+    min_snr: float = Field(5.0, gt=0, description="gamma of the Min-SNR weight min(SNR, gamma)/SNR")
+    loop: LoopConfig = LoopConfig(
+        steps=9000, batch=64, save_every=500, keep=3, watch_every=1000, log_every=50, precision="bf16"
+    )
+    optim: OptimConfig = OptimConfig(lr=5e-4, warmup=500, decay="cooldown", ema=0.9993, weight_decay=0.01)
+
+
+class TeacherConfig(Config):
+    """The bundled teacher's recipe."""
+
+    text: str = Field("", description="folder with text_encoder/ and tokenizer/; empty for the bundled one")
+    autoencoder: str = Field("", description="folder of a finished AutoencoderKL to keep; empty to train one")
+    vae: VaeConfig = Field(VaeConfig(), description="the autoencoder")
+    unet: UnetConfig = Field(UnetConfig(), description="the denoiser")
+
+
+class AgreementConfig(Config):
+    """Training of the scorer: symmetric contrastive loss on pictures and drawn captions."""
+
+    network: ScorerConfig = ScorerConfig()
+    captions: int = Field(default=12, ge=1, description="captions drawn once for each picture")
+    loop: LoopConfig = LoopConfig(
+        steps=1300, batch=256, save_every=100, watch_every=130, log_every=10, precision="bf16", seed=7
+    )
+    optim: OptimConfig = OptimConfig(lr=2e-3, warmup=60, decay="cosine", ema=0.995, weight_decay=0.05)
+
+
+class DemoConfig(Config):
+    """The demo's budget: small enough for ten minutes on two cores."""
+
+    steps: int = Field(120, ge=1, description="optimiser steps of each student")
+    batch: int = Field(64, ge=1, description="samples a step")
+    lr: float = Field(1e-3, gt=0, description="learning rate of both students")
+    prompts: int = Field(128, ge=100, le=1000, description="open prompts drawn and measured")
+    gamma: float = Field(0.2, ge=0, le=1, description="TCD's gamma at every step count")
+    shown: int = Field(10, ge=1, description="prompts in the picture grid")
+    seed: int = Field(0, ge=0, description="seed of training and of the noise")
+
+
+class BenchmarkConfig(Config):
+    """The full benchmark."""
+
+    steps: int = Field(300, ge=1, description="optimiser steps of each student")
+    batch: int = Field(64, ge=1, description="samples a step")
+    rates: tuple[Rate, ...] = Field(
+        (3e-4, 1e-3, 3e-3), min_length=1, description="learning rates tried for both methods"
+    )
+    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1, description="seeds of training and noise, 0 to 89")
+    prompts: int = Field(1000, ge=500, le=1000, description="open prompts drawn and measured")
+    omegas: tuple[Omega, ...] = Field(
+        (1.0, 2.0, 3.0, 5.0, 8.0), min_length=1, description="guidance tried for the teacher"
+    )
+    gamma: float = Field(0.2, ge=0, le=1, description="TCD's gamma of the headline, at every step count")
+    shown: int = Field(12, ge=1, description="prompts in the picture grid")
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        for name in ("rates", "seeds", "omegas"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} = {list(values)} names one twice; the nearest is {sorted(set(values))}")
+        return self
