@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["UserError", "demo", "distill", "evaluate", "sample", "train_teacher"]
+__all__ = [
+    "UserError",
+    "benchmark",
+    "demo",
+    "distill",
+    "evaluate",
+    "sample",
+    "teacher_card",
+    "train_scorer",
+    "train_teacher",
+]
 __version__ = "0.1.0"
 
 
