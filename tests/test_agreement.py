@@ -199,7 +199,7 @@ def test_held_out_pictures_are_refused(toy: emoji8.Emoji8, tmp_path: Path, accel
 
 def test_wrong_files_are_refused(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"has no {RECORD}"):
-        load_scorer(tmp_path)
+        load_scorer(tmp_path, Words())
     stranger = Words()
     stranger.sha256 = "f" * 64
     with pytest.raises(UserError, match="was trained on text encoder 0000000000000000, not ffffffffffffffff"):

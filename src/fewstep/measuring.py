@@ -86,17 +86,15 @@ def emoji8_yardstick(prompts: Sequence[str], size: int, seed: int, features: Fea
     Raises:
         UserError: the teacher draws another size.
     """
-    from fewstep.evaluation.agreement import PromptAgreement, load_scorer
     from fewstep.world import emoji8
-    from fewstep.world.measures import Gallery, metrics, real_diversity
+    from fewstep.world.measures import Gallery, agreement, metrics, real_diversity
 
     if size != emoji8.SIZE:
         raise UserError(
             f"real is empty and means Emoji-8 ({emoji8.SIZE} pixels), the teacher draws {size}; give a folder"
         )
     gallery = Gallery.load()
-    scorer = PromptAgreement(load_scorer())
-    chosen = [*metrics(gallery, features, len(prompts)), scorer]
+    chosen = [*metrics(gallery, features, len(prompts)), agreement()]
     if all(gallery.knows(prompt) for prompt in prompts):
         diverse = real_diversity(gallery, features, prompts, seed)
         return Yardstick(gallery.reference(prompts, seed), chosen, features, diverse.value if diverse else None)

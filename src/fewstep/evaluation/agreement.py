@@ -24,10 +24,9 @@ from fewstep.evaluation.metric import Array, Figure, Identity, Pictures, check_p
 from fewstep.evaluation.per_picture import PictureMean
 from fewstep.evaluation.scorer import SIZE, Scorer
 from fewstep.evaluation.settings import ScorerConfig
-from fewstep.evaluation.text_side import BertStates, TextBackbone
+from fewstep.evaluation.text_side import TextBackbone
 from fewstep.files import atomic_folder, read_json, write_json
 from fewstep.tensors import load_tensors, save_tensors
-from fewstep.world import location
 
 WEIGHTS = "scorer.safetensors"
 RECORD = "scorer.json"
@@ -145,13 +144,12 @@ def save_scorer(
         write_json(part / RECORD, {**record, "weights_sha256": sha256(part / WEIGHTS)})
 
 
-def load_scorer(folder: Path | None = None, text: TextBackbone | None = None) -> Agreement:
-    """Read a scorer; by default the bundled one, on the bundled teacher's text encoder.
+def load_scorer(folder: Path, text: TextBackbone) -> Agreement:
+    """Read a scorer with the text side that it was trained on.
 
     Raises:
         UserError: a part is missing, truncated or foreign, or the text side is not the one it was trained on.
     """
-    folder = folder or location.root() / "scorer"
     if not (folder / RECORD).is_file():
         raise UserError(f"{folder} has no {RECORD}; name a folder that a scorer's training wrote")
     record = read_json(folder / RECORD)
@@ -165,7 +163,6 @@ def load_scorer(folder: Path | None = None, text: TextBackbone | None = None) ->
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / RECORD} is not a scorer's record: {error!r} is wrong or missing") from error
-    text = text or BertStates(location.root() / "teacher")
     if text.sha256 != expected:
         raise UserError(
             f"the scorer in {folder} was trained on text encoder {expected[:16]}, not {text.sha256[:16]}; "

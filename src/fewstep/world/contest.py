@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from fewstep.drawing import Artist, load_artist
-from fewstep.evaluation.agreement import PromptAgreement, load_scorer
+from fewstep.evaluation.agreement import PromptAgreement
 from fewstep.evaluation.diversity import diversity
 from fewstep.evaluation.evaluate import evaluate_pictures, score_pictures
 from fewstep.evaluation.features import Features
@@ -27,7 +27,7 @@ from fewstep.files import atomic_write
 from fewstep.settings import TEACHER_SAMPLING, Sampling
 from fewstep.tensors import load_tensors, save_tensors
 from fewstep.training.launch import pick_device
-from fewstep.world.measures import Gallery, lite0, metrics, real_diversity
+from fewstep.world.measures import Gallery, agreement, lite0, metrics, real_diversity
 
 NOISY_PROMPTS = 100
 NOISES = 8
@@ -164,7 +164,7 @@ class Bench:
         Raises:
             UserError: a part of the bundled world is missing or damaged.
         """
-        return cls(Gallery.load(), lite0(folder), PromptAgreement(load_scorer()))
+        return cls(Gallery.load(), lite0(folder), agreement())
 
 
 class Judge:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from fewstep.draws import generator
 from fewstep.errors import UserError
+from fewstep.evaluation.agreement import PromptAgreement, load_scorer
 from fewstep.evaluation.bootstrap import mean_figure
 from fewstep.evaluation.detail import EdgeDensity, WebpBytes
 from fewstep.evaluation.diversity import pairwise_distance
@@ -23,8 +24,10 @@ from fewstep.evaluation.lite0 import Lite0Backbone
 from fewstep.evaluation.metric import Array, Figure, Metric, Pictures
 from fewstep.evaluation.neighbours import NONE, Neighbours, neighbour_shares
 from fewstep.evaluation.teacher import TeacherFeatures, TeacherPixels
+from fewstep.evaluation.text_side import BertStates
 from fewstep.evaluation.whiteness import Whiteness, background, background_by_prompt
 from fewstep.world import emoji8
+from fewstep.world.location import root
 
 
 def answered_prompts(record: emoji8.Record) -> tuple[str, str]:
@@ -156,6 +159,15 @@ def real_diversity(gallery: Gallery, features: Features, prompts: Sequence[str],
         return None
     distances = np.array([pairwise_distance(every[rows][None])[0] for rows in answers])
     return mean_figure(distances, seed, "diversity")
+
+
+def agreement() -> PromptAgreement:
+    """Return the bundled scorer's metric, on the bundled teacher's text encoder.
+
+    Raises:
+        UserError: a part is missing or damaged.
+    """
+    return PromptAgreement(load_scorer(root() / "scorer", BertStates(root() / "teacher")))
 
 
 def lite0(folder: Path | None = None, *, progress: bool = True) -> Features:
