@@ -1,0 +1,139 @@
+"""The demo from end to end on a tiny teacher in a small world: stages, resume, what the page says."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fewstep import api
+from fewstep.errors import UserError
+from fewstep.evaluation.agreement import save_scorer
+from fewstep.evaluation.results import load_results
+from fewstep.evaluation.scorer import Scorer
+from fewstep.evaluation.settings import ScorerConfig
+from fewstep.evaluation.text_side import BertStates
+from fewstep.world import emoji8, location, measures
+from fewstep.world.benchmark import best_by_rank
+from fewstep.world.settings import BenchmarkConfig
+
+PICTURES = 160
+"""Training pictures of the small world."""
+
+
+class Pooled:
+    """Features without a network: means over a 4x4 grid of each channel."""
+
+    name, licence, input, weights_sha256 = "pooled", "none", "uint8", "none"
+
+    def __call__(self, pictures: np.ndarray) -> np.ndarray:
+        small = pictures.astype(np.float32).reshape(len(pictures), 4, 16, 4, 16, 3).mean((2, 4)) / 255
+        return small.reshape(len(pictures), -1)
+
+
+@pytest.fixture
+def small_world(tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The bundled world with a tiny random teacher and scorer, and few pictures."""
+    place = tmp_path / "world"
+    place.mkdir()
+    (place / "emoji8").symlink_to(location.root() / "emoji8")
+    (place / "teacher").symlink_to(tiny_pipeline)
+    (place / "distill.yaml").write_text(
+        "method: {guidance: {low: 1.0, high: 3.0}}\nstudent: {rank: 2, targets: [to_q, conv1]}\ndata: {captions: 1}\n"
+    )
+    monkeypatch.setenv(location.ENVIRONMENT, str(place))
+    config = ScorerConfig(channels=(8, 8, 8), blocks=(1, 1, 1), groups=4, hidden=8, width=8)
+    text = BertStates(tiny_pipeline)
+    torch.manual_seed(0)
+    save_scorer(place / "scorer", config, Scorer(config, text.width).state_dict(), text, {})
+    whole = emoji8.load("train")
+    wanted = set(emoji8.read_prompts("benchmark")[:100])
+    rows = [row for row, record in enumerate(whole.records) if record.name in wanted][::6][:PICTURES]
+    few = emoji8.Emoji8(whole.pictures[rows], tuple(whole.records[row] for row in rows))
+    load = emoji8.load
+    monkeypatch.setattr(emoji8, "load", lambda split="train": few if split == "train" else load(split))
+    monkeypatch.setattr(measures, "Lite0Backbone", Pooled)
+    return place
+
+
+def test_the_demo_makes_students_a_table_and_a_page_and_goes_on_where_it_was(
+    small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "demo"
+    small = ["steps=2", "batch=2", "prompts=100", "shown=3"]
+    report = api.demo(out=out, overrides=small)
+    results = load_results(out / "results.json")
+    rows = {(row.method, row.steps): row for row in results.rows}
+    methods = ("Euler", "DDIM", "DPM-Solver++(2S)", "LCM", "TCD")
+    assert set(rows) == {("teacher", 50), *((method, steps) for method in methods for steps in (2, 4, 8, 20))}
+    assert all(len(scores) == 100 for row in rows.values() for scores in row.scores.values())
+    # on one grid Euler in sigma is DDIM: the same pictures, so the same figures
+    for steps in (2, 4, 8, 20):
+        ours, theirs = rows["Euler", steps].scores, rows["DDIM", steps].scores
+        assert all(np.allclose(ours[name], theirs[name], rtol=0.02) for name in ours)
+    assert rows["TCD", 4].figures != rows["LCM", 4].figures
+    page = report.read_text(encoding="utf-8")
+    assert str(out / "tcd" / "student") in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+
+    student = out / "tcd" / "student" / "pytorch_lora_weights.safetensors"
+    before = student.read_bytes()
+    monkeypatch.setattr("fewstep.world.contest.Studio.pictures", forbidden_after_grid(out))
+    again = api.demo(out=out, overrides=small)
+    assert again == report
+    assert student.read_bytes() == before
+    assert load_results(out / "results.json").rows == results.rows
+
+
+def forbidden_after_grid(out: Path) -> Any:
+    """Pictures of a finished demo come from its folder: nothing is drawn anew."""
+    from fewstep.world.contest import Studio
+
+    plain = Studio.pictures
+
+    def kept(self: Studio, entry: Any) -> np.ndarray:
+        assert (self.folder / f"{self.key(entry)}.safetensors").is_file()
+        return plain(self, entry)
+
+    return kept
+
+
+def test_the_demo_says_what_is_missing_before_it_trains(small_world: Path, tmp_path: Path) -> None:
+    for file in (small_world / "scorer").iterdir():
+        os.unlink(file)
+    with pytest.raises(UserError, match="scorer"):
+        api.demo(out=tmp_path / "demo", overrides=["steps=2", "batch=2", "prompts=100"])
+    assert not (tmp_path / "demo" / "lcm").exists()
+
+
+def test_a_longer_demo_does_not_resume_a_finished_one(small_world: Path, tmp_path: Path) -> None:
+    """Under a cosine law the steps that are done had other learning rates."""
+    with (small_world / "distill.yaml").open("a") as stream:
+        stream.write("optim: {decay: cosine}\n")
+    api.demo(out=tmp_path / "demo", overrides=["steps=2", "batch=2", "prompts=100"])
+    with pytest.raises(UserError, match=r"loop\.steps = 2"):
+        api.demo(out=tmp_path / "demo", overrides=["steps=3", "batch=2", "prompts=100"])
+
+
+def test_a_choice_is_not_ruled_by_the_column_with_the_largest_figures() -> None:
+    kids = {"a": [1.00, 0.030, 0.010, 0.012], "b": [1.05, 0.010, 0.004, 0.003], "c": [0.99, 0.050, 0.040, 0.050]}
+    assert best_by_rank(kids) == "b"
+    assert best_by_rank({"x": [0.2], "y": [0.1]}) == "y"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [("seeds=[]", "seeds"), ("seeds=[0,0]", "twice"), ("seeds=[99]", "89"), ("rates=[0]", "above 0")],
+)
+def test_benchmark_settings_that_would_fail_after_hours_are_refused_at_once(
+    override: str, words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=words):
+        api.benchmark(out=tmp_path / "b", overrides=[override])
+    assert not (tmp_path / "b").exists()
+    assert json.loads(BenchmarkConfig().model_dump_json())["seeds"] == [0, 1, 2]
