@@ -295,7 +295,7 @@ def test_loras_that_are_none(refuse: Refuse, tiny_pipeline: Path, distilled: Pat
     assert "is not a whole safetensors file" in with_lora(cut)
     foreign = tmp_path / "foreign.safetensors"
     save_tensors(foreign, {"transformer.weight": torch.zeros(2, 2)})
-    assert "is not a LoRA of a UNet in the diffusers form: it holds 'transformer.weight'" in with_lora(foreign)
+    assert "is not a LoRA of a UNet in a known spelling: it holds 'transformer.weight'" in with_lora(foreign)
     pickled = tmp_path / "lora.bin"
     pickled.write_bytes(b"\x80\x04")
     assert "pickled weights are never read" in with_lora(pickled)

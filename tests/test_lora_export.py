@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from fewstep.backbones.folder import read_folder
 from fewstep.backbones.sd import load_backbone
 from fewstep.errors import UserError
-from fewstep.export.header import check_lora, read_header, read_safetensors_header
-from fewstep.export.lora import check_base, merge_lora, read_lora, save_lora
+from fewstep.export.header import LoraHeader, check_lora, read_header
+from fewstep.export.lora import merge_lora, read_lora, save_lora
+from fewstep.export.tensor_header import Entry, read_safetensors_header
 from fewstep.roles import AdapterRoles, add_adapter
 from fewstep.settings import Sampling
 from fewstep.tensors import save_tensors
@@ -77,7 +78,7 @@ def test_merging_equals_the_adapter_and_plain_diffusers(make: Make, tiny_pipelin
     network = load_backbone(tiny_pipeline).network
     plain = outputs(network)
     assert float((plain - expected).abs().max()) > 1e-2  # the student is another network
-    merge_lora(network, read_lora(file))
+    merge_lora(network, read_lora(check_lora(file, read_folder(tiny_pipeline))))
     torch.testing.assert_close(outputs(network), expected, atol=1e-5, rtol=1e-5)
 
     pipeline: Any = StableDiffusionPipeline.from_pretrained(tiny_pipeline, safety_checker=None)
@@ -98,13 +99,11 @@ def test_the_file_carries_its_settings_and_its_base(make: Make, tiny_pipeline: P
     adapter = json.loads(metadata["lora_adapter_metadata"])
     assert (adapter["unet.r"], adapter["unet.lora_alpha"]) == (RANK, RANK)
     assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16}
-    lora = read_lora(file.parent)
+    lora = read_lora(check_lora(file.parent, read_folder(tiny_pipeline)))
     assert (lora.base, lora.sampling) == (base, SAMPLING)
     assert all(tensor.dtype == torch.float32 for tensor in lora.down.values())
     kinds = {len(tensor.shape) for tensor in lora.down.values()}
     assert kinds == {2, 4}  # linear and convolution
-    check_base(lora, load_backbone(tiny_pipeline).network, base, file)
-    assert check_lora(file, read_folder(tiny_pipeline)).sampling == SAMPLING
 
 
 def test_the_same_student_gives_the_same_bytes(make: Make) -> None:
@@ -150,7 +149,7 @@ def test_the_merge_by_hand(kind: str, tmp_path: Path) -> None:
     metadata = {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 6})}
     save_tensors(file, {"unet.layer.lora_A.weight": a, "unet.layer.lora_B.weight": b}, metadata)
     before = layer.weight.detach().clone()  # type: ignore[union-attr, operator]
-    merge_lora(network, read_lora(file))
+    merge_lora(network, read_lora(read_header(file, {"layer.weight": tuple(before.shape)})))
     product = torch.einsum("or,ri...->oi...", b.flatten(1), a)
     torch.testing.assert_close(layer.weight.detach(), before + 3 * product)  # type: ignore[union-attr, operator, arg-type]
 
@@ -159,6 +158,11 @@ def lora_file(path: Path, a: tuple[int, ...] = (2, 3), b: tuple[int, ...] = (5, 
     tensors = {"unet.x.lora_A.weight": torch.zeros(a), "unet.x.lora_B.weight": torch.zeros(b)}
     save_tensors(path, tensors, {key: json.dumps(value) for key, value in metadata.items()})
     return path
+
+
+def header_of(path: Path) -> LoraHeader:
+    """As if the base had one layer, x."""
+    return read_header(path, {"x.weight": (5, 3)})
 
 
 @pytest.mark.parametrize(
@@ -172,8 +176,8 @@ def lora_file(path: Path, a: tuple[int, ...] = (2, 3), b: tuple[int, ...] = (5, 
     ],
 )
 def test_scales_of_foreign_adapters(adapter: dict[str, Any], scale: float, tmp_path: Path) -> None:
-    header = read_header(lora_file(tmp_path / "a.safetensors", lora_adapter_metadata=adapter))
-    assert header.scale == {"x": pytest.approx(scale)}
+    header = header_of(lora_file(tmp_path / "a.safetensors", lora_adapter_metadata=adapter))
+    assert header.layers["x"].scale == pytest.approx(scale)
     assert (header.base, header.sampling) == ("", None)
 
 
@@ -185,37 +189,44 @@ def test_scales_of_foreign_adapters(adapter: dict[str, Any], scale: float, tmp_p
         ({"fewstep": {"sampling": {"stpes": 1}}}, "unknown key stpes; the nearest known one is steps"),
         ({"lora_adapter_metadata": {"unet.lora_alpha": "much"}}, "has broken metadata"),
         ({"lora_adapter_metadata": 3}, "has broken metadata"),
+        ({"lora_adapter_metadata": {"unet.lora_alpha": float("inf")}}, "has broken metadata: alpha is inf"),
+        ({"lora_adapter_metadata": {"unet.alpha_pattern": {"(": 1}}}, "has broken metadata"),
     ],
 )
 def test_broken_records_are_refused(metadata: dict[str, Any], words: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=words):
-        read_lora(lora_file(tmp_path / "a.safetensors", **metadata))
+        header_of(lora_file(tmp_path / "a.safetensors", **metadata))
 
 
 def test_broken_shapes_are_refused(tmp_path: Path) -> None:
     for a, b in (((2, 3), (5, 3)), ((2, 3, 3, 3), (5, 2, 3, 3))):
         with pytest.raises(UserError, match="do not fit"):
-            read_lora(lora_file(tmp_path / "a.safetensors", a, b))
+            header_of(lora_file(tmp_path / "a.safetensors", a, b))
     file = tmp_path / "half.safetensors"
     save_tensors(file, {"unet.x.lora_A.weight": torch.zeros(2, 3)})
     with pytest.raises(UserError, match="it holds 1 A and 0 B matrices"):
-        read_lora(file)
-    save_tensors(file, {"unet.x.lora_A.weight": torch.zeros(2, 3), "unet.x.alpha": torch.zeros(())})
-    with pytest.raises(UserError, match=r"it holds 'unet.x.alpha'"):
-        read_lora(file)
+        header_of(file)
+    save_tensors(file, {"unet.x.lora_A.weight": torch.zeros(2, 3), "unet.x.beta": torch.zeros(())})
+    with pytest.raises(UserError, match=r"it holds 'unet.x.beta'"):
+        header_of(file)
     save_tensors(file, {})
     with pytest.raises(UserError, match="it holds 0 A and 0 B"):
-        read_lora(file)
+        header_of(file)
 
 
 def test_headers_say_what_files_hold(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     tensors = {"a": torch.zeros(2, 3), "b": torch.zeros((), dtype=torch.int64), "c": torch.zeros(0, 4)}
     save_tensors(file, tensors, {"z": "1", "é": "2", "a": "3"})
-    metadata, shapes = read_safetensors_header(file)
+    metadata, entries = read_safetensors_header(file)
     assert metadata == {"a": "3", "z": "1", "é": "2"}
     assert list(metadata) == ["a", "z", "é"]
-    assert shapes == {"a": (2, 3), "b": (), "c": (0, 4)}
+    start = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    assert entries == {
+        "b": Entry("I64", (), start),  # the widest type comes first
+        "a": Entry("F32", (2, 3), start + 8),
+        "c": Entry("F32", (0, 4), start + 32),
+    }
     assert set(load_file(file)) == {"a", "b", "c"}
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.backbones.folder import read_folder
 from fewstep.backbones.sd import StableDiffusion, load_backbone
 from fewstep.denoiser import Condition, Denoiser
 from fewstep.errors import UserError
-from fewstep.export.lora import check_base, merge_lora, read_lora
+from fewstep.export.header import check_lora
+from fewstep.export.lora import merge_lora, read_lora
 from fewstep.export.pipeline import teacher_sampling
 from fewstep.files import atomic_write
 from fewstep.inference import draw_latents
@@ -78,13 +79,11 @@ def load_artist(teacher: Path, lora: Path | str | None = None, device: torch.dev
         UserError: not a pipeline, not a LoRA, or a LoRA of another base.
     """
     folder = read_folder(teacher)
-    student = read_lora(lora) if lora is not None else None
+    student = check_lora(lora, folder) if lora is not None else None
     backbone = load_backbone(folder.path, device)
     if student is None:
         return artist_of(backbone, teacher_sampling(folder.path))
-    network: nn.Module = backbone.network
-    check_base(student, network, folder.fingerprint("unet") if student.base else "", str(lora))
-    merge_lora(network, student)
+    merge_lora(backbone.network, read_lora(student))
     return artist_of(backbone, student.sampling or Sampling())
 
 

@@ -13,37 +13,33 @@ from typing import Any
 from fewstep.backbones.folder import PipelineFolder
 from fewstep.config import validate
 from fewstep.errors import UserError
+from fewstep.export.spellings import PEFT_PREFIX, Keys, find_keys
+from fewstep.export.tensor_header import Entry, Shape, read_numbers, read_safetensors_header
+from fewstep.files import read_json
 from fewstep.settings import Sampling
 
 FILE = "pytorch_lora_weights.safetensors"
 """The file name that diffusers looks for in a folder."""
-Shape = tuple[int, ...]
+METADATA = "lora_adapter_metadata"
+"""Where diffusers keeps rank, alpha and targets in a file's metadata."""
+_PEFT_FILE = "adapter_model.safetensors"
+_PEFT_CONFIG = "adapter_config.json"
 
 
-def read_safetensors_header(path: Path) -> tuple[dict[str, str], dict[str, Shape]]:
-    """The metadata and the shape of every tensor of a safetensors file.
+@dataclass(frozen=True)
+class LoraLayer:
+    """The LoRA of one layer, without its weights.
 
-    Raises:
-        UserError: missing, truncated or of another format.
+    Attributes:
+        keys: what the file calls A and B.
+        a, b: shapes of A [r, in, ...] and B [out, r, ...].
+        scale: alpha / rank (alpha / sqrt(rank) for a rank-stabilised one).
     """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise ValueError("its header is cut off")
-            header = json.loads(stream.read(length))
-        metadata = header.pop("__metadata__", {})
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if 8 + length + end != size:
-            raise ValueError(f"it has {size} bytes, its header promises {8 + length + end}")
-        return metadata, {name: tuple(entry["shape"]) for name, entry in header.items()}
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        raise UserError(f"{path} is not a whole safetensors file: {error}") from error
+
+    keys: tuple[str, str]
+    a: Shape
+    b: Shape
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -52,17 +48,14 @@ class LoraHeader:
 
     Attributes:
         file: where it lies.
-        down, up: module name -> shape of A [r, in, ...] and B [out, r, ...].
-        scale: module name -> alpha / rank (alpha / sqrt(rank) for a rank-stabilised one).
+        layers: module name in the base -> its LoRA.
         base: sha256 of the UNet weights it was trained on, or "" if the file does not say.
         sampling: how to sample with it; None if the file does not say.
         notes: the whole `fewstep` record.
     """
 
     file: Path
-    down: dict[str, Shape]
-    up: dict[str, Shape]
-    scale: dict[str, float]
+    layers: dict[str, LoraLayer]
     base: str
     sampling: Sampling | None
     notes: dict[str, Any]
@@ -78,51 +71,92 @@ def _record(metadata: Mapping[str, str], key: str, file: Path) -> dict[str, Any]
     return record
 
 
-def _scales(adapter: Mapping[str, Any], ranks: Mapping[str, int], file: Path) -> dict[str, float]:
-    """Scale of each module, by PEFT's rules; 1 where the file does not say."""
+def _adapter(file: Path, metadata: Mapping[str, str], by_peft: bool) -> dict[str, Any]:
+    """What trained the LoRA says of its scales: in the metadata (diffusers) or in a file beside it (PEFT)."""
+    config = file.parent / _PEFT_CONFIG
+    if not by_peft or METADATA in metadata or not config.is_file():
+        return _record(metadata, METADATA, file)
+    record = read_json(config)
+    if not isinstance(record, dict):
+        raise UserError(f"{config} is no mapping")
+    return {f"unet.{key}": value for key, value in record.items()}
+
+
+def _scales(
+    adapter: Mapping[str, Any], alphas: Mapping[str, float], ranks: Mapping[str, int], file: Path
+) -> dict[str, float]:
+    """Scale of each module: from its own alpha, else by PEFT's rules from the adapter's; 1 where no one says."""
     patterns: dict[str, Any] = adapter.get("unet.alpha_pattern") or {}
     scales = {}
     try:
         for module, rank in ranks.items():
+            if module in alphas:
+                scales[module] = alphas[module] / rank
+                continue
             named = (a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
             alpha = float(next(named, adapter.get("unet.lora_alpha", rank)))
             scales[module] = alpha / (math.sqrt(rank) if adapter.get("unet.use_rslora") else rank)
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+            if not math.isfinite(scales[module]):
+                raise ValueError(f"alpha is {alpha}")
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError, re.error) as error:
         raise UserError(f"{file} has broken metadata: {error}") from error
     return scales
 
 
-def read_header(path: Path | str) -> LoraHeader:
-    """Read the header of a LoRA file, or of the one in a folder.
+def _shapes(file: Path, found: Mapping[str, Keys], entries: Mapping[str, Entry]) -> dict[str, tuple[Shape, Shape]]:
+    """Shapes of A and B of every layer, which must be there and fit."""
+    lacking = next((f", of {module} not both" for module, keys in found.items() if not (keys.A and keys.B)), "")
+    if not found or lacking:
+        ups, downs = sum(bool(keys.B) for keys in found.values()), sum(bool(keys.A) for keys in found.values())
+        raise UserError(f"{file} is not a whole LoRA: it holds {downs} A and {ups} B matrices{lacking}")
+    shapes = {module: (entries[keys.A].shape, entries[keys.B].shape) for module, keys in found.items()}
+    for module, (a, b) in shapes.items():
+        if min(len(a), len(b)) < 2 or 0 in a or b[1] != a[0] or math.prod(b[2:]) != 1:
+            raise UserError(f"{file} is not a whole LoRA: A {a} and B {b} of {module} do not fit")
+    return shapes
 
-    Raises:
-        UserError: missing, truncated, not safetensors, or not a LoRA of a UNet in the diffusers form.
-    """
-    path = Path(path)
-    file = path / FILE if path.is_dir() else path
+
+def _find_file(path: Path) -> Path:
     if (path / "model_index.json").is_file():
         raise UserError(f"lora = {str(path)!r} is a whole pipeline; give it as the teacher, with lora = 'none'")
+    file = path
+    if path.is_dir():
+        file = path / (_PEFT_FILE if (path / _PEFT_FILE).is_file() and not (path / FILE).is_file() else FILE)
     if not file.is_file():
         raise UserError(f"lora = {str(path)!r} does not exist or holds no {FILE}")
     if file.suffix != ".safetensors":
         raise UserError(f"lora = {str(path)!r} is not a .safetensors file; pickled weights are never read")
-    metadata, shapes = read_safetensors_header(file)
-    down: dict[str, Shape] = {}
-    up: dict[str, Shape] = {}
-    for name, shape in shapes.items():
-        module, dot, kind = name.removeprefix("unet.").rpartition(".lora_")
-        if not name.startswith("unet.") or not dot or kind not in ("A.weight", "B.weight") or len(shape) < 2:
-            raise UserError(f"{file} is not a LoRA of a UNet in the diffusers form: it holds {name!r}")
-        (down if kind == "A.weight" else up)[module] = shape
-    if not down or set(down) != set(up):
-        raise UserError(f"{file} is not a whole LoRA: it holds {len(down)} A and {len(up)} B matrices")
-    for module, a in down.items():
-        if up[module][1] != a[0] or math.prod(up[module][2:]) != 1:
-            raise UserError(f"{file} is not a whole LoRA: A {a} and B {up[module]} of {module} do not fit")
+    return file
+
+
+def read_header(path: Path | str, weights: Mapping[str, Shape]) -> LoraHeader:
+    """Read the header of a LoRA file, or of the one in a folder, in any of the spellings of `export.spellings`.
+
+    Args:
+        path: the file or the folder.
+        weights: shapes of the base's UNet, by parameter name: the LoRA's layers are found among them.
+
+    Raises:
+        UserError: missing, truncated, not safetensors, not a LoRA of a UNet alone, or of a UNet with other layers.
+    """
+    file = _find_file(Path(path))
+    metadata, entries = read_safetensors_header(file)
+    modules = {name.removesuffix(".weight") for name in weights if name.endswith(".weight")}
+    found = find_keys(entries, modules, file)
+    shapes = _shapes(file, found, entries)
+    values = read_numbers(file, {keys.alpha: entries[keys.alpha] for keys in found.values() if keys.alpha})
+    adapter = _adapter(file, metadata, any(PEFT_PREFIX in key for key in entries))
+    alphas = {module: values[keys.alpha] for module, keys in found.items() if keys.alpha}
+    scales = _scales(adapter, alphas, {module: a[0] for module, (a, _) in shapes.items()}, file)
+    layers = {m: LoraLayer((keys.A, keys.B), *shapes[m], scales[m]) for m, keys in found.items()}
     notes = _record(metadata, "fewstep", file)
-    scale = _scales(_record(metadata, "lora_adapter_metadata", file), {m: a[0] for m, a in down.items()}, file)
     sampling = validate(Sampling, notes["sampling"]) if isinstance(notes.get("sampling"), dict) else None
-    return LoraHeader(file, down, up, scale, str(notes.get("base") or ""), sampling, notes)
+    return LoraHeader(file, layers, str(notes.get("base") or ""), sampling, notes)
+
+
+def _plain(shape: Shape) -> Shape:
+    """A 1x1 convolution is a linear layer: trainers write either for the other."""
+    return shape[:2] if math.prod(shape[2:]) == 1 else shape
 
 
 def check_fits(header: LoraHeader, weights: Mapping[str, Shape], fingerprint: str, name: str) -> None:
@@ -141,13 +175,20 @@ def check_fits(header: LoraHeader, weights: Mapping[str, Shape], fingerprint: st
         raise UserError(
             f"lora = {name!r} was trained on another base (sha256 {header.base[:12]}, this one {fingerprint[:12]})"
         )
-    for module, a in header.down.items():
-        shape = weights.get(f"{module}.weight")
-        if shape is None:
-            raise UserError(f"lora = {name!r} is for another base: this one has no layer {module}")
-        want = (header.up[module][0], *a[1:])
-        if tuple(shape) != want:
-            raise UserError(f"lora = {name!r} is for another base: {module} is {tuple(shape)}, not {want}")
+    for module, layer in header.layers.items():
+        shape, want = weights[f"{module}.weight"], (layer.b[0], *layer.a[1:])
+        if _plain(shape) != _plain(want):
+            raise UserError(f"lora = {name!r} is for another base: {module} is {shape}, not {want}")
+
+
+def base_shapes(folder: PipelineFolder) -> dict[str, Shape]:
+    """Shapes of a pipeline folder's UNet, by parameter name.
+
+    Raises:
+        UserError: broken weight files.
+    """
+    files = sorted((folder.path / "unet").glob("*.safetensors"))
+    return {name: entry.shape for file in files for name, entry in read_safetensors_header(file)[1].items()}
 
 
 def check_lora(path: Path | str, folder: PipelineFolder) -> LoraHeader:
@@ -156,9 +197,7 @@ def check_lora(path: Path | str, folder: PipelineFolder) -> LoraHeader:
     Raises:
         UserError: as `read_header` and `check_fits`.
     """
-    header = read_header(path)
-    weights: dict[str, Shape] = {}
-    for file in sorted((folder.path / "unet").glob("*.safetensors")):
-        weights |= read_safetensors_header(file)[1]
+    weights = base_shapes(folder)
+    header = read_header(path, weights)
     check_fits(header, weights, folder.fingerprint("unet") if header.base else "", str(path))
     return header

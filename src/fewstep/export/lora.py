@@ -1,8 +1,9 @@
-"""LoRA files in the diffusers form: what `load_lora_weights` reads, with our inference settings in the metadata.
+"""LoRA files: written in the diffusers form with our inference settings in the metadata, read in any spelling.
 
-Keys are `unet.<module>.lora_A.weight` and `.lora_B.weight`; the file's metadata holds diffusers' own
-`lora_adapter_metadata` (rank, alpha, targets) and `fewstep`, a JSON record of the method, the settings to sample
-with and the sha256 of the base's UNet weights.
+The keys that are written are `unet.<module>.lora_A.weight` and `.lora_B.weight`, as diffusers' `load_lora_weights`
+reads them; the file's metadata holds diffusers' own `lora_adapter_metadata` (rank, alpha, targets) and `fewstep`, a
+JSON record of the method, the settings to sample with and the sha256 of the base's UNet weights. What is read is told
+in `export.spellings`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.export.header import FILE, LoraHeader, check_fits, read_header
+from fewstep.export.header import FILE, METADATA, LoraHeader
 from fewstep.files import atomic_write
 from fewstep.settings import Sampling
 from fewstep.tensors import load_tensors, save_tensors
@@ -28,7 +29,7 @@ class Lora:
 
     Attributes:
         header: what the file says of itself: scales, base, how to sample with it.
-        down, up: module name -> A [r, in, ...] and B [out, r, ...], fp32.
+        down, up: module name in the base -> A [r, in, ...] and B [out, r, ...], fp32.
     """
 
     header: LoraHeader
@@ -77,32 +78,21 @@ def save_lora(
         "unet.target_modules": sorted(targets),
         "unet.peft_type": "LORA",
     }
-    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(adapter), "fewstep": json.dumps(record)}
+    metadata = {"format": "pt", METADATA: json.dumps(adapter), "fewstep": json.dumps(record)}
     with atomic_write(file) as part:
         save_tensors(part, {f"unet.{name}": tensor.to(dtype) for name, tensor in weights.items()}, metadata)
     return file
 
 
-def read_lora(path: Path | str) -> Lora:
-    """Read a LoRA file or the folder that holds it.
+def read_lora(header: LoraHeader) -> Lora:
+    """Read the weights of a LoRA whose header was found good (`header.check_lora`).
 
     Raises:
-        UserError: missing, truncated, not safetensors, or not a LoRA of a UNet in the diffusers form.
+        UserError: the file is not whole.
     """
-    header = read_header(path)
-    tensors = {name: tensor.float() for name, tensor in load_tensors(header.file).items()}
-    down, up = ({m: tensors[f"unet.{m}.lora_{kind}.weight"] for m in header.down} for kind in "AB")
+    tensors = load_tensors(header.file)
+    down, up = ({name: tensors[layer.keys[i]].float() for name, layer in header.layers.items()} for i in (0, 1))
     return Lora(header, down, up)
-
-
-def check_base(lora: Lora, network: nn.Module, fingerprint: str, path: Path | str) -> None:
-    """Refuse a LoRA that was trained on another base or does not fit this one.
-
-    Raises:
-        UserError: naming the first thing that differs.
-    """
-    weights = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
-    check_fits(lora.header, weights, fingerprint, str(path))
 
 
 @torch.no_grad()
@@ -112,4 +102,4 @@ def merge_lora(network: nn.Module, lora: Lora) -> None:
     for name, a in lora.down.items():
         weight: Any = modules[name].weight
         delta = lora.up[name].flatten(1) @ a.flatten(1)
-        weight += (lora.header.scale[name] * delta).reshape(weight.shape).to(weight)
+        weight += (lora.header.layers[name].scale * delta).reshape(weight.shape).to(weight)

@@ -1,0 +1,81 @@
+"""The header of a safetensors file, and single numbers out of it: without torch, in milliseconds."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fewstep.errors import UserError
+
+Shape = tuple[int, ...]
+
+_BROKEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, struct.error)
+_NUMBERS = {"F64": "d", "F32": "f", "F16": "e", "I64": "q", "I32": "i", "I16": "h", "I8": "b", "U8": "B"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: its type, by safetensors' name, its shape, and where its bytes start in the file."""
+
+    dtype: str
+    shape: Shape
+    start: int
+
+
+def read_safetensors_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
+    """The metadata of a safetensors file and what it says of every tensor.
+
+    Raises:
+        UserError: missing, truncated or of another format.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise ValueError("its header is cut off")
+            header = json.loads(stream.read(length))
+        metadata = dict(header.pop("__metadata__", {}))
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if 8 + length + end != size:
+            raise ValueError(f"it has {size} bytes, its header promises {8 + length + end}")
+        return metadata, {
+            name: Entry(str(entry["dtype"]), tuple(map(int, entry["shape"])), 8 + length + entry["data_offsets"][0])
+            for name, entry in header.items()
+        }
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except _BROKEN as error:
+        raise UserError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def read_numbers(path: Path, entries: Mapping[str, Entry]) -> dict[str, float]:
+    """The values of tensors that hold one number each.
+
+    Raises:
+        UserError: a tensor that holds none or many, a type that is no number's, or a number that is not finite.
+    """
+    numbers: dict[str, float] = {}
+    with path.open("rb") as stream:
+        for name, entry in entries.items():
+            try:
+                if math.prod(entry.shape) != 1:
+                    raise ValueError(f"its shape is {entry.shape}")
+                stream.seek(entry.start)
+                if entry.dtype == "BF16":  # the upper half of a float32
+                    value = struct.unpack("<f", b"\0\0" + stream.read(2))[0]
+                else:
+                    code = f"<{_NUMBERS[entry.dtype]}"
+                    value = struct.unpack(code, stream.read(struct.calcsize(code)))[0]
+                if not math.isfinite(value):
+                    raise ValueError(f"it is {value}")
+            except _BROKEN as error:
+                raise UserError(f"{path}: {name!r} is not one number: {error}") from error
+            numbers[name] = float(value)
+    return numbers
