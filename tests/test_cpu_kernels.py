@@ -242,3 +242,9 @@ def test_a_faster_autoencoder_is_the_same_autoencoder() -> None:
     for ours, theirs in zip(*outputs, strict=True):
         assert float((ours - theirs).abs().max()) < 1e-5 * float(theirs.abs().max())
     assert_same_gradients(gradients(swift), gradients(plain))
+
+
+def test_a_norm_without_weights_still_works() -> None:
+    norm = nn.GroupNorm(8, CHANNELS, affine=False)
+    x = activations(SHAPES["pictures"])
+    torch.testing.assert_close(fast(norm)(x), norm(x), rtol=1e-5, atol=1e-5)
