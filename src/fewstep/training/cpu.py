@@ -59,8 +59,8 @@ class FastGroupNorm(nn.GroupNorm):
     """`nn.GroupNorm` with the fast CPU backward; equal to it to fp32 rounding."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise; anything but CPU pictures or rows goes to the built-in kernel."""
-        if input.device.type != "cpu" or input.dim() not in (3, 4):
+        """Normalise; anything but CPU pictures or rows, or a norm without weights, goes to the built-in kernel."""
+        if input.device.type != "cpu" or input.dim() not in (3, 4) or not self.affine:
             return super().forward(input)
         x = input if input.dim() == 4 else input.unsqueeze(-1)
         out: Tensor = _GroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)  # type: ignore[no-untyped-call,operator]
