@@ -62,8 +62,8 @@ def refuse(capsys: pytest.CaptureFixture[str]) -> Refuse:
 @pytest.fixture
 def distilled(tiny_pipeline: Path, tmp_path: Path) -> Path:
     """A LoRA of the tiny pipeline, whole and honest: zero but for its shape."""
-    from fewstep.backbones.folder import read_folder
     from fewstep.export.lora import save_lora
+    from fewstep.folder import read_folder
     from fewstep.settings import Sampling
 
     layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"

@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.backbones.folder import PipelineFolder, read_folder
 from fewstep.backbones.sd import load_backbone
 from fewstep.errors import UserError
 from fewstep.export.header import base_shapes, check_lora
 from fewstep.export.lora import merge_lora, read_lora
 from fewstep.export.spellings import original_names
 from fewstep.export.tensor_header import read_numbers, read_safetensors_header
+from fewstep.folder import PipelineFolder, read_folder
 from fewstep.tensors import save_tensors
 
 RANK = 4
@@ -387,7 +387,7 @@ def test_a_foreign_lora_is_checked_at_once(folder: PipelineFolder, matrices: Mat
         seconds.append(time.process_time() - start)
     assert min(seconds) < 0.1
     code = (
-        "import sys\nfrom fewstep.backbones.folder import read_folder\nfrom fewstep.export.header import check_lora\n"
+        "import sys\nfrom fewstep.folder import read_folder\nfrom fewstep.export.header import check_lora\n"
         "print(len(check_lora(sys.argv[1], read_folder(sys.argv[2])).layers), 'torch' in sys.modules)"
     )
     done = subprocess.run(

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from fewstep import api
-from fewstep.backbones.folder import read_folder
 from fewstep.backbones.sd import LORA_TARGETS
 from fewstep.export.lora import save_lora
+from fewstep.folder import read_folder
 from fewstep.settings import Sampling
 
 SCRIPT = """

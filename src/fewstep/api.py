@@ -10,9 +10,9 @@ from fewstep.config import merge, parse_overrides, read_yaml, validate
 from fewstep.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from fewstep.backbones.folder import PipelineFolder
     from fewstep.estimate import Estimated
     from fewstep.evaluation.metric import Figure
+    from fewstep.folder import PipelineFolder
     from fewstep.settings import Sampling
 
 BUNDLED_STUDENTS = ("tcd", "lcm")
@@ -38,9 +38,9 @@ def distill(
     Raises:
         UserError: anything wrong, in one line, before any long work.
     """
-    from fewstep.backbones.folder import read_folder
     from fewstep.data.prompts import read_prompts
     from fewstep.files import check_writable
+    from fewstep.folder import read_folder
     from fewstep.settings import resolve, teacher_path
     from fewstep.training.run import check_same_run
 
@@ -90,9 +90,9 @@ def sample(
     Raises:
         UserError: no prompt, a setting out of range, a LoRA of another base, an unwritable place.
     """
-    from fewstep.backbones.folder import read_folder
     from fewstep.data.prompts import read_prompts
     from fewstep.files import check_writable
+    from fewstep.folder import read_folder
     from fewstep.settings import teacher_path
 
     wanted = [*prompts, *(read_prompts(prompt_file) if prompt_file else [])]
@@ -152,10 +152,10 @@ def evaluate(
     Raises:
         UserError: anything wrong, in one line, before any long work.
     """
-    from fewstep.backbones.folder import read_folder
     from fewstep.data.prompts import read_prompts
     from fewstep.export.pipeline import teacher_sampling
     from fewstep.files import check_writable
+    from fewstep.folder import read_folder
     from fewstep.settings import Sampling, teacher_path
 
     prompts = read_prompts(prompt_file)
@@ -274,9 +274,9 @@ def teacher_card(
     Raises:
         UserError: anything wrong with the settings, the place or the installation, before any long work.
     """
-    from fewstep.backbones.folder import read_folder
     from fewstep.export.pipeline import teacher_sampling
     from fewstep.files import check_writable
+    from fewstep.folder import read_folder
     from fewstep.settings import Sampling, teacher_path
 
     folder = read_folder(teacher_path(teacher))

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fewstep.backbones.folder import read_folder
 from fewstep.backbones.sd import StableDiffusion, load_backbone
 from fewstep.data import pictures
 from fewstep.data.latents import LatentSet, latent_set
@@ -28,6 +27,7 @@ from fewstep.estimate import Estimated, estimate
 from fewstep.export.lora import save_lora
 from fewstep.export.pipeline import save_pipeline
 from fewstep.files import sweep
+from fewstep.folder import read_folder
 from fewstep.loss import Loss
 from fewstep.objectives.consistency import consistency_loss
 from fewstep.roles import SeparateRoles

@@ -11,7 +11,6 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from fewstep.backbones.folder import read_folder
 from fewstep.backbones.sd import StableDiffusion, load_backbone
 from fewstep.denoiser import Condition, Denoiser
 from fewstep.errors import UserError
@@ -19,6 +18,7 @@ from fewstep.export.header import check_lora
 from fewstep.export.lora import merge_lora, read_lora
 from fewstep.export.pipeline import teacher_sampling
 from fewstep.files import atomic_write
+from fewstep.folder import read_folder
 from fewstep.inference import draw_latents
 from fewstep.roles import BASE
 from fewstep.settings import TEACHER_SAMPLING, Sampling

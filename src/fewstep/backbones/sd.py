@@ -11,9 +11,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fewstep.backbones.folder import PipelineFolder, read_folder
 from fewstep.denoiser import Condition
 from fewstep.errors import UserError
+from fewstep.folder import PipelineFolder, read_folder
 from fewstep.names import Prediction
 from fewstep.schedule import VariancePreserving
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fewstep.backbones.folder import PipelineFolder
 from fewstep.config import validate
 from fewstep.errors import UserError
 from fewstep.export.spellings import PEFT_PREFIX, Keys, find_keys
 from fewstep.export.tensor_header import Entry, Shape, read_numbers, read_safetensors_header
 from fewstep.files import read_json
+from fewstep.folder import PipelineFolder
 from fewstep.settings import Sampling
 
 FILE = "pytorch_lora_weights.safetensors"
