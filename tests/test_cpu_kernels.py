@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.training.cpu import FastGroupNorm, speed_up
-from fewstep.world.train_unet import UnetConfig, make_unet
-from fewstep.world.train_vae import VaeConfig, make_vae
+from fewstep.world.settings import UnetConfig, VaeConfig
+from fewstep.world.train_unet import make_unet
+from fewstep.world.train_vae import make_vae
 
 CHANNELS = 24
 SHAPES = {"pictures": (3, CHANNELS, 6, 5), "one pixel wide": (2, CHANNELS, 7, 1), "rows": (3, CHANNELS, 14)}
