@@ -262,6 +262,17 @@ def test_diffusers_loads_the_shards_that_are_written(
         assert json.loads(index.read_text())["metadata"]["total_size"] == total
 
 
+def test_a_tensor_above_the_limit_gets_a_shard_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors are not cut; no file is empty, wherever the large one stands."""
+    unet = tiny_unet()
+    monkeypatch.setattr(teacher, "SHARD_BYTES", 1000)
+    assert next(iter(unet.state_dict().values())).numel() * 2 > 1000, "the first tensor is above it"
+    teacher.save_sharded(tmp_path, unet)
+    for file in tmp_path.glob("*.safetensors"):
+        tensors = list(load_file(file).values())
+        assert len(tensors) == 1 or 0 < sum(tensor.nbytes for tensor in tensors) <= 1000
+
+
 # ---------------------------------------------------------------------------------------- whole trainings
 
 

@@ -62,7 +62,7 @@ def save_sharded(folder: Path, module: Any, stem: str = "diffusion_pytorch_model
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, value in tensors.items():
-        if size + value.nbytes > SHARD_BYTES:
+        if shards[-1] and size + value.nbytes > SHARD_BYTES:
             shards.append({})
             size = 0
         shards[-1][name] = value
