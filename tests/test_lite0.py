@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib import cbook
 from PIL import Image
 from torch import Tensor
 
@@ -78,16 +79,45 @@ def test_padding_is_tensorflows() -> None:
     assert padded[0, 0, :, 5].tolist() == [0, *[1] * 8, 0, 0], "one row at the top, two at the bottom"
 
 
-def test_a_photograph_of_a_temple_looks_like_one(backbone: Lite0Backbone) -> None:
-    """A gradient from sky to ground is not enough: the classifier's own head has to recognise a photograph."""
-    datasets = pytest.importorskip("sklearn.datasets")
+# Every 40th feature, as efficientnet_lite_pytorch 0.1.0 computes it in fp32: another implementation of the network, by
+# those who published the weights.
+EVERY = 40
+OF_CURVES = """
+    1.8411 0.2336 0 0.0171 0 0 0 0 0 0.3382 2.4127 2.9805 0.9672 0 0 0.2936
+    0 0 0 0.0682 2.1224 0 0 2.2974 0.1040 0.3551 0 0.8818 0 0 0.0645 0
+"""
+OF_AN_OCTOPUS = """
+    0 0.9254 0 0 0.9012 3.5492 0 0.3926 0.3836 0.9581 1.0965 1.6960 0 0 0 0.1982
+    0 0 0 0 0 0 0.2921 0 0 0 0 0 0 0 0 0.3854
+"""
+
+
+def test_features_are_those_of_another_implementation(backbone: Lite0Backbone, gallery: Gallery) -> None:
+    """A picture of the network's own size, and an emoji that is enlarged to it (there by Pillow)."""
+    y, x = np.mgrid[:128, :128]
+    curves = np.stack([3 * x + 2 * y, x * y, x * x // 16 + 5 * y], -1).astype(np.uint8)
+    octopus = next(row for row, record in enumerate(gallery.data.records) if record.id == "noto/1f419")
+    for picture, golden, total, tolerance in (
+        (curves, OF_CURVES, 477.526, 5e-4),
+        (gallery.data.pictures[octopus], OF_AN_OCTOPUS, 376.585, 5e-3),
+    ):
+        found = backbone(picture[None])[0]
+        assert np.abs(found[::EVERY] - np.array(golden.split(), float)).max() < tolerance
+        assert float(found.sum(dtype=np.float64)) == pytest.approx(total, rel=tolerance)
+
+
+def test_a_photograph_of_an_officer_looks_like_one(backbone: Lite0Backbone) -> None:
+    """The classifier's own head recognises a photograph, as surely as it does after the other implementation."""
     state = torch.load(lite0_weights.source(), weights_only=True)
-    picture = Image.fromarray(datasets.load_sample_image("china.jpg")).crop((106, 0, 533, 427))
-    x = torch.from_numpy(np.array(picture.resize((224, 224), Image.Resampling.BICUBIC))).permute(2, 0, 1)
+    with cbook.get_sample_data("grace_hopper.jpg") as stream, Image.open(stream) as image:
+        picture = image.convert("RGB").resize((224, 224), Image.Resampling.BICUBIC)
+    x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
     with torch.no_grad():
         logits = backbone.network((x[None].float() - 127) / 128) @ state["_fc.weight"].T + state["_fc.bias"]
-    palace = 698
-    assert int(logits.argmax()) == palace
+    chances = logits[0].softmax(0)
+    military_uniform = 652
+    assert int(chances.argmax()) == military_uniform
+    assert float(chances[military_uniform]) == pytest.approx(0.463, abs=0.02)
 
 
 def test_pictures_are_read_as_pillow_enlarges_them(backbone: Lite0Backbone, gallery: Gallery) -> None:
