@@ -29,6 +29,15 @@ class VaeConfig(Config):
     optim: OptimConfig = OptimConfig(lr=6e-4, warmup=200, decay="cosine", ema=0.998, weight_decay=0.01)
 
 
+class DecoderConfig(Config):
+    """The decoder once more, alone, on noisy latents."""
+
+    noise: float = Field(0.25, ge=0, description="largest standard deviation of the noise on latents")
+    slopes: float = Field(1.0, ge=0, description="weight of the error of slopes beside that of pictures")
+    loop: LoopConfig = LoopConfig(steps=2500, batch=16, save_every=250, watch_every=500, precision="bf16")
+    optim: OptimConfig = OptimConfig(lr=5e-4, warmup=100, decay="cosine", ema=0.998, weight_decay=0.01)
+
+
 class UnetConfig(Config):
     """The denoiser: an eps-prediction UNet over 8x8 latents with cross-attention to the text states."""
 
@@ -54,6 +63,7 @@ class TeacherConfig(Config):
     autoencoder: str = Field("", description="folder of a finished AutoencoderKL to keep; empty to train one")
     vae: VaeConfig = Field(VaeConfig(), description="the autoencoder")
     unet: UnetConfig = Field(UnetConfig(), description="the denoiser")
+    decoder: DecoderConfig = Field(DecoderConfig(), description="the autoencoder's decoder, after all else")
 
 
 class AgreementConfig(Config):

@@ -21,6 +21,7 @@ from fewstep.training.cpu import speed_up
 from fewstep.training.launch import make_accelerator, pick_device
 from fewstep.world import emoji8
 from fewstep.world.settings import TeacherConfig
+from fewstep.world.train_decoder import train_decoder
 from fewstep.world.train_unet import train_unet
 from fewstep.world.train_vae import reconstruction_psnr, train_vae
 
@@ -167,7 +168,9 @@ def save_vae(vae: Any, folder: Path) -> None:
 
 
 def train_teacher(config: TeacherConfig, out: Path, target: Path) -> dict[str, float]:
-    """Train autoencoder and denoiser (resuming what `out` already holds) and write the pipeline to `target`.
+    """Train autoencoder, denoiser, and the decoder once more; write the pipeline to `target`.
+
+    What `out` already holds is resumed.
 
     Returns:
         the held-out PSNR of the autoencoder, in dB.
@@ -189,12 +192,14 @@ def train_teacher(config: TeacherConfig, out: Path, target: Path) -> dict[str, f
         save_vae(vae, out / "vae")
     vae = vae.cpu().eval()
     speed_up(vae)
-    psnr = reconstruction_psnr(vae, heldout.pictures)
     digest = hashlib.sha256()
     for file in [out / "vae" / FINAL, *sorted((text / "text_encoder").glob("*.safetensors"))]:
         digest.update(file.read_bytes())
     encoders = WorldEncoders(vae, text)
     accelerator = make_accelerator(config.unet.loop.precision, device)
     unet = train_unet(config.unet, encoders, digest.hexdigest(), out / "unet", accelerator)
+    # last, on the encoder's latents as they are: the denoiser does not see the difference
+    accelerator = make_accelerator(config.decoder.loop.precision, device)
+    vae = train_decoder(config.decoder, vae, data.pictures, heldout.pictures, out / "decoder", accelerator)
     save_pipeline(target, vae, unet.cpu(), text)
-    return {"vae_psnr_heldout": psnr}
+    return {"vae_psnr_heldout": reconstruction_psnr(vae, heldout.pictures)}
