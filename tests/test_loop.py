@@ -20,12 +20,12 @@ from fewstep.errors import UserError
 from fewstep.loss import Loss
 from fewstep.settings import LoopConfig, OptimConfig
 from fewstep.tensors import load_tensors
-from fewstep.training import checkpoint
 from fewstep.training.ema import Ema
 from fewstep.training.launch import make_accelerator
 from fewstep.training.loop import Batch, Follower, Update, train
-from fewstep.training.optim import clip_gradients, learning_rate
-from fewstep.training.run import RunLog
+from fewstep.training.optim import clip_gradients
+from fewstep.training.rate import learning_rate
+from fewstep.training.run import RunLog, checkpoints
 
 CPU = torch.device("cpu")
 DATA = torch.linspace(-1, 1, 24).reshape(12, 2)
@@ -207,7 +207,7 @@ def test_what_is_not_finite_is_refused_and_never_saved(tmp_path: Path, where: st
     plan = [Update("w", {"w": w}, loss, OptimConfig(lr=0.05))]
     with pytest.raises(UserError, match=r"not finite at step 6; the last checkpoint is sound.*optim.lr"):
         run(tmp_path, plan, steps=20, log_every=20, save_every=1, keep=2)
-    found = checkpoint.checkpoints(tmp_path / "checkpoints")
+    found = checkpoints(tmp_path / "checkpoints")
     assert [path.name for path in found] == ["step-00000004", "step-00000005"]
     for file in found[-1].glob("*.safetensors"):
         assert all(tensor.isfinite().all() for tensor in load_tensors(file).values())
