@@ -19,12 +19,13 @@ from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.loss import Loss
 from fewstep.settings import LoopConfig, OptimConfig
-from fewstep.training import checkpoint
+from fewstep.tensors import load_tensors
 from fewstep.training.ema import Ema
 from fewstep.training.launch import make_accelerator
 from fewstep.training.loop import Batch, Follower, Update, train
-from fewstep.training.optim import clip_gradients, learning_rate
-from fewstep.training.run import RunLog
+from fewstep.training.optim import clip_gradients
+from fewstep.training.rate import learning_rate
+from fewstep.training.run import RunLog, checkpoints
 
 CPU = torch.device("cpu")
 DATA = torch.linspace(-1, 1, 24).reshape(12, 2)
@@ -206,10 +207,10 @@ def test_what_is_not_finite_is_refused_and_never_saved(tmp_path: Path, where: st
     plan = [Update("w", {"w": w}, loss, OptimConfig(lr=0.05))]
     with pytest.raises(UserError, match=r"not finite at step 6; the last checkpoint is sound.*optim.lr"):
         run(tmp_path, plan, steps=20, log_every=20, save_every=1, keep=2)
-    found = checkpoint.checkpoints(tmp_path / "checkpoints")
+    found = checkpoints(tmp_path / "checkpoints")
     assert [path.name for path in found] == ["step-00000004", "step-00000005"]
     for file in found[-1].glob("*.safetensors"):
-        assert all(tensor.isfinite().all() for tensor in checkpoint.load_tensors(file).values())
+        assert all(tensor.isfinite().all() for tensor in load_tensors(file).values())
 
 
 def test_two_updates_keep_their_rhythm_and_their_own_gradients(tmp_path: Path) -> None:
@@ -231,7 +232,7 @@ def test_two_updates_keep_their_rhythm_and_their_own_gradients(tmp_path: Path) -
     run(tmp_path / "alone", [Update("b", {"w": alone}, squared(alone), optim, every=3)], steps=8)
     assert torch.equal(b, alone)
     # three updates of a linear law: rates lr, 2/3 lr, 1/3 lr; the last one still moves
-    state = checkpoint.load_tensors(tmp_path / "both" / "checkpoints" / "step-00000008" / "b.optimizer.safetensors")
+    state = load_tensors(tmp_path / "both" / "checkpoints" / "step-00000008" / "b.optimizer.safetensors")
     assert state["w|step"].item() == 3
     assert [learning_rate(optim, n, 3) / 0.05 for n in range(3)] == pytest.approx([1, 2 / 3, 1 / 3])
 

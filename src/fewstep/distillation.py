@@ -30,6 +30,7 @@ from fewstep.files import sweep
 from fewstep.folder import read_folder
 from fewstep.loss import Loss
 from fewstep.objectives.consistency import consistency_loss
+from fewstep.processes import together
 from fewstep.roles import SeparateRoles
 from fewstep.settings import DistillConfig, teacher_path
 from fewstep.students import Student, make_student
@@ -165,7 +166,8 @@ def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quie
     device = accelerator.device
     run = prepare(config, cache or out / "cache", device)
     main = accelerator.is_main_process
-    log = RunLog(out, config, title=f"distil {config.recipe}", inputs=run.inputs, main=main, quiet=quiet)
+    with together():
+        log = RunLog(out, config, title=f"distil {config.recipe}", inputs=run.inputs, main=main, quiet=quiet)
     if accelerator.is_main_process:
         for place in (out / "student", out / "best"):
             sweep(place)
@@ -178,7 +180,10 @@ def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quie
         artist = Artist(run.backbone, run.denoiser, config.sampling, "student")
         seen = shuffled(run)
         prompts = watched_prompts(config, [said[0] for said in seen.captions])
-        watch = Watch(config, artist, run.student.roles.parameters("student"), prompts, seen.pictures, out, keep)
+        with together():
+            if main:
+                student = run.student.roles.parameters("student")
+                watch = Watch(config, artist, student, prompts, seen.pictures, out, keep)
 
     def fetch(items: np.ndarray) -> Batch:
         rows = torch.from_numpy(items)
@@ -191,8 +196,9 @@ def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quie
         print("\n".join([f"writes to {out}", *estimated.lines()]), file=sys.stderr)
     trained = train(plan, fetch, len(run.data), config.loop, log, accelerator, watch)
     target = out / "student"
-    if accelerator.is_main_process:
-        target = export_student(run, trained.weights["student"], target, {"steps_trained": trained.step})
+    with together():
+        if main:
+            target = export_student(run, trained.weights["student"], target, {"steps_trained": trained.step})
     return target
 
 

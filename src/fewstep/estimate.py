@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fewstep import processes
 from fewstep.draws import Draws
 from fewstep.settings import DistillConfig
 from fewstep.students import unique_bytes
@@ -49,7 +50,7 @@ class Estimated:
 
 def estimate(plan: Sequence[Update], latents: Tensor, config: DistillConfig, *networks: nn.Module) -> Estimated:
     """Time two steps of the plan (no optimiser step is taken) and add up its memory."""
-    rows = torch.arange(max(1, config.loop.batch // config.loop.accumulate)) % len(latents)
+    rows = torch.arange(max(1, config.loop.batch // (config.loop.accumulate * processes.count()))) % len(latents)
     device = next(networks[0].parameters()).device
     batch = {"items": rows, "latents": latents[rows].to(device)}
     spent = 0.0

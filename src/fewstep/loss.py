@@ -16,7 +16,7 @@ class Loss:
         value: the scalar to minimise, the mean over the micro-batch.
         per_sample: [B], for the loss by timestep bin.
         t: [B] in [0, 1], the share t/T of each sample.
-        scalars: further scalars to log.
+        scalars: further scalars to log; of the same names in the same order in every process.
     """
 
     value: Tensor

@@ -53,6 +53,8 @@ def watched_prompts(config: DistillConfig, captions: Sequence[str]) -> list[str]
 class Watch:
     """Draws and judges the student; called by the loop with (step, weights).
 
+    Made and called in one process, the main one: nothing here waits for others.
+
     Args:
         student: draws with the role `student`.
         parameters: the student's trainable weights; they are lent the weights to judge and get their own back.

@@ -17,6 +17,7 @@ from fewstep.data.pictures import Captioned
 from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.files import atomic_write
+from fewstep.processes import main_first
 from fewstep.tensors import load_tensors, save_tensors
 
 
@@ -89,12 +90,13 @@ def cached(folder: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dic
 def latent_set(data: Captioned, encoders: Encoders, fingerprint: str, cache: Path) -> LatentSet:
     """Encode pictures and captions, once for each (encoder weights, pictures, captions).
 
-    Text states are kept in fp16, latents in fp32.
+    Text states are kept in fp16, latents in fp32. All processes of a launch must ask: the main one encodes, the
+    others read what it kept.
     """
     digest = hashlib.sha256(f"{fingerprint} {data.pictures.shape}".encode())
     digest.update(np.ascontiguousarray(data.pictures).data)
     seen = f"latents-{digest.hexdigest()[:16]}"
-    latents = cached(cache, seen, lambda: {"latents": encoders.to_latents(data.pictures).cpu()})
+    latents = main_first(lambda: cached(cache, seen, lambda: {"latents": encoders.to_latents(data.pictures).cpu()}))
     distinct = sorted({caption for row in data.captions for caption in row})
     digest = hashlib.sha256((fingerprint + json.dumps(distinct)).encode())
 
@@ -103,7 +105,7 @@ def latent_set(data: Captioned, encoders: Encoders, fingerprint: str, cache: Pat
         return {name: torch.cat([state, null[name]]).half().cpu() for name, state in states.items()}
 
     said = f"captions-{digest.hexdigest()[:16]}"
-    table = cached(cache, said, encode)
+    table = main_first(lambda: cached(cache, said, encode))
     number = {caption: i for i, caption in enumerate(distinct)}
     most = max(len(row) for row in data.captions)
     rows = torch.tensor([[number[row[i % len(row)]] for i in range(most)] for row in data.captions])

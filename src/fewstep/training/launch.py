@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import InitProcessGroupKwargs
 
 from fewstep.errors import UserError, nearest
 
 DEVICES = ("auto", "cpu", "cuda")
+
+PATIENCE = timedelta(hours=6)
+"""How long processes wait for each other. The main one encodes a data set and judges students while the others wait;
+the usual 10 minutes would end the run. A process that dies ends its launch at once all the same."""
 
 
 def make_accelerator(precision: str, device: torch.device) -> Accelerator:
@@ -25,7 +32,8 @@ def make_accelerator(precision: str, device: torch.device) -> Accelerator:
     moved = bool(PartialState._shared_state) and PartialState().device.type != device.type
     AcceleratorState._reset_state(reset_partial_state=moved)
     mixed = "no" if precision == "fp32" else precision
-    return Accelerator(mixed_precision=mixed, cpu=device.type == "cpu")
+    patience = InitProcessGroupKwargs(timeout=PATIENCE)
+    return Accelerator(mixed_precision=mixed, cpu=device.type == "cpu", kwargs_handlers=[patience])
 
 
 def pick_device(name: str) -> torch.device:

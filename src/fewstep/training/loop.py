@@ -23,6 +23,7 @@ from fewstep.draws import Draws, order
 from fewstep.errors import UserError
 from fewstep.files import sweep
 from fewstep.loss import Loss
+from fewstep.processes import together, total
 from fewstep.settings import LoopConfig, OptimConfig, check_batch
 from fewstep.tensors import load_tensors
 from fewstep.training import checkpoint
@@ -134,16 +135,26 @@ class _Running:
         for average in self.averages.values():
             average.update(self.update.parameters)
 
+    def _totals(self) -> tuple[dict[str, tuple[float, float]], list[tuple[float, float]]]:
+        """Sums and counts since the last `read`, by name and by bin, over all processes; waits for the device."""
+        counts = torch.tensor([float(n) for n in self.counts.values()], device=self.device)
+        sums = [value.reshape(1) for value in self.sums.values()]
+        numbers = total(torch.cat([*sums, counts, self.bin_sum, self.bin_count])).tolist()  # one message
+        names, bins = len(sums), numbers[2 * len(sums) :]
+        by_name = dict(zip(self.sums, zip(numbers[:names], numbers[names : 2 * names], strict=True), strict=True))
+        return by_name, list(zip(bins[:T_BINS], bins[T_BINS:], strict=True))
+
     def bad(self) -> list[str]:
-        """Which sums since the last `read` are not finite; waits for the device."""
-        return [f"{self.update.name}/{k}" for k, v in self.sums.items() if not math.isfinite(v.item())]
+        """Which sums since the last `read` are not finite in any process; all must ask."""
+        return [f"{self.update.name}/{k}" for k, (v, _) in self._totals()[0].items() if not math.isfinite(v)]
 
     def read(self) -> dict[str, float]:
-        """Means since the last call; waits for the device."""
-        result = {f"{self.update.name}/{k}": v.item() / self.counts[k] for k, v in self.sums.items()}
-        for index, (total, count) in enumerate(zip(self.bin_sum.tolist(), self.bin_count.tolist(), strict=True)):
+        """Means since the last call over all processes, which all must ask; waits for the device."""
+        by_name, bins = self._totals()
+        result = {f"{self.update.name}/{k}": value / count for k, (value, count) in by_name.items()}
+        for index, (value, count) in enumerate(bins):
             if count:
-                result[f"{self.update.name}/loss_t{index / T_BINS:.1f}"] = total / count
+                result[f"{self.update.name}/loss_t{index / T_BINS:.1f}"] = value / count
         self.reset()
         return result
 
@@ -201,14 +212,15 @@ def train(
         fetch: item numbers (int64 [b], below `count`) -> batch, on the device of `accelerator`.
         count: number of items; they are visited in a fresh order each epoch.
         watch: called every `config.watch_every` steps with the step and the weights to judge; its figures
-            are logged. It must leave the parameters as they were.
+            are logged. It must leave the parameters as they were. Called on the main process alone (the others
+            wait, and may pass None): it must not wait for them.
 
     Returns:
         the averaged weights, and the step they are of: a run that has gone further is not taken back.
 
     Raises:
         UserError: the batch cannot be split over processes and micro-batches, or a loss or gradient is not
-            finite. What is not finite is never saved.
+            finite, in all processes at the same step. What is not finite is never saved.
     """
     share = config.accumulate * accelerator.num_processes
     try:
@@ -249,8 +261,6 @@ def train(
             )
 
     def save(step: int) -> None:
-        if not accelerator.is_main_process:
-            return
         files: dict[str, Mapping[str, Tensor]] = {}
         for r in running:
             files.update(r.files())
@@ -286,12 +296,15 @@ def train(
                 log.figures(now, figures)
                 bar.note(figures)
             bar.step()
-            watches = config.watch_every and watch and (now % config.watch_every == 0 or ends)
+            # of the config alone: every process must come to the same answer, and only the main one needs a watch
+            watches = bool(config.watch_every) and (now % (config.watch_every or 1) == 0 or ends)
             saves = now % config.save_every == 0 or ends
-            if watches or saves:
-                refuse(now, [name for r in running for name in r.bad()])
-            if watches and watch and accelerator.is_main_process:
-                log.figures(now, dict(watch(now, {r.update.name: r.weights() for r in running})))
-            if saves:
-                save(now)
+            if not watches and not saves:
+                continue
+            refuse(now, [name for r in running for name in r.bad()])
+            with together():
+                if watches and watch and accelerator.is_main_process:
+                    log.figures(now, dict(watch(now, {r.update.name: r.weights() for r in running})))
+                if saves and accelerator.is_main_process:
+                    save(now)
     return Trained({r.update.name: r.weights() for r in running}, max(done, config.steps))

@@ -1,0 +1,83 @@
+"""What the processes of one launch do together.
+
+Under `torchrun` or `accelerate launch` every process runs the same program, each on its share of the batch. One
+of them, the main one, alone writes, draws and judges. A process that raises must not leave the others waiting:
+what one of them does alone stands in `together`, whose end is the same for all.
+
+The launch is known from `training.launch.make_accelerator` on. Before it, and with one process, everything here
+does nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TypeVar
+
+import torch
+from accelerate.state import PartialState, is_initialized
+from accelerate.utils import reduce
+from torch import Tensor
+
+from fewstep.errors import UserError
+
+T = TypeVar("T")
+
+
+def count() -> int:
+    """How many processes train together."""
+    return int(PartialState().num_processes) if is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes."""
+    return bool(PartialState().is_main_process) if is_initialized() else True
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum of `values` over all processes, the same on each, to the last bit; every process must ask."""
+    if count() == 1:
+        return values
+    result: Tensor = reduce(values, reduction="sum")
+    return result
+
+
+def _any_failed(failed: bool) -> bool:
+    return bool(total(torch.tensor(float(failed), device=PartialState().device)).item())
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Leave the block once every process has left it; if it fails in one, it fails in all.
+
+    Inside, nothing may wait for another process.
+
+    Raises:
+        UserError: it failed in another process, whose own error says why.
+    """
+    if count() == 1:
+        yield
+        return
+    try:
+        yield
+    except Exception:
+        with suppress(RuntimeError):  # the others are gone already: this error is the one to hear of
+            _any_failed(True)
+        raise
+    if _any_failed(False):
+        raise UserError("another process of this launch failed; its own message says why")
+
+
+def main_first(make: Callable[[], T]) -> T:
+    """Return `make()` of the main process there, then of each other: what it keeps on disk is made once.
+
+    Raises:
+        UserError: it failed in another process.
+    """
+    if count() == 1:
+        return make()
+    for turn in (True, False):
+        with together():
+            if is_main() == turn:
+                result = make()
+    return result

@@ -1,0 +1,160 @@
+"""Runs `fewstep distill` in launches of one and of two processes, forked. Not a test by itself.
+
+Usage: python process_harness.py FOLDER OVERRIDE...
+
+Each launch is what `torchrun` makes: one process a rank, told its place by environment variables. Prints a JSON
+record: the exit codes of each launch, by rank. Beside the run folders stand, for each launch, NAME-RANK.log (what
+the rank said) and NAME-RANK.did (what it did that costs time or writes).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep import distillation, watch
+from fewstep.backbones.sd import StableDiffusion
+from fewstep.errors import UserError
+from fewstep.training import checkpoint
+from kill_harness import kill, launch, wait_for
+
+LIMIT = 180.0
+KILLED_IN, SPOILT_IN = 4, 1
+"""Steps (0-based) in which the second process is killed, or alone sees a number that is not finite."""
+SHORT = ["-s", "loop.watch_every=null", "-s", "loop.log_every=6", "-s", "loop.save_every=1"]
+"""For launches that end early."""
+
+
+class Pooled:
+    """Features without a network: means over a 4x4 grid of each channel."""
+
+    name, licence, input, weights_sha256 = "pooled", "none", "uint8", "none"
+
+    def __call__(self, pictures: Any) -> Any:
+        small = pictures.astype("float32").reshape(len(pictures), 4, 16, 4, 16, 3).mean((2, 4)) / 255
+        return small.reshape(len(pictures), -1)
+
+
+def noting(place: Any, name: str, file: Path) -> None:
+    """Let calls of `place.name` leave a line in `file`."""
+    plain = getattr(place, name)
+
+    def noted(*args: Any, **options: Any) -> Any:
+        with file.open("a") as stream:
+            stream.write(f"{name}\n")
+        return plain(*args, **options)
+
+    setattr(place, name, noted)
+
+
+def second_process_killed(rank: int) -> None:
+    plain = distillation.consistency_loss
+
+    def loss(*args: Any) -> Any:
+        if rank == 1 and args[-1].step == KILLED_IN:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(*args)
+
+    distillation.consistency_loss = loss
+
+
+def second_process_spoilt(rank: int) -> None:
+    """A scalar of the second process is not finite; gradients and weights are."""
+    plain = distillation.consistency_loss
+
+    def loss(*args: Any) -> Any:
+        result = plain(*args)
+        bad = rank == 1 and args[-1].step == SPOILT_IN
+        result.scalars["extra"] = torch.tensor(float("nan") if bad else 1.0)  # type: ignore[index]
+        return result
+
+    distillation.consistency_loss = loss
+
+
+def main_process_fails(rank: int) -> None:
+    def refuse(*args: Any) -> Any:
+        raise UserError("the disk is full")
+
+    checkpoint.save = refuse
+
+
+def enter(rank: int, size: int, port: int, did: Path) -> None:
+    """Become one process of a launch."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    if size > 1:
+        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+        os.environ |= {name: str(value) for name, value in places.items()}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        if "lo" in [name for _, name in socket.if_nameindex()]:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    watch.Lite0Backbone = Pooled  # type: ignore[assignment,misc]
+    for place, name in [
+        (StableDiffusion, "to_latents"),
+        (StableDiffusion, "encode"),
+        (watch, "artist_of"),
+        (watch.Watch, "__call__"),
+        (distillation, "export_student"),
+    ]:
+        noting(place, name, did)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def run(folder: Path, overrides: list[str]) -> dict[str, list[int | None]]:
+    """All launches, one after another; exit codes by rank (negative: killed by that signal)."""
+    words = [word for override in overrides for word in ("-s", override)]
+
+    def start(name: str, size: int, accident: Callable[[int], None] | None = None, *more: str) -> list[int | None]:
+        """Launch into the folder NAME, or what of it stands before a dash."""
+        port = free_port()
+        out = folder / name.split("-")[0]
+        if accident:  # nothing new to be seen in encoding everything again
+            shutil.copytree(folder / "two" / "cache", out / "cache")
+        command = ["distill", "--recipe", "tcd", "--out", str(out), *words, *more]
+
+        def patch(rank: int) -> Callable[[], None]:
+            def become() -> None:
+                enter(rank, size, port, folder / f"{name}-{rank}.did")
+                if accident:
+                    accident(rank)
+
+            return become
+
+        running = [launch(command, folder / f"{name}-{rank}.log", patch(rank)) for rank in range(size)]
+        codes = []
+        try:
+            while running:
+                codes.append(wait_for(running[0], lambda: False, LIMIT))
+                running.pop(0)
+        finally:
+            for pid in running:
+                kill(pid)
+        return codes
+
+    return {
+        "one": start("one", 1),
+        "two": start("two", 2),
+        "cut": start("cut", 2, second_process_killed),
+        "cut-resumed": start("cut-resumed", 2),
+        "spoilt": start("spoilt", 2, second_process_spoilt, *SHORT),
+        "failed": start("failed", 2, main_process_fails, *SHORT),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(Path(sys.argv[1]), sys.argv[2:])))

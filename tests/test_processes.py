@@ -1,0 +1,137 @@
+"""A launch of two processes does what one does, and none of them is left waiting."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+WORDS = [
+    "student.rank=2",
+    "student.targets=[to_q,conv1]",
+    "optim.ema=0.8",
+    "loop.log_every=2",
+    "loop.watch_every=3",
+    "watch.count=16",
+    "watch.teacher_steps=2",
+    "sampling.steps=2",
+]
+LAST = "step-00000006"
+
+
+def figures(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "time"} for line in lines]
+
+
+def did(folder: Path, name: str) -> set[str]:
+    path = folder / f"{name}.did"
+    return set(path.read_text().split()) if path.exists() else set()
+
+
+@pytest.fixture(scope="module")
+def launches(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[int]]]:
+    """Every launch of `process_harness`: the folder, and exit codes by rank."""
+    folder = tmp_path_factory.mktemp("launches")
+    prompts = folder / "prompts.txt"
+    prompts.write_text("a red disc\na blue ring\n")
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(Path(__file__).with_name("process_harness.py")),
+            str(folder),
+            *tiny_overrides,
+            *WORDS,
+            f"watch.prompts={prompts}",
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONHASHSEED": "random"},
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, json.loads(done.stdout.splitlines()[-1])
+
+
+def said(folder: Path, name: str) -> list[str]:
+    """The lines of a rank that report an error."""
+    return [line for line in (folder / f"{name}.log").read_text().splitlines() if line.startswith("fewstep:")]
+
+
+def test_two_processes_train_what_one_does(launches: tuple[Path, dict[str, list[int]]]) -> None:
+    """The same batch, split: weights and averages to rounding, and the same figures of the whole batch."""
+    folder, codes = launches
+    assert codes["one"] == [0]
+    assert codes["two"] == [0, 0], (folder / "two-1.log").read_text()[-2000:]
+    for name in ("student", "student.ema"):
+        one, two = (load_file(folder / n / "checkpoints" / LAST / f"{name}.safetensors") for n in ("one", "two"))
+        assert one.keys() == two.keys()
+        for part in ("lora_A", "lora_B"):
+            a, b = (torch.cat([w.flatten() for key, w in weights.items() if part in key]) for weights in (one, two))
+            assert float(a.norm()) > 1e-2
+            assert float((a - b).norm()) < 3e-5 * float(a.norm()), part
+    logs = [figures(folder / name) for name in ("one", "two")]
+    assert [line["step"] for line in logs[0]] == [2, 3, 4, 6, 6]
+    for a, b in zip(*logs, strict=True):
+        assert a.keys() == b.keys()  # the bins of all four samples, not of two
+        for key, value in a.items():
+            loose = key.startswith("watch/")  # pictures of 8 bits
+            assert b[key] == pytest.approx(value, rel=1e-2 if loose else 1e-5, abs=1e-3 if loose else 0), key
+    assert sum("loss_t" in key for line in logs[0] for key in line) > 3
+
+
+def test_the_main_process_alone_encodes_judges_and_writes(launches: tuple[Path, dict[str, list[int]]]) -> None:
+    folder, _ = launches
+    assert did(folder, "two-0") == {"to_latents", "encode", "artist_of", "__call__", "export_student"}
+    assert did(folder, "two-1") == set()
+    assert not {"to_latents", "artist_of"} & did(folder, "cut-0")  # kept on disk
+
+
+def test_a_killed_launch_resumes_bit_for_bit(launches: tuple[Path, dict[str, list[int]]]) -> None:
+    """The second process is killed in step 5; the first ends by itself, and both go on from step 4."""
+    folder, codes = launches
+    assert codes["cut"][1] == -9
+    assert codes["cut"][0] not in (0, None)
+    assert codes["cut-resumed"] == [0, 0], (folder / "cut-resumed-0.log").read_text()[-2000:]
+    whole, cut = (folder / name / "checkpoints" / LAST for name in ("two", "cut"))
+    names = sorted(path.name for path in whole.iterdir())
+    assert names == sorted(path.name for path in cut.iterdir())
+    for name in names:
+        assert (whole / name).read_bytes() == (cut / name).read_bytes(), name
+    assert figures(folder / "two") == figures(folder / "cut")
+    students = [next((folder / name / "student").glob("*.safetensors")) for name in ("two", "cut")]
+    assert students[0].read_bytes() == students[1].read_bytes()
+
+
+def test_what_one_process_sees_all_refuse(launches: tuple[Path, dict[str, list[int]]]) -> None:
+    folder, codes = launches
+    assert codes["spoilt"] == [2, 2]
+    told = [said(folder, f"spoilt-{rank}") for rank in (0, 1)]
+    assert told[0] == told[1]
+    assert "student/extra is not finite at step 2" in told[0][0]
+    assert [path.name for path in (folder / "spoilt" / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_when_the_main_process_fails_alone_the_others_end_too(launches: tuple[Path, dict[str, list[int]]]) -> None:
+    folder, codes = launches
+    assert codes["failed"] == [2, 2]
+    assert "the disk is full" in said(folder, "failed-0")[0]
+    assert "another process of this launch failed" in said(folder, "failed-1")[0]
+
+
+def test_alone_nothing_waits() -> None:
+    from fewstep import processes
+
+    assert (processes.count(), processes.is_main()) == (1, True)
+    value = torch.ones(2)
+    assert processes.total(value) is value
+    assert processes.main_first(lambda: 3) == 3
+    with pytest.raises(KeyError), processes.together():
+        raise KeyError
