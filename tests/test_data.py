@@ -155,6 +155,9 @@ class Counting:
         self.prompts.append(list(prompts))
         return {"text": torch.tensor([[float(len(p)), float(sum(map(ord, p)) % 97)] for p in prompts])}
 
+    def null(self, count: int) -> dict[str, Tensor]:
+        return {"text": torch.full((count, 2), -1.0)}
+
     def to_latents(self, pictures: np.ndarray) -> Tensor:
         self.pictures += len(pictures)
         return torch.from_numpy(pictures.reshape(len(pictures), -1)[:, :4].astype(np.float32))
@@ -168,7 +171,7 @@ def captioned(seed: int = 0) -> Captioned:
 def test_the_cache_is_used_and_knows_what_it_holds(tmp_path: Path) -> None:
     first = Counting()
     data = latent_set(captioned(), first, "weights 1", tmp_path)
-    assert first.prompts == [["a", "bb", "ccc", "dddd", ""]]
+    assert first.prompts == [["a", "bb", "ccc", "dddd"]]
     assert first.pictures == 3
     again = Counting()
     same = latent_set(captioned(), again, "weights 1", tmp_path)
@@ -222,13 +225,13 @@ def test_the_empty_prompt_takes_its_share(tmp_path: Path) -> None:
     draws = Draws(0, 0, tuple(range(4000)))
     items = torch.arange(4000) % 3
     for share in (0.0, 0.1, 1.0):
-        empty = data.condition(items, draws, share, CPU)["text"][:, 0] == 0
+        empty = data.condition(items, draws, share, CPU)["text"][:, 0] == -1
         assert float(empty.float().mean()) == pytest.approx(share, abs=0.02)
     # the others keep the caption they would have had
     with_empty, without = (data.condition(items, draws, share, CPU)["text"] for share in (0.1, 0.0))
-    kept = with_empty[:, 0] != 0
+    kept = with_empty[:, 0] != -1
     assert torch.equal(with_empty[kept], without[kept])
-    assert data.null(2, CPU)["text"].tolist() == [[0.0, 0.0]] * 2
+    assert data.null(2, CPU)["text"].tolist() == [[-1.0, -1.0]] * 2
 
 
 def test_a_caption_depends_on_its_sample_alone(tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 
 from fewstep import distillation, watch
+from fewstep.errors import UserError
 from fewstep.files import read_json
 from fewstep.settings import resolve
+from fewstep.world import emoji8
 
 
 class Pooled:
@@ -88,11 +90,29 @@ def test_watching_does_not_change_the_run(watched: list[str], tiny_cache: Path, 
     assert all(np.isfinite(judged))
 
 
-def test_prompts_are_repeated_up_to_the_count(tmp_path: Path) -> None:
+def test_the_watch_looks_at_its_list_then_at_captions_then_again(tmp_path: Path, tiny_overrides: list[str]) -> None:
     file = tmp_path / "p.txt"
     file.write_text("a\nb\nc\n")
-    assert watch.watched_prompts(str(file), 5) == ["a", "b", "c", "a", "b"]
-    assert len(watch.watched_prompts("validation", 20)) == 20
+    count = "watch.count=16"
+    listed = resolve("tcd", None, [*tiny_overrides, count, f"watch.prompts={file}"])
+    assert watch.watched_prompts(listed, ["d", "a", "d", " "]) == [*"abcd"] * 4
+    own = resolve("tcd", None, [*tiny_overrides, count])
+    assert watch.watched_prompts(own, ["d", "e"]) == [*"de"] * 8
+    bundled = resolve("tcd", None, ["watch.count=160"])
+    prompts = watch.watched_prompts(bundled, [f"caption {i}" for i in range(20)])
+    assert prompts[:150] == list(emoji8.read_prompts("validation"))
+    assert prompts[150:] == [f"caption {i}" for i in range(10)]
+
+
+def test_a_watch_of_too_few_pictures_is_refused_before_training(
+    watched: list[str], tmp_path: Path, tiny_cache: Path
+) -> None:
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "one.png")
+    (tmp_path / "one.txt").write_text("a red square")
+    config = resolve("tcd", None, [*watched, f"data.source={tmp_path}"])
+    with pytest.raises(UserError, match=r"at least 10 pictures, data\.source has 1"):
+        distillation.distill(config, tmp_path / "run", cache=tiny_cache, quiet=True)
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_the_estimate_adds_up(tiny_overrides: list[str], tiny_cache: Path) -> None:
@@ -115,7 +135,7 @@ def test_an_estimate_leaves_the_student_alone(tiny_overrides: list[str], tiny_ca
     from fewstep.estimate import estimate
 
     config = resolve("tcd", None, tiny_overrides)
-    run = distillation.prepare(config, tiny_cache)
+    run = distillation.prepare(config, tiny_cache, torch.device("cpu"))
     plan = distillation.update_plan(run)
     before = {name: p.detach().clone() for name, p in plan[0].parameters.items()}
     estimate(plan, run.data.latents, config, *distillation.networks(run))

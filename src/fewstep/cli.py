@@ -37,6 +37,12 @@ Overrides = Annotated[
 ]
 
 
+def say(text: str) -> None:
+    """Print a line, once for all processes of a launch (`torchrun` gives each its RANK)."""
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(text)
+
+
 def settings_help(model: type[BaseModel], prefix: str = "") -> list[str]:
     """Every setting of a config with its default and meaning, a line each."""
     lines = []
@@ -54,7 +60,7 @@ def echo_figures(figures: Mapping[str, Figure]) -> None:
     for name, figure in figures.items():
         interval = f" [{figure.low:.4g}, {figure.high:.4g}]" if figure.low is not None else ""
         floor = f", real pictures {figure.floor:.4g}" if figure.floor is not None else ""
-        typer.echo(f"{name}: {figure.value:.4g}{interval} (n = {figure.n}{floor})")
+        say(f"{name}: {figure.value:.4g}{interval} (n = {figure.n}{floor})")
 
 
 @app.command()
@@ -100,7 +106,7 @@ def distill(
         words.append(f"teacher={json.dumps(teacher, ensure_ascii=False)}")  # a path, not a YAML value
     place = out or Path("runs") / Path(recipe).stem
     done = api.distill(recipe, out=place, config=config, overrides=words, dry_run=dry_run)
-    typer.echo(f"wrote {done}" if isinstance(done, Path) else "\n".join(done.lines()))
+    say(f"wrote {done}" if isinstance(done, Path) else "\n".join(done.lines()))
 
 
 @app.command()
@@ -139,7 +145,7 @@ def sample(
         device=device,
         settings={"steps": steps, "gamma": gamma, "omega": omega, "sampler": sampler},
     )
-    typer.echo(f"wrote {path}")
+    say(f"wrote {path}")
 
 
 @app.command()
@@ -181,7 +187,7 @@ def evaluate(
         settings={"steps": steps, "gamma": gamma, "omega": omega, "sampler": sampler},
     )
     echo_figures(figures)
-    typer.echo(f"wrote {out / 'figures.json'}")
+    say(f"wrote {out / 'figures.json'}")
 
 
 @app.command()
@@ -196,7 +202,7 @@ def demo(
     from fewstep import api
 
     path = api.demo(out=out, overrides=overrides or [])
-    typer.echo(f"wrote {path}: open it in a browser")
+    say(f"wrote {path}: open it in a browser")
 
 
 @app.command()
@@ -207,7 +213,7 @@ def benchmark(
     """The TCD paper's Table 1 and gamma figures on the bundled world, three seeds. Takes hours on a CPU."""
     from fewstep import api
 
-    typer.echo(f"wrote {api.benchmark(out=out, overrides=overrides or [])}")
+    say(f"wrote {api.benchmark(out=out, overrides=overrides or [])}")
 
 
 @app.command()
@@ -222,7 +228,7 @@ def teacher_card(
     from fewstep import api
 
     echo_figures(api.teacher_card(out=out, teacher=teacher, omega=omega, steps=steps, n=n))
-    typer.echo(f"wrote {out / 'card.md'}")
+    say(f"wrote {out / 'card.md'}")
 
 
 @app.command()
@@ -233,7 +239,7 @@ def train_scorer(
     """Train the bundled world's prompt-agreement scorer from Emoji-8."""
     from fewstep import api
 
-    typer.echo(f"wrote {api.train_scorer(out=out, overrides=overrides or [])}")
+    say(f"wrote {api.train_scorer(out=out, overrides=overrides or [])}")
 
 
 @app.command()
@@ -248,7 +254,7 @@ def train_teacher(
     """Train the bundled world's teacher from Emoji-8: autoencoder, then denoiser. Takes hours on a CPU."""
     from fewstep import api
 
-    typer.echo(f"wrote {api.train_teacher(out=out, target=target, config=config, overrides=overrides or [])}")
+    say(f"wrote {api.train_teacher(out=out, target=target, config=config, overrides=overrides or [])}")
 
 
 def one_line(error: object) -> str:
