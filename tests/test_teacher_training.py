@@ -19,12 +19,13 @@ from conftest import COLOURS, SHAPES, draw_shape
 from fewstep.backbones.sd import encode_pictures, load_backbone
 from fewstep.data.pictures import Captioned
 from fewstep.draws import Draws
+from fewstep.errors import UserError
 from fewstep.loss import Loss
 from fewstep.schedule import VariancePreserving, scaled_linear
 from fewstep.settings import LoopConfig, OptimConfig
 from fewstep.training.launch import make_accelerator
-from fewstep.world import emoji8, teacher, train_unet, train_vae
-from fewstep.world.settings import UnetConfig, VaeConfig
+from fewstep.world import emoji8, teacher, train_decoder, train_unet, train_vae
+from fewstep.world.settings import DecoderConfig, UnetConfig, VaeConfig
 
 CPU = torch.device("cpu")
 TINY_VAE = VaeConfig(channels=(8, 8, 8, 8), groups=4, latent_channels=4)
@@ -417,3 +418,68 @@ def test_a_resumed_autoencoder_equals_an_uninterrupted_one(tmp_path: Path, monke
     assert not kept.training
     latents = encode_pictures(whole, pictures, CPU)
     torch.testing.assert_close(encode_pictures(kept, pictures, CPU), latents, rtol=0, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------ the decoder, once more
+
+
+class Painting:
+    """An autoencoder whose decoder paints a given picture, and remembers what it was asked."""
+
+    def __init__(self, picture: Tensor) -> None:
+        self.picture = picture.requires_grad_(True)
+        self.asked: Tensor | None = None
+
+    def decode(self, latents: Tensor) -> Any:
+        self.asked = latents
+        return SimpleNamespace(sample=self.picture)
+
+
+def test_decoder_loss_asks_for_pixels_and_slopes_from_noisy_latents() -> None:
+    config = DecoderConfig(noise=0.5, slopes=2.0)
+    real = torch.zeros(2, 3, 8, 8)
+    real[:, :, :, 4:] = 1.0
+    latents = torch.randn((2, 4, 1, 1), generator=seeded(0))
+    draws = Draws(0, 0, (0, 1))
+
+    def loss(picture: Tensor) -> float:
+        return float(train_decoder.decoder_loss(Painting(picture), config, latents, real, draws).value.detach())
+
+    assert loss(real.clone()) == 0
+    assert loss(real + 0.25) == pytest.approx(0.25)  # flat colours that are off have no wrong slopes
+    # no edge: half of the pixels are off by 1, and 1 of 7 slopes across
+    assert loss(torch.zeros_like(real)) == pytest.approx(0.5 + 2.0 / 7)
+    vae = Painting(real.clone())
+    train_decoder.decoder_loss(vae, config, latents, real, draws)
+    assert vae.asked is not None
+    level = (vae.asked - latents).flatten(1) / draws.normal("latent noise", (4, 1, 1)).flatten(1)
+    expected = 0.5 * draws.uniform("level")
+    assert torch.allclose(level.double(), expected[:, None].expand_as(level), atol=1e-5)
+    assert 0 < float(level.min()) < float(level.max()) < 0.5
+
+
+def test_the_decoder_learns_and_the_encoder_stays(tmp_path: Path) -> None:
+    vae = tiny_vae()
+    before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
+    pictures = shapes()
+    latents = encode_pictures(vae, pictures, CPU)
+    loop = LoopConfig(steps=30, batch=8, save_every=30)
+    config = DecoderConfig(loop=loop, optim=OptimConfig(lr=3e-3))
+    accelerator = make_accelerator("fp32", CPU)
+    psnr = train_vae.reconstruction_psnr(vae, pictures)
+    trained = train_decoder.train_decoder(config, vae, pictures, pictures, tmp_path, accelerator)
+    for name, tensor in trained.state_dict().items():
+        stays = name.startswith(("encoder.", "quant_conv."))
+        assert torch.equal(tensor, before[name]) == stays, name
+    assert torch.allclose(encode_pictures(trained, pictures, CPU), latents, atol=1e-4)  # rounding of the faster kernels
+    assert train_vae.reconstruction_psnr(trained, pictures) > psnr + 3
+
+
+def test_a_denoiser_starts_from_another_ones_weights(tiny_pipeline: Path) -> None:
+    own = load_backbone(tiny_pipeline).network
+    same = train_unet.make_unet(TINY_UNET)
+    same.load_state_dict(train_unet.started(tiny_pipeline, same))
+    assert all(torch.equal(a, b) for a, b in zip(same.parameters(), own.parameters(), strict=True))
+    other = train_unet.make_unet(TINY_UNET.model_copy(update={"channels": (16, 16)}))
+    with pytest.raises(UserError, match="another shape"):
+        train_unet.started(tiny_pipeline, other)

@@ -48,6 +48,7 @@ class UnetConfig(Config):
     latent_channels: int = Field(16, ge=1, description="channels of a latent")
     text_width: int = Field(384, ge=1, description="width of the text states")
     captions: int = Field(12, ge=1, description="captions drawn once for each picture")
+    start: str = Field("", description="pipeline folder whose denoiser the training starts from; empty for none")
     prompt_dropout: float = Field(0.1, ge=0, le=1, description="share of empty prompts")
     min_snr: float = Field(5.0, gt=0, description="gamma of the Min-SNR weight min(SNR, gamma)/SNR")
     loop: LoopConfig = LoopConfig(

@@ -13,8 +13,11 @@ from torch import Tensor
 from fewstep.data.latents import Encoders, latent_set
 from fewstep.data.pictures import bundled
 from fewstep.draws import Draws
+from fewstep.errors import UserError
+from fewstep.folder import read_folder
 from fewstep.loss import Loss
 from fewstep.schedule import VariancePreserving, add_noise, scaled_linear
+from fewstep.tensors import load_tensors
 from fewstep.training.cpu import speed_up
 from fewstep.training.loop import Batch, Trained, Update, train
 from fewstep.training.run import RunLog
@@ -39,6 +42,26 @@ def make_unet(config: UnetConfig) -> Any:
         attention_head_dim=config.heads,
         norm_num_groups=config.groups,
     )
+
+
+def started(pipeline: Path, unet: Any) -> dict[str, Tensor]:
+    """The weights of a pipeline folder's denoiser, fp32.
+
+    Raises:
+        UserError: no pipeline folder, or a denoiser of another shape than `unet`.
+    """
+    weights: dict[str, Tensor] = {}
+    for file in sorted((read_folder(pipeline).path / "unet").glob("*.safetensors")):
+        weights |= {name: tensor.float() for name, tensor in load_tensors(file).items()}
+    mine = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
+    theirs = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if mine != theirs:
+        name = next(name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name))
+        raise UserError(
+            f"start = {str(pipeline)!r} is a denoiser of another shape: "
+            f"{name} is {theirs.get(name)}, not {mine.get(name)}"
+        )
+    return weights
 
 
 def eps_loss(
@@ -71,6 +94,10 @@ def train_unet(config: UnetConfig, encoders: Encoders, fingerprint: str, folder:
     judged_states = encoders.encode([emoji8.name_with_style(record) for record in heldout.records])["text"]
     torch.manual_seed(seed)
     unet = make_unet(config)
+    inputs = {"data": data.key}
+    if config.start:
+        unet.load_state_dict(started(Path(config.start), unet))
+        inputs["start"] = read_folder(config.start).fingerprint("unet")
     speed_up(unet)
     unet.to(accelerator.device)
     path = scaled_linear()
@@ -105,7 +132,7 @@ def train_unet(config: UnetConfig, encoders: Encoders, fingerprint: str, folder:
             parts.append(value.per_sample)
         return {"eps_mse_heldout_pairs": float(torch.cat(parts).mean())}
 
-    log = RunLog(folder, config, title="denoiser", inputs={"data": data.key}, main=accelerator.is_main_process)
+    log = RunLog(folder, config, title="denoiser", inputs=inputs, main=accelerator.is_main_process)
     plan = [Update("unet", dict(unet.named_parameters()), loss, config.optim)]
     trained: Trained = train(plan, fetch, len(data), config.loop, log, accelerator, watch)
     unet.load_state_dict(trained.weights["unet"])
