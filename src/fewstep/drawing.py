@@ -26,12 +26,17 @@ from fewstep.settings import TEACHER_SAMPLING, Sampling
 
 @dataclass(frozen=True)
 class Artist:
-    """A loaded network that draws: a teacher, or a student with its own settings."""
+    """A loaded network that draws: a teacher, or a student with its own settings.
+
+    Attributes:
+        precision: type that the network computes in; conversions, steps and the autoencoder are fp32.
+    """
 
     backbone: StableDiffusion
     denoiser: Denoiser
     sampling: Sampling
     role: str = BASE
+    precision: torch.dtype = torch.float32
 
     def latents(self, condition: Condition, seeds: Sequence[int], sampling: Sampling, batch: int = 64) -> Tensor:
         """One latent a seed, float32 on the CPU; `condition` has one row a seed."""
@@ -41,16 +46,9 @@ class Artist:
         for start in range(0, len(seeds), batch):
             rows = slice(start, start + batch)
             part = {name: value[rows].to(device) for name, value in condition.items()}
-            drawn = draw_latents(
-                self.denoiser,
-                part,
-                null,
-                sampling,
-                seeds[rows],
-                self.backbone.latent_shape,
-                self.role,
-                device,
-            )
+            shape = self.backbone.latent_shape
+            with torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32):
+                drawn = draw_latents(self.denoiser, part, null, sampling, seeds[rows], shape, self.role, device)
             parts.append(drawn.cpu())
         return torch.cat(parts)
 

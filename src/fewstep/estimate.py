@@ -13,6 +13,7 @@ from fewstep import processes
 from fewstep.draws import Draws
 from fewstep.settings import DistillConfig
 from fewstep.students import unique_bytes
+from fewstep.training.launch import pick_precision
 from fewstep.training.loop import Update
 
 
@@ -57,8 +58,9 @@ def estimate(plan: Sequence[Update], latents: Tensor, config: DistillConfig, *ne
     for step in range(2):
         started = time.perf_counter()
         for update in plan:
-            enabled = config.loop.precision != "fp32"
-            kind = torch.float16 if config.loop.precision == "fp16" else torch.bfloat16
+            precision = pick_precision(config.loop.precision, device)
+            enabled = precision != "fp32"
+            kind = torch.float16 if precision == "fp16" else torch.bfloat16
             with torch.autocast(device.type, dtype=kind, enabled=enabled):
                 loss = update.loss(batch, Draws(config.loop.seed, step, tuple(range(len(rows))), device))
             torch.autograd.backward(loss.value, inputs=list(update.parameters.values()))

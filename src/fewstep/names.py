@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+"""What networks compute in; auto is bf16 where the machine is fast at it, else fp32."""
 Prediction = Literal["eps", "x0", "v", "flow"]
 """What a network outputs."""
 End = Literal["clean", "index0"]

@@ -15,6 +15,7 @@ from fewstep.names import (
     DistanceName,
     End,
     Jump,
+    Precision,
     SamplerName,
     SLaw,
     SolverName,
@@ -155,7 +156,9 @@ class LoopConfig(Config):
     batch: int = Field(32, ge=1, description="samples per optimiser step, over all processes")
     accumulate: int = Field(1, ge=1, description="micro-batches per optimiser step")
     seed: int = Field(0, ge=0, le=2**63 - 1, description="seed of every random draw")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast type of the networks")
+    precision: Precision = Field(
+        "fp32", description="type of the networks: fp32, bf16, fp16, or auto (bf16 where the machine is fast at it)"
+    )
     log_every: int = Field(10, ge=1, description="steps between log lines")
     save_every: int = Field(500, ge=1, description="steps between checkpoints")
     keep: int = Field(2, ge=1, description="checkpoints kept")

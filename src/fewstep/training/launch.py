@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -10,6 +12,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import InitProcessGroupKwargs
 
 from fewstep.errors import UserError, nearest
+from fewstep.names import Precision
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -18,8 +21,8 @@ PATIENCE = timedelta(hours=6)
 the usual 10 minutes would end the run. A process that dies ends its launch at once all the same."""
 
 
-def make_accelerator(precision: str, device: torch.device) -> Accelerator:
-    """Return an Accelerator for loop.precision (fp32, bf16, fp16) on `device`.
+def make_accelerator(precision: Precision, device: torch.device) -> Accelerator:
+    """Return an Accelerator for loop.precision on `device`.
 
     Accelerate keeps its first settings for the life of the process and refuses others; a notebook that trains
     twice needs them forgotten. The processes themselves stay as they were launched.
@@ -27,6 +30,7 @@ def make_accelerator(precision: str, device: torch.device) -> Accelerator:
     Raises:
         UserError: fp16 without a GPU.
     """
+    precision = pick_precision(precision, device)
     if precision == "fp16" and device.type == "cpu":
         raise UserError("loop.precision = 'fp16' needs a GPU; the nearest legal one is 'bf16'")
     moved = bool(PartialState._shared_state) and PartialState().device.type != device.type
@@ -51,3 +55,16 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device = 'cuda' is not there on this machine; the nearest legal one is 'cpu'")
     return torch.device(name)
+
+
+def pick_precision(name: Precision, device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
+    """auto -> bf16 on a GPU and on a CPU with matrix units for it, else fp32."""
+    if name != "auto":
+        return name
+    return "bf16" if device.type == "cuda" or _has_bf16_units() else "fp32"
+
+
+def _has_bf16_units() -> bool:
+    """Whether the CPU multiplies bf16 matrices in hardware; others emulate it, slower than fp32."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.is_file() and "amx_bf16" in cpuinfo.read_text()

@@ -26,7 +26,7 @@ from fewstep.evaluation.results import Results, Row, load_results, save_results
 from fewstep.files import atomic_write
 from fewstep.settings import TEACHER_SAMPLING, Sampling
 from fewstep.tensors import load_tensors, save_tensors
-from fewstep.training.launch import pick_device
+from fewstep.training.launch import pick_device, pick_precision
 from fewstep.world.measures import Gallery, agreement, lite0, metrics, real_diversity
 
 NOISY_PROMPTS = 100
@@ -93,6 +93,9 @@ class Studio:
         self.teacher = teacher
         self.prompts = list(prompts)
         self.folder = folder
+        self.device = pick_device("auto")
+        bf16 = pick_precision("auto", self.device) == "bf16"
+        self.precision = torch.bfloat16 if bf16 else torch.float32
         self._artists: dict[str, Artist] = {}
 
     def artist(self, lora: Path | None) -> Artist:
@@ -100,13 +103,14 @@ class Studio:
         key = str(lora)
         if key not in self._artists:
             self._artists = {"None": self._artists["None"]} if "None" in self._artists else {}
-            self._artists[key] = load_artist(self.teacher, lora, pick_device("auto"))
+            artist = load_artist(self.teacher, lora, self.device)
+            self._artists[key] = replace(artist, precision=self.precision)
         return self._artists[key]
 
     def key(self, entry: Entry) -> str:
         """What decides an entry's pictures, hashed."""
         digest = hashlib.sha256()
-        known = [entry.sampling.model_dump(mode="json"), entry.seed, self.prompts]
+        known = [entry.sampling.model_dump(mode="json"), entry.seed, self.prompts, str(self.precision)]
         digest.update(json.dumps(known).encode())
         files = (
             [entry.lora]

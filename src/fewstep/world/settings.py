@@ -73,7 +73,7 @@ class AgreementConfig(Config):
     network: ScorerConfig = ScorerConfig()
     captions: int = Field(default=12, ge=1, description="captions drawn once for each picture")
     loop: LoopConfig = LoopConfig(
-        steps=1300, batch=256, save_every=100, watch_every=130, log_every=10, precision="bf16", seed=7
+        steps=800, batch=256, save_every=100, watch_every=100, log_every=10, precision="bf16", seed=7
     )
     optim: OptimConfig = OptimConfig(lr=2e-3, warmup=60, decay="cosine", ema=0.995, weight_decay=0.05)
 
