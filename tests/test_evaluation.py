@@ -37,7 +37,7 @@ from fewstep.evaluation.metric import Array, Figure, Identity, Pictures, check_p
 from fewstep.evaluation.neighbours import neighbour_shares
 from fewstep.evaluation.table import table
 from fewstep.evaluation.teacher import TeacherFeatures, TeacherPixels, cosine_distance, pixel_rmse
-from fewstep.evaluation.whiteness import Whiteness, background, background_by_prompt
+from fewstep.evaluation.whiteness import BackgroundLevel, WhiteShare, background, background_by_prompt
 from fewstep.world import emoji8
 
 
@@ -315,7 +315,7 @@ def test_whiteness_of_planted_borders(real: emoji8.Emoji8) -> None:
     assert everywhere[:, :2].all()
     hazy = pictures.copy()
     hazy[1:] = np.where(pictures[1:] == 255, 245, 0)
-    share, level = (Whiteness(kind, everywhere) for kind in ("share", "level"))  # type: ignore[arg-type]
+    share, level = WhiteShare(everywhere), BackgroundLevel(everywhere)
     prompts = [""] * 20
     assert share.features(pictures, prompts)[1:].tolist() == [1.0] * 19
     assert share.features(hazy, prompts)[1:].tolist() == [0.0] * 19
@@ -324,10 +324,10 @@ def test_whiteness_of_planted_borders(real: emoji8.Emoji8) -> None:
     assert by_prompt["a"].sum() == 127
     assert by_prompt["b"].sum() == 128
     by_prompt["none"] = np.zeros((64, 64), bool)
-    one = Whiteness("share", everywhere, by_prompt).features(pictures[[0, 0, 0]], ["a", "b", "none"])
+    one = WhiteShare(everywhere, by_prompt).features(pictures[[0, 0, 0]], ["a", "b", "none"])
     assert one.tolist() == [1.0, 127 / 128, 127 / 128]
     with pytest.raises(UserError, match="no white border"):
-        Whiteness("share", np.zeros((64, 64), bool))
+        WhiteShare(np.zeros((64, 64), bool))
     assert background(real.pictures).sum() > 50
 
 

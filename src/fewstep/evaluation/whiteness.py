@@ -8,7 +8,6 @@ prompt; where those leave none, one that is white in 95 % of all real pictures.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -64,7 +63,7 @@ def darkest(pictures: Pictures) -> npt.NDArray[np.uint8]:
 
 
 class Whiteness(PictureMean):
-    """Mean level, or share of white pixels, of each picture's background.
+    """A figure of each picture's background; what is measured there is its subclasses' affair.
 
     Args:
         everywhere: bool [H, W], the background of a prompt that `by_prompt` lacks or leaves without pixels.
@@ -74,27 +73,32 @@ class Whiteness(PictureMean):
         UserError: `everywhere` is empty.
     """
 
-    def __init__(
-        self, kind: Literal["share", "level"], everywhere: Mask, by_prompt: Mapping[str, Mask] | None = None
-    ) -> None:
+    name: str
+    measures: str
+    unit: str
+
+    def __init__(self, everywhere: Mask, by_prompt: Mapping[str, Mask] | None = None) -> None:
         if not everywhere.any():
             raise UserError("the real pictures have no white border; whiteness cannot be measured on them")
-        self.kind = kind
         self.everywhere = everywhere
         self.by_prompt = by_prompt or {}
         self.identity = Identity(
-            name=f"background: {'white' if kind == 'share' else 'level'}",
-            measures="share of white pixels in the background" if kind == "share" else "mean background level",
+            name=self.name,
+            measures=self.measures,
             better="higher",
-            unit="share" if kind == "share" else "levels (0 to 255)",
+            unit=self.unit,
             reduction=(
                 f"mean over pictures; background: {RING}-pixel border ring where the prompt's real pictures "
                 f"are all white (every channel >= {WHITE}), else where {MOSTLY:.0%} of all real pictures are"
             ),
         )
 
+    def of_background(self, pixels: Pictures) -> float:
+        """Return the figure of one picture's background pixels, uint8 [P, 3]."""
+        raise NotImplementedError
+
     def features(self, pictures: Pictures, prompts: Sequence[str]) -> Array:
-        """Return each picture's share or level, float64 [N].
+        """Return each picture's figure, float64 [N].
 
         Raises:
             UserError: pictures of another size than the mask.
@@ -105,6 +109,25 @@ class Whiteness(PictureMean):
         values = []
         for number, picture in enumerate(pictures):
             mask = self.by_prompt.get(prompts[number], self.everywhere) if len(prompts) else self.everywhere
-            seen = picture[mask if mask.any() else self.everywhere]
-            values.append(float((seen.min(-1) >= WHITE).mean() if self.kind == "share" else seen.mean()))
+            values.append(self.of_background(picture[mask if mask.any() else self.everywhere]))
         return np.array(values)
+
+
+class WhiteShare(Whiteness):
+    """Share of white pixels in the background."""
+
+    name, measures, unit = "background: white", "share of white pixels in the background", "share"
+
+    def of_background(self, pixels: Pictures) -> float:
+        """Return the share of pixels whose every channel is white."""
+        return float((pixels.min(-1) >= WHITE).mean())
+
+
+class BackgroundLevel(Whiteness):
+    """Mean level of the background."""
+
+    name, measures, unit = "background: level", "mean background level", "levels (0 to 255)"
+
+    def of_background(self, pixels: Pictures) -> float:
+        """Return the mean over pixels and channels."""
+        return float(pixels.mean())

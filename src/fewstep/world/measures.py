@@ -25,7 +25,7 @@ from fewstep.evaluation.metric import Array, Figure, Metric, Pictures
 from fewstep.evaluation.neighbours import NONE, Neighbours, neighbour_shares
 from fewstep.evaluation.teacher import TeacherFeatures, TeacherPixels
 from fewstep.evaluation.text_side import BertStates
-from fewstep.evaluation.whiteness import Whiteness, background, background_by_prompt
+from fewstep.evaluation.whiteness import BackgroundLevel, WhiteShare, background, background_by_prompt
 from fewstep.world import emoji8
 from fewstep.world.location import root
 
@@ -194,8 +194,8 @@ def metrics(gallery: Gallery, features: Features, n: int) -> list[Metric]:
         TeacherPixels(),
         EdgeDensity(),
         WebpBytes(),
-        Whiteness("share", everywhere, by_prompt),
-        Whiteness("level", everywhere, by_prompt),
+        WhiteShare(everywhere, by_prompt),
+        BackgroundLevel(everywhere, by_prompt),
     ]
     if n >= FEWEST:
         chosen.insert(0, FrechetDistance(features, Projection.fit(features(pictures))))
