@@ -253,7 +253,9 @@ def small(tiny_overrides: list[str]) -> list[str]:
 def test_gradients_reach_the_student_alone(target: str, small: list[str], tiny_cache: Path) -> None:
     from fewstep import distillation
 
-    run = distillation.prepare(resolve("tcd", None, [*small, f"method.target={target}"]), tiny_cache)
+    run = distillation.prepare(
+        resolve("tcd", None, [*small, f"method.target={target}"]), tiny_cache, torch.device("cpu")
+    )
     (update,) = distillation.update_plan(run)
     items = torch.arange(4)
     loss = update.loss({"items": items, "latents": run.data.latents[items]}, draws(4))
@@ -280,7 +282,7 @@ def test_the_loss_falls_in_thirty_steps(recipe: str, small: list[str], tiny_cach
     logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in logged] == list(range(1, 31))
 
-    run = distillation.prepare(config, tiny_cache)
+    run = distillation.prepare(config, tiny_cache, torch.device("cpu"))
     (update,) = distillation.update_plan(run)
     items = torch.arange(16)
     batch = {"items": items, "latents": run.data.latents[items]}

@@ -81,10 +81,10 @@ class AgreementConfig(Config):
 class DemoConfig(Config):
     """The demo's budget: small enough for ten minutes on two cores."""
 
-    steps: int = Field(120, ge=1, description="optimiser steps of each student")
+    steps: int = Field(80, ge=1, description="optimiser steps of each student")
     batch: int = Field(64, ge=1, description="samples a step")
     lr: float = Field(1e-3, gt=0, description="learning rate of both students")
-    prompts: int = Field(128, ge=100, le=1000, description="open prompts drawn and measured")
+    prompts: int = Field(100, ge=100, le=1000, description="open prompts drawn and measured")
     gamma: float = Field(0.2, ge=0, le=1, description="TCD's gamma at every step count")
     shown: int = Field(10, ge=1, description="prompts in the picture grid")
     seed: int = Field(0, ge=0, description="seed of training and of the noise")
