@@ -195,9 +195,12 @@ def demo(*, out: Path | str = "demo", overrides: Sequence[str] = ()) -> Path:
         UserError: anything wrong with the settings, the place or the installation, before any long work.
     """
     from fewstep.files import check_writable
+    from fewstep.folder import read_folder
+    from fewstep.settings import teacher_path
     from fewstep.world.settings import DemoConfig
 
     config = validate(DemoConfig, parse_overrides(overrides))
+    read_folder(teacher_path(""))
     check_writable(Path(out))
     _check_installed("demo")
     from fewstep.world.demo import demo
@@ -212,9 +215,12 @@ def benchmark(*, out: Path | str = "runs/benchmark", overrides: Sequence[str] = 
         UserError: anything wrong with the settings, the place or the installation, before any long work.
     """
     from fewstep.files import check_writable
+    from fewstep.folder import read_folder
+    from fewstep.settings import teacher_path
     from fewstep.world.settings import BenchmarkConfig
 
     config = validate(BenchmarkConfig, parse_overrides(overrides))
+    read_folder(teacher_path(""))
     check_writable(Path(out))
     _check_installed("benchmark")
     from fewstep.world.benchmark import benchmark
