@@ -26,22 +26,13 @@ from fewstep.backbones.sd import StableDiffusion
 from fewstep.errors import UserError
 from fewstep.training import checkpoint
 from kill_harness import kill, launch, wait_for
+from pooled import Pooled
 
 LIMIT = 180.0
 KILLED_IN, SPOILT_IN = 4, 1
 """Steps (0-based) in which the second process is killed, or alone sees a number that is not finite."""
 SHORT = ["-s", "loop.watch_every=null", "-s", "loop.log_every=6", "-s", "loop.save_every=1"]
 """For launches that end early."""
-
-
-class Pooled:
-    """Features without a network: means over a 4x4 grid of each channel."""
-
-    name, licence, input, weights_sha256 = "pooled", "none", "uint8", "none"
-
-    def __call__(self, pictures: Any) -> Any:
-        small = pictures.astype("float32").reshape(len(pictures), 4, 16, 4, 16, 3).mean((2, 4)) / 255
-        return small.reshape(len(pictures), -1)
 
 
 def noting(place: Any, name: str, file: Path) -> None:

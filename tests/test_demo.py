@@ -22,19 +22,10 @@ from fewstep.world import emoji8, location, measures
 from fewstep.world.benchmark import best_by_rank
 from fewstep.world.settings import BenchmarkConfig
 from fewstep.world.students import train_student
+from pooled import Pooled
 
 PICTURES = 160
 """Training pictures of the small world."""
-
-
-class Pooled:
-    """Features without a network: means over a 4x4 grid of each channel."""
-
-    name, licence, input, weights_sha256 = "pooled", "none", "uint8", "none"
-
-    def __call__(self, pictures: np.ndarray) -> np.ndarray:
-        small = pictures.astype(np.float32).reshape(len(pictures), 4, 16, 4, 16, 3).mean((2, 4)) / 255
-        return small.reshape(len(pictures), -1)
 
 
 @pytest.fixture

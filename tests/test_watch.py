@@ -16,16 +16,7 @@ from fewstep.errors import UserError
 from fewstep.files import read_json
 from fewstep.settings import resolve
 from fewstep.world import emoji8
-
-
-class Pooled:
-    """Features without a network: means over a 4x4 grid of each channel."""
-
-    name, licence, input, weights_sha256 = "pooled", "none", "uint8", "none"
-
-    def __call__(self, pictures: np.ndarray) -> np.ndarray:
-        small = pictures.astype(np.float32).reshape(len(pictures), 4, 16, 4, 16, 3).mean((2, 4)) / 255
-        return small.reshape(len(pictures), -1)
+from pooled import Pooled
 
 
 @pytest.fixture

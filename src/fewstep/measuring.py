@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -122,9 +122,8 @@ def evaluate(
     figures = evaluate_pictures(pictures, prompts, yardstick.metrics, yardstick.reference, end_points, seed)
     several = [prompt for prompt in prompts[:DIVERSE_PROMPTS] for _ in range(NOISES)]
     noises = artist.draw(several, count_up(seed, len(several)), sampling)
-    diverse = diversity(yardstick.features, noises.reshape(-1, NOISES, *noises.shape[1:]), seed)
-    name = diverse.identity.name if diverse.identity else "diversity"
-    return {**figures, name: replace(diverse, floor=yardstick.real_diversity)}
+    grouped = noises.reshape(-1, NOISES, *noises.shape[1:])
+    return {**figures, **diversity(yardstick.features, grouped, seed, floor=yardstick.real_diversity)}
 
 
 def count_up(seed: int, n: int) -> list[int]:

@@ -10,7 +10,6 @@ from fewstep.evaluation.evaluate import TO_TEACHER
 from fewstep.evaluation.lines import HEADLINE_GAMMA, Line, Summary, headline, lines, lines_of, summary
 from fewstep.evaluation.results import Results
 from fewstep.evaluation.step_table import STEPS
-from fewstep.evaluation.table import number
 
 TCD, LCM, DDIM, EULER, DPMPP, TEACHER = "TCD", "LCM", "DDIM", "Euler", "DPM-Solver++(2S)", "teacher"
 TEACHER_STEPS = 50
@@ -44,7 +43,7 @@ class Claim:
     @property
     def evidence(self) -> str:
         """Its figures in words."""
-        return ", ".join(f"{name}: {number(value)}" for name, value in self.figures.items())
+        return ", ".join(f"{name}: {_number(value)}" for name, value in self.figures.items())
 
 
 def claims(results: Results, gamma: float = HEADLINE_GAMMA) -> list[Claim]:
@@ -182,3 +181,10 @@ def _euler_is_ddim(results: Results) -> Claim:
         return Claim(text, None, note="no rows of Euler and DDIM at equal calls, guidance and seed")
     worst = max(gaps, key=lambda name: gaps[name])
     return Claim(text, gaps[worst] <= SAME, {f"largest relative difference ({worst})": gaps[worst]})
+
+
+def _number(value: float) -> str:
+    """A value with three significant digits or more, without exponents for ordinary sizes."""
+    if value and abs(value) < 0.1:
+        return f"{value:.5f}"
+    return f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}" if abs(value) < 1000 else f"{value:.0f}"

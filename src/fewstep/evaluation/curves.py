@@ -12,9 +12,9 @@ from typing import Any
 from fewstep.errors import UserError
 from fewstep.evaluation.claims import TEACHER, TEACHER_STEPS, distance
 from fewstep.evaluation.lines import HEADLINE_GAMMA, Line, compared, lines_of, summary, swept
+from fewstep.evaluation.metric import ARROWS
 from fewstep.evaluation.results import Results
 from fewstep.evaluation.step_table import STEPS, better_of
-from fewstep.evaluation.table import ARROWS
 from fewstep.files import atomic_write
 
 COLOURS = ("#1f6feb", "#d9730d", "#2e9e5b", "#b8309a", "#7a5af0", "#0b8fa3", "#b4531f", "#6b7280")

@@ -28,13 +28,16 @@ def pairwise_distance(features: Array) -> Array:
     return distance
 
 
-def diversity(features: Features, pictures: Pictures, seed: int = 0, short: str = "Lite0") -> Figure:
-    """Return the mean over prompts of `pairwise_distance`, its interval over prompts.
+def diversity(
+    features: Features, pictures: Pictures, seed: int = 0, *, floor: float | None = None, short: str = "Lite0"
+) -> dict[str, Figure]:
+    """Return the mean over prompts of `pairwise_distance`, its interval over prompts, under its name.
 
     Args:
         features: the backbone.
         pictures: uint8 [P, k, H, W, 3], k noises a prompt.
         seed: of the bootstrap.
+        floor: the same of real pictures, where it is known.
         short: the backbone's short name.
 
     Raises:
@@ -59,4 +62,4 @@ def diversity(features: Features, pictures: Pictures, seed: int = 0, short: str 
         n=p,
         seed=seed,
     )
-    return Figure(figure.value, figure.low, figure.high, p, identity=identity)
+    return {identity.name: Figure(figure.value, figure.low, figure.high, p, floor, identity)}

@@ -20,6 +20,8 @@ Pictures: TypeAlias = npt.NDArray[np.uint8]
 Array: TypeAlias = npt.NDArray[np.floating[Any]]
 Against = Literal["nothing", "real", "teacher"]
 """What the reduction compares with: nothing, a set of real pictures, or the teacher's for each prompt."""
+ARROWS = {"lower": " ↓", "higher": " ↑", "neither": ""}
+"""`Identity.better` in a table's heading."""
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,9 @@ from fewstep.evaluation import curves
 from fewstep.evaluation.claims import TCD, claims, distance
 from fewstep.evaluation.evaluate import TO_TEACHER
 from fewstep.evaluation.lines import HEADLINE_GAMMA, Line, compared, headline, paired
-from fewstep.evaluation.metric import Pictures, check_pictures
+from fewstep.evaluation.metric import ARROWS, Pictures, check_pictures
 from fewstep.evaluation.results import Results
 from fewstep.evaluation.step_table import STEPS, better_of, decimals, step_table
-from fewstep.evaluation.table import ARROWS
 from fewstep.files import atomic_write
 
 TEMPLATE = "report.html.jinja"

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fewstep.evaluation.lines import HEADLINE_GAMMA, Line, Summary, compared, summary
+from fewstep.evaluation.metric import ARROWS
 from fewstep.evaluation.results import Results
-from fewstep.evaluation.table import ARROWS
 
 STEPS = (2, 4, 8, 20)
 DIGITS = 3

@@ -21,7 +21,7 @@ from fewstep.evaluation.results import Results, Row, save_results
 from fewstep.evaluation.step_table import table1
 from fewstep.files import atomic_write, write_json
 from fewstep.provenance import commit, hardware
-from fewstep.settings import Sampling, resolve, teacher_path
+from fewstep.settings import teacher_path
 from fewstep.world import emoji8
 from fewstep.world.contest import (
     Bench,
@@ -36,7 +36,7 @@ from fewstep.world.contest import (
 )
 from fewstep.world.demo import picture_grid
 from fewstep.world.settings import BenchmarkConfig
-from fewstep.world.students import METHODS, STEPS, students_omega, train_student
+from fewstep.world.students import METHODS, STEPS, student_sampling, students_omega, train_student
 
 GAMMAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 CHOOSING = 99
@@ -56,11 +56,6 @@ def train(config: BenchmarkConfig, recipe: str, rate: float, seed: int, out: Pat
         seed=seed,
         save_every=100,
     )
-
-
-def sampling_of(recipe: str, gamma: float) -> Sampling:
-    """A recipe's own sampling with the benchmark's gamma."""
-    return resolve(recipe).sampling.model_copy(update={"gamma": gamma})
 
 
 def kid_of(row: Row) -> float:
@@ -112,7 +107,7 @@ def choose_rate(config: BenchmarkConfig, recipe: str, stage: Stage) -> float:
         str(rate): student_entries(
             METHODS[recipe],
             train(config, recipe, rate, config.seeds[0], stage.out),
-            sampling_of(recipe, config.gamma),
+            student_sampling(recipe, config.gamma),
             STEPS,
             CHOOSING,
         )
@@ -132,7 +127,7 @@ def choose_gammas(student: Path, stage: Stage) -> dict[int, float]:
     chosen = {}
     for steps in STEPS:
         candidates = {
-            str(gamma): student_entries("TCD", student, sampling_of("tcd", gamma), [steps], CHOOSING)
+            str(gamma): student_entries("TCD", student, student_sampling("tcd", gamma), [steps], CHOOSING)
             for gamma in GAMMAS
         }
         chosen[steps] = float(stage.choose(f"gamma-{steps}", candidates))
@@ -145,9 +140,9 @@ def headline_entries(
     """Table 1 at one seed: solvers on the teacher, both students, TCD once more with its tuned gammas."""
     entries = solver_entries(omega, STEPS, seed)
     for recipe, method in METHODS.items():
-        entries += student_entries(method, students[recipe], sampling_of(recipe, config.gamma), STEPS, seed)
+        entries += student_entries(method, students[recipe], student_sampling(recipe, config.gamma), STEPS, seed)
     for steps in STEPS:
-        tuned = sampling_of("tcd", gammas[steps])
+        tuned = student_sampling("tcd", gammas[steps])
         entries += student_entries("TCD, tuned gamma", students["tcd"], tuned, [steps], seed)
     return entries
 
@@ -157,7 +152,7 @@ def sweep_entries(student: Path, seed: int) -> list[Entry]:
     return [
         entry
         for gamma in GAMMAS
-        for entry in student_entries("TCD, gamma sweep", student, sampling_of("tcd", gamma), STEPS, seed)
+        for entry in student_entries("TCD, gamma sweep", student, student_sampling("tcd", gamma), STEPS, seed)
     ]
 
 

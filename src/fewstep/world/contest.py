@@ -24,6 +24,7 @@ from fewstep.evaluation.features import Features
 from fewstep.evaluation.metric import Figure, Metric, Scored
 from fewstep.evaluation.results import Results, Row, load_results, save_results
 from fewstep.files import atomic_write
+from fewstep.folder import read_folder
 from fewstep.settings import TEACHER_SAMPLING, Sampling
 from fewstep.tensors import load_tensors, save_tensors
 from fewstep.training.launch import pick_device, pick_precision
@@ -96,6 +97,7 @@ class Studio:
         self.device = pick_device("auto")
         bf16 = pick_precision("auto", self.device) == "bf16"
         self.precision = torch.bfloat16 if bf16 else torch.float32
+        self.base = read_folder(teacher).fingerprint("unet", "vae", "text_encoder")
         self._artists: dict[str, Artist] = {}
 
     def artist(self, lora: Path | None) -> Artist:
@@ -110,15 +112,12 @@ class Studio:
     def key(self, entry: Entry) -> str:
         """What decides an entry's pictures, hashed."""
         digest = hashlib.sha256()
-        known = [entry.sampling.model_dump(mode="json"), entry.seed, self.prompts, str(self.precision)]
+        known = [self.base, entry.sampling.model_dump(mode="json"), entry.seed, self.prompts, str(self.precision)]
         digest.update(json.dumps(known).encode())
-        files = (
-            [entry.lora]
-            if entry.lora and entry.lora.is_file()
-            else sorted((entry.lora or Path("-")).glob("*.safetensors"))
-        )
-        for file in [*files, *sorted((self.teacher / "unet").glob("*.safetensors"))]:
-            digest.update(hashlib.sha256(file.read_bytes()).digest())
+        if entry.lora is not None:
+            files = [entry.lora] if entry.lora.is_file() else sorted(entry.lora.glob("*.safetensors"))
+            for file in files:
+                digest.update(hashlib.sha256(file.read_bytes()).digest())
         return digest.hexdigest()[:24]
 
     def seeds(self, seed: int) -> list[int]:
@@ -223,11 +222,10 @@ class Judge:
 
 def with_diversity(row: Row, entry: Entry, studio: Studio, judge: Judge) -> Row:
     """The row with one figure more: how much pictures of one prompt differ from noise to noise."""
-    figure = diversity(judge.bench.features, studio.noises(entry), judge.seed)
-    name = figure.identity.name if figure.identity else "diversity"
-    real = real_diversity(judge.bench.gallery, judge.bench.features, judge.prompts, judge.seed)
-    floor = real.value if real else None
-    return replace(row, figures={**row.figures, name: replace(figure, floor=floor)})
+    bench = judge.bench
+    real = real_diversity(bench.gallery, bench.features, judge.prompts, judge.seed)
+    figures = diversity(bench.features, studio.noises(entry), judge.seed, floor=real.value if real else None)
+    return replace(row, figures={**row.figures, **figures})
 
 
 def measured(studio: Studio, judge: Judge, entry: Entry, teacher: Entry | None, *, diverse: bool = False) -> Row:

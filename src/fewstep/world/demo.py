@@ -14,7 +14,7 @@ from fewstep.evaluation.frechet import FEWEST
 from fewstep.evaluation.report import write_report
 from fewstep.evaluation.results import Results, save_results
 from fewstep.provenance import commit, hardware
-from fewstep.settings import resolve, teacher_path
+from fewstep.settings import teacher_path
 from fewstep.world import emoji8
 from fewstep.world.contest import (
     Bench,
@@ -27,7 +27,7 @@ from fewstep.world.contest import (
     teacher_entry,
 )
 from fewstep.world.settings import DemoConfig
-from fewstep.world.students import METHODS, STEPS, student_config, students_omega, train_student
+from fewstep.world.students import METHODS, STEPS, student_config, student_sampling, students_omega, train_student
 
 
 def train_students(config: DemoConfig, out: Path) -> dict[str, Path]:
@@ -58,8 +58,7 @@ def demo(config: DemoConfig, out: Path) -> Path:
     omega = students_omega()
     entries = solver_entries(omega, STEPS, config.seed)
     for recipe, method in METHODS.items():
-        sampling = resolve(recipe).sampling.model_copy(update={"gamma": config.gamma})
-        entries += student_entries(method, students[recipe], sampling, STEPS, config.seed)
+        entries += student_entries(method, students[recipe], student_sampling(recipe, config.gamma), STEPS, config.seed)
     teacher = teacher_entry(omega, 50, config.seed)
     rows = contest(studio, judge, teacher, entries)
     samples = config.steps * config.batch

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fewstep import distillation
-from fewstep.settings import DistillConfig, resolve
+from fewstep.settings import DistillConfig, Sampling, resolve
 from fewstep.world.location import root
 
 METHODS = {"lcm": "LCM", "tcd": "TCD"}
@@ -28,6 +28,11 @@ def student_config(recipe: str, overrides: Sequence[str] = ()) -> DistillConfig:
 def students_omega() -> float:
     """The mean guidance that every student of the bundled world learns; teacher rows stand at it."""
     return student_config("tcd").method.guidance.mean_omega
+
+
+def student_sampling(recipe: str, gamma: float) -> Sampling:
+    """How students of a recipe are drawn with here: the recipe's own sampling at a given gamma."""
+    return resolve(recipe).sampling.model_copy(update={"gamma": gamma})
 
 
 def train_student(
