@@ -251,7 +251,7 @@ def train_teacher(
     config: Annotated[Path | None, typer.Option(help="YAML file of the teacher's recipe.")] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Train the bundled world's teacher from Emoji-8: autoencoder, denoiser, and the decoder once more. Takes hours on a CPU."""
+    """Train the teacher on Emoji-8: autoencoder, denoiser, the decoder once more. Takes hours on a CPU."""
     from fewstep import api
 
     say(f"wrote {api.train_teacher(out=out, target=target, config=config, overrides=overrides or [])}")
