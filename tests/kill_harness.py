@@ -92,6 +92,12 @@ def training_started(out: Path) -> Callable[[], bool]:
     return lambda: stamp() != before
 
 
+def logged_step(out: Path) -> int:
+    """The last step that log.jsonl tells of whole; 0 for none."""
+    lines = (out / "log.jsonl").read_text().split("\n")[:-1]
+    return int(json.loads(lines[-1])["step"]) if lines else 0
+
+
 def stuck_in_a_save(marker: Path) -> Callable[[], None]:
     """Let the second file of the next checkpoint be half-written for ever."""
 
@@ -150,9 +156,9 @@ def run(folder: Path, overrides: list[str]) -> dict[str, Any]:
     steps = len((peace / "log.jsonl").read_text().splitlines())
     pace = (time.monotonic() - started) / steps
 
-    def interrupt(delay: float, patch: Callable[[], None] | None = None, marker: Path | None = None) -> bool:
+    def interrupt(seen: Callable[[], bool], delay: float, patch: Callable[[], None] | None = None) -> bool:
         child = launch(command(fire), log, patch)
-        if wait_for(child, marker.exists if marker else training_started(fire)) is not None:
+        if wait_for(child, seen) is not None:
             return False
         time.sleep(delay)
         if ended(child) is not None:
@@ -160,15 +166,25 @@ def run(folder: Path, overrides: list[str]) -> dict[str, Any]:
         kill(child)
         return True
 
+    def interrupt_at(moment: float) -> int | None:
+        """Kill at a moment, in steps since the start of the whole run; the step that was logged by then."""
+        started = training_started(fire)
+        whole = int(moment)
+        if not interrupt(lambda: started() and logged_step(fire) >= whole, (moment - whole) * pace):
+            return None
+        return logged_step(fire)
+
     chance = random.Random(SEED)
-    kills = sum(interrupt(chance.uniform(0, 1.8 * pace)) for _ in range(RANDOM_KILLS))
-    saving = interrupt(0.01, stuck_in_a_save(folder / "saving"), folder / "saving")
-    removing = interrupt(0.01, stuck_in_a_removal(folder / "removing"), folder / "removing")
+    moments = sorted(chance.uniform(0, steps - 2) for _ in range(RANDOM_KILLS))
+    kills = [interrupt_at(moment) for moment in moments]
+    saving, removing = folder / "saving", folder / "removing"
+    saved = interrupt(saving.exists, 0.01, stuck_in_a_save(saving))
+    removed = interrupt(removing.exists, 0.01, stuck_in_a_removal(removing))
     left = sorted(path.name for path in (fire / "checkpoints").iterdir())
     code = wait_for(launch(command(fire), log), lambda: False)
     if code != 0:
         raise RuntimeError(log.read_text()[-2000:])
-    return {"kills": kills, "saving": saving, "removing": removing, "left": left, "steps": steps, "pace": pace}
+    return {"kills": kills, "saving": saved, "removing": removed, "left": left, "steps": steps, "pace": pace}
 
 
 if __name__ == "__main__":

@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from fewstep import cli
 from fewstep.tensors import save_tensors
+from fewstep.world.settings import TeacherConfig
 
 LIMIT = 2.0
 """Seconds of processor time that a refusal may take."""
@@ -107,6 +109,12 @@ def test_an_unknown_recipe_names_the_nearest(refuse: Refuse) -> None:
         ("method.grid=25", "sampling.grid = 50 asks for times that method.grid = 25 does not train"),
         ("sampling.end=clean", "sampling.end = 'clean' is not the end point that is trained"),
         ("loop.accumulate=5", "batch = 32 is not a multiple of accumulate = 5; the nearest legal one is 30"),
+        ("student.targets=[to_k,to_qq]", "student.targets = 'to_qq' ends the name of no layer"),
+        (
+            "method.grid=60 sampling.grid=60",
+            "method.grid = 60 does not divide the teacher's 1000 training indices; ",
+        ),
+        ("watch.prompts=validaton", "prompt list 'validaton' is unknown; the nearest is 'validation'"),
         ("data.source=nowhere", "data.source = 'nowhere' is not a folder"),
         ("teacher=nowhere", "teacher = 'nowhere' is no diffusers pipeline folder"),
     ],
@@ -115,7 +123,8 @@ def test_a_wrong_setting_is_named_with_the_nearest(
     refuse: Refuse, tiny_pipeline: Path, override: str, words: str
 ) -> None:
     teacher = () if override.startswith("teacher") else ("--teacher", str(tiny_pipeline))
-    assert words in refuse("distill", *teacher, "-s", override)
+    changes = [word for change in override.split() for word in ("-s", change)]
+    assert words in refuse("distill", *teacher, *changes)
 
 
 def test_wrong_config_files(refuse: Refuse, tmp_path: Path) -> None:
@@ -353,10 +362,31 @@ def test_evaluate_refuses_before_it_draws(refuse: Refuse, tiny_pipeline: Path, d
     assert "gamma = 2.0 must be at most 1" in refuse(*known, "--gamma", "2")
 
 
-def test_train_teacher_refuses_unknown_keys(refuse: Refuse) -> None:
-    assert "unknown key unet.loop.step; the nearest known one is unet.loop.steps" in refuse(
-        "train-teacher", "-s", "unet.loop.step=1"
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("unet.loop.step=1", "unknown key unet.loop.step; the nearest known one is unet.loop.steps"),
+        ("vae.latent_channels=8", "unet.latent_channels = 16 and vae.latent_channels = 8 differ; the nearest is 8"),
+        ("unet.groups=48", "unet.groups = 48 does not divide all of unet.channels = [128, 128]; the nearest legal one"),
+        ("unet.start=nowhere", "'nowhere' is no diffusers pipeline folder"),
+        ("unet.text_width=64", "unet.text_width = 64 is not the text encoder's; the nearest legal one is 384"),
+    ],
+)
+def test_train_teacher_refuses_before_it_trains(refuse: Refuse, override: str, words: str) -> None:
+    assert words in refuse("train-teacher", "-s", override)
+
+
+def test_train_teacher_refuses_other_settings_of_a_part_that_is_done(refuse: Refuse, tmp_path: Path) -> None:
+    folder = tmp_path / "teacher" / "vae"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(TeacherConfig().vae.model_dump(mode="json")))
+    assert "holds a run with another beta" in refuse(
+        "train-teacher", "--out", str(tmp_path / "teacher"), "-s", "vae.beta=1e-3"
     )
+
+
+def test_the_demo_refuses_a_seed_that_noise_cannot_have(refuse: Refuse) -> None:
+    assert "seed = 100 must be at most 89; the nearest legal one is 89" in refuse("demo", "-s", "seed=100")
 
 
 # ---- in a process of its own

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fewstep import api
 from fewstep.errors import UserError
@@ -18,7 +19,7 @@ from fewstep.evaluation.results import load_results
 from fewstep.evaluation.scorer import Scorer
 from fewstep.evaluation.settings import ScorerConfig
 from fewstep.evaluation.text_side import BertStates
-from fewstep.world import emoji8, location, measures
+from fewstep.world import benchmark, emoji8, location, measures
 from fewstep.world.benchmark import best_by_rank
 from fewstep.world.settings import BenchmarkConfig
 from fewstep.world.students import train_student
@@ -93,6 +94,71 @@ def forbidden_after_grid(out: Path) -> Any:
         return plain(self, entry)
 
     return kept
+
+
+def test_the_benchmark_chooses_measures_and_goes_on_where_it_was(
+    small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every stage, small: rates, guidance and gammas are chosen, two seeds measured, tables and page written."""
+    whole = emoji8.read_prompts("benchmark")
+    lists = {"validation": whole[:12], "gamma": whole[12:24], "benchmark": whole[24:36]}
+    monkeypatch.setattr(emoji8, "read_prompts", lambda name: lists[name])
+    monkeypatch.setattr(benchmark, "STEPS", (2, 4))
+    monkeypatch.setattr(benchmark, "GAMMAS", (0.0, 0.2, 1.0))
+    out = tmp_path / "benchmark"
+    small = ["steps=2", "batch=2", "rates=[1e-3, 3e-2]", "seeds=[0, 1]", "omegas=[1, 2]", "shown=3"]
+    report = api.benchmark(out=out, overrides=small)
+    results = load_results(out / "results.json")
+    chosen = {file.stem: json.loads(file.read_text()) for file in out.glob("*-*.json")}
+    assert set(chosen) == {"rate-lcm", "rate-tcd", "omega-teacher", "gamma-2", "gamma-4"}
+    for record in chosen.values():
+        assert record["chosen"] == best_by_rank(record["kid"])
+        assert record["n"] == 12
+    students = {path.name for path in (out / "students").iterdir()}
+    assert {f"{recipe}-{rate:g}-0" for recipe in ("lcm", "tcd") for rate in (1e-3, 3e-2)} < students
+    rates = {recipe: float(chosen[f"rate-{recipe}"]["chosen"]) for recipe in ("lcm", "tcd")}
+    assert {name for name in students if name.endswith("-1")} == {f"{r}-{rate:g}-1" for r, rate in rates.items()}
+
+    rows = {(row.method, row.steps, row.gamma, row.omega, row.seed): row for row in results.rows}
+    tuned = {steps: float(chosen[f"gamma-{steps}"]["chosen"]) for steps in (2, 4)}
+    for seed in (0, 1):
+        assert ("teacher", 50, None, 2.0, seed) in rows
+        for steps in (2, 4):
+            assert ("TCD", steps, 0.2, None, seed) in rows
+            assert ("TCD, tuned gamma", steps, tuned[steps], None, seed) in rows
+    assert {gamma for method, _, gamma, _, _ in rows if method == "TCD, gamma sweep"} == {0.0, 0.2, 1.0}
+    assert rows["TCD", 4, 0.2, None, 0].figures == {
+        **rows["TCD, gamma sweep", 4, 0.2, None, 0].figures,
+        "diversity-Lite0": rows["TCD", 4, 0.2, None, 0].figures["diversity-Lite0"],
+    }, "the same student, gamma and noise"
+    assert rows["TCD", 4, 0.2, None, 0].scores != rows["TCD", 4, 0.2, None, 1].scores
+    teacher = rows["teacher", 50, None, 2.0, 0]
+    assert "to teacher: pixels" not in teacher.figures
+    assert "KID-Lite0 (to teacher)" in teacher.figures, "what a perfect student would get"
+    assert "| TCD |" in (out / "table.md").read_text().replace("**", "")
+    assert "is better than" in (out / "claims.md").read_text()
+    assert (out / "gamma.webp").stat().st_size > 1000
+    page = report.read_bytes()
+
+    monkeypatch.setattr("fewstep.world.contest.Studio.pictures", forbidden_after_grid(out))
+    assert api.benchmark(out=out, overrides=small).read_bytes() == page
+    assert load_results(out / "results.json").rows == results.rows
+
+
+def test_the_card_holds_what_was_asked_of_a_teacher(small_world: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
+    figures = api.teacher_card(out=tmp_path, teacher=str(tiny_pipeline), n=24, steps=2, omega=1.0)
+    by_word = figures["words of no caption: right concept"]
+    by_name = figures["the same concepts by their captions' names"]
+    share = figures["words of no caption, as a share of the captioned rate"].value
+    assert share == pytest.approx(by_word.value / by_name.value if by_name.value else 0)
+    assert (by_word.n, by_name.n) == (100, 100)
+    assert figures["held-out (concept, family) pairs: right concept"].n == len(emoji8.load_records("heldout-pair"))
+    white = next(figures[key] for key in figures if key.endswith(", real pictures"))
+    assert white.value > 0.95, "real emoji stand on white"
+    assert figures["autoencoder, PSNR on held-out concepts (dB)"].value < 15, "a random autoencoder restores nothing"
+    assert len((tmp_path / "card.md").read_text().splitlines()) == 2 + len(figures)
+    with Image.open(tmp_path / "samples.webp") as sheet:
+        assert sheet.width > 10 * 64
 
 
 def test_the_demo_says_what_is_missing_before_it_trains(small_world: Path, tmp_path: Path) -> None:

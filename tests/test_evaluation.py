@@ -23,6 +23,7 @@ from fewstep.evaluation.detail import (
 from fewstep.evaluation.diversity import diversity, pairwise_distance
 from fewstep.evaluation.evaluate import (
     TO_TEACHER,
+    EndPoints,
     Reference,
     evaluate_pictures,
     load_figures,
@@ -416,11 +417,11 @@ class Redness:
 
 def test_evaluate_puts_everything_beside_each_figure(real: emoji8.Emoji8, coarse: Features, tmp_path: Path) -> None:
     pictures, prompts = some(real, 600), ["x"] * 600
-    reference = Reference.split(some(real, 1300, 2), 700, seed=1)
-    assert len(reference.pictures) == 600
+    reference = Reference.split(some(real, 1300, 2), 600, seed=1)
+    assert len(reference.pictures) == 700
     projection = Projection.fit(coarse(reference.pictures))
     metrics = [FrechetDistance(coarse, projection), KernelDistance(coarse), TeacherPixels(), Redness()]
-    teacher = noised(pictures, 10, 0)
+    teacher = EndPoints(same=noised(pictures, 10, 0), other=reference.floor)
     figures = evaluate_pictures(pictures, prompts, metrics, reference, teacher, seed=5)  # type: ignore[arg-type]
     fd, kid = "FD-Lite0", "KID-Lite0"
     assert set(figures) == {fd, kid, fd + TO_TEACHER, kid + TO_TEACHER, "to teacher: pixels", "redness"}
@@ -436,6 +437,9 @@ def test_evaluate_puts_everything_beside_each_figure(real: emoji8.Emoji8, coarse
     assert figures["redness"].floor == pytest.approx(reference.floor[:600, :, :, 0].mean())
     floor = metrics[1].distance(coarse(reference.floor[:600]), coarse(reference.pictures))  # type: ignore[union-attr]
     assert figures[kid].floor == pytest.approx(floor)
+    to_teacher = metrics[1].distance(coarse(pictures), coarse(reference.floor))  # type: ignore[union-attr]
+    assert figures[kid + TO_TEACHER].value == pytest.approx(to_teacher), "sets are compared with those of other noise"
+    assert figures["to teacher: pixels"].value == pytest.approx(10, rel=0.2), "pairs with those of the same noise"
     alone = evaluate_pictures(pictures, prompts, metrics)  # type: ignore[arg-type]
     assert set(alone) == {"redness"}
     assert alone["redness"].floor is None
@@ -482,3 +486,17 @@ def test_foreign_figures_are_refused(tmp_path: Path) -> None:
     path.write_text("[1, 2]")
     with pytest.raises(UserError, match="does not hold figures"):
         load_figures(path)
+
+
+def test_some_real_pictures_are_drawn_from_all_of_them(real: emoji8.Emoji8) -> None:
+    """A set's order is one style after another: its first pictures are one style's."""
+    styles = [record.style for record in real.records]
+    assert len(set(styles[:500])) == 1
+    row = {picture.tobytes(): number for number, picture in enumerate(real.pictures)}
+    reference = Reference(real.pictures)
+    chosen = [styles[row[picture.tobytes()]] for picture in reference.some(500)]
+    for style in set(styles):
+        share, whole = chosen.count(style) / 500, styles.count(style) / len(styles)
+        assert abs(share - whole) < 0.06, style
+    assert not np.array_equal(reference.some(500, seed=1), reference.some(500))
+    assert len(Reference(real.pictures[:7]).some(500)) == 7

@@ -237,6 +237,27 @@ def test_two_updates_keep_their_rhythm_and_their_own_gradients(tmp_path: Path) -
     assert [learning_rate(optim, n, 3) / 0.05 for n in range(3)] == pytest.approx([1, 2 / 3, 1 / 3])
 
 
+def test_updates_that_run_through_each_other_do_not_feel_the_split_into_micro_batches(tmp_path: Path) -> None:
+    """All gradients of a step are taken at the weights of its start."""
+
+    def both(accumulate: int) -> tuple[nn.Parameter, nn.Parameter]:
+        a, b = weights(), weights()
+
+        def loss_a(batch: Batch, draws: Draws) -> Loss:
+            return Loss((a - b - draws.normal("x", (2,))).square().sum(1).mean())
+
+        def loss_b(batch: Batch, draws: Draws) -> Loss:
+            return Loss((b + 2 * a - draws.normal("x", (2,))).square().sum(1).mean())
+
+        optim = OptimConfig(lr=0.05)
+        plan = [Update("a", {"w": a}, loss_a, optim), Update("b", {"w": b}, loss_b, optim)]
+        run(tmp_path / str(accumulate), plan, steps=5, batch=4, accumulate=accumulate)
+        return a, b
+
+    for once, split in zip(both(1), both(4), strict=True):
+        torch.testing.assert_close(once, split, rtol=1e-5, atol=1e-6)
+
+
 def test_the_rate_of_a_rare_update_runs_over_its_own_count(tmp_path: Path) -> None:
     w = weights()
     before: list[Tensor] = []

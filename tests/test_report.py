@@ -324,6 +324,11 @@ def test_claims_fail_where_figures_say_so() -> None:
     assert claim(claims(rising), "LCM's detail (edges)").held is False
     apart = changed(planted(), "Euler", "FD-Lite0", {8: 17.0})
     assert claim(claims(apart), "equals DDIM").held is False
+    # an unbiased distance near 0: a half apart, and yet a fortieth of the interval's width of .02
+    near = changed(changed(planted(), "Euler", "KID-Lite0", {20: 1.0e-3}), "DDIM", "KID-Lite0", {20: 0.5e-3})
+    assert claim(claims(near), "equals DDIM").held is True
+    beyond = changed(near, "Euler", "KID-Lite0", {20: 4.0e-3})
+    assert claim(claims(beyond), "equals DDIM").held is False
 
 
 def test_claims_say_what_is_missing() -> None:

@@ -38,19 +38,14 @@ def distill(
     Raises:
         UserError: anything wrong, in one line, before any long work.
     """
-    from fewstep.data.prompts import read_prompts
+    from fewstep.checks import check_distillation
     from fewstep.files import check_writable
     from fewstep.folder import read_folder
     from fewstep.settings import resolve, teacher_path
     from fewstep.training.run import check_same_run
 
     settings = resolve(recipe, config, overrides)
-    read_folder(teacher_path(settings.teacher))
-    source = settings.data.source
-    if source != "emoji8" and not Path(source).is_dir():
-        raise UserError(f"data.source = {source!r} is not a folder; give a folder of pictures or 'emoji8'")
-    if settings.loop.watch_every and settings.watch.prompts.endswith(".txt"):
-        read_prompts(settings.watch.prompts)
+    check_distillation(settings, read_folder(teacher_path(settings.teacher)))
     check_writable(Path(out))
     check_same_run(Path(out), settings)
     if settings.loop.watch_every and not dry_run:
@@ -238,12 +233,17 @@ def train_teacher(
     Raises:
         UserError: anything wrong with the settings or the place.
     """
+    from fewstep.checks import check_parts
     from fewstep.files import check_writable
+    from fewstep.folder import read_folder
     from fewstep.world.settings import TeacherConfig
 
     settings = validate(TeacherConfig, merge(read_yaml(config) if config else {}, parse_overrides(overrides)))
     check_writable(Path(out))
     check_writable(Path(target).parent)
+    check_parts(Path(out), {"vae": settings.vae, "unet": settings.unet, "decoder": settings.decoder})
+    if settings.unet.start:
+        read_folder(settings.unet.start)
     from fewstep.world.teacher import train_teacher
 
     train_teacher(settings, Path(out), Path(target))

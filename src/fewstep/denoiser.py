@@ -29,6 +29,11 @@ def join(first: Condition, second: Condition) -> Condition:
     return {name: torch.cat([first[name], second[name]]) for name in first}
 
 
+def _wide(x: Tensor) -> Tensor:
+    """x in fp32, or in the wider type that it has."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 @dataclass(frozen=True)
 class Denoiser:
     """network + path + what the network predicts.
@@ -51,9 +56,9 @@ class Denoiser:
             )
 
     def _interpret(self, output: Tensor, x_t: Tensor, t: Tensor) -> Estimate:
-        x = x_t.float()
+        x = _wide(x_t)
         alpha_t, sigma_t = expand(self.path.alpha(t), x), expand(self.path.sigma(t), x)
-        return interpret(self.prediction, output.float(), x, alpha_t, sigma_t)
+        return interpret(self.prediction, output.to(x.dtype), x, alpha_t, sigma_t)
 
     def estimate(self, x_t: Tensor, t: Tensor, condition: Condition, role: str) -> Estimate:
         """x0 and eps at x_t [B, ...], t float64 [B]; one network call of batch B."""
@@ -67,7 +72,7 @@ class Denoiser:
         Guidance commutes with the conversion, which is linear in the output.
         """
         both = self.call(torch.cat([x_t, x_t]), torch.cat([t, t]), join(condition, null), role)
-        with_prompt, without = both.float().chunk(2)
+        with_prompt, without = _wide(both).chunk(2)
         w = expand(omega, with_prompt)
         return self._interpret(with_prompt + w * (with_prompt - without), x_t, t)
 

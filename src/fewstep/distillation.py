@@ -5,7 +5,6 @@ Data flows one way: config -> data -> method -> loop -> checkpoint -> export.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,12 +50,16 @@ class Run:
     data: LatentSet
     student: Student
     denoiser: Denoiser
-    base: str
+
+    @property
+    def base(self) -> str:
+        """Which weights the student belongs to."""
+        return self.backbone.folder.fingerprint("unet")
 
     @property
     def inputs(self) -> dict[str, str]:
         """Fingerprints of what it trains on: a run is resumed on the same only."""
-        return {"teacher": self.base, "data": self.data.key}
+        return {"teacher": self.backbone.folder.identity("unet", "scheduler"), "data": self.data.key}
 
 
 def read_pictures(config: DistillConfig, size: int) -> pictures.Captioned:
@@ -85,17 +88,14 @@ def prepare(config: DistillConfig, cache: Path, device: torch.device) -> Run:
     folder = read_folder(teacher_path(config.teacher))
     backbone = load_backbone(folder.path, device)
     captioned = read_pictures(config, backbone.picture_size)
-    # the configs too: the latents' scale stands there
-    configs = [folder.config(component) for component in ("vae", "text_encoder")]
-    encoders = folder.fingerprint("vae", "text_encoder") + json.dumps(configs, sort_keys=True)
-    data = latent_set(captioned, backbone, encoders, cache)
+    data = latent_set(captioned, backbone, folder.identity("vae", "text_encoder", "tokenizer"), cache)
     backbone.release_encoders()
     if backbone.device.type == "cpu":
         speed_up(backbone.network)
     roles = ("student", "target") if config.method.target == "ema" else ("student",)
     student = make_student(backbone, config.student, roles, config.loop.seed)
     denoiser = Denoiser(student.call, backbone.path, backbone.prediction)
-    return Run(config, backbone, captioned, data, student, denoiser, folder.fingerprint("unet"))
+    return Run(config, backbone, captioned, data, student, denoiser)
 
 
 def update_plan(run: Run) -> list[Update]:

@@ -13,6 +13,11 @@ class UserError(Exception):
     """
 
 
+def nearest_divisor(count: int, total: int) -> int:
+    """Return the divisor of `total` that is nearest to `count`, the smaller of two."""
+    return min((n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(n - count))
+
+
 def nearest(word: str, legal: Iterable[str]) -> str:
     """Return the legal word most like `word`, for error messages; the first one if nothing is like it.
 

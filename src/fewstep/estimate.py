@@ -28,6 +28,7 @@ class Estimated:
         trained_bytes: gradients, optimiser states and averages of what is trained.
         data_bytes: cached latents.
         calls: network evaluations a sample and step, by role.
+        peak_bytes: the most that a step held on the GPU, activations included; None on the CPU.
     """
 
     seconds_per_step: float
@@ -36,15 +37,19 @@ class Estimated:
     trained_bytes: int
     data_bytes: int
     calls: dict[str, int]
+    peak_bytes: int | None = None
 
     def lines(self) -> list[str]:
         """The estimate in words."""
         total = sum(self.calls.values())
+        peak = "activations come on top"
+        if self.peak_bytes is not None:
+            peak = f"{self.peak_bytes / 2**20:.0f} MiB in all at a step's peak, before the optimiser's states"
         parts = ", ".join(f"{role} {count}" for role, count in self.calls.items())
         return [
             f"time     {self.seconds / 60:.1f} min ({self.seconds_per_step:.2f} s a step, timed on this machine)",
             f"memory   {self.weights_bytes / 2**20:.0f} MiB weights, {self.trained_bytes / 2**20:.0f} MiB gradients, "
-            f"optimiser and averages, {self.data_bytes / 2**20:.0f} MiB latents; activations come on top",
+            f"optimiser and averages, {self.data_bytes / 2**20:.0f} MiB latents; {peak}",
             f"calls    {total} network evaluations a sample and step ({parts})",
         ]
 
@@ -55,6 +60,9 @@ def estimate(plan: Sequence[Update], latents: Tensor, config: DistillConfig, *ne
     device = next(networks[0].parameters()).device
     batch = {"items": rows, "latents": latents[rows].to(device)}
     spent = 0.0
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
     for step in range(2):
         started = time.perf_counter()
         for update in plan:
@@ -66,7 +74,7 @@ def estimate(plan: Sequence[Update], latents: Tensor, config: DistillConfig, *ne
             torch.autograd.backward(loss.value, inputs=list(update.parameters.values()))
             for parameter in update.parameters.values():
                 parameter.grad = None
-        if device.type == "cuda":
+        if on_gpu:
             torch.cuda.synchronize(device)
         spent = (time.perf_counter() - started) * config.loop.accumulate
     trained = sum(p.numel() * p.element_size() for u in plan for p in u.parameters.values())
@@ -78,4 +86,5 @@ def estimate(plan: Sequence[Update], latents: Tensor, config: DistillConfig, *ne
         trained * copies,
         latents.numel() * latents.element_size(),
         config.method.calls,
+        torch.cuda.max_memory_allocated(device) if on_gpu else None,
     )

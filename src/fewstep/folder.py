@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 from fewstep.errors import UserError, nearest
 from fewstep.files import read_json
 
+PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
+"""What pictures are drawn with."""
+WEIGHTS = "*.safetensors"
 KNOWN = {"StableDiffusionPipeline": "sd"}
 """Pipeline class -> backbone."""
 
@@ -34,17 +38,35 @@ class PipelineFolder:
         return config
 
     def fingerprint(self, *components: str) -> str:
-        """sha256 over the weights of the components: which base an adapter belongs to, whether a cache is stale.
+        """sha256 over the weights of the components: which base an adapter belongs to.
 
         Hashes the bytes of every safetensors file in name order.
         """
-        digest = hashlib.sha256()
-        for component in components:
-            for file in sorted((self.path / component).glob("*.safetensors")):
-                with file.open("rb") as stream:
-                    while block := stream.read(1 << 20):
-                        digest.update(block)
-        return digest.hexdigest()
+        return _sha256(file for component in components for file in sorted((self.path / component).glob(WEIGHTS)))
+
+    def identity(self, *components: str) -> str:
+        """sha256 over all that decides what the components do: whether what was made with them is stale.
+
+        Besides the weights that is every JSON and vocabulary file: schedule, prediction type, latents' scale.
+
+        Args:
+            components: which; none for all that pictures are drawn with.
+        """
+        return _sha256(
+            file
+            for component in components or PARTS
+            for pattern in (WEIGHTS, "*.json", "*.txt")
+            for file in sorted((self.path / component).glob(pattern))
+        )
+
+
+def _sha256(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def read_folder(path: Path | str) -> PipelineFolder:
@@ -68,11 +90,11 @@ def read_folder(path: Path | str) -> PipelineFolder:
         for key, value in data.items()
         if isinstance(value, list) and len(value) == 2 and value[0] is not None
     }
-    for component in ("unet", "vae", "scheduler", "text_encoder", "tokenizer"):
+    for component in PARTS:
         if component not in components or not (path / component).is_dir():
             raise UserError(f"teacher = {str(path)!r} is incomplete: it holds no {component}")
     for component in ("unet", "vae", "text_encoder"):
-        if not list((path / component).glob("*.safetensors")):
+        if not list((path / component).glob(WEIGHTS)):
             raise UserError(f"{path / component} holds no safetensors weights; pickled weights are never read")
     folder = PipelineFolder(path, KNOWN[name], components)
     check_terminal_snr(folder.config("scheduler"))

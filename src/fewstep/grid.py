@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewstep.errors import UserError
+from fewstep.errors import UserError, nearest_divisor
 from fewstep.names import End, Spacing
 from fewstep.schedule import Path, VariancePreserving
 
@@ -39,7 +39,7 @@ def training_grid(path: Path, count: int) -> Tensor:
     if isinstance(path, VariancePreserving):
         total = int(path.noisiest) + 1
         if not 1 <= count <= total or total % count:
-            legal = min((n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(n - count))
+            legal = nearest_divisor(count, total)
             raise UserError(f"grid = {count} does not divide {total} training indices; the nearest is {legal}")
         return torch.arange(1, count + 1, dtype=torch.float64) * (total // count) - 1
     if count < 1:

@@ -12,9 +12,10 @@ import torch
 from fewstep.data.pictures import SUFFIXES, read_picture
 from fewstep.drawing import Artist, load_artist
 from fewstep.errors import UserError
+from fewstep.evaluation import kid
 from fewstep.evaluation.detail import EdgeDensity, WebpBytes, detail_scale
-from fewstep.evaluation.diversity import NOISES, diversity
-from fewstep.evaluation.evaluate import Reference, evaluate_pictures, save_figures
+from fewstep.evaluation.diversity import NOISES, PROMPTS, diversity
+from fewstep.evaluation.evaluate import EndPoints, Reference, evaluate_pictures, save_figures
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.frechet import FEWEST, FrechetDistance, Projection
 from fewstep.evaluation.kid import KernelDistance
@@ -23,8 +24,6 @@ from fewstep.evaluation.metric import Figure, Metric
 from fewstep.evaluation.teacher import TeacherFeatures, TeacherPixels
 from fewstep.settings import Sampling
 
-DIVERSE_PROMPTS = 100
-"""Prompts that diversity is measured on, at most."""
 SCALED = 512
 """Real pictures that are blurred and noised for the scale of detail."""
 
@@ -66,6 +65,8 @@ def folder_yardstick(folder: Path, n: int, size: int, seed: int, features: Featu
     """
     pool = read_real(folder, size)
     reference = Reference.split(pool, n, seed) if len(pool) > 2 * n else Reference(pool)
+    if len(reference.pictures) < kid.FEWEST:
+        raise UserError(f"real = {str(folder)!r} holds {len(pool)} pictures; KID needs at least {kid.FEWEST}")
     metrics: list[Metric] = [
         KernelDistance(features),
         TeacherFeatures(features),
@@ -109,18 +110,18 @@ def evaluate(
     yardstick: Yardstick,
     *,
     sampling: Sampling,
-    end_points: np.ndarray | None,
+    end_points: EndPoints,
     seed: int,
 ) -> dict[str, Figure]:
     """Draw one picture a prompt and several of the first prompts, and measure them; figures by name.
 
     Args:
-        end_points: the teacher's converged pictures of the same prompts from the same noise, if it is known.
+        end_points: the teacher's converged pictures of the same prompts.
         seed: of the first picture, and of the bootstrap.
     """
     pictures = artist.draw(prompts, count_up(seed, len(prompts)), sampling)
     figures = evaluate_pictures(pictures, prompts, yardstick.metrics, yardstick.reference, end_points, seed)
-    several = [prompt for prompt in prompts[:DIVERSE_PROMPTS] for _ in range(NOISES)]
+    several = [prompt for prompt in prompts[:PROMPTS] for _ in range(NOISES)]
     noises = artist.draw(several, count_up(seed, len(several)), sampling)
     grouped = noises.reshape(-1, NOISES, *noises.shape[1:])
     return {**figures, **diversity(yardstick.features, grouped, seed, floor=yardstick.real_diversity)}
@@ -158,14 +159,23 @@ def evaluate_folder(
     """
     artist = load_artist(teacher, lora, device)
     n, size = len(prompts), artist.backbone.picture_size
+    if n < kid.FEWEST:
+        raise UserError(f"prompt_file holds {n} prompts; KID needs at least {kid.FEWEST} pictures")
+    teller = load_artist(reference, None, device) if reference is not None else None
+    if teller is not None and teller.backbone.picture_size != size:
+        raise UserError(
+            f"reference = {str(reference)!r} draws {teller.backbone.picture_size} pixels a side, the student {size}; "
+            "the nearest is the student's own teacher"
+        )
     features = Features(Lite0Backbone(), out / "features")
     yardstick = (
         folder_yardstick(real, n, size, seed, features) if real else emoji8_yardstick(prompts, size, seed, features)
     )
-    end_points = None
-    if reference is not None:
-        end_points = load_artist(reference, None, device).draw(prompts, count_up(seed, n), reference_sampling)
+    end_points = EndPoints()
+    if teller is not None:
+        same, other = (teller.draw(prompts, count_up(first, n), reference_sampling) for first in (seed, seed + n))
+        end_points = EndPoints(same, other)
     figures = evaluate(artist, prompts, yardstick, sampling=sampling, end_points=end_points, seed=seed)
     name = f"{lora.stem if lora else teacher.name} {sampling.steps} steps"
-    save_figures(out / "figures.json", {name: figures, **detail_scale(yardstick.reference.pictures[:SCALED], seed)})
+    save_figures(out / "figures.json", {name: figures, **detail_scale(yardstick.reference.some(SCALED, seed), seed)})
     return figures

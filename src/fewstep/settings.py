@@ -191,7 +191,7 @@ class WatchConfig(Config):
 
     prompts: str = Field("", description="prompt file or bundled list; empty for the data's own")
     count: int = Field(256, ge=16, description="pictures drawn at each check")
-    seed: int = Field(1234, ge=0, description="seed of the first picture; the others count up")
+    seed: int = Field(1234, ge=0, le=2**62, description="seed of the first picture; the others count up")
     teacher_steps: int = Field(50, ge=1, description="steps of the teacher's end points")
 
 

@@ -99,9 +99,7 @@ class Watch:
             update={"steps": config.watch.teacher_steps, "omega": config.method.guidance.mean_omega}
         )
         backbone = self.student.backbone
-        known = json.dumps(
-            [backbone.folder.fingerprint("unet", "vae"), sampling.model_dump(), self.prompts, self.seeds]
-        )
+        known = json.dumps([backbone.folder.identity(), sampling.model_dump(), self.prompts, self.seeds])
         key = f"watch-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
 
         def draw() -> dict[str, Tensor]:

@@ -159,7 +159,8 @@ class StableDiffusion:
         if s is not None or w is not None:
             raise UserError("this backbone's network cannot be told s or w")
         extra = residuals or {}
-        out: Tensor = network(x, t.clamp(min=0).float().to(x.device), condition["text"], return_dict=False, **extra)[0]
+        when = t.clamp(min=0).float().to(x.device, non_blocking=True)  # a plain copy would wait for the device
+        out: Tensor = network(x, when, condition["text"], return_dict=False, **extra)[0]
         return out
 
     @torch.no_grad()

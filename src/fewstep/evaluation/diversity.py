@@ -9,7 +9,10 @@ from fewstep.evaluation.bootstrap import mean_figure
 from fewstep.evaluation.features import Features, normalise
 from fewstep.evaluation.metric import Array, Figure, Identity, Pictures
 
+PROMPTS = 100
+"""Prompts that diversity is measured on, at most."""
 NOISES = 8
+"""Pictures of each."""
 
 
 def pairwise_distance(features: Array) -> Array:

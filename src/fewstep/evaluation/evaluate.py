@@ -16,6 +16,22 @@ TO_TEACHER = " (to teacher)"
 
 
 @dataclass(frozen=True)
+class EndPoints:
+    """The teacher's converged pictures of the measured prompts, uint8 [N, H, W, 3] each.
+
+    Sets are compared with pictures from other noise: those from the same noise are no independent sample, and
+    an unbiased distance would come out too low, the more so the closer a method keeps to the teacher's path.
+
+    Attributes:
+        same: from the same noise as the measured pictures, to compare one by one; None leaves that out.
+        other: from other noise, to compare sets with; None leaves that out.
+    """
+
+    same: Pictures | None = None
+    other: Pictures | None = None
+
+
+@dataclass(frozen=True)
 class Reference:
     """Real pictures: those measured against, and others that stand for a perfect generator.
 
@@ -50,6 +66,12 @@ class Reference:
             tuple(prompts[i] for i in aside) if prompts else ("",) * n,
         )
 
+    def some(self, n: int, seed: int = 0) -> Pictures:
+        """Up to n of the pictures, drawn at random (a folder's order is often one style after another)."""
+        rows = generator(seed, "some real pictures").permutation(len(self.pictures))[:n]
+        chosen: Pictures = self.pictures[rows]
+        return chosen
+
     def floor_of(self, metric: Metric, n: int, seed: int) -> float | None:
         """Return what n of the set-aside pictures get, measured once for each metric; None where nothing can.
 
@@ -68,25 +90,28 @@ class Reference:
         return self._floors[key]
 
 
+NO_TEACHER = EndPoints()
+
+
 def evaluate_pictures(
     pictures: Pictures,
     prompts: Sequence[str],
     metrics: Sequence[Metric],
     reference: Reference | None = None,
-    teacher: Pictures | None = None,
+    teacher: EndPoints = NO_TEACHER,
     seed: int = 0,
 ) -> dict[str, Figure]:
     """Measure pictures, one of each prompt.
 
     A distance between sets is taken from the real pictures and, where the teacher's are given, from those too
-    (name + `TO_TEACHER`). A distance from the teacher is left out where its pictures are not given.
+    (name + `TO_TEACHER`). What cannot be compared for want of pictures is left out.
 
     Args:
         pictures: uint8 [N, H, W, 3].
         prompts: N.
         metrics: what to measure.
         reference: real pictures; without them, distances from real pictures are left out.
-        teacher: the teacher's pictures of the same prompts from the same noise, uint8 [N, H, W, 3].
+        teacher: its converged pictures of the same prompts.
         seed: of the bootstrap.
 
     Returns:
@@ -96,8 +121,9 @@ def evaluate_pictures(
         UserError: shapes or counts that do not fit, or too few pictures for a metric.
     """
     check_pictures(pictures, prompts)
-    if teacher is not None:
-        check_pictures(teacher, prompts)
+    for given in (teacher.same, teacher.other):
+        if given is not None:
+            check_pictures(given, prompts)
     figures: dict[str, Figure] = {}
     for metric in metrics:
         own = metric.identity.name
@@ -106,10 +132,10 @@ def evaluate_pictures(
             others[own] = None
         if metric.against == "real" and reference:
             others[own] = metric.features(reference.pictures, ())
-        if metric.against == "real" and teacher is not None:
-            others[own + TO_TEACHER] = metric.features(teacher, prompts)
-        if metric.against == "teacher" and teacher is not None:
-            others[own] = metric.features(teacher, prompts)
+        if metric.against == "real" and teacher.other is not None:
+            others[own + TO_TEACHER] = metric.features(teacher.other, prompts)
+        if metric.against == "teacher" and teacher.same is not None:
+            others[own] = metric.features(teacher.same, prompts)
         features = metric.features(pictures, prompts) if others else None
         for name, against in others.items():
             assert features is not None
@@ -124,6 +150,9 @@ def score_pictures(
     pictures: Pictures, prompts: Sequence[str], metrics: Sequence[Scored], teacher: Pictures | None = None
 ) -> dict[str, Array]:
     """Return each prompt's number, [N], by metric, for `bootstrap.paired_difference` of two methods.
+
+    Args:
+        teacher: the teacher's pictures from the same noise; None leaves the distances from it out.
 
     Raises:
         UserError: as `evaluate_pictures`.

@@ -278,15 +278,15 @@ def train(
             ahead = pool.submit(load, *pieces[number + 1]) if number + 1 < len(pieces) else None
             draws = Draws(config.seed, step, tuple(int(i) for i in where), device)
             last = part == config.accumulate - 1
-            for r in running:
-                if step % r.update.every:
-                    continue
+            due = [r for r in running if step % r.update.every == 0]
+            for r in due:
                 r.backward(batch, draws, accelerator, config.accumulate)
-                if last:
-                    r.step(accelerator, step, config.steps)
             if not last:
                 continue
-            if scaler and any(step % r.update.every == 0 for r in running):
+            # only now: with all gradients at the weights of the step's start, the split into micro-batches is no choice
+            for r in due:
+                r.step(accelerator, step, config.steps)
+            if scaler and due:
                 scaler.update()
             now = step + 1
             ends = now == config.steps

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from tqdm import tqdm
 
 from fewstep.evaluation.claims import claims, claims_table
@@ -36,7 +37,7 @@ from fewstep.world.contest import (
 )
 from fewstep.world.demo import picture_grid
 from fewstep.world.settings import BenchmarkConfig
-from fewstep.world.students import METHODS, STEPS, student_sampling, students_omega, train_student
+from fewstep.world.students import METHODS, STEPS, student_config, student_sampling, students_omega, train_student
 
 GAMMAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 CHOOSING = 99
@@ -158,6 +159,9 @@ def sweep_entries(student: Path, seed: int) -> list[Entry]:
 
 def benchmark(config: BenchmarkConfig, out: Path) -> Path:
     """Run every stage that is not done yet; return the report's path."""
+    law = student_config("tcd")
+    with atomic_write(out / "config.yaml") as part:
+        part.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
     bench = Bench.load(out / "features")
     validation = Stage.on(emoji8.read_prompts("validation"), out, bench)
     rates = {recipe: choose_rate(config, recipe, validation) for recipe in METHODS}
@@ -187,7 +191,7 @@ def benchmark(config: BenchmarkConfig, out: Path) -> Path:
         title="fewstep benchmark: Table 1 on the bundled world",
         rows=tuple(rows),
         real=final.judge.real(),
-        scale=detail_scale(final.judge.reference.pictures[:1000]),
+        scale=detail_scale(final.judge.reference.some(1000)),
         prompts=tuple(final.studio.prompts),
         settings={
             "command": f"fewstep benchmark --out {out}",
@@ -196,8 +200,14 @@ def benchmark(config: BenchmarkConfig, out: Path) -> Path:
             "prompts": f"{len(final.studio.prompts)} open prompts (no style: several right pictures each)",
             "seeds": ", ".join(map(str, config.seeds)),
             "training": f"{config.steps * config.batch} samples a student, batch {config.batch}",
-            "learning rates": ", ".join(f"{METHODS[r]} {rate:g}" for r, rate in rates.items()),
-            "teacher's guidance": f"omega {mean_omega:g} (the students' mean); best for validation {best_omega:g}",
+            "learning rates": ", ".join(f"{METHODS[r]} {rate:g}" for r, rate in rates.items())
+            + f", each the best of {', '.join(f'{rate:g}' for rate in config.rates)} for validation",
+            "students": f"LoRA of rank {law.student.rank}, guidance omega {law.method.guidance.low:g} to "
+            f"{law.method.guidance.high:g} in training, averaged weights",
+            "gamma": f"{config.gamma:g} at every step count",
+            "precision": f"networks in {str(final.studio.precision).removeprefix('torch.')}, all methods alike",
+            "teacher's guidance": f"omega {mean_omega:g} (the students' mean); best for validation {best_omega:g} "
+            f"of {', '.join(f'{omega:g}' for omega in config.omegas)}",
             "tuned gamma": ", ".join(f"{gamma:g} at {steps} steps" for steps, gamma in gammas.items()),
         },
         caveats=(),

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import cast
 
@@ -18,8 +19,8 @@ from tqdm import tqdm
 
 from fewstep.drawing import Artist, load_artist
 from fewstep.evaluation.agreement import PromptAgreement
-from fewstep.evaluation.diversity import diversity
-from fewstep.evaluation.evaluate import evaluate_pictures, score_pictures
+from fewstep.evaluation.diversity import NOISES, PROMPTS, diversity
+from fewstep.evaluation.evaluate import EndPoints, evaluate_pictures, score_pictures
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.metric import Figure, Metric, Scored
 from fewstep.evaluation.results import Results, Row, load_results, save_results
@@ -30,9 +31,6 @@ from fewstep.tensors import load_tensors, save_tensors
 from fewstep.training.launch import pick_device, pick_precision
 from fewstep.world.measures import Gallery, agreement, lite0, metrics, real_diversity
 
-NOISY_PROMPTS = 100
-NOISES = 8
-"""Prompts, and pictures of each, that diversity is measured on."""
 INDEX0_NOTE = "ends at index 0 (sigma = .029), as TCD does; DDIM and Euler end on clean data"
 SOLVER_NAMES = {"euler": "Euler", "ddim": "DDIM", "dpmpp_2s": "DPM-Solver++(2S)"}
 
@@ -97,7 +95,7 @@ class Studio:
         self.device = pick_device("auto")
         bf16 = pick_precision("auto", self.device) == "bf16"
         self.precision = torch.bfloat16 if bf16 else torch.float32
-        self.base = read_folder(teacher).fingerprint("unet", "vae", "text_encoder")
+        self.base = read_folder(teacher).identity()
         self._artists: dict[str, Artist] = {}
 
     def artist(self, lora: Path | None) -> Artist:
@@ -128,7 +126,7 @@ class Studio:
         """The entry's pictures, uint8 [N, H, W, 3], drawn if they are not there yet."""
         return self._kept(entry, "", self.prompts, self.seeds(entry.seed))
 
-    def noises(self, entry: Entry, prompts: int = NOISY_PROMPTS, noises: int = NOISES) -> np.ndarray:
+    def noises(self, entry: Entry, prompts: int = PROMPTS, noises: int = NOISES) -> np.ndarray:
         """Several pictures of each of the first prompts, uint8 [P, k, H, W, 3]."""
         chosen = [prompt for prompt in self.prompts[:prompts] for _ in range(noises)]
         seeds = [500_000 + seed for seed in range(len(chosen))]
@@ -190,22 +188,23 @@ class Judge:
         self.metrics.insert(1, bench.agreement)
         self.scored = [cast(Scored, metric) for metric in self.metrics if hasattr(metric, "scores")]
 
-    @property
+    @cached_property
     def key(self) -> str:
         """What decides a row's figures besides the pictures, as text."""
-        return json.dumps([[asdict(metric.identity) for metric in self.metrics], self.prompts, self.seed])
+        real = hashlib.sha256(self.reference.pictures.tobytes()).hexdigest()
+        return json.dumps([[asdict(metric.identity) for metric in self.metrics], self.prompts, self.seed, real])
 
     def real(self) -> dict[str, Figure]:
         """The same figures of real pictures of the same prompts."""
         floor = self.reference.floor
         assert floor is not None
         usable = [metric for metric in self.metrics if metric.against != "teacher"]
-        return evaluate_pictures(floor, self.reference.floor_prompts, usable, self.reference, None, self.seed)
+        return evaluate_pictures(floor, self.reference.floor_prompts, usable, self.reference, seed=self.seed)
 
-    def row(self, entry: Entry, pictures: np.ndarray, teacher: np.ndarray | None = None) -> Row:
-        """Measure one entry against real pictures and against the teacher's from the same noise."""
+    def row(self, entry: Entry, pictures: np.ndarray, teacher: EndPoints) -> Row:
+        """Measure one entry against real pictures and against the teacher's."""
         figures = evaluate_pictures(pictures, self.prompts, self.metrics, self.reference, teacher, self.seed)
-        scores = score_pictures(pictures, self.prompts, self.scored, teacher)
+        scores = score_pictures(pictures, self.prompts, self.scored, teacher.same)
         sampling = entry.sampling
         return Row(
             method=entry.method,
@@ -228,18 +227,28 @@ def with_diversity(row: Row, entry: Entry, studio: Studio, judge: Judge) -> Row:
     return replace(row, figures={**row.figures, **figures})
 
 
+def other_noise(teacher: Entry) -> Entry:
+    """The teacher once more, from noise that no entry of its seed shares."""
+    return replace(teacher, seed=teacher.seed + 1)
+
+
 def measured(studio: Studio, judge: Judge, entry: Entry, teacher: Entry | None, *, diverse: bool = False) -> Row:
     """The entry's row, drawn and measured if it is not kept yet.
 
     Args:
-        teacher: whose pictures from the same noise it is compared with; None for the teacher itself.
+        teacher: whose end points it is compared with (set with set only, where that is the entry itself); None
+            for none.
         diverse: measure diversity too.
     """
     known = [studio.key(entry), studio.key(teacher) if teacher else "", judge.key, entry.method, entry.note, diverse]
     path = studio.folder / f"row-{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:24]}.json"
     if path.is_file():
         return load_results(path).rows[0]
-    row = judge.row(entry, studio.pictures(entry), studio.pictures(teacher) if teacher else None)
+    end_points = EndPoints()
+    if teacher is not None:
+        same = studio.pictures(teacher) if entry is not teacher else None
+        end_points = EndPoints(same, studio.pictures(other_noise(teacher)))
+    row = judge.row(entry, studio.pictures(entry), end_points)
     if diverse:
         row = with_diversity(row, entry, studio, judge)
     save_results(path, Results(title=str(row), rows=(row,)))
@@ -255,13 +264,15 @@ def contest(
 ) -> list[Row]:
     """Draw and measure the teacher and all entries of one noise seed, with a progress bar.
 
+    Distances between an entry's set and the teacher's are taken from the teacher's pictures of other noise; the
+    teacher's own row then says what a perfect student would get.
+
     Entries that are also in `diverse` get their diversity measured too.
     """
     rows = []
     with tqdm(total=1 + len(entries), desc=f"contest, seed {teacher.seed}", unit="row") as bar:
         for entry in [teacher, *entries]:
             bar.set_postfix_str(f"{entry.method} {entry.sampling.steps}")
-            reference = None if entry is teacher else teacher
-            rows.append(measured(studio, judge, entry, reference, diverse=entry in diverse))
+            rows.append(measured(studio, judge, entry, teacher, diverse=entry in diverse))
             bar.update()
     return rows

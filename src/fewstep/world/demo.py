@@ -76,7 +76,7 @@ def demo(config: DemoConfig, out: Path) -> Path:
         title="fewstep demo",
         rows=tuple(rows),
         real=judge.real(),
-        scale=detail_scale(judge.reference.pictures[:512]),
+        scale=detail_scale(judge.reference.some(512)),
         prompts=tuple(prompts),
         settings={
             "command": f"fewstep demo --out {out}",
@@ -88,6 +88,7 @@ def demo(config: DemoConfig, out: Path) -> Path:
             "guidance": f"omega {law.method.guidance.low:g} to {law.method.guidance.high:g} in training; "
             f"the teacher's rows at the mean, {omega:g}",
             "gamma": f"{config.gamma:g} at every step count",
+            "precision": f"networks in {str(studio.precision).removeprefix('torch.')}, all methods alike",
             "time": f"{trained:.0f} s for training, {time.perf_counter() - started:.0f} s in all (this run)",
         },
         caveats=tuple(caveats),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
 from fewstep.config import Config
+from fewstep.errors import nearest_divisor
 from fewstep.evaluation.settings import ScorerConfig
 from fewstep.settings import LoopConfig, OptimConfig
 
@@ -66,6 +68,23 @@ class TeacherConfig(Config):
     unet: UnetConfig = Field(UnetConfig(), description="the denoiser")
     decoder: DecoderConfig = Field(DecoderConfig(), description="the autoencoder's decoder, after all else")
 
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        ours, theirs = self.unet.latent_channels, self.vae.latent_channels
+        if not self.autoencoder and ours != theirs:
+            raise ValueError(
+                f"unet.latent_channels = {ours} and vae.latent_channels = {theirs} differ; the nearest is {theirs}"
+            )
+        for name, part in (("vae", self.vae), ("unet", self.unet)):
+            widths = math.gcd(*part.channels)
+            if widths % part.groups:
+                legal = nearest_divisor(part.groups, widths)
+                raise ValueError(
+                    f"{name}.groups = {part.groups} does not divide all of {name}.channels = {list(part.channels)}; "
+                    f"the nearest legal one is {legal}"
+                )
+        return self
+
 
 class AgreementConfig(Config):
     """Training of the scorer: symmetric contrastive loss on pictures and drawn captions."""
@@ -87,7 +106,7 @@ class DemoConfig(Config):
     prompts: int = Field(100, ge=100, le=1000, description="open prompts drawn and measured")
     gamma: float = Field(0.2, ge=0, le=1, description="TCD's gamma at every step count")
     shown: int = Field(10, ge=1, description="prompts in the picture grid")
-    seed: int = Field(0, ge=0, description="seed of training and of the noise")
+    seed: Seed = Field(0, description="seed of training and of the noise, 0 to 89")
 
 
 class BenchmarkConfig(Config):

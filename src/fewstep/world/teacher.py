@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fewstep.backbones.sd import encode_pictures, encode_text
 from fewstep.errors import UserError
-from fewstep.files import atomic_folder, atomic_write, write_json
+from fewstep.files import atomic_folder, atomic_write, read_json, write_json
+from fewstep.processes import together
 from fewstep.tensors import load_tensors, save_tensors
 from fewstep.training.cpu import speed_up
 from fewstep.training.launch import make_accelerator, pick_device
@@ -160,6 +161,31 @@ def given_vae(folder: Path) -> Any:
         raise UserError(f"cannot load autoencoder {folder}: {' '.join(str(error).split())[:200]}") from error
 
 
+def check_text(text: Path, width: int) -> None:
+    """Refuse a folder without a text encoder, or with one of another width than the denoiser is made for.
+
+    Raises:
+        UserError: it is one.
+    """
+    config = text / "text_encoder" / "config.json"
+    if not config.is_file():
+        raise UserError(f"text = {str(text)!r} holds no text_encoder/; the bundled one lies in world/teacher")
+    theirs = read_json(config).get("hidden_size")
+    if theirs != width:
+        raise UserError(f"unet.text_width = {width} is not the text encoder's; the nearest legal one is {theirs}")
+
+
+def check_same_vae(ours: Any, given: Any, folder: Path) -> None:
+    """Refuse a given autoencoder where the run folder already holds another.
+
+    Raises:
+        UserError: it does.
+    """
+    known, named = ours.state_dict(), given.state_dict()
+    if known.keys() != named.keys() or any(not torch.equal(known[name], named[name]) for name in known):
+        raise UserError(f"run folder {folder} holds another autoencoder than the given one; give another --out")
+
+
 def save_vae(vae: Any, folder: Path) -> None:
     """Keep a finished autoencoder in its run folder: its shape, then its weights."""
     vae.save_config(folder)
@@ -178,18 +204,22 @@ def train_teacher(config: TeacherConfig, out: Path, target: Path) -> dict[str, f
     from fewstep.world.location import root
 
     text = Path(config.text) if config.text else root() / "teacher"
-    if not (text / "text_encoder" / "config.json").is_file():
-        raise UserError(f"text = {str(text)!r} holds no text_encoder/; the bundled one lies in world/teacher")
+    check_text(text, config.unet.text_width)
     data, heldout = emoji8.load("train"), emoji8.load("heldout-concept")
     device = pick_device("auto")
+    accelerator = make_accelerator(config.vae.loop.precision, device)
     vae = finished_vae(out / "vae")
+    given = given_vae(Path(config.autoencoder)) if config.autoencoder else None
+    if vae is not None and given is not None:
+        check_same_vae(vae, given, out / "vae")
     if vae is None:
-        if config.autoencoder:
-            vae = given_vae(Path(config.autoencoder))
+        if given is not None:
+            vae = given
         else:
-            accelerator = make_accelerator(config.vae.loop.precision, device)
             vae = train_vae(config.vae, data.pictures, heldout.pictures, out / "vae", accelerator)
-        save_vae(vae, out / "vae")
+        with together():
+            if accelerator.is_main_process:
+                save_vae(vae, out / "vae")
     vae = vae.cpu().eval()
     speed_up(vae)
     digest = hashlib.sha256()
@@ -201,5 +231,7 @@ def train_teacher(config: TeacherConfig, out: Path, target: Path) -> dict[str, f
     # last, on the encoder's latents as they are: the denoiser does not see the difference
     accelerator = make_accelerator(config.decoder.loop.precision, device)
     vae = train_decoder(config.decoder, vae, data.pictures, heldout.pictures, out / "decoder", accelerator)
-    save_pipeline(target, vae, unet.cpu(), text)
+    with together():
+        if accelerator.is_main_process:
+            save_pipeline(target, vae, unet.cpu(), text)
     return {"vae_psnr_heldout": reconstruction_psnr(vae, heldout.pictures)}

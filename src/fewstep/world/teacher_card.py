@@ -22,6 +22,7 @@ from fewstep.settings import Sampling
 from fewstep.training.launch import pick_device
 from fewstep.world import emoji8
 from fewstep.world.measures import Gallery, lite0, metrics
+from fewstep.world.train_vae import psnr
 
 SHOWN = (
     *("octopus, noto style", "octopus, fluent 3d style", "octopus", "sea, animal", "doggy", "automobile"),
@@ -73,10 +74,8 @@ def teacher_card(pipeline: Path, out: Path, *, n: int, sampling: Sampling) -> Ca
 def autoencoder_figures(backbone: StableDiffusion) -> dict[str, Figure]:
     """PSNR of held-out concepts through the autoencoder, dB."""
     pictures = emoji8.load("heldout-concept").pictures
-    restored = backbone.to_pictures(backbone.to_latents(pictures)).astype(np.float64)
-    error = np.square(restored - pictures).mean((1, 2, 3))
-    psnr = 10 * np.log10(255.0**2 / np.maximum(error, 1e-3))
-    return {"autoencoder, PSNR on held-out concepts (dB)": mean_figure(psnr, 0, "psnr")}
+    values = psnr(backbone.to_pictures(backbone.to_latents(pictures)), pictures)
+    return {"autoencoder, PSNR on held-out concepts (dB)": mean_figure(values, 0, "psnr")}
 
 
 def draw(artist: Artist, prompts: Sequence[str], first: int, sampling: Sampling) -> np.ndarray:

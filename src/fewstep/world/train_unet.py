@@ -75,7 +75,7 @@ def eps_loss(
 ) -> Loss:
     """Min-SNR-weighted squared error of the predicted noise (arXiv 2303.09556); t int64 [B]."""
     x_t = add_noise(path, latents, eps, t)
-    predicted = unet(x_t, t.to(x_t.device), states, return_dict=False)[0].float()
+    predicted = unet(x_t, t.to(x_t.device, non_blocking=True), states, return_dict=False)[0].float()
     per_sample = (predicted - eps).square().mean((1, 2, 3))
     snr = torch.exp(2 * path.log_snr(t))
     weight = (snr.clamp(max=min_snr) / snr).to(per_sample)
@@ -106,7 +106,7 @@ def train_unet(config: UnetConfig, encoders: Encoders, fingerprint: str, folder:
 
     def loss(batch: Batch, draws: Draws) -> Loss:
         items = batch["items"]
-        x_0 = data.latents[items].to(device)
+        x_0 = data.latents[items].to(device, non_blocking=True)
         states = data.condition(items, draws, config.prompt_dropout, device)["text"]
         eps = draws.normal("noise", tuple(x_0.shape[1:]))
         t = draws.integers("t", 0, total)

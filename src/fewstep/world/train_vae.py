@@ -54,6 +54,13 @@ def vae_loss(vae: Any, config: VaeConfig, pictures: Tensor, draws: Draws) -> Los
     return Loss(value, scalars={"mse": squared, "kl": kl})
 
 
+def psnr(restored: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """10 log10(255^2 / MSE) of each picture of 8-bit levels, [N, H, W, 3] -> [N], in dB."""
+    mse = np.square(restored.astype(np.float32) - real).mean(axis=(1, 2, 3))
+    found: np.ndarray = 10 * np.log10(255.0**2 / np.maximum(mse, 1e-3))
+    return found
+
+
 @torch.no_grad()
 def reconstruction_psnr(vae: Any, pictures: np.ndarray, batch: int = 64) -> float:
     """Mean over pictures of 10 log10(255^2 / MSE) of the decoded posterior mean, pictures as 8-bit, in dB."""
@@ -62,9 +69,7 @@ def reconstruction_psnr(vae: Any, pictures: np.ndarray, batch: int = 64) -> floa
         real = pictures[start : start + batch]
         restored = vae.decode(vae.encode(to_tensor(real)).latent_dist.mean).sample
         restored = (restored.clamp(-1, 1) * 127.5 + 127.5).round()
-        error = restored.permute(0, 2, 3, 1).numpy() - real.astype(np.float32)
-        mse = np.square(error).mean(axis=(1, 2, 3))
-        values.append(10 * np.log10(255.0**2 / np.maximum(mse, 1e-3)))
+        values.append(psnr(restored.permute(0, 2, 3, 1).numpy(), real))
     return float(np.concatenate(values).mean())
 
 

@@ -1,0 +1,72 @@
+"""What of a distillation can be refused from its settings and the teacher's JSON and headers: fast, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fewstep.config import Config
+from fewstep.data.prompts import read_prompts
+from fewstep.errors import UserError, nearest, nearest_divisor
+from fewstep.export.header import base_shapes
+from fewstep.folder import PipelineFolder
+from fewstep.settings import DistillConfig
+from fewstep.training.run import check_same_run
+
+
+def check_distillation(config: DistillConfig, folder: PipelineFolder) -> None:
+    """Refuse what could not be trained, or not be watched.
+
+    Raises:
+        UserError: no such pictures or watched prompts, a grid off the teacher's schedule, no such layers.
+    """
+    source = config.data.source
+    if source != "emoji8" and not Path(source).is_dir():
+        raise UserError(f"data.source = {source!r} is not a folder; give a folder of pictures or 'emoji8'")
+    _check_watched(config)
+    indices = int(folder.config("scheduler").get("num_train_timesteps", 1000))
+    grid = config.method.grid
+    if indices % grid:
+        raise UserError(
+            f"method.grid = {grid} does not divide the teacher's {indices} training indices; "
+            f"the nearest legal one is {nearest_divisor(grid, indices)}"
+        )
+    if config.student.kind == "lora" and config.student.targets:
+        _check_targets(config.student.targets, folder)
+
+
+def _check_watched(config: DistillConfig) -> None:
+    named = config.watch.prompts
+    if not config.loop.watch_every or not named:
+        return
+    if named.endswith(".txt"):
+        read_prompts(named)
+        return
+    from fewstep.world import emoji8
+
+    emoji8.read_prompts(named)
+
+
+def _check_targets(targets: Sequence[str], folder: PipelineFolder) -> None:
+    layers = [
+        name.removesuffix(".weight")
+        for name, shape in base_shapes(folder).items()
+        if name.endswith(".weight") and len(shape) >= 2
+    ]
+    for target in targets:
+        if not any(layer == target or layer.endswith(f".{target}") for layer in layers):
+            ends = sorted({layer.rpartition(".")[2] for layer in layers} - {"0", "1", "2"})
+            raise UserError(
+                f"student.targets = {target!r} ends the name of no layer of the teacher's UNet; "
+                f"the nearest is {nearest(target, ends)!r}"
+            )
+
+
+def check_parts(folder: Path, parts: dict[str, Config]) -> None:
+    """Refuse a folder whose runs, one a part, are others than these.
+
+    Raises:
+        UserError: naming the part's folder and the first difference.
+    """
+    for name, config in parts.items():
+        check_same_run(folder / name, config)
