@@ -54,7 +54,7 @@ class UnetConfig(Config):
     prompt_dropout: float = Field(0.1, ge=0, le=1, description="share of empty prompts")
     min_snr: float = Field(5.0, gt=0, description="gamma of the Min-SNR weight min(SNR, gamma)/SNR")
     loop: LoopConfig = LoopConfig(
-        steps=9000, batch=64, save_every=500, keep=3, watch_every=1000, log_every=50, precision="bf16"
+        steps=10000, batch=64, save_every=500, keep=3, watch_every=1000, log_every=50, precision="bf16"
     )
     optim: OptimConfig = OptimConfig(lr=5e-4, warmup=500, decay="cooldown", ema=0.9993, weight_decay=0.01)
 
