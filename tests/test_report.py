@@ -314,7 +314,7 @@ def test_claims_fail_where_figures_say_so() -> None:
     assert claim(found, "TCD at 4 calls", "LCM at 4").held is False
     assert claim(found, "TCD at 2 calls", "LCM at 2").held is True
     assert claim(found, "twice").held is False  # +21 % and +16 %
-    assert claim(found, "within 10 %").held is False  # +11 %
+    assert claim(found, "within 10 % of the teacher").held is False  # +11 %
     best = replace(planted().rows[-1], method="teacher, omega 3", figures={"FD-Lite0": figure("FD-Lite0", 12.0)})
     teachers = replace(planted(), rows=(*planted().rows, best))
     assert claim(claims(teachers), "teacher, omega 3 at 50").held is False  # 13.64 is 14 % above its 12
@@ -325,9 +325,9 @@ def test_claims_fail_where_figures_say_so() -> None:
     apart = changed(planted(), "Euler", "FD-Lite0", {8: 17.0})
     assert claim(claims(apart), "equals DDIM").held is False
     # an unbiased distance near 0: a half apart, and yet a fortieth of the interval's width of .02
-    near = changed(changed(planted(), "Euler", "KID-Lite0", {20: 1.0e-3}), "DDIM", "KID-Lite0", {20: 0.5e-3})
+    near = changed(changed(planted(), "Euler", "FD-Lite0", {20: 1.0e-3}), "DDIM", "FD-Lite0", {20: 0.5e-3})
     assert claim(claims(near), "equals DDIM").held is True
-    beyond = changed(near, "Euler", "KID-Lite0", {20: 4.0e-3})
+    beyond = changed(near, "Euler", "FD-Lite0", {20: 4.0e-3})
     assert claim(claims(beyond), "equals DDIM").held is False
 
 
@@ -337,7 +337,7 @@ def test_claims_say_what_is_missing() -> None:
     assert (missing.held, missing.figures, missing.note) == (None, {}, "no FD-Lite0 of LCM at 20")
     assert claim(found, "TCD at 4 calls", "LCM at 4").held is True
     assert claim(found, "twice").held is None
-    assert claim(found, "within 10 %").held is None
+    assert claim(found, "within 10 % of the teacher").held is None
     assert all(c.held is None for c in claims(Results("empty", ())))
 
 
