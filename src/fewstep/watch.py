@@ -27,7 +27,6 @@ from fewstep.evaluation.teacher import TeacherFeatures
 from fewstep.files import read_json, write_json
 from fewstep.roles import copy_role
 from fewstep.settings import TEACHER_SAMPLING, DistillConfig
-from fewstep.world import emoji8
 
 SHOWN = 10
 """Prompts in the grid."""
@@ -42,6 +41,8 @@ def watched_prompts(config: DistillConfig, captions: Sequence[str]) -> list[str]
 
     With no list named, the bundled pictures come with one, and others are watched on their captions alone.
     """
+    from fewstep.world import emoji8
+
     named = config.watch.prompts or ("validation" if config.data.source == "emoji8" else "")
     listed: Sequence[str] = ()
     if named:
