@@ -233,15 +233,16 @@ def train_teacher(
     Raises:
         UserError: anything wrong with the settings or the place.
     """
-    from fewstep.checks import check_parts
     from fewstep.files import check_writable
     from fewstep.folder import read_folder
+    from fewstep.training.run import check_same_run
     from fewstep.world.settings import TeacherConfig
 
     settings = validate(TeacherConfig, merge(read_yaml(config) if config else {}, parse_overrides(overrides)))
     check_writable(Path(out))
     check_writable(Path(target).parent)
-    check_parts(Path(out), {"vae": settings.vae, "unet": settings.unet, "decoder": settings.decoder})
+    for part in ("vae", "unet", "decoder"):
+        check_same_run(Path(out) / part, getattr(settings, part))
     if settings.unet.start:
         read_folder(settings.unet.start)
     from fewstep.world.teacher import train_teacher

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fewstep.config import Config
 from fewstep.data.prompts import read_prompts
 from fewstep.errors import UserError, nearest, nearest_divisor
 from fewstep.export.header import base_shapes
 from fewstep.folder import PipelineFolder
 from fewstep.settings import DistillConfig
-from fewstep.training.run import check_same_run
 
 
 def check_distillation(config: DistillConfig, folder: PipelineFolder) -> None:
@@ -60,13 +58,3 @@ def _check_targets(targets: Sequence[str], folder: PipelineFolder) -> None:
                 f"student.targets = {target!r} ends the name of no layer of the teacher's UNet; "
                 f"the nearest is {nearest(target, ends)!r}"
             )
-
-
-def check_parts(folder: Path, parts: dict[str, Config]) -> None:
-    """Refuse a folder whose runs, one a part, are others than these.
-
-    Raises:
-        UserError: naming the part's folder and the first difference.
-    """
-    for name, config in parts.items():
-        check_same_run(folder / name, config)

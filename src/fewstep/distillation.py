@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class Run:
     student: Student
     denoiser: Denoiser
 
-    @property
+    @cached_property
     def base(self) -> str:
         """Which weights the student belongs to."""
         return self.backbone.folder.fingerprint("unet")
