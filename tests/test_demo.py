@@ -27,6 +27,8 @@ from pooled import Pooled
 
 PICTURES = 160
 """Training pictures of the small world."""
+TEACHER_STEPS = 6
+"""Of its teacher, which is drawn often."""
 
 
 @pytest.fixture
@@ -60,12 +62,14 @@ def test_the_demo_makes_students_a_table_and_a_page_and_goes_on_where_it_was(
     out = tmp_path / "demo"
     small = ["steps=2", "batch=2", "prompts=100", "shown=3"]
     assert demo.STEPS == (2, 4, 8, 20)
+    assert demo.TEACHER_STEPS == 50
     monkeypatch.setattr(demo, "STEPS", (2, 4))
+    monkeypatch.setattr(demo, "TEACHER_STEPS", TEACHER_STEPS)
     report = api.demo(out=out, overrides=small)
     results = load_results(out / "results.json")
     rows = {(row.method, row.steps): row for row in results.rows}
     methods = ("Euler", "DDIM", "DPM-Solver++(2S)", "LCM", "TCD")
-    assert set(rows) == {("teacher", 50), *((method, steps) for method in methods for steps in (2, 4))}
+    assert set(rows) == {("teacher", TEACHER_STEPS), *((method, steps) for method in methods for steps in (2, 4))}
     assert all(len(scores) == 100 for row in rows.values() for scores in row.scores.values())
     # on one grid Euler in sigma is DDIM: the same pictures, to the rounding of bf16 networks
     for steps in (2, 4):
@@ -106,6 +110,7 @@ def test_the_benchmark_chooses_measures_and_goes_on_where_it_was(
     lists = {"validation": whole[:40], "gamma": whole[30:70], "benchmark": whole[60:100]}
     monkeypatch.setattr(emoji8, "read_prompts", lambda name: lists[name])
     monkeypatch.setattr(benchmark, "STEPS", (2, 4))
+    monkeypatch.setattr(benchmark, "TEACHER_STEPS", TEACHER_STEPS)
     monkeypatch.setattr(benchmark, "GAMMAS", (0.0, 0.2, 1.0))
     monkeypatch.setattr(contest.Studio.noises, "__defaults__", (4, 3))
     out = tmp_path / "benchmark"
@@ -125,7 +130,7 @@ def test_the_benchmark_chooses_measures_and_goes_on_where_it_was(
     rows = {(row.method, row.steps, row.gamma, row.omega, row.seed): row for row in results.rows}
     tuned = {steps: float(chosen[f"gamma-{steps}"]["chosen"]) for steps in (2, 4)}
     for seed in (0, 1):
-        assert ("teacher", 50, None, 2.0, seed) in rows
+        assert ("teacher", TEACHER_STEPS, None, 2.0, seed) in rows
         for steps in (2, 4):
             assert ("TCD", steps, 0.2, None, seed) in rows
             assert ("TCD, tuned gamma", steps, tuned[steps], None, seed) in rows
@@ -135,7 +140,7 @@ def test_the_benchmark_chooses_measures_and_goes_on_where_it_was(
         "diversity-Lite0": rows["TCD", 4, 0.2, None, 0].figures["diversity-Lite0"],
     }, "the same student, gamma and noise"
     assert rows["TCD", 4, 0.2, None, 0].scores != rows["TCD", 4, 0.2, None, 1].scores
-    teacher = rows["teacher", 50, None, 2.0, 0]
+    teacher = rows["teacher", TEACHER_STEPS, None, 2.0, 0]
     assert "to teacher: pixels" not in teacher.figures
     assert "KID-Lite0 (to teacher)" in teacher.figures, "what a perfect student would get"
     assert "| TCD |" in (out / "table.md").read_text().replace("**", "")

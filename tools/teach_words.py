@@ -1,14 +1,15 @@
 """Teach the bundled text encoder a person's own words: other nouns get the states of the concept that they mean.
 
-    python tools/teach_words.py --encoder world/teacher --out runs/words
+    python tools/build_text_encoder.py --out runs/distilled
+    python tools/teach_words.py --encoder runs/distilled --out runs/words
 
-A developers' tool, run once on what `build_text_encoder.py` wrote; about twenty minutes on two cores. A denoiser
-knows the states of its captions and little else: "a doggy" is a stranger to it although it lies near "dog". So the
-encoder itself is trained once more, against its own frozen copy. Captions keep their states, and what was trained on
-them stays valid. Common nouns that name no picture, with or without an article or a style, get the states of the
-concept that they are nearest to, by MiniLM's likeness to its name and keywords or by WordNet's synonyms; other text
-keeps its own. A name meets a style only where the training split has that picture. The words of Emoji-8's synonym
-test are among the nouns, by MiniLM's likeness alone: nothing here sees what they should mean.
+A developers' tool, run once on what `build_text_encoder.py` wrote, before it is taught; about twenty minutes on two
+cores. A denoiser knows the states of its captions and little else: "a doggy" is a stranger to it although it lies
+near "dog". So the encoder itself is trained once more, against its own frozen copy. Captions keep their states, and
+what was trained on them stays valid. Common nouns that name no picture, with or without an article or a style, get
+the states of the concept that they are nearest to, by MiniLM's likeness to its name and keywords or by WordNet's
+synonyms; other text keeps its own. A name meets a style only where the training split has that picture. The words of
+Emoji-8's synonym test are among the nouns, by MiniLM's likeness alone: nothing here sees what they should mean.
 """
 
 from __future__ import annotations

@@ -37,7 +37,15 @@ from fewstep.world.contest import (
 )
 from fewstep.world.demo import picture_grid
 from fewstep.world.settings import BenchmarkConfig
-from fewstep.world.students import METHODS, STEPS, student_config, student_sampling, students_omega, train_student
+from fewstep.world.students import (
+    METHODS,
+    STEPS,
+    TEACHER_STEPS,
+    student_config,
+    student_sampling,
+    students_omega,
+    train_student,
+)
 
 GAMMAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 CHOOSING = 99
@@ -118,8 +126,8 @@ def choose_rate(config: BenchmarkConfig, recipe: str, stage: Stage) -> float:
 
 
 def choose_omega(config: BenchmarkConfig, stage: Stage) -> float:
-    """The teacher's own best guidance at 50 steps."""
-    candidates = {str(omega): [teacher_entry(omega, 50, CHOOSING)] for omega in config.omegas}
+    """The teacher's own best guidance, at its end points."""
+    candidates = {str(omega): [teacher_entry(omega, TEACHER_STEPS, CHOOSING)] for omega in config.omegas}
     return float(stage.choose("omega-teacher", candidates))
 
 
@@ -175,10 +183,10 @@ def benchmark(config: BenchmarkConfig, out: Path) -> Path:
     rows: list[Row] = []
     for seed in config.seeds:
         students = {recipe: train(config, recipe, rates[recipe], seed, out) for recipe in METHODS}
-        teacher = teacher_entry(mean_omega, 50, seed)
+        teacher = teacher_entry(mean_omega, TEACHER_STEPS, seed)
         entries = headline_entries(config, students, gammas, mean_omega, seed)
         if best_omega != mean_omega:
-            entries.append(teacher_entry(best_omega, 50, seed, f"teacher, omega {best_omega:g}"))
+            entries.append(teacher_entry(best_omega, TEACHER_STEPS, seed, f"teacher, omega {best_omega:g}"))
             entries += solver_entries(best_omega, STEPS, seed)
         diverse: list[Entry] = []
         if seed == first:

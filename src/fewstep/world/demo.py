@@ -27,7 +27,15 @@ from fewstep.world.contest import (
     teacher_entry,
 )
 from fewstep.world.settings import DemoConfig
-from fewstep.world.students import METHODS, STEPS, student_config, student_sampling, students_omega, train_student
+from fewstep.world.students import (
+    METHODS,
+    STEPS,
+    TEACHER_STEPS,
+    student_config,
+    student_sampling,
+    students_omega,
+    train_student,
+)
 
 
 def train_students(config: DemoConfig, out: Path) -> dict[str, Path]:
@@ -59,7 +67,7 @@ def demo(config: DemoConfig, out: Path) -> Path:
     entries = solver_entries(omega, STEPS, config.seed)
     for recipe, method in METHODS.items():
         entries += student_entries(method, students[recipe], student_sampling(recipe, config.gamma), STEPS, config.seed)
-    teacher = teacher_entry(omega, 50, config.seed)
+    teacher = teacher_entry(omega, TEACHER_STEPS, config.seed)
     rows = contest(studio, judge, teacher, entries)
     samples = config.steps * config.batch
     law = student_config("tcd")
