@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from fewstep import cli
-from fewstep.tensors import save_tensors
+from fewstep.tensors import load_tensors, save_tensors
 from fewstep.world.settings import TeacherConfig
 
 LIMIT = 2.0
@@ -278,6 +278,8 @@ def test_teacher_sampling_has_its_own_range(refuse: Refuse, tiny_pipeline: Path)
     """trailing takes more steps than the students' grid has points, but not more than there are indices."""
     teacher = ("--teacher", str(tiny_pipeline), "--lora", "none")
     assert "steps = 0" in refuse("sample", "a disc", *teacher, "--steps", "0")
+    line = refuse("sample", "a disc", *teacher, "--steps", "1001")
+    assert "steps = 1001 is out of range; the nearest legal one is 1000" in line
     with pytest.raises(SystemExit) as stop:
         cli.main(["sample", "a disc", *teacher, "--steps", "51", "--out", "t.png"])
     assert stop.value.code == 0
@@ -345,7 +347,25 @@ def test_a_broken_teacher(refuse: Refuse, tiny_pipeline: Path, tmp_path: Path) -
     assert "is a FluxPipeline; the nearest supported pipeline is StableDiffusionPipeline" in at(broken)
     index.write_text("{")
     assert "is not valid JSON" in at(broken)
+    index.write_text("[]")
+    assert "holds a list; it must hold a mapping" in at(broken)
     index.write_text(json.dumps(data))
+    for part, name in (
+        ("unet", "diffusion_pytorch_model"),
+        ("vae", "diffusion_pytorch_model"),
+        ("text_encoder", "model"),
+    ):
+        (file,) = (broken / part).glob("*.safetensors")
+        whole = file.read_bytes()
+        save_tensors(file, {"some.layer.weight": torch.zeros(2)})
+        line = at(broken)
+        assert f"{part}: its files hold no " in line, "a foreign file"
+        file.write_bytes(whole)
+        save_tensors(file, dict(list(load_tensors(file).items())[1:]))
+        assert f"{part}: its files hold no " in at(broken), "one weight less"
+        file.write_bytes(whole[:-1])
+        assert "is not a whole safetensors file" in at(broken)
+        file.write_bytes(whole)
     file = broken / "unet" / "diffusion_pytorch_model.safetensors"
     file.rename(file.with_suffix(".bin"))
     assert "pickled weights are never read" in at(broken)
@@ -354,12 +374,20 @@ def test_a_broken_teacher(refuse: Refuse, tiny_pipeline: Path, tmp_path: Path) -
 def test_evaluate_refuses_before_it_draws(refuse: Refuse, tiny_pipeline: Path, distilled: Path, tmp_path: Path) -> None:
     teacher = ("--teacher", str(tiny_pipeline), "--lora", str(distilled))
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a red disc\n")
+    prompts.write_text("a red disc\n" * 9)
     assert "prompts = 'none.txt' cannot be read" in refuse("evaluate", *teacher, "--prompt-file", "none.txt")
     known = ("evaluate", *teacher, "--prompt-file", str(prompts))
+    assert "prompt_file holds 9 prompts; KID needs at least 10" in refuse(*known)
+    prompts.write_text("a red disc\n" * 10)
     assert "real = 'nowhere' is not a folder" in refuse(*known, "--real", "nowhere")
     assert "steps = 51 is out of range" in refuse(*known, "--steps", "51")
     assert "gamma = 2.0 must be at most 1" in refuse(*known, "--gamma", "2")
+    assert "device = 'gpu' is not one of auto, cpu, cuda; the nearest is 'cpu'" in refuse(*known, "--device", "gpu")
+    record = tiny_pipeline.parent / "few" / "fewstep.json"
+    shutil.copytree(tiny_pipeline, record.parent)
+    record.write_text(json.dumps({"sampling": {"sampler": "ddim", "spacing": "grid", "grid": 30}}))
+    line = refuse(*known, "--reference", str(record.parent))
+    assert "grid = 30 does not divide the teacher's 1000 training indices; the nearest legal one is 25" in line
 
 
 @pytest.mark.parametrize(

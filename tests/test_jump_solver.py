@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from exact import Mixture, gaussian, three_modes, times_of, two_modes_line
+from fewstep.backbones.sd import _path
 from fewstep.jump import first_order, skip_connection, skip_scalings
 from fewstep.names import SolverName
 from fewstep.sampler import sample_ode
-from fewstep.schedule import Estimate, FlowMatching, Path, VarianceExploding, expand, scaled_linear
+from fewstep.schedule import Estimate, FlowMatching, Path, VarianceExploding, expand, interpret, scaled_linear
 from fewstep.solver import SOLVERS, ddim, dpmpp_2s, euler
 
 VP = scaled_linear()
@@ -215,6 +216,24 @@ def test_steps_from_pure_noise_and_onto_clean_data_are_ddim(solver: SolverName) 
     assert torch.allclose(found[:2], simple[:2], rtol=0, atol=1e-12)
     if solver == "dpmpp_2s":
         assert float((found[2] - simple[2]).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_step_from_a_schedule_with_zero_terminal_snr_is_ddim(solver: SolverName) -> None:
+    """As read from a pipeline's scheduler, in fp32: alpha is as good as 0 there, and nothing is divided by it."""
+    config = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    path = _path({**config, "rescale_betas_zero_snr": True})
+    generator = torch.Generator().manual_seed(0)
+    x, v = (torch.randn(3, 4, generator=generator) for _ in range(2))
+
+    def denoise(x_t: Tensor, t: Tensor) -> Estimate:
+        return interpret("v", v, x_t, expand(path.alpha(t), x_t), expand(path.sigma(t), x_t))
+
+    t, s = (torch.full((3,), time, dtype=torch.float64) for time in (999.0, 759.0))
+    found = SOLVERS[solver](denoise, path, x, t, s)
+    wanted = -v * float(path.alpha(s[0])) + x * float(path.sigma(s[0]))
+    assert torch.allclose(found, wanted, rtol=0, atol=1e-6)
+    assert float(sample_ode(denoise, path, x, [999.0, 759.0], "index0", solver).abs().max()) < 4
 
 
 @pytest.mark.parametrize(

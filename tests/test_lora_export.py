@@ -17,10 +17,10 @@ from fewstep.backbones.sd import load_backbone
 from fewstep.errors import UserError
 from fewstep.export.header import LoraHeader, check_lora, read_header
 from fewstep.export.lora import merge_lora, read_lora, save_lora
-from fewstep.export.tensor_header import Entry, read_safetensors_header
 from fewstep.folder import read_folder
 from fewstep.roles import AdapterRoles, add_adapter
 from fewstep.settings import Sampling
+from fewstep.tensor_header import Entry, read_safetensors_header
 from fewstep.tensors import save_tensors
 
 RANK = 4

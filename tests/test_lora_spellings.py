@@ -20,8 +20,8 @@ from fewstep.errors import UserError
 from fewstep.export.header import base_shapes, check_lora
 from fewstep.export.lora import merge_lora, read_lora
 from fewstep.export.spellings import original_names
-from fewstep.export.tensor_header import read_numbers, read_safetensors_header
 from fewstep.folder import PipelineFolder, read_folder
+from fewstep.tensor_header import read_numbers, read_safetensors_header
 from fewstep.tensors import save_tensors
 
 RANK = 4

@@ -87,6 +87,7 @@ def sample(
     Raises:
         UserError: no prompt, a setting out of range, a LoRA of another base, an unwritable place.
     """
+    from fewstep.checks import check_device
     from fewstep.data.prompts import read_prompts
     from fewstep.files import check_writable
     from fewstep.folder import read_folder
@@ -104,15 +105,18 @@ def sample(
         if value < 1:
             raise UserError(f"{name} = {value} must be at least 1; the nearest legal one is 1")
     _check_seed(seed, count * len(wanted))
+    check_device(device)
     folder = read_folder(teacher_path(teacher))
     student, sampling, _ = _student_of(folder, lora, settings or {})
     check_writable(path.parent)
+    from fewstep.device import pick_device
+
+    place = pick_device(device)
     import numpy as np
 
     from fewstep.drawing import load_artist, save_picture, sheet
-    from fewstep.training.launch import pick_device
 
-    artist = load_artist(folder.path, student, pick_device(device))
+    artist = load_artist(folder.path, student, place)
     every = [prompt for prompt in wanted for _ in range(count)]
     pictures: np.ndarray = artist.draw(every, [seed + i for i in range(len(every))], sampling)
     return save_picture(sheet(pictures, count if len(wanted) > 1 else min(count, 8), scale), path)
@@ -149,13 +153,18 @@ def evaluate(
     Raises:
         UserError: anything wrong, in one line, before any long work.
     """
+    from fewstep.checks import check_device, check_sampling
     from fewstep.data.prompts import read_prompts
-    from fewstep.export.pipeline import teacher_sampling
+    from fewstep.evaluation.settings import KID_FEWEST
+    from fewstep.export.pipeline import end_point_sampling
     from fewstep.files import check_writable
     from fewstep.folder import read_folder
     from fewstep.settings import Sampling, teacher_path
 
+    check_device(device)
     prompts = read_prompts(prompt_file)
+    if len(prompts) < KID_FEWEST:
+        raise UserError(f"prompt_file holds {len(prompts)} prompts; KID needs at least {KID_FEWEST} pictures")
     if real is not None and not Path(real).is_dir():
         raise UserError(f"real = {str(real)!r} is not a folder; leave it out for Emoji-8")
     _check_seed(seed, 8 * len(prompts))
@@ -163,13 +172,16 @@ def evaluate(
     chosen = _student_of(folder, lora, settings or {})
     other = Path(reference) if reference else (folder.path if chosen.lora else None)
     base = read_folder(other) if other else folder
-    own = teacher_sampling(base.path)
+    own = end_point_sampling(base.path)
     omega = reference_omega if reference_omega is not None else chosen.omega_seen
     drawn = validate(Sampling, own.model_dump() | ({} if omega is None else {"omega": omega}))
+    check_sampling(drawn, base)
     check_writable(Path(out))
     _check_installed("evaluate")
+    from fewstep.device import pick_device
+
+    place = pick_device(device)
     from fewstep import measuring
-    from fewstep.training.launch import pick_device
 
     return measuring.evaluate_folder(
         folder.path,
@@ -180,7 +192,7 @@ def evaluate(
         reference=other,
         reference_sampling=drawn,
         seed=seed,
-        device=pick_device(device),
+        device=place,
         out=Path(out),
     )
 
@@ -283,6 +295,7 @@ def teacher_card(
     Raises:
         UserError: anything wrong with the settings, the place or the installation, before any long work.
     """
+    from fewstep.checks import check_sampling
     from fewstep.export.pipeline import teacher_sampling
     from fewstep.files import check_writable
     from fewstep.folder import read_folder
@@ -291,6 +304,7 @@ def teacher_card(
     folder = read_folder(teacher_path(teacher))
     own = teacher_sampling(folder.path)
     sampling = validate(Sampling, own.model_dump() | {"steps": steps, "omega": own.omega if omega is None else omega})
+    check_sampling(sampling, folder)
     if n < 1:
         raise UserError(f"n = {n} must be at least 1; the nearest legal one is 1")
     check_writable(Path(out))
@@ -316,7 +330,9 @@ def _check_installed(verb: str, packages: Sequence[str] = MEASURING) -> None:
 
     for package in packages:
         if find_spec(package) is None:
-            raise UserError(f"{verb} needs {package}, which is not installed: pip install 'fewstep[metrics]'")
+            raise UserError(
+                f"{verb} needs {package}, which is not installed; in the checkout: pip install '.[metrics]'"
+            )
 
 
 def find_student(name: Path | str) -> Path:
@@ -348,21 +364,22 @@ def _student_of(folder: PipelineFolder, lora: Path | str | None, changes: Mappin
 
     `omega_seen` is the mean guidance it was trained with, None where it does not say.
     """
+    from fewstep.checks import check_sampling
     from fewstep.export.header import check_lora
-    from fewstep.export.pipeline import teacher_sampling
+    from fewstep.export.pipeline import read_record, teacher_sampling
     from fewstep.settings import Guidance, Sampling
 
     student = find_student(lora) if lora is not None else None
-    omega = None
     if student is None:
-        own = teacher_sampling(folder.path)
+        own, notes = teacher_sampling(folder.path), read_record(folder.path)
     else:
         header = check_lora(student, folder)
-        own = header.sampling or Sampling()
-        if isinstance(header.notes.get("guidance_seen"), dict):
-            omega = validate(Guidance, header.notes["guidance_seen"]).mean_omega
+        own, notes = header.sampling or Sampling(), header.notes
+    seen = notes.get("guidance_seen")
     given = {key: value for key, value in changes.items() if value is not None}
-    return _Chosen(student, validate(Sampling, own.model_dump() | given), omega)
+    sampling = validate(Sampling, own.model_dump() | given)
+    check_sampling(sampling, folder)
+    return _Chosen(student, sampling, validate(Guidance, seen).mean_omega if isinstance(seen, dict) else None)
 
 
 def _check_seed(seed: int, count: int) -> None:

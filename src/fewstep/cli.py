@@ -168,7 +168,7 @@ def evaluate(
     device: Device = "auto",
     out: Annotated[Path, typer.Option(help="Folder for figures.json.")] = Path("runs/evaluation"),
 ) -> None:
-    """Measure a student or a teacher: FD, KID, detail, distance to the teacher, prompt agreement.
+    """Measure a student or a teacher: FD, KID, detail, distance to the teacher; on Emoji-8 prompt agreement too.
 
     Example: fewstep evaluate --prompt-file prompts.txt --lora runs/tcd/student --steps 4
     """
@@ -189,6 +189,10 @@ def evaluate(
     echo_figures(figures)
     if not any(name.startswith("FD-") for name in figures):
         say("FD-Lite0: left out, below 500 pictures on either side it would measure its own bias")
+    if real is not None:
+        say("agreement: left out, its scorer knows Emoji-8's drawings alone")
+    if not any(figure.floor is not None for figure in figures.values()):
+        say("floors: left out, they take more than twice as many real pictures as there are prompts")
     say(f"wrote {out / 'figures.json'}")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.names import Prediction
-from fewstep.schedule import Estimate, Path, expand, interpret
+from fewstep.schedule import PURE_NOISE, Estimate, Path, expand, interpret
 from fewstep.solver import Denoise
 
 Condition = Mapping[str, Tensor]
@@ -49,7 +49,7 @@ class Denoiser:
 
     def __post_init__(self) -> None:
         noisiest = torch.tensor(self.path.noisiest, dtype=torch.float64)
-        if self.prediction == "eps" and float(self.path.alpha(noisiest)) < 1e-6:
+        if self.prediction == "eps" and float(self.path.alpha(noisiest)) < PURE_NOISE:
             raise UserError(
                 "prediction = 'eps' with zero terminal SNR (alpha = 0 at the noisiest time) has no x0; "
                 "the nearest legal one is 'v', or a schedule without rescale_betas_zero_snr"

@@ -20,6 +20,7 @@ from fewstep.backbones.sd import StableDiffusion, load_backbone
 from fewstep.data import pictures
 from fewstep.data.latents import LatentSet, latent_set
 from fewstep.denoiser import Denoiser
+from fewstep.device import pick_device
 from fewstep.drawing import Artist
 from fewstep.draws import Draws, order
 from fewstep.errors import UserError
@@ -35,7 +36,7 @@ from fewstep.roles import SeparateRoles
 from fewstep.settings import DistillConfig, teacher_path
 from fewstep.students import Student, make_student
 from fewstep.training.cpu import speed_up
-from fewstep.training.launch import make_accelerator, pick_device
+from fewstep.training.launch import make_accelerator
 from fewstep.training.loop import Batch, Follower, Update, train
 from fewstep.training.run import RunLog, last_step
 from fewstep.watch import Watch, watched_prompts

@@ -79,6 +79,7 @@ def load_artist(teacher: Path, lora: Path | str | None = None, device: torch.dev
     folder = read_folder(teacher)
     student = check_lora(lora, folder) if lora is not None else None
     backbone = load_backbone(folder.path, device)
+    backbone.load_encoders()
     if student is None:
         return artist_of(backbone, teacher_sampling(folder.path))
     merge_lora(backbone.network, read_lora(student))

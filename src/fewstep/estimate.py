@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fewstep import processes
+from fewstep.device import pick_precision
 from fewstep.draws import Draws
 from fewstep.settings import DistillConfig
 from fewstep.students import unique_bytes
-from fewstep.training.launch import pick_precision
 from fewstep.training.loop import Update
 
 

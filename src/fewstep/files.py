@@ -135,6 +135,18 @@ def write_json(path: Path | str, data: Any) -> None:
         part.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def read_mapping(path: Path | str) -> dict[str, Any]:
+    """Read a JSON file that holds a mapping.
+
+    Raises:
+        UserError: missing, unreadable, not JSON, or something else than a mapping.
+    """
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds a {type(data).__name__}; it must hold a mapping, {{...}}")
+    return data
+
+
 def read_json(path: Path | str) -> Any:
     """Read a JSON file.
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from fewstep.errors import UserError, nearest
-from fewstep.files import read_json
+from fewstep.files import read_mapping
+from fewstep.tensor_header import read_safetensors_header
 
 PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
 """What pictures are drawn with."""
@@ -34,8 +36,7 @@ class PipelineFolder:
     def config(self, component: str) -> dict[str, Any]:
         """The JSON config of one component."""
         name = "scheduler_config.json" if component == "scheduler" else "config.json"
-        config: dict[str, Any] = read_json(self.path / component / name)
-        return config
+        return read_mapping(self.path / component / name)
 
     def fingerprint(self, *components: str) -> str:
         """sha256 over the weights of the components: which base an adapter belongs to.
@@ -61,8 +62,14 @@ class PipelineFolder:
 
 
 def _sha256(files: Iterable[Path]) -> str:
+    return _digest(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+@lru_cache(maxsize=32)
+def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """sha256 over the bytes of files, read once for each size and time of change: weights are gigabytes."""
     digest = hashlib.sha256()
-    for file in files:
+    for file, _, _ in files:
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
@@ -73,13 +80,13 @@ def read_folder(path: Path | str) -> PipelineFolder:
     """Identify a pipeline folder.
 
     Raises:
-        UserError: no such folder, no model_index.json, or a pipeline class without a backbone.
+        UserError: no such folder, no model_index.json, a pipeline class without a backbone, or broken weight files.
     """
     path = Path(path)
     index = path / "model_index.json"
     if not index.is_file():
         raise UserError(f"teacher = {str(path)!r} is no diffusers pipeline folder: it holds no model_index.json")
-    data = read_json(index)
+    data = read_mapping(index)
     name = str(data.get("_class_name"))
     if name not in KNOWN:
         raise UserError(
@@ -94,8 +101,11 @@ def read_folder(path: Path | str) -> PipelineFolder:
         if component not in components or not (path / component).is_dir():
             raise UserError(f"teacher = {str(path)!r} is incomplete: it holds no {component}")
     for component in ("unet", "vae", "text_encoder"):
-        if not list((path / component).glob(WEIGHTS)):
+        files = list((path / component).glob(WEIGHTS))
+        if not files:
             raise UserError(f"{path / component} holds no safetensors weights; pickled weights are never read")
+        for file in files:
+            read_safetensors_header(file)  # a truncated or foreign file is refused here
     folder = PipelineFolder(path, KNOWN[name], components)
     check_terminal_snr(folder.config("scheduler"))
     return folder

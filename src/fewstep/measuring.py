@@ -12,15 +12,15 @@ import torch
 from fewstep.data.pictures import SUFFIXES, read_picture
 from fewstep.drawing import Artist, load_artist
 from fewstep.errors import UserError
-from fewstep.evaluation import kid
 from fewstep.evaluation.detail import EdgeDensity, WebpBytes, detail_scale
 from fewstep.evaluation.diversity import NOISES, PROMPTS, diversity
 from fewstep.evaluation.evaluate import EndPoints, Reference, evaluate_pictures, save_figures
 from fewstep.evaluation.features import Features
-from fewstep.evaluation.frechet import FEWEST, FrechetDistance, Projection
+from fewstep.evaluation.frechet import FrechetDistance, Projection
 from fewstep.evaluation.kid import KernelDistance
 from fewstep.evaluation.lite0 import Lite0Backbone
 from fewstep.evaluation.metric import Figure, Metric
+from fewstep.evaluation.settings import FD_FEWEST, KID_FEWEST
 from fewstep.evaluation.teacher import TeacherFeatures, TeacherPixels
 from fewstep.settings import Sampling
 
@@ -65,8 +65,8 @@ def folder_yardstick(folder: Path, n: int, size: int, seed: int, features: Featu
     """
     pool = read_real(folder, size)
     reference = Reference.split(pool, n, seed) if len(pool) > 2 * n else Reference(pool)
-    if len(reference.pictures) < kid.FEWEST:
-        raise UserError(f"real = {str(folder)!r} holds {len(pool)} pictures; KID needs at least {kid.FEWEST}")
+    if len(reference.pictures) < KID_FEWEST:
+        raise UserError(f"real = {str(folder)!r} holds {len(pool)} pictures; KID needs at least {KID_FEWEST}")
     metrics: list[Metric] = [
         KernelDistance(features),
         TeacherFeatures(features),
@@ -74,7 +74,7 @@ def folder_yardstick(folder: Path, n: int, size: int, seed: int, features: Featu
         EdgeDensity(),
         WebpBytes(),
     ]
-    if min(n, len(reference.pictures)) >= FEWEST:
+    if min(n, len(reference.pictures)) >= FD_FEWEST:
         metrics.insert(0, FrechetDistance(features, Projection.fit(features(reference.pictures))))
     return Yardstick(reference, metrics, features)
 
@@ -159,8 +159,6 @@ def evaluate_folder(
     """
     artist = load_artist(teacher, lora, device)
     n, size = len(prompts), artist.backbone.picture_size
-    if n < kid.FEWEST:
-        raise UserError(f"prompt_file holds {n} prompts; KID needs at least {kid.FEWEST} pictures")
     teller = load_artist(reference, None, device) if reference is not None else None
     if teller is not None and teller.backbone.picture_size != size:
         raise UserError(

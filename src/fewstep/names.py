@@ -6,6 +6,8 @@ from typing import Literal
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 """What networks compute in; auto is bf16 where the machine is fast at it, else fp32."""
+DeviceName = Literal["auto", "cpu", "cuda"]
+"""Where networks run; auto is the GPU where there is one."""
 Prediction = Literal["eps", "x0", "v", "flow"]
 """What a network outputs."""
 End = Literal["clean", "index0"]

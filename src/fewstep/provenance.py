@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from functools import cache
 from pathlib import Path
 
 
+@cache
 def commit() -> str:
-    """The checkout's commit, with a mark for changes; "not a checkout" for an installed package."""
+    """The checkout's commit when this process first asked, with a mark for changes.
+
+    "not a checkout" for an installed package.
+    """
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
         return "not a checkout"

@@ -17,7 +17,7 @@ from fewstep.errors import UserError
 from fewstep.grid import end_time
 from fewstep.jump import first_order, skip_connection, skip_scalings
 from fewstep.names import End, SolverName
-from fewstep.schedule import Estimate, Path, VariancePreserving, expand
+from fewstep.schedule import PURE_NOISE, Estimate, Path, VariancePreserving, expand
 from fewstep.solver import SOLVERS, Denoise, ddim
 
 Noise = Callable[[], Tensor]
@@ -110,7 +110,7 @@ def sample_ode(
     """
     for t, s in pairwise([*times, end_time(path, end)]):
         now = _batch(t, x)
-        endless = s == path.clean or float(path.alpha(torch.tensor(t, dtype=torch.float64))) == 0
+        endless = s == path.clean or float(path.alpha(torch.tensor(t, dtype=torch.float64))) < PURE_NOISE
         x = (ddim if endless else SOLVERS[solver])(denoise, path, x, now, _batch(s, x))
     return x
 

@@ -22,6 +22,8 @@ from torch import Tensor
 from fewstep.names import Prediction
 
 PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
+PURE_NOISE = 1e-6
+"""alpha below which x_t counts as pure noise: x_0 cannot be had from it by division, in fp32 or otherwise."""
 
 
 class Path(Protocol):

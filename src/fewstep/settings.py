@@ -12,6 +12,7 @@ from fewstep.config import Config, merge, parse_overrides, read_yaml, validate
 from fewstep.names import (
     CALLS,
     Convention,
+    DeviceName,
     DistanceName,
     End,
     Jump,
@@ -30,7 +31,11 @@ class Sampling(Config):
     """How pictures are drawn. The same record stands in a recipe, a run's config and an exported file."""
 
     sampler: SamplerName = Field("sss", description="sss (TCD), lcm (multistep consistency), ddim, euler, dpmpp_2s")
-    steps: int = Field(4, ge=1, description="network calls a picture (a guided call counts once)")
+    steps: int = Field(
+        4,
+        ge=1,
+        description="network calls a picture; a guided one counts once, and dpmpp_2s saves its last where end = clean",
+    )
     gamma: float = Field(0.3, ge=0, le=1, description="stochasticity of sss: 0 deterministic, 1 full re-noising")
     omega: float = Field(0.0, ge=0, description="guidance, (1 + omega) eps(c) - omega eps(null); 0 for a student")
     grid: int = Field(50, ge=1, description="points of the training grid that times are taken from")
@@ -200,7 +205,7 @@ class DistillConfig(Config):
 
     recipe: str = Field("tcd", description="name of the method's recipe")
     teacher: str = Field("", description="pipeline folder; empty for the bundled teacher")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train")
+    device: DeviceName = Field("auto", description="where to train")
     method: ConsistencyConfig = Field(ConsistencyConfig(), description="the objective")
     student: StudentConfig = Field(StudentConfig(), description="what is trained")
     data: DataConfig = Field(DataConfig(), description="what it sees")

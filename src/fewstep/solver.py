@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewstep.jump import first_order
 from fewstep.names import SolverName
-from fewstep.schedule import Estimate, Path, expand
+from fewstep.schedule import PURE_NOISE, Estimate, Path, expand
 
 Denoise = Callable[[Tensor, Tensor], Estimate]
 
@@ -27,11 +27,11 @@ def euler(denoise: Denoise, path: Path, x_t: Tensor, t: Tensor, s: Tensor) -> Te
 
     One call. On the same two times it is DDIM exactly: alpha_s (x_t/alpha_t + (rho_s - rho_t) eps)
     = alpha_s x0 + sigma_s eps. It is kept apart because people ask for it by name. From pure noise
-    (alpha_t = 0, where y and rho are infinite) that second form is the limit, and is taken.
+    (alpha_t = 0, where y and rho are infinite; `schedule.PURE_NOISE`) that second form is the limit, and is taken.
     """
     at_t = denoise(x_t, t)
     alpha_t, alpha_s, sigma_s = path.alpha(t), path.alpha(s), path.sigma(s)
-    pure = alpha_t == 0
+    pure = alpha_t < PURE_NOISE
     alpha_t = torch.where(pure, 1, alpha_t)
     y = x_t / expand(alpha_t, x_t)
     x_s = expand(alpha_s, x_t) * y + expand(sigma_s - alpha_s * path.sigma(t) / alpha_t, x_t) * at_t.eps
@@ -50,7 +50,7 @@ def dpmpp_2s(denoise: Denoise, path: Path, x_t: Tensor, t: Tensor, s: Tensor, r:
     mid-point: those samples take the first-order step, as the authors' last step does. Their second call is
     spent on the same point again; `sampler.sample_ode`, which knows its times beforehand, does not make it.
     """
-    endless = (path.sigma(s) == 0) | (path.alpha(t) == 0)
+    endless = (path.sigma(s) == 0) | (path.alpha(t) < PURE_NOISE)
     lambda_t = path.log_snr(t)
     h = torch.where(endless, 0, path.log_snr(s) - lambda_t)
     at_t = denoise(x_t, t)

@@ -21,8 +21,9 @@ from fewstep.data.prompts import read_prompts
 from fewstep.drawing import Artist, artist_of, labelled_sheet, save_picture
 from fewstep.errors import UserError
 from fewstep.evaluation.features import Features
-from fewstep.evaluation.kid import FEWEST, KernelDistance
+from fewstep.evaluation.kid import KernelDistance
 from fewstep.evaluation.lite0 import Lite0Backbone
+from fewstep.evaluation.settings import KID_FEWEST
 from fewstep.evaluation.teacher import TeacherFeatures
 from fewstep.files import read_json, write_json
 from fewstep.roles import copy_role
@@ -75,9 +76,9 @@ class Watch:
         keep: Keep,
     ) -> None:
         watch = config.watch
-        if len(real) < FEWEST:
+        if len(real) < KID_FEWEST:
             raise UserError(
-                f"loop.watch_every takes KID from at least {FEWEST} pictures, data.source has {len(real)}; "
+                f"loop.watch_every takes KID from at least {KID_FEWEST} pictures, data.source has {len(real)}; "
                 "give more, or loop.watch_every=null"
             )
         self.student = student

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,12 +34,40 @@ _TOKENIZERS = (
 )
 
 
+UNUSED = "pooler."
+"""What a text encoder may lack: pictures are drawn from its states alone."""
+
+
 @contextmanager
-def _loading(what: str) -> Any:
+def _loading(what: str) -> Iterator[None]:
+    """Say in one line what cannot be loaded; the libraries' own tables of keys stay away."""
+    import diffusers.utils.logging as told
+    import transformers.utils.logging as told_too
+
+    levels = told.get_verbosity(), told_too.get_verbosity()
+    told.set_verbosity_error()
+    told_too.set_verbosity_error()
     try:
         yield
-    except (OSError, ValueError, SafetensorError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, SafetensorError, RuntimeError, KeyError, TypeError) as error:
         raise UserError(f"cannot load {what}: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        told.set_verbosity(levels[0])
+        told_too.set_verbosity(levels[1])
+
+
+def _whole(loaded: tuple[Any, Mapping[str, Any]], what: str) -> Any:
+    """The loaded network, if the file held all of its weights; a library would fill the rest with random ones.
+
+    Raises:
+        UserError: naming the first weight that is not there.
+    """
+    network, info = loaded
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(UNUSED))
+    if missing:
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise UserError(f"cannot load {what}: its files hold no {missing[0]}{more}; give the whole pipeline folder")
+    return network
 
 
 class StableDiffusion:
@@ -65,10 +93,10 @@ class StableDiffusion:
             raise UserError(f"prediction_type = {name!r} of {folder.path} is not one of {', '.join(_PREDICTIONS)}")
         self.prediction: Prediction = _PREDICTIONS[name]
         self.path = _path(scheduler)
-        unet = folder.config("unet")
-        self.latent_shape = (int(unet["in_channels"]), int(unet["sample_size"]), int(unet["sample_size"]))
-        vae = folder.config("vae")
-        self.picture_size = self.latent_shape[1] * 2 ** (len(vae["block_out_channels"]) - 1)
+        unet, vae = folder.config("unet"), folder.config("vae")
+        with _loading(f"the configs of {folder.path}"):
+            self.latent_shape = (int(unet["in_channels"]), int(unet["sample_size"]), int(unet["sample_size"]))
+            self.picture_size = self.latent_shape[1] * 2 ** (len(vae["block_out_channels"]) - 1)
         self.network: nn.Module = self._load_unet()
         self._text: tuple[Any, Any] | None = None
         self._vae: Any = None
@@ -76,11 +104,12 @@ class StableDiffusion:
     def _load_unet(self) -> nn.Module:
         from diffusers import UNet2DConditionModel
 
-        with _loading(f"{self.folder.path}/unet"):
-            unet = UNet2DConditionModel.from_pretrained(
-                self.folder.path, subfolder="unet", torch_dtype=torch.float32, use_safetensors=True
+        place = self.folder.path / "unet"
+        with _loading(str(place)):
+            loaded = UNet2DConditionModel.from_pretrained(
+                place, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True
             )
-        ready: nn.Module = self._ready(unet)
+        ready: nn.Module = self._ready(_whole(loaded, str(place)))
         return ready
 
     def _ready(self, module: Any) -> Any:
@@ -96,11 +125,12 @@ class StableDiffusion:
         if self._vae is None:
             from diffusers import AutoencoderKL
 
-            with _loading(f"{self.folder.path}/vae"):
-                vae = AutoencoderKL.from_pretrained(
-                    self.folder.path, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True
+            place = self.folder.path / "vae"
+            with _loading(str(place)):
+                loaded = AutoencoderKL.from_pretrained(
+                    place, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True
                 )
-            self._vae = self._ready(vae)
+            self._vae = self._ready(_whole(loaded, str(place)))
         return self._vae
 
     def _load_text(self) -> tuple[Any, Any]:
@@ -115,16 +145,19 @@ class StableDiffusion:
                 if name not in legal:
                     raise UserError(f"{component} class {name!r} is not one of {', '.join(legal)}")
                 classes.append(getattr(transformers, name))
-            with _loading(f"{self.folder.path}/text_encoder"):
+            place = self.folder.path / "text_encoder"
+            with _loading(str(place)):
                 tokenizer = classes[0].from_pretrained(self.folder.path / "tokenizer", local_files_only=True)
-                encoder = classes[1].from_pretrained(
-                    self.folder.path / "text_encoder",
-                    local_files_only=True,
-                    use_safetensors=True,
-                    dtype=torch.float32,
+                loaded = classes[1].from_pretrained(
+                    place, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
                 )
-            self._text = tokenizer, self._ready(encoder)
+            self._text = tokenizer, self._ready(_whole(loaded, str(place)))
         return self._text
+
+    def load_encoders(self) -> None:
+        """Load the text encoder and the autoencoder now, so that broken ones are refused before long work."""
+        self._load_text()
+        _ = self.vae
 
     def release_encoders(self) -> None:
         """Drop the text encoder and the autoencoder from memory; they are loaded again when asked for."""

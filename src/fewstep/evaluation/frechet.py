@@ -18,9 +18,9 @@ from fewstep.errors import UserError
 from fewstep.evaluation.bootstrap import centred_interval, counts
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.metric import Against, Array, Figure, Identity, Pictures
+from fewstep.evaluation.settings import FD_FEWEST
 
 COMPONENTS = 64
-FEWEST = 500
 ADVISED = 1000
 RESAMPLES = 200
 
@@ -162,8 +162,8 @@ class FrechetDistance:
 
     def _check(self, features: Array, against: Array) -> None:
         for what, count in (("pictures", len(features)), ("pictures to measure against", len(against))):
-            if count < FEWEST:
+            if count < FD_FEWEST:
                 raise UserError(
                     f"{self.identity.name} of {count} {what} would be mostly noise; "
-                    f"give at least {FEWEST}, better {ADVISED}, or use KID"
+                    f"give at least {FD_FEWEST}, better {ADVISED}, or use KID"
                 )

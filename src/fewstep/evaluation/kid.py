@@ -16,8 +16,8 @@ from fewstep.errors import UserError
 from fewstep.evaluation.bootstrap import centred_interval, counts
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.metric import Against, Array, Figure, Identity, Pictures
+from fewstep.evaluation.settings import KID_FEWEST
 
-FEWEST = 10
 RESAMPLES = 200
 KEPT = 4
 """Sets measured against whose own term is remembered."""
@@ -131,8 +131,8 @@ class KernelDistance:
 
     def _check(self, features: Array, against: Array) -> None:
         for what, count in (("pictures", len(features)), ("pictures to measure against", len(against))):
-            if count < FEWEST:
-                raise UserError(f"{self.identity.name} of {count} {what} says nothing; give at least {FEWEST}")
+            if count < KID_FEWEST:
+                raise UserError(f"{self.identity.name} of {count} {what} says nothing; give at least {KID_FEWEST}")
 
 
 def _with_resamples(n: int, seed: int, purpose: str) -> Wide:

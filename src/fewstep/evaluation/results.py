@@ -31,6 +31,7 @@ class Row:
         scores: a number a prompt by metric, all rows in the same order of prompts: for paired comparisons.
         calls_note: what a call costs where it is not one evaluation of the network.
         note: anything else that a reader must know.
+        commit: of the code that drew and measured it.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -44,6 +45,7 @@ class Row:
     scores: dict[str, list[float]] = field(default_factory=dict)
     calls_note: str = ""
     note: str = ""
+    commit: str = ""
 
     def __str__(self) -> str:
         parts = [f"{self.method} at {self.steps} calls", f"seed {self.seed}"]

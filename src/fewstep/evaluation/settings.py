@@ -1,10 +1,15 @@
-"""Settings of what evaluation trains. Light: read before torch is imported."""
+"""Settings and limits of evaluation. Light: read before torch is imported."""
 
 from __future__ import annotations
 
 from pydantic import Field
 
 from fewstep.config import Config
+
+FD_FEWEST = 500
+"""Pictures below which FD is refused: its own bias would rule."""
+KID_FEWEST = 10
+"""Pictures below which KID is refused."""
 
 
 class ScorerConfig(Config):

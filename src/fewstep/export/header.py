@@ -13,10 +13,10 @@ from typing import Any
 from fewstep.config import validate
 from fewstep.errors import UserError
 from fewstep.export.spellings import PEFT_PREFIX, Keys, find_keys
-from fewstep.export.tensor_header import Entry, Shape, read_numbers, read_safetensors_header
 from fewstep.files import read_json
 from fewstep.folder import PipelineFolder
 from fewstep.settings import Sampling
+from fewstep.tensor_header import Entry, Shape, read_numbers, read_safetensors_header
 
 FILE = "pytorch_lora_weights.safetensors"
 """The file name that diffusers looks for in a folder."""

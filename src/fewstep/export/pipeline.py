@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.config import validate
-from fewstep.files import atomic_folder, read_json
+from fewstep.files import atomic_folder, read_mapping
 from fewstep.settings import TEACHER_SAMPLING, Sampling
 
 if TYPE_CHECKING:  # its settings are read before torch is
@@ -36,14 +36,24 @@ def save_pipeline(target: Path, base: Path, network: nn.Module, record: Mapping[
     return target
 
 
+def read_record(pipeline: Path) -> dict[str, Any]:
+    """What a pipeline folder says of itself; empty for one that has no record.
+
+    Raises:
+        UserError: the record is broken.
+    """
+    path = pipeline / RECORD
+    return read_mapping(path) if path.is_file() else {}
+
+
 def sampling_of(pipeline: Path) -> Sampling | None:
     """The settings that a pipeline folder brings along; None for one that has no record.
 
     Raises:
         UserError: the record is broken.
     """
-    path = pipeline / RECORD
-    return validate(Sampling, read_json(path).get("sampling", {})) if path.is_file() else None
+    record = read_record(pipeline)
+    return validate(Sampling, record.get("sampling", {})) if record else None
 
 
 def teacher_sampling(pipeline: Path) -> Sampling:
@@ -53,3 +63,13 @@ def teacher_sampling(pipeline: Path) -> Sampling:
         UserError: the record is broken.
     """
     return sampling_of(pipeline) or TEACHER_SAMPLING
+
+
+def end_point_sampling(pipeline: Path) -> Sampling:
+    """How the end points of a teacher are drawn: as `teacher_sampling`, unless that is a student's few steps.
+
+    Raises:
+        UserError: the record is broken.
+    """
+    own = teacher_sampling(pipeline)
+    return TEACHER_SAMPLING if own.sampler in ("sss", "lcm") else own

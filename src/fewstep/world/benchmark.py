@@ -21,7 +21,7 @@ from fewstep.evaluation.report import default_metrics, write_report
 from fewstep.evaluation.results import Results, Row, save_results
 from fewstep.evaluation.step_table import table1
 from fewstep.files import atomic_write, write_json
-from fewstep.provenance import commit, hardware
+from fewstep.provenance import hardware
 from fewstep.settings import teacher_path
 from fewstep.world import emoji8
 from fewstep.world.contest import (
@@ -203,7 +203,7 @@ def benchmark(config: BenchmarkConfig, out: Path) -> Path:
         prompts=tuple(final.studio.prompts),
         settings={
             "command": f"fewstep benchmark --out {out}",
-            "commit": commit(),
+            "commit": ", ".join(sorted({row.commit for row in rows})),
             "hardware": hardware(),
             "prompts": f"{len(final.studio.prompts)} open prompts (no style: several right pictures each)",
             "seeds": ", ".join(map(str, config.seeds)),

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from fewstep.device import pick_device, pick_precision
 from fewstep.drawing import Artist, load_artist
 from fewstep.evaluation.agreement import PromptAgreement
 from fewstep.evaluation.diversity import NOISES, PROMPTS, diversity
@@ -26,9 +27,9 @@ from fewstep.evaluation.metric import Figure, Metric, Scored
 from fewstep.evaluation.results import Results, Row, load_results, save_results
 from fewstep.files import atomic_write
 from fewstep.folder import read_folder
+from fewstep.provenance import commit
 from fewstep.settings import TEACHER_SAMPLING, Sampling
 from fewstep.tensors import load_tensors, save_tensors
-from fewstep.training.launch import pick_device, pick_precision
 from fewstep.world.measures import Gallery, agreement, lite0, metrics, real_diversity
 
 INDEX0_NOTE = "ends at index 0 (sigma = .029), as TCD does; DDIM and Euler end on clean data"
@@ -216,6 +217,7 @@ class Judge:
             scores={name: [float(value) for value in values] for name, values in scores.items()},
             calls_note="two evaluations of the network a call (with and without the prompt)" if sampling.omega else "",
             note=entry.note,
+            commit=commit(),
         )
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from fewstep.evaluation.detail import detail_scale
-from fewstep.evaluation.frechet import FEWEST
 from fewstep.evaluation.report import write_report
 from fewstep.evaluation.results import Results, save_results
-from fewstep.provenance import commit, hardware
+from fewstep.evaluation.settings import FD_FEWEST
+from fewstep.provenance import hardware
 from fewstep.settings import teacher_path
 from fewstep.world import emoji8
 from fewstep.world.contest import (
@@ -75,10 +75,10 @@ def demo(config: DemoConfig, out: Path) -> Path:
         f"This demo trains each student on {samples} samples; the benchmark trains far longer "
         "(docs/results.md). Read its order of methods as a first look."
     ]
-    if len(prompts) < FEWEST:
+    if len(prompts) < FD_FEWEST:
         caveats.append(
-            f"With n = {len(prompts)} FD would mostly measure its own bias (at least {FEWEST} pictures are asked for): "
-            "KID stands in its place."
+            f"With n = {len(prompts)} FD would mostly measure its own bias (at least {FD_FEWEST} pictures are asked "
+            "for): KID stands in its place."
         )
     results = Results(
         title="fewstep demo",
@@ -88,7 +88,7 @@ def demo(config: DemoConfig, out: Path) -> Path:
         prompts=tuple(prompts),
         settings={
             "command": f"fewstep demo --out {out}",
-            "commit": commit(),
+            "commit": ", ".join(sorted({row.commit for row in rows})),
             "hardware": hardware(),
             "prompts": f"{len(prompts)} open prompts (no style: several right pictures each)",
             "seed": str(config.seed),

@@ -18,11 +18,12 @@ from fewstep.evaluation.detail import EdgeDensity, WebpBytes
 from fewstep.evaluation.diversity import pairwise_distance
 from fewstep.evaluation.evaluate import Reference
 from fewstep.evaluation.features import Features
-from fewstep.evaluation.frechet import FEWEST, FrechetDistance, Projection
+from fewstep.evaluation.frechet import FrechetDistance, Projection
 from fewstep.evaluation.kid import KernelDistance
 from fewstep.evaluation.lite0 import Lite0Backbone
 from fewstep.evaluation.metric import Array, Figure, Metric, Pictures
 from fewstep.evaluation.neighbours import NONE, Neighbours, neighbour_shares
+from fewstep.evaluation.settings import FD_FEWEST
 from fewstep.evaluation.teacher import TeacherFeatures, TeacherPixels
 from fewstep.evaluation.text_side import BertStates
 from fewstep.evaluation.whiteness import BackgroundLevel, WhiteShare, background, background_by_prompt
@@ -197,6 +198,6 @@ def metrics(gallery: Gallery, features: Features, n: int) -> list[Metric]:
         WhiteShare(everywhere, by_prompt),
         BackgroundLevel(everywhere, by_prompt),
     ]
-    if n >= FEWEST:
+    if n >= FD_FEWEST:
         chosen.insert(0, FrechetDistance(features, Projection.fit(features(pictures))))
     return chosen

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from fewstep.backbones.sd import encode_pictures, encode_text
+from fewstep.device import pick_device
 from fewstep.errors import UserError
 from fewstep.files import atomic_folder, atomic_write, read_json, write_json
 from fewstep.processes import together
 from fewstep.tensors import load_tensors, save_tensors
 from fewstep.training.cpu import speed_up
-from fewstep.training.launch import make_accelerator, pick_device
+from fewstep.training.launch import make_accelerator
 from fewstep.world import emoji8
 from fewstep.world.settings import TeacherConfig
 from fewstep.world.train_decoder import train_decoder

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from fewstep.backbones.sd import StableDiffusion
+from fewstep.device import pick_device
 from fewstep.drawing import Artist, labelled_sheet, load_artist, save_picture
 from fewstep.draws import generator
 from fewstep.evaluation.bootstrap import mean_figure
@@ -19,7 +20,6 @@ from fewstep.evaluation.metric import Figure
 from fewstep.evaluation.whiteness import Whiteness
 from fewstep.files import atomic_write, write_json
 from fewstep.settings import Sampling
-from fewstep.training.launch import pick_device
 from fewstep.world import emoji8
 from fewstep.world.measures import Gallery, lite0, metrics
 from fewstep.world.train_vae import psnr

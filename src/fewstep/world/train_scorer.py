@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from fewstep.device import pick_device
 from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.evaluation.agreement import Agreement, load_scorer, save_scorer, to_input
@@ -20,7 +21,7 @@ from fewstep.evaluation.scorer import Scorer, multi_positive_loss
 from fewstep.evaluation.text_side import BertStates, TextBackbone
 from fewstep.loss import Loss
 from fewstep.training.cpu import speed_up
-from fewstep.training.launch import make_accelerator, pick_device
+from fewstep.training.launch import make_accelerator
 from fewstep.training.loop import Batch, Update, train
 from fewstep.training.run import RunLog
 from fewstep.world import emoji8, location

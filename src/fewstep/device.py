@@ -1,0 +1,39 @@
+"""Where networks run, and in what precision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from fewstep.checks import check_device
+from fewstep.errors import UserError
+from fewstep.names import Precision
+
+
+def pick_device(name: str) -> torch.device:
+    """auto -> cuda where there is one.
+
+    Raises:
+        UserError: another name than auto, cpu, cuda, or cuda asked for and absent.
+    """
+    check_device(name)
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device = 'cuda' is not there on this machine; the nearest legal one is 'cpu'")
+    return torch.device(name)
+
+
+def pick_precision(name: Precision, device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
+    """auto -> bf16 on a GPU and on a CPU with matrix units for it, else fp32."""
+    if name != "auto":
+        return name
+    return "bf16" if device.type == "cuda" or _has_bf16_units() else "fp32"
+
+
+def _has_bf16_units() -> bool:
+    """Whether the CPU multiplies bf16 matrices in hardware; others emulate it, slower than fp32."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.is_file() and "amx_bf16" in cpuinfo.read_text()
