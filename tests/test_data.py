@@ -14,7 +14,7 @@ from torch import Tensor
 
 from conftest import COLOURS, draw_shape
 from fewstep.data.latents import LatentSet, cached, latent_set
-from fewstep.data.pictures import Captioned, from_folder, read_picture
+from fewstep.data.pictures import Captioned, HeldPictures, from_folder, read_picture
 from fewstep.data.prompts import read_prompts
 from fewstep.draws import Draws
 from fewstep.errors import UserError
@@ -27,11 +27,12 @@ CPU = torch.device("cpu")
 
 def test_a_folder_with_metadata(picture_folder: Path) -> None:
     data = from_folder(picture_folder, 64)
-    assert data.pictures.shape == (16, 64, 64, 3)
-    assert data.pictures.dtype == np.uint8
+    pictures = data.pictures.read(range(16))
+    assert (len(data), pictures.shape, pictures.dtype) == (16, (16, 64, 64, 3), np.uint8)
     assert data.captions[0] == ["a red disc"]
-    np.testing.assert_array_equal(data.pictures[0], draw_shape("red", "disc"))
-    assert from_folder(picture_folder, 16).pictures.shape == (16, 16, 16, 3)
+    np.testing.assert_array_equal(pictures[0], draw_shape("red", "disc"))
+    np.testing.assert_array_equal(data.pictures.read([5, 2]), pictures[[5, 2]])
+    assert from_folder(picture_folder, 16).pictures.read([3]).shape == (1, 16, 16, 3)
 
 
 def test_a_folder_with_text_files(tmp_path: Path) -> None:
@@ -43,7 +44,7 @@ def test_a_folder_with_text_files(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("not a picture")
     data = from_folder(tmp_path, 64)
     assert [row[0] for row in data.captions] == ["a red disc, 圆", "a blue disc, 圆"]
-    assert tuple(data.pictures[1][32, 32]) == COLOURS["blue"]
+    assert tuple(data.pictures.read([1])[0, 32, 32]) == COLOURS["blue"]
     (tmp_path / "red.txt").unlink()
     with pytest.raises(UserError, match=r"red.webp has no caption: write red.txt"):
         from_folder(tmp_path, 64)
@@ -165,7 +166,7 @@ class Counting:
 
 def captioned(seed: int = 0) -> Captioned:
     pictures = np.random.default_rng(seed).integers(0, 255, (3, 2, 2, 3), dtype=np.uint8)
-    return Captioned(pictures, [["a", "bb"], ["ccc"], ["bb", "a", "dddd"]])
+    return Captioned(HeldPictures(pictures), [["a", "bb"], ["ccc"], ["bb", "a", "dddd"]])
 
 
 def test_the_cache_is_used_and_knows_what_it_holds(tmp_path: Path) -> None:
@@ -246,6 +247,6 @@ def test_the_bundled_set_has_its_captions() -> None:
     from fewstep.data.pictures import bundled
 
     data = bundled(3, 0)
-    assert data.pictures.shape[1:] == (64, 64, 3)
+    assert data.pictures.read([0]).shape == (1, 64, 64, 3)
     assert len(data.captions) == len(data.pictures) > 1000
     assert {len(row) for row in data.captions} == {3}

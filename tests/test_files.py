@@ -6,13 +6,24 @@ import errno
 import json
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from fewstep import files
 from fewstep.errors import UserError
-from fewstep.files import atomic_folder, atomic_write, check_writable, read_json, remove_folder, sweep, write_json
+from fewstep.files import (
+    atomic_folder,
+    atomic_write,
+    check_writable,
+    read_json,
+    remove_folder,
+    sweep,
+    take_folder,
+    write_json,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -167,3 +178,19 @@ def test_json_files(tmp_path: Path) -> None:
         read_json(path)
     with pytest.raises(UserError, match="cannot read"):
         read_json(tmp_path / "none.json")
+
+
+def test_a_run_folder_belongs_to_one_process(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from fewstep.files import take_folder\n"
+        "take_folder(Path(sys.argv[1])); print('taken', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout
+        assert other.stdout.readline() == "taken\n"
+        with pytest.raises(UserError, match=f"is in use by process {other.pid}; wait for it, or give another --out"):
+            take_folder(tmp_path)
+        other.kill()
+    take_folder(tmp_path)  # a killed process holds nothing
+    take_folder(tmp_path)  # this one has it already

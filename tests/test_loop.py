@@ -312,6 +312,13 @@ def test_a_resumed_log_has_every_step_once(tmp_path: Path, cut: int) -> None:
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, 11))
 
 
+def test_a_run_is_not_resumed_in_another_precision(tmp_path: Path) -> None:
+    """`auto` may mean another one on another machine: the steps would not be the same."""
+    run(tmp_path, single(weights()), steps=3)
+    with pytest.raises(UserError, match="holds a run in fp32 on cpu, this is bf16 on cpu"):
+        run(tmp_path, single(weights()), steps=5, accelerator=make_accelerator("bf16", CPU))
+
+
 def test_resuming_equals_going_on(tmp_path: Path) -> None:
     """Two updates, averages, accumulation, a falling rate: weights, averages and figures bit for bit."""
 
@@ -399,6 +406,7 @@ class Scaling:
     """An accelerator with fp16's gradient scaler, on the CPU."""
 
     num_processes, process_index, is_main_process, device = 1, 0, True, CPU
+    mixed_precision = "fp16"
 
     def __init__(self) -> None:
         self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)

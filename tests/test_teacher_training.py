@@ -17,7 +17,7 @@ from torch import Tensor
 
 from conftest import COLOURS, SHAPES, draw_shape
 from fewstep.backbones.sd import encode_pictures, load_backbone
-from fewstep.data.pictures import Captioned
+from fewstep.data.pictures import Captioned, HeldPictures
 from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.loss import Loss
@@ -317,7 +317,7 @@ def small_world(monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = shapes()
     captions = [[f"a {colour} {shape}", shape] for colour in COLOURS for shape in SHAPES]
     heldout = SimpleNamespace(pictures=pictures[::4], records=emoji8.load_records("heldout-pair")[:4])
-    monkeypatch.setattr(train_unet, "bundled", lambda count, seed: Captioned(pictures, captions))
+    monkeypatch.setattr(train_unet, "bundled", lambda count, seed: Captioned(HeldPictures(pictures), captions))
     monkeypatch.setattr(emoji8, "load", lambda split: heldout)
 
 

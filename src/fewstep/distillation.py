@@ -39,7 +39,7 @@ from fewstep.training.cpu import speed_up
 from fewstep.training.launch import make_accelerator
 from fewstep.training.loop import Batch, Follower, Update, train
 from fewstep.training.run import RunLog, last_step
-from fewstep.watch import Watch, watched_prompts
+from fewstep.watch import REAL, Watch, watched_prompts
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ def read_pictures(config: DistillConfig, size: int) -> pictures.Captioned:
     """
     if config.data.source == "emoji8":
         bundled = pictures.bundled(config.data.captions, config.loop.seed)
-        if bundled.pictures.shape[1] != size:
+        if bundled.pictures.size != size:
             raise UserError(
-                f"data.source = 'emoji8' holds pictures of {bundled.pictures.shape[1]} pixels a side and the teacher "
+                f"data.source = 'emoji8' holds pictures of {bundled.pictures.size} pixels a side and the teacher "
                 f"draws {size}; give a folder of pictures"
             )
         return bundled
@@ -147,11 +147,10 @@ def networks(run: Run) -> list[nn.Module]:
     return list(roles.networks.values()) if isinstance(roles, SeparateRoles) else [roles.network]
 
 
-def shuffled(run: Run) -> pictures.Captioned:
-    """The training pictures and their captions in a fixed random order."""
-    n = len(run.captioned.pictures)
-    rows = order(run.config.loop.seed, n, 0, n)
-    return pictures.Captioned(run.captioned.pictures[rows], [run.captioned.captions[int(row)] for row in rows])
+def some(run: Run, count: int) -> pictures.Captioned:
+    """Up to `count` of the training pictures with their captions, drawn at random, the same for each run."""
+    n = len(run.captioned)
+    return run.captioned.take(order(run.config.loop.seed, n, 0, min(n, count)))
 
 
 def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quiet: bool = False) -> Path:
@@ -180,12 +179,14 @@ def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quie
             export_student(run, weights, out / "best", notes)
 
         artist = Artist(run.backbone, run.denoiser, config.sampling, "student")
-        seen = shuffled(run)
+        seen = some(run, max(REAL, config.watch.count))
         prompts = watched_prompts(config, [said[0] for said in seen.captions])
         with together():
             if main:
                 student = run.student.roles.parameters("student")
-                watch = Watch(config, artist, student, prompts, seen.pictures, out, keep)
+                watch = Watch(
+                    config, artist, student, prompts, seen.pictures.read(range(min(REAL, len(seen)))), out, keep
+                )
 
     def fetch(items: np.ndarray) -> Batch:
         rows = torch.from_numpy(items)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fewstep.errors import UserError
 
@@ -108,6 +110,43 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
     folder.replace(gone)
     shutil.rmtree(gone)
+
+
+_taken: dict[Path, IO[str]] = {}
+"""Folders that this process has taken, with the open files that say so."""
+
+
+def take_folder(folder: Path) -> None:
+    """Keep other processes out of a run folder until this one ends, however it ends.
+
+    On a system without locks nobody is kept out.
+
+    Raises:
+        UserError: another process has taken it.
+    """
+    if sys.platform == "win32":
+        return
+    import fcntl
+
+    place = folder.resolve() / ".lock"
+    if place in _taken:
+        return
+    stream = place.open("a+", encoding="utf-8")
+    try:
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        stream.seek(0)
+        owner = stream.read().strip() or "unknown"
+        stream.close()
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise UserError(
+                f"run folder {folder} is in use by process {owner}; wait for it, or give another --out"
+            ) from error
+        return
+    stream.truncate(0)
+    stream.write(f"{os.getpid()}\n")
+    stream.flush()
+    _taken[place] = stream
 
 
 def check_writable(folder: Path | str) -> None:

@@ -90,7 +90,7 @@ class Watch:
         self.features = Features(Lite0Backbone(), progress=False)
         self.kid = KernelDistance(self.features)
         self.to_teacher = TeacherFeatures(self.features)
-        self.real = real[:REAL]
+        self.real = real
         self.condition = student.backbone.encode(self.prompts)
         self.reference = self._teacher_pictures(config)
         self.best = self._best_so_far()

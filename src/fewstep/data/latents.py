@@ -12,13 +12,17 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from fewstep.data.pictures import Captioned
+from fewstep.data.pictures import Captioned, Pictures
 from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.files import atomic_write
 from fewstep.processes import main_first
 from fewstep.tensors import load_tensors, save_tensors
+
+CHUNK = 512
+"""Pictures read and encoded at a time."""
 
 
 class Encoders(Protocol):
@@ -87,16 +91,26 @@ def cached(folder: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dic
     return tensors
 
 
+def encode_all(pictures: Pictures, encoders: Encoders) -> Tensor:
+    """Latents of all pictures, float32 on the CPU; some pictures at a time are in memory."""
+    parts = []
+    with tqdm(total=len(pictures), desc="encoding pictures", unit="picture", disable=len(pictures) <= CHUNK) as bar:
+        for start in range(0, len(pictures), CHUNK):
+            rows = range(start, min(start + CHUNK, len(pictures)))
+            parts.append(encoders.to_latents(pictures.read(rows)).cpu())
+            bar.update(len(rows))
+    return torch.cat(parts)
+
+
 def latent_set(data: Captioned, encoders: Encoders, fingerprint: str, cache: Path) -> LatentSet:
     """Encode pictures and captions, once for each (encoder weights, pictures, captions).
 
     Text states are kept in fp16, latents in fp32. All processes of a launch must ask: the main one encodes, the
     others read what it kept.
     """
-    digest = hashlib.sha256(f"{fingerprint} {data.pictures.shape}".encode())
-    digest.update(np.ascontiguousarray(data.pictures).data)
+    digest = hashlib.sha256(f"{fingerprint} {data.pictures.fingerprint()}".encode())
     seen = f"latents-{digest.hexdigest()[:16]}"
-    latents = main_first(lambda: cached(cache, seen, lambda: {"latents": encoders.to_latents(data.pictures).cpu()}))
+    latents = main_first(lambda: cached(cache, seen, lambda: {"latents": encode_all(data.pictures, encoders)}))
     distinct = sorted({caption for row in data.captions for caption in row})
     digest = hashlib.sha256((fingerprint + json.dumps(distinct)).encode())
 

@@ -1,11 +1,14 @@
-"""Captioned pictures: the bundled set, or a folder of one's own."""
+"""Captioned pictures: the bundled set, or a folder of one's own, read only as they are needed."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -15,12 +18,92 @@ from fewstep.errors import UserError
 SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".bmp")
 
 
+class Pictures(Protocol):
+    """N pictures of one size, wherever they are."""
+
+    @property
+    def size(self) -> int:
+        """Pixels a side."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Some of them, uint8 [n, size, size, 3].
+
+        Raises:
+            UserError: one cannot be read.
+        """
+
+    def fingerprint(self) -> str:
+        """sha256 of what decides all of them."""
+
+
+@dataclass(frozen=True)
+class HeldPictures:
+    """Pictures in memory, uint8 [N, H, W, 3]."""
+
+    array: np.ndarray
+
+    @property
+    def size(self) -> int:
+        """Pixels a side."""
+        return int(self.array.shape[1])
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def read(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Some of them."""
+        chosen: np.ndarray = self.array[np.asarray(rows, dtype=np.int64)]
+        return chosen
+
+    def fingerprint(self) -> str:
+        """sha256 of shape and pixels."""
+        digest = hashlib.sha256(f"{self.array.shape}".encode())
+        digest.update(np.ascontiguousarray(self.array).data)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class PictureFiles:
+    """Pictures on disk: decoded when they are asked for, a few at a time, so that a set may be larger than memory."""
+
+    files: tuple[Path, ...]
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Some of them, decoded on all cores.
+
+        Raises:
+            UserError: one is no whole picture.
+        """
+        with ThreadPoolExecutor() as pool:
+            return np.stack(list(pool.map(lambda row: read_picture(self.files[int(row)], self.size), rows)))
+
+    def fingerprint(self) -> str:
+        """sha256 of the size and of the files' bytes."""
+        digest = hashlib.sha256(f"{self.size}".encode())
+        for file in self.files:
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+        return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class Captioned:
-    """Pictures uint8 [N, H, W, 3] and, for each, one or more captions to draw from."""
+    """Pictures and, for each, one or more captions to draw from."""
 
-    pictures: np.ndarray
+    pictures: Pictures
     captions: Sequence[Sequence[str]]
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> Captioned:
+        """Some of them, in memory."""
+        return Captioned(HeldPictures(self.pictures.read(rows)), [self.captions[int(row)] for row in rows])
 
 
 def bundled(captions: int, seed: int) -> Captioned:
@@ -28,7 +111,7 @@ def bundled(captions: int, seed: int) -> Captioned:
     from fewstep.world import emoji8
 
     data = emoji8.load("train")
-    return Captioned(data.pictures, emoji8.caption_table(data.records, captions, seed))
+    return Captioned(HeldPictures(data.pictures), emoji8.caption_table(data.records, captions, seed))
 
 
 def read_picture(path: Path, size: int) -> np.ndarray:
@@ -51,13 +134,13 @@ def read_picture(path: Path, size: int) -> np.ndarray:
 
 
 def from_folder(folder: Path, size: int) -> Captioned:
-    """Read a folder of pictures with captions.
+    """Find a folder's pictures and captions. The pictures' own files are opened, and decoded later.
 
     Captions come from `metadata.jsonl` (lines {"file_name": ..., "text": ...}, the Hugging Face form), or from a
     `.txt` file beside each picture.
 
     Raises:
-        UserError: no folder, no pictures, or a picture without caption.
+        UserError: no folder, no pictures, a file that is no picture, or a picture without caption.
     """
     if not folder.is_dir():
         raise UserError(f"data = {str(folder)!r} is not a folder; give a folder of pictures or 'emoji8'")
@@ -70,9 +153,13 @@ def from_folder(folder: Path, size: int) -> Captioned:
         captioned = {file: _caption_beside(file) for file in files}
     if not captioned:
         raise UserError(f"data = {str(folder)!r} holds no picture ({', '.join(SUFFIXES)})")
-    return Captioned(
-        np.stack([read_picture(file, size) for file in captioned]), [[text] for text in captioned.values()]
-    )
+    for file in captioned:
+        try:
+            with Image.open(file):
+                pass
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UserError(f"cannot read picture {file}: {error}") from error
+    return Captioned(PictureFiles(tuple(captioned), size), [[text] for text in captioned.values()])
 
 
 def _listed(index: Path) -> dict[str, str]:

@@ -220,7 +220,8 @@ def train(
 
     Raises:
         UserError: the batch cannot be split over processes and micro-batches, or a loss or gradient is not
-            finite, in all processes at the same step. What is not finite is never saved.
+            finite, in all processes at the same step (what is not finite is never saved); or the run that is to
+            be resumed was computed in another precision or on another kind of device.
     """
     share = config.accumulate * accelerator.num_processes
     try:
@@ -230,11 +231,18 @@ def train(
     device = accelerator.device
     running = [_Running(update, device) for update in plan]
     scaler = accelerator.scaler  # fp16 alone: its small gradients would vanish unscaled
+    computing = f"{accelerator.mixed_precision.replace('no', 'fp32')} on {device.type}"
     folder = log.folder / "checkpoints"
     done = 0
     found = checkpoints(folder)
     if found:
         state = checkpoint.read_state(found[-1])
+        before = state.get("computing", computing)
+        if before != computing:
+            raise UserError(
+                f"run folder {log.folder} holds a run in {before}, this is {computing}: its steps would not be the "
+                "same; set loop.precision and device as they were, or give another --out"
+            )
         done = int(state["step"])
         for r in running:
             r.restore(found[-1], state)
@@ -264,7 +272,7 @@ def train(
         files: dict[str, Mapping[str, Tensor]] = {}
         for r in running:
             files.update(r.files())
-        state: dict[str, Any] = {"averages": {r.update.name: r.state() for r in running}}
+        state: dict[str, Any] = {"computing": computing, "averages": {r.update.name: r.state() for r in running}}
         if scaler:
             state["scaler"] = scaler.state_dict()
         checkpoint.save(folder, step, files, state, config.keep)

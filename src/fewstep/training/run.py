@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from fewstep.config import Config, read_yaml
 from fewstep.errors import UserError
-from fewstep.files import atomic_write, read_json, sweep, write_json
+from fewstep.files import atomic_write, read_json, sweep, take_folder, write_json
 from fewstep.training.rate import learning_rate
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
@@ -64,7 +64,7 @@ class RunLog:
             same.
 
     Raises:
-        UserError: the folder belongs to another run (`check_same_run`), or cannot be written to.
+        UserError: the folder belongs to another run (`check_same_run`) or another process, or cannot be written to.
     """
 
     def __init__(
@@ -89,6 +89,7 @@ class RunLog:
         except OSError as error:
             raise UserError(f"cannot write run folder {folder}: {error.strerror}; choose a writable one") from error
         resolved = config.model_dump(mode="json")
+        take_folder(folder)
         check_same_run(folder, config, inputs)
         sweep(folder)
         with atomic_write(folder / "config.yaml") as part:
