@@ -106,20 +106,23 @@ def test_a_watch_of_too_few_pictures_is_refused_before_training(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_the_estimate_adds_up(tiny_overrides: list[str], tiny_cache: Path) -> None:
+def test_the_estimate_adds_up(tiny_overrides: list[str]) -> None:
     words = [*tiny_overrides, "loop.steps=100", "loop.accumulate=2"]
-    lora = distillation.estimate_run(resolve("tcd", None, words), tiny_cache)
+    lora = distillation.estimate_run(resolve("tcd", None, words))
     assert 0 < lora.seconds_per_step < 60
     assert lora.seconds == pytest.approx(100 * lora.seconds_per_step)
     assert lora.data_bytes == 16 * 4 * 8 * 8 * 4
     assert lora.calls == {"student": 1, "target": 1, "teacher": 2}
+    assert lora.encoding_seconds > 0
     assert len(lora.lines()) == 3
     full = ["student.kind=full", "method.target=ema", "optim.ema=0.9", "method.solver=dpmpp_2s"]
-    whole = distillation.estimate_run(resolve("tcd", None, [*words, *full]), tiny_cache)
+    whole = distillation.estimate_run(resolve("tcd", None, [*words, *full]))
     base = lora.weights_bytes - lora.trained_bytes // 3  # its adapters are weights too
     assert whole.weights_bytes == 3 * base  # teacher, student and target
     assert whole.trained_bytes == 4 * base  # gradient, two moments, average
     assert whole.calls["teacher"] == 4
+    twice = distillation.estimate_run(resolve("tcd", None, [*words, "loop.batch=8"]))
+    assert twice.saved_bytes == pytest.approx(2 * lora.saved_bytes, rel=0.1), "activations grow with the batch"
 
 
 def test_an_estimate_leaves_the_student_alone(tiny_overrides: list[str], tiny_cache: Path) -> None:
@@ -129,7 +132,7 @@ def test_an_estimate_leaves_the_student_alone(tiny_overrides: list[str], tiny_ca
     run = distillation.prepare(config, tiny_cache, torch.device("cpu"))
     plan = distillation.update_plan(run)
     before = {name: p.detach().clone() for name, p in plan[0].parameters.items()}
-    estimate(plan, run.data.latents, config, *distillation.networks(run))
+    estimate(plan, run.data.latents, config, distillation.networks(run))
     for name, parameter in plan[0].parameters.items():
         assert torch.equal(parameter, before[name])
         assert parameter.grad is None

@@ -53,7 +53,7 @@ def distill(
     from fewstep import distillation
 
     if dry_run:
-        return distillation.estimate_run(settings, Path(out) / "cache")
+        return distillation.estimate_run(settings)
     return distillation.distill(settings, Path(out))
 
 

@@ -6,8 +6,10 @@ Data flows one way: config -> data -> method -> loop -> checkpoint -> export.
 from __future__ import annotations
 
 import sys
+import tempfile
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -82,15 +84,18 @@ def read_pictures(config: DistillConfig, size: int) -> pictures.Captioned:
 
 
 def prepare(config: DistillConfig, cache: Path, device: torch.device) -> Run:
-    """Load the teacher and the data, and lay out the roles.
+    """Load the teacher, encode the data, and lay out the roles.
 
     Raises:
         UserError: the teacher or the data cannot be read.
     """
-    folder = read_folder(teacher_path(config.teacher))
-    backbone = load_backbone(folder.path, device)
-    captioned = read_pictures(config, backbone.picture_size)
-    data = latent_set(captioned, backbone, folder.identity("vae", "text_encoder", "tokenizer"), cache)
+    backbone = load_backbone(read_folder(teacher_path(config.teacher)).path, device)
+    return lay_out(config, backbone, read_pictures(config, backbone.picture_size), cache)
+
+
+def lay_out(config: DistillConfig, backbone: StableDiffusion, captioned: pictures.Captioned, cache: Path) -> Run:
+    """Encode the data, let the encoders go, and lay out the roles."""
+    data = latent_set(captioned, backbone, backbone.folder.identity("vae", "text_encoder", "tokenizer"), cache)
     backbone.release_encoders()
     if backbone.device.type == "cpu":
         speed_up(backbone.network)
@@ -184,9 +189,8 @@ def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quie
         with together():
             if main:
                 student = run.student.roles.parameters("student")
-                watch = Watch(
-                    config, artist, student, prompts, seen.pictures.read(range(min(REAL, len(seen)))), out, keep
-                )
+                real = seen.pictures.read(range(min(REAL, len(seen))))
+                watch = Watch(config, artist, student, prompts, real, out, keep)
 
     def fetch(items: np.ndarray) -> Batch:
         rows = torch.from_numpy(items)
@@ -195,7 +199,7 @@ def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quie
     plan = update_plan(run)
     unfinished = last_step(out / "checkpoints") < config.loop.steps
     if unfinished and accelerator.is_main_process and not quiet:
-        estimated = estimate(plan, run.data.latents, config, *networks(run))
+        estimated = estimate(plan, run.data.latents, config, networks(run))
         print("\n".join([f"writes to {out}", *estimated.lines()]), file=sys.stderr)
     trained = train(plan, fetch, len(run.data), config.loop, log, accelerator, watch)
     target = out / "student"
@@ -205,7 +209,20 @@ def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quie
     return target
 
 
-def estimate_run(config: DistillConfig, cache: Path) -> Estimated:
-    """What a run will take, from its real networks and one timed step; nothing is written but the cache."""
-    run = prepare(config, cache, pick_device(config.device))
-    return estimate(update_plan(run), run.data.latents, config, *networks(run))
+def estimate_run(config: DistillConfig) -> Estimated:
+    """What a run will take, from its real networks: one batch encoded, one step timed. Nothing is written.
+
+    Raises:
+        UserError: the teacher or the data cannot be read.
+    """
+    backbone = load_backbone(read_folder(teacher_path(config.teacher)).path, pick_device(config.device))
+    captioned = read_pictures(config, backbone.picture_size)
+    backbone.load_encoders()
+    few = captioned.take(range(min(config.loop.batch, len(captioned))))
+    with tempfile.TemporaryDirectory() as cache:
+        started = time.perf_counter()
+        run = lay_out(config, backbone, few, Path(cache))
+        encoding = (time.perf_counter() - started) / len(few) * len(captioned)
+    estimated = estimate(update_plan(run), run.data.latents, config, networks(run))
+    share = len(captioned) / len(few)
+    return replace(estimated, encoding_seconds=encoding, data_bytes=round(estimated.data_bytes * share))

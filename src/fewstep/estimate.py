@@ -28,7 +28,9 @@ class Estimated:
         trained_bytes: gradients, optimiser states and averages of what is trained.
         data_bytes: cached latents.
         calls: network evaluations a sample and step, by role.
+        saved_bytes: what one micro-batch keeps for its backward pass: activations, without weights.
         peak_bytes: the most that a step held on the GPU, activations included; None on the CPU.
+        encoding_seconds: pictures and captions, once, before the first step; 0 where that is done.
     """
 
     seconds_per_step: float
@@ -37,39 +39,56 @@ class Estimated:
     trained_bytes: int
     data_bytes: int
     calls: dict[str, int]
+    saved_bytes: int = 0
     peak_bytes: int | None = None
+    encoding_seconds: float = 0.0
 
     def lines(self) -> list[str]:
         """The estimate in words."""
         total = sum(self.calls.values())
-        peak = "activations come on top"
+        first = f"; {self.encoding_seconds / 60:.1f} min of encoding before" if self.encoding_seconds else ""
+        peak = ""
         if self.peak_bytes is not None:
-            peak = f"{self.peak_bytes / 2**20:.0f} MiB in all at a step's peak, before the optimiser's states"
+            peak = f"; {self.peak_bytes / 2**20:.0f} MiB in all at a step's peak, before the optimiser's states"
         parts = ", ".join(f"{role} {count}" for role, count in self.calls.items())
         return [
-            f"time     {self.seconds / 60:.1f} min ({self.seconds_per_step:.2f} s a step, timed on this machine)",
+            f"time     {self.seconds / 60:.1f} min ({self.seconds_per_step:.2f} s a step, timed here){first}",
             f"memory   {self.weights_bytes / 2**20:.0f} MiB weights, {self.trained_bytes / 2**20:.0f} MiB gradients, "
-            f"optimiser and averages, {self.data_bytes / 2**20:.0f} MiB latents; {peak}",
+            f"optimiser and averages, {self.saved_bytes / 2**20:.0f} MiB activations, "
+            f"{self.data_bytes / 2**20:.0f} MiB latents{peak}",
             f"calls    {total} network evaluations a sample and step ({parts})",
         ]
 
 
-def estimate(plan: Sequence[Update], latents: Tensor, config: DistillConfig, *networks: nn.Module) -> Estimated:
+def estimate(
+    plan: Sequence[Update], latents: Tensor, config: DistillConfig, networks: Sequence[nn.Module]
+) -> Estimated:
     """Time two steps of the plan (no optimiser step is taken) and add up its memory."""
     rows = torch.arange(max(1, config.loop.batch // (config.loop.accumulate * processes.count()))) % len(latents)
     device = next(networks[0].parameters()).device
     batch = {"items": rows, "latents": latents[rows].to(device)}
     spent = 0.0
+    saved: dict[int, int] = {}
+    weights = {p.untyped_storage().data_ptr() for network in networks for p in network.parameters()}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     for step in range(2):
+        saved.clear()
         started = time.perf_counter()
         for update in plan:
             precision = pick_precision(config.loop.precision, device)
             enabled = precision != "fp32"
             kind = torch.float16 if precision == "fp16" else torch.bfloat16
-            with torch.autocast(device.type, dtype=kind, enabled=enabled):
+            noting = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+            with noting, torch.autocast(device.type, dtype=kind, enabled=enabled):
                 loss = update.loss(batch, Draws(config.loop.seed, step, tuple(range(len(rows))), device))
             torch.autograd.backward(loss.value, inputs=list(update.parameters.values()))
             for parameter in update.parameters.values():
@@ -86,5 +105,6 @@ def estimate(plan: Sequence[Update], latents: Tensor, config: DistillConfig, *ne
         trained * copies,
         latents.numel() * latents.element_size(),
         config.method.calls,
+        sum(saved.values()),
         torch.cuda.max_memory_allocated(device) if on_gpu else None,
     )
