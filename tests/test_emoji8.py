@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -21,9 +22,8 @@ def world() -> Emoji8:
     return emoji8.load(emoji8.SPLITS)
 
 
-@pytest.fixture(scope="module")
-def synonyms() -> list[dict[str, str]]:
-    entries: list[dict[str, str]] = json.loads((emoji8.folder() / "synonyms.json").read_text(encoding="utf-8"))
+def own_words(file: str) -> list[dict[str, str]]:
+    entries: list[dict[str, str]] = json.loads((emoji8.folder() / file).read_text(encoding="utf-8"))
     return entries
 
 
@@ -149,13 +149,29 @@ def test_prompt_lists_are_disjoint_and_open(world: Emoji8) -> None:
     assert set(pairs) <= held
 
 
+def all_fixed_captions(record: Record) -> tuple[str, ...]:
+    """Return the captions of a record that need no draw, its style words and each single keyword.
+
+    Every drawn caption is one of these pieces or some of them joined by ", ".
+    """
+    pieces = (emoji8.name_with_style(record), emoji8.name(record), emoji8.style_words(record.style), *record.keywords)
+    return tuple(dict.fromkeys(pieces))
+
+
 def words(text: str) -> set[str]:
     return set(re.findall(r"[^\W_]+", text.lower()))
 
 
-def test_synonyms_occur_in_no_caption(world: Emoji8, synonyms: list[dict[str, str]]) -> None:
+def test_no_word_is_in_both_lists_of_own_words() -> None:
+    taught, new = ({entry["word"] for entry in own_words(file)} for file in ("synonyms.json", "new_words.json"))
+    assert not taught & new
+
+
+@pytest.mark.parametrize("file", ["synonyms.json", "new_words.json"])
+def test_own_words_occur_in_no_caption(world: Emoji8, file: str) -> None:
+    synonyms = own_words(file)
     assert len(synonyms) == len({s["word"] for s in synonyms}) == len({s["concept"] for s in synonyms}) == 100
-    pieces = {piece.lower() for r in world.records for piece in emoji8.all_fixed_captions(r)}
+    pieces = {piece.lower() for r in world.records for piece in all_fixed_captions(r)}
     said = set().union(*map(words, pieces))
     names = {r.concept: r.name for r in world.records if r.split == "train"}
     for synonym in synonyms:
@@ -187,7 +203,7 @@ def test_drawn_captions_keep_their_shares_and_their_pieces(world: Emoji8) -> Non
     assert share["name"] / 4000 == pytest.approx(0.30, abs=0.03)
     styled = sum(c.endswith("twemoji style") for c in drawn)
     assert styled / 4000 == pytest.approx(0.55, abs=0.03)
-    fixed = emoji8.all_fixed_captions(record)
+    fixed = all_fixed_captions(record)
     assert all(c in fixed or set(c.split(", ")) <= set(fixed) for c in set(drawn))
 
 
@@ -272,3 +288,14 @@ def test_a_damaged_sheet_is_refused(tmp_path: Path) -> None:
     for name in ("cut.webp", "narrow.png", "missing.webp"):
         with pytest.raises(UserError, match=re.escape(name)):
             emoji8.read_sheet(tmp_path / name)
+
+
+def test_what_is_tracked_stays_small() -> None:
+    """Git keeps every version: 60 MiB together, 15 MiB a file."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        pytest.skip("not a checkout")
+    listed = subprocess.run(["git", "-C", str(root), "ls-files", "-z"], capture_output=True, check=True).stdout
+    sizes = [path.stat().st_size for name in listed.decode().split("\0") if name and (path := root / name).is_file()]
+    assert sum(sizes) <= 60 * 2**20
+    assert max(sizes) <= 15 * 2**20

@@ -32,7 +32,7 @@ from fewstep.evaluation.evaluate import (
 )
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.frechet import FrechetDistance, Projection, frechet, moments
-from fewstep.evaluation.kid import KernelDistance, between, mmd2, within
+from fewstep.evaluation.kid import KernelDistance, between, within
 from fewstep.evaluation.metric import Array, Figure, Identity, Pictures, check_pictures
 from fewstep.evaluation.neighbours import neighbour_shares
 from fewstep.evaluation.teacher import TeacherFeatures, TeacherPixels, cosine_distance, pixel_rmse
@@ -154,6 +154,12 @@ def test_fd_and_kid_show_blur_noise_and_mode_drop(real: emoji8.Emoji8, coarse: F
 
 
 # --------------------------------------------------------------------------------------------------- KID
+
+
+def mmd2(x: Array, y: Array) -> float:
+    """Unbiased squared MMD between the rows of [N, D] and [M, D]; it can be a little below 0."""
+    ones_x, ones_y = np.ones((1, len(x))), np.ones((1, len(y)))
+    return float((within(x, ones_x) + within(y, ones_y) - 2 * between(x, y, ones_x, ones_y))[0])
 
 
 def brute_mmd2(x: Array, y: Array) -> float:

@@ -140,14 +140,14 @@ def test_averages_follow_their_laws(tmp_path: Path) -> None:
     assert not torch.equal(done.weights["w"]["w"], w.detach())
 
 
-def test_an_average_copies_both_ways() -> None:
+def test_an_average_starts_as_a_copy() -> None:
     w = {"w": torch.tensor([1.0])}
     ema = Ema(w, 0.5, warm_up=False)
     ema.update({"w": torch.tensor([3.0])})
     assert ema.shadow["w"].item() == 2.0
-    assert w["w"].item() == 1.0  # the start is a copy
-    ema.copy_to(w)
-    assert w["w"].item() == 2.0
+    assert w["w"].item() == 1.0
+    ema.copy_from({"w": torch.tensor([7.0])})
+    assert (ema.shadow["w"].item(), w["w"].item()) == (7.0, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ package `resvg-py` 0.5.0.
 
     python tools/build_emoji8.py --cache ~/.cache/fewstep-build --out world/emoji8
 
-The hand-written files of the folder (README, ATTRIBUTION, LICENSES, synonyms) are left as they are.
+The hand-written files of the folder (README, ATTRIBUTION, LICENSES, synonyms, new_words) are left as they are.
 """
 
 from __future__ import annotations

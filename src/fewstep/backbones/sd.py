@@ -81,7 +81,6 @@ class StableDiffusion:
         targets: where LoRA goes.
     """
 
-    kind = "sd"
     targets = LORA_TARGETS
 
     def __init__(self, folder: PipelineFolder, device: torch.device | str = "cpu") -> None:
@@ -252,10 +251,15 @@ def _path(scheduler: dict[str, Any]) -> VariancePreserving:
     return VariancePreserving.from_alphas_cumprod(table.double().clamp(min=1e-24))
 
 
+BACKBONES = {"sd": StableDiffusion}
+"""`PipelineFolder.kind` -> class."""
+
+
 def load_backbone(path: Any, device: torch.device | str = "cpu") -> StableDiffusion:
     """Load a pipeline folder.
 
     Raises:
         UserError: not a pipeline folder of a known kind, or broken files.
     """
-    return StableDiffusion(read_folder(path), device)
+    folder = read_folder(path)
+    return BACKBONES[folder.kind](folder, device)

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from fewstep.config import validate
 from fewstep.errors import UserError
-from fewstep.evaluation.bootstrap import mean_figure
 from fewstep.evaluation.lite0_weights import sha256
-from fewstep.evaluation.metric import Array, Figure, Identity, Pictures, check_pictures
+from fewstep.evaluation.metric import Array, Identity, Pictures, check_pictures
 from fewstep.evaluation.per_picture import PictureMean
 from fewstep.evaluation.scorer import SIZE, Scorer
 from fewstep.evaluation.settings import ScorerConfig
@@ -31,19 +30,6 @@ from fewstep.tensors import load_tensors, save_tensors
 WEIGHTS = "scorer.safetensors"
 RECORD = "scorer.json"
 BATCH = 128
-
-
-@dataclass(frozen=True)
-class Retrieval:
-    """Which of many texts each picture fits best.
-
-    Attributes:
-        figure: share of pictures whose best text is the right one.
-        best: number of the best text, int64 [N].
-    """
-
-    figure: Figure
-    best: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -87,11 +73,6 @@ class Agreement:
         cosine = (self.embed_pictures(pictures) * self.embed_text(prompts)).sum(1)
         scores: Array = cosine.clamp(-1, 1).double().numpy()
         return scores
-
-    def retrieve(self, pictures: Pictures, texts: Sequence[str], right: Sequence[int], seed: int = 0) -> Retrieval:
-        """Look for each picture's best text among all (R@1); `right` holds N numbers of the right ones."""
-        best = (self.embed_pictures(pictures) @ self.embed_text(texts).T).argmax(1).numpy()
-        return Retrieval(mean_figure((best == np.asarray(right)).astype(np.float64), seed, "retrieval"), best)
 
 
 class PromptAgreement(PictureMean):

@@ -59,12 +59,6 @@ def between(x: Array, y: Array, weights_x: Wide, weights_y: Wide) -> Wide:
     return mean
 
 
-def mmd2(x: Array, y: Array) -> float:
-    """Unbiased squared MMD between the rows of [N, D] and [M, D]; it can be a little below 0."""
-    ones_x, ones_y = np.ones((1, len(x))), np.ones((1, len(y)))
-    return float((within(x, ones_x) + within(y, ones_y) - 2 * between(x, y, ones_x, ones_y))[0])
-
-
 class KernelDistance:
     """KID of pictures from a set of others, through one backbone."""
 

@@ -46,9 +46,3 @@ class Ema:
         """Overwrite the average with `parameters`."""
         for name, value in self.shadow.items():
             value.copy_(parameters[name])
-
-    @torch.no_grad()
-    def copy_to(self, parameters: Mapping[str, Tensor]) -> None:
-        """Overwrite `parameters` with the average."""
-        for name, value in self.shadow.items():
-            parameters[name].copy_(value)

@@ -213,15 +213,6 @@ def draw_caption(record: Record, generator: np.random.Generator) -> str:
     return keywords_with_style(record, generator)
 
 
-def all_fixed_captions(record: Record) -> tuple[str, ...]:
-    """Return the captions of a record that need no draw, its style words and each single keyword.
-
-    Every drawn caption is one of these pieces or some of them joined by ", ".
-    """
-    pieces = (name_with_style(record), name(record), style_words(record.style), *record.keywords)
-    return tuple(dict.fromkeys(pieces))
-
-
 def caption_table(records: Sequence[Record], variants: int, seed: int) -> list[list[str]]:
     """Draw `variants` captions for each record, so that their embeddings can be computed once.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from fewstep.evaluation.bootstrap import mean_figure
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.metric import Figure
 from fewstep.evaluation.whiteness import Whiteness
-from fewstep.files import atomic_write, write_json
+from fewstep.files import atomic_write, read_json, write_json
 from fewstep.settings import Sampling
 from fewstep.world import emoji8
 from fewstep.world.measures import Gallery, lite0, metrics
@@ -29,6 +28,8 @@ SHOWN = (
     *("red apple, twemoji style", "rocket", "crying face, emojione style", "birthday cake, fluent color style"),
 )
 """Prompts of the sample grid: with and without style, keywords, and words of no caption."""
+OWN_WORDS = {"words of no caption": "synonyms.json", "words of no caption, never taught": "new_words.json"}
+"""Lists of a person's own words, in Emoji-8's folder. The text encoder was shown those of the first list."""
 
 
 @dataclass(frozen=True)
@@ -107,23 +108,24 @@ def seen_figures(artist: Artist, gallery: Gallery, features: Features, sampling:
 
 
 def unseen_figures(artist: Artist, gallery: Gallery, features: Features, sampling: Sampling) -> dict[str, Figure]:
-    """Held-out pairs of concept and style family, and words that no caption holds."""
+    """Held-out pairs of concept and style family, and the two lists of words that no caption holds."""
     pairs = [emoji8.name_with_style(record) for record in emoji8.load_records("heldout-pair")]
-    words = json.loads((emoji8.folder() / "synonyms.json").read_text(encoding="utf-8"))
-    names, said = [entry["name"] for entry in words], [entry["word"] for entry in words]
 
     def right(prompts: list[str], concepts: list[str] | None, first: int) -> Figure:
         pictures = draw(artist, prompts, first, sampling)
         return gallery.neighbours(features, pictures, prompts, concepts).right_concept
 
-    by_word, by_name = right(said, names, 30_000), right(names, names, 30_000)
-    share = by_word.value / by_name.value if by_name.value else 0.0
-    return {
-        "held-out (concept, family) pairs: right concept": right(pairs, None, 20_000),
-        "words of no caption: right concept": by_word,
-        "the same concepts by their captions' names": by_name,
-        "words of no caption, as a share of the captioned rate": Figure(share, None, None, by_word.n),
-    }
+    figures = {"held-out (concept, family) pairs: right concept": right(pairs, None, 20_000)}
+    for number, (kind, file) in enumerate(OWN_WORDS.items()):
+        words = read_json(emoji8.folder() / file)
+        names, said = [entry["name"] for entry in words], [entry["word"] for entry in words]
+        first = 30_000 + 1_000 * number
+        by_word, by_name = right(said, names, first), right(names, names, first)
+        share = by_word.value / by_name.value if by_name.value else 0.0
+        figures[f"{kind}: right concept"] = by_word
+        figures[f"{kind}: the same concepts by their captions' names"] = by_name
+        figures[f"{kind}, as a share of the captioned rate"] = Figure(share, None, None, by_word.n)
+    return figures
 
 
 def sample_grid(artist: Artist, sampling: Sampling, noises: int = 6) -> Image.Image:
