@@ -11,24 +11,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from exact import Mixture, gaussian, times_of
+from exact import Mixture, gaussian, three_modes, times_of
 from fewstep.config import validate
 from fewstep.denoiser import Denoiser
 from fewstep.draws import Draws
 from fewstep.errors import UserError
-from fewstep.names import omega_of
+from fewstep.names import Prediction, omega_of
 from fewstep.objectives import consistency
 from fewstep.objectives.consistency import consistency_loss, draw_times
 from fewstep.objectives.distance import huber, l2
 from fewstep.roles import BASE
-from fewstep.schedule import Estimate, interpret, scaled_linear
+from fewstep.schedule import Estimate, interpret, scaled_linear, target_of
 from fewstep.settings import ConsistencyConfig, Guidance, resolve
 
 PATH = scaled_linear()
 TCD = ConsistencyConfig()
 LCM = ConsistencyConfig(s="zero", jump="skip", distance="huber")
+STEPS = 400
+"""Of the small student's training."""
 
 
 def draws(count: int, step: int = 0, seed: int = 7) -> Draws:
@@ -195,14 +197,26 @@ def exact_network(mixture: Mixture, times: Any) -> Any:
     return call
 
 
+def told_as(prediction: Prediction, network: Any) -> Any:
+    """A network that says what an eps network knows in another parametrisation."""
+
+    def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
+        eps = network(x, t, condition, role)
+        alpha, sigma = PATH.alpha(t)[:, None], PATH.sigma(t)[:, None]
+        return target_of(prediction, (x.double() - sigma * eps) / alpha, eps, alpha, sigma)
+
+    return call
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
 @pytest.mark.parametrize("config", [TCD, ConsistencyConfig(end="clean"), ConsistencyConfig(s="zero")])
-def test_the_exact_jump_has_no_loss(config: ConsistencyConfig) -> None:
+def test_the_exact_jump_has_no_loss(config: ConsistencyConfig, prediction: Prediction) -> None:
     """On a Gaussian, with the exact flow for teacher, student and target, every pair of jumps agrees."""
     mixture = gaussian(PATH)
     count = 256
     keyed = draws(count)
     times = draw_times(config, PATH, keyed)
-    denoiser = Denoiser(exact_network(mixture, times), PATH, "eps")
+    denoiser = Denoiser(told_as(prediction, exact_network(mixture, times)), PATH, prediction)
     x_0 = mixture.sample(count, -1.0, torch.Generator().manual_seed(1))
     text = {"text": torch.zeros(count, 1)}
     unguided = config.model_copy(update={"guidance": Guidance(low=0, high=0)})
@@ -240,6 +254,60 @@ def test_the_skip_jump_has_no_loss_for_the_exact_end_point() -> None:
     assert float(loss.per_sample[~inside].max()) < 5e-3  # at t_n = 0 the target is x itself, sigma = .029
     estimate = interpret("eps", torch.zeros(1, 1), torch.ones(1, 1), torch.ones(1, 1), torch.zeros(1, 1))
     assert estimate.x0.item() == 1.0
+
+
+# ---- a network that learns
+
+
+class Learner(nn.Module):
+    """The exact teacher's eps plus a correction that starts at zero, as LoRA's does."""
+
+    def __init__(self, mixture: Mixture) -> None:
+        super().__init__()
+        self.mixture = mixture
+        self.correct = nn.Sequential(
+            nn.Linear(12, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 2)
+        ).double()
+        nn.init.zeros_(self.correct[-1].weight)
+        nn.init.zeros_(self.correct[-1].bias)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
+        x = x.double()
+        eps = self.mixture.denoise(x, t).eps
+        if role == BASE:
+            return eps
+        angles = (t[:, None] + 1) / 1000 * torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0], dtype=torch.float64)
+        told: Tensor = self.correct(torch.cat([x, angles.sin(), angles.cos()], 1))
+        return eps + told
+
+
+@pytest.mark.parametrize("config", [TCD, LCM], ids=["tcd", "lcm"])
+def test_a_student_of_the_exact_teacher_learns_its_flow(config: ConsistencyConfig) -> None:
+    """One jump from noise lands far nearer to where the teacher's ODE ends than one step of the teacher."""
+    mixture = three_modes(PATH)
+    torch.manual_seed(0)
+    learner = Learner(mixture)
+    denoiser = Denoiser(learner, PATH, "eps")
+    unguided = config.model_copy(update={"guidance": Guidance(low=0, high=0), "k": 5})
+    optimiser = torch.optim.Adam(learner.parameters(), lr=3e-3)
+    text = {"text": torch.zeros(256, 1)}
+    for step in range(STEPS):
+        optimiser.param_groups[0]["lr"] = 3e-3 * (1 - step / STEPS)
+        x_0 = mixture.sample(256, -1.0, torch.Generator().manual_seed(step))
+        loss = consistency_loss(unguided, denoiser, x_0, text, text, draws(256, step)).value
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    x = mixture.sample(2000, 999.0, torch.Generator().manual_seed(STEPS))
+    t, end = times_of(999.0, x), times_of(0.0, x)
+    wanted = mixture.flow(x, t, end)
+
+    def error(role: str) -> float:
+        with torch.no_grad():
+            x_0 = denoiser.estimate(x, t, {}, role).x0
+        return float((x_0 - wanted).square().sum(1).mean().sqrt())
+
+    assert error("student") < 0.65 * error(BASE)
 
 
 # ---- a real network
