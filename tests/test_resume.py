@@ -78,7 +78,15 @@ def test_killed_at_ten_random_moments_and_inside_a_save(
     tiny_overrides: list[str], tiny_cache: Path, tmp_path: Path
 ) -> None:
     """kill -9 of the real command: the final LoRA equals an uninterrupted run's, byte for byte."""
-    words = [*tiny_overrides, *SMALL, "student.targets=[to_q]", "loop.steps=18", "loop.batch=2", "loop.keep=1"]
+    words = [
+        *tiny_overrides,
+        *SMALL,
+        "student.targets=[to_q]",
+        "loop.steps=18",
+        "loop.batch=2",
+        "loop.keep=1",
+        "optim.ema=0.9",
+    ]
     environment = os.environ | {"PYTHONHASHSEED": "random"}
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("kill_harness.py")), str(tmp_path), *words],
