@@ -81,3 +81,16 @@ def test_a_script_without_fewstep_draws_the_same_picture(tiny_pipeline: Path, tm
     )  # fmt: skip
     without = np.asarray(Image.open(plain)).astype(np.float32)[4:-4, 4:-4]
     assert np.abs(without - ours).mean() > 2  # the LoRA matters
+
+
+def test_the_readme_script_draws_what_fewstep_draws_with_the_bundled_pair(tmp_path: Path) -> None:
+    """The script as it stands in the README, from the checkout's root."""
+    (script,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
+    (tmp_path / "script.py").write_text(script + AFTER, encoding="utf-8")
+    ours, theirs = tmp_path / "ours.png", tmp_path / "theirs.png"
+    command = [sys.executable, str(tmp_path / "script.py"), str(theirs)]
+    subprocess.run(command, check=True, timeout=120, cwd=README.parent)
+    api.sample(["an octopus, noto style"], out=ours, seed=0, scale=1)
+    drawn = np.asarray(Image.open(ours)).astype(np.float32)[4:-4, 4:-4]
+    assert drawn.std() > 20
+    np.testing.assert_allclose(drawn, np.asarray(Image.open(theirs)).astype(np.float32), atol=1.0)
