@@ -308,6 +308,27 @@ def test_claims_hold_on_the_papers_own_table() -> None:
     assert len(found) == 4 + 1 + 2 + 4 + 1 + 1
 
 
+def test_methods_are_compared_by_their_distance_to_the_teacher_too() -> None:
+    """There the order may be another one."""
+    name = "FD-Lite0 (to teacher)"
+
+    def add(row: Row) -> Row:
+        further = row.method == "TCD"
+        figures = {**row.figures, name: replace(row.figures["FD-Lite0"], value=30.0 if further else 20.0 + row.steps)}
+        return replace(row, figures=figures)
+
+    found = claims(replace(planted(), rows=tuple(add(row) for row in planted().rows)))
+    held = {c.text: c.held for c in found if c.text.endswith(name)}
+    assert held[f"TCD at 4 calls is better than LCM at 4 in {name}"] is False
+    assert held[f"TCD at 20 calls is better than LCM at 20 in {name}"] is True
+    assert held[f"TCD at 4 calls is better than DDIM at 4 in {name}"] is False
+    assert claim(found, "twice", name).held is True
+    assert claim(found, "TCD at 4 calls", "LCM at 4", "FD-Lite0 (to teacher)").figures == {
+        "TCD at 4": 30,
+        "LCM at 4": 24,
+    }
+
+
 def test_claims_fail_where_figures_say_so() -> None:
     results = changed(planted(), "TCD", "FD-Lite0", {4: 15.5, 8: 14.4, 20: 18.0})
     found = claims(results)

@@ -80,8 +80,7 @@ def write_report(
     """
     from jinja2 import Environment, StrictUndefined
 
-    first = tuple(metrics) if metrics is not None else default_metrics(results)
-    others = [name for name in results.metrics if name not in first]
+    blocks = table_blocks(results, metrics)
     shown = curves.drawn_lines(results, gamma)
     palette = curves.colours(shown)
     swept = curves.gamma_panels(sweep or results)
@@ -93,10 +92,7 @@ def write_report(
         columns=columns,
         grid=[(name, urls) for (name, _), urls in zip(grid, embed_grid([p for _, p in grid]))],
         command=command,
-        tables=[
-            step_table(results, names, _steps(results), gamma)
-            for names in (first, *(others[i : i + BLOCKS] for i in range(0, len(others), BLOCKS)))
-        ],
+        tables=[step_table(results, names, _steps(results), gamma) for names in blocks],
         legend=[(line.label, palette[line.label], line.method in curves.DASHED) for line in shown],
         panels=_svgs(curves.step_panels(results, results.metrics, gamma), "step"),
         sweep=_svgs(swept, "gamma"),
@@ -111,6 +107,13 @@ def write_report(
     with atomic_write(path) as part:
         part.write_text(text, encoding="utf-8")
     return Path(path)
+
+
+def table_blocks(results: Results, metrics: Sequence[str] | None = None) -> list[tuple[str, ...]]:
+    """The metrics of each table: the given ones, or those that tell the most, first; then all others."""
+    first = tuple(metrics) if metrics is not None else default_metrics(results)
+    others = [name for name in results.metrics if name not in first]
+    return [first, *(tuple(others[i : i + BLOCKS]) for i in range(0, len(others), BLOCKS))]
 
 
 def default_metrics(results: Results) -> tuple[str, ...]:

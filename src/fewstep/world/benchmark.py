@@ -17,7 +17,7 @@ from tqdm import tqdm
 from fewstep.evaluation.claims import claims, claims_table
 from fewstep.evaluation.curves import gamma_figure
 from fewstep.evaluation.detail import detail_scale
-from fewstep.evaluation.report import default_metrics, write_report
+from fewstep.evaluation.report import table_blocks, write_report
 from fewstep.evaluation.results import Results, Row, save_results
 from fewstep.evaluation.step_table import table1
 from fewstep.files import atomic_write, write_json
@@ -227,8 +227,9 @@ def benchmark(config: BenchmarkConfig, out: Path) -> Path:
 
 def write_tables(results: Results, out: Path) -> None:
     """Write Table 1 and the claims as Markdown, and the gamma sweep as a picture."""
+    tables = [table1(results, names) for names in table_blocks(results)]
     for name, text in (
-        ("table.md", table1(results, default_metrics(results))),
+        ("table.md", "\n".join(tables)),
         ("claims.md", claims_table(claims(results))),
     ):
         with atomic_write(out / name) as part:
