@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,6 @@ import yaml
 from fewstep import cli
 from fewstep.tensors import load_tensors, save_tensors
 from fewstep.world.settings import TeacherConfig
-
-LIMIT = 2.0
-"""Seconds of processor time that a refusal may take."""
 
 
 @pytest.fixture(autouse=True)
@@ -418,23 +414,25 @@ def test_the_demo_refuses_a_seed_that_noise_cannot_have(refuse: Refuse) -> None:
 VERBS = ("recipes", "distill", "sample", "evaluate", "demo", "benchmark", "train-teacher")
 
 
-def command(*arguments: str) -> tuple[subprocess.CompletedProcess[str], float]:
-    """Run the command as a user does; return the outcome and the processor seconds it took."""
+HEAVY = ("torch", "diffusers", "transformers", "scipy", "matplotlib")
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command as a user does, in a process that may not import anything heavy: seconds of waiting."""
     code = (
-        "import atexit, sys, time\n"
-        "atexit.register(lambda: print('cpu', time.process_time(), 'torch' in sys.modules))\n"
+        "import atexit, sys\n"
+        f"atexit.register(lambda: print([name for name in {HEAVY} if name in sys.modules]))\n"
         "from fewstep.cli import main\n"
         "main(sys.argv[1:])\n"
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
-    *lines, last = done.stdout.splitlines()
-    _, seconds, heavy = last.split()
-    assert heavy == "False", "torch was imported for this"
+    *lines, imported = done.stdout.splitlines()
+    assert imported == "[]"
     done.stdout = "\n".join(lines)
-    return done, float(seconds)
+    return done
 
 
-def test_refusals_are_quick_and_light(tiny_pipeline: Path, distilled: Path, tmp_path: Path) -> None:
+def test_refusals_are_light(tiny_pipeline: Path, distilled: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(distilled.read_bytes()[:-1])
     teacher = ("--teacher", str(tiny_pipeline))
@@ -443,29 +441,27 @@ def test_refusals_are_quick_and_light(tiny_pipeline: Path, distilled: Path, tmp_
         ("distill", "-s", "optim.nope=1"),
         ("sample", "a disc", *teacher, "--lora", str(cut)),
         ("sample", "a disc", *teacher, "--lora", str(distilled), "--steps", "51"),
+        ("sample", "a disc", *teacher, "--lora", "none", "--steps", "1001"),
+        ("sample", "a disc", *teacher, "--lora", str(distilled), "--device", "gpu"),
     ):
-        done, seconds = command(*arguments)
+        done = command(*arguments)
         assert done.returncode == 2
         assert done.stdout == ""
         assert len(done.stderr.splitlines()) == 1
-        assert seconds < LIMIT
 
 
 def test_the_console_script_refuses_too() -> None:
-    started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "fewstep.cli", "distill", "--recipe", "nope"], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
-    assert time.monotonic() - started < 5 * LIMIT  # by the wall, on a machine that may be busy
     assert written() == []
 
 
 def test_help_is_light() -> None:
-    done, seconds = command("--help")
+    done = command("--help")
     assert done.returncode == 0
-    assert seconds < LIMIT
     for verb in VERBS:
         assert verb in done.stdout
 
@@ -531,13 +527,13 @@ def test_a_whole_slice(tiny_overrides: list[str], capsys: pytest.CaptureFixture[
     out = run("distill", *words, "--dry-run")
     assert [line.split()[0] for line in out.splitlines()] == ["time", "memory", "calls"]
     assert "4 network evaluations a sample and step (student 1, target 1, teacher 2)" in out
-    assert [path.name for path in Path("run").iterdir()] == ["cache"]
+    assert written() == [], "a dry run leaves nothing"
     file = Path("run/student/pytorch_lora_weights.safetensors")
     assert f"wrote {file}" in run("distill", *words)
     names = {path.name for path in Path("run").iterdir()}
     assert names == {
         *("cache", "checkpoints", "student", "tensorboard"),
-        *("config.yaml", "inputs.json", "log.jsonl", "versions.json"),
+        *("config.yaml", "inputs.json", "log.jsonl", "versions.json", ".lock"),
     }
     for options, size in (
         (("--steps", "2"), (264, 264)),
