@@ -11,7 +11,8 @@ concept that they are nearest to, by MiniLM's likeness to its name and keywords 
 keeps its own. A name meets a style only where the training split has that picture.
 
 The words of Emoji-8's `synonyms.json` are among the nouns, by MiniLM's likeness alone: nothing here sees what they
-should mean, but they are taught. Those of `new_words.json` are in no line: they tell how well unknown words are met.
+should mean, but they are taught. Those of `new_words.json` are given no meaning: they tell how well unknown words are
+met.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def meanings(words: Words, keywords: dict[str, tuple[str, ...]], small: Tokenize
 
 
 def never_taught() -> set[str]:
-    """The words that Emoji-8 keeps for the test: no line holds one."""
+    """The words that Emoji-8 keeps for the test: none is a line of its own, with a meaning or without."""
     return {plain(item["word"]) for item in read_json(folder() / "new_words.json")}
 
 
@@ -201,11 +202,12 @@ def main() -> None:
     words = read_words(options.wordnet)
     keywords, styles = concepts()
     table = caption_table(load_records("train"), CAPTIONS, 0)
+    tested = never_taught()
     lines = Lines(
         tuple(sorted({plain(caption) for row in table for caption in row})),
         meanings(words, keywords, small),
         styles,
-        tuple(text for text in known([*words.lemmas[::7], *words.glosses[::9]], small) if text not in never_taught()),
+        tuple(text for text in known([*words.lemmas[::7], *words.glosses[::9]], small) if text not in tested),
     )
     print(f"{len(lines.captions)} captions, {len(lines.meant)} nouns", flush=True)
     teach(encoder, frozen, tokenizer, lines, options.steps)
