@@ -244,7 +244,7 @@ def test_peft_own_folder(folder: PipelineFolder, matrices: Matrices, tmp_path: P
         assert {layer.scale for layer in check_lora(path, folder).layers.values()} == {7 / RANK, 3 / RANK}
         torch.testing.assert_close(outputs(merged(path, folder)), expected, atol=1e-5, rtol=1e-5)
     (tmp_path / "adapter_config.json").write_text("[]", encoding="utf-8")
-    with pytest.raises(UserError, match=r"adapter_config\.json is no mapping"):
+    with pytest.raises(UserError, match=r"adapter_config\.json holds a list; it must hold a mapping"):
         check_lora(tmp_path, folder)
 
 

@@ -122,7 +122,7 @@ def take_folder(folder: Path) -> None:
     On a system without locks nobody is kept out.
 
     Raises:
-        UserError: another process has taken it.
+        UserError: another process has taken it, or it cannot be written to.
     """
     if sys.platform == "win32":
         return
@@ -131,7 +131,10 @@ def take_folder(folder: Path) -> None:
     place = folder.resolve() / ".lock"
     if place in _taken:
         return
-    stream = place.open("a+", encoding="utf-8")
+    try:
+        stream = place.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}; choose a writable folder") from error
     try:
         fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -114,17 +115,23 @@ def bundled(captions: int, seed: int) -> Captioned:
     return Captioned(HeldPictures(data.pictures), emoji8.caption_table(data.records, captions, seed))
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path) as image:
+            yield image
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read picture {path}: {error}") from error
+
+
 def read_picture(path: Path, size: int) -> np.ndarray:
     """Read a picture as uint8 [size, size, 3]: transparent parts on white, centre crop, Lanczos.
 
     Raises:
         UserError: not a readable picture.
     """
-    try:
-        with Image.open(path) as image:
-            rgba = ImageOps.exif_transpose(image).convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read picture {path}: {error}") from error
+    with _opened(path) as image:
+        rgba = ImageOps.exif_transpose(image).convert("RGBA")
     flat = Image.new("RGBA", rgba.size, "white")
     flat.alpha_composite(rgba)
     edge = min(flat.size)
@@ -154,11 +161,8 @@ def from_folder(folder: Path, size: int) -> Captioned:
     if not captioned:
         raise UserError(f"data = {str(folder)!r} holds no picture ({', '.join(SUFFIXES)})")
     for file in captioned:
-        try:
-            with Image.open(file):
-                pass
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(f"cannot read picture {file}: {error}") from error
+        with _opened(file):
+            pass
     return Captioned(PictureFiles(tuple(captioned), size), [[text] for text in captioned.values()])
 
 

@@ -14,6 +14,7 @@ from fewstep.evaluation.step_table import STEPS
 
 TCD, LCM, DDIM, EULER, DPMPP, TEACHER = "TCD", "LCM", "DDIM", "Euler", "DPM-Solver++(2S)", "teacher"
 TEACHER_STEPS = 50
+"""Guided DDIM steps of the teacher's end points, to which students are compared."""
 WITHIN = 0.10
 SAME = 0.01
 """Relative difference below which Euler and DDIM count as equal: networks in bf16 and 8-bit pictures round."""

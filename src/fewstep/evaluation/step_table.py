@@ -11,6 +11,7 @@ from fewstep.evaluation.metric import ARROWS
 from fewstep.evaluation.results import Results
 
 STEPS = (2, 4, 8, 20)
+"""Network calls at which methods are compared, as in the TCD paper's Table 1."""
 DIGITS = 3
 """Significant digits of the smallest figure of a block; the block's other figures have as many decimals."""
 

@@ -13,7 +13,7 @@ from typing import Any
 from fewstep.config import validate
 from fewstep.errors import UserError
 from fewstep.export.spellings import PEFT_PREFIX, Keys, find_keys
-from fewstep.files import read_json
+from fewstep.files import read_mapping
 from fewstep.folder import PipelineFolder
 from fewstep.settings import Sampling
 from fewstep.tensor_header import Entry, Shape, read_numbers, read_safetensors_header
@@ -76,10 +76,7 @@ def _adapter(file: Path, metadata: Mapping[str, str], by_peft: bool) -> dict[str
     config = file.parent / _PEFT_CONFIG
     if not by_peft or METADATA in metadata or not config.is_file():
         return _record(metadata, METADATA, file)
-    record = read_json(config)
-    if not isinstance(record, dict):
-        raise UserError(f"{config} is no mapping")
-    return {f"unet.{key}": value for key, value in record.items()}
+    return {f"unet.{key}": value for key, value in read_mapping(config).items()}
 
 
 def _scales(

@@ -14,12 +14,12 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
-from fewstep.evaluation.claims import claims, claims_table
+from fewstep.evaluation.claims import TEACHER_STEPS, claims, claims_table
 from fewstep.evaluation.curves import gamma_figure
 from fewstep.evaluation.detail import detail_scale
 from fewstep.evaluation.report import table_blocks, write_report
 from fewstep.evaluation.results import Results, Row, save_results
-from fewstep.evaluation.step_table import table1
+from fewstep.evaluation.step_table import STEPS, table1
 from fewstep.files import atomic_write, write_json
 from fewstep.provenance import hardware
 from fewstep.settings import teacher_path
@@ -37,15 +37,7 @@ from fewstep.world.contest import (
 )
 from fewstep.world.demo import picture_grid
 from fewstep.world.settings import BenchmarkConfig
-from fewstep.world.students import (
-    METHODS,
-    STEPS,
-    TEACHER_STEPS,
-    student_config,
-    student_sampling,
-    students_omega,
-    train_student,
-)
+from fewstep.world.students import METHODS, student_config, student_sampling, students_omega, train_student
 
 GAMMAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 CHOOSING = 99

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from fewstep.evaluation.claims import TEACHER_STEPS
 from fewstep.evaluation.detail import detail_scale
 from fewstep.evaluation.report import write_report
 from fewstep.evaluation.results import Results, save_results
 from fewstep.evaluation.settings import FD_FEWEST
+from fewstep.evaluation.step_table import STEPS
 from fewstep.provenance import hardware
 from fewstep.settings import teacher_path
 from fewstep.world import emoji8
@@ -27,15 +29,7 @@ from fewstep.world.contest import (
     teacher_entry,
 )
 from fewstep.world.settings import DemoConfig
-from fewstep.world.students import (
-    METHODS,
-    STEPS,
-    TEACHER_STEPS,
-    student_config,
-    student_sampling,
-    students_omega,
-    train_student,
-)
+from fewstep.world.students import METHODS, student_config, student_sampling, students_omega, train_student
 
 
 def train_students(config: DemoConfig, out: Path) -> dict[str, Path]:

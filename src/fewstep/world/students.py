@@ -11,10 +11,6 @@ from fewstep.world.location import root
 
 METHODS = {"lcm": "LCM", "tcd": "TCD"}
 """Recipe -> name in tables."""
-STEPS = (2, 4, 8, 20)
-"""Network calls at which methods are compared, as in the TCD paper's Table 1."""
-TEACHER_STEPS = 50
-"""Guided DDIM steps of the teacher's end points, to which students are compared."""
 
 
 def law() -> Path:
