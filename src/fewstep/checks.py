@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from fewstep.data.prompts import read_prompts
+from fewstep.data.prompts import is_prompt_file, read_prompts
 from fewstep.errors import UserError, nearest, nearest_divisor
 from fewstep.export.header import base_shapes
 from fewstep.folder import PipelineFolder
@@ -72,8 +72,8 @@ def _check_watched(config: DistillConfig) -> None:
     named = config.watch.prompts
     if not config.loop.watch_every or not named:
         return
-    if named.endswith(".txt"):
-        read_prompts(named)
+    if is_prompt_file(named):
+        read_prompts(named, "watch.prompts")
         return
     from fewstep.world import emoji8
 

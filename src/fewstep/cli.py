@@ -5,7 +5,6 @@ Everything heavy is imported inside the verbs, so that help and refusals are qui
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping
@@ -30,6 +29,17 @@ app = typer.Typer(
 )
 
 Teacher = Annotated[str, typer.Option(help="Pipeline folder; empty for the bundled teacher.")]
+Lora = Annotated[
+    str,
+    typer.Option(
+        help="Student: tcd or lcm (bundled), a LoRA file or folder, none for the teacher itself; auto is tcd for the "
+        "bundled teacher and none for another."
+    ),
+]
+Omega = Annotated[
+    float | None,
+    typer.Option(help="Guidance in the papers' convention, diffusers' guidance_scale less 1; 0 for students."),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Overrides = Annotated[
     list[str] | None,
@@ -43,23 +53,24 @@ def say(text: str) -> None:
         typer.echo(text)
 
 
-def settings_help(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every setting of a config with its default and meaning, a line each."""
+def settings_help(config: BaseModel, prefix: str = "") -> list[str]:
+    """Every setting of a config with its value and meaning, a line each."""
     lines = []
-    for name, field in model.model_fields.items():
-        default = field.get_default(call_default_factory=True)
-        if isinstance(default, BaseModel):
-            lines += settings_help(type(default), f"{prefix}{name}.")
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            lines += settings_help(value, f"{prefix}{name}.")
         else:
-            lines.append(f"  {prefix}{name} = {default!r}: {field.description}")
+            lines.append(f"  {prefix}{name} = {value!r}: {field.description}")
     return lines
 
 
 def echo_figures(figures: Mapping[str, Figure]) -> None:
-    """Print figures, a line each, with interval, n and what real pictures get."""
+    """Print figures, a line each, with interval, n and floor: what real pictures get, or the teacher itself."""
     for name, figure in figures.items():
         interval = f" [{figure.low:.4g}, {figure.high:.4g}]" if figure.low is not None else ""
-        floor = f", real pictures {figure.floor:.4g}" if figure.floor is not None else ""
+        whose = "the teacher's own" if name.endswith("(to teacher)") else "real pictures"
+        floor = f", {whose} {figure.floor:.4g}" if figure.floor is not None else ""
         say(f"{name}: {figure.value:.4g}{interval} (n = {figure.n}{floor})")
 
 
@@ -74,11 +85,11 @@ def recipes(settings: Annotated[bool, typer.Option(help="List every setting too.
         typer.echo(name)
     if settings:
         typer.echo("\nsettings of distill (recipe < --config file < -s key=value):")
-        typer.echo("\n".join(settings_help(DistillConfig)))
+        typer.echo("\n".join(settings_help(DistillConfig())))
         verbs = (("demo", DemoConfig), ("benchmark", BenchmarkConfig), ("train-teacher", TeacherConfig))
         for verb, config in (*verbs, ("train-scorer", AgreementConfig)):
             typer.echo(f"\nsettings of {verb} (-s key=value):")
-            typer.echo("\n".join(settings_help(config)))
+            typer.echo("\n".join(settings_help(config())))
 
 
 @app.command()
@@ -94,37 +105,41 @@ def distill(
 ) -> None:
     """Distil a teacher into a few-step student.
 
-    Example: fewstep distill --recipe tcd --out runs/tcd -s loop.steps=400 -s optim.lr=1e-3
+    Example, on the bundled teacher under the law of its own students:
+    fewstep distill --recipe tcd --config world/distill.yaml --out runs/tcd -s loop.steps=300 -s optim.lr=1e-3
 
     Writes into the run folder: config.yaml (resolved), log.jsonl, tensorboard/, checkpoints/, grids/, best/ and
     student/ (the LoRA to use). `fewstep recipes --settings` lists everything that -s can set.
     """
     from fewstep import api
 
-    words = list(overrides or [])
-    if teacher:
-        words.append(f"teacher={json.dumps(teacher, ensure_ascii=False)}")  # a path, not a YAML value
     place = out or Path("runs") / Path(recipe).stem
-    done = api.distill(recipe, out=place, config=config, overrides=words, dry_run=dry_run)
-    say(f"wrote {done}" if isinstance(done, Path) else "\n".join(done.lines()))
+    words = overrides or []
+    if dry_run:
+        taken = api.estimate(recipe, out=place, teacher=teacher, config=config, overrides=words)
+        say("\n".join(taken.lines()))
+        return
+    say(f"wrote {api.distill(recipe, out=place, teacher=teacher, config=config, overrides=words)}")
 
 
 @app.command()
 def sample(
     prompts: Annotated[list[str] | None, typer.Argument(help='Prompts, e.g. "a doggy, fluent 3d style".')] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Text file, one prompt a line.")] = None,
-    lora: Annotated[str, typer.Option(help="Student: tcd or lcm (bundled), a LoRA file or folder, or 'none'.")] = "tcd",
+    lora: Lora = "auto",
     teacher: Teacher = "",
     steps: Annotated[int | None, typer.Option(help="Network calls a picture.")] = None,
     gamma: Annotated[float | None, typer.Option(help="Stochasticity of TCD sampling, 0 to 1.")] = None,
-    omega: Annotated[float | None, typer.Option(help="Guidance, papers' convention; 0 for students.")] = None,
+    omega: Omega = None,
     sampler: Annotated[str | None, typer.Option(help="sss, lcm, ddim, euler or dpmpp_2s.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count up.")] = 0,
     count: Annotated[int, typer.Option(help="Pictures a prompt.")] = 1,
     out: Annotated[Path, typer.Option(help="Picture to write: one picture, or a sheet of them (.png, .webp).")] = Path(
         "sample.png"
     ),
-    scale: Annotated[int, typer.Option(help="Whole factor by which pictures are enlarged.")] = 4,
+    scale: Annotated[
+        int | None, typer.Option(help="Whole factor of enlargement; left out, small pictures get 256 pixels.")
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Draw pictures from prompts, with the settings that the student brings along.
@@ -151,7 +166,7 @@ def sample(
 @app.command()
 def evaluate(
     prompt_file: Annotated[Path, typer.Option(help="Text file, one prompt a line (at least 500 for FD).")],
-    lora: Annotated[str, typer.Option(help="Student: tcd or lcm (bundled), a LoRA file or folder, or 'none'.")] = "tcd",
+    lora: Lora = "auto",
     teacher: Teacher = "",
     real: Annotated[Path | None, typer.Option(help="Folder of real pictures; empty for Emoji-8.")] = None,
     reference: Annotated[
@@ -162,7 +177,7 @@ def evaluate(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Network calls a picture.")] = None,
     gamma: Annotated[float | None, typer.Option(help="Stochasticity of TCD sampling, 0 to 1.")] = None,
-    omega: Annotated[float | None, typer.Option(help="Guidance, papers' convention; 0 for students.")] = None,
+    omega: Omega = None,
     sampler: Annotated[str | None, typer.Option(help="sss, lcm, ddim, euler or dpmpp_2s.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count up.")] = 0,
     device: Device = "auto",
@@ -268,6 +283,12 @@ def one_line(error: object) -> str:
     return " ".join(str(error).split())
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a network or its data did not fit, on a GPU or in main memory."""
+    named = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
+    return named or "can't allocate memory" in str(error)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; user errors are one line and exit code 2."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads starve each other on a busy CPU
@@ -283,6 +304,14 @@ def main(arguments: list[str] | None = None) -> None:
             print(error.format_message())
             sys.exit(0)
         print(f"fewstep: {one_line(error.format_message())} (see --help)", file=sys.stderr)
+        sys.exit(2)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        print(
+            f"fewstep: out of memory ({one_line(error)[:200]}); try a smaller loop.batch, or a larger loop.accumulate",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except OSError as error:  # a disk that fills up, a folder that goes away
         print(f"fewstep: {one_line(error)}; what is whole was kept", file=sys.stderr)

@@ -62,14 +62,14 @@ def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
-    """Turn ["optim.lr=1e-4", ...] into a nested mapping; values are read as YAML.
+def parse_overrides(overrides: str | Iterable[str]) -> dict[str, Any]:
+    """Turn ["optim.lr=1e-4", ...], or one of them alone, into a nested mapping; values are read as YAML.
 
     Raises:
         UserError: an override without `=`, or with an empty key.
     """
     result: dict[str, Any] = {}
-    for override in overrides:
+    for override in [overrides] if isinstance(overrides, str) else overrides:
         key, equals, text = override.partition("=")
         if not equals or not key or "" in key.split("."):
             raise UserError(f"override {override!r} is not of the form key=value, e.g. optim.lr=1e-4")

@@ -23,6 +23,9 @@ from fewstep.inference import draw_latents
 from fewstep.roles import BASE
 from fewstep.settings import TEACHER_SAMPLING, Sampling
 
+MOST_LATENT_POINTS = 2**16
+"""Points of latents (height x width) that the network draws at once: 16 pictures of Stable Diffusion at 512 x 512."""
+
 
 @dataclass(frozen=True)
 class Artist:
@@ -38,10 +41,13 @@ class Artist:
     role: str = BASE
     precision: torch.dtype = torch.float32
 
-    def latents(self, condition: Condition, seeds: Sequence[int], sampling: Sampling, batch: int = 64) -> Tensor:
+    def latents(self, condition: Condition, seeds: Sequence[int], sampling: Sampling) -> Tensor:
         """One latent a seed, float32 on the CPU; `condition` has one row a seed."""
-        null = self.backbone.null(1) if sampling.omega > 0 else {}
         device = self.backbone.device
+        null = self.backbone.null(1) if sampling.omega > 0 else {}
+        null = {name: value.to(device) for name, value in null.items()}
+        _, height, width = self.backbone.latent_shape
+        batch = min(64, max(1, MOST_LATENT_POINTS // (height * width)))
         parts = []
         for start in range(0, len(seeds), batch):
             rows = slice(start, start + batch)
@@ -86,9 +92,10 @@ def load_artist(teacher: Path, lora: Path | str | None = None, device: torch.dev
     return artist_of(backbone, student.sampling or Sampling())
 
 
-def sheet(pictures: np.ndarray, columns: int, scale: int = 2, gap: int = 4) -> Image.Image:
-    """Pictures side by side, row by row, enlarged by a whole factor, on white."""
+def sheet(pictures: np.ndarray, columns: int, scale: int = 2) -> Image.Image:
+    """Pictures side by side, row by row, enlarged by a whole factor, on white; a single one without a margin."""
     n, h, w, _ = pictures.shape
+    gap = 4 if n > 1 else 0
     rows = -(-n // columns)
     canvas = Image.new("RGB", (columns * (w * scale + gap) + gap, rows * (h * scale + gap) + gap), "white")
     for i, picture in enumerate(pictures):

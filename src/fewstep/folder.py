@@ -1,4 +1,4 @@
-"""What a pipeline folder is, found out from its JSON alone: fast, and before anything heavy is loaded."""
+"""What a pipeline folder is, found out from its JSON and headers: fast, and before anything heavy is loaded."""
 
 from __future__ import annotations
 
@@ -39,11 +39,8 @@ class PipelineFolder:
         return read_mapping(self.path / component / name)
 
     def fingerprint(self, *components: str) -> str:
-        """sha256 over the weights of the components: which base an adapter belongs to.
-
-        Hashes the bytes of every safetensors file in name order.
-        """
-        return _sha256(file for component in components for file in sorted((self.path / component).glob(WEIGHTS)))
+        """sha256 over the bytes of the files that the components' weights are loaded from: an adapter's base."""
+        return _sha256(file for component in components for file in weight_files(self.path / component))
 
     def identity(self, *components: str) -> str:
         """sha256 over all that decides what the components do: whether what was made with them is stale.
@@ -53,12 +50,12 @@ class PipelineFolder:
         Args:
             components: which; none for all that pictures are drawn with.
         """
-        return _sha256(
-            file
-            for component in components or PARTS
-            for pattern in (WEIGHTS, "*.json", "*.txt")
-            for file in sorted((self.path / component).glob(pattern))
-        )
+        places = [self.path / component for component in components or PARTS]
+        return _sha256(file for place in places for file in [*weight_files(place), *_settings(place)])
+
+
+def _settings(component: Path) -> list[Path]:
+    return [file for pattern in ("*.json", "*.txt") for file in sorted(component.glob(pattern))]
 
 
 def _sha256(files: Iterable[Path]) -> str:
@@ -76,8 +73,31 @@ def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
     return digest.hexdigest()
 
 
-def read_folder(path: Path | str) -> PipelineFolder:
+def weight_files(component: Path) -> list[Path]:
+    """The files that a component's weights are loaded from, in name order; empty if there are none.
+
+    A folder may hold others beside them (`.fp16`, `.non_ema`), which are not read and count for nothing.
+
+    Raises:
+        UserError: a broken index of shards.
+    """
+    for name in ("diffusion_pytorch_model", "model"):
+        whole, parts = component / f"{name}.safetensors", component / f"{name}.safetensors.index.json"
+        if whole.is_file():
+            return [whole]
+        if parts.is_file():
+            listed = read_mapping(parts).get("weight_map")
+            if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+                raise UserError(f"{parts} holds no weight_map of files")
+            return [component / file for file in sorted(set(listed.values()))]
+    return []
+
+
+def read_folder(path: Path | str, field: str = "teacher") -> PipelineFolder:
     """Identify a pipeline folder.
+
+    Args:
+        field: the setting that names it, for errors.
 
     Raises:
         UserError: no such folder, no model_index.json, a pipeline class without a backbone, or broken weight files.
@@ -85,12 +105,12 @@ def read_folder(path: Path | str) -> PipelineFolder:
     path = Path(path)
     index = path / "model_index.json"
     if not index.is_file():
-        raise UserError(f"teacher = {str(path)!r} is no diffusers pipeline folder: it holds no model_index.json")
+        raise UserError(f"{field} = {str(path)!r} is no diffusers pipeline folder: it holds no model_index.json")
     data = read_mapping(index)
     name = str(data.get("_class_name"))
     if name not in KNOWN:
         raise UserError(
-            f"teacher = {str(path)!r} is a {name}; the nearest supported pipeline is {nearest(name, KNOWN)}"
+            f"{field} = {str(path)!r} is a {name}; the nearest supported pipeline is {nearest(name, KNOWN)}"
         )
     components = {
         key: (value[0], value[1])
@@ -99,13 +119,18 @@ def read_folder(path: Path | str) -> PipelineFolder:
     }
     for component in PARTS:
         if component not in components or not (path / component).is_dir():
-            raise UserError(f"teacher = {str(path)!r} is incomplete: it holds no {component}")
+            raise UserError(f"{field} = {str(path)!r} is incomplete: it holds no {component}")
     for component in ("unet", "vae", "text_encoder"):
-        files = list((path / component).glob(WEIGHTS))
+        files = weight_files(path / component)
         if not files:
-            raise UserError(f"{path / component} holds no safetensors weights; pickled weights are never read")
+            others = sorted(file.name for file in (path / component).glob(WEIGHTS))
+            found = f"; it holds {others[0]}, which must lie under the plain name" if others else ""
+            raise UserError(
+                f"{path / component} holds no safetensors weights under the name that diffusers reads; pickled weights "
+                f"are never read{found}"
+            )
         for file in files:
-            read_safetensors_header(file)  # a truncated or foreign file is refused here
+            read_safetensors_header(file)  # a missing, truncated or foreign file is refused here
     folder = PipelineFolder(path, KNOWN[name], components)
     check_terminal_snr(folder.config("scheduler"))
     return folder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +97,7 @@ def emoji8_yardstick(prompts: Sequence[str], size: int, seed: int, features: Fea
     gallery = Gallery.load()
     chosen = [*metrics(gallery, features, len(prompts)), agreement()]
     if all(gallery.knows(prompt) for prompt in prompts):
-        diverse = real_diversity(gallery, features, prompts, seed)
+        diverse = real_diversity(gallery, features, prompts[:PROMPTS], seed)
         return Yardstick(gallery.reference(prompts, seed), chosen, features, diverse.value if diverse else None)
     data = gallery.data
     names = [record.name for record in data.records]
@@ -121,10 +121,22 @@ def evaluate(
     """
     pictures = artist.draw(prompts, count_up(seed, len(prompts)), sampling)
     figures = evaluate_pictures(pictures, prompts, yardstick.metrics, yardstick.reference, end_points, seed)
+    figures |= with_teacher_floors(figures, prompts, yardstick.metrics, end_points, seed)
     several = [prompt for prompt in prompts[:PROMPTS] for _ in range(NOISES)]
     noises = artist.draw(several, count_up(seed, len(several)), sampling)
     grouped = noises.reshape(-1, NOISES, *noises.shape[1:])
     return {**figures, **diversity(yardstick.features, grouped, seed, floor=yardstick.real_diversity)}
+
+
+def with_teacher_floors(
+    figures: Mapping[str, Figure], prompts: Sequence[str], metrics: Sequence[Metric], end_points: EndPoints, seed: int
+) -> dict[str, Figure]:
+    """The distances between sets to the teacher's, each with what the teacher itself gets from other noise."""
+    if end_points.same is None:
+        return {}
+    sets = [metric for metric in metrics if metric.against == "real"]
+    own = evaluate_pictures(end_points.same, prompts, sets, None, EndPoints(other=end_points.other), seed)
+    return {name: replace(figures[name], floor=floor.value) for name, floor in own.items()}
 
 
 def count_up(seed: int, n: int) -> list[int]:

@@ -238,13 +238,20 @@ class DistillConfig(Config):
         return self
 
 
-def resolve(recipe: str = "tcd", config: str | Path | None = None, overrides: Sequence[str] = ()) -> DistillConfig:
-    """A recipe, then a YAML file over it, then dotted overrides over both.
+def resolve(
+    recipe: str = "tcd",
+    config: str | Path | None = None,
+    overrides: str | Sequence[str] = (),
+    teacher: str | Path = "",
+) -> DistillConfig:
+    """A recipe, then a YAML file over it, then dotted overrides over both, then the teacher if one is named.
 
     Raises:
         UserError: unknown recipe or key, or an illegal value.
     """
     changes = parse_overrides(overrides)
+    if teacher:
+        changes["teacher"] = str(teacher)
     if config is not None:
         changes = merge(read_yaml(config), changes)
     recipe = str(changes.get("recipe", recipe))  # a recipe that is named there brings its method along
@@ -252,7 +259,7 @@ def resolve(recipe: str = "tcd", config: str | Path | None = None, overrides: Se
     return validate(DistillConfig, merge(data, {**changes, "recipe": recipe}))
 
 
-def teacher_path(named: str) -> Path:
+def teacher_path(named: str | Path) -> Path:
     """The teacher's folder: the named one, or the bundled one for ""."""
     if named:
         return Path(named)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fewstep.data.latents import cached
-from fewstep.data.prompts import read_prompts
+from fewstep.data.prompts import is_prompt_file, read_prompts
 from fewstep.drawing import Artist, artist_of, labelled_sheet, save_picture
 from fewstep.errors import UserError
 from fewstep.evaluation.features import Features
@@ -47,7 +47,7 @@ def watched_prompts(config: DistillConfig, captions: Sequence[str]) -> list[str]
     named = config.watch.prompts or ("validation" if config.data.source == "emoji8" else "")
     listed: Sequence[str] = ()
     if named:
-        listed = read_prompts(named) if named.endswith(".txt") else emoji8.read_prompts(named)
+        listed = read_prompts(named, "watch.prompts") if is_prompt_file(named) else emoji8.read_prompts(named)
     pool = [*listed, *dict.fromkeys(caption for caption in captions if caption.strip() and caption not in listed)]
     return [pool[i % len(pool)] for i in range(config.watch.count)]
 

@@ -33,9 +33,10 @@ _TOKENIZERS = (
     "PreTrainedTokenizerFast",
 )
 
-
 UNUSED = "pooler."
 """What a text encoder may lack: pictures are drawn from its states alone."""
+MOST_PIXELS = 2**21
+"""Pixels that the autoencoder takes at once: 8 pictures of 512 x 512, about 1 GB for each of its widest activations."""
 
 
 @contextmanager
@@ -164,7 +165,7 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], batch: int = 256) -> Condition:
-        """Prompts -> {"text": float32 [N, tokens, width]}, as the diffusers pipeline encodes them."""
+        """Prompts -> {"text": float32 [N, tokens, width] on the CPU}, as the diffusers pipeline encodes them."""
         return {"text": encode_text(*self._load_text(), prompts, self.device, batch)}
 
     def null(self, count: int) -> Condition:
@@ -196,14 +197,15 @@ class StableDiffusion:
         return out
 
     @torch.no_grad()
-    def to_latents(self, pictures: np.ndarray, batch: int = 128) -> Tensor:
-        """uint8 [N, H, W, 3] -> posterior means, float32 [N, C, h, w], scaled as the UNet expects."""
-        return encode_pictures(self.vae, pictures, self.device, batch)
+    def to_latents(self, pictures: np.ndarray) -> Tensor:
+        """uint8 [N, H, W, 3] -> posterior means, float32 [N, C, h, w] on the CPU, scaled as the UNet expects."""
+        return encode_pictures(self.vae, pictures, self.device)
 
     @torch.no_grad()
-    def to_pictures(self, latents: Tensor, batch: int = 128) -> np.ndarray:
+    def to_pictures(self, latents: Tensor) -> np.ndarray:
         """Latents -> uint8 [N, H, W, 3], rounded as diffusers rounds."""
         parts = []
+        batch = _at_once(latents.shape[-1] * self.picture_size // self.latent_shape[-1])
         for start in range(0, len(latents), batch):
             part = latents[start : start + batch]
             decoded = self.vae.decode(part.to(self.device) / self.vae.config.scaling_factor, return_dict=False)[0]
@@ -214,7 +216,7 @@ class StableDiffusion:
 
 @torch.no_grad()
 def encode_text(tokenizer: Any, encoder: Any, prompts: Sequence[str], device: torch.device, batch: int = 256) -> Tensor:
-    """Prompts -> text states, float32 [N, tokens, width], as the diffusers pipeline makes them."""
+    """Prompts -> text states, float32 [N, tokens, width] on the CPU, as the diffusers pipeline makes them."""
     masked = getattr(encoder.config, "use_attention_mask", False)
     parts = []
     for start in range(0, len(prompts), batch):
@@ -225,18 +227,25 @@ def encode_text(tokenizer: Any, encoder: Any, prompts: Sequence[str], device: to
             truncation=True,
             return_tensors="pt",
         ).to(device)
-        parts.append(encoder(tokens.input_ids, attention_mask=tokens.attention_mask if masked else None)[0].float())
+        states = encoder(tokens.input_ids, attention_mask=tokens.attention_mask if masked else None)[0]
+        parts.append(states.float().cpu())  # the states of all captions would not fit beside the networks
     return torch.cat(parts)
 
 
+def _at_once(size: int) -> int:
+    """How many pictures of `size` pixels a side the autoencoder takes at once."""
+    return min(128, max(1, MOST_PIXELS // size**2))
+
+
 @torch.no_grad()
-def encode_pictures(vae: Any, pictures: np.ndarray, device: torch.device, batch: int = 128) -> Tensor:
-    """uint8 [N, H, W, 3] -> posterior means, float32 [N, C, h, w], scaled as the UNet expects."""
+def encode_pictures(vae: Any, pictures: np.ndarray, device: torch.device) -> Tensor:
+    """uint8 [N, H, W, 3] -> posterior means, float32 [N, C, h, w] on the CPU, scaled as the UNet expects."""
     parts = []
+    batch = _at_once(pictures.shape[1])
     for start in range(0, len(pictures), batch):
         part = torch.from_numpy(np.array(pictures[start : start + batch])).to(device)
         part = part.permute(0, 3, 1, 2).float() / 127.5 - 1
-        parts.append(vae.encode(part).latent_dist.mean * vae.config.scaling_factor)
+        parts.append((vae.encode(part).latent_dist.mean * vae.config.scaling_factor).cpu())
     return torch.cat(parts)
 
 

@@ -150,7 +150,7 @@ def from_folder(folder: Path, size: int) -> Captioned:
         UserError: no folder, no pictures, a file that is no picture, or a picture without caption.
     """
     if not folder.is_dir():
-        raise UserError(f"data = {str(folder)!r} is not a folder; give a folder of pictures or 'emoji8'")
+        raise UserError(f"data.source = {str(folder)!r} is not a folder; give a folder of pictures or 'emoji8'")
     index = folder / "metadata.jsonl"
     listed = _listed(index) if index.is_file() else {}
     if listed:
@@ -159,7 +159,7 @@ def from_folder(folder: Path, size: int) -> Captioned:
         files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
         captioned = {file: _caption_beside(file) for file in files}
     if not captioned:
-        raise UserError(f"data = {str(folder)!r} holds no picture ({', '.join(SUFFIXES)})")
+        raise UserError(f"data.source = {str(folder)!r} holds no picture ({', '.join(SUFFIXES)})")
     for file in captioned:
         with _opened(file):
             pass

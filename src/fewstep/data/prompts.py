@@ -7,8 +7,11 @@ from pathlib import Path
 from fewstep.errors import UserError
 
 
-def read_prompts(path: Path | str) -> list[str]:
+def read_prompts(path: Path | str, field: str = "prompts") -> list[str]:
     """Read the non-empty lines of a UTF-8 text file.
+
+    Args:
+        field: the setting that names the file, for errors.
 
     Raises:
         UserError: missing, not text, or without a prompt.
@@ -16,10 +19,15 @@ def read_prompts(path: Path | str) -> list[str]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
-        raise UserError(f"prompts = {str(path)!r} cannot be read: {error.strerror or error}") from error
+        raise UserError(f"{field} = {str(path)!r} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"prompts = {str(path)!r} is not UTF-8 text: {error}") from error
+        raise UserError(f"{field} = {str(path)!r} is not UTF-8 text: {error}") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise UserError(f"prompts = {str(path)!r} holds no prompt; write one a line")
+        raise UserError(f"{field} = {str(path)!r} holds no prompt; write one a line")
     return prompts
+
+
+def is_prompt_file(named: str) -> bool:
+    """Whether a setting means a file and not a bundled list."""
+    return named.endswith(".txt") or Path(named).is_file()

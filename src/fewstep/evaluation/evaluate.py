@@ -8,8 +8,8 @@ from pathlib import Path
 
 from fewstep.draws import generator
 from fewstep.errors import UserError
-from fewstep.evaluation.metric import Array, Figure, Metric, Pictures, Scored, check_pictures
-from fewstep.files import read_json, write_json
+from fewstep.evaluation.metric import Array, Figure, Matched, Metric, Pictures, Scored, check_pictures
+from fewstep.files import write_json
 
 TO_TEACHER = " (to teacher)"
 """Added to the name of a distance between sets when it is taken from the teacher's pictures."""
@@ -139,7 +139,10 @@ def evaluate_pictures(
         features = metric.features(pictures, prompts) if others else None
         for name, against in others.items():
             assert features is not None
-            figure = metric.reduce(features, against, seed)
+            if name == own + TO_TEACHER and against is not None and isinstance(metric, Matched):
+                figure = metric.reduce_matched(features, against, seed)
+            else:
+                figure = metric.reduce(features, against, seed)
             identity = replace(metric.identity, name=name, n=figure.n, seed=seed)
             floor = reference.floor_of(metric, figure.n, seed) if reference and name == own else None
             figures[name] = replace(figure, floor=floor, identity=identity)
@@ -170,16 +173,3 @@ def score_pictures(
 def save_figures(path: Path | str, rows: Mapping[str, Mapping[str, Figure]]) -> None:
     """Write figures by row (a method at a step count) and metric as JSON."""
     write_json(path, {row: {name: f.to_dict() for name, f in figures.items()} for row, figures in rows.items()})
-
-
-def load_figures(path: Path | str) -> dict[str, dict[str, Figure]]:
-    """Read what `save_figures` wrote.
-
-    Raises:
-        UserError: missing, not JSON, or not figures.
-    """
-    data = read_json(path)
-    try:
-        return {row: {name: Figure.from_dict(f) for name, f in figures.items()} for row, figures in data.items()}
-    except AttributeError as error:
-        raise UserError(f"{path} does not hold figures by row and metric") from error

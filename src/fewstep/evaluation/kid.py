@@ -39,14 +39,7 @@ def within(x: Array, weights: Wide) -> Wide:
 
     A resample's repeats of one row do not pair with each other: their kernel is not that of two draws.
     """
-    total = np.zeros(len(weights))
-    for start in range(0, len(x), ROWS):
-        rows = slice(start, start + ROWS)
-        block = kernel(x[rows], x)
-        block[np.arange(len(block)), np.arange(start, start + len(block))] = 0
-        total += ((weights[:, rows] @ block) * weights).sum(1)
-    mean: Wide = total / (np.square(weights.sum(1)) - np.square(weights).sum(1))
-    return mean
+    return between_matched(x, x, weights)
 
 
 def between(x: Array, y: Array, weights_x: Wide, weights_y: Wide) -> Wide:
@@ -56,6 +49,21 @@ def between(x: Array, y: Array, weights_x: Wide, weights_y: Wide) -> Wide:
         rows = slice(start, start + ROWS)
         total += ((weights_x[:, rows] @ kernel(x[rows], y)) * weights_y).sum(1)
     mean: Wide = total / (weights_x.sum(1) * weights_y.sum(1))
+    return mean
+
+
+def between_matched(x: Array, y: Array, weights: Wide) -> Wide:
+    """Mean of k over pairs of a row of x and another row of y, for each weighting of the rows of both: [R].
+
+    Rows of one number answer one prompt: they are more alike than two draws are, and would lower the distance.
+    """
+    total = np.zeros(len(weights))
+    for start in range(0, len(x), ROWS):
+        rows = slice(start, start + ROWS)
+        block = kernel(x[rows], y)
+        block[np.arange(len(block)), np.arange(start, start + len(block))] = 0
+        total += ((weights[:, rows] @ block) * weights).sum(1)
+    mean: Wide = total / (np.square(weights.sum(1)) - np.square(weights).sum(1))
     return mean
 
 
@@ -74,14 +82,15 @@ class KernelDistance:
             unit="",
             reduction=(
                 "unbiased squared MMD over all pairs, kernel (x.y / D + 1)^3, "
-                f"interval: {RESAMPLES} bootstrap resamples of both sets, centred"
+                f"interval: {RESAMPLES} bootstrap resamples of both sets, centred; of sets that answer the same "
+                "prompts, without pairs of one prompt, resampled by prompt"
             ),
             backbone=backbone.name,
             weights_sha256=backbone.weights_sha256,
             licence=backbone.licence,
             input=backbone.input,
         )
-        self._seen: dict[tuple[bytes, int | None], Wide] = {}
+        self._seen: dict[tuple[bytes, str, int | None], Wide] = {}
 
     def features(self, pictures: Pictures, prompts: Sequence[str]) -> Array:
         """Return the backbone's features, [N, D]."""
@@ -95,7 +104,7 @@ class KernelDistance:
         """
         self._check(features, against)
         ours, theirs = np.ones((1, len(features))), np.ones((1, len(against)))
-        value = within(features, ours) + self._other(against, theirs, None)
+        value = within(features, ours) + self._other(against, theirs, "", None)
         return float((value - 2 * between(features, against, ours, theirs))[0])
 
     def reduce(self, features: Array, against: Array | None, seed: int) -> Figure:
@@ -109,14 +118,29 @@ class KernelDistance:
         self._check(features, against)
         ours = _with_resamples(len(features), seed, "kid")
         theirs = _with_resamples(len(against), seed, "kid against")
-        values = within(features, ours) + self._other(against, theirs, seed)
+        values = within(features, ours) + self._other(against, theirs, "kid against", seed)
         values -= 2 * between(features, against, ours, theirs)
         value = float(values[0])
         return Figure(value, *centred_interval(value, values[1:]), len(features))
 
-    def _other(self, against: Array, weights: Wide, seed: int | None) -> Wide:
+    def reduce_matched(self, features: Array, against: Array, seed: int) -> Figure:
+        """Return the distance of two sets that answer the same prompts in the same order.
+
+        Raises:
+            UserError: fewer than 10 pictures on either side, or not as many on both.
+        """
+        self._check(features, against)
+        if len(features) != len(against):
+            raise UserError(f"{len(features)} and {len(against)} pictures cannot answer the same prompts")
+        prompts = _with_resamples(len(features), seed, "kid")
+        values = within(features, prompts) + self._other(against, prompts, "kid", seed)
+        values -= 2 * between_matched(features, against, prompts)
+        value = float(values[0])
+        return Figure(value, *centred_interval(value, values[1:]), len(features))
+
+    def _other(self, against: Array, weights: Wide, purpose: str, seed: int | None) -> Wide:
         """The other set's own term, which stays the same while many sets are measured against it."""
-        key = (hashlib.sha256(np.ascontiguousarray(against).data).digest(), seed)
+        key = (hashlib.sha256(np.ascontiguousarray(against).data).digest(), purpose, seed)
         if key not in self._seen:
             if len(self._seen) >= KEPT:
                 self._seen.pop(next(iter(self._seen)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -120,6 +120,15 @@ class Scored(Metric, Protocol):
 
     def scores(self, features: Array, against: Array | None) -> Array:
         """Return each picture's number, float64 [N]."""
+        ...
+
+
+@runtime_checkable
+class Matched(Metric, Protocol):
+    """A metric that takes account of two sets that answer the same prompts: they are no independent samples."""
+
+    def reduce_matched(self, features: Array, against: Array, seed: int) -> Figure:
+        """Return the figure of two sets in the order of the same prompts, from different noise."""
         ...
 
 

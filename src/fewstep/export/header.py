@@ -14,7 +14,7 @@ from fewstep.config import validate
 from fewstep.errors import UserError
 from fewstep.export.spellings import PEFT_PREFIX, Keys, find_keys
 from fewstep.files import read_mapping
-from fewstep.folder import PipelineFolder
+from fewstep.folder import PipelineFolder, weight_files
 from fewstep.settings import Sampling
 from fewstep.tensor_header import Entry, Shape, read_numbers, read_safetensors_header
 
@@ -184,7 +184,7 @@ def base_shapes(folder: PipelineFolder) -> dict[str, Shape]:
     Raises:
         UserError: broken weight files.
     """
-    files = sorted((folder.path / "unet").glob("*.safetensors"))
+    files = weight_files(folder.path / "unet")
     return {name: entry.shape for file in files for name, entry in read_safetensors_header(file)[1].items()}
 
 

@@ -29,7 +29,7 @@ from fewstep.solver import SOLVERS
 
 @dataclass(frozen=True)
 class Pair:
-    """The times of a batch, float64 [B] each: t_{n+k} > t_n >= s."""
+    """The times of a batch, float64 [B] each: t_{n+k} >= t_n >= s (equal at index 0 of a grid that has it)."""
 
     t_nk: Tensor
     t_n: Tensor
@@ -37,20 +37,20 @@ class Pair:
 
 
 def draw_times(config: ConsistencyConfig, path: Path, draws: Draws) -> Pair:
-    """Draw n uniformly over the grid, then s.
+    """Draw t_{n+k} uniformly over the grid, so that every time of the grid is trained, then s.
 
-    The law `uniform` draws m uniformly in 0 .. n, and s is the m-th point of (end, grid[0], grid[1], ...): t_n
-    itself is included, where the target is the teacher's own point (the anchor that rules out the collapsed
-    solution), and so is the end point, where the term is LCM's.
+    Where the grid ends within k points, t_n is the end point. The law `uniform` draws s uniformly from the end point
+    and the grid's points up to t_n: t_n itself is included, where the target is the teacher's own point (the anchor
+    that rules out the collapsed solution), and so is the end point, where the term is LCM's.
     """
     grid = training_grid(path, config.grid)
     end = end_time(path, config.end)
-    index = draws.integers("n", config.k - 1, config.grid)
+    index = draws.integers("n", 0, config.grid)
     t_nk, t_n = grid[index], previous(grid, index, config.k, end)
     if config.s == "zero":
         return Pair(t_nk, t_n, torch.full_like(t_n, end))
-    choices = (index + 2 - config.k).double()  # end, grid[0], ..., t_n
-    m = (draws.uniform("s") * choices).long()
+    choices = (index + 1 - config.k).clamp(min=0) + 1  # end, grid[0], ..., t_n
+    m = (draws.uniform("s") * choices.double()).long()
     return Pair(t_nk, t_n, previous(grid, m, 1, end))
 
 

@@ -160,11 +160,11 @@ def sweep_entries(student: Path, seed: int) -> list[Entry]:
 def benchmark(config: BenchmarkConfig, out: Path) -> Path:
     """Run every stage that is not done yet; return the report's path."""
     law = student_config("tcd")
-    with atomic_write(out / "config.yaml") as part:
-        part.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
     bench = Bench.load(out / "features")
     validation = Stage.on(emoji8.read_prompts("validation"), out, bench)
     rates = {recipe: choose_rate(config, recipe, validation) for recipe in METHODS}
+    with atomic_write(out / "config.yaml") as part:  # only now: a folder with students of another config was refused
+        part.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
     best_omega = choose_omega(config, validation)
     first = config.seeds[0]
     tuning = Stage.on(emoji8.read_prompts("gamma"), out, bench)
@@ -199,7 +199,8 @@ def benchmark(config: BenchmarkConfig, out: Path) -> Path:
             "hardware": hardware(),
             "prompts": f"{len(final.studio.prompts)} open prompts (no style: several right pictures each)",
             "seeds": ", ".join(map(str, config.seeds)),
-            "training": f"{config.steps * config.batch} samples a student, batch {config.batch}",
+            "training": f"{config.steps * config.batch} samples a student, batch {config.batch}; "
+            f"the teacher's step skips k = {law.method.k} of {law.method.grid} grid points",
             "learning rates": ", ".join(f"{METHODS[r]} {rate:g}" for r, rate in rates.items())
             + f", each the best of {', '.join(f'{rate:g}' for rate in config.rates)} for validation",
             "students": f"LoRA of rank {law.student.rank}, guidance omega {law.method.guidance.low:g} to "

@@ -224,7 +224,7 @@ class Judge:
 def with_diversity(row: Row, entry: Entry, studio: Studio, judge: Judge) -> Row:
     """The row with one figure more: how much pictures of one prompt differ from noise to noise."""
     bench = judge.bench
-    real = real_diversity(bench.gallery, bench.features, judge.prompts, judge.seed)
+    real = real_diversity(bench.gallery, bench.features, judge.prompts[:PROMPTS], judge.seed)
     figures = diversity(bench.features, studio.noises(entry), judge.seed, floor=real.value if real else None)
     return replace(row, figures={**row.figures, **figures})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -86,7 +87,8 @@ def demo(config: DemoConfig, out: Path) -> Path:
             "hardware": hardware(),
             "prompts": f"{len(prompts)} open prompts (no style: several right pictures each)",
             "seed": str(config.seed),
-            "training": f"{samples} samples a student, batch {config.batch}, lr {config.lr:g}, rank {law.student.rank}",
+            "training": f"{samples} samples a student, batch {config.batch}, lr {config.lr:g}, "
+            f"rank {law.student.rank}; the teacher's step skips k = {law.method.k} of {law.method.grid} grid points",
             "guidance": f"omega {law.method.guidance.low:g} to {law.method.guidance.high:g} in training; "
             f"the teacher's rows at the mean, {omega:g}",
             "gamma": f"{config.gamma:g} at every step count",
@@ -99,14 +101,15 @@ def demo(config: DemoConfig, out: Path) -> Path:
     four = [(f"{entry.method}, 4 steps", entry) for entry in entries if entry.sampling.steps == 4]
     chosen = [(f"teacher, {teacher.sampling.steps} steps", teacher), *four]
     grid = picture_grid(studio, chosen, config.shown)
-    return write_report(out / "report.html", results, grid, command=sample_command(students["tcd"]))
+    return write_report(out / "report.html", results, grid, command=sample_command(students["tcd"], config.gamma))
 
 
-def sample_command(student: Path) -> str:
-    """How to draw with the student that was just trained."""
+def sample_command(student: Path, gamma: float) -> str:
+    """How to draw with the student that was just trained, as the report's pictures are drawn."""
     fewstep = Path(sys.argv[0])
     name = str(fewstep) if fewstep.name == "fewstep" and ".venv" in fewstep.parts else "fewstep"
-    return f'{name} sample "a doggy, fluent 3d style" --steps 4 --lora {student} --out doggy.png'
+    words = ["sample", "a doggy, fluent 3d style", "--steps", "4", "--gamma", f"{gamma:g}", "--lora", str(student)]
+    return shlex.join([name, *words, "--out", "doggy.png"])
 
 
 def picture_grid(studio: Studio, chosen: Sequence[tuple[str, Entry]], shown: int) -> list[tuple[str, np.ndarray]]:
