@@ -86,7 +86,7 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     from fewstep.world.settings import UnetConfig, VaeConfig
-    from fewstep.world.teacher import save_pipeline
+    from fewstep.world.teacher import write_teacher
     from fewstep.world.train_unet import make_unet
     from fewstep.world.train_vae import make_vae
 
@@ -99,7 +99,7 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vae.quant_conv.weight.mul_(4)  # random encoders say little: latents of a usual size
         unet.conv_out.weight.mul_(8)
     folder = tmp_path_factory.mktemp("pipeline") / "tiny"
-    save_pipeline(folder, vae, unet, text)
+    write_teacher(folder, vae, unet, text, omega=7.0)
     return folder
 
 

@@ -132,7 +132,7 @@ def stuck_in_a_removal(marker: Path) -> Callable[[], None]:
 
         plain = files.shutil.rmtree
         files.shutil.rmtree = lambda f, *a, **k: (
-            slow(Path(f)) if str(f).endswith(".old") and Path(f).is_dir() else plain(f, *a, **k)
+            slow(Path(f)) if str(f).endswith(".gone") and Path(f).is_dir() else plain(f, *a, **k)
         )
 
     return patch

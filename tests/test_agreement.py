@@ -27,13 +27,13 @@ from fewstep.evaluation.agreement import (
     save_scorer,
     to_input,
 )
-from fewstep.evaluation.augment import augment
-from fewstep.evaluation.scorer import Scorer, multi_positive_loss
+from fewstep.evaluation.scorer import Scorer
 from fewstep.evaluation.settings import ScorerConfig
 from fewstep.settings import LoopConfig, OptimConfig
 from fewstep.world import emoji8
+from fewstep.world.augment import augment
 from fewstep.world.settings import AgreementConfig
-from fewstep.world.train_scorer import answers, draw_captions, train_scorer
+from fewstep.world.train_scorer import answers, draw_captions, multi_positive_loss, train_scorer
 
 STEPS = 70
 TINY = ScorerConfig(channels=(8, 16), blocks=(1, 1), groups=4, hidden=32, width=16)

@@ -252,6 +252,7 @@ def test_prompts_that_are_not_there(refuse: Refuse, tmp_path: Path) -> None:
         (("--gamma", "-0.1"), "gamma = -0.1 must be at least 0; the nearest legal one is 0"),
         (("--gamma", "1.01"), "gamma = 1.01 must be at most 1; the nearest legal one is 1"),
         (("--gamma", "nan"), "gamma = nan"),
+        (("--gamma", "0.5", "--sampler", "lcm"), "gamma = 0.5 says nothing to sampler = 'lcm'; leave it out"),
         (("--omega", "-1"), "omega = -1.0 must be at least 0"),
         (("--sampler", "dimm"), "sampler = 'dimm' is not one of sss, lcm, ddim, euler, dpmpp_2s; the nearest is ddim"),
         (("--count", "0"), "count = 0 must be at least 1"),
@@ -403,6 +404,29 @@ def test_train_teacher_refuses_other_settings_of_a_part_that_is_done(refuse: Ref
     assert "holds a run with another beta" in refuse(
         "train-teacher", "--out", str(tmp_path / "teacher"), "-s", "vae.beta=1e-3"
     )
+
+
+def test_train_teacher_replaces_nothing_but_a_pipeline(refuse: Refuse, tiny_pipeline: Path, tmp_path: Path) -> None:
+    out, runs = tmp_path / "runs" / "teacher", tmp_path / "runs"
+    (runs / "other").mkdir(parents=True)
+    file = tmp_path / "notes"
+    file.write_text("mine")
+    card = tmp_path / "card"
+    shutil.copytree(tiny_pipeline, card)
+    (card / "README.md").write_text("mine")
+    half = tmp_path / "half"
+    (half / "unet").mkdir(parents=True)
+    for target, words in (
+        (runs, f"is a place of the run in {out}; the nearest legal one is {str(out / 'pipeline')!r}"),
+        (out, "is a place of the run"),
+        (out / "unet", "is a place of the run"),
+        (file, "holds notes, which would be lost"),
+        (card, "holds README.md, which would be lost"),
+        (half, "holds unet, which would be lost"),
+        (runs / "other" / "..", "is a place of the run"),
+    ):
+        assert words in refuse("train-teacher", "--out", str(out), "--target", str(target))
+    assert file.read_text() == "mine"
 
 
 def test_the_demo_refuses_a_seed_that_noise_cannot_have(refuse: Refuse) -> None:

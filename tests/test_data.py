@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from conftest import COLOURS, draw_shape
+from fewstep.data import latents
 from fewstep.data.latents import LatentSet, cached, latent_set
 from fewstep.data.pictures import Captioned, HeldPictures, from_folder, read_picture
 from fewstep.data.prompts import read_prompts
@@ -189,6 +190,23 @@ def test_the_cache_is_used_and_knows_what_it_holds(tmp_path: Path) -> None:
         assert (len(asked.prompts), asked.pictures) == counts
 
 
+def test_encoding_that_was_stopped_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latents, "CHUNK", 1)
+
+    class Dying(Counting):
+        def to_latents(self, pictures: np.ndarray) -> Tensor:
+            if self.pictures == 2:
+                raise KeyboardInterrupt
+            return super().to_latents(pictures)
+
+    with pytest.raises(KeyboardInterrupt):
+        latent_set(captioned(), Dying(), "w", tmp_path)
+    again, whole = Counting(), Counting()
+    resumed = latent_set(captioned(), again, "w", tmp_path)
+    assert again.pictures == 1
+    assert torch.equal(resumed.latents, whole.to_latents(captioned().pictures.read(range(3))))
+
+
 def test_a_broken_cache_is_made_again(tmp_path: Path) -> None:
     made: list[int] = []
 
@@ -244,9 +262,9 @@ def test_a_caption_depends_on_its_sample_alone(tmp_path: Path) -> None:
 
 
 def test_the_bundled_set_has_its_captions() -> None:
-    from fewstep.data.pictures import bundled
+    from fewstep.world import emoji8
 
-    data = bundled(3, 0)
+    data = emoji8.captioned(3, 0)
     assert data.pictures.read([0]).shape == (1, 64, 64, 3)
     assert len(data.captions) == len(data.pictures) > 1000
     assert {len(row) for row in data.captions} == {3}

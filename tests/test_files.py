@@ -21,7 +21,7 @@ from fewstep.files import (
     read_json,
     remove_folder,
     sweep,
-    take_folder,
+    taken,
     write_json,
 )
 
@@ -124,14 +124,42 @@ def test_a_failed_swap_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pyt
 
 
 def test_leftovers_are_swept_and_nothing_else(tmp_path: Path) -> None:
-    for name in (".a.x1.part", ".b.old"):
+    for name in (".a.x1.part", ".b.x3.old", "b", ".d.gone"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "x").write_text("")
+        (tmp_path / name / "x").write_text(name)
     for name in (".c.x2.part", "kept.part", ".hidden", "kept.old"):
         (tmp_path / name).write_text("")
     sweep(tmp_path)
     sweep(tmp_path / "absent")
-    assert names(tmp_path) == [".hidden", "kept.old", "kept.part"]
+    assert names(tmp_path) == [".hidden", "b", "kept.old", "kept.part"]
+    assert (tmp_path / "b" / "x").read_text() == "b"
+
+
+def test_a_folder_whose_successor_was_not_yet_in_place_is_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the two renames of a swap: the old folder is the only whole one."""
+    target = tmp_path / "best"
+    with atomic_folder(target) as part:
+        (part / "x").write_text("old")
+    plain = Path.replace
+
+    def stop(self: Path, to: Path) -> Path:
+        if self.suffix == ".part":
+            os._exit(9)
+        return plain(self, to)
+
+    pid = os.fork()
+    if not pid:
+        monkeypatch.setattr(Path, "replace", stop)
+        with atomic_folder(target) as part:
+            (part / "x").write_text("new")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    assert not target.exists()
+    sweep(tmp_path)
+    assert names(tmp_path) == ["best"]
+    assert (target / "x").read_text() == "old"
 
 
 def test_a_folder_is_removed_under_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +170,7 @@ def test_a_folder_is_removed_under_another_name(tmp_path: Path, monkeypatch: pyt
     plain = files.shutil.rmtree
     monkeypatch.setattr(files.shutil, "rmtree", lambda f, *a, **k: (seen.append(names(tmp_path)), plain(f, *a, **k)))
     remove_folder(folder)
-    assert seen[-1] == [".step-1.old"]
+    assert seen[-1] == [".step-1.gone"]
     assert names(tmp_path) == []
 
 
@@ -182,15 +210,18 @@ def test_json_files(tmp_path: Path) -> None:
 
 def test_a_run_folder_belongs_to_one_process(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from fewstep.files import take_folder\n"
-        "take_folder(Path(sys.argv[1])); print('taken', flush=True); sys.stdin.read()"
+        "import sys; from pathlib import Path; from fewstep.files import taken\n"
+        "with taken(Path(sys.argv[1])): print('taken', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout
         assert other.stdout.readline() == "taken\n"
-        with pytest.raises(UserError, match=f"is in use by process {other.pid}; wait for it, or give another --out"):
-            take_folder(tmp_path)
+        words = f"is in use by process {other.pid}; wait for it, or give another --out"
+        with pytest.raises(UserError, match=words), taken(tmp_path):
+            pass
         other.kill()
-    take_folder(tmp_path)  # a killed process holds nothing
-    take_folder(tmp_path)  # this one has it already
+    for _ in range(2):  # a killed process holds nothing, and a block that has ended neither
+        with taken(tmp_path), taken(tmp_path):
+            busy = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+            assert f"is in use by process {os.getpid()}" in busy.stderr

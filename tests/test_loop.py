@@ -376,7 +376,7 @@ def test_a_run_folder_keeps_to_one_config(tmp_path: Path) -> None:
 
 def test_what_killed_runs_left_is_swept_away(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
-    for name in (".step-00000002.abc.part", ".step-00000001.old"):
+    for name in (".step-00000002.abc.part", ".step-00000001.gone"):
         (folder / name).mkdir(parents=True)
         (folder / name / "w.safetensors").write_bytes(b"half")
     (tmp_path / ".student.abc.part").write_text("half")

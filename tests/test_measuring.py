@@ -13,8 +13,10 @@ from fewstep import api, measuring
 from fewstep.drawing import Artist, load_artist
 from fewstep.errors import UserError
 from fewstep.evaluation.detail import edge_density
+from fewstep.evaluation.teacher import pixel_rmse
 from fewstep.files import read_json, write_json
 from fewstep.settings import TEACHER_SAMPLING
+from fewstep.world import measures
 from pooled import Pooled
 
 PROMPTS = [f"a {colour} {shape}" for colour in ("red", "green", "blue") for shape in ("disc", "ring", "bar", "square")]
@@ -68,7 +70,8 @@ def test_too_little_or_another_size_is_refused_before_anything_is_drawn(
     few.mkdir()
     for file in sorted(picture_folder.glob("*.png"))[:5]:
         shutil.copy(file, few)
-    refused(r"holds 5 pictures; KID needs at least 10", real=few)
+    refused(r"holds 5 pictures .*; KID needs at least 10", real=few)
+    refused(r"is not a folder; leave it out for Emoji-8", real=prompt_file)
     short = tmp_path / "short.txt"
     short.write_text("a red disc\n", encoding="utf-8")
     refused(r"holds 1 prompts; KID needs at least 10", prompt_file=short)
@@ -77,3 +80,64 @@ def test_too_little_or_another_size_is_refused_before_anything_is_drawn(
     config = read_json(large / "unet" / "config.json")
     write_json(large / "unet" / "config.json", {**config, "sample_size": 16})
     refused(r"draws 128 pixels a side, the student 64", reference=large)
+
+
+@pytest.fixture(scope="module")
+def student(tiny_overrides: list[str], tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from fewstep import distillation
+    from fewstep.settings import resolve
+
+    words = [
+        *tiny_overrides,
+        "student.targets=[to_q]",
+        "loop.steps=2",
+        "method.guidance.low=1",
+        "method.guidance.high=2",
+    ]
+    return distillation.distill(
+        resolve("tcd", None, words), tmp_path_factory.mktemp("run"), cache=tiny_cache, quiet=True
+    )
+
+
+def test_a_student_beside_a_folder_and_its_own_teacher(
+    prompt_file: Path, student: Path, tiny_pipeline: Path, picture_folder: Path, tmp_path: Path
+) -> None:
+    """Nothing named but the LoRA: its own settings, its teacher's end points at the guidance it was trained with."""
+    figures = api.evaluate(
+        prompt_file=prompt_file, out=tmp_path / "out", lora=student, teacher=tiny_pipeline, real=picture_folder,
+        device="cpu", settings={"steps": 2, "gamma": 0.0},
+    )  # fmt: skip
+    artist = load_artist(tiny_pipeline, student)
+    seeds = range(len(PROMPTS))
+    drawn = artist.draw(PROMPTS, seeds, artist.sampling.model_copy(update={"steps": 2, "gamma": 0.0}))
+    assert figures["detail: edges"].value == pytest.approx(edge_density(drawn).mean())
+    end = load_artist(tiny_pipeline).draw(PROMPTS, seeds, TEACHER_SAMPLING.model_copy(update={"omega": 1.5}))
+    assert figures["to teacher: pixels"].value == pytest.approx(pixel_rmse(drawn, end).mean())
+    own, floor = figures["KID-Lite0 (to teacher)"], figures["KID-Lite0 (to teacher)"].floor
+    assert floor is not None, "the teacher itself, from other noise"
+    assert floor < own.value
+    assert "agreement" not in figures
+    assert "pytorch_lora_weights 2 steps" in read_json(tmp_path / "out" / "figures.json")
+
+
+def test_a_student_beside_the_bundled_pictures(
+    student: Path, tiny_pipeline: Path, prompt_file: Path, tmp_path: Path
+) -> None:
+    """Names of concepts are measured against pictures of these and their agreement; other words against all."""
+    named = ["octopus", "red apple", "rocket", "cat face", "dog face", "pizza", "automobile", "bus", "tiger", "banana"]
+    known = [name for name in named if measures.Gallery.load().knows(name)]
+    file = tmp_path / "names.txt"
+    counts = {}
+    for kind, prompts in (("known", (known * 10)[:10]), ("other", PROMPTS)):
+        file.write_text("\n".join(prompts) + "\n", encoding="utf-8")
+        figures = api.evaluate(
+            prompt_file=file, out=tmp_path / kind, lora=student, teacher=tiny_pipeline, device="cpu",
+            settings={"steps": 1},
+        )  # fmt: skip
+        assert -1 <= figures["agreement"].value <= 1
+        assert figures["agreement"].floor is not None
+        assert figures["agreement"].floor > figures["agreement"].value + 0.1, "random weights draw nothing"
+        assert figures["KID-Lite0"].value > 0
+        floor = figures["diversity-Lite0"].floor
+        counts[kind] = floor is not None
+    assert counts == {"known": True, "other": False}

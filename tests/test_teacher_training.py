@@ -22,10 +22,10 @@ from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.loss import Loss
 from fewstep.schedule import VariancePreserving, scaled_linear
-from fewstep.settings import LoopConfig, OptimConfig
+from fewstep.settings import TEACHER_SAMPLING, LoopConfig, OptimConfig
 from fewstep.training.launch import make_accelerator
 from fewstep.world import emoji8, teacher, train_decoder, train_unet, train_vae
-from fewstep.world.settings import DecoderConfig, UnetConfig, VaeConfig
+from fewstep.world.settings import DecoderConfig, TeacherConfig, UnetConfig, VaeConfig
 
 CPU = torch.device("cpu")
 TINY_VAE = VaeConfig(channels=(8, 8, 8, 8), groups=4, latent_channels=4)
@@ -216,7 +216,7 @@ def test_a_saved_pipeline_hands_out_normalised_latents(tiny_pipeline: Path, tmp_
     pictures = random_pictures(30)
     vae = lively_vae()
     train_vae.fold_statistics(vae, pictures)
-    teacher.save_pipeline(tmp_path / "teacher", vae, train_unet.make_unet(TINY_UNET), tiny_pipeline)
+    teacher.write_teacher(tmp_path / "teacher", vae, train_unet.make_unet(TINY_UNET), tiny_pipeline, 2.0)
     backbone = load_backbone(tmp_path / "teacher")
     std, mean = torch.std_mean(backbone.to_latents(pictures), dim=(0, 2, 3), correction=0)
     torch.testing.assert_close(mean, torch.zeros(4), rtol=0, atol=0.02)
@@ -282,8 +282,8 @@ class StopError(Exception):
 
 
 def same_files(one: Path, other: Path) -> None:
-    names = sorted(path.name for path in one.iterdir())
-    assert names == sorted(path.name for path in other.iterdir())
+    names = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
+    assert names == sorted(path.relative_to(other) for path in other.rglob("*") if path.is_file())
     for name in names:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
@@ -317,7 +317,7 @@ def small_world(monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = shapes()
     captions = [[f"a {colour} {shape}", shape] for colour in COLOURS for shape in SHAPES]
     heldout = SimpleNamespace(pictures=pictures[::4], records=emoji8.load_records("heldout-pair")[:4])
-    monkeypatch.setattr(train_unet, "bundled", lambda count, seed: Captioned(HeldPictures(pictures), captions))
+    monkeypatch.setattr(emoji8, "captioned", lambda count, seed: Captioned(HeldPictures(pictures), captions))
     monkeypatch.setattr(emoji8, "load", lambda split: heldout)
 
 
@@ -483,3 +483,43 @@ def test_a_denoiser_starts_from_another_ones_weights(tiny_pipeline: Path) -> Non
     other = train_unet.make_unet(TINY_UNET.model_copy(update={"channels": (16, 16)}))
     with pytest.raises(UserError, match="another shape"):
         train_unet.started(tiny_pipeline, other)
+
+
+@pytest.mark.usefixtures("small_world")
+def test_a_teacher_from_start_to_end_stopped_between_its_parts(
+    tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is done is not done again, the folder comes out the same, and diffusers draws with it."""
+    from diffusers import StableDiffusionPipeline
+
+    from fewstep.export.pipeline import teacher_sampling
+
+    loop = LoopConfig(steps=2, batch=4, save_every=1, precision="fp32")
+    config = TeacherConfig(
+        text=str(tiny_pipeline),
+        omega=3.0,
+        vae=TINY_VAE.model_copy(update={"loop": loop}),
+        unet=TINY_UNET.model_copy(update={"loop": loop}),
+        decoder=DecoderConfig(loop=loop),
+    )
+    teacher.train_teacher(config, tmp_path / "whole", tmp_path / "whole" / "pipeline")
+
+    def stop(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(teacher, "train_decoder", stop)
+        with pytest.raises(KeyboardInterrupt):
+            teacher.train_teacher(config, tmp_path / "cut", tmp_path / "cut" / "pipeline")
+    assert not (tmp_path / "cut" / "pipeline").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(teacher, "train_vae", stop)
+        found = teacher.train_teacher(config, tmp_path / "cut", tmp_path / "cut" / "pipeline")
+    assert found["vae_psnr_heldout"] > 5
+    same_files(tmp_path / "whole" / "pipeline", tmp_path / "cut" / "pipeline")
+    folder = tmp_path / "cut" / "pipeline"
+    assert teacher_sampling(folder) == TEACHER_SAMPLING.model_copy(update={"omega": 3.0})
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    drawn = pipe("a red disc", num_inference_steps=2, output_type="np").images
+    assert drawn.shape == (1, 64, 64, 3)
+    assert np.isfinite(drawn).all()

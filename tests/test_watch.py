@@ -13,6 +13,7 @@ from PIL import Image
 
 from fewstep import distillation, watch
 from fewstep.errors import UserError
+from fewstep.estimate import count_checks
 from fewstep.files import read_json
 from fewstep.settings import resolve
 from fewstep.world import emoji8
@@ -111,7 +112,8 @@ def test_the_estimate_adds_up(tiny_overrides: list[str]) -> None:
     lora = distillation.estimate_run(resolve("tcd", None, words))
     assert 0 < lora.seconds_per_step < 60
     assert lora.seconds == pytest.approx(100 * lora.seconds_per_step)
-    assert lora.data_bytes == 16 * 4 * 8 * 8 * 4
+    latents, states = 16 * 4 * 8 * 8 * 4, 4 * (4 + 1) * 8 * 32 * 2  # of the 4 captions and the null one that it encodes
+    assert lora.data_bytes == latents + states
     assert lora.calls == {"student": 1, "target": 1, "teacher": 2}
     assert lora.encoding_seconds > 0
     assert len(lora.lines()) == 3
@@ -125,6 +127,18 @@ def test_the_estimate_adds_up(tiny_overrides: list[str]) -> None:
     assert twice.saved_bytes == pytest.approx(2 * lora.saved_bytes, rel=0.1), "activations grow with the batch"
 
 
+def test_checks_are_counted_and_timed_like_the_steps() -> None:
+    """1,000 steps, a check every 400: 3 of them; the teacher's 50 guided steps once."""
+    words = ["loop.steps=1000", "loop.watch_every=400", "loop.batch=32", "watch.count=100", "sampling.steps=4"]
+    checks = count_checks(resolve("tcd", None, words), 1.0)
+    assert checks is not None
+    assert (checks.first, checks.each, checks.count) == (10_000, 400, 3)
+    # a step: teacher 2, target 1, student 1 and its backward pass 2
+    assert checks.seconds == pytest.approx((10_000 + 3 * 400) / (32 * 6))
+    assert "10000 network evaluations once for the teacher's pictures, 400 at each of 3 checks" in checks.line()
+    assert count_checks(resolve("tcd", None, ["loop.watch_every=null"]), 1.0) is None
+
+
 def test_an_estimate_leaves_the_student_alone(tiny_overrides: list[str], tiny_cache: Path) -> None:
     from fewstep.estimate import estimate
 
@@ -132,7 +146,7 @@ def test_an_estimate_leaves_the_student_alone(tiny_overrides: list[str], tiny_ca
     run = distillation.prepare(config, tiny_cache, torch.device("cpu"))
     plan = distillation.update_plan(run)
     before = {name: p.detach().clone() for name, p in plan[0].parameters.items()}
-    estimate(plan, run.data.latents, config, distillation.networks(run))
+    estimate(plan, run.data, config, distillation.networks(run))
     for name, parameter in plan[0].parameters.items():
         assert torch.equal(parameter, before[name])
         assert parameter.grad is None

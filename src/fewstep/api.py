@@ -116,10 +116,10 @@ def sample(
     Raises:
         UserError: no prompt, a setting out of range, a LoRA of another base, an unwritable place.
     """
-    from fewstep.checks import check_device
     from fewstep.data.prompts import read_prompts
     from fewstep.files import check_writable
     from fewstep.folder import read_folder
+    from fewstep.names import check_device
     from fewstep.settings import teacher_path
 
     named = [prompts] if isinstance(prompts, str) else prompts
@@ -184,20 +184,21 @@ def evaluate(
     Raises:
         UserError: anything wrong, in one line, before any long work.
     """
-    from fewstep.checks import check_device, check_sampling
+    from fewstep.checks import check_real, check_sampling
     from fewstep.data.prompts import read_prompts
     from fewstep.evaluation.settings import KID_FEWEST
     from fewstep.export.pipeline import end_point_sampling
     from fewstep.files import check_writable
     from fewstep.folder import read_folder
+    from fewstep.names import check_device
     from fewstep.settings import Sampling, teacher_path
 
     check_device(device)
     prompts = read_prompts(prompt_file, "prompt_file")
     if len(prompts) < KID_FEWEST:
         raise UserError(f"prompt_file holds {len(prompts)} prompts; KID needs at least {KID_FEWEST} pictures")
-    if real is not None and not Path(real).is_dir():
-        raise UserError(f"real = {str(real)!r} is not a folder; leave it out for Emoji-8")
+    if real is not None:
+        check_real(Path(real))
     _check_seed(seed, 8 * len(prompts))
     folder = read_folder(teacher_path(teacher))
     chosen = _student_of(folder, _named_student(lora, teacher), settings or {})
@@ -276,6 +277,7 @@ def train_teacher(
     Raises:
         UserError: anything wrong with the settings or the place.
     """
+    from fewstep.checks import check_target
     from fewstep.files import check_writable
     from fewstep.folder import read_folder
     from fewstep.training.run import check_same_run
@@ -284,6 +286,7 @@ def train_teacher(
     settings = validate(TeacherConfig, merge(read_yaml(config) if config else {}, parse_overrides(overrides)))
     check_writable(Path(out))
     check_writable(Path(target).parent)
+    check_target(Path(target), Path(out))
     for part in ("vae", "unet", "decoder"):
         check_same_run(Path(out) / part, getattr(settings, part))
     if settings.unet.start:
@@ -416,6 +419,11 @@ def _student_of(folder: PipelineFolder, lora: Path | str | None, changes: Mappin
     seen = notes.get("guidance_seen")
     given = {key: value for key, value in changes.items() if value is not None}
     sampling = validate(Sampling, own.model_dump() | given)
+    if "gamma" in given and sampling.sampler != "sss":
+        raise UserError(
+            f"gamma = {sampling.gamma:g} says nothing to sampler = {sampling.sampler!r}; "
+            "leave it out, or give sampler = 'sss'"
+        )
     check_sampling(sampling, folder)
     return _Chosen(student, sampling, validate(Guidance, seen).mean_omega if isinstance(seen, dict) else None)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
 from fewstep.data.prompts import is_prompt_file, read_prompts
 from fewstep.errors import UserError, nearest, nearest_divisor
+from fewstep.evaluation.settings import KID_FEWEST
 from fewstep.export.header import base_shapes
-from fewstep.folder import PipelineFolder
-from fewstep.names import CALLS, DeviceName
+from fewstep.folder import PARTS, PipelineFolder
+from fewstep.names import CALLS
 from fewstep.settings import DistillConfig, Sampling
 
 
@@ -23,6 +23,8 @@ def check_distillation(config: DistillConfig, folder: PipelineFolder) -> None:
     source = config.data.source
     if source != "emoji8" and not Path(source).is_dir():
         raise UserError(f"data.source = {source!r} is not a folder; give a folder of pictures or 'emoji8'")
+    if source == "emoji8":
+        _check_bundled_size(folder)
     _check_watched(config)
     _check_grid("method.grid", config.method.grid, folder)
     if config.student.kind == "lora" and config.student.targets:
@@ -44,15 +46,53 @@ def check_sampling(sampling: Sampling, folder: PipelineFolder) -> None:
         raise UserError(f"steps = {sampling.steps} is out of range; the nearest legal one is {most}")
 
 
-def check_device(name: str) -> None:
-    """Refuse a device that is none, without looking for it.
+def check_real(folder: Path) -> None:
+    """Refuse a folder without enough pictures to measure against.
 
     Raises:
-        UserError: another name than auto, cpu, cuda.
+        UserError: it is one.
     """
-    legal = get_args(DeviceName)
-    if name not in legal:
-        raise UserError(f"device = {name!r} is not one of {', '.join(legal)}; the nearest is {nearest(name, legal)!r}")
+    from fewstep.data.pictures import SUFFIXES, find_pictures
+
+    count = len(find_pictures(folder))
+    if not folder.is_dir():
+        raise UserError(f"real = {str(folder)!r} is not a folder; leave it out for Emoji-8")
+    if count < KID_FEWEST:
+        raise UserError(
+            f"real = {str(folder)!r} holds {count} pictures ({', '.join(SUFFIXES)}); KID needs at least {KID_FEWEST}"
+        )
+
+
+PIPELINE = {*PARTS, "model_index.json", "fewstep.json"}
+"""What `train-teacher` writes, and so may replace."""
+
+
+def check_target(target: Path, out: Path) -> None:
+    """Refuse a place for a pipeline folder where something else stands: it would be replaced as a whole.
+
+    Args:
+        target: where the pipeline will be written.
+        out: the run folder that it is made in.
+
+    Raises:
+        UserError: a file, a folder that holds more than a pipeline, or one that the run itself lies in.
+    """
+    place, run = target.resolve(), out.resolve()
+    advice = f"the nearest legal one is {str(out / 'pipeline')!r}"
+    if place == run or place in run.parents or any(part in (place, *place.parents) for part in _run_parts(run)):
+        raise UserError(f"target = {str(target)!r} is a place of the run in {out}; {advice}")
+    if not place.exists():
+        return
+    held = sorted(item.name for item in place.iterdir()) if place.is_dir() else [place.name]
+    others = [name for name in held if name not in PIPELINE]
+    if others or (held and "model_index.json" not in held):
+        raise UserError(
+            f"target = {str(target)!r} holds {(others or held)[0]}, which would be lost; give a new folder, {advice}"
+        )
+
+
+def _run_parts(run: Path) -> list[Path]:
+    return [run / part for part in ("vae", "unet", "decoder")]
 
 
 def _indices(folder: PipelineFolder) -> int:
@@ -65,6 +105,21 @@ def _check_grid(field: str, grid: int, folder: PipelineFolder) -> None:
         raise UserError(
             f"{field} = {grid} does not divide the teacher's {indices} training indices; "
             f"the nearest legal one is {nearest_divisor(grid, indices)}"
+        )
+
+
+def _check_bundled_size(folder: PipelineFolder) -> None:
+    from fewstep.world.emoji8 import SIZE
+
+    unet, vae = folder.config("unet"), folder.config("vae")
+    try:
+        size = int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder.path} says no size of its pictures: {error}") from error
+    if size != SIZE:
+        raise UserError(
+            f"data.source = 'emoji8' holds pictures of {SIZE} pixels a side and the teacher draws {size}; "
+            "give a folder of captioned pictures"
         )
 
 

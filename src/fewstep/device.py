@@ -7,9 +7,8 @@ from typing import Literal
 
 import torch
 
-from fewstep.checks import check_device
 from fewstep.errors import UserError
-from fewstep.names import Precision
+from fewstep.names import Precision, check_device
 
 
 def pick_device(name: str) -> torch.device:

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from fewstep.backbones.sd import StableDiffusion, load_backbone
@@ -27,9 +29,10 @@ from fewstep.drawing import Artist
 from fewstep.draws import Draws, order
 from fewstep.errors import UserError
 from fewstep.estimate import Estimated, estimate
+from fewstep.evaluation.settings import KID_FEWEST
 from fewstep.export.lora import save_lora
 from fewstep.export.pipeline import save_pipeline
-from fewstep.files import sweep
+from fewstep.files import sweep, taken
 from fewstep.folder import read_folder
 from fewstep.loss import Loss
 from fewstep.objectives.consistency import consistency_loss
@@ -39,9 +42,10 @@ from fewstep.settings import DistillConfig, teacher_path
 from fewstep.students import Student, make_student
 from fewstep.training.cpu import speed_up
 from fewstep.training.launch import make_accelerator
-from fewstep.training.loop import Batch, Follower, Update, train
+from fewstep.training.loop import Batch, Follower, Update, check_split, train
 from fewstep.training.run import RunLog, last_step
 from fewstep.watch import REAL, Watch, watched_prompts
+from fewstep.world import emoji8
 
 
 @dataclass(frozen=True)
@@ -73,13 +77,7 @@ def read_pictures(config: DistillConfig, size: int) -> pictures.Captioned:
         UserError: they cannot be read.
     """
     if config.data.source == "emoji8":
-        bundled = pictures.bundled(config.data.captions, config.loop.seed)
-        if bundled.pictures.size != size:
-            raise UserError(
-                f"data.source = 'emoji8' holds pictures of {bundled.pictures.size} pixels a side and the teacher "
-                f"draws {size}; give a folder of pictures"
-            )
-        return bundled
+        return emoji8.captioned(config.data.captions, config.loop.seed)
     return pictures.from_folder(Path(config.data.source), size)
 
 
@@ -90,11 +88,18 @@ def prepare(config: DistillConfig, cache: Path, device: torch.device) -> Run:
         UserError: the teacher or the data cannot be read.
     """
     backbone = load_backbone(read_folder(teacher_path(config.teacher)).path, device)
-    return lay_out(config, backbone, read_pictures(config, backbone.picture_size), cache)
+    captioned = read_pictures(config, backbone.picture_size)
+    if config.loop.watch_every and len(captioned) < KID_FEWEST:
+        raise UserError(
+            f"loop.watch_every takes KID from at least {KID_FEWEST} pictures, data.source has {len(captioned)}; "
+            "give more, or loop.watch_every=null"
+        )
+    return lay_out(config, backbone, captioned, cache)
 
 
 def lay_out(config: DistillConfig, backbone: StableDiffusion, captioned: pictures.Captioned, cache: Path) -> Run:
     """Encode the data, let the encoders go, and lay out the roles."""
+    backbone.load_encoders()  # a broken text encoder is told of before the pictures are encoded
     data = latent_set(captioned, backbone, backbone.folder.identity("vae", "text_encoder", "tokenizer"), cache)
     backbone.release_encoders()
     if backbone.device.type == "cpu":
@@ -158,6 +163,24 @@ def some(run: Run, count: int) -> pictures.Captioned:
     return run.captioned.take(order(run.config.loop.seed, n, 0, min(n, count)))
 
 
+def make_watch(run: Run, out: Path) -> Watch:
+    """What judges the student on the way; draws the teacher's pictures if the run folder has none yet.
+
+    Raises:
+        UserError: too few pictures to judge against.
+    """
+    config = run.config
+
+    def keep(weights: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+        export_student(run, weights, out / "best", notes)
+
+    artist = Artist(run.backbone, run.denoiser, config.sampling, "student")
+    seen = some(run, max(REAL, config.watch.count))
+    prompts = watched_prompts(config, [said[0] for said in seen.captions])
+    real = seen.pictures.read(range(min(REAL, len(seen))))
+    return Watch(config, artist, run.student.roles.parameters("student"), prompts, real, out, keep)
+
+
 def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quiet: bool = False) -> Path:
     """Distil, resuming what `out` already holds; return the student's file.
 
@@ -169,28 +192,24 @@ def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quie
     """
     # first: on several GPUs it says which one is this process's
     accelerator = make_accelerator(config.loop.precision, pick_device(config.device))
-    device = accelerator.device
-    run = prepare(config, cache or out / "cache", device)
+    check_split(config.loop, accelerator)
     main = accelerator.is_main_process
-    with together():
-        log = RunLog(out, config, title=f"distil {config.recipe}", inputs=run.inputs, main=main, quiet=quiet)
-    if accelerator.is_main_process:
-        for place in (out / "student", out / "best"):
-            sweep(place)
-    watch = None
-    if config.loop.watch_every:
-
-        def keep(weights: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
-            export_student(run, weights, out / "best", notes)
-
-        artist = Artist(run.backbone, run.denoiser, config.sampling, "student")
-        seen = some(run, max(REAL, config.watch.count))
-        prompts = watched_prompts(config, [said[0] for said in seen.captions])
+    with ExitStack() as held:
         with together():
             if main:
-                student = run.student.roles.parameters("student")
-                real = seen.pictures.read(range(min(REAL, len(seen))))
-                watch = Watch(config, artist, student, prompts, real, out, keep)
+                held.enter_context(taken(out))  # before anything is encoded into it
+        run = prepare(config, cache or out / "cache", accelerator.device)
+        with together():
+            title = f"distil {config.recipe}"
+            log = held.enter_context(RunLog(out, config, title=title, inputs=run.inputs, main=main, quiet=quiet))
+        return _distill(run, out, log, accelerator)
+
+
+def _distill(run: Run, out: Path, log: RunLog, accelerator: Accelerator) -> Path:
+    config, device, main = run.config, accelerator.device, accelerator.is_main_process
+    if main:
+        for place in (out / "student", out / "best"):
+            sweep(place)
 
     def fetch(items: np.ndarray) -> Batch:
         rows = torch.from_numpy(items)
@@ -198,9 +217,13 @@ def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quie
 
     plan = update_plan(run)
     unfinished = last_step(out / "checkpoints") < config.loop.steps
-    if unfinished and accelerator.is_main_process and not quiet:
-        estimated = estimate(plan, run.data.latents, config, networks(run))
+    if unfinished and main and not log.quiet:
+        estimated = estimate(plan, run.data, config, networks(run))
         print("\n".join([f"writes to {out}", *estimated.lines()]), file=sys.stderr)
+    watch = None
+    with together():
+        if main and config.loop.watch_every:
+            watch = make_watch(run, out)
     trained = train(plan, fetch, len(run.data), config.loop, log, accelerator, watch)
     target = out / "student"
     with together():
@@ -223,6 +246,6 @@ def estimate_run(config: DistillConfig) -> Estimated:
         started = time.perf_counter()
         run = lay_out(config, backbone, few, Path(cache))
         encoding = (time.perf_counter() - started) / len(few) * len(captioned)
-    estimated = estimate(update_plan(run), run.data.latents, config, networks(run))
+    estimated = estimate(update_plan(run), run.data, config, networks(run))
     share = len(captioned) / len(few)
     return replace(estimated, encoding_seconds=encoding, data_bytes=round(estimated.data_bytes * share))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+from tqdm import tqdm
 
 from fewstep.backbones.sd import StableDiffusion, load_backbone
 from fewstep.denoiser import Condition, Denoiser
@@ -41,27 +42,33 @@ class Artist:
     role: str = BASE
     precision: torch.dtype = torch.float32
 
-    def latents(self, condition: Condition, seeds: Sequence[int], sampling: Sampling) -> Tensor:
-        """One latent a seed, float32 on the CPU; `condition` has one row a seed."""
+    def latents(
+        self, condition: Condition, seeds: Sequence[int], sampling: Sampling, *, title: str | None = None
+    ) -> Tensor:
+        """One latent a seed, float32 on the CPU; `condition` has one row a seed. A title asks for a progress bar."""
         device = self.backbone.device
         null = self.backbone.null(1) if sampling.omega > 0 else {}
         null = {name: value.to(device) for name, value in null.items()}
         _, height, width = self.backbone.latent_shape
         batch = min(64, max(1, MOST_LATENT_POINTS // (height * width)))
         parts = []
-        for start in range(0, len(seeds), batch):
-            rows = slice(start, start + batch)
-            part = {name: value[rows].to(device) for name, value in condition.items()}
-            shape = self.backbone.latent_shape
-            with torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32):
-                drawn = draw_latents(self.denoiser, part, null, sampling, seeds[rows], shape, self.role, device)
-            parts.append(drawn.cpu())
+        silent = title is None or len(seeds) <= batch
+        with tqdm(total=len(seeds), desc=title, unit="picture", leave=False, disable=silent) as bar:
+            for start in range(0, len(seeds), batch):
+                rows = slice(start, start + batch)
+                part = {name: value[rows].to(device) for name, value in condition.items()}
+                shape = self.backbone.latent_shape
+                with torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32):
+                    drawn = draw_latents(self.denoiser, part, null, sampling, seeds[rows], shape, self.role, device)
+                parts.append(drawn.cpu())
+                bar.update(len(drawn))
         return torch.cat(parts)
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling | None = None) -> np.ndarray:
         """One picture for each (prompt, seed), uint8 [N, H, W, 3]."""
         condition = self.backbone.encode(prompts)
-        return self.backbone.to_pictures(self.latents(condition, seeds, sampling or self.sampling))
+        latents = self.latents(condition, seeds, sampling or self.sampling, title="drawing")
+        return self.backbone.to_pictures(latents)
 
 
 def artist_of(backbone: StableDiffusion, sampling: Sampling = TEACHER_SAMPLING) -> Artist:

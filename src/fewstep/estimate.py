@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -12,11 +13,49 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from fewstep import processes
+from fewstep.data.latents import LatentSet
 from fewstep.device import pick_precision
 from fewstep.draws import Draws
 from fewstep.settings import DistillConfig
 from fewstep.students import unique_bytes
 from fewstep.training.loop import Update
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What the quality checks of a run will take.
+
+    Attributes:
+        first: network evaluations for the teacher's pictures, once.
+        each: those of a check.
+        count: checks.
+        seconds: all of them, from the timed step's evaluations (a backward pass counts as two).
+    """
+
+    first: int
+    each: int
+    count: int
+    seconds: float
+
+    def line(self) -> str:
+        """The checks in words."""
+        return (
+            f"checks   {self.first} network evaluations once for the teacher's pictures, {self.each} at each of "
+            f"{self.count} checks: about {self.seconds / 60:.1f} min more"
+        )
+
+
+def count_checks(config: DistillConfig, seconds_per_step: float) -> Checks | None:
+    """What the quality checks will take; None where there are none."""
+    every = config.loop.watch_every
+    if not every:
+        return None
+    pictures, sampling = config.watch.count, config.sampling
+    first = pictures * config.watch.teacher_steps * 2
+    each = pictures * sampling.steps * (2 if sampling.omega > 0 else 1)
+    count = math.ceil(config.loop.steps / every)
+    evaluations = config.loop.batch * (sum(config.method.calls.values()) + 2)
+    return Checks(first, each, count, (first + count * each) * seconds_per_step / evaluations)
 
 
 @dataclass(frozen=True)
@@ -28,11 +67,12 @@ class Estimated:
         seconds: the whole run, quality checks apart.
         weights_bytes: all roles' weights, shared storage counted once.
         trained_bytes: gradients, optimiser states and averages of what is trained.
-        data_bytes: cached latents.
+        data_bytes: cached latents and text states.
         calls: network evaluations a sample and step, by role.
         saved_bytes: what one micro-batch keeps for its backward pass: activations, without weights.
         peak_bytes: the most that a step held on the GPU, activations included; None on the CPU.
         encoding_seconds: pictures and captions, once, before the first step; 0 where that is done.
+        checks: what the quality checks will take; None where there are none.
     """
 
     seconds_per_step: float
@@ -44,6 +84,7 @@ class Estimated:
     saved_bytes: int = 0
     peak_bytes: int | None = None
     encoding_seconds: float = 0.0
+    checks: Checks | None = None
 
     def lines(self) -> list[str]:
         """The estimate in words."""
@@ -57,15 +98,17 @@ class Estimated:
             f"time     {self.seconds / 60:.1f} min ({self.seconds_per_step:.2f} s a step, timed here){first}",
             f"memory   {self.weights_bytes / 2**20:.0f} MiB weights, {self.trained_bytes / 2**20:.0f} MiB gradients, "
             f"optimiser and averages, {self.saved_bytes / 2**20:.0f} MiB activations, "
-            f"{self.data_bytes / 2**20:.0f} MiB latents{peak}",
+            f"{self.data_bytes / 2**20:.0f} MiB latents and text states{peak}",
             f"calls    {total} network evaluations a sample and step ({parts})",
+            *([self.checks.line()] if self.checks else []),
         ]
 
 
 def estimate(
-    plan: Sequence[Update], latents: Tensor, config: DistillConfig, networks: Sequence[nn.Module]
+    plan: Sequence[Update], data: LatentSet, config: DistillConfig, networks: Sequence[nn.Module]
 ) -> Estimated:
     """Time two steps of the plan (no optimiser step is taken) and add up its memory."""
+    latents = data.latents
     rows = torch.arange(max(1, config.loop.batch // (config.loop.accumulate * processes.count()))) % len(latents)
     device = next(networks[0].parameters()).device
     batch = {"items": rows, "latents": latents[rows].to(device)}
@@ -105,8 +148,9 @@ def estimate(
         spent * config.loop.steps,
         unique_bytes(*networks),
         trained * copies,
-        latents.numel() * latents.element_size(),
+        sum(tensor.nbytes for tensor in (latents, *data.table.values())),
         config.method.calls,
         sum(saved.values()),
         torch.cuda.max_memory_allocated(device) if on_gpu else None,
+        checks=count_checks(config, spent),
     )

@@ -96,8 +96,15 @@ def _swap(part: Path, path: Path) -> None:
 
 
 def sweep(folder: Path | str) -> None:
-    """Remove what killed processes left half-written in `folder` (hidden `.part` and `.old` entries)."""
-    for left in [*Path(folder).glob(".*.part"), *Path(folder).glob(".*.old")]:
+    """Remove what killed processes left half-written in `folder` (hidden `.part`, `.old` and `.gone` entries).
+
+    An `.old` one is put back where the new one had not yet taken its place.
+    """
+    for old in Path(folder).glob(".*.old"):
+        place = old.with_name(old.name[1:].rsplit(".", 2)[0])
+        if not place.exists():
+            old.replace(place)
+    for left in [found for suffix in ("part", "old", "gone") for found in Path(folder).glob(f".*.{suffix}")]:
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:
@@ -106,32 +113,44 @@ def sweep(folder: Path | str) -> None:
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder so that no half of it is ever seen under its own name."""
-    gone = folder.with_name(f".{folder.name}.old")
+    gone = folder.with_name(f".{folder.name}.gone")
     shutil.rmtree(gone, ignore_errors=True)
     folder.replace(gone)
     shutil.rmtree(gone)
 
 
-_taken: dict[Path, IO[str]] = {}
-"""Folders that this process has taken, with the open files that say so."""
+_taken: set[Path] = set()
+"""Folders that this process has taken."""
 
 
-def take_folder(folder: Path) -> None:
-    """Keep other processes out of a run folder until this one ends, however it ends.
+@contextmanager
+def taken(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run folder inside the block; a process that dies keeps out nobody.
 
-    On a system without locks nobody is kept out.
+    The process that has a folder may take it again. On a system without locks nobody is kept out.
 
     Raises:
         UserError: another process has taken it, or it cannot be written to.
     """
-    if sys.platform == "win32":
+    place = folder.resolve() / ".lock"
+    if place in _taken or sys.platform == "win32":
+        yield
         return
+    stream = _lock(folder, place)
+    _taken.add(place)
+    try:
+        yield
+    finally:
+        _taken.remove(place)
+        stream.close()
+
+
+def _lock(folder: Path, place: Path) -> IO[str]:
+    """The folder's open lock file, with this process's number in it."""
     import fcntl
 
-    place = folder.resolve() / ".lock"
-    if place in _taken:
-        return
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         stream = place.open("a+", encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}; choose a writable folder") from error
@@ -140,16 +159,16 @@ def take_folder(folder: Path) -> None:
     except OSError as error:
         stream.seek(0)
         owner = stream.read().strip() or "unknown"
-        stream.close()
         if error.errno in (errno.EACCES, errno.EAGAIN):
+            stream.close()
             raise UserError(
                 f"run folder {folder} is in use by process {owner}; wait for it, or give another --out"
             ) from error
-        return
+        return stream  # a file system without locks
     stream.truncate(0)
     stream.write(f"{os.getpid()}\n")
     stream.flush()
-    _taken[place] = stream
+    return stream
 
 
 def check_writable(folder: Path | str) -> None:

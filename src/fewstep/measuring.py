@@ -3,105 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from fewstep.data.pictures import SUFFIXES, read_picture
 from fewstep.drawing import Artist, load_artist
 from fewstep.errors import UserError
-from fewstep.evaluation.detail import EdgeDensity, WebpBytes, detail_scale
+from fewstep.evaluation.detail import detail_scale
 from fewstep.evaluation.diversity import NOISES, PROMPTS, diversity
-from fewstep.evaluation.evaluate import EndPoints, Reference, evaluate_pictures, save_figures
+from fewstep.evaluation.evaluate import EndPoints, evaluate_pictures, save_figures
 from fewstep.evaluation.features import Features
-from fewstep.evaluation.frechet import FrechetDistance, Projection
-from fewstep.evaluation.kid import KernelDistance
 from fewstep.evaluation.lite0 import Lite0Backbone
 from fewstep.evaluation.metric import Figure, Metric
-from fewstep.evaluation.settings import FD_FEWEST, KID_FEWEST
-from fewstep.evaluation.teacher import TeacherFeatures, TeacherPixels
+from fewstep.evaluation.yardstick import Yardstick, folder_yardstick
 from fewstep.settings import Sampling
+from fewstep.world.measures import emoji8_yardstick
 
 SCALED = 512
 """Real pictures that are blurred and noised for the scale of detail."""
-
-
-@dataclass(frozen=True)
-class Yardstick:
-    """What a prompt list is measured with, open before anything is drawn.
-
-    Attributes:
-        reference: real pictures.
-        metrics: what is measured.
-        features: the backbone that they share.
-        real_diversity: of real pictures of the same prompts, where that is known.
-    """
-
-    reference: Reference
-    metrics: list[Metric]
-    features: Features
-    real_diversity: float | None = None
-
-
-def read_real(folder: Path, size: int) -> np.ndarray:
-    """Real pictures of a folder, uint8 [N, size, size, 3].
-
-    Raises:
-        UserError: no folder, or fewer than two pictures in it.
-    """
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES) if folder.is_dir() else []
-    if len(files) < 2:
-        raise UserError(f"real = {str(folder)!r} is not a folder with pictures ({', '.join(SUFFIXES)}), at least 2")
-    return np.stack([read_picture(file, size) for file in files])
-
-
-def folder_yardstick(folder: Path, n: int, size: int, seed: int, features: Features) -> Yardstick:
-    """Measure against a folder of real pictures; there is a floor where it holds more than twice `n`.
-
-    Raises:
-        UserError: no folder with pictures.
-    """
-    pool = read_real(folder, size)
-    reference = Reference.split(pool, n, seed) if len(pool) > 2 * n else Reference(pool)
-    if len(reference.pictures) < KID_FEWEST:
-        raise UserError(f"real = {str(folder)!r} holds {len(pool)} pictures; KID needs at least {KID_FEWEST}")
-    metrics: list[Metric] = [
-        KernelDistance(features),
-        TeacherFeatures(features),
-        TeacherPixels(),
-        EdgeDensity(),
-        WebpBytes(),
-    ]
-    if min(n, len(reference.pictures)) >= FD_FEWEST:
-        metrics.insert(0, FrechetDistance(features, Projection.fit(features(reference.pictures))))
-    return Yardstick(reference, metrics, features)
-
-
-def emoji8_yardstick(prompts: Sequence[str], size: int, seed: int, features: Features) -> Yardstick:
-    """Measure against Emoji-8, as the benchmark does.
-
-    Prompts that name its concepts are measured against pictures of these; other words against all pictures.
-
-    Raises:
-        UserError: the teacher draws another size.
-    """
-    from fewstep.world import emoji8
-    from fewstep.world.measures import Gallery, agreement, metrics, real_diversity
-
-    if size != emoji8.SIZE:
-        raise UserError(
-            f"real is empty and means Emoji-8 ({emoji8.SIZE} pixels), the teacher draws {size}; give a folder"
-        )
-    gallery = Gallery.load()
-    chosen = [*metrics(gallery, features, len(prompts)), agreement()]
-    if all(gallery.knows(prompt) for prompt in prompts):
-        diverse = real_diversity(gallery, features, prompts[:PROMPTS], seed)
-        return Yardstick(gallery.reference(prompts, seed), chosen, features, diverse.value if diverse else None)
-    data = gallery.data
-    names = [record.name for record in data.records]
-    return Yardstick(Reference.split(data.pictures, len(prompts), seed, names), chosen, features)
 
 
 def evaluate(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
+
+from fewstep.errors import UserError, nearest
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 """What networks compute in; auto is bf16 where the machine is fast at it, else fp32."""
@@ -36,3 +38,14 @@ CALLS: dict[str, int] = {"ddim": 1, "euler": 1, "dpmpp_2s": 2, "sss": 1, "lcm": 
 def omega_of(scale: float, convention: Convention) -> float:
     """Guidance in the papers' convention: eps = (1 + omega) eps(c) - omega eps(null). Imagen's scale is 1 + omega."""
     return scale if convention == "lcm" else scale - 1.0
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that is none, without looking for it.
+
+    Raises:
+        UserError: another name than auto, cpu, cuda.
+    """
+    legal = get_args(DeviceName)
+    if name not in legal:
+        raise UserError(f"device = {name!r} is not one of {', '.join(legal)}; the nearest is {nearest(name, legal)!r}")

@@ -19,11 +19,9 @@ from torch import Tensor
 from fewstep.data.latents import cached
 from fewstep.data.prompts import is_prompt_file, read_prompts
 from fewstep.drawing import Artist, artist_of, labelled_sheet, save_picture
-from fewstep.errors import UserError
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.kid import KernelDistance
 from fewstep.evaluation.lite0 import Lite0Backbone
-from fewstep.evaluation.settings import KID_FEWEST
 from fewstep.evaluation.teacher import TeacherFeatures
 from fewstep.files import read_json, write_json
 from fewstep.roles import copy_role
@@ -61,7 +59,7 @@ class Watch:
         student: draws with the role `student`.
         parameters: the student's trainable weights; they are lent the weights to judge and get their own back.
         prompts: what it draws.
-        real: pictures uint8 [N, H, W, 3] that KID is taken from.
+        real: pictures uint8 [N, H, W, 3] that KID is taken from, at least 10.
         keep: called with the weights and their figures whenever KID is the best so far.
     """
 
@@ -76,11 +74,6 @@ class Watch:
         keep: Keep,
     ) -> None:
         watch = config.watch
-        if len(real) < KID_FEWEST:
-            raise UserError(
-                f"loop.watch_every takes KID from at least {KID_FEWEST} pictures, data.source has {len(real)}; "
-                "give more, or loop.watch_every=null"
-            )
         self.student = student
         self.parameters = parameters
         self.out = out
@@ -94,6 +87,7 @@ class Watch:
         self.condition = student.backbone.encode(self.prompts)
         self.reference = self._teacher_pictures(config)
         self.best = self._best_so_far()
+        student.backbone.release_encoders()  # what they are needed for is kept; checks load the autoencoder
 
     def _teacher_pictures(self, config: DistillConfig) -> np.ndarray:
         """The teacher's end points, uint8 [count, H, W, 3]; drawn once a run and kept in its cache."""
@@ -105,7 +99,7 @@ class Watch:
         key = f"watch-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
 
         def draw() -> dict[str, Tensor]:
-            latents = artist_of(backbone).latents(self.condition, self.seeds, sampling)
+            latents = artist_of(backbone).latents(self.condition, self.seeds, sampling, title="teacher's pictures")
             return {"pictures": torch.from_numpy(backbone.to_pictures(latents))}
 
         pictures: np.ndarray = cached(self.out / "cache", key, draw)["pictures"].numpy()
@@ -128,6 +122,7 @@ class Watch:
         finally:
             copy_role(own, self.parameters)
         pictures = self.student.backbone.to_pictures(latents)
+        self.student.backbone.release_encoders()
         drawn, real, wanted = (self.features(p) for p in (pictures, self.real, self.reference))
         figures = {
             "kid": self.kid.distance(drawn, real),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fewstep.data.pictures import Captioned, Pictures
+from fewstep.data.pictures import Captioned, PictureSet
 from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.files import atomic_write
@@ -91,13 +91,17 @@ def cached(folder: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dic
     return tensors
 
 
-def encode_all(pictures: Pictures, encoders: Encoders) -> Tensor:
-    """Latents of all pictures, float32 on the CPU; some pictures at a time are in memory."""
+def encode_all(pictures: PictureSet, encoders: Encoders, cache: Path, key: str) -> Tensor:
+    """Latents of all pictures, float32 on the CPU; some pictures at a time are in memory, and kept once encoded."""
     parts = []
     with tqdm(total=len(pictures), desc="encoding pictures", unit="picture", disable=len(pictures) <= CHUNK) as bar:
         for start in range(0, len(pictures), CHUNK):
             rows = range(start, min(start + CHUNK, len(pictures)))
-            parts.append(encoders.to_latents(pictures.read(rows)).cpu())
+
+            def encode(rows: range = rows) -> dict[str, Tensor]:
+                return {"latents": encoders.to_latents(pictures.read(rows)).cpu()}
+
+            parts.append(cached(cache, f"{key}-{start:08d}", encode)["latents"])
             bar.update(len(rows))
     return torch.cat(parts)
 
@@ -110,7 +114,7 @@ def latent_set(data: Captioned, encoders: Encoders, fingerprint: str, cache: Pat
     """
     digest = hashlib.sha256(f"{fingerprint} {data.pictures.fingerprint()}".encode())
     seen = f"latents-{digest.hexdigest()[:16]}"
-    latents = main_first(lambda: cached(cache, seen, lambda: {"latents": encode_all(data.pictures, encoders)}))
+    latents = main_first(lambda: encode_all(data.pictures, encoders, cache, seen))
     distinct = sorted({caption for row in data.captions for caption in row})
     digest = hashlib.sha256((fingerprint + json.dumps(distinct)).encode())
 
@@ -123,4 +127,4 @@ def latent_set(data: Captioned, encoders: Encoders, fingerprint: str, cache: Pat
     number = {caption: i for i, caption in enumerate(distinct)}
     most = max(len(row) for row in data.captions)
     rows = torch.tensor([[number[row[i % len(row)]] for i in range(most)] for row in data.captions])
-    return LatentSet(latents["latents"], table, rows, f"{seen} {said}")
+    return LatentSet(latents, table, rows, f"{seen} {said}")

@@ -19,7 +19,7 @@ from fewstep.errors import UserError
 SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".bmp")
 
 
-class Pictures(Protocol):
+class PictureSet(Protocol):
     """N pictures of one size, wherever they are."""
 
     @property
@@ -96,7 +96,7 @@ class PictureFiles:
 class Captioned:
     """Pictures and, for each, one or more captions to draw from."""
 
-    pictures: Pictures
+    pictures: PictureSet
     captions: Sequence[Sequence[str]]
 
     def __len__(self) -> int:
@@ -107,12 +107,9 @@ class Captioned:
         return Captioned(HeldPictures(self.pictures.read(rows)), [self.captions[int(row)] for row in rows])
 
 
-def bundled(captions: int, seed: int) -> Captioned:
-    """Emoji-8's training split with `captions` captions a picture."""
-    from fewstep.world import emoji8
-
-    data = emoji8.load("train")
-    return Captioned(HeldPictures(data.pictures), emoji8.caption_table(data.records, captions, seed))
+def find_pictures(folder: Path) -> list[Path]:
+    """The picture files of a folder and of those in it, in name order; empty if it is none."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES) if folder.is_dir() else []
 
 
 @contextmanager
@@ -156,8 +153,7 @@ def from_folder(folder: Path, size: int) -> Captioned:
     if listed:
         captioned = {folder / name: text for name, text in listed.items()}
     else:
-        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-        captioned = {file: _caption_beside(file) for file in files}
+        captioned = {file: _caption_beside(file) for file in find_pictures(folder)}
     if not captioned:
         raise UserError(f"data.source = {str(folder)!r} holds no picture ({', '.join(SUFFIXES)})")
     for file in captioned:

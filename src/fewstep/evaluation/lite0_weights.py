@@ -93,9 +93,15 @@ def load_weights() -> dict[str, Tensor]:
     """Return the weights by their names in the package, float32; convert them first if the cache lacks them.
 
     Raises:
-        UserError: the package is needed and absent or foreign, or the cache cannot be written.
+        UserError: the package is needed and absent or foreign, the cache cannot be written, or what was written is
+            not the file that figures name.
     """
     path = cache_folder() / CONVERTED
     if not path.is_file() or sha256(path) != CONVERTED_SHA256:
         convert(path)
+        if sha256(path) != CONVERTED_SHA256:
+            raise UserError(
+                f"{path} came out with sha256 {sha256(path)[:16]}, not {CONVERTED_SHA256[:16]}: another version of "
+                "safetensors writes it otherwise; install the one in constraints.txt"
+            )
     return load_tensors(path)

@@ -86,20 +86,3 @@ class Scorer(nn.Module):
     def scale(self) -> Tensor:
         """Factor of the cosines in the loss, at most 100."""
         return self.log_scale.clamp(max=math.log(100.0)).exp()
-
-
-def multi_positive_loss(cosine: Tensor, positive: Tensor, ignored: Tensor, scale: Tensor) -> Tensor:
-    """InfoNCE both ways, where a row can have several right answers and some pairs do not count.
-
-    Args:
-        cosine: of picture i and caption j, [B, B].
-        positive: caption j is right for picture i, bool [B, B]; every row and column has at least one.
-        ignored: the pair is neither right nor wrong, bool [B, B].
-        scale: factor of the cosines, the inverse temperature.
-    """
-    logits = (cosine * scale).masked_fill(ignored, -torch.inf)
-    losses = []
-    for rows, right in ((logits, positive), (logits.T, positive.T)):
-        log_share = F.log_softmax(rows, dim=1).masked_fill(~right, 0.0)
-        losses.append((-log_share.sum(1) / right.sum(1)).mean())
-    return 0.5 * (losses[0] + losses[1])

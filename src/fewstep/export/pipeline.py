@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fewstep.config import validate
 from fewstep.files import atomic_folder, read_mapping
+from fewstep.folder import read_folder
 from fewstep.settings import TEACHER_SAMPLING, Sampling
 
 if TYPE_CHECKING:  # its settings are read before torch is
@@ -19,17 +20,27 @@ RECORD = "fewstep.json"
 """The file that holds the settings; diffusers does not mind it."""
 
 
+PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.onnx")
+"""Weights that are never read here, and so not handed on."""
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
+
+
 def save_pipeline(target: Path, base: Path, network: nn.Module, record: Mapping[str, Any]) -> Path:
     """Copy the pipeline folder `base` with another denoiser, and write `record` (with a `sampling` entry) beside it.
+
+    Of the base come the components that its model_index.json names and its licences; its card and pictures do not
+    speak of the student.
 
     Raises:
         UserError: the place cannot be written to.
     """
     saver: Any = network
     with atomic_folder(target) as part:
-        for item in base.iterdir():
-            if item.name == "unet" or item.name == RECORD:
-                continue
+        shutil.copy2(base / "model_index.json", part)
+        for name in read_folder(base).components:
+            if name != "unet" and (base / name).is_dir():
+                shutil.copytree(base / name, part / name, ignore=shutil.ignore_patterns(*PICKLES))
+        for item in [found for pattern in LICENCES for found in base.glob(pattern)]:
             (shutil.copytree if item.is_dir() else shutil.copy2)(item, part / item.name)
         saver.save_pretrained(part / "unet", safe_serialization=True)
         (part / RECORD).write_text(json.dumps(dict(record), indent=2) + "\n", encoding="utf-8")

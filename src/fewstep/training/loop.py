@@ -197,6 +197,18 @@ class Trained:
     step: int
 
 
+def check_split(config: LoopConfig, accelerator: Accelerator) -> None:
+    """Refuse a batch that cannot be split over processes and micro-batches.
+
+    Raises:
+        UserError: naming the nearest legal batch.
+    """
+    try:
+        check_batch(config.batch, config.accumulate, accelerator.num_processes)
+    except ValueError as error:
+        raise UserError(f"loop.{error}") from error
+
+
 def train(
     plan: Sequence[Update],
     fetch: Callable[[np.ndarray], Batch],
@@ -223,11 +235,8 @@ def train(
             finite, in all processes at the same step (what is not finite is never saved); or the run that is to
             be resumed was computed in another precision or on another kind of device.
     """
+    check_split(config, accelerator)
     share = config.accumulate * accelerator.num_processes
-    try:
-        check_batch(config.batch, config.accumulate, accelerator.num_processes)
-    except ValueError as error:
-        raise UserError(f"loop.{error}") from error
     device = accelerator.device
     running = [_Running(update, device) for update in plan]
     scaler = accelerator.scaler  # fp16 alone: its small gradients would vanish unscaled

@@ -7,10 +7,10 @@ import platform
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 from pydantic import ValidationError
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from fewstep.config import Config, read_yaml
 from fewstep.errors import UserError
-from fewstep.files import atomic_write, read_json, sweep, take_folder, write_json
+from fewstep.files import atomic_write, read_json, sweep, taken, write_json
 from fewstep.training.rate import learning_rate
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
@@ -57,7 +57,9 @@ class Bar:
 
 
 class RunLog:
-    """Writes what a run says of itself. Only the main process writes.
+    """Writes what a run says of itself, and has its folder until it is closed. Only the main process writes.
+
+    `with RunLog(...) as log:` closes it.
 
     Args:
         inputs: what the run is fed (base, encoders, data), by name, as fingerprints: a resumed run must be fed the
@@ -82,14 +84,19 @@ class RunLog:
         self.main = main
         self.quiet = quiet
         self._board: Any = None
+        self._held = ExitStack()
         if not main:
             return
+        self._held.enter_context(taken(folder))
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write run folder {folder}: {error.strerror}; choose a writable one") from error
+            self._open(config, inputs)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, config: Config, inputs: Mapping[str, str] | None) -> None:
+        folder = self.folder
         resolved = config.model_dump(mode="json")
-        take_folder(folder)
         check_same_run(folder, config, inputs)
         sweep(folder)
         with atomic_write(folder / "config.yaml") as part:
@@ -97,6 +104,16 @@ class RunLog:
         write_json(folder / "versions.json", versions())
         if inputs is not None:
             write_json(folder / INPUTS, dict(inputs))
+
+    def close(self) -> None:
+        """Let the folder go."""
+        self._held.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def _log(self) -> Path:

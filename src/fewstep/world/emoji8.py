@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from fewstep.data.pictures import Captioned, HeldPictures
 from fewstep.errors import UserError, nearest
 from fewstep.world import location
 
@@ -228,6 +229,12 @@ def caption_table(records: Sequence[Record], variants: int, seed: int) -> list[l
         generator = _generator(seed, record.id)
         table.append([draw_caption(record, generator) for _ in range(variants)])
     return table
+
+
+def captioned(captions: int, seed: int) -> Captioned:
+    """The training split with `captions` captions a picture."""
+    data = load("train")
+    return Captioned(HeldPictures(data.pictures), caption_table(data.records, captions, seed))
 
 
 def _generator(seed: int, key: str) -> np.random.Generator:

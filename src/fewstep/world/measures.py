@@ -15,7 +15,7 @@ from fewstep.errors import UserError
 from fewstep.evaluation.agreement import PromptAgreement, load_scorer
 from fewstep.evaluation.bootstrap import mean_figure
 from fewstep.evaluation.detail import EdgeDensity, WebpBytes
-from fewstep.evaluation.diversity import pairwise_distance
+from fewstep.evaluation.diversity import PROMPTS, pairwise_distance
 from fewstep.evaluation.evaluate import Reference
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.frechet import FrechetDistance, Projection
@@ -27,6 +27,7 @@ from fewstep.evaluation.settings import FD_FEWEST
 from fewstep.evaluation.teacher import TeacherFeatures, TeacherPixels
 from fewstep.evaluation.text_side import BertStates
 from fewstep.evaluation.whiteness import BackgroundLevel, WhiteShare, background, background_by_prompt
+from fewstep.evaluation.yardstick import Yardstick
 from fewstep.world import emoji8
 from fewstep.world.location import root
 
@@ -201,3 +202,25 @@ def metrics(gallery: Gallery, features: Features, n: int) -> list[Metric]:
     if n >= FD_FEWEST:
         chosen.insert(0, FrechetDistance(features, Projection.fit(features(pictures))))
     return chosen
+
+
+def emoji8_yardstick(prompts: Sequence[str], size: int, seed: int, features: Features) -> Yardstick:
+    """Measure against Emoji-8, as the benchmark does.
+
+    Prompts that name its concepts are measured against pictures of these; other words against all pictures.
+
+    Raises:
+        UserError: the teacher draws another size.
+    """
+    if size != emoji8.SIZE:
+        raise UserError(
+            f"real is empty and means Emoji-8 ({emoji8.SIZE} pixels), the teacher draws {size}; give a folder"
+        )
+    gallery = Gallery.load()
+    chosen = [*metrics(gallery, features, len(prompts)), agreement()]
+    if all(gallery.knows(prompt) for prompt in prompts):
+        diverse = real_diversity(gallery, features, prompts[:PROMPTS], seed)
+        return Yardstick(gallery.reference(prompts, seed), chosen, features, diverse.value if diverse else None)
+    data = gallery.data
+    names = [record.name for record in data.records]
+    return Yardstick(Reference.split(data.pictures, len(prompts), seed, names), chosen, features)

@@ -63,6 +63,7 @@ class TeacherConfig(Config):
     """The bundled teacher's recipe."""
 
     text: str = Field("", description="folder with text_encoder/ and tokenizer/; empty for the bundled one")
+    omega: float = Field(2.0, ge=0, description="guidance that the teacher brings along, in the papers' convention")
     autoencoder: str = Field("", description="folder of a finished AutoencoderKL to keep; empty to train one")
     vae: VaeConfig = Field(VaeConfig(), description="the autoencoder")
     unet: UnetConfig = Field(UnetConfig(), description="the denoiser")

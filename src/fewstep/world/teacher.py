@@ -16,8 +16,10 @@ from torch import Tensor
 from fewstep.backbones.sd import encode_pictures, encode_text
 from fewstep.device import pick_device
 from fewstep.errors import UserError
+from fewstep.export.pipeline import RECORD
 from fewstep.files import atomic_folder, atomic_write, read_json, write_json
 from fewstep.processes import together
+from fewstep.settings import TEACHER_SAMPLING
 from fewstep.tensors import load_tensors, save_tensors
 from fewstep.training.cpu import speed_up
 from fewstep.training.launch import make_accelerator
@@ -82,8 +84,11 @@ def save_sharded(folder: Path, module: Any, stem: str = "diffusion_pytorch_model
     write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
 
 
-def save_pipeline(folder: Path, vae: Any, unet: Any, text: Path) -> None:
-    """Write the whole pipeline folder, atomically: what `StableDiffusionPipeline.from_pretrained` reads."""
+def write_teacher(folder: Path, vae: Any, unet: Any, text: Path, omega: float) -> None:
+    """Write the whole pipeline folder, atomically: what `StableDiffusionPipeline.from_pretrained` reads.
+
+    `omega` is the guidance that the teacher brings along in its record.
+    """
     with atomic_folder(folder) as part:
         for component in ("text_encoder", "tokenizer"):
             shutil.copytree(text / component, part / component)
@@ -106,6 +111,10 @@ def save_pipeline(folder: Path, vae: Any, unet: Any, text: Path) -> None:
             "vae": ["diffusers", "AutoencoderKL"],
         }
         write_json(part / "model_index.json", index)
+        sampling = TEACHER_SAMPLING.model_copy(update={"omega": omega}).model_dump(
+            mode="json", exclude={"gamma", "grid"}
+        )
+        write_json(part / RECORD, {"sampling": sampling})
 
 
 SCHEDULER = {
@@ -234,5 +243,5 @@ def train_teacher(config: TeacherConfig, out: Path, target: Path) -> dict[str, f
     vae = train_decoder(config.decoder, vae, data.pictures, heldout.pictures, out / "decoder", accelerator)
     with together():
         if accelerator.is_main_process:
-            save_pipeline(target, vae, unet.cpu(), text)
+            write_teacher(target, vae, unet.cpu(), text, config.omega)
     return {"vae_psnr_heldout": reconstruction_psnr(vae, heldout.pictures)}

@@ -28,8 +28,11 @@ SHOWN = (
     *("red apple, twemoji style", "rocket", "crying face, emojione style", "birthday cake, fluent color style"),
 )
 """Prompts of the sample grid: with and without style, keywords, and words of no caption."""
-OWN_WORDS = {"words of no caption": "synonyms.json", "words of no caption, never taught": "new_words.json"}
-"""Lists of a person's own words, in Emoji-8's folder. The text encoder was shown those of the first list."""
+OWN_WORDS = {
+    "words of no caption, never taught": "new_words.json",
+    "words of no caption that the encoder was taught": "synonyms.json",
+}
+"""Lists of a person's own words, in Emoji-8's folder."""
 
 
 @dataclass(frozen=True)

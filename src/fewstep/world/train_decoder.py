@@ -75,8 +75,8 @@ def train_decoder(
         judge.load_state_dict({**vae.state_dict(), **weights["decoder"]})
         return {"psnr_heldout": reconstruction_psnr(judge.cpu().eval(), heldout[:256])}
 
-    log = RunLog(folder, config, title="decoder", inputs=inputs, main=accelerator.is_main_process)
     plan = [Update("decoder", parameters, loss, config.optim)]
-    trained: Trained = train(plan, fetch, len(pictures), config.loop, log, accelerator, watch)
+    with RunLog(folder, config, title="decoder", inputs=inputs, main=accelerator.is_main_process) as log:
+        trained: Trained = train(plan, fetch, len(pictures), config.loop, log, accelerator, watch)
     vae.load_state_dict({**vae.state_dict(), **trained.weights["decoder"]})
     return vae.requires_grad_(False).cpu().eval()

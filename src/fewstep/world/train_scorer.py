@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -16,8 +17,7 @@ from fewstep.device import pick_device
 from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.evaluation.agreement import Agreement, load_scorer, save_scorer, to_input
-from fewstep.evaluation.augment import augment
-from fewstep.evaluation.scorer import Scorer, multi_positive_loss
+from fewstep.evaluation.scorer import Scorer
 from fewstep.evaluation.text_side import BertStates, TextBackbone
 from fewstep.loss import Loss
 from fewstep.training.cpu import speed_up
@@ -25,6 +25,7 @@ from fewstep.training.launch import make_accelerator
 from fewstep.training.loop import Batch, Update, train
 from fewstep.training.run import RunLog
 from fewstep.world import emoji8, location
+from fewstep.world.augment import augment
 from fewstep.world.settings import AgreementConfig
 
 WATCHED = 500
@@ -133,6 +134,23 @@ def _part(data: emoji8.Emoji8, split: str) -> emoji8.Emoji8:
     return emoji8.Emoji8(data.pictures[rows], tuple(data.records[row] for row in rows))
 
 
+def multi_positive_loss(cosine: Tensor, positive: Tensor, ignored: Tensor, scale: Tensor) -> Tensor:
+    """InfoNCE both ways, where a row can have several right answers and some pairs do not count.
+
+    Args:
+        cosine: of picture i and caption j, [B, B].
+        positive: caption j is right for picture i, bool [B, B]; every row and column has at least one.
+        ignored: the pair is neither right nor wrong, bool [B, B].
+        scale: factor of the cosines, the inverse temperature.
+    """
+    logits = (cosine * scale).masked_fill(ignored, -torch.inf)
+    losses = []
+    for rows, right in ((logits, positive), (logits.T, positive.T)):
+        log_share = F.log_softmax(rows, dim=1).masked_fill(~right, 0.0)
+        losses.append((-log_share.sum(1) / right.sum(1)).mean())
+    return 0.5 * (losses[0] + losses[1])
+
+
 def train_scorer(
     config: AgreementConfig,
     folder: Path,
@@ -206,9 +224,9 @@ def train_scorer(
         "text encoder": text.sha256,
         "pictures": hashlib.sha256(np.ascontiguousarray(data.pictures).data).hexdigest(),
     }
-    log = RunLog(folder, config, title="scorer", inputs=inputs, main=accelerator.is_main_process, quiet=quiet)
     plan = [Update("scorer", dict(scorer.named_parameters()), loss, config.optim)]
-    trained = train(plan, fetch, len(data), config.loop, log, accelerator, watch)
+    with RunLog(folder, config, title="scorer", inputs=inputs, main=accelerator.is_main_process, quiet=quiet) as log:
+        trained = train(plan, fetch, len(data), config.loop, log, accelerator, watch)
     weights = {name: tensor.cpu() for name, tensor in trained.weights["scorer"].items()}
     notes: dict[str, Any] = {
         "trained_on": f"Emoji-8, {len(data)} pictures of the training split",

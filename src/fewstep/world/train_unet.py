@@ -11,10 +11,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from fewstep.data.latents import Encoders, latent_set
-from fewstep.data.pictures import bundled
 from fewstep.draws import Draws
 from fewstep.errors import UserError
-from fewstep.folder import read_folder
+from fewstep.folder import read_folder, weight_files
 from fewstep.loss import Loss
 from fewstep.schedule import VariancePreserving, add_noise, scaled_linear
 from fewstep.tensors import load_tensors
@@ -51,14 +50,14 @@ def started(pipeline: Path, unet: Any) -> dict[str, Tensor]:
         UserError: no pipeline folder, or a denoiser of another shape than `unet`.
     """
     weights: dict[str, Tensor] = {}
-    for file in sorted((read_folder(pipeline).path / "unet").glob("*.safetensors")):
+    for file in weight_files(read_folder(pipeline, "unet.start").path / "unet"):
         weights |= {name: tensor.float() for name, tensor in load_tensors(file).items()}
     mine = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
     theirs = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if mine != theirs:
         name = next(name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name))
         raise UserError(
-            f"start = {str(pipeline)!r} is a denoiser of another shape: "
+            f"unet.start = {str(pipeline)!r} is a denoiser of another shape: "
             f"{name} is {theirs.get(name)}, not {mine.get(name)}"
         )
     return weights
@@ -89,7 +88,7 @@ def train_unet(config: UnetConfig, encoders: Encoders, fingerprint: str, folder:
     """
     heldout = emoji8.load("heldout-pair")
     seed = config.loop.seed
-    data = latent_set(bundled(config.captions, seed), encoders, fingerprint, folder / "cache")
+    data = latent_set(emoji8.captioned(config.captions, seed), encoders, fingerprint, folder / "cache")
     judged = encoders.to_latents(heldout.pictures)
     judged_states = encoders.encode([emoji8.name_with_style(record) for record in heldout.records])["text"]
     torch.manual_seed(seed)
@@ -132,8 +131,8 @@ def train_unet(config: UnetConfig, encoders: Encoders, fingerprint: str, folder:
             parts.append(value.per_sample)
         return {"eps_mse_heldout_pairs": float(torch.cat(parts).mean())}
 
-    log = RunLog(folder, config, title="denoiser", inputs=inputs, main=accelerator.is_main_process)
     plan = [Update("unet", dict(unet.named_parameters()), loss, config.optim)]
-    trained: Trained = train(plan, fetch, len(data), config.loop, log, accelerator, watch)
+    with RunLog(folder, config, title="denoiser", inputs=inputs, main=accelerator.is_main_process) as log:
+        trained: Trained = train(plan, fetch, len(data), config.loop, log, accelerator, watch)
     unet.load_state_dict(trained.weights["unet"])
     return unet.eval()

@@ -125,9 +125,9 @@ def train_vae(
         return {"psnr_heldout": reconstruction_psnr(judge.eval(), heldout[:256])}
 
     inputs = {"pictures": hashlib.sha256(np.ascontiguousarray(pictures).data).hexdigest()}
-    log = RunLog(folder, config, title="autoencoder", inputs=inputs, main=accelerator.is_main_process)
     plan = [Update("vae", parameters, loss, config.optim)]
-    trained: Trained = train(plan, fetch, len(pictures), config.loop, log, accelerator, watch)
+    with RunLog(folder, config, title="autoencoder", inputs=inputs, main=accelerator.is_main_process) as log:
+        trained: Trained = train(plan, fetch, len(pictures), config.loop, log, accelerator, watch)
     vae.load_state_dict(trained.weights["vae"])
     vae.cpu().eval()
     fold_statistics(vae, pictures)
