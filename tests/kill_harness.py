@@ -23,10 +23,11 @@ import peft.tuners.lora  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401
 import transformers  # noqa: F401
 
-from fewstep import distillation
+from fewstep import distillation, watch
 from fewstep.cli import main
 from fewstep.estimate import Estimated
 from fewstep.training import checkpoint
+from pooled import Pooled
 
 RANDOM_KILLS = 10
 SEED = 20240229
@@ -44,6 +45,7 @@ def launch(arguments: list[str], log: Path, patch: Callable[[], None] | None = N
             os.dup2(stream.fileno(), 2)
         if patch:
             patch()
+        watch.Lite0Backbone = Pooled
         distillation.estimate = lambda *a: Estimated(0, 0, 0, 0, 0, {})  # two steps of work at every start
         main(arguments)
     except SystemExit as done:
@@ -153,7 +155,7 @@ def run(folder: Path, overrides: list[str]) -> dict[str, Any]:
     code = wait_for(pid, lambda: False) if code is None else code
     if code != 0:
         raise RuntimeError(log.read_text()[-2000:])
-    steps = len((peace / "log.jsonl").read_text().splitlines())
+    steps = logged_step(peace)
     pace = (time.monotonic() - started) / steps
 
     def interrupt(seen: Callable[[], bool], delay: float, patch: Callable[[], None] | None = None) -> bool:

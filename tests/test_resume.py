@@ -86,6 +86,10 @@ def test_killed_at_ten_random_moments_and_inside_a_save(
         "loop.batch=2",
         "loop.keep=1",
         "optim.ema=0.9",
+        "loop.watch_every=3",
+        "watch.count=16",
+        "watch.teacher_steps=2",
+        "sampling.steps=2",
     ]
     environment = os.environ | {"PYTHONHASHSEED": "random"}
     done = subprocess.run(
@@ -107,6 +111,10 @@ def test_killed_at_ten_random_moments_and_inside_a_save(
     name = "pytorch_lora_weights.safetensors"
     assert (peace / "student" / name).read_bytes() == (fire / "student" / name).read_bytes()
     assert figures(peace) == figures(fire)
+    kept = sorted(path.name for path in (peace / "best").iterdir())
+    assert kept == ["figures.json", name]
+    for file in [*(Path("best") / found for found in kept), *(Path("grids") / f"step-{n:08d}.webp" for n in (3, 18))]:
+        assert (peace / file).read_bytes() == (fire / file).read_bytes(), file
     assert [p.name for p in (fire / "checkpoints").iterdir()] == ["step-00000018"]
     assert [p.name for p in (fire / "student").iterdir()] == [name]
-    assert not [p for p in fire.rglob("*") if p.name.endswith((".part", ".old"))]
+    assert not [p for p in fire.rglob("*") if p.name.endswith((".part", ".old", ".gone"))]

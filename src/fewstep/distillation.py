@@ -208,8 +208,8 @@ def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quie
 def _distill(run: Run, out: Path, log: RunLog, accelerator: Accelerator) -> Path:
     config, device, main = run.config, accelerator.device, accelerator.is_main_process
     if main:
-        for place in (out / "student", out / "best"):
-            sweep(place)
+        for place in ("student", "best", "grids", "cache"):
+            sweep(out / place)
 
     def fetch(items: np.ndarray) -> Batch:
         rows = torch.from_numpy(items)
