@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY := passive
 
 install: $(STAMP)
 
-# torch first and alone: of its builds the CPU one is enough, and nothing may pull another in afterwards
+# torch first and alone: whatever build the index offers (the CPU's is enough) stays, and nothing pulls another in
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
@@ -22,7 +22,7 @@ demo: $(STAMP)
 	$(BIN)/fewstep demo --out demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
