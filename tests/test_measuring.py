@@ -13,6 +13,7 @@ from fewstep import api, measuring
 from fewstep.drawing import Artist, load_artist
 from fewstep.errors import UserError
 from fewstep.evaluation.detail import edge_density
+from fewstep.evaluation.features import Features
 from fewstep.evaluation.teacher import pixel_rmse
 from fewstep.files import read_json, write_json
 from fewstep.settings import TEACHER_SAMPLING
@@ -123,21 +124,31 @@ def test_a_student_beside_a_folder_and_its_own_teacher(
 def test_a_student_beside_the_bundled_pictures(
     student: Path, tiny_pipeline: Path, prompt_file: Path, tmp_path: Path
 ) -> None:
-    """Names of concepts are measured against pictures of these and their agreement; other words against all."""
-    named = ["octopus", "red apple", "rocket", "cat face", "dog face", "pizza", "automobile", "bus", "tiger", "banana"]
-    known = [name for name in named if measures.Gallery.load().knows(name)]
+    """Names of concepts are measured against pictures of these, and their agreement."""
+    names = ["octopus", "red apple", "rocket", "pizza", "automobile", "tiger", "banana", "sun", "crown", "airplane"]
     file = tmp_path / "names.txt"
-    counts = {}
-    for kind, prompts in (("known", (known * 10)[:10]), ("other", PROMPTS)):
-        file.write_text("\n".join(prompts) + "\n", encoding="utf-8")
-        figures = api.evaluate(
-            prompt_file=file, out=tmp_path / kind, lora=student, teacher=tiny_pipeline, device="cpu",
-            settings={"steps": 1},
-        )  # fmt: skip
-        assert -1 <= figures["agreement"].value <= 1
-        assert figures["agreement"].floor is not None
-        assert figures["agreement"].floor > figures["agreement"].value + 0.1, "random weights draw nothing"
-        assert figures["KID-Lite0"].value > 0
-        floor = figures["diversity-Lite0"].floor
-        counts[kind] = floor is not None
-    assert counts == {"known": True, "other": False}
+    file.write_text("\n".join(names) + "\n", encoding="utf-8")
+    figures = api.evaluate(
+        prompt_file=file, out=tmp_path / "out", lora=student, teacher=tiny_pipeline, device="cpu", settings={"steps": 1}
+    )
+    agreed = figures["agreement"]
+    assert agreed.floor is not None
+    assert agreed.floor > agreed.value + 0.1, "random weights draw nothing"
+    kid = figures["KID-Lite0"]
+    assert kid.floor is not None
+    assert kid.value > 10 * abs(kid.floor)
+    diverse = figures["diversity-Lite0"]
+    assert diverse.floor is not None, "of real pictures of one concept"
+
+
+def test_words_that_are_no_names_are_measured_against_all_pictures() -> None:
+    features = Features(Pooled(), progress=False)
+    gallery = measures.Gallery.load()
+    assert gallery.knows("octopus")
+    named = measures.emoji8_yardstick(["octopus", "tiger"] * 5, 64, 0, features)
+    other = measures.emoji8_yardstick(PROMPTS, 64, 0, features)
+    assert (named.real_diversity is None, other.real_diversity is None) == (False, True)
+    assert len(other.reference.pictures) == len(gallery.data.pictures) - len(PROMPTS)
+    assert len(named.reference.pictures) < 30, "of octopuses and tigers alone"
+    with pytest.raises(UserError, match=r"means Emoji-8 \(64 pixels\), the teacher draws 512"):
+        measures.emoji8_yardstick(PROMPTS, 512, 0, features)

@@ -148,7 +148,7 @@ def sample(
 
     artist = load_artist(folder.path, student, place)
     every = [prompt for prompt in wanted for _ in range(count)]
-    pictures: np.ndarray = artist.draw(every, [seed + i for i in range(len(every))], sampling)
+    pictures: np.ndarray = artist.draw(every, range(seed, seed + len(every)), sampling)
     enlarged = scale or max(1, 256 // pictures.shape[2])
     return save_picture(sheet(pictures, count if len(wanted) > 1 else min(count, 8), enlarged), path)
 

@@ -1,7 +1,7 @@
 """Typed configuration: YAML files, dotted overrides, one-line refusals.
 
-Every config of the project is a frozen pydantic model; `resolve` builds one from a recipe, a YAML file and
-`a.b.c=value` overrides, in that order, and names the nearest known key for every unknown one.
+Every config of the project is a frozen pydantic model. What is laid over its defaults (a recipe, a YAML file,
+`a.b.c=value` overrides) is merged and validated here, and an unknown key is told the nearest known one.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.errors import UserError, nearest
-from fewstep.files import read_mapping
+from fewstep.files import read_mapping, sha256
 from fewstep.tensor_header import read_safetensors_header
 
 PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
@@ -40,7 +39,7 @@ class PipelineFolder:
 
     def fingerprint(self, *components: str) -> str:
         """sha256 over the bytes of the files that the components' weights are loaded from: an adapter's base."""
-        return _sha256(file for component in components for file in weight_files(self.path / component))
+        return _digest_of(file for component in components for file in weight_files(self.path / component))
 
     def identity(self, *components: str) -> str:
         """sha256 over all that decides what the components do: whether what was made with them is stale.
@@ -51,26 +50,21 @@ class PipelineFolder:
             components: which; none for all that pictures are drawn with.
         """
         places = [self.path / component for component in components or PARTS]
-        return _sha256(file for place in places for file in [*weight_files(place), *_settings(place)])
+        return _digest_of(file for place in places for file in [*weight_files(place), *_settings(place)])
 
 
 def _settings(component: Path) -> list[Path]:
     return [file for pattern in ("*.json", "*.txt") for file in sorted(component.glob(pattern))]
 
 
-def _sha256(files: Iterable[Path]) -> str:
+def _digest_of(files: Iterable[Path]) -> str:
     return _digest(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
 
 
 @lru_cache(maxsize=32)
 def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
     """sha256 over the bytes of files, read once for each size and time of change: weights are gigabytes."""
-    digest = hashlib.sha256()
-    for file, _, _ in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
+    return sha256(*(file for file, _, _ in files))
 
 
 def weight_files(component: Path) -> list[Path]:

@@ -39,11 +39,11 @@ def evaluate(
         end_points: the teacher's converged pictures of the same prompts.
         seed: of the first picture, and of the bootstrap.
     """
-    pictures = artist.draw(prompts, count_up(seed, len(prompts)), sampling)
+    pictures = artist.draw(prompts, range(seed, seed + len(prompts)), sampling)
     figures = evaluate_pictures(pictures, prompts, yardstick.metrics, yardstick.reference, end_points, seed)
     figures |= with_teacher_floors(figures, prompts, yardstick.metrics, end_points, seed)
     several = [prompt for prompt in prompts[:PROMPTS] for _ in range(NOISES)]
-    noises = artist.draw(several, count_up(seed, len(several)), sampling)
+    noises = artist.draw(several, range(seed, seed + len(several)), sampling)
     grouped = noises.reshape(-1, NOISES, *noises.shape[1:])
     return {**figures, **diversity(yardstick.features, grouped, seed, floor=yardstick.real_diversity)}
 
@@ -57,11 +57,6 @@ def with_teacher_floors(
     sets = [metric for metric in metrics if metric.against == "real"]
     own = evaluate_pictures(end_points.same, prompts, sets, None, EndPoints(other=end_points.other), seed)
     return {name: replace(figures[name], floor=floor.value) for name, floor in own.items()}
-
-
-def count_up(seed: int, n: int) -> list[int]:
-    """The seed of each of n pictures."""
-    return [seed + i for i in range(n)]
 
 
 def evaluate_folder(
@@ -103,7 +98,7 @@ def evaluate_folder(
     )
     end_points = EndPoints()
     if teller is not None:
-        same, other = (teller.draw(prompts, count_up(first, n), reference_sampling) for first in (seed, seed + n))
+        same, other = (teller.draw(prompts, range(first, first + n), reference_sampling) for first in (seed, seed + n))
         end_points = EndPoints(same, other)
     figures = evaluate(artist, prompts, yardstick, sampling=sampling, end_points=end_points, seed=seed)
     name = f"{lora.stem if lora else teacher.name} {sampling.steps} steps"

@@ -79,7 +79,7 @@ class Watch:
         self.out = out
         self.keep = keep
         self.prompts = list(prompts)
-        self.seeds = [watch.seed + i for i in range(watch.count)]
+        self.seeds = list(range(watch.seed, watch.seed + watch.count))
         self.features = Features(Lite0Backbone(), progress=False)
         self.kid = KernelDistance(self.features)
         self.to_teacher = TeacherFeatures(self.features)

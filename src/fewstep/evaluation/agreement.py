@@ -18,13 +18,12 @@ from torch import Tensor
 
 from fewstep.config import validate
 from fewstep.errors import UserError
-from fewstep.evaluation.lite0_weights import sha256
 from fewstep.evaluation.metric import Array, Identity, Pictures, check_pictures
 from fewstep.evaluation.per_picture import PictureMean
 from fewstep.evaluation.scorer import SIZE, Scorer
 from fewstep.evaluation.settings import ScorerConfig
 from fewstep.evaluation.text_side import TextBackbone
-from fewstep.files import atomic_folder, read_json, write_json
+from fewstep.files import atomic_folder, read_json, sha256, write_json
 from fewstep.tensors import load_tensors, save_tensors
 
 WEIGHTS = "scorer.safetensors"

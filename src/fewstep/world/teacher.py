@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from fewstep.backbones.sd import encode_pictures, encode_text
 from fewstep.device import pick_device
 from fewstep.errors import UserError
 from fewstep.export.pipeline import RECORD
-from fewstep.files import atomic_folder, atomic_write, read_json, write_json
+from fewstep.files import atomic_folder, atomic_write, read_json, sha256, write_json
 from fewstep.processes import together
 from fewstep.settings import TEACHER_SAMPLING
 from fewstep.tensors import load_tensors, save_tensors
@@ -232,12 +231,10 @@ def train_teacher(config: TeacherConfig, out: Path, target: Path) -> dict[str, f
                 save_vae(vae, out / "vae")
     vae = vae.cpu().eval()
     speed_up(vae)
-    digest = hashlib.sha256()
-    for file in [out / "vae" / FINAL, *sorted((text / "text_encoder").glob("*.safetensors"))]:
-        digest.update(file.read_bytes())
+    fingerprint = sha256(out / "vae" / FINAL, *sorted((text / "text_encoder").glob("*.safetensors")))
     encoders = WorldEncoders(vae, text)
     accelerator = make_accelerator(config.unet.loop.precision, device)
-    unet = train_unet(config.unet, encoders, digest.hexdigest(), out / "unet", accelerator)
+    unet = train_unet(config.unet, encoders, fingerprint, out / "unet", accelerator)
     # last, on the encoder's latents as they are: the denoiser does not see the difference
     accelerator = make_accelerator(config.decoder.loop.precision, device)
     vae = train_decoder(config.decoder, vae, data.pictures, heldout.pictures, out / "decoder", accelerator)

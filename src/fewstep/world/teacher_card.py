@@ -84,7 +84,7 @@ def autoencoder_figures(backbone: StableDiffusion) -> dict[str, Figure]:
 
 def draw(artist: Artist, prompts: Sequence[str], first: int, sampling: Sampling) -> np.ndarray:
     """A picture a prompt, seeds counting up from `first`."""
-    return artist.draw(prompts, [first + i for i in range(len(prompts))], sampling)
+    return artist.draw(prompts, range(first, first + len(prompts)), sampling)
 
 
 def seen_figures(artist: Artist, gallery: Gallery, features: Features, sampling: Sampling, n: int) -> dict[str, Figure]:
