@@ -25,7 +25,7 @@ import transformers  # noqa: F401
 
 from fewstep import distillation, watch
 from fewstep.cli import main
-from fewstep.estimate import Estimated
+from fewstep.cost import Estimated
 from fewstep.training import checkpoint
 from pooled import Pooled
 

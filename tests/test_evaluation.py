@@ -22,7 +22,6 @@ from fewstep.evaluation.detail import (
 )
 from fewstep.evaluation.diversity import diversity, pairwise_distance
 from fewstep.evaluation.evaluate import (
-    TO_TEACHER,
     EndPoints,
     Reference,
     evaluate_pictures,
@@ -37,6 +36,7 @@ from fewstep.evaluation.neighbours import neighbour_shares
 from fewstep.evaluation.teacher import TeacherFeatures, TeacherPixels, cosine_distance, pixel_rmse
 from fewstep.evaluation.whiteness import BackgroundLevel, WhiteShare, background, background_by_prompt
 from fewstep.files import read_json
+from fewstep.names import TO_TEACHER
 from fewstep.world import emoji8
 
 

@@ -123,6 +123,16 @@ def test_a_failed_swap_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pyt
     assert names(tmp_path) == ["run"]
 
 
+def test_a_folder_behind_a_link_is_replaced_where_it_is(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "old").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with atomic_folder(tmp_path / "link") as part:
+        (part / "new").touch()
+    assert names(tmp_path / "real") == ["new"]
+    assert names(tmp_path) == ["link", "real"]
+
+
 def test_leftovers_are_swept_and_nothing_else(tmp_path: Path) -> None:
     for name in (".a.x1.part", ".b.x3.old", "b", ".d.gone"):
         (tmp_path / name).mkdir()

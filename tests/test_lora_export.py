@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -248,3 +249,30 @@ def test_a_full_student_is_a_pipeline_with_its_settings(
     for name, parameter in pipeline.unet.named_parameters():
         torch.testing.assert_close(parameter.detach(), trained[name], atol=0, rtol=0)
     assert artist.draw(["a red disc"], [0]).shape == (1, 64, 64, 3)
+
+
+def test_a_full_students_folder_is_not_its_teachers(tiny_pipeline: Path, tmp_path: Path) -> None:
+    """Its licences and components come along; its card, pictures and pickles do not, nor what they leave empty."""
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+    from fewstep.export.pipeline import save_pipeline
+    from fewstep.files import read_json, write_json
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_pipeline, base)
+    (base / "LICENSES").mkdir()
+    for name in ("README.md", "samples.webp", "v1.ckpt", "LICENSES/A.txt", "vae/diffusion_pytorch_model.bin"):
+        (base / name).write_text("x")
+    (base / "safety_checker").mkdir()
+    (base / "safety_checker" / "pytorch_model.bin").write_text("x")
+    index = read_json(base / "model_index.json")
+    checker = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "requires_safety_checker": True}
+    write_json(base / "model_index.json", index | checker)
+    network = UNet2DConditionModel.from_pretrained(base / "unet")
+    folder = save_pipeline(tmp_path / "student", base, network, {"sampling": {"steps": 3}})
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("LICENSES", "fewstep.json", "model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
+    ]
+    assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".ckpt")]
+    assert read_json(folder / "model_index.json") == index
+    assert StableDiffusionPipeline.from_pretrained(folder).safety_checker is None

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from fewstep import distillation, watch
+from fewstep.cost import count_checks
 from fewstep.errors import UserError
-from fewstep.estimate import count_checks
 from fewstep.files import read_json
 from fewstep.settings import resolve
 from fewstep.world import emoji8
@@ -139,8 +139,17 @@ def test_checks_are_counted_and_timed_like_the_steps() -> None:
     assert count_checks(resolve("tcd", None, ["loop.watch_every=null"]), 1.0) is None
 
 
+def test_the_encoders_are_not_kept_for_the_watch(watched: list[str], tiny_cache: Path, tmp_path: Path) -> None:
+    run = distillation.prepare(resolve("tcd", None, watched), tiny_cache, torch.device("cpu"))
+    judge = distillation.make_watch(run, tmp_path)
+    assert (run.backbone._text, run.backbone._vae) == (None, None)
+    found = judge(2, {"student": dict(run.student.roles.parameters("student"))})
+    assert found["watch/to_teacher"] > 0
+    assert (run.backbone._text, run.backbone._vae) == (None, None)
+
+
 def test_an_estimate_leaves_the_student_alone(tiny_overrides: list[str], tiny_cache: Path) -> None:
-    from fewstep.estimate import estimate
+    from fewstep.cost import estimate
 
     config = resolve("tcd", None, tiny_overrides)
     run = distillation.prepare(config, tiny_cache, torch.device("cpu"))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,7 +11,7 @@ from fewstep.config import merge, parse_overrides, read_yaml, validate
 from fewstep.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from fewstep.estimate import Estimated
+    from fewstep.cost import Estimated
     from fewstep.evaluation.metric import Figure
     from fewstep.folder import PipelineFolder
     from fewstep.settings import DistillConfig, Sampling
@@ -41,8 +42,6 @@ def distill(
         UserError: anything wrong, in one line, before any long work.
     """
     settings = _distill_config(recipe, out, teacher, config, overrides)
-    if settings.loop.watch_every:
-        _check_installed("distill with loop.watch_every", WATCHING)
     from fewstep import distillation
 
     return distillation.distill(settings, Path(out))
@@ -81,6 +80,8 @@ def _distill_config(
     check_distillation(settings, read_folder(teacher_path(settings.teacher)))
     check_writable(Path(out))
     check_same_run(Path(out), settings)
+    if settings.loop.watch_every:
+        _check_installed("distill with loop.watch_every", WATCHING)
     return settings
 
 
@@ -137,7 +138,7 @@ def sample(
     _check_seed(seed, count * len(wanted))
     check_device(device)
     folder = read_folder(teacher_path(teacher))
-    student, sampling, _ = _student_of(folder, _named_student(lora, teacher), settings or {})
+    student, sampling, _ = _student_of(folder, _named_student(lora, folder), settings or {})
     check_writable(path.parent)
     from fewstep.device import pick_device
 
@@ -201,7 +202,7 @@ def evaluate(
         check_real(Path(real))
     _check_seed(seed, 8 * len(prompts))
     folder = read_folder(teacher_path(teacher))
-    chosen = _student_of(folder, _named_student(lora, teacher), settings or {})
+    chosen = _student_of(folder, _named_student(lora, folder), settings or {})
     other = Path(reference) if reference else (folder.path if chosen.lora else None)
     base = read_folder(other, "reference") if other else folder
     own = end_point_sampling(base.path)
@@ -246,7 +247,8 @@ def demo(*, out: Path | str = "demo", overrides: str | Sequence[str] = ()) -> Pa
     _check_installed("demo")
     from fewstep.world.demo import demo
 
-    return demo(config, Path(out))
+    with _own(Path(out)):
+        return demo(config, Path(out))
 
 
 def benchmark(*, out: Path | str = "runs/benchmark", overrides: str | Sequence[str] = ()) -> Path:
@@ -266,7 +268,8 @@ def benchmark(*, out: Path | str = "runs/benchmark", overrides: str | Sequence[s
     _check_installed("benchmark")
     from fewstep.world.benchmark import benchmark
 
-    return benchmark(config, Path(out))
+    with _own(Path(out)):
+        return benchmark(config, Path(out))
 
 
 def train_teacher(
@@ -393,11 +396,17 @@ class _Chosen(NamedTuple):
     omega_seen: float | None
 
 
-def _named_student(lora: Path | str | None, teacher: Path | str) -> Path | str | None:
-    """The student that `auto` stands for."""
-    if lora == AUTO:
-        return None if teacher else "tcd"
-    return lora
+def _named_student(lora: Path | str | None, folder: PipelineFolder) -> Path | str | None:
+    """The student that `auto` stands for, beside a teacher."""
+    from fewstep.settings import teacher_path
+
+    if lora != AUTO:
+        return lora
+    try:
+        bundled = folder.path.resolve() == teacher_path("").resolve()
+    except UserError:  # no bundled world on this machine
+        bundled = False
+    return "tcd" if bundled else None
 
 
 def _student_of(folder: PipelineFolder, lora: Path | str | None, changes: Mapping[str, Any]) -> _Chosen:
@@ -426,6 +435,17 @@ def _student_of(folder: PipelineFolder, lora: Path | str | None, changes: Mappin
         )
     check_sampling(sampling, folder)
     return _Chosen(student, sampling, validate(Guidance, seen).mean_omega if isinstance(seen, dict) else None)
+
+
+@contextmanager
+def _own(out: Path) -> Iterator[None]:
+    """Keep other processes out of a folder, and clear what a killed one left half-written in its stores."""
+    from fewstep.files import sweep, taken
+
+    with taken(out):
+        for store in ("cache", "pictures", "features"):
+            sweep(out / store)
+        yield
 
 
 def _check_seed(seed: int, count: int) -> None:

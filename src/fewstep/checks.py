@@ -1,4 +1,4 @@
-"""What can be refused from settings and the teacher's JSON and headers alone: fast, without torch."""
+"""What can be refused of a verb from settings, JSON and headers alone: fast, without torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from fewstep.data.prompts import is_prompt_file, read_prompts
 from fewstep.errors import UserError, nearest, nearest_divisor
 from fewstep.evaluation.settings import KID_FEWEST
 from fewstep.export.header import base_shapes
+from fewstep.export.pipeline import RECORD
 from fewstep.folder import PARTS, PipelineFolder
 from fewstep.names import CALLS
 from fewstep.settings import DistillConfig, Sampling
@@ -24,7 +25,9 @@ def check_distillation(config: DistillConfig, folder: PipelineFolder) -> None:
     if source != "emoji8" and not Path(source).is_dir():
         raise UserError(f"data.source = {source!r} is not a folder; give a folder of pictures or 'emoji8'")
     if source == "emoji8":
-        _check_bundled_size(folder)
+        from fewstep.world.emoji8 import check_size
+
+        check_size(folder.picture_size, "data.source = 'emoji8'")
     _check_watched(config)
     _check_grid("method.grid", config.method.grid, folder)
     if config.student.kind == "lora" and config.student.targets:
@@ -63,7 +66,7 @@ def check_real(folder: Path) -> None:
         )
 
 
-PIPELINE = {*PARTS, "model_index.json", "fewstep.json"}
+PIPELINE = {*PARTS, "model_index.json", RECORD}
 """What `train-teacher` writes, and so may replace."""
 
 
@@ -105,21 +108,6 @@ def _check_grid(field: str, grid: int, folder: PipelineFolder) -> None:
         raise UserError(
             f"{field} = {grid} does not divide the teacher's {indices} training indices; "
             f"the nearest legal one is {nearest_divisor(grid, indices)}"
-        )
-
-
-def _check_bundled_size(folder: PipelineFolder) -> None:
-    from fewstep.world.emoji8 import SIZE
-
-    unet, vae = folder.config("unet"), folder.config("vae")
-    try:
-        size = int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder.path} says no size of its pictures: {error}") from error
-    if size != SIZE:
-        raise UserError(
-            f"data.source = 'emoji8' holds pictures of {SIZE} pixels a side and the teacher draws {size}; "
-            "give a folder of captioned pictures"
         )
 
 

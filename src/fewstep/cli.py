@@ -15,6 +15,7 @@ import typer
 from pydantic import BaseModel
 
 from fewstep.errors import UserError
+from fewstep.names import TO_TEACHER
 
 if TYPE_CHECKING:
     from fewstep.evaluation.metric import Figure
@@ -69,7 +70,7 @@ def echo_figures(figures: Mapping[str, Figure]) -> None:
     """Print figures, a line each, with interval, n and floor: what real pictures get, or the teacher itself."""
     for name, figure in figures.items():
         interval = f" [{figure.low:.4g}, {figure.high:.4g}]" if figure.low is not None else ""
-        whose = "the teacher's own" if name.endswith("(to teacher)") else "real pictures"
+        whose = "the teacher's own" if name.endswith(TO_TEACHER) else "real pictures"
         floor = f", {whose} {figure.floor:.4g}" if figure.floor is not None else ""
         say(f"{name}: {figure.value:.4g}{interval} (n = {figure.n}{floor})")
 
@@ -206,7 +207,7 @@ def evaluate(
         say("FD-Lite0: left out, below 500 pictures on either side it would measure its own bias")
     if real is not None:
         say("agreement: left out, its scorer knows Emoji-8's drawings alone")
-    if not any(figure.floor is not None for figure in figures.values()):
+    if not any(figure.floor is not None for name, figure in figures.items() if not name.endswith(TO_TEACHER)):
         say("floors: left out, they take more than twice as many real pictures as there are prompts")
     say(f"wrote {out / 'figures.json'}")
 
@@ -285,8 +286,11 @@ def one_line(error: object) -> str:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether a network or its data did not fit, on a GPU or in main memory."""
-    named = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
-    return named or "can't allocate memory" in str(error)
+    told = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in told or "can't allocate memory" in told
+
+
+STOPPED = "fewstep: stopped; run the same command again to go on"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -295,6 +299,8 @@ def main(arguments: list[str] | None = None) -> None:
     usage_error: Any = typer.BadParameter.__mro__[2]  # click's base error, of the click that typer carries
     try:
         result: Any = typer.main.get_command(app).main(args=arguments, prog_name="fewstep", standalone_mode=False)
+        if result == 130:  # typer's own for ctrl-c inside a verb
+            print(STOPPED, file=sys.stderr)
         sys.exit(result if isinstance(result, int) else 0)
     except UserError as error:
         print(f"fewstep: {one_line(error)}", file=sys.stderr)
@@ -305,20 +311,18 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(0)
         print(f"fewstep: {one_line(error.format_message())} (see --help)", file=sys.stderr)
         sys.exit(2)
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        print(
-            f"fewstep: out of memory ({one_line(error)[:200]}); try a smaller loop.batch, or a larger loop.accumulate",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+    except (typer.Abort, KeyboardInterrupt):
+        print(STOPPED, file=sys.stderr)
+        sys.exit(130)
     except OSError as error:  # a disk that fills up, a folder that goes away
         print(f"fewstep: {one_line(error)}; what is whole was kept", file=sys.stderr)
         sys.exit(2)
-    except (typer.Abort, KeyboardInterrupt):
-        print("fewstep: stopped; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        advice = "leave it more, or, to distil, give a larger loop.accumulate and another --out"
+        print(f"fewstep: out of memory ({one_line(error)[:200]}); {advice}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

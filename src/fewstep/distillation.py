@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from fewstep.backbones.sd import StableDiffusion, load_backbone
+from fewstep.cost import Estimated, estimate
 from fewstep.data import pictures
 from fewstep.data.latents import LatentSet, latent_set
 from fewstep.denoiser import Denoiser
@@ -28,7 +29,6 @@ from fewstep.device import pick_device
 from fewstep.drawing import Artist
 from fewstep.draws import Draws, order
 from fewstep.errors import UserError
-from fewstep.estimate import Estimated, estimate
 from fewstep.evaluation.settings import KID_FEWEST
 from fewstep.export.lora import save_lora
 from fewstep.export.pipeline import save_pipeline
@@ -74,33 +74,40 @@ def read_pictures(config: DistillConfig, size: int) -> pictures.Captioned:
     """The captioned pictures that the config names, `size` pixels a side.
 
     Raises:
-        UserError: they cannot be read.
+        UserError: they cannot be read, are of another size, or are too few to watch the quality by.
     """
     if config.data.source == "emoji8":
-        return emoji8.captioned(config.data.captions, config.loop.seed)
-    return pictures.from_folder(Path(config.data.source), size)
+        emoji8.check_size(size, "data.source = 'emoji8'")
+        captioned = emoji8.captioned(config.data.captions, config.loop.seed)
+    else:
+        captioned = pictures.from_folder(Path(config.data.source), size)
+    if config.loop.watch_every and len(captioned) < KID_FEWEST:
+        raise UserError(
+            f"loop.watch_every takes KID from at least {KID_FEWEST} pictures, data.source has {len(captioned)}; "
+            "give more, or loop.watch_every=null"
+        )
+    return captioned
 
 
 def prepare(config: DistillConfig, cache: Path, device: torch.device) -> Run:
     """Load the teacher, encode the data, and lay out the roles.
 
     Raises:
-        UserError: the teacher or the data cannot be read.
+        UserError: the teacher or the data cannot be read, or do not fit.
     """
     backbone = load_backbone(read_folder(teacher_path(config.teacher)).path, device)
     captioned = read_pictures(config, backbone.picture_size)
-    if config.loop.watch_every and len(captioned) < KID_FEWEST:
-        raise UserError(
-            f"loop.watch_every takes KID from at least {KID_FEWEST} pictures, data.source has {len(captioned)}; "
-            "give more, or loop.watch_every=null"
-        )
-    return lay_out(config, backbone, captioned, cache)
-
-
-def lay_out(config: DistillConfig, backbone: StableDiffusion, captioned: pictures.Captioned, cache: Path) -> Run:
-    """Encode the data, let the encoders go, and lay out the roles."""
     backbone.load_encoders()  # a broken text encoder is told of before the pictures are encoded
-    data = latent_set(captioned, backbone, backbone.folder.identity("vae", "text_encoder", "tokenizer"), cache)
+    return lay_out(config, backbone, captioned, encode(captioned, backbone, cache))
+
+
+def encode(captioned: pictures.Captioned, backbone: StableDiffusion, cache: Path) -> LatentSet:
+    """The data without its pictures and words, from the cache where they are in it."""
+    return latent_set(captioned, backbone, backbone.folder.identity("vae", "text_encoder", "tokenizer"), cache)
+
+
+def lay_out(config: DistillConfig, backbone: StableDiffusion, captioned: pictures.Captioned, data: LatentSet) -> Run:
+    """Let the encoders go, and lay out the roles."""
     backbone.release_encoders()
     if backbone.device.type == "cpu":
         speed_up(backbone.network)
@@ -164,11 +171,7 @@ def some(run: Run, count: int) -> pictures.Captioned:
 
 
 def make_watch(run: Run, out: Path) -> Watch:
-    """What judges the student on the way; draws the teacher's pictures if the run folder has none yet.
-
-    Raises:
-        UserError: too few pictures to judge against.
-    """
+    """What judges the student on the way; draws the teacher's pictures if the run folder has none yet."""
     config = run.config
 
     def keep(weights: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
@@ -202,10 +205,11 @@ def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quie
         with together():
             title = f"distil {config.recipe}"
             log = held.enter_context(RunLog(out, config, title=title, inputs=run.inputs, main=main, quiet=quiet))
-        return _distill(run, out, log, accelerator)
+        return train_and_export(run, out, log, accelerator)
 
 
-def _distill(run: Run, out: Path, log: RunLog, accelerator: Accelerator) -> Path:
+def train_and_export(run: Run, out: Path, log: RunLog, accelerator: Accelerator) -> Path:
+    """Train what is laid out, from where the run folder stands; return the student's file."""
     config, device, main = run.config, accelerator.device, accelerator.is_main_process
     if main:
         for place in ("student", "best", "grids", "cache"):
@@ -242,10 +246,12 @@ def estimate_run(config: DistillConfig) -> Estimated:
     captioned = read_pictures(config, backbone.picture_size)
     backbone.load_encoders()
     few = captioned.take(range(min(config.loop.batch, len(captioned))))
+    backbone.folder.identity("vae", "text_encoder", "tokenizer")  # hashed once, whatever the number of pictures
     with tempfile.TemporaryDirectory() as cache:
         started = time.perf_counter()
-        run = lay_out(config, backbone, few, Path(cache))
+        data = encode(few, backbone, Path(cache))
         encoding = (time.perf_counter() - started) / len(few) * len(captioned)
+        run = lay_out(config, backbone, few, data)
     estimated = estimate(update_plan(run), run.data, config, networks(run))
     share = len(captioned) / len(few)
     return replace(estimated, encoding_seconds=encoding, data_bytes=round(estimated.data_bytes * share))

@@ -57,7 +57,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     Raises:
         UserError: the parent folder cannot be written to, or the disk is full.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # what a link points to is replaced, not the link
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))

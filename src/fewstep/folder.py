@@ -37,6 +37,19 @@ class PipelineFolder:
         name = "scheduler_config.json" if component == "scheduler" else "config.json"
         return read_mapping(self.path / component / name)
 
+    @property
+    def picture_size(self) -> int:
+        """Pixels a side at the trained size.
+
+        Raises:
+            UserError: the configs do not say.
+        """
+        unet, vae = self.config("unet"), self.config("vae")
+        try:
+            return int(unet["sample_size"]) << (len(vae["block_out_channels"]) - 1)  # each level but the last halves
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{self.path} does not say the size of its pictures: {error!r}") from error
+
     def fingerprint(self, *components: str) -> str:
         """sha256 over the bytes of the files that the components' weights are loaded from: an adapter's base."""
         return _digest_of(file for component in components for file in weight_files(self.path / component))
@@ -75,14 +88,15 @@ def weight_files(component: Path) -> list[Path]:
     Raises:
         UserError: a broken index of shards.
     """
-    for name in ("diffusion_pytorch_model", "model"):
-        whole, parts = component / f"{name}.safetensors", component / f"{name}.safetensors.index.json"
-        if whole.is_file():
+    # where a whole file and shards lie side by side, diffusers takes the shards and transformers the file
+    for name, shards_first in (("diffusion_pytorch_model", True), ("model", False)):
+        whole, index = component / f"{name}.safetensors", component / f"{name}.safetensors.index.json"
+        if whole.is_file() and not (shards_first and index.is_file()):
             return [whole]
-        if parts.is_file():
-            listed = read_mapping(parts).get("weight_map")
+        if index.is_file():
+            listed = read_mapping(index).get("weight_map")
             if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
-                raise UserError(f"{parts} holds no weight_map of files")
+                raise UserError(f"{index} holds no weight_map of files")
             return [component / file for file in sorted(set(listed.values()))]
     return []
 

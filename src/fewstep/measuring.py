@@ -6,22 +6,48 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from fewstep.data.pictures import find_pictures, read_picture
 from fewstep.drawing import Artist, load_artist
 from fewstep.errors import UserError
 from fewstep.evaluation.detail import detail_scale
 from fewstep.evaluation.diversity import NOISES, PROMPTS, diversity
-from fewstep.evaluation.evaluate import EndPoints, evaluate_pictures, save_figures
+from fewstep.evaluation.evaluate import EndPoints, Reference, evaluate_pictures, save_figures
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.lite0 import Lite0Backbone
 from fewstep.evaluation.metric import Figure, Metric
-from fewstep.evaluation.yardstick import Yardstick, folder_yardstick
+from fewstep.evaluation.yardstick import Yardstick, set_metrics
 from fewstep.settings import Sampling
 from fewstep.world.measures import emoji8_yardstick
 
 SCALED = 512
 """Real pictures that are blurred and noised for the scale of detail."""
+
+
+def read_real(folder: Path, size: int) -> np.ndarray:
+    """Real pictures of a folder, uint8 [N, size, size, 3].
+
+    Raises:
+        UserError: no folder, or no pictures in it.
+    """
+    files = find_pictures(folder)
+    if not files:
+        raise UserError(f"real = {str(folder)!r} holds no pictures")
+    return np.stack([read_picture(file, size) for file in files])
+
+
+def folder_yardstick(folder: Path, n: int, size: int, seed: int, features: Features) -> Yardstick:
+    """Measure against a folder of real pictures; there is a floor where it holds more than twice `n`.
+
+    Raises:
+        UserError: no folder, or too few pictures in it.
+    """
+    pool = read_real(folder, size)
+    reference = Reference.split(pool, n, seed) if len(pool) > 2 * n else Reference(pool)
+    real = reference.pictures
+    return Yardstick(reference, set_metrics(features, min(n, len(real)), real), features)
 
 
 def evaluate(

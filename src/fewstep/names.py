@@ -31,6 +31,8 @@ Target = Literal["self", "ema"]
 DistanceName = Literal["l2", "huber"]
 """How agreement is measured; see `objectives.distance`."""
 
+TO_TEACHER = " (to teacher)"
+"""Added to the name of a distance between sets when it is taken from the teacher's pictures."""
 CALLS: dict[str, int] = {"ddim": 1, "euler": 1, "dpmpp_2s": 2, "sss": 1, "lcm": 1}
 """Network calls of one step of a solver or sampler."""
 

@@ -93,10 +93,10 @@ class StableDiffusion:
             raise UserError(f"prediction_type = {name!r} of {folder.path} is not one of {', '.join(_PREDICTIONS)}")
         self.prediction: Prediction = _PREDICTIONS[name]
         self.path = _path(scheduler)
-        unet, vae = folder.config("unet"), folder.config("vae")
-        with _loading(f"the configs of {folder.path}"):
+        unet = folder.config("unet")
+        self.picture_size = folder.picture_size
+        with _loading(f"the config of {folder.path / 'unet'}"):
             self.latent_shape = (int(unet["in_channels"]), int(unet["sample_size"]), int(unet["sample_size"]))
-            self.picture_size = self.latent_shape[1] * 2 ** (len(vae["block_out_channels"]) - 1)
         self.network: nn.Module = self._load_unet()
         self._text: tuple[Any, Any] | None = None
         self._vae: Any = None

@@ -101,7 +101,7 @@ def encode_all(pictures: PictureSet, encoders: Encoders, cache: Path, key: str) 
             def encode(rows: range = rows) -> dict[str, Tensor]:
                 return {"latents": encoders.to_latents(pictures.read(rows)).cpu()}
 
-            parts.append(cached(cache, f"{key}-{start:08d}", encode)["latents"])
+            parts.append(cached(cache, f"{key}-{rows.start}-{rows.stop}", encode)["latents"])
             bar.update(len(rows))
     return torch.cat(parts)
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from fewstep.evaluation.evaluate import TO_TEACHER
 from fewstep.evaluation.lines import HEADLINE_GAMMA, Line, Summary, headline, lines, lines_of, summary
 from fewstep.evaluation.metric import Figure
 from fewstep.evaluation.results import Results
 from fewstep.evaluation.step_table import STEPS
+from fewstep.names import TO_TEACHER
 
 TCD, LCM, DDIM, EULER, DPMPP, TEACHER = "TCD", "LCM", "DDIM", "Euler", "DPM-Solver++(2S)", "teacher"
 TEACHER_STEPS = 50

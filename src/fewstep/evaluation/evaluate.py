@@ -10,9 +10,7 @@ from fewstep.draws import generator
 from fewstep.errors import UserError
 from fewstep.evaluation.metric import Array, Figure, Matched, Metric, Pictures, Scored, check_pictures
 from fewstep.files import write_json
-
-TO_TEACHER = " (to teacher)"
-"""Added to the name of a distance between sets when it is taken from the teacher's pictures."""
+from fewstep.names import TO_TEACHER
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,8 @@ class Figure:
         low: lower end of its 95 % bootstrap interval, or None.
         high: upper end, or None.
         n: pictures (for diversity: prompts) it rests on.
-        floor: the same figure of real pictures, measured with the same n, or None.
+        floor: the same figure of real pictures (of the teacher itself, for a distance between sets to it), measured
+            with the same n, or None.
         identity: what was measured, filled in by `evaluate_pictures`.
     """
 

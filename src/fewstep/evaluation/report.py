@@ -16,12 +16,12 @@ from PIL import Image
 from fewstep.errors import UserError
 from fewstep.evaluation import curves
 from fewstep.evaluation.claims import TCD, claims, distance
-from fewstep.evaluation.evaluate import TO_TEACHER
 from fewstep.evaluation.lines import HEADLINE_GAMMA, Line, compared, headline, paired
 from fewstep.evaluation.metric import ARROWS, Pictures, check_pictures
 from fewstep.evaluation.results import Results
 from fewstep.evaluation.step_table import STEPS, better_of, decimals, step_table
 from fewstep.files import atomic_write
+from fewstep.names import TO_TEACHER
 
 TEMPLATE = "report.html.jinja"
 COMMAND = 'fewstep sample "a doggy, fluent 3d style" --steps 4 --out doggy.png'

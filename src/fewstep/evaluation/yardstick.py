@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
-
-from fewstep.data.pictures import find_pictures, read_picture
 from fewstep.errors import UserError
 from fewstep.evaluation.detail import EdgeDensity, WebpBytes
 from fewstep.evaluation.evaluate import Reference
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.frechet import FrechetDistance, Projection
 from fewstep.evaluation.kid import KernelDistance
-from fewstep.evaluation.metric import Metric
+from fewstep.evaluation.metric import Metric, Pictures
 from fewstep.evaluation.settings import FD_FEWEST, KID_FEWEST
 from fewstep.evaluation.teacher import TeacherFeatures, TeacherPixels
 
@@ -28,6 +24,9 @@ class Yardstick:
         metrics: what is measured.
         features: the backbone that they share.
         real_diversity: of real pictures of the same prompts, where that is known.
+
+    Raises:
+        UserError: too few real pictures to measure against.
     """
 
     reference: Reference
@@ -35,36 +34,29 @@ class Yardstick:
     features: Features
     real_diversity: float | None = None
 
+    def __post_init__(self) -> None:
+        if len(self.reference.pictures) < KID_FEWEST:
+            raise UserError(
+                f"there are {len(self.reference.pictures)} real pictures to measure against; KID needs at least "
+                f"{KID_FEWEST}"
+            )
 
-def read_real(folder: Path, size: int) -> np.ndarray:
-    """Real pictures of a folder, uint8 [N, size, size, 3].
 
-    Raises:
-        UserError: no folder, or too few pictures in it.
+def set_metrics(features: Features, n: int, real: Pictures) -> list[Metric]:
+    """Return what any set of pictures is measured by.
+
+    Args:
+        features: the backbone.
+        n: pictures in the smallest set that is compared: FD is left out below its least number.
+        real: pictures that FD's projection is fitted on.
     """
-    files = find_pictures(folder)
-    if len(files) < KID_FEWEST:
-        raise UserError(f"real = {str(folder)!r} holds {len(files)} pictures; KID needs at least {KID_FEWEST}")
-    return np.stack([read_picture(file, size) for file in files])
-
-
-def folder_yardstick(folder: Path, n: int, size: int, seed: int, features: Features) -> Yardstick:
-    """Measure against a folder of real pictures; there is a floor where it holds more than twice `n`.
-
-    Raises:
-        UserError: no folder with pictures.
-    """
-    pool = read_real(folder, size)
-    reference = Reference.split(pool, n, seed) if len(pool) > 2 * n else Reference(pool)
-    if len(reference.pictures) < KID_FEWEST:
-        raise UserError(f"real = {str(folder)!r} holds {len(pool)} pictures; KID needs at least {KID_FEWEST}")
-    metrics: list[Metric] = [
+    chosen: list[Metric] = [
         KernelDistance(features),
         TeacherFeatures(features),
         TeacherPixels(),
         EdgeDensity(),
         WebpBytes(),
     ]
-    if min(n, len(reference.pictures)) >= FD_FEWEST:
-        metrics.insert(0, FrechetDistance(features, Projection.fit(features(reference.pictures))))
-    return Yardstick(reference, metrics, features)
+    if n >= FD_FEWEST:
+        chosen.insert(0, FrechetDistance(features, Projection.fit(features(real))))
+    return chosen

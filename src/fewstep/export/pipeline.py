@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.config import validate
-from fewstep.files import atomic_folder, read_mapping
+from fewstep.files import atomic_folder, read_mapping, write_json
 from fewstep.folder import read_folder
 from fewstep.settings import TEACHER_SAMPLING, Sampling
 
@@ -36,15 +36,28 @@ def save_pipeline(target: Path, base: Path, network: nn.Module, record: Mapping[
     """
     saver: Any = network
     with atomic_folder(target) as part:
-        shutil.copy2(base / "model_index.json", part)
+        index = read_mapping(base / "model_index.json")
         for name in read_folder(base).components:
-            if name != "unet" and (base / name).is_dir():
-                shutil.copytree(base / name, part / name, ignore=shutil.ignore_patterns(*PICKLES))
+            if name == "unet" or not (base / name).is_dir():
+                continue
+            if _pickled(base / name):
+                index[name] = [None, None]  # a safety checker, often: a component without weights could not be loaded
+                if name == "safety_checker":
+                    index["requires_safety_checker"] = False
+                continue
+            shutil.copytree(base / name, part / name, ignore=shutil.ignore_patterns(*PICKLES))
+        write_json(part / "model_index.json", index)
         for item in [found for pattern in LICENCES for found in base.glob(pattern)]:
             (shutil.copytree if item.is_dir() else shutil.copy2)(item, part / item.name)
         saver.save_pretrained(part / "unet", safe_serialization=True)
         (part / RECORD).write_text(json.dumps(dict(record), indent=2) + "\n", encoding="utf-8")
     return target
+
+
+def _pickled(component: Path) -> bool:
+    """Whether a component's weights are pickles alone."""
+    pickles = [file for pattern in PICKLES for file in component.glob(pattern)]
+    return bool(pickles) and not any(component.glob("*.safetensors"))
 
 
 def read_record(pipeline: Path) -> dict[str, Any]:

@@ -231,6 +231,23 @@ def caption_table(records: Sequence[Record], variants: int, seed: int) -> list[l
     return table
 
 
+def check_size(size: int, field: str) -> None:
+    """Refuse a teacher that draws pictures of another size.
+
+    Args:
+        size: pixels a side of its pictures.
+        field: what asked for Emoji-8, for the error.
+
+    Raises:
+        UserError: it does.
+    """
+    if size != SIZE:
+        raise UserError(
+            f"{field} means Emoji-8, pictures of {SIZE} pixels a side, and the teacher draws {size}; "
+            "give a folder of pictures"
+        )
+
+
 def captioned(captions: int, seed: int) -> Captioned:
     """The training split with `captions` captions a picture."""
     data = load("train")

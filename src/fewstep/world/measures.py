@@ -14,20 +14,15 @@ from fewstep.draws import generator
 from fewstep.errors import UserError
 from fewstep.evaluation.agreement import PromptAgreement, load_scorer
 from fewstep.evaluation.bootstrap import mean_figure
-from fewstep.evaluation.detail import EdgeDensity, WebpBytes
 from fewstep.evaluation.diversity import PROMPTS, pairwise_distance
 from fewstep.evaluation.evaluate import Reference
 from fewstep.evaluation.features import Features
-from fewstep.evaluation.frechet import FrechetDistance, Projection
-from fewstep.evaluation.kid import KernelDistance
 from fewstep.evaluation.lite0 import Lite0Backbone
 from fewstep.evaluation.metric import Array, Figure, Metric, Pictures
 from fewstep.evaluation.neighbours import NONE, Neighbours, neighbour_shares
-from fewstep.evaluation.settings import FD_FEWEST
-from fewstep.evaluation.teacher import TeacherFeatures, TeacherPixels
 from fewstep.evaluation.text_side import BertStates
 from fewstep.evaluation.whiteness import BackgroundLevel, WhiteShare, background, background_by_prompt
-from fewstep.evaluation.yardstick import Yardstick
+from fewstep.evaluation.yardstick import Yardstick, set_metrics
 from fewstep.world import emoji8
 from fewstep.world.location import root
 
@@ -185,23 +180,13 @@ def metrics(gallery: Gallery, features: Features, n: int) -> list[Metric]:
     Args:
         gallery: the training pictures.
         features: the backbone.
-        n: pictures to be measured: FD is left out below its least number.
+        n: pictures in the smallest set that is compared: FD is left out below its least number.
     """
     pictures = gallery.data.pictures
     everywhere = background(pictures)
     by_prompt = background_by_prompt(pictures, [answered_prompts(record) for record in gallery.data.records])
-    chosen: list[Metric] = [
-        KernelDistance(features),
-        TeacherFeatures(features),
-        TeacherPixels(),
-        EdgeDensity(),
-        WebpBytes(),
-        WhiteShare(everywhere, by_prompt),
-        BackgroundLevel(everywhere, by_prompt),
-    ]
-    if n >= FD_FEWEST:
-        chosen.insert(0, FrechetDistance(features, Projection.fit(features(pictures))))
-    return chosen
+    white = [WhiteShare(everywhere, by_prompt), BackgroundLevel(everywhere, by_prompt)]
+    return [*set_metrics(features, n, pictures), *white]
 
 
 def emoji8_yardstick(prompts: Sequence[str], size: int, seed: int, features: Features) -> Yardstick:
@@ -210,17 +195,16 @@ def emoji8_yardstick(prompts: Sequence[str], size: int, seed: int, features: Fea
     Prompts that name its concepts are measured against pictures of these; other words against all pictures.
 
     Raises:
-        UserError: the teacher draws another size.
+        UserError: the teacher draws another size, or too few real pictures answer the prompts.
     """
-    if size != emoji8.SIZE:
-        raise UserError(
-            f"real is empty and means Emoji-8 ({emoji8.SIZE} pixels), the teacher draws {size}; give a folder"
-        )
+    emoji8.check_size(size, "real left out")
     gallery = Gallery.load()
-    chosen = [*metrics(gallery, features, len(prompts)), agreement()]
-    if all(gallery.knows(prompt) for prompt in prompts):
-        diverse = real_diversity(gallery, features, prompts[:PROMPTS], seed)
-        return Yardstick(gallery.reference(prompts, seed), chosen, features, diverse.value if diverse else None)
-    data = gallery.data
-    names = [record.name for record in data.records]
-    return Yardstick(Reference.split(data.pictures, len(prompts), seed, names), chosen, features)
+    known = all(gallery.knows(prompt) for prompt in prompts)
+    if known:
+        reference = gallery.reference(prompts, seed)
+    else:
+        names = [record.name for record in gallery.data.records]
+        reference = Reference.split(gallery.data.pictures, len(prompts), seed, names)
+    chosen = [*metrics(gallery, features, min(len(prompts), len(reference.pictures))), agreement()]
+    diverse = real_diversity(gallery, features, prompts[:PROMPTS], seed) if known else None
+    return Yardstick(reference, chosen, features, diverse.value if diverse else None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from fewstep.backbones.sd import encode_pictures, encode_text
 from fewstep.device import pick_device
 from fewstep.errors import UserError
 from fewstep.export.pipeline import RECORD
-from fewstep.files import atomic_folder, atomic_write, read_json, sha256, write_json
+from fewstep.files import atomic_folder, atomic_write, read_json, sha256, sweep, taken, write_json
 from fewstep.processes import together
 from fewstep.settings import TEACHER_SAMPLING
 from fewstep.tensors import load_tensors, save_tensors
@@ -234,7 +235,12 @@ def train_teacher(config: TeacherConfig, out: Path, target: Path) -> dict[str, f
     fingerprint = sha256(out / "vae" / FINAL, *sorted((text / "text_encoder").glob("*.safetensors")))
     encoders = WorldEncoders(vae, text)
     accelerator = make_accelerator(config.unet.loop.precision, device)
-    unet = train_unet(config.unet, encoders, fingerprint, out / "unet", accelerator)
+    with ExitStack() as held:
+        with together():
+            if accelerator.is_main_process:
+                held.enter_context(taken(out / "unet"))  # before anything is encoded into it
+                sweep(out / "unet" / "cache")
+        unet = train_unet(config.unet, encoders, fingerprint, out / "unet", accelerator)
     # last, on the encoder's latents as they are: the denoiser does not see the difference
     accelerator = make_accelerator(config.decoder.loop.precision, device)
     vae = train_decoder(config.decoder, vae, data.pictures, heldout.pictures, out / "decoder", accelerator)

@@ -29,10 +29,10 @@ SHOWN = (
 )
 """Prompts of the sample grid: with and without style, keywords, and words of no caption."""
 OWN_WORDS = {
-    "words of no caption, never taught": "new_words.json",
-    "words of no caption that the encoder was taught": "synonyms.json",
+    "words of no caption, never taught": ("new_words.json", 31_000),
+    "words of no caption that the encoder was taught": ("synonyms.json", 30_000),
 }
-"""Lists of a person's own words, in Emoji-8's folder."""
+"""Lists of a person's own words, in Emoji-8's folder, and the seeds from which they are drawn."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,9 @@ def unseen_figures(artist: Artist, gallery: Gallery, features: Features, samplin
         return gallery.neighbours(features, pictures, prompts, concepts).right_concept
 
     figures = {"held-out (concept, family) pairs: right concept": right(pairs, None, 20_000)}
-    for number, (kind, file) in enumerate(OWN_WORDS.items()):
+    for kind, (file, first) in OWN_WORDS.items():
         words = read_json(emoji8.folder() / file)
         names, said = [entry["name"] for entry in words], [entry["word"] for entry in words]
-        first = 30_000 + 1_000 * number
         by_word, by_name = right(said, names, first), right(names, names, first)
         share = by_word.value / by_name.value if by_name.value else 0.0
         figures[f"{kind}: right concept"] = by_word

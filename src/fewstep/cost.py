@@ -29,7 +29,8 @@ class Checks:
         first: network evaluations for the teacher's pictures, once.
         each: those of a check.
         count: checks.
-        seconds: all of them, from the timed step's evaluations (a backward pass counts as two).
+        seconds: all of them, from the timed step's evaluations (a backward pass counts as two); checks are drawn in
+            fp32 by one process, which may be slower than the step.
     """
 
     first: int
@@ -51,10 +52,10 @@ def count_checks(config: DistillConfig, seconds_per_step: float) -> Checks | Non
     if not every:
         return None
     pictures, sampling = config.watch.count, config.sampling
-    first = pictures * config.watch.teacher_steps * 2
+    first = pictures * config.watch.teacher_steps * (2 if config.method.guidance.mean_omega > 0 else 1)
     each = pictures * sampling.steps * (2 if sampling.omega > 0 else 1)
     count = math.ceil(config.loop.steps / every)
-    evaluations = config.loop.batch * (sum(config.method.calls.values()) + 2)
+    evaluations = config.loop.batch / processes.count() * (sum(config.method.calls.values()) + 2)
     return Checks(first, each, count, (first + count * each) * seconds_per_step / evaluations)
 
 

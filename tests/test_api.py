@@ -1,0 +1,145 @@
+"""The verbs as functions, as a notebook calls them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fewstep
+from fewstep import cli
+from fewstep.errors import UserError
+from fewstep.files import read_json, write_json
+
+
+def picture(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def test_every_verb_stays_a_function() -> None:
+    """Modules of the package that are imported later must not take a verb's name."""
+    import fewstep.distillation
+    import fewstep.measuring
+    import fewstep.world.benchmark
+    import fewstep.world.demo
+    import fewstep.world.teacher
+
+    for name in fewstep.__all__:
+        assert callable(getattr(fewstep, name)), name
+    assert set(fewstep.__all__) <= set(dir(fewstep))
+
+
+def test_an_estimate_may_be_asked_for_twice(tiny_overrides: list[str], tmp_path: Path) -> None:
+    for _ in range(2):
+        estimated = fewstep.estimate("tcd", out=tmp_path / "run", overrides=tiny_overrides)
+        assert estimated.calls == {"student": 1, "target": 1, "teacher": 2}
+    assert not (tmp_path / "run").exists()
+    few = tmp_path / "few"
+    few.mkdir()
+    for number in range(3):
+        Image.new("RGB", (64, 64)).save(few / f"{number}.png")
+        (few / f"{number}.txt").write_text("a red disc")
+    words = [*tiny_overrides, f"data.source={few}", "loop.watch_every=2"]
+    with pytest.raises(UserError, match=r"watch_every takes KID from at least 10 pictures, data.source has 3"):
+        fewstep.estimate("tcd", out=tmp_path / "run", overrides=words)
+
+
+def test_one_word_or_several(tiny_pipeline: Path, tmp_path: Path) -> None:
+    """A string is one prompt, and one override; another teacher than the bundled one draws as itself."""
+    few = {"settings": {"steps": 2}, "teacher": tiny_pipeline, "device": "cpu"}
+    alone = fewstep.sample("a red disc", out=tmp_path / "alone.png", **few)
+    listed = fewstep.sample(["a red disc"], lora=None, out=tmp_path / "listed.png", **few)
+    assert picture(alone).shape == (256, 256, 3), "one picture, without a margin, 64 pixels four times"
+    np.testing.assert_array_equal(picture(alone), picture(listed))
+    small = fewstep.sample("a red disc", out=tmp_path / "small.png", scale=1, **few)
+    np.testing.assert_array_equal(picture(small).repeat(4, 0).repeat(4, 1), picture(alone))
+    with pytest.raises(UserError, match=r"unknown key optim\.rl; the nearest known one is optim\.lr"):
+        fewstep.distill("tcd", out=tmp_path / "run", teacher=tiny_pipeline, overrides="optim.rl=1")
+
+
+def test_the_bundled_teacher_by_its_path_has_its_student(tmp_path: Path) -> None:
+    world = Path(__file__).resolve().parents[1] / "world" / "teacher"
+    first = fewstep.sample("octopus", out=tmp_path / "a.png", device="cpu")
+    second = fewstep.sample("octopus", out=tmp_path / "b.png", teacher=world, device="cpu")
+    np.testing.assert_array_equal(picture(first), picture(second))
+
+
+def test_bundled_pictures_for_a_teacher_of_another_size(tiny_pipeline: Path, tmp_path: Path) -> None:
+    large = tmp_path / "large"
+    shutil.copytree(tiny_pipeline, large)
+    write_json(large / "unet" / "config.json", {**read_json(large / "unet" / "config.json"), "sample_size": 64})
+    words = r"data.source = 'emoji8' means Emoji-8, pictures of 64 pixels a side, and the teacher draws 512"
+    with pytest.raises(UserError, match=words):
+        fewstep.estimate("tcd", out=tmp_path / "run", teacher=large)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"),
+        MemoryError("Unable to allocate 2 TiB"),
+    ],
+)
+def test_out_of_memory_is_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fewstep.api.sample", fail)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["sample", "a disc"])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fewstep: out of memory (")
+
+
+def test_other_errors_of_a_library_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("fewstep.api.sample", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["sample", "a disc"])
+
+
+def test_ctrl_c_says_that_it_can_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fewstep.api.sample", stop)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["sample", "a disc"])
+    assert ended.value.code == 130
+    assert "stopped; run the same command again to go on" in capsys.readouterr().err
+
+
+def test_weights_are_those_that_would_be_loaded(tmp_path: Path) -> None:
+    """Of a whole file and shards side by side diffusers reads the shards, transformers the file; variants none."""
+    from fewstep.folder import weight_files
+
+    def names(stem: str) -> list[str]:
+        return [file.name for file in weight_files(tmp_path / stem)]
+
+    for stem in ("diffusion_pytorch_model", "model"):
+        folder = tmp_path / stem
+        folder.mkdir()
+        (folder / f"{stem}.fp16.safetensors").touch()
+        assert names(stem) == []
+        (folder / f"{stem}.safetensors").touch()
+        assert names(stem) == [f"{stem}.safetensors"]
+        index = {
+            "weight_map": {"b": f"{stem}-2.safetensors", "a": f"{stem}-1.safetensors", "c": f"{stem}-1.safetensors"}
+        }
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+    assert names("diffusion_pytorch_model") == [f"diffusion_pytorch_model-{i}.safetensors" for i in (1, 2)]
+    assert names("model") == ["model.safetensors"]
+    (tmp_path / "model" / "model.safetensors").unlink()
+    (tmp_path / "model" / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
+    with pytest.raises(UserError, match="holds no weight_map of files"):
+        names("model")
