@@ -152,7 +152,5 @@ def test_words_that_are_no_names_are_measured_against_all_pictures() -> None:
     assert 10 <= len(named.reference.pictures) < 40, "of these concepts alone"
     with pytest.raises(UserError, match="6 real pictures to measure against; KID needs at least 10"):
         measures.emoji8_yardstick(["octopus", "tiger"] * 5, 64, 0, features)
-    with pytest.raises(
-        UserError, match="real left out means Emoji-8, pictures of 64 .* draws 512"
-    ):
+    with pytest.raises(UserError, match="real left out means Emoji-8, pictures of 64 pixels"):
         measures.emoji8_yardstick(PROMPTS, 512, 0, features)
