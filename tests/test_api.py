@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,20 @@ def test_bundled_pictures_for_a_teacher_of_another_size(tiny_pipeline: Path, tmp
         fewstep.estimate("tcd", out=tmp_path / "run", teacher=large)
 
 
+@pytest.fixture
+def sampling_raises(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
+    """Let `fewstep sample` meet an error, and run it."""
+
+    def run(error: BaseException) -> None:
+        def fail(*_: object, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr("fewstep.api.sample", fail)
+        cli.main(["sample", "a disc"])
+
+    return run
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -86,35 +101,25 @@ def test_bundled_pictures_for_a_teacher_of_another_size(tiny_pipeline: Path, tmp
     ],
 )
 def test_out_of_memory_is_one_line(
-    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: Exception, sampling_raises: Callable[[BaseException], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise error
-
-    monkeypatch.setattr("fewstep.api.sample", fail)
     with pytest.raises(SystemExit) as stop:
-        cli.main(["sample", "a disc"])
+        sampling_raises(error)
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("fewstep: out of memory (")
 
 
-def test_other_errors_of_a_library_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("a bug")
-
-    monkeypatch.setattr("fewstep.api.sample", fail)
+def test_other_errors_of_a_library_are_not_hidden(sampling_raises: Callable[[BaseException], None]) -> None:
     with pytest.raises(RuntimeError, match="a bug"):
-        cli.main(["sample", "a disc"])
+        sampling_raises(RuntimeError("a bug"))
 
 
-def test_ctrl_c_says_that_it_can_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def stop(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("fewstep.api.sample", stop)
+def test_ctrl_c_says_that_it_can_go_on(
+    sampling_raises: Callable[[BaseException], None], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main(["sample", "a disc"])
+        sampling_raises(KeyboardInterrupt())
     assert ended.value.code == 130
     assert "stopped; run the same command again to go on" in capsys.readouterr().err
 

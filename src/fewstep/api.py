@@ -5,20 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from fewstep.config import merge, parse_overrides, read_yaml, validate
-from fewstep.errors import UserError, nearest
+from fewstep.errors import UserError
 
 if TYPE_CHECKING:
     from fewstep.cost import Estimated
     from fewstep.evaluation.metric import Figure
-    from fewstep.folder import PipelineFolder
-    from fewstep.settings import DistillConfig, Sampling
-
-BUNDLED_STUDENTS = ("tcd", "lcm")
-AUTO = "auto"
-"""The student where none is named: the bundled TCD one for the bundled teacher, none for another teacher."""
+    from fewstep.settings import DistillConfig
 
 
 def distill(
@@ -90,7 +85,7 @@ def sample(
     *,
     out: Path | str,
     prompt_file: Path | str | None = None,
-    lora: Path | str | None = AUTO,
+    lora: Path | str | None = "auto",
     teacher: Path | str = "",
     seed: int = 0,
     count: int = 1,
@@ -122,6 +117,7 @@ def sample(
     from fewstep.folder import read_folder
     from fewstep.names import check_device
     from fewstep.settings import teacher_path
+    from fewstep.student_choice import choose_student
 
     named = [prompts] if isinstance(prompts, str) else prompts
     wanted = [*named, *(read_prompts(prompt_file, "prompt_file") if prompt_file else [])]
@@ -138,7 +134,7 @@ def sample(
     _check_seed(seed, count * len(wanted))
     check_device(device)
     folder = read_folder(teacher_path(teacher))
-    student, sampling, _ = _student_of(folder, _named_student(lora, folder), settings or {})
+    student, sampling, _ = choose_student(folder, lora, settings or {})
     check_writable(path.parent)
     from fewstep.device import pick_device
 
@@ -158,7 +154,7 @@ def evaluate(
     *,
     prompt_file: Path | str,
     out: Path | str,
-    lora: Path | str | None = AUTO,
+    lora: Path | str | None = "auto",
     teacher: Path | str = "",
     real: Path | str | None = None,
     reference: Path | str | None = None,
@@ -193,6 +189,7 @@ def evaluate(
     from fewstep.folder import read_folder
     from fewstep.names import check_device
     from fewstep.settings import Sampling, teacher_path
+    from fewstep.student_choice import choose_student
 
     check_device(device)
     prompts = read_prompts(prompt_file, "prompt_file")
@@ -202,7 +199,7 @@ def evaluate(
         check_real(Path(real))
     _check_seed(seed, 8 * len(prompts))
     folder = read_folder(teacher_path(teacher))
-    chosen = _student_of(folder, _named_student(lora, folder), settings or {})
+    chosen = choose_student(folder, lora, settings or {})
     other = Path(reference) if reference else (folder.path if chosen.lora else None)
     base = read_folder(other, "reference") if other else folder
     own = end_point_sampling(base.path)
@@ -370,71 +367,6 @@ def _check_installed(verb: str, packages: Sequence[str] = MEASURING) -> None:
             raise UserError(
                 f"{verb} needs {package}, which is not installed; in the checkout: pip install -e '.[metrics]'"
             )
-
-
-def find_student(name: Path | str) -> Path:
-    """A bundled student by name, or the path itself.
-
-    Raises:
-        UserError: neither.
-    """
-    if str(name) in BUNDLED_STUDENTS:
-        from fewstep.world.location import root
-
-        return root() / "students" / str(name)
-    if not Path(name).exists():
-        best = nearest(str(name), BUNDLED_STUDENTS)
-        raise UserError(f"lora = {str(name)!r} is neither a file nor a bundled student; the nearest is {best!r}")
-    return Path(name)
-
-
-class _Chosen(NamedTuple):
-    """Who draws, and how."""
-
-    lora: Path | None
-    sampling: Sampling
-    omega_seen: float | None
-
-
-def _named_student(lora: Path | str | None, folder: PipelineFolder) -> Path | str | None:
-    """The student that `auto` stands for, beside a teacher."""
-    from fewstep.settings import teacher_path
-
-    if lora != AUTO:
-        return lora
-    try:
-        bundled = folder.path.resolve() == teacher_path("").resolve()
-    except UserError:  # no bundled world on this machine
-        bundled = False
-    return "tcd" if bundled else None
-
-
-def _student_of(folder: PipelineFolder, lora: Path | str | None, changes: Mapping[str, Any]) -> _Chosen:
-    """The student that is asked for and how to sample it, refused here if it does not belong to the teacher.
-
-    `omega_seen` is the mean guidance it was trained with, None where it does not say.
-    """
-    from fewstep.checks import check_sampling
-    from fewstep.export.header import check_lora
-    from fewstep.export.pipeline import read_record, teacher_sampling
-    from fewstep.settings import Guidance, Sampling
-
-    student = find_student(lora) if lora is not None else None
-    if student is None:
-        own, notes = teacher_sampling(folder.path), read_record(folder.path)
-    else:
-        header = check_lora(student, folder)
-        own, notes = header.sampling or Sampling(), header.notes
-    seen = notes.get("guidance_seen")
-    given = {key: value for key, value in changes.items() if value is not None}
-    sampling = validate(Sampling, own.model_dump() | given)
-    if "gamma" in given and sampling.sampler != "sss":
-        raise UserError(
-            f"gamma = {sampling.gamma:g} says nothing to sampler = {sampling.sampler!r}; "
-            "leave it out, or give sampler = 'sss'"
-        )
-    check_sampling(sampling, folder)
-    return _Chosen(student, sampling, validate(Guidance, seen).mean_omega if isinstance(seen, dict) else None)
 
 
 @contextmanager

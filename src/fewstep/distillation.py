@@ -98,12 +98,13 @@ def prepare(config: DistillConfig, cache: Path, device: torch.device) -> Run:
     backbone = load_backbone(read_folder(teacher_path(config.teacher)).path, device)
     captioned = read_pictures(config, backbone.picture_size)
     backbone.load_encoders()  # a broken text encoder is told of before the pictures are encoded
-    return lay_out(config, backbone, captioned, encode(captioned, backbone, cache))
+    data = latent_set(captioned, backbone, encoders_of(backbone), cache)
+    return lay_out(config, backbone, captioned, data)
 
 
-def encode(captioned: pictures.Captioned, backbone: StableDiffusion, cache: Path) -> LatentSet:
-    """The data without its pictures and words, from the cache where they are in it."""
-    return latent_set(captioned, backbone, backbone.folder.identity("vae", "text_encoder", "tokenizer"), cache)
+def encoders_of(backbone: StableDiffusion) -> str:
+    """Fingerprint of what makes latents and text states."""
+    return backbone.folder.identity("vae", "text_encoder", "tokenizer")
 
 
 def lay_out(config: DistillConfig, backbone: StableDiffusion, captioned: pictures.Captioned, data: LatentSet) -> Run:
@@ -246,10 +247,10 @@ def estimate_run(config: DistillConfig) -> Estimated:
     captioned = read_pictures(config, backbone.picture_size)
     backbone.load_encoders()
     few = captioned.take(range(min(config.loop.batch, len(captioned))))
-    backbone.folder.identity("vae", "text_encoder", "tokenizer")  # hashed once, whatever the number of pictures
+    encoders = encoders_of(backbone)  # before the clock starts: hashed once, whatever the number of pictures
     with tempfile.TemporaryDirectory() as cache:
         started = time.perf_counter()
-        data = encode(few, backbone, Path(cache))
+        data = latent_set(few, backbone, encoders, Path(cache))
         encoding = (time.perf_counter() - started) / len(few) * len(captioned)
         run = lay_out(config, backbone, few, data)
     estimated = estimate(update_plan(run), run.data, config, networks(run))
