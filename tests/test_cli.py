@@ -110,6 +110,15 @@ def test_an_unknown_recipe_names_the_nearest(refuse: Refuse) -> None:
             "method.grid=60 sampling.grid=60",
             "method.grid = 60 does not divide the teacher's 1000 training indices; ",
         ),
+        (
+            "sampling.sampler=ddim sampling.grid=60",
+            "sampling.grid = 60 does not divide the teacher's 1000 training indices; ",
+        ),
+        (
+            "sampling.sampler=ddim sampling.spacing=trailing sampling.steps=2000",
+            "sampling.steps = 2000 is out of range; the nearest legal one is 1000",
+        ),
+        ("watch.teacher_steps=2000", "watch.teacher_steps = 2000 is out of range; the nearest legal one is 1000"),
         ("watch.prompts=validaton", "prompt list 'validaton' is unknown; the nearest is 'validation'"),
         ("data.source=nowhere", "data.source = 'nowhere' is not a folder"),
         ("teacher=nowhere", "teacher = 'nowhere' is no diffusers pipeline folder"),
@@ -210,6 +219,28 @@ def test_a_full_disk_while_training(
     assert Path("run/student/pytorch_lora_weights.safetensors").is_file()
 
 
+def test_a_full_disk_while_a_full_student_is_written(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny_overrides: list[str]
+) -> None:
+    """The library that writes it has an error of its own for this."""
+    from diffusers import UNet2DConditionModel
+    from safetensors import SafetensorError
+
+    def save(self: Any, target: Path, **_: Any) -> None:
+        target.mkdir()
+        (target / "diffusion_pytorch_model.safetensors").write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(UNet2DConditionModel, "save_pretrained", save)
+    changes = [*tiny_overrides, "student.kind=full", "loop.steps=1"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["distill", "--out", "run", *(word for change in changes for word in ("-s", change))])
+    assert stop.value.code == 2
+    (said,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("fewstep: ")]
+    assert "No space left on device" in said
+    assert not Path("run/student").exists()
+
+
 def test_a_full_disk_while_drawing(
     refuse: Refuse, monkeypatch: pytest.MonkeyPatch, tiny_pipeline: Path, distilled: Path
 ) -> None:
@@ -269,6 +300,13 @@ def test_options_out_of_range(
 ) -> None:
     lora = () if "--lora" in options else ("--lora", str(distilled))
     assert words in refuse("sample", "a disc", "--teacher", str(tiny_pipeline), *lora, *options)
+
+
+def test_a_place_that_is_named_like_a_bundled_student(refuse: Refuse) -> None:
+    Path("tcd").mkdir()
+    line = refuse("sample", "a disc", "--lora", "tcd", keeps=("tcd",))
+    assert "lora = 'tcd' is a bundled student and also" in line
+    assert str(Path("tcd").resolve()) in line
 
 
 def test_teacher_sampling_has_its_own_range(refuse: Refuse, tiny_pipeline: Path) -> None:

@@ -80,7 +80,7 @@ def test_too_little_or_another_size_is_refused_before_anything_is_drawn(
     shutil.copytree(tiny_pipeline, large)
     config = read_json(large / "unet" / "config.json")
     write_json(large / "unet" / "config.json", {**config, "sample_size": 16})
-    refused(r"draws 128 pixels a side, the student 64", reference=large)
+    refused(r"draws 128 pixels a side, not 64", reference=large)
 
 
 @pytest.fixture(scope="module")

@@ -148,11 +148,11 @@ def test_who_is_called_and_who_learns(target: Any, role: str) -> None:
     network = Recorder()
     loss = loss_of(ConsistencyConfig(target=target), network)
     assert [(c.role, c.n, c.grad) for c in network.calls] == [
+        ("student", 16, True),
         (BASE, 32, False),
         (role, 16, False),
-        ("student", 16, True),
     ]
-    teacher, aim, student = network.calls
+    student, teacher, aim = network.calls
     assert teacher.text.tolist() == [1.0] * 16 + [0.0] * 16
     assert torch.equal(teacher.t[:16], student.t)
     assert bool((aim.t < student.t).all())

@@ -341,6 +341,8 @@ def test_claims_fail_where_figures_say_so() -> None:
     assert claim(claims(teachers), "teacher, omega 3 at 50").held is False  # 13.64 is 14 % above its 12
     falling = changed(planted(), "TCD", "detail: edges", {20: 5.0})
     assert claim(claims(falling), "TCD's detail (edges)").held is False
+    early = changed(planted(), "TCD", "detail: edges", {2: 5.2})  # the paper's rises from 2 calls on
+    assert claim(claims(early), "TCD's detail (edges)").held is False
     rising = changed(planted(), "LCM", "detail: edges", {20: 5.0})
     assert claim(claims(rising), "LCM's detail (edges)").held is False
     apart = changed(planted(), "Euler", "FD-Lite0", {8: 17.0})

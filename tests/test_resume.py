@@ -16,9 +16,47 @@ from safetensors.torch import load_file
 SMALL = ["student.rank=2", "student.targets=[to_q,conv1,time_emb_proj]", "loop.steps=5", "loop.save_every=2"]
 
 
+def test_versions_are_listed_in_the_order_of_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fewstep.files import read_json
+    from fewstep.training import run
+
+    path = tmp_path / "versions.json"
+    for torch_version in ("2.12", "2.12", "2.13", "2.12"):
+        monkeypatch.setattr(run, "versions", lambda now=torch_version: {"torch": now})
+        run.note_versions(path)
+    assert [found["torch"] for found in read_json(path)] == ["2.12", "2.13", "2.12"]
+
+
 def figures(folder: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key != "time"} for line in lines]
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_half_precision_learns_what_full_precision_learns(
+    kind: str, tiny_overrides: list[str], tiny_cache: Path, tmp_path: Path
+) -> None:
+    """The student is called with and without gradient in one step: autocast's kept casts must not cut it off."""
+    from fewstep import distillation
+    from fewstep.settings import resolve
+
+    losses, moved = {}, {}
+    for precision in ("fp32", "bf16"):
+        words = [*tiny_overrides, "student.rank=2", f"student.kind={kind}", f"loop.precision={precision}"]
+        config = resolve("tcd", None, [*words, "loop.steps=3"])
+        out = distillation.distill(config, tmp_path / precision, cache=tiny_cache, quiet=True)
+        file = out if out.is_file() else out / "unet" / "diffusion_pytorch_model.safetensors"
+        moved[precision] = load_file(file)
+        losses[precision] = [line["student/loss"] for line in figures(tmp_path / precision)]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
+    if kind == "lora":
+        still = [name for name, value in moved["bf16"].items() if "lora_B" in name and not value.any()]
+        assert not still
+        return
+    start = load_file(Path(config.teacher) / "unet" / "diffusion_pytorch_model.safetensors")
+    for name, value in start.items():
+        step, other = (moved[precision][name].float() - value.float() for precision in ("bf16", "fp32"))
+        assert (step != 0).any() == (other != 0).any(), name
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from fewstep.denoiser import Denoiser
+from fewstep.errors import UserError
 from fewstep.names import Prediction
 from fewstep.schedule import (
     PREDICTIONS,
+    PURE_NOISE,
     FlowMatching,
     Path,
     VarianceExploding,
@@ -96,6 +99,18 @@ def test_times_outside_an_indexed_path_are_its_ends() -> None:
     outside, ends = torch.tensor([-7.0, 2000.0]), torch.tensor([-1.0, 999.0])
     assert torch.equal(path.alpha(outside), path.alpha(ends))
     assert torch.equal(path.time_of(torch.tensor([50.0, -50.0])), ends.double())
+
+
+def test_zero_terminal_snr_is_pure_noise_and_finite() -> None:
+    """log 0 would be interpolated to a nan: between the last two indices, and at the last one itself."""
+    betas = torch.tensor([0.1, 0.2, 1.0], dtype=torch.float64)
+    tables = VariancePreserving.from_betas(betas), VariancePreserving.from_alphas_cumprod((1 - betas).cumprod(0))
+    for path in tables:
+        assert float(path.alpha(number(2))) < PURE_NOISE
+        assert float(path.sigma(number(2))) == 1
+        assert 0 < float(path.alpha(number(1.5))) < float(path.alpha(number(1)))
+        with pytest.raises(UserError, match="zero terminal SNR"):
+            Denoiser(lambda x, *_: x, path, "eps")
 
 
 def test_index_0_is_not_clean_in_any_precision() -> None:

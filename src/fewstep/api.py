@@ -190,6 +190,7 @@ def evaluate(
     from fewstep.names import check_device
     from fewstep.settings import Sampling, teacher_path
     from fewstep.student_choice import choose_student
+    from fewstep.world import emoji8
 
     check_device(device)
     prompts = read_prompts(prompt_file, "prompt_file")
@@ -202,6 +203,13 @@ def evaluate(
     chosen = choose_student(folder, lora, settings or {})
     other = Path(reference) if reference else (folder.path if chosen.lora else None)
     base = read_folder(other, "reference") if other else folder
+    size, seen = folder.picture_size, base.picture_size
+    if seen != size:
+        raise UserError(
+            f"reference = {str(other)!r} draws {seen} pixels a side, not {size}; the nearest is the student's teacher"
+        )
+    if real is None:
+        emoji8.check_size(size, "real left out")
     own = end_point_sampling(base.path)
     omega = reference_omega if reference_omega is not None else chosen.omega_seen
     drawn = validate(Sampling, own.model_dump() | ({} if omega is None else {"omega": omega}))

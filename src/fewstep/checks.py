@@ -28,8 +28,11 @@ def check_distillation(config: DistillConfig, folder: PipelineFolder) -> None:
         from fewstep.world.emoji8 import check_size
 
         check_size(folder.picture_size, "data.source = 'emoji8'")
-    _check_watched(config)
+    if config.loop.watch_every:
+        _check_watched(config.watch.prompts)
+        _check_steps("watch.teacher_steps", config.watch.teacher_steps, _indices(folder))
     _check_grid("method.grid", config.method.grid, folder)
+    _check_times("sampling.", config.sampling, folder)
     if config.student.kind == "lora" and config.student.targets:
         _check_targets(config.student.targets, folder)
 
@@ -40,13 +43,19 @@ def check_sampling(sampling: Sampling, folder: PipelineFolder) -> None:
     Raises:
         UserError: a grid off the schedule, or more steps than it has indices.
     """
+    _check_times("", sampling, folder)
+
+
+def _check_times(section: str, sampling: Sampling, folder: PipelineFolder) -> None:
     if sampling.spacing == "grid":
-        _check_grid("grid", sampling.grid, folder)
+        _check_grid(f"{section}grid", sampling.grid, folder)
         return
-    calls = CALLS[sampling.sampler]
-    most = _indices(folder) * calls
-    if sampling.steps > most:
-        raise UserError(f"steps = {sampling.steps} is out of range; the nearest legal one is {most}")
+    _check_steps(f"{section}steps", sampling.steps, _indices(folder) * CALLS[sampling.sampler])
+
+
+def _check_steps(field: str, steps: int, most: int) -> None:
+    if steps > most:
+        raise UserError(f"{field} = {steps} is out of range; the nearest legal one is {most}")
 
 
 def check_real(folder: Path) -> None:
@@ -111,9 +120,8 @@ def _check_grid(field: str, grid: int, folder: PipelineFolder) -> None:
         )
 
 
-def _check_watched(config: DistillConfig) -> None:
-    named = config.watch.prompts
-    if not config.loop.watch_every or not named:
+def _check_watched(named: str) -> None:
+    if not named:
         return
     if is_prompt_file(named):
         read_prompts(named, "watch.prompts")

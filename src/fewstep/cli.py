@@ -15,6 +15,7 @@ import typer
 from pydantic import BaseModel
 
 from fewstep.errors import UserError
+from fewstep.evaluation.settings import FD_ADVISED
 from fewstep.names import TO_TEACHER
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def sample(
     path = api.sample(
         prompts or [],
         prompt_file=prompt_file,
-        lora=None if lora == "none" else lora,
+        lora=lora,
         teacher=teacher,
         seed=seed,
         count=count,
@@ -193,7 +194,7 @@ def evaluate(
     figures = api.evaluate(
         prompt_file=prompt_file,
         out=out,
-        lora=None if lora == "none" else lora,
+        lora=lora,
         teacher=teacher,
         real=real,
         reference=reference,
@@ -203,8 +204,11 @@ def evaluate(
         settings={"steps": steps, "gamma": gamma, "omega": omega, "sampler": sampler},
     )
     echo_figures(figures)
-    if not any(name.startswith("FD-") for name in figures):
+    distances = [figure for name, figure in figures.items() if name.startswith("FD-")]
+    if not distances:
         say("FD-Lite0: left out, below 500 pictures on either side it would measure its own bias")
+    elif min(figure.n for figure in distances) < FD_ADVISED:
+        say(f"FD-Lite0: below {FD_ADVISED} pictures its own bias shows; compare it at equal numbers only")
     if real is not None:
         say("agreement: left out, its scorer knows Emoji-8's drawings alone")
     if not any(figure.floor is not None for name, figure in figures.items() if not name.endswith(TO_TEACHER)):

@@ -16,8 +16,8 @@ from fewstep import processes
 from fewstep.data.latents import LatentSet
 from fewstep.device import pick_precision
 from fewstep.draws import Draws
+from fewstep.role_layout import unique_bytes
 from fewstep.settings import DistillConfig
-from fewstep.students import unique_bytes
 from fewstep.training.loop import Update
 
 

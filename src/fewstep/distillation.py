@@ -37,9 +37,9 @@ from fewstep.folder import read_folder
 from fewstep.loss import Loss
 from fewstep.objectives.consistency import consistency_loss
 from fewstep.processes import together
+from fewstep.role_layout import Student, make_student
 from fewstep.roles import SeparateRoles
 from fewstep.settings import DistillConfig, teacher_path
-from fewstep.students import Student, make_student
 from fewstep.training.cpu import speed_up
 from fewstep.training.launch import make_accelerator
 from fewstep.training.loop import Batch, Follower, Update, check_split, train
@@ -98,11 +98,11 @@ def prepare(config: DistillConfig, cache: Path, device: torch.device) -> Run:
     backbone = load_backbone(read_folder(teacher_path(config.teacher)).path, device)
     captioned = read_pictures(config, backbone.picture_size)
     backbone.load_encoders()  # a broken text encoder is told of before the pictures are encoded
-    data = latent_set(captioned, backbone, encoders_of(backbone), cache)
+    data = latent_set(captioned, backbone, encoders_fingerprint(backbone), cache)
     return lay_out(config, backbone, captioned, data)
 
 
-def encoders_of(backbone: StableDiffusion) -> str:
+def encoders_fingerprint(backbone: StableDiffusion) -> str:
     """Fingerprint of what makes latents and text states."""
     return backbone.folder.identity("vae", "text_encoder", "tokenizer")
 
@@ -247,10 +247,12 @@ def estimate_run(config: DistillConfig) -> Estimated:
     captioned = read_pictures(config, backbone.picture_size)
     backbone.load_encoders()
     few = captioned.take(range(min(config.loop.batch, len(captioned))))
-    encoders = encoders_of(backbone)  # before the clock starts: hashed once, whatever the number of pictures
+    fingerprint = encoders_fingerprint(
+        backbone
+    )  # before the clock starts: hashed once, whatever the number of pictures
     with tempfile.TemporaryDirectory() as cache:
         started = time.perf_counter()
-        data = latent_set(few, backbone, encoders, Path(cache))
+        data = latent_set(few, backbone, fingerprint, Path(cache))
         encoding = (time.perf_counter() - started) / len(few) * len(captioned)
         run = lay_out(config, backbone, few, data)
     estimated = estimate(update_plan(run), run.data, config, networks(run))

@@ -13,6 +13,7 @@ All functions compute in float64 on the CPU, where times are decided; `expand` t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol, get_args
 
@@ -24,6 +25,8 @@ from fewstep.names import Prediction
 PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
 PURE_NOISE = 1e-6
 """alpha below which x_t counts as pure noise: x_0 cannot be had from it by division, in fp32 or otherwise."""
+NO_SIGNAL = math.log(PURE_NOISE**4)
+"""log(alpha_t^2) that stands for alpha_t = 0 (zero terminal SNR): it is interpolated, and must be finite."""
 
 
 class Path(Protocol):
@@ -63,12 +66,12 @@ class VariancePreserving:
     def from_betas(betas: Tensor) -> VariancePreserving:
         """Build from DDPM's betas [T]: alpha_i^2 = prod_{j <= i} (1 - beta_j)."""
         steps = torch.log1p(-betas.double())
-        return VariancePreserving(torch.cat([steps.new_zeros(1), steps.cumsum(0)]))
+        return VariancePreserving(torch.cat([steps.new_zeros(1), steps.cumsum(0).clamp(min=NO_SIGNAL)]))
 
     @staticmethod
     def from_alphas_cumprod(alphas_cumprod: Tensor) -> VariancePreserving:
         """Build from a scheduler's own table alpha_i^2, [T], for exact parity with it."""
-        table = alphas_cumprod.double().log()
+        table = alphas_cumprod.double().log().clamp(min=NO_SIGNAL)
         return VariancePreserving(torch.cat([table.new_zeros(1), table]))
 
     @property

@@ -17,15 +17,20 @@ from fewstep.settings import Guidance, Sampling, teacher_path
 BUNDLED_STUDENTS = ("tcd", "lcm")
 AUTO = "auto"
 """The student where none is named: the bundled TCD one for the bundled teacher, none for another teacher."""
+NONE = "none"
+"""The teacher itself, as None: for the command, whose options are text."""
 
 
 def _find_student(name: Path | str) -> Path:
     """A bundled student by name, or the path itself.
 
     Raises:
-        UserError: neither.
+        UserError: neither, or a path that only looks like a bundled student's name.
     """
     if str(name) in BUNDLED_STUDENTS:
+        if Path(name).exists():
+            place = str(Path(name).resolve())
+            raise UserError(f"lora = {str(name)!r} is a bundled student and also {place!r}; give that whole path")
         from fewstep.world.location import root
 
         return root() / "students" / str(name)
@@ -46,7 +51,7 @@ class Chosen(NamedTuple):
 def _named_student(lora: Path | str | None, folder: PipelineFolder) -> Path | str | None:
     """The student that `auto` stands for, beside a teacher."""
     if lora != AUTO:
-        return lora
+        return None if lora == NONE else lora
     try:
         bundled = folder.path.resolve() == teacher_path("").resolve()
     except UserError:  # no bundled world on this machine
@@ -55,9 +60,12 @@ def _named_student(lora: Path | str | None, folder: PipelineFolder) -> Path | st
 
 
 def choose_student(folder: PipelineFolder, lora: Path | str | None, changes: Mapping[str, Any]) -> Chosen:
-    """The student that is asked for and how to sample it, refused here if it does not belong to the teacher.
+    """The student that is asked for and how to sample it.
 
     `omega_seen` is the mean guidance it was trained with, None where it does not say.
+
+    Raises:
+        UserError: there is no such student, it is another teacher's, or it cannot be sampled so.
     """
     meant = _named_student(lora, folder)
     student = _find_student(meant) if meant is not None else None

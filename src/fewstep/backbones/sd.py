@@ -257,7 +257,7 @@ def _path(scheduler: dict[str, Any]) -> VariancePreserving:
     settings = {key: scheduler[key] for key in (*known, "rescale_betas_zero_snr") if key in scheduler}
     with _loading("the scheduler config"):
         table = DDPMScheduler(**settings).alphas_cumprod
-    return VariancePreserving.from_alphas_cumprod(table.double().clamp(min=1e-24))
+    return VariancePreserving.from_alphas_cumprod(table)
 
 
 BACKBONES = {"sd": StableDiffusion}

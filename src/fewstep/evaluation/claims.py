@@ -149,7 +149,8 @@ def _rise(metric: str, tcd: Line | None, lcm: Line | None) -> Claim:
 
 def _trend(metric: str, line: Line | None, method: str, sign: int) -> Claim:
     way = "rises" if sign > 0 else "falls"
-    late = [steps for steps in STEPS if steps >= 4]  # LCM's rises from 2 to 4 in the paper's own table
+    # in the paper's own table LCM's falls from 4 calls on only; TCD's rises at every count
+    late = [steps for steps in STEPS if sign > 0 or steps >= 4]
     text = f"{method}'s {_words(metric)} {way} with the calls ({', '.join(map(str, late))})"
     found, missing = _look(metric, [(line, method, steps) for steps in STEPS])
     if missing:

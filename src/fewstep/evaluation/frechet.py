@@ -18,10 +18,9 @@ from fewstep.errors import UserError
 from fewstep.evaluation.bootstrap import centred_interval, counts
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.metric import Against, Array, Figure, Identity, Pictures
-from fewstep.evaluation.settings import FD_FEWEST
+from fewstep.evaluation.settings import FD_ADVISED, FD_FEWEST
 
 COMPONENTS = 64
-ADVISED = 1000
 RESAMPLES = 200
 
 Wide = npt.NDArray[np.float64]
@@ -165,5 +164,5 @@ class FrechetDistance:
             if count < FD_FEWEST:
                 raise UserError(
                     f"{self.identity.name} of {count} {what} would be mostly noise; "
-                    f"give at least {FD_FEWEST}, better {ADVISED}, or use KID"
+                    f"give at least {FD_FEWEST}, better {FD_ADVISED}, or use KID"
                 )

@@ -8,6 +8,8 @@ from fewstep.config import Config
 
 FD_FEWEST = 500
 """Pictures below which FD is refused: its own bias would rule."""
+FD_ADVISED = 1000
+"""Pictures from which FD is worth quoting."""
 KID_FEWEST = 10
 """Pictures below which KID is refused."""
 

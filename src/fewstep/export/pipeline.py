@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from fewstep.config import validate
 from fewstep.files import atomic_folder, read_mapping, write_json
 from fewstep.folder import read_folder
@@ -49,7 +51,10 @@ def save_pipeline(target: Path, base: Path, network: nn.Module, record: Mapping[
         write_json(part / "model_index.json", index)
         for item in [found for pattern in LICENCES for found in base.glob(pattern)]:
             (shutil.copytree if item.is_dir() else shutil.copy2)(item, part / item.name)
-        saver.save_pretrained(part / "unet", safe_serialization=True)
+        try:
+            saver.save_pretrained(part / "unet", safe_serialization=True)
+        except SafetensorError as error:  # its own name for a full disk
+            raise OSError(str(error)) from error
         (part / RECORD).write_text(json.dumps(dict(record), indent=2) + "\n", encoding="utf-8")
     return target
 

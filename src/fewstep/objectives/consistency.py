@@ -80,13 +80,15 @@ def consistency_loss(
     times = draw_times(config, path, draws)
     eps = draws.normal("noise", tuple(x_0.shape[1:]))
     x_nk = add_noise(path, x_0, eps, times.t_nk)
+    # The student before the target: autocast of older torch keeps the cast weights of the first call, and those of a
+    # call without gradient would leave the student without one.
+    landed = jump(config, denoiser, x_nk, times.t_nk, times.s, condition, "student")
     with torch.no_grad():
         omega = draws.uniform("omega", *config.guidance.omegas)
         teacher = denoiser.bind_guided(condition, null, omega, BASE)
         x_n = SOLVERS[config.solver](teacher, path, x_nk, times.t_nk, times.t_n)
         role = "target" if config.target == "ema" else "student"
         wanted = jump(config, denoiser, x_n, times.t_n, times.s, condition, role)
-    landed = jump(config, denoiser, x_nk, times.t_nk, times.s, condition, "student")
     per_sample = DISTANCES[config.distance](landed, wanted, config.huber_c)
     share = (times.t_nk - path.clean) / (path.noisiest - path.clean)
     return Loss(per_sample.mean(), per_sample.detach(), share)

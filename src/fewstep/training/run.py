@@ -39,6 +39,13 @@ def versions() -> dict[str, str]:
     return found
 
 
+def note_versions(path: Path) -> None:
+    """Add this process's versions to the list of those that a run was computed with, if they are others."""
+    before = read_json(path) if path.is_file() else []
+    if not before or before[-1] != versions():
+        write_json(path, [*before, versions()])
+
+
 class Bar:
     """A progress bar with rate and time left; it shows the newest loss."""
 
@@ -101,7 +108,7 @@ class RunLog:
         sweep(folder)
         with atomic_write(folder / "config.yaml") as part:
             part.write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        write_json(folder / "versions.json", versions())
+        note_versions(folder / "versions.json")
         if inputs is not None:
             write_json(folder / INPUTS, dict(inputs))
 

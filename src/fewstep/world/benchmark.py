@@ -37,7 +37,7 @@ from fewstep.world.contest import (
 )
 from fewstep.world.demo import picture_grid
 from fewstep.world.settings import BenchmarkConfig
-from fewstep.world.students import METHODS, student_config, student_sampling, students_omega, train_student
+from fewstep.world.students import METHODS, WIDER_SKIP, student_config, student_sampling, students_omega, train_student
 
 GAMMAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 CHOOSING = 99
@@ -186,7 +186,7 @@ def benchmark(config: BenchmarkConfig, out: Path) -> Path:
             entries += sweep_entries(students["tcd"], seed)
         rows += contest(final.studio, final.judge, teacher, entries, diverse)
         if seed == first:
-            shown = [(f"{entry.method}, {entry.sampling.steps} steps", entry) for entry in diverse]
+            shown = [(_shown_name(entry, mean_omega), entry) for entry in diverse]
     results = Results(
         title="fewstep benchmark: Table 1 on the bundled world",
         rows=tuple(rows),
@@ -211,11 +211,17 @@ def benchmark(config: BenchmarkConfig, out: Path) -> Path:
             f"of {', '.join(f'{omega:g}' for omega in config.omegas)}",
             "tuned gamma": ", ".join(f"{gamma:g} at {steps} steps" for steps, gamma in gammas.items()),
         },
-        caveats=(),
+        caveats=(WIDER_SKIP,),
     )
     save_results(out / "results.json", results)
     write_tables(results, out)
     return write_report(out / "report.html", results, picture_grid(final.studio, shown, config.shown))
+
+
+def _shown_name(entry: Entry, usual_omega: float) -> str:
+    omega = entry.sampling.omega
+    guided = f", omega {omega:g}" if omega not in (0, usual_omega) and "omega" not in entry.method else ""
+    return f"{entry.method}, {entry.sampling.steps} steps{guided}"
 
 
 def write_tables(results: Results, out: Path) -> None:

@@ -30,7 +30,7 @@ from fewstep.world.contest import (
     teacher_entry,
 )
 from fewstep.world.settings import DemoConfig
-from fewstep.world.students import METHODS, student_config, student_sampling, students_omega, train_student
+from fewstep.world.students import METHODS, WIDER_SKIP, student_config, student_sampling, students_omega, train_student
 
 
 def train_students(config: DemoConfig, out: Path) -> dict[str, Path]:
@@ -68,7 +68,8 @@ def demo(config: DemoConfig, out: Path) -> Path:
     law = student_config("tcd")
     caveats = [
         f"This demo trains each student on {samples} samples; the benchmark trains far longer "
-        "(docs/results.md). Read its order of methods as a first look."
+        "(docs/results.md). Read its order of methods as a first look.",
+        WIDER_SKIP,
     ]
     if len(prompts) < FD_FEWEST:
         caveats.append(

@@ -1,4 +1,4 @@
-"""Students: how roles are laid out over networks, for LoRA and for full fine-tuning."""
+"""How roles are laid out over networks, for LoRA and for full fine-tuning."""
 
 from __future__ import annotations
 
