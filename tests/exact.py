@@ -1,96 +1,13 @@
-"""An exact teacher: on data from a mixture of Gaussians the score, the marginals and the PF-ODE are known.
-
-Not a test. Everything is float64; x is [B, D], times are [B].
-"""
+"""Exact teachers that several tests stand on. Not a test."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor
 
-from fewstep.schedule import Estimate, Path, expand
+from fewstep.plane.mixture import Mixture, times_of
+from fewstep.schedule import Path
 
-
-def times_of(t: float, x: Tensor) -> Tensor:
-    """One time for a whole batch, [B]."""
-    return torch.full((len(x),), t, dtype=torch.float64)
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """x_0 ~ sum_k w_k N(mu_k, s_k^2 I): weights [K], means [K, D], stds [K]."""
-
-    path: Path
-    weights: Tensor
-    means: Tensor
-    stds: Tensor
-
-    def _estimate(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Estimate:
-        """E[x0 | x] and E[eps | x] at x = alpha x0 + sigma eps; both finite at alpha = 0 and at sigma = 0.
-
-        Inside, kinds and coordinates come first, [K, B] and [D, B]: that is several times faster.
-        """
-        y, means, spread = x.T.contiguous(), self.means.T, self.stds.square()[:, None]
-        var = alpha.square() * spread + sigma.square()
-        distance = y.square().sum(0) - 2 * alpha * (self.means @ y) + alpha.square() * means.square().sum(0)[:, None]
-        log_density = self.weights.log()[:, None] - 0.5 * (distance / var + len(y) * var.log())
-        share = torch.softmax(log_density, dim=0)
-        pull = share / var  # sum_k pull_k (x - alpha mu_k) = -score
-        eps = pull.sum(0) * y - alpha * (means @ pull)
-        shrink = (spread * pull).sum(0) * y - alpha * (means @ (spread * pull))
-        return Estimate((means @ share + alpha * shrink).T, (sigma * eps).T)
-
-    def denoise(self, x_t: Tensor, t: Tensor) -> Estimate:
-        """The teacher: E[x0 | x_t] and E[eps | x_t] = -sigma_t score(x_t)."""
-        return self._estimate(x_t, self.path.alpha(t), self.path.sigma(t))
-
-    def flow(self, x_t: Tensor, t: Tensor, s: Tensor, steps: int = 64) -> Tensor:
-        """The exact jump x_s: the PF-ODE from t to s.
-
-        One Gaussian: the closed form alpha_s mu + sqrt(var_s/var_t) (x_t - alpha_t mu). Several: with
-        tau = sigma/(alpha + sigma) and w = x/(alpha + sigma) every path is the straight one,
-        dw/dtau = eps - x0, finite at both ends; that is followed with `steps` Runge-Kutta steps of order 4.
-        """
-        alpha_t, sigma_t, alpha_s, sigma_s = (f(u) for u in (t, s) for f in (self.path.alpha, self.path.sigma))
-        if len(self.weights) == 1:
-            var_t, var_s = (
-                a.square() * self.stds.square() + b.square() for a, b in ((alpha_t, sigma_t), (alpha_s, sigma_s))
-            )
-            away = x_t - expand(alpha_t, x_t) * self.means
-            return expand(alpha_s, x_t) * self.means + expand((var_s / var_t).sqrt(), x_t) * away
-        start, stop = sigma_t / (alpha_t + sigma_t), sigma_s / (alpha_s + sigma_s)
-        step = (stop - start) / steps
-        wide = step[:, None]
-
-        def slope(w: Tensor, tau: Tensor) -> Tensor:
-            estimate = self._estimate(w, 1 - tau, tau)
-            return estimate.eps - estimate.x0
-
-        w = x_t / expand(alpha_t + sigma_t, x_t)
-        for i in range(steps):
-            tau = start + i * step
-            k1 = slope(w, tau)
-            k2 = slope(w + wide / 2 * k1, tau + step / 2)
-            k3 = slope(w + wide / 2 * k2, tau + step / 2)
-            k4 = slope(w + wide * k3, start + (i + 1) * step)
-            w = w + wide / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
-        return expand(alpha_s + sigma_s, x_t) * w
-
-    def sample(self, count: int, t: float, generator: torch.Generator) -> Tensor:
-        """Draws from the marginal p_t, [count, D]."""
-        kind = torch.multinomial(self.weights, count, replacement=True, generator=generator)
-        z, eps = (torch.randn(count, self.means.shape[1], dtype=torch.float64, generator=generator) for _ in range(2))
-        x_0 = self.means[kind] + self.stds[kind, None] * z
-        now = times_of(t, x_0)
-        return expand(self.path.alpha(now), x_0) * x_0 + expand(self.path.sigma(now), x_0) * eps
-
-    def cdf(self, x: Tensor, t: Tensor) -> Tensor:
-        """P(X_t <= x) of a one-dimensional mixture, x [B, 1] -> [B]; there the PF-ODE keeps it constant."""
-        alpha, sigma = self.path.alpha(t)[:, None], self.path.sigma(t)[:, None]
-        std = (alpha.square() * self.stds.square() + sigma.square()).sqrt()
-        return (self.weights * torch.special.ndtr((x - alpha * self.means[:, 0]) / std)).sum(1)
+__all__ = ["Mixture", "gaussian", "three_modes", "times_of", "two_modes_line"]
 
 
 def gaussian(path: Path, mean: tuple[float, ...] = (0.7, -0.4), std: float = 0.6) -> Mixture:

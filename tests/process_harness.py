@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from fewstep import distillation, watch
+from fewstep import distillation, plan, watch
 from fewstep.backbones.sd import StableDiffusion
 from fewstep.errors import UserError
 from fewstep.training import checkpoint
@@ -48,27 +48,27 @@ def noting(place: Any, name: str, file: Path) -> None:
 
 
 def second_process_killed(rank: int) -> None:
-    plain = distillation.consistency_loss
+    plain = plan.consistency_loss
 
     def loss(*args: Any) -> Any:
-        if rank == 1 and args[-1].step == KILLED_IN:
+        if rank == 1 and args[3].step == KILLED_IN:
             os.kill(os.getpid(), signal.SIGKILL)
         return plain(*args)
 
-    distillation.consistency_loss = loss
+    plan.consistency_loss = loss
 
 
 def second_process_spoilt(rank: int) -> None:
     """A scalar of the second process is not finite; gradients and weights are."""
-    plain = distillation.consistency_loss
+    plain = plan.consistency_loss
 
     def loss(*args: Any) -> Any:
         result = plain(*args)
-        bad = rank == 1 and args[-1].step == SPOILT_IN
+        bad = rank == 1 and args[3].step == SPOILT_IN
         result.scalars["extra"] = torch.tensor(float("nan") if bad else 1.0)  # type: ignore[index]
         return result
 
-    distillation.consistency_loss = loss
+    plan.consistency_loss = loss
 
 
 def main_process_fails(rank: int) -> None:

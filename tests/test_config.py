@@ -163,7 +163,7 @@ def test_layers_of_a_distillation(tmp_path: Path) -> None:
     assert config.student.targets == ("to_q", "conv1")
     assert (config.recipe, config.method.s, config.method.jump) == ("tcd", "uniform", "first_order")
     lcm = resolve("lcm")
-    assert (lcm.recipe, lcm.method.s, lcm.method.jump, lcm.sampling.sampler) == ("lcm", "zero", "skip", "lcm")
+    assert (lcm.recipe, lcm.method.s, lcm.method.jump, lcm.sampling.sampler) == ("lcm", "edge", "skip", "lcm")
     assert lcm.method.distance == "huber"
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fewstep.errors import UserError
-from fewstep.grid import end_time, inference_times, previous, training_grid
+from fewstep.grid import edge_below, end_time, inference_times, previous, training_grid
 from fewstep.schedule import FlowMatching, VarianceExploding, scaled_linear
 
 PATH = scaled_linear()
@@ -38,6 +38,40 @@ def test_training_grid_is_the_papers() -> None:
     assert training_grid(PATH, 1).tolist() == [999]
     assert training_grid(PATH, 1000).tolist() == list(range(1000))
     assert training_grid(FlowMatching(), 4).tolist() == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_the_exploding_grid_is_edms() -> None:
+    """arXiv 2206.00364, eq 5, 18 steps: (80^(1/7) + i/17 (.002^(1/7) - 80^(1/7)))^7."""
+    times = training_grid(VarianceExploding(), 18).flip(0)
+    wanted = [(80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(18)]
+    assert times.tolist() == pytest.approx(wanted, rel=1e-12)
+    assert times[0] == 80
+    assert end_time(VarianceExploding(), "index0") == 0.002
+    assert inference_times(VarianceExploding(), 18, spacing="trailing").tolist() == times.tolist()
+
+
+def test_own_points() -> None:
+    points = (19.0, 99.0, 499.5, 999.0)
+    assert training_grid(PATH, points).tolist() == list(points)
+    assert inference_times(PATH, 2, grid=points).tolist() == [999.0, 99.0]
+    for wrong, words in (
+        ((19.0, 19.0), "does not rise"),
+        ((99.0, 19.0), r"does not rise; the nearest is \[19.0, 99.0\]"),
+        ((19.0, 1000.0), "leaves the path at 999"),
+        ((-1.0, 19.0), "leaves the path at -1"),
+    ):
+        with pytest.raises(UserError, match=words):
+            training_grid(PATH, wrong)
+
+
+def test_segments_end_on_grid_points() -> None:
+    """A point on an edge belongs to the segment below, whose noisiest time it is."""
+    index = torch.arange(50)
+    edges = edge_below(index, 50, 5)
+    assert edges.tolist() == [-1] * 10 + [9] * 10 + [19] * 10 + [29] * 10 + [39] * 10
+    assert edge_below(index, 50, 1).unique().tolist() == [-1]
+    with pytest.raises(UserError, match="segments = 8 does not divide the grid of 50 points; the nearest is 10"):
+        edge_below(index, 50, 8)
 
 
 @pytest.mark.parametrize(("steps", "times"), PUBLISHED.items())
@@ -92,7 +126,8 @@ def test_inference_times_fall_from_the_noisiest_along_the_training_grid() -> Non
         assert set(times) <= allowed
     assert inference_times(FlowMatching(), 4).tolist() == [1.0, 0.76, 0.5, 0.26]
     assert inference_times(FlowMatching(), 4, spacing="trailing").tolist() == [1.0, 0.75, 0.5, 0.25]
-    assert inference_times(VarianceExploding(10.0), 2, grid=4).tolist() == [10.0, 5.0]
+    own = inference_times(VarianceExploding(), 2, grid=[0.5, 2.0, 10.0, 80.0]).tolist()
+    assert own == [80.0, 2.0]
 
 
 def test_previous_is_k_points_below() -> None:
@@ -110,13 +145,12 @@ def test_ends() -> None:
     assert end_time(PATH, "clean") == -1
     assert end_time(PATH, "index0") == 0
     assert end_time(FlowMatching(), "clean") == 0
-    with pytest.raises(UserError, match=r"index0.*'clean'"):
-        end_time(FlowMatching(), "index0")
+    assert end_time(FlowMatching(), "index0") == 0.001
 
 
 @pytest.mark.parametrize(
     ("count", "nearest"),
-    [(0, 1), (-3, 1), (48, 50), (49, 50), (60, 50), (90, 100), (999, 1000), (4000, 1000)],
+    [(48, 50), (49, 50), (60, 50), (90, 100), (999, 1000), (4000, 1000)],
 )
 def test_grid_refusal_names_the_nearest_divisor(count: int, nearest: int) -> None:
     with pytest.raises(UserError, match=rf"grid = {count} .*nearest is {nearest}$"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor
 
 from exact import Mixture, gaussian, three_modes, times_of, two_modes_line
 from fewstep.backbones.sd import _path
-from fewstep.jump import first_order, skip_connection, skip_scalings
+from fewstep.grid import between
+from fewstep.jump import cm_skip, first_order, land, lcm_scalings, lcm_skip, second_order
 from fewstep.names import SolverName
 from fewstep.sampler import sample_ode
 from fewstep.schedule import Estimate, FlowMatching, Path, VarianceExploding, expand, interpret, scaled_linear
-from fewstep.solver import SOLVERS, ddim, dpmpp_2s, euler
+from fewstep.solver import SOLVERS, ddim, dpmpp_2s, euler, walk
 
 VP = scaled_linear()
 PATHS: dict[str, Path] = {"vp": VP, "flow": FlowMatching(), "ve": VarianceExploding(20.0)}
@@ -107,16 +109,19 @@ def test_first_order_steps_have_local_order_2(solver: SolverName, name: str, log
 
 @pytest.mark.parametrize("log_snr", [-1.5, -0.4, 0.5])
 @pytest.mark.parametrize("name", PATHS)
-def test_dpmpp_2s_has_local_order_3(name: str, log_snr: float) -> None:
+@pytest.mark.parametrize("solver", ["heun", "dpm_2", "dpmpp_2s"])
+def test_second_order_steps_have_local_order_3(solver: SolverName, name: str, log_snr: float) -> None:
+    """TCF(2) in its eps and x0 forms are dpm_2 and dpmpp_2s."""
     path = PATHS[name]
-    order = local_order(lambda m, x, t, s: dpmpp_2s(m.denoise, path, x, t, s), path, log_snr)
-    assert order == pytest.approx(3, abs=0.15)
+    order = local_order(lambda m, x, t, s: SOLVERS[solver](m.denoise, path, x, t, s), path, log_snr)
+    assert order == pytest.approx(3, abs=0.1)
 
 
-@pytest.mark.parametrize("r", [0.3, 0.7])
-def test_dpmpp_2s_has_local_order_3_for_any_r(r: float) -> None:
-    order = local_order(lambda m, x, t, s: dpmpp_2s(m.denoise, VP, x, t, s, r), VP, -0.4)
-    assert order == pytest.approx(3, abs=0.15)
+@pytest.mark.parametrize("form", ["x0", "eps"])
+@pytest.mark.parametrize("r", [0.3, 0.7, 1.0])
+def test_tcf2_has_local_order_3_for_any_r(r: float, form: Any) -> None:
+    order = local_order(lambda m, x, t, s: second_order(m.denoise, VP, x, t, s, r, form), VP, -0.4)
+    assert order == pytest.approx(3, abs=0.1)
 
 
 @pytest.mark.parametrize(("solver", "order", "slack"), [("ddim", 1, 0.1), ("euler", 1, 0.1), ("dpmpp_2s", 2, 0.15)])
@@ -159,9 +164,9 @@ def test_first_order_jump_to_the_same_time_is_the_identity_for_any_network(name:
     share = torch.linspace(0, 1, 30, dtype=torch.float64)
     s = path.clean + share * (path.noisiest - path.clean)
     x0, eps = (torch.randn(30, 4, generator=g, dtype=torch.float64) for _ in range(2))
-    alpha, sigma = expand(path.alpha(s), x0), expand(path.sigma(s), x0)
-    x = alpha * x0 + sigma * eps
-    assert float((first_order(Estimate(x0, eps), alpha, sigma) - x).abs().max()) < 1e-12
+    x = expand(path.alpha(s), x0) * x0 + expand(path.sigma(s), x0) * eps
+    same = first_order(lambda *_: Estimate(x0, eps), path, x, s, s)
+    assert float((same - x).abs().max()) < 1e-12
 
 
 def test_three_forms_of_tcf1_agree() -> None:
@@ -185,7 +190,7 @@ def test_three_forms_of_tcf1_agree() -> None:
         assert float(h.min()) > 0
         by_eps = (alpha_s / alpha_t) * x - sigma_s * torch.expm1(h) * estimate.eps
         by_x0 = (sigma_s / sigma_t) * x - alpha_s * torch.expm1(-h) * estimate.x0
-        jumped = first_order(estimate, alpha_s, sigma_s)
+        jumped = land(estimate, path, s)
         scale = float(jumped.abs().max())
         assert float((by_eps - jumped).abs().max()) < 1e-12 * scale
         assert float((by_x0 - jumped).abs().max()) < 1e-12 * scale
@@ -200,7 +205,7 @@ def test_tcf1_on_the_flow_path_is_the_euler_step_in_t() -> None:
     u = estimate.eps - estimate.x0
     x = expand(path.alpha(t), x) * estimate.x0 + expand(path.sigma(t), x) * estimate.eps
     wanted = x - expand(t - s, x) * u
-    jumped = first_order(estimate, expand(path.alpha(s), x), expand(path.sigma(s), x))
+    jumped = first_order(lambda *_: estimate, path, x, t, s)
     assert float((jumped - wanted).abs().max()) < 1e-12
 
 
@@ -214,7 +219,7 @@ def test_steps_from_pure_noise_and_onto_clean_data_are_ddim(solver: SolverName) 
     found = SOLVERS[solver](teacher.denoise, path, x, t, s)
     simple = ddim(teacher.denoise, path, x, t, s)
     assert torch.allclose(found[:2], simple[:2], rtol=0, atol=1e-12)
-    if solver == "dpmpp_2s":
+    if solver in ("heun", "dpm_2", "dpmpp_2s"):
         assert float((found[2] - simple[2]).abs().max()) > 1e-3
 
 
@@ -233,7 +238,8 @@ def test_a_step_from_a_schedule_with_zero_terminal_snr_is_ddim(solver: SolverNam
     found = SOLVERS[solver](denoise, path, x, t, s)
     wanted = -v * float(path.alpha(s[0])) + x * float(path.sigma(s[0]))
     assert torch.allclose(found, wanted, rtol=0, atol=1e-6)
-    assert float(sample_ode(denoise, path, x, [999.0, 759.0], "index0", solver).abs().max()) < 4
+    # beyond it a network that says the same v everywhere is taken up to 1/alpha_759 = 4.4 at its word
+    assert float(sample_ode(denoise, path, x, [999.0, 759.0], "index0", solver).abs().max()) < 20
 
 
 @pytest.mark.parametrize(
@@ -274,7 +280,7 @@ def test_dpmpp_2s_asks_at_the_middle_in_log_snr() -> None:
 
 
 def test_skip_scalings_are_lcms() -> None:
-    c_skip, c_out = skip_scalings(torch.tensor([0.0, 1.0, 19.0, -1.0]))
+    c_skip, c_out = lcm_scalings(torch.tensor([0.0, 1.0, 19.0, -1.0]))
     assert c_skip.dtype == c_out.dtype == torch.float64
     assert c_skip.tolist() == pytest.approx([1.0, 0.25 / 100.25, 0.25 / (190**2 + 0.25), 1.0], abs=1e-15)
     assert c_out.tolist() == pytest.approx(
@@ -289,7 +295,7 @@ def test_skip_scalings_are_diffusers() -> None:
 
     theirs = LCMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     for t in (0, 1, 19, 259, 999):
-        c_skip, c_out = skip_scalings(torch.tensor(float(t)))
+        c_skip, c_out = lcm_scalings(torch.tensor(float(t)))
         wanted = theirs.get_scalings_for_boundary_condition_discrete(t)
         assert (float(c_skip), float(c_out)) == pytest.approx([float(c) for c in wanted], rel=1e-6)
 
@@ -298,7 +304,63 @@ def test_skip_connection_is_the_identity_at_0_and_x0_far_from_it() -> None:
     teacher, x, _ = batch(VP, 0.0)
     for t, is_x in ((0.0, True), (999.0, False)):
         estimate = teacher.denoise(x, times_of(t, x))
-        c_skip, c_out = (expand(c, x) for c in skip_scalings(times_of(t, x)))
         wanted = x if is_x else estimate.x0
-        found = skip_connection(x, estimate, c_skip, c_out)
+        found = lcm_skip(teacher.denoise, VP, x, times_of(t, x), times_of(0.0, x))
         assert float((found - wanted).abs().max()) < (1e-12 if is_x else 1e-6)
+
+
+def edm_form(x: Tensor, t: Tensor, x0: Tensor, eps: float, d: float = 0.5) -> Tensor:
+    """Consistency models' f as their paper writes it: c_skip x + c_out F, F solved from EDM's denoiser x0."""
+    t = t[:, None]
+    skip_edm, out_edm = d**2 / (t**2 + d**2), d * t / (t**2 + d**2).sqrt()
+    network = (x0 - skip_edm * x) / out_edm
+    return d**2 / ((t - eps) ** 2 + d**2) * x + d * (t - eps) / (t**2 + d**2).sqrt() * network
+
+
+def test_cm_skip_is_the_papers_on_its_own_path() -> None:
+    path = VarianceExploding()
+    teacher, x, _ = batch(path, 80.0)
+    t = torch.logspace(math.log10(0.002), math.log10(80), len(x), dtype=torch.float64)
+    found = cm_skip(teacher.denoise, path, x, t, times_of(0.002, x))
+    wanted = edm_form(x, t, teacher.denoise(x, t).x0, 0.002)
+    assert float(((found - wanted).abs() / wanted.abs().clamp(min=1)).max()) < 1e-12
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_cm_skip_is_the_identity_at_the_end_point_and_finite_everywhere(name: str) -> None:
+    path = PATHS[name]
+    end = 0.0 if name == "vp" else path.clean
+    teacher, x, _ = batch(path, path.noisiest, count=8)
+    ends = times_of(end, x)
+    assert float((cm_skip(teacher.denoise, path, x, ends, ends) - x).abs().max()) < 1e-12
+    far = cm_skip(teacher.denoise, path, x, times_of(path.noisiest, x), ends)
+    assert bool(far.isfinite().all())
+    assert float((far - teacher.denoise(x, times_of(path.noisiest, x)).x0).abs().max()) < 0.1
+
+
+def test_ctms_jump_is_tcf1_on_the_exploding_path() -> None:
+    """G(x, t, s) = (s/t) x + (1 - s/t) g, with g the x0 that the network says: TCF(S+) where it is told s."""
+    path = VarianceExploding()
+    teacher, x, _ = batch(path, 80.0)
+    t = torch.linspace(0.1, 80, len(x), dtype=torch.float64)
+    s = t * torch.linspace(0, 1, len(x), dtype=torch.float64)
+    g = teacher.denoise(x, t).x0
+    share = (s / t)[:, None]
+    jumped = first_order(teacher.denoise, path, x, t, s)
+    assert float(((jumped - share * x - (1 - share) * g).abs() / x.abs().clamp(min=1)).max()) < 1e-12
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_sub_steps_come_nearer_to_the_flow(solver: SolverName) -> None:
+    """Four steps between the same two times: a quarter of the error and less, and the same two ends."""
+    teacher, x, t = batch(VP, 799.0)
+    s = times_of(399.0, x)
+    truth = teacher.flow(x, t, s, steps=200)
+    errors = []
+    for count in (1, 4):
+        way = between(VP, t, s, count)
+        assert way.shape == (count + 1, len(x))
+        assert torch.equal(way[0], t)
+        assert torch.equal(way[-1], s)
+        errors.append(rms(walk(SOLVERS[solver], teacher.denoise, VP, x, way) - truth))
+    assert errors[1] < 0.3 * errors[0]

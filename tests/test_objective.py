@@ -18,17 +18,19 @@ from fewstep.config import validate
 from fewstep.denoiser import Denoiser
 from fewstep.draws import Draws
 from fewstep.errors import UserError
+from fewstep.method_settings import ConsistencyConfig, Guidance
 from fewstep.names import Prediction, omega_of
 from fewstep.objectives import consistency
-from fewstep.objectives.consistency import consistency_loss, draw_times
-from fewstep.objectives.distance import huber, l2
+from fewstep.objectives.consistency import Sample, consistency_loss
+from fewstep.objectives.distance import feature_distance, huber, huber_norm, l2
+from fewstep.objectives.times import draw_times
 from fewstep.roles import BASE
 from fewstep.schedule import Estimate, interpret, scaled_linear, target_of
-from fewstep.settings import ConsistencyConfig, Guidance, resolve
+from fewstep.settings import resolve
 
 PATH = scaled_linear()
 TCD = ConsistencyConfig()
-LCM = ConsistencyConfig(s="zero", jump="skip", distance="huber")
+LCM = ConsistencyConfig(s="edge", jump="skip", distance="huber")
 STEPS = 400
 """Of the small student's training."""
 
@@ -102,7 +104,9 @@ def test_guidance_conventions() -> None:
 
 
 def test_the_skip_connection_only_reaches_the_end() -> None:
-    with pytest.raises(UserError, match=r"s = 'uniform' with jump = 'skip'.* is 'zero'"):
+    with pytest.raises(
+        UserError, match=r"jump = 'skip' only reaches the end point, not s = 'uniform'.* is 'first_order'"
+    ):
         resolve("lcm", None, ["method.s=uniform"])
     with pytest.raises(UserError, match=r"k = 50 must be below grid = 50; .* 49"):
         resolve("tcd", None, ["method.k=50"])
@@ -110,11 +114,21 @@ def test_the_skip_connection_only_reaches_the_end() -> None:
 
 def test_distances() -> None:
     a, b = torch.tensor([[1.0, 3.0], [0.0, 0.0]]), torch.tensor([[0.0, 1.0], [0.0, 0.0]])
-    assert l2(a, b, 1.0).tolist() == [2.5, 0.0]
+    assert l2(a, b).tolist() == [2.5, 0.0]
     expected = ((1 + 0.25) ** 0.5 - 0.5 + (4 + 0.25) ** 0.5 - 0.5) / 2
     assert huber(a, b, 0.5).tolist() == pytest.approx([expected, 0.0])
     tiny = huber(a, b, 1e-3)[0].item()
     assert tiny == pytest.approx(1.5, abs=1e-3)  # nearly L1
+    whole = (5 + 2 * 0.25) ** 0.5 - 0.5 * 2**0.5  # of the sample as one vector, c sqrt(2)
+    assert huber_norm(a, b, 0.5).tolist() == pytest.approx([whole, 0.0])
+
+
+def test_feature_distance_is_of_directions_at_each_place() -> None:
+    """(1, 0) and (0, 2) are sqrt 2 apart once both are unit vectors; equal directions are not apart at all."""
+    a = torch.tensor([[[1.0, 3.0], [0.0, 0.0]]])  # [1, C = 2, places = 2]
+    b = torch.tensor([[[0.0, 1.0], [2.0, 0.0]]])
+    assert feature_distance([a], [b]).item() == pytest.approx((2 + 0) / 2)
+    assert feature_distance([a, a], [b, a]).item() == pytest.approx(1.0)
 
 
 # ---- the loss
@@ -138,9 +152,8 @@ class Recorder:
 def loss_of(config: ConsistencyConfig, network: Any, count: int = 16) -> Any:
     denoiser = Denoiser(network, PATH, "eps")
     x_0 = torch.from_numpy(np.random.default_rng(0).standard_normal((count, 3))).float()
-    return consistency_loss(
-        config, denoiser, x_0, {"text": torch.ones(count)}, {"text": torch.zeros(count)}, draws(count)
-    )
+    sample = Sample(x_0, {"text": torch.ones(count)}, {"text": torch.zeros(count)})
+    return consistency_loss(config, denoiser, sample, draws(count))
 
 
 @pytest.mark.parametrize(("target", "role"), [("self", "student"), ("ema", "target")])
@@ -211,7 +224,7 @@ def told_as(prediction: Prediction, network: Any) -> Any:
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
-@pytest.mark.parametrize("config", [TCD, ConsistencyConfig(end="clean"), ConsistencyConfig(s="zero")])
+@pytest.mark.parametrize("config", [TCD, ConsistencyConfig(end="clean"), ConsistencyConfig(s="edge")])
 def test_the_exact_jump_has_no_loss(config: ConsistencyConfig, prediction: Prediction) -> None:
     """On a Gaussian, with the exact flow for teacher, student and target, every pair of jumps agrees."""
     mixture = gaussian(PATH)
@@ -222,13 +235,13 @@ def test_the_exact_jump_has_no_loss(config: ConsistencyConfig, prediction: Predi
     x_0 = mixture.sample(count, -1.0, torch.Generator().manual_seed(1))
     text = {"text": torch.zeros(count, 1)}
     unguided = config.model_copy(update={"guidance": Guidance(low=0, high=0)})
-    loss = consistency_loss(unguided, denoiser, x_0, text, text, keyed)
+    loss = consistency_loss(unguided, denoiser, Sample(x_0, text, text), keyed)
     assert loss.per_sample is not None
     assert loss.per_sample.dtype == torch.float64
     assert float(loss.per_sample.max()) < 1e-20
 
     spoilt = replace(denoiser, call=lambda x, t, c, role: denoiser.call(x, t, c, role) + 0.05 * (role == "student"))
-    assert float(consistency_loss(unguided, spoilt, x_0, text, text, keyed).value) > 1e-6
+    assert float(consistency_loss(unguided, spoilt, Sample(x_0, text, text), keyed).value) > 1e-6
 
 
 def test_the_skip_jump_has_no_loss_for_the_exact_end_point() -> None:
@@ -249,7 +262,7 @@ def test_the_skip_jump_has_no_loss_for_the_exact_end_point() -> None:
     x_0 = mixture.sample(count, -1.0, torch.Generator().manual_seed(1)).float()
     text = {"text": torch.zeros(count, 1)}
     unguided = LCM.model_copy(update={"guidance": Guidance(low=0, high=0), "distance": "l2"})
-    loss = consistency_loss(unguided, Denoiser(call, PATH, "eps"), x_0, text, text, keyed)
+    loss = consistency_loss(unguided, Denoiser(call, PATH, "eps"), Sample(x_0, text, text), keyed)
     assert loss.per_sample is not None
     inside = times.t_n > 0
     assert float(loss.per_sample[inside].max()) < 1e-5  # c_out is not quite 1, c_skip not quite 0
@@ -296,7 +309,7 @@ def test_a_student_of_the_exact_teacher_learns_its_flow(config: ConsistencyConfi
     for step in range(STEPS):
         optimiser.param_groups[0]["lr"] = 3e-3 * (1 - step / STEPS)
         x_0 = mixture.sample(256, -1.0, torch.Generator().manual_seed(step))
-        loss = consistency_loss(unguided, denoiser, x_0, text, text, draws(256, step)).value
+        loss = consistency_loss(unguided, denoiser, Sample(x_0, text, text), draws(256, step)).value
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -338,7 +351,7 @@ def test_gradients_reach_the_student_alone(target: str, small: list[str], tiny_c
     ups = [p.grad for name, p in update.parameters.items() if "lora_B" in name]
     assert all(g is not None and bool(g.abs().sum() > 0) for g in ups)
     if target == "ema":
-        for name, parameter in run.student.roles.parameters("target").items():
+        for name, parameter in run.student.parameters("target").items():
             assert torch.equal(parameter, update.parameters[name])
 
 

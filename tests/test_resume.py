@@ -74,6 +74,7 @@ def test_resuming_equals_going_on(
 ) -> None:
     """Stopped in step 4, after the checkpoint of step 2: weights, averages and figures bit for bit."""
     from fewstep import distillation
+    from fewstep import plan as family
     from fewstep.settings import resolve
 
     words = [*tiny_overrides, *SMALL, f"student.kind={kind}", f"method.target={target}", "optim.ema=0.8"]
@@ -83,14 +84,14 @@ def test_resuming_equals_going_on(
     class StopError(Exception):
         pass
 
-    def stopping(method: Any, denoiser: Any, x_0: Any, condition: Any, null: Any, draws: Any) -> Any:
+    def stopping(method: Any, denoiser: Any, sample: Any, draws: Any, *more: Any) -> Any:
         if draws.step == 3:
             raise StopError
-        return plain(method, denoiser, x_0, condition, null, draws)
+        return plain(method, denoiser, sample, draws, *more)
 
-    plain = distillation.consistency_loss
+    plain = family.consistency_loss
     with monkeypatch.context() as patched:
-        patched.setattr(distillation, "consistency_loss", stopping)
+        patched.setattr(family, "consistency_loss", stopping)
         with pytest.raises(StopError):
             distillation.distill(config, tmp_path / "cut", cache=tiny_cache, quiet=True)
     assert [p.name for p in (tmp_path / "cut" / "checkpoints").iterdir()] == ["step-00000002"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
 
 import pytest
 import torch
@@ -16,13 +15,16 @@ from fewstep.denoiser import Condition, Denoiser
 from fewstep.errors import UserError
 from fewstep.grid import end_time, inference_times
 from fewstep.inference import draw_latents
-from fewstep.names import End, Prediction, SamplerName, SolverName, omega_of
+from fewstep.jump import Step, first_order, lcm_skip, second_order
+from fewstep.names import End, GammaLaw, Prediction, SamplerName, SolverName, omega_of
 from fewstep.sampler import (
+    Jumper,
     check_gamma,
-    consistency_step,
+    ctm_target,
     diffuse,
     picture_noise,
     sample_consistency,
+    sample_sde_dpmpp_2m,
     sample_sss,
     sss_step,
     sss_target,
@@ -38,41 +40,30 @@ from fewstep.schedule import (
     scaled_linear,
 )
 from fewstep.settings import Sampling
-from fewstep.solver import Denoise
 
 VP = scaled_linear()
 PATHS: dict[str, Path] = {"vp": VP, "flow": FlowMatching(), "ve": VarianceExploding(20.0)}
 GAMMAS = (0.0, 0.3, 1.0)
 
 
-def exact_jumper(teacher: Mixture, times: list[float], gamma: float, end: End, rk_steps: int = 64) -> Denoise:
-    """A network told where each jump of `sample_sss` lands: its first-order jump from t to s is the exact one.
+def exact_jumper(teacher: Mixture, rk_steps: int = 64) -> Jumper:
+    """The exact jump."""
+    return lambda x_t, t, s: teacher.flow(x_t, t, s, steps=rk_steps)
 
-    It solves alpha_t x0 + sigma_t eps = x_t together with alpha_s x0 + sigma_s eps = x_s.
-    """
-    path = teacher.path
-    landing = {
-        t: float(sss_target(path, torch.tensor(t_next, dtype=torch.float64), gamma)) for t, t_next in pairwise(times)
-    }
-    landing[times[-1]] = end_time(path, end)
 
-    def denoise(x_t: Tensor, t: Tensor) -> Estimate:
-        s = times_of(landing[float(t[0])], x_t)
-        x_s = teacher.flow(x_t, t, s, steps=rk_steps)
-        a_t, b_t, a_s, b_s = (expand(f(u), x_t) for u in (t, s) for f in (path.alpha, path.sigma))
-        det = a_t * b_s - a_s * b_t
-        return Estimate((b_s * x_t - b_t * x_s) / det, (a_t * x_s - a_s * x_t) / det)
-
-    return denoise
+def jumper(teacher: Mixture, step: Step) -> Jumper:
+    """A jump function of the teacher's own."""
+    return lambda x_t, t, s: step(teacher.denoise, teacher.path, x_t, t, s)
 
 
 def grid_times(path: Path, steps: int) -> list[float]:
     return [float(t) for t in inference_times(path, steps)]
 
 
+@pytest.mark.parametrize("law", ["time", "noise"])
 @pytest.mark.parametrize("gamma", [*GAMMAS, 0.2, 0.77])
 @pytest.mark.parametrize(("name", "end"), [("vp", "clean"), ("vp", "index0"), ("flow", "clean"), ("ve", "clean")])
-def test_sss_with_exact_jump_keeps_a_gaussians_moments(name: str, gamma: float, end: End) -> None:
+def test_sss_with_exact_jump_keeps_a_gaussians_moments(name: str, gamma: float, end: End, law: GammaLaw) -> None:
     """Every step is affine in x and z, so one batch of unit vectors gives the law of each x_t without sampling.
 
     Row 0 is x = 0, row 1 x = 1 (both without noise); row 2 + i has z = 1 at the i-th noise alone.
@@ -81,11 +72,11 @@ def test_sss_with_exact_jump_keeps_a_gaussians_moments(name: str, gamma: float, 
     teacher = gaussian(path, mean=(0.7,), std=0.6)
     times = grid_times(path, 4)
     seen: list[Tensor] = []
-    jump = exact_jumper(teacher, times, gamma, end)
+    exact = exact_jumper(teacher)
 
-    def denoise(x_t: Tensor, t: Tensor) -> Estimate:
+    def jump(x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
         seen.append(x_t)
-        return jump(x_t, t)
+        return exact(x_t, t, s)
 
     drawn = 0
 
@@ -96,7 +87,7 @@ def test_sss_with_exact_jump_keeps_a_gaussians_moments(name: str, gamma: float, 
 
     x = torch.zeros(len(times) + 1, 1, dtype=torch.float64)
     x[1] = 1
-    seen.append(sample_sss(denoise, path, x, times, gamma, end, noise))
+    seen.append(sample_sss(jump, path, x, times, gamma, end, noise, law))
     assert drawn == (len(times) - 1 if gamma > 0 else 0)
 
     def moments(t: float) -> tuple[float, float]:
@@ -145,7 +136,7 @@ def run_mixture(gamma: float, tamper: Callable[[Tensor], Tensor] = lambda z: z) 
     g = torch.Generator().manual_seed(11)
     x = teacher.sample(N, 999.0, g)
     times = grid_times(VP, 4)
-    jump = exact_jumper(teacher, times, gamma, "index0", rk_steps=6)
+    jump = exact_jumper(teacher, rk_steps=6)
     return sample_sss(
         jump, VP, x, times, gamma, "index0", lambda: tamper(torch.randn(N, 2, generator=g, dtype=torch.float64))
     )
@@ -240,7 +231,7 @@ def test_gamma_0_is_the_deterministic_jump_and_gamma_1_the_consistency_step() ->
     path = PATHS["flow"]
     estimate, _, z = random_estimate(path, 1.0)
     then = times_of(0.4, z)
-    again = consistency_step(path, estimate.x0, then, z)
+    again = diffuse(path, estimate.x0, times_of(0.0, z), then, z)
     assert float((sss_step(path, estimate, then, 1.0, z) - again).abs().max()) < 1e-12
 
 
@@ -296,9 +287,10 @@ def test_one_step_draws_no_noise() -> None:
         raise AssertionError("noise after the last step")
 
     estimate = teacher.denoise(x, times_of(999.0, x))
-    out = sample_sss(teacher.denoise, VP, x, [999.0], 0.5, "clean", noise)
+    out = sample_sss(jumper(teacher, first_order), VP, x, [999.0], 0.5, "clean", noise)
     assert torch.equal(out, estimate.x0)
-    assert float((sample_consistency(teacher.denoise, VP, x, [999.0], noise) - estimate.x0).abs().max()) < 1e-6
+    out = sample_consistency(jumper(teacher, lcm_skip), VP, x, [999.0], noise)
+    assert float((out - estimate.x0).abs().max()) < 1e-6
 
 
 @pytest.mark.parametrize(("gamma", "nearest"), [(-0.1, "0.0"), (1.5, "1.0"), (math.inf, "1.0")])
@@ -306,7 +298,7 @@ def test_gamma_outside_its_range_is_refused(gamma: float, nearest: str) -> None:
     teacher = three_modes(VP)
     x = teacher.sample(2, 999.0, torch.Generator().manual_seed(0))
     with pytest.raises(UserError, match=rf"gamma = {gamma} is outside \[0, 1\].*nearest legal one is {nearest}$"):
-        sample_sss(teacher.denoise, VP, x, [999.0, 499.0], gamma, "index0", lambda: x)
+        sample_sss(jumper(teacher, first_order), VP, x, [999.0, 499.0], gamma, "index0", lambda: x)
     with pytest.raises(UserError, match="gamma"):
         check_gamma(math.nan)
     assert check_gamma(0) == 0
@@ -382,3 +374,98 @@ def test_guidance_is_in_the_papers_convention_and_one_call() -> None:
     assert found.eps[:, 0].tolist() == [1.5 * 2 - 0.5, 8 * 4 - 7]
     assert torch.allclose(add_noise(VP, found.x0, found.eps, t), x, rtol=0, atol=1e-5)
     assert (omega_of(7.5, "imagen"), omega_of(7.5, "lcm")) == (6.5, 7.5)
+
+
+# ---- CTM's gamma, second order, ordinary solvers
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 0.8, 1.0])
+def test_ctms_gamma_is_the_share_of_fresh_noise(name: str, gamma: float) -> None:
+    """The noise that is put back has standard deviation gamma sigma_next, whatever the time or the path."""
+    path = PATHS[name]
+    zero, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    for share in (0.1, 0.5, 0.9):
+        then = times_of(path.clean + share * (path.noisiest - path.clean), one)
+        fresh = float(sss_step(path, Estimate(zero, zero), then, gamma, one, "noise"))
+        assert fresh == pytest.approx(gamma * float(path.sigma(then)), abs=1e-9)
+
+
+def test_ctms_target_on_its_own_path() -> None:
+    """Denoise to sqrt(1 - gamma^2) sigma_next (arXiv 2310.02279, algorithm 3)."""
+    path, then = VarianceExploding(), torch.tensor([0.5, 10.0], dtype=torch.float64)
+    assert ctm_target(path, then, 0.6).tolist() == pytest.approx([0.4, 8.0], rel=1e-12)
+
+
+def even_in_lambda(steps: int) -> list[float]:
+    start, stop = VP.log_snr(torch.tensor(999.0)), VP.log_snr(torch.tensor(0.0))
+    return [float(VP.time_of(start + (stop - start) * i / steps)) for i in range(steps)]
+
+
+def end_error(steps: int, sampler: Callable[[Mixture, Tensor, list[float]], Tensor]) -> float:
+    """How far a deterministic sampler ends from the exact flow, on a grid even in lambda."""
+    teacher = three_modes(VP)
+    times = even_in_lambda(steps)
+    x = teacher.sample(200, 999.0, torch.Generator().manual_seed(3))
+    wanted = teacher.flow(x, times_of(999.0, x), times_of(0.0, x), steps=200)
+    return float((sampler(teacher, x, times) - wanted).square().mean().sqrt())
+
+
+def test_sss_of_second_order_converges_faster() -> None:
+    """gamma = 0: a second-order jump at 16 and 32 steps, against the first-order one. Global orders 2 and 1."""
+
+    def by(step: Step) -> float:
+        def sampler(teacher: Mixture, x: Tensor, times: list[float]) -> Tensor:
+            return sample_sss(jumper(teacher, step), VP, x, times, 0.0, "index0", lambda: x)
+
+        return math.log2(end_error(32, sampler) / end_error(64, sampler))
+
+    assert by(second_order) > 1.6
+    assert 0.7 < by(first_order) < 1.4
+
+
+@pytest.mark.parametrize("gamma", [0.1, 0.3])
+@pytest.mark.parametrize("law", ["time", "noise"])
+def test_sss_of_second_order_keeps_a_gaussian(gamma: float, law: GammaLaw) -> None:
+    """The paper's second order: DPM-Solver++(2S) to s, then noise. With 50 steps mean and spread are the data's."""
+    teacher = gaussian(VP, mean=(0.7,), std=0.6)
+    g = torch.Generator().manual_seed(5)
+    x = teacher.sample(20_000, 999.0, g)
+    noise = lambda: torch.randn(x.shape, generator=g, dtype=torch.float64)  # noqa: E731
+    out = sample_sss(jumper(teacher, second_order), VP, x, grid_times(VP, 50), gamma, "index0", noise, law)
+    assert float(out.mean()) == pytest.approx(0.7, abs=0.02)
+    assert float(out.std()) == pytest.approx(0.6, abs=0.02)
+
+
+def test_sde_dpmpp_2m_equals_diffusers() -> None:
+    """Their multistep scheduler on its own times, same noise: every step of 12."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    theirs = DPMSolverMultistepScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, algorithm_type="sde-dpmsolver++",
+        solver_order=2, lower_order_final=False, euler_at_final=False, final_sigmas_type="zero",
+        timestep_spacing="trailing",
+    )  # fmt: skip
+    theirs.set_timesteps(12)
+    teacher = three_modes(VP)
+    g = torch.Generator().manual_seed(2)
+    x = teacher.sample(16, 999.0, g)
+    noises = [torch.randn(x.shape, generator=g, dtype=torch.float64) for _ in theirs.timesteps]
+    y, feed = x, iter(noises)
+    for t, z in zip(theirs.timesteps, noises, strict=True):
+        eps = teacher.denoise(y, times_of(float(t), y)).eps
+        y = theirs.step(eps, t, y, variance_noise=z).prev_sample
+    times = [float(t) for t in theirs.timesteps]
+    ours = sample_sde_dpmpp_2m(teacher.denoise, VP, x, times, "clean", lambda: next(feed))
+    assert float((ours - y).abs().max()) < 1e-4 * float(x.abs().max())
+    assert len(list(feed)) == 1, "no noise onto clean data"
+
+
+def test_sde_dpmpp_2m_keeps_a_gaussian() -> None:
+    teacher = gaussian(VP, mean=(0.7,), std=0.6)
+    g = torch.Generator().manual_seed(6)
+    x = teacher.sample(20_000, 999.0, g)
+    noise = lambda: torch.randn(x.shape, generator=g, dtype=torch.float64)  # noqa: E731
+    out = sample_sde_dpmpp_2m(teacher.denoise, VP, x, even_in_lambda(50), "index0", noise)
+    assert float(out.mean()) == pytest.approx(0.7, abs=0.02)
+    assert float(out.std()) == pytest.approx(0.6, abs=0.02)

@@ -11,7 +11,7 @@ from fewstep.evaluation.settings import KID_FEWEST
 from fewstep.export.header import base_shapes
 from fewstep.export.pipeline import RECORD
 from fewstep.folder import PARTS, PipelineFolder
-from fewstep.names import CALLS
+from fewstep.method_settings import GridSpec
 from fewstep.settings import DistillConfig, Sampling
 
 
@@ -50,7 +50,7 @@ def _check_times(section: str, sampling: Sampling, folder: PipelineFolder) -> No
     if sampling.spacing == "grid":
         _check_grid(f"{section}grid", sampling.grid, folder)
         return
-    _check_steps(f"{section}steps", sampling.steps, _indices(folder) * CALLS[sampling.sampler])
+    _check_steps(f"{section}steps", sampling.steps, _indices(folder) * sampling.calls_a_step)
 
 
 def _check_steps(field: str, steps: int, most: int) -> None:
@@ -111,8 +111,13 @@ def _indices(folder: PipelineFolder) -> int:
     return int(folder.config("scheduler").get("num_train_timesteps", 1000))
 
 
-def _check_grid(field: str, grid: int, folder: PipelineFolder) -> None:
+def _check_grid(field: str, grid: GridSpec, folder: PipelineFolder) -> None:
     indices = _indices(folder)
+    if not isinstance(grid, int):
+        if sorted(set(grid)) != list(grid) or grid[0] < 0 or grid[-1] > indices - 1:
+            legal = sorted({min(max(t, 0), indices - 1) for t in grid})
+            raise UserError(f"{field} = {list(grid)} must rise within 0 .. {indices - 1}; the nearest is {legal}")
+        return
     if indices % grid:
         raise UserError(
             f"{field} = {grid} does not divide the teacher's {indices} training indices; "

@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -87,6 +87,8 @@ def parse_overrides(overrides: str | Iterable[str]) -> dict[str, Any]:
 
 def _nested(annotation: Any) -> type[BaseModel] | None:
     """The model that a field holds, if it holds one."""
+    if get_origin(annotation) is tuple:  # a list of them has no keys of its own
+        return None
     found = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
     return found[0] if found else None
 
@@ -103,12 +105,13 @@ def dotted_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def nearest_key(model: type[BaseModel], wrong: str) -> str:
-    """The known dotted key nearest to `wrong`: by its last word, keys of the same section before others."""
+    """The known dotted key nearest to `wrong`: by its last word; the same section, then the top, before others."""
     section, _, word = wrong.rpartition(".")
 
-    def likeness(key: str) -> float:
+    def likeness(key: str) -> tuple[float, int]:
         own_section, _, own_word = key.rpartition(".")
-        return difflib.SequenceMatcher(None, word, own_word).ratio() + 0.2 * (own_section == section)
+        alike = difflib.SequenceMatcher(None, word, own_word).ratio() + 0.2 * (own_section == section)
+        return alike, -key.count(".")
 
     return max(dotted_keys(model), key=likeness)
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from fewstep.errors import UserError
 from fewstep.names import Prediction
 from fewstep.schedule import PURE_NOISE, Estimate, Path, expand, interpret
-from fewstep.solver import Denoise
 
 Condition = Mapping[str, Tensor]
 """What a network is told beside x and t, by name; every tensor is [B, ...]."""
@@ -27,6 +26,11 @@ Call = Callable[[Tensor, Tensor, Condition, str], Tensor]
 def join(first: Condition, second: Condition) -> Condition:
     """Two conditions as one batch."""
     return {name: torch.cat([first[name], second[name]]) for name in first}
+
+
+def tell(condition: Condition, **told: Tensor | None) -> Condition:
+    """The condition with what else the network is told: s (where the jump lands), w (guidance omega), [B] each."""
+    return {**condition, **{name: value for name, value in told.items() if value is not None}}
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -75,11 +79,3 @@ class Denoiser:
         with_prompt, without = _wide(both).chunk(2)
         w = expand(omega, with_prompt)
         return self._interpret(with_prompt + w * (with_prompt - without), x_t, t)
-
-    def bind(self, condition: Condition, role: str) -> Denoise:
-        """A plain function (x_t, t) -> Estimate for solvers and samplers."""
-        return lambda x_t, t: self.estimate(x_t, t, condition, role)
-
-    def bind_guided(self, condition: Condition, null: Condition, omega: Tensor, role: str) -> Denoise:
-        """The same with guidance."""
-        return lambda x_t, t: self.guided(x_t, t, condition, null, omega, role)

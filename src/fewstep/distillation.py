@@ -24,26 +24,31 @@ from fewstep.backbones.sd import StableDiffusion, load_backbone
 from fewstep.cost import Estimated, estimate
 from fewstep.data import pictures
 from fewstep.data.latents import LatentSet, latent_set
-from fewstep.denoiser import Denoiser
+from fewstep.denoiser import Condition, Denoiser
 from fewstep.device import pick_device
 from fewstep.drawing import Artist
 from fewstep.draws import Draws, order
 from fewstep.errors import UserError
 from fewstep.evaluation.settings import KID_FEWEST
+from fewstep.export.conditioning import save_told, split_weights
 from fewstep.export.lora import save_lora
 from fewstep.export.pipeline import save_pipeline
 from fewstep.files import sweep, taken
 from fewstep.folder import read_folder
-from fewstep.loss import Loss
-from fewstep.objectives.consistency import consistency_loss
+from fewstep.objectives.consistency import Sample
+from fewstep.objectives.heads import FeatureCritic
+from fewstep.plan import family_plan, roles_of
 from fewstep.processes import together
 from fewstep.role_layout import Student, make_student
-from fewstep.roles import SeparateRoles
+from fewstep.roles import BASE, SeparateRoles, copy_role
 from fewstep.settings import DistillConfig, teacher_path
+from fewstep.stages import slug
+from fewstep.tensors import digest
 from fewstep.training.cpu import speed_up
 from fewstep.training.launch import make_accelerator
-from fewstep.training.loop import Batch, Follower, Update, check_split, train
+from fewstep.training.loop import Batch, Trained, Update, check_split, train
 from fewstep.training.run import RunLog, last_step
+from fewstep.trajectories import stored_trajectories
 from fewstep.watch import REAL, Watch, watched_prompts
 from fewstep.world import emoji8
 
@@ -58,11 +63,17 @@ class Run:
     data: LatentSet
     student: Student
     denoiser: Denoiser
+    omega: Tensor | None = None
 
     @cached_property
     def base(self) -> str:
         """Which weights the student belongs to."""
         return self.backbone.folder.fingerprint("unet")
+
+    def features(self, x: Tensor, t: Tensor, condition: Condition) -> list[Tensor]:
+        """Features of the frozen teacher, with gradient to x."""
+        with self.student.roles.use(BASE) as network:
+            return self.backbone.features(network, x, t, condition)
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -99,7 +110,7 @@ def prepare(config: DistillConfig, cache: Path, device: torch.device) -> Run:
     captioned = read_pictures(config, backbone.picture_size)
     backbone.load_encoders()  # a broken text encoder is told of before the pictures are encoded
     data = latent_set(captioned, backbone, encoders_fingerprint(backbone), cache)
-    return lay_out(config, backbone, captioned, data)
+    return on_trajectories(lay_out(config, backbone, captioned, data), cache)
 
 
 def encoders_fingerprint(backbone: StableDiffusion) -> str:
@@ -112,26 +123,34 @@ def lay_out(config: DistillConfig, backbone: StableDiffusion, captioned: picture
     backbone.release_encoders()
     if backbone.device.type == "cpu":
         speed_up(backbone.network)
-    roles = ("student", "target") if config.method.target == "ema" else ("student",)
-    student = make_student(backbone, config.student, roles, config.loop.seed)
+    student = make_student(backbone, config.student, roles_of(config.method), config.loop.seed, config.method.told)
     denoiser = Denoiser(student.call, backbone.path, backbone.prediction)
     return Run(config, backbone, captioned, data, student, denoiser)
 
 
+def on_trajectories(run: Run, cache: Path) -> Run:
+    """The run on stored trajectories of its teacher, where its recipe starts on them; itself elsewhere."""
+    if run.config.method.start != "trajectory":
+        return run
+    data, omega = stored_trajectories(run.config, run.backbone, run.denoiser, run.data, cache)
+    return replace(run, data=data, omega=omega)
+
+
 def update_plan(run: Run) -> list[Update]:
-    """The consistency family's plan: one line, the student."""
+    """What the loop is handed: the family's plan on the run's data."""
     config, device = run.config, run.backbone.device
 
-    def loss(batch: Batch, draws: Draws) -> Loss:
+    def sample(batch: Batch, draws: Draws) -> Sample:
         items = batch["items"]
         condition = run.data.condition(items, draws, config.data.empty_prompts, device)
-        null = run.data.null(len(items), device)
-        return consistency_loss(config.method, run.denoiser, batch["latents"], condition, null, draws)
+        omega = None if run.omega is None else run.omega[items]
+        return Sample(batch["latents"].float(), condition, run.data.null(len(items), device), omega)
 
-    follower = None
-    if config.method.target == "ema":
-        follower = Follower(run.student.roles.parameters("target"), config.method.target_decay)
-    return [Update("student", run.student.roles.parameters("student"), loss, config.optim, follower=follower)]
+    method = config.method
+    critic = None
+    if method.adversarial.weight:
+        critic = FeatureCritic(run.features, run.backbone.feature_channels, seed=config.loop.seed).to(device)
+    return family_plan(method, config.optim, run.student, run.denoiser, sample, run.features, critic)
 
 
 def export_student(run: Run, weights: Mapping[str, Tensor], target: Path, notes: Mapping[str, Any]) -> Path:
@@ -142,10 +161,12 @@ def export_student(run: Run, weights: Mapping[str, Tensor], target: Path, notes:
     """
     config = run.config
     notes = {"method": config.recipe, "guidance_seen": config.method.guidance.model_dump(), **notes}
+    own, told = split_weights(weights)
     if config.student.kind == "lora":
+        save_told(target, told)
         return save_lora(
             target,
-            weights,
+            own,
             rank=config.student.rank,
             alpha=config.student.lora_alpha,
             targets=list(config.student.targets or run.backbone.targets),
@@ -154,9 +175,9 @@ def export_student(run: Run, weights: Mapping[str, Tensor], target: Path, notes:
             notes=notes,
         )
     network = run.backbone.fresh_network()
-    network.load_state_dict(dict(weights))
+    network.load_state_dict(own)
     record = {"base": run.base, "sampling": config.sampling.model_dump(mode="json"), **notes}
-    return save_pipeline(target, run.backbone.folder.path, network, record)
+    return save_pipeline(target, run.backbone.folder.path, network, record, told)
 
 
 def networks(run: Run) -> list[nn.Module]:
@@ -182,7 +203,7 @@ def make_watch(run: Run, out: Path) -> Watch:
     seen = some(run, max(REAL, config.watch.count))
     prompts = watched_prompts(config, [said[0] for said in seen.captions])
     real = seen.pictures.read(range(min(REAL, len(seen))))
-    return Watch(config, artist, run.student.roles.parameters("student"), prompts, real, out, keep)
+    return Watch(config, artist, run.student.parameters("student"), prompts, real, out, keep)
 
 
 def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quiet: bool = False) -> Path:
@@ -198,22 +219,50 @@ def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quie
     accelerator = make_accelerator(config.loop.precision, pick_device(config.device))
     check_split(config.loop, accelerator)
     main = accelerator.is_main_process
+    target, place = out / "student", cache or out / "cache"
     with ExitStack() as held:
         with together():
             if main:
                 held.enter_context(taken(out))  # before anything is encoded into it
-        run = prepare(config, cache or out / "cache", accelerator.device)
+                for part in ("student", "cache"):
+                    sweep(out / part)
+        stages = config.each_stage()
+        if config.stages:
+            with together():
+                held.enter_context(RunLog(out, config, title=config.recipe, main=main, quiet=True))
+        start: Mapping[str, Tensor] | None = None
+        for number, stage in enumerate(stages):
+            folder, title = out, f"distil {config.recipe}"
+            if config.stages:
+                name = config.stages[number].name
+                folder, title = out / "stages" / slug(number + 1, name), f"{title}, {number + 1}/{len(stages)}: {name}"
+            run = prepare(stage, place, accelerator.device)
+            inputs = run.inputs
+            if start is not None:
+                inputs["start"] = digest(start)
+                start_from(run, start)
+            with together():
+                log = held.enter_context(RunLog(folder, stage, title=title, inputs=inputs, main=main, quiet=quiet))
+            trained = train_run(run, folder, log, accelerator)
+            start = trained.weights["student"]
+        notes = {"steps_trained": sum(stage.loop.steps for stage in stages[:-1]) + trained.step}
         with together():
-            title = f"distil {config.recipe}"
-            log = held.enter_context(RunLog(out, config, title=title, inputs=run.inputs, main=main, quiet=quiet))
-        return train_and_export(run, out, log, accelerator)
+            if main:
+                target = export_student(run, trained.weights["student"], target, notes)
+    return target
 
 
-def train_and_export(run: Run, out: Path, log: RunLog, accelerator: Accelerator) -> Path:
-    """Train what is laid out, from where the run folder stands; return the student's file."""
+def start_from(run: Run, weights: Mapping[str, Tensor]) -> None:
+    """Let all roles but the teacher start from the weights of a student."""
+    for role in roles_of(run.config.method):
+        copy_role(weights, run.student.parameters(role))
+
+
+def train_run(run: Run, out: Path, log: RunLog, accelerator: Accelerator) -> Trained:
+    """Train what is laid out, from where the run folder stands."""
     config, device, main = run.config, accelerator.device, accelerator.is_main_process
     if main:
-        for place in ("student", "best", "grids", "cache"):
+        for place in ("best", "grids"):
             sweep(out / place)
 
     def fetch(items: np.ndarray) -> Batch:
@@ -229,12 +278,12 @@ def train_and_export(run: Run, out: Path, log: RunLog, accelerator: Accelerator)
     with together():
         if main and config.loop.watch_every:
             watch = make_watch(run, out)
-    trained = train(plan, fetch, len(run.data), config.loop, log, accelerator, watch)
-    target = out / "student"
-    with together():
-        if main:
-            target = export_student(run, trained.weights["student"], target, {"steps_trained": trained.step})
-    return target
+    return train(plan, fetch, len(run.data), config.loop, log, accelerator, watch)
+
+
+def with_trajectories(config: DistillConfig, count: int) -> DistillConfig:
+    """The config with another number of stored trajectories."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"trajectories": count})})
 
 
 def estimate_run(config: DistillConfig) -> Estimated:
@@ -247,14 +296,17 @@ def estimate_run(config: DistillConfig) -> Estimated:
     captioned = read_pictures(config, backbone.picture_size)
     backbone.load_encoders()
     few = captioned.take(range(min(config.loop.batch, len(captioned))))
-    fingerprint = encoders_fingerprint(
-        backbone
-    )  # before the clock starts: hashed once, whatever the number of pictures
+    fingerprint = encoders_fingerprint(backbone)  # before the clock starts: hashed once for any number of pictures
     with tempfile.TemporaryDirectory() as cache:
         started = time.perf_counter()
         data = latent_set(few, backbone, fingerprint, Path(cache))
         encoding = (time.perf_counter() - started) / len(few) * len(captioned)
-        run = lay_out(config, backbone, few, data)
+        share = len(captioned) / len(few)
+        drawn = min(config.data.trajectories, config.loop.batch)
+        run = lay_out(with_trajectories(config, drawn), backbone, few, data)
+        if config.method.start == "trajectory":
+            started = time.perf_counter()
+            run, share = on_trajectories(run, Path(cache)), config.data.trajectories / drawn
+            encoding += (time.perf_counter() - started) * share
     estimated = estimate(update_plan(run), run.data, config, networks(run))
-    share = len(captioned) / len(few)
     return replace(estimated, encoding_seconds=encoding, data_bytes=round(estimated.data_bytes * share))

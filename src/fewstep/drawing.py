@@ -15,6 +15,7 @@ from tqdm import tqdm
 from fewstep.backbones.sd import StableDiffusion, load_backbone
 from fewstep.denoiser import Condition, Denoiser
 from fewstep.errors import UserError
+from fewstep.export.conditioning import read_told
 from fewstep.export.header import check_lora
 from fewstep.export.lora import merge_lora, read_lora
 from fewstep.export.pipeline import teacher_sampling
@@ -23,6 +24,7 @@ from fewstep.folder import read_folder
 from fewstep.inference import draw_latents
 from fewstep.roles import BASE
 from fewstep.settings import TEACHER_SAMPLING, Sampling
+from fewstep.told import Ear, ToldEmbedding, split_told
 
 MOST_LATENT_POINTS = 2**16
 """Points of latents (height x width) that the network draws at once: 16 pictures of Stable Diffusion at 512 x 512."""
@@ -71,11 +73,18 @@ class Artist:
         return self.backbone.to_pictures(latents)
 
 
-def artist_of(backbone: StableDiffusion, sampling: Sampling = TEACHER_SAMPLING) -> Artist:
-    """Let a backbone draw as it is."""
+def artist_of(
+    backbone: StableDiffusion, sampling: Sampling = TEACHER_SAMPLING, embedding: ToldEmbedding | None = None
+) -> Artist:
+    """Let a backbone draw as it is, told by `embedding` what its sampling says that it is told."""
+    ear = Ear(backbone.time_embedding(backbone.network)) if embedding else None
 
     def call(x: Tensor, t: Tensor, condition: Condition, role: str) -> Tensor:
-        return backbone.call(backbone.network, x, t, condition)
+        if ear is None or embedding is None:
+            return backbone.call(backbone.network, x, t, condition)
+        told, rest = split_told(condition)
+        with ear.hears(embedding(told)):
+            return backbone.call(backbone.network, x, t, rest)
 
     return Artist(backbone, Denoiser(call, backbone.path, backbone.prediction), sampling)
 
@@ -94,9 +103,12 @@ def load_artist(teacher: Path, lora: Path | str | None = None, device: torch.dev
     backbone = load_backbone(folder.path, device)
     backbone.load_encoders()
     if student is None:
-        return artist_of(backbone, teacher_sampling(folder.path))
-    merge_lora(backbone.network, read_lora(student))
-    return artist_of(backbone, student.sampling or Sampling())
+        sampling, place = teacher_sampling(folder.path), folder.path
+    else:
+        sampling, place = student.sampling or Sampling(), student.file
+        merge_lora(backbone.network, read_lora(student))
+    embedding = read_told(place, sampling.told, backbone.time_width)
+    return artist_of(backbone, sampling, embedding.to(backbone.device) if embedding else None)
 
 
 def sheet(pictures: np.ndarray, columns: int, scale: int = 2) -> Image.Image:

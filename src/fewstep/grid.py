@@ -1,4 +1,4 @@
-"""Every list of times: training grids and inference steps. The only place that makes one.
+"""Every list of times: training grids, segments and inference steps. The only place that makes one.
 
 Training and sampling take their times from here, so that a student is asked at inference for the times it was
 trained on (law 1 of the architecture). Times are in the path's own units; for a variance-preserving path of
@@ -7,47 +7,66 @@ T = 1000 indices the paper's grid of N = 50 is 19, 39, ..., 999.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fewstep.errors import UserError, nearest_divisor
 from fewstep.names import End, Spacing
-from fewstep.schedule import Path, VariancePreserving
+from fewstep.schedule import Path, VarianceExploding, VariancePreserving
+
+KARRAS = 7.0
+"""rho of EDM's times (arXiv 2206.00364, eq 5), which are even in sigma^(1/rho)."""
+
+Grid = int | Sequence[float]
+"""A training grid: N points by the path's own law, or the points themselves, rising."""
 
 
 def end_time(path: Path, end: End) -> float:
-    """The time of the named end point.
+    """The time of the named end point: clean data, or the least noise that networks of the path are trained on."""
+    return path.clean if end == "clean" else path.least
+
+
+def training_grid(path: Path, grid: Grid) -> Tensor:
+    """The times that a student is trained on, rising, float64 [N].
+
+    N points: T/N - 1, 2T/N - 1, ..., T - 1 for an indexed path (LCM, TCD; N = T for all indices); EDM's times between
+    sigma_min and sigma_max for a variance exploding one; noisiest * i/N, i = 1 .. N, for a flow.
 
     Raises:
-        UserError: `index0` on a path that has no indices.
+        UserError: N is below 1, or does not divide the number of indices; points that do not rise or leave the path.
     """
-    if end == "clean":
-        return path.clean
-    if not isinstance(path, VariancePreserving):
-        raise UserError("end = 'index0' needs a variance-preserving path; the nearest legal one is 'clean'")
-    return 0.0
-
-
-def training_grid(path: Path, count: int) -> Tensor:
-    """N = `count` times, rising, float64 [N]: T/N - 1, 2T/N - 1, ..., T - 1 for an indexed path (LCM, TCD).
-
-    On a continuous path: noisiest * i/N, i = 1 .. N.
-
-    Raises:
-        UserError: count is below 1, or does not divide the number of indices.
-    """
+    if not isinstance(grid, int):
+        return _own_points(path, grid)
+    if grid < 1:
+        raise UserError(f"grid = {grid} is below 1; the nearest legal one is 1")
+    steps = torch.arange(1, grid + 1, dtype=torch.float64)
     if isinstance(path, VariancePreserving):
         total = int(path.noisiest) + 1
-        if not 1 <= count <= total or total % count:
-            legal = nearest_divisor(count, total)
-            raise UserError(f"grid = {count} does not divide {total} training indices; the nearest is {legal}")
-        return torch.arange(1, count + 1, dtype=torch.float64) * (total // count) - 1
-    if count < 1:
-        raise UserError(f"grid = {count} is below 1; the nearest legal one is 1")
-    return path.noisiest * torch.arange(1, count + 1, dtype=torch.float64) / count
+        if grid > total or total % grid:
+            legal = nearest_divisor(grid, total)
+            raise UserError(f"grid = {grid} does not divide {total} training indices; the nearest is {legal}")
+        return steps * (total // grid) - 1
+    if isinstance(path, VarianceExploding):
+        low, high = path.sigma_min ** (1 / KARRAS), path.sigma_max ** (1 / KARRAS)
+        times: Tensor = (low + (steps - 1) / max(grid - 1, 1) * (high - low)) ** KARRAS
+        times[-1] = path.sigma_max
+        return times
+    return path.noisiest * steps / grid
 
 
-def previous(grid: Tensor, index: Tensor, k: int, lowest: float) -> Tensor:
+def _own_points(path: Path, points: Sequence[float]) -> Tensor:
+    times = torch.tensor(list(points), dtype=torch.float64)
+    if len(times) < 1 or bool((times[1:] <= times[:-1]).any()):
+        raise UserError(f"grid = {list(points)} does not rise; the nearest is {sorted(set(points)) or [path.noisiest]}")
+    for edge, wrong in ((path.clean, times[0] <= path.clean), (path.noisiest, times[-1] > path.noisiest)):
+        if wrong:
+            raise UserError(f"grid = {list(points)} leaves the path at {edge:g}")
+    return times
+
+
+def previous(grid: Tensor, index: Tensor, k: Tensor | int, lowest: float) -> Tensor:
     """The time k grid points below grid[index]; `lowest` where the grid has ended.
 
     index int64 [B] -> float64 [B].
@@ -56,25 +75,65 @@ def previous(grid: Tensor, index: Tensor, k: int, lowest: float) -> Tensor:
     return below[(index + 1 - k).clamp(min=0)]
 
 
-def inference_times(path: Path, steps: int, *, grid: int = 50, spacing: Spacing = "grid") -> Tensor:
+def between(path: Path, t: Tensor, s: Tensor, steps: int) -> Tensor:
+    """Times of `steps` equal steps from t [B] to s [B], both included, float64 [steps + 1, B].
+
+    Equal in time; on a variance exploding path in sigma^(1/7), as its grid is.
+    """
+    share = torch.arange(steps + 1, dtype=torch.float64)[:, None] / steps
+    if isinstance(path, VarianceExploding):
+        a, b = t ** (1 / KARRAS), s ** (1 / KARRAS)
+        times = (a + share * (b - a)) ** KARRAS
+        return torch.cat([t[None], times[1:-1], s[None]])  # the two ends without rounding
+    return torch.cat([t[None], (t + share * (s - t))[1:-1], s[None]])
+
+
+def edge_below(index: Tensor, count: int, segments: int) -> Tensor:
+    """The index of the grid point at the lower edge of the segment that grid[index] belongs to, int64; -1 for the end.
+
+    M segments of N/M points each. A point on an edge belongs to the segment below it, whose noisiest time it is.
+
+    Raises:
+        UserError: M does not divide N: its edges are no points of the grid.
+    """
+    check_segments(count, segments)
+    width = count // segments
+    return index // width * width - 1
+
+
+def check_segments(count: int, segments: int) -> None:
+    """Refuse segments whose edges are no points of the grid.
+
+    Raises:
+        UserError: naming the nearest number of segments.
+    """
+    if not 1 <= segments <= count or count % segments:
+        legal = nearest_divisor(segments, count)
+        raise UserError(f"segments = {segments} does not divide the grid of {count} points; the nearest is {legal}")
+
+
+def inference_times(path: Path, steps: int, *, grid: Grid = 50, spacing: Spacing = "grid") -> Tensor:
     """The times at which the network is called, falling, float64 [steps].
 
     `grid`: every floor(i N / steps)-th point of the training grid from the noisiest down (LCM's and TCD's
     rule; 4 steps of 50: 999, 759, 499, 259). `trailing`: round(T - i T / steps) - 1, the usual list for ODE
-    solvers.
+    solvers; EDM's times on a variance exploding path.
 
     Raises:
         UserError: steps out of range.
     """
+    points = grid if isinstance(grid, int) else len(grid)
     indices = int(path.noisiest) + 1 if isinstance(path, VariancePreserving) else 1000
-    limit = grid if spacing == "grid" else indices
+    limit = points if spacing == "grid" else indices
     if not 1 <= steps <= limit:
         legal = min(max(steps, 1), limit)
         raise UserError(f"steps = {steps} is out of range; the nearest legal one is {legal}")
     if spacing == "grid":
-        points = training_grid(path, grid).flip(0)
+        falling = training_grid(path, grid).flip(0)
         # floor in integers: floating division would drop a point where i N / steps is whole
-        return points[torch.tensor([i * grid // steps for i in range(steps)])]
+        return falling[torch.tensor([i * points // steps for i in range(steps)])]
+    if isinstance(path, VarianceExploding):
+        return training_grid(path, steps).flip(0)
     share = torch.arange(steps, dtype=torch.float64) / steps
     if isinstance(path, VariancePreserving):
         total = path.noisiest + 1

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fewstep.denoiser import Condition, Denoiser
 from fewstep.grid import inference_times
-from fewstep.names import CALLS
-from fewstep.sampler import picture_noise, sample_consistency, sample_ode, sample_sss
+from fewstep.jump import student_step
+from fewstep.jumper import Voice
+from fewstep.sampler import picture_noise, sample_consistency, sample_ode, sample_sde_dpmpp_2m, sample_sss
 from fewstep.settings import Sampling
 
 
@@ -20,7 +22,7 @@ def call_times(sampling: Sampling, denoiser: Denoiser) -> list[float]:
     Raises:
         UserError: more steps than the grid has points.
     """
-    count = sampling.steps // CALLS[sampling.sampler]  # whole: `Sampling` refuses any other
+    count = sampling.steps // sampling.calls_a_step  # whole: `Sampling` refuses any other
     times = inference_times(denoiser.path, count, grid=sampling.grid, spacing=sampling.spacing)
     return [float(t) for t in times]
 
@@ -40,18 +42,24 @@ def draw_latents(
 
     A latent depends on its own seed and condition alone, not on the batch.
     """
-    times = call_times(sampling, denoiser)
+    times, path = call_times(sampling, denoiser), denoiser.path
     x, cpu_noise = picture_noise(seeds, shape)
     x = x.to(device)
+    voice = Voice(denoiser, condition, role, sampling.told)
+    if sampling.w is not None:
+        voice = replace(voice, w=torch.full((len(x),), sampling.w, dtype=torch.float64))
     if sampling.omega > 0:
         wide = {k: v.expand(len(x), *v.shape[1:]) for k, v in null.items()}
-        omega = torch.full((len(x),), sampling.omega)
-        denoise = denoiser.bind_guided(condition, wide, omega, role)
-    else:
-        denoise = denoiser.bind(condition, role)
+        voice = replace(voice, null=wide, omega=torch.full((len(x),), sampling.omega))
+    jump = voice.jumper(student_step(sampling.step_jump, sampling.r, sampling.form))
+
+    def noise() -> Tensor:
+        return cpu_noise().to(device)
+
     if sampling.sampler == "sss":
-        noise = lambda: cpu_noise().to(device)  # noqa: E731
-        return sample_sss(denoise, denoiser.path, x, times, sampling.gamma, sampling.end, noise)
+        return sample_sss(jump, path, x, times, sampling.gamma, sampling.end, noise, sampling.gamma_law)
     if sampling.sampler == "lcm":
-        return sample_consistency(denoise, denoiser.path, x, times, lambda: cpu_noise().to(device))
-    return sample_ode(denoise, denoiser.path, x, times, sampling.end, sampling.sampler)
+        return sample_consistency(jump, path, x, times, noise)
+    if sampling.sampler == "sde_dpmpp_2m":
+        return sample_sde_dpmpp_2m(voice.denoise, path, x, times, sampling.end, noise)
+    return sample_ode(voice.denoise, path, x, times, sampling.end, sampling.sampler)

@@ -16,30 +16,52 @@ End = Literal["clean", "index0"]
 """Where sampling ends: true clean data, or the least noisy index of the network (sigma = .029 on SD's schedule)."""
 Spacing = Literal["grid", "trailing"]
 """How inference times are taken; see `grid.inference_times`."""
-SolverName = Literal["ddim", "euler", "dpmpp_2s"]
+SolverName = Literal["ddim", "euler", "heun", "dpm_2", "dpmpp_2s"]
 """One step of the probability-flow ODE; see `solver`."""
-SamplerName = Literal["sss", "lcm", "ddim", "euler", "dpmpp_2s"]
+SamplerName = Literal["sss", "lcm", "ddim", "euler", "heun", "dpm_2", "dpmpp_2s", "sde_dpmpp_2m"]
 """How pictures are drawn; see `sampler`."""
-Convention = Literal["lcm", "imagen"]
-"""Guidance: omega in (1 + omega) eps(c) - omega eps(null), or Imagen's scale 1 + omega."""
-Jump = Literal["skip", "first_order"]
+GammaLaw = Literal["time", "noise"]
+"""What gamma is linear in: time, s = (1 - gamma) t (TCD), or the fresh noise's standard deviation (CTM)."""
+Convention = Literal["lcm", "imagen", "none"]
+"""Guidance: omega in (1 + omega) eps(c) - omega eps(null), Imagen's scale 1 + omega, or no guidance at all."""
+Jump = Literal["skip", "cm_skip", "first_order", "second_order"]
 """The student's jump; see `jump`."""
-SLaw = Literal["zero", "uniform"]
-"""Where jumps land in training."""
+Form = Literal["x0", "eps"]
+"""What a second-order jump blends: data or noise predictions."""
+Told = Literal["s", "w"]
+"""What a network may be told beside x_t and t: where its jump lands, and the guidance omega."""
+Start = Literal["data", "trajectory"]
+"""Where x_{t_n+k} comes from: noised data, or a stored trajectory of the teacher."""
+Point = Literal["solver", "path"]
+"""Where x_{t_n} comes from: the teacher's solver, or the same path (the same noise on the data; the stored point)."""
+SLaw = Literal["edge", "uniform", "inference", "next"]
+"""Where jumps land in training; see `objectives.times`."""
+Compare = Literal["landing", "end"]
+"""Where two jumps are compared: where they land, or pushed on to the end point by the target."""
+AdversarialKind = Literal["hinge", "nonsaturating"]
+"""The losses of a critic and of what it judges; see `objectives.adversarial`."""
+Weight = Literal["none", "eps", "x0"]
+"""What a distance is divided by: nothing, or how far a change of eps (of x0) moves the landing, squared."""
 Target = Literal["self", "ema"]
 """Who the student must agree with."""
-DistanceName = Literal["l2", "huber"]
+DistanceName = Literal["l2", "huber", "huber_norm", "features"]
 """How agreement is measured; see `objectives.distance`."""
 
 TO_TEACHER = " (to teacher)"
 """Added to the name of a distance between sets when it is taken from the teacher's pictures."""
-CALLS: dict[str, int] = {"ddim": 1, "euler": 1, "dpmpp_2s": 2, "sss": 1, "lcm": 1}
-"""Network calls of one step of a solver or sampler."""
+CALLS: dict[str, int] = {
+    **{"ddim": 1, "euler": 1, "heun": 2, "dpm_2": 2, "dpmpp_2s": 2},
+    **{"sss": 1, "lcm": 1, "sde_dpmpp_2m": 1},
+}
+"""Network calls of one step of a solver, or of a sampler with a first-order jump."""
 
 
 def omega_of(scale: float, convention: Convention) -> float:
-    """Guidance in the papers' convention: eps = (1 + omega) eps(c) - omega eps(null). Imagen's scale is 1 + omega."""
-    return scale if convention == "lcm" else scale - 1.0
+    """Guidance in the papers' convention: eps = (1 + omega) eps(c) - omega eps(null). Imagen's scale is 1 + omega.
+
+    0 without guidance, whatever the scale.
+    """
+    return {"lcm": scale, "imagen": scale - 1.0, "none": 0.0}[convention]
 
 
 def check_device(name: str) -> None:

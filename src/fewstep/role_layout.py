@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,34 +11,64 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.denoiser import Call, Condition
+from fewstep.names import Told
 from fewstep.roles import BASE, AdapterRoles, Roles, SeparateRoles, add_adapter, copy_role
 from fewstep.settings import StudentConfig
+from fewstep.told import TOLD_PREFIX, Ear, ToldEmbedding, split_told
 
 
 class Host(Protocol):
     """What a backbone must offer to host roles."""
 
     network: nn.Module
-    targets: list[str]
+
+    @property
+    def targets(self) -> Sequence[str]:
+        """Layers that a LoRA adapts, by the ends of their names."""
+        ...
 
     def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """One network call."""
         ...
 
+    def time_embedding(self, network: nn.Module) -> nn.Module:
+        """The part of a network whose output [B, width] stands for the time."""
+        ...
+
+    @property
+    def time_width(self) -> int:
+        """Width of that output."""
+        ...
+
 
 @dataclass(frozen=True)
 class Student:
-    """Roles over networks, and the call that a `Denoiser` makes."""
+    """Roles over networks, and the call that a `Denoiser` makes.
+
+    Attributes:
+        told: what each role but the teacher is told beside x and t, if anything.
+    """
 
     roles: Roles
     call: Call
+    told: Mapping[str, ToldEmbedding]
+
+    def parameters(self, role: str) -> dict[str, nn.Parameter]:
+        """All that is trained of a role: its network's or adapter's weights, and `told.` what it is told by."""
+        own = self.told[role].named_parameters() if role in self.told else ()
+        return {**self.roles.parameters(role), **{f"{TOLD_PREFIX}{name}": p for name, p in own}}
 
 
-def make_student(host: Host, config: StudentConfig, roles: tuple[str, ...], seed: int) -> Student:
+def make_student(
+    host: Host, config: StudentConfig, roles: tuple[str, ...], seed: int, told: Sequence[Told] = ()
+) -> Student:
     """Lay out the teacher and the given roles; all start equal to the teacher.
 
     With LoRA, base weights exist once and only the first role has gradients switched on; with full fine-tuning
     every role is a copy of the network. Further roles copy the first one's weights.
+
+    Args:
+        told: what the roles are told beside x and t. The condition of a call must then hold it, [B] each.
     """
     laid: Roles
     if config.kind == "lora":
@@ -45,22 +76,37 @@ def make_student(host: Host, config: StudentConfig, roles: tuple[str, ...], seed
         for role in roles:
             add_adapter(host.network, role, config.rank, config.lora_alpha, targets, seed)
         laid = AdapterRoles(host.network)
+        networks = dict.fromkeys(roles, host.network)
     else:
-        laid = SeparateRoles({BASE: host.network, **{role: copy.deepcopy(host.network) for role in roles}})
-    first = laid.parameters(roles[0])
+        networks = {role: copy.deepcopy(host.network) for role in roles}
+        laid = SeparateRoles({BASE: host.network, **networks})
+    device = next(host.network.parameters()).device
+    embeddings = {role: ToldEmbedding(told, host.time_width, seed).to(device) for role in roles if told}
+    student = Student(laid, _call(host, laid, networks, embeddings), embeddings)
+    first = student.parameters(roles[0])
     for role in roles:
-        for parameter in laid.parameters(role).values():
+        for parameter in student.parameters(role).values():
             parameter.requires_grad_(role == roles[0])
         if role != roles[0]:
-            copy_role(first, laid.parameters(role))
+            copy_role(first, student.parameters(role))
     if config.checkpointing:
         laid.checkpointing()
+    return student
+
+
+def _call(host: Host, laid: Roles, networks: Mapping[str, nn.Module], embeddings: Mapping[str, ToldEmbedding]) -> Call:
+    """The call by role; one ear a network, which several roles may share."""
+    ears = {id(network): Ear(host.time_embedding(network)) for network in networks.values()} if embeddings else {}
 
     def call(x: Tensor, t: Tensor, condition: Condition, role: str) -> Tensor:
         with laid.use(role) as network:
-            return host.call(network, x, t, condition)
+            if role not in embeddings:
+                return host.call(network, x, t, condition)
+            told, rest = split_told(condition)
+            with ears[id(network)].hears(embeddings[role](told)):
+                return host.call(network, x, t, rest)
 
-    return Student(laid, call)
+    return call
 
 
 def unique_bytes(*networks: nn.Module) -> int:

@@ -97,19 +97,22 @@ Roles = AdapterRoles | SeparateRoles
 
 
 def add_adapter(network: nn.Module, role: str, rank: int, alpha: float, targets: list[str], seed: int) -> None:
-    """Give `network` (a diffusers model) a LoRA adapter named after the role; its B matrices start at zero.
+    """Give `network` a LoRA adapter named after the role; its B matrices start at zero.
 
     The A matrices are drawn from `seed`, independent of the global generator. All other adapters keep their
     gradients, and the base stays frozen.
     """
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
     wanted = {n for n, p in network.named_parameters() if p.requires_grad and "lora_" in n}
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)  # type: ignore[arg-type]
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # many adapters are the point
         torch.manual_seed(seed)
-        network.add_adapter(config, adapter_name=role)  # type: ignore[operator]
+        if hasattr(network, "add_adapter"):
+            network.add_adapter(config, adapter_name=role)  # type: ignore[operator]
+        else:  # no model of diffusers
+            inject_adapter_in_model(config, network, role)
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name in wanted or (f".{role}." in name and "lora_" in name))
 

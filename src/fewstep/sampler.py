@@ -1,8 +1,8 @@
 """Sampling: pure step functions, and the loops built on them.
 
-A step takes the network's estimate at x_t and returns x at the next time; nothing has state. Loops take the
-list of call times (one at least) from `grid.inference_times` and a `noise()` that returns fresh standard
-normal noise shaped like x.
+A step takes x at one time and returns x at the next; nothing has state. Loops take the list of call times (one at
+least) from `grid.inference_times`, a jump of the network's, and a `noise()` that returns fresh standard normal noise
+shaped like x.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.grid import end_time
-from fewstep.jump import first_order, skip_connection, skip_scalings
-from fewstep.names import End, SolverName
+from fewstep.jump import Denoise, land
+from fewstep.names import End, GammaLaw, SolverName
 from fewstep.schedule import PURE_NOISE, Estimate, Path, VariancePreserving, expand
-from fewstep.solver import SOLVERS, Denoise, ddim
+from fewstep.solver import SOLVERS, ddim
 
 Noise = Callable[[], Tensor]
+Jumper = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""A network's own jump: (x_t [B, ...], t [B], s [B]) -> x_s. See `jumper`."""
 
 
 def check_gamma(gamma: float) -> float:
@@ -55,21 +57,33 @@ def sss_target(path: Path, t_next: Tensor, gamma: float) -> Tensor:
     return (s + 1e-9).floor()
 
 
-def sss_step(path: Path, estimate: Estimate, t_next: Tensor, gamma: float, z: Tensor) -> Tensor:
-    """Strategic stochastic sampling (TCD, algorithm 4): jump to s = (1 - gamma) t_next, then diffuse.
+def ctm_target(path: Path, t_next: Tensor, gamma: float) -> Tensor:
+    """CTM's denoising target (arXiv 2310.02279, algorithm 3): sigma_s = sqrt(1 - gamma^2) sigma_next where alpha = 1.
 
-    gamma = 0 is the deterministic jump to t_next; gamma = 1 returns to the least noisy index and re-noises
-    fully, as multistep consistency sampling does. With the first-order jump it is DDIM with noise of standard
-    deviation sqrt(1 - alpha_next^2/alpha_s^2).
+    On other paths sigma/alpha takes sigma's place, so that the noise that is put back has the share gamma^2 of the
+    variance sigma_next^2 at any t_next and any number of steps; SSS's share grows with t_next.
     """
-    s = sss_target(path, t_next, gamma)
-    x_s = first_order(estimate, expand(path.alpha(s), estimate.x0), expand(path.sigma(s), estimate.x0))
-    return diffuse(path, x_s, s, t_next, z)
+    if gamma == 0:
+        return t_next
+    if gamma == 1:
+        return torch.full_like(t_next, path.clean)
+    kept = (1 - gamma**2) ** 0.5 * path.sigma(t_next) / path.alpha(t_next)
+    return torch.where(kept == 0, path.clean, path.time_of(-kept.log()))
 
 
-def consistency_step(path: Path, x_0: Tensor, t_next: Tensor, z: Tensor) -> Tensor:
-    """Multistep consistency sampling: noise the jump's end point x_0 afresh, to t_next."""
-    return expand(path.alpha(t_next), x_0) * x_0 + expand(path.sigma(t_next), x_0) * z
+TARGETS: dict[GammaLaw, Callable[[Path, Tensor, float], Tensor]] = {"time": sss_target, "noise": ctm_target}
+"""(path, t_next, gamma) -> where to denoise to, before noise brings x back to t_next."""
+
+
+def sss_step(path: Path, estimate: Estimate, t_next: Tensor, gamma: float, z: Tensor, law: GammaLaw = "time") -> Tensor:
+    """Strategic stochastic sampling (TCD, algorithm 4) with the first-order jump: to s, then diffuse to t_next.
+
+    By TCD's law s = (1 - gamma) t_next. gamma = 0 is the deterministic jump to t_next; gamma = 1 returns to the least
+    noisy index and re-noises fully, as multistep consistency sampling does. It is DDIM with noise of standard
+    deviation sqrt(sigma_next^2 - (alpha_next/alpha_s)^2 sigma_s^2).
+    """
+    s = TARGETS[law](path, t_next, gamma)
+    return diffuse(path, land(estimate, path, s), s, t_next, z)
 
 
 def _batch(t: float, x: Tensor) -> Tensor:
@@ -77,28 +91,37 @@ def _batch(t: float, x: Tensor) -> Tensor:
 
 
 def sample_sss(
-    denoise: Denoise, path: Path, x: Tensor, times: Sequence[float], gamma: float, end: End, noise: Noise
+    jump: Jumper,
+    path: Path,
+    x: Tensor,
+    times: Sequence[float],
+    gamma: float,
+    end: End,
+    noise: Noise,
+    law: GammaLaw = "time",
 ) -> Tensor:
-    """Draw with SSS from x at times[0]; len(times) network calls, no noise after the last."""
+    """Draw with SSS from x at times[0]; one jump a time, no noise after the last.
+
+    With a second-order jump this is the paper's SSS of second order: denoise by DPM-Solver++(2S) to s, then diffuse.
+    """
     check_gamma(gamma)
     for t, t_next in pairwise(times):
-        estimate = denoise(x, _batch(t, x))
-        z = noise() if gamma > 0 else torch.zeros_like(x)
-        x = sss_step(path, estimate, _batch(t_next, x), gamma, z)
-    return ddim(denoise, path, x, _batch(times[-1], x), _batch(end_time(path, end), x))
+        then = _batch(t_next, x)
+        s = TARGETS[law](path, then, gamma)
+        x_s = jump(x, _batch(t, x), s)
+        x = diffuse(path, x_s, s, then, noise()) if gamma > 0 else x_s
+    return jump(x, _batch(times[-1], x), _batch(end_time(path, end), x))
 
 
-def sample_consistency(denoise: Denoise, path: Path, x: Tensor, times: Sequence[float], noise: Noise) -> Tensor:
-    """LCM's multistep consistency sampling (arXiv 2310.04378, algorithm 3); it ends on clean data."""
+def sample_consistency(jump: Jumper, path: Path, x: Tensor, times: Sequence[float], noise: Noise) -> Tensor:
+    """Multistep consistency sampling (arXiv 2310.04378, algorithm 3): jump to clean data, noise afresh.
 
-    def jump(x: Tensor, t: float) -> Tensor:
-        now = _batch(t, x)
-        c_skip, c_out = skip_scalings(now)
-        return skip_connection(x, denoise(x, now), expand(c_skip, x), expand(c_out, x))
-
+    It ends on clean data.
+    """
+    clean = _batch(path.clean, x)
     for t, t_next in pairwise(times):
-        x = consistency_step(path, jump(x, t), _batch(t_next, x), noise())
-    return jump(x, times[-1])
+        x = diffuse(path, jump(x, _batch(t, x), clean), clean, _batch(t_next, x), noise())
+    return jump(x, _batch(times[-1], x), clean)
 
 
 def sample_ode(
@@ -112,6 +135,34 @@ def sample_ode(
         now = _batch(t, x)
         endless = s == path.clean or float(path.alpha(torch.tensor(t, dtype=torch.float64))) < PURE_NOISE
         x = (ddim if endless else SOLVERS[solver])(denoise, path, x, now, _batch(s, x))
+    return x
+
+
+def sample_sde_dpmpp_2m(
+    denoise: Denoise, path: Path, x: Tensor, times: Sequence[float], end: End, noise: Noise
+) -> Tensor:
+    """SDE-DPM-Solver++(2M) (arXiv 2211.01095, appendix): one call a step, the last data prediction is used again.
+
+    With h = lambda_s - lambda_t and r = (the h before)/h:
+    x_s = (sigma_s/sigma_t) e^{-h} x_t + alpha_s (1 - e^{-2h}) [D + (D - D_before)/2r] + sigma_s sqrt(1 - e^{-2h}) z.
+    The first step, and the one onto clean data, have no h to compare with and take D alone; from pure noise too.
+    """
+    before: Tensor | None = None
+    h_before = 0.0
+    for t, s in pairwise([*times, end_time(path, end)]):
+        now, then = _batch(t, x), _batch(s, x)
+        alpha_t, sigma_t, alpha_s, sigma_s = (part(u)[:1] for u in (now, then) for part in (path.alpha, path.sigma))
+        x0 = denoise(x, now).x0
+        endless = float(sigma_s) == 0 or float(alpha_t) < PURE_NOISE
+        # e^{-h} = (sigma_s/sigma_t)(alpha_t/alpha_s), which is 0 at both ends
+        shrink = (sigma_s * alpha_t) / (sigma_t * alpha_s)
+        fresh = 1 - shrink.square()
+        h = 0.0 if endless else -float(shrink.log())
+        data = x0 if before is None or endless or not h_before else x0 + (0.5 * h / h_before) * (x0 - before)
+        x = expand(sigma_s / sigma_t * shrink, x) * x + expand(alpha_s * fresh, x) * data
+        if float(sigma_s) > 0:
+            x = x + expand(sigma_s * fresh.sqrt(), x) * noise()
+        before, h_before = x0, h
     return x
 
 

@@ -30,11 +30,18 @@ NO_SIGNAL = math.log(PURE_NOISE**4)
 
 
 class Path(Protocol):
-    """A noise path; `clean` and `noisiest` are its two ends, in its own units of time."""
+    """A noise path; `clean` and `noisiest` are its two ends, in its own units of time.
+
+    `least` is the least noisy time that networks of the path are trained at: index 0 of an indexed path.
+    """
 
     @property
     def clean(self) -> float:
         """The time of clean data, sigma = 0."""
+
+    @property
+    def least(self) -> float:
+        """The least noisy time that networks are trained at."""
 
     @property
     def noisiest(self) -> float:
@@ -80,6 +87,11 @@ class VariancePreserving:
         return -1.0
 
     @property
+    def least(self) -> float:
+        """Index 0."""
+        return 0.0
+
+    @property
     def noisiest(self) -> float:
         """T - 1."""
         return float(len(self.log_alpha_bar) - 2)
@@ -123,6 +135,11 @@ class FlowMatching:
         return 0.0
 
     @property
+    def least(self) -> float:
+        """1/1000, the first of the thousand times that flow networks are trained at."""
+        return 1e-3
+
+    @property
     def noisiest(self) -> float:
         """1."""
         return 1.0
@@ -146,14 +163,20 @@ class FlowMatching:
 
 @dataclass(frozen=True)
 class VarianceExploding:
-    """alpha = 1, sigma = t (EDM), up to `sigma_max`."""
+    """alpha = 1, sigma = t (EDM), up to `sigma_max`; grids of times end at `sigma_min`."""
 
     sigma_max: float = 80.0
+    sigma_min: float = 0.002
 
     @property
     def clean(self) -> float:
         """0."""
         return 0.0
+
+    @property
+    def least(self) -> float:
+        """`sigma_min`."""
+        return self.sigma_min
 
     @property
     def noisiest(self) -> float:
@@ -187,6 +210,16 @@ def expand(coefficient: Tensor, like: Tensor) -> Tensor:
     """Give a per-sample coefficient [B] (or a scalar) the rank and type of `like` [B, ...], to multiply."""
     wide = coefficient.to(device=like.device, dtype=like.dtype, non_blocking=True)
     return wide if wide.dim() == 0 else wide.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def share_of(path: Path, t: Tensor) -> Tensor:
+    """Where t stands between clean data (0) and the noisiest time (1), in the path's own time."""
+    return (t - path.clean) / (path.noisiest - path.clean)
+
+
+def index_of(path: Path, t: Tensor, indices: int = 1000) -> Tensor:
+    """t in training indices: itself on an indexed path, 0 .. `indices` on a continuous one."""
+    return t if isinstance(path, VariancePreserving) else indices * share_of(path, t)
 
 
 def add_noise(path: Path, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:

@@ -9,112 +9,67 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from fewstep.config import Config, merge, parse_overrides, read_yaml, validate
-from fewstep.names import (
-    CALLS,
-    Convention,
-    DeviceName,
-    DistanceName,
-    End,
-    Jump,
-    Precision,
-    SamplerName,
-    SLaw,
-    SolverName,
-    Spacing,
-    Target,
-    omega_of,
-)
+from fewstep.method_settings import ConsistencyConfig, GridSpec
+from fewstep.names import CALLS, DeviceName, End, Form, GammaLaw, Jump, Precision, SamplerName, Spacing, Told
 from fewstep.recipes import read_recipe
+from fewstep.stages import Stage, stage_configs
 
 
 class Sampling(Config):
     """How pictures are drawn. The same record stands in a recipe, a run's config and an exported file."""
 
-    sampler: SamplerName = Field("sss", description="sss (TCD), lcm (multistep consistency), ddim, euler, dpmpp_2s")
+    sampler: SamplerName = Field(
+        "sss", description="sss (TCD), lcm (multistep consistency), ddim, euler, heun, dpm_2, dpmpp_2s, sde_dpmpp_2m"
+    )
     steps: int = Field(
         4,
         ge=1,
         description="network calls a picture; a guided one counts once, and dpmpp_2s saves its last where end = clean",
     )
     gamma: float = Field(0.3, ge=0, le=1, description="stochasticity of sss: 0 deterministic, 1 full re-noising")
+    gamma_law: GammaLaw = Field("time", description="what gamma is linear in: time (TCD) or noise (CTM)")
+    jump: Jump | None = Field(None, description="the student's jump; null: skip for lcm, else first_order")
+    r: float = Field(0.5, gt=0, le=1, description="mid-point of a second-order jump")
+    form: Form = Field("x0", description="what a second-order jump blends: x0 or eps predictions")
+    told: tuple[Told, ...] = Field((), description="what the network is told beside x and t: s, w")
+    w: float | None = Field(None, ge=0, description="guidance omega that a student which is told w stands for")
     omega: float = Field(0.0, ge=0, description="guidance, (1 + omega) eps(c) - omega eps(null); 0 for a student")
-    grid: int = Field(50, ge=1, description="points of the training grid that times are taken from")
+    grid: GridSpec = Field(50, description="training grid that times are taken from: N points, or the points")
     spacing: Spacing = Field("grid", description="grid (LCM's and TCD's rule) or trailing")
     end: End = Field("index0", description="end point: clean or index0; lcm always ends on clean data")
 
     @model_validator(mode="after")
     def _countable(self) -> Self:
-        calls = CALLS[self.sampler]
-        most = self.grid * calls
+        calls = self.calls_a_step
+        points = self.grid if isinstance(self.grid, int) else len(self.grid)
+        most = points * calls
         if self.spacing == "grid" and self.steps > most:
             raise ValueError(
-                f"steps = {self.steps} is out of range for grid = {self.grid}; the nearest legal one is {most}"
+                f"steps = {self.steps} is out of range for grid = {points}; the nearest legal one is {most}"
             )
         if self.steps % calls:
             raise ValueError(
                 f"steps = {self.steps} network calls cannot be split into {self.sampler} steps of {calls}; "
                 f"the nearest legal one is {self.steps + 1}"
             )
+        if ("w" in self.told) != (self.w is not None):
+            raise ValueError(f"w = {self.w} for a network that is told {list(self.told)}; name both, or none")
         return self
+
+    @property
+    def step_jump(self) -> Jump:
+        """The jump that is sampled with."""
+        return self.jump or ("skip" if self.sampler == "lcm" else "first_order")
+
+    @property
+    def calls_a_step(self) -> int:
+        """Network calls of one step."""
+        jumps = self.sampler in ("sss", "lcm")
+        return 2 if jumps and self.jump == "second_order" else CALLS[self.sampler]
 
 
 TEACHER_SAMPLING = Sampling(sampler="ddim", steps=50, omega=7.0, spacing="trailing", end="clean")
 """How a teacher is sampled where nothing else is said."""
-
-
-class Guidance(Config):
-    """The guidance of the teacher's step: scale ~ U[low, high], one draw a sample."""
-
-    convention: Convention = Field("lcm", description="what the numbers mean: lcm (omega) or imagen (1 + omega)")
-    low: float = Field(2.0, description="smallest scale")
-    high: float = Field(14.0, description="largest scale")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.high < self.low:
-            raise ValueError(f"high = {self.high:g} is below low; the nearest legal one is {self.low:g}")
-        return self
-
-    @property
-    def omegas(self) -> tuple[float, float]:
-        """The range in the papers' convention."""
-        return omega_of(self.low, self.convention), omega_of(self.high, self.convention)
-
-    @property
-    def mean_omega(self) -> float:
-        """The guidance that a student which is not told omega learns, on average."""
-        return sum(self.omegas) / 2
-
-
-class ConsistencyConfig(Config):
-    """One row of the table of methods."""
-
-    grid: int = Field(50, ge=2, description="N, points of the training grid")
-    k: int = Field(1, ge=1, description="skip between t_{n+k} and t_n, in grid points (1 of 50 = 20 indices)")
-    s: SLaw = Field("uniform", description="where jumps land: zero (the end point) or uniform in [end, t_n]")
-    jump: Jump = Field("first_order", description="skip (LCM's skip connection) or first_order (TCF(1))")
-    solver: SolverName = Field("ddim", description="the teacher's step from t_{n+k} to t_n")
-    guidance: Guidance = Field(Guidance(), description="of the teacher's step")
-    target: Target = Field("self", description="self (the student under stop-gradient) or ema")
-    target_decay: float = Field(0.95, gt=0, lt=1, description="decay of the ema target")
-    distance: DistanceName = Field("l2", description="l2 or huber (element-wise pseudo-Huber)")
-    huber_c: float = Field(1e-3, gt=0, description="c of the pseudo-Huber distance")
-    end: End = Field("index0", description="the end point: clean (sigma = 0) or index0 (sigma = .029 on SD's path)")
-
-    @model_validator(mode="after")
-    def _legal(self) -> Self:
-        if self.jump == "skip" and self.s != "zero":
-            raise ValueError(
-                f"s = {self.s!r} with jump = 'skip', which only reaches the end; the nearest legal s is 'zero'"
-            )
-        if self.k >= self.grid:
-            raise ValueError(f"k = {self.k} must be below grid = {self.grid}; the nearest legal one is {self.grid - 1}")
-        return self
-
-    @property
-    def calls(self) -> dict[str, int]:
-        """Network evaluations of one sample in one step, by role; the teacher's include the null branch."""
-        return {"student": 1, "target": 1, "teacher": 2 * CALLS[self.solver]}
 
 
 class StudentConfig(Config):
@@ -137,6 +92,7 @@ class DataConfig(Config):
 
     source: str = Field("emoji8", description="emoji8, or a folder of captioned pictures")
     captions: int = Field(12, ge=1, description="captions a picture, drawn once and cached")
+    trajectories: int = Field(2048, ge=1, description="teacher trajectories drawn and stored, where start = trajectory")
     empty_prompts: float = Field(0.0, ge=0, le=1, description="share of samples trained with the empty prompt")
 
 
@@ -213,6 +169,17 @@ class DistillConfig(Config):
     optim: OptimConfig = Field(OptimConfig(), description="how fast")
     sampling: Sampling = Field(Sampling(), description="how it will be sampled; travels with the student")
     watch: WatchConfig = Field(WatchConfig(), description="how it is judged on the way")
+    stages: tuple[Stage, ...] = Field((), description="stages run one after another; empty for one run")
+
+    @model_validator(mode="after")
+    def _whole_stages(self) -> Self:
+        """Each stage is a config of its own, refused here if it is illegal."""
+        self.each_stage()
+        return self
+
+    def each_stage(self) -> list[DistillConfig]:
+        """The configs of its stages; itself where it has none."""
+        return stage_configs(self, self.stages, self.loop.steps) if self.stages else [self]
 
     @model_validator(mode="after")
     def _one_grid(self) -> Self:
@@ -225,10 +192,15 @@ class DistillConfig(Config):
                 f"sampling.spacing = {sampling.spacing!r} takes times that are not trained; "
                 "the nearest legal one is 'grid'"
             )
-        if method.grid % sampling.grid:
+        if not _within(sampling.grid, method.grid):
             raise ValueError(
                 f"sampling.grid = {sampling.grid} asks for times that method.grid = {method.grid} does not train; "
                 f"the nearest legal one is {method.grid}"
+            )
+        if set(sampling.told) != set(method.told):
+            raise ValueError(
+                f"sampling.told = {list(sampling.told)} is not what the network is trained with; "
+                f"the nearest legal one is {list(method.told)}"
             )
         if sampling.sampler == "sss" and sampling.end != method.end:
             raise ValueError(
@@ -236,6 +208,13 @@ class DistillConfig(Config):
                 f"the nearest legal one is {method.end!r}"
             )
         return self
+
+
+def _within(asked: GridSpec, trained: GridSpec) -> bool:
+    """Whether every time of one grid is a time of the other."""
+    if isinstance(asked, int) and isinstance(trained, int):
+        return trained % asked == 0
+    return asked == trained
 
 
 def resolve(

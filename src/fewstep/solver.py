@@ -1,25 +1,28 @@
-"""One step of the probability-flow ODE, from t to s, with a denoiser in the place of the score.
+"""One step of the probability-flow ODE, from t to s, with a frozen teacher in the place of the score.
 
-A denoiser is a function (x_t, t) -> Estimate with per-sample times t, float64 [B]; see `denoiser.py`.
+The jump functions of `jump` are solvers too, asked of the teacher: DDIM, DPM-Solver-2, DPM-Solver++(2S). Here are those
+that no student uses as its jump, and steps made of several.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from fewstep.jump import first_order
+from fewstep.jump import Denoise, Step, first_order, land, second_order
 from fewstep.names import SolverName
-from fewstep.schedule import PURE_NOISE, Estimate, Path, expand
+from fewstep.schedule import PURE_NOISE, Path, expand
 
-Denoise = Callable[[Tensor, Tensor], Estimate]
-
-
-def ddim(denoise: Denoise, path: Path, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """DDIM with eta = 0 (arXiv 2010.02502): x_s = alpha_s x0 + sigma_s eps. One call, local error O(h^2)."""
-    return first_order(denoise(x_t, t), expand(path.alpha(s), x_t), expand(path.sigma(s), x_t))
+ddim: Step = first_order
+"""DDIM with eta = 0 (arXiv 2010.02502)."""
+dpm_2: Step = partial(second_order, form="eps")
+"""DPM-Solver-2 (arXiv 2206.00927)."""
+dpmpp_2s: Step = partial(second_order, form="x0")
+"""DPM-Solver++(2S) (arXiv 2211.01095)."""
 
 
 def euler(denoise: Denoise, path: Path, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -30,43 +33,45 @@ def euler(denoise: Denoise, path: Path, x_t: Tensor, t: Tensor, s: Tensor) -> Te
     (alpha_t = 0, where y and rho are infinite; `schedule.PURE_NOISE`) that second form is the limit, and is taken.
     """
     at_t = denoise(x_t, t)
-    alpha_t, alpha_s, sigma_s = path.alpha(t), path.alpha(s), path.sigma(s)
-    pure = alpha_t < PURE_NOISE
-    alpha_t = torch.where(pure, 1, alpha_t)
-    y = x_t / expand(alpha_t, x_t)
-    x_s = expand(alpha_s, x_t) * y + expand(sigma_s - alpha_s * path.sigma(t) / alpha_t, x_t) * at_t.eps
-    limit = first_order(at_t, expand(alpha_s, x_t), expand(sigma_s, x_t))
-    return torch.where(expand(pure, x_t).bool(), limit, x_s)
+    pure = path.alpha(t) < PURE_NOISE
+    return torch.where(expand(pure, x_t).bool(), land(at_t, path, s), _along(path, x_t, t, s, at_t.eps))
 
 
-def dpmpp_2s(denoise: Denoise, path: Path, x_t: Tensor, t: Tensor, s: Tensor, r: float = 0.5) -> Tensor:
-    """DPM-Solver++(2S) (arXiv 2211.01095, algorithm 1): mid-point u at lambda_u = lambda_t + r h. Two calls.
+def heun(denoise: Denoise, path: Path, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """Heun's step in sigma (EDM, arXiv 2206.00364, algorithm 1): the mean of the slopes eps at both ends. Two calls.
 
-    x_u = (sigma_u/sigma_t) x_t - alpha_u (e^{-rh} - 1) x0(x_t, t);
-    D = (1 - 1/2r) x0(x_t, t) + (1/2r) x0(x_u, u);
-    x_s = (sigma_s/sigma_t) x_t - alpha_s (e^{-h} - 1) D. Local error O(h^3).
-
-    Onto clean data (sigma_s = 0) and from pure noise (alpha_t = 0) lambda is infinite and there is no
-    mid-point: those samples take the first-order step, as the authors' last step does. Their second call is
-    spent on the same point again; `sampler.sample_ode`, which knows its times beforehand, does not make it.
+    Local error O(h^3). Onto clean data and from pure noise it is Euler's step, as EDM's last one; the second call of
+    those samples is spent on the first point again, and `sampler.sample_ode` does not make it.
     """
-    endless = (path.sigma(s) == 0) | (path.alpha(t) < PURE_NOISE)
-    lambda_t = path.log_snr(t)
-    h = torch.where(endless, 0, path.log_snr(s) - lambda_t)
     at_t = denoise(x_t, t)
-    u = path.time_of(lambda_t + r * h)
-    alpha_u, sigma_u = path.alpha(u), path.sigma(u)
-    ratio = expand(sigma_u / path.sigma(t), x_t)
-    x_u = ratio * x_t - expand(alpha_u * torch.expm1(-r * h), x_t) * at_t.x0
-    blend = (1 - 0.5 / r) * at_t.x0 + (0.5 / r) * denoise(x_u, u).x0
-    x0 = torch.where(expand(endless, x_t).bool(), at_t.x0, blend)
-    # sigma_s/sigma_t x_t - alpha_s (e^{-h} - 1) D, with e^{-h} written as (sigma_s/alpha_s)(alpha_t/sigma_t)
-    keep = path.sigma(s) / path.sigma(t)
-    return expand(keep, x_t) * x_t + expand(path.alpha(s) - keep * path.alpha(t), x_t) * x0
+    lone = (path.sigma(s) == 0) | (path.alpha(t) < PURE_NOISE) | (t == s)
+    single = expand(lone, x_t).bool()
+    x_s = land(at_t, path, s)
+    at_s = denoise(torch.where(single, x_t, x_s), torch.where(lone, t, s))
+    return torch.where(single, x_s, _along(path, x_t, t, s, (at_t.eps + at_s.eps) / 2))
 
 
-SOLVERS: dict[SolverName, Callable[[Denoise, Path, Tensor, Tensor, Tensor], Tensor]] = {
+def _along(path: Path, x_t: Tensor, t: Tensor, s: Tensor, slope: Tensor) -> Tensor:
+    """x_s = alpha_s (x_t/alpha_t + (rho_s - rho_t) slope); from pure noise a finite number without meaning."""
+    alpha_t = path.alpha(t)
+    keep = path.alpha(s) / torch.where(alpha_t < PURE_NOISE, 1, alpha_t)
+    return expand(keep, x_t) * x_t + expand(path.sigma(s) - keep * path.sigma(t), x_t) * slope
+
+
+SOLVERS: Mapping[SolverName, Step] = {
     "ddim": ddim,
     "euler": euler,
+    "heun": heun,
+    "dpm_2": dpm_2,
     "dpmpp_2s": dpmpp_2s,
 }
+
+
+def walk(step: Step, denoise: Denoise, path: Path, x: Tensor, times: Tensor) -> Tensor:
+    """Several steps: from x at times[0] through times[1], ..., to times[-1]; times float64 [n + 1, B], falling.
+
+    A step of no length is the identity, and is paid for: samples of one batch take the same number.
+    """
+    for t, s in pairwise(times):
+        x = step(denoise, path, x, t, s)
+    return x

@@ -12,7 +12,8 @@ from fewstep.errors import UserError, nearest
 from fewstep.export.header import check_lora
 from fewstep.export.pipeline import read_record, teacher_sampling
 from fewstep.folder import PipelineFolder
-from fewstep.settings import Guidance, Sampling, teacher_path
+from fewstep.method_settings import Guidance
+from fewstep.settings import Sampling, teacher_path
 
 BUNDLED_STUDENTS = ("tcd", "lcm")
 AUTO = "auto"

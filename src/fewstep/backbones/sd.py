@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,10 @@ UNUSED = "pooler."
 """What a text encoder may lack: pictures are drawn from its states alone."""
 MOST_PIXELS = 2**21
 """Pixels that the autoencoder takes at once: 8 pictures of 512 x 512, about 1 GB for each of its widest activations."""
+
+
+class _EnoughError(Exception):
+    """The rest of a network need not run."""
 
 
 @contextmanager
@@ -173,28 +177,53 @@ class StableDiffusion:
         text = self.encode([""])["text"]
         return {"text": text.expand(count, *text.shape[1:])}
 
-    def call(
-        self,
-        network: nn.Module,
-        x: Tensor,
-        t: Tensor,
-        condition: Condition,
-        *,
-        s: Tensor | None = None,
-        w: Tensor | None = None,
-        residuals: Any = None,
-    ) -> Tensor:
+    def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition, *, residuals: Any = None) -> Tensor:
         """One network call: x [B, C, H, W], t float64 [B] in training indices -> output like x.
 
-        s and w (target time, guidance) are for students that are told them; this UNet is not. Times below
-        index 0 (clean data) are asked as index 0.
+        Times below index 0 (clean data) are asked as index 0.
         """
-        if s is not None or w is not None:
-            raise UserError("this backbone's network cannot be told s or w")
         extra = residuals or {}
         when = t.clamp(min=0).float().to(x.device, non_blocking=True)  # a plain copy would wait for the device
         out: Tensor = network(x, when, condition["text"], return_dict=False, **extra)[0]
         return out
+
+    def features(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> list[Tensor]:
+        """What a UNet's way down makes of x: the outputs of its down blocks and of the middle, [B, C, h, w] each.
+
+        The way up is not gone.
+        """
+        found: list[Tensor] = []
+
+        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+            found.append(output[0] if isinstance(output, tuple) else output)
+            if module is network.mid_block:
+                raise _EnoughError
+
+        parts: list[nn.Module] = [*network.down_blocks, network.mid_block]  # type: ignore[misc,list-item]
+        handles = [part.register_forward_hook(keep) for part in parts]
+        try:
+            with suppress(_EnoughError):
+                self.call(network, x, t, condition)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    @property
+    def feature_channels(self) -> list[int]:
+        """Channels of each of its `features`."""
+        channels = list(self.network.config.block_out_channels)  # type: ignore[union-attr,arg-type]
+        return [*channels, channels[-1]]
+
+    def time_embedding(self, network: nn.Module) -> nn.Module:
+        """The part of a UNet that embeds the time."""
+        part: nn.Module = network.time_embedding  # type: ignore[assignment]
+        return part
+
+    @property
+    def time_width(self) -> int:
+        """Width of the time embedding."""
+        return int(self.network.time_embedding.linear_2.out_features)  # type: ignore[union-attr,arg-type]
 
     @torch.no_grad()
     def to_latents(self, pictures: np.ndarray) -> Tensor:

@@ -67,13 +67,14 @@ class LatentSet:
         if empty > 0:
             last = len(next(iter(self.table.values()))) - 1
             rows = torch.where(draws.chance("empty prompt", empty), last, rows)
-        return self._states(rows, device)
+        return self.states(rows, device)
 
     def null(self, count: int, device: torch.device) -> dict[str, Tensor]:
         """The unconditional condition, `count` times."""
-        return self._states(torch.full((count,), -1), device)
+        return self.states(torch.full((count,), -1), device)
 
-    def _states(self, rows: Tensor, device: torch.device) -> dict[str, Tensor]:
+    def states(self, rows: Tensor, device: torch.device) -> dict[str, Tensor]:
+        """The conditions in the given rows of the table."""
         return {name: states[rows].float().to(device, non_blocking=True) for name, states in self.table.items()}
 
 

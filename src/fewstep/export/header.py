@@ -20,6 +20,8 @@ from fewstep.tensor_header import Entry, Shape, read_numbers, read_safetensors_h
 
 FILE = "pytorch_lora_weights.safetensors"
 """The file name that diffusers looks for in a folder."""
+CONDITIONING = "conditioning.safetensors"
+"""What a student is told by, if it is told where its jumps land (`export.conditioning`); beside its weights."""
 METADATA = "lora_adapter_metadata"
 """Where diffusers keeps rank, alpha and targets in a file's metadata."""
 _PEFT_FILE = "adapter_model.safetensors"
@@ -196,5 +198,9 @@ def check_lora(path: Path | str, folder: PipelineFolder) -> LoraHeader:
     """
     weights = base_shapes(folder)
     header = read_header(path, weights)
+    if header.sampling and header.sampling.told and not (header.file.parent / CONDITIONING).is_file():
+        raise UserError(
+            f"lora = {str(path)!r} is told {', '.join(header.sampling.told)} by a {CONDITIONING} that is not beside it"
+        )
     check_fits(header, weights, folder.fingerprint("unet") if header.base else "", str(path))
     return header

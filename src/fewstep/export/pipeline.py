@@ -16,7 +16,7 @@ from fewstep.folder import read_folder
 from fewstep.settings import TEACHER_SAMPLING, Sampling
 
 if TYPE_CHECKING:  # its settings are read before torch is
-    from torch import nn
+    from torch import Tensor, nn
 
 RECORD = "fewstep.json"
 """The file that holds the settings; diffusers does not mind it."""
@@ -27,8 +27,12 @@ PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.onnx")
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
 
 
-def save_pipeline(target: Path, base: Path, network: nn.Module, record: Mapping[str, Any]) -> Path:
+def save_pipeline(
+    target: Path, base: Path, network: nn.Module, record: Mapping[str, Any], told: Mapping[str, Tensor] | None = None
+) -> Path:
     """Copy the pipeline folder `base` with another denoiser, and write `record` (with a `sampling` entry) beside it.
+
+    `told` are the weights of what the denoiser is told by, if anything (`export.conditioning`).
 
     Of the base come the components that its model_index.json names and its licences; its card and pictures do not
     speak of the student.
@@ -36,6 +40,8 @@ def save_pipeline(target: Path, base: Path, network: nn.Module, record: Mapping[
     Raises:
         UserError: the place cannot be written to.
     """
+    from fewstep.export.conditioning import save_told
+
     saver: Any = network
     with atomic_folder(target) as part:
         index = read_mapping(base / "model_index.json")
@@ -55,6 +61,7 @@ def save_pipeline(target: Path, base: Path, network: nn.Module, record: Mapping[
             saver.save_pretrained(part / "unet", safe_serialization=True)
         except SafetensorError as error:  # its own name for a full disk
             raise OSError(str(error)) from error
+        save_told(part, told or {})
         (part / RECORD).write_text(json.dumps(dict(record), indent=2) + "\n", encoding="utf-8")
     return target
 

@@ -1,94 +1,189 @@
 """The consistency objective: two jumps that start on the same path must land on the same point.
 
-    L = d( f_theta(x_{t_n+k}, t_{n+k} -> s), sg f_target(x^_{t_n}, t_n -> s) ),
-    x^_{t_n} = one guided step of the frozen teacher from x_{t_n+k}.
+    L = d( f_theta(x_{t_n+k}, t_{n+k} -> s), sg f_target(x_{t_n}, t_n -> s) ).
 
-Every method of the family is this loss with its choices filled in by a recipe file: LCM jumps to the end point
-through a skip connection (arXiv 2310.04378, algorithm 1), TCD jumps anywhere with the first-order trajectory
-consistency function (arXiv 2402.19159, algorithm 2; the idea of anytime-to-anytime jumps is CTM's, 2310.02279).
+Every method of the family is this loss with its choices filled in by a recipe file: where x_{t_n+k} comes from, which
+times, which jump, what the network is told, where x_{t_n} comes from (a guided step of the frozen teacher, or the path
+itself), who the student must agree with, where and by which distance. `docs/methods.md` has a page for each.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fewstep.denoiser import Condition, Denoiser
 from fewstep.draws import Draws
-from fewstep.grid import end_time, previous, training_grid
-from fewstep.jump import first_order, skip_connection, skip_scalings
+from fewstep.grid import between, end_time
+from fewstep.jump import student_step
+from fewstep.jumper import Voice
 from fewstep.loss import Loss
-from fewstep.objectives.distance import DISTANCES
+from fewstep.method_settings import ConsistencyConfig
+from fewstep.objectives.adversarial import (
+    Critic,
+    discriminate,
+    generator_loss,
+    gradient_ratio,
+    seen_by_critic,
+)
+from fewstep.objectives.denoising import denoising_loss
+from fewstep.objectives.distance import FeaturesOf, distance
+from fewstep.objectives.times import Triple, draw_times
 from fewstep.roles import BASE
-from fewstep.schedule import Path, add_noise, expand
-from fewstep.settings import ConsistencyConfig
-from fewstep.solver import SOLVERS
+from fewstep.sampler import Jumper
+from fewstep.schedule import Path, add_noise, expand, share_of
+from fewstep.solver import SOLVERS, walk
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a micro-batch is made of.
+
+    Attributes:
+        data: clean latents x_0, fp32 [B, ...]; or stored trajectories, [B, N + 1, ...]: the end point first, then the
+            points at the grid's rising times.
+        condition, null: what the network is told, with and without the prompt; [B, ...] each.
+        omega: the guidance that stored trajectories were drawn with, [B]; None for data.
+    """
+
+    data: Tensor
+    condition: Condition
+    null: Condition
+    omega: Tensor | None = None
+
+
+def points_on_path(
+    config: ConsistencyConfig, path: Path, sample: Sample, times: Triple, draws: Draws
+) -> tuple[Tensor, Tensor]:
+    """x at t_{n+k} and at t_n on the same path: noised data with the same noise, or points of a stored trajectory."""
+    if config.start == "trajectory":
+        rows = torch.arange(len(sample.data))
+        return sample.data[rows, times.index_nk + 1], sample.data[rows, times.index_n + 1]
+    eps = draws.normal("noise", tuple(sample.data.shape[1:]))
+    return add_noise(path, sample.data, eps, times.t_nk), add_noise(path, sample.data, eps, times.t_n)
+
+
+def implicit_pull(weight: str, path: Path, t: Tensor, s: Tensor) -> Tensor | None:
+    """How far a change of eps (or x0) at t moves the landing x_s of a first-order jump, float64 [B]; None for `none`.
+
+    |df/deps| = alpha_s sigma_t/alpha_t - sigma_s, |df/dx0| = alpha_s - sigma_s alpha_t/sigma_t. Their squares differ by
+    four orders of magnitude over a batch: divided by them, an L2 distance counts every pair alike.
+    """
+    alpha_t, sigma_t, alpha_s, sigma_s = (part(when) for when in (t, s) for part in (path.alpha, path.sigma))
+    if weight == "eps":
+        return alpha_s * sigma_t / alpha_t - sigma_s
+    if weight == "x0":
+        return alpha_s - sigma_s * alpha_t / sigma_t
+    return None
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The times of a batch, float64 [B] each: t_{n+k} >= t_n >= s (equal at index 0 of a grid that has it)."""
+    """Two jumps of a batch that must agree.
 
-    t_nk: Tensor
-    t_n: Tensor
-    s: Tensor
-
-
-def draw_times(config: ConsistencyConfig, path: Path, draws: Draws) -> Pair:
-    """Draw t_{n+k} uniformly over the grid, so that every time of the grid is trained, then s.
-
-    Where the grid ends within k points, t_n is the end point. The law `uniform` draws s uniformly from the end point
-    and the grid's points up to t_n: t_n itself is included, where the target is the teacher's own point (the anchor
-    that rules out the collapsed solution), and so is the end point, where the term is LCM's.
+    Attributes:
+        landed: where the student came to, with gradient; [B, ...].
+        wanted: where it should be, without.
+        at: the time of both, float64 [B].
+        times: what was jumped between.
     """
-    grid = training_grid(path, config.grid)
-    end = end_time(path, config.end)
-    index = draws.integers("n", 0, config.grid)
-    t_nk, t_n = grid[index], previous(grid, index, config.k, end)
-    if config.s == "zero":
-        return Pair(t_nk, t_n, torch.full_like(t_n, end))
-    choices = (index + 1 - config.k).clamp(min=0) + 1  # end, grid[0], ..., t_n
-    m = (draws.uniform("s") * choices.double()).long()
-    return Pair(t_nk, t_n, previous(grid, m, 1, end))
+
+    landed: Tensor
+    wanted: Tensor
+    at: Tensor
+    times: Triple
 
 
-def jump(
-    config: ConsistencyConfig, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, condition: Condition, role: str
-) -> Tensor:
-    """f_role(x_t, t -> s), fp32; one network call."""
-    estimate = denoiser.estimate(x_t, t, condition, role)
-    if config.jump == "skip":
-        c_skip, c_out = skip_scalings(t)
-        return skip_connection(x_t, estimate, expand(c_skip, x_t), expand(c_out, x_t))
-    return first_order(estimate, expand(denoiser.path.alpha(s), x_t), expand(denoiser.path.sigma(s), x_t))
+def jump_pair(config: ConsistencyConfig, denoiser: Denoiser, sample: Sample, draws: Draws) -> Pair:
+    """Both jumps of a micro-batch.
 
-
-def consistency_loss(
-    config: ConsistencyConfig, denoiser: Denoiser, x_0: Tensor, condition: Condition, null: Condition, draws: Draws
-) -> Loss:
-    """The loss of one micro-batch.
-
-    Args:
-        x_0: clean latents, fp32 [B, ...].
-        condition, null: what the network is told, with and without the prompt; [B, ...] each.
-
-    One student call with gradient, one target call, and one batched teacher call of 2B for each solver stage.
+    `ConsistencyConfig.calls` counts the network calls: the student's with gradient, the target's, and the teacher's
+    (one batched call of 2B for each solver stage with guidance, of B without).
     """
     path = denoiser.path
     times = draw_times(config, path, draws)
-    eps = draws.normal("noise", tuple(x_0.shape[1:]))
-    x_nk = add_noise(path, x_0, eps, times.t_nk)
+    omega = sample.omega if sample.omega is not None else draws.uniform("omega", *config.guidance.omegas)
+    step = student_step(config.jump, config.r, config.form)
+
+    def jump_of(role: str) -> Jumper:
+        return Voice(denoiser, sample.condition, role, config.told, w=omega).jumper(step)
+
+    student = jump_of("student")
+    judge = jump_of("target" if config.target == "ema" else "student")
+    x_nk, x_n = points_on_path(config, path, sample, times, draws)
     # The student before the target: autocast of older torch keeps the cast weights of the first call, and those of a
     # call without gradient would leave the student without one.
-    landed = jump(config, denoiser, x_nk, times.t_nk, times.s, condition, "student")
+    landed, at = student(x_nk, times.t_nk, times.s), times.s
     with torch.no_grad():
-        omega = draws.uniform("omega", *config.guidance.omegas)
-        teacher = denoiser.bind_guided(condition, null, omega, BASE)
-        x_n = SOLVERS[config.solver](teacher, path, x_nk, times.t_nk, times.t_n)
-        role = "target" if config.target == "ema" else "student"
-        wanted = jump(config, denoiser, x_n, times.t_n, times.s, condition, role)
-    per_sample = DISTANCES[config.distance](landed, wanted, config.huber_c)
-    share = (times.t_nk - path.clean) / (path.noisiest - path.clean)
-    return Loss(per_sample.mean(), per_sample.detach(), share)
+        if config.point == "solver":
+            x_n = teacher_step(config, denoiser, sample, omega, x_nk, times)
+        wanted = x_n if config.s == "next" else judge(x_n, times.t_n, times.s)
+    if config.compare == "end":
+        at = torch.full_like(times.s, end_time(path, config.end))
+        landed = judge(landed, times.s, at)  # its weights are frozen: the gradient passes through to the student
+        with torch.no_grad():
+            wanted = judge(wanted, times.s, at)
+    return Pair(landed, wanted, at, times)
+
+
+def teacher_step(
+    config: ConsistencyConfig, denoiser: Denoiser, sample: Sample, omega: Tensor, x_nk: Tensor, times: Triple
+) -> Tensor:
+    """x_{t_n}: the frozen teacher's solver from x_{t_n+k}, guided by omega [B] unless the recipe has no guidance."""
+    teacher = Voice(denoiser, sample.condition, BASE)
+    if config.guidance.convention != "none":
+        teacher = replace(teacher, null=sample.null, omega=omega)
+    way = between(denoiser.path, times.t_nk, times.t_n, config.substeps)
+    return walk(SOLVERS[config.solver], teacher.denoise, denoiser.path, x_nk, way)
+
+
+def consistency_loss(
+    config: ConsistencyConfig,
+    denoiser: Denoiser,
+    sample: Sample,
+    draws: Draws,
+    features: FeaturesOf | None = None,
+    critic: Critic | None = None,
+) -> Loss:
+    """The loss of one micro-batch, with the further terms that the recipe names.
+
+    Args:
+        features: of a frozen network, for the distance in them.
+        critic: judges where the student lands, for the adversarial term; it learns by `critic_loss`.
+    """
+    path = denoiser.path
+    pair = jump_pair(config, denoiser, sample, draws)
+    per_sample = distance(config, pair.landed, pair.wanted, pair.at, sample.condition, features)
+    pull = implicit_pull(config.weight, path, pair.times.t_nk, pair.times.s)
+    if pull is not None:
+        per_sample = per_sample / expand(pull.square(), per_sample)
+    scalars = {"consistency": per_sample.detach().mean()}
+    per_sample = config.consistency * per_sample
+    if config.denoising:
+        fit = denoising_loss(config, denoiser, sample.data, sample.condition, draws)
+        scalars["denoising"] = fit.detach().mean()
+        per_sample = per_sample + config.denoising * fit
+    if config.adversarial.weight and critic is not None:
+        x, t = seen_by_critic(config.adversarial, path, pair.landed, pair.at, draws, "fake")
+        fooled = generator_loss(config.adversarial, critic(x, t, sample.condition))
+        scalars["adversarial"] = fooled.detach().mean()
+        if config.adversarial.balance == "gradient":
+            fooled = gradient_ratio(per_sample, fooled, pair.landed) * fooled
+        per_sample = per_sample + config.adversarial.weight * fooled
+    alone = len(scalars) == 1
+    t_share = share_of(path, pair.times.t_nk)
+    return Loss(per_sample.mean(), per_sample.detach(), t_share, {} if alone else scalars)
+
+
+def critic_loss(config: ConsistencyConfig, denoiser: Denoiser, sample: Sample, draws: Draws, critic: Critic) -> Loss:
+    """The critic's own loss on the same jumps: real points are the data, or where the target landed."""
+    own, path = config.adversarial, denoiser.path
+    with torch.no_grad():
+        pair = jump_pair(config, denoiser, sample, draws)
+        real = sample.data if own.real == "data" else pair.wanted
+        at = torch.full_like(pair.at, path.clean) if own.real == "data" else pair.at
+    fake_x, fake_t = seen_by_critic(own, path, pair.landed, pair.at, draws, "fake")
+    real_x, real_t = seen_by_critic(own, path, real, at, draws, "real", to=fake_t)
+    return discriminate(own, critic, (real_x, real_t), (fake_x, fake_t), sample.condition)

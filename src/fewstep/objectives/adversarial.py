@@ -1,0 +1,81 @@
+"""Adversarial terms: a critic that tells where a student lands from real points.
+
+A critic is any function (x, t, condition) -> logits [B, ...]; heads on frozen teacher features, or a small network of
+its own. It sees points noised further by a drawn amount, if the recipe says so: laws that do not overlap cannot be told
+apart by degrees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fewstep.denoiser import Condition
+from fewstep.draws import Draws
+from fewstep.loss import Loss
+from fewstep.method_settings import AdversarialConfig
+from fewstep.sampler import diffuse
+from fewstep.schedule import Path
+
+Critic = Callable[[Tensor, Tensor, Condition], Tensor]
+"""(x [B, ...], t float64 [B], condition) -> logits [B, ...], high for real."""
+
+
+def per_item(values: Tensor) -> Tensor:
+    """Mean over all axes but the first, [B]."""
+    return values.flatten(1).mean(1) if values.dim() > 1 else values
+
+
+def seen_by_critic(
+    config: AdversarialConfig, path: Path, x: Tensor, at: Tensor, draws: Draws, who: str, to: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What the critic sees of points x at the times `at`: they are diffused to times drawn above, or to `to`.
+
+    `who` keys the noise: real and fake points get their own.
+    """
+    if to is None:
+        to = at + draws.uniform("critic t", 0, config.noise) * (path.noisiest - at) if config.noise else at
+    return diffuse(path, x, at, to, draws.normal(f"{who} noise", tuple(x.shape[1:]))), to
+
+
+def generator_loss(config: AdversarialConfig, logits: Tensor) -> Tensor:
+    """What the student minimises, [B]: -D (hinge, arXiv 1802.05957) or softplus(-D) (non-saturating, 1406.2661)."""
+    return per_item(-logits if config.kind == "hinge" else torch.nn.functional.softplus(-logits))
+
+
+def discriminate(
+    config: AdversarialConfig,
+    critic: Critic,
+    real: tuple[Tensor, Tensor],
+    fake: tuple[Tensor, Tensor],
+    condition: Condition,
+) -> Loss:
+    """What the critic minimises: relu(1 - D(real)) + relu(1 + D(fake)), or softplus(-D(real)) + softplus(D(fake)).
+
+    R1 (arXiv 1801.04406) adds r1/2 |dD(real)/dx|^2.
+    """
+    real_x = real[0].detach().requires_grad_(config.r1 > 0)
+    on_real, on_fake = critic(real_x, real[1], condition), critic(fake[0].detach(), fake[1], condition)
+    if config.kind == "hinge":
+        per_sample = per_item(torch.relu(1 - on_real)) + per_item(torch.relu(1 + on_fake))
+    else:
+        soft = torch.nn.functional.softplus
+        per_sample = per_item(soft(-on_real)) + per_item(soft(on_fake))
+    scalars = {"real": on_real.detach().mean(), "fake": on_fake.detach().mean()}
+    if config.r1:
+        (slope,) = torch.autograd.grad(on_real.sum(), real_x, create_graph=True)
+        per_sample = per_sample + config.r1 / 2 * slope.square().flatten(1).sum(1)
+    return Loss(per_sample.mean(), per_sample.detach(), None, scalars)
+
+
+def gradient_ratio(first: Tensor, second: Tensor, x: Tensor) -> Tensor:
+    """|d first/dx| / |d second/dx| over the batch: times this number the second loss pulls as strongly as the first.
+
+    CTM takes the ratio at the network's last layer (arXiv 2310.02279, eq 13, after VQGAN); the landing x is the same
+    place for LoRA and full students alike.
+    """
+    one, other = (torch.autograd.grad(loss.mean(), x, retain_graph=True)[0].norm() for loss in (first, second))
+    ratio: Tensor = (one / other.clamp(min=1e-8)).clamp(max=1e4)
+    return ratio.detach()

@@ -1,0 +1,109 @@
+"""Which times a batch is trained at: laws for t_{n+k}, t_n and s.
+
+Times are grid points (and the end point); a segment's t_n and s never leave it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewstep.draws import Draws
+from fewstep.grid import edge_below, end_time, inference_times, previous, training_grid
+from fewstep.method_settings import ConsistencyConfig
+from fewstep.names import SLaw
+from fewstep.schedule import Path
+
+
+@dataclass(frozen=True)
+class Triple:
+    """The times of a batch, float64 [B] each: t_{n+k} >= t_n >= s (equal at index 0 of a grid that has it).
+
+    `index_nk` and `index_n`, int64 [B], say which points of the grid the first two are; -1 is the end point.
+    """
+
+    t_nk: Tensor
+    t_n: Tensor
+    s: Tensor
+    index_nk: Tensor
+    index_n: Tensor
+
+
+@dataclass(frozen=True)
+class Rungs:
+    """The grid's times by index, and the end point as index -1."""
+
+    grid: Tensor
+    end: float
+
+    def at(self, index: Tensor) -> Tensor:
+        """float64, the shape of `index`."""
+        return previous(self.grid, index, 0, self.end)
+
+
+def draw_times(config: ConsistencyConfig, path: Path, draws: Draws) -> Triple:
+    """Draw t_{n+k} uniformly over the grid, so that every time of the grid is trained, then t_n, then s.
+
+    t_n lies k points below (k itself uniform in k_low .. k where that is named), or at the lower edge of its segment
+    where fewer are left: with one segment that is the end point.
+    """
+    grid = training_grid(path, config.grid)
+    index = draws.integers("n", 0, len(grid))
+    edge = edge_below(index, len(grid), config.segments)
+    k = torch.full_like(index, config.k)
+    if config.k_low is not None:
+        k = (config.k_low + draws.uniform("k") * (config.k + 1 - config.k_low)).long()
+    below = torch.maximum(index - k, edge)
+    rungs = Rungs(grid, end_time(path, config.end))
+    below = torch.maximum(index - k, edge)
+    s = S_LAWS[config.s](config, path, rungs, edge, below, draws)
+    return Triple(rungs.at(index), rungs.at(below), s, index, below)
+
+
+def _edge(config: ConsistencyConfig, path: Path, rungs: Rungs, edge: Tensor, below: Tensor, draws: Draws) -> Tensor:
+    """The lower edge of the segment; with one segment the end point (CD, CT, LCM; MCM, PCM, TLCM's stage 1)."""
+    return rungs.at(edge)
+
+
+def _uniform(config: ConsistencyConfig, path: Path, rungs: Rungs, edge: Tensor, below: Tensor, draws: Draws) -> Tensor:
+    """Uniform over the grid's points from the edge up to t_n, both of them included (TCD, CTM; TSCD).
+
+    At s = t_n the target is the solver's own point, the anchor that rules out the collapsed solution; at the end point
+    the term is LCM's.
+    """
+    return rungs.at(edge + (draws.uniform("s") * (below - edge + 1).double()).long())
+
+
+def _inference(
+    config: ConsistencyConfig, path: Path, rungs: Rungs, edge: Tensor, below: Tensor, draws: Draws
+) -> Tensor:
+    """TDD's law (arXiv 2409.01347): a time that sampling will ask for, times 1 - U[0, spread] as SSS shrinks it.
+
+    The times are those of all step counts in `inference_steps`, and the end point; of them one is drawn that lies at or
+    below t_n and within `reach` of it, or else the nearest one below.
+    """
+    low, high = config.inference_steps
+    lists = [inference_times(path, steps, grid=config.grid) for steps in range(low, high + 1)]
+    asked = torch.cat([rungs.grid.new_tensor([rungs.end]), *lists]).unique()  # type: ignore[no-untyped-call]
+    t_n = rungs.at(below)[:, None]
+    far = config.reach * (path.noisiest - path.clean)
+    open_to = (asked <= t_n) & (asked >= t_n - far)
+    nearest = (asked <= t_n).sum(1) - 1
+    open_to[torch.arange(len(t_n)), nearest] = True
+    place = (draws.uniform("s") * open_to.sum(1)).long()[:, None]
+    chosen = asked[(open_to.cumsum(1) > place).int().argmax(1)]
+    shrunk: Tensor = (1 - draws.uniform("spread", 0, config.spread)) * chosen
+    return shrunk.clamp(min=rungs.end)
+
+
+def _next(config: ConsistencyConfig, path: Path, rungs: Rungs, edge: Tensor, below: Tensor, draws: Draws) -> Tensor:
+    """t_n itself: the next point is the answer (KD)."""
+    return rungs.at(below)
+
+
+SLaws = Mapping[SLaw, Callable[[ConsistencyConfig, Path, Rungs, Tensor, Tensor, Draws], Tensor]]
+S_LAWS: SLaws = {"edge": _edge, "uniform": _uniform, "inference": _inference, "next": _next}
+"""(config, path, rungs, index of the segment's lower edge, index of t_n, draws) -> s."""

@@ -1,0 +1,62 @@
+"""Stage lists: recipes run one after another, each from the weights of the one before. Light."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, Field
+
+from fewstep.config import Config, merge, validate
+from fewstep.errors import UserError
+
+
+class Stage(Config):
+    """One stage: a share of the steps, and what it changes in the recipe."""
+
+    name: str = Field(min_length=1, description="what it is called in logs and folders")
+    share: float = Field(gt=0, le=1, description="share of loop.steps")
+    method: dict[str, Any] = Field(default_factory=dict, description="changes to the method")
+    optim: dict[str, Any] = Field(default_factory=dict, description="changes to the optimiser")
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def slug(number: int, name: str) -> str:
+    """The folder of a stage: its number and name in plain letters."""
+    return f"{number}-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}"
+
+
+def split_steps(steps: int, shares: Sequence[float]) -> list[int]:
+    """Whole steps of each stage, in proportion to the shares, that add up to `steps`.
+
+    Raises:
+        UserError: a stage would get none.
+    """
+    total, done, result = sum(shares), 0.0, []
+    for share in shares:
+        before = round(done / total * steps)
+        done += share
+        result.append(round(done / total * steps) - before)
+    if min(result) < 1:
+        raise UserError(f"loop.steps = {steps} leaves a stage without steps; the nearest legal one is {len(shares)}")
+    return result
+
+
+def stage_configs(config: ConfigT, stages: Sequence[Stage], steps: int) -> list[ConfigT]:
+    """The whole config of each stage.
+
+    Raises:
+        UserError: a change that the config does not know, or that is illegal beside the rest.
+    """
+    result = []
+    plain = BaseModel.model_dump(config)
+    for stage, own in zip(stages, split_steps(steps, [stage.share for stage in stages]), strict=True):
+        changes = {"method": stage.method, "optim": stage.optim, "loop": {"steps": own}, "stages": ()}
+        try:
+            result.append(validate(type(config), merge(plain, changes)))
+        except UserError as error:
+            raise UserError(f"stage {stage.name!r}: {error}") from error
+    return result

@@ -1,0 +1,112 @@
+"""Stored trajectories of the teacher: x at every time of the training grid, drawn once.
+
+They stand in the place of noised data where a recipe starts on them (`method.start = trajectory`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fewstep.backbones.sd import StableDiffusion
+from fewstep.data.latents import LatentSet, cached
+from fewstep.denoiser import Condition, Denoiser
+from fewstep.draws import generator
+from fewstep.grid import end_time, training_grid
+from fewstep.jumper import Voice
+from fewstep.method_settings import ConsistencyConfig
+from fewstep.processes import main_first
+from fewstep.roles import BASE
+from fewstep.sampler import picture_noise
+from fewstep.schedule import VarianceExploding
+from fewstep.settings import DistillConfig
+from fewstep.solver import SOLVERS
+
+SHARD = 128
+"""Trajectories drawn, and kept, at a time."""
+
+
+def method_key(method: ConsistencyConfig) -> str:
+    """What of a recipe decides its trajectories."""
+    used = {"grid", "end", "solver", "guidance"}
+    return json.dumps(method.model_dump(mode="json", include=used), sort_keys=True)
+
+
+@torch.no_grad()
+def draw_trajectories(
+    method: ConsistencyConfig,
+    denoiser: Denoiser,
+    condition: Condition,
+    null: Condition,
+    omega: Tensor,
+    start: Tensor,
+) -> Tensor:
+    """Follow the guided teacher from noise down the whole grid.
+
+    Args:
+        start: standard normal, [B, ...].
+        omega: guidance of each, float64 [B].
+
+    Returns:
+        [B, N + 1, ...] fp32: the end point first, then the points at the grid's rising times.
+    """
+    path = denoiser.path
+    times = [end_time(path, method.end), *training_grid(path, method.grid).tolist()]
+    teacher = Voice(denoiser, condition, BASE)
+    if method.guidance.convention != "none":
+        teacher = replace(teacher, null=null, omega=omega)
+    step = SOLVERS[method.solver]
+    x = start * (path.noisiest if isinstance(path, VarianceExploding) else 1.0)
+    points = [x]
+    for t, s in zip(times[:0:-1], times[-2::-1], strict=True):
+        now, then = (torch.full((len(x),), u, dtype=torch.float64) for u in (t, s))
+        x = step(teacher.denoise, path, x, now, then)
+        points.append(x)
+    return torch.stack(points[::-1], 1).float()
+
+
+def stored_trajectories(
+    config: DistillConfig, backbone: StableDiffusion, denoiser: Denoiser, said: LatentSet, cache: Path
+) -> tuple[LatentSet, Tensor]:
+    """Trajectories of the teacher for captions of the training set, drawn in shards that are kept (fp16).
+
+    A killed process goes on with the shard it was in. All processes of a launch must ask: the main one draws.
+
+    Returns:
+        the trajectories as a training set, and the guidance omega of each, float64 [N].
+    """
+    method, count, seed = config.method, config.data.trajectories, config.loop.seed
+    device = backbone.device
+    rng = generator(seed, "trajectories")
+    rows = torch.from_numpy(rng.integers(0, len(said.table["text"]) - 1, count))
+    omega = torch.from_numpy(rng.uniform(*method.guidance.omegas, count))
+    teacher = backbone.folder.identity("unet", "scheduler")
+    digest = hashlib.sha256(f"{teacher} {said.key} {method_key(method)} {seed}".encode()).hexdigest()[:16]
+
+    def shard(part: slice) -> dict[str, Tensor]:
+        start, stop = part.start, part.stop
+        condition = said.states(rows[part], device)
+        null = said.null(stop - start, device)
+        noise, _ = picture_noise([seed * 1_000_003 + i for i in range(start, stop)], backbone.latent_shape)
+        drawn = draw_trajectories(method, denoiser, condition, null, omega[part], noise.to(device))
+        return {"points": drawn.half().cpu()}
+
+    def all_shards() -> list[Tensor]:
+        parts = []
+        with tqdm(total=count, desc="teacher trajectories", unit="trajectory") as bar:
+            for start in range(0, count, SHARD):
+                stop = min(start + SHARD, count)
+                name = f"trajectories-{digest}-{start}-{stop}"
+                parts.append(cached(cache, name, partial(shard, slice(start, stop)))["points"])
+                bar.update(stop - start)
+        return parts
+
+    points = torch.cat(main_first(all_shards))
+    return LatentSet(points, said.table, rows[:, None], f"trajectories-{digest}-{count}"), omega

@@ -1,0 +1,346 @@
+"""Every recipe of the family on an exact teacher: fixed points, data-only training, and the terms beside the loss."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from exact import Mixture, gaussian, three_modes, times_of
+from fewstep.denoiser import Denoiser
+from fewstep.draws import Draws
+from fewstep.grid import end_time, training_grid
+from fewstep.method_settings import AdversarialConfig, ConsistencyConfig, Guidance
+from fewstep.objectives import consistency
+from fewstep.objectives.consistency import Sample, consistency_loss
+from fewstep.objectives.times import draw_times
+from fewstep.recipes import names
+from fewstep.schedule import FlowMatching, Path, VarianceExploding, expand, scaled_linear
+from fewstep.settings import resolve
+
+PATHS: dict[str, Path] = {"vp": scaled_linear(), "flow": FlowMatching(), "ve": VarianceExploding()}
+COUNT = 200
+NO_GUIDANCE = Guidance(convention="none")
+TAUGHT = [name for name in names() if name != "ct"]
+"""Recipes whose next point lies on the teacher's path; CT's lies on it on average alone."""
+
+
+def method_of(recipe: str, **changes: Any) -> ConsistencyConfig:
+    """A recipe's objective without guidance, critic and denoising loss."""
+    bare = {"guidance": NO_GUIDANCE, "adversarial": AdversarialConfig(), "denoising": 0.0}
+    return resolve(recipe).method.model_copy(update=bare | changes)
+
+
+def batch_for(method: ConsistencyConfig, mixture: Mixture, count: int = COUNT) -> Sample:
+    """Data, or exact trajectories where the recipe stores them."""
+    path = mixture.path
+    generator = torch.Generator().manual_seed(1)
+    if method.start == "data":
+        return Sample(mixture.sample(count, path.clean, generator), {}, {})
+    times = torch.cat([torch.tensor([end_time(path, method.end)]).double(), training_grid(path, method.grid)])
+    x = mixture.sample(count, float(times[-1]), generator)
+    top = times_of(float(times[-1]), x)
+    points = [mixture.flow(x, top, times_of(float(t), x)) for t in times]
+    return Sample(torch.stack(points, 1), {}, {}, torch.zeros(count, dtype=torch.float64))
+
+
+def bend(t: Tensor, s: Tensor, path: Path) -> Tensor:
+    """A perturbation of a jump that vanishes at t = s, and grows with the jump."""
+    return (t - s) / (path.noisiest - path.clean)
+
+
+def exact_everywhere(monkeypatch: pytest.MonkeyPatch, mixture: Mixture, theta: Tensor, power: int = 1) -> None:
+    """The exact flow in place of jump, solver and network; the student's jump is bent by theta."""
+
+    def solver(denoise: Any, path: Path, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return mixture.flow(x, t, s)
+
+    def jump(denoise: Any, path: Path, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        away = theta if torch.is_grad_enabled() else theta.detach()
+        return mixture.flow(x, t, s) + away * expand(bend(t, s, path) ** power, x)
+
+    monkeypatch.setattr(consistency, "student_step", lambda *_: jump)
+    monkeypatch.setattr(consistency, "SOLVERS", dict.fromkeys(consistency.SOLVERS, solver))
+
+
+def loss_and_gradient(method: ConsistencyConfig, mixture: Mixture, theta: Tensor) -> tuple[float, float]:
+    denoiser = Denoiser(lambda x, *_: x, mixture.path, "x0")
+    draws = Draws(5, 0, tuple(range(COUNT)))
+    loss = consistency_loss(method, denoiser, batch_for(method, mixture), draws).value
+    (slope,) = torch.autograd.grad(loss, theta)
+    return float(loss.detach()), float(slope.abs().max())
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("recipe", TAUGHT)
+def test_the_exact_flow_is_a_fixed_point(recipe: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No loss and no gradient there; beside it both. On the exact flow the same is asked of any jump and any law."""
+    mixture = gaussian(PATHS[name])
+    method = method_of(recipe)
+    if method.distance == "features":
+        method = method.model_copy(update={"distance": "l2"})
+    still = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    exact_everywhere(monkeypatch, mixture, still)
+    loss, slope = loss_and_gradient(method, mixture, still)
+    assert loss < 1e-20
+    assert slope < 1e-9
+    bent = torch.full((2,), 0.3, dtype=torch.float64, requires_grad=True)
+    exact_everywhere(monkeypatch, mixture, bent)
+    loss, slope = loss_and_gradient(method, mixture, bent)
+    assert loss > 1e-6
+    assert slope > 1e-6
+
+
+@pytest.mark.parametrize("recipe", ["tcd", "pcm", "kd"])
+def test_the_exact_flow_of_a_mixture_is_a_fixed_point(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flow is followed numerically there: two ways to one point agree to its error."""
+    mixture = three_modes(PATHS["vp"])
+    still = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    exact_everywhere(monkeypatch, mixture, still)
+    loss, slope = loss_and_gradient(method_of(recipe), mixture, still)
+    assert loss < 1e-9
+    assert slope < 1e-5
+
+
+class Mirrored:
+    """Draws whose noise is given; times are those of the step."""
+
+    def __init__(self, noise: Tensor, draws: Draws) -> None:
+        self.noise, self.draws = noise, draws
+
+    def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
+        return self.noise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.draws, name)
+
+
+def mirrored_pairs(mixture: Mixture, t: float, count: int) -> tuple[Tensor, Tensor]:
+    """(x_0, eps) of a Gaussian in pairs that share x_t and lie opposite each other around E[x_0 | x_t].
+
+    What is linear in them is then averaged without chance.
+    """
+    path, std, mean = mixture.path, float(mixture.stds[0]), mixture.means[0]
+    g = torch.Generator().manual_seed(4)
+    u, v = (torch.randn(count, 2, generator=g, dtype=torch.float64) for _ in range(2))
+    a, b = (float(f(torch.tensor(t, dtype=torch.float64))) for f in (path.alpha, path.sigma))
+    a = a * std
+    along, across = (a * u + b * v) / math.hypot(a, b), (b * u - a * v) / math.hypot(a, b)
+    both = []
+    for sign in (1, -1):
+        u2 = (a * along + b * sign * across) / math.hypot(a, b)
+        v2 = (b * along - a * sign * across) / math.hypot(a, b)
+        both.append((mean + std * u2, v2))
+    return torch.cat([both[0][0], both[1][0]]), torch.cat([both[0][1], both[1][1]])
+
+
+def test_consistency_training_is_right_on_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CT: with the exact jump the expected gradient falls with the square of the grid's step.
+
+    Given x_{t_n+k} the mean of its x_{t_n} is the DDIM step of the exact denoiser, whose local error is O(step^2).
+    """
+    path = FlowMatching()
+    mixture = gaussian(path)
+    slopes = []
+    counts = [20, 40, 80, 160]
+    for count in counts:
+        method = method_of("ct", grid=count, k=1, end="clean", distance="l2")
+        theta = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        exact_everywhere(monkeypatch, mixture, theta)
+        index = count * 3 // 4 - 1  # t = .75 on every grid
+        monkeypatch.setattr(Draws, "integers", lambda self, *_, i=index: torch.full((len(self.indices),), i))
+        x_0, eps = mirrored_pairs(mixture, 0.75, 2000)
+        draws = Mirrored(eps, Draws(0, 0, tuple(range(len(x_0)))))
+        denoiser = Denoiser(lambda x, *_: x, path, "x0")
+        loss = consistency_loss(method, denoiser, Sample(x_0, {}, {}), draws).value  # type: ignore[arg-type]
+        (slope,) = torch.autograd.grad(loss, theta)
+        slopes.append(float(slope.norm()))
+    rates = [math.log2(a / b) for a, b in pairwise(slopes)]
+    assert rates == pytest.approx([2, 2, 2], abs=0.15)
+
+
+def test_the_denoising_loss_wants_the_posterior_mean() -> None:
+    """Its expected gradient is 0 at E[x0 | x_t], and points back beside it."""
+    path = PATHS["vp"]
+    mixture = gaussian(path)
+    method = resolve("ctm").method
+    theta = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+
+    def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
+        assert torch.equal(condition["s"], t), "asked at s = t"
+        return mixture.denoise(x, t).x0 + theta
+
+    from fewstep.objectives.denoising import denoising_loss
+
+    x_0, eps = mirrored_pairs(mixture, 499.0, 500)
+    draws = Mirrored(eps, Draws(0, 0, tuple(range(len(x_0)))))
+    draws.integers = lambda *_: torch.full((len(x_0),), 24)  # type: ignore[attr-defined]  # t = 499
+
+    def slope() -> Tensor:
+        fit = denoising_loss(method, Denoiser(call, path, "x0"), x_0, {}, draws).mean()  # type: ignore[arg-type]
+        return torch.autograd.grad(fit, theta)[0]
+
+    assert float(slope().abs().max()) < 1e-12
+    with torch.no_grad():
+        theta += 0.1
+    assert bool((slope() > 0.01).all())
+
+
+def test_a_gan_alone_moves_a_wrong_student_to_the_right_law() -> None:
+    """No consistency loss: a student that lands .8 beside the data, and too narrow, is brought to them."""
+    from fewstep.objectives.consistency import critic_loss
+    from fewstep.plane.planar import PlanarCritic
+
+    path = FlowMatching()
+    mixture = gaussian(path, mean=(0.7, -0.4), std=0.6)
+    wrong = torch.nn.Parameter(torch.tensor([0.8, 0.8]))
+    narrow = torch.nn.Parameter(torch.tensor(-0.7))
+    method = resolve("cd").method.model_copy(
+        update={
+            "guidance": NO_GUIDANCE,
+            "consistency": 0.0,
+            "jump": "first_order",
+            "target": "self",
+            "end": "clean",
+            "adversarial": AdversarialConfig(weight=1.0, kind="nonsaturating", real="data", r1=0.1),
+        }
+    )
+
+    def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
+        said = mixture.flow(x.double(), t, times_of(0.0, x)).float()  # the exact end point, bent
+        middle = mixture.means[0].float()
+        return middle + (said - middle) * narrow.exp() + wrong
+
+    denoiser, critic = Denoiser(call, path, "x0"), PlanarCritic(64, seed=2)
+    student = torch.optim.Adam([wrong, narrow], lr=0.02, betas=(0.0, 0.99))
+    judge = torch.optim.Adam(critic.parameters(), lr=5e-3, betas=(0.0, 0.99))
+    for step in range(400):
+        x_0 = mixture.sample(256, 0.0, torch.Generator().manual_seed(step)).float()
+        draws = Draws(1, step, tuple(range(256)))
+        for optimiser, loss in (
+            (judge, lambda: critic_loss(method, denoiser, Sample(x_0, {}, {}), draws, critic)),  # noqa: B023
+            (student, lambda: consistency_loss(method, denoiser, Sample(x_0, {}, {}), draws, critic=critic)),  # noqa: B023
+        ):
+            optimiser.zero_grad()
+            loss().value.backward()
+            optimiser.step()
+    assert float(wrong.detach().norm()) < 0.2
+    assert float(narrow.detach().exp()) == pytest.approx(1, abs=0.2)
+
+
+# ---- times
+
+
+@pytest.mark.parametrize("recipe", names())
+def test_times_of_every_recipe(recipe: str) -> None:
+    """t_{n+k} on every point of the grid; s <= t_n < t_{n+k}, none of them below the segment's edge."""
+    method = method_of(recipe)
+    path = PATHS["vp"]
+    times = draw_times(method, path, Draws(3, 0, tuple(range(6000))))
+    grid = training_grid(path, method.grid)
+    end = end_time(path, method.end)
+    assert torch.equal(times.t_nk.unique(), grid)
+    assert bool((times.t_n < times.t_nk).all())
+    assert bool((times.s <= times.t_n).all())
+    assert bool((times.s >= end).all())
+    width = len(grid) // method.segments
+    edge = torch.cat([grid.new_tensor([end]), grid])[times.index_nk // width * width]
+    assert bool((times.t_n >= edge).all())
+    assert bool((times.s >= edge).all())
+    assert torch.equal(times.t_nk, grid[times.index_nk])
+
+
+def test_k_is_drawn_where_a_smallest_is_named() -> None:
+    method = method_of("tcd", k_low=2, k=5)
+    times = draw_times(method, PATHS["vp"], Draws(3, 0, tuple(range(4000))))
+    high = times.t_nk > 200
+    gaps = ((times.t_nk - times.t_n)[high] / 20).unique(return_counts=True)
+    assert gaps[0].tolist() == [2, 3, 4, 5]
+    assert float(gaps[1].min() / gaps[1].max()) > 0.85
+
+
+def test_segments_land_on_their_lower_edge() -> None:
+    method = method_of("pcm")
+    times = draw_times(method, PATHS["vp"], Draws(3, 0, tuple(range(4000))))
+    assert times.s.unique().tolist() == [0, 249, 499, 749]
+    for t_nk, t_n, s in ((249, 224, 0), (274, 249, 249), (999, 974, 749)):
+        rows = times.t_nk == t_nk
+        assert times.t_n[rows].unique().tolist() == [t_n]
+        assert times.s[rows].unique().tolist() == [s]
+
+
+def test_tdd_lands_where_sampling_will_ask_it_to() -> None:
+    from fewstep.grid import inference_times
+
+    path = PATHS["vp"]
+    asked = {0.0}
+    for steps in range(4, 9):
+        asked |= set(inference_times(path, steps).tolist())
+    exact = draw_times(method_of("tdd", spread=0.0), path, Draws(3, 0, tuple(range(6000))))
+    assert set(exact.s.tolist()) == asked - {999.0}
+    near = [s for s in asked if 979 - 260 <= s <= 979]
+    assert set(exact.s[exact.t_nk == 999].tolist()) == set(near)
+    lowest = exact.t_nk == 19
+    assert exact.s[lowest].unique().tolist() == [0]
+    spread = draw_times(method_of("tdd"), path, Draws(3, 0, tuple(range(6000))))
+    share = (spread.s / exact.s)[exact.s > 0]
+    assert 0.7 <= float(share.min()) < 0.71
+    assert 0.99 < float(share.max()) <= 1
+
+
+# ---- who is called
+
+
+Counted = dict[str, int]
+
+
+@pytest.mark.parametrize("recipe", names())
+def test_network_calls_are_as_the_recipe_says(recipe: str) -> None:
+    """`calls` is what estimates and docs are made from: counted here by the network itself, in samples of the batch."""
+    method = resolve(recipe).method
+    seen: Counted = {"student": 0, "target": 0, "teacher": 0}
+    mixture = gaussian(PATHS["vp"])
+
+    def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
+        who = role if role == "teacher" or (torch.is_grad_enabled() and role == "student") else "target"
+        seen[who] += len(x)
+        told = {"s", "w"} & condition.keys()
+        assert told == (set() if role == "teacher" else set(method.told))
+        return torch.zeros_like(x)
+
+    sample = batch_for(method, mixture, 8)
+    text = {"text": torch.zeros(8, 1)}
+    sample = Sample(sample.data.float(), text, text, sample.omega)
+    draws = Draws(5, 0, tuple(range(8)))
+    consistency_loss(method, Denoiser(call, PATHS["vp"], "eps"), sample, draws)
+    assert {who: count / 8 for who, count in seen.items()} == {who: float(n) for who, n in method.calls.items()}
+
+
+def test_illegal_combinations_name_the_nearest_legal_one() -> None:
+    from fewstep.errors import UserError
+
+    cases: list[tuple[str, list[str], str]] = [
+        ("pcm", ["method.segments=3"], r"segments = 3: its edges are no points of the grid of 40; the nearest is 2"),
+        ("tcd", ["method.segments=5", "method.k=11"], r"k = 11 leaves a segment of 10 points; .* is 10"),
+        ("tcd-2", ["method.end=clean"], r"second_order' has no mid-point .*legal end is 'index0'"),
+        ("lcm", ["method.segments=2"], r"only reaches the end point.*'first_order'"),
+        ("lcm", ["method.told=[s]"], r"told = 's' says nothing to jump = 'skip'"),
+        ("kd", ["method.point=solver"], r"nearest legal point is 'path'"),
+        ("tcd", ["method.s=next"], r"s = 'next' regresses onto stored points"),
+        ("ct", ["method.guidance.convention=lcm"], r"no teacher to guide"),
+        ("ctm", ["method.target=self"], r"compare = 'end' .*legal target is 'ema'"),
+        ("ctm", ["method.guidance.convention=lcm"], r"denoising fits the data, .*'none'"),
+        ("tcd", ["method.denoising=1", "method.guidance.convention=none"], r"nearest legal told is \['s'\]"),
+        ("tcd", ["method.k_low=3"], r"k_low = 3 is above k; the nearest legal one is 1"),
+        ("tdd", ["method.inference_steps=[4,80]"], r"inference_steps = \[4, 80\] on 50 points; .*\[4, 50\]"),
+        ("tcd-s", ["sampling.told=[]"], r"sampling.told = \[\] is not what .*\['s'\]"),
+        ("tcd", ["method.adversarial.weight=1"], r"adversarial.real = 'data' .* nearest legal real is 'target'"),
+        ("tcd", ["method.grid=[19]"], r"less than 2 points"),
+    ]
+    for recipe, overrides, words in cases:
+        with pytest.raises(UserError, match=words):
+            resolve(recipe, None, overrides)

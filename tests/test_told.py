@@ -1,0 +1,142 @@
+"""Networks that are told where they land: a no-op at first, one set a role, and gradients through the hook."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.denoiser import tell
+from fewstep.plane.mixture import ring
+from fewstep.plane.planar import Planar, Plane
+from fewstep.role_layout import Student, make_student
+from fewstep.roles import BASE
+from fewstep.schedule import scaled_linear
+from fewstep.settings import StudentConfig
+from fewstep.told import Ear, ToldEmbedding, sinusoid
+
+PATH = scaled_linear()
+B = 12
+
+
+def number(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_sinusoid() -> None:
+    wave = sinusoid(number([0.0, 3.0]), 4)
+    assert wave[0].tolist() == [1, 1, 0, 0]
+    slow = 3 * 10_000**-0.5
+    assert wave[1].tolist() == pytest.approx([math.cos(3), math.cos(slow), math.sin(3), math.sin(slow)], abs=1e-6)
+
+
+def test_it_starts_as_nothing_and_says_what_it_is_told() -> None:
+    embedding = ToldEmbedding(["s", "w"], 8, seed=1)
+    told = {"s": number([19.0, 999.0]), "w": number([2.0, 14.0])}
+    assert torch.equal(embedding(told), torch.zeros(2, 8))
+    with pytest.raises(KeyError, match=r"told \['s', 'w'\], not \['s'\]"):
+        embedding({"s": told["s"]})
+    with torch.no_grad():
+        for part in embedding.parts.values():
+            part[-1].weight.normal_()  # type: ignore[index]
+    plain = embedding(told)
+    for name in told:
+        other = embedding({**told, name: told[name] + 1})
+        assert not torch.allclose(other, plain), name
+
+
+def plane_student() -> tuple[Plane, Student]:
+    plane = Plane(Planar(ring(PATH), "eps", width=32))
+    return plane, make_student(plane, StudentConfig(kind="full"), ("student", "target"), 3, ["s"])
+
+
+def test_each_role_has_its_own_and_the_teacher_has_none() -> None:
+    _, student = plane_student()
+    assert set(student.told) == {"student", "target"}
+    x, t = torch.randn(B, 2, generator=torch.Generator().manual_seed(0)), torch.full((B,), 499.0, dtype=torch.float64)
+    here, there = (tell({}, s=torch.full((B,), s, dtype=torch.float64)) for s in (19.0, 399.0))
+    call = student.call
+    base = call(x, t, {}, BASE)
+    for role in ("student", "target"):
+        assert torch.equal(call(x, t, here, role), base), "a no-op at first"
+    mine = student.parameters("student")
+    assert any(name.startswith("told.parts.s.") for name in mine)
+    assert mine.keys() == student.parameters("target").keys()
+    with torch.no_grad():
+        mine["told.parts.s.2.weight"].normal_(generator=torch.Generator().manual_seed(1))
+        mine["leave.weight"].normal_(generator=torch.Generator().manual_seed(2))
+    assert not torch.allclose(call(x, t, here, "student"), call(x, t, there, "student"))
+    assert torch.equal(call(x, t, here, "target"), base)
+    assert torch.equal(call(x, t, {}, BASE), base)
+
+
+def test_gradients_reach_what_it_is_told_by_with_other_roles_between() -> None:
+    _, student = plane_student()
+    call, mine = student.call, student.parameters("student")
+    with torch.no_grad():
+        mine["leave.weight"].normal_(generator=torch.Generator().manual_seed(2))
+    x, t = torch.randn(B, 2, generator=torch.Generator().manual_seed(0)), torch.full((B,), 499.0, dtype=torch.float64)
+    told = tell({}, s=torch.linspace(0, 400, B, dtype=torch.float64))
+    out = call(x, t, told, "student")
+    with torch.no_grad():
+        call(x, t, told, "target")
+        call(x, t, {}, BASE)
+    out.square().sum().backward()
+    grad = mine["told.parts.s.2.weight"].grad
+    assert grad is not None
+    assert float(grad.abs().sum()) > 0
+    assert all(p.grad is None for p in student.parameters("target").values())
+
+
+def test_an_ear_hears_inside_alone_and_can_be_closed() -> None:
+    layer = torch.nn.Linear(3, 3)
+    x = torch.ones(1, 3)
+    plain = layer(x)
+    ear = Ear(layer)
+    with ear.hears(torch.ones(1, 3)):
+        torch.testing.assert_close(layer(x), plain + 1)
+        with ear.hears(None):
+            torch.testing.assert_close(layer(x), plain)
+        torch.testing.assert_close(layer(x), plain + 1)
+    torch.testing.assert_close(layer(x), plain)
+    ear.close()
+    with ear.hears(torch.ones(1, 3)):
+        torch.testing.assert_close(layer(x), plain)
+
+
+def test_a_student_that_is_told_s_is_trained_saved_and_drawn_with(
+    tiny_overrides: list[str], tiny_cache: Path, tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    """LoRA and full: the file beside it is read back, and the pictures are those of the student in memory."""
+    import numpy as np
+
+    from fewstep import distillation
+    from fewstep.drawing import Artist, load_artist
+    from fewstep.errors import UserError
+    from fewstep.export.header import CONDITIONING
+    from fewstep.settings import resolve
+
+    for kind in ("lora", "full"):
+        words = [*tiny_overrides, f"student.kind={kind}", "optim.lr=0.02", "loop.steps=4"]
+        config = resolve("tcd-s", None, words)
+        out = distillation.distill(config, tmp_path / kind, cache=tiny_cache, quiet=True)
+        folder = out if out.is_dir() else out.parent
+        run = distillation.prepare(config, tiny_cache, torch.device("cpu"))
+        from safetensors.torch import load_file
+
+        trained = load_file(tmp_path / kind / "checkpoints" / "step-00000004" / "student.safetensors")
+        told = load_file(folder / CONDITIONING)
+        assert float(told["told.parts.s.2.weight"].abs().max()) > 0
+        with torch.no_grad():
+            for name, parameter in run.student.parameters("student").items():
+                parameter.copy_(trained[name])
+        mine = Artist(run.backbone, run.denoiser, config.sampling, "student").draw(["a red disc"] * 2, [1, 2])
+        artist = load_artist(out, None) if kind == "full" else load_artist(tiny_pipeline, out)
+        theirs = artist.draw(["a red disc"] * 2, [1, 2])
+        assert np.abs(mine.astype(int) - theirs.astype(int)).max() <= 2, "fp16 weights of the LoRA"
+        (folder / CONDITIONING).unlink()
+        with pytest.raises(UserError, match=r"conditioning\.safetensors"):
+            load_artist(out, None) if kind == "full" else load_artist(tiny_pipeline, out)
