@@ -83,7 +83,9 @@ def distilled(tiny_pipeline: Path, tmp_path: Path) -> Path:
 
 
 def test_an_unknown_recipe_names_the_nearest(refuse: Refuse) -> None:
-    assert "recipe = 'tdc' is not one of lcm, tcd; the nearest is tcd" in refuse("distill", "--recipe", "tdc")
+    line = refuse("distill", "--recipe", "lcmm")
+    assert "recipe = 'lcmm' is not one of cd, ct, ctm, kd, lcm, mcm, pcm, tcd, tcd-2, tcd-s, tdd, tscd;" in line
+    assert line.endswith("the nearest is lcm\n")
     assert "nowhere.yaml" in refuse("distill", "--recipe", "nowhere.yaml")
 
 
@@ -101,7 +103,7 @@ def test_an_unknown_recipe_names_the_nearest(refuse: Refuse) -> None:
         ("loop.steps=0", "loop.steps = 0 must be at least 1; the nearest legal one is 1"),
         ("sampling.steps=51", "steps = 51 is out of range for grid = 50; the nearest legal one is 50"),
         ("sampling.gamma=1.5", "sampling.gamma = 1.5 must be at most 1; the nearest legal one is 1"),
-        ("method.jump=hop", "method.jump = 'hop' is not one of skip, first_order; the nearest is"),
+        ("method.jump=hop", "method.jump = 'hop' is not one of skip, cm_skip, first_order, second_order; the"),
         ("method.grid=25", "sampling.grid = 50 asks for times that method.grid = 25 does not train"),
         ("sampling.end=clean", "sampling.end = 'clean' is not the end point that is trained"),
         ("loop.accumulate=5", "batch = 32 is not a multiple of accumulate = 5; the nearest legal one is 30"),
@@ -285,7 +287,7 @@ def test_prompts_that_are_not_there(refuse: Refuse, tmp_path: Path) -> None:
         (("--gamma", "nan"), "gamma = nan"),
         (("--gamma", "0.5", "--sampler", "lcm"), "gamma = 0.5 says nothing to sampler = 'lcm'; leave it out"),
         (("--omega", "-1"), "omega = -1.0 must be at least 0"),
-        (("--sampler", "dimm"), "sampler = 'dimm' is not one of sss, lcm, ddim, euler, dpmpp_2s; the nearest is ddim"),
+        (("--sampler", "dimm"), "sampler = 'dimm' is not one of sss, lcm, ddim, euler, heun, dpm_2, dpmpp_2s,"),
         (("--count", "0"), "count = 0 must be at least 1"),
         (("--scale", "-3"), "scale = -3 must be at least 1"),
         (("--seed", "-1"), "seed = -1 is out of range; the nearest legal one is 0"),

@@ -277,6 +277,34 @@ def benchmark(*, out: Path | str = "runs/benchmark", overrides: str | Sequence[s
         return benchmark(config, Path(out))
 
 
+def playground(
+    recipes: str | Sequence[str] = ("lcm", "tcd", "ctm", "pcm"),
+    *,
+    out: Path | str = "runs/playground",
+    overrides: str | Sequence[str] = (),
+) -> Path:
+    """Train recipes in the plane beside an exact teacher, and draw what they learn; returns the figure's path.
+
+    Args:
+        recipes: names of recipes; one row of the figure each.
+        out: folder for figure.webp, table.md, figures.json and the runs; a run that was stopped goes on.
+        overrides: dotted changes to the playground's settings, e.g. "path=flow".
+
+    Raises:
+        UserError: an unknown recipe or key, or an illegal value, before any long work.
+    """
+    from fewstep.files import check_writable
+    from fewstep.plane.settings import resolve_play
+
+    named = recipes.split(",") if isinstance(recipes, str) else list(recipes)
+    configs = [resolve_play(name.strip(), overrides) for name in named]
+    check_writable(Path(out))
+    _check_installed("playground", ("matplotlib",))
+    from fewstep.plane.play import play
+
+    return play(configs, Path(out))
+
+
 def train_teacher(
     *, out: Path | str, target: Path | str, config: Path | str | None = None, overrides: str | Sequence[str] = ()
 ) -> Path:

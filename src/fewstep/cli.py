@@ -79,6 +79,7 @@ def echo_figures(figures: Mapping[str, Figure]) -> None:
 @app.command()
 def recipes(settings: Annotated[bool, typer.Option(help="List every setting too.")] = False) -> None:
     """List the bundled recipes, and with --settings everything that a recipe or -s can set, verb by verb."""
+    from fewstep.plane.settings import PlayConfig
     from fewstep.recipes import names
     from fewstep.settings import DistillConfig
     from fewstep.world.settings import AgreementConfig, BenchmarkConfig, DemoConfig, TeacherConfig
@@ -88,7 +89,12 @@ def recipes(settings: Annotated[bool, typer.Option(help="List every setting too.
     if settings:
         typer.echo("\nsettings of distill (recipe < --config file < -s key=value):")
         typer.echo("\n".join(settings_help(DistillConfig())))
-        verbs = (("demo", DemoConfig), ("benchmark", BenchmarkConfig), ("train-teacher", TeacherConfig))
+        verbs = (
+            ("playground", PlayConfig),
+            ("demo", DemoConfig),
+            ("benchmark", BenchmarkConfig),
+            ("train-teacher", TeacherConfig),
+        )
         for verb, config in (*verbs, ("train-scorer", AgreementConfig)):
             typer.echo(f"\nsettings of {verb} (-s key=value):")
             typer.echo("\n".join(settings_help(config())))
@@ -240,6 +246,25 @@ def benchmark(
     from fewstep import api
 
     say(f"wrote {api.benchmark(out=out, overrides=overrides or [])}")
+
+
+@app.command()
+def playground(
+    recipes: Annotated[str, typer.Option(help="Recipes, with commas between; a row of the figure each.")] = (
+        "lcm,tcd,ctm,pcm"
+    ),
+    out: Annotated[Path, typer.Option(help="Folder; runs that were stopped go on.")] = Path("runs/playground"),
+    overrides: Overrides = None,
+) -> None:
+    """Train recipes in the plane beside an exact teacher, a minute or so each, and draw what their jumps do.
+
+    Example: fewstep playground --recipes lcm,tcd,tcd-s -s path=flow
+    """
+    from fewstep import api
+
+    path = api.playground(recipes, out=out, overrides=overrides or [])
+    say((path.parent / "table.md").read_text(encoding="utf-8"))
+    say(f"wrote {path}, table.md and figures.json beside it")
 
 
 @app.command()

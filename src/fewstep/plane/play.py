@@ -1,0 +1,213 @@
+"""One recipe in the plane: trained by the project's own loop, measured against the exact answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.denoiser import Denoiser
+from fewstep.draws import Draws
+from fewstep.files import atomic_write, write_json
+from fewstep.grid import end_time, training_grid
+from fewstep.inference import draw_latents
+from fewstep.jump import student_step
+from fewstep.jumper import Voice
+from fewstep.names import Prediction
+from fewstep.objectives.consistency import Sample
+from fewstep.objectives.times import draw_times
+from fewstep.plan import family_plan, roles_of
+from fewstep.plane.mixture import Mixture, ring, times_of
+from fewstep.plane.planar import Planar, PlanarCritic, Plane
+from fewstep.plane.settings import PathName, PlayConfig
+from fewstep.role_layout import Student, make_student
+from fewstep.roles import copy_role
+from fewstep.sampler import Jumper
+from fewstep.schedule import FlowMatching, VarianceExploding, scaled_linear
+from fewstep.schedule import Path as NoisePath
+from fewstep.stages import slug
+from fewstep.training.launch import make_accelerator
+from fewstep.training.loop import Batch, Trained, train
+from fewstep.training.run import RunLog
+
+USUAL: Mapping[PathName, Prediction] = {"vp": "eps", "flow": "flow", "ve": "x0"}
+"""What networks of each path say where nothing else is named."""
+
+
+def noise_path(name: PathName) -> NoisePath:
+    """The noise path of that name."""
+    paths: dict[PathName, NoisePath] = {"vp": scaled_linear(), "flow": FlowMatching(), "ve": VarianceExploding()}
+    return paths[name]
+
+
+@dataclass(frozen=True)
+class Play:
+    """A student in the plane beside its exact teacher."""
+
+    config: PlayConfig
+    teacher: Mixture
+    student: Student
+    denoiser: Denoiser
+
+    def jumper(self, role: str = "student", count: int = 1) -> Jumper:
+        """The student's own jump, for `count` points."""
+        sampling = self.config.sampling
+        step = student_step(sampling.step_jump, sampling.r, sampling.form)
+        w = torch.zeros(count, dtype=torch.float64)
+        return Voice(self.denoiser, {}, role, sampling.told, w=w).jumper(step)
+
+
+def lay_out(config: PlayConfig) -> Play:
+    """The exact teacher, and a student that starts as its equal."""
+    path = noise_path(config.path)
+    teacher = ring(path)
+    prediction = config.prediction or USUAL[config.path]
+    plane = Plane(Planar(teacher, prediction, config.width, config.loop.seed))
+    student = make_student(plane, config.student, roles_of(config.method), config.loop.seed, config.method.told)
+    return Play(config, teacher, student, Denoiser(student.call, path, prediction))
+
+
+def training_points(play: Play) -> Tensor:
+    """Data, fp32 [N, 2]; or exact trajectories, [N, points + 1, 2], the end point first."""
+    config, teacher = play.config, play.teacher
+    generator = torch.Generator().manual_seed(config.loop.seed)
+    if config.method.start == "data":
+        return teacher.sample(config.count, teacher.path.clean, generator).float()
+    path = teacher.path
+    times = [end_time(path, config.method.end), *training_grid(path, config.method.grid).tolist()]
+    x = teacher.sample(config.count, times[-1], generator)
+    points = [x]
+    for t, s in zip(times[:0:-1], times[-2::-1]):
+        x = teacher.flow(x, times_of(t, x), times_of(s, x), steps=4)
+        points.append(x)
+    return torch.stack(points[::-1], 1).float()
+
+
+def train_play(config: PlayConfig, out: Path, quiet: bool = False) -> Play:
+    """Train a recipe's student, stage by stage, resuming what `out` holds; it has the averaged weights then."""
+    start: Mapping[str, Tensor] | None = None
+    for number, stage in enumerate(config.each_stage()):
+        play = lay_out(stage)
+        for role in roles_of(stage.method) if start else ():
+            copy_role(start or {}, play.student.parameters(role))
+        folder = out / "stages" / slug(number + 1, config.stages[number].name) if config.stages else out
+        start = _train_stage(play, folder, quiet).weights["student"]
+        copy_role(start, play.student.parameters("student"))
+    return replace(play, config=config)
+
+
+def _train_stage(play: Play, out: Path, quiet: bool) -> Trained:
+    config = play.config
+    points = training_points(play)
+
+    def fetch(items: np.ndarray) -> Batch:
+        return {"points": points[torch.from_numpy(items)]}
+
+    def sample(batch: Batch, draws: Draws) -> Sample:
+        x = batch["points"]
+        omega = torch.zeros(len(x), dtype=torch.float64) if config.method.start == "trajectory" else None
+        return Sample(x, {}, {}, omega)
+
+    critic = PlanarCritic(config.width, config.loop.seed) if config.method.adversarial.weight else None
+    plan = family_plan(config.method, config.optim, play.student, play.denoiser, sample, critic=critic)
+    accelerator = make_accelerator("fp32", torch.device("cpu"))
+    with RunLog(out, config, title=f"playground {config.recipe}", quiet=quiet) as log:
+        return train(plan, fetch, len(points), config.loop, log, accelerator)
+
+
+def play(recipes: Sequence[PlayConfig], out: Path, quiet: bool = False) -> Path:
+    """Train and measure each recipe, and write figure.webp, table.md and figures.json; returns the figure's path."""
+    from fewstep.plane.figure import draw_figure, table
+
+    done = []
+    for config in recipes:
+        student = train_play(config, out / config.recipe, quiet)
+        done.append((student, measure(student)))
+    figures = {p.config.recipe: m.record() for p, m in done}
+    with atomic_write(out / "table.md") as part:
+        part.write_text(table(done), encoding="utf-8")
+    write_json(out / "figures.json", figures)
+    return draw_figure(done, out / "figure.webp")
+
+
+def landing_end(play: Play) -> float:
+    """The time that the student's last jump lands at."""
+    sampling = play.config.sampling
+    return end_time(play.teacher.path, "clean" if sampling.step_jump == "skip" else sampling.end)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Figures of a student in the plane.
+
+    Attributes:
+        energy: (steps, gamma) -> squared energy distance of its samples to the exact marginal of the end point; gamma
+            is None where the sampler has none.
+        floor: the same of as many exact samples.
+        to_end: rms distance of one jump from noise to the end point from the exact one.
+        between: rms distance of jumps between drawn times, to s as the recipe lands.
+    """
+
+    energy: dict[tuple[int, float | None], float]
+    floor: float
+    to_end: float
+    between: float
+
+    @property
+    def gammas(self) -> list[float | None]:
+        """The stochasticities that were measured."""
+        return list(dict.fromkeys(gamma for _, gamma in self.energy))
+
+    def record(self) -> dict[str, Any]:
+        """The figures as plain data."""
+        rows = [{"steps": n, "gamma": gamma, "energy": value} for (n, gamma), value in self.energy.items()]
+        return {"energy": rows, "floor": self.floor, "to_end": self.to_end, "between": self.between}
+
+    def best(self, steps: int) -> tuple[float | None, float]:
+        """The gamma with the least distance at a step count, and that distance."""
+        found = {gamma: value for (count, gamma), value in self.energy.items() if count == steps}
+        gamma = min(found, key=lambda gamma: found[gamma])
+        return gamma, found[gamma]
+
+
+@torch.no_grad()
+def draw_points(
+    play: Play, steps: int, gamma: float | None = None, role: str = "student", seed: int = 10_000
+) -> Tensor:
+    """Samples of the student, float64 [shown, 2]."""
+    changes = {"steps": steps} | ({} if gamma is None else {"gamma": gamma})
+    config = play.config
+    sampling = config.sampling.model_copy(update=changes)
+    seeds = range(seed, seed + config.shown)
+    return draw_latents(play.denoiser, {}, {}, sampling, seeds, (2,), "student").double()
+
+
+@torch.no_grad()
+def measure(play: Play) -> Measured:
+    """Exact figures of a student: nothing here is estimated but by drawing."""
+    config, teacher, path = play.config, play.teacher, play.teacher.path
+    end = landing_end(play)
+    gammas: tuple[float | None, ...] = config.gammas if config.sampling.sampler == "sss" else (None,)
+    energy = {
+        (steps, gamma): teacher.energy(draw_points(play, steps * config.sampling.calls_a_step, gamma), end)
+        for steps in config.steps
+        for gamma in gammas
+    }
+    generator = torch.Generator().manual_seed(config.loop.seed + 1)
+    floor = teacher.energy(teacher.sample(config.shown, end, generator), end)
+    x = teacher.sample(config.shown, path.noisiest, generator)
+    t, s = times_of(path.noisiest, x), times_of(end, x)
+    jump = play.jumper(count=len(x))
+
+    def error(x_t: Tensor, t: Tensor, s: Tensor) -> float:
+        away = jump(x_t.float(), t, s).double() - teacher.flow(x_t, t, s)
+        return float(away.square().sum(1).mean().sqrt())
+
+    times = draw_times(config.method, path, Draws(config.loop.seed + 2, 0, tuple(range(len(x)))))
+    along = teacher.flow(x, t, times.t_nk)
+    return Measured(energy, floor, error(x, t, s), error(along, times.t_nk, times.s))

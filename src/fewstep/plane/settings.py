@@ -1,0 +1,63 @@
+"""Settings of the playground. Light: read before torch is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import Field
+
+from fewstep.config import Config, merge, parse_overrides, validate
+from fewstep.method_settings import ConsistencyConfig
+from fewstep.names import Prediction
+from fewstep.recipes import read_recipe
+from fewstep.settings import LoopConfig, OptimConfig, Sampling, StudentConfig
+from fewstep.stages import Stage, stage_configs
+
+PathName = Literal["vp", "flow", "ve"]
+"""Noise paths: Stable Diffusion's, rectified flow, EDM."""
+
+
+class PlayConfig(Config):
+    """One recipe in the plane."""
+
+    recipe: str = Field("tcd", description="name of the method's recipe")
+    method: ConsistencyConfig = Field(ConsistencyConfig(), description="the objective")
+    sampling: Sampling = Field(Sampling(), description="how it is sampled")
+    path: PathName = Field("vp", description="noise path: vp, flow, ve")
+    prediction: Prediction | None = Field(None, description="what the network says; null for eps, flow, x0 by the path")
+    student: StudentConfig = Field(StudentConfig(kind="full", rank=16), description="what is trained")
+    width: int = Field(128, ge=8, description="hidden width of the student's network")
+    count: int = Field(20_000, ge=100, description="training points")
+    loop: LoopConfig = Field(
+        LoopConfig(steps=3000, batch=256, log_every=100, save_every=3000, keep=1), description="how long"
+    )
+    optim: OptimConfig = Field(OptimConfig(lr=1e-3, decay="cosine", ema=0.99), description="how fast")
+    stages: tuple[Stage, ...] = Field((), description="stages run one after another; empty for one run")
+    steps: tuple[int, ...] = Field((1, 2, 4, 8, 20), description="step counts that are measured")
+    gammas: tuple[float, ...] = Field((0.0, 0.2, 0.5), description="gamma of each measured row, where sss samples")
+    shown: int = Field(4000, ge=100, description="points that are drawn for each figure")
+
+    def each_stage(self) -> list[PlayConfig]:
+        """The configs of its stages; itself where it has none."""
+        return stage_configs(self, self.stages, self.loop.steps) if self.stages else [self]
+
+
+OWN: dict[str, object] = {"guidance": {"convention": "none"}}
+"""What of a recipe is laid aside in the plane: there is no prompt to guide by."""
+
+
+def resolve_play(recipe: str, overrides: str | Sequence[str] = ()) -> PlayConfig:
+    """A recipe's method and sampling in the plane, then overrides.
+
+    Raises:
+        UserError: unknown recipe or key, or an illegal value.
+    """
+    changes = parse_overrides(overrides)
+    recipe = str(changes.get("recipe", recipe))
+    given = read_recipe(recipe)
+    data: dict[str, Any] = {
+        "recipe": recipe,
+        **{key: given[key] for key in ("method", "sampling", "stages") if key in given},
+    }
+    return validate(PlayConfig, merge(merge(data, {"method": OWN}), {**changes, "recipe": recipe}))
