@@ -140,3 +140,48 @@ def test_a_student_that_is_told_s_is_trained_saved_and_drawn_with(
         (folder / CONDITIONING).unlink()
         with pytest.raises(UserError, match=r"conditioning\.safetensors"):
             load_artist(out, None) if kind == "full" else load_artist(tiny_pipeline, out)
+
+
+def test_attached_to_a_diffusers_pipeline_it_draws_what_we_draw(
+    tiny_overrides: list[str], tiny_cache: Path, tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    """The pipeline passes eta = 0 and no s: gamma and what the network is told come with the student."""
+    import numpy as np
+    from diffusers import StableDiffusionPipeline
+
+    import fewstep
+    from fewstep import distillation
+    from fewstep.drawing import load_artist
+    from fewstep.errors import UserError
+    from fewstep.export.conditioning import read_told
+    from fewstep.settings import resolve
+
+    def student(recipe: str) -> Path:
+        config = resolve(recipe, None, [*tiny_overrides, "optim.lr=0.05", "loop.steps=3"])
+        return distillation.distill(config, tmp_path / recipe, cache=tiny_cache, quiet=True).parent
+
+    folder = student("tcd-s")
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    fewstep.attach(pipe, folder)
+
+    def theirs() -> np.ndarray:
+        drawn = pipe(
+            "a red disc",
+            num_inference_steps=4,
+            guidance_scale=0,
+            generator=torch.Generator("cpu").manual_seed(7),
+            output_type="np",
+        )
+        return drawn.images[0] * 255
+
+    artist = load_artist(tiny_pipeline, folder)
+    ours = artist.draw(["a red disc"], [7])[0].astype(float)
+    np.testing.assert_allclose(theirs(), ours, atol=1.01)
+    embedding = read_told(folder, ["s"], pipe.unet.time_embedding.linear_2.out_features)
+    assert embedding is not None
+    assert float(embedding({"s": number([499.0])}).abs().max()) > 0
+    other = artist.sampling.model_copy(update={"gamma": 0.0})
+    assert np.abs(artist.draw(["a red disc"], [7], other)[0].astype(float) - ours).max() > 1, "gamma matters"
+    with pytest.raises(UserError, match="is told nothing; load_lora_weights"):
+        fewstep.attach(pipe, student("tcd"))

@@ -18,9 +18,11 @@ if TYPE_CHECKING:  # type checkers and editors see the verbs; `import fewstep` s
         train_teacher,
     )
     from fewstep.errors import UserError
+    from fewstep.told_pipeline import attach
 
 __all__ = [
     "UserError",
+    "attach",
     "benchmark",
     "demo",
     "distill",
@@ -41,6 +43,10 @@ def __getattr__(name: str) -> Any:
         from fewstep.errors import UserError
 
         return UserError
+    if name == "attach":
+        from fewstep.told_pipeline import attach
+
+        return attach
     if name in __all__:
         from fewstep import api
 

@@ -82,11 +82,16 @@ class Ear:
     @contextmanager
     def hears(self, addition: Tensor | None) -> Iterator[None]:
         """Let every call inside be told."""
-        before, self._heard = self._heard, addition
+        before = self._heard
+        self.speak(addition)
         try:
             yield
         finally:
-            self._heard = before
+            self.speak(before)
+
+    def speak(self, addition: Tensor | None) -> None:
+        """From now on tell this, or nothing."""
+        self._heard = addition
 
     def close(self) -> None:
         """Leave the network as it was."""

@@ -1,0 +1,106 @@
+"""A student that is told where it lands, in a diffusers pipeline.
+
+Plain diffusers loads such a student's LoRA, but has nobody who tells it: no stock pipeline passes s or w. `attach`
+loads the LoRA, puts in a scheduler that knows where each jump lands, and lets the network hear it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import TCDScheduler
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.export.conditioning import read_told
+from fewstep.export.header import read_header
+from fewstep.sampler import check_gamma
+from fewstep.settings import Sampling
+from fewstep.told import Ear, ToldEmbedding
+
+
+class ToldTCDScheduler(TCDScheduler):  # type: ignore[misc]
+    """diffusers' TCDScheduler with a gamma of its own, so that it is known before the network is called.
+
+    A pipeline's `eta`, 0 by default, is not listened to.
+    """
+
+    gamma: float = 0.3
+
+    def landing(self, t: Tensor) -> int:
+        """The index that the jump from timestep t lands at: floor((1 - gamma) t_next), or 0 after the last one."""
+        times = self.timesteps.tolist()
+        place = times.index(int(t))
+        following = times[place + 1] if place + 1 < len(times) else 0
+        return int((1 - self.gamma) * following + 1e-9)
+
+    def step(
+        self, model_output: Tensor, timestep: Any, sample: Tensor, eta: float = 0.0, generator: Any = None, **more: Any
+    ) -> Any:
+        """As diffusers', at this scheduler's own gamma. Pipelines look for `eta` and `generator` by name."""
+        return super().step(model_output, timestep, sample, eta=self.gamma, generator=generator, **more)
+
+
+class _Teller:
+    """Tells a network before each of its calls, and falls silent after it."""
+
+    def __init__(self, pipe: Any, embedding: ToldEmbedding, w: float | None) -> None:
+        self.pipe, self.embedding, self.w = pipe, embedding, w
+        self.ear = Ear(pipe.unet.time_embedding)
+
+    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        sample = args[0] if args else kwargs["sample"]
+        t = torch.as_tensor(args[1] if len(args) > 1 else kwargs["timestep"]).flatten()[0]
+        told = {"s": float(self.pipe.scheduler.landing(t)), "w": self.w or 0.0}
+        wanted = {name: torch.full((len(sample),), told[name], dtype=torch.float64) for name in self.embedding.parts}
+        self.ear.speak(self.embedding(wanted))
+
+    def after(self, *_: Any) -> None:
+        self.ear.speak(None)
+
+
+def attach(pipe: Any, student: Path | str, *, gamma: float | None = None) -> Any:
+    """Make a diffusers Stable Diffusion pipeline run a student that is told where it lands (`recipe = tcd-s`, `ctm`).
+
+    Then `pipe(prompt, num_inference_steps=4, guidance_scale=0)`; gamma is the student's own unless it is given here.
+
+    Args:
+        pipe: a StableDiffusionPipeline of the student's base.
+        student: folder with its LoRA and `conditioning.safetensors`.
+
+    Returns:
+        the same pipeline.
+
+    Raises:
+        UserError: not such a student, or one of another base.
+    """
+    # other LoRAs may be loaded already: PEFT then keeps the base's layers under another name
+    named = {name.replace(".base_layer", ""): value for name, value in pipe.unet.state_dict().items()}
+    weights = {name: tuple(value.shape) for name, value in named.items() if "lora_" not in name}
+    header = read_header(student, weights)
+    sampling = header.sampling or Sampling()
+    if not sampling.told:
+        raise UserError(
+            f"student = {str(student)!r} is told nothing; load_lora_weights and TCDScheduler are all it needs"
+        )
+    if sampling.sampler != "sss" or sampling.gamma_law != "time":
+        raise UserError(
+            f"student = {str(student)!r} is sampled with {sampling.sampler}, gamma in {sampling.gamma_law}, which "
+            "TCDScheduler is not; the nearest that can be attached is sss with gamma in time"
+        )
+    width = int(pipe.unet.time_embedding.linear_2.out_features)
+    embedding = read_told(header.file, sampling.told, width)
+    assert embedding is not None
+    strength = check_gamma(sampling.gamma if gamma is None else gamma)
+    pipe.load_lora_weights(str(header.file.parent), weight_name=header.file.name)
+    keep = dict(pipe.scheduler.config)
+    if isinstance(sampling.grid, int):
+        keep["original_inference_steps"] = sampling.grid
+    pipe.scheduler = ToldTCDScheduler.from_config(keep)
+    pipe.scheduler.gamma = strength
+    teller = _Teller(pipe, embedding.to(pipe.unet.device), sampling.w)
+    pipe.unet.register_forward_pre_hook(teller.before, with_kwargs=True)
+    pipe.unet.register_forward_hook(teller.after)
+    return pipe
