@@ -344,3 +344,18 @@ def test_illegal_combinations_name_the_nearest_legal_one() -> None:
     for recipe, overrides, words in cases:
         with pytest.raises(UserError, match=words):
             resolve(recipe, None, overrides)
+
+
+# ---- what is written of them
+
+
+def test_every_recipe_stands_whole_on_the_page_of_methods() -> None:
+    import re
+    from pathlib import Path as File
+
+    import fewstep.recipes
+
+    page = (File(__file__).resolve().parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
+    folder = File(fewstep.recipes.__file__).parent
+    shown = re.findall(r"```yaml\n(.*?)\n```", page, re.S)
+    assert sorted(shown) == sorted((folder / f"{name}.yaml").read_text(encoding="utf-8").rstrip() for name in names())
