@@ -15,8 +15,9 @@ from fewstep.denoiser import Denoiser
 from fewstep.draws import Draws
 from fewstep.grid import end_time, training_grid
 from fewstep.method_settings import AdversarialConfig, ConsistencyConfig, Guidance
-from fewstep.objectives import consistency
-from fewstep.objectives.consistency import Sample, consistency_loss
+from fewstep.objectives import consistency, points
+from fewstep.objectives.consistency import consistency_loss
+from fewstep.objectives.points import Sample
 from fewstep.objectives.times import draw_times
 from fewstep.recipes import names
 from fewstep.schedule import FlowMatching, Path, VarianceExploding, expand, scaled_linear
@@ -64,7 +65,7 @@ def exact_everywhere(monkeypatch: pytest.MonkeyPatch, mixture: Mixture, theta: T
         return mixture.flow(x, t, s) + away * expand(bend(t, s, path) ** power, x)
 
     monkeypatch.setattr(consistency, "student_step", lambda *_: jump)
-    monkeypatch.setattr(consistency, "SOLVERS", dict.fromkeys(consistency.SOLVERS, solver))
+    monkeypatch.setattr(points, "SOLVERS", dict.fromkeys(points.SOLVERS, solver))
 
 
 def loss_and_gradient(method: ConsistencyConfig, mixture: Mixture, theta: Tensor) -> tuple[float, float]:

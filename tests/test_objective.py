@@ -20,9 +20,10 @@ from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.method_settings import ConsistencyConfig, Guidance
 from fewstep.names import Prediction, omega_of
-from fewstep.objectives import consistency
-from fewstep.objectives.consistency import Sample, consistency_loss
+from fewstep.objectives import points
+from fewstep.objectives.consistency import consistency_loss
 from fewstep.objectives.distance import feature_distance, huber, huber_norm, l2
+from fewstep.objectives.points import Sample
 from fewstep.objectives.times import draw_times
 from fewstep.roles import BASE
 from fewstep.schedule import Estimate, interpret, scaled_linear, target_of
@@ -63,11 +64,11 @@ def test_times_are_uniform() -> None:
     times = draw_times(TCD, PATH, draws(25_000))
     counts = np.bincount(((times.t_nk + 1) / 20).long().numpy())[1:]
     assert stats.chisquare(counts).pvalue > 1e-3
-    for t_nk, points in ((999.0, 50), (199.0, 10), (39.0, 2)):
+    for t_nk, choices in ((999.0, 50), (199.0, 10), (39.0, 2)):
         s = times.s[times.t_nk == t_nk]
         place = torch.where(s == 0, 0, (s + 1) / 20).long().numpy()
-        counts = np.bincount(place, minlength=points)
-        assert len(counts) == points
+        counts = np.bincount(place, minlength=choices)
+        assert len(counts) == choices
         assert stats.chisquare(counts).pvalue > 1e-3
 
 
@@ -186,7 +187,7 @@ def test_the_teacher_step_is_guided_by_omega(convention: Any, low: float, monkey
         seen.append(denoise(x_t, t))
         return x_t
 
-    monkeypatch.setitem(consistency.SOLVERS, "ddim", solver)
+    monkeypatch.setattr(points, "SOLVERS", {"ddim": solver})
     loss_of(ConsistencyConfig(guidance=Guidance(convention=convention, low=low, high=low)), Recorder())
     torch.testing.assert_close(seen[0].eps, torch.full((16, 3), 4.0))
 

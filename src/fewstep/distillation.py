@@ -35,8 +35,8 @@ from fewstep.export.lora import save_lora
 from fewstep.export.pipeline import save_pipeline
 from fewstep.files import sweep, taken
 from fewstep.folder import read_folder
-from fewstep.objectives.consistency import Sample
 from fewstep.objectives.heads import FeatureCritic
+from fewstep.objectives.points import Sample
 from fewstep.plan import family_plan, roles_of
 from fewstep.processes import together
 from fewstep.role_layout import Student, make_student

@@ -10,8 +10,9 @@ from fewstep.denoiser import Denoiser
 from fewstep.draws import Draws
 from fewstep.loss import Loss
 from fewstep.method_settings import ConsistencyConfig
-from fewstep.objectives.consistency import Sample, consistency_loss, critic_loss
+from fewstep.objectives.consistency import consistency_loss, critic_loss
 from fewstep.objectives.distance import FeaturesOf
+from fewstep.objectives.points import Sample
 from fewstep.role_layout import Student
 from fewstep.settings import OptimConfig
 from fewstep.training.loop import Batch, Follower, Update

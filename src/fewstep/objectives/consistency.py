@@ -9,14 +9,14 @@ itself), who the student must agree with, where and by which distance. `docs/met
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Condition, Denoiser
+from fewstep.denoiser import Denoiser
 from fewstep.draws import Draws
-from fewstep.grid import between, end_time
+from fewstep.grid import end_time
 from fewstep.jump import student_step
 from fewstep.jumper import Voice
 from fewstep.loss import Loss
@@ -30,39 +30,10 @@ from fewstep.objectives.adversarial import (
 )
 from fewstep.objectives.denoising import denoising_loss
 from fewstep.objectives.distance import FeaturesOf, distance
+from fewstep.objectives.points import POINTS, Sample, Scene, points_on_path
 from fewstep.objectives.times import Triple, draw_times
-from fewstep.roles import BASE
 from fewstep.sampler import Jumper
-from fewstep.schedule import Path, add_noise, expand, share_of
-from fewstep.solver import SOLVERS, walk
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What a micro-batch is made of.
-
-    Attributes:
-        data: clean latents x_0, fp32 [B, ...]; or stored trajectories, [B, N + 1, ...]: the end point first, then the
-            points at the grid's rising times.
-        condition, null: what the network is told, with and without the prompt; [B, ...] each.
-        omega: the guidance that stored trajectories were drawn with, [B]; None for data.
-    """
-
-    data: Tensor
-    condition: Condition
-    null: Condition
-    omega: Tensor | None = None
-
-
-def points_on_path(
-    config: ConsistencyConfig, path: Path, sample: Sample, times: Triple, draws: Draws
-) -> tuple[Tensor, Tensor]:
-    """x at t_{n+k} and at t_n on the same path: noised data with the same noise, or points of a stored trajectory."""
-    if config.start == "trajectory":
-        rows = torch.arange(len(sample.data))
-        return sample.data[rows, times.index_nk + 1], sample.data[rows, times.index_n + 1]
-    eps = draws.normal("noise", tuple(sample.data.shape[1:]))
-    return add_noise(path, sample.data, eps, times.t_nk), add_noise(path, sample.data, eps, times.t_n)
+from fewstep.schedule import Path, expand, share_of
 
 
 def implicit_pull(weight: str, path: Path, t: Tensor, s: Tensor) -> Tensor | None:
@@ -113,12 +84,12 @@ def jump_pair(config: ConsistencyConfig, denoiser: Denoiser, sample: Sample, dra
     student = jump_of("student")
     judge = jump_of("target" if config.target == "ema" else "student")
     x_nk, x_n = points_on_path(config, path, sample, times, draws)
+    scene = Scene(config, denoiser, sample, omega, times, x_nk, x_n, judge)
     # The student before the target: autocast of older torch keeps the cast weights of the first call, and those of a
     # call without gradient would leave the student without one.
     landed, at = student(x_nk, times.t_nk, times.s), times.s
     with torch.no_grad():
-        if config.point == "solver":
-            x_n = teacher_step(config, denoiser, sample, omega, x_nk, times)
+        x_n = POINTS[config.point](scene)
         wanted = x_n if config.s == "next" else judge(x_n, times.t_n, times.s)
     if config.compare == "end":
         at = torch.full_like(times.s, end_time(path, config.end))
@@ -126,17 +97,6 @@ def jump_pair(config: ConsistencyConfig, denoiser: Denoiser, sample: Sample, dra
         with torch.no_grad():
             wanted = judge(wanted, times.s, at)
     return Pair(landed, wanted, at, times)
-
-
-def teacher_step(
-    config: ConsistencyConfig, denoiser: Denoiser, sample: Sample, omega: Tensor, x_nk: Tensor, times: Triple
-) -> Tensor:
-    """x_{t_n}: the frozen teacher's solver from x_{t_n+k}, guided by omega [B] unless the recipe has no guidance."""
-    teacher = Voice(denoiser, sample.condition, BASE)
-    if config.guidance.convention != "none":
-        teacher = replace(teacher, null=sample.null, omega=omega)
-    way = between(denoiser.path, times.t_nk, times.t_n, config.substeps)
-    return walk(SOLVERS[config.solver], teacher.denoise, denoiser.path, x_nk, way)
 
 
 def consistency_loss(

@@ -19,7 +19,7 @@ from fewstep.inference import draw_latents
 from fewstep.jump import student_step
 from fewstep.jumper import Voice
 from fewstep.names import Prediction
-from fewstep.objectives.consistency import Sample
+from fewstep.objectives.points import Sample
 from fewstep.objectives.times import draw_times
 from fewstep.plan import family_plan, roles_of
 from fewstep.plane.mixture import Mixture, ring, times_of

@@ -1,0 +1,89 @@
+"""Where the two jumps of a pair start: x_{t_n+k}, and the next point x_{t_n}."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fewstep.denoiser import Condition, Denoiser
+from fewstep.draws import Draws
+from fewstep.grid import between
+from fewstep.jumper import Voice
+from fewstep.method_settings import ConsistencyConfig
+from fewstep.names import Point
+from fewstep.objectives.times import Triple
+from fewstep.roles import BASE
+from fewstep.sampler import Jumper
+from fewstep.schedule import Path, add_noise
+from fewstep.solver import SOLVERS, walk
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a micro-batch is made of.
+
+    Attributes:
+        data: clean latents x_0, fp32 [B, ...]; or stored trajectories, [B, N + 1, ...]: the end point first, then the
+            points at the grid's rising times.
+        condition, null: what the network is told, with and without the prompt; [B, ...] each.
+        omega: the guidance that stored trajectories were drawn with, [B]; None for data.
+    """
+
+    data: Tensor
+    condition: Condition
+    null: Condition
+    omega: Tensor | None = None
+
+
+def points_on_path(
+    config: ConsistencyConfig, path: Path, sample: Sample, times: Triple, draws: Draws
+) -> tuple[Tensor, Tensor]:
+    """x at t_{n+k} and at t_n on the same path: noised data with the same noise, or points of a stored trajectory."""
+    if config.start == "trajectory":
+        rows = torch.arange(len(sample.data))
+        return sample.data[rows, times.index_nk + 1], sample.data[rows, times.index_n + 1]
+    eps = draws.normal("noise", tuple(sample.data.shape[1:]))
+    return add_noise(path, sample.data, eps, times.t_nk), add_noise(path, sample.data, eps, times.t_n)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a law of the next point may look at.
+
+    Attributes:
+        omega: guidance of each sample, float64 [B].
+        x_nk: where both jumps come from.
+        on_path: the point at t_n of the path that x_nk was taken from.
+        judge: the target's jump.
+    """
+
+    config: ConsistencyConfig
+    denoiser: Denoiser
+    sample: Sample
+    omega: Tensor
+    times: Triple
+    x_nk: Tensor
+    on_path: Tensor
+    judge: Jumper
+
+
+def by_solver(scene: Scene) -> Tensor:
+    """The frozen teacher's solver from x_{t_n+k}, guided by omega unless the recipe has no guidance."""
+    config, times = scene.config, scene.times
+    teacher = Voice(scene.denoiser, scene.sample.condition, BASE)
+    if config.guidance.convention != "none":
+        teacher = replace(teacher, null=scene.sample.null, omega=scene.omega)
+    way = between(scene.denoiser.path, times.t_nk, times.t_n, config.substeps)
+    return walk(SOLVERS[config.solver], teacher.denoise, scene.denoiser.path, scene.x_nk, way)
+
+
+def on_path(scene: Scene) -> Tensor:
+    """The path itself: the same noise on the data (CT), or the stored point (KD)."""
+    return scene.on_path
+
+
+POINTS: Mapping[Point, Callable[[Scene], Tensor]] = {"solver": by_solver, "path": on_path}
+"""How x_{t_n} is found; called without gradient."""
