@@ -262,6 +262,9 @@ def test_k_is_drawn_where_a_smallest_is_named() -> None:
     gaps = ((times.t_nk - times.t_n)[high] / 20).unique(return_counts=True)
     assert gaps[0].tolist() == [2, 3, 4, 5]
     assert float(gaps[1].min() / gaps[1].max()) > 0.85
+    low = times.t_nk == 59  # three points are left: 39, 19 and the end
+    assert times.t_n[low].unique(return_counts=True)[0].tolist() == [0, 19]
+    assert times.t_n[times.t_nk == 19].unique().tolist() == [0]
 
 
 def test_segments_land_on_their_lower_edge() -> None:

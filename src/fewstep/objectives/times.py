@@ -47,16 +47,17 @@ class Rungs:
 def draw_times(config: ConsistencyConfig, path: Path, draws: Draws) -> Triple:
     """Draw t_{n+k} uniformly over the grid, so that every time of the grid is trained, then t_n, then s.
 
-    t_n lies k points below (k itself uniform in k_low .. k where that is named), or at the lower edge of its segment
-    where fewer are left: with one segment that is the end point.
+    t_n lies k points below, or at the lower edge of its segment where fewer are left: with one segment that is the end
+    point. Where k_low is named, k is uniform from it to k or to what is left.
     """
     grid = training_grid(path, config.grid)
     index = draws.integers("n", 0, len(grid))
     edge = edge_below(index, len(grid), config.segments)
     k = torch.full_like(index, config.k)
     if config.k_low is not None:
-        k = (config.k_low + draws.uniform("k") * (config.k + 1 - config.k_low)).long()
-    below = torch.maximum(index - k, edge)
+        most = torch.minimum(k, index - edge)
+        least = most.clamp(max=config.k_low)
+        k = least + (draws.uniform("k") * (most - least + 1)).long()
     rungs = Rungs(grid, end_time(path, config.end))
     below = torch.maximum(index - k, edge)
     s = S_LAWS[config.s](config, path, rungs, edge, below, draws)
