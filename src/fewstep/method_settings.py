@@ -92,7 +92,7 @@ class ConsistencyConfig(Config):
     reach: float = Field(0.26, gt=0, le=1, description="how far below t_n s = inference looks, as a share of the path")
     spread: float = Field(0.3, ge=0, le=1, description="s = inference shrinks s by up to this share, as gamma does")
     start: Start = Field("data", description="where x_{t_n+k} comes from: data (noised) or trajectory (the teacher's)")
-    point: Point = Field("solver", description="where x_{t_n} comes from: solver (of the teacher) or path (the same)")
+    point: Point = Field("solver", description="where x_{t_n} comes from: solver (teacher's), path, self (own jump)")
     jump: Jump = Field("first_order", description="skip (LCM's), cm_skip (CM's), first_order, second_order")
     r: float = Field(0.5, gt=0, le=1, description="mid-point of second_order, as a share of the step in log-SNR")
     form: Form = Field("x0", description="what second_order blends: x0 or eps predictions")
@@ -188,7 +188,7 @@ class ConsistencyConfig(Config):
     def calls(self) -> dict[str, int]:
         """Network evaluations of one sample in one step, by role; the teacher's include the null branch."""
         jump = 2 if self.jump == "second_order" else 1
-        teacher = self.substeps * CALLS[self.solver] * self.guidance.branches if self.point == "solver" else 0
-        target = 0 if self.s == "next" else jump
+        teacher = self.substeps * CALLS[self.solver] * self.guidance.branches if self.point != "path" else 0
+        target = 0 if self.s == "next" else jump * (1 + (self.point == "self"))
         pushed = 2 * jump if self.compare == "end" else 0
         return {"student": jump + bool(self.denoising), "target": target + pushed, "teacher": teacher}

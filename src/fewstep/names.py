@@ -32,8 +32,9 @@ Told = Literal["s", "w"]
 """What a network may be told beside x_t and t: where its jump lands, and the guidance omega."""
 Start = Literal["data", "trajectory"]
 """Where x_{t_n+k} comes from: noised data, or a stored trajectory of the teacher."""
-Point = Literal["solver", "path"]
-"""Where x_{t_n} comes from: the teacher's solver, or the same path (the same noise on the data; the stored point)."""
+Point = Literal["solver", "path", "self"]
+"""Where x_{t_n} comes from: the teacher's solver, the same path (the same noise on the data; the stored point), or the
+target's own jump (shortcut models)."""
 SLaw = Literal["edge", "uniform", "inference", "next"]
 """Where jumps land in training; see `objectives.times`."""
 Compare = Literal["landing", "end"]

@@ -17,7 +17,7 @@ from fewstep.names import Point
 from fewstep.objectives.times import Triple
 from fewstep.roles import BASE
 from fewstep.sampler import Jumper
-from fewstep.schedule import Path, add_noise
+from fewstep.schedule import Path, add_noise, expand
 from fewstep.solver import SOLVERS, walk
 
 
@@ -85,5 +85,15 @@ def on_path(scene: Scene) -> Tensor:
     return scene.on_path
 
 
-POINTS: Mapping[Point, Callable[[Scene], Tensor]] = {"solver": by_solver, "path": on_path}
+def by_itself(scene: Scene) -> Tensor:
+    """Shortcut models (arXiv 2410.12557): the target's own jump, so that a jump equals two shorter ones in a row.
+
+    Where t_n is the next grid point the teacher steps instead: there is nothing shorter to stand on.
+    """
+    own = scene.judge(scene.x_nk, scene.times.t_nk, scene.times.t_n)
+    neighbour = scene.times.index_nk - scene.times.index_n == 1
+    return torch.where(expand(neighbour, own).bool(), by_solver(scene), own)
+
+
+POINTS: Mapping[Point, Callable[[Scene], Tensor]] = {"solver": by_solver, "path": on_path, "self": by_itself}
 """How x_{t_n} is found; called without gradient."""
