@@ -121,3 +121,80 @@ def test_a_recipe_on_the_other_paths(
     assert digest(cut.student.parameters("student")) != digest(lay_out(config).student.parameters("student"))
     measured = measure(cut)
     assert all(np.isfinite(value) for value in (*measured.energy.values(), measured.to_end, measured.between))
+
+
+@pytest.mark.parametrize("recipe", names())
+def test_a_recipe_learns_the_exact_jump(recipe: str, tmp_path: Path) -> None:
+    """In the plane, the error of the jumps that it trains falls.
+
+    A consistency loss itself need not: the denoiser that a student starts as agrees with its neighbours, and is wrong.
+    """
+    words = [
+        "width=32", "count=1000", "shown=500", "steps=[1]", "gammas=[0]", "loop.steps=150", "loop.batch=64",
+        "loop.save_every=150", "optim.lr=3e-3", "method.adversarial.weight=0", "method.target_decay=0.9",
+    ]  # fmt: skip
+    config = resolve_play(recipe, words)
+    before, after = measure(lay_out(config)), measure(train_play(config, tmp_path, quiet=True))
+    assert after.between < 0.95 * before.between
+
+
+OPTIONS: dict[str, list[str]] = {
+    "features": ["method.distance=features"],
+    "huber of samples": ["method.distance=huber_norm"],
+    "weight eps": ["method.weight=eps"],
+    "weight x0": ["method.weight=x0"],
+    "heun": ["method.solver=heun", "method.substeps=2"],
+    "dpm_2": ["method.solver=dpm_2"],
+    "dpmpp_2s": ["method.solver=dpmpp_2s"],
+    "all integers": ["method.grid=1000", "method.k=20", "sampling.grid=50"],
+    "own points": ["method.grid=[99,299,499,999]", "sampling.grid=[99,299,499,999]"],
+    "no guidance": ["method.guidance.convention=none", "data.empty_prompts=0.3"],
+    "imagen": ["method.guidance.convention=imagen"],
+    "told w": ["method.told=[w]", "sampling.told=[w]", "sampling.w=5"],
+    "told both": ["method.told=[s,w]", "sampling.told=[s,w]", "sampling.w=5"],
+    "moving average": ["method.target=ema"],
+    "critic": ["method.adversarial.weight=0.1", "method.adversarial.real=target", "method.adversarial.r1=0.1"],
+    "non-saturating critic": [
+        *("method.adversarial.weight=0.1", "method.adversarial.real=data", "method.adversarial.noise=0.3"),
+        *("method.adversarial.kind=nonsaturating", "method.balance=gradient"),
+    ],
+    "clean end": ["method.end=clean", "sampling.end=clean"],
+    "second order": ["method.jump=second_order", "sampling.jump=second_order", "method.form=eps", "sampling.form=eps"],
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_goes_from_end_to_end(
+    option: str, tiny_overrides: list[str], tiny_cache: Path, tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    """Options hold in any recipe: here in TCD, on a real pipeline."""
+    config = resolve("tcd", None, [*tiny_overrides, *SMALL, *OPTIONS[option]])
+    student = distillation.distill(config, tmp_path, cache=tiny_cache, quiet=True)
+    moved = load_tensors(student)
+    assert all(bool(value.any()) for name, value in moved.items() if "lora_B" in name)
+    assert all(bool(value.isfinite().all()) for value in moved.values())
+    drawn = load_artist(tiny_pipeline, student).draw(["a red disc"], [3])
+    assert drawn.std() > 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sampler": "ddim"},
+        {"sampler": "euler"},
+        {"sampler": "heun"},
+        {"sampler": "dpm_2", "end": "index0"},
+        {"sampler": "dpmpp_2s", "end": "index0"},
+        {"sampler": "sde_dpmpp_2m"},
+        {"jump": "second_order", "gamma": 0.2},
+        {"gamma_law": "noise", "gamma": 0.5},
+    ],
+    ids=lambda changes: " ".join(map(str, changes.values())),
+)
+def test_a_tcf_student_under_every_sampler(changes: dict[str, Any], teachers: dict[str, Path]) -> None:
+    """As TCD's section 4.3 says it can be: the same network under ordinary solvers, and under the other laws of SSS."""
+    artist = load_artist(teachers["epsilon"])
+    own = artist.sampling.model_copy(update={"sampler": "sss", "steps": 8, "omega": 0.0, "spacing": "grid", **changes})
+    drawn = artist.draw(["a red disc"], [3], own)
+    assert (drawn == artist.draw(["a red disc"], [3], own)).all(), "repeatable, noise included"
+    assert drawn.std() > 0

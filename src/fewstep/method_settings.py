@@ -69,10 +69,6 @@ class AdversarialConfig(Config):
     weight: float = Field(0.0, ge=0, description="weight of the adversarial term; 0 for none")
     kind: AdversarialKind = Field("hinge", description="hinge or nonsaturating")
     real: Literal["data", "target"] = Field("data", description="what is real: the data, or where the target lands")
-    balance: Literal["fixed", "gradient"] = Field(
-        "fixed",
-        description="gradient: weight relative to the consistency loss, by gradients where they land",
-    )
     noise: float = Field(0.0, ge=0, le=1, description="the critic sees points noised up to this share of what is above")
     r1: float = Field(0.0, ge=0, description="weight of R1, the squared gradient of the critic on real points")
     lr: float = Field(1e-4, gt=0, description="the critic's learning rate")
@@ -105,6 +101,9 @@ class ConsistencyConfig(Config):
     distance: DistanceName = Field("l2", description="l2, huber (element-wise), huber_norm (per sample), features")
     huber_c: float = Field(1e-3, gt=0, description="c of huber; huber_norm takes c times the root of the dimension")
     weight: Weight = Field("none", description="the distance is divided by the pull of: none, eps, x0")
+    balance: Literal["fixed", "gradient"] = Field(
+        "fixed", description="gradient: the other terms pull as the consistency loss does, times their weights (CTM)"
+    )
     consistency: float = Field(1.0, ge=0, description="weight of the consistency loss itself; 0 leaves the other terms")
     adversarial: AdversarialConfig = Field(AdversarialConfig(), description="a critic beside it")
     denoising: float = Field(0.0, ge=0, description="weight of the denoising loss, CTM's second term")
@@ -128,7 +127,7 @@ class ConsistencyConfig(Config):
         if self.segments > 1 and self.k > width:
             raise ValueError(f"k = {self.k} leaves a segment of {width} points; the nearest legal one is {width}")
         low, high = self.inference_steps
-        if not 1 <= low <= high <= count:
+        if self.s == "inference" and not 1 <= low <= high <= count:
             legal_steps = sorted((min(max(low, 1), count), min(max(high, 1), count)))
             raise ValueError(f"inference_steps = [{low}, {high}] on {count} points; the nearest is {legal_steps}")
         self._check_jump()

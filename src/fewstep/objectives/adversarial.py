@@ -70,12 +70,13 @@ def discriminate(
     return Loss(per_sample.mean(), per_sample.detach(), None, scalars)
 
 
-def gradient_ratio(first: Tensor, second: Tensor, x: Tensor) -> Tensor:
-    """|d first/dx| / |d second/dx| over the batch: times this number the second loss pulls as strongly as the first.
+def gradient_ratio(first: Tensor, at_first: Tensor, second: Tensor, at_second: Tensor) -> Tensor:
+    """|d first/d at_first| / |d second/d at_second| over the batch: times it the second loss pulls as the first does.
 
-    CTM takes the ratio at the network's last layer (arXiv 2310.02279, eq 13, after VQGAN); the landing x is the same
-    place for LoRA and full students alike.
+    CTM takes both gradients at the network's last layer (arXiv 2310.02279, eq 13, after VQGAN); what comes out of it is
+    the same place for LoRA and full students alike.
     """
-    one, other = (torch.autograd.grad(loss.mean(), x, retain_graph=True)[0].norm() for loss in (first, second))
+    places = ((first, at_first), (second, at_second))
+    one, other = (torch.autograd.grad(loss.mean(), x, retain_graph=True)[0].norm() for loss, x in places)
     ratio: Tensor = (one / other.clamp(min=1e-8)).clamp(max=1e4)
     return ratio.detach()

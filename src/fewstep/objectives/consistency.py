@@ -120,18 +120,21 @@ def consistency_loss(
     if pull is not None:
         per_sample = per_sample / expand(pull.square(), per_sample)
     scalars = {"consistency": per_sample.detach().mean()}
-    per_sample = config.consistency * per_sample
+    own, per_sample = per_sample, config.consistency * per_sample
+
+    def add(name: str, weight: float, term: Tensor, at: Tensor) -> Tensor:
+        scalars[name] = term.detach().mean()
+        if config.balance == "gradient":
+            term = gradient_ratio(own, pair.landed, term, at) * term
+        return per_sample + weight * term
+
     if config.denoising:
-        fit = denoising_loss(config, denoiser, sample.data, sample.condition, draws)
-        scalars["denoising"] = fit.detach().mean()
-        per_sample = per_sample + config.denoising * fit
+        fit, found = denoising_loss(config, denoiser, sample.data, sample.condition, draws)
+        per_sample = add("denoising", config.denoising, fit, found)
     if config.adversarial.weight and critic is not None:
         x, t = seen_by_critic(config.adversarial, path, pair.landed, pair.at, draws, "fake")
         fooled = generator_loss(config.adversarial, critic(x, t, sample.condition))
-        scalars["adversarial"] = fooled.detach().mean()
-        if config.adversarial.balance == "gradient":
-            fooled = gradient_ratio(per_sample, fooled, pair.landed) * fooled
-        per_sample = per_sample + config.adversarial.weight * fooled
+        per_sample = add("adversarial", config.adversarial.weight, fooled, pair.landed)
     alone = len(scalars) == 1
     t_share = share_of(path, pair.times.t_nk)
     return Loss(per_sample.mean(), per_sample.detach(), t_share, {} if alone else scalars)
