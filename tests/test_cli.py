@@ -102,6 +102,8 @@ def test_an_unknown_recipe_names_the_nearest(refuse: Refuse) -> None:
         ("optim.lr=.inf", "optim.lr = inf"),
         ("loop.steps=0", "loop.steps = 0 must be at least 1; the nearest legal one is 1"),
         ("sampling.steps=51", "steps = 51 is out of range for grid = 50; the nearest legal one is 50"),
+        ("sampling.grid=0", "grid = 0 has no points; the nearest legal one is 1"),
+        ("method.grid=-5", "grid = -5 has less than 2 points; the nearest legal one is 2"),
         ("sampling.gamma=1.5", "sampling.gamma = 1.5 must be at most 1; the nearest legal one is 1"),
         ("method.jump=hop", "method.jump = 'hop' is not one of skip, cm_skip, first_order, second_order; the"),
         ("method.grid=25", "sampling.grid = 50 asks for times that method.grid = 25 does not train"),

@@ -289,7 +289,7 @@ def test_one_step_draws_no_noise() -> None:
     estimate = teacher.denoise(x, times_of(999.0, x))
     out = sample_sss(jumper(teacher, first_order), VP, x, [999.0], 0.5, "clean", noise)
     assert torch.equal(out, estimate.x0)
-    out = sample_consistency(jumper(teacher, lcm_skip), VP, x, [999.0], noise)
+    out = sample_consistency(jumper(teacher, lcm_skip), VP, x, [999.0], "clean", noise)
     assert float((out - estimate.x0).abs().max()) < 1e-6
 
 

@@ -12,7 +12,7 @@ from fewstep.denoiser import Condition, Denoiser
 from fewstep.grid import inference_times
 from fewstep.jump import student_step
 from fewstep.jumper import Voice
-from fewstep.sampler import picture_noise, sample_consistency, sample_ode, sample_sde_dpmpp_2m, sample_sss
+from fewstep.sampler import picture_noise, sample_consistency, sample_ode, sample_sde_dpmpp_2m, sample_sss, start_size
 from fewstep.settings import Sampling
 
 
@@ -44,7 +44,7 @@ def draw_latents(
     """
     times, path = call_times(sampling, denoiser), denoiser.path
     x, cpu_noise = picture_noise(seeds, shape)
-    x = x.to(device)
+    x = x.to(device) * start_size(path)
     voice = Voice(denoiser, condition, role, sampling.told)
     if sampling.w is not None:
         voice = replace(voice, w=torch.full((len(x),), sampling.w, dtype=torch.float64))
@@ -59,7 +59,7 @@ def draw_latents(
     if sampling.sampler == "sss":
         return sample_sss(jump, path, x, times, sampling.gamma, sampling.end, noise, sampling.gamma_law)
     if sampling.sampler == "lcm":
-        return sample_consistency(jump, path, x, times, noise)
+        return sample_consistency(jump, path, x, times, sampling.landing, noise)
     if sampling.sampler == "sde_dpmpp_2m":
         return sample_sde_dpmpp_2m(voice.denoise, path, x, times, sampling.end, noise)
     return sample_ode(voice.denoise, path, x, times, sampling.end, sampling.sampler)

@@ -17,7 +17,7 @@ from fewstep.errors import UserError
 from fewstep.grid import end_time
 from fewstep.jump import Denoise, land
 from fewstep.names import End, GammaLaw, SolverName
-from fewstep.schedule import PURE_NOISE, Estimate, Path, VariancePreserving, expand
+from fewstep.schedule import PURE_NOISE, Estimate, Path, VarianceExploding, VariancePreserving, expand
 from fewstep.solver import SOLVERS, ddim
 
 Noise = Callable[[], Tensor]
@@ -113,15 +113,15 @@ def sample_sss(
     return jump(x, _batch(times[-1], x), _batch(end_time(path, end), x))
 
 
-def sample_consistency(jump: Jumper, path: Path, x: Tensor, times: Sequence[float], noise: Noise) -> Tensor:
-    """Multistep consistency sampling (arXiv 2310.04378, algorithm 3): jump to clean data, noise afresh.
+def sample_consistency(jump: Jumper, path: Path, x: Tensor, times: Sequence[float], end: End, noise: Noise) -> Tensor:
+    """Multistep consistency sampling (arXiv 2303.01469, algorithm 1): jump to the end point, add the noise above it.
 
-    It ends on clean data.
+    LCM's own jump lands on clean data; with `end = clean` this is its algorithm 3 (arXiv 2310.04378).
     """
-    clean = _batch(path.clean, x)
+    s = _batch(end_time(path, end), x)
     for t, t_next in pairwise(times):
-        x = diffuse(path, jump(x, _batch(t, x), clean), clean, _batch(t_next, x), noise())
-    return jump(x, _batch(times[-1], x), clean)
+        x = diffuse(path, jump(x, _batch(t, x), s), s, _batch(t_next, x), noise())
+    return jump(x, _batch(times[-1], x), s)
 
 
 def sample_ode(
@@ -164,6 +164,14 @@ def sample_sde_dpmpp_2m(
             x = x + expand(sigma_s * fresh.sqrt(), x) * noise()
         before, h_before = x0, h
     return x
+
+
+def start_size(path: Path) -> float:
+    """What N(0, I) is multiplied by at the start: sigma_max on a variance exploding path.
+
+    1 elsewhere, on a variance preserving path too, whose sigma is a little below it: as pipelines start.
+    """
+    return path.noisiest if isinstance(path, VarianceExploding) else 1.0
 
 
 def picture_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> tuple[Tensor, Noise]:

@@ -36,12 +36,14 @@ class Sampling(Config):
     omega: float = Field(0.0, ge=0, description="guidance, (1 + omega) eps(c) - omega eps(null); 0 for a student")
     grid: GridSpec = Field(50, description="training grid that times are taken from: N points, or the points")
     spacing: Spacing = Field("grid", description="grid (LCM's and TCD's rule) or trailing")
-    end: End = Field("index0", description="end point: clean or index0; lcm always ends on clean data")
+    end: End = Field("index0", description="end point: clean or index0; the skip jump always ends on clean data")
 
     @model_validator(mode="after")
     def _countable(self) -> Self:
         calls = self.calls_a_step
         points = self.grid if isinstance(self.grid, int) else len(self.grid)
+        if points < 1:
+            raise ValueError(f"grid = {self.grid} has no points; the nearest legal one is 1")
         most = points * calls
         if self.spacing == "grid" and self.steps > most:
             raise ValueError(
@@ -60,6 +62,11 @@ class Sampling(Config):
     def step_jump(self) -> Jump:
         """The jump that is sampled with."""
         return self.jump or ("skip" if self.sampler == "lcm" else "first_order")
+
+    @property
+    def landing(self) -> End:
+        """Where the last jump lands: LCM's own lands on clean data, whatever `end` says."""
+        return "clean" if self.step_jump == "skip" else self.end
 
     @property
     def calls_a_step(self) -> int:

@@ -24,8 +24,7 @@ from fewstep.jumper import Voice
 from fewstep.method_settings import ConsistencyConfig
 from fewstep.processes import main_first
 from fewstep.roles import BASE
-from fewstep.sampler import picture_noise
-from fewstep.schedule import VarianceExploding
+from fewstep.sampler import picture_noise, start_size
 from fewstep.settings import DistillConfig
 from fewstep.solver import SOLVERS
 
@@ -63,7 +62,7 @@ def draw_trajectories(
     if method.guidance.convention != "none":
         teacher = replace(teacher, null=null, omega=omega)
     step = SOLVERS[method.solver]
-    x = start * (path.noisiest if isinstance(path, VarianceExploding) else 1.0)
+    x = start * start_size(path)
     points = [x]
     for t, s in zip(times[:0:-1], times[-2::-1], strict=True):
         now, then = (torch.full((len(x),), u, dtype=torch.float64) for u in (t, s))

@@ -137,8 +137,7 @@ def play(recipes: Sequence[PlayConfig], out: Path, quiet: bool = False) -> Path:
 
 def landing_end(play: Play) -> float:
     """The time that the student's last jump lands at."""
-    sampling = play.config.sampling
-    return end_time(play.teacher.path, "clean" if sampling.step_jump == "skip" else sampling.end)
+    return end_time(play.teacher.path, play.config.sampling.landing)
 
 
 @dataclass(frozen=True)
