@@ -16,7 +16,7 @@ from fewstep.draws import Draws
 from fewstep.grid import end_time, training_grid
 from fewstep.method_settings import AdversarialConfig, ConsistencyConfig, Guidance
 from fewstep.objectives import consistency, points
-from fewstep.objectives.consistency import consistency_loss
+from fewstep.objectives.consistency import consistency_loss, critic_loss
 from fewstep.objectives.points import Sample
 from fewstep.objectives.times import draw_times
 from fewstep.recipes import names
@@ -306,7 +306,7 @@ Counted = dict[str, int]
 def test_network_calls_are_as_the_recipe_says(recipe: str) -> None:
     """`calls` is what estimates and docs are made from: counted here by the network itself, in samples of the batch."""
     method = resolve(recipe).method.model_copy(update={"balance": "fixed"})  # this network has no gradient
-    seen: Counted = {"student": 0, "target": 0, "teacher": 0}
+    seen: Counted = {"student": 0, "target": 0, "teacher": 0, "features": 0}
     mixture = gaussian(PATHS["vp"])
 
     def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
@@ -320,8 +320,34 @@ def test_network_calls_are_as_the_recipe_says(recipe: str) -> None:
     text = {"text": torch.zeros(8, 1)}
     sample = Sample(sample.data.float(), text, text, sample.omega)
     draws = Draws(5, 0, tuple(range(8)))
-    consistency_loss(method, Denoiser(call, PATHS["vp"], "eps"), sample, draws)
-    assert {who: count / 8 for who, count in seen.items()} == {who: float(n) for who, n in method.calls.items()}
+    none: Counted = dict.fromkeys(seen, 0)
+
+    def critic(x: Tensor, t: Tensor, condition: Any) -> Tensor:
+        seen["features"] += len(x)
+        return x.sum(1, keepdim=True)
+
+    denoiser = Denoiser(call, PATHS["vp"], "eps")
+    consistency_loss(method, denoiser, sample, draws, critic=critic)
+    assert {who: count // 8 for who, count in seen.items()} == none | method.calls
+    if method.critic_calls:
+        seen |= none
+        critic_loss(method, denoiser, sample, draws, critic)
+        own = (
+            none | method.critic_calls
+        )  # nothing has a gradient there: the student's calls are counted as the target's
+        wanted = own | {"student": 0, "target": own["student"] + own["target"]}
+        assert {who: count // 8 for who, count in seen.items()} == wanted
+
+
+def test_cost_counts_a_backward_as_two() -> None:
+    """Worked out by hand: what equal training costs are made of."""
+    wanted = {"tcd": 1 + 1 + 2 + 2, "tcd-2": 2 + 2 + 2 + 4, "kd": 1 + 2, "ct": 1 + 1 + 2, "cd": 1 + 1 + 4 + 2}
+    # PCM: as TCD, and the critic's features with gradient; its own step asks for both jumps, two teachers, two features
+    wanted["pcm"] = 6 + 3 + (1 + 1 + 2 + 2)
+    # CTM: two calls of the student, three Heun steps, one jump of the target, two pushes of which one with gradient,
+    # features; its critic sees data and where the student's jump is pushed to
+    wanted["ctm"] = (2 + 6 + 1 + 2 + 1) + 2 * (2 + 1 + 1) + (1 + 1 + 2)
+    assert {recipe: resolve(recipe).method.cost for recipe in wanted} == wanted
 
 
 def test_illegal_combinations_name_the_nearest_legal_one() -> None:

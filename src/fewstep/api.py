@@ -277,6 +277,27 @@ def benchmark(*, out: Path | str = "runs/benchmark", overrides: str | Sequence[s
         return benchmark(config, Path(out))
 
 
+def family(*, out: Path | str = "runs/family", overrides: str | Sequence[str] = ()) -> Path:
+    """Distil every recipe from the bundled teacher at equal training cost, and measure; returns the tables' path.
+
+    Raises:
+        UserError: anything wrong with the settings, the place or the installation, before any long work.
+    """
+    from fewstep.files import check_writable
+    from fewstep.folder import read_folder
+    from fewstep.settings import teacher_path
+    from fewstep.world.settings import FamilyConfig
+
+    config = validate(FamilyConfig, parse_overrides(overrides))
+    read_folder(teacher_path(""))
+    check_writable(Path(out))
+    _check_installed("family")
+    from fewstep.world.family import family
+
+    with _own(Path(out)):
+        return family(config, Path(out))
+
+
 def playground(
     recipes: str | Sequence[str] = ("lcm", "tcd", "ctm", "pcm"),
     *,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import BaseModel
 
+from fewstep.config import parse_overrides
 from fewstep.errors import UserError
 from fewstep.evaluation.settings import FD_ADVISED
 from fewstep.names import TO_TEACHER
@@ -47,6 +48,16 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", help="Override one setting, e.g. -s optim.lr=3e-4. May be given often."),
 ]
+
+Sampled = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", help="Any other setting of sampling, e.g. -s gamma_law=noise -s jump=second_order."),
+]
+
+
+def drawing(overrides: list[str] | None, **options: object) -> dict[str, Any]:
+    """Changes to the sampling settings: the options that were given, then -s over them."""
+    return {key: value for key, value in options.items() if value is not None} | parse_overrides(overrides or [])
 
 
 def say(text: str) -> None:
@@ -82,7 +93,7 @@ def recipes(settings: Annotated[bool, typer.Option(help="List every setting too.
     from fewstep.plane.settings import PlayConfig
     from fewstep.recipes import names
     from fewstep.settings import DistillConfig
-    from fewstep.world.settings import AgreementConfig, BenchmarkConfig, DemoConfig, TeacherConfig
+    from fewstep.world.settings import AgreementConfig, BenchmarkConfig, DemoConfig, FamilyConfig, TeacherConfig
 
     for name in names():
         typer.echo(name)
@@ -93,6 +104,7 @@ def recipes(settings: Annotated[bool, typer.Option(help="List every setting too.
             ("playground", PlayConfig),
             ("demo", DemoConfig),
             ("benchmark", BenchmarkConfig),
+            ("family", FamilyConfig),
             ("train-teacher", TeacherConfig),
         )
         for verb, config in (*verbs, ("train-scorer", AgreementConfig)):
@@ -139,7 +151,9 @@ def sample(
     steps: Annotated[int | None, typer.Option(help="Network calls a picture.")] = None,
     gamma: Annotated[float | None, typer.Option(help="Stochasticity of TCD sampling, 0 to 1.")] = None,
     omega: Omega = None,
-    sampler: Annotated[str | None, typer.Option(help="sss, lcm, ddim, euler or dpmpp_2s.")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="sss, lcm, ddim, euler, heun, dpm_2, dpmpp_2s or sde_dpmpp_2m.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count up.")] = 0,
     count: Annotated[int, typer.Option(help="Pictures a prompt.")] = 1,
     out: Annotated[Path, typer.Option(help="Picture to write: one picture, or a sheet of them (.png, .webp).")] = Path(
@@ -149,6 +163,7 @@ def sample(
         int | None, typer.Option(help="Whole factor of enlargement; left out, small pictures get 256 pixels.")
     ] = None,
     device: Device = "auto",
+    overrides: Sampled = None,
 ) -> None:
     """Draw pictures from prompts, with the settings that the student brings along.
 
@@ -166,7 +181,7 @@ def sample(
         out=out,
         scale=scale,
         device=device,
-        settings={"steps": steps, "gamma": gamma, "omega": omega, "sampler": sampler},
+        settings=drawing(overrides, steps=steps, gamma=gamma, omega=omega, sampler=sampler),
     )
     say(f"wrote {path}")
 
@@ -186,9 +201,12 @@ def evaluate(
     steps: Annotated[int | None, typer.Option(help="Network calls a picture.")] = None,
     gamma: Annotated[float | None, typer.Option(help="Stochasticity of TCD sampling, 0 to 1.")] = None,
     omega: Omega = None,
-    sampler: Annotated[str | None, typer.Option(help="sss, lcm, ddim, euler or dpmpp_2s.")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="sss, lcm, ddim, euler, heun, dpm_2, dpmpp_2s or sde_dpmpp_2m.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count up.")] = 0,
     device: Device = "auto",
+    overrides: Sampled = None,
     out: Annotated[Path, typer.Option(help="Folder for figures.json.")] = Path("runs/evaluation"),
 ) -> None:
     """Measure a student or a teacher: FD, KID, detail, distance to the teacher; on Emoji-8 prompt agreement too.
@@ -207,7 +225,7 @@ def evaluate(
         reference_omega=reference_omega,
         seed=seed,
         device=device,
-        settings={"steps": steps, "gamma": gamma, "omega": omega, "sampler": sampler},
+        settings=drawing(overrides, steps=steps, gamma=gamma, omega=omega, sampler=sampler),
     )
     echo_figures(figures)
     distances = [figure for name, figure in figures.items() if name.startswith("FD-")]
@@ -246,6 +264,20 @@ def benchmark(
     from fewstep import api
 
     say(f"wrote {api.benchmark(out=out, overrides=overrides or [])}")
+
+
+@app.command()
+def family(
+    out: Annotated[Path, typer.Option(help="Folder; a run that was stopped goes on.")] = Path("runs/family"),
+    overrides: Overrides = None,
+) -> None:
+    """Every recipe on the bundled world at equal training cost, and every sampler on one student. Takes hours on a CPU.
+
+    Example: fewstep family -s "recipes=[tcd, tcd-2, tcd-s]"
+    """
+    from fewstep import api
+
+    say(f"wrote {api.family(out=out, overrides=overrides or [])}")
 
 
 @app.command()

@@ -55,7 +55,7 @@ def count_checks(config: DistillConfig, seconds_per_step: float) -> Checks | Non
     first = pictures * config.watch.teacher_steps * (2 if config.method.guidance.mean_omega > 0 else 1)
     each = pictures * sampling.steps * (2 if sampling.omega > 0 else 1)
     count = math.ceil(config.loop.steps / every)
-    evaluations = config.loop.batch / processes.count() * (sum(config.method.calls.values()) + 2)
+    evaluations = config.loop.batch / processes.count() * config.method.cost
     return Checks(first, each, count, (first + count * each) * seconds_per_step / evaluations)
 
 

@@ -13,6 +13,7 @@ from fewstep.config import Config
 from fewstep.errors import nearest_divisor
 from fewstep.names import (
     CALLS,
+    CALLS_OF_JUMP,
     AdversarialKind,
     Compare,
     Convention,
@@ -184,10 +185,42 @@ class ConsistencyConfig(Config):
         return self.grid if isinstance(self.grid, int) else len(self.grid)
 
     @property
-    def calls(self) -> dict[str, int]:
-        """Network evaluations of one sample in one step, by role; the teacher's include the null branch."""
-        jump = 2 if self.jump == "second_order" else 1
+    def _jumps(self) -> dict[str, int]:
+        """Network evaluations of both jumps of a pair, for one sample."""
+        jump = CALLS_OF_JUMP[self.jump]
         teacher = self.substeps * CALLS[self.solver] * self.guidance.branches if self.point != "path" else 0
         target = 0 if self.s == "next" else jump * (1 + (self.point == "self"))
         pushed = 2 * jump if self.compare == "end" else 0
-        return {"student": jump + bool(self.denoising), "target": target + pushed, "teacher": teacher}
+        return {"student": jump, "target": target + pushed, "teacher": teacher}
+
+    @property
+    def calls(self) -> dict[str, int]:
+        """Network evaluations of one sample in one step, by role; the teacher's include the null branch.
+
+        `features` are those of a frozen network's features, where a critic or the distance looks at them. What a
+        critic's own step takes is `critic_calls`.
+        """
+        jumps = self._jumps
+        features = bool(self.adversarial.weight) + 2 * (self.distance == "features")
+        own = {**jumps, "student": jumps["student"] + bool(self.denoising)}
+        return {**own, "features": features} if features else own
+
+    @property
+    def critic_calls(self) -> dict[str, int]:
+        """Network evaluations of one sample in a step of the critic: the jumps again, and features of both points."""
+        if not self.adversarial.weight:
+            return {}
+        jumps = self._jumps
+        if self.adversarial.real == "target":
+            return {**jumps, "features": 2}
+        pushed = CALLS_OF_JUMP[self.jump] if self.compare == "end" else 0
+        return {"student": jumps["student"], "target": pushed, "teacher": 0, "features": 2}
+
+    @property
+    def cost(self) -> float:
+        """All network evaluations of one sample and step, a backward pass counted as two more."""
+        with_gradient = self.calls["student"]
+        with_gradient += bool(self.adversarial.weight) + (self.distance == "features")
+        with_gradient += CALLS_OF_JUMP[self.jump] if self.compare == "end" else 0
+        critic = sum(self.critic_calls.values()) + 2 * (self.adversarial.r1 > 0)
+        return sum(self.calls.values()) + 2 * with_gradient + critic / self.adversarial.every

@@ -57,6 +57,10 @@ CALLS: dict[str, int] = {
 """Network calls of one step of a solver, or of a sampler with a first-order jump."""
 
 
+CALLS_OF_JUMP: dict[Jump, int] = {"skip": 1, "cm_skip": 1, "first_order": 1, "second_order": 2}
+"""Network calls of one jump of a student."""
+
+
 def omega_of(scale: float, convention: Convention) -> float:
     """Guidance in the papers' convention: eps = (1 + omega) eps(c) - omega eps(null). Imagen's scale is 1 + omega.
 

@@ -37,6 +37,8 @@ def seen_by_critic(
     """
     if to is None:
         to = at + draws.uniform("critic t", 0, config.noise) * (path.noisiest - at) if config.noise else at
+    if to is at:
+        return x, at
     return diffuse(path, x, at, to, draws.normal(f"{who} noise", tuple(x.shape[1:]))), to
 
 

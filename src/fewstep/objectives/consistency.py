@@ -9,8 +9,6 @@ itself), who the student must agree with, where and by which distance. `docs/met
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -21,6 +19,7 @@ from fewstep.jump import student_step
 from fewstep.jumper import Voice
 from fewstep.loss import Loss
 from fewstep.method_settings import ConsistencyConfig
+from fewstep.names import Weight
 from fewstep.objectives.adversarial import (
     Critic,
     discriminate,
@@ -30,73 +29,71 @@ from fewstep.objectives.adversarial import (
 )
 from fewstep.objectives.denoising import denoising_loss
 from fewstep.objectives.distance import FeaturesOf, distance
-from fewstep.objectives.points import POINTS, Sample, Scene, points_on_path
-from fewstep.objectives.times import Triple, draw_times
+from fewstep.objectives.points import POINTS, Sample, Scene, path_through
+from fewstep.objectives.times import draw_times
 from fewstep.sampler import Jumper
 from fewstep.schedule import Path, expand, share_of
 
 
-def implicit_pull(weight: str, path: Path, t: Tensor, s: Tensor) -> Tensor | None:
+def implicit_pull(weight: Weight, path: Path, t: Tensor, s: Tensor) -> Tensor | None:
     """How far a change of eps (or x0) at t moves the landing x_s of a first-order jump, float64 [B]; None for `none`.
 
     |df/deps| = alpha_s sigma_t/alpha_t - sigma_s, |df/dx0| = alpha_s - sigma_s alpha_t/sigma_t. Their squares differ by
-    four orders of magnitude over a batch: divided by them, an L2 distance counts every pair alike.
+    four orders of magnitude over a batch: divided by them, an L2 distance counts every pair alike. Where x_t is pure
+    noise (alpha_t = 0, the flow path's start) eps moves the landing without bound: such a sample counts for nothing.
     """
+    if weight == "none":
+        return None
     alpha_t, sigma_t, alpha_s, sigma_s = (part(when) for when in (t, s) for part in (path.alpha, path.sigma))
     if weight == "eps":
         return alpha_s * sigma_t / alpha_t - sigma_s
-    if weight == "x0":
-        return alpha_s - sigma_s * alpha_t / sigma_t
-    return None
+    return alpha_s - sigma_s * alpha_t / sigma_t
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Two jumps of a batch that must agree.
-
-    Attributes:
-        landed: where the student came to, with gradient; [B, ...].
-        wanted: where it should be, without.
-        at: the time of both, float64 [B].
-        times: what was jumped between.
-    """
-
-    landed: Tensor
-    wanted: Tensor
-    at: Tensor
-    times: Triple
-
-
-def jump_pair(config: ConsistencyConfig, denoiser: Denoiser, sample: Sample, draws: Draws) -> Pair:
-    """Both jumps of a micro-batch.
-
-    `ConsistencyConfig.calls` counts the network calls: the student's with gradient, the target's, and the teacher's
-    (one batched call of 2B for each solver stage with guidance, of B without).
-    """
-    path = denoiser.path
-    times = draw_times(config, path, draws)
+def set_scene(config: ConsistencyConfig, denoiser: Denoiser, sample: Sample, draws: Draws) -> Scene:
+    """Draw times, guidance and noise of a micro-batch, and say who jumps."""
+    times = draw_times(config, denoiser.path, draws)
     omega = sample.omega if sample.omega is not None else draws.uniform("omega", *config.guidance.omegas)
     step = student_step(config.jump, config.r, config.form)
 
     def jump_of(role: str) -> Jumper:
         return Voice(denoiser, sample.condition, role, config.told, w=omega).jumper(step)
 
-    student = jump_of("student")
-    judge = jump_of("target" if config.target == "ema" else "student")
-    x_nk, x_n = points_on_path(config, path, sample, times, draws)
-    scene = Scene(config, denoiser, sample, omega, times, x_nk, x_n, judge)
-    # The student before the target: autocast of older torch keeps the cast weights of the first call, and those of a
-    # call without gradient would leave the student without one.
-    landed, at = student(x_nk, times.t_nk, times.s), times.s
-    with torch.no_grad():
-        x_n = POINTS[config.point](scene)
-        wanted = x_n if config.s == "next" else judge(x_n, times.t_n, times.s)
-    if config.compare == "end":
-        at = torch.full_like(times.s, end_time(path, config.end))
-        landed = judge(landed, times.s, at)  # its weights are frozen: the gradient passes through to the student
-        with torch.no_grad():
-            wanted = judge(wanted, times.s, at)
-    return Pair(landed, wanted, at, times)
+    path_at = path_through(config, denoiser.path, sample, draws)
+    return Scene(
+        config=config,
+        denoiser=denoiser,
+        sample=sample,
+        omega=omega,
+        times=times,
+        path_at=path_at,
+        x_nk=path_at(times.t_nk, times.index_nk),
+        student=jump_of("student"),
+        judge=jump_of("target" if config.target == "ema" else "student"),
+    )
+
+
+def compared_at(scene: Scene) -> Tensor:
+    """The times at which the two jumps are compared, float64 [B]."""
+    config, s = scene.config, scene.times.s
+    return s if config.compare == "landing" else torch.full_like(s, end_time(scene.denoiser.path, config.end))
+
+
+def student_lands(scene: Scene) -> Tensor:
+    """f_theta(x_{t_n+k}, t_{n+k} -> s), pushed on to the end point by the target where they are compared there."""
+    landed = scene.student(scene.x_nk, scene.times.t_nk, scene.times.s)
+    if scene.config.compare == "landing":
+        return landed
+    return scene.judge(landed, scene.times.s, compared_at(scene))  # frozen weights: the gradient passes through
+
+
+@torch.no_grad()
+def target_lands(scene: Scene) -> Tensor:
+    """sg f_target(x_{t_n}, t_n -> s), pushed on likewise."""
+    config, times = scene.config, scene.times
+    x_n = POINTS[config.point](scene)
+    wanted = x_n if config.s == "next" else scene.judge(x_n, times.t_n, times.s)
+    return wanted if config.compare == "landing" else scene.judge(wanted, times.s, compared_at(scene))
 
 
 def consistency_loss(
@@ -114,29 +111,32 @@ def consistency_loss(
         critic: judges where the student lands, for the adversarial term; it learns by `critic_loss`.
     """
     path = denoiser.path
-    pair = jump_pair(config, denoiser, sample, draws)
-    per_sample = distance(config, pair.landed, pair.wanted, pair.at, sample.condition, features)
-    pull = implicit_pull(config.weight, path, pair.times.t_nk, pair.times.s)
+    scene = set_scene(config, denoiser, sample, draws)
+    # The student before the target: autocast of older torch keeps the cast weights of the first call, and those of a
+    # call without gradient would leave the student without one.
+    landed, at, times = student_lands(scene), compared_at(scene), scene.times
+    per_sample = distance(config, landed, target_lands(scene), at, sample.condition, features)
+    pull = implicit_pull(config.weight, path, times.t_nk, times.s)
     if pull is not None:
         per_sample = per_sample / expand(pull.square(), per_sample)
     scalars = {"consistency": per_sample.detach().mean()}
     own, per_sample = per_sample, config.consistency * per_sample
 
-    def add(name: str, weight: float, term: Tensor, at: Tensor) -> Tensor:
+    def add(name: str, weight: float, term: Tensor, found: Tensor) -> Tensor:
         scalars[name] = term.detach().mean()
         if config.balance == "gradient":
-            term = gradient_ratio(own, pair.landed, term, at) * term
+            term = gradient_ratio(own, landed, term, found) * term
         return per_sample + weight * term
 
     if config.denoising:
         fit, found = denoising_loss(config, denoiser, sample.data, sample.condition, draws)
         per_sample = add("denoising", config.denoising, fit, found)
     if config.adversarial.weight and critic is not None:
-        x, t = seen_by_critic(config.adversarial, path, pair.landed, pair.at, draws, "fake")
+        x, t = seen_by_critic(config.adversarial, path, landed, at, draws, "fake")
         fooled = generator_loss(config.adversarial, critic(x, t, sample.condition))
-        per_sample = add("adversarial", config.adversarial.weight, fooled, pair.landed)
+        per_sample = add("adversarial", config.adversarial.weight, fooled, landed)
     alone = len(scalars) == 1
-    t_share = share_of(path, pair.times.t_nk)
+    t_share = share_of(path, times.t_nk)
     return Loss(per_sample.mean(), per_sample.detach(), t_share, {} if alone else scalars)
 
 
@@ -144,9 +144,11 @@ def critic_loss(config: ConsistencyConfig, denoiser: Denoiser, sample: Sample, d
     """The critic's own loss on the same jumps: real points are the data, or where the target landed."""
     own, path = config.adversarial, denoiser.path
     with torch.no_grad():
-        pair = jump_pair(config, denoiser, sample, draws)
-        real = sample.data if own.real == "data" else pair.wanted
-        at = torch.full_like(pair.at, path.clean) if own.real == "data" else pair.at
-    fake_x, fake_t = seen_by_critic(own, path, pair.landed, pair.at, draws, "fake")
-    real_x, real_t = seen_by_critic(own, path, real, at, draws, "real", to=fake_t)
-    return discriminate(own, critic, (real_x, real_t), (fake_x, fake_t), sample.condition)
+        scene = set_scene(config, denoiser, sample, draws)
+        fake, at = student_lands(scene), compared_at(scene)
+        real, real_at = (
+            (sample.data, torch.full_like(at, path.clean)) if own.real == "data" else (target_lands(scene), at)
+        )
+        seen_fake = seen_by_critic(own, path, fake, at, draws, "fake")
+        seen_real = seen_by_critic(own, path, real, real_at, draws, "real", to=seen_fake[1])
+    return discriminate(own, critic, seen_real, seen_fake, sample.condition)

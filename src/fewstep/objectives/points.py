@@ -38,25 +38,28 @@ class Sample:
     omega: Tensor | None = None
 
 
-def points_on_path(
-    config: ConsistencyConfig, path: Path, sample: Sample, times: Triple, draws: Draws
-) -> tuple[Tensor, Tensor]:
-    """x at t_{n+k} and at t_n on the same path: noised data with the same noise, or points of a stored trajectory."""
+PathPoint = Callable[[Tensor, Tensor], Tensor]
+"""(t float64 [B], its index in the training grid int64 [B]) -> the point x_t of a sample's path, [B, ...]."""
+
+
+def path_through(config: ConsistencyConfig, path: Path, sample: Sample, draws: Draws) -> PathPoint:
+    """The path that each sample lies on: data under one noise for all times, or a stored trajectory."""
     if config.start == "trajectory":
         rows = torch.arange(len(sample.data))
-        return sample.data[rows, times.index_nk + 1], sample.data[rows, times.index_n + 1]
+        return lambda t, index: sample.data[rows, index + 1]
     eps = draws.normal("noise", tuple(sample.data.shape[1:]))
-    return add_noise(path, sample.data, eps, times.t_nk), add_noise(path, sample.data, eps, times.t_n)
+    return lambda t, index: add_noise(path, sample.data, eps, t)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a law of the next point may look at.
+    """What the two jumps of a batch are made from, and what a law of the next point may look at.
 
     Attributes:
         omega: guidance of each sample, float64 [B].
+        path_at: any point of the path that x_nk lies on.
         x_nk: where both jumps come from.
-        on_path: the point at t_n of the path that x_nk was taken from.
+        student: the student's jump, with gradient.
         judge: the target's jump.
     """
 
@@ -65,8 +68,9 @@ class Scene:
     sample: Sample
     omega: Tensor
     times: Triple
+    path_at: PathPoint
     x_nk: Tensor
-    on_path: Tensor
+    student: Jumper
     judge: Jumper
 
 
@@ -82,7 +86,7 @@ def by_solver(scene: Scene) -> Tensor:
 
 def on_path(scene: Scene) -> Tensor:
     """The path itself: the same noise on the data (CT), or the stored point (KD)."""
-    return scene.on_path
+    return scene.path_at(scene.times.t_n, scene.times.index_n)
 
 
 def by_itself(scene: Scene) -> Tensor:

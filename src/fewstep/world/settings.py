@@ -8,8 +8,9 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from fewstep.config import Config
-from fewstep.errors import nearest_divisor
+from fewstep.errors import nearest, nearest_divisor
 from fewstep.evaluation.settings import ScorerConfig
+from fewstep.recipes import names
 from fewstep.settings import LoopConfig, OptimConfig
 
 Rate = Annotated[float, Field(gt=0)]
@@ -108,6 +109,32 @@ class DemoConfig(Config):
     gamma: float = Field(0.2, ge=0, le=1, description="TCD's gamma at every step count")
     shown: int = Field(10, ge=1, description="prompts in the picture grid")
     seed: Seed = Field(0, description="seed of training and of the noise, 0 to 89")
+
+
+class FamilyConfig(Config):
+    """All recipes at equal training cost."""
+
+    recipes: tuple[str, ...] = Field((), description="recipes that are distilled; empty for all")
+    evaluations: int = Field(60_000, ge=5_000, description="network evaluations that each student's training may take")
+    batch: int = Field(64, ge=1, description="samples a step")
+    lr: float = Field(1e-3, gt=0, description="learning rate of every student")
+    prompts: int = Field(500, ge=500, le=1000, description="open prompts drawn and measured")
+    seed: Seed = Field(0, description="seed of training and of the noise, 0 to 89")
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        known = names()
+        for recipe in self.recipes:
+            if recipe not in known:
+                raise ValueError(f"recipes names {recipe!r}; the nearest recipe is {nearest(recipe, known)!r}")
+        if len(set(self.recipes)) < len(self.recipes):
+            raise ValueError(f"recipes = {list(self.recipes)} names one twice; leave it out once")
+        return self
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The recipes that are distilled."""
+        return self.recipes or tuple(names())
 
 
 class BenchmarkConfig(Config):
