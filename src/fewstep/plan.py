@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from fewstep.denoiser import Denoiser
 from fewstep.draws import Draws
@@ -14,6 +14,7 @@ from fewstep.objectives.consistency import consistency_loss, critic_loss
 from fewstep.objectives.distance import FeaturesOf
 from fewstep.objectives.points import Sample
 from fewstep.role_layout import Student
+from fewstep.roles import copy_role
 from fewstep.settings import OptimConfig
 from fewstep.training.loop import Batch, Follower, Update
 
@@ -24,6 +25,12 @@ SampleOf = Callable[[Batch, Draws], Sample]
 def roles_of(method: ConsistencyConfig) -> tuple[str, ...]:
     """The roles that a recipe needs beside the teacher; the first one is trained."""
     return ("student", "target") if method.target == "ema" else ("student",)
+
+
+def start_from(method: ConsistencyConfig, student: Student, weights: Mapping[str, Tensor]) -> None:
+    """Let all roles but the teacher start from the weights of a student."""
+    for role in roles_of(method):
+        copy_role(weights, student.parameters(role))
 
 
 def family_plan(

@@ -189,32 +189,38 @@ class DistillConfig(Config):
         return stage_configs(self, self.stages, self.loop.steps) if self.stages else [self]
 
     @model_validator(mode="after")
-    def _one_grid(self) -> Self:
-        """A student is only asked for what it was trained on: law 1 of the architecture."""
-        method, sampling = self.method, self.sampling
-        if sampling.sampler not in ("sss", "lcm"):
-            return self
-        if sampling.spacing != "grid":
-            raise ValueError(
-                f"sampling.spacing = {sampling.spacing!r} takes times that are not trained; "
-                "the nearest legal one is 'grid'"
-            )
-        if not _within(sampling.grid, method.grid):
-            raise ValueError(
-                f"sampling.grid = {sampling.grid} asks for times that method.grid = {method.grid} does not train; "
-                f"the nearest legal one is {method.grid}"
-            )
-        if set(sampling.told) != set(method.told):
-            raise ValueError(
-                f"sampling.told = {list(sampling.told)} is not what the network is trained with; "
-                f"the nearest legal one is {list(method.told)}"
-            )
-        if sampling.sampler == "sss" and sampling.end != method.end:
-            raise ValueError(
-                f"sampling.end = {sampling.end!r} is not the end point that is trained; "
-                f"the nearest legal one is {method.end!r}"
-            )
+    def _trained_for(self) -> Self:
+        check_trained(self.method, self.sampling)
         return self
+
+
+def check_trained(method: ConsistencyConfig, sampling: Sampling) -> None:
+    """A student is only asked for what it was trained on: law 1 of the architecture.
+
+    Raises:
+        ValueError: naming the nearest legal setting.
+    """
+    if sampling.sampler not in ("sss", "lcm"):
+        return
+    if sampling.spacing != "grid":
+        raise ValueError(
+            f"sampling.spacing = {sampling.spacing!r} takes times that are not trained; the nearest legal one is 'grid'"
+        )
+    if not _within(sampling.grid, method.grid):
+        raise ValueError(
+            f"sampling.grid = {sampling.grid} asks for times that method.grid = {method.grid} does not train; "
+            f"the nearest legal one is {method.grid}"
+        )
+    if set(sampling.told) != set(method.told):
+        raise ValueError(
+            f"sampling.told = {list(sampling.told)} is not what the network is trained with; "
+            f"the nearest legal one is {list(method.told)}"
+        )
+    if sampling.landing != method.end and sampling.step_jump != "skip":
+        raise ValueError(
+            f"sampling.end = {sampling.end!r} is not the end point that is trained; "
+            f"the nearest legal one is {method.end!r}"
+        )
 
 
 def _within(asked: GridSpec, trained: GridSpec) -> bool:

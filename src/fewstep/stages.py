@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from pydantic import BaseModel, Field
 
@@ -22,6 +23,27 @@ class Stage(Config):
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+class Part(NamedTuple, Generic[ConfigT]):
+    """One run of a list of stages: its name (empty where there are no stages), its folder, its whole config."""
+
+    name: str
+    folder: Path
+    config: ConfigT
+
+
+def parts_of(config: ConfigT, stages: Sequence[Stage], steps: int, out: Path) -> list[Part[ConfigT]]:
+    """The runs that a config asks for, each in a folder of its own; a config without stages is one run in `out`.
+
+    Raises:
+        UserError: as `stage_configs`.
+    """
+    if not stages:
+        return [Part("", out, config)]
+    places = [out / "stages" / slug(number + 1, stage.name) for number, stage in enumerate(stages)]
+    configs = stage_configs(config, stages, steps)
+    return [Part(stage.name, place, own) for stage, place, own in zip(stages, places, configs, strict=True)]
 
 
 def slug(number: int, name: str) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.export.conditioning import read_told
-from fewstep.export.header import read_header
+from fewstep.export.header import check_fits, read_header
 from fewstep.sampler import check_gamma
 from fewstep.settings import Sampling
 from fewstep.told import Ear, ToldEmbedding
@@ -61,6 +61,28 @@ class _Teller:
         self.ear.speak(None)
 
 
+def _check_scheduler(sampling: Sampling, gamma: float, name: str) -> None:
+    """Refuse what diffusers' TCDScheduler does not do.
+
+    Raises:
+        UserError: naming what it does instead.
+    """
+    law = sampling.gamma_law if gamma else "time"  # without noise both laws are one
+    asked = {
+        "sampler": (sampling.sampler, "sss"),
+        "jump": (sampling.step_jump, "first_order"),
+        "gamma_law": (law, "time"),
+        "end": (sampling.end, "index0"),
+        "spacing": (sampling.spacing, "grid"),
+    }
+    for field, (value, legal) in asked.items():
+        if value != legal:
+            raise UserError(
+                f"student = {name!r} is sampled with {field} = {value!r}, which TCDScheduler is not; "
+                f"the nearest that can be attached is {legal!r}"
+            )
+
+
 def attach(pipe: Any, student: Path | str, *, gamma: float | None = None) -> Any:
     """Make a diffusers Stable Diffusion pipeline run a student that is told where it lands (`recipe = tcd-s`, `ctm`).
 
@@ -85,15 +107,12 @@ def attach(pipe: Any, student: Path | str, *, gamma: float | None = None) -> Any
         raise UserError(
             f"student = {str(student)!r} is told nothing; load_lora_weights and TCDScheduler are all it needs"
         )
-    if sampling.sampler != "sss" or sampling.gamma_law != "time":
-        raise UserError(
-            f"student = {str(student)!r} is sampled with {sampling.sampler}, gamma in {sampling.gamma_law}, which "
-            "TCDScheduler is not; the nearest that can be attached is sss with gamma in time"
-        )
+    check_fits(header, weights, header.base, str(student))  # by shapes: a pipeline in memory has no files to compare
+    strength = check_gamma(sampling.gamma if gamma is None else gamma)
+    _check_scheduler(sampling, strength, str(student))
     width = int(pipe.unet.time_embedding.linear_2.out_features)
     embedding = read_told(header.file, sampling.told, width)
     assert embedding is not None
-    strength = check_gamma(sampling.gamma if gamma is None else gamma)
     pipe.load_lora_weights(str(header.file.parent), weight_name=header.file.name)
     keep = dict(pipe.scheduler.config)
     if isinstance(sampling.grid, int):

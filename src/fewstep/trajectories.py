@@ -84,7 +84,7 @@ def stored_trajectories(
     method, count, seed = config.method, config.data.trajectories, config.loop.seed
     device = backbone.device
     rng = generator(seed, "trajectories")
-    rows = torch.from_numpy(rng.integers(0, len(said.table["text"]) - 1, count))
+    rows = torch.from_numpy(rng.integers(0, said.captions, count))
     omega = torch.from_numpy(rng.uniform(*method.guidance.omegas, count))
     teacher = backbone.folder.identity("unet", "scheduler")
     digest = hashlib.sha256(f"{teacher} {said.key} {method_key(method)} {seed}".encode()).hexdigest()[:16]

@@ -60,13 +60,17 @@ class LatentSet:
     def __len__(self) -> int:
         return len(self.latents)
 
+    @property
+    def captions(self) -> int:
+        """K, the distinct captions: the rows of the table before the unconditional one."""
+        return len(next(iter(self.table.values()))) - 1
+
     def condition(self, items: Tensor, draws: Draws, empty: float, device: torch.device) -> dict[str, Tensor]:
         """One of the captions of each item, drawn; the unconditional one instead for a share `empty` of them."""
         chosen = draws.integers("caption", 0, self.rows.shape[1])
         rows = self.rows[items, chosen]
         if empty > 0:
-            last = len(next(iter(self.table.values()))) - 1
-            rows = torch.where(draws.chance("empty prompt", empty), last, rows)
+            rows = torch.where(draws.chance("empty prompt", empty), self.captions, rows)
         return self.states(rows, device)
 
     def null(self, count: int, device: torch.device) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from fewstep.jumper import Voice
 from fewstep.names import Prediction
 from fewstep.objectives.points import Sample
 from fewstep.objectives.times import draw_times
-from fewstep.plan import family_plan, roles_of
+from fewstep.plan import family_plan, roles_of, start_from
 from fewstep.plane.mixture import Mixture, ring, times_of
 from fewstep.plane.planar import Planar, PlanarCritic, Plane
 from fewstep.plane.settings import PathName, PlayConfig
@@ -30,7 +30,7 @@ from fewstep.roles import copy_role
 from fewstep.sampler import Jumper
 from fewstep.schedule import FlowMatching, VarianceExploding, scaled_linear
 from fewstep.schedule import Path as NoisePath
-from fewstep.stages import slug
+from fewstep.stages import parts_of
 from fewstep.training.launch import make_accelerator
 from fewstep.training.loop import Batch, Trained, train
 from fewstep.training.run import RunLog
@@ -54,12 +54,12 @@ class Play:
     student: Student
     denoiser: Denoiser
 
-    def jumper(self, role: str = "student", count: int = 1) -> Jumper:
+    def jumper(self, count: int) -> Jumper:
         """The student's own jump, for `count` points."""
         sampling = self.config.sampling
         step = student_step(sampling.step_jump, sampling.r, sampling.form)
         w = torch.zeros(count, dtype=torch.float64)
-        return Voice(self.denoiser, {}, role, sampling.told, w=w).jumper(step)
+        return Voice(self.denoiser, {}, "student", sampling.told, w=w).jumper(step)
 
 
 def lay_out(config: PlayConfig) -> Play:
@@ -91,11 +91,10 @@ def training_points(play: Play) -> Tensor:
 def train_play(config: PlayConfig, out: Path, quiet: bool = False) -> Play:
     """Train a recipe's student, stage by stage, resuming what `out` holds; it has the averaged weights then."""
     start: Mapping[str, Tensor] | None = None
-    for number, stage in enumerate(config.each_stage()):
+    for _, folder, stage in parts_of(config, config.stages, config.loop.steps, out):
         play = lay_out(stage)
-        for role in roles_of(stage.method) if start else ():
-            copy_role(start or {}, play.student.parameters(role))
-        folder = out / "stages" / slug(number + 1, config.stages[number].name) if config.stages else out
+        if start is not None:
+            start_from(stage.method, play.student, start)
         start = _train_stage(play, folder, quiet).weights["student"]
         copy_role(start, play.student.parameters("student"))
     return replace(play, config=config)
@@ -175,9 +174,7 @@ class Measured:
 
 
 @torch.no_grad()
-def draw_points(
-    play: Play, steps: int, gamma: float | None = None, role: str = "student", seed: int = 10_000
-) -> Tensor:
+def draw_points(play: Play, steps: int, gamma: float | None = None, seed: int = 10_000) -> Tensor:
     """Samples of the student, float64 [shown, 2]."""
     changes = {"steps": steps} | ({} if gamma is None else {"gamma": gamma})
     config = play.config

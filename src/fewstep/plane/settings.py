@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fewstep.config import Config, merge, parse_overrides, validate
 from fewstep.method_settings import ConsistencyConfig
 from fewstep.names import Prediction
 from fewstep.recipes import read_recipe
-from fewstep.settings import LoopConfig, OptimConfig, Sampling, StudentConfig
+from fewstep.settings import LoopConfig, OptimConfig, Sampling, StudentConfig, check_trained
 from fewstep.stages import Stage, stage_configs
 
 PathName = Literal["vp", "flow", "ve"]
@@ -37,6 +37,17 @@ class PlayConfig(Config):
     steps: tuple[int, ...] = Field((1, 2, 4, 8, 20), description="step counts that are measured")
     gammas: tuple[float, ...] = Field((0.0, 0.2, 0.5), description="gamma of each measured row, where sss samples")
     shown: int = Field(4000, ge=100, description="points that are drawn for each figure")
+
+    @model_validator(mode="after")
+    def _playable(self) -> Self:
+        for stage in self.each_stage():
+            check_trained(stage.method, stage.sampling)
+            if stage.method.distance == "features":
+                raise ValueError(
+                    "method.distance = 'features' asks for a network's features, the plane has none; "
+                    "the nearest legal one is 'l2'"
+                )
+        return self
 
     def each_stage(self) -> list[PlayConfig]:
         """The configs of its stages; itself where it has none."""
