@@ -106,8 +106,8 @@ def test_a_recipe_on_the_other_paths(
 ) -> None:
     """In the plane: a flow network, and EDM's; stopped and resumed as above, with finite samples at every count."""
     words = [
-        f"path={path}", f"student.kind={kind}", "student.rank=4", "width=16", "count=200", "shown=100", "steps=[1,4]",
-        "gammas=[0.2]", "loop.steps=8", "loop.batch=16", "loop.save_every=1",
+        f"path={path}", "base=exact", f"student.kind={kind}", "student.rank=4", "width=16", "count=200", "shown=100",
+        "steps=[1,4]", "gammas=[0.2]", "loop.steps=8", "loop.batch=16", "loop.save_every=1",
     ]  # fmt: skip
     config = resolve_play(recipe, words)
 
@@ -130,8 +130,9 @@ def test_a_recipe_learns_the_exact_jump(recipe: str, tmp_path: Path) -> None:
     A consistency loss itself need not: the denoiser that a student starts as agrees with its neighbours, and is wrong.
     """
     words = [
-        "width=32", "count=1000", "shown=500", "steps=[1]", "gammas=[0]", "loop.steps=150", "loop.batch=64",
-        "loop.save_every=150", "optim.lr=3e-3", "method.adversarial.weight=0", "method.target_decay=0.9",
+        "base=exact", "width=32", "count=1000", "shown=500", "steps=[1]", "gammas=[0]", "loop.steps=150",
+        "loop.batch=64", "loop.save_every=150", "optim.lr=3e-3", "method.adversarial.weight=0",
+        "method.target_decay=0.9",
     ]  # fmt: skip
     config = resolve_play(recipe, words)
     before, after = measure(lay_out(config)), measure(train_play(config, tmp_path, quiet=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -16,14 +17,23 @@ from fewstep.files import read_json
 from fewstep.names import Prediction
 from fewstep.plane.mixture import rice_mean, ring
 from fewstep.plane.planar import Planar
-from fewstep.plane.play import Measured, lay_out, measure, train_play, training_points
+from fewstep.plane.play import (
+    Measured,
+    draw_points,
+    landing_end,
+    lay_out,
+    learned_base,
+    measure,
+    train_play,
+    training_points,
+)
 from fewstep.plane.settings import PathName, resolve_play
 from fewstep.schedule import FlowMatching, expand, interpret, scaled_linear
 
 # a wider step of the teacher, so that a short run goes far
 SHORT = [
     "method.k=5", "loop.steps=400", "loop.batch=128", "count=4000", "shown=2000", "steps=[1,4]", "gammas=[0.0]",
-    "width=64",
+    "width=64", "base=exact", "optim.lr=1e-3",
 ]  # fmt: skip
 
 
@@ -104,10 +114,63 @@ def test_recipes_learn_what_they_are_for(taught: dict[str, Measured]) -> None:
     assert at["mcm"][4] < 0.1 * at["mcm"][1]
 
 
+FOLLOWERS: dict[str, dict[str, object]] = {
+    **{name: {"sampler": name} for name in ("ddim", "euler", "heun", "dpm_2", "dpmpp_2s", "sde_dpmpp_2m")},
+    "sss, gamma 0": {"sampler": "sss", "gamma": 0.0},
+    "sss, gamma .2": {"sampler": "sss", "gamma": 0.2},
+    "sss, gamma .2 in noise": {"sampler": "sss", "gamma": 0.2, "gamma_law": "noise"},
+    "sss of second order": {"sampler": "sss", "gamma": 0.0, "jump": "second_order"},
+}
+
+
+@pytest.mark.parametrize("path", get_args(PathName))
+@pytest.mark.parametrize("name", FOLLOWERS)
+def test_many_small_steps_of_the_exact_network_draw_the_exact_law(name: str, path: str) -> None:
+    """Every sampler, on every path, from where drawing starts to where it ends: 40 calls of a network that is right."""
+    play = lay_out(resolve_play("tcd", [f"path={path}", "base=exact", "shown=1000"]))
+    sampling = play.config.sampling.model_copy(update=FOLLOWERS[name] | {"steps": 40})
+    play = replace(play, config=play.config.model_copy(update={"sampling": sampling}))
+    energy = play.teacher.energy(draw_points(play, 40, sampling.gamma), landing_end(play))
+    few = play.teacher.energy(draw_points(play, 4, sampling.gamma), landing_end(play))
+    assert energy < 0.005
+    assert few > 1.7 * energy
+
+
+def test_a_learned_base_is_near_the_exact_teacher(tmp_path: Path) -> None:
+    """It samples as the teacher does, and is not it; a student in the plane is still taught by the exact one."""
+    config = resolve_play("tcd", ["base_steps=600", "width=64", "shown=1000"])
+    weights = learned_base(config, tmp_path, quiet=True)
+    fresh, base = lay_out(config), lay_out(config, weights)
+    sampling = config.sampling.model_copy(update={"sampler": "ddim", "steps": 20})
+    energies = {}
+    for name, play in {"fresh": fresh, "base": base}.items():
+        drawn = replace(play, config=config.model_copy(update={"sampling": sampling}))
+        energies[name] = play.teacher.energy(draw_points(drawn, 20), landing_end(drawn))
+    assert energies["base"] < 0.25 * energies["fresh"]
+    x, t = torch.randn(50, 2, generator=torch.Generator().manual_seed(0)), times_of(500.0, torch.zeros(50, 2))
+    exact = base.teacher.denoise(x.double(), t).eps
+    said = {role: base.denoiser.estimate(x, t, {}, role).eps.detach().double() for role in ("teacher", "student")}
+    assert float((said["teacher"] - exact).abs().max()) < 1e-6
+    assert 1e-4 < float((said["student"] - exact).square().mean().sqrt()) < 0.1
+
+
+def test_illegal_settings_are_refused_before_the_training() -> None:
+    for words, told in (
+        (["method.told=[s]"], r"sampling.told = \[\] is not what the network is trained with"),
+        (["method.distance=features"], r"method.distance = 'features' asks for a network's features"),
+        (["method.grid=25"], r"sampling.grid = 50 asks for times that method.grid = 25 does not train"),
+        (["sampling.end=clean"], r"sampling.end = 'clean' is not the end point that is trained"),
+    ):
+        with pytest.raises(UserError, match=told):
+            resolve_play("tcd", words)
+    with pytest.raises(UserError, match=r"stage '8 segments'.*leaves a segment of 5 points"):
+        resolve_play("tscd", ["method.k=6"])
+
+
 def test_the_verb_draws_its_figure(tmp_path: Path) -> None:
     from PIL import Image
 
-    words = ["loop.steps=3", "count=200", "shown=200", "steps=[1,2]", "width=16", "loop.batch=16"]
+    words = ["base_steps=3", "loop.steps=3", "count=200", "shown=200", "steps=[1,2]", "width=16", "loop.batch=16"]
     figure = fewstep.playground("lcm, tcd-s", out=tmp_path / "play", overrides=words)
     with Image.open(figure) as image:
         assert image.size[0] > 500

@@ -114,6 +114,13 @@ class Mixture:
         return float(2 * to_marginal - own - within)
 
 
+def one_gaussian(mixture: Mixture) -> Mixture:
+    """The round Gaussian of a mixture's mean and variance."""
+    mean = mixture.weights @ mixture.means
+    spread = mixture.weights @ ((mixture.means - mean).square().mean(1) + mixture.stds.square())
+    return Mixture(mixture.path, mixture.weights.new_ones(1), mean[None], spread.sqrt()[None])
+
+
 def rice_mean(distance: Tensor, std: Tensor) -> Tensor:
     """E|z + d| for a vector d of length `distance` and z ~ N(0, std^2 I) in the plane.
 

@@ -1,4 +1,4 @@
-"""A network in the plane that starts as the exact teacher, and what a backbone offers, for it."""
+"""A network in the plane, and what a backbone offers, for it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,25 @@ from fewstep.told import WIDTH as SINUSOID
 from fewstep.told import sinusoid
 
 
-class Planar(nn.Module):
-    """The exact teacher's output plus a correction that starts at zero, as a LoRA's does; fp32.
+def said_by(mixture: Mixture, prediction: Prediction, x: Tensor, t: Tensor) -> Tensor:
+    """What a perfect network for that mixture says of x [B, 2] at t [B]."""
+    path = mixture.path
+    estimate = mixture.denoise(x.double(), t)
+    alpha, sigma = path.alpha(t)[:, None], path.sigma(t)[:, None]
+    return target_of(prediction, estimate.x0, estimate.eps, alpha, sigma).to(x.dtype)
 
+
+class Planar(nn.Module):
+    """What is right for a mixture, its anchor, plus a correction that starts at zero; fp32.
+
+    Anchored on the teacher's own mixture it starts as the exact teacher, as a student with a fresh LoRA does. Anchored
+    on one Gaussian of the data's mean and variance (what EDM's preconditioning amounts to) it has all else to learn.
     The correction sees x, brought to unit size, and the time.
     """
 
-    def __init__(self, mixture: Mixture, prediction: Prediction, width: int = 128, seed: int = 0) -> None:
+    def __init__(self, anchor: Mixture, prediction: Prediction, width: int = 128, seed: int = 0) -> None:
         super().__init__()
-        self.mixture, self.prediction = mixture, prediction
+        self.anchor, self.prediction = anchor, prediction
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.time_embedding = nn.Sequential(nn.Linear(SINUSOID, width), nn.SiLU(), nn.Linear(width, width))
@@ -32,20 +42,13 @@ class Planar(nn.Module):
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.leave.bias)
 
-    def exact(self, x: Tensor, t: Tensor) -> Tensor:
-        """What a perfect network says of x [B, 2] at t [B]."""
-        path = self.mixture.path
-        estimate = self.mixture.denoise(x.double(), t)
-        alpha, sigma = path.alpha(t)[:, None], path.sigma(t)[:, None]
-        return target_of(self.prediction, estimate.x0, estimate.eps, alpha, sigma).to(x.dtype)
-
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x [B, 2], t float64 [B] -> [B, 2]."""
-        path = self.mixture.path
+        path = self.anchor.path
         size = (path.alpha(t).square() + path.sigma(t).square()).rsqrt()[:, None].float()
         when = self.time_embedding(sinusoid(index_of(path, t)))
         said: Tensor = self.leave(self.middle(self.enter(x.float() * size) + when))
-        return self.exact(x, t) + said.to(x.dtype)
+        return said_by(self.anchor, self.prediction, x, t) + said.to(x.dtype)
 
 
 class Plane:

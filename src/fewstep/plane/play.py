@@ -11,32 +11,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Denoiser
+from fewstep.denoiser import Condition, Denoiser
 from fewstep.draws import Draws
 from fewstep.files import atomic_write, write_json
 from fewstep.grid import end_time, training_grid
 from fewstep.inference import draw_latents
 from fewstep.jump import student_step
 from fewstep.jumper import Voice
-from fewstep.names import Prediction
 from fewstep.objectives.points import Sample
 from fewstep.objectives.times import draw_times
 from fewstep.plan import family_plan, roles_of, start_from
-from fewstep.plane.mixture import Mixture, ring, times_of
-from fewstep.plane.planar import Planar, PlanarCritic, Plane
+from fewstep.plane.base import learn_base
+from fewstep.plane.mixture import Mixture, one_gaussian, ring, times_of
+from fewstep.plane.planar import Planar, PlanarCritic, Plane, said_by
 from fewstep.plane.settings import PathName, PlayConfig
 from fewstep.role_layout import Student, make_student
-from fewstep.roles import copy_role
+from fewstep.roles import BASE, copy_role
 from fewstep.sampler import Jumper
 from fewstep.schedule import FlowMatching, VarianceExploding, scaled_linear
 from fewstep.schedule import Path as NoisePath
 from fewstep.stages import parts_of
+from fewstep.tensors import digest
 from fewstep.training.launch import make_accelerator
 from fewstep.training.loop import Batch, Trained, train
 from fewstep.training.run import RunLog
-
-USUAL: Mapping[PathName, Prediction] = {"vp": "eps", "flow": "flow", "ve": "x0"}
-"""What networks of each path say where nothing else is named."""
 
 
 def noise_path(name: PathName) -> NoisePath:
@@ -62,14 +60,35 @@ class Play:
         return Voice(self.denoiser, {}, "student", sampling.told, w=w).jumper(step)
 
 
-def lay_out(config: PlayConfig) -> Play:
-    """The exact teacher, and a student that starts as its equal."""
-    path = noise_path(config.path)
-    teacher = ring(path)
-    prediction = config.prediction or USUAL[config.path]
-    plane = Plane(Planar(teacher, prediction, config.width, config.loop.seed))
-    student = make_student(plane, config.student, roles_of(config.method), config.loop.seed, config.method.told)
-    return Play(config, teacher, student, Denoiser(student.call, path, prediction))
+def fresh_network(config: PlayConfig, teacher: Mixture) -> Planar:
+    """The network that students are made of, before it learnt anything."""
+    anchor = teacher if config.base == "exact" else one_gaussian(teacher)
+    return Planar(anchor, config.says, config.width, config.loop.seed)
+
+
+def lay_out(config: PlayConfig, base: Mapping[str, Tensor] | None = None) -> Play:
+    """The exact teacher, and a student that starts as its equal, or as the learned base of those weights."""
+    teacher = ring(noise_path(config.path))
+    network = fresh_network(config, teacher)
+    if base is not None:
+        network.load_state_dict(base)
+    student = make_student(
+        Plane(network), config.student, roles_of(config.method), config.loop.seed, config.method.told
+    )
+
+    def call(x: Tensor, t: Tensor, condition: Condition, role: str) -> Tensor:
+        """The teacher is the exact one, whatever the student starts from."""
+        return said_by(teacher, config.says, x, t) if role == BASE else student.call(x, t, condition, role)
+
+    return Play(config, teacher, student, Denoiser(call, teacher.path, config.says))
+
+
+def learned_base(config: PlayConfig, out: Path, quiet: bool = False) -> Mapping[str, Tensor] | None:
+    """The weights that students start from; None where they start as the exact teacher."""
+    if config.base == "exact":
+        return None
+    teacher = ring(noise_path(config.path))
+    return learn_base(config.base_config, fresh_network(config, teacher), teacher, out, quiet)
 
 
 def training_points(play: Play) -> Tensor:
@@ -88,19 +107,25 @@ def training_points(play: Play) -> Tensor:
     return torch.stack(points[::-1], 1).float()
 
 
-def train_play(config: PlayConfig, out: Path, quiet: bool = False) -> Play:
-    """Train a recipe's student, stage by stage, resuming what `out` holds; it has the averaged weights then."""
+def train_play(config: PlayConfig, out: Path, quiet: bool = False, base: Path | None = None) -> Play:
+    """Train a recipe's student, stage by stage, resuming what `out` holds; it has the averaged weights then.
+
+    Args:
+        base: where the learned base is kept, `out`/base if left out.
+    """
+    weights = learned_base(config, base or out / "base", quiet)
+    inputs = {} if weights is None else {"base": digest(weights)}
     start: Mapping[str, Tensor] | None = None
     for _, folder, stage in parts_of(config, config.stages, config.loop.steps, out):
-        play = lay_out(stage)
+        play = lay_out(stage, weights)
         if start is not None:
             start_from(stage.method, play.student, start)
-        start = _train_stage(play, folder, quiet).weights["student"]
+        start = _train_stage(play, folder, inputs, quiet).weights["student"]
         copy_role(start, play.student.parameters("student"))
     return replace(play, config=config)
 
 
-def _train_stage(play: Play, out: Path, quiet: bool) -> Trained:
+def _train_stage(play: Play, out: Path, inputs: Mapping[str, str], quiet: bool) -> Trained:
     config = play.config
     points = training_points(play)
 
@@ -115,7 +140,7 @@ def _train_stage(play: Play, out: Path, quiet: bool) -> Trained:
     critic = PlanarCritic(config.width, config.loop.seed) if config.method.adversarial.weight else None
     plan = family_plan(config.method, config.optim, play.student, play.denoiser, sample, critic=critic)
     accelerator = make_accelerator("fp32", torch.device("cpu"))
-    with RunLog(out, config, title=f"playground {config.recipe}", quiet=quiet) as log:
+    with RunLog(out, config, title=f"playground {config.recipe}", inputs=inputs, quiet=quiet) as log:
         return train(plan, fetch, len(points), config.loop, log, accelerator)
 
 
@@ -125,7 +150,7 @@ def play(recipes: Sequence[PlayConfig], out: Path, quiet: bool = False) -> Path:
 
     done = []
     for config in recipes:
-        student = train_play(config, out / config.recipe, quiet)
+        student = train_play(config, out / config.recipe, quiet, out / "base")
         done.append((student, measure(student)))
     figures = {p.config.recipe: m.record() for p, m in done}
     with atomic_write(out / "table.md") as part:

@@ -14,6 +14,8 @@ from fewstep.recipes import read_recipe
 from fewstep.settings import LoopConfig, OptimConfig, Sampling, StudentConfig, check_trained
 from fewstep.stages import Stage, stage_configs
 
+USUAL: dict[str, Prediction] = {"vp": "eps", "flow": "flow", "ve": "x0"}
+"""What networks of each path say where nothing else is named."""
 PathName = Literal["vp", "flow", "ve"]
 """Noise paths: Stable Diffusion's, rectified flow, EDM."""
 
@@ -26,13 +28,17 @@ class PlayConfig(Config):
     sampling: Sampling = Field(Sampling(), description="how it is sampled")
     path: PathName = Field("vp", description="noise path: vp, flow, ve")
     prediction: Prediction | None = Field(None, description="what the network says; null for eps, flow, x0 by the path")
+    base: Literal["learned", "exact"] = Field(
+        "learned", description="what the student starts from: a diffusion model learnt from data, or the exact teacher"
+    )
+    base_steps: int = Field(2000, ge=1, description="training steps of a learned base")
     student: StudentConfig = Field(StudentConfig(kind="full", rank=16), description="what is trained")
     width: int = Field(128, ge=8, description="hidden width of the student's network")
     count: int = Field(20_000, ge=100, description="training points")
     loop: LoopConfig = Field(
         LoopConfig(steps=3000, batch=256, log_every=100, save_every=3000, keep=1), description="how long"
     )
-    optim: OptimConfig = Field(OptimConfig(lr=1e-3, decay="cosine", ema=0.99), description="how fast")
+    optim: OptimConfig = Field(OptimConfig(lr=3e-4, decay="cosine", ema=0.99), description="how fast")
     stages: tuple[Stage, ...] = Field((), description="stages run one after another; empty for one run")
     steps: tuple[int, ...] = Field((1, 2, 4, 8, 20), description="step counts that are measured")
     gammas: tuple[float, ...] = Field((0.0, 0.2, 0.5), description="gamma of each measured row, where sss samples")
@@ -49,13 +55,36 @@ class PlayConfig(Config):
                 )
         return self
 
+    @property
+    def says(self) -> Prediction:
+        """What the network says."""
+        return self.prediction or USUAL[self.path]
+
+    @property
+    def base_config(self) -> BaseConfig:
+        """How its learned base is trained."""
+        loop = self.loop.model_copy(update={"steps": self.base_steps, "batch": 256, "accumulate": 1})
+        return BaseConfig(path=self.path, prediction=self.says, width=self.width, count=self.count, loop=loop)
+
     def each_stage(self) -> list[PlayConfig]:
         """The configs of its stages; itself where it has none."""
         return stage_configs(self, self.stages, self.loop.steps) if self.stages else [self]
 
 
-OWN: dict[str, object] = {"guidance": {"convention": "none"}}
-"""What of a recipe is laid aside in the plane: there is no prompt to guide by."""
+class BaseConfig(Config):
+    """A diffusion model in the plane: what students start from."""
+
+    path: PathName
+    prediction: Prediction
+    width: int
+    count: int
+    loop: LoopConfig
+    optim: OptimConfig = OptimConfig(lr=2e-3, warmup=50, decay="linear", ema=0.99)
+
+
+OWN: dict[str, object] = {"guidance": {"convention": "none"}, "target_decay": 0.95}
+"""What of a recipe is laid aside in the plane: there is no prompt to guide by, and a run of a minute is too short for a
+target that follows over thousands of steps."""
 
 
 def resolve_play(recipe: str, overrides: str | Sequence[str] = ()) -> PlayConfig:
