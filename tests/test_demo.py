@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,11 @@ from fewstep.evaluation.results import load_results
 from fewstep.evaluation.scorer import Scorer
 from fewstep.evaluation.settings import ScorerConfig
 from fewstep.evaluation.text_side import BertStates
-from fewstep.world import api, benchmark, contest, demo, emoji8, location, measures
+from fewstep.recipes import names
+from fewstep.settings import resolve
+from fewstep.world import api, benchmark, contest, demo, emoji8, family, location, measures
 from fewstep.world.benchmark import best_by_rank
-from fewstep.world.settings import BenchmarkConfig
+from fewstep.world.settings import BenchmarkConfig, FamilyConfig
 from fewstep.world.students import train_student
 from pooled import Pooled
 
@@ -205,3 +209,54 @@ def test_benchmark_settings_that_would_fail_after_hours_are_refused_at_once(
         api.benchmark(out=tmp_path / "b", overrides=[override])
     assert not (tmp_path / "b").exists()
     assert json.loads(BenchmarkConfig().model_dump_json())["seeds"] == [0, 1, 2]
+
+
+def test_the_family_spends_alike_and_measures_every_recipe_and_sampler(
+    small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = emoji8.read_prompts("benchmark")
+    monkeypatch.setattr(emoji8, "read_prompts", lambda name: whole[:40])
+    monkeypatch.setattr(family, "STEPS", (1, 2, 4))
+    monkeypatch.setattr(family, "SAMPLER_STEPS", (4,))
+    monkeypatch.setattr(family, "TEACHER_STEPS", TEACHER_STEPS)
+    out = tmp_path / "family"
+    words = ["recipes=[tcd, tcd-2, ct, kd]", "evaluations=5000", "batch=40"]
+    tables = api.family(out=out, overrides=words)
+    rows = load_results(out / "results.json").rows
+    found = {(row.method, row.steps) for row in rows}
+    both = ("tcd", "kd", "ct", "ct, guided")
+    assert found == {
+        ("teacher", TEACHER_STEPS), ("tcd-2", 2), ("tcd-2", 4), *((name, steps) for name in both for steps in (1, 2, 4))
+    }  # fmt: skip
+    by = {(row.method, row.steps): row for row in rows}
+    assert by["ct", 4].figures != by["ct, guided", 4].figures
+    sampled = {row.method: row for row in load_results(out / "samplers.json").rows}
+    assert sampled.keys() == {"teacher", *family.SAMPLERS}
+    assert sampled["SSS, gamma .3"].figures == by["tcd", 4].figures, "its own sampler"
+    assert sampled["SSS, gamma .3"].figures != sampled["SSS of second order, gamma .3"].figures
+    assert sampled["DDIM"].scores != sampled["SDE-DPM-Solver++(2M)"].scores
+    text = tables.read_text()
+    assert "| kd | 20 | 3 | 4900 |" in text, "25 guided trajectories of 50 points, and 20 steps of 40"
+    assert "| tcd | 20 | 6 | 4800 |" in text
+    monkeypatch.setattr("fewstep.world.contest.Studio.pictures", forbidden_after_grid(out))
+    assert api.family(out=out, overrides=words).read_text() == text
+
+
+@pytest.mark.parametrize("recipe", names())
+def test_each_recipe_gets_the_same_budget_and_a_command_that_repeats_it(recipe: str) -> None:
+    share = family.share_of_budget(FamilyConfig(), recipe)
+    spent = share.config.loop.steps * share.config.method.cost * 64
+    if share.config.method.start == "trajectory":
+        spent += share.config.data.trajectories * 2 * 50
+    assert share.evaluations == spent
+    assert 0.98 * FamilyConfig().evaluations < spent <= FamilyConfig().evaluations
+    words = shlex.split(share.command(recipe, Path("runs/x")))
+    changes = [word for flag, word in pairwise(words) if flag == "-s"]
+    assert resolve(recipe, location.root() / "distill.yaml", changes) == share.config
+
+
+def test_a_budget_that_pays_for_no_step_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"evaluations = 5000 does not pay for a step of ctm; the nearest legal one is"):
+        api.family(out=tmp_path / "no", overrides=["recipes=[ctm]", "evaluations=5000", "batch=1000"])
+    with pytest.raises(UserError, match=r"recipes names 'tcdd'; the nearest recipe is 'tcd'"):
+        api.family(out=tmp_path / "no", overrides=["recipes=[tcdd]"])

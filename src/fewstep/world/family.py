@@ -7,6 +7,7 @@ on.
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from fewstep.config import validate
 from fewstep.distillation import distill
+from fewstep.errors import UserError
 from fewstep.evaluation.claims import TEACHER_STEPS
 from fewstep.evaluation.report import table_blocks
 from fewstep.evaluation.results import Results, Row, save_results
@@ -96,7 +98,7 @@ def share_of_budget(config: FamilyConfig, recipe: str) -> Share:
     """As many steps as the budget pays for; of KD's a half goes into its trajectories.
 
     Raises:
-        UserError: the budget is too small for this recipe.
+        UserError: it does not pay for one.
     """
     plain = student_config(recipe, OWN.get(recipe, ()))
     own, left = list(OWN.get(recipe, ())), config.evaluations
@@ -105,7 +107,12 @@ def share_of_budget(config: FamilyConfig, recipe: str) -> Share:
         own.append(f"data.trajectories={count}")
         left -= count * trajectory_cost(plain)
     a_step = plain.method.cost * config.batch
-    steps = max(1, int(left // a_step))
+    steps = int(left // a_step)
+    if steps < 1:
+        raise UserError(
+            f"evaluations = {config.evaluations} does not pay for a step of {recipe}; "
+            f"the nearest legal one is {config.evaluations - left + math.ceil(a_step)}"
+        )
     own += [f"loop.steps={steps}", f"loop.batch={config.batch}", f"loop.seed={config.seed}", f"optim.lr={config.lr}"]
     own.append("loop.watch_every=null")  # they are measured when they are done
     return Share(student_config(recipe, own), tuple(own), round(config.evaluations - left + steps * a_step))
@@ -135,13 +142,13 @@ def sampler_entries(student: Path, seed: int) -> list[Entry]:
 
 def family(config: FamilyConfig, out: Path) -> Path:
     """Distil, draw and measure; write results.json and tables.md, and return the tables' path."""
+    shares = {recipe: share_of_budget(config, recipe) for recipe in config.chosen}
     prompts = emoji8.read_prompts("benchmark")[: config.prompts]
     judge = Judge(prompts, Bench.load(out / "features"), config.seed)
     studio = Studio(teacher_path(""), prompts, out / "pictures")
     omega = students_omega()
     with atomic_write(out / "prompts.txt") as part:
         part.write_text("\n".join(prompts) + "\n", encoding="utf-8")
-    shares = {recipe: share_of_budget(config, recipe) for recipe in config.chosen}
     teacher = teacher_entry(omega, TEACHER_STEPS, config.seed)
     rows: list[Row] = []
     for recipe, share in shares.items():
