@@ -258,5 +258,5 @@ def test_each_recipe_gets_the_same_budget_and_a_command_that_repeats_it(recipe: 
 def test_a_budget_that_pays_for_no_step_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"evaluations = 5000 does not pay for a step of ctm; the nearest legal one is"):
         api.family(out=tmp_path / "no", overrides=["recipes=[ctm]", "evaluations=5000", "batch=1000"])
-    with pytest.raises(UserError, match=r"recipes names 'tcdd'; the nearest recipe is 'tcd'"):
-        api.family(out=tmp_path / "no", overrides=["recipes=[tcdd]"])
+    with pytest.raises(UserError, match=r"recipes names 'lcmm'; the nearest recipe is 'lcm'"):
+        api.family(out=tmp_path / "no", overrides=["recipes=[lcmm]"])

@@ -142,10 +142,14 @@ def test_a_student_that_is_told_s_is_trained_saved_and_drawn_with(
             load_artist(out, None) if kind == "full" else load_artist(tiny_pipeline, out)
 
 
+TOLD_W = ["method.told=[w]", "sampling.told=[w]", "sampling.w=5.0"]
+
+
+@pytest.mark.parametrize(("recipe", "words"), [("tcd-s", []), ("ctm", []), ("tcd", TOLD_W)], ids=["s", "ctm", "w"])
 def test_attached_to_a_diffusers_pipeline_it_draws_what_we_draw(
-    tiny_overrides: list[str], tiny_cache: Path, tiny_pipeline: Path, tmp_path: Path
+    recipe: str, words: list[str], tiny_overrides: list[str], tiny_cache: Path, tiny_pipeline: Path, tmp_path: Path
 ) -> None:
-    """The pipeline passes eta = 0 and no s: gamma and what the network is told come with the student."""
+    """The pipeline passes eta = 0 and neither s nor w: gamma and what the network is told come with the student."""
     import numpy as np
     from diffusers import StableDiffusionPipeline
 
@@ -156,13 +160,16 @@ def test_attached_to_a_diffusers_pipeline_it_draws_what_we_draw(
     from fewstep.export.conditioning import read_told
     from fewstep.settings import resolve
 
-    def student(recipe: str) -> Path:
-        config = resolve(recipe, None, [*tiny_overrides, "optim.lr=0.05", "loop.steps=3"])
+    def student(recipe: str, words: list[str]) -> Path:
+        config = resolve(recipe, None, [*tiny_overrides, "optim.lr=0.05", "loop.steps=3", *words])
         return distillation.distill(config, tmp_path / recipe, cache=tiny_cache, quiet=True).parent
 
-    folder = student("tcd-s")
+    folder = student(recipe, words)
     pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
+    if recipe == "ctm":
+        with pytest.raises(UserError, match=r"gamma_law = 'noise', which TCDScheduler is not; the nearest .* 'time'"):
+            fewstep.attach(pipe, folder, gamma=0.3)
     fewstep.attach(pipe, folder)
 
     def theirs() -> np.ndarray:
@@ -178,10 +185,46 @@ def test_attached_to_a_diffusers_pipeline_it_draws_what_we_draw(
     artist = load_artist(tiny_pipeline, folder)
     ours = artist.draw(["a red disc"], [7])[0].astype(float)
     np.testing.assert_allclose(theirs(), ours, atol=1.01)
-    embedding = read_told(folder, ["s"], pipe.unet.time_embedding.linear_2.out_features)
+    told = artist.sampling.told
+    embedding = read_told(folder, told, pipe.unet.time_embedding.linear_2.out_features)
     assert embedding is not None
-    assert float(embedding({"s": number([499.0])}).abs().max()) > 0
-    other = artist.sampling.model_copy(update={"gamma": 0.0})
+    assert float(embedding({told[0]: number([499.0])}).abs().max()) > 0
+    other = artist.sampling.model_copy(update={"gamma": 0.7})
     assert np.abs(artist.draw(["a red disc"], [7], other)[0].astype(float) - ours).max() > 1, "gamma matters"
-    with pytest.raises(UserError, match="is told nothing; load_lora_weights"):
-        fewstep.attach(pipe, student("tcd"))
+    if recipe == "tcd":
+        other = artist.sampling.model_copy(update={"w": 12.0})
+        assert np.abs(artist.draw(["a red disc"], [7], other)[0].astype(float) - ours).max() > 1, "w matters"
+
+
+def test_what_cannot_be_attached_is_refused(
+    tiny_overrides: list[str], tiny_cache: Path, tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    from types import SimpleNamespace
+
+    from diffusers import UNet2DConditionModel
+
+    import fewstep
+    from fewstep import distillation
+    from fewstep.errors import UserError
+    from fewstep.settings import resolve
+
+    unet = UNet2DConditionModel.from_pretrained(tiny_pipeline / "unet", local_files_only=True)
+    pipe = SimpleNamespace(unet=unet, load_lora_weights=pytest.fail)
+    second = ["method.jump=second_order", "sampling.jump=second_order"]
+    clean = ["method.end=clean", "sampling.end=clean"]
+    cases = {
+        "plain": ("tcd", [], "is told nothing; load_lora_weights"),
+        "second": ("tcd-s", second, "jump = 'second_order', which TCDScheduler is not"),
+        "clean": ("tcd-s", clean, "end = 'clean', which TCDScheduler is not; .* 'index0'"),
+    }
+    for name, (recipe, words, message) in cases.items():
+        config = resolve(recipe, None, [*tiny_overrides, "loop.steps=1", *words])
+        folder = distillation.distill(config, tmp_path / name, cache=tiny_cache, quiet=True).parent
+        with pytest.raises(UserError, match=message):
+            fewstep.attach(pipe, folder)
+    other = UNet2DConditionModel.from_config(dict(unet.config) | {"cross_attention_dim": 8})
+    good = distillation.distill(
+        resolve("tcd-s", None, [*tiny_overrides, "loop.steps=1"]), tmp_path / "good", cache=tiny_cache, quiet=True
+    )
+    with pytest.raises(UserError, match="is for another base"):
+        fewstep.attach(SimpleNamespace(unet=other, load_lora_weights=pytest.fail), good.parent)
