@@ -127,6 +127,19 @@ def test_the_estimate_adds_up(tiny_overrides: list[str]) -> None:
     assert twice.saved_bytes == pytest.approx(2 * lora.saved_bytes, rel=0.1), "activations grow with the batch"
 
 
+def test_the_estimate_of_stored_trajectories(tiny_overrides: list[str]) -> None:
+    """A batch of them is drawn and timed; points are counted for all, captions once whatever their number."""
+    few, many = (
+        distillation.estimate_run(resolve("kd", None, [*tiny_overrides, f"data.trajectories={count}"]))
+        for count in (8, 800)
+    )
+    states = 4 * (4 + 1) * 8 * 32 * 2
+    assert few.data_bytes == 8 * 51 * 4 * 8 * 8 * 2 + states, "fp16"
+    assert many.data_bytes == 800 * 51 * 4 * 8 * 8 * 2 + states
+    assert many.encoding_seconds > 20 * few.encoding_seconds
+    assert few.calls == {"student": 1, "target": 0, "teacher": 0}
+
+
 def test_checks_are_counted_and_timed_like_the_steps() -> None:
     """1,000 steps, a check every 400: 3 of them; the teacher's 50 guided steps once."""
     words = ["loop.steps=1000", "loop.watch_every=400", "loop.batch=32", "watch.count=100", "sampling.steps=4"]

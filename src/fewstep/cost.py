@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -105,6 +105,11 @@ class Estimated:
         ]
 
 
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes that tensors hold."""
+    return sum(tensor.nbytes for tensor in tensors)
+
+
 def estimate(
     plan: Sequence[Update], data: LatentSet, config: DistillConfig, networks: Sequence[nn.Module]
 ) -> Estimated:
@@ -149,7 +154,7 @@ def estimate(
         spent * config.loop.steps,
         unique_bytes(*networks),
         trained * copies,
-        sum(tensor.nbytes for tensor in (latents, *data.table.values())),
+        bytes_of([latents, *data.table.values()]),
         config.method.calls,
         sum(saved.values()),
         torch.cuda.max_memory_allocated(device) if on_gpu else None,

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from fewstep.backbones.sd import StableDiffusion, load_backbone
-from fewstep.cost import Estimated, estimate
+from fewstep.cost import Estimated, bytes_of, estimate
 from fewstep.data import pictures
 from fewstep.data.latents import LatentSet, latent_set
 from fewstep.denoiser import Condition, Denoiser
@@ -297,7 +297,7 @@ def estimate_run(config: DistillConfig) -> Estimated:
         started = time.perf_counter()
         data = latent_set(few, backbone, fingerprint, Path(cache))
         encoding = (time.perf_counter() - started) / len(few) * len(captioned)
-        share = len(captioned) / len(few)
+        share = captions_share = len(captioned) / len(few)
         drawn = min(config.data.trajectories, config.loop.batch)
         run = lay_out(with_trajectories(config, drawn), backbone, few, data)
         if config.method.start == "trajectory":
@@ -305,4 +305,5 @@ def estimate_run(config: DistillConfig) -> Estimated:
             run, share = on_trajectories(run, Path(cache)), config.data.trajectories / drawn
             encoding += (time.perf_counter() - started) * share
     estimated = estimate(update_plan(run), run.data, config, networks(run))
-    return replace(estimated, encoding_seconds=encoding, data_bytes=round(estimated.data_bytes * share))
+    held = share * bytes_of([run.data.latents]) + captions_share * bytes_of(run.data.table.values())
+    return replace(estimated, encoding_seconds=encoding, data_bytes=round(held))
