@@ -182,7 +182,7 @@ def test_the_denoising_loss_wants_the_posterior_mean() -> None:
     draws.integers = lambda *_: torch.full((len(x_0),), 24)  # type: ignore[attr-defined]  # t = 499
 
     def slope() -> Tensor:
-        fit = denoising_loss(method, Denoiser(call, path, "x0"), x_0, {}, draws)[0].mean()  # type: ignore[arg-type]
+        fit = denoising_loss(method, Denoiser(call, path, "x0"), x_0, {}, draws).mean()  # type: ignore[arg-type]
         return torch.autograd.grad(fit, theta)[0]
 
     assert float(slope().abs().max()) < 1e-12

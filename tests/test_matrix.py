@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fewstep import distillation, plan
-from fewstep.drawing import load_artist
+from fewstep.drawing import Artist, load_artist
+from fewstep.draws import Draws
 from fewstep.files import read_json, write_json
-from fewstep.plane.play import Play, lay_out, measure, train_play
+from fewstep.plane.play import Play, lay_out, measure, play_plan, train_play, training_points
 from fewstep.plane.settings import resolve_play
 from fewstep.recipes import names
 from fewstep.settings import resolve
@@ -128,15 +130,43 @@ def test_a_recipe_learns_the_exact_jump(recipe: str, tmp_path: Path) -> None:
     """In the plane, the error of the jumps that it trains falls.
 
     A consistency loss itself need not: the denoiser that a student starts as agrees with its neighbours, and is wrong.
+    Critics are left out: what they pull to is the law, not the jump.
     """
     words = [
         "base=exact", "width=32", "count=1000", "shown=500", "steps=[1]", "gammas=[0]", "loop.steps=150",
-        "loop.batch=64", "loop.save_every=150", "optim.lr=3e-3", "method.adversarial.weight=0",
-        "method.target_decay=0.9",
+        "loop.batch=64", "loop.save_every=150", "optim.lr=3e-3", "method.target_decay=0.9",
+        "method.adversarial.weight=0", "method.balance=fixed",
     ]  # fmt: skip
     config = resolve_play(recipe, words)
     before, after = measure(lay_out(config)), measure(train_play(config, tmp_path, quiet=True))
     assert after.between < 0.95 * before.between
+
+
+@pytest.mark.parametrize(("path", "prediction"), [("vp", "eps"), ("vp", "x0"), ("vp", "v"), ("flow", "flow")])
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("recipe", names())
+def test_the_loss_of_one_batch_falls(recipe: str, kind: str, path: str, prediction: str) -> None:
+    """Whatever the network says and whatever is trained, with the recipe's own critic: 60 steps on it, the target held.
+
+    A target that follows may make any loss rise.
+    """
+    words = [
+        f"path={path}", f"prediction={prediction}", f"student.kind={kind}", "base=exact", "width=32", "count=200",
+        "method.target=ema", "method.balance=fixed",
+    ]  # fmt: skip
+    play = lay_out(resolve_play(recipe, words).each_stage()[0])
+    update = play_plan(play, training_points(play))[0]
+    batch = {"items": np.arange(64)}
+    optimiser = torch.optim.Adam(update.parameters.values(), lr=1e-3)
+    losses = []
+    for _ in range(60):
+        loss = update.loss(batch, Draws(0, 0, tuple(range(64))))
+        losses.append(float(loss.per_sample.mean()))
+        optimiser.zero_grad()
+        loss.value.backward()
+        optimiser.step()
+    print("RATIO", recipe, kind, prediction, losses[-1] / losses[0])
+    assert losses[-1] < 0.95 * losses[0]
 
 
 OPTIONS: dict[str, list[str]] = {
@@ -144,6 +174,13 @@ OPTIONS: dict[str, list[str]] = {
     "huber of samples": ["method.distance=huber_norm"],
     "weight eps": ["method.weight=eps"],
     "weight x0": ["method.weight=x0"],
+    "weight v of every index": [
+        "method.weight=v",
+        "method.grid=1000",
+        "sampling.grid=1000",
+        "method.k=1",
+        "loop.steps=40",
+    ],
     "heun": ["method.solver=heun", "method.substeps=2"],
     "dpm_2": ["method.solver=dpm_2"],
     "dpmpp_2s": ["method.solver=dpmpp_2s"],
@@ -178,24 +215,51 @@ def test_an_option_goes_from_end_to_end(
     assert drawn.std() > 0
 
 
+ALIKE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "SSS at gamma 0 is DDIM": ({"gamma": 0.0}, {"sampler": "ddim"}),
+    "DDIM is Euler in sigma": ({"sampler": "ddim"}, {"sampler": "euler"}),
+    "SSS of second order at gamma 0 is DPM-Solver++(2S)": (
+        {"gamma": 0.0, "jump": "second_order"},
+        {"sampler": "dpmpp_2s"},
+    ),
+    "and in eps form DPM-Solver-2": (
+        {"gamma": 0.0, "jump": "second_order", "form": "eps"},
+        {"sampler": "dpm_2"},
+    ),
+    "SSS at gamma 1 is multistep consistency": ({"gamma": 1.0}, {"sampler": "lcm", "jump": "first_order"}),
+    "at gamma 1 both laws are one": ({"gamma": 1.0}, {"gamma": 1.0, "gamma_law": "noise"}),
+}
+
+
+@pytest.fixture(scope="module")
+def tcf_student(
+    tiny_pipeline: Path, tiny_overrides: list[str], tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Artist:
+    config = resolve("tcd", None, [*tiny_overrides, *SMALL, "optim.lr=0.05"])
+    student = distillation.distill(config, tmp_path_factory.mktemp("tcf"), cache=tiny_cache, quiet=True)
+    return load_artist(tiny_pipeline, student)
+
+
+@pytest.mark.parametrize("claim", ALIKE)
+def test_one_tcf_student_under_samplers_that_are_one(claim: str, tcf_student: Artist) -> None:
+    """TCD, section 4.3, through a saved student: what is one on paper draws one picture, and gamma another."""
+    own = tcf_student.sampling.model_copy(update={"steps": 8})
+    one, other = (
+        tcf_student.draw(["a red disc"], [3], own.model_copy(update=changes)).astype(int) for changes in ALIKE[claim]
+    )
+    assert np.abs(one - other).max() <= 1
+    assert np.abs(one - tcf_student.draw(["a red disc"], [3], own).astype(int)).max() > 1
+
+
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {"sampler": "ddim"},
-        {"sampler": "euler"},
-        {"sampler": "heun"},
-        {"sampler": "dpm_2", "end": "index0"},
-        {"sampler": "dpmpp_2s", "end": "index0"},
-        {"sampler": "sde_dpmpp_2m"},
-        {"jump": "second_order", "gamma": 0.2},
-        {"gamma_law": "noise", "gamma": 0.5},
-    ],
-    ids=lambda changes: " ".join(map(str, changes.values())),
+    "changes", [{"sampler": "heun"}, {"sampler": "sde_dpmpp_2m"}, {"gamma_law": "noise", "gamma": 0.5}], ids=str
 )
-def test_a_tcf_student_under_every_sampler(changes: dict[str, Any], teachers: dict[str, Path]) -> None:
-    """As TCD's section 4.3 says it can be: the same network under ordinary solvers, and under the other laws of SSS."""
-    artist = load_artist(teachers["epsilon"])
-    own = artist.sampling.model_copy(update={"sampler": "sss", "steps": 8, "omega": 0.0, "spacing": "grid", **changes})
-    drawn = artist.draw(["a red disc"], [3], own)
-    assert (drawn == artist.draw(["a red disc"], [3], own)).all(), "repeatable, noise included"
-    assert drawn.std() > 0
+def test_samplers_of_their_own(changes: dict[str, Any], tcf_student: Artist) -> None:
+    """They draw from the student, and what nothing else draws; where they have noise, it is the seed's."""
+    own = tcf_student.sampling.model_copy(update={"steps": 8})
+    changed = own.model_copy(update=changes)
+    drawn = tcf_student.draw(["a red disc"] * 2, [3, 3], changed).astype(int)
+    assert (drawn[0] == drawn[1]).all()
+    for others in ({}, {"sampler": "ddim"}, {"sampler": "dpmpp_2s"}):
+        other = tcf_student.draw(["a red disc"], [3], own.model_copy(update=others)).astype(int)
+        assert np.abs(drawn[0] - other[0]).max() > 1

@@ -115,13 +115,13 @@ def test_the_skip_connection_only_reaches_the_end() -> None:
 
 def test_distances() -> None:
     a, b = torch.tensor([[1.0, 3.0], [0.0, 0.0]]), torch.tensor([[0.0, 1.0], [0.0, 0.0]])
-    assert l2(a, b).tolist() == [2.5, 0.0]
+    assert l2(a - b).tolist() == [2.5, 0.0]
     expected = ((1 + 0.25) ** 0.5 - 0.5 + (4 + 0.25) ** 0.5 - 0.5) / 2
-    assert huber(a, b, 0.5).tolist() == pytest.approx([expected, 0.0])
-    tiny = huber(a, b, 1e-3)[0].item()
+    assert huber(a - b, 0.5).tolist() == pytest.approx([expected, 0.0])
+    tiny = huber(a - b, 1e-3)[0].item()
     assert tiny == pytest.approx(1.5, abs=1e-3)  # nearly L1
     whole = (5 + 2 * 0.25) ** 0.5 - 0.5 * 2**0.5  # of the sample as one vector, c sqrt(2)
-    assert huber_norm(a, b, 0.5).tolist() == pytest.approx([whole, 0.0])
+    assert huber_norm(a - b, 0.5).tolist() == pytest.approx([whole, 0.0])
 
 
 def test_feature_distance_is_of_directions_at_each_place() -> None:

@@ -79,7 +79,9 @@ def test_a_fresh_network_is_the_exact_teacher(prediction: Prediction) -> None:
 
 @pytest.mark.parametrize("path", get_args(PathName))
 def test_stored_points_lie_on_exact_trajectories(path: PathName) -> None:
-    play = lay_out(resolve_play("kd", [f"path={path}", "count=100", "method.grid=8", "method.k=7", "sampling.grid=8"]))
+    play = lay_out(
+        resolve_play("kd", [f"path={path}", "count=100", "method.grid=8", "method.k=7", "sampling.grid=8", "steps=[1]"])
+    )
     points = training_points(play).double()
     noisy, end = points[:, -1], points[:, 0]
     teacher = play.teacher

@@ -213,7 +213,7 @@ def test_what_cannot_be_attached_is_refused(
     second = ["method.jump=second_order", "sampling.jump=second_order"]
     clean = ["method.end=clean", "sampling.end=clean"]
     cases = {
-        "plain": ("tcd", [], "is told nothing; load_lora_weights"),
+        "plain": ("tcd", [], "is told nothing; plain diffusers and its scheduler are all it needs"),
         "second": ("tcd-s", second, "jump = 'second_order', which TCDScheduler is not"),
         "clean": ("tcd-s", clean, "end = 'clean', which TCDScheduler is not; .* 'index0'"),
     }

@@ -139,10 +139,12 @@ def on_trajectories(run: Run, cache: Path) -> Run:
 def update_plan(run: Run) -> list[Update]:
     """What the loop is handed: the family's plan on the run's data."""
     config, device = run.config, run.backbone.device
+    # a stored trajectory was drawn with its prompt, or without: another one would be told of a path that it is not on
+    empty = config.data.empty_prompts if run.omega is None else 0.0
 
     def sample(batch: Batch, draws: Draws) -> Sample:
         items = batch["items"]
-        condition = run.data.condition(items, draws, config.data.empty_prompts, device)
+        condition = run.data.condition(items, draws, empty, device)
         omega = None if run.omega is None else run.omega[items]
         return Sample(batch["latents"].float(), condition, run.data.null(len(items), device), omega)
 

@@ -52,6 +52,8 @@ def training_grid(path: Path, grid: Grid) -> Tensor:
         low, high = path.sigma_min ** (1 / KARRAS), path.sigma_max ** (1 / KARRAS)
         times: Tensor = (low + (steps - 1) / max(grid - 1, 1) * (high - low)) ** KARRAS
         times[-1] = path.sigma_max
+        if grid > 1:
+            times[0] = path.sigma_min
         return times
     return path.noisiest * steps / grid
 
@@ -63,6 +65,9 @@ def _own_points(path: Path, points: Sequence[float]) -> Tensor:
     for edge, wrong in ((path.clean, times[0] <= path.clean), (path.noisiest, times[-1] > path.noisiest)):
         if wrong:
             raise UserError(f"grid = {list(points)} leaves the path at {edge:g}")
+    if times[-1] < path.noisiest:
+        legal = [*points[:-1], path.noisiest]
+        raise UserError(f"grid = {list(points)} ends below pure noise, where drawing starts; the nearest is {legal}")
     return times
 
 

@@ -46,6 +46,12 @@ class Guidance(Config):
     def _ordered(self) -> Self:
         if self.high < self.low:
             raise ValueError(f"high = {self.high:g} is below low; the nearest legal one is {self.low:g}")
+        least = {"lcm": 0.0, "imagen": 1.0, "none": self.low}[self.convention]
+        if self.low < least:
+            raise ValueError(
+                f"low = {self.low:g} turns away from the prompt in convention = {self.convention!r}; "
+                f"the nearest legal one is {least:g}"
+            )
         return self
 
     @property
@@ -70,7 +76,9 @@ class AdversarialConfig(Config):
     weight: float = Field(0.0, ge=0, description="weight of the adversarial term; 0 for none")
     kind: AdversarialKind = Field("hinge", description="hinge or nonsaturating")
     real: Literal["data", "target"] = Field("data", description="what is real: the data, or where the target lands")
-    noise: float = Field(0.0, ge=0, le=1, description="the critic sees points noised up to this share of what is above")
+    noise: float = Field(
+        0.0, ge=0, le=1, description="the critic sees points noised up to this share of what lies above in the segment"
+    )
     r1: float = Field(0.0, ge=0, description="weight of R1, the squared gradient of the critic on real points")
     lr: float = Field(1e-4, gt=0, description="the critic's learning rate")
     every: int = Field(1, ge=1, description="steps between two of the critic's")
@@ -86,7 +94,7 @@ class ConsistencyConfig(Config):
     segments: int = Field(1, ge=1, description="M, segments of the grid; jumps stay inside one")
     s: SLaw = Field("uniform", description="where jumps land: edge (of the segment), uniform, inference, next")
     inference_steps: tuple[int, int] = Field((4, 8), description="step counts whose times s = inference draws from")
-    reach: float = Field(0.26, gt=0, le=1, description="how far below t_n s = inference looks, as a share of the path")
+    reach: float = Field(0.26, gt=0, le=1, description="how far below t_n s = inference looks, as a share of the grid")
     spread: float = Field(0.3, ge=0, le=1, description="s = inference shrinks s by up to this share, as gamma does")
     start: Start = Field("data", description="where x_{t_n+k} comes from: data (noised) or trajectory (the teacher's)")
     point: Point = Field("solver", description="where x_{t_n} comes from: solver (teacher's), path, self (own jump)")
@@ -101,7 +109,7 @@ class ConsistencyConfig(Config):
     compare: Compare = Field("landing", description="where: landing, or end (both pushed on by the target)")
     distance: DistanceName = Field("l2", description="l2, huber (element-wise), huber_norm (per sample), features")
     huber_c: float = Field(1e-3, gt=0, description="c of huber; huber_norm takes c times the root of the dimension")
-    weight: Weight = Field("none", description="the distance is divided by the pull of: none, eps, x0")
+    weight: Weight = Field("none", description="differences are divided by the pull of: none, eps, x0, v")
     balance: Literal["fixed", "gradient"] = Field(
         "fixed", description="gradient: the other terms pull as the consistency loss does, times their weights (CTM)"
     )
@@ -131,8 +139,11 @@ class ConsistencyConfig(Config):
         if self.s == "inference" and not 1 <= low <= high <= count:
             legal_steps = sorted((min(max(low, 1), count), min(max(high, 1), count)))
             raise ValueError(f"inference_steps = [{low}, {high}] on {count} points; the nearest is {legal_steps}")
+        if not isinstance(self.grid, int) and sorted(set(self.grid)) != list(self.grid):
+            raise ValueError(f"grid = {list(self.grid)} does not rise; the nearest is {sorted(set(self.grid))}")
         self._check_jump()
         self._check_sides()
+        self._check_terms()
         return self
 
     def _check_jump(self) -> None:
@@ -147,6 +158,22 @@ class ConsistencyConfig(Config):
             raise ValueError(
                 "jump = 'second_order' has no mid-point onto clean data (sigma = 0); the nearest legal end is 'index0'"
             )
+        if self.point == "self" and self.jump in ("skip", "cm_skip"):
+            raise ValueError(
+                f"point = 'self' asks jump = {self.jump!r} for t_n, which only reaches the end point; "
+                "the nearest legal jump is 'first_order'"
+            )
+        if self.weight != "none":
+            for field, value, fits in (
+                ("jump", self.jump, self.jump == "first_order"),
+                ("compare", self.compare, self.compare == "landing"),
+                ("distance", self.distance, self.distance != "features"),
+            ):
+                if not fits:
+                    raise ValueError(
+                        f"weight = {self.weight!r} is a first-order jump's pull on where it lands, which {field} = "
+                        f"{value!r} does not look at; the nearest legal weight is 'none'"
+                    )
 
     def _check_sides(self) -> None:
         if self.start == "trajectory" and self.point != "path":
@@ -178,6 +205,27 @@ class ConsistencyConfig(Config):
             )
         if self.denoising and "s" not in self.told:
             raise ValueError("denoising needs a network that can be asked for s = t; the nearest legal told is ['s']")
+
+    def _check_terms(self) -> None:
+        others = bool(self.denoising or self.adversarial.weight)
+        if not self.consistency and not others:
+            raise ValueError("consistency = 0 leaves nothing to minimise; the nearest legal one is 1")
+        if self.balance == "gradient" and not others:
+            raise ValueError("balance = 'gradient' has no other term to balance; the nearest legal one is 'fixed'")
+        if self.balance == "gradient" and not self.consistency:
+            raise ValueError(
+                "balance = 'gradient' beside consistency = 0 balances with nothing; the nearest is 'fixed'"
+            )
+        if self.start == "trajectory" and self.denoising:
+            raise ValueError("denoising needs data, start = 'trajectory' has none; the nearest legal denoising is 0")
+        if self.start == "trajectory" and self.adversarial.weight and self.adversarial.real == "data":
+            raise ValueError(
+                "adversarial.real = 'data' beside start = 'trajectory', which has none; the nearest legal is 'target'"
+            )
+        if "w" in self.told and self.guidance.convention == "none":
+            raise ValueError("told = 'w' says which guidance was learnt, convention = 'none' has none; leave it out")
+        if self.point == "path" and self.substeps > 1:
+            raise ValueError(f"substeps = {self.substeps} of no solver: point = 'path'; the nearest legal one is 1")
 
     @property
     def points(self) -> int:

@@ -41,8 +41,8 @@ Compare = Literal["landing", "end"]
 """Where two jumps are compared: where they land, or pushed on to the end point by the target."""
 AdversarialKind = Literal["hinge", "nonsaturating"]
 """The losses of a critic and of what it judges; see `objectives.adversarial`."""
-Weight = Literal["none", "eps", "x0"]
-"""What a distance is divided by: nothing, or how far a change of eps (of x0) moves the landing, squared."""
+Weight = Literal["none", "eps", "x0", "v"]
+"""What differences are divided by: nothing, or how far a change of eps (x0, v) moves the landing."""
 Target = Literal["self", "ema"]
 """Who the student must agree with."""
 DistanceName = Literal["l2", "huber", "huber_norm", "features"]

@@ -44,8 +44,10 @@ def family_plan(
 ) -> list[Update]:
     """One line for the student, and one for a critic where the recipe has one."""
 
+    outlet = student.outlet("student")
+
     def student_loss(batch: Batch, draws: Draws) -> Loss:
-        return consistency_loss(method, denoiser, sample_of(batch, draws), draws, features, critic)
+        return consistency_loss(method, denoiser, sample_of(batch, draws), draws, features, critic, outlet)
 
     follower = Follower(student.parameters("target"), method.target_decay) if method.target == "ema" else None
     plan = [Update("student", student.parameters("student"), student_loss, optim, follower=follower)]

@@ -27,6 +27,11 @@ class Host(Protocol):
         """Layers that a LoRA adapts, by the ends of their names."""
         ...
 
+    @property
+    def outlets(self) -> Sequence[str]:
+        """The network's last layers, by the beginnings of their names, the very last one first."""
+        ...
+
     def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """One network call."""
         ...
@@ -47,11 +52,22 @@ class Student:
 
     Attributes:
         told: what each role but the teacher is told beside x and t, if anything.
+        outlets: the network's last layers, as its host names them.
     """
 
     roles: Roles
     call: Call
     told: Mapping[str, ToldEmbedding]
+    outlets: Sequence[str] = ()
+
+    def outlet(self, role: str) -> nn.Parameter:
+        """The last matrix that is trained of a role: of a LoRA the last adapter, wherever that is."""
+        matrices = {name: p for name, p in self.roles.parameters(role).items() if p.dim() > 1}
+        for start in self.outlets:
+            found = [p for name, p in matrices.items() if name.startswith(start)]
+            if found:
+                return found[-1]
+        return list(matrices.values())[-1]
 
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
         """All that is trained of a role: its network's or adapter's weights, and `told.` what it is told by."""
@@ -82,7 +98,7 @@ def make_student(
         laid = SeparateRoles({BASE: host.network, **networks})
     device = next(host.network.parameters()).device
     embeddings = {role: ToldEmbedding(told, host.time_width, seed).to(device) for role in roles if told}
-    student = Student(laid, _call(host, laid, networks, embeddings), embeddings)
+    student = Student(laid, _call(host, laid, networks, embeddings), embeddings, host.outlets)
     first = student.parameters(roles[0])
     for role in roles:
         for parameter in student.parameters(role).values():

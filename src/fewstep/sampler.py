@@ -105,9 +105,10 @@ def sample_sss(
     With a second-order jump this is the paper's SSS of second order: denoise by DPM-Solver++(2S) to s, then diffuse.
     """
     check_gamma(gamma)
+    lowest = end_time(path, end)
     for t, t_next in pairwise(times):
         then = _batch(t_next, x)
-        s = TARGETS[law](path, then, gamma)
+        s = TARGETS[law](path, then, gamma).clamp(min=lowest)  # a network is not asked for less than it was trained to
         x_s = jump(x, _batch(t, x), s)
         x = diffuse(path, x_s, s, then, noise()) if gamma > 0 else x_s
     return jump(x, _batch(times[-1], x), _batch(end_time(path, end), x))

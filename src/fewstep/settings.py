@@ -54,6 +54,11 @@ class Sampling(Config):
                 f"steps = {self.steps} network calls cannot be split into {self.sampler} steps of {calls}; "
                 f"the nearest legal one is {self.steps + 1}"
             )
+        if self.sampler == "sss" and self.step_jump in ("skip", "cm_skip"):
+            raise ValueError(
+                f"jump = {self.step_jump!r} only reaches the end point, sampler = 'sss' lands before it; "
+                "the nearest legal jump is 'first_order'"
+            )
         if ("w" in self.told) != (self.w is not None):
             raise ValueError(f"w = {self.w} for a network that is told {list(self.told)}; name both, or none")
         return self
@@ -194,39 +199,51 @@ class DistillConfig(Config):
         return self
 
 
-def check_trained(method: ConsistencyConfig, sampling: Sampling) -> None:
+def check_trained(method: ConsistencyConfig, sampling: Sampling, path: str = "vp") -> None:
     """A student is only asked for what it was trained on: law 1 of the architecture.
+
+    What `fewstep sample` is told afterwards is free: a TCF(1) student under second-order jumps, or a solver.
 
     Raises:
         ValueError: naming the nearest legal setting.
     """
+    if set(sampling.told) != set(method.told):
+        raise ValueError(
+            f"sampling.told = {list(sampling.told)} is not what the network is trained with; "
+            f"the nearest legal one is {list(method.told)}"
+        )
     if sampling.sampler not in ("sss", "lcm"):
         return
     if sampling.spacing != "grid":
         raise ValueError(
             f"sampling.spacing = {sampling.spacing!r} takes times that are not trained; the nearest legal one is 'grid'"
         )
-    if not _within(sampling.grid, method.grid):
+    nested = path != "ve" and method.s != "inference"  # else a coarser grid asks for other times than the finer one
+    if not _within(sampling.grid, method.grid, nested):
         raise ValueError(
             f"sampling.grid = {sampling.grid} asks for times that method.grid = {method.grid} does not train; "
             f"the nearest legal one is {method.grid}"
         )
-    if set(sampling.told) != set(method.told):
-        raise ValueError(
-            f"sampling.told = {list(sampling.told)} is not what the network is trained with; "
-            f"the nearest legal one is {list(method.told)}"
-        )
-    if sampling.landing != method.end and sampling.step_jump != "skip":
-        raise ValueError(
-            f"sampling.end = {sampling.end!r} is not the end point that is trained; "
-            f"the nearest legal one is {method.end!r}"
-        )
+    asked: dict[str, tuple[object, object]] = {"jump": (sampling.step_jump, method.jump)}
+    if method.jump == "second_order":
+        asked |= {"r": (sampling.r, method.r), "form": (sampling.form, method.form)}
+    if method.jump != "skip":
+        asked["end"] = (sampling.end, method.end)
+    for field, (value, trained) in asked.items():
+        if value != trained:
+            raise ValueError(
+                f"sampling.{field} = {value!r} is not the {NAMES.get(field, field)} that is trained; "
+                f"the nearest legal one is {trained!r}"
+            )
 
 
-def _within(asked: GridSpec, trained: GridSpec) -> bool:
-    """Whether every time of one grid is a time of the other."""
+NAMES = {"end": "end point"}
+
+
+def _within(asked: GridSpec, trained: GridSpec, nested: bool) -> bool:
+    """Whether every time of one grid is a time of the other; `nested`: grids of N points hold those of N's divisors."""
     if isinstance(asked, int) and isinstance(trained, int):
-        return trained % asked == 0
+        return trained % asked == 0 if nested else trained == asked
     return asked == trained
 
 

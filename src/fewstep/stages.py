@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -57,14 +58,17 @@ def split_steps(steps: int, shares: Sequence[float]) -> list[int]:
     Raises:
         UserError: a stage would get none.
     """
-    total, done, result = sum(shares), 0.0, []
-    for share in shares:
-        before = round(done / total * steps)
-        done += share
-        result.append(round(done / total * steps) - before)
+    result = _split(steps, shares)
     if min(result) < 1:
-        raise UserError(f"loop.steps = {steps} leaves a stage without steps; the nearest legal one is {len(shares)}")
+        enough = round(2 * sum(shares) / min(shares)) + 1  # the smallest stage then has two
+        legal = next(count for count in range(steps + 1, enough + 1) if min(_split(count, shares)) > 0)
+        raise UserError(f"loop.steps = {steps} leaves a stage without steps; the nearest legal one is {legal}")
     return result
+
+
+def _split(steps: int, shares: Sequence[float]) -> list[int]:
+    ends = [round(done / sum(shares) * steps) for done in accumulate(shares)]
+    return [end - start for start, end in pairwise([0, *ends])]
 
 
 def stage_configs(config: ConfigT, stages: Sequence[Stage], steps: int) -> list[ConfigT]:

@@ -77,7 +77,7 @@ class Ear:
         self._handle = time_embedding.register_forward_hook(self._add)
 
     def _add(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        return output if self._heard is None else output + self._heard.to(output.dtype)
+        return output if self._heard is None else output + self._heard.to(output)
 
     @contextmanager
     def hears(self, addition: Tensor | None) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""A student that is told where it lands, in a diffusers pipeline.
+"""A student that is told where it lands, or the guidance it stands for, in a diffusers pipeline.
 
 Plain diffusers loads such a student's LoRA, but has nobody who tells it: no stock pipeline passes s or w. `attach`
 loads the LoRA, puts in a scheduler that knows where each jump lands, and lets the network hear it.
@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import TCDScheduler
+from diffusers import LCMScheduler, TCDScheduler
 from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.export.conditioning import read_told
-from fewstep.export.header import check_fits, read_header
+from fewstep.export.header import LoraHeader, check_fits, read_header
+from fewstep.export.pipeline import sampling_of
 from fewstep.sampler import check_gamma
 from fewstep.settings import Sampling
 from fewstep.told import Ear, ToldEmbedding
@@ -53,7 +54,10 @@ class _Teller:
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         sample = args[0] if args else kwargs["sample"]
         t = torch.as_tensor(args[1] if len(args) > 1 else kwargs["timestep"]).flatten()[0]
-        told = {"s": float(self.pipe.scheduler.landing(t)), "w": self.w or 0.0}
+        told = {"w": self.w or 0.0}
+        if "s" in self.embedding.parts:
+            told["s"] = float(self.pipe.scheduler.landing(t))
+        self.embedding.to(sample.device)  # the pipeline may have moved since
         wanted = {name: torch.full((len(sample),), told[name], dtype=torch.float64) for name in self.embedding.parts}
         self.ear.speak(self.embedding(wanted))
 
@@ -62,64 +66,81 @@ class _Teller:
 
 
 def _check_scheduler(sampling: Sampling, gamma: float, name: str) -> None:
-    """Refuse what diffusers' TCDScheduler does not do.
+    """Refuse what neither diffusers' TCDScheduler nor its LCMScheduler does.
 
     Raises:
-        UserError: naming what it does instead.
+        UserError: naming what the nearer of them does instead.
     """
     law = sampling.gamma_law if gamma else "time"  # without noise both laws are one
-    asked = {
-        "sampler": (sampling.sampler, "sss"),
-        "jump": (sampling.step_jump, "first_order"),
-        "gamma_law": (law, "time"),
-        "end": (sampling.end, "index0"),
-        "spacing": (sampling.spacing, "grid"),
-    }
+    by_index = sampling.grid if isinstance(sampling.grid, int) else 50
+    asked: dict[str, tuple[object, object]] = {"grid": (sampling.grid, by_index), "spacing": (sampling.spacing, "grid")}
+    if sampling.sampler == "lcm":
+        scheduler = "LCMScheduler"
+        asked |= {"jump": (sampling.step_jump, "skip")}
+    else:
+        scheduler = "TCDScheduler"
+        asked |= {
+            "sampler": (sampling.sampler, "sss"),
+            "jump": (sampling.step_jump, "first_order"),
+            "gamma_law": (law, "time"),
+            "end": (sampling.end, "index0"),
+        }
     for field, (value, legal) in asked.items():
         if value != legal:
             raise UserError(
-                f"student = {name!r} is sampled with {field} = {value!r}, which TCDScheduler is not; "
+                f"student = {name!r} is sampled with {field} = {value!r}, which {scheduler} is not; "
                 f"the nearest that can be attached is {legal!r}"
             )
 
 
+def _read_student(pipe: Any, student: Path) -> tuple[Sampling, Path, LoraHeader | None]:
+    """How a student is sampled, where it lies, and its LoRA's header; None for one that is the pipeline itself."""
+    if (student / "model_index.json").is_file():
+        return sampling_of(student) or Sampling(), student, None
+    # other LoRAs may be loaded already: PEFT then keeps the base's layers under another name
+    named = {name.replace(".base_layer", ""): value for name, value in pipe.unet.state_dict().items()}
+    weights = {name: tuple(value.shape) for name, value in named.items() if "lora_" not in name}
+    header = read_header(student, weights)
+    check_fits(header, weights, header.base, str(student))  # by shapes: a pipeline in memory has no files to compare
+    return header.sampling or Sampling(), header.file, header
+
+
 def attach(pipe: Any, student: Path | str, *, gamma: float | None = None) -> Any:
-    """Make a diffusers Stable Diffusion pipeline run a student that is told where it lands (`recipe = tcd-s`, `ctm`).
+    """Make a diffusers Stable Diffusion pipeline run a student that is told where it lands, or its guidance.
 
     Then `pipe(prompt, num_inference_steps=4, guidance_scale=0)`; gamma is the student's own unless it is given here.
 
     Args:
-        pipe: a StableDiffusionPipeline of the student's base.
-        student: folder with its LoRA and `conditioning.safetensors`.
+        pipe: a StableDiffusionPipeline of the student's base; of the student's own folder, if that is a whole pipeline.
+        student: folder with its LoRA and `conditioning.safetensors`, or that whole pipeline's.
 
     Returns:
         the same pipeline.
 
     Raises:
-        UserError: not such a student, or one of another base.
+        UserError: not such a student, one of another base, one that no scheduler of diffusers samples, or a pipeline
+            that has a student already.
     """
-    # other LoRAs may be loaded already: PEFT then keeps the base's layers under another name
-    named = {name.replace(".base_layer", ""): value for name, value in pipe.unet.state_dict().items()}
-    weights = {name: tuple(value.shape) for name, value in named.items() if "lora_" not in name}
-    header = read_header(student, weights)
-    sampling = header.sampling or Sampling()
+    if getattr(pipe, "_fewstep_teller", None) is not None:
+        raise UserError("pipe has a student attached already; load a fresh pipeline for another one")
+    sampling, place, header = _read_student(pipe, Path(student))
     if not sampling.told:
         raise UserError(
-            f"student = {str(student)!r} is told nothing; load_lora_weights and TCDScheduler are all it needs"
+            f"student = {str(student)!r} is told nothing; plain diffusers and its scheduler are all it needs"
         )
-    check_fits(header, weights, header.base, str(student))  # by shapes: a pipeline in memory has no files to compare
     strength = check_gamma(sampling.gamma if gamma is None else gamma)
     _check_scheduler(sampling, strength, str(student))
-    width = int(pipe.unet.time_embedding.linear_2.out_features)
-    embedding = read_told(header.file, sampling.told, width)
+    embedding = read_told(place, sampling.told, int(pipe.unet.time_embedding.linear_2.out_features))
     assert embedding is not None
-    pipe.load_lora_weights(str(header.file.parent), weight_name=header.file.name)
-    keep = dict(pipe.scheduler.config)
-    if isinstance(sampling.grid, int):
-        keep["original_inference_steps"] = sampling.grid
-    pipe.scheduler = ToldTCDScheduler.from_config(keep)
-    pipe.scheduler.gamma = strength
-    teller = _Teller(pipe, embedding.to(pipe.unet.device), sampling.w)
+    if header is not None:
+        pipe.load_lora_weights(str(header.file.parent), weight_name=header.file.name)
+    keep = {**pipe.scheduler.config, "original_inference_steps": sampling.grid}
+    if sampling.sampler == "lcm":
+        pipe.scheduler = LCMScheduler.from_config(keep)
+    else:
+        pipe.scheduler = ToldTCDScheduler.from_config(keep)
+        pipe.scheduler.gamma = strength
+    teller = pipe._fewstep_teller = _Teller(pipe, embedding, sampling.w)
     pipe.unet.register_forward_pre_hook(teller.before, with_kwargs=True)
     pipe.unet.register_forward_hook(teller.after)
     return pipe

@@ -85,9 +85,13 @@ def stored_trajectories(
     device = backbone.device
     rng = generator(seed, "trajectories")
     rows = torch.from_numpy(rng.integers(0, said.captions, count))
+    unsaid = torch.from_numpy(generator(seed, "trajectories without prompt").random(count))
+    rows = torch.where(unsaid < config.data.empty_prompts, said.captions, rows)
     omega = torch.from_numpy(rng.uniform(*method.guidance.omegas, count))
     teacher = backbone.folder.identity("unet", "scheduler")
-    digest = hashlib.sha256(f"{teacher} {said.key} {method_key(method)} {seed}".encode()).hexdigest()[:16]
+    digest = hashlib.sha256(
+        f"{teacher} {said.key} {method_key(method)} {seed} {config.data.empty_prompts}".encode()
+    ).hexdigest()[:16]
 
     def shard(part: slice) -> dict[str, Tensor]:
         start, stop = part.start, part.stop

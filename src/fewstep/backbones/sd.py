@@ -220,6 +220,9 @@ class StableDiffusion:
         part: nn.Module = network.time_embedding  # type: ignore[assignment]
         return part
 
+    outlets = ("conv_out", "up_blocks")
+    """The last layers of a UNet, the very last one first."""
+
     @property
     def time_width(self) -> int:
         """Width of the time embedding."""

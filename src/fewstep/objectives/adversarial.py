@@ -29,14 +29,22 @@ def per_item(values: Tensor) -> Tensor:
 
 
 def seen_by_critic(
-    config: AdversarialConfig, path: Path, x: Tensor, at: Tensor, draws: Draws, who: str, to: Tensor | None = None
+    config: AdversarialConfig,
+    path: Path,
+    x: Tensor,
+    at: Tensor,
+    top: Tensor,
+    draws: Draws,
+    who: str,
+    to: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What the critic sees of points x at the times `at`: they are diffused to times drawn above, or to `to`.
 
-    `who` keys the noise: real and fake points get their own.
+    Drawn times lie up to the share `config.noise` of the way to `top`, the upper edge of the segment, which PCM's
+    critic looks at whole. `who` keys the noise: real and fake points get their own.
     """
     if to is None:
-        to = at + draws.uniform("critic t", 0, config.noise) * (path.noisiest - at) if config.noise else at
+        to = at + draws.uniform("critic t", 0, config.noise) * (top - at) if config.noise else at
     if to is at:
         return x, at
     return diffuse(path, x, at, to, draws.normal(f"{who} noise", tuple(x.shape[1:]))), to
@@ -72,13 +80,12 @@ def discriminate(
     return Loss(per_sample.mean(), per_sample.detach(), None, scalars)
 
 
-def gradient_ratio(first: Tensor, at_first: Tensor, second: Tensor, at_second: Tensor) -> Tensor:
-    """|d first/d at_first| / |d second/d at_second| over the batch: times it the second loss pulls as the first does.
+def gradient_ratio(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
+    """|d first/d weight| / |d second/d weight|, of the means over the batch: times it both pull alike there.
 
-    CTM takes both gradients at the network's last layer (arXiv 2310.02279, eq 13, after VQGAN); what comes out of it is
-    the same place for LoRA and full students alike.
+    CTM takes both gradients at the network's last layer (arXiv 2310.02279, eq 13, after VQGAN); of a LoRA that is its
+    last adapter. It is taken over a micro-batch.
     """
-    places = ((first, at_first), (second, at_second))
-    one, other = (torch.autograd.grad(loss.mean(), x, retain_graph=True)[0].norm() for loss, x in places)
+    one, other = (torch.autograd.grad(loss.mean(), weight, retain_graph=True)[0].norm() for loss in (first, second))
     ratio: Tensor = (one / other.clamp(min=1e-8)).clamp(max=1e4)
     return ratio.detach()

@@ -32,22 +32,24 @@ from fewstep.objectives.distance import FeaturesOf, distance
 from fewstep.objectives.points import POINTS, Sample, Scene, path_through
 from fewstep.objectives.times import draw_times
 from fewstep.sampler import Jumper
-from fewstep.schedule import Path, expand, share_of
+from fewstep.schedule import Path, share_of
 
 
 def implicit_pull(weight: Weight, path: Path, t: Tensor, s: Tensor) -> Tensor | None:
-    """How far a change of eps (or x0) at t moves the landing x_s of a first-order jump, float64 [B]; None for `none`.
+    """How far a change of eps, x0 or v at t moves the landing x_s of a first-order jump, float64 [B]; None for `none`.
 
     |df/deps| = alpha_s sigma_t/alpha_t - sigma_s, |df/dx0| = alpha_s - sigma_s alpha_t/sigma_t. Their squares differ by
-    four orders of magnitude over a batch: divided by them, an L2 distance counts every pair alike. Where x_t is pure
-    noise (alpha_t = 0, the flow path's start) eps moves the landing without bound: such a sample counts for nothing.
+    four orders of magnitude over a batch: gaps divided by them count every pair alike. `v` is x0's over sqrt(SNR + 1),
+    the weight of v-prediction (MCM, arXiv 2403.06807). Where x_t is pure noise (alpha_t = 0, the flow path's start) eps
+    moves the landing without bound: such a sample counts for nothing.
     """
     if weight == "none":
         return None
     alpha_t, sigma_t, alpha_s, sigma_s = (part(when) for when in (t, s) for part in (path.alpha, path.sigma))
     if weight == "eps":
         return alpha_s * sigma_t / alpha_t - sigma_s
-    return alpha_s - sigma_s * alpha_t / sigma_t
+    pull = alpha_s - sigma_s * alpha_t / sigma_t
+    return pull if weight == "x0" else pull / ((alpha_t / sigma_t).square() + 1).sqrt()
 
 
 def set_scene(config: ConsistencyConfig, denoiser: Denoiser, sample: Sample, draws: Draws) -> Scene:
@@ -103,38 +105,38 @@ def consistency_loss(
     draws: Draws,
     features: FeaturesOf | None = None,
     critic: Critic | None = None,
+    outlet: Tensor | None = None,
 ) -> Loss:
     """The loss of one micro-batch, with the further terms that the recipe names.
 
     Args:
         features: of a frozen network, for the distance in them.
         critic: judges where the student lands, for the adversarial term; it learns by `critic_loss`.
+        outlet: the student's last trained weight, where the terms' gradients are balanced.
     """
     path = denoiser.path
     scene = set_scene(config, denoiser, sample, draws)
     # The student before the target: autocast of older torch keeps the cast weights of the first call, and those of a
     # call without gradient would leave the student without one.
     landed, at, times = student_lands(scene), compared_at(scene), scene.times
-    per_sample = distance(config, landed, target_lands(scene), at, sample.condition, features)
     pull = implicit_pull(config.weight, path, times.t_nk, times.s)
-    if pull is not None:
-        per_sample = per_sample / expand(pull.square(), per_sample)
+    per_sample = distance(config, landed, target_lands(scene), at, sample.condition, features, pull)
     scalars = {"consistency": per_sample.detach().mean()}
     own, per_sample = per_sample, config.consistency * per_sample
 
-    def add(name: str, weight: float, term: Tensor, found: Tensor) -> Tensor:
+    def add(name: str, weight: float, term: Tensor) -> Tensor:
         scalars[name] = term.detach().mean()
-        if config.balance == "gradient":
-            term = gradient_ratio(own, landed, term, found) * term
+        if config.balance == "gradient" and outlet is not None:
+            term = gradient_ratio(own, term, outlet) * term
         return per_sample + weight * term
 
     if config.denoising:
-        fit, found = denoising_loss(config, denoiser, sample.data, sample.condition, draws)
-        per_sample = add("denoising", config.denoising, fit, found)
+        fit = denoising_loss(config, denoiser, sample.data, sample.condition, draws)
+        per_sample = add("denoising", config.denoising, fit)
     if config.adversarial.weight and critic is not None:
-        x, t = seen_by_critic(config.adversarial, path, landed, at, draws, "fake")
+        x, t = seen_by_critic(config.adversarial, path, landed, at, times.top, draws, "fake")
         fooled = generator_loss(config.adversarial, critic(x, t, sample.condition))
-        per_sample = add("adversarial", config.adversarial.weight, fooled, landed)
+        per_sample = add("adversarial", config.adversarial.weight, fooled)
     alone = len(scalars) == 1
     t_share = share_of(path, times.t_nk)
     return Loss(per_sample.mean(), per_sample.detach(), t_share, {} if alone else scalars)
@@ -149,6 +151,7 @@ def critic_loss(config: ConsistencyConfig, denoiser: Denoiser, sample: Sample, d
         real, real_at = (
             (sample.data, torch.full_like(at, path.clean)) if own.real == "data" else (target_lands(scene), at)
         )
-        seen_fake = seen_by_critic(own, path, fake, at, draws, "fake")
-        seen_real = seen_by_critic(own, path, real, real_at, draws, "real", to=seen_fake[1])
+        top = scene.times.top
+        seen_fake = seen_by_critic(own, path, fake, at, top, draws, "fake")
+        seen_real = seen_by_critic(own, path, real, real_at, top, draws, "real", to=seen_fake[1])
     return discriminate(own, critic, seen_real, seen_fake, sample.condition)

@@ -20,8 +20,8 @@ def edm_weight(path: Path, t: Tensor, sigma_data: float = 0.5) -> Tensor:
 
 def denoising_loss(
     config: ConsistencyConfig, denoiser: Denoiser, x_0: Tensor, condition: Condition, draws: Draws
-) -> tuple[Tensor, Tensor]:
-    """Weighted squared error of the student's x0 at times of the training grid, [B], and that x0; one student call.
+) -> Tensor:
+    """Weighted squared error of the student's x0 at times of the training grid, [B]; one student call.
 
     Its minimiser is E[x0 | x_t]: the diffusion model itself, at s = t, where a jump's slope is the PF-ODE's.
     """
@@ -32,4 +32,4 @@ def denoising_loss(
     more = tell(condition, s=index_of(denoiser.path, t), w=torch.zeros_like(t) if "w" in config.told else None)
     found = denoiser.estimate(x_t, t, more, "student").x0
     error = (found - x_0).square().flatten(1).mean(1)
-    return expand(edm_weight(denoiser.path, t), error) * error, found
+    return expand(edm_weight(denoiser.path, t), error) * error

@@ -17,17 +17,22 @@ from fewstep.method_settings import ConsistencyConfig
 from fewstep.names import SLaw
 from fewstep.schedule import Path
 
+NOWHERE = -2
+"""Below every index of a grid, the end point's -1 included."""
+
 
 @dataclass(frozen=True)
 class Triple:
     """The times of a batch, float64 [B] each: t_{n+k} >= t_n >= s (equal at index 0 of a grid that has it).
 
-    `index_nk` and `index_n`, int64 [B], say which points of the grid the first two are; -1 is the end point.
+    `top` is the upper edge of the segment that they lie in. `index_nk` and `index_n`, int64 [B], say which points of
+    the grid the first two are; -1 is the end point.
     """
 
     t_nk: Tensor
     t_n: Tensor
     s: Tensor
+    top: Tensor
     index_nk: Tensor
     index_n: Tensor
 
@@ -61,7 +66,8 @@ def draw_times(config: ConsistencyConfig, path: Path, draws: Draws) -> Triple:
     rungs = Rungs(grid, end_time(path, config.end))
     below = torch.maximum(index - k, edge)
     s = S_LAWS[config.s](config, path, rungs, edge, below, draws)
-    return Triple(rungs.at(index), rungs.at(below), s, index, below)
+    top = rungs.at(edge + len(grid) // config.segments)
+    return Triple(rungs.at(index), rungs.at(below), s, top, index, below)
 
 
 def _edge(config: ConsistencyConfig, path: Path, rungs: Rungs, edge: Tensor, below: Tensor, draws: Draws) -> Tensor:
@@ -83,21 +89,23 @@ def _inference(
 ) -> Tensor:
     """TDD's law (arXiv 2409.01347): a time that sampling will ask for, times 1 - U[0, spread] as SSS shrinks it.
 
-    The times are those of all step counts in `inference_steps`, and the end point; of them one is drawn that lies at or
-    below t_n and within `reach` of it, or else the nearest one below.
+    The times are those of all step counts in `inference_steps`, and the segment's lower edge; of them one is drawn that
+    lies at or below t_n and at most the share `reach` of the grid's points below it, or else the nearest one below.
     """
     low, high = config.inference_steps
     lists = [inference_times(path, steps, grid=config.grid) for steps in range(low, high + 1)]
-    asked = torch.cat([rungs.grid.new_tensor([rungs.end]), *lists]).unique()  # type: ignore[no-untyped-call]
-    t_n = rungs.at(below)[:, None]
-    far = config.reach * (path.noisiest - path.clean)
-    open_to = (asked <= t_n) & (asked >= t_n - far)
-    nearest = (asked <= t_n).sum(1) - 1
-    open_to[torch.arange(len(t_n)), nearest] = True
+    asked = torch.cat(lists).unique()  # type: ignore[no-untyped-call]
+    points = torch.searchsorted(rungs.grid, asked)  # by index: on EDM's grid times say nothing of how far they are
+    lowest, highest = edge[:, None], below[:, None]
+    every = torch.cat([lowest, torch.where(points > lowest, points, NOWHERE)], 1)
+    inside = (every >= lowest) & (every <= highest)
+    nearest = torch.where(inside, every, NOWHERE).argmax(1)
+    open_to = inside & (every >= highest - config.reach * len(rungs.grid))
+    open_to[torch.arange(len(edge)), nearest] = True
     place = (draws.uniform("s") * open_to.sum(1)).long()[:, None]
-    chosen = asked[(open_to.cumsum(1) > place).int().argmax(1)]
+    chosen = rungs.at(every.gather(1, (open_to.cumsum(1) > place).int().argmax(1, keepdim=True))[:, 0])
     shrunk: Tensor = (1 - draws.uniform("spread", 0, config.spread)) * chosen
-    return shrunk.clamp(min=rungs.end)
+    return torch.maximum(shrunk, rungs.at(edge))
 
 
 def _next(config: ConsistencyConfig, path: Path, rungs: Rungs, edge: Tensor, below: Tensor, draws: Draws) -> Tensor:

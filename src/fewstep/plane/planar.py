@@ -54,8 +54,9 @@ class Planar(nn.Module):
 class Plane:
     """The host of roles in the plane (`role_layout.Host`)."""
 
-    targets = ("enter", "middle.1", "middle.3", "leave")
+    targets = ("time_embedding.0", "time_embedding.2", "enter", "middle.1", "middle.3", "leave")
     """Layers that a LoRA adapts."""
+    outlets = ("leave",)
 
     def __init__(self, network: Planar) -> None:
         self.network: nn.Module = network.requires_grad_(False)

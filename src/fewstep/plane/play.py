@@ -14,7 +14,7 @@ from torch import Tensor
 from fewstep.denoiser import Condition, Denoiser
 from fewstep.draws import Draws
 from fewstep.files import atomic_write, write_json
-from fewstep.grid import end_time, training_grid
+from fewstep.grid import end_time, inference_times, training_grid
 from fewstep.inference import draw_latents
 from fewstep.jump import student_step
 from fewstep.jumper import Voice
@@ -33,7 +33,7 @@ from fewstep.schedule import Path as NoisePath
 from fewstep.stages import parts_of
 from fewstep.tensors import digest
 from fewstep.training.launch import make_accelerator
-from fewstep.training.loop import Batch, Trained, train
+from fewstep.training.loop import Batch, Trained, Update, train
 from fewstep.training.run import RunLog
 
 
@@ -125,29 +125,50 @@ def train_play(config: PlayConfig, out: Path, quiet: bool = False, base: Path | 
     return replace(play, config=config)
 
 
-def _train_stage(play: Play, out: Path, inputs: Mapping[str, str], quiet: bool) -> Trained:
+def play_plan(play: Play, points: Tensor) -> list[Update]:
+    """What the loop is handed: the family's plan on batches of item numbers of the training points."""
     config = play.config
-    points = training_points(play)
-
-    def fetch(items: np.ndarray) -> Batch:
-        return {"points": points[torch.from_numpy(items)]}
 
     def sample(batch: Batch, draws: Draws) -> Sample:
-        x = batch["points"]
+        x = points[torch.from_numpy(batch["items"])]
         omega = torch.zeros(len(x), dtype=torch.float64) if config.method.start == "trajectory" else None
         return Sample(x, {}, {}, omega)
 
     critic = PlanarCritic(config.width, config.loop.seed) if config.method.adversarial.weight else None
-    plan = family_plan(config.method, config.optim, play.student, play.denoiser, sample, critic=critic)
+    return family_plan(config.method, config.optim, play.student, play.denoiser, sample, critic=critic)
+
+
+def _train_stage(play: Play, out: Path, inputs: Mapping[str, str], quiet: bool) -> Trained:
+    config, points = play.config, training_points(play)
     accelerator = make_accelerator("fp32", torch.device("cpu"))
     with RunLog(out, config, title=f"playground {config.recipe}", inputs=inputs, quiet=quiet) as log:
-        return train(plan, fetch, len(points), config.loop, log, accelerator)
+        return train(play_plan(play, points), fetch, len(points), config.loop, log, accelerator)
+
+
+def fetch(items: np.ndarray) -> Batch:
+    """A batch is its item numbers: points are looked up where the loss is taken."""
+    return {"items": items}
+
+
+def check_play(config: PlayConfig) -> None:
+    """Refuse, before anything is trained, what only the path and the network can tell.
+
+    Raises:
+        UserError: a grid that the path has no times for, a prediction that says nothing on it, no such layers.
+    """
+    for stage in config.each_stage():
+        play = lay_out(stage)
+        training_grid(play.teacher.path, stage.method.grid)
+        for steps in config.steps:
+            inference_times(play.teacher.path, steps, grid=stage.sampling.grid, spacing=stage.sampling.spacing)
 
 
 def play(recipes: Sequence[PlayConfig], out: Path, quiet: bool = False) -> Path:
     """Train and measure each recipe, and write figure.webp, table.md and figures.json; returns the figure's path."""
     from fewstep.plane.figure import draw_figure, table
 
+    for config in recipes:
+        check_play(config)
     done = []
     for config in recipes:
         student = train_play(config, out / config.recipe, quiet, out / "base")

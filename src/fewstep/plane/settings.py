@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from fewstep.config import Config, merge, parse_overrides, validate
-from fewstep.method_settings import ConsistencyConfig
+from fewstep.method_settings import ConsistencyConfig, Guidance
 from fewstep.names import Prediction
 from fewstep.recipes import read_recipe
 from fewstep.settings import LoopConfig, OptimConfig, Sampling, StudentConfig, check_trained
@@ -24,7 +24,9 @@ class PlayConfig(Config):
     """One recipe in the plane."""
 
     recipe: str = Field("tcd", description="name of the method's recipe")
-    method: ConsistencyConfig = Field(ConsistencyConfig(), description="the objective")
+    method: ConsistencyConfig = Field(
+        ConsistencyConfig(guidance=Guidance(convention="none")), description="the objective; there is no guidance here"
+    )
     sampling: Sampling = Field(Sampling(), description="how it is sampled")
     path: PathName = Field("vp", description="noise path: vp, flow, ve")
     prediction: Prediction | None = Field(None, description="what the network says; null for eps, flow, x0 by the path")
@@ -47,13 +49,34 @@ class PlayConfig(Config):
     @model_validator(mode="after")
     def _playable(self) -> Self:
         for stage in self.each_stage():
-            check_trained(stage.method, stage.sampling)
+            check_trained(stage.method, stage.sampling, self.path)
             if stage.method.distance == "features":
                 raise ValueError(
                     "method.distance = 'features' asks for a network's features, the plane has none; "
                     "the nearest legal one is 'l2'"
                 )
+            if stage.method.guidance.convention != "none":
+                raise ValueError(
+                    "method.guidance asks for a prompt, the plane has none; the nearest convention is 'none'"
+                )
+        self._check_measured()
         return self
+
+    def _check_measured(self) -> None:
+        sampling = self.sampling
+        if sampling.omega:
+            raise ValueError(f"sampling.omega = {sampling.omega:g} asks for a prompt, the plane has none; it must be 0")
+        points = sampling.grid if isinstance(sampling.grid, int) else len(sampling.grid)
+        legal = sorted({min(max(count, 1), points) for count in self.steps}) or [1]
+        if list(self.steps) != legal:
+            raise ValueError(f"steps = {list(self.steps)} on a grid of {points} points; the nearest legal is {legal}")
+        strengths = sorted({min(max(gamma, 0.0), 1.0) for gamma in self.gammas}) or [0.0]
+        if list(self.gammas) != strengths:
+            raise ValueError(f"gammas = {list(self.gammas)} must rise within 0 to 1; the nearest legal is {strengths}")
+        if self.path == "flow" and self.says == "eps":
+            raise ValueError(
+                "prediction = 'eps' says nothing of x_0 where a flow starts; the nearest legal one is 'flow'"
+            )
 
     @property
     def says(self) -> Prediction:
