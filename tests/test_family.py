@@ -253,6 +253,17 @@ def test_times_of_every_recipe(recipe: str) -> None:
     assert bool((times.t_n >= edge).all())
     assert bool((times.s >= edge).all())
     assert torch.equal(times.t_nk, grid[times.index_nk])
+    rungs = torch.cat([grid.new_tensor([end]), grid])
+    below = torch.maximum(times.index_nk - method.k, times.index_nk // width * width - 1)
+    assert bool((times.t_n >= rungs[below + 1]).all())
+    if method.k_low is None:
+        assert torch.equal(times.t_n, rungs[below + 1])
+    if method.s == "edge":
+        assert torch.equal(times.s, edge)
+    if method.s == "uniform":
+        assert bool((times.s == times.t_n)[times.t_n > edge].any())
+        assert bool((times.s == edge)[times.t_n > edge].any())
+    assert torch.equal(times.top, grid[(times.index_nk // width + 1) * width - 1])
 
 
 def test_k_is_drawn_where_a_smallest_is_named() -> None:
@@ -275,6 +286,98 @@ def test_segments_land_on_their_lower_edge() -> None:
         rows = times.t_nk == t_nk
         assert times.t_n[rows].unique().tolist() == [t_n]
         assert times.s[rows].unique().tolist() == [s]
+    wide = draw_times(method_of("pcm", k=4), PATHS["vp"], Draws(3, 0, tuple(range(4000))))
+    for t_nk, t_n in ((249, 149), (274, 249), (324, 249), (374, 274)):
+        assert wide.t_n[wide.t_nk == t_nk].unique().tolist() == [t_n], "clamped at the edge"
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_tdd_stays_in_its_segment_and_reaches_as_far_on_every_path(name: str) -> None:
+    """Reach is counted in points of the grid: on EDM's, times say nothing of how far they are."""
+    path = PATHS[name]
+    method = method_of("tdd", segments=5, spread=0.0)
+    times = draw_times(method, path, Draws(3, 0, tuple(range(4000))))
+    grid = training_grid(path, method.grid)
+    edge = torch.cat([grid.new_tensor([end_time(path, method.end)]), grid])[times.index_nk // 10 * 10]
+    assert bool((times.s >= edge).all())
+    assert bool((times.s <= times.t_n).all())
+    whole = draw_times(method_of("tdd", spread=0.0), path, Draws(3, 0, tuple(range(4000))))
+    from_noise = whole.index_nk == 49
+    landed = torch.searchsorted(grid, whole.s[from_noise])
+    asked = {49 - i * 50 // steps for steps in range(4, 9) for i in range(1, steps)}
+    assert set(landed.tolist()) == {index for index in asked if 48 - 13 <= index <= 48}
+
+
+def test_differences_are_divided_by_the_pull() -> None:
+    """One wrong eps (or x0) at every pair of times costs the same, under each distance; no jump costs nothing."""
+    from fewstep.objectives.consistency import implicit_pull
+    from fewstep.objectives.distance import distance
+
+    for name, path in PATHS.items():
+        grid = training_grid(path, 50)
+        t, s = grid[[5, 20, 40, 48]], grid[[0, 3, 4, 40]]
+        for weight in ("eps", "x0", "v"):
+            pull = implicit_pull(weight, path, t, s)  # type: ignore[arg-type]
+            assert pull is not None
+            for kind in ("l2", "huber", "huber_norm"):
+                method = method_of("tcd", distance=kind, huber_c=0.1)
+                off = torch.full((4, 2), 0.3, dtype=torch.float64) * pull[:, None]
+                costs = distance(method, off, torch.zeros_like(off), s, {}, None, pull)
+                wanted = distance(method, torch.full((4, 2), 0.3), torch.zeros(4, 2), s, {}, None)
+                assert costs.tolist() == pytest.approx(wanted.tolist()), (name, weight, kind)
+            nowhere = implicit_pull(weight, path, s, s)  # type: ignore[arg-type]
+            assert distance(method, off, -off, s, {}, None, nowhere).tolist() == [0.0] * 4
+    alpha, sigma = PATHS["vp"].alpha(t), PATHS["vp"].sigma(t)
+    x0, v = (implicit_pull(weight, PATHS["vp"], t, s) for weight in ("x0", "v"))
+    assert x0 is not None
+    assert v is not None
+    torch.testing.assert_close((x0 / v).square(), alpha.square() / sigma.square() + 1)
+
+
+def test_balanced_terms_pull_alike_at_the_last_layer() -> None:
+    """CTM's weights: of denoising and critic each, the gradient at the student's outlet is as long as consistency's."""
+    from fewstep.plane.play import lay_out, play_plan, training_points
+    from fewstep.plane.settings import resolve_play
+
+    for kind in ("full", "lora"):
+        words = ["base=exact", f"student.kind={kind}", "width=16", "count=200"]
+        lengths = {}
+        for name, more in {
+            "own": ["method.denoising=0", "method.adversarial.weight=0", "method.balance=fixed"],
+            "denoising": ["method.adversarial.weight=0"],
+            "critic": ["method.denoising=0"],
+        }.items():
+            play = lay_out(resolve_play("ctm", [*words, *more]))
+            outlet = play.student.outlet("student")
+            assert any(outlet is p for n, p in play.student.parameters("student").items() if n.startswith("leave"))
+            with torch.no_grad():  # away from the start, where the critic says nothing and the student is the teacher
+                for parameter in play.student.parameters("student").values():
+                    parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+            updates = play_plan(play, training_points(play))
+            loss = updates[0].loss({"items": torch.arange(64).numpy()}, Draws(0, 0, tuple(range(64))))
+            (lengths[name],) = torch.autograd.grad(loss.value, outlet)
+        for name in ("denoising", "critic"):
+            added = lengths[name] - lengths["own"]
+            assert float(added.norm() / lengths["own"].norm()) == pytest.approx(1, rel=1e-3), (kind, name)
+
+
+def test_a_critic_sees_its_segment_alone() -> None:
+    """PCM: noised to anywhere inside the phase; the two points of a pair to one time."""
+    from fewstep.objectives.adversarial import seen_by_critic
+
+    method = resolve("pcm").method
+    path = PATHS["vp"]
+    draws = Draws(3, 0, tuple(range(4000)))
+    times = draw_times(method, path, draws)
+    x = torch.zeros(4000, 2)
+    seen, to = seen_by_critic(method.adversarial, path, x, times.s, times.top, draws, "fake")
+    for edge, top in ((0, 249), (249, 499), (499, 749), (749, 999)):
+        inside = to[times.s == edge]
+        assert edge <= float(inside.min()) < edge + 10
+        assert top - 10 < float(inside.max()) < top
+    real, same = seen_by_critic(method.adversarial, path, x, times.s, times.top, draws, "real", to=to)
+    assert same is to
+    assert not torch.equal(seen, real), "noise of its own"
 
 
 def test_tdd_lands_where_sampling_will_ask_it_to() -> None:
@@ -350,6 +453,9 @@ def test_cost_counts_a_backward_as_two() -> None:
     assert {recipe: resolve(recipe).method.cost for recipe in wanted} == wanted
 
 
+NONE = "method.guidance.convention=none"
+
+
 def test_illegal_combinations_name_the_nearest_legal_one() -> None:
     from fewstep.errors import UserError
 
@@ -370,6 +476,32 @@ def test_illegal_combinations_name_the_nearest_legal_one() -> None:
         ("tcd-s", ["sampling.told=[]"], r"sampling.told = \[\] is not what .*\['s'\]"),
         ("tcd", ["method.adversarial.weight=1"], r"adversarial.real = 'data' .* nearest legal real is 'target'"),
         ("tcd", ["method.grid=[19]"], r"less than 2 points"),
+        ("tcd", ["method.grid=[5,5]"], r"grid = \[5\.0, 5\.0\] does not rise; the nearest is \[5\.0\]"),
+        ("tcd-s", ["sampling.sampler=ddim", "sampling.told=[]"], r"sampling.told = \[\] is not what .*\['s'\]"),
+        (
+            "cd",
+            ["sampling.sampler=sss"],
+            r"jump = 'cm_skip' only reaches the end point, sampler = 'sss' .*'first_order'",
+        ),
+        ("tcd-2", ["method.r=0.3"], r"sampling.r = 0.5 is not the r that is trained; .* 0.3"),
+        ("tcd-2", ["method.form=eps"], r"sampling.form = 'x0' is not the form that is trained; .* 'eps'"),
+        (
+            "lcm",
+            ["method.jump=first_order"],
+            r"sampling.jump = 'skip' is not the jump that is trained; .*'first_order'",
+        ),
+        ("tdd", ["sampling.grid=25"], r"sampling.grid = 25 asks for times .* is 50"),
+        ("kd", ["method.told=[s]", "method.denoising=1", NONE], r"denoising needs data, start = 'trajectory' has none"),
+        ("kd", ["method.adversarial={weight: 1, noise: .2}"], r"real = 'data' beside start = 'trajectory'.*'target'"),
+        ("mcm", ["method.jump=second_order"], r"weight = 'v' is a first-order jump's pull .*legal weight is 'none'"),
+        ("mcm", ["method.distance=features"], r"distance = 'features' does not look at; .*'none'"),
+        ("lcm", ["method.point=self"], r"point = 'self' asks jump = 'skip' for t_n, .*'first_order'"),
+        ("tcd", ["method.consistency=0"], r"consistency = 0 leaves nothing to minimise; the nearest legal one is 1"),
+        ("tcd", ["method.balance=gradient"], r"no other term to balance; the nearest legal one is 'fixed'"),
+        ("ct", ["method.told=[w]", "sampling.told=[w]", "sampling.w=5"], r"told = 'w' says which guidance was learnt"),
+        ("ct", ["method.substeps=4"], r"substeps = 4 of no solver: point = 'path'; the nearest legal one is 1"),
+        ("tcd", ["method.guidance={convention: imagen, low: 0}"], r"low = 0 turns away .* the nearest legal one is 1"),
+        ("tscd", ["loop.steps=3"], r"loop.steps = 3 leaves a stage without steps; the nearest legal one is 4"),
     ]
     for recipe, overrides, words in cases:
         with pytest.raises(UserError, match=words):

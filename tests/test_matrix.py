@@ -122,6 +122,7 @@ def test_a_recipe_on_the_other_paths(
     assert digest(cut.student.parameters("student")) == digest(whole.student.parameters("student"))
     assert digest(cut.student.parameters("student")) != digest(lay_out(config).student.parameters("student"))
     measured = measure(cut)
+    assert measure(run("whole")).energy == measured.energy, "read back from its folder"
     assert all(np.isfinite(value) for value in (*measured.energy.values(), measured.to_end, measured.between))
 
 
@@ -165,8 +166,7 @@ def test_the_loss_of_one_batch_falls(recipe: str, kind: str, path: str, predicti
         optimiser.zero_grad()
         loss.value.backward()
         optimiser.step()
-    print("RATIO", recipe, kind, prediction, losses[-1] / losses[0])
-    assert losses[-1] < 0.95 * losses[0]
+    assert losses[-1] < losses[0] - 0.1 * abs(losses[0]), "a critic's term may be below 0"
 
 
 OPTIONS: dict[str, list[str]] = {

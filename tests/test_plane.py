@@ -27,6 +27,7 @@ from fewstep.plane.play import (
     train_play,
     training_points,
 )
+from fewstep.plane.play import play as play_all
 from fewstep.plane.settings import PathName, resolve_play
 from fewstep.schedule import FlowMatching, expand, interpret, scaled_linear
 
@@ -156,17 +157,34 @@ def test_a_learned_base_is_near_the_exact_teacher(tmp_path: Path) -> None:
     assert 1e-4 < float((said["student"] - exact).square().mean().sqrt()) < 0.1
 
 
-def test_illegal_settings_are_refused_before_the_training() -> None:
+def test_illegal_settings_are_refused_before_the_training(tmp_path: Path) -> None:
     for words, told in (
         (["method.told=[s]"], r"sampling.told = \[\] is not what the network is trained with"),
         (["method.distance=features"], r"method.distance = 'features' asks for a network's features"),
         (["method.grid=25"], r"sampling.grid = 50 asks for times that method.grid = 25 does not train"),
         (["sampling.end=clean"], r"sampling.end = 'clean' is not the end point that is trained"),
+        (["gammas=[2]"], r"gammas = \[2.0\] must rise within 0 to 1; the nearest legal is \[1.0\]"),
+        (["steps=[]"], r"steps = \[\] on a grid of 50 points; the nearest legal is \[1\]"),
+        (["steps=[0,60]"], r"steps = \[0, 60\] on a grid of 50 points; the nearest legal is \[1, 50\]"),
+        (["path=flow", "prediction=eps"], r"prediction = 'eps' says nothing of x_0 where a flow starts; .*'flow'"),
+        (["method.guidance.convention=lcm"], r"method.guidance asks for a prompt, the plane has none"),
+        (["sampling.omega=2"], r"sampling.omega = 2 asks for a prompt"),
+        (["path=ve", "sampling.grid=25"], r"sampling.grid = 25 asks for times that method.grid = 50 does not train"),
     ):
         with pytest.raises(UserError, match=told):
             resolve_play("tcd", words)
     with pytest.raises(UserError, match=r"stage '8 segments'.*leaves a segment of 5 points"):
         resolve_play("tscd", ["method.k=6"])
+    for words, told in (
+        (["method.grid=77", "sampling.grid=77"], r"grid = 77 does not divide 1000 training indices"),
+        (
+            ["method.grid=[9,99]", "sampling.grid=[9,99]", "sampling.steps=2", "steps=[1]"],
+            r"ends below pure noise, .*is \[9\.0, 999\.0\]",
+        ),
+    ):
+        with pytest.raises(UserError, match=told):
+            play_all([resolve_play("tcd", words)], tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_verb_draws_its_figure(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ on.
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -163,7 +164,7 @@ def family(config: FamilyConfig, out: Path) -> Path:
         real=judge.real(),
         prompts=tuple(prompts),
         settings={
-            "command": f"fewstep family --out {out}",
+            "command": shlex.join(["fewstep", "family", "--out", str(out), *_changes(config)]),
             "commit": ", ".join(sorted({row.commit for row in rows})),
             "hardware": hardware(),
             "prompts": f"{len(prompts)} open prompts (no style: several right pictures each)",
@@ -188,27 +189,49 @@ def family(config: FamilyConfig, out: Path) -> Path:
     return out / "tables.md"
 
 
+def _changes(config: FamilyConfig) -> list[str]:
+    """What a config changes in the defaults, as words of the command."""
+    given, usual = config.model_dump(mode="json"), FamilyConfig().model_dump(mode="json")
+    changed = {key: value for key, value in given.items() if value != usual[key]}
+    texts = {key: f"[{', '.join(value)}]" if isinstance(value, list) else value for key, value in changed.items()}
+    return [word for key, value in texts.items() for word in ("-s", f"{key}={value}")]
+
+
 def settings_table(settings: Mapping[str, str]) -> str:
     """What all rows share, as Markdown."""
     return "\n".join(["| setting | |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in settings.items())]) + "\n"
 
 
 def commands(shares: Mapping[str, Share], out: Path) -> str:
-    """What each student cost, and how to make and to measure it alone, as Markdown."""
+    """What each student cost, how to make it, and how to measure each row alone, as Markdown."""
     lines = ["| recipe | steps | evaluations a sample | evaluations in all |", "| --- | ---: | ---: | ---: |"]
     for recipe, share in shares.items():
         cost = f"{share.config.method.cost:g}"
         lines.append(f"| {recipe} | {share.config.loop.steps} | {cost} | {share.evaluations} |")
-    lines += ["", "```sh"]
+    lines += ["", "```sh", "# the students"]
     lines += [share.command(recipe, out / recipe) for recipe, share in shares.items()]
-    measure = ["fewstep", "evaluate", "--prompt-file", str(out / "prompts.txt"), "--lora"]
-    lines += [shlex.join([*measure, str(out / recipe / "student"), *_settings(resolve(recipe))]) for recipe in shares]
+    omega = students_omega()
+    for recipe in shares:
+        student = out / recipe / "student"
+        lines += ["", *_row_commands(recipe_entries(recipe, student, omega, 0), resolve(recipe).sampling, out)]
     if "tcd" in shares:
-        for changes in SAMPLERS.values():
-            words = [word for key, value in changes.items() for word in ("-s", f"{key}={value}")]
-            lines.append(shlex.join([*measure, str(out / "tcd" / "student"), "--steps", "4", *words]))
+        student = out / "tcd" / "student"
+        lines += ["", *_row_commands(sampler_entries(student, 0), resolve("tcd").sampling, out)]
     return "\n".join([*lines, "```"]) + "\n"
 
 
-def _settings(config: DistillConfig) -> Sequence[str]:
-    return ["--steps", str(config.sampling.steps * config.sampling.calls_a_step)]
+def _row_commands(entries: Sequence[Entry], own: Sampling, out: Path) -> list[str]:
+    """One line a row: a loop over its columns, with what it changes in the student's own sampling."""
+    rows: dict[str, list[Entry]] = {}
+    for entry in entries:
+        rows.setdefault(entry.method, []).append(entry)
+    lines = []
+    for name, row in rows.items():
+        given, usual = row[0].sampling.model_dump(mode="json"), own.model_dump(mode="json")
+        changed = [f"{key}={value}" for key, value in given.items() if key != "steps" and value != usual[key]]
+        words = ["fewstep", "evaluate", "--prompt-file", str(out / "prompts.txt"), "--lora", str(row[0].lora)]
+        words += [word for change in changed for word in ("-s", change)]
+        counts = " ".join(str(entry.sampling.steps) for entry in row)
+        place = shlex.quote(str(out / "rows" / re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")))
+        lines.append(f"# {name}\nfor n in {counts}; do {shlex.join(words)} --steps $n --out {place}-$n; done")
+    return lines
