@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fewstep.checks import check_installed
-from fewstep.config import merge, parse_overrides, read_yaml, validate
+from fewstep.config import ConfigT, merge, parse_overrides, read_yaml, validate
 from fewstep.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,15 +21,9 @@ def demo(*, out: Path | str = "demo", overrides: str | Sequence[str] = ()) -> Pa
     Raises:
         UserError: anything wrong with the settings, the place or the installation, before any long work.
     """
-    from fewstep.files import check_writable
-    from fewstep.folder import read_folder
-    from fewstep.settings import teacher_path
     from fewstep.world.settings import DemoConfig
 
-    config = validate(DemoConfig, parse_overrides(overrides))
-    read_folder(teacher_path(""))
-    check_writable(Path(out))
-    check_installed("demo")
+    config = _ready("demo", DemoConfig, overrides, Path(out))
     from fewstep.world.demo import demo
 
     with _own(Path(out)):
@@ -42,15 +36,9 @@ def benchmark(*, out: Path | str = "runs/benchmark", overrides: str | Sequence[s
     Raises:
         UserError: anything wrong with the settings, the place or the installation, before any long work.
     """
-    from fewstep.files import check_writable
-    from fewstep.folder import read_folder
-    from fewstep.settings import teacher_path
     from fewstep.world.settings import BenchmarkConfig
 
-    config = validate(BenchmarkConfig, parse_overrides(overrides))
-    read_folder(teacher_path(""))
-    check_writable(Path(out))
-    check_installed("benchmark")
+    config = _ready("benchmark", BenchmarkConfig, overrides, Path(out))
     from fewstep.world.benchmark import benchmark
 
     with _own(Path(out)):
@@ -63,15 +51,9 @@ def family(*, out: Path | str = "runs/family", overrides: str | Sequence[str] = 
     Raises:
         UserError: anything wrong with the settings, the place or the installation, before any long work.
     """
-    from fewstep.files import check_writable
-    from fewstep.folder import read_folder
-    from fewstep.settings import teacher_path
     from fewstep.world.settings import FamilyConfig
 
-    config = validate(FamilyConfig, parse_overrides(overrides))
-    read_folder(teacher_path(""))
-    check_writable(Path(out))
-    check_installed("family")
+    config = _ready("family", FamilyConfig, overrides, Path(out))
     from fewstep.world.family import family
 
     with _own(Path(out)):
@@ -155,6 +137,19 @@ def teacher_card(
     from fewstep.world.teacher_card import teacher_card
 
     return teacher_card(folder.path, Path(out), n=n, sampling=sampling).figures
+
+
+def _ready(verb: str, model: type[ConfigT], overrides: str | Sequence[str], out: Path) -> ConfigT:
+    """The settings of a verb that measures on the bundled world, refused here if it could not run."""
+    from fewstep.files import check_writable
+    from fewstep.folder import read_folder
+    from fewstep.settings import teacher_path
+
+    config = validate(model, parse_overrides(overrides))
+    read_folder(teacher_path(""))
+    check_writable(out)
+    check_installed(verb)
+    return config
 
 
 @contextmanager
