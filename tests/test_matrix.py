@@ -136,7 +136,7 @@ def test_a_recipe_learns_the_exact_jump(recipe: str, tmp_path: Path) -> None:
     words = [
         "base=exact", "width=32", "count=1000", "shown=500", "steps=[1]", "gammas=[0]", "loop.steps=150",
         "loop.batch=64", "loop.save_every=150", "optim.lr=3e-3", "method.target_decay=0.9",
-        "method.adversarial.weight=0", "method.balance=fixed",
+        "method.adversarial.weight=0",
     ]  # fmt: skip
     config = resolve_play(recipe, words)
     before, after = measure(lay_out(config)), measure(train_play(config, tmp_path, quiet=True))

@@ -49,6 +49,8 @@ def network(seed: int = 0) -> Any:
 class Host:
     """The least a backbone must be."""
 
+    outlets = ("conv_out", "up_blocks")
+
     def __init__(self) -> None:
         self.network: nn.Module = network()
         self.targets = TARGETS
