@@ -120,7 +120,7 @@ class ConsistencyConfig(Config):
 
     @model_validator(mode="after")
     def _legal(self) -> Self:
-        count = self.grid if isinstance(self.grid, int) else len(self.grid)
+        count = self.points
         if count < 2:
             raise ValueError(f"grid = {self.grid} has less than 2 points; the nearest legal one is 2")
         if self.k >= count:
