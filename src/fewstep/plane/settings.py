@@ -31,7 +31,7 @@ class PlayConfig(Config):
     path: PathName = Field("vp", description="noise path: vp, flow, ve")
     prediction: Prediction | None = Field(None, description="what the network says; null for eps, flow, x0 by the path")
     base: Literal["learned", "exact"] = Field(
-        "learned", description="what the student starts from: a network that fits the exact teacher, or that teacher itself"
+        "learned", description="what the student starts from: a network that fits the teacher, or the exact teacher"
     )
     base_steps: int = Field(2000, ge=1, description="training steps of a learned base")
     student: StudentConfig = Field(StudentConfig(kind="full", rank=16), description="what is trained")
