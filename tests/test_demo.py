@@ -20,7 +20,7 @@ from fewstep.evaluation.results import load_results
 from fewstep.evaluation.scorer import Scorer
 from fewstep.evaluation.settings import ScorerConfig
 from fewstep.evaluation.text_side import BertStates
-from fewstep.recipes import names
+from fewstep.recipes import rows
 from fewstep.settings import resolve
 from fewstep.world import api, benchmark, contest, demo, emoji8, family, location, measures
 from fewstep.world.benchmark import best_by_rank
@@ -248,7 +248,7 @@ def test_the_family_spends_alike_and_measures_every_recipe_and_sampler(
     assert api.family(out=out, overrides=words).read_text() == text
 
 
-@pytest.mark.parametrize("recipe", names())
+@pytest.mark.parametrize("recipe", rows())
 def test_each_recipe_gets_the_same_budget_and_a_command_that_repeats_it(recipe: str) -> None:
     share = family.share_of_budget(FamilyConfig(), recipe)
     spent = share.config.loop.steps * share.config.method.cost * 64

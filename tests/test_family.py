@@ -14,19 +14,22 @@ from exact import Mixture, gaussian, three_modes, times_of
 from fewstep.denoiser import Denoiser
 from fewstep.draws import Draws
 from fewstep.grid import end_time, training_grid
-from fewstep.method_settings import AdversarialConfig, ConsistencyConfig, Guidance
+from fewstep.method_cost import critic_calls, student_calls
+from fewstep.method_settings import ConsistencyConfig, Guidance
 from fewstep.objectives import consistency, points
-from fewstep.objectives.consistency import consistency_loss, critic_loss
-from fewstep.objectives.points import Sample
+from fewstep.objectives.consistency import consistency_loss, critic_loss, set_scene
+from fewstep.objectives.scene import Sample
 from fewstep.objectives.times import draw_times
-from fewstep.recipes import names
+from fewstep.plan import Aids, terms_of
+from fewstep.recipes import rows
 from fewstep.schedule import FlowMatching, Path, VarianceExploding, expand, scaled_linear
 from fewstep.settings import resolve
+from fewstep.term_settings import AdversarialConfig
 
 PATHS: dict[str, Path] = {"vp": scaled_linear(), "flow": FlowMatching(), "ve": VarianceExploding()}
 COUNT = 200
 NO_GUIDANCE = Guidance(convention="none")
-TAUGHT = [name for name in names() if name != "ct"]
+TAUGHT = [name for name in rows() if name != "ct"]
 """Recipes whose next point lies on the teacher's path; CT's lies on it on average alone."""
 
 
@@ -71,7 +74,7 @@ def exact_everywhere(monkeypatch: pytest.MonkeyPatch, mixture: Mixture, theta: T
 def loss_and_gradient(method: ConsistencyConfig, mixture: Mixture, theta: Tensor) -> tuple[float, float]:
     denoiser = Denoiser(lambda x, *_: x, mixture.path, "x0")
     draws = Draws(5, 0, tuple(range(COUNT)))
-    loss = consistency_loss(method, denoiser, batch_for(method, mixture), draws).value
+    loss = consistency_loss(set_scene(method, denoiser, batch_for(method, mixture), draws), draws).value
     (slope,) = torch.autograd.grad(loss, theta)
     return float(loss.detach()), float(slope.abs().max())
 
@@ -157,7 +160,7 @@ def test_consistency_training_is_right_on_average(monkeypatch: pytest.MonkeyPatc
         x_0, eps = mirrored_pairs(mixture, 0.75, 2000)
         draws = Mirrored(eps, Draws(0, 0, tuple(range(len(x_0)))))
         denoiser = Denoiser(lambda x, *_: x, path, "x0")
-        loss = consistency_loss(method, denoiser, Sample(x_0, {}, {}), draws).value  # type: ignore[arg-type]
+        loss = consistency_loss(set_scene(method, denoiser, Sample(x_0, {}, {}), draws), draws).value  # type: ignore[arg-type]
         (slope,) = torch.autograd.grad(loss, theta)
         slopes.append(float(slope.norm()))
     rates = [math.log2(a / b) for a, b in pairwise(slopes)]
@@ -219,12 +222,14 @@ def test_a_gan_alone_moves_a_wrong_student_to_the_right_law() -> None:
     denoiser, critic = Denoiser(call, path, "x0"), PlanarCritic(64, seed=2)
     student = torch.optim.Adam([wrong, narrow], lr=0.02, betas=(0.0, 0.99))
     judge = torch.optim.Adam(critic.parameters(), lr=5e-3, betas=(0.0, 0.99))
+    terms = terms_of(method, Aids(critic=critic))
     for step in range(400):
         x_0 = mixture.sample(256, 0.0, torch.Generator().manual_seed(step)).float()
         draws = Draws(1, step, tuple(range(256)))
+        scene = set_scene(method, denoiser, Sample(x_0, {}, {}), draws)
         for optimiser, loss in (
-            (judge, lambda: critic_loss(method, denoiser, Sample(x_0, {}, {}), draws, critic)),  # noqa: B023
-            (student, lambda: consistency_loss(method, denoiser, Sample(x_0, {}, {}), draws, critic=critic)),  # noqa: B023
+            (judge, lambda: critic_loss(scene, draws, critic)),  # noqa: B023
+            (student, lambda: consistency_loss(scene, draws, terms)),  # noqa: B023
         ):
             optimiser.zero_grad()
             loss().value.backward()
@@ -236,7 +241,7 @@ def test_a_gan_alone_moves_a_wrong_student_to_the_right_law() -> None:
 # ---- times
 
 
-@pytest.mark.parametrize("recipe", names())
+@pytest.mark.parametrize("recipe", rows())
 def test_times_of_every_recipe(recipe: str) -> None:
     """t_{n+k} on every point of the grid; s <= t_n < t_{n+k}, none of them below the segment's edge."""
     method = method_of(recipe)
@@ -310,8 +315,12 @@ def test_tdd_stays_in_its_segment_and_reaches_as_far_on_every_path(name: str) ->
 
 def test_differences_are_divided_by_the_pull() -> None:
     """One wrong eps (or x0) at every pair of times costs the same, under each distance; no jump costs nothing."""
-    from fewstep.objectives.consistency import implicit_pull
-    from fewstep.objectives.distance import distance
+    from types import SimpleNamespace
+
+    from fewstep.objectives.distance import distance, implicit_pull
+
+    def scene_at(method: ConsistencyConfig, path: Path, t: Tensor, s: Tensor) -> Any:
+        return SimpleNamespace(config=method, denoiser=SimpleNamespace(path=path), times=SimpleNamespace(t_nk=t, s=s))
 
     for name, path in PATHS.items():
         grid = training_grid(path, 50)
@@ -322,11 +331,12 @@ def test_differences_are_divided_by_the_pull() -> None:
             for kind in ("l2", "huber", "huber_norm"):
                 method = method_of("tcd", distance=kind, huber_c=0.1)
                 off = torch.full((4, 2), 0.3, dtype=torch.float64) * pull[:, None]
-                costs = distance(method, off, torch.zeros_like(off), s, {}, None, pull)
-                wanted = distance(method, torch.full((4, 2), 0.3), torch.zeros(4, 2), s, {}, None)
+                scene = scene_at(method.model_copy(update={"weight": weight}), path, t, s)
+                costs = distance(scene, off, torch.zeros_like(off), s)
+                wanted = distance(scene_at(method, path, t, s), torch.full((4, 2), 0.3), torch.zeros(4, 2), s)
                 assert costs.tolist() == pytest.approx(wanted.tolist()), (name, weight, kind)
-            nowhere = implicit_pull(weight, path, s, s)  # type: ignore[arg-type]
-            assert distance(method, off, -off, s, {}, None, nowhere).tolist() == [0.0] * 4
+            nowhere = scene_at(method.model_copy(update={"weight": weight}), path, s, s)
+            assert distance(nowhere, off, -off, s).tolist() == [0.0] * 4
     alpha, sigma = PATHS["vp"].alpha(t), PATHS["vp"].sigma(t)
     x0, v = (implicit_pull(weight, PATHS["vp"], t, s) for weight in ("x0", "v"))
     assert x0 is not None
@@ -405,7 +415,7 @@ def test_tdd_lands_where_sampling_will_ask_it_to() -> None:
 Counted = dict[str, int]
 
 
-@pytest.mark.parametrize("recipe", names())
+@pytest.mark.parametrize("recipe", rows())
 def test_network_calls_are_as_the_recipe_says(recipe: str) -> None:
     """`calls` is what estimates and docs are made from: counted here by the network itself, in samples of the batch."""
     method = resolve(recipe).method.model_copy(update={"balance": "fixed"})  # this network has no gradient
@@ -429,15 +439,13 @@ def test_network_calls_are_as_the_recipe_says(recipe: str) -> None:
         seen["features"] += len(x)
         return x.sum(1, keepdim=True)
 
-    denoiser = Denoiser(call, PATHS["vp"], "eps")
-    consistency_loss(method, denoiser, sample, draws, critic=critic)
-    assert {who: count // 8 for who, count in seen.items()} == none | method.calls
-    if method.critic_calls:
+    scene = set_scene(method, Denoiser(call, PATHS["vp"], "eps"), sample, draws)
+    consistency_loss(scene, draws, terms_of(method, Aids(critic=critic)))  # type: ignore[arg-type]
+    assert {who: count // 8 for who, count in seen.items()} == none | student_calls(method)
+    if method.adversarial.weight:
         seen |= none
-        critic_loss(method, denoiser, sample, draws, critic)
-        own = (
-            none | method.critic_calls
-        )  # nothing has a gradient there: the student's calls are counted as the target's
+        critic_loss(scene, draws, critic)
+        own = none | critic_calls(method)  # nothing has a gradient there: the student's count as the target's
         wanted = own | {"student": 0, "target": own["student"] + own["target"]}
         assert {who: count // 8 for who, count in seen.items()} == wanted
 
@@ -465,7 +473,7 @@ def test_illegal_combinations_name_the_nearest_legal_one() -> None:
         ("tcd-2", ["method.end=clean"], r"second_order' has no mid-point .*legal end is 'index0'"),
         ("lcm", ["method.segments=2"], r"only reaches the end point.*'first_order'"),
         ("lcm", ["method.told=[s]"], r"told = 's' says nothing to jump = 'skip'"),
-        ("kd", ["method.point=solver"], r"nearest legal point is 'path'"),
+        ("kd", ["method.point=solver"], r"the nearest legal is 'path'"),
         ("tcd", ["method.s=next"], r"s = 'next' regresses onto stored points"),
         ("ct", ["method.guidance.convention=lcm"], r"no teacher to guide"),
         ("ctm", ["method.target=self"], r"compare = 'end' .*legal target is 'ema'"),
@@ -520,4 +528,4 @@ def test_every_recipe_stands_whole_on_the_page_of_methods() -> None:
     page = (File(__file__).resolve().parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
     folder = File(fewstep.recipes.__file__).parent
     shown = re.findall(r"```yaml\n(.*?)\n```", page, re.S)
-    assert sorted(shown) == sorted((folder / f"{name}.yaml").read_text(encoding="utf-8").rstrip() for name in names())
+    assert sorted(shown) == sorted((folder / f"{name}.yaml").read_text(encoding="utf-8").rstrip() for name in rows())

@@ -17,7 +17,7 @@ from fewstep.draws import Draws
 from fewstep.files import read_json, write_json
 from fewstep.plane.play import Play, lay_out, measure, play_plan, train_play, training_points
 from fewstep.plane.settings import resolve_play
-from fewstep.recipes import names
+from fewstep.recipes import rows
 from fewstep.settings import resolve
 from fewstep.tensors import digest, load_tensors
 
@@ -64,7 +64,7 @@ def stopped_in_call(monkeypatch: pytest.MonkeyPatch, last: int, run: Callable[[]
 
 @pytest.mark.parametrize("word", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("kind", ["lora", "full"])
-@pytest.mark.parametrize("recipe", names())
+@pytest.mark.parametrize("recipe", rows())
 def test_a_recipe_from_end_to_end(
     recipe: str,
     kind: str,
@@ -102,7 +102,7 @@ def test_a_recipe_from_end_to_end(
 
 @pytest.mark.parametrize("path", ["flow", "ve"])
 @pytest.mark.parametrize("kind", ["lora", "full"])
-@pytest.mark.parametrize("recipe", names())
+@pytest.mark.parametrize("recipe", rows())
 def test_a_recipe_on_the_other_paths(
     recipe: str, kind: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,7 +126,7 @@ def test_a_recipe_on_the_other_paths(
     assert all(np.isfinite(value) for value in (*measured.energy.values(), measured.to_end, measured.between))
 
 
-@pytest.mark.parametrize("recipe", names())
+@pytest.mark.parametrize("recipe", rows())
 def test_a_recipe_learns_the_exact_jump(recipe: str, tmp_path: Path) -> None:
     """In the plane, the error of the jumps that it trains falls.
 
@@ -145,7 +145,7 @@ def test_a_recipe_learns_the_exact_jump(recipe: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("path", "prediction"), [("vp", "eps"), ("vp", "x0"), ("vp", "v"), ("flow", "flow")])
 @pytest.mark.parametrize("kind", ["lora", "full"])
-@pytest.mark.parametrize("recipe", names())
+@pytest.mark.parametrize("recipe", rows())
 def test_the_loss_of_one_batch_falls(recipe: str, kind: str, path: str, prediction: str) -> None:
     """Whatever the network says and whatever is trained, with the recipe's own critic: 60 steps on it, the target held.
 

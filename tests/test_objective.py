@@ -21,9 +21,9 @@ from fewstep.errors import UserError
 from fewstep.method_settings import ConsistencyConfig, Guidance
 from fewstep.names import Prediction, omega_of
 from fewstep.objectives import points
-from fewstep.objectives.consistency import consistency_loss
+from fewstep.objectives.consistency import consistency_loss, set_scene
 from fewstep.objectives.distance import feature_distance, huber, huber_norm, l2
-from fewstep.objectives.points import Sample
+from fewstep.objectives.scene import Sample
 from fewstep.objectives.times import draw_times
 from fewstep.roles import BASE
 from fewstep.schedule import Estimate, interpret, scaled_linear, target_of
@@ -154,7 +154,7 @@ def loss_of(config: ConsistencyConfig, network: Any, count: int = 16) -> Any:
     denoiser = Denoiser(network, PATH, "eps")
     x_0 = torch.from_numpy(np.random.default_rng(0).standard_normal((count, 3))).float()
     sample = Sample(x_0, {"text": torch.ones(count)}, {"text": torch.zeros(count)})
-    return consistency_loss(config, denoiser, sample, draws(count))
+    return consistency_loss(set_scene(config, denoiser, sample, draws(count)), draws(count))
 
 
 @pytest.mark.parametrize(("target", "role"), [("self", "student"), ("ema", "target")])
@@ -236,13 +236,13 @@ def test_the_exact_jump_has_no_loss(config: ConsistencyConfig, prediction: Predi
     x_0 = mixture.sample(count, -1.0, torch.Generator().manual_seed(1))
     text = {"text": torch.zeros(count, 1)}
     unguided = config.model_copy(update={"guidance": Guidance(low=0, high=0)})
-    loss = consistency_loss(unguided, denoiser, Sample(x_0, text, text), keyed)
+    loss = consistency_loss(set_scene(unguided, denoiser, Sample(x_0, text, text), keyed), keyed)
     assert loss.per_sample is not None
     assert loss.per_sample.dtype == torch.float64
     assert float(loss.per_sample.max()) < 1e-20
 
     spoilt = replace(denoiser, call=lambda x, t, c, role: denoiser.call(x, t, c, role) + 0.05 * (role == "student"))
-    assert float(consistency_loss(unguided, spoilt, Sample(x_0, text, text), keyed).value) > 1e-6
+    assert float(consistency_loss(set_scene(unguided, spoilt, Sample(x_0, text, text), keyed), keyed).value) > 1e-6
 
 
 def test_the_skip_jump_has_no_loss_for_the_exact_end_point() -> None:
@@ -263,7 +263,7 @@ def test_the_skip_jump_has_no_loss_for_the_exact_end_point() -> None:
     x_0 = mixture.sample(count, -1.0, torch.Generator().manual_seed(1)).float()
     text = {"text": torch.zeros(count, 1)}
     unguided = LCM.model_copy(update={"guidance": Guidance(low=0, high=0), "distance": "l2"})
-    loss = consistency_loss(unguided, Denoiser(call, PATH, "eps"), Sample(x_0, text, text), keyed)
+    loss = consistency_loss(set_scene(unguided, Denoiser(call, PATH, "eps"), Sample(x_0, text, text), keyed), keyed)
     assert loss.per_sample is not None
     inside = times.t_n > 0
     assert float(loss.per_sample[inside].max()) < 1e-5  # c_out is not quite 1, c_skip not quite 0
@@ -310,7 +310,8 @@ def test_a_student_of_the_exact_teacher_learns_its_flow(config: ConsistencyConfi
     for step in range(STEPS):
         optimiser.param_groups[0]["lr"] = 3e-3 * (1 - step / STEPS)
         x_0 = mixture.sample(256, -1.0, torch.Generator().manual_seed(step))
-        loss = consistency_loss(unguided, denoiser, Sample(x_0, text, text), draws(256, step)).value
+        keyed = draws(256, step)
+        loss = consistency_loss(set_scene(unguided, denoiser, Sample(x_0, text, text), keyed), keyed).value
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

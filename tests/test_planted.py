@@ -11,7 +11,7 @@ import pytest
 import test_family
 import test_objective
 from fewstep.objectives import consistency, times
-from fewstep.recipes import names
+from fewstep.recipes import rows
 
 FAULTS = {
     "t_n one point too high": ("torch.maximum(index - k, edge)", "torch.maximum(index - k + 1, edge)"),
@@ -28,9 +28,7 @@ FAULTS = {
 """What is written in `objectives/times.py`, and the fault in its place."""
 
 CHECKS: dict[str, Callable[[], None]] = {
-    **{
-        f"times of {recipe}": lambda recipe=recipe: test_family.test_times_of_every_recipe(recipe) for recipe in names()
-    },
+    **{f"times of {recipe}": lambda recipe=recipe: test_family.test_times_of_every_recipe(recipe) for recipe in rows()},
     "k": test_family.test_k_is_drawn_where_a_smallest_is_named,
     "segments": test_family.test_segments_land_on_their_lower_edge,
     "the grid": lambda: test_objective.test_times_stand_on_the_grid("index0", 0.0),

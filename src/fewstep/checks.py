@@ -21,13 +21,7 @@ def check_distillation(config: DistillConfig, folder: PipelineFolder) -> None:
     Raises:
         UserError: no such pictures or watched prompts, a grid off the teacher's schedule, no such layers.
     """
-    source = config.data.source
-    if source != "emoji8" and not Path(source).is_dir():
-        raise UserError(f"data.source = {source!r} is not a folder; give a folder of pictures or 'emoji8'")
-    if source == "emoji8":
-        from fewstep.world.emoji8 import check_size
-
-        check_size(folder.picture_size, "data.source = 'emoji8'")
+    _check_source(config, folder)
     if config.loop.watch_every:
         _check_watched(config.watch.prompts)
         _check_steps("watch.teacher_steps", config.watch.teacher_steps, _indices(folder))
@@ -35,6 +29,29 @@ def check_distillation(config: DistillConfig, folder: PipelineFolder) -> None:
     _check_times("sampling.", config.sampling, folder)
     if config.student.kind == "lora" and config.student.targets:
         _check_targets(config.student.targets, folder)
+
+
+def _check_source(config: DistillConfig, folder: PipelineFolder) -> None:
+    source = config.data.source
+    alone = source == "captions" or is_prompt_file(source)
+    if alone:
+        if source != "captions":
+            read_prompts(source, "data.source")
+        for stage in config.each_stage():
+            if stage.method.start == "data":
+                raise UserError(
+                    f"data.source = {source!r} has prompts alone, method.start = 'data' noises pictures; "
+                    "the nearest legal start is 'rollout'"
+                )
+        return
+    if source == "emoji8":
+        from fewstep.world.emoji8 import check_size
+
+        check_size(folder.picture_size, "data.source = 'emoji8'")
+    elif not Path(source).is_dir():
+        raise UserError(
+            f"data.source = {source!r} is not a folder; give a folder of pictures, a prompt file or 'emoji8'"
+        )
 
 
 def check_sampling(sampling: Sampling, folder: PipelineFolder) -> None:
@@ -47,8 +64,8 @@ def check_sampling(sampling: Sampling, folder: PipelineFolder) -> None:
 
 
 def _check_times(section: str, sampling: Sampling, folder: PipelineFolder) -> None:
-    if sampling.spacing == "grid":
-        _check_grid(f"{section}grid", sampling.grid, folder)
+    if sampling.spacing != "trailing":
+        _check_grid(f"{section}grid", 8 if sampling.spacing == "tlcm" else sampling.grid, folder)
         return
     _check_steps(f"{section}steps", sampling.steps, _indices(folder) * sampling.calls_a_step)
 

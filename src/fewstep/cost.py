@@ -18,6 +18,7 @@ from fewstep.device import pick_precision
 from fewstep.draws import Draws
 from fewstep.role_layout import unique_bytes
 from fewstep.settings import DistillConfig
+from fewstep.tally import in_words
 from fewstep.training.loop import Update
 
 
@@ -81,7 +82,7 @@ class Estimated:
     weights_bytes: int
     trained_bytes: int
     data_bytes: int
-    calls: dict[str, int]
+    calls: dict[str, float]
     saved_bytes: int = 0
     peak_bytes: int | None = None
     encoding_seconds: float = 0.0
@@ -89,25 +90,23 @@ class Estimated:
 
     def lines(self) -> list[str]:
         """The estimate in words."""
-        total = sum(self.calls.values())
         first = f"; {self.encoding_seconds / 60:.1f} min of encoding before" if self.encoding_seconds else ""
         peak = ""
         if self.peak_bytes is not None:
             peak = f"; {self.peak_bytes / 2**20:.0f} MiB in all at a step's peak, before the optimiser's states"
-        parts = ", ".join(f"{role} {count}" for role, count in self.calls.items())
         return [
             f"time     {self.seconds / 60:.1f} min ({self.seconds_per_step:.2f} s a step, timed here){first}",
             f"memory   {self.weights_bytes / 2**20:.0f} MiB weights, {self.trained_bytes / 2**20:.0f} MiB gradients, "
             f"optimiser and averages, {self.saved_bytes / 2**20:.0f} MiB activations, "
             f"{self.data_bytes / 2**20:.0f} MiB latents and text states{peak}",
-            f"calls    {total} network evaluations a sample and step ({parts})",
+            f"calls    network evaluations a sample and step: {in_words(self.calls)}",
             *([self.checks.line()] if self.checks else []),
         ]
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes that tensors hold."""
-    return sum(tensor.nbytes for tensor in tensors)
+    """Bytes that tensors hold; a number that is seen many times is one."""
+    return sum(min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in tensors)
 
 
 def estimate(

@@ -59,14 +59,15 @@ class Denoiser:
                 "the nearest legal one is 'v', or a schedule without rescale_betas_zero_snr"
             )
 
-    def _interpret(self, output: Tensor, x_t: Tensor, t: Tensor) -> Estimate:
+    def interpret(self, output: Tensor, x_t: Tensor, t: Tensor) -> Estimate:
+        """x0 and eps by an output of the network at x_t."""
         x = _wide(x_t)
         alpha_t, sigma_t = expand(self.path.alpha(t), x), expand(self.path.sigma(t), x)
         return interpret(self.prediction, output.to(x.dtype), x, alpha_t, sigma_t)
 
     def estimate(self, x_t: Tensor, t: Tensor, condition: Condition, role: str) -> Estimate:
         """x0 and eps at x_t [B, ...], t float64 [B]; one network call of batch B."""
-        return self._interpret(self.call(x_t, t, condition, role), x_t, t)
+        return self.interpret(self.call(x_t, t, condition, role), x_t, t)
 
     def guided(
         self, x_t: Tensor, t: Tensor, condition: Condition, null: Condition, omega: Tensor, role: str
@@ -78,4 +79,4 @@ class Denoiser:
         both = self.call(torch.cat([x_t, x_t]), torch.cat([t, t]), join(condition, null), role)
         with_prompt, without = _wide(both).chunk(2)
         w = expand(omega, with_prompt)
-        return self._interpret(with_prompt + w * (with_prompt - without), x_t, t)
+        return self.interpret(with_prompt + w * (with_prompt - without), x_t, t)

@@ -10,130 +10,38 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
-from fewstep.backbones.sd import StableDiffusion, load_backbone
+from fewstep.backbones.sd import load_backbone
 from fewstep.cost import Estimated, bytes_of, estimate
-from fewstep.data import pictures
-from fewstep.data.latents import LatentSet, latent_set
-from fewstep.denoiser import Condition, Denoiser
+from fewstep.data.latents import latent_set
 from fewstep.device import pick_device
 from fewstep.drawing import Artist
-from fewstep.draws import Draws, order
-from fewstep.errors import UserError
-from fewstep.evaluation.settings import KID_FEWEST
+from fewstep.draws import Draws
 from fewstep.export.conditioning import save_told, split_weights
 from fewstep.export.lora import save_lora
 from fewstep.export.pipeline import save_pipeline
 from fewstep.files import atomic_folder, sweep, taken
 from fewstep.folder import read_folder
 from fewstep.objectives.heads import FeatureCritic
-from fewstep.objectives.points import Sample
-from fewstep.plan import family_plan, roles_of, start_from
+from fewstep.objectives.scene import Sample
+from fewstep.plan import Aids, family_plan, start_from
+from fewstep.preparation import Run, encoders_fingerprint, lay_out, on_trajectories, prepare, read_source
 from fewstep.processes import together
-from fewstep.role_layout import Student, make_student
-from fewstep.roles import BASE, SeparateRoles
 from fewstep.settings import DistillConfig, teacher_path
 from fewstep.stages import parts_of
 from fewstep.tensors import digest
-from fewstep.training.cpu import speed_up
 from fewstep.training.launch import make_accelerator
 from fewstep.training.loop import Batch, Trained, Update, check_split, train
 from fewstep.training.run import RunLog, last_step
-from fewstep.trajectories import stored_trajectories
 from fewstep.watch import REAL, Watch, watched_prompts
-from fewstep.world import emoji8
-
-
-@dataclass(frozen=True)
-class Run:
-    """A distillation that is ready to start: everything loaded, nothing trained."""
-
-    config: DistillConfig
-    backbone: StableDiffusion
-    captioned: pictures.Captioned
-    data: LatentSet
-    student: Student
-    denoiser: Denoiser
-    omega: Tensor | None = None
-
-    @cached_property
-    def base(self) -> str:
-        """Which weights the student belongs to."""
-        return self.backbone.folder.fingerprint("unet")
-
-    def features(self, x: Tensor, t: Tensor, condition: Condition) -> list[Tensor]:
-        """Features of the frozen teacher, with gradient to x."""
-        with self.student.roles.use(BASE) as network:
-            return self.backbone.features(network, x, t, condition)
-
-    @property
-    def inputs(self) -> dict[str, str]:
-        """Fingerprints of what it trains on: a run is resumed on the same only."""
-        return {"teacher": self.backbone.folder.identity("unet", "scheduler"), "data": self.data.key}
-
-
-def read_pictures(config: DistillConfig, size: int) -> pictures.Captioned:
-    """The captioned pictures that the config names, `size` pixels a side.
-
-    Raises:
-        UserError: they cannot be read, are of another size, or are too few to watch the quality by.
-    """
-    if config.data.source == "emoji8":
-        emoji8.check_size(size, "data.source = 'emoji8'")
-        captioned = emoji8.captioned(config.data.captions, config.loop.seed)
-    else:
-        captioned = pictures.from_folder(Path(config.data.source), size)
-    if config.loop.watch_every and len(captioned) < KID_FEWEST:
-        raise UserError(
-            f"loop.watch_every takes KID from at least {KID_FEWEST} pictures, data.source has {len(captioned)}; "
-            "give more, or loop.watch_every=null"
-        )
-    return captioned
-
-
-def prepare(config: DistillConfig, cache: Path, device: torch.device) -> Run:
-    """Load the teacher, encode the data, and lay out the roles.
-
-    Raises:
-        UserError: the teacher or the data cannot be read, or do not fit.
-    """
-    backbone = load_backbone(read_folder(teacher_path(config.teacher)).path, device)
-    captioned = read_pictures(config, backbone.picture_size)
-    backbone.load_encoders()  # a broken text encoder is told of before the pictures are encoded
-    data = latent_set(captioned, backbone, encoders_fingerprint(backbone), cache)
-    return on_trajectories(lay_out(config, backbone, captioned, data), cache)
-
-
-def encoders_fingerprint(backbone: StableDiffusion) -> str:
-    """Fingerprint of what makes latents and text states."""
-    return backbone.folder.identity("vae", "text_encoder", "tokenizer")
-
-
-def lay_out(config: DistillConfig, backbone: StableDiffusion, captioned: pictures.Captioned, data: LatentSet) -> Run:
-    """Let the encoders go, and lay out the roles."""
-    backbone.release_encoders()
-    if backbone.device.type == "cpu":
-        speed_up(backbone.network)
-    student = make_student(backbone, config.student, roles_of(config.method), config.loop.seed, config.method.told)
-    denoiser = Denoiser(student.call, backbone.path, backbone.prediction)
-    return Run(config, backbone, captioned, data, student, denoiser)
-
-
-def on_trajectories(run: Run, cache: Path) -> Run:
-    """The run on stored trajectories of its teacher, where its recipe starts on them; itself elsewhere."""
-    if run.config.method.start != "trajectory":
-        return run
-    data, omega = stored_trajectories(run.config, run.backbone, run.denoiser, run.data, cache)
-    return replace(run, data=data, omega=omega)
 
 
 def update_plan(run: Run) -> list[Update]:
@@ -144,15 +52,21 @@ def update_plan(run: Run) -> list[Update]:
 
     def sample(batch: Batch, draws: Draws) -> Sample:
         items = batch["items"]
-        condition = run.data.condition(items, draws, empty, device)
+        prompts = run.data.drawn(items, draws, empty)
         omega = None if run.omega is None else run.omega[items]
-        return Sample(batch["latents"].float(), condition, run.data.null(len(items), device), omega)
+        null = run.data.null(len(items), device)
+        return Sample(batch["latents"].float(), run.data.states(prompts, device), null, omega, prompts=prompts)
 
-    method = config.method
+    return family_plan(config.method, config.optim, run.student, run.counted, sample, aids_of(run))
+
+
+def aids_of(run: Run) -> Aids:
+    """The frozen networks that the recipe asks for, and its critic."""
+    config, device = run.config, run.backbone.device
     critic = None
-    if method.adversarial.weight:
+    if config.method.adversarial.weight:
         critic = FeatureCritic(run.features, run.backbone.feature_channels, seed=config.loop.seed).to(device)
-    return family_plan(method, config.optim, run.student, run.denoiser, sample, run.features, critic)
+    return Aids(run.features, critic=critic)
 
 
 def export_student(run: Run, weights: Mapping[str, Tensor], target: Path, notes: Mapping[str, Any]) -> Path:
@@ -184,18 +98,6 @@ def export_student(run: Run, weights: Mapping[str, Tensor], target: Path, notes:
     return save_pipeline(target, run.backbone.folder.path, network, record, told)
 
 
-def networks(run: Run) -> list[nn.Module]:
-    """Every network of the run: one in LoRA mode, one a role in full fine-tuning."""
-    roles = run.student.roles
-    return list(roles.networks.values()) if isinstance(roles, SeparateRoles) else [roles.network]
-
-
-def some(run: Run, count: int) -> pictures.Captioned:
-    """Up to `count` of the training pictures with their captions, drawn at random, the same for each run."""
-    n = len(run.captioned)
-    return run.captioned.take(order(run.config.loop.seed, n, 0, min(n, count)))
-
-
 def make_watch(run: Run, out: Path) -> Watch:
     """What judges the student on the way; draws the teacher's pictures if the run folder has none yet."""
     config = run.config
@@ -204,9 +106,9 @@ def make_watch(run: Run, out: Path) -> Watch:
         export_student(run, weights, out / "best", notes)
 
     artist = Artist(run.backbone, run.denoiser, config.sampling, "student")
-    seen = some(run, max(REAL, config.watch.count))
+    seen = run.some(max(REAL, config.watch.count))
     prompts = watched_prompts(config, [said[0] for said in seen.captions])
-    real = seen.pictures.read(range(min(REAL, len(seen))))
+    real = None if seen.pictures is None else seen.pictures.read(range(min(REAL, len(seen))))
     return Watch(config, artist, run.student.parameters("student"), prompts, real, out, keep)
 
 
@@ -270,7 +172,7 @@ def train_run(run: Run, out: Path, log: RunLog, accelerator: Accelerator) -> Tra
     plan = update_plan(run)
     unfinished = last_step(out / "checkpoints") < config.loop.steps
     if unfinished and main and not log.quiet:
-        estimated = estimate(plan, run.data, config, networks(run))
+        estimated = estimate(plan, run.data, config, run.networks)
         print("\n".join([f"writes to {out}", *estimated.lines()]), file=sys.stderr)
     watch = None
     with together():
@@ -291,13 +193,13 @@ def estimate_run(config: DistillConfig) -> Estimated:
         UserError: the teacher or the data cannot be read.
     """
     backbone = load_backbone(read_folder(teacher_path(config.teacher)).path, pick_device(config.device))
-    captioned = read_pictures(config, backbone.picture_size)
+    captioned = read_source(config, backbone.picture_size)
     backbone.load_encoders()
     few = captioned.take(range(min(config.loop.batch, len(captioned))))
     fingerprint = encoders_fingerprint(backbone)  # before the clock starts: hashed once for any number of pictures
     with tempfile.TemporaryDirectory() as cache:
         started = time.perf_counter()
-        data = latent_set(few, backbone, fingerprint, Path(cache))
+        data = latent_set(few, backbone, fingerprint, Path(cache), backbone.latent_shape)
         encoding = (time.perf_counter() - started) / len(few) * len(captioned)
         share = captions_share = len(captioned) / len(few)
         drawn = min(config.data.trajectories, config.loop.batch)
@@ -306,6 +208,6 @@ def estimate_run(config: DistillConfig) -> Estimated:
             started = time.perf_counter()
             run, share = on_trajectories(run, Path(cache)), config.data.trajectories / drawn
             encoding += (time.perf_counter() - started) * share
-    estimated = estimate(update_plan(run), run.data, config, networks(run))
+    estimated = estimate(update_plan(run), run.data, config, run.networks)
     held = share * bytes_of([run.data.latents]) + captions_share * bytes_of(run.data.table.values())
     return replace(estimated, encoding_seconds=encoding, data_bytes=round(held))

@@ -117,19 +117,33 @@ def check_segments(count: int, segments: int) -> None:
         raise UserError(f"segments = {segments} does not divide the grid of {count} points; the nearest is {legal}")
 
 
+TLCM_TIMES = {
+    1: (8,),
+    2: (8, 4),
+    3: (8, 4, 1),
+    4: (8, 6, 4, 1),
+    5: (8, 6, 4, 2, 1),
+    6: (8, 6, 4, 3, 2, 1),
+    7: (8, 6, 5, 4, 3, 2, 1),
+    8: (8, 7, 6, 5, 4, 3, 2, 1),
+}
+"""The released TLCM sampler's hand-picked times, in eighths of the path, by the number of calls; 1 is ours."""
+
+
 def inference_times(path: Path, steps: int, *, grid: Grid = 50, spacing: Spacing = "grid") -> Tensor:
     """The times at which the network is called, falling, float64 [steps].
 
     `grid`: every floor(i N / steps)-th point of the training grid from the noisiest down (LCM's and TCD's
     rule; 4 steps of 50: 999, 759, 499, 259). `trailing`: round(T - i T / steps) - 1, the usual list for ODE
-    solvers; EDM's times on a variance exploding path.
+    solvers; EDM's times on a variance exploding path. `tlcm`: TLCM's own times for up to 8 calls (999, 749, 499, 124
+    for 4), points of the grid of 8 that its second stage trains.
 
     Raises:
         UserError: steps out of range.
     """
     points = grid if isinstance(grid, int) else len(grid)
     indices = int(path.noisiest) + 1 if isinstance(path, VariancePreserving) else 1000
-    limit = points if spacing == "grid" else indices
+    limit = {"grid": points, "trailing": indices, "tlcm": max(TLCM_TIMES)}[spacing]
     if not 1 <= steps <= limit:
         legal = min(max(steps, 1), limit)
         raise UserError(f"steps = {steps} is out of range; the nearest legal one is {legal}")
@@ -137,6 +151,8 @@ def inference_times(path: Path, steps: int, *, grid: Grid = 50, spacing: Spacing
         falling = training_grid(path, grid).flip(0)
         # floor in integers: floating division would drop a point where i N / steps is whole
         return falling[torch.tensor([i * points // steps for i in range(steps)])]
+    if spacing == "tlcm":
+        return training_grid(path, 8)[torch.tensor(TLCM_TIMES[steps]) - 1]
     if isinstance(path, VarianceExploding):
         return training_grid(path, steps).flip(0)
     share = torch.arange(steps, dtype=torch.float64) / steps

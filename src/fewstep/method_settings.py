@@ -11,10 +11,8 @@ from pydantic import Field, model_validator
 
 from fewstep.config import Config
 from fewstep.errors import nearest_divisor
+from fewstep.method_cost import Calls, step_calls, step_cost
 from fewstep.names import (
-    CALLS,
-    CALLS_OF_JUMP,
-    AdversarialKind,
     Compare,
     Convention,
     DistanceName,
@@ -30,6 +28,7 @@ from fewstep.names import (
     Weight,
     omega_of,
 )
+from fewstep.term_settings import AdversarialConfig, MatchingConfig, PreferenceConfig
 
 GridSpec = int | tuple[float, ...]
 """A training grid: N points, or the points themselves, rising."""
@@ -70,20 +69,6 @@ class Guidance(Config):
         return sum(self.omegas) / 2
 
 
-class AdversarialConfig(Config):
-    """A critic beside the consistency loss (CTM, PCM, TDD)."""
-
-    weight: float = Field(0.0, ge=0, description="weight of the adversarial term; 0 for none")
-    kind: AdversarialKind = Field("hinge", description="hinge or nonsaturating")
-    real: Literal["data", "target"] = Field("data", description="what is real: the data, or where the target lands")
-    noise: float = Field(
-        0.0, ge=0, le=1, description="the critic sees points noised up to this share of what lies above in the segment"
-    )
-    r1: float = Field(0.0, ge=0, description="weight of R1, the squared gradient of the critic on real points")
-    lr: float = Field(1e-4, gt=0, description="the critic's learning rate")
-    every: int = Field(1, ge=1, description="steps between two of the critic's")
-
-
 class ConsistencyConfig(Config):
     """One row of the table of methods."""
 
@@ -96,8 +81,14 @@ class ConsistencyConfig(Config):
     inference_steps: tuple[int, int] = Field((4, 8), description="step counts whose times s = inference draws from")
     reach: float = Field(0.26, gt=0, le=1, description="how far below t_n s = inference looks, as a share of the grid")
     spread: float = Field(0.3, ge=0, le=1, description="s = inference shrinks s by up to this share, as gamma does")
-    start: Start = Field("data", description="where x_{t_n+k} comes from: data (noised) or trajectory (the teacher's)")
-    point: Point = Field("solver", description="where x_{t_n} comes from: solver (teacher's), path, self (own jump)")
+    start: Start = Field(
+        "data",
+        description="where x_{t_n+k} comes from: data (noised), trajectory (the teacher's, stored), rollout (its steps "
+        "from noise), student (own samples, noised)",
+    )
+    rollout: int = Field(8, ge=1, description="R, teacher steps from noise to clean, where start = rollout")
+    student_steps: int = Field(4, ge=1, description="q, jumps of each of the student's samples, where start = student")
+    point: Point = Field("solver", description="where x_{t_n} comes from: solver, path, self (own jump), stored")
     jump: Jump = Field("first_order", description="skip (LCM's), cm_skip (CM's), first_order, second_order")
     r: float = Field(0.5, gt=0, le=1, description="mid-point of second_order, as a share of the step in log-SNR")
     form: Form = Field("x0", description="what second_order blends: x0 or eps predictions")
@@ -107,7 +98,8 @@ class ConsistencyConfig(Config):
     target: Target = Field("self", description="self (the student under stop-gradient) or ema")
     target_decay: float = Field(0.95, gt=0, lt=1, description="decay of the ema target")
     compare: Compare = Field("landing", description="where: landing, or end (both pushed on by the target)")
-    distance: DistanceName = Field("l2", description="l2, huber (element-wise), huber_norm (per sample), features")
+    distance: DistanceName = Field("l2", description="l2, huber (element-wise), huber_norm, features, perceptual")
+    perceptual: str = Field("", description="folder of a latent perceptual distance; empty to train one beforehand")
     huber_c: float = Field(1e-3, gt=0, description="c of huber; huber_norm takes c times the root of the dimension")
     weight: Weight = Field("none", description="differences are divided by the pull of: none, eps, x0, v")
     balance: Literal["fixed", "gradient"] = Field(
@@ -115,6 +107,8 @@ class ConsistencyConfig(Config):
     )
     consistency: float = Field(1.0, ge=0, description="weight of the consistency loss itself; 0 leaves the other terms")
     adversarial: AdversarialConfig = Field(AdversarialConfig(), description="a critic beside it")
+    matching: MatchingConfig = Field(MatchingConfig(), description="distribution matching beside it")
+    preference: PreferenceConfig = Field(PreferenceConfig(), description="a preference beside it")
     denoising: float = Field(0.0, ge=0, description="weight of the denoising loss, CTM's second term")
     end: End = Field("index0", description="the end point: clean (sigma = 0) or index0 (sigma = .029 on SD's path)")
 
@@ -164,10 +158,11 @@ class ConsistencyConfig(Config):
                 "the nearest legal jump is 'first_order'"
             )
         if self.weight != "none":
+            looks = self.distance != "features" and (self.distance != "perceptual" or self.weight == "x0")
             for field, value, fits in (
                 ("jump", self.jump, self.jump == "first_order"),
                 ("compare", self.compare, self.compare == "landing"),
-                ("distance", self.distance, self.distance != "features"),
+                ("distance", self.distance, looks),
             ):
                 if not fits:
                     raise ValueError(
@@ -176,9 +171,25 @@ class ConsistencyConfig(Config):
                     )
 
     def _check_sides(self) -> None:
-        if self.start == "trajectory" and self.point != "path":
-            raise ValueError("start = 'trajectory' stores the points themselves; the nearest legal point is 'path'")
-        if self.s == "next" and (self.point, self.start) != ("path", "trajectory"):
+        if self.point == "stored" and (self.start, self.solver, self.substeps) != ("trajectory", "ddim", 1):
+            raise ValueError(
+                f"point = 'stored' is one ddim step by predictions that start = {self.start!r}, solver = "
+                f"{self.solver!r}, substeps = {self.substeps} do not have; the nearest legal point is 'solver'"
+            )
+        if self.point == "path" and self.start in ("rollout", "student"):
+            raise ValueError(
+                f"point = 'path' asks for a path through start = {self.start!r}, which has none; "
+                "the nearest legal point is 'solver'"
+            )
+        if self.start == "student" and self.student_steps > self.points:
+            raise ValueError(
+                f"student_steps = {self.student_steps} on {self.points} points; the nearest legal one is {self.points}"
+            )
+        if self.s == "next" and self.start == "trajectory" and self.point != "path":
+            raise ValueError(
+                f"s = 'next' regresses onto stored points, not on point = {self.point!r}; the nearest legal is 'path'"
+            )
+        if self.s == "next" and self.start != "trajectory":
             raise ValueError(
                 f"s = 'next' regresses onto stored points, start = {self.start!r} has none; "
                 "the nearest legal one is 'uniform'"
@@ -188,13 +199,12 @@ class ConsistencyConfig(Config):
                 "point = 'path' on noised data has no teacher to guide; set guidance.convention = 'none' "
                 "(the nearest legal one)"
             )
-        if self.adversarial.real == "data" and self.adversarial.weight and self.adversarial.noise == 0:
-            lands_clean = self.compare == "end" or (self.s == "edge" and self.segments == 1)
-            if not lands_clean:
-                raise ValueError(
-                    "adversarial.real = 'data' beside jumps that land before the end needs adversarial.noise; "
-                    "the nearest legal real is 'target'"
-                )
+        critic = self.adversarial
+        if critic.weight and critic.real == "data" and critic.noise == 0 and not self.compares_at_end:
+            raise ValueError(
+                "adversarial.real = 'data' beside jumps that land before the end needs adversarial.noise; "
+                "the nearest legal real is 'target'"
+            )
         if self.compare == "end" and self.target != "ema":
             raise ValueError(
                 "compare = 'end' pushes the student's jump on by frozen weights; the nearest legal target is 'ema'"
@@ -207,7 +217,7 @@ class ConsistencyConfig(Config):
             raise ValueError("denoising needs a network that can be asked for s = t; the nearest legal told is ['s']")
 
     def _check_terms(self) -> None:
-        others = bool(self.denoising or self.adversarial.weight)
+        others = bool(self.denoising or self.adversarial.weight or self.matching.weight or self.preference.weight)
         if not self.consistency and not others:
             raise ValueError("consistency = 0 leaves nothing to minimise; the nearest legal one is 1")
         if self.balance == "gradient" and not others:
@@ -216,12 +226,18 @@ class ConsistencyConfig(Config):
             raise ValueError(
                 "balance = 'gradient' beside consistency = 0 balances with nothing; the nearest is 'fixed'"
             )
-        if self.start == "trajectory" and self.denoising:
-            raise ValueError("denoising needs data, start = 'trajectory' has none; the nearest legal denoising is 0")
-        if self.start == "trajectory" and self.adversarial.weight and self.adversarial.real == "data":
+        if self.start != "data" and self.denoising:
+            raise ValueError(f"denoising needs data, start = {self.start!r} has none; the nearest legal denoising is 0")
+        if self.start in ("trajectory", "rollout") and self.adversarial.weight and self.adversarial.real == "data":
             raise ValueError(
-                "adversarial.real = 'data' beside start = 'trajectory', which has none; the nearest legal is 'target'"
+                f"adversarial.real = 'data' beside start = {self.start!r}, which has none; the nearest is 'target'"
             )
+        for name, weight in (("preference", self.preference.weight), ("matching", self.matching.weight)):
+            if weight and not self.compares_at_end:
+                raise ValueError(
+                    f"{name} looks at where drawing ends, jumps to s = {self.s!r} in {self.segments} segments land "
+                    "before it; the nearest legal s is 'edge', with segments = 1"
+                )
         if "w" in self.told and self.guidance.convention == "none":
             raise ValueError("told = 'w' says which guidance was learnt, convention = 'none' has none; leave it out")
         if self.point == "path" and self.substeps > 1:
@@ -233,42 +249,29 @@ class ConsistencyConfig(Config):
         return self.grid if isinstance(self.grid, int) else len(self.grid)
 
     @property
-    def _jumps(self) -> dict[str, int]:
-        """Network evaluations of both jumps of a pair, for one sample."""
-        jump = CALLS_OF_JUMP[self.jump]
-        teacher = self.substeps * CALLS[self.solver] * self.guidance.branches if self.point != "path" else 0
-        target = 0 if self.s == "next" else jump * (1 + (self.point == "self"))
-        pushed = 2 * jump if self.compare == "end" else 0
-        return {"student": jump, "target": target + pushed, "teacher": teacher}
+    def rollout_steps(self) -> list[int]:
+        """Teacher steps from noise to each point of the training grid, where start = rollout (TLCM, algorithm 1).
 
-    @property
-    def calls(self) -> dict[str, int]:
-        """Network evaluations of one sample in one step, by role; the teacher's include the null branch.
-
-        `features` are those of a frozen network's features, where a critic or the distance looks at them. What a
-        critic's own step takes is `critic_calls`.
+        R - i for a point in the i-th of R equal parts of the grid, from the clean end: L = M - s.
         """
-        jumps = self._jumps
-        features = bool(self.adversarial.weight) + 2 * (self.distance == "features")
-        own = {**jumps, "student": jumps["student"] + bool(self.denoising)}
-        return {**own, "features": features} if features else own
+        return [self.rollout - index * self.rollout // self.points for index in range(self.points)]
 
     @property
-    def critic_calls(self) -> dict[str, int]:
-        """Network evaluations of one sample in a step of the critic: the jumps again, and features of both points."""
-        if not self.adversarial.weight:
-            return {}
-        jumps = self._jumps
-        if self.adversarial.real == "target":
-            return {**jumps, "features": 2}
-        pushed = CALLS_OF_JUMP[self.jump] if self.compare == "end" else 0
-        return {"student": jumps["student"], "target": pushed, "teacher": 0, "features": 2}
+    def student_every(self) -> int:
+        """Steps between two of the student's."""
+        return self.matching.every if self.matching.weight else 1
+
+    @property
+    def compares_at_end(self) -> bool:
+        """Whether jumps are compared at the end point, where terms that look at pictures can see them."""
+        return self.compare == "end" or (self.s == "edge" and self.segments == 1)
+
+    @property
+    def calls(self) -> Calls:
+        """Network evaluations of one sample in one step, by role, averaged over the rhythm of the updates."""
+        return step_calls(self)
 
     @property
     def cost(self) -> float:
         """All network evaluations of one sample and step, a backward pass counted as two more."""
-        with_gradient = self.calls["student"]
-        with_gradient += bool(self.adversarial.weight) + (self.distance == "features")
-        with_gradient += CALLS_OF_JUMP[self.jump] if self.compare == "end" else 0
-        critic = sum(self.critic_calls.values()) + 2 * (self.adversarial.r1 > 0)
-        return sum(self.calls.values()) + 2 * with_gradient + critic / self.adversarial.every
+        return step_cost(self)

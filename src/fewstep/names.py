@@ -14,7 +14,7 @@ Prediction = Literal["eps", "x0", "v", "flow"]
 """What a network outputs."""
 End = Literal["clean", "index0"]
 """Where sampling ends: true clean data, or the least noisy index of the network (sigma = .029 on SD's schedule)."""
-Spacing = Literal["grid", "trailing"]
+Spacing = Literal["grid", "trailing", "tlcm"]
 """How inference times are taken; see `grid.inference_times`."""
 SolverName = Literal["ddim", "euler", "heun", "dpm_2", "dpmpp_2s"]
 """One step of the probability-flow ODE; see `solver`."""
@@ -30,11 +30,12 @@ Form = Literal["x0", "eps"]
 """What a second-order jump blends: data or noise predictions."""
 Told = Literal["s", "w"]
 """What a network may be told beside x_t and t: where its jump lands, and the guidance omega."""
-Start = Literal["data", "trajectory"]
-"""Where x_{t_n+k} comes from: noised data, or a stored trajectory of the teacher."""
-Point = Literal["solver", "path", "self"]
-"""Where x_{t_n} comes from: the teacher's solver, the same path (the same noise on the data; the stored point), or the
-target's own jump (shortcut models)."""
+Start = Literal["data", "trajectory", "rollout", "student"]
+"""Where x_{t_n+k} comes from: noised data, a stored trajectory of the teacher, a few of its steps from noise, or the
+student's own samples, noised."""
+Point = Literal["solver", "path", "self", "stored"]
+"""Where x_{t_n} comes from: the teacher's solver, the same path (the same noise on the data; the stored point), the
+target's own jump (shortcut models), or a step by the teacher's stored outputs."""
 SLaw = Literal["edge", "uniform", "inference", "next"]
 """Where jumps land in training; see `objectives.times`."""
 Compare = Literal["landing", "end"]
@@ -45,7 +46,9 @@ Weight = Literal["none", "eps", "x0", "v"]
 """What differences are divided by: nothing, or how far a change of eps (x0, v) moves the landing."""
 Target = Literal["self", "ema"]
 """Who the student must agree with."""
-DistanceName = Literal["l2", "huber", "huber_norm", "features"]
+Normaliser = Literal["dmd", "score", "none"]
+"""How the gap of two scores is weighed; see `objectives.matching`."""
+DistanceName = Literal["l2", "huber", "huber_norm", "features", "perceptual"]
 """How agreement is measured; see `objectives.distance`."""
 
 TO_TEACHER = " (to teacher)"

@@ -1,20 +1,26 @@
-"""The consistency family's update plan: what the training loop is handed for a recipe."""
+"""The update plan of a recipe: what the training loop is handed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-from fewstep.denoiser import Denoiser
+from fewstep.denoiser import Condition, Denoiser
 from fewstep.draws import Draws
 from fewstep.loss import Loss
 from fewstep.method_settings import ConsistencyConfig
-from fewstep.objectives.consistency import consistency_loss, critic_loss
-from fewstep.objectives.distance import FeaturesOf
-from fewstep.objectives.points import Sample
+from fewstep.objectives.adversarial import generator_loss, seen_by_critic
+from fewstep.objectives.consistency import Term, compared_at, consistency_loss, critic_loss, set_scene, student_lands
+from fewstep.objectives.denoising import denoising_loss
+from fewstep.objectives.distance import FeaturesOf, Look, look_by_features
+from fewstep.objectives.matching import as_data, fake_loss, matching_loss
+from fewstep.objectives.preference import Taste, preference_loss
+from fewstep.objectives.scene import Sample, Scene
 from fewstep.role_layout import Student
-from fewstep.roles import copy_role
+from fewstep.roles import FAKE, copy_role
 from fewstep.settings import OptimConfig
 from fewstep.training.loop import Batch, Follower, Update
 
@@ -23,14 +29,101 @@ SampleOf = Callable[[Batch, Draws], Sample]
 
 
 def roles_of(method: ConsistencyConfig) -> tuple[str, ...]:
-    """The roles that a recipe needs beside the teacher; the first one is trained."""
-    return ("student", "target") if method.target == "ema" else ("student",)
+    """The roles that a recipe needs beside the teacher; the first one is the student."""
+    target = ("target",) if method.target == "ema" else ()
+    fake = (FAKE,) if method.matching.weight else ()
+    return ("student", *target, *fake)
 
 
 def start_from(method: ConsistencyConfig, student: Student, weights: Mapping[str, Tensor]) -> None:
-    """Let all roles but the teacher start from the weights of a student."""
+    """Let the student and its target start from the weights of a student; the fake score starts as the teacher."""
     for role in roles_of(method):
-        copy_role(weights, student.parameters(role))
+        if role != FAKE:
+            copy_role(weights, student.parameters(role))
+
+
+@dataclass(frozen=True)
+class Aids:
+    """The frozen networks that a recipe asks for, and its critic; None where it asks for none.
+
+    Attributes:
+        features: of the teacher, with gradient to what it sees.
+        perceptual: a distance by a network on latents.
+        critic: tells where the student lands from real points.
+        taste: scores of pictures with prompts, and of how many prompts.
+    """
+
+    features: FeaturesOf | None = None
+    perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
+    critic: nn.Module | None = None
+    taste: tuple[Taste, int] | None = None
+
+    def look(self, method: ConsistencyConfig) -> Look | None:
+        """The distance by a frozen network that the recipe names."""
+        if method.distance == "features" and self.features is not None:
+            return look_by_features(self.features)
+        if method.distance == "perceptual" and self.perceptual is not None:
+            perceptual = self.perceptual
+
+            def look(landed: Tensor, wanted: Tensor, at: Tensor, condition: Condition) -> Tensor:
+                return perceptual(landed, wanted)
+
+            return look
+        return None
+
+
+def terms_of(method: ConsistencyConfig, aids: Aids) -> list[Term]:
+    """What stands beside the consistency loss in the student's sum."""
+    terms = []
+    if method.denoising:
+
+        def fit(scene: Scene, landed: Tensor, at: Tensor, draws: Draws) -> Tensor:
+            return denoising_loss(method, scene.denoiser, scene.sample.data, scene.sample.condition, draws)
+
+        terms.append(Term("denoising", method.denoising, fit))
+    critic = aids.critic
+    if method.adversarial.weight and critic is not None:
+
+        def fooled(scene: Scene, landed: Tensor, at: Tensor, draws: Draws) -> Tensor:
+            own = method.adversarial
+            x, t = seen_by_critic(own, scene.denoiser.path, landed, at, scene.times.top, draws, "fake")
+            return generator_loss(own, critic(x, t, scene.sample.condition))
+
+        terms.append(Term("adversarial", method.adversarial.weight, fooled))
+    if method.matching.weight:
+
+        def matched(scene: Scene, landed: Tensor, at: Tensor, draws: Draws) -> Tensor:
+            return matching_loss(method.matching, scene, landed, at, draws)
+
+        terms.append(Term("matching", method.matching.weight, matched))
+    if method.preference.weight and aids.taste is not None:
+        taste, count = aids.taste
+
+        def liked(scene: Scene, landed: Tensor, at: Tensor, draws: Draws) -> Tensor:
+            prompts = scene.sample.prompts
+            assert prompts is not None
+            x0 = as_data(scene.denoiser.path, landed, at)
+            return preference_loss(method.preference, taste, x0, prompts, count, draws)
+
+        terms.append(Term("preference", method.preference.weight, liked))
+    return terms
+
+
+class Stage:
+    """The scene of a micro-batch, set once for all updates that are due: at the weights of the step's start it is one.
+
+    Coming to the first points may take many network calls.
+    """
+
+    def __init__(self, method: ConsistencyConfig, denoiser: Denoiser, sample_of: SampleOf) -> None:
+        self._make = lambda batch, draws: set_scene(method, denoiser, sample_of(batch, draws), draws)
+        self._last: tuple[Draws, Scene] | None = None
+
+    def scene(self, batch: Batch, draws: Draws) -> Scene:
+        """The scene of this micro-batch; a micro-batch is known by its draws."""
+        if self._last is None or self._last[0] is not draws:
+            self._last = draws, self._make(batch, draws)
+        return self._last[1]
 
 
 def family_plan(
@@ -39,24 +132,37 @@ def family_plan(
     student: Student,
     denoiser: Denoiser,
     sample_of: SampleOf,
-    features: FeaturesOf | None = None,
-    critic: nn.Module | None = None,
+    aids: Aids | None = None,
 ) -> list[Update]:
-    """One line for the student, and one for a critic where the recipe has one."""
-
-    outlet = student.outlet("student")
+    """One line for the student, one for a fake score and one for a critic where the recipe has them."""
+    aids = aids or Aids()
+    stage = Stage(method, denoiser, sample_of)
+    terms, look, outlet = terms_of(method, aids), aids.look(method), student.outlet("student")
 
     def student_loss(batch: Batch, draws: Draws) -> Loss:
-        return consistency_loss(method, denoiser, sample_of(batch, draws), draws, features, critic, outlet)
+        return consistency_loss(stage.scene(batch, draws), draws, terms, look, outlet)
 
     follower = Follower(student.parameters("target"), method.target_decay) if method.target == "ema" else None
-    plan = [Update("student", student.parameters("student"), student_loss, optim, follower=follower)]
-    if critic is None:
-        return plan
+    own = student.parameters("student")
+    plan = [Update("student", own, student_loss, optim, method.student_every, follower)]
+    if method.matching.weight:
 
-    def judge_loss(batch: Batch, draws: Draws) -> Loss:
-        return critic_loss(method, denoiser, sample_of(batch, draws), draws, critic)
+        def follow(batch: Batch, draws: Draws) -> Loss:
+            scene = stage.scene(batch, draws)
+            with torch.no_grad():
+                landed = student_lands(scene)
+            torch.clear_autocast_cache()  # type: ignore[no-untyped-call]  # as in `starts.by_student`
+            return fake_loss(method.matching, scene, landed, compared_at(scene), draws)
 
-    own = OptimConfig(lr=method.adversarial.lr, betas=(0.0, 0.99))
-    weights = dict(critic.named_parameters())
-    return [*plan, Update("critic", weights, judge_loss, own, every=method.adversarial.every)]
+        plan.append(Update(FAKE, student.parameters(FAKE), follow, OptimConfig(lr=method.matching.lr)))
+    critic = aids.critic
+    if critic is not None:
+
+        def judge_loss(batch: Batch, draws: Draws) -> Loss:
+            return critic_loss(stage.scene(batch, draws), draws, critic)
+
+        adversarial = method.adversarial
+        judging = OptimConfig(lr=adversarial.lr, betas=(0.0, 0.99))
+        weights = dict(critic.named_parameters())
+        plan.append(Update("critic", weights, judge_loss, judging, adversarial.every))
+    return plan

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fewstep.denoiser import Call, Condition
 from fewstep.names import Told
-from fewstep.roles import BASE, AdapterRoles, Roles, SeparateRoles, add_adapter, copy_role
+from fewstep.roles import BASE, FAKE, AdapterRoles, Roles, SeparateRoles, add_adapter, copy_role
 from fewstep.settings import StudentConfig
 from fewstep.told import TOLD_PREFIX, Ear, ToldEmbedding, split_told
 
@@ -80,11 +80,12 @@ def make_student(
 ) -> Student:
     """Lay out the teacher and the given roles; all start equal to the teacher.
 
-    With LoRA, base weights exist once and only the first role has gradients switched on; with full fine-tuning
-    every role is a copy of the network. Further roles copy the first one's weights.
+    With LoRA, base weights exist once; with full fine-tuning every role is a copy of the network. The first role and a
+    fake score have gradients switched on. Further roles copy the first one's weights.
 
     Args:
-        told: what the roles are told beside x and t. The condition of a call must then hold it, [B] each.
+        told: what the roles are told beside x and t, a fake score apart. The condition of a call must then hold it,
+            [B] each.
     """
     laid: Roles
     if config.kind == "lora":
@@ -97,13 +98,14 @@ def make_student(
         networks = {role: copy.deepcopy(host.network) for role in roles}
         laid = SeparateRoles({BASE: host.network, **networks})
     device = next(host.network.parameters()).device
-    embeddings = {role: ToldEmbedding(told, host.time_width, seed).to(device) for role in roles if told}
+    hear = [role for role in roles if role != FAKE] if told else []
+    embeddings = {role: ToldEmbedding(told, host.time_width, seed).to(device) for role in hear}
     student = Student(laid, _call(host, laid, networks, embeddings), embeddings, host.outlets)
     first = student.parameters(roles[0])
     for role in roles:
         for parameter in student.parameters(role).values():
-            parameter.requires_grad_(role == roles[0])
-        if role != roles[0]:
+            parameter.requires_grad_(role in (roles[0], FAKE))
+        if role not in (roles[0], FAKE):
             copy_role(first, student.parameters(role))
     if config.checkpointing:
         laid.checkpointing()

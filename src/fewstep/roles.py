@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 BASE = "teacher"
 """The role without adapter."""
+FAKE = "fake"
+"""The role that follows what the student draws (distribution matching); it starts as the teacher and stays apart."""
 
 
 class AdapterRoles:

@@ -35,7 +35,7 @@ class Sampling(Config):
     w: float | None = Field(None, ge=0, description="guidance omega that a student which is told w stands for")
     omega: float = Field(0.0, ge=0, description="guidance, (1 + omega) eps(c) - omega eps(null); 0 for a student")
     grid: GridSpec = Field(50, description="training grid that times are taken from: N points, or the points")
-    spacing: Spacing = Field("grid", description="grid (LCM's and TCD's rule) or trailing")
+    spacing: Spacing = Field("grid", description="grid (LCM's and TCD's rule), trailing, or tlcm (its own 2 to 8)")
     end: End = Field("index0", description="end point: clean or index0; the skip jump always ends on clean data")
 
     @model_validator(mode="after")
@@ -45,6 +45,10 @@ class Sampling(Config):
         if points < 1:
             raise ValueError(f"grid = {self.grid} has no points; the nearest legal one is 1")
         most = points * calls
+        if self.spacing == "tlcm" and self.steps > 8 * calls:
+            raise ValueError(
+                f"steps = {self.steps} has no list of times in spacing = 'tlcm'; the nearest is {8 * calls}"
+            )
         if self.spacing == "grid" and self.steps > most:
             raise ValueError(
                 f"steps = {self.steps} is out of range for grid = {points}; the nearest legal one is {most}"
@@ -92,6 +96,7 @@ class StudentConfig(Config):
     alpha: float | None = Field(None, gt=0, description="LoRA alpha; null for the rank, i.e. scale 1")
     targets: tuple[str, ...] | None = Field(None, description="adapted layers; null for the backbone's list")
     checkpointing: bool = Field(False, description="gradient checkpointing: less memory, one more forward")
+    start: str = Field("", description="a finished student to start from; empty for the teacher itself")
 
     @property
     def lora_alpha(self) -> float:
@@ -102,7 +107,11 @@ class StudentConfig(Config):
 class DataConfig(Config):
     """What the student sees."""
 
-    source: str = Field("emoji8", description="emoji8, or a folder of captioned pictures")
+    source: str = Field(
+        "emoji8",
+        description="emoji8, or a folder of captioned pictures; without pictures: captions (Emoji-8's), a prompt file, "
+        "or a folder that `fewstep synthesize` wrote",
+    )
     captions: int = Field(12, ge=1, description="captions a picture, drawn once and cached")
     trajectories: int = Field(2048, ge=1, description="teacher trajectories drawn and stored, where start = trajectory")
     empty_prompts: float = Field(0.0, ge=0, le=1, description="share of samples trained with the empty prompt")
@@ -214,15 +223,17 @@ def check_trained(method: ConsistencyConfig, sampling: Sampling, path: str = "vp
         )
     if sampling.sampler not in ("sss", "lcm"):
         return
-    if sampling.spacing != "grid":
+    if sampling.spacing == "trailing":
         raise ValueError(
             f"sampling.spacing = {sampling.spacing!r} takes times that are not trained; the nearest legal one is 'grid'"
         )
     nested = path != "ve" and method.s != "inference"  # else a coarser grid asks for other times than the finer one
-    if not _within(sampling.grid, method.grid, nested):
+    asks: GridSpec = 8 if sampling.spacing == "tlcm" else sampling.grid
+    if not _within(asks, method.grid, nested):
+        named = "sampling.spacing = 'tlcm'" if sampling.spacing == "tlcm" else f"sampling.grid = {sampling.grid}"
+        legal = "'grid'" if sampling.spacing == "tlcm" else method.grid
         raise ValueError(
-            f"sampling.grid = {sampling.grid} asks for times that method.grid = {method.grid} does not train; "
-            f"the nearest legal one is {method.grid}"
+            f"{named} asks for times that method.grid = {method.grid} does not train; the nearest legal one is {legal}"
         )
     asked: dict[str, tuple[object, object]] = {"jump": (sampling.step_jump, method.jump)}
     if method.jump == "second_order":

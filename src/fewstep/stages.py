@@ -8,19 +8,28 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
 from fewstep.config import Config, merge, validate
 from fewstep.errors import UserError
 
 
 class Stage(Config):
-    """One stage: a share of the steps, and what it changes in the recipe."""
+    """One stage: a share of the steps, and what it changes in the recipe for itself."""
 
     name: str = Field(min_length=1, description="what it is called in logs and folders")
-    share: float = Field(gt=0, le=1, description="share of loop.steps")
+    share: float = Field(gt=0, description="share of loop.steps, beside the other stages' shares")
     method: dict[str, Any] = Field(default_factory=dict, description="changes to the method")
     optim: dict[str, Any] = Field(default_factory=dict, description="changes to the optimiser")
+    loop: dict[str, Any] = Field(default_factory=dict, description="changes to the loop, its steps apart")
+    sampling: dict[str, Any] = Field(default_factory=dict, description="how its student is sampled when it is judged")
+
+    @field_validator("loop")
+    @classmethod
+    def _without_steps(cls, loop: dict[str, Any]) -> dict[str, Any]:
+        if "steps" in loop:
+            raise ValueError("a stage's steps are its share of loop.steps; the nearest legal name is share")
+        return loop
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -80,7 +89,13 @@ def stage_configs(config: ConfigT, stages: Sequence[Stage], steps: int) -> list[
     result = []
     plain = BaseModel.model_dump(config)
     for stage, own in zip(stages, split_steps(steps, [stage.share for stage in stages]), strict=True):
-        changes = {"method": stage.method, "optim": stage.optim, "loop": {"steps": own}, "stages": ()}
+        changes = {
+            "method": stage.method,
+            "optim": stage.optim,
+            "sampling": stage.sampling,
+            "loop": {**stage.loop, "steps": own},
+            "stages": (),
+        }
         try:
             result.append(validate(type(config), merge(plain, changes)))
         except UserError as error:

@@ -112,4 +112,4 @@ def stored_trajectories(
         return parts
 
     points = torch.cat(main_first(all_shards))
-    return LatentSet(points, said.table, rows[:, None], f"trajectories-{digest}-{count}"), omega
+    return LatentSet(points, said.table, rows[:, None], f"trajectories-{digest}-{count}", said.said), omega

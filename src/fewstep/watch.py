@@ -42,7 +42,7 @@ def watched_prompts(config: DistillConfig, captions: Sequence[str]) -> list[str]
     """
     from fewstep.world import emoji8
 
-    named = config.watch.prompts or ("validation" if config.data.source == "emoji8" else "")
+    named = config.watch.prompts or ("validation" if config.data.source in ("emoji8", "captions") else "")
     listed: Sequence[str] = ()
     if named:
         listed = read_prompts(named, "watch.prompts") if is_prompt_file(named) else emoji8.read_prompts(named)
@@ -59,7 +59,8 @@ class Watch:
         student: draws with the role `student`.
         parameters: the student's trainable weights; they are lent the weights to judge and get their own back.
         prompts: what it draws.
-        real: pictures uint8 [N, H, W, 3] that KID is taken from, at least 10.
+        real: pictures uint8 [N, H, W, 3] that KID is taken from, at least 10; None for the teacher's own from other
+            noise.
         keep: called with the weights and their figures whenever KID is the best so far.
     """
 
@@ -69,7 +70,7 @@ class Watch:
         student: Artist,
         parameters: Mapping[str, Tensor],
         prompts: Sequence[str],
-        real: np.ndarray,
+        real: np.ndarray | None,
         out: Path,
         keep: Keep,
     ) -> None:
@@ -83,23 +84,24 @@ class Watch:
         self.features = Features(Lite0Backbone(), progress=False)
         self.kid = KernelDistance(self.features)
         self.to_teacher = TeacherFeatures(self.features)
-        self.real = real
         self.condition = student.backbone.encode(self.prompts)
-        self.reference = self._teacher_pictures(config)
+        self.reference = self._teacher_pictures(config, self.seeds)
+        other = [seed + watch.count for seed in self.seeds]
+        self.real = self._teacher_pictures(config, other) if real is None else real
         self.best = self._best_so_far()
         student.backbone.release_encoders()  # what they are needed for is kept; checks load the autoencoder
 
-    def _teacher_pictures(self, config: DistillConfig) -> np.ndarray:
+    def _teacher_pictures(self, config: DistillConfig, seeds: Sequence[int]) -> np.ndarray:
         """The teacher's end points, uint8 [count, H, W, 3]; drawn once a run and kept in its cache."""
         sampling = TEACHER_SAMPLING.model_copy(
             update={"steps": config.watch.teacher_steps, "omega": config.method.guidance.mean_omega}
         )
         backbone = self.student.backbone
-        known = json.dumps([backbone.folder.identity(), sampling.model_dump(), self.prompts, self.seeds])
+        known = json.dumps([backbone.folder.identity(), sampling.model_dump(), self.prompts, list(seeds)])
         key = f"watch-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
 
         def draw() -> dict[str, Tensor]:
-            latents = artist_of(backbone).latents(self.condition, self.seeds, sampling, title="teacher's pictures")
+            latents = artist_of(backbone).latents(self.condition, seeds, sampling, title="teacher's pictures")
             return {"pictures": torch.from_numpy(backbone.to_pictures(latents))}
 
         pictures: np.ndarray = cached(self.out / "cache", key, draw)["pictures"].numpy()

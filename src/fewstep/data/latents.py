@@ -46,16 +46,18 @@ class LatentSet:
     """A training set without encoders.
 
     Attributes:
-        latents: fp32 [N, C, h, w].
+        latents: fp32 [N, C, h, w]; of prompts alone, one zero seen N times, which takes no room.
         table: the conditions of the K distinct captions and, last, the unconditional one, [K + 1, ...] each.
         rows: int64 [N, c]: which conditions belong to which latent.
         key: fingerprint of encoders, pictures and captions.
+        said: the distinct captions.
     """
 
     latents: Tensor
     table: dict[str, Tensor]
     rows: Tensor
     key: str
+    said: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -65,13 +67,18 @@ class LatentSet:
         """K, the distinct captions: the rows of the table before the unconditional one."""
         return len(next(iter(self.table.values()))) - 1
 
-    def condition(self, items: Tensor, draws: Draws, empty: float, device: torch.device) -> dict[str, Tensor]:
-        """One of the captions of each item, drawn; the unconditional one instead for a share `empty` of them."""
+    def drawn(self, items: Tensor, draws: Draws, empty: float) -> Tensor:
+        """Rows of the table, int64 [B]: one of the captions of each item, drawn; the unconditional one instead for a
+        share `empty` of them."""
         chosen = draws.integers("caption", 0, self.rows.shape[1])
         rows = self.rows[items, chosen]
         if empty > 0:
             rows = torch.where(draws.chance("empty prompt", empty), self.captions, rows)
-        return self.states(rows, device)
+        return rows
+
+    def condition(self, items: Tensor, draws: Draws, empty: float, device: torch.device) -> dict[str, Tensor]:
+        """The conditions in the `drawn` rows."""
+        return self.states(self.drawn(items, draws, empty), device)
 
     def null(self, count: int, device: torch.device) -> dict[str, Tensor]:
         """The unconditional condition, `count` times."""
@@ -111,15 +118,24 @@ def encode_all(pictures: PictureSet, encoders: Encoders, cache: Path, key: str) 
     return torch.cat(parts)
 
 
-def latent_set(data: Captioned, encoders: Encoders, fingerprint: str, cache: Path) -> LatentSet:
-    """Encode pictures and captions, once for each (encoder weights, pictures, captions).
+def latent_set(
+    data: Captioned, encoders: Encoders, fingerprint: str, cache: Path, shape: tuple[int, ...] = ()
+) -> LatentSet:
+    """Encode pictures and captions, once for each (encoder weights, pictures, captions); of prompts alone no picture.
 
     Text states are kept in fp16, latents in fp32. All processes of a launch must ask: the main one encodes, the
     others read what it kept.
+
+    Args:
+        shape: of a latent, for prompts alone.
     """
-    digest = hashlib.sha256(f"{fingerprint} {data.pictures.fingerprint()}".encode())
-    seen = f"latents-{digest.hexdigest()[:16]}"
-    latents = main_first(lambda: encode_all(data.pictures, encoders, cache, seen))
+    pictures = data.pictures
+    if pictures is None:
+        seen, latents = "no-pictures", torch.zeros(()).expand(len(data), *shape)
+    else:
+        digest = hashlib.sha256(f"{fingerprint} {pictures.fingerprint()}".encode())
+        seen = f"latents-{digest.hexdigest()[:16]}"
+        latents = main_first(lambda: encode_all(pictures, encoders, cache, seen))
     distinct = sorted({caption for row in data.captions for caption in row})
     digest = hashlib.sha256((fingerprint + json.dumps(distinct)).encode())
 
@@ -132,4 +148,4 @@ def latent_set(data: Captioned, encoders: Encoders, fingerprint: str, cache: Pat
     number = {caption: i for i, caption in enumerate(distinct)}
     most = max(len(row) for row in data.captions)
     rows = torch.tensor([[number[row[i % len(row)]] for i in range(most)] for row in data.captions])
-    return LatentSet(latents, table, rows, f"{seen} {said}")
+    return LatentSet(latents, table, rows, f"{seen} {said}", tuple(distinct))

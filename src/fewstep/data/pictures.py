@@ -1,4 +1,4 @@
-"""Captioned pictures: the bundled set, or a folder of one's own, read only as they are needed."""
+"""Captioned pictures: the bundled set, or a folder of one's own, read only as they are needed; or prompts alone."""
 
 from __future__ import annotations
 
@@ -94,17 +94,23 @@ class PictureFiles:
 
 @dataclass(frozen=True)
 class Captioned:
-    """Pictures and, for each, one or more captions to draw from."""
+    """Pictures and, for each, one or more captions to draw from; without pictures, prompts alone."""
 
-    pictures: PictureSet
+    pictures: PictureSet | None
     captions: Sequence[Sequence[str]]
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.captions)
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Captioned:
         """Some of them, in memory."""
-        return Captioned(HeldPictures(self.pictures.read(rows)), [self.captions[int(row)] for row in rows])
+        held = None if self.pictures is None else HeldPictures(self.pictures.read(rows))
+        return Captioned(held, [self.captions[int(row)] for row in rows])
+
+
+def from_prompts(prompts: Sequence[str]) -> Captioned:
+    """Prompts alone, each once."""
+    return Captioned(None, [[prompt] for prompt in dict.fromkeys(prompts)])
 
 
 def find_pictures(folder: Path) -> list[Path]:

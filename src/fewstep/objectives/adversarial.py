@@ -15,9 +15,9 @@ from torch import Tensor
 from fewstep.denoiser import Condition
 from fewstep.draws import Draws
 from fewstep.loss import Loss
-from fewstep.method_settings import AdversarialConfig
 from fewstep.sampler import diffuse
 from fewstep.schedule import Path
+from fewstep.term_settings import AdversarialConfig
 
 Critic = Callable[[Tensor, Tensor, Condition], Tensor]
 """(x [B, ...], t float64 [B], condition) -> logits [B, ...], high for real."""

@@ -9,6 +9,9 @@ itself), who the student must agree with, where and by which distance. `docs/met
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -19,60 +22,31 @@ from fewstep.jump import student_step
 from fewstep.jumper import Voice
 from fewstep.loss import Loss
 from fewstep.method_settings import ConsistencyConfig
-from fewstep.names import Weight
-from fewstep.objectives.adversarial import (
-    Critic,
-    discriminate,
-    generator_loss,
-    gradient_ratio,
-    seen_by_critic,
-)
-from fewstep.objectives.denoising import denoising_loss
-from fewstep.objectives.distance import FeaturesOf, distance
-from fewstep.objectives.points import POINTS, Sample, Scene, path_through
+from fewstep.objectives.adversarial import Critic, discriminate, gradient_ratio, seen_by_critic
+from fewstep.objectives.distance import Look, distance
+from fewstep.objectives.points import POINTS
+from fewstep.objectives.scene import Cast, Sample, Scene
+from fewstep.objectives.starts import STARTS
 from fewstep.objectives.times import draw_times
 from fewstep.sampler import Jumper
-from fewstep.schedule import Path, share_of
-
-
-def implicit_pull(weight: Weight, path: Path, t: Tensor, s: Tensor) -> Tensor | None:
-    """How far a change of eps, x0 or v at t moves the landing x_s of a first-order jump, float64 [B]; None for `none`.
-
-    |df/deps| = alpha_s sigma_t/alpha_t - sigma_s, |df/dx0| = alpha_s - sigma_s alpha_t/sigma_t. Their squares differ by
-    four orders of magnitude over a batch: gaps divided by them count every pair alike. `v` is x0's over sqrt(SNR + 1),
-    the weight of v-prediction (MCM, arXiv 2403.06807). Where x_t is pure noise (alpha_t = 0, the flow path's start) eps
-    moves the landing without bound: such a sample counts for nothing.
-    """
-    if weight == "none":
-        return None
-    alpha_t, sigma_t, alpha_s, sigma_s = (part(when) for when in (t, s) for part in (path.alpha, path.sigma))
-    if weight == "eps":
-        return alpha_s * sigma_t / alpha_t - sigma_s
-    pull = alpha_s - sigma_s * alpha_t / sigma_t
-    return pull if weight == "x0" else pull / ((alpha_t / sigma_t).square() + 1).sqrt()
+from fewstep.schedule import share_of
 
 
 def set_scene(config: ConsistencyConfig, denoiser: Denoiser, sample: Sample, draws: Draws) -> Scene:
-    """Draw times, guidance and noise of a micro-batch, and say who jumps."""
+    """Draw times, guidance and noise of a micro-batch, come to its first points, and say who jumps."""
     times = draw_times(config, denoiser.path, draws)
-    omega = sample.omega if sample.omega is not None else draws.uniform("omega", *config.guidance.omegas)
+    omega = draws.uniform("omega", *config.guidance.omegas)
+    if sample.omega is not None and config.point != "stored":  # by stored outputs any other guidance can be formed
+        omega = sample.omega
     step = student_step(config.jump, config.r, config.form)
 
     def jump_of(role: str) -> Jumper:
         return Voice(denoiser, sample.condition, role, config.told, w=omega).jumper(step)
 
-    path_at = path_through(config, denoiser.path, sample, draws)
-    return Scene(
-        config=config,
-        denoiser=denoiser,
-        sample=sample,
-        omega=omega,
-        times=times,
-        path_at=path_at,
-        x_nk=path_at(times.t_nk, times.index_nk),
-        student=jump_of("student"),
-        judge=jump_of("target" if config.target == "ema" else "student"),
-    )
+    student, judge = jump_of("student"), jump_of("target" if config.target == "ema" else "student")
+    cast = Cast(config, denoiser, sample, omega, times, student, judge)
+    origin = STARTS[config.start](cast, draws)
+    return Scene(config, denoiser, sample, omega, times, student, judge, *origin)
 
 
 def compared_at(scene: Scene) -> Tensor:
@@ -98,60 +72,64 @@ def target_lands(scene: Scene) -> Tensor:
     return wanted if config.compare == "landing" else scene.judge(wanted, times.s, compared_at(scene))
 
 
+class Term(NamedTuple):
+    """A term beside the consistency loss.
+
+    Attributes:
+        name: in the log.
+        weight: in the sum.
+        loss: (scene, where the student landed [B, ...], at which times float64 [B], draws) -> [B].
+    """
+
+    name: str
+    weight: float
+    loss: Callable[[Scene, Tensor, Tensor, Draws], Tensor]
+
+
 def consistency_loss(
-    config: ConsistencyConfig,
-    denoiser: Denoiser,
-    sample: Sample,
+    scene: Scene,
     draws: Draws,
-    features: FeaturesOf | None = None,
-    critic: Critic | None = None,
+    terms: Sequence[Term] = (),
+    look: Look | None = None,
     outlet: Tensor | None = None,
 ) -> Loss:
     """The loss of one micro-batch, with the further terms that the recipe names.
 
     Args:
-        features: of a frozen network, for the distance in them.
-        critic: judges where the student lands, for the adversarial term; it learns by `critic_loss`.
+        look: a distance by a frozen network, for recipes that name one.
         outlet: the student's last trained weight, where the terms' gradients are balanced.
     """
-    path = denoiser.path
-    scene = set_scene(config, denoiser, sample, draws)
+    config = scene.config
     # The student before the target: autocast of older torch keeps the cast weights of the first call, and those of a
     # call without gradient would leave the student without one.
-    landed, at, times = student_lands(scene), compared_at(scene), scene.times
-    pull = implicit_pull(config.weight, path, times.t_nk, times.s)
-    per_sample = distance(config, landed, target_lands(scene), at, sample.condition, features, pull)
-    scalars = {"consistency": per_sample.detach().mean()}
-    own, per_sample = per_sample, config.consistency * per_sample
-
-    def add(name: str, weight: float, term: Tensor) -> Tensor:
+    landed, at = student_lands(scene), compared_at(scene)
+    scalars: dict[str, Tensor] = {}
+    per_sample = landed.new_zeros(len(landed))
+    if config.consistency:
+        own = distance(scene, landed, target_lands(scene), at, look)
+        scalars["consistency"] = own.detach().mean()
+        per_sample = config.consistency * own
+    for name, weight, loss in terms:
+        term = loss(scene, landed, at, draws)
         scalars[name] = term.detach().mean()
         if config.balance == "gradient" and outlet is not None:
             term = gradient_ratio(own, term, outlet) * term
-        return per_sample + weight * term
-
-    if config.denoising:
-        fit = denoising_loss(config, denoiser, sample.data, sample.condition, draws)
-        per_sample = add("denoising", config.denoising, fit)
-    if config.adversarial.weight and critic is not None:
-        x, t = seen_by_critic(config.adversarial, path, landed, at, times.top, draws, "fake")
-        fooled = generator_loss(config.adversarial, critic(x, t, sample.condition))
-        per_sample = add("adversarial", config.adversarial.weight, fooled)
-    alone = len(scalars) == 1
-    t_share = share_of(path, times.t_nk)
-    return Loss(per_sample.mean(), per_sample.detach(), t_share, {} if alone else scalars)
+        per_sample = per_sample + weight * term
+    t_share = share_of(scene.denoiser.path, scene.times.t_nk)
+    return Loss(per_sample.mean(), per_sample.detach(), t_share, scalars if terms else {})
 
 
-def critic_loss(config: ConsistencyConfig, denoiser: Denoiser, sample: Sample, draws: Draws, critic: Critic) -> Loss:
+def critic_loss(scene: Scene, draws: Draws, critic: Critic) -> Loss:
     """The critic's own loss on the same jumps: real points are the data, or where the target landed."""
-    own, path = config.adversarial, denoiser.path
+    own, path, times = scene.config.adversarial, scene.denoiser.path, scene.times
     with torch.no_grad():
-        scene = set_scene(config, denoiser, sample, draws)
         fake, at = student_lands(scene), compared_at(scene)
-        real, real_at = (
-            (sample.data, torch.full_like(at, path.clean)) if own.real == "data" else (target_lands(scene), at)
-        )
-        top = scene.times.top
-        seen_fake = seen_by_critic(own, path, fake, at, top, draws, "fake")
-        seen_real = seen_by_critic(own, path, real, real_at, top, draws, "real", to=seen_fake[1])
-    return discriminate(own, critic, seen_real, seen_fake, sample.condition)
+        if own.real == "target":
+            real, real_at = target_lands(scene), at
+        else:
+            assert scene.clean is not None
+            assert scene.clean_at is not None
+            real, real_at = scene.clean, torch.full_like(at, scene.clean_at)
+        seen_fake = seen_by_critic(own, path, fake, at, times.top, draws, "fake")
+        seen_real = seen_by_critic(own, path, real, real_at, times.top, draws, "real", to=seen_fake[1])
+    return discriminate(own, critic, seen_real, seen_fake, scene.sample.condition)

@@ -9,13 +9,16 @@ from torch import Tensor
 
 from fewstep.denoiser import Condition
 from fewstep.errors import UserError
-from fewstep.method_settings import ConsistencyConfig
-from fewstep.schedule import expand
+from fewstep.names import Weight
+from fewstep.objectives.scene import Scene
+from fewstep.schedule import Path, expand
 
 LEAST_PULL = 1e-6
 """Below it a jump goes nowhere: rounding is all that is left of its difference."""
 FeaturesOf = Callable[[Tensor, Tensor, Condition], Sequence[Tensor]]
 """(x [B, ...], times [B], condition) -> feature maps [B, C, ...] of a frozen network, with gradient to x."""
+Look = Callable[[Tensor, Tensor, Tensor, Condition], Tensor]
+"""A distance by a frozen network: (landed, wanted [B, ...], times [B], condition) -> [B], with gradient to landed."""
 
 
 def l2(gap: Tensor) -> Tensor:
@@ -55,36 +58,65 @@ def feature_distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     return torch.stack(parts).sum(0)
 
 
-def distance(
-    config: ConsistencyConfig,
-    landed: Tensor,
-    wanted: Tensor,
-    at: Tensor,
-    condition: Condition,
-    features: FeaturesOf | None,
-    pull: Tensor | None = None,
-) -> Tensor:
+def implicit_pull(weight: Weight, path: Path, t: Tensor, s: Tensor) -> Tensor | None:
+    """How far a change of eps, x0 or v at t moves the landing x_s of a first-order jump, float64 [B]; None for `none`.
+
+    |df/deps| = alpha_s sigma_t/alpha_t - sigma_s, |df/dx0| = alpha_s - sigma_s alpha_t/sigma_t. Their squares differ by
+    four orders of magnitude over a batch: gaps divided by them count every pair alike. `v` is x0's over sqrt(SNR + 1),
+    the weight of v-prediction (MCM, arXiv 2403.06807). Where x_t is pure noise (alpha_t = 0, the flow path's start) eps
+    moves the landing without bound: such a sample counts for nothing.
+    """
+    if weight == "none":
+        return None
+    alpha_t, sigma_t, alpha_s, sigma_s = (part(when) for when in (t, s) for part in (path.alpha, path.sigma))
+    if weight == "eps":
+        return alpha_s * sigma_t / alpha_t - sigma_s
+    pull = alpha_s - sigma_s * alpha_t / sigma_t
+    return pull if weight == "x0" else pull / ((alpha_t / sigma_t).square() + 1).sqrt()
+
+
+def look_by_features(features: FeaturesOf) -> Look:
+    """The distance in a network's features."""
+
+    def look(landed: Tensor, wanted: Tensor, at: Tensor, condition: Condition) -> Tensor:
+        mine = features(landed, at, condition)
+        with torch.no_grad():
+            theirs = features(wanted, at, condition)
+        return feature_distance(mine, theirs)
+
+    return look
+
+
+def implied_x0(scene: Scene, landed: Tensor, pull: Tensor) -> Tensor:
+    """The x0 by which a first-order jump from x_{t_n+k} lands there: (x_s - (sigma_s/sigma_t) x_t)/(dx_s/dx0) (MCM's
+    inverse DDIM step). A jump that went nowhere says nothing of x0: 0."""
+    path, times = scene.denoiser.path, scene.times
+    kept = expand(path.sigma(times.s) / path.sigma(times.t_nk), landed) * scene.x_nk
+    return expand(torch.where(pull > LEAST_PULL, 1 / pull, 0.0), landed) * (landed - kept)
+
+
+def distance(scene: Scene, landed: Tensor, wanted: Tensor, at: Tensor, look: Look | None = None) -> Tensor:
     """The distance that the recipe names, between points at the times `at`, [B].
 
-    Args:
-        pull: what differences are divided by, float64 [B]; a sample whose pull is 0, which jumped nowhere, counts for
-            nothing.
+    Where the recipe has a weight, differences are divided by its pull; a frozen network then sees both points as the x0
+    that they stand for. A sample whose pull is 0, which jumped nowhere, counts for nothing.
 
     Raises:
-        UserError: `features` where the backbone has none.
+        UserError: a frozen network is asked for where there is none.
     """
+    config, times = scene.config, scene.times
+    pull = implicit_pull(config.weight, scene.denoiser.path, times.t_nk, times.s)
+    if config.distance in ("features", "perceptual"):
+        if look is None:
+            raise UserError(
+                f"method.distance = {config.distance!r} needs a network that looks; the nearest legal one is 'l2'"
+            )
+        if pull is not None:
+            landed, wanted = implied_x0(scene, landed, pull), implied_x0(scene, wanted, pull)
+        return look(landed, wanted, at, scene.sample.condition)
     gap = landed - wanted
     if pull is not None:
         gap = expand(torch.where(pull > LEAST_PULL, 1 / pull, 0.0), gap) * gap
-    if config.distance == "l2":
-        return l2(gap)
     if config.distance == "huber":
         return huber(gap, config.huber_c)
-    if config.distance == "huber_norm":
-        return huber_norm(gap, config.huber_c)
-    if features is None:
-        raise UserError("method.distance = 'features' needs a backbone with features; the nearest legal one is 'l2'")
-    mine = features(landed, at, condition)
-    with torch.no_grad():
-        theirs = features(wanted, at, condition)
-    return feature_distance(mine, theirs)
+    return huber_norm(gap, config.huber_c) if config.distance == "huber_norm" else l2(gap)

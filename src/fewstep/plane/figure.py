@@ -137,5 +137,5 @@ def table(plays: Sequence[tuple[Play, Measured]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cost(calls: Mapping[str, int]) -> str:
-    return f"{calls['student']} + {calls['target']} + {calls['teacher']}"
+def _cost(calls: Mapping[str, float]) -> str:
+    return " + ".join(f"{calls.get(role, 0):g}" for role in ("student", "target", "teacher"))

@@ -18,9 +18,9 @@ from fewstep.grid import end_time, inference_times, training_grid
 from fewstep.inference import draw_latents
 from fewstep.jump import student_step
 from fewstep.jumper import Voice
-from fewstep.objectives.points import Sample
+from fewstep.objectives.scene import Sample
 from fewstep.objectives.times import draw_times
-from fewstep.plan import family_plan, roles_of, start_from
+from fewstep.plan import Aids, family_plan, roles_of, start_from
 from fewstep.plane.base import learn_base
 from fewstep.plane.mixture import Mixture, one_gaussian, ring, times_of
 from fewstep.plane.planar import Planar, PlanarCritic, Plane, said_by
@@ -95,7 +95,7 @@ def training_points(play: Play) -> Tensor:
     """Data, fp32 [N, 2]; or exact trajectories, [N, points + 1, 2], the end point first."""
     config, teacher = play.config, play.teacher
     generator = torch.Generator().manual_seed(config.loop.seed)
-    if config.method.start == "data":
+    if config.method.start != "trajectory":
         return teacher.sample(config.count, teacher.path.clean, generator).float()
     path = teacher.path
     times = [end_time(path, config.method.end), *training_grid(path, config.method.grid).tolist()]
@@ -135,7 +135,7 @@ def play_plan(play: Play, points: Tensor) -> list[Update]:
         return Sample(x, {}, {}, omega)
 
     critic = PlanarCritic(config.width, config.loop.seed) if config.method.adversarial.weight else None
-    return family_plan(config.method, config.optim, play.student, play.denoiser, sample, critic=critic)
+    return family_plan(config.method, config.optim, play.student, play.denoiser, sample, Aids(critic=critic))
 
 
 def _train_stage(play: Play, out: Path, inputs: Mapping[str, str], quiet: bool) -> Trained:

@@ -1,4 +1,4 @@
-"""Recipes: one short YAML file per row of the table of methods."""
+"""Recipes: one short YAML file per row of the table of methods, and per list of stages."""
 
 from __future__ import annotations
 
@@ -13,6 +13,15 @@ from fewstep.errors import UserError, nearest
 def names() -> list[str]:
     """The bundled recipes."""
     return sorted(p.name[:-5] for p in resources.files(__name__).iterdir() if p.name.endswith(".yaml"))
+
+
+LISTS = ("tlcm",)
+"""Recipes that run several objectives one after another, from prompts alone."""
+
+
+def rows() -> list[str]:
+    """The bundled recipes that are rows of the table."""
+    return [name for name in names() if name not in LISTS]
 
 
 def read_recipe(name: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fewstep.data.pictures import Captioned, HeldPictures
+from fewstep.data.pictures import Captioned, HeldPictures, from_prompts
 from fewstep.errors import UserError, nearest
 from fewstep.world import location
 
@@ -252,6 +252,11 @@ def captioned(captions: int, seed: int) -> Captioned:
     """The training split with `captions` captions a picture."""
     data = load("train")
     return Captioned(HeldPictures(data.pictures), caption_table(data.records, captions, seed))
+
+
+def captions_alone(captions: int, seed: int) -> Captioned:
+    """The same captions without the pictures: none of these is opened."""
+    return from_prompts([said for row in caption_table(load_records("train"), captions, seed) for said in row])
 
 
 def _generator(seed: int, key: str) -> np.random.Generator:

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from fewstep.config import Config
 from fewstep.errors import nearest, nearest_divisor
 from fewstep.evaluation.settings import ScorerConfig
-from fewstep.recipes import names
+from fewstep.recipes import rows
 from fewstep.settings import LoopConfig, OptimConfig
 
 Rate = Annotated[float, Field(gt=0)]
@@ -123,7 +123,7 @@ class FamilyConfig(Config):
 
     @model_validator(mode="after")
     def _known(self) -> Self:
-        known = names()
+        known = rows()
         for recipe in self.recipes:
             if recipe not in known:
                 raise ValueError(f"recipes names {recipe!r}; the nearest recipe is {nearest(recipe, known)!r}")
@@ -134,7 +134,7 @@ class FamilyConfig(Config):
     @property
     def chosen(self) -> tuple[str, ...]:
         """The recipes that are distilled."""
-        return self.recipes or tuple(names())
+        return self.recipes or tuple(rows())
 
 
 class BenchmarkConfig(Config):

@@ -1,0 +1,116 @@
+"""What a step of a method takes, in network evaluations of one sample. Light.
+
+Every count here is also made by the program itself while it trains (`tally`), and both are held against each other.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fewstep.names import CALLS, CALLS_OF_JUMP
+
+if TYPE_CHECKING:
+    from fewstep.method_settings import ConsistencyConfig
+
+Calls = dict[str, float]
+"""Network evaluations by role; the teacher's include the unconditional branch."""
+
+
+def add(first: Calls, *others: Calls) -> Calls:
+    """The sum, role by role."""
+    result = dict(first)
+    for other in others:
+        for role, count in other.items():
+            result[role] = result.get(role, 0) + count
+    return result
+
+
+def starting_calls(config: ConsistencyConfig) -> Calls:
+    """What it takes to come to x_{t_n+k}, once for all updates of a step.
+
+    A roll-out of R steps takes R - i of them to a point in the i-th of R equal parts of the grid, (R + 1)/2 on average.
+    """
+    if config.start == "rollout":
+        steps = sum(config.rollout_steps) / config.points
+        return {"teacher": steps * CALLS[config.solver] * config.guidance.branches}
+    if config.start == "student":
+        return {"student": config.student_steps * CALLS_OF_JUMP[config.jump]}
+    return {}
+
+
+def landing_calls(config: ConsistencyConfig) -> Calls:
+    """The student's jump, pushed on to the end by the target where jumps are compared there."""
+    pushed = CALLS_OF_JUMP[config.jump] if config.compare == "end" else 0
+    return {"student": CALLS_OF_JUMP[config.jump], "target": pushed}
+
+
+def target_calls(config: ConsistencyConfig) -> Calls:
+    """The next point and the target's jump from it."""
+    jump = CALLS_OF_JUMP[config.jump]
+    asks = config.point in ("solver", "self")
+    teacher = config.substeps * CALLS[config.solver] * config.guidance.branches if asks else 0
+    target = 0 if config.s == "next" else jump * (1 + (config.point == "self"))
+    pushed = jump if config.compare == "end" else 0
+    return {"target": target + pushed, "teacher": teacher}
+
+
+def student_calls(config: ConsistencyConfig) -> Calls:
+    """The student's own update, its start apart.
+
+    `features` are those of a frozen network's features, where a critic or the distance looks at them.
+    """
+    terms: Calls = {}
+    if config.denoising:
+        terms = add(terms, {"student": 1})
+    if config.matching.weight:
+        terms = add(terms, {"teacher": config.guidance.branches, "fake": 1})
+    if config.adversarial.weight:
+        terms = add(terms, {"features": 1})
+    if config.consistency and config.distance == "features":
+        terms = add(terms, {"features": 2})
+    own = add(landing_calls(config), terms)
+    return add(own, target_calls(config)) if config.consistency else own
+
+
+def fake_calls(config: ConsistencyConfig) -> Calls:
+    """The fake score's update: where the student lands, and its own fit to that."""
+    return add(landing_calls(config), {"fake": 1}) if config.matching.weight else {}
+
+
+def critic_calls(config: ConsistencyConfig) -> Calls:
+    """The critic's update: the jumps again, and features of both points."""
+    if not config.adversarial.weight:
+        return {}
+    jumps = landing_calls(config)
+    if config.adversarial.real == "target":
+        jumps = add(jumps, target_calls(config))
+    return add(jumps, {"features": 2})
+
+
+def with_gradient(config: ConsistencyConfig) -> float:
+    """Of the student's update, the calls that are passed backwards."""
+    jump = CALLS_OF_JUMP[config.jump]
+    pushed = jump if config.compare == "end" else 0
+    looked_at = bool(config.adversarial.weight) + bool(config.consistency and config.distance == "features")
+    return jump + bool(config.denoising) + looked_at + pushed
+
+
+def step_calls(config: ConsistencyConfig) -> Calls:
+    """All of a step, by role: each update at its own rhythm, the start once."""
+    result = starting_calls(config)
+    for calls, every in (
+        (student_calls(config), config.student_every),
+        (fake_calls(config), 1),
+        (critic_calls(config), config.adversarial.every),
+    ):
+        result = add(result, {role: count / every for role, count in calls.items()})
+    return {role: count for role, count in result.items() if count}
+
+
+def step_cost(config: ConsistencyConfig) -> float:
+    """All network evaluations of one sample and step, a backward pass counted as two more."""
+    backward = with_gradient(config) / config.student_every
+    backward += bool(config.matching.weight) + (config.adversarial.r1 > 0 and bool(config.adversarial.weight)) / (
+        config.adversarial.every
+    )
+    return sum(step_calls(config).values()) + 2 * backward

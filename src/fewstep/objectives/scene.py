@@ -1,0 +1,85 @@
+"""What a micro-batch is made of, and what the two jumps of a pair are made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from fewstep.denoiser import Condition, Denoiser
+from fewstep.jumper import Voice
+from fewstep.method_settings import ConsistencyConfig
+from fewstep.objectives.times import Triple
+from fewstep.roles import BASE
+from fewstep.sampler import Jumper
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a micro-batch is made of.
+
+    Attributes:
+        data: clean latents x_0, fp32 [B, ...]; or stored trajectories, [B, N + 1, ...]: the end point first, then the
+            points at the grid's rising times; or, where a recipe makes its own, anything of the shape [B, ...].
+        condition, null: what the network is told, with and without the prompt; [B, ...] each.
+        omega: the guidance that stored trajectories were drawn with, [B]; None for data.
+        outputs: the network's outputs at the points of stored trajectories, with and without the prompt,
+            [B, 2, N, ...] at the grid's rising times; None where none were stored.
+        prompts: which prompts the condition says, int64 [B]; the number of prompts for the empty one.
+    """
+
+    data: Tensor
+    condition: Condition
+    null: Condition
+    omega: Tensor | None = None
+    outputs: Tensor | None = None
+    prompts: Tensor | None = None
+
+
+PathPoint = Callable[[Tensor, Tensor], Tensor]
+"""(t float64 [B], its index in the training grid int64 [B]) -> the point x_t of a sample's path, [B, ...]."""
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Who jumps, from when to when, under which guidance: what is known before the first point is.
+
+    Attributes:
+        omega: guidance of each sample, float64 [B].
+        student: the student's jump, with gradient.
+        judge: the target's jump.
+    """
+
+    config: ConsistencyConfig
+    denoiser: Denoiser
+    sample: Sample
+    omega: Tensor
+    times: Triple
+    student: Jumper
+    judge: Jumper
+
+    @property
+    def teacher(self) -> Voice:
+        """The frozen teacher, guided by omega unless the recipe has no guidance."""
+        voice = Voice(self.denoiser, self.sample.condition, BASE)
+        if self.config.guidance.convention == "none":
+            return voice
+        return replace(voice, null=self.sample.null, omega=self.omega)
+
+
+@dataclass(frozen=True)
+class Scene(Cast):
+    """What the two jumps of a batch are made from, and what a law of the next point may look at.
+
+    Attributes:
+        x_nk: where both jumps come from.
+        path_at: any point of the path that x_nk lies on; None where only x_nk itself is known.
+        clean, clean_at: the data or samples that x_nk was noised from, [B, ...], and the time that they lie at; None
+            where there are none.
+    """
+
+    x_nk: Tensor
+    path_at: PathPoint | None
+    clean: Tensor | None
+    clean_at: float | None

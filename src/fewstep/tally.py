@@ -1,0 +1,40 @@
+"""Network evaluations, counted where they happen."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from fewstep.denoiser import Call, Condition
+
+
+class Tally:
+    """How many samples each role was asked for. Counting is a sum of batch sizes: nothing waits for it."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+
+    def add(self, role: str, count: int) -> None:
+        """Note one call with a batch of `count`."""
+        self._counts[role] += count
+
+    def counting(self, call: Call) -> Call:
+        """The call, counted."""
+
+        def counted(x: Tensor, t: Tensor, condition: Condition, role: str) -> Tensor:
+            self.add(role, len(x))
+            return call(x, t, condition, role)
+
+        return counted
+
+    def per_sample(self, samples: int) -> dict[str, float]:
+        """Evaluations a sample of the training, by role."""
+        return {role: count / max(samples, 1) for role, count in sorted(self._counts.items())}
+
+
+def in_words(calls: Mapping[str, float]) -> str:
+    """Evaluations by role as text: "12 (student 2, teacher 10)"."""
+    parts = ", ".join(f"{role} {count:.4g}" for role, count in calls.items())
+    return f"{sum(calls.values()):.4g} ({parts})"

@@ -1,0 +1,57 @@
+"""Settings of the terms that may stand beside the consistency loss. Light."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from fewstep.config import Config
+from fewstep.names import AdversarialKind, Normaliser
+
+
+class AdversarialConfig(Config):
+    """A critic beside the consistency loss (CTM, PCM, TDD, TLCM)."""
+
+    weight: float = Field(0.0, ge=0, description="weight of the adversarial term; 0 for none")
+    kind: AdversarialKind = Field("hinge", description="hinge or nonsaturating")
+    real: Literal["data", "target"] = Field(
+        "data", description="what is real: the data (the student's own samples, where start = student), or the target's"
+    )
+    noise: float = Field(
+        0.0, ge=0, le=1, description="the critic sees points noised up to this share of what lies above in the segment"
+    )
+    r1: float = Field(0.0, ge=0, description="weight of R1, the squared gradient of the critic on real points")
+    lr: float = Field(1e-4, gt=0, description="the critic's learning rate")
+    every: int = Field(1, ge=1, description="steps between two of the critic's")
+
+
+class MatchingConfig(Config):
+    """Distribution matching: the gap of two scores, the teacher's and a fake one that follows the student."""
+
+    weight: float = Field(0.0, ge=0, description="weight of the distribution matching term; 0 for none")
+    normaliser: Normaliser = Field(
+        "dmd",
+        description="what the gap of both x0 is divided by: dmd (mean |x0 - real x0|), score (its KL's own law), none",
+    )
+    low: float = Field(0.02, ge=0, le=1, description="least noise at which scores are compared, as a share of T")
+    high: float = Field(0.98, ge=0, le=1, description="most noise, as a share of T")
+    every: int = Field(5, ge=1, description="steps of the fake score for one of the student")
+    lr: float = Field(1e-5, gt=0, description="learning rate of the fake score")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.high < self.low:
+            raise ValueError(f"high = {self.high:g} is below low; the nearest legal one is {self.low:g}")
+        return self
+
+
+class PreferenceConfig(Config):
+    """A differentiable scorer of pictures and prompts."""
+
+    weight: float = Field(0.0, ge=0, description="weight of the preference term; 0 for none")
+    scorer: str = Field(
+        "world", description="world (the bundled one), or NAME:FOLDER, e.g. pickscore:weights/pickscore"
+    )
+    s0: float = Field(16.0, description="score that pictures should reach with their own prompt")
+    s1: float = Field(0.0, description="score that they should not exceed with a wrong one")
