@@ -1,0 +1,402 @@
+"""What TLCM adds to the family: starts without data, distribution matching, preference; on exact teachers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fewstep.config import validate
+from fewstep.denoiser import Denoiser
+from fewstep.draws import Draws
+from fewstep.errors import UserError
+from fewstep.grid import training_grid
+from fewstep.method_cost import starting_calls
+from fewstep.method_settings import ConsistencyConfig
+from fewstep.objectives.consistency import compared_at, consistency_loss, critic_loss, set_scene, student_lands
+from fewstep.objectives.matching import NORMALISERS, fake_loss, matching_loss
+from fewstep.objectives.preference import other_prompts, preference_loss
+from fewstep.objectives.scene import Sample, Scene
+from fewstep.plan import Aids, Stage, terms_of
+from fewstep.plane.mixture import Mixture, one_gaussian, ring, times_of
+from fewstep.plane.planar import Planar, PlanarCritic
+from fewstep.sampler import diffuse, start_size
+from fewstep.schedule import FlowMatching, Path, VarianceExploding, expand, scaled_linear
+from fewstep.solver import ddim
+
+PATHS: dict[str, Path] = {"vp": scaled_linear(), "flow": FlowMatching(), "ve": VarianceExploding()}
+UNGUIDED = {"convention": "none"}
+
+
+def method_of(**changes: Any) -> ConsistencyConfig:
+    base = {"grid": 8, "k": 1, "s": "edge", "guidance": UNGUIDED, "end": "clean", "start": "rollout"}
+    return validate(ConsistencyConfig, base | changes)
+
+
+def gaussian(path: Path, mean: tuple[float, float] = (0.5, -0.3), std: float = 0.5) -> Mixture:
+    one = torch.ones(1, dtype=torch.float64)
+    return Mixture(path, one, torch.tensor([mean], dtype=torch.float64), std * one)
+
+
+def exact(mixture: Mixture) -> Callable[..., Tensor]:
+    """An x0 network that is right for the mixture, in any role."""
+    return lambda x, t, condition, role: mixture.denoise(x.double(), t).x0
+
+
+def sample_of(count: int, **changes: Any) -> Sample:
+    return replace(Sample(torch.zeros(()).expand(count, 2), {}, {}), **changes)
+
+
+def drawn(count: int, step: int = 0) -> Draws:
+    return Draws(3, step, tuple(range(count)))
+
+
+# ---- starts
+
+
+def test_a_roll_out_takes_as_many_steps_as_its_point_is_clean() -> None:
+    """L = M - s: of a thousand times in eight segments, 8 steps to the cleanest, 1 to the noisiest; 562 takes four."""
+    counts = method_of(grid=1000, k=20, segments=8).rollout_steps
+    assert counts[562] == 4, "the paper's example: 999, 890, 780, 671, 562"
+    assert [counts[i] for i in (0, 124, 125, 874, 875, 999)] == [8, 8, 7, 2, 1, 1]
+    assert method_of(grid=1000, k=20, rollout=1).rollout_steps == [1] * 1000
+    whole = method_of(grid=1000, k=20, segments=8)
+    assert starting_calls(whole)["teacher"] == pytest.approx(4.5)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_roll_out_is_the_teachers_walk(name: str) -> None:
+    """Each sample as if it walked alone, in equal steps of time from pure noise; only what still walks is asked."""
+    path, count = PATHS[name], 40
+    mixture = gaussian(path)
+    asked = 0
+
+    def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
+        nonlocal asked
+        asked += len(x)
+        assert role == "teacher"
+        return mixture.denoise(x.double(), t).x0
+
+    denoiser = Denoiser(call, path, "x0")
+    method = method_of(grid=40, segments=8, rollout=8)
+    scene = set_scene(method, denoiser, sample_of(count), drawn(count))
+    counts = torch.tensor(method.rollout_steps)[scene.times.index_nk]
+    assert asked == int(counts.sum())
+    assert {1, 8} <= set(counts.tolist())
+    noise = drawn(count).normal("noise", (2,)) * start_size(path)
+    for i in range(count):
+        x, top = noise[i : i + 1], path.noisiest
+        goal, steps = float(scene.times.t_nk[i]), int(counts[i])
+        for j in range(steps):
+            t, s = (top + (goal - top) * n / steps for n in (j, j + 1))
+            x = ddim(denoiser_of(denoiser), path, x, times_of(t, x), times_of(s, x)).float()
+        torch.testing.assert_close(scene.x_nk[i : i + 1].float(), x, rtol=1e-4, atol=1e-5)
+
+
+def denoiser_of(denoiser: Denoiser) -> Any:
+    return lambda x, t: denoiser.estimate(x, t, {}, "teacher")
+
+
+def test_a_roll_out_is_guided_as_the_next_step_is() -> None:
+    """One omega for the walk and for the step that follows; the roll-out sees each sample's own prompt."""
+    path, seen = PATHS["vp"], []
+
+    def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
+        seen.append((role, condition["text"].flatten().tolist()))
+        return torch.zeros_like(x) + condition["text"][:, :1]
+
+    text = torch.arange(1.0, 7.0)[:, None]
+    sample = sample_of(6, condition={"text": text}, null={"text": torch.zeros(6, 1)})
+    method = method_of(grid=8, segments=8, guidance={"convention": "imagen", "low": 3.0, "high": 3.0}, k=1, s="edge")
+    scene = set_scene(method, Denoiser(call, path, "x0"), sample, drawn(6))
+    assert scene.omega.tolist() == [2.0] * 6
+    for role, texts in seen:
+        half = len(texts) // 2
+        assert role == "teacher"
+        assert all(said > 0 for said in texts[:half])
+        assert texts[half:] == [0.0] * half
+    counts = torch.tensor(method.rollout_steps)[scene.times.index_nk]
+    times_told = [sum(value in texts for _, texts in seen) for value in text[:, 0].tolist()]
+    assert times_told == counts.tolist()
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_the_students_own_samples_follow_its_law(name: str) -> None:
+    """An exact jump to the end draws exactly the data, in q calls; x_{t_n+k} is that sample, noised."""
+    path, count = PATHS[name], 4000
+    mixture, calls = gaussian(path), []
+
+    def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
+        calls.append((role, torch.is_grad_enabled()))
+        return mixture.flow(x.double(), t, times_of(0.0, x))
+
+    method = method_of(start="student", student_steps=4)
+    scene = set_scene(method, Denoiser(call, path, "x0"), sample_of(count), drawn(count))
+    assert calls == [("student", False)] * 4
+    assert scene.clean is not None
+    assert scene.clean_at == path.clean
+    torch.testing.assert_close(scene.clean.double().mean(0), mixture.means[0], atol=0.04, rtol=0)
+    torch.testing.assert_close(scene.clean.double().std(0), mixture.stds.expand(2), atol=0.04, rtol=0)
+    z = drawn(count).normal("noise", (2,))
+    low = torch.full((count,), path.clean, dtype=torch.float64)
+    torch.testing.assert_close(scene.x_nk, diffuse(path, scene.clean, low, scene.times.t_nk, z))
+
+
+def test_a_step_by_stored_outputs_is_the_teachers_own() -> None:
+    """No call, any omega: the same point as an online guided step from the stored one."""
+    path, count, n = PATHS["vp"], 32, 8
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(count, n + 1, 2, generator=generator, dtype=torch.float64)
+    text, none = {"text": torch.full((count, 1), 0.7)}, {"text": torch.zeros(count, 1)}
+    calls = 0
+
+    def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
+        nonlocal calls
+        calls += role == "teacher"
+        return torch.tanh(x) * 0.3 + condition["text"]
+
+    denoiser, grid = Denoiser(call, path, "eps"), training_grid(path, n)
+    outputs = torch.stack(
+        [
+            torch.stack(
+                [call(points[:, i + 1], times_of(float(t), points[:, 0]), said, "") for i, t in enumerate(grid)], 1
+            )
+            for said in (text, none)
+        ],
+        1,
+    )
+    guidance = {"convention": "lcm", "low": 1.0, "high": 5.0}
+    sample = Sample(points, text, none, torch.full((count,), 9.0, dtype=torch.float64), outputs)
+    found = {}
+    for point in ("stored", "solver"):
+        calls = 0
+        method = method_of(start="trajectory", point=point, guidance=guidance, k=3)
+        scene = set_scene(method, denoiser, replace(sample, omega=None), drawn(count))
+        from fewstep.objectives.points import POINTS
+
+        found[point] = POINTS[point](scene)  # type: ignore[index]
+        assert calls == (0 if point == "stored" else 1)
+        assert float(scene.omega.max()) > 4
+    torch.testing.assert_close(found["stored"], found["solver"], rtol=1e-12, atol=1e-12)
+
+
+def test_a_scene_is_set_once_for_all_updates_of_a_micro_batch() -> None:
+    calls = 0
+
+    def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return x
+
+    stage = Stage(method_of(rollout=1), Denoiser(call, PATHS["flow"], "x0"), lambda batch, draws: sample_of(4))
+    first = drawn(4)
+    assert stage.scene({}, first) is stage.scene({}, first)
+    assert calls == 1
+    assert stage.scene({}, drawn(4, 1)) is not stage.scene({}, first)
+
+
+# ---- distribution matching
+
+
+def scene_from(method: ConsistencyConfig, denoiser: Denoiser, count: int, step: int) -> tuple[Scene, Draws]:
+    draws = drawn(count, step)
+    return set_scene(method, denoiser, sample_of(count), draws), draws
+
+
+@pytest.mark.parametrize("normaliser", ["dmd", "score", "none"])
+def test_the_gradient_is_the_gap_of_the_scores(normaliser: Any) -> None:
+    """d loss/dx0 = (fake x0 - real x0) times the normaliser, over the numbers of a sample; nothing flows elsewhere."""
+    path, count = PATHS["flow"], 64
+    real, fake = gaussian(path), gaussian(path, (-0.4, 0.2), 0.3)
+
+    def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
+        return (fake if role == "fake" else real).denoise(x.double(), t).x0
+
+    method = method_of(consistency=0.0, matching={"weight": 1.0, "normaliser": normaliser})
+    scene, draws = scene_from(method, Denoiser(call, path, "x0"), count, 0)
+    x0 = fake.sample(count, path.clean, torch.Generator().manual_seed(1)).requires_grad_()
+    at = torch.full((count,), path.clean, dtype=torch.float64)
+    (slope,) = torch.autograd.grad(matching_loss(method.matching, scene, x0, at, draws).sum(), x0)
+    t = path.clean + (path.noisiest - path.clean) * draws.uniform("matching t", 0.02, 0.98)
+    with torch.no_grad():
+        alpha, sigma = (expand(part(t), x0) for part in (path.alpha, path.sigma))
+        x_t = alpha * x0 + sigma * draws.normal("matching noise", (2,))
+        gap = fake.denoise(x_t, t).x0 - real.denoise(x_t, t).x0
+        by_hand = {
+            "dmd": 1 / (x0 - real.denoise(x_t, t).x0).abs().mean(1, keepdim=True),
+            "score": (alpha / sigma).square(),
+            "none": 1.0,
+        }[normaliser]
+        # as in KL: alpha (s_fake - s_real), with s = -eps/sigma
+        scores = [-(x_t - alpha * m.denoise(x_t, t).x0) / sigma.square() for m in (fake, real)]
+    torch.testing.assert_close(slope, by_hand * gap / 2)
+    if normaliser == "score":
+        torch.testing.assert_close(slope, alpha * (scores[0] - scores[1]) / 2)
+    assert set(NORMALISERS) == {"dmd", "score", "none"}
+
+
+def test_the_fake_score_converges_to_the_students_exact_score() -> None:
+    """A student that lands on a known Gaussian: the fake score, which starts as the teacher, becomes its."""
+    path = PATHS["flow"]
+    teacher, lands = ring(path), gaussian(path, (0.9, -0.2), 0.4)
+    network = Planar(one_gaussian(teacher), "flow", 64, seed=1)
+
+    def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
+        return network(x.float(), t) if role == "fake" else torch.zeros_like(x)
+
+    denoiser = Denoiser(call, path, "flow")
+    method = method_of(consistency=0.0, matching={"weight": 1.0}, rollout=1)
+    optimiser = torch.optim.Adam(network.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    at = torch.zeros(256, dtype=torch.float64)
+    gaps = []
+    for step in range(501):
+        if step in (0, 500):
+            gaps.append(score_error(denoiser, lands))
+        scene, draws = scene_from(method, denoiser, 256, step)
+        landed = lands.sample(256, 0.0, generator).float()
+        optimiser.zero_grad()
+        fake_loss(method.matching, scene, landed, at, draws).value.backward()
+        optimiser.step()
+    assert gaps[0] > 0.5
+    assert gaps[1] < 0.02
+
+
+@torch.no_grad()
+def score_error(denoiser: Denoiser, lands: Mixture) -> float:
+    """Mean square of the fake x0's distance from the exact posterior mean, over times and points of that law."""
+    path, generator = lands.path, torch.Generator().manual_seed(7)
+    errors = []
+    for t in (0.2, 0.5, 0.8):
+        x = lands.sample(500, t, generator)
+        now = times_of(t, x)
+        found = denoiser.estimate(x.float(), now, {}, "fake").x0.double()
+        errors.append(float((found - lands.denoise(x, now).x0).square().sum(1).mean()))
+    assert path is denoiser.path
+    return max(errors)
+
+
+class Wrong(nn.Module):
+    """A student whose end points are the exact ones, turned, moved and narrowed."""
+
+    def __init__(self, mixture: Mixture) -> None:
+        super().__init__()
+        self.mixture = mixture
+        self.matrix = nn.Parameter(torch.tensor([[0.4, 0.3], [-0.3, 0.4]]))
+        self.move = nn.Parameter(torch.tensor([0.8, 0.6]))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.mixture.flow(x.double(), t, times_of(0.0, x), steps=8).float() @ self.matrix + self.move
+
+
+@pytest.mark.parametrize("by", ["matching", "critic"])
+def test_alone_it_moves_a_wrong_student_to_the_right_law(by: str) -> None:
+    """No consistency loss. The squared energy distance to the exact ring falls below a fiftieth of where it was."""
+    path = PATHS["flow"]
+    mixture = gaussian(path, (0.7, -0.4), 0.6)
+    student = Wrong(mixture)
+    fake, critic = Planar(one_gaussian(mixture), "x0", 64, seed=2), PlanarCritic(64, seed=2)
+
+    def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
+        if role == "teacher":
+            return mixture.denoise(x.double(), t).x0.float()
+        return fake(x.float(), t) if role == "fake" else student(x, t)
+
+    denoiser = Denoiser(call, path, "x0")
+    term: dict[str, Any] = {"matching": {"weight": 1.0, "normaliser": "none"}}
+    if by == "critic":
+        term = {"adversarial": {"weight": 1.0, "kind": "nonsaturating", "real": "data", "r1": 0.1}}
+    method = method_of(consistency=0.0, start="data", **term)
+    terms = terms_of(method, Aids(critic=critic))
+    learns = torch.optim.Adam(student.parameters(), lr=0.01, betas=(0.0, 0.99))
+    follows = torch.optim.Adam([*fake.parameters(), *critic.parameters()], lr=5e-3, betas=(0.0, 0.99))
+    before = landed_energy(student, mixture)
+    for step in range(1200):
+        generator = torch.Generator().manual_seed(step)
+        data = mixture.sample(128, 0.0, generator).float()
+        draws = drawn(128, step)
+        scene = set_scene(method, denoiser, sample_of(128, data=data), draws)
+        follows.zero_grad()
+        if by == "matching":
+            with torch.no_grad():
+                landed = student_lands(scene)
+            fake_loss(method.matching, scene, landed, compared_at(scene), draws).value.backward()
+        else:
+            critic_loss(scene, draws, critic).value.backward()
+        follows.step()
+        if step % 3 == 0:
+            learns.zero_grad()
+            consistency_loss(scene, draws, terms).value.backward()
+            learns.step()
+    assert before > 0.5
+    assert landed_energy(student, mixture) < before / 50
+
+
+@torch.no_grad()
+def landed_energy(student: nn.Module, mixture: Mixture) -> float:
+    noise = torch.randn(3000, 2, generator=torch.Generator().manual_seed(11), dtype=torch.float64)
+    return mixture.energy(student(noise, times_of(mixture.path.noisiest, noise)).double(), 0.0)
+
+
+# ---- preference
+
+
+def test_the_two_sided_hinge() -> None:
+    """relu(s0 - right) + relu(wrong - s1), nothing for a sample without prompt; slopes where it bends and beyond."""
+    config = method_of(preference={"weight": 1.0, "s0": 3.0, "s1": 1.0}).preference
+    x0 = torch.tensor([2.0, 5.0, 2.0, 2.0], requires_grad=True)
+    prompts = torch.tensor([0, 1, 2, 3])  # of three: the last sample has none
+
+    def taste(x: Tensor, asked: Any) -> list[Tensor]:
+        assert asked[0].tolist() == [0, 1, 2, 0]
+        assert all(a != b for a, b in zip(asked[0][:3].tolist(), asked[1][:3].tolist()))
+        return [x, x / 2 + 1]
+
+    loss = preference_loss(config, taste, x0, prompts, 3, drawn(4))
+    assert loss.tolist() == [1 + 1, 0 + 2.5, 1 + 1, 0]
+    (slope,) = torch.autograd.grad(loss.sum(), x0)
+    assert slope.tolist() == [-1 + 0.5, 0.5, -1 + 0.5, 0]
+
+
+def test_a_wrong_prompt_is_another_one_and_any_of_them() -> None:
+    prompts = torch.arange(4).repeat(500)
+    wrong = other_prompts(prompts, 4, drawn(2000))
+    assert not bool((wrong == prompts).any())
+    for prompt in range(4):
+        others = wrong[prompts == prompt].bincount(minlength=4)
+        assert others[prompt] == 0
+        assert int(others.sum()) == 500
+        assert sorted(others.tolist())[1] > 120, "all others alike"
+
+
+# ---- what cannot be asked
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"point": "path"}, "start = 'rollout', which has none; the nearest legal point is 'solver'"),
+        ({"point": "stored"}, "point = 'stored' .* start = 'rollout'.* the nearest legal point is 'solver'"),
+        ({"start": "student", "student_steps": 9}, "student_steps = 9 on 8 points; the nearest legal one is 8"),
+        (
+            {"segments": 8, "preference": {"weight": 1.0}},
+            "preference looks at where drawing ends, .* in 8 segments .* nearest legal s is 'edge', with segments = 1",
+        ),
+        ({"segments": 8, "matching": {"weight": 1.0}}, "matching looks at where drawing ends"),
+        ({"denoising": 1.0, "told": ["s"]}, "start = 'rollout' has none; the nearest legal denoising is 0"),
+        ({"adversarial": {"weight": 1.0}}, "start = 'rollout', which has none; the nearest is 'target'"),
+        (
+            {"matching": {"weight": 1.0, "low": 0.9, "high": 0.5}},
+            "high = 0.5 is below low; the nearest legal one is 0.9",
+        ),
+        ({"distance": "perceptual", "weight": "eps"}, "distance = 'perceptual' does not look at"),
+        ({"consistency": 0.0}, "consistency = 0 leaves nothing to minimise"),
+    ],
+)
+def test_illegal_combinations_name_the_nearest_legal_one(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        method_of(**changes)
