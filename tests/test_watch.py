@@ -109,7 +109,7 @@ def test_a_watch_of_too_few_pictures_is_refused_before_training(
 
 def test_the_estimate_adds_up(tiny_overrides: list[str]) -> None:
     words = [*tiny_overrides, "loop.steps=100", "loop.accumulate=2"]
-    lora = distillation.estimate_run(resolve("tcd", None, words))
+    (lora,) = distillation.estimate_run(resolve("tcd", None, words))
     assert 0 < lora.seconds_per_step < 60
     assert lora.seconds == pytest.approx(100 * lora.seconds_per_step)
     latents, states = 16 * 4 * 8 * 8 * 4, 4 * (4 + 1) * 8 * 32 * 2  # of the 4 captions and the null one that it encodes
@@ -118,19 +118,19 @@ def test_the_estimate_adds_up(tiny_overrides: list[str]) -> None:
     assert lora.encoding_seconds > 0
     assert len(lora.lines()) == 3
     full = ["student.kind=full", "method.target=ema", "optim.ema=0.9", "method.solver=dpmpp_2s"]
-    whole = distillation.estimate_run(resolve("tcd", None, [*words, *full]))
+    (whole,) = distillation.estimate_run(resolve("tcd", None, [*words, *full]))
     base = lora.weights_bytes - lora.trained_bytes // 3  # its adapters are weights too
     assert whole.weights_bytes == 3 * base  # teacher, student and target
     assert whole.trained_bytes == 4 * base  # gradient, two moments, average
     assert whole.calls["teacher"] == 4
-    twice = distillation.estimate_run(resolve("tcd", None, [*words, "loop.batch=8"]))
+    (twice,) = distillation.estimate_run(resolve("tcd", None, [*words, "loop.batch=8"]))
     assert twice.saved_bytes == pytest.approx(2 * lora.saved_bytes, rel=0.1), "activations grow with the batch"
 
 
 def test_the_estimate_of_stored_trajectories(tiny_overrides: list[str]) -> None:
     """A batch of them is drawn and timed; points are counted for all, captions once whatever their number."""
     few, many = (
-        distillation.estimate_run(resolve("kd", None, [*tiny_overrides, f"data.trajectories={count}"]))
+        distillation.estimate_run(resolve("kd", None, [*tiny_overrides, f"data.trajectories={count}"]))[0]
         for count in (8, 800)
     )
     states = 4 * (4 + 1) * 8 * 32 * 2

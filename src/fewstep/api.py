@@ -49,8 +49,8 @@ def estimate(
     teacher: Path | str = "",
     config: Path | str | None = None,
     overrides: str | Sequence[str] = (),
-) -> Estimated:
-    """What `distill` with the same arguments will take, in time and memory; nothing is written.
+) -> list[Estimated]:
+    """What `distill` with the same arguments will take in time and memory, stage by stage; nothing is written.
 
     Raises:
         UserError: what `distill` would refuse.

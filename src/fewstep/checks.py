@@ -8,7 +8,7 @@ from pathlib import Path
 from fewstep.data.prompts import is_prompt_file, read_prompts
 from fewstep.errors import UserError, nearest, nearest_divisor
 from fewstep.evaluation.settings import KID_FEWEST
-from fewstep.export.header import base_shapes
+from fewstep.export.header import base_shapes, check_start
 from fewstep.export.pipeline import RECORD
 from fewstep.folder import PARTS, PipelineFolder
 from fewstep.method_settings import GridSpec
@@ -29,6 +29,8 @@ def check_distillation(config: DistillConfig, folder: PipelineFolder) -> None:
     _check_times("sampling.", config.sampling, folder)
     if config.student.kind == "lora" and config.student.targets:
         _check_targets(config.student.targets, folder)
+    if config.student.start:
+        check_start(config.student, folder)
 
 
 def _check_source(config: DistillConfig, folder: PipelineFolder) -> None:

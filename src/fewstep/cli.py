@@ -137,7 +137,7 @@ def distill(
     words = overrides or []
     if dry_run:
         taken = api.estimate(recipe, out=place, teacher=teacher, config=config, overrides=words)
-        say("\n".join(taken.lines()))
+        say("\n".join(line for stage in taken for line in stage.lines()))
         return
     say(f"wrote {api.distill(recipe, out=place, teacher=teacher, config=config, overrides=words)}")
 

@@ -68,25 +68,31 @@ class Estimated:
         seconds_per_step: one timed step (forward, backward), after one to warm up.
         seconds: the whole run, quality checks apart.
         weights_bytes: all roles' weights, shared storage counted once.
+        base_bytes: of these the teacher's, which all adapters share.
         trained_bytes: gradients, optimiser states and averages of what is trained.
+        trained: weights of each trained part, in bytes, by name.
         data_bytes: cached latents and text states.
         calls: network evaluations a sample and step, by role.
         saved_bytes: what one micro-batch keeps for its backward pass: activations, without weights.
         peak_bytes: the most that a step held on the GPU, activations included; None on the CPU.
         encoding_seconds: pictures and captions, once, before the first step; 0 where that is done.
         checks: what the quality checks will take; None where there are none.
+        name: of the stage; empty where there is one only.
     """
 
     seconds_per_step: float
     seconds: float
     weights_bytes: int
+    base_bytes: int
     trained_bytes: int
+    trained: dict[str, int]
     data_bytes: int
     calls: dict[str, float]
     saved_bytes: int = 0
     peak_bytes: int | None = None
     encoding_seconds: float = 0.0
     checks: Checks | None = None
+    name: str = ""
 
     def lines(self) -> list[str]:
         """The estimate in words."""
@@ -94,9 +100,12 @@ class Estimated:
         peak = ""
         if self.peak_bytes is not None:
             peak = f"; {self.peak_bytes / 2**20:.0f} MiB in all at a step's peak, before the optimiser's states"
+        adapters = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in self.trained.items())
         return [
+            *([f"stage    {self.name}"] if self.name else []),
             f"time     {self.seconds / 60:.1f} min ({self.seconds_per_step:.2f} s a step, timed here){first}",
-            f"memory   {self.weights_bytes / 2**20:.0f} MiB weights, {self.trained_bytes / 2**20:.0f} MiB gradients, "
+            f"memory   {self.weights_bytes / 2**20:.0f} MiB weights (the base {self.base_bytes / 2**20:.0f}, once for all "
+            f"roles; trained: {adapters}), {self.trained_bytes / 2**20:.0f} MiB gradients, "
             f"optimiser and averages, {self.saved_bytes / 2**20:.0f} MiB activations, "
             f"{self.data_bytes / 2**20:.0f} MiB latents and text states{peak}",
             f"calls    network evaluations a sample and step: {in_words(self.calls)}",
@@ -131,8 +140,9 @@ def estimate(
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     for step in range(2):
-        started = time.perf_counter()
+        spent = 0.0
         for update in plan:
+            started = time.perf_counter()
             precision = pick_precision(config.loop.precision, device)
             enabled = precision != "fp32"
             kind = torch.float16 if precision == "fp16" else torch.bfloat16
@@ -143,16 +153,19 @@ def estimate(
             torch.autograd.backward(loss.value, inputs=list(update.parameters.values()))
             for parameter in update.parameters.values():
                 parameter.grad = None
-        if on_gpu:
-            torch.cuda.synchronize(device)
-        spent = (time.perf_counter() - started) * config.loop.accumulate
-    trained = sum(p.numel() * p.element_size() for u in plan for p in u.parameters.values())
-    copies = 3 + (1 if config.optim.ema else 0)
+            if on_gpu:
+                torch.cuda.synchronize(device)
+            spent += (time.perf_counter() - started) * config.loop.accumulate / update.every
+    trained = {u.name: bytes_of(u.parameters.values()) for u in plan}
+    held = sum(size * (3 + bool(u.optim.ema)) for u, size in zip(plan, trained.values(), strict=True))
+    base = [p for name, p in networks[0].named_parameters() if "lora_" not in name]
     return Estimated(
         spent,
         spent * config.loop.steps,
         unique_bytes(*networks),
-        trained * copies,
+        bytes_of(base),
+        held,
+        trained,
         bytes_of([latents, *data.table.values()]),
         config.method.calls,
         sum(saved.values()),

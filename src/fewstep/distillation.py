@@ -25,10 +25,8 @@ from fewstep.data.latents import latent_set
 from fewstep.device import pick_device
 from fewstep.drawing import Artist
 from fewstep.draws import Draws
-from fewstep.export.conditioning import save_told, split_weights
-from fewstep.export.lora import save_lora
-from fewstep.export.pipeline import save_pipeline
-from fewstep.files import atomic_folder, sweep, taken
+from fewstep.export.student import export_student, starting_weights
+from fewstep.files import sweep, taken, write_json
 from fewstep.folder import read_folder
 from fewstep.objectives.heads import FeatureCritic
 from fewstep.objectives.scene import Sample
@@ -37,6 +35,7 @@ from fewstep.preparation import Run, encoders_fingerprint, lay_out, on_trajector
 from fewstep.processes import together
 from fewstep.settings import DistillConfig, teacher_path
 from fewstep.stages import parts_of
+from fewstep.tally import in_words
 from fewstep.tensors import digest
 from fewstep.training.launch import make_accelerator
 from fewstep.training.loop import Batch, Trained, Update, check_split, train
@@ -69,41 +68,12 @@ def aids_of(run: Run) -> Aids:
     return Aids(run.features, critic=critic)
 
 
-def export_student(run: Run, weights: Mapping[str, Tensor], target: Path, notes: Mapping[str, Any]) -> Path:
-    """Write a student for use: a LoRA file, or a whole pipeline folder for a full one.
-
-    Returns:
-        the file or folder.
-    """
-    config = run.config
-    notes = {"method": config.recipe, "guidance_seen": config.method.guidance.model_dump(), **notes}
-    own, told = split_weights(weights)
-    if config.student.kind == "lora":
-        with atomic_folder(target) as part:  # both files, or the ones before: half a student draws nonsense
-            save_told(part, told)
-            file = save_lora(
-                part,
-                own,
-                rank=config.student.rank,
-                alpha=config.student.lora_alpha,
-                targets=list(config.student.targets or run.backbone.targets),
-                base=run.base,
-                sampling=config.sampling,
-                notes=notes,
-            )
-        return target / file.name
-    network = run.backbone.fresh_network()
-    network.load_state_dict(own)
-    record = {"base": run.base, "sampling": config.sampling.model_dump(mode="json"), **notes}
-    return save_pipeline(target, run.backbone.folder.path, network, record, told)
-
-
 def make_watch(run: Run, out: Path) -> Watch:
     """What judges the student on the way; draws the teacher's pictures if the run folder has none yet."""
     config = run.config
 
     def keep(weights: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
-        export_student(run, weights, out / "best", notes)
+        export_student(config, run.backbone, weights, out / "best", notes)
 
     artist = Artist(run.backbone, run.denoiser, config.sampling, "student")
     seen = run.some(max(REAL, config.watch.count))
@@ -142,6 +112,8 @@ def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quie
             title = f"distil {config.recipe}" + (f", {number + 1}/{len(parts)}: {name}" if name else "")
             run = prepare(stage, place, accelerator.device)
             inputs = run.inputs
+            if start is None and stage.student.start:
+                start = starting_weights(stage.student, run.backbone)
             if start is not None:
                 inputs["start"] = digest(start)
                 start_from(stage.method, run.student, start)
@@ -154,7 +126,7 @@ def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quie
             start, done = trained.weights["student"], done + trained.step
         with together():
             if main:
-                target = export_student(run, start or {}, target, {"steps_trained": done})
+                target = export_student(run.config, run.backbone, start or {}, target, {"steps_trained": done})
     return target
 
 
@@ -170,15 +142,31 @@ def train_run(run: Run, out: Path, log: RunLog, accelerator: Accelerator) -> Tra
         return {"items": rows, "latents": run.data.latents[rows].to(device, non_blocking=True)}
 
     plan = update_plan(run)
-    unfinished = last_step(out / "checkpoints") < config.loop.steps
-    if unfinished and main and not log.quiet:
+    before = last_step(out / "checkpoints")
+    told = main and not log.quiet
+    if before < config.loop.steps and told:
         estimated = estimate(plan, run.data, config, run.networks)
         print("\n".join([f"writes to {out}", *estimated.lines()]), file=sys.stderr)
-    watch = None
+    watch, judged = None, dict[str, float]()
     with together():
         if main and config.loop.watch_every:
-            watch = make_watch(run, out)
-    return train(plan, fetch, len(run.data), config.loop, log, accelerator, watch)
+            judge = make_watch(run, out)
+
+            def watch(step: int, weights: dict[str, dict[str, Tensor]]) -> Mapping[str, float]:
+                judged.update(judge(step, weights))
+                return judged
+
+    run.tally.clear()
+    trained = train(plan, fetch, len(run.data), config.loop, log, accelerator, watch)
+    steps = config.loop.steps - before
+    if steps > 0 and main:
+        counted = run.tally.per_sample(steps * config.loop.batch // accelerator.num_processes)
+        write_json(out / "evaluations.json", {"steps": steps, "a_sample_and_step": counted})
+        if told:
+            line = f"{log.title}: {in_words(counted)} network evaluations a sample and step, counted over {steps} steps"
+            quality = [f"{name.removeprefix('watch/')} {value:.4g}" for name, value in judged.items()]
+            print("; ".join([line, *quality]), file=sys.stderr)
+    return trained
 
 
 def with_trajectories(config: DistillConfig, count: int) -> DistillConfig:
@@ -186,12 +174,20 @@ def with_trajectories(config: DistillConfig, count: int) -> DistillConfig:
     return config.model_copy(update={"data": config.data.model_copy(update={"trajectories": count})})
 
 
-def estimate_run(config: DistillConfig) -> Estimated:
-    """What a run will take, from its real networks: one batch encoded, one step timed. Nothing is written.
+def estimate_run(config: DistillConfig) -> list[Estimated]:
+    """What a run will take, stage by stage, from its real networks: one batch encoded, one step timed.
+
+    Nothing is written.
 
     Raises:
         UserError: the teacher or the data cannot be read.
     """
+    names = [stage.name for stage in config.stages] or [""]
+    return [replace(estimate_stage(stage), name=name) for name, stage in zip(names, config.each_stage(), strict=True)]
+
+
+def estimate_stage(config: DistillConfig) -> Estimated:
+    """The same of one stage."""
     backbone = load_backbone(read_folder(teacher_path(config.teacher)).path, pick_device(config.device))
     captioned = read_source(config, backbone.picture_size)
     backbone.load_encoders()

@@ -20,6 +20,10 @@ class Tally:
         """Note one call with a batch of `count`."""
         self._counts[role] += count
 
+    def clear(self) -> None:
+        """Start again from nothing."""
+        self._counts.clear()
+
     def counting(self, call: Call) -> Call:
         """The call, counted."""
 

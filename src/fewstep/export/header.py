@@ -15,7 +15,7 @@ from fewstep.errors import UserError
 from fewstep.export.spellings import PEFT_PREFIX, Keys, find_keys
 from fewstep.files import read_mapping
 from fewstep.folder import PipelineFolder, weight_files
-from fewstep.settings import Sampling
+from fewstep.settings import Sampling, StudentConfig
 from fewstep.tensor_header import Entry, Shape, read_numbers, read_safetensors_header
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -204,3 +204,25 @@ def check_lora(path: Path | str, folder: PipelineFolder) -> LoraHeader:
         )
     check_fits(header, weights, folder.fingerprint("unet") if header.base else "", str(path))
     return header
+
+
+def check_start(config: StudentConfig, folder: PipelineFolder) -> None:
+    """Refuse a student that the run could not start from, from its file's header alone.
+
+    Raises:
+        UserError: no LoRA, of another base, of another rank, or with layers that are not trained.
+    """
+    if not config.start or config.kind == "full":
+        return
+    header = check_lora(config.start, folder)
+    for module, layer in header.layers.items():
+        if layer.a[0] != config.rank:
+            raise UserError(
+                f"student.start = {config.start!r} has rank {layer.a[0]}, student.rank = {config.rank}; "
+                f"the nearest legal rank is {layer.a[0]}"
+            )
+        if config.targets and not any(module == t or module.endswith(f".{t}") for t in config.targets):
+            raise UserError(
+                f"student.start = {config.start!r} adapts {module}, which student.targets leaves out; "
+                "the nearest legal targets are those it was trained with"
+            )

@@ -1,0 +1,75 @@
+"""Students as files, and back into training: what a run ends with, another can start from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fewstep.backbones.sd import StableDiffusion, load_backbone
+from fewstep.export.conditioning import CONDITIONING, save_told, split_weights
+from fewstep.export.header import check_lora, check_start
+from fewstep.export.lora import read_lora, save_lora
+from fewstep.export.pipeline import save_pipeline
+from fewstep.files import atomic_folder
+from fewstep.settings import DistillConfig, StudentConfig
+from fewstep.tensors import load_tensors
+
+
+def export_student(
+    config: DistillConfig,
+    backbone: StableDiffusion,
+    weights: Mapping[str, Tensor],
+    target: Path,
+    notes: Mapping[str, Any],
+) -> Path:
+    """Write a student for use: a LoRA file, or a whole pipeline folder for a full one.
+
+    Returns:
+        the file or folder.
+    """
+    base = backbone.folder.fingerprint("unet")
+    notes = {"method": config.recipe, "guidance_seen": config.method.guidance.model_dump(), **notes}
+    own, told = split_weights(weights)
+    if config.student.kind == "lora":
+        with atomic_folder(target) as part:  # both files, or the ones before: half a student draws nonsense
+            save_told(part, told)
+            file = save_lora(
+                part,
+                own,
+                rank=config.student.rank,
+                alpha=config.student.lora_alpha,
+                targets=list(config.student.targets or backbone.targets),
+                base=base,
+                sampling=config.sampling,
+                notes=notes,
+            )
+        return target / file.name
+    network = backbone.fresh_network()
+    network.load_state_dict(own)
+    record = {"base": base, "sampling": config.sampling.model_dump(mode="json"), **notes}
+    return save_pipeline(target, backbone.folder.path, network, record, told)
+
+
+def starting_weights(config: StudentConfig, backbone: StableDiffusion) -> dict[str, Tensor]:
+    """The weights of the finished student that a run starts from, by the names of its parameters.
+
+    A LoRA's scale is brought to the run's own: only B A times the scale is the student.
+
+    Raises:
+        UserError: as `check_start`; or a file that is not whole.
+    """
+    place = Path(config.start)
+    if config.kind == "full":
+        weights = dict(load_backbone(place).network.state_dict())
+    else:
+        check_start(config, backbone.folder)
+        lora = read_lora(check_lora(place, backbone.folder))
+        scale = config.lora_alpha / config.rank
+        weights = {f"{name}.lora_A.weight": a for name, a in lora.down.items()}
+        for name, b in lora.up.items():
+            weights[f"{name}.lora_B.weight"] = b * (lora.header.layers[name].scale / scale)
+    beside = (place if place.is_dir() else place.parent) / CONDITIONING
+    return {**weights, **(load_tensors(beside) if beside.is_file() else {})}
