@@ -104,8 +104,8 @@ class Estimated:
         return [
             *([f"stage    {self.name}"] if self.name else []),
             f"time     {self.seconds / 60:.1f} min ({self.seconds_per_step:.2f} s a step, timed here){first}",
-            f"memory   {self.weights_bytes / 2**20:.0f} MiB weights (the base {self.base_bytes / 2**20:.0f}, once for all "
-            f"roles; trained: {adapters}), {self.trained_bytes / 2**20:.0f} MiB gradients, "
+            f"memory   {self.weights_bytes / 2**20:.0f} MiB weights (the base {self.base_bytes / 2**20:.0f}, once for "
+            f"all roles; trained: {adapters}), {self.trained_bytes / 2**20:.0f} MiB gradients, "
             f"optimiser and averages, {self.saved_bytes / 2**20:.0f} MiB activations, "
             f"{self.data_bytes / 2**20:.0f} MiB latents and text states{peak}",
             f"calls    network evaluations a sample and step: {in_words(self.calls)}",

@@ -116,7 +116,9 @@ class Stage:
     """
 
     def __init__(self, method: ConsistencyConfig, denoiser: Denoiser, sample_of: SampleOf) -> None:
-        self._make = lambda batch, draws: set_scene(method, denoiser, sample_of(batch, draws), draws)
+        self._make: Callable[[Batch, Draws], Scene] = lambda batch, draws: set_scene(
+            method, denoiser, sample_of(batch, draws), draws
+        )
         self._last: tuple[Draws, Scene] | None = None
 
     def scene(self, batch: Batch, draws: Draws) -> Scene:

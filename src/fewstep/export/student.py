@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from fewstep.backbones.sd import StableDiffusion, load_backbone
-from fewstep.export.conditioning import CONDITIONING, save_told, split_weights
-from fewstep.export.header import check_lora, check_start
+from fewstep.export.conditioning import save_told, split_weights
+from fewstep.export.header import CONDITIONING, check_lora, check_start
 from fewstep.export.lora import read_lora, save_lora
 from fewstep.export.pipeline import save_pipeline
 from fewstep.files import atomic_folder
