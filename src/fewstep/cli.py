@@ -326,6 +326,17 @@ def train_scorer(
 
 
 @app.command()
+def train_reward(
+    out: Annotated[Path, typer.Option(help="Run folder; a stopped run is resumed from it.")] = Path("runs/reward"),
+    overrides: Overrides = None,
+) -> None:
+    """Train the bundled world's preference scorer from Emoji-8: what students may be trained by."""
+    from fewstep.world import api
+
+    say(f"wrote {api.train_reward(out=out, overrides=overrides or [])}")
+
+
+@app.command()
 def train_teacher(
     out: Annotated[Path, typer.Option(help="Run folder; a run that was stopped is resumed from it.")] = Path(
         "runs/teacher"

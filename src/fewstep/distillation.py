@@ -31,7 +31,15 @@ from fewstep.folder import read_folder
 from fewstep.objectives.heads import FeatureCritic
 from fewstep.objectives.scene import Sample
 from fewstep.plan import Aids, family_plan, start_from
-from fewstep.preparation import Run, encoders_fingerprint, lay_out, on_trajectories, prepare, read_source
+from fewstep.preparation import (
+    Run,
+    encoders_fingerprint,
+    lay_out,
+    on_trajectories,
+    prepare,
+    read_source,
+    with_looks,
+)
 from fewstep.processes import together
 from fewstep.settings import DistillConfig, teacher_path
 from fewstep.stages import parts_of
@@ -65,7 +73,7 @@ def aids_of(run: Run) -> Aids:
     critic = None
     if config.method.adversarial.weight:
         critic = FeatureCritic(run.features, run.backbone.feature_channels, seed=config.loop.seed).to(device)
-    return Aids(run.features, critic=critic)
+    return Aids(run.features, run.perceptual, critic, run.taste)
 
 
 def make_watch(run: Run, out: Path) -> Watch:
@@ -187,7 +195,10 @@ def estimate_run(config: DistillConfig) -> list[Estimated]:
 
 
 def estimate_stage(config: DistillConfig) -> Estimated:
-    """The same of one stage."""
+    """The same of one stage. A distance that would be trained first is timed as L2, which takes less."""
+    method = config.method
+    if method.distance == "perceptual" and not method.perceptual:
+        config = config.model_copy(update={"method": method.model_copy(update={"distance": "l2"})})
     backbone = load_backbone(read_folder(teacher_path(config.teacher)).path, pick_device(config.device))
     captioned = read_source(config, backbone.picture_size)
     backbone.load_encoders()
@@ -200,6 +211,8 @@ def estimate_stage(config: DistillConfig) -> Estimated:
         share = captions_share = len(captioned) / len(few)
         drawn = min(config.data.trajectories, config.loop.batch)
         run = lay_out(with_trajectories(config, drawn), backbone, few, data)
+        named = config.method.perceptual
+        run = with_looks(run, Path(named) if named else None)
         if config.method.start == "trajectory":
             started = time.perf_counter()
             run, share = on_trajectories(run, Path(cache)), config.data.trajectories / drawn

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -17,12 +20,16 @@ from fewstep.denoiser import Condition, Denoiser
 from fewstep.draws import order
 from fewstep.errors import UserError
 from fewstep.evaluation.settings import KID_FEWEST
+from fewstep.files import sha256
 from fewstep.folder import read_folder
+from fewstep.objectives.preference import Taste
 from fewstep.plan import roles_of
+from fewstep.preference.scorer import PreferenceScorer
 from fewstep.role_layout import Student, make_student
 from fewstep.roles import BASE, SeparateRoles
 from fewstep.settings import DistillConfig, teacher_path
 from fewstep.tally import Tally
+from fewstep.taste import make_taste
 from fewstep.training.cpu import speed_up
 from fewstep.trajectories import stored_trajectories
 from fewstep.world import emoji8
@@ -39,6 +46,9 @@ class Run:
         denoiser: calls them, uncounted.
         tally: counts the calls of the training.
         omega: guidance of stored trajectories.
+        perceptual: a distance between latents.
+        taste: scores of pictures with prompts, and of how many prompts.
+        fed: fingerprints of what else was loaded.
     """
 
     config: DistillConfig
@@ -49,6 +59,9 @@ class Run:
     denoiser: Denoiser
     tally: Tally
     omega: Tensor | None = None
+    perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
+    taste: tuple[Taste, int] | None = None
+    fed: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def base(self) -> str:
@@ -69,7 +82,8 @@ class Run:
     @property
     def inputs(self) -> dict[str, str]:
         """Fingerprints of what it trains on: a run is resumed on the same only."""
-        return {"teacher": self.backbone.folder.identity("unet", "scheduler"), "data": self.data.key}
+        own = {"teacher": self.backbone.folder.identity("unet", "scheduler"), "data": self.data.key}
+        return own | dict(self.fed)
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -117,7 +131,56 @@ def prepare(config: DistillConfig, cache: Path, device: torch.device) -> Run:
     captioned = read_source(config, backbone.picture_size)
     backbone.load_encoders()  # a broken text encoder is told of before the pictures are encoded
     data = latent_set(captioned, backbone, encoders_fingerprint(backbone), cache, backbone.latent_shape)
-    return on_trajectories(lay_out(config, backbone, captioned, data), cache)
+    folder = perceptual_folder(config, backbone, data.said, cache)
+    run = lay_out(config, backbone, captioned, data)
+    return on_trajectories(with_looks(run, folder), cache)
+
+
+def perceptual_folder(
+    config: DistillConfig, backbone: StableDiffusion, prompts: Sequence[str], cache: Path
+) -> Path | None:
+    """The folder of the distance between latents that the recipe asks for, trained first if none is named."""
+    method = config.method
+    if method.distance != "perceptual" or method.perceptual:
+        return Path(method.perceptual) if method.perceptual else None
+    from fewstep.perceptual.settings import PerceptualConfig
+    from fewstep.perceptual.train import make_perceptual
+
+    usual = PerceptualConfig()
+    loop = usual.loop.model_copy(update={"precision": config.loop.precision})  # one precision a process
+    known = json.dumps([backbone.folder.identity(), list(prompts), str(loop.precision)])
+    place = cache / f"perceptual-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
+    return make_perceptual(usual.model_copy(update={"loop": loop}), backbone, prompts, place)
+
+
+def with_looks(run: Run, perceptual: Path | None) -> Run:
+    """The run with the frozen networks that its recipe looks through: a distance between latents, a scorer."""
+    backbone, method, fed = run.backbone, run.config.method, dict(run.fed)
+    distance, taste = None, None
+    if perceptual is not None:
+        from fewstep.perceptual.record import WEIGHTS, load_perceptual
+
+        vae = backbone.folder.identity("vae")
+        distance = load_perceptual(perceptual, backbone.latent_shape[0], vae, backbone.device).distance
+        fed["perceptual distance"] = sha256(perceptual / WEIGHTS)
+    if method.preference.weight:
+        scorer = load_named_scorer(method.preference.scorer, backbone.device)
+        taste = make_taste(backbone, scorer, run.data.said)
+        fed["scorer"] = scorer.identity.weights_sha256
+    return replace(run, perceptual=distance, taste=taste, fed=fed)
+
+
+def load_named_scorer(named: str, device: torch.device) -> PreferenceScorer:
+    """The scorer that `method.preference.scorer` names: `world`, or NAME:FOLDER."""
+    if named == "world":
+        from fewstep.evaluation.text_side import SentenceVectors
+        from fewstep.world.reward import load_world_scorer
+
+        return load_world_scorer(SentenceVectors(), device)
+    from fewstep.preference.registry import load_scorer
+
+    name, _, folder = named.partition(":")
+    return load_scorer(name, Path(folder), device)
 
 
 def encoders_fingerprint(backbone: StableDiffusion) -> str:

@@ -233,6 +233,11 @@ class StableDiffusion:
         """uint8 [N, H, W, 3] -> posterior means, float32 [N, C, h, w] on the CPU, scaled as the UNet expects."""
         return encode_pictures(self.vae, pictures, self.device)
 
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents -> pictures [N, 3, H, W] in about [-1, 1], with gradient."""
+        decoded: Tensor = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+        return decoded
+
     @torch.no_grad()
     def to_pictures(self, latents: Tensor) -> np.ndarray:
         """Latents -> uint8 [N, H, W, 3], rounded as diffusers rounds."""
@@ -240,7 +245,7 @@ class StableDiffusion:
         batch = _at_once(latents.shape[-1] * self.picture_size // self.latent_shape[-1])
         for start in range(0, len(latents), batch):
             part = latents[start : start + batch]
-            decoded = self.vae.decode(part.to(self.device) / self.vae.config.scaling_factor, return_dict=False)[0]
+            decoded = self.decode(part.to(self.device))
             scaled = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
             parts.append((scaled * 255).round().astype(np.uint8))
         return np.concatenate(parts)

@@ -105,6 +105,26 @@ def train_scorer(*, out: Path | str, overrides: str | Sequence[str] = ()) -> Pat
     return Path(out) / "scorer"
 
 
+def train_reward(*, out: Path | str, overrides: str | Sequence[str] = ()) -> Path:
+    """Train the bundled world's preference scorer; returns its folder, `out`/scorer.
+
+    Raises:
+        UserError: anything wrong with the settings, the place or the installation.
+    """
+    from fewstep.checks import SPEAKING
+    from fewstep.files import check_writable
+    from fewstep.world.settings import RewardConfig
+
+    settings = validate(RewardConfig, parse_overrides(overrides))
+    check_writable(Path(out))
+    check_installed("train-reward", SPEAKING, "multilingual")
+    from fewstep.evaluation.text_side import SentenceVectors
+    from fewstep.world.train_scorer import train_scorer
+
+    train_scorer(settings, Path(out), text=SentenceVectors())
+    return Path(out) / "scorer"
+
+
 def teacher_card(
     *, out: Path | str, teacher: Path | str = "", omega: float | None = None, steps: int = 50, n: int = 1000
 ) -> dict[str, Figure]:

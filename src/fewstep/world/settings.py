@@ -99,6 +99,15 @@ class AgreementConfig(Config):
     optim: OptimConfig = OptimConfig(lr=2e-3, warmup=60, decay="cosine", ema=0.995, weight_decay=0.05)
 
 
+class RewardConfig(AgreementConfig):
+    """Training of the preference scorer: the same loss, another network, another seed, another text side."""
+
+    network: ScorerConfig = ScorerConfig(channels=(32, 64, 112), blocks=(1, 1, 2), hidden=256, width=128)
+    loop: LoopConfig = LoopConfig(
+        steps=800, batch=256, save_every=100, watch_every=200, log_every=10, precision="bf16", seed=11
+    )
+
+
 class DemoConfig(Config):
     """The demo's budget: small enough for ten minutes on two cores."""
 

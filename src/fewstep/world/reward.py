@@ -1,0 +1,80 @@
+"""The bundled world's preference scorer: what students may be trained by, apart from what they are judged by.
+
+Its picture network is of another shape than the evaluating scorer's, trained from another seed, and its text side is a
+multilingual sentence encoder where the other one reads with the teacher's text encoder: the two share no weights and no
+backbone. What they do share are the pictures that they were trained on, Emoji-8's training split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fewstep.evaluation.agreement import Agreement, load_scorer
+from fewstep.evaluation.scorer import SIZE
+from fewstep.evaluation.text_side import TextBackbone
+from fewstep.preference.scorer import ScorerIdentity
+from fewstep.world.location import root
+
+
+@dataclass(frozen=True)
+class WorldScorer:
+    """The cosine of picture and prompt, differentiable in pictures."""
+
+    trained: Agreement
+    device: torch.device
+
+    @property
+    def identity(self) -> ScorerIdentity:
+        """What scores, and on what terms."""
+        channels = self.trained.record["network"]["channels"]
+        return ScorerIdentity(
+            name="world",
+            paper="none: trained here, contrastively, on Emoji-8's training split",
+            backbone=f"residual picture network {tuple(channels)}; text: {self.trained.text.name}",
+            weights_sha256=self.trained.weights_sha256,
+            licence="Apache-2.0; pictures and captions as world/emoji8/ATTRIBUTION.md says",
+            commercial="free, with the attribution of Emoji-8's artists",
+            input=f"{SIZE} x {SIZE}, antialiased bicubic where resized, in [-1, 1]",
+            measures="cosine of a picture and its prompt; knows drawn emoji and their names alone",
+            span="-1 to 1; matching pairs about .5, others about 0",
+        )
+
+    @torch.no_grad()
+    def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Unit vectors of prompts, [K, width]."""
+        vectors: Tensor = self.trained.scorer.embed_text(self.trained.text(list(prompts)).to(self.device))
+        return {"text": vectors.cpu()}
+
+    def score(self, pictures: Tensor, said: Mapping[str, Tensor]) -> Tensor:
+        """One cosine a picture, float32 [B].
+
+        Raises:
+            ValueError: other shapes, or not one row a picture.
+        """
+        if pictures.dim() != 4 or pictures.shape[1] != 3 or len(pictures) != len(said["text"]):
+            raise ValueError(f"pictures {list(pictures.shape)} with {len(said['text'])} prompts")
+        x = pictures.float().clamp(-1, 1)
+        if x.shape[2:] != (SIZE, SIZE):
+            x = F.interpolate(x, (SIZE, SIZE), mode="bicubic", antialias=True).clamp(-1, 1)
+        seen = self.trained.scorer.embed_pictures(x.contiguous(memory_format=torch.channels_last))
+        return (seen * said["text"].to(seen)).sum(1)
+
+
+def load_world_scorer(text: TextBackbone, device: torch.device, folder: Path | None = None) -> WorldScorer:
+    """The bundled scorer, or the one in `folder`.
+
+    Args:
+        text: the text side that it was trained on.
+
+    Raises:
+        UserError: a part is missing, truncated or foreign, or another text side.
+    """
+    trained = load_scorer(folder or root() / "reward", text)
+    trained.scorer.to(device)
+    return WorldScorer(trained, device)
