@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -146,8 +147,10 @@ def note_of(path: Path) -> dict[str, Any]:
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
-def is_whole(folder: Path, note: Note) -> bool:
+def is_whole(folder: Path, note: Note | None) -> bool:
     """Whether a file is there with the bytes that were noted of it."""
+    if note is None:
+        return False
     path = folder / note.file
     return path.is_file() and path.stat().st_size == note.bytes and sha256(path) == note.sha256
 
@@ -157,17 +160,19 @@ def write_note(folder: Path, path: Path, **more: int) -> None:
     write_json(folder / UNFINISHED / f"{path.name}.json", note_of(path) | more)
 
 
-def read_note(folder: Path, name: str) -> ShardNote | Note | None:
-    """What was noted of a file of an unfinished set; None for nothing, or nothing legible."""
-    path = folder / UNFINISHED / f"{name}.json"
-    if not path.is_file():
-        return None
-    try:
-        data = read_mapping(path)
-        note = validate(ShardNote if "samples" in data else Note, data)
-    except UserError:
-        return None
-    return note if note.file == name else None
+def read_notes(folder: Path, plan: Plan) -> dict[str, Note]:
+    """What was noted of the files of a set, by name: in its manifest, or one by one while it is unfinished.
+
+    A note that is broken is none.
+    """
+    if (folder / MANIFEST).is_file():
+        return {note.file: note for note in read_manifest(folder).notes}
+    notes = {}
+    for name in (PROMPTS, CONDITIONS, *map(shard_name, range(plan.shards))):
+        with suppress(UserError):
+            data = read_mapping(folder / UNFINISHED / f"{name}.json")
+            notes[name] = validate(ShardNote if "samples" in data else Note, data)
+    return {name: note for name, note in notes.items() if note.file == name}
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -15,7 +15,7 @@ from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.files import atomic_write
 from fewstep.sampler import picture_noise
-from fewstep.synthesis.record import Plan, ShardNote, is_whole, read_note, shard_name, write_note
+from fewstep.synthesis.record import Plan, shard_name, write_note
 from fewstep.synthesis.walk import Drawn, Walk, end_points, trajectories
 from fewstep.tensors import save_tensors
 
@@ -117,12 +117,6 @@ def make_shard(painter: Painter, folder: Path, number: int, advance: Callable[[i
     with atomic_write(path) as part:
         save_tensors(part, drawn)
     write_note(folder, path, samples=len(items))
-
-
-def shard_is_there(folder: Path, number: int, samples: int) -> bool:
-    """Whether a shard has been drawn, noted, and still has the bytes that it was noted with."""
-    note = read_note(folder, shard_name(number))
-    return isinstance(note, ShardNote) and note.samples == samples and is_whole(folder, note)
 
 
 def share(numbers: Sequence[int], rank: int, count: int) -> list[int | None]:

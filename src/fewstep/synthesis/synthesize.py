@@ -7,7 +7,7 @@ were killed.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -36,16 +36,16 @@ from fewstep.synthesis.record import (
     Manifest,
     Note,
     Plan,
+    ShardNote,
     is_whole,
-    read_manifest,
-    read_note,
+    read_notes,
     read_plan,
     refuse_other,
     shard_name,
     write_note,
 )
 from fewstep.synthesis.settings import SynthesisConfig
-from fewstep.synthesis.shards import Painter, make_shard, shard_is_there, share
+from fewstep.synthesis.shards import Painter, make_shard, share
 from fewstep.synthesis.walk import Walk
 from fewstep.tensors import save_tensors
 from fewstep.training.launch import make_accelerator
@@ -94,12 +94,12 @@ def synthesize(config: SynthesisConfig, lines: Sequence[str], out: Path, *, quie
             if is_main():
                 held.enter_context(taken(out))
                 _open(out, plan)
-        table = main_first(partial(_conditions, out, distinct, backbone, silent))
-        backbone.release_encoders()
         missing = _missing(out, plan, accelerator.device, silent)
         with together():
-            if is_main() and missing:
-                (out / MANIFEST).unlink(missing_ok=True)
+            if is_main():
+                _reopen(out, plan, missing)
+        table = main_first(partial(_conditions, out, plan, distinct, backbone, silent))
+        backbone.release_encoders()
         if not silent:
             print("\n".join(_told(out, plan, cost_of(config, lines, backbone.folder), missing)), file=sys.stderr)
         number = {prompt: row for row, prompt in enumerate(distinct)}
@@ -119,55 +119,81 @@ def synthesize(config: SynthesisConfig, lines: Sequence[str], out: Path, *, quie
 
 
 def _open(out: Path, plan: Plan) -> None:
-    """Lay out the folder of a set that is to be drawn, or gone on with; a finished one is held as an unfinished one.
+    """Lay out the folder of a set that is to be drawn, or gone on with.
 
     Raises:
         UserError: it holds another set, or other files under the names of a set's.
     """
     sweep(out)
     before = read_plan(out)
-    unfinished = out / UNFINISHED
-    if before is None:
-        check_free(out)
-        write_json(unfinished / PLAN, plan.model_dump(mode="json"))
+    if before is not None:
+        refuse_other(out, before, plan.model_dump(mode="json"))
+        sweep(out / UNFINISHED)
         return
-    refuse_other(out, before, plan.model_dump(mode="json"))
-    if (out / MANIFEST).is_file():
-        notes = read_manifest(out).notes
-        with atomic_folder(unfinished) as part:
-            write_json(part / PLAN, plan.model_dump(mode="json"))
-            for note in notes:
-                write_json(part / f"{note.file}.json", note.model_dump(mode="json"))
-    sweep(unfinished)
+    check_free(out)
+    write_json(out / UNFINISHED / PLAN, plan.model_dump(mode="json"))
+
+
+def _missing(out: Path, plan: Plan, device: torch.device, silent: bool) -> list[int]:
+    """The shards that are not there, or no longer whole; each process looks at its share of all."""
+    absent = torch.zeros(plan.shards, device=device)
+    with together():
+        notes = read_notes(out, plan)
+        mine = range(processes.rank(), plan.shards, processes.count())
+        fresh = not any((out / shard_name(number)).exists() for number in mine)
+        for number in tqdm(mine, desc="checking shards", unit="shard", disable=silent or fresh):
+            note = notes.get(shard_name(number))
+            if isinstance(note, ShardNote) and note.samples == len(plan.items(number)) and is_whole(out, note):
+                continue
+            absent[number] = 1
+            if (out / shard_name(number)).exists():
+                print(f"{out / shard_name(number)} is broken, or was not finished; it is drawn again", file=sys.stderr)
+    found: list[int] = processes.total(absent).nonzero().flatten().tolist()
+    return found
+
+
+def _text_is_whole(out: Path, notes: Mapping[str, Note]) -> bool:
+    return all(is_whole(out, notes.get(name)) for name in (PROMPTS, CONDITIONS))
+
+
+def _reopen(out: Path, plan: Plan, missing: Sequence[int]) -> None:
+    """Hold a finished set that must be mended as an unfinished one: its manifest would not be true meanwhile."""
+    if not (out / MANIFEST).is_file():
+        return
+    notes = read_notes(out, plan)
+    if not missing and _text_is_whole(out, notes):
+        return
+    with atomic_folder(out / UNFINISHED) as part:
+        write_json(part / PLAN, plan.model_dump(mode="json"))
+        for note in notes.values():
+            write_json(part / f"{note.file}.json", note.model_dump(mode="json"))
+    (out / MANIFEST).unlink()
 
 
 def _close(out: Path, plan: Plan) -> None:
     """Write the manifest of a set whose files are all there; it takes the place of their notes."""
-
-    def noted(name: str) -> Note:
-        note = read_note(out, name)
-        if note is None:
-            raise UserError(f"{out / name} was not noted; run the same command again to go on")
-        return note
-
-    manifest = {
-        "plan": plan,
-        "prompts": noted(PROMPTS),
-        "conditions": noted(CONDITIONS),
-        "shards": [noted(shard_name(i)) for i in range(plan.shards)],
-    }
-    write_json(out / MANIFEST, Manifest.model_validate(manifest).model_dump(mode="json"))
-    remove_folder(out / UNFINISHED)
+    if not (out / MANIFEST).is_file():
+        notes = read_notes(out, plan)
+        manifest = {
+            "plan": plan,
+            "prompts": notes[PROMPTS],
+            "conditions": notes[CONDITIONS],
+            "shards": [notes[shard_name(number)] for number in range(plan.shards)],
+        }
+        write_json(out / MANIFEST, Manifest.model_validate(manifest).model_dump(mode="json"))
+    if (out / UNFINISHED).exists():
+        remove_folder(out / UNFINISHED)
 
 
-def _conditions(out: Path, distinct: Sequence[str], backbone: StableDiffusion, silent: bool) -> dict[str, Tensor]:
+def _conditions(
+    out: Path, plan: Plan, distinct: Sequence[str], backbone: StableDiffusion, silent: bool
+) -> dict[str, Tensor]:
     """The text states of the distinct prompts and, last, the unconditional one; encoded and stored if they are not.
 
     They are kept, and the teacher is asked with them, in fp16.
     """
     path = out / CONDITIONS
-    notes = [read_note(out, name) for name in (PROMPTS, CONDITIONS)]
-    if all(note is not None and is_whole(out, note) for note in notes):
+    if _text_is_whole(out, read_notes(out, plan)):
         return _read_table(path)
     with atomic_write(out / PROMPTS) as part:
         part.write_text("".join(f"{prompt}\n" for prompt in distinct), encoding="utf-8")
@@ -189,22 +215,6 @@ def _conditions(out: Path, distinct: Sequence[str], backbone: StableDiffusion, s
 def _read_table(path: Path) -> dict[str, Tensor]:
     """Text states, mapped from disk: those of many prompts need no memory, and processes share what they touch."""
     return {name: torch.from_numpy(states) for name, states in map_tensors(path).items()}
-
-
-def _missing(out: Path, plan: Plan, device: torch.device, silent: bool) -> list[int]:
-    """The shards that are not there, or no longer whole; each process looks at its share of all."""
-    absent = torch.zeros(plan.shards, device=device)
-    with together():
-        mine = range(processes.rank(), plan.shards, processes.count())
-        fresh = not any((out / shard_name(number)).exists() for number in mine)
-        for number in tqdm(mine, desc="checking shards", unit="shard", disable=silent or fresh):
-            if shard_is_there(out, number, len(plan.items(number))):
-                continue
-            absent[number] = 1
-            if (out / shard_name(number)).exists():
-                print(f"{out / shard_name(number)} is broken, or was not finished; it is drawn again", file=sys.stderr)
-    found: list[int] = processes.total(absent).nonzero().flatten().tolist()
-    return found
 
 
 def _told(out: Path, plan: Plan, cost: SynthesisCost, missing: Sequence[int]) -> list[str]:
