@@ -327,6 +327,31 @@ def test_broken_files_are_noticed_and_made_again(
     assert contents(found.folder) == before
 
 
+@pytest.mark.parametrize("name", ["conditions.safetensors", "shard-00002.safetensors"])
+def test_while_it_is_mended_a_set_is_not_finished(
+    make: Callable[..., Synthesis], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    from fewstep.synthesis import shards, synthesize
+    from fewstep.tensors import save_tensors
+
+    found = make(kind="latents")
+    before = contents(found.folder)
+    (found.folder / name).write_bytes(b"")
+    refused = []
+
+    def save(path: Path, tensors: Any) -> None:
+        with pytest.raises(UserError, match="is not finished"):
+            fewstep.read_synthesis(found.folder)
+        refused.append(path.name)
+        save_tensors(path, tensors)
+
+    for place in (shards, synthesize):
+        monkeypatch.setattr(place, "save_tensors", save)
+    make(kind="latents")
+    assert [written.split(".")[1] for written in refused] == [name.split(".")[0]], "that file alone"
+    assert contents(found.folder) == before
+
+
 def test_a_shard_of_another_set_is_drawn_again(make: Callable[..., Synthesis]) -> None:
     found, other = make(kind="latents"), make("seed=4", kind="latents", out="other")
     before = contents(found.folder)
