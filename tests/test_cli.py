@@ -477,7 +477,7 @@ def test_the_demo_refuses_a_seed_that_noise_cannot_have(refuse: Refuse) -> None:
 
 # ---- in a process of its own
 
-VERBS = ("recipes", "distill", "sample", "evaluate", "demo", "benchmark", "train-teacher")
+VERBS = ("recipes", "distill", "sample", "synthesize", "evaluate", "demo", "benchmark", "train-teacher")
 
 
 HEAVY = ("torch", "diffusers", "transformers", "scipy", "matplotlib")
@@ -541,6 +541,7 @@ def test_help_is_light() -> None:
             "sample",
             ("--prompt-file", "--lora", "--steps", "--gamma", "--omega", "--sampler", "--seed", "--count", "--out"),
         ),
+        ("synthesize", ("--prompts", "--out", "--teacher", "--kind", "--set", "--dry-run")),
         ("evaluate", ("--prompt-file", "--lora", "--real", "--steps", "--out")),
         ("demo", ("--out", "--set")),
         ("benchmark", ("--out", "--set")),

@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # type checkers and editors see the verbs; `import fewstep` stays light
-    from fewstep.api import distill, estimate, evaluate, playground, sample
+    from fewstep.api import (
+        distill,
+        estimate,
+        evaluate,
+        playground,
+        read_synthesis,
+        sample,
+        synthesis_cost,
+        synthesize,
+    )
     from fewstep.errors import UserError
     from fewstep.told_pipeline import attach
     from fewstep.world.api import benchmark, demo, family, teacher_card, train_scorer, train_teacher
@@ -20,7 +29,10 @@ __all__ = [
     "evaluate",
     "family",
     "playground",
+    "read_synthesis",
     "sample",
+    "synthesis_cost",
+    "synthesize",
     "teacher_card",
     "train_scorer",
     "train_teacher",

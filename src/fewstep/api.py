@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from fewstep.cost import Estimated
     from fewstep.evaluation.metric import Figure
     from fewstep.settings import DistillConfig
+    from fewstep.synthesis.planning import SynthesisCost
+    from fewstep.synthesis.reader import Synthesis
+    from fewstep.synthesis.settings import SynthesisConfig
 
 
 def distill(
@@ -148,6 +151,79 @@ def sample(
     pictures: np.ndarray = artist.draw(every, range(seed, seed + len(every)), sampling)
     enlarged = scale or max(1, 256 // pictures.shape[2])
     return save_picture(sheet(pictures, count if len(wanted) > 1 else min(count, 8), enlarged), path)
+
+
+def synthesize(
+    prompt_file: Path | str,
+    *,
+    out: Path | str,
+    teacher: Path | str = "",
+    kind: str | None = None,
+    overrides: str | Sequence[str] = (),
+) -> Path:
+    """Draw a set from prompts alone with a teacher, for training without pictures; returns its folder.
+
+    Args:
+        prompt_file: one prompt a line.
+        out: folder; a set that was stopped is gone on with.
+        teacher: pipeline folder; empty for the one that overrides name, else the bundled one.
+        kind: `latents` (end points) or `trajectories` (whole walks); None for what overrides say, else latents.
+        overrides: `key=value` for the other settings.
+
+    Raises:
+        UserError: anything wrong, in one line, before any long work.
+    """
+    settings, lines, _ = _synthesis(prompt_file, out, teacher, kind, overrides)
+    from fewstep.synthesis.synthesize import synthesize as draw
+
+    return draw(settings, lines, Path(out))
+
+
+def synthesis_cost(
+    prompt_file: Path | str,
+    *,
+    out: Path | str,
+    teacher: Path | str = "",
+    kind: str | None = None,
+    overrides: str | Sequence[str] = (),
+) -> SynthesisCost:
+    """What `synthesize` with the same arguments will take: samples, network evaluations, disk. Nothing is written.
+
+    Raises:
+        UserError: what `synthesize` would refuse.
+    """
+    return _synthesis(prompt_file, out, teacher, kind, overrides)[2]
+
+
+def _synthesis(
+    prompt_file: Path | str, out: Path | str, teacher: Path | str, kind: str | None, overrides: str | Sequence[str]
+) -> tuple[SynthesisConfig, list[str], SynthesisCost]:
+    """The settings, prompts and cost of a synthesis, refused here if it could not run."""
+    from fewstep.data.prompts import read_prompts
+    from fewstep.folder import read_folder
+    from fewstep.settings import teacher_path
+    from fewstep.synthesis.planning import check_synthesis, cost_of
+    from fewstep.synthesis.settings import resolve_synthesis
+
+    settings = resolve_synthesis(overrides, teacher, kind)
+    lines = read_prompts(prompt_file)
+    folder = read_folder(teacher_path(settings.teacher))
+    check_synthesis(settings, lines, folder, Path(out))
+    return settings, lines, cost_of(settings, lines, folder)
+
+
+def read_synthesis(folder: Path | str) -> Synthesis:
+    """Open a set that `synthesize` has finished.
+
+    Raises:
+        UserError: it is none, is not finished, or a file of it is missing or of another size or layout.
+    """
+    from fewstep.synthesis.record import check_files, read_manifest
+
+    check_files(Path(folder), read_manifest(Path(folder)))
+    from fewstep.synthesis.reader import read_synthesis as read
+
+    return read(folder)
 
 
 def evaluate(

@@ -12,6 +12,7 @@ from fewstep.export.header import base_shapes, check_start
 from fewstep.export.pipeline import RECORD
 from fewstep.folder import PARTS, PipelineFolder
 from fewstep.method_settings import GridSpec
+from fewstep.names import End
 from fewstep.settings import DistillConfig, Sampling
 
 
@@ -75,6 +76,22 @@ def _check_times(section: str, sampling: Sampling, folder: PipelineFolder) -> No
 def _check_steps(field: str, steps: int, most: int) -> None:
     if steps > most:
         raise UserError(f"{field} = {steps} is out of range; the nearest legal one is {most}")
+
+
+def check_walk(grid: GridSpec, end: End, folder: PipelineFolder) -> None:
+    """Refuse a grid that a walk from pure noise to the end point could not visit.
+
+    Raises:
+        UserError: it is off the teacher's schedule, does not start at its noisiest index, or has the end point in it.
+    """
+    _check_grid("grid", grid, folder)
+    top = _indices(folder) - 1
+    if not isinstance(grid, int) and grid[-1] < top:
+        legal = [*grid[:-1], top]
+        raise UserError(f"grid = {list(grid)} ends below pure noise, where drawing starts; the nearest is {legal}")
+    lowest = (top + 1) // grid - 1 if isinstance(grid, int) else grid[0]
+    if end == "index0" and lowest <= 0:
+        raise UserError("end = 'index0' is the grid's lowest point already; the nearest legal one is 'clean'")
 
 
 def check_real(folder: Path) -> None:

@@ -93,6 +93,7 @@ def recipes(settings: Annotated[bool, typer.Option(help="List every setting too.
     from fewstep.plane.settings import PlayConfig
     from fewstep.recipes import names
     from fewstep.settings import DistillConfig
+    from fewstep.synthesis.settings import SynthesisConfig
     from fewstep.world.settings import AgreementConfig, BenchmarkConfig, DemoConfig, FamilyConfig, TeacherConfig
 
     for name in names():
@@ -101,6 +102,7 @@ def recipes(settings: Annotated[bool, typer.Option(help="List every setting too.
         typer.echo("\nsettings of distill (recipe < --config file < -s key=value):")
         typer.echo("\n".join(settings_help(DistillConfig())))
         verbs = (
+            ("synthesize", SynthesisConfig),
             ("playground", PlayConfig),
             ("demo", DemoConfig),
             ("benchmark", BenchmarkConfig),
@@ -184,6 +186,34 @@ def sample(
         settings=drawing(overrides, steps=steps, gamma=gamma, omega=omega, sampler=sampler),
     )
     say(f"wrote {path}")
+
+
+@app.command()
+def synthesize(
+    prompts: Annotated[Path, typer.Option(help="Text file, one prompt a line.")],
+    out: Annotated[Path, typer.Option(help="Folder; a set that was stopped is gone on with.")],
+    teacher: Teacher = "",
+    kind: Annotated[
+        str | None, typer.Option(help="latents (end points; the default) or trajectories (whole walks).")
+    ] = None,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option(help="Say what it will take, and stop.")] = False,
+) -> None:
+    """Let a teacher draw latents or whole trajectories from prompts alone, for training without pictures.
+
+    Example: fewstep synthesize --prompts prompts.txt --out runs/walks --kind trajectories -s guidance.high=14
+
+    Writes synthesis.json (the record), prompts.txt, conditions.safetensors and shard-*.safetensors. Under torchrun each
+    process draws its share. `fewstep recipes --settings` lists everything that -s can set.
+    """
+    from fewstep import api
+
+    words = overrides or []
+    if dry_run:
+        taken = api.synthesis_cost(prompts, out=out, teacher=teacher, kind=kind, overrides=words)
+        say("\n".join(taken.lines()))
+        return
+    say(f"wrote {api.synthesize(prompts, out=out, teacher=teacher, kind=kind, overrides=words)}")
 
 
 @app.command()

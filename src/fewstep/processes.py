@@ -29,6 +29,11 @@ def count() -> int:
     return int(PartialState().num_processes) if is_initialized() else 1
 
 
+def rank() -> int:
+    """The number of this process among them, from 0."""
+    return int(PartialState().process_index) if is_initialized() else 0
+
+
 def is_main() -> bool:
     """Whether this process is the one that writes."""
     return bool(PartialState().is_main_process) if is_initialized() else True

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.grid import end_time
-from fewstep.jump import Denoise, land
+from fewstep.jump import Denoise, Step, land
 from fewstep.names import End, GammaLaw, SolverName
 from fewstep.schedule import PURE_NOISE, Estimate, Path, VarianceExploding, VariancePreserving, expand
 from fewstep.solver import SOLVERS, ddim
@@ -133,10 +133,14 @@ def sample_ode(
     A step from pure noise or onto clean data, where lambda is infinite, is of first order: one call.
     """
     for t, s in pairwise([*times, end_time(path, end)]):
-        now = _batch(t, x)
-        endless = s == path.clean or float(path.alpha(torch.tensor(t, dtype=torch.float64))) < PURE_NOISE
-        x = (ddim if endless else SOLVERS[solver])(denoise, path, x, now, _batch(s, x))
+        x = step_between(path, t, s, solver)(denoise, path, x, _batch(t, x), _batch(s, x))
     return x
+
+
+def step_between(path: Path, t: float, s: float, solver: SolverName) -> Step:
+    """The solver's step from t to s; of first order, one call, from pure noise or onto clean data."""
+    endless = s == path.clean or float(path.alpha(torch.tensor(t, dtype=torch.float64))) < PURE_NOISE
+    return ddim if endless else SOLVERS[solver]
 
 
 def sample_sde_dpmpp_2m(

@@ -210,7 +210,7 @@ def check_same_run(folder: Path, config: Config, inputs: Mapping[str, str] | Non
     old, new = _without_rhythm(old), _without_rhythm(config.model_dump(mode="json"))
     if old != new:
         raise UserError(
-            f"run folder {folder} holds a run with another {_first_difference(old, new)}; "
+            f"run folder {folder} holds a run with another {first_difference(old, new)}; "
             "give the same config to resume it, or another --out"
         )
     if inputs is not None and (folder / INPUTS).exists():
@@ -246,9 +246,10 @@ def _without_rhythm(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, "loop": kept}
 
 
-def _first_difference(old: Any, new: Any, prefix: str = "") -> str:
+def first_difference(old: Any, new: Any, prefix: str = "") -> str:
+    """The first entry in which two nested mappings differ, with both values, in words."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *new]:
             if old.get(key) != new.get(key):
-                return _first_difference(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
+                return first_difference(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
     return f"{prefix} ({old!r}, now {new!r})"
