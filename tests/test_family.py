@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +19,7 @@ from fewstep.method_cost import critic_calls, student_calls
 from fewstep.method_settings import ConsistencyConfig, Guidance
 from fewstep.objectives import consistency, points
 from fewstep.objectives.consistency import consistency_loss, critic_loss, set_scene
-from fewstep.objectives.scene import Sample
+from fewstep.objectives.scene import HeldTrajectories, Sample
 from fewstep.objectives.times import draw_times
 from fewstep.plan import Aids, terms_of
 from fewstep.recipes import rows
@@ -49,7 +50,8 @@ def batch_for(method: ConsistencyConfig, mixture: Mixture, count: int = COUNT) -
     x = mixture.sample(count, float(times[-1]), generator)
     top = times_of(float(times[-1]), x)
     points = [mixture.flow(x, top, times_of(float(t), x)) for t in times]
-    return Sample(torch.stack(points, 1), {}, {}, torch.zeros(count, dtype=torch.float64))
+    held = HeldTrajectories(torch.stack(points, 1))
+    return Sample(held.points[:, 0], {}, {}, torch.zeros(count, dtype=torch.float64), held)
 
 
 def bend(t: Tensor, s: Tensor, path: Path) -> Tensor:
@@ -431,7 +433,7 @@ def test_network_calls_are_as_the_recipe_says(recipe: str) -> None:
 
     sample = batch_for(method, mixture, 8)
     text = {"text": torch.zeros(8, 1)}
-    sample = Sample(sample.data.float(), text, text, sample.omega)
+    sample = replace(sample, data=sample.data.float(), condition=text, null=text)
     draws = Draws(5, 0, tuple(range(8)))
     none: Counted = dict.fromkeys(seen, 0)
 

@@ -20,7 +20,7 @@ from fewstep.method_settings import ConsistencyConfig
 from fewstep.objectives.consistency import compared_at, consistency_loss, critic_loss, set_scene, student_lands
 from fewstep.objectives.matching import NORMALISERS, fake_loss, matching_loss
 from fewstep.objectives.preference import other_prompts, preference_loss
-from fewstep.objectives.scene import Sample, Scene
+from fewstep.objectives.scene import HeldTrajectories, Sample, Scene
 from fewstep.plan import Aids, Stage, terms_of
 from fewstep.plane.mixture import Mixture, one_gaussian, ring, times_of
 from fewstep.plane.planar import Planar, PlanarCritic
@@ -160,17 +160,13 @@ def test_a_step_by_stored_outputs_is_the_teachers_own() -> None:
         return torch.tanh(x) * 0.3 + condition["text"]
 
     denoiser, grid = Denoiser(call, path, "eps"), training_grid(path, n)
-    outputs = torch.stack(
-        [
-            torch.stack(
-                [call(points[:, i + 1], times_of(float(t), points[:, 0]), said, "") for i, t in enumerate(grid)], 1
-            )
-            for said in (text, none)
-        ],
-        1,
-    )
+    said = [
+        torch.stack([call(points[:, i + 1], times_of(float(t), points[:, 0]), told, "") for i, t in enumerate(grid)], 1)
+        for told in (text, none)
+    ]
     guidance = {"convention": "lcm", "low": 1.0, "high": 5.0}
-    sample = Sample(points, text, none, torch.full((count,), 9.0, dtype=torch.float64), outputs)
+    held = HeldTrajectories(points, (said[0], said[1]))
+    sample = Sample(points[:, 0], text, none, torch.full((count,), 9.0, dtype=torch.float64), held)
     found = {}
     for point in ("stored", "solver"):
         calls = 0

@@ -14,6 +14,7 @@ from fewstep.folder import PARTS, PipelineFolder
 from fewstep.method_settings import GridSpec
 from fewstep.names import End
 from fewstep.settings import DistillConfig, Sampling
+from fewstep.synthesis.record import is_synthesis, read_manifest
 
 
 def check_distillation(config: DistillConfig, folder: PipelineFolder) -> None:
@@ -47,7 +48,15 @@ def _check_source(config: DistillConfig, folder: PipelineFolder) -> None:
                     "the nearest legal start is 'rollout'"
                 )
         return
-    if source == "emoji8":
+    if is_synthesis(source):
+        kind = read_manifest(Path(source)).plan.settings.kind
+        for stage in config.each_stage():
+            if stage.method.start == "trajectory" and kind != "trajectories":
+                raise UserError(
+                    f"data.source = {source!r} holds latents alone, method.start = 'trajectory' asks for points; "
+                    "the nearest legal start is 'data'"
+                )
+    elif source == "emoji8":
         from fewstep.world.emoji8 import check_size
 
         check_size(folder.picture_size, "data.source = 'emoji8'")

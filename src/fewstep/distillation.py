@@ -29,12 +29,13 @@ from fewstep.export.student import export_student, starting_weights
 from fewstep.files import sweep, taken, write_json
 from fewstep.folder import read_folder
 from fewstep.objectives.heads import FeatureCritic
-from fewstep.objectives.scene import Sample
+from fewstep.objectives.scene import HeldTrajectories, Sample, Stored
 from fewstep.plan import Aids, family_plan, start_from
 from fewstep.preparation import (
     Run,
     encoders_fingerprint,
     lay_out,
+    on_synthesis,
     on_trajectories,
     prepare,
     read_source,
@@ -43,6 +44,8 @@ from fewstep.preparation import (
 from fewstep.processes import together
 from fewstep.settings import DistillConfig, teacher_path
 from fewstep.stages import parts_of
+from fewstep.synthesis.record import is_synthesis
+from fewstep.synthesized import FromSet
 from fewstep.tally import in_words
 from fewstep.tensors import digest
 from fewstep.training.launch import make_accelerator
@@ -60,9 +63,14 @@ def update_plan(run: Run) -> list[Update]:
     def sample(batch: Batch, draws: Draws) -> Sample:
         items = batch["items"]
         prompts = run.data.drawn(items, draws, empty)
+        states, null = run.data.states(prompts, device), run.data.null(len(items), device)
         omega = None if run.omega is None else run.omega[items]
-        null = run.data.null(len(items), device)
-        return Sample(batch["latents"].float(), run.data.states(prompts, device), null, omega, prompts=prompts)
+        latents = batch["latents"].float()
+        stored: Stored | None = None
+        if config.method.start == "trajectory":
+            stored = HeldTrajectories(latents) if run.synthesis is None else FromSet(run.synthesis, items, device)
+            latents = latents[:, 0] if run.synthesis is None else latents
+        return Sample(latents, states, null, omega, stored, prompts)
 
     return family_plan(config.method, config.optim, run.student, run.counted, sample, aids_of(run))
 
@@ -200,6 +208,9 @@ def estimate_stage(config: DistillConfig) -> Estimated:
     if method.distance == "perceptual" and not method.perceptual:
         config = config.model_copy(update={"method": method.model_copy(update={"distance": "l2"})})
     backbone = load_backbone(read_folder(teacher_path(config.teacher)).path, pick_device(config.device))
+    if is_synthesis(config.data.source):
+        run = on_synthesis(config, backbone, Path())
+        return estimate(update_plan(run), run.data, config, run.networks)
     captioned = read_source(config, backbone.picture_size)
     backbone.load_encoders()
     few = captioned.take(range(min(config.loop.batch, len(captioned))))

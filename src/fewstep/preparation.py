@@ -28,6 +28,9 @@ from fewstep.preference.scorer import PreferenceScorer
 from fewstep.role_layout import Student, make_student
 from fewstep.roles import BASE, SeparateRoles
 from fewstep.settings import DistillConfig, teacher_path
+from fewstep.synthesis.reader import Synthesis
+from fewstep.synthesis.record import is_synthesis
+from fewstep.synthesized import open_set
 from fewstep.tally import Tally
 from fewstep.taste import make_taste
 from fewstep.training.cpu import speed_up
@@ -46,6 +49,7 @@ class Run:
         denoiser: calls them, uncounted.
         tally: counts the calls of the training.
         omega: guidance of stored trajectories.
+        synthesis: a set of the teacher's, where that is what it trains on.
         perceptual: a distance between latents.
         taste: scores of pictures with prompts, and of how many prompts.
         fed: fingerprints of what else was loaded.
@@ -59,6 +63,7 @@ class Run:
     denoiser: Denoiser
     tally: Tally
     omega: Tensor | None = None
+    synthesis: Synthesis | None = None
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
     taste: tuple[Taste, int] | None = None
     fed: Mapping[str, str] = field(default_factory=dict)
@@ -128,12 +133,23 @@ def prepare(config: DistillConfig, cache: Path, device: torch.device) -> Run:
         UserError: the teacher or the data cannot be read, or do not fit.
     """
     backbone = load_backbone(read_folder(teacher_path(config.teacher)).path, device)
+    if is_synthesis(config.data.source):
+        return on_synthesis(config, backbone, cache)
     captioned = read_source(config, backbone.picture_size)
     backbone.load_encoders()  # a broken text encoder is told of before the pictures are encoded
     data = latent_set(captioned, backbone, encoders_fingerprint(backbone), cache, backbone.latent_shape)
     folder = perceptual_folder(config, backbone, data.said, cache)
     run = lay_out(config, backbone, captioned, data)
     return on_trajectories(with_looks(run, folder), cache)
+
+
+def on_synthesis(config: DistillConfig, backbone: StableDiffusion, cache: Path) -> Run:
+    """A run on a set that `fewstep synthesize` drew."""
+    synthesis, data = open_set(Path(config.data.source), config.method, backbone)
+    folder = perceptual_folder(config, backbone, data.said, cache)
+    run = with_looks(lay_out(config, backbone, pictures.from_prompts(data.said), data), folder)
+    omega = synthesis.omega(torch.arange(len(synthesis))) if config.method.start == "trajectory" else None
+    return replace(run, synthesis=synthesis, omega=omega)
 
 
 def perceptual_folder(

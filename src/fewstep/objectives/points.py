@@ -40,10 +40,9 @@ def by_itself(scene: Scene) -> Tensor:
 
 def by_stored(scene: Scene) -> Tensor:
     """One DDIM step by the teacher's stored outputs at x_{t_n+k}, under any omega: no network call."""
-    outputs, times = scene.sample.outputs, scene.times
-    assert outputs is not None
-    rows = torch.arange(len(outputs))
-    said, unsaid = (outputs[rows, branch, times.index_nk] for branch in (0, 1))
+    stored, times = scene.sample.stored, scene.times
+    assert stored is not None
+    said, unsaid = stored.outputs(times.index_nk)
     w = expand(scene.omega, said) if scene.config.guidance.convention != "none" else 0.0
     estimate = scene.denoiser.interpret(said + w * (said - unsaid), scene.x_nk, times.t_nk)
     return land(estimate, scene.denoiser.path, times.t_n)

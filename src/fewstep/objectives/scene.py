@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from fewstep.denoiser import Condition, Denoiser
@@ -15,17 +17,49 @@ from fewstep.roles import BASE
 from fewstep.sampler import Jumper
 
 
+class Stored(Protocol):
+    """A trajectory of the teacher for each sample of a micro-batch, wherever it is kept."""
+
+    def point(self, index: Tensor) -> Tensor:
+        """x at those times of the training grid, int64 [B] -> [B, ...]; -1 is the end point."""
+        ...
+
+    def outputs(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network said there, with and without the prompt, [B, ...] each."""
+        ...
+
+
+@dataclass(frozen=True)
+class HeldTrajectories:
+    """Trajectories in memory: the end point first, then the points at the grid's rising times, [B, N + 1, ...].
+
+    Attributes:
+        said: the network's outputs at the grid's times with and without the prompt, [B, N, ...] each; None for none.
+    """
+
+    points: Tensor
+    said: tuple[Tensor, Tensor] | None = None
+
+    def point(self, index: Tensor) -> Tensor:
+        """x at those times."""
+        return self.points[torch.arange(len(index)), index + 1]
+
+    def outputs(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network said there."""
+        assert self.said is not None
+        rows = torch.arange(len(index))
+        return self.said[0][rows, index], self.said[1][rows, index]
+
+
 @dataclass(frozen=True)
 class Sample:
     """What a micro-batch is made of.
 
     Attributes:
-        data: clean latents x_0, fp32 [B, ...]; or stored trajectories, [B, N + 1, ...]: the end point first, then the
-            points at the grid's rising times; or, where a recipe makes its own, anything of the shape [B, ...].
+        data: clean latents x_0, fp32 [B, ...]; where a recipe starts without data, anything of that shape.
         condition, null: what the network is told, with and without the prompt; [B, ...] each.
         omega: the guidance that stored trajectories were drawn with, [B]; None for data.
-        outputs: the network's outputs at the points of stored trajectories, with and without the prompt,
-            [B, 2, N, ...] at the grid's rising times; None where none were stored.
+        stored: those trajectories.
         prompts: which prompts the condition says, int64 [B]; the number of prompts for the empty one.
     """
 
@@ -33,7 +67,7 @@ class Sample:
     condition: Condition
     null: Condition
     omega: Tensor | None = None
-    outputs: Tensor | None = None
+    stored: Stored | None = None
     prompts: Tensor | None = None
 
 

@@ -48,11 +48,11 @@ def on_data(cast: Cast, draws: Draws) -> Origin:
 
 def on_trajectory(cast: Cast, draws: Draws) -> Origin:
     """A point of a stored trajectory of the teacher."""
-    points, times = cast.sample.data, cast.times
-    rows = torch.arange(len(points))
+    stored, times = cast.sample.stored, cast.times
+    assert stored is not None
 
     def path_at(t: Tensor, index: Tensor) -> Tensor:
-        return points[rows, index + 1]
+        return stored.point(index)
 
     return Origin(path_at(times.t_nk, times.index_nk), path_at)
 

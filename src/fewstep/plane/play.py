@@ -18,7 +18,7 @@ from fewstep.grid import end_time, inference_times, training_grid
 from fewstep.inference import draw_latents
 from fewstep.jump import student_step
 from fewstep.jumper import Voice
-from fewstep.objectives.scene import Sample
+from fewstep.objectives.scene import HeldTrajectories, Sample
 from fewstep.objectives.times import draw_times
 from fewstep.plan import Aids, family_plan, roles_of, start_from
 from fewstep.plane.base import learn_base
@@ -131,8 +131,9 @@ def play_plan(play: Play, points: Tensor) -> list[Update]:
 
     def sample(batch: Batch, draws: Draws) -> Sample:
         x = points[torch.from_numpy(batch["items"])]
-        omega = torch.zeros(len(x), dtype=torch.float64) if config.method.start == "trajectory" else None
-        return Sample(x, {}, {}, omega)
+        if config.method.start != "trajectory":
+            return Sample(x, {}, {})
+        return Sample(x[:, 0], {}, {}, torch.zeros(len(x), dtype=torch.float64), HeldTrajectories(x))
 
     critic = PlanarCritic(config.width, config.loop.seed) if config.method.adversarial.weight else None
     return family_plan(config.method, config.optim, play.student, play.denoiser, sample, Aids(critic=critic))

@@ -253,3 +253,9 @@ def check_files(folder: Path, manifest: Manifest) -> None:
     for name, entry in states.items():
         if entry.shape[:1] != (manifest.plan.distinct + 1,):
             raise UserError(f"{folder / CONDITIONS}: {name!r} has not one row a prompt and one for none")
+
+
+def is_synthesis(source: str) -> bool:
+    """Whether a setting means a synthesised set and not a folder of pictures."""
+    folder = Path(source)
+    return (folder / MANIFEST).is_file() or (folder / UNFINISHED).is_dir()

@@ -1,0 +1,61 @@
+"""Training on a set that `fewstep synthesize` drew: latents as data, or trajectories, read as they are needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fewstep.backbones.sd import StableDiffusion
+from fewstep.data.latents import LatentSet
+from fewstep.errors import UserError
+from fewstep.grid import end_time, training_grid
+from fewstep.method_settings import ConsistencyConfig
+from fewstep.synthesis.reader import Synthesis, read_synthesis
+
+
+@dataclass(frozen=True)
+class FromSet:
+    """The trajectories of some samples of a set (`objectives.scene.Stored`)."""
+
+    synthesis: Synthesis
+    items: Tensor
+    device: torch.device
+
+    def point(self, index: Tensor) -> Tensor:
+        """x at those times of the grid, [B, ...]; -1 is the end point."""
+        return self.synthesis.points(self.items, index + 1).to(self.device, non_blocking=True)
+
+    def outputs(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network said there, with and without the prompt."""
+        said, unsaid = self.synthesis.predictions(self.items, index + 1)
+        return said.to(self.device, non_blocking=True), unsaid.to(self.device, non_blocking=True)
+
+
+def open_set(folder: Path, method: ConsistencyConfig, backbone: StableDiffusion) -> tuple[Synthesis, LatentSet]:
+    """A finished set as training data; no picture and no encoder is needed.
+
+    Latents are read whole where they are data. Of trajectories nothing is read yet: one number stands for all.
+
+    Raises:
+        UserError: it is no finished set, was drawn by another teacher, or its points are not those of `method.grid`.
+    """
+    synthesis = read_synthesis(folder)
+    synthesis.check_teacher(backbone.folder)
+    every = torch.arange(len(synthesis))
+    if method.start == "trajectory":
+        path = backbone.path
+        wanted = torch.cat([torch.tensor([end_time(path, method.end)]).double(), training_grid(path, method.grid)])
+        if not torch.equal(synthesis.times, wanted):
+            drawn = synthesis.plan.settings
+            raise UserError(
+                f"data.source = {str(folder)!r} holds points of grid = {drawn.grid}, end = {drawn.end!r}, not of "
+                f"method.grid = {method.grid}, end = {method.end!r}; the nearest legal method.grid is {drawn.grid}"
+            )
+        latents = torch.zeros(()).expand(len(synthesis), *backbone.latent_shape)
+    else:
+        latents = synthesis.latents(every)
+    rows = synthesis.rows(every)[:, None]
+    return synthesis, LatentSet(latents, synthesis.table, rows, f"synthesis {synthesis.key}", tuple(synthesis.prompts))
