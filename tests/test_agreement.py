@@ -29,7 +29,7 @@ from fewstep.evaluation.agreement import (
 )
 from fewstep.evaluation.scorer import Scorer
 from fewstep.evaluation.settings import ScorerConfig
-from fewstep.settings import LoopConfig, OptimConfig
+from fewstep.loop_settings import LoopConfig, OptimConfig
 from fewstep.world import emoji8
 from fewstep.world.augment import augment
 from fewstep.world.settings import AgreementConfig

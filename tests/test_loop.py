@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from fewstep.config import Config
 from fewstep.draws import Draws
 from fewstep.errors import UserError
+from fewstep.loop_settings import LoopConfig, OptimConfig
 from fewstep.loss import Loss
-from fewstep.settings import LoopConfig, OptimConfig
 from fewstep.tensors import load_tensors
 from fewstep.training.ema import Ema
 from fewstep.training.launch import make_accelerator

@@ -20,9 +20,10 @@ from fewstep.backbones.sd import encode_pictures, load_backbone
 from fewstep.data.pictures import Captioned, HeldPictures
 from fewstep.draws import Draws
 from fewstep.errors import UserError
+from fewstep.loop_settings import LoopConfig, OptimConfig
 from fewstep.loss import Loss
 from fewstep.schedule import VariancePreserving, scaled_linear
-from fewstep.settings import TEACHER_SAMPLING, LoopConfig, OptimConfig
+from fewstep.settings import TEACHER_SAMPLING
 from fewstep.training.launch import make_accelerator
 from fewstep.world import emoji8, teacher, train_decoder, train_unet, train_vae
 from fewstep.world.settings import DecoderConfig, TeacherConfig, UnetConfig, VaeConfig

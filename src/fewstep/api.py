@@ -339,6 +339,59 @@ def playground(
     return play(configs, Path(out))
 
 
+def train_perceptual(
+    *,
+    out: Path | str,
+    prompts: Path | str | None = None,
+    teacher: Path | str = "",
+    device: str = "auto",
+    overrides: str | Sequence[str] = (),
+) -> Path:
+    """Train a distance between a teacher's latents that says what pixel features say; returns its folder.
+
+    Args:
+        out: run folder; a run that was stopped is resumed from it, a finished one returned at once.
+        prompts: prompt file that the teacher draws latents from; None for Emoji-8's captions, which the bundled
+            teacher alone knows.
+        teacher: pipeline folder; empty for the bundled one.
+        device: auto, cpu or cuda.
+        overrides: dotted changes to its settings, e.g. "loop.steps=1000".
+
+    Raises:
+        UserError: anything wrong, in one line, before any long work.
+    """
+    from fewstep.config import parse_overrides
+    from fewstep.data.prompts import read_prompts
+    from fewstep.files import check_writable
+    from fewstep.folder import read_folder
+    from fewstep.names import check_device
+    from fewstep.perceptual.settings import PerceptualConfig, check_prompts
+    from fewstep.settings import teacher_path
+    from fewstep.training.run import check_same_run
+    from fewstep.world import emoji8
+
+    check_device(device)
+    config = validate(PerceptualConfig, parse_overrides(overrides))
+    if prompts is None and teacher:
+        raise UserError(f"prompts must be given for teacher = {str(teacher)!r}: a text file, one prompt a line")
+    if prompts is None:
+        said = [row[0] for row in emoji8.caption_table(emoji8.load_records("train"), 1, 0)]
+    else:
+        said = read_prompts(prompts, "prompts")
+    check_prompts(said)
+    folder = read_folder(teacher_path(teacher))
+    check_writable(Path(out))
+    check_same_run(Path(out), config)
+    check_installed("train-perceptual", WATCHING)
+    from fewstep.device import pick_device
+
+    place = pick_device(device)
+    from fewstep.backbones.sd import load_backbone
+    from fewstep.perceptual.train import make_perceptual
+
+    return make_perceptual(config, load_backbone(folder.path, place), said, Path(out))
+
+
 def _check_seed(seed: int, count: int) -> None:
     if not 0 <= seed <= 2**63 - 1 - count:
         legal = 0 if seed < 0 else 2**63 - 1 - count

@@ -10,9 +10,11 @@ from fewstep.errors import UserError, nearest, nearest_divisor
 from fewstep.evaluation.settings import KID_FEWEST
 from fewstep.export.header import base_shapes, check_start
 from fewstep.export.pipeline import RECORD
+from fewstep.files import read_mapping
 from fewstep.folder import PARTS, PipelineFolder
 from fewstep.method_settings import GridSpec
 from fewstep.names import End
+from fewstep.preference.registry import check_scorer
 from fewstep.settings import DistillConfig, Sampling
 from fewstep.synthesis.record import is_synthesis, read_manifest
 
@@ -33,6 +35,25 @@ def check_distillation(config: DistillConfig, folder: PipelineFolder) -> None:
         _check_targets(config.student.targets, folder)
     if config.student.start:
         check_start(config.student, folder)
+    for stage in config.each_stage():
+        _check_looks(stage)
+
+
+def _check_looks(config: DistillConfig) -> None:
+    """The frozen networks that a stage looks through must be there."""
+    if config.method.distance == "perceptual":
+        if config.perceptual.folder:
+            read_mapping(Path(config.perceptual.folder) / "perceptual.json")
+        else:
+            check_installed("method.distance = 'perceptual'", WATCHING)
+    preference = config.method.preference
+    if not preference.weight:
+        return
+    if preference.scorer == "world":
+        check_installed("method.preference.scorer = 'world'", SPEAKING, "multilingual")
+        return
+    name, _, place = preference.scorer.partition(":")
+    check_scorer(name, Path(place))
 
 
 def _check_source(config: DistillConfig, folder: PipelineFolder) -> None:

@@ -90,6 +90,7 @@ def echo_figures(figures: Mapping[str, Figure]) -> None:
 @app.command()
 def recipes(settings: Annotated[bool, typer.Option(help="List every setting too.")] = False) -> None:
     """List the bundled recipes, and with --settings everything that a recipe or -s can set, verb by verb."""
+    from fewstep.perceptual.settings import PerceptualConfig
     from fewstep.plane.settings import PlayConfig
     from fewstep.recipes import names
     from fewstep.settings import DistillConfig
@@ -103,6 +104,7 @@ def recipes(settings: Annotated[bool, typer.Option(help="List every setting too.
         typer.echo("\n".join(settings_help(DistillConfig())))
         verbs = (
             ("synthesize", SynthesisConfig),
+            ("train-perceptual", PerceptualConfig),
             ("playground", PlayConfig),
             ("demo", DemoConfig),
             ("benchmark", BenchmarkConfig),
@@ -142,6 +144,31 @@ def distill(
         say("\n".join(line for stage in taken for line in stage.lines()))
         return
     say(f"wrote {api.distill(recipe, out=place, teacher=teacher, config=config, overrides=words)}")
+
+
+@app.command()
+def train_perceptual(
+    out: Annotated[Path, typer.Option(help="Run folder; a stopped run is resumed from it.")] = Path("runs/perceptual"),
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file, one prompt a line; empty for Emoji-8's captions.")
+    ] = None,
+    teacher: Teacher = "",
+    device: Device = "auto",
+    overrides: Overrides = None,
+) -> None:
+    """Train a distance between latents from prompts and a teacher alone, for method.distance = perceptual.
+
+    Example: fewstep train-perceptual --teacher PIPELINE --prompts prompts.txt --out runs/perceptual
+    """
+    from fewstep import api
+
+    folder = api.train_perceptual(out=out, prompts=prompts, teacher=teacher, device=device, overrides=overrides or [])
+    from fewstep.perceptual.record import read_perceptual
+
+    heldout = read_perceptual(folder)["heldout"]
+    for name, value in heldout["rank_correlation"].items():
+        say(f"rank correlation with pixel features, {name}: {value:.4f} (n = {heldout['n']} held-out pairs)")
+    say(f"wrote {folder}")
 
 
 @app.command()

@@ -205,7 +205,7 @@ def estimate_run(config: DistillConfig) -> list[Estimated]:
 def estimate_stage(config: DistillConfig) -> Estimated:
     """The same of one stage. A distance that would be trained first is timed as L2, which takes less."""
     method = config.method
-    if method.distance == "perceptual" and not method.perceptual:
+    if method.distance == "perceptual" and not config.perceptual.folder:
         config = config.model_copy(update={"method": method.model_copy(update={"distance": "l2"})})
     backbone = load_backbone(read_folder(teacher_path(config.teacher)).path, pick_device(config.device))
     if is_synthesis(config.data.source):
@@ -222,7 +222,7 @@ def estimate_stage(config: DistillConfig) -> Estimated:
         share = captions_share = len(captioned) / len(few)
         drawn = min(config.data.trajectories, config.loop.batch)
         run = lay_out(with_trajectories(config, drawn), backbone, few, data)
-        named = config.method.perceptual
+        named = config.perceptual.folder
         run = with_looks(run, Path(named) if named else None)
         if config.method.start == "trajectory":
             started = time.perf_counter()

@@ -99,7 +99,6 @@ class ConsistencyConfig(Config):
     target_decay: float = Field(0.95, gt=0, lt=1, description="decay of the ema target")
     compare: Compare = Field("landing", description="where: landing, or end (both pushed on by the target)")
     distance: DistanceName = Field("l2", description="l2, huber (element-wise), huber_norm, features, perceptual")
-    perceptual: str = Field("", description="folder of a latent perceptual distance; empty to train one beforehand")
     huber_c: float = Field(1e-3, gt=0, description="c of huber; huber_norm takes c times the root of the dimension")
     weight: Weight = Field("none", description="differences are divided by the pull of: none, eps, x0, v")
     balance: Literal["fixed", "gradient"] = Field(

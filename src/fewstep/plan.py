@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fewstep.denoiser import Condition, Denoiser
 from fewstep.draws import Draws
+from fewstep.loop_settings import OptimConfig
 from fewstep.loss import Loss
 from fewstep.method_settings import ConsistencyConfig
 from fewstep.objectives.adversarial import generator_loss, seen_by_critic
@@ -21,7 +22,6 @@ from fewstep.objectives.preference import Taste, preference_loss
 from fewstep.objectives.scene import Sample, Scene
 from fewstep.role_layout import Student
 from fewstep.roles import FAKE, copy_role
-from fewstep.settings import OptimConfig
 from fewstep.training.loop import Batch, Follower, Update
 
 SampleOf = Callable[[Batch, Draws], Sample]

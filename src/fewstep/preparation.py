@@ -23,6 +23,7 @@ from fewstep.evaluation.settings import KID_FEWEST
 from fewstep.files import sha256
 from fewstep.folder import read_folder
 from fewstep.objectives.preference import Taste
+from fewstep.perceptual.settings import PerceptualConfig
 from fewstep.plan import roles_of
 from fewstep.preference.scorer import PreferenceScorer
 from fewstep.role_layout import Student, make_student
@@ -156,17 +157,18 @@ def perceptual_folder(
     config: DistillConfig, backbone: StableDiffusion, prompts: Sequence[str], cache: Path
 ) -> Path | None:
     """The folder of the distance between latents that the recipe asks for, trained first if none is named."""
-    method = config.method
-    if method.distance != "perceptual" or method.perceptual:
-        return Path(method.perceptual) if method.perceptual else None
-    from fewstep.perceptual.settings import PerceptualConfig
+    if config.method.distance != "perceptual":
+        return None
+    if config.perceptual.folder:
+        return Path(config.perceptual.folder)
     from fewstep.perceptual.train import make_perceptual
 
-    usual = PerceptualConfig()
-    loop = usual.loop.model_copy(update={"precision": config.loop.precision})  # one precision a process
-    known = json.dumps([backbone.folder.identity(), list(prompts), str(loop.precision)])
+    own = {name: getattr(config.perceptual, name) for name in PerceptualConfig.model_fields}
+    loop = config.perceptual.loop.model_copy(update={"precision": config.loop.precision})  # one precision a process
+    asked = PerceptualConfig(**own | {"loop": loop})
+    known = json.dumps([backbone.folder.identity(), list(prompts), asked.model_dump(mode="json")])
     place = cache / f"perceptual-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
-    return make_perceptual(usual.model_copy(update={"loop": loop}), backbone, prompts, place)
+    return make_perceptual(asked, backbone, prompts, place)
 
 
 def with_looks(run: Run, perceptual: Path | None) -> Run:

@@ -7,7 +7,7 @@ bottom and right. Every batch norm is folded into its convolution: only convolut
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,6 +98,13 @@ class Lite0(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, 1280]."""
+        last = x
+        for last in self.blocks(x):  # noqa: B007
+            pass
+        return last.float().mean((2, 3))
+
+    def blocks(self, x: Tensor) -> Iterator[Tensor]:
+        """[B, 3, H, W] -> what each block makes of it, in order; a block runs when it is asked for."""
         for block in self.plan:
             start = x
             for layer in block.layers:
@@ -106,7 +113,7 @@ class Lite0(nn.Module):
                 x = F.relu6(x, inplace=True) if layer.relu else x
             if block.residual:
                 x = x + start
-        return x.float().mean((2, 3))
+            yield x
 
 
 def key(name: str) -> str:

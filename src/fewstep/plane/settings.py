@@ -8,10 +8,11 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from fewstep.config import Config, merge, parse_overrides, validate
+from fewstep.loop_settings import LoopConfig, OptimConfig
 from fewstep.method_settings import ConsistencyConfig, Guidance
 from fewstep.names import Prediction
 from fewstep.recipes import read_recipe
-from fewstep.settings import LoopConfig, OptimConfig, Sampling, StudentConfig, check_trained
+from fewstep.settings import Sampling, StudentConfig, check_trained
 from fewstep.stages import Stage, stage_configs
 
 USUAL: dict[str, Prediction] = {"vp": "eps", "flow": "flow", "ve": "x0"}

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from fewstep.draws import Draws, order
 from fewstep.errors import UserError
 from fewstep.files import sweep
+from fewstep.loop_settings import LoopConfig, OptimConfig, check_batch
 from fewstep.loss import Loss
 from fewstep.processes import together, total
-from fewstep.settings import LoopConfig, OptimConfig, check_batch
 from fewstep.tensors import load_tensors
 from fewstep.training import checkpoint
 from fewstep.training.ema import Ema

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from fewstep.settings import OptimConfig
+from fewstep.loop_settings import OptimConfig
 
 COOLDOWN = 0.2
 """Share of the steps over which the `cooldown` law falls to 0."""

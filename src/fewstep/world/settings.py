@@ -10,8 +10,8 @@ from pydantic import Field, model_validator
 from fewstep.config import Config
 from fewstep.errors import nearest, nearest_divisor
 from fewstep.evaluation.settings import ScorerConfig
+from fewstep.loop_settings import LoopConfig, OptimConfig
 from fewstep.recipes import rows
-from fewstep.settings import LoopConfig, OptimConfig
 
 Rate = Annotated[float, Field(gt=0)]
 Omega = Annotated[float, Field(ge=0)]
