@@ -59,6 +59,11 @@ def _check_looks(config: DistillConfig) -> None:
 def _check_source(config: DistillConfig, folder: PipelineFolder) -> None:
     source = config.data.source
     alone = source == "captions" or is_prompt_file(source)
+    if not is_synthesis(source) and any(stage.method.point == "stored" for stage in config.each_stage()):
+        raise UserError(
+            f"method.point = 'stored' asks for predictions that data.source = {source!r} does not hold; "
+            "the nearest legal one is a folder that `fewstep synthesize --kind trajectories` wrote"
+        )
     if alone:
         if source != "captions":
             read_prompts(source, "data.source")

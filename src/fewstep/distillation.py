@@ -101,8 +101,8 @@ def make_watch(run: Run, out: Path) -> Watch:
 def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quiet: bool = False) -> Path:
     """Distil, resuming what `out` already holds; return the student's file.
 
-    The run folder gets config.yaml, versions.json, log.jsonl, tensorboard/, checkpoints/, grids/, best/ (where
-    quality is watched) and student/.
+    The run folder gets config.yaml, versions.json, log.jsonl, tensorboard/, checkpoints/, evaluations.json, grids/ and
+    best/ (where quality is watched) and student/. Each stage of a list has such a folder of its own below stages/.
 
     Raises:
         UserError: anything wrong with the config, the files or the place, before training starts.
@@ -140,9 +140,16 @@ def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quie
                     )
                 trained = train_run(run, folder, log, accelerator)
             start, done = trained.weights["student"], done + trained.step
-        with together():
-            if main:
-                target = export_student(run.config, run.backbone, start or {}, target, {"steps_trained": done})
+            with together():
+                if main:
+                    own = folder / "student"
+                    target = export_student(run.config, run.backbone, start, own, {"steps_trained": done})
+        if config.stages:
+            with together():
+                if main:
+                    target = export_student(
+                        run.config, run.backbone, start or {}, out / "student", {"steps_trained": done}
+                    )
     return target
 
 

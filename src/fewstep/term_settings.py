@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -46,6 +47,10 @@ class MatchingConfig(Config):
         return self
 
 
+KNOWN_AIMS = {"world": 1.0, "mps": 16.0}
+"""s0 by scorer: a cosine of 1, which is never reached, and TLCM's."""
+
+
 class PreferenceConfig(Config):
     """A differentiable scorer of pictures and prompts."""
 
@@ -53,5 +58,21 @@ class PreferenceConfig(Config):
     scorer: str = Field(
         "world", description="world (the bundled one), or NAME:FOLDER, e.g. pickscore:weights/pickscore"
     )
-    s0: float = Field(16.0, description="score that pictures should reach with their own prompt")
-    s1: float = Field(0.0, description="score that they should not exceed with a wrong one")
+    s0: float | None = Field(
+        None, description="score to reach with the own prompt; null for the scorer's own, if known"
+    )
+    s1: float = Field(0.0, description="score not to exceed with a wrong prompt")
+
+    @property
+    def aim(self) -> float:
+        """s0: as named, or as is known of the scorer (TLCM's 16 is on MPS's scale)."""
+        known = KNOWN_AIMS.get(self.scorer.partition(":")[0], math.nan)
+        return known if self.s0 is None else self.s0
+
+    @model_validator(mode="after")
+    def _on_its_scale(self) -> Self:
+        if self.weight and math.isnan(self.aim):
+            raise ValueError(
+                f"s0 is left out, and of scorer = {self.scorer!r} no score to aim at is known; name one on its scale"
+            )
+        return self

@@ -38,5 +38,5 @@ def preference_loss(
         prompts: which of `count` prompts each sample was drawn with, int64 [B]; `count` for the empty one.
     """
     right, wrong = taste(x0, (prompts % count, other_prompts(prompts, count, draws)))
-    hinge = torch.relu(config.s0 - right) + torch.relu(wrong - config.s1)
+    hinge = torch.relu(config.aim - right) + torch.relu(wrong - config.s1)
     return torch.where((prompts < count).to(hinge.device), hinge, 0.0)

@@ -1,0 +1,229 @@
+"""TLCM from end to end on a tiny pipeline: from a prompt file and the teacher alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from fewstep import distillation, synthesize
+from fewstep.data import pictures
+from fewstep.drawing import load_artist
+from fewstep.errors import UserError
+from fewstep.files import read_json
+from fewstep.role_layout import unique_bytes
+from fewstep.settings import DistillConfig, resolve
+from fewstep.tensors import digest, load_tensors
+from fewstep.world import emoji8
+from scorer_references import write_clip
+from test_matrix import stopped_in_call
+
+PROMPTS = [f"a {colour} {shape}" for colour in ("red", "green", "blue") for shape in ("disc", "square", "ring", "bar")]
+
+
+@pytest.fixture(scope="session")
+def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    file.write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def scorer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clip")
+    write_clip(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def words(tiny_pipeline: Path, prompt_file: Path, scorer: Path) -> list[str]:
+    """TLCM's own recipe at a tiny size: two steps a stage."""
+    stage = "grid: 8, k: 1, substeps: 3, segments: 1, start: student, student_steps: 4, weight: none"
+    stages = (
+        "[{name: segments, share: 1, sampling: {steps: 8, gamma: 0.0}},"
+        f"{{name: joined, share: 1, method: {{{stage}}}}},"
+        f"{{name: preference, share: 1, method: {{{stage}, "
+        f"preference: {{weight: 0.5, scorer: 'clip:{scorer}', s0: 30.0}}}}, loop: {{batch: 2}}}},"
+        f"{{name: matching, share: 2, method: {{{stage}, matching: {{weight: 1.0, every: 2}}, "
+        "adversarial: {weight: 0.1, kind: nonsaturating, real: data, noise: 1.0}}, loop: {batch: 2}}]"
+    )
+    return [
+        f"teacher={tiny_pipeline}", f"data.source={prompt_file}", "device=cpu", "student.rank=4",
+        "student.targets=[to_q,conv1]", "loop.steps=10", "loop.batch=4", "loop.log_every=1", "loop.save_every=1",
+        "loop.watch_every=null", "optim.lr=1e-2", f"stages={stages}", "perceptual.pairs.groups=16",
+        "perceptual.pairs.steps=2", "perceptual.loop.steps=2", "perceptual.loop.batch=2",
+        "perceptual.loop.watch_every=null",
+    ]  # fmt: skip
+
+
+def weights_of(student: Path) -> dict[str, torch.Tensor]:
+    return load_tensors(student)
+
+
+@pytest.fixture(scope="module")
+def whole(words: list[str], tmp_path_factory: pytest.TempPathFactory, tiny_cache: Path) -> tuple[DistillConfig, Path]:
+    config = resolve("tlcm", None, words)
+    out = tmp_path_factory.mktemp("whole")
+    distillation.distill(config, out, cache=tiny_cache, quiet=True)
+    return config, out
+
+
+def test_no_picture_is_opened(
+    words: list[str], whole: tuple[DistillConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every way to read one is barred; the quality at the end of a stage is then judged by the teacher's own."""
+
+    def barred(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a picture was opened")
+
+    for place, name in (
+        (PIL.Image, "open"),
+        (pictures, "read_picture"),
+        (pictures, "from_folder"),
+        (emoji8, "load"),
+        (emoji8, "read_sheet"),
+    ):
+        monkeypatch.setattr(place, name, barred)
+    watched = [*words, "loop.watch_every=100", "watch.count=16", "watch.teacher_steps=2"]
+    config = resolve("tlcm", None, watched)
+    student = distillation.distill(config, tmp_path / "run", quiet=True)
+    assert digest(weights_of(student)) == digest(weights_of(whole[1] / "student" / student.name))
+    names = ["1-segments", "2-joined", "3-preference", "4-matching"]
+    folders = [tmp_path / "run" / "stages" / name for name in names]
+    assert sorted(path.name for path in (tmp_path / "run" / "stages").iterdir()) == names
+    for folder, steps in zip(folders, (2, 2, 2, 4), strict=True):
+        assert [path.name for path in (folder / "grids").iterdir()] == [f"step-{steps:08d}.webp"]
+        assert "watch/kid" in (folder / "log.jsonl").read_text(encoding="utf-8")
+        assert (folder / "student" / student.name).is_file()
+
+
+def test_the_student_draws_at_two_to_eight_calls(whole: tuple[DistillConfig, Path], tiny_pipeline: Path) -> None:
+    config, out = whole
+    student = out / "student" / "pytorch_lora_weights.safetensors"
+    artist = load_artist(tiny_pipeline, student)
+    assert artist.sampling == config.sampling
+    assert (artist.sampling.spacing, artist.sampling.gamma) == ("tlcm", 1.0)
+    drawn = {}
+    for steps in range(2, 9):
+        sampling = artist.sampling.model_copy(update={"steps": steps, "gamma": 0.0})
+        drawn[steps] = artist.draw(["a red disc"], [3], sampling)
+    assert len({picture.tobytes() for picture in drawn.values()}) == 7
+
+
+@pytest.mark.parametrize("last", [2, 3, 4, 6, 8])
+def test_killed_in_any_stage_it_ends_where_the_uninterrupted_run_ends(
+    last: int, whole: tuple[DistillConfig, Path], tmp_path: Path, tiny_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the second step of each stage, and between two: bit for bit the same student."""
+    config, out = whole
+
+    def run() -> Path:
+        return distillation.distill(config, tmp_path / "cut", cache=tiny_cache, quiet=True)
+
+    stopped_in_call(monkeypatch, last, run)
+    assert list((tmp_path / "cut").rglob("step-*")), "something was kept"
+    student = run()
+    assert digest(weights_of(student)) == digest(weights_of(out / "student" / student.name))
+
+
+def test_evaluations_are_counted_and_as_stated(whole: tuple[DistillConfig, Path]) -> None:
+    """What the program counted in each stage is what the recipe says; a target that is the student counts as it."""
+    config, out = whole
+    for folder, stage in zip(sorted((out / "stages").iterdir()), config.each_stage(), strict=True):
+        counted = read_json(folder / "evaluations.json")["a_sample_and_step"]
+        stated = dict(stage.method.calls)
+        stated["student"] = stated["student"] + stated.pop("target", 0)
+        if stage.method.start == "rollout":  # as many steps as the drawn points are clean
+            assert counted["student"] == stated["student"]
+            assert counted["teacher"] == pytest.approx(stated["teacher"], rel=0.5)
+        else:
+            assert counted == pytest.approx(stated), folder.name
+
+
+def test_base_weights_are_stored_once_for_four_roles(words: list[str], tiny_cache: Path) -> None:
+    """Teacher, student, fake score and the critic's features: the storage of one network and two adapters."""
+    config = resolve("tlcm", None, words).each_stage()[3]
+    run = distillation.prepare(config, tiny_cache, torch.device("cpu"))
+    (network,) = run.networks
+    adapters = {role: run.student.roles.parameters(role) for role in ("student", "fake")}
+    sizes = [sum(p.nbytes for p in adapter.values()) for adapter in adapters.values()]
+    alone = unique_bytes(run.backbone.fresh_network())
+    assert unique_bytes(network) == alone + sum(sizes)
+    assert sizes[0] == sizes[1] > 0
+    estimated = distillation.estimate(distillation.update_plan(run), run.data, config, run.networks)
+    assert estimated.base_bytes == alone
+    assert list(estimated.trained) == ["student", "fake", "critic"]
+    assert estimated.trained["student"] == sizes[0]
+
+
+def test_the_fake_score_starts_as_the_teacher_and_leaves_it(words: list[str], tiny_cache: Path, tmp_path: Path) -> None:
+    """Not as the student of the stage before: its fit starts from the teacher's own score."""
+    config = resolve("tlcm", None, words).each_stage()[3]
+    run = distillation.prepare(config, tiny_cache, torch.device("cpu"))
+    student = {name: torch.randn_like(p) for name, p in run.student.parameters("student").items()}
+    distillation.start_from(config.method, run.student, student)
+    fake = run.student.parameters("fake")
+    assert all(float(p.detach().abs().max()) == 0 for name, p in fake.items() if "lora_B" in name)
+    assert all(p.requires_grad for p in fake.values())
+    assert digest(run.student.parameters("student")) == digest(student)
+
+
+STORED = [
+    "method.start=trajectory", "method.grid=10", "method.k=2", "method.segments=1", "method.s=edge",
+    "method.end=clean", "method.jump=first_order", "method.distance=l2", "method.guidance.convention=imagen",
+    "method.guidance.low=3", "method.guidance.high=3", "method.weight=none", "loop.steps=4", "student.rank=4",
+    "sampling.grid=10", "sampling.end=clean", "loop.batch=4", "loop.watch_every=null", "optim.lr=1e-2", "device=cpu",
+    "student.targets=[to_q,conv1]",
+]  # fmt: skip
+
+
+def test_from_stored_points_a_step_makes_no_teacher_call(
+    tiny_pipeline: Path, prompt_file: Path, tmp_path: Path
+) -> None:
+    """Equal pairs, equal students: once by the teacher's step, once by what it said when the set was drawn."""
+    guidance = ["guidance.convention=imagen", "guidance.low=3", "guidance.high=3"]
+    drawn = ["grid=10", "end=clean", "each=2", "dtype=fp32", *guidance]
+    folder = synthesize(prompt_file, out=tmp_path / "set", teacher=tiny_pipeline, kind="trajectories", overrides=drawn)
+    students, counted = {}, {}
+    for point in ("solver", "stored"):
+        words = [*STORED, f"teacher={tiny_pipeline}", f"data.source={folder}", f"method.point={point}"]
+        config = resolve("tcd", None, words)
+        out = tmp_path / point
+        student = distillation.distill(config, out, quiet=True)
+        students[point] = weights_of(student)
+        counted[point] = read_json(out / "evaluations.json")["a_sample_and_step"]
+    assert counted["stored"] == {"student": 2}
+    assert counted["solver"] == {"student": 2, "teacher": 2}
+    moved = max(float(v.abs().max()) for k, v in students["stored"].items() if "lora_B" in k)
+    assert moved > 0.01
+    for name, value in students["solver"].items():
+        np.testing.assert_allclose(students["stored"][name].float(), value.float(), atol=2e-3)
+
+
+def test_latents_of_a_set_are_data(tiny_pipeline: Path, prompt_file: Path, tmp_path: Path) -> None:
+    folder = synthesize(prompt_file, out=tmp_path / "set", teacher=tiny_pipeline, overrides=["grid=2", "dtype=fp32"])
+    words = [f"teacher={tiny_pipeline}", f"data.source={folder}", "loop.steps=2", "loop.batch=4", "student.rank=2"]
+    config = resolve("tcd", None, [*words, "device=cpu", "loop.watch_every=null"])
+    run = distillation.prepare(config, tmp_path / "cache", torch.device("cpu"))
+    assert len(run.data) == len(PROMPTS)
+    assert run.data.said == tuple(PROMPTS)
+    assert float(run.data.latents.std()) > 0.1
+    distillation.distill(config, tmp_path / "run", quiet=True)
+
+
+def test_what_prompts_alone_cannot_do_is_refused(words: list[str], tiny_pipeline: Path, prompt_file: Path) -> None:
+    from fewstep.checks import check_distillation
+    from fewstep.folder import read_folder
+
+    folder = read_folder(tiny_pipeline)
+    for changes, said in (
+        (["stages=[]", "method.start=data"], "has prompts alone, method.start = 'data' noises pictures"),
+        (["stages=[]", "method.point=stored", "method.start=trajectory"], "asks for predictions"),
+    ):
+        config = resolve("tlcm", None, [*words, *changes])
+        with pytest.raises(UserError, match=said):
+            check_distillation(config, folder)
