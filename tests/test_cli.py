@@ -505,6 +505,8 @@ def test_refusals_are_light(tiny_pipeline: Path, distilled: Path, tmp_path: Path
     for arguments in (
         ("distill", "--recipe", "nope"),
         ("distill", "-s", "optim.nope=1"),
+        ("train-perceptual", "-s", "pairs.groups=17"),
+        ("train-perceptual", *teacher),
         ("sample", "a disc", *teacher, "--lora", str(cut)),
         ("sample", "a disc", *teacher, "--lora", str(distilled), "--steps", "51"),
         ("sample", "a disc", *teacher, "--lora", "none", "--steps", "1001"),

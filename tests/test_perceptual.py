@@ -23,16 +23,18 @@ from fewstep.evaluation import lite0_weights
 from fewstep.files import read_json, write_json
 from fewstep.objectives.distance import feature_distance
 from fewstep.perceptual import bank as banks
+from fewstep.perceptual import network as networks
 from fewstep.perceptual import train as training
 from fewstep.perceptual.bank import Bank, distinct_prompts, draw_groups, split
 from fewstep.perceptual.figure import draw_figure
 from fewstep.perceptual.judge import ENDS, judge, rank_correlation
 from fewstep.perceptual.network import LatentPerceptual, calibrate, group_distances
-from fewstep.perceptual.pairs import KINDS, MEMBERS, PAIRS, changes, partner, patches, shifted
+from fewstep.perceptual.pairs import KINDS, MEMBERS, PAIRS, changes, estimate_times, partner, patches, shifted
 from fewstep.perceptual.record import load_perceptual
 from fewstep.perceptual.settings import NetworkConfig, PairConfig, PerceptualConfig
 from fewstep.perceptual.target import Lite0Stages, decoder, pair_distances
 from fewstep.perceptual.train import fit, log_error, make_perceptual, pair_weights
+from fewstep.schedule import VariancePreserving
 from fewstep.training.launch import make_accelerator
 from fewstep.training.run import RunLog, checkpoints
 
@@ -107,7 +109,7 @@ def test_it_has_at_most_a_million_parameters_and_is_the_same_under_autocast() ->
         assert torch.equal(net(a, a + 0.01), plain)
 
 
-def test_groups_are_measured_as_pairs_are() -> None:
+def test_groups_are_measured_as_pairs_are(monkeypatch: pytest.MonkeyPatch) -> None:
     net = network()
     groups = normal(2, 4, 3, 5, 5)
     ends = torch.tensor([[0, 0, 2], [1, 3, 3]])
@@ -115,6 +117,11 @@ def test_groups_are_measured_as_pairs_are() -> None:
     for g in range(2):
         for p, (i, j) in enumerate(ends.T.tolist()):
             torch.testing.assert_close(found[g, p], net(groups[g, i][None], groups[g, j][None])[0])
+    slope = torch.autograd.grad(found.log().sum(), net.stem.weight)[0]
+    monkeypatch.setattr(networks, "LARGE", 24)  # one group at a time
+    again = group_distances(net, groups, ends)
+    torch.testing.assert_close(again, found)
+    torch.testing.assert_close(torch.autograd.grad(again.log().sum(), net.stem.weight)[0], slope)
     wanted = found.detach() * torch.tensor([5.0, 7.0, 9.0], dtype=torch.float64)
     calibrate(net, found.detach(), wanted)
     ratio = (group_distances(net, groups, ends) / wanted).log()
@@ -199,6 +206,15 @@ def test_a_shift_moves_a_ramp_by_at_most_its_width() -> None:
     assert 1.0 < moved.abs().max() <= 1.5
     assert moved.min() < 0 < moved.max()
     assert len(moved.unique()) == 60
+
+
+def test_estimates_are_taken_on_the_training_grid() -> None:
+    def times(indices: int) -> Tensor:
+        return estimate_times(VariancePreserving.from_betas(torch.full((indices,), 0.01)))
+
+    assert times(1000).tolist() == list(range(19, 1000, 20))
+    assert times(20).tolist() == list(range(20))
+    assert len(times(128)) == 64, "the divisor nearest to 50"
 
 
 def test_split_keeps_prompts_apart_and_partners_together() -> None:

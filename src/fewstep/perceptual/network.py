@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fewstep.perceptual.settings import NetworkConfig
 
@@ -19,6 +20,10 @@ LEAST = 1e-4
 """Least weight of a latent channel's own difference: no two latents are at distance 0, and no place is flat."""
 PACE = 20.0
 """What raw weights are multiplied by: their steps are as long as those of convolutions, their way is longer."""
+
+
+LARGE = 1024
+"""Places of a latent beyond which a group's pairs are not all kept for the way back."""
 
 
 class PlaceNorm(nn.Module):
@@ -136,6 +141,8 @@ def calibrate(network: LatentPerceptual, found: Tensor, wanted: Tensor) -> None:
 def group_distances(network: LatentPerceptual, groups: Tensor, ends: Tensor) -> Tensor:
     """Distances of the named pairs of each group's members, [n, P]; every member's features are computed once.
 
+    Of large latents, whose pairs would fill the memory, one group's are held at a time, and made again on the way back.
+
     Args:
         groups: [n, m, C, h, w].
         ends: members of each pair, int64 [2, P].
@@ -143,8 +150,14 @@ def group_distances(network: LatentPerceptual, groups: Tensor, ends: Tensor) -> 
     n, m = groups.shape[:2]
     with torch.autocast(groups.device.type, enabled=False):
         flat = groups.flatten(0, 1).to(network.raw_own.dtype)
-        start = (torch.arange(n) * m)[:, None]
-        one, other = ((start + side).flatten().to(flat.device) for side in ends)
         maps = network.features(flat)
-        found = network.between([x[one] for x in maps], [x[other] for x in maps], flat[one] - flat[other])
-    return found.view(n, -1)
+
+        def pairs_of(first: int, count: int) -> Tensor:
+            start = ((first + torch.arange(count)) * m)[:, None]
+            one, other = ((start + side).flatten().to(flat.device) for side in ends)
+            return network.between([x[one] for x in maps], [x[other] for x in maps], flat[one] - flat[other])
+
+        if flat[0, 0].numel() <= LARGE:
+            return pairs_of(0, n).view(n, -1)
+        rows = [checkpoint(pairs_of, group, 1, use_reentrant=False) for group in range(n)]
+        return torch.stack([torch.as_tensor(row) for row in rows])

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from fewstep.denoiser import Condition, Denoiser
 from fewstep.draws import Draws
+from fewstep.errors import nearest_divisor
 from fewstep.grid import end_time, previous, training_grid
 from fewstep.jump import land
 from fewstep.roles import BASE
-from fewstep.schedule import Estimate, expand
+from fewstep.schedule import Estimate, Path, VariancePreserving, expand
 
 MEMBERS = (
     "latent",
@@ -114,7 +115,7 @@ def estimates(teacher: Teacher, latent: Tensor, draws: Draws) -> list[Tensor]:
     two sides of a consistency loss; 3. at another drawn t with other noise, without prompt and guidance.
     """
     path = teacher.denoiser.path
-    grid = training_grid(path, min(GRID, int(path.noisiest) + 1) if path.noisiest > 1 else GRID)
+    grid = estimate_times(path)
     shape = tuple(latent.shape[1:])
     index = draws.integers("estimate", 0, len(grid))
     t = grid[index]
@@ -129,6 +130,14 @@ def estimates(teacher: Teacher, latent: Tensor, draws: Draws) -> list[Tensor]:
     u = grid[draws.integers("unprompted", 0, len(grid))]
     third = teacher.denoiser.estimate(noised(u, "unprompted noise"), u, teacher.null, BASE)
     return [first.x0, second.x0, third.x0]
+
+
+def estimate_times(path: Path) -> Tensor:
+    """The times that estimates are taken at: `GRID` points, or the nearest number that divides an indexed path's."""
+    if not isinstance(path, VariancePreserving):
+        return training_grid(path, GRID)
+    indices = int(path.noisiest) + 1
+    return training_grid(path, nearest_divisor(min(GRID, indices), indices))
 
 
 def changes(latent: Tensor, other_seed: Tensor, far: Tensor, draws: Draws) -> list[Tensor]:
