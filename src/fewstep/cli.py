@@ -7,63 +7,19 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import BaseModel
 
-from fewstep.config import parse_overrides
+from fewstep.cli_options import Device, Lora, Omega, Overrides, Sampled, Teacher, app, drawing, echo_figures, say
 from fewstep.errors import UserError
 from fewstep.evaluation.settings import FD_ADVISED
 from fewstep.names import TO_TEACHER
 
 if TYPE_CHECKING:
-    from fewstep.evaluation.metric import Figure
-
-app = typer.Typer(
-    name="fewstep",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    help="Distil a text-to-image diffusion model into one that needs 2 to 8 network calls; sample and measure it.",
-)
-
-Teacher = Annotated[str, typer.Option(help="Pipeline folder; empty for the bundled teacher.")]
-Lora = Annotated[
-    str,
-    typer.Option(
-        help="Student: tcd or lcm (bundled), a LoRA file or folder, none for the teacher itself; auto is tcd for the "
-        "bundled teacher and none for another."
-    ),
-]
-Omega = Annotated[
-    float | None,
-    typer.Option(help="Guidance in the papers' convention, diffusers' guidance_scale less 1; 0 for students."),
-]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", help="Override one setting, e.g. -s optim.lr=3e-4. May be given often."),
-]
-
-Sampled = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", help="Any other setting of sampling, e.g. -s gamma_law=noise -s jump=second_order."),
-]
-
-
-def drawing(overrides: list[str] | None, **options: object) -> dict[str, Any]:
-    """Changes to the sampling settings: the options that were given, then -s over them."""
-    return {key: value for key, value in options.items() if value is not None} | parse_overrides(overrides or [])
-
-
-def say(text: str) -> None:
-    """Print a line, once for all processes of a launch (`torchrun` gives each its RANK)."""
-    if os.environ.get("RANK", "0") == "0":
-        typer.echo(text)
+    pass
 
 
 def settings_help(config: BaseModel, prefix: str = "") -> list[str]:
@@ -76,15 +32,6 @@ def settings_help(config: BaseModel, prefix: str = "") -> list[str]:
         else:
             lines.append(f"  {prefix}{name} = {value!r}: {field.description}")
     return lines
-
-
-def echo_figures(figures: Mapping[str, Figure]) -> None:
-    """Print figures, a line each, with interval, n and floor: what real pictures get, or the teacher itself."""
-    for name, figure in figures.items():
-        interval = f" [{figure.low:.4g}, {figure.high:.4g}]" if figure.low is not None else ""
-        whose = "the teacher's own" if name.endswith(TO_TEACHER) else "real pictures"
-        floor = f", {whose} {figure.floor:.4g}" if figure.floor is not None else ""
-        say(f"{name}: {figure.value:.4g}{interval} (n = {figure.n}{floor})")
 
 
 @app.command()
@@ -298,46 +245,6 @@ def evaluate(
 
 
 @app.command()
-def demo(
-    out: Annotated[Path, typer.Option(help="Folder; a demo that was stopped goes on from it.")] = Path("demo"),
-    overrides: Overrides = None,
-) -> None:
-    """Distil LCM and TCD from the bundled teacher, compare them with it, write report.html. Budgeted at ten minutes.
-
-    Example: fewstep demo --out demo -s steps=200
-    """
-    from fewstep.world import api
-
-    path = api.demo(out=out, overrides=overrides or [])
-    say(f"wrote {path}: open it in a browser")
-
-
-@app.command()
-def benchmark(
-    out: Annotated[Path, typer.Option(help="Folder; a benchmark that was stopped goes on.")] = Path("runs/benchmark"),
-    overrides: Overrides = None,
-) -> None:
-    """The TCD paper's Table 1 and gamma figures on the bundled world, three seeds. Takes hours on a CPU."""
-    from fewstep.world import api
-
-    say(f"wrote {api.benchmark(out=out, overrides=overrides or [])}")
-
-
-@app.command()
-def family(
-    out: Annotated[Path, typer.Option(help="Folder; a run that was stopped goes on.")] = Path("runs/family"),
-    overrides: Overrides = None,
-) -> None:
-    """Every recipe on the bundled world at equal training cost, and every sampler on one student. Takes hours on a CPU.
-
-    Example: fewstep family -s "recipes=[tcd, tcd-2, tcd-s]"
-    """
-    from fewstep.world import api
-
-    say(f"wrote {api.family(out=out, overrides=overrides or [])}")
-
-
-@app.command()
 def playground(
     recipes: Annotated[str, typer.Option(help="Recipes, with commas between; a row of the figure each.")] = (
         "lcm,tcd,ctm,pcm"
@@ -356,56 +263,7 @@ def playground(
     say(f"wrote {path}, table.md and figures.json beside it")
 
 
-@app.command()
-def teacher_card(
-    out: Annotated[Path, typer.Option(help="Folder for card.json, card.md and samples.webp.")] = Path("runs/card"),
-    teacher: Teacher = "",
-    omega: Annotated[float | None, typer.Option(help="Guidance; empty for what the teacher brings along.")] = None,
-    steps: Annotated[int, typer.Option(help="Steps of guided DDIM.")] = 50,
-    n: Annotated[int, typer.Option(help="Seen prompts to draw.")] = 1000,
-) -> None:
-    """Measure a teacher of the bundled world: right concepts, copies, unseen words, white backgrounds."""
-    from fewstep.world import api
-
-    echo_figures(api.teacher_card(out=out, teacher=teacher, omega=omega, steps=steps, n=n))
-    say(f"wrote {out / 'card.md'}")
-
-
-@app.command()
-def train_scorer(
-    out: Annotated[Path, typer.Option(help="Run folder; a stopped run is resumed from it.")] = Path("runs/scorer"),
-    overrides: Overrides = None,
-) -> None:
-    """Train the bundled world's prompt-agreement scorer from Emoji-8."""
-    from fewstep.world import api
-
-    say(f"wrote {api.train_scorer(out=out, overrides=overrides or [])}")
-
-
-@app.command()
-def train_reward(
-    out: Annotated[Path, typer.Option(help="Run folder; a stopped run is resumed from it.")] = Path("runs/reward"),
-    overrides: Overrides = None,
-) -> None:
-    """Train the bundled world's preference scorer from Emoji-8: what students may be trained by."""
-    from fewstep.world import api
-
-    say(f"wrote {api.train_reward(out=out, overrides=overrides or [])}")
-
-
-@app.command()
-def train_teacher(
-    out: Annotated[Path, typer.Option(help="Run folder; a run that was stopped is resumed from it.")] = Path(
-        "runs/teacher"
-    ),
-    target: Annotated[Path, typer.Option(help="Pipeline folder to write.")] = Path("runs/teacher/pipeline"),
-    config: Annotated[Path | None, typer.Option(help="YAML file of the teacher's recipe.")] = None,
-    overrides: Overrides = None,
-) -> None:
-    """Train the teacher on Emoji-8: autoencoder, denoiser, the decoder once more. Takes hours on a CPU."""
-    from fewstep.world import api
-
-    say(f"wrote {api.train_teacher(out=out, target=target, config=config, overrides=overrides or [])}")
+import fewstep.cli_world  # noqa: E402, F401  (after this module's own verbs, so that help lists them last)
 
 
 def one_line(error: object) -> str:

@@ -60,6 +60,31 @@ def family(*, out: Path | str = "runs/family", overrides: str | Sequence[str] = 
         return family(config, Path(out))
 
 
+def tlcm(*, table: int = 1, out: Path | str = "runs/tables", overrides: str | Sequence[str] = ()) -> Path:
+    """One of the TLCM paper's tables on the bundled world; returns its path.
+
+    Raises:
+        UserError: anything wrong with the settings, the place or the installation, before any long work.
+    """
+    from fewstep.checks import SPEAKING, check_distillation
+    from fewstep.folder import read_folder
+    from fewstep.settings import teacher_path
+    from fewstep.world.settings import TlcmConfig
+
+    config = _ready("tlcm", TlcmConfig, [f"table={table}", *overrides_list(overrides)], Path(out))
+    check_installed("tlcm", SPEAKING, "multilingual")
+    from fewstep.world.tlcm import law_of, tlcm
+
+    check_distillation(law_of(), read_folder(teacher_path("")))
+    with _own(Path(out)):
+        return tlcm(config, Path(out))
+
+
+def overrides_list(overrides: str | Sequence[str]) -> list[str]:
+    """Overrides as a list."""
+    return [overrides] if isinstance(overrides, str) else list(overrides)
+
+
 def train_teacher(
     *, out: Path | str, target: Path | str, config: Path | str | None = None, overrides: str | Sequence[str] = ()
 ) -> Path:

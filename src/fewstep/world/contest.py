@@ -153,11 +153,13 @@ class Bench:
         gallery: Emoji-8's training pictures.
         features: of pictures, kept in the run's folder.
         agreement: the prompt-agreement metric.
+        others: further metrics.
     """
 
     gallery: Gallery
     features: Features
     agreement: PromptAgreement
+    others: tuple[Metric, ...] = ()
 
     @classmethod
     def load(cls, folder: Path) -> Bench:
@@ -186,7 +188,7 @@ class Judge:
         self.seed = seed
         self.reference = bench.gallery.reference(prompts, seed)
         self.metrics: list[Metric] = metrics(bench.gallery, bench.features, len(prompts))
-        self.metrics.insert(1, bench.agreement)
+        self.metrics[1:1] = [bench.agreement, *bench.others]
         self.scored = [cast(Scored, metric) for metric in self.metrics if hasattr(metric, "scores")]
 
     @cached_property

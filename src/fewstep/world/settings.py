@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -108,6 +108,15 @@ class RewardConfig(AgreementConfig):
     )
 
 
+class OpinionConfig(Config):
+    """Training of the second opinion's heads."""
+
+    width: int = Field(default=128, ge=1, description="width of the common space")
+    captions: int = Field(default=12, ge=1, description="captions drawn once for each picture")
+    loop: LoopConfig = LoopConfig(steps=600, batch=512, save_every=200, log_every=50, seed=23)
+    optim: OptimConfig = OptimConfig(lr=2e-3, warmup=30, decay="cosine", ema=0.99, weight_decay=0.1)
+
+
 class DemoConfig(Config):
     """The demo's budget: small enough for ten minutes on two cores."""
 
@@ -144,6 +153,28 @@ class FamilyConfig(Config):
     def chosen(self) -> tuple[str, ...]:
         """The recipes that are distilled."""
         return self.recipes or tuple(rows())
+
+
+class TlcmConfig(Config):
+    """TLCM's tables."""
+
+    table: Literal[1, 2, 3] = Field(1, description="1: beside the teacher, LCM, TCD; 2: each ingredient; 3: p")
+    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1, description="seeds of training and noise, 0 to 89")
+    prompts: int = Field(1000, ge=500, le=1000, description="open prompts drawn and measured")
+    steps: tuple[int, ...] = Field((2, 3, 4, 5, 6, 8), min_length=1, description="network calls of Table 1")
+    p: tuple[int, ...] = Field((1, 2, 3, 4), min_length=1, description="teacher steps of Table 3")
+    teacher_steps: int = Field(25, ge=1, description="steps of the teacher beside them")
+
+    @model_validator(mode="after")
+    def _legal(self) -> Self:
+        for name, low, high in (("steps", 1, 8), ("p", 1, 99)):
+            values = getattr(self, name)
+            legal = sorted({min(max(value, low), high) for value in values})
+            if list(values) != legal:
+                raise ValueError(f"{name} = {list(values)} must rise within {low} to {high}; the nearest is {legal}")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds = {list(self.seeds)} names one twice; the nearest is {sorted(set(self.seeds))}")
+        return self
 
 
 class BenchmarkConfig(Config):

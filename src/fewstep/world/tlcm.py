@@ -1,0 +1,222 @@
+"""`fewstep tlcm`: the TLCM paper's three tables on the bundled world, each by one command.
+
+Table 1: TLCM at 2 to 8 calls beside the teacher at 25, LCM and TCD. Table 2: each ingredient added in turn. Table 3:
+the teacher's steps p of the second stage. A student's stages are whole students of their own, from which the variants
+start: what two rows share is trained once. Everything that was made is kept.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fewstep.config import merge, validate
+from fewstep.distillation import distill
+from fewstep.evaluation.report import table_blocks
+from fewstep.evaluation.results import Results, Row, save_results
+from fewstep.evaluation.step_table import table1
+from fewstep.evaluation.text_side import BertStates
+from fewstep.files import atomic_write
+from fewstep.provenance import hardware
+from fewstep.settings import DistillConfig, resolve, teacher_path
+from fewstep.stages import slug
+from fewstep.world import emoji8
+from fewstep.world.contest import Bench, Entry, Judge, Studio, contest, student_entries, teacher_entry
+from fewstep.world.family import settings_table
+from fewstep.world.location import root
+from fewstep.world.second_opinion import second_opinion
+from fewstep.world.settings import OpinionConfig, TlcmConfig
+from fewstep.world.students import METHODS, student_config
+
+RATES = {"lcm": 3e-4, "tcd": 1e-3}
+"""The learning rates that the benchmark chose for them on a validation list."""
+FINAL = "TLCM"
+FIRST_COLUMNS = ("agreement", "preference", "FD-Lite0", "KID-Lite0", "detail: edges")
+"""What the paper's tables show, in our measures."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A student made from another one by a single stage.
+
+    Attributes:
+        label: in tables.
+        stage: of the law, which it changes.
+        start: label of the student that it starts from; empty for the teacher.
+        changes: to the stage's method.
+    """
+
+    label: str
+    stage: str
+    start: str = ""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+STAGES = {
+    "MLCD, multistep z": "segments",
+    "+ improved LCD": "joined",
+    "+ preference": "preference",
+    "+ adversarial (TLCM)": "matching",
+}
+"""Rows of Table 2 that are a stage's end of the whole run, from the first stage to the last."""
+SINGLE = {"rollout": 1}
+PLAIN = {"distance": "l2", "weight": "none"}
+WITHOUT_CRITIC = {"adversarial": {"weight": 0.0}}
+VARIANTS = (
+    Variant("LCD, single-step z", "segments", changes={**SINGLE, **PLAIN, "segments": 1}),
+    Variant("MLCD, single-step z", "segments", changes={**SINGLE, **PLAIN}),
+    Variant("+ perceptual distance", "segments", changes=SINGLE),
+    Variant("+ LCD over all times", "joined", "MLCD, multistep z", {"grid": 1000, "k": 125}),
+    Variant("+ matching", "matching", "+ preference", WITHOUT_CRITIC),
+    Variant("TLCM without preference", "matching", "+ improved LCD"),
+)
+LADDER = (
+    "LCD, single-step z",
+    "MLCD, single-step z",
+    "+ perceptual distance",
+    "MLCD, multistep z",
+    "+ LCD over all times",
+    "+ improved LCD",
+    "+ preference",
+    "+ matching",
+    "+ adversarial (TLCM)",
+)
+"""Table 2's rows; each stands on the one above but that `+ improved LCD` takes the place of `+ LCD over all times`."""
+
+
+def teacher_steps_variant(p: int) -> Variant:
+    """Table 3's row of p teacher steps."""
+    return Variant(f"p = {p}", "joined", "MLCD, multistep z", {"substeps": p})
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """The students of one seed, made when they are asked for."""
+
+    law: DistillConfig
+    seed: int
+    out: Path
+
+    @property
+    def config(self) -> DistillConfig:
+        """The whole run of this seed."""
+        loop = self.law.loop.model_copy(update={"seed": self.seed})
+        return self.law.model_copy(update={"loop": loop})
+
+    def whole(self) -> Path:
+        """The run folder of all stages, finished."""
+        folder = self.out / "tlcm"
+        distill(self.config, folder, cache=self.out.parent / "cache")
+        return folder
+
+    def stage(self, name: str) -> DistillConfig:
+        """A stage's own config, sampled as the finished student."""
+        names = [stage.name for stage in self.config.stages]
+        own = self.config.each_stage()[names.index(name)]
+        return own.model_copy(update={"sampling": self.config.sampling})
+
+    def student(self, label: str) -> Path:
+        """A row's student, trained if it is not there yet."""
+        if label == FINAL:
+            return self.whole() / "student"
+        if label in STAGES:
+            names = [stage.name for stage in self.config.stages]
+            number = names.index(STAGES[label]) + 1
+            return self.whole() / "stages" / slug(number, STAGES[label]) / "student"
+        if label in RATES:
+            return self.baseline(label)
+        p = [v for v in (teacher_steps_variant(p) for p in range(1, 100)) if v.label == label]
+        variant = next(v for v in (*VARIANTS, *p) if v.label == label)
+        config = self.stage(variant.stage)
+        student = config.student.model_copy(update={"start": str(self.student(variant.start)) if variant.start else ""})
+        changed = merge(config.model_copy(update={"student": student}).model_dump(), {"method": dict(variant.changes)})
+        return distill(
+            validate(DistillConfig, changed), self.out / slug(0, label), cache=self.out.parent / "cache"
+        ).parent
+
+    @property
+    def evaluations(self) -> float:
+        """Network evaluations of the whole run, a backward pass counted as two more."""
+        return sum(stage.loop.steps * stage.loop.batch * stage.method.cost for stage in self.config.each_stage())
+
+    def baseline(self, recipe: str) -> Path:
+        """LCM or TCD from pictures, for as many network evaluations as TLCM takes."""
+        usual = student_config(recipe)
+        steps = math.floor(self.evaluations / (usual.method.cost * usual.loop.batch))
+        changes = [
+            f"loop.steps={steps}",
+            f"loop.seed={self.seed}",
+            f"optim.lr={RATES[recipe]}",
+            "loop.watch_every=null",
+        ]
+        place = self.out / recipe
+        return distill(student_config(recipe, changes), place, cache=self.out.parent / "cache").parent
+
+
+def law_of(overrides: Sequence[str] = ()) -> DistillConfig:
+    """TLCM under the bundled world's law, unwatched: its students are measured when they are done."""
+    return resolve("tlcm", root() / "tlcm.yaml", ["loop.watch_every=null", *overrides])
+
+
+def entries_of(config: TlcmConfig, table: int, shop: Workshop) -> list[Entry]:
+    """What a table draws with, at one seed."""
+    own = shop.config.sampling
+    if table == 1:
+        entries = student_entries(FINAL, shop.student(FINAL), own, config.steps, shop.seed)
+        entries += student_entries(
+            "TLCM without preference", shop.student("TLCM without preference"), own, config.steps, shop.seed
+        )
+        for recipe, name in METHODS.items():
+            sampling = resolve(recipe).sampling
+            entries += student_entries(name, shop.student(recipe), sampling, [4], shop.seed)
+        return entries
+    labels = LADDER if table == 2 else [f"p = {p}" for p in config.p]
+    return [entry for label in labels for entry in student_entries(label, shop.student(label), own, [4], shop.seed)]
+
+
+def tlcm(config: TlcmConfig, out: Path, overrides: Sequence[str] = ()) -> Path:
+    """Train, draw and measure what the asked table needs; write it, and return its path."""
+    law = law_of(overrides)
+    prompts = emoji8.read_prompts("benchmark")[: config.prompts]
+    bench = Bench.load(out / "features")
+    opinion = second_opinion(OpinionConfig(), bench.features, BertStates(root() / "teacher"), out / "opinion")
+    bench = replace(bench, others=(opinion,))
+    studio = Studio(teacher_path(""), prompts, out / "pictures")
+    omega = law.method.guidance.mean_omega
+    judge = Judge(prompts, bench)
+    rows: list[Row] = []
+    for seed in config.seeds:
+        shop = Workshop(law, seed, out / f"seed-{seed}")
+        teacher = teacher_entry(omega, config.teacher_steps, seed)
+        entries = entries_of(config, config.table, shop)
+        diverse = [teacher, *(entry for entry in entries if entry.sampling.steps in (3, 4))]
+        rows += contest(studio, judge, teacher, entries, diverse)
+    made = Results(
+        title=f"TLCM's Table {config.table} on the bundled world",
+        rows=tuple(rows),
+        real=judge.real(),
+        prompts=tuple(prompts),
+        settings={
+            "command": shlex.join(["fewstep", "tlcm", "--table", str(config.table), "--out", str(out)]),
+            "commit": ", ".join(sorted({row.commit for row in rows})),
+            "hardware": hardware(),
+            "prompts": f"{len(prompts)} open prompts (no style: several right pictures each)",
+            "seeds": ", ".join(map(str, config.seeds)),
+            "training": f"{shop.evaluations:.0f} network evaluations a whole student, no picture; LCM and TCD as many, "
+            "from pictures",
+            "teacher": f"{config.teacher_steps} steps of guided DDIM, omega {omega:g}",
+            "precision": f"networks in {str(studio.precision).removeprefix('torch.')}, all alike",
+        },
+    )
+    name = f"table-{config.table}"
+    save_results(out / f"{name}.json", made)
+    steps = config.steps if config.table == 1 else (4,)
+    chosen = [metric for metric in FIRST_COLUMNS if metric in made.metrics]
+    text = [settings_table(made.settings), *(table1(made, names, steps) for names in table_blocks(made, chosen))]
+    with atomic_write(out / f"{name}.md") as part:
+        part.write_text("\n".join(text), encoding="utf-8")
+    return out / f"{name}.md"
