@@ -157,8 +157,8 @@ MEASURING = ("matplotlib", "jinja2", *WATCHING)
 """What the extra `metrics` installs."""
 
 
-def check_installed(verb: str, packages: Sequence[str] = MEASURING) -> None:
-    """Refuse a verb that measures where the extra that it needs is not installed.
+def check_installed(verb: str, packages: Sequence[str] = MEASURING, extra: str = "metrics") -> None:
+    """Refuse a verb where the extra that it needs is not installed.
 
     Raises:
         UserError: naming the package.
@@ -168,5 +168,5 @@ def check_installed(verb: str, packages: Sequence[str] = MEASURING) -> None:
     for package in packages:
         if find_spec(package) is None:
             raise UserError(
-                f"{verb} needs {package}, which is not installed; in the checkout: pip install -e '.[metrics]'"
+                f"{verb} needs {package}, which is not installed; in the checkout: pip install -e '.[{extra}]'"
             )

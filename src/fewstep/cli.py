@@ -90,10 +90,18 @@ def echo_figures(figures: Mapping[str, Figure]) -> None:
 @app.command()
 def recipes(settings: Annotated[bool, typer.Option(help="List every setting too.")] = False) -> None:
     """List the bundled recipes, and with --settings everything that a recipe or -s can set, verb by verb."""
+    from fewstep.language.settings import AdapterConfig
     from fewstep.plane.settings import PlayConfig
     from fewstep.recipes import names
     from fewstep.settings import DistillConfig
-    from fewstep.world.settings import AgreementConfig, BenchmarkConfig, DemoConfig, FamilyConfig, TeacherConfig
+    from fewstep.world.settings import (
+        AgreementConfig,
+        BenchmarkConfig,
+        ChineseConfig,
+        DemoConfig,
+        FamilyConfig,
+        TeacherConfig,
+    )
 
     for name in names():
         typer.echo(name)
@@ -105,6 +113,8 @@ def recipes(settings: Annotated[bool, typer.Option(help="List every setting too.
             ("demo", DemoConfig),
             ("benchmark", BenchmarkConfig),
             ("family", FamilyConfig),
+            ("chinese", ChineseConfig),
+            ("train-adapter", AdapterConfig),
             ("train-teacher", TeacherConfig),
         )
         for verb, config in (*verbs, ("train-scorer", AgreementConfig)):
@@ -163,6 +173,9 @@ def sample(
         int | None, typer.Option(help="Whole factor of enlargement; left out, small pictures get 256 pixels.")
     ] = None,
     device: Device = "auto",
+    adapter: Annotated[
+        Path | None, typer.Option(help="Folder that train-adapter wrote: prompts of any of its languages.")
+    ] = None,
     overrides: Sampled = None,
 ) -> None:
     """Draw pictures from prompts, with the settings that the student brings along.
@@ -182,8 +195,28 @@ def sample(
         scale=scale,
         device=device,
         settings=drawing(overrides, steps=steps, gamma=gamma, omega=omega, sampler=sampler),
+        adapter=adapter,
     )
     say(f"wrote {path}")
+
+
+@app.command()
+def train_adapter(
+    out: Annotated[Path, typer.Option(help="Run folder; a stopped run is resumed from it.")] = Path("runs/adapter"),
+    pairs: Annotated[
+        Path | None,
+        typer.Option(help="Text pairs, .tsv (text, tab, the same in English) or .jsonl; empty for Emoji-8's Chinese."),
+    ] = None,
+    teacher: Teacher = "",
+    overrides: Overrides = None,
+) -> None:
+    """Train an adapter from text pairs alone, with which a teacher and its students read other languages.
+
+    Example: fewstep train-adapter --out runs/adapter; fewstep sample --adapter runs/adapter/adapter --steps 3 章鱼
+    """
+    from fewstep import api
+
+    say(f"wrote {api.train_adapter(out=out, pairs=pairs, teacher=teacher, overrides=overrides or [])}")
 
 
 @app.command()
@@ -278,6 +311,22 @@ def family(
     from fewstep.world import api
 
     say(f"wrote {api.family(out=out, overrides=overrides or [])}")
+
+
+@app.command()
+def chinese(
+    out: Annotated[Path, typer.Option(help="Folder; a run that was stopped goes on.")] = Path("runs/chinese"),
+    overrides: Overrides = None,
+) -> None:
+    """Concepts whose Chinese the adapter never saw, asked for in Chinese and in English, by student and teacher.
+
+    Example: fewstep chinese -s lora=runs/tlcm/student -s steps=3
+    """
+    from fewstep.world import api
+
+    path = api.chinese(out=out, overrides=overrides or [])
+    say(path.read_text(encoding="utf-8"))
+    say(f"wrote {path}, chinese.json and chinese.webp beside it")
 
 
 @app.command()
