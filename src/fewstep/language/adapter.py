@@ -78,7 +78,7 @@ class Adapter:
         The result has the names, shapes and padding that `encode` gives, float32 [N, tokens, width].
         """
         rows, weights = self.shares(prompts)
-        distinct, place = rows.unique(return_inverse=True)
+        distinct, place = torch.unique(rows, return_inverse=True)
         known = encode([self.captions[int(row)] for row in distinct])
         return {name: torch.einsum("nk,nk...->n...", weights, states[place]) for name, states in known.items()}
 

@@ -73,5 +73,4 @@ class UniversalSentence:
     def __call__(self, texts: Sequence[str]) -> Vectors:
         """Return float32 [N, 512]; each text alone, since those of one batch would move each other's last digits."""
         distinct = {text: self._model.encode([text])[0] for text in dict.fromkeys(texts)}
-        vectors: Vectors = np.stack([distinct[text] for text in texts]) if texts else np.zeros((0, self.width))
-        return vectors.astype(np.float32)
+        return np.array([distinct[text] for text in texts], np.float32).reshape(-1, self.width)
