@@ -477,7 +477,10 @@ def test_the_demo_refuses_a_seed_that_noise_cannot_have(refuse: Refuse) -> None:
 
 # ---- in a process of its own
 
-VERBS = ("recipes", "distill", "sample", "synthesize", "evaluate", "demo", "benchmark", "train-teacher")
+VERBS = (
+    *("recipes", "distill", "sample", "synthesize", "evaluate", "demo", "benchmark", "train-teacher"),
+    *("train-adapter", "chinese", "train-perceptual", "train-reward", "tlcm"),
+)
 
 
 HEAVY = ("torch", "diffusers", "transformers", "scipy", "matplotlib")
@@ -511,6 +514,10 @@ def test_refusals_are_light(tiny_pipeline: Path, distilled: Path, tmp_path: Path
         ("sample", "a disc", *teacher, "--lora", str(distilled), "--steps", "51"),
         ("sample", "a disc", *teacher, "--lora", "none", "--steps", "1001"),
         ("sample", "a disc", *teacher, "--lora", str(distilled), "--device", "gpu"),
+        ("sample", "一只狗", *teacher, "--lora", str(distilled), "--adapter", str(tmp_path)),
+        ("train-adapter", *teacher, "--pairs", str(cut)),
+        ("train-adapter", *teacher, "-s", "mixed=0"),
+        ("chinese", "-s", "concepts=121"),
     ):
         done = command(*arguments)
         assert done.returncode == 2
@@ -548,6 +555,8 @@ def test_help_is_light() -> None:
         ("demo", ("--out", "--set")),
         ("benchmark", ("--out", "--set")),
         ("train-teacher", ("--out", "--target", "--config", "--set")),
+        ("train-adapter", ("--out", "--pairs", "--teacher", "--set")),
+        ("chinese", ("--out", "--set")),
     ],
 )
 def test_help_names_every_option(verb: str, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:

@@ -95,6 +95,7 @@ def sample(
     scale: int | None = None,
     device: str = "auto",
     settings: Mapping[str, Any] | None = None,
+    adapter: Path | str | None = None,
 ) -> Path:
     """Draw `count` pictures a prompt into one file: a picture, or a sheet with a row a prompt.
 
@@ -111,9 +112,10 @@ def sample(
             larger ones.
         device: auto, cpu or cuda.
         settings: changes to the sampling settings that the student brings along (None values are ignored).
+        adapter: folder that `train_adapter` wrote: prompts may then be of any of its languages.
 
     Raises:
-        UserError: no prompt, a setting out of range, a LoRA of another base, an unwritable place.
+        UserError: no prompt, a setting out of range, a LoRA or adapter of another base, an unwritable place.
     """
     from fewstep.data.prompts import read_prompts
     from fewstep.files import check_writable
@@ -138,6 +140,10 @@ def sample(
     check_device(device)
     folder = read_folder(teacher_path(teacher))
     student, sampling, _ = choose_student(folder, lora, settings or {})
+    if adapter is not None:
+        from fewstep.language.record import read_adapter
+
+        read_adapter(adapter, folder)
     check_writable(path.parent)
     from fewstep.device import pick_device
 
@@ -146,7 +152,7 @@ def sample(
 
     from fewstep.drawing import load_artist, save_picture, sheet
 
-    artist = load_artist(folder.path, student, place)
+    artist = load_artist(folder.path, student, place, adapter)
     every = [prompt for prompt in wanted for _ in range(count)]
     pictures: np.ndarray = artist.draw(every, range(seed, seed + len(every)), sampling)
     enlarged = scale or max(1, 256 // pictures.shape[2])
@@ -224,6 +230,49 @@ def read_synthesis(folder: Path | str) -> Synthesis:
     from fewstep.synthesis.reader import read_synthesis as read
 
     return read(folder)
+
+
+def train_adapter(
+    *,
+    out: Path | str = "runs/adapter",
+    pairs: Path | str | None = None,
+    teacher: Path | str = "",
+    overrides: str | Sequence[str] = (),
+) -> Path:
+    """Train an adapter that reads prompts of other languages for a teacher; returns its folder, `out`/adapter.
+
+    Args:
+        out: run folder; a run that was stopped is resumed from it.
+        pairs: texts and what they are in the teacher's language, a .tsv or .jsonl file; None for Emoji-8's Chinese.
+        teacher: pipeline folder; empty for the bundled one.
+        overrides: dotted changes to the settings, e.g. "loop.steps=800".
+
+    Raises:
+        UserError: anything wrong with the pairs, the settings, the place or the installation, before any long work.
+    """
+    from fewstep.config import parse_overrides
+    from fewstep.files import check_writable
+    from fewstep.folder import read_folder
+    from fewstep.language.pairs import read_pairs
+    from fewstep.language.settings import PACKAGES, AdapterConfig
+    from fewstep.settings import teacher_path
+    from fewstep.training.run import check_same_run
+
+    config = validate(AdapterConfig, parse_overrides(overrides))
+    folder = read_folder(teacher_path(teacher))
+    if pairs is not None:
+        found = read_pairs(pairs)
+    else:
+        from fewstep.world.chinese_pairs import chinese_pairs
+
+        found = chinese_pairs()
+    check_writable(Path(out))
+    check_same_run(Path(out), config)
+    check_installed("train-adapter", PACKAGES, extra="multilingual")
+    from fewstep.language.train import train_adapter
+
+    train_adapter(config, folder, found, Path(out))
+    return Path(out) / "adapter"
 
 
 def evaluate(

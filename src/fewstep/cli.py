@@ -37,12 +37,20 @@ def settings_help(config: BaseModel, prefix: str = "") -> list[str]:
 @app.command()
 def recipes(settings: Annotated[bool, typer.Option(help="List every setting too.")] = False) -> None:
     """List the bundled recipes, and with --settings everything that a recipe or -s can set, verb by verb."""
+    from fewstep.language.settings import AdapterConfig
     from fewstep.perceptual.settings import PerceptualConfig
     from fewstep.plane.settings import PlayConfig
     from fewstep.recipes import names
     from fewstep.settings import DistillConfig
     from fewstep.synthesis.settings import SynthesisConfig
-    from fewstep.world.settings import AgreementConfig, BenchmarkConfig, DemoConfig, FamilyConfig, TeacherConfig
+    from fewstep.world.settings import (
+        AgreementConfig,
+        BenchmarkConfig,
+        ChineseConfig,
+        DemoConfig,
+        FamilyConfig,
+        TeacherConfig,
+    )
 
     for name in names():
         typer.echo(name)
@@ -56,6 +64,8 @@ def recipes(settings: Annotated[bool, typer.Option(help="List every setting too.
             ("demo", DemoConfig),
             ("benchmark", BenchmarkConfig),
             ("family", FamilyConfig),
+            ("chinese", ChineseConfig),
+            ("train-adapter", AdapterConfig),
             ("train-teacher", TeacherConfig),
         )
         for verb, config in (*verbs, ("train-scorer", AgreementConfig)):
@@ -139,6 +149,9 @@ def sample(
         int | None, typer.Option(help="Whole factor of enlargement; left out, small pictures get 256 pixels.")
     ] = None,
     device: Device = "auto",
+    adapter: Annotated[
+        Path | None, typer.Option(help="Folder that train-adapter wrote: prompts of any of its languages.")
+    ] = None,
     overrides: Sampled = None,
 ) -> None:
     """Draw pictures from prompts, with the settings that the student brings along.
@@ -158,6 +171,7 @@ def sample(
         scale=scale,
         device=device,
         settings=drawing(overrides, steps=steps, gamma=gamma, omega=omega, sampler=sampler),
+        adapter=adapter,
     )
     say(f"wrote {path}")
 
@@ -188,6 +202,25 @@ def synthesize(
         say("\n".join(taken.lines()))
         return
     say(f"wrote {api.synthesize(prompts, out=out, teacher=teacher, kind=kind, overrides=words)}")
+
+
+@app.command()
+def train_adapter(
+    out: Annotated[Path, typer.Option(help="Run folder; a stopped run is resumed from it.")] = Path("runs/adapter"),
+    pairs: Annotated[
+        Path | None,
+        typer.Option(help="Text pairs, .tsv (text, tab, the same in English) or .jsonl; empty for Emoji-8's Chinese."),
+    ] = None,
+    teacher: Teacher = "",
+    overrides: Overrides = None,
+) -> None:
+    """Train an adapter from text pairs alone, with which a teacher and its students read other languages.
+
+    Example: fewstep train-adapter --out runs/adapter; fewstep sample --adapter runs/adapter/adapter --steps 3 章鱼
+    """
+    from fewstep import api
+
+    say(f"wrote {api.train_adapter(out=out, pairs=pairs, teacher=teacher, overrides=overrides or [])}")
 
 
 @app.command()

@@ -117,3 +117,19 @@ def tlcm(
     path = api.tlcm(table=table, out=out, overrides=overrides or [])
     say(path.read_text(encoding="utf-8"))
     say(f"wrote {path}")
+
+
+@app.command()
+def chinese(
+    out: Annotated[Path, typer.Option(help="Folder; a run that was stopped goes on.")] = Path("runs/chinese"),
+    overrides: Overrides = None,
+) -> None:
+    """Concepts whose Chinese the adapter never saw, asked for in Chinese and in English, by student and teacher.
+
+    Example: fewstep chinese -s lora=runs/tlcm/student -s steps=3
+    """
+    from fewstep.world import api
+
+    path = api.chinese(out=out, overrides=overrides or [])
+    say(path.read_text(encoding="utf-8"))
+    say(f"wrote {path}, chinese.json and chinese.webp beside it")

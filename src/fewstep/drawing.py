@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from fewstep.export.pipeline import teacher_sampling
 from fewstep.files import atomic_write
 from fewstep.folder import read_folder
 from fewstep.inference import draw_latents
+from fewstep.language.adapter import Adapter, load_adapter
 from fewstep.roles import BASE
 from fewstep.settings import TEACHER_SAMPLING, Sampling
 from fewstep.told import Ear, ToldEmbedding, split_told
@@ -36,6 +37,7 @@ class Artist:
 
     Attributes:
         precision: type that the network computes in; conversions, steps and the autoencoder are fp32.
+        adapter: reads prompts of other languages in the text encoder's place; the null prompt stays the teacher's own.
     """
 
     backbone: StableDiffusion
@@ -43,6 +45,12 @@ class Artist:
     sampling: Sampling
     role: str = BASE
     precision: torch.dtype = torch.float32
+    adapter: Adapter | None = None
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Prompts -> what the network is told of them, on the CPU."""
+        own = self.backbone.encode
+        return own(prompts) if self.adapter is None else self.adapter.encode(prompts, own)
 
     def latents(
         self, condition: Condition, seeds: Sequence[int], sampling: Sampling, *, title: str | None = None
@@ -68,7 +76,7 @@ class Artist:
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling | None = None) -> np.ndarray:
         """One picture for each (prompt, seed), uint8 [N, H, W, 3]."""
-        condition = self.backbone.encode(prompts)
+        condition = self.encode(prompts)
         latents = self.latents(condition, seeds, sampling or self.sampling, title="drawing")
         return self.backbone.to_pictures(latents)
 
@@ -89,16 +97,22 @@ def artist_of(
     return Artist(backbone, Denoiser(call, backbone.path, backbone.prediction), sampling)
 
 
-def load_artist(teacher: Path, lora: Path | str | None = None, device: torch.device | str = "cpu") -> Artist:
-    """Load a pipeline folder and, merged into it, a student's LoRA.
+def load_artist(
+    teacher: Path,
+    lora: Path | str | None = None,
+    device: torch.device | str = "cpu",
+    adapter: Path | str | None = None,
+) -> Artist:
+    """Load a pipeline folder and, merged into it, a student's LoRA; prompts are read by an adapter if one is given.
 
     A student (LoRA or whole pipeline) brings its own inference settings; a LoRA that has none is sampled as TCD at
     4 steps, a pipeline that has none as a teacher.
 
     Raises:
-        UserError: not a pipeline, not a LoRA, or a LoRA of another base.
+        UserError: not a pipeline, not a LoRA, or a LoRA or adapter of another base.
     """
     folder = read_folder(teacher)
+    reads = load_adapter(adapter, folder) if adapter is not None else None
     student = check_lora(lora, folder) if lora is not None else None
     backbone = load_backbone(folder.path, device)
     backbone.load_encoders()
@@ -108,7 +122,8 @@ def load_artist(teacher: Path, lora: Path | str | None = None, device: torch.dev
         sampling, place = student.sampling or Sampling(), student.file
         merge_lora(backbone.network, read_lora(student))
     embedding = read_told(place, sampling.told, backbone.time_width)
-    return artist_of(backbone, sampling, embedding.to(backbone.device) if embedding else None)
+    artist = artist_of(backbone, sampling, embedding.to(backbone.device) if embedding else None)
+    return replace(artist, adapter=reads)
 
 
 def sheet(pictures: np.ndarray, columns: int, scale: int = 2) -> Image.Image:

@@ -85,6 +85,32 @@ def overrides_list(overrides: str | Sequence[str]) -> list[str]:
     return [overrides] if isinstance(overrides, str) else list(overrides)
 
 
+def chinese(*, out: Path | str = "runs/chinese", overrides: str | Sequence[str] = ()) -> Path:
+    """Draw concepts asked for in English and in held-out Chinese, and score both; returns the table's path.
+
+    Raises:
+        UserError: anything wrong with the settings, the place or the installation, before any long work.
+    """
+    from fewstep.folder import read_folder
+    from fewstep.language.record import read_adapter
+    from fewstep.language.settings import PACKAGES
+    from fewstep.settings import teacher_path
+    from fewstep.student_choice import choose_student
+    from fewstep.world.settings import ChineseConfig
+
+    config = _ready("chinese", ChineseConfig, overrides, Path(out))
+    check_installed("chinese", PACKAGES, extra="multilingual")
+    folder = read_folder(teacher_path(""))
+    choose_student(folder, config.lora, {"steps": config.steps})
+    if config.adapter:
+        read_adapter(config.adapter, folder)
+    from fewstep.world.chinese import measure_chinese
+
+    with _own(Path(out)):
+        measure_chinese(config, Path(out))
+    return Path(out) / "chinese.md"
+
+
 def train_teacher(
     *, out: Path | str, target: Path | str, config: Path | str | None = None, overrides: str | Sequence[str] = ()
 ) -> Path:

@@ -87,10 +87,12 @@ class Studio:
         teacher: pipeline folder.
         prompts: one picture each.
         folder: where pictures are kept.
+        adapter: what reads the prompts, where they are of another language.
     """
 
-    def __init__(self, teacher: Path, prompts: Sequence[str], folder: Path) -> None:
+    def __init__(self, teacher: Path, prompts: Sequence[str], folder: Path, adapter: Path | None = None) -> None:
         self.teacher = teacher
+        self.adapter = adapter
         self.prompts = list(prompts)
         self.folder = folder
         self.device = pick_device("auto")
@@ -104,7 +106,7 @@ class Studio:
         key = str(lora)
         if key not in self._artists:
             self._artists = {"None": self._artists["None"]} if "None" in self._artists else {}
-            artist = load_artist(self.teacher, lora, self.device)
+            artist = load_artist(self.teacher, lora, self.device, self.adapter)
             self._artists[key] = replace(artist, precision=self.precision)
         return self._artists[key]
 
@@ -117,6 +119,8 @@ class Studio:
             files = [entry.lora] if entry.lora.is_file() else sorted(entry.lora.glob("*.safetensors"))
             for file in files:
                 digest.update(bytes.fromhex(sha256(file)))
+        if self.adapter is not None:
+            digest.update(bytes.fromhex(sha256(*sorted(self.adapter.glob("adapter.*")))))
         return digest.hexdigest()[:24]
 
     def seeds(self, seed: int) -> Sequence[int]:

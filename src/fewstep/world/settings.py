@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from fewstep.config import Config
 from fewstep.errors import nearest, nearest_divisor
 from fewstep.evaluation.settings import ScorerConfig
+from fewstep.language.settings import AdapterConfig
 from fewstep.loop_settings import LoopConfig, OptimConfig
 from fewstep.recipes import rows
 
@@ -127,6 +128,20 @@ class DemoConfig(Config):
     gamma: float = Field(0.2, ge=0, le=1, description="TCD's gamma at every step count")
     shown: int = Field(10, ge=1, description="prompts in the picture grid")
     seed: Seed = Field(0, description="seed of training and of the noise, 0 to 89")
+
+
+class ChineseConfig(Config):
+    """Chinese prompts beside English ones."""
+
+    adapter: str = Field("", description="folder of an adapter; empty to train one from the bundled world's text pairs")
+    lora: str = Field("tcd", description="student: tcd or lcm (bundled), a LoRA file or folder")
+    steps: int = Field(3, ge=1, description="network calls of the student")
+    teacher_steps: int = Field(25, ge=1, description="steps of the teacher, guided DDIM")
+    concepts: int = Field(120, ge=20, le=120, description="concepts that are asked for, whose Chinese is held out")
+    noises: int = Field(4, ge=1, description="pictures of each, from different noise")
+    shown: int = Field(12, ge=1, description="concepts in the picture grid")
+    training: AdapterConfig = Field(AdapterConfig(), description="how an adapter is trained, where none is named")
+    seed: Seed = Field(0, description="seed of the noise, 0 to 89")
 
 
 class FamilyConfig(Config):
