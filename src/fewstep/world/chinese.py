@@ -27,7 +27,7 @@ from fewstep.world.measures import agreement
 from fewstep.world.settings import ChineseConfig
 from fewstep.world.students import students_omega
 
-FORMS = ("English", "Chinese", "Chinese with keywords", "English through the adapter")
+FORMS = ("English", "Chinese", "Chinese with keywords")
 """How a concept is asked for, in the order of the rows; the first one goes through the teacher's own text encoder."""
 
 
@@ -62,7 +62,7 @@ def prompts_of(words: Words, config: ChineseConfig) -> dict[str, list[str]]:
     test = words.test[: config.concepts]
     english = [record.name for record in test]
     long = [with_keywords(record, record.keywords_zh) for record in test]
-    return dict(zip(FORMS, (english, [record.name_zh for record in test], long, english), strict=True))
+    return dict(zip(FORMS, (english, [record.name_zh for record in test], long), strict=True))
 
 
 def measure(
@@ -125,7 +125,7 @@ def measure_chinese(config: ChineseConfig, out: Path) -> list[Line]:
         f"{count} concepts whose Chinese is in none of the {len(pairs)} text pairs, {config.noises} pictures of each; "
         f"95 % intervals over concepts. Student: {lora}. Seed {config.seed}, commit {commit()}, {hardware()}."
     )
-    listed = [f"{a} | {b} | {c}" for a, b, c in zip(*list(prompts.values())[:3], strict=True)][: config.shown]
+    listed = [f"{a} | {b} | {c}" for a, b, c in zip(*prompts.values(), strict=True)][: config.shown]
     text = "\n\n".join(["# Chinese to image", table(lines), note, "Shown: " + "; ".join(listed)])
     with atomic_write(out / "chinese.md") as part:
         part.write_text(text + "\n", encoding="utf-8")
