@@ -22,7 +22,7 @@ from fewstep.objectives.consistency import consistency_loss, critic_loss, set_sc
 from fewstep.objectives.scene import HeldTrajectories, Sample
 from fewstep.objectives.times import draw_times
 from fewstep.plan import Aids, terms_of
-from fewstep.recipes import rows
+from fewstep.recipes import names, rows
 from fewstep.schedule import FlowMatching, Path, VarianceExploding, expand, scaled_linear
 from fewstep.settings import resolve
 from fewstep.term_settings import AdversarialConfig
@@ -530,4 +530,4 @@ def test_every_recipe_stands_whole_on_the_page_of_methods() -> None:
     page = (File(__file__).resolve().parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
     folder = File(fewstep.recipes.__file__).parent
     shown = re.findall(r"```yaml\n(.*?)\n```", page, re.S)
-    assert sorted(shown) == sorted((folder / f"{name}.yaml").read_text(encoding="utf-8").rstrip() for name in rows())
+    assert sorted(shown) == sorted((folder / f"{name}.yaml").read_text(encoding="utf-8").rstrip() for name in names())

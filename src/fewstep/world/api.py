@@ -66,13 +66,14 @@ def tlcm(*, table: int = 1, out: Path | str = "runs/tables", overrides: str | Se
     Raises:
         UserError: anything wrong with the settings, the place or the installation, before any long work.
     """
-    from fewstep.checks import SPEAKING, check_distillation
+    from fewstep.checks import check_distillation
     from fewstep.folder import read_folder
+    from fewstep.language.settings import PACKAGES
     from fewstep.settings import teacher_path
     from fewstep.world.settings import TlcmConfig
 
     config = _ready("tlcm", TlcmConfig, [f"table={table}", *overrides_list(overrides)], Path(out))
-    check_installed("tlcm", SPEAKING, "multilingual")
+    check_installed("tlcm", PACKAGES, "multilingual")
     from fewstep.world.tlcm import law_of, tlcm
 
     check_distillation(law_of(), read_folder(teacher_path("")))
@@ -162,13 +163,13 @@ def train_reward(*, out: Path | str, overrides: str | Sequence[str] = ()) -> Pat
     Raises:
         UserError: anything wrong with the settings, the place or the installation.
     """
-    from fewstep.checks import SPEAKING
     from fewstep.files import check_writable
+    from fewstep.language.settings import PACKAGES
     from fewstep.world.settings import RewardConfig
 
     settings = validate(RewardConfig, parse_overrides(overrides))
     check_writable(Path(out))
-    check_installed("train-reward", SPEAKING, "multilingual")
+    check_installed("train-reward", PACKAGES, "multilingual")
     from fewstep.evaluation.text_side import SentenceVectors
     from fewstep.world.train_scorer import train_scorer
 
