@@ -224,3 +224,13 @@ def test_changing_one_key_of_a_section_keeps_what_the_defaults_say_of_the_others
     assert changed.unet.loop.batch == TeacherConfig().unet.loop.batch
     assert changed.unet.optim == TeacherConfig().unet.optim
     assert changed.vae == TeacherConfig().vae
+
+
+def test_one_stage_of_a_list_is_changed_by_its_name() -> None:
+    usual = resolve("tlcm")
+    changed = resolve("tlcm", None, ["stages.preference.optim.lr=3e-6", "stages.matching.loop.batch=2"])
+    assert [stage.optim.lr for stage in changed.each_stage()] == [1e-4, 1e-5, 3e-6, 1e-5]
+    assert [stage.loop.batch for stage in changed.each_stage()] == [16, 16, 8, 2]
+    assert changed.stages[1] == usual.stages[1]
+    with pytest.raises(UserError, match=r"stages\.joind: stages holds segments, .*; the nearest is 'joined'"):
+        resolve("tlcm", None, ["stages.joind.optim.lr=1e-5"])

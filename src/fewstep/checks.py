@@ -37,10 +37,10 @@ def check_distillation(config: DistillConfig, folder: PipelineFolder) -> None:
     if config.student.start:
         check_start(config.student, folder)
     for stage in config.each_stage():
-        _check_looks(stage)
+        _check_looks(stage, folder)
 
 
-def _check_looks(config: DistillConfig) -> None:
+def _check_looks(config: DistillConfig, folder: PipelineFolder) -> None:
     """The frozen networks that a stage looks through must be there."""
     if config.method.distance == "perceptual":
         if config.perceptual.folder:
@@ -51,6 +51,9 @@ def _check_looks(config: DistillConfig) -> None:
     if not preference.weight:
         return
     if preference.scorer == "world":
+        from fewstep.world.emoji8 import check_size
+
+        check_size(folder.picture_size, "method.preference.scorer = 'world'", "name a scorer, NAME:FOLDER")
         check_installed("method.preference.scorer = 'world'", PACKAGES, "multilingual")
         return
     name, _, place = preference.scorer.partition(":")
@@ -68,6 +71,10 @@ def _check_source(config: DistillConfig, folder: PipelineFolder) -> None:
     if alone:
         if source != "captions":
             read_prompts(source, "data.source")
+        else:
+            from fewstep.world.emoji8 import check_size
+
+            check_size(folder.picture_size, "data.source = 'captions'", "give a prompt file")
         for stage in config.each_stage():
             if stage.method.start == "data":
                 raise UserError(

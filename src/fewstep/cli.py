@@ -80,6 +80,9 @@ def distill(
         Path | None, typer.Option(help="Run folder, runs/<recipe> if left out; a stopped run is resumed from it.")
     ] = None,
     teacher: Teacher = "",
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file, one prompt a line: for recipes that need no pictures (tlcm).")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file laid over the recipe.")] = None,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option(help="Say what it will take, and stop.")] = False,
@@ -95,7 +98,7 @@ def distill(
     from fewstep import api
 
     place = out or Path("runs") / Path(recipe).stem
-    words = overrides or []
+    words = [*([f"data.source={prompts}"] if prompts else []), *(overrides or [])]
     if dry_run:
         taken = api.estimate(recipe, out=place, teacher=teacher, config=config, overrides=words)
         say("\n".join(line for stage in taken for line in stage.lines()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -54,12 +54,32 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `base` with `change` laid over it; nested mappings are merged, anything else is replaced."""
+    """Return `base` with `change` laid over it; nested mappings are merged, anything else is replaced.
+
+    A mapping laid over a list of named items (stages) changes those that it names.
+
+    Raises:
+        UserError: it names one that is not there.
+    """
     result = dict(base)
     for key, value in change.items():
         old = result.get(key)
-        result[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            result[key] = merge(old, value)
+        elif isinstance(old, list | tuple) and old and isinstance(value, Mapping):
+            result[key] = _merge_named(key, old, value)
+        else:
+            result[key] = value
     return result
+
+
+def _merge_named(key: str, items: Sequence[Any], change: Mapping[str, Any]) -> list[Any]:
+    """A list of mappings with a name each, some of them changed."""
+    names = [str(item.get("name")) if isinstance(item, Mapping) else "" for item in items]
+    for name in change:
+        if name not in names:
+            raise UserError(f"{key}.{name}: {key} holds {', '.join(names)}; the nearest is {nearest(name, names)!r}")
+    return [merge(item, change.get(name, {})) for name, item in zip(names, items, strict=True)]
 
 
 def parse_overrides(overrides: str | Iterable[str]) -> dict[str, Any]:

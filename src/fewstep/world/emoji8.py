@@ -231,20 +231,20 @@ def caption_table(records: Sequence[Record], variants: int, seed: int) -> list[l
     return table
 
 
-def check_size(size: int, field: str) -> None:
+def check_size(size: int, field: str, instead: str = "give a folder of pictures") -> None:
     """Refuse a teacher that draws pictures of another size.
 
     Args:
         size: pixels a side of its pictures.
         field: what asked for Emoji-8, for the error.
+        instead: what else could be asked for.
 
     Raises:
         UserError: it does.
     """
     if size != SIZE:
         raise UserError(
-            f"{field} means Emoji-8, pictures of {SIZE} pixels a side, and the teacher draws {size}; "
-            "give a folder of pictures"
+            f"{field} means Emoji-8, pictures of {SIZE} pixels a side, and the teacher draws {size}; {instead}"
         )
 
 

@@ -1,0 +1,190 @@
+"""The bundled world's side of TLCM: which students its tables ask for, the reward, the second opinion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.config import validate
+from fewstep.errors import UserError
+from fewstep.evaluation.agreement import save_scorer
+from fewstep.evaluation.scorer import Scorer
+from fewstep.evaluation.settings import ScorerConfig
+from fewstep.loop_settings import LoopConfig
+from fewstep.preference.scorer import PreferenceScorer
+from fewstep.settings import DistillConfig
+from fewstep.world import emoji8, tlcm
+from fewstep.world.reward import load_world_scorer
+from fewstep.world.second_opinion import second_opinion
+from fewstep.world.settings import OpinionConfig, TlcmConfig
+
+
+class Words:
+    """A text side of hashed words."""
+
+    name, sha256, width = "hashed words", "0" * 64, 32
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        rows = []
+        for prompt in prompts:
+            row = np.zeros(self.width, np.float32)
+            for word in prompt.replace(",", " ").split():
+                row += np.random.default_rng(sum(map(ord, word)) * 7919 + len(word)).standard_normal(self.width)
+            rows.append(row / max(np.linalg.norm(row), 1e-6))
+        return torch.from_numpy(np.array(rows, np.float32))
+
+
+# ---- the tables' students
+
+
+@pytest.fixture
+def shop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """A workshop that writes down what it would train."""
+    made: dict[str, DistillConfig] = {}
+
+    def distill(config: DistillConfig, out: Path, *, cache: Path) -> Path:
+        made[out.name] = config
+        return out / "student" / "pytorch_lora_weights.safetensors"
+
+    monkeypatch.setattr(tlcm, "distill", distill)
+    return SimpleNamespace(shop=tlcm.Workshop(tlcm.law_of(), 2, tmp_path / "seed-2"), made=made)
+
+
+def test_rows_of_the_ablation_add_one_ingredient_each(shop: Any) -> None:
+    places = {label: shop.shop.student(label) for label in tlcm.LADDER}
+    made = shop.made
+    single, segments, perceptual = (
+        made[f"0-{name}"].method for name in ("lcd-single-step-z", "mlcd-single-step-z", "perceptual-distance")
+    )
+    assert (single.segments, single.rollout, single.distance) == (1, 1, "l2")
+    assert (segments.segments, segments.rollout, segments.distance) == (8, 1, "l2")
+    assert (perceptual.segments, perceptual.rollout, perceptual.distance, perceptual.weight) == (
+        8, 1, "perceptual", "x0",
+    )  # fmt: skip
+    whole = made["tlcm"]
+    assert whole.each_stage()[0].method.rollout == 8
+    stages = [places[label].parent.name for label in tlcm.STAGES]
+    assert stages == ["1-segments", "2-joined", "3-preference", "4-matching"]
+    everywhere = made["0-lcd-over-all-times"]
+    joined = whole.each_stage()[1].method
+    assert everywhere.student.start == str(places["MLCD, multistep z"])
+    assert (everywhere.method.grid, everywhere.method.k) == (1000, 125)
+    assert everywhere.method.model_copy(update={"grid": 8, "k": 1}) == joined
+    matched = made["0-matching"]
+    assert matched.student.start == str(places["+ preference"])
+    assert matched.method.adversarial.weight == 0
+    assert matched.method.matching == whole.each_stage()[3].method.matching
+    assert {config.loop.seed for config in made.values()} == {2}
+    assert all(not config.stages for name, config in made.items() if name != "tlcm")
+
+
+def test_rows_of_the_teachers_steps_differ_in_them_alone(shop: Any) -> None:
+    for p in (1, 4):
+        shop.shop.student(f"p = {p}")
+    one, four = shop.made["0-p-1"], shop.made["0-p-4"]
+    assert (one.method.substeps, four.method.substeps) == (1, 4)
+    assert one.method.model_copy(update={"substeps": 4}) == four.method
+    without = shop.shop.student("TLCM without preference")
+    config = shop.made["0-tlcm-without-preference"]
+    assert without.name == "student"
+    assert config.student.start.endswith("2-joined/student")
+    assert config.method == shop.shop.stage("matching").method
+
+
+def test_lcm_and_tcd_take_as_many_evaluations(shop: Any) -> None:
+    """As many whole steps as TLCM's evaluations pay for."""
+    for recipe, lr in (("lcm", 3e-4), ("tcd", 1e-3)):
+        shop.shop.student(recipe)
+        config = shop.made[recipe]
+        a_step = config.method.cost * config.loop.batch
+        assert 0 <= shop.shop.evaluations - config.loop.steps * a_step < a_step
+        assert config.optim.lr == lr
+        assert config.data.source == "emoji8"
+    assert shop.shop.config.data.source == "captions"
+
+
+def test_a_table_asks_for_its_rows(shop: Any) -> None:
+    config = validate(TlcmConfig, {"steps": [2, 3]})
+    drawn = [(entry.method, entry.sampling.steps) for entry in tlcm.entries_of(config, 1, shop.shop)]
+    assert drawn == [
+        *((name, n) for name in ("TLCM", "TLCM without preference") for n in (2, 3)), ("LCM", 4), ("TCD", 4),
+    ]  # fmt: skip
+    assert [entry.method for entry in tlcm.entries_of(config, 2, shop.shop)] == list(tlcm.LADDER)
+    assert [entry.method for entry in tlcm.entries_of(config, 3, shop.shop)] == ["p = 1", "p = 2", "p = 3", "p = 4"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"table": 4}, "table = 4 is not one of"),
+        ({"steps": [3, 2]}, r"steps = \[3, 2\] must rise within 1 to 8; the nearest is \[2, 3\]"),
+        ({"steps": [2, 20]}, r"the nearest is \[2, 8\]"),
+        ({"seeds": [1, 1]}, r"names one twice; the nearest is \[1\]"),
+    ],
+)
+def test_tables_that_are_none_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        validate(TlcmConfig, changes)
+
+
+# ---- who judges
+
+
+def test_the_worlds_scorer_can_be_followed(tmp_path: Path) -> None:
+    """Its score is the trained cosine, and its gradient raises it; colours beyond white earn nothing."""
+    config = ScorerConfig(channels=(16, 16, 16), blocks=(1, 1, 1), hidden=16, width=8)
+    torch.manual_seed(0)
+    trained = Scorer(config, Words.width)
+    save_scorer(tmp_path / "reward", config, dict(trained.state_dict()), Words(), {})
+    scorer = load_world_scorer(Words(), torch.device("cpu"), tmp_path / "reward")
+    assert isinstance(scorer, PreferenceScorer)
+    said = scorer.prepare(["a red disc", "a blue ring"])
+    assert all(getattr(scorer.identity, name) for name in ("name", "backbone", "licence", "commercial", "span"))
+    x = (torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 1.6 - 0.8).requires_grad_()
+    before = scorer.score(x, said)
+    seen = scorer.trained.scorer.embed_pictures(x.detach())
+    torch.testing.assert_close(before.detach(), (seen * said["text"]).sum(1))
+    (slope,) = torch.autograd.grad(before.sum(), x)
+    after = scorer.score(x.detach() + 0.05 * slope / slope.abs().max(), said)
+    assert bool((after > before.detach()).all())
+    white = torch.full((2, 3, 64, 64), 1.5, requires_grad=True)
+    (none,) = torch.autograd.grad(scorer.score(white, said).sum(), white)
+    assert float(none.abs().max()) == 0
+    large = scorer.score(torch.nn.functional.interpolate(x.detach(), scale_factor=2), said)
+    assert large.shape == (2,)
+
+
+def test_a_second_opinion_learns_which_prompts_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On eight concepts: own prompts score above others, and a second run reads the same heads back."""
+    whole = emoji8.load("train")
+    names = sorted({record.name for record in whole.records})[:8]
+    rows = [i for i, record in enumerate(whole.records) if record.name in names]
+    few = emoji8.Emoji8(whole.pictures[rows], tuple(whole.records[i] for i in rows))
+    monkeypatch.setattr(emoji8, "load", lambda split="train": few)
+    backbone = SimpleNamespace(name="thumbnails", weights_sha256="1" * 64, licence="none", input="8x8")
+
+    class Thumbnails:
+        def __init__(self) -> None:
+            self.backbone = backbone
+
+        def __call__(self, pictures: np.ndarray) -> np.ndarray:
+            small = pictures.reshape(len(pictures), 16, 4, 16, 4, 3).mean((2, 4)).reshape(len(pictures), -1) / 127.5 - 1
+            return np.pad(small, ((0, 0), (0, 1280 - small.shape[1]))).astype(np.float32)
+
+    config = OpinionConfig(width=16, captions=4, loop=LoopConfig(steps=60, batch=16, save_every=60))
+    features: Any = Thumbnails()
+    opinion = second_opinion(config, features, Words(), tmp_path / "run", quiet=True)
+    own = [record.name for record in few.records]
+    right = opinion.features(few.pictures, own)
+    wrong = opinion.features(few.pictures, [names[(names.index(name) + 3) % 8] for name in own])
+    assert right.mean() > wrong.mean() + 0.3
+    again = second_opinion(config, features, Words(), tmp_path / "run", quiet=True)
+    assert again.identity == opinion.identity
+    np.testing.assert_array_equal(again.features(few.pictures, own), right)
