@@ -188,3 +188,35 @@ def test_a_second_opinion_learns_which_prompts_fit(tmp_path: Path, monkeypatch: 
     again = second_opinion(config, features, Words(), tmp_path / "run", quiet=True)
     assert again.identity == opinion.identity
     np.testing.assert_array_equal(again.features(few.pictures, own), right)
+
+
+def test_prompts_are_prepared_once_or_as_they_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same scores either way; a set that does not fit into memory is prepared batch by batch."""
+    from fewstep import taste
+
+    asked: list[list[str]] = []
+
+    class Scorer:
+        def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+            asked.append(list(prompts))
+            return {"n": torch.tensor([[float(len(prompt))] for prompt in prompts])}
+
+        def score(self, pictures: Tensor, said: Any) -> Tensor:
+            return pictures.mean((1, 2, 3)) * said["n"][:, 0]
+
+    backbone: Any = SimpleNamespace(decode=lambda x: x * 2)
+    prompts = ["a", "bb", "cccc"]
+    x0 = torch.ones(2, 3, 4, 4)
+    which = (torch.tensor([0, 2]), torch.tensor([1, 1]))
+    whole, count = taste.make_taste(backbone, Scorer(), prompts)  # type: ignore[arg-type]
+    assert count == 3
+    assert asked == [["a"], prompts]
+    found = [scores.tolist() for scores in whole(x0, which)]
+    assert found == [[2.0, 8.0], [4.0, 4.0]]
+    monkeypatch.setattr(taste, "MOST_HELD", 8)
+    asked.clear()
+    lazy, _ = taste.make_taste(backbone, Scorer(), prompts)  # type: ignore[arg-type]
+    assert [scores.tolist() for scores in lazy(x0, which)] == found
+    assert asked == [["a"], ["a", "cccc"], ["bb", "bb"]]
+    with pytest.raises(UserError, match="at least 2"):
+        taste.make_taste(backbone, Scorer(), ["a"])  # type: ignore[arg-type]

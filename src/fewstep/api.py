@@ -103,7 +103,7 @@ def sample(
         prompts: what to draw, one prompt or several.
         out: picture file to write, .png or .webp.
         prompt_file: further prompts, one a line.
-        lora: `tcd` or `lcm` for the bundled students, a LoRA file or folder, None for the teacher itself; `auto` is
+        lora: `tcd` for the bundled student, a LoRA file or folder, None for the teacher itself; `auto` is
             `tcd` for the bundled teacher and None for another.
         teacher: pipeline folder; empty for the bundled one.
         seed: of the first picture; the others count up.

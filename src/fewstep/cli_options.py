@@ -27,7 +27,7 @@ Teacher = Annotated[str, typer.Option(help="Pipeline folder; empty for the bundl
 Lora = Annotated[
     str,
     typer.Option(
-        help="Student: tcd or lcm (bundled), a LoRA file or folder, none for the teacher itself; auto is tcd for the "
+        help="Student: tcd (bundled), a LoRA file or folder, none for the teacher itself; auto is tcd for the "
         "bundled teacher and none for another."
     ),
 ]

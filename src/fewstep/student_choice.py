@@ -15,7 +15,7 @@ from fewstep.folder import PipelineFolder
 from fewstep.method_settings import Guidance
 from fewstep.settings import Sampling, teacher_path
 
-BUNDLED_STUDENTS = ("tcd", "lcm")
+BUNDLED_STUDENTS = ("tcd",)
 AUTO = "auto"
 """The student where none is named: the bundled TCD one for the bundled teacher, none for another teacher."""
 NONE = "none"

@@ -98,14 +98,14 @@ def _sha256(folder: Path) -> str:
 
 
 class SentenceVectors:
-    """The multilingual sentence encoder's vectors (the extra `multilingual`).
+    """The multilingual sentence encoder's vectors (the extra `multilingual`), exact but for their last digits.
 
     Raises:
         UserError: the extra is not installed.
     """
 
     def __init__(self) -> None:
-        self._encoder = UniversalSentence()
+        self._encoder = UniversalSentence(BATCH)
         self.width, self.name = self._encoder.width, self._encoder.name
 
     @property
