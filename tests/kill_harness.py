@@ -80,6 +80,19 @@ def kill(pid: int) -> None:
     os.waitpid(pid, 0)
 
 
+def wait_for_all(pids: list[int], limit: float = 300.0) -> list[int | None]:
+    """The codes that children end with; none of them is left if one takes too long."""
+    running, codes = list(pids), []
+    try:
+        while running:
+            codes.append(wait_for(running[0], lambda: False, limit))
+            running.pop(0)
+    finally:
+        for pid in running:
+            kill(pid)
+    return codes
+
+
 def training_started(out: Path) -> Callable[[], bool]:
     """Whether log.jsonl has changed since now: a run writes it anew when it resumes."""
 

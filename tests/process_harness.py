@@ -25,7 +25,7 @@ from fewstep import distillation, plan, watch
 from fewstep.backbones.sd import StableDiffusion
 from fewstep.errors import UserError
 from fewstep.training import checkpoint
-from kill_harness import kill, launch, wait_for
+from kill_harness import launch, wait_for_all
 from pooled import Pooled
 
 LIMIT = 180.0
@@ -127,15 +127,7 @@ def run(folder: Path, overrides: list[str]) -> dict[str, list[int | None]]:
             return become
 
         running = [launch(command, folder / f"{name}-{rank}.log", patch(rank)) for rank in range(size)]
-        codes = []
-        try:
-            while running:
-                codes.append(wait_for(running[0], lambda: False, LIMIT))
-                running.pop(0)
-        finally:
-            for pid in running:
-                kill(pid)
-        return codes
+        return wait_for_all(running, LIMIT)
 
     return {
         "one": start("one", 1),

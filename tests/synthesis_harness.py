@@ -22,7 +22,7 @@ import fewstep.synthesis.synthesize as synthesis
 from fewstep import files
 from fewstep.errors import UserError
 from fewstep.synthesis import shards
-from kill_harness import kill, launch, wait_for
+from kill_harness import kill, launch, wait_for, wait_for_all
 from process_harness import enter, free_port
 
 LIMIT = 120.0
@@ -128,15 +128,7 @@ def run(folder: Path, words: list[str]) -> dict[str, Any]:
 
         out = folder / name.split("-")[0]
         running = [launch(command(out), folder / f"{name}-{rank}.log", patch(rank)) for rank in (0, 1)]
-        codes = []
-        try:
-            while running:
-                codes.append(wait_for(running[0], lambda: False, LIMIT))
-                running.pop(0)
-        finally:
-            for pid in running:
-                kill(pid)
-        return codes
+        return wait_for_all(running, LIMIT)
 
     record: dict[str, Any] = {"peace": [alone("peace")], "fire": [], "moments": []}
     for patch in (in_a_write(synthesis), in_a_write(shards)):
