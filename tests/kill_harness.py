@@ -46,7 +46,7 @@ def launch(arguments: list[str], log: Path, patch: Callable[[], None] | None = N
         if patch:
             patch()
         watch.Lite0Backbone = Pooled
-        distillation.estimate = lambda *a: Estimated(0, 0, 0, 0, 0, {})  # two steps of work at every start
+        distillation.estimate = lambda *a: Estimated(0, 0, 0, 0, 0, {}, 0, {})  # two steps of work at every start
         main(arguments)
     except SystemExit as done:
         code = int(done.code or 0)

@@ -51,7 +51,7 @@ def second_process_killed(rank: int) -> None:
     plain = plan.consistency_loss
 
     def loss(*args: Any) -> Any:
-        if rank == 1 and args[3].step == KILLED_IN:
+        if rank == 1 and args[1].step == KILLED_IN:
             os.kill(os.getpid(), signal.SIGKILL)
         return plain(*args)
 
@@ -64,7 +64,7 @@ def second_process_spoilt(rank: int) -> None:
 
     def loss(*args: Any) -> Any:
         result = plain(*args)
-        bad = rank == 1 and args[3].step == SPOILT_IN
+        bad = rank == 1 and args[1].step == SPOILT_IN
         result.scalars["extra"] = torch.tensor(float("nan") if bad else 1.0)  # type: ignore[index]
         return result
 

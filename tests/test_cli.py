@@ -606,14 +606,14 @@ def test_a_whole_slice(tiny_overrides: list[str], capsys: pytest.CaptureFixture[
 
     out = run("distill", *words, "--dry-run")
     assert [line.split()[0] for line in out.splitlines()] == ["time", "memory", "calls"]
-    assert "4 network evaluations a sample and step (student 1, target 1, teacher 2)" in out
+    assert "network evaluations a sample and step: 4 (student 1, target 1, teacher 2)" in out
     assert written() == [], "a dry run leaves nothing"
     file = Path("run/student/pytorch_lora_weights.safetensors")
     assert f"wrote {file}" in run("distill", *words)
     names = {path.name for path in Path("run").iterdir()}
     assert names == {
         *("cache", "checkpoints", "student", "tensorboard"),
-        *("config.yaml", "inputs.json", "log.jsonl", "versions.json", ".lock"),
+        *("config.yaml", "evaluations.json", "inputs.json", "log.jsonl", "versions.json", ".lock"),
     }
     for options, size in (
         (("--steps", "2"), (256, 256)),

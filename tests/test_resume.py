@@ -84,10 +84,10 @@ def test_resuming_equals_going_on(
     class StopError(Exception):
         pass
 
-    def stopping(method: Any, denoiser: Any, sample: Any, draws: Any, *more: Any) -> Any:
+    def stopping(scene: Any, draws: Any, *more: Any) -> Any:
         if draws.step == 3:
             raise StopError
-        return plain(method, denoiser, sample, draws, *more)
+        return plain(scene, draws, *more)
 
     plain = family.consistency_loss
     with monkeypatch.context() as patched:

@@ -78,7 +78,7 @@ def _distill_config(
     check_distillation(settings, read_folder(teacher_path(settings.teacher)))
     check_writable(Path(out))
     check_same_run(Path(out), settings)
-    if settings.loop.watch_every:
+    if any(stage.loop.watch_every for stage in settings.each_stage()):
         check_installed("distill with loop.watch_every", WATCHING)
     return settings
 

@@ -11,7 +11,7 @@ from fewstep.evaluation.settings import KID_FEWEST
 from fewstep.export.header import base_shapes, check_start
 from fewstep.export.pipeline import RECORD
 from fewstep.files import read_mapping
-from fewstep.folder import PARTS, PipelineFolder
+from fewstep.folder import LORA_TARGETS, PARTS, PipelineFolder
 from fewstep.language.settings import PACKAGES
 from fewstep.method_settings import GridSpec
 from fewstep.names import End
@@ -27,16 +27,16 @@ def check_distillation(config: DistillConfig, folder: PipelineFolder) -> None:
         UserError: no such pictures or watched prompts, a grid off the teacher's schedule, no such layers.
     """
     _check_source(config, folder)
-    if config.loop.watch_every:
-        _check_watched(config.watch.prompts)
-        _check_steps("watch.teacher_steps", config.watch.teacher_steps, _indices(folder))
-    _check_grid("method.grid", config.method.grid, folder)
-    _check_times("sampling.", config.sampling, folder)
     if config.student.kind == "lora" and config.student.targets:
         _check_targets(config.student.targets, folder)
     if config.student.start:
-        check_start(config.student, folder)
+        check_start(config.student, folder, LORA_TARGETS, config.each_stage()[0].method.told)
     for stage in config.each_stage():
+        if stage.loop.watch_every:
+            _check_watched(stage.watch.prompts)
+            _check_steps("watch.teacher_steps", stage.watch.teacher_steps, _indices(folder))
+        _check_grid("method.grid", stage.method.grid, folder)
+        _check_times("sampling.", stage.sampling, folder)
         _check_looks(stage, folder)
 
 
@@ -83,9 +83,14 @@ def _check_source(config: DistillConfig, folder: PipelineFolder) -> None:
                 )
         return
     if is_synthesis(source):
-        kind = read_manifest(Path(source)).plan.settings.kind
+        drawn = read_manifest(Path(source)).plan.settings
         for stage in config.each_stage():
-            if stage.method.start == "trajectory" and kind != "trajectories":
+            if stage.method.start == "trajectory" and (drawn.grid, drawn.end) != (stage.method.grid, stage.method.end):
+                raise UserError(
+                    f"data.source = {source!r} holds points of grid = {drawn.grid}, end = {drawn.end!r}, not of "
+                    f"method.grid = {stage.method.grid}, end = {stage.method.end!r}; the nearest legal are the set's"
+                )
+            if stage.method.start == "trajectory" and drawn.kind != "trajectories":
                 raise UserError(
                     f"data.source = {source!r} holds latents alone, method.start = 'trajectory' asks for points; "
                     "the nearest legal start is 'data'"

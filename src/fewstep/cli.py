@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from pydantic import BaseModel
@@ -17,9 +17,6 @@ from fewstep.cli_options import Device, Lora, Omega, Overrides, Sampled, Teacher
 from fewstep.errors import UserError
 from fewstep.evaluation.settings import FD_ADVISED
 from fewstep.names import TO_TEACHER
-
-if TYPE_CHECKING:
-    pass
 
 
 def settings_help(config: BaseModel, prefix: str = "") -> list[str]:
@@ -50,6 +47,7 @@ def recipes(settings: Annotated[bool, typer.Option(help="List every setting too.
         DemoConfig,
         FamilyConfig,
         TeacherConfig,
+        TlcmConfig,
     )
 
     for name in names():
@@ -64,6 +62,7 @@ def recipes(settings: Annotated[bool, typer.Option(help="List every setting too.
             ("demo", DemoConfig),
             ("benchmark", BenchmarkConfig),
             ("family", FamilyConfig),
+            ("tlcm", TlcmConfig),
             ("chinese", ChineseConfig),
             ("train-adapter", AdapterConfig),
             ("train-teacher", TeacherConfig),

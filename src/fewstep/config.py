@@ -66,16 +66,21 @@ def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
         old = result.get(key)
         if isinstance(old, Mapping) and isinstance(value, Mapping):
             result[key] = merge(old, value)
-        elif isinstance(old, list | tuple) and old and isinstance(value, Mapping):
+        elif isinstance(old, list | tuple) and _are_named(old) and isinstance(value, Mapping):
             result[key] = _merge_named(key, old, value)
         else:
             result[key] = value
     return result
 
 
+def _are_named(items: Sequence[Any]) -> bool:
+    """Whether it is a list of mappings with a name each."""
+    return bool(items) and all(isinstance(item, Mapping) and "name" in item for item in items)
+
+
 def _merge_named(key: str, items: Sequence[Any], change: Mapping[str, Any]) -> list[Any]:
     """A list of mappings with a name each, some of them changed."""
-    names = [str(item.get("name")) if isinstance(item, Mapping) else "" for item in items]
+    names = [str(item["name"]) for item in items]
     for name in change:
         if name not in names:
             raise UserError(f"{key}.{name}: {key} holds {', '.join(names)}; the nearest is {nearest(name, names)!r}")

@@ -5,6 +5,7 @@ Data flows one way: config -> data -> method -> loop -> checkpoint -> export.
 
 from __future__ import annotations
 
+import gc
 import sys
 import tempfile
 import time
@@ -109,7 +110,10 @@ def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quie
     """
     # first: on several GPUs it says which one is this process's
     accelerator = make_accelerator(config.loop.precision, pick_device(config.device))
-    check_split(config.loop, accelerator)
+    for stage in config.each_stage():
+        check_split(stage.loop, accelerator)
+        if stage.method.distance == "perceptual" and not stage.perceptual.folder:
+            check_split(stage.perceptual.loop, accelerator)
     main = accelerator.is_main_process
     target, place = out / "student", cache or out / "cache"
     with ExitStack() as held:
@@ -144,6 +148,10 @@ def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quie
                 if main:
                     own = folder / "student"
                     target = export_student(run.config, run.backbone, start, own, {"steps_trained": done})
+            if number + 1 < len(parts):  # the next stage loads networks of its own
+                del run, trained
+                gc.collect()
+                torch.cuda.empty_cache()
         if config.stages:
             with together():
                 if main:
@@ -220,7 +228,7 @@ def estimate_stage(config: DistillConfig) -> Estimated:
         return estimate(update_plan(run), run.data, config, run.networks)
     captioned = read_source(config, backbone.picture_size)
     backbone.load_encoders()
-    few = captioned.take(range(min(config.loop.batch, len(captioned))))
+    few = captioned.take(range(min(max(2, config.loop.batch), len(captioned))))
     fingerprint = encoders_fingerprint(backbone)  # before the clock starts: hashed once for any number of pictures
     with tempfile.TemporaryDirectory() as cache:
         started = time.perf_counter()

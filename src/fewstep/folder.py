@@ -12,6 +12,11 @@ from fewstep.errors import UserError, nearest
 from fewstep.files import read_mapping, sha256
 from fewstep.tensor_header import read_safetensors_header
 
+LORA_TARGETS = [
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+]
+"""The layers that LCM-LoRA, TCD and TLCM adapt (suffixes of module names)."""
 PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
 """What pictures are drawn with."""
 WEIGHTS = "*.safetensors"

@@ -108,7 +108,8 @@ def sample_sss(
     lowest = end_time(path, end)
     for t, t_next in pairwise(times):
         then = _batch(t_next, x)
-        s = TARGETS[law](path, then, gamma).clamp(min=lowest)  # a network is not asked for less than it was trained to
+        # a network is not asked for less than it was trained to; full re-noising returns to the end point itself
+        s = _batch(lowest, x) if gamma == 1 else TARGETS[law](path, then, gamma).clamp(min=lowest)
         x_s = jump(x, _batch(t, x), s)
         x = diffuse(path, x_s, s, then, noise()) if gamma > 0 else x_s
     return jump(x, _batch(times[-1], x), _batch(end_time(path, end), x))

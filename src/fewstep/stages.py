@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -27,8 +28,9 @@ class Stage(Config):
     @field_validator("loop")
     @classmethod
     def _without_steps(cls, loop: dict[str, Any]) -> dict[str, Any]:
-        if "steps" in loop:
-            raise ValueError("a stage's steps are its share of loop.steps; the nearest legal name is share")
+        for name, instead in (("steps", "a stage's share"), ("precision", "loop.precision, for all stages")):
+            if name in loop:
+                raise ValueError(f"{name} is no stage's own; the nearest legal one is {instead}")
         return loop
 
 
@@ -80,6 +82,14 @@ def _split(steps: int, shares: Sequence[float]) -> list[int]:
     return [end - start for start, end in pairwise([0, *ends])]
 
 
+def stage_seed(seed: int, number: int) -> int:
+    """The seed of a stage's draws: the first stage's is the run's own, the others see other prompts and other noise."""
+    if number == 0:
+        return seed
+    digest = hashlib.sha256(f"{seed} stage {number}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
 def stage_configs(config: ConfigT, stages: Sequence[Stage], steps: int) -> list[ConfigT]:
     """The whole config of each stage.
 
@@ -88,12 +98,16 @@ def stage_configs(config: ConfigT, stages: Sequence[Stage], steps: int) -> list[
     """
     result = []
     plain = BaseModel.model_dump(config)
-    for stage, own in zip(stages, split_steps(steps, [stage.share for stage in stages]), strict=True):
+    names = [stage.name for stage in stages]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"stages has two named {twice!r}; the nearest legal names are {names[0]!r}, {twice + '-2'!r}")
+    for number, (stage, own) in enumerate(zip(stages, split_steps(steps, [s.share for s in stages]), strict=True)):
         changes = {
             "method": stage.method,
             "optim": stage.optim,
             "sampling": stage.sampling,
-            "loop": {**stage.loop, "steps": own},
+            "loop": {"seed": stage_seed(plain["loop"]["seed"], number), **stage.loop, "steps": own},
             "stages": (),
         }
         try:

@@ -37,6 +37,9 @@ class MatchingConfig(Config):
     )
     low: float = Field(0.02, ge=0, le=1, description="least noise at which scores are compared, as a share of T")
     high: float = Field(0.98, ge=0, le=1, description="most noise, as a share of T")
+    omega: float | None = Field(
+        None, ge=0, description="guidance of the real score; null for that of the teacher's step"
+    )
     every: int = Field(5, ge=1, description="steps of the fake score for one of the student")
     lr: float = Field(1e-5, gt=0, description="learning rate of the fake score")
 

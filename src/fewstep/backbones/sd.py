@@ -13,15 +13,9 @@ from torch import Tensor, nn
 
 from fewstep.denoiser import Condition
 from fewstep.errors import UserError
-from fewstep.folder import PipelineFolder, read_folder
+from fewstep.folder import LORA_TARGETS, PipelineFolder, read_folder
 from fewstep.names import Prediction
 from fewstep.schedule import VariancePreserving
-
-LORA_TARGETS = [
-    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
-    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
-]
-"""The layers that LCM-LoRA, TCD and TLCM adapt (suffixes of module names)."""
 
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 _TEXT_ENCODERS = ("CLIPTextModel", "BertModel")

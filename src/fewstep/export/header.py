@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from fewstep.config import validate
 from fewstep.errors import UserError
 from fewstep.export.spellings import PEFT_PREFIX, Keys, find_keys
 from fewstep.files import read_mapping
-from fewstep.folder import PipelineFolder, weight_files
+from fewstep.folder import PipelineFolder, read_folder, weight_files
 from fewstep.settings import Sampling, StudentConfig
 from fewstep.tensor_header import Entry, Shape, read_numbers, read_safetensors_header
 
@@ -206,23 +206,48 @@ def check_lora(path: Path | str, folder: PipelineFolder) -> LoraHeader:
     return header
 
 
-def check_start(config: StudentConfig, folder: PipelineFolder) -> None:
-    """Refuse a student that the run could not start from, from its file's header alone.
+def check_start(config: StudentConfig, folder: PipelineFolder, targets: Sequence[str], told: Sequence[str]) -> None:
+    """Refuse a student that a run could not start from, from its files' headers alone.
+
+    Args:
+        targets: layers that the backbone adapts where the config names none.
+        told: what the run's network is told.
 
     Raises:
-        UserError: no LoRA, of another base, of another rank, or with layers that are not trained.
+        UserError: no student, of another base or architecture, of another rank, told something else, or with layers
+            that are not trained.
     """
-    if not config.start or config.kind == "full":
+    if not config.start:
+        return
+    if config.kind == "full":
+        _check_full_start(config.start, folder)
         return
     header = check_lora(config.start, folder)
+    heard = header.sampling.told if header.sampling else ()
+    if set(heard) - set(told):
+        raise UserError(
+            f"student.start = {config.start!r} is told {sorted(heard)}, method.told = {list(told)}; "
+            f"the nearest legal method.told is {sorted(heard)}"
+        )
+    trained = config.targets or tuple(targets)
     for module, layer in header.layers.items():
         if layer.a[0] != config.rank:
             raise UserError(
                 f"student.start = {config.start!r} has rank {layer.a[0]}, student.rank = {config.rank}; "
                 f"the nearest legal rank is {layer.a[0]}"
             )
-        if config.targets and not any(module == t or module.endswith(f".{t}") for t in config.targets):
+        if not any(module == target or module.endswith(f".{target}") for target in trained):
             raise UserError(
                 f"student.start = {config.start!r} adapts {module}, which student.targets leaves out; "
                 "the nearest legal targets are those it was trained with"
             )
+
+
+def _check_full_start(start: str, folder: PipelineFolder) -> None:
+    own, found = base_shapes(folder), base_shapes(read_folder(start, "student.start"))
+    if own != found:
+        wrong = sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name))[0]
+        raise UserError(
+            f"student.start = {start!r} is no network of the teacher's kind: {wrong} is {found.get(wrong)}, "
+            f"not {own.get(wrong)}; the nearest is a student of this teacher"
+        )

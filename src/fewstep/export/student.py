@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewstep.backbones.sd import StableDiffusion, load_backbone
 from fewstep.export.conditioning import save_told, split_weights
-from fewstep.export.header import CONDITIONING, check_lora, check_start
+from fewstep.export.header import CONDITIONING, check_lora
 from fewstep.export.lora import read_lora, save_lora
 from fewstep.export.pipeline import save_pipeline
 from fewstep.files import atomic_folder
@@ -65,7 +65,6 @@ def starting_weights(config: StudentConfig, backbone: StableDiffusion) -> dict[s
     if config.kind == "full":
         weights = dict(load_backbone(place).network.state_dict())
     else:
-        check_start(config, backbone.folder)
         lora = read_lora(check_lora(place, backbone.folder))
         scale = config.lora_alpha / config.rank
         weights = {f"{name}.lora_A.weight": a for name, a in lora.down.items()}

@@ -8,9 +8,11 @@ apart by degrees.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep.denoiser import Condition
 from fewstep.draws import Draws
@@ -67,7 +69,10 @@ def discriminate(
     R1 (arXiv 1801.04406) adds r1/2 |dD(real)/dx|^2.
     """
     real_x = real[0].detach().requires_grad_(config.r1 > 0)
-    on_real, on_fake = critic(real_x, real[1], condition), critic(fake[0].detach(), fake[1], condition)
+    # fused attention has no second derivative, which R1's gradient is made of
+    with sdpa_kernel(SDPBackend.MATH) if config.r1 else nullcontext():
+        on_real = critic(real_x, real[1], condition)
+    on_fake = critic(fake[0].detach(), fake[1], condition)
     if config.kind == "hinge":
         per_sample = per_item(torch.relu(1 - on_real)) + per_item(torch.relu(1 + on_fake))
     else:

@@ -8,6 +8,7 @@ teacher's, and that of a fake score, which is another adapter on the same base a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -63,7 +64,10 @@ def score_gap(config: MatchingConfig, scene: Scene, x0: Tensor, draws: Draws) ->
     path = scene.denoiser.path
     t = drawn_noise(config, path, draws, "matching t")
     x_t = add_noise(path, x0, draws.normal("matching noise", tuple(x0.shape[1:])), t)
-    real = scene.teacher.denoise(x_t, t).x0
+    teacher = scene.teacher
+    if config.omega is not None and teacher.omega is not None:
+        teacher = replace(teacher, omega=torch.full_like(teacher.omega, config.omega))
+    real = teacher.denoise(x_t, t).x0
     fake = Voice(scene.denoiser, scene.sample.condition, FAKE).denoise(x_t, t).x0
     return expand(NORMALISERS[config.normaliser](path, t, x0, real), x0) * (fake - real)
 

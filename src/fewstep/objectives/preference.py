@@ -39,4 +39,4 @@ def preference_loss(
     """
     right, wrong = taste(x0, (prompts % count, other_prompts(prompts, count, draws)))
     hinge = torch.relu(config.aim - right) + torch.relu(wrong - config.s1)
-    return torch.where((prompts < count).to(hinge.device), hinge, 0.0)
+    return torch.where((prompts < count).to(hinge.device, non_blocking=True), hinge, 0.0)

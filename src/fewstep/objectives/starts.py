@@ -13,7 +13,7 @@ from fewstep.denoiser import Condition
 from fewstep.draws import Draws
 from fewstep.grid import end_time, inference_times
 from fewstep.jumper import Voice
-from fewstep.names import Start
+from fewstep.names import End, Start
 from fewstep.objectives.scene import Cast, PathPoint
 from fewstep.sampler import diffuse, sample_consistency, start_size
 from fewstep.schedule import add_noise
@@ -77,7 +77,7 @@ def by_rollout(cast: Cast, draws: Draws) -> Origin:
     step = SOLVERS[config.solver]
     for number in range(int(counts.max())):
         going = torch.nonzero(counts > number)[:, 0]
-        here = going.to(x.device)
+        here = going.to(x.device, non_blocking=True)
         t = top[going] + number * share[going]
         s = torch.where(counts[going] == number + 1, times.t_nk[going], top[going] + (number + 1) * share[going])
         x = x.index_copy(0, here, step(_some(cast.teacher, going).denoise, path, x[here], t, s).to(x.dtype))
@@ -88,7 +88,7 @@ def _some(voice: Voice, rows: Tensor) -> Voice:
     """The voice for some of its batch."""
 
     def pick(condition: Condition | None) -> Condition | None:
-        return None if condition is None else {k: v[rows.to(v.device)] for k, v in condition.items()}
+        return None if condition is None else {k: v[rows.to(v.device, non_blocking=True)] for k, v in condition.items()}
 
     omega = None if voice.omega is None else voice.omega[rows]
     return Voice(voice.denoiser, pick(voice.condition) or {}, voice.role, null=pick(voice.null), omega=omega)
@@ -109,9 +109,10 @@ def by_student(cast: Cast, draws: Draws) -> Origin:
     def noise() -> Tensor:
         return draws.normal(f"sample's return {next(returns)}", shape)
 
-    drawn = sample_consistency(cast.student, path, x, times, config.end, noise)
+    lands: End = "clean" if config.jump == "skip" else config.end
+    drawn = sample_consistency(cast.student, path, x, times, lands, noise)
     torch.clear_autocast_cache()  # older torch keeps the cast weights of a call, and these have no gradient
-    end = end_time(path, config.end)
+    end = end_time(path, lands)
     x_nk = diffuse(path, drawn, torch.full_like(cast.times.t_nk, end), cast.times.t_nk, draws.normal("noise", shape))
     return Origin(x_nk, None, drawn, end)
 

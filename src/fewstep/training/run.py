@@ -242,7 +242,8 @@ RHYTHM = ("steps", "log_every", "save_every", "keep", "watch_every")
 
 def _without_rhythm(config: Mapping[str, Any]) -> dict[str, Any]:
     loop = config.get("loop")
-    kept = {k: v for k, v in loop.items() if k not in RHYTHM} if isinstance(loop, Mapping) else loop
+    free = [name for name in RHYTHM if name != "steps" or not config.get("stages")]  # of a list they are all split anew
+    kept = {k: v for k, v in loop.items() if k not in free} if isinstance(loop, Mapping) else loop
     return {**config, "loop": kept}
 
 

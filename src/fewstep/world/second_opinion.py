@@ -1,7 +1,8 @@
-"""A second opinion on prompts: small heads on Lite0's features, never trained against.
+"""A second opinion on prompts: small heads on Lite0's features, whose score no student is trained by.
 
-Students that were trained by a preference are judged by a scorer that shares nothing with it: neither picture network
-(EfficientNet-Lite0, frozen) nor text side (the teacher's encoder). It is trained in a minute and kept in the run.
+It shares nothing with the preference that students are trained by: neither picture network (EfficientNet-Lite0, frozen)
+nor text side (the teacher's encoder). It is no stranger in all else: earlier layers of Lite0 teach the perceptual distance,
+FD and KID look at the same features, and the evaluating scorer reads with the same text encoder. Its identity says so.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ class SecondOpinion(PictureMean):
         backbone = features.backbone
         self.identity = Identity(
             name="preference",
-            measures="how well pictures fit their prompts, by heads on Lite0's features that no student is trained by",
+            measures="how well pictures fit their prompts, by heads on Lite0's features; no student is trained by this "
+            "score, but earlier layers of Lite0 teach the perceptual distance",
             better="higher",
             unit="cosine",
             reduction="mean over pictures of the cosine of picture and prompt",

@@ -64,7 +64,7 @@ STAGES = {
 }
 """Rows of Table 2 that are a stage's end of the whole run, from the first stage to the last."""
 SINGLE = {"rollout": 1}
-PLAIN = {"distance": "l2", "weight": "none"}
+PLAIN = {"distance": "l2"}
 WITHOUT_CRITIC = {"adversarial": {"weight": 0.0}}
 VARIANTS = (
     Variant("LCD, single-step z", "segments", changes={**SINGLE, **PLAIN, "segments": 1}),
@@ -110,7 +110,8 @@ class Workshop:
     def whole(self) -> Path:
         """The run folder of all stages, finished."""
         folder = self.out / "tlcm"
-        distill(self.config, folder, cache=self.out.parent / "cache")
+        if not (folder / "student").is_dir():  # a run that is finished would be laid out stage by stage once more
+            distill(self.config, folder, cache=self.out.parent / "cache")
         return folder
 
     def stage(self, name: str) -> DistillConfig:
@@ -178,9 +179,16 @@ def entries_of(config: TlcmConfig, table: int, shop: Workshop) -> list[Entry]:
     return [entry for label in labels for entry in student_entries(label, shop.student(label), own, [4], shop.seed)]
 
 
-def tlcm(config: TlcmConfig, out: Path, overrides: Sequence[str] = ()) -> Path:
+def changes(config: TlcmConfig) -> list[str]:
+    """What a config changes in the defaults besides the table, as words of the command."""
+    given, usual = config.model_dump(mode="json"), TlcmConfig().model_dump(mode="json")
+    changed = {name: value for name, value in given.items() if value != usual[name] and name != "table"}
+    return [word for name, value in changed.items() for word in ("-s", f"{name}={value}")]
+
+
+def tlcm(config: TlcmConfig, out: Path) -> Path:
     """Train, draw and measure what the asked table needs; write it, and return its path."""
-    law = law_of(overrides)
+    law = law_of()
     prompts = emoji8.read_prompts("benchmark")[: config.prompts]
     bench = Bench.load(out / "features")
     opinion = second_opinion(OpinionConfig(), bench.features, BertStates(root() / "teacher"), out / "opinion")
@@ -201,7 +209,9 @@ def tlcm(config: TlcmConfig, out: Path, overrides: Sequence[str] = ()) -> Path:
         real=judge.real(),
         prompts=tuple(prompts),
         settings={
-            "command": shlex.join(["fewstep", "tlcm", "--table", str(config.table), "--out", str(out)]),
+            "command": shlex.join(
+                ["fewstep", "tlcm", "--table", str(config.table), "--out", str(out), *changes(config)]
+            ),
             "commit": ", ".join(sorted({row.commit for row in rows})),
             "hardware": hardware(),
             "prompts": f"{len(prompts)} open prompts (no style: several right pictures each)",
