@@ -13,6 +13,7 @@ import torch
 from fewstep import distillation, synthesize
 from fewstep.data import pictures
 from fewstep.drawing import load_artist
+from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.files import read_json
 from fewstep.role_layout import unique_bytes
@@ -137,9 +138,19 @@ def test_evaluations_are_counted_and_as_stated(whole: tuple[DistillConfig, Path]
         counted = read_json(folder / "evaluations.json")["a_sample_and_step"]
         stated = dict(stage.method.calls)
         stated["student"] = stated["student"] + stated.pop("target", 0)
-        if stage.method.start == "rollout":  # as many steps as the drawn points are clean
-            assert counted["student"] == stated["student"]
-            assert counted["teacher"] == pytest.approx(stated["teacher"], rel=0.5)
+        if stage.method.start == "rollout":  # as many steps as the points are clean that were drawn
+            loop, walked = stage.loop, stage.method.rollout_steps
+            drawn = [
+                int(
+                    Draws(loop.seed, step, tuple(range(step * loop.batch, (step + 1) * loop.batch))).integers(
+                        "n", 0, 1000
+                    )[i]
+                )
+                for step in range(loop.steps)
+                for i in range(loop.batch)
+            ]
+            steps = sum(walked[index] for index in drawn) / len(drawn)
+            assert counted == {"student": 2, "teacher": pytest.approx(2 * steps + 2)}
         else:
             assert counted == pytest.approx(stated), folder.name
 
@@ -160,16 +171,59 @@ def test_base_weights_are_stored_once_for_four_roles(words: list[str], tiny_cach
     assert estimated.trained["student"] == sizes[0]
 
 
-def test_the_fake_score_starts_as_the_teacher_and_leaves_it(words: list[str], tiny_cache: Path, tmp_path: Path) -> None:
-    """Not as the student of the stage before: its fit starts from the teacher's own score."""
+def test_the_fake_score_starts_as_the_teacher_and_leaves_it(words: list[str], tiny_cache: Path) -> None:
+    """Not as the student of the stage before; its own step moves it and nothing else."""
     config = resolve("tlcm", None, words).each_stage()[3]
     run = distillation.prepare(config, tiny_cache, torch.device("cpu"))
     student = {name: torch.randn_like(p) for name, p in run.student.parameters("student").items()}
     distillation.start_from(config.method, run.student, student)
     fake = run.student.parameters("fake")
-    assert all(float(p.detach().abs().max()) == 0 for name, p in fake.items() if "lora_B" in name)
-    assert all(p.requires_grad for p in fake.values())
+    ups = [p for name, p in fake.items() if "lora_B" in name]
+    assert all(float(p.detach().abs().max()) == 0 for p in ups)
+    plan = {update.name: update for update in distillation.update_plan(run)}
+    assert [plan[name].every for name in ("student", "fake", "critic")] == [2, 1, 1]
+    optimiser = torch.optim.SGD(plan["fake"].parameters.values(), lr=1.0)
+    items = torch.arange(2)
+    batch = {"items": items, "latents": run.data.latents[items]}
+    plan["fake"].loss(batch, Draws(0, 0, (0, 1))).value.backward(inputs=list(plan["fake"].parameters.values()))
+    optimiser.step()
+    assert all(float(p.detach().abs().max()) > 0 for p in ups)
     assert digest(run.student.parameters("student")) == digest(student)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_the_split_into_micro_batches_is_no_choice(
+    stage: int, words: list[str], tiny_cache: Path, tmp_path: Path
+) -> None:
+    """Roll-outs, own samples, fake score and critic: one scene a micro-batch, the same student at any split."""
+    plain = resolve("tlcm", None, words).each_stage()[stage]
+    found = []
+    for accumulate in (1, 2):
+        loop = plain.loop.model_copy(update={"accumulate": accumulate, "batch": 4, "steps": 2})
+        config = plain.model_copy(update={"loop": loop})
+        out = tmp_path / f"{accumulate}"
+        found.append(weights_of(distillation.distill(config, out, cache=tiny_cache, quiet=True)))
+    for name, value in found[0].items():
+        np.testing.assert_allclose(found[1][name].float(), value.float(), atol=5e-4)
+    assert max(float(v.abs().max()) for k, v in found[0].items() if "lora_B" in k) > 1e-3
+
+
+def test_stages_see_other_prompts_and_other_noise(words: list[str]) -> None:
+    seeds = [stage.loop.seed for stage in resolve("tlcm", None, words).each_stage()]
+    assert seeds[0] == 0
+    assert len(set(seeds)) == 4
+    others = [stage.loop.seed for stage in resolve("tlcm", None, [*words, "loop.seed=1"]).each_stage()]
+    assert not set(seeds) & set(others)
+
+
+def test_another_length_of_a_list_of_stages_is_refused_at_once(
+    whole: tuple[DistillConfig, Path], words: list[str]
+) -> None:
+    """It would split all stages anew, under students that are trained already."""
+    from fewstep.training.run import check_same_run
+
+    with pytest.raises(UserError, match=r"another loop\.steps \(10, now 20\)"):
+        check_same_run(whole[1], resolve("tlcm", None, [*words, "loop.steps=20"]))
 
 
 STORED = [

@@ -68,7 +68,11 @@ def test_rows_of_the_ablation_add_one_ingredient_each(shop: Any) -> None:
     assert (perceptual.segments, perceptual.rollout, perceptual.distance, perceptual.weight) == (
         8, 1, "perceptual", "x0",
     )  # fmt: skip
+    plain = {"distance": "l2"}
+    assert segments.model_copy(update={"segments": 1}) == single, "one ingredient each"
+    assert perceptual.model_copy(update=plain) == segments
     whole = made["tlcm"]
+    assert whole.each_stage()[0].method.model_copy(update={"rollout": 1}) == perceptual
     assert whole.each_stage()[0].method.rollout == 8
     stages = [places[label].parent.name for label in tlcm.STAGES]
     assert stages == ["1-segments", "2-joined", "3-preference", "4-matching"]
@@ -81,7 +85,11 @@ def test_rows_of_the_ablation_add_one_ingredient_each(shop: Any) -> None:
     assert matched.student.start == str(places["+ preference"])
     assert matched.method.adversarial.weight == 0
     assert matched.method.matching == whole.each_stage()[3].method.matching
-    assert {config.loop.seed for config in made.values()} == {2}
+    seeds = [stage.loop.seed for stage in whole.each_stage()]
+    assert seeds[0] == whole.loop.seed == 2
+    assert [made[f"0-{name}"].loop.seed for name in ("lcd-single-step-z", "lcd-over-all-times", "matching")] == [
+        seeds[0], seeds[1], seeds[3],
+    ]  # fmt: skip
     assert all(not config.stages for name, config in made.items() if name != "tlcm")
 
 

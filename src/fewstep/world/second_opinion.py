@@ -1,8 +1,8 @@
 """A second opinion on prompts: small heads on Lite0's features, whose score no student is trained by.
 
 It shares nothing with the preference that students are trained by: neither picture network (EfficientNet-Lite0, frozen)
-nor text side (the teacher's encoder). It is no stranger in all else: earlier layers of Lite0 teach the perceptual distance,
-FD and KID look at the same features, and the evaluating scorer reads with the same text encoder. Its identity says so.
+nor text side (the teacher's encoder). It is no stranger in all else: earlier layers of Lite0 teach the perceptual
+distance, FD and KID look at the same features, and the evaluating scorer reads with the same text encoder.
 """
 
 from __future__ import annotations
