@@ -72,7 +72,7 @@ VARIANTS = (
     Variant("+ perceptual distance", "segments", changes=SINGLE),
     Variant("+ LCD over all times", "joined", "MLCD, multistep z", {"grid": 1000, "k": 125}),
     Variant("+ matching", "matching", "+ preference", WITHOUT_CRITIC),
-    Variant("TLCM without preference", "matching", "+ improved LCD"),
+    Variant("TLCM without preference", "matching", "+ improved LCD", {"preference": {"weight": 0.0}}),
 )
 LADDER = (
     "LCD, single-step z",
