@@ -13,7 +13,7 @@ from PIL import Image
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from fewstep.api import train_perceptual
+from fewstep.api_tools import train_perceptual
 from fewstep.backbones.sd import StableDiffusion, load_backbone
 from fewstep.config import validate
 from fewstep.device import pick_device

@@ -5,24 +5,27 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # type checkers and editors see the verbs; `import fewstep` stays light
-    from fewstep.api import (
-        distill,
-        estimate,
-        evaluate,
-        playground,
-        read_synthesis,
-        sample,
-        synthesis_cost,
-        synthesize,
-    )
+    from fewstep.api import distill, estimate, evaluate, playground, sample
+    from fewstep.api_tools import read_synthesis, synthesis_cost, synthesize, train_adapter, train_perceptual
     from fewstep.errors import UserError
     from fewstep.told_pipeline import attach
-    from fewstep.world.api import benchmark, demo, family, teacher_card, train_scorer, train_teacher
+    from fewstep.world.api import (
+        benchmark,
+        chinese,
+        demo,
+        family,
+        teacher_card,
+        tlcm,
+        train_reward,
+        train_scorer,
+        train_teacher,
+    )
 
 __all__ = [
     "UserError",
     "attach",
     "benchmark",
+    "chinese",
     "demo",
     "distill",
     "estimate",
@@ -34,6 +37,10 @@ __all__ = [
     "synthesis_cost",
     "synthesize",
     "teacher_card",
+    "tlcm",
+    "train_adapter",
+    "train_perceptual",
+    "train_reward",
     "train_scorer",
     "train_teacher",
 ]
@@ -51,10 +58,10 @@ def __getattr__(name: str) -> Any:
 
         return attach
     if name in __all__:
-        from fewstep import api
+        from fewstep import api, api_tools
         from fewstep.world import api as world
 
-        return getattr(api, name, None) or getattr(world, name)
+        return next(getattr(place, name) for place in (api, api_tools, world) if hasattr(place, name))
     raise AttributeError(f"module 'fewstep' has no attribute {name!r}")
 
 

@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from fewstep.cost import Estimated
     from fewstep.evaluation.metric import Figure
     from fewstep.settings import DistillConfig
-    from fewstep.synthesis.planning import SynthesisCost
-    from fewstep.synthesis.reader import Synthesis
-    from fewstep.synthesis.settings import SynthesisConfig
 
 
 def distill(
@@ -159,122 +156,6 @@ def sample(
     return save_picture(sheet(pictures, count if len(wanted) > 1 else min(count, 8), enlarged), path)
 
 
-def synthesize(
-    prompt_file: Path | str,
-    *,
-    out: Path | str,
-    teacher: Path | str = "",
-    kind: str | None = None,
-    overrides: str | Sequence[str] = (),
-) -> Path:
-    """Draw a set from prompts alone with a teacher, for training without pictures; returns its folder.
-
-    Args:
-        prompt_file: one prompt a line.
-        out: folder; a set that was stopped is gone on with.
-        teacher: pipeline folder; empty for the one that overrides name, else the bundled one.
-        kind: `latents` (end points) or `trajectories` (whole walks); None for what overrides say, else latents.
-        overrides: `key=value` for the other settings.
-
-    Raises:
-        UserError: anything wrong, in one line, before any long work.
-    """
-    settings, lines, _ = _synthesis(prompt_file, out, teacher, kind, overrides)
-    from fewstep.synthesis.synthesize import synthesize as draw
-
-    return draw(settings, lines, Path(out))
-
-
-def synthesis_cost(
-    prompt_file: Path | str,
-    *,
-    out: Path | str,
-    teacher: Path | str = "",
-    kind: str | None = None,
-    overrides: str | Sequence[str] = (),
-) -> SynthesisCost:
-    """What `synthesize` with the same arguments will take: samples, network evaluations, disk. Nothing is written.
-
-    Raises:
-        UserError: what `synthesize` would refuse.
-    """
-    return _synthesis(prompt_file, out, teacher, kind, overrides)[2]
-
-
-def _synthesis(
-    prompt_file: Path | str, out: Path | str, teacher: Path | str, kind: str | None, overrides: str | Sequence[str]
-) -> tuple[SynthesisConfig, list[str], SynthesisCost]:
-    """The settings, prompts and cost of a synthesis, refused here if it could not run."""
-    from fewstep.data.prompts import read_prompts
-    from fewstep.folder import read_folder
-    from fewstep.settings import teacher_path
-    from fewstep.synthesis.planning import check_synthesis, cost_of
-    from fewstep.synthesis.settings import resolve_synthesis
-
-    settings = resolve_synthesis(overrides, teacher, kind)
-    lines = read_prompts(prompt_file)
-    folder = read_folder(teacher_path(settings.teacher))
-    check_synthesis(settings, lines, folder, Path(out))
-    return settings, lines, cost_of(settings, lines, folder)
-
-
-def read_synthesis(folder: Path | str) -> Synthesis:
-    """Open a set that `synthesize` has finished.
-
-    Raises:
-        UserError: it is none, is not finished, or a file of it is missing or of another size or layout.
-    """
-    from fewstep.synthesis.record import check_files, read_manifest
-
-    check_files(Path(folder), read_manifest(Path(folder)))
-    from fewstep.synthesis.reader import read_synthesis as read
-
-    return read(folder)
-
-
-def train_adapter(
-    *,
-    out: Path | str = "runs/adapter",
-    pairs: Path | str | None = None,
-    teacher: Path | str = "",
-    overrides: str | Sequence[str] = (),
-) -> Path:
-    """Train an adapter that reads prompts of other languages for a teacher; returns its folder, `out`/adapter.
-
-    Args:
-        out: run folder; a run that was stopped is resumed from it.
-        pairs: texts and what they are in the teacher's language, a .tsv or .jsonl file; None for Emoji-8's Chinese.
-        teacher: pipeline folder; empty for the bundled one.
-        overrides: dotted changes to the settings, e.g. "loop.steps=800".
-
-    Raises:
-        UserError: anything wrong with the pairs, the settings, the place or the installation, before any long work.
-    """
-    from fewstep.config import parse_overrides
-    from fewstep.files import check_writable
-    from fewstep.folder import read_folder
-    from fewstep.language.pairs import read_pairs
-    from fewstep.language.settings import PACKAGES, AdapterConfig
-    from fewstep.settings import teacher_path
-    from fewstep.training.run import check_same_run
-
-    config = validate(AdapterConfig, parse_overrides(overrides))
-    folder = read_folder(teacher_path(teacher))
-    if pairs is not None:
-        found = read_pairs(pairs)
-    else:
-        from fewstep.world.chinese_pairs import chinese_pairs
-
-        found = chinese_pairs()
-    check_writable(Path(out))
-    check_same_run(Path(out), config)
-    check_installed("train-adapter", PACKAGES, extra="multilingual")
-    from fewstep.language.train import train_adapter
-
-    train_adapter(config, folder, found, Path(out))
-    return Path(out) / "adapter"
-
-
 def evaluate(
     *,
     prompt_file: Path | str,
@@ -386,59 +267,6 @@ def playground(
     from fewstep.plane.play import play
 
     return play(configs, Path(out))
-
-
-def train_perceptual(
-    *,
-    out: Path | str,
-    prompts: Path | str | None = None,
-    teacher: Path | str = "",
-    device: str = "auto",
-    overrides: str | Sequence[str] = (),
-) -> Path:
-    """Train a distance between a teacher's latents that says what pixel features say; returns its folder.
-
-    Args:
-        out: run folder; a run that was stopped is resumed from it, a finished one returned at once.
-        prompts: prompt file that the teacher draws latents from; None for Emoji-8's captions, which the bundled
-            teacher alone knows.
-        teacher: pipeline folder; empty for the bundled one.
-        device: auto, cpu or cuda.
-        overrides: dotted changes to its settings, e.g. "loop.steps=1000".
-
-    Raises:
-        UserError: anything wrong, in one line, before any long work.
-    """
-    from fewstep.config import parse_overrides
-    from fewstep.data.prompts import read_prompts
-    from fewstep.files import check_writable
-    from fewstep.folder import read_folder
-    from fewstep.names import check_device
-    from fewstep.perceptual.settings import PerceptualConfig, check_prompts
-    from fewstep.settings import teacher_path
-    from fewstep.training.run import check_same_run
-    from fewstep.world import emoji8
-
-    check_device(device)
-    config = validate(PerceptualConfig, parse_overrides(overrides))
-    if prompts is None and teacher:
-        raise UserError(f"prompts must be given for teacher = {str(teacher)!r}: a text file, one prompt a line")
-    if prompts is None:
-        said = [row[0] for row in emoji8.caption_table(emoji8.load_records("train"), 1, 0)]
-    else:
-        said = read_prompts(prompts, "prompts")
-    check_prompts(said)
-    folder = read_folder(teacher_path(teacher))
-    check_writable(Path(out))
-    check_same_run(Path(out), config)
-    check_installed("train-perceptual", WATCHING)
-    from fewstep.device import pick_device
-
-    place = pick_device(device)
-    from fewstep.backbones.sd import load_backbone
-    from fewstep.perceptual.train import make_perceptual
-
-    return make_perceptual(config, load_backbone(folder.path, place), said, Path(out))
 
 
 def _check_seed(seed: int, count: int) -> None:

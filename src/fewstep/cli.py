@@ -119,9 +119,11 @@ def train_perceptual(
 
     Example: fewstep train-perceptual --teacher PIPELINE --prompts prompts.txt --out runs/perceptual
     """
-    from fewstep import api
+    from fewstep import api_tools
 
-    folder = api.train_perceptual(out=out, prompts=prompts, teacher=teacher, device=device, overrides=overrides or [])
+    folder = api_tools.train_perceptual(
+        out=out, prompts=prompts, teacher=teacher, device=device, overrides=overrides or []
+    )
     from fewstep.perceptual.record import read_perceptual
 
     heldout = read_perceptual(folder)["heldout"]
@@ -196,14 +198,14 @@ def synthesize(
     Writes synthesis.json (the record), prompts.txt, conditions.safetensors and shard-*.safetensors. Under torchrun each
     process draws its share. `fewstep recipes --settings` lists everything that -s can set.
     """
-    from fewstep import api
+    from fewstep import api_tools
 
     words = overrides or []
     if dry_run:
-        taken = api.synthesis_cost(prompts, out=out, teacher=teacher, kind=kind, overrides=words)
+        taken = api_tools.synthesis_cost(prompts, out=out, teacher=teacher, kind=kind, overrides=words)
         say("\n".join(taken.lines()))
         return
-    say(f"wrote {api.synthesize(prompts, out=out, teacher=teacher, kind=kind, overrides=words)}")
+    say(f"wrote {api_tools.synthesize(prompts, out=out, teacher=teacher, kind=kind, overrides=words)}")
 
 
 @app.command()
@@ -220,9 +222,9 @@ def train_adapter(
 
     Example: fewstep train-adapter --out runs/adapter; fewstep sample --adapter runs/adapter/adapter --steps 3 章鱼
     """
-    from fewstep import api
+    from fewstep import api_tools
 
-    say(f"wrote {api.train_adapter(out=out, pairs=pairs, teacher=teacher, overrides=overrides or [])}")
+    say(f"wrote {api_tools.train_adapter(out=out, pairs=pairs, teacher=teacher, overrides=overrides or [])}")
 
 
 @app.command()

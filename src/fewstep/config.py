@@ -194,3 +194,12 @@ def validate(model: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:
         return model.model_validate(merge(section_defaults(model), data))
     except ValidationError as error:
         raise UserError(explain(error, model)) from error
+
+
+def first_difference(old: Any, new: Any, prefix: str = "") -> str:
+    """The first entry in which two nested mappings differ, with both values, in words."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *new]:
+            if old.get(key) != new.get(key):
+                return first_difference(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
+    return f"{prefix} ({old!r}, now {new!r})"

@@ -26,7 +26,6 @@ from fewstep.data.latents import latent_set
 from fewstep.device import pick_device
 from fewstep.drawing import Artist
 from fewstep.draws import Draws
-from fewstep.export.student import export_student, starting_weights
 from fewstep.files import sweep, taken, write_json
 from fewstep.folder import read_folder
 from fewstep.objectives.heads import FeatureCritic
@@ -45,6 +44,7 @@ from fewstep.preparation import (
 from fewstep.processes import together
 from fewstep.settings import DistillConfig, teacher_path
 from fewstep.stages import parts_of
+from fewstep.student_files import export_student, starting_weights
 from fewstep.synthesis.record import is_synthesis
 from fewstep.synthesized import FromSet
 from fewstep.tally import in_words

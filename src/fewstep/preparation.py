@@ -191,8 +191,7 @@ def with_looks(run: Run, perceptual: Path | None) -> Run:
 def load_named_scorer(named: str, device: torch.device) -> PreferenceScorer:
     """The scorer that `method.preference.scorer` names: `world`, or NAME:FOLDER."""
     if named == "world":
-        from fewstep.evaluation.text_side import SentenceVectors
-        from fewstep.world.reward import load_world_scorer
+        from fewstep.world.reward import SentenceVectors, load_world_scorer
 
         return load_world_scorer(SentenceVectors(), device)
     from fewstep.preference.registry import load_scorer

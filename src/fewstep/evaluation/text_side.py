@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.files import sha256
-from fewstep.language.sentence import UniversalSentence
 
 BATCH = 256
 
@@ -95,24 +94,3 @@ def _sha256(folder: Path) -> str:
     for path in files:
         digest.update(bytes.fromhex(sha256(path)))
     return digest.hexdigest()
-
-
-class SentenceVectors:
-    """The multilingual sentence encoder's vectors (the extra `multilingual`), exact but for their last digits.
-
-    Raises:
-        UserError: the extra is not installed.
-    """
-
-    def __init__(self) -> None:
-        self._encoder = UniversalSentence(BATCH)
-        self.width, self.name = self._encoder.width, self._encoder.name
-
-    @property
-    def sha256(self) -> str:
-        """Of its files."""
-        return self._encoder.sha256
-
-    def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """Return float32 [N, 512], of length 1."""
-        return torch.from_numpy(self._encoder(prompts))

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from fewstep.grid import between
-from fewstep.jump import land
 from fewstep.names import Point
 from fewstep.objectives.scene import Scene
 from fewstep.schedule import expand
 from fewstep.solver import SOLVERS, walk
+from fewstep.synthesis.stored_step import step_from_stored
 
 
 def by_solver(scene: Scene) -> Tensor:
@@ -43,9 +43,9 @@ def by_stored(scene: Scene) -> Tensor:
     stored, times = scene.sample.stored, scene.times
     assert stored is not None
     said, unsaid = stored.outputs(times.index_nk)
-    w = expand(scene.omega, said) if scene.config.guidance.convention != "none" else 0.0
-    estimate = scene.denoiser.interpret(said + w * (said - unsaid), scene.x_nk, times.t_nk)
-    return land(estimate, scene.denoiser.path, times.t_n)
+    omega = scene.omega if scene.config.guidance.convention != "none" else torch.zeros_like(scene.omega)
+    denoiser = scene.denoiser
+    return step_from_stored(denoiser.path, denoiser.prediction, scene.x_nk, said, unsaid, omega, times.t_nk, times.t_n)
 
 
 Points = Mapping[Point, Callable[[Scene], Tensor]]

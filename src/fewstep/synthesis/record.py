@@ -14,13 +14,12 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from fewstep.config import Config, ConfigT, validate
+from fewstep.config import Config, ConfigT, first_difference, validate
 from fewstep.errors import UserError
 from fewstep.files import read_mapping, sha256, write_json
 from fewstep.names import Prediction
 from fewstep.synthesis.settings import DrawnSettings
 from fewstep.tensor_header import Shape, read_safetensors_header
-from fewstep.training.run import first_difference
 
 MANIFEST = "synthesis.json"
 PROMPTS = "prompts.txt"

@@ -16,7 +16,7 @@ import yaml
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from fewstep.config import Config, read_yaml
+from fewstep.config import Config, first_difference, read_yaml
 from fewstep.errors import UserError
 from fewstep.files import atomic_write, read_json, sweep, taken, write_json
 from fewstep.training.rate import learning_rate
@@ -245,12 +245,3 @@ def _without_rhythm(config: Mapping[str, Any]) -> dict[str, Any]:
     free = [name for name in RHYTHM if name != "steps" or not config.get("stages")]  # of a list they are all split anew
     kept = {k: v for k, v in loop.items() if k not in free} if isinstance(loop, Mapping) else loop
     return {**config, "loop": kept}
-
-
-def first_difference(old: Any, new: Any, prefix: str = "") -> str:
-    """The first entry in which two nested mappings differ, with both values, in words."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*old, *new]:
-            if old.get(key) != new.get(key):
-                return first_difference(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
-    return f"{prefix} ({old!r}, now {new!r})"

@@ -170,7 +170,7 @@ def train_reward(*, out: Path | str, overrides: str | Sequence[str] = ()) -> Pat
     settings = validate(RewardConfig, parse_overrides(overrides))
     check_writable(Path(out))
     check_installed("train-reward", PACKAGES, "multilingual")
-    from fewstep.evaluation.text_side import SentenceVectors
+    from fewstep.world.reward import SentenceVectors
     from fewstep.world.train_scorer import train_scorer
 
     train_scorer(settings, Path(out), text=SentenceVectors())

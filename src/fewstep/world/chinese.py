@@ -122,7 +122,8 @@ def measure_chinese(config: ChineseConfig, out: Path) -> list[Line]:
     lines, shown = measure(entries, prompts, config, adapter, out)
     count = len(prompts[FORMS[0]])
     note = (
-        f"{count} concepts whose Chinese is in none of the {len(pairs)} text pairs, {config.noises} pictures of each; "
+        f"{count} concepts whose Chinese is in none of the {len(pairs)} text pairs (their English names are among the "
+        f"captions that a prompt may be taken for), {config.noises} pictures of each; "
         f"95 % intervals over concepts. Student: {lora}. Seed {config.seed}, commit {commit()}, {hardware()}."
     )
     listed = [f"{a} | {b} | {c}" for a, b, c in zip(*prompts.values(), strict=True)][: config.shown]

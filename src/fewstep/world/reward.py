@@ -18,8 +18,30 @@ from torch import Tensor
 from fewstep.evaluation.agreement import Agreement, load_scorer
 from fewstep.evaluation.scorer import SIZE
 from fewstep.evaluation.text_side import TextBackbone
+from fewstep.language.sentence import UniversalSentence
 from fewstep.preference.scorer import ScorerIdentity
 from fewstep.world.location import root
+
+
+class SentenceVectors:
+    """The multilingual sentence encoder's vectors (the extra `multilingual`), exact but for their last digits.
+
+    Raises:
+        UserError: the extra is not installed.
+    """
+
+    def __init__(self) -> None:
+        self._encoder = UniversalSentence(batch=256)
+        self.width, self.name = self._encoder.width, self._encoder.name
+
+    @property
+    def sha256(self) -> str:
+        """Of its files."""
+        return self._encoder.sha256
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """Return float32 [N, 512], of length 1."""
+        return torch.from_numpy(self._encoder(prompts))
 
 
 @dataclass(frozen=True)
