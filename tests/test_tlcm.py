@@ -282,3 +282,33 @@ def test_what_prompts_alone_cannot_do_is_refused(words: list[str], tiny_pipeline
         config = resolve("tlcm", None, [*words, *changes])
         with pytest.raises(UserError, match=said):
             check_distillation(config, folder)
+
+
+def test_r1_is_taken_beside_fused_attention(tiny_pipeline: Path) -> None:
+    """The teacher as it is loaded: fused attention has no second derivative, which R1's gradient is made of."""
+    from fewstep.backbones.sd import load_backbone
+    from fewstep.objectives.adversarial import discriminate
+    from fewstep.objectives.heads import FeatureCritic
+    from fewstep.term_settings import AdversarialConfig
+
+    backbone = load_backbone(tiny_pipeline)
+    text = {"text": torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(0))}
+    critic = FeatureCritic(lambda x, t, c: backbone.features(backbone.network, x, t, c), backbone.feature_channels)
+    with torch.no_grad():  # fresh heads say nothing, and have no slope
+        for head in critic.heads:
+            head[-1].weight.normal_(generator=torch.Generator().manual_seed(1))
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    t = torch.full((2,), 300.0, dtype=torch.float64)
+    losses = {}
+    for r1 in (0.0, 2.0):
+        config = AdversarialConfig(weight=1.0, kind="nonsaturating", r1=r1)
+        losses[r1] = discriminate(config, critic, (x, t), (x + 1, t), text).value
+    slope = torch.zeros_like(x)
+    for i in range(2):  # by hand: half the weight times the squared slope of the mean logit's sum
+        own = x[i : i + 1].clone().requires_grad_()
+        one = {"text": text["text"][i : i + 1]}
+        slope[i] = torch.autograd.grad(critic(own, t[:1], one).sum(), own)[0][0]
+    by_hand = slope.square().flatten(1).sum(1).mean()
+    torch.testing.assert_close(losses[2.0] - losses[0.0], by_hand, rtol=1e-3, atol=1e-5)
+    losses[2.0].backward()
+    assert float(critic.heads[0][-1].weight.grad.abs().max()) > 0
