@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -130,8 +130,9 @@ class Workshop:
             return self.whole() / "stages" / slug(number, STAGES[label]) / "student"
         if label in RATES:
             return self.baseline(label)
-        p = [v for v in (teacher_steps_variant(p) for p in range(1, 100)) if v.label == label]
-        variant = next(v for v in (*VARIANTS, *p) if v.label == label)
+        steps = label.removeprefix("p = ")
+        asked = (teacher_steps_variant(int(steps)),) if steps != label else VARIANTS
+        variant = next(variant for variant in asked if variant.label == label)
         config = self.stage(variant.stage)
         student = config.student.model_copy(update={"start": str(self.student(variant.start)) if variant.start else ""})
         changed = merge(config.model_copy(update={"student": student}).model_dump(), {"method": dict(variant.changes)})
@@ -158,9 +159,9 @@ class Workshop:
         return distill(student_config(recipe, changes), place, cache=self.out.parent / "cache").parent
 
 
-def law_of(overrides: Sequence[str] = ()) -> DistillConfig:
+def law_of() -> DistillConfig:
     """TLCM under the bundled world's law, unwatched: its students are measured when they are done."""
-    return resolve("tlcm", root() / "tlcm.yaml", ["loop.watch_every=null", *overrides])
+    return resolve("tlcm", root() / "tlcm.yaml", ["loop.watch_every=null"])
 
 
 def entries_of(config: TlcmConfig, table: int, shop: Workshop) -> list[Entry]:
