@@ -33,6 +33,12 @@ KILLED_IN, SPOILT_IN = 4, 1
 """Steps (0-based) in which the second process is killed, or alone sees a number that is not finite."""
 SHORT = ["-s", "loop.watch_every=null", "-s", "loop.log_every=6", "-s", "loop.save_every=1"]
 """For launches that end early."""
+POLISH = (
+    "[{name: polish, share: 1, method: {grid: 8, k: 1, substeps: 3, segments: 1, start: student, student_steps: 2, "
+    "weight: none, distance: l2, matching: {weight: 1.0, every: 2, lr: 1.0e-2}, "
+    "adversarial: {weight: 0.1, kind: nonsaturating, real: data, noise: 1.0}}}]"
+)
+"""TLCM's last stage, alone: three updates of different rhythm, on points that the student draws itself."""
 
 
 def noting(place: Any, name: str, file: Path) -> None:
@@ -110,13 +116,15 @@ def run(folder: Path, overrides: list[str]) -> dict[str, list[int | None]]:
     """All launches, one after another; exit codes by rank (negative: killed by that signal)."""
     words = [word for override in overrides for word in ("-s", override)]
 
-    def start(name: str, size: int, accident: Callable[[int], None] | None = None, *more: str) -> list[int | None]:
+    def start(
+        name: str, size: int, accident: Callable[[int], None] | None = None, *more: str, recipe: str = "tcd"
+    ) -> list[int | None]:
         """Launch into the folder NAME, or what of it stands before a dash."""
         port = free_port()
         out = folder / name.split("-")[0]
         if accident:  # nothing new to be seen in encoding everything again
             shutil.copytree(folder / "two" / "cache", out / "cache")
-        command = ["distill", "--recipe", "tcd", "--out", str(out), *words, *more]
+        command = ["distill", "--recipe", recipe, "--out", str(out), *words, *more]
 
         def patch(rank: int) -> Callable[[], None]:
             def become() -> None:
@@ -129,7 +137,15 @@ def run(folder: Path, overrides: list[str]) -> dict[str, list[int | None]]:
         running = [launch(command, folder / f"{name}-{rank}.log", patch(rank)) for rank in range(size)]
         return wait_for_all(running, LIMIT)
 
+    alone = folder / "alone.txt"
+    alone.write_text(
+        "".join(f"a {colour} {shape}\n" for colour in ("red", "blue") for shape in ("disc", "ring", "bar"))
+    )
+    changed = ["loop.watch_every=null", f"data.source={alone}", f"stages={POLISH}"]
+    polish = [word for change in changed for word in ("-s", change)]
     return {
+        "tlcm1": start("tlcm1", 1, None, *polish, recipe="tlcm"),
+        "tlcm2": start("tlcm2", 2, None, *polish, recipe="tlcm"),
         "one": start("one", 1),
         "two": start("two", 2),
         "cut": start("cut", 2, second_process_killed),
