@@ -104,7 +104,8 @@ def test_two_processes_polish_as_one_does(launches: tuple[Path, dict[str, list[i
     one, two = (folder / name / "stages" / "1-polish" / "checkpoints" / LAST for name in ("tlcm1", "tlcm2"))
     for role in ("student", "fake"):
         for part, distance in apart(one / f"{role}.safetensors", two / f"{role}.safetensors").items():
-            # ten network calls deep, Adam's first steps make more of rounding; half a batch for the fake score leaves it > .3 away
+            # ten network calls deep, Adam's first steps make more of rounding; a fake score that sees half the batch
+            # ends > .3 away
             assert distance < 2e-3, (role, part)
     critics = [load_file(place / "critic.safetensors") for place in (one, two)]
     for name, weight in critics[0].items():
