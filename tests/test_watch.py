@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from PIL import Image
 
 from fewstep import distillation, watch
 from fewstep.cost import count_checks
+from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.files import read_json
+from fewstep.loss import Loss
 from fewstep.settings import resolve
+from fewstep.training.loop import Batch
 from fewstep.world import emoji8
 from pooled import Pooled
 
@@ -172,3 +176,22 @@ def test_an_estimate_leaves_the_student_alone(tiny_overrides: list[str], tiny_ca
     for name, parameter in plan[0].parameters.items():
         assert torch.equal(parameter, before[name])
         assert parameter.grad is None
+
+
+def test_weights_that_a_loss_looks_through_are_no_activations(tiny_overrides: list[str], tiny_cache: Path) -> None:
+    """A frozen network of 16 MB between the student and its loss: what is kept for the backward pass hardly grows."""
+    from fewstep.cost import estimate
+
+    config = resolve("tcd", None, tiny_overrides)
+    run = distillation.prepare(config, tiny_cache, torch.device("cpu"))
+    (update,) = distillation.update_plan(run)
+    frozen = torch.nn.Linear(2000, 2000).requires_grad_(False)
+
+    def looked(batch: Batch, draws: Draws) -> Loss:
+        value = update.loss(batch, draws).value
+        return Loss(frozen(value.expand(2000)).sum())
+
+    kept = [
+        estimate([plan], run.data, config, run.networks).saved_bytes for plan in (update, replace(update, loss=looked))
+    ]
+    assert 0 <= kept[1] - kept[0] < 1e5

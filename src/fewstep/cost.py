@@ -128,11 +128,11 @@ def estimate(
     batch = {"items": rows, "latents": latents[rows].to(device)}
     spent = 0.0
     saved: dict[int, int] = {}
-    weights = {p.untyped_storage().data_ptr() for network in networks for p in network.parameters()}
 
     def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
+        whole = tensor if tensor._base is None else tensor._base
+        if not isinstance(whole, nn.Parameter):  # weights of any network, a scorer's or an autoencoder's too
+            storage = tensor.untyped_storage()
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
