@@ -323,3 +323,32 @@ def test_r1_is_taken_beside_fused_attention(tiny_pipeline: Path) -> None:
     torch.testing.assert_close(losses[2.0] - losses[0.0], by_hand, rtol=1e-3, atol=1e-5)
     losses[2.0].backward()
     assert float(critic.heads[0][-1].weight.grad.abs().max()) > 0
+
+
+def test_stages_and_seeds_look_through_one_distance(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Emoji-8's captions are drawn anew for each; the distance is trained once, and not for a stage without it."""
+    from types import SimpleNamespace
+
+    from fewstep import preparation
+    from fewstep.perceptual import train
+
+    asked = []
+
+    def make(config: Any, backbone: Any, prompts: Any, place: Path) -> Path:
+        asked.append((config, tuple(prompts), place))
+        return place
+
+    monkeypatch.setattr(train, "make_perceptual", make)
+    backbone: Any = SimpleNamespace(folder=SimpleNamespace(identity=lambda: "teacher"))
+    for seed in (0, 3):
+        config = resolve("tlcm", None, ["data.source=captions", "data.captions=2", f"loop.seed={seed}"])
+        for stage in config.each_stage():
+            preparation.perceptual_folder(stage, backbone, [f"captions of {stage.loop.seed}"], Path("cache"))
+    drawn = sorted({said for row in emoji8.captions_alone(2, 0).captions for said in row})
+    assert len(asked) == 6  # of four stages the last asks for no consistency
+    assert {said for _, said, _ in asked} == {tuple(drawn)}
+    assert len({place for _, _, place in asked}) == 1
+    other = config.model_copy(update={"data": config.data.model_copy(update={"source": "prompts.txt"})})
+    preparation.perceptual_folder(other, backbone, ["a prompt"], Path("cache"))
+    assert asked[-1][1] == ("a prompt",)
+    assert asked[-1][2] != asked[0][2]

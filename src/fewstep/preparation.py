@@ -156,13 +156,20 @@ def on_synthesis(config: DistillConfig, backbone: StableDiffusion, cache: Path) 
 def perceptual_folder(
     config: DistillConfig, backbone: StableDiffusion, prompts: Sequence[str], cache: Path
 ) -> Path | None:
-    """The folder of the distance between latents that the recipe asks for, trained first if none is named."""
-    if config.method.distance != "perceptual":
+    """The folder of the distance between latents that the recipe asks for, trained first if none is named.
+
+    It belongs to the teacher and the source, not to the run: stages and seeds draw captions of their own from Emoji-8,
+    and look through one distance, trained on those of the distance's own seed.
+    """
+    if config.method.distance != "perceptual" or not config.method.consistency:
         return None
     if config.perceptual.folder:
         return Path(config.perceptual.folder)
     from fewstep.perceptual.train import make_perceptual
 
+    if config.data.source in ("emoji8", "captions"):
+        (drawn,) = zip(*emoji8.captions_alone(config.data.captions, config.perceptual.loop.seed).captions, strict=True)
+        prompts = sorted(set(drawn))
     own = {name: getattr(config.perceptual, name) for name in PerceptualConfig.model_fields}
     loop = config.perceptual.loop.model_copy(update={"precision": config.loop.precision})  # one precision a process
     asked = PerceptualConfig(**own | {"loop": loop})
