@@ -99,6 +99,7 @@ def test_rows_of_the_teachers_steps_differ_in_them_alone(shop: Any) -> None:
     one, four = shop.made["0-p-1"], shop.made["0-p-4"]
     assert (one.method.substeps, four.method.substeps) == (1, 4)
     assert one.method.model_copy(update={"substeps": 4}) == four.method
+    assert shop.shop.student("p = 3") == shop.shop.student("+ improved LCD"), "the law's own is not trained twice"
     without = shop.shop.student("TLCM without preference")
     config = shop.made["0-tlcm-without-preference"]
     assert without.name == "student"

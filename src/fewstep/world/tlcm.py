@@ -56,9 +56,10 @@ class Variant:
     changes: Mapping[str, Any] = field(default_factory=dict)
 
 
+JOINED = "+ improved LCD"
 STAGES = {
     "MLCD, multistep z": "segments",
-    "+ improved LCD": "joined",
+    JOINED: "joined",
     "+ preference": "preference",
     "+ adversarial (TLCM)": "matching",
 }
@@ -72,7 +73,7 @@ VARIANTS = (
     Variant("+ perceptual distance", "segments", changes=SINGLE),
     Variant("+ LCD over all times", "joined", "MLCD, multistep z", {"grid": 1000, "k": 125}),
     Variant("+ matching", "matching", "+ preference", WITHOUT_CRITIC),
-    Variant("TLCM without preference", "matching", "+ improved LCD", {"preference": {"weight": 0.0}}),
+    Variant("TLCM without preference", "matching", JOINED, {"preference": {"weight": 0.0}}),
 )
 LADDER = (
     "LCD, single-step z",
@@ -80,7 +81,7 @@ LADDER = (
     "+ perceptual distance",
     "MLCD, multistep z",
     "+ LCD over all times",
-    "+ improved LCD",
+    JOINED,
     "+ preference",
     "+ matching",
     "+ adversarial (TLCM)",
@@ -124,6 +125,8 @@ class Workshop:
         """A row's student, trained if it is not there yet."""
         if label == FINAL:
             return self.whole() / "student"
+        own = self.stage(STAGES[JOINED]).method.substeps
+        label = JOINED if label == f"p = {own}" else label  # the law's own p is a stage of the whole run
         if label in STAGES:
             names = [stage.name for stage in self.config.stages]
             number = names.index(STAGES[label]) + 1
