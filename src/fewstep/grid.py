@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewstep.errors import UserError, nearest_divisor
 from fewstep.names import End, Spacing
-from fewstep.schedule import Path, VarianceExploding, VariancePreserving
+from fewstep.schedule import Path, VarianceExploding, VariancePreserving, share_of
 
 KARRAS = 7.0
 """rho of EDM's times (arXiv 2206.00364, eq 5), which are even in sigma^(1/rho)."""
@@ -160,3 +160,25 @@ def inference_times(path: Path, steps: int, *, grid: Grid = 50, spacing: Spacing
         total = path.noisiest + 1
         return (total - share * total).round() - 1
     return path.noisiest * (1 - share)
+
+
+def times_within(path: Path, steps: int, strength: float, grid: Grid = 50) -> Tensor:
+    """The times of `steps` calls that begin at a share of the noisiest time, falling, float64 [steps]: image to image.
+
+    As `inference_times` by `grid`, from the points of the training grid that lie in (0, strength] of the path alone:
+    4 steps of 50 at strength .5 are 499, 379, 259, 139. All calls are made whatever the strength.
+
+    Raises:
+        UserError: a strength outside (0, 1], or fewer such points than steps.
+    """
+    if not 0 < strength <= 1:
+        raise UserError(f"strength = {strength} is outside (0, 1]; the nearest is {min(max(strength, 0.01), 1.0)}")
+    times = training_grid(path, grid)
+    below = times[share_of(path, times) <= strength + 1e-9].flip(0)
+    if not 1 <= steps <= len(below):
+        least = float(share_of(path, times)[min(steps, len(times)) - 1])
+        raise UserError(
+            f"steps = {steps} is out of range at strength = {strength}, where the grid has {len(below)} times; "
+            f"the nearest legal strength is {least:.3g}"
+        )
+    return below[torch.tensor([i * len(below) // steps for i in range(steps)])]

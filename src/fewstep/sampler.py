@@ -75,6 +75,15 @@ TARGETS: dict[GammaLaw, Callable[[Path, Tensor, float], Tensor]] = {"time": sss_
 """(path, t_next, gamma) -> where to denoise to, before noise brings x back to t_next."""
 
 
+def sss_landing(path: Path, t_next: Tensor, gamma: float, end: End, law: GammaLaw = "time") -> Tensor:
+    """Where SSS denoises to before noise brings x back to t_next [B]: by a law of `TARGETS`, at or above the end point.
+
+    A network is not asked for less than it was trained to; full re-noising returns to the end point itself.
+    """
+    lowest = end_time(path, end)
+    return torch.full_like(t_next, lowest) if gamma == 1 else TARGETS[law](path, t_next, gamma).clamp(min=lowest)
+
+
 def sss_step(path: Path, estimate: Estimate, t_next: Tensor, gamma: float, z: Tensor, law: GammaLaw = "time") -> Tensor:
     """Strategic stochastic sampling (TCD, algorithm 4) with the first-order jump: to s, then diffuse to t_next.
 
@@ -105,11 +114,9 @@ def sample_sss(
     With a second-order jump this is the paper's SSS of second order: denoise by DPM-Solver++(2S) to s, then diffuse.
     """
     check_gamma(gamma)
-    lowest = end_time(path, end)
     for t, t_next in pairwise(times):
         then = _batch(t_next, x)
-        # a network is not asked for less than it was trained to; full re-noising returns to the end point itself
-        s = _batch(lowest, x) if gamma == 1 else TARGETS[law](path, then, gamma).clamp(min=lowest)
+        s = sss_landing(path, then, gamma, end, law)
         x_s = jump(x, _batch(t, x), s)
         x = diffuse(path, x_s, s, then, noise()) if gamma > 0 else x_s
     return jump(x, _batch(times[-1], x), _batch(end_time(path, end), x))

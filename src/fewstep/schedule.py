@@ -127,7 +127,13 @@ class VariancePreserving:
 
 @dataclass(frozen=True)
 class FlowMatching:
-    """alpha = 1 - t, sigma = t (rectified flow)."""
+    """alpha = 1 - sigma (rectified flow), sigma = shift t / (1 + (shift - 1) t).
+
+    With a shift of 1 the time is sigma itself. Stable Diffusion 3 and Flux space their times by a shift (3 for the
+    former): even in t, they are denser where there is more noise. Networks are told 1000 sigma.
+    """
+
+    shift: float = 1.0
 
     @property
     def clean(self) -> float:
@@ -145,20 +151,20 @@ class FlowMatching:
         return 1.0
 
     def alpha(self, t: Tensor) -> Tensor:
-        """1 - t."""
-        return 1 - t.double()
+        """1 - sigma, without cancellation near noise."""
+        return (1 - t.double()) / (1 + (self.shift - 1) * t.double())
 
     def sigma(self, t: Tensor) -> Tensor:
-        """t."""
-        return t.double()
+        """The share of noise."""
+        return self.shift * t.double() / (1 + (self.shift - 1) * t.double())
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """log((1 - t)/t); infinite at both ends."""
-        return torch.log1p(-t.double()) - torch.log(t.double())
+        """log((1 - sigma)/sigma); infinite at both ends."""
+        return torch.log1p(-t.double()) - torch.log(self.shift * t.double())
 
     def time_of(self, log_snr: Tensor) -> Tensor:
-        """The time with the given lambda, sigmoid(-lambda)."""
-        return torch.sigmoid(-log_snr.double())
+        """The time with the given lambda: sigmoid(-lambda - log shift)."""
+        return torch.sigmoid(-log_snr.double() - math.log(self.shift))
 
 
 @dataclass(frozen=True)
@@ -218,7 +224,9 @@ def share_of(path: Path, t: Tensor) -> Tensor:
 
 
 def index_of(path: Path, t: Tensor, indices: int = 1000) -> Tensor:
-    """t in training indices: itself on an indexed path, 0 .. `indices` on a continuous one."""
+    """t in training indices, as networks are told it: itself on an indexed path, `indices` times sigma on a flow."""
+    if isinstance(path, FlowMatching):
+        return indices * path.sigma(t)
     return t if isinstance(path, VariancePreserving) else indices * share_of(path, t)
 
 

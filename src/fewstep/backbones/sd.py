@@ -15,9 +15,8 @@ from fewstep.denoiser import Condition
 from fewstep.errors import UserError
 from fewstep.folder import LORA_TARGETS, PipelineFolder, read_folder
 from fewstep.names import Prediction
-from fewstep.schedule import VariancePreserving
+from fewstep.scheduler_config import path_of, prediction_of
 
-_PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 _TEXT_ENCODERS = ("CLIPTextModel", "BertModel")
 _TOKENIZERS = (
     "CLIPTokenizer",
@@ -86,11 +85,8 @@ class StableDiffusion:
         self.folder = folder
         self.device = torch.device(device)
         scheduler = folder.config("scheduler")
-        name = scheduler.get("prediction_type", "epsilon")
-        if name not in _PREDICTIONS:
-            raise UserError(f"prediction_type = {name!r} of {folder.path} is not one of {', '.join(_PREDICTIONS)}")
-        self.prediction: Prediction = _PREDICTIONS[name]
-        self.path = _path(scheduler)
+        self.prediction: Prediction = prediction_of(scheduler, str(folder.path))
+        self.path = path_of(scheduler)
         unet = folder.config("unet")
         self.picture_size = folder.picture_size
         with _loading(f"the config of {folder.path / 'unet'}"):
@@ -278,17 +274,6 @@ def encode_pictures(vae: Any, pictures: np.ndarray, device: torch.device) -> Ten
         part = part.permute(0, 3, 1, 2).float() / 127.5 - 1
         parts.append((vae.encode(part).latent_dist.mean * vae.config.scaling_factor).cpu())
     return torch.cat(parts)
-
-
-def _path(scheduler: dict[str, Any]) -> VariancePreserving:
-    """The noise path of a scheduler config, from diffusers' own table."""
-    from diffusers import DDPMScheduler
-
-    known = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-    settings = {key: scheduler[key] for key in (*known, "rescale_betas_zero_snr") if key in scheduler}
-    with _loading("the scheduler config"):
-        table = DDPMScheduler(**settings).alphas_cumprod
-    return VariancePreserving.from_alphas_cumprod(table)
 
 
 BACKBONES = {"sd": StableDiffusion}

@@ -1,0 +1,68 @@
+"""What a diffusers scheduler's config says: the noise path, and what the network predicts on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fewstep.errors import UserError, nearest
+from fewstep.names import Prediction
+from fewstep.schedule import FlowMatching, Path, VariancePreserving
+
+PREDICTIONS: dict[str, Prediction] = {
+    "epsilon": "eps",
+    "sample": "x0",
+    "v_prediction": "v",
+    "flow_prediction": "flow",
+}
+"""diffusers' words for what a network outputs, and ours."""
+BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+"""The keys that decide an indexed path."""
+
+
+def is_flow(config: Mapping[str, Any]) -> bool:
+    """Whether it is a scheduler of a flow: by its class, its prediction, its sigmas, or a shift without betas."""
+    named = str(config.get("_class_name", "")).startswith("FlowMatch") or config.get("path") == "flow"
+    said = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    return bool(named or said or ("shift" in config and not any(key.startswith("beta") for key in config)))
+
+
+def prediction_of(config: Mapping[str, Any], place: str) -> Prediction:
+    """What the network predicts; eps where a scheduler with betas does not say.
+
+    Args:
+        place: what the config belongs to, for errors.
+
+    Raises:
+        UserError: a word that diffusers does not know either.
+    """
+    if is_flow(config):
+        return "flow"
+    name = str(config.get("prediction_type") or "epsilon")
+    if name not in PREDICTIONS:
+        legal = ", ".join(PREDICTIONS)
+        raise UserError(
+            f"prediction_type = {name!r} of {place} is none of {legal}; the nearest is {nearest(name, PREDICTIONS)!r}"
+        )
+    return PREDICTIONS[name]
+
+
+def path_of(config: Mapping[str, Any]) -> Path:
+    """The noise path: a flow by its shift, any other from diffusers' own table of betas, for exact parity with it.
+
+    Raises:
+        UserError: a schedule that diffusers does not know, or a shift that is none.
+    """
+    if is_flow(config):
+        shift = config.get("flow_shift", config.get("shift"))
+        if shift is not None and not (isinstance(shift, int | float) and shift > 0):
+            raise UserError(f"shift = {shift!r} of a flow's scheduler is not above 0; the nearest legal one is 1.0")
+        return FlowMatching(float(shift or 1.0))
+    from diffusers import DDPMScheduler
+
+    settings = {key: config[key] for key in BETAS if key in config}
+    try:
+        table = DDPMScheduler(**settings).alphas_cumprod
+    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"cannot load the scheduler config: {' '.join(str(error).split())[:300]}") from error
+    return VariancePreserving.from_alphas_cumprod(table)

@@ -1,0 +1,483 @@
+"""Our samplers as schedulers of diffusers, for any of its pipelines: the pipeline owns the loop and calls `step`.
+
+    pipe.scheduler = SSSScheduler.from_config(pipe.scheduler.config, gamma=0.3)
+
+They take their times from `grid` and their steps from `jump` and `sampler`, so that pictures are those of
+`fewstep sample`. gamma stands in the scheduler's config, and `step` takes no `eta`: a pipeline's own `eta`, 0 where
+nobody names it, cannot undo it. `num_inference_steps` counts jumps; one of second order makes two network calls, and
+`order` says so, as pipelines expect.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from fewstep.errors import UserError, nearest
+from fewstep.grid import end_time, inference_times, times_within
+from fewstep.jump import Denoise, Step, student_step
+from fewstep.names import End, Form, GammaLaw, Jump, Spacing
+from fewstep.sampler import check_gamma, diffuse, sss_landing, start_size
+from fewstep.schedule import Estimate, FlowMatching, Path, VariancePreserving, add_noise, expand, index_of, interpret
+from fewstep.scheduler_config import PREDICTIONS, is_flow, path_of
+
+NOISE_KEYS = (
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
+    *("prediction_type", "shift", "use_dynamic_shifting"),
+)
+"""What is taken over from another scheduler even where it is that scheduler's own default, which is not ours."""
+
+
+COMPATIBLE = [
+    *("TCDScheduler", "LCMScheduler", "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "UniPCMultistepScheduler"),
+    *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "DEISMultistepScheduler"),
+    *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "KDPM2DiscreteScheduler"),
+]
+"""diffusers' schedulers of the same noise: pipelines may change from any of them to ours, and back."""
+
+
+class SchedulerError(UserError, ValueError):
+    """A request that a scheduler refuses; a ValueError too, as diffusers' own refusals are."""
+
+
+@contextmanager
+def _refusing() -> Any:
+    """Let refusals of the functions below be a scheduler's own."""
+    try:
+        yield
+    except UserError as error:
+        raise SchedulerError(str(error)) from None
+
+
+@dataclass
+class FewStepOutput(BaseOutput):  # type: ignore[misc]
+    """What a step gives.
+
+    Attributes:
+        prev_sample: what the pipeline hands to its next network call, [B, ...].
+        pred_original_sample: x0 by this call, for previews.
+    """
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor
+
+
+@dataclass(frozen=True)
+class Leap:
+    """One jump of a drawing: from t to s, then noise up to `then`; none after the last one. Times float64 [1]."""
+
+    t: Tensor
+    s: Tensor
+    then: Tensor | None
+
+
+class _AskedError(Exception):
+    """A jump asks its network once more: for x at time t."""
+
+    def __init__(self, x: Tensor, t: Tensor) -> None:
+        super().__init__()
+        self.x, self.t = x, t
+
+
+def _answering(answers: Sequence[Estimate]) -> Denoise:
+    """A network that has given its answers already; the next question is raised to whoever runs it."""
+    given = iter(answers)
+
+    def denoise(x: Tensor, t: Tensor) -> Estimate:
+        answer = next(given, None)
+        if answer is None:
+            raise _AskedError(x, t)
+        return answer
+
+    return denoise
+
+
+def times_asked(step: Step, path: Path, t: Tensor, s: Tensor) -> list[float]:
+    """The times at which a jump from t to s [1] calls its network, in order."""
+    asked: list[float] = []
+
+    def denoise(x: Tensor, now: Tensor) -> Estimate:
+        asked.append(float(now))
+        return Estimate(torch.zeros_like(x), torch.zeros_like(x))
+
+    step(denoise, path, torch.zeros(1, 1, dtype=torch.float64), t, s)
+    return asked
+
+
+class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
+    """What all of our schedulers share: paths, times, and a loop that is turned inside out."""
+
+    _compatibles = COMPATIBLE
+
+    def _start(self) -> None:
+        """Read the config; called last in a scheduler's __init__."""
+        config = dict(self.config)
+        with _refusing():
+            self.noise_path: Path = path_of(config if config["path"] == "vp" else {**config, "use_flow_sigmas": True})
+        flow = config["path"] == "flow"
+        self._prediction = PREDICTIONS["flow_prediction" if flow else config["prediction_type"]]
+        if isinstance(self.noise_path, VariancePreserving):
+            bars = self.noise_path.log_alpha_bar.exp()
+            self.alphas_cumprod = bars[1:].float()
+            trained = config["trained_betas"]
+            betas = 1 - bars[1:] / bars[:-1] if trained is None else torch.tensor(np.asarray(trained))
+            self.betas = betas.float()
+        self.init_noise_sigma = float(start_size(self.noise_path))
+        self.order = 2 if config.get("jump") == "second_order" else 1
+        self.num_inference_steps: int | None = None
+        total = int(config["num_train_timesteps"])
+        self.timesteps = torch.arange(total - 1, -1, -1)
+        self._leaps: list[Leap] = []
+        self._asked: list[float] = []
+        self._reset()
+
+    def _reset(self) -> None:
+        """Forget the drawing: nothing of a picture reaches the next one."""
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+        self._answers: list[Estimate] = []
+        self._from: Tensor | None = None
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Make one from any scheduler's config: its noise schedule, what its network predicts, and our own settings.
+
+        Raises:
+            ValueError: a schedule that diffusers does not know.
+        """
+        if isinstance(config, Mapping):
+            own = inspect.signature(cls.__init__).parameters
+            kept = {key: config[key] for key in NOISE_KEYS if config.get(key) not in (None, own[key].default)}
+            if is_flow(config):
+                kept |= {"path": "flow", "prediction_type": "flow_prediction"}
+                if config.get("flow_shift") is not None:
+                    kept["shift"] = config["flow_shift"]
+            kwargs = {**kept, **kwargs}
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    @property
+    def step_index(self) -> int | None:
+        """How many network calls of this drawing are done, counted from its list of times; None before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Where in the list of times the pipeline begins, if it says so."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Begin in the middle of the list of times, as image-to-image pipelines do."""
+        self._begin_index = begin_index
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """The sample as it is."""
+        return sample
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+        strength: float = 1.0,
+    ) -> None:
+        """Take the times of a drawing from the grid that the student was trained on.
+
+        Args:
+            num_inference_steps: jumps to make.
+            timesteps: the times instead, falling, as networks are told them.
+            sigmas: refused but for their number, which Flux's pipeline hands over: the student has times of its own.
+            mu: the shift that a pipeline works out from the picture's size, where `use_dynamic_shifting` is on.
+            strength: begin at that share of the noisiest time, still with all jumps below it (image to image).
+
+        Raises:
+            ValueError: naming the nearest legal number, time or strength.
+        """
+        config = self.config
+        if sigmas is not None and timesteps is None and num_inference_steps is None:
+            if not _even(sigmas):
+                raise SchedulerError("sigmas are not taken: a student has times of its own; give num_inference_steps")
+            num_inference_steps = len(sigmas)
+        if (num_inference_steps is None) == (timesteps is None):
+            raise SchedulerError("give either num_inference_steps or timesteps")
+        if not 0 < strength <= 1:
+            legal = min(max(strength, 0.01), 1.0)
+            raise SchedulerError(f"strength = {strength} is outside (0, 1]; the nearest legal one is {legal}")
+        if mu is not None and config.get("use_dynamic_shifting") and isinstance(self.noise_path, FlowMatching):
+            self.noise_path = FlowMatching(float(np.exp(mu)))
+        with _refusing():
+            if timesteps is not None:
+                times = self._own_times(timesteps)
+            elif strength < 1:
+                times = times_within(self.noise_path, int(num_inference_steps or 0), strength, config["grid"])
+            else:
+                steps = int(num_inference_steps or 0)
+                times = inference_times(self.noise_path, steps, grid=config["grid"], spacing=config["spacing"])
+            self._leaps = self._plan([float(t) for t in times])
+        step = self._jump()
+        self._asked = [t for leap in self._leaps for t in times_asked(step, self.noise_path, leap.t, leap.s)]
+        asked = torch.tensor(self._asked, dtype=torch.float64)
+        told = index_of(self.noise_path, asked, config["num_train_timesteps"])
+        whole = bool((told == told.round()).all()) and not isinstance(self.noise_path, FlowMatching)
+        self.timesteps = told.to(device=device, dtype=torch.int64 if whole else torch.float32)
+        self.num_inference_steps = len(self._leaps)
+        if isinstance(self.noise_path, FlowMatching):
+            self.sigmas = torch.cat([told / config["num_train_timesteps"], told.new_zeros(1)]).to(device, torch.float32)
+        self._reset()
+
+    def _own_times(self, timesteps: Sequence[float]) -> Tensor:
+        """Times that are given, as networks are told them -> in the path's own time.
+
+        Raises:
+            UserError: they do not fall, or leave the path.
+        """
+        told = [float(t) for t in timesteps]
+        total = int(self.config["num_train_timesteps"])
+        most = total if isinstance(self.noise_path, FlowMatching) else total - 1
+        if not told or any(b >= a for a, b in pairwise(told)):
+            raise UserError(f"timesteps = {told} must be falling; the nearest is {sorted(set(told), reverse=True)}")
+        if told[0] > most or told[-1] < 0:
+            raise UserError(f"timesteps = {told} leave the range 0 to {most}")
+        return self._time_told(torch.tensor(told, dtype=torch.float64))
+
+    def _plan(self, times: Sequence[float]) -> list[Leap]:
+        """The jumps of a drawing from its times, falling."""
+        raise NotImplementedError
+
+    def _jump(self) -> Step:
+        """The jump function."""
+        return student_step(self.config["jump"], self.config.get("r", 0.5), self.config.get("form", "x0"))
+
+    def previous_timestep(self, timestep: Any) -> Tensor:
+        """The time of the network call after this one; -1 after the last."""
+        place = self._place(timestep)
+        following: Tensor = self.timesteps[place + 1] if place + 1 < len(self.timesteps) else torch.tensor(-1)
+        return following
+
+    def _place(self, timestep: Any) -> int:
+        """Where a time stands in the list.
+
+        Raises:
+            ValueError: nowhere.
+        """
+        found = (self.timesteps.double() - float(timestep)).abs().cpu()
+        place = int(found.argmin())
+        if float(found[place]) > 1e-3:
+            legal = float(self.timesteps[place])
+            raise SchedulerError(f"timestep = {float(timestep):g} is none of the times; the nearest is {legal:g}")
+        return place
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        generator: Any = None,
+        return_dict: bool = True,
+    ) -> FewStepOutput | tuple[Tensor, Tensor]:
+        """One network call's share of a jump. The maths is in fp32 at least.
+
+        There is no `eta`: gamma is the scheduler's own (`from_config(..., gamma=...)`).
+
+        Args:
+            model_output: what the network said, [B, ...].
+            timestep: the time that it was told.
+            sample: what it was shown.
+            generator: of the noise, or one for each picture.
+
+        Raises:
+            ValueError: no times are set, or this is none of them.
+        """
+        if self.num_inference_steps is None:
+            raise SchedulerError("num_inference_steps is not set; call set_timesteps first")
+        if self._step_index is None:
+            self._step_index = self._place(timestep) if self._begin_index is None else self._begin_index
+        place = self._step_index
+        if place >= len(self.timesteps):
+            done = len(self.timesteps)
+            raise SchedulerError(
+                f"all {done} network calls of this drawing are done; call set_timesteps for another one"
+            )
+        leap = self._leaps[place // self.order]
+        x = sample.to(torch.promote_types(sample.dtype, torch.float32))
+        if place % self.order == 0 or self._from is None:
+            self._from, self._answers = x, []
+        now = torch.tensor([self._asked[place]], dtype=torch.float64)
+        alpha, sigma = expand(self.noise_path.alpha(now), x), expand(self.noise_path.sigma(now), x)
+        estimate = interpret(self._prediction, model_output.to(x.dtype), x, alpha, sigma)
+        self._answers.append(estimate)
+        try:
+            x = self._jump()(_answering(self._answers), self.noise_path, self._from, leap.t, leap.s)
+            self._from = None
+        except _AskedError as asked:
+            x = asked.x
+        else:
+            if leap.then is not None and self._noisy():
+                z = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+                x = diffuse(self.noise_path, x, leap.s, leap.then, z)
+        self._step_index = place + 1
+        drawn, seen = x.to(sample.dtype), estimate.x0.to(sample.dtype)
+        return FewStepOutput(drawn, seen) if return_dict else (drawn, seen)
+
+    def _time_told(self, told: Tensor) -> Tensor:
+        """What a network is told -> the path's own time; the inverse of `index_of`."""
+        if isinstance(self.noise_path, FlowMatching):
+            sigma, shift = told / float(self.config["num_train_timesteps"]), self.noise_path.shift
+            return sigma / (shift - (shift - 1) * sigma)
+        return told
+
+    def _noisy(self) -> bool:
+        """Whether noise comes between jumps."""
+        return True
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t = alpha_t x_0 + sigma_t eps at times [B] or [1], as networks are told them."""
+        times = self._time_told(torch.as_tensor(timesteps).double().cpu().reshape(-1))
+        wide = original_samples.to(torch.promote_types(original_samples.dtype, torch.float32))
+        return add_noise(self.noise_path, wide, noise.to(wide), times).to(original_samples.dtype)
+
+    def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor) -> Tensor:
+        """The same, as pipelines of flows ask for it."""
+        return self.add_noise(sample, noise, timestep)
+
+    def __len__(self) -> int:
+        return int(self.config["num_train_timesteps"])
+
+
+def _check_word(field: str, value: str, legal: Sequence[str]) -> None:
+    if value not in legal:
+        raise SchedulerError(
+            f"{field} = {value!r} is not one of {', '.join(legal)}; the nearest is {nearest(value, legal)!r}"
+        )
+
+
+def _check_common(path: str, prediction_type: str, spacing: str, end: str, form: str) -> None:
+    _check_word("path", path, ("vp", "flow"))
+    _check_word("prediction_type", prediction_type, tuple(PREDICTIONS))
+    _check_word("spacing", spacing, get_args(Spacing))
+    _check_word("end", end, get_args(End))
+    _check_word("form", form, get_args(Form))
+
+
+def _even(sigmas: Sequence[float]) -> bool:
+    """Whether sigmas are the plain list 1, 1 - 1/n, ..., 1/n that Flux's pipeline hands to every scheduler."""
+    n = len(sigmas)
+    return bool(np.allclose(np.asarray(sigmas, dtype=float), np.linspace(1.0, 1 / n, n), atol=1e-6))
+
+
+def _leap(t: float, s: Tensor, then: float | None) -> Leap:
+    one: Callable[[float], Tensor] = lambda value: torch.tensor([value], dtype=torch.float64)  # noqa: E731
+    return Leap(one(t), s, None if then is None else one(then))
+
+
+class SSSScheduler(FewStepScheduler):
+    """Strategic stochastic sampling (TCD, arXiv 2402.19159, algorithm 4), of first and second order.
+
+    Args:
+        gamma: stochasticity of each step, 0 to 1. It is this scheduler's own: a pipeline's `eta` is not listened to.
+        gamma_law: what gamma is linear in: time (TCD) or noise (CTM's sampling).
+        jump: first_order, or second_order with two network calls a jump.
+        r, form: mid-point and predictions of a second-order jump.
+        grid: the training grid that times are taken from: N points, or the points.
+        spacing: grid (LCM's and TCD's rule), trailing, or tlcm (its own lists for 2 to 8 steps).
+        end: where the last jump lands: index0 (the least noise that networks know, as TCD's released sampler) or clean.
+        path: vp, by betas, or flow.
+        shift, use_dynamic_shifting: of a flow.
+
+    Raises:
+        ValueError: an illegal value, naming the nearest legal one.
+    """
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        beta_schedule: str = "scaled_linear",
+        trained_betas: Any = None,
+        rescale_betas_zero_snr: bool = False,
+        prediction_type: str = "epsilon",
+        path: str = "vp",
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        gamma: float = 0.3,
+        gamma_law: str = "time",
+        jump: str = "first_order",
+        r: float = 0.5,
+        form: str = "x0",
+        grid: Any = 50,
+        spacing: str = "grid",
+        end: str = "index0",
+    ) -> None:
+        with _refusing():
+            check_gamma(gamma)
+        _check_word("gamma_law", gamma_law, get_args(GammaLaw))
+        _check_word("jump", jump, ("first_order", "second_order"))
+        _check_common(path, prediction_type, spacing, end, form)
+        self._start()
+
+    def _plan(self, times: Sequence[float]) -> list[Leap]:
+        end, gamma, law = self.config["end"], self.config["gamma"], self.config["gamma_law"]
+        leaps = []
+        for t, then in pairwise(times):
+            at = torch.tensor([then], dtype=torch.float64)
+            leaps.append(_leap(t, sss_landing(self.noise_path, at, gamma, end, law), then))
+        last = torch.tensor([end_time(self.noise_path, end)], dtype=torch.float64)
+        return [*leaps, _leap(times[-1], last, None)]
+
+    def _noisy(self) -> bool:
+        return bool(self.config["gamma"] > 0)
+
+
+class ConsistencyScheduler(FewStepScheduler):
+    """Multistep consistency sampling (arXiv 2303.01469, algorithm 1; LCM, arXiv 2310.04378, algorithm 3).
+
+    Each jump goes to the end point, then noise comes up to the next time.
+
+    Args:
+        jump: skip (LCM's own, onto clean data), first_order or second_order.
+        grid, spacing, end, path, shift, use_dynamic_shifting, r, form: as `SSSScheduler`.
+    """
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        beta_schedule: str = "scaled_linear",
+        trained_betas: Any = None,
+        rescale_betas_zero_snr: bool = False,
+        prediction_type: str = "epsilon",
+        path: str = "vp",
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        jump: str = "skip",
+        r: float = 0.5,
+        form: str = "x0",
+        grid: Any = 50,
+        spacing: str = "grid",
+        end: str = "clean",
+    ) -> None:
+        _check_word("jump", jump, get_args(Jump))
+        _check_common(path, prediction_type, spacing, end, form)
+        self._start()
+
+    def _plan(self, times: Sequence[float]) -> list[Leap]:
+        end: End = "clean" if self.config["jump"] == "skip" else self.config["end"]
+        s = torch.tensor([end_time(self.noise_path, end)], dtype=torch.float64)
+        return [_leap(t, s, then) for t, then in zip(times, [*times[1:], None], strict=True)]

@@ -1,0 +1,276 @@
+"""Our samplers as diffusers' schedulers: the same pictures, whoever owns the loop."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from exact import three_modes
+from fewstep.drawing import load_artist
+from fewstep.errors import UserError
+from fewstep.grid import inference_times, times_within, training_grid
+from fewstep.jump import student_step
+from fewstep.names import End, GammaLaw, Jump
+from fewstep.sampler import sample_consistency, sample_sss
+from fewstep.schedule import FlowMatching, add_noise, scaled_linear
+from fewstep.schedulers import ConsistencyScheduler, FewStepScheduler, SchedulerError, SSSScheduler
+from fewstep.settings import Sampling
+
+PROMPTS = ["a red disc", "a blue ring"]
+SEEDS = [5, 6]
+
+SAMPLED: dict[str, tuple[dict[str, Any], type[FewStepScheduler], dict[str, Any]]] = {
+    "TCD": ({"gamma": 0.3}, SSSScheduler, {"gamma": 0.3}),
+    "by noise": ({"gamma": 0.6, "gamma_law": "noise"}, SSSScheduler, {"gamma": 0.6, "gamma_law": "noise"}),
+    "onto clean data": ({"gamma": 0.0, "end": "clean"}, SSSScheduler, {"gamma": 0.0, "end": "clean"}),
+    "second order": (
+        {"gamma": 0.3, "jump": "second_order", "steps": 6},
+        SSSScheduler,
+        {"gamma": 0.3, "jump": "second_order"},
+    ),
+    "second order in noise": (
+        {"gamma": 0.0, "jump": "second_order", "steps": 6, "form": "eps", "r": 0.3, "end": "clean"},
+        SSSScheduler,
+        {"gamma": 0.0, "jump": "second_order", "form": "eps", "r": 0.3, "end": "clean"},
+    ),
+    "TLCM": (
+        {"gamma": 1.0, "grid": 8, "spacing": "tlcm", "end": "clean"},
+        SSSScheduler,
+        {"gamma": 1.0, "grid": 8, "spacing": "tlcm", "end": "clean"},
+    ),
+    "LCM": ({"sampler": "lcm"}, ConsistencyScheduler, {}),
+    "consistency by TCF(1)": (
+        {"sampler": "lcm", "jump": "first_order", "end": "index0"},
+        ConsistencyScheduler,
+        {"jump": "first_order", "end": "index0"},
+    ),
+}
+
+
+def pipeline(folder: Path, kind: str = "StableDiffusionPipeline") -> Any:
+    import diffusers
+
+    pipe = getattr(diffusers, kind).from_pretrained(folder, safety_checker=None, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generators() -> list[torch.Generator]:
+    return [torch.Generator("cpu").manual_seed(seed) for seed in SEEDS]
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_a_pipeline_draws_what_we_draw(name: str, tiny_pipeline: Path) -> None:
+    """A pipeline passes eta = 0 to every scheduler that listens: ours keep their own gamma."""
+    own, kind, settings = SAMPLED[name]
+    sampling = Sampling.model_validate({"steps": 3, **own})
+    artist = load_artist(tiny_pipeline)
+    wanted = artist.latents(artist.encode(PROMPTS), SEEDS, sampling)
+    pipe = pipeline(tiny_pipeline)
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, **settings)
+    calls = []
+    pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    drawn = pipe(
+        PROMPTS, num_inference_steps=3, guidance_scale=0.0, generator=generators(), output_type="latent", eta=0.0
+    ).images
+    assert len(calls) == sampling.steps
+    assert float((drawn - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())
+    again = pipe(PROMPTS, num_inference_steps=3, guidance_scale=0.0, generator=generators(), output_type="latent")
+    assert torch.equal(again.images, drawn), "nothing of a drawing reaches the next one"
+
+
+def driven(scheduler: FewStepScheduler, x: Tensor, steps: int, seed: int) -> tuple[Tensor, list[float]]:
+    """A pipeline's loop with the exact network of a mixture in the plane, on a flow."""
+    path = FlowMatching(3.0)
+    scheduler.set_timesteps(steps)
+    generator = torch.Generator().manual_seed(seed)
+    asked = []
+    for t in scheduler.timesteps:
+        asked.append(float(t))
+        sigma = torch.full((len(x),), float(t) / 1000, dtype=torch.float64)
+        own = sigma / (3.0 - 2.0 * sigma)
+        said = three_modes(path).denoise(x.double(), own)
+        x = scheduler.step(said.eps - said.x0, t, x.double(), generator).prev_sample
+    return x, asked
+
+
+@pytest.mark.parametrize(
+    ("jump", "gamma", "end", "law"),
+    [
+        ("first_order", 0.3, "index0", "time"),
+        ("second_order", 0.5, "clean", "noise"),
+        ("second_order", 0.0, "index0", "time"),
+    ],
+)
+def test_a_flow_is_followed(jump: Jump, gamma: float, end: End, law: GammaLaw) -> None:
+    path = FlowMatching(3.0)
+    x = torch.randn(64, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    scheduler = SSSScheduler(path="flow", shift=3.0, jump=jump, gamma=gamma, gamma_law=law, end=end)
+    drawn, asked = driven(scheduler, x, 4, 7)
+    generator = torch.Generator().manual_seed(7)
+    step, denoise = student_step(jump), three_modes(path).denoise
+    times = [float(t) for t in inference_times(path, 4)]
+    wanted = sample_sss(
+        lambda x_t, t, s: step(denoise, path, x_t, t, s), path, x, times, gamma, end,
+        lambda: torch.randn(x.shape, generator=generator, dtype=torch.float64), law,
+    )  # fmt: skip
+    torch.testing.assert_close(drawn, wanted, rtol=1e-5, atol=1e-5)  # a network is told its time in fp32
+    assert len(asked) == 4 * scheduler.order
+    sigmas = [1000 * float(path.sigma(torch.tensor(t))) for t in times]
+    assert asked[:: scheduler.order] == pytest.approx(sigmas)
+
+
+def test_consistency_on_a_flow() -> None:
+    path = FlowMatching(3.0)
+    x = torch.randn(64, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    scheduler = ConsistencyScheduler(path="flow", shift=3.0, jump="first_order")
+    drawn, _ = driven(scheduler, x, 4, 7)
+    generator = torch.Generator().manual_seed(7)
+    step, denoise = student_step("first_order"), three_modes(path).denoise
+    wanted = sample_consistency(
+        lambda x_t, t, s: step(denoise, path, x_t, t, s), path, x, [float(t) for t in inference_times(path, 4)],
+        "clean", lambda: torch.randn(x.shape, generator=generator, dtype=torch.float64),
+    )  # fmt: skip
+    torch.testing.assert_close(drawn, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_drawing_that_was_broken_off_leaves_nothing() -> None:
+    """After the first half of a second-order jump, new times start afresh."""
+    scheduler = SSSScheduler(jump="second_order", gamma=0.0)
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def draw() -> Tensor:
+        scheduler.set_timesteps(2)
+        now = x
+        for t in scheduler.timesteps:
+            now = scheduler.step(0.3 * now, t, now).prev_sample
+        return now
+
+    whole = draw()
+    scheduler.set_timesteps(2)
+    scheduler.step(x, scheduler.timesteps[0], x)
+    assert torch.equal(draw(), whole)
+
+
+def test_gamma_is_the_schedulers_own() -> None:
+    assert list(inspect.signature(SSSScheduler.step).parameters) == [
+        "self", "model_output", "timestep", "sample", "generator", "return_dict",
+    ]  # fmt: skip
+    assert SSSScheduler(gamma=0.7).config["gamma"] == 0.7
+
+
+def test_from_config_of_any_scheduler() -> None:
+    """The noise is taken over even where it was the other's default, and a flow is known as one."""
+    import diffusers
+
+    ddim = SSSScheduler.from_config(diffusers.DDIMScheduler().config, gamma=0.2)
+    assert (ddim.config["beta_schedule"], ddim.config["beta_start"], ddim.config["gamma"]) == ("linear", 0.0001, 0.2)
+    assert torch.equal(ddim.alphas_cumprod, diffusers.DDIMScheduler().alphas_cumprod)
+    v = diffusers.DDIMScheduler(
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
+    made = ConsistencyScheduler.from_config(v.config)
+    assert (made.config["prediction_type"], made.config["rescale_betas_zero_snr"]) == ("v_prediction", True)
+    sd3 = SSSScheduler.from_config(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0).config)
+    assert (sd3.config["path"], sd3.noise_path) == ("flow", FlowMatching(3.0))
+    sana = diffusers.DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=2.0
+    )
+    assert SSSScheduler.from_config(sana.config).noise_path == FlowMatching(2.0)
+    back = diffusers.TCDScheduler.from_config(ddim.config)
+    assert (back.config.beta_schedule, back.config.beta_start) == ("linear", 0.0001)
+
+
+def test_a_shift_by_the_size_of_the_picture() -> None:
+    """Flux's pipeline hands over the plain list of sigmas and mu: the number of steps and exp(mu) are taken."""
+    import diffusers
+
+    flux = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    scheduler = SSSScheduler.from_config(flux.config, gamma=0.0)
+    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=1.0)
+    wanted = 1000 * FlowMatching(math.e).sigma(inference_times(FlowMatching(math.e), 4))
+    assert scheduler.timesteps.tolist() == pytest.approx(wanted.tolist())
+    with pytest.raises(ValueError, match="sigmas are not taken"):
+        scheduler.set_timesteps(sigmas=[1.0, 0.9, 0.1])
+
+
+@pytest.mark.parametrize("strength", [0.25, 0.5, 0.75, 1.0])
+def test_image_to_image_makes_all_calls(strength: float, tiny_pipeline: Path) -> None:
+    """Plain diffusers drops steps: ceil(4 / strength) of them leave 4 calls, at times that students are trained on."""
+    pipe = pipeline(tiny_pipeline, "StableDiffusionImg2ImgPipeline")
+    pipe.scheduler = SSSScheduler.from_config(pipe.scheduler.config, gamma=0.0)
+    asked = []
+    pipe.unet.register_forward_pre_hook(lambda _, args: asked.append(float(args[1])))
+    picture = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    steps = math.ceil(4 / strength)
+    drawn = pipe(
+        PROMPTS, image=picture, strength=strength, num_inference_steps=steps, guidance_scale=0.0,
+        generator=generators(), output_type="latent",
+    ).images  # fmt: skip
+    assert torch.isfinite(drawn).all()
+    assert len(asked) == 4
+    assert set(asked) <= set(training_grid(scaled_linear(), 50).tolist())
+    assert asked[0] < 1000 * strength + 20  # within a step of the grid
+    own = SSSScheduler.from_config(pipe.scheduler.config)
+    own.set_timesteps(4, strength=strength)
+    assert len(own.timesteps) == 4
+    assert set(own.timesteps.tolist()) <= set(training_grid(scaled_linear(), 50).tolist())
+
+
+def test_times_within_a_strength() -> None:
+    vp, flow = scaled_linear(), FlowMatching(3.0)
+    assert times_within(vp, 4, 0.5).tolist() == [499, 379, 259, 139]
+    assert times_within(vp, 4, 0.25).tolist() == [239, 179, 119, 59]
+    assert times_within(vp, 4, 1.0).tolist() == inference_times(vp, 4).tolist()
+    assert times_within(flow, 2, 0.5, 8).tolist() == [0.5, 0.25]
+    with pytest.raises(UserError, match=r"where the grid has 2 times; the nearest legal strength is 0\.5"):
+        times_within(vp, 4, 0.25, 8)
+    with pytest.raises(UserError, match=r"strength = 1\.5 is outside \(0, 1\]; the nearest is 1\.0"):
+        times_within(vp, 4, 1.5)
+
+
+def test_noise_is_added_at_what_networks_are_told() -> None:
+    x, eps = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    scheduler = SSSScheduler()
+    wanted = add_noise(scaled_linear(), x, eps, torch.tensor([10.0, 499.0]))
+    torch.testing.assert_close(scheduler.add_noise(x, eps, torch.tensor([10, 499])), wanted, rtol=1e-4, atol=1e-5)
+    flow = SSSScheduler(path="flow", shift=3.0)
+    torch.testing.assert_close(flow.scale_noise(x, torch.tensor([250.0]), eps), 0.75 * x + 0.25 * eps)
+
+
+@pytest.mark.parametrize(
+    ("ask", "words"),
+    [
+        (lambda: SSSScheduler(gamma=1.2), r"gamma = 1\.2 is outside \[0, 1\]; the nearest legal one is 1"),
+        (lambda: SSSScheduler(spacing="even"), "spacing = 'even' is not one of grid, trailing, tlcm"),
+        (lambda: SSSScheduler(jump="skip"), "jump = 'skip' is not one of first_order, second_order"),
+        (lambda: SSSScheduler(path="ve"), "path = 've' is not one of vp, flow"),
+        (lambda: SSSScheduler().set_timesteps(51), "steps = 51 is out of range; the nearest legal one is 50"),
+        (lambda: SSSScheduler(spacing="tlcm", grid=8).set_timesteps(9), "the nearest legal one is 8"),
+        (lambda: SSSScheduler().set_timesteps(4, strength=0.0), "strength = 0.0 is outside"),
+        (lambda: SSSScheduler().set_timesteps(4, timesteps=[999]), "either num_inference_steps or timesteps"),
+        (lambda: SSSScheduler().set_timesteps(timesteps=[1000]), "leave the range 0 to 999"),
+        (lambda: SSSScheduler().step(torch.zeros(1), 999, torch.zeros(1)), "call set_timesteps first"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(ask: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as error:
+        ask()
+    assert isinstance(error.value, UserError)
+
+
+def test_a_time_that_was_not_set() -> None:
+    scheduler = SSSScheduler()
+    scheduler.set_timesteps(4)
+    with pytest.raises(SchedulerError, match="timestep = 700 is none of the times; the nearest is 759"):
+        scheduler.step(torch.zeros(1, 4, 8, 8), 700, torch.zeros(1, 4, 8, 8))
+    for t in scheduler.timesteps:
+        scheduler.step(torch.zeros(1, 4, 8, 8), t, torch.zeros(1, 4, 8, 8))
+    with pytest.raises(SchedulerError, match="all 4 network calls of this drawing are done"):
+        scheduler.step(torch.zeros(1, 4, 8, 8), 999, torch.zeros(1, 4, 8, 8))
