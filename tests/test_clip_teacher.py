@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fewstep import api
-from fewstep.backbones.sd import load_backbone
+from fewstep.backbones.base import load_backbone
 
 PROMPTS = ["a red disc", "", "a blue blue square beside a green ring and much that is cut off"]
 

@@ -149,7 +149,7 @@ class Subject:
 
 
 def bundled() -> Subject:
-    from fewstep.backbones.sd import load_backbone
+    from fewstep.backbones.base import load_backbone
 
     backbone = load_backbone(TEACHER)
     text, null = backbone.encode(["a doggy, fluent 3d style"])["text"], backbone.null(1)["text"]

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from exact import Mixture, gaussian, three_modes, times_of, two_modes_line
-from fewstep.backbones.sd import _path
 from fewstep.grid import between
 from fewstep.jump import cm_skip, first_order, land, lcm_scalings, lcm_skip, second_order
 from fewstep.names import SolverName
 from fewstep.sampler import sample_ode
 from fewstep.schedule import Estimate, FlowMatching, Path, VarianceExploding, expand, interpret, scaled_linear
+from fewstep.scheduler_config import path_of
 from fewstep.solver import SOLVERS, ddim, dpmpp_2s, euler, walk
 
 VP = scaled_linear()
@@ -227,7 +227,7 @@ def test_steps_from_pure_noise_and_onto_clean_data_are_ddim(solver: SolverName) 
 def test_a_step_from_a_schedule_with_zero_terminal_snr_is_ddim(solver: SolverName) -> None:
     """As read from a pipeline's scheduler, in fp32: alpha is as good as 0 there, and nothing is divided by it."""
     config = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    path = _path({**config, "rescale_betas_zero_snr": True})
+    path = path_of({**config, "rescale_betas_zero_snr": True})
     generator = torch.Generator().manual_seed(0)
     x, v = (torch.randn(3, 4, generator=generator) for _ in range(2))
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fewstep.backbones.sd import load_backbone
+from fewstep.backbones.base import load_backbone
 from fewstep.errors import UserError
 from fewstep.export.header import LoraHeader, check_lora, read_header
 from fewstep.export.lora import merge_lora, read_lora, save_lora

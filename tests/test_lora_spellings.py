@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.backbones.sd import load_backbone
+from fewstep.backbones.base import load_backbone
 from fewstep.errors import UserError
 from fewstep.export.header import base_shapes, check_lora
 from fewstep.export.lora import merge_lora, read_lora

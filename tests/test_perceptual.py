@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from fewstep.api_tools import train_perceptual
-from fewstep.backbones.sd import StableDiffusion, load_backbone
+from fewstep.backbones.base import Backbone, load_backbone
 from fewstep.config import validate
 from fewstep.device import pick_device
 from fewstep.draws import Draws
@@ -243,11 +243,11 @@ class Blocky:
 
 
 @pytest.fixture(scope="module")
-def backbone(tiny_pipeline: Path) -> StableDiffusion:
+def backbone(tiny_pipeline: Path) -> Backbone:
     return load_backbone(tiny_pipeline)
 
 
-def test_a_group_does_not_depend_on_its_batch(backbone: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_does_not_depend_on_its_batch(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(banks, "pick_precision", lambda *_: "fp32")
     config = PairConfig(groups=16, steps=3)
     every = draw_groups(config, backbone, PROMPTS[:6], range(4, 10))
@@ -365,7 +365,7 @@ TINY = {
 
 
 @pytest.fixture(scope="module")
-def made(backbone: StableDiffusion, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A distance for the tiny pipeline; pictures cannot be opened while it is made."""
     out = tmp_path_factory.mktemp("perceptual")
 
@@ -381,7 +381,7 @@ def made(backbone: StableDiffusion, tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
-def test_from_prompts_and_a_teacher_alone(made: Path, backbone: StableDiffusion) -> None:
+def test_from_prompts_and_a_teacher_alone(made: Path, backbone: Backbone) -> None:
     record = read_json(made / "perceptual.json")
     assert record["vae"] == backbone.folder.identity("vae")
     assert (record["channels"], record["prompts"]) == (4, 12)
@@ -404,7 +404,7 @@ def test_from_prompts_and_a_teacher_alone(made: Path, backbone: StableDiffusion)
 
 
 def test_a_finished_one_is_returned_and_another_refused(
-    made: Path, backbone: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+    made: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "make_bank", None)
     config = validate(PerceptualConfig, TINY)
@@ -415,7 +415,7 @@ def test_a_finished_one_is_returned_and_another_refused(
 
 
 def test_pairs_that_were_cut_off_go_on(
-    made: Path, backbone: StableDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Path, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed between shards and during training: the same bytes."""
     config = validate(PerceptualConfig, TINY)

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from fewstep import api
-from fewstep.backbones.sd import LORA_TARGETS
 from fewstep.export.lora import save_lora
+from fewstep.families import UNET_TARGETS
 from fewstep.folder import read_folder
 from fewstep.settings import Sampling
 
@@ -45,14 +45,14 @@ def readme_script(teacher: Path, lora: Path, prompt: str) -> str:
 
 def random_lora(pipeline: Path, out: Path) -> Path:
     """A LoRA of every adapted layer with weights large enough to change the picture."""
-    from fewstep.backbones.sd import load_backbone
+    from fewstep.backbones.base import load_backbone
 
     network = load_backbone(pipeline).network
     generator = torch.Generator().manual_seed(3)
     weights = {}
     for name, module in network.named_modules():
         weight = getattr(module, "weight", None)
-        if weight is None or not any(name == t or name.endswith(f".{t}") for t in LORA_TARGETS):
+        if weight is None or not any(name == t or name.endswith(f".{t}") for t in list(UNET_TARGETS)):
             continue
         kernel = tuple(weight.shape[2:])
         weights[f"{name}.lora_A.weight"] = torch.randn((4, weight.shape[1], *kernel), generator=generator) * 0.1
@@ -60,7 +60,9 @@ def random_lora(pipeline: Path, out: Path) -> Path:
         weights[f"{name}.lora_B.weight"] = torch.randn((weight.shape[0], 4, *one), generator=generator) * 0.1
     sampling = Sampling(sampler="sss", steps=4, gamma=0.3, end="index0")
     base = read_folder(pipeline).fingerprint("unet")
-    return save_lora(out, weights, rank=4, alpha=4.0, targets=LORA_TARGETS, base=base, sampling=sampling, notes={})
+    return save_lora(
+        out, weights, rank=4, alpha=4.0, targets=list(UNET_TARGETS), base=base, sampling=sampling, notes={}
+    )
 
 
 def test_a_script_without_fewstep_draws_the_same_picture(tiny_pipeline: Path, tmp_path: Path) -> None:

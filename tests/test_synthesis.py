@@ -17,7 +17,8 @@ import torch
 
 import fewstep
 from fewstep import cli
-from fewstep.backbones.sd import StableDiffusion, load_backbone
+from fewstep.backbones.base import Backbone, load_backbone
+from fewstep.backbones.sd import StableDiffusion
 from fewstep.denoiser import Denoiser
 from fewstep.drawing import artist_of
 from fewstep.errors import UserError
@@ -45,7 +46,7 @@ def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def backbone(tiny_pipeline: Path) -> StableDiffusion:
+def backbone(tiny_pipeline: Path) -> Backbone:
     return load_backbone(tiny_pipeline)
 
 
@@ -95,7 +96,7 @@ def test_samples_are_the_prompts_in_their_order(make: Callable[..., Synthesis]) 
     assert found.plan.prediction == "eps"
 
 
-def test_text_states_are_the_encoders_own(make: Callable[..., Synthesis], backbone: StableDiffusion) -> None:
+def test_text_states_are_the_encoders_own(make: Callable[..., Synthesis], backbone: Backbone) -> None:
     found = make()
     states = backbone.encode([*found.prompts, ""])["text"].half()
     assert torch.equal(found.table["text"], states)
@@ -104,7 +105,7 @@ def test_text_states_are_the_encoders_own(make: Callable[..., Synthesis], backbo
 @pytest.mark.parametrize("guidance", ["lcm", "none"])
 @pytest.mark.parametrize(("solver", "end"), [("ddim", "index0"), ("heun", "clean")])
 def test_walks_are_the_stored_trajectories_of_distillation(
-    make: Callable[..., Synthesis], backbone: StableDiffusion, guidance: str, solver: str, end: str
+    make: Callable[..., Synthesis], backbone: Backbone, guidance: str, solver: str, end: str
 ) -> None:
     """The same points to the last bit, at the same batches."""
     found = make("dtype=fp32", f"guidance.convention={guidance}", f"solver={solver}", f"end={end}")
@@ -123,7 +124,7 @@ def test_walks_are_the_stored_trajectories_of_distillation(
 
 @pytest.mark.parametrize(("solver", "end"), [("ddim", "clean"), ("heun", "index0"), ("dpmpp_2s", "clean")])
 def test_latents_are_what_sampling_draws(
-    make: Callable[..., Synthesis], backbone: StableDiffusion, solver: str, end: str
+    make: Callable[..., Synthesis], backbone: Backbone, solver: str, end: str
 ) -> None:
     """To the last bit what `sample` draws from the same seeds, and the same end points in both kinds of set."""
     words = ("dtype=fp32", "guidance.high=1", f"solver={solver}", f"end={end}", "empty_prompts=0")
@@ -154,7 +155,7 @@ def test_another_shard_or_batch_means_the_same_samples(make: Callable[..., Synth
 
 @pytest.mark.parametrize("guidance", ["lcm", "none"])
 def test_a_stored_step_under_another_omega_is_the_online_one(
-    make: Callable[..., Synthesis], backbone: StableDiffusion, guidance: str
+    make: Callable[..., Synthesis], backbone: Backbone, guidance: str
 ) -> None:
     found = make("dtype=fp32", f"guidance.convention={guidance}")
     denoiser = artist_of(backbone).denoiser
@@ -367,7 +368,7 @@ def test_numbers_that_do_not_fit_are_refused(
 
     plain = synthesize.artist_of
 
-    def loud(backbone: StableDiffusion) -> Any:
+    def loud(backbone: Backbone) -> Any:
         artist = plain(backbone)
 
         def call(x: torch.Tensor, *more: Any) -> torch.Tensor:

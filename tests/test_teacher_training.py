@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from conftest import COLOURS, SHAPES, draw_shape
-from fewstep.backbones.sd import encode_pictures, load_backbone
+from fewstep.backbones.base import encode_pictures, load_backbone
 from fewstep.data.pictures import Captioned, HeldPictures
 from fewstep.draws import Draws
 from fewstep.errors import UserError

@@ -297,7 +297,7 @@ def test_what_prompts_alone_cannot_do_is_refused(words: list[str], tiny_pipeline
 
 def test_r1_is_taken_beside_fused_attention(tiny_pipeline: Path) -> None:
     """The teacher as it is loaded: fused attention has no second derivative, which R1's gradient is made of."""
-    from fewstep.backbones.sd import load_backbone
+    from fewstep.backbones.base import load_backbone
     from fewstep.objectives.adversarial import discriminate
     from fewstep.objectives.heads import FeatureCritic
     from fewstep.term_settings import AdversarialConfig

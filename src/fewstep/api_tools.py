@@ -136,7 +136,7 @@ def train_perceptual(
     from fewstep.device import pick_device
 
     place = pick_device(device)
-    from fewstep.backbones.sd import load_backbone
+    from fewstep.backbones.base import load_backbone
     from fewstep.perceptual.train import make_perceptual
 
     return make_perceptual(config, load_backbone(folder.path, place), said, Path(out))

@@ -10,8 +10,9 @@ from fewstep.errors import UserError, nearest, nearest_divisor
 from fewstep.evaluation.settings import KID_FEWEST
 from fewstep.export.header import base_shapes, check_start
 from fewstep.export.pipeline import RECORD
+from fewstep.families import SD
 from fewstep.files import read_mapping
-from fewstep.folder import LORA_TARGETS, PARTS, PipelineFolder
+from fewstep.folder import PipelineFolder
 from fewstep.language.settings import PACKAGES
 from fewstep.method_settings import GridSpec
 from fewstep.names import End
@@ -30,7 +31,7 @@ def check_distillation(config: DistillConfig, folder: PipelineFolder) -> None:
     if config.student.kind == "lora" and config.student.targets:
         _check_targets(config.student.targets, folder)
     if config.student.start:
-        check_start(config.student, folder, LORA_TARGETS, config.each_stage()[0].method.told)
+        check_start(config.student, folder, folder.family.targets, config.each_stage()[0].method.told)
     for stage in config.each_stage():
         if stage.loop.watch_every:
             _check_watched(stage.watch.prompts)
@@ -159,7 +160,7 @@ def check_real(folder: Path) -> None:
         )
 
 
-PIPELINE = {*PARTS, "model_index.json", RECORD}
+PIPELINE = {*SD.parts, "model_index.json", RECORD}
 """What `train-teacher` writes, and so may replace."""
 
 

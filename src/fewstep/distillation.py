@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from fewstep.backbones.sd import load_backbone
+from fewstep.backbones.base import load_backbone
 from fewstep.cost import Estimated, bytes_of, estimate
 from fewstep.data.latents import latent_set
 from fewstep.device import pick_device

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from fewstep.backbones.sd import StableDiffusion, load_backbone
+from fewstep.backbones.base import Backbone, load_backbone
 from fewstep.denoiser import Condition, Denoiser
 from fewstep.errors import UserError
 from fewstep.export.conditioning import read_told
@@ -40,7 +40,7 @@ class Artist:
         adapter: reads prompts of other languages in the text encoder's place; the null prompt stays the teacher's own.
     """
 
-    backbone: StableDiffusion
+    backbone: Backbone
     denoiser: Denoiser
     sampling: Sampling
     role: str = BASE
@@ -82,7 +82,7 @@ class Artist:
 
 
 def artist_of(
-    backbone: StableDiffusion, sampling: Sampling = TEACHER_SAMPLING, embedding: ToldEmbedding | None = None
+    backbone: Backbone, sampling: Sampling = TEACHER_SAMPLING, embedding: ToldEmbedding | None = None
 ) -> Artist:
     """Let a backbone draw as it is, told by `embedding` what its sampling says that it is told."""
     ear = Ear(backbone.time_embedding(backbone.network)) if embedding else None

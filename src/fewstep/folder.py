@@ -9,19 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.errors import UserError, nearest
+from fewstep.families import FAMILIES, Family
 from fewstep.files import read_mapping, sha256
 from fewstep.tensor_header import read_safetensors_header
 
-LORA_TARGETS = [
-    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
-    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
-]
-"""The layers that LCM-LoRA, TCD and TLCM adapt (suffixes of module names)."""
-PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
-"""What pictures are drawn with."""
 WEIGHTS = "*.safetensors"
-KNOWN = {"StableDiffusionPipeline": "sd"}
-"""Pipeline class -> backbone."""
+LIBRARIES = ("diffusers", "transformers")
+"""Where components come from; a folder may name code of its own, which is never run."""
 
 
 @dataclass(frozen=True)
@@ -29,18 +23,57 @@ class PipelineFolder:
     """A diffusers pipeline on disk.
 
     Attributes:
-        kind: the backbone that loads it.
+        family: what it is made of.
         components: component -> (library, class), from model_index.json.
     """
 
     path: Path
-    kind: str
+    family: Family
     components: dict[str, tuple[str, str]]
+
+    @property
+    def network(self) -> str:
+        """The component that denoises."""
+        return self.family.network
 
     def config(self, component: str) -> dict[str, Any]:
         """The JSON config of one component."""
         name = "scheduler_config.json" if component == "scheduler" else "config.json"
         return read_mapping(self.path / component / name)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of a latent at the trained size.
+
+        Raises:
+            UserError: the configs do not say.
+        """
+        network, vae = self.config(self.network), self.config("vae")
+        try:
+            side = int(network.get("sample_size") or self.family.sample_size)
+            channels = int(vae["latent_channels"])
+            told = int(network["in_channels"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{self.path} does not say the size of its pictures and latents: {error!r}") from error
+        if told != channels * self.family.packed:
+            raise UserError(
+                f"the {self.network} of {self.path} has in_channels = {told}, its latents have {channels}; the nearest "
+                f"that is supported is a text-to-image network of {channels * self.family.packed}"
+            )
+        return channels, side, side
+
+    @property
+    def scale(self) -> int:
+        """Pixels a side of one latent point.
+
+        Raises:
+            UserError: the config does not say.
+        """
+        vae = self.config("vae")
+        levels = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")
+        if not isinstance(levels, list) or not levels:
+            raise UserError(f"{self.path / 'vae'} does not say its levels, block_out_channels")
+        return 1 << (len(levels) - 1)  # each level but the last halves
 
     @property
     def picture_size(self) -> int:
@@ -49,11 +82,12 @@ class PipelineFolder:
         Raises:
             UserError: the configs do not say.
         """
-        unet, vae = self.config("unet"), self.config("vae")
-        try:
-            return int(unet["sample_size"]) << (len(vae["block_out_channels"]) - 1)  # each level but the last halves
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{self.path} does not say the size of its pictures: {error!r}") from error
+        return self.latent_shape[1] * self.scale
+
+    @property
+    def denoising(self) -> str:
+        """Identity of what denoises, and of the noise."""
+        return self.identity(self.network, "scheduler")
 
     def fingerprint(self, *components: str) -> str:
         """sha256 over the bytes of the files that the components' weights are loaded from: an adapter's base."""
@@ -67,7 +101,7 @@ class PipelineFolder:
         Args:
             components: which; none for all that pictures are drawn with.
         """
-        places = [self.path / component for component in components or PARTS]
+        places = [self.path / component for component in components or self.family.parts]
         return _digest_of(file for place in places for file in [*weight_files(place), *_settings(place)])
 
 
@@ -121,19 +155,31 @@ def read_folder(path: Path | str, field: str = "teacher") -> PipelineFolder:
         raise UserError(f"{field} = {str(path)!r} is no diffusers pipeline folder: it holds no model_index.json")
     data = read_mapping(index)
     name = str(data.get("_class_name"))
-    if name not in KNOWN:
+    if name not in FAMILIES:
         raise UserError(
-            f"{field} = {str(path)!r} is a {name}; the nearest supported pipeline is {nearest(name, KNOWN)}"
+            f"{field} = {str(path)!r} is a {name}; the nearest supported pipeline is {nearest(name, FAMILIES)}"
         )
+    family = FAMILIES[name]
     components = {
         key: (value[0], value[1])
         for key, value in data.items()
         if isinstance(value, list) and len(value) == 2 and value[0] is not None
     }
-    for component in PARTS:
+    for component in family.parts:
         if component not in components or not (path / component).is_dir():
             raise UserError(f"{field} = {str(path)!r} is incomplete: it holds no {component}")
-    for component in ("unet", "vae", "text_encoder"):
+        library = components[component][0]
+        if library not in LIBRARIES:
+            raise UserError(
+                f"{field} = {str(path)!r} takes its {component} from {library!r}; code that is not of "
+                f"{' or '.join(LIBRARIES)} is never run"
+            )
+    if components[family.network][1] not in family.classes:
+        legal = ", ".join(family.classes)
+        raise UserError(
+            f"{field} = {str(path)!r} has a {components[family.network][1]} as its {family.network}; it must be {legal}"
+        )
+    for component in family.weighed:
         files = weight_files(path / component)
         if not files:
             others = sorted(file.name for file in (path / component).glob(WEIGHTS))
@@ -144,7 +190,7 @@ def read_folder(path: Path | str, field: str = "teacher") -> PipelineFolder:
             )
         for file in files:
             read_safetensors_header(file)  # a missing, truncated or foreign file is refused here
-    folder = PipelineFolder(path, KNOWN[name], components)
+    folder = PipelineFolder(path, family, components)
     check_terminal_snr(folder.config("scheduler"))
     return folder
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fewstep.backbones.sd import StableDiffusion, load_backbone
+from fewstep.backbones.base import Backbone, load_backbone
 from fewstep.data import pictures
 from fewstep.data.latents import LatentSet, latent_set
 from fewstep.data.prompts import is_prompt_file, read_prompts
@@ -57,7 +57,7 @@ class Run:
     """
 
     config: DistillConfig
-    backbone: StableDiffusion
+    backbone: Backbone
     captioned: pictures.Captioned
     data: LatentSet
     student: Student
@@ -72,7 +72,7 @@ class Run:
     @cached_property
     def base(self) -> str:
         """Which weights the student belongs to."""
-        return self.backbone.folder.fingerprint("unet")
+        return self.backbone.folder.fingerprint(self.backbone.folder.network)
 
     @property
     def counted(self) -> Denoiser:
@@ -88,7 +88,7 @@ class Run:
     @property
     def inputs(self) -> dict[str, str]:
         """Fingerprints of what it trains on: a run is resumed on the same only."""
-        own = {"teacher": self.backbone.folder.identity("unet", "scheduler"), "data": self.data.key}
+        own = {"teacher": self.backbone.folder.denoising, "data": self.data.key}
         return own | dict(self.fed)
 
     @property
@@ -144,7 +144,7 @@ def prepare(config: DistillConfig, cache: Path, device: torch.device) -> Run:
     return on_trajectories(with_looks(run, folder), cache)
 
 
-def on_synthesis(config: DistillConfig, backbone: StableDiffusion, cache: Path) -> Run:
+def on_synthesis(config: DistillConfig, backbone: Backbone, cache: Path) -> Run:
     """A run on a set that `fewstep synthesize` drew."""
     synthesis, data = open_set(Path(config.data.source), config.method, backbone)
     folder = perceptual_folder(config, backbone, data.said, cache)
@@ -153,9 +153,7 @@ def on_synthesis(config: DistillConfig, backbone: StableDiffusion, cache: Path) 
     return replace(run, synthesis=synthesis, omega=omega)
 
 
-def perceptual_folder(
-    config: DistillConfig, backbone: StableDiffusion, prompts: Sequence[str], cache: Path
-) -> Path | None:
+def perceptual_folder(config: DistillConfig, backbone: Backbone, prompts: Sequence[str], cache: Path) -> Path | None:
     """The folder of the distance between latents that the recipe asks for, trained first if none is named.
 
     It belongs to the teacher and the source, not to the run: stages and seeds draw captions of their own from Emoji-8,
@@ -207,12 +205,12 @@ def load_named_scorer(named: str, device: torch.device) -> PreferenceScorer:
     return load_scorer(name, Path(folder), device)
 
 
-def encoders_fingerprint(backbone: StableDiffusion) -> str:
+def encoders_fingerprint(backbone: Backbone) -> str:
     """Fingerprint of what makes latents and text states."""
-    return backbone.folder.identity("vae", "text_encoder", "tokenizer")
+    return backbone.folder.identity("vae", *backbone.folder.family.readers)
 
 
-def lay_out(config: DistillConfig, backbone: StableDiffusion, captioned: pictures.Captioned, data: LatentSet) -> Run:
+def lay_out(config: DistillConfig, backbone: Backbone, captioned: pictures.Captioned, data: LatentSet) -> Run:
     """Let the encoders go, and lay out the roles."""
     backbone.release_encoders()
     if backbone.device.type == "cpu":

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fewstep.backbones.sd import StableDiffusion, load_backbone
+from fewstep.backbones.base import Backbone, load_backbone
 from fewstep.export.conditioning import save_told, split_weights
 from fewstep.export.header import CONDITIONING, check_lora
 from fewstep.export.lora import read_lora, save_lora
@@ -20,7 +20,7 @@ from fewstep.tensors import load_tensors
 
 def export_student(
     config: DistillConfig,
-    backbone: StableDiffusion,
+    backbone: Backbone,
     weights: Mapping[str, Tensor],
     target: Path,
     notes: Mapping[str, Any],
@@ -30,7 +30,7 @@ def export_student(
     Returns:
         the file or folder.
     """
-    base = backbone.folder.fingerprint("unet")
+    base = backbone.folder.fingerprint(backbone.folder.network)
     notes = {"method": config.recipe, "guidance_seen": config.method.guidance.model_dump(), **notes}
     own, told = split_weights(weights)
     if config.student.kind == "lora":
@@ -43,6 +43,7 @@ def export_student(
                 alpha=config.student.lora_alpha,
                 targets=list(config.student.targets or backbone.targets),
                 base=base,
+                component=backbone.folder.network,
                 sampling=config.sampling,
                 notes=notes,
             )
@@ -53,7 +54,7 @@ def export_student(
     return save_pipeline(target, backbone.folder.path, network, record, told)
 
 
-def starting_weights(config: StudentConfig, backbone: StableDiffusion) -> dict[str, Tensor]:
+def starting_weights(config: StudentConfig, backbone: Backbone) -> dict[str, Tensor]:
     """The weights of the finished student that a run starts from, by the names of its parameters.
 
     A LoRA's scale is brought to the run's own: only B A times the scale is the student.

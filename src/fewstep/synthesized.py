@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewstep.backbones.sd import StableDiffusion
+from fewstep.backbones.base import Backbone
 from fewstep.data.latents import LatentSet
 from fewstep.errors import UserError
 from fewstep.grid import end_time, training_grid
@@ -34,7 +34,7 @@ class FromSet:
         return said.to(self.device, non_blocking=True), unsaid.to(self.device, non_blocking=True)
 
 
-def open_set(folder: Path, method: ConsistencyConfig, backbone: StableDiffusion) -> tuple[Synthesis, LatentSet]:
+def open_set(folder: Path, method: ConsistencyConfig, backbone: Backbone) -> tuple[Synthesis, LatentSet]:
     """A finished set as training data; no picture and no encoder is needed.
 
     Latents are read whole where they are data. Of trajectories nothing is read yet: one number stands for all.

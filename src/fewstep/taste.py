@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fewstep.backbones.sd import StableDiffusion
+from fewstep.backbones.base import Backbone
 from fewstep.errors import UserError
 from fewstep.objectives.preference import Taste
 from fewstep.preference.scorer import PreferenceScorer
@@ -32,7 +32,7 @@ class Prepared:
         return {name: value[chosen] for name, value in self._all.items()}
 
 
-def make_taste(backbone: StableDiffusion, scorer: PreferenceScorer, prompts: Sequence[str]) -> tuple[Taste, int]:
+def make_taste(backbone: Backbone, scorer: PreferenceScorer, prompts: Sequence[str]) -> tuple[Taste, int]:
     """What the preference term asks: (x_0, which prompts) -> scores; and of how many prompts.
 
     Pictures are decoded in fp32, once for all prompts that they are scored with.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fewstep.backbones.sd import StableDiffusion
+from fewstep.backbones.base import Backbone
 from fewstep.data.latents import LatentSet, cached
 from fewstep.denoiser import Condition, Denoiser
 from fewstep.draws import generator
@@ -72,7 +72,7 @@ def draw_trajectories(
 
 
 def stored_trajectories(
-    config: DistillConfig, backbone: StableDiffusion, denoiser: Denoiser, said: LatentSet, cache: Path
+    config: DistillConfig, backbone: Backbone, denoiser: Denoiser, said: LatentSet, cache: Path
 ) -> tuple[LatentSet, Tensor]:
     """Trajectories of the teacher for captions of the training set, drawn in shards that are kept (fp16).
 
@@ -88,7 +88,7 @@ def stored_trajectories(
     unsaid = torch.from_numpy(generator(seed, "trajectories without prompt").random(count))
     rows = torch.where(unsaid < config.data.empty_prompts, said.captions, rows)
     omega = torch.from_numpy(rng.uniform(*method.guidance.omegas, count))
-    teacher = backbone.folder.identity("unet", "scheduler")
+    teacher = backbone.folder.denoising
     digest = hashlib.sha256(
         f"{teacher} {said.key} {method_key(method)} {seed} {config.data.empty_prompts}".encode()
     ).hexdigest()[:16]

@@ -12,7 +12,7 @@ from typing import Any
 
 from fewstep.config import validate
 from fewstep.errors import UserError
-from fewstep.export.spellings import PEFT_PREFIX, Keys, find_keys
+from fewstep.export.spellings import COMPONENTS, PEFT_PREFIX, Keys, find_keys
 from fewstep.files import read_mapping
 from fewstep.folder import PipelineFolder, read_folder, weight_files
 from fewstep.settings import Sampling, StudentConfig
@@ -77,15 +77,16 @@ def _adapter(file: Path, metadata: Mapping[str, str], by_peft: bool) -> dict[str
     """What trained the LoRA says of its scales: in the metadata (diffusers) or in a file beside it (PEFT)."""
     config = file.parent / _PEFT_CONFIG
     if not by_peft or METADATA in metadata or not config.is_file():
-        return _record(metadata, METADATA, file)
-    return {f"unet.{key}": value for key, value in read_mapping(config).items()}
+        named = _record(metadata, METADATA, file).items()
+        return {key.partition(".")[2]: value for key, value in named if key.startswith(COMPONENTS)}
+    return read_mapping(config)
 
 
 def _scales(
     adapter: Mapping[str, Any], alphas: Mapping[str, float], ranks: Mapping[str, int], file: Path
 ) -> dict[str, float]:
     """Scale of each module: from its own alpha, else by PEFT's rules from the adapter's; 1 where no one says."""
-    patterns: dict[str, Any] = adapter.get("unet.alpha_pattern") or {}
+    patterns: dict[str, Any] = adapter.get("alpha_pattern") or {}
     scales = {}
     try:
         for module, rank in ranks.items():
@@ -93,8 +94,8 @@ def _scales(
                 scales[module] = alphas[module] / rank
                 continue
             named = (a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
-            alpha = float(next(named, adapter.get("unet.lora_alpha", rank)))
-            scales[module] = alpha / (math.sqrt(rank) if adapter.get("unet.use_rslora") else rank)
+            alpha = float(next(named, adapter.get("lora_alpha", rank)))
+            scales[module] = alpha / (math.sqrt(rank) if adapter.get("use_rslora") else rank)
             if not math.isfinite(scales[module]):
                 raise ValueError(f"alpha is {alpha}")
     except (TypeError, ValueError, AttributeError, ZeroDivisionError, re.error) as error:
@@ -128,12 +129,13 @@ def _find_file(path: Path) -> Path:
     return file
 
 
-def read_header(path: Path | str, weights: Mapping[str, Shape]) -> LoraHeader:
+def read_header(path: Path | str, weights: Mapping[str, Shape], component: str = "unet") -> LoraHeader:
     """Read the header of a LoRA file, or of the one in a folder, in any of the spellings of `export.spellings`.
 
     Args:
         path: the file or the folder.
-        weights: shapes of the base's UNet, by parameter name: the LoRA's layers are found among them.
+        weights: shapes of the base's network, by parameter name: the LoRA's layers are found among them.
+        component: what that network is in its pipeline.
 
     Raises:
         UserError: missing, truncated, not safetensors, not a LoRA of a UNet alone, or of a UNet with other layers.
@@ -141,7 +143,7 @@ def read_header(path: Path | str, weights: Mapping[str, Shape]) -> LoraHeader:
     file = _find_file(Path(path))
     metadata, entries = read_safetensors_header(file)
     modules = {name.removesuffix(".weight") for name in weights if name.endswith(".weight")}
-    found = find_keys(entries, modules, file)
+    found = find_keys(entries, modules, file, component)
     shapes = _shapes(file, found, entries)
     values = read_numbers(file, {keys.alpha: entries[keys.alpha] for keys in found.values() if keys.alpha})
     adapter = _adapter(file, metadata, any(PEFT_PREFIX in key for key in entries))
@@ -186,7 +188,7 @@ def base_shapes(folder: PipelineFolder) -> dict[str, Shape]:
     Raises:
         UserError: broken weight files.
     """
-    files = weight_files(folder.path / "unet")
+    files = weight_files(folder.path / folder.network)
     return {name: entry.shape for file in files for name, entry in read_safetensors_header(file)[1].items()}
 
 
@@ -197,12 +199,12 @@ def check_lora(path: Path | str, folder: PipelineFolder) -> LoraHeader:
         UserError: as `read_header` and `check_fits`.
     """
     weights = base_shapes(folder)
-    header = read_header(path, weights)
+    header = read_header(path, weights, folder.network)
     if header.sampling and header.sampling.told and not (header.file.parent / CONDITIONING).is_file():
         raise UserError(
             f"lora = {str(path)!r} is told {', '.join(header.sampling.told)} by a {CONDITIONING} that is not beside it"
         )
-    check_fits(header, weights, folder.fingerprint("unet") if header.base else "", str(path))
+    check_fits(header, weights, folder.fingerprint(folder.network) if header.base else "", str(path))
     return header
 
 

@@ -1,9 +1,9 @@
 """LoRA files: written in the diffusers form with our inference settings in the metadata, read in any spelling.
 
-The keys that are written are `unet.<module>.lora_A.weight` and `.lora_B.weight`, as diffusers' `load_lora_weights`
-reads them; the file's metadata holds diffusers' own `lora_adapter_metadata` (rank, alpha, targets) and `fewstep`, a
-JSON record of the method, the settings to sample with and the sha256 of the base's UNet weights. What is read is told
-in `export.spellings`.
+The keys that are written are `unet.<module>.lora_A.weight` and `.lora_B.weight` (`transformer.` for a transformer), as
+diffusers' `load_lora_weights` reads them; the metadata holds diffusers' own `lora_adapter_metadata` (rank, alpha,
+targets) and `fewstep`, a JSON record of the method, the settings to sample with and the sha256 of the base's weights.
+What is read is told in `export.spellings`.
 """
 
 from __future__ import annotations
@@ -57,9 +57,13 @@ def save_lora(
     base: str,
     sampling: Sampling,
     notes: Mapping[str, Any],
+    component: str = "unet",
     dtype: torch.dtype = torch.float16,
 ) -> Path:
     """Write adapter weights (PEFT names: `<module>.lora_A.weight`) as one file; return its path.
+
+    Args:
+        component: of the pipeline that they adapt, unet or transformer: what every key begins with.
 
     Raises:
         UserError: the place cannot be written to.
@@ -73,14 +77,14 @@ def save_lora(
         **notes,
     }
     adapter = {
-        "unet.r": rank,
-        "unet.lora_alpha": alpha,
-        "unet.target_modules": sorted(targets),
-        "unet.peft_type": "LORA",
+        f"{component}.r": rank,
+        f"{component}.lora_alpha": alpha,
+        f"{component}.target_modules": sorted(targets),
+        f"{component}.peft_type": "LORA",
     }
     metadata = {"format": "pt", METADATA: json.dumps(adapter), "fewstep": json.dumps(record)}
     with atomic_write(file) as part:
-        save_tensors(part, {f"unet.{name}": tensor.to(dtype) for name, tensor in weights.items()}, metadata)
+        save_tensors(part, {f"{component}.{name}": tensor.to(dtype) for name, tensor in weights.items()}, metadata)
     return file
 
 

@@ -45,8 +45,9 @@ def save_pipeline(
     saver: Any = network
     with atomic_folder(target) as part:
         index = read_mapping(base / "model_index.json")
-        for name in read_folder(base).components:
-            if name == "unet" or not (base / name).is_dir():
+        folder = read_folder(base)
+        for name in folder.components:
+            if name == folder.network or not (base / name).is_dir():
                 continue
             if _pickled(base / name):
                 index[name] = [None, None]  # a safety checker, often: a component without weights could not be loaded
@@ -58,7 +59,7 @@ def save_pipeline(
         for item in [found for pattern in LICENCES for found in base.glob(pattern)]:
             (shutil.copytree if item.is_dir() else shutil.copy2)(item, part / item.name)
         try:
-            saver.save_pretrained(part / "unet", safe_serialization=True)
+            saver.save_pretrained(part / folder.network, safe_serialization=True)
         except SafetensorError as error:  # its own name for a full disk
             raise OSError(str(error)) from error
         save_told(part, told or {})

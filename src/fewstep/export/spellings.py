@@ -33,6 +33,8 @@ from fewstep.errors import UserError
 Part = Literal["A", "B", "alpha"]
 
 PEFT_PREFIX = "base_model.model."
+COMPONENTS = ("unet.", "transformer.")
+"""What keys of a whole pipeline begin with: the component that denoises."""
 _FLAT_PREFIX = "lora_unet_"
 _TEXT_PREFIXES = ("text_encoder", "text_model.", "lora_te_", "lora_te1_", "lora_te2_", f"{PEFT_PREFIX}text_")
 
@@ -94,13 +96,14 @@ def split_key(key: str) -> tuple[str, Part] | None:
     return None
 
 
-def find_keys(keys: Iterable[str], modules: Collection[str], file: Path) -> dict[str, Keys]:
+def find_keys(keys: Iterable[str], modules: Collection[str], file: Path, component: str = "unet") -> dict[str, Keys]:
     """The keys of a LoRA file by the base's own names of the layers.
 
     Args:
         keys: names of all tensors of the file.
         modules: names of all layers with weights of the base's UNet.
         file: for messages.
+        component: of the pipeline that the base is, which keys may begin with.
 
     Raises:
         UserError: naming the first key that is not the LoRA of a UNet, is of another base, or comes twice.
@@ -109,7 +112,7 @@ def find_keys(keys: Iterable[str], modules: Collection[str], file: Path) -> dict
     flat = _flat_names(modules) if any(name.startswith(_FLAT_PREFIX) for _, name, _ in parts) else {}
     found: dict[str, Keys] = {}
     for key, name, part in parts:
-        plain = name.removeprefix("unet.").removeprefix(PEFT_PREFIX)
+        plain = name.removeprefix(f"{component}.").removeprefix(PEFT_PREFIX)
         module = flat.get(name.removeprefix(_FLAT_PREFIX), "") if name.startswith(_FLAT_PREFIX) else plain
         if module not in modules:
             raise UserError(f"lora = {str(file)!r} is for another base: this one has no layer {plain}")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fewstep.backbones.sd import StableDiffusion
+from fewstep.backbones.base import Backbone
 from fewstep.data.latents import cached
 from fewstep.denoiser import Condition
 from fewstep.device import pick_precision
@@ -82,14 +82,14 @@ def distinct_prompts(prompts: Sequence[str], groups: int, seed: int) -> list[str
     return [found[i] for i in chosen]
 
 
-def drawn_by(config: PairConfig, backbone: StableDiffusion) -> Sampling:
+def drawn_by(config: PairConfig, backbone: Backbone) -> Sampling:
     """How the teacher draws its latents: as it brings along, in the config's steps."""
     own = teacher_sampling(backbone.folder.path)
     omega = own.omega if config.omega is None else config.omega
     return Sampling(sampler="ddim", steps=config.steps, omega=omega, spacing="trailing", end="clean")
 
 
-def bank_key(config: PairConfig, backbone: StableDiffusion, prompts: Sequence[str], pixel: PixelFeatures) -> str:
+def bank_key(config: PairConfig, backbone: Backbone, prompts: Sequence[str], pixel: PixelFeatures) -> str:
     """Fingerprint of all that decides a bank."""
     known = [
         backbone.folder.identity(),
@@ -104,7 +104,7 @@ def bank_key(config: PairConfig, backbone: StableDiffusion, prompts: Sequence[st
 
 def make_bank(
     config: PairConfig,
-    backbone: StableDiffusion,
+    backbone: Backbone,
     prompts: Sequence[str],
     pixel: PixelFeatures,
     cache: Path,
@@ -152,7 +152,7 @@ def make_bank(
 
 
 @torch.no_grad()
-def draw_groups(config: PairConfig, backbone: StableDiffusion, prompts: Sequence[str], items: Sequence[int]) -> Tensor:
+def draw_groups(config: PairConfig, backbone: Backbone, prompts: Sequence[str], items: Sequence[int]) -> Tensor:
     """The groups of some items, [n, 12, C, h, w] on the CPU; partners must be among them, prompts are the items'."""
     device = backbone.device
     sampling = drawn_by(config, backbone)

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from fewstep.backbones.sd import StableDiffusion
+from fewstep.backbones.base import Backbone
 from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.evaluation.lite0 import Lite0Backbone
@@ -60,7 +60,7 @@ def pair_weights(named: float) -> Tensor:
 
 
 def run_inputs(
-    config: PerceptualConfig, backbone: StableDiffusion, prompts: Sequence[str], pixel: PixelFeatures
+    config: PerceptualConfig, backbone: Backbone, prompts: Sequence[str], pixel: PixelFeatures
 ) -> dict[str, str]:
     """Fingerprints of what a run is fed."""
     return {
@@ -96,7 +96,7 @@ def finished(folder: Path, key: str) -> bool:
 
 def make_perceptual(
     config: PerceptualConfig,
-    backbone: StableDiffusion,
+    backbone: Backbone,
     prompts: Sequence[str],
     out: Path,
     *,
@@ -189,7 +189,7 @@ def fit(config: PerceptualConfig, bank: Bank, channels: int, log: RunLog, accele
 
 def describe(
     config: PerceptualConfig,
-    backbone: StableDiffusion,
+    backbone: Backbone,
     prompts: Sequence[str],
     pixel: PixelFeatures,
     bank: Bank,

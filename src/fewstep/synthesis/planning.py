@@ -68,19 +68,6 @@ def in_words(count: float) -> str:
     return f"{count:.{0 if units[0] == 'bytes' or count >= 100 else 1}f} {units[0]}"
 
 
-def latent_shape(folder: PipelineFolder) -> tuple[int, int, int]:
-    """(channels, height, width) of a latent at the trained size.
-
-    Raises:
-        UserError: the config does not say.
-    """
-    unet = folder.config("unet")
-    try:
-        return int(unet["in_channels"]), int(unet["sample_size"]), int(unet["sample_size"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder.path} does not say the size of its latents: {error!r}") from error
-
-
 def sample_bytes(settings: DrawnSettings, shape: tuple[int, int, int]) -> int:
     """Bytes of one sample in a shard."""
     return sum(math.prod(size) * BYTES[kind] for kind, size in layout(settings, shape, 1).values())
@@ -94,7 +81,7 @@ def cost_of(config: SynthesisConfig, lines: Sequence[str], folder: PipelineFolde
         -(-samples // config.shard),
         config.shard,
         config.evaluations(from_pure_noise=bool(folder.config("scheduler").get("rescale_betas_zero_snr"))),
-        sample_bytes(config, latent_shape(folder)),
+        sample_bytes(config, folder.latent_shape),
         len(set(lines)),
     )
 
@@ -102,8 +89,8 @@ def cost_of(config: SynthesisConfig, lines: Sequence[str], folder: PipelineFolde
 def fingerprints(folder: PipelineFolder) -> dict[str, str]:
     """Identities of what draws and of what encodes prompts."""
     return {
-        "teacher": folder.identity("unet", "scheduler"),
-        "encoders": folder.identity("text_encoder", "tokenizer"),
+        "teacher": folder.denoising,
+        "encoders": folder.identity(*folder.family.readers),
     }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewstep.backbones.sd import StableDiffusion
+from fewstep.backbones.base import Backbone
 from fewstep.denoiser import Condition
 from fewstep.draws import Draws
 from fewstep.errors import UserError
@@ -35,7 +35,7 @@ class Painter:
 
     plan: Plan
     walk: Walk
-    backbone: StableDiffusion
+    backbone: Backbone
     rows: Tensor
     table: Mapping[str, Tensor]
 

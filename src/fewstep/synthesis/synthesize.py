@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fewstep import processes
-from fewstep.backbones.sd import StableDiffusion, load_backbone
+from fewstep.backbones.base import Backbone, load_backbone
 from fewstep.device import pick_device, pick_precision
 from fewstep.drawing import artist_of
 from fewstep.errors import UserError
@@ -54,7 +54,7 @@ ENCODED = 512
 """Prompts encoded at a time."""
 
 
-def make_plan(config: SynthesisConfig, lines: Sequence[str], backbone: StableDiffusion) -> Plan:
+def make_plan(config: SynthesisConfig, lines: Sequence[str], backbone: Backbone) -> Plan:
     """What decides the bytes of a set."""
     path, settings = backbone.path, config.drawn
     channels, height, width = backbone.latent_shape
@@ -185,9 +185,7 @@ def _close(out: Path, plan: Plan) -> None:
         remove_folder(out / UNFINISHED)
 
 
-def _conditions(
-    out: Path, plan: Plan, distinct: Sequence[str], backbone: StableDiffusion, silent: bool
-) -> dict[str, Tensor]:
+def _conditions(out: Path, plan: Plan, distinct: Sequence[str], backbone: Backbone, silent: bool) -> dict[str, Tensor]:
     """The text states of the distinct prompts and, last, the unconditional one; encoded and stored if they are not.
 
     They are kept, and the teacher is asked with them, in fp16.

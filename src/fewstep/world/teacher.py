@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.backbones.sd import encode_pictures, encode_text
+from fewstep.backbones.base import encode_pictures
+from fewstep.backbones.sd import encode_text
 from fewstep.device import pick_device
 from fewstep.errors import UserError
 from fewstep.export.pipeline import RECORD

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fewstep.backbones.sd import StableDiffusion
+from fewstep.backbones.base import Backbone
 from fewstep.device import pick_device
 from fewstep.drawing import Artist, labelled_sheet, load_artist, save_picture
 from fewstep.draws import generator
@@ -75,7 +75,7 @@ def teacher_card(pipeline: Path, out: Path, *, n: int, sampling: Sampling) -> Ca
     return card
 
 
-def autoencoder_figures(backbone: StableDiffusion) -> dict[str, Figure]:
+def autoencoder_figures(backbone: Backbone) -> dict[str, Figure]:
     """PSNR of held-out concepts through the autoencoder, dB."""
     pictures = emoji8.load("heldout-concept").pictures
     values = psnr(backbone.to_pictures(backbone.to_latents(pictures)), pictures)

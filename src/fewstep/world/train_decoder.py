@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from fewstep.backbones.sd import encode_pictures
+from fewstep.backbones.base import encode_pictures
 from fewstep.draws import Draws
 from fewstep.loss import Loss
 from fewstep.training.cpu import speed_up

@@ -1,0 +1,263 @@
+"""What every backbone is: a pipeline folder whose network is loaded, and whose encoders are when they are asked for.
+
+A family adds how prompts become conditions and how its network is called. Nothing here knows a method.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from fewstep.denoiser import Condition
+from fewstep.errors import UserError
+from fewstep.folder import PipelineFolder, read_folder
+from fewstep.scheduler_config import path_of, prediction_of
+
+UNUSED = "pooler."
+"""What a text encoder may lack: pictures are drawn from its states alone."""
+MOST_PIXELS = 2**21
+"""Pixels that the autoencoder takes at once: 8 pictures of 512 x 512, about 1 GB for each of its widest activations."""
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Say in one line what cannot be loaded; the libraries' own tables of keys stay away."""
+    import diffusers.utils.logging as told
+    import transformers.utils.logging as told_too
+
+    levels = told.get_verbosity(), told_too.get_verbosity()
+    told.set_verbosity_error()
+    told_too.set_verbosity_error()
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError, RuntimeError, KeyError, TypeError) as error:
+        raise UserError(f"cannot load {what}: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        told.set_verbosity(levels[0])
+        told_too.set_verbosity(levels[1])
+
+
+def whole(loaded: tuple[Any, Mapping[str, Any]], what: str) -> Any:
+    """The loaded network, if the file held all of its weights; a library would fill the rest with random ones.
+
+    Raises:
+        UserError: naming the first weight that is not there.
+    """
+    network, info = loaded
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(UNUSED))
+    if missing:
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise UserError(f"cannot load {what}: its files hold no {missing[0]}{more}; give the whole pipeline folder")
+    return network
+
+
+class Backbone(ABC):
+    """A loaded pipeline. Networks are frozen, in eval mode and fp32.
+
+    Attributes:
+        network: what denoises.
+        path, prediction: the noise path of its scheduler and what it predicts.
+        latent_shape: (channels, height, width) of a latent at the trained size.
+        picture_size: pixels a side at the trained size.
+        targets: where LoRA goes.
+        outlets: the network's last layers, by the beginnings of their names, the very last one first.
+    """
+
+    outlets: Sequence[str]
+    text_classes: Sequence[str] = ()
+    """Classes that a text encoder may be of; empty for any of transformers."""
+    tokenizer_classes: Sequence[str] = ()
+    """Classes that a tokenizer may be of; empty for any of transformers."""
+
+    def __init__(self, folder: PipelineFolder, device: torch.device | str = "cpu") -> None:
+        self.folder = folder
+        self.device = torch.device(device)
+        scheduler = folder.config("scheduler")
+        self.prediction = prediction_of(scheduler, str(folder.path))
+        self.path = path_of(scheduler)
+        self.latent_shape = folder.latent_shape
+        self.picture_size = folder.picture_size
+        self.targets = list(folder.family.targets)
+        self.network: nn.Module = self.fresh_network()
+        self._readers: list[tuple[Any, Any]] | None = None
+        self._vae: Any = None
+
+    def _loaded(self, component: str) -> Any:
+        """A component of diffusers, from its own files alone."""
+        import diffusers
+
+        place, name = self.folder.path / component, self.folder.components[component][1]
+        with loading(str(place)):
+            kind = getattr(diffusers, name)
+            loaded = kind.from_pretrained(
+                place, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
+        return self._ready(whole(loaded, str(place)))
+
+    def _ready(self, module: Any) -> Any:
+        return module.to(self.device).eval().requires_grad_(False)
+
+    def fresh_network(self) -> nn.Module:
+        """Another copy of the network, for full fine-tuning."""
+        network: nn.Module = self._loaded(self.folder.network)
+        return network
+
+    @property
+    def vae(self) -> Any:
+        """The autoencoder, loaded at first use."""
+        if self._vae is None:
+            self._vae = self._loaded("vae")
+        return self._vae
+
+    def _load_text(self) -> list[tuple[Any, Any]]:
+        """The tokenizers and encoders that read prompts, loaded at first use, in order."""
+        if self._readers is None:
+            import transformers
+
+            transformers.utils.logging.disable_progress_bar()  # its bars would stand between ours and in errors
+            family = self.folder.family
+            pairs = list(zip(family.tokenizers, family.encoders, strict=True))
+            # every class is looked at before anything is loaded
+            kinds = [
+                (self._text_class(tokenizer, self.tokenizer_classes), self._text_class(encoder, self.text_classes))
+                for tokenizer, encoder in pairs
+            ]
+            readers = []
+            for (tokenizer, encoder), (reads, encodes) in zip(pairs, kinds, strict=True):
+                place = self.folder.path / encoder
+                with loading(str(place)):
+                    read = reads.from_pretrained(self.folder.path / tokenizer, local_files_only=True)
+                    loaded = encodes.from_pretrained(
+                        place,
+                        local_files_only=True,
+                        use_safetensors=True,
+                        dtype=torch.float32,
+                        output_loading_info=True,
+                    )
+                readers.append((read, self._ready(whole(loaded, str(place)))))
+            self._readers = readers
+        return self._readers
+
+    def _text_class(self, component: str, legal: Sequence[str]) -> Any:
+        import transformers
+
+        name = self.folder.components[component][1]
+        if (legal and name not in legal) or not hasattr(transformers, name):
+            raise UserError(f"{component} class {name!r} is not one of {', '.join(legal) or 'transformers'}")
+        return getattr(transformers, name)
+
+    def load_encoders(self) -> None:
+        """Load the text encoders and the autoencoder now, so that broken ones are refused before long work."""
+        self._load_text()
+        _ = self.vae
+
+    def release_encoders(self) -> None:
+        """Drop the text encoders and the autoencoder from memory; they are loaded again when asked for."""
+        self._readers = self._vae = None
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str], batch: int = 256) -> Condition:
+        """Prompts -> what the network is told, float32 [N, ...] each on the CPU, as the pipeline encodes them."""
+
+    @abstractmethod
+    def null(self, count: int) -> Condition:
+        """The condition of the unconditional branch, as the pipeline makes it, `count` rows."""
+
+    @abstractmethod
+    def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition, *, residuals: Any = None) -> Tensor:
+        """One network call: x [B, C, H, W], t float64 [B] in the path's time -> output like x."""
+
+    @abstractmethod
+    def features(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> list[Tensor]:
+        """What the network makes of x on its way, [B, C, h, w] each; what comes after the last of them is not run."""
+
+    @property
+    @abstractmethod
+    def feature_channels(self) -> list[int]:
+        """Channels of each of its `features`."""
+
+    @abstractmethod
+    def time_embedding(self, network: nn.Module) -> nn.Module:
+        """The part of a network that embeds the time."""
+
+    @property
+    def time_width(self) -> int:
+        """Width of the time embedding."""
+        part: Any = self.time_embedding(self.network)
+        return int(part.linear_2.out_features)
+
+    @torch.no_grad()
+    def to_latents(self, pictures: np.ndarray) -> Tensor:
+        """uint8 [N, H, W, 3] -> posterior means, float32 [N, C, h, w] on the CPU, scaled as the network expects."""
+        return encode_pictures(self.vae, pictures, self.device)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents -> pictures [N, 3, H, W] in about [-1, 1], with gradient."""
+        decoded: Tensor = self.vae.decode(from_network_scale(self.vae, latents), return_dict=False)[0]
+        return decoded
+
+    @torch.no_grad()
+    def to_pictures(self, latents: Tensor) -> np.ndarray:
+        """Latents -> uint8 [N, H, W, 3], rounded as diffusers rounds."""
+        parts = []
+        batch = _at_once(latents.shape[-1] * self.folder.scale)
+        for start in range(0, len(latents), batch):
+            part = latents[start : start + batch]
+            decoded = self.decode(part.to(self.device))
+            scaled = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
+            parts.append((scaled * 255).round().astype(np.uint8))
+        return np.concatenate(parts)
+
+
+def to_network_scale(vae: Any, latents: Tensor) -> Tensor:
+    """An autoencoder's latents -> the network's: shifted, where the autoencoder says so, and scaled."""
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    scaled: Tensor = (latents - shift) * vae.config.scaling_factor
+    return scaled
+
+
+def from_network_scale(vae: Any, latents: Tensor) -> Tensor:
+    """The network's latents -> the autoencoder's."""
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    scaled: Tensor = latents / vae.config.scaling_factor + shift
+    return scaled
+
+
+def _at_once(size: int) -> int:
+    """How many pictures of `size` pixels a side the autoencoder takes at once."""
+    return min(128, max(1, MOST_PIXELS // size**2))
+
+
+@torch.no_grad()
+def encode_pictures(vae: Any, pictures: np.ndarray, device: torch.device) -> Tensor:
+    """uint8 [N, H, W, 3] -> posterior means, float32 [N, C, h, w] on the CPU, scaled as the network expects."""
+    parts = []
+    batch = _at_once(pictures.shape[1])
+    for start in range(0, len(pictures), batch):
+        part = torch.from_numpy(np.array(pictures[start : start + batch])).to(device)
+        part = part.permute(0, 3, 1, 2).float() / 127.5 - 1
+        found = vae.encode(part)
+        means = found.latent_dist.mean if hasattr(found, "latent_dist") else found.latent  # deterministic autoencoders
+        parts.append(to_network_scale(vae, means).cpu())
+    return torch.cat(parts)
+
+
+def load_backbone(path: Path | str, device: torch.device | str = "cpu") -> Backbone:
+    """Load a pipeline folder.
+
+    Raises:
+        UserError: not a pipeline folder of a known kind, or broken files.
+    """
+    folder = read_folder(path)
+    module, _, name = folder.family.backbone.partition(":")
+    backbone: Backbone = getattr(importlib.import_module(module), name)(folder, device)
+    return backbone

@@ -1,0 +1,60 @@
+"""Stable Diffusion XL: a UNet that is told two encoders' states, a pooled one, and the picture's sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.backbones.unet import UNetBackbone
+from fewstep.denoiser import Condition
+from fewstep.files import read_mapping
+
+
+class StableDiffusionXL(UNetBackbone):
+    """The condition holds "text" [B, tokens, both widths] and "pooled" [B, width]; sizes follow from the latent's."""
+
+    text_classes = ("CLIPTextModel", "CLIPTextModelWithProjection")
+    tokenizer_classes = ("CLIPTokenizer", "CLIPTokenizerFast")
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], batch: int = 256) -> Condition:
+        """The last states but one of both encoders, side by side, and the second one's projected summary."""
+        readers = self._load_text()
+        parts = []
+        for start in range(0, len(prompts), batch):
+            said = list(prompts[start : start + batch])
+            found = []
+            for tokenizer, encoder in readers:
+                tokens = tokenizer(
+                    said,
+                    padding="max_length",
+                    max_length=tokenizer.model_max_length,
+                    truncation=True,
+                    return_tensors="pt",
+                ).to(self.device)
+                found.append(encoder(tokens.input_ids, output_hidden_states=True))
+            text = torch.cat([each.hidden_states[-2] for each in found], dim=-1)
+            parts.append((text.float().cpu(), found[-1][0].float().cpu()))
+        text, pooled = (torch.cat(each) for each in zip(*parts, strict=True))
+        return {"text": text, "pooled": pooled}
+
+    def null(self, count: int) -> Condition:
+        """The unconditional branch: zeros, unless the pipeline says that it is the encoded empty prompt."""
+        empty = self.encode([""])
+        if read_mapping(self.folder.path / "model_index.json").get("force_zeros_for_empty_prompt", True):
+            empty = {name: torch.zeros_like(value) for name, value in empty.items()}
+        return {name: value.expand(count, *value.shape[1:]) for name, value in empty.items()}
+
+    def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition, *, residuals: Any = None) -> Tensor:
+        """One network call; the picture is told to be whole, of the latent's own size and not cropped."""
+        height, width = (side * self.folder.scale for side in x.shape[-2:])
+        sizes = x.new_tensor([height, width, 0, 0, height, width]).expand(len(x), 6)
+        more = {"text_embeds": condition["pooled"], "time_ids": sizes}
+        told = self.told_time(x, t)
+        out: Tensor = network(
+            x, told, condition["text"], added_cond_kwargs=more, return_dict=False, **(residuals or {})
+        )[0]
+        return out

@@ -1,0 +1,58 @@
+"""What the families with a UNet share: features of its way down, its time embedding, its last layers."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+from torch import Tensor, nn
+
+from fewstep.backbones.base import Backbone
+from fewstep.denoiser import Condition
+
+
+class _EnoughError(Exception):
+    """The rest of a network need not run."""
+
+
+class UNetBackbone(Backbone):
+    """A pipeline around a UNet2DConditionModel."""
+
+    outlets = ("conv_out", "up_blocks")
+
+    def features(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> list[Tensor]:
+        """What a UNet's way down makes of x: the outputs of its down blocks and of the middle, [B, C, h, w] each.
+
+        The way up is not gone.
+        """
+        found: list[Tensor] = []
+
+        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+            found.append(output[0] if isinstance(output, tuple) else output)
+            if module is network.mid_block:
+                raise _EnoughError
+
+        parts: list[nn.Module] = [*network.down_blocks, network.mid_block]  # type: ignore[misc,list-item]
+        handles = [part.register_forward_hook(keep) for part in parts]
+        try:
+            with suppress(_EnoughError):
+                self.call(network, x, t, condition)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    @property
+    def feature_channels(self) -> list[int]:
+        """Channels of each of its `features`."""
+        channels = list(self.network.config.block_out_channels)  # type: ignore[union-attr,arg-type]
+        return [*channels, channels[-1]]
+
+    def time_embedding(self, network: nn.Module) -> nn.Module:
+        """The part of a UNet that embeds the time."""
+        part: nn.Module = network.time_embedding  # type: ignore[assignment]
+        return part
+
+    def told_time(self, x: Tensor, t: Tensor) -> Tensor:
+        """Times as the network is told them; those below index 0 (clean data) are asked as index 0."""
+        return t.clamp(min=0).float().to(x.device, non_blocking=True)  # a plain copy would wait for the device
