@@ -42,6 +42,9 @@ def _wide(x: Tensor) -> Tensor:
 class Denoiser:
     """network + path + what the network predicts.
 
+    Attributes:
+        embedded: the network is told its guidance and has no unconditional branch (Flux).
+
     Raises:
         UserError: an eps network on a path that ends in pure noise (alpha = 0): x0 = (x - sigma eps)/alpha
             does not exist there.
@@ -50,6 +53,7 @@ class Denoiser:
     call: Call
     path: Path
     prediction: Prediction
+    embedded: bool = False
 
     def __post_init__(self) -> None:
         noisiest = torch.tensor(self.path.noisiest, dtype=torch.float64)
@@ -74,8 +78,11 @@ class Denoiser:
     ) -> Estimate:
         """The estimate of (1 + omega) output(c) - omega output(null), omega [B]; one call of batch 2B.
 
-        Guidance commutes with the conversion, which is linear in the output.
+        Guidance commutes with the conversion, which is linear in the output. A network that is told its guidance is
+        told 1 + omega, in one call of batch B.
         """
+        if self.embedded:
+            return self.estimate(x_t, t, tell(condition, guidance=1 + omega), role)
         both = self.call(torch.cat([x_t, x_t]), torch.cat([t, t]), join(condition, null), role)
         with_prompt, without = _wide(both).chunk(2)
         w = expand(omega, with_prompt)

@@ -94,7 +94,8 @@ def artist_of(
         with ear.hears(embedding(told)):
             return backbone.call(backbone.network, x, t, rest)
 
-    return Artist(backbone, Denoiser(call, backbone.path, backbone.prediction), sampling)
+    denoiser = Denoiser(call, backbone.path, backbone.prediction, backbone.embedded_guidance)
+    return Artist(backbone, denoiser, sampling)
 
 
 def load_artist(

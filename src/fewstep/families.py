@@ -12,6 +12,13 @@ UNET_TARGETS = (
     *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
 )
 """The layers of a UNet that LCM-LoRA, TCD and TLCM adapt (suffixes of module names)."""
+ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+"""The layers of a diffusion transformer that are adapted: attention and what follows it."""
+JOINT_TARGETS = (
+    *ATTENTION_TARGETS,
+    *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context.net.0.proj", "ff_context.net.2"),
+)
+"""The same where pictures and prompts go through one attention, each with layers of its own."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +80,52 @@ SDXL = Family(
     targets=UNET_TARGETS,
     classes=("UNet2DConditionModel",),
 )
+PIXART = Family(
+    kind="pixart",
+    backbone="fewstep.backbones.pixart:PixArt",
+    network="transformer",
+    encoders=("text_encoder",),
+    tokenizers=("tokenizer",),
+    targets=ATTENTION_TARGETS,
+    classes=("PixArtTransformer2DModel", "Transformer2DModel"),
+)
+SD3 = Family(
+    kind="sd3",
+    backbone="fewstep.backbones.sd3:StableDiffusion3",
+    network="transformer",
+    encoders=("text_encoder", "text_encoder_2", "text_encoder_3"),
+    tokenizers=("tokenizer", "tokenizer_2", "tokenizer_3"),
+    targets=JOINT_TARGETS,
+    classes=("SD3Transformer2DModel",),
+)
+FLUX = Family(
+    kind="flux",
+    backbone="fewstep.backbones.flux:Flux",
+    network="transformer",
+    encoders=("text_encoder", "text_encoder_2"),
+    tokenizers=("tokenizer", "tokenizer_2"),
+    targets=(*JOINT_TARGETS, "proj_mlp", "proj_out"),
+    classes=("FluxTransformer2DModel",),
+    sample_size=128,
+    packed=4,
+)
+SANA = Family(
+    kind="sana",
+    backbone="fewstep.backbones.sana:Sana",
+    network="transformer",
+    encoders=("text_encoder",),
+    tokenizers=("tokenizer",),
+    targets=("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point"),
+    classes=("SanaTransformer2DModel",),
+)
 
 FAMILIES = {
     "StableDiffusionPipeline": SD,
     "StableDiffusionXLPipeline": SDXL,
+    "PixArtAlphaPipeline": PIXART,
+    "PixArtSigmaPipeline": PIXART,
+    "StableDiffusion3Pipeline": SD3,
+    "FluxPipeline": FLUX,
+    "SanaPipeline": SANA,
 }
 """Pipeline class -> family."""

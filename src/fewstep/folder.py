@@ -23,11 +23,13 @@ class PipelineFolder:
     """A diffusers pipeline on disk.
 
     Attributes:
+        pipeline: its class in diffusers.
         family: what it is made of.
         components: component -> (library, class), from model_index.json.
     """
 
     path: Path
+    pipeline: str
     family: Family
     components: dict[str, tuple[str, str]]
 
@@ -190,7 +192,7 @@ def read_folder(path: Path | str, field: str = "teacher") -> PipelineFolder:
             )
         for file in files:
             read_safetensors_header(file)  # a missing, truncated or foreign file is refused here
-    folder = PipelineFolder(path, family, components)
+    folder = PipelineFolder(path, name, family, components)
     check_terminal_snr(folder.config("scheduler"))
     return folder
 

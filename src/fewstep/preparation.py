@@ -216,7 +216,7 @@ def lay_out(config: DistillConfig, backbone: Backbone, captioned: pictures.Capti
     if backbone.device.type == "cpu":
         speed_up(backbone.network)
     student = make_student(backbone, config.student, roles_of(config.method), config.loop.seed, config.method.told)
-    denoiser = Denoiser(student.call, backbone.path, backbone.prediction)
+    denoiser = Denoiser(student.call, backbone.path, backbone.prediction, backbone.embedded_guidance)
     return Run(config, backbone, captioned, data, student, denoiser, Tally())
 
 

@@ -117,7 +117,12 @@ def times_asked(step: Step, path: Path, t: Tensor, s: Tensor) -> list[float]:
 
 
 class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
-    """What all of our schedulers share: paths, times, and a loop that is turned inside out."""
+    """What all of our schedulers share: paths, times, and a loop that is turned inside out.
+
+    Attributes:
+        generator: of the noise between jumps, or one for each picture, where a pipeline hands none to `step`: those of
+            Stable Diffusion 3, Flux and SANA do not.
+    """
 
     _compatibles = COMPATIBLE
 
@@ -139,6 +144,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.num_inference_steps: int | None = None
         total = int(config["num_train_timesteps"])
         self.timesteps = torch.arange(total - 1, -1, -1)
+        self.generator: Any = None
         self._leaps: list[Leap] = []
         self._asked: list[float] = []
         self._reset()
@@ -326,7 +332,8 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             x = asked.x
         else:
             if leap.then is not None and self._noisy():
-                z = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+                drawn_from = self.generator if generator is None else generator
+                z = randn_tensor(x.shape, generator=drawn_from, device=x.device, dtype=x.dtype)
                 x = diffuse(self.noise_path, x, leap.s, leap.then, z)
         self._step_index = place + 1
         drawn, seen = x.to(sample.dtype), estimate.x0.to(sample.dtype)

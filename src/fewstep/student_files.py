@@ -49,7 +49,7 @@ def export_student(
             )
         return target / file.name
     network = backbone.fresh_network()
-    network.load_state_dict(own)
+    network.load_state_dict({**network.state_dict(), **own})  # buffers (tables of positions) are no one's weights
     record = {"base": base, "sampling": config.sampling.model_dump(mode="json"), **notes}
     return save_pipeline(target, backbone.folder.path, network, record, told)
 

@@ -91,6 +91,11 @@ class Backbone(ABC):
         self._readers: list[tuple[Any, Any]] | None = None
         self._vae: Any = None
 
+    @property
+    def embedded_guidance(self) -> bool:
+        """Whether the network is told its guidance, and has no unconditional branch."""
+        return False
+
     def _loaded(self, component: str) -> Any:
         """A component of diffusers, from its own files alone."""
         import diffusers

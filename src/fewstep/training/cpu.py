@@ -70,13 +70,14 @@ class FastGroupNorm(nn.GroupNorm):
 def speed_up(network: nn.Module) -> None:
     """Make a diffusers network train fast on a CPU, in place: memory layout, attention, group norm.
 
-    Parameters, their names and the function computed stay the same, to rounding.
+    Parameters, their names and the function computed stay the same, to rounding. Attention of another kind than a
+    UNet's (joint, linear) is left as it is.
     """
-    from diffusers.models.attention_processor import AttnProcessor
+    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for module in network.modules():
         if type(module) is nn.GroupNorm:
             module.__class__ = FastGroupNorm
-    if hasattr(network, "set_attn_processor"):
-        network.set_attn_processor(AttnProcessor())  # type: ignore[operator]
+        if type(getattr(module, "processor", None)) is AttnProcessor2_0:
+            module.set_processor(AttnProcessor())  # type: ignore[operator]

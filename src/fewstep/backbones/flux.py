@@ -1,0 +1,77 @@
+"""Flux: a flow on latents packed two by two. Guidance is told to the network: there is no unconditional branch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.backbones.transformer import TransformerBackbone
+from fewstep.denoiser import Condition
+
+GUIDANCE = 3.5
+"""The guidance that Flux's pipeline tells its network where nobody names one; students are told it too."""
+
+
+class Flux(TransformerBackbone):
+    """The condition holds "text" [B, tokens, width], "pooled" [B, width], and may hold "guidance" [B]."""
+
+    text_classes = ("CLIPTextModel", "T5EncoderModel")
+    outlets = ("proj_out", "single_transformer_blocks", "transformer_blocks")
+
+    @property
+    def embedded_guidance(self) -> bool:
+        """Whether the network is told its guidance (dev); a plain one (schnell) can be guided as any other."""
+        return bool(self.network.config.guidance_embeds)  # type: ignore[union-attr]
+
+    def read(self, pipe: Any, prompts: list[str]) -> Condition:
+        """T5's states and CLIP's summary."""
+        text, pooled, _ = pipe.encode_prompt(prompts, prompt_2=None, device=self.device)
+        return {"text": text, "pooled": pooled}
+
+    def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition, *, residuals: Any = None) -> Tensor:
+        """One network call; x is packed for it, and what it says unpacked."""
+        height, width = x.shape[-2] // 2, x.shape[-1] // 2
+        guidance = None
+        if network.config.guidance_embeds:  # type: ignore[union-attr]
+            guidance = condition.get("guidance", torch.full((len(x),), GUIDANCE)).float().to(x.device)
+        out: Tensor = network(
+            hidden_states=pack(x),
+            timestep=self.told_time(x, t) / 1000,
+            guidance=guidance,
+            pooled_projections=condition["pooled"],
+            encoder_hidden_states=condition["text"],
+            txt_ids=x.new_zeros(condition["text"].shape[1], 3),
+            img_ids=places(height, width, x.device, x.dtype),
+            return_dict=False,
+            **(residuals or {}),
+        )[0]
+        return unpack(out, height, width)
+
+    def time_embedding(self, network: nn.Module) -> nn.Module:
+        """The part that embeds the time."""
+        part: Any = network.time_text_embed
+        embedder: nn.Module = part.timestep_embedder
+        return embedder
+
+
+def pack(x: Tensor) -> Tensor:
+    """[B, C, 2h, 2w] -> [B, h w, 4 C]: each square of four points is one token."""
+    b, c, height, width = x.shape
+    squares = x.reshape(b, c, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return squares.reshape(b, (height // 2) * (width // 2), 4 * c)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `pack`, for h x w tokens."""
+    b, _, c = tokens.shape
+    squares = tokens.reshape(b, height, width, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return squares.reshape(b, c // 4, 2 * height, 2 * width)
+
+
+def places(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Where each token stands, [h w, 3]: (0, row, column)."""
+    rows = torch.arange(height, device=device, dtype=dtype)[:, None].expand(height, width)
+    columns = torch.arange(width, device=device, dtype=dtype)[None].expand(height, width)
+    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)

@@ -1,0 +1,47 @@
+"""PixArt-alpha and PixArt-Sigma: T5 states with their mask; the network says a variance too, which is not used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fewstep.backbones.transformer import TransformerBackbone
+from fewstep.denoiser import Condition
+
+
+class PixArt(TransformerBackbone):
+    """The condition holds "text" [B, tokens, width] and "mask" [B, tokens]."""
+
+    text_classes = ("T5EncoderModel",)
+
+    def read(self, pipe: Any, prompts: list[str]) -> Condition:
+        """T5's states of the prompts and which of them stand for a token."""
+        text, mask, _, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, device=self.device)
+        return {"text": text, "mask": mask}
+
+    def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition, *, residuals: Any = None) -> Tensor:
+        """One network call; large alpha networks are told the picture's size too."""
+        sizes: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+        if getattr(network, "use_additional_conditions", False):
+            height, width = (side * self.folder.scale for side in x.shape[-2:])
+            sizes = {
+                "resolution": x.new_tensor([height, width]).expand(len(x), 2),
+                "aspect_ratio": x.new_tensor([height / width]).expand(len(x), 1),
+            }
+        out: Tensor = network(
+            x,
+            encoder_hidden_states=condition["text"],
+            encoder_attention_mask=condition["mask"],
+            timestep=self.told_time(x, t),
+            added_cond_kwargs=sizes,
+            return_dict=False,
+            **(residuals or {}),
+        )[0]
+        return out[:, : x.shape[1]]
+
+    def time_embedding(self, network: nn.Module) -> nn.Module:
+        """The part that embeds the time."""
+        part: Any = network.adaln_single
+        embedder: nn.Module = part.emb.timestep_embedder
+        return embedder

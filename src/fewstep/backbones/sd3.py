@@ -1,0 +1,41 @@
+"""Stable Diffusion 3 and 3.5: a flow, told three encoders' states and a pooled one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fewstep.backbones.transformer import TransformerBackbone
+from fewstep.denoiser import Condition
+
+
+class StableDiffusion3(TransformerBackbone):
+    """The condition holds "text" [B, tokens, width] and "pooled" [B, width]."""
+
+    text_classes = ("CLIPTextModelWithProjection", "T5EncoderModel")
+
+    def read(self, pipe: Any, prompts: list[str]) -> Condition:
+        """The states of both CLIP encoders and T5, one after another, and the CLIP summaries."""
+        text, _, pooled, _ = pipe.encode_prompt(
+            prompts, prompt_2=None, prompt_3=None, do_classifier_free_guidance=False, device=self.device
+        )
+        return {"text": text, "pooled": pooled}
+
+    def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition, *, residuals: Any = None) -> Tensor:
+        """One network call."""
+        out: Tensor = network(
+            hidden_states=x,
+            timestep=self.told_time(x, t),
+            encoder_hidden_states=condition["text"],
+            pooled_projections=condition["pooled"],
+            return_dict=False,
+            **(residuals or {}),
+        )[0]
+        return out
+
+    def time_embedding(self, network: nn.Module) -> nn.Module:
+        """The part that embeds the time."""
+        part: Any = network.time_text_embed
+        embedder: nn.Module = part.timestep_embedder
+        return embedder

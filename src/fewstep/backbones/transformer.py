@@ -1,0 +1,105 @@
+"""What the families with a transformer share: prompts read by the pipeline's own code, features, last layers."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.backbones.base import Backbone
+from fewstep.denoiser import Condition
+from fewstep.schedule import index_of
+
+LOOKS = 4
+"""Blocks whose outputs are `features`, evenly spread."""
+
+
+class _EnoughError(Exception):
+    """The rest of a network need not run."""
+
+
+class TransformerBackbone(Backbone):
+    """A pipeline around a diffusion transformer of diffusers."""
+
+    outlets: Sequence[str] = ("proj_out", "transformer_blocks")
+
+    @contextmanager
+    def reader(self) -> Iterator[Any]:
+        """The pipeline's own class with nothing but what reads prompts, so that they are encoded as it does."""
+        import diffusers
+
+        family = self.folder.family
+        kind = getattr(diffusers, self.folder.pipeline)
+        wanted = [p for p in inspect.signature(kind.__init__).parameters.values() if p.name != "self"]
+        parts: dict[str, Any] = {p.name: None for p in wanted if p.default is inspect.Parameter.empty}
+        for names, loaded in zip(zip(family.tokenizers, family.encoders, strict=True), self._load_text(), strict=True):
+            parts |= dict(zip(names, loaded, strict=True))
+        with torch.no_grad():
+            yield kind(**parts)
+
+    def encode(self, prompts: Sequence[str], batch: int = 256) -> Condition:
+        """Prompts -> conditions by the pipeline's own `encode_prompt`, float32 on the CPU."""
+        parts: list[Condition] = []
+        with self.reader() as pipe:
+            for start in range(0, len(prompts), batch):
+                found = self.read(pipe, list(prompts[start : start + batch]))
+                parts.append({name: value.float().cpu() for name, value in found.items()})
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def read(self, pipe: Any, prompts: list[str]) -> Condition:
+        """Some prompts, by the pipeline that holds the text encoders."""
+        raise NotImplementedError
+
+    def null(self, count: int) -> Condition:
+        """The unconditional branch: the encoded empty prompt."""
+        empty = self.encode([""])
+        return {name: value.expand(count, *value.shape[1:]) for name, value in empty.items()}
+
+    def told_time(self, x: Tensor, t: Tensor) -> Tensor:
+        """Times as the network is told them, fp32 [B]; those below index 0 (clean data) are asked as index 0."""
+        return index_of(self.path, t).clamp(min=0).float().to(x.device, non_blocking=True)
+
+    def blocks(self, network: nn.Module) -> list[nn.Module]:
+        """The blocks whose outputs are looked at, in order."""
+        every: Any = network.transformer_blocks
+        count = min(LOOKS, len(every))
+        return [every[(i + 1) * len(every) // count - 1] for i in range(count)]
+
+    def features(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> list[Tensor]:
+        """What some blocks make of x, [B, width, h, w] each; what comes after the last of them is not run."""
+        found: list[Tensor] = []
+        looked = self.blocks(network)
+        patch = int(getattr(network.config, "patch_size", 1) or 1) * self._packed_side  # type: ignore[arg-type]
+        height, width = x.shape[-2] // patch, x.shape[-1] // patch
+
+        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+            tokens = output[-1] if isinstance(output, tuple) else output  # beside the picture's stand the text's
+            found.append(tokens[:, -height * width :].transpose(1, 2).unflatten(2, (height, width)))
+            if module is looked[-1]:
+                raise _EnoughError
+
+        handles = [part.register_forward_hook(keep) for part in looked]
+        try:
+            with suppress(_EnoughError):
+                self.call(network, x, t, condition)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    @property
+    def _packed_side(self) -> int:
+        """Latent points a side that the network takes as one."""
+        return math.isqrt(self.folder.family.packed)
+
+    @property
+    def feature_channels(self) -> list[int]:
+        """Channels of each of its `features`."""
+        config: Any = self.network.config
+        width = int(config.num_attention_heads) * int(config.attention_head_dim)
+        return [width] * len(self.blocks(self.network))

@@ -1,0 +1,225 @@
+"""Pipelines of every supported family with tiny random networks of the real classes. Not a test."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def clip_tokenizer(folder: Path) -> Any:
+    """A byte-pair tokenizer of single letters."""
+    from transformers import CLIPTokenizer
+
+    folder.mkdir(parents=True)
+    pieces = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "re", "red</w>", "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\nr e\nre d</w>\n", encoding="utf-8")
+    settings = {
+        "tokenizer_class": "CLIPTokenizer", "model_max_length": 16, "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def piece_tokenizer(kind: str) -> Any:
+    """A tokenizer of single letters, of T5's or Gemma's class."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    special = ["<pad>", "</s>", "<unk>"] if kind.startswith("T5") else ["<pad>", "<eos>", "<bos>", "<unk>"]
+    vocabulary = {piece: i for i, piece in enumerate([*special, "▁", *LETTERS, *"0123456789.,:-'\"()"])}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", fuse_unk=True))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Metaspace()
+    end = "</s>" if kind.startswith("T5") else "<eos>"
+    shape = f"$A {end}" if kind.startswith("T5") else "<bos> $A"
+    named = [(word, vocabulary[word]) for word in special if word in shape]
+    made.post_processor = processors.TemplateProcessing(single=shape, special_tokens=named)
+    words = {"pad_token": "<pad>", "eos_token": end, "unk_token": "<unk>"}
+    if not kind.startswith("T5"):
+        words["bos_token"] = "<bos>"
+    plain = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, model_max_length=512 if kind.startswith("T5") else 4096, **words
+    )
+    return plain, len(vocabulary)
+
+
+def clip_text(projected: bool, width: int = 32, pooled: int = 32) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=len(LETTERS) * 2 + 4, hidden_size=width, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=16, projection_dim=pooled,
+        bos_token_id=54, eos_token_id=55, pad_token_id=55,
+    )  # fmt: skip
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
+
+
+def t5_text(vocabulary: int, width: int = 32) -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(
+        T5Config(vocab_size=vocabulary, d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2, pad_token_id=0)
+    )
+
+
+def kl_vae(channels: int = 4, *, shift: float | None = None, scale: float = 0.18215) -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8), latent_channels=channels, norm_num_groups=4, layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, sample_size=64,
+        shift_factor=shift, scaling_factor=scale,
+    )  # fmt: skip
+
+
+def save(pipe: Any, folder: Path) -> Path:
+    """Write it as real folders are: the networks' last layers say something."""
+    network = getattr(pipe, "unet", None) or pipe.transformer
+    last = network.conv_out if hasattr(network, "conv_out") else network.proj_out
+    with torch.no_grad():
+        last.weight.normal_(0, 0.2)
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def sd(folder: Path, prediction: str = "epsilon", *, zero_snr: bool = False) -> Path:
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+    torch.manual_seed(1)
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+    )  # fmt: skip
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=prediction,
+        rescale_betas_zero_snr=zero_snr, clip_sample=False,
+    )  # fmt: skip
+    pipe = StableDiffusionPipeline(
+        vae=kl_vae(), text_encoder=clip_text(False), tokenizer=clip_tokenizer(folder.parent / "tok"), unet=unet,
+        scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    return save(pipe, folder)
+
+
+def sdxl(folder: Path, *, zeros: bool = True) -> Path:
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+
+    torch.manual_seed(2)
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_head_dim=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=64, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 32, transformer_layers_per_block=(1, 2),
+    )  # fmt: skip
+    pipe = StableDiffusionXLPipeline(
+        vae=kl_vae(scale=0.13025), text_encoder=clip_text(False), text_encoder_2=clip_text(True),
+        tokenizer=clip_tokenizer(folder.parent / "tok"), tokenizer_2=clip_tokenizer(folder.parent / "tok2"), unet=unet,
+        scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
+        force_zeros_for_empty_prompt=zeros, add_watermarker=False,
+    )  # fmt: skip
+    return save(pipe, folder)
+
+
+def pixart(folder: Path, kind: str = "PixArtSigmaPipeline", *, sizes: bool = False) -> Path:
+    import diffusers
+
+    torch.manual_seed(3)
+    tokenizer, vocabulary = piece_tokenizer("T5Tokenizer")
+    transformer = diffusers.PixArtTransformer2DModel(
+        sample_size=8, num_layers=4, patch_size=2, attention_head_dim=12, num_attention_heads=4, caption_channels=32,
+        in_channels=4, cross_attention_dim=48, out_channels=8, use_additional_conditions=sizes,
+    )  # fmt: skip
+    pipe = getattr(diffusers, kind)(
+        tokenizer=tokenizer, text_encoder=t5_text(vocabulary), vae=kl_vae(), transformer=transformer,
+        scheduler=diffusers.DPMSolverMultistepScheduler(beta_schedule="linear", beta_start=0.0001, beta_end=0.02),
+    )  # fmt: skip
+    return save(pipe, folder)
+
+
+def sd3(folder: Path) -> Path:
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    torch.manual_seed(4)
+    tokenizer, vocabulary = piece_tokenizer("T5Tokenizer")
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=16, num_layers=4, attention_head_dim=8, num_attention_heads=4,
+        joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=64, out_channels=16,
+        pos_embed_max_size=12,
+    )  # fmt: skip
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=kl_vae(16, shift=0.0609, scale=1.5305), text_encoder=clip_text(True), text_encoder_2=clip_text(True),
+        text_encoder_3=t5_text(vocabulary, 64), tokenizer=clip_tokenizer(folder.parent / "tok"),
+        tokenizer_2=clip_tokenizer(folder.parent / "tok2"), tokenizer_3=tokenizer,
+    )  # fmt: skip
+    return save(pipe, folder)
+
+
+def flux(folder: Path, *, guidance: bool = True) -> Path:
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    torch.manual_seed(5)
+    tokenizer, vocabulary = piece_tokenizer("T5Tokenizer")
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=32, guidance_embeds=guidance, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=kl_vae(16, shift=0.1159, scale=0.3611),
+        text_encoder=clip_text(False), tokenizer=clip_tokenizer(folder.parent / "tok"),
+        text_encoder_2=t5_text(vocabulary), tokenizer_2=tokenizer, transformer=transformer,
+    )  # fmt: skip
+    save(pipe, folder)
+    config = folder / "transformer" / "config.json"  # the real one is silent, and pictures are of 1024 pixels
+    config.write_text(json.dumps({**json.loads(config.read_text()), "sample_size": 8}), encoding="utf-8")
+    return folder
+
+
+def sana(folder: Path) -> Path:
+    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+    from transformers import Gemma2Config, Gemma2Model
+
+    torch.manual_seed(6)
+    tokenizer, vocabulary = piece_tokenizer("GemmaTokenizer")
+    transformer = SanaTransformer2DModel(
+        sample_size=16, patch_size=1, in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2,
+        attention_head_dim=8, num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16,
+        caption_channels=8,
+    )  # fmt: skip
+    vae = AutoencoderDC(
+        in_channels=3, latent_channels=4, attention_head_dim=2, encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"), encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8), encoder_qkv_multiscales=((), (5,)), decoder_qkv_multiscales=((), (5,)),
+        encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1), downsample_block_type="conv",
+        upsample_block_type="interpolate", decoder_norm_types="rms_norm", decoder_act_fns="silu",
+        scaling_factor=0.41407,
+    )  # fmt: skip
+    config = Gemma2Config(
+        vocab_size=vocabulary, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=4, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+    )  # fmt: skip
+    text = Gemma2Model(config)
+    scheduler = DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0, algorithm_type="dpmsolver++"
+    )
+    pipe = SanaPipeline(tokenizer=tokenizer, text_encoder=text, vae=vae, transformer=transformer, scheduler=scheduler)
+    return save(pipe, folder)
+
+
+FAMILIES: dict[str, Callable[[Path], Path]] = {
+    "sd": sd,
+    "sdxl": sdxl,
+    "pixart": pixart,
+    "sd3": sd3,
+    "flux": flux,
+    "sana": sana,
+}
