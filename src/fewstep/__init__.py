@@ -8,6 +8,8 @@ if TYPE_CHECKING:  # type checkers and editors see the verbs; `import fewstep` s
     from fewstep.api import distill, estimate, evaluate, playground, sample
     from fewstep.api_tools import read_synthesis, synthesis_cost, synthesize, train_adapter, train_perceptual
     from fewstep.errors import UserError
+    from fewstep.schedulers import ConsistencyScheduler, SSSScheduler
+    from fewstep.student_pipeline import call_settings, scheduler_for
     from fewstep.told_pipeline import attach
     from fewstep.world.api import (
         benchmark,
@@ -22,9 +24,12 @@ if TYPE_CHECKING:  # type checkers and editors see the verbs; `import fewstep` s
     )
 
 __all__ = [
+    "ConsistencyScheduler",
+    "SSSScheduler",
     "UserError",
     "attach",
     "benchmark",
+    "call_settings",
     "chinese",
     "demo",
     "distill",
@@ -34,6 +39,7 @@ __all__ = [
     "playground",
     "read_synthesis",
     "sample",
+    "scheduler_for",
     "synthesis_cost",
     "synthesize",
     "teacher_card",
@@ -46,17 +52,23 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
+_PLACES = {
+    "UserError": "fewstep.errors",
+    "attach": "fewstep.told_pipeline",
+    "ConsistencyScheduler": "fewstep.schedulers",
+    "SSSScheduler": "fewstep.schedulers",
+    "call_settings": "fewstep.student_pipeline",
+    "scheduler_for": "fewstep.student_pipeline",
+}
+"""What is no verb, and where it is."""
+
 
 def __getattr__(name: str) -> Any:
-    """The verbs, imported at first use."""
-    if name == "UserError":
-        from fewstep.errors import UserError
+    """The verbs and what goes into pipelines, imported at first use."""
+    if name in _PLACES:
+        from importlib import import_module
 
-        return UserError
-    if name == "attach":
-        from fewstep.told_pipeline import attach
-
-        return attach
+        return getattr(import_module(_PLACES[name]), name)
     if name in __all__:
         from fewstep import api, api_tools
         from fewstep.world import api as world

@@ -13,6 +13,7 @@ from fewstep.export.conditioning import save_told, split_weights
 from fewstep.export.header import CONDITIONING, check_lora
 from fewstep.export.lora import read_lora, save_lora
 from fewstep.export.pipeline import save_pipeline
+from fewstep.export.travel import travelling
 from fewstep.files import atomic_folder
 from fewstep.settings import DistillConfig, StudentConfig
 from fewstep.tensors import load_tensors
@@ -32,6 +33,7 @@ def export_student(
     """
     base = backbone.folder.fingerprint(backbone.folder.network)
     notes = {"method": config.recipe, "guidance_seen": config.method.guidance.model_dump(), **notes}
+    notes |= travelling(backbone, config.sampling)
     own, told = split_weights(weights)
     if config.student.kind == "lora":
         with atomic_folder(target) as part:  # both files, or the ones before: half a student draws nonsense

@@ -96,6 +96,11 @@ class Backbone(ABC):
         """Whether the network is told its guidance, and has no unconditional branch."""
         return False
 
+    @property
+    def default_guidance(self) -> float:
+        """The guidance scale that such a network is told where nobody names one; 1, none, elsewhere."""
+        return 1.0
+
     def _loaded(self, component: str) -> Any:
         """A component of diffusers, from its own files alone."""
         import diffusers

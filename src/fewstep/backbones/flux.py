@@ -25,6 +25,11 @@ class Flux(TransformerBackbone):
         """Whether the network is told its guidance (dev); a plain one (schnell) can be guided as any other."""
         return bool(self.network.config.guidance_embeds)  # type: ignore[union-attr]
 
+    @property
+    def default_guidance(self) -> float:
+        """What the network is told where nobody names a guidance."""
+        return GUIDANCE if self.embedded_guidance else 1.0
+
     def read(self, pipe: Any, prompts: list[str]) -> Condition:
         """T5's states and CLIP's summary."""
         text, pooled, _ = pipe.encode_prompt(prompts, prompt_2=None, device=self.device)

@@ -155,6 +155,17 @@ def read_header(path: Path | str, weights: Mapping[str, Shape], component: str =
     return LoraHeader(file, layers, str(notes.get("base") or ""), sampling, notes)
 
 
+def read_notes(path: Path) -> dict[str, Any]:
+    """The whole `fewstep` record of a LoRA file, or of the one in a folder; empty for another tool's.
+
+    Raises:
+        UserError: no such file, or broken metadata.
+    """
+    file = _find_file(path)
+    metadata, _ = read_safetensors_header(file)
+    return _record(metadata, "fewstep", file)
+
+
 def _plain(shape: Shape) -> Shape:
     """A 1x1 convolution is a linear layer: trainers write either for the other."""
     return shape[:2] if math.prod(shape[2:]) == 1 else shape

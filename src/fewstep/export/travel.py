@@ -1,0 +1,35 @@
+"""The inference settings that travel with every exported file, in words that any tool can read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fewstep.grid import inference_times
+from fewstep.schedule import FlowMatching, index_of
+from fewstep.settings import Sampling
+
+if TYPE_CHECKING:
+    from fewstep.backbones.base import Backbone
+
+
+def travelling(backbone: Backbone, sampling: Sampling) -> dict[str, Any]:
+    """What a file says beside its `sampling` record, which `fewstep sample` reads back.
+
+    Returns:
+        base_model: pipeline class and family of the teacher;
+        prediction, path: what the network says, on which noise path;
+        times: the exact times of the calls, as the network is told them (training indices; 1000 sigma on a flow);
+        guidance: omega of (1 + omega) out(prompt) - omega out(null), `scale` in diffusers' words (1 + omega; what a
+            network that is told its guidance is told), and whether it is told.
+    """
+    count = sampling.steps // sampling.calls_a_step
+    times = inference_times(backbone.path, count, grid=sampling.grid, spacing=sampling.spacing)
+    told = backbone.embedded_guidance
+    scale = 1 + sampling.omega if sampling.omega or not told else backbone.default_guidance
+    return {
+        "base_model": {"pipeline": backbone.folder.pipeline, "family": backbone.folder.family.kind},
+        "prediction": backbone.prediction,
+        "path": "flow" if isinstance(backbone.path, FlowMatching) else "vp",
+        "times": [round(float(t), 6) for t in index_of(backbone.path, times)],
+        "guidance": {"omega": sampling.omega, "scale": scale, "told": told},
+    }

@@ -1,0 +1,82 @@
+"""A student in a plain diffusers pipeline: its scheduler and its call settings, read back from its own file.
+
+pipe.load_lora_weights("runs/tcd/student")
+pipe.scheduler = fewstep.scheduler_for("runs/tcd/student", pipe.scheduler.config)
+picture = pipe("an octopus", **fewstep.call_settings("runs/tcd/student")).images[0]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fewstep.config import validate
+from fewstep.errors import UserError
+from fewstep.export.header import read_notes
+from fewstep.export.pipeline import read_record
+from fewstep.schedulers import ConsistencyScheduler, FewStepScheduler, SSSScheduler
+from fewstep.settings import Sampling
+
+
+def student_record(student: Path | str) -> dict[str, Any]:
+    """What a student says of itself: a LoRA file, the folder that holds it, or a whole pipeline folder.
+
+    Raises:
+        UserError: no such file, or one that brings no settings.
+    """
+    place = Path(student)
+    record = read_record(place) if (place / "model_index.json").is_file() else read_notes(place)
+    if not isinstance(record.get("sampling"), dict):
+        raise UserError(
+            f"student = {str(student)!r} brings no settings; the nearest that does is one that fewstep wrote"
+        )
+    return record
+
+
+def scheduler_for(student: Path | str, config: Mapping[str, Any], gamma: float | None = None) -> FewStepScheduler:
+    """The scheduler that a student is sampled with, for a pipeline whose scheduler has this config.
+
+    Args:
+        gamma: stochasticity, where it shall not be the student's own.
+
+    Raises:
+        UserError: no settings, or those of a solver, whose scheduler is diffusers' own.
+    """
+    sampling = validate(Sampling, student_record(student)["sampling"])
+    if sampling.told:
+        raise UserError(
+            f"student = {str(student)!r} is told {', '.join(sampling.told)}; the nearest way into a pipeline is "
+            "fewstep.attach(pipe, student)"
+        )
+    shared: dict[str, Any] = {
+        "grid": sampling.grid,
+        "spacing": sampling.spacing,
+        "end": sampling.end,
+        "jump": sampling.step_jump,
+    }
+    shared |= {"r": sampling.r, "form": sampling.form}
+    made: FewStepScheduler
+    if sampling.sampler == "sss":
+        strength = sampling.gamma if gamma is None else gamma
+        made = SSSScheduler.from_config(config, gamma=strength, gamma_law=sampling.gamma_law, **shared)
+    elif sampling.sampler == "lcm":
+        made = ConsistencyScheduler.from_config(config, **shared)
+    else:
+        raise UserError(
+            f"student = {str(student)!r} is sampled with {sampling.sampler!r}, a solver; the nearest scheduler is "
+            "diffusers' own of that name"
+        )
+    return made
+
+
+def call_settings(student: Path | str) -> dict[str, Any]:
+    """What a pipeline is called with: its number of steps and its guidance scale, 1 for none.
+
+    Raises:
+        UserError: no settings.
+    """
+    record = student_record(student)
+    sampling = validate(Sampling, record["sampling"])
+    scale = (record.get("guidance") or {}).get("scale", 1.0 + sampling.omega)
+    return {"num_inference_steps": sampling.steps // sampling.calls_a_step, "guidance_scale": float(scale)}

@@ -1,0 +1,101 @@
+"""A student's own settings, read back by the two lines that the docs give."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fewstep
+import tiny_pipelines
+from fewstep import distillation
+from fewstep.drawing import load_artist
+from fewstep.errors import UserError
+from fewstep.settings import resolve
+from fewstep.tensor_header import read_safetensors_header
+
+PROMPTS = ["a red disc", "blue"]
+SEEDS = [1, 2]
+RECIPES: dict[str, list[str]] = {
+    "tcd": ["sampling.steps=3", "sampling.gamma=0.6"],
+    "lcm": ["sampling.steps=2"],
+    "tcd-2": ["sampling.steps=4"],
+    "mcm": ["sampling.steps=4"],
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: tiny_pipelines.FAMILIES[name](tmp_path_factory.mktemp(name) / "tiny") for name in ("sd", "flux")}
+
+
+def trained(folder: Path, recipe: str, more: list[str], picture_folder: Path, out: Path) -> Path:
+    words = [
+        f"teacher={folder}", f"data.source={picture_folder}", "device=cpu", "student.rank=2", "loop.steps=2",
+        "loop.batch=2", "loop.watch_every=null", "optim.lr=1e-2", "optim.ema=null", "optim.warmup=0", *more,
+    ]  # fmt: skip
+    return distillation.distill(resolve(recipe, None, words), out, quiet=True).parent
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_two_lines_draw_what_we_draw(
+    recipe: str, folders: dict[str, Path], picture_folder: Path, tmp_path: Path
+) -> None:
+    import diffusers
+
+    student = trained(folders["sd"], recipe, RECIPES[recipe], picture_folder, tmp_path / "run")
+    artist = load_artist(folders["sd"], student)
+    wanted = artist.latents(artist.encode(PROMPTS), SEEDS, artist.sampling)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folders["sd"], safety_checker=None, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(str(student))
+    pipe.scheduler = fewstep.scheduler_for(student, pipe.scheduler.config)
+    calls: list[float] = []
+    pipe.unet.register_forward_pre_hook(lambda _, args: calls.append(float(args[1])))
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in SEEDS]
+    drawn = pipe(PROMPTS, generator=generators, output_type="latent", **fewstep.call_settings(student)).images
+    assert float((drawn - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())
+    assert len(calls) == artist.sampling.steps
+
+
+def test_what_a_file_says_of_itself(folders: dict[str, Path], picture_folder: Path, tmp_path: Path) -> None:
+    """Method, steps and exact times, gamma, guidance and its convention, prediction, end point, base model."""
+    student = trained(
+        folders["flux"], "tcd", ["sampling.steps=4", "sampling.gamma=0.2"], picture_folder, tmp_path / "r"
+    )
+    (file,) = student.glob("*.safetensors")
+    record: dict[str, Any] = json.loads(read_safetensors_header(file)[0]["fewstep"])
+    assert record["method"] == "tcd"
+    assert record["base_model"] == {"pipeline": "FluxPipeline", "family": "flux"}
+    assert (record["prediction"], record["path"]) == ("flow", "flow")
+    shifted = [3 * u / (1 + 2 * u) * 1000 for u in (1.0, 0.76, 0.5, 0.26)]  # 4 of 50 points, by the teacher's shift
+    assert record["times"] == pytest.approx(shifted, abs=1e-4)
+    assert record["guidance"] == {"omega": 0.0, "scale": 3.5, "told": True}
+    assert (record["sampling"]["steps"], record["sampling"]["gamma"], record["sampling"]["end"]) == (4, 0.2, "index0")
+    assert fewstep.call_settings(student) == {"num_inference_steps": 4, "guidance_scale": 3.5}
+    scheduler = fewstep.scheduler_for(student, {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == pytest.approx(shifted, abs=1e-3)
+    assert fewstep.scheduler_for(student, scheduler.config, gamma=0.0).config["gamma"] == 0.0
+
+
+def test_a_whole_student_brings_its_settings_too(
+    folders: dict[str, Path], picture_folder: Path, tmp_path: Path
+) -> None:
+    student = trained(
+        folders["sd"], "tcd", ["student.kind=full", "sampling.steps=2"], picture_folder, tmp_path / "run"
+    ) / "student"  # fmt: skip
+    assert fewstep.call_settings(student) == {"num_inference_steps": 2, "guidance_scale": 1.0}
+
+
+def test_what_brings_no_settings_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"unet.x.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "pytorch_lora_weights.safetensors")
+    with pytest.raises(UserError, match="brings no settings; the nearest that does is one that fewstep wrote"):
+        fewstep.call_settings(tmp_path)
+    with pytest.raises(UserError, match="does not exist or holds no"):
+        fewstep.scheduler_for(tmp_path / "nothing", {})
