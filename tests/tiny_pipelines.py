@@ -117,11 +117,11 @@ def sdxl(folder: Path, *, zeros: bool = True) -> Path:
     unet = UNet2DConditionModel(
         sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_head_dim=2,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=64, addition_embed_type="text_time", addition_time_embed_dim=8,
+        cross_attention_dim=80, addition_embed_type="text_time", addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + 32, transformer_layers_per_block=(1, 2),
     )  # fmt: skip
     pipe = StableDiffusionXLPipeline(
-        vae=kl_vae(scale=0.13025), text_encoder=clip_text(False), text_encoder_2=clip_text(True),
+        vae=kl_vae(scale=0.13025), text_encoder=clip_text(False), text_encoder_2=clip_text(True, 48),
         tokenizer=clip_tokenizer(folder.parent / "tok"), tokenizer_2=clip_tokenizer(folder.parent / "tok2"), unet=unet,
         scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
         force_zeros_for_empty_prompt=zeros, add_watermarker=False,
