@@ -382,8 +382,8 @@ def test_a_broken_teacher(refuse: Refuse, tiny_pipeline: Path, tmp_path: Path) -
     shutil.copytree(tiny_pipeline, broken)
     index = broken / "model_index.json"
     data = json.loads(index.read_text())
-    index.write_text(json.dumps(data | {"_class_name": "FluxPipeline"}))
-    assert "is a FluxPipeline; the nearest supported pipeline is StableDiffusionPipeline" in at(broken)
+    index.write_text(json.dumps(data | {"_class_name": "KandinskyPipeline"}))
+    assert "is a KandinskyPipeline; the nearest supported pipeline is SanaPipeline" in at(broken)
     index.write_text("{")
     assert "is not valid JSON" in at(broken)
     index.write_text("[]")
