@@ -23,20 +23,23 @@ def distill(
     teacher: Path | str = "",
     config: Path | str | None = None,
     overrides: str | Sequence[str] = (),
+    teacher_config: Path | str = "",
 ) -> Path:
     """Distil a teacher into a few-step student and return its file.
 
     Args:
         recipe: a bundled recipe or a YAML file.
         out: run folder; a run that was stopped is resumed from it.
-        teacher: pipeline folder; empty for the one that recipe, config or overrides name, else the bundled one.
+        teacher: pipeline folder, single-file checkpoint or hub id; empty for the one that recipe, config or overrides
+            name, else the bundled one.
         config: YAML file laid over the recipe.
         overrides: `a.b=value` laid over both.
+        teacher_config: for a single file, a pipeline folder of its kind, for its configs.
 
     Raises:
         UserError: anything wrong, in one line, before any long work.
     """
-    settings = _distill_config(recipe, out, teacher, config, overrides)
+    settings = _distill_config(recipe, out, named_teacher(teacher, teacher_config), config, overrides)
     from fewstep import distillation
 
     return distillation.distill(settings, Path(out))
@@ -49,16 +52,30 @@ def estimate(
     teacher: Path | str = "",
     config: Path | str | None = None,
     overrides: str | Sequence[str] = (),
+    teacher_config: Path | str = "",
 ) -> list[Estimated]:
     """What `distill` with the same arguments will take in time and memory, stage by stage; nothing is written.
 
     Raises:
         UserError: what `distill` would refuse.
     """
-    settings = _distill_config(recipe, out, teacher, config, overrides)
+    settings = _distill_config(recipe, out, named_teacher(teacher, teacher_config), config, overrides)
     from fewstep import distillation
 
     return distillation.estimate_run(settings)
+
+
+def named_teacher(teacher: Path | str, config: Path | str = "") -> str:
+    """What settings name a teacher by: its folder, made first where it is a single file; empty for the bundled one.
+
+    Raises:
+        UserError: as `teachers.teacher_folder`; a config without a teacher.
+    """
+    from fewstep.teachers import teacher_folder
+
+    if config and not teacher:
+        raise UserError(f"config = {str(config)!r} goes with a single-file teacher; name one, or leave it out")
+    return str(teacher_folder(teacher, config)) if teacher else ""
 
 
 def _distill_config(
@@ -93,6 +110,7 @@ def sample(
     device: str = "auto",
     settings: Mapping[str, Any] | None = None,
     adapter: Path | str | None = None,
+    teacher_config: Path | str = "",
 ) -> Path:
     """Draw `count` pictures a prompt into one file: a picture, or a sheet with a row a prompt.
 
@@ -102,7 +120,7 @@ def sample(
         prompt_file: further prompts, one a line.
         lora: `tcd` for the bundled student, a LoRA file or folder, None for the teacher itself; `auto` is
             `tcd` for the bundled teacher and None for another.
-        teacher: pipeline folder; empty for the bundled one.
+        teacher: pipeline folder, single-file checkpoint or hub id; empty for the bundled one.
         seed: of the first picture; the others count up.
         count: pictures a prompt.
         scale: whole factor by which pictures are enlarged; None for the one that makes them 256 pixels wide, 1 for
@@ -110,6 +128,7 @@ def sample(
         device: auto, cpu or cuda.
         settings: changes to the sampling settings that the student brings along (None values are ignored).
         adapter: folder that `train_adapter` wrote: prompts may then be of any of its languages.
+        teacher_config: for a single-file teacher, a pipeline folder of its kind.
 
     Raises:
         UserError: no prompt, a setting out of range, a LoRA or adapter of another base, an unwritable place.
@@ -135,7 +154,7 @@ def sample(
             raise UserError(f"{name} = {value} must be at least 1; the nearest legal one is 1")
     _check_seed(seed, count * len(wanted))
     check_device(device)
-    folder = read_folder(teacher_path(teacher))
+    folder = read_folder(teacher_path(named_teacher(teacher, teacher_config)))
     student, sampling, _ = choose_student(folder, lora, settings or {})
     if adapter is not None:
         from fewstep.language.record import read_adapter
@@ -168,6 +187,7 @@ def evaluate(
     seed: int = 0,
     device: str = "auto",
     settings: Mapping[str, Any] | None = None,
+    teacher_config: Path | str = "",
 ) -> Mapping[str, Figure]:
     """Draw one picture a prompt and measure them; returns the figures by name and writes figures.json.
 
@@ -175,7 +195,7 @@ def evaluate(
         prompt_file: one prompt a line; FD needs at least 500.
         out: folder for figures.json.
         lora: a bundled student, a LoRA file or folder, None for the pipeline itself, or `auto` as in `sample`.
-        teacher: pipeline folder; empty for the bundled one.
+        teacher: pipeline folder, single-file checkpoint or hub id; empty for the bundled one.
         real: folder of real pictures; None for Emoji-8's training split.
         reference: pipeline folder whose 50-step pictures from the same noise are compared with; None for the
             teacher that a LoRA stands on.
@@ -183,6 +203,7 @@ def evaluate(
         seed: seed of the first picture, and of the bootstrap.
         device: auto, cpu or cuda.
         settings: changes to the sampling settings.
+        teacher_config: for a single-file teacher, a pipeline folder of its kind.
 
     Raises:
         UserError: anything wrong, in one line, before any long work.
@@ -205,7 +226,7 @@ def evaluate(
     if real is not None:
         check_real(Path(real))
     _check_seed(seed, 8 * len(prompts))
-    folder = read_folder(teacher_path(teacher))
+    folder = read_folder(teacher_path(named_teacher(teacher, teacher_config)))
     chosen = choose_student(folder, lora, settings or {})
     other = Path(reference) if reference else (folder.path if chosen.lora else None)
     base = read_folder(other, "reference") if other else folder

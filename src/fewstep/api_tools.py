@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fewstep.api import named_teacher
 from fewstep.checks import WATCHING, check_installed
 from fewstep.config import validate
 from fewstep.errors import UserError
@@ -23,20 +24,23 @@ def synthesize(
     teacher: Path | str = "",
     kind: str | None = None,
     overrides: str | Sequence[str] = (),
+    teacher_config: Path | str = "",
 ) -> Path:
     """Draw a set from prompts alone with a teacher, for training without pictures; returns its folder.
 
     Args:
         prompt_file: one prompt a line.
         out: folder; a set that was stopped is gone on with.
-        teacher: pipeline folder; empty for the one that overrides name, else the bundled one.
+        teacher: pipeline folder, single-file checkpoint or hub id; empty for the one that overrides name, else the
+            bundled one.
         kind: `latents` (end points) or `trajectories` (whole walks); None for what overrides say, else latents.
         overrides: `key=value` for the other settings.
+        teacher_config: for a single-file teacher, a pipeline folder of its kind.
 
     Raises:
         UserError: anything wrong, in one line, before any long work.
     """
-    settings, lines, _ = _synthesis(prompt_file, out, teacher, kind, overrides)
+    settings, lines, _ = _synthesis(prompt_file, out, named_teacher(teacher, teacher_config), kind, overrides)
     from fewstep.synthesis.synthesize import synthesize as draw
 
     return draw(settings, lines, Path(out))
@@ -49,13 +53,14 @@ def synthesis_cost(
     teacher: Path | str = "",
     kind: str | None = None,
     overrides: str | Sequence[str] = (),
+    teacher_config: Path | str = "",
 ) -> SynthesisCost:
     """What `synthesize` with the same arguments will take: samples, network evaluations, disk. Nothing is written.
 
     Raises:
         UserError: what `synthesize` would refuse.
     """
-    return _synthesis(prompt_file, out, teacher, kind, overrides)[2]
+    return _synthesis(prompt_file, out, named_teacher(teacher, teacher_config), kind, overrides)[2]
 
 
 def _synthesis(

@@ -13,7 +13,19 @@ from typing import Annotated, Any
 import typer
 from pydantic import BaseModel
 
-from fewstep.cli_options import Device, Lora, Omega, Overrides, Sampled, Teacher, app, drawing, echo_figures, say
+from fewstep.cli_options import (
+    Configs,
+    Device,
+    Lora,
+    Omega,
+    Overrides,
+    Sampled,
+    Teacher,
+    app,
+    drawing,
+    echo_figures,
+    say,
+)
 from fewstep.errors import UserError
 from fewstep.evaluation.settings import FD_ADVISED
 from fewstep.names import TO_TEACHER
@@ -72,6 +84,19 @@ def recipes(settings: Annotated[bool, typer.Option(help="List every setting too.
             typer.echo("\n".join(settings_help(config())))
 
 
+def split_configs(given: list[Path]) -> tuple[Path | None, Path | str]:
+    """--config as given -> (YAML file, pipeline folder); each may be given once.
+
+    Raises:
+        UserError: two of one kind.
+    """
+    files, folders = ([path for path in given if path.is_dir() == kind] for kind in (False, True))
+    for named in (files, folders):
+        if named[1:]:
+            raise UserError(f"config names {named[0]} and {named[1]}; the nearest is one YAML file and one folder")
+    return (files[0] if files else None), (folders[0] if folders else "")
+
+
 @app.command()
 def distill(
     recipe: Annotated[str, typer.Option(help="Bundled recipe (see `fewstep recipes`) or a YAML file.")] = "tcd",
@@ -82,7 +107,10 @@ def distill(
     prompts: Annotated[
         Path | None, typer.Option(help="Text file, one prompt a line: for recipes that need no pictures (tlcm).")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file laid over the recipe.")] = None,
+    config: Annotated[
+        list[Path] | None,
+        typer.Option(help="YAML file laid over the recipe; a pipeline folder is for a single-file teacher's configs."),
+    ] = None,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option(help="Say what it will take, and stop.")] = False,
 ) -> None:
@@ -98,11 +126,13 @@ def distill(
 
     place = out or Path("runs") / Path(recipe).stem
     words = [*([f"data.source={prompts}"] if prompts else []), *(overrides or [])]
+    law, configs = split_configs(config or [])
+    asked: dict[str, Any] = {"out": place, "teacher": teacher, "config": law, "overrides": words}
     if dry_run:
-        taken = api.estimate(recipe, out=place, teacher=teacher, config=config, overrides=words)
+        taken = api.estimate(recipe, **asked, teacher_config=configs)
         say("\n".join(line for stage in taken for line in stage.lines()))
         return
-    say(f"wrote {api.distill(recipe, out=place, teacher=teacher, config=config, overrides=words)}")
+    say(f"wrote {api.distill(recipe, **asked, teacher_config=configs)}")
 
 
 @app.command()
@@ -157,6 +187,7 @@ def sample(
         Path | None, typer.Option(help="Folder that train-adapter wrote: prompts of any of its languages.")
     ] = None,
     overrides: Sampled = None,
+    config: Configs = None,
 ) -> None:
     """Draw pictures from prompts, with the settings that the student brings along.
 
@@ -176,6 +207,7 @@ def sample(
         device=device,
         settings=drawing(overrides, steps=steps, gamma=gamma, omega=omega, sampler=sampler),
         adapter=adapter,
+        teacher_config=config or "",
     )
     say(f"wrote {path}")
 
@@ -190,6 +222,7 @@ def synthesize(
     ] = None,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option(help="Say what it will take, and stop.")] = False,
+    config: Configs = None,
 ) -> None:
     """Let a teacher draw latents or whole trajectories from prompts alone, for training without pictures.
 
@@ -200,12 +233,12 @@ def synthesize(
     """
     from fewstep import api_tools
 
-    words = overrides or []
+    asked: dict[str, Any] = {"out": out, "teacher": teacher, "kind": kind, "overrides": overrides or []}
+    asked["teacher_config"] = config or ""
     if dry_run:
-        taken = api_tools.synthesis_cost(prompts, out=out, teacher=teacher, kind=kind, overrides=words)
-        say("\n".join(taken.lines()))
+        say("\n".join(api_tools.synthesis_cost(prompts, **asked).lines()))
         return
-    say(f"wrote {api_tools.synthesize(prompts, out=out, teacher=teacher, kind=kind, overrides=words)}")
+    say(f"wrote {api_tools.synthesize(prompts, **asked)}")
 
 
 @app.command()
@@ -249,6 +282,7 @@ def evaluate(
     device: Device = "auto",
     overrides: Sampled = None,
     out: Annotated[Path, typer.Option(help="Folder for figures.json.")] = Path("runs/evaluation"),
+    config: Configs = None,
 ) -> None:
     """Measure a student or a teacher: FD, KID, detail, distance to the teacher; on Emoji-8 prompt agreement too.
 
@@ -267,6 +301,7 @@ def evaluate(
         seed=seed,
         device=device,
         settings=drawing(overrides, steps=steps, gamma=gamma, omega=omega, sampler=sampler),
+        teacher_config=config or "",
     )
     echo_figures(figures)
     distances = [figure for name, figure in figures.items() if name.startswith("FD-")]

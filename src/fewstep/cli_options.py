@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,7 +24,12 @@ app = typer.Typer(
     help="Distil a text-to-image diffusion model into one that needs 2 to 8 network calls; sample and measure it.",
 )
 
-Teacher = Annotated[str, typer.Option(help="Pipeline folder; empty for the bundled teacher.")]
+Teacher = Annotated[
+    str, typer.Option(help="Pipeline folder, single-file checkpoint or hub id; empty for the bundled teacher.")
+]
+Configs = Annotated[
+    Path | None, typer.Option("--config", help="Pipeline folder of a single-file teacher's kind, for its configs.")
+]
 Lora = Annotated[
     str,
     typer.Option(

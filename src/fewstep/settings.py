@@ -238,9 +238,15 @@ def resolve(
 
 
 def teacher_path(named: str | Path) -> Path:
-    """The teacher's folder: the named one, or the bundled one for ""."""
+    """The teacher's folder: the named one (a folder, or a hub id), or the bundled one for "".
+
+    Raises:
+        UserError: as `teachers.teacher_folder`.
+    """
     if named:
-        return Path(named)
+        from fewstep.teachers import teacher_folder
+
+        return teacher_folder(named)
     from fewstep.world.location import root
 
     return root() / "teacher"

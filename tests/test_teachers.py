@@ -1,0 +1,137 @@
+"""Teachers that are one file, or a hub's: they end as a pipeline folder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import tiny_pipelines
+from fewstep import teachers
+from fewstep.backbones.base import load_backbone
+from fewstep.errors import UserError
+from fewstep.export.original import checkpoint_weights
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path / "cache"
+
+
+def single_file(name: str, folder: Path, file: Path, dtype: torch.dtype = torch.float32) -> Path:
+    import diffusers
+
+    kind: Any = {"sd": diffusers.StableDiffusionPipeline, "sdxl": diffusers.StableDiffusionXLPipeline}[name]
+    pipe = kind.from_pretrained(folder, local_files_only=True)
+    encoders = [pipe.text_encoder, *([pipe.text_encoder_2] if name == "sdxl" else [])]
+    weights = checkpoint_weights(
+        pipe.unet.state_dict(), pipe.vae.state_dict(), encoders, prediction="eps", zero_snr=False
+    )
+    save_file({key: value.to(dtype).contiguous() for key, value in weights.items()}, file)
+    return file
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_a_single_file_is_the_pipeline_that_it_was(name: str, tmp_path: Path, cache: Path) -> None:
+    folder = tiny_pipelines.FAMILIES[name](tmp_path / "tiny")
+    file = single_file(name, folder, tmp_path / "model.safetensors")
+    bare = tmp_path / "configs"  # configs and tokenizers alone, as one would hand around
+    shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    place = teachers.teacher_folder(file, bare)
+    assert place.parent == cache / "teachers"
+    own, found = load_backbone(folder), load_backbone(place)
+    prompts = ["a red disc", ""]
+    for key, value in own.encode(prompts).items():
+        assert torch.equal(found.encode(prompts)[key], value)
+    for key, value in own.network.state_dict().items():
+        assert torch.equal(found.network.state_dict()[key], value)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(own.decode(latents), found.decode(latents))
+    before = (place / "model_index.json").stat().st_mtime_ns
+    assert teachers.teacher_folder(file, bare) == place
+    assert (place / "model_index.json").stat().st_mtime_ns == before, "taken apart once"
+
+
+def test_half_precision_stays_half(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    folder = tiny_pipelines.sd(tmp_path / "tiny")
+    file = single_file("sd", folder, tmp_path / "half.safetensors", torch.float16)
+    place = teachers.teacher_folder(file, folder)
+    weights = load_file(place / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float16}
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".bin"])
+def test_a_pickle_is_refused_with_the_command_that_converts_it(suffix: str, tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    pickled = tmp_path / f"model{suffix}"
+    torch.save({"state_dict": {"a.weight": torch.arange(3.0)}, "epoch": 3}, pickled)
+    with pytest.raises(
+        UserError, match="is a pickle, which is never read; convert it where you trust it: python -c"
+    ) as told:
+        teachers.teacher_folder(pickled)
+    command = str(told.value).partition("python -c ")[2].strip('"')
+    subprocess.run([sys.executable, "-c", command], check=True, cwd=tmp_path, timeout=60)
+    from safetensors.torch import load_file
+
+    assert load_file(tmp_path / "model.safetensors")["a.weight"].tolist() == [0.0, 1.0, 2.0]
+
+
+def test_what_cannot_be_a_teacher_is_refused(tmp_path: Path) -> None:
+    folder = tiny_pipelines.sd(tmp_path / "sd" / "tiny")
+    other = tiny_pipelines.sdxl(tmp_path / "sdxl" / "tiny")
+    file = single_file("sd", folder, tmp_path / "model.safetensors")
+    save_file({"blocks.0.weight": torch.zeros(1)}, tmp_path / "odd.safetensors")
+    for named, config, words in (
+        (file, "", r"is one file, without its configs; give --config FOLDER, any StableDiffusionPipeline's"),
+        (file, other, r"is StableDiffusionXLPipeline; model.safetensors needs the nearest folder of a StableDiff"),
+        (file, tmp_path, "is no pipeline folder"),
+        (tmp_path / "odd.safetensors", folder, "is of an unknown architecture: it holds 'blocks.0.weight'"),
+        (tmp_path / "none.safetensors", folder, "does not exist"),
+        (folder, folder, "goes with a single-file teacher"),
+        ("nobody/nothing", "", "is neither a folder here nor could be fetched from the hub"),
+    ):
+        with pytest.raises(UserError, match=words) as told:
+            teachers.teacher_folder(named, config)
+        assert "\n" not in str(told.value)
+    assert teachers.teacher_folder(folder) == folder
+
+
+def test_verbs_take_a_single_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`fewstep sample` draws the same from the file as from the folder; refusals are one line and exit code 2."""
+    from fewstep.cli import main
+
+    folder = tiny_pipelines.sd(tmp_path / "tiny")
+    file = single_file("sd", folder, tmp_path / "model.safetensors")
+    words = ["sample", "a red disc", "--lora", "none", "--steps", "2", "--scale", "1", "--device", "cpu"]
+    for name, teacher in (("a", [str(folder)]), ("b", [str(file), "--config", str(folder)])):
+        with pytest.raises(SystemExit) as ended:
+            main([*words, "--teacher", *teacher, "--out", str(tmp_path / f"{name}.png")])
+        assert ended.value.code == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    capsys.readouterr()
+    for teacher, told in (
+        ([str(file)], "give --config FOLDER"),
+        ([str(tmp_path / "model.ckpt")], "is a pickle"),
+        (["nobody/nothing"], "could be fetched from the hub"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main([*words, "--teacher", *teacher, "--out", str(tmp_path / "c.png")])
+        assert ended.value.code == 2
+        said = capsys.readouterr().err.strip()
+        assert told in said
+        assert "\n" not in said
+    with pytest.raises(SystemExit) as ended:
+        main(["distill", "--teacher", str(file), "--config", str(folder), "--out", str(tmp_path / "run"), "--dry-run",
+              "-s", "data.source=nowhere"])  # fmt: skip
+    assert ended.value.code == 2
+    assert "nowhere" in capsys.readouterr().err, "the teacher was found"
