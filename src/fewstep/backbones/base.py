@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,29 @@ def whole(loaded: tuple[Any, Mapping[str, Any]], what: str) -> Any:
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise UserError(f"cannot load {what}: its files hold no {missing[0]}{more}; give the whole pipeline folder")
     return network
+
+
+class _EnoughError(Exception):
+    """The rest of a network need not run."""
+
+
+def outputs_of(parts: Sequence[nn.Module], run: Callable[[], object]) -> list[Any]:
+    """What each of these parts of a network says while it runs, in order; the run ends with the last of them."""
+    found: list[Any] = []
+
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        found.append(output)
+        if module is parts[-1]:
+            raise _EnoughError
+
+    handles = [part.register_forward_hook(keep) for part in parts]
+    try:
+        with suppress(_EnoughError):
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 class Backbone(ABC):

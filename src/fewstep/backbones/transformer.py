@@ -5,22 +5,18 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.backbones.base import Backbone
+from fewstep.backbones.base import Backbone, outputs_of
 from fewstep.denoiser import Condition
 from fewstep.schedule import index_of
 
 LOOKS = 4
 """Blocks whose outputs are `features`, evenly spread."""
-
-
-class _EnoughError(Exception):
-    """The rest of a network need not run."""
 
 
 class TransformerBackbone(Backbone):
@@ -72,25 +68,15 @@ class TransformerBackbone(Backbone):
 
     def features(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> list[Tensor]:
         """What some blocks make of x, [B, width, h, w] each; what comes after the last of them is not run."""
-        found: list[Tensor] = []
-        looked = self.blocks(network)
         patch = int(getattr(network.config, "patch_size", 1) or 1) * self._packed_side  # type: ignore[arg-type]
         height, width = x.shape[-2] // patch, x.shape[-1] // patch
 
-        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            tokens = output[-1] if isinstance(output, tuple) else output  # beside the picture's stand the text's
-            found.append(tokens[:, -height * width :].transpose(1, 2).unflatten(2, (height, width)))
-            if module is looked[-1]:
-                raise _EnoughError
+        def placed(output: Any) -> Tensor:
+            tokens: Tensor = output[-1] if isinstance(output, tuple) else output  # the text's stand beside or before
+            return tokens[:, -height * width :].transpose(1, 2).reshape(len(tokens), -1, height, width)
 
-        handles = [part.register_forward_hook(keep) for part in looked]
-        try:
-            with suppress(_EnoughError):
-                self.call(network, x, t, condition)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return found
+        found = outputs_of(self.blocks(network), lambda: self.call(network, x, t, condition))
+        return [placed(output) for output in found]
 
     @property
     def _packed_side(self) -> int:

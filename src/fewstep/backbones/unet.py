@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from typing import Any
-
 from torch import Tensor, nn
 
-from fewstep.backbones.base import Backbone
+from fewstep.backbones.base import Backbone, outputs_of
 from fewstep.denoiser import Condition
-
-
-class _EnoughError(Exception):
-    """The rest of a network need not run."""
 
 
 class UNetBackbone(Backbone):
@@ -25,22 +18,9 @@ class UNetBackbone(Backbone):
 
         The way up is not gone.
         """
-        found: list[Tensor] = []
-
-        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            found.append(output[0] if isinstance(output, tuple) else output)
-            if module is network.mid_block:
-                raise _EnoughError
-
         parts: list[nn.Module] = [*network.down_blocks, network.mid_block]  # type: ignore[misc,list-item]
-        handles = [part.register_forward_hook(keep) for part in parts]
-        try:
-            with suppress(_EnoughError):
-                self.call(network, x, t, condition)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return found
+        found = outputs_of(parts, lambda: self.call(network, x, t, condition))
+        return [output[0] if isinstance(output, tuple) else output for output in found]
 
     @property
     def feature_channels(self) -> list[int]:
