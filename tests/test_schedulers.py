@@ -19,7 +19,8 @@ from fewstep.jump import student_step
 from fewstep.names import End, GammaLaw, Jump
 from fewstep.sampler import sample_consistency, sample_sss
 from fewstep.schedule import FlowMatching, add_noise, scaled_linear
-from fewstep.schedulers import ConsistencyScheduler, FewStepScheduler, SchedulerError, SSSScheduler
+from fewstep.scheduler_checks import SchedulerError
+from fewstep.schedulers import ConsistencyScheduler, FewStepScheduler, SSSScheduler
 from fewstep.settings import Sampling
 
 PROMPTS = ["a red disc", "a blue ring"]

@@ -135,3 +135,27 @@ def test_verbs_take_a_single_file(tmp_path: Path, capsys: pytest.CaptureFixture[
               "-s", "data.source=nowhere"])  # fmt: skip
     assert ended.value.code == 2
     assert "nowhere" in capsys.readouterr().err, "the teacher was found"
+
+
+def test_of_a_hub_no_pickle_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the hub: what is asked of it, and that its folder is the teacher."""
+    import fnmatch
+
+    import huggingface_hub
+
+    asked: dict[str, Any] = {}
+
+    def snapshot(name: str, **settings: Any) -> str:
+        asked.update(settings, name=name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert teachers.teacher_folder("someone/model@v2") == tmp_path
+    assert (asked["name"], asked["revision"]) == ("someone/model", "v2")
+    for file, taken in (
+        ("unet/a.safetensors", True),
+        ("model_index.json", True),
+        ("unet/a.bin", False),
+        ("a.py", False),
+    ):
+        assert any(fnmatch.fnmatch(file, pattern) for pattern in asked["allow_patterns"]) == taken, file

@@ -11,8 +11,7 @@ nobody names it, cannot undo it. `num_inference_steps` counts jumps; one of seco
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, get_args
@@ -25,18 +24,17 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fewstep.errors import UserError, nearest
+from fewstep.errors import UserError
 from fewstep.grid import end_time, inference_times, times_within
-from fewstep.jump import Denoise, Step, student_step
-from fewstep.names import End, Form, GammaLaw, Jump, Spacing
+from fewstep.jump import Step, student_step
+from fewstep.leaps import AskedError, Leap, answering, one, times_asked
+from fewstep.names import End, GammaLaw, Jump
 from fewstep.sampler import check_gamma, diffuse, sss_landing, start_size
 from fewstep.schedule import Estimate, FlowMatching, Path, VariancePreserving, add_noise, expand, index_of, interpret
-from fewstep.scheduler_config import PREDICTIONS, is_flow, path_of
+from fewstep.scheduler_checks import SchedulerError, check_common, check_word, refusing
+from fewstep.scheduler_config import BETAS, PREDICTIONS, is_flow, path_of
 
-NOISE_KEYS = (
-    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
-    *("prediction_type", "shift", "use_dynamic_shifting"),
-)
+NOISE_KEYS = (*BETAS, "prediction_type", "shift", "use_dynamic_shifting")
 """What is taken over from another scheduler even where it is that scheduler's own default, which is not ours."""
 
 
@@ -46,19 +44,6 @@ COMPATIBLE = [
     *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "KDPM2DiscreteScheduler"),
 ]
 """diffusers' schedulers of the same noise: pipelines may change from any of them to ours, and back."""
-
-
-class SchedulerError(UserError, ValueError):
-    """A request that a scheduler refuses; a ValueError too, as diffusers' own refusals are."""
-
-
-@contextmanager
-def _refusing() -> Any:
-    """Let refusals of the functions below be a scheduler's own."""
-    try:
-        yield
-    except UserError as error:
-        raise SchedulerError(str(error)) from None
 
 
 @dataclass
@@ -74,48 +59,6 @@ class FewStepOutput(BaseOutput):  # type: ignore[misc]
     pred_original_sample: Tensor
 
 
-@dataclass(frozen=True)
-class Leap:
-    """One jump of a drawing: from t to s, then noise up to `then`; none after the last one. Times float64 [1]."""
-
-    t: Tensor
-    s: Tensor
-    then: Tensor | None
-
-
-class _AskedError(Exception):
-    """A jump asks its network once more: for x at time t."""
-
-    def __init__(self, x: Tensor, t: Tensor) -> None:
-        super().__init__()
-        self.x, self.t = x, t
-
-
-def _answering(answers: Sequence[Estimate]) -> Denoise:
-    """A network that has given its answers already; the next question is raised to whoever runs it."""
-    given = iter(answers)
-
-    def denoise(x: Tensor, t: Tensor) -> Estimate:
-        answer = next(given, None)
-        if answer is None:
-            raise _AskedError(x, t)
-        return answer
-
-    return denoise
-
-
-def times_asked(step: Step, path: Path, t: Tensor, s: Tensor) -> list[float]:
-    """The times at which a jump from t to s [1] calls its network, in order."""
-    asked: list[float] = []
-
-    def denoise(x: Tensor, now: Tensor) -> Estimate:
-        asked.append(float(now))
-        return Estimate(torch.zeros_like(x), torch.zeros_like(x))
-
-    step(denoise, path, torch.zeros(1, 1, dtype=torch.float64), t, s)
-    return asked
-
-
 class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """What all of our schedulers share: paths, times, and a loop that is turned inside out.
 
@@ -129,7 +72,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def _start(self) -> None:
         """Read the config; called last in a scheduler's __init__."""
         config = dict(self.config)
-        with _refusing():
+        with refusing():
             self.noise_path: Path = path_of(config if config["path"] == "vp" else {**config, "use_flow_sigmas": True})
         flow = config["path"] == "flow"
         self._prediction = PREDICTIONS["flow_prediction" if flow else config["prediction_type"]]
@@ -224,7 +167,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             raise SchedulerError(f"strength = {strength} is outside (0, 1]; the nearest legal one is {legal}")
         if mu is not None and config.get("use_dynamic_shifting") and isinstance(self.noise_path, FlowMatching):
             self.noise_path = FlowMatching(float(np.exp(mu)))
-        with _refusing():
+        with refusing():
             if timesteps is not None:
                 times = self._own_times(timesteps)
             elif strength < 1:
@@ -321,17 +264,17 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         x = sample.to(torch.promote_types(sample.dtype, torch.float32))
         if place % self.order == 0 or self._from is None:
             self._from, self._answers = x, []
-        now = torch.tensor([self._asked[place]], dtype=torch.float64)
+        now = one(self._asked[place])
         alpha, sigma = expand(self.noise_path.alpha(now), x), expand(self.noise_path.sigma(now), x)
         estimate = interpret(self._prediction, model_output.to(x.dtype), x, alpha, sigma)
         self._answers.append(estimate)
         try:
-            x = self._jump()(_answering(self._answers), self.noise_path, self._from, leap.t, leap.s)
+            x = self._jump()(answering(self._answers), self.noise_path, self._from, leap.t, leap.s)
             self._from = None
-        except _AskedError as asked:
+        except AskedError as asked:
             x = asked.x
         else:
-            if leap.then is not None and self._noisy():
+            if leap.then is not None:
                 drawn_from = self.generator if generator is None else generator
                 z = randn_tensor(x.shape, generator=drawn_from, device=x.device, dtype=x.dtype)
                 x = diffuse(self.noise_path, x, leap.s, leap.then, z)
@@ -345,10 +288,6 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             sigma, shift = told / float(self.config["num_train_timesteps"]), self.noise_path.shift
             return sigma / (shift - (shift - 1) * sigma)
         return told
-
-    def _noisy(self) -> bool:
-        """Whether noise comes between jumps."""
-        return True
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t = alpha_t x_0 + sigma_t eps at times [B] or [1], as networks are told them."""
@@ -364,30 +303,10 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return int(self.config["num_train_timesteps"])
 
 
-def _check_word(field: str, value: str, legal: Sequence[str]) -> None:
-    if value not in legal:
-        raise SchedulerError(
-            f"{field} = {value!r} is not one of {', '.join(legal)}; the nearest is {nearest(value, legal)!r}"
-        )
-
-
-def _check_common(path: str, prediction_type: str, spacing: str, end: str, form: str) -> None:
-    _check_word("path", path, ("vp", "flow"))
-    _check_word("prediction_type", prediction_type, tuple(PREDICTIONS))
-    _check_word("spacing", spacing, get_args(Spacing))
-    _check_word("end", end, get_args(End))
-    _check_word("form", form, get_args(Form))
-
-
 def _even(sigmas: Sequence[float]) -> bool:
     """Whether sigmas are the plain list 1, 1 - 1/n, ..., 1/n that Flux's pipeline hands to every scheduler."""
     n = len(sigmas)
     return bool(np.allclose(np.asarray(sigmas, dtype=float), np.linspace(1.0, 1 / n, n), atol=1e-6))
-
-
-def _leap(t: float, s: Tensor, then: float | None) -> Leap:
-    one: Callable[[float], Tensor] = lambda value: torch.tensor([value], dtype=torch.float64)  # noqa: E731
-    return Leap(one(t), s, None if then is None else one(then))
 
 
 class SSSScheduler(FewStepScheduler):
@@ -430,24 +349,20 @@ class SSSScheduler(FewStepScheduler):
         spacing: str = "grid",
         end: str = "index0",
     ) -> None:
-        with _refusing():
+        with refusing():
             check_gamma(gamma)
-        _check_word("gamma_law", gamma_law, get_args(GammaLaw))
-        _check_word("jump", jump, ("first_order", "second_order"))
-        _check_common(path, prediction_type, spacing, end, form)
+        check_word("gamma_law", gamma_law, get_args(GammaLaw))
+        check_word("jump", jump, ("first_order", "second_order"))
+        check_common(path, prediction_type, spacing, end, form)
         self._start()
 
     def _plan(self, times: Sequence[float]) -> list[Leap]:
         end, gamma, law = self.config["end"], self.config["gamma"], self.config["gamma_law"]
         leaps = []
         for t, then in pairwise(times):
-            at = torch.tensor([then], dtype=torch.float64)
-            leaps.append(_leap(t, sss_landing(self.noise_path, at, gamma, end, law), then))
-        last = torch.tensor([end_time(self.noise_path, end)], dtype=torch.float64)
-        return [*leaps, _leap(times[-1], last, None)]
-
-    def _noisy(self) -> bool:
-        return bool(self.config["gamma"] > 0)
+            s = sss_landing(self.noise_path, one(then), gamma, end, law)
+            leaps.append(Leap(one(t), s, one(then) if gamma > 0 else None))
+        return [*leaps, Leap(one(times[-1]), one(end_time(self.noise_path, end)))]
 
 
 class ConsistencyScheduler(FewStepScheduler):
@@ -480,11 +395,11 @@ class ConsistencyScheduler(FewStepScheduler):
         spacing: str = "grid",
         end: str = "clean",
     ) -> None:
-        _check_word("jump", jump, get_args(Jump))
-        _check_common(path, prediction_type, spacing, end, form)
+        check_word("jump", jump, get_args(Jump))
+        check_common(path, prediction_type, spacing, end, form)
         self._start()
 
     def _plan(self, times: Sequence[float]) -> list[Leap]:
         end: End = "clean" if self.config["jump"] == "skip" else self.config["end"]
-        s = torch.tensor([end_time(self.noise_path, end)], dtype=torch.float64)
-        return [_leap(t, s, then) for t, then in zip(times, [*times[1:], None], strict=True)]
+        s = one(end_time(self.noise_path, end))
+        return [*(Leap(one(t), s, one(then)) for t, then in pairwise(times)), Leap(one(times[-1]), s)]

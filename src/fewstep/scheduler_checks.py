@@ -1,0 +1,41 @@
+"""What our diffusers schedulers refuse, and as what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import get_args
+
+from fewstep.errors import UserError, nearest
+from fewstep.names import End, Form, Spacing
+from fewstep.scheduler_config import PREDICTIONS
+
+
+class SchedulerError(UserError, ValueError):
+    """A request that a scheduler refuses; a ValueError too, as diffusers' own refusals are."""
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Let refusals of the functions below be a scheduler's own."""
+    try:
+        yield
+    except UserError as error:
+        raise SchedulerError(str(error)) from None
+
+
+def check_word(field: str, value: str, legal: Sequence[str]) -> None:
+    """Refuse a word that is none of the legal ones."""
+    if value not in legal:
+        raise SchedulerError(
+            f"{field} = {value!r} is not one of {', '.join(legal)}; the nearest is {nearest(value, legal)!r}"
+        )
+
+
+def check_common(path: str, prediction_type: str, spacing: str, end: str, form: str) -> None:
+    """Refuse what no scheduler takes."""
+    check_word("path", path, ("vp", "flow"))
+    check_word("prediction_type", prediction_type, tuple(PREDICTIONS))
+    check_word("spacing", spacing, get_args(Spacing))
+    check_word("end", end, get_args(End))
+    check_word("form", form, get_args(Form))
