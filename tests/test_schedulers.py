@@ -229,9 +229,9 @@ def test_times_within_a_strength() -> None:
     assert times_within(vp, 4, 0.5).tolist() == [499, 379, 259, 139]
     assert times_within(vp, 4, 0.25).tolist() == [239, 179, 119, 59]
     assert times_within(vp, 4, 1.0).tolist() == inference_times(vp, 4).tolist()
-    assert times_within(flow, 2, 0.5, 8).tolist() == [0.5, 0.25]
+    assert times_within(flow, 2, 0.5, grid=8).tolist() == [0.5, 0.25]
     with pytest.raises(UserError, match=r"where the grid has 2 times; the nearest legal strength is 0\.5"):
-        times_within(vp, 4, 0.25, 8)
+        times_within(vp, 4, 0.25, grid=8)
     with pytest.raises(UserError, match=r"strength = 1\.5 is outside \(0, 1\]; the nearest is 1\.0"):
         times_within(vp, 4, 1.5)
 

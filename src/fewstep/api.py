@@ -111,6 +111,8 @@ def sample(
     settings: Mapping[str, Any] | None = None,
     adapter: Path | str | None = None,
     teacher_config: Path | str = "",
+    image: Path | str | None = None,
+    strength: float | None = None,
 ) -> Path:
     """Draw `count` pictures a prompt into one file: a picture, or a sheet with a row a prompt.
 
@@ -129,10 +131,14 @@ def sample(
         settings: changes to the sampling settings that the student brings along (None values are ignored).
         adapter: folder that `train_adapter` wrote: prompts may then be of any of its languages.
         teacher_config: for a single-file teacher, a pipeline folder of its kind.
+        image: picture to begin from, cropped to a square and scaled to the trained size.
+        strength: share of the noisiest time that it is noised to, in (0, 1]; None for .5. All steps are made below it.
 
     Raises:
-        UserError: no prompt, a setting out of range, a LoRA or adapter of another base, an unwritable place.
+        UserError: no prompt, a setting out of range, a LoRA or adapter of another base, an unwritable place, a
+            picture that cannot be read, a strength below which the grid has fewer times than steps.
     """
+    from fewstep.data.pictures import read_picture
     from fewstep.data.prompts import read_prompts
     from fewstep.files import check_writable
     from fewstep.folder import read_folder
@@ -153,9 +159,12 @@ def sample(
         if value is not None and value < 1:
             raise UserError(f"{name} = {value} must be at least 1; the nearest legal one is 1")
     _check_seed(seed, count * len(wanted))
+    if strength is not None and image is None:
+        raise UserError(f"strength = {strength} says nothing without an image; name one, or leave it out")
     check_device(device)
     folder = read_folder(teacher_path(named_teacher(teacher, teacher_config)))
     student, sampling, _ = choose_student(folder, lora, settings or {})
+    begun = None if image is None else read_picture(Path(image), folder.picture_size)
     if adapter is not None:
         from fewstep.language.record import read_adapter
 
@@ -167,10 +176,16 @@ def sample(
     import numpy as np
 
     from fewstep.drawing import load_artist, save_picture, sheet
+    from fewstep.inference import Source, call_times
+    from fewstep.scheduler_config import path_of
 
+    share = 0.5 if strength is None else strength
+    if begun is not None:  # refused before weights are loaded
+        call_times(sampling, path_of(folder.config("scheduler")), share)
     artist = load_artist(folder.path, student, place, adapter)
+    source = None if begun is None else Source(artist.backbone.to_latents(begun[None]), share)
     every = [prompt for prompt in wanted for _ in range(count)]
-    pictures: np.ndarray = artist.draw(every, range(seed, seed + len(every)), sampling)
+    pictures: np.ndarray = artist.draw(every, range(seed, seed + len(every)), sampling, source)
     enlarged = scale or max(1, 256 // pictures.shape[2])
     return save_picture(sheet(pictures, count if len(wanted) > 1 else min(count, 8), enlarged), path)
 

@@ -186,12 +186,17 @@ def sample(
     adapter: Annotated[
         Path | None, typer.Option(help="Folder that train-adapter wrote: prompts of any of its languages.")
     ] = None,
+    image: Annotated[Path | None, typer.Option(help="Picture to begin from, instead of noise.")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How far it is noised first, 0 to 1 (.5); all --steps are made below.")
+    ] = None,
     overrides: Sampled = None,
     config: Configs = None,
 ) -> None:
     """Draw pictures from prompts, with the settings that the student brings along.
 
-    Example: fewstep sample "a doggy, fluent 3d style" --steps 4 --out doggy.png
+    Examples: fewstep sample "a doggy, fluent 3d style" --steps 4 --out doggy.png
+    fewstep sample "a doggy, noto style" --image doggy.png --strength 0.7 --out noto.png
     """
     from fewstep import api
 
@@ -208,6 +213,8 @@ def sample(
         settings=drawing(overrides, steps=steps, gamma=gamma, omega=omega, sampler=sampler),
         adapter=adapter,
         teacher_config=config or "",
+        image=image,
+        strength=strength,
     )
     say(f"wrote {path}")
 

@@ -21,7 +21,7 @@ from fewstep.export.lora import merge_lora, read_lora
 from fewstep.export.pipeline import teacher_sampling
 from fewstep.files import atomic_write
 from fewstep.folder import read_folder
-from fewstep.inference import draw_latents
+from fewstep.inference import Source, draw_latents
 from fewstep.language.adapter import Adapter, load_adapter
 from fewstep.roles import BASE
 from fewstep.settings import TEACHER_SAMPLING, Sampling
@@ -53,9 +53,18 @@ class Artist:
         return own(prompts) if self.adapter is None else self.adapter.encode(prompts, own)
 
     def latents(
-        self, condition: Condition, seeds: Sequence[int], sampling: Sampling, *, title: str | None = None
+        self,
+        condition: Condition,
+        seeds: Sequence[int],
+        sampling: Sampling,
+        *,
+        title: str | None = None,
+        source: Source | None = None,
     ) -> Tensor:
-        """One latent a seed, float32 on the CPU; `condition` has one row a seed. A title asks for a progress bar."""
+        """One latent a seed, float32 on the CPU; `condition` has one row a seed, a source one or as many.
+
+        A title asks for a progress bar.
+        """
         device = self.backbone.device
         null = self.backbone.null(1) if sampling.omega > 0 else {}
         null = {name: value.to(device) for name, value in null.items()}
@@ -69,15 +78,25 @@ class Artist:
                 part = {name: value[rows].to(device) for name, value in condition.items()}
                 shape = self.backbone.latent_shape
                 with torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32):
-                    drawn = draw_latents(self.denoiser, part, null, sampling, seeds[rows], shape, self.role, device)
+                    begun = source
+                    if source is not None and len(source.latents) > 1:
+                        begun = replace(source, latents=source.latents[rows])
+                    asked = (sampling, seeds[rows], shape, self.role, device, begun)
+                    drawn = draw_latents(self.denoiser, part, null, *asked)
                 parts.append(drawn.cpu())
                 bar.update(len(drawn))
         return torch.cat(parts)
 
-    def draw(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling | None = None) -> np.ndarray:
+    def draw(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        sampling: Sampling | None = None,
+        source: Source | None = None,
+    ) -> np.ndarray:
         """One picture for each (prompt, seed), uint8 [N, H, W, 3]."""
         condition = self.encode(prompts)
-        latents = self.latents(condition, seeds, sampling or self.sampling, title="drawing")
+        latents = self.latents(condition, seeds, sampling or self.sampling, title="drawing", source=source)
         return self.backbone.to_pictures(latents)
 
 

@@ -162,21 +162,26 @@ def inference_times(path: Path, steps: int, *, grid: Grid = 50, spacing: Spacing
     return path.noisiest * (1 - share)
 
 
-def times_within(path: Path, steps: int, strength: float, grid: Grid = 50) -> Tensor:
+def times_within(path: Path, steps: int, strength: float, *, grid: Grid = 50, spacing: Spacing = "grid") -> Tensor:
     """The times of `steps` calls that begin at a share of the noisiest time, falling, float64 [steps]: image to image.
 
-    As `inference_times` by `grid`, from the points of the training grid that lie in (0, strength] of the path alone:
-    4 steps of 50 at strength .5 are 499, 379, 259, 139. All calls are made whatever the strength.
+    As `inference_times`, from the points that lie in (0, strength] of the path alone: 4 steps of a grid of 50 at
+    strength .5 are 499, 379, 259, 139. All calls are made whatever the strength. `trailing` takes them from all
+    indices, `tlcm` from its 8 points, evenly where it begins below the noisiest.
 
     Raises:
         UserError: a strength outside (0, 1], or fewer such points than steps.
     """
     if not 0 < strength <= 1:
         raise UserError(f"strength = {strength} is outside (0, 1]; the nearest is {min(max(strength, 0.01), 1.0)}")
-    times = training_grid(path, grid)
+    if strength == 1:
+        return inference_times(path, steps, grid=grid, spacing=spacing)
+    indices = int(path.noisiest) + 1 if isinstance(path, VariancePreserving) else 1000
+    every: dict[Spacing, Grid] = {"grid": grid, "trailing": indices, "tlcm": max(TLCM_TIMES)}
+    times = training_grid(path, every[spacing])
     below = times[share_of(path, times) <= strength + 1e-9].flip(0)
     if not 1 <= steps <= len(below):
-        least = float(share_of(path, times)[min(steps, len(times)) - 1])
+        least = float(share_of(path, times)[min(max(steps, 1), len(times)) - 1])
         raise UserError(
             f"steps = {steps} is out of range at strength = {strength}, where the grid has {len(below)} times; "
             f"the nearest legal strength is {least:.3g}"

@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fewstep.denoiser import Condition, Denoiser
-from fewstep.grid import inference_times
+from fewstep.grid import times_within
 from fewstep.jump import student_step
 from fewstep.jumper import Voice
 from fewstep.sampler import picture_noise, sample_consistency, sample_ode, sample_sde_dpmpp_2m, sample_sss, start_size
+from fewstep.schedule import Path, add_noise
 from fewstep.settings import Sampling
 
 
-def call_times(sampling: Sampling, denoiser: Denoiser) -> list[float]:
-    """The times of the solver's or sampler's steps, falling.
+@dataclass(frozen=True)
+class Source:
+    """What drawing begins from in pure noise's place: image to image (SDEdit, arXiv 2108.01073).
+
+    Attributes:
+        latents: [1 or N, C, h, w], scaled as the network expects.
+        strength: the share of the noisiest time that they are noised to, in (0, 1].
+    """
+
+    latents: Tensor
+    strength: float
+
+
+def call_times(sampling: Sampling, path: Path, strength: float = 1.0) -> list[float]:
+    """The times of the solver's or sampler's steps, falling, from `strength` of the path's noisiest time down.
 
     Raises:
-        UserError: more steps than the grid has points.
+        UserError: more steps than the grid has points there.
     """
     count = sampling.steps // sampling.calls_a_step  # whole: `Sampling` refuses any other
-    times = inference_times(denoiser.path, count, grid=sampling.grid, spacing=sampling.spacing)
+    times = times_within(path, count, strength, grid=sampling.grid, spacing=sampling.spacing)
     return [float(t) for t in times]
 
 
@@ -37,14 +51,21 @@ def draw_latents(
     shape: tuple[int, ...],
     role: str,
     device: torch.device | str = "cpu",
+    source: Source | None = None,
 ) -> Tensor:
     """Draw one latent a seed, float32 [N, *shape]; `condition` has N rows, `null` one or N.
 
-    A latent depends on its own seed and condition alone, not on the batch.
+    From pure noise, or from a source that is noised. A latent depends on its own seed and condition alone, not on the batch.
     """
-    times, path = call_times(sampling, denoiser), denoiser.path
-    x, cpu_noise = picture_noise(seeds, shape)
-    x = x.to(device) * start_size(path)
+    path = denoiser.path
+    times = call_times(sampling, path, source.strength if source else 1.0)
+    z, cpu_noise = picture_noise(seeds, shape)
+    z = z.to(device)
+    if source is None:
+        x = z * start_size(path)
+    else:
+        begin = torch.full((len(z),), times[0], dtype=torch.float64)
+        x = add_noise(path, source.latents.to(z).expand_as(z), z, begin)
     voice = Voice(denoiser, condition, role, sampling.told)
     if sampling.w is not None:
         voice = replace(voice, w=torch.full((len(x),), sampling.w, dtype=torch.float64))

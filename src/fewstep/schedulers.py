@@ -25,7 +25,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.grid import end_time, inference_times, times_within
+from fewstep.grid import end_time, times_within
 from fewstep.jump import Step, student_step
 from fewstep.leaps import AskedError, Leap, answering, one, times_asked
 from fewstep.names import End, GammaLaw, Jump
@@ -170,11 +170,9 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         with refusing():
             if timesteps is not None:
                 times = self._own_times(timesteps)
-            elif strength < 1:
-                times = times_within(self.noise_path, int(num_inference_steps or 0), strength, config["grid"])
             else:
-                steps = int(num_inference_steps or 0)
-                times = inference_times(self.noise_path, steps, grid=config["grid"], spacing=config["spacing"])
+                steps, own = int(num_inference_steps or 0), {"grid": config["grid"], "spacing": config["spacing"]}
+                times = times_within(self.noise_path, steps, strength, **own)
             self._leaps = self._plan([float(t) for t in times])
         step = self._jump()
         self._asked = [t for leap in self._leaps for t in times_asked(step, self.noise_path, leap.t, leap.s)]

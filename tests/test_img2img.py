@@ -1,0 +1,106 @@
+"""Drawing from a picture: as many network calls as were asked for, at any strength, and nearer to it at a low one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fewstep
+from fewstep.backbones.sd import StableDiffusion
+from fewstep.data.pictures import read_picture
+from fewstep.drawing import load_artist
+from fewstep.errors import UserError
+from fewstep.inference import Source
+from fewstep.sampler import picture_noise
+from fewstep.schedule import add_noise
+from fewstep.settings import Sampling, teacher_path
+from fewstep.world import emoji8
+from fewstep.world.location import root
+
+STRENGTHS = (0.25, 0.5, 0.75, 1.0)
+
+
+@pytest.fixture
+def told_times(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """The times of all network calls."""
+    asked: list[float] = []
+    plain = StableDiffusion.call
+
+    def counted(self: Any, network: Any, x: Any, t: torch.Tensor, condition: Any, **more: Any) -> torch.Tensor:
+        asked.append(float(t[0]))
+        return plain(self, network, x, t, condition, **more)
+
+    monkeypatch.setattr(StableDiffusion, "call", counted)
+    yield asked
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("source") / "source.png"
+    Image.fromarray(emoji8.load("train").pictures[3]).save(file)
+    return file
+
+
+def test_four_steps_are_four_calls_at_any_strength(source: Path, told_times: list[float], tmp_path: Path) -> None:
+    read = read_picture(source, 64).astype(float)
+    errors = []
+    for strength in STRENGTHS:
+        told_times.clear()
+        path = fewstep.sample(
+            "an octopus, noto style", image=source, strength=strength, out=tmp_path / "drawn.png", scale=1, count=8,
+            settings={"steps": 4},
+        )  # fmt: skip
+        assert len(told_times) == 4
+        assert told_times == sorted(told_times, reverse=True)
+        assert 1000 * strength - 41 < told_times[0] < 1000 * strength
+        row = np.asarray(Image.open(path).convert("RGB"))
+        drawn = [row[4:68, 4 + 68 * i : 68 + 68 * i] for i in range(8)]
+        errors.append(float(np.mean([(tile - read) ** 2 for tile in drawn])))
+    assert errors == sorted(errors)
+    assert errors[0] < 0.5 * errors[-1]
+
+
+def test_it_begins_at_the_noised_picture(source: Path) -> None:
+    """The first call sees alpha x_0 + sigma z of the picture's own latent and the seed's noise."""
+    artist = load_artist(teacher_path(""), root() / "students" / "tcd")
+    latent = artist.backbone.to_latents(read_picture(source, 64)[None])
+    seen: list[torch.Tensor] = []
+    plain = artist.backbone.call
+
+    def watched(network: Any, x: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
+        seen.append(x.clone())
+        return plain(network, x, *more, **named)
+
+    artist.backbone.call = watched  # type: ignore[method-assign]
+    sampling = Sampling(steps=2, gamma=0.0)
+    condition = artist.encode(["a cat"] * 3)
+    drawn = artist.latents(condition, [5, 6, 7], sampling, source=Source(latent, 0.5))
+    z, _ = picture_noise([5, 6, 7], artist.backbone.latent_shape)
+    wanted = add_noise(artist.backbone.path, latent.expand_as(z), z, torch.tensor([499.0]))
+    torch.testing.assert_close(seen[0], wanted)
+    one = {name: value[1:2] for name, value in condition.items()}
+    apart = artist.latents(one, [6], sampling, source=Source(latent, 0.5))
+    torch.testing.assert_close(drawn[1:2], apart, rtol=1e-4, atol=1e-4)
+    each = artist.latents(condition, [5, 6, 7], sampling, source=Source(latent.expand(3, -1, -1, -1), 0.5))
+    torch.testing.assert_close(each, drawn)
+
+
+def test_what_cannot_be_begun_from_is_refused(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.png"
+    with pytest.raises(UserError, match=r"strength = 0\.5 says nothing without an image"):
+        fewstep.sample("a cat", strength=0.5, out=out)
+    with pytest.raises(UserError, match=r"strength = 1\.2 is outside \(0, 1\]; the nearest is 1\.0"):
+        fewstep.sample("a cat", image=source, strength=1.2, out=out)
+    with pytest.raises(UserError, match=r"steps = 4 is out of range at strength = 0\.05.*nearest legal strength is"):
+        fewstep.sample("a cat", image=source, strength=0.05, out=out, settings={"steps": 4})
+    text = tmp_path / "not.png"
+    text.write_text("no picture")
+    with pytest.raises(UserError, match="picture"):
+        fewstep.sample("a cat", image=text, out=out)
+    assert not out.exists()
