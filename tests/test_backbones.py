@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import tiny_pipelines
-from fewstep import distillation
+from fewstep import distillation, synthesize
 from fewstep.backbones.base import load_backbone
 from fewstep.drawing import load_artist
 from fewstep.errors import UserError
@@ -201,3 +201,16 @@ def test_every_family_has_its_backbone() -> None:
         module, _, name = family.backbone.partition(":")
         assert hasattr(importlib.import_module(module), name)
         assert family.kind == module.rpartition(".")[2]
+
+
+def test_walks_of_a_teacher_without_a_branch_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    """It is told its guidance: what it says without a prompt, which walks keep, is not to be had."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red disc\n")
+    with pytest.raises(UserError, match=r"has no branch without; the nearest legal kind is 'latents'"):
+        synthesize(prompts, out=tmp_path / "set", teacher=folders["flux-dev"], kind="trajectories")
+    assert not (tmp_path / "set").exists()
+    made = synthesize(
+        prompts, out=tmp_path / "set", teacher=folders["flux-dev"], overrides=["each=2", "grid=5", "device=cpu"]
+    )
+    assert len(list(made.glob("shard-*.safetensors"))) == 1

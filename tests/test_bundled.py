@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from fewstep.drawing import load_artist
+from fewstep.files import read_json
+from fewstep.preparation import load_named_scorer
 from fewstep.settings import TEACHER_SAMPLING
+from fewstep.tensors import load_tensors
 from fewstep.world import emoji8, location
 from fewstep.world.measures import agreement
 from fewstep.world.students import students_omega
@@ -24,3 +28,31 @@ def test_the_teacher_draws_what_it_is_asked_for() -> None:
     gains = fits - strangers
     assert gains.mean() > 8 * gains.std(ddof=1) / np.sqrt(ASKED)
     assert np.median(pictures[:, 0, 0]) > 250, "emoji stand on white"
+
+
+def test_what_rewards_is_not_what_evaluates() -> None:
+    """The two scorers of the bundled world share no weights, no network and no reader of prompts."""
+    reward, evaluates = (read_json(location.root() / name / "scorer.json") for name in ("reward", "scorer"))
+    assert reward["network"]["channels"] != evaluates["network"]["channels"]
+    assert reward["text"]["sha256"] != evaluates["text"]["sha256"]
+    assert reward["training"]["loop"]["seed"] != evaluates["training"]["loop"]["seed"]
+    own, other = (load_tensors(location.root() / name / "scorer.safetensors") for name in ("reward", "scorer"))
+    same = [name for name in own.keys() & other.keys() if own[name].shape == other[name].shape]
+    same = [name for name in same if own[name].dim() > 1]  # fresh biases and norms may well be alike
+    assert not any(torch.equal(own[name], other[name]) for name in same)
+
+
+def test_the_scorer_that_rewards_knows_a_prompt_from_another() -> None:
+    """`method.preference.scorer = world`, as training asks it: scores, and a gradient to the picture."""
+    scorer = load_named_scorer("world", torch.device("cpu"))
+    data = emoji8.load("heldout-pair")
+    rows = list(range(0, len(data), len(data) // ASKED))[:ASKED]
+    pictures = torch.from_numpy(data.pictures[rows]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    said = scorer.prepare([emoji8.name(data.records[row]) for row in rows])
+    pictures.requires_grad_()
+    right = scorer.score(pictures, said)
+    wrong = scorer.score(pictures, {name: value.roll(1, 0) for name, value in said.items()})
+    assert float((right > wrong).float().mean()) > 0.9
+    (slope,) = torch.autograd.grad(right.sum(), pictures)
+    better = scorer.score((pictures + 0.5 * slope / slope.flatten(1).norm(dim=1)[:, None, None, None]).detach(), said)
+    assert float((better - right).min()) > 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 
 
 @pytest.fixture
-def told_times(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+def told_times(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The times of all network calls."""
     asked: list[float] = []
     plain = StableDiffusion.call
@@ -37,7 +36,7 @@ def told_times(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
         return plain(self, network, x, t, condition, **more)
 
     monkeypatch.setattr(StableDiffusion, "call", counted)
-    yield asked
+    return asked
 
 
 @pytest.fixture(scope="module")

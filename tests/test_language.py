@@ -25,6 +25,7 @@ from fewstep.language.sentence import UniversalSentence, Vectors
 from fewstep.language.settings import AdapterConfig
 from fewstep.language.train import train_adapter
 from fewstep.loop_settings import LoopConfig
+from fewstep.world import api as world_api
 from fewstep.world.chinese import ratio_figure
 from fewstep.world.chinese_pairs import Words, chinese, chinese_pairs, leaks
 
@@ -50,6 +51,27 @@ class ToySentence:
 
 
 PAIRS = (*map(Pair, TURNED, CAPTIONS), *map(Pair, CAPTIONS, CAPTIONS))
+
+
+def test_chinese_beside_english_by_one_command(tmp_path: Path) -> None:
+    """`fewstep chinese` on a sixth of its concepts: what the table says is what was drawn and scored."""
+    words = ["concepts=20", "noises=1", "steps=2", "teacher_steps=2", "training.loop.steps=2", "shown=3"]
+    table = world_api.chinese(out=tmp_path, overrides=words)
+    found = json.loads((tmp_path / "chinese.json").read_text(encoding="utf-8"))
+    lines = {(line["drawer"], line["form"]): line for line in found["lines"]}
+    assert len(lines) == 6
+    for drawer in ("student", "teacher"):
+        english, own = lines[drawer, "English"], lines[drawer, "Chinese"]
+        assert english["agreement"]["value"] > 0.5, "asked in English it draws what is asked for"
+        assert own["agreement"]["value"] > 0.25, "and mostly so in Chinese; strangers are below .1"
+        assert own["ratio"]["value"] == pytest.approx(own["agreement"]["value"] / english["agreement"]["value"])
+        assert own["ratio"]["low"] < own["ratio"]["value"] < own["ratio"]["high"]
+        assert "ratio" not in english
+    assert "of 20." in found["note"]
+    assert found["note"] in table.read_text(encoding="utf-8")
+    before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "pictures").iterdir()}
+    world_api.chinese(out=tmp_path, overrides=words)
+    assert before == {file.name: file.stat().st_mtime_ns for file in (tmp_path / "pictures").iterdir()}, "kept"
 
 
 def config(**changes: object) -> AdapterConfig:

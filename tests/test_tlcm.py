@@ -40,22 +40,23 @@ def scorer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+STAGES = ("segments", "joined", "preference", "matching")
+
+
 @pytest.fixture(scope="session")
 def words(tiny_pipeline: Path, prompt_file: Path, scorer: Path) -> list[str]:
-    """TLCM's own recipe at a tiny size: two steps a stage."""
-    stage = "grid: 8, k: 1, substeps: 3, segments: 1, start: student, student_steps: 4, weight: none"
-    stages = (
-        "[{name: segments, share: 1, sampling: {steps: 8, gamma: 0.0}},"
-        f"{{name: joined, share: 1, method: {{{stage}}}}},"
-        f"{{name: preference, share: 1, method: {{{stage}, "
-        f"preference: {{weight: 0.5, scorer: 'clip:{scorer}', s0: 30.0}}}}, loop: {{batch: 2}}}},"
-        f"{{name: matching, share: 2, method: {{{stage}, matching: {{weight: 1.0, every: 2}}, "
-        "adversarial: {weight: 0.1, kind: nonsaturating, real: data, noise: 1.0}}, loop: {batch: 2}}]"
-    )
+    """The shipped recipe at a tiny size: two steps a stage, four of the last."""
+    tiny = [f"stages.{name}.share={share}" for name, share in zip(STAGES, (1, 1, 1, 2), strict=True)]
+    tiny += [f"stages.{name}.loop.batch=2" for name in ("preference", "matching")]
+    tiny += [f"stages.{name}.optim.lr=1e-2" for name in STAGES[1:]]
+    tiny += [
+        f"stages.preference.method.preference.scorer=clip:{scorer}", "stages.preference.method.preference.s0=30.0",
+        "stages.matching.method.matching.every=2",
+    ]  # fmt: skip
     return [
         f"teacher={tiny_pipeline}", f"data.source={prompt_file}", "device=cpu", "student.rank=4",
         "student.targets=[to_q,conv1]", "loop.steps=10", "loop.batch=4", "loop.log_every=1", "loop.save_every=1",
-        "loop.watch_every=null", "optim.lr=1e-2", f"stages={stages}", "perceptual.pairs.groups=16",
+        "loop.watch_every=null", "optim.lr=1e-2", *tiny, "perceptual.pairs.groups=16",
         "perceptual.pairs.steps=2", "perceptual.loop.steps=2", "perceptual.loop.batch=2",
         "perceptual.loop.watch_every=null",
     ]  # fmt: skip
@@ -129,6 +130,26 @@ def test_killed_in_any_stage_it_ends_where_the_uninterrupted_run_ends(
     assert list((tmp_path / "cut").rglob("step-*")), "something was kept"
     student = run()
     assert digest(weights_of(student)) == digest(weights_of(out / "student" / student.name))
+    for folder in sorted((out / "stages").iterdir()):
+        own = read_json(tmp_path / "cut" / "stages" / folder.name / "evaluations.json")
+        assert own == read_json(folder / "evaluations.json"), "counted over both halves"
+
+
+def test_walks_that_were_drawn_beforehand_feed_it(
+    words: list[str], prompt_file: Path, tiny_pipeline: Path, tmp_path: Path, tiny_cache: Path
+) -> None:
+    """The words of docs/synthesis.md: the first stage asks the teacher nothing, the others go on as ever."""
+    drawn = ["grid=40", "each=2", "shard=8", "guidance.low=2", "guidance.high=4", "device=cpu"]
+    walks = synthesize(
+        prompt_file, out=tmp_path / "walks", teacher=tiny_pipeline, kind="trajectories", overrides=[*drawn, "end=clean"]
+    )
+    own = "stages.segments.method"
+    told = [f"{own}.start=trajectory", f"{own}.point=stored", f"{own}.grid=40", f"{own}.k=1"]
+    config = resolve("tlcm", None, [*words, f"data.source={walks}", *told])
+    distillation.distill(config, tmp_path / "run", cache=tiny_cache, quiet=True)
+    first, second, *_ = sorted((tmp_path / "run" / "stages").iterdir())
+    assert read_json(first / "evaluations.json")["a_sample_and_step"] == {"student": 2}
+    assert read_json(second / "evaluations.json")["a_sample_and_step"]["teacher"] > 0
 
 
 def test_evaluations_are_counted_and_as_stated(whole: tuple[DistillConfig, Path]) -> None:

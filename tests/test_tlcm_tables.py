@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from fewstep.config import validate
@@ -121,13 +122,33 @@ def test_lcm_and_tcd_take_as_many_evaluations(shop: Any) -> None:
     assert shop.shop.config.data.source == "captions"
 
 
+def test_a_finished_run_of_another_law_is_not_taken(shop: Any) -> None:
+    place = shop.shop.out / "tlcm"
+    (place / "student").mkdir(parents=True)
+    config = shop.shop.config
+    other = config.model_copy(update={"optim": config.optim.model_copy(update={"lr": 1e-5})})
+    for law in (config, other):
+        (place / "config.yaml").write_text(yaml.safe_dump(law.model_dump(mode="json")))
+        if law is config:
+            assert shop.shop.student(tlcm.FINAL) == place / "student"
+            continue
+        with pytest.raises(UserError, match=r"holds a run with another optim\.lr"):
+            shop.shop.student(tlcm.FINAL)
+
+
 def test_a_table_asks_for_its_rows(shop: Any) -> None:
     config = validate(TlcmConfig, {"steps": [2, 3]})
     drawn = [(entry.method, entry.sampling.steps) for entry in tlcm.entries_of(config, 1, shop.shop)]
     assert drawn == [
         *((name, n) for name in ("TLCM", "TLCM without preference") for n in (2, 3)), ("LCM", 4), ("TCD", 4),
+        ("TCD, gamma 1", 4), ("DDIM", 3), ("DDIM", 4),
     ]  # fmt: skip
-    assert [entry.method for entry in tlcm.entries_of(config, 2, shop.shop)] == list(tlcm.LADDER)
+    ladder = tlcm.entries_of(config, 2, shop.shop)
+    assert [entry.method for entry in ladder[: len(tlcm.LADDER)]] == list(tlcm.LADDER)
+    assert {entry.sampling.gamma for entry in ladder[: len(tlcm.LADDER)]} == {1.0}
+    assert [(entry.method, entry.sampling.gamma) for entry in ladder[len(tlcm.LADDER) :]] == [
+        (f"{label}, gamma 0", 0.0) for label in ("MLCD, single-step z", "+ perceptual distance", "MLCD, multistep z")
+    ]
     assert [entry.method for entry in tlcm.entries_of(config, 3, shop.shop)] == ["p = 1", "p = 2", "p = 3", "p = 4"]
 
 

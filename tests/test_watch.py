@@ -46,12 +46,13 @@ def figures(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_the_watch_draws_judges_and_keeps_the_best(
-    watched: list[str], tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    watched: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([0.5, 0.3])
     monkeypatch.setattr(watch.KernelDistance, "distance", lambda self, a, b: next(scores))
     config = resolve("tcd", None, watched)
-    distillation.distill(config, tmp_path / "run", cache=tiny_cache, quiet=True)
+    own_cache = tmp_path / "cache"
+    distillation.distill(config, tmp_path / "run", cache=own_cache, quiet=True)
     lines = [line for line in figures(tmp_path / "run") if "watch/kid" in line]
     assert [(line["step"], line["watch/kid"]) for line in lines] == [(2, 0.5), (4, 0.3)]
     assert all(line["watch/to_teacher"] > 0 for line in lines)
@@ -62,14 +63,14 @@ def test_the_watch_draws_judges_and_keeps_the_best(
     kept = read_json(best / "figures.json")
     assert (kept["step"], kept["kid"]) == (4, 0.3)
     assert (best / "pytorch_lora_weights.safetensors").is_file()
-    assert len(list((tmp_path / "run" / "cache").glob("watch-*.safetensors"))) == 1
+    assert len(list(own_cache.glob("watch-*.safetensors"))) == 1
 
     # made longer: worse students do not replace the best one, the teacher is not drawn again
     scores = iter([0.4])
     before = (best / "pytorch_lora_weights.safetensors").read_bytes()
     longer = resolve("tcd", None, [*watched, "loop.steps=6"])
     monkeypatch.setattr(watch, "artist_of", None)
-    distillation.distill(longer, tmp_path / "run", cache=tiny_cache, quiet=True)
+    distillation.distill(longer, tmp_path / "run", cache=own_cache, quiet=True)
     assert read_json(best / "figures.json")["kid"] == 0.3
     assert (best / "pytorch_lora_weights.safetensors").read_bytes() == before
 
@@ -98,6 +99,17 @@ def test_the_watch_looks_at_its_list_then_at_captions_then_again(tmp_path: Path,
     prompts = watch.watched_prompts(bundled, [f"caption {i}" for i in range(20)])
     assert prompts[:150] == list(emoji8.read_prompts("validation"))
     assert prompts[150:] == [f"caption {i}" for i in range(10)]
+
+
+def test_every_stage_watches_the_same_prompts(tiny_overrides: list[str], tiny_cache: Path) -> None:
+    """Stages have seeds of their own; what they are judged by is chosen by the watch's."""
+    chosen = []
+    for seed, watching in ((1, 5), (2, 5), (1, 6)):
+        words = [*tiny_overrides, f"loop.seed={seed}", f"watch.seed={watching}"]
+        run = distillation.prepare(resolve("tcd", None, words), tiny_cache, torch.device("cpu"))
+        chosen.append([said[0] for said in run.watched(8).captions])
+    assert chosen[0] == chosen[1]
+    assert chosen[0] != chosen[2]
 
 
 def test_a_watch_of_too_few_pictures_is_refused_before_training(
@@ -158,7 +170,7 @@ def test_checks_are_counted_and_timed_like_the_steps() -> None:
 
 def test_the_encoders_are_not_kept_for_the_watch(watched: list[str], tiny_cache: Path, tmp_path: Path) -> None:
     run = distillation.prepare(resolve("tcd", None, watched), tiny_cache, torch.device("cpu"))
-    judge = distillation.make_watch(run, tmp_path)
+    judge = distillation.make_watch(run, tmp_path, tmp_path)
     assert (run.backbone._readers, run.backbone._vae) == (None, None)
     found = judge(2, {"student": dict(run.student.roles.parameters("student"))})
     assert found["watch/to_teacher"] > 0

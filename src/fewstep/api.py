@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,6 +184,9 @@ def sample(
     if begun is not None:  # refused before weights are loaded
         call_times(sampling, path_of(folder.config("scheduler")), share)
     artist = load_artist(folder.path, student, place, adapter)
+    if artist.adapter is not None:
+        for prompt, (caption, likeness) in zip(wanted, artist.adapter.readings(wanted), strict=True):
+            print(f"{prompt!r} is read as {caption!r}, likeness {likeness:.2f}", file=sys.stderr)
     source = None if begun is None else Source(artist.backbone.to_latents(begun[None]), share)
     every = [prompt for prompt in wanted for _ in range(count)]
     pictures: np.ndarray = artist.draw(every, range(seed, seed + len(every)), sampling, source)

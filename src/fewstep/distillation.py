@@ -49,9 +49,10 @@ from fewstep.synthesis.record import is_synthesis
 from fewstep.synthesized import FromSet
 from fewstep.tally import in_words
 from fewstep.tensors import digest
+from fewstep.training.checkpoint import read_state
 from fewstep.training.launch import make_accelerator
 from fewstep.training.loop import Batch, Trained, Update, check_split, train
-from fewstep.training.run import RunLog, last_step
+from fewstep.training.run import RunLog, checkpoints, last_step
 from fewstep.watch import REAL, Watch, watched_prompts
 
 
@@ -85,18 +86,18 @@ def aids_of(run: Run) -> Aids:
     return Aids(run.features, run.perceptual, critic, run.taste)
 
 
-def make_watch(run: Run, out: Path) -> Watch:
-    """What judges the student on the way; draws the teacher's pictures if the run folder has none yet."""
+def make_watch(run: Run, out: Path, cache: Path) -> Watch:
+    """What judges the student on the way; draws the teacher's pictures if the cache has none yet."""
     config = run.config
 
     def keep(weights: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
         export_student(config, run.backbone, weights, out / "best", notes)
 
     artist = Artist(run.backbone, run.denoiser, config.sampling, "student")
-    seen = run.some(max(REAL, config.watch.count))
+    seen = run.watched(max(REAL, config.watch.count))
     prompts = watched_prompts(config, [said[0] for said in seen.captions])
     real = None if seen.pictures is None else seen.pictures.read(range(min(REAL, len(seen))))
-    return Watch(config, artist, run.student.parameters("student"), prompts, real, out, keep)
+    return Watch(config, artist, run.student.parameters("student"), prompts, real, out, cache, keep)
 
 
 def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quiet: bool = False) -> Path:
@@ -142,7 +143,7 @@ def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quie
                     log = logged.enter_context(
                         RunLog(folder, stage, title=title, inputs=inputs, main=main, quiet=quiet)
                     )
-                trained = train_run(run, folder, log, accelerator)
+                trained = train_run(run, folder, place, log, accelerator)
             start, done = trained.weights["student"], done + trained.step
             with together():
                 if main:
@@ -161,7 +162,7 @@ def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quie
     return target
 
 
-def train_run(run: Run, out: Path, log: RunLog, accelerator: Accelerator) -> Trained:
+def train_run(run: Run, out: Path, cache: Path, log: RunLog, accelerator: Accelerator) -> Trained:
     """Train what is laid out, from where the run folder stands."""
     config, device, main = run.config, accelerator.device, accelerator.is_main_process
     if main:
@@ -181,23 +182,37 @@ def train_run(run: Run, out: Path, log: RunLog, accelerator: Accelerator) -> Tra
     watch, judged = None, dict[str, float]()
     with together():
         if main and config.loop.watch_every:
-            judge = make_watch(run, out)
+            judge = make_watch(run, out, cache)
 
             def watch(step: int, weights: dict[str, dict[str, Tensor]]) -> Mapping[str, float]:
                 judged.update(judge(step, weights))
                 return judged
 
-    run.tally.clear()
-    trained = train(plan, fetch, len(run.data), config.loop, log, accelerator, watch)
-    steps = config.loop.steps - before
-    if steps > 0 and main:
-        counted = run.tally.per_sample(steps * config.loop.batch // accelerator.num_processes)
-        write_json(out / "evaluations.json", {"steps": steps, "a_sample_and_step": counted})
-        if told:
-            line = f"{log.title}: {in_words(counted)} network evaluations a sample and step, counted over {steps} steps"
+    since, counted = counted_until(out)
+    run.tally.start(counted)
+
+    def count(step: int) -> dict[str, Any]:
+        return {"steps": since + step - before, "evaluations": run.tally.counts}
+
+    trained = train(plan, fetch, len(run.data), config.loop, log, accelerator, watch, count)
+    steps, counted = counted_until(out)
+    if steps and main:
+        share = steps * config.loop.batch // accelerator.num_processes
+        by_role = {role: number / share for role, number in counted.items()}
+        write_json(out / "evaluations.json", {"steps": steps, "a_sample_and_step": by_role})
+        if told and before < config.loop.steps:
+            calls = in_words(by_role)
+            line = f"{log.title}: {calls} network evaluations a sample and step, counted over {steps} steps"
             quality = [f"{name.removeprefix('watch/')} {value:.4g}" for name, value in judged.items()]
             print("; ".join([line, *quality]), file=sys.stderr)
     return trained
+
+
+def counted_until(out: Path) -> tuple[int, dict[str, int]]:
+    """What the last checkpoint of a run has counted: steps, and network evaluations by role of the main process."""
+    found = checkpoints(out / "checkpoints")
+    counted = read_state(found[-1]).get("beside") if found else None
+    return (int(counted["steps"]), dict(counted["evaluations"])) if counted else (0, {})
 
 
 def with_trajectories(config: DistillConfig, count: int) -> DistillConfig:

@@ -87,6 +87,11 @@ class PipelineFolder:
         return self.latent_shape[1] * self.scale
 
     @property
+    def told_guidance(self) -> bool:
+        """Whether the network is told its guidance, and has no unconditional branch."""
+        return bool(self.config(self.network).get("guidance_embeds"))
+
+    @property
     def denoising(self) -> str:
         """Identity of what denoises, and of the noise."""
         return self.identity(self.network, "scheduler")

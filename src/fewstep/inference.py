@@ -55,7 +55,8 @@ def draw_latents(
 ) -> Tensor:
     """Draw one latent a seed, float32 [N, *shape]; `condition` has N rows, `null` one or N.
 
-    From pure noise, or from a source that is noised. A latent depends on its own seed and condition alone, not on the batch.
+    From pure noise, or from a source that is noised first. A latent depends on its own seed, condition and source,
+    not on the batch.
     """
     path = denoiser.path
     times = call_times(sampling, path, source.strength if source else 1.0)

@@ -97,10 +97,14 @@ class Run:
         roles = self.student.roles
         return list(roles.networks.values()) if isinstance(roles, SeparateRoles) else [roles.network]
 
-    def some(self, count: int) -> pictures.Captioned:
-        """Up to `count` of the pictures with their captions, drawn at random, the same for each run."""
-        n = len(self.captioned)
-        return self.captioned.take(order(self.config.loop.seed, n, 0, min(n, count)))
+    def watched(self, count: int) -> pictures.Captioned:
+        """Up to `count` of the pictures with their captions, drawn by the watch's seed: all stages see the same."""
+        every, seed = self.captioned, self.config.watch.seed
+        if self.config.data.source in ("emoji8", "captions"):  # whose captions a stage draws by a seed of its own
+            drawn = emoji8.captioned if every.pictures is not None else emoji8.captions_alone
+            every = drawn(self.config.data.captions, seed)
+        n = len(every)
+        return every.take(order(seed, n, 0, min(n, count)))
 
 
 def read_source(config: DistillConfig, size: int) -> pictures.Captioned:

@@ -34,6 +34,15 @@ def student_record(student: Path | str) -> dict[str, Any]:
     return record
 
 
+def sampling_of_student(student: Path | str) -> Sampling:
+    """The settings that a student brings along.
+
+    Raises:
+        UserError: as `student_record`.
+    """
+    return validate(Sampling, student_record(student)["sampling"])
+
+
 def scheduler_for(student: Path | str, config: Mapping[str, Any], gamma: float | None = None) -> FewStepScheduler:
     """The scheduler that a student is sampled with, for a pipeline whose scheduler has this config.
 
@@ -43,7 +52,7 @@ def scheduler_for(student: Path | str, config: Mapping[str, Any], gamma: float |
     Raises:
         UserError: no settings, or those of a solver, whose scheduler is diffusers' own.
     """
-    sampling = validate(Sampling, student_record(student)["sampling"])
+    sampling = sampling_of_student(student)
     if sampling.told:
         raise UserError(
             f"student = {str(student)!r} is told {', '.join(sampling.told)}; the nearest way into a pipeline is "

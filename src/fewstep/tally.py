@@ -20,9 +20,14 @@ class Tally:
         """Note one call with a batch of `count`."""
         self._counts[role] += count
 
-    def clear(self) -> None:
-        """Start again from nothing."""
-        self._counts.clear()
+    def start(self, counts: Mapping[str, int]) -> None:
+        """Start again from counts of before, or from nothing."""
+        self._counts = Counter(counts)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Evaluations by role."""
+        return dict(sorted(self._counts.items()))
 
     def counting(self, call: Call) -> Call:
         """The call, counted."""
@@ -32,10 +37,6 @@ class Tally:
             return call(x, t, condition, role)
 
         return counted
-
-    def per_sample(self, samples: int) -> dict[str, float]:
-        """Evaluations a sample of the training, by role."""
-        return {role: count / max(samples, 1) for role, count in sorted(self._counts.items())}
 
 
 def in_words(calls: Mapping[str, float]) -> str:

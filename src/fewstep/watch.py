@@ -61,6 +61,7 @@ class Watch:
         prompts: what it draws.
         real: pictures uint8 [N, H, W, 3] that KID is taken from, at least 10; None for the teacher's own from other
             noise.
+        cache: folder that the teacher's pictures are kept in; the stages of a run share it.
         keep: called with the weights and their figures whenever KID is the best so far.
     """
 
@@ -72,12 +73,14 @@ class Watch:
         prompts: Sequence[str],
         real: np.ndarray | None,
         out: Path,
+        cache: Path,
         keep: Keep,
     ) -> None:
         watch = config.watch
         self.student = student
         self.parameters = parameters
         self.out = out
+        self.cache = cache
         self.keep = keep
         self.prompts = list(prompts)
         self.seeds = list(range(watch.seed, watch.seed + watch.count))
@@ -92,7 +95,7 @@ class Watch:
         student.backbone.release_encoders()  # what they are needed for is kept; checks load the autoencoder
 
     def _teacher_pictures(self, config: DistillConfig, seeds: Sequence[int]) -> np.ndarray:
-        """The teacher's end points, uint8 [count, H, W, 3]; drawn once a run and kept in its cache."""
+        """The teacher's end points, uint8 [count, H, W, 3]; drawn once and kept in the cache."""
         sampling = TEACHER_SAMPLING.model_copy(
             update={"steps": config.watch.teacher_steps, "omega": config.method.guidance.mean_omega}
         )
@@ -104,7 +107,7 @@ class Watch:
             latents = artist_of(backbone).latents(self.condition, seeds, sampling, title="teacher's pictures")
             return {"pictures": torch.from_numpy(backbone.to_pictures(latents))}
 
-        pictures: np.ndarray = cached(self.out / "cache", key, draw)["pictures"].numpy()
+        pictures: np.ndarray = cached(self.cache, key, draw)["pictures"].numpy()
         return pictures
 
     def _best_so_far(self) -> float:

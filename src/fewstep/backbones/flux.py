@@ -23,7 +23,7 @@ class Flux(TransformerBackbone):
     @property
     def embedded_guidance(self) -> bool:
         """Whether the network is told its guidance (dev); a plain one (schnell) can be guided as any other."""
-        return bool(self.network.config.guidance_embeds)  # type: ignore[union-attr]
+        return self.folder.told_guidance
 
     @property
     def default_guidance(self) -> float:

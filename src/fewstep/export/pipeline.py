@@ -30,41 +30,49 @@ LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
 def save_pipeline(
     target: Path, base: Path, network: nn.Module, record: Mapping[str, Any], told: Mapping[str, Tensor] | None = None
 ) -> Path:
+    """Write a pipeline folder as a whole; arguments as `write_pipeline`'s.
+
+    Raises:
+        UserError: the place cannot be written to.
+    """
+    with atomic_folder(target) as part:
+        write_pipeline(part, base, network, record, told)
+    return target
+
+
+def write_pipeline(
+    place: Path, base: Path, network: nn.Module, record: Mapping[str, Any], told: Mapping[str, Tensor] | None = None
+) -> None:
     """Copy the pipeline folder `base` with another denoiser, and write `record` (with a `sampling` entry) beside it.
 
     `told` are the weights of what the denoiser is told by, if anything (`export.conditioning`).
 
     Of the base come the components that its model_index.json names and its licences; its card and pictures do not
     speak of the student.
-
-    Raises:
-        UserError: the place cannot be written to.
     """
     from fewstep.export.conditioning import save_told
 
     saver: Any = network
-    with atomic_folder(target) as part:
-        index = read_mapping(base / "model_index.json")
-        folder = read_folder(base)
-        for name in folder.components:
-            if name == folder.network or not (base / name).is_dir():
-                continue
-            if _pickled(base / name):
-                index[name] = [None, None]  # a safety checker, often: a component without weights could not be loaded
-                if name == "safety_checker":
-                    index["requires_safety_checker"] = False
-                continue
-            shutil.copytree(base / name, part / name, ignore=shutil.ignore_patterns(*PICKLES))
-        write_json(part / "model_index.json", index)
-        for item in [found for pattern in LICENCES for found in base.glob(pattern)]:
-            (shutil.copytree if item.is_dir() else shutil.copy2)(item, part / item.name)
-        try:
-            saver.save_pretrained(part / folder.network, safe_serialization=True)
-        except SafetensorError as error:  # its own name for a full disk
-            raise OSError(str(error)) from error
-        save_told(part, told or {})
-        (part / RECORD).write_text(json.dumps(dict(record), indent=2) + "\n", encoding="utf-8")
-    return target
+    index = read_mapping(base / "model_index.json")
+    folder = read_folder(base)
+    for name in folder.components:
+        if name == folder.network or not (base / name).is_dir():
+            continue
+        if _pickled(base / name):
+            index[name] = [None, None]  # a safety checker, often: a component without weights could not be loaded
+            if name == "safety_checker":
+                index["requires_safety_checker"] = False
+            continue
+        shutil.copytree(base / name, place / name, ignore=shutil.ignore_patterns(*PICKLES))
+    write_json(place / "model_index.json", index)
+    for item in [found for pattern in LICENCES for found in base.glob(pattern)]:
+        (shutil.copytree if item.is_dir() else shutil.copy2)(item, place / item.name)
+    try:
+        saver.save_pretrained(place / folder.network, safe_serialization=True)
+    except SafetensorError as error:  # its own name for a full disk
+        raise OSError(str(error)) from error
+    save_told(place, told or {})
+    (place / RECORD).write_text(json.dumps(dict(record), indent=2) + "\n", encoding="utf-8")
 
 
 def _pickled(component: Path) -> bool:

@@ -72,6 +72,13 @@ class Adapter:
         best, rows = likeness.topk(min(self.config.mixed, len(self.captions)), dim=1)
         return rows, (best / self.config.temperature).softmax(dim=1)
 
+    def readings(self, prompts: Sequence[str]) -> list[tuple[str, float]]:
+        """The known caption that each prompt is nearest to, and their likeness, a cosine."""
+        rows, _ = self.shares(prompts)
+        nearest = [int(row) for row in rows[:, 0]]
+        likeness = (self.network(torch.from_numpy(self.sentence(prompts))) * self.keys[nearest]).sum(1)
+        return [(self.captions[row], float(cosine)) for row, cosine in zip(nearest, likeness, strict=True)]
+
     def encode(self, prompts: Sequence[str], encode: Encode) -> Condition:
         """Prompts of any language -> what the teacher's `encode` says of known captions, mixed.
 

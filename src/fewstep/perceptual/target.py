@@ -92,12 +92,11 @@ def decoder(backbone: Any) -> Decode:
 
     @torch.no_grad()
     def decode(latents: Tensor) -> Tensor:
-        vae = backbone.vae
         size = latents.shape[-1] * backbone.picture_size // backbone.latent_shape[-1]
         parts = []
         batch = max(1, AT_ONCE // size**2)
         for part in (latents[start : start + batch] for start in range(0, len(latents), batch)):
-            decoded = vae.decode(part.to(backbone.device) / vae.config.scaling_factor, return_dict=False)[0]
+            decoded = backbone.decode(part.to(backbone.device))
             parts.append((decoded.float() * 0.5 + 0.5).clamp(0, 1))
         return torch.cat(parts)
 

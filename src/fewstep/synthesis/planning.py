@@ -103,10 +103,15 @@ def check_synthesis(config: SynthesisConfig, lines: Sequence[str], folder: Pipel
     """Refuse what could not be drawn, or not into this place.
 
     Raises:
-        UserError: times off the teacher's schedule, a place that cannot be written to, that holds another set or other
-            files of the same names, or that has no room.
+        UserError: times off the teacher's schedule, walks of a teacher without an unconditional branch, a place that
+            cannot be written to, that holds another set or other files of the same names, or that has no room.
     """
     check_walk(config.grid, config.end, folder)
+    if config.kind == "trajectories" and folder.told_guidance:
+        raise UserError(
+            f"kind = 'trajectories' keeps what is said with and without a prompt, {folder.path} has no branch without; "
+            "the nearest legal kind is 'latents'"
+        )
     check_writable(out)
     held = read_plan(out)
     if held is None:

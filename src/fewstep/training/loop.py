@@ -217,6 +217,7 @@ def train(
     log: RunLog,
     accelerator: Accelerator,
     watch: Callable[[int, dict[str, dict[str, Tensor]]], Mapping[str, float]] | None = None,
+    beside: Callable[[int], Mapping[str, Any]] | None = None,
 ) -> Trained:
     """Run `plan` for `config.steps` steps, resuming from the newest checkpoint of the run folder.
 
@@ -226,6 +227,7 @@ def train(
         watch: called every `config.watch_every` steps with the step and the weights to judge; its figures
             are logged. It must leave the parameters as they were. Called on the main process alone (the others
             wait, and may pass None): it must not wait for them.
+        beside: what the caller wants kept with the checkpoint of a step, as `beside` in its state.json.
 
     Returns:
         the averaged weights, and the step they are of: a run that has gone further is not taken back.
@@ -284,6 +286,8 @@ def train(
         state: dict[str, Any] = {"computing": computing, "averages": {r.update.name: r.state() for r in running}}
         if scaler:
             state["scaler"] = scaler.state_dict()
+        if beside:
+            state["beside"] = dict(beside(step))
         checkpoint.save(folder, step, files, state, config.keep)
 
     pieces = [(step, part) for step in range(done, config.steps) for part in range(config.accumulate)]

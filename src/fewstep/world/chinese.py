@@ -17,6 +17,7 @@ from fewstep.evaluation.bootstrap import RESAMPLES, centred_interval, counts, me
 from fewstep.evaluation.metric import Array, Figure
 from fewstep.files import atomic_write, write_json
 from fewstep.folder import read_folder
+from fewstep.language.adapter import Adapter, SentenceMap, load_adapter
 from fewstep.language.train import train_adapter
 from fewstep.provenance import commit, hardware
 from fewstep.settings import teacher_path
@@ -89,6 +90,11 @@ def measure(
     return lines, shown
 
 
+def read_right(adapter: Adapter, texts: Sequence[str], names: Sequence[str]) -> int:
+    """How many texts are taken for their own English names."""
+    return sum(caption == name for (caption, _), name in zip(adapter.readings(texts), names, strict=True))
+
+
 def table(lines: Sequence[Line]) -> str:
     """The lines as Markdown."""
     head = ["| who draws | steps | asked in | agreement | of the English one |", "| --- | --- | --- | --- | --- |"]
@@ -121,10 +127,18 @@ def measure_chinese(config: ChineseConfig, out: Path) -> list[Line]:
     prompts = prompts_of(words, config)
     lines, shown = measure(entries, prompts, config, adapter, out)
     count = len(prompts[FORMS[0]])
+    reads = load_adapter(adapter, folder)
+    plain = replace(reads, network=SentenceMap(reads.sentence.width))
+    found = {
+        form: (read_right(reads, prompts[form], prompts[FORMS[0]]), read_right(plain, prompts[form], prompts[FORMS[0]]))
+        for form in FORMS[1:]
+    }
+    right = ", ".join(f"{form} {ours} ({theirs})" for form, (ours, theirs) in found.items())
     note = (
         f"{count} concepts whose Chinese is in none of the {len(pairs)} text pairs (their English names are among the "
         f"captions that a prompt may be taken for), {config.noises} pictures of each; "
-        f"95 % intervals over concepts. Student: {lora}. Seed {config.seed}, commit {commit()}, {hardware()}."
+        f"95 % intervals over concepts. Taken for their own English names, by the adapter (and by the sentence vectors "
+        f"as they are): {right} of {count}. Student: {lora}. Seed {config.seed}, commit {commit()}, {hardware()}."
     )
     listed = [f"{a} | {b} | {c}" for a, b, c in zip(*prompts.values(), strict=True)][: config.shown]
     text = "\n\n".join(["# Chinese to image", table(lines), note, "Shown: " + "; ".join(listed)])

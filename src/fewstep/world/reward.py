@@ -85,7 +85,7 @@ class WorldScorer:
         if x.shape[2:] != (SIZE, SIZE):
             x = F.interpolate(x, (SIZE, SIZE), mode="bicubic", antialias=True).clamp(-1, 1)
         seen = self.trained.scorer.embed_pictures(x.contiguous(memory_format=torch.channels_last))
-        return (seen * said["text"].to(seen)).sum(1)
+        return (seen * said["text"].to(seen, non_blocking=True)).sum(1)
 
 
 def load_world_scorer(text: TextBackbone, device: torch.device, folder: Path | None = None) -> WorldScorer:

@@ -24,8 +24,18 @@ from fewstep.files import atomic_write
 from fewstep.provenance import hardware
 from fewstep.settings import DistillConfig, resolve, teacher_path
 from fewstep.stages import slug
+from fewstep.training.run import check_same_run
 from fewstep.world import emoji8
-from fewstep.world.contest import Bench, Entry, Judge, Studio, contest, student_entries, teacher_entry
+from fewstep.world.contest import (
+    Bench,
+    Entry,
+    Judge,
+    Studio,
+    contest,
+    solver_entries,
+    student_entries,
+    teacher_entry,
+)
 from fewstep.world.family import settings_table
 from fewstep.world.location import root
 from fewstep.world.second_opinion import second_opinion
@@ -89,6 +99,10 @@ LADDER = (
 """Table 2's rows; each stands on the one above but that `+ improved LCD` takes the place of `+ LCD over all times`."""
 
 
+SEGMENTED = ("MLCD, single-step z", "+ perceptual distance", "MLCD, multistep z")
+"""Rows of Table 2 whose students jump within segments: they are drawn without noise, too."""
+
+
 def teacher_steps_variant(p: int) -> Variant:
     """Table 3's row of p teacher steps."""
     return Variant(f"p = {p}", "joined", "MLCD, multistep z", {"substeps": p})
@@ -111,6 +125,7 @@ class Workshop:
     def whole(self) -> Path:
         """The run folder of all stages, finished."""
         folder = self.out / "tlcm"
+        check_same_run(folder, self.config)
         if not (folder / "student").is_dir():  # a run that is finished would be laid out stage by stage once more
             distill(self.config, folder, cache=self.out.parent / "cache")
         return folder
@@ -178,9 +193,18 @@ def entries_of(config: TlcmConfig, table: int, shop: Workshop) -> list[Entry]:
         for recipe, name in METHODS.items():
             sampling = resolve(recipe).sampling
             entries += student_entries(name, shop.student(recipe), sampling, [4], shop.seed)
-        return entries
+        # at TLCM's own stochasticity, and the teacher in as few steps: what else could be drawn at that price
+        stochastic = resolve("tcd").sampling.model_copy(update={"gamma": own.gamma})
+        entries += student_entries(f"TCD, gamma {own.gamma:g}", shop.student("tcd"), stochastic, [4], shop.seed)
+        solvers = solver_entries(shop.law.method.guidance.mean_omega, [3, 4], shop.seed)
+        return [*entries, *(entry for entry in solvers if entry.method == "DDIM")]
     labels = LADDER if table == 2 else [f"p = {p}" for p in config.p]
-    return [entry for label in labels for entry in student_entries(label, shop.student(label), own, [4], shop.seed)]
+    entries = [entry for label in labels for entry in student_entries(label, shop.student(label), own, [4], shop.seed)]
+    if table == 2:  # jumps to a segment's edge were never trained to be noised again
+        plain = own.model_copy(update={"gamma": 0.0})
+        for label in SEGMENTED:
+            entries += student_entries(f"{label}, gamma 0", shop.student(label), plain, [4], shop.seed)
+    return entries
 
 
 def changes(config: TlcmConfig) -> list[str]:

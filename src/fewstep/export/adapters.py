@@ -1,0 +1,114 @@
+"""A LoRA in the spellings of other tools: the same matrices and scales under other names.
+
+Every form says its alpha and rank, so that the scale alpha / rank of each layer is the student's own everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fewstep.export.header import FILE, METADATA
+from fewstep.export.lora import Lora
+from fewstep.export.spellings import PEFT_PREFIX, original_names
+from fewstep.files import write_json
+from fewstep.tensors import load_tensors, save_tensors
+
+PEFT_FILE = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+KOHYA_PREFIX = "lora_unet_"
+
+
+def matrices(lora: Lora) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B of every layer as they lie in the file, in their own type."""
+    tensors = load_tensors(lora.header.file)
+    return {name: (tensors[layer.keys[0]], tensors[layer.keys[1]]) for name, layer in lora.header.layers.items()}
+
+
+def targets_of(layers: Collection[str], every: Collection[str], usual: Sequence[str]) -> list[str] | str:
+    """Which layers an adapter is on, as PEFT understands it: ends of names where they say exactly that.
+
+    Args:
+        layers: names of the adapted ones.
+        every: names of all layers with weights.
+        usual: ends of names to try.
+
+    Returns:
+        the ends that are needed; or an expression that matches the whole names, and no other layer.
+    """
+    ends = {end: {name for name in every if name == end or name.endswith(f".{end}")} for end in usual}
+    taken = {end: names for end, names in ends.items() if names and names <= set(layers)}
+    if set().union(*taken.values()) == set(layers):
+        return sorted(taken)
+    return "|".join(re.escape(name) for name in sorted(layers))
+
+
+def adapter_config(lora: Lora, every: Collection[str], usual: Sequence[str]) -> dict[str, Any]:
+    """PEFT's settings of an adapter: the rank and alpha that most layers have, and those of the others by name."""
+    ranks = {name: layer.a[0] for name, layer in lora.header.layers.items()}
+    alphas = {name: layer.scale * layer.a[0] for name, layer in lora.header.layers.items()}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": _plain(alpha),
+        "target_modules": targets_of(lora.header.layers, every, usual),
+        "rank_pattern": {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {f"^{re.escape(name)}": _plain(a) for name, a in alphas.items() if a != alpha},
+    }
+
+
+def _plain(value: float) -> float | int:
+    return int(value) if value == int(value) else value
+
+
+def write_diffusers(folder: Path, lora: Lora, config: Mapping[str, Any], component: str, record: str) -> Path:
+    """As diffusers' `load_lora_weights` reads it, with its own metadata; returns the file."""
+    tensors = {}
+    for name, (a, b) in matrices(lora).items():
+        tensors[f"{component}.{name}.lora_A.weight"], tensors[f"{component}.{name}.lora_B.weight"] = a, b
+    said = {f"{component}.{key}": value for key, value in config.items()}
+    save_tensors(folder / FILE, tensors, {"format": "pt", METADATA: json.dumps(said), "fewstep": record})
+    return folder / FILE
+
+
+def write_peft(folder: Path, lora: Lora, config: Mapping[str, Any], record: str) -> Path:
+    """As `PeftModel.from_pretrained(network, folder)` reads it; returns the file."""
+    tensors = {}
+    for name, (a, b) in matrices(lora).items():
+        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"], tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = a, b
+    save_tensors(folder / PEFT_FILE, tensors, {"format": "pt", "fewstep": record})
+    more = {"inference_mode": True, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False}
+    write_json(folder / PEFT_CONFIG, {**config, **more, "base_model_name_or_path": None, "task_type": None})
+    return folder / PEFT_FILE
+
+
+def kohya_names(layers: Collection[str], every: Collection[str], family: str) -> dict[str, str]:
+    """Layer -> its name in kohya's files: the original code's for XL, diffusers' for Stable Diffusion 1.x and 2.x."""
+    own = original_names(every) if family == "sdxl" else {name: name for name in every}
+    return {name: KOHYA_PREFIX + own[name].replace(".", "_") for name in layers}
+
+
+def write_kohya(file: Path, lora: Lora, config: Mapping[str, Any], names: Mapping[str, str], record: str) -> Path:
+    """As kohya's scripts write it: down, up and an alpha for every layer; returns the file."""
+    import torch
+
+    tensors = {}
+    for name, (a, b) in matrices(lora).items():
+        key, layer = names[name], lora.header.layers[name]
+        tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = a, b
+        tensors[f"{key}.alpha"] = torch.tensor(layer.scale * layer.a[0], dtype=torch.float32)
+    said = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(config["r"]),
+        "ss_network_alpha": str(config["lora_alpha"]),
+    }
+    save_tensors(file, tensors, {"format": "pt", "fewstep": record, **said})
+    return file

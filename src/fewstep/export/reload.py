@@ -1,0 +1,185 @@
+"""What was exported, read back by those who will read it, and drawn with: the proof of an export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.drawing import load_artist
+from fewstep.errors import UserError
+from fewstep.export.forms import ADAPTERS, ExportForm, Reader
+from fewstep.export.header import check_lora
+from fewstep.folder import PipelineFolder
+from fewstep.schedulers import SSSScheduler
+from fewstep.settings import Sampling
+from fewstep.student_pipeline import call_settings, sampling_of_student, scheduler_for
+
+CLOSE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""How far latents may lie from ours, as a share of the largest, by the type that whole networks are written in.
+
+A LoRA is written as it was; a merged network is rounded to its type once."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What reading back has shown.
+
+    Attributes:
+        reader: who read it.
+        modules: layers that went out.
+        loaded: layers that came in: with an adapter, or with other weights than the base's.
+        difference: largest difference of latents, as a share of the largest latent.
+        allowed: how large it may be.
+    """
+
+    reader: Reader
+    modules: int
+    loaded: int
+    difference: float
+    allowed: float
+
+    @property
+    def line(self) -> str:
+        """As one line."""
+        return (
+            f"read back by {self.reader}: {self.loaded} of {self.modules} layers, latents within "
+            f"{self.difference:.1e} of ours (allowed {self.allowed:g})"
+        )
+
+    def refuse(self, place: Path) -> None:
+        """Raise UserError where it is not what was exported."""
+        if self.loaded != self.modules or not self.difference <= self.allowed:
+            raise UserError(f"{place} was not written: {self.line}")
+
+
+def pipeline_latents(
+    pipe: Any, folder: PipelineFolder, prompts: Sequence[str], seeds: Sequence[int], settings: dict[str, Any]
+) -> Tensor:
+    """What a diffusers pipeline draws, as latents [N, C, h, w]: one CPU generator a picture, as `fewstep sample`."""
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    if hasattr(pipe.scheduler, "generator"):  # pipelines of flows hand none on
+        pipe.scheduler.generator = generators
+    asked: dict[str, Any] = {}
+    if folder.pipeline.startswith(("PixArt", "Sana")):
+        asked = {"use_resolution_binning": False, "clean_caption": False}
+    size = folder.picture_size
+    drawn: Tensor = pipe(
+        list(prompts), generator=generators, output_type="latent", height=size, width=size, **asked, **settings
+    ).images
+    if folder.pipeline.startswith("Flux"):
+        drawn = pipe._unpack_latents(drawn, size, size, pipe.vae_scale_factor)
+    return drawn
+
+
+def _unchecked(kind: str) -> dict[str, Any]:
+    """What keeps a pipeline from asking for a safety checker."""
+    return {"safety_checker": None} if kind == "StableDiffusionPipeline" else {}
+
+
+def load_pipeline(place: Path, kind: str) -> Any:
+    """A diffusers pipeline from a folder, in fp32."""
+    import diffusers
+
+    return getattr(diffusers, kind).from_pretrained(
+        place, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32, **_unchecked(kind)
+    )
+
+
+def adapted(network: nn.Module) -> int:
+    """Layers of a network that carry an adapter."""
+    return sum(1 for module in network.modules() if len(getattr(module, "lora_A", ())))
+
+
+def equal_layers(network: nn.Module, wanted: Mapping[str, Tensor]) -> int:
+    """How many layers of a network hold the weights that were written."""
+    own = network.state_dict()
+    return sum(1 for name, value in wanted.items() if name in own and torch.equal(own[name], value.to(own[name])))
+
+
+def weights_of(network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A network's matrices, rounded to the type that they are written in."""
+    return {name: value.to(dtype) for name, value in network.state_dict().items() if name.endswith(".weight")}
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written: the file or folder, its form, and the base beside it.
+
+    Attributes:
+        place: the file, or a whole pipeline's folder.
+        folder: the pipeline whose network it adapts or is.
+        sampling: what it is drawn with for the proof.
+    """
+
+    form: ExportForm
+    reader: Reader
+    place: Path
+    folder: PipelineFolder
+    sampling: Sampling
+
+
+def provable(sampling: Sampling) -> Sampling:
+    """A student's own settings, where a scheduler of ours has them; jumps without noise for one that solvers draw."""
+    return sampling if sampling.sampler in ("sss", "lcm") else Sampling(steps=sampling.steps, gamma=0.0)
+
+
+def drawn_again(
+    export: Export, wanted: Mapping[str, Tensor], prompts: Sequence[str], seeds: Sequence[int]
+) -> tuple[Tensor, int]:
+    """Read an export back as its users will: the latents it draws, and how many layers came in.
+
+    Args:
+        wanted: the matrices of the whole network, for forms that hold it.
+    """
+    whole = export.form not in ADAPTERS
+    if export.reader == "fewstep":
+        artist = load_artist(export.place) if whole else load_artist(export.folder.path, export.place)
+        came = (
+            equal_layers(artist.backbone.network, wanted)
+            if whole
+            else len(check_lora(export.place, export.folder).layers)
+        )
+        return artist.latents(artist.encode(prompts), seeds, export.sampling), came
+    pipe = _read(export)
+    network = getattr(pipe, export.folder.network)
+    came = equal_layers(network, wanted) if whole else adapted(network)
+    if export.form == "peft":
+        setattr(pipe, export.folder.network, network.merge_and_unload())
+    if export.sampling.sampler == sampling_of_student(export.place).sampler:  # the file's own settings
+        pipe.scheduler, settings = scheduler_for(export.place, pipe.scheduler.config), call_settings(export.place)
+    else:
+        pipe.scheduler = SSSScheduler.from_config(pipe.scheduler.config, gamma=0.0)
+        settings = {**call_settings(export.place), "num_inference_steps": export.sampling.steps}
+    return pipeline_latents(pipe, export.folder, prompts, seeds, settings), came
+
+
+def _read(export: Export) -> Any:
+    """The pipeline that an export makes."""
+    place, folder = export.place, export.folder
+    if export.form == "merged":
+        return load_pipeline(place, folder.pipeline)
+    if export.form == "single-file":
+        import diffusers
+
+        return getattr(diffusers, folder.pipeline).from_single_file(
+            str(place),
+            config=str(folder.path),
+            local_files_only=True,
+            torch_dtype=torch.float32,
+            **_unchecked(folder.pipeline),
+        )
+    pipe = load_pipeline(folder.path, folder.pipeline)
+    if export.form == "peft":
+        from peft import PeftModel
+
+        network = PeftModel.from_pretrained(getattr(pipe, folder.network), str(place.parent))
+        setattr(pipe, folder.network, network.eval())
+    else:
+        pipe.load_lora_weights(str(place.parent), weight_name=place.name)
+    return pipe
