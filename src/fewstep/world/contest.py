@@ -60,14 +60,16 @@ def teacher_entry(omega: float, steps: int, seed: int, name: str = "teacher") ->
     return Entry(name, sampling, seed=seed)
 
 
-def solver_entries(omega: float, steps: Sequence[int], seed: int) -> list[Entry]:
-    """Euler, DDIM and DPM-Solver++(2S) on the teacher, at equal network calls (a guided call counts once).
+def solver_entries(
+    omega: float, steps: Sequence[int], seed: int, solvers: Mapping[str, str] = SOLVER_NAMES
+) -> list[Entry]:
+    """Euler, DDIM and DPM-Solver++(2S), or some of these, on the teacher, at equal network calls (a guided call counts once).
 
     All take their times from the students' grid; the two-call solver ends at the least noisy index, where its
     mid-point exists.
     """
     entries = []
-    for solver, name in SOLVER_NAMES.items():
+    for solver, name in solvers.items():
         end, note = ("index0", INDEX0_NOTE) if solver == "dpmpp_2s" else ("clean", "")
         for count in steps:
             settings = {"sampler": solver, "steps": count, "omega": omega, "spacing": "grid", "end": end}

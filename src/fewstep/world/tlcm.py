@@ -196,8 +196,7 @@ def entries_of(config: TlcmConfig, table: int, shop: Workshop) -> list[Entry]:
         # at TLCM's own stochasticity, and the teacher in as few steps: what else could be drawn at that price
         stochastic = resolve("tcd").sampling.model_copy(update={"gamma": own.gamma})
         entries += student_entries(f"TCD, gamma {own.gamma:g}", shop.student("tcd"), stochastic, [4], shop.seed)
-        solvers = solver_entries(shop.law.method.guidance.mean_omega, [3, 4], shop.seed)
-        return [*entries, *(entry for entry in solvers if entry.method == "DDIM")]
+        return entries + solver_entries(shop.law.method.guidance.mean_omega, [3, 4], shop.seed, {"ddim": "DDIM"})
     labels = LADDER if table == 2 else [f"p = {p}" for p in config.p]
     entries = [entry for label in labels for entry in student_entries(label, shop.student(label), own, [4], shop.seed)]
     if table == 2:  # jumps to a segment's edge were never trained to be noised again
