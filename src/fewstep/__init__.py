@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # type checkers and editors see the verbs; `import fewstep` stays light
     from fewstep.api import distill, estimate, evaluate, playground, sample
-    from fewstep.api_tools import read_synthesis, synthesis_cost, synthesize, train_adapter, train_perceptual
+    from fewstep.api_tools import export_as, read_synthesis, synthesis_cost, synthesize, train_adapter, train_perceptual
     from fewstep.errors import UserError
     from fewstep.schedulers import ConsistencyScheduler, SSSScheduler
     from fewstep.student_pipeline import call_settings, scheduler_for
@@ -35,6 +35,7 @@ __all__ = [
     "distill",
     "estimate",
     "evaluate",
+    "export_as",
     "family",
     "playground",
     "read_synthesis",

@@ -249,6 +249,46 @@ def synthesize(
 
 
 @app.command()
+def export(
+    student: Annotated[str, typer.Argument(help="LoRA file or folder, tcd (bundled), or a whole student's folder.")],
+    out: Annotated[Path, typer.Option(help="New folder for the file, its model card and pictures.")],
+    form: Annotated[
+        str, typer.Option(help="diffusers, peft, kohya (ComfyUI too), merged (a pipeline folder) or single-file.")
+    ] = "diffusers",
+    teacher: Teacher = "",
+    precision: Annotated[
+        str | None, typer.Option(help="Of whole networks: fp32, fp16 or bf16; left out, the base's own.")
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A picture of the card. May be given often.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count up.")] = 0,
+    check: Annotated[bool, typer.Option(help="Read it back as its users will, draw, and compare.")] = True,
+    device: Device = "auto",
+    config: Configs = None,
+) -> None:
+    """Write a student in the form that another tool reads, with a model card, and prove that it is read back.
+
+    Example: fewstep export runs/tcd/student --form kohya --out exports/octopus-tcd
+    """
+    from fewstep import api_tools
+
+    path, checked = api_tools.export_as(
+        student,
+        form,
+        out=out,
+        teacher=teacher,
+        precision=precision,
+        prompts=prompt or [],
+        seed=seed,
+        check=check,
+        device=device,
+        teacher_config=config or "",
+    )
+    if checked is not None:
+        say(checked.line)
+    say(f"wrote {path}")
+
+
+@app.command()
 def train_adapter(
     out: Annotated[Path, typer.Option(help="Run folder; a stopped run is resumed from it.")] = Path("runs/adapter"),
     pairs: Annotated[

@@ -81,7 +81,7 @@ class Artist:
                     begun = source
                     if source is not None and len(source.latents) > 1:
                         begun = replace(source, latents=source.latents[rows])
-                    asked = (sampling, seeds[rows], shape, self.role, device, begun)
+                    asked = (sampling, seeds[rows], shape, self.role, device, begun, self.backbone.arranged)
                     drawn = draw_latents(self.denoiser, part, null, *asked)
                 parts.append(drawn.cpu())
                 bar.update(len(drawn))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -52,11 +52,13 @@ def draw_latents(
     role: str,
     device: torch.device | str = "cpu",
     source: Source | None = None,
+    arrange: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Draw one latent a seed, float32 [N, *shape]; `condition` has N rows, `null` one or N.
 
     From pure noise, or from a source that is noised first. A latent depends on its own seed, condition and source,
-    not on the batch.
+    not on the batch. `arrange` brings the numbers that a generator drew for a step's noise to where the pipeline's own
+    latents hold them (`Backbone.arranged`).
     """
     path = denoiser.path
     times = call_times(sampling, path, source.strength if source else 1.0)
@@ -76,7 +78,8 @@ def draw_latents(
     jump = voice.jumper(student_step(sampling.step_jump, sampling.r, sampling.form))
 
     def noise() -> Tensor:
-        return cpu_noise().to(device)
+        drawn = cpu_noise().to(device)
+        return arrange(drawn) if arrange else drawn
 
     if sampling.sampler == "sss":
         return sample_sss(jump, path, x, times, sampling.gamma, sampling.end, noise, sampling.gamma_law)

@@ -13,6 +13,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from fewstep.errors import UserError
+from fewstep.export.pipeline import RECORD
 from fewstep.files import atomic_folder, read_mapping, sha256
 from fewstep.tensor_header import Entry, read_safetensors_header
 
@@ -121,6 +122,9 @@ def _take_apart(file: Path, config: Path, pipeline: str, entries: dict[str, Entr
             **more,
         )
     pipe.save_pretrained(part)
+    told = read_safetensors_header(file)[0].get("fewstep")  # a student that was exported so brings its settings
+    if told:
+        (part / RECORD).write_text(told + "\n", encoding="utf-8")
 
 
 def fetched(named: str) -> Path:

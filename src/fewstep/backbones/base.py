@@ -180,6 +180,11 @@ class Backbone(ABC):
             self._readers = readers
         return self._readers
 
+    @property
+    def text_encoders(self) -> list[Any]:
+        """The networks that read prompts, in order."""
+        return [encoder for _, encoder in self._load_text()]
+
     def _text_class(self, component: str, legal: Sequence[str]) -> Any:
         import transformers
 
@@ -212,6 +217,10 @@ class Backbone(ABC):
     @abstractmethod
     def features(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> list[Tensor]:
         """What the network makes of x on its way, [B, C, h, w] each; what comes after the last of them is not run."""
+
+    def arranged(self, noise: Tensor) -> Tensor:
+        """Noise [B, C, H, W] as a generator drew it -> where its numbers stand in the pipeline's own latents."""
+        return noise
 
     @property
     @abstractmethod

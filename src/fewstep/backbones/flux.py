@@ -54,6 +54,11 @@ class Flux(TransformerBackbone):
         )[0]
         return unpack(out, height, width)
 
+    def arranged(self, noise: Tensor) -> Tensor:
+        """Its pipeline steps, and draws noise, on packed latents."""
+        b, c, height, width = noise.shape
+        return unpack(noise.reshape(b, height // 2 * (width // 2), 4 * c), height // 2, width // 2)
+
     def time_embedding(self, network: nn.Module) -> nn.Module:
         """The part that embeds the time."""
         part: Any = network.time_text_embed

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from fewstep.errors import UserError
+from fewstep.errors import UserError, nearest
 
 ExportForm = Literal["diffusers", "peft", "kohya", "merged", "single-file"]
 """diffusers: a LoRA as `load_lora_weights` reads it. peft: as `PeftModel.from_pretrained` does. kohya: as kohya's
 scripts write it and ComfyUI reads it. merged: a whole pipeline folder. single-file: a whole checkpoint in the original
 names."""
+FORMS: tuple[ExportForm, ...] = get_args(ExportForm)
 Reader = Literal["diffusers", "peft", "fewstep"]
 """Who reads a form back: diffusers itself, PEFT inside a diffusers pipeline, or this library alone."""
 ADAPTERS: tuple[ExportForm, ...] = ("diffusers", "peft", "kohya")
@@ -51,7 +52,15 @@ def offer(form: ExportForm, family: str) -> Offer:
     return Offer("peft" if form == "peft" else "diffusers")
 
 
-def check_form(form: str, family: str, *, lora: bool, told: tuple[str, ...], encoders: Mapping[str, str]) -> Offer:
+@dataclass(frozen=True)
+class Way:
+    """A form that a student can take, and who reads it back."""
+
+    form: ExportForm
+    reader: Reader
+
+
+def check_form(form: str, family: str, *, lora: bool, told: tuple[str, ...], encoders: Mapping[str, str]) -> Way:
     """Refuse a form that this student cannot be held in.
 
     Args:
@@ -62,10 +71,9 @@ def check_form(form: str, family: str, *, lora: bool, told: tuple[str, ...], enc
     Raises:
         UserError: naming the nearest form.
     """
-    legal = get_args(ExportForm)
-    if form not in legal:
-        raise UserError(f"form = {form!r} is unknown; the nearest is {_nearest(form)!r}")
-    kind: ExportForm = form  # type: ignore[assignment]
+    kind = next((legal for legal in FORMS if legal == form), None)
+    if kind is None:
+        raise UserError(f"form = {form!r} is unknown; the nearest is {nearest(form, FORMS)!r}")
     found = offer(kind, family)
     if found.reader is None:
         raise UserError(f"form = {form!r} is not offered for {family}: {found.why}; the nearest is 'diffusers'")
@@ -81,13 +89,8 @@ def check_form(form: str, family: str, *, lora: bool, told: tuple[str, ...], enc
             f"form = 'single-file' holds CLIP text encoders, the {odd[0]} is a {encoders[odd[0]]}; "
             "the nearest is 'merged'"
         )
-    return found
-
-
-def _nearest(form: str) -> str:
-    from fewstep.errors import nearest
-
-    return nearest(form, get_args(ExportForm))
+    # nobody else knows what such a student is told by
+    return Way(kind, "fewstep" if told else found.reader)
 
 
 def table(families: tuple[str, ...]) -> str:
@@ -102,6 +105,6 @@ def table(families: tuple[str, ...]) -> str:
             reasons.append(found.why)
         return f"{found.reader or '-'} ({reasons.index(found.why) + 1})"
 
-    rows = [f"| `{form}` | {' | '.join(cell(form, family) for family in families)} |" for form in get_args(ExportForm)]
+    rows = [f"| `{form}` | {' | '.join(cell(form, family) for family in families)} |" for form in FORMS]
     head = [f"| form | {' | '.join(families)} |", f"| --- |{' --- |' * len(families)}"]
     return "\n".join([*head, *rows, "", *(f"({i}) {why}.  " for i, why in enumerate(reasons, 1))])

@@ -115,6 +115,7 @@ class Export:
         place: the file, or a whole pipeline's folder.
         folder: the pipeline whose network it adapts or is.
         sampling: what it is drawn with for the proof.
+        device: where.
     """
 
     form: ExportForm
@@ -122,6 +123,7 @@ class Export:
     place: Path
     folder: PipelineFolder
     sampling: Sampling
+    device: torch.device
 
 
 def provable(sampling: Sampling) -> Sampling:
@@ -139,14 +141,12 @@ def drawn_again(
     """
     whole = export.form not in ADAPTERS
     if export.reader == "fewstep":
-        artist = load_artist(export.place) if whole else load_artist(export.folder.path, export.place)
-        came = (
-            equal_layers(artist.backbone.network, wanted)
-            if whole
-            else len(check_lora(export.place, export.folder).layers)
-        )
+        base, lora = (export.place, None) if whole else (export.folder.path, export.place)
+        artist = load_artist(base, lora, export.device)
+        layers = check_lora(lora, export.folder).layers if lora else ()
+        came = equal_layers(artist.backbone.network, wanted) if whole else len(layers)
         return artist.latents(artist.encode(prompts), seeds, export.sampling), came
-    pipe = _read(export)
+    pipe = _read(export).to(export.device)
     network = getattr(pipe, export.folder.network)
     came = equal_layers(network, wanted) if whole else adapted(network)
     if export.form == "peft":

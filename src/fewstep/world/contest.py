@@ -63,7 +63,7 @@ def teacher_entry(omega: float, steps: int, seed: int, name: str = "teacher") ->
 def solver_entries(
     omega: float, steps: Sequence[int], seed: int, solvers: Mapping[str, str] = SOLVER_NAMES
 ) -> list[Entry]:
-    """Euler, DDIM and DPM-Solver++(2S), or some of these, on the teacher, at equal network calls (a guided call counts once).
+    """Euler, DDIM and DPM-Solver++(2S), or some of these, on the teacher, at equal calls (a guided one counts once).
 
     All take their times from the students' grid; the two-call solver ends at the least noisy index, where its
     mid-point exists.

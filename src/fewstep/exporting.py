@@ -1,0 +1,193 @@
+"""`fewstep export`: a student in the form that another tool reads, with a model card, read back and drawn with."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.drawing import Artist, load_artist, save_picture, sheet
+from fewstep.export.adapters import adapter_config, kohya_names, write_diffusers, write_kohya, write_peft
+from fewstep.export.card import CARD, PICTURES, model_card
+from fewstep.export.conditioning import save_told
+from fewstep.export.forms import ADAPTERS, ExportForm, Reader
+from fewstep.export.header import CONDITIONING, base_shapes, check_lora
+from fewstep.export.lora import read_lora
+from fewstep.export.original import checkpoint_weights
+from fewstep.export.pipeline import read_record, write_pipeline
+from fewstep.export.reload import CLOSE, Checked, Export, drawn_again, provable, weights_of
+from fewstep.export.travel import travelling
+from fewstep.files import atomic_folder
+from fewstep.folder import PipelineFolder, weight_files
+from fewstep.tensor_header import read_safetensors_header
+from fewstep.tensors import load_tensors, save_tensors
+
+TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Student:
+    """What shall be exported: a LoRA on a base pipeline, or a whole pipeline.
+
+    Attributes:
+        folder: the base; the student's own folder, if it is a whole pipeline.
+        lora: the LoRA's file or folder; None for a whole pipeline.
+    """
+
+    folder: PipelineFolder
+    lora: Path | None
+
+
+def stored_type(folder: PipelineFolder) -> torch.dtype:
+    """The type that most of a network's matrices are stored in."""
+    kinds: list[str] = []
+    for file in weight_files(folder.path / folder.network):
+        kinds += [entry.dtype for entry in read_safetensors_header(file)[1].values() if len(entry.shape) > 1]
+    return _STORED.get(max(set(kinds), key=kinds.count), torch.float32)
+
+
+def record_of(student: Student, artist: Artist) -> dict[str, Any]:
+    """What the exported file says of itself: what the student said, and what it is sampled with."""
+    if student.lora is not None:
+        notes = check_lora(student.lora, student.folder).notes
+    else:
+        notes = read_record(student.folder.path)
+    own = {"sampling": artist.sampling.model_dump(mode="json"), **travelling(artist.backbone, artist.sampling)}
+    return {**notes, "base": notes.get("base") or student.folder.fingerprint(student.folder.network), **own}
+
+
+def export(
+    student: Student,
+    form: ExportForm,
+    reader: Reader,
+    out: Path,
+    *,
+    precision: str | None = None,
+    prompts: Sequence[str],
+    seed: int = 0,
+    check: bool = True,
+    device: torch.device | str = "cpu",
+) -> tuple[Path, Checked | None]:
+    """Write a student in a form into the folder `out`, with a model card and pictures; nothing is left if it fails.
+
+    Args:
+        reader: who reads the form back, by `forms.check_form`.
+        precision: of whole networks, fp32, fp16 or bf16; None for the base's own. A LoRA is written as it was.
+        prompts: of the card's pictures, and of the proof.
+        check: read it back as its users will, draw, and compare with what the student draws here.
+
+    Returns:
+        the file, or the folder of a whole pipeline; and what reading it back has shown.
+
+    Raises:
+        UserError: the place cannot be written to, or what is read back is not the student.
+    """
+    artist = load_artist(student.folder.path, student.lora, device)
+    kind = TYPES[precision] if precision else stored_type(student.folder)
+    sampling = provable(artist.sampling)
+    seeds = range(seed, seed + len(prompts))
+    condition = artist.encode(prompts)
+    shown = artist.backbone.to_pictures(artist.latents(condition, seeds, artist.sampling, title="drawing"))
+    record = record_of(student, artist)
+    wanted = {} if form in ADAPTERS else weights_of(artist.backbone.network, kind)
+    with atomic_folder(out) as part:
+        file = write(student, form, part, artist, record, kind, out.name)
+        made = Export(form, reader, part / file, student.folder, sampling, torch.device(device))
+        checked = None
+        if check:
+            ours = artist.latents(condition, seeds, sampling)
+            checked = proof(student, made, wanted, ours, prompts, seeds, kind)
+            checked.refuse(out)
+        save_picture(sheet(shown, min(len(shown), 8), max(1, 256 // shown.shape[2])), part / PICTURES)
+        text = model_card(
+            out.name,
+            form,
+            record,
+            pipeline=student.folder.pipeline,
+            network=student.folder.network,
+            file=file,
+            prompts=prompts,
+            seeds=seeds,
+        )
+        (part / CARD).write_text(text, encoding="utf-8")
+    return (out / file if file else out), checked
+
+
+def write(
+    student: Student,
+    form: ExportForm,
+    place: Path,
+    artist: Artist,
+    record: Mapping[str, Any],
+    kind: torch.dtype,
+    name: str,
+) -> str:
+    """Write the form into a folder; returns the file's name, or nothing for a whole pipeline."""
+    said = json.dumps(dict(record))
+    folder, network = student.folder, artist.backbone.network
+    if form in ADAPTERS:
+        assert student.lora is not None
+        lora = read_lora(check_lora(student.lora, folder))
+        shapes = base_shapes(folder)
+        every = [key.removesuffix(".weight") for key, size in shapes.items() if key.endswith(".weight") and size[1:]]
+        config = adapter_config(lora, every, folder.family.targets)
+        save_told(place, _told(student.lora))
+        if form == "diffusers":
+            return write_diffusers(place, lora, config, folder.network, said).name
+        if form == "peft":
+            return write_peft(place, lora, config, said).name
+        names = kohya_names(lora.header.layers, every, folder.family.kind)
+        return write_kohya(place / f"{name}.safetensors", lora, config, names, said).name
+    if form == "merged":
+        write_pipeline(place, folder.path, rounded(network, kind), record, _told(student.lora or folder.path))
+        return ""
+    backbone = artist.backbone
+    zero = bool(folder.config("scheduler").get("rescale_betas_zero_snr"))
+    weights = checkpoint_weights(
+        network.state_dict(),
+        backbone.vae.state_dict(),
+        backbone.text_encoders,
+        prediction=backbone.prediction,
+        zero_snr=zero,
+    )
+    tensors = {key: value.to(kind) for key, value in weights.items()}
+    save_tensors(place / f"{name}.safetensors", tensors, {"format": "pt", "fewstep": said})
+    return f"{name}.safetensors"
+
+
+def rounded(network: nn.Module, kind: torch.dtype) -> nn.Module:
+    """A copy of a network on the CPU in another type: the one that draws stays as it is."""
+    return copy.deepcopy(network).to("cpu", kind)
+
+
+def _told(student: Path) -> dict[str, Tensor]:
+    """The weights of what a student is told by, if anything."""
+    beside = (student if student.is_dir() else student.parent) / CONDITIONING
+    return load_tensors(beside) if beside.is_file() else {}
+
+
+def proof(
+    student: Student,
+    made: Export,
+    wanted: Mapping[str, Tensor],
+    ours: Tensor,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    kind: torch.dtype,
+) -> Checked:
+    """Read an export back and compare it with the student's own latents."""
+    if student.lora is not None and made.form in ADAPTERS:
+        went = len(check_lora(student.lora, student.folder).layers)
+    else:
+        went = len(wanted)
+    theirs, came = drawn_again(made, wanted, prompts, seeds)
+    difference = float((theirs - ours).abs().max() / ours.abs().max())
+    allowed = CLOSE[torch.float32 if made.form in ADAPTERS else kind]
+    return Checked(made.reader, went, came, difference, allowed)
