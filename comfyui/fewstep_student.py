@@ -1,0 +1,267 @@
+"""A few-step student in ComfyUI: its LoRA, its times, its sampler and its gamma, read from its own file.
+
+Copy this file into ComfyUI's `custom_nodes` folder, and a student (`fewstep export --form kohya`) into `models/loras`.
+The node `fewstep student` takes a model and a LoRA, and gives the model with the LoRA, a sampler and sigmas for
+`SamplerCustom`, and the guidance for its cfg. Nothing of fewstep need be installed.
+
+The sampler is strategic stochastic sampling (TCD, arXiv 2402.19159, algorithm 4) in ComfyUI's own scale. There a model
+of discrete times is x = x0 + sigma z, one of a flow x = (1 - sigma) x0 + sigma z; a jump lands at
+s = (1 - gamma) t_next, and noise brings it back up to t_next.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+TLCM_TIMES = {
+    1: (8,),
+    2: (8, 4),
+    3: (8, 4, 1),
+    4: (8, 6, 4, 1),
+    5: (8, 6, 4, 2, 1),
+    6: (8, 6, 4, 3, 2, 1),
+    7: (8, 6, 5, 4, 3, 2, 1),
+    8: (8, 7, 6, 5, 4, 3, 2, 1),
+}
+"""TLCM's own times, in eighths of the path, by the number of calls."""
+TOTAL = 1000
+"""Training times of a model."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a student is drawn with.
+
+    Attributes:
+        times: of the network calls, falling, in training indices (of a flow: before its shift).
+        gamma: stochasticity, 0 to 1; 1 re-noises fully, as multistep consistency sampling does.
+        law: what gamma is linear in: time (TCD) or noise (CTM).
+        end: where the last jump lands: index0, the least noise that the network knows, or clean.
+        skip: LCM's own jump, onto clean data through its skip connection.
+    """
+
+    times: tuple[float, ...]
+    gamma: float = 0.3
+    law: str = "time"
+    end: str = "index0"
+    skip: bool = False
+
+
+def grid_times(steps: int, grid: Any = 50, spacing: str = "grid", *, flow: bool = False) -> tuple[float, ...]:
+    """The times that `steps` calls are made at, falling, as the student was trained on them.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    if spacing == "tlcm":
+        if steps not in TLCM_TIMES:
+            raise ValueError(f"steps = {steps} is in no list of TLCM's; the nearest is {min(max(steps, 1), 8)}")
+        return tuple(n * TOTAL / 8 - (0 if flow else 1) for n in TLCM_TIMES[steps])
+    if spacing == "trailing":
+        falling = [TOTAL - i * TOTAL / steps for i in range(steps)]
+        return tuple(t if flow else round(t) - 1 for t in falling)
+    less = 0 if flow else 1
+    points = list(grid) if isinstance(grid, (list, tuple)) else [n * TOTAL / grid - less for n in range(1, grid + 1)]
+    if not 1 <= steps <= len(points):
+        raise ValueError(f"steps = {steps} is out of range; the nearest legal one is {min(max(steps, 1), len(points))}")
+    falling = points[::-1]
+    return tuple(falling[i * len(points) // steps] for i in range(steps))
+
+
+def plan_of(record: dict[str, Any], steps: int = 0, gamma: float = -1.0) -> Plan:
+    """The plan that a student's own record asks for; other steps and another gamma where they are named.
+
+    Raises:
+        ValueError: it is drawn with in a way that this sampler does not have.
+    """
+    own = record.get("sampling", {})
+    sampler, jump = own.get("sampler", "sss"), own.get("jump") or ""
+    if sampler not in ("sss", "lcm") or jump in ("second_order", "cm_skip") or own.get("told"):
+        how = f"sampler {sampler}" + (f", jump {jump}" if jump else "") + (", told s or w" if own.get("told") else "")
+        raise ValueError(f"this student is drawn with {how}; the nearest way is `fewstep sample`")
+    flow = record.get("path") == "flow"
+    count = steps or int(own.get("steps", 4))
+    times = grid_times(count, own.get("grid", 50), own.get("spacing", "grid"), flow=flow)
+    skip = sampler == "lcm" and jump in ("", "skip")
+    strength = 1.0 if sampler == "lcm" else float(own.get("gamma", 0.3)) if gamma < 0 else gamma
+    return Plan(times, strength, own.get("gamma_law", "time"), "clean" if skip else own.get("end", "index0"), skip)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A model's path in ComfyUI's own scale.
+
+    Attributes:
+        sigma_of: time (as in `Plan`) -> sigma.
+        flow: x = (1 - sigma) x0 + sigma z; else x = x0 + sigma z.
+    """
+
+    sigma_of: Callable[[float], float]
+    flow: bool
+
+    def alpha(self, sigma: float) -> float:
+        """What x0 is multiplied by."""
+        return 1 - sigma if self.flow else 1.0
+
+    def lowest(self, end: str) -> float:
+        """Sigma of the end point."""
+        return 0.0 if end == "clean" else self.sigma_of(1.0 if self.flow else 0.0)
+
+    def landing(self, plan: Plan, then: float) -> float:
+        """Sigma of where a jump lands before noise brings it up to the time `then`."""
+        low = self.lowest(plan.end)
+        if plan.gamma == 1:
+            return low
+        if plan.law == "noise":
+            now = self.sigma_of(then)
+            ratio = math.sqrt(1 - plan.gamma**2) * now / self.alpha(now)
+            return max(low, ratio / (1 + ratio) if self.flow else ratio)
+        s = (1 - plan.gamma) * then
+        return max(low, self.sigma_of(s if self.flow or plan.gamma == 0 else math.floor(s + 1e-9)))
+
+
+def sample(
+    denoise: Callable[[torch.Tensor, float], torch.Tensor],
+    x: torch.Tensor,
+    plan: Plan,
+    scale: Scale,
+    noise: Callable[[], torch.Tensor],
+    told: Callable[[int, torch.Tensor, torch.Tensor], None] = lambda i, x, x0: None,
+) -> torch.Tensor:
+    """Draw from x at the first time. What comes back lies at the end point, in the scale of the model's training.
+
+    Args:
+        denoise: (x, sigma) -> x0.
+        noise: fresh standard normal noise like x.
+        told: called with (number of the call, x, x0).
+    """
+    sigmas = [scale.sigma_of(t) for t in plan.times]
+    for i, sigma in enumerate(sigmas):
+        x0 = denoise(x, sigma)
+        told(i, x, x0)
+        eps = (x - scale.alpha(sigma) * x0) / sigma
+        if plan.skip:  # LCM's c_skip and c_out, of x in the scale of training
+            size = 1.0 if scale.flow else 1 / math.sqrt(1 + sigma**2)
+            t = 10 * (TOTAL * sigma if scale.flow else plan.times[i])
+            x0 = 0.25 / (t**2 + 0.25) * size * x + t / math.sqrt(t**2 + 0.25) * x0
+        last = i + 1 == len(sigmas)
+        s = scale.lowest(plan.end) if last else scale.landing(plan, plan.times[i + 1])
+        x = scale.alpha(s) * x0 + s * eps
+        if not last and plan.gamma > 0:
+            then = sigmas[i + 1]
+            ratio = scale.alpha(then) / scale.alpha(s)
+            x = ratio * x + math.sqrt(max(then**2 - (ratio * s) ** 2, 0.0)) * noise()
+    end = scale.lowest(plan.end)
+    return x if scale.flow else x / math.sqrt(1 + end**2)
+
+
+def noise_after_the_first(x: torch.Tensor, seed: int) -> Callable[[], torch.Tensor]:
+    """The noise of each step: what one CPU generator draws after the noise that the latent began as."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    torch.randn(x.shape, generator=generator)
+    return lambda: torch.randn(x.shape, generator=generator).to(x)
+
+
+def scale_of(model_sampling: Any) -> Scale:
+    """The path of a loaded model.
+
+    Raises:
+        ValueError: it is neither of discrete times nor a plain flow.
+    """
+    kinds = {kind.__name__ for kind in type(model_sampling).__mro__}
+    if "ModelSamplingDiscreteFlow" in kinds:
+        shift = float(model_sampling.shift)
+
+        def shifted(t: float) -> float:
+            return shift * (t / TOTAL) / (1 + (shift - 1) * (t / TOTAL))
+
+        return Scale(shifted, True)
+    if "ModelSamplingDiscrete" in kinds:
+        return Scale(lambda t: float(model_sampling.sigma(torch.tensor(float(t)))), False)
+    raise ValueError(f"{type(model_sampling).__name__} is neither of discrete times nor a flow with a shift")
+
+
+def read_record(path: str) -> dict[str, Any]:
+    """What a student's file says of itself.
+
+    Raises:
+        ValueError: nothing.
+    """
+    with open(path, "rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    told = header.get("__metadata__", {}).get("fewstep")
+    if not told:
+        raise ValueError(f"{path} brings no settings; the nearest that does is one that `fewstep export` wrote")
+    record: dict[str, Any] = json.loads(told)
+    return record
+
+
+class FewStepStudent:
+    """The node: a model and a student's LoRA -> the student, and how it is drawn with."""
+
+    CATEGORY = "sampling/custom_sampling"
+    RETURN_TYPES = ("MODEL", "SAMPLER", "SIGMAS", "FLOAT")
+    RETURN_NAMES = ("model", "sampler", "sigmas", "cfg")
+    FUNCTION = "load"
+    DESCRIPTION = "A few-step student with the times, sampler and gamma that its own file names."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802  (ComfyUI's own name)
+        """ComfyUI's description of the inputs."""
+        import folder_paths
+
+        return {
+            "required": {
+                "model": ("MODEL",),
+                "lora_name": (folder_paths.get_filename_list("loras"),),
+                "strength": ("FLOAT", {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.01}),
+                "steps": (
+                    "INT",
+                    {"default": 0, "min": 0, "max": 50, "tooltip": "Network calls; 0 for the student's own."},
+                ),
+                "gamma": (
+                    "FLOAT",
+                    {"default": -1.0, "min": -1.0, "max": 1.0, "step": 0.05, "tooltip": "-1 for the student's own."},
+                ),
+            }
+        }
+
+    def load(
+        self, model: Any, lora_name: str, strength: float, steps: int, gamma: float
+    ) -> tuple[Any, Any, Any, float]:
+        """Apply the LoRA, and make the sampler and the sigmas."""
+        import comfy.samplers
+        import comfy.sd
+        import comfy.utils
+        import folder_paths
+
+        path = folder_paths.get_full_path_or_raise("loras", lora_name)
+        record = read_record(path)
+        plan, scale = plan_of(record, steps, gamma), scale_of(model.get_model_object("model_sampling"))
+        weights = comfy.utils.load_torch_file(path, safe_load=True)
+        student, _ = comfy.sd.load_lora_for_models(model, None, weights, strength, 0)
+
+        def function(net: Any, x: Any, sigmas: Any, extra_args: Any = None, callback: Any = None, **_: Any) -> Any:
+            more = extra_args or {}
+            ones = x.new_ones([len(x)])
+
+            def told(i: int, now: torch.Tensor, x0: torch.Tensor) -> None:
+                if callback is not None:
+                    callback({"x": now, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": x0})
+
+            noise = noise_after_the_first(x, int(more.get("seed") or 0))
+            return sample(lambda y, sigma: net(y, sigma * ones, **more), x, plan, scale, noise, told)
+
+        sigmas = torch.tensor([*(scale.sigma_of(t) for t in plan.times), scale.lowest(plan.end)])
+        guidance = float(record.get("guidance", {}).get("scale", 1.0))
+        return student, comfy.samplers.KSAMPLER(function), sigmas, guidance
+
+
+NODE_CLASS_MAPPINGS = {"FewStepStudent": FewStepStudent}
+NODE_DISPLAY_NAME_MAPPINGS = {"FewStepStudent": "fewstep student"}
