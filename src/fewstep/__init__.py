@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # type checkers and editors see the verbs; `import fewstep` s
         train_reward,
         train_scorer,
         train_teacher,
+        versatility,
     )
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "train_reward",
     "train_scorer",
     "train_teacher",
+    "versatility",
 ]
 __version__ = "0.1.0"
 

@@ -60,6 +60,7 @@ def recipes(settings: Annotated[bool, typer.Option(help="List every setting too.
         FamilyConfig,
         TeacherConfig,
         TlcmConfig,
+        VersatilityConfig,
     )
 
     for name in names():
@@ -76,6 +77,7 @@ def recipes(settings: Annotated[bool, typer.Option(help="List every setting too.
             ("family", FamilyConfig),
             ("tlcm", TlcmConfig),
             ("chinese", ChineseConfig),
+            ("versatility", VersatilityConfig),
             ("train-adapter", AdapterConfig),
             ("train-teacher", TeacherConfig),
         )

@@ -120,6 +120,24 @@ def tlcm(
 
 
 @app.command()
+def versatility(
+    out: Annotated[Path, typer.Option(help="Folder; a run that was stopped goes on.")] = Path("runs/versatility"),
+    overrides: Overrides = None,
+) -> None:
+    """A community checkpoint, a style LoRA, ControlNets, an IP-Adapter, img2img, inpainting: what do students keep?
+
+    Each add-on is made on the base, and then used with students that never saw it. Takes hours on a CPU.
+
+    Example: fewstep versatility -s tlcm=runs/tlcm/student
+    """
+    from fewstep.world import api
+
+    path = api.versatility(out=out, overrides=overrides or [])
+    say(path.read_text(encoding="utf-8"))
+    say(f"wrote {path}, cells.json and figure.webp beside it")
+
+
+@app.command()
 def chinese(
     out: Annotated[Path, typer.Option(help="Folder; a run that was stopped goes on.")] = Path("runs/chinese"),
     overrides: Overrides = None,

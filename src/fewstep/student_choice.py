@@ -22,7 +22,7 @@ NONE = "none"
 """The teacher itself, as None: for the command, whose options are text."""
 
 
-def _find_student(name: Path | str) -> Path:
+def student_place(name: Path | str) -> Path:
     """A bundled student by name, or the path itself.
 
     Raises:
@@ -69,7 +69,7 @@ def choose_student(folder: PipelineFolder, lora: Path | str | None, changes: Map
         UserError: there is no such student, it is another teacher's, or it cannot be sampled so.
     """
     meant = _named_student(lora, folder)
-    student = _find_student(meant) if meant is not None else None
+    student = student_place(meant) if meant is not None else None
     if student is None:
         own, notes = teacher_sampling(folder.path), read_record(folder.path)
     else:

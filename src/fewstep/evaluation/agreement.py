@@ -92,6 +92,11 @@ class PromptAgreement(PictureMean):
             input=f"{SIZE}x{SIZE}, bicubic where resized, rgb / 127.5 - 1",
         )
 
+    @property
+    def scorer(self) -> Agreement:
+        """What scores."""
+        return self._agreement
+
     def features(self, pictures: Pictures, prompts: Sequence[str]) -> Array:
         """Return each picture's score, [N]."""
         return self._agreement.scores(pictures, prompts)

@@ -112,6 +112,28 @@ def chinese(*, out: Path | str = "runs/chinese", overrides: str | Sequence[str] 
     return Path(out) / "chinese.md"
 
 
+def versatility(*, out: Path | str = "runs/versatility", overrides: str | Sequence[str] = ()) -> Path:
+    """Make the ecosystem's add-ons on the base, and use them with students that never saw them; returns the table.
+
+    Raises:
+        UserError: anything wrong with the settings, the students, the place or the installation, before any long work.
+    """
+    from fewstep.folder import read_folder
+    from fewstep.settings import teacher_path
+    from fewstep.student_choice import choose_student
+    from fewstep.world.settings import VersatilityConfig
+
+    config = _ready("versatility", VersatilityConfig, overrides, Path(out))
+    folder = read_folder(teacher_path(""))
+    for student in (config.tcd, config.tlcm):
+        if student:
+            choose_student(folder, student, {})
+    from fewstep.world.versatility.figure import versatility
+
+    with _own(Path(out)):
+        return versatility(config, Path(out))
+
+
 def train_teacher(
     *, out: Path | str, target: Path | str, config: Path | str | None = None, overrides: str | Sequence[str] = ()
 ) -> Path:

@@ -144,6 +144,33 @@ class ChineseConfig(Config):
     seed: Seed = Field(0, description="seed of the noise, 0 to 89")
 
 
+class AddOnConfig(Config):
+    """Training of one add-on on the base teacher."""
+
+    steps: int = Field(500, ge=1, description="optimiser steps")
+    batch: int = Field(32, ge=1, description="samples a step")
+    lr: float = Field(3e-4, gt=0, description="learning rate")
+    seed: Seed = Field(0, description="seed of the training, 0 to 89")
+
+
+class VersatilityConfig(Config):
+    """Add-ons of the ecosystem on students that never saw them."""
+
+    tcd: str = Field("tcd", description="TCD student: tcd (bundled), a LoRA file or folder")
+    tlcm: str = Field("", description="TLCM student, a LoRA file or folder; empty to leave it out")
+    steps: tuple[int, ...] = Field((2, 4, 8), description="network calls of the students")
+    base_steps: int = Field(25, ge=1, description="steps of the base, guided DDIM")
+    prompts: int = Field(96, ge=8, le=400, description="pictures drawn and measured with each")
+    shown: int = Field(2, ge=1, le=8, description="pictures of each in the figure")
+    pictures: int = Field(3000, ge=16, description="training pictures that each add-on learns from, at most")
+    community: AddOnConfig = Field(AddOnConfig(steps=600, lr=2e-4), description="the fine-tuned checkpoint")
+    style: AddOnConfig = Field(AddOnConfig(steps=400, lr=1e-3), description="the style LoRA")
+    edges: AddOnConfig = Field(AddOnConfig(steps=1500, lr=5e-4), description="the ControlNet on edges")
+    shapes: AddOnConfig = Field(AddOnConfig(steps=1500, lr=5e-4), description="the ControlNet on silhouettes")
+    picture: AddOnConfig = Field(AddOnConfig(steps=1500, lr=5e-4), description="the IP-Adapter")
+    seed: Seed = Field(0, description="seed of the noise, 0 to 89")
+
+
 class FamilyConfig(Config):
     """All recipes at equal training cost."""
 

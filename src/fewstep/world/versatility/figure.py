@@ -1,0 +1,165 @@
+"""`fewstep versatility`: add-ons of the ecosystem on students that never saw them, as one figure and one table.
+
+As the TCD paper's Figure 7 and TLCM's section on versatility: each add-on is made on the base, then drawn with by the
+base and by the students' LoRAs, at the same prompts and noise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from fewstep.backbones.base import load_backbone
+from fewstep.drawing import labelled_sheet, save_picture
+from fewstep.evaluation.bootstrap import RESAMPLES, centred_interval, counts
+from fewstep.evaluation.metric import Array, Figure
+from fewstep.files import atomic_write, sha256, write_json
+from fewstep.provenance import commit, hardware
+from fewstep.settings import teacher_path
+from fewstep.student_choice import student_place
+from fewstep.tensors import load_tensors, save_tensors
+from fewstep.world.measures import lite0
+from fewstep.world.settings import VersatilityConfig
+from fewstep.world.students import students_omega
+from fewstep.world.versatility.studio import Who, can_draw
+from fewstep.world.versatility.tasks import STRENGTHS, TASKS, Task, Workshop
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of the table.
+
+    Attributes:
+        task, who: row and column.
+        value: mean effect.
+        kept: (value - without)/(base - without), with its interval over prompts; None for the base itself.
+    """
+
+    task: str
+    who: str
+    value: float
+    kept: Figure | None
+
+
+def columns(config: VersatilityConfig) -> list[Who]:
+    """The base, then each student at each number of calls."""
+    found = [Who("base", None, config.base_steps, 1 + students_omega())]
+    for name, lora in (("TCD", config.tcd), ("TLCM", config.tlcm)):
+        if lora:
+            found += [Who(name, student_place(lora), steps) for steps in config.steps]
+    return found
+
+
+def kept_share(own: Array, base: Array, without: Array, seed: int) -> Figure:
+    """mean(own - without)/mean(base - without), with a 95 % interval over draws of the same N prompts."""
+    value = float((own - without).mean() / (base - without).mean())
+    drawn = counts(len(own), RESAMPLES, seed, "kept")
+    return Figure(value, *centred_interval(value, (drawn @ (own - without)) / (drawn @ (base - without))), len(own))
+
+
+def weights_in(place: Path | None) -> str:
+    """Fingerprint of the weights of a student or an add-on, a file or a folder; empty for none."""
+    if place is None:
+        return ""
+    return sha256(*sorted(place.rglob("*.safetensors") if place.is_dir() else [place]))
+
+
+def key_of(task: Task, who: Who, seed: int) -> str:
+    """What decides the pictures of a cell, hashed."""
+    given = hashlib.sha256(task.given.tobytes()).hexdigest()
+    made = [weights_in(who.lora), weights_in(task.add_on), given]
+    known = [task.name, list(task.prompts), who.steps, who.scale, seed, *made]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:20]
+
+
+def pictures_of(task: Task, who: Who, shop: Workshop, *, without: bool = False) -> np.ndarray:
+    """The pictures of a cell, drawn if they are not kept yet."""
+    name = key_of(task, who, shop.config.seed) + ("-without" if without else "")
+    path = shop.out / "pictures" / f"{name}.safetensors"
+    if path.is_file():
+        held: np.ndarray = load_tensors(path)["pictures"].numpy()
+        return held
+    made = (task.without if without else task.draw)(who)
+    with atomic_write(path) as part:
+        save_tensors(part, {"pictures": torch.from_numpy(np.ascontiguousarray(made))})
+    return made
+
+
+def measure(shop: Workshop, names: Sequence[str]) -> tuple[list[Cell], list[tuple[str, np.ndarray]], dict[str, Task]]:
+    """Make, draw and measure every row; the cells, the figure's rows, the tasks."""
+    who = columns(shop.config)
+    cells, shown, tasks = [], [], {}
+    with tqdm(total=len(names) * (len(who) + 1), desc="versatility", unit="cell") as bar:
+        for name in names:
+            bar.set_postfix_str(f"{name}: making")
+            task = tasks[name] = TASKS[name](shop)
+            base = who[0]
+            bar.set_postfix_str(f"{name}: without")
+            before = task.effect(pictures_of(task, base, shop, without=True))
+            bar.update()
+            drawn = [task.given]
+            reference: Array | None = None
+            for one in who:
+                bar.set_postfix_str(f"{name}: {one.label}")
+                bar.update()
+                if not can_draw(one, STRENGTHS.get(name, 1.0)):
+                    drawn.append(np.full_like(task.given, 255))
+                    continue
+                pictures = pictures_of(task, one, shop)
+                effect = task.effect(pictures)
+                kept = None if reference is None else kept_share(effect, reference, before, shop.config.seed)
+                reference = effect if reference is None else reference
+                cells.append(Cell(name, one.label, float(effect.mean()), kept))
+                drawn.append(pictures)
+            cells.append(Cell(name, "without", float(before.mean()), None))
+            for i in range(shop.config.shown):
+                label = f"{task.name}" if i == 0 else str(task.prompts[i])[:24]
+                shown.append((label, np.stack([pictures[i] for pictures in drawn])))
+    return cells, shown, tasks
+
+
+def table(cells: Sequence[Cell], tasks: Mapping[str, Task], labels: Sequence[str]) -> str:
+    """The cells as Markdown: the effect without the add-on and with the base, then what each student keeps of it."""
+    found = {(cell.task, cell.who): cell for cell in cells}
+    base, *students = labels
+    head = f"| add-on | effect | without | {base} | " + " | ".join(students) + " |"
+    lines = [head, "| --- " * (4 + len(students)) + "|"]
+    for name, task in tasks.items():
+        row = [task.name, task.effect_name, f"{found[name, 'without'].value:.3f}", f"{found[name, base].value:.3f}"]
+        for label in students:
+            kept = found[name, label].kept if (name, label) in found else None
+            row.append("-" if kept is None else f"{kept.value:.2f} [{kept.low:.2f}, {kept.high:.2f}]")
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def versatility(config: VersatilityConfig, out: Path) -> Path:
+    """Make the add-ons, draw, measure; writes table.md, cells.json and figure.webp, and returns the table's path."""
+    from fewstep.world.measures import agreement
+
+    shop = Workshop(
+        config, out, load_backbone(teacher_path("")), agreement().scorer, lite0(out / "features", progress=False)
+    )
+    cells, shown, tasks = measure(shop, list(TASKS))
+    labels = [who.label for who in columns(config)]
+    note = (
+        f"`fewstep versatility` at commit {commit()}, {hardware()}; n = {config.prompts} prompts each, seed "
+        f"{config.seed}, the same prompts and noise in a row. Students' cells: the share of the effect that is kept, "
+        "(student - without)/(base - without), with 95 % intervals over prompts."
+    )
+    text = "\n\n".join(["# Versatility", table(cells, tasks, labels), note])
+    with atomic_write(out / "table.md") as part:
+        part.write_text(text + "\n", encoding="utf-8")
+    listed = [
+        {"task": c.task, "who": c.who, "value": c.value} | ({"kept": c.kept.to_dict()} if c.kept else {}) for c in cells
+    ]
+    write_json(out / "cells.json", {"note": note, "cells": listed})
+    save_picture(labelled_sheet(shown, ["given", *labels], 1), out / "figure.webp")
+    return out / "table.md"

@@ -1,0 +1,407 @@
+"""The add-ons and uses of the figure: what each is made of, how it is drawn with, and what it is to keep.
+
+An effect is a number for each picture, larger where the add-on does more of what it is for. A student keeps
+ (student's - without)/(base's - without), with the means over the same prompts and noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.backbones.base import Backbone
+from fewstep.data.latents import latent_set
+from fewstep.data.pictures import Captioned, HeldPictures
+from fewstep.draws import generator
+from fewstep.evaluation.agreement import Agreement
+from fewstep.evaluation.features import Features
+from fewstep.evaluation.metric import Array, Pictures
+from fewstep.preparation import encoders_fingerprint
+from fewstep.tensors import digest
+from fewstep.training.run import check_same_run
+from fewstep.world import emoji8
+from fewstep.world.settings import AddOnConfig, VersatilityConfig
+from fewstep.world.versatility import looks, training
+from fewstep.world.versatility.studio import Who, asked, drawn, embeds, images, pipeline
+
+CAPTIONS = 4
+"""Captions drawn of each picture that an add-on learns from."""
+PEOPLE = 0.08
+"""Share of skin from which a picture counts as one of people."""
+STRENGTHS = {"img2img": 0.5, "style transfer": 0.75, "super-resolution": 0.5}
+NEW_STYLE = "fluent 3d style"
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What all add-ons are made of.
+
+    Attributes:
+        out: folder for runs and what they end with.
+        backbone: the base, for its encoders.
+        scorer: looks at pictures and prompts; it has trained nothing here.
+        features: Lite0's, which the IP-Adapter is told.
+    """
+
+    config: VersatilityConfig
+    out: Path
+    backbone: Backbone
+    scorer: Agreement
+    features: Features
+    data: emoji8.Emoji8 = field(default_factory=lambda: emoji8.load("train"))
+
+    @property
+    def folder(self) -> Path:
+        """The base."""
+        return self.backbone.folder.path
+
+    def made(self, name: str, config: AddOnConfig) -> bool:
+        """Whether an add-on is there already.
+
+        Raises:
+            UserError: it is, but of other settings.
+        """
+        check_same_run(self.out / "runs" / name, config)
+        return (self.out / name).is_dir()
+
+    def unet(self) -> Any:
+        """A fresh copy of the base's denoiser."""
+        return self.backbone.fresh_network()
+
+    def rows(self, name: str, allowed: Sequence[int] | None = None) -> list[int]:
+        """Training pictures that a task draws after, one a concept, chosen by the seed and the task's name."""
+        order = generator(self.config.seed, f"versatility {name}").permutation(len(self.data))
+        among = None if allowed is None else set(allowed)
+        seen: set[str] = set()
+        chosen = []
+        for row in (int(row) for row in order):
+            concept = self.data.records[row].name
+            if concept not in seen and (among is None or row in among):
+                seen.add(concept)
+                chosen.append(row)
+        return chosen[: self.config.prompts]
+
+    def names(self, rows: Sequence[int]) -> list[str]:
+        """The concepts of some pictures."""
+        return [self.data.records[row].name for row in rows]
+
+    def taught(self, name: str, source: Captioned, config: AddOnConfig, empty: float, **inputs: str) -> training.Lesson:
+        """A lesson on pictures, encoded by the base."""
+        fingerprint = encoders_fingerprint(self.backbone)
+        data = latent_set(source, self.backbone, fingerprint, self.out / "cache")
+        base = self.backbone.folder.fingerprint("unet")
+        return training.Lesson(name, data, config, {"base": base, **inputs}, empty)
+
+    def learned(self, name: str, allowed: Sequence[int] | None = None) -> list[int]:
+        """Training pictures that an add-on learns from, chosen by its name."""
+        among = range(len(self.data)) if allowed is None else allowed
+        order = generator(0, f"versatility lesson {name}").permutation(np.asarray(among))
+        return sorted(int(row) for row in order[: self.config.pictures])
+
+    def own_captions(self, rows: Sequence[int], seed: int) -> list[list[str]]:
+        """Captions of some training pictures, as the base learned them."""
+        return emoji8.caption_table([self.data.records[row] for row in rows], CAPTIONS, seed)
+
+    def agreement(self, pictures: Pictures, names: Sequence[str]) -> Array:
+        """How well pictures fit names."""
+        return self.scorer.scores(pictures, list(names))
+
+    def likeness(self, pictures: Pictures, others: Pictures) -> Array:
+        """Cosine of pictures with others, less the mean cosine with those of other rows, by the scorer's eye."""
+        own, other = self.scorer.embed_pictures(pictures), self.scorer.embed_pictures(np.asarray(others))
+        cosine = (own @ other.T).double().numpy()
+        n = len(cosine)
+        strangers = (cosine.sum(1) - cosine.diagonal()) / max(n - 1, 1)
+        gap: Array = cosine.diagonal() - strangers
+        return gap
+
+    @cached_property
+    def seen(self) -> Tensor:
+        """Lite0's features of the training split, at unit size on average."""
+        found = torch.from_numpy(np.array(self.features(self.data.pictures))).float()
+        return (found - found.mean(0)) / found.std()
+
+    @cached_property
+    def style_reader(self) -> Tensor:
+        """A linear reader of styles on Lite0's features: ridge regression on the training split, [1280 + 1, styles]."""
+        x = torch.cat([self.seen, torch.ones(len(self.seen), 1)], 1).double()
+        styles = [record.style for record in self.data.records]
+        y = torch.tensor([[float(style == name) for name in emoji8.STYLE_FAMILY] for style in styles]).double()
+        read: Tensor = torch.linalg.solve(x.T @ x + 30 * torch.eye(x.shape[1]).double(), x.T @ y)
+        return read
+
+    def style_rate(self, pictures: Pictures, style: str) -> Array:
+        """1 where the reader takes a picture for one of a style, else 0."""
+        raw = torch.from_numpy(np.array(self.features(np.asarray(pictures)))).float()
+        every = torch.from_numpy(np.array(self.features(self.data.pictures))).float()
+        x = torch.cat([(raw - every.mean(0)) / every.std(), torch.ones(len(raw), 1)], 1).double()
+        words = [emoji8.style_words(name) for name in emoji8.STYLE_FAMILY]
+        right: Array = ((x @ self.style_reader).argmax(1) == words.index(style)).double().numpy()
+        return right
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row of the figure.
+
+    Attributes:
+        name: of the row.
+        effect_name: what the effect measures.
+        given: pictures that stand for what it starts from, in the figure.
+        prompts: what is drawn.
+        draw: who -> pictures, with the add-on.
+        without: who -> pictures of the base without it; or what is there before.
+        effect: pictures -> a number each.
+        add_on: what it is drawn with, beside the base; None for a use of the base alone.
+    """
+
+    name: str
+    effect_name: str
+    given: np.ndarray
+    prompts: Sequence[str]
+    draw: Callable[[Who], np.ndarray]
+    without: Callable[[Who], np.ndarray]
+    effect: Callable[[np.ndarray], Array]
+    add_on: Path | None = None
+
+
+def plainly(shop: Workshop, prompts: Sequence[str]) -> Callable[[Who], np.ndarray]:
+    """Drawing with the base as it is."""
+
+    def draw(who: Who) -> np.ndarray:
+        pipe = pipeline("StableDiffusionPipeline", shop.folder, who)
+        return drawn(pipe, prompts, shop.config.seed, {}, **asked(who))
+
+    return draw
+
+
+def community(shop: Workshop) -> Task:
+    """A checkpoint that was tuned on people with skin tones, which the base has never seen."""
+    share = looks.skin(shop.data.pictures).mean((1, 2))
+    people = [row for row, value in enumerate(share) if value >= PEOPLE]
+    place, run = shop.out / "community", shop.out / "runs" / "community"
+    tones = list(looks.TONES)
+    if not shop.made("community", shop.config.community):
+        some = shop.learned("community", people)[: shop.config.pictures // (1 + len(tones))]
+        pictures = [shop.data.pictures[some], *(looks.with_tone(shop.data.pictures[some], tone) for tone in tones)]
+        captions = shop.own_captions(some, shop.config.community.seed)
+        captions += [[f"{shop.data.records[row].name}, {tone}"] * CAPTIONS for tone in tones for row in some]
+        source = Captioned(HeldPictures(np.concatenate(pictures)), captions)
+        lesson = shop.taught("community checkpoint", source, shop.config.community, training.EMPTY)
+        pipe = pipeline("StableDiffusionPipeline", shop.folder, Who("base", None, 1))
+        training.fine_tune(lesson, shop.unet(), pipe, run, place)
+    rows = shop.rows("community", people)
+    wanted = [tones[i % len(tones)] for i in range(len(rows))]
+    prompts = [f"{name}, {tone}" for name, tone in zip(shop.names(rows), wanted, strict=True)]
+    given = np.concatenate([looks.with_tone(shop.data.pictures[[r]], t) for r, t in zip(rows, wanted, strict=True)])
+
+    def draw(who: Who) -> np.ndarray:
+        return drawn(pipeline("StableDiffusionPipeline", place, who), prompts, shop.config.seed, {}, **asked(who))
+
+    return Task(
+        "community checkpoint", "share with the asked skin tone", given, prompts, draw, plainly(shop, prompts),
+        lambda pictures: looks.tone_share(pictures, wanted), place,
+    )  # fmt: skip
+
+
+def style(shop: Workshop) -> Task:
+    """A style LoRA: blueprints."""
+    place, run = shop.out / "style", shop.out / "runs" / "style"
+    if not shop.made("style", shop.config.style):
+        some = shop.learned("style")
+        own = shop.own_captions(some, shop.config.style.seed)
+        captions = [[f"{said}, blueprint style" for said in row] for row in own]
+        source = Captioned(HeldPictures(looks.blueprint(shop.data.pictures[some])), captions)
+        lesson = shop.taught("style LoRA", source, shop.config.style, training.EMPTY)
+        training.train_style(lesson, shop.unet(), run, place)
+    rows = shop.rows("style")
+    prompts = [f"{name}, blueprint style" for name in shop.names(rows)]
+
+    def draw(who: Who) -> np.ndarray:
+        pipe = pipeline("StableDiffusionPipeline", shop.folder, who)
+        pipe.load_lora_weights(str(place), adapter_name="style")
+        pipe.set_adapters([name for name in ("student", "style") if name != "student" or who.lora is not None])
+        return drawn(pipe, prompts, shop.config.seed, {}, **asked(who))
+
+    given = looks.blueprint(shop.data.pictures[rows])
+    return Task(
+        "style LoRA", "share of blueprint blue", given, prompts, draw, plainly(shop, prompts), looks.blueprint_share,
+        place,
+    )  # fmt: skip
+
+
+def controlled(shop: Workshop, name: str, maps: np.ndarray, config: AddOnConfig) -> tuple[Path, list[int]]:
+    """A ControlNet on maps of the training pictures, [N, H, W] in [0, 1]; its folder, and pictures to draw after."""
+    place, run = shop.out / name, shop.out / "runs" / name
+    if not shop.made(name, config):
+        some = shop.learned("controlnet")
+        shown = torch.from_numpy(maps[some]).half()[:, None].expand(-1, 3, -1, -1)
+        source = Captioned(HeldPictures(shop.data.pictures[some]), shop.own_captions(some, config.seed))
+        lesson = shop.taught(f"ControlNet, {name}", source, config, training.EMPTY, maps=digest({"maps": shown[:64]}))
+        training.train_controlnet(lesson, shop.unet(), shown, run, place)
+    return place, shop.rows(name)
+
+
+def control_task(
+    shop: Workshop,
+    title: str,
+    maps: np.ndarray,
+    made: tuple[Path, list[int]],
+    effect_name: str,
+    effect: Callable[[np.ndarray], Array],
+) -> Task:
+    """The row of a ControlNet."""
+    from diffusers import ControlNetModel
+
+    place, rows = made
+    given = np.repeat((maps[rows] * 255).round().astype(np.uint8)[..., None], 3, axis=3)
+    prompts = shop.names(rows)
+
+    def draw(who: Who) -> np.ndarray:
+        controlnet = ControlNetModel.from_pretrained(place, use_safetensors=True)
+        pipe = pipeline("StableDiffusionControlNetPipeline", shop.folder, who, {"controlnet": controlnet})
+        return drawn(pipe, prompts, shop.config.seed, {"image": images(given)}, **asked(who))
+
+    return Task(title, effect_name, given, prompts, draw, plainly(shop, prompts), effect, place)
+
+
+def edge_control(shop: Workshop) -> Task:
+    """A ControlNet on edges."""
+    maps = looks.edges(shop.data.pictures)
+    made = controlled(shop, "edges", maps, shop.config.edges)
+    return control_task(
+        shop, "ControlNet, edges", maps, made, "correlation of edges",
+        lambda pictures: looks.edge_likeness(pictures, maps[made[1]]),
+    )  # fmt: skip
+
+
+def shape_control(shop: Workshop) -> Task:
+    """A ControlNet on silhouettes."""
+    maps = looks.ink(shop.data.pictures).astype(np.float32)
+    made = controlled(shop, "shapes", maps, shop.config.shapes)
+    return control_task(
+        shop, "ControlNet, silhouettes", maps, made, "overlap of silhouettes",
+        lambda pictures: looks.overlap(pictures, maps[made[1]] > 0.5),
+    )  # fmt: skip
+
+
+def picture_prompt(shop: Workshop) -> Task:
+    """An IP-Adapter: the picture alone says what is drawn, by Lite0's features."""
+    place, run = shop.out / "picture", shop.out / "runs" / "picture"
+    config = shop.config.picture
+    if not shop.made("picture", config):
+        some = shop.learned("controlnet")  # the same pictures are encoded once
+        seen = shop.seen[some]
+        source = Captioned(HeldPictures(shop.data.pictures[some]), shop.own_captions(some, config.seed))
+        lesson = shop.taught("IP-Adapter", source, config, training.ALONE, features=digest({"features": seen[:64]}))
+        training.train_ip_adapter(lesson, shop.unet(), seen, run, place)
+    rows = shop.rows("picture")
+    prompts = [""] * len(rows)
+    given = shop.data.pictures[rows]
+
+    def draw(who: Who) -> np.ndarray:
+        pipe = pipeline("StableDiffusionPipeline", shop.folder, who)
+        pipe.load_ip_adapter([training.read_ip_adapter(place)], subfolder="", weight_name="", image_encoder_folder=None)
+        settings = asked(who)
+        guided = settings["guidance_scale"] > 1
+        parts = []
+        for start in range(0, len(rows), 32):
+            told = embeds(shop.seen[rows[start : start + 32]], guided)
+            some = prompts[start : start + 32]
+            parts.append(drawn(pipe, some, shop.config.seed + start, {}, ip_adapter_image_embeds=told, **settings))
+        return np.concatenate(parts)
+
+    return Task(
+        "IP-Adapter", "likeness to the picture over strangers", given, prompts, draw, plainly(shop, prompts),
+        lambda pictures: shop.likeness(pictures, given), place,
+    )  # fmt: skip
+
+
+def from_picture(shop: Workshop, name: str, given: np.ndarray, prompts: Sequence[str]) -> Callable[[Who], np.ndarray]:
+    """Drawing by plain diffusers' img2img at the task's strength."""
+
+    def draw(who: Who) -> np.ndarray:
+        pipe = pipeline("StableDiffusionImg2ImgPipeline", shop.folder, who)
+        strength = STRENGTHS[name]
+        return drawn(
+            pipe, prompts, shop.config.seed, {"image": images(given)}, strength=strength, **asked(who, strength)
+        )
+
+    return draw
+
+
+def img2img(shop: Workshop) -> Task:
+    """The same thing drawn anew from a picture: its outline is to stay."""
+    rows = shop.rows("img2img")
+    given, prompts = shop.data.pictures[rows], shop.names(rows)
+    return Task(
+        "img2img", "overlap with the picture's silhouette", given, prompts,
+        from_picture(shop, "img2img", given, prompts), plainly(shop, prompts),
+        lambda pictures: looks.overlap(pictures, looks.ink(given)),
+    )  # fmt: skip
+
+
+def style_transfer(shop: Workshop) -> Task:
+    """A picture of one style drawn anew in another."""
+    flat = [row for row, record in enumerate(shop.data.records) if record.style in ("noto", "twemoji", "emojione")]
+    rows = shop.rows("style transfer", flat)
+    given = shop.data.pictures[rows]
+    prompts = [f"{name}, {NEW_STYLE}" for name in shop.names(rows)]
+    return Task(
+        "style transfer", f"share read as {NEW_STYLE}", given, prompts,
+        from_picture(shop, "style transfer", given, prompts), lambda who: given,
+        lambda pictures: shop.style_rate(pictures, NEW_STYLE),
+    )  # fmt: skip
+
+
+def super_resolution(shop: Workshop) -> Task:
+    """A picture of 16 x 16 pixels drawn anew at 64 x 64: detail is to come, and be the right one."""
+    rows = shop.rows("super-resolution")
+    sharp, prompts = shop.data.pictures[rows], shop.names(rows)
+    given = looks.blurred(sharp)
+    return Task(
+        "super-resolution", "correlation with the sharp picture's edges", given, prompts,
+        from_picture(shop, "super-resolution", given, prompts), lambda who: given,
+        lambda pictures: looks.edge_likeness(pictures, looks.edges(sharp)),
+    )  # fmt: skip
+
+
+def inpainting(shop: Workshop) -> Task:
+    """Half of a picture, drawn to the end."""
+    rows = shop.rows("inpainting")
+    whole, prompts = shop.data.pictures[rows], shop.names(rows)
+    given = whole.copy()
+    given[:, :, given.shape[2] // 2 :] = 255
+    mask = np.zeros(whole.shape, np.uint8)
+    mask[:, :, whole.shape[2] // 2 :] = 255
+
+    def draw(who: Who) -> np.ndarray:
+        pipe = pipeline("StableDiffusionInpaintPipeline", shop.folder, who)
+        pipe.unet.register_to_config(in_channels=4)  # by which it knows a text-to-image network; latents have 16 here
+        shown = {"image": images(given), "mask_image": images(mask)}
+        return drawn(pipe, prompts, shop.config.seed, shown, strength=1.0, height=64, width=64, **asked(who))
+
+    return Task(
+        "inpainting", "agreement with the prompt", given, prompts, draw, lambda who: given,
+        lambda pictures: shop.agreement(pictures, prompts),
+    )  # fmt: skip
+
+
+TASKS: Mapping[str, Callable[[Workshop], Task]] = {
+    "community": community,
+    "style": style,
+    "edges": edge_control,
+    "shapes": shape_control,
+    "picture": picture_prompt,
+    "img2img": img2img,
+    "inpainting": inpainting,
+    "style transfer": style_transfer,
+    "super-resolution": super_resolution,
+}

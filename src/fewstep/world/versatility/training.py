@@ -1,0 +1,214 @@
+"""Add-ons trained as the ecosystem trains them: diffusers' and PEFT's own classes, the noise-prediction loss, the base.
+
+Each is written in the form that its own loader reads. None of them sees a student.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fewstep.data.latents import LatentSet
+from fewstep.draws import Draws
+from fewstep.files import atomic_folder
+from fewstep.loop_settings import LoopConfig, OptimConfig
+from fewstep.loss import Loss
+from fewstep.schedule import VariancePreserving, add_noise, scaled_linear
+from fewstep.tensors import load_tensors, save_tensors
+from fewstep.training.cpu import speed_up
+from fewstep.training.launch import make_accelerator
+from fewstep.training.loop import Batch, Update, train
+from fewstep.training.run import RunLog
+from fewstep.world.settings import AddOnConfig
+
+Predict = Callable[[Tensor, Tensor, Tensor, Tensor, Draws], Tensor]
+"""(x_t, t int64 [B], text states, numbers of the samples, draws) -> predicted noise."""
+EMPTY = 0.1
+"""Share of empty prompts, and of pictures that an IP-Adapter is not shown: guidance must go on to work."""
+ALONE = 0.5
+"""Share of empty prompts where a picture shall say what is drawn."""
+IP_FILE = "ip_adapter.safetensors"
+TOKENS = 4
+"""Tokens that an IP-Adapter makes of a picture."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What an add-on is trained on.
+
+    Attributes:
+        name: of its run.
+        data: latents and text states.
+        config: length and rate.
+        inputs: fingerprints of what else it is fed.
+        empty: share of empty prompts.
+    """
+
+    name: str
+    data: LatentSet
+    config: AddOnConfig
+    inputs: Mapping[str, str]
+    empty: float = EMPTY
+
+
+def learn(lesson: Lesson, weights: Mapping[str, nn.Parameter], predict: Predict, out: Path) -> None:
+    """Train the named weights in place by the noise-prediction loss; a stopped run goes on."""
+    path: VariancePreserving = scaled_linear()
+    total = int(path.noisiest) + 1
+    data, config = lesson.data, lesson.config
+
+    def loss(batch: Batch, draws: Draws) -> Loss:
+        items = batch["items"]
+        x_0 = data.latents[items]
+        states = data.condition(items, draws, lesson.empty, x_0.device)["text"]
+        eps = draws.normal("noise", tuple(x_0.shape[1:]))
+        t = draws.integers("t", 0, total)
+        said = predict(add_noise(path, x_0, eps, t), t, states, items, draws).float()
+        per_sample = (said - eps).square().mean((1, 2, 3))
+        return Loss(per_sample.mean(), per_sample.detach(), (t + 1) / total)
+
+    def fetch(items: np.ndarray) -> Batch:
+        return {"items": torch.from_numpy(items)}
+
+    plan = [Update("weights", dict(weights), loss, OptimConfig(lr=config.lr, warmup=20, decay="cosine"))]
+    loop = LoopConfig(steps=config.steps, batch=config.batch, seed=config.seed, save_every=100, log_every=20)
+    accelerator = make_accelerator("fp32", torch.device("cpu"))
+    inputs = {"data": data.key, **lesson.inputs}
+    with RunLog(out, config, title=lesson.name, inputs=inputs) as log:
+        trained = train(plan, fetch, len(data), loop, log, accelerator)
+    with torch.no_grad():
+        for name, parameter in weights.items():
+            parameter.copy_(trained.weights["weights"][name])
+
+
+def fine_tune(lesson: Lesson, unet: Any, pipe: Any, out: Path, place: Path) -> None:
+    """A community checkpoint: every weight of the UNet, written as a whole pipeline."""
+    unet.requires_grad_(True)
+    speed_up(unet)
+
+    def predict(x: Tensor, t: Tensor, states: Tensor, items: Tensor, draws: Draws) -> Tensor:
+        said: Tensor = unet(x, t, states, return_dict=False)[0]
+        return said
+
+    learn(lesson, dict(unet.named_parameters()), predict, out)
+    with atomic_folder(place) as part:
+        pipe.unet = unet.to(memory_format=torch.contiguous_format)
+        pipe.save_pretrained(part)
+
+
+def train_style(lesson: Lesson, unet: Any, out: Path, place: Path) -> None:
+    """A style LoRA by PEFT, written as `save_lora_weights` writes it."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    unet.requires_grad_(False)
+    with torch.random.fork_rng():
+        torch.manual_seed(lesson.config.seed)
+        unet.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    speed_up(unet)
+
+    def predict(x: Tensor, t: Tensor, states: Tensor, items: Tensor, draws: Draws) -> Tensor:
+        said: Tensor = unet(x, t, states, return_dict=False)[0]
+        return said
+
+    learn(lesson, {name: p for name, p in unet.named_parameters() if p.requires_grad}, predict, out)
+    with atomic_folder(place) as part:
+        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+        StableDiffusionPipeline.save_lora_weights(part, unet_lora_layers=layers)
+
+
+def train_controlnet(lesson: Lesson, unet: Any, shown: Tensor, out: Path, place: Path) -> None:
+    """A ControlNet from the UNet's own encoder half.
+
+    Args:
+        shown: what it is shown of each sample, [N, 3, H, W] in [0, 1].
+    """
+    from diffusers import ControlNetModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(lesson.config.seed)
+        controlnet: Any = ControlNetModel.from_unet(unet)
+    unet.requires_grad_(False)
+    speed_up(unet)
+    speed_up(controlnet)
+
+    def predict(x: Tensor, t: Tensor, states: Tensor, items: Tensor, draws: Draws) -> Tensor:
+        down, middle = controlnet(x, t, states, controlnet_cond=shown[items].float(), return_dict=False)
+        said: Tensor = unet(
+            x, t, states, down_block_additional_residuals=down, mid_block_additional_residual=middle, return_dict=False
+        )[0]
+        return said
+
+    learn(lesson, dict(controlnet.named_parameters()), predict, out)
+    with atomic_folder(place) as part:
+        controlnet.to(memory_format=torch.contiguous_format).save_pretrained(part)
+
+
+def fresh_ip_adapter(unet: Any, width: int, seed: int) -> dict[str, dict[str, Tensor]]:
+    """An untrained IP-Adapter in the form of its files: keys and values start as the text's own."""
+    states = unet.config.cross_attention_dim
+    generator = torch.Generator().manual_seed(seed)
+    project = {
+        "proj.weight": torch.randn(TOKENS * states, width, generator=generator) * width**-0.5,
+        "proj.bias": torch.zeros(TOKENS * states),
+        "norm.weight": torch.ones(states),
+        "norm.bias": torch.zeros(states),
+    }
+    attends = {}
+    cross = [name for name in unet.attn_processors if not name.endswith("attn1.processor")]
+    modules = dict(unet.named_modules())
+    for number, name in enumerate(cross):
+        attention: Any = modules[name.removesuffix(".processor")]
+        attends[f"{2 * number + 1}.to_k_ip.weight"] = attention.to_k.weight.detach().clone()
+        attends[f"{2 * number + 1}.to_v_ip.weight"] = attention.to_v.weight.detach().clone()
+    return {"image_proj": project, "ip_adapter": attends}
+
+
+def read_ip_adapter(place: Path) -> dict[str, dict[str, Tensor]]:
+    """An IP-Adapter's file as diffusers' `load_ip_adapter` takes it."""
+    held: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    for key, value in load_tensors(place / IP_FILE).items():
+        part, _, name = key.partition(".")
+        held[part][name] = value
+    return held
+
+
+def train_ip_adapter(lesson: Lesson, unet: Any, seen: Tensor, out: Path, place: Path) -> None:
+    """An IP-Adapter: the projection of a picture's features, and its tokens' keys and values in all cross-attentions.
+
+    Args:
+        seen: features of each sample, [N, width].
+    """
+    fresh = fresh_ip_adapter(unet, seen.shape[1], lesson.config.seed)
+    unet._load_ip_adapter_weights([fresh], low_cpu_mem_usage=False)
+    unet.requires_grad_(False)
+    project: Any = unet.encoder_hid_proj.image_projection_layers[0]
+    weights: dict[str, nn.Parameter] = {}
+    for name, parameter in project.named_parameters():
+        weights[f"image_proj.{name.replace('image_embeds', 'proj')}"] = parameter
+    cross = [name for name in unet.attn_processors if not name.endswith("attn1.processor")]
+    for number, name in enumerate(cross):
+        processor: Any = unet.attn_processors[name]
+        for kind in ("k", "v"):
+            own = getattr(processor, f"to_{kind}_ip")[0].weight
+            weights[f"ip_adapter.{2 * number + 1}.to_{kind}_ip.weight"] = own
+    for parameter in weights.values():
+        parameter.requires_grad_(True)
+
+    def predict(x: Tensor, t: Tensor, states: Tensor, items: Tensor, draws: Draws) -> Tensor:
+        shown = seen[items] * (1 - draws.chance("no picture", EMPTY).float())[:, None]
+        told = {"image_embeds": [shown[:, None]]}
+        said: Tensor = unet(x, t, states, added_cond_kwargs=told, return_dict=False)[0]
+        return said
+
+    learn(lesson, weights, predict, out)
+    with atomic_folder(place) as part:
+        save_tensors(part / IP_FILE, {name: value.detach() for name, value in weights.items()})
