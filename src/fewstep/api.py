@@ -132,14 +132,14 @@ def sample(
         settings: changes to the sampling settings that the student brings along (None values are ignored).
         adapter: folder that `train_adapter` wrote: prompts may then be of any of its languages.
         teacher_config: for a single-file teacher, a pipeline folder of its kind.
-        image: picture to begin from, cropped to a square and scaled to the trained size.
+        image: picture to begin from, cropped and scaled to what is drawn.
         strength: share of the noisiest time that it is noised to, in (0, 1]; None for .5. All steps are made below it.
 
     Raises:
         UserError: no prompt, a setting out of range, a LoRA or adapter of another base, an unwritable place, a
             picture that cannot be read, a strength below which the grid has fewer times than steps.
     """
-    from fewstep.data.pictures import read_picture
+    from fewstep.data.pictures import read_cropped
     from fewstep.data.prompts import read_prompts
     from fewstep.files import check_writable
     from fewstep.folder import read_folder
@@ -165,7 +165,8 @@ def sample(
     check_device(device)
     folder = read_folder(teacher_path(named_teacher(teacher, teacher_config)))
     student, sampling, _ = choose_student(folder, lora, settings or {})
-    begun = None if image is None else read_picture(Path(image), folder.picture_size)
+    width, height = sampling.size or (folder.picture_size, folder.picture_size)
+    begun = None if image is None else read_cropped(Path(image), width, height)
     if adapter is not None:
         from fewstep.language.record import read_adapter
 

@@ -12,7 +12,7 @@ from fewstep.export.header import base_shapes, check_start
 from fewstep.export.pipeline import RECORD
 from fewstep.families import SD
 from fewstep.files import read_mapping
-from fewstep.folder import PipelineFolder
+from fewstep.folder import PipelineFolder, check_side
 from fewstep.language.settings import PACKAGES
 from fewstep.method_settings import GridSpec
 from fewstep.names import End
@@ -27,6 +27,7 @@ def check_distillation(config: DistillConfig, folder: PipelineFolder) -> None:
     Raises:
         UserError: no such pictures or watched prompts, a grid off the teacher's schedule, no such layers.
     """
+    _check_shapes(config, folder)
     _check_source(config, folder)
     if config.student.kind == "lora" and config.student.targets:
         _check_targets(config.student.targets, folder)
@@ -39,6 +40,25 @@ def check_distillation(config: DistillConfig, folder: PipelineFolder) -> None:
         _check_grid("method.grid", stage.method.grid, folder)
         _check_times("sampling.", stage.sampling, folder)
         _check_looks(stage, folder)
+
+
+def _check_shapes(config: DistillConfig, folder: PipelineFolder) -> None:
+    """The sizes of pictures must be such as latents and network can have."""
+    if config.data.size:
+        check_side("data.size", config.data.size, folder.unit)
+    if not config.data.buckets:
+        return
+    source = config.data.source
+    if source in ("emoji8", "captions") or is_prompt_file(source) or is_synthesis(source):
+        raise UserError(
+            f"data.buckets = True wants pictures of several shapes, data.source = {source!r} has none; the nearest is "
+            "False, or a folder of pictures"
+        )
+    for stage in config.each_stage():
+        if stage.method.start != "data":
+            raise UserError(
+                f"data.buckets = True goes with method.start = 'data', not {stage.method.start!r}; the nearest is False"
+            )
 
 
 def _check_looks(config: DistillConfig, folder: PipelineFolder) -> None:
@@ -75,7 +95,7 @@ def _check_source(config: DistillConfig, folder: PipelineFolder) -> None:
         else:
             from fewstep.world.emoji8 import check_size
 
-            check_size(folder.picture_size, "data.source = 'captions'", "give a prompt file")
+            check_size(config.data.size or folder.picture_size, "data.source = 'captions'", "give a prompt file")
         for stage in config.each_stage():
             if stage.method.start == "data":
                 raise UserError(
@@ -99,7 +119,7 @@ def _check_source(config: DistillConfig, folder: PipelineFolder) -> None:
     elif source == "emoji8":
         from fewstep.world.emoji8 import check_size
 
-        check_size(folder.picture_size, "data.source = 'emoji8'")
+        check_size(config.data.size or folder.picture_size, "data.source = 'emoji8'")
     elif not Path(source).is_dir():
         raise UserError(
             f"data.source = {source!r} is not a folder; give a folder of pictures, a prompt file or 'emoji8'"
@@ -107,15 +127,17 @@ def _check_source(config: DistillConfig, folder: PipelineFolder) -> None:
 
 
 def check_sampling(sampling: Sampling, folder: PipelineFolder) -> None:
-    """Refuse settings that the pipeline's schedule has no times for.
+    """Refuse settings that the pipeline's schedule has no times for, or its network no size.
 
     Raises:
-        UserError: a grid off the schedule, or more steps than it has indices.
+        UserError: a grid off the schedule, more steps than it has indices, or a side that latents cannot have.
     """
     _check_times("", sampling, folder)
 
 
 def _check_times(section: str, sampling: Sampling, folder: PipelineFolder) -> None:
+    for name, side in zip(("width", "height"), sampling.size or (), strict=False):
+        check_side(f"{section}size, {name}", side, folder.unit)
     if sampling.spacing != "trailing":
         _check_grid(f"{section}grid", 8 if sampling.spacing == "tlcm" else sampling.grid, folder)
         return

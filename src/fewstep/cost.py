@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from fewstep import processes
+from fewstep.data.buckets import BucketedLatents
 from fewstep.data.latents import LatentSet
 from fewstep.device import pick_precision
 from fewstep.draws import Draws
@@ -118,12 +119,20 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum(min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in tensors)
 
 
+def tensors_of(latents: Tensor | BucketedLatents) -> list[Tensor]:
+    """The tensors that latents are held in."""
+    return latents.parts if isinstance(latents, BucketedLatents) else [latents]
+
+
 def estimate(
     plan: Sequence[Update], data: LatentSet, config: DistillConfig, networks: Sequence[nn.Module]
 ) -> Estimated:
     """Time two steps of the plan (no optimiser step is taken) and add up its memory."""
     latents = data.latents
     rows = torch.arange(max(1, config.loop.batch // (config.loop.accumulate * processes.count()))) % len(latents)
+    if isinstance(latents, BucketedLatents):  # the fullest bucket stands for all: their areas are alike
+        own = torch.nonzero(latents.group == latents.group.mode().values).flatten()
+        rows = own[rows % len(own)]
     device = next(networks[0].parameters()).device
     batch = {"items": rows, "latents": latents[rows].to(device)}
     spent = 0.0
@@ -166,7 +175,7 @@ def estimate(
         bytes_of(base),
         held,
         trained,
-        bytes_of([latents, *data.table.values()]),
+        bytes_of([*tensors_of(latents), *data.table.values()]),
         config.method.calls,
         sum(saved.values()),
         torch.cuda.max_memory_allocated(device) if on_gpu else None,

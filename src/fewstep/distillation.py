@@ -21,7 +21,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from fewstep.backbones.base import load_backbone
-from fewstep.cost import Estimated, bytes_of, estimate
+from fewstep.cost import Estimated, bytes_of, estimate, tensors_of
+from fewstep.data.buckets import BucketedLatents, bucketed
 from fewstep.data.latents import latent_set
 from fewstep.device import pick_device
 from fewstep.drawing import Artist
@@ -194,7 +195,9 @@ def train_run(run: Run, out: Path, cache: Path, log: RunLog, accelerator: Accele
     def count(step: int) -> dict[str, Any]:
         return {"steps": since + step - before, "evaluations": run.tally.counts}
 
-    trained = train(plan, fetch, len(run.data), config.loop, log, accelerator, watch, count)
+    held = run.data.latents
+    visits = held.order(config.loop.seed, config.loop.batch) if isinstance(held, BucketedLatents) else None
+    trained = train(plan, fetch, len(run.data), config.loop, log, accelerator, watch, count, visits)
     steps, counted = counted_until(out)
     if steps and main:
         share = steps * config.loop.batch // accelerator.num_processes
@@ -241,7 +244,10 @@ def estimate_stage(config: DistillConfig) -> Estimated:
     if is_synthesis(config.data.source):
         run = on_synthesis(config, backbone, Path())
         return estimate(update_plan(run), run.data, config, run.networks)
+    backbone.resize(config.data.size)
     captioned = read_source(config, backbone.picture_size)
+    if config.data.buckets:
+        captioned = bucketed(captioned, backbone.picture_size, backbone.folder.unit)
     backbone.load_encoders()
     few = captioned.take(range(min(max(2, config.loop.batch), len(captioned))))
     fingerprint = encoders_fingerprint(backbone)  # before the clock starts: hashed once for any number of pictures
@@ -259,5 +265,5 @@ def estimate_stage(config: DistillConfig) -> Estimated:
             run, share = on_trajectories(run, Path(cache)), config.data.trajectories / drawn
             encoding += (time.perf_counter() - started) * share
     estimated = estimate(update_plan(run), run.data, config, run.networks)
-    held = share * bytes_of([run.data.latents]) + captions_share * bytes_of(run.data.table.values())
+    held = share * bytes_of(tensors_of(run.data.latents)) + captions_share * bytes_of(run.data.table.values())
     return replace(estimated, encoding_seconds=encoding, data_bytes=round(held))

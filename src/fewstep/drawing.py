@@ -68,7 +68,8 @@ class Artist:
         device = self.backbone.device
         null = self.backbone.null(1) if sampling.omega > 0 else {}
         null = {name: value.to(device) for name, value in null.items()}
-        _, height, width = self.backbone.latent_shape
+        shape = self.backbone.shape_of(sampling.size)
+        _, height, width = shape
         batch = min(64, max(1, MOST_LATENT_POINTS // (height * width)))
         parts = []
         silent = title is None or len(seeds) <= batch
@@ -76,7 +77,6 @@ class Artist:
             for start in range(0, len(seeds), batch):
                 rows = slice(start, start + batch)
                 part = {name: value[rows].to(device) for name, value in condition.items()}
-                shape = self.backbone.latent_shape
                 with torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32):
                     begun = source
                     if source is not None and len(source.latents) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -78,6 +79,14 @@ class PipelineFolder:
         return 1 << (len(levels) - 1)  # each level but the last halves
 
     @property
+    def unit(self) -> int:
+        """Pixels that sides of pictures are multiples of: each level of a UNet but the last halves, patches are cut."""
+        network = self.config(self.network)
+        levels = network.get("block_out_channels")
+        points = 1 << (len(levels) - 1) if isinstance(levels, list) else int(network.get("patch_size") or 1)
+        return self.scale * max(points, math.isqrt(self.family.packed))
+
+    @property
     def picture_size(self) -> int:
         """Pixels a side at the trained size.
 
@@ -110,6 +119,17 @@ class PipelineFolder:
         """
         places = [self.path / component for component in components or self.family.parts]
         return _digest_of(file for place in places for file in [*weight_files(place), *_settings(place)])
+
+
+def check_side(field: str, size: int, unit: int) -> None:
+    """Refuse a side that latents and their network cannot have.
+
+    Raises:
+        UserError: naming the nearest multiple.
+    """
+    if size < unit or size % unit:
+        legal = max(unit, round(size / unit) * unit)
+        raise UserError(f"{field} = {size} is no multiple of {unit}; the nearest legal one is {legal}")
 
 
 def _settings(component: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fewstep.backbones.base import Backbone, load_backbone
 from fewstep.data import pictures
+from fewstep.data.buckets import bucketed
 from fewstep.data.latents import LatentSet, latent_set
 from fewstep.data.prompts import is_prompt_file, read_prompts
 from fewstep.denoiser import Condition, Denoiser
@@ -138,9 +139,12 @@ def prepare(config: DistillConfig, cache: Path, device: torch.device) -> Run:
         UserError: the teacher or the data cannot be read, or do not fit.
     """
     backbone = load_backbone(read_folder(teacher_path(config.teacher)).path, device)
+    backbone.resize(config.data.size)
     if is_synthesis(config.data.source):
         return on_synthesis(config, backbone, cache)
     captioned = read_source(config, backbone.picture_size)
+    if config.data.buckets:
+        captioned = bucketed(captioned, backbone.picture_size, backbone.folder.unit)
     backbone.load_encoders()  # a broken text encoder is told of before the pictures are encoded
     data = latent_set(captioned, backbone, encoders_fingerprint(backbone), cache, backbone.latent_shape)
     folder = perceptual_folder(config, backbone, data.said, cache)

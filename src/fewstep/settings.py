@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -39,6 +39,7 @@ class Sampling(Config):
     grid: GridSpec = Field(50, description="training grid that times are taken from: N points, or the points")
     spacing: Spacing = Field("grid", description="grid (LCM's and TCD's rule), trailing, or tlcm (its own 2 to 8)")
     end: End = Field("index0", description="end point: clean or index0; the skip jump always ends on clean data")
+    size: tuple[int, int] | None = Field(None, description="width and height in pixels; null for the trained size")
 
     @model_validator(mode="after")
     def _countable(self) -> Self:
@@ -116,6 +117,8 @@ class DataConfig(Config):
     )
     captions: int = Field(12, ge=1, description="captions a picture, drawn once and cached")
     trajectories: int = Field(2048, ge=1, description="teacher trajectories drawn and stored, where start = trajectory")
+    size: int | None = Field(None, ge=8, description="pixels a side of what is learned; null for the trained size")
+    buckets: bool = Field(False, description="pictures keep their aspect ratio: shapes of size x size pixels in all")
     empty_prompts: float = Field(0.0, ge=0, le=1, description="share of samples trained with the empty prompt")
 
 
@@ -159,6 +162,16 @@ class DistillConfig(Config):
     def each_stage(self) -> list[DistillConfig]:
         """The configs of its stages; itself where it has none."""
         return stage_configs(self, self.stages, self.loop.steps) if self.stages else [self]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sized(cls, data: Any) -> Any:
+        """What is learned at a size is drawn at it."""
+        size = (data.get("data") or {}).get("size") if isinstance(data, dict) else None
+        sampling = data.get("sampling") or {} if isinstance(data, dict) else {}
+        if size and isinstance(sampling, dict) and not sampling.get("size"):
+            return {**data, "sampling": {**sampling, "size": (size, size)}}
+        return data
 
     @model_validator(mode="after")
     def _trained_for(self) -> Self:

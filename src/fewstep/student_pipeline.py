@@ -80,7 +80,7 @@ def scheduler_for(student: Path | str, config: Mapping[str, Any], gamma: float |
 
 
 def call_settings(student: Path | str) -> dict[str, Any]:
-    """What a pipeline is called with: its number of steps and its guidance scale, 1 for none.
+    """What a pipeline is called with: its number of steps, its guidance scale, 1 for none, and a size that is its own.
 
     Raises:
         UserError: no settings.
@@ -88,4 +88,5 @@ def call_settings(student: Path | str) -> dict[str, Any]:
     record = student_record(student)
     sampling = validate(Sampling, record["sampling"])
     scale = (record.get("guidance") or {}).get("scale", 1.0 + sampling.omega)
-    return {"num_inference_steps": sampling.steps // sampling.calls_a_step, "guidance_scale": float(scale)}
+    sized = {"width": sampling.size[0], "height": sampling.size[1]} if sampling.size else {}
+    return {"num_inference_steps": sampling.steps // sampling.calls_a_step, "guidance_scale": float(scale), **sized}

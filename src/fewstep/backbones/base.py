@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fewstep.denoiser import Condition
 from fewstep.errors import UserError
-from fewstep.folder import PipelineFolder, read_folder
+from fewstep.folder import PipelineFolder, check_side, read_folder
 from fewstep.scheduler_config import path_of, prediction_of
 
 UNUSED = "pooler."
@@ -113,6 +113,27 @@ class Backbone(ABC):
         self.network: nn.Module = self.fresh_network()
         self._readers: list[tuple[Any, Any]] | None = None
         self._vae: Any = None
+
+    def resize(self, size: int | None) -> None:
+        """Draw and learn pictures of another size than the trained one, pixels a side; None for that one.
+
+        Raises:
+            UserError: no multiple of what latents and their network ask for.
+        """
+        if size is not None:
+            self.latent_shape, self.picture_size = self.shape_of((size, size)), size
+
+    def shape_of(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
+        """(channels, height, width) of a latent of (width, height) pixels; of the own size for None.
+
+        Raises:
+            UserError: a side that is no multiple of what latents and their network ask for.
+        """
+        if size is None:
+            return self.latent_shape
+        for name, side in zip(("width", "height"), size, strict=True):
+            check_side(f"size, {name}", side, self.folder.unit)
+        return self.latent_shape[0], size[1] // self.folder.scale, size[0] // self.folder.scale
 
     @property
     def embedded_guidance(self) -> bool:

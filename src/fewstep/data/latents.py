@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fewstep.data.buckets import BucketedFiles, BucketedLatents, encode_bucketed
 from fewstep.data.pictures import Captioned, PictureSet
 from fewstep.draws import Draws
 from fewstep.errors import UserError
@@ -46,14 +47,15 @@ class LatentSet:
     """A training set without encoders.
 
     Attributes:
-        latents: fp32 [N, C, h, w]; of prompts alone, one zero seen N times, which takes no room.
+        latents: fp32 [N, C, h, w]; of several shapes, where pictures keep their aspect; of prompts alone, one zero seen
+            N times, which takes no room.
         table: the conditions of the K distinct captions and, last, the unconditional one, [K + 1, ...] each.
         rows: int64 [N, c]: which conditions belong to which latent.
         key: fingerprint of encoders, pictures and captions.
         said: the distinct captions.
     """
 
-    latents: Tensor
+    latents: Tensor | BucketedLatents
     table: dict[str, Tensor]
     rows: Tensor
     key: str
@@ -103,8 +105,14 @@ def cached(folder: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dic
     return tensors
 
 
-def encode_all(pictures: PictureSet, encoders: Encoders, cache: Path, key: str) -> Tensor:
+def encode_all(pictures: PictureSet, encoders: Encoders, cache: Path, key: str) -> Tensor | BucketedLatents:
     """Latents of all pictures, float32 on the CPU; some pictures at a time are in memory, and kept once encoded."""
+    if isinstance(pictures, BucketedFiles):
+
+        def keep(name: str, make: Callable[[], Tensor]) -> Tensor:
+            return cached(cache, f"{key}-{name}", lambda: {"latents": make()})["latents"]
+
+        return encode_bucketed(pictures, encoders.to_latents, keep, CHUNK)
     parts = []
     with tqdm(total=len(pictures), desc="encoding pictures", unit="picture", disable=len(pictures) <= CHUNK) as bar:
         for start in range(0, len(pictures), CHUNK):
@@ -131,7 +139,8 @@ def latent_set(
     """
     pictures = data.pictures
     if pictures is None:
-        seen, latents = "no-pictures", torch.zeros(()).expand(len(data), *shape)
+        seen = "no-pictures"
+        latents: Tensor | BucketedLatents = torch.zeros(()).expand(len(data), *shape)
     else:
         digest = hashlib.sha256(f"{fingerprint} {pictures.fingerprint()}".encode())
         seen = f"latents-{digest.hexdigest()[:16]}"

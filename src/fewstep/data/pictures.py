@@ -133,14 +133,34 @@ def read_picture(path: Path, size: int) -> np.ndarray:
     Raises:
         UserError: not a readable picture.
     """
+    return read_cropped(path, size, size)
+
+
+def read_cropped(path: Path, width: int, height: int) -> np.ndarray:
+    """Read a picture as uint8 [height, width, 3]: transparent parts on white, the largest centre crop, Lanczos.
+
+    Raises:
+        UserError: not a readable picture.
+    """
     with _opened(path) as image:
         rgba = ImageOps.exif_transpose(image).convert("RGBA")
     flat = Image.new("RGBA", rgba.size, "white")
     flat.alpha_composite(rgba)
-    edge = min(flat.size)
-    left, top = (flat.width - edge) // 2, (flat.height - edge) // 2
-    square = flat.convert("RGB").crop((left, top, left + edge, top + edge))
-    return np.asarray(square.resize((size, size), Image.Resampling.LANCZOS))
+    wide, high = min(flat.width, flat.height * width // height), min(flat.height, flat.width * height // width)
+    left, top = (flat.width - wide) // 2, (flat.height - high) // 2
+    crop = flat.convert("RGB").crop((left, top, left + max(wide, 1), top + max(high, 1)))
+    return np.asarray(crop.resize((width, height), Image.Resampling.LANCZOS))
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """(width, height) of a picture as it is meant to be seen.
+
+    Raises:
+        UserError: not a readable picture.
+    """
+    with _opened(path) as image:
+        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        return (image.height, image.width) if turned else (image.width, image.height)
 
 
 def from_folder(folder: Path, size: int) -> Captioned:

@@ -68,12 +68,10 @@ def pipeline_latents(
     asked: dict[str, Any] = {}
     if folder.pipeline.startswith(("PixArt", "Sana")):
         asked = {"use_resolution_binning": False, "clean_caption": False}
-    size = folder.picture_size
-    drawn: Tensor = pipe(
-        list(prompts), generator=generators, output_type="latent", height=size, width=size, **asked, **settings
-    ).images
+    asked |= {"height": folder.picture_size, "width": folder.picture_size, **settings}
+    drawn: Tensor = pipe(list(prompts), generator=generators, output_type="latent", **asked).images
     if folder.pipeline.startswith("Flux"):
-        drawn = pipe._unpack_latents(drawn, size, size, pipe.vae_scale_factor)
+        drawn = pipe._unpack_latents(drawn, asked["height"], asked["width"], pipe.vae_scale_factor)
     return drawn
 
 

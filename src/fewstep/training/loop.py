@@ -218,6 +218,7 @@ def train(
     accelerator: Accelerator,
     watch: Callable[[int, dict[str, dict[str, Tensor]]], Mapping[str, float]] | None = None,
     beside: Callable[[int], Mapping[str, Any]] | None = None,
+    visits: Callable[[int, int], np.ndarray] | None = None,
 ) -> Trained:
     """Run `plan` for `config.steps` steps, resuming from the newest checkpoint of the run folder.
 
@@ -227,6 +228,7 @@ def train(
         watch: called every `config.watch_every` steps with the step and the weights to judge; its figures
             are logged. It must leave the parameters as they were. Called on the main process alone (the others
             wait, and may pass None): it must not wait for them.
+        visits: (start, stop) -> the items at these positions of an endless pass; a fresh shuffle each epoch by default.
         beside: what the caller wants kept with the checkpoint of a step, as `beside` in its state.json.
 
     Returns:
@@ -270,7 +272,8 @@ def train(
 
     def load(step: int, part: int) -> tuple[np.ndarray, Batch]:
         where = positions(step, part)
-        return where, fetch(order(config.seed, count, int(where[0]), int(where[-1]) + 1))
+        start, stop = int(where[0]), int(where[-1]) + 1
+        return where, fetch(visits(start, stop) if visits else order(config.seed, count, start, stop))
 
     def refuse(step: int, bad: Sequence[str]) -> None:
         if bad:

@@ -35,7 +35,7 @@ CAPTIONS = 4
 """Captions drawn of each picture that an add-on learns from."""
 PEOPLE = 0.08
 """Share of skin from which a picture counts as one of people."""
-STRENGTHS = {"img2img": 0.5, "style transfer": 0.75, "super-resolution": 0.5}
+STRENGTHS = {"img2img": 0.5, "style transfer": 0.75, "super-resolution": 0.3}
 NEW_STYLE = "fluent 3d style"
 
 

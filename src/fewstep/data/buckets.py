@@ -1,0 +1,178 @@
+"""Pictures that keep their aspect ratio: each is cropped to the nearest of a few shapes of one area (SDXL's buckets).
+
+A batch is of one shape, so that it can be one tensor; an epoch visits every picture in batches that are drawn anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.data.pictures import Captioned, PictureFiles, read_cropped, size_of
+from fewstep.draws import generator
+from fewstep.errors import UserError
+from fewstep.folder import check_side
+
+Shape = tuple[int, int]
+"""(width, height) in pixels."""
+WIDEST = 2.0
+"""The largest aspect ratio of a bucket."""
+
+
+def bucket_shapes(size: int, unit: int, widest: float = WIDEST) -> list[Shape]:
+    """Shapes of about size x size pixels, sides multiples of `unit`, from the tallest to the widest.
+
+    Raises:
+        UserError: `size` is no multiple of `unit`.
+    """
+    check_side("data.size", size, unit)
+    shapes = set()
+    for width in range(unit, int(size * math.sqrt(widest)) + unit, unit):
+        height = max(unit, round(size * size / width / unit) * unit)
+        if max(width / height, height / width) <= widest:
+            shapes |= {(width, height), (height, width)}
+    return sorted(shapes, key=lambda shape: (shape[0] / shape[1], shape))
+
+
+def nearest_shape(width: int, height: int, shapes: Sequence[Shape]) -> int:
+    """The number of the shape whose aspect ratio is nearest, in logarithms."""
+    return min(range(len(shapes)), key=lambda i: abs(math.log(width * shapes[i][1] / (height * shapes[i][0]))))
+
+
+@dataclass(frozen=True)
+class BucketedFiles(PictureFiles):
+    """Pictures on disk, each with a shape of its own.
+
+    Where all must be alike (the quality watch) they are read as squares, as any `PictureFiles`.
+
+    Attributes:
+        shapes: of the buckets.
+        of: number of each picture's shape.
+    """
+
+    shapes: tuple[Shape, ...] = ()
+    of: tuple[int, ...] = ()
+
+    def read_shaped(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Some pictures of one shape, uint8 [n, height, width, 3].
+
+        Raises:
+            UserError: one is no whole picture.
+        """
+        with ThreadPoolExecutor() as pool:
+            read = pool.map(lambda row: read_cropped(self.files[int(row)], *self.shapes[self.of[int(row)]]), rows)
+            return np.stack(list(read))
+
+    def fingerprint(self) -> str:
+        """sha256 of the shapes and of the files' bytes."""
+        return hashlib.sha256(f"{super().fingerprint()} {self.shapes} {self.of}".encode()).hexdigest()
+
+
+def bucketed(captioned: Captioned, size: int, unit: int) -> Captioned:
+    """The same pictures, sorted into buckets by their files' own sizes.
+
+    Raises:
+        UserError: pictures that are no files.
+    """
+    files = captioned.pictures
+    if not isinstance(files, PictureFiles):
+        raise UserError("data.buckets = True wants a folder of pictures in data.source; the nearest is False")
+    shapes = bucket_shapes(size, unit)
+    of = tuple(nearest_shape(*size_of(file), shapes) for file in files.files)
+    return Captioned(BucketedFiles(files.files, size, tuple(shapes), of), captioned.captions)
+
+
+class BucketedLatents:
+    """Latents of several shapes, asked for by batches of one shape.
+
+    Attributes:
+        parts: [n, C, h, w] of each bucket that holds any.
+        group: the bucket of each item, int64 [N].
+    """
+
+    def __init__(self, parts: Sequence[Tensor], rows: Sequence[Sequence[int]]) -> None:
+        count = sum(len(part) for part in parts)
+        self.parts = list(parts)
+        self.group, self._place = torch.empty(count, dtype=torch.int64), torch.empty(count, dtype=torch.int64)
+        for number, items in enumerate(rows):
+            where = torch.as_tensor(list(items), dtype=torch.int64)
+            self.group[where] = number
+            self._place[where] = torch.arange(len(where))
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    def __getitem__(self, items: Tensor) -> Tensor:
+        """The latents of items of one bucket, [b, C, h, w]."""
+        groups = set(self.group[items].tolist())
+        if len(groups) != 1:
+            raise ValueError(f"items of {len(groups)} shapes cannot be one batch")
+        chosen: Tensor = self.parts[groups.pop()][self._place[items]]
+        return chosen
+
+    def order(self, seed: int, batch: int) -> Callable[[int, int], np.ndarray]:
+        """As `draws.order`, in batches of one shape each: (start, stop) -> items.
+
+        Each bucket is shuffled and filled up to whole batches by its own first items; then the batches are shuffled.
+        """
+        group = self.group.numpy()
+        members = [np.flatnonzero(group == number) for number in range(len(self.parts))]
+        length = sum(-(-len(items) // batch) for items in members) * batch
+
+        def epoch(number: int) -> np.ndarray:
+            draw = generator(seed, "order", step=number)
+            batches = []
+            for items in members:
+                shuffled = draw.permutation(items)
+                short = -len(shuffled) % batch
+                batches.append(np.resize(shuffled, len(shuffled) + short).reshape(-1, batch))
+            every = np.concatenate(batches)
+            ordered: np.ndarray = every[draw.permutation(len(every))].reshape(-1)
+            return ordered
+
+        def items(start: int, stop: int) -> np.ndarray:
+            positions = np.arange(start, stop)
+            found = np.empty_like(positions)
+            for number in np.unique(positions // length):
+                chosen = positions // length == number
+                found[chosen] = epoch(int(number))[positions[chosen] % length]
+            return found
+
+        return items
+
+
+def encode_bucketed(
+    pictures: BucketedFiles,
+    encode: Callable[[np.ndarray], Tensor],
+    keep: Callable[[str, Callable[[], Tensor]], Tensor],
+    chunk: int,
+) -> BucketedLatents:
+    """Latents of all pictures, bucket by bucket.
+
+    Args:
+        encode: uint8 [n, H, W, 3] -> latents.
+        chunk: pictures at a time.
+    """
+    parts, rows = [], []
+    for number in range(len(pictures.shapes)):
+        items = [row for row, shape in enumerate(pictures.of) if shape == number]
+        if not items:
+            continue
+        found = []
+        for start in range(0, len(items), chunk):
+            some = items[start : start + chunk]
+
+            def make(some: list[int] = some) -> Tensor:
+                return encode(pictures.read_shaped(some)).cpu()
+
+            found.append(keep(f"{pictures.shapes[number]}-{start}", make))
+        parts.append(torch.cat(found))
+        rows.append(items)
+    return BucketedLatents(parts, rows)
