@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,45 @@ def test_refusals(words: list[str], said: str, tmp_path: Path, capsys: pytest.Ca
     assert told.count("\n") == 1
     assert not (tmp_path / "new").exists()
     assert (tmp_path / "taken" / "thesis.txt").read_text() == "years of work"
+
+
+def test_what_does_not_belong_together_is_told_in_one_line(
+    folders: dict[str, Path],
+    students: dict[tuple[str, str], Path],
+    picture_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Another base, another rank, another number of channels: exit code 2, before any long work."""
+    own, other, lora = folders["sd"], folders["sdxl"], str(students["sd", "lora"])
+    fitting = tmp_path / "fitting"
+    shutil.copytree(own, fitting)
+    weights = fitting / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: value + 1e-3 for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    wide = tmp_path / "wide"
+    shutil.copytree(own, wide)
+    config = wide / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "in_channels": 9}))
+    new = ["--out", str(tmp_path / "new")]
+    drawn = ["--out", str(tmp_path / "new.png")]
+    data = ["-s", f"data.source={picture_folder}"]
+    for words, said in (
+        (["sample", "a", "--lora", lora, "--teacher", str(other), *drawn], "is for another base"),
+        (["sample", "a", "--lora", lora, "--teacher", str(fitting), *drawn], "was trained on another base (sha256"),
+        (["export", lora, "--teacher", str(other), *new], "is for another base"),
+        (["export", lora, "--teacher", str(fitting), *new], "was trained on another base (sha256"),
+        (["distill", "--teacher", str(own), *data, *new, "-s", f"student.start={lora}"], "the nearest legal rank is 2"),
+        (["sample", "a", "--lora", "none", "--teacher", str(wide), *drawn], "in_channels = 9, its latents have 4"),
+        (["distill", "--teacher", str(wide), *data, *new], "in_channels = 9, its latents have 4"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            cli.main(words)
+        told = capsys.readouterr().err
+        assert left.value.code == 2, words
+        assert said in told
+        assert told.count("\n") == 1
+        assert not (tmp_path / "new").exists()
+        assert not (tmp_path / "new.png").exists()
 
 
 def test_the_bundled_student_for_other_tools(tmp_path: Path) -> None:

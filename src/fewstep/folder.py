@@ -174,7 +174,8 @@ def read_folder(path: Path | str, field: str = "teacher") -> PipelineFolder:
         field: the setting that names it, for errors.
 
     Raises:
-        UserError: no such folder, no model_index.json, a pipeline class without a backbone, or broken weight files.
+        UserError: no such folder, no model_index.json, a pipeline class without a backbone, broken weight files, or a
+            network of other latents than its autoencoder's.
     """
     path = Path(path)
     index = path / "model_index.json"
@@ -219,6 +220,7 @@ def read_folder(path: Path | str, field: str = "teacher") -> PipelineFolder:
             read_safetensors_header(file)  # a missing, truncated or foreign file is refused here
     folder = PipelineFolder(path, name, family, components)
     check_terminal_snr(folder.config("scheduler"))
+    _ = folder.latent_shape  # an inpainting network, say, is refused here
     return folder
 
 

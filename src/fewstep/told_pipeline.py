@@ -121,6 +121,11 @@ def attach(pipe: Any, student: Path | str, *, gamma: float | None = None) -> Any
         UserError: not such a student, one of another base, one that no scheduler of diffusers samples, or a pipeline
             that has a student already.
     """
+    if not hasattr(pipe, "unet"):
+        raise UserError(
+            f"pipe is a {type(pipe).__name__}, whose network is no UNet; the nearest way to draw with "
+            f"student = {str(student)!r} is `fewstep sample`"
+        )
     if getattr(pipe, "_fewstep_teller", None) is not None:
         raise UserError("pipe has a student attached already; load a fresh pipeline for another one")
     sampling, place, header = _read_student(pipe, Path(student))
