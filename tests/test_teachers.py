@@ -58,6 +58,67 @@ def test_a_single_file_is_the_pipeline_that_it_was(name: str, tmp_path: Path, ca
     assert (place / "model_index.json").stat().st_mtime_ns == before, "taken apart once"
 
 
+def sd3_original(weights: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Tensor]:
+    """A transformer of Stable Diffusion 3 under the names of its original code, q, k and v in one matrix."""
+    plain = {
+        "pos_embed.pos_embed": "pos_embed", "pos_embed.proj": "x_embedder.proj", "context_embedder": "context_embedder",
+        "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+        "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+        "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+        "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+        "proj_out": "final_layer.linear", "norm_out.linear": "final_layer.adaLN_modulation.1",
+    }  # fmt: skip
+    swapped = {"norm_out.linear", f"transformer_blocks.{layers - 1}.norm1_context.linear"}
+    for i in range(layers):
+        here, there = f"transformer_blocks.{i}", f"joint_blocks.{i}"
+        for ours, theirs in (
+            ("norm1.linear", "x_block.adaLN_modulation.1"), ("norm1_context.linear", "context_block.adaLN_modulation.1"),
+            ("attn.to_out.0", "x_block.attn.proj"), ("attn.to_add_out", "context_block.attn.proj"),
+            ("ff.net.0.proj", "x_block.mlp.fc1"), ("ff.net.2", "x_block.mlp.fc2"),
+            ("ff_context.net.0.proj", "context_block.mlp.fc1"), ("ff_context.net.2", "context_block.mlp.fc2"),
+        ):  # fmt: skip
+            plain[f"{here}.{ours}"] = f"{there}.{theirs}"
+    found = {}
+    for name, value in weights.items():
+        module, _, kind = name.rpartition(".")
+        if name in plain:
+            found[plain[name]] = value
+        elif module in plain:
+            halves = value.chunk(2) if module in swapped else (value,)
+            found[f"{plain[module]}.{kind}"] = torch.cat(halves[::-1])
+    for i in range(layers):
+        own = f"transformer_blocks.{i}.attn."
+        for block, names in (
+            ("x_block", ("to_q", "to_k", "to_v")),
+            ("context_block", ("add_q_proj", "add_k_proj", "add_v_proj")),
+        ):
+            for kind in ("weight", "bias"):
+                joined = torch.cat([weights[f"{own}{name}.{kind}"] for name in names])
+                found[f"joint_blocks.{i}.{block}.attn.qkv.{kind}"] = joined
+    return found
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_a_transformer_alone_takes_the_rest_from_the_folder(prefix: str, tmp_path: Path) -> None:
+    """Stable Diffusion 3, as ComfyUI's folders hold it, and inside a whole checkpoint."""
+    folder = tiny_pipelines.sd3(tmp_path / "tiny")
+    weights = dict(load_backbone(folder).network.state_dict())
+    layers = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("transformer_blocks"))
+    changed = {name: value + 0.01 for name, value in weights.items()}
+    file = tmp_path / "model.safetensors"
+    original = sd3_original(changed, layers)
+    save_file({f"{prefix}{name}": value.contiguous() for name, value in original.items()}, file)
+    place = teachers.teacher_folder(file, folder)
+    found = load_backbone(place)
+    for name, value in found.network.state_dict().items():
+        torch.testing.assert_close(value, changed[name], atol=1e-6, rtol=0)
+    assert found.folder.identity("vae", "text_encoder_3") == load_backbone(folder).folder.identity(
+        "vae", "text_encoder_3"
+    )
+    with pytest.raises(UserError, match=r"one file, without its configs; give --config FOLDER, any StableDiffusion3"):
+        teachers.teacher_folder(file)
+
+
 def test_half_precision_stays_half(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

@@ -7,14 +7,16 @@ what comes from a hub. Neither reads a pickle.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from fewstep.errors import UserError
-from fewstep.export.pipeline import RECORD
-from fewstep.files import atomic_folder, read_mapping, sha256
+from fewstep.export.pipeline import RECORD, write_pipeline
+from fewstep.files import atomic_folder, read_mapping, sha256, write_json
 from fewstep.tensor_header import Entry, read_safetensors_header
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
@@ -27,6 +29,13 @@ WHOLE = {
     "cond_stage_model.": "StableDiffusionPipeline",
 }
 """How keys of a whole checkpoint begin, and what pipeline it is."""
+NETWORKS = {
+    "joint_blocks.": ("StableDiffusion3Pipeline", "SD3Transformer2DModel"),
+    "double_blocks.": ("FluxPipeline", "FluxTransformer2DModel"),
+}
+"""The same of files whose transformer alone is taken, and its class: all else comes from the folder beside them."""
+IN_A_WHOLE = "model.diffusion_model."
+"""Before a transformer's keys, where the file holds more."""
 
 
 def cache_folder() -> Path:
@@ -73,9 +82,12 @@ def pipeline_of(keys: Collection[str], file: Path) -> str:
     for start, pipeline in WHOLE.items():
         if any(key.startswith(start) for key in keys):
             return pipeline
+    for start, (pipeline, _) in NETWORKS.items():
+        if any(key.removeprefix(IN_A_WHOLE).startswith(start) for key in keys):
+            return pipeline
     raise UserError(
         f"teacher = {str(file)!r} is of an unknown architecture: it holds {min(keys, default='nothing')!r}; the "
-        "nearest that is known is a whole checkpoint of Stable Diffusion 1.x, 2.x or XL"
+        "nearest that is known is a whole checkpoint of Stable Diffusion 1.x, 2.x or XL, or a transformer of 3 or Flux"
     )
 
 
@@ -112,6 +124,18 @@ def _take_apart(file: Path, config: Path, pipeline: str, entries: dict[str, Entr
     from fewstep.backbones.base import loading
 
     half = all(entry.dtype in ("F16", "BF16") for entry in entries.values() if len(entry.shape) > 1)
+    transformer = dict(NETWORKS.values()).get(pipeline)
+    if transformer:
+        with loading(str(file)):
+            network = getattr(diffusers, transformer).from_single_file(
+                str(file),
+                config=str(config),
+                subfolder="transformer",
+                local_files_only=True,
+                torch_dtype=torch.float16 if half else torch.float32,
+            )
+        write_pipeline(part, config, network, told(file))
+        return
     more = {"safety_checker": None} if pipeline == "StableDiffusionPipeline" else {}
     with loading(str(file)):
         pipe = getattr(diffusers, pipeline).from_single_file(
@@ -122,9 +146,14 @@ def _take_apart(file: Path, config: Path, pipeline: str, entries: dict[str, Entr
             **more,
         )
     pipe.save_pretrained(part)
-    told = read_safetensors_header(file)[0].get("fewstep")  # a student that was exported so brings its settings
-    if told:
-        (part / RECORD).write_text(told + "\n", encoding="utf-8")
+    if record := told(file):
+        write_json(part / RECORD, record)
+
+
+def told(file: Path) -> dict[str, Any]:
+    """What a student that was exported as one file says of itself; empty for any other file."""
+    record = json.loads(read_safetensors_header(file)[0].get("fewstep", "{}"))
+    return record if isinstance(record, dict) else {}
 
 
 def fetched(named: str) -> Path:

@@ -43,7 +43,7 @@ def save_pipeline(
 def write_pipeline(
     place: Path, base: Path, network: nn.Module, record: Mapping[str, Any], told: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Copy the pipeline folder `base` with another denoiser, and write `record` (with a `sampling` entry) beside it.
+    """Copy the pipeline folder `base` with another denoiser, and write `record` (with a `sampling` entry), if any, beside.
 
     `told` are the weights of what the denoiser is told by, if anything (`export.conditioning`).
 
@@ -72,7 +72,8 @@ def write_pipeline(
     except SafetensorError as error:  # its own name for a full disk
         raise OSError(str(error)) from error
     save_told(place, told or {})
-    (place / RECORD).write_text(json.dumps(dict(record), indent=2) + "\n", encoding="utf-8")
+    if record:
+        (place / RECORD).write_text(json.dumps(dict(record), indent=2) + "\n", encoding="utf-8")
 
 
 def _pickled(component: Path) -> bool:
