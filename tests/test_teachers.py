@@ -72,7 +72,8 @@ def sd3_original(weights: dict[str, torch.Tensor], layers: int) -> dict[str, tor
     for i in range(layers):
         here, there = f"transformer_blocks.{i}", f"joint_blocks.{i}"
         for ours, theirs in (
-            ("norm1.linear", "x_block.adaLN_modulation.1"), ("norm1_context.linear", "context_block.adaLN_modulation.1"),
+            ("norm1.linear", "x_block.adaLN_modulation.1"),
+            ("norm1_context.linear", "context_block.adaLN_modulation.1"),
             ("attn.to_out.0", "x_block.attn.proj"), ("attn.to_add_out", "context_block.attn.proj"),
             ("ff.net.0.proj", "x_block.mlp.fc1"), ("ff.net.2", "x_block.mlp.fc2"),
             ("ff_context.net.0.proj", "context_block.mlp.fc1"), ("ff_context.net.2", "context_block.mlp.fc2"),
@@ -88,10 +89,8 @@ def sd3_original(weights: dict[str, torch.Tensor], layers: int) -> dict[str, tor
             found[f"{plain[module]}.{kind}"] = torch.cat(halves[::-1])
     for i in range(layers):
         own = f"transformer_blocks.{i}.attn."
-        for block, names in (
-            ("x_block", ("to_q", "to_k", "to_v")),
-            ("context_block", ("add_q_proj", "add_k_proj", "add_v_proj")),
-        ):
+        joint = {"x_block": ("to_q", "to_k", "to_v"), "context_block": ("add_q_proj", "add_k_proj", "add_v_proj")}
+        for block, names in joint.items():
             for kind in ("weight", "bias"):
                 joined = torch.cat([weights[f"{own}{name}.{kind}"] for name in names])
                 found[f"joint_blocks.{i}.{block}.attn.qkv.{kind}"] = joined
@@ -112,9 +111,8 @@ def test_a_transformer_alone_takes_the_rest_from_the_folder(prefix: str, tmp_pat
     found = load_backbone(place)
     for name, value in found.network.state_dict().items():
         torch.testing.assert_close(value, changed[name], atol=1e-6, rtol=0)
-    assert found.folder.identity("vae", "text_encoder_3") == load_backbone(folder).folder.identity(
-        "vae", "text_encoder_3"
-    )
+    rest = ("vae", "text_encoder_3")
+    assert found.folder.identity(*rest) == load_backbone(folder).folder.identity(*rest)
     with pytest.raises(UserError, match=r"one file, without its configs; give --config FOLDER, any StableDiffusion3"):
         teachers.teacher_folder(file)
 
