@@ -43,7 +43,7 @@ def save_pipeline(
 def write_pipeline(
     place: Path, base: Path, network: nn.Module, record: Mapping[str, Any], told: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Copy the pipeline folder `base` with another denoiser, and write `record` (with a `sampling` entry), if any, beside.
+    """Copy the pipeline folder `base` with another denoiser; write `record` (with a `sampling` entry), if any, beside.
 
     `told` are the weights of what the denoiser is told by, if anything (`export.conditioning`).
 
