@@ -113,6 +113,10 @@ class Scale:
         """Sigma of the end point."""
         return 0.0 if end == "clean" else self.sigma_of(1.0 if self.flow else 0.0)
 
+    def handed_back(self, x: torch.Tensor, end: float) -> torch.Tensor:
+        """A latent such that ComfyUI's `inverse_noise_scaling` at the last sigma makes it x again."""
+        return x * (1 - end) if self.flow else x
+
     def landing(self, plan: Plan, then: float) -> float:
         """Sigma of where a jump lands before noise brings it up to the time `then`."""
         low = self.lowest(plan.end)
@@ -187,6 +191,22 @@ def scale_of(model_sampling: Any) -> Scale:
     raise ValueError(f"{type(model_sampling).__name__} is neither of discrete times nor a flow with a shift")
 
 
+def check_model(record: dict[str, Any], model_sampling: Any) -> None:
+    """Refuse a model that ComfyUI takes for one of another kind than the student's base.
+
+    Raises:
+        ValueError: naming both.
+    """
+    kinds = {kind.__name__ for kind in type(model_sampling).__mro__}
+    found = "v" if "V_PREDICTION" in kinds else "flow" if "CONST" in kinds else "eps"
+    wanted = record.get("prediction", found)
+    if wanted != found:
+        raise ValueError(
+            f"the student predicts {wanted}, ComfyUI takes this model for one of {found}; the nearest way is a "
+            "ModelSamplingDiscrete node before this one"
+        )
+
+
 def read_record(path: str) -> dict[str, Any]:
     """What a student's file says of itself.
 
@@ -243,7 +263,9 @@ class FewStepStudent:
 
         path = folder_paths.get_full_path_or_raise("loras", lora_name)
         record = read_record(path)
-        plan, scale = plan_of(record, steps, gamma), scale_of(model.get_model_object("model_sampling"))
+        held = model.get_model_object("model_sampling")
+        check_model(record, held)
+        plan, scale = plan_of(record, steps, gamma), scale_of(held)
         weights = comfy.utils.load_torch_file(path, safe_load=True)
         student, _ = comfy.sd.load_lora_for_models(model, None, weights, strength, 0)
 
@@ -256,10 +278,12 @@ class FewStepStudent:
                     callback({"x": now, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": x0})
 
             noise = noise_after_the_first(x, int(more.get("seed") or 0))
-            return sample(lambda y, sigma: net(y, sigma * ones, **more), x, plan, scale, noise, told)
+            drawn = sample(lambda y, sigma: net(y, sigma * ones, **more), x, plan, scale, noise, told)
+            return scale.handed_back(drawn, scale.lowest(plan.end))
 
         sigmas = torch.tensor([*(scale.sigma_of(t) for t in plan.times), scale.lowest(plan.end)])
-        guidance = float(record.get("guidance", {}).get("scale", 1.0))
+        said = record.get("guidance", {})
+        guidance = 1.0 if said.get("told") else float(said.get("scale", 1.0))
         return student, comfy.samplers.KSAMPLER(function), sigmas, guidance
 
 

@@ -16,7 +16,7 @@ import tiny_pipelines
 from conftest import draw_shape
 from fewstep import distillation
 from fewstep.backbones.base import load_backbone
-from fewstep.data.buckets import BucketedFiles, BucketedLatents, bucket_shapes, bucketed, nearest_shape
+from fewstep.data.buckets import BucketedFiles, BucketedLatents, bucket_shapes, bucketed, filled, nearest_shape
 from fewstep.data.pictures import from_folder, size_of
 from fewstep.drawing import load_artist
 from fewstep.errors import UserError
@@ -90,6 +90,15 @@ def test_each_picture_goes_to_its_shape(shapes_folder: Path) -> None:
     assert picture.shape[:2] == own["0.png"][::-1]
     middle = picture[picture.shape[0] // 2, picture.shape[1] // 2]
     assert middle[0] > 180 > middle[1], "the disc is still in the middle"
+
+
+def test_a_shape_that_fills_no_batch_goes_to_the_nearest_that_does() -> None:
+    shapes = bucket_shapes(64, 16)
+    square, wide = shapes.index((64, 64)), nearest_shape(96, 64, shapes)
+    ratios = [(64, 64)] * 5 + [(96, 64)] * 4 + [(64, 100)]
+    assert filled(ratios, shapes, 4) == [square] * 5 + [wide] * 4 + [square], "tall ones are nearer to squares"
+    assert filled(ratios, shapes, 20) == [square] * 10
+    assert len(set(filled(ratios, shapes, 1))) == 3
 
 
 def test_batches_are_of_one_shape_and_all_are_seen() -> None:

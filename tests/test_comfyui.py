@@ -102,7 +102,10 @@ def test_latents_are_ours(node: ModuleType, name: str, sampling: Sampling) -> No
     drawn = node.sample(
         denoise, x, plan, scale, node.noise_after_the_first(x.float(), seed), lambda i, a, b: seen.append(i)
     )
-    assert float((drawn - ours).abs().max()) < 2e-4
+    end = scale.lowest(plan.end)
+    handed = scale.handed_back(drawn, end)
+    shown = handed / (1 - end) if flow else handed  # ComfyUI's inverse_noise_scaling
+    assert float((shown - ours).abs().max()) < 2e-4
     assert seen == list(range(len(asked)))
 
 
@@ -122,6 +125,30 @@ def test_what_it_does_not_have_is_refused(node: ModuleType, tmp_path: Path) -> N
         node.scale_of(SimpleNamespace())
     assert node.plan_of({"sampling": {"gamma": 0.2}}).gamma == 0.2
     assert node.plan_of({"sampling": {"gamma": 0.2}}, gamma=0.5).gamma == 0.5
+
+
+def test_a_model_of_another_kind_is_refused(node: ModuleType) -> None:
+    """ComfyUI takes every Stable Diffusion 1.x for one that predicts noise."""
+
+    class EPS: ...
+
+    class V_PREDICTION(EPS): ...  # noqa: N801
+
+    class CONST: ...
+
+    made = {
+        "eps": type("A", (ModelSamplingDiscrete, EPS), {}),
+        "v": type("B", (ModelSamplingDiscrete, V_PREDICTION), {}),
+    }
+    made["flow"] = type("C", (ModelSamplingDiscreteFlow, CONST), {})
+    for wanted in made:
+        for kind, built in made.items():
+            held = built.__new__(built)
+            if kind == wanted:
+                node.check_model({"prediction": wanted}, held)
+                continue
+            with pytest.raises(ValueError, match=f"predicts {wanted}, ComfyUI takes this model for one of {kind}"):
+                node.check_model({"prediction": wanted}, held)
 
 
 def test_the_workflow_names_the_node(node: ModuleType) -> None:

@@ -250,7 +250,10 @@ def evaluate(
     chosen = choose_student(folder, lora, settings or {})
     other = Path(reference) if reference else (folder.path if chosen.lora else None)
     base = read_folder(other, "reference") if other else folder
-    size, seen = folder.picture_size, base.picture_size
+    asked = chosen.sampling.size
+    if asked and asked[0] != asked[1]:
+        raise UserError(f"size = {list(asked)} is no square, as measured pictures are; the nearest is {[asked[0]] * 2}")
+    size, seen = asked[0] if asked else folder.picture_size, asked[0] if asked else base.picture_size
     if seen != size:
         raise UserError(
             f"reference = {str(other)!r} draws {seen} pixels a side, not {size}; the nearest is the student's teacher"
@@ -259,7 +262,7 @@ def evaluate(
         emoji8.check_size(size, "real left out")
     own = end_point_sampling(base.path)
     omega = reference_omega if reference_omega is not None else chosen.omega_seen
-    drawn = validate(Sampling, own.model_dump() | ({} if omega is None else {"omega": omega}))
+    drawn = validate(Sampling, own.model_dump() | {"size": asked} | ({} if omega is None else {"omega": omega}))
     check_sampling(drawn, base)
     check_writable(Path(out))
     check_installed("evaluate")

@@ -146,6 +146,10 @@ def export_as(
     whole = (Path(student) / "model_index.json").is_file()
     folder = read_folder(student if whole else teacher_path(named_teacher(teacher, teacher_config)))
     chosen = choose_student(folder, None if whole else student, {})
+    if not whole and chosen.lora is None:
+        raise UserError(
+            f"student = {str(student)!r} is the teacher itself; the nearest is a LoRA, or a whole student's folder"
+        )
     classes = {name: folder.components[name][1] for name in folder.family.encoders}
     told = tuple(chosen.sampling.told)
     found = check_form(form, folder.family.kind, lora=not whole, told=told, encoders=classes)

@@ -12,7 +12,7 @@ from fewstep.export.header import base_shapes, check_start
 from fewstep.export.pipeline import RECORD
 from fewstep.families import SD
 from fewstep.files import read_mapping
-from fewstep.folder import PipelineFolder, check_side
+from fewstep.folder import PipelineFolder
 from fewstep.language.settings import PACKAGES
 from fewstep.method_settings import GridSpec
 from fewstep.names import End
@@ -45,7 +45,12 @@ def check_distillation(config: DistillConfig, folder: PipelineFolder) -> None:
 def _check_shapes(config: DistillConfig, folder: PipelineFolder) -> None:
     """The sizes of pictures must be such as latents and network can have."""
     if config.data.size:
-        check_side("data.size", config.data.size, folder.unit)
+        folder.check_size("data.size", (config.data.size, config.data.size))
+        if is_synthesis(config.data.source) and config.data.size != folder.picture_size:
+            raise UserError(
+                f"data.size = {config.data.size} is not that of the set in data.source; the nearest legal one is "
+                f"{folder.picture_size}"
+            )
     if not config.data.buckets:
         return
     source = config.data.source
@@ -136,8 +141,8 @@ def check_sampling(sampling: Sampling, folder: PipelineFolder) -> None:
 
 
 def _check_times(section: str, sampling: Sampling, folder: PipelineFolder) -> None:
-    for name, side in zip(("width", "height"), sampling.size or (), strict=False):
-        check_side(f"{section}size, {name}", side, folder.unit)
+    if sampling.size:
+        folder.check_size(f"{section}size", sampling.size)
     if sampling.spacing != "trailing":
         _check_grid(f"{section}grid", 8 if sampling.spacing == "tlcm" else sampling.grid, folder)
         return

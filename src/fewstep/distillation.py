@@ -94,7 +94,9 @@ def make_watch(run: Run, out: Path, cache: Path) -> Watch:
     def keep(weights: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
         export_student(config, run.backbone, weights, out / "best", notes)
 
-    artist = Artist(run.backbone, run.denoiser, config.sampling, "student")
+    # at the size that is learned: its pictures stand beside real ones and the teacher's
+    sampling = config.sampling.model_copy(update={"size": None})
+    artist = Artist(run.backbone, run.denoiser, sampling, "student")
     seen = run.watched(max(REAL, config.watch.count))
     prompts = watched_prompts(config, [said[0] for said in seen.captions])
     real = None if seen.pictures is None else seen.pictures.read(range(min(REAL, len(seen))))
@@ -247,7 +249,7 @@ def estimate_stage(config: DistillConfig) -> Estimated:
     backbone.resize(config.data.size)
     captioned = read_source(config, backbone.picture_size)
     if config.data.buckets:
-        captioned = bucketed(captioned, backbone.picture_size, backbone.folder.unit)
+        captioned = bucketed(captioned, backbone.picture_size, backbone.folder.unit, config.loop.batch)
     backbone.load_encoders()
     few = captioned.take(range(min(max(2, config.loop.batch), len(captioned))))
     fingerprint = encoders_fingerprint(backbone)  # before the clock starts: hashed once for any number of pictures

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.drawing import Artist, load_artist, save_picture, sheet
-from fewstep.export.adapters import adapter_config, kohya_names, write_diffusers, write_kohya, write_peft
+from fewstep.export.adapters import adapter_config, kohya_names, matrices, write_diffusers, write_kohya, write_peft
 from fewstep.export.card import CARD, PICTURES, model_card
 from fewstep.export.conditioning import save_told
 from fewstep.export.forms import ADAPTERS, ExportForm, Reader
@@ -137,14 +137,14 @@ def write(
         lora = read_lora(check_lora(student.lora, folder))
         shapes = base_shapes(folder)
         every = [key.removesuffix(".weight") for key, size in shapes.items() if key.endswith(".weight") and size[1:]]
-        config = adapter_config(lora, every, folder.family.targets)
+        config, pairs = adapter_config(lora, every, folder.family.targets), matrices(lora, shapes)
         save_told(place, _told(student.lora))
         if form == "diffusers":
-            return write_diffusers(place, lora, config, folder.network, said).name
+            return write_diffusers(place, lora, pairs, config, folder.network, said).name
         if form == "peft":
-            return write_peft(place, lora, config, said).name
+            return write_peft(place, pairs, config, said).name
         names = kohya_names(lora.header.layers, every, folder.family.kind)
-        return write_kohya(place / f"{name}.safetensors", lora, config, names, said).name
+        return write_kohya(place / f"{name}.safetensors", lora, pairs, config, names, said).name
     if form == "merged":
         write_pipeline(place, folder.path, rounded(network, kind), record, _told(student.lora or folder.path))
         return ""

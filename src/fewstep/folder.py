@@ -86,6 +86,21 @@ class PipelineFolder:
         points = 1 << (len(levels) - 1) if isinstance(levels, list) else int(network.get("patch_size") or 1)
         return self.scale * max(points, math.isqrt(self.family.packed))
 
+    def check_size(self, field: str, size: tuple[int, int]) -> None:
+        """Refuse a (width, height) in pixels that latents and their network cannot have.
+
+        Raises:
+            UserError: naming the nearest side.
+        """
+        network = self.config(self.network)
+        most = int(network.get("pos_embed_max_size") or 0) * int(network.get("patch_size") or 1) * self.scale
+        for side in size:
+            check_side(field, side, self.unit)
+            if most and side > most:
+                raise UserError(
+                    f"{field} = {side} is more than the network has places for; the nearest legal one is {most}"
+                )
+
     @property
     def picture_size(self) -> int:
         """Pixels a side at the trained size.

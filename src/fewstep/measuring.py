@@ -111,7 +111,7 @@ def evaluate_folder(
         out: folder for figures.json.
     """
     artist = load_artist(teacher, lora, device)
-    n, size = len(prompts), artist.backbone.picture_size
+    n, size = len(prompts), sampling.size[0] if sampling.size else artist.backbone.picture_size
     teller = load_artist(reference, None, device) if reference is not None else None
     features = Features(Lite0Backbone(), out / "features")
     yardstick = (

@@ -144,7 +144,7 @@ def prepare(config: DistillConfig, cache: Path, device: torch.device) -> Run:
         return on_synthesis(config, backbone, cache)
     captioned = read_source(config, backbone.picture_size)
     if config.data.buckets:
-        captioned = bucketed(captioned, backbone.picture_size, backbone.folder.unit)
+        captioned = bucketed(captioned, backbone.picture_size, backbone.folder.unit, config.loop.batch)
     backbone.load_encoders()  # a broken text encoder is told of before the pictures are encoded
     data = latent_set(captioned, backbone, encoders_fingerprint(backbone), cache, backbone.latent_shape)
     folder = perceptual_folder(config, backbone, data.said, cache)

@@ -167,8 +167,10 @@ class DistillConfig(Config):
     @classmethod
     def _sized(cls, data: Any) -> Any:
         """What is learned at a size is drawn at it."""
-        size = (data.get("data") or {}).get("size") if isinstance(data, dict) else None
-        sampling = data.get("sampling") or {} if isinstance(data, dict) else {}
+        if not isinstance(data, dict):
+            return data
+        seen, sampling = data.get("data"), data.get("sampling") or {}
+        size = seen.get("size") if isinstance(seen, dict) else getattr(seen, "size", None)
         if size and isinstance(sampling, dict) and not sampling.get("size"):
             return {**data, "sampling": {**sampling, "size": (size, size)}}
         return data

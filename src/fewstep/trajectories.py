@@ -90,7 +90,7 @@ def stored_trajectories(
     omega = torch.from_numpy(rng.uniform(*method.guidance.omegas, count))
     teacher = backbone.folder.denoising
     digest = hashlib.sha256(
-        f"{teacher} {said.key} {method_key(method)} {seed} {config.data.empty_prompts}".encode()
+        f"{teacher} {said.key} {method_key(method)} {seed} {config.data.empty_prompts} {backbone.latent_shape}".encode()
     ).hexdigest()[:16]
 
     def shard(part: slice) -> dict[str, Tensor]:

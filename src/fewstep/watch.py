@@ -100,7 +100,9 @@ class Watch:
             update={"steps": config.watch.teacher_steps, "omega": config.method.guidance.mean_omega}
         )
         backbone = self.student.backbone
-        known = json.dumps([backbone.folder.identity(), sampling.model_dump(), self.prompts, list(seeds)])
+        known = json.dumps(
+            [backbone.folder.identity(), backbone.latent_shape, sampling.model_dump(), self.prompts, list(seeds)]
+        )
         key = f"watch-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
 
         def draw() -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fewstep.denoiser import Condition
 from fewstep.errors import UserError
-from fewstep.folder import PipelineFolder, check_side, read_folder
+from fewstep.folder import PipelineFolder, read_folder
 from fewstep.scheduler_config import path_of, prediction_of
 
 UNUSED = "pooler."
@@ -131,8 +131,7 @@ class Backbone(ABC):
         """
         if size is None:
             return self.latent_shape
-        for name, side in zip(("width", "height"), size, strict=True):
-            check_side(f"size, {name}", side, self.folder.unit)
+        self.folder.check_size("size", size)
         return self.latent_shape[0], size[1] // self.folder.scale, size[0] // self.folder.scale
 
     @property
@@ -272,7 +271,7 @@ class Backbone(ABC):
     def to_pictures(self, latents: Tensor) -> np.ndarray:
         """Latents -> uint8 [N, H, W, 3], rounded as diffusers rounds."""
         parts = []
-        batch = _at_once(latents.shape[-1] * self.folder.scale)
+        batch = _at_once(latents.shape[-1] * latents.shape[-2] * self.folder.scale**2)
         for start in range(0, len(latents), batch):
             part = latents[start : start + batch]
             decoded = self.decode(part.to(self.device))
@@ -295,16 +294,16 @@ def from_network_scale(vae: Any, latents: Tensor) -> Tensor:
     return scaled
 
 
-def _at_once(size: int) -> int:
-    """How many pictures of `size` pixels a side the autoencoder takes at once."""
-    return min(128, max(1, MOST_PIXELS // size**2))
+def _at_once(pixels: int) -> int:
+    """How many pictures of so many pixels the autoencoder takes at once."""
+    return min(128, max(1, MOST_PIXELS // pixels))
 
 
 @torch.no_grad()
 def encode_pictures(vae: Any, pictures: np.ndarray, device: torch.device) -> Tensor:
     """uint8 [N, H, W, 3] -> posterior means, float32 [N, C, h, w] on the CPU, scaled as the network expects."""
     parts = []
-    batch = _at_once(pictures.shape[1])
+    batch = _at_once(pictures.shape[1] * pictures.shape[2])
     for start in range(0, len(pictures), batch):
         part = torch.from_numpy(np.array(pictures[start : start + batch])).to(device)
         part = part.permute(0, 3, 1, 2).float() / 127.5 - 1

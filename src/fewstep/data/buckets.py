@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -75,8 +76,24 @@ class BucketedFiles(PictureFiles):
         return hashlib.sha256(f"{super().fingerprint()} {self.shapes} {self.of}".encode()).hexdigest()
 
 
-def bucketed(captioned: Captioned, size: int, unit: int) -> Captioned:
+def filled(ratios: Sequence[Shape], shapes: Sequence[Shape], least: int) -> list[int]:
+    """The nearest shape of each picture among those that hold at least so many; the fullest one where none does.
+
+    A bucket that cannot fill a batch would be seen too often: its batches are filled up by its own pictures.
+    """
+    of = [nearest_shape(*ratio, shapes) for ratio in ratios]
+    counts = Counter(of)
+    kept = sorted(shape for shape, count in counts.items() if count >= least) or [counts.most_common(1)[0][0]]
+    return [kept[nearest_shape(*ratio, [shapes[shape] for shape in kept])] for ratio in ratios]
+
+
+def bucketed(captioned: Captioned, size: int, unit: int, least: int = 1) -> Captioned:
     """The same pictures, sorted into buckets by their files' own sizes.
+
+    Args:
+        size: pixels a side of a square of every bucket's area.
+        unit: what sides are multiples of.
+        least: pictures that a bucket must hold; those of smaller ones go to the nearest that does.
 
     Raises:
         UserError: pictures that are no files.
@@ -85,7 +102,7 @@ def bucketed(captioned: Captioned, size: int, unit: int) -> Captioned:
     if not isinstance(files, PictureFiles):
         raise UserError("data.buckets = True wants a folder of pictures in data.source; the nearest is False")
     shapes = bucket_shapes(size, unit)
-    of = tuple(nearest_shape(*size_of(file), shapes) for file in files.files)
+    of = tuple(filled([size_of(file) for file in files.files], shapes, least))
     return Captioned(BucketedFiles(files.files, size, tuple(shapes), of), captioned.captions)
 
 

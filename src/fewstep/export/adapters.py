@@ -6,6 +6,7 @@ Every form says its alpha and rank, so that the scale alpha / rank of each layer
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -18,6 +19,7 @@ from fewstep.export.header import FILE, METADATA
 from fewstep.export.lora import Lora
 from fewstep.export.spellings import PEFT_PREFIX, original_names
 from fewstep.files import write_json
+from fewstep.tensor_header import Shape
 from fewstep.tensors import load_tensors, save_tensors
 
 PEFT_FILE = "adapter_model.safetensors"
@@ -25,10 +27,19 @@ PEFT_CONFIG = "adapter_config.json"
 KOHYA_PREFIX = "lora_unet_"
 
 
-def matrices(lora: Lora) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B of every layer as they lie in the file, in their own type."""
+def matrices(lora: Lora, shapes: Mapping[str, Shape]) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B of every layer in their own type, with as many axes as the base's weight."""
     tensors = load_tensors(lora.header.file)
-    return {name: (tensors[layer.keys[0]], tensors[layer.keys[1]]) for name, layer in lora.header.layers.items()}
+    return {
+        name: shaped((tensors[layer.keys[0]], tensors[layer.keys[1]]), len(shapes[f"{name}.weight"]))
+        for name, layer in lora.header.layers.items()
+    }
+
+
+def shaped(pair: tuple[Tensor, Tensor], dims: int) -> tuple[Tensor, Tensor]:
+    """A and B with as many axes as their layer's weight: trainers write 1 x 1 convolutions as matrices, too."""
+    a, b = (x if x.dim() >= dims else x.reshape(*x.shape, *[1] * (dims - x.dim())) for x in pair)
+    return a, b
 
 
 def targets_of(layers: Collection[str], every: Collection[str], usual: Sequence[str]) -> list[str] | str:
@@ -69,20 +80,39 @@ def _plain(value: float) -> float | int:
     return int(value) if value == int(value) else value
 
 
-def write_diffusers(folder: Path, lora: Lora, config: Mapping[str, Any], component: str, record: str) -> Path:
-    """As diffusers' `load_lora_weights` reads it, with its own metadata; returns the file."""
+def folded(b: Tensor, scale: float) -> Tensor:
+    """B times the scale; in fp32 where that would be rounded."""
+    exact = math.frexp(scale)[0] == 0.5  # a power of two
+    return b * scale if exact else b.float() * scale
+
+
+Pairs = Mapping[str, tuple[Tensor, Tensor]]
+
+
+def write_diffusers(
+    folder: Path, lora: Lora, pairs: Pairs, config: Mapping[str, Any], component: str, record: str
+) -> Path:
+    """As diffusers' `load_lora_weights` reads it, with its own metadata; returns the file.
+
+    A transformer's scale is folded into B: ComfyUI reads this form of transformers, but not its alpha.
+    """
     tensors = {}
-    for name, (a, b) in matrices(lora).items():
+    scales = {name: layer.scale for name, layer in lora.header.layers.items()}
+    fold = component == "transformer"
+    if fold:
+        config = {**config, "lora_alpha": config["r"], "alpha_pattern": dict(config["rank_pattern"])}
+    for name, (a, b) in pairs.items():
+        b = folded(b, scales[name]) if fold else b
         tensors[f"{component}.{name}.lora_A.weight"], tensors[f"{component}.{name}.lora_B.weight"] = a, b
     said = {f"{component}.{key}": value for key, value in config.items()}
     save_tensors(folder / FILE, tensors, {"format": "pt", METADATA: json.dumps(said), "fewstep": record})
     return folder / FILE
 
 
-def write_peft(folder: Path, lora: Lora, config: Mapping[str, Any], record: str) -> Path:
+def write_peft(folder: Path, pairs: Pairs, config: Mapping[str, Any], record: str) -> Path:
     """As `PeftModel.from_pretrained(network, folder)` reads it; returns the file."""
     tensors = {}
-    for name, (a, b) in matrices(lora).items():
+    for name, (a, b) in pairs.items():
         tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"], tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = a, b
     save_tensors(folder / PEFT_FILE, tensors, {"format": "pt", "fewstep": record})
     more = {"inference_mode": True, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False}
@@ -96,12 +126,14 @@ def kohya_names(layers: Collection[str], every: Collection[str], family: str) ->
     return {name: KOHYA_PREFIX + own[name].replace(".", "_") for name in layers}
 
 
-def write_kohya(file: Path, lora: Lora, config: Mapping[str, Any], names: Mapping[str, str], record: str) -> Path:
+def write_kohya(
+    file: Path, lora: Lora, pairs: Pairs, config: Mapping[str, Any], names: Mapping[str, str], record: str
+) -> Path:
     """As kohya's scripts write it: down, up and an alpha for every layer; returns the file."""
     import torch
 
     tensors = {}
-    for name, (a, b) in matrices(lora).items():
+    for name, (a, b) in pairs.items():
         key, layer = names[name], lora.header.layers[name]
         tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = a, b
         tensors[f"{key}.alpha"] = torch.tensor(layer.scale * layer.a[0], dtype=torch.float32)

@@ -28,19 +28,19 @@ def _loading(form: ExportForm, pipeline: str, network: str, place: str, file: st
     if form == "merged":
         return f'pipe = diffusers.{pipeline}.from_pretrained("{place}")'
     if form == "single-file":
-        return f'pipe = diffusers.{pipeline}.from_single_file("{place}/{file}")'
+        return f'pipe = diffusers.{pipeline}.from_single_file("{place}/{file}", config="BASE")'
     if form == "peft":
         return f'{whole}\npipe.{network} = peft.PeftModel.from_pretrained(pipe.{network}, "{place}").merge_and_unload()'
     return f'{whole}\npipe.load_lora_weights("{place}", weight_name="{file}")'
 
 
-def _told(place: str, prompt: str, pipeline: str, form: ExportForm) -> str:
+def _told(place: str, prompt: str, pipeline: str, form: ExportForm, steps: int) -> str:
     """The same for a student that is told where it lands."""
     base = place if form == "merged" else "BASE"
     return (
         "```python\nimport diffusers\nimport fewstep\n\n"
         f'pipe = diffusers.{pipeline}.from_pretrained("{base}")\nfewstep.attach(pipe, "{place}")\n'
-        f'picture = pipe("{prompt}", num_inference_steps=4, guidance_scale=0).images[0]\n```'
+        f'picture = pipe("{prompt}", num_inference_steps={steps}, guidance_scale=0).images[0]\n```'
     )
 
 
@@ -96,7 +96,7 @@ def model_card(
         rows["rank, alpha"] = f"{record['rank']}, {record['alpha']:g}"
     told = sampling.get("told") or ()
     prompt = prompts[0].replace('"', "'")
-    inside = _told(name, prompt, pipeline, form) if told else None
+    inside = _told(name, prompt, pipeline, form, sampling["steps"]) if told else None
     if inside is None:
         load = _loading(form, pipeline, network, name, file)
         inside = _DIFFUSERS.format(load=load, place=f"{name}/{file}" if file else name, prompt=prompt)
@@ -113,7 +113,7 @@ def model_card(
         "\n".join(table),
         "The scheduler's times, its gamma and the guidance are the student's own: with others it draws worse. `BASE` "
         "is the pipeline that it was distilled from, whose licence goes on to hold.",
-        "## In diffusers\n\n" + inside,
+        *(["## In diffusers\n\n" + inside] if network == "unet" or not told else []),
         "## By the command\n\n" + _command(form, name, file, prompt),
         "## All that the file says\n\n```json\n" + json.dumps(record, indent=2, ensure_ascii=False) + "\n```",
     ]

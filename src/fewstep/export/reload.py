@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.backbones.base import loading
 from fewstep.drawing import load_artist
 from fewstep.errors import UserError
 from fewstep.export.forms import ADAPTERS, ExportForm, Reader
@@ -23,6 +24,10 @@ CLOSE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """How far latents may lie from ours, as a share of the largest, by the type that whole networks are written in.
 
 A LoRA is written as it was; a merged network is rounded to its type once."""
+
+
+MOST_STEPS = 8
+"""Jumps of the proof, for pipelines that are drawn with by solvers."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ def pipeline_latents(
     drawn: Tensor = pipe(list(prompts), generator=generators, output_type="latent", **asked).images
     if folder.pipeline.startswith("Flux"):
         drawn = pipe._unpack_latents(drawn, asked["height"], asked["width"], pipe.vae_scale_factor)
-    return drawn
+    return drawn.float().cpu()
 
 
 def _unchecked(kind: str) -> dict[str, Any]:
@@ -125,8 +130,11 @@ class Export:
 
 
 def provable(sampling: Sampling) -> Sampling:
-    """A student's own settings, where a scheduler of ours has them; jumps without noise for one that solvers draw."""
-    return sampling if sampling.sampler in ("sss", "lcm") else Sampling(steps=sampling.steps, gamma=0.0)
+    """A student's own settings, where a scheduler of ours has them; a few plain jumps for one that solvers draw."""
+    if sampling.sampler in ("sss", "lcm") or sampling.told:
+        return sampling
+    steps = min(sampling.steps, MOST_STEPS)
+    return Sampling(steps=steps, gamma=0.0, omega=sampling.omega, size=sampling.size)
 
 
 def drawn_again(
@@ -144,7 +152,8 @@ def drawn_again(
         layers = check_lora(lora, export.folder).layers if lora else ()
         came = equal_layers(artist.backbone.network, wanted) if whole else len(layers)
         return artist.latents(artist.encode(prompts), seeds, export.sampling), came
-    pipe = _read(export).to(export.device)
+    with loading(str(export.place)):
+        pipe = _read(export).to(export.device)
     network = getattr(pipe, export.folder.network)
     came = equal_layers(network, wanted) if whole else adapted(network)
     if export.form == "peft":

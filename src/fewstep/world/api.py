@@ -126,8 +126,13 @@ def versatility(*, out: Path | str = "runs/versatility", overrides: str | Sequen
     config = _ready("versatility", VersatilityConfig, overrides, Path(out))
     folder = read_folder(teacher_path(""))
     for student in (config.tcd, config.tlcm):
-        if student:
-            choose_student(folder, student, {})
+        for steps in config.steps if student else ():
+            sampling = choose_student(folder, student, {"steps": steps}).sampling
+            if sampling.told or sampling.sampler not in ("sss", "lcm"):
+                raise UserError(
+                    f"student = {student!r} is drawn with {sampling.sampler}, told {list(sampling.told)}, which no "
+                    "diffusers pipeline does here; the nearest is a TCD or TLCM student"
+                )
     from fewstep.world.versatility.figure import versatility
 
     with _own(Path(out)):

@@ -57,10 +57,17 @@ def columns(config: VersatilityConfig) -> list[Who]:
     return found
 
 
-def kept_share(own: Array, base: Array, without: Array, seed: int) -> Figure:
-    """mean(own - without)/mean(base - without), with a 95 % interval over draws of the same N prompts."""
-    value = float((own - without).mean() / (base - without).mean())
+def kept_share(own: Array, base: Array, without: Array, seed: int) -> Figure | None:
+    """mean(own - without)/mean(base - without), with a 95 % interval over draws of the same N prompts.
+
+    None where the base itself has no effect that its interval tells from none: there is nothing to keep.
+    """
     drawn = counts(len(own), RESAMPLES, seed, "kept")
+    gain = float((base - without).mean())
+    low, _ = centred_interval(gain, (drawn @ (base - without)) / len(own))
+    if low <= 0:
+        return None
+    value = float((own - without).mean() / gain)
     return Figure(value, *centred_interval(value, (drawn @ (own - without)) / (drawn @ (base - without))), len(own))
 
 
@@ -71,17 +78,17 @@ def weights_in(place: Path | None) -> str:
     return sha256(*sorted(place.rglob("*.safetensors") if place.is_dir() else [place]))
 
 
-def key_of(task: Task, who: Who, seed: int) -> str:
-    """What decides the pictures of a cell, hashed."""
+def key_of(task: Task, who: Who, base: str, seed: int) -> str:
+    """What decides the pictures of a cell, hashed; `base` is the pipeline's identity."""
     given = hashlib.sha256(task.given.tobytes()).hexdigest()
-    made = [weights_in(who.lora), weights_in(task.add_on), given]
+    made = [base, weights_in(who.lora), weights_in(task.add_on), given, STRENGTHS.get(task.name, 1.0)]
     known = [task.name, list(task.prompts), who.steps, who.scale, seed, *made]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:20]
 
 
 def pictures_of(task: Task, who: Who, shop: Workshop, *, without: bool = False) -> np.ndarray:
     """The pictures of a cell, drawn if they are not kept yet."""
-    name = key_of(task, who, shop.config.seed) + ("-without" if without else "")
+    name = key_of(task, who, shop.backbone.folder.identity(), shop.config.seed) + ("-without" if without else "")
     path = shop.out / "pictures" / f"{name}.safetensors"
     if path.is_file():
         held: np.ndarray = load_tensors(path)["pictures"].numpy()
@@ -152,7 +159,8 @@ def versatility(config: VersatilityConfig, out: Path) -> Path:
     note = (
         f"`fewstep versatility` at commit {commit()}, {hardware()}; n = {config.prompts} prompts each, seed "
         f"{config.seed}, the same prompts and noise in a row. Students' cells: the share of the effect that is kept, "
-        "(student - without)/(base - without), with 95 % intervals over prompts."
+        "(student - without)/(base - without), with 95 % intervals over prompts; none where the base's own effect "
+        "cannot be told from none."
     )
     text = "\n\n".join(["# Versatility", table(cells, tasks, labels), note])
     with atomic_write(out / "table.md") as part:

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep.backbones.base import loading
+from fewstep.export.header import FILE
 from fewstep.student_pipeline import call_settings, sampling_of_student, scheduler_for
 
 BATCH = 32
@@ -61,8 +62,8 @@ def pipeline(kind: str, folder: Path, who: Who, parts: Mapping[str, Any] | None 
     if who.lora is None:
         pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
     else:
-        place = who.lora if who.lora.is_dir() else who.lora.parent
-        pipe.load_lora_weights(str(place), adapter_name="student")
+        place = who.lora / FILE if who.lora.is_dir() else who.lora
+        pipe.load_lora_weights(str(place.parent), weight_name=place.name, adapter_name="student")
         pipe.scheduler = scheduler_for(who.lora, pipe.scheduler.config)
     return pipe
 

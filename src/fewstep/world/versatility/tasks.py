@@ -20,12 +20,14 @@ from fewstep.backbones.base import Backbone
 from fewstep.data.latents import latent_set
 from fewstep.data.pictures import Captioned, HeldPictures
 from fewstep.draws import generator
+from fewstep.errors import UserError
 from fewstep.evaluation.agreement import Agreement
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.metric import Array, Pictures
+from fewstep.files import read_json
 from fewstep.preparation import encoders_fingerprint
 from fewstep.tensors import digest
-from fewstep.training.run import check_same_run
+from fewstep.training.run import INPUTS, check_same_run
 from fewstep.world import emoji8
 from fewstep.world.settings import AddOnConfig, VersatilityConfig
 from fewstep.world.versatility import looks, training
@@ -68,8 +70,21 @@ class Workshop:
         Raises:
             UserError: it is, but of other settings.
         """
-        check_same_run(self.out / "runs" / name, config)
+        run = self.out / "runs" / name
+        check_same_run(run, config)
+        fed = read_json(run / INPUTS) if (run / INPUTS).is_file() else self.fed
+        changed = next((key for key, value in self.fed.items() if fed.get(key) != value), None)
+        if changed:
+            raise UserError(
+                f"{run} was made with another {changed} ({fed.get(changed)}, now {self.fed[changed]}); "
+                "give another --out"
+            )
         return (self.out / name).is_dir()
+
+    @property
+    def fed(self) -> dict[str, str]:
+        """What every add-on is made of beside its own settings."""
+        return {"base": self.backbone.folder.fingerprint("unet"), "pictures": str(self.config.pictures)}
 
     def unet(self) -> Any:
         """A fresh copy of the base's denoiser."""
@@ -96,14 +111,13 @@ class Workshop:
         """A lesson on pictures, encoded by the base."""
         fingerprint = encoders_fingerprint(self.backbone)
         data = latent_set(source, self.backbone, fingerprint, self.out / "cache")
-        base = self.backbone.folder.fingerprint("unet")
-        return training.Lesson(name, data, config, {"base": base, **inputs}, empty)
+        return training.Lesson(name, data, config, {**self.fed, **inputs}, empty)
 
-    def learned(self, name: str, allowed: Sequence[int] | None = None) -> list[int]:
-        """Training pictures that an add-on learns from, chosen by its name."""
+    def learned(self, name: str, allowed: Sequence[int] | None = None, share: int = 1) -> list[int]:
+        """Training pictures that an add-on learns from, chosen by its name; a `share`-th of the pictures it may see."""
         among = range(len(self.data)) if allowed is None else allowed
         order = generator(0, f"versatility lesson {name}").permutation(np.asarray(among))
-        return sorted(int(row) for row in order[: self.config.pictures])
+        return sorted(int(row) for row in order[: self.config.pictures // share])
 
     def own_captions(self, rows: Sequence[int], seed: int) -> list[list[str]]:
         """Captions of some training pictures, as the base learned them."""
@@ -189,7 +203,7 @@ def community(shop: Workshop) -> Task:
     place, run = shop.out / "community", shop.out / "runs" / "community"
     tones = list(looks.TONES)
     if not shop.made("community", shop.config.community):
-        some = shop.learned("community", people)[: shop.config.pictures // (1 + len(tones))]
+        some = shop.learned("community", people, 1 + len(tones))
         pictures = [shop.data.pictures[some], *(looks.with_tone(shop.data.pictures[some], tone) for tone in tones)]
         captions = shop.own_captions(some, shop.config.community.seed)
         captions += [[f"{shop.data.records[row].name}, {tone}"] * CAPTIONS for tone in tones for row in some]

@@ -1,0 +1,176 @@
+"""Add-ons on students: what the measures say by hand, and that each add-on is trained, written and read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import COLOURS, SHAPES, draw_shape
+from fewstep.backbones.base import load_backbone
+from fewstep.data.latents import latent_set
+from fewstep.data.pictures import Captioned, HeldPictures
+from fewstep.errors import UserError
+from fewstep.preparation import encoders_fingerprint
+from fewstep.world import api
+from fewstep.world.settings import AddOnConfig
+from fewstep.world.versatility import looks, training
+from fewstep.world.versatility.figure import kept_share
+from fewstep.world.versatility.studio import Who, asked, can_draw, drawn, embeds, images, pipeline
+
+
+def solid(*colours: tuple[int, int, int], size: int = 16) -> np.ndarray:
+    """A square of each colour on white."""
+    pictures = np.full((len(colours), size, size, 3), 255, np.uint8)
+    for picture, colour in zip(pictures, colours, strict=True):
+        picture[4:12, 4:12] = colour
+    return pictures
+
+
+def test_skin_is_painted_and_told_apart() -> None:
+    yellow = solid((255, 204, 60), (255, 190, 50), (40, 70, 220))
+    assert looks.skin(yellow).sum((1, 2)).tolist() == [64, 64, 0]
+    names = list(looks.TONES)
+    for tone in names:
+        painted = looks.with_tone(yellow, tone)
+        assert (painted[2] == yellow[2]).all(), "what is no skin stays"
+        assert np.abs(painted[0, 8, 8].astype(int) - looks.TONES[tone]).max() <= 1
+        assert looks.tone_share(painted[:1], [tone]).tolist() == [1.0]
+        other = names[(names.index(tone) + 1) % 3]
+        assert looks.tone_share(painted[:1], [other]).tolist() == [0.0]
+    assert looks.tone_share(yellow, [names[0]] * 3).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_blueprints_edges_and_outlines() -> None:
+    pictures = np.stack([draw_shape("red", "disc"), draw_shape("blue", "bar")])
+    painted = looks.blueprint(pictures)
+    assert tuple(painted[0, 0, 0]) == looks.BLUE
+    assert tuple(painted[0, 32, 32]) == looks.SHADE
+    assert (looks.blueprint_share(painted) > 0.8).all()
+    assert (looks.blueprint_share(pictures)[0], looks.ink(pictures)[0, 32, 32]) == (0.0, True)
+    outline = looks.edges(pictures)
+    assert outline[0, 32, 32] < 1e-6
+    assert outline[0, 32, 31 - 22] == 1
+    np.testing.assert_allclose(looks.edge_likeness(pictures, outline), 1, atol=1e-6)
+    assert (looks.edge_likeness(pictures[::-1], outline) < 0.6).all()
+    moved = np.roll(pictures, 1, axis=2)
+    assert (looks.edge_likeness(moved, outline) > 0.8).all(), "a pixel aside is still the same edge"
+    masks = looks.ink(solid((0, 0, 0)))
+    half = solid((0, 0, 0))
+    half[:, :8] = 255
+    assert looks.overlap(half, masks).tolist() == [0.5]
+    small = looks.blurred(pictures, 4)
+    assert small.shape == pictures.shape
+    likeness = looks.edge_likeness(small, outline)
+    assert ((likeness > 0.5) & (likeness < 0.98)).all(), "softer, of the same thing"
+
+
+def test_the_share_that_is_kept() -> None:
+    """(student - without)/(base - without) of means; none where the base does nothing."""
+    rng = np.random.default_rng(0)
+    without, base = rng.normal(0, 0.1, 50), rng.normal(1, 0.1, 50)
+    kept = kept_share(without + 0.9 * (base - without), base, without, 0)
+    assert kept is not None
+    assert kept.value == pytest.approx(0.9)
+    assert kept.low is not None
+    assert kept.high is not None
+    assert kept.low == pytest.approx(0.9)
+    assert kept_share(without, without + rng.normal(0, 1e-3, 50), without, 0) is None
+    worse = kept_share(base, without, base, 0)
+    assert worse is None, "a base that does harm keeps no score"
+
+
+def test_calls_below_a_strength(tmp_path: Path) -> None:
+    assert asked(Who("base", None, 25, 3.0)) == {"guidance_scale": 3.0, "num_inference_steps": 25}
+    assert asked(Who("base", None, 4, 3.0), 0.3)["num_inference_steps"] == 14
+    assert can_draw(Who("base", None, 25), 0.3)
+
+
+@pytest.fixture(scope="module")
+def lesson_of(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Lessons of two steps on 16 pictures."""
+    backbone = load_backbone(tiny_pipeline)
+    pictures = np.stack([draw_shape(colour, shape) for colour in COLOURS for shape in SHAPES])
+    captions = [[f"a {colour} {shape}"] for colour in COLOURS for shape in SHAPES]
+    cache = tmp_path_factory.mktemp("cache")
+    data = latent_set(Captioned(HeldPictures(pictures), captions), backbone, encoders_fingerprint(backbone), cache)
+
+    def make(name: str, steps: int = 2) -> training.Lesson:
+        return training.Lesson(name, data, AddOnConfig(steps=steps, batch=4, lr=1e-2), {})
+
+    return backbone, pictures, make
+
+
+def test_every_add_on_is_read_back_and_changes_the_picture(lesson_of: Any, tiny_pipeline: Path, tmp_path: Path) -> None:
+    """By its own loader, in diffusers' own pipelines; with the base, two steps."""
+    from diffusers import ControlNetModel
+
+    backbone, pictures, make = lesson_of
+    who, prompts = Who("base", None, 2, 2.0), ["a red disc", "a blue bar"]
+    plain = drawn(pipeline("StableDiffusionPipeline", tiny_pipeline, who), prompts, 0, {}, **asked(who))
+
+    def differs(made: np.ndarray) -> bool:
+        return bool((np.abs(made.astype(int) - plain.astype(int)).max((1, 2, 3)) > 2).all())
+
+    pipe = pipeline("StableDiffusionPipeline", tiny_pipeline, who)
+    training.fine_tune(make("tuned"), backbone.fresh_network(), pipe, tmp_path / "r1", tmp_path / "tuned")
+    tuned = pipeline("StableDiffusionPipeline", tmp_path / "tuned", who)
+    assert differs(drawn(tuned, prompts, 0, {}, **asked(who)))
+
+    training.train_style(make("style", 6), backbone.fresh_network(), tmp_path / "r2", tmp_path / "style")
+    pipe = pipeline("StableDiffusionPipeline", tiny_pipeline, who)
+    pipe.load_lora_weights(str(tmp_path / "style"), adapter_name="style")
+    assert differs(drawn(pipe, prompts, 0, {}, **asked(who)))
+
+    maps = torch.from_numpy(looks.edges(pictures)).half()[:, None].expand(-1, 3, -1, -1)
+    training.train_controlnet(make("edges", 6), backbone.fresh_network(), maps, tmp_path / "r3", tmp_path / "edges")
+    controlnet = ControlNetModel.from_pretrained(tmp_path / "edges")
+    pipe = pipeline("StableDiffusionControlNetPipeline", tiny_pipeline, who, {"controlnet": controlnet})
+    shown = images((maps[:2, 0].float().numpy()[..., None] * 255).repeat(3, 3).astype(np.uint8))
+    assert differs(drawn(pipe, prompts, 0, {"image": shown}, **asked(who)))
+
+    seen = torch.randn(16, 24, generator=torch.Generator().manual_seed(0))
+    place = tmp_path / "picture"
+    training.train_ip_adapter(make("picture", 6), backbone.fresh_network(), seen, tmp_path / "r4", place)
+    pipe = pipeline("StableDiffusionPipeline", tiny_pipeline, who)
+    pipe.load_ip_adapter([training.read_ip_adapter(place)], subfolder="", weight_name="", image_encoder_folder=None)
+    told, other = (
+        drawn(pipe, prompts, 0, {}, ip_adapter_image_embeds=embeds(rows, guided=True), **asked(who))
+        for rows in (seen[:2], seen[2:4])
+    )
+    assert differs(told)
+    assert (told != other).any(), "the picture that is shown counts"
+
+
+def test_a_stopped_lesson_goes_on(lesson_of: Any, tmp_path: Path) -> None:
+    """Stopped after its last step, before it was written: the same bytes."""
+    backbone, _, make = lesson_of
+    lesson = make("style", 4)
+
+    def run(name: str) -> None:
+        training.train_style(lesson, backbone.fresh_network(), tmp_path / name, tmp_path / f"{name}-out")
+
+    run("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "atomic_folder", _stop)
+        with pytest.raises(KeyboardInterrupt):
+            run("cut")
+    assert not (tmp_path / "cut-out").exists()
+    run("cut")
+    files = [next((tmp_path / f"{name}-out").glob("*.safetensors")).read_bytes() for name in ("whole", "cut")]
+    assert files[0] == files[1]
+
+
+def _stop(place: Path) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_students_that_no_pipeline_draws_are_refused_first(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"steps = 60 is out of range"):
+        api.versatility(out=tmp_path / "v", overrides=["steps=[60]"])
+    with pytest.raises(UserError, match="is neither a file nor a bundled student"):
+        api.versatility(out=tmp_path / "v", overrides=["tlcm=nowhere"])
+    assert not (tmp_path / "v").exists()
