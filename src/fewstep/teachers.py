@@ -152,7 +152,10 @@ def _take_apart(file: Path, config: Path, pipeline: str, entries: dict[str, Entr
 
 def told(file: Path) -> dict[str, Any]:
     """What a student that was exported as one file says of itself; empty for any other file."""
-    record = json.loads(read_safetensors_header(file)[0].get("fewstep", "{}"))
+    try:
+        record = json.loads(read_safetensors_header(file)[0].get("fewstep", "{}"))
+    except ValueError as error:
+        raise UserError(f"{file} has broken metadata: {error}") from error
     return record if isinstance(record, dict) else {}
 
 
