@@ -214,7 +214,7 @@ def test_what_is_learned_at_a_size_is_drawn_at_it(
         (["data.size=100"], r"data\.size = 100 is no multiple of 16; the nearest legal one is 96"),
         (["data.buckets=true", "data.source=PROMPTS"], r"wants pictures of several shapes"),
         (["data.buckets=true", "method.start=rollout"], r"goes with method\.start = 'data', not 'rollout'"),
-        (["sampling.size=[64,70]"], r"sampling\.size, height = 70 is no multiple of 16; the nearest legal one is 64"),
+        (["sampling.size=[64,70]"], r"sampling\.size = 70 is no multiple of 16; the nearest legal one is 64"),
     ],
 )
 def test_refusals(more: list[str], said: str, folders: dict[str, Path], shapes_folder: Path, tmp_path: Path) -> None:
