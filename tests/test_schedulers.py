@@ -224,12 +224,37 @@ def test_image_to_image_makes_all_calls(strength: float, tiny_pipeline: Path) ->
     assert set(own.timesteps.tolist()) <= set(training_grid(scaled_linear(), 50).tolist())
 
 
+def test_times_that_are_given_obey_the_strength() -> None:
+    own = ConsistencyScheduler()
+    own.set_timesteps(timesteps=[999, 739, 499, 259], strength=0.75)
+    assert own.timesteps.tolist() == [739, 499, 259]
+    with pytest.raises(ValueError, match=r"strength = 0\.2 lies below all of timesteps"):
+        own.set_timesteps(timesteps=[999, 499], strength=0.2)
+
+
+def test_the_training_grid_as_lcm_pipelines_ask_for_it() -> None:
+    import diffusers
+
+    own = ConsistencyScheduler.from_config(diffusers.LCMScheduler(original_inference_steps=100).config)
+    own.set_timesteps(4, original_inference_steps=100)
+    assert own.timesteps.tolist() == [999, 749, 499, 249]
+    with pytest.raises(ValueError, match=r"original_inference_steps = 50 .*; the nearest is 100"):
+        own.set_timesteps(4, original_inference_steps=50)
+    kept = ConsistencyScheduler.from_config(diffusers.TCDScheduler().config, grid=20)
+    assert kept.config["grid"] == 20
+
+
 def test_times_within_a_strength() -> None:
     vp, flow = scaled_linear(), FlowMatching(3.0)
     assert times_within(vp, 4, 0.5).tolist() == [499, 379, 259, 139]
     assert times_within(vp, 4, 0.25).tolist() == [239, 179, 119, 59]
     assert times_within(vp, 4, 1.0).tolist() == inference_times(vp, 4).tolist()
     assert times_within(flow, 2, 0.5, grid=8).tolist() == [0.5, 0.25]
+    assert times_within(vp, 3, 0.5, spacing="tlcm").tolist() == [499, 374, 249]
+    assert times_within(vp, 3, 1.0, spacing="tlcm").tolist() == [999, 499, 124]
+    assert times_within(vp, 4, 0.5, spacing="trailing").tolist() == [499, 374, 249, 124]
+    with pytest.raises(UserError, match=r"where the grid has 4 times; the nearest legal strength is 0\.625"):
+        times_within(vp, 5, 0.5, spacing="tlcm")
     with pytest.raises(UserError, match=r"where the grid has 2 times; the nearest legal strength is 0\.5"):
         times_within(vp, 4, 0.25, grid=8)
     with pytest.raises(UserError, match=r"strength = 1\.5 is outside \(0, 1\]; the nearest is 1\.0"):

@@ -162,6 +162,11 @@ def inference_times(path: Path, steps: int, *, grid: Grid = 50, spacing: Spacing
     return path.noisiest * (1 - share)
 
 
+def times_below(path: Path, times: Tensor, strength: float) -> Tensor:
+    """Those of some times that lie at or below a share of the noisiest one."""
+    return times[share_of(path, times) <= strength + 1e-9]
+
+
 def times_within(path: Path, steps: int, strength: float, *, grid: Grid = 50, spacing: Spacing = "grid") -> Tensor:
     """The times of `steps` calls that begin at a share of the noisiest time, falling, float64 [steps]: image to image.
 
@@ -179,7 +184,7 @@ def times_within(path: Path, steps: int, strength: float, *, grid: Grid = 50, sp
     indices = int(path.noisiest) + 1 if isinstance(path, VariancePreserving) else 1000
     every: dict[Spacing, Grid] = {"grid": grid, "trailing": indices, "tlcm": max(TLCM_TIMES)}
     times = training_grid(path, every[spacing])
-    below = times[share_of(path, times) <= strength + 1e-9].flip(0)
+    below = times_below(path, times, strength).flip(0)
     if not 1 <= steps <= len(below):
         least = float(share_of(path, times)[min(max(steps, 1), len(times)) - 1])
         raise UserError(

@@ -39,3 +39,13 @@ def check_common(path: str, prediction_type: str, spacing: str, end: str, form: 
     check_word("spacing", spacing, get_args(Spacing))
     check_word("end", end, get_args(End))
     check_word("form", form, get_args(Form))
+
+
+def check_origin(original_inference_steps: int, grid: int | Sequence[float]) -> None:
+    """Refuse another training grid than the scheduler's own."""
+    points = grid if isinstance(grid, int) else len(grid)
+    if original_inference_steps != points:
+        raise SchedulerError(
+            f"original_inference_steps = {original_inference_steps} is not the grid; the nearest is {points}, or "
+            f"from_config(..., grid={original_inference_steps})"
+        )

@@ -25,13 +25,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.grid import end_time, times_within
+from fewstep.grid import end_time, times_below, times_within
 from fewstep.jump import Step, student_step
 from fewstep.leaps import AskedError, Leap, answering, one, times_asked
 from fewstep.names import End, GammaLaw, Jump
 from fewstep.sampler import check_gamma, diffuse, sss_landing, start_size
 from fewstep.schedule import Estimate, FlowMatching, Path, VariancePreserving, add_noise, expand, index_of, interpret
-from fewstep.scheduler_checks import SchedulerError, check_common, check_word, refusing
+from fewstep.scheduler_checks import SchedulerError, check_common, check_origin, check_word, refusing
 from fewstep.scheduler_config import BETAS, PREDICTIONS, is_flow, path_of
 
 NOISE_KEYS = (*BETAS, "prediction_type", "shift", "use_dynamic_shifting")
@@ -113,6 +113,9 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 kept |= {"path": "flow", "prediction_type": "flow_prediction"}
                 if config.get("flow_shift") is not None:
                     kept["shift"] = config["flow_shift"]
+            origin = config.get("original_inference_steps")  # what LCM's and TCD's schedulers call their grid
+            if origin is not None and "grid" not in config:
+                kept["grid"] = origin
             kwargs = {**kept, **kwargs}
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
@@ -142,20 +145,24 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         sigmas: Sequence[float] | None = None,
         mu: float | None = None,
         strength: float = 1.0,
+        original_inference_steps: int | None = None,
     ) -> None:
         """Take the times of a drawing from the grid that the student was trained on.
 
         Args:
             num_inference_steps: jumps to make.
-            timesteps: the times instead, falling, as networks are told them.
+            timesteps: the times instead, falling, as networks are told them; those above `strength` are left out.
             sigmas: refused but for their number, which Flux's pipeline hands over: the student has times of its own.
             mu: the shift that a pipeline works out from the picture's size, where `use_dynamic_shifting` is on.
             strength: begin at that share of the noisiest time, still with all jumps below it (image to image).
+            original_inference_steps: points of the training grid, as diffusers' LCM pipelines ask: the config's `grid`.
 
         Raises:
             ValueError: naming the nearest legal number, time or strength.
         """
         config = self.config
+        if original_inference_steps is not None:
+            check_origin(original_inference_steps, config["grid"])
         if sigmas is not None and timesteps is None and num_inference_steps is None:
             if not _even(sigmas):
                 raise SchedulerError("sigmas are not taken: a student has times of its own; give num_inference_steps")
@@ -169,7 +176,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             self.noise_path = FlowMatching(float(np.exp(mu)))
         with refusing():
             if timesteps is not None:
-                times = self._own_times(timesteps)
+                times = self._own_times(timesteps, strength)
             else:
                 steps, own = int(num_inference_steps or 0), {"grid": config["grid"], "spacing": config["spacing"]}
                 times = times_within(self.noise_path, steps, strength, **own)
@@ -185,11 +192,11 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             self.sigmas = torch.cat([told / config["num_train_timesteps"], told.new_zeros(1)]).to(device, torch.float32)
         self._reset()
 
-    def _own_times(self, timesteps: Sequence[float]) -> Tensor:
-        """Times that are given, as networks are told them -> in the path's own time.
+    def _own_times(self, timesteps: Sequence[float], strength: float) -> Tensor:
+        """Times that are given, as networks are told them -> those below a strength, in the path's own time.
 
         Raises:
-            UserError: they do not fall, or leave the path.
+            UserError: they do not fall, or leave the path, or none is below.
         """
         told = [float(t) for t in timesteps]
         total = int(self.config["num_train_timesteps"])
@@ -198,7 +205,10 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             raise UserError(f"timesteps = {told} must be falling; the nearest is {sorted(set(told), reverse=True)}")
         if told[0] > most or told[-1] < 0:
             raise UserError(f"timesteps = {told} leave the range 0 to {most}")
-        return self._time_told(torch.tensor(told, dtype=torch.float64))
+        times = times_below(self.noise_path, self._time_told(torch.tensor(told, dtype=torch.float64)), strength)
+        if not len(times):
+            raise UserError(f"strength = {strength} lies below all of timesteps = {told}; the nearest legal one is 1")
+        return times
 
     def _plan(self, times: Sequence[float]) -> list[Leap]:
         """The jumps of a drawing from its times, falling."""
