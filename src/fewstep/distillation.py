@@ -20,15 +20,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from fewstep.backbones.base import load_backbone
 from fewstep.cost import Estimated, bytes_of, estimate, tensors_of
-from fewstep.data.buckets import BucketedLatents, bucketed
+from fewstep.data.buckets import BucketedLatents
 from fewstep.data.latents import latent_set
 from fewstep.device import pick_device
 from fewstep.drawing import Artist
 from fewstep.draws import Draws
 from fewstep.files import sweep, taken, write_json
-from fewstep.folder import read_folder
 from fewstep.objectives.heads import FeatureCritic
 from fewstep.objectives.scene import HeldTrajectories, Sample, Stored
 from fewstep.plan import Aids, family_plan, start_from
@@ -36,6 +34,7 @@ from fewstep.preparation import (
     Run,
     encoders_fingerprint,
     lay_out,
+    load_teacher,
     on_synthesis,
     on_trajectories,
     prepare,
@@ -43,7 +42,7 @@ from fewstep.preparation import (
     with_looks,
 )
 from fewstep.processes import together
-from fewstep.settings import DistillConfig, teacher_path
+from fewstep.settings import DistillConfig
 from fewstep.stages import parts_of
 from fewstep.student_files import export_student, starting_weights
 from fewstep.synthesis.record import is_synthesis
@@ -242,14 +241,11 @@ def estimate_stage(config: DistillConfig) -> Estimated:
     method = config.method
     if method.distance == "perceptual" and not config.perceptual.folder:
         config = config.model_copy(update={"method": method.model_copy(update={"distance": "l2"})})
-    backbone = load_backbone(read_folder(teacher_path(config.teacher)).path, pick_device(config.device))
+    backbone = load_teacher(config, pick_device(config.device))
     if is_synthesis(config.data.source):
         run = on_synthesis(config, backbone, Path())
         return estimate(update_plan(run), run.data, config, run.networks)
-    backbone.resize(config.data.size)
-    captioned = read_source(config, backbone.picture_size)
-    if config.data.buckets:
-        captioned = bucketed(captioned, backbone.picture_size, backbone.folder.unit, config.loop.batch)
+    captioned = read_source(config, backbone)
     backbone.load_encoders()
     few = captioned.take(range(min(max(2, config.loop.batch), len(captioned))))
     fingerprint = encoders_fingerprint(backbone)  # before the clock starts: hashed once for any number of pictures

@@ -108,8 +108,15 @@ class Run:
         return every.take(order(seed, n, 0, min(n, count)))
 
 
-def read_source(config: DistillConfig, size: int) -> pictures.Captioned:
-    """The captioned pictures that the config names, `size` pixels a side, or its prompts.
+def load_teacher(config: DistillConfig, device: torch.device) -> Backbone:
+    """The teacher that the config names, set to the pictures' size."""
+    backbone = load_backbone(read_folder(teacher_path(config.teacher)).path, device)
+    backbone.resize(config.data.size)
+    return backbone
+
+
+def read_source(config: DistillConfig, backbone: Backbone) -> pictures.Captioned:
+    """The captioned pictures that the config names, of the backbone's size or in buckets around it, or its prompts.
 
     Raises:
         UserError: they cannot be read, are of another size, or are too few to watch the quality by.
@@ -120,15 +127,17 @@ def read_source(config: DistillConfig, size: int) -> pictures.Captioned:
     if is_prompt_file(source):
         return pictures.from_prompts(read_prompts(source, "data.source"))
     if source == "emoji8":
-        emoji8.check_size(size, "data.source = 'emoji8'")
+        emoji8.check_size(backbone.picture_size, "data.source = 'emoji8'")
         captioned = emoji8.captioned(config.data.captions, config.loop.seed)
     else:
-        captioned = pictures.from_folder(Path(source), size)
+        captioned = pictures.from_folder(Path(source), backbone.picture_size)
     if config.loop.watch_every and len(captioned) < KID_FEWEST:
         raise UserError(
             f"loop.watch_every takes KID from at least {KID_FEWEST} pictures, data.source has {len(captioned)}; "
             "give more, or loop.watch_every=null"
         )
+    if config.data.buckets:
+        captioned = bucketed(captioned, backbone.picture_size, backbone.folder.unit, config.loop.batch)
     return captioned
 
 
@@ -138,13 +147,10 @@ def prepare(config: DistillConfig, cache: Path, device: torch.device) -> Run:
     Raises:
         UserError: the teacher or the data cannot be read, or do not fit.
     """
-    backbone = load_backbone(read_folder(teacher_path(config.teacher)).path, device)
-    backbone.resize(config.data.size)
+    backbone = load_teacher(config, device)
     if is_synthesis(config.data.source):
         return on_synthesis(config, backbone, cache)
-    captioned = read_source(config, backbone.picture_size)
-    if config.data.buckets:
-        captioned = bucketed(captioned, backbone.picture_size, backbone.folder.unit, config.loop.batch)
+    captioned = read_source(config, backbone)
     backbone.load_encoders()  # a broken text encoder is told of before the pictures are encoded
     data = latent_set(captioned, backbone, encoders_fingerprint(backbone), cache, backbone.latent_shape)
     folder = perceptual_folder(config, backbone, data.said, cache)

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -70,6 +71,13 @@ class BucketedFiles(PictureFiles):
         with ThreadPoolExecutor() as pool:
             read = pool.map(lambda row: read_cropped(self.files[int(row)], *self.shapes[self.of[int(row)]]), rows)
             return np.stack(list(read))
+
+    def groups(self) -> list[list[int]]:
+        """The pictures of each shape that has any."""
+        by_shape: dict[int, list[int]] = {}
+        for row, shape in enumerate(self.of):
+            by_shape.setdefault(shape, []).append(row)
+        return [by_shape[shape] for shape in sorted(by_shape)]
 
     def fingerprint(self) -> str:
         """sha256 of the shapes and of the files' bytes."""
@@ -143,6 +151,7 @@ class BucketedLatents:
         members = [np.flatnonzero(group == number) for number in range(len(self.parts))]
         length = sum(-(-len(items) // batch) for items in members) * batch
 
+        @lru_cache(maxsize=2)  # batches are asked for one by one, and may lie across two epochs
         def epoch(number: int) -> np.ndarray:
             draw = generator(seed, "order", step=number)
             batches = []
@@ -163,33 +172,3 @@ class BucketedLatents:
             return found
 
         return items
-
-
-def encode_bucketed(
-    pictures: BucketedFiles,
-    encode: Callable[[np.ndarray], Tensor],
-    keep: Callable[[str, Callable[[], Tensor]], Tensor],
-    chunk: int,
-) -> BucketedLatents:
-    """Latents of all pictures, bucket by bucket.
-
-    Args:
-        encode: uint8 [n, H, W, 3] -> latents.
-        chunk: pictures at a time.
-    """
-    parts, rows = [], []
-    for number in range(len(pictures.shapes)):
-        items = [row for row, shape in enumerate(pictures.of) if shape == number]
-        if not items:
-            continue
-        found = []
-        for start in range(0, len(items), chunk):
-            some = items[start : start + chunk]
-
-            def make(some: list[int] = some) -> Tensor:
-                return encode(pictures.read_shaped(some)).cpu()
-
-            found.append(keep(f"{pictures.shapes[number]}-{start}", make))
-        parts.append(torch.cat(found))
-        rows.append(items)
-    return BucketedLatents(parts, rows)

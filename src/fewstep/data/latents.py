@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fewstep.data.buckets import BucketedFiles, BucketedLatents, encode_bucketed
+from fewstep.data.buckets import BucketedFiles, BucketedLatents
 from fewstep.data.pictures import Captioned, PictureSet
 from fewstep.draws import Draws
 from fewstep.errors import UserError
@@ -107,23 +107,24 @@ def cached(folder: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dic
 
 def encode_all(pictures: PictureSet, encoders: Encoders, cache: Path, key: str) -> Tensor | BucketedLatents:
     """Latents of all pictures, float32 on the CPU; some pictures at a time are in memory, and kept once encoded."""
+    groups: Sequence[Sequence[int]] = [range(len(pictures))]
+    read = pictures.read
     if isinstance(pictures, BucketedFiles):
-
-        def keep(name: str, make: Callable[[], Tensor]) -> Tensor:
-            return cached(cache, f"{key}-{name}", lambda: {"latents": make()})["latents"]
-
-        return encode_bucketed(pictures, encoders.to_latents, keep, CHUNK)
+        groups, read = pictures.groups(), pictures.read_shaped
     parts = []
     with tqdm(total=len(pictures), desc="encoding pictures", unit="picture", disable=len(pictures) <= CHUNK) as bar:
-        for start in range(0, len(pictures), CHUNK):
-            rows = range(start, min(start + CHUNK, len(pictures)))
+        for rows in groups:
+            found = []
+            for start in range(0, len(rows), CHUNK):
+                some = rows[start : start + CHUNK]
 
-            def encode(rows: range = rows) -> dict[str, Tensor]:
-                return {"latents": encoders.to_latents(pictures.read(rows)).cpu()}
+                def encode(some: Sequence[int] = some) -> dict[str, Tensor]:
+                    return {"latents": encoders.to_latents(read(some)).cpu()}
 
-            parts.append(cached(cache, f"{key}-{rows.start}-{rows.stop}", encode)["latents"])
-            bar.update(len(rows))
-    return torch.cat(parts)
+                found.append(cached(cache, f"{key}-{some[0]}-{some[-1] + 1}", encode)["latents"])
+                bar.update(len(some))
+            parts.append(torch.cat(found))
+    return BucketedLatents(parts, groups) if isinstance(pictures, BucketedFiles) else parts[0]
 
 
 def latent_set(
