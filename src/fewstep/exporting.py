@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.drawing import Artist, load_artist, save_picture, sheet
 from fewstep.export.adapters import adapter_config, kohya_names, matrices, write_diffusers, write_kohya, write_peft
 from fewstep.export.card import CARD, PICTURES, model_card
-from fewstep.export.conditioning import save_told
+from fewstep.export.conditioning import save_told, told_weights
 from fewstep.export.forms import ADAPTERS, ExportForm, Reader
-from fewstep.export.header import CONDITIONING, base_shapes, check_lora
+from fewstep.export.header import LoraHeader, base_shapes, check_lora
 from fewstep.export.lora import read_lora
 from fewstep.export.original import checkpoint_weights
 from fewstep.export.pipeline import read_record, write_pipeline
-from fewstep.export.reload import CLOSE, Checked, Export, drawn_again, provable, weights_of
+from fewstep.export.reload import CLOSE, Checked, Export, drawn_again, matrices_of, provable
 from fewstep.export.travel import travelling
 from fewstep.files import atomic_folder
 from fewstep.folder import PipelineFolder, weight_files
 from fewstep.tensor_header import read_safetensors_header
-from fewstep.tensors import load_tensors, save_tensors
+from fewstep.tensors import save_tensors
 
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -44,6 +44,11 @@ class Student:
     folder: PipelineFolder
     lora: Path | None
 
+    @cached_property
+    def header(self) -> LoraHeader | None:
+        """What the LoRA's file says of itself."""
+        return None if self.lora is None else check_lora(self.lora, self.folder)
+
 
 def stored_type(folder: PipelineFolder) -> torch.dtype:
     """The type that most of a network's matrices are stored in."""
@@ -55,10 +60,7 @@ def stored_type(folder: PipelineFolder) -> torch.dtype:
 
 def record_of(student: Student, artist: Artist) -> dict[str, Any]:
     """What the exported file says of itself: what the student said, and what it is sampled with."""
-    if student.lora is not None:
-        notes = check_lora(student.lora, student.folder).notes
-    else:
-        notes = read_record(student.folder.path)
+    notes = read_record(student.folder.path) if student.header is None else student.header.notes
     own = {"sampling": artist.sampling.model_dump(mode="json"), **travelling(artist.backbone, artist.sampling)}
     return {**notes, "base": notes.get("base") or student.folder.fingerprint(student.folder.network), **own}
 
@@ -95,15 +97,16 @@ def export(
     seeds = range(seed, seed + len(prompts))
     condition = artist.encode(prompts)
     shown = artist.backbone.to_pictures(artist.latents(condition, seeds, artist.sampling, title="drawing"))
+    ours = artist.latents(condition, seeds, sampling) if check else None
     record = record_of(student, artist)
-    wanted = {} if form in ADAPTERS else weights_of(artist.backbone.network, kind)
+    if form not in ADAPTERS:  # nothing is drawn here any more: the network itself is rounded, not a copy
+        artist.backbone.network.to("cpu", kind)
     with atomic_folder(out) as part:
         file = write(student, form, part, artist, record, kind, out.name)
         made = Export(form, reader, part / file, student.folder, sampling, torch.device(device))
         checked = None
-        if check:
-            ours = artist.latents(condition, seeds, sampling)
-            checked = proof(student, made, wanted, ours, prompts, seeds, kind)
+        if ours is not None:
+            checked = proof(student, made, artist, ours, prompts, seeds)
             checked.refuse(out)
         save_picture(sheet(shown, min(len(shown), 8), max(1, 256 // shown.shape[2])), part / PICTURES)
         text = model_card(
@@ -134,11 +137,12 @@ def write(
     folder, network = student.folder, artist.backbone.network
     if form in ADAPTERS:
         assert student.lora is not None
-        lora = read_lora(check_lora(student.lora, folder))
+        assert student.header is not None
+        lora = read_lora(student.header)
         shapes = base_shapes(folder)
         every = [key.removesuffix(".weight") for key, size in shapes.items() if key.endswith(".weight") and size[1:]]
         config, pairs = adapter_config(lora, every, folder.family.targets), matrices(lora, shapes)
-        save_told(place, _told(student.lora))
+        save_told(place, told_weights(student.lora))
         if form == "diffusers":
             return write_diffusers(place, lora, pairs, config, folder.network, said).name
         if form == "peft":
@@ -146,7 +150,7 @@ def write(
         names = kohya_names(lora.header.layers, every, folder.family.kind)
         return write_kohya(place / f"{name}.safetensors", lora, pairs, config, names, said).name
     if form == "merged":
-        write_pipeline(place, folder.path, rounded(network, kind), record, _told(student.lora or folder.path))
+        write_pipeline(place, folder.path, network, record, told_weights(student.lora or folder.path))
         return ""
     backbone = artist.backbone
     zero = bool(folder.config("scheduler").get("rescale_betas_zero_snr"))
@@ -162,32 +166,13 @@ def write(
     return f"{name}.safetensors"
 
 
-def rounded(network: nn.Module, kind: torch.dtype) -> nn.Module:
-    """A copy of a network on the CPU in another type: the one that draws stays as it is."""
-    return copy.deepcopy(network).to("cpu", kind)
-
-
-def _told(student: Path) -> dict[str, Tensor]:
-    """The weights of what a student is told by, if anything."""
-    beside = (student if student.is_dir() else student.parent) / CONDITIONING
-    return load_tensors(beside) if beside.is_file() else {}
-
-
 def proof(
-    student: Student,
-    made: Export,
-    wanted: Mapping[str, Tensor],
-    ours: Tensor,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    kind: torch.dtype,
+    student: Student, made: Export, artist: Artist, ours: Tensor, prompts: Sequence[str], seeds: Sequence[int]
 ) -> Checked:
-    """Read an export back and compare it with the student's own latents."""
-    if student.lora is not None and made.form in ADAPTERS:
-        went = len(check_lora(student.lora, student.folder).layers)
-    else:
-        went = len(wanted)
+    """Read an export back, and compare it with the student's own latents and, of a whole network, its matrices."""
+    wanted = {} if made.form in ADAPTERS else matrices_of(artist.backbone.network)
+    went = len(wanted) if student.header is None or wanted else len(student.header.layers)
     theirs, came = drawn_again(made, wanted, prompts, seeds)
     difference = float((theirs - ours).abs().max() / ours.abs().max())
-    allowed = CLOSE[torch.float32 if made.form in ADAPTERS else kind]
-    return Checked(made.reader, went, came, difference, allowed)
+    kind = next(iter(wanted.values())).dtype if wanted else torch.float32
+    return Checked(made.reader, went, came, difference, CLOSE[kind])

@@ -9,14 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from fewstep.backbones.base import Backbone, load_backbone
-from fewstep.export.conditioning import save_told, split_weights
-from fewstep.export.header import CONDITIONING, check_lora
+from fewstep.export.conditioning import save_told, split_weights, told_weights
+from fewstep.export.header import check_lora
 from fewstep.export.lora import read_lora, save_lora
 from fewstep.export.pipeline import save_pipeline
 from fewstep.export.travel import travelling
 from fewstep.files import atomic_folder
 from fewstep.settings import DistillConfig, StudentConfig
-from fewstep.tensors import load_tensors
 
 
 def export_student(
@@ -73,5 +72,4 @@ def starting_weights(config: StudentConfig, backbone: Backbone) -> dict[str, Ten
         weights = {f"{name}.lora_A.weight": a for name, a in lora.down.items()}
         for name, b in lora.up.items():
             weights[f"{name}.lora_B.weight"] = b * (lora.header.layers[name].scale / scale)
-    beside = (place if place.is_dir() else place.parent) / CONDITIONING
-    return {**weights, **(load_tensors(beside) if beside.is_file() else {})}
+    return {**weights, **told_weights(place)}

@@ -7,14 +7,13 @@ what comes from a hub. Neither reads a pickle.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from fewstep.errors import UserError
+from fewstep.export.header import read_notes
 from fewstep.export.pipeline import RECORD, write_pipeline
 from fewstep.files import atomic_folder, read_mapping, sha256, write_json
 from fewstep.tensor_header import Entry, read_safetensors_header
@@ -134,7 +133,7 @@ def _take_apart(file: Path, config: Path, pipeline: str, entries: dict[str, Entr
                 local_files_only=True,
                 torch_dtype=torch.float16 if half else torch.float32,
             )
-        write_pipeline(part, config, network, told(file))
+        write_pipeline(part, config, network, read_notes(file))
         return
     more = {"safety_checker": None} if pipeline == "StableDiffusionPipeline" else {}
     with loading(str(file)):
@@ -146,17 +145,8 @@ def _take_apart(file: Path, config: Path, pipeline: str, entries: dict[str, Entr
             **more,
         )
     pipe.save_pretrained(part)
-    if record := told(file):
+    if record := read_notes(file):  # a student that was exported so brings its settings
         write_json(part / RECORD, record)
-
-
-def told(file: Path) -> dict[str, Any]:
-    """What a student that was exported as one file says of itself; empty for any other file."""
-    try:
-        record = json.loads(read_safetensors_header(file)[0].get("fewstep", "{}"))
-    except ValueError as error:
-        raise UserError(f"{file} has broken metadata: {error}") from error
-    return record if isinstance(record, dict) else {}
 
 
 def fetched(named: str) -> Path:

@@ -41,6 +41,16 @@ def save_told(folder: Path, told: Mapping[str, Tensor]) -> Path | None:
     return path
 
 
+def told_weights(student: Path) -> dict[str, Tensor]:
+    """What lies beside a student (its folder, or its LoRA's file): what it is told by; empty for most.
+
+    Raises:
+        UserError: a file that is not whole.
+    """
+    path = (student if student.is_dir() else student.parent) / CONDITIONING
+    return load_tensors(path) if path.is_file() else {}
+
+
 def read_told(student: Path, names: Sequence[Told], width: int) -> ToldEmbedding | None:
     """What the student in a folder (or beside a LoRA file) is told by; None for one that is told nothing.
 

@@ -24,8 +24,6 @@ CLOSE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """How far latents may lie from ours, as a share of the largest, by the type that whole networks are written in.
 
 A LoRA is written as it was; a merged network is rounded to its type once."""
-
-
 MOST_STEPS = 8
 """Jumps of the proof, for pipelines that are drawn with by solvers."""
 
@@ -37,7 +35,7 @@ class Checked:
     Attributes:
         reader: who read it.
         modules: layers that went out.
-        loaded: layers that came in: with an adapter, or with other weights than the base's.
+        loaded: layers that came in: with an adapter, or with the very weights that were written.
         difference: largest difference of latents, as a share of the largest latent.
         allowed: how large it may be.
     """
@@ -105,9 +103,9 @@ def equal_layers(network: nn.Module, wanted: Mapping[str, Tensor]) -> int:
     return sum(1 for name, value in wanted.items() if name in own and torch.equal(own[name], value.to(own[name])))
 
 
-def weights_of(network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A network's matrices, rounded to the type that they are written in."""
-    return {name: value.to(dtype) for name, value in network.state_dict().items() if name.endswith(".weight")}
+def matrices_of(network: nn.Module) -> dict[str, Tensor]:
+    """A network's weights but for biases, by name; no copies."""
+    return {name: value for name, value in network.state_dict().items() if name.endswith(".weight")}
 
 
 @dataclass(frozen=True)
@@ -158,7 +156,7 @@ def drawn_again(
     came = equal_layers(network, wanted) if whole else adapted(network)
     if export.form == "peft":
         setattr(pipe, export.folder.network, network.merge_and_unload())
-    if export.sampling.sampler == sampling_of_student(export.place).sampler:  # the file's own settings
+    if export.sampling == sampling_of_student(export.place):
         pipe.scheduler, settings = scheduler_for(export.place, pipe.scheduler.config), call_settings(export.place)
     else:
         pipe.scheduler = SSSScheduler.from_config(pipe.scheduler.config, gamma=0.0)
