@@ -29,7 +29,8 @@ from fewstep.world.measures import lite0
 from fewstep.world.settings import VersatilityConfig
 from fewstep.world.students import students_omega
 from fewstep.world.versatility.studio import Who, can_draw
-from fewstep.world.versatility.tasks import STRENGTHS, TASKS, Task, Workshop
+from fewstep.world.versatility.tasks import STRENGTHS, TASKS, Task
+from fewstep.world.versatility.workshop import Workshop
 
 
 @dataclass(frozen=True)

@@ -1,164 +1,30 @@
 """The add-ons and uses of the figure: what each is made of, how it is drawn with, and what it is to keep.
 
 An effect is a number for each picture, larger where the add-on does more of what it is for. A student keeps
- (student's - without)/(base's - without), with the means over the same prompts and noise.
+(student's - without) / (base's - without) of it, by means over the same prompts and noise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from fewstep.backbones.base import Backbone
-from fewstep.data.latents import latent_set
 from fewstep.data.pictures import Captioned, HeldPictures
-from fewstep.draws import generator
-from fewstep.errors import UserError
-from fewstep.evaluation.agreement import Agreement
-from fewstep.evaluation.features import Features
-from fewstep.evaluation.metric import Array, Pictures
-from fewstep.files import read_json
-from fewstep.preparation import encoders_fingerprint
+from fewstep.evaluation.metric import Array
 from fewstep.tensors import digest
-from fewstep.training.run import INPUTS, check_same_run
-from fewstep.world import emoji8
-from fewstep.world.settings import AddOnConfig, VersatilityConfig
+from fewstep.world.settings import AddOnConfig
 from fewstep.world.versatility import looks, training
-from fewstep.world.versatility.studio import Who, asked, drawn, embeds, images, pipeline
+from fewstep.world.versatility.studio import BATCH, Who, asked, drawn, embeds, images, pipeline
+from fewstep.world.versatility.workshop import CAPTIONS, Workshop
 
-CAPTIONS = 4
-"""Captions drawn of each picture that an add-on learns from."""
 PEOPLE = 0.08
 """Share of skin from which a picture counts as one of people."""
 STRENGTHS = {"img2img": 0.5, "style transfer": 0.75, "super-resolution": 0.3}
 NEW_STYLE = "fluent 3d style"
-
-
-@dataclass(frozen=True)
-class Workshop:
-    """What all add-ons are made of.
-
-    Attributes:
-        out: folder for runs and what they end with.
-        backbone: the base, for its encoders.
-        scorer: looks at pictures and prompts; it has trained nothing here.
-        features: Lite0's, which the IP-Adapter is told.
-    """
-
-    config: VersatilityConfig
-    out: Path
-    backbone: Backbone
-    scorer: Agreement
-    features: Features
-    data: emoji8.Emoji8 = field(default_factory=lambda: emoji8.load("train"))
-
-    @property
-    def folder(self) -> Path:
-        """The base."""
-        return self.backbone.folder.path
-
-    def made(self, name: str, config: AddOnConfig) -> bool:
-        """Whether an add-on is there already.
-
-        Raises:
-            UserError: it is, but of other settings.
-        """
-        run = self.out / "runs" / name
-        check_same_run(run, config)
-        fed = read_json(run / INPUTS) if (run / INPUTS).is_file() else self.fed
-        changed = next((key for key, value in self.fed.items() if fed.get(key) != value), None)
-        if changed:
-            raise UserError(
-                f"{run} was made with another {changed} ({fed.get(changed)}, now {self.fed[changed]}); "
-                "give another --out"
-            )
-        return (self.out / name).is_dir()
-
-    @property
-    def fed(self) -> dict[str, str]:
-        """What every add-on is made of beside its own settings."""
-        return {"base": self.backbone.folder.fingerprint("unet"), "pictures": str(self.config.pictures)}
-
-    def unet(self) -> Any:
-        """A fresh copy of the base's denoiser."""
-        return self.backbone.fresh_network()
-
-    def rows(self, name: str, allowed: Sequence[int] | None = None) -> list[int]:
-        """Training pictures that a task draws after, one a concept, chosen by the seed and the task's name."""
-        order = generator(self.config.seed, f"versatility {name}").permutation(len(self.data))
-        among = None if allowed is None else set(allowed)
-        seen: set[str] = set()
-        chosen = []
-        for row in (int(row) for row in order):
-            concept = self.data.records[row].name
-            if concept not in seen and (among is None or row in among):
-                seen.add(concept)
-                chosen.append(row)
-        return chosen[: self.config.prompts]
-
-    def names(self, rows: Sequence[int]) -> list[str]:
-        """The concepts of some pictures."""
-        return [self.data.records[row].name for row in rows]
-
-    def taught(self, name: str, source: Captioned, config: AddOnConfig, empty: float, **inputs: str) -> training.Lesson:
-        """A lesson on pictures, encoded by the base."""
-        fingerprint = encoders_fingerprint(self.backbone)
-        data = latent_set(source, self.backbone, fingerprint, self.out / "cache")
-        return training.Lesson(name, data, config, {**self.fed, **inputs}, empty)
-
-    def learned(self, name: str, allowed: Sequence[int] | None = None, share: int = 1) -> list[int]:
-        """Training pictures that an add-on learns from, chosen by its name; a `share`-th of the pictures it may see."""
-        among = range(len(self.data)) if allowed is None else allowed
-        order = generator(0, f"versatility lesson {name}").permutation(np.asarray(among))
-        return sorted(int(row) for row in order[: self.config.pictures // share])
-
-    def own_captions(self, rows: Sequence[int], seed: int) -> list[list[str]]:
-        """Captions of some training pictures, as the base learned them."""
-        return emoji8.caption_table([self.data.records[row] for row in rows], CAPTIONS, seed)
-
-    def agreement(self, pictures: Pictures, names: Sequence[str]) -> Array:
-        """How well pictures fit names."""
-        return self.scorer.scores(pictures, list(names))
-
-    def likeness(self, pictures: Pictures, others: Pictures) -> Array:
-        """Cosine of pictures with others, less the mean cosine with those of other rows, by the scorer's eye."""
-        own, other = self.scorer.embed_pictures(pictures), self.scorer.embed_pictures(np.asarray(others))
-        cosine = (own @ other.T).double().numpy()
-        n = len(cosine)
-        strangers = (cosine.sum(1) - cosine.diagonal()) / max(n - 1, 1)
-        gap: Array = cosine.diagonal() - strangers
-        return gap
-
-    @cached_property
-    def seen(self) -> Tensor:
-        """Lite0's features of the training split, at unit size on average."""
-        found = torch.from_numpy(np.array(self.features(self.data.pictures))).float()
-        return (found - found.mean(0)) / found.std()
-
-    @cached_property
-    def style_reader(self) -> Tensor:
-        """A linear reader of styles on Lite0's features: ridge regression on the training split, [1280 + 1, styles]."""
-        x = torch.cat([self.seen, torch.ones(len(self.seen), 1)], 1).double()
-        styles = [record.style for record in self.data.records]
-        y = torch.tensor([[float(style == name) for name in emoji8.STYLE_FAMILY] for style in styles]).double()
-        read: Tensor = torch.linalg.solve(x.T @ x + 30 * torch.eye(x.shape[1]).double(), x.T @ y)
-        return read
-
-    def style_rate(self, pictures: Pictures, style: str) -> Array:
-        """1 where the reader takes a picture for one of a style, else 0."""
-        raw = torch.from_numpy(np.array(self.features(np.asarray(pictures)))).float()
-        every = torch.from_numpy(np.array(self.features(self.data.pictures))).float()
-        x = torch.cat([(raw - every.mean(0)) / every.std(), torch.ones(len(raw), 1)], 1).double()
-        words = [emoji8.style_words(name) for name in emoji8.STYLE_FAMILY]
-        right: Array = ((x @ self.style_reader).argmax(1) == words.index(style)).double().numpy()
-        return right
 
 
 @dataclass(frozen=True)
@@ -326,9 +192,9 @@ def picture_prompt(shop: Workshop) -> Task:
         settings = asked(who)
         guided = settings["guidance_scale"] > 1
         parts = []
-        for start in range(0, len(rows), 32):
-            told = embeds(shop.seen[rows[start : start + 32]], guided)
-            some = prompts[start : start + 32]
+        for start in range(0, len(rows), BATCH):
+            told = embeds(shop.seen[rows[start : start + BATCH]], guided)
+            some = prompts[start : start + BATCH]
             parts.append(drawn(pipe, some, shop.config.seed + start, {}, ip_adapter_image_embeds=told, **settings))
         return np.concatenate(parts)
 
