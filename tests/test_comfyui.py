@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fewstep.denoiser import Denoiser
-from fewstep.grid import inference_times
+from fewstep.grid import TLCM_TIMES, inference_times
 from fewstep.inference import draw_latents
 from fewstep.plane.mixture import ring
 from fewstep.schedule import FlowMatching, scaled_linear
@@ -149,6 +149,11 @@ def test_a_model_of_another_kind_is_refused(node: ModuleType) -> None:
                 continue
             with pytest.raises(ValueError, match=f"predicts {wanted}, ComfyUI takes this model for one of {kind}"):
                 node.check_model({"prediction": wanted}, held)
+
+
+def test_the_node_knows_our_times(node: ModuleType) -> None:
+    """It stands alone, and so repeats them."""
+    assert node.TLCM_TIMES == TLCM_TIMES
 
 
 def test_the_workflow_names_the_node(node: ModuleType) -> None:

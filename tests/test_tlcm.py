@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from fewstep import distillation, synthesize
+from fewstep.checks import check_distillation
 from fewstep.data import pictures
 from fewstep.drawing import load_artist
 from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.files import read_json
+from fewstep.folder import read_folder
 from fewstep.role_layout import unique_bytes
 from fewstep.settings import DistillConfig, resolve
 from fewstep.tensors import digest, load_tensors
@@ -302,10 +304,17 @@ def test_latents_of_a_set_are_data(tiny_pipeline: Path, prompt_file: Path, tmp_p
     distillation.distill(config, tmp_path / "run", quiet=True)
 
 
-def test_what_prompts_alone_cannot_do_is_refused(words: list[str], tiny_pipeline: Path, prompt_file: Path) -> None:
-    from fewstep.checks import check_distillation
-    from fewstep.folder import read_folder
+def test_a_set_is_of_one_size(tiny_pipeline: Path, prompt_file: Path, tmp_path: Path) -> None:
+    folder = synthesize(prompt_file, out=tmp_path / "set", teacher=tiny_pipeline, overrides=["grid=2"])
+    asked = [f"teacher={tiny_pipeline}", f"data.source={folder}", "loop.watch_every=null"]
+    size = read_folder(tiny_pipeline).picture_size
+    config = resolve("tcd", None, [*asked, f"data.size={2 * size}"])
+    with pytest.raises(UserError, match=rf"data\.size = {2 * size} is not that of the set .* legal one is {size}"):
+        check_distillation(config, read_folder(tiny_pipeline))
+    check_distillation(resolve("tcd", None, [*asked, f"data.size={size}"]), read_folder(tiny_pipeline))
 
+
+def test_what_prompts_alone_cannot_do_is_refused(words: list[str], tiny_pipeline: Path, prompt_file: Path) -> None:
     folder = read_folder(tiny_pipeline)
     for changes, said in (
         (["stages=[]", "method.start=data"], "has prompts alone, method.start = 'data' noises pictures"),

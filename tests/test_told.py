@@ -236,6 +236,8 @@ def test_what_cannot_be_attached_is_refused(
         folder = distillation.distill(config, tmp_path / name, cache=tiny_cache, quiet=True).parent
         with pytest.raises(UserError, match=message):
             fewstep.attach(pipe, folder)
+    with pytest.raises(UserError, match=r"pipe is a SimpleNamespace, whose network is no UNet; .* `fewstep sample`"):
+        fewstep.attach(SimpleNamespace(transformer=unet, load_lora_weights=pytest.fail), tmp_path / "plain" / "student")
     other = UNet2DConditionModel.from_config(dict(unet.config) | {"cross_attention_dim": 8})
     good = distillation.distill(
         resolve("tcd-s", None, [*tiny_overrides, "loop.steps=1"]), tmp_path / "good", cache=tiny_cache, quiet=True

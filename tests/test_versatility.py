@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fewstep.data.latents import latent_set
 from fewstep.data.pictures import Captioned, HeldPictures
 from fewstep.errors import UserError
 from fewstep.preparation import encoders_fingerprint
+from fewstep.tensors import save_tensors
 from fewstep.world import api
 from fewstep.world.settings import AddOnConfig
 from fewstep.world.versatility import looks, training
@@ -87,6 +89,15 @@ def test_calls_below_a_strength(tmp_path: Path) -> None:
     assert asked(Who("base", None, 25, 3.0)) == {"guidance_scale": 3.0, "num_inference_steps": 25}
     assert asked(Who("base", None, 4, 3.0), 0.3)["num_inference_steps"] == 14
     assert can_draw(Who("base", None, 25), 0.3)
+    place = {}
+    for spacing in ("tlcm", "grid"):
+        place[spacing] = tmp_path / spacing / "pytorch_lora_weights.safetensors"
+        said = json.dumps({"sampling": {"steps": 3, "spacing": spacing}})
+        place[spacing].parent.mkdir()
+        save_tensors(place[spacing], {"x": torch.zeros(1)}, {"fewstep": said})
+    # 4 calls below .5 are times 5 to 8 of a list of 8; below .3 they would be of a list of 14, which TLCM has not
+    assert [can_draw(Who("TLCM", place["tlcm"], 4), share) for share in (1.0, 0.5, 0.3)] == [True, True, False]
+    assert can_draw(Who("TCD", place["grid"], 4), 0.3)
 
 
 @pytest.fixture(scope="module")
