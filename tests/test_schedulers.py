@@ -232,6 +232,17 @@ def test_times_that_are_given_obey_the_strength() -> None:
         own.set_timesteps(timesteps=[999, 499], strength=0.2)
 
 
+@pytest.mark.parametrize("solver", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_a_shift_survives_a_solver_in_between(solver: str) -> None:
+    import diffusers
+
+    flow = SSSScheduler(path="flow", prediction_type="flow_prediction", shift=3.0)
+    between = getattr(diffusers, solver).from_config(flow.config)
+    assert SSSScheduler.from_config(between.config).config["shift"] == 3.0
+    said = getattr(diffusers, solver)(flow_shift=5.0, use_flow_sigmas=True, prediction_type="flow_prediction")
+    assert SSSScheduler.from_config(said.config).config["shift"] == 5.0
+
+
 def test_the_training_grid_as_lcm_pipelines_ask_for_it() -> None:
     import diffusers
 

@@ -111,10 +111,12 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             kept = {key: config[key] for key in NOISE_KEYS if config.get(key) not in (None, own[key].default)}
             if is_flow(config):
                 kept |= {"path": "flow", "prediction_type": "flow_prediction"}
-                if config.get("flow_shift") is not None:
+                # a solver's flow_shift; where it is only its default, the shift that it took over from a flow stands
+                unsaid = "shift" in config and "flow_shift" in config.get("_use_default_values", ())
+                if config.get("flow_shift") is not None and not unsaid:
                     kept["shift"] = config["flow_shift"]
             origin = config.get("original_inference_steps")  # what LCM's and TCD's schedulers call their grid
-            if origin is not None and "grid" not in config:
+            if origin not in (None, own["grid"].default) and "grid" not in config:
                 kept["grid"] = origin
             kwargs = {**kept, **kwargs}
         return super().from_config(config, return_unused_kwargs, **kwargs)
