@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from fewstep import distillation, plan, watch
 from fewstep.backbones.sd import StableDiffusion
@@ -141,11 +142,22 @@ def run(folder: Path, overrides: list[str]) -> dict[str, list[int | None]]:
     alone.write_text(
         "".join(f"a {colour} {shape}\n" for colour in ("red", "blue") for shape in ("disc", "ring", "bar"))
     )
+    shapes = folder / "shapes"
+    shapes.mkdir()
+    for i, size in enumerate([(96, 64), (90, 60), (64, 96), (60, 90), (64, 64), (80, 80)] * 2):
+        picture = Image.new("RGB", size, "white")
+        picture.paste("red" if i % 2 else "blue", (16, 16, 30 + 2 * i, 48))
+        picture.save(shapes / f"{i}.png")
+        (shapes / f"{i}.txt").write_text(f"a {'red' if i % 2 else 'blue'} bar\n")
+    wide = ["loop.watch_every=null", f"data.source={shapes}", "data.buckets=true", "data.size=64"]
+    buckets = [word for change in wide for word in ("-s", change)]
     changed = ["loop.watch_every=null", f"data.source={alone}", f"stages={POLISH}"]
     polish = [word for change in changed for word in ("-s", change)]
     return {
         "tlcm1": start("tlcm1", 1, None, *polish, recipe="tlcm"),
         "tlcm2": start("tlcm2", 2, None, *polish, recipe="tlcm"),
+        "wide1": start("wide1", 1, None, *buckets),
+        "wide2": start("wide2", 2, None, *buckets),
         "one": start("one", 1),
         "two": start("two", 2),
         "cut": start("cut", 2, second_process_killed),

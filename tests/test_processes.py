@@ -96,6 +96,18 @@ def test_two_processes_train_what_one_does(launches: tuple[Path, dict[str, list[
     assert sum("loss_t" in key for line in logs[0] for key in line) > 3
 
 
+def test_two_processes_share_batches_of_several_shapes(launches: tuple[Path, dict[str, list[int]]]) -> None:
+    """Each batch is of one shape, whoever takes which half of it; the main process alone encodes the pictures."""
+    folder, codes = launches
+    assert codes["wide1"] == [0], (folder / "wide1-0.log").read_text()[-2000:]
+    assert codes["wide2"] == [0, 0], (folder / "wide2-1.log").read_text()[-2000:]
+    one, two = (folder / name / "checkpoints" / LAST / "student.safetensors" for name in ("wide1", "wide2"))
+    for part, distance in apart(one, two).items():
+        assert distance < 3e-5, part
+    assert "to_latents" in did(folder, "wide2-0")
+    assert "to_latents" not in did(folder, "wide2-1")
+
+
 def test_two_processes_polish_as_one_does(launches: tuple[Path, dict[str, list[int]]]) -> None:
     """TLCM's last stage: the student, the fake score and the critic step in their own rhythms, on split batches."""
     folder, codes = launches
