@@ -140,9 +140,12 @@ def test_a_table_asks_for_its_rows(shop: Any) -> None:
     config = validate(TlcmConfig, {"steps": [2, 3]})
     drawn = [(entry.method, entry.sampling.steps) for entry in tlcm.entries_of(config, 1, shop.shop)]
     assert drawn == [
-        *((name, n) for name in ("TLCM", "TLCM without preference") for n in (2, 3)), ("LCM", 4), ("TCD", 4),
-        ("TCD, gamma 1", 4), ("DDIM", 3), ("DDIM", 4),
+        *((name, n) for name in ("TLCM", "TLCM without preference") for n in (2, 3)), ("TLCM, the paper's times", 3),
+        ("LCM", 4), ("TCD", 4), ("TCD, gamma 1", 4), ("DDIM", 3), ("DDIM", 4),
     ]  # fmt: skip
+    spacing = {entry.method: entry.sampling.spacing for entry in tlcm.entries_of(config, 1, shop.shop)}
+    assert (spacing["TLCM"], spacing["TLCM, the paper's times"]) == ("grid", "tlcm"), "at 2 calls both lists are one"
+    assert tlcm.times_of(shop.shop.config.sampling, 3).tolist() == [999, 749, 374]
     ladder = tlcm.entries_of(config, 2, shop.shop)
     assert [entry.method for entry in ladder[: len(tlcm.LADDER)]] == list(tlcm.LADDER)
     assert {entry.sampling.gamma for entry in ladder[: len(tlcm.LADDER)]} == {1.0}

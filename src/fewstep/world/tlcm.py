@@ -14,6 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from fewstep.config import merge, validate
 from fewstep.distillation import distill
 from fewstep.evaluation.report import table_blocks
@@ -21,8 +24,10 @@ from fewstep.evaluation.results import Results, Row, save_results
 from fewstep.evaluation.step_table import table1
 from fewstep.evaluation.text_side import BertStates
 from fewstep.files import atomic_write
+from fewstep.grid import inference_times
 from fewstep.provenance import hardware
-from fewstep.settings import DistillConfig, resolve, teacher_path
+from fewstep.schedule import scaled_linear
+from fewstep.settings import DistillConfig, Sampling, resolve, teacher_path
 from fewstep.stages import slug
 from fewstep.training.run import check_same_run
 from fewstep.world import emoji8
@@ -182,6 +187,11 @@ def law_of() -> DistillConfig:
     return resolve("tlcm", root() / "tlcm.yaml", ["loop.watch_every=null"])
 
 
+def times_of(sampling: Sampling, steps: int) -> Tensor:
+    """The times of so many calls."""
+    return inference_times(scaled_linear(), steps, grid=sampling.grid, spacing=sampling.spacing)
+
+
 def entries_of(config: TlcmConfig, table: int, shop: Workshop) -> list[Entry]:
     """What a table draws with, at one seed."""
     own = shop.config.sampling
@@ -190,6 +200,9 @@ def entries_of(config: TlcmConfig, table: int, shop: Workshop) -> list[Entry]:
         entries += student_entries(
             "TLCM without preference", shop.student("TLCM without preference"), own, config.steps, shop.seed
         )
+        lists = own.model_copy(update={"spacing": "tlcm"})
+        apart = [steps for steps in config.steps if not torch.equal(times_of(own, steps), times_of(lists, steps))]
+        entries += student_entries("TLCM, the paper's times", shop.student(FINAL), lists, apart, shop.seed)
         for recipe, name in METHODS.items():
             sampling = resolve(recipe).sampling
             entries += student_entries(name, shop.student(recipe), sampling, [4], shop.seed)
