@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.drawing import Artist, load_artist, save_picture, sheet
 from fewstep.export.adapters import adapter_config, kohya_names, matrices, write_diffusers, write_kohya, write_peft
@@ -100,7 +100,7 @@ def export(
     ours = artist.latents(condition, seeds, sampling) if check else None
     record = record_of(student, artist)
     if form not in ADAPTERS:  # nothing is drawn here any more: the network itself is rounded, not a copy
-        artist.backbone.network.to("cpu", kind)
+        nn.Module.to(artist.backbone.network, "cpu", kind)  # diffusers' own `to` warns of modules that it may not have
     with atomic_folder(out) as part:
         file = write(student, form, part, artist, record, kind, out.name)
         made = Export(form, reader, part / file, student.folder, sampling, torch.device(device))
