@@ -59,7 +59,7 @@ def shop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 
 def test_rows_of_the_ablation_add_one_ingredient_each(shop: Any) -> None:
-    places = {label: shop.shop.student(label) for label in tlcm.LADDER}
+    places = {label: shop.shop.student(label) for label in (*tlcm.LADDER, tlcm.CONTROL)}
     made = shop.made
     single, segments, perceptual = (
         made[f"0-{name}"].method for name in ("lcd-single-step-z", "mlcd-single-step-z", "perceptual-distance")
@@ -86,6 +86,13 @@ def test_rows_of_the_ablation_add_one_ingredient_each(shop: Any) -> None:
     assert matched.student.start == str(places["+ preference"])
     assert matched.method.adversarial.weight == 0
     assert matched.method.matching == whole.each_stage()[3].method.matching
+    control = made["0-preference-trained-on"]
+    assert control.student.start == str(places["+ preference"])
+    assert (control.method.matching.weight, control.method.adversarial.weight) == (0, 0)
+    before = whole.each_stage()[2].method
+    unused = {name: getattr(before, name) for name in ("matching", "adversarial")}
+    assert control.method.model_copy(update=unused) == before, "as the stage before"
+    assert control.loop == matched.loop, "and as long as matching"
     seeds = [stage.loop.seed for stage in whole.each_stage()]
     assert seeds[0] == whole.loop.seed == 2
     assert [made[f"0-{name}"].loop.seed for name in ("lcd-single-step-z", "lcd-over-all-times", "matching")] == [
@@ -147,9 +154,10 @@ def test_a_table_asks_for_its_rows(shop: Any) -> None:
     assert (spacing["TLCM"], spacing["TLCM, the paper's times"]) == ("grid", "tlcm"), "at 2 calls both lists are one"
     assert tlcm.times_of(shop.shop.config.sampling, 3).tolist() == [999, 749, 374]
     ladder = tlcm.entries_of(config, 2, shop.shop)
-    assert [entry.method for entry in ladder[: len(tlcm.LADDER)]] == list(tlcm.LADDER)
-    assert {entry.sampling.gamma for entry in ladder[: len(tlcm.LADDER)]} == {1.0}
-    assert [(entry.method, entry.sampling.gamma) for entry in ladder[len(tlcm.LADDER) :]] == [
+    labels = [*tlcm.LADDER, tlcm.CONTROL]
+    assert [entry.method for entry in ladder[: len(labels)]] == labels
+    assert {entry.sampling.gamma for entry in ladder[: len(labels)]} == {1.0}
+    assert [(entry.method, entry.sampling.gamma) for entry in ladder[len(labels) :]] == [
         (f"{label}, gamma 0", 0.0) for label in ("MLCD, single-step z", "+ perceptual distance", "MLCD, multistep z")
     ]
     assert [entry.method for entry in tlcm.entries_of(config, 3, shop.shop)] == ["p = 1", "p = 2", "p = 3", "p = 4"]

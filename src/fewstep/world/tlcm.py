@@ -82,12 +82,15 @@ STAGES = {
 SINGLE = {"rollout": 1}
 PLAIN = {"distance": "l2"}
 WITHOUT_CRITIC = {"adversarial": {"weight": 0.0}}
+CONTROL = "+ preference, trained on"
+"""What `+ matching` starts from, trained on for as long without it: what is left is what matching does."""
 VARIANTS = (
     Variant("LCD, single-step z", "segments", changes={**SINGLE, **PLAIN, "segments": 1}),
     Variant("MLCD, single-step z", "segments", changes={**SINGLE, **PLAIN}),
     Variant("+ perceptual distance", "segments", changes=SINGLE),
     Variant("+ LCD over all times", "joined", "MLCD, multistep z", {"grid": 1000, "k": 125}),
     Variant("+ matching", "matching", "+ preference", WITHOUT_CRITIC),
+    Variant(CONTROL, "matching", "+ preference", {"consistency": 1.0, "matching": {"weight": 0.0}, **WITHOUT_CRITIC}),
     Variant("TLCM without preference", "matching", JOINED, {"preference": {"weight": 0.0}}),
 )
 LADDER = (
@@ -210,7 +213,7 @@ def entries_of(config: TlcmConfig, table: int, shop: Workshop) -> list[Entry]:
         stochastic = resolve("tcd").sampling.model_copy(update={"gamma": own.gamma})
         entries += student_entries(f"TCD, gamma {own.gamma:g}", shop.student("tcd"), stochastic, [4], shop.seed)
         return entries + solver_entries(shop.law.method.guidance.mean_omega, [3, 4], shop.seed, {"ddim": "DDIM"})
-    labels = LADDER if table == 2 else [f"p = {p}" for p in config.p]
+    labels = (*LADDER, CONTROL) if table == 2 else [f"p = {p}" for p in config.p]
     entries = [entry for label in labels for entry in student_entries(label, shop.student(label), own, [4], shop.seed)]
     if table == 2:  # jumps to a segment's edge were never trained to be noised again
         plain = own.model_copy(update={"gamma": 0.0})
