@@ -101,6 +101,8 @@ def test_two_processes_share_batches_of_several_shapes(launches: tuple[Path, dic
     folder, codes = launches
     assert codes["wide1"] == [0], (folder / "wide1-0.log").read_text()[-2000:]
     assert codes["wide2"] == [0, 0], (folder / "wide2-1.log").read_text()[-2000:]
+    parts = [load_file(part)["latents"] for part in (folder / "wide1" / "cache").glob("latents-*.safetensors")]
+    assert len({latents.shape[2:] for latents in parts}) == 3
     one, two = (folder / name / "checkpoints" / LAST / "student.safetensors" for name in ("wide1", "wide2"))
     for part, distance in apart(one, two).items():
         assert distance < 3e-5, part

@@ -20,6 +20,7 @@ from fewstep.names import End, GammaLaw, Jump
 from fewstep.sampler import sample_consistency, sample_sss
 from fewstep.schedule import FlowMatching, add_noise, scaled_linear
 from fewstep.scheduler_checks import SchedulerError
+from fewstep.scheduler_config import path_of
 from fewstep.schedulers import ConsistencyScheduler, FewStepScheduler, SSSScheduler
 from fewstep.settings import Sampling
 
@@ -228,8 +229,10 @@ def test_times_that_are_given_obey_the_strength() -> None:
     own = ConsistencyScheduler()
     own.set_timesteps(timesteps=[999, 739, 499, 259], strength=0.75)
     assert own.timesteps.tolist() == [739, 499, 259]
-    with pytest.raises(ValueError, match=r"strength = 0\.2 lies below all of timesteps"):
+    with pytest.raises(ValueError, match=r"strength = 0\.2 lies below all of timesteps = .*; the nearest is 0\.5$"):
         own.set_timesteps(timesteps=[999, 499], strength=0.2)
+    own.set_timesteps(timesteps=[999, 499], strength=0.5)
+    assert own.timesteps.tolist() == [499]
 
 
 @pytest.mark.parametrize("solver", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
@@ -241,6 +244,9 @@ def test_a_shift_survives_a_solver_in_between(solver: str) -> None:
     assert SSSScheduler.from_config(between.config).config["shift"] == 3.0
     said = getattr(diffusers, solver)(flow_shift=5.0, use_flow_sigmas=True, prediction_type="flow_prediction")
     assert SSSScheduler.from_config(said.config).config["shift"] == 5.0
+    chosen = SSSScheduler.from_config(said.config, shift=2.0)
+    assert SSSScheduler.from_config(chosen.config).config["shift"] == 2.0, "what it took over is not asked again"
+    assert path_of(between.config) == FlowMatching(3.0)
 
 
 def test_the_training_grid_as_lcm_pipelines_ask_for_it() -> None:
@@ -249,7 +255,7 @@ def test_the_training_grid_as_lcm_pipelines_ask_for_it() -> None:
     own = ConsistencyScheduler.from_config(diffusers.LCMScheduler(original_inference_steps=100).config)
     own.set_timesteps(4, original_inference_steps=100)
     assert own.timesteps.tolist() == [999, 749, 499, 249]
-    with pytest.raises(ValueError, match=r"original_inference_steps = 50 .*; the nearest is 100"):
+    with pytest.raises(ValueError, match=r"original_inference_steps = 50 .*; the nearest legal one is 100"):
         own.set_timesteps(4, original_inference_steps=50)
     kept = ConsistencyScheduler.from_config(diffusers.TCDScheduler().config, grid=20)
     assert kept.config["grid"] == 20

@@ -90,13 +90,13 @@ def test_calls_below_a_strength(tmp_path: Path) -> None:
     assert asked(Who("base", None, 4, 3.0), 0.3)["num_inference_steps"] == 14
     assert can_draw(Who("base", None, 25), 0.3)
     place = {}
-    for spacing in ("tlcm", "grid"):
-        place[spacing] = tmp_path / spacing / "pytorch_lora_weights.safetensors"
-        said = json.dumps({"sampling": {"steps": 3, "spacing": spacing}})
-        place[spacing].parent.mkdir()
-        save_tensors(place[spacing], {"x": torch.zeros(1)}, {"fewstep": said})
+    for name, own in (("tlcm", {"spacing": "tlcm"}), ("grid", {}), ("even", {"grid": 8})):
+        place[name] = tmp_path / name / "pytorch_lora_weights.safetensors"
+        place[name].parent.mkdir()
+        save_tensors(place[name], {"x": torch.zeros(1)}, {"fewstep": json.dumps({"sampling": {"steps": 3, **own}})})
     # 4 calls below .5 are times 5 to 8 of a list of 8; below .3 they would be of a list of 14, which TLCM has not
-    assert [can_draw(Who("TLCM", place["tlcm"], 4), share) for share in (1.0, 0.5, 0.3)] == [True, True, False]
+    for name in ("tlcm", "even"):
+        assert [can_draw(Who("TLCM", place[name], 4), share) for share in (1.0, 0.5, 0.3)] == [True, True, False]
     assert can_draw(Who("TCD", place["grid"], 4), 0.3)
 
 

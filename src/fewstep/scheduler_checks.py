@@ -46,6 +46,6 @@ def check_origin(original_inference_steps: int, grid: int | Sequence[float]) -> 
     points = grid if isinstance(grid, int) else len(grid)
     if original_inference_steps != points:
         raise SchedulerError(
-            f"original_inference_steps = {original_inference_steps} is not the grid; the nearest is {points}, or "
-            f"from_config(..., grid={original_inference_steps})"
+            f"original_inference_steps = {original_inference_steps} is not this scheduler's grid; the nearest legal "
+            f"one is {points}"
         )

@@ -47,6 +47,18 @@ def prediction_of(config: Mapping[str, Any], place: str) -> Prediction:
     return PREDICTIONS[name]
 
 
+def shift_of(config: Mapping[str, Any]) -> Any:
+    """The shift in a flow's config: a solver's `flow_shift`, else `shift`; None where it has neither.
+
+    A solver that took a flow's config over keeps that one's `shift` beside its own default `flow_shift`, which nobody
+    asked for.
+    """
+    unsaid = "flow_shift" in config.get("_use_default_values", ())
+    if config.get("flow_shift") is None or (unsaid and config.get("shift") is not None):
+        return config.get("shift")
+    return config["flow_shift"]
+
+
 def path_of(config: Mapping[str, Any]) -> Path:
     """The noise path: a flow by its shift, any other from diffusers' own table of betas, for exact parity with it.
 
@@ -54,7 +66,7 @@ def path_of(config: Mapping[str, Any]) -> Path:
         UserError: a schedule that diffusers does not know, or a shift that is none.
     """
     if is_flow(config):
-        shift = config.get("flow_shift", config.get("shift"))
+        shift = shift_of(config)
         if shift is not None and not (isinstance(shift, int | float) and shift > 0):
             raise UserError(f"shift = {shift!r} of a flow's scheduler is not above 0; the nearest legal one is 1.0")
         return FlowMatching(float(shift or 1.0))

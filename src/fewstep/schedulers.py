@@ -11,6 +11,7 @@ nobody names it, cannot undo it. `num_inference_steps` counts jumps; one of seco
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,9 +31,19 @@ from fewstep.jump import Step, student_step
 from fewstep.leaps import AskedError, Leap, answering, one, times_asked
 from fewstep.names import End, GammaLaw, Jump
 from fewstep.sampler import check_gamma, diffuse, sss_landing, start_size
-from fewstep.schedule import Estimate, FlowMatching, Path, VariancePreserving, add_noise, expand, index_of, interpret
+from fewstep.schedule import (
+    Estimate,
+    FlowMatching,
+    Path,
+    VariancePreserving,
+    add_noise,
+    expand,
+    index_of,
+    interpret,
+    share_of,
+)
 from fewstep.scheduler_checks import SchedulerError, check_common, check_origin, check_word, refusing
-from fewstep.scheduler_config import BETAS, PREDICTIONS, is_flow, path_of
+from fewstep.scheduler_config import BETAS, PREDICTIONS, is_flow, path_of, shift_of
 
 NOISE_KEYS = (*BETAS, "prediction_type", "shift", "use_dynamic_shifting")
 """What is taken over from another scheduler even where it is that scheduler's own default, which is not ours."""
@@ -111,11 +122,11 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             kept = {key: config[key] for key in NOISE_KEYS if config.get(key) not in (None, own[key].default)}
             if is_flow(config):
                 kept |= {"path": "flow", "prediction_type": "flow_prediction"}
-                # a solver's flow_shift; where it is only its default, the shift that it took over from a flow stands
-                unsaid = "shift" in config and "flow_shift" in config.get("_use_default_values", ())
-                if config.get("flow_shift") is not None and not unsaid:
-                    kept["shift"] = config["flow_shift"]
-            origin = config.get("original_inference_steps")  # what LCM's and TCD's schedulers call their grid
+                if shift_of(config) is not None:
+                    kept["shift"] = shift_of(config)
+                config = {key: value for key, value in config.items() if key != "flow_shift"}  # ours is `shift`
+            # what LCM's and TCD's schedulers call their grid; a grid of ours that they took over says more
+            origin = config.get("original_inference_steps")
             if origin not in (None, own["grid"].default) and "grid" not in config:
                 kept["grid"] = origin
             kwargs = {**kept, **kwargs}
@@ -207,9 +218,11 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             raise UserError(f"timesteps = {told} must be falling; the nearest is {sorted(set(told), reverse=True)}")
         if told[0] > most or told[-1] < 0:
             raise UserError(f"timesteps = {told} leave the range 0 to {most}")
-        times = times_below(self.noise_path, self._time_told(torch.tensor(told, dtype=torch.float64)), strength)
+        every = self._time_told(torch.tensor(told, dtype=torch.float64))
+        times = times_below(self.noise_path, every, strength)
         if not len(times):
-            raise UserError(f"strength = {strength} lies below all of timesteps = {told}; the nearest legal one is 1")
+            least = math.ceil(1000 * float(share_of(self.noise_path, every).min()) - 1e-6) / 1000
+            raise UserError(f"strength = {strength} lies below all of timesteps = {told}; the nearest is {least:g}")
         return times
 
     def _plan(self, times: Sequence[float]) -> list[Leap]:

@@ -122,6 +122,7 @@ def _take_apart(file: Path, config: Path, pipeline: str, entries: dict[str, Entr
 
     from fewstep.backbones.base import loading
 
+    notes = read_notes(file)  # of a student that was exported as one file: it brings its settings
     half = all(entry.dtype in ("F16", "BF16") for entry in entries.values() if len(entry.shape) > 1)
     transformer = dict(NETWORKS.values()).get(pipeline)
     if transformer:
@@ -133,7 +134,7 @@ def _take_apart(file: Path, config: Path, pipeline: str, entries: dict[str, Entr
                 local_files_only=True,
                 torch_dtype=torch.float16 if half else torch.float32,
             )
-        write_pipeline(part, config, network, read_notes(file))
+        write_pipeline(part, config, network, notes)
         return
     more = {"safety_checker": None} if pipeline == "StableDiffusionPipeline" else {}
     with loading(str(file)):
@@ -145,8 +146,8 @@ def _take_apart(file: Path, config: Path, pipeline: str, entries: dict[str, Entr
             **more,
         )
     pipe.save_pretrained(part)
-    if record := read_notes(file):  # a student that was exported so brings its settings
-        write_json(part / RECORD, record)
+    if notes:
+        write_json(part / RECORD, notes)
 
 
 def fetched(named: str) -> Path:

@@ -156,7 +156,8 @@ def read_header(path: Path | str, weights: Mapping[str, Shape], component: str =
 
 
 def read_notes(path: Path) -> dict[str, Any]:
-    """The whole `fewstep` record of a LoRA file, or of the one in a folder; empty for another tool's.
+    """The whole `fewstep` record of a LoRA file or a single-file checkpoint, or of the LoRA in a folder; empty for
+    another tool's.
 
     Raises:
         UserError: no such file, or broken metadata.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fewstep.backbones.base import loading
 from fewstep.export.header import FILE
+from fewstep.grid import TLCM_TIMES
 from fewstep.student_pipeline import call_settings, sampling_of_student, scheduler_for
 
 BATCH = 32
@@ -75,10 +76,13 @@ def asked(who: Who, strength: float = 1.0) -> dict[str, Any]:
 
 
 def can_draw(who: Who, strength: float) -> bool:
-    """Whether there are times for as many calls below a strength: TLCM's lists have at most 8 in all."""
+    """Whether there are times for as many calls below a strength: TLCM's grid and lists have 8 in all."""
     if who.lora is None or strength == 1:
         return True
-    return sampling_of_student(who.lora).spacing != "tlcm" or math.ceil(who.steps / strength) <= 8
+    own = sampling_of_student(who.lora)
+    points = own.grid if isinstance(own.grid, int) else len(own.grid)
+    most = {"tlcm": max(TLCM_TIMES), "grid": points}.get(own.spacing, math.inf)
+    return math.ceil(who.steps / strength) <= most
 
 
 def drawn(pipe: Any, prompts: Sequence[str], seed: int, rows: Mapping[str, Sequence[Any]], **more: Any) -> np.ndarray:
