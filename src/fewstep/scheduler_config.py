@@ -18,6 +18,8 @@ PREDICTIONS: dict[str, Prediction] = {
 """diffusers' words for what a network outputs, and ours."""
 BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 """The keys that decide an indexed path."""
+NOISE_KEYS = (*BETAS, "prediction_type", "shift", "use_dynamic_shifting")
+"""What is taken over from another scheduler even where it is that scheduler's own default, which is not ours."""
 
 
 def is_flow(config: Mapping[str, Any]) -> bool:
@@ -57,6 +59,20 @@ def shift_of(config: Mapping[str, Any]) -> Any:
     if config.get("flow_shift") is None or (unsaid and config.get("shift") is not None):
         return config.get("shift")
     return config["flow_shift"]
+
+
+def taken_over(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of ours that another scheduler's config decides, where they are not our defaults."""
+    kept = {key: config[key] for key in NOISE_KEYS if config.get(key) not in (None, defaults[key])}
+    if is_flow(config):
+        kept |= {"path": "flow", "prediction_type": "flow_prediction"}
+        if shift_of(config) is not None:
+            kept["shift"] = shift_of(config)
+    # what LCM's and TCD's schedulers call their grid; a grid of ours that they took over says more
+    origin = config.get("original_inference_steps")
+    if origin not in (None, defaults["grid"]) and "grid" not in config:
+        kept["grid"] = origin
+    return kept
 
 
 def path_of(config: Mapping[str, Any]) -> Path:

@@ -43,11 +43,7 @@ from fewstep.schedule import (
     share_of,
 )
 from fewstep.scheduler_checks import SchedulerError, check_common, check_origin, check_word, refusing
-from fewstep.scheduler_config import BETAS, PREDICTIONS, is_flow, path_of, shift_of
-
-NOISE_KEYS = (*BETAS, "prediction_type", "shift", "use_dynamic_shifting")
-"""What is taken over from another scheduler even where it is that scheduler's own default, which is not ours."""
-
+from fewstep.scheduler_config import PREDICTIONS, path_of, taken_over
 
 COMPATIBLE = [
     *("TCDScheduler", "LCMScheduler", "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "UniPCMultistepScheduler"),
@@ -119,17 +115,8 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """
         if isinstance(config, Mapping):
             own = inspect.signature(cls.__init__).parameters
-            kept = {key: config[key] for key in NOISE_KEYS if config.get(key) not in (None, own[key].default)}
-            if is_flow(config):
-                kept |= {"path": "flow", "prediction_type": "flow_prediction"}
-                if shift_of(config) is not None:
-                    kept["shift"] = shift_of(config)
-                config = {key: value for key, value in config.items() if key != "flow_shift"}  # ours is `shift`
-            # what LCM's and TCD's schedulers call their grid; a grid of ours that they took over says more
-            origin = config.get("original_inference_steps")
-            if origin not in (None, own["grid"].default) and "grid" not in config:
-                kept["grid"] = origin
-            kwargs = {**kept, **kwargs}
+            kwargs = {**taken_over(config, {name: value.default for name, value in own.items()}), **kwargs}
+            config = {key: value for key, value in config.items() if key != "flow_shift"}  # ours is `shift`
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     @property
