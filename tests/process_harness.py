@@ -21,9 +21,11 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch.distributed.tensor import DTensor
 
-from fewstep import distillation, plan, watch
+from fewstep import distillation, plan, preparation, watch
 from fewstep.backbones.sd import StableDiffusion
+from fewstep.drawing import Artist
 from fewstep.errors import UserError
 from fewstep.training import checkpoint
 from kill_harness import launch, wait_for_all
@@ -96,11 +98,24 @@ def enter(rank: int, size: int, port: int, did: Path) -> None:
         if "lo" in [name for _, name in socket.if_nameindex()]:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     watch.Lite0Backbone = Pooled  # type: ignore[assignment,misc]
+    lay_out = preparation.lay_out
+
+    def noted_lay_out(*args: Any) -> Any:
+        """Note whether weights are split: an engine can fall back to whole ones without a word."""
+        run = lay_out(*args)
+        every = [p for network in run.networks for p in network.parameters()]
+        split = [isinstance(p, DTensor) and p.device_mesh.size() == size for p in every]
+        with did.open("a") as stream:
+            stream.write("split\n" if every and all(split) else "mixed\n" if any(split) else "whole\n")
+        return run
+
+    preparation.lay_out = noted_lay_out
     for place, name in [
         (StableDiffusion, "to_latents"),
         (StableDiffusion, "encode"),
         (watch, "artist_of"),
-        (watch.Watch, "__call__"),
+        (watch.Watch, "_judge"),
+        (Artist, "pictures"),
         (distillation, "export_student"),
     ]:
         noting(place, name, did)
@@ -153,6 +168,9 @@ def run(folder: Path, overrides: list[str]) -> dict[str, list[int | None]]:
     buckets = [word for change in wide for word in ("-s", change)]
     changed = ["loop.watch_every=null", f"data.source={alone}", f"stages={POLISH}"]
     polish = [word for change in changed for word in ("-s", change)]
+    split = ["-s", "loop.shard=true"]
+    long = ["-s", "loop.steps=20", "-s", "loop.watch_every=null", "-s", "optim.lr=1e-4"]
+    full = ["-s", "student.kind=full", "-s", "student.rank=64", "-s", "loop.watch_every=null", "-s", "optim.lr=1e-5"]
     return {
         "tlcm1": start("tlcm1", 1, None, *polish, recipe="tlcm"),
         "tlcm2": start("tlcm2", 2, None, *polish, recipe="tlcm"),
@@ -164,6 +182,14 @@ def run(folder: Path, overrides: list[str]) -> dict[str, list[int | None]]:
         "cut-resumed": start("cut-resumed", 2),
         "spoilt": start("spoilt", 2, second_process_spoilt, *SHORT),
         "failed": start("failed", 2, main_process_fails, *SHORT),
+        "long1": start("long1", 1, None, *long),
+        "long2": start("long2", 2, None, *long),
+        "split": start("split", 2, None, *split),
+        "halved": start("halved", 2, second_process_killed, *split),
+        "halved-resumed": start("halved-resumed", 1, None, *split),
+        "tlcm3": start("tlcm3", 2, None, *split, *polish, recipe="tlcm"),
+        "full1": start("full1", 1, None, *full),
+        "full2": start("full2", 2, None, *full, *split),
     }
 
 

@@ -128,9 +128,75 @@ def test_two_processes_polish_as_one_does(launches: tuple[Path, dict[str, list[i
 
 def test_the_main_process_alone_encodes_judges_and_writes(launches: tuple[Path, dict[str, list[int]]]) -> None:
     folder, _ = launches
-    assert did(folder, "two-0") == {"to_latents", "encode", "artist_of", "__call__", "export_student"}
-    assert did(folder, "two-1") == set()
+    drawing = {"artist_of", "pictures"}  # shared out
+    assert did(folder, "two-0") == {"to_latents", "encode", "_judge", "export_student", "whole"} | drawing
+    assert did(folder, "two-1") == {"encode", "whole"} | drawing  # the teacher's empty prompt
     assert not {"to_latents", "artist_of"} & did(folder, "cut-0")  # kept on disk
+
+
+def test_two_processes_are_one_after_twenty_steps(launches: tuple[Path, dict[str, list[int]]]) -> None:
+    folder, codes = launches
+    assert (codes["long1"], codes["long2"]) == ([0], [0, 0])
+    one, two = (
+        load_file(folder / name / "checkpoints" / "step-00000020" / "student.safetensors")
+        for name in ("long1", "long2")
+    )
+    moved = max(float(weight.abs().max()) for key, weight in one.items() if "lora_B" in key)
+    assert moved > 1e-3
+    assert max(float((two[key] - weight).abs().max()) for key, weight in one.items()) < 1e-6
+
+
+def test_split_weights_train_what_whole_ones_do(launches: tuple[Path, dict[str, list[int]]]) -> None:
+    """FSDP2: every weight of the network, frozen or trained, is a part of itself in each process."""
+    folder, codes = launches
+    assert codes["split"] == [0, 0], (folder / "split-1.log").read_text()[-2000:]
+    assert "split" in did(folder, "split-0") & did(folder, "split-1")
+    for name in ("student", "student.ema", "student.optimizer"):
+        one, split = (folder / n / "checkpoints" / LAST / f"{name}.safetensors" for n in ("one", "split"))
+        assert {k: v.shape for k, v in load_file(one).items()} == {k: v.shape for k, v in load_file(split).items()}
+        if name != "student.optimizer":
+            for part, distance in apart(one, split).items():
+                assert distance < 1e-4, (name, part)
+    logs = [figures(folder / name) for name in ("one", "split")]
+    for a, b in zip(*logs, strict=True):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            loose = key.startswith("watch/")
+            assert b[key] == pytest.approx(value, rel=1e-2 if loose else 1e-4, abs=1e-3 if loose else 0), key
+
+
+def test_split_weights_polish_as_whole_ones_do(launches: tuple[Path, dict[str, list[int]]]) -> None:
+    """The fake score's gradients stay out of the student's, though both run through one split network."""
+    folder, codes = launches
+    assert codes["tlcm3"] == [0, 0], (folder / "tlcm3-1.log").read_text()[-2000:]
+    one, split = (folder / name / "stages" / "1-polish" / "checkpoints" / LAST for name in ("tlcm1", "tlcm3"))
+    for role in ("student", "fake"):
+        for part, distance in apart(one / f"{role}.safetensors", split / f"{role}.safetensors").items():
+            assert distance < 2e-3, (role, part)
+
+
+def test_a_split_run_goes_on_in_one_process(launches: tuple[Path, dict[str, list[int]]]) -> None:
+    """Killed in two processes, resumed in one: the weights of the run that was never split."""
+    folder, codes = launches
+    assert codes["halved"][1] == -9
+    assert codes["halved-resumed"] == [0], (folder / "halved-resumed-0.log").read_text()[-2000:]
+    one, halved = (folder / name / "checkpoints" / LAST / "student.safetensors" for name in ("one", "halved"))
+    for part, distance in apart(one, halved).items():
+        assert distance < 1e-4, part
+    calls = [json.loads((folder / name / "evaluations.json").read_text()) for name in ("one", "halved")]
+    assert calls[0] == calls[1]
+
+
+def test_full_fine_tuning_in_split_networks(launches: tuple[Path, dict[str, list[int]]]) -> None:
+    folder, codes = launches
+    assert codes["full1"] == [0]
+    assert codes["full2"] == [0, 0], (folder / "full2-1.log").read_text()[-2000:]
+    assert "split" in did(folder, "full2-0") & did(folder, "full2-1")
+    one, split = (load_file(folder / n / "checkpoints" / LAST / "student.safetensors") for n in ("full1", "full2"))
+    start = load_file(folder / "full1" / "checkpoints" / "step-00000004" / "student.safetensors")
+    moved = torch.cat([(one[key] - weight).flatten() for key, weight in start.items()]).norm()
+    other = torch.cat([(split[key] - weight).flatten() for key, weight in one.items()]).norm()
+    assert float(other) < 0.05 * float(moved)  # Adam's sign of gradients that are all but 0
 
 
 def test_a_killed_launch_resumes_bit_for_bit(launches: tuple[Path, dict[str, list[int]]]) -> None:

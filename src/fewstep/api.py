@@ -211,6 +211,8 @@ def evaluate(
 ) -> Mapping[str, Figure]:
     """Draw one picture a prompt and measure them; returns the figures by name and writes figures.json.
 
+    The processes of a launch share the drawing out; the main one measures and writes, the others return nothing.
+
     Args:
         prompt_file: one prompt a line; FD needs at least 500.
         out: folder for figures.json.
@@ -270,6 +272,7 @@ def evaluate(
 
     place = pick_device(device)
     from fewstep import measuring
+    from fewstep.training.launch import make_accelerator
 
     return measuring.evaluate_folder(
         folder.path,
@@ -280,7 +283,7 @@ def evaluate(
         reference=other,
         reference_sampling=drawn,
         seed=seed,
-        device=place,
+        device=make_accelerator("fp32", place).device,
         out=Path(out),
     )
 

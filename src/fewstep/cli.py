@@ -237,6 +237,8 @@ def evaluate(
         settings=drawing(overrides, steps=steps, gamma=gamma, omega=omega, sampler=sampler),
         teacher_config=config or "",
     )
+    if not figures:  # another process of this launch has them
+        return
     echo_figures(figures)
     distances = [figure for name, figure in figures.items() if name.startswith("FD-")]
     if not distances:

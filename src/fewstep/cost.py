@@ -19,6 +19,7 @@ from fewstep.device import pick_precision
 from fewstep.draws import Draws
 from fewstep.role_layout import unique_bytes
 from fewstep.settings import DistillConfig
+from fewstep.sharding import is_split
 from fewstep.tally import in_words
 from fewstep.training.loop import Update
 
@@ -159,8 +160,10 @@ def estimate(
             noting = saved_tensors_hooks(note, lambda tensor: tensor) if step == 0 else nullcontext()
             with noting, torch.autocast(device.type, dtype=kind, enabled=enabled):
                 loss = update.loss(batch, Draws(config.loop.seed, step, tuple(range(len(rows))), device))
-            torch.autograd.backward(loss.value, inputs=list(update.parameters.values()))
-            for parameter in update.parameters.values():
+            every = list(update.parameters.values())
+            these = None if is_split(every) else every  # as the loop does
+            torch.autograd.backward(loss.value, inputs=these)
+            for parameter in (p for other in plan for p in other.parameters.values()):
                 parameter.grad = None
             if on_gpu:
                 torch.cuda.synchronize(device)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -178,45 +178,55 @@ def train_run(run: Run, out: Path, cache: Path, log: RunLog, accelerator: Accele
     plan = update_plan(run)
     before = last_step(out / "checkpoints")
     told = main and not log.quiet
-    if before < config.loop.steps and told:
+    if before < config.loop.steps and (told or config.loop.shard):  # split networks run in all processes, or in none
         estimated = estimate(plan, run.data, config, run.networks)
-        print("\n".join([f"writes to {out}", *estimated.lines()]), file=sys.stderr)
+        if told:
+            print("\n".join([f"writes to {out}", *estimated.lines()]), file=sys.stderr)
     watch, judged = None, dict[str, float]()
-    with together():
-        if main and config.loop.watch_every:
-            judge = make_watch(run, out, cache)
+    if config.loop.watch_every:
+        judge = make_watch(run, out, cache)
 
-            def watch(step: int, weights: dict[str, dict[str, Tensor]]) -> Mapping[str, float]:
-                judged.update(judge(step, weights))
-                return judged
+        def watch(step: int, weights: dict[str, dict[str, Tensor]]) -> Mapping[str, float]:
+            judged.update(judge(step, weights))
+            return judged
 
-    since, counted = counted_until(out)
-    run.tally.start(counted)
+    counted = counted_until(out)
+    run.tally.start(counted.evaluations)
+    own = config.loop.batch // accelerator.num_processes
 
     def count(step: int) -> dict[str, Any]:
-        return {"steps": since + step - before, "evaluations": run.tally.counts}
+        new = step - before
+        seen = {"steps": counted.steps + new, "samples": counted.samples + new * own}
+        return seen | {"evaluations": run.tally.counts}
 
     held = run.data.latents
     visits = held.order(config.loop.seed, config.loop.batch) if isinstance(held, BucketedLatents) else None
     trained = train(plan, fetch, len(run.data), config.loop, log, accelerator, watch, count, visits)
-    steps, counted = counted_until(out)
-    if steps and main:
-        share = steps * config.loop.batch // accelerator.num_processes
-        by_role = {role: number / share for role, number in counted.items()}
-        write_json(out / "evaluations.json", {"steps": steps, "a_sample_and_step": by_role})
+    ended = counted_until(out)
+    if ended.steps and main:
+        by_role = {role: number / ended.samples for role, number in ended.evaluations.items()}
+        write_json(out / "evaluations.json", {"steps": ended.steps, "a_sample_and_step": by_role})
         if told and before < config.loop.steps:
             calls = in_words(by_role)
-            line = f"{log.title}: {calls} network evaluations a sample and step, counted over {steps} steps"
+            line = f"{log.title}: {calls} network evaluations a sample and step, counted over {ended.steps} steps"
             quality = [f"{name.removeprefix('watch/')} {value:.4g}" for name, value in judged.items()]
             print("; ".join([line, *quality]), file=sys.stderr)
     return trained
 
 
-def counted_until(out: Path) -> tuple[int, dict[str, int]]:
-    """What the last checkpoint of a run has counted: steps, and network evaluations by role of the main process."""
+class Counted(NamedTuple):
+    """Steps, samples that the main process saw in them (launches differ in size), its network evaluations by role."""
+
+    steps: int = 0
+    samples: int = 0
+    evaluations: Mapping[str, int] = {}
+
+
+def counted_until(out: Path) -> Counted:
+    """What the last checkpoint of a run has counted."""
     found = checkpoints(out / "checkpoints")
-    counted = read_state(found[-1]).get("beside") if found else None
-    return (int(counted["steps"]), dict(counted["evaluations"])) if counted else (0, {})
+    beside = read_state(found[-1]).get("beside") if found else None
+    return Counted(**beside) if beside else Counted()
 
 
 def with_trajectories(config: DistillConfig, count: int) -> DistillConfig:

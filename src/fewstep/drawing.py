@@ -23,6 +23,7 @@ from fewstep.files import atomic_write
 from fewstep.folder import read_folder
 from fewstep.inference import Source, draw_latents
 from fewstep.language.adapter import Adapter, load_adapter
+from fewstep.processes import collected, is_main, own_share
 from fewstep.roles import BASE
 from fewstep.settings import TEACHER_SAMPLING, Sampling
 from fewstep.told import Ear, ToldEmbedding, split_told
@@ -72,7 +73,7 @@ class Artist:
         _, height, width = shape
         batch = min(64, max(1, MOST_LATENT_POINTS // (height * width)))
         parts = []
-        silent = title is None or len(seeds) <= batch
+        silent = title is None or len(seeds) <= batch or not is_main()
         with tqdm(total=len(seeds), desc=title, unit="picture", leave=False, disable=silent) as bar:
             for start in range(0, len(seeds), batch):
                 rows = slice(start, start + batch)
@@ -96,8 +97,24 @@ class Artist:
     ) -> np.ndarray:
         """One picture for each (prompt, seed), uint8 [N, H, W, 3]."""
         condition = self.encode(prompts)
-        latents = self.latents(condition, seeds, sampling or self.sampling, title="drawing", source=source)
-        return self.backbone.to_pictures(latents)
+        return self.pictures(condition, seeds, sampling or self.sampling, title="drawing", source=source)
+
+    def pictures(
+        self,
+        condition: Condition,
+        seeds: Sequence[int],
+        sampling: Sampling,
+        *,
+        title: str | None = None,
+        source: Source | None = None,
+    ) -> np.ndarray:
+        """The pictures of `latents`. The processes of a launch share them out; all must ask, and all get all."""
+        rows = own_share(len(seeds))
+        own = {name: value[rows] for name, value in condition.items()}
+        if source is not None and len(source.latents) > 1:
+            source = replace(source, latents=source.latents[rows])
+        latents = self.latents(own, [seeds[row] for row in rows], sampling, title=title, source=source)
+        return collected(torch.from_numpy(self.backbone.to_pictures(latents)), len(seeds)).numpy()
 
 
 def artist_of(

@@ -34,6 +34,9 @@ class LoopConfig(Config):
     precision: Precision = Field(
         "fp32", description="type of the networks: fp32, bf16, fp16, or auto (bf16 where the machine is fast at it)"
     )
+    shard: bool = Field(
+        False, description="split weights, gradients and optimiser states over the processes of a launch (FSDP2)"
+    )
     log_every: int = Field(10, ge=1, description="steps between log lines")
     save_every: int = Field(500, ge=1, description="steps between checkpoints")
     keep: int = Field(2, ge=1, description="checkpoints kept")
@@ -42,6 +45,10 @@ class LoopConfig(Config):
     @model_validator(mode="after")
     def _whole(self) -> Self:
         check_batch(self.batch, self.accumulate)
+        if self.shard and self.precision == "fp16":
+            raise ValueError(
+                "precision = 'fp16' has a loss scale that shard = true lacks; the nearest legal one is 'bf16'"
+            )
         return self
 
 

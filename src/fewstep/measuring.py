@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from fewstep.evaluation.features import Features
 from fewstep.evaluation.lite0 import Lite0Backbone
 from fewstep.evaluation.metric import Figure, Metric
 from fewstep.evaluation.yardstick import Yardstick, set_metrics
+from fewstep.processes import on_main
 from fewstep.settings import Sampling
 from fewstep.world.measures import emoji8_yardstick
 
@@ -50,28 +52,33 @@ def folder_yardstick(folder: Path, n: int, size: int, seed: int, features: Featu
     return Yardstick(reference, set_metrics(features, min(n, len(real)), real), features)
 
 
-def evaluate(
-    artist: Artist,
-    prompts: Sequence[str],
-    yardstick: Yardstick,
-    *,
-    sampling: Sampling,
-    end_points: EndPoints,
-    seed: int,
-) -> dict[str, Figure]:
-    """Draw one picture a prompt and several of the first prompts, and measure them; figures by name.
+class Drawn(NamedTuple):
+    """What is measured: one picture a prompt, several of the first prompts, and the teacher's end points.
 
-    Args:
-        end_points: the teacher's converged pictures of the same prompts.
-        seed: of the first picture, and of the bootstrap.
+    Attributes:
+        pictures: uint8 [N, H, W, 3].
+        several: uint8 [P, NOISES, H, W, 3].
     """
+
+    pictures: np.ndarray
+    several: np.ndarray
+    end_points: EndPoints
+
+
+def draw_all(artist: Artist, prompts: Sequence[str], sampling: Sampling, end_points: EndPoints, seed: int) -> Drawn:
+    """Draw what is measured, the first picture from `seed`; the processes of a launch share it out."""
     pictures = artist.draw(prompts, range(seed, seed + len(prompts)), sampling)
-    figures = evaluate_pictures(pictures, prompts, yardstick.metrics, yardstick.reference, end_points, seed)
-    figures |= with_teacher_floors(figures, prompts, yardstick.metrics, end_points, seed)
     several = [prompt for prompt in prompts[:PROMPTS] for _ in range(NOISES)]
     noises = artist.draw(several, range(seed, seed + len(several)), sampling)
-    grouped = noises.reshape(-1, NOISES, *noises.shape[1:])
-    return {**figures, **diversity(yardstick.features, grouped, seed, floor=yardstick.real_diversity)}
+    return Drawn(pictures, noises.reshape(-1, NOISES, *noises.shape[1:]), end_points)
+
+
+def measure(drawn: Drawn, prompts: Sequence[str], yardstick: Yardstick, seed: int) -> dict[str, Figure]:
+    """Figures of what was drawn, by name; `seed` is the bootstrap's."""
+    metrics, end_points = yardstick.metrics, drawn.end_points
+    figures = evaluate_pictures(drawn.pictures, prompts, metrics, yardstick.reference, end_points, seed)
+    figures |= with_teacher_floors(figures, prompts, metrics, end_points, seed)
+    return {**figures, **diversity(yardstick.features, drawn.several, seed, floor=yardstick.real_diversity)}
 
 
 def with_teacher_floors(
@@ -100,7 +107,8 @@ def evaluate_folder(
 ) -> Mapping[str, Figure]:
     """Measure a pipeline folder or a LoRA on it; write figures.json and return the figures by name.
 
-    FD needs at least 500 pictures on both sides and is left out below.
+    The processes of a launch share the drawing out; the main one measures, and the others return nothing. FD
+    needs at least 500 pictures on both sides and is left out below.
 
     Args:
         teacher: pipeline folder that draws.
@@ -113,15 +121,21 @@ def evaluate_folder(
     artist = load_artist(teacher, lora, device)
     n, size = len(prompts), sampling.size[0] if sampling.size else artist.backbone.picture_size
     teller = load_artist(reference, None, device) if reference is not None else None
-    features = Features(Lite0Backbone(), out / "features")
-    yardstick = (
-        folder_yardstick(real, n, size, seed, features) if real else emoji8_yardstick(prompts, size, seed, features)
-    )
     end_points = EndPoints()
     if teller is not None:
         same, other = (teller.draw(prompts, range(first, first + n), reference_sampling) for first in (seed, seed + n))
         end_points = EndPoints(same, other)
-    figures = evaluate(artist, prompts, yardstick, sampling=sampling, end_points=end_points, seed=seed)
-    name = f"{lora.stem if lora else teacher.name} {sampling.steps} steps"
-    save_figures(out / "figures.json", {name: figures, **detail_scale(yardstick.reference.some(SCALED, seed), seed)})
-    return figures
+    drawn = draw_all(artist, prompts, sampling, end_points, seed)
+
+    def measured() -> Mapping[str, Figure]:
+        features = Features(Lite0Backbone(), out / "features")
+        yardstick = (
+            folder_yardstick(real, n, size, seed, features) if real else emoji8_yardstick(prompts, size, seed, features)
+        )
+        figures = measure(drawn, prompts, yardstick, seed)
+        name = f"{lora.stem if lora else teacher.name} {sampling.steps} steps"
+        scale = detail_scale(yardstick.reference.some(SCALED, seed), seed)
+        save_figures(out / "figures.json", {name: figures, **scale})
+        return figures
+
+    return on_main(measured)()

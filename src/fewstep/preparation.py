@@ -18,6 +18,7 @@ from fewstep.data.buckets import bucketed
 from fewstep.data.latents import LatentSet, latent_set
 from fewstep.data.prompts import is_prompt_file, read_prompts
 from fewstep.denoiser import Condition, Denoiser
+from fewstep.device import pick_precision
 from fewstep.draws import order
 from fewstep.errors import UserError
 from fewstep.evaluation.settings import KID_FEWEST
@@ -28,8 +29,9 @@ from fewstep.perceptual.settings import PerceptualConfig
 from fewstep.plan import roles_of
 from fewstep.preference.scorer import PreferenceScorer
 from fewstep.role_layout import Student, make_student
-from fewstep.roles import BASE, SeparateRoles
+from fewstep.roles import BASE, networks_of
 from fewstep.settings import DistillConfig, teacher_path
+from fewstep.sharding import shard
 from fewstep.synthesis.reader import Synthesis
 from fewstep.synthesis.record import is_synthesis
 from fewstep.synthesized import open_set
@@ -95,8 +97,7 @@ class Run:
     @property
     def networks(self) -> list[nn.Module]:
         """Every network: one in LoRA mode, one a role in full fine-tuning."""
-        roles = self.student.roles
-        return list(roles.networks.values()) if isinstance(roles, SeparateRoles) else [roles.network]
+        return networks_of(self.student.roles)
 
     def watched(self, count: int) -> pictures.Captioned:
         """Up to `count` of the pictures with their captions, drawn by the watch's seed: all stages see the same."""
@@ -230,6 +231,10 @@ def lay_out(config: DistillConfig, backbone: Backbone, captioned: pictures.Capti
     if backbone.device.type == "cpu":
         speed_up(backbone.network)
     student = make_student(backbone, config.student, roles_of(config.method), config.loop.seed, config.method.told)
+    if config.loop.shard:
+        precision = pick_precision(config.loop.precision, backbone.device)
+        for network in [*networks_of(student.roles), *student.told.values()]:
+            shard(network, torch.bfloat16 if precision == "bf16" else torch.float32)
     denoiser = Denoiser(student.call, backbone.path, backbone.prediction, backbone.embedded_guidance)
     return Run(config, backbone, captioned, data, student, denoiser, Tally())
 

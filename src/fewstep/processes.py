@@ -10,18 +10,19 @@ does nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from accelerate.state import PartialState, is_initialized
-from accelerate.utils import reduce
+from accelerate.utils import gather, reduce
 from torch import Tensor
 
 from fewstep.errors import UserError
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 def count() -> int:
@@ -47,8 +48,9 @@ def total(values: Tensor) -> Tensor:
     return result
 
 
-def _any_failed(failed: bool) -> bool:
-    return bool(total(torch.tensor(float(failed), device=PartialState().device)).item())
+def anywhere(true: bool) -> bool:
+    """Whether it is true in any process; all must ask."""
+    return true if count() == 1 else bool(total(torch.tensor(float(true), device=PartialState().device)).item())
 
 
 @contextmanager
@@ -67,10 +69,34 @@ def together() -> Iterator[None]:
         yield
     except Exception:
         with suppress(RuntimeError):  # the others are gone already: this error is the one to hear of
-            _any_failed(True)
+            anywhere(True)
         raise
-    if _any_failed(False):
+    if anywhere(False):
         raise UserError("another process of this launch failed; its own message says why")
+
+
+def on_main(do: Callable[P, Mapping[str, T]]) -> Callable[P, Mapping[str, T]]:
+    """`do` in the main process alone, and nothing in the others, which wait and hear of it if it fails."""
+
+    def alone(*args: P.args, **options: P.kwargs) -> Mapping[str, T]:
+        with together():
+            return do(*args, **options) if is_main() else {}
+
+    return alone
+
+
+def own_share(n: int) -> list[int]:
+    """Which of `n` rows are this process's: as many for each, the last row again where they do not go round."""
+    each = -(-n // count())
+    return [min(row, n - 1) for row in range(rank() * each, (rank() + 1) * each)]
+
+
+def collected(part: Tensor, n: int) -> Tensor:
+    """What all processes made of their own shares of `n` rows, in order, in each of them; all must ask."""
+    if count() == 1:
+        return part
+    every: Tensor = gather(part.contiguous().to(PartialState().device))
+    return every[:n].to(part.device)
 
 
 def main_first(make: Callable[[], T]) -> T:

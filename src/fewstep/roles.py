@@ -17,6 +17,8 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from fewstep.sharding import at_rest, fill
+
 BASE = "teacher"
 """The role without adapter."""
 FAKE = "fake"
@@ -56,7 +58,7 @@ class AdapterRoles:
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
         """The adapter weights of `role`, by their name without the role's."""
         tag = f".{role}."
-        named = self.network.named_parameters()
+        named = at_rest(self.network).named_parameters()
         return {n.replace(tag, "."): p for n, p in named if tag in n and "lora_" in n}
 
     def checkpointing(self) -> None:
@@ -87,7 +89,7 @@ class SeparateRoles:
 
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
         """All weights of the role's network."""
-        return dict(self.networks[role].named_parameters())
+        return dict(at_rest(self.networks[role]).named_parameters())
 
     def checkpointing(self) -> None:
         """Turn on gradient checkpointing in every network."""
@@ -96,6 +98,11 @@ class SeparateRoles:
 
 
 Roles = AdapterRoles | SeparateRoles
+
+
+def networks_of(roles: Roles) -> list[nn.Module]:
+    """Every network behind roles: one for adapters, one a role in full fine-tuning."""
+    return list(roles.networks.values()) if isinstance(roles, SeparateRoles) else [roles.network]
 
 
 def add_adapter(network: nn.Module, role: str, rank: int, alpha: float, targets: list[str], seed: int) -> None:
@@ -121,6 +128,6 @@ def add_adapter(network: nn.Module, role: str, rank: int, alpha: float, targets:
 
 @torch.no_grad()
 def copy_role(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
-    """Overwrite the weights of one role with those of another."""
+    """Overwrite the weights of one role with those of another; they may be split over processes, or whole."""
     for name, value in source.items():
-        target[name].copy_(value)
+        fill(target[name], value)

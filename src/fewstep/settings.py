@@ -178,6 +178,11 @@ class DistillConfig(Config):
     @model_validator(mode="after")
     def _trained_for(self) -> Self:
         check_trained(self.method, self.sampling)
+        if self.loop.shard and self.method.balance == "gradient":
+            raise ValueError(
+                "loop.shard = True has no whole last layer to balance by in method.balance = 'gradient'; the nearest "
+                "legal one is 'fixed'"
+            )
         return self
 
 

@@ -16,14 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.data.latents import cached
+from fewstep.data.latents import cached, keep, kept
 from fewstep.data.prompts import is_prompt_file, read_prompts
+from fewstep.denoiser import Condition
 from fewstep.drawing import Artist, artist_of, labelled_sheet, save_picture
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.kid import KernelDistance
 from fewstep.evaluation.lite0 import Lite0Backbone
 from fewstep.evaluation.teacher import TeacherFeatures
 from fewstep.files import read_json, write_json
+from fewstep.processes import anywhere, is_main, main_first, on_main, together
 from fewstep.roles import copy_role
 from fewstep.settings import TEACHER_SAMPLING, DistillConfig
 
@@ -53,7 +55,7 @@ def watched_prompts(config: DistillConfig, captions: Sequence[str]) -> list[str]
 class Watch:
     """Draws and judges the student; called by the loop with (step, weights).
 
-    Made and called in one process, the main one: nothing here waits for others.
+    Every process of a launch makes and calls it: they share out the drawing, and the main one judges and writes.
 
     Args:
         student: draws with the role `student`.
@@ -87,12 +89,19 @@ class Watch:
         self.features = Features(Lite0Backbone(), progress=False)
         self.kid = KernelDistance(self.features)
         self.to_teacher = TeacherFeatures(self.features)
-        self.condition = student.backbone.encode(self.prompts)
+        self.condition = main_first(self._read_prompts)
         self.reference = self._teacher_pictures(config, self.seeds)
         other = [seed + watch.count for seed in self.seeds]
         self.real = self._teacher_pictures(config, other) if real is None else real
         self.best = self._best_so_far()
         student.backbone.release_encoders()  # what they are needed for is kept; checks load the autoencoder
+
+    def _read_prompts(self) -> Condition:
+        """What the network is told of the prompts; kept in the cache, for the other processes."""
+        backbone = self.student.backbone
+        known = json.dumps([backbone.folder.identity(*backbone.folder.family.readers), self.prompts])
+        key = f"watched-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
+        return cached(self.cache, key, lambda: dict(backbone.encode(self.prompts)))
 
     def _teacher_pictures(self, config: DistillConfig, seeds: Sequence[int]) -> np.ndarray:
         """The teacher's end points, uint8 [count, H, W, 3]; drawn once and kept in the cache."""
@@ -105,12 +114,14 @@ class Watch:
         )
         key = f"watch-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
 
-        def draw() -> dict[str, Tensor]:
-            latents = artist_of(backbone).latents(self.condition, seeds, sampling, title="teacher's pictures")
-            return {"pictures": torch.from_numpy(backbone.to_pictures(latents))}
-
-        pictures: np.ndarray = cached(self.cache, key, draw)["pictures"].numpy()
-        return pictures
+        found = main_first(lambda: kept(self.cache, key))
+        if found is not None and not anywhere(found is None):
+            return found["pictures"].numpy()
+        drawn = artist_of(backbone).pictures(self.condition, seeds, sampling, title="teacher's pictures")
+        with together():
+            if is_main():
+                keep(self.cache, key, {"pictures": torch.from_numpy(drawn)})
+        return drawn
 
     def _best_so_far(self) -> float:
         path = self.out / "best" / "figures.json"
@@ -125,11 +136,14 @@ class Watch:
         own = {name: value.detach().clone() for name, value in self.parameters.items()}
         copy_role(judged, self.parameters)
         try:
-            latents = self.student.latents(self.condition, self.seeds, self.student.sampling)
+            pictures = self.student.pictures(self.condition, self.seeds, self.student.sampling)
         finally:
             copy_role(own, self.parameters)
-        pictures = self.student.backbone.to_pictures(latents)
         self.student.backbone.release_encoders()
+        return on_main(self._judge)(step, judged, pictures)
+
+    def _judge(self, step: int, judged: Mapping[str, Tensor], pictures: np.ndarray) -> Mapping[str, float]:
+        """Figures, grid and best student."""
         drawn, real, wanted = (self.features(p) for p in (pictures, self.real, self.reference))
         figures = {
             "kid": self.kid.distance(drawn, real),

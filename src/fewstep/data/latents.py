@@ -91,17 +91,30 @@ class LatentSet:
         return {name: states[rows].float().to(device, non_blocking=True) for name, states in self.table.items()}
 
 
-def cached(folder: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the tensors of `key` from the folder, or make and store them; a broken file is made again."""
+def kept(folder: Path, key: str) -> dict[str, Tensor] | None:
+    """The tensors of `key` that the folder holds; None, and no file any more, where that is missing or broken."""
     path = folder / f"{key}.safetensors"
     if path.is_file():
         try:
             return load_tensors(path)
         except UserError:
             path.unlink(missing_ok=True)
-    tensors = make()
-    with atomic_write(path) as part:
+    return None
+
+
+def keep(folder: Path, key: str, tensors: Mapping[str, Tensor]) -> None:
+    """Store tensors for `kept`."""
+    with atomic_write(folder / f"{key}.safetensors") as part:
         save_tensors(part, tensors)
+
+
+def cached(folder: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the tensors of `key` from the folder, or make and store them; a broken file is made again."""
+    found = kept(folder, key)
+    if found is not None:
+        return found
+    tensors = make()
+    keep(folder, key, tensors)
     return tensors
 
 

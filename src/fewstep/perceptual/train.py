@@ -27,7 +27,7 @@ from fewstep.perceptual.pairs import KINDS, PAIRS
 from fewstep.perceptual.record import RECORD, load_perceptual, read_perceptual, save_perceptual
 from fewstep.perceptual.settings import PerceptualConfig
 from fewstep.perceptual.target import Decode, Lite0Stages, PixelFeatures
-from fewstep.processes import together
+from fewstep.processes import on_main, together
 from fewstep.schedule import expand
 from fewstep.training.launch import make_accelerator
 from fewstep.training.loop import Batch, Update, train
@@ -183,7 +183,7 @@ def fit(config: PerceptualConfig, bank: Bank, channels: int, log: RunLog, accele
         return {f"validation/{name}": value for name, value in found.items()}
 
     plan = [Update("perceptual", dict(network.named_parameters()), loss, config.optim)]
-    trained = train(plan, fetch, len(bank.train), config.loop, log, accelerator, watch)
+    trained = train(plan, fetch, len(bank.train), config.loop, log, accelerator, on_main(watch))
     return loaded(trained.weights["perceptual"])
 
 

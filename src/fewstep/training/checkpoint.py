@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fewstep.errors import UserError
 from fewstep.files import atomic_folder, read_json, remove_folder, write_json
+from fewstep.sharding import fill
 from fewstep.tensors import save_tensors
 from fewstep.training.run import checkpoints
 
@@ -32,7 +33,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dic
 def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` flattened.
 
-    Moments get the memory layout of their parameter again: kernels round differently over another one.
+    Moments get the memory layout of their parameter again (kernels round differently over another one), and are split
+    over processes as it is.
     """
     state: dict[int, dict[str, Tensor]] = {}
     index_of = {name: index for index, name in enumerate(names)}
@@ -41,7 +43,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensor
         name, _, key = flat.rpartition("|")
         parameter = parameters[index_of[name]]
         if value.shape == parameter.shape and value.dim():
-            value = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+            moments = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
+            fill(moments, value)
+            value = moments
         state.setdefault(index_of[name], {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -59,7 +63,7 @@ def restore_parameters(parameters: Mapping[str, nn.Parameter], tensors: Mapping[
     for name, parameter in parameters.items():
         if parameter.shape != tensors[name].shape:
             raise UserError(f"{path}: {name} is {tuple(tensors[name].shape)}, not {tuple(parameter.shape)}")
-        parameter.copy_(tensors[name])
+        fill(parameter, tensors[name])
 
 
 def save(

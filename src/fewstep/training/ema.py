@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fewstep.sharding import fill
+
 
 class Ema:
     """A moving average of named parameters: theta_ema <- mu theta_ema + (1 - mu) theta.
@@ -45,4 +47,4 @@ class Ema:
     def copy_from(self, parameters: Mapping[str, Tensor]) -> None:
         """Overwrite the average with `parameters`."""
         for name, value in self.shadow.items():
-            value.copy_(parameters[name])
+            fill(value, parameters[name])

@@ -25,6 +25,7 @@ from fewstep.files import sweep
 from fewstep.loop_settings import LoopConfig, OptimConfig, check_batch
 from fewstep.loss import Loss
 from fewstep.processes import together, total
+from fewstep.sharding import is_split, whole, whole_on_main
 from fewstep.tensors import load_tensors
 from fewstep.training import checkpoint
 from fewstep.training.ema import Ema
@@ -59,8 +60,8 @@ class Update:
 
 
 def _average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
-    """Mean of the gradients over all processes, as one flat message."""
-    if accelerator.num_processes == 1:
+    """Mean of the gradients over all processes, as one flat message; those of split weights are averaged already."""
+    if accelerator.num_processes == 1 or is_split(parameters):
         return
     grads = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([g.reshape(-1) for g in grads])
@@ -76,6 +77,7 @@ class _Running:
         self.update = update
         self.names = list(update.parameters)
         self.parameters = list(update.parameters.values())
+        self.split = is_split(self.parameters)
         self.optimizer = make_optimizer(self.parameters, update.optim)
         self.averages: dict[str, Ema] = {}
         if update.optim.ema:
@@ -103,12 +105,22 @@ class _Running:
         self.bin_sum.index_add_(0, index, loss.per_sample.detach().float())
         self.bin_count.index_add_(0, index, torch.ones_like(loss.per_sample, dtype=torch.float32))
 
-    def backward(self, batch: Batch, draws: Draws, accelerator: Accelerator, accumulate: int) -> None:
-        """Add one micro-batch's gradients."""
+    def backward(
+        self, batch: Batch, draws: Draws, accelerator: Accelerator, accumulate: int, others: Sequence[nn.Parameter]
+    ) -> None:
+        """Add one micro-batch's gradients, and none to `others`, the parameters of other updates."""
         with accelerator.autocast():
             loss = self.update.loss(batch, draws)
         # only into its own parameters: a loss may run through those of another update
-        accelerator.backward(loss.value / accumulate, inputs=self.parameters)
+        if not self.split:
+            accelerator.backward(loss.value / accumulate, inputs=self.parameters)
+        else:  # what the graph holds of split weights is their gathered selves, which cannot be named
+            kept = [p.grad for p in others]
+            for parameter in others:
+                parameter.grad = None
+            accelerator.backward(loss.value / accumulate)
+            for parameter, grad in zip(others, kept, strict=True):
+                parameter.grad = grad
         self.note("loss", loss.value)
         self.note_bins(loss)
         for name, value in loss.scalars.items():
@@ -159,23 +171,26 @@ class _Running:
         return result
 
     def files(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds of it, whole; every process must ask, the main one alone gets all."""
         name = self.update.name
-        files = {
-            name: dict(self.update.parameters),
+        files: dict[str, Mapping[str, Tensor]] = {
+            name: self.update.parameters,
             f"{name}.optimizer": checkpoint.optimizer_tensors(self.optimizer, self.names),
         }
         for kind, average in self.averages.items():
             files[f"{name}.{kind}"] = average.shadow
-        return files  # type: ignore[return-value]
+        return {file: whole_on_main(tensors) for file, tensors in files.items()}
 
     def state(self) -> dict[str, int]:
         """What of the averages is no tensor."""
         return {kind: average.updates for kind, average in self.averages.items()}
 
     def weights(self) -> dict[str, Tensor]:
-        """The averaged weights, or else the last ones; copies."""
+        """The averaged weights, or else the last ones; copies. Of split weights the whole, on the CPU; all must ask."""
         ema = self.averages.get("ema")
         source: Mapping[str, Tensor] = ema.shadow if ema else self.update.parameters
+        if self.split:
+            return {name: whole(tensor.detach()).cpu() for name, tensor in source.items()}
         return {name: tensor.detach().clone() for name, tensor in source.items()}
 
     def restore(self, folder: Path, state: Mapping[str, Any]) -> None:
@@ -226,8 +241,8 @@ def train(
         fetch: item numbers (int64 [b], below `count`) -> batch, on the device of `accelerator`.
         count: number of items; they are visited in a fresh order each epoch.
         watch: called every `config.watch_every` steps with the step and the weights to judge; its figures
-            are logged. It must leave the parameters as they were. Called on the main process alone (the others
-            wait, and may pass None): it must not wait for them.
+            are logged. It must leave the parameters as they were. Every process calls it: what one of them should do
+            alone stands in `processes.on_main`.
         visits: (start, stop) -> the items at these positions of an endless pass; a fresh shuffle each epoch by default.
         beside: what the caller wants kept with the checkpoint of a step, as `beside` in its state.json.
 
@@ -282,10 +297,7 @@ def train(
                 f"start another run with a lower optim.lr (now {plan[0].optim.lr:g}) or loop.precision = fp32"
             )
 
-    def save(step: int) -> None:
-        files: dict[str, Mapping[str, Tensor]] = {}
-        for r in running:
-            files.update(r.files())
+    def save(step: int, files: Mapping[str, Mapping[str, Tensor]]) -> None:
         state: dict[str, Any] = {"computing": computing, "averages": {r.update.name: r.state() for r in running}}
         if scaler:
             state["scaler"] = scaler.state_dict()
@@ -304,7 +316,8 @@ def train(
             last = part == config.accumulate - 1
             due = [r for r in running if step % r.update.every == 0]
             for r in due:
-                r.backward(batch, draws, accelerator, config.accumulate)
+                others = [p for other in running if other is not r for p in other.parameters]
+                r.backward(batch, draws, accelerator, config.accumulate, others)
             if not last:
                 continue
             # only now: with all gradients at the weights of the step's start, the split into micro-batches is no choice
@@ -326,9 +339,10 @@ def train(
             if not watches and not saves:
                 continue
             refuse(now, [name for r in running for name in r.bad()])
+            if watches and watch:
+                log.figures(now, dict(watch(now, {r.update.name: r.weights() for r in running})))
+            files = {name: tensors for r in running for name, tensors in r.files().items()} if saves else {}
             with together():
-                if watches and watch and accelerator.is_main_process:
-                    log.figures(now, dict(watch(now, {r.update.name: r.weights() for r in running})))
                 if saves and accelerator.is_main_process:
-                    save(now)
+                    save(now, files)
     return Trained({r.update.name: r.weights() for r in running}, max(done, config.steps))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.loop_settings import OptimConfig
+from fewstep.sharding import whole
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
@@ -28,7 +29,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> Tensor:
     """Scale all gradients so that their global norm is at most `limit`; return the norm before, as a tensor."""
     chosen = [p for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in chosen if p.grad is not None])
+    norm = whole(nn.utils.get_total_norm([p.grad for p in chosen if p.grad is not None]))
     if limit is not None:
         nn.utils.clip_grads_with_norm_(chosen, limit, norm)
     return norm

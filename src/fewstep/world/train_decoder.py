@@ -19,6 +19,7 @@ from torch import Tensor
 from fewstep.backbones.base import encode_pictures
 from fewstep.draws import Draws
 from fewstep.loss import Loss
+from fewstep.processes import on_main
 from fewstep.training.cpu import speed_up
 from fewstep.training.loop import Batch, Trained, Update, train
 from fewstep.training.run import RunLog
@@ -77,6 +78,6 @@ def train_decoder(
 
     plan = [Update("decoder", parameters, loss, config.optim)]
     with RunLog(folder, config, title="decoder", inputs=inputs, main=accelerator.is_main_process) as log:
-        trained: Trained = train(plan, fetch, len(pictures), config.loop, log, accelerator, watch)
+        trained: Trained = train(plan, fetch, len(pictures), config.loop, log, accelerator, on_main(watch))
     vae.load_state_dict({**vae.state_dict(), **trained.weights["decoder"]})
     return vae.requires_grad_(False).cpu().eval()

@@ -20,6 +20,7 @@ from fewstep.evaluation.agreement import Agreement, load_scorer, save_scorer, to
 from fewstep.evaluation.scorer import Scorer
 from fewstep.evaluation.text_side import BertStates, TextBackbone
 from fewstep.loss import Loss
+from fewstep.processes import on_main
 from fewstep.training.cpu import speed_up
 from fewstep.training.launch import make_accelerator
 from fewstep.training.loop import Batch, Update, train
@@ -226,7 +227,7 @@ def train_scorer(
     }
     plan = [Update("scorer", dict(scorer.named_parameters()), loss, config.optim)]
     with RunLog(folder, config, title="scorer", inputs=inputs, main=accelerator.is_main_process, quiet=quiet) as log:
-        trained = train(plan, fetch, len(data), config.loop, log, accelerator, watch)
+        trained = train(plan, fetch, len(data), config.loop, log, accelerator, on_main(watch))
     weights = {name: tensor.cpu() for name, tensor in trained.weights["scorer"].items()}
     notes: dict[str, Any] = {
         "trained_on": f"Emoji-8, {len(data)} pictures of the training split",

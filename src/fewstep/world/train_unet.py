@@ -15,6 +15,7 @@ from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.folder import read_folder, weight_files
 from fewstep.loss import Loss
+from fewstep.processes import on_main
 from fewstep.schedule import VariancePreserving, add_noise, scaled_linear
 from fewstep.tensors import load_tensors
 from fewstep.training.cpu import speed_up
@@ -133,6 +134,6 @@ def train_unet(config: UnetConfig, encoders: Encoders, fingerprint: str, folder:
 
     plan = [Update("unet", dict(unet.named_parameters()), loss, config.optim)]
     with RunLog(folder, config, title="denoiser", inputs=inputs, main=accelerator.is_main_process) as log:
-        trained: Trained = train(plan, fetch, len(data), config.loop, log, accelerator, watch)
+        trained: Trained = train(plan, fetch, len(data), config.loop, log, accelerator, on_main(watch))
     unet.load_state_dict(trained.weights["unet"])
     return unet.eval()

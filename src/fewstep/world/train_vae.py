@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fewstep.draws import Draws
 from fewstep.loss import Loss
+from fewstep.processes import on_main
 from fewstep.training.cpu import speed_up
 from fewstep.training.loop import Batch, Trained, Update, train
 from fewstep.training.run import RunLog
@@ -127,7 +128,7 @@ def train_vae(
     inputs = {"pictures": hashlib.sha256(np.ascontiguousarray(pictures).data).hexdigest()}
     plan = [Update("vae", parameters, loss, config.optim)]
     with RunLog(folder, config, title="autoencoder", inputs=inputs, main=accelerator.is_main_process) as log:
-        trained: Trained = train(plan, fetch, len(pictures), config.loop, log, accelerator, watch)
+        trained: Trained = train(plan, fetch, len(pictures), config.loop, log, accelerator, on_main(watch))
     vae.load_state_dict(trained.weights["vae"])
     vae.cpu().eval()
     fold_statistics(vae, pictures)
