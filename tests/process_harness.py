@@ -15,7 +15,7 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch.distributed.tensor import DTensor
 
-from fewstep import distillation, plan, preparation, watch
+from fewstep import distillation, measuring, plan, preparation, watch
 from fewstep.backbones.sd import StableDiffusion
 from fewstep.drawing import Artist
 from fewstep.errors import UserError
@@ -97,7 +97,7 @@ def enter(rank: int, size: int, port: int, did: Path) -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         if "lo" in [name for _, name in socket.if_nameindex()]:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    watch.Lite0Backbone = Pooled  # type: ignore[assignment,misc]
+    watch.Lite0Backbone = measuring.Lite0Backbone = Pooled  # type: ignore[assignment,misc]
     lay_out = preparation.lay_out
 
     def noted_lay_out(*args: Any) -> Any:
@@ -133,14 +133,19 @@ def run(folder: Path, overrides: list[str]) -> dict[str, list[int | None]]:
     words = [word for override in overrides for word in ("-s", override)]
 
     def start(
-        name: str, size: int, accident: Callable[[int], None] | None = None, *more: str, recipe: str = "tcd"
+        name: str,
+        size: int,
+        accident: Callable[[int], None] | None = None,
+        *more: str,
+        recipe: str = "tcd",
+        command: Sequence[str] = (),
     ) -> list[int | None]:
         """Launch into the folder NAME, or what of it stands before a dash."""
         port = free_port()
         out = folder / name.split("-")[0]
         if accident:  # nothing new to be seen in encoding everything again
             shutil.copytree(folder / "two" / "cache", out / "cache")
-        command = ["distill", "--recipe", recipe, "--out", str(out), *words, *more]
+        verb = [*(command or ["distill", "--recipe", recipe, *words, *more]), "--out", str(out)]
 
         def patch(rank: int) -> Callable[[], None]:
             def become() -> None:
@@ -150,7 +155,7 @@ def run(folder: Path, overrides: list[str]) -> dict[str, list[int | None]]:
 
             return become
 
-        running = [launch(command, folder / f"{name}-{rank}.log", patch(rank)) for rank in range(size)]
+        running = [launch(verb, folder / f"{name}-{rank}.log", patch(rank)) for rank in range(size)]
         return wait_for_all(running, LIMIT)
 
     alone = folder / "alone.txt"
@@ -171,7 +176,16 @@ def run(folder: Path, overrides: list[str]) -> dict[str, list[int | None]]:
     split = ["-s", "loop.shard=true"]
     long = ["-s", "loop.steps=20", "-s", "loop.watch_every=null", "-s", "optim.lr=1e-4"]
     full = ["-s", "student.kind=full", "-s", "student.rank=64", "-s", "loop.watch_every=null", "-s", "optim.lr=1e-5"]
+    named = dict(override.split("=", 1) for override in overrides)
+    many = folder / "many.txt"
+    many.write_text(
+        "".join(f"a {c} {s}\n" for c in ("red", "green", "blue") for s in ("disc", "ring", "bar", "square", "dot"))
+    )
+    judge = ["evaluate", "--prompt-file", str(many), "--teacher", named["teacher"], "--lora", "none"]
+    judge += ["--real", named["data.source"], "--steps", "2", "--omega", "1", "--device", "cpu"]
     return {
+        "judged1": start("judged1", 1, command=judge),
+        "judged2": start("judged2", 2, command=judge),
         "tlcm1": start("tlcm1", 1, None, *polish, recipe="tlcm"),
         "tlcm2": start("tlcm2", 2, None, *polish, recipe="tlcm"),
         "wide1": start("wide1", 1, None, *buckets),

@@ -231,6 +231,21 @@ def test_when_the_main_process_fails_alone_the_others_end_too(launches: tuple[Pa
     assert "another process of this launch failed" in said(folder, "failed-1")[0]
 
 
+def test_two_processes_measure_what_one_does(launches: tuple[Path, dict[str, list[int]]]) -> None:
+    """An odd number of prompts: a row that is drawn twice is counted once."""
+    folder, codes = launches
+    assert codes["judged1"] == [0], (folder / "judged1-0.log").read_text()[-2000:]
+    assert codes["judged2"] == [0, 0], (folder / "judged2-1.log").read_text()[-2000:]
+    one, two = (json.loads((folder / name / "figures.json").read_text()) for name in ("judged1", "judged2"))
+    assert one.keys() == two.keys()
+    for row, found in one.items():
+        for name, figure in found.items():
+            assert two[row][name]["n"] == figure["n"], name
+            assert two[row][name]["value"] == pytest.approx(figure["value"], rel=1e-3, abs=1e-4), name
+    assert "pictures" in did(folder, "judged2-1")
+    assert (folder / "judged2-1.log").read_text() == ""
+
+
 def test_alone_nothing_waits() -> None:
     from fewstep import processes
 

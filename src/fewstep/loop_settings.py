@@ -37,6 +37,7 @@ class LoopConfig(Config):
     shard: bool = Field(
         False, description="split weights, gradients and optimiser states over the processes of a launch (FSDP2)"
     )
+    compile: bool = Field(False, description="compile the networks for the shapes of a step (torch.compile)")
     log_every: int = Field(10, ge=1, description="steps between log lines")
     save_every: int = Field(500, ge=1, description="steps between checkpoints")
     keep: int = Field(2, ge=1, description="checkpoints kept")
@@ -55,6 +56,7 @@ class LoopConfig(Config):
 class OptimConfig(Config):
     """AdamW and its learning-rate law."""
 
+    kind: Literal["adamw", "adamw_8bit"] = Field("adamw", description="adamw, or with moments in 8 bits (bitsandbytes)")
     lr: float = Field(1e-4, gt=0, description="peak learning rate")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's moment decays")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.backbones.base import Backbone, load_backbone
+from fewstep.compiled import compile_networks, eagerly
 from fewstep.data import pictures
 from fewstep.data.buckets import bucketed
 from fewstep.data.latents import LatentSet, latent_set
@@ -85,7 +86,7 @@ class Run:
     def features(self, x: Tensor, t: Tensor, condition: Condition) -> list[Tensor]:
         """Features of the frozen teacher, with gradient to x."""
         self.tally.add("features", len(x))
-        with self.student.roles.use(BASE) as network:
+        with eagerly(), self.student.roles.use(BASE) as network:
             return self.backbone.features(network, x, t, condition)
 
     @property
@@ -230,11 +231,20 @@ def lay_out(config: DistillConfig, backbone: Backbone, captioned: pictures.Capti
     backbone.release_encoders()
     if backbone.device.type == "cpu":
         speed_up(backbone.network)
-    student = make_student(backbone, config.student, roles_of(config.method), config.loop.seed, config.method.told)
+    precision = pick_precision(config.loop.precision, backbone.device)
+    if config.student.base == "bf16" and precision == "fp32":
+        raise UserError(
+            f"loop.precision = {config.loop.precision!r} is fp32 on {backbone.device.type}, which cannot compute with "
+            "student.base = 'bf16'; the nearest legal one is 'bf16'"
+        )
+    compute = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    roles, method = roles_of(config.method), config.method
+    student = make_student(backbone, config.student, roles, config.loop.seed, method.told, compute)
     if config.loop.shard:
-        precision = pick_precision(config.loop.precision, backbone.device)
         for network in [*networks_of(student.roles), *student.told.values()]:
             shard(network, torch.bfloat16 if precision == "bf16" else torch.float32)
+    if config.loop.compile:
+        compile_networks(networks_of(student.roles))
     denoiser = Denoiser(student.call, backbone.path, backbone.prediction, backbone.embedded_guidance)
     return Run(config, backbone, captioned, data, student, denoiser, Tally())
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.denoiser import Call, Condition
+from fewstep.frozen import keep
 from fewstep.names import Told
 from fewstep.roles import BASE, FAKE, AdapterRoles, Roles, SeparateRoles, add_adapter, copy_role
 from fewstep.settings import StudentConfig
@@ -76,9 +77,14 @@ class Student:
 
 
 def make_student(
-    host: Host, config: StudentConfig, roles: tuple[str, ...], seed: int, told: Sequence[Told] = ()
+    host: Host,
+    config: StudentConfig,
+    roles: tuple[str, ...],
+    seed: int,
+    told: Sequence[Told] = (),
+    compute: torch.dtype = torch.float32,
 ) -> Student:
-    """Lay out the teacher and the given roles; all start equal to the teacher.
+    """Lay out the teacher and the given roles; all start equal to the teacher, whose own weights are kept as asked.
 
     With LoRA, base weights exist once; with full fine-tuning every role is a copy of the network. The first role and a
     fake score have gradients switched on. Further roles copy the first one's weights.
@@ -86,8 +92,14 @@ def make_student(
     Args:
         told: what the roles are told beside x and t, a fake score apart. The condition of a call must then hold it,
             [B] each.
+        compute: type that frozen weights in 4 bits are computed with.
     """
     laid: Roles
+    if config.kind == "full":
+        networks = {role: copy.deepcopy(host.network) for role in roles}
+    if config.base != "fp32":
+        outlet = host.network.get_submodule(host.outlets[0])
+        keep(host.network, config.base, compute, [host.time_embedding(host.network), outlet])
     if config.kind == "lora":
         targets = list(config.targets or host.targets)
         for role in roles:
@@ -95,7 +107,6 @@ def make_student(
         laid = AdapterRoles(host.network)
         networks = dict.fromkeys(roles, host.network)
     else:
-        networks = {role: copy.deepcopy(host.network) for role in roles}
         laid = SeparateRoles({BASE: host.network, **networks})
     device = next(host.network.parameters()).device
     hear = [role for role in roles if role != FAKE] if told else []

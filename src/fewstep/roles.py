@@ -65,6 +65,8 @@ class AdapterRoles:
         """Turn on gradient checkpointing that remembers the role."""
 
         def run(block: Callable[..., Any], *args: Any) -> Any:
+            if torch.compiler.is_compiling():  # a graph knows one role, and runs its blocks again as that
+                return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
             role = self._active
 
             def again(*inputs: Any) -> Any:
@@ -123,7 +125,11 @@ def add_adapter(network: nn.Module, role: str, rank: int, alpha: float, targets:
         else:  # no model of diffusers
             inject_adapter_in_model(config, network, role)
     for name, parameter in network.named_parameters():
-        parameter.requires_grad_(name in wanted or (f".{role}." in name and "lora_" in name))
+        new = f".{role}." in name and "lora_" in name
+        if new:
+            parameter.data = parameter.data.float()  # PEFT makes it of its layer's type
+        if parameter.is_floating_point():
+            parameter.requires_grad_(name in wanted or new)
 
 
 @torch.no_grad()

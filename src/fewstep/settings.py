@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from fewstep.config import Config, merge, parse_overrides, read_yaml, validate
 from fewstep.loop_settings import LoopConfig, OptimConfig
 from fewstep.method_settings import ConsistencyConfig, GridSpec
-from fewstep.names import CALLS, DeviceName, End, Form, GammaLaw, Jump, SamplerName, Spacing, Told
+from fewstep.names import CALLS, DeviceName, End, Form, GammaLaw, Jump, Kept, SamplerName, Spacing, Told
 from fewstep.perceptual.settings import PerceptualConfig
 from fewstep.recipes import read_recipe
 from fewstep.stages import Stage, stage_configs
@@ -99,6 +99,9 @@ class StudentConfig(Config):
     alpha: float | None = Field(None, gt=0, description="LoRA alpha; null for the rank, i.e. scale 1")
     targets: tuple[str, ...] | None = Field(None, description="adapted layers; null for the backbone's list")
     checkpointing: bool = Field(False, description="gradient checkpointing: less memory, one more forward")
+    base: Kept = Field(
+        "fp32", description="how frozen weights are kept: fp32, bf16, or 8bit, 4bit (their matrices, by bitsandbytes)"
+    )
     start: str = Field("", description="a finished student to start from; empty for the teacher itself")
 
     @property
@@ -178,12 +181,34 @@ class DistillConfig(Config):
     @model_validator(mode="after")
     def _trained_for(self) -> Self:
         check_trained(self.method, self.sampling)
-        if self.loop.shard and self.method.balance == "gradient":
-            raise ValueError(
-                "loop.shard = True has no whole last layer to balance by in method.balance = 'gradient'; the nearest "
-                "legal one is 'fixed'"
-            )
+        self._check_engine()
         return self
+
+    def _check_engine(self) -> None:
+        """What does not go together in how a step is computed."""
+        loop = self.loop
+        asked: list[tuple[bool, str, object, str, object, str]] = [
+            (
+                self.student.base == "bf16" and loop.precision == "fp32",
+                "loop.precision",
+                "fp32",
+                "student.base",
+                "bf16",
+                "'bf16'",
+            ),
+        ]
+        if loop.shard:
+            asked += [
+                (loop.compile, "loop.compile", True, "loop.shard", True, "False"),
+                (self.student.base != "fp32", "student.base", self.student.base, "loop.shard", True, "'fp32'"),
+                (self.optim.kind != "adamw", "optim.kind", self.optim.kind, "loop.shard", True, "'adamw'"),
+                (self.method.balance == "gradient", "method.balance", "gradient", "loop.shard", True, "'fixed'"),
+            ]
+        for wrong, field, value, other, other_value, legal in asked:
+            if wrong:
+                raise ValueError(
+                    f"{field} = {value!r} does not go with {other} = {other_value!r}; the nearest legal one is {legal}"
+                )
 
 
 def check_trained(method: ConsistencyConfig, sampling: Sampling, path: str = "vp") -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.compiled import eagerly
 from fewstep.data.latents import cached, keep, kept
 from fewstep.data.prompts import is_prompt_file, read_prompts
 from fewstep.denoiser import Condition
@@ -117,7 +118,8 @@ class Watch:
         found = main_first(lambda: kept(self.cache, key))
         if found is not None and not anywhere(found is None):
             return found["pictures"].numpy()
-        drawn = artist_of(backbone).pictures(self.condition, seeds, sampling, title="teacher's pictures")
+        with eagerly():
+            drawn = artist_of(backbone).pictures(self.condition, seeds, sampling, title="teacher's pictures")
         with together():
             if is_main():
                 keep(self.cache, key, {"pictures": torch.from_numpy(drawn)})
@@ -136,7 +138,8 @@ class Watch:
         own = {name: value.detach().clone() for name, value in self.parameters.items()}
         copy_role(judged, self.parameters)
         try:
-            pictures = self.student.pictures(self.condition, self.seeds, self.student.sampling)
+            with eagerly():
+                pictures = self.student.pictures(self.condition, self.seeds, self.student.sampling)
         finally:
             copy_role(own, self.parameters)
         self.student.backbone.release_encoders()

@@ -24,10 +24,16 @@ from fewstep.training.run import checkpoints
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
     """Flatten an optimiser's per-parameter state into {"<parameter>|<key>": tensor}."""
     result = {}
-    for index, state in optimizer.state_dict()["state"].items():
-        for key, value in state.items():
-            result[f"{names[index]}|{key}"] = torch.as_tensor(value)
+    for name, parameter in zip(names, _parameters(optimizer), strict=True):
+        for key, value in optimizer.state[parameter].items() if parameter in optimizer.state else ():
+            tensor = torch.as_tensor(value)
+            own = tensor.shape == parameter.shape  # anything else may be one tensor for many, as a code book is
+            result[f"{name}|{key}"] = tensor if own else tensor.clone()
     return result
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, Tensor]) -> None:
@@ -36,18 +42,25 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensor
     Moments get the memory layout of their parameter again (kernels round differently over another one), and are split
     over processes as it is.
     """
-    state: dict[int, dict[str, Tensor]] = {}
-    index_of = {name: index for index, name in enumerate(names)}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    by_name = dict(zip(names, _parameters(optimizer), strict=True))
+    optimizer.state.clear()
     for flat, value in tensors.items():
         name, _, key = flat.rpartition("|")
-        parameter = parameters[index_of[name]]
+        parameter = by_name[name]
         if value.shape == parameter.shape and value.dim():
             moments = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
             fill(moments, value)
-            value = moments
-        state.setdefault(index_of[name], {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            optimizer.state[parameter][key] = moments
+        elif value.dtype == torch.int64:  # a count that is no tensor there
+            optimizer.state[parameter][key] = int(value)
+        else:
+            kept_there = parameter.device if value.dim() or _counts_there(optimizer) else "cpu"
+            optimizer.state[parameter][key] = value.to(kept_there)
+
+
+def _counts_there(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimiser keeps its count of steps beside the parameters: a fused one does."""
+    return bool(optimizer.param_groups[0].get("fused"))
 
 
 @torch.no_grad()

@@ -11,9 +11,19 @@ from fewstep.loop_settings import OptimConfig
 from fewstep.sharding import whole
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """Return AdamW over `parameters`; fused on a GPU, foreach on a CPU (the fused CPU kernel is slower here)."""
+def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
+    """Return AdamW over `parameters`; fused on a GPU, foreach on a CPU (the fused CPU kernel is slower here).
+
+    With moments in 8 bits, those of parameters below 4,096 numbers stay in fp32, as the library has it.
+    """
     chosen = list(parameters)
+    if config.kind == "adamw_8bit":
+        import bitsandbytes as bnb
+
+        narrow: torch.optim.Optimizer = bnb.optim.AdamW8bit(
+            chosen, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+        )
+        return narrow
     fused = bool(chosen) and chosen[0].device.type == "cuda"
     return torch.optim.AdamW(
         chosen,

@@ -1,0 +1,222 @@
+"""Other ways to compute the same step: compiled networks, narrow frozen weights, narrow moments."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fewstep import compiled, distillation
+from fewstep.compiled import compile_networks, eagerly
+from fewstep.config import UserError
+from fewstep.roles import AdapterRoles, add_adapter
+from fewstep.settings import resolve
+from fewstep.training.cpu import speed_up
+
+GRAPHS = ["student with gradient", "student", "fake", "teacher"]
+
+
+class Small(nn.Module):
+    """Two layers around a non-linearity, called as a UNet is: inductor compiles a UNet for minutes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q = nn.Linear(64, 32)
+        self.to_out = nn.Linear(32, 64)
+
+    def forward(self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        rows = x[..., :8, :8].reshape(len(x), -1, 64)
+        hidden = torch.nn.functional.silu(self.to_q(rows)) + encoder_hidden_states.mean((1, 2))[:, None, None]
+        return (self.to_out(hidden * (1 + t / 1000).reshape(-1, 1, 1)),)
+
+
+def unet() -> nn.Module:
+    """The smallest one that has attention."""
+    from diffusers import UNet2DConditionModel
+
+    network = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16,), cross_attention_dim=8,
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), layers_per_block=1,
+        attention_head_dim=2, norm_num_groups=4,
+    )  # fmt: skip
+    speed_up(network)
+    made: nn.Module = network
+    return made
+
+
+def make_roles(network: nn.Module) -> AdapterRoles:
+    """Two adapters that say something from the start."""
+    network.requires_grad_(False)
+    for number, role in enumerate(("student", "fake")):
+        add_adapter(network, role, 2, 2, ["to_q", "conv1"], number)
+    roles = AdapterRoles(network)
+    for role in ("student", "fake"):
+        for name, weight in roles.parameters(role).items():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.3)
+    return roles
+
+
+def said(roles: AdapterRoles) -> dict[str, list[Tensor]]:
+    """What each role says, twice in turn; the student's gradients too, others called between forward and backward."""
+    generator = torch.Generator().manual_seed(1)
+    x, states = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 3, 8, generator=generator)
+    t = torch.tensor([500.0, 20.0])
+
+    def call(role: str, twice: bool = False) -> Tensor:
+        n = 2 if twice else 1
+        with roles.use(role) as network:
+            out: Tensor = network(
+                torch.cat([x] * n), torch.cat([t] * n), encoder_hidden_states=torch.cat([states] * n), return_dict=False
+            )[0]
+        return out
+
+    found: dict[str, list[Tensor]] = {name: [] for name in GRAPHS}
+    for _ in range(2):
+        landed = call("student")
+        with torch.no_grad():
+            found["teacher"].append(call("teacher", twice=True))
+            found["student"].append(call("student"))
+            found["fake"].append(call("fake"))
+        weights = list(roles.parameters("student").values())
+        gradients = torch.autograd.grad(landed.square().mean(), weights)
+        found["student with gradient"] += [landed.detach(), *gradients]
+    return found
+
+
+@pytest.mark.parametrize(("backend", "network"), [("aot_eager", unet), ("inductor", Small)])
+def test_compiled_roles_are_the_eager_ones(backend: str, network: Callable[[], nn.Module]) -> None:
+    """To 1e-4, each its own; one graph a role, and one for the student's gradient."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    if backend == "inductor" and not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("inductor needs a C++ compiler")
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    roles = make_roles(network())
+    wanted = said(roles)
+    counter = CompileCounterWithBackend(backend)
+    compile_networks([roles.network], counter)
+    try:
+        found = said(roles)
+        assert counter.frame_count == len(GRAPHS)
+        for name, tensors in wanted.items():
+            for a, b in zip(tensors, found[name], strict=True):
+                assert float((a - b).abs().max()) <= 1e-4 * float(a.abs().max()), name
+        student, teacher = found["student"][0], found["teacher"][0][:2]
+        assert float((student - teacher).abs().max()) > 1e-2 * float(teacher.abs().max())
+        with eagerly(), torch.no_grad(), roles.use("student") as eager:  # another shape makes no graph there
+            eager(torch.zeros(1, 4, 16, 16), torch.tensor([3.0]), encoder_hidden_states=torch.zeros(1, 3, 8))
+        assert counter.frame_count == len(GRAPHS)
+    finally:
+        torch._dynamo.reset()
+
+
+def run(overrides: list[str], out: Path, cache: Path, *words: str) -> dict[str, Tensor]:
+    config = resolve("tcd", None, [*overrides, "student.rank=2", "loop.steps=4", *words])
+    distillation.distill(config, out, cache=cache, quiet=True)
+    return load_file(out / "checkpoints" / "step-00000004" / "student.safetensors")
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["student/loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_compiled_run_learns_the_same(
+    tiny_overrides: list[str], tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With gradient checkpointing, too; the watch draws at another batch beside it."""
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    monkeypatch.setattr(compile_networks, "__defaults__", ("aot_eager",))
+    plain = run(tiny_overrides, tmp_path / "plain", tiny_cache)
+    folded = run(tiny_overrides, tmp_path / "folded", tiny_cache, "loop.compile=true", "student.checkpointing=true")
+    torch._dynamo.reset()
+    assert losses(tmp_path / "folded") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+    for name, weight in plain.items():
+        torch.testing.assert_close(folded[name], weight, rtol=1e-3, atol=1e-5)
+
+
+narrow = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="extra `quantize` is missing")
+
+
+@narrow
+@pytest.mark.parametrize("base", ["8bit", "4bit", "bf16"])
+def test_a_student_learns_on_a_narrow_base(
+    base: str, tiny_overrides: list[str], tiny_cache: Path, tmp_path: Path
+) -> None:
+    """Its own weights stay fp32, its losses are near those on the whole base, and what it learns stands beside it."""
+    words = [f"student.base={base}", "loop.precision=bf16"]
+    if base != "bf16":
+        words = [f"student.base={base}"]
+    plain = run(tiny_overrides, tmp_path / "plain", tiny_cache, *words[1:])
+    other = run(tiny_overrides, tmp_path / base, tiny_cache, *words)
+    assert {weight.dtype for weight in other.values()} == {torch.float32}
+    assert losses(tmp_path / base) != losses(tmp_path / "plain")
+    assert losses(tmp_path / base) == pytest.approx(losses(tmp_path / "plain"), rel=0.3)
+    for name, weight in plain.items():
+        if "lora_B" in name:
+            assert weight.any()
+            assert other[name].any(), name
+
+
+@narrow
+@pytest.mark.parametrize(("base", "share"), [("8bit", 0.25), ("4bit", 0.125)])
+def test_matrices_of_a_narrow_base_take_less_room(base: Any, share: float) -> None:
+    from fewstep.frozen import keep
+
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256), nn.Linear(256, 4)).requires_grad_(False)
+    x = torch.randn(8, 256)
+    wanted = network(x)
+    keep(network, base, torch.float32, [network[2]])
+    assert network[0].weight.nbytes == share * 256 * 256 * 4
+    assert network[2].weight.dtype == torch.float32
+    error = (network(x) - wanted).norm() / wanted.norm()
+    assert 1e-5 < float(error) < (0.03 if base == "8bit" else 0.2)
+
+
+@narrow
+def test_narrow_moments_resume_bit_for_bit(tiny_overrides: list[str], tiny_cache: Path, tmp_path: Path) -> None:
+    """Adapters of 2 x 4,096 numbers and more have moments of a byte a number, which files keep as they are."""
+    words = ["optim.kind=adamw_8bit", "student.rank=64", "student.targets=[conv1]", "loop.save_every=2"]
+
+    def go(out: Path, steps: int) -> Path:
+        config = resolve("tcd", None, [*tiny_overrides, *words, f"loop.steps={steps}", "loop.keep=9"])
+        distillation.distill(config, out, cache=tiny_cache, quiet=True)
+        return out / "checkpoints"
+
+    whole = go(tmp_path / "whole", 4)
+    half = tmp_path / "half"
+    shutil.copytree(tmp_path / "whole", half)
+    shutil.rmtree(half / "checkpoints" / "step-00000004")
+    resumed = go(half, 4)
+    moments = load_file(whole / "step-00000004" / "student.optimizer.safetensors")
+    assert sum(value.dtype == torch.uint8 for value in moments.values()) > 2
+    for name in ("student", "student.optimizer"):
+        first, second = (folder / "step-00000004" / f"{name}.safetensors" for folder in (whole, resumed))
+        assert first.read_bytes() == second.read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["student.base=bf16"], "loop.precision = 'fp32' does not go with student.base = 'bf16'"),
+        (["loop.shard=true", "loop.compile=true"], "loop.compile = True does not go with loop.shard = True"),
+        (["loop.shard=true", "student.base=4bit"], "student.base = '4bit' does not go with loop.shard = True"),
+        (["loop.shard=true", "optim.kind=adamw_8bit"], "optim.kind = 'adamw_8bit' does not go with loop.shard"),
+        (["loop.shard=true", "loop.precision=fp16"], "precision = 'fp16'"),
+        (["student.base=2bit"], "student.base"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(words: list[str], told: str) -> None:
+    with pytest.raises(UserError, match=told.replace("(", r"\(")) as refusal:
+        resolve("tcd", None, words)
+    assert "nearest legal" in str(refusal.value) or "fp32" in str(refusal.value)
