@@ -37,7 +37,7 @@ class Settings(Config):
     optim: OptimConfig = OptimConfig(lr=0.05)
 
 
-def fetch(items: np.ndarray) -> Batch:
+def fetch(items: np.ndarray, _: Draws) -> Batch:
     return {"x": DATA[torch.from_numpy(items)]}
 
 
@@ -386,7 +386,7 @@ def test_what_killed_runs_left_is_swept_away(tmp_path: Path) -> None:
 
 
 def test_a_failing_fetch_is_heard(tmp_path: Path) -> None:
-    def broken(items: np.ndarray) -> Batch:
+    def broken(items: np.ndarray, draws: Draws) -> Batch:
         raise UserError("gone")
 
     config = Settings(loop=LoopConfig(steps=1, batch=4))

@@ -26,6 +26,7 @@ from fewstep.objectives.distance import feature_distance, huber, huber_norm, l2
 from fewstep.objectives.scene import Sample
 from fewstep.objectives.times import draw_times
 from fewstep.roles import BASE
+from fewstep.samples import fetch_of
 from fewstep.schedule import Estimate, interpret, scaled_linear, target_of
 from fewstep.settings import resolve
 
@@ -343,8 +344,7 @@ def test_gradients_reach_the_student_alone(target: str, small: list[str], tiny_c
         resolve("tcd", None, [*small, f"method.target={target}"]), tiny_cache, torch.device("cpu")
     )
     (update,) = distillation.update_plan(run)
-    items = torch.arange(4)
-    loss = update.loss({"items": items, "latents": run.data.latents[items]}, draws(4))
+    loss = update.loss(fetch_of(run)(np.arange(4), draws(4)), draws(4))
     loss.value.backward()
     learnt = {name for name, p in run.backbone.network.named_parameters() if p.grad is not None}
     assert learnt
@@ -370,12 +370,12 @@ def test_the_loss_falls_in_thirty_steps(recipe: str, small: list[str], tiny_cach
 
     run = distillation.prepare(config, tiny_cache, torch.device("cpu"))
     (update,) = distillation.update_plan(run)
-    items = torch.arange(16)
-    batch = {"items": items, "latents": run.data.latents[items]}
+    fetch = fetch_of(run)
 
     def judge() -> float:
         with torch.no_grad():
-            values = [update.loss(batch, Draws(99, step, tuple(range(16)))).value for step in range(3)]
+            keyed = [Draws(99, step, tuple(range(16))) for step in range(3)]
+            values = [update.loss(fetch(np.arange(16), drawn), drawn).value for drawn in keyed]
         return float(torch.stack(values).mean())
 
     before = judge()

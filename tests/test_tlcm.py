@@ -19,6 +19,7 @@ from fewstep.errors import UserError
 from fewstep.files import read_json
 from fewstep.folder import read_folder
 from fewstep.role_layout import unique_bytes
+from fewstep.samples import fetch_of
 from fewstep.settings import DistillConfig, resolve
 from fewstep.tensors import digest, load_tensors
 from fewstep.world import emoji8
@@ -188,7 +189,7 @@ def test_base_weights_are_stored_once_for_four_roles(words: list[str], tiny_cach
     alone = unique_bytes(run.backbone.fresh_network())
     assert unique_bytes(network) == alone + sum(sizes)
     assert sizes[0] == sizes[1] > 0
-    estimated = distillation.estimate(distillation.update_plan(run), run.data, config, run.networks)
+    estimated = distillation.estimate(distillation.update_plan(run), fetch_of(run), run.data, config, run.networks)
     assert estimated.base_bytes == alone
     assert list(estimated.trained) == ["student", "fake", "critic"]
     assert estimated.trained["student"] == sizes[0]
@@ -206,9 +207,10 @@ def test_the_fake_score_starts_as_the_teacher_and_leaves_it(words: list[str], ti
     plan = {update.name: update for update in distillation.update_plan(run)}
     assert [plan[name].every for name in ("student", "fake", "critic")] == [2, 1, 1]
     optimiser = torch.optim.SGD(plan["fake"].parameters.values(), lr=1.0)
-    items = torch.arange(2)
-    batch = {"items": items, "latents": run.data.latents[items]}
-    plan["fake"].loss(batch, Draws(0, 0, (0, 1))).value.backward(inputs=list(plan["fake"].parameters.values()))
+    draws = Draws(0, 0, (0, 1))
+    plan["fake"].loss(fetch_of(run)(np.arange(2), draws), draws).value.backward(
+        inputs=list(plan["fake"].parameters.values())
+    )
     optimiser.step()
     assert all(float(p.detach().abs().max()) > 0 for p in ups)
     assert digest(run.student.parameters("student")) == digest(student)
@@ -226,8 +228,8 @@ def test_the_split_into_micro_batches_is_no_choice(stage: int, words: list[str],
     plan = distillation.update_plan(run)
 
     def gradients(indices: tuple[int, ...]) -> list[torch.Tensor]:
-        items = torch.tensor(indices)
-        batch, draws = {"items": items, "latents": run.data.latents[items]}, Draws(5, 0, indices)
+        draws = Draws(5, 0, indices)
+        batch = fetch_of(run)(np.array(indices), draws)
         found = []
         for update in plan:
             weights = list(update.parameters.values())

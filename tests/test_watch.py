@@ -18,6 +18,7 @@ from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.files import read_json
 from fewstep.loss import Loss
+from fewstep.samples import fetch_of
 from fewstep.settings import resolve
 from fewstep.training.loop import Batch
 from fewstep.world import emoji8
@@ -184,7 +185,7 @@ def test_an_estimate_leaves_the_student_alone(tiny_overrides: list[str], tiny_ca
     run = distillation.prepare(config, tiny_cache, torch.device("cpu"))
     plan = distillation.update_plan(run)
     before = {name: p.detach().clone() for name, p in plan[0].parameters.items()}
-    estimate(plan, run.data, config, run.networks)
+    estimate(plan, fetch_of(run), run.data, config, run.networks)
     for name, parameter in plan[0].parameters.items():
         assert torch.equal(parameter, before[name])
         assert parameter.grad is None
@@ -204,6 +205,7 @@ def test_weights_that_a_loss_looks_through_are_no_activations(tiny_overrides: li
         return Loss(frozen(value.expand(2000)).sum())
 
     kept = [
-        estimate([plan], run.data, config, run.networks).saved_bytes for plan in (update, replace(update, loss=looked))
+        estimate([plan], fetch_of(run), run.data, config, run.networks).saved_bytes
+        for plan in (update, replace(update, loss=looked))
     ]
     assert 0 <= kept[1] - kept[0] < 1e5

@@ -95,7 +95,9 @@ def _distill_config(
     check_same_run(Path(out), settings)
     if any(stage.loop.watch_every for stage in settings.each_stage()):
         check_installed("distill with loop.watch_every", WATCHING)
-    narrow = [stage.student.base for stage in settings.each_stage() if stage.student.base in ("8bit", "4bit")]
+    narrow: list[str] = [
+        stage.student.base for stage in settings.each_stage() if stage.student.base in ("8bit", "4bit")
+    ]
     narrow += [stage.optim.kind for stage in settings.each_stage() if stage.optim.kind == "adamw_8bit"]
     if narrow:
         check_installed(f"distill with {narrow[0]}", ["bitsandbytes"], "quantize")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -21,7 +22,7 @@ from fewstep.role_layout import unique_bytes
 from fewstep.settings import DistillConfig
 from fewstep.sharding import is_split
 from fewstep.tally import in_words
-from fewstep.training.loop import Update
+from fewstep.training.loop import Batch, Update
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,11 @@ def tensors_of(latents: Tensor | BucketedLatents) -> list[Tensor]:
 
 
 def estimate(
-    plan: Sequence[Update], data: LatentSet, config: DistillConfig, networks: Sequence[nn.Module]
+    plan: Sequence[Update],
+    fetch: Callable[[np.ndarray, Draws], Batch],
+    data: LatentSet,
+    config: DistillConfig,
+    networks: Sequence[nn.Module],
 ) -> Estimated:
     """Time two steps of the plan (no optimiser step is taken) and add up its memory."""
     latents = data.latents
@@ -135,7 +140,6 @@ def estimate(
         own = torch.nonzero(latents.group == latents.group.mode().values).flatten()
         rows = own[rows % len(own)]
     device = next(networks[0].parameters()).device
-    batch = {"items": rows, "latents": latents[rows].to(device)}
     spent = 0.0
     saved: dict[int, int] = {}
 
@@ -151,6 +155,8 @@ def estimate(
         torch.cuda.reset_peak_memory_stats(device)
     for step in range(2):
         spent = 0.0
+        draws = Draws(config.loop.seed, step, tuple(range(len(rows))), device)
+        batch = fetch(rows.numpy(), draws)
         for update in plan:
             started = time.perf_counter()
             precision = pick_precision(config.loop.precision, device)
@@ -159,7 +165,7 @@ def estimate(
             # activations are counted in the step that warms up, so that the timed one does nothing else
             noting = saved_tensors_hooks(note, lambda tensor: tensor) if step == 0 else nullcontext()
             with noting, torch.autocast(device.type, dtype=kind, enabled=enabled):
-                loss = update.loss(batch, Draws(config.loop.seed, step, tuple(range(len(rows))), device))
+                loss = update.loss(batch, draws)
             every = list(update.parameters.values())
             these = None if is_split(every) else every  # as the loop does
             torch.autograd.backward(loss.value, inputs=these)

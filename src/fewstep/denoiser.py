@@ -79,10 +79,12 @@ class Denoiser:
         """The estimate of (1 + omega) output(c) - omega output(null), omega [B]; one call of batch 2B.
 
         Guidance commutes with the conversion, which is linear in the output. A network that is told its guidance is
-        told 1 + omega, in one call of batch B.
+        told 1 + omega, in one call of batch B; where no sample has any, the unconditional half is not asked.
         """
         if self.embedded:
             return self.estimate(x_t, t, tell(condition, guidance=1 + omega), role)
+        if not omega.any():  # on the CPU, where guidance is decided
+            return self.estimate(x_t, t, condition, role)
         both = self.call(torch.cat([x_t, x_t]), torch.cat([t, t]), join(condition, null), role)
         with_prompt, without = _wide(both).chunk(2)
         w = expand(omega, with_prompt)

@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -25,10 +24,8 @@ from fewstep.data.buckets import BucketedLatents
 from fewstep.data.latents import latent_set
 from fewstep.device import pick_device
 from fewstep.drawing import Artist
-from fewstep.draws import Draws
 from fewstep.files import sweep, taken, write_json
 from fewstep.objectives.heads import FeatureCritic
-from fewstep.objectives.scene import HeldTrajectories, Sample, Stored
 from fewstep.plan import Aids, family_plan, start_from
 from fewstep.preparation import (
     Run,
@@ -42,39 +39,26 @@ from fewstep.preparation import (
     with_looks,
 )
 from fewstep.processes import together
+from fewstep.samples import fetch_of
 from fewstep.settings import DistillConfig
 from fewstep.stages import parts_of
 from fewstep.student_files import export_student, starting_weights
 from fewstep.synthesis.record import is_synthesis
-from fewstep.synthesized import FromSet
 from fewstep.tally import in_words
 from fewstep.tensors import digest
 from fewstep.training.checkpoint import read_state
 from fewstep.training.launch import make_accelerator
-from fewstep.training.loop import Batch, Trained, Update, check_split, train
+from fewstep.training.loop import Trained, Update, check_split, train
 from fewstep.training.run import RunLog, checkpoints, last_step
 from fewstep.watch import REAL, Watch, watched_prompts
 
 
 def update_plan(run: Run) -> list[Update]:
-    """What the loop is handed: the family's plan on the run's data."""
-    config, device = run.config, run.backbone.device
-    # a stored trajectory was drawn with its prompt, or without: another one would be told of a path that it is not on
-    empty = config.data.empty_prompts if run.omega is None else 0.0
-
-    def sample(batch: Batch, draws: Draws) -> Sample:
-        items = batch["items"]
-        prompts = run.data.drawn(items, draws, empty)
-        states, null = run.data.states(prompts, device), run.data.null(len(items), device)
-        omega = None if run.omega is None else run.omega[items]
-        latents = batch["latents"].float()
-        stored: Stored | None = None
-        if config.method.start == "trajectory":
-            stored = HeldTrajectories(latents) if run.synthesis is None else FromSet(run.synthesis, items, device)
-            latents = latents[:, 0] if run.synthesis is None else latents
-        return Sample(latents, states, null, omega, stored, prompts)
-
-    return family_plan(config.method, config.optim, run.student, run.counted, sample, aids_of(run))
+    """What the loop is handed: the family's plan on the samples of `fetch_of`."""
+    config = run.config
+    return family_plan(
+        config.method, config.optim, run.student, run.counted, lambda batch, draws: batch["sample"], aids_of(run)
+    )
 
 
 def aids_of(run: Run) -> Aids:
@@ -166,20 +150,16 @@ def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quie
 
 def train_run(run: Run, out: Path, cache: Path, log: RunLog, accelerator: Accelerator) -> Trained:
     """Train what is laid out, from where the run folder stands."""
-    config, device, main = run.config, accelerator.device, accelerator.is_main_process
+    config, main = run.config, accelerator.is_main_process
     if main:
         for place in ("best", "grids"):
             sweep(out / place)
-
-    def fetch(items: np.ndarray) -> Batch:
-        rows = torch.from_numpy(items)
-        return {"items": rows, "latents": run.data.latents[rows].to(device, non_blocking=True)}
 
     plan = update_plan(run)
     before = last_step(out / "checkpoints")
     told = main and not log.quiet
     if before < config.loop.steps and (told or config.loop.shard):  # split networks run in all processes, or in none
-        estimated = estimate(plan, run.data, config, run.networks)
+        estimated = estimate(plan, fetch_of(run), run.data, config, run.networks)
         if told:
             print("\n".join([f"writes to {out}", *estimated.lines()]), file=sys.stderr)
     watch, judged = None, dict[str, float]()
@@ -201,7 +181,7 @@ def train_run(run: Run, out: Path, cache: Path, log: RunLog, accelerator: Accele
 
     held = run.data.latents
     visits = held.order(config.loop.seed, config.loop.batch) if isinstance(held, BucketedLatents) else None
-    trained = train(plan, fetch, len(run.data), config.loop, log, accelerator, watch, count, visits)
+    trained = train(plan, fetch_of(run), len(run.data), config.loop, log, accelerator, watch, count, visits)
     ended = counted_until(out)
     if ended.steps and main:
         by_role = {role: number / ended.samples for role, number in ended.evaluations.items()}
@@ -254,7 +234,7 @@ def estimate_stage(config: DistillConfig) -> Estimated:
     backbone = load_teacher(config, pick_device(config.device))
     if is_synthesis(config.data.source):
         run = on_synthesis(config, backbone, Path())
-        return estimate(update_plan(run), run.data, config, run.networks)
+        return estimate(update_plan(run), fetch_of(run), run.data, config, run.networks)
     captioned = read_source(config, backbone)
     backbone.load_encoders()
     few = captioned.take(range(min(max(2, config.loop.batch), len(captioned))))
@@ -272,6 +252,6 @@ def estimate_stage(config: DistillConfig) -> Estimated:
             started = time.perf_counter()
             run, share = on_trajectories(run, Path(cache)), config.data.trajectories / drawn
             encoding += (time.perf_counter() - started) * share
-    estimated = estimate(update_plan(run), run.data, config, run.networks)
+    estimated = estimate(update_plan(run), fetch_of(run), run.data, config, run.networks)
     held = share * bytes_of(tensors_of(run.data.latents)) + captions_share * bytes_of(run.data.table.values())
     return replace(estimated, encoding_seconds=encoding, data_bytes=round(held))

@@ -22,16 +22,14 @@ class FromSet:
 
     synthesis: Synthesis
     items: Tensor
-    device: torch.device
 
     def point(self, index: Tensor) -> Tensor:
         """x at those times of the grid, [B, ...]; -1 is the end point."""
-        return self.synthesis.points(self.items, index + 1).to(self.device, non_blocking=True)
+        return self.synthesis.points(self.items, index + 1)
 
     def outputs(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """What the network said there, with and without the prompt."""
-        said, unsaid = self.synthesis.predictions(self.items, index + 1)
-        return said.to(self.device, non_blocking=True), unsaid.to(self.device, non_blocking=True)
+        return self.synthesis.predictions(self.items, index + 1)
 
 
 def open_set(folder: Path, method: ConsistencyConfig, backbone: Backbone) -> tuple[Synthesis, LatentSet]:

@@ -80,7 +80,7 @@ def train_adapter(
     rows = torch.tensor([number[pair.target] for pair in pairs])
     network = SentenceMap(sentence.width)
 
-    def fetch(items: np.ndarray) -> Batch:
+    def fetch(items: np.ndarray, _: Draws) -> Batch:
         chosen = torch.from_numpy(items)
         return {"vectors": vectors[chosen], "rows": rows[chosen]}
 

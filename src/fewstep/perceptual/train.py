@@ -158,7 +158,7 @@ def fit(config: PerceptualConfig, bank: Bank, channels: int, log: RunLog, accele
     calibrate(network, near + FLOOR, bank.distances[first] + FLOOR)
     weights = pair_weights(config.named)
 
-    def fetch(items: np.ndarray) -> Batch:
+    def fetch(items: np.ndarray, _: Draws) -> Batch:
         rows = bank.train[torch.from_numpy(items)]
         return {
             "groups": bank.latents[rows].to(device, non_blocking=True),

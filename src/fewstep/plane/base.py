@@ -47,7 +47,7 @@ def learn_base(
             error = expand(edm_weight(path, t, sigma_data=1.0), error) * error
         return Loss(error.mean(), error.detach(), None, {})
 
-    def fetch(items: np.ndarray) -> Batch:
+    def fetch(items: np.ndarray, _: Draws) -> Batch:
         return {"points": points[torch.from_numpy(items)]}
 
     network.requires_grad_(True)

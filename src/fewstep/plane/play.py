@@ -146,7 +146,7 @@ def _train_stage(play: Play, out: Path, inputs: Mapping[str, str], quiet: bool) 
         return train(play_plan(play, points), fetch, len(points), config.loop, log, accelerator)
 
 
-def fetch(items: np.ndarray) -> Batch:
+def fetch(items: np.ndarray, _: Draws) -> Batch:
     """A batch is its item numbers: points are looked up where the loss is taken."""
     return {"items": items}
 

@@ -226,7 +226,7 @@ def check_split(config: LoopConfig, accelerator: Accelerator) -> None:
 
 def train(
     plan: Sequence[Update],
-    fetch: Callable[[np.ndarray], Batch],
+    fetch: Callable[[np.ndarray, Draws], Batch],
     count: int,
     config: LoopConfig,
     log: RunLog,
@@ -238,7 +238,8 @@ def train(
     """Run `plan` for `config.steps` steps, resuming from the newest checkpoint of the run folder.
 
     Args:
-        fetch: item numbers (int64 [b], below `count`) -> batch, on the device of `accelerator`.
+        fetch: item numbers (int64 [b], below `count`), the draws of their step -> batch on the device of `accelerator`;
+            called beside the step before it, in a thread of its own.
         count: number of items; they are visited in a fresh order each epoch.
         watch: called every `config.watch_every` steps with the step and the weights to judge; its figures
             are logged. It must leave the parameters as they were. Every process calls it: what one of them should do
@@ -285,10 +286,11 @@ def train(
         start = step * config.batch + (part * accelerator.num_processes + accelerator.process_index) * micro
         return np.arange(start, start + micro)
 
-    def load(step: int, part: int) -> tuple[np.ndarray, Batch]:
+    def load(step: int, part: int) -> tuple[Draws, Batch]:
         where = positions(step, part)
         start, stop = int(where[0]), int(where[-1]) + 1
-        return where, fetch(visits(start, stop) if visits else order(config.seed, count, start, stop))
+        draws = Draws(config.seed, step, tuple(int(i) for i in where), device)
+        return draws, fetch(visits(start, stop) if visits else order(config.seed, count, start, stop), draws)
 
     def refuse(step: int, bad: Sequence[str]) -> None:
         if bad:
@@ -307,12 +309,11 @@ def train(
 
     pieces = [(step, part) for step in range(done, config.steps) for part in range(config.accumulate)]
     with ThreadPoolExecutor(max_workers=1) as pool, log.progress(done, config.steps) as bar:
-        ahead: Future[tuple[np.ndarray, Batch]] | None = pool.submit(load, *pieces[0]) if pieces else None
+        ahead: Future[tuple[Draws, Batch]] | None = pool.submit(load, *pieces[0]) if pieces else None
         for number, (step, part) in enumerate(pieces):
             assert ahead is not None
-            where, batch = ahead.result()
+            draws, batch = ahead.result()
             ahead = pool.submit(load, *pieces[number + 1]) if number + 1 < len(pieces) else None
-            draws = Draws(config.seed, step, tuple(int(i) for i in where), device)
             last = part == config.accumulate - 1
             due = [r for r in running if step % r.update.every == 0]
             for r in due:

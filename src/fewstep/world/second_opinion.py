@@ -99,7 +99,7 @@ def second_opinion(
     captions = draw_captions(data.records, config.captions, seed, text)
     heads = Heads(text.width, config.width, seed)
 
-    def fetch(items: np.ndarray) -> Batch:
+    def fetch(items: np.ndarray, _: Draws) -> Batch:
         return {"items": torch.from_numpy(items)}
 
     def loss(batch: Batch, draws: Draws) -> Loss:

@@ -68,7 +68,7 @@ def train_decoder(
     def loss(batch: Batch, draws: Draws) -> Loss:
         return decoder_loss(vae, config, batch["latents"], batch["pictures"], draws)
 
-    def fetch(items: np.ndarray) -> Batch:
+    def fetch(items: np.ndarray, _: Draws) -> Batch:
         rows = torch.from_numpy(items)
         return {"latents": latents[rows].to(device), "pictures": to_tensor(pictures[items]).to(device)}
 

@@ -191,7 +191,7 @@ def train_scorer(
     device = accelerator.device
     scorer.to(device)
 
-    def fetch(items: np.ndarray) -> Batch:
+    def fetch(items: np.ndarray, _: Draws) -> Batch:
         return {"pictures": to_input(data.pictures[items]).to(device), "items": torch.from_numpy(items)}
 
     def loss(batch: Batch, draws: Draws) -> Loss:

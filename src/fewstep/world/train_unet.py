@@ -112,7 +112,7 @@ def train_unet(config: UnetConfig, encoders: Encoders, fingerprint: str, folder:
         t = draws.integers("t", 0, total)
         return eps_loss(unet, path, x_0, states, t, eps, config.min_snr)
 
-    def fetch(items: np.ndarray) -> Batch:
+    def fetch(items: np.ndarray, _: Draws) -> Batch:
         return {"items": torch.from_numpy(items)}
 
     judge = make_unet(config)

@@ -117,7 +117,7 @@ def train_vae(
     def loss(batch: Batch, draws: Draws) -> Loss:
         return vae_loss(vae, config, batch["pictures"], draws)
 
-    def fetch(items: np.ndarray) -> Batch:
+    def fetch(items: np.ndarray, _: Draws) -> Batch:
         return {"pictures": to_tensor(pictures[items]).to(accelerator.device)}
 
     def watch(step: int, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:

@@ -73,7 +73,7 @@ def learn(lesson: Lesson, weights: Mapping[str, nn.Parameter], predict: Predict,
         per_sample = (said - eps).square().mean((1, 2, 3))
         return Loss(per_sample.mean(), per_sample.detach(), (t + 1) / total)
 
-    def fetch(items: np.ndarray) -> Batch:
+    def fetch(items: np.ndarray, _: Draws) -> Batch:
         return {"items": torch.from_numpy(items)}
 
     plan = [Update("weights", dict(weights), loss, OptimConfig(lr=config.lr, warmup=20, decay="cosine"))]
