@@ -19,6 +19,7 @@ from fewstep.data.pictures import Captioned, HeldPictures, from_folder, read_pic
 from fewstep.data.prompts import read_prompts
 from fewstep.draws import Draws
 from fewstep.errors import UserError
+from fewstep.mapped import MappedRows
 
 CPU = torch.device("cpu")
 
@@ -178,8 +179,8 @@ def test_the_cache_is_used_and_knows_what_it_holds(tmp_path: Path) -> None:
     again = Counting()
     same = latent_set(captioned(), again, "weights 1", tmp_path)
     assert (again.prompts, again.pictures) == ([], 0)
-    assert torch.equal(data.latents, same.latents)
-    assert torch.equal(data.table["text"], same.table["text"])
+    assert torch.equal(data.latents[torch.arange(3)], same.latents[torch.arange(3)])
+    assert torch.equal(data.table["text"][torch.arange(5)], same.table["text"][torch.arange(5)])
     for change, counts in (
         ((captioned(), "weights 2"), (1, 3)),
         ((captioned(1), "weights 1"), (0, 3)),
@@ -188,6 +189,31 @@ def test_the_cache_is_used_and_knows_what_it_holds(tmp_path: Path) -> None:
         asked = Counting()
         latent_set(change[0], asked, change[1], tmp_path)
         assert (len(asked.prompts), asked.pictures) == counts
+
+
+def test_rows_lie_in_many_files_and_none_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two captions a file, the unconditional state last; a cut file is made again."""
+    whole = latent_set(captioned(), Counting(), "weights", tmp_path / "whole")
+    monkeypatch.setattr(latents, "SAID", 2)
+    monkeypatch.setattr(latents, "CHUNK", 2)
+    parted = latent_set(captioned(), Counting(), "weights", tmp_path / "parted")
+    assert len(list((tmp_path / "parted").glob("captions-*.safetensors"))) == 2
+    assert len(list((tmp_path / "parted").glob("latents-*.safetensors"))) == 2
+    some = torch.tensor([4, 0, 3, 0, -1, 1])
+    assert torch.equal(parted.table["text"][some], whole.table["text"][some])
+    assert torch.equal(parted.table["text"][torch.tensor([-1])], parted.table["text"][torch.tensor([4])])
+    assert parted.captions == whole.captions == 4
+    assert torch.equal(parted.latents[torch.tensor([2, 0])], whole.latents[torch.tensor([2, 0])])
+    assert isinstance(parted.latents, MappedRows)
+    assert all(isinstance(part.base, np.ndarray) for part in parted.latents._parts)  # views of a map of the file
+    with pytest.raises(IndexError, match=r"rows \[3\] are not within 3"):
+        parted.latents[torch.tensor([3])]
+    cut = next((tmp_path / "parted").glob("latents-*-0-2.safetensors"))
+    cut.write_bytes(cut.read_bytes()[:-1])
+    asked = Counting()
+    again = latent_set(captioned(), asked, "weights", tmp_path / "parted")
+    assert (asked.prompts, asked.pictures) == ([], 2)
+    assert torch.equal(again.latents[torch.arange(3)], whole.latents[torch.arange(3)])
 
 
 def test_encoding_that_was_stopped_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +230,7 @@ def test_encoding_that_was_stopped_goes_on_where_it_was(tmp_path: Path, monkeypa
     again, whole = Counting(), Counting()
     resumed = latent_set(captioned(), again, "w", tmp_path)
     assert again.pictures == 1
-    assert torch.equal(resumed.latents, whole.to_latents(captioned().pictures.read(range(3))))
+    assert torch.equal(resumed.latents[torch.arange(3)], whole.to_latents(captioned().pictures.read(range(3))))
 
 
 def test_a_broken_cache_is_made_again(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from fewstep.data.buckets import BucketedLatents
 from fewstep.data.latents import LatentSet
 from fewstep.device import pick_precision
 from fewstep.draws import Draws
+from fewstep.mapped import Rows
 from fewstep.role_layout import unique_bytes
 from fewstep.settings import DistillConfig
 from fewstep.sharding import is_split
@@ -74,7 +75,7 @@ class Estimated:
         base_bytes: of these the teacher's, which all adapters share.
         trained_bytes: gradients, optimiser states and averages of what is trained.
         trained: weights of each trained part, in bytes, by name.
-        data_bytes: cached latents and text states.
+        data_bytes: cached latents and text states, on disk.
         calls: network evaluations a sample and step, by role.
         saved_bytes: what one micro-batch keeps for its backward pass: activations, without weights.
         peak_bytes: the most that a step held on the GPU, activations included; None on the CPU.
@@ -109,8 +110,8 @@ class Estimated:
             f"time     {self.seconds / 60:.1f} min ({self.seconds_per_step:.2f} s a step, timed here){first}",
             f"memory   {self.weights_bytes / 2**20:.0f} MiB weights (the base {self.base_bytes / 2**20:.0f}, once for "
             f"all roles; trained: {adapters}), {self.trained_bytes / 2**20:.0f} MiB gradients, "
-            f"optimiser and averages, {self.saved_bytes / 2**20:.0f} MiB activations, "
-            f"{self.data_bytes / 2**20:.0f} MiB latents and text states{peak}",
+            f"optimiser and averages, {self.saved_bytes / 2**20:.0f} MiB activations{peak}",
+            f"disk     {self.data_bytes / 2**20:.0f} MiB latents and text states, read as they are needed",
             f"calls    network evaluations a sample and step: {in_words(self.calls)}",
             *([self.checks.line()] if self.checks else []),
         ]
@@ -121,9 +122,9 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum(min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in tensors)
 
 
-def tensors_of(latents: Tensor | BucketedLatents) -> list[Tensor]:
-    """The tensors that latents are held in."""
-    return latents.parts if isinstance(latents, BucketedLatents) else [latents]
+def kept_bytes(rows: Rows) -> int:
+    """Bytes of rows; one number that is seen many times is one."""
+    return bytes_of([rows]) if isinstance(rows, Tensor) else rows.nbytes
 
 
 def estimate(
@@ -184,7 +185,7 @@ def estimate(
         bytes_of(base),
         held,
         trained,
-        bytes_of([*tensors_of(latents), *data.table.values()]),
+        kept_bytes(latents) + sum(kept_bytes(rows) for rows in data.table.values()),
         config.method.calls,
         sum(saved.values()),
         torch.cuda.max_memory_allocated(device) if on_gpu else None,

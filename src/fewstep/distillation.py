@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from fewstep.cost import Estimated, bytes_of, estimate, tensors_of
+from fewstep.cost import Estimated, estimate, kept_bytes
 from fewstep.data.buckets import BucketedLatents
 from fewstep.data.latents import latent_set
 from fewstep.device import pick_device
@@ -253,5 +253,6 @@ def estimate_stage(config: DistillConfig) -> Estimated:
             run, share = on_trajectories(run, Path(cache)), config.data.trajectories / drawn
             encoding += (time.perf_counter() - started) * share
     estimated = estimate(update_plan(run), fetch_of(run), run.data, config, run.networks)
-    held = share * bytes_of(tensors_of(run.data.latents)) + captions_share * bytes_of(run.data.table.values())
+    said = sum(kept_bytes(rows) for rows in run.data.table.values())
+    held = share * kept_bytes(run.data.latents) + captions_share * said
     return replace(estimated, encoding_seconds=encoding, data_bytes=round(held))

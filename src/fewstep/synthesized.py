@@ -12,6 +12,7 @@ from fewstep.backbones.base import Backbone
 from fewstep.data.latents import LatentSet
 from fewstep.errors import UserError
 from fewstep.grid import end_time, training_grid
+from fewstep.mapped import Rows
 from fewstep.method_settings import ConsistencyConfig
 from fewstep.synthesis.reader import Synthesis, read_synthesis
 
@@ -32,10 +33,29 @@ class FromSet:
         return self.synthesis.predictions(self.items, index + 1)
 
 
+@dataclass(frozen=True)
+class EndPoints:
+    """The latents of a set as training data (`mapped.Rows`)."""
+
+    synthesis: Synthesis
+
+    def __len__(self) -> int:
+        return len(self.synthesis)
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """Latents, float32 [B, C, h, w]."""
+        return self.synthesis.latents(rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the set's files."""
+        return sum(note.bytes for note in self.synthesis.manifest.notes)
+
+
 def open_set(folder: Path, method: ConsistencyConfig, backbone: Backbone) -> tuple[Synthesis, LatentSet]:
     """A finished set as training data; no picture and no encoder is needed.
 
-    Latents are read whole where they are data. Of trajectories nothing is read yet: one number stands for all.
+    Nothing is read yet; of trajectories, one number stands for all latents.
 
     Raises:
         UserError: it is no finished set, was drawn by another teacher, or its points are not those of `method.grid`.
@@ -52,8 +72,8 @@ def open_set(folder: Path, method: ConsistencyConfig, backbone: Backbone) -> tup
                 f"data.source = {str(folder)!r} holds points of grid = {drawn.grid}, end = {drawn.end!r}, not of "
                 f"method.grid = {method.grid}, end = {method.end!r}; the nearest legal method.grid is {drawn.grid}"
             )
-        latents = torch.zeros(()).expand(len(synthesis), *backbone.latent_shape)
+        latents: Rows = torch.zeros(()).expand(len(synthesis), *backbone.latent_shape)
     else:
-        latents = synthesis.latents(every)
+        latents = EndPoints(synthesis)
     rows = synthesis.rows(every)[:, None]
     return synthesis, LatentSet(latents, synthesis.table, rows, f"synthesis {synthesis.key}", tuple(synthesis.prompts))

@@ -11,16 +11,18 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from fewstep.backbones.base import Backbone
-from fewstep.data.latents import LatentSet, cached
+from fewstep.data.latents import LatentSet, cached_rows
 from fewstep.denoiser import Condition, Denoiser
 from fewstep.draws import generator
 from fewstep.grid import end_time, training_grid
 from fewstep.jumper import Voice
+from fewstep.mapped import MappedRows
 from fewstep.method_settings import ConsistencyConfig
 from fewstep.processes import main_first
 from fewstep.roles import BASE
@@ -101,15 +103,15 @@ def stored_trajectories(
         drawn = draw_trajectories(method, denoiser, condition, null, omega[part], noise.to(device))
         return {"points": drawn.half().cpu()}
 
-    def all_shards() -> list[Tensor]:
+    def all_shards() -> list[np.ndarray]:
         parts = []
         with tqdm(total=count, desc="teacher trajectories", unit="trajectory") as bar:
             for start in range(0, count, SHARD):
                 stop = min(start + SHARD, count)
                 name = f"trajectories-{digest}-{start}-{stop}"
-                parts.append(cached(cache, name, partial(shard, slice(start, stop)))["points"])
+                parts.append(cached_rows(cache, name, partial(shard, slice(start, stop)))["points"])
                 bar.update(stop - start)
         return parts
 
-    points = torch.cat(main_first(all_shards))
+    points = MappedRows(main_first(all_shards))
     return LatentSet(points, said.table, rows[:, None], f"trajectories-{digest}-{count}", said.said), omega

@@ -21,6 +21,7 @@ from fewstep.data.pictures import Captioned, PictureFiles, read_cropped, size_of
 from fewstep.draws import generator
 from fewstep.errors import UserError
 from fewstep.folder import check_side
+from fewstep.mapped import Rows
 
 Shape = tuple[int, int]
 """(width, height) in pixels."""
@@ -118,11 +119,11 @@ class BucketedLatents:
     """Latents of several shapes, asked for by batches of one shape.
 
     Attributes:
-        parts: [n, C, h, w] of each bucket that holds any.
+        parts: rows [C, h, w] of each bucket that holds any.
         group: the bucket of each item, int64 [N].
     """
 
-    def __init__(self, parts: Sequence[Tensor], rows: Sequence[Sequence[int]]) -> None:
+    def __init__(self, parts: Sequence[Rows], rows: Sequence[Sequence[int]]) -> None:
         count = sum(len(part) for part in parts)
         self.parts = list(parts)
         self.group, self._place = torch.empty(count, dtype=torch.int64), torch.empty(count, dtype=torch.int64)
@@ -133,6 +134,11 @@ class BucketedLatents:
 
     def __len__(self) -> int:
         return len(self.group)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buckets."""
+        return sum(part.nbytes for part in self.parts)
 
     def __getitem__(self, items: Tensor) -> Tensor:
         """The latents of items of one bucket, [b, C, h, w]."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -19,11 +20,14 @@ from fewstep.data.pictures import Captioned, PictureSet
 from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.files import atomic_write
+from fewstep.mapped import MappedRows, Rows, map_tensors
 from fewstep.processes import main_first
 from fewstep.tensors import load_tensors, save_tensors
 
 CHUNK = 512
 """Pictures read and encoded at a time."""
+SAID = 4096
+"""Captions encoded at a time: 1.3 GB of SDXL's states in half precision."""
 
 
 class Encoders(Protocol):
@@ -47,16 +51,16 @@ class LatentSet:
     """A training set without encoders.
 
     Attributes:
-        latents: fp32 [N, C, h, w]; of several shapes, where pictures keep their aspect; of prompts alone, one zero seen
-            N times, which takes no room.
-        table: the conditions of the K distinct captions and, last, the unconditional one, [K + 1, ...] each.
+        latents: fp32 [N, C, h, w], read from disk as they are asked for; of several shapes, where pictures keep their
+            aspect; of prompts alone, one zero seen N times, which takes no room.
+        table: the conditions of the K distinct captions and, last, the unconditional one, [K + 1, ...] each; likewise.
         rows: int64 [N, c]: which conditions belong to which latent.
         key: fingerprint of encoders, pictures and captions.
         said: the distinct captions.
     """
 
-    latents: Tensor | BucketedLatents
-    table: dict[str, Tensor]
+    latents: Rows
+    table: Mapping[str, Rows]
     rows: Tensor
     key: str
     said: tuple[str, ...] = ()
@@ -118,8 +122,20 @@ def cached(folder: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dic
     return tensors
 
 
-def encode_all(pictures: PictureSet, encoders: Encoders, cache: Path, key: str) -> Tensor | BucketedLatents:
-    """Latents of all pictures, float32 on the CPU; some pictures at a time are in memory, and kept once encoded."""
+def cached_rows(folder: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, np.ndarray]:
+    """As `cached`, mapped from disk. A file's size and header are looked at, not its bytes."""
+    path = folder / f"{key}.safetensors"
+    if path.is_file():
+        try:
+            return map_tensors(path)
+        except UserError:
+            path.unlink(missing_ok=True)
+    keep(folder, key, make())
+    return map_tensors(path)
+
+
+def encode_all(pictures: PictureSet, encoders: Encoders, cache: Path, key: str) -> Rows:
+    """Latents of all pictures, float32, on disk; some pictures at a time are in memory, and kept once encoded."""
     groups: Sequence[Sequence[int]] = [range(len(pictures))]
     read = pictures.read
     if isinstance(pictures, BucketedFiles):
@@ -134,10 +150,29 @@ def encode_all(pictures: PictureSet, encoders: Encoders, cache: Path, key: str) 
                 def encode(some: Sequence[int] = some) -> dict[str, Tensor]:
                     return {"latents": encoders.to_latents(read(some)).cpu()}
 
-                found.append(cached(cache, f"{key}-{some[0]}-{some[-1] + 1}", encode)["latents"])
+                found.append(cached_rows(cache, f"{key}-{some[0]}-{some[-1] + 1}", encode)["latents"])
                 bar.update(len(some))
-            parts.append(torch.cat(found))
+            parts.append(MappedRows(found))
     return BucketedLatents(parts, groups) if isinstance(pictures, BucketedFiles) else parts[0]
+
+
+def encode_captions(captions: Sequence[str], encoders: Encoders, cache: Path, key: str) -> dict[str, Rows]:
+    """Conditions of the captions and, last, the unconditional one, fp16, on disk; some at a time are in memory."""
+
+    def encode(start: int) -> dict[str, Tensor]:
+        states = encoders.encode(captions[start : start + SAID])
+        if start + SAID >= len(captions):
+            null = encoders.null(1)
+            states = {name: torch.cat([state, null[name]]) for name, state in states.items()}
+        return {name: state.half().cpu() for name, state in states.items()}
+
+    starts = range(0, len(captions), SAID)
+    with tqdm(total=len(captions), desc="encoding captions", unit="caption", disable=len(starts) == 1) as bar:
+        parts = []
+        for start in starts:
+            parts.append(cached_rows(cache, f"{key}-{start}", partial(encode, start)))
+            bar.update(min(SAID, len(captions) - start))
+    return {name: MappedRows([part[name] for part in parts]) for name in parts[0]}
 
 
 def latent_set(
@@ -154,7 +189,7 @@ def latent_set(
     pictures = data.pictures
     if pictures is None:
         seen = "no-pictures"
-        latents: Tensor | BucketedLatents = torch.zeros(()).expand(len(data), *shape)
+        latents: Rows = torch.zeros(()).expand(len(data), *shape)
     else:
         digest = hashlib.sha256(f"{fingerprint} {pictures.fingerprint()}".encode())
         seen = f"latents-{digest.hexdigest()[:16]}"
@@ -162,12 +197,8 @@ def latent_set(
     distinct = sorted({caption for row in data.captions for caption in row})
     digest = hashlib.sha256((fingerprint + json.dumps(distinct)).encode())
 
-    def encode() -> dict[str, Tensor]:
-        states, null = encoders.encode(distinct), encoders.null(1)
-        return {name: torch.cat([state, null[name]]).half().cpu() for name, state in states.items()}
-
     said = f"captions-{digest.hexdigest()[:16]}"
-    table = main_first(lambda: cached(cache, said, encode))
+    table = main_first(lambda: encode_captions(distinct, encoders, cache, said))
     number = {caption: i for i, caption in enumerate(distinct)}
     most = max(len(row) for row in data.captions)
     rows = torch.tensor([[number[row[i % len(row)]] for i in range(most)] for row in data.captions])

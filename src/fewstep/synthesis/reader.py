@@ -14,7 +14,7 @@ from tqdm import tqdm
 from fewstep.errors import UserError
 from fewstep.files import sha256
 from fewstep.folder import PipelineFolder
-from fewstep.synthesis.mapped import map_tensors
+from fewstep.mapped import map_tensors
 from fewstep.synthesis.planning import fingerprints
 from fewstep.synthesis.record import CONDITIONS, MANIFEST, PROMPTS, Manifest, Plan, check_files, is_whole, read_manifest
 

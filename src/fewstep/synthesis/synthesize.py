@@ -23,9 +23,9 @@ from fewstep.drawing import artist_of
 from fewstep.errors import UserError
 from fewstep.files import atomic_folder, atomic_write, remove_folder, sweep, taken, write_json
 from fewstep.grid import end_time, training_grid
+from fewstep.mapped import map_tensors
 from fewstep.processes import is_main, main_first, together
 from fewstep.settings import teacher_path
-from fewstep.synthesis.mapped import map_tensors
 from fewstep.synthesis.planning import SynthesisCost, check_free, cost_of, fingerprints, prompt_entries
 from fewstep.synthesis.record import (
     CONDITIONS,
