@@ -1,0 +1,1 @@
+"""Parts of `performance.py`: what is timed, and how."""

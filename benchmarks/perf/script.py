@@ -1,0 +1,129 @@
+"""The baseline: what a step of diffusers' LCM LoRA example does, read from it, in our own words.
+
+Two copies of the network, one with the adapter; the autoencoder and the text encoder run in every step; the teacher is
+asked twice, with and without the prompt; the target is the student itself without gradient; AdamW and clipping go over
+all of the network's parameters; the loss is read back for the progress bar in every step. Nothing is cached, nothing
+compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TARGETS = (
+    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
+    "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
+)  # fmt: skip
+"""Layers that its LoRA adapts where nobody names others."""
+GRID = 50
+SCALING = 10.0
+
+
+class LcmScript:
+    """The example's state, and its step.
+
+    Args:
+        folder: a Stable Diffusion pipeline.
+        pictures: [B, 3, H, W] in [-1, 1], the batch of every step.
+        encoders: run the autoencoder and the text encoder in each step; else both once, before the first.
+        precision: of autocast around the student; the teacher's is autocast's own choice of type, as there.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        pictures: Tensor,
+        prompts: Sequence[str],
+        *,
+        encoders: bool = True,
+        precision: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        import diffusers
+        from peft import LoraConfig, get_peft_model
+
+        self.device = torch.device(device)
+        pipe: Any = diffusers.StableDiffusionPipeline.from_pretrained(
+            folder, safety_checker=None, local_files_only=True, use_safetensors=True
+        ).to(self.device)
+        self.vae, self.text, self.tokenizer = pipe.vae, pipe.text_encoder, pipe.tokenizer
+        self.noise = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
+        self.teacher = pipe.unet.requires_grad_(False)
+        student = type(pipe.unet).from_pretrained(folder / "unet", use_safetensors=True).to(self.device).train()
+        self.unet: Any = get_peft_model(student, LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS)))
+        self.optimizer = torch.optim.AdamW(self.unet.parameters(), lr=1e-6)
+        self.pictures, self.prompts = pictures.to(self.device), list(prompts)
+        self.precision = precision
+        alphas = self.noise.alphas_cumprod.to(self.device)
+        self.alpha, self.sigma = alphas.sqrt(), (1 - alphas).sqrt()
+        self.times = torch.arange(1, GRID + 1, device=self.device) * (1000 // GRID) - 1
+        self.before = alphas[torch.clamp(self.times - 1000 // GRID, min=0)]
+        with torch.no_grad():
+            self.null = self.text(self.read([""] * len(self.prompts)))[0]
+            self.kept = None if encoders else (self.latents(), self.states())
+
+    def read(self, prompts: Sequence[str]) -> Tensor:
+        """Token numbers."""
+        asked = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        numbers: Tensor = self.tokenizer(list(prompts), max_length=self.tokenizer.model_max_length, **asked).input_ids
+        return numbers.to(self.device)
+
+    def states(self) -> Tensor:
+        """The prompts' token states."""
+        said: Tensor = self.text(self.read(self.prompts))[0]
+        return said
+
+    def latents(self) -> Tensor:
+        """A draw of the pictures' latents."""
+        drawn: Tensor = self.vae.encode(self.pictures).latent_dist.sample() * self.vae.config.scaling_factor
+        return drawn
+
+    def data(self, said: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """x0 by a prediction of the noise."""
+        shaped = (-1, 1, 1, 1)
+        return (x - self.sigma[t].view(shaped) * said) / self.alpha[t].view(shaped)
+
+    def jump(self, said: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """LCM's skip connection."""
+        scaled = (SCALING * t).view(-1, 1, 1, 1)
+        skip, out = 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25) ** 0.5
+        return skip * x + out * self.data(said, x, t)
+
+    def step(self) -> None:
+        """One optimiser step."""
+        mixed = torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
+        if self.kept is None:
+            with torch.no_grad():
+                states, x_0 = self.states(), self.latents()
+        else:
+            x_0, states = self.kept
+        n = torch.randint(0, GRID, (len(x_0),), device=self.device)
+        start = self.times[n]
+        t = torch.clamp(start - 1000 // GRID, min=0)
+        x = self.noise.add_noise(x_0, torch.randn_like(x_0), start)
+        w = ((15 - 5) * torch.rand(len(x_0), device=self.device) + 5).view(-1, 1, 1, 1)
+        with mixed:
+            landed = self.jump(self.unet(x, start, encoder_hidden_states=states).sample, x, start)
+        with torch.no_grad():
+            with mixed:
+                with_prompt = self.teacher(x, start, encoder_hidden_states=states).sample
+                without = self.teacher(x, start, encoder_hidden_states=self.null).sample
+            x0 = self.data(with_prompt, x, start)
+            x0 = x0 + w * (x0 - self.data(without, x, start))
+            eps = with_prompt + w * (with_prompt - without)
+            below = self.before[n].view(-1, 1, 1, 1)
+            following = below.sqrt() * x0 + (1 - below).sqrt() * eps
+            with mixed:
+                wanted = self.jump(self.unet(following, t, encoder_hidden_states=states).sample, following, t)
+        loss = ((landed.float() - wanted.float()) ** 2 + 0.001**2).sqrt().mean() - 0.001
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.told = loss.detach().item()

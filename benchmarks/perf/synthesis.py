@@ -1,0 +1,50 @@
+"""A synthesised sample beside the bare guided teacher calls that it is made of."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from fewstep.backbones.base import load_backbone
+from fewstep.synthesis.settings import resolve_synthesis
+from fewstep.synthesis.synthesize import synthesize
+from perf.timing import Timed, rounds
+
+POINTS = 10
+SAMPLES = 64
+
+
+def time_synthesis(folder: Path, batch: int, precision: str, device: str, count: int) -> dict[str, Timed]:
+    """`ours` (a whole set, written), and `guided calls` (as many network calls of the same batches, nothing else).
+
+    What a set asks for once, the teacher's loading and the prompts' encoding, is taken off: the time of a set of one
+    batch, which has both, is subtracted from that of a set of many.
+    """
+    place = torch.device(device)
+    backbone = load_backbone(folder, place)
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    mixed = torch.autocast(place.type, kind, enabled=kind != torch.float32)
+    many = max(SAMPLES, 5 * batch)
+    both = {name: value.to(place).repeat_interleave(2 * batch, 0) for name, value in backbone.encode(["x"]).items()}
+    x = torch.randn(2 * batch, *backbone.latent_shape, device=place)
+    t = torch.full((2 * batch,), 499.0, dtype=torch.float64)
+
+    words = [f"grid={POINTS}", f"batch={batch}", f"shard={batch}", f"precision={precision}", f"device={device}"]
+    config = resolve_synthesis(words, folder)
+
+    def drawn(samples: int) -> None:
+        with tempfile.TemporaryDirectory() as held:
+            synthesize(config, [f"picture {i}" for i in range(samples)], Path(held) / "set", quiet=True)
+
+    @torch.no_grad()
+    def bare() -> None:
+        with mixed:
+            for _ in range(-(-many // batch) * POINTS):
+                backbone.call(backbone.network, x, t, both)
+
+    contenders = {"many": lambda: drawn(many + batch), "one": lambda: drawn(batch), "guided calls": bare}
+    found = rounds(contenders, place, count)
+    ours = tuple(a - b for a, b in zip(found["many"].seconds, found["one"].seconds, strict=True))
+    return {"ours": Timed(ours), "guided calls": found["guided calls"]}
