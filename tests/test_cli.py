@@ -605,7 +605,7 @@ def test_a_whole_slice(tiny_overrides: list[str], capsys: pytest.CaptureFixture[
         return out
 
     out = run("distill", *words, "--dry-run")
-    assert [line.split()[0] for line in out.splitlines()] == ["time", "memory", "calls"]
+    assert [line.split()[0] for line in out.splitlines()] == ["time", "memory", "disk", "calls"]
     assert "network evaluations a sample and step: 4 (student 1, target 1, teacher 2)" in out
     assert written() == [], "a dry run leaves nothing"
     file = Path("run/student/pytorch_lora_weights.safetensors")

@@ -201,7 +201,7 @@ def exact_network(mixture: Mixture, times: Any) -> Any:
     """
 
     def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
-        goal = torch.cat([times.t_n, times.t_n]) if role == BASE else times.s
+        goal = times.t_n.repeat(len(x) // len(times.t_n)) if role == BASE else times.s
         alpha, sigma = PATH.alpha(t)[:, None], PATH.sigma(t)[:, None]
         alpha_s, sigma_s = PATH.alpha(goal)[:, None], PATH.sigma(goal)[:, None]
         x = x.double()
@@ -386,3 +386,20 @@ def test_the_loss_falls_in_thirty_steps(recipe: str, small: list[str], tiny_cach
         for name, parameter in update.parameters.items():
             parameter.copy_(trained[name])
     assert judge() < 0.9 * before
+
+
+def test_where_nothing_is_guided_the_unconditional_half_is_not_asked() -> None:
+    sizes = []
+
+    def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
+        sizes.append(len(x))
+        return x * condition["text"]
+
+    denoiser = Denoiser(call, PATH, "eps")
+    x, t = torch.ones(3, 1), times_of(499.0, torch.ones(3, 1))
+    text, null = {"text": torch.full((3, 1), 2.0)}, {"text": torch.ones(3, 1)}
+    for omega, size, eps in ((torch.zeros(3), 3, 2.0), (torch.tensor([0.0, 1.0, 0.0]), 6, 3.0)):
+        found = denoiser.guided(x, t, text, null, omega.double(), BASE)
+        assert sizes[-1] == size
+        assert float(found.eps[1]) == eps
+        assert float(found.eps[0]) == 2.0

@@ -127,7 +127,8 @@ def add_adapter(network: nn.Module, role: str, rank: int, alpha: float, targets:
     for name, parameter in network.named_parameters():
         new = f".{role}." in name and "lora_" in name
         if new:
-            parameter.data = parameter.data.float()  # PEFT makes it of its layer's type
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            parameter.data = parameter.data.to(wide)  # PEFT makes it of its layer's type
         if parameter.is_floating_point():
             parameter.requires_grad_(name in wanted or new)
 
