@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fewstep import compiled, distillation
+from fewstep import distillation
 from fewstep.compiled import compile_networks, eagerly
 from fewstep.config import UserError
 from fewstep.roles import AdapterRoles, add_adapter
@@ -134,7 +134,6 @@ def test_a_compiled_run_learns_the_same(
     tiny_overrides: list[str], tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With gradient checkpointing, too; the watch draws at another batch beside it."""
-    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
     monkeypatch.setattr(compile_networks, "__defaults__", ("aot_eager",))
     plain = run(tiny_overrides, tmp_path / "plain", tiny_cache)
     folded = run(tiny_overrides, tmp_path / "folded", tiny_cache, "loop.compile=true", "student.checkpointing=true")
