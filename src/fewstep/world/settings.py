@@ -163,11 +163,11 @@ class VersatilityConfig(Config):
     prompts: int = Field(96, ge=8, le=400, description="pictures drawn and measured with each")
     shown: int = Field(2, ge=1, le=8, description="pictures of each in the figure")
     pictures: int = Field(3000, ge=16, description="training pictures that each add-on learns from, at most")
-    community: AddOnConfig = Field(AddOnConfig(steps=600, lr=2e-4), description="the fine-tuned checkpoint")
-    style: AddOnConfig = Field(AddOnConfig(steps=400, lr=1e-3), description="the style LoRA")
+    community: AddOnConfig = Field(AddOnConfig(steps=1500, lr=2e-4), description="the fine-tuned checkpoint")
+    style: AddOnConfig = Field(AddOnConfig(steps=1200, lr=1e-3), description="the style LoRA")
     edges: AddOnConfig = Field(AddOnConfig(steps=1500, lr=5e-4), description="the ControlNet on edges")
     shapes: AddOnConfig = Field(AddOnConfig(steps=1500, lr=5e-4), description="the ControlNet on silhouettes")
-    picture: AddOnConfig = Field(AddOnConfig(steps=1500, lr=5e-4), description="the IP-Adapter")
+    picture: AddOnConfig = Field(AddOnConfig(steps=4000, lr=1e-3), description="the IP-Adapter")
     seed: Seed = Field(0, description="seed of the noise, 0 to 89")
 
 

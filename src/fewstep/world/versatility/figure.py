@@ -29,7 +29,7 @@ from fewstep.world.measures import lite0
 from fewstep.world.settings import VersatilityConfig
 from fewstep.world.students import students_omega
 from fewstep.world.versatility.studio import Who, can_draw
-from fewstep.world.versatility.tasks import STRENGTHS, TASKS, Task
+from fewstep.world.versatility.tasks import GAMMAS, STRENGTHS, TASKS, Task
 from fewstep.world.versatility.workshop import Workshop
 
 
@@ -83,6 +83,8 @@ def key_of(task: Task, who: Who, base: str, seed: int) -> str:
     """What decides the pictures of a cell, hashed; `base` is the pipeline's identity."""
     given = hashlib.sha256(task.given.tobytes()).hexdigest()
     made = [base, weights_in(who.lora), weights_in(task.add_on), given, STRENGTHS.get(task.name, 1.0)]
+    if who.lora is not None:
+        made.append(GAMMAS.get(task.name))
     known = [task.name, list(task.prompts), who.steps, who.scale, seed, *made]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:20]
 

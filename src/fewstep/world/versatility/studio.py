@@ -45,13 +45,16 @@ class Who:
         return f"{self.name} {self.steps}"
 
 
-def pipeline(kind: str, folder: Path, who: Who, parts: Mapping[str, Any] | None = None) -> Any:
+def pipeline(
+    kind: str, folder: Path, who: Who, parts: Mapping[str, Any] | None = None, gamma: float | None = None
+) -> Any:
     """A pipeline of diffusers with who draws in it: the student's LoRA and scheduler, or DDIM.
 
     Args:
         kind: of pipeline, by its class name.
         folder: the checkpoint.
         parts: further components, ControlNets say.
+        gamma: of a student's sampler, where it shall not be the student's own.
     """
     import diffusers
 
@@ -65,7 +68,7 @@ def pipeline(kind: str, folder: Path, who: Who, parts: Mapping[str, Any] | None 
     else:
         place = who.lora / FILE if who.lora.is_dir() else who.lora
         pipe.load_lora_weights(str(place.parent), weight_name=place.name, adapter_name="student")
-        pipe.scheduler = scheduler_for(who.lora, pipe.scheduler.config)
+        pipe.scheduler = scheduler_for(who.lora, pipe.scheduler.config, gamma)
     return pipe
 
 

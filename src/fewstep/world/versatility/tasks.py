@@ -24,6 +24,8 @@ from fewstep.world.versatility.workshop import CAPTIONS, Workshop
 PEOPLE = 0.08
 """Share of skin from which a picture counts as one of people."""
 STRENGTHS = {"img2img": 0.5, "style transfer": 0.75, "super-resolution": 0.3}
+GAMMAS = {"super-resolution": 0.0}
+"""Students' gamma where it is not their own: where what is given is to stay, no noise is put back."""
 NEW_STYLE = "fluent 3d style"
 
 
@@ -208,7 +210,7 @@ def from_picture(shop: Workshop, name: str, given: np.ndarray, prompts: Sequence
     """Drawing by plain diffusers' img2img at the task's strength."""
 
     def draw(who: Who) -> np.ndarray:
-        pipe = pipeline("StableDiffusionImg2ImgPipeline", shop.folder, who)
+        pipe = pipeline("StableDiffusionImg2ImgPipeline", shop.folder, who, gamma=GAMMAS.get(name))
         strength = STRENGTHS[name]
         return drawn(
             pipe, prompts, shop.config.seed, {"image": images(given)}, strength=strength, **asked(who, strength)

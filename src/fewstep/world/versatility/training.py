@@ -31,7 +31,7 @@ Predict = Callable[[Tensor, Tensor, Tensor, Tensor, Draws], Tensor]
 """(x_t, t int64 [B], text states, numbers of the samples, draws) -> predicted noise."""
 EMPTY = 0.1
 """Share of empty prompts, and of pictures that an IP-Adapter is not shown: guidance must go on to work."""
-ALONE = 0.5
+ALONE = 0.9
 """Share of empty prompts where a picture shall say what is drawn."""
 IP_FILE = "ip_adapter.safetensors"
 TOKENS = 4
