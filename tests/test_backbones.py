@@ -69,6 +69,22 @@ def theirs(folder: Path, steps: int, guidance: float) -> Tensor:
 
 
 @pytest.mark.parametrize("name", MADE)
+def test_drawn_in_half_precision(name: str, folders: dict[str, Path]) -> None:
+    """Weights and calls are bf16, states between the calls fp32; nearly the same latents, and not the same."""
+    sampling = Sampling(steps=2, gamma=0.0)
+    found = {}
+    for kind in (torch.float32, torch.bfloat16):
+        artist = load_artist(folders[name], precision=kind)
+        assert {weight.dtype for weight in artist.backbone.network.parameters()} == {kind}
+        condition = artist.encode(PROMPTS)
+        found[kind] = artist.latents(condition, SEEDS, sampling)
+        assert found[kind].dtype == torch.float32
+    exact, half = found.values()
+    difference = float((half - exact).abs().max())
+    assert 0 < difference < 0.1 * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("name", MADE)
 def test_latents_are_those_of_the_pipeline(name: str, folders: dict[str, Path]) -> None:
     """Without guidance, as students are drawn, and with it, as teachers are."""
     artist = load_artist(folders[name])

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fewstep import distillation
+from fewstep import distillation, drawing
 from fewstep.compiled import compile_networks, eagerly
 from fewstep.config import UserError
 from fewstep.roles import AdapterRoles, add_adapter
-from fewstep.settings import resolve
+from fewstep.settings import Sampling, resolve
 from fewstep.training.cpu import speed_up
 
 GRAPHS = ["student with gradient", "student", "fake", "teacher"]
@@ -141,6 +141,27 @@ def test_a_compiled_run_learns_the_same(
     assert losses(tmp_path / "folded") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
     for name, weight in plain.items():
         torch.testing.assert_close(folded[name], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_a_compiled_artist_draws_the_same(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph for full batches; the pictures that are left over are too few for another."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(compile_networks, "__defaults__", (counter,))
+    monkeypatch.setattr(drawing, "MOST_LATENT_POINTS", 3 * 8 * 8)
+    sampling = Sampling(steps=2, gamma=0.5, grid=10)
+    prompts, seeds = ["a red disc"] * 7, range(7)
+    plain = drawing.load_artist(tiny_pipeline)
+    wanted = plain.latents(plain.encode(prompts), seeds, sampling)
+    torch._dynamo.reset()
+    try:
+        folded = drawing.load_artist(tiny_pipeline, compiled=True)
+        found = folded.latents(folded.encode(prompts), seeds, sampling)
+    finally:
+        torch._dynamo.reset()
+    assert counter.frame_count == 1
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 narrow = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="extra `quantize` is missing")

@@ -120,6 +120,8 @@ def sample(
     teacher_config: Path | str = "",
     image: Path | str | None = None,
     strength: float | None = None,
+    precision: str = "fp32",
+    compile: bool = False,
 ) -> Path:
     """Draw `count` pictures a prompt into one file: a picture, or a sheet with a row a prompt.
 
@@ -140,6 +142,8 @@ def sample(
         teacher_config: for a single-file teacher, a pipeline folder of its kind.
         image: picture to begin from, cropped and scaled to what is drawn.
         strength: share of the noisiest time that it is noised to, in (0, 1]; None for .5. All steps are made below it.
+        precision: fp32, bf16, fp16 or auto; what the denoiser is kept and computes in.
+        compile: compile the denoiser; worth its minutes where many pictures are drawn.
 
     Raises:
         UserError: no prompt, a setting out of range, a LoRA or adapter of another base, an unwritable place, a
@@ -178,9 +182,10 @@ def sample(
 
         read_adapter(adapter, folder)
     check_writable(path.parent)
-    from fewstep.device import pick_device
+    from fewstep.device import pick_device, pick_drawing
 
     place = pick_device(device)
+    computes = pick_drawing(precision, place)
     import numpy as np
 
     from fewstep.drawing import load_artist, save_picture, sheet
@@ -190,7 +195,7 @@ def sample(
     share = 0.5 if strength is None else strength
     if begun is not None:  # refused before weights are loaded
         call_times(sampling, path_of(folder.config("scheduler")), share)
-    artist = load_artist(folder.path, student, place, adapter)
+    artist = load_artist(folder.path, student, place, adapter, computes, compiled=compile)
     if artist.adapter is not None:
         for prompt, (caption, likeness) in zip(wanted, artist.adapter.readings(wanted), strict=True):
             print(f"{prompt!r} is read as {caption!r}, likeness {likeness:.2f}", file=sys.stderr)
@@ -214,6 +219,8 @@ def evaluate(
     device: str = "auto",
     settings: Mapping[str, Any] | None = None,
     teacher_config: Path | str = "",
+    precision: str = "fp32",
+    compile: bool = False,
 ) -> Mapping[str, Figure]:
     """Draw one picture a prompt and measure them; returns the figures by name and writes figures.json.
 
@@ -232,6 +239,8 @@ def evaluate(
         device: auto, cpu or cuda.
         settings: changes to the sampling settings.
         teacher_config: for a single-file teacher, a pipeline folder of its kind.
+        precision: fp32, bf16, fp16 or auto; what the denoisers, the reference's too, are kept and compute in.
+        compile: compile them.
 
     Raises:
         UserError: anything wrong, in one line, before any long work.
@@ -274,9 +283,10 @@ def evaluate(
     check_sampling(drawn, base)
     check_writable(Path(out))
     check_installed("evaluate")
-    from fewstep.device import pick_device
+    from fewstep.device import pick_device, pick_drawing
 
     place = pick_device(device)
+    computes = pick_drawing(precision, place)
     from fewstep import measuring
     from fewstep.training.launch import make_accelerator
 
@@ -290,6 +300,8 @@ def evaluate(
         reference_sampling=drawn,
         seed=seed,
         device=make_accelerator("fp32", place).device,
+        precision=computes,
+        compiled=compile,
         out=Path(out),
     )
 

@@ -14,8 +14,10 @@ import typer
 from pydantic import BaseModel
 
 from fewstep.cli_options import (
+    Compiled,
     Configs,
     Device,
+    DrawsIn,
     Lora,
     Omega,
     Overrides,
@@ -158,6 +160,8 @@ def sample(
         int | None, typer.Option(help="Whole factor of enlargement; left out, small pictures get 256 pixels.")
     ] = None,
     device: Device = "auto",
+    precision: DrawsIn = "fp32",
+    compiled: Compiled = False,
     adapter: Annotated[
         Path | None, typer.Option(help="Folder that train-adapter wrote: prompts of any of its languages.")
     ] = None,
@@ -185,6 +189,8 @@ def sample(
         out=out,
         scale=scale,
         device=device,
+        precision=precision,
+        compile=compiled,
         settings=drawing(overrides, steps=steps, gamma=gamma, omega=omega, sampler=sampler),
         adapter=adapter,
         teacher_config=config or "",
@@ -214,6 +220,8 @@ def evaluate(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count up.")] = 0,
     device: Device = "auto",
+    precision: DrawsIn = "fp32",
+    compiled: Compiled = False,
     overrides: Sampled = None,
     out: Annotated[Path, typer.Option(help="Folder for figures.json.")] = Path("runs/evaluation"),
     config: Configs = None,
@@ -234,6 +242,8 @@ def evaluate(
         reference_omega=reference_omega,
         seed=seed,
         device=device,
+        precision=precision,
+        compile=compiled,
         settings=drawing(overrides, steps=steps, gamma=gamma, omega=omega, sampler=sampler),
         teacher_config=config or "",
     )

@@ -41,6 +41,10 @@ Omega = Annotated[
     float | None,
     typer.Option(help="Guidance in the papers' convention, diffusers' guidance_scale less 1; 0 for students."),
 ]
+DrawsIn = Annotated[str, typer.Option("--precision", help="What the denoiser computes in: auto, fp32, bf16 or fp16.")]
+Compiled = Annotated[
+    bool, typer.Option("--compile", help="Compile the denoiser; takes minutes, pays for many pictures.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Overrides = Annotated[
     list[str] | None,

@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from fewstep import processes
 from fewstep.data.buckets import BucketedLatents
 from fewstep.data.latents import LatentSet
-from fewstep.device import pick_precision
+from fewstep.device import DTYPES, pick_precision
 from fewstep.draws import Draws
 from fewstep.mapped import Rows
 from fewstep.role_layout import unique_bytes
@@ -162,10 +162,9 @@ def estimate(
             started = time.perf_counter()
             precision = pick_precision(config.loop.precision, device)
             enabled = precision != "fp32"
-            kind = torch.float16 if precision == "fp16" else torch.bfloat16
             # activations are counted in the step that warms up, so that the timed one does nothing else
             noting = saved_tensors_hooks(note, lambda tensor: tensor) if step == 0 else nullcontext()
-            with noting, torch.autocast(device.type, dtype=kind, enabled=enabled):
+            with noting, torch.autocast(device.type, dtype=DTYPES[precision], enabled=enabled):
                 loss = update.loss(batch, draws)
             every = list(update.parameters.values())
             these = None if is_split(every) else every  # as the loop does

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import torch
 
-from fewstep.errors import UserError
+from fewstep.errors import UserError, nearest
 from fewstep.names import Precision, check_device
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""A precision's name -> torch's type."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -30,6 +33,22 @@ def pick_precision(name: Precision, device: torch.device) -> Literal["fp32", "bf
     if name != "auto":
         return name
     return "bf16" if device.type == "cuda" or _has_bf16_units() else "fp32"
+
+
+def pick_drawing(name: str, device: torch.device) -> torch.dtype:
+    """The type that a network draws in on `device`.
+
+    Raises:
+        UserError: an unknown precision, or fp16 on a CPU.
+    """
+    legal = get_args(Precision)
+    if name not in legal:
+        raise UserError(
+            f"precision = {name!r} is not one of {', '.join(legal)}; the nearest is {nearest(name, legal)!r}"
+        )
+    if name == "fp16" and device.type == "cpu":
+        raise UserError("precision = 'fp16' needs a GPU; the nearest legal one is 'bf16'")
+    return DTYPES[pick_precision(cast(Precision, name), device)]
 
 
 def _has_bf16_units() -> bool:

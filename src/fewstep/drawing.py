@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fewstep.backbones.base import Backbone, load_backbone
+from fewstep.compiled import compile_networks, eagerly
 from fewstep.denoiser import Condition, Denoiser
 from fewstep.errors import UserError
 from fewstep.export.conditioning import read_told
@@ -78,7 +80,9 @@ class Artist:
             for start in range(0, len(seeds), batch):
                 rows = slice(start, start + batch)
                 part = {name: value[rows].to(device) for name, value in condition.items()}
-                with torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32):
+                left = start > 0 and start + batch > len(seeds)  # too few to be worth a graph of their own
+                narrow = torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32)
+                with narrow, eagerly() if left else nullcontext():
                     begun = source
                     if source is not None and len(source.latents) > 1:
                         begun = replace(source, latents=source.latents[rows])
@@ -139,11 +143,18 @@ def load_artist(
     lora: Path | str | None = None,
     device: torch.device | str = "cpu",
     adapter: Path | str | None = None,
+    precision: torch.dtype = torch.float32,
+    *,
+    compiled: bool = False,
 ) -> Artist:
     """Load a pipeline folder and, merged into it, a student's LoRA; prompts are read by an adapter if one is given.
 
     A student (LoRA or whole pipeline) brings its own inference settings; a LoRA that has none is sampled as TCD at
     4 steps, a pipeline that has none as a teacher.
+
+    Args:
+        precision: type that the denoiser's weights are kept and its calls computed in, after the LoRA was merged.
+        compiled: compile the denoiser, for the shape of the first batch that is drawn.
 
     Raises:
         UserError: not a pipeline, not a LoRA, or a LoRA or adapter of another base.
@@ -160,7 +171,11 @@ def load_artist(
         merge_lora(backbone.network, read_lora(student))
     embedding = read_told(place, sampling.told, backbone.time_width)
     artist = artist_of(backbone, sampling, embedding.to(backbone.device) if embedding else None)
-    return replace(artist, adapter=reads)
+    if precision != torch.float32:
+        backbone.network.to(precision)
+    if compiled:
+        compile_networks([backbone.network])
+    return replace(artist, adapter=reads, precision=precision)
 
 
 def sheet(pictures: np.ndarray, columns: int, scale: int = 2) -> Image.Image:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.device import DTYPES
 from fewstep.drawing import Artist, load_artist, save_picture, sheet
 from fewstep.export.adapters import adapter_config, kohya_names, matrices, write_diffusers, write_kohya, write_peft
 from fewstep.export.card import CARD, PICTURES, model_card
@@ -28,7 +29,6 @@ from fewstep.folder import PipelineFolder, weight_files
 from fewstep.tensor_header import read_safetensors_header
 from fewstep.tensors import save_tensors
 
-TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -92,7 +92,7 @@ def export(
         UserError: the place cannot be written to, or what is read back is not the student.
     """
     artist = load_artist(student.folder.path, student.lora, device)
-    kind = TYPES[precision] if precision else stored_type(student.folder)
+    kind = DTYPES[precision] if precision else stored_type(student.folder)
     sampling = provable(artist.sampling)
     seeds = range(seed, seed + len(prompts))
     condition = artist.encode(prompts)

@@ -103,6 +103,8 @@ def evaluate_folder(
     reference_sampling: Sampling,
     seed: int,
     device: torch.device,
+    precision: torch.dtype,
+    compiled: bool,
     out: Path,
 ) -> Mapping[str, Figure]:
     """Measure a pipeline folder or a LoRA on it; write figures.json and return the figures by name.
@@ -116,11 +118,15 @@ def evaluate_folder(
         real: folder of real pictures; None for Emoji-8.
         reference: pipeline folder whose end points from the same noise are compared with; None for none.
         reference_sampling: how it draws them.
+        precision: type that the denoisers are kept and compute in.
+        compiled: compile them.
         out: folder for figures.json.
     """
-    artist = load_artist(teacher, lora, device)
+    artist = load_artist(teacher, lora, device, precision=precision, compiled=compiled)
     n, size = len(prompts), sampling.size[0] if sampling.size else artist.backbone.picture_size
-    teller = load_artist(reference, None, device) if reference is not None else None
+    teller = None
+    if reference is not None:
+        teller = load_artist(reference, None, device, precision=precision, compiled=compiled)
     end_points = EndPoints()
     if teller is not None:
         same, other = (teller.draw(prompts, range(first, first + n), reference_sampling) for first in (seed, seed + n))

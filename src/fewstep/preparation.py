@@ -19,7 +19,7 @@ from fewstep.data.buckets import bucketed
 from fewstep.data.latents import LatentSet, latent_set
 from fewstep.data.prompts import is_prompt_file, read_prompts
 from fewstep.denoiser import Condition, Denoiser
-from fewstep.device import pick_precision
+from fewstep.device import DTYPES, pick_precision
 from fewstep.draws import order
 from fewstep.errors import UserError
 from fewstep.evaluation.settings import KID_FEWEST
@@ -237,12 +237,12 @@ def lay_out(config: DistillConfig, backbone: Backbone, captioned: pictures.Capti
             f"loop.precision = {config.loop.precision!r} is fp32 on {backbone.device.type}, which cannot compute with "
             "student.base = 'bf16'; the nearest legal one is 'bf16'"
         )
-    compute = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    compute = DTYPES[precision]
     roles, method = roles_of(config.method), config.method
     student = make_student(backbone, config.student, roles, config.loop.seed, method.told, compute)
     if config.loop.shard:
         for network in [*networks_of(student.roles), *student.told.values()]:
-            shard(network, torch.bfloat16 if precision == "bf16" else torch.float32)
+            shard(network, compute)
     if config.loop.compile:
         compile_networks(networks_of(student.roles))
     denoiser = Denoiser(student.call, backbone.path, backbone.prediction, backbone.embedded_guidance)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from fewstep.backbones.base import Backbone
 from fewstep.data.latents import cached
 from fewstep.denoiser import Condition
-from fewstep.device import pick_precision
+from fewstep.device import DTYPES, pick_precision
 from fewstep.drawing import Artist, artist_of
 from fewstep.draws import Draws, generator
 from fewstep.export.pipeline import teacher_sampling
@@ -30,7 +30,6 @@ from fewstep.settings import Sampling
 
 SHARD = 16
 """Groups made, and kept, at a time; even, so that partners are made together."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,7 @@ def load_scorer(
         )
     import torch
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    from fewstep.device import DTYPES
+
     module = import_module(f"fewstep.preference.{SCORERS[name].module}")
-    return cast(PreferenceScorer, module.load(files, torch.device(device), dtype))
+    return cast(PreferenceScorer, module.load(files, torch.device(device), DTYPES[precision]))

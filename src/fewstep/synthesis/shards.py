@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fewstep.backbones.base import Backbone
 from fewstep.denoiser import Condition
+from fewstep.device import DTYPES
 from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.files import atomic_write
@@ -19,7 +20,6 @@ from fewstep.synthesis.record import Plan, shard_name, write_note
 from fewstep.synthesis.walk import Drawn, Walk, end_points, trajectories
 from fewstep.tensors import save_tensors
 
-KINDS = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}
 TYPES = {"I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
 """safetensors' name of a type -> torch's."""
 
@@ -63,14 +63,14 @@ class Painter:
         null = self.states(torch.full_like(told["prompt"], self.plan.distinct))
         kept = trajectories if settings.kind == "trajectories" else end_points
         precision = self.plan.precision
-        with torch.autocast(device.type, KINDS[precision], enabled=precision != "fp32"):
+        with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
             return kept(
                 self.walk,
                 self.states(told["prompt"]),
                 null,
                 told["omega"],
                 noise.to(device),
-                KINDS[settings.dtype],
+                DTYPES[settings.dtype],
             )
 
     def shard(self, items: range, advance: Callable[[int], object]) -> Drawn:
