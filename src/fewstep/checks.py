@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fewstep.data.prompts import is_prompt_file, read_prompts
+from fewstep.data.shards import find_shards, is_shards
 from fewstep.errors import UserError, nearest, nearest_divisor
 from fewstep.evaluation.settings import KID_FEWEST
 from fewstep.export.header import base_shapes, check_start
@@ -125,9 +126,11 @@ def _check_source(config: DistillConfig, folder: PipelineFolder) -> None:
         from fewstep.world.emoji8 import check_size
 
         check_size(config.data.size or folder.picture_size, "data.source = 'emoji8'")
+    elif is_shards(source):
+        find_shards(source)
     elif not Path(source).is_dir():
         raise UserError(
-            f"data.source = {source!r} is not a folder; give a folder of pictures, a prompt file or 'emoji8'"
+            f"data.source = {source!r} is not a folder; give a folder of pictures, tar files, a prompt file or 'emoji8'"
         )
 
 

@@ -235,11 +235,11 @@ def estimate_stage(config: DistillConfig) -> Estimated:
     if is_synthesis(config.data.source):
         run = on_synthesis(config, backbone, Path())
         return estimate(update_plan(run), fetch_of(run), run.data, config, run.networks)
-    captioned = read_source(config, backbone)
-    backbone.load_encoders()
-    few = captioned.take(range(min(max(2, config.loop.batch), len(captioned))))
-    fingerprint = encoders_fingerprint(backbone)  # before the clock starts: hashed once for any number of pictures
     with tempfile.TemporaryDirectory() as cache:
+        captioned = read_source(config, backbone, Path(cache))
+        backbone.load_encoders()
+        few = captioned.take(range(min(max(2, config.loop.batch), len(captioned))))
+        fingerprint = encoders_fingerprint(backbone)  # before the clock starts: hashed once for any number of pictures
         started = time.perf_counter()
         data = latent_set(few, backbone, fingerprint, Path(cache), backbone.latent_shape)
         encoding = (time.perf_counter() - started) / len(few) * len(captioned)

@@ -18,6 +18,7 @@ from fewstep.data import pictures
 from fewstep.data.buckets import bucketed
 from fewstep.data.latents import LatentSet, latent_set
 from fewstep.data.prompts import is_prompt_file, read_prompts
+from fewstep.data.shards import from_shards, is_shards
 from fewstep.denoiser import Condition, Denoiser
 from fewstep.device import DTYPES, pick_precision
 from fewstep.draws import order
@@ -29,6 +30,7 @@ from fewstep.objectives.preference import Taste
 from fewstep.perceptual.settings import PerceptualConfig
 from fewstep.plan import roles_of
 from fewstep.preference.scorer import PreferenceScorer
+from fewstep.processes import main_first
 from fewstep.role_layout import Student, make_student
 from fewstep.roles import BASE, networks_of
 from fewstep.settings import DistillConfig, teacher_path
@@ -117,8 +119,11 @@ def load_teacher(config: DistillConfig, device: torch.device) -> Backbone:
     return backbone
 
 
-def read_source(config: DistillConfig, backbone: Backbone) -> pictures.Captioned:
+def read_source(config: DistillConfig, backbone: Backbone, cache: Path) -> pictures.Captioned:
     """The captioned pictures that the config names, of the backbone's size or in buckets around it, or its prompts.
+
+    Args:
+        cache: folder for lists of what shards hold.
 
     Raises:
         UserError: they cannot be read, are of another size, or are too few to watch the quality by.
@@ -131,6 +136,8 @@ def read_source(config: DistillConfig, backbone: Backbone) -> pictures.Captioned
     if source == "emoji8":
         emoji8.check_size(backbone.picture_size, "data.source = 'emoji8'")
         captioned = emoji8.captioned(config.data.captions, config.loop.seed)
+    elif is_shards(source):
+        captioned = main_first(lambda: from_shards(source, backbone.picture_size, cache))
     else:
         captioned = pictures.from_folder(Path(source), backbone.picture_size)
     if config.loop.watch_every and len(captioned) < KID_FEWEST:
@@ -152,7 +159,7 @@ def prepare(config: DistillConfig, cache: Path, device: torch.device) -> Run:
     backbone = load_teacher(config, device)
     if is_synthesis(config.data.source):
         return on_synthesis(config, backbone, cache)
-    captioned = read_source(config, backbone)
+    captioned = read_source(config, backbone, cache)
     backbone.load_encoders()  # a broken text encoder is told of before the pictures are encoded
     data = latent_set(captioned, backbone, encoders_fingerprint(backbone), cache, backbone.latent_shape)
     folder = perceptual_folder(config, backbone, data.said, cache)

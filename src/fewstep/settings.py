@@ -115,7 +115,8 @@ class DataConfig(Config):
 
     source: str = Field(
         "emoji8",
-        description="emoji8, or a folder of captioned pictures; without pictures: captions (Emoji-8's), a prompt file, "
+        description="emoji8, a folder of captioned pictures, or webdataset shards (.tar files, by paths or URLs); "
+        "without pictures: captions (Emoji-8's), a prompt file, "
         "or a folder that `fewstep synthesize` wrote",
     )
     captions: int = Field(12, ge=1, description="captions a picture, drawn once and cached")

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Protocol
 
@@ -65,11 +66,29 @@ class HeldPictures:
         return digest.hexdigest()
 
 
+class Stored(Protocol):
+    """A picture that is no file of its own."""
+
+    def read(self) -> bytes:
+        """Its bytes, as a file of it would hold them.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+
+    def identity(self) -> bytes:
+        """sha256 of what decides them."""
+
+
+Place = Path | Stored
+"""Where a picture is."""
+
+
 @dataclass(frozen=True)
 class PictureFiles:
     """Pictures on disk: decoded when they are asked for, a few at a time, so that a set may be larger than memory."""
 
-    files: tuple[Path, ...]
+    files: tuple[Place, ...]
     size: int
 
     def __len__(self) -> int:
@@ -88,7 +107,8 @@ class PictureFiles:
         """sha256 of the size and of the files' bytes."""
         digest = hashlib.sha256(f"{self.size}".encode())
         for file in self.files:
-            digest.update(hashlib.sha256(file.read_bytes()).digest())
+            own = hashlib.sha256(file.read_bytes()).digest() if isinstance(file, Path) else file.identity()
+            digest.update(own)
         return digest.hexdigest()
 
 
@@ -119,30 +139,31 @@ def find_pictures(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(place: Place) -> Iterator[Image.Image]:
+    held = place if isinstance(place, Path) else BytesIO(place.read())
     try:
-        with Image.open(path) as image:
+        with Image.open(held) as image:
             yield image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read picture {path}: {error}") from error
+        raise UserError(f"cannot read picture {place}: {error}") from error
 
 
-def read_picture(path: Path, size: int) -> np.ndarray:
+def read_picture(place: Place, size: int) -> np.ndarray:
     """Read a picture as uint8 [size, size, 3]: transparent parts on white, centre crop, Lanczos.
 
     Raises:
         UserError: not a readable picture.
     """
-    return read_cropped(path, size, size)
+    return read_cropped(place, size, size)
 
 
-def read_cropped(path: Path, width: int, height: int) -> np.ndarray:
+def read_cropped(place: Place, width: int, height: int) -> np.ndarray:
     """Read a picture as uint8 [height, width, 3]: transparent parts on white, the largest centre crop, Lanczos.
 
     Raises:
         UserError: not a readable picture.
     """
-    with _opened(path) as image:
+    with _opened(place) as image:
         rgba = ImageOps.exif_transpose(image).convert("RGBA")
     flat = Image.new("RGBA", rgba.size, "white")
     flat.alpha_composite(rgba)
@@ -152,13 +173,13 @@ def read_cropped(path: Path, width: int, height: int) -> np.ndarray:
     return np.asarray(crop.resize((width, height), Image.Resampling.LANCZOS))
 
 
-def size_of(path: Path) -> tuple[int, int]:
+def size_of(place: Place) -> tuple[int, int]:
     """(width, height) of a picture as it is meant to be seen.
 
     Raises:
         UserError: not a readable picture.
     """
-    with _opened(path) as image:
+    with _opened(place) as image:
         turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
         return (image.height, image.width) if turned else (image.width, image.height)
 

@@ -30,4 +30,4 @@ def read_prompts(path: Path | str, field: str = "prompts") -> list[str]:
 
 def is_prompt_file(named: str) -> bool:
     """Whether a setting means a file and not a bundled list."""
-    return named.endswith(".txt") or Path(named).is_file()
+    return named.endswith(".txt") or (Path(named).is_file() and not named.endswith(".tar"))
