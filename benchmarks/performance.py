@@ -3,8 +3,14 @@
     python benchmarks/performance.py --network bundled --rank 64 --batch 16
 
 One machine, one run: contenders take turns, so that what slows the machine slows all of them; medians, quartiles, and
-ratios taken round by round. Networks: `bundled` (the teacher), `sd100m` and `sd15` (random weights in the shape of
-Stable Diffusion's, of 100 M parameters and of its own size).
+ratios taken round by round. Networks: `bundled` (the teacher), `sd100m`, `sd15` and `sdxl` (random weights in the shape
+of Stable Diffusion's, of 100 M parameters and of its own size, and of SDXL's), or a pipeline folder.
+
+On a GPU, at SDXL's size:
+
+    python benchmarks/performance.py --network sdxl --device cuda --precision bf16 --rank 64 --batch 8 \\
+        --what stored online sampling memory matrix
+    python benchmarks/performance.py ... -s loop.compile=true -s student.base=bf16
 """
 
 from __future__ import annotations
@@ -19,25 +25,28 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning th
 
 import torch
 from perf.networks import folder_of
+from perf.peaks import alone, matrix_of, peak_of
 from perf.sampling import time_sampling
 from perf.steps import Task, time_steps
 from perf.synthesis import time_synthesis
 from perf.timing import Timed, ratio
 
+from fewstep.device import DTYPES
 from fewstep.provenance import commit, hardware
 
-KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SCRIPTS = ("script", "script without encoders")
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Time, and print Markdown."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--what", nargs="+", default=["stored", "online", "sampling", "synthesis"])
-    parser.add_argument("--network", default="bundled", help="bundled, sd100m, sd15")
+    every = ["stored", "online", "sampling", "synthesis", "memory", "matrix"]
+    parser.add_argument("--what", nargs="+", default=every, choices=every)
+    parser.add_argument("--network", default="bundled", help="bundled, sd100m, sd15, sdxl, or a pipeline folder")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--precision", default="fp32", choices=list(KINDS))
+    parser.add_argument("--precision", default="fp32", choices=list(DTYPES))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--cache", type=Path, default=Path("runs/performance"), help="folder for random pipelines")
     parser.add_argument("-s", action="append", default=[], help="a further setting of our run: loop.compile=true, ...")
@@ -46,8 +55,8 @@ def main(words: Sequence[str] | None = None) -> None:
     what = f"{asked.network}, rank {asked.rank}, batch {asked.batch}, {asked.precision}"
     print(f"commit {commit()}; {hardware()}; {torch.get_num_threads()} threads; {what} {' '.join(asked.s)}")
     for kind in asked.what:
+        how = (asked.rank, asked.batch, asked.precision, asked.device, asked.cache, asked.rounds, tuple(asked.s))
         if kind in ("stored", "online"):
-            how = (asked.rank, asked.batch, asked.precision, asked.device, asked.cache, asked.rounds, tuple(asked.s))
             task = Task(folder, kind, *how)
             with tempfile.TemporaryDirectory() as out:
                 found = time_steps(task, Path(out))
@@ -57,10 +66,18 @@ def main(words: Sequence[str] | None = None) -> None:
             say("the script / ours", [found["script"]], [found["ours"]])
             say("the script without encoders / ours", [found["script without encoders"]], [found["ours"]])
         elif kind == "sampling":
-            found = time_sampling(folder, asked.batch, KINDS[asked.precision], asked.device, asked.rounds)
+            found = time_sampling(folder, asked.batch, DTYPES[asked.precision], asked.device, asked.rounds)
             table("pictures at 4 steps", found, None, asked.batch)
             say("ours / (calls + decode)", [found["ours"]], [found["calls + decode"]])
             say("diffusers / ours", [found["diffusers"]], [found["ours"]])
+        elif kind in ("memory", "matrix"):
+            contenders = [("ours", "stored"), ("ours", "online"), *((name, "online") for name in SCRIPTS)]
+            title = "GiB that a step holds at most" if kind == "memory" else "matrix work, share of the operators' time"
+            print(f"\n## {title}\n\n| who | |\n| --- | --- |")
+            for who, teacher in contenders:
+                named = f"ours, {teacher}" if who == "ours" else who
+                figure = alone(peak_of if kind == "memory" else matrix_of, Task(folder, teacher, *how), who)
+                print(f"| {named} | {figure / 2**30 if kind == 'memory' else figure:.3f} |", flush=True)
         else:
             found = time_synthesis(folder, asked.batch, asked.precision, asked.device, max(3, asked.rounds // 5))
             table("a synthesised set", found, None, None)

@@ -40,10 +40,12 @@ def folder_of(name: str, cache: Path) -> Path:
     """The pipeline's folder, made if it is not there yet."""
     if name == "bundled":
         return teacher_path("")
+    if (Path(name) / "model_index.json").is_file():
+        return Path(name)
     place = cache / name
     if not (place / "model_index.json").is_file():
         with atomic_folder(place) as part:
-            make(SHAPES[name], part)
+            make_xl(part) if name == "sdxl" else make(SHAPES[name], part)
     return place
 
 
@@ -84,4 +86,51 @@ def make(shape: Shape, place: Path) -> None:
     StableDiffusionPipeline(
         unet=unet, vae=vae, text_encoder=text, tokenizer=CLIPTokenizer.from_pretrained(place / "tokenizer"),
         scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(place)  # fmt: skip
+
+
+def make_xl(place: Path) -> None:
+    """Write a random SDXL: its UNet, autoencoder and both text encoders at their own sizes, in half precision."""
+    import diffusers
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    sys.path.insert(0, str(ROOT / "tests"))
+    from tiny_pipelines import clip_tokenizer
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float16)
+    unet = UNet2DConditionModel(
+        sample_size=128, block_out_channels=(320, 640, 1280), cross_attention_dim=2048, attention_head_dim=(5, 10, 20),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=1024,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, scaling_factor=0.13025,
+    )  # fmt: skip
+    sizes = {"vocab_size": 49408, "bos_token_id": 54, "eos_token_id": 55, "pad_token_id": 55}
+    small = CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, **sizes
+    )
+    large = CLIPTextConfig(
+        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280,
+        **sizes,
+    )  # fmt: skip
+    text, text_2 = CLIPTextModel(small), CLIPTextModelWithProjection(large)
+    torch.set_default_dtype(torch.float32)
+    for name in ("tokenizer", "tokenizer_2"):
+        clip_tokenizer(place / name)
+        told = place / name / "tokenizer_config.json"
+        known = json.loads(told.read_text(encoding="utf-8"))
+        told.write_text(json.dumps(known | {"model_max_length": 77}), encoding="utf-8")
+    diffusers.StableDiffusionXLPipeline(
+        unet=unet, vae=vae, text_encoder=text, text_encoder_2=text_2,
+        tokenizer=CLIPTokenizer.from_pretrained(place / "tokenizer"),
+        tokenizer_2=CLIPTokenizer.from_pretrained(place / "tokenizer_2"),
+        scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
+        add_watermarker=False,
     ).save_pretrained(place)  # fmt: skip

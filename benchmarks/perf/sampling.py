@@ -29,6 +29,9 @@ def time_sampling(folder: Path, batch: int, precision: torch.dtype, device: str,
     ours = Artist(artist.backbone, artist.denoiser, sampling, artist.role, precision)
     pipe = diffusers_pipeline(folder, place)
     there = {name: value.to(place) for name, value in condition.items()}
+    told = {"prompt_embeds": there["text"]}
+    if "pooled" in there:
+        told["pooled_prompt_embeds"] = there["pooled"]
     x = torch.randn(batch, *artist.backbone.latent_shape, device=place)
     t = torch.full((batch,), 499.0, dtype=torch.float64)
 
@@ -47,7 +50,7 @@ def time_sampling(folder: Path, batch: int, precision: torch.dtype, device: str,
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         with mixed:
             latents: Tensor = pipe(
-                prompt_embeds=there["text"], num_inference_steps=STEPS, guidance_scale=0, eta=0.3,
+                **told, num_inference_steps=STEPS, guidance_scale=0, eta=0.3,
                 generator=generators, output_type="latent",
             ).images  # fmt: skip
         decoded = pipe.vae.decode(latents.float() / pipe.vae.config.scaling_factor, return_dict=False)[0]
@@ -60,9 +63,9 @@ def diffusers_pipeline(folder: Path, device: torch.device) -> Any:
     """The folder's pipeline with diffusers' TCD scheduler."""
     import diffusers
 
-    pipe: Any = diffusers.StableDiffusionPipeline.from_pretrained(
-        folder, safety_checker=None, local_files_only=True, use_safetensors=True
-    ).to(device)
+    pipe: Any = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True).to(
+        device
+    )
     pipe.scheduler = diffusers.TCDScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe

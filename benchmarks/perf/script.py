@@ -28,7 +28,7 @@ class LcmScript:
     """The example's state, and its step.
 
     Args:
-        folder: a Stable Diffusion pipeline.
+        folder: a Stable Diffusion pipeline, 1.x, 2.x or XL.
         pictures: [B, 3, H, W] in [-1, 1], the batch of every step.
         encoders: run the autoencoder and the text encoder in each step; else both once, before the first.
         precision: of autocast around the student; the teacher's is autocast's own choice of type, as there.
@@ -49,10 +49,10 @@ class LcmScript:
         from peft import LoraConfig, get_peft_model
 
         self.device = torch.device(device)
-        pipe: Any = diffusers.StableDiffusionPipeline.from_pretrained(
-            folder, safety_checker=None, local_files_only=True, use_safetensors=True
-        ).to(self.device)
-        self.vae, self.text, self.tokenizer = pipe.vae, pipe.text_encoder, pipe.tokenizer
+        pipe: Any = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True).to(
+            self.device
+        )
+        self.pipe, self.vae = pipe, pipe.vae
         self.noise = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
         self.teacher = pipe.unet.requires_grad_(False)
         student = type(pipe.unet).from_pretrained(folder / "unet", use_safetensors=True).to(self.device).train()
@@ -65,19 +65,21 @@ class LcmScript:
         self.times = torch.arange(1, GRID + 1, device=self.device) * (1000 // GRID) - 1
         self.before = alphas[torch.clamp(self.times - 1000 // GRID, min=0)]
         with torch.no_grad():
-            self.null = self.text(self.read([""] * len(self.prompts)))[0]
-            self.kept = None if encoders else (self.latents(), self.states())
+            self.null = self.states([""] * len(self.prompts))
+            self.kept = None if encoders else (self.latents(), self.states(self.prompts))
+        if not encoders:  # both were run for the last time
+            del self.pipe, self.vae
 
-    def read(self, prompts: Sequence[str]) -> Tensor:
-        """Token numbers."""
-        asked = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        numbers: Tensor = self.tokenizer(list(prompts), max_length=self.tokenizer.model_max_length, **asked).input_ids
-        return numbers.to(self.device)
-
-    def states(self) -> Tensor:
-        """The prompts' token states."""
-        said: Tensor = self.text(self.read(self.prompts))[0]
-        return said
+    def states(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """What the network is told of prompts, by its call's own words."""
+        found = self.pipe.encode_prompt(list(prompts), device=self.device, num_images_per_prompt=1,
+                                        do_classifier_free_guidance=False)  # fmt: skip
+        told: dict[str, Any] = {"encoder_hidden_states": found[0]}
+        if len(found) == 4:  # SDXL's
+            side = float(self.pictures.shape[-1])
+            sizes = torch.tensor([side, side, 0, 0, side, side], device=self.device).expand(len(prompts), -1)
+            told["added_cond_kwargs"] = {"text_embeds": found[2], "time_ids": sizes}
+        return told
 
     def latents(self) -> Tensor:
         """A draw of the pictures' latents."""
@@ -100,7 +102,7 @@ class LcmScript:
         mixed = torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
         if self.kept is None:
             with torch.no_grad():
-                states, x_0 = self.states(), self.latents()
+                states, x_0 = self.states(self.prompts), self.latents()
         else:
             x_0, states = self.kept
         n = torch.randint(0, GRID, (len(x_0),), device=self.device)
@@ -109,18 +111,18 @@ class LcmScript:
         x = self.noise.add_noise(x_0, torch.randn_like(x_0), start)
         w = ((15 - 5) * torch.rand(len(x_0), device=self.device) + 5).view(-1, 1, 1, 1)
         with mixed:
-            landed = self.jump(self.unet(x, start, encoder_hidden_states=states).sample, x, start)
+            landed = self.jump(self.unet(x, start, **states).sample, x, start)
         with torch.no_grad():
             with mixed:
-                with_prompt = self.teacher(x, start, encoder_hidden_states=states).sample
-                without = self.teacher(x, start, encoder_hidden_states=self.null).sample
+                with_prompt = self.teacher(x, start, **states).sample
+                without = self.teacher(x, start, **self.null).sample
             x0 = self.data(with_prompt, x, start)
             x0 = x0 + w * (x0 - self.data(without, x, start))
             eps = with_prompt + w * (with_prompt - without)
             below = self.before[n].view(-1, 1, 1, 1)
             following = below.sqrt() * x0 + (1 - below).sqrt() * eps
             with mixed:
-                wanted = self.jump(self.unet(following, t, encoder_hidden_states=states).sample, following, t)
+                wanted = self.jump(self.unet(following, t, **states).sample, following, t)
         loss = ((landed.float() - wanted.float()) ** 2 + 0.001**2).sqrt().mean() - 0.001
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from fewstep import synthesize
-from fewstep.device import pick_precision
+from fewstep.device import DTYPES, pick_precision
 from fewstep.distillation import update_plan
 from fewstep.preparation import Run, prepare
 from fewstep.samples import fetch_of
@@ -120,6 +120,16 @@ def bare_parts(run: Run, task: Task) -> dict[str, Callable[[], None]]:
     return parts if task.kind == "stored" else {**parts, "teacher": teacher}
 
 
+def script_of(task: Task, *, encoders: bool) -> LcmScript:
+    """The example's state for a task."""
+    device = torch.device(task.device)
+    _, pictures = make_pictures(task)
+    shown = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    prompts = [f"picture {i}" for i in range(task.batch)]
+    kind = DTYPES[pick_precision(task.precision, device)]  # type: ignore[arg-type]
+    return LcmScript(task.folder, task.rank, shown, prompts, encoders=encoders, precision=kind, device=device)
+
+
 class Clock:
     """Stands in the loop's loss: stops the loop's clock, runs the others in turn, and lets the loop go on.
 
@@ -161,16 +171,9 @@ def time_steps(task: Task, out: Path) -> dict[str, Timed]:
     accelerator = make_accelerator(task.precision, device)  # type: ignore[arg-type]
     config = resolve("tcd", None, words(task))
     run = prepare(config, task.cache / "encoded", device)
-    _, pictures = make_pictures(task)
-    shown = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-    prompts = [f"picture {i}" for i in range(task.batch)]
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
-        pick_precision(config.loop.precision, device)
-    ]
     others = bare_parts(run, task)
     for name, encoders in (("script", True), ("script without encoders", False)):
-        script = LcmScript(task.folder, task.rank, shown, prompts, encoders=encoders, precision=kind, device=device)
-        others[name] = script.step
+        others[name] = script_of(task, encoders=encoders).step
     clock = Clock(others, device)
     plan = update_plan(run)
     plan[0] = replace(plan[0], loss=clock.around(plan[0].loss))

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from fewstep.backbones.base import load_backbone
+from fewstep.device import DTYPES
 from fewstep.synthesis.settings import resolve_synthesis
 from fewstep.synthesis.synthesize import synthesize
 from perf.timing import Timed, rounds
@@ -24,8 +25,7 @@ def time_synthesis(folder: Path, batch: int, precision: str, device: str, count:
     """
     place = torch.device(device)
     backbone = load_backbone(folder, place)
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    mixed = torch.autocast(place.type, kind, enabled=kind != torch.float32)
+    mixed = torch.autocast(place.type, DTYPES[precision], enabled=precision != "fp32")
     many = max(SAMPLES, 5 * batch)
     both = {name: value.to(place).repeat_interleave(2 * batch, 0) for name, value in backbone.encode(["x"]).items()}
     x = torch.randn(2 * batch, *backbone.latent_shape, device=place)
