@@ -188,28 +188,19 @@ class DistillConfig(Config):
     def _check_engine(self) -> None:
         """What does not go together in how a step is computed."""
         loop = self.loop
-        asked: list[tuple[bool, str, object, str, object, str]] = [
-            (
-                self.student.base == "bf16" and loop.precision == "fp32",
-                "loop.precision",
-                "fp32",
-                "student.base",
-                "bf16",
-                "'bf16'",
-            ),
-        ]
-        if loop.shard:
-            asked += [
-                (loop.compile, "loop.compile", True, "loop.shard", True, "False"),
-                (self.student.base != "fp32", "student.base", self.student.base, "loop.shard", True, "'fp32'"),
-                (self.optim.kind != "adamw", "optim.kind", self.optim.kind, "loop.shard", True, "'adamw'"),
-                (self.method.balance == "gradient", "method.balance", "gradient", "loop.shard", True, "'fixed'"),
-            ]
-        for wrong, field, value, other, other_value, legal in asked:
+
+        def refuse(wrong: bool, asked: str, beside: str, nearest: object) -> None:
             if wrong:
-                raise ValueError(
-                    f"{field} = {value!r} does not go with {other} = {other_value!r}; the nearest legal one is {legal}"
-                )
+                raise ValueError(f"{asked} does not go with {beside}; the nearest legal one is {nearest!r}")
+
+        narrow = self.student.base == "bf16" and loop.precision == "fp32"
+        refuse(narrow, "loop.precision = 'fp32'", "student.base = 'bf16'", "bf16")
+        if loop.shard:
+            split = "loop.shard = True"
+            refuse(loop.compile, "loop.compile = True", split, False)
+            refuse(self.student.base != "fp32", f"student.base = {self.student.base!r}", split, "fp32")
+            refuse(self.optim.kind != "adamw", f"optim.kind = {self.optim.kind!r}", split, "adamw")
+            refuse(self.method.balance == "gradient", "method.balance = 'gradient'", split, "fixed")
 
 
 def check_trained(method: ConsistencyConfig, sampling: Sampling, path: str = "vp") -> None:
