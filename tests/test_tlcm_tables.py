@@ -92,7 +92,8 @@ def test_rows_of_the_ablation_add_one_ingredient_each(shop: Any) -> None:
     before = whole.each_stage()[2].method
     unused = {name: getattr(before, name) for name in ("matching", "adversarial")}
     assert control.method.model_copy(update=unused) == before, "as the stage before"
-    assert control.loop == matched.loop, "and as long as matching"
+    updates = [config.loop.steps // config.method.student_every for config in (control, matched)]
+    assert updates == [40, 40], "and as many of the student's own as with matching, whose every second is the fake's"
     seeds = [stage.loop.seed for stage in whole.each_stage()]
     assert seeds[0] == whole.loop.seed == 2
     assert [made[f"0-{name}"].loop.seed for name in ("lcd-single-step-z", "lcd-over-all-times", "matching")] == [
@@ -138,6 +139,7 @@ def test_a_finished_run_of_another_law_is_not_taken(shop: Any) -> None:
         (place / "config.yaml").write_text(yaml.safe_dump(law.model_dump(mode="json")))
         if law is config:
             assert shop.shop.student(tlcm.FINAL) == place / "student"
+            assert not shop.made, "nor laid out again"
             continue
         with pytest.raises(UserError, match=r"holds a run with another optim\.lr"):
             shop.shop.student(tlcm.FINAL)
@@ -161,6 +163,24 @@ def test_a_table_asks_for_its_rows(shop: Any) -> None:
         (f"{label}, gamma 0", 0.0) for label in ("MLCD, single-step z", "+ perceptual distance", "MLCD, multistep z")
     ]
     assert [entry.method for entry in tlcm.entries_of(config, 3, shop.shop)] == ["p = 1", "p = 2", "p = 3", "p = 4"]
+
+
+@pytest.mark.parametrize("table", [1, 2, 3])
+def test_gains_are_between_rows_of_the_table(table: int, shop: Any) -> None:
+    config = validate(TlcmConfig, {"table": table})
+    drawn = {(entry.method, entry.sampling.steps) for entry in tlcm.entries_of(config, table, shop.shop)}
+    pairs = tlcm.compared(config, 1.0)
+    assert {place for pair in pairs for place in pair} <= drawn | {("teacher", 25)}
+    if table == 2:
+        assert pairs[3:6] == [
+            (("+ LCD over all times", 4), ("MLCD, multistep z", 4)), (("+ improved LCD", 4), ("MLCD, multistep z", 4)),
+            (("+ improved LCD", 4), ("+ LCD over all times", 4)),
+        ]  # fmt: skip
+        assert (("+ matching", 4), (tlcm.CONTROL, 4)) in pairs
+        assert len(pairs) == len(tlcm.LADDER) + 1
+    if table == 1:
+        assert (("TLCM", 3), ("teacher", 25)) in pairs
+        assert (("TLCM", 4), ("TCD, gamma 1", 4)) in pairs
 
 
 @pytest.mark.parametrize(

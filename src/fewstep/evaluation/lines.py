@@ -127,10 +127,15 @@ def summary(line: Line, steps: int, metric: str) -> Summary | None:
     return Summary(mean, spread, low, high, len(values), n, figures[0].identity)
 
 
-def paired(ours: Line, theirs: Line, steps: int, metric: str, seed: int = 0) -> Figure | None:
-    """Return the mean of ours - theirs over prompts at equal calls, with its bootstrap interval over prompts.
+def paired(
+    ours: Line, theirs: Line, steps: int, metric: str, seed: int = 0, *, their_steps: int | None = None
+) -> Figure | None:
+    """Return the mean of ours - theirs over prompts, with its bootstrap interval over prompts.
 
     Each prompt's number is first averaged over the seeds that both have.
+
+    Args:
+        their_steps: calls of theirs; None for as many.
 
     Returns:
         None where the two share no seed with scores.
@@ -138,7 +143,7 @@ def paired(ours: Line, theirs: Line, steps: int, metric: str, seed: int = 0) -> 
     Raises:
         UserError: the two were not scored on the same number of prompts.
     """
-    left, right = _scores(ours, steps, metric), _scores(theirs, steps, metric)
+    left, right = _scores(ours, steps, metric), _scores(theirs, their_steps or steps, metric)
     shared = sorted(left.keys() & right.keys())
     if not shared:
         return None

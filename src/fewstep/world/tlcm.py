@@ -11,6 +11,7 @@ import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from fewstep.config import merge, validate
 from fewstep.distillation import distill
+from fewstep.evaluation.gains import Place, gains
 from fewstep.evaluation.report import table_blocks
 from fewstep.evaluation.results import Results, Row, save_results
 from fewstep.evaluation.step_table import table1
@@ -83,7 +85,7 @@ SINGLE = {"rollout": 1}
 PLAIN = {"distance": "l2"}
 WITHOUT_CRITIC = {"adversarial": {"weight": 0.0}}
 CONTROL = "+ preference, trained on"
-"""What `+ matching` starts from, trained on for as long without it: what is left is what matching does."""
+"""What `+ matching` starts from, with as many further updates of the student but by its own losses, and no matching."""
 VARIANTS = (
     Variant("LCD, single-step z", "segments", changes={**SINGLE, **PLAIN, "segments": 1}),
     Variant("MLCD, single-step z", "segments", changes={**SINGLE, **PLAIN}),
@@ -132,10 +134,17 @@ class Workshop:
 
     def whole(self) -> Path:
         """The run folder of all stages, finished."""
-        folder = self.out / "tlcm"
-        check_same_run(folder, self.config)
-        if not (folder / "student").is_dir():  # a run that is finished would be laid out stage by stage once more
-            distill(self.config, folder, cache=self.out.parent / "cache")
+        return self.finished(self.config, self.out / "tlcm")
+
+    def finished(self, config: DistillConfig, folder: Path) -> Path:
+        """The folder of a run, which is gone on with if it is not done yet; a finished one is not laid out again.
+
+        Raises:
+            UserError: it holds another run.
+        """
+        check_same_run(folder, config)
+        if not (folder / "student").is_dir():
+            distill(config, folder, cache=self.out.parent / "cache")
         return folder
 
     def stage(self, name: str) -> DistillConfig:
@@ -161,10 +170,11 @@ class Workshop:
         variant = next(variant for variant in asked if variant.label == label)
         config = self.stage(variant.stage)
         student = config.student.model_copy(update={"start": str(self.student(variant.start)) if variant.start else ""})
-        changed = merge(config.model_copy(update={"student": student}).model_dump(), {"method": dict(variant.changes)})
-        return distill(
-            validate(DistillConfig, changed), self.out / slug(0, label), cache=self.out.parent / "cache"
-        ).parent
+        words = merge(config.model_copy(update={"student": student}).model_dump(), {"method": dict(variant.changes)})
+        changed = validate(DistillConfig, words)
+        updates = config.loop.steps // config.method.student_every  # as many for the student, whatever its rhythm
+        loop = changed.loop.model_copy(update={"steps": updates * changed.method.student_every})
+        return self.finished(changed.model_copy(update={"loop": loop}), self.out / slug(0, label)) / "student"
 
     @property
     def evaluations(self) -> float:
@@ -181,8 +191,7 @@ class Workshop:
             f"optim.lr={RATES[recipe]}",
             "loop.watch_every=null",
         ]
-        place = self.out / recipe
-        return distill(student_config(recipe, changes), place, cache=self.out.parent / "cache").parent
+        return self.finished(student_config(recipe, changes), self.out / recipe) / "student"
 
 
 def law_of() -> DistillConfig:
@@ -220,6 +229,25 @@ def entries_of(config: TlcmConfig, table: int, shop: Workshop) -> list[Entry]:
         for label in SEGMENTED:
             entries += student_entries(f"{label}, gamma 0", shop.student(label), plain, [4], shop.seed)
     return entries
+
+
+def compared(config: TlcmConfig, gamma: float) -> list[tuple[Place, Place]]:
+    """Whose gain over whom a table is about."""
+    if config.table == 3:
+        return [((f"p = {p}", 4), (f"p = {before}", 4)) for before, p in pairwise(config.p)]
+    if config.table == 2:
+        segments, everywhere = "MLCD, multistep z", "+ LCD over all times"
+        under = {JOINED: [segments, everywhere], "+ matching": ["+ preference", CONTROL]}
+        steps = {after: under.get(after, [before]) for before, after in pairwise(LADDER)}
+        return [((after, 4), (before, 4)) for after, below in steps.items() for before in below]
+    others: list[Place] = [("teacher", config.teacher_steps), ("LCM", 4), ("TCD", 4)]
+    beside: list[Place] = [*others, (f"TCD, gamma {gamma:g}", 4), ("DDIM", 4)]
+    found: list[tuple[Place, Place]] = []
+    for steps_ in (3, 4):
+        own: list[Place] = [("TLCM, the paper's times", steps_), ("TLCM without preference", steps_)]
+        found += [((FINAL, steps_), other) for other in (*beside, *own)]
+        found += [(("TLCM without preference", steps_), other) for other in others[:2]]
+    return found
 
 
 def changes(config: TlcmConfig) -> list[str]:
@@ -270,6 +298,7 @@ def tlcm(config: TlcmConfig, out: Path) -> Path:
     steps = config.steps if config.table == 1 else (4,)
     chosen = [metric for metric in FIRST_COLUMNS if metric in made.metrics]
     text = [settings_table(made.settings), *(table1(made, names, steps) for names in table_blocks(made, chosen))]
+    text.append(gains(made, compared(config, law.sampling.gamma), ("agreement", "preference")))
     with atomic_write(out / f"{name}.md") as part:
         part.write_text("\n".join(text), encoding="utf-8")
     return out / f"{name}.md"
