@@ -218,8 +218,8 @@ def test_estimates_are_taken_on_the_training_grid() -> None:
 
 
 def test_split_keeps_prompts_apart_and_partners_together() -> None:
-    for groups, prompts in ((16, 9), (256, 8346), (64, 20), (50, 50)):
-        rows, (train, validation, heldout) = split(groups, min(groups, prompts), 0.125)
+    for groups, prompts, share in ((16, 9, 0.125), (256, 8346, 0.125), (64, 20, 0.125), (50, 50, 0.125), (8, 8, 0.4)):
+        rows, (train, validation, heldout) = split(groups, min(groups, prompts), share)
         assert [*train, *validation, *heldout] == list(range(groups))
         sets = [{rows[i] for i in part} for part in (train, validation, heldout)]
         assert len(set.union(*sets)) == sum(map(len, sets))

@@ -27,11 +27,10 @@ from fewstep.inference import draw_latents
 from fewstep.method_settings import ConsistencyConfig
 from fewstep.sampler import picture_noise
 from fewstep.settings import Sampling
-from fewstep.solver import ddim
+from fewstep.solver import ddim, guided_output, step_from_stored
 from fewstep.synthesis.planning import sample_bytes
 from fewstep.synthesis.reader import Synthesis
 from fewstep.synthesis.settings import resolve_synthesis
-from fewstep.synthesis.stored_step import guided_output, step_from_stored
 from fewstep.trajectories import draw_trajectories
 
 PROMPTS = ["a red disc", "a blue ring", "a red disc", "a green bar"]
@@ -479,8 +478,14 @@ def refused(
         ("grid=60", "grid = 60 does not divide the teacher's 1000 training indices; the nearest legal one is 50"),
         ("grid=[500,300,999]", "grid = [500.0, 300.0, 999.0] does not rise; the nearest is [300.0, 500.0, 999.0]"),
         ("grid=[300,500]", "grid = [300.0, 500.0] ends below pure noise, where drawing starts; the nearest is"),
-        ("grid=[0,999]", "end = 'index0' is the grid's lowest point already; the nearest legal one is 'clean'"),
-        ("grid=1000", "end = 'index0' is the grid's lowest point already; the nearest legal one is 'clean'"),
+        (
+            "grid=[0,999] end=index0",
+            "end = 'index0' is the grid's lowest point already; the nearest legal one is 'clean'",
+        ),
+        (
+            "grid=1000 kind=trajectories",
+            "end = 'index0' is the grid's lowest point already; the nearest legal one is 'clean'",
+        ),
         ("guidance.high=1", "high = 1 is below low; the nearest legal one is 7"),
         ("shard=0", "shard = 0 must be at least 1; the nearest legal one is 1"),
         ("dtype=bf16", "dtype = 'bf16' is not one of fp16, fp32; the nearest is fp16"),
@@ -489,7 +494,13 @@ def refused(
     ],
 )
 def test_a_wrong_setting_is_named_with_the_nearest(refused: Callable[..., str], change: str, words: str) -> None:
-    assert words in refused("device=cpu", change)
+    assert words in refused("device=cpu", *change.split())
+
+
+def test_latents_end_clean_and_trajectories_where_jumps_do() -> None:
+    assert [resolve_synthesis("", kind=kind).end for kind in ("latents", "trajectories")] == ["clean", "index0"]
+    assert resolve_synthesis("end=clean", kind="trajectories").end == "clean"
+    assert resolve_synthesis("end=index0", kind="latents").end == "index0"
 
 
 def test_another_set_is_refused(

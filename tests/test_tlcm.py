@@ -275,7 +275,11 @@ STORED = [
 def test_from_stored_points_a_step_makes_no_teacher_call(
     tiny_pipeline: Path, prompt_file: Path, tmp_path: Path
 ) -> None:
-    """Equal pairs, equal students: once by the teacher's step, once by what it said when the set was drawn."""
+    """Equal pairs, equal students: once by the teacher's step, once by what it said when the set was drawn.
+
+    Students differ by a hundredth of what either learned, which is rounding: AdamW's first steps are of full size
+    wherever a gradient is not zero.
+    """
     guidance = ["guidance.convention=imagen", "guidance.low=3", "guidance.high=3"]
     drawn = ["grid=10", "end=clean", "each=2", "dtype=fp32", *guidance]
     folder = synthesize(prompt_file, out=tmp_path / "set", teacher=tiny_pipeline, kind="trajectories", overrides=drawn)
@@ -289,16 +293,23 @@ def test_from_stored_points_a_step_makes_no_teacher_call(
         counted[point] = read_json(out / "evaluations.json")["a_sample_and_step"]
     assert counted["stored"] == {"student": 2}
     assert counted["solver"] == {"student": 2, "teacher": 2}
-    moved = max(float(v.abs().max()) for k, v in students["stored"].items() if "lora_B" in k)
-    assert moved > 0.01
-    for name, value in students["solver"].items():
-        np.testing.assert_allclose(students["stored"][name].float(), value.float(), atol=2e-3)
+    learned = {name: value.float() for name, value in students["solver"].items() if "lora_B" in name}
+    apart = {name: students["stored"][name].float() - value for name, value in learned.items()}
+    for name, value in learned.items():  # B begins at zero
+        assert float(value.norm()) > 0.01
+        assert float(apart[name].norm()) < 0.01 * float(value.norm()), name
 
 
 def test_latents_of_a_set_are_data(tiny_pipeline: Path, prompt_file: Path, tmp_path: Path) -> None:
     folder = synthesize(prompt_file, out=tmp_path / "set", teacher=tiny_pipeline, overrides=["grid=2", "dtype=fp32"])
     words = [f"teacher={tiny_pipeline}", f"data.source={folder}", "loop.steps=2", "loop.batch=4", "student.rank=2"]
     config = resolve("tcd", None, [*words, "device=cpu", "loop.watch_every=null"])
+    noisy = synthesize(
+        prompt_file, out=tmp_path / "noisy", teacher=tiny_pipeline, overrides=["grid=2", "dtype=fp32", "end=index0"]
+    )
+    of_noisy = config.model_copy(update={"data": config.data.model_copy(update={"source": str(noisy)})})
+    with pytest.raises(UserError, match=r"not clean \(end = 'index0'\), .* the nearest is a set of end = 'clean'"):
+        distillation.prepare(of_noisy, tmp_path / "cache", torch.device("cpu"))
     run = distillation.prepare(config, tmp_path / "cache", torch.device("cpu"))
     assert len(run.data) == len(PROMPTS)
     assert run.data.said == tuple(PROMPTS)

@@ -23,7 +23,7 @@ from fewstep.objectives.consistency import compared_at, consistency_loss, critic
 from fewstep.objectives.matching import NORMALISERS, fake_loss, matching_loss
 from fewstep.objectives.preference import other_prompts, preference_loss
 from fewstep.objectives.scene import HeldTrajectories, Sample, Scene
-from fewstep.plan import Aids, Stage, terms_of
+from fewstep.plan import Aids, SceneOnce, terms_of
 from fewstep.plane.mixture import Mixture, one_gaussian, ring, times_of
 from fewstep.plane.planar import Planar, PlanarCritic
 from fewstep.sampler import diffuse, start_size
@@ -191,7 +191,7 @@ def test_a_scene_is_set_once_for_all_updates_of_a_micro_batch() -> None:
         calls += 1
         return x
 
-    stage = Stage(method_of(rollout=1), Denoiser(call, PATHS["flow"], "x0"), lambda batch, draws: sample_of(4))
+    stage = SceneOnce(method_of(rollout=1), Denoiser(call, PATHS["flow"], "x0"), lambda batch, draws: sample_of(4))
     first = drawn(4)
     assert stage.scene({}, first) is stage.scene({}, first)
     assert calls == 1
@@ -292,7 +292,7 @@ class Wrong(nn.Module):
         return self.mixture.flow(x.double(), t, times_of(0.0, x), steps=8).float() @ self.matrix + self.move
 
 
-@pytest.mark.parametrize("by", ["matching", "nonsaturating", "hinge"])
+@pytest.mark.parametrize("by", ["matching", "matching by dmd", "nonsaturating", "hinge"])
 def test_alone_it_moves_a_wrong_student_to_the_right_law(by: str) -> None:
     """No consistency loss. Three unequal modes, so that every turn shows; the student starts turned, narrowed, moved.
 
@@ -309,8 +309,9 @@ def test_alone_it_moves_a_wrong_student_to_the_right_law(by: str) -> None:
         return fake(x.float(), t) if role == "fake" else student(x, t)
 
     denoiser = Denoiser(call, path, "x0")
-    term: dict[str, Any] = {"matching": {"weight": 1.0, "normaliser": "none"}}
-    if by != "matching":
+    matches = by.startswith("matching")
+    term: dict[str, Any] = {"matching": {"weight": 1.0, "normaliser": "dmd" if by.endswith("dmd") else "none"}}
+    if not matches:
         term = {"adversarial": {"weight": 1.0, "kind": by, "real": "data", "r1": 0.1}}
     method = method_of(consistency=0.0, start="data", **term)
     terms = terms_of(method, Aids(critic=critic))
@@ -323,7 +324,7 @@ def test_alone_it_moves_a_wrong_student_to_the_right_law(by: str) -> None:
         draws = drawn(128, step)
         scene = set_scene(method, denoiser, sample_of(128, data=data), draws)
         follows.zero_grad()
-        if by == "matching":
+        if matches:
             with torch.no_grad():
                 landed = student_lands(scene)
             fake_loss(method.matching, scene, landed, compared_at(scene), draws).value.backward()
@@ -430,6 +431,10 @@ def test_a_wrong_prompt_is_another_one_and_any_of_them() -> None:
         ),
         ({"distance": "perceptual", "weight": "eps"}, "distance = 'perceptual' does not look at"),
         ({"consistency": 0.0}, "consistency = 0 leaves nothing to minimise"),
+        (
+            {"matching": {"weight": 1.0, "omega": 3.0}, "guidance": {"convention": "none"}},
+            "matching.omega = 3 guides what guidance.convention = 'none' does not; the nearest legal one is 0",
+        ),
     ],
 )
 def test_illegal_combinations_name_the_nearest_legal_one(changes: dict[str, Any], words: str) -> None:

@@ -63,7 +63,8 @@ def student_calls(config: ConsistencyConfig) -> Calls:
     if config.denoising:
         terms = add(terms, {"student": 1})
     if config.matching.weight:
-        terms = add(terms, {"teacher": config.guidance.branches, "fake": 1})
+        real = 1 if config.matching.omega == 0 else config.guidance.branches
+        terms = add(terms, {"teacher": real, "fake": 1})
     if config.adversarial.weight:
         terms = add(terms, {"features": 1})
     if config.consistency and config.distance == "features":

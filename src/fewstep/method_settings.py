@@ -237,6 +237,11 @@ class ConsistencyConfig(Config):
                     f"{name} looks at where drawing ends, jumps to s = {self.s!r} in {self.segments} segments land "
                     "before it; the nearest legal s is 'edge', with segments = 1"
                 )
+        if self.matching.weight and self.matching.omega and self.guidance.convention == "none":
+            raise ValueError(
+                f"matching.omega = {self.matching.omega:g} guides what guidance.convention = 'none' does not; "
+                "the nearest legal one is 0"
+            )
         if "w" in self.told and self.guidance.convention == "none":
             raise ValueError("told = 'w' says which guidance was learnt, convention = 'none' has none; leave it out")
         if self.point == "path" and self.substeps > 1:

@@ -109,7 +109,7 @@ def terms_of(method: ConsistencyConfig, aids: Aids) -> list[Term]:
     return terms
 
 
-class Stage:
+class SceneOnce:
     """The scene of a micro-batch, set once for all updates that are due: at the weights of the step's start it is one.
 
     Coming to the first points may take many network calls.
@@ -138,11 +138,11 @@ def family_plan(
 ) -> list[Update]:
     """One line for the student, one for a fake score and one for a critic where the recipe has them."""
     aids = aids or Aids()
-    stage = Stage(method, denoiser, sample_of)
+    scenes = SceneOnce(method, denoiser, sample_of)
     terms, look, outlet = terms_of(method, aids), aids.look(method), student.outlet("student")
 
     def student_loss(batch: Batch, draws: Draws) -> Loss:
-        return consistency_loss(stage.scene(batch, draws), draws, terms, look, outlet)
+        return consistency_loss(scenes.scene(batch, draws), draws, terms, look, outlet)
 
     follower = Follower(student.parameters("target"), method.target_decay) if method.target == "ema" else None
     own = student.parameters("student")
@@ -150,7 +150,7 @@ def family_plan(
     if method.matching.weight:
 
         def follow(batch: Batch, draws: Draws) -> Loss:
-            scene = stage.scene(batch, draws)
+            scene = scenes.scene(batch, draws)
             with torch.no_grad():
                 landed = student_lands(scene)
             torch.clear_autocast_cache()  # type: ignore[no-untyped-call]  # as in `starts.by_student`
@@ -161,7 +161,7 @@ def family_plan(
     if critic is not None:
 
         def judge_loss(batch: Batch, draws: Draws) -> Loss:
-            return critic_loss(stage.scene(batch, draws), draws, critic)
+            return critic_loss(scenes.scene(batch, draws), draws, critic)
 
         adversarial = method.adversarial
         judging = OptimConfig(lr=adversarial.lr, betas=(0.0, 0.99))

@@ -1,7 +1,7 @@
 """One step of the probability-flow ODE, from t to s, with a frozen teacher in the place of the score.
 
 The jump functions of `jump` are solvers too, asked of the teacher: DDIM, DPM-Solver-2, DPM-Solver++(2S). Here are those
-that no student uses as its jump, and steps made of several.
+that no student uses as its jump, steps made of several, and the step that is formed from what a teacher once said.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fewstep.jump import Denoise, Step, first_order, land, second_order
-from fewstep.names import SolverName
-from fewstep.schedule import PURE_NOISE, Path, expand
+from fewstep.names import Prediction, SolverName
+from fewstep.schedule import PURE_NOISE, Path, expand, interpret
 
 ddim: Step = first_order
 """DDIM with eta = 0 (arXiv 2010.02502)."""
@@ -75,3 +75,35 @@ def walk(step: Step, denoise: Denoise, path: Path, x: Tensor, times: Tensor) -> 
     for t, s in pairwise(times):
         x = step(denoise, path, x, t, s)
     return x
+
+
+def guided_output(with_prompt: Tensor, without_prompt: Tensor, omega: Tensor) -> Tensor:
+    """(1 + omega) output(c) - omega output(null), for any omega [B]: what `Denoiser.guided` asks the network for."""
+    return with_prompt + expand(omega, with_prompt) * (with_prompt - without_prompt)
+
+
+def step_from_stored(
+    path: Path,
+    prediction: Prediction,
+    x_t: Tensor,
+    with_prompt: Tensor,
+    without_prompt: Tensor,
+    omega: Tensor,
+    t: Tensor,
+    s: Tensor,
+) -> Tensor:
+    """The guided DDIM step from a stored point x_t at t to any cleaner s, under any omega.
+
+    It equals `solver.ddim` with the guided teacher there, to the precision that the three tensors are stored in.
+
+    Args:
+        prediction: what the stored outputs are.
+        x_t, with_prompt, without_prompt: [B, ...].
+        omega, t, s: float64 [B].
+
+    Returns:
+        x_s, [B, ...].
+    """
+    output = guided_output(with_prompt, without_prompt, omega)
+    estimate = interpret(prediction, output, x_t, expand(path.alpha(t), x_t), expand(path.sigma(t), x_t))
+    return land(estimate, path, s)

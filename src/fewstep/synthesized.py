@@ -74,6 +74,11 @@ def open_set(folder: Path, method: ConsistencyConfig, backbone: Backbone) -> tup
             )
         latents: Rows = torch.zeros(()).expand(len(synthesis), *backbone.latent_shape)
     else:
+        if method.start == "data" and synthesis.plan.settings.end != "clean":
+            raise UserError(
+                f"data.source = {str(folder)!r} holds end points that are not clean (end = 'index0'), and "
+                "method.start = 'data' takes them for data; the nearest is a set of end = 'clean'"
+            )
         latents = EndPoints(synthesis)
     rows = synthesis.rows(every)[:, None]
     return synthesis, LatentSet(latents, synthesis.table, rows, f"synthesis {synthesis.key}", tuple(synthesis.prompts))

@@ -40,7 +40,7 @@ class MatchingConfig(Config):
     omega: float | None = Field(
         None, ge=0, description="guidance of the real score; null for that of the teacher's step"
     )
-    every: int = Field(5, ge=1, description="steps of the fake score for one of the student")
+    every: int = Field(5, ge=1, description="steps of the fake score for one of the student, by all its terms")
     lr: float = Field(1e-5, gt=0, description="learning rate of the fake score")
 
     @model_validator(mode="after")

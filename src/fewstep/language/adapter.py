@@ -1,9 +1,10 @@
 """From a multilingual sentence vector to a teacher's token states, by way of captions that the teacher knows.
 
 A text's sentence vector v goes through a learned map, q = (W v + b) / |W v + b|. Its likeness to known captions' own
-vectors k_j gives them weights, w = softmax(q . k / temperature) over the nearest few, and the prompt's states are the
-mean of these captions' states under w. A pooled vector does not hold the order of words that token states need, and
-states that are regressed from it lie where the denoiser has seen none; states of captions lie where it has.
+vectors k_j gives them weights, w = softmax(q . k / temperature) over the nearest `mixed` of them (one, by default), and
+the prompt's states are the mean of these captions' states under w. A pooled vector does not hold the order of words
+that token states need, and states that are regressed from it lie where the denoiser has seen none; states of captions
+lie where it has.
 """
 
 from __future__ import annotations

@@ -11,8 +11,7 @@ from fewstep.grid import between
 from fewstep.names import Point
 from fewstep.objectives.scene import Scene
 from fewstep.schedule import expand
-from fewstep.solver import SOLVERS, walk
-from fewstep.synthesis.stored_step import step_from_stored
+from fewstep.solver import SOLVERS, step_from_stored, walk
 
 
 def by_solver(scene: Scene) -> Tensor:

@@ -57,7 +57,7 @@ def split(groups: int, prompts: int, share: float) -> tuple[list[int], list[rang
     Partners have different prompts of the same part. Prompts come round again where there are more groups.
     """
     used = min(groups, prompts) // 2 * 2
-    each = max(2, round(used * share / 2) * 2)
+    each = min(max(2, round(used * share / 2) * 2), (used - 2) // 4 * 2)  # two prompts at least are left to learn from
     parts, start = [], 0
     sizes = (used - 2 * each, each, each)
     counts = [max(2, round(groups * size / used / 2) * 2) for size in sizes[1:]]

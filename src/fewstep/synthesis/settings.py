@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -25,7 +25,8 @@ class DrawnSettings(Config):
     each: int = Field(1, ge=1, description="samples of each line of the prompt file")
     grid: GridSpec = Field(50, description="times of the walk, one solver step each: N points, or the points, rising")
     end: End = Field(
-        "index0", description="where the walk ends: clean (sigma = 0) or index0 (sigma = .029 on SD's path)"
+        "clean",
+        description="where the walk ends: clean (sigma = 0), or trajectories' default, index0 (.029 on SD's path)",
     )
     solver: SolverName = Field("ddim", description="the teacher's step: ddim, euler, heun, dpm_2, dpmpp_2s")
     guidance: Guidance = Field(Guidance(low=7.0, high=7.0), description="of the teacher's step")
@@ -34,6 +35,14 @@ class DrawnSettings(Config):
     shard: int = Field(64, ge=1, description="samples a file")
     batch: int = Field(16, ge=1, description="samples at a time in the network, counted from each file's first")
     dtype: Storage = Field("fp16", description="type of the stored latents and predictions: fp16 or fp32")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _end_of_kind(cls, known: Any) -> Any:
+        """Latents are data, and clean; trajectories end where most recipes' jumps do."""
+        if isinstance(known, dict) and "end" not in known and known.get("kind") == "trajectories":
+            return {**known, "end": "index0"}
+        return known
 
     @model_validator(mode="after")
     def _points_rise(self) -> Self:
