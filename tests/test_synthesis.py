@@ -498,7 +498,7 @@ def test_a_wrong_setting_is_named_with_the_nearest(refused: Callable[..., str], 
 
 
 def test_latents_end_clean_and_trajectories_where_jumps_do() -> None:
-    assert [resolve_synthesis("", kind=kind).end for kind in ("latents", "trajectories")] == ["clean", "index0"]
+    assert [resolve_synthesis((), kind=kind).end for kind in ("latents", "trajectories")] == ["clean", "index0"]
     assert resolve_synthesis("end=clean", kind="trajectories").end == "clean"
     assert resolve_synthesis("end=index0", kind="latents").end == "index0"
 
