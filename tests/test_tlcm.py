@@ -300,6 +300,27 @@ def test_from_stored_points_a_step_makes_no_teacher_call(
         assert float(apart[name].norm()) < 0.01 * float(value.norm()), name
 
 
+@pytest.mark.parametrize(
+    "recipe", ["cd", "ct", "ctm", "lcm", "mcm", "pcm", "shortcut", "tcd", "tcd-2", "tcd-s", "tdd", "tscd"]
+)
+def test_every_consistency_recipe_trains_from_stored_points(
+    recipe: str, tiny_pipeline: Path, prompt_file: Path, tmp_path: Path
+) -> None:
+    """Those that step by Heun by DDIM: then no step of any calls the teacher, by the program's own count."""
+    place = tmp_path / "set"
+    words = ["method.solver=ddim", "method.substeps=1", "loop.steps=4", "loop.batch=4", "student.rank=2", "device=cpu"]
+    words += ["method.start=trajectory", "method.point=stored", "method.grid=40", "sampling.grid=40", "optim.lr=1e-2"]
+    words += [f"teacher={tiny_pipeline}", f"data.source={place}", "loop.watch_every=null"]
+    beside = {"ctm": ["method.denoising=0", "method.adversarial.real=target"], "shortcut": ["method.k=39"]}
+    config = resolve(recipe, None, [*words, *beside.get(recipe, [])])
+    drawn = ["grid=40", "each=1", f"end={config.method.end}", "device=cpu"]
+    synthesize(prompt_file, out=place, teacher=tiny_pipeline, kind="trajectories", overrides=drawn)
+    distillation.distill(config, tmp_path / "run", quiet=True)
+    counted = [read_json(file)["a_sample_and_step"] for file in (tmp_path / "run").rglob("evaluations.json")]
+    assert len(counted) == max(1, len(config.stages))
+    assert all("teacher" not in calls and calls["student"] >= 1 for calls in counted), counted
+
+
 def test_latents_of_a_set_are_data(tiny_pipeline: Path, prompt_file: Path, tmp_path: Path) -> None:
     folder = synthesize(prompt_file, out=tmp_path / "set", teacher=tiny_pipeline, overrides=["grid=2", "dtype=fp32"])
     words = [f"teacher={tiny_pipeline}", f"data.source={folder}", "loop.steps=2", "loop.batch=4", "student.rank=2"]
