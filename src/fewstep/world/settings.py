@@ -162,12 +162,14 @@ class VersatilityConfig(Config):
     base_steps: int = Field(25, ge=1, description="steps of the base, guided DDIM")
     prompts: int = Field(96, ge=8, le=400, description="pictures drawn and measured with each")
     shown: int = Field(2, ge=1, le=8, description="pictures of each in the figure")
-    pictures: int = Field(3000, ge=16, description="training pictures that each add-on learns from, at most")
+    pictures: int = Field(
+        3000, ge=16, description="training pictures that an add-on learns from, at most; the IP-Adapter has all"
+    )
     community: AddOnConfig = Field(AddOnConfig(steps=1500, lr=2e-4), description="the fine-tuned checkpoint")
     style: AddOnConfig = Field(AddOnConfig(steps=1200, lr=1e-3), description="the style LoRA")
     edges: AddOnConfig = Field(AddOnConfig(steps=1500, lr=5e-4), description="the ControlNet on edges")
     shapes: AddOnConfig = Field(AddOnConfig(steps=1500, lr=5e-4), description="the ControlNet on silhouettes")
-    picture: AddOnConfig = Field(AddOnConfig(steps=4000, lr=1e-3), description="the IP-Adapter")
+    picture: AddOnConfig = Field(AddOnConfig(steps=3000, lr=1e-3), description="the IP-Adapter")
     seed: Seed = Field(0, description="seed of the noise, 0 to 89")
 
 

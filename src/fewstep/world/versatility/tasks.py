@@ -178,13 +178,14 @@ def picture_prompt(shop: Workshop) -> Task:
     """An IP-Adapter: the picture alone says what is drawn, by Lite0's features."""
     place, run = shop.out / "picture", shop.out / "runs" / "picture"
     config = shop.config.picture
+    rows = shop.rows("picture")
     if not shop.made("picture", config):
-        some = shop.learned("controlnet")  # the same pictures are encoded once
+        # every other picture: from fewer it learns pictures by heart, and nothing of those that it is shown later
+        some = sorted(set(range(len(shop.data))) - set(rows))
         seen = shop.seen[some]
         source = Captioned(HeldPictures(shop.data.pictures[some]), shop.own_captions(some, config.seed))
         lesson = shop.taught("IP-Adapter", source, config, training.ALONE, features=digest({"features": seen[:64]}))
         training.train_ip_adapter(lesson, shop.unet(), seen, run, place)
-    rows = shop.rows("picture")
     prompts = [""] * len(rows)
     given = shop.data.pictures[rows]
 
