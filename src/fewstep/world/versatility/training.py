@@ -34,7 +34,7 @@ EMPTY = 0.1
 ALONE = 0.9
 """Share of empty prompts where a picture shall say what is drawn."""
 BLUR = 0.5
-"""Standard deviation of the noise on a picture's features in training, where theirs is 1: pictures not seen lie as far off."""
+"""Noise on a picture's features in training, whose own deviation is 1: a picture not seen yet lies that far off."""
 IP_FILE = "ip_adapter.safetensors"
 TOKENS = 4
 """Tokens that an IP-Adapter makes of a picture."""
