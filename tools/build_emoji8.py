@@ -31,7 +31,7 @@ def write_text(out: Path, concepts: Sequence[Concept], records: Sequence[Record]
     write_json(out / "sources.json", {style: package.pin for style, package in SOURCES.items()})
     texts = ({"concept": concept.codepoint, **_without(vars(concept), "codepoint")} for concept in concepts)
     _write_lines(out / "concepts.jsonl", texts)
-    kept = ("id", "style", "tile", "concept", "split")
+    kept = ("style", "tile", "concept", "split")
     _write_lines(out / "pictures.jsonl", ({key: getattr(record, key) for key in kept} for record in records))
     for name, prompts in prompt_lists(concepts, records).items():
         with atomic_write(out / "prompts" / f"{name}.txt") as part:

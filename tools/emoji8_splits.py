@@ -106,5 +106,5 @@ def make_records(concepts: Sequence[Concept], artwork: Mapping[str, Mapping[str,
             split = "heldout-pair" if (code, family) in held_pairs else "train"
             split = "heldout-concept" if code in held_concepts else split
             fields = {**asdict(text), "style": style, "family": family, "tile": tile, "concept": code}
-            records.append(Record(id=f"{style}/{code}", source=SOURCES[style].pin, split=split, **fields))
+            records.append(Record(source=SOURCES[style].pin, split=split, **fields))
     return records

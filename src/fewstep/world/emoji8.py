@@ -48,7 +48,6 @@ STYLE_FAMILY: Mapping[str, str] = MappingProxyType(
 class Record:
     """One picture: its own line, the text of its concept, the family and the source package of its style."""
 
-    id: str
     style: str
     family: str
     tile: int
@@ -62,6 +61,11 @@ class Record:
     keywords_zh: tuple[str, ...]
     source: str
     split: str
+
+    @property
+    def id(self) -> str:
+        """Of the picture: a style draws a concept once."""
+        return f"{self.style}/{self.concept}"
 
 
 @dataclass(frozen=True)
