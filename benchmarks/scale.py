@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from perf.networks import xl_unet
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
@@ -46,19 +47,6 @@ class Shape:
     guided: bool
 
 
-def sdxl() -> nn.Module:
-    """SDXL's UNet."""
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(
-        sample_size=128, block_out_channels=(320, 640, 1280), cross_attention_dim=2048, attention_head_dim=(5, 10, 20),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
-        transformer_layers_per_block=(1, 2, 10), addition_embed_type="text_time", addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-    )  # fmt: skip
-
-
 def call_sdxl(network: nn.Module, batch: int) -> Tensor:
     """A batch of 1024 x 1024 pixels."""
     x, text = torch.empty(batch, 4, 128, 128), torch.empty(batch, 77, 2048)
@@ -85,7 +73,7 @@ def call_flux(network: nn.Module, batch: int) -> Tensor:
 
 
 SHAPES = {
-    "SDXL": Shape(sdxl, call_sdxl, "StableDiffusionXLPipeline", 4 * 128 * 128, 77 * 2048 + 1280, True),
+    "SDXL": Shape(xl_unet, call_sdxl, "StableDiffusionXLPipeline", 4 * 128 * 128, 77 * 2048 + 1280, True),
     "Flux dev": Shape(flux, call_flux, "FluxPipeline", 16 * 128 * 128, 512 * 4096 + 768, False),
 }
 

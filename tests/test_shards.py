@@ -19,8 +19,8 @@ from fewstep.checks import check_distillation
 from fewstep.data import shards
 from fewstep.data.buckets import bucketed
 from fewstep.data.pictures import from_folder
-from fewstep.data.prompts import is_prompt_file
-from fewstep.data.shards import expanded, find_shards, from_shards, is_shards
+from fewstep.data.prompts import is_prompt_file, is_shards
+from fewstep.data.shards import expanded, find_shards, from_shards
 from fewstep.errors import UserError
 from fewstep.folder import read_folder
 from fewstep.settings import resolve

@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,13 +50,37 @@ def folder_of(name: str, cache: Path) -> Path:
     return place
 
 
-def make(shape: Shape, place: Path) -> None:
-    """Write a random Stable Diffusion pipeline: its UNet's layout, a narrow autoencoder, CLIP-L."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+def tokenizer_in(place: Path) -> Any:
+    """A tokenizer of single letters that fills 77 places, as CLIP's does."""
+    from transformers import CLIPTokenizer
 
     sys.path.insert(0, str(ROOT / "tests"))
     from tiny_pipelines import clip_tokenizer
+
+    clip_tokenizer(place)
+    told = place / "tokenizer_config.json"
+    known = json.loads(told.read_text(encoding="utf-8"))
+    told.write_text(json.dumps(known | {"model_max_length": 77}), encoding="utf-8")
+    return CLIPTokenizer.from_pretrained(place)
+
+
+def xl_unet() -> Any:
+    """SDXL's UNet, at its own size, in the default type and on the default device."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=128, block_out_channels=(320, 640, 1280), cross_attention_dim=2048, attention_head_dim=(5, 10, 20),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
+        transformer_layers_per_block=(1, 2, 10), addition_embed_type="text_time", addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )  # fmt: skip
+
+
+def make(shape: Shape, place: Path) -> None:
+    """Write a random Stable Diffusion pipeline: its UNet's layout, a narrow autoencoder, CLIP-L."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
@@ -66,11 +91,6 @@ def make(shape: Shape, place: Path) -> None:
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         sample_size=8 * shape.side,
     )  # fmt: skip
-    clip_tokenizer(place / "tokenizer")
-    told = place / "tokenizer" / "tokenizer_config.json"
-    told.write_text(
-        json.dumps(json.loads(told.read_text(encoding="utf-8")) | {"model_max_length": 77}), encoding="utf-8"
-    )
     text = CLIPTextModel(
         CLIPTextConfig(
             hidden_size=shape.cross,
@@ -84,7 +104,7 @@ def make(shape: Shape, place: Path) -> None:
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False
     )
     StableDiffusionPipeline(
-        unet=unet, vae=vae, text_encoder=text, tokenizer=CLIPTokenizer.from_pretrained(place / "tokenizer"),
+        unet=unet, vae=vae, text_encoder=text, tokenizer=tokenizer_in(place / "tokenizer"),
         scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(place)  # fmt: skip
 
@@ -92,22 +112,12 @@ def make(shape: Shape, place: Path) -> None:
 def make_xl(place: Path) -> None:
     """Write a random SDXL: its UNet, autoencoder and both text encoders at their own sizes, in half precision."""
     import diffusers
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
-    sys.path.insert(0, str(ROOT / "tests"))
-    from tiny_pipelines import clip_tokenizer
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float16)
-    unet = UNet2DConditionModel(
-        sample_size=128, block_out_channels=(320, 640, 1280), cross_attention_dim=2048, attention_head_dim=(5, 10, 20),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2, 10),
-        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-    )  # fmt: skip
+    unet = xl_unet()
     vae = AutoencoderKL(
         block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=1024,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, scaling_factor=0.13025,
@@ -122,15 +132,10 @@ def make_xl(place: Path) -> None:
     )  # fmt: skip
     text, text_2 = CLIPTextModel(small), CLIPTextModelWithProjection(large)
     torch.set_default_dtype(torch.float32)
-    for name in ("tokenizer", "tokenizer_2"):
-        clip_tokenizer(place / name)
-        told = place / name / "tokenizer_config.json"
-        known = json.loads(told.read_text(encoding="utf-8"))
-        told.write_text(json.dumps(known | {"model_max_length": 77}), encoding="utf-8")
     diffusers.StableDiffusionXLPipeline(
         unet=unet, vae=vae, text_encoder=text, text_encoder_2=text_2,
-        tokenizer=CLIPTokenizer.from_pretrained(place / "tokenizer"),
-        tokenizer_2=CLIPTokenizer.from_pretrained(place / "tokenizer_2"),
+        tokenizer=tokenizer_in(place / "tokenizer"),
+        tokenizer_2=tokenizer_in(place / "tokenizer_2"),
         scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
         add_watermarker=False,
     ).save_pretrained(place)  # fmt: skip

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fewstep.data.prompts import is_prompt_file, read_prompts
-from fewstep.data.shards import find_shards, is_shards
+from fewstep.data.prompts import is_prompt_file, is_shards, read_prompts
 from fewstep.errors import UserError, nearest, nearest_divisor
 from fewstep.evaluation.settings import KID_FEWEST
 from fewstep.export.header import base_shapes, check_start
@@ -127,6 +126,8 @@ def _check_source(config: DistillConfig, folder: PipelineFolder) -> None:
 
         check_size(config.data.size or folder.picture_size, "data.source = 'emoji8'")
     elif is_shards(source):
+        from fewstep.data.shards import find_shards
+
         find_shards(source)
     elif not Path(source).is_dir():
         raise UserError(

@@ -17,8 +17,8 @@ from fewstep.compiled import compile_networks, eagerly
 from fewstep.data import pictures
 from fewstep.data.buckets import bucketed
 from fewstep.data.latents import LatentSet, latent_set
-from fewstep.data.prompts import is_prompt_file, read_prompts
-from fewstep.data.shards import from_shards, is_shards
+from fewstep.data.prompts import is_prompt_file, is_shards, read_prompts
+from fewstep.data.shards import from_shards
 from fewstep.denoiser import Condition, Denoiser
 from fewstep.device import DTYPES, pick_precision
 from fewstep.draws import order

@@ -1,7 +1,8 @@
-"""Prompt files: one prompt a line."""
+"""Prompt files: one prompt a line; and what a setting that names a source means."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from fewstep.errors import UserError
@@ -30,4 +31,9 @@ def read_prompts(path: Path | str, field: str = "prompts") -> list[str]:
 
 def is_prompt_file(named: str) -> bool:
     """Whether a setting means a file and not a bundled list."""
-    return named.endswith(".txt") or (Path(named).is_file() and not named.endswith(".tar"))
+    return named.endswith(".txt") or (Path(named).is_file() and not is_shards(named))
+
+
+def is_shards(named: str) -> bool:
+    """Whether a setting means webdataset shards: one tar file, or several by braces ({000..099}) or a pattern (*)."""
+    return re.search(r"\.tar(\?|$)", named) is not None

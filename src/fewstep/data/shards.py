@@ -80,11 +80,6 @@ class Sample(NamedTuple):
     caption: str
 
 
-def is_shards(source: str) -> bool:
-    """Whether a setting names shards: one tar file, or several by braces ({000..099}) or a pattern (*)."""
-    return re.search(r"\.tar(\?|$)", source) is not None
-
-
 def expanded(source: str) -> list[str]:
     """`a-{08..10}.tar` -> a-08.tar, a-09.tar, a-10.tar; several braces, the last one fastest."""
     found = re.search(r"\{(\d+)\.\.(\d+)\}", source)

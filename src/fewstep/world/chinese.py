@@ -30,8 +30,6 @@ from fewstep.world.students import students_omega
 
 FORMS = ("English", "Chinese", "Chinese with keywords")
 """How a concept is asked for, in the order of the rows; the first one goes through the teacher's own text encoder."""
-SHORT = {"English": "English", "Chinese": "Chinese", "Chinese with keywords": "keywords"}
-"""The same beside pictures."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,8 @@ def measure(
             own = scores if own is None else own
             figure = replace(mean_figure(scores, config.seed), identity=scorer.identity)
             lines.append(Line(entry.method, entry.sampling.steps, form, figure, ratio))
-            shown.append((f"{entry.method} {entry.sampling.steps}, {SHORT[form]}", pictures[:: config.noises]))
+            short = form.removeprefix("Chinese with ")
+            shown.append((f"{entry.method} {entry.sampling.steps}, {short}", pictures[:: config.noises]))
     return lines, shown
 
 
