@@ -73,6 +73,7 @@ class Adapter:
         best, rows = likeness.topk(min(self.config.mixed, len(self.captions)), dim=1)
         return rows, (best / self.config.temperature).softmax(dim=1)
 
+    @torch.inference_mode()
     def readings(self, prompts: Sequence[str]) -> list[tuple[str, float]]:
         """The known caption that each prompt is nearest to, and their likeness, a cosine."""
         rows, _ = self.shares(prompts)
