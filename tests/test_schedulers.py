@@ -20,7 +20,7 @@ from fewstep.names import End, GammaLaw, Jump
 from fewstep.sampler import sample_consistency, sample_sss
 from fewstep.schedule import FlowMatching, add_noise, scaled_linear
 from fewstep.scheduler_checks import SchedulerError
-from fewstep.scheduler_config import path_of
+from fewstep.scheduler_config import path_of, settled
 from fewstep.schedulers import ConsistencyScheduler, FewStepScheduler, SSSScheduler
 from fewstep.settings import Sampling
 
@@ -233,6 +233,28 @@ def test_times_that_are_given_obey_the_strength() -> None:
         own.set_timesteps(timesteps=[999, 499], strength=0.2)
     own.set_timesteps(timesteps=[999, 499], strength=0.5)
     assert own.timesteps.tolist() == [499]
+
+
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+def test_a_shift_by_size_is_the_pipelines(kind: str) -> None:
+    """`settled` and `mu` against diffusers' own scheduler and formula; and no picture's shift reaches the next one."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    theirs = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, time_shift_type=kind)
+    for tokens in (16, 256, 1024, 4096):
+        mu = calculate_shift(tokens)
+        theirs.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=mu)
+        path = path_of(settled(theirs.config, tokens))
+        u = torch.tensor([1.0, 0.75, 0.5, 0.25], dtype=torch.float64)
+        torch.testing.assert_close(path.sigma(u), theirs.sigmas[:4].double(), rtol=1e-5, atol=0)
+        own = SSSScheduler.from_config(theirs.config, grid=4)
+        own.set_timesteps(4, mu=mu)
+        torch.testing.assert_close(own.timesteps, theirs.timesteps, rtol=1e-5, atol=0)
+    own.set_timesteps(4)
+    assert own.noise_path == FlowMatching(3.0)
+    plain = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+    assert settled(plain, 4096) == plain
 
 
 @pytest.mark.parametrize("solver", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])

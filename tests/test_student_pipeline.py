@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import tiny_pipelines
 from fewstep import distillation
 from fewstep.drawing import load_artist
 from fewstep.errors import UserError
+from fewstep.export.header import check_lora
+from fewstep.folder import read_folder
 from fewstep.settings import resolve
 from fewstep.tensor_header import read_safetensors_header
 
@@ -71,13 +75,16 @@ def test_what_a_file_says_of_itself(folders: dict[str, Path], picture_folder: Pa
     assert record["method"] == "tcd"
     assert record["base_model"] == {"pipeline": "FluxPipeline", "family": "flux"}
     assert (record["prediction"], record["path"]) == ("flow", "flow")
-    shifted = [3 * u / (1 + 2 * u) * 1000 for u in (1.0, 0.76, 0.5, 0.26)]  # 4 of 50 points, by the teacher's shift
+    # Flux's shift goes by the picture's size: 16 tokens at the trained one
+    shift = math.exp(0.5 + (1.15 - 0.5) * (16 - 256) / (4096 - 256))
+    assert record["shift"] == pytest.approx(shift)
+    shifted = [shift * u / (1 + (shift - 1) * u) * 1000 for u in (1.0, 0.76, 0.5, 0.26)]  # 4 of 50 points
     assert record["times"] == pytest.approx(shifted, abs=1e-4)
     assert record["guidance"] == {"omega": 0.0, "scale": 3.5, "told": True}
     assert (record["sampling"]["steps"], record["sampling"]["gamma"], record["sampling"]["end"]) == (4, 0.2, "index0")
     assert fewstep.call_settings(student) == {"num_inference_steps": 4, "guidance_scale": 3.5}
     scheduler = fewstep.scheduler_for(student, {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
-    scheduler.set_timesteps(4)
+    scheduler.set_timesteps(4, mu=1.15)  # as a pipeline says it of another size: the student's times stay
     assert scheduler.timesteps.tolist() == pytest.approx(shifted, abs=1e-3)
     assert fewstep.scheduler_for(student, scheduler.config, gamma=0.0).config["gamma"] == 0.0
 
@@ -89,6 +96,42 @@ def test_a_whole_student_brings_its_settings_too(
         folders["sd"], "tcd", ["student.kind=full", "sampling.steps=2"], picture_folder, tmp_path / "run"
     ) / "student"  # fmt: skip
     assert fewstep.call_settings(student) == {"num_inference_steps": 2, "guidance_scale": 1.0}
+
+
+def test_a_scheduler_of_other_noise_is_refused(folders: dict[str, Path], picture_folder: Path, tmp_path: Path) -> None:
+    """A file's prediction, path and times are held against what they would be in the pipeline."""
+    student = trained(folders["sd"], "tcd", ["sampling.steps=4"], picture_folder, tmp_path / "run")
+    config = json.loads((folders["sd"] / "scheduler" / "scheduler_config.json").read_text())
+    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+    for other, words in (
+        ({**config, "prediction_type": "v_prediction"}, "has prediction = 'eps', the pipeline's scheduler 'v'"),
+        (flow, "has prediction = 'eps', the pipeline's scheduler 'flow'"),
+        ({**config, "num_train_timesteps": 500}, r"has times 999, .*, this scheduler's config makes them 499, "),
+    ):
+        with pytest.raises(UserError, match=words):
+            fewstep.scheduler_for(student, other)
+    assert fewstep.scheduler_for(student, config, gamma=0.5).config["gamma"] == 0.5
+    consistency = trained(folders["sd"], "lcm", [], picture_folder, tmp_path / "lcm")
+    with pytest.raises(UserError, match=r"gamma = 0\.5 says nothing to 'lcm'"):
+        fewstep.scheduler_for(consistency, config, gamma=0.5)
+
+
+def test_a_lora_on_its_base_under_another_scheduler_is_refused(
+    folders: dict[str, Path], picture_folder: Path, tmp_path: Path
+) -> None:
+    """The weights are the same; the noise that they were trained on is not."""
+    for name, changes, words in (
+        ("sd", {"prediction_type": "v_prediction"}, "was trained at prediction = 'eps'; .* says 'v'"),
+        ("flux", {"use_dynamic_shifting": False}, r"was trained at shift = 1\.58\d*; .* says 3\.0"),
+    ):
+        student = trained(folders[name], "tcd", ["sampling.steps=2"], picture_folder, tmp_path / name / "run")
+        other = tmp_path / name / "other"
+        shutil.copytree(folders[name], other)
+        config = other / "scheduler" / "scheduler_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+        check_lora(student, read_folder(folders[name]))
+        with pytest.raises(UserError, match=words):
+            check_lora(student, read_folder(other))
 
 
 def test_what_brings_no_settings_is_refused(tmp_path: Path) -> None:

@@ -113,18 +113,48 @@ def test_a_transformer_alone_takes_the_rest_from_the_folder(prefix: str, tmp_pat
         torch.testing.assert_close(value, changed[name], atol=1e-6, rtol=0)
     rest = ("vae", "text_encoder_3")
     assert found.folder.identity(*rest) == load_backbone(folder).folder.identity(*rest)
-    with pytest.raises(UserError, match=r"one file, without its configs; give --config FOLDER, any StableDiffusion3"):
+    with pytest.raises(UserError, match=r"one file, without its configs; give --config FOLDER, a StableDiffusion3"):
         teachers.teacher_folder(file)
 
 
-def test_half_precision_stays_half(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_what_it_is(dtype: torch.dtype, tmp_path: Path) -> None:
+    """bf16 is not stored as fp16: small values would be lost."""
     from safetensors.torch import load_file
 
     folder = tiny_pipelines.sd(tmp_path / "tiny")
-    file = single_file("sd", folder, tmp_path / "half.safetensors", torch.float16)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: value * 1e-20 for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    file = single_file("sd", folder, tmp_path / "half.safetensors", dtype)
     place = teachers.teacher_folder(file, folder)
-    weights = load_file(place / "unet" / "diffusion_pytorch_model.safetensors")
-    assert {value.dtype for value in weights.values()} == {torch.float16}
+    found, own = load_file(place / "unet" / weights.name), load_file(weights)
+    for name, value in found.items():
+        assert value.dtype == dtype
+        assert torch.equal(value, own[name].to(dtype)), name
+
+
+def test_what_a_file_says_of_its_prediction_goes_before_the_config(tmp_path: Path) -> None:
+    """A network of v beside the config of one of eps: by the empty tensors of other tools, or by our own record."""
+    import json
+
+    folder = tiny_pipelines.sd(tmp_path / "tiny")
+    plain = single_file("sd", folder, tmp_path / "plain.safetensors")
+    from safetensors.torch import load_file
+
+    weights = load_file(plain)
+    marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    ours = {"fewstep": json.dumps({"prediction": "v"})}
+    for name, more, record, wanted in (
+        ("plain", {}, None, ("epsilon", False)),
+        ("marked", marks, None, ("v_prediction", True)),
+        ("soft", {"v_pred": torch.zeros(0)}, None, ("v_prediction", False)),
+        ("ours", {}, ours, ("v_prediction", False)),
+    ):
+        save_file(weights | more, tmp_path / f"{name}.safetensors", record)
+        place = teachers.teacher_folder(tmp_path / f"{name}.safetensors", folder)
+        config = json.loads((place / "scheduler" / "scheduler_config.json").read_text())
+        assert (config["prediction_type"], config["rescale_betas_zero_snr"]) == wanted, name
+        assert load_backbone(place).prediction == {"epsilon": "eps", "v_prediction": "v"}[wanted[0]]
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".bin"])
@@ -139,10 +169,47 @@ def test_a_pickle_is_refused_with_the_command_that_converts_it(suffix: str, tmp_
     ) as told:
         teachers.teacher_folder(pickled)
     command = str(told.value).partition("python -c ")[2].strip('"')
-    subprocess.run([sys.executable, "-c", command], check=True, cwd=tmp_path, timeout=60)
+    subprocess.run([sys.executable, "-c", command], check=True, timeout=60)  # from wherever one stands
     from safetensors.torch import load_file
 
     assert load_file(tmp_path / "model.safetensors")["a.weight"].tolist() == [0.0, 1.0, 2.0]
+
+
+def test_a_pickle_where_weights_should_be_is_named_with_the_command(tmp_path: Path) -> None:
+    """In a pipeline's folder, as a LoRA, in a LoRA's folder."""
+    from fewstep.export.header import check_lora
+    from fewstep.folder import read_folder
+
+    folder = tiny_pipelines.sd(tmp_path / "tiny")
+    own = read_folder(folder)
+    (tmp_path / "lora").mkdir()
+    lora = tmp_path / "lora" / "pytorch_lora_weights.bin"
+    torch.save({}, lora)
+    for named in (lora, lora.parent):
+        with pytest.raises(UserError, match="pytorch_lora_weights.bin.* a pickle, which is never read") as told:
+            check_lora(named, own)
+        assert f"torch.load({str(lora)!r}" in str(told.value)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save({}, folder / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match="pickled weights are never read; convert it where you trust it") as told:
+        read_folder(folder)
+    assert "\n" not in str(told.value)
+
+
+def test_a_folder_with_a_scheduler_of_ours_is_a_teacher(tmp_path: Path) -> None:
+    """What a pipeline saves after its scheduler was changed: of a scheduler the config is read, no code."""
+    import diffusers
+
+    import fewstep
+
+    folder = tiny_pipelines.sd(tmp_path / "tiny")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, local_files_only=True)
+    pipe.scheduler = fewstep.SSSScheduler.from_config(pipe.scheduler.config, gamma=0.3)
+    pipe.save_pretrained(tmp_path / "saved")
+    own, found = load_backbone(folder), load_backbone(tmp_path / "saved")
+    t = torch.arange(1000.0, dtype=torch.float64)
+    assert torch.equal(found.path.sigma(t), own.path.sigma(t))
+    assert found.prediction == own.prediction
 
 
 def test_what_cannot_be_a_teacher_is_refused(tmp_path: Path) -> None:
@@ -151,7 +218,7 @@ def test_what_cannot_be_a_teacher_is_refused(tmp_path: Path) -> None:
     file = single_file("sd", folder, tmp_path / "model.safetensors")
     save_file({"blocks.0.weight": torch.zeros(1)}, tmp_path / "odd.safetensors")
     for named, config, words in (
-        (file, "", r"is one file, without its configs; give --config FOLDER, any StableDiffusionPipeline's"),
+        (file, "", r"is one file, without its configs; give --config FOLDER, a StableDiffusionPipeline's"),
         (file, other, r"is StableDiffusionXLPipeline; model.safetensors needs the nearest folder of a StableDiff"),
         (file, tmp_path, "is no pipeline folder"),
         (tmp_path / "odd.safetensors", folder, "is of an unknown architecture: it holds 'blocks.0.weight'"),
@@ -196,8 +263,9 @@ def test_verbs_take_a_single_file(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "nowhere" in capsys.readouterr().err, "the teacher was found"
 
 
-def test_of_a_hub_no_pickle_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_hub_only_what_is_read_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for the hub: what is asked of it, and that its folder is the teacher."""
+    folder = tiny_pipelines.sd(tmp_path / "tiny")
     import fnmatch
 
     import huggingface_hub
@@ -206,15 +274,26 @@ def test_of_a_hub_no_pickle_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     def snapshot(name: str, **settings: Any) -> str:
         asked.update(settings, name=name)
-        return str(tmp_path)
+        return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    assert teachers.teacher_folder("someone/model@v2") == tmp_path
+    assert teachers.teacher_folder("someone/model@v2") == folder
     assert (asked["name"], asked["revision"]) == ("someone/model", "v2")
     for file, taken in (
-        ("unet/a.safetensors", True),
+        ("unet/diffusion_pytorch_model.safetensors", True),
+        ("unet/diffusion_pytorch_model-00001-of-00002.safetensors", True),
+        ("unet/diffusion_pytorch_model.safetensors.index.json", True),
+        ("text_encoder/model.safetensors", True),
+        ("tokenizer/merges.txt", True),
+        ("scheduler/scheduler_config.json", True),
         ("model_index.json", True),
-        ("unet/a.bin", False),
+        ("LICENSE.md", True),
+        ("v1-5-pruned.safetensors", False),
+        ("unet/diffusion_pytorch_model.fp16.safetensors", False),
+        ("unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors", False),
+        ("unet/diffusion_pytorch_model.non_ema.safetensors", False),
+        ("safety_checker/model.safetensors", False),
+        ("unet/diffusion_pytorch_model.bin", False),
         ("a.py", False),
     ):
         assert any(fnmatch.fnmatch(file, pattern) for pattern in asked["allow_patterns"]) == taken, file

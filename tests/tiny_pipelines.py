@@ -174,7 +174,8 @@ def flux(folder: Path, *, guidance: bool = True) -> Path:
         joint_attention_dim=32, pooled_projection_dim=32, guidance_embeds=guidance, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
     pipe = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=kl_vae(16, shift=0.1159, scale=0.3611),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=guidance),  # dev's; schnell has none
+        vae=kl_vae(16, shift=0.1159, scale=0.3611),
         text_encoder=clip_text(False), tokenizer=clip_tokenizer(folder.parent / "tok"),
         text_encoder_2=t5_text(vocabulary), tokenizer_2=tokenizer, transformer=transformer,
     )  # fmt: skip

@@ -194,7 +194,7 @@ def sample(
 
     share = 0.5 if strength is None else strength
     if begun is not None:  # refused before weights are loaded
-        call_times(sampling, path_of(folder.config("scheduler")), share)
+        call_times(sampling, path_of(folder.noise), share)
     artist = load_artist(folder.path, student, place, adapter, computes, compiled=compile)
     if artist.adapter is not None:
         for prompt, (caption, likeness) in zip(wanted, artist.adapter.readings(wanted), strict=True):

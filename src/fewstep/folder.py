@@ -12,6 +12,8 @@ from typing import Any
 from fewstep.errors import UserError, nearest
 from fewstep.families import FAMILIES, Family
 from fewstep.files import read_mapping, sha256
+from fewstep.pickles import advice, first_pickle
+from fewstep.scheduler_config import settled
 from fewstep.tensor_header import read_safetensors_header
 
 WEIGHTS = "*.safetensors"
@@ -64,6 +66,18 @@ class PipelineFolder:
                 f"that is supported is a text-to-image network of {channels * self.family.packed}"
             )
         return channels, side, side
+
+    @property
+    def noise(self) -> dict[str, Any]:
+        """The scheduler's config. A shift that goes by the picture's size is the trained size's, at every size: one
+        teacher has one noise path, which its students' times are points of.
+
+        Raises:
+            UserError: the configs do not say the size of latents.
+        """
+        patch = int(self.config(self.network).get("patch_size") or 1)
+        _, height, width = self.latent_shape
+        return settled(self.config("scheduler"), height * width // (self.family.packed * patch**2))
 
     @property
     def scale(self) -> int:
@@ -212,7 +226,7 @@ def read_folder(path: Path | str, field: str = "teacher") -> PipelineFolder:
         if component not in components or not (path / component).is_dir():
             raise UserError(f"{field} = {str(path)!r} is incomplete: it holds no {component}")
         library = components[component][0]
-        if library not in LIBRARIES:
+        if library not in LIBRARIES and component != "scheduler":  # of a scheduler the JSON alone is read
             raise UserError(
                 f"{field} = {str(path)!r} takes its {component} from {library!r}; code that is not of "
                 f"{' or '.join(LIBRARIES)} is never run"
@@ -226,7 +240,10 @@ def read_folder(path: Path | str, field: str = "teacher") -> PipelineFolder:
         files = weight_files(path / component)
         if not files:
             others = sorted(file.name for file in (path / component).glob(WEIGHTS))
+            pickled = first_pickle((path / component).iterdir())
             found = f"; it holds {others[0]}, which must lie under the plain name" if others else ""
+            if pickled and not others:
+                found = f"; {advice(pickled)}"
             raise UserError(
                 f"{path / component} holds no safetensors weights under the name that diffusers reads; pickled weights "
                 f"are never read{found}"

@@ -1,13 +1,19 @@
-"""What a diffusers scheduler's config says: the noise path, and what the network predicts on it."""
+"""What a diffusers scheduler's config says: the noise path, and what the network predicts on it.
+
+Light but for `path_of`: a student's file is held against it before torch is imported.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fewstep.errors import UserError, nearest
 from fewstep.names import Prediction
-from fewstep.schedule import FlowMatching, Path, VariancePreserving
+
+if TYPE_CHECKING:
+    from fewstep.schedule import Path
 
 PREDICTIONS: dict[str, Prediction] = {
     "epsilon": "eps",
@@ -61,6 +67,22 @@ def shift_of(config: Mapping[str, Any]) -> Any:
     return config["flow_shift"]
 
 
+def settled(config: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+    """A config whose shift goes by the picture's size (`use_dynamic_shifting`) -> one with that of so many tokens.
+
+    mu runs linearly in the number of tokens, from `base_shift` to `max_shift`; the shift is exp(mu), or mu itself by
+    `time_shift_type = linear`: diffusers' Flux and Stable Diffusion 3 pipelines. Any other config stays as it is.
+    """
+    if not (config.get("use_dynamic_shifting") and is_flow(config)):
+        return dict(config)
+    low, high = config.get("base_image_seq_len") or 256, config.get("max_image_seq_len") or 4096
+    first, last = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    mu = first + (last - first) * (tokens - low) / (high - low)
+    shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+    kept = {key: value for key, value in config.items() if key != "flow_shift"}
+    return {**kept, "shift": shift, "use_dynamic_shifting": False}
+
+
 def taken_over(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of ours that another scheduler's config decides, where they are not our defaults."""
     kept = {key: config[key] for key in NOISE_KEYS if config.get(key) not in (None, defaults[key])}
@@ -81,6 +103,8 @@ def path_of(config: Mapping[str, Any]) -> Path:
     Raises:
         UserError: a schedule that diffusers does not know, or a shift that is none.
     """
+    from fewstep.schedule import FlowMatching, VariancePreserving
+
     if is_flow(config):
         shift = shift_of(config)
         if shift is not None and not (isinstance(shift, int | float) and shift > 0):

@@ -81,8 +81,9 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         config = dict(self.config)
         with refusing():
             self.noise_path: Path = path_of(config if config["path"] == "vp" else {**config, "use_flow_sigmas": True})
+        self._own_path = self.noise_path
         flow = config["path"] == "flow"
-        self._prediction = PREDICTIONS["flow_prediction" if flow else config["prediction_type"]]
+        self.prediction = PREDICTIONS["flow_prediction" if flow else config["prediction_type"]]
         if isinstance(self.noise_path, VariancePreserving):
             bars = self.noise_path.log_alpha_bar.exp()
             self.alphas_cumprod = bars[1:].float()
@@ -172,8 +173,10 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if not 0 < strength <= 1:
             legal = min(max(strength, 0.01), 1.0)
             raise SchedulerError(f"strength = {strength} is outside (0, 1]; the nearest legal one is {legal}")
+        self.noise_path = self._own_path  # another picture's mu is no setting of ours
         if mu is not None and config.get("use_dynamic_shifting") and isinstance(self.noise_path, FlowMatching):
-            self.noise_path = FlowMatching(float(np.exp(mu)))
+            linear = config.get("time_shift_type") == "linear"
+            self.noise_path = FlowMatching(float(mu if linear else np.exp(mu)))
         with refusing():
             if timesteps is not None:
                 times = self._own_times(timesteps, strength)
@@ -276,7 +279,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             self._from, self._answers = x, []
         now = one(self._asked[place])
         alpha, sigma = expand(self.noise_path.alpha(now), x), expand(self.noise_path.sigma(now), x)
-        estimate = interpret(self._prediction, model_output.to(x.dtype), x, alpha, sigma)
+        estimate = interpret(self.prediction, model_output.to(x.dtype), x, alpha, sigma)
         self._answers.append(estimate)
         try:
             x = self._jump()(answering(self._answers), self.noise_path, self._from, leap.t, leap.s)

@@ -7,7 +7,7 @@ picture = pipe("an octopus", **fewstep.call_settings("runs/tcd/student")).images
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from fewstep.export.header import read_notes
 from fewstep.export.pipeline import read_record
 from fewstep.schedulers import ConsistencyScheduler, FewStepScheduler, SSSScheduler
 from fewstep.settings import Sampling
+
+TIME_APART = 0.01
+"""How far a time may lie from the one in a student's file, as networks are told it (0 to 1000): rounding, no more."""
 
 
 def student_record(student: Path | str) -> dict[str, Any]:
@@ -46,13 +49,18 @@ def sampling_of_student(student: Path | str) -> Sampling:
 def scheduler_for(student: Path | str, config: Mapping[str, Any], gamma: float | None = None) -> FewStepScheduler:
     """The scheduler that a student is sampled with, for a pipeline whose scheduler has this config.
 
+    Its times are those of the student's file. A flow's shift is the one that the student was trained with, at every
+    size: what a pipeline works out from the picture's size (`mu`) is not asked for.
+
     Args:
         gamma: stochasticity, where it shall not be the student's own.
 
     Raises:
-        UserError: no settings, or those of a solver, whose scheduler is diffusers' own.
+        UserError: no settings, or those of a solver, whose scheduler is diffusers' own; a gamma for a sampler that has
+            none; or a config of another noise than the student was trained on.
     """
-    sampling = sampling_of_student(student)
+    record = student_record(student)
+    sampling = validate(Sampling, record["sampling"])
     if sampling.told:
         raise UserError(
             f"student = {str(student)!r} is told {', '.join(sampling.told)}; the nearest way into a pipeline is "
@@ -65,6 +73,13 @@ def scheduler_for(student: Path | str, config: Mapping[str, Any], gamma: float |
         "jump": sampling.step_jump,
     }
     shared |= {"r": sampling.r, "form": sampling.form}
+    if record.get("path") == "flow" and "shift" in record:
+        shared |= {"shift": float(record["shift"]), "use_dynamic_shifting": False}
+    if gamma is not None and sampling.sampler != "sss":
+        raise UserError(
+            f"gamma = {gamma} says nothing to {sampling.sampler!r}, the sampler of student = {str(student)!r}; the "
+            "nearest is to leave it out"
+        )
     made: FewStepScheduler
     if sampling.sampler == "sss":
         strength = sampling.gamma if gamma is None else gamma
@@ -76,7 +91,31 @@ def scheduler_for(student: Path | str, config: Mapping[str, Any], gamma: float |
             f"student = {str(student)!r} is sampled with {sampling.sampler!r}, a solver; the nearest scheduler is "
             "diffusers' own of that name"
         )
+    _check_noise(made, record, sampling.steps // sampling.calls_a_step, str(student))
     return made
+
+
+def _check_noise(scheduler: FewStepScheduler, record: Mapping[str, Any], count: int, student: str) -> None:
+    """Refuse a scheduler of another prediction, path or other times than a student's file names."""
+    for field, own in (("prediction", scheduler.prediction), ("path", scheduler.config["path"])):
+        if record.get(field, own) != own:
+            raise UserError(
+                f"student = {student!r} has {field} = {record[field]!r}, the pipeline's scheduler {own!r}; the nearest "
+                "is the scheduler of the student's own base"
+            )
+    if "times" not in record:
+        return
+    scheduler.set_timesteps(count)
+    times = [float(t) for t in scheduler.timesteps[:: scheduler.order]]
+    if len(times) != len(record["times"]) or max(abs(a - b) for a, b in zip(times, record["times"])) > TIME_APART:
+        raise UserError(
+            f"student = {student!r} has times {_listed(record['times'])}, this scheduler's config makes them "
+            f"{_listed(times)}; the nearest is the scheduler of the student's own base"
+        )
+
+
+def _listed(times: Sequence[float]) -> str:
+    return ", ".join(f"{t:g}" for t in times)
 
 
 def call_settings(student: Path | str) -> dict[str, Any]:

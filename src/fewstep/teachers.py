@@ -9,20 +9,26 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from fewstep.errors import UserError
 from fewstep.export.header import read_notes
-from fewstep.export.pipeline import RECORD, write_pipeline
-from fewstep.files import atomic_folder, read_mapping, sha256, write_json
+from fewstep.export.pipeline import LICENCES, RECORD, write_pipeline
+from fewstep.families import FAMILIES
+from fewstep.files import atomic_folder, read_json, read_mapping, sha256, write_json
+from fewstep.pickles import advice, is_pickle
+from fewstep.scheduler_config import PREDICTIONS
 from fewstep.tensor_header import Entry, read_safetensors_header
 
-PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 """owner/name, and a revision behind @ if one is meant."""
-TAKEN = ("*.json", "*.txt", "*.model", "*.safetensors", "LICENSE*", "LICENCE*", "NOTICE*")
-"""What is fetched from a hub: configs, vocabularies, weights, licences."""
+INDEX = "model_index.json"
+SETTINGS = ("*.json", "*.txt", "*.model")
+"""What is fetched of each component that pictures are drawn with: configs and vocabularies, ..."""
+PLAIN_WEIGHTS = tuple(f"{name}{end}.safetensors" for name in ("diffusion_pytorch_model", "model") for end in ("", "-*"))
+"""... and its weights under the names that are read: no other precision, no root files of other tools."""
 WHOLE = {
     "conditioner.embedders.1.": "StableDiffusionXLPipeline",
     "cond_stage_model.": "StableDiffusionPipeline",
@@ -55,14 +61,8 @@ def teacher_folder(named: Path | str, config: Path | str = "") -> Path:
             cannot be reached, or a config beside something that needs none.
     """
     place = Path(named)
-    if place.suffix.lower() in PICKLES:
-        target = place.with_suffix(".safetensors").name
-        raise UserError(
-            f"teacher = {str(named)!r} is a pickle, which is never read; convert it where you trust it: python -c "
-            f'"import torch, safetensors.torch as s; w = torch.load({place.name!r}, weights_only=True); '
-            f"s.save_file({{k: v.contiguous() for k, v in w.get('state_dict', w).items() if hasattr(v, 'shape')}}, "
-            f'{target!r})"'
-        )
+    if is_pickle(place):
+        raise UserError(f"teacher = {str(named)!r} is a pickle, which is never read; {advice(place)}")
     if place.suffix == ".safetensors":
         return taken_apart(place, Path(config) if config else None)
     if config:
@@ -100,7 +100,8 @@ def taken_apart(file: Path, config: Path | None) -> Path:
     pipeline = pipeline_of(entries, file)
     if config is None:
         raise UserError(
-            f"teacher = {str(file)!r} is one file, without its configs; give --config FOLDER, any {pipeline}'s"
+            f"teacher = {str(file)!r} is one file, without its configs; give --config FOLDER, a {pipeline}'s of the same "
+            "prediction (eps or v)"
         )
     index = config / "model_index.json"
     found = str(read_mapping(index).get("_class_name")) if index.is_file() else "no pipeline folder"
@@ -118,12 +119,11 @@ def taken_apart(file: Path, config: Path | None) -> Path:
 
 def _take_apart(file: Path, config: Path, pipeline: str, entries: dict[str, Entry], part: Path) -> None:
     import diffusers
-    import torch
 
     from fewstep.backbones.base import loading
 
     notes = read_notes(file)  # of a student that was exported as one file: it brings its settings
-    half = all(entry.dtype in ("F16", "BF16") for entry in entries.values() if len(entry.shape) > 1)
+    dtype = _kept_dtype(entries)
     transformer = dict(NETWORKS.values()).get(pipeline)
     if transformer:
         with loading(str(file)):
@@ -132,7 +132,7 @@ def _take_apart(file: Path, config: Path, pipeline: str, entries: dict[str, Entr
                 config=str(config),
                 subfolder="transformer",
                 local_files_only=True,
-                torch_dtype=torch.float16 if half else torch.float32,
+                torch_dtype=dtype,
             )
         write_pipeline(part, config, network, notes)
         return
@@ -142,16 +142,41 @@ def _take_apart(file: Path, config: Path, pipeline: str, entries: dict[str, Entr
             str(file),
             config=str(config),
             local_files_only=True,
-            torch_dtype=torch.float16 if half else torch.float32,
+            torch_dtype=dtype,
             **more,
         )
     pipe.save_pretrained(part)
     if notes:
         write_json(part / RECORD, notes)
+    _tell_prediction(part / "scheduler" / "scheduler_config.json", entries, notes)
+
+
+def _kept_dtype(entries: Mapping[str, Entry]) -> Any:
+    """The type that a file's matrices are kept in: their own, if they share one; else fp32, which holds them all."""
+    import torch
+
+    found = {entry.dtype for entry in entries.values() if len(entry.shape) > 1}
+    return {frozenset({"F16"}): torch.float16, frozenset({"BF16"}): torch.bfloat16}.get(frozenset(found), torch.float32)
+
+
+def _tell_prediction(scheduler: Path, entries: Collection[str], notes: Mapping[str, Any]) -> None:
+    """What a whole checkpoint says of its prediction goes before the config beside it.
+
+    Networks of v carry empty tensors for that, `v_pred`, and `ztsnr` where their noise ends pure (kohya, ComfyUI);
+    students of ours name it in their record. A file that says nothing is what the config says.
+    """
+    words: dict[str, str] = {ours: theirs for theirs, ours in PREDICTIONS.items()}
+    said = words["v"] if "v_pred" in entries else words.get(str(notes.get("prediction")))
+    if said is None:
+        return
+    told: dict[str, Any] = {"prediction_type": said}
+    if "ztsnr" in entries or said == "epsilon":  # eps has no x0 where the noise is pure
+        told["rescale_betas_zero_snr"] = "ztsnr" in entries
+    write_json(scheduler, read_json(scheduler) | told)
 
 
 def fetched(named: str) -> Path:
-    """The folder of a hub id, fetched if it is not there yet: configs, vocabularies and safetensors alone.
+    """The folder of a hub id, fetched if it is not there yet: what pictures are drawn with, and its licences.
 
     Raises:
         UserError: no such repository, or no way there.
@@ -160,7 +185,15 @@ def fetched(named: str) -> Path:
 
     name, _, revision = named.partition("@")
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(TAKEN)))
+        place = Path(snapshot_download(name, revision=revision or None, allow_patterns=[INDEX, *LICENCES]))
+        if not (place / INDEX).is_file():
+            raise FileNotFoundError(f"it holds no {INDEX}")
+        kind = str(read_mapping(place / INDEX).get("_class_name"))
+        if kind not in FAMILIES:
+            return place  # refused by its class when it is read, before its weights are fetched
+        parts = FAMILIES[kind].parts
+        asked = [f"{part}/{pattern}" for part in parts for pattern in (*SETTINGS, *PLAIN_WEIGHTS)]
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=[INDEX, *LICENCES, *asked]))
     except Exception as error:  # the hub's own classes change from version to version; none of them is ours
         reason = " ".join(str(error).split())[:160]
         raise UserError(

@@ -104,9 +104,8 @@ class Backbone(ABC):
     def __init__(self, folder: PipelineFolder, device: torch.device | str = "cpu") -> None:
         self.folder = folder
         self.device = torch.device(device)
-        scheduler = folder.config("scheduler")
-        self.prediction = prediction_of(scheduler, str(folder.path))
-        self.path = path_of(scheduler)
+        self.prediction = prediction_of(folder.noise, str(folder.path))
+        self.path = path_of(folder.noise)
         self.latent_shape = folder.latent_shape
         self.picture_size = folder.picture_size
         self.targets = list(folder.family.targets)

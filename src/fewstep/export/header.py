@@ -15,6 +15,8 @@ from fewstep.errors import UserError
 from fewstep.export.spellings import COMPONENTS, PEFT_PREFIX, Keys, find_keys
 from fewstep.files import read_mapping
 from fewstep.folder import PipelineFolder, read_folder, weight_files
+from fewstep.pickles import advice, first_pickle, is_pickle
+from fewstep.scheduler_config import is_flow, prediction_of, shift_of
 from fewstep.settings import Sampling, StudentConfig
 from fewstep.tensor_header import Entry, Shape, read_numbers, read_safetensors_header
 
@@ -123,7 +125,11 @@ def _find_file(path: Path) -> Path:
     if path.is_dir():
         file = path / (_PEFT_FILE if (path / _PEFT_FILE).is_file() and not (path / FILE).is_file() else FILE)
     if not file.is_file():
-        raise UserError(f"lora = {str(path)!r} does not exist or holds no {FILE}")
+        pickled = first_pickle(path.iterdir()) if path.is_dir() else None
+        more = f"; it holds {pickled.name}, a pickle, which is never read: {advice(pickled)}" if pickled else ""
+        raise UserError(f"lora = {str(path)!r} does not exist or holds no {FILE}{more}")
+    if is_pickle(file):
+        raise UserError(f"lora = {str(path)!r} is a pickle, which is never read; {advice(file)}")
     if file.suffix != ".safetensors":
         raise UserError(f"lora = {str(path)!r} is not a .safetensors file; pickled weights are never read")
     return file
@@ -217,7 +223,26 @@ def check_lora(path: Path | str, folder: PipelineFolder) -> LoraHeader:
             f"lora = {str(path)!r} is told {', '.join(header.sampling.told)} by a {CONDITIONING} that is not beside it"
         )
     check_fits(header, weights, folder.fingerprint(folder.network) if header.base else "", str(path))
+    _check_noise(header.notes, folder, str(path))
     return header
+
+
+def _check_noise(notes: Mapping[str, Any], folder: PipelineFolder, name: str) -> None:
+    """Refuse a LoRA of another prediction, path or shift than the scheduler beside the base says."""
+    noise = folder.noise
+    flow = is_flow(noise)
+    own = {
+        "prediction": prediction_of(noise, str(folder.path)),
+        "path": "flow" if flow else "vp",
+        "shift": float(shift_of(noise) or 1.0) if flow else 1.0,
+    }
+    for field, value in own.items():
+        found = notes.get(field, value)
+        if found != value and not (field == "shift" and math.isclose(found, value, rel_tol=1e-6)):
+            raise UserError(
+                f"lora = {name!r} was trained at {field} = {found!r}; the scheduler of {folder.path} says {value!r}, "
+                "and the nearest is the scheduler of the LoRA's own base"
+            )
 
 
 def check_start(config: StudentConfig, folder: PipelineFolder, targets: Sequence[str], told: Sequence[str]) -> None:

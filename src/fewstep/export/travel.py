@@ -17,7 +17,7 @@ def travelling(backbone: Backbone, sampling: Sampling) -> dict[str, Any]:
 
     Returns:
         base_model: pipeline class and family of the teacher;
-        prediction, path: what the network says, on which noise path;
+        prediction, path, shift: what the network says, on which noise path; the shift is a flow's, and 1 elsewhere;
         times: the exact times of the calls, as the network is told them (training indices; 1000 sigma on a flow);
         guidance: omega of (1 + omega) out(prompt) - omega out(null), `scale` in diffusers' words (1 + omega; what a
             network that is told its guidance is told), and whether it is told.
@@ -30,6 +30,7 @@ def travelling(backbone: Backbone, sampling: Sampling) -> dict[str, Any]:
         "base_model": {"pipeline": backbone.folder.pipeline, "family": backbone.folder.family.kind},
         "prediction": backbone.prediction,
         "path": "flow" if isinstance(backbone.path, FlowMatching) else "vp",
+        "shift": backbone.path.shift if isinstance(backbone.path, FlowMatching) else 1.0,
         "times": [round(float(t), 6) for t in index_of(backbone.path, times)],
         "guidance": {"omega": sampling.omega, "scale": scale, "told": told},
     }

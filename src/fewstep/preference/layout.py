@@ -10,10 +10,10 @@ from typing import Any
 from fewstep.errors import UserError
 from fewstep.files import read_mapping
 from fewstep.folder import weight_files
+from fewstep.pickles import first_pickle
 from fewstep.tensor_header import read_safetensors_header
 
 GUIDE = "docs/preference.md"
-PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 CLIP_MARK = "vision_model.embeddings.class_embedding"
 """A key of transformers' CLIPModel, as of its folders."""
 MARKS = {
@@ -140,10 +140,10 @@ def _own_checkpoint(folder: Path, name: str) -> Path:
 
 
 def _without_weights(folder: Path, name: str, wanted: str) -> str:
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLES)
-    if pickles:
+    pickled = first_pickle(folder.iterdir())
+    if pickled:
         return (
-            f"{name} folder {folder} holds {pickles[0]} but not {wanted}; pickles are never read: convert it once, as "
+            f"{name} folder {folder} holds {pickled.name} but not {wanted}; pickles are never read: convert it once, as "
             f"{GUIDE} shows"
         )
     return f"{name} folder {folder} does not hold {wanted}; see {GUIDE}"
