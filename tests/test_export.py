@@ -26,6 +26,8 @@ from fewstep.tensor_header import read_safetensors_header
 KINDS = tuple(dict.fromkeys(family.kind for family in FAMILIES.values()))
 MADE = {
     "sd": tiny_pipelines.sd,
+    "pixart alpha": lambda folder: tiny_pipelines.pixart(folder, "PixArtAlphaPipeline"),
+    "flux schnell": lambda folder: tiny_pipelines.flux(folder, guidance=False),
     "sd, v, zero terminal SNR": lambda folder: tiny_pipelines.sd(folder, "v_prediction", zero_snr=True),
     **{kind: tiny_pipelines.FAMILIES[kind] for kind in KINDS if kind != "sd"},
 }
@@ -57,7 +59,12 @@ def students(
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", MADE)
 def test_what_is_written_is_read_back(
-    name: str, form: ExportForm, folders: dict[str, Path], students: dict[tuple[str, str], Path], tmp_path: Path
+    name: str,
+    form: ExportForm,
+    folders: dict[str, Path],
+    students: dict[tuple[str, str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By diffusers, by PEFT, or by us alone where nobody else reads it: all layers, and latents within 1e-4."""
     base, student = folders[name], students[name, "lora"]
@@ -76,14 +83,23 @@ def test_what_is_written_is_read_back(
     assert checked.difference < 1e-4
     card = (tmp_path / "made" / "README.md").read_text(encoding="utf-8")
     assert "| network calls | 2 |" in card
+    assert ("```python" in card) == (found.reader != "fewstep")
+    if found.reader != "fewstep":
+        monkeypatch.chdir(tmp_path)
+        said = card.partition("```python\n")[2].partition("```")[0].replace('"BASE"', repr(str(base)))
+        if name.startswith("pixart"):  # of a size that no real one has
+            said = said.replace("**fewstep", "use_resolution_binning=False, height=64, width=64, **fewstep")
+        variables: dict[str, Any] = {}
+        exec(said, variables)  # the card's own lines
+        assert variables["picture"].size[0] >= 16
     assert (tmp_path / "made" / "pictures.webp").stat().st_size > 100
     assert place.exists()
 
 
 @pytest.mark.parametrize(
     ("name", "form"),
-    [(name, form) for name in ("sd, v, zero terminal SNR", "sdxl") for form in ("merged", "single-file")]
-    + [("flux", "merged"), ("sana", "merged")],
+    [(name, "merged") for name in MADE]
+    + [(name, "single-file") for name in MADE if name.startswith("sd") and name != "sd3"],
 )
 def test_a_fully_trained_student_is_exported_too(
     name: str, form: ExportForm, students: dict[tuple[str, str], Path], tmp_path: Path
@@ -226,13 +242,16 @@ def test_a_student_that_is_told_where_it_lands(folders: dict[str, Path], picture
         (["tcd", "--form", "single-file"], "holds CLIP text encoders, the text_encoder is a BertModel"),
         (["tdc"], "lora = 'tdc' is neither a file nor a bundled student; the nearest is 'tcd'"),
         (["tcd", "--precision", "fp8"], "precision = 'fp8' is unknown; the nearest legal one is 'fp16'"),
+        (["tcd", "--precision", "bf16"], "precision = 'bf16' is of whole networks, and a LoRA is written as it was"),
+        (["WHOLE", "--form", "merged", "--teacher", "nowhere"], "teacher = 'nowhere' says nothing beside student ="),
         (["tcd", "--out", "TAKEN"], "which would be lost; the nearest is a new folder"),
     ],
 )  # fmt: skip
 def test_refusals(words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("years of work")
-    words = [str(tmp_path / "taken") if word == "TAKEN" else word for word in words]
+    given = {"TAKEN": str(tmp_path / "taken"), "WHOLE": str(_teacher())}
+    words = [given.get(word, word) for word in words]
     if "--out" not in words:
         words += ["--out", str(tmp_path / "new")]
     with pytest.raises(SystemExit) as left:

@@ -186,7 +186,7 @@ def test_a_pickle_where_weights_should_be_is_named_with_the_command(tmp_path: Pa
     lora = tmp_path / "lora" / "pytorch_lora_weights.bin"
     torch.save({}, lora)
     for named in (lora, lora.parent):
-        with pytest.raises(UserError, match="pytorch_lora_weights.bin.* a pickle, which is never read") as told:
+        with pytest.raises(UserError, match=r"pytorch_lora_weights\.bin.* a pickle, which is never read") as told:
             check_lora(named, own)
         assert f"torch.load({str(lora)!r}" in str(told.value)
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()

@@ -133,7 +133,7 @@ def export_as(
         UserError: no such student or form, a form that cannot hold it, a place that is taken; or what was read back is
             not the student.
     """
-    from fewstep.export.forms import check_form
+    from fewstep.export.forms import ADAPTERS, check_form
     from fewstep.files import check_writable
     from fewstep.folder import read_folder
     from fewstep.names import check_device
@@ -145,6 +145,11 @@ def export_as(
         raise UserError(f"precision = {precision!r} is unknown; the nearest legal one is 'fp16'")
     whole = (Path(student) / "model_index.json").is_file()
     folder = read_folder(student if whole else teacher_path(named_teacher(teacher, teacher_config)))
+    if whole and (teacher or teacher_config):
+        raise UserError(
+            f"teacher = {str(teacher)!r} says nothing beside student = {str(student)!r}, a whole pipeline; the nearest "
+            "is to leave it out"
+        )
     chosen = choose_student(folder, None if whole else student, {})
     if not whole and chosen.lora is None:
         raise UserError(
@@ -153,6 +158,11 @@ def export_as(
     classes = {name: folder.components[name][1] for name in folder.family.encoders}
     told = tuple(chosen.sampling.told)
     found = check_form(form, folder.family.kind, lora=not whole, told=told, encoders=classes)
+    if precision and found.form in ADAPTERS:
+        raise UserError(
+            f"precision = {precision!r} is of whole networks, and a LoRA is written as it was; the nearest is to leave "
+            "it out"
+        )
     place = Path(out)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         held = next(iter(sorted(item.name for item in place.iterdir())), "") if place.is_dir() else "a file"

@@ -113,6 +113,7 @@ def export(
             out.name,
             form,
             record,
+            reader=reader,
             pipeline=student.folder.pipeline,
             network=student.folder.network,
             file=file,

@@ -100,8 +100,8 @@ def taken_apart(file: Path, config: Path | None) -> Path:
     pipeline = pipeline_of(entries, file)
     if config is None:
         raise UserError(
-            f"teacher = {str(file)!r} is one file, without its configs; give --config FOLDER, a {pipeline}'s of the same "
-            "prediction (eps or v)"
+            f"teacher = {str(file)!r} is one file, without its configs; give --config FOLDER, a {pipeline}'s of the "
+            "same prediction (eps or v)"
         )
     index = config / "model_index.json"
     found = str(read_mapping(index).get("_class_name")) if index.is_file() else "no pipeline folder"

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fewstep.export.forms import ADAPTERS, ExportForm
+from fewstep.export.forms import ADAPTERS, ExportForm, Reader
 
 PICTURES = "pictures.webp"
 CARD = "README.md"
@@ -60,6 +60,7 @@ def model_card(
     form: ExportForm,
     record: Mapping[str, Any],
     *,
+    reader: Reader,
     pipeline: str,
     network: str,
     file: str,
@@ -70,6 +71,7 @@ def model_card(
 
     Args:
         record: what the exported file says of itself.
+        reader: who reads the form back; there are lines for diffusers where it, or PEFT in it, does.
         pipeline, network: of the base.
         file: the file's name; empty for a whole pipeline.
         prompts, seeds: of the pictures.
@@ -113,7 +115,7 @@ def model_card(
         "\n".join(table),
         "The scheduler's times, its gamma and the guidance are the student's own: with others it draws worse. `BASE` "
         "is the pipeline that it was distilled from, whose licence goes on to hold.",
-        *(["## In diffusers\n\n" + inside] if network == "unet" or not told else []),
+        *(["## In diffusers\n\n" + inside] if (network == "unet" if told else reader != "fewstep") else []),
         "## By the command\n\n" + _command(form, name, file, prompt),
         "## All that the file says\n\n```json\n" + json.dumps(record, indent=2, ensure_ascii=False) + "\n```",
     ]

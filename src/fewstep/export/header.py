@@ -238,7 +238,8 @@ def _check_noise(notes: Mapping[str, Any], folder: PipelineFolder, name: str) ->
     }
     for field, value in own.items():
         found = notes.get(field, value)
-        if found != value and not (field == "shift" and math.isclose(found, value, rel_tol=1e-6)):
+        close = isinstance(found, float) and isinstance(value, float) and math.isclose(found, value, rel_tol=1e-6)
+        if found != value and not close:
             raise UserError(
                 f"lora = {name!r} was trained at {field} = {found!r}; the scheduler of {folder.path} says {value!r}, "
                 "and the nearest is the scheduler of the LoRA's own base"

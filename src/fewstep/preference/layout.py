@@ -143,8 +143,8 @@ def _without_weights(folder: Path, name: str, wanted: str) -> str:
     pickled = first_pickle(folder.iterdir())
     if pickled:
         return (
-            f"{name} folder {folder} holds {pickled.name} but not {wanted}; pickles are never read: convert it once, as "
-            f"{GUIDE} shows"
+            f"{name} folder {folder} holds {pickled.name} but not {wanted}; pickles are never read: convert it "
+            f"once, as {GUIDE} shows"
         )
     return f"{name} folder {folder} does not hold {wanted}; see {GUIDE}"
 
