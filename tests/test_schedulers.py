@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import tiny_pipelines
 from exact import three_modes
 from fewstep.drawing import load_artist
 from fewstep.errors import UserError
@@ -21,7 +22,8 @@ from fewstep.sampler import sample_consistency, sample_sss
 from fewstep.schedule import FlowMatching, add_noise, scaled_linear
 from fewstep.scheduler_checks import SchedulerError
 from fewstep.scheduler_config import path_of, settled
-from fewstep.schedulers import ConsistencyScheduler, FewStepScheduler, SSSScheduler
+from fewstep.scheduler_loop import FewStepScheduler
+from fewstep.schedulers import ConsistencyScheduler, SSSScheduler
 from fewstep.settings import Sampling
 
 PROMPTS = ["a red disc", "a blue ring"]
@@ -202,6 +204,35 @@ def test_a_shift_by_the_size_of_the_picture() -> None:
         scheduler.set_timesteps(sigmas=[1.0, 0.9, 0.1])
 
 
+@pytest.mark.parametrize("strength", [0.25, 0.5, 0.75, 0.9, 1.0])
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_image_to_image_of_flows_makes_all_calls(family: str, strength: float, flows: dict[str, Path]) -> None:
+    """Their pipelines round the other way: floor(4 / strength) steps leave 4 calls."""
+    import diffusers
+
+    kind = {"sd3": "StableDiffusion3Img2ImgPipeline", "flux": "FluxImg2ImgPipeline"}[family]
+    pipe = getattr(diffusers, kind).from_pretrained(flows[family], local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = SSSScheduler.from_config(pipe.scheduler.config, gamma=0.0)
+    asked: list[float] = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda _, args, told: asked.append(float(told["timestep"][0])), with_kwargs=True
+    )
+    picture = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    sized = {"height": 64, "width": 64}
+    drawn = pipe(
+        PROMPTS, image=picture, strength=strength, num_inference_steps=math.floor(4 / strength), guidance_scale=1.0,
+        generator=generators(), output_type="latent", **sized,
+    ).images  # fmt: skip
+    assert torch.isfinite(drawn).all()
+    assert len(asked) == 4
+
+
+@pytest.fixture(scope="module")
+def flows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: tiny_pipelines.FAMILIES[name](tmp_path_factory.mktemp(name) / "tiny") for name in ("sd3", "flux")}
+
+
 @pytest.mark.parametrize("strength", [0.25, 0.5, 0.75, 1.0])
 def test_image_to_image_makes_all_calls(strength: float, tiny_pipeline: Path) -> None:
     """Plain diffusers drops steps: ceil(4 / strength) of them leave 4 calls, at times that students are trained on."""
@@ -313,6 +344,16 @@ def test_noise_is_added_at_what_networks_are_told() -> None:
     ("ask", "words"),
     [
         (lambda: SSSScheduler(gamma=1.2), r"gamma = 1\.2 is outside \[0, 1\]; the nearest legal one is 1"),
+        (lambda: SSSScheduler(gamma="0.3"), r"gamma = '0\.3' is outside \[0, 1\]"),
+        (
+            lambda: SSSScheduler(jump="second_order", r=0),
+            r"r = 0 is outside \[0\.01, 1\]; the nearest legal one is 0\.01",
+        ),
+        (
+            lambda: SSSScheduler(rescale_betas_zero_snr=True),
+            "the nearest legal one is .v_prediction.",
+        ),
+        (lambda: SSSScheduler().set_timesteps(4.5), r"num_inference_steps = 4\.5 is no whole number; the nearest is 4"),
         (lambda: SSSScheduler(spacing="even"), "spacing = 'even' is not one of grid, trailing, tlcm"),
         (lambda: SSSScheduler(jump="skip"), "jump = 'skip' is not one of first_order, second_order"),
         (lambda: SSSScheduler(path="ve"), "path = 've' is not one of vp, flow"),

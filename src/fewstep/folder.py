@@ -13,7 +13,7 @@ from fewstep.errors import UserError, nearest
 from fewstep.families import FAMILIES, Family
 from fewstep.files import read_mapping, sha256
 from fewstep.pickles import advice, first_pickle
-from fewstep.scheduler_config import settled
+from fewstep.scheduler_config import check_terminal_snr, settled
 from fewstep.tensor_header import read_safetensors_header
 
 WEIGHTS = "*.safetensors"
@@ -254,16 +254,3 @@ def read_folder(path: Path | str, field: str = "teacher") -> PipelineFolder:
     check_terminal_snr(folder.config("scheduler"))
     _ = folder.latent_shape  # an inpainting network, say, is refused here
     return folder
-
-
-def check_terminal_snr(scheduler: dict[str, Any]) -> None:
-    """Refuse an eps network on a schedule that ends in pure noise: x0 = (x - sigma eps)/alpha is not there.
-
-    Raises:
-        UserError: it is one.
-    """
-    if scheduler.get("rescale_betas_zero_snr") and scheduler.get("prediction_type", "epsilon") == "epsilon":
-        raise UserError(
-            "prediction_type = 'epsilon' with zero terminal SNR (rescale_betas_zero_snr) has no x0 at the noisiest "
-            "time; the nearest legal one is 'v_prediction', or rescale_betas_zero_snr = false"
-        )

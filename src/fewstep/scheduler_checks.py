@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import get_args
+from typing import Any, get_args
 
 from fewstep.errors import UserError, nearest
 from fewstep.names import End, Form, Spacing
@@ -30,6 +30,21 @@ def check_word(field: str, value: str, legal: Sequence[str]) -> None:
         raise SchedulerError(
             f"{field} = {value!r} is not one of {', '.join(legal)}; the nearest is {nearest(value, legal)!r}"
         )
+
+
+def check_number(field: str, value: object, low: float, high: float) -> None:
+    """Refuse what is no number from low to high."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        number = value if isinstance(value, int | float) else low
+        legal = min(max(float(number), low), high) if number == number else low
+        raise SchedulerError(f"{field} = {value!r} is outside [{low:g}, {high:g}]; the nearest legal one is {legal:g}")
+
+
+def check_count(count: Any) -> int:
+    """The number of jumps that is asked for, if it is one."""
+    if int(count) != count:
+        raise SchedulerError(f"num_inference_steps = {count!r} is no whole number; the nearest is {round(count)}")
+    return int(count)
 
 
 def check_common(path: str, prediction_type: str, spacing: str, end: str, form: str) -> None:

@@ -55,6 +55,19 @@ def prediction_of(config: Mapping[str, Any], place: str) -> Prediction:
     return PREDICTIONS[name]
 
 
+def check_terminal_snr(scheduler: Mapping[str, Any]) -> None:
+    """Refuse an eps network on a schedule that ends in pure noise: x0 = (x - sigma eps)/alpha is not there.
+
+    Raises:
+        UserError: it is one.
+    """
+    if scheduler.get("rescale_betas_zero_snr") and scheduler.get("prediction_type", "epsilon") == "epsilon":
+        raise UserError(
+            "prediction_type = 'epsilon' with zero terminal SNR (rescale_betas_zero_snr) has no x0 at the noisiest "
+            "time; the nearest legal one is 'v_prediction', or rescale_betas_zero_snr = false"
+        )
+
+
 def shift_of(config: Mapping[str, Any]) -> Any:
     """The shift in a flow's config: a solver's `flow_shift`, else `shift`; None where it has neither.
 

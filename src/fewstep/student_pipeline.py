@@ -15,7 +15,8 @@ from fewstep.config import validate
 from fewstep.errors import UserError
 from fewstep.export.header import read_notes
 from fewstep.export.pipeline import read_record
-from fewstep.schedulers import ConsistencyScheduler, FewStepScheduler, SSSScheduler
+from fewstep.scheduler_loop import FewStepScheduler
+from fewstep.schedulers import ConsistencyScheduler, SSSScheduler
 from fewstep.settings import Sampling
 
 TIME_APART = 0.01
