@@ -16,12 +16,17 @@ from fewstep.data.latents import latent_set
 from fewstep.data.pictures import Captioned, HeldPictures
 from fewstep.errors import UserError
 from fewstep.preparation import encoders_fingerprint
+from fewstep.settings import teacher_path
 from fewstep.tensors import save_tensors
-from fewstep.world import api
-from fewstep.world.settings import AddOnConfig
+from fewstep.world import api, emoji8
+from fewstep.world.measures import agreement, lite0
+from fewstep.world.settings import AddOnConfig, VersatilityConfig
 from fewstep.world.versatility import looks, training
-from fewstep.world.versatility.figure import kept_share
+from fewstep.world.versatility import tasks as tasks_module
+from fewstep.world.versatility.figure import beside_table, by_place, columns, kept_share, measure, table
 from fewstep.world.versatility.studio import Who, asked, can_draw, drawn, embeds, images, pipeline
+from fewstep.world.versatility.tasks import PEOPLE, TASKS
+from fewstep.world.versatility.workshop import Workshop
 
 
 def solid(*colours: tuple[int, int, int], size: int = 16) -> np.ndarray:
@@ -71,18 +76,17 @@ def test_blueprints_edges_and_outlines() -> None:
 
 
 def test_the_share_that_is_kept() -> None:
-    """(student - without)/(base - without) of means; none where the base does nothing."""
+    """(student's effect)/(base's effect) of means; none where the base does nothing."""
     rng = np.random.default_rng(0)
-    without, base = rng.normal(0, 0.1, 50), rng.normal(1, 0.1, 50)
-    kept = kept_share(without + 0.9 * (base - without), base, without, 0)
+    base = rng.normal(1, 0.1, 50)
+    kept = kept_share(0.9 * base, base, 0)
     assert kept is not None
     assert kept.value == pytest.approx(0.9)
     assert kept.low is not None
     assert kept.high is not None
     assert kept.low == pytest.approx(0.9)
-    assert kept_share(without, without + rng.normal(0, 1e-3, 50), without, 0) is None
-    worse = kept_share(base, without, base, 0)
-    assert worse is None, "a base that does harm keeps no score"
+    assert kept_share(base, rng.normal(0, 1e-3, 50), 0) is None
+    assert kept_share(base, -base, 0) is None, "a base that does harm keeps no score"
 
 
 def test_calls_below_a_strength(tmp_path: Path) -> None:
@@ -177,6 +181,55 @@ def test_a_stopped_lesson_goes_on(lesson_of: Any, tmp_path: Path) -> None:
 
 def _stop(place: Path) -> Any:
     raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def small_world(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    """The bundled teacher and a part of Emoji-8; add-ons of a single step."""
+    world = emoji8.load("train")
+    people = np.flatnonzero(looks.skin(world.pictures).mean((1, 2)) >= PEOPLE)[:40]
+    part = np.unique(np.concatenate([people, np.arange(0, len(world), 60)]))
+    data = emoji8.Emoji8(world.pictures[part], tuple(world.records[row] for row in part))
+    lesson = AddOnConfig(steps=1, batch=4, lr=1e-3)
+    lessons = dict.fromkeys(("community", "style", "edges", "shapes", "picture"), lesson)
+    config = VersatilityConfig(steps=(2,), base_steps=2, prompts=8, shown=1, pictures=16, **lessons)
+    out = tmp_path_factory.mktemp("versatility")
+    eye = lite0(out / "features", progress=False)
+    return Workshop(config, out, load_backbone(teacher_path("")), agreement().scorer, eye, data)
+
+
+def test_every_row_is_made_drawn_and_measured(small_world: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All nine rows on the bundled teacher; what is drawn after was not learned from; kept pictures are not redrawn."""
+    shop = small_world
+    cells, shown, tasks = measure(shop, list(TASKS))
+    found = by_place(cells)
+    labels = [who.label for who in columns(shop.config)]
+    assert labels == ["base 2", "TCD 2"]
+    assert set(found) == {(name, label) for name in TASKS for label in labels}
+    assert len(shown) == len(TASKS)
+    learned = {"style": shop.learned("style"), "edges": shop.learned("controlnet")}
+    for name, some in learned.items():
+        assert not {shop.data.pictures[row].tobytes() for row in some} & {p.tobytes() for p in tasks[name].given}
+    own, student = found["edges", "base 2"], found["edges", "TCD 2"]
+    if student.kept is not None:
+        wanted = (student.value - student.without) / (own.value - own.without)
+        assert student.kept.value == pytest.approx(wanted)
+    assert own.without != student.without, "each is measured beside its own pictures without the add-on"
+    # what is there before is the same for all: half a picture fits its name badly, and both draw the rest
+    assert found["inpainting", "base 2"].without == found["inpainting", "TCD 2"].without
+    assert found["inpainting", "TCD 2"].value > found["inpainting", "TCD 2"].without
+    assert found["img2img", "base 2"].value > found["img2img", "base 2"].without + 0.05
+    text = table(cells, tasks, labels) + beside_table(cells, tasks, labels)
+    for task in tasks.values():
+        assert text.count(f"| {task.name} | {task.effect_name} |") == 1
+        assert text.count(f"| {task.name} | {task.beside_name} |") == 1
+
+    def drawing(*_: Any, **__: Any) -> None:
+        raise AssertionError("drawn again")
+
+    monkeypatch.setattr(tasks_module, "drawn", drawing)
+    again, _, _ = measure(shop, list(TASKS))
+    assert again == cells
 
 
 def test_students_that_no_pipeline_draws_are_refused_first(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,17 +36,20 @@ from fewstep.world.versatility.workshop import Workshop
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of the table.
+    """One place of the table.
 
     Attributes:
         task, who: row and column.
-        value: mean effect.
-        kept: (value - without)/(base - without), with its interval over prompts; None for the base itself.
+        value, without: the mean of what the effect is measured in, with the add-on and without it.
+        beside: the mean of what must not be lost for it.
+        kept: (value - without) over the base's, with its interval over prompts; None for the base itself.
     """
 
     task: str
     who: str
     value: float
+    without: float
+    beside: float
     kept: Figure | None
 
 
@@ -58,18 +62,18 @@ def columns(config: VersatilityConfig) -> list[Who]:
     return found
 
 
-def kept_share(own: Array, base: Array, without: Array, seed: int) -> Figure | None:
-    """mean(own - without)/mean(base - without), with a 95 % interval over draws of the same N prompts.
+def kept_share(own: Array, base: Array, seed: int) -> Figure | None:
+    """mean(own)/mean(base) of two effects [N], with a 95 % interval over draws of the same N prompts.
 
     None where the base itself has no effect that its interval tells from none: there is nothing to keep.
     """
     drawn = counts(len(own), RESAMPLES, seed, "kept")
-    gain = float((base - without).mean())
-    low, _ = centred_interval(gain, (drawn @ (base - without)) / len(own))
+    gain = float(base.mean())
+    low, _ = centred_interval(gain, (drawn @ base) / len(own))
     if low <= 0:
         return None
-    value = float((own - without).mean() / gain)
-    return Figure(value, *centred_interval(value, (drawn @ (own - without)) / (drawn @ (base - without))), len(own))
+    value = float(own.mean() / gain)
+    return Figure(value, *centred_interval(value, (drawn @ own) / (drawn @ base)), len(own))
 
 
 def weights_in(place: Path | None) -> str:
@@ -89,14 +93,12 @@ def key_of(task: Task, who: Who, base: str, seed: int) -> str:
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:20]
 
 
-def pictures_of(task: Task, who: Who, shop: Workshop, *, without: bool = False) -> np.ndarray:
-    """The pictures of a cell, drawn if they are not kept yet."""
-    name = key_of(task, who, shop.backbone.folder.identity(), shop.config.seed) + ("-without" if without else "")
-    path = shop.out / "pictures" / f"{name}.safetensors"
+def kept_pictures(path: Path, draw: Callable[[], np.ndarray]) -> np.ndarray:
+    """Pictures from a file; drawn and written if there is none yet."""
     if path.is_file():
         held: np.ndarray = load_tensors(path)["pictures"].numpy()
         return held
-    made = (task.without if without else task.draw)(who)
+    made = draw()
     with atomic_write(path) as part:
         save_tensors(part, {"pictures": torch.from_numpy(np.ascontiguousarray(made))})
     return made
@@ -104,16 +106,12 @@ def pictures_of(task: Task, who: Who, shop: Workshop, *, without: bool = False) 
 
 def measure(shop: Workshop, names: Sequence[str]) -> tuple[list[Cell], list[tuple[str, np.ndarray]], dict[str, Task]]:
     """Make, draw and measure every row; the cells, the figure's rows, the tasks."""
-    who = columns(shop.config)
+    who, held = columns(shop.config), shop.out / "pictures"
     cells, shown, tasks = [], [], {}
-    with tqdm(total=len(names) * (len(who) + 1), desc="versatility", unit="cell") as bar:
+    with tqdm(total=len(names) * len(who), desc="versatility", unit="cell") as bar:
         for name in names:
             bar.set_postfix_str(f"{name}: making")
             task = tasks[name] = TASKS[name](shop)
-            base = who[0]
-            bar.set_postfix_str(f"{name}: without")
-            before = task.effect(pictures_of(task, base, shop, without=True))
-            bar.update()
             drawn = [task.given]
             reference: Array | None = None
             for one in who:
@@ -122,13 +120,16 @@ def measure(shop: Workshop, names: Sequence[str]) -> tuple[list[Cell], list[tupl
                 if not can_draw(one, STRENGTHS.get(name, 1.0)):
                     drawn.append(np.full_like(task.given, 255))
                     continue
-                pictures = pictures_of(task, one, shop)
-                effect = task.effect(pictures)
-                kept = None if reference is None else kept_share(effect, reference, before, shop.config.seed)
+                key = key_of(task, one, shop.backbone.folder.identity(), shop.config.seed)
+                pictures = kept_pictures(held / f"{key}.safetensors", partial(task.draw, one))
+                plain = kept_pictures(held / f"{key}-without.safetensors", partial(task.without, one))
+                value, before = task.effect(pictures), task.effect(plain)
+                effect = value - before
+                kept = None if reference is None else kept_share(effect, reference, shop.config.seed)
                 reference = effect if reference is None else reference
-                cells.append(Cell(name, one.label, float(effect.mean()), kept))
+                means = [float(x.mean()) for x in (value, before, task.beside(pictures))]
+                cells.append(Cell(name, one.label, means[0], means[1], means[2], kept))
                 drawn.append(pictures)
-            cells.append(Cell(name, "without", float(before.mean()), None))
             for i in range(shop.config.shown):
                 label = f"{task.name}" if i == 0 else str(task.prompts[i])[:24]
                 shown.append((label, np.stack([pictures[i] for pictures in drawn])))
@@ -137,16 +138,32 @@ def measure(shop: Workshop, names: Sequence[str]) -> tuple[list[Cell], list[tupl
 
 def table(cells: Sequence[Cell], tasks: Mapping[str, Task], labels: Sequence[str]) -> str:
     """The cells as Markdown: the effect without the add-on and with the base, then what each student keeps of it."""
-    found = {(cell.task, cell.who): cell for cell in cells}
+    found = by_place(cells)
     base, *students = labels
     head = f"| add-on | effect | without | {base} | " + " | ".join(students) + " |"
     lines = [head, "| --- " * (4 + len(students)) + "|"]
     for name, task in tasks.items():
-        row = [task.name, task.effect_name, f"{found[name, 'without'].value:.3f}", f"{found[name, base].value:.3f}"]
+        own = found[name, base]
+        row = [task.name, task.effect_name, f"{own.without:.3f}", f"{own.value:.3f}"]
         for label in students:
             kept = found[name, label].kept if (name, label) in found else None
             row.append("-" if kept is None else f"{kept.value:.2f} [{kept.low:.2f}, {kept.high:.2f}]")
         lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def by_place(cells: Sequence[Cell]) -> dict[tuple[str, str], Cell]:
+    """The cells by row and column."""
+    return {(cell.task, cell.who): cell for cell in cells}
+
+
+def beside_table(cells: Sequence[Cell], tasks: Mapping[str, Task], labels: Sequence[str]) -> str:
+    """What must not be lost for the effects, as Markdown."""
+    found = by_place(cells)
+    lines = [f"| add-on | beside its effect | {' | '.join(labels)} |", "| --- " * (2 + len(labels)) + "|"]
+    for name, task in tasks.items():
+        row = [f"{found[name, label].beside:.3f}" if (name, label) in found else "-" for label in labels]
+        lines.append("| " + " | ".join([task.name, task.beside_name, *row]) + " |")
     return "\n".join(lines)
 
 
@@ -161,16 +178,15 @@ def versatility(config: VersatilityConfig, out: Path) -> Path:
     labels = [who.label for who in columns(config)]
     note = (
         f"`fewstep versatility` at commit {commit()}, {hardware()}; n = {config.prompts} prompts each, seed "
-        f"{config.seed}, the same prompts and noise in a row. Students' cells: the share of the effect that is kept, "
-        "(student - without)/(base - without), with 95 % intervals over prompts; none where the base's own effect "
-        "cannot be told from none."
+        f"{config.seed}, the same prompts and noise in a row. Students' cells: the share of the base's effect that is "
+        "kept, with 95 % intervals over prompts; an effect is what pictures with the add-on have more than pictures "
+        "without it, drawn by the same. None where the base's own effect cannot be told from none."
     )
-    text = "\n\n".join(["# Versatility", table(cells, tasks, labels), note])
+    parts = ["# Versatility", table(cells, tasks, labels), note, beside_table(cells, tasks, labels)]
+    text = "\n\n".join(parts)
     with atomic_write(out / "table.md") as part:
         part.write_text(text + "\n", encoding="utf-8")
-    listed = [
-        {"task": c.task, "who": c.who, "value": c.value} | ({"kept": c.kept.to_dict()} if c.kept else {}) for c in cells
-    ]
+    listed = [{**asdict(c), "kept": c.kept.to_dict() if c.kept else None} for c in cells]
     write_json(out / "cells.json", {"note": note, "cells": listed})
     save_picture(labelled_sheet(shown, ["given", *labels], 1), out / "figure.webp")
     return out / "table.md"

@@ -1,7 +1,9 @@
 """The add-ons and uses of the figure: what each is made of, how it is drawn with, and what it is to keep.
 
-An effect is a number for each picture, larger where the add-on does more of what it is for. A student keeps
-(student's - without) / (base's - without) of it, by means over the same prompts and noise.
+An effect is a number for each picture, larger where the add-on does more of what it is for: what a picture with it has
+more than one without it, drawn by the same. A student keeps (its effect) / (the base's), by means over the same prompts
+and noise. Beside it stands what must not be lost for it: a picture that ignores the prompt, or its source, may follow
+an add-on well.
 """
 
 from __future__ import annotations
@@ -36,22 +38,30 @@ class Task:
     Attributes:
         name: of the row.
         effect_name: what the effect measures.
+        beside_name: what must not be lost for it.
         given: pictures that stand for what it starts from, in the figure.
         prompts: what is drawn.
         draw: who -> pictures, with the add-on.
-        without: who -> pictures of the base without it; or what is there before.
+        without: who -> pictures without it; or what is there before.
         effect: pictures -> a number each.
+        beside: pictures -> a number each.
         add_on: what it is drawn with, beside the base; None for a use of the base alone.
     """
 
     name: str
     effect_name: str
+    beside_name: str
     given: np.ndarray
     prompts: Sequence[str]
     draw: Callable[[Who], np.ndarray]
     without: Callable[[Who], np.ndarray]
     effect: Callable[[np.ndarray], Array]
+    beside: Callable[[np.ndarray], Array]
     add_on: Path | None = None
+
+
+AGREEMENT = "agreement with the prompt"
+OVERLAP = "overlap with the picture's silhouette"
 
 
 def plainly(shop: Workshop, prompts: Sequence[str]) -> Callable[[Who], np.ndarray]:
@@ -70,8 +80,8 @@ def community(shop: Workshop) -> Task:
     people = [row for row, value in enumerate(share) if value >= PEOPLE]
     place, run = shop.out / "community", shop.out / "runs" / "community"
     tones = list(looks.TONES)
+    some = shop.learned("community", people, 1 + len(tones))
     if not shop.made("community", shop.config.community):
-        some = shop.learned("community", people, 1 + len(tones))
         pictures = [shop.data.pictures[some], *(looks.with_tone(shop.data.pictures[some], tone) for tone in tones)]
         captions = shop.own_captions(some, shop.config.community.seed)
         captions += [[f"{shop.data.records[row].name}, {tone}"] * CAPTIONS for tone in tones for row in some]
@@ -79,7 +89,7 @@ def community(shop: Workshop) -> Task:
         lesson = shop.taught("community checkpoint", source, shop.config.community, training.EMPTY)
         pipe = pipeline("StableDiffusionPipeline", shop.folder, Who("base", None, 1))
         training.fine_tune(lesson, shop.unet(), pipe, run, place)
-    rows = shop.rows("community", people)
+    rows = shop.rows("community", people, apart=some)
     wanted = [tones[i % len(tones)] for i in range(len(rows))]
     prompts = [f"{name}, {tone}" for name, tone in zip(shop.names(rows), wanted, strict=True)]
     given = np.concatenate([looks.with_tone(shop.data.pictures[[r]], t) for r, t in zip(rows, wanted, strict=True)])
@@ -88,22 +98,23 @@ def community(shop: Workshop) -> Task:
         return drawn(pipeline("StableDiffusionPipeline", place, who), prompts, shop.config.seed, {}, **asked(who))
 
     return Task(
-        "community checkpoint", "share with the asked skin tone", given, prompts, draw, plainly(shop, prompts),
-        lambda pictures: looks.tone_share(pictures, wanted), place,
+        "community checkpoint", "share with the asked skin tone", AGREEMENT, given, prompts, draw,
+        plainly(shop, prompts), lambda pictures: looks.tone_share(pictures, wanted),
+        shop.agreement_with(shop.names(rows)), place,
     )  # fmt: skip
 
 
 def style(shop: Workshop) -> Task:
     """A style LoRA: blueprints."""
     place, run = shop.out / "style", shop.out / "runs" / "style"
+    some = shop.learned("style")
     if not shop.made("style", shop.config.style):
-        some = shop.learned("style")
         own = shop.own_captions(some, shop.config.style.seed)
         captions = [[f"{said}, blueprint style" for said in row] for row in own]
         source = Captioned(HeldPictures(looks.blueprint(shop.data.pictures[some])), captions)
         lesson = shop.taught("style LoRA", source, shop.config.style, training.EMPTY)
         training.train_style(lesson, shop.unet(), run, place)
-    rows = shop.rows("style")
+    rows = shop.rows("style", apart=some)
     prompts = [f"{name}, blueprint style" for name in shop.names(rows)]
 
     def draw(who: Who) -> np.ndarray:
@@ -114,21 +125,21 @@ def style(shop: Workshop) -> Task:
 
     given = looks.blueprint(shop.data.pictures[rows])
     return Task(
-        "style LoRA", "share of blueprint blue", given, prompts, draw, plainly(shop, prompts), looks.blueprint_share,
-        place,
+        "style LoRA", "share of blueprint blue", AGREEMENT, given, prompts, draw, plainly(shop, prompts),
+        looks.blueprint_share, shop.agreement_with(shop.names(rows)), place,
     )  # fmt: skip
 
 
 def controlled(shop: Workshop, name: str, maps: np.ndarray, config: AddOnConfig) -> tuple[Path, list[int]]:
     """A ControlNet on maps of the training pictures, [N, H, W] in [0, 1]; its folder, and pictures to draw after."""
     place, run = shop.out / name, shop.out / "runs" / name
+    some = shop.learned("controlnet")
     if not shop.made(name, config):
-        some = shop.learned("controlnet")
         shown = torch.from_numpy(maps[some]).half()[:, None].expand(-1, 3, -1, -1)
         source = Captioned(HeldPictures(shop.data.pictures[some]), shop.own_captions(some, config.seed))
         lesson = shop.taught(f"ControlNet, {name}", source, config, training.EMPTY, maps=digest({"maps": shown[:64]}))
         training.train_controlnet(lesson, shop.unet(), shown, run, place)
-    return place, shop.rows(name)
+    return place, shop.rows(name, apart=some)
 
 
 def control_task(
@@ -151,7 +162,10 @@ def control_task(
         pipe = pipeline("StableDiffusionControlNetPipeline", shop.folder, who, {"controlnet": controlnet})
         return drawn(pipe, prompts, shop.config.seed, {"image": images(given)}, **asked(who))
 
-    return Task(title, effect_name, given, prompts, draw, plainly(shop, prompts), effect, place)
+    return Task(
+        title, effect_name, AGREEMENT, given, prompts, draw, plainly(shop, prompts), effect,
+        shop.agreement_with(prompts), place,
+    )  # fmt: skip
 
 
 def edge_control(shop: Workshop) -> Task:
@@ -202,8 +216,9 @@ def picture_prompt(shop: Workshop) -> Task:
         return np.concatenate(parts)
 
     return Task(
-        "IP-Adapter", "likeness to the picture over strangers", given, prompts, draw, plainly(shop, prompts),
-        lambda pictures: shop.likeness(pictures, given), place,
+        "IP-Adapter", "likeness to the picture over strangers", "agreement with the picture's name", given, prompts,
+        draw, plainly(shop, prompts), lambda pictures: shop.likeness(pictures, given),
+        shop.agreement_with(shop.names(rows)), place,
     )  # fmt: skip
 
 
@@ -225,9 +240,9 @@ def img2img(shop: Workshop) -> Task:
     rows = shop.rows("img2img")
     given, prompts = shop.data.pictures[rows], shop.names(rows)
     return Task(
-        "img2img", "overlap with the picture's silhouette", given, prompts,
-        from_picture(shop, "img2img", given, prompts), plainly(shop, prompts),
-        lambda pictures: looks.overlap(pictures, looks.ink(given)),
+        "img2img", OVERLAP, AGREEMENT, given, prompts, from_picture(shop, "img2img", given, prompts),
+        plainly(shop, prompts), lambda pictures: looks.overlap(pictures, looks.ink(given)),
+        shop.agreement_with(prompts),
     )  # fmt: skip
 
 
@@ -238,9 +253,10 @@ def style_transfer(shop: Workshop) -> Task:
     given = shop.data.pictures[rows]
     prompts = [f"{name}, {NEW_STYLE}" for name in shop.names(rows)]
     return Task(
-        "style transfer", f"share read as {NEW_STYLE}", given, prompts,
+        "style transfer", f"share read as {NEW_STYLE}", OVERLAP, given, prompts,
         from_picture(shop, "style transfer", given, prompts), lambda who: given,
         lambda pictures: shop.style_rate(pictures, NEW_STYLE),
+        lambda pictures: looks.overlap(pictures, looks.ink(given)),
     )  # fmt: skip
 
 
@@ -250,9 +266,9 @@ def super_resolution(shop: Workshop) -> Task:
     sharp, prompts = shop.data.pictures[rows], shop.names(rows)
     given = looks.blurred(sharp)
     return Task(
-        "super-resolution", "correlation with the sharp picture's edges", given, prompts,
+        "super-resolution", "correlation with the sharp picture's edges", AGREEMENT, given, prompts,
         from_picture(shop, "super-resolution", given, prompts), lambda who: given,
-        lambda pictures: looks.edge_likeness(pictures, looks.edges(sharp)),
+        lambda pictures: looks.edge_likeness(pictures, looks.edges(sharp)), shop.agreement_with(prompts),
     )  # fmt: skip
 
 
@@ -260,10 +276,11 @@ def inpainting(shop: Workshop) -> Task:
     """Half of a picture, drawn to the end."""
     rows = shop.rows("inpainting")
     whole, prompts = shop.data.pictures[rows], shop.names(rows)
+    half = whole.shape[2] // 2
     given = whole.copy()
-    given[:, :, given.shape[2] // 2 :] = 255
+    given[:, :, half:] = 255
     mask = np.zeros(whole.shape, np.uint8)
-    mask[:, :, whole.shape[2] // 2 :] = 255
+    mask[:, :, half:] = 255
 
     def draw(who: Who) -> np.ndarray:
         pipe = pipeline("StableDiffusionInpaintPipeline", shop.folder, who)
@@ -272,8 +289,9 @@ def inpainting(shop: Workshop) -> Task:
         return drawn(pipe, prompts, shop.config.seed, shown, strength=1.0, height=64, width=64, **asked(who))
 
     return Task(
-        "inpainting", "agreement with the prompt", given, prompts, draw, lambda who: given,
-        lambda pictures: shop.agreement(pictures, prompts),
+        "inpainting", AGREEMENT, "overlap of the drawn half with the picture's own", given, prompts, draw,
+        lambda who: given, shop.agreement_with(prompts),
+        lambda pictures: looks.overlap(pictures[:, :, half:], looks.ink(whole[:, :, half:])),
     )  # fmt: skip
 
 

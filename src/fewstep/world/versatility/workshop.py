@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -80,15 +80,20 @@ class Workshop:
         """A fresh copy of the base's denoiser."""
         return self.backbone.fresh_network()
 
-    def rows(self, name: str, allowed: Sequence[int] | None = None) -> list[int]:
-        """Training pictures that a task draws after, one a concept, chosen by the seed and the task's name."""
+    def rows(self, name: str, allowed: Sequence[int] | None = None, apart: Sequence[int] = ()) -> list[int]:
+        """Pictures that a task draws after, one a concept, chosen by the seed and the task's name.
+
+        Args:
+            allowed: those that it may be after; None for all.
+            apart: those that its add-on has learned from, which are left out. Their concepts, in other styles, may be.
+        """
         order = generator(self.config.seed, f"versatility {name}").permutation(len(self.data))
-        among = None if allowed is None else set(allowed)
+        among = set(range(len(self.data)) if allowed is None else allowed) - set(apart)
         seen: set[str] = set()
         chosen = []
         for row in (int(row) for row in order):
             concept = self.data.records[row].name
-            if concept not in seen and (among is None or row in among):
+            if concept not in seen and row in among:
                 seen.add(concept)
                 chosen.append(row)
         return chosen[: self.config.prompts]
@@ -113,9 +118,9 @@ class Workshop:
         """Captions of some training pictures, as the base learned them."""
         return emoji8.caption_table([self.data.records[row] for row in rows], CAPTIONS, seed)
 
-    def agreement(self, pictures: Pictures, names: Sequence[str]) -> Array:
-        """How well pictures fit names."""
-        return self.scorer.scores(pictures, list(names))
+    def agreement_with(self, names: Sequence[str]) -> Callable[[Pictures], Array]:
+        """Pictures -> how well each fits its name."""
+        return lambda pictures: self.scorer.scores(pictures, list(names))
 
     def likeness(self, pictures: Pictures, others: Pictures) -> Array:
         """Cosine of pictures with others, less the mean cosine with those of other rows, by the scorer's eye."""
