@@ -256,6 +256,22 @@ def test_verbs_take_a_single_file(tmp_path: Path, capsys: pytest.CaptureFixture[
         said = capsys.readouterr().err.strip()
         assert told in said
         assert "\n" not in said
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red disc\n" * 10)
+    asked = {"synthesize": ["--prompts", str(prompts)], "evaluate": ["--prompt-file", str(prompts)], "distill": []}
+    for verb, more in asked.items():
+        with pytest.raises(SystemExit) as ended:
+            main([verb, "--teacher", str(file), "--out", str(tmp_path / verb), *more])
+        assert ended.value.code == 2
+        assert "give --config FOLDER" in capsys.readouterr().err
+    words = ["synthesize", *asked["synthesize"], "-s", "grid=4", "-s", "device=cpu"]
+    for name, teacher in (("a", [str(folder)]), ("b", [str(file), "--config", str(folder)])):
+        with pytest.raises(SystemExit) as ended:
+            main([*words, "--teacher", *teacher, "--out", str(tmp_path / name)])
+        assert ended.value.code == 0
+    shards = [next((tmp_path / name).glob("*.safetensors")).read_bytes() for name in ("a", "b")]
+    assert shards[0] == shards[1]
+    capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         main(["distill", "--teacher", str(file), "--config", str(folder), "--out", str(tmp_path / "run"), "--dry-run",
               "-s", "data.source=nowhere"])  # fmt: skip

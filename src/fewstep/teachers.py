@@ -17,7 +17,7 @@ from fewstep.errors import UserError
 from fewstep.export.header import read_notes
 from fewstep.export.pipeline import LICENCES, RECORD, write_pipeline
 from fewstep.families import FAMILIES
-from fewstep.files import atomic_folder, read_json, read_mapping, sha256, write_json
+from fewstep.files import atomic_folder, read_json, read_mapping, write_json
 from fewstep.pickles import advice, is_pickle
 from fewstep.scheduler_config import PREDICTIONS
 from fewstep.tensor_header import Entry, read_safetensors_header
@@ -109,7 +109,10 @@ def taken_apart(file: Path, config: Path | None) -> Path:
         raise UserError(f"config = {str(config)!r} is {found}; {file.name} needs the nearest folder of a {pipeline}")
     beside = sorted(path for path in config.rglob("*") if path.is_file())
     told = [f"{path.relative_to(config)} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in beside]
-    key = hashlib.sha256("\n".join([sha256(file), *told]).encode()).hexdigest()
+    # by size and time, not by content: a checkpoint is gigabytes, and every command begins here
+    stat = file.stat()
+    told.append(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}")
+    key = hashlib.sha256("\n".join(told).encode()).hexdigest()
     place = cache_folder() / f"{file.stem}-{key[:16]}"
     if not place.is_dir():
         with atomic_folder(place) as part:

@@ -192,7 +192,8 @@ def check_fits(header: LoraHeader, weights: Mapping[str, Shape], fingerprint: st
     """
     if header.base and header.base != fingerprint:
         raise UserError(
-            f"lora = {name!r} was trained on another base (sha256 {header.base[:12]}, this one {fingerprint[:12]})"
+            f"lora = {name!r} was trained on another base (sha256 {header.base[:12]}, this one {fingerprint[:12]}); "
+            "the nearest is its own (a diffusers pipeline takes it on any of its shape: docs/versatility.md)"
         )
     for module, layer in header.layers.items():
         shape, want = weights[f"{module}.weight"], (layer.b[0], *layer.a[1:])
