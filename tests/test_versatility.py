@@ -149,7 +149,8 @@ def test_every_add_on_is_read_back_and_changes_the_picture(lesson_of: Any, tiny_
 
     seen = torch.randn(16, 24, generator=torch.Generator().manual_seed(0))
     place = tmp_path / "picture"
-    training.train_ip_adapter(make("picture", 6), backbone.fresh_network(), seen, tmp_path / "r4", place)
+    project = training.read_off(seen, torch.randn(16, 6, 32, generator=torch.Generator().manual_seed(1)))
+    training.train_ip_adapter(make("picture", 6), backbone.fresh_network(), seen, project, tmp_path / "r4", place)
     pipe = pipeline("StableDiffusionPipeline", tiny_pipeline, who)
     pipe.load_ip_adapter([training.read_ip_adapter(place)], subfolder="", weight_name="", image_encoder_folder=None)
     told, other = (
@@ -158,6 +159,23 @@ def test_every_add_on_is_read_back_and_changes_the_picture(lesson_of: Any, tiny_
     )
     assert differs(told)
     assert (told != other).any(), "the picture that is shown counts"
+
+
+def test_a_projection_starts_from_what_captions_say() -> None:
+    """Through the layer norm that it ends in, it gives the tokens of captions that are linear in features."""
+    from diffusers.models.embeddings import ImageProjection
+
+    generator = torch.Generator().manual_seed(0)
+    seen = torch.randn(400, 12, generator=generator)
+    tokens = torch.nn.functional.layer_norm(torch.randn(400, 4, 12, generator=generator) * 0 + seen[:, None], (12,))
+    states = 0.5 + tokens * torch.linspace(0.5, 2, 12)
+    found = training.read_off(seen, states, ridge=1e-3)
+    network = ImageProjection(12, 12, training.TOKENS)
+    own = {"proj": "image_embeds", "norm": "norm"}
+    network.load_state_dict({f"{own[n.split('.')[0]]}.{n.split('.')[1]}": value for n, value in found.items()})
+    with torch.no_grad():
+        made = network(seen[:, None])
+    assert float((made - states).square().mean()) < 0.02 * float(states.var())
 
 
 def test_a_stopped_lesson_goes_on(lesson_of: Any, tmp_path: Path) -> None:

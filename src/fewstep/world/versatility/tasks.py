@@ -199,7 +199,8 @@ def picture_prompt(shop: Workshop) -> Task:
         seen = shop.seen[some]
         source = Captioned(HeldPictures(shop.data.pictures[some]), shop.own_captions(some, config.seed))
         lesson = shop.taught("IP-Adapter", source, config, training.ALONE, features=digest({"features": seen[:64]}))
-        training.train_ip_adapter(lesson, shop.unet(), seen, run, place)
+        project = training.read_off(seen, shop.states(some))
+        training.train_ip_adapter(lesson, shop.unet(), seen, project, run, place)
     prompts = [""] * len(rows)
     given = shop.data.pictures[rows]
 

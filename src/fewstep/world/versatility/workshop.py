@@ -118,6 +118,14 @@ class Workshop:
         """Captions of some training pictures, as the base learned them."""
         return emoji8.caption_table([self.data.records[row] for row in rows], CAPTIONS, seed)
 
+    def states(self, rows: Sequence[int]) -> Tensor:
+        """The base's text states of some pictures' names, [N, tokens, width]."""
+        names = self.names(rows)
+        distinct = list(dict.fromkeys(names))
+        known = self.backbone.encode(distinct)["text"]
+        number = {name: row for row, name in enumerate(distinct)}
+        return known[[number[name] for name in names]]
+
     def agreement_with(self, names: Sequence[str]) -> Callable[[Pictures], Array]:
         """Pictures -> how well each fits its name."""
         return lambda pictures: self.scorer.scores(pictures, list(names))
