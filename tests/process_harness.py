@@ -43,6 +43,9 @@ POLISH = (
 )
 """TLCM's last stage, alone: three updates of different rhythm, on points that the student draws itself."""
 
+WALK = "[{name: segments, share: 1, method: {grid: 40, k: 2, rollout: 8, distance: l2, weight: none}}]"
+"""TLCM's first stage, alone: walks of different lengths, which are one call after another of other rows."""
+
 
 def noting(place: Any, name: str, file: Path) -> None:
     """Let calls of `place.name` leave a line in `file`."""
@@ -173,6 +176,7 @@ def run(folder: Path, overrides: list[str]) -> dict[str, list[int | None]]:
     buckets = [word for change in wide for word in ("-s", change)]
     changed = ["loop.watch_every=null", f"data.source={alone}", f"stages={POLISH}"]
     polish = [word for change in changed for word in ("-s", change)]
+    walk = [*polish[:-1], f"stages={WALK}"]
     split = ["-s", "loop.shard=true"]
     long = ["-s", "loop.steps=20", "-s", "loop.watch_every=null", "-s", "optim.lr=1e-4"]
     full = ["-s", "student.kind=full", "-s", "student.rank=64", "-s", "loop.watch_every=null", "-s", "optim.lr=1e-5"]
@@ -202,6 +206,8 @@ def run(folder: Path, overrides: list[str]) -> dict[str, list[int | None]]:
         "halved": start("halved", 2, second_process_killed, *split),
         "halved-resumed": start("halved-resumed", 1, None, *split),
         "tlcm3": start("tlcm3", 2, None, *split, *polish, recipe="tlcm"),
+        "walk1": start("walk1", 1, None, *walk, recipe="tlcm"),
+        "walk2": start("walk2", 2, None, *split, *walk, recipe="tlcm"),
         "full1": start("full1", 1, None, *full),
         "full2": start("full2", 2, None, *full, *split),
     }

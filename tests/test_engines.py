@@ -16,8 +16,14 @@ from torch import Tensor, nn
 
 from fewstep import distillation, drawing
 from fewstep.compiled import compile_networks, eagerly
-from fewstep.config import UserError
+from fewstep.config import UserError, validate
+from fewstep.denoiser import Denoiser
+from fewstep.draws import Draws
+from fewstep.method_settings import ConsistencyConfig
+from fewstep.objectives.consistency import set_scene
+from fewstep.objectives.scene import Sample
 from fewstep.roles import AdapterRoles, add_adapter
+from fewstep.schedule import scaled_linear
 from fewstep.settings import Sampling, resolve
 from fewstep.training.cpu import speed_up
 
@@ -116,6 +122,34 @@ def test_compiled_roles_are_the_eager_ones(backend: str, network: Callable[[], n
         with eagerly(), torch.no_grad(), roles.use("student") as eager:  # another shape makes no graph there
             eager(torch.zeros(1, 4, 16, 16), torch.tensor([3.0]), encoder_hidden_states=torch.zeros(1, 3, 8))
         assert counter.frame_count == len(GRAPHS)
+    finally:
+        torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("batch", "graphs"), [(8, range(4, 5)), (6, range(4, 7))])
+def test_a_compiled_roll_out_has_a_graph_a_round(batch: int, graphs: range) -> None:
+    """As many shapes as it has rounds, in whichever step, where the batch is of whole turns; few more in others."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    counter, network = CompileCounter(), Small().requires_grad_(False)
+    compile_networks([network], counter)
+
+    def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
+        network(x, t.float(), condition["text"])
+        return torch.zeros_like(x)
+
+    method = validate(ConsistencyConfig, {
+        "start": "rollout", "rollout": 4, "grid": 20, "k": 1, "s": "edge", "end": "clean",
+        "guidance": {"convention": "none"},
+    })  # fmt: skip
+    sample = Sample(torch.zeros(batch, 4, 8, 8), {"text": torch.zeros(batch, 3, 8)}, {})
+    try:
+        for step in range(12):
+            draws = Draws(0, step, tuple(range(step * batch, (step + 1) * batch)))
+            set_scene(method, Denoiser(call, scaled_linear(), "eps"), sample, draws)
+        assert counter.frame_count in graphs
     finally:
         torch._dynamo.reset()
 

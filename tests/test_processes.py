@@ -175,6 +175,20 @@ def test_split_weights_polish_as_whole_ones_do(launches: tuple[Path, dict[str, l
             assert distance < 2e-3, (role, part)
 
 
+def test_split_weights_walk_as_whole_ones_do(launches: tuple[Path, dict[str, list[int]]]) -> None:
+    """TLCM's first stage: processes whose walks are of other lengths call the split network as often."""
+    folder, codes = launches
+    assert codes["walk1"] == [0], (folder / "walk1-0.log").read_text()[-2000:]
+    assert codes["walk2"] == [0, 0], (folder / "walk2-1.log").read_text()[-2000:]
+    assert "split" in did(folder, "walk2-0") & did(folder, "walk2-1")
+    one, two = (
+        folder / name / "stages" / "1-segments" / "checkpoints" / LAST / "student.safetensors"
+        for name in ("walk1", "walk2")
+    )
+    for part, distance in apart(one, two).items():
+        assert distance < 2e-3, part
+
+
 def test_a_split_run_goes_on_in_one_process(launches: tuple[Path, dict[str, list[int]]]) -> None:
     """Killed in two processes, resumed in one: the weights of the run that was never split."""
     folder, codes = launches

@@ -18,6 +18,7 @@ from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.files import read_json
 from fewstep.folder import read_folder
+from fewstep.objectives.rounds import in_turn
 from fewstep.role_layout import unique_bytes
 from fewstep.samples import fetch_of
 from fewstep.settings import DistillConfig, resolve
@@ -163,17 +164,14 @@ def test_evaluations_are_counted_and_as_stated(whole: tuple[DistillConfig, Path]
         stated = dict(stage.method.calls)
         stated["student"] = stated["student"] + stated.pop("target", 0)
         if stage.method.start == "rollout":  # as many steps as the points are clean that were drawn
-            loop, walked = stage.loop, stage.method.rollout_steps
-            drawn = [
-                int(
-                    Draws(loop.seed, step, tuple(range(step * loop.batch, (step + 1) * loop.batch))).integers(
-                        "n", 0, 1000
-                    )[i]
-                )
-                for step in range(loop.steps)
-                for i in range(loop.batch)
-            ]
-            steps = sum(walked[index] for index in drawn) / len(drawn)
+            loop, lengths = stage.loop, torch.tensor(stage.method.rollout_steps)
+            rows = 0
+            for step in range(loop.steps):
+                draws = Draws(loop.seed, step, tuple(range(step * loop.batch, (step + 1) * loop.batch)))
+                walked = lengths[in_turn(draws, 8, 1000)]
+                rows += sum(max(1, int((walked > number).sum())) for number in range(8))
+            steps = rows / (loop.steps * loop.batch)
+            assert steps == pytest.approx(4.5, abs=0.8)
             assert counted == {"student": 2, "teacher": pytest.approx(2 * steps + 2)}
         else:
             assert counted == pytest.approx(stated), folder.name

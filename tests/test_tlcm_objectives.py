@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +23,7 @@ from fewstep.objectives.adversarial import discriminate, generator_loss
 from fewstep.objectives.consistency import compared_at, consistency_loss, critic_loss, set_scene, student_lands
 from fewstep.objectives.matching import NORMALISERS, fake_loss, matching_loss
 from fewstep.objectives.preference import other_prompts, preference_loss
+from fewstep.objectives.rounds import in_turn
 from fewstep.objectives.scene import HeldTrajectories, Sample, Scene
 from fewstep.plan import Aids, SceneOnce, terms_of
 from fewstep.plane.mixture import Mixture, one_gaussian, ring, times_of
@@ -104,6 +106,48 @@ def denoiser_of(denoiser: Denoiser) -> Any:
     return lambda x, t: denoiser.estimate(x, t, {}, "teacher")
 
 
+@pytest.mark.parametrize(("grid", "rollout"), [(40, 8), (50, 8), (8, 3), (5, 9), (10, 1)])
+def test_roll_outs_are_as_long_in_every_micro_batch(grid: int, rollout: int) -> None:
+    """Processes make as many calls, in whatever part of whichever step, of rows that hardly differ."""
+    path, calls = PATHS["vp"], list[int]()
+
+    def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
+        calls.append(len(x))
+        return torch.zeros_like(x)
+
+    method = method_of(grid=grid, rollout=rollout)
+    longest = max(method.rollout_steps)
+    for batch in (1, 3, rollout, 16):
+        shapes = [set[int]() for _ in range(longest)]
+        for step, part in itertools.product(range(20), range(3)):
+            first = (step * 3 + part) * batch
+            draws = Draws(3, step, tuple(range(first, first + batch)))
+            calls.clear()
+            scene = set_scene(method, Denoiser(call, path, "x0"), sample_of(batch), draws)
+            counts = torch.tensor(method.rollout_steps)[scene.times.index_nk]
+            assert calls == [max(1, int((counts > number).sum())) for number in range(longest)], "always as many"
+            for seen, rows in zip(shapes, calls, strict=True):
+                seen.add(rows)
+        if grid % rollout:  # lengths then change within a part
+            continue
+        if batch % rollout == 0:
+            assert shapes == [{batch * (rollout - number) // rollout} for number in range(rollout)]
+        assert all(max(seen) - min(seen) <= 2 for seen in shapes)
+        assert len(set[int]().union(*shapes)) <= min(batch, 2 * rollout)
+
+
+@pytest.mark.parametrize(("grid", "rollout"), [(40, 8), (50, 8), (6, 9)])
+def test_each_sample_of_a_roll_out_starts_anywhere(grid: int, rollout: int) -> None:
+    """Over steps each sample's time is uniform, and the next sample's is no more its neighbour's than another's."""
+    count = 6000
+    found = torch.stack([in_turn(Draws(0, step, (5, 6)), rollout, grid) for step in range(count)])
+    for column in found.T:
+        shares = torch.bincount(column, minlength=grid) / count
+        assert float((shares - 1 / grid).abs().max()) < 5 * (1 / grid / count) ** 0.5
+    block = in_turn(Draws(0, 0, tuple(range(rollout))), rollout, grid * rollout)
+    assert sorted((block // grid).tolist()) == list(range(rollout))
+
+
 def test_a_roll_out_is_guided_as_the_next_step_is() -> None:
     """One omega for the walk and for the step that follows; the roll-out sees each sample's own prompt."""
     path, seen = PATHS["vp"], []
@@ -112,11 +156,11 @@ def test_a_roll_out_is_guided_as_the_next_step_is() -> None:
         seen.append((role, condition["text"].flatten().tolist()))
         return torch.zeros_like(x) + condition["text"][:, :1]
 
-    text = torch.arange(1.0, 7.0)[:, None]
-    sample = sample_of(6, condition={"text": text}, null={"text": torch.zeros(6, 1)})
+    text = torch.arange(1.0, 9.0)[:, None]
+    sample = sample_of(8, condition={"text": text}, null={"text": torch.zeros(8, 1)})
     method = method_of(grid=8, segments=8, guidance={"convention": "imagen", "low": 3.0, "high": 3.0}, k=1, s="edge")
-    scene = set_scene(method, Denoiser(call, path, "x0"), sample, drawn(6))
-    assert scene.omega.tolist() == [2.0] * 6
+    scene = set_scene(method, Denoiser(call, path, "x0"), sample, drawn(8))
+    assert scene.omega.tolist() == [2.0] * 8
     for role, texts in seen:
         half = len(texts) // 2
         assert role == "teacher"

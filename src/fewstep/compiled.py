@@ -1,4 +1,5 @@
-"""Networks under `torch.compile`: one graph a role, because a role is what a call finds in its adapters.
+"""Networks under `torch.compile`: a graph for each role (a role is what a call finds in its adapters), gradient mode
+and batch shape.
 
 Compiled for the shapes of a training step alone. What runs beside it, at other shapes or up to a layer in the middle
 (quality checks, features), runs `eagerly`.
@@ -14,16 +15,20 @@ import torch
 from torch import nn
 
 BACKEND = "inductor"
+MOST_GRAPHS = 64
+"""Graphs that a network may have: a handful for its roles, and those of a roll-out."""
 
 
 def compile_networks(networks: Sequence[nn.Module], backend: str = BACKEND) -> None:
-    """Compile the networks' calls, in place; a graph is made at the first call of each role and shape.
+    """Compile the networks' calls, in place; a graph is made at the first call of its kind.
 
-    Parameters, their names and what files hold stay the same. A role that is called with and without gradient has a
-    graph for each.
+    Parameters, their names and what files hold stay the same. A role has a graph with gradient and one without, if it
+    is called in both ways, and one for each batch shape: guided calls are of twice the batch, and the calls of a
+    roll-out of as many rows as are on their way (`objectives.rounds`: R shapes for a batch of a multiple of R, at most
+    twice as many for others).
     """
-    # every network and role of a plan is a line in the same cache, whose usual limit is 8
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16 * len(networks))
+    # every graph of a plan is a line in the same cache, whose usual limit is 8; past it calls would run eagerly
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS * len(networks))
     for network in networks:
         network.compile(dynamic=False, backend=backend)
 

@@ -73,6 +73,10 @@ class Draws:
         """Uniform integers in [low, high), int64 [B]."""
         return torch.from_numpy(np.array([g.integers(low, high) for g in self._generators(purpose)]))
 
+    def shared(self, purpose: str, low: int, high: int) -> int:
+        """One uniform integer in [low, high) for all samples of the step, whichever of them are asked about."""
+        return int(generator(self.seed, purpose, step=self.step).integers(low, high))
+
     def chance(self, purpose: str, probability: float) -> Tensor:
         """True with the given probability, bool [B]."""
         return self.uniform(purpose) < probability

@@ -67,20 +67,26 @@ def by_rollout(cast: Cast, draws: Draws) -> Origin:
     """TLCM's multistep denoising (arXiv 2406.05768, algorithm 1): L equal guided steps of the teacher from noise.
 
     L = M - s for a point in segment s of M (`rollout`), so that it takes as many steps as it is clean: a batch's walks
-    are of different lengths, and only those that are not done yet are asked of the network.
+    are of different lengths, and what has arrived is not asked again. Every micro-batch takes as many calls as the
+    longest walk of all: processes whose weights are split must call together. A call that none needs is of one row.
     """
     config, path, times = cast.config, cast.denoiser.path, cast.times
     x = pure_noise(cast, draws, "noise")
-    counts = torch.tensor(config.rollout_steps)[times.index_nk]
+    lengths = torch.tensor(config.rollout_steps)
+    counts = lengths[times.index_nk]
+    longest_first = counts.argsort(descending=True, stable=True)
     top = torch.full_like(times.t_nk, path.noisiest)
     share = (times.t_nk - top) / counts
     step = SOLVERS[config.solver]
-    for number in range(int(counts.max())):
-        going = torch.nonzero(counts > number)[:, 0]
-        here = going.to(x.device, non_blocking=True)
-        t = top[going] + number * share[going]
-        s = torch.where(counts[going] == number + 1, times.t_nk[going], top[going] + (number + 1) * share[going])
-        x = x.index_copy(0, here, step(_some(cast.teacher, going).denoise, path, x[here], t, s).to(x.dtype))
+    for number in range(int(lengths.max())):
+        going = int((counts > number).sum())
+        asked = longest_first[: max(going, 1)]
+        left = counts[asked] - number
+        t = torch.where(left > 0, top[asked] + number * share[asked], times.t_nk[asked])
+        s = torch.where(left > 1, top[asked] + (number + 1) * share[asked], times.t_nk[asked])
+        here = asked.to(x.device, non_blocking=True)
+        there = step(_some(cast.teacher, asked).denoise, path, x[here], t, s)
+        x = x.index_copy(0, here[:going], there[:going].to(x.dtype))
     return Origin(x)
 
 

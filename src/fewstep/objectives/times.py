@@ -15,6 +15,7 @@ from fewstep.draws import Draws
 from fewstep.grid import edge_below, end_time, inference_times, previous, training_grid
 from fewstep.method_settings import ConsistencyConfig
 from fewstep.names import SLaw
+from fewstep.objectives.rounds import in_turn
 from fewstep.schedule import Path
 
 NOWHERE = -2
@@ -52,11 +53,16 @@ class Rungs:
 def draw_times(config: ConsistencyConfig, path: Path, draws: Draws) -> Triple:
     """Draw t_{n+k} uniformly over the grid, so that every time of the grid is trained, then t_n, then s.
 
+    Roll-outs take their t_{n+k} in turn (`rounds`), all others independently of one another.
+
     t_n lies k points below, or at the lower edge of its segment where fewer are left: with one segment that is the end
     point. Where k_low is named, k is uniform from it to k or to what is left.
     """
     grid = training_grid(path, config.grid)
-    index = draws.integers("n", 0, len(grid))
+    if config.start == "rollout":
+        index = in_turn(draws, config.rollout, len(grid))
+    else:
+        index = draws.integers("n", 0, len(grid))
     edge = edge_below(index, len(grid), config.segments)
     k = torch.full_like(index, config.k)
     if config.k_low is not None:
