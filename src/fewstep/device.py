@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 
 import torch
+from torch import Tensor
 
 from fewstep.errors import UserError, nearest
 from fewstep.names import Precision, check_device
@@ -49,6 +50,16 @@ def pick_drawing(name: str, device: torch.device) -> torch.dtype:
     if name == "fp16" and device.type == "cpu":
         raise UserError("precision = 'fp16' needs a GPU; the nearest legal one is 'bf16'")
     return DTYPES[pick_precision(cast(Precision, name), device)]
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU's, on its way to `device`: nobody waits until it is there.
+
+    A GPU fetches page-locked memory alone by itself; of other memory the CPU would hand over every byte.
+    """
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _has_bf16_units() -> bool:

@@ -12,13 +12,18 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.device import sent
+
 CPU = torch.device("cpu")
+
+Asked = tuple[str, tuple[int, ...]]
+"""What noise is asked for: its purpose, and the shape of a row."""
 
 
 def generator(seed: int, purpose: str, sample: int = 0, step: int = 0) -> np.random.Generator:
@@ -40,6 +45,7 @@ class Draws:
     step: int
     indices: tuple[int, ...]
     device: torch.device = CPU
+    _ahead: dict[Asked, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def _generators(self, purpose: str) -> Iterator[np.random.Generator]:
         """`generator(seed, purpose, index, step)` of each sample in turn.
@@ -54,16 +60,18 @@ class Draws:
             shared.bit_generator.state = state
             yield shared
 
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
-        if self.device.type == "cuda":
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor
+    def _normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
+        rows = [g.standard_normal(shape, dtype=np.float32) for g in self._generators(purpose)]
+        return sent(torch.from_numpy(np.stack(rows)), self.device)
 
     def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
         """Standard normal numbers, float32 [B, *shape], on the device."""
-        rows = [g.standard_normal(shape, dtype=np.float32) for g in self._generators(purpose)]
-        return self._to_device(np.stack(rows))
+        held = self._ahead.pop((purpose, shape), None)
+        return self._normal(purpose, shape) if held is None else held
+
+    def draw_ahead(self, purpose: str, shape: tuple[int, ...]) -> None:
+        """Draw what `normal` will be asked for, in the time of whoever reads ahead; it is the same either way."""
+        self._ahead[purpose, shape] = self._normal(purpose, shape)
 
     def uniform(self, purpose: str, low: float = 0.0, high: float = 1.0) -> Tensor:
         """Uniform numbers in [low, high), float64 [B]."""

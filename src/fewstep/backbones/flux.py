@@ -40,7 +40,11 @@ class Flux(TransformerBackbone):
         height, width = x.shape[-2] // 2, x.shape[-1] // 2
         guidance = None
         if network.config.guidance_embeds:  # type: ignore[union-attr]
-            guidance = condition.get("guidance", torch.full((len(x),), GUIDANCE)).float().to(x.device)
+            told = condition.get("guidance")
+            if told is None:
+                guidance = torch.full((len(x),), GUIDANCE, device=x.device)
+            else:
+                guidance = told.float().to(x.device, non_blocking=True)
         out: Tensor = network(
             hidden_states=pack(x),
             timestep=self.told_time(x, t) / 1000,

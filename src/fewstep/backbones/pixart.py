@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fewstep.backbones.transformer import TransformerBackbone
@@ -26,8 +27,9 @@ class PixArt(TransformerBackbone):
         if getattr(network, "use_additional_conditions", False):
             height, width = (side * self.folder.scale for side in x.shape[-2:])
             sizes = {
-                "resolution": x.new_tensor([height, width]).expand(len(x), 2),
-                "aspect_ratio": x.new_tensor([height / width]).expand(len(x), 1),
+                # made where they are needed: a copy of the CPU's numbers would wait for the device
+                "resolution": torch.cat([x.new_full((len(x), 1), side) for side in (height, width)], 1),
+                "aspect_ratio": x.new_full((len(x), 1), height / width),
             }
         out: Tensor = network(
             x,

@@ -51,7 +51,9 @@ class StableDiffusionXL(UNetBackbone):
     def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition, *, residuals: Any = None) -> Tensor:
         """One network call; the picture is told to be whole, of the latent's own size and not cropped."""
         height, width = (side * self.folder.scale for side in x.shape[-2:])
-        sizes = x.new_tensor([height, width, 0, 0, height, width]).expand(len(x), 6)
+        sizes = x.new_zeros(len(x), 6)  # made where it is needed: a copy of the CPU's numbers would wait for the device
+        sizes[:, 0::4].fill_(height)
+        sizes[:, 1::4].fill_(width)
         more = {"text_embeds": condition["pooled"], "time_ids": sizes}
         told = self.told_time(x, t)
         out: Tensor = network(

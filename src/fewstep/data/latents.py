@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from fewstep.data.buckets import BucketedFiles, BucketedLatents
 from fewstep.data.pictures import Captioned, PictureSet
+from fewstep.device import sent
 from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.files import atomic_write
@@ -87,12 +88,14 @@ class LatentSet:
         return self.states(self.drawn(items, draws, empty), device)
 
     def null(self, count: int, device: torch.device) -> dict[str, Tensor]:
-        """The unconditional condition, `count` times."""
-        return self.states(torch.full((count,), -1), device)
+        """The unconditional condition, one row that is seen `count` times."""
+        one = self.states(torch.tensor([-1]), device)
+        return {name: row.expand(count, *row.shape[1:]) for name, row in one.items()}
 
     def states(self, rows: Tensor, device: torch.device) -> dict[str, Tensor]:
         """The conditions in the given rows of the table."""
-        return {name: states[rows].float().to(device, non_blocking=True) for name, states in self.table.items()}
+        # widened there: half the bytes go over
+        return {name: sent(states[rows], device).float() for name, states in self.table.items()}
 
 
 def kept(folder: Path, key: str) -> dict[str, Tensor] | None:

@@ -34,7 +34,7 @@ from fewstep.schedule import share_of
 
 def set_scene(config: ConsistencyConfig, denoiser: Denoiser, sample: Sample, draws: Draws) -> Scene:
     """Draw times, guidance and noise of a micro-batch, come to its first points, and say who jumps."""
-    times = draw_times(config, denoiser.path, draws)
+    times = sample.times or draw_times(config, denoiser.path, draws)
     omega = draws.uniform("omega", *config.guidance.omegas)
     if sample.omega is not None and config.point != "stored":  # by stored outputs any other guidance can be formed
         omega = sample.omega

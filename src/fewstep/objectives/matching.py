@@ -43,7 +43,7 @@ def _by_dmd(path: Path, t: Tensor, x0: Tensor, real: Tensor) -> Tensor:
 
 def _by_score(path: Path, t: Tensor, x0: Tensor, real: Tensor) -> Tensor:
     """(alpha/sigma)^2: the gap of x0 is then that of the scores, times alpha, as the gradient of KL itself."""
-    return (path.alpha(t) / path.sigma(t)).square().to(x0.device, x0.dtype)
+    return (path.alpha(t) / path.sigma(t)).square().to(x0.device, x0.dtype, non_blocking=True)
 
 
 def _plainly(path: Path, t: Tensor, x0: Tensor, real: Tensor) -> Tensor:

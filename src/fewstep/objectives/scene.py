@@ -61,6 +61,7 @@ class Sample:
         omega: the guidance that stored trajectories were drawn with, [B]; None for data.
         stored: those trajectories.
         prompts: which prompts the condition says, int64 [B]; the number of prompts for the empty one.
+        times: those that it was read for; None where nothing that was read depends on them.
     """
 
     data: Tensor
@@ -69,6 +70,7 @@ class Sample:
     omega: Tensor | None = None
     stored: Stored | None = None
     prompts: Tensor | None = None
+    times: Triple | None = None
 
 
 PathPoint = Callable[[Tensor, Tensor], Tensor]

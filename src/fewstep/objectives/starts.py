@@ -13,6 +13,7 @@ from fewstep.denoiser import Condition
 from fewstep.draws import Draws
 from fewstep.grid import end_time, inference_times
 from fewstep.jumper import Voice
+from fewstep.method_settings import ConsistencyConfig
 from fewstep.names import End, Start
 from fewstep.objectives.scene import Cast, PathPoint
 from fewstep.sampler import diffuse, sample_consistency, start_size
@@ -33,6 +34,14 @@ class Origin(NamedTuple):
     path_at: PathPoint | None = None
     clean: Tensor | None = None
     clean_at: float | None = None
+
+
+def noises(config: ConsistencyConfig) -> list[str]:
+    """What a start draws noise for, of a sample's own shape: who reads ahead can draw it there."""
+    if config.start == "trajectory":
+        return []
+    returns = [f"sample's return {i}" for i in range(config.student_steps - 1)]
+    return ["noise", *(["sample's start", *returns] if config.start == "student" else [])]
 
 
 def on_data(cast: Cast, draws: Draws) -> Origin:

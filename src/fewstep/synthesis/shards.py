@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewstep.backbones.base import Backbone
 from fewstep.denoiser import Condition
-from fewstep.device import DTYPES
+from fewstep.device import DTYPES, sent
 from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.files import atomic_write
@@ -54,7 +54,7 @@ class Painter:
 
     def states(self, rows: Tensor) -> Condition:
         """The text states in rows of the table, float32 on the device."""
-        return {name: states[rows].float().to(self.backbone.device) for name, states in self.table.items()}
+        return {name: sent(states[rows], self.backbone.device).float() for name, states in self.table.items()}
 
     def draw(self, told: Drawn) -> Drawn:
         """Walk with some samples at once: what is kept of them."""

@@ -1,0 +1,163 @@
+"""No host waits for its device in a training step: nothing is read back, nothing is handed over by a blocking copy.
+
+Networks stand on torch's `meta` device, in a GPU's place: what crosses over to it is seen here on any machine.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import tiny_pipelines
+from fewstep.backbones.base import Backbone, load_backbone
+from fewstep.config import validate
+from fewstep.data.latents import LatentSet
+from fewstep.denoiser import Denoiser
+from fewstep.device import sent
+from fewstep.draws import Draws
+from fewstep.loop_settings import OptimConfig
+from fewstep.mapped import Rows
+from fewstep.method_settings import ConsistencyConfig
+from fewstep.objectives.scene import Sample
+from fewstep.objectives.starts import STARTS, noises
+from fewstep.plan import family_plan, roles_of
+from fewstep.role_layout import make_student
+from fewstep.settings import StudentConfig
+
+META = torch.device("meta")
+READS = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::masked_select", "aten::is_nonzero"}
+COPIES = {"aten::_to_copy", "aten::copy_"}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "sd": {}, "sdxl": {}, "pixart": {"kind": "PixArtAlphaPipeline", "sizes": True}, "sd3": {}, "flux": {}, "sana": {},
+}  # fmt: skip
+
+
+class Unwaiting(TorchDispatchMode):
+    """Fails where a host would wait for the device; counts what crosses without waiting."""
+
+    crossed = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = func._schema.name, kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if name in READS and any(tensor.is_meta for tensor in tensors):
+            raise AssertionError(f"{name} reads what the device holds")
+        result = func(*args, **kwargs)
+        places = {tensor.is_meta for tensor in [*tensors, result]} if name in COPIES else {}
+        if len(places) > 1:
+            if not kwargs.get("non_blocking", name == "aten::copy_" and len(args) > 2 and args[2]):
+                raise AssertionError(f"{name} of {tuple(tensors[-1].shape)} waits for the device")
+            self.crossed += 1
+        return result
+
+
+@pytest.fixture(scope="session")
+def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Backbone]:
+    return {
+        name: load_backbone(tiny_pipelines.FAMILIES[name](tmp_path_factory.mktemp(name) / "tiny", **settings))
+        for name, settings in FAMILIES.items()
+    }
+
+
+def method_of(**changes: Any) -> ConsistencyConfig:
+    base = {"grid": 8, "k": 1, "s": "edge", "end": "clean", "jump": "first_order"}
+    return validate(ConsistencyConfig, base | changes)
+
+
+METHODS = {
+    "on data": {"told": ["s"], "target": "ema"},
+    "walks": {"start": "rollout", "rollout": 2},
+    "polish": {"start": "student", "student_steps": 2, "matching": {"weight": 1.0, "normaliser": "score"}},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_waits_in_a_step(family: str, method: str, backbones: dict[str, Backbone]) -> None:
+    """Forward and backward of every update, teacher and target included, under the real network's own code."""
+    if method != "on data" and family not in ("sd", "flux"):
+        pytest.skip("what a family adds is the same in every method")
+    backbone = backbones[family]
+    config = method_of(**METHODS[method])
+    told = {name: value.to(META) for name, value in backbone.encode(["a red disc", "blue"]).items()}
+    null = {name: value.to(META) for name, value in backbone.null(2).items()}
+    backbone.network = backbone.fresh_network()
+    student = make_student(backbone, StudentConfig(rank=2), roles_of(config), 0, config.told)
+    for module in [backbone.network, *student.told.values()]:
+        module.to(META)
+    denoiser = Denoiser(student.call, backbone.path, backbone.prediction, backbone.embedded_guidance)
+    sample = Sample(torch.zeros(2, *backbone.latent_shape, device=META), told, null)
+    plan = family_plan(config, OptimConfig(), student, denoiser, lambda batch, draws: sample)
+    with Unwaiting() as seen:
+        draws = Draws(0, 0, (0, 1), META)
+        for purpose in noises(config):
+            draws.draw_ahead(purpose, backbone.latent_shape)
+        for update in plan:
+            loss = update.loss({}, draws)
+            torch.autograd.backward(loss.value, inputs=list(update.parameters.values()))
+    assert seen.crossed > 0, "noise, times and coefficients do"
+    assert not draws._ahead, "what a start draws is what is drawn ahead for it"
+    assert all(any(weight.grad is not None for weight in update.parameters.values()) for update in plan)
+
+
+def test_a_blocking_copy_is_seen() -> None:
+    """What the test above rests on."""
+    x = torch.zeros(2, device=META)
+    with Unwaiting(), pytest.raises(AssertionError, match="waits"):
+        x.new_tensor([1.0, 2.0])
+    with Unwaiting(), pytest.raises(AssertionError, match="waits"):
+        torch.ones(2).to(META)
+    with Unwaiting() as seen:
+        sent(torch.ones(2), META)
+    assert seen.crossed == 1
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_noise_is_drawn_by_who_reads_ahead(start: str) -> None:
+    """All that a start asks for, and the numbers that it would have drawn itself."""
+    config = method_of(start=start, rollout=2, student_steps=3, guidance={"convention": "none"})
+    shape, ahead = (1, 2, 2), Draws(3, 5, (7, 8))
+    for purpose in noises(config):
+        ahead.draw_ahead(purpose, shape)
+    held = dict(ahead._ahead)
+    for (purpose, _), noise in held.items():
+        assert torch.equal(noise, Draws(3, 5, (7, 8)).normal(purpose, shape))
+        assert torch.equal(noise, ahead.normal(purpose, shape))
+    assert not ahead._ahead
+    assert (start == "trajectory") == (not held)
+
+
+def test_one_unconditional_row_is_read_for_any_batch() -> None:
+    """And text goes over as it is kept: it is widened there."""
+    asked: list[int] = []
+
+    class Counted:
+        nbytes = 0
+
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, rows: Tensor) -> Tensor:
+            asked.append(len(rows))
+            return torch.arange(3, dtype=torch.float16)[rows][:, None].expand(-1, 4)
+
+    rows: Rows = Counted()
+    data = LatentSet(torch.zeros(2, 1), {"text": rows}, torch.zeros(2, 1, dtype=torch.int64), "key")
+    null = data.null(5, torch.device("cpu"))["text"]
+    assert asked == [1]
+    assert null.tolist() == [[2.0] * 4] * 5
+
+    class Narrow(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func._schema.name == "aten::_to_copy" and result.is_meta and not args[0].is_meta:
+                assert result.dtype == torch.float16
+            return result
+
+    with Narrow():
+        assert data.states(torch.tensor([0, 1]), META)["text"].dtype == torch.float32
