@@ -205,7 +205,7 @@ def test_rows_lie_in_many_files_and_none_is_held(tmp_path: Path, monkeypatch: py
     assert parted.captions == whole.captions == 4
     assert torch.equal(parted.latents[torch.tensor([2, 0])], whole.latents[torch.tensor([2, 0])])
     assert isinstance(parted.latents, MappedRows)
-    assert all(isinstance(part.base, np.ndarray) for part in parted.latents._parts)  # views of a map of the file
+    assert all(isinstance(part.array().base, np.ndarray) for part in parted.latents._parts)  # of the file
     with pytest.raises(IndexError, match=r"rows \[3\] are not within 3"):
         parted.latents[torch.tensor([3])]
     cut = next((tmp_path / "parted").glob("latents-*-0-2.safetensors"))

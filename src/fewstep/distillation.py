@@ -252,7 +252,7 @@ def estimate_stage(config: DistillConfig) -> Estimated:
             started = time.perf_counter()
             run, share = on_trajectories(run, Path(cache)), config.data.trajectories / drawn
             encoding += (time.perf_counter() - started) * share
-    estimated = estimate(update_plan(run), fetch_of(run), run.data, config, run.networks)
+        estimated = estimate(update_plan(run), fetch_of(run), run.data, config, run.networks)
     said = sum(kept_bytes(rows) for rows in run.data.table.values())
     held = share * kept_bytes(run.data.latents) + captions_share * said
     return replace(estimated, encoding_seconds=encoding, data_bytes=round(held))

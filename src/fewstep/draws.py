@@ -13,6 +13,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -100,5 +101,12 @@ def order(seed: int, count: int, start: int, stop: int) -> np.ndarray:
     result = np.empty_like(positions)
     for epoch in np.unique(epochs):
         chosen = epochs == epoch
-        result[chosen] = generator(seed, "order", step=int(epoch)).permutation(count)[offsets[chosen]]
+        result[chosen] = _shuffled(seed, count, int(epoch))[offsets[chosen]]
     return result
+
+
+@lru_cache(maxsize=2)  # a batch may stand across two epochs; a large set takes seconds to shuffle
+def _shuffled(seed: int, count: int, epoch: int) -> np.ndarray:
+    shuffled = generator(seed, "order", step=epoch).permutation(count)
+    shuffled.flags.writeable = False
+    return shuffled

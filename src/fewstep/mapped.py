@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -11,26 +14,100 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.tensor_header import read_safetensors_header
+from fewstep.tensor_header import Entry, read_safetensors_header
 
 NUMPY = {"I64": np.int64, "F64": np.float64, "F32": np.float32, "F16": np.float16}
 """safetensors' name of a type -> numpy's."""
+MOST_OPEN = 128
+"""Files that are open at a time, of any number that is read from: systems allow a process about 1,000."""
 
 
-def map_tensors(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a file, mapped into memory; what is written to them stays in memory.
+@lru_cache(maxsize=MOST_OPEN)
+def _opened(path: Path, version: tuple[int, ...]) -> np.ndarray:
+    """The bytes of a file, those of its `version`; it is closed when nothing of it is in use and others were opened."""
+    return np.memmap(path, np.uint8, "c")
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A tensor of a file, which is open while it is read."""
+
+    path: Path
+    version: tuple[int, ...]
+    entry: Entry
+
+    def __len__(self) -> int:
+        return self.entry.shape[0]
+
+    @property
+    def kind(self) -> np.dtype:
+        """Its type."""
+        return np.dtype(NUMPY[self.entry.dtype])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return math.prod(self.entry.shape) * self.kind.itemsize
+
+    def array(self) -> np.ndarray:
+        """The tensor, mapped into memory; what is written to it stays there. Keep what you take of it, not itself."""
+        start = self.entry.start
+        taken = np.asarray(_opened(self.path, self.version)[start : start + self.nbytes])
+        return taken.view(self.kind).reshape(self.entry.shape)
+
+
+def tensors_in(path: Path) -> dict[str, Mapped]:
+    """The tensors of a file, none of them read yet.
 
     Raises:
         UserError: missing, truncated or of another format.
     """
     _, entries = read_safetensors_header(path)
-    whole = np.memmap(path, np.uint8, "c")
-    arrays = {}
-    for name, entry in entries.items():
-        kind = np.dtype(NUMPY[entry.dtype])
-        stop = entry.start + math.prod(entry.shape) * kind.itemsize
-        arrays[name] = np.asarray(whole[entry.start : stop]).view(kind).reshape(entry.shape)
-    return arrays
+    told = path.stat()
+    version = (told.st_dev, told.st_ino, told.st_size, told.st_mtime_ns)
+    return {name: Mapped(path, version, entry) for name, entry in entries.items()}
+
+
+def map_tensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a file, mapped into memory for good; what is written to them stays in memory.
+
+    Raises:
+        UserError: missing, truncated or of another format.
+    """
+    return {name: tensor.array() for name, tensor in tensors_in(path).items()}
+
+
+def write_rows(path: Path, count: int, parts: Iterable[Mapping[str, Tensor]]) -> None:
+    """Write tensors of `count` rows that come in parts, one below the other, as `tensors.save_tensors` would whole.
+
+    One part at a time is in memory. All tensors are of one type.
+
+    Raises:
+        OSError: the file cannot be written, or the disk is full.
+    """
+    widths: dict[str, int] = {}
+    starts: dict[str, int] = {}
+    done = 0
+    with path.open("wb") as stream:
+        for part in parts:
+            rows = {name: part[name].detach().cpu().contiguous().numpy() for name in sorted(part)}
+            if not starts:
+                header, end = {}, 0
+                for name, values in rows.items():
+                    kind = next(kind for kind, known in NUMPY.items() if values.dtype == known)
+                    widths[name] = math.prod(values.shape[1:]) * values.itemsize
+                    starts[name], end = end, end + count * widths[name]
+                    shape = [count, *values.shape[1:]]
+                    header[name] = {"dtype": kind, "shape": shape, "data_offsets": [starts[name], end]}
+                text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+                text = text.ljust(-(-len(text) // 8) * 8)  # tensors start at a multiple of 8, as the library's do
+                stream.write(len(text).to_bytes(8, "little") + text)
+                starts = {name: start + stream.tell() for name, start in starts.items()}
+            for name, values in rows.items():
+                stream.seek(starts[name] + done * widths[name])
+                stream.write(values.tobytes())
+            done += len(next(iter(rows.values())))
+    assert done == count, f"{done} rows came for {count}"
 
 
 class Rows(Protocol):
@@ -53,7 +130,7 @@ class Rows(Protocol):
 class MappedRows:
     """Rows of several arrays, one below the other, read from disk as they are asked for."""
 
-    def __init__(self, parts: Sequence[np.ndarray]) -> None:
+    def __init__(self, parts: Sequence[Mapped]) -> None:
         self._parts = list(parts)
         self._starts = np.cumsum([0, *map(len, parts)])
 
@@ -76,9 +153,9 @@ class MappedRows:
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self):
             raise IndexError(f"rows {asked.tolist()} are not within {len(self)}")
         first = self._parts[0]
-        found = np.empty((len(numbers), *first.shape[1:]), first.dtype)
+        found = np.empty((len(numbers), *first.entry.shape[1:]), first.kind)
         places = np.searchsorted(self._starts, numbers, side="right") - 1
         for place in np.unique(places):
             here = places == place
-            found[here] = self._parts[place][numbers[here] - self._starts[place]]
+            found[here] = self._parts[place].array()[numbers[here] - self._starts[place]]
         return torch.from_numpy(found)

@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -22,7 +21,7 @@ from fewstep.denoiser import Condition, Denoiser
 from fewstep.draws import generator
 from fewstep.grid import end_time, training_grid
 from fewstep.jumper import Voice
-from fewstep.mapped import MappedRows
+from fewstep.mapped import Mapped, MappedRows
 from fewstep.method_settings import ConsistencyConfig
 from fewstep.processes import main_first
 from fewstep.roles import BASE
@@ -103,7 +102,7 @@ def stored_trajectories(
         drawn = draw_trajectories(method, denoiser, condition, null, omega[part], noise.to(device))
         return {"points": drawn.half().cpu()}
 
-    def all_shards() -> list[np.ndarray]:
+    def all_shards() -> list[Mapped]:
         parts = []
         with tqdm(total=count, desc="teacher trajectories", unit="trajectory") as bar:
             for start in range(0, count, SHARD):

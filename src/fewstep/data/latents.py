@@ -21,7 +21,7 @@ from fewstep.device import sent
 from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.files import atomic_write
-from fewstep.mapped import MappedRows, Rows, map_tensors
+from fewstep.mapped import Mapped, MappedRows, Rows, tensors_in
 from fewstep.processes import main_first
 from fewstep.tensors import load_tensors, save_tensors
 
@@ -125,16 +125,16 @@ def cached(folder: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dic
     return tensors
 
 
-def cached_rows(folder: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, np.ndarray]:
-    """As `cached`, mapped from disk. A file's size and header are looked at, not its bytes."""
+def cached_rows(folder: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Mapped]:
+    """As `cached`, to be mapped from disk. A file's size and header are looked at, not its bytes."""
     path = folder / f"{key}.safetensors"
     if path.is_file():
         try:
-            return map_tensors(path)
+            return tensors_in(path)
         except UserError:
             path.unlink(missing_ok=True)
     keep(folder, key, make())
-    return map_tensors(path)
+    return tensors_in(path)
 
 
 def encode_all(pictures: PictureSet, encoders: Encoders, cache: Path, key: str) -> Rows:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from fewstep.errors import UserError
 from fewstep.files import sha256
 from fewstep.folder import PipelineFolder
-from fewstep.mapped import map_tensors
+from fewstep.mapped import Mapped, map_tensors, tensors_in
 from fewstep.synthesis.planning import fingerprints
 from fewstep.synthesis.record import CONDITIONS, MANIFEST, PROMPTS, Manifest, Plan, check_files, is_whole, read_manifest
 
@@ -47,7 +47,7 @@ class Synthesis:
         self.folder = folder
         self.manifest = manifest
         self.times = torch.tensor(manifest.plan.times, dtype=torch.float64)
-        self._shards: dict[int, dict[str, np.ndarray]] = {}
+        self._shards: dict[int, dict[str, Mapped]] = {}
 
     @property
     def plan(self) -> Plan:
@@ -76,7 +76,7 @@ class Synthesis:
     def _told(self) -> dict[str, Tensor]:
         shards = [self._shard(number) for number in range(self.plan.shards)]
         return {
-            name: torch.from_numpy(np.concatenate([shard[name] for shard in shards]))
+            name: torch.from_numpy(np.concatenate([shard[name].array() for shard in shards]))
             for name in ("prompt", "seed", "omega")
         }
 
@@ -164,9 +164,9 @@ class Synthesis:
         _check_range("index", place, lowest, len(self.times) - 1)
         return place
 
-    def _shard(self, number: int) -> dict[str, np.ndarray]:
+    def _shard(self, number: int) -> dict[str, Mapped]:
         if number not in self._shards:
-            self._shards[number] = map_tensors(self.folder / self.manifest.shards[number].file)
+            self._shards[number] = tensors_in(self.folder / self.manifest.shards[number].file)
         return self._shards[number]
 
     def _read(self, name: str, numbers: Tensor, index: Tensor | None = None) -> Tensor:
@@ -175,7 +175,7 @@ class Synthesis:
         for number in np.unique(numbers // size).tolist():
             chosen = numbers // size == number
             rows = (numbers[chosen] - number * size).numpy()
-            array = self._shard(number)[name]
+            array = self._shard(number)[name].array()
             part = array[rows] if index is None else array[rows, index[chosen].numpy()]
             found[chosen] = torch.from_numpy(part).float()
         return found

@@ -7,7 +7,7 @@ were killed.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -18,12 +18,13 @@ from tqdm import tqdm
 
 from fewstep import processes
 from fewstep.backbones.base import Backbone, load_backbone
+from fewstep.denoiser import Condition
 from fewstep.device import pick_device, pick_precision
 from fewstep.drawing import artist_of
 from fewstep.errors import UserError
 from fewstep.files import atomic_folder, atomic_write, remove_folder, sweep, taken, write_json
 from fewstep.grid import end_time, training_grid
-from fewstep.mapped import map_tensors
+from fewstep.mapped import map_tensors, write_rows
 from fewstep.processes import is_main, main_first, together
 from fewstep.settings import teacher_path
 from fewstep.synthesis.planning import SynthesisCost, check_free, cost_of, fingerprints, prompt_entries
@@ -47,7 +48,6 @@ from fewstep.synthesis.record import (
 from fewstep.synthesis.settings import SynthesisConfig
 from fewstep.synthesis.shards import Painter, make_shard, share
 from fewstep.synthesis.walk import Walk
-from fewstep.tensors import save_tensors
 from fewstep.training.launch import make_accelerator
 
 ENCODED = 512
@@ -196,16 +196,17 @@ def _conditions(out: Path, plan: Plan, distinct: Sequence[str], backbone: Backbo
     with atomic_write(out / PROMPTS) as part:
         part.write_text("".join(f"{prompt}\n" for prompt in distinct), encoding="utf-8")
     write_note(out, out / PROMPTS)
-    chunks = []
-    with tqdm(total=len(distinct), desc="encoding prompts", unit="prompt", disable=silent) as bar:
-        for start in range(0, len(distinct), ENCODED):
-            some = distinct[start : start + ENCODED]
-            chunks.append({name: states.half().cpu() for name, states in backbone.encode(some).items()})
-            bar.update(len(some))
-    chunks.append({name: states.half().cpu() for name, states in backbone.null(1).items()})
-    table = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+    def parts() -> Iterator[Condition]:
+        with tqdm(total=len(distinct), desc="encoding prompts", unit="prompt", disable=silent) as bar:
+            for start in range(0, len(distinct), ENCODED):
+                some = distinct[start : start + ENCODED]
+                yield backbone.encode(some)
+                bar.update(len(some))
+        yield backbone.null(1)
+
     with atomic_write(path) as part:
-        save_tensors(part, table)
+        write_rows(part, len(distinct) + 1, ({k: v.half() for k, v in states.items()} for states in parts()))
     write_note(out, path)
     return _read_table(path)
 
