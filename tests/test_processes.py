@@ -54,7 +54,7 @@ def launches(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONHASHSEED": "random"},
-        timeout=600,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, json.loads(done.stdout.splitlines()[-1])
@@ -190,7 +190,7 @@ def test_split_weights_walk_as_whole_ones_do(launches: tuple[Path, dict[str, lis
 
 
 def test_a_split_run_goes_on_in_one_process(launches: tuple[Path, dict[str, list[int]]]) -> None:
-    """Killed in two processes, resumed in one: the weights of the run that was never split."""
+    """Killed in two processes, resumed whole in one: the weights of the run that was never split."""
     folder, codes = launches
     assert codes["halved"][1] == -9
     assert codes["halved-resumed"] == [0], (folder / "halved-resumed-0.log").read_text()[-2000:]
@@ -199,6 +199,17 @@ def test_a_split_run_goes_on_in_one_process(launches: tuple[Path, dict[str, list
         assert distance < 1e-4, part
     calls = [json.loads((folder / name / "evaluations.json").read_text()) for name in ("one", "halved")]
     assert calls[0] == calls[1]
+
+
+def test_a_run_goes_on_in_split_networks(launches: tuple[Path, dict[str, list[int]]]) -> None:
+    """Killed with whole weights, resumed with split ones, in micro-batches of one."""
+    folder, codes = launches
+    assert codes["joined"][1] == -9
+    assert codes["joined-resumed"] == [0, 0], (folder / "joined-resumed-0.log").read_text()[-2000:]
+    assert "split" in did(folder, "joined-resumed-0") - did(folder, "joined-0")
+    one, joined = (folder / name / "checkpoints" / LAST / "student.safetensors" for name in ("one", "joined"))
+    for part, distance in apart(one, joined).items():
+        assert distance < 1e-4, part
 
 
 def test_full_fine_tuning_in_split_networks(launches: tuple[Path, dict[str, list[int]]]) -> None:

@@ -32,6 +32,51 @@ def figures(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key != "time"} for line in lines]
 
 
+def test_how_a_step_is_computed_may_change(tiny_overrides: list[str], tiny_cache: Path, tmp_path: Path) -> None:
+    """Resumed in two micro-batches, with checkpointing: the steps of the run that was not, and not those of another."""
+    from fewstep import distillation
+    from fewstep.errors import UserError
+    from fewstep.settings import resolve
+
+    def go(out: str, *words: str) -> dict[str, torch.Tensor]:
+        config = resolve("tcd", None, [*tiny_overrides, "student.rank=2", "loop.steps=4", *words])
+        distillation.distill(config, tmp_path / out, cache=tiny_cache, quiet=True)
+        return load_file(tmp_path / out / "checkpoints" / f"step-{config.loop.steps:08d}" / "student.safetensors")
+
+    whole, before = go("whole"), go("other", "loop.steps=2")
+    with pytest.raises(UserError, match=r"holds a run with another loop\.batch \(4, now 8\)"):
+        go("other", "loop.batch=8", "loop.accumulate=2")
+    other = go("other", "loop.accumulate=2", "student.checkpointing=true")
+    assert sum(float((whole[name] - weight).abs().max()) for name, weight in before.items()) > 1e-3
+    for name, weight in whole.items():
+        torch.testing.assert_close(other[name], weight, rtol=1e-3, atol=1e-6)
+
+
+def test_what_may_change_in_a_run_and_its_stages(tmp_path: Path) -> None:
+    import yaml
+
+    from fewstep.errors import UserError
+    from fewstep.settings import resolve
+    from fewstep.training.run import check_same_run
+
+    def check(recipe: str, before: list[str], after: list[str]) -> None:
+        config = resolve(recipe, None, before)
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
+        check_same_run(tmp_path, resolve(recipe, None, after))
+
+    for words in (["loop.accumulate=4"], ["loop.shard=true"], ["loop.compile=true"], ["student.checkpointing=true"]):
+        check("tcd", [], words)
+        check("tcd", words, [])
+        check("tlcm", [], words)
+    check("tlcm", [], ["stages.matching.loop.accumulate=2"])
+    with pytest.raises(UserError, match=r"another stages"):
+        check("tlcm", [], ["stages.matching.loop.batch=8"])
+    with pytest.raises(UserError, match=r"another loop\.steps"):
+        check("tlcm", [], ["loop.steps=31000"])
+    with pytest.raises(UserError, match=r"another loop\.accumulate \(1, now 2\)"):
+        check("ctm", [], ["loop.accumulate=2"])
+
+
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_half_precision_learns_what_full_precision_learns(
     kind: str, tiny_overrides: list[str], tiny_cache: Path, tmp_path: Path

@@ -6,7 +6,7 @@ import json
 import platform
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -190,8 +190,9 @@ def last_step(folder: Path) -> int:
 def check_same_run(folder: Path, config: Config, inputs: Mapping[str, str] | None = None) -> None:
     """Refuse a run folder that holds another run.
 
-    How often it logs, saves and watches may differ. So may its length, as long as every step taken so far had the
-    learning rate that it has in the new length. Keys that the older run did not know yet count as their defaults.
+    How often it logs, saves and watches may differ, and how the samples of a step are shared out over micro-batches and
+    processes, split or compiled: all but rounding is the same. So may its length, as long as every step taken so far
+    had the learning rate that it has in the new length. Keys that the older run did not know yet count as defaults.
 
     Args:
         inputs: what the run was fed, by name, as fingerprints; None before they are known.
@@ -238,10 +239,27 @@ def _check_length(folder: Path, old: Any, new: Any) -> None:
 
 RHYTHM = ("steps", "log_every", "save_every", "keep", "watch_every")
 """Settings of the loop that do not change a step (`steps` is looked at on its own)."""
+MEANS = ("accumulate", "shard", "compile")
+"""Settings of the loop by which a step of the same whole batch is computed in another way, the same but for rounding.
+
+As many processes as there are is another, and no setting.
+"""
 
 
 def _without_rhythm(config: Mapping[str, Any]) -> dict[str, Any]:
-    loop = config.get("loop")
-    free = [name for name in RHYTHM if name != "steps" or not config.get("stages")]  # of a list they are all split anew
-    kept = {k: v for k, v in loop.items() if k not in free} if isinstance(loop, Mapping) else loop
-    return {**config, "loop": kept}
+    """What of a config decides its steps."""
+    free = [*RHYTHM, *MEANS]
+    method = config.get("method")
+    if isinstance(method, Mapping) and method.get("balance") == "gradient":  # of two losses' gradients, a micro-batch's
+        free.remove("accumulate")
+
+    def kept(part: Any, names: Sequence[str]) -> Any:
+        return {k: v for k, v in part.items() if k not in names} if isinstance(part, Mapping) else part
+
+    stages = config.get("stages")
+    result = {**config, "student": kept(config.get("student"), ["checkpointing"])}
+    if stages:  # their steps are all split anew
+        free.remove("steps")
+        own = [{**stage, "loop": kept(stage.get("loop"), free)} for stage in stages if isinstance(stage, Mapping)]
+        result["stages"] = own
+    return {**result, "loop": kept(config.get("loop"), free)}
