@@ -21,7 +21,7 @@ from fewstep.errors import UserError
 from fewstep.method_settings import ConsistencyConfig, Guidance
 from fewstep.names import Prediction, omega_of
 from fewstep.objectives import points
-from fewstep.objectives.consistency import consistency_loss, set_scene
+from fewstep.objectives.consistency import consistency_loss, set_scene, target_lands
 from fewstep.objectives.distance import feature_distance, huber, huber_norm, l2
 from fewstep.objectives.scene import Sample
 from fewstep.objectives.times import draw_times
@@ -386,6 +386,40 @@ def test_the_loss_falls_in_thirty_steps(recipe: str, small: list[str], tiny_cach
         for name, parameter in update.parameters.items():
             parameter.copy_(trained[name])
     assert judge() < 0.9 * before
+
+
+@pytest.mark.parametrize(
+    ("guidance", "empty", "teacher"),
+    [
+        ({"convention": "lcm", "low": 2.0, "high": 14.0}, 0.0, 2),
+        ({"convention": "lcm", "low": 0.0, "high": 14.0}, 0.0, 2),
+        ({"convention": "lcm", "low": 0.0, "high": 0.0}, 0.0, 1),
+        ({"convention": "imagen", "low": 1.0, "high": 1.0}, 0.0, 1),
+        ({"convention": "none"}, 0.0, 1),
+        ({"convention": "imagen", "low": 3.0, "high": 3.0}, 0.5, 2),  # asked twice for one answer
+    ],
+)
+def test_what_a_teachers_call_costs_is_what_is_stated(guidance: dict[str, Any], empty: float, teacher: int) -> None:
+    """The unconditional half of a call is skipped for all samples or for none, in whichever batch."""
+    config = validate(ConsistencyConfig, {"grid": 8, "k": 1, "guidance": guidance})
+    assert config.calls["teacher"] == teacher
+    asked, said = [], torch.tensor([[1.0], [2.0], [3.0], [4.0]])
+
+    def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
+        if role == BASE:
+            asked.append(len(x))
+        return x * condition["text"]
+
+    for step in range(3):
+        keyed = Draws(0, step, (0, 1, 2, 3))
+        dropped = keyed.chance("empty prompt", empty)
+        text = torch.where(dropped[:, None], 0.0, said)
+        sample = Sample(torch.ones(4, 1), {"text": text}, {"text": torch.zeros(4, 1)})
+        scene = set_scene(config, Denoiser(call, PATH, "eps"), sample, keyed)
+        target_lands(scene)
+        found = scene.teacher.denoise(torch.ones(4, 1), torch.full((4,), 499.0, dtype=torch.float64))
+        assert not found.eps[dropped].any(), "guided or not, the empty prompt's own answer"
+    assert set(asked) == {4 * teacher}
 
 
 def test_where_nothing_is_guided_the_unconditional_half_is_not_asked() -> None:

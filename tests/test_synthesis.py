@@ -209,9 +209,12 @@ def test_the_cost_is_what_is_paid(
         ("latents", "heun", "clean", "none", 9),
         ("trajectories", "heun", "clean", "lcm", 18),
         ("trajectories", "ddim", "index0", "none", 10),
+        ("trajectories", "ddim", "index0", "lcm 0", 10),  # a scale at which no one is guided
     ]
     for number, (kind, solver, end, guidance, evaluations) in enumerate(cases):
-        words = [*WALKS, f"solver={solver}", f"end={end}", f"guidance.convention={guidance}"]
+        convention, *scale = guidance.split()
+        words = [*WALKS, f"solver={solver}", f"end={end}", f"guidance.convention={convention}"]
+        words += [f"guidance.{side}={value}" for value in scale for side in ("low", "high")]
         out = tmp_path / str(number)
         cost = fewstep.synthesis_cost(prompt_file, out=out, teacher=tiny_pipeline, kind=kind, overrides=words)
         assert (cost.samples, cost.shards, cost.evaluations) == (8, 3, evaluations)

@@ -80,6 +80,11 @@ class Denoiser:
 
         Guidance commutes with the conversion, which is linear in the output. A network that is told its guidance is
         told 1 + omega, in one call of batch B; where no sample has any, the unconditional half is not asked.
+
+        Samples with and without guidance do not meet in a batch: omega is drawn from a range, or is 0 for all. Samples
+        whose prompt was dropped (`data.empty_prompts`) do meet others, and are asked twice for one answer, which costs
+        half their share of a call. It is not saved: in batches of their own they would make a step's gradient that of
+        the empty prompt alone, and among others the call would be of another shape in each batch.
         """
         if self.embedded:
             return self.estimate(x_t, t, tell(condition, guidance=1 + omega), role)

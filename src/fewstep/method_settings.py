@@ -61,7 +61,12 @@ class Guidance(Config):
     @property
     def branches(self) -> int:
         """Network evaluations of one guided call."""
-        return 1 if self.convention == "none" else 2
+        return 2 if self.guides else 1
+
+    @property
+    def guides(self) -> bool:
+        """Whether any sample is guided: none is where omega is 0 for all."""
+        return self.convention != "none" and self.omegas != (0.0, 0.0)
 
     @property
     def mean_omega(self) -> float:

@@ -67,7 +67,7 @@ class DrawnSettings(Config):
         first_order = (self.end == "clean") + from_pure_noise
         single = min(first_order, self.points)
         calls = CALLS[self.solver] * (self.points - single) + single
-        beside = self.points if self.kind == "trajectories" and self.guidance.convention == "none" else 0
+        beside = self.points if self.kind == "trajectories" and not self.guidance.guides else 0
         return calls * self.guidance.branches + beside
 
 

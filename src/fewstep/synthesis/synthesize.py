@@ -103,10 +103,9 @@ def synthesize(config: SynthesisConfig, lines: Sequence[str], out: Path, *, quie
         if not silent:
             print("\n".join(_told(out, plan, cost_of(config, lines, backbone.folder), missing)), file=sys.stderr)
         number = {prompt: row for row, prompt in enumerate(distinct)}
-        guided = plan.settings.guidance.convention != "none"
         painter = Painter(
             plan,
-            Walk(artist_of(backbone).denoiser, plan.times, plan.settings.solver, guided),
+            Walk(artist_of(backbone).denoiser, plan.times, plan.settings.solver, plan.settings.guidance.guides),
             backbone,
             torch.tensor([number[line] for line in lines]),
             table,
