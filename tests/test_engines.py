@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -178,24 +179,52 @@ def test_a_compiled_run_learns_the_same(
 
 
 def test_a_compiled_artist_draws_the_same(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One graph for full batches; the pictures that are left over are too few for another."""
+    """One graph and one shape, left-over pictures included: each is drawn as it would be in any other place."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(compile_networks, "__defaults__", (counter,))
-    monkeypatch.setattr(drawing, "MOST_LATENT_POINTS", 3 * 8 * 8)
     sampling = Sampling(steps=2, gamma=0.5, grid=10)
     prompts, seeds = ["a red disc"] * 7, range(7)
     plain = drawing.load_artist(tiny_pipeline)
     wanted = plain.latents(plain.encode(prompts), seeds, sampling)
+    shapes: set[int] = set()
     torch._dynamo.reset()
     try:
-        folded = drawing.load_artist(tiny_pipeline, compiled=True)
+        folded = drawing.load_artist(tiny_pipeline, compiled=True, batch=3)
+        call = folded.denoiser.call
+
+        def noted(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
+            shapes.add(len(x))
+            return call(x, t, condition, role)
+
+        folded = replace(folded, denoiser=replace(folded.denoiser, call=noted))
         found = folded.latents(folded.encode(prompts), seeds, sampling)
     finally:
         torch._dynamo.reset()
     assert counter.frame_count == 1
+    assert shapes == {3}
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_pictures_are_drawn_as_many_at_once_as_is_said(tiny_pipeline: Path) -> None:
+    """All at once where nobody says, and none twice; the pictures are the same."""
+    sampling, prompts = Sampling(steps=1, grid=10), ["a red disc"] * 5
+    drawn, sizes = [], []
+    for batch in (None, 2):
+        artist = drawing.load_artist(tiny_pipeline, batch=batch)
+        asked: list[int] = []
+
+        def call(x: Tensor, *rest: Any, plain: Any = artist.denoiser.call, asked: list[int] = asked) -> Tensor:
+            asked.append(len(x))
+            found: Tensor = plain(x, *rest)
+            return found
+
+        artist = replace(artist, denoiser=replace(artist.denoiser, call=call))
+        drawn.append(artist.latents(artist.encode(prompts), range(5), sampling))
+        sizes.append(asked)
+    assert sizes == [[5], [2, 2, 1]]
+    torch.testing.assert_close(*drawn, rtol=1e-4, atol=1e-5)
 
 
 narrow = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="extra `quantize` is missing")

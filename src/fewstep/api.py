@@ -122,6 +122,7 @@ def sample(
     strength: float | None = None,
     precision: str = "fp32",
     compile: bool = False,
+    batch: int | None = None,
 ) -> Path:
     """Draw `count` pictures a prompt into one file: a picture, or a sheet with a row a prompt.
 
@@ -144,6 +145,7 @@ def sample(
         strength: share of the noisiest time that it is noised to, in (0, 1]; None for .5. All steps are made below it.
         precision: fp32, bf16, fp16 or auto; what the denoiser is kept and computes in.
         compile: compile the denoiser; worth its minutes where many pictures are drawn.
+        batch: pictures drawn at once; None for 16 of 512 x 512 pixels, as many more or fewer of others, at most 64.
 
     Raises:
         UserError: no prompt, a setting out of range, a LoRA or adapter of another base, an unwritable place, a
@@ -166,7 +168,7 @@ def sample(
         raise UserError(f"out = {str(path)!r} must end in .png or .webp; the nearest is {path.stem + '.png'!r}")
     if path.is_dir():
         raise UserError(f"out = {str(path)!r} is a folder; the nearest file is {str(path / 'sample.png')!r}")
-    for name, value in (("count", count), ("scale", scale)):
+    for name, value in (("count", count), ("scale", scale), ("batch", batch)):
         if value is not None and value < 1:
             raise UserError(f"{name} = {value} must be at least 1; the nearest legal one is 1")
     _check_seed(seed, count * len(wanted))
@@ -195,7 +197,7 @@ def sample(
     share = 0.5 if strength is None else strength
     if begun is not None:  # refused before weights are loaded
         call_times(sampling, path_of(folder.noise), share)
-    artist = load_artist(folder.path, student, place, adapter, computes, compiled=compile)
+    artist = load_artist(folder.path, student, place, adapter, computes, compiled=compile, batch=batch)
     if artist.adapter is not None:
         for prompt, (caption, likeness) in zip(wanted, artist.adapter.readings(wanted), strict=True):
             print(f"{prompt!r} is read as {caption!r}, likeness {likeness:.2f}", file=sys.stderr)
@@ -221,6 +223,7 @@ def evaluate(
     teacher_config: Path | str = "",
     precision: str = "fp32",
     compile: bool = False,
+    batch: int | None = None,
 ) -> Mapping[str, Figure]:
     """Draw one picture a prompt and measure them; returns the figures by name and writes figures.json.
 
@@ -241,6 +244,7 @@ def evaluate(
         teacher_config: for a single-file teacher, a pipeline folder of its kind.
         precision: fp32, bf16, fp16 or auto; what the denoisers, the reference's too, are kept and compute in.
         compile: compile them.
+        batch: pictures drawn at once; None as in `sample`.
 
     Raises:
         UserError: anything wrong, in one line, before any long work.
@@ -257,6 +261,8 @@ def evaluate(
     from fewstep.world import emoji8
 
     check_device(device)
+    if batch is not None and batch < 1:
+        raise UserError(f"batch = {batch} must be at least 1; the nearest legal one is 1")
     prompts = read_prompts(prompt_file, "prompt_file")
     if len(prompts) < KID_FEWEST:
         raise UserError(f"prompt_file holds {len(prompts)} prompts; KID needs at least {KID_FEWEST} pictures")
@@ -302,6 +308,7 @@ def evaluate(
         device=make_accelerator("fp32", place).device,
         precision=computes,
         compiled=compile,
+        batch=batch,
         out=Path(out),
     )
 

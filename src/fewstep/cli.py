@@ -14,6 +14,7 @@ import typer
 from pydantic import BaseModel
 
 from fewstep.cli_options import (
+    Batch,
     Compiled,
     Configs,
     Device,
@@ -162,6 +163,7 @@ def sample(
     device: Device = "auto",
     precision: DrawsIn = "fp32",
     compiled: Compiled = False,
+    batch: Batch = None,
     adapter: Annotated[
         Path | None, typer.Option(help="Folder that train-adapter wrote: prompts of any of its languages.")
     ] = None,
@@ -191,6 +193,7 @@ def sample(
         device=device,
         precision=precision,
         compile=compiled,
+        batch=batch,
         settings=drawing(overrides, steps=steps, gamma=gamma, omega=omega, sampler=sampler),
         adapter=adapter,
         teacher_config=config or "",
@@ -222,6 +225,7 @@ def evaluate(
     device: Device = "auto",
     precision: DrawsIn = "fp32",
     compiled: Compiled = False,
+    batch: Batch = None,
     overrides: Sampled = None,
     out: Annotated[Path, typer.Option(help="Folder for figures.json.")] = Path("runs/evaluation"),
     config: Configs = None,
@@ -244,6 +248,7 @@ def evaluate(
         device=device,
         precision=precision,
         compile=compiled,
+        batch=batch,
         settings=drawing(overrides, steps=steps, gamma=gamma, omega=omega, sampler=sampler),
         teacher_config=config or "",
     )

@@ -45,6 +45,10 @@ DrawsIn = Annotated[str, typer.Option("--precision", help="What the denoiser com
 Compiled = Annotated[
     bool, typer.Option("--compile", help="Compile the denoiser; takes minutes, pays for many pictures.")
 ]
+Batch = Annotated[
+    int | None,
+    typer.Option(help="Pictures drawn at once; left out, 16 of 512 pixels a side, at most 64 of smaller ones."),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Overrides = Annotated[
     list[str] | None,

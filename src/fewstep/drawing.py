@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fewstep.backbones.base import Backbone, load_backbone
-from fewstep.compiled import compile_networks, eagerly
+from fewstep.compiled import compile_networks
 from fewstep.denoiser import Condition, Denoiser
 from fewstep.errors import UserError
 from fewstep.export.conditioning import read_told
@@ -31,7 +30,10 @@ from fewstep.settings import TEACHER_SAMPLING, Sampling
 from fewstep.told import Ear, ToldEmbedding, split_told
 
 MOST_LATENT_POINTS = 2**16
-"""Points of latents (height x width) that the network draws at once: 16 pictures of Stable Diffusion at 512 x 512."""
+"""Points of latents (height x width) that the network draws at once where nobody says how many pictures: 16 of Stable
+Diffusion at 512 x 512, or 4 of SDXL."""
+MOST_DRAWN = 64
+"""Pictures that it then draws at once at most."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,9 @@ class Artist:
     Attributes:
         precision: type that the network computes in; conversions, steps and the autoencoder are fp32.
         adapter: reads prompts of other languages in the text encoder's place; the null prompt stays the teacher's own.
+        batch: pictures that the network draws at once; None for what a small GPU has room for.
+        filled: a batch that is left over is filled up by its last picture, which is then drawn more than once: a
+            compiled network has one graph, and a picture is the same wherever it stands in the list.
     """
 
     backbone: Backbone
@@ -49,6 +54,8 @@ class Artist:
     role: str = BASE
     precision: torch.dtype = torch.float32
     adapter: Adapter | None = None
+    batch: int | None = None
+    filled: bool = False
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Prompts -> what the network is told of them, on the CPU."""
@@ -73,21 +80,22 @@ class Artist:
         null = {name: value.to(device) for name, value in null.items()}
         shape = self.backbone.shape_of(sampling.size)
         _, height, width = shape
-        batch = min(64, max(1, MOST_LATENT_POINTS // (height * width)))
+        batch = self.batch or min(MOST_DRAWN, max(1, MOST_LATENT_POINTS // (height * width)))
         parts = []
         silent = title is None or len(seeds) <= batch or not is_main()
         with tqdm(total=len(seeds), desc=title, unit="picture", leave=False, disable=silent) as bar:
             for start in range(0, len(seeds), batch):
-                rows = slice(start, start + batch)
+                own = min(batch, len(seeds) - start)
+                wide = batch if self.filled and start else own
+                rows = [start + min(row, own - 1) for row in range(wide)]
                 part = {name: value[rows].to(device) for name, value in condition.items()}
-                left = start > 0 and start + batch > len(seeds)  # too few to be worth a graph of their own
-                narrow = torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32)
-                with narrow, eagerly() if left else nullcontext():
+                with torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32):
                     begun = source
                     if source is not None and len(source.latents) > 1:
                         begun = replace(source, latents=source.latents[rows])
-                    asked = (sampling, seeds[rows], shape, self.role, device, begun, self.backbone.arranged)
-                    drawn = draw_latents(self.denoiser, part, null, *asked)
+                    their = [seeds[row] for row in rows]
+                    asked = (sampling, their, shape, self.role, device, begun, self.backbone.arranged)
+                    drawn = draw_latents(self.denoiser, part, null, *asked)[:own]
                 parts.append(drawn.cpu())
                 bar.update(len(drawn))
         return torch.cat(parts)
@@ -146,6 +154,7 @@ def load_artist(
     precision: torch.dtype = torch.float32,
     *,
     compiled: bool = False,
+    batch: int | None = None,
 ) -> Artist:
     """Load a pipeline folder and, merged into it, a student's LoRA; prompts are read by an adapter if one is given.
 
@@ -155,6 +164,7 @@ def load_artist(
     Args:
         precision: type that the denoiser's weights are kept and its calls computed in, after the LoRA was merged.
         compiled: compile the denoiser, for the shape of the first batch that is drawn.
+        batch: pictures that it draws at once; None for what a small GPU has room for.
 
     Raises:
         UserError: not a pipeline, not a LoRA, or a LoRA or adapter of another base.
@@ -175,7 +185,7 @@ def load_artist(
         backbone.network.to(precision)
     if compiled:
         compile_networks([backbone.network])
-    return replace(artist, adapter=reads, precision=precision)
+    return replace(artist, adapter=reads, precision=precision, batch=batch, filled=compiled)
 
 
 def sheet(pictures: np.ndarray, columns: int, scale: int = 2) -> Image.Image:

@@ -105,6 +105,7 @@ def evaluate_folder(
     device: torch.device,
     precision: torch.dtype,
     compiled: bool,
+    batch: int | None,
     out: Path,
 ) -> Mapping[str, Figure]:
     """Measure a pipeline folder or a LoRA on it; write figures.json and return the figures by name.
@@ -120,13 +121,14 @@ def evaluate_folder(
         reference_sampling: how it draws them.
         precision: type that the denoisers are kept and compute in.
         compiled: compile them.
+        batch: pictures that they draw at once; None for what a small GPU has room for.
         out: folder for figures.json.
     """
-    artist = load_artist(teacher, lora, device, precision=precision, compiled=compiled)
+    artist = load_artist(teacher, lora, device, precision=precision, compiled=compiled, batch=batch)
     n, size = len(prompts), sampling.size[0] if sampling.size else artist.backbone.picture_size
     teller = None
     if reference is not None:
-        teller = load_artist(reference, None, device, precision=precision, compiled=compiled)
+        teller = load_artist(reference, None, device, precision=precision, compiled=compiled, batch=batch)
     end_points = EndPoints()
     if teller is not None:
         same, other = (teller.draw(prompts, range(first, first + n), reference_sampling) for first in (seed, seed + n))
