@@ -112,6 +112,28 @@ def test_members_are_listed_once_for_each_version(
         first.pictures.read(range(10, 16))
 
 
+@pytest.mark.parametrize("fact", ["ETag", "Content-MD5", "Digest", "Last-Modified"])
+def test_what_a_web_server_says_of_a_shard_is_its_version(
+    fact: str, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The four headers that fsspec hands on from HTTP; a shard of the same size is another one when they change."""
+    memory, told = fsspec.filesystem("memory"), {"name": "x", "size": 5, "type": "file", fact: "first"}
+
+    class Web:
+        def info(self, path: str) -> dict[str, object]:
+            return told
+
+        def open(self, path: str, mode: str) -> object:
+            return memory.open("/emoji/pics-00.tar", mode)
+
+    monkeypatch.setattr(shards, "place_of", lambda url: (Web(), "/emoji/pics-00.tar"))
+    version, samples = shards.listed("https://host/pics.tar", tmp_path)
+    assert shards.listed("https://host/pics.tar", tmp_path) == (version, samples)
+    told[fact] = "second"
+    assert shards.listed("https://host/pics.tar", tmp_path) != (version, samples)
+    assert len(list(tmp_path.glob("shard-*.json"))) == 2
+
+
 def test_shards_on_a_disk(picture_folder: Path, tmp_path: Path) -> None:
     place = tmp_path / "pics.tar"
     place.write_bytes(tar_of(members_of(picture_folder, range(4))))

@@ -26,7 +26,10 @@ CAPTIONS = (".txt", ".json")
 """Where a sample's caption stands, the nearest first: as text, or as `caption` or `text` of a JSON object."""
 LONGEST = 2**20
 """Bytes of a caption's file that are read."""
-VERSION = ("size", "mtime", "LastModified", "last_modified", "ETag", "etag", "md5Hash", "generation", "created")
+VERSION = (
+    *("size", "mtime", "LastModified", "last_modified", "ETag", "etag", "md5Hash", "generation", "created"),
+    *("Content-MD5", "Digest", "Last-Modified"),  # web servers, by the names of their headers
+)
 """What file systems say of a file that changes with its content."""
 
 
