@@ -291,6 +291,7 @@ def test_prompts_that_are_not_there(refuse: Refuse, tmp_path: Path) -> None:
         (("--omega", "-1"), "omega = -1.0 must be at least 0"),
         (("--sampler", "dimm"), "sampler = 'dimm' is not one of sss, lcm, ddim, euler, heun, dpm_2, dpmpp_2s,"),
         (("--count", "0"), "count = 0 must be at least 1"),
+        (("--batch", "0"), "batch = 0 must be at least 1"),
         (("--scale", "-3"), "scale = -3 must be at least 1"),
         (("--seed", "-1"), "seed = -1 is out of range; the nearest legal one is 0"),
         (("--out", "picture.gif"), "out = 'picture.gif' must end in .png or .webp; the nearest is 'picture.png'"),

@@ -28,7 +28,8 @@ def add(first: Calls, *others: Calls) -> Calls:
 def starting_calls(config: ConsistencyConfig) -> Calls:
     """What it takes to come to x_{t_n+k}, once for all updates of a step.
 
-    A roll-out of R steps takes R - i of them to a point in the i-th of R equal parts of the grid, (R + 1)/2 on average.
+    A roll-out of R steps takes R - i of them to a point in the i-th of R equal parts of the grid, (R + 1)/2 on average;
+    in micro-batches of less than R samples a little more (`objectives.starts.by_rollout`).
     """
     if config.start == "rollout":
         steps = sum(config.rollout_steps) / config.points

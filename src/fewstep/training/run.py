@@ -242,7 +242,7 @@ RHYTHM = ("steps", "log_every", "save_every", "keep", "watch_every")
 MEANS = ("accumulate", "shard", "compile")
 """Settings of the loop by which a step of the same whole batch is computed in another way, the same but for rounding.
 
-As many processes as there are is another, and no setting.
+The number of processes is another such choice, and no setting.
 """
 
 
