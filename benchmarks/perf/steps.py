@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Semaphore
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ from perf.timing import Timed, in_turn, settled
 
 WARM = 2
 """Rounds that are not counted."""
+BATCHES = 8
+"""Batches in a set: a step finds its samples where a pass has left them, not where the last step did."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,13 @@ class Task:
 
 
 def make_pictures(task: Task) -> tuple[Path, np.ndarray]:
-    """A folder of random pictures with captions, and the first batch of them."""
+    """A folder of random pictures with captions, a set's worth, and the first batch of them."""
     from fewstep.folder import read_folder
 
     side = read_folder(task.folder).picture_size
-    place = task.cache / f"pictures-{side}"
-    pictures = np.random.default_rng(0).integers(0, 256, (max(32, task.batch), side, side, 3), dtype=np.uint8)
+    count = BATCHES * task.batch
+    place = task.cache / f"pictures-{side}-{count}"
+    pictures = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
     if not place.is_dir():
         place.mkdir(parents=True)
         for i, picture in enumerate(pictures):
@@ -74,10 +77,11 @@ def words(task: Task) -> list[str]:
     ]  # fmt: skip
     if task.kind == "online":
         return [*common, f"data.source={make_pictures(task)[0]}"]
+    count = BATCHES * task.batch
     prompts = task.cache / "prompts.txt"
     prompts.parent.mkdir(parents=True, exist_ok=True)
-    prompts.write_text("".join(f"picture {i}\n" for i in range(task.batch)), encoding="utf-8")
-    drawn = task.cache / f"walks-{task.folder.name}-{task.batch}"
+    prompts.write_text("".join(f"picture {i}\n" for i in range(count)), encoding="utf-8")
+    drawn = task.cache / f"walks-{task.folder.name}-{count}"
     guidance = ["guidance.convention=lcm", "guidance.low=2", "guidance.high=14"]
     settings = ["grid=4", "end=index0", "dtype=fp32", f"device={task.device}", *guidance]
     synthesize(prompts, out=drawn, teacher=task.folder, kind="trajectories", overrides=settings)
@@ -133,7 +137,8 @@ def script_of(task: Task, *, encoders: bool) -> LcmScript:
 class Clock:
     """Stands in the loop's loss: stops the loop's clock, runs the others in turn, and lets the loop go on.
 
-    What the loop does between two losses is a whole step of it: backward, optimiser, logging, the next batch's wait.
+    What the loop does between two losses is a whole step of it: backward, optimiser, logging, the next batch. Reading
+    ahead is part of that: a batch is read while the loop's clock runs, or not at all, one for each step.
     """
 
     def __init__(self, others: Mapping[str, Callable[[], None]], device: torch.device) -> None:
@@ -141,6 +146,16 @@ class Clock:
         self.own: list[float] = []
         self.theirs: list[dict[str, float]] = []
         self.started: float | None = None
+        self._reads = Semaphore(1)  # the first batch, before the first step
+
+    def within(self, fetch: Callable[..., Batch]) -> Callable[..., Batch]:
+        """The reading of a batch, once the clock runs; the step that needs the batch waits for its end."""
+
+        def clocked(*asked: Any) -> Batch:
+            self._reads.acquire()
+            return fetch(*asked)
+
+        return clocked
 
     def around(self, loss: Callable[..., Any]) -> Callable[..., Any]:
         """The loss with the clock before it."""
@@ -149,11 +164,13 @@ class Clock:
             now = settled(self.device)
             if self.started is not None:
                 self.own.append(now - self.started)
-            time.sleep(0.01)  # what the loop reads ahead is not the others' to pay for
             names = list(self.others)
             ordered = names if len(self.own) % 2 else names[::-1]
-            self.theirs.append(in_turn({name: self.others[name] for name in ordered}, self.device))
-            self.started = settled(self.device)
+            try:
+                self.theirs.append(in_turn({name: self.others[name] for name in ordered}, self.device))
+                self.started = settled(self.device)
+            finally:  # a reader left waiting would keep the process from ending
+                self._reads.release()
             return loss(batch, draws)
 
         return clocked
@@ -179,5 +196,5 @@ def time_steps(task: Task, out: Path) -> dict[str, Timed]:
     plan[0] = replace(plan[0], loss=clock.around(plan[0].loss))
 
     with RunLog(out, config, title="steps", inputs=run.inputs, main=True, quiet=True) as log:
-        train(plan, fetch_of(run), len(run.data), config.loop, log, accelerator)
+        train(plan, clock.within(fetch_of(run)), len(run.data), config.loop, log, accelerator)
     return clock.result()
