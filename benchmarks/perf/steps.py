@@ -124,14 +124,14 @@ def bare_parts(run: Run, task: Task) -> dict[str, Callable[[], None]]:
     return parts if task.kind == "stored" else {**parts, "teacher": teacher}
 
 
-def script_of(task: Task, *, encoders: bool) -> LcmScript:
+def script_of(task: Task) -> LcmScript:
     """The example's state for a task."""
     device = torch.device(task.device)
     _, pictures = make_pictures(task)
     shown = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
     prompts = [f"picture {i}" for i in range(task.batch)]
     kind = DTYPES[pick_precision(task.precision, device)]  # type: ignore[arg-type]
-    return LcmScript(task.folder, task.rank, shown, prompts, encoders=encoders, precision=kind, device=device)
+    return LcmScript(task.folder, task.rank, shown, prompts, precision=kind, device=device)
 
 
 class Clock:
@@ -189,8 +189,8 @@ def time_steps(task: Task, out: Path) -> dict[str, Timed]:
     config = resolve("tcd", None, words(task))
     run = prepare(config, task.cache / "encoded", device)
     others = bare_parts(run, task)
-    for name, encoders in (("script", True), ("script without encoders", False)):
-        others[name] = script_of(task, encoders=encoders).step
+    script = script_of(task)  # one for both: its networks are two already
+    others |= {"script": script.step, "script without encoders": script.step_on_kept}
     clock = Clock(others, device)
     plan = update_plan(run)
     plan[0] = replace(plan[0], loss=clock.around(plan[0].loss))
