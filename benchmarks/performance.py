@@ -6,9 +6,9 @@ One machine, one run: contenders take turns, so that what slows the machine slow
 ratios taken round by round. Networks: `bundled` (the teacher), `sd100m`, `sd15` and `sdxl` (random weights in the shape
 of Stable Diffusion's, of 100 M parameters and of its own size, and of SDXL's), or a pipeline folder.
 
-On a GPU, at SDXL's size:
+On a GPU of 80 GB, at SDXL's size (three networks in fp32 are there at once, ours and the script's two):
 
-    python benchmarks/performance.py --network sdxl --device cuda --precision bf16 --rank 64 --batch 8 \\
+    python benchmarks/performance.py --network sdxl --device cuda --precision bf16 --rank 64 --batch 2 \\
         --what stored online sampling memory matrix
     python benchmarks/performance.py ... -s loop.compile=true -s student.base=bf16
 """
@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve each other
 
@@ -27,21 +28,22 @@ import torch
 from perf.networks import folder_of
 from perf.peaks import alone, matrix_of, peak_of
 from perf.sampling import time_sampling
-from perf.steps import Task, time_steps
+from perf.steps import time_steps
 from perf.synthesis import time_synthesis
+from perf.task import Task
 from perf.timing import Timed, ratio
 
 from fewstep.device import DTYPES
 from fewstep.provenance import commit, hardware
+from fewstep.synthesis.settings import Kind
 
-SCRIPTS = ("script", "script without encoders")
+CONTENDERS = (("ours", "stored"), ("ours", "online"), ("script", "online"), ("script without encoders", "online"))
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Time, and print Markdown."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    every = ["stored", "online", "sampling", "synthesis", "memory", "matrix"]
-    parser.add_argument("--what", nargs="+", default=every, choices=every)
+    parser.add_argument("--what", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--network", default="bundled", help="bundled, sd100m, sd15, sdxl, or a pipeline folder")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
@@ -56,32 +58,67 @@ def main(words: Sequence[str] | None = None) -> None:
     print(f"commit {commit()}; {hardware()}; {torch.get_num_threads()} threads; {what} {' '.join(asked.s)}")
     for kind in asked.what:
         how = (asked.rank, asked.batch, asked.precision, asked.device, asked.cache, asked.rounds, tuple(asked.s))
-        if kind in ("stored", "online"):
-            task = Task(folder, kind, *how)
-            with tempfile.TemporaryDirectory() as out:
-                found = time_steps(task, Path(out))
-            table(f"a training step, {kind}", found, found["F"].median, asked.batch)
-            parts = [found[name] for name in ("student", "target", "teacher") if name in found]
-            say("ours / sum of its bare parts", [found["ours"]], parts)
-            say("the script / ours", [found["script"]], [found["ours"]])
-            say("the script without encoders / ours", [found["script without encoders"]], [found["ours"]])
-        elif kind == "sampling":
-            found = time_sampling(folder, asked.batch, DTYPES[asked.precision], asked.device, asked.rounds)
-            table("pictures at 4 steps", found, None, asked.batch)
-            say("ours / (calls + decode)", [found["ours"]], [found["calls + decode"]])
-            say("diffusers / ours", [found["diffusers"]], [found["ours"]])
-        elif kind in ("memory", "matrix"):
-            contenders = [("ours", "stored"), ("ours", "online"), *((name, "online") for name in SCRIPTS)]
-            title = "GiB that a step holds at most" if kind == "memory" else "matrix work, share of the operators' time"
-            print(f"\n## {title}\n\n| who | |\n| --- | --- |")
-            for who, teacher in contenders:
-                named = f"ours, {teacher}" if who == "ours" else who
-                figure = alone(peak_of if kind == "memory" else matrix_of, Task(folder, teacher, *how), who)
-                print(f"| {named} | {figure / 2**30 if kind == 'memory' else figure:.3f} |", flush=True)
-        else:
-            found = time_synthesis(folder, asked.batch, asked.precision, asked.device, max(3, asked.rounds // 5))
-            table("a synthesised set", found, None, None)
-            say("guided calls / ours", [found["guided calls"]], [found["ours"]])
+        KINDS[kind](Task(folder, kind, *how))
+
+
+def tell_steps(task: Task) -> None:
+    """A training step, from stored walks or asking the teacher."""
+    found, phases = time_steps(task)
+    unit = found["F"].median
+    table(f"a training step, {task.kind}", found, unit, task.batch)
+    parts = [found[name] for name in ("student", "target", "teacher") if name in found]
+    say("ours / sum of its bare parts", [found["ours"]], parts)
+    say("the script / ours", [found["script"]], [found["ours"]])
+    say("the script without encoders / ours", [found["script without encoders"]], [found["ours"]])
+    table(f"our step by phase, {task.kind}, in a pass of its own", phases, unit, None)
+
+
+def tell_sampling(task: Task) -> None:
+    """Pictures."""
+    found = time_sampling(task)
+    table("pictures at 4 steps", found, None, task.batch)
+    say("ours / (calls + decode)", [found["ours"]], [found["calls + decode"]])
+    say("diffusers / ours", [found["diffusers"]], [found["ours"]])
+    say("LoRA, not merged / merged", [found["LoRA, not merged"]], [found["LoRA, merged"]])
+
+
+def tell_synthesis(task: Task) -> None:
+    """Sets of latents, and of whole walks."""
+    kinds: tuple[Kind, ...] = get_args(Kind)
+    for kind in kinds:
+        found = time_synthesis(task, kind)
+        table(f"a synthesised set of {kind}", found, None, None)
+        say("guided calls / ours", [found["guided calls"]], [found["ours"]])
+
+
+def tell_memory(task: Task) -> None:
+    """What a step holds at most."""
+    each("GiB that a step holds at most", task, lambda kind, who: alone(peak_of, kind, who) / 2**30)
+
+
+def tell_matrix(task: Task) -> None:
+    """How much of a step is matrix work."""
+    of = "operators' time" if task.device == "cpu" else "wall time"
+    each(f"matrix work, share of the {of}", task, lambda kind, who: alone(matrix_of, kind, who))
+
+
+KINDS: dict[str, Callable[[Task], None]] = {
+    "stored": tell_steps,
+    "online": tell_steps,
+    "sampling": tell_sampling,
+    "synthesis": tell_synthesis,
+    "memory": tell_memory,
+    "matrix": tell_matrix,
+}
+"""What can be asked for."""
+
+
+def each(title: str, task: Task, figure: Callable[[Task, str], float]) -> None:
+    """One figure for each contender."""
+    print(f"\n## {title}\n\n| who | |\n| --- | --- |")
+    for who, kind in CONTENDERS:
+        named = f"ours, {kind}" if who == "ours" else who
+        print(f"| {named} | {figure(replace(task, kind=kind), who):.3f} |", flush=True)
 
 
 def table(title: str, found: dict[str, Timed], unit: float | None, pictures: int | None) -> None:

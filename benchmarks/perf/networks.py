@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ import torch
 from fewstep.files import atomic_folder
 from fewstep.settings import teacher_path
 
-ROOT = Path(__file__).resolve().parents[2]
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ def tokenizer_in(place: Path) -> Any:
     """A tokenizer of single letters that fills 77 places, as CLIP's does."""
     from transformers import CLIPTokenizer
 
-    sys.path.insert(0, str(ROOT / "tests"))
-    from tiny_pipelines import clip_tokenizer
-
-    clip_tokenizer(place)
-    told = place / "tokenizer_config.json"
-    known = json.loads(told.read_text(encoding="utf-8"))
-    told.write_text(json.dumps(known | {"model_max_length": 77}), encoding="utf-8")
+    place.mkdir(parents=True)
+    pieces = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), BEGIN, END]
+    (place / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}), encoding="utf-8")
+    (place / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    special = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": END}
+    told = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **special}
+    (place / "tokenizer_config.json").write_text(json.dumps(told), encoding="utf-8")
     return CLIPTokenizer.from_pretrained(place)
 
 
@@ -122,7 +122,7 @@ def make_xl(place: Path) -> None:
         block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=1024,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, scaling_factor=0.13025,
     )  # fmt: skip
-    sizes = {"vocab_size": 49408, "bos_token_id": 54, "eos_token_id": 55, "pad_token_id": 55}
+    sizes = {"vocab_size": 49408, "bos_token_id": 52, "eos_token_id": 53, "pad_token_id": 53}
     small = CLIPTextConfig(
         hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, **sizes
     )

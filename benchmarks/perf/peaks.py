@@ -5,8 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,9 @@ import torch
 from torch.autograd.profiler_util import EventList
 from torch.profiler import ProfilerActivity, profile
 
-from fewstep.distillation import update_plan
-from fewstep.preparation import prepare
-from fewstep.samples import fetch_of
-from fewstep.settings import resolve
-from fewstep.training.launch import make_accelerator
-from fewstep.training.loop import Batch, train
-from fewstep.training.run import RunLog
-from perf.steps import WARM, Task, script_of, words
+from perf.ours import LossOf, go, make_ours
+from perf.task import WARM, Task, script_of
+from perf.timing import settled
 
 STEPS = 3
 """Steps that are looked at, after those that warm up."""
@@ -38,41 +32,44 @@ def resident(*, reset: bool = False) -> int:
     return int(re.search(r"VmHWM:\s+(\d+)", told)[1]) * 1024  # type: ignore[index]
 
 
-def run_ours(task: Task, begin: Callable[[], None], end: Callable[[], None]) -> None:
-    """Our loop: `begin` is called before the first step that counts, `end` after the last."""
-    device = torch.device(task.device)
-    task = replace(task, rounds=STEPS)
-    accelerator = make_accelerator(task.precision, device)  # type: ignore[arg-type]
-    config = resolve("tcd", None, words(task))
-    run = prepare(config, task.cache / "encoded", device)
-    plan = update_plan(run)
-    bare, seen = plan[0].loss, iter(range(10**9))
-
-    def loss(batch: Batch, draws: Any) -> Any:
-        number = next(seen)
-        if number == WARM:
-            begin()
-        if number == WARM + STEPS:
-            end()
-        return bare(batch, draws)
-
-    plan[0] = replace(plan[0], loss=loss)
-    with (
-        tempfile.TemporaryDirectory() as out,
-        RunLog(Path(out), config, title="peaks", inputs=run.inputs, main=True, quiet=True) as log,
-    ):
-        train(plan, fetch_of(run), len(run.data), config.loop, log, accelerator)
+At = Mapping[int, Callable[[], None]]
+"""What is done before a step, by the step's number."""
 
 
-def run_script(task: Task, encoders: bool, begin: Callable[[], None], end: Callable[[], None]) -> None:
-    """The example's steps, likewise."""
-    step = script_of(task, encoders=encoders).step
-    for _ in range(WARM):
-        step()
-    begin()
-    for _ in range(STEPS):
-        step()
-    end()
+def run_ours(task: Task, at: At) -> None:
+    """Our loop."""
+    numbers = iter(range(10**9))
+
+    def around(loss: LossOf) -> LossOf:
+        def watched(batch: Any, draws: Any) -> Any:
+            at.get(next(numbers), _nothing)()
+            return loss(batch, draws)
+
+        return watched
+
+    go(make_ours(replace(task, rounds=max(at) - WARM)), around)
+
+
+def run_script(task: Task, at: At, *, encoders: bool) -> None:
+    """The example's steps."""
+    script = script_of(task)
+    if not encoders:
+        script.let_encoders_go()
+    for number in range(max(at) + 1):
+        at.get(number, _nothing)()
+        (script.step if encoders else script.step_on_kept)()
+
+
+def _nothing() -> None:
+    pass
+
+
+def run(task: Task, who: str, at: At) -> None:
+    """A contender's steps."""
+    if who == "ours":
+        run_ours(task, at)
+    else:
+        run_script(task, at, encoders=who == "script")
 
 
 def peak_of(task: Task, who: str) -> int:
@@ -89,36 +86,42 @@ def peak_of(task: Task, who: str) -> int:
     def end() -> None:
         found.append(torch.cuda.max_memory_allocated() if gpu else resident())
 
-    if who == "ours":
-        run_ours(task, begin, end)
-    else:
-        run_script(task, who == "script", begin, end)
+    run(task, who, {WARM: begin, WARM + STEPS: end})
     return found[0]
 
 
 def matrix_of(task: Task, who: str) -> float:
-    """The share of the operators' own time, on the device that computes, that is matrix work."""
-    gpu = task.device.startswith("cuda")
-    kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if gpu else [])
-    seen = profile(activities=kinds)
+    """The share of a step that is matrix work.
+
+    On a GPU, seconds of its matrix kernels over the wall time of as many steps timed without the profiler: a device
+    that waits lowers it. On a CPU, the share of the operators' own time.
+    """
+    device = torch.device(task.device)
+    gpu = device.type == "cuda"
+    seen = profile(activities=[ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if gpu else []))
+    times = []
+
+    def begin() -> None:
+        times.append(settled(device))
+
+    def look() -> None:
+        times.append(settled(device))
+        seen.start()
 
     def end() -> None:
-        if gpu:
-            torch.cuda.synchronize()
+        settled(device)
         seen.stop()
 
-    if who == "ours":
-        run_ours(task, seen.start, end)
-    else:
-        run_script(task, who == "script", seen.start, end)
-    return share_of(seen.key_averages(), gpu=gpu)
+    run(task, who, {WARM: begin, WARM + STEPS: look, WARM + 2 * STEPS: end})
+    matrix, every = seconds_of(seen.key_averages(), gpu=gpu)
+    return matrix / (times[1] - times[0] if gpu else every)
 
 
-def share_of(events: EventList, *, gpu: bool) -> float:
-    """The share of matrix work in a profile."""
+def seconds_of(events: EventList, *, gpu: bool) -> tuple[float, float]:
+    """Seconds of matrix work, and of all operators, in a profile."""
     own = {event.key: event.self_device_time_total if gpu else event.self_cpu_time_total for event in events}
-    own = {name: seconds for name, seconds in own.items() if name.startswith("aten::") or "triton" in name}
-    return sum(seconds for name, seconds in own.items() if MATRIX.search(name)) / sum(own.values())
+    own = {name: micro / 1e6 for name, micro in own.items() if name.startswith("aten::") or "triton" in name}
+    return sum(seconds for name, seconds in own.items() if MATRIX.search(name)), sum(own.values())
 
 
 def alone(what: Callable[[Task, str], Any], task: Task, who: str) -> Any:

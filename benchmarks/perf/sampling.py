@@ -2,70 +2,127 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fewstep.drawing import Artist, load_artist
-from fewstep.settings import Sampling
+from fewstep.backbones.base import load_backbone
+from fewstep.denoiser import Condition, Denoiser
+from fewstep.device import DTYPES
+from fewstep.drawing import Artist, at_once, load_artist
+from fewstep.export.lora import save_lora
+from fewstep.role_layout import make_student
+from fewstep.settings import Sampling, StudentConfig
+from perf.task import Task
 from perf.timing import Timed, rounds
 
 STEPS = 4
+SSS = Sampling(sampler="sss", steps=STEPS, gamma=0.3)
+ROLE = "student"
 
 
-def time_sampling(folder: Path, batch: int, precision: torch.dtype, device: str, count: int) -> dict[str, Timed]:
-    """`ours`, `calls + decode` and `diffusers` for one batch of pictures from text states that are there.
+def time_sampling(task: Task) -> dict[str, Timed]:
+    """`ours`, `calls + decode` and `diffusers`, and a student's LoRA merged and not, from text states that are there.
 
-    SSS (TCD) at gamma .3 for us and for diffusers' own scheduler: the same network calls, of the same batch.
+    SSS (TCD) at gamma .3 for us and for diffusers' own scheduler: the same network calls, of the same batches. In half
+    precision the denoiser's weights are kept in that type on both sides, and in diffusers the autoencoder's too, as
+    people load them; ours decodes in fp32.
     """
-    place = torch.device(device)
-    artist = load_artist(folder, None, place)
-    sampling = Sampling(sampler="sss", steps=STEPS, gamma=0.3)
-    condition = artist.encode([f"picture {i}" for i in range(batch)])
-    seeds = list(range(batch))
-    mixed = torch.autocast(place.type, precision, enabled=precision != torch.float32)
-    ours = Artist(artist.backbone, artist.denoiser, sampling, artist.role, precision)
-    pipe = diffusers_pipeline(folder, place)
-    there = {name: value.to(place) for name, value in condition.items()}
-    told = {"prompt_embeds": there["text"]}
-    if "pooled" in there:
-        told["pooled_prompt_embeds"] = there["pooled"]
-    x = torch.randn(batch, *artist.backbone.latent_shape, device=place)
-    t = torch.full((batch,), 499.0, dtype=torch.float64)
+    place, precision = torch.device(task.device), DTYPES[task.precision]
+    artist = load_artist(task.folder, None, place, precision=precision)
+    _, height, width = artist.backbone.latent_shape
+    condition = artist.encode([f"picture {i}" for i in range(task.batch)])
+    seeds = list(range(task.batch))
+    at = at_once(height, width)
+    parts = [slice(start, start + at) for start in range(0, task.batch, at)]
+    contenders = {
+        "ours": drawing(artist, condition, seeds),
+        "calls + decode": bare(artist, condition, parts),
+        "diffusers": diffusers_drawing(task.folder, place, precision, condition, parts),
+    }
+    with tempfile.TemporaryDirectory() as held:
+        apart, file = unmerged(task, place, precision, Path(held))
+        merged = load_artist(task.folder, file, place, precision=precision)
+    contenders |= {
+        "LoRA, merged": drawing(merged, condition, seeds),
+        "LoRA, not merged": drawing(apart, condition, seeds),
+    }
+    return rounds(contenders, place, task.rounds)
+
+
+def drawing(artist: Artist, condition: Condition, seeds: list[int]) -> Callable[[], None]:
+    """Our sampler on a batch."""
 
     def draw() -> None:
-        ours.backbone.to_pictures(ours.latents(condition, seeds, sampling))
+        artist.backbone.to_pictures(artist.latents(condition, seeds, SSS))
+
+    return draw
+
+
+def bare(artist: Artist, condition: Condition, parts: list[slice]) -> Callable[[], None]:
+    """The network calls of `drawing`, and its decoding, alone."""
+    place, precision, backbone = artist.backbone.device, artist.precision, artist.backbone
+    there = [{name: value[part].to(place) for name, value in condition.items()} for part in parts]
+    count = len(next(iter(condition.values())))
+    x = torch.randn(count, *backbone.latent_shape, device=place)
+    t = torch.full((count,), 499.0, dtype=torch.float64)
 
     @torch.no_grad()
-    def bare() -> None:
-        with mixed:
-            for _ in range(STEPS):
-                artist.backbone.call(artist.backbone.network, x, t, there)
-        artist.backbone.to_pictures(x)
+    def call() -> None:
+        with torch.autocast(place.type, precision, enabled=precision != torch.float32):
+            for part, states in zip(parts, there, strict=True):
+                for _ in range(STEPS):
+                    backbone.call(backbone.network, x[part], t[part], states)
+        backbone.to_pictures(x)
 
-    @torch.no_grad()
-    def theirs() -> None:
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        with mixed:
-            latents: Tensor = pipe(
-                **told, num_inference_steps=STEPS, guidance_scale=0, eta=0.3,
-                generator=generators, output_type="latent",
-            ).images  # fmt: skip
-        decoded = pipe.vae.decode(latents.float() / pipe.vae.config.scaling_factor, return_dict=False)[0]
-        pipe.image_processor.postprocess(decoded, output_type="np")
-
-    return rounds({"ours": draw, "calls + decode": bare, "diffusers": theirs}, place, count)
+    return call
 
 
-def diffusers_pipeline(folder: Path, device: torch.device) -> Any:
-    """The folder's pipeline with diffusers' TCD scheduler."""
+def unmerged(task: Task, place: torch.device, precision: torch.dtype, held: Path) -> tuple[Artist, Path]:
+    """An artist whose random LoRA stands beside its layers, and a file of that LoRA."""
+    backbone = load_backbone(task.folder)
+    student = make_student(backbone, StudentConfig(rank=task.rank), (ROLE,), 0)
+    weights = student.parameters(ROLE)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            if "lora_B" in name:
+                weight.normal_(0, 1e-3)
+    file = save_lora(
+        held, weights, rank=task.rank, alpha=task.rank, targets=list(backbone.targets),
+        base=backbone.folder.fingerprint(backbone.folder.network), sampling=SSS, notes={},
+        component=backbone.folder.network,
+    )  # fmt: skip
+    backbone.device = place
+    backbone.network.to(place, precision)
+    denoiser = Denoiser(student.call, backbone.path, backbone.prediction, backbone.embedded_guidance)
+    return Artist(backbone, denoiser, SSS, ROLE, precision), file
+
+
+def diffusers_drawing(
+    folder: Path, place: torch.device, precision: torch.dtype, condition: Condition, parts: list[slice]
+) -> Callable[[], None]:
+    """The folder's pipeline with diffusers' TCD scheduler, on a batch."""
     import diffusers
 
-    pipe: Any = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True).to(
-        device
-    )
+    pipe: Any = diffusers.DiffusionPipeline.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, torch_dtype=precision
+    ).to(place)
     pipe.scheduler = diffusers.TCDScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    names = {"text": "prompt_embeds", "pooled": "pooled_prompt_embeds"}
+    there = {names[name]: value.to(place, precision) for name, value in condition.items()}
+    count = len(condition["text"])
+
+    @torch.no_grad()
+    def draw() -> None:
+        for part in parts:
+            pipe(
+                **{name: value[part] for name, value in there.items()},
+                num_inference_steps=STEPS, guidance_scale=0, eta=SSS.gamma, output_type="np",
+                generator=[torch.Generator("cpu").manual_seed(seed) for seed in range(count)[part]],
+            )  # fmt: skip
+
+    return draw

@@ -65,7 +65,7 @@ class LcmScript:
         self.pipe, self.vae, self.precision = pipe, pipe.vae, precision
         self.large = hasattr(pipe, "text_encoder_2")
         for encoder in [pipe.text_encoder, *([pipe.text_encoder_2] if self.large else [pipe.vae])]:
-            encoder.to(precision)
+            torch.nn.Module.to(encoder, precision)  # diffusers' own `to` warns of modules that it may not have
         self.encoded = ENCODED.get(type(pipe).__name__, 32)
         self.noise = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
         self.teacher = pipe.unet.requires_grad_(False)

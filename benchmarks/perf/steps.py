@@ -3,90 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
 from threading import Semaphore
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
-from fewstep import synthesize
-from fewstep.device import DTYPES, pick_precision
-from fewstep.distillation import update_plan
-from fewstep.preparation import Run, prepare
-from fewstep.samples import fetch_of
-from fewstep.settings import resolve
-from fewstep.training.launch import make_accelerator
-from fewstep.training.loop import Batch, train
-from fewstep.training.run import RunLog
-from perf.script import TARGETS, LcmScript
+from fewstep.device import pick_precision
+from fewstep.preparation import Run
+from fewstep.training.loop import Batch
+from perf.ours import go, make_ours
+from perf.phases import time_phases
+from perf.task import WARM, Task, script_of
 from perf.timing import Timed, in_turn, settled
-
-WARM = 2
-"""Rounds that are not counted."""
-BATCHES = 8
-"""Batches in a set: a step finds its samples where a pass has left them, not where the last step did."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is timed.
-
-    Attributes:
-        folder: the pipeline.
-        kind: `stored` (the teacher's points and outputs are read) or `online` (it is asked in the step).
-        more: further overrides of our run (loop.compile=true, student.base=bf16, ...).
-    """
-
-    folder: Path
-    kind: str
-    rank: int
-    batch: int
-    precision: str
-    device: str
-    cache: Path
-    rounds: int
-    more: tuple[str, ...] = ()
-
-
-def make_pictures(task: Task) -> tuple[Path, np.ndarray]:
-    """A folder of random pictures with captions, a set's worth, and the first batch of them."""
-    from fewstep.folder import read_folder
-
-    side = read_folder(task.folder).picture_size
-    count = BATCHES * task.batch
-    place = task.cache / f"pictures-{side}-{count}"
-    pictures = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
-    if not place.is_dir():
-        place.mkdir(parents=True)
-        for i, picture in enumerate(pictures):
-            Image.fromarray(picture).save(place / f"{i:03d}.png")
-            (place / f"{i:03d}.txt").write_text(f"picture {i}\n", encoding="utf-8")
-    return place, pictures[: task.batch]
-
-
-def words(task: Task) -> list[str]:
-    """What the run is asked for: TCD with LoRA, from pictures or from walks drawn beforehand."""
-    common = [
-        f"teacher={task.folder}", f"student.rank={task.rank}", f"student.targets=[{','.join(TARGETS)}]",
-        "optim.ema=null", f"loop.batch={task.batch}", f"loop.steps={task.rounds + WARM + 1}", "loop.watch_every=null",
-        "optim.lr=1e-6",
-        f"loop.precision={task.precision}", f"device={task.device}", "loop.save_every=1000000", *task.more,
-    ]  # fmt: skip
-    if task.kind == "online":
-        return [*common, f"data.source={make_pictures(task)[0]}"]
-    count = BATCHES * task.batch
-    prompts = task.cache / "prompts.txt"
-    prompts.parent.mkdir(parents=True, exist_ok=True)
-    prompts.write_text("".join(f"picture {i}\n" for i in range(count)), encoding="utf-8")
-    drawn = task.cache / f"walks-{task.folder.name}-{count}"
-    guidance = ["guidance.convention=lcm", "guidance.low=2", "guidance.high=14"]
-    settings = ["grid=4", "end=index0", "dtype=fp32", f"device={task.device}", *guidance]
-    synthesize(prompts, out=drawn, teacher=task.folder, kind="trajectories", overrides=settings)
-    stored = ["method.start=trajectory", "method.point=stored", "method.grid=4", "sampling.grid=4"]
-    return [*common, *stored, f"data.source={drawn}"]
 
 
 def bare_parts(run: Run, task: Task) -> dict[str, Callable[[], None]]:
@@ -122,16 +50,6 @@ def bare_parts(run: Run, task: Task) -> dict[str, Callable[[], None]]:
 
     parts = {"student": student, "target": target, "F": once}
     return parts if task.kind == "stored" else {**parts, "teacher": teacher}
-
-
-def script_of(task: Task) -> LcmScript:
-    """The example's state for a task."""
-    device = torch.device(task.device)
-    _, pictures = make_pictures(task)
-    shown = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-    prompts = [f"picture {i}" for i in range(task.batch)]
-    kind = DTYPES[pick_precision(task.precision, device)]  # type: ignore[arg-type]
-    return LcmScript(task.folder, task.rank, shown, prompts, precision=kind, device=device)
 
 
 class Clock:
@@ -182,19 +100,11 @@ class Clock:
         return {"ours": Timed(tuple(self.own[kept])), **found}
 
 
-def time_steps(task: Task, out: Path) -> dict[str, Timed]:
-    """Our step, its bare parts and the script's step with and without encoders, in turn in one run."""
-    device = torch.device(task.device)
-    accelerator = make_accelerator(task.precision, device)  # type: ignore[arg-type]
-    config = resolve("tcd", None, words(task))
-    run = prepare(config, task.cache / "encoded", device)
-    others = bare_parts(run, task)
+def time_steps(task: Task) -> tuple[dict[str, Timed], dict[str, Timed]]:
+    """Our step, its bare parts and the script's step with and without encoders, in turn; and our step by phase."""
+    ours = make_ours(task)
     script = script_of(task)  # one for both: its networks are two already
-    others |= {"script": script.step, "script without encoders": script.step_on_kept}
-    clock = Clock(others, device)
-    plan = update_plan(run)
-    plan[0] = replace(plan[0], loss=clock.around(plan[0].loss))
-
-    with RunLog(out, config, title="steps", inputs=run.inputs, main=True, quiet=True) as log:
-        train(plan, clock.within(fetch_of(run)), len(run.data), config.loop, log, accelerator)
-    return clock.result()
+    theirs = {"script": script.step, "script without encoders": script.step_on_kept}
+    clock = Clock(bare_parts(ours.run, task) | theirs, ours.run.backbone.device)
+    go(ours, clock.around, clock.within)
+    return clock.result(), time_phases(ours)

@@ -9,30 +9,34 @@ import torch
 
 from fewstep.backbones.base import load_backbone
 from fewstep.device import DTYPES
-from fewstep.synthesis.settings import resolve_synthesis
+from fewstep.synthesis.settings import Kind, resolve_synthesis
 from fewstep.synthesis.synthesize import synthesize
+from perf.task import Task
 from perf.timing import Timed, rounds
 
 POINTS = 10
 SAMPLES = 64
+FEWEST = 5
+"""Rounds at least: what is told is the difference of two timings."""
 
 
-def time_synthesis(folder: Path, batch: int, precision: str, device: str, count: int) -> dict[str, Timed]:
+def time_synthesis(task: Task, kind: Kind) -> dict[str, Timed]:
     """`ours` (a whole set, written), and `guided calls` (as many network calls of the same batches, nothing else).
 
     What a set asks for once, the teacher's loading and the prompts' encoding, is taken off: the time of a set of one
     batch, which has both, is subtracted from that of a set of many.
     """
-    place = torch.device(device)
-    backbone = load_backbone(folder, place)
-    mixed = torch.autocast(place.type, DTYPES[precision], enabled=precision != "fp32")
+    place, batch = torch.device(task.device), task.batch
+    backbone = load_backbone(task.folder, place)
+    mixed = torch.autocast(place.type, DTYPES[task.precision], enabled=task.precision != "fp32")
     many = max(SAMPLES, 5 * batch)
     both = {name: value.to(place).repeat_interleave(2 * batch, 0) for name, value in backbone.encode(["x"]).items()}
+    backbone.release_encoders()
     x = torch.randn(2 * batch, *backbone.latent_shape, device=place)
     t = torch.full((2 * batch,), 499.0, dtype=torch.float64)
 
-    words = [f"grid={POINTS}", f"batch={batch}", f"shard={batch}", f"precision={precision}", f"device={device}"]
-    config = resolve_synthesis(words, folder)
+    words = [f"grid={POINTS}", f"batch={batch}", f"shard={batch}", f"precision={task.precision}", f"kind={kind}"]
+    config = resolve_synthesis([*words, f"device={task.device}"], task.folder)
 
     def drawn(samples: int) -> None:
         with tempfile.TemporaryDirectory() as held:
@@ -45,6 +49,6 @@ def time_synthesis(folder: Path, batch: int, precision: str, device: str, count:
                 backbone.call(backbone.network, x, t, both)
 
     contenders = {"many": lambda: drawn(many + batch), "one": lambda: drawn(batch), "guided calls": bare}
-    found = rounds(contenders, place, count)
+    found = rounds(contenders, place, max(FEWEST, task.rounds // 2))
     ours = tuple(a - b for a, b in zip(found["many"].seconds, found["one"].seconds, strict=True))
     return {"ours": Timed(ours), "guided calls": found["guided calls"]}

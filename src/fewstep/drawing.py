@@ -36,6 +36,11 @@ MOST_DRAWN = 64
 """Pictures that it then draws at once at most."""
 
 
+def at_once(height: int, width: int) -> int:
+    """How many pictures with latents of that size the network draws at once, where nobody says."""
+    return min(MOST_DRAWN, max(1, MOST_LATENT_POINTS // (height * width)))
+
+
 @dataclass(frozen=True)
 class Artist:
     """A loaded network that draws: a teacher, or a student with its own settings.
@@ -80,7 +85,7 @@ class Artist:
         null = {name: value.to(device) for name, value in null.items()}
         shape = self.backbone.shape_of(sampling.size)
         _, height, width = shape
-        batch = self.batch or min(MOST_DRAWN, max(1, MOST_LATENT_POINTS // (height * width)))
+        batch = self.batch or at_once(height, width)
         parts = []
         silent = title is None or len(seeds) <= batch or not is_main()
         with tqdm(total=len(seeds), desc=title, unit="picture", leave=False, disable=silent) as bar:

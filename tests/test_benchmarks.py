@@ -1,0 +1,98 @@
+"""The benchmarks run, and time what they say; what they find is no test's business."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import performance
+import pytest
+import torch
+from perf.script import LcmScript
+from perf.steps import Clock
+
+import tiny_pipelines as tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.sd(tmp_path_factory.mktemp("tiny") / "sd")
+
+
+def rows(said: str) -> dict[str, list[str]]:
+    """The first cells of each table, by its title."""
+    tables = re.findall(r"^## (.+)\n\n.+\n.+\n((?:\|.+\n)+)", said, re.MULTILINE)
+    return {title: [line.split("|")[1].strip() for line in body.splitlines()] for title, body in tables}
+
+
+def asked(folder: Path, cache: Path, *kinds: str) -> list[str]:
+    return ["--network", str(folder), "--rank", "2", "--batch", "2", "--rounds", "2", "--cache", str(cache),
+            "--what", *kinds]  # fmt: skip
+
+
+def test_each_kind_tells_its_rows(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    performance.main(asked(folder, tmp_path, "stored", "online", "sampling"))
+    said = capsys.readouterr().out
+    scripts, phases = ["script", "script without encoders"], ["student, forward", "target"]
+    begins, ends = ["waiting for the batch"], ["the rest of the loss", "backward", "clipping, optimiser, log"]
+    assert rows(said) == {
+        "a training step, stored": ["ours", "student", "target", "F", *scripts],
+        "our step by phase, stored, in a pass of its own": [*begins, *phases, *ends],
+        "a training step, online": ["ours", "student", "target", "F", "teacher", *scripts],
+        "our step by phase, online, in a pass of its own": [*begins, *phases, "teacher", *ends],
+        "pictures at 4 steps": ["ours", "calls + decode", "diffusers", "LoRA, merged", "LoRA, not merged"],
+    }
+    assert all(float(seconds) > 0 for seconds in re.findall(r"^\| (?!what|---)[^|]+\| ([\d.]+) \|", said, re.MULTILINE))
+    assert len(re.findall(r"^.+ / .+: [\d.]+ \(", said, re.MULTILINE)) == 9
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_the_script_learns_its_adapter_alone(folder: Path, tmp_path: Path, large: bool) -> None:
+    torch.manual_seed(0)
+    place = tiny.sdxl(tmp_path / "sdxl") if large else folder
+    script = LcmScript(place, 2, torch.rand(2, 3, 16, 16), ["a", "b"])
+    before = {name: weight.detach().clone() for name, weight in script.unet.named_parameters()}
+    taught = {name: weight.clone() for name, weight in script.teacher.named_parameters()}
+    script.step()
+    script.let_encoders_go()
+    script.step_on_kept()
+    changed = {name for name, weight in script.unet.named_parameters() if not torch.equal(weight, before[name])}
+    assert changed <= {name for name in before if "lora_" in name}
+    assert changed >= {name for name in before if "lora_B" in name}
+    assert all(torch.equal(weight, taught[name]) for name, weight in script.teacher.named_parameters())
+    with pytest.raises(AttributeError):
+        script.step()
+
+
+def test_the_scripts_encoders_have_its_types(folder: Path, tmp_path: Path) -> None:
+    asked = (torch.zeros(1, 3, 16, 16), ["a"])
+    for place, vae in ((folder, torch.bfloat16), (tiny.sdxl(tmp_path / "sdxl"), torch.float32)):
+        script = LcmScript(place, 2, *asked, precision=torch.bfloat16)
+        assert script.vae.dtype == vae
+        assert script.pipe.text_encoder.dtype == torch.bfloat16
+        assert script.teacher.dtype == script.unet.dtype == torch.float32
+        script.step()
+
+
+def test_the_autoencoder_takes_some_pictures_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = LcmScript(folder, 2, torch.zeros(5, 3, 16, 16), ["a"] * 5)
+    seen: list[int] = []
+    bare = script.vae.encode
+    monkeypatch.setattr(script.vae, "encode", lambda part: seen.append(len(part)) or bare(part))
+    assert script.encoded == 32
+    script.encoded = 2
+    assert len(script.latents()) == 5
+    assert seen == [2, 2, 1]
+
+
+def test_a_batch_is_read_while_our_clock_runs() -> None:
+    events: list[str] = []
+    clock = Clock({"others": lambda: events.append("others")}, torch.device("cpu"))
+    fetch = clock.within(lambda number: events.append(f"read {number}"))
+    loss = clock.around(lambda batch, draws: events.append("loss"))
+    fetch(0)
+    assert not clock._reads.acquire(blocking=False)  # the second one waits
+    loss(None, None)
+    fetch(1)
+    assert not clock._reads.acquire(blocking=False)
+    assert events == ["read 0", "others", "loss", "read 1"]
