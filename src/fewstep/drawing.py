@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from fewstep.backbones.base import Backbone, load_backbone
+from fewstep.backbones.base import Backbone, open_backbone
 from fewstep.compiled import compile_networks
 from fewstep.denoiser import Condition, Denoiser
 from fewstep.errors import UserError
@@ -177,17 +177,18 @@ def load_artist(
     folder = read_folder(teacher)
     reads = load_adapter(adapter, folder) if adapter is not None else None
     student = check_lora(lora, folder) if lora is not None else None
-    backbone = load_backbone(folder.path, device)
+    backbone = open_backbone(folder.path, device)
     backbone.load_encoders()
     if student is None:
         sampling, place = teacher_sampling(folder.path), folder.path
     else:
         sampling, place = student.sampling or Sampling(), student.file
         merge_lora(backbone.network, read_lora(student))
+    if precision != torch.float32:
+        backbone.network.to(precision)  # in main memory still: the device may have no room for more
+    backbone.settle()
     embedding = read_told(place, sampling.told, backbone.time_width)
     artist = artist_of(backbone, sampling, embedding.to(backbone.device) if embedding else None)
-    if precision != torch.float32:
-        backbone.network.to(precision)
     if compiled:
         compile_networks([backbone.network])
     return replace(artist, adapter=reads, precision=precision, batch=batch, filled=compiled)

@@ -16,13 +16,20 @@ CODE = "nf4"
 """The 16 values of a 4-bit weight: quantiles of a normal distribution (QLoRA, arXiv 2305.14314)."""
 
 
-def keep(network: nn.Module, kept: Kept, compute: torch.dtype, apart: Collection[nn.Module]) -> None:
+def keep(
+    network: nn.Module,
+    kept: Kept,
+    compute: torch.dtype,
+    apart: Collection[nn.Module],
+    device: torch.device | None = None,
+) -> None:
     """Let a frozen network's weights take less room, in place.
 
     Args:
         kept: fp32 leaves it as it is; bf16 turns every weight; 8bit and 4bit turn its linear layers' matrices.
         compute: type that layers in 4 bits compute in.
         apart: parts that stay as they are in 8 and 4 bits: those that read the time and those that give the answer.
+        device: where matrices are turned to 8 and 4 bits, one after another, and stay; where they are, if None.
     """
     if kept == "bf16":
         network.to(torch.bfloat16)
@@ -31,11 +38,11 @@ def keep(network: nn.Module, kept: Kept, compute: torch.dtype, apart: Collection
         for parent in list(network.modules()):
             for name, child in list(parent.named_children()):
                 if type(child) is nn.Linear and id(child) not in spared:
-                    setattr(parent, name, _narrow(child, kept, compute))
+                    setattr(parent, name, _narrow(child, kept, compute, device))
         setattr(network, f"is_loaded_in_{kept}", True)  # by this PEFT knows which adapters to make
 
 
-def _narrow(layer: nn.Linear, kept: Kept, compute: torch.dtype) -> nn.Module:
+def _narrow(layer: nn.Linear, kept: Kept, compute: torch.dtype, device: torch.device | None) -> nn.Module:
     """The same layer with its matrix in 8 or 4 bits."""
     import bitsandbytes as bnb
 
@@ -49,4 +56,4 @@ def _narrow(layer: nn.Linear, kept: Kept, compute: torch.dtype) -> nn.Module:
         narrow.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type=CODE)
     if bias:
         narrow.bias = layer.bias
-    return narrow.to(layer.weight.device).train(layer.training)
+    return narrow.to(device or layer.weight.device).train(layer.training)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fewstep.backbones.base import Backbone, load_backbone
+from fewstep.backbones.base import Backbone, open_backbone
 from fewstep.compiled import compile_networks, eagerly
 from fewstep.data import pictures
 from fewstep.data.buckets import bucketed
@@ -113,8 +113,13 @@ class Run:
 
 
 def load_teacher(config: DistillConfig, device: torch.device) -> Backbone:
-    """The teacher that the config names, set to the pictures' size."""
-    backbone = load_backbone(read_folder(teacher_path(config.teacher)).path, device)
+    """The teacher that the config names, set to the pictures' size, its network still in main memory.
+
+    Weights that all roles share are read in the type that they are kept in.
+    """
+    shared = config.student.kind == "lora" and config.student.base == "bf16"
+    folder = read_folder(teacher_path(config.teacher))
+    backbone = open_backbone(folder.path, device, torch.bfloat16 if shared else torch.float32)
     backbone.resize(config.data.size)
     return backbone
 
@@ -234,7 +239,7 @@ def encoders_fingerprint(backbone: Backbone) -> str:
 
 
 def lay_out(config: DistillConfig, backbone: Backbone, captioned: pictures.Captioned, data: LatentSet) -> Run:
-    """Let the encoders go, and lay out the roles."""
+    """Let the encoders go, lay out the roles, and only then bring them to the device, each process its part."""
     backbone.release_encoders()
     if backbone.device.type == "cpu":
         speed_up(backbone.network)
@@ -246,10 +251,12 @@ def lay_out(config: DistillConfig, backbone: Backbone, captioned: pictures.Capti
         )
     compute = DTYPES[precision]
     roles, method = roles_of(config.method), config.method
-    student = make_student(backbone, config.student, roles, config.loop.seed, method.told, compute)
-    if config.loop.shard:
-        for network in [*networks_of(student.roles), *student.told.values()]:
-            shard(network, compute)
+    student = make_student(backbone, config.student, roles, config.loop.seed, method.told, compute, backbone.device)
+    for network in [*networks_of(student.roles), *student.told.values()]:
+        if config.loop.shard:
+            shard(network, backbone.device, compute)
+        else:
+            network.to(backbone.device)
     if config.loop.compile:
         compile_networks(networks_of(student.roles))
     denoiser = Denoiser(student.call, backbone.path, backbone.prediction, backbone.embedded_guidance)

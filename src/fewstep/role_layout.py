@@ -83,6 +83,7 @@ def make_student(
     seed: int,
     told: Sequence[Told] = (),
     compute: torch.dtype = torch.float32,
+    device: torch.device | None = None,
 ) -> Student:
     """Lay out the teacher and the given roles; all start equal to the teacher, whose own weights are kept as asked.
 
@@ -93,13 +94,14 @@ def make_student(
         told: what the roles are told beside x and t, a fake score apart. The condition of a call must then hold it,
             [B] each.
         compute: type that frozen weights in 4 bits are computed with.
+        device: where frozen weights in 8 and 4 bits go as they are made; all else stays where the host's network is.
     """
     laid: Roles
     if config.kind == "full":
         networks = {role: copy.deepcopy(host.network) for role in roles}
     if config.base != "fp32":
         outlet = host.network.get_submodule(host.outlets[0])
-        keep(host.network, config.base, compute, [host.time_embedding(host.network), outlet])
+        keep(host.network, config.base, compute, [host.time_embedding(host.network), outlet], device)
     if config.kind == "lora":
         targets = list(config.targets or host.targets)
         for role in roles:
@@ -108,9 +110,9 @@ def make_student(
         networks = dict.fromkeys(roles, host.network)
     else:
         laid = SeparateRoles({BASE: host.network, **networks})
-    device = next(host.network.parameters()).device
+    place = next(host.network.parameters()).device
     hear = [role for role in roles if role != FAKE] if told else []
-    embeddings = {role: ToldEmbedding(told, host.time_width, seed).to(device) for role in hear}
+    embeddings = {role: ToldEmbedding(told, host.time_width, seed).to(place) for role in hear}
     student = Student(laid, _call(host, laid, networks, embeddings), embeddings, host.outlets)
     first = student.parameters(roles[0])
     for role in roles:

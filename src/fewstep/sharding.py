@@ -16,21 +16,22 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from fewstep import processes
 
 
-def shard(network: nn.Module, precision: torch.dtype = torch.float32) -> None:
+def shard(network: nn.Module, device: torch.device, precision: torch.dtype = torch.float32) -> None:
     """Split all weights of `network` over the processes, in place; every process must ask.
 
-    Blocks that its class names as not to be torn apart are gathered one at a time. Alone, nothing is split.
+    Blocks that its class names as not to be torn apart are gathered one at a time. A network in main memory is brought
+    to the device so, block by block: no device ever holds more of it whole. Alone, it is brought there as it is.
 
     Args:
         precision: type that weights are gathered and computed in; the parts that a process holds keep theirs, and
             gradients are summed in fp32.
     """
     if processes.count() == 1:
+        network.to(device)
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    device = next(network.parameters()).device
     mesh = init_device_mesh(device.type, (processes.count(),))
     narrow = None if precision == torch.float32 else precision
     # inputs stay as they are: a time of 999 is 1000 in bf16

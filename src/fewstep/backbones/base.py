@@ -86,6 +86,12 @@ def outputs_of(parts: Sequence[nn.Module], run: Callable[[], object]) -> list[An
 class Backbone(ABC):
     """A loaded pipeline. Networks are frozen, in eval mode and fp32.
 
+    The network is read into main memory, and `settle` brings it to the device: what encodes may have that to itself
+    before. Encoders are on the device.
+
+    Args:
+        kept: type of the network's weights.
+
     Attributes:
         network: what denoises.
         path, prediction: the noise path of its scheduler and what it predicts.
@@ -101,7 +107,9 @@ class Backbone(ABC):
     tokenizer_classes: Sequence[str] = ()
     """Classes that a tokenizer may be of; empty for any of transformers."""
 
-    def __init__(self, folder: PipelineFolder, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, folder: PipelineFolder, device: torch.device | str = "cpu", kept: torch.dtype = torch.float32
+    ) -> None:
         self.folder = folder
         self.device = torch.device(device)
         self.prediction = prediction_of(folder.noise, str(folder.path))
@@ -109,7 +117,7 @@ class Backbone(ABC):
         self.latent_shape = folder.latent_shape
         self.picture_size = folder.picture_size
         self.targets = list(folder.family.targets)
-        self.network: nn.Module = self.fresh_network()
+        self.network: nn.Module = self._loaded(folder.network, kept)
         self._readers: list[tuple[Any, Any]] | None = None
         self._vae: Any = None
 
@@ -143,31 +151,30 @@ class Backbone(ABC):
         """The guidance scale that such a network is told where nobody names one; 1, none, elsewhere."""
         return 1.0
 
-    def _loaded(self, component: str) -> Any:
-        """A component of diffusers, from its own files alone."""
+    def settle(self) -> None:
+        """Bring the network to the device."""
+        self.network.to(self.device)
+
+    def _loaded(self, component: str, kept: torch.dtype = torch.float32) -> Any:
+        """A component of diffusers, from its own files alone, in main memory."""
         import diffusers
 
         place, name = self.folder.path / component, self.folder.components[component][1]
         with loading(str(place)):
             kind = getattr(diffusers, name)
-            loaded = kind.from_pretrained(
-                place, torch_dtype=torch.float32, use_safetensors=True, output_loading_info=True
-            )
-        return self._ready(whole(loaded, str(place)))
-
-    def _ready(self, module: Any) -> Any:
-        return module.to(self.device).eval().requires_grad_(False)
+            loaded = kind.from_pretrained(place, torch_dtype=kept, use_safetensors=True, output_loading_info=True)
+        return whole(loaded, str(place)).eval().requires_grad_(False)
 
     def fresh_network(self) -> nn.Module:
-        """Another copy of the network, for full fine-tuning."""
-        network: nn.Module = self._loaded(self.folder.network)
+        """Another copy of the network in fp32, on the device."""
+        network: nn.Module = self._loaded(self.folder.network).to(self.device)
         return network
 
     @property
     def vae(self) -> Any:
         """The autoencoder, loaded at first use."""
         if self._vae is None:
-            self._vae = self._loaded("vae")
+            self._vae = self._loaded("vae").to(self.device)
         return self._vae
 
     def _load_text(self) -> list[tuple[Any, Any]]:
@@ -195,7 +202,7 @@ class Backbone(ABC):
                         dtype=torch.float32,
                         output_loading_info=True,
                     )
-                readers.append((read, self._ready(whole(loaded, str(place)))))
+                readers.append((read, whole(loaded, str(place)).to(self.device).eval().requires_grad_(False)))
             self._readers = readers
         return self._readers
 
@@ -312,13 +319,27 @@ def encode_pictures(vae: Any, pictures: np.ndarray, device: torch.device) -> Ten
     return torch.cat(parts)
 
 
-def load_backbone(path: Path | str, device: torch.device | str = "cpu") -> Backbone:
-    """Load a pipeline folder.
+def open_backbone(path: Path | str, device: torch.device | str = "cpu", kept: torch.dtype = torch.float32) -> Backbone:
+    """Load a pipeline folder, its network into main memory: who calls that has it `settle` first.
+
+    Args:
+        kept: type of the network's weights.
 
     Raises:
         UserError: not a pipeline folder of a known kind, or broken files.
     """
     folder = read_folder(path)
     module, _, name = folder.family.backbone.partition(":")
-    backbone: Backbone = getattr(importlib.import_module(module), name)(folder, device)
+    backbone: Backbone = getattr(importlib.import_module(module), name)(folder, device, kept)
+    return backbone
+
+
+def load_backbone(path: Path | str, device: torch.device | str = "cpu") -> Backbone:
+    """Load a pipeline folder, its network onto the device.
+
+    Raises:
+        UserError: as `open_backbone`.
+    """
+    backbone = open_backbone(path, device)
+    backbone.settle()
     return backbone

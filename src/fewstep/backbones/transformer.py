@@ -15,6 +15,8 @@ from fewstep.backbones.base import Backbone, outputs_of
 from fewstep.denoiser import Condition
 from fewstep.schedule import index_of
 
+READ = 8
+"""Prompts encoded at once: T5-XXL's attention over 512 tokens of each is 64 MiB a prompt and product, in fp32."""
 LOOKS = 4
 """Blocks whose outputs are `features`, evenly spread."""
 
@@ -38,7 +40,7 @@ class TransformerBackbone(Backbone):
         with torch.no_grad():
             yield kind(**parts)
 
-    def encode(self, prompts: Sequence[str], batch: int = 256) -> Condition:
+    def encode(self, prompts: Sequence[str], batch: int = READ) -> Condition:
         """Prompts -> conditions by the pipeline's own `encode_prompt`, float32 on the CPU."""
         parts: list[Condition] = []
         with self.reader() as pipe:

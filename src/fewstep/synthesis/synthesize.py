@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fewstep import processes
-from fewstep.backbones.base import Backbone, load_backbone
+from fewstep.backbones.base import Backbone, open_backbone
 from fewstep.denoiser import Condition
 from fewstep.device import pick_device, pick_precision
 from fewstep.drawing import artist_of
@@ -86,7 +86,7 @@ def synthesize(config: SynthesisConfig, lines: Sequence[str], out: Path, *, quie
     if config.precision == "fp16" and device.type == "cpu":
         raise UserError("precision = 'fp16' needs a GPU; the nearest legal one is 'bf16'")
     accelerator = make_accelerator(config.precision, device)
-    backbone = load_backbone(teacher_path(config.teacher), accelerator.device)
+    backbone = open_backbone(teacher_path(config.teacher), accelerator.device)
     plan, distinct = make_plan(config, lines, backbone), list(dict.fromkeys(lines))
     silent = quiet or not is_main()
     with ExitStack() as held:
@@ -100,6 +100,7 @@ def synthesize(config: SynthesisConfig, lines: Sequence[str], out: Path, *, quie
                 _reopen(out, plan, missing)
         table = main_first(partial(_conditions, out, plan, distinct, backbone, silent))
         backbone.release_encoders()
+        backbone.settle()
         if not silent:
             print("\n".join(_told(out, plan, cost_of(config, lines, backbone.folder), missing)), file=sys.stderr)
         number = {prompt: row for row, prompt in enumerate(distinct)}

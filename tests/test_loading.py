@@ -1,0 +1,110 @@
+"""What is where while a run is loaded: networks come to the device late, narrow, and after the encoders have gone."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fewstep.backbones.base import Backbone, load_backbone, open_backbone
+from fewstep.data.latents import latent_set
+from fewstep.drawing import load_artist
+from fewstep.preparation import encoders_fingerprint, lay_out, load_teacher, read_source
+from fewstep.roles import networks_of
+from fewstep.settings import resolve
+from fewstep.synthesis.settings import resolve_synthesis
+from fewstep.synthesis.synthesize import synthesize
+
+ELSEWHERE = torch.device("meta")
+"""Stands for a GPU: what is there takes no part of main memory, and cannot be computed with."""
+
+
+def facts(network: nn.Module) -> tuple[set[str], set[torch.dtype]]:
+    weights = list(network.parameters())
+    return {weight.device.type for weight in weights}, {weight.dtype for weight in weights}
+
+
+def moves(monkeypatch: pytest.MonkeyPatch, kind: type[nn.Module], look: Callable[[Any], Any]) -> list[Any]:
+    """What `look` sees of networks of a kind just before each is brought elsewhere."""
+    seen: list[Any] = []
+    bare: Any = kind.to
+
+    def to(self: Any, *asked: Any, **more: Any) -> Any:
+        if ELSEWHERE in (*asked, more.get("device")):
+            seen.append(look(self))
+        return bare(self, *asked, **more)
+
+    monkeypatch.setattr(kind, "to", to)
+    return seen
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
+def test_an_opened_network_waits_in_main_memory_in_its_type(tiny_pipeline: Path, kept: torch.dtype) -> None:
+    backbone = open_backbone(tiny_pipeline, ELSEWHERE, kept)
+    assert facts(backbone.network) == ({"cpu"}, {kept})
+    backbone.settle()
+    assert facts(backbone.network) == ({"meta"}, {kept})
+    assert facts(backbone.fresh_network()) == ({"meta"}, {torch.float32})
+
+
+@pytest.mark.parametrize(
+    ("words", "kept", "places"),
+    [
+        (["student.base=bf16", "loop.precision=bf16"], {torch.bfloat16, torch.float32}, 1),
+        ([], {torch.float32}, 1),
+        (["student.kind=full"], {torch.float32}, 2),
+    ],
+)
+def test_roles_come_after_the_encoders_have_gone(
+    tiny_overrides: list[str],
+    tiny_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    kept: set[torch.dtype],
+    places: int,
+) -> None:
+    config = resolve("tcd", None, [*tiny_overrides, *words])
+    backbone = load_teacher(config, torch.device("cpu"))
+    wide = sum(weight.numel() for weight in backbone.network.parameters() if weight.dtype == torch.float32)
+    assert bool(wide) == (not words or "bf16" not in words[0])  # never whole in fp32, not even in main memory
+    captioned = read_source(config, backbone, tiny_cache)
+    data = latent_set(captioned, backbone, encoders_fingerprint(backbone), tiny_cache, backbone.latent_shape)
+    encoders = [weakref.ref(encoder) for encoder in [*backbone.text_encoders, backbone.vae]]
+
+    def look(network: nn.Module) -> tuple[bool, set[torch.dtype]]:
+        gc.collect()
+        return any(encoder() is not None for encoder in encoders), facts(network)[1]
+
+    backbone.device = ELSEWHERE
+    seen = moves(monkeypatch, type(backbone.network), look)
+    run = lay_out(config, backbone, captioned, data)
+    assert seen == [(False, kept)] * places
+    for network in networks_of(run.student.roles):
+        assert facts(network)[0] == {"meta"}
+
+
+def test_a_drawing_network_comes_in_the_type_that_it_draws_in(
+    tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = type(load_backbone(tiny_pipeline).network)
+    seen = moves(monkeypatch, kind, facts)
+    artist = load_artist(tiny_pipeline, None, ELSEWHERE, precision=torch.bfloat16)
+    assert seen == [({"cpu"}, {torch.bfloat16})]
+    assert facts(artist.backbone.network) == ({"meta"}, {torch.bfloat16})
+
+
+def test_a_synthesis_lets_its_encoders_go_first(
+    tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[bool] = []
+    bare = Backbone.settle
+    monkeypatch.setattr(Backbone, "settle", lambda self: held.append(self._readers is not None) or bare(self))
+    words = ["grid=2", "batch=2", "shard=2", "device=cpu"]
+    synthesize(resolve_synthesis(words, tiny_pipeline), ["red", "green"], tmp_path / "set", quiet=True)
+    assert held == [False]
