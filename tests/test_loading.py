@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import tiny_pipelines
 from fewstep.backbones.base import Backbone, load_backbone, open_backbone
 from fewstep.data.latents import latent_set
 from fewstep.drawing import load_artist
@@ -108,3 +109,10 @@ def test_a_synthesis_lets_its_encoders_go_first(
     words = ["grid=2", "batch=2", "shard=2", "device=cpu"]
     synthesize(resolve_synthesis(words, tiny_pipeline), ["red", "green"], tmp_path / "set", quiet=True)
     assert held == [False]
+
+
+def test_convolutions_keep_channels_last(tmp_path: Path) -> None:
+    backbone = load_backbone(tiny_pipelines.sd(tmp_path / "sd"))
+    assert backbone.network.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    tokens = load_backbone(tiny_pipelines.pixart(tmp_path / "pixart"))
+    assert tokens.network.pos_embed.proj.weight.is_contiguous()

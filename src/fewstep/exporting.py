@@ -100,7 +100,9 @@ def export(
     ours = artist.latents(condition, seeds, sampling) if check else None
     record = record_of(student, artist)
     if form not in ADAPTERS:  # nothing is drawn here any more: the network itself is rounded, not a copy
-        nn.Module.to(artist.backbone.network, "cpu", kind)  # diffusers' own `to` warns of modules that it may not have
+        plain = torch.contiguous_format  # the only layout that files hold
+        # diffusers' own `to` warns of modules that it may not have
+        nn.Module.to(artist.backbone.network, "cpu", kind, memory_format=plain)  # type: ignore[call-overload]
     with atomic_folder(out) as part:
         file = write(student, form, part, artist, record, kind, out.name)
         made = Export(form, reader, part / file, student.folder, sampling, torch.device(device))

@@ -241,6 +241,7 @@ def encoders_fingerprint(backbone: Backbone) -> str:
 def lay_out(config: DistillConfig, backbone: Backbone, captioned: pictures.Captioned, data: LatentSet) -> Run:
     """Let the encoders go, lay out the roles, and only then bring them to the device, each process its part."""
     backbone.release_encoders()
+    backbone.network.to(memory_format=backbone.layout)  # type: ignore[call-overload]
     if backbone.device.type == "cpu":
         speed_up(backbone.network)
     precision = pick_precision(config.loop.precision, backbone.device)

@@ -102,6 +102,8 @@ class Backbone(ABC):
     """
 
     outlets: Sequence[str]
+    layout: torch.memory_format = torch.contiguous_format
+    """How the network's convolutions have their weights, and with these their pictures, in memory."""
     text_classes: Sequence[str] = ()
     """Classes that a text encoder may be of; empty for any of transformers."""
     tokenizer_classes: Sequence[str] = ()
@@ -152,8 +154,8 @@ class Backbone(ABC):
         return 1.0
 
     def settle(self) -> None:
-        """Bring the network to the device."""
-        self.network.to(self.device)
+        """Bring the network to the device, and lay it out as it runs fastest."""
+        self.network.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
 
     def _loaded(self, component: str, kept: torch.dtype = torch.float32) -> Any:
         """A component of diffusers, from its own files alone, in main memory."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from fewstep.backbones.base import Backbone, outputs_of
@@ -12,6 +13,7 @@ class UNetBackbone(Backbone):
     """A pipeline around a UNet2DConditionModel."""
 
     outlets = ("conv_out", "up_blocks")
+    layout = torch.channels_last
 
     def features(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> list[Tensor]:
         """What a UNet's way down makes of x: the outputs of its down blocks and of the middle, [B, C, h, w] each.
