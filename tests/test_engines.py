@@ -24,6 +24,7 @@ from fewstep.draws import Draws
 from fewstep.method_settings import ConsistencyConfig
 from fewstep.objectives.consistency import set_scene
 from fewstep.objectives.scene import Sample
+from fewstep.preparation import prepare
 from fewstep.roles import AdapterRoles, add_adapter
 from fewstep.schedule import scaled_linear
 from fewstep.settings import Sampling, resolve
@@ -293,6 +294,30 @@ def test_narrow_moments_resume_bit_for_bit(tiny_overrides: list[str], tiny_cache
         assert first.read_bytes() == second.read_bytes(), name
 
 
+@pytest.mark.parametrize(("student", "teacher"), [("fp32", "bf16"), ("bf16", "fp32")])
+def test_the_teacher_computes_in_a_type_of_its_own(
+    tiny_overrides: list[str], tiny_cache: Path, student: str, teacher: str
+) -> None:
+    """Its layers say what they say in that type alone; the student's and the target's stay in the loop's."""
+    words = [*tiny_overrides, f"loop.precision={student}", f"student.teacher_precision={teacher}"]
+    run = prepare(resolve("tcd", None, words), tiny_cache, torch.device("cpu"))
+    network: Any = run.backbone.network
+    x, t = torch.randn(2, *run.backbone.latent_shape), torch.full((2,), 499.0, dtype=torch.float64)
+    condition = run.data.states(torch.zeros(2, dtype=torch.int64), torch.device("cpu"))
+    seen: list[torch.dtype] = []
+    network.conv_out.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16, enabled=student == "bf16"):
+        run.counted.call(x, t, condition, "student").float().sum().backward()
+        with torch.no_grad():
+            said = run.counted.call(x, t, condition, "teacher")
+            run.counted.call(x, t, condition, "student")
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    assert seen == [types[student], types[teacher], types[student]]
+    assert run.tally.counts == {"student": 4, "teacher": 2}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=teacher == "bf16"):
+        assert torch.equal(said, run.student.call(x, t, condition, "teacher"))
+
+
 @pytest.mark.parametrize(
     ("words", "told", "legal"),
     [
@@ -302,6 +327,12 @@ def test_narrow_moments_resume_bit_for_bit(tiny_overrides: list[str], tiny_cache
         (["loop.shard=true", "optim.kind=adamw_8bit"], "optim.kind = 'adamw_8bit' does not go with loop.sh", "adamw"),
         (["loop.shard=true", "loop.precision=fp16"], "loop: precision = 'fp16' has a loss scale that", "bf16"),
         (["student.base=5bit"], "student.base = '5bit'", "8bit"),
+        (
+            ["student.base=bf16", "loop.precision=bf16", "student.teacher_precision=fp32"],
+            "student.teacher_precision = 'fp32' does not go with student.base = 'bf16'",
+            "bf16",
+        ),
+        (["loop.shard=true", "student.teacher_precision=bf16"], "student.teacher_precision = 'bf16' does not", "None"),
     ],
 )
 def test_what_does_not_go_together_is_refused(words: list[str], told: str, legal: str) -> None:

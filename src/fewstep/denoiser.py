@@ -23,6 +23,18 @@ Call = Callable[[Tensor, Tensor, Condition, str], Tensor]
 """network(x_t [B, ...], t [B], condition, role) -> output [B, ...]."""
 
 
+def computed_in(call: Call, role: str, kind: torch.dtype) -> Call:
+    """The call with the network of one role computed in a type of its own (autocast), whatever the others are in."""
+
+    def typed(x: Tensor, t: Tensor, condition: Condition, asked: str) -> Tensor:
+        if asked != role:
+            return call(x, t, condition, asked)
+        with torch.autocast(x.device.type, kind, enabled=kind != torch.float32):
+            return call(x, t, condition, asked)
+
+    return typed
+
+
 def join(first: Condition, second: Condition) -> Condition:
     """Two conditions as one batch."""
     return {name: torch.cat([first[name], second[name]]) for name in first}

@@ -19,7 +19,7 @@ from fewstep.data.buckets import bucketed
 from fewstep.data.latents import LatentSet, latent_set
 from fewstep.data.prompts import is_prompt_file, is_shards, read_prompts
 from fewstep.data.shards import from_shards
-from fewstep.denoiser import Condition, Denoiser
+from fewstep.denoiser import Condition, Denoiser, computed_in
 from fewstep.device import DTYPES, pick_precision
 from fewstep.draws import order
 from fewstep.errors import UserError
@@ -82,8 +82,11 @@ class Run:
 
     @property
     def counted(self) -> Denoiser:
-        """The denoiser whose calls are counted."""
-        return replace(self.denoiser, call=self.tally.counting(self.student.call))
+        """The denoiser of a step: its calls are counted, the teacher's in a type of their own where one is named."""
+        call, taught = self.student.call, self.config.student.teacher_precision
+        if taught is not None:
+            call = computed_in(call, BASE, DTYPES[taught])
+        return replace(self.denoiser, call=self.tally.counting(call))
 
     def features(self, x: Tensor, t: Tensor, condition: Condition) -> list[Tensor]:
         """Features of the frozen teacher, with gradient to x."""
@@ -250,6 +253,8 @@ def lay_out(config: DistillConfig, backbone: Backbone, captioned: pictures.Capti
             f"loop.precision = {config.loop.precision!r} is fp32 on {backbone.device.type}, which cannot compute with "
             "student.base = 'bf16'; the nearest legal one is 'bf16'"
         )
+    if config.student.teacher_precision == "fp16" and backbone.device.type == "cpu":
+        raise UserError("student.teacher_precision = 'fp16' needs a GPU; the nearest legal one is 'bf16'")
     compute = DTYPES[precision]
     roles, method = roles_of(config.method), config.method
     student = make_student(backbone, config.student, roles, config.loop.seed, method.told, compute, backbone.device)

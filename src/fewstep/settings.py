@@ -102,6 +102,9 @@ class StudentConfig(Config):
     base: Kept = Field(
         "fp32", description="how frozen weights are kept: fp32, bf16, or 8bit, 4bit (their matrices, by bitsandbytes)"
     )
+    teacher_precision: Literal["fp32", "bf16", "fp16"] | None = Field(
+        None, description="type of the teacher's calls in a step: fp32, bf16 or fp16; null for loop.precision"
+    )
     start: str = Field("", description="a finished student to start from; empty for the teacher itself")
 
     @property
@@ -195,10 +198,14 @@ class DistillConfig(Config):
 
         narrow = self.student.base == "bf16" and loop.precision == "fp32"
         refuse(narrow, "loop.precision = 'fp32'", "student.base = 'bf16'", "bf16")
+        taught = self.student.teacher_precision
+        asked = f"student.teacher_precision = {taught!r}"
+        refuse(self.student.base == "bf16" and taught == "fp32", asked, "student.base = 'bf16'", "bf16")
         if loop.shard:
             split = "loop.shard = True"
             refuse(loop.compile, "loop.compile = True", split, False)
             refuse(self.student.base != "fp32", f"student.base = {self.student.base!r}", split, "fp32")
+            refuse(taught is not None, asked, split, None)  # blocks are gathered in one type
             refuse(self.optim.kind != "adamw", f"optim.kind = {self.optim.kind!r}", split, "adamw")
             refuse(self.method.balance == "gradient", "method.balance = 'gradient'", split, "fixed")
 
