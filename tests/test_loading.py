@@ -114,5 +114,6 @@ def test_a_synthesis_lets_its_encoders_go_first(
 def test_convolutions_keep_channels_last(tmp_path: Path) -> None:
     backbone = load_backbone(tiny_pipelines.sd(tmp_path / "sd"))
     assert backbone.network.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert backbone.vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     tokens = load_backbone(tiny_pipelines.pixart(tmp_path / "pixart"))
     assert tokens.network.pos_embed.proj.weight.is_contiguous()

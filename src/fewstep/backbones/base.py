@@ -176,7 +176,7 @@ class Backbone(ABC):
     def vae(self) -> Any:
         """The autoencoder, loaded at first use."""
         if self._vae is None:
-            self._vae = self._loaded("vae").to(self.device)
+            self._vae = self._loaded("vae").to(self.device, memory_format=torch.channels_last)
         return self._vae
 
     def _load_text(self) -> list[tuple[Any, Any]]:
