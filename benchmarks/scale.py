@@ -2,12 +2,13 @@
 
     python benchmarks/scale.py
 
-No weights are made and nothing is computed: each network of the real shape is called once on tensors without data, and
-what it would save for its backward pass and how much it would multiply is added up. Prints docs/scale.md's tables.
+No weights are made and nothing is computed: each network of the real shape takes a step on tensors without data, and
+what it would hold at once and how much it would multiply is added up. Prints docs/scale.md's tables.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 from perf.networks import xl_unet
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.families import FAMILIES
@@ -78,62 +80,78 @@ SHAPES = {
 }
 
 
+@dataclass
+class Products:
+    """Operations of attention, which the library's own counter does not see."""
+
+    count: float = 0.0
+
+
 class Attention(torch.autograd.Function):
     """Attention that keeps what fused kernels keep: its inputs, its output, a number a row. Counts its products."""
 
-    flops = 0
-
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, products: Products) -> Tensor:
         """The output's shape."""
         out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype)
         ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:-1], dtype=torch.float32))
-        Attention.flops += 4 * q.numel() * k.shape[-2]
+        ctx.products = products
+        products.count += 4 * q.numel() * k.shape[-2]
         return out
 
     @staticmethod
-    def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Five products where the forward pass has two."""
         q, k, v, *_ = ctx.saved_tensors
-        Attention.flops += 10 * q.numel() * k.shape[-2]
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        ctx.products.count += 10 * q.numel() * k.shape[-2]
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
 
 
-class Held:
-    """A saved tensor, counted as long as autograd keeps it; one storage once."""
+class Alive(TorchDispatchMode):
+    """Bytes of all tensors that are made while it is entered, from their making to their end, and the most at once."""
 
-    live: dict[int, int] = {}  # noqa: RUF012  (what all of them share)
-    bytes = 0
-    peak = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self._known: set[int] = set()
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-        whole = tensor if tensor._base is None else tensor._base
-        self.key = 0 if isinstance(whole, nn.Parameter) else tensor.untyped_storage()._cdata
-        if self.key:
-            seen = Held.live.get(self.key, 0)
-            Held.live[self.key] = seen + 1
-            if not seen:
-                Held.bytes += tensor.untyped_storage().nbytes()
-                Held.peak = max(Held.peak, Held.bytes)
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run it, and note what it made."""
+        made = func(*args, **(kwargs or {}))
+        if func.is_view or func._schema.name.endswith("_"):
+            return made
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self._note(tensor.untyped_storage())
+        return made
 
-    def __del__(self) -> None:
-        if self.key:
-            Held.live[self.key] -= 1
-            if not Held.live[self.key]:
-                Held.bytes -= self.tensor.untyped_storage().nbytes()
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.bytes -= size
 
 
 @contextmanager
-def on_paper() -> Iterator[None]:
+def on_paper() -> Iterator[Products]:
     """Meta tensors in bf16, attention as fused kernels do it."""
     functional: Any = nn.functional
     fused, kind = functional.scaled_dot_product_attention, torch.get_default_dtype()
-    functional.scaled_dot_product_attention = lambda query, key, value, *_, **__: Attention.apply(query, key, value)
+    products = Products()
+    functional.scaled_dot_product_attention = lambda query, key, value, *_, **__: Attention.apply(  # type: ignore[no-untyped-call]
+        query, key, value, products
+    )
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
-            yield
+            yield products
     finally:
         functional.scaled_dot_product_attention = fused
         torch.set_default_dtype(kind)
@@ -146,7 +164,7 @@ class Counted:
     Attributes:
         base, adapter: numbers of the frozen network and of an adapter.
         forward, both: operations of a call, and of a call with its backward pass.
-        saved: bytes that the call keeps at most for its backward pass.
+        held: bytes that a step which asks the teacher holds at most beside its weights.
         folded: the same with gradient checkpointing.
     """
 
@@ -154,43 +172,54 @@ class Counted:
     adapter: int
     forward: float
     both: float
-    saved: int
+    held: int
     folded: int
 
 
-def operations(network: nn.Module, shape: Shape, *, backward: bool) -> float:
+def operations(network: nn.Module, shape: Shape, products: Products, *, backward: bool) -> float:
     """Of one sample's call, with its backward pass or without."""
-    Attention.flops = 0
+    before = products.count
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
         said = shape.call(network, 1)
         if backward:
             said.backward(torch.empty_like(said))
-    return float(counter.get_total_flops() + Attention.flops)
+    return counter.get_total_flops() + products.count - before
 
 
-def kept(network: nn.Module, shape: Shape) -> int:
-    """Bytes of activations that a call with its backward pass holds at most, one sample."""
-    Held.bytes = Held.peak = 0
-    Held.live.clear()
-    with saved_tensors_hooks(Held, lambda held: held.tensor):
-        said = shape.call(network, 1)
+def step_holds(network: nn.Module, shape: Shape, batch: int) -> int:
+    """Bytes that a step holds at most beside its weights.
+
+    The student is called, then the teacher and the target beside what the student's call keeps; then the backward pass,
+    with what it computes again.
+    """
+    network.zero_grad(set_to_none=True)
+    with Alive() as alive:
+        said = shape.call(network, batch)
+        with torch.no_grad():
+            shape.call(network, 2 * batch if shape.guided else batch)
+            shape.call(network, batch)
         said.backward(torch.empty_like(said))
-    return Held.peak
+    return alive.peak
+
+
+def sample_holds(network: nn.Module, shape: Shape) -> int:
+    """What of that each sample adds; the adapter's gradients are everybody's."""
+    return step_holds(network, shape, 2) - step_holds(network, shape, 1)
 
 
 def counted(shape: Shape) -> Counted:
     """A network of the shape with an adapter of rank 64, counted."""
-    with on_paper():
+    with on_paper() as products:
         network = shape.network()
         base = sum(weight.numel() for weight in network.parameters())
-        forward = operations(network.requires_grad_(False), shape, backward=False)
+        forward = operations(network.requires_grad_(False), shape, products, backward=False)
         add_adapter(network, "student", RANK, RANK, list(FAMILIES[shape.family].targets), 0)
         adapter = sum(weight.numel() for weight in network.parameters()) - base
         network.to(torch.bfloat16)
-        both = operations(network, shape, backward=True)
-        saved = kept(network, shape)
+        both = operations(network, shape, products, backward=True)
+        held = sample_holds(network, shape)
         network.enable_gradient_checkpointing()  # type: ignore[operator]
-        return Counted(base, adapter, forward, both, saved, kept(network, shape))
+        return Counted(base, adapter, forward, both, held, sample_holds(network, shape))
 
 
 GPUS = {
@@ -205,17 +234,17 @@ GPUS = {
 REACHED = 0.4
 """Share of that which a step is taken to reach."""
 ASIDE = 1.5
-"""GiB for the CUDA context, workspaces and the largest buffers that are not kept."""
+"""GiB for the CUDA context and workspaces."""
 BYTES = {"bf16": 2.0, "8bit": 1.02, "4bit": 0.56}
 """Bytes a frozen weight: bitsandbytes' scales are counted, and what it leaves wide is not."""
 LEARNS = 4 + 4 + 8 + 4
 """Bytes a learned weight: itself, its gradient, AdamW's moments, its average, all fp32."""
 
 
-def fits(memory: float, one: Counted, held: float, kept_for: int) -> str:
+def fits(memory: float, one: Counted, kept: float, sample: int) -> str:
     """How many samples a micro-batch can have on a GPU, or a dash."""
-    left = memory * 1e9 / GIB - ASIDE - (held * one.base + LEARNS * one.adapter) / GIB
-    count = int(left / (kept_for / GIB))
+    left = memory * 1e9 / GIB - ASIDE - (kept * one.base + LEARNS * one.adapter) / GIB
+    count = int(left / (sample / GIB))
     return str(count) if count > 0 else "-"
 
 
@@ -228,24 +257,39 @@ def budget(name: str, shape: Shape, one: Counted) -> None:
     print(" | bf16 | stored | online | online, checkpointing | teacher's samples an hour |")
     print("| --- " * (len(BYTES) + 6) + "|")
     for gpu, (memory, peak) in GPUS.items():
-        counts = [fits(memory, one, held, one.folded) for held in BYTES.values()]
-        counts.append(fits(memory, one, BYTES["bf16"], one.saved))
+        counts = [fits(memory, one, kept, one.folded) for kept in BYTES.values()]
+        counts.append(fits(memory, one, BYTES["bf16"], one.held))
         speed = REACHED * peak * 1e12
         rates = [speed / stored, speed / online, speed / (online + one.forward)]
-        walks = speed / (50 * 2 * one.forward if shape.guided else 50 * one.forward) * 3600
+        walks = f"{speed / (50 * asked * one.forward) * 3600:.0f}"
+        if memory * 1e9 / GIB < ASIDE + 4 * one.base / GIB:  # a synthesis keeps its teacher in fp32
+            walks = "-"
         told = [f"{rate:.2f}" for rate in rates]
         if not shape.guided:  # its walks cannot be stored: guidance is told to it
             told[0] = "-"
-        cells = [*counts, *told, f"{walks:.0f}"]
+        cells = [*counts, *told, walks]
         print(f"| {gpu}, {memory} GB | " + " | ".join(cells) + " |")
-    full, teacher = LEARNS * one.base / 1e9, 2 * one.base / 1e9
-    print(f"\nfull fine-tuning: {full:.0f} GB of weights, gradients, moments, averages; {teacher:.0f} GB of teacher")
+    full, teacher = LEARNS * one.base / 1e9, one.base / 1e9
+    print(
+        f"\nfull fine-tuning: {full:.0f} GB of weights, gradients, moments, averages; of teacher {2 * teacher:.0f} GB"
+    )
+    print(f"in bf16, {4 * teacher:.0f} split over processes (loop.shard keeps it in fp32)")
 
 
 def main() -> None:
     """Print what was counted, and what follows for each GPU."""
     print(f"LoRA rank {RANK} on the family's own layers, 1024 x 1024 pixels, one sample, bf16\n")
-    heads = ["", "frozen weights", "adapter", "F", "F and backward", "kept", "checkpointing", "latent", "caption"]
+    heads = [
+        "",
+        "frozen weights",
+        "adapter",
+        "F",
+        "F and backward",
+        "a step holds",
+        "checkpointing",
+        "latent",
+        "caption",
+    ]
     print("| " + " | ".join(heads) + " |")
     print("| --- " * 9 + "|")
     found = {name: counted(shape) for name, shape in SHAPES.items()}
@@ -253,8 +297,8 @@ def main() -> None:
         shape = SHAPES[name]
         print(
             f"| {name} | {one.base / 1e9:.2f} B, {2 * one.base / GIB:.1f} GiB in bf16 | {one.adapter / 1e6:.0f} M "
-            f"| {one.forward / 1e12:.1f} TFLOP | {one.both / one.forward:.2f} F | {one.saved / GIB:.1f} GiB "
-            f"| {one.folded / GIB:.1f} GiB | {shape.latent * 4 / 2**10:.0f} KiB | {shape.text * 2 / 2**20:.2f} MiB |"
+            f"| {one.forward / 1e12:.1f} TFLOP | {one.both / one.forward:.2f} F | {one.held / GIB:.1f} GiB "
+            f"| {one.folded / GIB:.2f} GiB | {shape.latent * 4 / 2**10:.0f} KiB | {shape.text * 2 / 2**20:.2f} MiB |"
         )
     for name, one in found.items():
         budget(name, SHAPES[name], one)
