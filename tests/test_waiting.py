@@ -5,12 +5,16 @@ Networks stand on torch's `meta` device, in a GPU's place: what crosses over to 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -31,6 +35,8 @@ from fewstep.role_layout import make_student
 from fewstep.settings import StudentConfig
 
 META = torch.device("meta")
+MADE = (torch.tensor, torch.as_tensor, Tensor.new_tensor)
+"""What makes tensors of the CPU's numbers; on a GPU they are copied there, and waited for."""
 READS = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::masked_select", "aten::is_nonzero"}
 COPIES = {"aten::_to_copy", "aten::copy_"}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -57,12 +63,31 @@ class Unwaiting(TorchDispatchMode):
         return result
 
 
+class Unmade(TorchFunctionMode):
+    """Fails where a tensor on the device is made of the CPU's numbers, by copies that dispatch does not see."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in MADE and result.is_meta:
+            raise AssertionError(f"{func.__name__} of {tuple(result.shape)} waits for the device")
+        return result
+
+
+@contextmanager
+def unwaiting() -> Iterator[Unwaiting]:
+    """Nothing waits in this block; what crosses is counted."""
+    with Unwaiting() as seen, Unmade():
+        yield seen
+
+
 @pytest.fixture(scope="session")
-def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Backbone]:
-    return {
-        name: load_backbone(tiny_pipelines.FAMILIES[name](tmp_path_factory.mktemp(name) / "tiny", **settings))
-        for name, settings in FAMILIES.items()
-    }
+def backbone_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Backbone]:
+    @cache
+    def load(name: str) -> Backbone:
+        folder = tmp_path_factory.mktemp(name) / "tiny"
+        return load_backbone(tiny_pipelines.FAMILIES[name](folder, **FAMILIES[name]))
+
+    return load
 
 
 def method_of(**changes: Any) -> ConsistencyConfig:
@@ -81,9 +106,9 @@ PAIRS = [*((family, "on data") for family in FAMILIES), *product(("sd", "flux"),
 
 
 @pytest.mark.parametrize(("family", "method"), PAIRS)
-def test_nothing_waits_in_a_step(family: str, method: str, backbones: dict[str, Backbone]) -> None:
+def test_nothing_waits_in_a_step(family: str, method: str, backbone_of: Callable[[str], Backbone]) -> None:
     """Forward and backward of every update, teacher and target included, under the real network's own code."""
-    backbone = backbones[family]
+    backbone = backbone_of(family)
     config = method_of(**METHODS[method])
     told = {name: value.to(META) for name, value in backbone.encode(["a red disc", "blue"]).items()}
     null = {name: value.to(META) for name, value in backbone.null(2).items()}
@@ -94,7 +119,7 @@ def test_nothing_waits_in_a_step(family: str, method: str, backbones: dict[str, 
     denoiser = Denoiser(student.call, backbone.path, backbone.prediction, backbone.embedded_guidance)
     sample = Sample(torch.zeros(2, *backbone.latent_shape, device=META), told, null)
     plan = family_plan(config, OptimConfig(), student, denoiser, lambda batch, draws: sample)
-    with Unwaiting() as seen:
+    with unwaiting() as seen:
         draws = Draws(0, 0, (0, 1), META)
         for purpose in noises(config):
             draws.draw_ahead(purpose, backbone.latent_shape)
@@ -106,15 +131,26 @@ def test_nothing_waits_in_a_step(family: str, method: str, backbones: dict[str, 
     assert all(any(weight.grad is not None for weight in update.parameters.values()) for update in plan)
 
 
-def test_a_blocking_copy_is_seen() -> None:
+@pytest.mark.parametrize(
+    "waits",
+    [
+        lambda x: x.new_tensor([1.0, 2.0]),
+        lambda x: torch.tensor([1.0, 2.0], device=x.device),
+        lambda x: torch.as_tensor(torch.ones(2), device=x.device),
+        lambda x: torch.ones(2).to(x),
+        lambda x: x.copy_(torch.ones(2)),
+    ],
+)
+def test_a_blocking_copy_is_seen(waits: Callable[[Tensor], Tensor]) -> None:
     """What the test above rests on."""
-    x = torch.zeros(2, device=META)
-    with Unwaiting(), pytest.raises(AssertionError, match="waits"):
-        x.new_tensor([1.0, 2.0])
-    with Unwaiting(), pytest.raises(AssertionError, match="waits"):
-        torch.ones(2).to(META)
-    with Unwaiting() as seen:
+    with unwaiting(), pytest.raises(AssertionError, match="waits for the device"):
+        waits(torch.zeros(2, device=META))
+
+
+def test_other_copies_are_counted() -> None:
+    with unwaiting() as seen:
         sent(torch.ones(2), META)
+        torch.tensor([1.0, 2.0])
     assert seen.crossed == 1
 
 
