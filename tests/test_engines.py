@@ -210,7 +210,7 @@ def test_a_compiled_artist_draws_the_same(tiny_pipeline: Path, monkeypatch: pyte
         torch._dynamo.reset()
     assert counter.frame_count == 1
     assert shapes == {3}
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert float((found - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())
 
 
 def test_pictures_are_drawn_as_many_at_once_as_is_said(tiny_pipeline: Path) -> None:
@@ -230,7 +230,7 @@ def test_pictures_are_drawn_as_many_at_once_as_is_said(tiny_pipeline: Path) -> N
         drawn.append(artist.latents(artist.encode(prompts), range(5), sampling))
         sizes.append(asked)
     assert sizes == [[5], [2, 2, 1]]
-    torch.testing.assert_close(*drawn, rtol=1e-4, atol=1e-5)
+    assert float((drawn[0] - drawn[1]).abs().max()) < 1e-4 * float(drawn[0].abs().max())
 
 
 narrow = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="extra `quantize` is missing")
