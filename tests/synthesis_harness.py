@@ -54,18 +54,18 @@ def after_rename(count: int) -> Callable[[], None]:
     return patch
 
 
-def in_a_write(place: Any) -> Callable[[], None]:
-    """Die with the next file that `place` writes half-written."""
+def in_a_write(place: Any, writer: str) -> Callable[[], None]:
+    """Die with the next file that `place` writes by its function `writer` half-written."""
 
     def patch() -> None:
-        plain = place.save_tensors
+        plain = getattr(place, writer)
 
-        def torn(path: Path, tensors: Any) -> None:
-            plain(path, tensors)
+        def torn(path: Path, *more: Any) -> None:
+            plain(path, *more)
             path.write_bytes(path.read_bytes()[:500])
             die()
 
-        place.save_tensors = torn
+        setattr(place, writer, torn)
 
     return patch
 
@@ -131,7 +131,7 @@ def run(folder: Path, words: list[str]) -> dict[str, Any]:
         return wait_for_all(running, LIMIT)
 
     record: dict[str, Any] = {"peace": [alone("peace")], "fire": [], "moments": []}
-    for patch in (in_a_write(synthesis), in_a_write(shards)):
+    for patch in (in_a_write(synthesis, "write_rows"), in_a_write(shards, "save_tensors")):
         record["fire"].append(alone("fire", patch))
     for turn in range(MOST):  # after a shard, after its note, between the two, ...
         record["fire"].append(alone("fire", after_rename(1 + turn % 3)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import weakref
@@ -25,6 +26,8 @@ FILES = mapped.MOST_OPEN + 80
 def few_files_open() -> Iterator[None]:
     """What a process may open beside what it has open: less than there are files, more than are kept open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    mapped._opened.cache_clear()  # files that other tests left open would be closed on the way
+    gc.collect()
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + mapped.MOST_OPEN + 20, hard))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -335,21 +335,23 @@ def test_while_it_is_mended_a_set_is_not_finished(
     make: Callable[..., Synthesis], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     from fewstep.synthesis import shards, synthesize
-    from fewstep.tensors import save_tensors
 
     found = make(kind="latents")
     before = contents(found.folder)
     (found.folder / name).write_bytes(b"")
     refused = []
 
-    def save(path: Path, tensors: Any) -> None:
-        with pytest.raises(UserError, match="is not finished"):
-            fewstep.read_synthesis(found.folder)
-        refused.append(path.name)
-        save_tensors(path, tensors)
+    def watched(write: Callable[..., None]) -> Callable[..., None]:
+        def save(path: Path, *more: Any) -> None:
+            with pytest.raises(UserError, match="is not finished"):
+                fewstep.read_synthesis(found.folder)
+            refused.append(path.name)
+            write(path, *more)
 
-    for place in (shards, synthesize):
-        monkeypatch.setattr(place, "save_tensors", save)
+        return save
+
+    for place, writer in ((shards, "save_tensors"), (synthesize, "write_rows")):
+        monkeypatch.setattr(place, writer, watched(getattr(place, writer)))
     make(kind="latents")
     assert [written.split(".")[1] for written in refused] == [name.split(".")[0]], "that file alone"
     assert contents(found.folder) == before
