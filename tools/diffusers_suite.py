@@ -27,7 +27,8 @@ import numpy as np
 import torch
 import transformers
 
-from fewstep.schedulers import ConsistencyScheduler, FewStepScheduler, SSSScheduler
+from fewstep.scheduler_loop import FewStepScheduler
+from fewstep.schedulers import ConsistencyScheduler, SSSScheduler
 
 ROOT = Path(__file__).resolve().parents[1]
 CLOSE = 1e-5

@@ -159,7 +159,8 @@ def _kept_dtype(entries: Mapping[str, Entry]) -> Any:
     import torch
 
     found = {entry.dtype for entry in entries.values() if len(entry.shape) > 1}
-    return {frozenset({"F16"}): torch.float16, frozenset({"BF16"}): torch.bfloat16}.get(frozenset(found), torch.float32)
+    halves = {"F16": torch.float16, "BF16": torch.bfloat16}
+    return halves.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
 
 
 def _tell_prediction(scheduler: Path, entries: Collection[str], notes: Mapping[str, Any]) -> None:

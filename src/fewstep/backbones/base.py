@@ -114,8 +114,9 @@ class Backbone(ABC):
     ) -> None:
         self.folder = folder
         self.device = torch.device(device)
-        self.prediction = prediction_of(folder.noise, str(folder.path))
-        self.path = path_of(folder.noise)
+        noise = folder.noise
+        self.prediction = prediction_of(noise, str(folder.path))
+        self.path = path_of(noise)
         self.latent_shape = folder.latent_shape
         self.picture_size = folder.picture_size
         self.targets = list(folder.family.targets)
