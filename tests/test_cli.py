@@ -556,7 +556,8 @@ def test_help_is_light() -> None:
         ("demo", ("--out", "--set")),
         ("benchmark", ("--out", "--set")),
         ("train-teacher", ("--out", "--target", "--config", "--set")),
-        ("train-adapter", ("--out", "--pairs", "--teacher", "--set")),
+        ("train-adapter", ("--out", "--pairs", "--teacher", "--config", "--set")),
+        ("train-perceptual", ("--out", "--prompts", "--teacher", "--config", "--set")),
         ("chinese", ("--out", "--set")),
     ],
 )

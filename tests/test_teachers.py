@@ -257,8 +257,9 @@ def test_verbs_take_a_single_file(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert told in said
         assert "\n" not in said
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a red disc\n" * 10)
+    prompts.write_text("".join(f"a red disc {i}\n" for i in range(10)))
     asked = {"synthesize": ["--prompts", str(prompts)], "evaluate": ["--prompt-file", str(prompts)], "distill": []}
+    asked |= {"train-perceptual": ["--prompts", str(prompts)], "train-adapter": []}
     for verb, more in asked.items():
         with pytest.raises(SystemExit) as ended:
             main([verb, "--teacher", str(file), "--out", str(tmp_path / verb), *more])

@@ -194,6 +194,7 @@ def train_perceptual(
     teacher: Path | str = "",
     device: str = "auto",
     overrides: str | Sequence[str] = (),
+    teacher_config: Path | str = "",
 ) -> Path:
     """Train a distance between a teacher's latents that says what pixel features say; returns its folder.
 
@@ -201,9 +202,10 @@ def train_perceptual(
         out: run folder; a run that was stopped is resumed from it, a finished one returned at once.
         prompts: prompt file that the teacher draws latents from; None for Emoji-8's captions, which the bundled
             teacher alone knows.
-        teacher: pipeline folder; empty for the bundled one.
+        teacher: pipeline folder, single-file checkpoint or hub id; empty for the bundled one.
         device: auto, cpu or cuda.
         overrides: dotted changes to its settings, e.g. "loop.steps=1000".
+        teacher_config: for a single-file teacher, a pipeline folder of its kind.
 
     Raises:
         UserError: anything wrong, in one line, before any long work.
@@ -227,7 +229,7 @@ def train_perceptual(
     else:
         said = read_prompts(prompts, "prompts")
     check_prompts(said)
-    folder = read_folder(teacher_path(teacher))
+    folder = read_folder(teacher_path(named_teacher(teacher, teacher_config)))
     check_writable(Path(out))
     check_same_run(Path(out), config)
     check_installed("train-perceptual", WATCHING)
@@ -246,14 +248,16 @@ def train_adapter(
     pairs: Path | str | None = None,
     teacher: Path | str = "",
     overrides: str | Sequence[str] = (),
+    teacher_config: Path | str = "",
 ) -> Path:
     """Train an adapter that reads prompts of other languages for a teacher; returns its folder, `out`/adapter.
 
     Args:
         out: run folder; a run that was stopped is resumed from it.
         pairs: texts and what they are in the teacher's language, a .tsv or .jsonl file; None for Emoji-8's Chinese.
-        teacher: pipeline folder; empty for the bundled one.
+        teacher: pipeline folder, single-file checkpoint or hub id; empty for the bundled one.
         overrides: dotted changes to the settings, e.g. "loop.steps=800".
+        teacher_config: for a single-file teacher, a pipeline folder of its kind.
 
     Raises:
         UserError: anything wrong with the pairs, the settings, the place or the installation, before any long work.
@@ -267,7 +271,7 @@ def train_adapter(
     from fewstep.training.run import check_same_run
 
     config = validate(AdapterConfig, parse_overrides(overrides))
-    folder = read_folder(teacher_path(teacher))
+    folder = read_folder(teacher_path(named_teacher(teacher, teacher_config)))
     if pairs is not None:
         found = read_pairs(pairs)
     else:

@@ -61,6 +61,7 @@ def recipes(settings: Annotated[bool, typer.Option(help="List every setting too.
         ChineseConfig,
         DemoConfig,
         FamilyConfig,
+        RewardConfig,
         TeacherConfig,
         TlcmConfig,
         VersatilityConfig,
@@ -84,7 +85,7 @@ def recipes(settings: Annotated[bool, typer.Option(help="List every setting too.
             ("train-adapter", AdapterConfig),
             ("train-teacher", TeacherConfig),
         )
-        for verb, config in (*verbs, ("train-scorer", AgreementConfig)):
+        for verb, config in (*verbs, ("train-scorer", AgreementConfig), ("train-reward", RewardConfig)):
             typer.echo(f"\nsettings of {verb} (-s key=value):")
             typer.echo("\n".join(settings_help(config())))
 
@@ -331,7 +332,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        advice = "leave it more, or, to distil, give a larger loop.accumulate and another --out"
+        advice = "leave it more, or, to distil, run again with a larger loop.accumulate or student.checkpointing=true"
         print(f"fewstep: out of memory ({one_line(error)[:200]}); {advice}", file=sys.stderr)
         sys.exit(2)
 

@@ -48,6 +48,7 @@ def train_perceptual(
     teacher: Teacher = "",
     device: Device = "auto",
     overrides: Overrides = None,
+    config: Configs = None,
 ) -> None:
     """Train a distance between latents from prompts and a teacher alone, for method.distance = perceptual.
 
@@ -56,7 +57,12 @@ def train_perceptual(
     from fewstep import api_tools
 
     folder = api_tools.train_perceptual(
-        out=out, prompts=prompts, teacher=teacher, device=device, overrides=overrides or []
+        out=out,
+        prompts=prompts,
+        teacher=teacher,
+        device=device,
+        overrides=overrides or [],
+        teacher_config=config or "",
     )
     from fewstep.perceptual.record import read_perceptual
 
@@ -75,6 +81,7 @@ def train_adapter(
     ] = None,
     teacher: Teacher = "",
     overrides: Overrides = None,
+    config: Configs = None,
 ) -> None:
     """Train an adapter from text pairs alone, with which a teacher and its students read other languages.
 
@@ -82,7 +89,8 @@ def train_adapter(
     """
     from fewstep import api_tools
 
-    say(f"wrote {api_tools.train_adapter(out=out, pairs=pairs, teacher=teacher, overrides=overrides or [])}")
+    asked: dict[str, Any] = {"out": out, "pairs": pairs, "teacher": teacher, "overrides": overrides or []}
+    say(f"wrote {api_tools.train_adapter(**asked, teacher_config=config or '')}")
 
 
 @app.command()

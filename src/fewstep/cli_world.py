@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fewstep.cli_options import Overrides, Teacher, app, echo_figures, say
+from fewstep.cli_options import Overrides, app, echo_figures, say
 
 
 @app.command()
@@ -53,7 +53,7 @@ def family(
 @app.command()
 def teacher_card(
     out: Annotated[Path, typer.Option(help="Folder for card.json, card.md and samples.webp.")] = Path("runs/card"),
-    teacher: Teacher = "",
+    teacher: Annotated[str, typer.Option(help="Pipeline folder; empty for the bundled teacher.")] = "",
     omega: Annotated[float | None, typer.Option(help="Guidance; empty for what the teacher brings along.")] = None,
     steps: Annotated[int, typer.Option(help="Steps of guided DDIM.")] = 50,
     n: Annotated[int, typer.Option(help="Seen prompts to draw.")] = 1000,

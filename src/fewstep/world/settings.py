@@ -134,7 +134,7 @@ class ChineseConfig(Config):
     """Chinese prompts beside English ones."""
 
     adapter: str = Field("", description="folder of an adapter; empty to train one from the bundled world's text pairs")
-    lora: str = Field("tcd", description="student: tcd or lcm (bundled), a LoRA file or folder")
+    lora: str = Field("tcd", description="student: tcd (bundled), a LoRA file or folder")
     steps: int = Field(3, ge=1, description="network calls of the student")
     teacher_steps: int = Field(25, ge=1, description="steps of the teacher, guided DDIM")
     concepts: int = Field(120, ge=20, le=120, description="concepts that are asked for, whose Chinese is held out")
