@@ -169,7 +169,7 @@ class VersatilityConfig(Config):
     style: AddOnConfig = Field(AddOnConfig(steps=1200, lr=1e-3), description="the style LoRA")
     edges: AddOnConfig = Field(AddOnConfig(steps=1500, lr=5e-4), description="the ControlNet on edges")
     shapes: AddOnConfig = Field(AddOnConfig(steps=1500, lr=5e-4), description="the ControlNet on silhouettes")
-    picture: AddOnConfig = Field(AddOnConfig(steps=3000, lr=1e-3), description="the IP-Adapter")
+    picture: AddOnConfig = Field(AddOnConfig(steps=1500, lr=2e-4), description="the IP-Adapter")
     seed: Seed = Field(0, description="seed of the noise, 0 to 89")
 
 

@@ -110,7 +110,20 @@ def images(pictures: np.ndarray) -> list[Image.Image]:
     return [Image.fromarray(picture) for picture in pictures]
 
 
-def embeds(features: Tensor, guided: bool) -> list[Tensor]:
-    """An IP-Adapter's `ip_adapter_image_embeds` of a batch, [B, 1, width]; with none before them where it is guided."""
-    shown = features[:, None]
-    return [torch.cat([torch.zeros_like(shown), shown]) if guided else shown]
+def drawn_after(
+    pipe: Any, prompts: Sequence[str], features: Tensor, seed: int, *, guidance_scale: float, **more: Any
+) -> np.ndarray:
+    """As `drawn`, with an IP-Adapter and each picture after its own features.
+
+    One call a picture: `ip_adapter_image_embeds` are all of them told to every picture of a call.
+
+    Args:
+        features: [N, width]; where a call is guided, none (zeros) stand before them.
+    """
+    made = []
+    for i, (prompt, row) in enumerate(zip(prompts, features, strict=True)):
+        shown = row[None, None]
+        told = torch.cat([torch.zeros_like(shown), shown]) if guidance_scale > 1 else shown
+        settings = {"guidance_scale": guidance_scale, "ip_adapter_image_embeds": [told], **more}
+        made.append(drawn(pipe, [prompt], seed + i, {}, **settings))
+    return np.concatenate(made)

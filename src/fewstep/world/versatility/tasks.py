@@ -20,7 +20,7 @@ from fewstep.evaluation.metric import Array
 from fewstep.tensors import digest
 from fewstep.world.settings import AddOnConfig
 from fewstep.world.versatility import looks, training
-from fewstep.world.versatility.studio import BATCH, Who, asked, drawn, embeds, images, pipeline
+from fewstep.world.versatility.studio import Who, asked, drawn, drawn_after, images, pipeline
 from fewstep.world.versatility.workshop import CAPTIONS, Workshop
 
 PEOPLE = 0.08
@@ -207,14 +207,7 @@ def picture_prompt(shop: Workshop) -> Task:
     def draw(who: Who) -> np.ndarray:
         pipe = pipeline("StableDiffusionPipeline", shop.folder, who)
         pipe.load_ip_adapter([training.read_ip_adapter(place)], subfolder="", weight_name="", image_encoder_folder=None)
-        settings = asked(who)
-        guided = settings["guidance_scale"] > 1
-        parts = []
-        for start in range(0, len(rows), BATCH):
-            told = embeds(shop.seen[rows[start : start + BATCH]], guided)
-            some = prompts[start : start + BATCH]
-            parts.append(drawn(pipe, some, shop.config.seed + start, {}, ip_adapter_image_embeds=told, **settings))
-        return np.concatenate(parts)
+        return drawn_after(pipe, prompts, shop.seen[rows], shop.config.seed, **asked(who))
 
     return Task(
         "IP-Adapter", "likeness to the picture over strangers", "agreement with the picture's name", given, prompts,
