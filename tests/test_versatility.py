@@ -23,9 +23,9 @@ from fewstep.world.measures import agreement, lite0
 from fewstep.world.settings import AddOnConfig, VersatilityConfig
 from fewstep.world.versatility import looks, training
 from fewstep.world.versatility import tasks as tasks_module
-from fewstep.world.versatility.figure import beside_table, by_place, columns, kept_share, measure, table
+from fewstep.world.versatility.figure import by_place, columns, kept_share, measure, tables
 from fewstep.world.versatility.studio import Who, asked, can_draw, drawn, drawn_after, images, pipeline
-from fewstep.world.versatility.tasks import PEOPLE, TASKS
+from fewstep.world.versatility.tasks import TASKS, people_of
 from fewstep.world.versatility.workshop import Workshop
 
 
@@ -73,6 +73,13 @@ def test_blueprints_edges_and_outlines() -> None:
     assert small.shape == pictures.shape
     likeness = looks.edge_likeness(small, outline)
     assert ((likeness > 0.5) & (likeness < 0.98)).all(), "softer, of the same thing"
+    assert looks.detail_likeness(small, small, pictures).tolist() == [0.0, 0.0], "nothing was added"
+    np.testing.assert_allclose(looks.detail_likeness(pictures, small, pictures), 1)
+    halfway = ((small.astype(float) + pictures) / 2).round().astype(np.uint8)
+    assert (looks.detail_likeness(halfway, small, pictures) > 0.98).all(), "the right detail, too faint"
+    assert (looks.detail_likeness(pictures[::-1], small, pictures) < 0.5).all(), "another picture's"
+    assert looks.closeness(pictures, pictures).tolist() == [1.0, 1.0]
+    assert looks.closeness(np.zeros_like(half), np.full_like(half, 51)).tolist() == [0.8]
 
 
 def test_the_share_that_is_kept() -> None:
@@ -85,6 +92,13 @@ def test_the_share_that_is_kept() -> None:
     assert kept.low is not None
     assert kept.high is not None
     assert kept.low == pytest.approx(0.9)
+    for seed in (26, 137, 228):  # a base whose own effect is hardly one: some resamples' shares are far off
+        faint, own = (np.random.default_rng(start + seed).normal(0.06, 0.28, 96) for start in (0, 1000))
+        kept = kept_share(own, faint, 0)
+        assert kept is not None
+        assert kept.low is not None
+        assert kept.high is not None
+        assert kept.low <= kept.value <= kept.high
     assert kept_share(base, rng.normal(0, 1e-3, 50), 0) is None
     assert kept_share(base, -base, 0) is None, "a base that does harm keeps no score"
 
@@ -203,7 +217,7 @@ def _stop(place: Path) -> Any:
 def small_world(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     """The bundled teacher and a part of Emoji-8; add-ons of a single step."""
     world = emoji8.load("train")
-    people = np.flatnonzero(looks.skin(world.pictures).mean((1, 2)) >= PEOPLE)[:40]
+    people = people_of(world)[:40]
     part = np.unique(np.concatenate([people, np.arange(0, len(world), 60)]))
     data = emoji8.Emoji8(world.pictures[part], tuple(world.records[row] for row in part))
     lesson = AddOnConfig(steps=1, batch=4, lr=1e-3)
@@ -223,21 +237,32 @@ def test_every_row_is_made_drawn_and_measured(small_world: Workshop, monkeypatch
     assert labels == ["base 2", "TCD 2"]
     assert set(found) == {(name, label) for name in TASKS for label in labels}
     assert len(shown) == len(TASKS)
-    learned = {"style": shop.learned("style"), "edges": shop.learned("controlnet")}
-    for name, some in learned.items():
-        assert not {shop.data.pictures[row].tobytes() for row in some} & {p.tobytes() for p in tasks[name].given}
+    apart = {record.id for record in emoji8.load("heldout-pair").records}
+    assert {record.id for record in shop.shown.records} == apart
+    assert not {record.id for record in shop.data.records} & apart
+    people = {shop.shown.records[row].name for row in people_of(shop.shown)}
+    assert all(prompt.rsplit(", ", 1)[0] in people for prompt in tasks["community"].prompts)
+    shown_pictures = {picture.tobytes() for picture in shop.shown.pictures}
+    for name in ("picture", "img2img", "style transfer"):
+        assert {picture.tobytes() for picture in tasks[name].given} <= shown_pictures
     own, student = found["edges", "base 2"], found["edges", "TCD 2"]
-    if student.kept is not None:
-        wanted = (student.value - student.without) / (own.value - own.without)
-        assert student.kept.value == pytest.approx(wanted)
     assert own.without != student.without, "each is measured beside its own pictures without the add-on"
     # what is there before is the same for all: half a picture fits its name badly, and both draw the rest
     assert found["inpainting", "base 2"].without == found["inpainting", "TCD 2"].without
     assert found["inpainting", "TCD 2"].value > found["inpainting", "TCD 2"].without
     assert found["img2img", "base 2"].value > found["img2img", "base 2"].without + 0.05
-    text = table(cells, tasks, labels) + beside_table(cells, tasks, labels)
+    for who in columns(shop.config):
+        plain = float(tasks["img2img"].beside(tasks["img2img"].without(who)).mean())
+        cell = found["img2img", who.label]
+        assert cell.change.value == pytest.approx(cell.beside - plain)
+    text = tables(cells, tasks, labels)
+    share = found["img2img", "TCD 2"].kept
+    assert share is not None
+    effects = [found["img2img", label].value - found["img2img", label].without for label in labels]
+    assert share.value == pytest.approx(effects[1] / effects[0])
+    assert f"| img2img | {tasks['img2img'].effect_name} | ({effects[0]:+.3f}) | {share.value:.2f} [" in text
     for task in tasks.values():
-        assert text.count(f"| {task.name} | {task.effect_name} |") == 1
+        assert text.count(f"| {task.name} | {task.effect_name} |") == 2
         assert text.count(f"| {task.name} | {task.beside_name} |") == 1
 
     def drawing(*_: Any, **__: Any) -> None:

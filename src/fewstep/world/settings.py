@@ -160,7 +160,7 @@ class VersatilityConfig(Config):
     tlcm: str = Field("", description="TLCM student, a LoRA file or folder; empty to leave it out")
     steps: tuple[int, ...] = Field((2, 4, 8), description="network calls of the students")
     base_steps: int = Field(25, ge=1, description="steps of the base, guided DDIM")
-    prompts: int = Field(96, ge=8, le=400, description="pictures drawn and measured with each")
+    prompts: int = Field(96, ge=8, le=100, description="pictures drawn and measured with each")
     shown: int = Field(2, ge=1, le=8, description="pictures of each in the figure")
     pictures: int = Field(
         3000, ge=16, description="training pictures that an add-on learns from, at most; the IP-Adapter has all"

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from fewstep.backbones.base import load_backbone
 from fewstep.drawing import labelled_sheet, save_picture
-from fewstep.evaluation.bootstrap import RESAMPLES, centred_interval, counts
+from fewstep.evaluation.bootstrap import COVER, RESAMPLES, centred_interval, counts, paired_difference
 from fewstep.evaluation.metric import Array, Figure
 from fewstep.files import atomic_write, sha256, write_json
 from fewstep.provenance import commit, hardware
@@ -30,7 +30,7 @@ from fewstep.world.measures import lite0
 from fewstep.world.settings import VersatilityConfig
 from fewstep.world.students import students_omega
 from fewstep.world.versatility.studio import Who, can_draw
-from fewstep.world.versatility.tasks import GAMMAS, STRENGTHS, TASKS, Task
+from fewstep.world.versatility.tasks import AFTER_A_PICTURE, GAMMAS, STRENGTHS, TASKS, Task
 from fewstep.world.versatility.workshop import Workshop
 
 
@@ -41,16 +41,18 @@ class Cell:
     Attributes:
         task, who: row and column.
         value, without: the mean of what the effect is measured in, with the add-on and without it.
-        beside: the mean of what must not be lost for it.
         kept: (value - without) over the base's, with its interval over prompts; None for the base itself.
+        beside: the mean of what must not be lost for it, with the add-on.
+        change: what it is more than without the add-on, with its interval over prompts.
     """
 
     task: str
     who: str
     value: float
     without: float
-    beside: float
     kept: Figure | None
+    beside: float
+    change: Figure
 
 
 def columns(config: VersatilityConfig) -> list[Who]:
@@ -72,8 +74,11 @@ def kept_share(own: Array, base: Array, seed: int) -> Figure | None:
     low, _ = centred_interval(gain, (drawn @ base) / len(own))
     if low <= 0:
         return None
-    value = float(own.mean() / gain)
-    return Figure(value, *centred_interval(value, (drawn @ own) / (drawn @ base)), len(own))
+    with np.errstate(divide="ignore", invalid="ignore"):  # a few resamples of a faint effect have none at all
+        shares = (drawn @ own) / (drawn @ base)
+    # not moved to the value, as means are: a ratio's resamples lie about it unevenly
+    low, high = (float(end) for end in np.nanquantile(shares, [(1 - COVER) / 2, (1 + COVER) / 2]))
+    return Figure(float(own.mean() / gain), low, high, len(own))
 
 
 def weights_in(place: Path | None) -> str:
@@ -127,8 +132,10 @@ def measure(shop: Workshop, names: Sequence[str]) -> tuple[list[Cell], list[tupl
                 effect = value - before
                 kept = None if reference is None else kept_share(effect, reference, shop.config.seed)
                 reference = effect if reference is None else reference
-                means = [float(x.mean()) for x in (value, before, task.beside(pictures))]
-                cells.append(Cell(name, one.label, means[0], means[1], means[2], kept))
+                beside, unchanged = task.beside(pictures), task.beside(plain)
+                change = paired_difference(beside, unchanged, shop.config.seed)
+                means = [float(x.mean()) for x in (value, before, beside)]
+                cells.append(Cell(name, one.label, means[0], means[1], kept, means[2], change))
                 drawn.append(pictures)
             for i in range(shop.config.shown):
                 label = f"{task.name}" if i == 0 else str(task.prompts[i])[:24]
@@ -136,39 +143,60 @@ def measure(shop: Workshop, names: Sequence[str]) -> tuple[list[Cell], list[tupl
     return cells, shown, tasks
 
 
-def table(cells: Sequence[Cell], tasks: Mapping[str, Task], labels: Sequence[str]) -> str:
-    """The cells as Markdown: the effect without the add-on and with the base, then what each student keeps of it."""
-    found = by_place(cells)
-    base, *students = labels
-    head = f"| add-on | effect | without | {base} | " + " | ".join(students) + " |"
-    lines = [head, "| --- " * (4 + len(students)) + "|"]
-    for name, task in tasks.items():
-        own = found[name, base]
-        row = [task.name, task.effect_name, f"{own.without:.3f}", f"{own.value:.3f}"]
-        for label in students:
-            kept = found[name, label].kept if (name, label) in found else None
-            row.append("-" if kept is None else f"{kept.value:.2f} [{kept.low:.2f}, {kept.high:.2f}]")
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines)
-
-
 def by_place(cells: Sequence[Cell]) -> dict[tuple[str, str], Cell]:
     """The cells by row and column."""
     return {(cell.task, cell.who): cell for cell in cells}
 
 
-def beside_table(cells: Sequence[Cell], tasks: Mapping[str, Task], labels: Sequence[str]) -> str:
-    """What must not be lost for the effects, as Markdown."""
+def table(
+    cells: Sequence[Cell],
+    tasks: Mapping[str, Task],
+    labels: Sequence[str],
+    what: Callable[[Task], str],
+    words: Callable[[Cell], str],
+) -> str:
+    """Markdown: a row for each task, with `what` it is about and the `words` for each cell."""
     found = by_place(cells)
-    lines = [f"| add-on | beside its effect | {' | '.join(labels)} |", "| --- " * (2 + len(labels)) + "|"]
+    lines = [f"| add-on | | {' | '.join(labels)} |", "| --- " * (2 + len(labels)) + "|"]
     for name, task in tasks.items():
-        row = [f"{found[name, label].beside:.3f}" if (name, label) in found else "-" for label in labels]
-        lines.append("| " + " | ".join([task.name, task.beside_name, *row]) + " |")
+        row = [words(found[name, label]) if (name, label) in found else "-" for label in labels]
+        lines.append("| " + " | ".join([task.name, what(task), *row]) + " |")
     return "\n".join(lines)
 
 
+def kept_words(cell: Cell) -> str:
+    """A student's share with its interval; in brackets the effect itself, of the base or where no share can be told."""
+    if cell.kept is None:
+        return f"({cell.value - cell.without:+.3f})"
+    return f"{cell.kept.value:.2f} [{cell.kept.low:.2f}, {cell.kept.high:.2f}]"
+
+
+def effect_words(cell: Cell) -> str:
+    """The measure without the add-on and with it."""
+    return f"{cell.without:.3f} to {cell.value:.3f}"
+
+
+def beside_words(cell: Cell) -> str:
+    """What must not be lost, and how far it moved."""
+    change = cell.change
+    return f"{cell.beside:.3f}, {change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"
+
+
+def tables(cells: Sequence[Cell], tasks: Mapping[str, Task], labels: Sequence[str]) -> str:
+    """All three tables with what they say, as Markdown."""
+    parts = [
+        "Kept: a student's share of the base's effect, which stands in brackets, with 95 % intervals over prompts.",
+        table(cells, tasks, labels, lambda task: task.effect_name, kept_words),
+        "The measure without the add-on and with it, drawn by the same.",
+        table(cells, tasks, labels, lambda task: task.effect_name, effect_words),
+        "Beside it, what must not be lost: with the add-on, and what that is more than without it.",
+        table(cells, tasks, labels, lambda task: task.beside_name, beside_words),
+    ]
+    return "\n\n".join(parts)
+
+
 def versatility(config: VersatilityConfig, out: Path) -> Path:
-    """Make the add-ons, draw, measure; writes table.md, cells.json and figure.webp, and returns the table's path."""
+    """Make the add-ons, draw, measure; writes table.md, cells.json and figure.webp, and returns the tables' path."""
     from fewstep.world.measures import agreement
 
     shop = Workshop(
@@ -176,17 +204,18 @@ def versatility(config: VersatilityConfig, out: Path) -> Path:
     )
     cells, shown, tasks = measure(shop, list(TASKS))
     labels = [who.label for who in columns(config)]
+    gammas = ", ".join(f"gamma {gamma:g} for {name}" for name, gamma in GAMMAS.items())
     note = (
         f"`fewstep versatility` at commit {commit()}, {hardware()}; n = {config.prompts} prompts each, seed "
-        f"{config.seed}, the same prompts and noise in a row. Students' cells: the share of the base's effect that is "
-        "kept, with 95 % intervals over prompts; an effect is what pictures with the add-on have more than pictures "
-        "without it, drawn by the same. None where the base's own effect cannot be told from none."
+        f"{config.seed}, the same prompts and noise in a row; students as their files say, but {gammas}. An effect is "
+        "what pictures with the add-on have more than pictures without it, drawn by the same; for "
+        f"{', '.join(AFTER_A_PICTURE)} more than what is given has. Pictures that are given are held out: neither the "
+        "base nor a student nor an add-on has learned from them. No cell where a strength leaves fewer times than "
+        "calls; a student's effect in brackets where the base's own cannot be told from none."
     )
-    parts = ["# Versatility", table(cells, tasks, labels), note, beside_table(cells, tasks, labels)]
-    text = "\n\n".join(parts)
+    text = "\n\n".join(["# Versatility", note, tables(cells, tasks, labels)])
     with atomic_write(out / "table.md") as part:
         part.write_text(text + "\n", encoding="utf-8")
-    listed = [{**asdict(c), "kept": c.kept.to_dict() if c.kept else None} for c in cells]
-    write_json(out / "cells.json", {"note": note, "cells": listed})
+    write_json(out / "cells.json", {"note": note, "cells": [asdict(cell) for cell in cells]})
     save_picture(labelled_sheet(shown, ["given", *labels], 1), out / "figure.webp")
     return out / "table.md"

@@ -99,6 +99,22 @@ def edge_likeness(pictures: Pictures, wanted: npt.NDArray[np.float32]) -> Array:
     return correlation
 
 
+def detail_likeness(pictures: Pictures, rough: Pictures, sharp: Pictures) -> Array:
+    """Correlation of what pictures add to rough ones with what these lack of sharp ones, float64 [N]; 0 for nothing."""
+    added, lacking = (
+        (np.asarray(x, np.float64) - np.asarray(rough, np.float64)).reshape(len(rough), -1) for x in (pictures, sharp)
+    )
+    size = np.linalg.norm(added, axis=1) * np.linalg.norm(lacking, axis=1)
+    correlation: Array = (added * lacking).sum(1) / np.maximum(size, 1e-9)
+    return correlation
+
+
+def closeness(pictures: Pictures, others: Pictures) -> Array:
+    """1 less the mean distance of values, in shares of their range, float64 [N]."""
+    near: Array = 1 - np.abs(pictures.astype(np.float64) - others).mean((1, 2, 3)) / 255
+    return near
+
+
 def blueprint(pictures: Pictures) -> npt.NDArray[np.uint8]:
     """The same pictures in the blueprint style: light lines on blue paper."""
     inside = ink(pictures)[..., None]

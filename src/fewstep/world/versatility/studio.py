@@ -74,8 +74,8 @@ def pipeline(
 
 def asked(who: Who, strength: float = 1.0) -> dict[str, Any]:
     """What the pipeline is called with: guidance, and as many steps as leave `who.steps` calls below a strength."""
-    own = {"guidance_scale": who.scale} if who.lora is None else call_settings(who.lora)
-    return {**own, "num_inference_steps": math.ceil(who.steps / strength)}
+    scale = who.scale if who.lora is None else call_settings(who.lora)["guidance_scale"]
+    return {"guidance_scale": scale, "num_inference_steps": math.ceil(who.steps / strength)}
 
 
 def can_draw(who: Who, strength: float) -> bool:

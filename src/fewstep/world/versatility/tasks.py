@@ -18,16 +18,21 @@ import torch
 from fewstep.data.pictures import Captioned, HeldPictures
 from fewstep.evaluation.metric import Array
 from fewstep.tensors import digest
+from fewstep.world import emoji8
 from fewstep.world.settings import AddOnConfig
 from fewstep.world.versatility import looks, training
 from fewstep.world.versatility.studio import Who, asked, drawn, drawn_after, images, pipeline
 from fewstep.world.versatility.workshop import CAPTIONS, Workshop
 
-PEOPLE = 0.08
-"""Share of skin from which a picture counts as one of people."""
+PEOPLE = ("people-body", "smileys-emotion")
+"""Groups of concepts that have a skin."""
+SKIN = 0.08
+"""Share of skin from which a picture shows it."""
 STRENGTHS = {"img2img": 0.5, "style transfer": 0.75, "super-resolution": 0.3}
 GAMMAS = {"super-resolution": 0.0}
 """Students' gamma where it is not their own: where what is given is to stay, no noise is put back."""
+AFTER_A_PICTURE = ("inpainting", "style transfer", "super-resolution")
+"""Uses whose effect is told beside what is given, not beside another drawing."""
 NEW_STYLE = "fluent 3d style"
 
 
@@ -39,7 +44,7 @@ class Task:
         name: of the row.
         effect_name: what the effect measures.
         beside_name: what must not be lost for it.
-        given: pictures that stand for what it starts from, in the figure.
+        given: pictures that stand for what it starts from, in the figure, and for what is meant.
         prompts: what is drawn.
         draw: who -> pictures, with the add-on.
         without: who -> pictures without it; or what is there before.
@@ -74,10 +79,15 @@ def plainly(shop: Workshop, prompts: Sequence[str]) -> Callable[[Who], np.ndarra
     return draw
 
 
+def people_of(world: emoji8.Emoji8) -> list[int]:
+    """Pictures of people and faces that show their skin."""
+    share = looks.skin(world.pictures).mean((1, 2))
+    return [row for row, record in enumerate(world.records) if share[row] >= SKIN and record.group in PEOPLE]
+
+
 def community(shop: Workshop) -> Task:
     """A checkpoint that was tuned on people with skin tones, which the base has never seen."""
-    share = looks.skin(shop.data.pictures).mean((1, 2))
-    people = [row for row, value in enumerate(share) if value >= PEOPLE]
+    people = people_of(shop.data)
     place, run = shop.out / "community", shop.out / "runs" / "community"
     tones = list(looks.TONES)
     some = shop.learned("community", people, 1 + len(tones))
@@ -89,10 +99,10 @@ def community(shop: Workshop) -> Task:
         lesson = shop.taught("community checkpoint", source, shop.config.community, training.EMPTY)
         pipe = pipeline("StableDiffusionPipeline", shop.folder, Who("base", None, 1))
         training.fine_tune(lesson, shop.unet(), pipe, run, place)
-    rows = shop.rows("community", people, apart=some)
+    rows = shop.rows("community", people_of(shop.shown))
     wanted = [tones[i % len(tones)] for i in range(len(rows))]
     prompts = [f"{name}, {tone}" for name, tone in zip(shop.names(rows), wanted, strict=True)]
-    given = np.concatenate([looks.with_tone(shop.data.pictures[[r]], t) for r, t in zip(rows, wanted, strict=True)])
+    given = np.concatenate([looks.with_tone(shop.shown.pictures[[r]], t) for r, t in zip(rows, wanted, strict=True)])
 
     def draw(who: Who) -> np.ndarray:
         return drawn(pipeline("StableDiffusionPipeline", place, who), prompts, shop.config.seed, {}, **asked(who))
@@ -114,7 +124,7 @@ def style(shop: Workshop) -> Task:
         source = Captioned(HeldPictures(looks.blueprint(shop.data.pictures[some])), captions)
         lesson = shop.taught("style LoRA", source, shop.config.style, training.EMPTY)
         training.train_style(lesson, shop.unet(), run, place)
-    rows = shop.rows("style", apart=some)
+    rows = shop.rows("style")
     prompts = [f"{name}, blueprint style" for name in shop.names(rows)]
 
     def draw(who: Who) -> np.ndarray:
@@ -123,38 +133,39 @@ def style(shop: Workshop) -> Task:
         pipe.set_adapters([name for name in ("student", "style") if name != "student" or who.lora is not None])
         return drawn(pipe, prompts, shop.config.seed, {}, **asked(who))
 
-    given = looks.blueprint(shop.data.pictures[rows])
+    given = looks.blueprint(shop.shown.pictures[rows])
     return Task(
         "style LoRA", "share of blueprint blue", AGREEMENT, given, prompts, draw, plainly(shop, prompts),
         looks.blueprint_share, shop.agreement_with(shop.names(rows)), place,
     )  # fmt: skip
 
 
-def controlled(shop: Workshop, name: str, maps: np.ndarray, config: AddOnConfig) -> tuple[Path, list[int]]:
-    """A ControlNet on maps of the training pictures, [N, H, W] in [0, 1]; its folder, and pictures to draw after."""
+def controlled(shop: Workshop, name: str, maps: Callable[[np.ndarray], np.ndarray], config: AddOnConfig) -> Path:
+    """A ControlNet on maps of pictures, [N, H, W] in [0, 1]; its folder."""
     place, run = shop.out / name, shop.out / "runs" / name
     some = shop.learned("controlnet")
     if not shop.made(name, config):
-        shown = torch.from_numpy(maps[some]).half()[:, None].expand(-1, 3, -1, -1)
+        drawn_maps = maps(shop.data.pictures[some]).astype(np.float32)
+        shown = torch.from_numpy(drawn_maps).half()[:, None].expand(-1, 3, -1, -1)
         source = Captioned(HeldPictures(shop.data.pictures[some]), shop.own_captions(some, config.seed))
         lesson = shop.taught(f"ControlNet, {name}", source, config, training.EMPTY, maps=digest({"maps": shown[:64]}))
         training.train_controlnet(lesson, shop.unet(), shown, run, place)
-    return place, shop.rows(name, apart=some)
+    return place
 
 
 def control_task(
     shop: Workshop,
     title: str,
+    place: Path,
+    rows: Sequence[int],
     maps: np.ndarray,
-    made: tuple[Path, list[int]],
     effect_name: str,
     effect: Callable[[np.ndarray], Array],
 ) -> Task:
-    """The row of a ControlNet."""
+    """The row of a ControlNet on maps of the pictures `rows`."""
     from diffusers import ControlNetModel
 
-    place, rows = made
-    given = np.repeat((maps[rows] * 255).round().astype(np.uint8)[..., None], 3, axis=3)
+    given = np.repeat((maps * 255).round().astype(np.uint8)[..., None], 3, axis=3)
     prompts = shop.names(rows)
 
     def draw(who: Who) -> np.ndarray:
@@ -170,21 +181,21 @@ def control_task(
 
 def edge_control(shop: Workshop) -> Task:
     """A ControlNet on edges."""
-    maps = looks.edges(shop.data.pictures)
-    made = controlled(shop, "edges", maps, shop.config.edges)
+    place, rows = controlled(shop, "edges", looks.edges, shop.config.edges), shop.rows("edges")
+    maps = looks.edges(shop.shown.pictures[rows])
     return control_task(
-        shop, "ControlNet, edges", maps, made, "correlation of edges",
-        lambda pictures: looks.edge_likeness(pictures, maps[made[1]]),
+        shop, "ControlNet, edges", place, rows, maps, "correlation of edges",
+        lambda pictures: looks.edge_likeness(pictures, maps),
     )  # fmt: skip
 
 
 def shape_control(shop: Workshop) -> Task:
     """A ControlNet on silhouettes."""
-    maps = looks.ink(shop.data.pictures).astype(np.float32)
-    made = controlled(shop, "shapes", maps, shop.config.shapes)
+    place, rows = controlled(shop, "shapes", looks.ink, shop.config.shapes), shop.rows("shapes")
+    masks = looks.ink(shop.shown.pictures[rows])
     return control_task(
-        shop, "ControlNet, silhouettes", maps, made, "overlap of silhouettes",
-        lambda pictures: looks.overlap(pictures, maps[made[1]] > 0.5),
+        shop, "ControlNet, silhouettes", place, rows, masks.astype(np.float32), "overlap of silhouettes",
+        lambda pictures: looks.overlap(pictures, masks),
     )  # fmt: skip
 
 
@@ -192,22 +203,23 @@ def picture_prompt(shop: Workshop) -> Task:
     """An IP-Adapter: the picture alone says what is drawn, by Lite0's features."""
     place, run = shop.out / "picture", shop.out / "runs" / "picture"
     config = shop.config.picture
-    rows = shop.rows("picture")
     if not shop.made("picture", config):
-        # every other picture: from fewer it learns pictures by heart, and nothing of those that it is shown later
-        some = sorted(set(range(len(shop.data))) - set(rows))
-        seen = shop.seen[some]
-        source = Captioned(HeldPictures(shop.data.pictures[some]), shop.own_captions(some, config.seed))
-        lesson = shop.taught("IP-Adapter", source, config, training.ALONE, features=digest({"features": seen[:64]}))
-        project = training.read_off(seen, shop.states(some))
-        training.train_ip_adapter(lesson, shop.unet(), seen, project, run, place)
+        # all there are: from fewer it learns pictures by heart, and nothing of those that it is shown later
+        captions = shop.own_captions(range(len(shop.data)), config.seed)
+        source = Captioned(HeldPictures(shop.data.pictures), captions)
+        told = digest({"features": shop.seen[:64]})
+        lesson = shop.taught("IP-Adapter", source, config, training.ALONE, features=told)
+        project = training.read_off(shop.seen, shop.states())
+        training.train_ip_adapter(lesson, shop.unet(), shop.seen, project, run, place)
+    rows = shop.rows("picture")
     prompts = [""] * len(rows)
-    given = shop.data.pictures[rows]
+    given = shop.shown.pictures[rows]
+    features = shop.told(given)
 
     def draw(who: Who) -> np.ndarray:
         pipe = pipeline("StableDiffusionPipeline", shop.folder, who)
         pipe.load_ip_adapter([training.read_ip_adapter(place)], subfolder="", weight_name="", image_encoder_folder=None)
-        return drawn_after(pipe, prompts, shop.seen[rows], shop.config.seed, **asked(who))
+        return drawn_after(pipe, prompts, features, shop.config.seed, **asked(who))
 
     return Task(
         "IP-Adapter", "likeness to the picture over strangers", "agreement with the picture's name", given, prompts,
@@ -232,7 +244,7 @@ def from_picture(shop: Workshop, name: str, given: np.ndarray, prompts: Sequence
 def img2img(shop: Workshop) -> Task:
     """The same thing drawn anew from a picture: its outline is to stay."""
     rows = shop.rows("img2img")
-    given, prompts = shop.data.pictures[rows], shop.names(rows)
+    given, prompts = shop.shown.pictures[rows], shop.names(rows)
     return Task(
         "img2img", OVERLAP, AGREEMENT, given, prompts, from_picture(shop, "img2img", given, prompts),
         plainly(shop, prompts), lambda pictures: looks.overlap(pictures, looks.ink(given)),
@@ -242,9 +254,9 @@ def img2img(shop: Workshop) -> Task:
 
 def style_transfer(shop: Workshop) -> Task:
     """A picture of one style drawn anew in another."""
-    flat = [row for row, record in enumerate(shop.data.records) if record.style in ("noto", "twemoji", "emojione")]
+    flat = [row for row, record in enumerate(shop.shown.records) if record.style in ("noto", "twemoji", "emojione")]
     rows = shop.rows("style transfer", flat)
-    given = shop.data.pictures[rows]
+    given = shop.shown.pictures[rows]
     prompts = [f"{name}, {NEW_STYLE}" for name in shop.names(rows)]
     return Task(
         "style transfer", f"share read as {NEW_STYLE}", OVERLAP, given, prompts,
@@ -257,19 +269,19 @@ def style_transfer(shop: Workshop) -> Task:
 def super_resolution(shop: Workshop) -> Task:
     """A picture of 16 x 16 pixels drawn anew at 64 x 64: detail is to come, and be the right one."""
     rows = shop.rows("super-resolution")
-    sharp, prompts = shop.data.pictures[rows], shop.names(rows)
+    sharp, prompts = shop.shown.pictures[rows], shop.names(rows)
     given = looks.blurred(sharp)
     return Task(
-        "super-resolution", "correlation with the sharp picture's edges", AGREEMENT, given, prompts,
+        "super-resolution", "correlation of what is added with what was lost", AGREEMENT, given, prompts,
         from_picture(shop, "super-resolution", given, prompts), lambda who: given,
-        lambda pictures: looks.edge_likeness(pictures, looks.edges(sharp)), shop.agreement_with(prompts),
+        lambda pictures: looks.detail_likeness(pictures, given, sharp), shop.agreement_with(prompts),
     )  # fmt: skip
 
 
 def inpainting(shop: Workshop) -> Task:
     """Half of a picture, drawn to the end."""
     rows = shop.rows("inpainting")
-    whole, prompts = shop.data.pictures[rows], shop.names(rows)
+    whole, prompts = shop.shown.pictures[rows], shop.names(rows)
     half = whole.shape[2] // 2
     given = whole.copy()
     given[:, :, half:] = 255
@@ -283,9 +295,9 @@ def inpainting(shop: Workshop) -> Task:
         return drawn(pipe, prompts, shop.config.seed, shown, strength=1.0, height=64, width=64, **asked(who))
 
     return Task(
-        "inpainting", AGREEMENT, "overlap of the drawn half with the picture's own", given, prompts, draw,
+        "inpainting", AGREEMENT, "closeness of the half that is given", given, prompts, draw,
         lambda who: given, shop.agreement_with(prompts),
-        lambda pictures: looks.overlap(pictures[:, :, half:], looks.ink(whole[:, :, half:])),
+        lambda pictures: looks.closeness(pictures[:, :, :half], given[:, :, :half]),
     )  # fmt: skip
 
 

@@ -48,6 +48,10 @@ class Workshop:
     scorer: Agreement
     features: Features
     data: emoji8.Emoji8 = field(default_factory=lambda: emoji8.load("train"))
+    """What add-ons learn from."""
+    shown: emoji8.Emoji8 = field(default_factory=lambda: emoji8.load("heldout-pair"))
+    """What is drawn after: neither the base nor a student nor an add-on has learned from it, or from its concept in
+    another style of its family."""
 
     @property
     def folder(self) -> Path:
@@ -80,27 +84,26 @@ class Workshop:
         """A fresh copy of the base's denoiser."""
         return self.backbone.fresh_network()
 
-    def rows(self, name: str, allowed: Sequence[int] | None = None, apart: Sequence[int] = ()) -> list[int]:
-        """Pictures that a task draws after, one a concept, chosen by the seed and the task's name.
+    def rows(self, name: str, allowed: Sequence[int] | None = None) -> list[int]:
+        """Held-out pictures that a task draws after, chosen by the seed and the task's name: of new concepts first.
 
         Args:
             allowed: those that it may be after; None for all.
-            apart: those that its add-on has learned from, which are left out. Their concepts, in other styles, may be.
         """
-        order = generator(self.config.seed, f"versatility {name}").permutation(len(self.data))
-        among = set(range(len(self.data)) if allowed is None else allowed) - set(apart)
+        order = generator(self.config.seed, f"versatility {name}").permutation(len(self.shown))
+        among = set(range(len(self.shown)) if allowed is None else allowed)
         seen: set[str] = set()
-        chosen = []
-        for row in (int(row) for row in order):
-            concept = self.data.records[row].name
-            if concept not in seen and row in among:
-                seen.add(concept)
-                chosen.append(row)
-        return chosen[: self.config.prompts]
+        first: list[int] = []
+        again: list[int] = []
+        for row in (int(row) for row in order if int(row) in among):
+            concept = self.shown.records[row].concept
+            (again if concept in seen else first).append(row)
+            seen.add(concept)
+        return [*first, *again][: self.config.prompts]
 
     def names(self, rows: Sequence[int]) -> list[str]:
-        """The concepts of some pictures."""
-        return [self.data.records[row].name for row in rows]
+        """The concepts of some held-out pictures."""
+        return [self.shown.records[row].name for row in rows]
 
     def taught(self, name: str, source: Captioned, config: AddOnConfig, empty: float, **inputs: str) -> training.Lesson:
         """A lesson on pictures, encoded by the base."""
@@ -118,9 +121,9 @@ class Workshop:
         """Captions of some training pictures, as the base learned them."""
         return emoji8.caption_table([self.data.records[row] for row in rows], CAPTIONS, seed)
 
-    def states(self, rows: Sequence[int]) -> Tensor:
-        """The base's text states of some pictures' names, [N, tokens, width]."""
-        names = self.names(rows)
+    def states(self) -> Tensor:
+        """The base's text states of the training split's names, [N, tokens, width]."""
+        names = [record.name for record in self.data.records]
         distinct = list(dict.fromkeys(names))
         known = self.backbone.encode(distinct)["text"]
         number = {name: row for row, name in enumerate(distinct)}
@@ -153,6 +156,10 @@ class Workshop:
         """The training split's features as the IP-Adapter is told them, [N, 1280]."""
         return self.level(self.raw)
 
+    def told(self, pictures: Pictures) -> Tensor:
+        """Pictures' features as the IP-Adapter is told them, [N, 1280]."""
+        return self.level(torch.from_numpy(np.array(self.features(np.asarray(pictures)))).float())
+
     @cached_property
     def style_reader(self) -> Tensor:
         """A linear reader of styles on Lite0's features: ridge regression on the training split, [1280 + 1, styles]."""
@@ -164,7 +171,7 @@ class Workshop:
 
     def style_rate(self, pictures: Pictures, style: str) -> Array:
         """1 where the reader takes a picture for one of a style, else 0."""
-        seen = self.level(torch.from_numpy(np.array(self.features(np.asarray(pictures)))).float())
+        seen = self.told(pictures)
         x = torch.cat([seen, torch.ones(len(seen), 1)], 1).double()
         words = [emoji8.style_words(name) for name in emoji8.STYLE_FAMILY]
         right: Array = ((x @ self.style_reader).argmax(1) == words.index(style)).double().numpy()
