@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from fewstep.schedule import (
     scaled_linear,
     target_of,
 )
+from fewstep.scheduler_config import NOISE_APART, path_of, sigmas_at
 
 PATHS: dict[str, Path] = {"vp": scaled_linear(), "flow": FlowMatching(), "ve": VarianceExploding()}
 
@@ -59,6 +62,22 @@ def test_table_is_diffusers_table() -> None:
     assert torch.allclose(scaled_linear().alpha(every).square(), theirs.double(), rtol=0, atol=1e-6)
     same = VariancePreserving.from_alphas_cumprod(theirs)
     assert torch.allclose(same.alpha(every).square(), theirs.double(), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid", "trained"])
+def test_noise_levels_without_torch_are_those_of_diffusers_table(kind: str, zero: bool) -> None:
+    """As angles, which tell alpha from 0 as well as sigma; far below what is taken for other noise."""
+    config: dict[str, Any] = {"beta_schedule": kind, "rescale_betas_zero_snr": zero}
+    if kind == "trained":
+        config |= {"beta_schedule": "linear", "trained_betas": torch.linspace(1e-4, 0.03, 700).tolist()}
+        config |= {"num_train_timesteps": 700}
+    times = torch.linspace(-1, config.get("num_train_timesteps", 1000) - 1, 117, dtype=torch.float64)
+    found = sigmas_at(config, times.tolist())
+    assert found is not None
+    ours, theirs = (torch.tensor(found, dtype=torch.float64), path_of(config).sigma(times))
+    assert float((ours.asin() - theirs.asin()).abs().max()) < NOISE_APART / 10
+    assert sigmas_at({"beta_schedule": "odd"}, [1.0]) is None
 
 
 @pytest.mark.parametrize("name", PATHS)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import fewstep
 import tiny_pipelines
@@ -107,6 +108,10 @@ def test_a_scheduler_of_other_noise_is_refused(folders: dict[str, Path], picture
         ({**config, "prediction_type": "v_prediction"}, "has prediction = 'eps', the pipeline's scheduler 'v'"),
         (flow, "has prediction = 'eps', the pipeline's scheduler 'flow'"),
         ({**config, "num_train_timesteps": 500}, r"has times 999, .*, this scheduler's config makes them 499, "),
+        (
+            {**config, "beta_schedule": "linear"},
+            r"has sigmas = 0\.997667 at time 999; .* = 'linear'.* make it 0\.99\d+ in the pipeline; the nearest",
+        ),
     ):
         with pytest.raises(UserError, match=words):
             fewstep.scheduler_for(student, other)
@@ -116,16 +121,45 @@ def test_a_scheduler_of_other_noise_is_refused(folders: dict[str, Path], picture
         fewstep.scheduler_for(consistency, config, gamma=0.5)
 
 
+@pytest.mark.parametrize("zero", [False, True])
+def test_zero_terminal_snr_on_one_side_alone_is_refused(zero: bool, picture_folder: Path, tmp_path: Path) -> None:
+    """Neither the prediction nor the times tell: the noise does, which is all that a call at 999 sees of it."""
+    folder = tiny_pipelines.sd(tmp_path / "tiny", "v_prediction", zero_snr=zero)
+    student = trained(folder, "tcd", ["sampling.steps=1"], picture_folder, tmp_path / "run")
+    file = next(student.glob("*.safetensors"))
+    metadata, _ = read_safetensors_header(file)
+    record = json.loads(metadata["fewstep"])
+    assert record["sigmas"] == pytest.approx([1.0 if zero else 0.997667], abs=1e-5)
+    place = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(place.read_text())
+    fewstep.scheduler_for(student, config)
+    other = {**config, "rescale_betas_zero_snr": not zero}
+    place.write_text(json.dumps(other))
+    words = rf"sigmas = .* at time 999; .*rescale_betas_zero_snr = {not zero} make it .*; the nearest is"
+    with pytest.raises(UserError, match=f"has {words}") as told:
+        fewstep.scheduler_for(student, other)
+    assert "\n" not in str(told.value)
+    with pytest.raises(UserError, match=f"was trained at {words}"):
+        check_lora(student, read_folder(folder))
+    # files of before do not say, and are taken at their word
+    older = {**metadata, "fewstep": json.dumps({key: value for key, value in record.items() if key != "sigmas"})}
+    save_file(load_file(file), file, older)
+    fewstep.scheduler_for(student, other)
+    check_lora(student, read_folder(folder))
+
+
 def test_a_lora_on_its_base_under_another_scheduler_is_refused(
     folders: dict[str, Path], picture_folder: Path, tmp_path: Path
 ) -> None:
     """The weights are the same; the noise that they were trained on is not."""
     for name, changes, words in (
         ("sd", {"prediction_type": "v_prediction"}, "was trained at prediction = 'eps'; .* says 'v'"),
+        ("sd", {"beta_schedule": "linear"}, r"was trained at sigmas = 0\.997667 at time 999; .* 'linear'.* make"),
         ("flux", {"use_dynamic_shifting": False}, r"was trained at shift = 1\.58\d*; .* says 3\.0"),
     ):
-        student = trained(folders[name], "tcd", ["sampling.steps=2"], picture_folder, tmp_path / name / "run")
-        other = tmp_path / name / "other"
+        own = tmp_path / "-".join([name, *changes])
+        student = trained(folders[name], "tcd", ["sampling.steps=2"], picture_folder, own / "run")
+        other = own / "other"
         shutil.copytree(folders[name], other)
         config = other / "scheduler" / "scheduler_config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
@@ -135,8 +169,6 @@ def test_a_lora_on_its_base_under_another_scheduler_is_refused(
 
 
 def test_what_brings_no_settings_is_refused(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     save_file({"unet.x.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "pytorch_lora_weights.safetensors")
     with pytest.raises(UserError, match="brings no settings; the nearest that does is one that fewstep wrote"):
         fewstep.call_settings(tmp_path)

@@ -181,6 +181,12 @@ def test_attached_to_a_diffusers_pipeline_it_draws_what_we_draw(
     if recipe == "ctm":
         with pytest.raises(UserError, match=r"gamma_law = 'noise', which TCDScheduler is not; the nearest .* 'time'"):
             fewstep.attach(pipe, folder, gamma=0.3)
+    if not whole:
+        own = pipe.scheduler
+        pipe.scheduler = type(own).from_config({**own.config, "beta_schedule": "linear"})
+        with pytest.raises(UserError, match=r"was trained at sigmas = .* 'linear'.* make it .* in pipe; the nearest"):
+            fewstep.attach(pipe, folder)
+        pipe.scheduler = own
     fewstep.attach(pipe, folder)
 
     def theirs() -> np.ndarray:

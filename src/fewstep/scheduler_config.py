@@ -6,7 +6,9 @@ Light but for `path_of`: a student's file is held against it before torch is imp
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import accumulate, pairwise
+from operator import mul
 from typing import TYPE_CHECKING, Any
 
 from fewstep.errors import UserError, nearest
@@ -26,6 +28,13 @@ BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trai
 """The keys that decide an indexed path."""
 NOISE_KEYS = (*BETAS, "prediction_type", "shift", "use_dynamic_shifting")
 """What is taken over from another scheduler even where it is that scheduler's own default, which is not ours."""
+NO_SIGNAL = 1e-24
+"""alpha^2 that stands for 0 (zero terminal SNR), as in `schedule.NO_SIGNAL`."""
+NOISE_APART = 1e-4
+"""How far a noise level, as the angle whose sine is sigma, may lie from the one in a student's file: rounding, no more.
+
+sigma alone hardly moves where the noise is nearly pure: PixArt's betas and the same ones rescaled to zero terminal SNR
+are 2e-5 apart there, and 6e-3 as angles."""
 
 
 def is_flow(config: Mapping[str, Any]) -> bool:
@@ -108,6 +117,77 @@ def taken_over(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[s
     if origin not in (None, defaults["grid"]) and "grid" not in config:
         kept["grid"] = origin
     return kept
+
+
+def betas_of(config: Mapping[str, Any]) -> list[float] | None:
+    """The betas of a config by diffusers' formulas, in float64; None of a schedule that diffusers does not know."""
+    if config.get("trained_betas") is not None:
+        return [float(beta) for beta in config["trained_betas"]]
+    total, kind = int(config.get("num_train_timesteps", 1000)), config.get("beta_schedule", "linear")
+    start, end = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))
+    shares = [i / max(total - 1, 1) for i in range(total)]
+    if kind == "linear":
+        return [start + u * (end - start) for u in shares]
+    if kind == "scaled_linear":
+        return [(start**0.5 + u * (end**0.5 - start**0.5)) ** 2 for u in shares]
+    if kind == "sigmoid":
+        return [start + (end - start) / (1 + math.exp(6 - 12 * u)) for u in shares]
+    law = {"squaredcos_cap_v2": _cosine, "laplace": _laplace}.get(str(kind))
+    return law and [min(1 - b / a, 0.999) for a, b in pairwise(law(i / total) for i in range(total + 1))]
+
+
+def _cosine(share: float) -> float:
+    return math.cos((share + 0.008) / 1.008 * math.pi / 2) ** 2
+
+
+def _laplace(share: float) -> float:
+    snr = math.exp(math.copysign(0.5, share - 0.5) * math.log(1 - 2 * abs(0.5 - share) + 1e-6))
+    return math.sqrt(snr / (1 + snr))
+
+
+def sigmas_at(config: Mapping[str, Any], times: Iterable[float]) -> list[float] | None:
+    """sigma at some times of an indexed path, as `schedule.VariancePreserving` has it, without torch.
+
+    None of a schedule that is none: `path_of` refuses it.
+    """
+    try:
+        bars = list(accumulate((1 - beta for beta in betas_of(config) or ()), mul))
+        if config.get("rescale_betas_zero_snr"):
+            first, last = bars[0] ** 0.5, bars[-1] ** 0.5
+            bars = [((bar**0.5 - last) * first / (first - last)) ** 2 for bar in bars]
+        logs = [0.0, *(math.log(max(bar, NO_SIGNAL)) for bar in bars)]
+    except (TypeError, ValueError, LookupError, ArithmeticError):
+        return None
+    if len(logs) == 1:
+        return None
+    found = []
+    for t in times:
+        place = min(max(t + 1, 0.0), len(logs) - 1.0)
+        low = min(int(place), len(logs) - 2)
+        found.append(math.sqrt(-math.expm1(logs[low] + (place - low) * (logs[low + 1] - logs[low]))))
+    return found
+
+
+def other_noise(notes: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """Where a scheduler's noise is not that of a student's file, at the first of its times; "" where it is.
+
+    A file that does not say (`sigmas`; older ones) is not held against it, nor is a flow, whose sigma is the time.
+
+    Args:
+        notes: what the file says of itself.
+        config: the scheduler's.
+    """
+    times, told = notes.get("times"), notes.get("sigmas")
+    if is_flow(config) or not (isinstance(times, list) and isinstance(told, list)):
+        return ""
+    if not all(isinstance(number, int | float) for number in [*times, *told]):
+        return ""
+    for t, sigma, own in zip(times, told, sigmas_at(config, times) or ()):
+        if not abs(math.asin(min(max(sigma, 0.0), 1.0)) - math.asin(min(own, 1.0))) <= NOISE_APART:
+            kept = {key: config[key] for key in BETAS[1:] if config.get(key) is not None}
+            words = ", ".join(f"{key} = {'...' if key == 'trained_betas' else repr(kept[key])}" for key in kept)
+            return f"sigmas = {sigma:.6g} at time {t:g}; {words or 'its betas'} make it {own:.6g}"
+    return ""
 
 
 def path_of(config: Mapping[str, Any]) -> Path:

@@ -15,6 +15,7 @@ from fewstep.config import validate
 from fewstep.errors import UserError
 from fewstep.export.header import read_notes
 from fewstep.export.pipeline import read_record
+from fewstep.scheduler_config import other_noise
 from fewstep.scheduler_loop import FewStepScheduler
 from fewstep.schedulers import ConsistencyScheduler, SSSScheduler
 from fewstep.settings import Sampling
@@ -97,7 +98,7 @@ def scheduler_for(student: Path | str, config: Mapping[str, Any], gamma: float |
 
 
 def _check_noise(scheduler: FewStepScheduler, record: Mapping[str, Any], count: int, student: str) -> None:
-    """Refuse a scheduler of another prediction, path or other times than a student's file names."""
+    """Refuse a scheduler of another prediction, path, other times or noise levels than a student's file names."""
     for field, own in (("prediction", scheduler.prediction), ("path", scheduler.config["path"])):
         if record.get(field, own) != own:
             raise UserError(
@@ -112,6 +113,10 @@ def _check_noise(scheduler: FewStepScheduler, record: Mapping[str, Any], count: 
         raise UserError(
             f"student = {student!r} has times {_listed(record['times'])}, this scheduler's config makes them "
             f"{_listed(times)}; the nearest is the scheduler of the student's own base"
+        )
+    if other := other_noise(record, scheduler.config):
+        raise UserError(
+            f"student = {student!r} has {other} in the pipeline; the nearest is the scheduler of the student's own base"
         )
 
 

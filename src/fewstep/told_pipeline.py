@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.export.conditioning import read_told
-from fewstep.export.header import LoraHeader, check_fits, read_header
+from fewstep.export.header import LoraHeader, check_fits, check_noise, read_header
 from fewstep.export.pipeline import sampling_of
 from fewstep.sampler import check_gamma
 from fewstep.settings import Sampling
@@ -118,8 +118,8 @@ def attach(pipe: Any, student: Path | str, *, gamma: float | None = None) -> Any
         the same pipeline.
 
     Raises:
-        UserError: not such a student, one of another base, one that no scheduler of diffusers samples, or a pipeline
-            that has a student already.
+        UserError: not such a student, one of another base or noise, one that no scheduler of diffusers samples, or a
+            pipeline that has a student already.
     """
     if not hasattr(pipe, "unet"):
         raise UserError(
@@ -135,6 +135,8 @@ def attach(pipe: Any, student: Path | str, *, gamma: float | None = None) -> Any
         )
     strength = check_gamma(sampling.gamma if gamma is None else gamma)
     _check_scheduler(sampling, strength, str(student))
+    if header is not None:
+        check_noise(header.notes, pipe.scheduler.config, str(student), "pipe")
     embedding = read_told(place, sampling.told, int(pipe.unet.time_embedding.linear_2.out_features))
     assert embedding is not None
     if header is not None:

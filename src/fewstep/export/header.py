@@ -16,7 +16,7 @@ from fewstep.export.spellings import COMPONENTS, PEFT_PREFIX, Keys, find_keys
 from fewstep.files import read_mapping
 from fewstep.folder import PipelineFolder, read_folder, weight_files
 from fewstep.pickles import advice, first_pickle, is_pickle
-from fewstep.scheduler_config import is_flow, prediction_of, shift_of
+from fewstep.scheduler_config import is_flow, other_noise, prediction_of, shift_of
 from fewstep.settings import Sampling, StudentConfig
 from fewstep.tensor_header import Entry, Shape, read_numbers, read_safetensors_header
 
@@ -224,16 +224,24 @@ def check_lora(path: Path | str, folder: PipelineFolder) -> LoraHeader:
             f"lora = {str(path)!r} is told {', '.join(header.sampling.told)} by a {CONDITIONING} that is not beside it"
         )
     check_fits(header, weights, folder.fingerprint(folder.network) if header.base else "", str(path))
-    _check_noise(header.notes, folder, str(path))
+    check_noise(header.notes, folder.noise, str(path), str(folder.path))
     return header
 
 
-def _check_noise(notes: Mapping[str, Any], folder: PipelineFolder, name: str) -> None:
-    """Refuse a LoRA of another prediction, path or shift than the scheduler beside the base says."""
-    noise = folder.noise
+def check_noise(notes: Mapping[str, Any], noise: Mapping[str, Any], name: str, place: str) -> None:
+    """Refuse a LoRA of another prediction, path, shift or noise levels than a scheduler's config says.
+
+    Args:
+        notes: what the LoRA says of itself.
+        noise: the config; `place`: what it belongs to, for errors.
+        name: what the user called the LoRA.
+
+    Raises:
+        UserError: naming the first thing that differs.
+    """
     flow = is_flow(noise)
     own = {
-        "prediction": prediction_of(noise, str(folder.path)),
+        "prediction": prediction_of(noise, place),
         "path": "flow" if flow else "vp",
         "shift": float(shift_of(noise) or 1.0) if flow else 1.0,
     }
@@ -242,9 +250,13 @@ def _check_noise(notes: Mapping[str, Any], folder: PipelineFolder, name: str) ->
         close = isinstance(found, float) and isinstance(value, float) and math.isclose(found, value, rel_tol=1e-6)
         if found != value and not close:
             raise UserError(
-                f"lora = {name!r} was trained at {field} = {found!r}; the scheduler of {folder.path} says {value!r}, "
+                f"lora = {name!r} was trained at {field} = {found!r}; the scheduler of {place} says {value!r}, "
                 "and the nearest is the scheduler of the LoRA's own base"
             )
+    if other := other_noise(notes, noise):
+        raise UserError(
+            f"lora = {name!r} was trained at {other} in {place}; the nearest is the scheduler of the LoRA's own base"
+        )
 
 
 def check_start(config: StudentConfig, folder: PipelineFolder, targets: Sequence[str], told: Sequence[str]) -> None:

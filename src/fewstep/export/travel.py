@@ -19,6 +19,7 @@ def travelling(backbone: Backbone, sampling: Sampling) -> dict[str, Any]:
         base_model: pipeline class and family of the teacher;
         prediction, path, shift: what the network says, on which noise path; the shift is a flow's, and 1 elsewhere;
         times: the exact times of the calls, as the network is told them (training indices; 1000 sigma on a flow);
+        sigmas: the noise there, x_t = alpha x_0 + sigma eps: what the scheduler's betas are known by;
         guidance: omega of (1 + omega) out(prompt) - omega out(null), `scale` in diffusers' words (1 + omega; what a
             network that is told its guidance is told), and whether it is told.
     """
@@ -32,5 +33,7 @@ def travelling(backbone: Backbone, sampling: Sampling) -> dict[str, Any]:
         "path": "flow" if isinstance(backbone.path, FlowMatching) else "vp",
         "shift": backbone.path.shift if isinstance(backbone.path, FlowMatching) else 1.0,
         "times": [round(float(t), 6) for t in index_of(backbone.path, times)],
+        # digits enough to tell alpha from 0 where sigma is nearly 1
+        "sigmas": [round(float(sigma), 12) for sigma in backbone.path.sigma(times)],
         "guidance": {"omega": sampling.omega, "scale": scale, "told": told},
     }
