@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -159,9 +161,6 @@ def test_what_a_file_says_of_its_prediction_goes_before_the_config(tmp_path: Pat
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".bin"])
 def test_a_pickle_is_refused_with_the_command_that_converts_it(suffix: str, tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
     pickled = tmp_path / f"model{suffix}"
     torch.save({"state_dict": {"a.weight": torch.arange(3.0)}, "epoch": 3}, pickled)
     with pytest.raises(
@@ -189,11 +188,41 @@ def test_a_pickle_where_weights_should_be_is_named_with_the_command(tmp_path: Pa
         with pytest.raises(UserError, match=r"pytorch_lora_weights\.bin.* a pickle, which is never read") as told:
             check_lora(named, own)
         assert f"torch.load({str(lora)!r}" in str(told.value)
-    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    torch.save({}, folder / "unet" / "diffusion_pytorch_model.bin")
-    with pytest.raises(UserError, match="pickled weights are never read; convert it where you trust it") as told:
-        read_folder(folder)
-    assert "\n" not in str(told.value)
+
+
+def pickled(component: Path, shards: int, variant: str = "") -> None:
+    """A component's weights as pickles, as its library names them."""
+    from safetensors.torch import load_file
+
+    (file,) = component.glob("*.safetensors")
+    weights = load_file(file)
+    file.unlink()
+    stem = f"{file.stem if file.stem != 'model' else 'pytorch_model'}{variant}"
+    for i in range(shards):
+        part = {name: weights[name] for name in sorted(weights)[i::shards]}
+        torch.save(part, component / (f"{stem}-{i + 1:05}-of-{shards:05}.bin" if shards > 1 else f"{stem}.bin"))
+    torch.save({}, component / "args.bin")  # what trainers leave beside them
+    torch.save({}, component / f"{stem.partition('.')[0]}.bf16.bin")
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_folder_is_read_after_its_pickles_were_converted_as_told(shards: int, tmp_path: Path) -> None:
+    """transformers' safetensors have another name than its pickles, and shards an index."""
+    from fewstep.folder import read_folder
+
+    folder = tiny_pipelines.sd(tmp_path / "tiny")
+    own = load_backbone(folder)
+    wanted = own.encode(["a red disc"]), own.network.state_dict()
+    for name in ("unet", "text_encoder"):
+        pickled(folder / name, shards)
+        with pytest.raises(UserError, match=r"pickled weights are never read; convert .* where you trust") as told:
+            read_folder(folder)
+        assert "\n" not in str(told.value)
+        command = str(told.value).partition("python -c ")[2].strip('"')
+        subprocess.run([sys.executable, "-c", command], check=True, timeout=60, cwd=tmp_path)
+    found = load_backbone(folder)
+    for ours, theirs in zip(wanted, (found.encode(["a red disc"]), found.network.state_dict()), strict=True):
+        assert all(torch.equal(theirs[key], value) for key, value in ours.items())
 
 
 def test_a_folder_with_a_scheduler_of_ours_is_a_teacher(tmp_path: Path) -> None:
