@@ -282,8 +282,16 @@ def test_a_shift_by_size_is_the_pipelines(kind: str) -> None:
         own = SSSScheduler.from_config(theirs.config, grid=4)
         own.set_timesteps(4, mu=mu)
         torch.testing.assert_close(own.timesteps, theirs.timesteps, rtol=1e-5, atol=0)
-    own.set_timesteps(4)
-    assert own.noise_path == FlowMatching(3.0)
+    kept = own.timesteps
+    for asked in ({"num_inference_steps": 4}, {"timesteps": [999.0, 500.0]}, {"sigmas": [1.0, 0.5]}):
+        with pytest.raises(
+            SchedulerError, match=r"mu = None, and use_dynamic_shifting = True .* fewstep\.scheduler_for"
+        ):
+            own.set_timesteps(**asked)
+    assert own.timesteps is kept, "a refusal changes nothing"
+    settles = SSSScheduler.from_config(settled(theirs.config, 1024))
+    settles.set_timesteps(4, mu=3.0)
+    assert settles.noise_path == path_of(settled(theirs.config, 1024))
     plain = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
     assert settled(plain, 4096) == plain
 

@@ -149,12 +149,13 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             num_inference_steps: jumps to make.
             timesteps: the times instead, falling, as networks are told them; those above `strength` are left out.
             sigmas: refused but for their number, which Flux's pipeline hands over: the student has times of its own.
-            mu: the shift that a pipeline works out from the picture's size, where `use_dynamic_shifting` is on.
+            mu: the shift that a pipeline works out from the picture's size; asked for where `use_dynamic_shifting` is
+                on, and not listened to elsewhere.
             strength: begin at that share of the noisiest time, still with all jumps below it (image to image).
             original_inference_steps: points of the training grid, as diffusers' LCM pipelines ask: the config's `grid`.
 
         Raises:
-            ValueError: naming the nearest legal number, time or strength.
+            ValueError: naming the nearest legal number, time or strength; or a `mu` that is asked for and not given.
         """
         config = self.config
         if original_inference_steps is not None:
@@ -165,11 +166,17 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             num_inference_steps = len(sigmas)
         if (num_inference_steps is None) == (timesteps is None):
             raise SchedulerError("give either num_inference_steps or timesteps")
+        sized = bool(config.get("use_dynamic_shifting")) and isinstance(self._own_path, FlowMatching)
+        if sized and mu is None:
+            raise SchedulerError(
+                "mu = None, and use_dynamic_shifting = True asks for one: the shift goes by the picture's size; the "
+                "nearest is mu=, as pipelines work it out, or a student's own shift, by fewstep.scheduler_for"
+            )
         if not 0 < strength <= 1:
             legal = min(max(strength, 0.01), 1.0)
             raise SchedulerError(f"strength = {strength} is outside (0, 1]; the nearest legal one is {legal}")
         self.noise_path = self._own_path  # another picture's mu is no setting of ours
-        if mu is not None and config.get("use_dynamic_shifting") and isinstance(self.noise_path, FlowMatching):
+        if sized and mu is not None:
             linear = config.get("time_shift_type") == "linear"
             self.noise_path = FlowMatching(float(mu if linear else np.exp(mu)))
         with refusing():
