@@ -200,8 +200,19 @@ def test_a_shift_by_the_size_of_the_picture() -> None:
     scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=1.0)
     wanted = 1000 * FlowMatching(math.e).sigma(inference_times(FlowMatching(math.e), 4))
     assert scheduler.timesteps.tolist() == pytest.approx(wanted.tolist())
-    with pytest.raises(ValueError, match="sigmas are not taken"):
-        scheduler.set_timesteps(sigmas=[1.0, 0.9, 0.1])
+    scheduler.set_timesteps(4, sigmas=torch.tensor([1.0, 0.75, 0.5, 0.25]), mu=1.0)
+    assert scheduler.timesteps.tolist() == pytest.approx(wanted.tolist())
+    foreign = [1.0, 0.9, 0.1]
+    for asked, words in (
+        ({"sigmas": foreign}, r"sigmas = 1, 0\.9, 0\.1 are not taken: .*; the nearest is num_inference_steps = 3"),
+        ({"num_inference_steps": 4, "sigmas": foreign}, "are not taken: .*; the nearest is num_inference_steps = 4"),
+        ({"timesteps": [999.0, 500.0, 100.0], "sigmas": foreign}, "are not taken"),
+        ({"sigmas": []}, r"sigmas = \[\] are not taken"),
+        ({"num_inference_steps": 4, "sigmas": [1.0, 0.5]}, "= 4 is not the number of sigmas; the nearest is 2"),
+        ({"timesteps": [999.0, 500.0], "sigmas": [1.0, 0.5]}, "give either num_inference_steps or timesteps"),
+    ):
+        with pytest.raises(SchedulerError, match=words):
+            scheduler.set_timesteps(**asked, mu=1.0)
 
 
 @pytest.mark.parametrize("strength", [0.25, 0.5, 0.75, 0.9, 1.0])

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, get_args
 
+import numpy as np
+
 from fewstep.errors import UserError, nearest
 from fewstep.names import End, Form, Spacing
 from fewstep.scheduler_config import PREDICTIONS
@@ -45,6 +47,29 @@ def check_count(count: Any) -> int:
     if int(count) != count:
         raise SchedulerError(f"num_inference_steps = {count!r} is no whole number; the nearest is {round(count)}")
     return int(count)
+
+
+def count_of_sigmas(sigmas: Sequence[float], count: int | None) -> int:
+    """How many jumps sigmas stand for: the plain list 1, 1 - 1/n, ..., 1/n that Flux's pipeline hands to every
+    scheduler; a student has times of its own.
+
+    Args:
+        count: how many are asked for beside them, if it is said.
+    """
+    try:
+        given = np.array([float(sigma) for sigma in sigmas])
+    except (TypeError, ValueError):
+        given = np.zeros(0)
+    n = len(given)
+    if not n or not np.allclose(given, np.linspace(1.0, 1 / n, n), atol=1e-6):
+        shown = f"{', '.join(f'{sigma:g}' for sigma in given[:4])}{', ...' * (n > 4)}" if n else repr(sigmas)
+        raise SchedulerError(
+            f"sigmas = {shown} are not taken: a student has times of its own; the nearest is "
+            f"num_inference_steps = {count or n or 4}"
+        )
+    if count not in (None, n):
+        raise SchedulerError(f"num_inference_steps = {count!r} is not the number of sigmas; the nearest is {n}")
+    return n
 
 
 def check_common(path: str, prediction_type: str, spacing: str, end: str, form: str) -> None:

@@ -36,7 +36,7 @@ from fewstep.schedule import (
     interpret,
     share_of,
 )
-from fewstep.scheduler_checks import SchedulerError, check_count, check_origin, refusing
+from fewstep.scheduler_checks import SchedulerError, check_count, check_origin, count_of_sigmas, refusing
 from fewstep.scheduler_config import PREDICTIONS, check_terminal_snr, path_of, taken_over
 
 COMPATIBLE = [
@@ -160,10 +160,8 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         config = self.config
         if original_inference_steps is not None:
             check_origin(original_inference_steps, config["grid"])
-        if sigmas is not None and timesteps is None and num_inference_steps is None:
-            if not _even(sigmas):
-                raise SchedulerError("sigmas are not taken: a student has times of its own; give num_inference_steps")
-            num_inference_steps = len(sigmas)
+        if sigmas is not None:
+            num_inference_steps = count_of_sigmas(sigmas, num_inference_steps)
         if (num_inference_steps is None) == (timesteps is None):
             raise SchedulerError("give either num_inference_steps or timesteps")
         sized = bool(config.get("use_dynamic_shifting")) and isinstance(self._own_path, FlowMatching)
@@ -316,9 +314,3 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def __len__(self) -> int:
         return int(self.config["num_train_timesteps"])
-
-
-def _even(sigmas: Sequence[float]) -> bool:
-    """Whether sigmas are the plain list 1, 1 - 1/n, ..., 1/n that Flux's pipeline hands to every scheduler."""
-    n = len(sigmas)
-    return bool(np.allclose(np.asarray(sigmas, dtype=float), np.linspace(1.0, 1 / n, n), atol=1e-6))
