@@ -363,7 +363,9 @@ def test_noise_is_added_at_what_networks_are_told() -> None:
     ("ask", "words"),
     [
         (lambda: SSSScheduler(gamma=1.2), r"gamma = 1\.2 is outside \[0, 1\]; the nearest legal one is 1"),
-        (lambda: SSSScheduler(gamma="0.3"), r"gamma = '0\.3' is outside \[0, 1\]"),
+        (lambda: SSSScheduler(gamma="0.3"), r"gamma = '0\.3' is no number but a str; the nearest legal one is 0\.3"),
+        (lambda: SSSScheduler(gamma=None), r"gamma = None is no number but a NoneType; the nearest .* is 0"),
+        (lambda: SSSScheduler(gamma=float("nan")), r"gamma = nan is outside \[0, 1\]; the nearest legal one is 0"),
         (
             lambda: SSSScheduler(jump="second_order", r=0),
             r"r = 0 is outside \[0\.01, 1\]; the nearest legal one is 0\.01",
@@ -373,6 +375,12 @@ def test_noise_is_added_at_what_networks_are_told() -> None:
             "the nearest legal one is .v_prediction.",
         ),
         (lambda: SSSScheduler().set_timesteps(4.5), r"num_inference_steps = 4\.5 is no whole number; the nearest is 4"),
+        (lambda: SSSScheduler().set_timesteps("4"), "= '4' is no number but a str; the nearest legal one is 4"),
+        (lambda: SSSScheduler().set_timesteps(True), "num_inference_steps = True is no number but a bool"),
+        (lambda: SSSScheduler().set_timesteps(math.nan), "steps = nan is no whole number; the nearest is"),
+        (lambda: SSSScheduler().set_timesteps(math.inf), "steps = inf is no whole number; the nearest is"),
+        (lambda: SSSScheduler().set_timesteps(4, strength="1"), "strength = '1' is no number but a str"),
+        (lambda: SSSScheduler().set_timesteps(4, strength=math.nan), "strength = nan is outside .* one is 0.01"),
         (lambda: SSSScheduler(spacing="even"), "spacing = 'even' is not one of grid, trailing, tlcm"),
         (lambda: SSSScheduler(jump="skip"), "jump = 'skip' is not one of first_order, second_order"),
         (lambda: SSSScheduler(path="ve"), "path = 've' is not one of vp, flow"),
@@ -388,6 +396,19 @@ def test_what_it_cannot_do_is_refused(ask: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words) as error:
         ask()
     assert isinstance(error.value, UserError)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    """In a config they are plain ones, which JSON knows."""
+    import numpy as np
+
+    scheduler = SSSScheduler(gamma=np.float32(0.25), r=np.float64(0.5), jump="second_order")
+    scheduler.save_pretrained(tmp_path)
+    assert SSSScheduler.from_pretrained(tmp_path).config["gamma"] == 0.25
+    assert ConsistencyScheduler(r=np.float32(0.5)).config["r"] == 0.5
+    for count in (4, 4.0, np.int64(4), np.float32(4), torch.tensor(4)):
+        scheduler.set_timesteps(count)
+        assert scheduler.num_inference_steps == 4
 
 
 def test_a_time_that_was_not_set() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any, get_args
 
 import numpy as np
@@ -34,19 +35,47 @@ def check_word(field: str, value: str, legal: Sequence[str]) -> None:
         )
 
 
-def check_number(field: str, value: object, low: float, high: float) -> None:
+def nearest_number(value: Any, low: float, high: float) -> float:
+    """The number from low to high that is nearest to a value; low where it says none."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return low
+    return min(max(number, low), high) if number == number else low
+
+
+def _real(field: str, value: Any, legal: float) -> float:
+    """A number as a plain one; it may be numpy's, or a tensor of a whole one."""
+    if isinstance(value, bool) or not (isinstance(value, Real) or hasattr(value, "__index__")):
+        raise SchedulerError(
+            f"{field} = {value!r} is no number but a {type(value).__name__}; the nearest legal one is {legal:g}"
+        )
+    return float(value)
+
+
+def check_number(field: str, value: object, low: float, high: float) -> float:
     """Refuse what is no number from low to high."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        number = value if isinstance(value, int | float) else low
-        legal = min(max(float(number), low), high) if number == number else low
+    legal = nearest_number(value, low, high)
+    number = _real(field, value, legal)
+    if not low <= number <= high:
         raise SchedulerError(f"{field} = {value!r} is outside [{low:g}, {high:g}]; the nearest legal one is {legal:g}")
+    return number
 
 
-def check_count(count: Any) -> int:
+def check_strength(strength: object) -> None:
+    """Refuse what is no share of the noise to begin at."""
+    legal = nearest_number(strength, 0.01, 1.0)
+    if not 0 < _real("strength", strength, legal) <= 1:
+        raise SchedulerError(f"strength = {strength} is outside (0, 1]; the nearest legal one is {legal:g}")
+
+
+def check_count(count: object) -> int:
     """The number of jumps that is asked for, if it is one."""
-    if int(count) != count:
-        raise SchedulerError(f"num_inference_steps = {count!r} is no whole number; the nearest is {round(count)}")
-    return int(count)
+    legal = max(1, round(nearest_number(count, 1, 1000)))
+    whole = _real("num_inference_steps", count, legal)
+    if not whole.is_integer():
+        raise SchedulerError(f"num_inference_steps = {count!r} is no whole number; the nearest is {legal}")
+    return int(whole)
 
 
 def count_of_sigmas(sigmas: Sequence[float], count: int | None) -> int:

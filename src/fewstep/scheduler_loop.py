@@ -36,7 +36,14 @@ from fewstep.schedule import (
     interpret,
     share_of,
 )
-from fewstep.scheduler_checks import SchedulerError, check_count, check_origin, count_of_sigmas, refusing
+from fewstep.scheduler_checks import (
+    SchedulerError,
+    check_count,
+    check_origin,
+    check_strength,
+    count_of_sigmas,
+    refusing,
+)
 from fewstep.scheduler_config import PREDICTIONS, check_terminal_snr, path_of, taken_over
 
 COMPATIBLE = [
@@ -170,9 +177,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 "mu = None, and use_dynamic_shifting = True asks for one: the shift goes by the picture's size; the "
                 "nearest is mu=, as pipelines work it out, or a student's own shift, by fewstep.scheduler_for"
             )
-        if not 0 < strength <= 1:
-            legal = min(max(strength, 0.01), 1.0)
-            raise SchedulerError(f"strength = {strength} is outside (0, 1]; the nearest legal one is {legal}")
+        check_strength(strength)
         self.noise_path = self._own_path  # another picture's mu is no setting of ours
         if sized and mu is not None:
             linear = config.get("time_shift_type") == "linear"

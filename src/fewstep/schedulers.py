@@ -67,8 +67,8 @@ class SSSScheduler(FewStepScheduler):
         spacing: str = "grid",
         end: str = "index0",
     ) -> None:
-        check_number("gamma", gamma, 0.0, 1.0)
-        check_number("r", r, LEAST_R, 1.0)
+        # plain numbers, whoever's they were: a config is written as JSON
+        self.register_to_config(gamma=check_number("gamma", gamma, 0.0, 1.0), r=check_number("r", r, LEAST_R, 1.0))
         check_word("gamma_law", gamma_law, get_args(GammaLaw))
         check_word("jump", jump, ("first_order", "second_order"))
         check_common(path, prediction_type, spacing, end, form)
@@ -113,7 +113,7 @@ class ConsistencyScheduler(FewStepScheduler):
         spacing: str = "grid",
         end: str = "clean",
     ) -> None:
-        check_number("r", r, LEAST_R, 1.0)
+        self.register_to_config(r=check_number("r", r, LEAST_R, 1.0))  # a plain number, whoever's it was
         check_word("jump", jump, get_args(Jump))
         check_common(path, prediction_type, spacing, end, form)
         self._start()
