@@ -8,10 +8,14 @@ from pathlib import Path
 import performance
 import pytest
 import torch
+from perf import synthesis
+from perf.networks import SHAPES, Shape, modules
 from perf.script import LcmScript
 from perf.steps import Clock
+from perf.timing import in_turn
 from scale import Alive
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import tiny_pipelines as tiny
 
@@ -32,8 +36,12 @@ def asked(folder: Path, cache: Path, *kinds: str) -> list[str]:
             "--what", *kinds]  # fmt: skip
 
 
-def test_each_kind_tells_its_rows(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    performance.main(asked(folder, tmp_path, "stored", "online", "sampling"))
+def test_each_kind_tells_its_rows(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(synthesis, "SAMPLES", 4)
+    monkeypatch.setattr(synthesis, "FEWEST", 2)
+    performance.main(asked(folder, tmp_path, "stored", "online", "sampling", "synthesis"))
     said = capsys.readouterr().out
     scripts, phases = ["script", "script without encoders"], ["student, forward", "target"]
     begins, ends = ["waiting for the batch"], ["the rest of the loss", "backward", "clipping, optimiser, log"]
@@ -43,9 +51,67 @@ def test_each_kind_tells_its_rows(folder: Path, tmp_path: Path, capsys: pytest.C
         "a training step, online": ["ours", "student", "target", "F", "teacher", *scripts],
         "our step by phase, online, in a pass of its own": [*begins, *phases, "teacher", *ends],
         "pictures at 4 steps": ["ours", "calls + decode", "diffusers", "LoRA, merged", "LoRA, not merged"],
+        "a synthesised set of latents": ["ours", "guided calls"],
+        "a synthesised set of trajectories": ["ours", "guided calls"],
     }
     assert all(float(seconds) > 0 for seconds in re.findall(r"^\| (?!what|---)[^|]+\| ([\d.]+) \|", said, re.MULTILINE))
-    assert len(re.findall(r"^.+ / .+: [\d.]+ \(", said, re.MULTILINE)) == 9
+    assert len(re.findall(r"^.+ / .+: -?[\d.]+ \(", said, re.MULTILINE)) == 11
+
+
+def test_what_a_step_holds_and_is_made_of(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process: those of their own are slow to start."""
+    monkeypatch.setattr(performance, "alone", lambda what, task, who: what(task, who))
+    told: dict[str, dict[str, float]] = {}
+    monkeypatch.setattr(
+        performance, "each",
+        lambda title, task, figure: told.setdefault(title, {who: figure(task, who) for who in ("ours", "script")}),
+    )  # fmt: skip
+    performance.main(asked(folder, tmp_path, "memory", "matrix"))
+    held, matrix = told.values()
+    assert all(0.05 < gib < 64 for gib in held.values())
+    assert all(0 < share < 1 for share in matrix.values())
+
+
+def test_contenders_are_timed_in_their_own_precision() -> None:
+    """Within a loop's autocast they are not in it, and a weight that it has cast before is cast anew."""
+    weight = torch.ones(2, 2, requires_grad=True)
+    said: list[tuple[bool, float]] = []
+
+    def contender() -> None:
+        about = torch.is_autocast_enabled("cpu")
+        with torch.autocast("cpu", torch.bfloat16):
+            said.append((about, float((torch.ones(1, 2) @ weight).sum())))
+        with torch.no_grad():
+            weight.mul_(3)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            in_turn({"contender": contender}, torch.device("cpu"))
+    assert said == [(False, 4.0), (False, 12.0)]
+
+
+def test_the_small_network_has_sds_proportions() -> None:
+    """Encoders in calls of the network, by operations: as on SD 1.5 to a tenth of a call."""
+
+    def parts(shape: Shape) -> list[float]:
+        with torch.device("meta"), torch.no_grad():
+            unet, vae, text = modules(shape)
+            x, picture = torch.zeros(1, 4, shape.side, shape.side), torch.zeros(1, 3, 8 * shape.side, 8 * shape.side)
+            calls = (
+                lambda: unet(x, torch.zeros(1), torch.zeros(1, 77, 768)),
+                lambda: vae.encode(picture),
+                lambda: vae.decode(x),
+                lambda: text(torch.zeros(1, 77, dtype=torch.long)),
+            )
+            counted = []
+            for call in calls:
+                with FlopCounterMode(display=False) as counter:
+                    call()
+                counted.append(counter.get_total_flops())
+        return [own / counted[0] for own in counted[1:]]
+
+    for small, large in zip(parts(SHAPES["sd100m"]), parts(SHAPES["sd15"]), strict=True):
+        assert abs(small - large) < 0.1
 
 
 @pytest.mark.parametrize("large", [False, True])

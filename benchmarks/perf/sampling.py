@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fewstep.backbones.base import load_backbone
+from fewstep.compiled import compile_networks
 from fewstep.denoiser import Condition, Denoiser
 from fewstep.device import DTYPES
 from fewstep.drawing import Artist, at_once, load_artist
@@ -29,10 +30,10 @@ def time_sampling(task: Task) -> dict[str, Timed]:
 
     SSS (TCD) at gamma .3 for us and for diffusers' own scheduler: the same network calls, of the same batches. In half
     precision the denoiser's weights are kept in that type on both sides, and in diffusers the autoencoder's too, as
-    people load them; ours decodes in fp32.
+    people load them; ours decodes in fp32. With `loop.compile=true` the denoiser is compiled on both sides.
     """
     place, precision = torch.device(task.device), DTYPES[task.precision]
-    artist = load_artist(task.folder, None, place, precision=precision)
+    artist = load_artist(task.folder, None, place, precision=precision, compiled=task.compiled)
     _, height, width = artist.backbone.latent_shape
     condition = artist.encode([f"picture {i}" for i in range(task.batch)])
     seeds = list(range(task.batch))
@@ -41,11 +42,11 @@ def time_sampling(task: Task) -> dict[str, Timed]:
     contenders = {
         "ours": drawing(artist, condition, seeds),
         "calls + decode": bare(artist, condition, parts),
-        "diffusers": diffusers_drawing(task.folder, place, precision, condition, parts),
+        "diffusers": diffusers_drawing(task, place, precision, condition, parts),
     }
     with tempfile.TemporaryDirectory() as held:
         apart, file = unmerged(task, place, precision, Path(held))
-        merged = load_artist(task.folder, file, place, precision=precision)
+        merged = load_artist(task.folder, file, place, precision=precision, compiled=task.compiled)
     contenders |= {
         "LoRA, merged": drawing(merged, condition, seeds),
         "LoRA, not merged": drawing(apart, condition, seeds),
@@ -97,19 +98,23 @@ def unmerged(task: Task, place: torch.device, precision: torch.dtype, held: Path
     )  # fmt: skip
     backbone.device = place
     backbone.network.to(place, precision)
+    if task.compiled:
+        compile_networks([backbone.network])
     denoiser = Denoiser(student.call, backbone.path, backbone.prediction, backbone.embedded_guidance)
     return Artist(backbone, denoiser, SSS, ROLE, precision), file
 
 
 def diffusers_drawing(
-    folder: Path, place: torch.device, precision: torch.dtype, condition: Condition, parts: list[slice]
+    task: Task, place: torch.device, precision: torch.dtype, condition: Condition, parts: list[slice]
 ) -> Callable[[], None]:
     """The folder's pipeline with diffusers' TCD scheduler, on a batch."""
     import diffusers
 
     pipe: Any = diffusers.DiffusionPipeline.from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, torch_dtype=precision
+        task.folder, local_files_only=True, use_safetensors=True, torch_dtype=precision
     ).to(place)
+    if task.compiled:
+        pipe.unet.compile(dynamic=False)
     pipe.scheduler = diffusers.TCDScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     names = {"text": "prompt_embeds", "pooled": "pooled_prompt_embeds"}

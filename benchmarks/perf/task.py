@@ -39,6 +39,11 @@ class Task:
     rounds: int
     more: tuple[str, ...] = ()
 
+    @property
+    def compiled(self) -> bool:
+        """Whether networks are compiled."""
+        return "loop.compile=true" in self.more
+
 
 def make_pictures(task: Task) -> tuple[Path, np.ndarray]:
     """A folder of random pictures with captions, a set's worth, and the first batch of them."""

@@ -36,12 +36,19 @@ class Timed:
 
 
 def in_turn(contenders: Mapping[str, Callable[[], None]], device: torch.device) -> dict[str, float]:
-    """Seconds of each contender, run once."""
+    """Seconds of each contender, run once, in its own precision whatever stands about this.
+
+    An autocast block keeps the weights that it has cast until the outermost one ends: contenders within one would find
+    each other's casts done, and those of a step before.
+    """
     found = {}
     for name, run in contenders.items():
-        start = settled(device)
-        run()
-        found[name] = settled(device) - start
+        with torch.autocast(device.type, enabled=False):
+            torch.clear_autocast_cache()
+            start = settled(device)
+            run()
+            found[name] = settled(device) - start
+            torch.clear_autocast_cache()
     return found
 
 
