@@ -9,12 +9,14 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from threading import Timer
 
 import pytest
 
 from fewstep import files
 from fewstep.errors import UserError
 from fewstep.files import (
+    alone,
     atomic_folder,
     atomic_write,
     check_writable,
@@ -91,6 +93,35 @@ def test_a_folder_appears_whole_and_replaces_the_old_one(tmp_path: Path) -> None
         assert names(target) == sorted([text, "sub"])
         assert names(tmp_path) == ["run"]
     assert stat.S_IMODE(target.stat().st_mode) == 0o755
+
+
+def test_a_folder_that_is_kept_is_not_replaced(tmp_path: Path) -> None:
+    """Who came second throws away its own: others may be reading the first one."""
+    target = tmp_path / "made"
+    with atomic_folder(target, keep=True) as part:
+        (part / "a").write_text("second")
+        with atomic_folder(target, keep=True) as first:
+            (first / "a").write_text("first")
+    assert (target / "a").read_text() == "first"
+    assert names(tmp_path) == ["made"]
+
+
+def test_another_process_is_waited_for(tmp_path: Path) -> None:
+    lock, done = tmp_path / "cache" / ".lock", tmp_path / "done"
+    code = (
+        "import pathlib, sys\nfrom fewstep.files import alone\n"
+        "with alone(pathlib.Path(sys.argv[1])):\n"
+        "    print('in', flush=True)\n    input()\n    pathlib.Path(sys.argv[2]).touch()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, str(lock), str(done)], text=True, **pipes) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "in\n"
+        later = Timer(0.2, other.communicate, ["\n"])
+        later.start()
+        with alone(lock):
+            assert done.exists()
+        later.join()
 
 
 @pytest.mark.parametrize("error", FAILURES)

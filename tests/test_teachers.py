@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,33 @@ def test_a_single_file_is_the_pipeline_that_it_was(name: str, tmp_path: Path, ca
     before = (place / "model_index.json").stat().st_mtime_ns
     assert teachers.teacher_folder(file, bare) == place
     assert (place / "model_index.json").stat().st_mtime_ns == before, "taken apart once"
+
+
+def test_several_at_once_take_a_file_apart_once(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranks of a launch name it all at once; who comes second waits, and replaces nothing."""
+    from concurrent.futures import ThreadPoolExecutor
+    from threading import Barrier
+
+    folder = tiny_pipelines.sd(tmp_path / "tiny")
+    file = single_file("sd", folder, tmp_path / "model.safetensors")
+    together, made = Barrier(3), []
+
+    def slowly(*asked: Any) -> None:
+        made.append(asked[-1])
+        time.sleep(0.3)
+        (asked[-1] / "model_index.json").write_text("{}")
+
+    def one(_: int) -> tuple[Path, int]:
+        together.wait()
+        place = teachers.teacher_folder(file, folder)
+        return place, (place / "model_index.json").stat().st_ino
+
+    monkeypatch.setattr(teachers, "_take_apart", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(one, range(3)))
+    assert len(made) == len(set(found)) == 1
+    left = [path for path in (cache / "teachers").iterdir() if path.suffix != ".lock"]
+    assert left == [found[0][0]]
 
 
 def sd3_original(weights: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Tensor]:

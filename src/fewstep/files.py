@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -48,11 +48,12 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: Path | str) -> Iterator[Path]:
+def atomic_folder(path: Path | str, *, keep: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path`; swap it in as `path` when the block ends without error.
 
-    An older folder at `path` is replaced as a whole. A folder cannot be renamed over another one: between the two
-    renames that takes, a killed process leaves the old one under a hidden name that ends in `.old`.
+    An older folder at `path` is replaced as a whole, or with `keep` left as it is: others may be reading it. A folder
+    cannot be renamed over another one: between the two renames that takes, a killed process leaves the old one under a
+    hidden name that ends in `.old`.
 
     Raises:
         UserError: the parent folder cannot be written to, or the disk is full.
@@ -71,11 +72,23 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
                 file.chmod(0o644)  # some writers make files that only their owner can read
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
-        _swap(part, path)
+        if keep:
+            _put(part, path)
+        else:
+            _swap(part, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; nothing was left there") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _put(part: Path, path: Path) -> None:
+    """Rename the folder `part` to `path`, unless there is one."""
+    try:
+        part.rename(path)  # over a folder that holds something it fails, whoever was first
+    except OSError:
+        if not path.is_dir():
+            raise
 
 
 def _swap(part: Path, path: Path) -> None:
@@ -170,6 +183,31 @@ def _lock(folder: Path, place: Path) -> IO[str]:
     stream.write(f"{os.getpid()}\n")
     stream.flush()
     return stream
+
+
+@contextmanager
+def alone(place: Path) -> Iterator[None]:
+    """Wait until no other process or thread is in a block of the same place, a lock file beside what it makes.
+
+    A process that dies leaves. On a system, or a file system, without locks nobody waits.
+
+    Raises:
+        UserError: the lock file cannot be written.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        stream = place.open("a")
+    except OSError as error:
+        raise UserError(f"cannot write {place}: {error.strerror or error}; choose a writable folder") from error
+    with stream:
+        with suppress(OSError):  # no locks here
+            fcntl.flock(stream, fcntl.LOCK_EX)  # of this open file, so that threads wait as well
+        yield
 
 
 def check_writable(folder: Path | str) -> None:

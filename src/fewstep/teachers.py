@@ -17,7 +17,7 @@ from fewstep.errors import UserError
 from fewstep.export.header import read_notes
 from fewstep.export.pipeline import LICENCES, RECORD, write_pipeline
 from fewstep.families import FAMILIES
-from fewstep.files import atomic_folder, read_json, read_mapping, write_json
+from fewstep.files import alone, atomic_folder, read_json, read_mapping, write_json
 from fewstep.pickles import advice, is_pickle
 from fewstep.scheduler_config import PREDICTIONS
 from fewstep.tensor_header import Entry, read_safetensors_header
@@ -114,9 +114,13 @@ def taken_apart(file: Path, config: Path | None) -> Path:
     told.append(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}")
     key = hashlib.sha256("\n".join(told).encode()).hexdigest()
     place = cache_folder() / f"{file.stem}-{key[:16]}"
-    if not place.is_dir():
-        with atomic_folder(place) as part:
-            _take_apart(file, config, pipeline, entries, part)
+    if place.is_dir():
+        return place
+    # all processes of a launch begin here: one takes it apart, the others wait and read what it made
+    with alone(place.with_name(f".{place.name}.lock")):
+        if not place.is_dir():
+            with atomic_folder(place, keep=True) as part:
+                _take_apart(file, config, pipeline, entries, part)
     return place
 
 
