@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,46 @@ def test_a_wrong_file_is_found_out(
         monkeypatch.setattr(exporting, "write_kohya", spoil)
         with pytest.raises(UserError, match=rf"was not written: read back by diffusers: .*{words}"):
             export_as(students["sd", "lora"], "kohya", out=tmp_path / "made", teacher=folders["sd"])
+        assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("form", ["merged", "single-file"])
+def test_a_wrong_part_of_a_whole_pipeline_is_found_out(
+    form: ExportForm,
+    folders: dict[str, Path],
+    students: dict[tuple[str, str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Latents do not show the autoencoder, and hardly a text encoder's last bits: both are counted, and one decodes."""
+    import fewstep.exporting as exporting
+
+    plain_file, plain_folder = exporting.checkpoint_weights, exporting.write_pipeline
+    wrong = ""
+
+    def one_file(*asked: Any, **more: Any) -> dict[str, torch.Tensor]:
+        weights = plain_file(*asked, **more)
+        name = next(name for name in weights if wrong in name and name.endswith("bias"))
+        return {**weights, name: weights[name] + 1e-6}
+
+    def one_folder(place: Path, *more: Any) -> None:
+        plain_folder(place, *more)
+        if wrong == "scale":
+            config = place / "vae" / "config.json"
+            config.write_text(json.dumps({**json.loads(config.read_text()), "scaling_factor": 0.2}))
+            return
+        (file,) = next(part for part in place.iterdir() if part.name.startswith(wrong)).glob("*.safetensors")
+        weights = load_file(file)
+        save_file({**weights, (name := next(iter(weights))): weights[name] + 1e-6}, file, {"format": "pt"})
+
+    monkeypatch.setattr(exporting, "checkpoint_weights", one_file)
+    monkeypatch.setattr(exporting, "write_pipeline", one_folder)
+    spoiled = {"single-file": ("first_stage_model.decoder", "cond_stage_model"), "merged": ("vae", "text", "scale")}
+    for wrong in spoiled[form]:
+        with pytest.raises(UserError, match="was not written: read back by diffusers") as told:
+            export_as(students["sd", "lora"], form, out=tmp_path / "made", teacher=folders["sd"], prompts=["a disc"])
+        came, went = re.findall(r"(\d+) of (\d+) tensors, latents and a decoded corner within", str(told.value))[0]
+        assert int(went) - int(came) == (wrong != "scale")
         assert not (tmp_path / "made").exists()
 
 

@@ -22,7 +22,7 @@ from fewstep.export.header import LoraHeader, base_shapes, check_lora
 from fewstep.export.lora import read_lora
 from fewstep.export.original import checkpoint_weights
 from fewstep.export.pipeline import read_record, write_pipeline
-from fewstep.export.reload import CLOSE, Checked, Export, drawn_again, matrices_of, provable
+from fewstep.export.reload import CLOSE, Checked, Export, decoded, drawn_again, parts_of, provable, tensors_of
 from fewstep.export.travel import travelling
 from fewstep.files import atomic_folder
 from fewstep.folder import PipelineFolder, weight_files
@@ -172,10 +172,16 @@ def write(
 def proof(
     student: Student, made: Export, artist: Artist, ours: Tensor, prompts: Sequence[str], seeds: Sequence[int]
 ) -> Checked:
-    """Read an export back, and compare it with the student's own latents and, of a whole network, its matrices."""
-    wanted = {} if made.form in ADAPTERS else matrices_of(artist.backbone.network)
-    went = len(wanted) if student.header is None or wanted else len(student.header.layers)
-    theirs, came = drawn_again(made, wanted, prompts, seeds)
-    difference = float((theirs - ours).abs().max() / ours.abs().max())
-    kind = next(iter(wanted.values())).dtype if wanted else torch.float32
-    return Checked(made.reader, went, came, difference, CLOSE[kind])
+    """Read an export back, and compare it with the student's own latents and, of a whole pipeline, with its networks'
+    tensors and a decoded corner."""
+    whole, kind, wanted = made.form not in ADAPTERS, torch.float32, {}
+    if whole:
+        kind = next(artist.backbone.network.parameters()).dtype
+        wanted = tensors_of(parts_of(artist.backbone))
+        if made.form == "single-file":  # holds all in one type
+            wanted = {name: value.to(kind) for name, value in wanted.items()}
+    went = len(wanted) if student.header is None or whole else len(student.header.layers)
+    theirs, came, corner = drawn_again(made, wanted, ours, prompts, seeds)
+    pairs = [(theirs, ours), *([] if corner is None else [(corner, decoded(artist.backbone.vae, ours))])]
+    apart = torch.stack([(found - own).abs().max() / own.abs().max() for found, own in pairs])
+    return Checked(made.reader, went, came, float(apart.max()), CLOSE[kind], whole)

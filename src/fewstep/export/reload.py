@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.backbones.base import loading
+from fewstep.backbones.base import UNUSED, Backbone, from_network_scale, loading
 from fewstep.drawing import load_artist
 from fewstep.errors import UserError
 from fewstep.export.forms import ADAPTERS, ExportForm, Reader
@@ -26,6 +26,8 @@ CLOSE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 A LoRA is written as it was; a merged network is rounded to its type once."""
 MOST_STEPS = 8
 """Jumps of the proof, for pipelines that are drawn with by solvers."""
+CORNER = 32
+"""Latent points a side of what is decoded for the proof: it tells one autoencoder from another, at little cost."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,12 @@ class Checked:
 
     Attributes:
         reader: who read it.
-        modules: layers that went out.
-        loaded: layers that came in: with an adapter, or with the very weights that were written.
-        difference: largest difference of latents, as a share of the largest latent.
+        modules: layers that went out; tensors, for whole pipelines.
+        loaded: those that came in: with an adapter, or as the very numbers that were written.
+        difference: largest difference of latents, as a share of the largest latent; or, for whole pipelines, of a
+            decoded corner, if that is larger.
         allowed: how large it may be.
+        whole: whether it is a whole pipeline.
     """
 
     reader: Reader
@@ -45,12 +49,14 @@ class Checked:
     loaded: int
     difference: float
     allowed: float
+    whole: bool = False
 
     @property
     def line(self) -> str:
         """As one line."""
+        what = ("tensors", "latents and a decoded corner") if self.whole else ("layers", "latents")
         return (
-            f"read back by {self.reader}: {self.loaded} of {self.modules} layers, latents within "
+            f"read back by {self.reader}: {self.loaded} of {self.modules} {what[0]}, {what[1]} within "
             f"{self.difference:.1e} of ours (allowed {self.allowed:g})"
         )
 
@@ -97,15 +103,34 @@ def adapted(network: nn.Module) -> int:
     return sum(1 for module in network.modules() if len(getattr(module, "lora_A", ())))
 
 
-def equal_layers(network: nn.Module, wanted: Mapping[str, Tensor]) -> int:
-    """How many layers of a network hold the weights that were written."""
-    own = network.state_dict()
+def parts_of(backbone: Backbone) -> dict[str, nn.Module]:
+    """The networks that a pipeline draws with, by their components' names."""
+    family = backbone.folder.family
+    return dict(zip(family.weighed, (backbone.network, backbone.vae, *backbone.text_encoders), strict=True))
+
+
+def tensors_of(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The tensors of a pipeline's networks, by component and name; no copies, and none that nothing is drawn with."""
+    return {
+        f"{part}.{name}": value
+        for part, network in parts.items()
+        for name, value in network.state_dict().items()
+        if not name.startswith(UNUSED)
+    }
+
+
+def equal_tensors(parts: Mapping[str, nn.Module], wanted: Mapping[str, Tensor]) -> int:
+    """How many tensors of a pipeline's networks are those that were written."""
+    own = tensors_of(parts)
     return sum(1 for name, value in wanted.items() if name in own and torch.equal(own[name], value.to(own[name])))
 
 
-def matrices_of(network: nn.Module) -> dict[str, Tensor]:
-    """A network's weights but for biases, by name; no copies."""
-    return {name: value for name, value in network.state_dict().items() if name.endswith(".weight")}
+@torch.no_grad()
+def decoded(vae: Any, latents: Tensor) -> Tensor:
+    """A corner of the first picture [1, 3, H, W], as an autoencoder sees it by its own config."""
+    corner = latents[:1, :, :CORNER, :CORNER].to(vae.device)
+    picture: Tensor = vae.decode(from_network_scale(vae, corner), return_dict=False)[0]
+    return picture.float().cpu()
 
 
 @dataclass(frozen=True)
@@ -136,24 +161,30 @@ def provable(sampling: Sampling) -> Sampling:
 
 
 def drawn_again(
-    export: Export, wanted: Mapping[str, Tensor], prompts: Sequence[str], seeds: Sequence[int]
-) -> tuple[Tensor, int]:
-    """Read an export back as its users will: the latents it draws, and how many layers came in.
+    export: Export, wanted: Mapping[str, Tensor], ours: Tensor, prompts: Sequence[str], seeds: Sequence[int]
+) -> tuple[Tensor, int, Tensor | None]:
+    """Read an export back as its users will: the latents it draws, how many layers came in, and the corner that it
+    decodes, if it holds an autoencoder.
 
     Args:
-        wanted: the matrices of the whole network, for forms that hold it.
+        wanted: the tensors of the whole pipeline, for forms that hold one.
+        ours: the latents that are decoded.
     """
     whole = export.form not in ADAPTERS
     if export.reader == "fewstep":
         base, lora = (export.place, None) if whole else (export.folder.path, export.place)
         artist = load_artist(base, lora, export.device)
-        layers = check_lora(lora, export.folder).layers if lora else ()
-        came = equal_layers(artist.backbone.network, wanted) if whole else len(layers)
-        return artist.latents(artist.encode(prompts), seeds, export.sampling), came
+        latents = artist.latents(artist.encode(prompts), seeds, export.sampling)
+        if lora:
+            return latents, len(check_lora(lora, export.folder).layers), None
+        return latents, equal_tensors(parts_of(artist.backbone), wanted), decoded(artist.backbone.vae, ours)
     with loading(str(export.place)):
         pipe = _read(export).to(export.device)
     network = getattr(pipe, export.folder.network)
-    came = equal_layers(network, wanted) if whole else adapted(network)
+    if whole:
+        came = equal_tensors({part: getattr(pipe, part) for part in export.folder.family.weighed}, wanted)
+    else:
+        came = adapted(network)
     if export.form == "peft":
         setattr(pipe, export.folder.network, network.merge_and_unload())
     if export.sampling == sampling_of_student(export.place):
@@ -161,7 +192,8 @@ def drawn_again(
     else:
         pipe.scheduler = SSSScheduler.from_config(pipe.scheduler.config, gamma=0.0)
         settings = {**call_settings(export.place), "num_inference_steps": export.sampling.steps}
-    return pipeline_latents(pipe, export.folder, prompts, seeds, settings), came
+    latents = pipeline_latents(pipe, export.folder, prompts, seeds, settings)
+    return latents, came, decoded(pipe.vae, ours) if whole else None
 
 
 def _read(export: Export) -> Any:
