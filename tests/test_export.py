@@ -227,6 +227,16 @@ def test_half_precision_is_a_rounding(
     for name, value in made["fp16"].items():
         assert value.dtype == torch.float16
         assert torch.equal(value, made["fp32"][name].half()), name
+    base = folders["sdxl"]
+    path, _ = export_as(
+        students["sdxl", "lora"], "merged", out=tmp_path / "merged", teacher=base, precision="fp16",
+        prompts=["a red disc"], check=False,
+    )  # fmt: skip
+    (own,) = (path / "unet").glob("*.safetensors")
+    assert {value.dtype for value in load_file(own).values()} == {torch.float16}
+    for part in ("vae", "text_encoder", "text_encoder_2"):  # the base's own files
+        (own,) = (path / part).glob("*.safetensors")
+        assert own.read_bytes() == (base / part / own.name).read_bytes()
 
 
 def test_settings_are_read_back_from_every_form(

@@ -119,7 +119,8 @@ def export_as(
         form: diffusers, peft, kohya, merged or single-file.
         out: folder to write; there must be none yet, or an empty one.
         teacher: the LoRA's base: pipeline folder, single-file checkpoint or hub id; empty for the bundled one.
-        precision: of whole networks, fp32, fp16 or bf16; None for the base's own.
+        precision: of whole networks, fp32, fp16 or bf16; None for the base's own. `merged` rounds the denoiser alone,
+            `single-file` all that it holds.
         prompts: of the card's pictures.
         seed: of the first picture.
         check: read it back as its users will, and compare.

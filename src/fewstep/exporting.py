@@ -81,7 +81,8 @@ def export(
 
     Args:
         reader: who reads the form back, by `forms.check_form`.
-        precision: of whole networks, fp32, fp16 or bf16; None for the base's own. A LoRA is written as it was.
+        precision: of whole networks, fp32, fp16 or bf16; None for the type of the base's denoiser. `merged` rounds the
+            denoiser alone, `single-file` all that it holds. A LoRA is written as it was.
         prompts: of the card's pictures, and of the proof.
         check: read it back as its users will, draw, and compare with what the student draws here.
 
