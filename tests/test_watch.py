@@ -209,3 +209,18 @@ def test_weights_that_a_loss_looks_through_are_no_activations(tiny_overrides: li
         for plan in (update, replace(update, loss=looked))
     ]
     assert 0 <= kept[1] - kept[0] < 1e5
+
+
+@pytest.mark.parametrize("recipe", ["tcd", "kd"])
+def test_a_teacher_kept_in_bf16_is_watched_and_walked_in_it(watched: list[str], tmp_path: Path, recipe: str) -> None:
+    """Its weights meet no other type; pictures and walks of the whole teacher are not taken for its own."""
+    kept = []
+    for words in (["loop.precision=bf16", "student.base=bf16"], ["loop.precision=bf16"]):
+        own = tmp_path / "cache"
+        config = resolve(recipe, None, [*watched, "data.trajectories=6", *words])
+        distillation.distill(config, tmp_path / words[-1], cache=own, quiet=True)
+        judged = [line["watch/kid"] for line in figures(tmp_path / words[-1]) if "watch/kid" in line]
+        assert len(judged) == 2
+        assert all(np.isfinite(judged))
+        kept.append({path.name for kind in ("watch-*", "trajectories-*") for path in own.glob(kind)})
+    assert len(kept[1]) == 2 * len(kept[0]) == (4 if recipe == "kd" else 2)

@@ -34,8 +34,8 @@ class Checks:
         first: network evaluations for the teacher's pictures, once.
         each: those of a check.
         count: checks.
-        seconds: all of them, from the timed step's evaluations (a backward pass counts as two); checks are drawn in
-            fp32 by one process, which may be slower than the step.
+        seconds: all of them, from the timed step's evaluations (a backward pass counts as two); checks are mostly
+            drawn in fp32, which may be slower than the step.
     """
 
     first: int

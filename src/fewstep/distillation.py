@@ -25,6 +25,7 @@ from fewstep.data.latents import latent_set
 from fewstep.device import pick_device
 from fewstep.drawing import Artist
 from fewstep.files import sweep, taken, write_json
+from fewstep.frozen import asked_outside
 from fewstep.objectives.heads import FeatureCritic
 from fewstep.plan import Aids, family_plan, start_from
 from fewstep.preparation import (
@@ -79,7 +80,8 @@ def make_watch(run: Run, out: Path, cache: Path) -> Watch:
 
     # at the size that is learned: its pictures stand beside real ones and the teacher's
     sampling = config.sampling.model_copy(update={"size": None})
-    artist = Artist(run.backbone, run.denoiser, sampling, "student")
+    computed, _ = asked_outside(config, run.backbone.device)
+    artist = Artist(run.backbone, run.denoiser, sampling, "student", computed)
     seen = run.watched(max(REAL, config.watch.count))
     prompts = watched_prompts(config, [said[0] for said in seen.captions])
     real = None if seen.pictures is None else seen.pictures.read(range(min(REAL, len(seen))))

@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from fewstep.backbones.base import Backbone
 from fewstep.data.latents import LatentSet, cached_rows
-from fewstep.denoiser import Condition, Denoiser
+from fewstep.denoiser import Condition, Denoiser, computed_in
 from fewstep.draws import generator
+from fewstep.frozen import asked_outside
 from fewstep.grid import end_time, training_grid
 from fewstep.jumper import Voice
 from fewstep.mapped import Mapped, MappedRows
@@ -89,17 +90,18 @@ def stored_trajectories(
     unsaid = torch.from_numpy(generator(seed, "trajectories without prompt").random(count))
     rows = torch.where(unsaid < config.data.empty_prompts, said.captions, rows)
     omega = torch.from_numpy(rng.uniform(*method.guidance.omegas, count))
-    teacher = backbone.folder.denoising
-    digest = hashlib.sha256(
-        f"{teacher} {said.key} {method_key(method)} {seed} {config.data.empty_prompts} {backbone.latent_shape}".encode()
-    ).hexdigest()[:16]
+    computed, narrow = asked_outside(config, device)
+    asked = replace(denoiser, call=computed_in(denoiser.call, BASE, computed))
+    decides = [backbone.folder.denoising, said.key, method_key(method), seed, config.data.empty_prompts]
+    known = " ".join(map(str, [*decides, backbone.latent_shape, *([narrow] if narrow else [])]))
+    digest = hashlib.sha256(known.encode()).hexdigest()[:16]
 
     def shard(part: slice) -> dict[str, Tensor]:
         start, stop = part.start, part.stop
         condition = said.states(rows[part], device)
         null = said.null(stop - start, device)
         noise, _ = picture_noise([seed * 1_000_003 + i for i in range(start, stop)], backbone.latent_shape)
-        drawn = draw_trajectories(method, denoiser, condition, null, omega[part], noise.to(device))
+        drawn = draw_trajectories(method, asked, condition, null, omega[part], noise.to(device))
         return {"points": drawn.half().cpu()}
 
     def all_shards() -> list[Mapped]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from fewstep.evaluation.kid import KernelDistance
 from fewstep.evaluation.lite0 import Lite0Backbone
 from fewstep.evaluation.teacher import TeacherFeatures
 from fewstep.files import read_json, write_json
+from fewstep.frozen import asked_outside
 from fewstep.processes import anywhere, is_main, main_first, on_main, together
 from fewstep.roles import copy_role
 from fewstep.settings import TEACHER_SAMPLING, DistillConfig
@@ -59,7 +61,7 @@ class Watch:
     Every process of a launch makes and calls it: they share out the drawing, and the main one judges and writes.
 
     Args:
-        student: draws with the role `student`.
+        student: draws with the role `student`; the teacher's pictures are computed in its precision.
         parameters: the student's trainable weights; they are lent the weights to judge and get their own back.
         prompts: what it draws.
         real: pictures uint8 [N, H, W, 3] that KID is taken from, at least 10; None for the teacher's own from other
@@ -110,9 +112,9 @@ class Watch:
             update={"steps": config.watch.teacher_steps, "omega": config.method.guidance.mean_omega}
         )
         backbone = self.student.backbone
-        known = json.dumps(
-            [backbone.folder.identity(), backbone.latent_shape, sampling.model_dump(), self.prompts, list(seeds)]
-        )
+        _, narrow = asked_outside(config, backbone.device)
+        decides = [backbone.folder.identity(), backbone.latent_shape, sampling.model_dump(), self.prompts, list(seeds)]
+        known = json.dumps([*decides, *([narrow] if narrow else [])])
         key = f"watch-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
 
         found = main_first(lambda: kept(self.cache, key))
@@ -120,7 +122,8 @@ class Watch:
         if found is not None and not lacking:
             return found["pictures"].numpy()
         with eagerly():
-            drawn = artist_of(backbone).pictures(self.condition, seeds, sampling, title="teacher's pictures")
+            teacher = replace(artist_of(backbone), precision=self.student.precision)
+            drawn = teacher.pictures(self.condition, seeds, sampling, title="teacher's pictures")
         with together():
             if is_main():
                 keep(self.cache, key, {"pictures": torch.from_numpy(drawn)})
