@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch.distributed.tensor import DTensor
 
-from fewstep import distillation, measuring, plan, preparation, watch
+from fewstep import distillation, measuring, plan, preparation, trajectories, watch
 from fewstep.backbones.sd import StableDiffusion
 from fewstep.drawing import Artist
 from fewstep.errors import UserError
@@ -101,6 +101,7 @@ def enter(rank: int, size: int, port: int, did: Path) -> None:
         if "lo" in [name for _, name in socket.if_nameindex()]:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     watch.Lite0Backbone = measuring.Lite0Backbone = Pooled  # type: ignore[assignment,misc]
+    trajectories.SHARD, trajectories.MOST_LATENT_POINTS = 4, 2 * 8 * 8  # several files, of several parts
     lay_out = preparation.lay_out
 
     def noted_lay_out(*args: Any) -> Any:
@@ -180,6 +181,8 @@ def run(folder: Path, overrides: list[str]) -> dict[str, list[int | None]]:
     split = ["-s", "loop.shard=true"]
     long = ["-s", "loop.steps=20", "-s", "loop.watch_every=null", "-s", "optim.lr=1e-4"]
     full = ["-s", "student.kind=full", "-s", "student.rank=64", "-s", "loop.watch_every=null", "-s", "optim.lr=1e-5"]
+    kept = ["-s", "loop.watch_every=null", "-s", "data.trajectories=9", "-s", "method.grid=10", "-s", "method.k=9"]
+    kept += ["-s", "sampling.grid=10"]
     named = dict(override.split("=", 1) for override in overrides)
     many = folder / "many.txt"
     many.write_text(
@@ -210,6 +213,10 @@ def run(folder: Path, overrides: list[str]) -> dict[str, list[int | None]]:
         "tlcm3": start("tlcm3", 2, None, *split, *polish, recipe="tlcm"),
         "walk1": start("walk1", 1, None, *walk, recipe="tlcm"),
         "walk2": start("walk2", 2, None, *split, *walk, recipe="tlcm"),
+        "kd1": start("kd1", 1, None, *kept, recipe="kd"),
+        "kd2": start("kd2", 2, None, *kept, recipe="kd"),
+        "kd3": start("kd3", 2, None, *kept, *split, recipe="kd"),
+        "bf16": start("bf16", 2, None, *kept[2:], *split, "-s", "loop.precision=bf16", recipe="kd"),
         "full1": start("full1", 1, None, *full),
         "full2": start("full2", 2, None, *full, *split),
     }

@@ -189,6 +189,34 @@ def test_split_weights_walk_as_whole_ones_do(launches: tuple[Path, dict[str, lis
         assert distance < 2e-3, part
 
 
+def test_processes_share_out_stored_walks(launches: tuple[Path, dict[str, list[int]]]) -> None:
+    """Any number of them stores the same bytes (split networks to rounding); two train what one does."""
+    folder, codes = launches
+    assert codes["kd1"] == [0], (folder / "kd1-0.log").read_text()[-2000:]
+    files = sorted((folder / "kd1" / "cache").glob("trajectories-*"))
+    assert [len(load_file(file)["points"]) for file in files] == [4, 4, 1]
+    for name in ("kd2", "kd3"):
+        assert codes[name] == [0, 0], (folder / f"{name}-1.log").read_text()[-2000:]
+        for file in files:
+            other = folder / name / "cache" / file.name
+            if name == "kd2":
+                assert other.read_bytes() == file.read_bytes(), file.name
+            torch.testing.assert_close(load_file(other), load_file(file), rtol=2e-3, atol=2e-3)
+    one, two = (folder / name / "checkpoints" / LAST / "student.safetensors" for name in ("kd1", "kd2"))
+    for part, distance in apart(one, two).items():
+        assert distance < 1e-4, part
+    assert "split" in did(folder, "kd3-0") & did(folder, "kd3-1")
+
+
+def test_split_weights_are_watched_in_the_type_they_are_gathered_in(
+    launches: tuple[Path, dict[str, list[int]]],
+) -> None:
+    folder, codes = launches
+    assert codes["bf16"] == [0, 0], (folder / "bf16-1.log").read_text()[-2000:]
+    assert "split" in did(folder, "bf16-0") & did(folder, "bf16-1")
+    assert sum("watch/kid" in line for line in figures(folder / "bf16")) == 2
+
+
 def test_a_split_run_goes_on_in_one_process(launches: tuple[Path, dict[str, list[int]]]) -> None:
     """Killed in two processes, resumed whole in one: the weights of the run that was never split."""
     folder, codes = launches

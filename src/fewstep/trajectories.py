@@ -15,23 +15,26 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fewstep import processes
 from fewstep.backbones.base import Backbone
-from fewstep.data.latents import LatentSet, cached_rows
+from fewstep.compiled import eagerly
+from fewstep.data.latents import LatentSet, cached_rows, kept_rows
 from fewstep.denoiser import Condition, Denoiser, computed_in
+from fewstep.drawing import MOST_LATENT_POINTS
 from fewstep.draws import generator
 from fewstep.frozen import asked_outside
 from fewstep.grid import end_time, training_grid
 from fewstep.jumper import Voice
-from fewstep.mapped import Mapped, MappedRows
+from fewstep.mapped import MappedRows
 from fewstep.method_settings import ConsistencyConfig
-from fewstep.processes import main_first
+from fewstep.processes import anywhere, collected, main_first
 from fewstep.roles import BASE
 from fewstep.sampler import picture_noise, start_size
 from fewstep.settings import DistillConfig
 from fewstep.solver import SOLVERS
 
 SHARD = 128
-"""Trajectories drawn, and kept, at a time."""
+"""Trajectories in a file."""
 
 
 def method_key(method: ConsistencyConfig) -> str:
@@ -76,9 +79,11 @@ def draw_trajectories(
 def stored_trajectories(
     config: DistillConfig, backbone: Backbone, denoiser: Denoiser, said: LatentSet, cache: Path
 ) -> tuple[LatentSet, Tensor]:
-    """Trajectories of the teacher for captions of the training set, drawn in shards that are kept (fp16).
+    """Trajectories of the teacher for captions of the training set, drawn in parts and kept in shards (fp16).
 
-    A killed process goes on with the shard it was in. All processes of a launch must ask: the main one draws.
+    A killed process goes on with the shard it was in. All processes of a launch must ask: they share out the drawing,
+    call the network equally often (its weights may be split), and make the same bytes in any number, or with split
+    weights the same numbers to rounding. The main one writes.
 
     Returns:
         the trajectories as a training set, and the guidance omega of each, float64 [N].
@@ -95,24 +100,35 @@ def stored_trajectories(
     decides = [backbone.folder.denoising, said.key, method_key(method), seed, config.data.empty_prompts]
     known = " ".join(map(str, [*decides, backbone.latent_shape, *([narrow] if narrow else [])]))
     digest = hashlib.sha256(known.encode()).hexdigest()[:16]
+    _, height, width = backbone.latent_shape
+    wide = min(count, SHARD, max(1, MOST_LATENT_POINTS // (height * width)))
 
-    def shard(part: slice) -> dict[str, Tensor]:
-        start, stop = part.start, part.stop
-        condition = said.states(rows[part], device)
-        null = said.null(stop - start, device)
-        noise, _ = picture_noise([seed * 1_000_003 + i for i in range(start, stop)], backbone.latent_shape)
-        drawn = draw_trajectories(method, asked, condition, null, omega[part], noise.to(device))
-        return {"points": drawn.half().cpu()}
+    def walk(first: int) -> Tensor:
+        items = torch.arange(first, first + wide).clamp(max=count - 1)
+        condition, null = said.states(rows[items], device), said.null(wide, device)
+        noise, _ = picture_noise([seed * 1_000_003 + i for i in items.tolist()], backbone.latent_shape)
+        with eagerly():
+            drawn = draw_trajectories(method, asked, condition, null, omega[items], noise.to(device))
+        return drawn.half().cpu()
 
-    def all_shards() -> list[Mapped]:
-        parts = []
-        with tqdm(total=count, desc="teacher trajectories", unit="trajectory") as bar:
-            for start in range(0, count, SHARD):
-                stop = min(start + SHARD, count)
-                name = f"trajectories-{digest}-{start}-{stop}"
-                parts.append(cached_rows(cache, name, partial(shard, slice(start, stop)))["points"])
-                bar.update(stop - start)
-        return parts
+    shards = [range(start, min(start + SHARD, count)) for start in range(0, count, SHARD)]
+    names = [f"trajectories-{digest}-{shard.start}-{shard.stop}" for shard in shards]
+    found = [main_first(partial(kept_rows, cache, name)) for name in names]
+    lacking = [number for number, held in enumerate(found) if anywhere(held is None)]
+    parts = [(number, first) for number in lacking for first in shards[number][::wide]]
+    drawn: dict[int, list[Tensor]] = {number: [] for number in lacking}
+    silent = not parts or not processes.is_main()
+    with tqdm(total=len(parts) * wide, desc="teacher trajectories", unit="trajectory", disable=silent) as bar:
+        for turn in range(0, len(parts), processes.count()):
+            own = min(turn + processes.rank(), len(parts) - 1)  # the last one again where they do not go round
+            every = torch.split(collected(walk(parts[own][1]), wide * processes.count()), wide)  # type: ignore[no-untyped-call]
+            for (number, first), points in zip(parts[turn:], every, strict=False):
+                shard = shards[number]
+                drawn[number].append(points[: shard.stop - first])
+                if first == shard[::wide][-1]:
+                    whole: partial[dict[str, Tensor]] = partial(dict, points=torch.cat(drawn.pop(number)))
+                    found[number] = main_first(partial(cached_rows, cache, names[number], whole))
+                bar.update(wide)
 
-    points = MappedRows(main_first(all_shards))
-    return LatentSet(points, said.table, rows[:, None], f"trajectories-{digest}-{count}", said.said), omega
+    kept = MappedRows([held["points"] for held in found if held is not None])
+    return LatentSet(kept, said.table, rows[:, None], f"trajectories-{digest}-{count}", said.said), omega

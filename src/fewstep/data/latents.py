@@ -125,16 +125,24 @@ def cached(folder: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dic
     return tensors
 
 
-def cached_rows(folder: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Mapped]:
-    """As `cached`, to be mapped from disk. A file's size and header are looked at, not its bytes."""
+def kept_rows(folder: Path, key: str) -> dict[str, Mapped] | None:
+    """As `kept`, to be mapped from disk. A file's size and header are looked at, not its bytes."""
     path = folder / f"{key}.safetensors"
     if path.is_file():
         try:
             return tensors_in(path)
         except UserError:
             path.unlink(missing_ok=True)
+    return None
+
+
+def cached_rows(folder: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Mapped]:
+    """As `cached`, to be mapped from disk like `kept_rows`."""
+    found = kept_rows(folder, key)
+    if found is not None:
+        return found
     keep(folder, key, make())
-    return tensors_in(path)
+    return tensors_in(folder / f"{key}.safetensors")
 
 
 def encode_all(pictures: PictureSet, encoders: Encoders, cache: Path, key: str) -> Rows:
