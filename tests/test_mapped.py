@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep import draws, mapped
-from fewstep.draws import generator, order
+from fewstep import draws, mapped, preparation, samples
+from fewstep.draws import Draws, generator, order
 from fewstep.mapped import MappedRows, map_tensors, tensors_in, write_rows
+from fewstep.settings import resolve
 from fewstep.tensors import save_tensors
 
 FILES = mapped.MOST_OPEN + 80
@@ -88,3 +89,44 @@ def test_an_epoch_is_shuffled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.tolist() == wanted.tolist()
     order(7, 10, 0, 3)[0] = 5  # its own copy
     assert order(7, 10, 0, 3).tolist() == wanted[:3].tolist()
+
+
+def test_one_entry_of_a_row_is_read_alone(tmp_path: Path) -> None:
+    walks = torch.arange(2 * 3 * 5.0).reshape(6, 5, 1).half()
+    for number in range(2):
+        save_tensors(tmp_path / f"{number}.safetensors", {"x": walks[3 * number : 3 * number + 3]})
+    rows = MappedRows([tensors_in(tmp_path / f"{number}.safetensors")["x"] for number in range(2)])
+    items, index = torch.tensor([5, 0, 3, -1]), torch.tensor([4, 0, 2, 1])
+    found = rows.at(items, index)
+    assert found.dtype == torch.float16
+    assert torch.equal(found, walks[items, index])
+    with pytest.raises(IndexError):
+        rows.at(items, index + 1)
+
+
+def test_a_step_reads_no_more_of_stored_walks_than_its_points(
+    tiny_overrides: list[str], tiny_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two points of each, in the type they are stored in until they are on the device."""
+    words = [*tiny_overrides, "data.trajectories=6", "method.grid=10", "method.k=9", "sampling.grid=10"]
+    run = preparation.prepare(resolve("kd", None, words), tiny_cache, torch.device("cpu"))
+    numbers = np.array([4, 0, 5])
+    held, whole = run.data.latents, MappedRows.__getitem__
+    assert isinstance(held, MappedRows)
+    walks = held[torch.from_numpy(numbers)]
+    went: list[tuple[tuple[int, ...], torch.dtype]] = []
+
+    def sent(tensor: Tensor, device: torch.device) -> Tensor:
+        went.append((tuple(tensor.shape), tensor.dtype))
+        return tensor.to(device)
+
+    def rows(self: MappedRows, asked: Tensor) -> Tensor:
+        assert self is not held, "whole walks are read"
+        return whole(self, asked)
+
+    monkeypatch.setattr(samples, "sent", sent)
+    monkeypatch.setattr(MappedRows, "__getitem__", rows)
+    stored = samples.fetch_of(run)(numbers, Draws(0, 0, (0, 1, 2)))["sample"].stored
+    for index in (stored.times.index_nk, stored.times.index_n):
+        assert torch.equal(stored.point(index), walks[torch.arange(3), index + 1].float())
+    assert went == [((3, 4, 8, 8), torch.float16)] * 2

@@ -254,6 +254,9 @@ def test_samples_are_read_by_number(make: Callable[..., Synthesis]) -> None:
     for name, values in zip(("with_prompt", "without_prompt"), found.predictions(items, later), strict=True):
         assert torch.equal(values, whole[name][items, later - 1])
     assert found.points([], 0).shape == (0, 4, 8, 8)
+    own = fewstep.read_synthesis(found.folder, widen=False).points(items, index)
+    assert own.dtype == torch.float16
+    assert torch.equal(own.float(), found.points(items, index))
     assert np.isfinite(found.latents(range(8)).numpy()).all()
     with pytest.raises(IndexError, match=r"item \[8\] is not within 0 \.\. 7"):
         found.latents([8])

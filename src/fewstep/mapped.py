@@ -148,14 +148,26 @@ class MappedRows:
         Raises:
             IndexError: there is no such row.
         """
+        return self._taken(rows, None)
+
+    def at(self, rows: Tensor, index: Tensor) -> Tensor:
+        """One entry of each row, rows and index int64 [B] -> [B, ...]; no more of a row is read.
+
+        Raises:
+            IndexError: there is no such row, or no such entry.
+        """
+        return self._taken(rows, index.numpy())
+
+    def _taken(self, rows: Tensor, index: np.ndarray | None) -> Tensor:
         asked = rows.numpy()
         numbers = np.where(asked < 0, asked + len(self), asked)
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self):
             raise IndexError(f"rows {asked.tolist()} are not within {len(self)}")
         first = self._parts[0]
-        found = np.empty((len(numbers), *first.entry.shape[1:]), first.kind)
+        found = np.empty((len(numbers), *first.entry.shape[1 if index is None else 2 :]), first.kind)
         places = np.searchsorted(self._starts, numbers, side="right") - 1
         for place in np.unique(places):
             here = places == place
-            found[here] = self._parts[place].array()[numbers[here] - self._starts[place]]
+            array, own = self._parts[place].array(), numbers[here] - self._starts[place]
+            found[here] = array[own] if index is None else array[own, index[here]]
         return torch.from_numpy(found)

@@ -14,13 +14,15 @@ from torch import Tensor
 
 from fewstep.device import sent
 from fewstep.draws import Draws
+from fewstep.mapped import MappedRows
 from fewstep.method_settings import ConsistencyConfig
-from fewstep.objectives.scene import HeldTrajectories, Sample, Stored
+from fewstep.objectives.scene import Sample, Stored
 from fewstep.objectives.starts import noises
 from fewstep.objectives.times import Triple, draw_times
 from fewstep.preparation import Run
 from fewstep.synthesized import FromSet
 from fewstep.training.loop import Batch
+from fewstep.trajectories import Kept
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def foresee(stored: Stored, method: ConsistencyConfig, times: Triple, device: to
     """Read what `objectives` will ask of stored trajectories at these times."""
 
     def there(tensor: Tensor) -> Tensor:
-        return sent(tensor, device).float()
+        return sent(tensor, device).float()  # widened there: half the bytes go over
 
     x_n = there(stored.point(times.index_n)) if method.point == "path" else None
     said = None
@@ -81,8 +83,12 @@ def fetch_of(run: Run) -> Callable[[np.ndarray, Draws], Batch]:
         states = run.data.states(prompts, device)
         null = {name: row.expand(len(numbers), *row.shape[1:]) for name, row in nothing.items()}
         if method.start == "trajectory":
-            held = run.data.latents
-            kept: Stored = FromSet(run.synthesis, numbers) if run.synthesis else HeldTrajectories(held[numbers])
+            kept: Stored
+            if run.synthesis:
+                kept = FromSet(run.synthesis, numbers)
+            else:
+                assert isinstance(run.data.latents, MappedRows)
+                kept = Kept(run.data.latents, numbers)
             times = draw_times(method, run.backbone.path, draws)
             stored = foresee(kept, method, times, device)
             # of data's shape, which is all that is asked of it but there

@@ -43,7 +43,7 @@ class EndPoints:
         return len(self.synthesis)
 
     def __getitem__(self, rows: Tensor) -> Tensor:
-        """Latents, float32 [B, C, h, w]."""
+        """Latents as they are stored, [B, C, h, w]."""
         return self.synthesis.latents(rows)
 
     @property
@@ -55,12 +55,12 @@ class EndPoints:
 def open_set(folder: Path, method: ConsistencyConfig, backbone: Backbone) -> tuple[Synthesis, LatentSet]:
     """A finished set as training data; no picture and no encoder is needed.
 
-    Nothing is read yet; of trajectories, one number stands for all latents.
+    It comes in the type it is stored in. Nothing is read yet; of trajectories, one number stands for all latents.
 
     Raises:
         UserError: it is no finished set, was drawn by another teacher, or its points are not those of `method.grid`.
     """
-    synthesis = read_synthesis(folder)
+    synthesis = read_synthesis(folder, widen=False)  # what it is widened on is the device
     synthesis.check_teacher(backbone.folder)
     every = torch.arange(len(synthesis))
     if method.start == "trajectory":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -74,6 +74,22 @@ def draw_trajectories(
         x = step(teacher.denoise, path, x, now, then)
         points.append(x)
     return torch.stack(points[::-1], 1).float()
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The trajectories of some samples, on disk (`objectives.scene.Stored`): a point is read when it is asked for."""
+
+    rows: MappedRows
+    items: Tensor
+
+    def point(self, index: Tensor) -> Tensor:
+        """x at those times of the grid, fp16 [B, ...]; -1 is the end point."""
+        return self.rows.at(self.items, index + 1)
+
+    def outputs(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network said there: nothing that is kept."""
+        raise NotImplementedError
 
 
 def stored_trajectories(

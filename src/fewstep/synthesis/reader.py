@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fewstep.device import DTYPES
 from fewstep.errors import UserError
 from fewstep.files import sha256
 from fewstep.folder import PipelineFolder
@@ -22,8 +23,11 @@ Items = Tensor | Sequence[int]
 """Sample numbers, [B], in any order."""
 
 
-def read_synthesis(folder: Path | str) -> Synthesis:
+def read_synthesis(folder: Path | str, *, widen: bool = True) -> Synthesis:
     """Open a finished set. Sizes and headers are checked here, checksums by `Synthesis.verify`.
+
+    Args:
+        widen: latents, points and predictions come as fp32, whatever they are stored in; False: in their own type.
 
     Raises:
         UserError: it is none, is not finished, or a file of it is missing or of another size or layout.
@@ -31,21 +35,23 @@ def read_synthesis(folder: Path | str) -> Synthesis:
     folder = Path(folder)
     manifest = read_manifest(folder)
     check_files(folder, manifest)
-    return Synthesis(folder, manifest)
+    return Synthesis(folder, manifest, DTYPES["fp32" if widen else manifest.plan.settings.dtype])
 
 
 class Synthesis:
     """A finished set. Samples go by number, 0 .. len - 1; points by their place in `times`, 0 for the end point.
 
-    What is read comes as fp32 on the CPU, whatever it is stored in.
+    What is read comes on the CPU, as `kind` whatever it is stored in.
 
     Attributes:
+        kind: fp32, or the type that it is stored in.
         times: of the points, rising, float64 [N + 1]: the end point, then the grid.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, kind: torch.dtype = torch.float32) -> None:
         self.folder = folder
         self.manifest = manifest
+        self.kind = kind
         self.times = torch.tensor(manifest.plan.times, dtype=torch.float64)
         self._shards: dict[int, dict[str, Mapped]] = {}
 
@@ -171,13 +177,13 @@ class Synthesis:
 
     def _read(self, name: str, numbers: Tensor, index: Tensor | None = None) -> Tensor:
         size = self.plan.settings.shard
-        found = torch.empty((len(numbers), *self.plan.shape))
+        found = torch.empty((len(numbers), *self.plan.shape), dtype=self.kind)
         for number in np.unique(numbers // size).tolist():
             chosen = numbers // size == number
             rows = (numbers[chosen] - number * size).numpy()
             array = self._shard(number)[name].array()
             part = array[rows] if index is None else array[rows, index[chosen].numpy()]
-            found[chosen] = torch.from_numpy(part).float()
+            found[chosen] = torch.from_numpy(part).to(self.kind)
         return found
 
 
