@@ -262,7 +262,7 @@ def budget(name: str, shape: Shape, one: Counted) -> None:
         speed = REACHED * peak * 1e12
         rates = [speed / stored, speed / online, speed / (online + one.forward)]
         walks = f"{speed / (50 * asked * one.forward) * 3600:.0f}"
-        if memory * 1e9 / GIB < ASIDE + 4 * one.base / GIB:  # a synthesis keeps its teacher in fp32
+        if memory * 1e9 / GIB < ASIDE + 2 * one.base / GIB:  # a synthesis in bf16 keeps its teacher in it
             walks = "-"
         told = [f"{rate:.2f}" for rate in rates]
         if not shape.guided:  # its walks cannot be stored: guidance is told to it

@@ -29,7 +29,7 @@ from fewstep.sampler import picture_noise
 from fewstep.settings import Sampling
 from fewstep.solver import ddim, guided_output, step_from_stored
 from fewstep.synthesis.planning import sample_bytes
-from fewstep.synthesis.reader import Synthesis
+from fewstep.synthesis.reader import Synthesis, read_synthesis
 from fewstep.synthesis.settings import resolve_synthesis
 from fewstep.trajectories import draw_trajectories
 
@@ -254,7 +254,7 @@ def test_samples_are_read_by_number(make: Callable[..., Synthesis]) -> None:
     for name, values in zip(("with_prompt", "without_prompt"), found.predictions(items, later), strict=True):
         assert torch.equal(values, whole[name][items, later - 1])
     assert found.points([], 0).shape == (0, 4, 8, 8)
-    own = fewstep.read_synthesis(found.folder, widen=False).points(items, index)
+    own = read_synthesis(found.folder, widen=False).points(items, index)
     assert own.dtype == torch.float16
     assert torch.equal(own.float(), found.points(items, index))
     assert np.isfinite(found.latents(range(8)).numpy()).all()
@@ -525,6 +525,31 @@ def test_another_set_is_refused(
     write_json(change, {**read_json(change), "beta_end": 0.013})
     assert "another teacher (" in refused(*WALKS, teacher=tmp_path / "elsewhere", out="set")
     assert "another precision ('fp32', now 'bf16')" in refused(*WALKS, "precision=bf16", out="set")
+
+
+def test_the_teacher_is_kept_in_the_type_it_computes_in(
+    make: Callable[..., Synthesis], refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A set that was drawn with whole weights under bf16 is not gone on with: its samples are not quite the same."""
+    from fewstep.synthesis import synthesize
+
+    plain, kept = synthesize.artist_of, list[torch.dtype]()
+
+    def noted(backbone: Backbone) -> Any:
+        kept.extend({weight.dtype for weight in backbone.network.parameters()})
+        return plain(backbone)
+
+    monkeypatch.setattr(synthesize, "artist_of", noted)
+    drawn = {name: make(f"precision={name}", kind="latents", out=name) for name in ("fp32", "bf16")}
+    assert kept == [torch.float32, torch.bfloat16]
+    distance = (drawn["bf16"].latents(range(8)) - drawn["fp32"].latents(range(8))).norm()
+    assert 0 < float(distance) < 0.1 * float(drawn["fp32"].latents(range(8)).norm())
+    for name, found in drawn.items():
+        manifest = read_json(found.folder / "synthesis.json")
+        assert manifest["plan"].pop("weights") == name
+        write_json(found.folder / "synthesis.json", manifest)
+    make("precision=fp32", kind="latents", out="fp32")
+    assert "another weights ('fp32', now 'bf16')" in refused(*WALKS, "precision=bf16", out="bf16")
 
 
 def test_files_of_others_are_not_written_over(refused: Callable[..., str], tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ class Plan(Config):
         lines, distinct: prompts of the file, and different ones among them.
         prompts: SHA-256 of the file's prompts, one a line, in their order.
         precision, device: what the network computes in, and on what kind of device.
+        weights: what its weights are kept in; sets that do not say have them in fp32.
         prediction: what the stored predictions are (the network's own output).
         shape: of a latent, (channels, height, width).
         times: of the points, rising, [N + 1]: the end point, then the grid.
@@ -51,6 +52,7 @@ class Plan(Config):
     distinct: int = Field(ge=1)
     prompts: str
     precision: Literal["fp32", "bf16", "fp16"]
+    weights: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: str
     prediction: Prediction
     shape: tuple[int, int, int]

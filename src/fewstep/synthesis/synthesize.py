@@ -19,7 +19,7 @@ from tqdm import tqdm
 from fewstep import processes
 from fewstep.backbones.base import Backbone, open_backbone
 from fewstep.denoiser import Condition
-from fewstep.device import pick_device, pick_precision
+from fewstep.device import DTYPES, pick_device, pick_precision
 from fewstep.drawing import artist_of
 from fewstep.errors import UserError
 from fewstep.files import atomic_folder, atomic_write, remove_folder, sweep, taken, write_json
@@ -58,11 +58,13 @@ def make_plan(config: SynthesisConfig, lines: Sequence[str], backbone: Backbone)
     """What decides the bytes of a set."""
     path, settings = backbone.path, config.drawn
     channels, height, width = backbone.latent_shape
+    precision = pick_precision(config.precision, backbone.device)
     return Plan(
         settings=settings,
         **fingerprints(backbone.folder),
         **prompt_entries(lines),
-        precision=pick_precision(config.precision, backbone.device),
+        precision=precision,
+        weights=precision,
         device=backbone.device.type,
         prediction=backbone.prediction,
         shape=(channels, height, width),
@@ -86,7 +88,8 @@ def synthesize(config: SynthesisConfig, lines: Sequence[str], out: Path, *, quie
     if config.precision == "fp16" and device.type == "cpu":
         raise UserError("precision = 'fp16' needs a GPU; the nearest legal one is 'bf16'")
     accelerator = make_accelerator(config.precision, device)
-    backbone = open_backbone(teacher_path(config.teacher), accelerator.device)
+    kept = DTYPES[pick_precision(config.precision, accelerator.device)]
+    backbone = open_backbone(teacher_path(config.teacher), accelerator.device, kept)
     plan, distinct = make_plan(config, lines, backbone), list(dict.fromkeys(lines))
     silent = quiet or not is_main()
     with ExitStack() as held:
