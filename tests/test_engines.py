@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fewstep import distillation, drawing
+from fewstep import compiled, distillation, drawing, preparation
 from fewstep.compiled import compile_networks, eagerly
 from fewstep.config import UserError, validate
 from fewstep.denoiser import Denoiser
@@ -231,6 +232,37 @@ def test_pictures_are_drawn_as_many_at_once_as_is_said(tiny_pipeline: Path) -> N
         sizes.append(asked)
     assert sizes == [[5], [2, 2, 1]]
     assert float((drawn[0] - drawn[1]).abs().max()) < 1e-4 * float(drawn[0].abs().max())
+
+
+def test_every_bucket_has_graphs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is left to run eagerly because there are many: the compiler would not say so."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiled, "MOST_GRAPHS", 2)  # with gradient and without
+    with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1):
+        counter, network = CompileCounterWithBackend("eager"), Small()
+        compile_networks([network], counter, shapes=5)
+        for rows in range(2, 7):
+            inputs = torch.zeros(rows, 4, 8, 8), torch.zeros(rows), torch.zeros(rows, 3, 8)
+            network(*inputs)
+            with torch.no_grad():
+                network(*inputs)
+    assert counter.frame_count == 10
+
+
+def test_a_run_in_buckets_is_compiled_for_all_of_them(
+    tiny_overrides: list[str], tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(preparation, "compile_networks", lambda networks, *, shapes: asked.append(shapes))
+    for i, size in enumerate([(96, 64), (64, 96), (64, 64)] * 4):
+        Image.new("RGB", size, "red").save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text("a red bar\n")
+    wide = [f"data.source={tmp_path}", "data.buckets=true", "data.size=64"]
+    for words in ([], wide):
+        prepare(resolve("tcd", None, [*tiny_overrides, "loop.compile=true", *words]), tiny_cache, torch.device("cpu"))
+    assert asked == [1, 3]
 
 
 narrow = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="extra `quantize` is missing")

@@ -16,19 +16,25 @@ from torch import nn
 
 BACKEND = "inductor"
 MOST_GRAPHS = 64
-"""Graphs that a network may have: a handful for its roles, and those of a roll-out."""
+"""Graphs that a network may have for pictures of one shape: a handful for its roles, and those of a roll-out."""
 
 
-def compile_networks(networks: Sequence[nn.Module], backend: str = BACKEND) -> None:
+def compile_networks(networks: Sequence[nn.Module], backend: str = BACKEND, *, shapes: int = 1) -> None:
     """Compile the networks' calls, in place; a graph is made at the first call of its kind.
 
     Parameters, their names and what files hold stay the same. A role has a graph with gradient and one without, if it
     is called in both ways, and one for each batch shape: guided calls are of twice the batch, and the calls of a
     roll-out of as many rows as are on their way (`objectives.rounds`: R shapes for a batch of a multiple of R, at most
     twice as many for others).
+
+    Args:
+        shapes: how many the pictures have: every bucket has graphs of its own.
     """
-    # every graph of a plan is a line in the same cache, whose usual limit is 8; past it calls would run eagerly
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS * len(networks))
+    # every graph of a plan is a line in the same cache, whose usual limits are 8, and 256 for all networks of a
+    # class; past them calls would run eagerly, without a word
+    config, most = torch._dynamo.config, MOST_GRAPHS * len(networks) * shapes
+    config.recompile_limit = max(config.recompile_limit, most)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, most)
     for network in networks:
         network.compile(dynamic=False, backend=backend)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fewstep.backbones.base import Backbone, open_backbone
 from fewstep.compiled import compile_networks, eagerly
 from fewstep.data import pictures
-from fewstep.data.buckets import bucketed
+from fewstep.data.buckets import BucketedLatents, bucketed
 from fewstep.data.latents import LatentSet, latent_set
 from fewstep.data.prompts import is_prompt_file, is_shards, read_prompts
 from fewstep.data.shards import from_shards
@@ -264,7 +264,8 @@ def lay_out(config: DistillConfig, backbone: Backbone, captioned: pictures.Capti
         else:
             network.to(backbone.device)
     if config.loop.compile:
-        compile_networks(networks_of(student.roles))
+        shapes = len(data.latents.parts) if isinstance(data.latents, BucketedLatents) else 1
+        compile_networks(networks_of(student.roles), shapes=shapes)
     denoiser = Denoiser(student.call, backbone.path, backbone.prediction, backbone.embedded_guidance)
     return Run(config, backbone, captioned, data, student, denoiser, Tally())
 
