@@ -43,10 +43,10 @@ def launch(arguments: list[str], log: Path, patch: Callable[[], None] | None = N
         with log.open("a") as stream:
             os.dup2(stream.fileno(), 1)
             os.dup2(stream.fileno(), 2)
-        if patch:
-            patch()
         watch.Lite0Backbone = Pooled
         distillation.estimate = lambda *a: Estimated(0, 0, 0, 0, 0, {}, 0, {})  # two steps of work at every start
+        if patch:
+            patch()
         main(arguments)
     except SystemExit as done:
         code = int(done.code or 0)

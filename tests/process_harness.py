@@ -32,6 +32,7 @@ from kill_harness import launch, wait_for_all
 from pooled import Pooled
 
 LIMIT = 180.0
+ESTIMATE = distillation.estimate
 KILLED_IN, SPOILT_IN = 4, 1
 """Steps (0-based) in which the second process is killed, or alone sees a number that is not finite."""
 SHORT = ["-s", "loop.watch_every=null", "-s", "loop.log_every=6", "-s", "loop.save_every=1"]
@@ -102,6 +103,8 @@ def enter(rank: int, size: int, port: int, did: Path) -> None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     watch.Lite0Backbone = measuring.Lite0Backbone = Pooled  # type: ignore[assignment,misc]
     trajectories.SHARD, trajectories.MOST_LATENT_POINTS = 4, 2 * 8 * 8  # several files, of several parts
+    if did.name.startswith("wide"):  # whose loss asks all processes
+        distillation.estimate = ESTIMATE
     lay_out = preparation.lay_out
 
     def noted_lay_out(*args: Any) -> Any:
@@ -195,8 +198,8 @@ def run(folder: Path, overrides: list[str]) -> dict[str, list[int | None]]:
         "judged2": start("judged2", 2, command=judge),
         "tlcm1": start("tlcm1", 1, None, *polish, recipe="tlcm"),
         "tlcm2": start("tlcm2", 2, None, *polish, recipe="tlcm"),
-        "wide1": start("wide1", 1, None, *buckets),
-        "wide2": start("wide2", 2, None, *buckets),
+        "wide1": start("wide1", 1, None, *buckets, recipe="ctm"),
+        "wide2": start("wide2", 2, None, *buckets, recipe="ctm"),
         "one": start("one", 1),
         "two": start("two", 2),
         "cut": start("cut", 2, second_process_killed),

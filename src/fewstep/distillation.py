@@ -160,7 +160,9 @@ def train_run(run: Run, out: Path, cache: Path, log: RunLog, accelerator: Accele
     plan = update_plan(run)
     before = last_step(out / "checkpoints")
     told = main and not log.quiet
-    if before < config.loop.steps and (told or config.loop.shard):  # split networks run in all processes, or in none
+    # split networks, and losses that ask all processes, run in all or in none
+    joint = config.loop.shard or config.method.balance == "gradient"
+    if before < config.loop.steps and (told or joint):
         estimated = estimate(plan, fetch_of(run), run.data, config, run.networks)
         if told:
             print("\n".join([f"writes to {out}", *estimated.lines()]), file=sys.stderr)

@@ -10,11 +10,12 @@ does nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import ParamSpec, TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate.state import PartialState, is_initialized
 from accelerate.utils import gather, reduce
 from torch import Tensor
@@ -23,6 +24,9 @@ from fewstep.errors import UserError
 
 T = TypeVar("T")
 P = ParamSpec("P")
+
+MESSAGE = 2**25
+"""Most bytes that are put together for one message; a larger tensor is a message by itself."""
 
 
 def count() -> int:
@@ -46,6 +50,35 @@ def total(values: Tensor) -> Tensor:
         return values
     result: Tensor = reduce(values, reduction="sum")
     return result
+
+
+@torch.no_grad()
+def to_means(tensors: Sequence[Tensor]) -> None:
+    """Overwrite tensors by their means over all processes, the same on each; every process must ask, in one order."""
+    if count() == 1:
+        return
+    for some in _messages(tensors):
+        if len(some) == 1 and some[0].is_contiguous():  # what is large is not copied
+            dist.all_reduce(some[0])
+            some[0].div_(count())
+            continue
+        flat = torch.cat([tensor.flatten() for tensor in some])
+        dist.all_reduce(flat)
+        flat /= count()
+        for tensor, part in zip(some, torch.split(flat, [t.numel() for t in some]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def _messages(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors in turn, put together to at most MESSAGE bytes where more than one are."""
+    some: list[Tensor] = []
+    for tensor in tensors:
+        if some and sum(t.nbytes for t in some) + tensor.nbytes > MESSAGE:
+            yield some
+            some = []
+        some.append(tensor)
+    if some:
+        yield some
 
 
 def anywhere(true: bool) -> bool:

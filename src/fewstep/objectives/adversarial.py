@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fewstep.denoiser import Condition
 from fewstep.draws import Draws
 from fewstep.loss import Loss
+from fewstep.processes import to_means
 from fewstep.sampler import diffuse
 from fewstep.schedule import Path
 from fewstep.term_settings import AdversarialConfig
@@ -89,8 +90,10 @@ def gradient_ratio(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
     """|d first/d weight| / |d second/d weight|, of the means over the batch: times it both pull alike there.
 
     CTM takes both gradients at the network's last layer (arXiv 2310.02279, eq 13, after VQGAN); of a LoRA that is its
-    last adapter. It is taken over a micro-batch.
+    last adapter. They are those of a micro-batch in all processes, which all must ask.
     """
-    one, other = (torch.autograd.grad(loss.mean(), weight, retain_graph=True)[0].norm() for loss in (first, second))
+    slopes = [torch.autograd.grad(loss.mean(), weight, retain_graph=True)[0] for loss in (first, second)]
+    to_means(slopes)  # before their lengths: the mean of lengths is no length of the mean
+    one, other = (slope.norm() for slope in slopes)
     ratio: Tensor = (one / other.clamp(min=1e-8)).clamp(max=1e4)
     return ratio.detach()

@@ -250,7 +250,7 @@ def _without_rhythm(config: Mapping[str, Any]) -> dict[str, Any]:
     """What of a config decides its steps."""
     free = [*RHYTHM, *MEANS]
     method = config.get("method")
-    if isinstance(method, Mapping) and method.get("balance") == "gradient":  # of two losses' gradients, a micro-batch's
+    if isinstance(method, Mapping) and method.get("balance") == "gradient":  # a micro-batch's, in all processes
         free.remove("accumulate")
 
     def kept(part: Any, names: Sequence[str]) -> Any:
