@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 WORDS = [
     "student.rank=2",
@@ -97,7 +98,10 @@ def test_two_processes_train_what_one_does(launches: tuple[Path, dict[str, list[
 
 
 def test_two_processes_share_batches_of_several_shapes(launches: tuple[Path, dict[str, list[int]]]) -> None:
-    """Each batch is of one shape, whoever takes which half of it; the main process alone encodes the pictures."""
+    """Each batch is of one shape, whoever takes which half of it; the main process alone encodes the pictures.
+
+    CTM's terms are balanced by gradients of the whole batch, and its steps are timed beforehand in both processes.
+    """
     folder, codes = launches
     assert codes["wide1"] == [0], (folder / "wide1-0.log").read_text()[-2000:]
     assert codes["wide2"] == [0, 0], (folder / "wide2-1.log").read_text()[-2000:]
@@ -308,3 +312,31 @@ def test_alone_nothing_waits() -> None:
     assert processes.main_first(lambda: 3) == 3
     with pytest.raises(KeyError), processes.together():
         raise KeyError
+
+
+def test_gradients_are_averaged_in_messages_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their layout, and what is large where it lies: no copy of all gradients is made."""
+    from fewstep import processes
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3,), (5, 2), (40, 4), (2, 3, 4, 4), (7,), (1,)]
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    tensors[1] = tensors[1].t()
+    tensors[3] = tensors[3].to(memory_format=torch.channels_last)
+    before = [tensor.clone() for tensor in tensors]
+    sent: list[Tensor] = []
+
+    def summed_with_its_square(flat: Tensor) -> None:
+        """The other process's share."""
+        sent.append(flat)
+        flat += flat.square()
+
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "MESSAGE", 64)
+    monkeypatch.setattr(processes.dist, "all_reduce", summed_with_its_square)
+    processes.to_means(tensors)
+    for tensor, was in zip(tensors, before, strict=True):
+        assert torch.equal(tensor, (was + was.square()) / 2)
+        assert tensor.stride() == was.stride()
+    assert [flat.numel() for flat in sent] == [13, 160, 96, 8]
+    assert sent[1].data_ptr() == tensors[2].data_ptr()

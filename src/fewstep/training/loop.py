@@ -24,7 +24,7 @@ from fewstep.errors import UserError
 from fewstep.files import sweep
 from fewstep.loop_settings import LoopConfig, OptimConfig, check_batch
 from fewstep.loss import Loss
-from fewstep.processes import together, total
+from fewstep.processes import to_means, together, total
 from fewstep.sharding import is_split, whole, whole_on_main
 from fewstep.tensors import load_tensors
 from fewstep.training import checkpoint
@@ -59,15 +59,10 @@ class Update:
     follower: Follower | None = None
 
 
-def _average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
-    """Mean of the gradients over all processes, as one flat message; those of split weights are averaged already."""
-    if accelerator.num_processes == 1 or is_split(parameters):
-        return
-    grads = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.reshape(-1) for g in grads])
-    flat = accelerator.reduce(flat, reduction="mean")
-    for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-        grad.copy_(part.view_as(grad))
+def _average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Mean of the gradients over all processes; those of split weights are averaged already."""
+    if not is_split(parameters):
+        to_means([p.grad for p in parameters if p.grad is not None])
 
 
 class _Running:
@@ -128,7 +123,7 @@ class _Running:
 
     def step(self, accelerator: Accelerator, step: int, steps: int) -> None:
         """Take one optimiser step with the gathered gradients, and let the averages follow."""
-        _average_gradients(accelerator, self.parameters)
+        _average_gradients(self.parameters)
         scaler = accelerator.scaler
         if scaler:
             scaler.unscale_(self.optimizer)
