@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fewstep import processes
 from fewstep.data.buckets import BucketedFiles, BucketedLatents
 from fewstep.data.pictures import Captioned, PictureSet
 from fewstep.device import sent
@@ -22,7 +23,7 @@ from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.files import atomic_write
 from fewstep.mapped import Mapped, MappedRows, Rows, tensors_in
-from fewstep.processes import main_first
+from fewstep.processes import together
 from fewstep.tensors import load_tensors, save_tensors
 
 CHUNK = 512
@@ -145,25 +146,45 @@ def cached_rows(folder: Path, key: str, make: Callable[[], dict[str, Tensor]]) -
     return tensors_in(folder / f"{key}.safetensors")
 
 
+class Chunk(NamedTuple):
+    """One file of many: how much is in it, and what makes its tensors."""
+
+    size: int
+    make: Callable[[], dict[str, Tensor]]
+
+
+def shared_rows(folder: Path, chunks: Mapping[str, Chunk], title: str, unit: str) -> list[dict[str, Mapped]]:
+    """`cached_rows` of each key, in order. The processes of a launch take chunks in turn; all must ask.
+
+    Raises:
+        UserError: it failed in another process.
+    """
+    own = list(chunks)[processes.rank() :: processes.count()]
+    total = sum(chunks[key].size for key in own)
+    silent = len(chunks) == 1 or not processes.is_main()
+    with together(), tqdm(total=total, desc=title, unit=unit, disable=silent) as bar:
+        for key in own:
+            cached_rows(folder, key, chunks[key].make)
+            bar.update(chunks[key].size)
+    return [tensors_in(folder / f"{key}.safetensors") for key in chunks]
+
+
 def encode_all(pictures: PictureSet, encoders: Encoders, cache: Path, key: str) -> Rows:
     """Latents of all pictures, float32, on disk; some pictures at a time are in memory, and kept once encoded."""
     groups: Sequence[Sequence[int]] = [range(len(pictures))]
     read = pictures.read
     if isinstance(pictures, BucketedFiles):
         groups, read = pictures.groups(), pictures.read_shaped
-    parts = []
-    with tqdm(total=len(pictures), desc="encoding pictures", unit="picture", disable=len(pictures) <= CHUNK) as bar:
-        for rows in groups:
-            found = []
-            for start in range(0, len(rows), CHUNK):
-                some = rows[start : start + CHUNK]
 
-                def encode(some: Sequence[int] = some) -> dict[str, Tensor]:
-                    return {"latents": encoders.to_latents(read(some)).cpu()}
+    def encode(some: Sequence[int]) -> dict[str, Tensor]:
+        return {"latents": encoders.to_latents(read(some)).cpu()}
 
-                found.append(cached_rows(cache, f"{key}-{some[0]}-{some[-1] + 1}", encode)["latents"])
-                bar.update(len(some))
-            parts.append(MappedRows(found))
+    parted = [[rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)] for rows in groups]
+    chunks = {
+        f"{key}-{some[0]}-{some[-1] + 1}": Chunk(len(some), partial(encode, some)) for part in parted for some in part
+    }
+    found = iter(shared_rows(cache, chunks, "encoding pictures", "picture"))
+    parts = [MappedRows([next(found)["latents"] for _ in part]) for part in parted]
     return BucketedLatents(parts, groups) if isinstance(pictures, BucketedFiles) else parts[0]
 
 
@@ -177,12 +198,11 @@ def encode_captions(captions: Sequence[str], encoders: Encoders, cache: Path, ke
             states = {name: torch.cat([state, null[name]]) for name, state in states.items()}
         return {name: state.half().cpu() for name, state in states.items()}
 
-    starts = range(0, len(captions), SAID)
-    with tqdm(total=len(captions), desc="encoding captions", unit="caption", disable=len(starts) == 1) as bar:
-        parts = []
-        for start in starts:
-            parts.append(cached_rows(cache, f"{key}-{start}", partial(encode, start)))
-            bar.update(min(SAID, len(captions) - start))
+    chunks = {
+        f"{key}-{start}": Chunk(min(SAID, len(captions) - start), partial(encode, start))
+        for start in range(0, len(captions), SAID)
+    }
+    parts = shared_rows(cache, chunks, "encoding captions", "caption")
     return {name: MappedRows([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -191,8 +211,8 @@ def latent_set(
 ) -> LatentSet:
     """Encode pictures and captions, once for each (encoder weights, pictures, captions); of prompts alone no picture.
 
-    Text states are kept in fp16, latents in fp32. All processes of a launch must ask: the main one encodes, the
-    others read what it kept.
+    Text states are kept in fp16, latents in fp32. All processes of a launch must ask: each encodes its share of the
+    chunks, and reads what the others kept.
 
     Args:
         shape: of a latent, for prompts alone.
@@ -204,12 +224,12 @@ def latent_set(
     else:
         digest = hashlib.sha256(f"{fingerprint} {pictures.fingerprint()}".encode())
         seen = f"latents-{digest.hexdigest()[:16]}"
-        latents = main_first(lambda: encode_all(pictures, encoders, cache, seen))
+        latents = encode_all(pictures, encoders, cache, seen)
     distinct = sorted({caption for row in data.captions for caption in row})
     digest = hashlib.sha256((fingerprint + json.dumps(distinct)).encode())
 
     said = f"captions-{digest.hexdigest()[:16]}"
-    table = main_first(lambda: encode_captions(distinct, encoders, cache, said))
+    table = encode_captions(distinct, encoders, cache, said)
     number = {caption: i for i, caption in enumerate(distinct)}
     most = max(len(row) for row in data.captions)
     rows = torch.tensor([[number[row[i % len(row)]] for i in range(most)] for row in data.captions])

@@ -14,8 +14,9 @@ from fewstep.errors import UserError
 from fewstep.names import Precision
 
 PATIENCE = timedelta(hours=6)
-"""How long processes wait for each other. The main one encodes a data set and judges students while the others wait;
-the usual 10 minutes would end the run. A process that dies ends its launch at once all the same."""
+"""How long processes wait for each other. The main one judges students while the others wait, and shares of a data set
+take longer in some than in others; the usual 10 minutes would end the run. A process that dies ends its launch at once
+all the same."""
 
 
 def make_accelerator(precision: Precision, device: torch.device) -> Accelerator:
