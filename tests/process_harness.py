@@ -117,12 +117,21 @@ def enter(rank: int, size: int, port: int, did: Path) -> None:
         return run
 
     preparation.lay_out = noted_lay_out
+    encode = StableDiffusion.encode
+
+    def noted_encode(self: StableDiffusion, prompts: Sequence[str], *more: Any) -> Any:
+        """Note how many prompts are read at once."""
+        with did.with_suffix(".read").open("a") as stream:
+            stream.write(f"{len(prompts)}\n")
+        return encode(self, prompts, *more)
+
+    StableDiffusion.encode = noted_encode  # type: ignore[method-assign]
     for place, name in [
         (StableDiffusion, "to_latents"),
         (StableDiffusion, "encode"),
         (watch, "artist_of"),
         (watch.Watch, "_judge"),
-        (Artist, "pictures"),
+        (Artist, "latents"),
         (distillation, "export_student"),
     ]:
         noting(place, name, did)

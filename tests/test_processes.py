@@ -138,7 +138,7 @@ def test_two_processes_polish_as_one_does(launches: tuple[Path, dict[str, list[i
 
 def test_the_main_process_alone_encodes_judges_and_writes(launches: tuple[Path, dict[str, list[int]]]) -> None:
     folder, _ = launches
-    drawing = {"artist_of", "pictures"}  # shared out
+    drawing = {"artist_of", "latents"}  # shared out
     assert did(folder, "two-0") == {"to_latents", "encode", "_judge", "export_student", "whole"} | drawing
     assert did(folder, "two-1") == {"encode", "whole"} | drawing  # the teacher's empty prompt
     assert not {"to_latents", "artist_of"} & did(folder, "cut-0")  # kept on disk
@@ -305,7 +305,13 @@ def test_two_processes_measure_what_one_does(launches: tuple[Path, dict[str, lis
         for name, figure in found.items():
             assert two[row][name]["n"] == figure["n"], name
             assert two[row][name]["value"] == pytest.approx(figure["value"], rel=1e-3, abs=1e-4), name
-    assert "pictures" in did(folder, "judged2-1")
+    assert "latents" in did(folder, "judged2-1")
+    whole, halves = (
+        {int(n) for n in (folder / f"{name}.read").read_text().split()} for name in ("judged1-0", "judged2-1")
+    )
+    assert {15, 120} <= whole
+    assert {8, 60} <= halves
+    assert max(halves) == 60
     assert (folder / "judged2-1.log").read_text() == ""
 
 
@@ -318,6 +324,30 @@ def test_alone_nothing_waits() -> None:
     assert processes.main_first(lambda: 3) == 3
     with pytest.raises(KeyError), processes.together():
         raise KeyError
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_rows_come_to_the_main_process_alone_in_chunks(main: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fewstep import processes
+
+    rows = torch.arange(20, dtype=torch.uint8).reshape(10, 2)
+    shares = [rows[:5], torch.cat([rows[5:9], rows[8:9]])]  # of 9: the last one again
+    sent: list[int] = []
+
+    def gathered(some: Tensor, received: list[Tensor] | None) -> None:
+        start = sum(sent)
+        sent.append(len(some))
+        assert (received is not None) == main
+        for share, into in zip(shares, received or (), strict=False):
+            into.copy_(share[start : start + len(some)])
+
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "is_main", lambda: main)
+    monkeypatch.setattr(processes, "MESSAGE", 8)
+    monkeypatch.setattr(processes.dist, "gather", gathered)
+    found = processes.to_main(shares[0 if main else 1], 9)
+    assert sent == [2, 2, 1]
+    assert torch.equal(found, rows[:9] if main else rows[:0])
 
 
 def test_gradients_are_averaged_in_messages_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:

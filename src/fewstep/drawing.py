@@ -24,7 +24,7 @@ from fewstep.files import atomic_write
 from fewstep.folder import read_folder
 from fewstep.inference import Source, draw_latents
 from fewstep.language.adapter import Adapter, load_adapter
-from fewstep.processes import collected, is_main, own_share
+from fewstep.processes import is_main, own_share, to_main
 from fewstep.roles import BASE
 from fewstep.settings import TEACHER_SAMPLING, Sampling
 from fewstep.told import Ear, ToldEmbedding, split_told
@@ -112,9 +112,10 @@ class Artist:
         sampling: Sampling | None = None,
         source: Source | None = None,
     ) -> np.ndarray:
-        """One picture for each (prompt, seed), uint8 [N, H, W, 3]."""
-        condition = self.encode(prompts)
-        return self.pictures(condition, seeds, sampling or self.sampling, title="drawing", source=source)
+        """One picture for each (prompt, seed), shared out as `pictures` are; each process reads its own prompts."""
+        rows = own_share(len(seeds))
+        condition = self.encode([prompts[row] for row in rows])
+        return self._shared(condition, rows, seeds, sampling or self.sampling, title="drawing", source=source)
 
     def pictures(
         self,
@@ -125,13 +126,29 @@ class Artist:
         title: str | None = None,
         source: Source | None = None,
     ) -> np.ndarray:
-        """The pictures of `latents`. The processes of a launch share them out; all must ask, and all get all."""
+        """The pictures of `latents`, uint8 [N, H, W, 3].
+
+        The processes of a launch share them out; all must ask. The main one gets all, the others [0, H, W, 3].
+        """
         rows = own_share(len(seeds))
         own = {name: value[rows] for name, value in condition.items()}
+        return self._shared(own, rows, seeds, sampling, title=title, source=source)
+
+    def _shared(
+        self,
+        own: Condition,
+        rows: Sequence[int],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        *,
+        title: str | None,
+        source: Source | None,
+    ) -> np.ndarray:
+        """The same, of this process's rows: `own` is what the network is told of them."""
         if source is not None and len(source.latents) > 1:
             source = replace(source, latents=source.latents[rows])
         latents = self.latents(own, [seeds[row] for row in rows], sampling, title=title, source=source)
-        return collected(torch.from_numpy(self.backbone.to_pictures(latents)), len(seeds)).numpy()
+        return to_main(torch.from_numpy(self.backbone.to_pictures(latents)), len(seeds)).numpy()
 
 
 def artist_of(

@@ -17,7 +17,7 @@ from typing import ParamSpec, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate.state import PartialState, is_initialized
-from accelerate.utils import gather, reduce
+from accelerate.utils import reduce
 from torch import Tensor
 
 from fewstep.errors import UserError
@@ -124,12 +124,23 @@ def own_share(n: int) -> list[int]:
     return [min(row, n - 1) for row in range(rank() * each, (rank() + 1) * each)]
 
 
-def collected(part: Tensor, n: int) -> Tensor:
-    """What all processes made of their own shares of `n` rows, in order, in each of them; all must ask."""
+def to_main(part: Tensor, n: int) -> Tensor:
+    """What all processes made of their own shares of `n` rows, in order, in the main one; no row in the others.
+
+    All must ask. No device holds more of it than MESSAGE, or a row of each: what is gathered lies in main memory.
+    """
     if count() == 1:
         return part
-    every: Tensor = gather(part.contiguous().to(PartialState().device))
-    return every[:n].to(part.device)
+    every = torch.empty((count() * len(part) if is_main() else 0, *part.shape[1:]), dtype=part.dtype)
+    rows = max(1, MESSAGE // max(1, count() * part[:1].nbytes))
+    for start in range(0, len(part), rows):
+        some = part[start : start + rows].to(PartialState().device).contiguous()
+        received = [torch.empty_like(some) for _ in range(count())] if is_main() else None
+        dist.gather(some, received)
+        for number, theirs in enumerate(received or ()):
+            first = number * len(part) + start
+            every[first : first + len(some)] = theirs
+    return every[:n]
 
 
 def main_first(make: Callable[[], T]) -> T:
