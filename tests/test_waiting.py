@@ -5,8 +5,8 @@ Networks stand on torch's `meta` device, in a GPU's place: what crosses over to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from itertools import product
 from typing import Any
@@ -33,6 +33,7 @@ from fewstep.objectives.starts import STARTS, noises
 from fewstep.plan import family_plan, roles_of
 from fewstep.role_layout import make_student
 from fewstep.settings import StudentConfig
+from fewstep.training.loop import Batch, Update, _Running
 
 META = torch.device("meta")
 MADE = (torch.tensor, torch.as_tensor, Tensor.new_tensor)
@@ -105,9 +106,40 @@ METHODS = {
 PAIRS = [*((family, "on data") for family in FAMILIES), *product(("sd", "flux"), list(METHODS)[1:])]
 
 
+class Meta:
+    """What the loop asks of an Accelerator, for one process."""
+
+    scaler = None
+
+    def autocast(self) -> Any:
+        return nullcontext()
+
+    def backward(self, loss: Tensor, **options: Any) -> None:
+        torch.autograd.backward(loss, **options)
+
+
+def drive(plan: Sequence[Update]) -> tuple[Unwaiting, list[_Running]]:
+    """One step of a plan in the loop's own hands, in two micro-batches, with an average: nothing waits in it."""
+    alone: Any = Meta()
+    running = [_Running(update, META) for update in plan]
+    with unwaiting() as seen:
+        for part in range(2):
+            draws = Draws(0, 0, (2 * part, 2 * part + 1), META)
+            for r in running:
+                others = [p for other in running if other is not r for p in other.parameters]
+                r.backward({}, draws, alone, 2, others)
+            assert not draws._ahead, "what a start draws is what is drawn ahead for it"
+        learning = [any(p.grad is not None for p in r.parameters) for r in running]
+        for r in running:
+            r.step(alone, 0, 1)
+    assert all(learning)
+    return seen, running
+
+
 @pytest.mark.parametrize(("family", "method"), PAIRS)
 def test_nothing_waits_in_a_step(family: str, method: str, backbone_of: Callable[[str], Backbone]) -> None:
-    """Forward and backward of every update, teacher and target included, under the real network's own code."""
+    """Forward and backward of every update, teacher and target included, under the real network's own code; and what
+    the loop does with them: notes and bins, clipping, the optimiser, averages and followers."""
     backbone = backbone_of(family)
     config = method_of(**METHODS[method])
     told = {name: value.to(META) for name, value in backbone.encode(["a red disc", "blue"]).items()}
@@ -118,17 +150,18 @@ def test_nothing_waits_in_a_step(family: str, method: str, backbone_of: Callable
         module.to(META)
     denoiser = Denoiser(student.call, backbone.path, backbone.prediction, backbone.embedded_guidance)
     sample = Sample(torch.zeros(2, *backbone.latent_shape, device=META), told, null)
-    plan = family_plan(config, OptimConfig(), student, denoiser, lambda batch, draws: sample)
-    with unwaiting() as seen:
-        draws = Draws(0, 0, (0, 1), META)
+
+    def ahead(batch: Batch, draws: Draws) -> Sample:
         for purpose in noises(config):
             draws.draw_ahead(purpose, backbone.latent_shape)
-        for update in plan:
-            loss = update.loss({}, draws)
-            torch.autograd.backward(loss.value, inputs=list(update.parameters.values()))
+        return sample
+
+    plan = family_plan(config, OptimConfig(ema=0.9, clip=1.0), student, denoiser, ahead)
+    seen, running = drive(plan)
     assert seen.crossed > 0, "noise, times and coefficients do"
-    assert not draws._ahead, "what a start draws is what is drawn ahead for it"
-    assert all(any(weight.grad is not None for weight in update.parameters.values()) for update in plan)
+    assert set(running[0].averages) == ({"ema", "follower"} if config.target == "ema" else {"ema"})
+    assert all(average.updates == 1 for r in running for average in r.averages.values())
+    assert all({"loss", "grad_norm"} <= set(r.sums) and r.optimizer.state for r in running)
 
 
 @pytest.mark.parametrize(
