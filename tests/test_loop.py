@@ -319,8 +319,12 @@ def test_a_run_is_not_resumed_in_another_precision(tmp_path: Path) -> None:
         run(tmp_path, single(weights()), steps=5, accelerator=make_accelerator("bf16", CPU))
 
 
-def test_resuming_equals_going_on(tmp_path: Path) -> None:
-    """Two updates, averages, accumulation, a falling rate: weights, averages and figures bit for bit."""
+@pytest.mark.parametrize("log_every", [1, 3])
+def test_resuming_equals_going_on(log_every: int, tmp_path: Path) -> None:
+    """Two updates, averages, accumulation, a falling rate: weights, averages and figures bit for bit.
+
+    So too where the last checkpoint was taken between two log lines.
+    """
 
     def plan() -> tuple[list[Update], Tensor]:
         a, b, target = weights(), weights(), torch.zeros(2)
@@ -329,7 +333,7 @@ def test_resuming_equals_going_on(tmp_path: Path) -> None:
         return [first, Update("b", {"w": b}, squared(b), optim, every=2)], target
 
     whole, target = plan()
-    loop = {"steps": 11, "save_every": 4, "accumulate": 2}
+    loop = {"steps": 11, "save_every": 4, "accumulate": 2, "log_every": log_every}
     expected = run(tmp_path / "whole", whole, **loop)
     cut, _ = plan()
     with pytest.raises(StopError):

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `checkpoints/step-00000400/` with, for each update of the plan,
 `<name>.safetensors` (trainable weights, fp32), `<name>.optimizer.safetensors` and, where there is one,
-`<name>.ema.safetensors`, beside `state.json` (step, counters, the caller's notes).
+`<name>.ema.safetensors`, beside `state.json` (step, counters, what the next log line is to say, the caller's notes).
 """
 
 from __future__ import annotations

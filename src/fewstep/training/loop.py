@@ -19,12 +19,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from fewstep import processes
 from fewstep.draws import Draws, order
 from fewstep.errors import UserError
 from fewstep.files import sweep
 from fewstep.loop_settings import LoopConfig, OptimConfig, check_batch
 from fewstep.loss import Loss
-from fewstep.processes import to_means, together, total
+from fewstep.processes import to_main, to_means, together, total
 from fewstep.sharding import is_split, whole, whole_on_main
 from fewstep.tensors import load_tensors
 from fewstep.training import checkpoint
@@ -85,13 +86,15 @@ class _Running:
 
     def reset(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.weighed: dict[str, float] = {}
         self.bin_sum = torch.zeros(T_BINS, device=self.device)
         self.bin_count = torch.zeros(T_BINS, device=self.device)
 
-    def note(self, name: str, value: Tensor) -> None:
-        self.sums[name] = self.sums.get(name, torch.zeros((), device=self.device)) + value.detach().float()
-        self.counts[name] = self.counts.get(name, 0) + 1
+    def note(self, name: str, value: Tensor, parts: int = 1) -> None:
+        """Add to the next log line: one of so many parts of a step in each process. A step weighs 1, however split."""
+        weight = 1 / (parts * processes.count())
+        self.sums[name] = self.sums.get(name, torch.zeros((), device=self.device)) + weight * value.detach().float()
+        self.weighed[name] = self.weighed.get(name, 0.0) + weight
 
     def note_bins(self, loss: Loss) -> None:
         if loss.per_sample is None or loss.t is None:
@@ -116,10 +119,10 @@ class _Running:
             accelerator.backward(loss.value / accumulate)
             for parameter, grad in zip(others, kept, strict=True):
                 parameter.grad = grad
-        self.note("loss", loss.value)
+        self.note("loss", loss.value, accumulate)
         self.note_bins(loss)
         for name, value in loss.scalars.items():
-            self.note(name, value)
+            self.note(name, value, accumulate)
 
     def step(self, accelerator: Accelerator, step: int, steps: int) -> None:
         """Take one optimiser step with the gathered gradients, and let the averages follow."""
@@ -142,13 +145,17 @@ class _Running:
         for average in self.averages.values():
             average.update(self.update.parameters)
 
+    def _message(self) -> Tensor:
+        """Sums since the last `read` in this process, by name and by bin, and how many are in each bin."""
+        return torch.cat([*(value.reshape(1) for value in self.sums.values()), self.bin_sum, self.bin_count])
+
     def _totals(self) -> tuple[dict[str, tuple[float, float]], list[tuple[float, float]]]:
-        """Sums and counts since the last `read`, by name and by bin, over all processes; waits for the device."""
-        counts = torch.tensor([float(n) for n in self.counts.values()], device=self.device)
-        sums = [value.reshape(1) for value in self.sums.values()]
-        numbers = total(torch.cat([*sums, counts, self.bin_sum, self.bin_count])).tolist()  # one message
-        names, bins = len(sums), numbers[2 * len(sums) :]
-        by_name = dict(zip(self.sums, zip(numbers[:names], numbers[names : 2 * names], strict=True), strict=True))
+        """Sums and weights since the last `read`, by name and by bin, over all processes; waits for the device."""
+        weights = torch.tensor(list(self.weighed.values()), device=self.device)
+        numbers = total(torch.cat([weights, self._message()])).tolist()  # one message
+        names = len(weights)
+        bins = numbers[2 * names :]
+        by_name = dict(zip(self.sums, zip(numbers[names : 2 * names], numbers[:names], strict=True), strict=True))
         return by_name, list(zip(bins[:T_BINS], bins[T_BINS:], strict=True))
 
     def bad(self) -> list[str]:
@@ -158,7 +165,7 @@ class _Running:
     def read(self) -> dict[str, float]:
         """Means since the last call over all processes, which all must ask; waits for the device."""
         by_name, bins = self._totals()
-        result = {f"{self.update.name}/{k}": value / count for k, (value, count) in by_name.items()}
+        result = {f"{self.update.name}/{k}": value / weight for k, (value, weight) in by_name.items()}
         for index, (value, count) in enumerate(bins):
             if count:
                 result[f"{self.update.name}/loss_t{index / T_BINS:.1f}"] = value / count
@@ -180,6 +187,23 @@ class _Running:
         """What of the averages is no tensor."""
         return {kind: average.updates for kind, average in self.averages.items()}
 
+    def noted(self) -> dict[str, Any]:
+        """What the next log line is to say of the steps since the last, by process: a resumed run says the same.
+
+        Every process must ask, the main one alone gets all.
+        """
+        if not self.sums:
+            return {}
+        return {"weighed": self.weighed, "processes": to_main(self._message()[None], processes.count()).tolist()}
+
+    def note_again(self, noted: Mapping[str, Any]) -> None:
+        """Put back what `noted` said; another number of processes shares it out."""
+        before, now = noted["processes"], processes.count()
+        numbers = torch.tensor([*before[processes.rank() :: now], [0.0] * len(before[0])]).sum(0).to(self.device)
+        sums, self.bin_sum, self.bin_count = torch.split(numbers, [len(noted["weighed"]), T_BINS, T_BINS])
+        self.sums = dict(zip(noted["weighed"], sums, strict=True))
+        self.weighed = {name: weight * len(before) / now for name, weight in noted["weighed"].items()}
+
     def weights(self) -> dict[str, Tensor]:
         """The averaged weights, or else the last ones; copies. Of split weights the whole, on the CPU; all must ask."""
         ema = self.averages.get("ema")
@@ -197,6 +221,9 @@ class _Running:
         for kind, average in self.averages.items():
             average.copy_from(load_tensors(folder / f"{name}.{kind}.safetensors"))
             average.updates = state["averages"][name][kind]
+        noted = state.get("noted", {}).get(name)  # older checkpoints have none
+        if noted:
+            self.note_again(noted)
 
 
 @dataclass
@@ -294,8 +321,9 @@ def train(
                 f"start another run with a lower optim.lr (now {plan[0].optim.lr:g}) or loop.precision = fp32"
             )
 
-    def save(step: int, files: Mapping[str, Mapping[str, Tensor]]) -> None:
-        state: dict[str, Any] = {"computing": computing, "averages": {r.update.name: r.state() for r in running}}
+    def save(step: int, files: Mapping[str, Mapping[str, Tensor]], noted: Mapping[str, Any]) -> None:
+        averages = {r.update.name: r.state() for r in running}
+        state: dict[str, Any] = {"computing": computing, "averages": averages, "noted": dict(noted)}
         if scaler:
             state["scaler"] = scaler.state_dict()
         if beside:
@@ -338,7 +366,8 @@ def train(
             if watches and watch:
                 log.figures(now, dict(watch(now, {r.update.name: r.weights() for r in running})))
             files = {name: tensors for r in running for name, tensors in r.files().items()} if saves else {}
+            noted = {r.update.name: r.noted() for r in running} if saves else {}
             with together():
                 if saves and accelerator.is_main_process:
-                    save(now, files)
+                    save(now, files, noted)
     return Trained({r.update.name: r.weights() for r in running}, max(done, config.steps))
