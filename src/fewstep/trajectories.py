@@ -27,7 +27,7 @@ from fewstep.grid import end_time, training_grid
 from fewstep.jumper import Voice
 from fewstep.mapped import MappedRows
 from fewstep.method_settings import ConsistencyConfig
-from fewstep.processes import anywhere, collected, main_first
+from fewstep.processes import anywhere, main_first, to_main
 from fewstep.roles import BASE
 from fewstep.sampler import picture_noise, start_size
 from fewstep.settings import DistillConfig
@@ -137,11 +137,11 @@ def stored_trajectories(
     with tqdm(total=len(parts) * wide, desc="teacher trajectories", unit="trajectory", disable=silent) as bar:
         for turn in range(0, len(parts), processes.count()):
             own = min(turn + processes.rank(), len(parts) - 1)  # the last one again where they do not go round
-            every = torch.split(collected(walk(parts[own][1]), wide * processes.count()), wide)  # type: ignore[no-untyped-call]
-            for (number, first), points in zip(parts[turn:], every, strict=False):
+            every = to_main(walk(parts[own][1]), wide * processes.count())
+            for place, (number, first) in enumerate(parts[turn : turn + processes.count()]):
                 shard = shards[number]
-                drawn[number].append(points[: shard.stop - first])
-                if first == shard[::wide][-1]:
+                drawn[number].append(every[place * wide :][: min(wide, shard.stop - first)])
+                if first == shard[::wide][-1]:  # the others find what the main process has written
                     whole: partial[dict[str, Tensor]] = partial(dict, points=torch.cat(drawn.pop(number)))
                     found[number] = main_first(partial(cached_rows, cache, names[number], whole))
                 bar.update(wide)
