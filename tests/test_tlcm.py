@@ -351,7 +351,6 @@ def test_what_prompts_alone_cannot_do_is_refused(words: list[str], tiny_pipeline
     for changes, said in (
         (["stages=[]", "method.start=data"], "has prompts alone, method.start = 'data' noises pictures"),
         (["stages=[]", "method.point=stored", "method.start=trajectory"], "asks for predictions"),
-        (["stages=[]", "method.start=trajectory", "loop.shard=true"], "each process alone; the nearest legal one"),
     ):
         config = resolve("tlcm", None, [*words, *changes])
         with pytest.raises(UserError, match=said):

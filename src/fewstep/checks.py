@@ -94,11 +94,6 @@ def _check_source(config: DistillConfig, folder: PipelineFolder) -> None:
             f"method.point = 'stored' asks for predictions that data.source = {source!r} does not hold; "
             "the nearest legal one is a folder that `fewstep synthesize --kind trajectories` wrote"
         )
-    if not is_synthesis(source) and any(s.loop.shard and s.method.start == "trajectory" for s in config.each_stage()):
-        raise UserError(
-            f"loop.shard = True does not go with trajectories that a run draws itself (data.source = {source!r}), each "
-            "process alone; the nearest legal one is a folder that `fewstep synthesize --kind trajectories` wrote"
-        )
     if alone:
         if source != "captions":
             read_prompts(source, "data.source")
