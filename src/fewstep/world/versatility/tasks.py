@@ -29,7 +29,7 @@ PEOPLE = ("people-body", "smileys-emotion")
 SKIN = 0.08
 """Share of skin from which a picture shows it."""
 STRENGTHS = {"img2img": 0.5, "style transfer": 0.75, "super-resolution": 0.3}
-GAMMAS = {"style transfer": 0.0, "super-resolution": 0.0}
+GAMMAS = {"super-resolution": 0.0}
 """Students' gamma where it is not their own: where what is given is to stay, no noise is put back."""
 AFTER_A_PICTURE = ("inpainting", "style transfer", "super-resolution")
 """Uses whose effect is told beside what is given, not beside another drawing."""
