@@ -245,9 +245,9 @@ def lay_out(config: DistillConfig, backbone: Backbone, captioned: pictures.Capti
     """Let the encoders go, lay out the roles, and only then bring them to the device, each process its part."""
     backbone.release_encoders()
     backbone.network.to(memory_format=backbone.layout)  # type: ignore[call-overload]
-    if backbone.device.type == "cpu":
-        speed_up(backbone.network)
     precision = pick_precision(config.loop.precision, backbone.device)
+    if backbone.device.type == "cpu" and precision != "fp32":  # in fp32 the built-in kernels are the faster ones
+        speed_up(backbone.network)
     if config.student.base == "bf16" and precision == "fp32":
         raise UserError(
             f"loop.precision = {config.loop.precision!r} is fp32 on {backbone.device.type}, which cannot compute with "

@@ -31,7 +31,10 @@ class AdapterRoles:
     def __init__(self, network: nn.Module) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
+        from fewstep.lora_layers import join
+
         self.network = network
+        join(network)
         self._layers: list[Any] = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
         self._active: str = BASE
         self._enter(BASE)  # PEFT leaves the adapter that was added last switched on

@@ -12,7 +12,7 @@ from fewstep.sharding import whole
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
-    """Return AdamW over `parameters`; fused on a GPU, foreach on a CPU (the fused CPU kernel is slower here).
+    """Return AdamW over `parameters`, fused: one pass over weights, gradients and moments, not a dozen.
 
     With moments in 8 bits, those of parameters below 4,096 numbers stay in fp32, as the library has it.
     """
@@ -24,15 +24,13 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
             chosen, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
         )
         return narrow
-    fused = bool(chosen) and chosen[0].device.type == "cuda"
     return torch.optim.AdamW(
         chosen,
         lr=config.lr,
         betas=config.betas,
         weight_decay=config.weight_decay,
         eps=config.eps,
-        fused=fused,
-        foreach=not fused,
+        fused=True,
     )
 
 

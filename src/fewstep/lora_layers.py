@@ -1,0 +1,81 @@
+"""LoRA layers that add their product to the base layer's output in one matrix operation.
+
+PEFT's layers run `result + B(A(x)) * scaling`: beside the two small products these are two more passes over an output
+of full width, and in training their gradients'. Here `B A(x)`, its scale and the sum are one `addmm`, in place where no
+gradient is kept. Names, weights and the function are PEFT's, to rounding: adapters are made, saved and merged by it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Conv2d, Linear
+from torch import Tensor, nn
+
+
+def join(network: nn.Module) -> None:
+    """Let the plain LoRA layers of a network add in one operation, in place.
+
+    Others are left as they are: those on matrices in 8 or 4 bits, on convolutions in groups, with a bias or dropout of
+    their own, or of a variant (DoRA).
+    """
+    layers: list[Any] = list(network.modules())
+    for layer in layers:
+        if type(layer) is Linear and _plain(layer):
+            layer.__class__ = JoinedLinear
+        elif type(layer) is Conv2d and _plain(layer) and layer.get_base_layer().groups == 1:
+            layer.__class__ = JoinedConv2d
+
+
+def _plain(layer: Any) -> bool:
+    """Whether all that its adapters do is A, then B, times a number."""
+    ups, drops = layer.lora_B.values(), layer.lora_dropout.values()
+    bare = all(up.bias is None for up in ups) and all(isinstance(drop, nn.Identity) for drop in drops)
+    return bare and not layer.lora_variant and not getattr(layer, "fan_in_fan_out", False)
+
+
+def _role(layer: Any, x: Tensor) -> str | None:
+    """The one adapter that is on, if it can be added at once: of the type that x is, or will be under autocast."""
+    active = layer.active_adapters
+    if layer.disable_adapters or layer.merged or len(active) != 1 or active[0] not in layer.lora_A:
+        return None
+    role: str = active[0]
+    same = x.dtype == layer.lora_A[role].weight.dtype == layer.get_base_layer().weight.dtype
+    return role if same or torch.is_autocast_enabled(x.device.type) else None
+
+
+def _add(out: Tensor, low: Tensor, up: Tensor, scaling: float) -> Tensor:
+    """out + scaling low up^T, all of them matrices."""
+    up = up.to(low.dtype).t()  # what autocast does for `addmm` alone
+    return torch.addmm(out, low, up, alpha=scaling) if torch.is_grad_enabled() else out.addmm_(low, up, alpha=scaling)
+
+
+class JoinedLinear(Linear):  # type: ignore[misc]
+    """A linear layer with LoRA."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[..., in] -> [..., out]."""
+        role = None if args or kwargs else _role(self, x)
+        if role is None:
+            said: Tensor = super().forward(x, *args, **kwargs)
+            return said
+        out, low = self.base_layer(x), self.lora_A[role](x)
+        rows = _add(out.flatten(0, -2), low.flatten(0, -2), self.lora_B[role].weight, self.scaling[role])
+        return rows.view(out.shape)
+
+
+class JoinedConv2d(Conv2d):  # type: ignore[misc]
+    """A convolution with LoRA, whose B is 1x1: a product over pixels, which lie row by row in channels_last memory."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[B, in, H, W] -> [B, out, H', W']."""
+        as_rows = x.is_contiguous(memory_format=torch.channels_last) and not (args or kwargs)
+        role = _role(self, x) if as_rows else None
+        if role is None:
+            said: Tensor = super().forward(x, *args, **kwargs)
+            return said
+        out, low = self.base_layer(x).permute(0, 2, 3, 1), self.lora_A[role](x).permute(0, 2, 3, 1)
+        up = self.lora_B[role].weight.flatten(1)
+        rows = _add(out.flatten(0, -2), low.flatten(0, -2), up, self.scaling[role])
+        return rows.view(out.shape).permute(0, 3, 1, 2)
