@@ -4,9 +4,6 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# Idle threads must sleep: spinning ones slow each other down many times over on a busy machine.
-export OMP_WAIT_POLICY := passive
-
 .PHONY: demo test lint install clean
 
 install: $(STAMP)

@@ -5,7 +5,6 @@ Everything heavy is imported inside the verbs, so that help and refusals are qui
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +31,7 @@ from fewstep.cli_options import (
 from fewstep.errors import UserError
 from fewstep.evaluation.settings import FD_ADVISED
 from fewstep.names import TO_TEACHER
+from fewstep.threads import wait_briefly
 
 
 def settings_help(config: BaseModel, prefix: str = "") -> list[str]:
@@ -307,7 +307,7 @@ STOPPED = "fewstep: stopped; run the same command again to go on"
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; user errors are one line and exit code 2."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads starve each other on a busy CPU
+    wait_briefly()
     usage_error: Any = typer.BadParameter.__mro__[2]  # click's base error, of the click that typer carries
     try:
         result: Any = typer.main.get_command(app).main(args=arguments, prog_name="fewstep", standalone_mode=False)

@@ -1,0 +1,34 @@
+"""How the command lets threads wait, and that it leaves the user's own choice alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+CHILD = "from fewstep.threads import wait_briefly; wait_briefly(); import torch; torch.ones(9).sum(); print('done')"
+
+
+@pytest.mark.parametrize(
+    ("said", "policy", "spins"),
+    [
+        ({}, "PASSIVE", "1000"),
+        ({"GOMP_SPINCOUNT": "77"}, "PASSIVE", "77"),
+        ({"OMP_WAIT_POLICY": "passive"}, "PASSIVE", "0"),
+        ({"OMP_WAIT_POLICY": "active"}, "ACTIVE", "30000000000"),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP alone says what it does")
+def test_the_runtime_does_as_it_was_told(said: dict[str, str], policy: str, spins: str) -> None:
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    around = {name: value for name, value in os.environ.items() if name not in names}
+    told = {**around, **said, "OMP_DISPLAY_ENV": "verbose"}
+    found = subprocess.run([sys.executable, "-c", CHILD], env=told, capture_output=True, text=True, check=True)
+    assert found.stdout == "done\n"
+    shown = dict(
+        line.strip().removeprefix("[host] ").split(" = ") for line in found.stderr.splitlines() if " = " in line
+    )
+    assert shown["OMP_WAIT_POLICY"].strip("'") == policy
+    assert shown["GOMP_SPINCOUNT"].strip("'") == spins
