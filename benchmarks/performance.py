@@ -22,8 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch, and as the command does it (fewstep/threads.py)
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+if "OMP_WAIT_POLICY" not in os.environ:  # before torch, and as the command does it (fewstep/threads.py)
+    os.environ |= {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "1000"}
 
 import torch
 from perf.compiled import apart

@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from fewstep import threads
 
 CHILD = "from fewstep.threads import wait_briefly; wait_briefly(); import torch; torch.ones(9).sum(); print('done')"
 
@@ -14,8 +18,8 @@ CHILD = "from fewstep.threads import wait_briefly; wait_briefly(); import torch;
 @pytest.mark.parametrize(
     ("said", "policy", "spins"),
     [
-        ({}, "PASSIVE", "1000"),
-        ({"GOMP_SPINCOUNT": "77"}, "PASSIVE", "77"),
+        ({}, "ACTIVE", "1000"),
+        ({"GOMP_SPINCOUNT": "77"}, "ACTIVE", "77"),
         ({"OMP_WAIT_POLICY": "passive"}, "PASSIVE", "0"),
         ({"OMP_WAIT_POLICY": "active"}, "ACTIVE", "30000000000"),
     ],
@@ -32,3 +36,16 @@ def test_the_runtime_does_as_it_was_told(said: dict[str, str], policy: str, spin
     )
     assert shown["OMP_WAIT_POLICY"].strip("'") == policy
     assert shown["GOMP_SPINCOUNT"].strip("'") == spins
+
+
+def test_another_runtime_sleeps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    origin = tmp_path / "torch" / "__init__.py"
+    (tmp_path / "torch" / "lib").mkdir(parents=True)
+    monkeypatch.setattr(threads, "find_spec", lambda name: SimpleNamespace(origin=str(origin)))
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    threads.wait_briefly()
+    assert (os.environ.pop("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT")) == ("passive", None)
+    (tmp_path / "torch" / "lib" / "libgomp.so.1").touch()
+    threads.wait_briefly()
+    assert (os.environ["OMP_WAIT_POLICY"], os.environ["GOMP_SPINCOUNT"]) == ("active", "1000")
