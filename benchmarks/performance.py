@@ -16,14 +16,14 @@ On a GPU of 80 GB, at SDXL's size (three networks in fp32 are there at once, our
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
-if "OMP_WAIT_POLICY" not in os.environ:  # before torch, and as the command does it (fewstep/threads.py)
-    os.environ |= {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "1000"}
+from fewstep.threads import wait_briefly
+
+wait_briefly()  # before torch
 
 import torch
 from perf.compiled import apart

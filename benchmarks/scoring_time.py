@@ -8,10 +8,9 @@ scored beforehand, as they are in a benchmark, where all rows share them.
 
 from __future__ import annotations
 
-import os
+from fewstep.threads import wait_briefly
 
-if "OMP_WAIT_POLICY" not in os.environ:  # before torch, and as the command does it (fewstep/threads.py)
-    os.environ |= {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "1000"}
+wait_briefly()  # before torch
 
 import sys
 import tempfile

@@ -39,7 +39,7 @@ def asked(folder: Path, cache: Path, *kinds: str) -> list[str]:
 def test_each_kind_tells_its_rows(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(synthesis, "SAMPLES", 4)
+    monkeypatch.setattr(synthesis, "BATCHES", 2)
     monkeypatch.setattr(synthesis, "FEWEST", 2)
     performance.main(asked(folder, tmp_path, "stored", "online", "sampling", "synthesis"))
     said = capsys.readouterr().out

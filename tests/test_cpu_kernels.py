@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from fewstep.preparation import prepare
+from fewstep.settings import resolve
 from fewstep.training.cpu import FastGroupNorm, speed_up
 from fewstep.world.settings import UnetConfig, VaeConfig
 from fewstep.world.train_unet import make_unet
@@ -249,3 +252,13 @@ def test_a_norm_without_weights_still_works() -> None:
     norm = nn.GroupNorm(8, CHANNELS, affine=False)
     x = activations(SHAPES["pictures"])
     torch.testing.assert_close(fast(norm)(x), norm(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("precision", "swapped"), [("fp32", False), ("bf16", True)])
+def test_a_distillation_takes_them_below_fp32_alone(
+    precision: str, swapped: bool, tiny_overrides: list[str], tiny_cache: Path
+) -> None:
+    config = resolve("tcd", None, [*tiny_overrides, f"loop.precision={precision}"])
+    network = prepare(config, tiny_cache, torch.device("cpu")).backbone.network
+    norms = {type(module) for module in network.modules() if isinstance(module, nn.GroupNorm)}
+    assert norms == {FastGroupNorm if swapped else nn.GroupNorm}

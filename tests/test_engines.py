@@ -305,6 +305,27 @@ def test_matrices_of_a_narrow_base_take_less_room(base: Any, share: float) -> No
 
 
 @narrow
+@pytest.mark.parametrize("base", ["8bit", "4bit"])
+def test_a_call_without_gradient_leaves_a_narrow_matrix_as_it_is(base: Any) -> None:
+    """Some CPUs have a packed form for drawing alone, which a training step cannot read."""
+    from fewstep.frozen import keep
+
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(64, 64)).requires_grad_(False).eval()
+    keep(network, base, torch.float32, [])
+    x = torch.randn(8, 64)
+    learns = x.clone().requires_grad_()
+    before = network(learns)
+    with torch.no_grad():
+        network(x)
+    after = network(learns)
+    assert torch.equal(before, after)
+    slopes = [torch.autograd.grad(out.sum(), learns)[0] for out in (before, after)]
+    assert torch.equal(*slopes)
+    assert slopes[0].abs().sum() > 0
+
+
+@narrow
 def test_narrow_moments_resume_bit_for_bit(tiny_overrides: list[str], tiny_cache: Path, tmp_path: Path) -> None:
     """Adapters of 2 x 4,096 numbers and more have moments of a byte a number, which files keep as they are."""
     words = ["optim.kind=adamw_8bit", "student.rank=64", "student.targets=[conv1]", "loop.save_every=2"]

@@ -20,10 +20,11 @@ from fewstep.errors import UserError
 from fewstep.loop_settings import LoopConfig, OptimConfig
 from fewstep.loss import Loss
 from fewstep.tensors import load_tensors
+from fewstep.training import checkpoint
 from fewstep.training.ema import Ema
 from fewstep.training.launch import make_accelerator
 from fewstep.training.loop import Batch, Follower, Update, train
-from fewstep.training.optim import clip_gradients
+from fewstep.training.optim import clip_gradients, make_optimizer
 from fewstep.training.rate import learning_rate
 from fewstep.training.run import RunLog, checkpoints
 
@@ -116,6 +117,30 @@ def test_clipping_scales_to_the_limit_and_reports_the_norm_before() -> None:
         assert parts[0].grad is not None
         assert parts[0].grad.item() == pytest.approx(3.0)
     assert float(clip_gradients([nn.Parameter(torch.zeros(1))], 1.0)) == 0.0
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_the_fused_optimiser_is_adamw_over_any_layout_and_after_a_resume(layout: torch.memory_format) -> None:
+    def conv() -> nn.Parameter:
+        drawn = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+        return nn.Parameter(drawn.contiguous(memory_format=layout))
+
+    config = OptimConfig(lr=1e-2, weight_decay=0.1)
+    plain, ours = conv(), conv()
+    by_hand = torch.optim.AdamW([plain], lr=1e-2, weight_decay=0.1, betas=config.betas, eps=config.eps, foreach=False)
+    fused = make_optimizer([ours], config)
+    x = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(1))
+    for step in range(4):
+        for weight, optimizer in ((plain, by_hand), (ours, fused)):
+            optimizer.zero_grad()
+            nn.functional.conv2d(x, weight).cos().sum().backward()
+            optimizer.step()
+        if step == 1:
+            held = {name: value.clone() for name, value in checkpoint.optimizer_tensors(fused, ["w"]).items()}
+            fused = make_optimizer([ours], config)
+            checkpoint.restore_optimizer(fused, ["w"], held)
+    assert (ours - conv()).abs().max() > 0.02
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-6)
 
 
 def test_averages_follow_their_laws(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from perf.task import Task
 from perf.timing import Timed, rounds
 
 POINTS = 10
-SAMPLES = 64
+BATCHES = 5
 FEWEST = 5
 """Rounds at least: what is told is the difference of two timings."""
 
@@ -29,7 +29,7 @@ def time_synthesis(task: Task, kind: Kind) -> dict[str, Timed]:
     place, batch = torch.device(task.device), task.batch
     backbone = load_backbone(task.folder, place)
     mixed = torch.autocast(place.type, DTYPES[task.precision], enabled=task.precision != "fp32")
-    many = max(SAMPLES, 5 * batch)
+    many = BATCHES * batch
     both = {name: value.to(place).repeat_interleave(2 * batch, 0) for name, value in backbone.encode(["x"]).items()}
     backbone.release_encoders()
     x = torch.randn(2 * batch, *backbone.latent_shape, device=place)
@@ -45,7 +45,7 @@ def time_synthesis(task: Task, kind: Kind) -> dict[str, Timed]:
     @torch.no_grad()
     def bare() -> None:
         with mixed:
-            for _ in range(-(-many // batch) * POINTS):
+            for _ in range(BATCHES * POINTS):
                 backbone.call(backbone.network, x, t, both)
 
     contenders = {"many": lambda: drawn(many + batch), "one": lambda: drawn(batch), "guided calls": bare}

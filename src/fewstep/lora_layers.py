@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 
 def join(network: nn.Module) -> None:
-    """Let the plain LoRA layers of a network add in one operation, in place.
+    """Turn the plain LoRA layers of a network, in place, into ones that add in one operation.
 
     Others are left as they are: those on matrices in 8 or 4 bits, on convolutions in groups, with a bias or dropout of
-    their own, or of a variant (DoRA).
+    their own, or of a variant (DoRA). Adapters that come later must be plain too.
     """
     layers: list[Any] = list(network.modules())
     for layer in layers:
@@ -47,7 +47,7 @@ def _role(layer: Any, x: Tensor) -> str | None:
 
 def _add(out: Tensor, low: Tensor, up: Tensor, scaling: float) -> Tensor:
     """out + scaling low up^T, all of them matrices."""
-    up = up.to(low.dtype).t()  # what autocast does for `addmm` alone
+    up = up.to(low.dtype).t()  # autocast does it for `addmm`, not for `addmm_`
     return torch.addmm(out, low, up, alpha=scaling) if torch.is_grad_enabled() else out.addmm_(low, up, alpha=scaling)
 
 
@@ -56,7 +56,7 @@ class JoinedLinear(Linear):  # type: ignore[misc]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., in] -> [..., out]."""
-        role = None if args or kwargs else _role(self, x)
+        role = None if args or kwargs or x.dim() < 2 else _role(self, x)
         if role is None:
             said: Tensor = super().forward(x, *args, **kwargs)
             return said
@@ -70,12 +70,15 @@ class JoinedConv2d(Conv2d):  # type: ignore[misc]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[B, in, H, W] -> [B, out, H', W']."""
-        as_rows = x.is_contiguous(memory_format=torch.channels_last) and not (args or kwargs)
-        role = _role(self, x) if as_rows else None
+        role = None if args or kwargs else _role(self, x)
         if role is None:
             said: Tensor = super().forward(x, *args, **kwargs)
             return said
-        out, low = self.base_layer(x).permute(0, 2, 3, 1), self.lora_A[role](x).permute(0, 2, 3, 1)
+        out, low = self.base_layer(x), self.lora_A[role](x)
+        if not out.is_contiguous(memory_format=torch.channels_last):
+            apart: Tensor = out + self.lora_B[role](low) * self.scaling[role]
+            return apart
+        out, low = out.permute(0, 2, 3, 1), low.permute(0, 2, 3, 1)
         up = self.lora_B[role].weight.flatten(1)
         rows = _add(out.flatten(0, -2), low.flatten(0, -2), up, self.scaling[role])
         return rows.view(out.shape).permute(0, 3, 1, 2)

@@ -23,8 +23,17 @@ def wait_briefly() -> None:
     """
     if "OMP_WAIT_POLICY" in os.environ:
         return
-    torch = find_spec("torch")  # without importing it
-    gnu = torch and torch.origin and any((Path(torch.origin).parent / "lib").glob("libgomp*"))
-    os.environ["OMP_WAIT_POLICY"] = "active" if gnu else "passive"
-    if gnu:
+    if brings_gnu():
+        os.environ["OMP_WAIT_POLICY"] = "active"
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+    else:
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+
+
+def brings_gnu() -> bool:
+    """Whether the torch that is installed brings GNU's OpenMP; it is not imported for the answer."""
+    torch = find_spec("torch")
+    if torch is None or torch.origin is None:
+        return False
+    root = Path(torch.origin).parent
+    return any([*root.glob("lib/libgomp*"), *root.parent.glob("torch.libs/libgomp*")])

@@ -39,8 +39,8 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` flattened.
 
-    Moments get the memory layout of their parameter again (kernels round differently over another one), and are split
-    over processes as it is.
+    Moments get the memory layout of their parameter again (a fused kernel walks both alike), and are split over
+    processes as it is.
     """
     by_name = dict(zip(names, _parameters(optimizer), strict=True))
     optimizer.state.clear()
