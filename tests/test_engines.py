@@ -375,6 +375,14 @@ def test_the_teacher_computes_in_a_type_of_its_own(
     ("words", "told", "legal"),
     [
         (["student.base=bf16"], "loop.precision = 'fp32' does not go with student.base = 'bf16'", "bf16"),
+        (
+            [
+                *("student.checkpointing=true", "method.adversarial.real=target"),
+                *("method.adversarial.weight=0.1", "method.adversarial.r1=0.2"),
+            ],
+            "student.checkpointing = True does not go with method.adversarial.r1 = 0.2",
+            "False",
+        ),
         (["loop.shard=true", "loop.compile=true"], "loop.compile = True does not go with loop.shard = True", "False"),
         (["loop.shard=true", "student.base=4bit"], "student.base = '4bit' does not go with loop.shard = True", "fp32"),
         (["loop.shard=true", "optim.kind=adamw_8bit"], "optim.kind = 'adamw_8bit' does not go with loop.sh", "adamw"),

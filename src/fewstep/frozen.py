@@ -71,7 +71,7 @@ def _narrow(layer: nn.Linear, kept: Kept, compute: torch.dtype, device: torch.de
     else:
         narrow = bnb.nn.Linear4bit(*shape, bias=bias, compute_dtype=compute, quant_type=CODE)
         narrow.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type=CODE)
-        # on some CPUs the library would pack it for good at the first call without gradient: no backward pass reads that
+        # on some CPUs the library would pack it for good at the first call without gradient, unreadable for others
         narrow.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     if bias:
         narrow.bias = layer.bias

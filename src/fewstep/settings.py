@@ -201,6 +201,10 @@ class DistillConfig(Config):
         taught = self.student.teacher_precision
         asked = f"student.teacher_precision = {taught!r}"
         refuse(self.student.base == "bf16" and taught == "fp32", asked, "student.base = 'bf16'", "bf16")
+        critic = self.method.adversarial
+        # what is run again in a backward pass does not have R1's attention, the one with a second derivative
+        again = bool(critic.weight and critic.r1) and self.student.checkpointing
+        refuse(again, "student.checkpointing = True", f"method.adversarial.r1 = {critic.r1}", False)
         if loop.shard:
             split = "loop.shard = True"
             refuse(loop.compile, "loop.compile = True", split, False)
