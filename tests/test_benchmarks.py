@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiny_pipelines as tiny
+from fewstep.compiled import compile_networks
 
 
 @pytest.fixture(scope="module")
@@ -195,3 +196,16 @@ def test_what_is_computed_again_is_counted() -> None:
         x.grad = None
         peaks.append(alive.peak)
     assert peaks[0] >= peaks[1] + 2 * 1024
+
+
+def test_compiled_roles_are_compared_role_by_role(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compile_networks, "__defaults__", ("aot_eager",))  # no compiler is needed
+    performance.main(asked(folder, tmp_path, "compiled"))
+    said = capsys.readouterr().out
+    found = {name: float(value) for name, value in re.findall(r"^\| ([^|]+?) \| (\S+) \|$", said, re.MULTILINE)}
+    roles = ["student", "target", "fake"]
+    assert list(found) == [*roles, "teacher", *(f"{role}, gradient" for role in roles), "the two nearest roles, eager"]
+    nearest = found.pop("the two nearest roles, eager")
+    assert max(found.values()) < 1e-4 < nearest

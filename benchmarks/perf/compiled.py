@@ -23,6 +23,7 @@ def apart(task: Task) -> dict[str, float]:
     with torch.no_grad():
         for role in ROLES:  # all start as the teacher; each shall say something of its own
             for name, weight in student.parameters(role).items():
+                weight.requires_grad_()  # a target learns nothing in training
                 if "lora_B" in name:
                     weight.normal_(0, 0.02)
     state = {name: value.to(backbone.device) for name, value in backbone.encode(["x"] * task.batch).items()}
