@@ -204,7 +204,7 @@ def test_compiled_roles_are_compared_role_by_role(
     monkeypatch.setattr(compile_networks, "__defaults__", ("aot_eager",))  # no compiler is needed
     performance.main(asked(folder, tmp_path, "compiled"))
     said = capsys.readouterr().out
-    found = {name: float(value) for name, value in re.findall(r"^\| ([^|]+?) \| ([\d.e-]+\d) \|$", said, re.MULTILINE)}
+    found = {name: float(value) for name, value in re.findall(r"^\| ([^|]+?) \| ([\d.e+-]+\d) \|$", said, re.MULTILINE)}
     roles = ["student", "target", "fake"]
     assert list(found) == [*roles, "teacher", *(f"{role}, gradient" for role in roles), "the two nearest roles, eager"]
     nearest = found.pop("the two nearest roles, eager")
