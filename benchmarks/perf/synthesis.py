@@ -23,8 +23,8 @@ FEWEST = 5
 def time_synthesis(task: Task, kind: Kind) -> dict[str, Timed]:
     """`ours` (a whole set, written), and `guided calls` (as many network calls of the same batches, nothing else).
 
-    What a set asks for once, the teacher's loading and the prompts' encoding, is taken off: the time of a set of one
-    batch, which has both, is subtracted from that of a set of many.
+    What a set asks for once, the teacher's loading above all, is taken off: the time of a set of one batch is
+    subtracted from that of a set of many.
     """
     place, batch = torch.device(task.device), task.batch
     backbone = load_backbone(task.folder, place)

@@ -30,7 +30,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
         betas=config.betas,
         weight_decay=config.weight_decay,
         eps=config.eps,
-        fused=True,
+        fused=not any(parameter.is_meta for parameter in chosen),  # meta tensors have no such kernel
     )
 
 
