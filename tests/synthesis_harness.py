@@ -82,6 +82,15 @@ def in_the_removal_of_notes() -> None:
     files.shutil.rmtree = torn  # type: ignore[assignment]
 
 
+def never_removing_notes() -> None:
+    """However late this child is killed, a removal is left for the next one."""
+
+    def wait(folder: Path) -> None:
+        time.sleep(LIMIT)
+
+    synthesis.remove_folder = wait
+
+
 def second_process(accident: Callable[[], None]) -> Callable[[int], None]:
     """Let something happen to the second process when it has drawn the second of its shards."""
 
@@ -139,7 +148,7 @@ def run(folder: Path, words: list[str]) -> dict[str, Any]:
             break
     for number, delay in ((0, 0.01), (1, 0.03), (2, 0.06)):  # moments of no meaning, in a shard or between two
         drawn = folder / "moment" / f"shard-{number:05d}.safetensors"
-        pid = launch(command(folder / "moment"), folder / "moment.log")
+        pid = launch(command(folder / "moment"), folder / "moment.log", never_removing_notes)
         if wait_for(pid, drawn.exists, LIMIT) is None:
             time.sleep(delay)
             kill(pid)
