@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import performance
 import pytest
@@ -12,7 +13,7 @@ from perf import synthesis
 from perf.networks import SHAPES, Shape, modules
 from perf.script import LcmScript
 from perf.steps import Clock
-from perf.timing import in_turn
+from perf.timing import Timed, in_turn
 from scale import Alive
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -42,6 +43,14 @@ def test_each_kind_tells_its_rows(
 ) -> None:
     monkeypatch.setattr(synthesis, "BATCHES", 2)
     monkeypatch.setattr(synthesis, "FEWEST", 2)
+    told: list[Timed] = []
+    table = performance.table
+
+    def telling(title: str, found: dict[str, Timed], *more: Any) -> None:
+        told.extend(found.values())
+        table(title, found, *more)
+
+    monkeypatch.setattr(performance, "table", telling)
     performance.main(asked(folder, tmp_path, "stored", "online", "sampling", "synthesis"))
     said = capsys.readouterr().out
     scripts, phases = ["script", "script without encoders"], ["student, forward", "target"]
@@ -55,7 +64,9 @@ def test_each_kind_tells_its_rows(
         "a synthesised set of latents": ["ours", "guided calls"],
         "a synthesised set of trajectories": ["ours", "guided calls"],
     }
-    assert all(float(seconds) > 0 for seconds in re.findall(r"^\| (?!what|---)[^|]+\| ([\d.]+) \|", said, re.MULTILINE))
+    assert all(timed.median > 0 for timed in told)  # unrounded: a wait may print as 0.0000
+    printed = re.findall(r"^\| (?!what|---)[^|]+\| ([\d.]+) \|", said, re.MULTILINE)
+    assert printed == [f"{timed.median:.4f}" for timed in told]
     assert len(re.findall(r"^.+ / .+: -?[\d.]+ \(", said, re.MULTILINE)) == 11
 
 
