@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pytest
 from pydantic import Field, model_validator
 
+from fewstep.common import core_yaml
 from fewstep.config import Config, dotted_keys, merge, nearest_key, parse_overrides, read_yaml, validate
 from fewstep.errors import UserError, nearest
 from fewstep.settings import DistillConfig, Sampling, resolve
@@ -63,6 +64,122 @@ def test_merge_lays_one_mapping_over_another() -> None:
 )
 def test_override_values_are_yaml(text: str, value: Any) -> None:
     assert parse_overrides([f"a.b={text}"]) == {"a": {"b": value}}
+
+
+TEXTS = [
+    *("list #1.txt", "2024_01", "007", "1e5", "2024-01-02", "a: b.txt", "[x] p.txt", "on", "no", "null", "~", "1:30"),
+    *(
+        "0x10",
+        "1.10",
+        "{a}",
+        "a, b",
+        "*",
+        "&x",
+        "!y",
+        "%z",
+        "- a",
+        "| b",
+        "a=b",
+        "~/x",
+        "@x",
+        "C:\\x\\y",
+        "# x",
+        " a b ",
+        "",
+    ),
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("field", ["data.source", "teacher", "watch.prompts", "student.start"])
+def test_overrides_of_text_fields_are_taken_as_written(text: str, field: str) -> None:
+    value: Any = parse_overrides([f"{field}={text}"], DistillConfig)
+    for part in field.split("."):
+        value = value[part]
+    assert value == text
+
+
+def test_overrides_are_read_by_the_type_of_their_field() -> None:
+    """Also below named stages, whose sections are changes to the config's own; quotes as YAML has them are dropped."""
+    stage = "stages.preference"
+    changes = [f"{stage}.method.preference.scorer=1e5", f"{stage}.optim.lr=1e5", "student.targets=[on, 010, to_q]"]
+    assert parse_overrides(changes, DistillConfig) == {
+        "stages": {"preference": {"method": {"preference": {"scorer": "1e5"}}, "optim": {"lr": 1e5}}},
+        "student": {"targets": ["on", "010", "to_q"]},
+    }
+    assert parse_overrides(["teacher='1e-4'", 'data.source="a: b # c"'], DistillConfig) == {
+        "teacher": "1e-4",
+        "data": {"source": "a: b # c"},
+    }
+    numbers = ["loop.seed=010", "loop.steps=1e3", "student.checkpointing=yes", "sampling.jump=null", "student.alpha="]
+    config = resolve("tcd", None, numbers)
+    assert (config.loop.seed, config.loop.steps, config.student.checkpointing) == (10, 1000, True)
+    assert (config.sampling.jump, config.student.alpha) == (None, None)
+    for wrong, named in [("loop.steps=1:30", "loop.steps"), ("loop.steps=2024-01-02", "loop.steps"), ("a=[1", "a=")]:
+        with pytest.raises(UserError, match=named):
+            resolve("tcd", None, [wrong])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_text_fields_of_yaml_files_stay_text(tmp_path: Path, encoding: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "teacher: 2024-01-02\ndata: {source: 1e5}\nwatch: {prompts: 1.10}\nloop: {seed: 010, save_every: 2_000}\n"
+        "student: {targets: [on, 010, to_q], checkpointing: yes, start: 'a\u2028b'}\n"
+        "stages:\n- {name: 007, share: 1e1, method: {preference: {scorer: 1_0}}, optim: {lr: 1e-3}}\n",
+        encoding=encoding,
+    )
+    config = resolve("tcd", file)
+    assert (config.teacher, config.data.source, config.watch.prompts) == ("2024-01-02", "1e5", "1.10")
+    assert (config.loop.seed, config.loop.save_every) == (10, 2000)
+    assert (config.student.targets, config.student.checkpointing) == (("on", "010", "to_q"), True)
+    assert config.student.start == "a\u2028b"
+    assert (config.stages[0].name, config.stages[0].method["preference"]["scorer"]) == ("007", "1_0")
+    assert config.stages[0].optim == {"lr": 1e-3}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *[(word, word) for word in ("yes", "no", "on", "off", "010", "1:30", "1_000", "2024-01-02", "=", "a\u0085b")],
+        *[("true", True), ("False", False), ("~", None), ("null", None), ("", None)],
+        *[("12", 12), ("-3", -3), ("0o17", 15), ("0x1f", 31), ("1e-3", 1e-3), (".5", 0.5), ("1.", 1.0), ("2E5", 2e5)],
+        ("{<<: {x: 1, y: 2}, x: 3}", {"x": 3, "y": 2}),
+    ],
+)
+def test_yaml_scalars_are_those_of_the_core_schema(text: str, value: Any) -> None:
+    found = core_yaml.load(f"a: {text}\n")["a"]
+    assert (type(found), found) == (type(value), value)
+
+
+def test_text_comes_back_from_yaml_as_it_was() -> None:
+    import yaml
+
+    data = {str(i): text for i, text in enumerate([*TEXTS, "yes", "1e-3", "0o17", "a\u2028b", "x\u0085y", "a\nb"])}
+    data |= {"number": 1e-5, "none": None, "true": True}
+    assert core_yaml.load(core_yaml.dump(data)) == data
+    assert yaml.safe_load(core_yaml.dump(data)) == data
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "loop: {steps: 7}\noptim: {lr: 1}\nloop: {seed: 3}\n",
+        "loop:\n  steps: 7\n  steps: 8\n",
+        "loop: {steps: 7, 'steps': 7}\n",
+        "stages:\n- {name: a, name: b}\n",
+        "loop: {seed: !!int x}\n",
+        "loop: {seed: !!timestamp x}\n",
+        "teacher: \tx\n\ty: 3",
+        "a\0b",
+        "teacher: " + "[" * 5000,
+    ],
+)
+def test_yaml_that_cannot_be_right_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"c\.yaml is not valid YAML"):
+        resolve("tcd", file)
 
 
 def test_overrides_add_up_and_the_last_wins() -> None:

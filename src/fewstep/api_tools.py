@@ -222,7 +222,7 @@ def train_perceptual(
     from fewstep.world import emoji8
 
     check_device(device)
-    config = validate(PerceptualConfig, parse_overrides(overrides))
+    config = validate(PerceptualConfig, parse_overrides(overrides, PerceptualConfig))
     if prompts is None and teacher:
         raise UserError(f"prompts must be given for teacher = {str(teacher)!r}: a text file, one prompt a line")
     if prompts is None:
@@ -271,7 +271,7 @@ def train_adapter(
     from fewstep.settings import teacher_path
     from fewstep.training.run import check_same_run
 
-    config = validate(AdapterConfig, parse_overrides(overrides))
+    config = validate(AdapterConfig, parse_overrides(overrides, AdapterConfig))
     folder = read_folder(teacher_path(named_teacher(teacher, teacher_config)))
     if pairs is not None:
         found = read_pairs(pairs)

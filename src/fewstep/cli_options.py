@@ -63,7 +63,11 @@ Sampled = Annotated[
 
 def drawing(overrides: list[str] | None, **options: object) -> dict[str, Any]:
     """Changes to the sampling settings: the options that were given, then -s over them."""
-    return {key: value for key, value in options.items() if value is not None} | parse_overrides(overrides or [])
+    from fewstep.settings import Sampling
+
+    return {key: value for key, value in options.items() if value is not None} | parse_overrides(
+        overrides or [], Sampling
+    )
 
 
 def say(text: str) -> None:

@@ -7,14 +7,14 @@ Every config of the project is a frozen pydantic model. What is laid over its de
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from fewstep.common import core_yaml
+from fewstep.common.text import read_text
 from fewstep.errors import UserError, nearest
 
 
@@ -27,24 +27,24 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
 
 
-EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
-"""A number that YAML 1.1 takes for text."""
-
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 
-def read_yaml(path: Path | str) -> dict[str, Any]:
+def read_yaml(path: Path | str, model: type[BaseModel] | None = None) -> dict[str, Any]:
     """Read a YAML mapping.
 
+    Args:
+        model: config that the mapping is for: plain scalars of its text fields stay as they are written.
+
     Raises:
-        UserError: missing, unreadable, not YAML, or not a mapping.
+        UserError: missing, unreadable, not YAML, a key that stands twice, or not a mapping.
     """
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = core_yaml.load(read_text(path), model)
     except OSError as error:
         raise UserError(f"cannot read config {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if data is None:
         return {}
@@ -87,24 +87,31 @@ def _merge_named(key: str, items: Sequence[Any], change: Mapping[str, Any]) -> l
     return [merge(item, change.get(name, {})) for name, item in zip(names, items, strict=True)]
 
 
-def parse_overrides(overrides: str | Iterable[str]) -> dict[str, Any]:
-    """Turn ["optim.lr=1e-4", ...], or one of them alone, into a nested mapping; values are read as YAML.
+def parse_overrides(overrides: str | Iterable[str], model: type[BaseModel] | None = None) -> dict[str, Any]:
+    """Turn ["optim.lr=1e-4", ...], or one of them alone, into a nested mapping.
+
+    A value is read by the type of the field that it sets: a text field takes it as it is written (quotes around the
+    whole of it are dropped), any other as YAML.
+
+    Args:
+        model: config that the overrides are for; None reads every value as YAML.
 
     Raises:
-        UserError: an override without `=`, or with an empty key.
+        UserError: an override without `=`, with an empty key, or with a value that is no YAML.
     """
     result: dict[str, Any] = {}
     for override in [overrides] if isinstance(overrides, str) else overrides:
         key, equals, text = override.partition("=")
-        if not equals or not key or "" in key.split("."):
+        parts = key.split(".")
+        if not equals or not key or "" in parts:
             raise UserError(f"override {override!r} is not of the form key=value, e.g. optim.lr=1e-4")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"override {override!r}: {text!r} is not a YAML value") from error
-        if EXPONENT.fullmatch(text.strip()):  # YAML 1.1 reads 1e-4 as a string
-            value = float(text)
-        for part in reversed(key.split(".")):
+            value = core_yaml.parse(text, core_yaml.annotation_at(model, parts))
+        except ValueError as error:
+            raise UserError(
+                f"override {override!r}: {text!r} is not a YAML value ({' '.join(str(error).split())})"
+            ) from error
+        for part in reversed(parts):
             value = {part: value}
         result = merge(result, value)
     return result

@@ -275,13 +275,13 @@ def resolve(
     Raises:
         UserError: unknown recipe or key, or an illegal value.
     """
-    changes = parse_overrides(overrides)
+    changes = parse_overrides(overrides, DistillConfig)
     if teacher:
         changes["teacher"] = str(teacher)
     if config is not None:
-        changes = merge(read_yaml(config), changes)
+        changes = merge(read_yaml(config, DistillConfig), changes)
     recipe = str(changes.get("recipe", recipe))  # a recipe that is named there brings its method along
-    data = merge({"recipe": recipe}, read_recipe(recipe))
+    data = merge({"recipe": recipe}, read_recipe(recipe, DistillConfig))
     return validate(DistillConfig, merge(data, {**changes, "recipe": recipe}))
 
 

@@ -5,28 +5,58 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from fewstep.common.text import lines_of, read_text
 from fewstep.errors import UserError
+
+ONE_A_LINE = "write one prompt a line into a .txt file"
+NO_PROMPTS = {
+    **dict.fromkeys((".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".yaml", ".yml", ".xml"), ("a table", ONE_A_LINE)),
+    **dict.fromkeys((".parquet", ".arrow", ".feather", ".xlsx", ".xls"), ("a binary table", ONE_A_LINE)),
+    **dict.fromkeys(
+        (".gz", ".tgz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".rar", ".tbz2", ".txz"),
+        ("a packed archive", "unpack it, or give shards as plain .tar files"),
+    ),
+    **dict.fromkeys(
+        (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"),
+        ("a picture", "give the folder that it lies in, or a text file"),
+    ),
+    **dict.fromkeys((".safetensors", ".ckpt", ".pt", ".bin"), ("a file of weights", "give a folder or a text file")),
+}
+"""Suffixes of files that hold no list of prompts -> what they are, and what helps."""
 
 
 def read_prompts(path: Path | str, field: str = "prompts") -> list[str]:
-    """Read the non-empty lines of a UTF-8 text file.
+    """Return the lines of a text file, without those that are empty.
 
     Args:
         field: the setting that names the file, for errors.
 
     Raises:
-        UserError: missing, not text, or without a prompt.
+        UserError: missing, a table or an archive by its suffix, not text, or without a prompt.
     """
+    check_suffix(path, field)
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = lines_of(read_text(path))
     except OSError as error:
         raise UserError(f"{field} = {str(path)!r} cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{field} = {str(path)!r} is not UTF-8 text: {error}") from error
+    except ValueError as error:
+        raise UserError(f"{field} = {str(path)!r} is {error}") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"{field} = {str(path)!r} holds no prompt; write one a line")
     return prompts
+
+
+def check_suffix(path: Path | str, field: str) -> None:
+    """Refuse a file that holds no list of prompts, by its suffix.
+
+    Raises:
+        UserError: naming what it is and what to give instead.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix in NO_PROMPTS:
+        kind, advice = NO_PROMPTS[suffix]
+        raise UserError(f"{field} = {str(path)!r} is {kind} ({suffix}), not a list of prompts; {advice}")
 
 
 def is_prompt_file(named: str) -> bool:

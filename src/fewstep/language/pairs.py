@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from fewstep.common.text import lines_of, read_text
 from fewstep.errors import UserError
 
 
@@ -25,22 +26,23 @@ def read_pairs(path: Path | str) -> tuple[Pair, ...]:
         UserError: another suffix, unreadable, no pair, or a line that holds none.
     """
     path = Path(path)
-    if path.suffix not in (".tsv", ".jsonl"):
+    if path.suffix.lower() not in (".tsv", ".jsonl"):
         raise UserError(f"pairs = {str(path)!r} must end in .tsv or .jsonl; the nearest is {path.stem + '.tsv'!r}")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = lines_of(read_text(path))
     except OSError as error:
         raise UserError(f"pairs = {str(path)!r} cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"pairs = {str(path)!r} is not UTF-8 text: {error}") from error
-    parse = _tabbed if path.suffix == ".tsv" else _json
+    except ValueError as error:
+        raise UserError(f"pairs = {str(path)!r} is {error}") from error
+    tabbed = path.suffix.lower() == ".tsv"
+    parse = _tabbed if tabbed else _json
     found = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         pair = parse(line)
         if pair is None or not pair.source or not pair.target:
-            form = "source, tab, target" if path.suffix == ".tsv" else '{"source": ..., "target": ...}'
+            form = "source, tab, target" if tabbed else '{"source": ..., "target": ...}'
             raise UserError(f"pairs = {str(path)!r}: line {number} is not of the form {form}")
         found.append(pair)
     if not found:

@@ -117,9 +117,9 @@ def resolve_play(recipe: str, overrides: str | Sequence[str] = ()) -> PlayConfig
     Raises:
         UserError: unknown recipe or key, or an illegal value.
     """
-    changes = parse_overrides(overrides)
+    changes = parse_overrides(overrides, PlayConfig)
     recipe = str(changes.get("recipe", recipe))
-    given = read_recipe(recipe)
+    given = read_recipe(recipe, PlayConfig)
     data: dict[str, Any] = {
         "recipe": recipe,
         **{key: given[key] for key in ("method", "sampling", "stages") if key in given},

@@ -6,6 +6,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from fewstep.config import read_yaml
 from fewstep.errors import UserError, nearest
 
@@ -24,15 +26,15 @@ def rows() -> list[str]:
     return [name for name in names() if name not in LISTS]
 
 
-def read_recipe(name: str) -> dict[str, Any]:
-    """Read a bundled recipe by name, or any YAML file by path.
+def read_recipe(name: str, model: type[BaseModel] | None = None) -> dict[str, Any]:
+    """Read a bundled recipe by name, or any YAML file by path; `model` is the config that it is for, see `read_yaml`.
 
     Raises:
         UserError: no such recipe.
     """
     if name.endswith((".yaml", ".yml")):
-        return read_yaml(Path(name))
+        return read_yaml(Path(name), model)
     if name not in names():
         known = names()
         raise UserError(f"recipe = {name!r} is not one of {', '.join(known)}; the nearest is {nearest(name, known)}")
-    return read_yaml(Path(str(resources.files(__name__) / f"{name}.yaml")))
+    return read_yaml(Path(str(resources.files(__name__) / f"{name}.yaml")), model)

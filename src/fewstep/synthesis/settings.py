@@ -95,4 +95,5 @@ def resolve_synthesis(
         UserError: unknown key, or an illegal value.
     """
     named = {"teacher": str(teacher), "kind": kind}
-    return validate(SynthesisConfig, parse_overrides(overrides) | {key: value for key, value in named.items() if value})
+    changes = parse_overrides(overrides, SynthesisConfig)
+    return validate(SynthesisConfig, changes | {key: value for key, value in named.items() if value})

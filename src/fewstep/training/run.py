@@ -12,10 +12,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
 from pydantic import ValidationError
 from tqdm import tqdm
 
+from fewstep.common import core_yaml
 from fewstep.config import Config, first_difference, read_yaml
 from fewstep.errors import UserError
 from fewstep.files import atomic_write, read_json, sweep, taken, write_json
@@ -107,7 +107,7 @@ class RunLog:
         check_same_run(folder, config, inputs)
         sweep(folder)
         with atomic_write(folder / "config.yaml") as part:
-            part.write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), encoding="utf-8")
+            part.write_text(core_yaml.dump(resolved), encoding="utf-8")
         note_versions(folder / "versions.json")
         if inputs is not None:
             write_json(folder / INPUTS, dict(inputs))
@@ -203,7 +203,7 @@ def check_same_run(folder: Path, config: Config, inputs: Mapping[str, str] | Non
     path = folder / "config.yaml"
     if not path.exists():
         return
-    old: Any = read_yaml(path)
+    old: Any = read_yaml(path, type(config))
     with suppress(ValidationError):  # one of another kind of run, or of another version, is compared as it stands
         known = type(config).model_validate(old)
         _check_length(folder, known, config)

@@ -153,7 +153,8 @@ def train_teacher(
     from fewstep.training.run import check_same_run
     from fewstep.world.settings import TeacherConfig
 
-    settings = validate(TeacherConfig, merge(read_yaml(config) if config else {}, parse_overrides(overrides)))
+    given = read_yaml(config, TeacherConfig) if config else {}
+    settings = validate(TeacherConfig, merge(given, parse_overrides(overrides, TeacherConfig)))
     check_writable(Path(out))
     check_writable(Path(target).parent)
     check_target(Path(target), Path(out))
@@ -176,7 +177,7 @@ def train_scorer(*, out: Path | str, overrides: str | Sequence[str] = ()) -> Pat
     from fewstep.files import check_writable
     from fewstep.world.settings import AgreementConfig
 
-    settings = validate(AgreementConfig, parse_overrides(overrides))
+    settings = validate(AgreementConfig, parse_overrides(overrides, AgreementConfig))
     check_writable(Path(out))
     from fewstep.world.train_scorer import train_scorer
 
@@ -194,7 +195,7 @@ def train_reward(*, out: Path | str, overrides: str | Sequence[str] = ()) -> Pat
     from fewstep.language.settings import PACKAGES
     from fewstep.world.settings import RewardConfig
 
-    settings = validate(RewardConfig, parse_overrides(overrides))
+    settings = validate(RewardConfig, parse_overrides(overrides, RewardConfig))
     check_writable(Path(out))
     check_installed("train-reward", PACKAGES, "multilingual")
     from fewstep.world.reward import SentenceVectors
@@ -244,7 +245,7 @@ def _ready(verb: str, model: type[ConfigT], overrides: str | Sequence[str], out:
     from fewstep.folder import read_folder
     from fewstep.settings import teacher_path
 
-    config = validate(model, parse_overrides(overrides))
+    config = validate(model, parse_overrides(overrides, model))
     read_folder(teacher_path(""))
     check_writable(out)
     check_installed(verb)

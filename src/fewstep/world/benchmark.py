@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from tqdm import tqdm
 
+from fewstep.common import core_yaml
 from fewstep.evaluation.claims import TEACHER_STEPS, claims, claims_table
 from fewstep.evaluation.curves import gamma_figure
 from fewstep.evaluation.detail import detail_scale
@@ -164,7 +164,7 @@ def benchmark(config: BenchmarkConfig, out: Path) -> Path:
     validation = Stage.on(emoji8.read_prompts("validation"), out, bench)
     rates = {recipe: choose_rate(config, recipe, validation) for recipe in METHODS}
     with atomic_write(out / "config.yaml") as part:  # only now: a folder with students of another config was refused
-        part.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+        part.write_text(core_yaml.dump(config.model_dump(mode="json")), encoding="utf-8")
     best_omega = choose_omega(config, validation)
     first = config.seeds[0]
     tuning = Stage.on(emoji8.read_prompts("gamma"), out, bench)

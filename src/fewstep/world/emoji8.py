@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from fewstep.common.text import lines_of, read_text
 from fewstep.data.pictures import Captioned, HeldPictures, from_prompts
 from fewstep.errors import UserError, nearest
 from fewstep.world import location
@@ -163,7 +164,7 @@ def read_prompts(name: str) -> tuple[str, ...]:
     if not path.is_file():
         known = sorted(file.stem for file in place.glob("*.txt")) or ["benchmark"]
         raise UserError(f"prompt list {name!r} is unknown; the nearest is {nearest(name, known)!r}")
-    return tuple(line for line in path.read_text(encoding="utf-8").splitlines() if line)
+    return tuple(line for line in lines_of(read_text(path)) if line)
 
 
 def style_words(style: str) -> str:

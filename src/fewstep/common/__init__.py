@@ -1,0 +1,1 @@
+"""What every part may use: text that people write. Knows nothing else of the project."""

@@ -1,0 +1,53 @@
+"""Read text that people write: captions, prompt files, tables, YAML and JSON, from folders and shards alike.
+
+Text is UTF-8 with or without a byte order mark, or UTF-16 or UTF-32 with one. Lines end at \\n, \\r\\n or \\r alone:
+U+2028, U+0085 and form feeds are part of a line.
+"""
+
+from __future__ import annotations
+
+import codecs
+from pathlib import Path
+
+MARK = "\ufeff"
+"""The byte order mark, as a character."""
+MARKED = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16: its mark begins with that one's
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+"""Byte order marks and the encodings that they announce."""
+
+
+def decode(held: bytes) -> str:
+    """Return the text of a file's bytes, without byte order mark, every line end as \\n.
+
+    Raises:
+        ValueError: it is no text: bytes that are not UTF-8, or characters of value zero (UTF-16 without its mark).
+    """
+    encoding = next((name for mark, name in MARKED if held.startswith(mark)), "utf-8")
+    try:
+        text = held.decode(encoding)
+    except UnicodeDecodeError as error:
+        shown = "UTF-8" if encoding.startswith("utf-8") else encoding.upper()
+        raise ValueError(f"not {shown} text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    if "\0" in text:
+        raise ValueError("not UTF-8 text (it holds zero bytes, as UTF-16 without a mark does); save it as UTF-8")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_text(path: Path | str) -> str:
+    """Return the text of a file, see `decode`.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no text.
+    """
+    return decode(Path(path).read_bytes())
+
+
+def lines_of(text: str) -> list[str]:
+    """Return the lines of decoded text; marks that joining files has left at their beginnings are dropped."""
+    return [line.removeprefix(MARK) for line in text.split("\n")]
