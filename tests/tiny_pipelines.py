@@ -129,6 +129,27 @@ def sdxl(folder: Path, *, zeros: bool = True) -> Path:
     return save(pipe, folder)
 
 
+def lcm(folder: Path, scheduler: str = "LCMScheduler", kind: str = "LatentConsistencyModelPipeline") -> Path:
+    """Stable Diffusion whose UNet embeds its guidance, as LCM's full weights do; `kind` may be SDXL's class."""
+    import diffusers
+
+    base = (sdxl if kind.startswith("StableDiffusionXL") else sd)(folder.parent / f"{folder.name}-plain")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(base)
+    torch.manual_seed(7)
+    unet = diffusers.UNet2DConditionModel.from_config({**pipe.unet.config, "time_cond_proj_dim": 32})
+    unet.load_state_dict(pipe.unet.state_dict(), strict=False)
+    with torch.no_grad():
+        unet.time_embedding.cond_proj.weight.normal_(0, 0.5)
+        unet.conv_out.weight.normal_(0, 0.2)
+    made = getattr(diffusers, scheduler)(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    if "clip_sample" in made.config:
+        made.register_to_config(clip_sample=False)
+    parts = {name: part for name, part in pipe.components.items() if name not in ("unet", "scheduler")}
+    more = {"add_watermarker": False} if kind.startswith("StableDiffusionXL") else {"requires_safety_checker": False}
+    getattr(diffusers, kind)(**parts, unet=unet, scheduler=made, **more).save_pretrained(folder)
+    return folder
+
+
 def pixart(folder: Path, kind: str = "PixArtSigmaPipeline", *, sizes: bool = False) -> Path:
     import diffusers
 

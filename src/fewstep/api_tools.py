@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fewstep.api import named_teacher
-from fewstep.checks import WATCHING, check_installed
+from fewstep.checks import WATCHING, check_diffusion, check_installed
 from fewstep.config import validate
 from fewstep.errors import UserError
 
@@ -157,7 +157,7 @@ def export_as(
             f"student = {str(student)!r} is the teacher itself; the nearest is a LoRA, or a whole student's folder"
         )
     classes = {name: folder.components[name][1] for name in folder.family.encoders}
-    told = tuple(chosen.sampling.told)
+    told = folder.told_beside(chosen.sampling.told)
     found = check_form(form, folder.family.kind, lora=not whole, told=told, encoders=classes)
     if precision and found.form in ADAPTERS:
         raise UserError(
@@ -231,6 +231,7 @@ def train_perceptual(
         said = read_prompts(prompts, "prompts")
     check_prompts(said)
     folder = read_folder(teacher_path(named_teacher(teacher, teacher_config)))
+    check_diffusion("teacher", folder)
     check_writable(Path(out))
     check_same_run(Path(out), config)
     check_installed("train-perceptual", WATCHING)

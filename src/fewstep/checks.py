@@ -27,8 +27,10 @@ def check_distillation(config: DistillConfig, folder: PipelineFolder) -> None:
     Raises:
         UserError: no such pictures or watched prompts, a grid off the teacher's schedule, no such layers.
     """
+    check_diffusion("teacher", folder)
     _check_shapes(config, folder)
     _check_source(config, folder)
+    embedded = folder.embeds_guidance or (config.student.kind == "full" and folder.network == "unet")
     if config.student.kind == "lora" and config.student.targets:
         _check_targets(config.student.targets, folder)
     if config.student.start:
@@ -39,6 +41,7 @@ def check_distillation(config: DistillConfig, folder: PipelineFolder) -> None:
             _check_steps("watch.teacher_steps", stage.watch.teacher_steps, _indices(folder))
         _check_grid("method.grid", stage.method.grid, folder)
         _check_times("sampling.", stage.sampling, folder)
+        _check_guidance("sampling.", stage.sampling, embedded)
         _check_looks(stage, folder)
 
 
@@ -142,6 +145,30 @@ def check_sampling(sampling: Sampling, folder: PipelineFolder) -> None:
         UserError: a grid off the schedule, more steps than it has indices, or a side that latents cannot have.
     """
     _check_times("", sampling, folder)
+    _check_guidance("", sampling, folder.embeds_guidance)
+
+
+def check_diffusion(field: str, folder: PipelineFolder) -> None:
+    """Refuse a consistency model where a diffusion model is asked for.
+
+    Raises:
+        UserError: it is one: its outputs point to where trajectories end, and no solver follows them.
+    """
+    if folder.consistency:
+        raise UserError(
+            f"{field} = {str(folder.path)!r} is a consistency model, whose trajectories no solver follows; the nearest "
+            "is the diffusion model that it was distilled from (to train it further: student.kind = 'full', "
+            "student.start = its folder, method.told = ['w'])"
+        )
+
+
+def _check_guidance(section: str, sampling: Sampling, embedded: bool) -> None:
+    """Refuse two guidances of a network that embeds one."""
+    if embedded and "w" in sampling.told and sampling.omega:
+        raise UserError(
+            f"{section}omega = {sampling.omega:g} guides a second time: the network embeds its guidance, {section}w = "
+            f"{sampling.w:g}; the nearest legal {section}omega is 0"
+        )
 
 
 def _check_times(section: str, sampling: Sampling, folder: PipelineFolder) -> None:

@@ -160,7 +160,7 @@ def artist_of(
     def call(x: Tensor, t: Tensor, condition: Condition, role: str) -> Tensor:
         if ear is None or embedding is None:
             return backbone.call(backbone.network, x, t, condition)
-        told, rest = split_told(condition)
+        told, rest = split_told(condition, embedding.parts)
         with ear.hears(embedding(told)):
             return backbone.call(backbone.network, x, t, rest)
 
@@ -204,7 +204,7 @@ def load_artist(
     if precision != torch.float32:
         backbone.network.to(precision)  # in main memory still: the device may have no room for more
     backbone.settle()
-    embedding = read_told(place, sampling.told, backbone.time_width)
+    embedding = read_told(place, folder.told_beside(sampling.told), backbone.time_width)
     artist = artist_of(backbone, sampling, embedding.to(backbone.device) if embedding else None)
     if compiled:
         compile_networks([backbone.network])

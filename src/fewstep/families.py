@@ -12,6 +12,10 @@ UNET_TARGETS = (
     *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
 )
 """The layers of a UNet that LCM-LoRA, TCD and TLCM adapt (suffixes of module names)."""
+GUIDANCE_KEY = "time_embedding.cond_proj.weight"
+"""The weight of a UNet's guidance embedding, diffusers' `time_cond_proj_dim`."""
+GUIDANCE_WIDTH = 256
+"""Width of the sinusoid of omega in students that have one: LCM's."""
 ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 """The layers of a diffusion transformer that are adapted: attention and what follows it."""
 JOINT_TARGETS = (
@@ -119,8 +123,11 @@ SANA = Family(
     classes=("SanaTransformer2DModel",),
 )
 
+CONSISTENCY = "LatentConsistencyModelPipeline"
+"""Stable Diffusion's parts around a UNet that embeds its guidance."""
 FAMILIES = {
     "StableDiffusionPipeline": SD,
+    CONSISTENCY: SD,
     "StableDiffusionXLPipeline": SDXL,
     "PixArtAlphaPipeline": PIXART,
     "PixArtSigmaPipeline": PIXART,

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.errors import UserError, nearest
-from fewstep.families import FAMILIES, Family
+from fewstep.families import CONSISTENCY, FAMILIES, Family
 from fewstep.files import read_mapping, sha256
+from fewstep.names import Told
 from fewstep.pickles import advice, first_pickle
 from fewstep.scheduler_config import check_terminal_snr, settled
 from fewstep.tensor_header import read_safetensors_header
@@ -127,7 +128,31 @@ class PipelineFolder:
     @property
     def told_guidance(self) -> bool:
         """Whether the network is told its guidance, and has no unconditional branch."""
-        return bool(self.config(self.network).get("guidance_embeds"))
+        return bool(self.config(self.network).get("guidance_embeds")) or self.embeds_guidance
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the network is a UNet with diffusers' guidance embedding, as LCM's full weights have it.
+
+        Raises:
+            UserError: its width is no whole number above 3.
+        """
+        width = self.config(self.network).get("time_cond_proj_dim") if self.network == "unet" else None
+        if width is not None and (not isinstance(width, int) or width < 4):
+            raise UserError(
+                f"{self.path / self.network} has time_cond_proj_dim = {width!r}; give a whole number from 4 on, or null"
+            )
+        return width is not None
+
+    @property
+    def consistency(self) -> bool:
+        """Whether it is a consistency model with guidance as an input: a few jumps draw with it, no solver's steps."""
+        scheduler = self.components["scheduler"][1]
+        return self.embeds_guidance and (self.pipeline == CONSISTENCY or scheduler == "LCMScheduler")
+
+    def told_beside(self, told: Iterable[Told]) -> tuple[Told, ...]:
+        """What of `told` is no input of the network itself, and so embedded by weights beside it."""
+        return tuple(name for name in told if name != "w" or not self.embeds_guidance)
 
     @property
     def denoising(self) -> str:
@@ -253,4 +278,9 @@ def read_folder(path: Path | str, field: str = "teacher") -> PipelineFolder:
     folder = PipelineFolder(path, name, family, components)
     check_terminal_snr(folder.config("scheduler"))
     _ = folder.latent_shape  # an inpainting network, say, is refused here
+    if name == CONSISTENCY and not folder.embeds_guidance:
+        raise UserError(
+            f"{field} = {str(path)!r} is a {name} whose {family.network} has no time_cond_proj_dim, the input of its "
+            "guidance; a network without one belongs in a StableDiffusionPipeline"
+        )
     return folder

@@ -46,6 +46,14 @@ class Host(Protocol):
         """Width of that output."""
         ...
 
+    def embeds_guidance(self, network: nn.Module) -> bool:
+        """Whether a network embeds w, the guidance omega in its condition, by a layer of its own."""
+        ...
+
+    def add_guidance_embedding(self, network: nn.Module) -> None:
+        """Give a network such a layer, of zeros, where its kind has a place for one and it has none."""
+        ...
+
 
 @dataclass(frozen=True)
 class Student:
@@ -92,13 +100,16 @@ def make_student(
 
     Args:
         told: what the roles are told beside x and t, a fake score apart. The condition of a call must then hold it,
-            [B] each.
+            [B] each. A UNet that is trained in full embeds w itself, any other network by an extra embedding.
         compute: type that frozen weights in 4 bits are computed with.
         device: where frozen weights in 8 and 4 bits go as they are made; all else stays where the host's network is.
     """
     laid: Roles
+    hear = [role for role in roles if role != FAKE]
     if config.kind == "full":
         networks = {role: copy.deepcopy(host.network) for role in roles}
+        for role in hear if "w" in told else ():
+            host.add_guidance_embedding(networks[role])
     if config.base != "fp32":
         outlet = host.network.get_submodule(host.outlets[0])
         keep(host.network, config.base, compute, [host.time_embedding(host.network), outlet], device)
@@ -111,8 +122,8 @@ def make_student(
     else:
         laid = SeparateRoles({BASE: host.network, **networks})
     place = next(host.network.parameters()).device
-    hear = [role for role in roles if role != FAKE] if told else []
-    embeddings = {role: ToldEmbedding(told, host.time_width, seed).to(place) for role in hear}
+    beside = [name for name in told if name != "w" or not host.embeds_guidance(networks[roles[0]])]
+    embeddings = {role: ToldEmbedding(beside, host.time_width, seed).to(place) for role in hear if beside}
     student = Student(laid, _call(host, laid, networks, embeddings), embeddings, host.outlets)
     first = student.parameters(roles[0])
     for role in roles:
@@ -133,7 +144,7 @@ def _call(host: Host, laid: Roles, networks: Mapping[str, nn.Module], embeddings
         with laid.use(role) as network:
             if role not in embeddings:
                 return host.call(network, x, t, condition)
-            told, rest = split_told(condition)
+            told, rest = split_told(condition, embeddings[role].parts)
             with ears[id(network)].hears(embeddings[role](told)):
                 return host.call(network, x, t, rest)
 

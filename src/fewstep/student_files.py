@@ -14,6 +14,7 @@ from fewstep.export.header import check_lora
 from fewstep.export.lora import read_lora, save_lora
 from fewstep.export.pipeline import save_pipeline
 from fewstep.export.travel import travelling
+from fewstep.families import GUIDANCE_KEY
 from fewstep.files import atomic_folder
 from fewstep.settings import DistillConfig, StudentConfig
 
@@ -32,9 +33,9 @@ def export_student(
     """
     base = backbone.folder.fingerprint(backbone.folder.network)
     notes = {"method": config.recipe, "guidance_seen": config.method.guidance.model_dump(), **notes}
-    notes |= travelling(backbone, config.sampling)
     own, told = split_weights(weights)
     if config.student.kind == "lora":
+        notes |= travelling(backbone, config.sampling)
         with atomic_folder(target) as part:  # both files, or the ones before: half a student draws nonsense
             save_told(part, told)
             file = save_lora(
@@ -50,7 +51,10 @@ def export_student(
             )
         return target / file.name
     network = backbone.fresh_network()
+    if GUIDANCE_KEY in own:
+        backbone.add_guidance_embedding(network)
     network.load_state_dict({**network.state_dict(), **own})  # buffers (tables of positions) are no one's weights
+    notes |= travelling(backbone, config.sampling, network)
     record = {"base": base, "sampling": config.sampling.model_dump(mode="json"), **notes}
     return save_pipeline(target, backbone.folder.path, network, record, told)
 

@@ -63,9 +63,11 @@ def scheduler_for(student: Path | str, config: Mapping[str, Any], gamma: float |
     """
     record = student_record(student)
     sampling = validate(Sampling, record["sampling"])
-    if sampling.told:
+    embedded = bool((record.get("guidance") or {}).get("embedded"))  # as the pipeline's guidance_scale
+    beside = [name for name in sampling.told if name != "w" or not embedded]
+    if beside:
         raise UserError(
-            f"student = {str(student)!r} is told {', '.join(sampling.told)}; the nearest way into a pipeline is "
+            f"student = {str(student)!r} is told {', '.join(beside)}; the nearest way into a pipeline is "
             "fewstep.attach(pipe, student)"
         )
     shared: dict[str, Any] = {

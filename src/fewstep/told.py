@@ -3,12 +3,14 @@
 The second embedding starts as a no-op: a sinusoid, a hidden layer, and a last layer of zeros, added to the network's
 own time embedding. It is weights of its own beside a LoRA or a full network, one set a role; the frozen teacher is told
 nothing. (TCD's S+ and CTM tell s, arXiv 2402.19159 and 2310.02279; LCM tells w, 2310.04378.)
+
+A fully trained UNet takes w by an input of its own instead, diffusers' `time_cond_proj` (`backbones.guidance`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,9 +28,9 @@ TOLD_PREFIX = "told."
 """Before the names of these weights, where they stand beside a network's."""
 
 
-def split_told(condition: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What a condition tells of s and w, and the rest of it."""
-    told: dict[str, Tensor] = {name: value for name, value in condition.items() if name in SCALES}
+def split_told(condition: Mapping[str, Tensor], names: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Split a condition into the values of these names, which an extra embedding takes, and the rest of it."""
+    told: dict[str, Tensor] = {name: value for name, value in condition.items() if name in set(names)}
     return told, {name: value for name, value in condition.items() if name not in told}
 
 

@@ -129,7 +129,10 @@ def attach(pipe: Any, student: Path | str, *, gamma: float | None = None) -> Any
     if getattr(pipe, "_fewstep_teller", None) is not None:
         raise UserError("pipe has a student attached already; load a fresh pipeline for another one")
     sampling, place, header = _read_student(pipe, Path(student))
-    if not sampling.told:
+    # the pipeline itself passes w, from its guidance_scale, to a UNet that embeds it
+    embedded = pipe.unet.config.time_cond_proj_dim is not None
+    beside = tuple(name for name in sampling.told if name != "w" or not embedded)
+    if not beside:
         raise UserError(
             f"student = {str(student)!r} is told nothing; plain diffusers and its scheduler are all it needs"
         )
@@ -137,7 +140,7 @@ def attach(pipe: Any, student: Path | str, *, gamma: float | None = None) -> Any
     _check_scheduler(sampling, strength, str(student))
     if header is not None:
         check_noise(header.notes, pipe.scheduler.config, str(student), "pipe")
-    embedding = read_told(place, sampling.told, int(pipe.unet.time_embedding.linear_2.out_features))
+    embedding = read_told(place, beside, int(pipe.unet.time_embedding.linear_2.out_features))
     assert embedding is not None
     if header is not None:
         pipe.load_lora_weights(str(header.file.parent), weight_name=header.file.name)

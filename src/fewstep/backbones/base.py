@@ -266,6 +266,14 @@ class Backbone(ABC):
         part: Any = self.time_embedding(self.network)
         return int(part.linear_2.out_features)
 
+    def embeds_guidance(self, network: nn.Module) -> bool:
+        """Whether a network embeds w, the guidance omega in its condition, by a layer of its own."""
+        return False
+
+    def add_guidance_embedding(self, network: nn.Module) -> None:
+        """Give a network such a layer, of zeros, where its kind has a place for one and it has none."""
+        return
+
     @torch.no_grad()
     def to_latents(self, pictures: np.ndarray) -> Tensor:
         """uint8 [N, H, W, 3] -> posterior means, float32 [N, C, h, w] on the CPU, scaled as the network expects."""

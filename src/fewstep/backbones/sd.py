@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.backbones.guidance import guidance_input
 from fewstep.backbones.unet import UNetBackbone
 from fewstep.denoiser import Condition
 
@@ -38,7 +39,8 @@ class StableDiffusion(UNetBackbone):
     def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition, *, residuals: Any = None) -> Tensor:
         """One network call: x [B, C, H, W], t float64 [B] in training indices -> output like x."""
         told = self.told_time(x, t)
-        out: Tensor = network(x, told, condition["text"], return_dict=False, **(residuals or {}))[0]
+        more = {"timestep_cond": guidance_input(network, x, condition), **(residuals or {})}
+        out: Tensor = network(x, told, condition["text"], return_dict=False, **more)[0]
         return out
 
 

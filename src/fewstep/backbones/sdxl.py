@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.backbones.guidance import guidance_input
 from fewstep.backbones.unet import UNetBackbone
 from fewstep.denoiser import Condition
 from fewstep.files import read_mapping
@@ -54,9 +55,8 @@ class StableDiffusionXL(UNetBackbone):
         sizes = x.new_zeros(len(x), 6)  # made where it is needed: a copy of the CPU's numbers would wait for the device
         sizes[:, 0::4].fill_(height)
         sizes[:, 1::4].fill_(width)
-        more = {"text_embeds": condition["pooled"], "time_ids": sizes}
+        added = {"text_embeds": condition["pooled"], "time_ids": sizes}
         told = self.told_time(x, t)
-        out: Tensor = network(
-            x, told, condition["text"], added_cond_kwargs=more, return_dict=False, **(residuals or {})
-        )[0]
+        more = {"timestep_cond": guidance_input(network, x, condition), **(residuals or {})}
+        out: Tensor = network(x, told, condition["text"], added_cond_kwargs=added, return_dict=False, **more)[0]
         return out

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.backbones.base import Backbone, outputs_of
+from fewstep.backbones.guidance import add_embedding, guidance_width
 from fewstep.denoiser import Condition
 
 
@@ -34,6 +35,20 @@ class UNetBackbone(Backbone):
         """The part of a UNet that embeds the time."""
         part: nn.Module = network.time_embedding  # type: ignore[assignment]
         return part
+
+    @property
+    def embedded_guidance(self) -> bool:
+        """Whether the network embeds its guidance (LCM's full weights), and so has no unconditional branch."""
+        return self.folder.told_guidance
+
+    def embeds_guidance(self, network: nn.Module) -> bool:
+        """Whether a UNet has diffusers' guidance embedding, `time_cond_proj_dim`."""
+        return guidance_width(network) is not None
+
+    def add_guidance_embedding(self, network: nn.Module) -> None:
+        """Give a UNet diffusers' guidance embedding where it has none, as `guidance.add_embedding`."""
+        if not self.embeds_guidance(network):
+            add_embedding(network)
 
     def told_time(self, x: Tensor, t: Tensor) -> Tensor:
         """Times as the network is told them; those below index 0 (clean data) are asked as index 0."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fewstep.export.forms import ADAPTERS, ExportForm, Reader
+from fewstep.families import CONSISTENCY
 
 PICTURES = "pictures.webp"
 CARD = "README.md"
@@ -96,12 +97,14 @@ def model_card(
     }
     if "rank" in record and form in ADAPTERS:
         rows["rank, alpha"] = f"{record['rank']}, {record['alpha']:g}"
-    told = sampling.get("told") or ()
+    told = [name for name in sampling.get("told") or () if name != "w" or not guidance.get("embedded")]
     prompt = prompts[0].replace('"', "'")
     inside = _told(name, prompt, pipeline, form, sampling["steps"]) if told else None
     if inside is None:
         load = _loading(form, pipeline, network, name, file)
         inside = _DIFFUSERS.format(load=load, place=f"{name}/{file}" if file else name, prompt=prompt)
+        if pipeline == CONSISTENCY and form == "merged":  # the folder's own scheduler is the student's
+            inside = "".join(line for line in inside.splitlines(True) if "pipe.scheduler = " not in line)
         if form == "peft":
             inside = inside.replace("import fewstep\n", "import fewstep\nimport peft\n")
     table = ["| setting | value |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows.items())]

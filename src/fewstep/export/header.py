@@ -13,6 +13,7 @@ from typing import Any
 from fewstep.config import validate
 from fewstep.errors import UserError
 from fewstep.export.spellings import COMPONENTS, PEFT_PREFIX, Keys, find_keys
+from fewstep.families import GUIDANCE_KEY, GUIDANCE_WIDTH
 from fewstep.files import read_mapping
 from fewstep.folder import PipelineFolder, read_folder, weight_files
 from fewstep.pickles import advice, first_pickle, is_pickle
@@ -219,10 +220,9 @@ def check_lora(path: Path | str, folder: PipelineFolder) -> LoraHeader:
     """
     weights = base_shapes(folder)
     header = read_header(path, weights, folder.network)
-    if header.sampling and header.sampling.told and not (header.file.parent / CONDITIONING).is_file():
-        raise UserError(
-            f"lora = {str(path)!r} is told {', '.join(header.sampling.told)} by a {CONDITIONING} that is not beside it"
-        )
+    beside = folder.told_beside(header.sampling.told) if header.sampling else ()
+    if beside and not (header.file.parent / CONDITIONING).is_file():
+        raise UserError(f"lora = {str(path)!r} is told {', '.join(beside)} by a {CONDITIONING} that is not beside it")
     check_fits(header, weights, folder.fingerprint(folder.network) if header.base else "", str(path))
     check_noise(header.notes, folder.noise, str(path), str(folder.path))
     return header
@@ -273,7 +273,7 @@ def check_start(config: StudentConfig, folder: PipelineFolder, targets: Sequence
     if not config.start:
         return
     if config.kind == "full":
-        _check_full_start(config.start, folder)
+        _check_full_start(config.start, folder, told)
         return
     header = check_lora(config.start, folder)
     heard = header.sampling.told if header.sampling else ()
@@ -296,11 +296,26 @@ def check_start(config: StudentConfig, folder: PipelineFolder, targets: Sequence
             )
 
 
-def _check_full_start(start: str, folder: PipelineFolder) -> None:
-    own, found = base_shapes(folder), base_shapes(read_folder(start, "student.start"))
+def _check_full_start(start: str, folder: PipelineFolder, told: Sequence[str]) -> None:
+    other = read_folder(start, "student.start")
+    own, found = base_shapes(folder), base_shapes(other)
+    inside = "w" in told and folder.network == "unet"  # then the UNet gets a guidance embedding, if it has none
+    if inside:
+        width = own.get("time_embedding.linear_1.weight", (0, 0))[1]
+        found.setdefault(GUIDANCE_KEY, own.setdefault(GUIDANCE_KEY, (width, GUIDANCE_WIDTH)))
     if own != found:
         wrong = sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name))[0]
+        nearest = "method.told = ['w']" if wrong == GUIDANCE_KEY and not inside else "a student of this teacher"
         raise UserError(
             f"student.start = {start!r} is no network of the teacher's kind: {wrong} is {found.get(wrong)}, "
-            f"not {own.get(wrong)}; the nearest is a student of this teacher"
+            f"not {own.get(wrong)}; the nearest is {nearest}"
+        )
+    file = other.path / CONDITIONING
+    keys = read_safetensors_header(file)[1] if file.is_file() else ()
+    heard = {key.split(".")[2] for key in keys if key.count(".") > 2}
+    beside = [name for name in told if name != "w" or not inside]
+    if heard - set(beside):
+        raise UserError(
+            f"student.start = {start!r} embeds {sorted(heard)} by weights of its {CONDITIONING}, this run {beside}; "
+            f"the nearest legal method.told is {sorted(heard)}"
         )

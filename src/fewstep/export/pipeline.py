@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from fewstep.config import validate
+from fewstep.families import CONSISTENCY, SD
 from fewstep.files import atomic_folder, read_mapping, write_json
-from fewstep.folder import read_folder
+from fewstep.folder import PipelineFolder, read_folder
+from fewstep.scheduler_config import BETAS, is_flow
 from fewstep.settings import TEACHER_SAMPLING, Sampling
 
 if TYPE_CHECKING:  # its settings are read before torch is
@@ -64,6 +67,8 @@ def write_pipeline(
                 index["requires_safety_checker"] = False
             continue
         shutil.copytree(base / name, place / name, ignore=shutil.ignore_patterns(*PICKLES))
+    if saver.config.get("time_cond_proj_dim") is not None:
+        index |= _as_consistency(folder, record, place)
     write_json(place / "model_index.json", index)
     for item in [found for pattern in LICENCES for found in base.glob(pattern)]:
         (shutil.copytree if item.is_dir() else shutil.copy2)(item, place / item.name)
@@ -74,6 +79,30 @@ def write_pipeline(
     save_told(place, told or {})
     if record:
         (place / RECORD).write_text(json.dumps(dict(record), indent=2) + "\n", encoding="utf-8")
+
+
+def _as_consistency(folder: PipelineFolder, record: Mapping[str, Any], place: Path) -> dict[str, Any]:
+    """Return the entries of model_index.json by which stock pipelines draw an LCM student with a guidance embedding.
+
+    diffusers' LCMScheduler goes into the folder, and Stable Diffusion becomes a LatentConsistencyModelPipeline. Nothing
+    changes for one that is sampled otherwise than LCMScheduler does.
+    """
+    sampling = validate(Sampling, record.get("sampling") or {})
+    plain = isinstance(sampling.grid, int) and sampling.spacing == "grid" and sampling.step_jump == "skip"
+    config = folder.config("scheduler")
+    if sampling.sampler != "lcm" or not plain or is_flow(config):
+        return {}
+    from diffusers import DDPMScheduler, LCMScheduler
+
+    own = {key: config[key] for key in (*BETAS, "prediction_type") if key in config}
+    noise = {key: value for key, value in DDPMScheduler(**own).config.items() if key in (*BETAS, "prediction_type")}
+    with suppress(NotImplementedError):  # a beta schedule that LCMScheduler does not have
+        made = LCMScheduler(**noise, original_inference_steps=sampling.grid)
+        shutil.rmtree(place / "scheduler", ignore_errors=True)
+        made.save_config(place / "scheduler")
+        named = {"_class_name": CONSISTENCY} if folder.family is SD else {}
+        return {"scheduler": ["diffusers", "LCMScheduler"], **named}
+    return {}
 
 
 def _pickled(component: Path) -> bool:
@@ -105,10 +134,17 @@ def sampling_of(pipeline: Path) -> Sampling | None:
 def teacher_sampling(pipeline: Path) -> Sampling:
     """How a teacher's folder is sampled: as its own record says, else by `TEACHER_SAMPLING`.
 
+    A consistency model without a record is sampled as diffusers' LatentConsistencyModelPipeline does by default.
+
     Raises:
         UserError: the record is broken.
     """
-    return sampling_of(pipeline) or TEACHER_SAMPLING
+    own = sampling_of(pipeline)
+    folder = read_folder(pipeline) if own is None else None
+    if folder is None or not folder.consistency:
+        return own or TEACHER_SAMPLING
+    grid = folder.config("scheduler").get("original_inference_steps", 50)
+    return validate(Sampling, {"sampler": "lcm", "steps": 4, "omega": 7.5, "grid": grid})
 
 
 def end_point_sampling(pipeline: Path) -> Sampling:
@@ -118,4 +154,6 @@ def end_point_sampling(pipeline: Path) -> Sampling:
         UserError: the record is broken.
     """
     own = teacher_sampling(pipeline)
+    if own.sampler == "lcm" and read_folder(pipeline).consistency:  # no solver follows its trajectories
+        return own
     return TEACHER_SAMPLING if own.sampler in ("sss", "lcm") else own

@@ -15,6 +15,7 @@ from fewstep.drawing import load_artist
 from fewstep.errors import UserError
 from fewstep.export.forms import ADAPTERS, ExportForm, Reader
 from fewstep.export.header import check_lora
+from fewstep.families import CONSISTENCY
 from fewstep.folder import PipelineFolder
 from fewstep.schedulers import SSSScheduler
 from fewstep.settings import Sampling
@@ -86,7 +87,7 @@ def pipeline_latents(
 
 def _unchecked(kind: str) -> dict[str, Any]:
     """What keeps a pipeline from asking for a safety checker."""
-    return {"safety_checker": None} if kind == "StableDiffusionPipeline" else {}
+    return {"safety_checker": None} if kind in ("StableDiffusionPipeline", CONSISTENCY) else {}
 
 
 def load_pipeline(place: Path, kind: str) -> Any:
@@ -187,7 +188,9 @@ def drawn_again(
         came = adapted(network)
     if export.form == "peft":
         setattr(pipe, export.folder.network, network.merge_and_unload())
-    if export.sampling == sampling_of_student(export.place):
+    if export.folder.pipeline == CONSISTENCY:  # it knows no other scheduler than its own
+        settings = call_settings(export.place)
+    elif export.sampling == sampling_of_student(export.place):
         pipe.scheduler, settings = scheduler_for(export.place, pipe.scheduler.config), call_settings(export.place)
     else:
         pipe.scheduler = SSSScheduler.from_config(pipe.scheduler.config, gamma=0.0)

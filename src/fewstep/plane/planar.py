@@ -77,6 +77,13 @@ class Plane:
         """Width of the time embedding."""
         return int(self.network.leave.in_features)  # type: ignore[union-attr,arg-type]
 
+    def embeds_guidance(self, network: nn.Module) -> bool:
+        """Return False: no network of the plane embeds guidance by itself."""
+        return False
+
+    def add_guidance_embedding(self, network: nn.Module) -> None:
+        """Do nothing: networks of the plane have no place for it."""
+
 
 class PlanarCritic(nn.Module):
     """A critic of points and their times."""

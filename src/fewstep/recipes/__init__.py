@@ -19,11 +19,13 @@ def names() -> list[str]:
 
 LISTS = ("tlcm",)
 """Recipes that run several objectives one after another, from prompts alone."""
+WHOLE = ("lcm-full",)
+"""Recipes of full training alone: `lcm` again, with guidance as an input of the network."""
 
 
 def rows() -> list[str]:
     """The bundled recipes that are rows of the table."""
-    return [name for name in names() if name not in LISTS]
+    return [name for name in names() if name not in (*LISTS, *WHOLE)]
 
 
 def read_recipe(name: str, model: type[BaseModel] | None = None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fewstep.checks import check_walk
+from fewstep.checks import check_diffusion, check_walk
 from fewstep.errors import UserError
 from fewstep.files import check_writable
 from fewstep.folder import PipelineFolder
@@ -106,6 +106,7 @@ def check_synthesis(config: SynthesisConfig, lines: Sequence[str], folder: Pipel
         UserError: times off the teacher's schedule, walks of a teacher without an unconditional branch, a place that
             cannot be written to, that holds another set or other files of the same names, or that has no room.
     """
+    check_diffusion("teacher", folder)
     check_walk(config.grid, config.end, folder)
     if config.kind == "trajectories" and folder.told_guidance:
         raise UserError(
