@@ -1,0 +1,12 @@
+"""Sticker scenes: 64x64 pictures composed without end from drawn emoji, with prompts whose every fact can be checked.
+
+- `vocabulary`: concepts, styles, colours, patterns, and their words in English and Chinese
+- `sprites`: the drawn emoji, read from one sheet a style
+- `scene`: a scene as a pure function of (seed, index)
+- `draw`: a scene as a picture
+- `claim`: what a prompt states, and whether a scene agrees
+- `grammar`: claims to sentences and back
+- `heldout`: what nothing that trains sees
+- `dataset`: pictures and prompts of whole index ranges
+- `autoencoder`, `reader`, `teacher`: what is trained on them
+"""

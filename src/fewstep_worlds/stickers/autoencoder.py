@@ -1,0 +1,196 @@
+"""Training of the teacher's autoencoder on scenes drawn without end.
+
+The loss is Stable Diffusion's kind: errors of pixels and of slopes, a perceptual distance, a KL term, and a patch
+critic with a hinge loss whose gradient is scaled to a share of the other terms' (arXiv 2012.09841, eq. 7).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from fewstep.draws import Draws
+from fewstep.evaluation.features import Features
+from fewstep.evaluation.frechet import FrechetDistance, Projection
+from fewstep.evaluation.lite0 import Lite0, Lite0Backbone, make_lite0
+from fewstep.evaluation.lite0_weights import load_weights
+from fewstep.loss import Loss
+from fewstep.processes import on_main
+from fewstep.training.cpu import speed_up
+from fewstep.training.loop import Batch, Update, train
+from fewstep.training.run import RunLog
+from fewstep.world.train_vae import fold_statistics, make_vae, psnr, to_tensor
+from fewstep_worlds.stickers.dataset import ENDLESS, REFERENCE_SEED, SceneWorkers, draw_scenes, fingerprint
+from fewstep_worlds.stickers.settings import AutoencoderConfig
+
+EARLY_BLOCKS = 6
+"""Blocks of EfficientNet-Lite0 that the perceptual distance reads: 8x8 cells and 40 channels at the last.
+
+FD-Lite0 reads the same network's last features, of pictures enlarged to 128x128; the distance never sees those.
+"""
+JUDGED = 500
+"""Unseen scenes that the autoencoder is judged on."""
+
+
+def early_features(network: Lite0, pictures: Tensor) -> list[Tensor]:
+    """Return the outputs of the first blocks, each scaled to unit length over channels (arXiv 1801.03924, eq. 1).
+
+    Args:
+        pictures: [B, 3, H, W] in [-1, 1].
+    """
+    blocks = network.blocks(pictures * (127.5 / 128) + 0.5 / 128)
+    return [F.normalize(features.float(), dim=1, eps=1e-4) for features, _ in zip(blocks, range(EARLY_BLOCKS))]
+
+
+def perceptual_distance(network: Lite0, restored: Tensor, pictures: Tensor) -> Tensor:
+    """Mean over blocks and cells of the squared distance between early features, a scalar."""
+    with torch.no_grad():
+        targets = early_features(network, pictures)
+    found = early_features(network, restored)
+    return torch.stack([(a - b).square().sum(1).mean() for a, b in zip(found, targets, strict=True)]).mean()
+
+
+def slope_error(error: Tensor) -> Tensor:
+    """Mean squared difference of an error [B, C, H, W] between neighbours, along both axes, a scalar."""
+    return error.diff(dim=3).square().mean() + error.diff(dim=2).square().mean()
+
+
+def make_critic(channels: tuple[int, ...]) -> nn.Sequential:
+    """Return a patch critic: [B, 3, H, W] -> [B, 1, H', W'], high for real patches."""
+    layers: list[nn.Module] = []
+    inside = 3
+    for number, outside in enumerate(channels):
+        stride = 2 if number < 2 else 1
+        layers.append(nn.Conv2d(inside, outside, 4 if stride == 2 else 3, stride, padding=1))
+        if number:
+            layers.append(nn.GroupNorm(8, outside))
+        layers.append(nn.LeakyReLU(0.2))
+        inside = outside
+    return nn.Sequential(*layers, nn.Conv2d(inside, 1, 3, padding=1))
+
+
+def length(gradient: Tensor) -> Tensor:
+    """Euclidean length of each picture's gradient, [B, 1, 1, 1]."""
+    return gradient.flatten(1).norm(dim=1)[:, None, None, None]
+
+
+class AutoencoderLosses:
+    """The losses of the autoencoder and of its critic, which judges the pictures that the first one just restored."""
+
+    def __init__(self, vae: Any, critic: nn.Module, network: Lite0, config: AutoencoderConfig) -> None:
+        self.vae = vae
+        self.critic = critic
+        self.network = network
+        self.config = config
+        self._restored: Tensor | None = None
+
+    def of_vae(self, batch: Batch, draws: Draws) -> Loss:
+        """Reconstruction, KL and, from `critic_from` on, the critic's term."""
+        config, pictures = self.config, batch["pictures"]
+        posterior = self.vae.encode(pictures).latent_dist
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        noise = draws.normal("posterior", tuple(mean.shape[1:]))
+        restored = self.vae.decode(mean + torch.exp(0.5 * logvar) * noise).sample.float()
+        self._restored = restored.detach()
+        error = restored - pictures
+        squared = error.square().mean()
+        perceptual = perceptual_distance(self.network, restored, pictures)
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        value = squared + config.l1 * error.abs().mean() + config.slopes * slope_error(error)
+        value = value + config.perceptual * perceptual
+        scalars = {"mse": squared, "perceptual": perceptual, "kl": kl}
+        if draws.step >= config.critic_from and config.critic_share:
+            # both gradients are taken at the pictures: the networks behind them are walked once each
+            (own,) = torch.autograd.grad(value, restored)
+            (fooled,) = torch.autograd.grad(-self.critic(restored).float().mean(), restored)
+            wanted = own + config.critic_share * fooled * length(own) / (length(fooled) + 1e-12)
+            value = value.detach() + (restored * wanted).sum() - (restored * wanted).sum().detach()
+        return Loss(value + config.beta * kl, scalars=scalars)
+
+    def of_critic(self, batch: Batch, _: Draws) -> Loss:
+        """Hinge loss of the critic."""
+        assert self._restored is not None
+        real, fake = self.critic(batch["pictures"]).float(), self.critic(self._restored).float()
+        value = (F.relu(1 - real) + F.relu(1 + fake)).mean()
+        return Loss(value, scalars={"real": real.mean(), "fake": fake.mean()})
+
+
+@torch.no_grad()
+def restore(vae: Any, pictures: np.ndarray, batch: int = 50) -> np.ndarray:
+    """Return pictures decoded from their posterior means, uint8 [N, H, W, 3]."""
+    parts = []
+    for start in range(0, len(pictures), batch):
+        restored = vae.decode(vae.encode(to_tensor(pictures[start : start + batch])).latent_dist.mean).sample
+        parts.append((restored.clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).numpy())
+    return np.concatenate(parts)
+
+
+class AutoencoderJudge:
+    """PSNR of unseen scenes through an autoencoder, and their FD-Lite0 to other scenes beside its floor."""
+
+    def __init__(self, folder: Path | None = None, cache: Path | None = None, count: int = JUDGED) -> None:
+        self.pictures = draw_scenes(REFERENCE_SEED, range(count), folder=folder)
+        self.features = Features(Lite0Backbone(), cache, progress=False)
+        self.real = self.features(draw_scenes(REFERENCE_SEED, range(count, 3 * count), folder=folder))
+        self.distance = FrechetDistance(self.features, Projection.fit(self.real))
+        self.floor = self.distance.distance(self.features(self.pictures), self.real)
+
+    def __call__(self, vae: Any) -> dict[str, float]:
+        """Return the figures of an autoencoder on the CPU."""
+        restored = restore(vae, self.pictures)
+        return {
+            "psnr": float(psnr(restored, self.pictures).mean()),
+            "fd": self.distance.distance(self.features(restored), self.real),
+            "fd_floor": self.floor,
+        }
+
+
+def train_autoencoder(
+    config: AutoencoderConfig, out: Path, accelerator: Accelerator, folder: Path | None = None
+) -> Any:
+    """Train the autoencoder in the run folder `out`, resuming what is there; return it, its statistics folded in.
+
+    Raises:
+        UserError: the sprite sheets cannot be read, or `out` holds another run.
+    """
+    torch.manual_seed(config.loop.seed)
+    vae, critic = make_vae(config), make_critic(config.critic_channels)
+    network = make_lite0(load_weights()).to(accelerator.device)
+    for part in (vae, critic):
+        speed_up(part)
+        part.to(accelerator.device)
+    losses = AutoencoderLosses(vae, critic, network, config)
+    judge: AutoencoderJudge | None = None
+
+    def watch(_: int, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
+        nonlocal judge
+        judge = judge or AutoencoderJudge(folder, out / "features")
+        judged = make_vae(config)
+        judged.load_state_dict({name: value.cpu() for name, value in weights["vae"].items()})
+        speed_up(judged)
+        return judge(judged.eval())
+
+    plan = [
+        Update("vae", dict(vae.named_parameters()), losses.of_vae, config.optim),
+        Update("critic", dict(critic.named_parameters()), losses.of_critic, config.critic_optim),
+    ]
+    inputs = {"scenes": fingerprint(folder)}
+    with (
+        SceneWorkers(config.workers, folder=folder) as scenes,
+        RunLog(out, config, title="autoencoder", inputs=inputs, main=accelerator.is_main_process) as log,
+    ):
+
+        def fetch(items: np.ndarray, _: Draws) -> Batch:
+            return {"pictures": to_tensor(scenes.pictures(items)).to(accelerator.device)}
+
+        trained = train(plan, fetch, ENDLESS, config.loop, log, accelerator, on_main(watch), visits=np.arange)
+    vae.load_state_dict(trained.weights["vae"])
+    vae.cpu().eval()
+    fold_statistics(vae, draw_scenes(REFERENCE_SEED, range(2000), folder=folder))
+    return vae
