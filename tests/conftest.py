@@ -124,3 +124,23 @@ def tiny_overrides(tiny_pipeline: Path, picture_folder: Path) -> list[str]:
         "loop.watch_every=null",
         "optim.lr=1e-3",
     ]
+
+
+@pytest.fixture(scope="session")
+def sticker_sheets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sheets on which every concept is a black disc, with a red mark on its right side."""
+    from PIL import Image, ImageDraw
+
+    from fewstep_worlds.stickers.sprites import COLUMNS, EDGE
+    from fewstep_worlds.stickers.vocabulary import NAMES, STYLES
+
+    folder = tmp_path_factory.mktemp("stickers")
+    tile = Image.new("RGBA", (EDGE, EDGE))
+    ImageDraw.Draw(tile).ellipse((0, 0, EDGE - 1, EDGE - 1), fill=(0, 0, 0, 255))
+    ImageDraw.Draw(tile).rectangle((44, 24, 59, 39), fill=(255, 0, 0, 255))
+    sheet = Image.new("RGBA", (COLUMNS * EDGE, len(NAMES) // COLUMNS * EDGE))
+    for number in range(len(NAMES)):
+        sheet.paste(tile, (number % COLUMNS * EDGE, number // COLUMNS * EDGE))
+    for style in STYLES:
+        sheet.save(folder / f"{style}.webp", lossless=True)
+    return folder

@@ -29,11 +29,15 @@ The sprites are artwork of the holders below, none of whom endorses this project
 
 | sheet | artwork | holder | licence | package |
 | --- | --- | --- | --- | --- |
-| `noto` | [Noto Emoji](https://github.com/googlefonts/noto-emoji) | Copyright 2013 Google, Inc. | Apache-2.0 | `{noto}` |
-| `twemoji` | [Twemoji](https://github.com/jdecked/twemoji) | © Twitter, Inc and other contributors | CC BY 4.0 | `{twemoji}` |
-| `fluent` | [Fluent Emoji](https://github.com/microsoft/fluentui-emoji), flat | Copyright (c) Microsoft Corporation | MIT \
-| `{fluent}` |
-| `emojione` | [EmojiOne 2.3](https://github.com/EmojiTwo/emojitwo) | © EmojiOne | CC BY 4.0 | `{emojione}` |
+| `noto` | [Noto Emoji] | Copyright 2013 Google, Inc. | Apache-2.0 | `{noto}` |
+| `twemoji` | [Twemoji] | © Twitter, Inc and other contributors | CC BY 4.0 | `{twemoji}` |
+| `fluent` | [Fluent Emoji], flat | Copyright (c) Microsoft Corporation | MIT | `{fluent}` |
+| `emojione` | [EmojiOne 2.3] | © EmojiOne | CC BY 4.0 | `{emojione}` |
+
+[Noto Emoji]: https://github.com/googlefonts/noto-emoji
+[Twemoji]: https://github.com/jdecked/twemoji
+[Fluent Emoji]: https://github.com/microsoft/fluentui-emoji
+[EmojiOne 2.3]: https://github.com/EmojiTwo/emojitwo
 
 **Changes made, to every sheet:** {count} emoji were chosen, rasterised at 256x256 pixels, cropped to what is not
 transparent, reduced to fit {edge}x{edge} pixels with a Lanczos filter, and tiled into one WebP sheet (lossy colour).

@@ -25,6 +25,7 @@ from fewstep.processes import on_main
 from fewstep.training.cpu import speed_up
 from fewstep.training.loop import Batch, Update, train
 from fewstep.training.run import RunLog
+from fewstep.world.settings import VaeConfig
 from fewstep.world.train_vae import fold_statistics, make_vae, psnr, to_tensor
 from fewstep_worlds.stickers.dataset import ENDLESS, REFERENCE_SEED, SceneWorkers, draw_scenes, fingerprint
 from fewstep_worlds.stickers.settings import AutoencoderConfig
@@ -36,6 +37,12 @@ FD-Lite0 reads the same network's last features, of pictures enlarged to 128x128
 """
 JUDGED = 500
 """Unseen scenes that the autoencoder is judged on."""
+
+
+def make_autoencoder(config: AutoencoderConfig) -> Any:
+    """Return a freshly initialised `AutoencoderKL`."""
+    shape = ("channels", "layers", "latent_channels", "groups")
+    return make_vae(VaeConfig(**{name: getattr(config, name) for name in shape}))
 
 
 def early_features(network: Lite0, pictures: Tensor) -> list[Tensor]:
@@ -77,7 +84,8 @@ def make_critic(channels: tuple[int, ...]) -> nn.Sequential:
 
 def length(gradient: Tensor) -> Tensor:
     """Euclidean length of each picture's gradient, [B, 1, 1, 1]."""
-    return gradient.flatten(1).norm(dim=1)[:, None, None, None]
+    squares: Tensor = gradient.square().sum((1, 2, 3), keepdim=True)
+    return squares.sqrt()
 
 
 class AutoencoderLosses:
@@ -160,7 +168,7 @@ def train_autoencoder(
         UserError: the sprite sheets cannot be read, or `out` holds another run.
     """
     torch.manual_seed(config.loop.seed)
-    vae, critic = make_vae(config), make_critic(config.critic_channels)
+    vae, critic = make_autoencoder(config), make_critic(config.critic_channels)
     network = make_lite0(load_weights()).to(accelerator.device)
     for part in (vae, critic):
         speed_up(part)
@@ -171,7 +179,7 @@ def train_autoencoder(
     def watch(_: int, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
         nonlocal judge
         judge = judge or AutoencoderJudge(folder, out / "features")
-        judged = make_vae(config)
+        judged = make_autoencoder(config)
         judged.load_state_dict({name: value.cpu() for name, value in weights["vae"].items()})
         speed_up(judged)
         return judge(judged.eval())
@@ -192,5 +200,5 @@ def train_autoencoder(
         trained = train(plan, fetch, ENDLESS, config.loop, log, accelerator, on_main(watch), visits=np.arange)
     vae.load_state_dict(trained.weights["vae"])
     vae.cpu().eval()
-    fold_statistics(vae, draw_scenes(REFERENCE_SEED, range(2000), folder=folder))
+    fold_statistics(vae, draw_scenes(REFERENCE_SEED, range(1000), folder=folder))
     return vae

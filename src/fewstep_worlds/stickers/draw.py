@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +15,7 @@ from fewstep_worlds.stickers.sprites import SIZES, Sprites
 from fewstep_worlds.stickers.vocabulary import COLOURS
 
 Picture = npt.NDArray[np.uint8]
-Plane = npt.NDArray[np.float32]
+Plane = npt.NDArray[np.floating[Any]]
 
 WHITENED = 0.55
 """How far a background's second tone lies from its colour to white; a gradient runs further."""
@@ -49,23 +51,29 @@ def _share(background: Background) -> Plane:
         return np.zeros((SIDE, SIDE), np.float32)
     if background.pattern == "gradient":
         reach = SIDE / 2 * (abs(math.cos(angle)) + abs(math.sin(angle)))
-        return np.clip((along - period * background.phase[0]) / (2 * reach) + 0.5, 0, 1)
+        return _between((along - period * background.phase[0]) / (2 * reach))
     if background.pattern == "stripes":
-        return np.clip(period / 4 - _from_middle(along, period) + 0.5, 0, 1)
+        return _between(period / 4 - _from_middle(along, period))
     if background.pattern == "checks":
-        edges = (period / 4 - _from_middle(side, period) for side in (along, across))
-        first, second = (np.clip(2 * edge, -1, 1) for edge in edges)
-        return (first * second + 1) / 2
+        inside, other = (2 * _between(period / 4 - _from_middle(side, period)) - 1 for side in (along, across))
+        return (inside * other + 1) / 2
     column, row = along % period - period / 2, across % period - period / 2
     radius = np.hypot(column, row)
     if background.pattern == "dots":
-        return np.clip(0.27 * period - radius + 0.5, 0, 1)
-    return np.clip(_star(np.arctan2(column, row)) * 0.36 * period - radius + 0.5, 0, 1)
+        return _between(0.27 * period - radius)
+    return _between(0.36 * period * _star(np.arctan2(column, row)) - radius)
+
+
+def _between(inside: Plane) -> Plane:
+    """Return 1 where a signed distance in pixels is inside an edge, 0 outside, and a slope one pixel wide between."""
+    share: Plane = np.clip(inside + 0.5, 0, 1)
+    return share
 
 
 def _from_middle(position: Plane, period: float) -> Plane:
     """Return the distance to the nearest middle of a stripe, in pixels."""
-    return np.abs(position % period - period / 2)
+    distance: Plane = np.abs(position % period - period / 2)
+    return distance
 
 
 def _star(angle: Plane) -> Plane:
@@ -74,10 +82,11 @@ def _star(angle: Plane) -> Plane:
     turn = np.abs((angle + math.pi / 5) % (2 * math.pi / 5) - math.pi / 5)
     # the straight line from the point (1, 0) to the notch at pi / 5
     x, y = inner * math.cos(math.pi / 5), inner * math.sin(math.pi / 5)
-    return y / (np.sin(turn) * (1 - x) + y * np.cos(turn))
+    radius: Plane = y / (np.sin(turn) * (1 - x) + y * np.cos(turn))
+    return radius
 
 
-def _stick(picture: Picture, sticker: Sticker, sprite: dict[int, Image.Image]) -> None:
+def _stick(picture: Picture, sticker: Sticker, sprite: Mapping[int, Image.Image]) -> None:
     """Draw a sticker over the picture, in place."""
     edge = min((size for size in SIZES if size >= sticker.size), default=SIZES[0])
     angle, scale = math.radians(sticker.turn), edge / sticker.size

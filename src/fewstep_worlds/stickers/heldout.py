@@ -18,6 +18,8 @@ T = TypeVar("T")
 SEED = 28
 KINDS = ("style", "pair", "concept_style", "concept_colour")
 """Kinds of held-out pictures."""
+TEXT_KINDS = ("synonym", "chinese_concept", "chinese_colour")
+"""Kinds of held-out sentences, about pictures like those that are trained on."""
 
 
 def _draw(purpose: str, of: list[T], count: int) -> frozenset[T]:

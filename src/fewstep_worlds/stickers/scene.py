@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from fewstep.draws import generator
+from fewstep.errors import UserError
+from fewstep_worlds.stickers.heldout import KINDS as HELD_OUT
 from fewstep_worlds.stickers.heldout import held_out_kinds
 from fewstep_worlds.stickers.vocabulary import COLOURS, NAMES, PATTERNS, STYLES
+
+Choice = TypeVar("Choice")
 
 SIDE = 64
 """Edge of a scene, in pixels."""
@@ -21,7 +26,7 @@ Relation = Literal["left", "right", "above", "below"]
 RELATIONS: tuple[Relation, ...] = ("left", "right", "above", "below")
 
 KINDS = {"single": 0.2, "several": 0.3, "two": 0.28, "relation": 0.22}
-"""Kind of scene -> probability: one sticker; several of one concept; two concepts; two stickers, clearly beside each other."""
+"""Kind of scene -> probability: one sticker; several of one concept; two concepts; two, clearly beside each other."""
 COUNTS = {2: 0.2, 3: 0.2, 4: 0.16, 5: 0.12, 6: 0.1, 7: 0.08, 8: 0.07, 9: 0.07}
 """Stickers of a scene of several -> probability."""
 SIZES = {
@@ -100,8 +105,13 @@ def relation(x: float, y: float, other_x: float, other_y: float) -> Relation | N
 def make_scene(seed: int, index: int, split: str = "train") -> Scene:
     """Return scene `index` of a split: `train` has nothing that is held out, another split holds just its own kind.
 
-    The splits are `train` and the kinds of `heldout.held_out_kinds`: `style`, `pair`, `concept_style`, `concept_colour`.
+    The splits are `train` and `heldout.KINDS`.
+
+    Raises:
+        UserError: an unknown split.
     """
+    if split not in ("train", *HELD_OUT):
+        raise UserError(f"split = {split!r} is not one of train, {', '.join(HELD_OUT)}")
     rng = generator(seed, f"stickers {split}", index)
     wanted = frozenset() if split == "train" else frozenset((split,))
     while True:
@@ -123,18 +133,18 @@ def _pick(rng: np.random.Generator, choices: tuple[str, ...]) -> str:
     return choices[int(rng.integers(len(choices)))]
 
 
-def _weighted(rng: np.random.Generator, weights: dict[str, float] | dict[int, float]) -> str | int:
+def _weighted(rng: np.random.Generator, weights: Mapping[Choice, float]) -> Choice:
     return list(weights)[int(np.searchsorted(np.cumsum(list(weights.values())), rng.random(), side="right"))]
 
 
 def _contents(rng: np.random.Generator) -> tuple[str, list[str]]:
     """Return the kind of scene, and the concept of each sticker."""
-    kind = str(_weighted(rng, KINDS))
+    kind = _weighted(rng, KINDS)
     first, second = (NAMES[i] for i in rng.choice(len(NAMES), 2, replace=False))
     if kind == "single":
         return kind, [first]
     if kind == "several":
-        return kind, [first] * int(_weighted(rng, COUNTS))
+        return kind, [first] * _weighted(rng, COUNTS)
     if kind == "relation" or rng.random() < 0.4:
         return kind, [first, second]
     return kind, [first] * int(rng.integers(1, 5)) + [second] * int(rng.integers(1, 5))
