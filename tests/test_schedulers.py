@@ -57,10 +57,15 @@ SAMPLED: dict[str, tuple[dict[str, Any], type[FewStepScheduler], dict[str, Any]]
 }
 
 
-def pipeline(folder: Path, kind: str = "StableDiffusionPipeline") -> Any:
+def type_of(kind: str) -> Any:
     import diffusers
 
-    pipe = getattr(diffusers, kind).from_pretrained(folder, safety_checker=None, local_files_only=True)
+    return getattr(diffusers, kind)
+
+
+def pipeline(folder: Path, kind: str = "StableDiffusionPipeline") -> Any:
+    more = {"safety_checker": None} if kind.startswith("StableDiffusion") and "XL" not in kind else {}
+    pipe = type_of(kind).from_pretrained(folder, local_files_only=True, **more)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -265,6 +270,46 @@ def test_image_to_image_makes_all_calls(strength: float, tiny_pipeline: Path) ->
     own.set_timesteps(4, strength=strength)
     assert len(own.timesteps) == 4
     assert set(own.timesteps.tolist()) <= set(training_grid(scaled_linear(), 50).tolist())
+
+
+@pytest.mark.parametrize("scheduler", [SSSScheduler, ConsistencyScheduler])
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+def test_a_drawing_split_over_two_pipelines(scheduler: type[FewStepScheduler], share: float, tmp_path: Path) -> None:
+    """First-order jumps end where the second pipeline begins; a second-order jump that would be cut is refused."""
+    first = pipeline(tiny_pipelines.sdxl(tmp_path / "sdxl"), "StableDiffusionXLPipeline")
+    second = type_of("StableDiffusionXLImg2ImgPipeline")(**first.components)
+    second.set_progress_bar_config(disable=True)
+    asked = {"num_inference_steps": 4, "guidance_scale": 0, "output_type": "latent"}
+
+    def split(jump: str) -> tuple[Tensor, Tensor]:
+        more = {"gamma": 0.0} if scheduler is SSSScheduler else {}
+        for pipe in (first, second):
+            pipe.scheduler = scheduler.from_config(first.scheduler.config, jump=jump, **more)
+        whole = first(PROMPTS, generator=generators(), **asked).images
+        noise = generators()  # handed on: of consistency sampling each jump draws more of it
+        half = first(PROMPTS, generator=noise, denoising_end=share, **asked).images
+        both = second(PROMPTS, image=half, generator=noise, denoising_start=share, **asked).images
+        return whole, both
+
+    torch.testing.assert_close(*split("first_order"))
+    with pytest.raises(SchedulerError, match="begin_index"):
+        split("second_order")
+
+
+def test_a_second_order_jump_is_begun_at_its_first_call() -> None:
+    scheduler = SSSScheduler(jump="second_order")
+    scheduler.set_timesteps(4)
+    x = torch.zeros(1, 4, 8, 8)
+    for place in range(8):
+        scheduler.set_timesteps(4)
+        if place % 2:
+            with pytest.raises(SchedulerError, match="begin_index"):
+                scheduler.set_begin_index(place)
+            with pytest.raises(SchedulerError, match="begin_index"):  # a loop that only hands over its times
+                scheduler.step(x, scheduler.timesteps[place], x)
+        else:
+            scheduler.set_begin_index(place)
+            scheduler.step(x, scheduler.timesteps[place], x)
 
 
 def test_times_that_are_given_obey_the_strength() -> None:

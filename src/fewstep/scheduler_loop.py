@@ -133,8 +133,27 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Begin in the middle of the list of times, as image-to-image pipelines do."""
+        """Begin in the middle of the list of times, as image-to-image pipelines do.
+
+        Raises:
+            ValueError: no jump begins there: it is the second network call of one.
+        """
+        if self.num_inference_steps is not None:
+            self._check_begin(begin_index)
         self._begin_index = begin_index
+
+    def _check_begin(self, place: int) -> None:
+        """Refuse a place in the list of times at which no jump begins.
+
+        Latents between the two calls of a second-order jump are its mid-point. The jump's end depends on its start and
+        its first prediction too, which only the scheduler that made the first call holds.
+        """
+        if place < 0 or place % self.order:
+            raise SchedulerError(
+                f"begin_index = {place} of {len(self.timesteps)} network calls begins no jump, of which each takes "
+                f"{self.order}; the nearest legal one is {max(place - place % self.order, 0)}. Draw a picture with one "
+                "pipeline, or split it between two with jump = 'first_order'"
+            )
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The sample as it is."""
@@ -271,7 +290,9 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if self.num_inference_steps is None:
             raise SchedulerError("num_inference_steps is not set; call set_timesteps first")
         if self._step_index is None:
-            self._step_index = self._place(timestep) if self._begin_index is None else self._begin_index
+            begin = self._place(timestep) if self._begin_index is None else self._begin_index
+            self._check_begin(begin)
+            self._step_index = begin
         place = self._step_index
         if place >= len(self.timesteps):
             done = len(self.timesteps)
