@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # not typing's own: its import takes as long as all of the interpreter's start
 if TYPE_CHECKING:  # type checkers and editors see the verbs; `import fewstep` stays light
+    from typing import Any
+
     from fewstep.api import distill, estimate, evaluate, playground, sample
     from fewstep.api_tools import export_as, read_synthesis, synthesis_cost, synthesize, train_adapter, train_perceptual
     from fewstep.errors import UserError

@@ -5,6 +5,13 @@ Everything heavy is imported inside the verbs, so that help and refusals are qui
 
 from __future__ import annotations
 
+from fewstep.training import stopping
+
+BEFORE_IMPORTS = stopping.installed(stopping.end_at_once)
+"""Handlers before the imports below, which take half a second."""
+
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +37,7 @@ from fewstep.cli_options import (
 )
 from fewstep.errors import UserError
 from fewstep.evaluation.settings import FD_ADVISED
+from fewstep.files import os_reason
 from fewstep.names import TO_TEACHER
 from fewstep.threads import wait_briefly
 
@@ -287,8 +295,8 @@ def playground(
     say(f"wrote {path}, table.md and figures.json beside it")
 
 
-import fewstep.cli_tools  # noqa: E402
-import fewstep.cli_world  # noqa: E402, F401  (after this module's own verbs, so that help lists them last)
+import fewstep.cli_tools
+import fewstep.cli_world  # noqa: F401  (after this module's own verbs, so that help lists them last)
 
 
 def one_line(error: object) -> str:
@@ -302,18 +310,49 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "out of memory" in told or "can't allocate memory" in told
 
 
-STOPPED = "fewstep: stopped; run the same command again to go on"
+def as_line(error: Exception) -> str:
+    """A line for an error that a machine raises: too little memory, a disk that is full or has gone away.
+
+    Raises:
+        Exception: it is another one.
+    """
+    if out_of_memory(error):
+        advice = "leave it more, or, to distil, run again with a larger loop.accumulate or student.checkpointing=true"
+        return f"out of memory ({one_line(error)[:200]}); {advice}"
+    reason = os_reason(error)
+    if reason is None:
+        raise error
+    file = getattr(error, "filename", None)
+    return f"{f'{file}: ' if file else ''}{reason}; what is whole was kept"
+
+
+def stopped(error: KeyboardInterrupt) -> str:
+    """A line for work that a signal has stopped: it can only go on where its folder was kept."""
+    kept = str(error) or next(iter(getattr(error, "__notes__", [])), "")
+    return f"fewstep: {kept if str(error) else '; '.join(filter(None, ['stopped', kept]))}"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command; user errors are one line and exit code 2."""
+    """Run the command; user errors are one line and exit code 2, signals one line and 128 + their number."""
+    try:
+        with stopping.stoppable():
+            _main(arguments)
+    finally:
+        if arguments is None:  # a signal while the interpreter ends leaves no traceback
+            stopping.installed(signal.SIG_DFL)
+
+
+def _main(arguments: list[str] | None) -> None:
     wait_briefly()
     usage_error: Any = typer.BadParameter.__mro__[2]  # click's base error, of the click that typer carries
     try:
-        result: Any = typer.main.get_command(app).main(args=arguments, prog_name="fewstep", standalone_mode=False)
-        if result == 130:  # typer's own for ctrl-c inside a verb
-            print(STOPPED, file=sys.stderr)
-        sys.exit(result if isinstance(result, int) else 0)
+        command: Any = typer.main.get_command(app)
+        # not through its own main, which forgets why it was interrupted
+        with command.make_context("fewstep", sys.argv[1:] if arguments is None else list(arguments)) as context:
+            command.invoke(context)
+        sys.exit(0)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
     except UserError as error:
         print(f"fewstep: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
@@ -323,19 +362,19 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(0)
         print(f"fewstep: {one_line(error.format_message())} (see --help)", file=sys.stderr)
         sys.exit(2)
-    except (typer.Abort, KeyboardInterrupt):
-        print(STOPPED, file=sys.stderr)
-        sys.exit(130)
-    except OSError as error:  # a disk that fills up, a folder that goes away
-        print(f"fewstep: {one_line(error)}; what is whole was kept", file=sys.stderr)
-        sys.exit(2)
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        advice = "leave it more, or, to distil, run again with a larger loop.accumulate or student.checkpointing=true"
-        print(f"fewstep: out of memory ({one_line(error)[:200]}); {advice}", file=sys.stderr)
+    except (typer.Abort, KeyboardInterrupt) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(stopped(error) if isinstance(error, KeyboardInterrupt) else "fewstep: stopped", file=sys.stderr)
+        sys.exit(getattr(error, "code", 130))
+    except BrokenPipeError:  # a reader that has read enough, as `head` does
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for the interpreter's last flush)
+        sys.exit(1)
+    except Exception as error:
+        print(f"fewstep: {as_line(error)}", file=sys.stderr)
         sys.exit(2)
 
+
+stopping.restore(BEFORE_IMPORTS)
 
 if __name__ == "__main__":
     main()

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -16,6 +17,36 @@ from typing import IO, Any
 
 from fewstep.common.text import read_text
 from fewstep.errors import UserError
+
+OS_ERROR = re.compile(r"\[Errno \d+\] ([^:'\"()\[\]]+)|([^:'\"()\[\]]+) \(os error \d+\)")
+"""How Python and libraries in Rust (safetensors, tokenizers) spell an error of the operating system inside a text."""
+
+
+def os_reason(error: BaseException) -> str | None:
+    """Return what the operating system refused, in its own words, whichever library reports it; None for other errors.
+
+    safetensors and tokenizers have exceptions of their own for a full disk, `shutil` lists one tuple a file.
+    """
+    if isinstance(error, UserError):
+        return None
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    found = OS_ERROR.search(str(error))
+    if found:
+        return (found[1] or found[2]).strip()
+    return " ".join(str(error).split())[:200] or type(error).__name__ if isinstance(error, OSError) else None
+
+
+@contextmanager
+def _writing(path: Path, kept: str) -> Iterator[None]:
+    """Turn errors of the operating system into one line that names the path; `kept` is its end."""
+    try:
+        yield
+    except Exception as error:
+        reason = os_reason(error)
+        if reason is None:
+            raise
+        raise UserError(f"cannot write {path}: {reason}; {kept}") from error
 
 
 @contextmanager
@@ -29,21 +60,18 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
         UserError: the folder cannot be written to, or the disk is full.
     """
     path = Path(path)
-    try:
+    with _writing(path, "choose a writable folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         os.close(handle)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; choose a writable folder") from error
     part = Path(name)
     try:
-        yield part
-        with part.open("rb") as stream:
-            os.fsync(stream.fileno())
-        part.chmod(0o644)
-        part.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; nothing was left there") from error
+        with _writing(path, "nothing was left there"):
+            yield part
+            with part.open("rb") as stream:
+                os.fsync(stream.fileno())
+            part.chmod(0o644)
+            part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
@@ -60,25 +88,22 @@ def atomic_folder(path: Path | str, *, keep: bool = False) -> Iterator[Path]:
         UserError: the parent folder cannot be written to, or the disk is full.
     """
     path = Path(path).resolve()  # what a link points to is replaced, not the link
-    try:
+    with _writing(path, "choose a writable folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; choose a writable folder") from error
     try:
-        yield part
-        part.chmod(0o755)
-        for file in part.rglob("*"):
-            if file.is_file():
-                file.chmod(0o644)  # some writers make files that only their owner can read
-                with file.open("rb") as stream:
-                    os.fsync(stream.fileno())
-        if keep:
-            _put(part, path)
-        else:
-            _swap(part, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; nothing was left there") from error
+        with _writing(path, "nothing was left there"):
+            yield part
+            part.chmod(0o755)
+            for file in part.rglob("*"):
+                if file.is_file():
+                    file.chmod(0o644)  # some writers make files that only their owner can read
+                    with file.open("rb") as stream:
+                        os.fsync(stream.fileno())
+            if keep:
+                _put(part, path)
+            else:
+                _swap(part, path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -155,6 +180,9 @@ def taken(folder: Path) -> Iterator[None]:
     _taken.add(place)
     try:
         yield
+    except KeyboardInterrupt as stop:
+        stop.add_note(f"what is whole was kept in {folder}; run the same command again to go on")
+        raise
     finally:
         _taken.remove(place)
         stream.close()
@@ -164,11 +192,9 @@ def _lock(folder: Path, place: Path) -> IO[str]:
     """The folder's open lock file, with this process's number in it."""
     import fcntl
 
-    try:
+    with _writing(folder, "choose a writable folder"):
         folder.mkdir(parents=True, exist_ok=True)
         stream = place.open("a+", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}; choose a writable folder") from error
     try:
         fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -200,11 +226,9 @@ def alone(place: Path) -> Iterator[None]:
         return
     import fcntl
 
-    try:
+    with _writing(place, "choose a writable folder"):
         place.parent.mkdir(parents=True, exist_ok=True)
         stream = place.open("a")
-    except OSError as error:
-        raise UserError(f"cannot write {place}: {error.strerror or error}; choose a writable folder") from error
     with stream:
         with suppress(OSError):  # no locks here
             fcntl.flock(stream, fcntl.LOCK_EX)  # of this open file, so that threads wait as well
@@ -219,15 +243,13 @@ def check_writable(folder: Path | str) -> None:
     """
     folder = Path(folder)
     nearest = folder.absolute()
-    try:
+    with _writing(folder, "choose a writable folder"):
         while not nearest.exists() and nearest != nearest.parent:
             nearest = nearest.parent
         with tempfile.TemporaryFile(dir=nearest) as probe:
             probe.write(b"0")
             probe.flush()
             os.fsync(probe.fileno())
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}; choose a writable folder") from error
 
 
 def write_json(path: Path | str, data: Any) -> None:

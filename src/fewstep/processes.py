@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -84,6 +84,35 @@ def _messages(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 def anywhere(true: bool) -> bool:
     """Whether it is true in any process; all must ask."""
     return true if count() == 1 else bool(total(torch.tensor(float(true), device=PartialState().device)).item())
+
+
+class Vote:
+    """Find out, step by step, whether something is true in any process, without waiting for a device.
+
+    With one process the answer is immediate. With several it comes one question later: it travels between main
+    memories (gloo) beside the step.
+    """
+
+    def __init__(self) -> None:
+        self._group = dist.new_group(backend="gloo") if count() > 1 else None
+        self._asked: tuple[Any, Tensor] | None = None
+
+    def ask(self, true: bool) -> bool:
+        """Whether it was true in any process at the last question; every process must ask equally often."""
+        if self._group is None:
+            return true
+        answer = self.last()
+        mine = torch.tensor([float(true)])
+        self._asked = dist.all_reduce(mine, group=self._group, async_op=True), mine
+        return answer
+
+    def last(self) -> bool:
+        """The answer to the last question."""
+        if self._asked is None:
+            return False
+        (work, every), self._asked = self._asked, None
+        work.wait()
+        return bool(every.item())
 
 
 @contextmanager

@@ -140,8 +140,8 @@ class Watch:
         """Judge the student with the given weights."""
         judged = weights["student"]
         own = {name: value.detach().clone() for name, value in self.parameters.items()}
-        copy_role(judged, self.parameters)
         try:
+            copy_role(judged, self.parameters)
             with eagerly():
                 pictures = self.student.pictures(self.condition, self.seeds, self.student.sampling)
         finally:

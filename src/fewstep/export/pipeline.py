@@ -9,8 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
 from fewstep.config import validate
 from fewstep.families import CONSISTENCY, SD
 from fewstep.files import atomic_folder, read_mapping, write_json
@@ -72,10 +70,7 @@ def write_pipeline(
     write_json(place / "model_index.json", index)
     for item in [found for pattern in LICENCES for found in base.glob(pattern)]:
         (shutil.copytree if item.is_dir() else shutil.copy2)(item, place / item.name)
-    try:
-        saver.save_pretrained(place / folder.network, safe_serialization=True)
-    except SafetensorError as error:  # its own name for a full disk
-        raise OSError(str(error)) from error
+    saver.save_pretrained(place / folder.network, safe_serialization=True)
     save_told(place, told or {})
     if record:
         (place / RECORD).write_text(json.dumps(dict(record), indent=2) + "\n", encoding="utf-8")

@@ -8,8 +8,10 @@ Nothing in a step waits for the device; numbers are read back where they are log
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +27,15 @@ from fewstep.errors import UserError
 from fewstep.files import sweep
 from fewstep.loop_settings import LoopConfig, OptimConfig, check_batch
 from fewstep.loss import Loss
-from fewstep.processes import to_main, to_means, together, total
+from fewstep.processes import Vote, to_main, to_means, together, total
 from fewstep.sharding import is_split, whole, whole_on_main
 from fewstep.tensors import load_tensors
 from fewstep.training import checkpoint
 from fewstep.training.ema import Ema
 from fewstep.training.optim import clip_gradients, make_optimizer
 from fewstep.training.rate import learning_rate
-from fewstep.training.run import RunLog, checkpoints
+from fewstep.training.run import RunLog, checkpoints, last_step
+from fewstep.training.stopping import Stop, StoppedError
 
 T_BINS = 10
 """Bins of t/T in which the loss is reported."""
@@ -276,6 +279,8 @@ def train(
         UserError: the batch cannot be split over processes and micro-batches, or a loss or gradient is not
             finite, in all processes at the same step (what is not finite is never saved); or the run that is to
             be resumed was computed in another precision or on another kind of device.
+        StoppedError: SIGINT or SIGTERM came in any process; all have stopped after the same step, which is saved. A
+            second signal goes to the handlers that were there before.
     """
     check_split(config, accelerator)
     share = config.accumulate * accelerator.num_processes
@@ -284,7 +289,7 @@ def train(
     scaler = accelerator.scaler  # fp16 alone: its small gradients would vanish unscaled
     computing = f"{accelerator.mixed_precision.replace('no', 'fp32')} on {device.type}"
     folder = log.folder / "checkpoints"
-    done = 0
+    done, unwatched = 0, False
     found = checkpoints(folder)
     if found:
         state = checkpoint.read_state(found[-1])
@@ -294,7 +299,7 @@ def train(
                 f"run folder {log.folder} holds a run in {before}, this is {computing}: its steps would not be the "
                 "same; set loop.precision and device as they were, or give another --out"
             )
-        done = int(state["step"])
+        done, unwatched = int(state["step"]), bool(state.get("unwatched"))
         for r in running:
             r.restore(found[-1], state)
         if scaler:
@@ -316,27 +321,55 @@ def train(
 
     def refuse(step: int, bad: Sequence[str]) -> None:
         if bad:
+            last = last_step(folder)
+            kept = f"the checkpoint at step {last} is finite" if last else "no checkpoint was saved before it"
             raise UserError(
-                f"{bad[0]} is not finite at step {step}; the last checkpoint is sound: "
-                f"start another run with a lower optim.lr (now {plan[0].optim.lr:g}) or loop.precision = fp32"
+                f"{bad[0]} is not finite at step {step}; {kept}. Start another run with a lower optim.lr "
+                f"(now {plan[0].optim.lr:g}) or loop.precision = fp32"
             )
 
-    def save(step: int, files: Mapping[str, Mapping[str, Tensor]], noted: Mapping[str, Any]) -> None:
+    def save(step: int, files: Mapping[str, Mapping[str, Tensor]], noted: Mapping[str, Any], unwatched: bool) -> None:
         averages = {r.update.name: r.state() for r in running}
         state: dict[str, Any] = {"computing": computing, "averages": averages, "noted": dict(noted)}
+        if unwatched:
+            state["unwatched"] = True
         if scaler:
             state["scaler"] = scaler.state_dict()
         if beside:
             state["beside"] = dict(beside(step))
         checkpoint.save(folder, step, files, state, config.keep)
 
-    pieces = [(step, part) for step in range(done, config.steps) for part in range(config.accumulate)]
-    with ThreadPoolExecutor(max_workers=1) as pool, log.progress(done, config.steps) as bar:
-        ahead: Future[tuple[Draws, Batch]] | None = pool.submit(load, *pieces[0]) if pieces else None
-        for number, (step, part) in enumerate(pieces):
-            assert ahead is not None
-            draws, batch = ahead.result()
-            ahead = pool.submit(load, *pieces[number + 1]) if number + 1 < len(pieces) else None
+    def judge(step: int) -> None:
+        if watch:
+            log.figures(step, dict(watch(step, {r.update.name: r.weights() for r in running})))
+
+    def keep(step: int, unwatched: bool = False) -> None:
+        files = {name: tensors for r in running for name, tensors in r.files().items()}
+        noted = {r.update.name: r.noted() for r in running}
+        with together():
+            if accelerator.is_main_process:
+                save(step, files, noted, unwatched)
+
+    def stopped(step: int) -> StoppedError:
+        text = f"{log.title}: stopped at step {step}, checkpoint at step {step}; run the same command again to go on"
+        return StoppedError(stop.number or signal.SIGTERM, text)
+
+    if unwatched:  # stopped before its quality check
+        judge(done)
+        keep(done)
+    coming = ((step, part) for step in range(done, config.steps) for part in range(config.accumulate))
+    stop, vote = Stop(launched=accelerator.num_processes > 1), Vote()
+    with stop, ThreadPoolExecutor(max_workers=1) as pool, log.progress(done, config.steps) as bar:
+
+        def read_ahead() -> tuple[int, int, Future[tuple[Draws, Batch]]] | None:
+            piece = next(coming, None)
+            return (*piece, pool.submit(load, *piece)) if piece else None
+
+        ahead = read_ahead()
+        while ahead:
+            step, part, reading = ahead
+            draws, batch = reading.result()
+            ahead = read_ahead()
             last = part == config.accumulate - 1
             due = [r for r in running if step % r.update.every == 0]
             for r in due:
@@ -357,17 +390,22 @@ def train(
                 log.figures(now, figures)
                 bar.note(figures)
             bar.step()
+            stops = vote.ask(bool(stop.number))
             # of the config alone: every process must come to the same answer, and only the main one needs a watch
             watches = bool(config.watch_every) and (now % (config.watch_every or 1) == 0 or ends)
-            saves = now % config.save_every == 0 or ends
-            if not watches and not saves:
+            if not (watches or stops or now % config.save_every == 0 or ends):
                 continue
             refuse(now, [name for r in running for name in r.bad()])
-            if watches and watch:
-                log.figures(now, dict(watch(now, {r.update.name: r.weights() for r in running})))
-            files = {name: tensors for r in running for name, tensors in r.files().items()} if saves else {}
-            noted = {r.update.name: r.noted() for r in running} if saves else {}
-            with together():
-                if saves and accelerator.is_main_process:
-                    save(now, files, noted)
+            pending = watches and watch is not None
+            if pending and not stops:
+                with suppress(StoppedError), stop.raising():
+                    judge(now)
+                    pending = False
+            stops = stops or pending  # the check is made when the run is resumed
+            if stops or now % config.save_every == 0 or ends:
+                keep(now, pending)
+            if stops:
+                raise stopped(now)
+        if vote.last():
+            raise stopped(config.steps)
     return Trained({r.update.name: r.weights() for r in running}, max(done, config.steps))

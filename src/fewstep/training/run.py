@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -119,8 +120,8 @@ class RunLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, *error: Any) -> None:
+        self._held.__exit__(*error)
 
     @property
     def _log(self) -> Path:
@@ -157,6 +158,8 @@ class RunLog:
     @contextmanager
     def progress(self, done: int, total: int) -> Iterator[Bar]:
         """A bar over steps, with rate and time left, on stderr."""
+        if self.main and not self.quiet and 0 < done < total:
+            print(f"{self.title} goes on from step {done}", file=sys.stderr)
         try:
             with tqdm(
                 total=total,

@@ -1,0 +1,148 @@
+"""Ctrl-C and SIGTERM: a training saves a checkpoint and stops, other work ends in one line; a second one ends at once.
+
+Light: the command reads it before anything else, so that a signal during the imports leaves no traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from contextlib import contextmanager, suppress
+
+TYPE_CHECKING = False  # typing alone takes as long to import as the interpreter to start
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import FrameType
+    from typing import Any, Self
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""Ctrl-C, and what schedulers, `kill` and `torchrun` send."""
+ECHO = 2.0
+"""Seconds in which a launcher may repeat a signal: Ctrl-C reaches each process of a launch from the terminal, and once
+more from `torchrun`."""
+
+
+class StoppedError(KeyboardInterrupt):
+    """Work was stopped by a signal; the text, if any, names what is kept of it.
+
+    Attributes:
+        code: exit code, 128 + the number of the signal, as shells have it.
+    """
+
+    def __init__(self, number: int, text: str = "") -> None:
+        super().__init__(text)
+        self.code = 128 + number
+
+
+def say(text: str) -> None:
+    """Write a line to stderr from within a signal handler, in the main process of a launch."""
+    if os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):
+            os.write(2, f"\nfewstep: {text}\n".encode())
+
+
+def installed(handler: Any) -> dict[int, Any]:
+    """Set the handler of both signals, in the main thread, and return those before it; ignored ones stay ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    ours = [number for number in SIGNALS if signal.getsignal(number) not in (None, signal.SIG_IGN)]
+    return {number: signal.signal(number, handler) for number in ours}
+
+
+def restore(handlers: dict[int, Any]) -> None:
+    """Set the handlers that `installed` returned."""
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def end_at_once(number: int, frame: FrameType | None = None) -> None:
+    """End the process, as a handler: for imports, which may swallow an exception or turn it into one of their own."""
+    say("stopped")
+    os._exit(128 + number)
+
+
+def _in_an_import(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
+
+
+class _Command:
+    """The command's handler: the first signal is raised as `StoppedError`, a second one ends the process."""
+
+    def __init__(self) -> None:
+        self.seen = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.seen or _in_an_import(frame):
+            end_at_once(number)
+        self.seen = True
+        raise StoppedError(number)
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Let both signals raise `StoppedError` inside the block."""
+    before = installed(_Command())
+    try:
+        yield
+    finally:
+        restore(before)
+
+
+class Stop:
+    """Inside its `with` block, the first signal is noted and not raised; a second one goes to the handlers before.
+
+    Args:
+        launched: whether other processes train beside this one: their launcher repeats signals.
+
+    Attributes:
+        number: of the signal that was noted; 0 for none.
+    """
+
+    def __init__(self, launched: bool = False) -> None:
+        self.number = 0
+        self._launched = launched
+        self._noted = 0.0
+        self._raising = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._before = installed(self._note)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        restore(self._before)
+        if self.number and kind is None:  # it came after the block's last look
+            os.kill(os.getpid(), self.number)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self.number:
+            self.number, self._noted = number, time.monotonic()
+            say("stopping: a checkpoint is saved after this step; once more to end at once")
+            for before in self._before.values():
+                if isinstance(before, _Command):
+                    before.seen = True
+            if self._raising:
+                raise StoppedError(number)
+        elif not self._launched or time.monotonic() - self._noted > ECHO:
+            restore(self._before)
+            os.kill(os.getpid(), number)
+
+    @contextmanager
+    def raising(self) -> Iterator[None]:
+        """Let the signal raise `StoppedError` inside the block, for what is long and can be done again.
+
+        The other processes of a launch would wait for one that left, so that with them it is noted only.
+        """
+        self._raising = not self._launched
+        try:
+            if self._raising and self.number:
+                raise StoppedError(self.number)
+            yield
+        finally:
+            self._raising = False
