@@ -115,13 +115,30 @@ def test_other_errors_of_a_library_are_not_hidden(sampling_raises: Callable[[Bas
         sampling_raises(RuntimeError("a bug"))
 
 
-def test_ctrl_c_says_that_it_can_go_on(
-    sampling_raises: Callable[[BaseException], None], capsys: pytest.CaptureFixture[str]
+def test_ctrl_c_promises_only_what_is_kept(
+    sampling_raises: Callable[[BaseException], None], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    with pytest.raises(SystemExit) as ended:
-        sampling_raises(KeyboardInterrupt())
-    assert ended.value.code == 130
-    assert "stopped; run the same command again to go on" in capsys.readouterr().err
+    """Work in a run folder goes on; a picture that was being drawn does not."""
+    from fewstep.files import taken
+
+    for error in (KeyboardInterrupt(), stopped_in(tmp_path)):
+        with pytest.raises(SystemExit) as ended:
+            sampling_raises(error)
+        assert ended.value.code == 130
+    first, second = capsys.readouterr().err.splitlines()
+    assert "again" not in first
+    assert str(tmp_path) in second
+    assert "again" in second
+    with taken(tmp_path):
+        pass
+
+
+def stopped_in(folder: Path) -> KeyboardInterrupt:
+    from fewstep.files import taken
+
+    with pytest.raises(KeyboardInterrupt) as stop, taken(folder):
+        raise KeyboardInterrupt
+    return stop.value
 
 
 def test_weights_are_those_that_would_be_loaded(tmp_path: Path) -> None:

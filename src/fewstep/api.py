@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.checks import WATCHING, check_installed
+from fewstep.common.arguments import checked
 from fewstep.config import validate
 from fewstep.errors import UserError
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from fewstep.settings import DistillConfig
 
 
+@checked
 def distill(
     recipe: str = "tcd",
     *,
@@ -46,6 +48,7 @@ def distill(
     return distillation.distill(settings, Path(out))
 
 
+@checked
 def estimate(
     recipe: str = "tcd",
     *,
@@ -104,6 +107,7 @@ def _distill_config(
     return settings
 
 
+@checked
 def sample(
     prompts: str | Sequence[str],
     *,
@@ -208,6 +212,7 @@ def sample(
     return save_picture(sheet(pictures, count if len(wanted) > 1 else min(count, 8), enlarged), path)
 
 
+@checked
 def evaluate(
     *,
     prompt_file: Path | str,
@@ -313,6 +318,7 @@ def evaluate(
     )
 
 
+@checked
 def playground(
     recipes: str | Sequence[str] = ("lcm", "tcd", "ctm", "pcm"),
     *,

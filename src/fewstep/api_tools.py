@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fewstep.api import named_teacher
 from fewstep.checks import WATCHING, check_diffusion, check_installed
+from fewstep.common.arguments import checked
 from fewstep.config import validate
 from fewstep.errors import UserError
 
@@ -22,6 +23,7 @@ CARD_PROMPTS = ("an octopus", "a red apple", "a house", "a cat")
 """What a model card shows where no prompts are named."""
 
 
+@checked
 def synthesize(
     prompt_file: Path | str,
     *,
@@ -51,6 +53,7 @@ def synthesize(
     return draw(settings, lines, Path(out))
 
 
+@checked
 def synthesis_cost(
     prompt_file: Path | str,
     *,
@@ -85,6 +88,7 @@ def _synthesis(
     return settings, lines, cost_of(settings, lines, folder)
 
 
+@checked
 def read_synthesis(folder: Path | str) -> Synthesis:
     """Open a set that `synthesize` has finished.
 
@@ -99,6 +103,7 @@ def read_synthesis(folder: Path | str) -> Synthesis:
     return read(folder)
 
 
+@checked
 def export_as(
     student: Path | str,
     form: str = "diffusers",
@@ -188,6 +193,7 @@ def export_as(
     )
 
 
+@checked
 def train_perceptual(
     *,
     out: Path | str,
@@ -244,6 +250,7 @@ def train_perceptual(
     return make_perceptual(config, load_backbone(folder.path, place), said, Path(out))
 
 
+@checked
 def train_adapter(
     *,
     out: Path | str = "runs/adapter",

@@ -233,6 +233,9 @@ def read_folder(path: Path | str, field: str = "teacher") -> PipelineFolder:
     """
     path = Path(path)
     index = path / "model_index.json"
+    if not path.is_dir():
+        reason = "is a file, not a pipeline folder" if path.exists() else "does not exist"
+        raise UserError(f"{field} = {str(path)!r} {reason}; give a diffusers pipeline folder")
     if not index.is_file():
         raise UserError(f"{field} = {str(path)!r} is no diffusers pipeline folder: it holds no model_index.json")
     data = read_mapping(index)

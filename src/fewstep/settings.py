@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fewstep.config import Config, merge, parse_overrides, read_yaml, validate
 from fewstep.loop_settings import LoopConfig, OptimConfig
@@ -15,6 +16,14 @@ from fewstep.names import CALLS, DeviceName, End, Form, GammaLaw, Jump, Kept, Sa
 from fewstep.perceptual.settings import PerceptualConfig
 from fewstep.recipes import read_recipe
 from fewstep.stages import Stage, stage_configs
+
+
+def as_pair(size: Any) -> Any:
+    """Return a size of pictures as (width, height): 96, [96, 64] and "96x64" are understood; others as they are."""
+    if isinstance(size, str):
+        found = re.fullmatch(r"\s*(\d+)(?:\s*[x×,]\s*(\d+))?\s*", size)
+        return (int(found[1]), int(found[2] or found[1])) if found else size
+    return (size, size) if isinstance(size, int) and not isinstance(size, bool) else size
 
 
 class Sampling(Config):
@@ -39,7 +48,17 @@ class Sampling(Config):
     grid: GridSpec = Field(50, description="training grid that times are taken from: N points, or the points")
     spacing: Spacing = Field("grid", description="grid (LCM's and TCD's rule), trailing, or tlcm (its own 2 to 8)")
     end: End = Field("index0", description="end point: clean or index0; the skip jump always ends on clean data")
-    size: tuple[int, int] | None = Field(None, description="width and height in pixels; null for the trained size")
+    size: tuple[int, int] | None = Field(
+        None, description="pixels, a side of a square or [width, height]; null for the trained size"
+    )
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _pair(cls, size: Any) -> Any:
+        pair = as_pair(size)
+        if pair is not None and not (isinstance(pair, list | tuple) and len(pair) == 2):
+            raise ValueError("no size in pixels; give one side, e.g. 512, or [width, height]")
+        return pair
 
     @model_validator(mode="after")
     def _countable(self) -> Self:
@@ -124,9 +143,21 @@ class DataConfig(Config):
     )
     captions: int = Field(12, ge=1, description="captions a picture, drawn once and cached")
     trajectories: int = Field(2048, ge=1, description="teacher trajectories drawn and stored, where start = trajectory")
-    size: int | None = Field(None, ge=8, description="pixels a side of what is learned; null for the trained size")
+    size: int | None = Field(
+        None, ge=8, description="pixels a side of what is learned, a square; null for the trained size"
+    )
     buckets: bool = Field(False, description="pictures keep their aspect ratio: shapes of size x size pixels in all")
     empty_prompts: float = Field(0.0, ge=0, le=1, description="share of samples trained with the empty prompt")
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _side(cls, size: Any) -> Any:
+        pair = as_pair(size)
+        if not isinstance(pair, list | tuple):
+            return pair
+        if len(pair) != 2 or pair[0] != pair[1]:
+            raise ValueError("no square; give one side, and buckets = true for pictures of several shapes")
+        return pair[0]
 
 
 class WatchConfig(Config):
@@ -179,7 +210,7 @@ class DistillConfig(Config):
         seen, sampling = data.get("data"), data.get("sampling") or {}
         size = seen.get("size") if isinstance(seen, dict) else getattr(seen, "size", None)
         if size and isinstance(sampling, dict) and not sampling.get("size"):
-            return {**data, "sampling": {**sampling, "size": (size, size)}}
+            return {**data, "sampling": {**sampling, "size": size}}
         return data
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fewstep.common.arguments import checked
 from fewstep.config import validate
 from fewstep.errors import UserError
 from fewstep.export.header import read_notes
@@ -48,6 +49,7 @@ def sampling_of_student(student: Path | str) -> Sampling:
     return validate(Sampling, student_record(student)["sampling"])
 
 
+@checked
 def scheduler_for(student: Path | str, config: Mapping[str, Any], gamma: float | None = None) -> FewStepScheduler:
     """The scheduler that a student is sampled with, for a pipeline whose scheduler has this config.
 
@@ -126,6 +128,7 @@ def _listed(times: Sequence[float]) -> str:
     return ", ".join(f"{t:g}" for t in times)
 
 
+@checked
 def call_settings(student: Path | str) -> dict[str, Any]:
     """What a pipeline is called with: its number of steps, its guidance scale, 1 for none, and a size that is its own.
 

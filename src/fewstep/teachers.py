@@ -24,6 +24,8 @@ from fewstep.tensor_header import Entry, read_safetensors_header
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 """owner/name, and a revision behind @ if one is meant."""
+ADDRESS = re.compile(r"hf:/{0,2}(?!/)(?P<hf>.*)|(?:https?:/{1,2})?(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<web>.*)")
+"""A hub address: hf:owner/name, hf://owner/name, or as a browser shows it; a `Path` of one has lost a slash."""
 INDEX = "model_index.json"
 SETTINGS = ("*.json", "*.txt", "*.model")
 """What is fetched of each component that pictures are drawn with: configs and vocabularies, ..."""
@@ -61,6 +63,9 @@ def teacher_folder(named: Path | str, config: Path | str = "") -> Path:
             cannot be reached, or a config beside something that needs none.
     """
     place = Path(named)
+    if not place.exists():
+        named = hub_id(str(named))
+        place = Path(named)
     if is_pickle(place):
         raise UserError(f"teacher = {str(named)!r} is a pickle, which is never read; {advice(place)}")
     if place.suffix == ".safetensors":
@@ -70,6 +75,31 @@ def teacher_folder(named: Path | str, config: Path | str = "") -> Path:
     if not place.exists() and HUB_ID.fullmatch(str(named)):
         return fetched(str(named))
     return place
+
+
+def hub_id(named: str) -> str:
+    """The owner/name[@revision] of an address on the Hugging Face hub; any other name as it is.
+
+    Raises:
+        UserError: an address of one file or of a folder in a repository, of no repository, or of another site.
+    """
+    found = ADDRESS.fullmatch(named)
+    if found is None:
+        if re.match(r"[a-z][a-z0-9+.-]+:/", named):
+            address = re.sub(r"^([a-z0-9+.-]+):/+", r"\1://", named)
+            raise UserError(f"teacher = {address!r} is an address outside the Hugging Face hub; download it first")
+        return named
+    parts = (found["hf"] if found["hf"] is not None else found["web"]).split("?")[0].split("#")[0].strip("/").split("/")
+    owner_and_name, rest = "/".join(parts[:2]), parts[2:]
+    if rest and rest[0] == "tree" and len(rest) == 2:
+        owner_and_name, rest = f"{owner_and_name}@{rest[1]}", []
+    if rest or not HUB_ID.fullmatch(owner_and_name) or parts[0] in ("datasets", "spaces", "models"):
+        kind = "a file or folder in a repository" if rest else "no model repository"
+        raise UserError(
+            f"teacher = {named!r} is {kind} of the hub; give owner/name[@revision] of a diffusers pipeline, or "
+            "download the file and give its path"
+        )
+    return owner_and_name
 
 
 def pipeline_of(keys: Collection[str], file: Path) -> str:
@@ -203,8 +233,24 @@ def fetched(named: str) -> Path:
         asked = [f"{part}/{pattern}" for part in parts for pattern in (*SETTINGS, *PLAIN_WEIGHTS)]
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=[INDEX, *LICENCES, *asked]))
     except Exception as error:  # the hub's own classes change from version to version; none of them is ours
-        reason = " ".join(str(error).split())[:160]
         raise UserError(
-            f"teacher = {named!r} is neither a folder here nor could be fetched from the hub ({type(error).__name__}: "
-            f"{reason}); the nearest is a local folder of it"
+            f"teacher = {named!r} is neither a folder here nor could be fetched from the hub: {_reason(error)}"
         ) from error
+
+
+REASONS = {
+    "GatedRepoError": "its owner asks you to accept terms on its page and to give a token (hf auth login)",
+    "RepositoryNotFoundError": "the hub has no such repository, or it is private and asks for a token (hf auth login)",
+    "RevisionNotFoundError": "the repository has no such revision",
+    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set, and it was not fetched before",
+    "LocalEntryNotFoundError": "the hub cannot be reached, and it was not fetched before",
+}
+"""huggingface_hub's errors, the most special ones first, in words."""
+
+
+def _reason(error: BaseException) -> str:
+    """Why a repository could not be fetched: in our words for known causes, else the hub's first sentence."""
+    chain = [error, *filter(None, (error.__cause__, error.__context__))]
+    names = {kind.__name__ for one in chain for kind in type(one).__mro__}
+    known = next((words for name, words in REASONS.items() if name in names), None)
+    return known or re.split(r"(?<=[a-z)])\. ", " ".join(str(error).split()))[0] or type(error).__name__

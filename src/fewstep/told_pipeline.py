@@ -13,6 +13,7 @@ import torch
 from diffusers import LCMScheduler, TCDScheduler
 from torch import Tensor
 
+from fewstep.common.arguments import checked
 from fewstep.errors import UserError
 from fewstep.export.conditioning import read_told
 from fewstep.export.header import LoraHeader, check_fits, check_noise, read_header
@@ -105,6 +106,7 @@ def _read_student(pipe: Any, student: Path) -> tuple[Sampling, Path, LoraHeader 
     return header.sampling or Sampling(), header.file, header
 
 
+@checked
 def attach(pipe: Any, student: Path | str, *, gamma: float | None = None) -> Any:
     """Make a diffusers Stable Diffusion pipeline run a student that is told where it lands, or its guidance.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fewstep.checks import check_installed
+from fewstep.common.arguments import checked
 from fewstep.config import ConfigT, merge, parse_overrides, read_yaml, validate
 from fewstep.errors import UserError
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from fewstep.evaluation.metric import Figure
 
 
+@checked
 def demo(*, out: Path | str = "demo", overrides: str | Sequence[str] = ()) -> Path:
     """Distil LCM and TCD from the bundled teacher, measure and show them; returns the report's path.
 
@@ -30,6 +32,7 @@ def demo(*, out: Path | str = "demo", overrides: str | Sequence[str] = ()) -> Pa
         return demo(config, Path(out))
 
 
+@checked
 def benchmark(*, out: Path | str = "runs/benchmark", overrides: str | Sequence[str] = ()) -> Path:
     """Run the full benchmark on the bundled world; returns the report's path.
 
@@ -45,6 +48,7 @@ def benchmark(*, out: Path | str = "runs/benchmark", overrides: str | Sequence[s
         return benchmark(config, Path(out))
 
 
+@checked
 def family(*, out: Path | str = "runs/family", overrides: str | Sequence[str] = ()) -> Path:
     """Distil every recipe from the bundled teacher at equal training cost, and measure; returns the tables' path.
 
@@ -60,6 +64,7 @@ def family(*, out: Path | str = "runs/family", overrides: str | Sequence[str] = 
         return family(config, Path(out))
 
 
+@checked
 def tlcm(*, table: int = 1, out: Path | str = "runs/tables", overrides: str | Sequence[str] = ()) -> Path:
     """One of the TLCM paper's tables on the bundled world; returns its path.
 
@@ -86,6 +91,7 @@ def overrides_list(overrides: str | Sequence[str]) -> list[str]:
     return [overrides] if isinstance(overrides, str) else list(overrides)
 
 
+@checked
 def chinese(*, out: Path | str = "runs/chinese", overrides: str | Sequence[str] = ()) -> Path:
     """Draw concepts asked for in English and in held-out Chinese, and score both; returns the table's path.
 
@@ -112,6 +118,7 @@ def chinese(*, out: Path | str = "runs/chinese", overrides: str | Sequence[str] 
     return Path(out) / "chinese.md"
 
 
+@checked
 def versatility(*, out: Path | str = "runs/versatility", overrides: str | Sequence[str] = ()) -> Path:
     """Make the ecosystem's add-ons on the base, and use them with students that never saw them; returns the table.
 
@@ -139,6 +146,7 @@ def versatility(*, out: Path | str = "runs/versatility", overrides: str | Sequen
         return versatility(config, Path(out))
 
 
+@checked
 def train_teacher(
     *, out: Path | str, target: Path | str, config: Path | str | None = None, overrides: str | Sequence[str] = ()
 ) -> Path:
@@ -168,6 +176,7 @@ def train_teacher(
     return Path(target)
 
 
+@checked
 def train_scorer(*, out: Path | str, overrides: str | Sequence[str] = ()) -> Path:
     """Train the bundled world's prompt-agreement scorer; returns its folder, `out`/scorer.
 
@@ -185,6 +194,7 @@ def train_scorer(*, out: Path | str, overrides: str | Sequence[str] = ()) -> Pat
     return Path(out) / "scorer"
 
 
+@checked
 def train_reward(*, out: Path | str, overrides: str | Sequence[str] = ()) -> Path:
     """Train the bundled world's preference scorer; returns its folder, `out`/scorer.
 
@@ -205,6 +215,7 @@ def train_reward(*, out: Path | str, overrides: str | Sequence[str] = ()) -> Pat
     return Path(out) / "scorer"
 
 
+@checked
 def teacher_card(
     *, out: Path | str, teacher: Path | str = "", omega: float | None = None, steps: int = 50, n: int = 1000
 ) -> dict[str, Figure]:

@@ -17,13 +17,16 @@ def root() -> Path:
     part of the installed package.
 
     Raises:
-        UserError: neither is a folder, or `FEWSTEP_WORLD` names something that is not one.
+        UserError: neither is a folder, or `FEWSTEP_WORLD` names no folder, or the one above the world's.
     """
     named = os.environ.get(ENVIRONMENT)
     if named:
         folder = Path(named).expanduser()
         if not folder.is_dir():
             raise UserError(f"{ENVIRONMENT}={named} is not a folder; name the one that holds emoji8/, or unset it")
+        inner = folder / "world"
+        if not (folder / "emoji8").exists() and (inner / "emoji8").is_dir():
+            raise UserError(f"{ENVIRONMENT}={named} holds the bundled world in a folder of its own; set it to {inner}")
         return folder
     checkout = Path(__file__).resolve().parents[3] / "world"
     if checkout.is_dir():
