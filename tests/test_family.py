@@ -29,6 +29,8 @@ from fewstep.term_settings import AdversarialConfig
 
 PATHS: dict[str, Path] = {"vp": scaled_linear(), "flow": FlowMatching(), "ve": VarianceExploding()}
 COUNT = 200
+AT_THE_END = Draws(0, 0, tuple(range(64)))
+"""Outside of a run, where every term is in."""
 NO_GUIDANCE = Guidance(convention="none")
 TAUGHT = [name for name in rows() if name != "ct"]
 """Recipes whose next point lies on the teacher's path; CT's lies on it on average alone."""
@@ -346,31 +348,91 @@ def test_differences_are_divided_by_the_pull() -> None:
     torch.testing.assert_close((x0 / v).square(), alpha.square() / sigma.square() + 1)
 
 
-def test_balanced_terms_pull_alike_at_the_last_layer() -> None:
-    """CTM's weights: of denoising and critic each, the gradient at the student's outlet is as long as consistency's."""
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("clip", [(0.0, 1e4), (0.01, 10.0), (0.01, 0.1)])
+def test_terms_are_balanced_at_the_last_layer(kind: str, clip: tuple[float, float]) -> None:
+    """CTM's factors |g_consistency| / (|g_term| + 1e-4) at the student's outlet; the critic's alone has a clip."""
     from fewstep.plane.play import lay_out, play_plan, training_points
     from fewstep.plane.settings import resolve_play
 
-    for kind in ("full", "lora"):
-        words = ["base=exact", f"student.kind={kind}", "width=16", "count=200"]
-        lengths = {}
-        for name, more in {
-            "own": ["method.denoising=0", "method.adversarial.weight=0", "method.balance=fixed"],
-            "denoising": ["method.adversarial.weight=0"],
-            "critic": ["method.denoising=0"],
-        }.items():
-            play = lay_out(resolve_play("ctm", [*words, *more]))
-            outlet = play.student.outlet("student")
-            assert any(outlet is p for n, p in play.student.parameters("student").items() if n.startswith("leave"))
-            with torch.no_grad():  # away from the start, where the critic says nothing and the student is the teacher
-                for parameter in play.student.parameters("student").values():
-                    parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-            updates = play_plan(play, training_points(play))
-            loss = updates[0].loss({"items": torch.arange(64).numpy()}, Draws(0, 0, tuple(range(64))))
-            (lengths[name],) = torch.autograd.grad(loss.value, outlet)
-        for name in ("denoising", "critic"):
-            added = lengths[name] - lengths["own"]
-            assert float(added.norm() / lengths["own"].norm()) == pytest.approx(1, rel=1e-3), (kind, name)
+    words = ["base=exact", f"student.kind={kind}", "width=16", "count=200"]
+    words.append(f"method.adversarial.clip=[{clip[0]},{clip[1]}]")
+    without = {"denoising": "method.adversarial.weight=0", "critic": "method.denoising=0"}
+
+    def slope(*more: str) -> Tensor:
+        play = lay_out(resolve_play("ctm", [*words, *more]))
+        outlet = play.student.outlet("student")
+        assert any(outlet is p for n, p in play.student.parameters("student").items() if n.startswith("leave"))
+        with torch.no_grad():  # away from the start, where the student is the teacher and has no gradient
+            for parameter in play.student.parameters("student").values():
+                parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+        loss = play_plan(play, training_points(play))[0].loss({"items": torch.arange(64).numpy()}, AT_THE_END)
+        return torch.autograd.grad(loss.value, outlet)[0]
+
+    own = slope(*without.values(), "method.balance=fixed")
+    for name, other in without.items():
+        term = slope(other, "method.balance=fixed") - own
+        factor = float(own.norm() / (term.norm() + 1e-4))
+        if name == "critic":
+            factor = min(max(factor, clip[0]), clip[1])
+        torch.testing.assert_close(slope(other) - own, factor * term, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "clip", "wanted"),
+    [
+        ((3.0, 4.0), (0.6, 0.8), (0.0, 1e4), 5 / 1.0001),
+        ((3.0, 4.0), (0.0, 0.0), (0.0, 1e4), 1e4),  # 5 / 1e-4 is 5e4
+        ((3.0, 4.0), (0.0, 0.0), (0.01, 10.0), 10.0),
+        ((3e-4, 4e-4), (0.0, 0.0), (0.01, 10.0), 5.0),
+        ((0.0, 0.0), (3.0, 4.0), (0.01, 10.0), 0.01),
+        ((0.0, 0.0), (3.0, 4.0), (0.0, 1e4), 0.0),
+    ],
+)
+def test_the_ratio_of_gradients(
+    first: tuple[float, float], second: tuple[float, float], clip: tuple[float, float], wanted: float
+) -> None:
+    from fewstep.objectives.adversarial import gradient_ratio
+
+    weight = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    one, other = ((torch.tensor([slope, slope], dtype=torch.float64) * weight).sum(1) for slope in (first, second))
+    ratio = gradient_ratio(one, other, weight, clip)
+    assert float(ratio) == pytest.approx(wanted, rel=1e-12)
+    assert not ratio.requires_grad
+
+
+def test_the_critics_term_enters_at_its_share_of_the_run() -> None:
+    """Before it the student's loss and gradient are those without a critic; the critic's own update is due from step 0.
+
+    The recipe has the released clip, and the start is a share: a run of any length comes to it.
+    """
+    from fewstep.plane.play import lay_out, play_plan, training_points
+    from fewstep.plane.settings import resolve_play
+
+    adversarial = resolve("ctm").method.adversarial
+    assert adversarial.clip == (0.01, 10.0)
+    assert 0 < adversarial.start < 1
+    assert AdversarialConfig().start == 0
+
+    def loss_at(step: int, steps: int, *more: str) -> tuple[Tensor, set[str]]:
+        words = ["base=exact", "width=16", "count=200", "method.adversarial.start=0.3", *more]
+        play = lay_out(resolve_play("ctm", words))
+        updates = play_plan(play, training_points(play))
+        draws = Draws(0, step, tuple(range(16)), steps=steps)
+        losses = {update.name: update.loss({"items": torch.arange(16).numpy()}, draws) for update in updates}
+        if "critic" in losses:
+            losses["critic"].value.backward()
+        return losses["student"].value.detach(), set(losses["student"].scalars)
+
+    for steps, first in ((10, 3), (100, 30), (7, 3), (1, 1)):
+        for step in {0, max(first - 1, 0)} - {first}:
+            with_critic, names = loss_at(step, steps)
+            assert names == {"consistency", "denoising"}
+            assert torch.equal(with_critic, loss_at(step, steps, "method.adversarial.weight=0")[0])
+        if first < steps:
+            with_critic, names = loss_at(first, steps)
+            assert names == {"consistency", "denoising", "adversarial"}
+            assert not torch.equal(with_critic, loss_at(first, steps, "method.adversarial.weight=0")[0])
 
 
 def test_a_critic_sees_its_segment_alone() -> None:
@@ -392,23 +454,130 @@ def test_a_critic_sees_its_segment_alone() -> None:
     assert not torch.equal(seen, real), "noise of its own"
 
 
-def test_tdd_lands_where_sampling_will_ask_it_to() -> None:
+def tdd_landing(
+    grid: list[float], end: float, asked: list[float], index: int, method: ConsistencyConfig, u: float, v: float
+) -> float:
+    """Where TDD lands from grid[index], in plain numbers, from uniform draws u (of the time) and v (of gamma)."""
+    width = len(grid) // method.segments
+    edge = index // width * width - 1
+    below = max(index - method.k, edge)
+
+    def at(place: int) -> float:
+        return end if place < 0 else grid[place]
+
+    places = [edge, *(place for place in map(grid.index, sorted(set(asked))) if edge < place <= below)]
+    near = [place for place in places if place >= below - method.reach * len(grid) or place == max(places)]
+    place = near[int(u * len(near))]
+    return at(edge) if place == edge else max(at(edge), (1 - v * method.spread) * at(place))
+
+
+@pytest.mark.parametrize("segments", [1, 5])
+@pytest.mark.parametrize("end", ["index0", "clean"])
+@pytest.mark.parametrize(
+    ("name", "grid"), [("vp", 50), ("flow", 50), ("ve", 50), ("vp", 1000), ("vp", (9.0, 19.0, 99.0, 499.0, 999.0))]
+)
+def test_tdd_lands_where_sampling_will_ask_it_to(name: str, grid: Any, end: Any, segments: int) -> None:
+    """On a time of an inference list or its shrunk one, within [edge, t_n]; and on the end point itself."""
     from fewstep.grid import inference_times
 
-    path = PATHS["vp"]
-    asked = {0.0}
+    path, method = PATHS[name], method_of("tdd", grid=grid, end=end, segments=segments, inference_steps=(4, 5))
+    draws = Draws(3, 0, tuple(range(3000)))
+    times = draw_times(method, path, draws)
+    points, lowest = training_grid(path, grid).tolist(), end_time(path, end)
+    asked = [t for steps in (4, 5) for t in inference_times(path, steps, grid=grid).tolist()]
+    u, v = draws.uniform("s").tolist(), draws.uniform("spread").tolist()
+    numbers = zip(times.index_nk.tolist(), u, v, strict=True)
+    wanted = [tdd_landing(points, lowest, asked, index, method, a, b) for index, a, b in numbers]
+    assert times.s.tolist() == pytest.approx(wanted, rel=1e-12, abs=1e-12)
+    assert bool((times.s <= times.t_n).all())
+    assert bool((times.s >= lowest).all())
+    assert bool((times.s == lowest).any()), "the end point that sampling uses"
+
+
+@pytest.mark.parametrize("end", ["index0", "clean"])
+def test_every_jump_that_tdd_is_sampled_with_is_trained(end: Any) -> None:
+    """At each of its step counts: from each time to the next, and from the last to the end point."""
+    from fewstep.grid import inference_times
+
+    path, method = PATHS["vp"], method_of("tdd", spread=0.0, end=end)
+    times = draw_times(method, path, Draws(3, 0, tuple(range(30_000))))
+    trained = set(zip(times.t_nk.tolist(), times.s.tolist(), strict=True))
     for steps in range(4, 9):
-        asked |= set(inference_times(path, steps).tolist())
-    exact = draw_times(method_of("tdd", spread=0.0), path, Draws(3, 0, tuple(range(6000))))
-    assert set(exact.s.tolist()) == asked - {999.0}
-    near = [s for s in asked if 979 - 260 <= s <= 979]
-    assert set(exact.s[exact.t_nk == 999].tolist()) == set(near)
-    lowest = exact.t_nk == 19
-    assert exact.s[lowest].unique().tolist() == [0]
-    spread = draw_times(method_of("tdd"), path, Draws(3, 0, tuple(range(6000))))
+        assert set(pairwise([*inference_times(path, steps).tolist(), end_time(path, end)])) <= trained
+
+
+@pytest.mark.parametrize("end", ["index0", "clean"])
+def test_tdd_shrinks_as_gamma_does(end: Any) -> None:
+    path = PATHS["vp"]
+    draws = Draws(3, 0, tuple(range(6000)))
+    exact = draw_times(method_of("tdd", spread=0.0, end=end), path, draws)
+    spread = draw_times(method_of("tdd", end=end), path, draws)
     share = (spread.s / exact.s)[exact.s > 0]
     assert 0.7 <= float(share.min()) < 0.71
     assert 0.99 < float(share.max()) <= 1
+    assert torch.equal(spread.s[exact.s <= 0], exact.s[exact.s <= 0])
+
+
+# ---- a growing grid, and the weight of a step
+
+
+def test_the_grid_grows_by_ict_law() -> None:
+    """N(k) = min(s_0 2^floor(k/K'), s_1) with K' = floor(K/(log2(s_1/s_0) + 1)), written out for 3 to 4 sizes."""
+    method = method_of("ct", grid=40, grid_start=5)
+    assert [method.points_at(step, 10) for step in range(10)] == [5, 5, 10, 10, 20, 20, 40, 40, 40, 40]
+    assert [method.points_at(step, 4) for step in range(4)] == [5, 10, 20, 40]
+    big = method_of("ct", grid=1280, grid_start=10)
+    assert [big.points_at(step, 400_000) for step in (0, 49_999, 50_000, 349_999, 350_000, 399_999)] == [
+        *(10, 10, 20, 640, 1280, 1280)
+    ]
+    assert method.points_at(0, None) == 40
+    assert method_of("ct").points_at(0, 10) == 50
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("recipe", ["ct", "tcd", "tdd", "pcm", "ctm"])
+def test_a_growing_grid_trains_points_of_the_whole_one(recipe: str, name: str) -> None:
+    """Pairs are neighbours of the coarse grid, whose times are in the last one; that is trained as without growth."""
+    own = method_of(recipe)
+    path, method = PATHS[name], own.model_copy(update={"grid_start": own.points // 2})
+    grid = training_grid(path, method.grid)
+    rungs = torch.cat([grid.new_tensor([end_time(path, method.end)]), grid])
+    first, last = (Draws(3, step, tuple(range(4000)), steps=10) for step in (0, 9))
+    times = draw_times(method, path, first)
+    assert torch.equal(times.t_nk.unique(), grid[1::2])
+    gaps = times.index_nk - times.index_n
+    edge = times.index_nk // (len(grid) // method.segments) * (len(grid) // method.segments) - 1
+    inside = times.index_n > edge
+    counted = {2 * k for k in range(method.k_low or method.k, method.k + 1)}
+    assert set(gaps[inside].tolist()) <= counted
+    assert bool((times.t_n >= rungs[edge + 1]).all())
+    assert bool((times.s <= times.t_n).all())
+    assert set(times.t_n.tolist()) <= set(rungs.tolist())
+    plain = draw_times(own, path, last)
+    for part in ("t_nk", "t_n", "s", "top"):
+        assert torch.equal(getattr(draw_times(method, path, last), part), getattr(plain, part))
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_icts_weight_is_one_over_the_step(name: str) -> None:
+    """1/(t_{n+1} - t_n) in sigma, which is EDM's time and a flow's; on an indexed path in sigma/alpha."""
+    from types import SimpleNamespace
+
+    from fewstep.objectives.distance import distance
+
+    path = PATHS[name]
+    method = resolve("ct", None, ["method.weight=step", "method.k=3"]).method
+    times = draw_times(method, path, Draws(3, 0, tuple(range(COUNT))))
+    level = [path.sigma(t) / (path.alpha(t) if name == "vp" else 1) for t in (times.t_nk, times.t_n)]
+    scene: Any = SimpleNamespace(config=method, denoiser=SimpleNamespace(path=path), times=times)
+    gap = torch.randn(COUNT, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = distance(scene, gap, torch.zeros_like(gap), times.s)
+    scene.config = method.model_copy(update={"weight": "none"})
+    plain = distance(scene, gap, torch.zeros_like(gap), times.s)
+    apart = level[0] > level[1]
+    torch.testing.assert_close((found * (level[0] - level[1]))[apart], plain[apart], rtol=1e-9, atol=0)
+    assert bool((found[apart] > 0).all()), "every time of the grid is trained"
+    assert bool((found[~apart] == 0).all())
 
 
 # ---- who is called
@@ -458,8 +627,8 @@ def test_cost_counts_a_backward_as_two() -> None:
     # PCM: as TCD, and the critic's features with gradient; its own step asks for both jumps, two teachers, two features
     wanted["pcm"] = 6 + 3 + (1 + 1 + 2 + 2)
     # CTM: two calls of the student, three Heun steps, one jump of the target, two pushes of which one with gradient,
-    # features; its critic sees data and where the student's jump is pushed to
-    wanted["ctm"] = (2 + 6 + 1 + 2 + 1) + 2 * (2 + 1 + 1) + (1 + 1 + 2)
+    # features in half of the steps; its critic sees data and where the student's jump is pushed to
+    wanted["ctm"] = (2 + 6 + 1 + 2 + 1 / 2) + 2 * (2 + 1 + 1 / 2) + (1 + 1 + 2)
     assert {recipe: resolve(recipe).method.cost for recipe in wanted} == wanted
 
 
@@ -511,6 +680,24 @@ def test_illegal_combinations_name_the_nearest_legal_one() -> None:
         ("ct", ["method.told=[w]", "sampling.told=[w]", "sampling.w=5"], r"told = 'w' says which guidance was learnt"),
         ("ct", ["method.substeps=4"], r"substeps = 4 of no solver: point = 'path'; the nearest legal one is 1"),
         ("tcd", ["method.guidance={convention: imagen, low: 0}"], r"low = 0 turns away .* the nearest legal one is 1"),
+        ("ct", ["method.grid_start=20"], r"grid_start = 20 does not come to grid = 50 by doubling; .* is 25"),
+        (
+            "ct",
+            ["method.grid=40", "method.grid_start=5", "sampling.grid=40", "loop.steps=3"],
+            r"loop.steps = 3 .* is 4",
+        ),
+        ("shortcut", ["method.grid_start=25"], r"grid_start = 25 does not go with point = 'self'"),
+        ("shortcut", ["method.k_low=null", "method.k=5"], r"k_low = None with point = 'self' .* is 1"),
+        ("shortcut", ["method.k_low=2"], r"k_low = 2 with point = 'self' .* is 1"),
+        ("shortcut", ["method.segments=5", "method.k=10"], r"k = 10 with point = 'self' .* of 10 points.* is 9"),
+        ("shortcut", ["method.segments=25", "method.k=2"], r"k = 2 with point = 'self' .* of 2 points.* is 1"),
+        ("ctm", ["method.adversarial.clip=[10,1]"], r"clip = \[10, 1\] .*\[1\.0, 10\.0\]"),
+        ("ctm", ["method.adversarial.start=1"], r"adversarial.start"),
+        (
+            "cd",
+            ["method.consistency=0", "method.adversarial={weight: 1, start: 0.5}"],
+            r"adversarial.start = 0.5 beside consistency = 0",
+        ),
         ("tscd", ["loop.steps=3"], r"loop.steps = 3 leaves a stage without steps; the nearest legal one is 4"),
     ]
     for recipe, overrides, words in cases:

@@ -126,6 +126,31 @@ def test_a_recipe_on_the_other_paths(
     assert all(np.isfinite(value) for value in (*measured.energy.values(), measured.to_end, measured.between))
 
 
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("vp", ["method.grid=40", "method.grid_start=5", "sampling.grid=40"]),
+        ("flow", ["method.grid=48", "method.grid_start=3", "sampling.grid=24"]),
+        ("ve", ["method.grid=48", "method.grid_start=12", "sampling.grid=48"]),
+    ],
+)
+def test_a_growing_grid_and_ict_weight_resume(
+    path: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Consistency training with both of iCT's options: stopped and resumed as above."""
+    own = [
+        f"path={path}", "base=exact", "width=16", "count=200", "shown=100", "steps=[1,4]", "loop.steps=10",
+        "loop.batch=16", "loop.save_every=1", "method.weight=step",
+    ]  # fmt: skip
+    config = resolve_play("ct", [*own, *words])
+    whole = train_play(config, tmp_path / "whole", quiet=True)
+    stopped_in_call(monkeypatch, 8, lambda: train_play(config, tmp_path / "cut", quiet=True))
+    cut = train_play(config, tmp_path / "cut", quiet=True)
+    assert digest(cut.student.parameters("student")) == digest(whole.student.parameters("student"))
+    fixed = train_play(resolve_play("ct", [*own, *words, "method.grid_start=null"]), tmp_path / "fixed", quiet=True)
+    assert digest(fixed.student.parameters("student")) != digest(whole.student.parameters("student"))
+
+
 @pytest.mark.parametrize("recipe", rows())
 def test_a_recipe_learns_the_exact_jump(recipe: str, tmp_path: Path) -> None:
     """In the plane, the error of the jumps that it trains falls.
@@ -194,9 +219,10 @@ OPTIONS: dict[str, list[str]] = {
     "critic": ["method.adversarial.weight=0.1", "method.adversarial.real=target", "method.adversarial.r1=0.1"],
     "non-saturating critic": [
         *("method.adversarial.weight=0.1", "method.adversarial.real=data", "method.adversarial.noise=0.3"),
-        *("method.adversarial.kind=nonsaturating", "method.balance=gradient"),
+        *("method.adversarial.kind=nonsaturating", "method.balance=gradient", "method.adversarial.start=0.5"),
     ],
     "clean end": ["method.end=clean", "sampling.end=clean"],
+    "growing grid": ["method.grid_start=25", "method.weight=step"],
     "second order": ["method.jump=second_order", "sampling.jump=second_order", "method.form=eps", "sampling.form=eps"],
 }
 

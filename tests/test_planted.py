@@ -14,16 +14,16 @@ from fewstep.objectives import consistency, times
 from fewstep.recipes import rows
 
 FAULTS = {
-    "t_n one point too high": ("torch.maximum(index - k, edge)", "torch.maximum(index - k + 1, edge)"),
-    "t_n one point too low": ("torch.maximum(index - k, edge)", "torch.maximum(index - k - 1, edge)"),
-    "t_n below its segment": ("below = torch.maximum(index - k, edge)", "below = (index - k).clamp(min=-1)"),
+    "t_n one point too high": ("torch.maximum(index - k * apart, edge)", "torch.maximum(index - k * apart + 1, edge)"),
+    "t_n one point too low": ("torch.maximum(index - k * apart, edge)", "torch.maximum(index - k * apart - 1, edge)"),
+    "t_n below its segment": ("below = torch.maximum(index - k * apart, edge)", "below = (index - k).clamp(min=-1)"),
     "s above the edge": ("return rungs.at(edge)\n", "return rungs.at(edge + 1)\n"),
     "s never t_n": ("(below - edge + 1).double()", "(below - edge).double()"),
     "s never the edge": ("rungs.at(edge + (draws", "rungs.at(edge + 1 + (draws"),
     "k one too large": ("torch.full_like(index, config.k)", "torch.full_like(index, config.k + 1)"),
     "k never its largest": ("(most - least + 1)", "(most - least)"),
     "k never its smallest": ("most.clamp(max=config.k_low)", "most.clamp(max=config.k_low + 1)"),
-    "t_{n+k} never pure noise": ('draws.integers("n", 0, len(grid))', 'draws.integers("n", 0, len(grid) - 1)'),
+    "t_{n+k} never pure noise": ("len(grid) // apart) + 1)", "len(grid) // apart - 1) + 1)"),
 }
 """What is written in `objectives/times.py`, and the fault in its place."""
 

@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fewstep.settings import DistillConfig
+
 SMALL = ["student.rank=2", "student.targets=[to_q,conv1,time_emb_proj]", "loop.steps=5", "loop.save_every=2"]
 
 
@@ -75,6 +77,41 @@ def test_what_may_change_in_a_run_and_its_stages(tmp_path: Path) -> None:
         check("tlcm", [], ["loop.steps=31000"])
     with pytest.raises(UserError, match=r"another loop\.accumulate \(1, now 2\)"):
         check("ctm", [], ["loop.accumulate=2"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "before", "after", "legal"),
+    [
+        ("ct", ["method.grid_start=25"], 20, 24, True),  # of 50 points from step 10, and from 12: 8 steps are done
+        ("ct", ["method.grid_start=25"], 20, 16, True),
+        ("ct", ["method.grid_start=25"], 20, 14, False),
+        ("ct", ["method.grid_start=25"], 14, 20, False),
+        ("ctm", [], 20, 24, True),
+        ("ctm", [], 14, 20, False),
+        ("ctm", ["method.adversarial.start=0"], 14, 20, True),
+        ("tcd", [], 14, 20, True),
+    ],
+)
+def test_another_length_must_not_move_what_the_done_steps_were(
+    recipe: str, words: list[str], before: int, after: int, legal: bool, tmp_path: Path
+) -> None:
+    """The growth of the grid and the critic's start are shares of a run."""
+    import yaml
+
+    from fewstep.errors import UserError
+    from fewstep.settings import resolve
+    from fewstep.training.run import check_same_run
+
+    def of_length(steps: int) -> DistillConfig:
+        return resolve(recipe, None, [*words, f"loop.steps={steps}", "optim.decay=constant"])
+
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(of_length(before).model_dump(mode="json")), encoding="utf-8")
+    (tmp_path / "checkpoints" / "step-00000008").mkdir(parents=True)
+    if legal:
+        check_same_run(tmp_path, of_length(after))
+    else:
+        with pytest.raises(UserError, match=r"loop\.steps"):
+            check_same_run(tmp_path, of_length(after))
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])

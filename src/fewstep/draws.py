@@ -40,13 +40,21 @@ class Draws:
 
     Every method returns one row per sample. Noise is moved to `device` without waiting; numbers that decide (times,
     guidance, captions) stay on the CPU, where schedules are computed, and reach the device as coefficients.
+
+    Attributes:
+        steps: length of the run that `step` belongs to; None outside of a run, which counts as the end of one.
     """
 
     seed: int
     step: int
     indices: tuple[int, ...]
     device: torch.device = CPU
+    steps: int | None = None
     _ahead: dict[Asked, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def reached(self, share: float) -> bool:
+        """Return whether that share of the run's steps lies before this one."""
+        return self.steps is None or self.step / self.steps >= share
 
     def _generators(self, purpose: str) -> Iterator[np.random.Generator]:
         """`generator(seed, purpose, index, step)` of each sample in turn.

@@ -56,7 +56,7 @@ def target_calls(config: ConsistencyConfig) -> Calls:
 
 
 def student_calls(config: ConsistencyConfig) -> Calls:
-    """The student's own update, its start apart.
+    """The student's own update, its start apart, once the critic's term is in.
 
     `features` are those of a frozen network's features, where a critic or the distance looks at them.
     """
@@ -89,19 +89,29 @@ def critic_calls(config: ConsistencyConfig) -> Calls:
     return add(jumps, {"features": 2})
 
 
+def critic_waits(config: ConsistencyConfig) -> float:
+    """Return the share of the student's updates that come before the critic's term; 0 without a critic."""
+    return config.adversarial.start if config.adversarial.weight else 0.0
+
+
 def with_gradient(config: ConsistencyConfig) -> float:
-    """Of the student's update, the calls that are passed backwards."""
+    """Return the mean number of calls of the student's update that are passed backwards."""
     jump = CALLS_OF_JUMP[config.jump]
     pushed = jump if config.compare == "end" else 0
-    looked_at = bool(config.adversarial.weight) + bool(config.consistency and config.distance == "features")
+    looked_at = (
+        bool(config.adversarial.weight)
+        - critic_waits(config)
+        + bool(config.consistency and config.distance == "features")
+    )
     return jump + bool(config.denoising) + looked_at + pushed
 
 
 def step_calls(config: ConsistencyConfig) -> Calls:
     """All of a step, by role: each update at its own rhythm, the start once."""
     result = starting_calls(config)
+    late: Calls = {"features": -critic_waits(config)}
     for calls, every in (
-        (student_calls(config), config.student_every),
+        (add(student_calls(config), late), config.student_every),
         (fake_calls(config), 1),
         (critic_calls(config), config.adversarial.every),
     ):

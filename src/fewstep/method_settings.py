@@ -78,6 +78,12 @@ class ConsistencyConfig(Config):
     """One row of the table of methods."""
 
     grid: GridSpec = Field(50, description="training grid: N points, or the points themselves, rising")
+    grid_start: int | None = Field(
+        None,
+        ge=1,
+        description="points of the grid when the run (or stage) starts; they double until all are there (iCT); null "
+        "for all from the first step",
+    )
     k: int = Field(1, ge=1, description="skip between t_{n+k} and t_n, in grid points (1 of 50 = 20 indices)")
     k_low: int | None = Field(None, ge=1, description="smallest skip, drawn up to k; null for k alone")
     substeps: int = Field(1, ge=1, description="solver steps between t_{n+k} and t_n")
@@ -105,7 +111,11 @@ class ConsistencyConfig(Config):
     compare: Compare = Field("landing", description="where: landing, or end (both pushed on by the target)")
     distance: DistanceName = Field("l2", description="l2, huber (element-wise), huber_norm, features, perceptual")
     huber_c: float = Field(1e-3, gt=0, description="c of huber; huber_norm takes c times the root of the dimension")
-    weight: Weight = Field("none", description="differences are divided by the pull of: none, eps, x0, v")
+    weight: Weight = Field(
+        "none",
+        description="eps, x0, v divide differences by the landing's derivative by them; step divides the loss by the "
+        "step's width in noise level (iCT)",
+    )
     balance: Literal["fixed", "gradient"] = Field(
         "fixed", description="gradient: the other terms pull as the consistency loss does, times their weights (CTM)"
     )
@@ -139,10 +149,28 @@ class ConsistencyConfig(Config):
             raise ValueError(f"inference_steps = [{low}, {high}] on {count} points; the nearest is {legal_steps}")
         if not isinstance(self.grid, int) and sorted(set(self.grid)) != list(self.grid):
             raise ValueError(f"grid = {list(self.grid)} does not rise; the nearest is {sorted(set(self.grid))}")
+        self._check_growth()
         self._check_jump()
         self._check_sides()
         self._check_terms()
         return self
+
+    def _check_growth(self) -> None:
+        if self.grid_start is None:
+            return
+        legal = [self.points >> i for i in range(self.points.bit_length()) if self.points % (1 << i) == 0]
+        if self.grid_start not in legal:
+            near = min(legal, key=lambda count: abs(count - (self.grid_start or 0)))
+            raise ValueError(
+                f"grid_start = {self.grid_start} does not come to grid = {self.points} by doubling; the nearest legal "
+                f"one is {near}"
+            )
+        for field, value in (("start", self.start), ("point", self.point)):
+            if value in ("rollout", "self"):  # both count steps between neighbours of the whole grid
+                raise ValueError(
+                    f"grid_start = {self.grid_start} does not go with {field} = {value!r}, which needs the whole grid; "
+                    "leave it out"
+                )
 
     def _check_jump(self) -> None:
         if self.jump in ("skip", "cm_skip") and (self.s != "edge" or self.segments != 1):
@@ -161,7 +189,19 @@ class ConsistencyConfig(Config):
                 f"point = 'self' asks jump = {self.jump!r} for t_n, which only reaches the end point; "
                 "the nearest legal jump is 'first_order'"
             )
-        if self.weight != "none":
+        if self.point == "self" and self.k > 1:
+            width = self.points // self.segments
+            if self.k_low != 1:
+                raise ValueError(
+                    f"k_low = {self.k_low} with point = 'self' leaves the times up to {self.k_low or self.k} points "
+                    "above a segment's edge without gradient; the nearest legal one is 1"
+                )
+            if self.k >= width:
+                raise ValueError(
+                    f"k = {self.k} with point = 'self' leaves no second jump in a segment of {width} points, and so no "
+                    f"gradient; the nearest legal one is {max(width - 1, 1)}"
+                )
+        if self.weight not in ("none", "step"):
             looks = self.distance != "features" and (self.distance != "perceptual" or self.weight == "x0")
             for field, value, fits in (
                 ("jump", self.jump, self.jump == "first_order"),
@@ -221,9 +261,16 @@ class ConsistencyConfig(Config):
             raise ValueError("denoising needs a network that can be asked for s = t; the nearest legal told is ['s']")
 
     def _check_terms(self) -> None:
-        others = bool(self.denoising or self.adversarial.weight or self.matching.weight or self.preference.weight)
+        critic = self.adversarial
+        others = bool(self.denoising or critic.weight or self.matching.weight or self.preference.weight)
         if not self.consistency and not others:
             raise ValueError("consistency = 0 leaves nothing to minimise; the nearest legal one is 1")
+        first = self.consistency or self.denoising or self.matching.weight or self.preference.weight
+        if critic.weight and critic.start and not first:
+            raise ValueError(
+                f"adversarial.start = {critic.start:g} beside consistency = 0 leaves nothing to minimise until then; "
+                "the nearest legal one is 0"
+            )
         if self.balance == "gradient" and not others:
             raise ValueError("balance = 'gradient' has no other term to balance; the nearest legal one is 'fixed'")
         if self.balance == "gradient" and not self.consistency:
@@ -256,6 +303,25 @@ class ConsistencyConfig(Config):
     def points(self) -> int:
         """Points of the training grid."""
         return self.grid if isinstance(self.grid, int) else len(self.grid)
+
+    def points_at(self, step: int, steps: int | None) -> int:
+        """Return the grid's points at a step of a run of `steps`; None for its end.
+
+        N(k) = min(s_0 2^floor(k/K'), s_1), K' = floor(K/(log2(s_1/s_0) + 1)) (iCT, arXiv 2310.14189, table 1), without
+        the paper's + 1: it counts the end point, this grid does not.
+        """
+        if self.grid_start is None or steps is None:
+            return self.points
+        return min(self.grid_start << (step // max(steps // self.grid_lengths, 1)), self.points)
+
+    @property
+    def grid_lengths(self) -> int:
+        """Numbers of points that a growing grid takes; 1 where it does not grow."""
+        return (self.points // (self.grid_start or self.points)).bit_length()
+
+    def phase(self, step: int, steps: int) -> tuple[int, bool]:
+        """Return what of a step depends on the run's length: the grid's points, and whether the critic's term is in."""
+        return self.points_at(step, steps), step / steps >= self.adversarial.start
 
     @property
     def rollout_steps(self) -> list[int]:

@@ -44,8 +44,9 @@ Compare = Literal["landing", "end"]
 """Where two jumps are compared: where they land, or pushed on to the end point by the target."""
 AdversarialKind = Literal["hinge", "nonsaturating"]
 """The losses of a critic and of what it judges; see `objectives.adversarial`."""
-Weight = Literal["none", "eps", "x0", "v"]
-"""What differences are divided by: nothing, or how far a change of eps (x0, v) moves the landing."""
+Weight = Literal["none", "eps", "x0", "v", "step"]
+"""Differences are divided by the landing's derivative with respect to eps (x0, v); or the loss by the step's width in
+noise level (iCT)."""
 Target = Literal["self", "ema"]
 """Who the student must agree with."""
 Normaliser = Literal["dmd", "score", "none"]

@@ -82,14 +82,14 @@ def terms_of(method: ConsistencyConfig, aids: Aids) -> list[Term]:
 
         terms.append(Term("denoising", method.denoising, fit))
     critic = aids.critic
-    if method.adversarial.weight and critic is not None:
+    own = method.adversarial
+    if own.weight and critic is not None:
 
         def fooled(scene: Scene, landed: Tensor, at: Tensor, draws: Draws) -> Tensor:
-            own = method.adversarial
             x, t = seen_by_critic(own, scene.denoiser.path, landed, at, scene.times.top, draws, "fake")
             return generator_loss(own, critic(x, t, scene.sample.condition))
 
-        terms.append(Term("adversarial", method.adversarial.weight, fooled))
+        terms.append(Term("adversarial", own.weight, fooled, own.start, own.clip))
     if method.matching.weight:
 
         def matched(scene: Scene, landed: Tensor, at: Tensor, draws: Draws) -> Tensor:

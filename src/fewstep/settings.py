@@ -216,6 +216,7 @@ class DistillConfig(Config):
     @model_validator(mode="after")
     def _trained_for(self) -> Self:
         check_trained(self.method, self.sampling)
+        check_grown(self.method, self.loop)
         self._check_engine()
         return self
 
@@ -286,6 +287,19 @@ def check_trained(method: ConsistencyConfig, sampling: Sampling, path: str = "vp
 
 
 NAMES = {"end": "end point"}
+
+
+def check_grown(method: ConsistencyConfig, loop: LoopConfig) -> None:
+    """Refuse a run that ends before its growing grid is whole: sampling would use times that are not trained.
+
+    Raises:
+        ValueError: naming the least number of steps.
+    """
+    if loop.steps < method.grid_lengths:
+        raise ValueError(
+            f"loop.steps = {loop.steps} ends before method.grid_start = {method.grid_start} has grown to the grid of "
+            f"{method.points}; the nearest legal one is {method.grid_lengths}"
+        )
 
 
 def _within(asked: GridSpec, trained: GridSpec, nested: bool) -> bool:

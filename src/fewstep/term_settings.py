@@ -22,9 +22,27 @@ class AdversarialConfig(Config):
     noise: float = Field(
         0.0, ge=0, le=1, description="the critic sees points noised up to this share of what lies above in the segment"
     )
+    start: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the run's (or stage's) steps before the term enters the student's loss; the critic is "
+        "trained from the first step",
+    )
+    clip: tuple[float, float] = Field(
+        (0.01, 10.0), description="range of the factor that balance = gradient gives the term, before its weight"
+    )
     r1: float = Field(0.0, ge=0, description="weight of R1, the squared gradient of the critic on real points")
     lr: float = Field(1e-4, gt=0, description="the critic's learning rate")
     every: int = Field(1, ge=1, description="steps between two of the critic's")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        low, high = self.clip
+        if not 0 <= low <= high:
+            legal = sorted((max(low, 0.0), max(high, 0.0)))
+            raise ValueError(f"clip = [{low:g}, {high:g}] is no range above 0; the nearest legal one is {legal}")
+        return self
 
 
 class MatchingConfig(Config):

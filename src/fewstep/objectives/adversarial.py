@@ -86,14 +86,26 @@ def discriminate(
     return Loss(per_sample.mean(), per_sample.detach(), None, scalars)
 
 
-def gradient_ratio(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
-    """|d first/d weight| / |d second/d weight|, of the means over the batch: times it both pull alike there.
+LEAST_SLOPE = 1e-4
+"""Added to the length that a gradient is divided by, as in CTM's released code."""
+ANY_RATIO = (0.0, 1e4)
+"""Range of a ratio of gradients where the term names none, as in CTM's released code."""
 
-    CTM takes both gradients at the network's last layer (arXiv 2310.02279, eq 13, after VQGAN); of a LoRA that is its
-    last adapter. They are those of a micro-batch in all processes, which all must ask.
+
+def gradient_ratio(first: Tensor, second: Tensor, weight: Tensor, clip: tuple[float, float] = ANY_RATIO) -> Tensor:
+    """Return |d first/d weight| / (|d second/d weight| + 1e-4) of the means over the batch, clipped; a scalar.
+
+    CTM multiplies its second and third loss by it, at the network's last layer (arXiv 2310.02279, eq 13, after VQGAN);
+    of a LoRA that is its last adapter. The constant is that of its released code. The gradients are those of a
+    micro-batch in all processes, which all must call.
+
+    Args:
+        first, second: losses, [B] each.
+        weight: parameter that both depend on.
+        clip: smallest and largest ratio.
     """
     slopes = [torch.autograd.grad(loss.mean(), weight, retain_graph=True)[0] for loss in (first, second)]
     to_means(slopes)  # before their lengths: the mean of lengths is no length of the mean
     one, other = (slope.norm() for slope in slopes)
-    ratio: Tensor = (one / other.clamp(min=1e-8)).clamp(max=1e4)
+    ratio: Tensor = (one / (other + LEAST_SLOPE)).clamp(*clip)
     return ratio.detach()

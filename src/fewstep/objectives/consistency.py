@@ -22,7 +22,7 @@ from fewstep.jump import student_step
 from fewstep.jumper import Voice
 from fewstep.loss import Loss
 from fewstep.method_settings import ConsistencyConfig
-from fewstep.objectives.adversarial import Critic, discriminate, gradient_ratio, seen_by_critic
+from fewstep.objectives.adversarial import ANY_RATIO, Critic, discriminate, gradient_ratio, seen_by_critic
 from fewstep.objectives.distance import Look, distance
 from fewstep.objectives.points import POINTS
 from fewstep.objectives.scene import Cast, Sample, Scene
@@ -79,11 +79,15 @@ class Term(NamedTuple):
         name: in the log.
         weight: in the sum.
         loss: (scene, where the student landed [B, ...], at which times float64 [B], draws) -> [B].
+        start: share of the run's steps before it enters the sum.
+        clip: range of its balancing factor (`adversarial.gradient_ratio`).
     """
 
     name: str
     weight: float
     loss: Callable[[Scene, Tensor, Tensor, Draws], Tensor]
+    start: float = 0.0
+    clip: tuple[float, float] = ANY_RATIO
 
 
 def consistency_loss(
@@ -109,11 +113,13 @@ def consistency_loss(
         own = distance(scene, landed, target_lands(scene), at, look)
         scalars["consistency"] = own.detach().mean()
         per_sample = config.consistency * own
-    for name, weight, loss in terms:
+    for name, weight, loss, start, clip in terms:
+        if not draws.reached(start):
+            continue
         term = loss(scene, landed, at, draws)
         scalars[name] = term.detach().mean()
         if config.balance == "gradient" and outlet is not None:
-            term = gradient_ratio(own, term, outlet) * term
+            term = gradient_ratio(own, term, outlet, clip) * term
         per_sample = per_sample + weight * term
     t_share = share_of(scene.denoiser.path, scene.times.t_nk)
     return Loss(per_sample.mean(), per_sample.detach(), t_share, scalars if terms else {})

@@ -11,7 +11,7 @@ from fewstep.denoiser import Condition
 from fewstep.errors import UserError
 from fewstep.names import Weight
 from fewstep.objectives.scene import Scene
-from fewstep.schedule import Path, expand
+from fewstep.schedule import Path, VariancePreserving, expand
 
 LEAST_PULL = 1e-6
 """Below it a jump goes nowhere: rounding is all that is left of its difference."""
@@ -66,13 +66,31 @@ def implicit_pull(weight: Weight, path: Path, t: Tensor, s: Tensor) -> Tensor | 
     the weight of v-prediction (MCM, arXiv 2403.06807). Where x_t is pure noise (alpha_t = 0, the flow path's start) eps
     moves the landing without bound: such a sample counts for nothing.
     """
-    if weight == "none":
+    if weight in ("none", "step"):
         return None
     alpha_t, sigma_t, alpha_s, sigma_s = (part(when) for when in (t, s) for part in (path.alpha, path.sigma))
     if weight == "eps":
         return alpha_s * sigma_t / alpha_t - sigma_s
     pull = alpha_s - sigma_s * alpha_t / sigma_t
     return pull if weight == "x0" else pull / ((alpha_t / sigma_t).square() + 1).sqrt()
+
+
+def noise_level(path: Path, t: Tensor) -> Tensor:
+    """Return the noise level in which the step of `weight: step` is measured, float64, the shape of t.
+
+    sigma on a variance exploding path and on a flow, where it is the time itself; sigma/alpha on an indexed path, whose
+    points are those of a variance exploding one but for a factor.
+    """
+    return path.sigma(t) / path.alpha(t) if isinstance(path, VariancePreserving) else path.sigma(t)
+
+
+def step_weight(path: Path, t_nk: Tensor, t_n: Tensor) -> Tensor:
+    """Return improved consistency training's weight 1/(t_{n+1} - t_n) (arXiv 2310.14189, table 1), float64 [B].
+
+    Times are measured as noise levels. A pair without a step (t_{n+k} is the end point) has weight 0.
+    """
+    width = noise_level(path, t_nk) - noise_level(path, t_n)
+    return torch.where(width > 0, 1 / width, 0.0)
 
 
 def look_by_features(features: FeaturesOf) -> Look:
@@ -99,11 +117,19 @@ def distance(scene: Scene, landed: Tensor, wanted: Tensor, at: Tensor, look: Loo
     """The distance that the recipe names, between points at the times `at`, [B].
 
     Where the recipe has a weight, differences are divided by its pull; a frozen network then sees both points as the x0
-    that they stand for. A sample whose pull is 0, which jumped nowhere, counts for nothing.
+    that they stand for. A sample whose pull is 0, which jumped nowhere, counts for nothing. The weight `step`
+    multiplies the whole distance instead (`step_weight`).
 
     Raises:
         UserError: a frozen network is asked for where there is none.
     """
+    found = _unweighted(scene, landed, wanted, at, look)
+    if scene.config.weight != "step":
+        return found
+    return expand(step_weight(scene.denoiser.path, scene.times.t_nk, scene.times.t_n), found) * found
+
+
+def _unweighted(scene: Scene, landed: Tensor, wanted: Tensor, at: Tensor, look: Look | None) -> Tensor:
     config, times = scene.config, scene.times
     pull = implicit_pull(config.weight, scene.denoiser.path, times.t_nk, times.s)
     if config.distance in ("features", "perceptual"):

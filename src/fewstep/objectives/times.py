@@ -57,20 +57,25 @@ def draw_times(config: ConsistencyConfig, path: Path, draws: Draws) -> Triple:
 
     t_n lies k points below, or at the lower edge of its segment where fewer are left: with one segment that is the end
     point. Where k_low is named, k is uniform from it to k or to what is left.
+
+    While the grid grows (`config.grid_start`), t_{n+k} is one of every m-th of its points, from the noisiest down, and
+    k counts these: the times of a coarse grid are times of the last one.
     """
     grid = training_grid(path, config.grid)
+    apart = len(grid) // config.points_at(draws.step, draws.steps)
     if config.start == "rollout":
         index = in_turn(draws, config.rollout, len(grid))
     else:
-        index = draws.integers("n", 0, len(grid))
+        index = (draws.integers("n", 0, len(grid) // apart) + 1) * apart - 1
     edge = edge_below(index, len(grid), config.segments)
     k = torch.full_like(index, config.k)
     if config.k_low is not None:
-        most = torch.minimum(k, index - edge)
+        left = -((edge - index) // apart)  # an edge between two coarse points counts as one
+        most = torch.minimum(k, left)
         least = most.clamp(max=config.k_low)
         k = least + (draws.uniform("k") * (most - least + 1)).long()
     rungs = Rungs(grid, end_time(path, config.end))
-    below = torch.maximum(index - k, edge)
+    below = torch.maximum(index - k * apart, edge)
     s = S_LAWS[config.s](config, path, rungs, edge, below, draws)
     top = rungs.at(edge + len(grid) // config.segments)
     return Triple(rungs.at(index), rungs.at(below), s, top, index, below)
@@ -96,7 +101,8 @@ def _inference(
     """TDD's law (arXiv 2409.01347): a time that sampling will ask for, times 1 - U[0, spread] as SSS shrinks it.
 
     The times are those of all step counts in `inference_steps`, and the segment's lower edge; of them one is drawn that
-    lies at or below t_n and at most the share `reach` of the grid's points below it, or else the nearest one below.
+    lies at or below t_n and at most the share `reach` of the grid's points below it, or else the nearest one below. An
+    edge that is drawn stays: s lies in [edge, t_n], and the end point itself is trained.
     """
     low, high = config.inference_steps
     lists = [inference_times(path, steps, grid=config.grid) for steps in range(low, high + 1)]
@@ -111,7 +117,8 @@ def _inference(
     place = (draws.uniform("s") * open_to.sum(1)).long()[:, None]
     chosen = rungs.at(every.gather(1, (open_to.cumsum(1) > place).int().argmax(1, keepdim=True))[:, 0])
     shrunk: Tensor = (1 - draws.uniform("spread", 0, config.spread)) * chosen
-    return torch.maximum(shrunk, rungs.at(edge))
+    # a factor below 1 raises the times below 0, such as clean data's on an indexed path, and so the end point
+    return torch.minimum(torch.maximum(shrunk, rungs.at(edge)), chosen)
 
 
 def _next(config: ConsistencyConfig, path: Path, rungs: Rungs, edge: Tensor, below: Tensor, draws: Draws) -> Tensor:

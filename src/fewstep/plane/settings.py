@@ -12,7 +12,7 @@ from fewstep.loop_settings import LoopConfig, OptimConfig
 from fewstep.method_settings import ConsistencyConfig, Guidance
 from fewstep.names import Prediction
 from fewstep.recipes import read_recipe
-from fewstep.settings import Sampling, StudentConfig, check_trained
+from fewstep.settings import Sampling, StudentConfig, check_grown, check_trained
 from fewstep.stages import Stage, stage_configs
 
 USUAL: dict[str, Prediction] = {"vp": "eps", "flow": "flow", "ve": "x0"}
@@ -51,6 +51,7 @@ class PlayConfig(Config):
     def _playable(self) -> Self:
         for stage in self.each_stage():
             check_trained(stage.method, stage.sampling, self.path)
+            check_grown(stage.method, stage.loop)
             if stage.method.distance == "features":
                 raise ValueError(
                     "method.distance = 'features' asks for a network's features, the plane has none; "

@@ -316,7 +316,7 @@ def train(
     def load(step: int, part: int) -> tuple[Draws, Batch]:
         where = positions(step, part)
         start, stop = int(where[0]), int(where[-1]) + 1
-        draws = Draws(config.seed, step, tuple(int(i) for i in where), device)
+        draws = Draws(config.seed, step, tuple(int(i) for i in where), device, config.steps)
         return draws, fetch(visits(start, stop) if visits else order(config.seed, count, start, stop), draws)
 
     def refuse(step: int, bad: Sequence[str]) -> None:

@@ -195,7 +195,8 @@ def check_same_run(folder: Path, config: Config, inputs: Mapping[str, str] | Non
 
     How often it logs, saves and watches may differ, and how the samples of a step are shared out over micro-batches and
     processes, split or compiled: all but rounding is the same. So may its length, as long as every step taken so far
-    had the learning rate that it has in the new length. Keys that the older run did not know yet count as defaults.
+    had the learning rate, grid and terms that it has in the new length. Keys that the older run did not know yet count
+    as defaults.
 
     Args:
         inputs: what the run was fed, by name, as fingerprints; None before they are known.
@@ -237,6 +238,12 @@ def _check_length(folder: Path, old: Any, new: Any) -> None:
         raise UserError(
             f"run folder {folder} holds {done} steps of a run with loop.steps = {before}: under optim.decay = "
             f"{old.optim.decay!r} another length ({after}) means other learning rates; give {before}, or another --out"
+        )
+    phase = getattr(getattr(old, "method", None), "phase", None)
+    if phase and any(phase(i, before) != phase(i, after) for i in range(done)):
+        raise UserError(
+            f"run folder {folder} holds {done} steps of a run with loop.steps = {before}: another length ({after}) "
+            f"moves the growth of its grid, or its critic's start, within them; give {before}, or another --out"
         )
 
 
