@@ -207,7 +207,8 @@ def check_real(folder: Path) -> None:
     Raises:
         UserError: it is one.
     """
-    from fewstep.data.pictures import SUFFIXES, find_pictures
+    from fewstep.data.captions import SUFFIXES
+    from fewstep.data.pictures import find_pictures
 
     count = len(find_pictures(folder))
     if not folder.is_dir():

@@ -112,7 +112,7 @@ def bucketed(captioned: Captioned, size: int, unit: int, least: int = 1) -> Capt
         raise UserError("data.buckets = True wants a folder of pictures in data.source; the nearest is False")
     shapes = bucket_shapes(size, unit)
     of = tuple(filled([size_of(file) for file in files.files], shapes, least))
-    return Captioned(BucketedFiles(files.files, size, tuple(shapes), of), captioned.captions)
+    return Captioned(BucketedFiles(files.files, size, tuple(shapes), of), captioned.captions, captioned.left_out)
 
 
 class BucketedLatents:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import Protocol
@@ -15,9 +15,10 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, ImageOps
 
+from fewstep.data.captions import in_words, is_picture, match
+from fewstep.data.folder_files import FolderFiles
+from fewstep.data.pixels import eight_bits, is_deep_png
 from fewstep.errors import UserError
-
-SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".bmp")
 
 
 class PictureSet(Protocol):
@@ -104,23 +105,42 @@ class PictureFiles:
             return np.stack(list(pool.map(lambda row: read_picture(self.files[int(row)], self.size), rows)))
 
     def fingerprint(self) -> str:
-        """sha256 of the size and of the files' bytes."""
+        """sha256 of the size and of the files' bytes; of grey PNGs of 16 bits also that they are scaled."""
         digest = hashlib.sha256(f"{self.size}".encode())
         for file in self.files:
-            own = hashlib.sha256(file.read_bytes()).digest() if isinstance(file, Path) else file.identity()
-            digest.update(own)
+            digest.update(_identity(file) if isinstance(file, Path) else file.identity())
         return digest.hexdigest()
+
+
+def _identity(file: Path) -> bytes:
+    held = file.read_bytes()
+    return hashlib.sha256(held + SCALED if is_deep_png(held) else held).digest()
+
+
+SCALED = b" scaled to 8 bits"
+"""Added to what identifies a picture that was once read otherwise: by clipping."""
 
 
 @dataclass(frozen=True)
 class Captioned:
-    """Pictures and, for each, one or more captions to draw from; without pictures, prompts alone."""
+    """Pictures and, for each, one or more captions to draw from; without pictures, prompts alone.
+
+    Attributes:
+        left_out: what the source holds beside these: reason -> how many.
+    """
 
     pictures: PictureSet | None
     captions: Sequence[Sequence[str]]
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    def line(self) -> str:
+        """Return what is used and what was left out, with the reasons, in one line."""
+        said = sum(len(set(row)) for row in self.captions)
+        used = f"{len(self)} prompts" if self.pictures is None else f"{len(self)} pictures with {said} captions"
+        return f"data     {used}{in_words(self.left_out)}"
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Captioned:
         """Some of them, in memory."""
@@ -130,22 +150,33 @@ class Captioned:
 
 def from_prompts(prompts: Sequence[str]) -> Captioned:
     """Prompts alone, each once."""
-    return Captioned(None, [[prompt] for prompt in dict.fromkeys(prompts)])
+    distinct = list(dict.fromkeys(prompts))
+    twice = len(prompts) - len(distinct)
+    return Captioned(None, [[prompt] for prompt in distinct], {"repeated prompts": twice} if twice else {})
 
 
 def find_pictures(folder: Path) -> list[Path]:
-    """The picture files of a folder and of those in it, in name order; empty if it is none."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES) if folder.is_dir() else []
+    """Return the picture files of a folder and of those in it, in name order, hidden ones apart; none of no folder."""
+    return [folder / name for name in FolderFiles(folder).names if is_picture(name)]
 
 
 @contextmanager
 def _opened(place: Place) -> Iterator[Image.Image]:
     held = place if isinstance(place, Path) else BytesIO(place.read())
     try:
-        with Image.open(held) as image:
+        with Image.open(held, formats=_formats()) as image:
             yield image
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read picture {place}: {error}") from error
+    except Exception as error:  # of a broken file each format raises kinds of its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"cannot read picture {place}: {reason}") from error
+
+
+@lru_cache(maxsize=1)
+def _formats() -> list[str]:
+    """Pillow's formats, the usual ones first, without the one that is a program and not a picture."""
+    Image.preinit()
+    Image.init()
+    return [name for name in Image.OPEN if name != "EPS"]
 
 
 def read_picture(place: Place, size: int) -> np.ndarray:
@@ -164,7 +195,9 @@ def read_cropped(place: Place, width: int, height: int) -> np.ndarray:
         UserError: not a readable picture.
     """
     with _opened(place) as image:
-        rgba = ImageOps.exif_transpose(image).convert("RGBA")
+        upright = eight_bits(ImageOps.exif_transpose(image), image.format)
+        # what has no transparent parts gets none: Pillow would invent them for LAB
+        rgba = (upright if upright.has_transparency_data else upright.convert("RGB")).convert("RGBA")
     flat = Image.new("RGBA", rgba.size, "white")
     flat.alpha_composite(rgba)
     wide, high = min(flat.width, flat.height * width // height), min(flat.height, flat.width * height // width)
@@ -180,58 +213,28 @@ def size_of(place: Place) -> tuple[int, int]:
         UserError: not a readable picture.
     """
     with _opened(place) as image:
-        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        turned = image.format != "TIFF" and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # TIFF's size is turned
         return (image.height, image.width) if turned else (image.width, image.height)
 
 
 def from_folder(folder: Path, size: int) -> Captioned:
     """Find a folder's pictures and captions. The pictures' own files are opened, and decoded later.
 
-    Captions come from `metadata.jsonl` (lines {"file_name": ..., "text": ...}, the Hugging Face form), or from a
-    `.txt` file beside each picture.
+    Captions come from `metadata.jsonl` (lines {"file_name": ..., "text": ...}) or `metadata.csv`, the Hugging Face
+    form, and for pictures that these do not name from a `.txt` or `.json` file beside each; see `captions.match`.
 
     Raises:
         UserError: no folder, no pictures, a file that is no picture, or a picture without caption.
     """
     if not folder.is_dir():
-        raise UserError(f"data.source = {str(folder)!r} is not a folder; give a folder of pictures or 'emoji8'")
-    index = folder / "metadata.jsonl"
-    listed = _listed(index) if index.is_file() else {}
-    if listed:
-        captioned = {folder / name: text for name, text in listed.items()}
-    else:
-        captioned = {file: _caption_beside(file) for file in find_pictures(folder)}
-    if not captioned:
-        raise UserError(f"data.source = {str(folder)!r} holds no picture ({', '.join(SUFFIXES)})")
-    for file in captioned:
-        with _opened(file):
+        raise UserError(
+            f"data.source = {str(folder)!r} {'is not a folder' if folder.exists() else 'does not exist'}; "
+            "give a folder of pictures, tar files, a prompt file or 'emoji8'"
+        )
+    files = FolderFiles(folder)
+    matched = match(files.names, files.read, files.find, str(folder), files.advice())
+    places = tuple(folder / name for name in matched.captions)
+    for place in places:
+        with _opened(place):
             pass
-    return Captioned(PictureFiles(tuple(captioned), size), [[text] for text in captioned.values()])
-
-
-def _listed(index: Path) -> dict[str, str]:
-    """file_name -> text of a metadata.jsonl."""
-    table = {}
-    try:
-        for line in index.read_text(encoding="utf-8").split("\n"):
-            if line.strip():
-                row = json.loads(line)
-                name, text = row["file_name"], row["text"]
-                if not isinstance(name, str) or not isinstance(text, str):
-                    raise TypeError(f"{line.strip()[:80]} is not text")
-                table[name] = text.strip()
-    except KeyError as error:
-        raise UserError(f"{index} needs lines with file_name and text: {error} is missing") from error
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{index} needs lines with file_name and text: {error}") from error
-    return table
-
-
-def _caption_beside(file: Path) -> str:
-    beside = file.with_suffix(".txt")
-    if not beside.is_file():
-        raise UserError(f"picture {file} has no caption: write {beside.name} beside it or a metadata.jsonl")
-    try:
-        return beside.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read caption {beside}: {error}") from error
+    return Captioned(PictureFiles(places, size), list(matched.captions.values()), files.left_out | matched.left_out)

@@ -8,24 +8,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import posixpath
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from fewstep.data.pictures import SUFFIXES, Captioned, PictureFiles
+from fewstep.data.captions import BESIDE, Matched, is_hidden, is_list, is_picture, kind_of, match
+from fewstep.data.pictures import SCALED, Captioned, PictureFiles
+from fewstep.data.pixels import HEAD, is_deep_png
 from fewstep.errors import UserError
 from fewstep.files import read_json, write_json
 
-CAPTIONS = (".txt", ".json")
-"""Where a sample's caption stands, the nearest first: as text, or as `caption` or `text` of a JSON object."""
+FORMAT = 2
+"""Of the lists of members that are kept; others are made again."""
 LONGEST = 2**20
-"""Bytes of a caption's file that are read."""
+"""Bytes that the file of a caption may have."""
+LINKS = 40
+"""Links that may lead to one another."""
 VERSION = (
     *("size", "mtime", "LastModified", "last_modified", "ETag", "etag", "md5Hash", "generation", "created"),
     *("Content-MD5", "Digest", "Last-Modified"),  # web servers, by the names of their headers
@@ -42,6 +48,7 @@ class Member:
         version: of the shard, as its file system tells it.
         name: in the shard.
         offset, size: its bytes.
+        deep: whether it is a grey PNG of 16 bits.
     """
 
     shard: str
@@ -49,6 +56,7 @@ class Member:
     name: str
     offset: int
     size: int
+    deep: bool = False
 
     def __str__(self) -> str:
         return f"{self.name} of {self.shard}"
@@ -71,16 +79,24 @@ class Member:
     def identity(self) -> bytes:
         """sha256 of what decides its bytes: they are not read for it."""
         told = f"{self.shard} {self.version} {self.name} {self.offset} {self.size}"
-        return hashlib.sha256(told.encode()).digest()
+        return hashlib.sha256(told.encode() + SCALED * self.deep).digest()
 
 
 class Sample(NamedTuple):
-    """A picture of a shard by its place, and its caption."""
+    """A picture of a shard by its place, and its captions."""
 
     name: str
     offset: int
     size: int
-    caption: str
+    deep: bool
+    captions: list[str]
+
+
+class Listing(NamedTuple):
+    """The samples of a shard, and what else it holds: reason -> how many."""
+
+    samples: list[Sample]
+    left_out: dict[str, int]
 
 
 def expanded(source: str) -> list[str]:
@@ -148,16 +164,18 @@ def from_shards(source: str, size: int, cache: Path) -> Captioned:
     shards = find_shards(source)
     pictures: list[Member] = []
     captions: list[list[str]] = []
+    left_out: Counter[str] = Counter()
     for shard in tqdm(shards, desc="listing shards", unit="shard", disable=len(shards) == 1):
-        version, samples = listed(shard, cache)
-        for sample in samples:
-            pictures.append(Member(shard, version, sample.name, sample.offset, sample.size))
-            captions.append([sample.caption])
-    return Captioned(PictureFiles(tuple(pictures), size), captions)
+        version, listing = listed(shard, cache)
+        for name, offset, length, deep, said in listing.samples:
+            pictures.append(Member(shard, version, name, offset, length, deep))
+            captions.append(said)
+        left_out.update(listing.left_out)
+    return Captioned(PictureFiles(tuple(pictures), size), captions, left_out)
 
 
-def listed(shard: str, cache: Path) -> tuple[str, list[Sample]]:
-    """A shard's version and its samples: from the list that is kept of this version, else from the shard.
+def listed(shard: str, cache: Path) -> tuple[str, Listing]:
+    """A shard's version and what it holds: from the list that is kept of this version, else from the shard.
 
     Raises:
         UserError: as `from_shards`.
@@ -167,62 +185,132 @@ def listed(shard: str, cache: Path) -> tuple[str, list[Sample]]:
         told = files.info(path)
     known = json.dumps([[name, str(told[name])] for name in VERSION if name in told])
     version = hashlib.sha256(known.encode()).hexdigest()[:16]
-    kept = cache / f"shard-{hashlib.sha256(f'{shard} {known}'.encode()).hexdigest()[:16]}.json"
+    kept = cache / f"shard-{hashlib.sha256(f'{FORMAT} {shard} {known}'.encode()).hexdigest()[:16]}.json"
     if not kept.is_file():
         with reached(shard):
-            samples = samples_of(files, path, shard)
-        write_json(kept, {"shard": shard, "samples": samples})
-    return version, [Sample(*row) for row in read_json(kept)["samples"]]
+            samples, left_out = samples_of(files, path, shard)
+        write_json(kept, {"shard": shard, "samples": samples, "left_out": left_out})
+    held = read_json(kept)
+    return version, Listing([Sample(*row) for row in held["samples"]], held["left_out"])
 
 
-def samples_of(files: Any, path: str, shard: str) -> list[Sample]:
-    """The pictures of a tar file, in its order, each with the caption that shares its name up to the first dot.
+def samples_of(files: Any, path: str, shard: str) -> Listing:
+    """The pictures of a tar file in its order, with their captions, by the law of a folder; see `captions.match`.
+
+    Hard and symbolic links mean the member that they lead to.
 
     Raises:
-        UserError: no plain tar, one that cannot be read by ranges, no picture, or one without caption.
+        UserError: no plain tar, one that cannot be read by ranges, no picture, one without caption, a picture or
+            caption that stands twice, a link that leads out of the shard.
     """
-    pictures: dict[str, tuple[str, int, int]] = {}
-    captions: dict[str, dict[str, str]] = {}
     try:
         with files.open(path, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-            for member in tar:
-                place = PurePosixPath(member.name)
-                stem, _, kind = place.name.partition(".")
-                key, kind = str(place.with_name(stem or place.name)), f".{kind.lower()}"
-                if kind in SUFFIXES and member.isreg():
-                    pictures[key] = (member.name, member.offset_data, member.size)
-                elif kind in CAPTIONS and member.isreg():
-                    held = tar.extractfile(member)
-                    said = caption_of(held.read(LONGEST) if held else b"", kind)
-                    if said:
-                        captions.setdefault(key, {})[kind] = said
+            members = Members(tar, stream, shard)
+            matched: Matched = match(list(members.found), members.read, members.find, shard)
+            samples = [members.sample(name, said) for name, said in matched.captions.items()]
     except (tarfile.TarError, ValueError) as error:
         raise UserError(
             f"data.source: {shard} is no plain tar that can be read by ranges of bytes ({error}); the nearest is a "
             "copy of it on a disk, unpacked if it is compressed"
         ) from error
-    if not pictures:
-        raise UserError(f"data.source: {shard} holds no picture ({', '.join(SUFFIXES)})")
-    lacking = next((key for key in pictures if key not in captions), None)
-    if lacking is not None:
-        name = pictures[lacking][0]
-        raise UserError(f"data.source: picture {name} of {shard} has no caption in {lacking}.txt or .json")
-    return [Sample(*pictures[key], caption_in(captions[key])) for key in pictures]
+    return Listing(samples, members.left_out | matched.left_out)
 
 
-def caption_in(found: dict[str, str]) -> str:
-    """The caption of a sample: the text beside it before what a JSON object says."""
-    return next(found[kind] for kind in CAPTIONS if kind in found)
+class Members:
+    """The members of an open tar file that are not hidden, by their names.
+
+    Attributes:
+        found: name -> member, in the order of the file; links are led to what they mean.
+        left_out: hidden pictures.
+
+    Raises:
+        UserError: a picture or caption that stands twice, or is stored with holes; a link that leads out of the shard.
+    """
+
+    def __init__(self, tar: tarfile.TarFile, stream: Any, shard: str) -> None:
+        self.tar, self.stream, self.shard = tar, stream, shard
+        self.found: dict[str, tarfile.TarInfo] = {}
+        self.left_out: dict[str, int] = {}
+        self._texts: dict[str, bytes] = {}
+        self._deep: set[int] = set()
+        every: dict[str, tarfile.TarInfo] = {}
+        for member in tar:
+            name = _plain(member.name)
+            if member.isdir() or not (member.isreg() or member.islnk() or member.issym()):
+                continue
+            matters = is_picture(name) or kind_of(name) in BESIDE or is_list(name)
+            if any(map(is_hidden, name.split("/"))):
+                if is_picture(name):
+                    reason = "hidden pictures and folders"
+                    self.left_out[reason] = self.left_out.get(reason, 0) + 1
+            elif matters and name in every:
+                raise UserError(f"data.source: {name} stands twice in {shard}; write the shard anew with one of them")
+            elif matters and member.issparse():
+                raise UserError(f"data.source: {name} of {shard} is stored with holes (sparse); write it plainly")
+            else:
+                self.found[name] = member
+                self._look(member, name)
+            every[name] = member
+        for name, member in self.found.items():
+            self.found[name] = self._meant(name, member, every)
+
+    def _look(self, member: tarfile.TarInfo, name: str) -> None:
+        """Read what is needed of a member while its bytes are near: captions whole, of a PNG the beginning."""
+        if not member.isreg():
+            return
+        if is_list(name) or (kind_of(name) in BESIDE and member.size <= LONGEST):
+            self._texts[member.name] = self._bytes(member, member.size)
+        elif kind_of(name) == ".png" and is_deep_png(self._bytes(member, HEAD)):
+            self._deep.add(member.offset_data)
+
+    def _bytes(self, member: tarfile.TarInfo, count: int) -> bytes:
+        self.stream.seek(member.offset_data)
+        held: bytes = self.stream.read(min(count, member.size))
+        return held
+
+    def _meant(self, name: str, member: tarfile.TarInfo, every: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo:
+        """The member that a link leads to; a regular one itself."""
+        for _ in range(LINKS):
+            if member.isreg():
+                return member
+            place = posixpath.dirname(_plain(member.name)) if member.issym() else ""
+            target = every.get(posixpath.normpath(posixpath.join(place, _plain(member.linkname))))
+            if target is None:
+                break
+            member = target
+        if is_picture(name) or kind_of(name) in BESIDE:
+            raise UserError(
+                f"data.source: {name} of {self.shard} is a link to {member.linkname}, which it does not hold"
+            )
+        return member
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a list or a caption."""
+        member = self.found[name]
+        if member.name not in self._texts:
+            if member.size > LONGEST:
+                raise ValueError(f"{member.size} bytes; a caption has at most {LONGEST}")
+            self._texts[member.name] = self._bytes(member, member.size)
+        return self._texts[member.name]
+
+    def find(self, name: str) -> str | None:
+        """The member that a list means."""
+        spelled = (posixpath.normpath(name), posixpath.normpath(name.replace("\\", "/")))
+        return next((each for each in spelled if each in self.found), None)
+
+    def sample(self, name: str, captions: list[str]) -> Sample:
+        """A picture by its place."""
+        member = self.found[name]
+        return Sample(
+            _printable(member.name), member.offset_data, member.size, member.offset_data in self._deep, captions
+        )
 
 
-def caption_of(held: bytes, kind: str) -> str:
-    """The caption that a .txt or a .json file holds; empty where it holds none."""
-    try:
-        text = held.decode("utf-8-sig")
-        if kind == ".txt":
-            return text.strip()
-        known = json.loads(text)
-    except ValueError:
-        return ""
-    said = [known.get(name) for name in ("caption", "text")] if isinstance(known, dict) else []
-    return next((word.strip() for word in said if isinstance(word, str)), "")
+def _printable(name: str) -> str:
+    """A member's name, where bytes that are no UTF-8 are written as \\xe9."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _plain(name: str) -> str:
+    """A member's name from the top, without ./ before it."""
+    return posixpath.normpath(_printable(name)).lstrip("/")

@@ -1,0 +1,232 @@
+"""Decide which pictures a folder or a shard holds and which captions belong to them: one law for both.
+
+A picture takes all captions that a list at the top (`metadata.jsonl` or `metadata.csv`) gives it; a picture that no
+list names takes those of the file beside it, `.txt` as a whole or `.json` by its fields. What is left out is counted by
+its reason. A picture without caption is refused, unless a list chooses pictures and leaves it out.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import posixpath
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from io import StringIO
+from typing import Any, NamedTuple
+
+from fewstep.common.text import decode, lines_of
+from fewstep.errors import UserError
+
+SUFFIXES = (
+    *(".png", ".webp", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jfif", ".jpe", ".apng", ".mpo"),
+    *(".jp2", ".j2k", ".jpx", ".jpf", ".dib", ".tga", ".qoi", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+)
+"""Of pictures; of an animated one, and of one with several pages, the first is read."""
+UNREAD = (
+    *(".heic", ".heif", ".jxl", ".svg", ".exr", ".hdr", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".ico", ".pdf"),
+    *(".mp4", ".webm", ".mov", ".mkv", ".avi", ".npy", ".npz"),
+)
+"""Of pictures that are not read; they are counted."""
+LISTS = ("metadata.jsonl", "metadata.csv")
+"""Lists of pictures with their captions, the Hugging Face form, the nearest first."""
+BESIDE = (".txt", ".json")
+"""A caption beside its picture, the nearest first."""
+LIST_FIELDS = ("text", "caption", "captions")
+"""Of a list's line, the nearest first: text, or several texts in a list."""
+JSON_FIELDS = ("caption", "text", "captions")
+"""The same of a JSON object beside a picture."""
+SHELTERED = ("__MACOSX", "@eaDir")
+"""Folders that systems make for themselves."""
+
+
+class Matched(NamedTuple):
+    """What a folder or a shard holds.
+
+    Attributes:
+        captions: of each picture that is used, by its name, in order; each has at least one.
+        left_out: reason -> how many.
+    """
+
+    captions: dict[str, list[str]]
+    left_out: dict[str, int]
+
+
+def kind_of(name: str) -> str:
+    """Return the suffix of a name in small letters."""
+    return posixpath.splitext(name)[1].lower()
+
+
+def is_picture(name: str) -> bool:
+    """Whether a name is a picture's."""
+    return kind_of(name) in SUFFIXES
+
+
+def is_list(name: str) -> bool:
+    """Whether a name, at the top, is that of a list of captions."""
+    return name.lower() in LISTS
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden, or made by a system for itself."""
+    return name.startswith(".") or name in SHELTERED
+
+
+def match(
+    names: Sequence[str],
+    read: Callable[[str], bytes],
+    find: Callable[[str], str | None],
+    where: str,
+    advice: str = "",
+) -> Matched:
+    """Return the pictures among some files, with their captions.
+
+    Args:
+        names: of the files, by paths below the top, each once; hidden ones apart.
+        read: the bytes of a file of these.
+        find: the name of the file that a list means; None where there is none.
+        where: names the folder or shard in errors.
+        advice: what else could be given, for errors.
+
+    Raises:
+        UserError: no picture, one without caption or with an empty one, a list that cannot be read.
+    """
+    lists = sorted((name for name in names if is_list(name)), key=lambda name: LISTS.index(name.lower()))
+    named = _listed(lists[0], read(lists[0]), find, where) if lists else {}
+    left_out: Counter[str] = Counter()
+    pictures = [name for name in names if is_picture(name)]
+    beside = {(posixpath.splitext(name)[0], kind_of(name)): name for name in reversed(names) if kind_of(name) in BESIDE}
+    captions, lacking = dict(named), list[str]()
+    for name in pictures:
+        if name not in named:
+            said = _beside(posixpath.splitext(name)[0], beside, read, where)
+            if said is None:
+                lacking.append(name)
+            else:
+                captions[name] = said
+    parts = {name for name in lacking if _is_part(name, captions)}
+    left_out["further pictures of samples, by their names' second suffix"] += len(parts)
+    lacking = [name for name in lacking if name not in parts]
+    if lists:
+        left_out[f"lists beside {lists[0]}"] += len(lists[1:])
+        left_out[f"pictures that {lists[0]} does not name"] += len(lacking)
+        left_out[f"captions beside pictures that {lists[0]} names"] += sum(
+            (posixpath.splitext(name)[0], ".txt") in beside for name in named
+        )
+    elif lacking:
+        raise UserError(_without(lacking, len(pictures), where) + advice)
+    if not captions:
+        raise UserError(f"data.source: {where} holds no picture ({', '.join(SUFFIXES)})" + advice)
+    empty = [name for name, said in captions.items() if not any(said)]
+    if empty:
+        more = f", nor have {len(empty) - 1} others" if empty[1:] else ""
+        raise UserError(
+            f"data.source: picture {empty[0]} of {where} has an empty caption and no other{more}; write one, or take "
+            "the picture away (data.empty_prompts is for the share of samples under the empty prompt)"
+        )
+    left_out["empty captions beside others"] += sum(said.count("") for said in captions.values())
+    stems = {posixpath.splitext(name)[0] for name in captions} | {posixpath.splitext(name)[0] for name in pictures}
+    left_out["text files without a picture"] += sum(
+        kind == ".txt" and stem not in stems for stem, kind in beside if not lists
+    )
+    for name in names:
+        if kind_of(name) in UNREAD:
+            left_out[f"{kind_of(name)} files, which are not read"] += 1
+        elif is_list(posixpath.basename(name)) and not is_list(name):
+            left_out["lists in folders below"] += 1
+    kept = {name: list(dict.fromkeys(word for word in said if word)) for name, said in captions.items()}
+    return Matched(kept, {reason: count for reason, count in left_out.items() if count})
+
+
+def in_words(left_out: Mapping[str, int]) -> str:
+    """Return what was left out, with the reasons; empty for nothing."""
+    return "; left out: " + ", ".join(f"{count} {why}" for why, count in left_out.items()) if left_out else ""
+
+
+def _without(lacking: Sequence[str], of: int, where: str) -> str:
+    """The refusal of pictures without caption."""
+    stem = posixpath.splitext(posixpath.basename(lacking[0]))[0]
+    more = f", nor have {len(lacking) - 1} others of {of}" if lacking[1:] else ""
+    return (
+        f"data.source: picture {lacking[0]} of {where} has no caption{more}: write {stem}.txt or {stem}.json beside "
+        f"it, or a line of {LISTS[0]}"
+    )
+
+
+def _is_part(name: str, captions: Mapping[str, object]) -> bool:
+    """Whether a picture is another part of a sample that is used: 7.mask.png beside 7.jpg (webdataset's names)."""
+    folder, base = posixpath.split(name)
+    key = base.partition(".")[0]
+    return base.count(".") > 1 and any(posixpath.join(folder, key + suffix) in captions for suffix in SUFFIXES)
+
+
+def _beside(
+    stem: str, beside: Mapping[tuple[str, str], str], read: Callable[[str], bytes], where: str
+) -> list[str] | None:
+    """The captions of the files beside a picture; [""] for an empty one, None where there is none."""
+    found = None
+    for kind in BESIDE:
+        name = beside.get((stem, kind))
+        if name is None:
+            continue
+        try:
+            text = decode(read(name))
+            said = [text.strip()] if kind == ".txt" else _fields(json.loads(text), JSON_FIELDS)
+        except (ValueError, RecursionError, OSError) as error:
+            raise UserError(f"data.source: cannot read caption {name} of {where}: {error}") from error
+        if said and any(said):
+            return said
+        found = said or found
+    return found
+
+
+def _fields(row: Any, fields: Sequence[str]) -> list[str] | None:
+    """The captions of the first field that has any; None where none has."""
+    for field in fields if isinstance(row, dict) else ():
+        value = row.get(field)
+        words = [value] if isinstance(value, str) else value
+        if isinstance(words, list) and words and all(isinstance(word, str) for word in words):
+            return [word.strip() for word in words]
+    return None
+
+
+def _listed(name: str, held: bytes, find: Callable[[str], str | None], where: str) -> dict[str, list[str]]:
+    """The captions of a list, by the pictures that it names."""
+    captions: dict[str, list[str]] = {}
+    try:
+        for row in _json_rows(held) if kind_of(name) == ".jsonl" else _csv_rows(held):
+            named, said = row["file_name"], _fields(row, LIST_FIELDS)
+            if not isinstance(named, str) or not named or said is None:
+                raise TypeError(f"{json.dumps(row, ensure_ascii=False)[:80]} has other ones")
+            found = find(named)
+            if found is None:
+                raise UserError(
+                    f"data.source: cannot read picture {named}, which {name} of {where} names: no such file"
+                )
+            captions.setdefault(found, []).extend(said)
+    except KeyError as error:
+        raise UserError(f"{where}: {name} needs lines with file_name and text: {error} is missing") from error
+    except (ValueError, TypeError, RecursionError, csv.Error) as error:
+        raise UserError(f"{where}: {name} needs lines with file_name and text: {error}") from error
+    return captions
+
+
+def _json_rows(held: bytes) -> Iterator[dict[str, Any]]:
+    for line in lines_of(decode(held)):
+        if line.strip():
+            row = json.loads(line, object_pairs_hook=_once)
+            if not isinstance(row, dict):
+                raise TypeError(f"{line.strip()[:80]} is no object")
+            yield row
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; refuse a field that stands twice."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError(f"a field stands twice in {json.dumps(row, ensure_ascii=False)[:80]}")
+    return row
+
+
+def _csv_rows(held: bytes) -> Iterator[dict[str, Any]]:
+    yield from csv.DictReader(StringIO(decode(held), newline=""), strict=True)

@@ -1,0 +1,104 @@
+"""The files of a folder of pictures: which of them are read, and what else the folder may be."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections import Counter, deque
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from fewstep.data.captions import LISTS, is_hidden, is_picture, kind_of
+from fewstep.errors import UserError
+
+
+@dataclass(frozen=True)
+class FolderFiles:
+    """The files of a folder and of those in it, linked ones too, each folder once; hidden ones are counted.
+
+    Attributes:
+        folder: where they are; it may be missing.
+    """
+
+    folder: Path
+
+    @cached_property
+    def _found(self) -> tuple[list[str], dict[str, int]]:
+        names, left_out = list[str](), Counter[str]()
+        seen, todo, linked = set[str](), deque([""]), deque[str]()
+        while todo or linked:  # linked folders last: what lies in the folder itself keeps its name
+            place = (todo or linked).popleft()
+            real = os.path.realpath(self.folder / place)
+            if real in seen:
+                continue
+            seen.add(real)
+            try:
+                entries = list(os.scandir(self.folder / place))
+            except (NotADirectoryError, FileNotFoundError):
+                continue
+            except OSError as error:
+                if not place:
+                    raise UserError(f"cannot read folder {self.folder}: {error.strerror or error}") from error
+                left_out[f"folders that cannot be read ({error.strerror})"] += 1
+                continue
+            for entry in entries:
+                if is_hidden(entry.name):
+                    left_out["hidden pictures and folders"] += is_picture(entry.name) or entry.is_dir()
+                elif entry.is_dir():
+                    (linked if entry.is_symlink() else todo).append(f"{place}{entry.name}/")
+                elif entry.is_file() or entry.is_symlink():  # a link that leads nowhere is refused when it is opened
+                    names.append(f"{place}{entry.name}")
+        return sorted(names, key=lambda name: name.split("/")), {why: n for why, n in left_out.items() if n}
+
+    @property
+    def names(self) -> list[str]:
+        """Their paths below the folder, part by part in name order."""
+        return self._found[0]
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """What is hidden or cannot be read, counted."""
+        return self._found[1]
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one of them."""
+        return (self.folder / name).read_bytes()
+
+    def find(self, name: str) -> str | None:
+        """The file that a list means: by its path, with the other kind of slash, or with its accents composed."""
+        for spelled in (name, name.replace("\\", "/")):
+            if (self.folder / spelled).is_file():
+                return os.path.normpath(spelled)
+        return self._composed.get(unicodedata.normalize("NFC", name))
+
+    @cached_property
+    def _composed(self) -> dict[str, str]:
+        return {unicodedata.normalize("NFC", name): name for name in self.names}
+
+    def advice(self) -> str:
+        """What else of the folder could be named as the source; empty where nothing could."""
+        lists = [name for name in self.names if "/" in name and name.lower().endswith(LISTS)]
+        tars = [name for name in self.names if kind_of(name) == ".tar"]
+        if lists:
+            places = list(dict.fromkeys(os.path.dirname(name) for name in lists))
+            more = f" (or {', '.join(places[1:4])})" if places[1:] else ""
+            return f"; {lists[0]} lies deeper: give data.source={self.folder / places[0]}{more}"
+        if tars:
+            place = self.folder / os.path.dirname(tars[0])
+            return f"; it holds {len(tars)} tar shards: give data.source={place}/*.tar"
+        for kinds, advice in PACKED:
+            found = [name for name in self.names if name.lower().endswith(kinds)]
+            if found:
+                return f"; it holds {found[0]}{f' and {len(found) - 1} more' if found[1:] else ''}: {advice}"
+        return ""
+
+
+PACKED = (
+    (
+        (".parquet", ".arrow"),
+        "tables of pictures are not read; write them out as pictures with a metadata.jsonl, or as plain .tar shards",
+    ),
+    ((".zip", ".tar.gz", ".tgz", ".7z", ".rar", ".tar.zst", ".tar.xz", ".tar.bz2"), "unpack it"),
+)
+"""What a folder of pictures may hold in their place, and what helps."""
