@@ -38,6 +38,7 @@ class Family:
         classes: the classes that the denoising network may be of.
         sample_size: latent points a side at the trained size, for networks whose config does not say.
         packed: latent points that the network takes as one, in its channels.
+        variance: whether the network may output a variance too, as a second half of its channels.
     """
 
     kind: str
@@ -49,6 +50,7 @@ class Family:
     classes: tuple[str, ...]
     sample_size: int = 0
     packed: int = 1
+    variance: bool = False
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -92,6 +94,7 @@ PIXART = Family(
     tokenizers=("tokenizer",),
     targets=ATTENTION_TARGETS,
     classes=("PixArtTransformer2DModel", "Transformer2DModel"),
+    variance=True,
 )
 SD3 = Family(
     kind="sd3",
@@ -121,6 +124,7 @@ SANA = Family(
     tokenizers=("tokenizer",),
     targets=("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point"),
     classes=("SanaTransformer2DModel",),
+    variance=True,
 )
 
 CONSISTENCY = "LatentConsistencyModelPipeline"

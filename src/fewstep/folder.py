@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from fewstep.backbones.config_checks import (
+    check_encoder,
+    check_index,
+    check_latents,
+    check_model,
+    check_scheduler,
+    check_tokenizer,
+    check_widths,
+    defaults_of,
+)
 from fewstep.errors import UserError, nearest
 from fewstep.families import CONSISTENCY, FAMILIES, Family
 from fewstep.files import read_mapping, sha256
@@ -18,6 +29,8 @@ from fewstep.scheduler_config import check_terminal_snr, settled
 from fewstep.tensor_header import read_safetensors_header
 
 WEIGHTS = "*.safetensors"
+ADAPTER = re.compile(r"(^|\.)(base_layer|lora_[A-Za-z_]+)\.")
+"""In the names of weights that were saved with an adapter on (PEFT's, and diffusers' own before it)."""
 LIBRARIES = ("diffusers", "transformers")
 """Where components come from; a folder may name code of its own, which is never run."""
 
@@ -42,10 +55,16 @@ class PipelineFolder:
         """The component that denoises."""
         return self.family.network
 
+    def config_file(self, component: str) -> Path:
+        """The JSON file of one component's config."""
+        names = {"scheduler": "scheduler_config.json"} | dict.fromkeys(self.family.tokenizers, "tokenizer_config.json")
+        return self.path / component / names.get(component, "config.json")
+
     def config(self, component: str) -> dict[str, Any]:
-        """The JSON config of one component."""
-        name = "scheduler_config.json" if component == "scheduler" else "config.json"
-        return read_mapping(self.path / component / name)
+        """Return the config of one component as its class reads it: of the class that the pipeline names, and with
+        the class's defaults for what the file lacks of the keys that fewstep reads."""
+        name = self.components[component][1]
+        return {**defaults_of(name), **read_mapping(self.config_file(component)), "_class_name": name}
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -56,9 +75,9 @@ class PipelineFolder:
         """
         network, vae = self.config(self.network), self.config("vae")
         try:
-            side = int(network.get("sample_size") or self.family.sample_size)
             channels = int(vae["latent_channels"])
             told = int(network["in_channels"])
+            said = int(network["out_channels"] or told)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.path} does not say the size of its pictures and latents: {error!r}") from error
         if told != channels * self.family.packed:
@@ -66,7 +85,36 @@ class PipelineFolder:
                 f"the {self.network} of {self.path} has in_channels = {told}, its latents have {channels}; the nearest "
                 f"that is supported is a text-to-image network of {channels * self.family.packed}"
             )
-        return channels, side, side
+        if said != told and not (self.family.variance and said == 2 * told):
+            raise UserError(
+                f"{self.config_file(self.network)}: out_channels = {said} beside in_channels = {told} is not "
+                f"supported; the nearest that is supported is {told}"
+            )
+        return channels, self._side(network), self._side(network)
+
+    def _side(self, network: Mapping[str, Any]) -> int:
+        """Latent points a side at the trained size.
+
+        Raises:
+            UserError: a size that is missing, that is none, or whose sides differ.
+        """
+        size = network.get("sample_size") or self.family.sample_size
+        if isinstance(size, list) and len(size) == 2 and self.network == "unet":
+            if size[0] != size[1]:
+                raise UserError(
+                    f"{self.config_file(self.network)}: sample_size = {size} is no square, and trained sizes are; the "
+                    f"nearest that is supported is {size[0]}, and other sizes may be drawn by the setting size"
+                )
+            size = size[0]
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise UserError(
+                f"{self.config_file(self.network)}: sample_size = {network.get('sample_size')!r} is no trained size; "
+                f"give the latent points a side, 64 for pictures of {64 * self.scale} pixels"
+            )
+        # diffusers reads the oldest configs so: their sample_size was a default that meant nothing
+        if self.family.kind == "sd" and size < 64 and _version(network) < (0, 9):
+            return 64
+        return size
 
     @property
     def noise(self) -> dict[str, Any]:
@@ -175,6 +223,12 @@ class PipelineFolder:
         return _digest_of(file for place in places for file in [*weight_files(place), *_settings(place)])
 
 
+def _version(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The major and minor version of diffusers that wrote a config; a late one where it is not named."""
+    found = re.match(r"(\d+)\.(\d+)", str(config.get("_diffusers_version", "")))
+    return tuple(map(int, found.groups())) if found else (1, 0)
+
+
 def check_side(field: str, size: int, unit: int) -> None:
     """Refuse a side that latents and their network cannot have.
 
@@ -187,7 +241,7 @@ def check_side(field: str, size: int, unit: int) -> None:
 
 
 def _settings(component: Path) -> list[Path]:
-    return [file for pattern in ("*.json", "*.txt") for file in sorted(component.glob(pattern))]
+    return [file for pattern in ("*.json", "*.txt", "*.model") for file in sorted(component.glob(pattern))]
 
 
 def _digest_of(files: Iterable[Path]) -> str:
@@ -277,8 +331,15 @@ def read_folder(path: Path | str, field: str = "teacher") -> PipelineFolder:
                 f"are never read{found}"
             )
         for file in files:
-            read_safetensors_header(file)  # a missing, truncated or foreign file is refused here
+            _, entries = read_safetensors_header(file)  # a missing, truncated or foreign file is refused here
+            adapter = next((key for key in entries if ADAPTER.search(key)), None)
+            if adapter:
+                raise UserError(
+                    f"{file} was saved with an adapter on: it holds {adapter}; load it as it was saved, merge the "
+                    "adapter (fuse_lora and unload_lora_weights, or merge_and_unload), and save it again"
+                )
     folder = PipelineFolder(path, name, family, components)
+    _check_configs(folder, data)
     check_terminal_snr(folder.config("scheduler"))
     _ = folder.latent_shape  # an inpainting network, say, is refused here
     if name == CONSISTENCY and not folder.embeds_guidance:
@@ -287,3 +348,29 @@ def read_folder(path: Path | str, field: str = "teacher") -> PipelineFolder:
             "guidance; a network without one belongs in a StableDiffusionPipeline"
         )
     return folder
+
+
+def _check_configs(folder: PipelineFolder, index: Mapping[str, Any]) -> None:
+    """Refuse a folder any of whose configs holds what fewstep does not act on.
+
+    Raises:
+        UserError: naming the file and the key.
+    """
+    family, file_of = folder.family, folder.config_file
+    check_index(folder.pipeline, index, folder.path / "model_index.json")
+    for component in (folder.network, "vae"):
+        name, file = folder.components[component][1], file_of(component)
+        check_model(name, component, read_mapping(file), file, family.kind)
+    check_latents(folder.config("vae"), file_of("vae"))
+    for component in family.encoders:
+        check_encoder(folder.components[component][1], read_mapping(file_of(component)), file_of(component))
+    for component in family.tokenizers:
+        file = file_of(component)
+        config = read_mapping(file) if file.is_file() else {}
+        check_tokenizer(folder.components[component][1], folder.path / component, config)
+    own = read_mapping(file_of("scheduler"))
+    for named in {str(own.get("_class_name", "")), folder.components["scheduler"][1]} - {""}:
+        # diffusers takes the pipeline's word; where the two differ, the file was of another scheduler
+        check_scheduler({**own, "_class_name": named}, file_of("scheduler"), family.kind)
+    if folder.network == "unet":
+        check_widths(folder.config("unet"), [folder.config(each) for each in family.encoders], file_of("unet"))

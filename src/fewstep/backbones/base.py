@@ -17,15 +17,35 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from fewstep.backbones.config_checks import check_merges
 from fewstep.denoiser import Condition
 from fewstep.errors import UserError
 from fewstep.folder import PipelineFolder, read_folder
 from fewstep.scheduler_config import path_of, prediction_of
 
+BROKEN = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, OSError, RuntimeError),
+    *(SafetensorError, TypeError, ValueError),
+)
+"""What libraries raise where files or configs do not fit each other."""
 UNUSED = "pooler."
 """What a text encoder may lack: pictures are drawn from its states alone."""
 MOST_PIXELS = 2**21
 """Pixels that the autoencoder takes at once: 8 pictures of 512 x 512, about 1 GB for each of its widest activations."""
+
+
+@contextmanager
+def named(verb: str, part: str) -> Iterator[None]:
+    """Turn what a library raises inside the block into one line that names the part of a pipeline.
+
+    Raises:
+        UserError: "cannot VERB PART: ..." for any error of `BROKEN`.
+    """
+    try:
+        yield
+    except BROKEN as error:
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"cannot {verb} {part}: {said}") from error
 
 
 @contextmanager
@@ -38,9 +58,8 @@ def loading(what: str) -> Iterator[None]:
     told.set_verbosity_error()
     told_too.set_verbosity_error()
     try:
-        yield
-    except (OSError, ValueError, SafetensorError, RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"cannot load {what}: {' '.join(str(error).split())[:300]}") from error
+        with named("load", what):
+            yield
     finally:
         told.set_verbosity(levels[0])
         told_too.set_verbosity(levels[1])
@@ -58,6 +77,22 @@ def whole(loaded: tuple[Any, Mapping[str, Any]], what: str) -> Any:
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise UserError(f"cannot load {what}: its files hold no {missing[0]}{more}; give the whole pipeline folder")
     return network
+
+
+def nothing_left(loaded: tuple[Any, Mapping[str, Any]], what: str) -> tuple[Any, Mapping[str, Any]]:
+    """Return a loaded network of diffusers if every weight of its files has a place in it.
+
+    Raises:
+        UserError: naming the first weight that has none: its config builds less than was trained.
+    """
+    left = sorted(loaded[1]["unexpected_keys"])
+    if left:
+        more = f" and {len(left) - 1} more" if left[1:] else ""
+        raise UserError(
+            f"cannot load {what}: its config.json builds no {left[0]}{more}, which its files hold; give the config "
+            "that the weights were saved with"
+        )
+    return loaded
 
 
 class _EnoughError(Exception):
@@ -104,6 +139,7 @@ class Backbone(ABC):
     outlets: Sequence[str]
     layout: torch.memory_format = torch.contiguous_format
     """How the network's convolutions have their weights, and with these their pictures, in memory."""
+    prompts_at_once = 256
     text_classes: Sequence[str] = ()
     """Classes that a text encoder may be of; empty for any of transformers."""
     tokenizer_classes: Sequence[str] = ()
@@ -166,7 +202,7 @@ class Backbone(ABC):
         with loading(str(place)):
             kind = getattr(diffusers, name)
             loaded = kind.from_pretrained(place, torch_dtype=kept, use_safetensors=True, output_loading_info=True)
-        return whole(loaded, str(place)).eval().requires_grad_(False)
+        return whole(nothing_left(loaded, str(place)), str(place)).eval().requires_grad_(False)
 
     def fresh_network(self) -> nn.Module:
         """Another copy of the network in fp32, on the device."""
@@ -196,8 +232,10 @@ class Backbone(ABC):
             readers = []
             for (tokenizer, encoder), (reads, encodes) in zip(pairs, kinds, strict=True):
                 place = self.folder.path / encoder
-                with loading(str(place)):
+                with loading(str(self.folder.path / tokenizer)):
                     read = reads.from_pretrained(self.folder.path / tokenizer, local_files_only=True)
+                    check_merges(self.folder.path / tokenizer, read.all_special_tokens)
+                with loading(str(place)):
                     loaded = encodes.from_pretrained(
                         place,
                         local_files_only=True,
@@ -205,7 +243,11 @@ class Backbone(ABC):
                         dtype=torch.float32,
                         output_loading_info=True,
                     )
-                readers.append((read, whole(loaded, str(place)).to(self.device).eval().requires_grad_(False)))
+                network = whole(loaded, str(place)).to(self.device).eval().requires_grad_(False)
+                # a tokenizer that names no length has one of 1e30
+                most = getattr(network.config, "max_position_embeddings", read.model_max_length)
+                read.model_max_length = int(min(read.model_max_length, most))
+                readers.append((read, network))
             self._readers = readers
         return self._readers
 
@@ -231,17 +273,45 @@ class Backbone(ABC):
         """Drop the text encoders and the autoencoder from memory; they are loaded again when asked for."""
         self._readers = self._vae = None
 
+    def encode(self, prompts: Sequence[str], batch: int | None = None) -> Condition:
+        """Encode prompts as the pipeline does, float32 [N, ...] each on the CPU.
+
+        Args:
+            batch: prompts encoded at once; None for the family's own number.
+
+        Raises:
+            UserError: tokenizers and text encoders do not fit each other.
+        """
+        self._load_text()
+        with named("read prompts by", self._placed(*self.folder.family.readers)):
+            return self._encode(prompts, batch or self.prompts_at_once)
+
     @abstractmethod
-    def encode(self, prompts: Sequence[str], batch: int = 256) -> Condition:
-        """Prompts -> what the network is told, float32 [N, ...] each on the CPU, as the pipeline encodes them."""
+    def _encode(self, prompts: Sequence[str], batch: int) -> Condition:
+        """Encode prompts, `batch` at once."""
 
     @abstractmethod
     def null(self, count: int) -> Condition:
         """The condition of the unconditional branch, as the pipeline makes it, `count` rows."""
 
-    @abstractmethod
     def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition, *, residuals: Any = None) -> Tensor:
-        """One network call: x [B, C, H, W], t float64 [B] in the path's time -> output like x."""
+        """Call the network once: x [B, C, H, W], t float64 [B] in the path's time -> output like x.
+
+        Raises:
+            UserError: the network takes no such latents or conditions.
+        """
+        with named("run", self._placed(self.folder.network)):
+            return self._call(network, x, t, condition, residuals or {})
+
+    @abstractmethod
+    def _call(
+        self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition, residuals: Mapping[str, Any]
+    ) -> Tensor:
+        """Call the network once, as `call`; `residuals` are further arguments of it."""
+
+    def _placed(self, *components: str) -> str:
+        """Name components in errors."""
+        return f"the {' and '.join(components)} of {self.folder.path}"
 
     @abstractmethod
     def features(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> list[Tensor]:
@@ -277,12 +347,16 @@ class Backbone(ABC):
     @torch.no_grad()
     def to_latents(self, pictures: np.ndarray) -> Tensor:
         """uint8 [N, H, W, 3] -> posterior means, float32 [N, C, h, w] on the CPU, scaled as the network expects."""
-        return encode_pictures(self.vae, pictures, self.device)
+        vae = self.vae
+        with named("encode pictures by", self._placed("vae")):
+            return encode_pictures(vae, pictures, self.device)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents -> pictures [N, 3, H, W] in about [-1, 1], with gradient."""
-        decoded: Tensor = self.vae.decode(from_network_scale(self.vae, latents), return_dict=False)[0]
-        return decoded
+        vae = self.vae
+        with named("decode latents by", self._placed("vae")):
+            decoded: Tensor = vae.decode(from_network_scale(vae, latents), return_dict=False)[0]
+            return decoded
 
     @torch.no_grad()
     def to_pictures(self, latents: Tensor) -> np.ndarray:
@@ -297,17 +371,31 @@ class Backbone(ABC):
         return np.concatenate(parts)
 
 
+def _scale_of(vae: Any, latents: Tensor) -> tuple[Any, Any]:
+    """Return (mean, factor) of an autoencoder's latents: numbers, or [C, 1, 1] where each channel has its own."""
+    config = vae.config
+    mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    if mean is None or deviation is None:
+        return getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
+    each = [latents.new_tensor(values).reshape(-1, 1, 1) for values in (mean, deviation)]
+    return each[0], config.scaling_factor / each[1]
+
+
 def to_network_scale(vae: Any, latents: Tensor) -> Tensor:
-    """An autoencoder's latents -> the network's: shifted, where the autoencoder says so, and scaled."""
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    scaled: Tensor = (latents - shift) * vae.config.scaling_factor
+    """Scale an autoencoder's latents [N, C, h, w] to the network's: (z - mean) factor.
+
+    The mean is latents_mean, the factor scaling_factor / latents_std (SDXL's pipelines); or shift_factor and
+    scaling_factor where the autoencoder's config names no mean and deviation of each channel.
+    """
+    mean, factor = _scale_of(vae, latents)
+    scaled: Tensor = (latents - mean) * factor
     return scaled
 
 
 def from_network_scale(vae: Any, latents: Tensor) -> Tensor:
-    """The network's latents -> the autoencoder's."""
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    scaled: Tensor = latents / vae.config.scaling_factor + shift
+    """Scale the network's latents to the autoencoder's, the inverse of `to_network_scale`."""
+    mean, factor = _scale_of(vae, latents)
+    scaled: Tensor = latents / factor + mean
     return scaled
 
 
@@ -325,7 +413,8 @@ def encode_pictures(vae: Any, pictures: np.ndarray, device: torch.device) -> Ten
         part = torch.from_numpy(np.array(pictures[start : start + batch])).to(device)
         part = part.permute(0, 3, 1, 2).float() / 127.5 - 1
         found = vae.encode(part)
-        means = found.latent_dist.mean if hasattr(found, "latent_dist") else found.latent  # deterministic autoencoders
+        # AutoencoderTiny and AutoencoderDC are deterministic
+        means = found.latent_dist.mean if hasattr(found, "latent_dist") else found[0]
         parts.append(to_network_scale(vae, means).cpu())
     return torch.cat(parts)
 

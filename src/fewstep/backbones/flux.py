@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -35,7 +36,9 @@ class Flux(TransformerBackbone):
         text, pooled, _ = pipe.encode_prompt(prompts, prompt_2=None, device=self.device)
         return {"text": text, "pooled": pooled}
 
-    def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition, *, residuals: Any = None) -> Tensor:
+    def _call(
+        self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition, residuals: Mapping[str, Any]
+    ) -> Tensor:
         """One network call; x is packed for it, and what it says unpacked."""
         height, width = x.shape[-2] // 2, x.shape[-1] // 2
         guidance = None
@@ -54,7 +57,7 @@ class Flux(TransformerBackbone):
             txt_ids=x.new_zeros(condition["text"].shape[1], 3),
             img_ids=places(height, width, x.device, x.dtype),
             return_dict=False,
-            **(residuals or {}),
+            **residuals,
         )[0]
         return unpack(out, height, width)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,7 +22,9 @@ class PixArt(TransformerBackbone):
         text, mask, _, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, device=self.device)
         return {"text": text, "mask": mask}
 
-    def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition, *, residuals: Any = None) -> Tensor:
+    def _call(
+        self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition, residuals: Mapping[str, Any]
+    ) -> Tensor:
         """One network call; large alpha networks are told the picture's size too."""
         sizes: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if getattr(network, "use_additional_conditions", False):
@@ -38,7 +41,7 @@ class PixArt(TransformerBackbone):
             timestep=self.told_time(x, t),
             added_cond_kwargs=sizes,
             return_dict=False,
-            **(residuals or {}),
+            **residuals,
         )[0]
         return out[:, : x.shape[1]]
 

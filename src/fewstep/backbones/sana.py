@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from fewstep.backbones.base import named
 from fewstep.backbones.transformer import TransformerBackbone
 from fewstep.denoiser import Condition
 
@@ -32,7 +34,7 @@ class Sana(TransformerBackbone):
 
     def null(self, count: int) -> Condition:
         """The unconditional branch: the empty prompt without the instruction, cut where the pipeline cuts it."""
-        with self.reader() as pipe:
+        with self.reader() as pipe, named("read the empty prompt by", self._placed(*self.folder.family.readers)):
             found = pipe.encode_prompt(
                 [""], do_classifier_free_guidance=True, negative_prompt="", device=self.device,
                 complex_human_instruction=None,
@@ -40,7 +42,9 @@ class Sana(TransformerBackbone):
         empty = {"text": found[2].float().cpu(), "mask": found[3].float().cpu()}
         return {name: value.expand(count, *value.shape[1:]) for name, value in empty.items()}
 
-    def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition, *, residuals: Any = None) -> Tensor:
+    def _call(
+        self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition, residuals: Mapping[str, Any]
+    ) -> Tensor:
         """One network call."""
         scale = float(getattr(network.config, "timestep_scale", 1.0))  # type: ignore[arg-type]
         out: Tensor = network(
@@ -49,9 +53,9 @@ class Sana(TransformerBackbone):
             encoder_attention_mask=condition["mask"],
             timestep=self.told_time(x, t) * scale,
             return_dict=False,
-            **(residuals or {}),
+            **residuals,
         )[0]
-        return out
+        return out[:, : x.shape[1]]  # what may follow is a variance
 
     def time_embedding(self, network: nn.Module) -> nn.Module:
         """The part that embeds the time."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class StableDiffusion(UNetBackbone):
     )
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], batch: int = 256) -> Condition:
+    def _encode(self, prompts: Sequence[str], batch: int) -> Condition:
         """Prompts -> {"text": float32 [N, tokens, width] on the CPU}, as the diffusers pipeline encodes them."""
         ((tokenizer, encoder),) = self._load_text()
         return {"text": encode_text(tokenizer, encoder, prompts, self.device, batch)}
@@ -36,10 +36,12 @@ class StableDiffusion(UNetBackbone):
         text = self.encode([""])["text"]
         return {"text": text.expand(count, *text.shape[1:])}
 
-    def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition, *, residuals: Any = None) -> Tensor:
+    def _call(
+        self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition, residuals: Mapping[str, Any]
+    ) -> Tensor:
         """One network call: x [B, C, H, W], t float64 [B] in training indices -> output like x."""
         told = self.told_time(x, t)
-        more = {"timestep_cond": guidance_input(network, x, condition), **(residuals or {})}
+        more = {"timestep_cond": guidance_input(network, x, condition), **residuals}
         out: Tensor = network(x, told, condition["text"], return_dict=False, **more)[0]
         return out
 

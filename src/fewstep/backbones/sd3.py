@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,7 +23,9 @@ class StableDiffusion3(TransformerBackbone):
         )
         return {"text": text, "pooled": pooled}
 
-    def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition, *, residuals: Any = None) -> Tensor:
+    def _call(
+        self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition, residuals: Mapping[str, Any]
+    ) -> Tensor:
         """One network call."""
         out: Tensor = network(
             hidden_states=x,
@@ -30,7 +33,7 @@ class StableDiffusion3(TransformerBackbone):
             encoder_hidden_states=condition["text"],
             pooled_projections=condition["pooled"],
             return_dict=False,
-            **(residuals or {}),
+            **residuals,
         )[0]
         return out
 

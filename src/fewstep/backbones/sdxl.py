@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ class StableDiffusionXL(UNetBackbone):
     tokenizer_classes = ("CLIPTokenizer", "CLIPTokenizerFast")
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], batch: int = 256) -> Condition:
+    def _encode(self, prompts: Sequence[str], batch: int) -> Condition:
         """The last states but one of both encoders, side by side, and the second one's projected summary."""
         readers = self._load_text()
         parts = []
@@ -49,7 +49,9 @@ class StableDiffusionXL(UNetBackbone):
             empty = {name: torch.zeros_like(value) for name, value in empty.items()}
         return {name: value.expand(count, *value.shape[1:]) for name, value in empty.items()}
 
-    def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition, *, residuals: Any = None) -> Tensor:
+    def _call(
+        self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition, residuals: Mapping[str, Any]
+    ) -> Tensor:
         """One network call; the picture is told to be whole, of the latent's own size and not cropped."""
         height, width = (side * self.folder.scale for side in x.shape[-2:])
         sizes = x.new_zeros(len(x), 6)  # made where it is needed: a copy of the CPU's numbers would wait for the device
@@ -57,6 +59,6 @@ class StableDiffusionXL(UNetBackbone):
         sizes[:, 1::4].fill_(width)
         added = {"text_embeds": condition["pooled"], "time_ids": sizes}
         told = self.told_time(x, t)
-        more = {"timestep_cond": guidance_input(network, x, condition), **(residuals or {})}
+        more = {"timestep_cond": guidance_input(network, x, condition), **residuals}
         out: Tensor = network(x, told, condition["text"], added_cond_kwargs=added, return_dict=False, **more)[0]
         return out

@@ -25,6 +25,7 @@ class TransformerBackbone(Backbone):
     """A pipeline around a diffusion transformer of diffusers."""
 
     outlets: Sequence[str] = ("proj_out", "transformer_blocks")
+    prompts_at_once = READ
 
     @contextmanager
     def reader(self) -> Iterator[Any]:
@@ -40,7 +41,7 @@ class TransformerBackbone(Backbone):
         with torch.no_grad():
             yield kind(**parts)
 
-    def encode(self, prompts: Sequence[str], batch: int = READ) -> Condition:
+    def _encode(self, prompts: Sequence[str], batch: int) -> Condition:
         """Prompts -> conditions by the pipeline's own `encode_prompt`, float32 on the CPU."""
         parts: list[Condition] = []
         with self.reader() as pipe:

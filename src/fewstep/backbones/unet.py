@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from fewstep.backbones.base import Backbone, outputs_of
 from fewstep.backbones.guidance import add_embedding, guidance_width
 from fewstep.denoiser import Condition
+from fewstep.schedule import index_of
 
 
 class UNetBackbone(Backbone):
@@ -17,11 +20,11 @@ class UNetBackbone(Backbone):
     layout = torch.channels_last
 
     def features(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> list[Tensor]:
-        """What a UNet's way down makes of x: the outputs of its down blocks and of the middle, [B, C, h, w] each.
+        """Return the outputs of a UNet's down blocks and of its middle block, if it has one, [B, C, h, w] each.
 
-        The way up is not gone.
+        The up blocks are not evaluated.
         """
-        parts: list[nn.Module] = [*network.down_blocks, network.mid_block]  # type: ignore[misc,list-item]
+        parts = self._looks(network)
         found = outputs_of(parts, lambda: self.call(network, x, t, condition))
         return [output[0] if isinstance(output, tuple) else output for output in found]
 
@@ -29,7 +32,13 @@ class UNetBackbone(Backbone):
     def feature_channels(self) -> list[int]:
         """Channels of each of its `features`."""
         channels = list(self.network.config.block_out_channels)  # type: ignore[union-attr,arg-type]
-        return [*channels, channels[-1]]
+        return [*channels, channels[-1]][: len(self._looks(self.network))]
+
+    @staticmethod
+    def _looks(network: nn.Module) -> list[nn.Module]:
+        """The blocks whose outputs are `features`; BK-SDM's smallest UNets have no middle block."""
+        blocks: Any = [*network.down_blocks, network.mid_block]  # type: ignore[misc]
+        return [block for block in blocks if block is not None]
 
     def time_embedding(self, network: nn.Module) -> nn.Module:
         """The part of a UNet that embeds the time."""
@@ -51,5 +60,6 @@ class UNetBackbone(Backbone):
             add_embedding(network)
 
     def told_time(self, x: Tensor, t: Tensor) -> Tensor:
-        """Times as the network is told them; those below index 0 (clean data) are asked as index 0."""
-        return t.clamp(min=0).float().to(x.device, non_blocking=True)  # a plain copy would wait for the device
+        """Times in the network's indices, fp32 [B]; those below index 0 (clean data) become index 0."""
+        # a plain copy would wait for the device
+        return index_of(self.path, t).clamp(min=0).float().to(x.device, non_blocking=True)

@@ -1,0 +1,267 @@
+"""Hold every config of a pipeline folder against the table of keys; light: neither torch nor diffusers is imported."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from fewstep.backbones import config_keys
+from fewstep.backbones.config_keys import ANY, ConfigKeys, Partly
+from fewstep.errors import UserError, nearest
+from fewstep.files import read_mapping
+
+SENTENCEPIECE = (".model",)
+"""Vocabularies that the package sentencepiece reads."""
+LIMITLESS = "lambda_min_clipped"
+"""The one key that may be infinite."""
+
+
+def defaults_of(name: str) -> Mapping[str, Any]:
+    """Return what a class takes for those keys that fewstep reads, where its config lacks them."""
+    every = config_keys.MODELS | config_keys.SCHEDULERS
+    return every[name].read if name in every else {}
+
+
+def check_keys(
+    keys: ConfigKeys, config: Mapping[str, Any], file: Path, more: Mapping[str, Partly] | None = None
+) -> None:
+    """Refuse a config that holds what fewstep does not act on.
+
+    Args:
+        keys: the table of the config's class.
+        config: what the file holds.
+        file: names the config in errors.
+        more: what the family says of some keys, before the table.
+
+    Raises:
+        UserError: a key that is unknown and not null, a value that is not implemented, or a number that is not finite.
+    """
+    partly = {**keys.partly, **{key: value for key, value in (more or {}).items() if key in keys.known}}
+    for key, (default, legal) in partly.items():
+        value = config.get(key, default)
+        if legal is not ANY and value not in legal:
+            said = "which is its default, " if key not in config else ""
+            raise UserError(
+                f"{file}: {key} = {_shown(value)}, {said}is not supported; it must be {' or '.join(map(_shown, legal))}"
+            )
+    for key, value in _told(config):
+        if key not in keys.known and value is not None:
+            raise UserError(
+                f"{file}: {key} = {_shown(value)} is a key that fewstep does not know, and it may change what is "
+                "computed; remove it if it does not"
+            )
+        if key != LIMITLESS and not _finite(value):
+            raise UserError(f"{file}: {key} = {_shown(value)} is not finite; give a finite number")
+
+
+def _told(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The keys that are not a library's private ones."""
+    return ((key, value) for key, value in config.items() if not key.startswith("_"))
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value)[:80]
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_finite, value.values()))
+    if isinstance(value, list):
+        return all(map(_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def check_model(name: str, component: str, config: Mapping[str, Any], file: Path, kind: str) -> None:
+    """Refuse a network or an autoencoder that is not known, or whose config is not.
+
+    Args:
+        name: its class.
+        component: its name in the pipeline.
+        kind: the family.
+
+    Raises:
+        UserError: as `check_keys`.
+    """
+    if name not in config_keys.MODELS:
+        raise UserError(
+            f"{file.parent} is a {name}, which is not supported as the {component}; the nearest that is supported is "
+            f"{nearest(name, config_keys.MODELS)}"
+        )
+    check_keys(config_keys.MODELS[name], config, file, config_keys.BY_FAMILY.get(kind, {}).get(component))
+
+
+def check_latents(config: Mapping[str, Any], file: Path) -> None:
+    """Refuse an autoencoder's config whose latents have no scale, or half of a mean and deviation.
+
+    Raises:
+        UserError: naming the key.
+    """
+    scale = config.get("scaling_factor", 1.0)
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or scale == 0:
+        raise UserError(f"{file}: scaling_factor = {_shown(scale)} is no number that latents can be scaled by")
+    if not isinstance(config.get("shift_factor") or 0.0, int | float):
+        raise UserError(f"{file}: shift_factor = {_shown(config['shift_factor'])} is no number")
+    mean, deviation = config.get("latents_mean"), config.get("latents_std")
+    if mean is None and deviation is None:
+        return
+    for key, values in (("latents_mean", mean), ("latents_std", deviation)):
+        numbers = [value for value in values if isinstance(value, int | float)] if isinstance(values, list) else []
+        if not len(numbers) == config.get("latent_channels") or numbers != values:
+            raise UserError(
+                f"{file}: {key} = {_shown(values)} must be one number for each of the {config.get('latent_channels')} "
+                "latent channels, beside the other of latents_mean and latents_std"
+            )
+    if not all(value > 0 for value in deviation or ()):
+        raise UserError(f"{file}: latents_std = {_shown(deviation)} must be above 0")
+
+
+def check_encoder(name: str, config: Mapping[str, Any], file: Path) -> None:
+    """Refuse a text encoder's config with what fewstep does not act on.
+
+    Raises:
+        UserError: as `check_keys`. A class without a table is refused where it is loaded.
+    """
+    if name in config_keys.ENCODERS:
+        check_keys(config_keys.ENCODERS[name], text_part(config), file)
+
+
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the text's part of a whole CLIP's config; any other config as it is."""
+    part = config.get("text_config")
+    if not isinstance(part, dict):
+        return config
+    return {**{key: value for key, value in config.items() if key != "text_config"}, **part}
+
+
+def check_tokenizer(name: str, place: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a tokenizer whose vocabulary is not there or cannot be read, or whose config is not known.
+
+    Without its vocabulary transformers makes one of special tokens alone, and every word becomes an unknown token.
+
+    Args:
+        name: its class.
+        place: its folder.
+        config: its tokenizer_config.json.
+
+    Raises:
+        UserError: naming the files that are missing, the extra that reads them, or the key.
+    """
+    sets = config_keys.VOCABULARIES.get(name.removesuffix("Fast"), (("tokenizer.json",),))
+    held = [files for files in sets if all((place / file).is_file() for file in files)]
+    if not held:
+        wanted = " or ".join(" and ".join(files) for files in sets)
+        raise UserError(f"{place} holds no vocabulary: a {name} is read from {wanted}; copy or fetch it again")
+    if held[0][0].endswith(SENTENCEPIECE) and find_spec("sentencepiece") is None:
+        raise UserError(
+            f"{place / held[0][0]} is read by the package sentencepiece, which is not installed; "
+            "pip install 'fewstep[sentencepiece]'"
+        )
+    check_keys(config_keys.TOKENIZER, config, place / "tokenizer_config.json")
+
+
+def check_merges(place: Path, special: Collection[str]) -> None:
+    """Refuse a byte-pair vocabulary whose merges.txt was cut off: words would fall apart into other tokens.
+
+    Args:
+        place: the tokenizer's folder. One with a tokenizer.json is not read from the two files.
+        special: tokens that no merge makes.
+
+    Raises:
+        UserError: a piece of vocab.json of several symbols that no merge makes.
+    """
+    vocabulary, merges = place / "vocab.json", place / "merges.txt"
+    if (place / "tokenizer.json").is_file() or not (vocabulary.is_file() and merges.is_file()):
+        return
+    made = {line.replace(" ", "") for line in merges.read_text(encoding="utf-8").splitlines()}
+    lost = sorted(
+        piece
+        for piece in read_mapping(vocabulary)
+        if len(piece.removesuffix("</w>")) > 1 and piece not in made and piece not in special
+    )
+    if lost:
+        raise UserError(
+            f"{merges} makes {len(lost)} pieces less than {vocabulary.name} holds, {lost[0]!r} among them; it was cut "
+            "off, or is of another vocabulary: copy or fetch both again"
+        )
+
+
+def check_scheduler(config: Mapping[str, Any], file: Path, kind: str) -> None:
+    """Refuse a scheduler that is neither of a beta schedule nor of flow matching, or whose config is not known.
+
+    Args:
+        config: with the class that the pipeline names as `_class_name`.
+        kind: the family.
+
+    Raises:
+        UserError: naming the class or the key.
+    """
+    name = str(config.get("_class_name"))
+    keys = config_keys.SCHEDULERS.get(name)
+    if keys is None:
+        raise UserError(
+            f"{file}: a {name} is not supported, as it is no scheduler of a beta schedule or of flow matching that "
+            f"fewstep knows; the nearest that is supported is {nearest(name, config_keys.SCHEDULERS)}"
+        )
+    # of a scheduler that this one came from, and which diffusers ignores
+    others = {key for each in config_keys.SCHEDULERS.values() for key in each.known} - keys.known
+    for key in others & config_keys.DECISIVE.keys() & config.keys():
+        if config[key] not in (None, config_keys.DECISIVE[key]):
+            raise UserError(
+                f"{file}: a {name} ignores {key} = {_shown(config[key])}; remove it, or take one that does not"
+            )
+    own = {key: value for key, value in config.items() if key not in others}
+    check_keys(keys, own, file, config_keys.BY_FAMILY.get(kind, {}).get("scheduler"))
+    if name.startswith("FlowMatch") or config.get("path") == "flow":
+        return
+    said, sigmas = config.get("prediction_type") == "flow_prediction", bool(own.get("use_flow_sigmas"))
+    if said != sigmas:
+        raise UserError(
+            f"{file}: prediction_type = {_shown(config.get('prediction_type'))} with use_flow_sigmas = "
+            f"{_shown(sigmas)} is no flow and no beta schedule; a flow needs 'flow_prediction' and true"
+        )
+    if sigmas and own.get("num_train_timesteps", 1000) != 1000:
+        raise UserError(f"{file}: num_train_timesteps = {_shown(own['num_train_timesteps'])} of a flow must be 1000")
+
+
+def check_index(pipeline: str, index: Mapping[str, Any], file: Path) -> None:
+    """Refuse a pipeline's index that names what its class does not take.
+
+    Raises:
+        UserError: as `check_keys`.
+    """
+    named = {key: value for key, value in index.items() if value != [None, None]}
+    check_keys(config_keys.PIPELINES[pipeline], named, file)
+
+
+def check_widths(unet: Mapping[str, Any], encoders: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Refuse a UNet for text states, or for a summary, of another width than the encoders' are.
+
+    Args:
+        unet: its config.
+        encoders: the text encoders' configs, in the pipeline's order.
+        file: names the UNet's config in errors.
+
+    Raises:
+        UserError: naming the key.
+    """
+    key = "cross_attention_dim" if unet.get("encoder_hid_dim") is None else "encoder_hid_dim"
+    wanted, widths = unet.get(key), [text_part(each).get("hidden_size") for each in encoders]
+    known = [width for width in widths if isinstance(width, int)]
+    if isinstance(wanted, int) and len(known) == len(encoders) and wanted != sum(known):
+        raise UserError(
+            f"{file}: {key} = {wanted} is not the width of the text encoder's states, {' + '.join(map(str, known))}; "
+            "take the text encoders that the UNet was trained with"
+        )
+    width, time = unet.get("projection_class_embeddings_input_dim"), unet.get("addition_time_embed_dim")
+    pooled = text_part(encoders[-1]).get("projection_dim")
+    if unet.get("addition_embed_type") != "text_time" or not (isinstance(time, int) and isinstance(pooled, int)):
+        return
+    if width != 6 * time + pooled:
+        raise UserError(
+            f"{file}: projection_class_embeddings_input_dim = {width} is not 6 x addition_time_embed_dim + the last "
+            f"text encoder's projection_dim; it must be {6 * time + pooled}"
+        )
