@@ -360,7 +360,7 @@ def _check_configs(folder: PipelineFolder, index: Mapping[str, Any]) -> None:
     check_index(folder.pipeline, index, folder.path / "model_index.json")
     for component in (folder.network, "vae"):
         name, file = folder.components[component][1], file_of(component)
-        check_model(name, component, read_mapping(file), file, family.kind)
+        check_model(name, component, read_mapping(file), file, folder.pipeline)
     check_latents(folder.config("vae"), file_of("vae"))
     for component in family.encoders:
         check_encoder(folder.components[component][1], read_mapping(file_of(component)), file_of(component))
@@ -371,6 +371,6 @@ def _check_configs(folder: PipelineFolder, index: Mapping[str, Any]) -> None:
     own = read_mapping(file_of("scheduler"))
     for named in {str(own.get("_class_name", "")), folder.components["scheduler"][1]} - {""}:
         # diffusers takes the pipeline's word; where the two differ, the file was of another scheduler
-        check_scheduler({**own, "_class_name": named}, file_of("scheduler"), family.kind)
+        check_scheduler({**own, "_class_name": named}, file_of("scheduler"), folder.pipeline)
     if folder.network == "unet":
         check_widths(folder.config("unet"), [folder.config(each) for each in family.encoders], file_of("unet"))

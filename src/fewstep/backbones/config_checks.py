@@ -35,7 +35,7 @@ def check_keys(
         keys: the table of the config's class.
         config: what the file holds.
         file: names the config in errors.
-        more: what the family says of some keys, before the table.
+        more: what the pipeline says of some keys, before the table.
 
     Raises:
         UserError: a key that is unknown and not null, a value that is not implemented, or a number that is not finite.
@@ -75,13 +75,13 @@ def _finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def check_model(name: str, component: str, config: Mapping[str, Any], file: Path, kind: str) -> None:
+def check_model(name: str, component: str, config: Mapping[str, Any], file: Path, pipeline: str) -> None:
     """Refuse a network or an autoencoder that is not known, or whose config is not.
 
     Args:
         name: its class.
         component: its name in the pipeline.
-        kind: the family.
+        pipeline: the pipeline's class.
 
     Raises:
         UserError: as `check_keys`.
@@ -91,7 +91,7 @@ def check_model(name: str, component: str, config: Mapping[str, Any], file: Path
             f"{file.parent} is a {name}, which is not supported as the {component}; the nearest that is supported is "
             f"{nearest(name, config_keys.MODELS)}"
         )
-    check_keys(config_keys.MODELS[name], config, file, config_keys.BY_FAMILY.get(kind, {}).get(component))
+    check_keys(config_keys.MODELS[name], config, file, config_keys.BY_PIPELINE.get(pipeline, {}).get(component))
 
 
 def check_latents(config: Mapping[str, Any], file: Path) -> None:
@@ -189,12 +189,12 @@ def check_merges(place: Path, special: Collection[str]) -> None:
         )
 
 
-def check_scheduler(config: Mapping[str, Any], file: Path, kind: str) -> None:
+def check_scheduler(config: Mapping[str, Any], file: Path, pipeline: str) -> None:
     """Refuse a scheduler that is neither of a beta schedule nor of flow matching, or whose config is not known.
 
     Args:
         config: with the class that the pipeline names as `_class_name`.
-        kind: the family.
+        pipeline: the pipeline's class.
 
     Raises:
         UserError: naming the class or the key.
@@ -214,7 +214,7 @@ def check_scheduler(config: Mapping[str, Any], file: Path, kind: str) -> None:
                 f"{file}: a {name} ignores {key} = {_shown(config[key])}; remove it, or take one that does not"
             )
     own = {key: value for key, value in config.items() if key not in others}
-    check_keys(keys, own, file, config_keys.BY_FAMILY.get(kind, {}).get("scheduler"))
+    check_keys(keys, own, file, config_keys.BY_PIPELINE.get(pipeline, {}).get("scheduler"))
     if name.startswith("FlowMatch") or config.get("path") == "flow":
         return
     said, sigmas = config.get("prediction_type") == "flow_prediction", bool(own.get("use_flow_sigmas"))

@@ -427,20 +427,20 @@ ENCODERS: dict[str, ConfigKeys] = {
 """Text encoders of transformers."""
 
 ANY: Sequence[Any] = ()
-"""Stands for every value, in `BY_FAMILY`."""
+"""Stands for every value, in `BY_PIPELINE`."""
 _BY_PICTURE = {"use_dynamic_shifting": (False, ANY)}
 _SHIFTED = {"shift_factor": (None, ANY)}
-BY_FAMILY: dict[str, dict[str, dict[str, Partly]]] = {
-    # its pipeline turns clipping off, whatever the scheduler's config says
-    "sd": {"scheduler": {"clip_sample": (False, ANY)}},
-    "sdxl": {
+BY_PIPELINE: dict[str, dict[str, dict[str, Partly]]] = {
+    # it turns clipping off, whatever the scheduler's config says
+    "StableDiffusionPipeline": {"scheduler": {"clip_sample": (False, ANY)}},
+    "StableDiffusionXLPipeline": {
         "unet": {"addition_embed_type": (None, ["text_time"])},
         "vae": {"latents_mean": (None, ANY), "latents_std": (None, ANY)},
     },
-    "sd3": {"scheduler": _BY_PICTURE, "vae": _SHIFTED},
-    "flux": {"scheduler": _BY_PICTURE, "vae": _SHIFTED},
+    "StableDiffusion3Pipeline": {"scheduler": _BY_PICTURE, "vae": _SHIFTED},
+    "FluxPipeline": {"scheduler": _BY_PICTURE, "vae": _SHIFTED},
 }
-"""Where a family's pipeline does more, or asks for more: family -> component -> key -> as `ConfigKeys.partly`."""
+"""Where a pipeline does more, or asks for more: its class -> component -> key -> as `ConfigKeys.partly`."""
 VOCABULARIES: dict[str, Sequence[Sequence[str]]] = {
     "CLIPTokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
     "T5Tokenizer": (("tokenizer.json",), ("spiece.model",)),
