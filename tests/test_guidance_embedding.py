@@ -121,7 +121,7 @@ def test_a_full_student_starts_as_the_teacher_at_every_omega(make: Callable[[Pat
     base = student.call(x, t, condition, BASE)
     for role in ("student", "target"):
         assert torch.equal(student.call(x, t, {**condition, "w": w}, role), base)
-    with pytest.raises(KeyError):
+    with pytest.raises(UserError, match="time_cond_proj_dim"):
         student.call(x, t, {**condition, "w": w}, BASE)
     mine = student.parameters("student")
     assert mine[GUIDANCE_KEY].shape == (16, 256)

@@ -302,7 +302,7 @@ def read_folder(path: Path | str, field: str = "teacher") -> PipelineFolder:
     components = {
         key: (value[0], value[1])
         for key, value in data.items()
-        if isinstance(value, list) and len(value) == 2 and value[0] is not None
+        if isinstance(value, list) and len(value) == 2 and all(isinstance(word, str) for word in value)
     }
     for component in family.parts:
         if component not in components or not (path / component).is_dir():
@@ -369,7 +369,8 @@ def _check_configs(folder: PipelineFolder, index: Mapping[str, Any]) -> None:
         config = read_mapping(file) if file.is_file() else {}
         check_tokenizer(folder.components[component][1], folder.path / component, config)
     own = read_mapping(file_of("scheduler"))
-    for named in {str(own.get("_class_name", "")), folder.components["scheduler"][1]} - {""}:
+    used = folder.components["scheduler"][1]
+    for named in dict.fromkeys([str(own.get("_class_name", used)), used]):
         # diffusers takes the pipeline's word; where the two differ, the file was of another scheduler
         check_scheduler({**own, "_class_name": named}, file_of("scheduler"), folder.pipeline)
     if folder.network == "unet":

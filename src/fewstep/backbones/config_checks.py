@@ -44,9 +44,9 @@ def check_keys(
     for key, (default, legal) in partly.items():
         value = config.get(key, default)
         if legal is not ANY and value not in legal:
-            said = "which is its default, " if key not in config else ""
+            said = "" if key in config else ", its default,"
             raise UserError(
-                f"{file}: {key} = {_shown(value)}, {said}is not supported; it must be {' or '.join(map(_shown, legal))}"
+                f"{file}: {key} = {_shown(value)}{said} is not supported; it must be {' or '.join(map(_shown, legal))}"
             )
     for key, value in _told(config):
         if key not in keys.known and value is not None:
