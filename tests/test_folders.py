@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny_pipelines
+from fewstep import export_as
 from fewstep.backbones import base
 from fewstep.backbones.base import from_network_scale, load_backbone, to_network_scale
 from fewstep.drawing import load_artist
@@ -475,3 +476,16 @@ def test_every_error_of_a_library_is_one_line() -> None:
         with pytest.raises(UserError, match="cannot run the unet") as said, base.named("run", "the unet"):
             raise error
         assert "\n" not in str(said.value)
+
+
+def test_an_autoencoder_that_a_single_file_cannot_hold(folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """Readers of single files know its kind and its scale from the family alone."""
+    place = folder("sdxl")
+    edit(place / "vae/config.json", latents_mean=MEAN, latents_std=DEVIATION)
+    with pytest.raises(UserError, match="latents_mean"):
+        export_as(place, form="single-file", out=tmp_path / "one", device="cpu")
+    written, _ = export_as(place, form="merged", out=tmp_path / "merged", device="cpu")
+    assert np.abs(ours(written).astype(int) - theirs(written)).max() <= 1
+    other = replaced(folder("sd"), "vae", tiny_autoencoder())
+    with pytest.raises(UserError, match="AutoencoderTiny"):
+        export_as(other, form="single-file", out=tmp_path / "one", device="cpu")

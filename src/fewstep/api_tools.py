@@ -163,7 +163,7 @@ def export_as(
         )
     classes = {name: folder.components[name][1] for name in folder.family.encoders}
     told = folder.told_beside(chosen.sampling.told)
-    found = check_form(form, folder.family.kind, lora=not whole, told=told, encoders=classes)
+    found = check_form(form, folder.family.kind, lora=not whole, told=told, encoders=classes, vae=folder.config("vae"))
     if precision and found.form in ADAPTERS:
         raise UserError(
             f"precision = {precision!r} is of whole networks, and a LoRA is written as it was; the nearest is to leave "

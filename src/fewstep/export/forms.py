@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from fewstep.errors import UserError, nearest
 
@@ -60,13 +60,22 @@ class Way:
     reader: Reader
 
 
-def check_form(form: str, family: str, *, lora: bool, told: tuple[str, ...], encoders: Mapping[str, str]) -> Way:
+def check_form(
+    form: str,
+    family: str,
+    *,
+    lora: bool,
+    told: tuple[str, ...],
+    encoders: Mapping[str, str],
+    vae: Mapping[str, Any],
+) -> Way:
     """Refuse a form that this student cannot be held in.
 
     Args:
         lora: whether the student is a LoRA; else a whole pipeline.
         told: what it is told beside x and t.
         encoders: text encoder -> its class.
+        vae: the autoencoder's config, with its class as `_class_name`.
 
     Raises:
         UserError: naming the nearest form.
@@ -88,6 +97,11 @@ def check_form(form: str, family: str, *, lora: bool, told: tuple[str, ...], enc
         raise UserError(
             f"form = 'single-file' holds CLIP text encoders, the {odd[0]} is a {encoders[odd[0]]}; "
             "the nearest is 'merged'"
+        )
+    if kind == "single-file" and (vae["_class_name"] != "AutoencoderKL" or vae.get("latents_mean") is not None):
+        raise UserError(
+            f"form = 'single-file' holds an AutoencoderKL without latents_mean and latents_std, the vae is a "
+            f"{vae['_class_name']}{' with them' * (vae.get('latents_mean') is not None)}; the nearest is 'merged'"
         )
     # nobody else knows what such a student is told by
     return Way(kind, "fewstep" if told else found.reader)
