@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,18 +10,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import AutoTokenizer, BertModel
 
-from fewstep.draws import Draws
+from fewstep.backbones.sd import encode_text
+from fewstep.draws import Draws, generator
 from fewstep.evaluation.lite0 import make_lite0
 from fewstep.evaluation.lite0_weights import load_weights
 from fewstep.loop_settings import LoopConfig
 from fewstep.training.launch import make_accelerator
-from fewstep_worlds.stickers import autoencoder
-from fewstep_worlds.stickers.dataset import draw_scenes
-from fewstep_worlds.stickers.settings import AutoencoderConfig
+from fewstep_worlds.stickers import autoencoder, reader, teacher, text
+from fewstep_worlds.stickers.claim import facts_of, full_claim, holds
+from fewstep_worlds.stickers.dataset import draw_scenes, make_scenes
+from fewstep_worlds.stickers.prompts import training_prompt
+from fewstep_worlds.stickers.scene import Scene
+from fewstep_worlds.stickers.settings import AutoencoderConfig, ReaderConfig, TeacherConfig
 
 CPU = torch.device("cpu")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 SOURCES = Path(__file__).resolve().parents[1] / "src" / "fewstep"
 
 
@@ -126,3 +135,135 @@ def test_an_autoencoder_run_is_resumed_exactly(sticker_sheets: Path, tmp_path: P
     assert latents.std().item() == pytest.approx(1, abs=0.15)
     assert autoencoder.restore(whole, pictures[:3]).shape == (3, 64, 64, 3)
     assert autoencoder.restore(whole, pictures).dtype == np.uint8
+
+
+# --------------------------------------------------------------------------------------------------------- reader
+
+
+def perfect(scenes: list[Scene], sure: float = 30.0) -> dict[str, Tensor]:
+    """Outputs of a reader that makes no mistake."""
+    targets = reader.make_targets(scenes)
+    sizes = {name: len(of) for name, of in reader.CLASSES.items()}
+    classes = {name: sure * torch.nn.functional.one_hot(targets[name], n).float() for name, n in sizes.items()}
+    heat = targets["heat"].logit(1e-6).where(targets["heat"] < 1, torch.tensor(sure))
+    return {"heat": heat, "offset": targets["offset"].nan_to_num(), **classes}
+
+
+def test_a_perfect_reader_tells_the_facts_of_every_scene() -> None:
+    scenes = make_scenes(0, range(400)) + make_scenes(0, range(50), "style")
+    for scene, found in zip(scenes, reader.decode(perfect(scenes))):
+        assert holds(full_claim(scene), found)
+        wanted = facts_of(scene)
+        spots = [sorted(facts.places) for facts in (wanted, found)]
+        assert np.allclose([spot[1:] for spot in spots[0]], [spot[1:] for spot in spots[1]], atol=1e-3)
+
+
+def test_a_reader_is_trained_towards_the_facts() -> None:
+    scenes = make_scenes(0, range(8))
+    found = {name: value.requires_grad_() for name, value in perfect(scenes).items()}
+    targets = reader.make_targets(scenes)
+    best = reader.reader_loss(found, targets)
+    assert {name: round(value.item(), 4) for name, value in best.scalars.items() if name != "centres"} == {
+        "offsets": 0, "colour": 0, "pattern": 0, "style": 0
+    }  # fmt: skip
+    worse = {**found, "heat": found["heat"].where(targets["heat"] < 1, torch.tensor(-3.0))}
+    centres = int((targets["heat"] == 1).sum())
+    lost = reader.reader_loss(worse, targets).scalars["centres"] - best.scalars["centres"]
+    chance = 1 / (1 + math.exp(3))
+    assert lost.item() == pytest.approx(-((1 - chance) ** 2) * math.log(chance), rel=1e-4)
+    assert centres == sum(len(scene.stickers) for scene in scenes)
+
+
+def test_damage_blurs_and_noises_by_so_much() -> None:
+    point = torch.full((2, 3, 33, 33), -1.0)
+    point[:, :, 16, 16] = 1.0
+    none, noise = torch.zeros(2), torch.randn(2, 3, 33, 33, generator=torch.Generator().manual_seed(0))
+    blurred = reader.damage(point, torch.tensor([0.0, 1.1]), none, noise)
+    torch.testing.assert_close(blurred[0], point[0])
+    spread = (blurred[1, 0] + 1) / 2
+    offsets = torch.arange(33.0) - 16
+    assert spread.sum().item() == pytest.approx(1, abs=1e-4)
+    assert (spread.sum(0) * offsets**2).sum().item() == pytest.approx(1.1**2, rel=0.01)
+    noised = reader.damage(torch.zeros(2, 3, 33, 33), none, torch.tensor([0.0, 0.2]), noise)
+    assert noised.flatten(1).std(1).tolist() == pytest.approx([0, 0.2], abs=0.01)
+
+
+def test_a_reader_is_resumed_exactly_and_saved(
+    sticker_sheets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = LoopConfig(steps=2, batch=2, save_every=1, log_every=1, watch_every=2)
+    config = ReaderConfig(channels=(8, 8, 8), blocks=(1, 1, 1), workers=0, loop=loop)
+    accelerator = make_accelerator("fp32", CPU)
+    monkeypatch.setattr(reader, "JUDGED", 20)
+    whole = reader.train_reader(config, tmp_path / "whole", accelerator, sticker_sheets)
+    half = config.model_copy(update={"loop": loop.model_copy(update={"steps": 1})})
+    reader.train_reader(half, tmp_path / "halves", accelerator, sticker_sheets)
+    resumed = reader.train_reader(config, tmp_path / "halves", accelerator, sticker_sheets)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+    reader.save_reader(whole, tmp_path / "saved")
+    again = reader.load_reader(tmp_path / "saved")
+    pictures = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(again(pictures)["heat"], whole(pictures)["heat"], rtol=1e-2, atol=1e-2)
+
+
+# -------------------------------------------------------------------------------------------------------- teacher
+
+BUNDLED = Path(__file__).resolve().parents[1] / "world" / "teacher"
+
+
+@pytest.fixture(scope="module")
+def trimmed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text") / "trimmed"
+    text.trim_text(BUNDLED, folder)
+    return folder
+
+
+def test_a_trimmed_text_encoder_has_the_same_states(trimmed: Path) -> None:
+    prompts = [training_prompt(scene, 0, index) for index, scene in enumerate(make_scenes(0, range(60)))]
+    texts = ["", *(prompt.text for prompt in prompts if prompt)]
+    states, pieces = [], []
+    for folder in (BUNDLED, trimmed):
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        tokenizer.model_max_length = text.TOKENS
+        encoder = BertModel.from_pretrained(folder / "text_encoder", local_files_only=True, dtype=torch.float32)
+        states.append(encode_text(tokenizer, encoder.eval(), texts, CPU))
+        pieces.append(len(tokenizer))
+    torch.testing.assert_close(states[0], states[1], rtol=1e-3, atol=1e-3)
+    assert pieces[1] < pieces[0] / 10
+    assert tokenizer.unk_token not in tokenizer.tokenize("a unicorn")
+
+
+def test_few_prompts_are_longer_than_the_text_encoder_reads(trimmed: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(trimmed / "tokenizer", local_files_only=True)
+    prompts = [training_prompt(scene, 0, index) for index, scene in enumerate(make_scenes(0, range(1000)))]
+    assert sum(len(tokenizer(p.text).input_ids) > text.TOKENS for p in prompts if p) <= 5
+
+
+def test_a_teacher_is_resumed_exactly_and_is_a_pipeline(sticker_sheets: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    autoencoder.make_autoencoder(TINY).save_pretrained(tmp_path / "vae")
+    loop = LoopConfig(steps=2, batch=2, save_every=1, log_every=1)
+    config = TeacherConfig(
+        autoencoder=str(tmp_path / "vae"), channels=(8, 16, 16), groups=4, heads=2, workers=0, watched=0, loop=loop
+    )
+    accelerator = make_accelerator("fp32", CPU)
+    teacher.train_teacher(config, tmp_path / "run", tmp_path / "whole", accelerator, sticker_sheets)
+    half = config.model_copy(update={"loop": loop.model_copy(update={"steps": 1})})
+    teacher.train_teacher(half, tmp_path / "halves", tmp_path / "half", accelerator, sticker_sheets)
+    teacher.train_teacher(config, tmp_path / "halves", tmp_path / "resumed", accelerator, sticker_sheets)
+    weights = [load_file(tmp_path / run / "unet" / WEIGHTS) for run in ("whole", "resumed", "half")]
+    for name, tensor in weights[0].items():
+        assert torch.equal(weights[1][name], tensor), name
+    assert any(not torch.equal(weights[2][name], tensor) for name, tensor in weights[0].items())
+
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "whole", torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    encoders = teacher.Encoders(pipeline.vae, tmp_path / "run" / "text", CPU)
+    prompts = ["three frogs on yellow", "a rocket"]
+    noise = np.stack([generator(5, "stickers sample", i).standard_normal((4, 16, 16)) for i in range(2)])
+    wanted = pipeline(
+        prompts, num_inference_steps=3, guidance_scale=3.0, latents=torch.from_numpy(noise).float(), output_type="np"
+    ).images
+    found = teacher.draw(pipeline.unet, encoders, prompts, steps=3, omega=2.0, seed=5)
+    np.testing.assert_allclose(found / 255, wanted, atol=0.01)

@@ -134,8 +134,9 @@ def restore(vae: Any, pictures: np.ndarray, batch: int = 50) -> np.ndarray:
     """Return pictures decoded from their posterior means, uint8 [N, H, W, 3]."""
     parts = []
     for start in range(0, len(pictures), batch):
-        restored = vae.decode(vae.encode(to_tensor(pictures[start : start + batch])).latent_dist.mean).sample
-        parts.append((restored.clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).numpy())
+        part = to_tensor(pictures[start : start + batch]).to(vae.device)
+        restored = vae.decode(vae.encode(part).latent_dist.mean).sample
+        parts.append((restored.clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
     return np.concatenate(parts)
 
 
@@ -147,14 +148,18 @@ class AutoencoderJudge:
         self.features = Features(Lite0Backbone(), cache, progress=False)
         self.real = self.features(draw_scenes(REFERENCE_SEED, range(count, 3 * count), folder=folder))
         self.distance = FrechetDistance(self.features, Projection.fit(self.real))
-        self.floor = self.distance.distance(self.features(self.pictures), self.real)
+        self.floor = self.fd(self.pictures)
+
+    def fd(self, pictures: np.ndarray) -> float:
+        """Return the FD-Lite0 of pictures to real scenes."""
+        return self.distance.distance(self.features(pictures), self.real)
 
     def __call__(self, vae: Any) -> dict[str, float]:
-        """Return the figures of an autoencoder on the CPU."""
+        """Return the figures of an autoencoder."""
         restored = restore(vae, self.pictures)
         return {
             "psnr": float(psnr(restored, self.pictures).mean()),
-            "fd": self.distance.distance(self.features(restored), self.real),
+            "fd": self.fd(restored),
             "fd_floor": self.floor,
         }
 

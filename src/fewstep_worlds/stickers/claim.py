@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -89,16 +89,21 @@ def relation_between(facts: Facts, first: str, second: str) -> Relation | None:
     return relation(*spots[0][0], *spots[1][0])
 
 
-def make_claim(scene: Scene, rng: np.random.Generator) -> Claim:
-    """Return a true claim about a scene that leaves a random part of the facts open."""
+def full_claim(scene: Scene) -> Claim:
+    """Return the claim that states every fact of a scene."""
     facts = facts_of(scene)
-    stated = {name: rng.random() < share for name, share in STATED.items()}
-    things = list(scene.counts.items())
-    if rng.random() < 0.5:
-        things.reverse()
+    things = tuple(scene.counts.items())
     found = relation_between(facts, things[0][0], things[1][0]) if len(things) == 2 else None
-    return Claim(
-        tuple((concept, n if n == 1 or stated["count"] else None) for concept, n in things),
-        found if stated["relation"] else None,
-        **{name: getattr(facts, name) if stated[name] else None for name in ("colour", "pattern", "style")},
-    )
+    return Claim(things, found, facts.colour, facts.pattern, facts.style)
+
+
+def make_claim(scene: Scene, rng: np.random.Generator) -> Claim:
+    """Return a true claim about a scene that leaves a random part of the facts open, its things in random order."""
+    full = full_claim(scene)
+    stated = {name: rng.random() < share for name, share in STATED.items()}
+    things = tuple((concept, n if n == 1 or stated["count"] else None) for concept, n in full.things)
+    found = full.relation if stated["relation"] else None
+    if rng.random() < 0.5:
+        things, found = things[::-1], OPPOSITE[found] if found else None
+    open_facts = {name: None for name in ("colour", "pattern", "style") if not stated[name]}
+    return replace(full, things=things, relation=found, **open_facts)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 
 from fewstep_worlds.stickers.draw import Picture, draw_scene
+from fewstep_worlds.stickers.prompts import training_prompt
 from fewstep_worlds.stickers.scene import SIDE, Scene, make_scene
 from fewstep_worlds.stickers.sprites import load_sprites, sprite_folder
 from fewstep_worlds.stickers.vocabulary import STYLES
 
+Result = TypeVar("Result")
+
 TRAINING_SEED = 0
+READER_SEED = 2
 REFERENCE_SEED = 1
 """Seed of scenes that nothing trains on: references of distances, and what networks are judged on."""
 ENDLESS = 2**62
@@ -37,6 +41,17 @@ def draw_scenes(seed: int, indices: Iterable[int], split: str = "train", folder:
 def make_scenes(seed: int, indices: Iterable[int], split: str = "train") -> list[Scene]:
     """Return the facts of scenes."""
     return [make_scene(seed, int(index), split) for index in indices]
+
+
+def draw_training_scenes(seed: int, indices: np.ndarray, folder: Path) -> Picture:
+    """Return the pictures of training scenes, uint8 [N, 64, 64, 3]."""
+    return draw_scenes(seed, indices, folder=folder)
+
+
+def draw_captioned(seed: int, indices: np.ndarray, folder: Path) -> tuple[Picture, list[str]]:
+    """Return the pictures of training scenes, uint8 [N, 64, 64, 3], and an English prompt of each."""
+    prompts = [training_prompt(make_scene(seed, index), seed, index) for index in indices.tolist()]
+    return draw_scenes(seed, indices, folder=folder), [prompt.text for prompt in prompts if prompt]
 
 
 def fingerprint(folder: Path | None = None) -> str:
@@ -64,11 +79,19 @@ class SceneWorkers:
 
     def pictures(self, indices: Sequence[int] | np.ndarray) -> Picture:
         """Return the pictures of training scenes, uint8 [N, 64, 64, 3]."""
+        return np.concatenate(self._run(draw_training_scenes, indices))
+
+    def captioned(self, indices: Sequence[int] | np.ndarray) -> tuple[Picture, list[str]]:
+        """Return the pictures of training scenes, uint8 [N, 64, 64, 3], and an English prompt of each."""
+        pictures, prompts = zip(*self._run(draw_captioned, indices), strict=True)
+        return np.concatenate(pictures), [prompt for part in prompts for prompt in part]
+
+    def _run(self, job: Callable[[int, np.ndarray, Path], Result], indices: Sequence[int] | np.ndarray) -> list[Result]:
+        """Return a job's results on equal parts of the indices, in order."""
+        parts = [part for part in np.array_split(np.asarray(indices), self._workers or 1) if len(part)]
         if self._pool is None:
-            return draw_scenes(self.seed, indices, folder=self.folder)
-        parts = np.array_split(np.asarray(indices), self._workers)
-        jobs = [self._pool.submit(draw_scenes, self.seed, part, "train", self.folder) for part in parts if len(part)]
-        return np.concatenate([job.result() for job in jobs])
+            return [job(self.seed, part, self.folder) for part in parts]
+        return list(self._pool.map(job, [self.seed] * len(parts), parts, [self.folder] * len(parts)))
 
     def __enter__(self) -> Self:
         return self

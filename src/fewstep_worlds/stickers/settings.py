@@ -32,3 +32,45 @@ class AutoencoderConfig(Config):
         lr=1e-3, betas=(0.9, 0.99), warmup=100, decay="cooldown", ema=0.999, weight_decay=0.01
     )
     critic_optim: OptimConfig = OptimConfig(lr=2e-4, betas=(0.5, 0.9), warmup=100)
+
+
+class ReaderConfig(Config):
+    """The reader: a network that tells what is where in a picture."""
+
+    channels: tuple[int, int, int] = Field((48, 96, 160), description="channels at 32x32, 16x16 and 8x8")
+    blocks: tuple[int, int, int] = Field((1, 2, 2), description="residual blocks at each resolution")
+    groups: int = Field(8, ge=1, description="groups of the group norms")
+    damaged: float = Field(0.5, ge=0, le=1, description="share of pictures that are blurred and noised")
+    blur: float = Field(1.2, ge=0, description="largest standard deviation of the blur, in pixels")
+    noise: float = Field(0.2, ge=0, description="largest standard deviation of the noise, pictures being in [-1, 1]")
+    workers: int = Field(1, ge=0, description="processes that draw scenes; 0 draws them in the training's own")
+    loop: LoopConfig = LoopConfig(
+        steps=8000, batch=32, save_every=250, watch_every=1000, log_every=50, precision="bf16", seed=2
+    )
+    optim: OptimConfig = OptimConfig(
+        lr=1e-3, betas=(0.9, 0.99), warmup=200, decay="cooldown", ema=0.998, weight_decay=0.02
+    )
+
+
+class TeacherConfig(Config):
+    """The teacher: an eps-prediction UNet over 16x16 latents with cross-attention to the text states below the top."""
+
+    autoencoder: str = Field("", description="folder of the finished AutoencoderKL")
+    text: str = Field("", description="folder with the text_encoder/ and tokenizer/ to trim; empty for the bundled")
+    reader: str = Field("", description="folder of a reader that judges samples while it trains; empty for none")
+    channels: tuple[int, ...] = Field((64, 128, 128), description="channels at each resolution; the first has no text")
+    layers: int = Field(1, ge=1, description="residual and attention blocks at each resolution")
+    heads: int = Field(4, ge=1, description="attention heads")
+    groups: int = Field(32, ge=1, description="groups of the group norms")
+    prompt_dropout: float = Field(0.1, ge=0, le=1, description="share of empty prompts")
+    min_snr: float = Field(5.0, gt=0, description="gamma of the Min-SNR weight min(SNR, gamma)/SNR")
+    omega: float = Field(2.0, ge=0, description="guidance that the teacher brings along, in the papers' convention")
+    watched: int = Field(500, ge=0, description="unseen prompts that samples are judged on while it trains")
+    watch_steps: int = Field(25, ge=1, description="steps of guided DDIM of those samples")
+    workers: int = Field(1, ge=0, description="processes that draw scenes; 0 draws them in the training's own")
+    loop: LoopConfig = LoopConfig(
+        steps=60_000, batch=64, save_every=500, watch_every=4000, log_every=50, precision="bf16", keep=2
+    )
+    optim: OptimConfig = OptimConfig(
+        lr=1e-3, betas=(0.9, 0.99), warmup=300, decay="cooldown", ema=0.9995, weight_decay=0.01
+    )

@@ -1,0 +1,201 @@
+"""Training of the teacher on scenes and prompts without end, and the pipeline folder that plain diffusers loads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from fewstep.backbones.sd import encode_text
+from fewstep.draws import Draws, generator
+from fewstep.files import sha256
+from fewstep.loss import Loss
+from fewstep.processes import on_main
+from fewstep.schedule import scaled_linear
+from fewstep.training.cpu import speed_up
+from fewstep.training.loop import Batch, Update, train
+from fewstep.training.run import RunLog
+from fewstep.world.teacher import SCHEDULER, given_vae, write_teacher
+from fewstep.world.train_unet import eps_loss
+from fewstep.world.train_vae import to_tensor
+from fewstep_worlds.stickers.accuracy import scene_accuracy
+from fewstep_worlds.stickers.autoencoder import AutoencoderJudge
+from fewstep_worlds.stickers.dataset import ENDLESS, REFERENCE_SEED, SceneWorkers, fingerprint
+from fewstep_worlds.stickers.prompts import unseen_prompts
+from fewstep_worlds.stickers.reader import load_reader
+from fewstep_worlds.stickers.scene import SIDE
+from fewstep_worlds.stickers.settings import TeacherConfig
+from fewstep_worlds.stickers.text import trim_text
+
+
+def make_unet(config: TeacherConfig, latent_channels: int, side: int, width: int) -> Any:
+    """Return a freshly initialised `UNet2DConditionModel`, without text at its highest resolution."""
+    from diffusers import UNet2DConditionModel
+
+    lower = len(config.channels) - 1
+    return UNet2DConditionModel(
+        sample_size=side,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        block_out_channels=config.channels,
+        layers_per_block=config.layers,
+        down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * lower),
+        up_block_types=(*("CrossAttnUpBlock2D",) * lower, "UpBlock2D"),
+        cross_attention_dim=width,
+        attention_head_dim=config.heads,
+        norm_num_groups=config.groups,
+    )
+
+
+class Encoders:
+    """The frozen autoencoder and text encoder, on one device."""
+
+    def __init__(self, vae: Any, text: Path, device: torch.device) -> None:
+        from transformers import AutoTokenizer, BertModel
+
+        speed_up(vae)
+        self.device = device
+        self.vae = vae.requires_grad_(False).to(device)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(text / "tokenizer", local_files_only=True)
+        self.encoder: Any = BertModel.from_pretrained(
+            text / "text_encoder", local_files_only=True, use_safetensors=True, dtype=torch.float32
+        )
+        self.encoder.eval().requires_grad_(False).to(device)
+
+    def states(self, prompts: Sequence[str]) -> Tensor:
+        """Return text states, float32 [N, tokens, width], on the device."""
+        return encode_text(self.tokenizer, self.encoder, prompts, self.device).to(self.device)
+
+    @torch.no_grad()
+    def latents(self, pictures: np.ndarray) -> Tensor:
+        """Return posterior means of uint8 [N, 64, 64, 3], float32 [N, C, 16, 16], on the device."""
+        means: Tensor = self.vae.encode(to_tensor(pictures).to(self.device)).latent_dist.mean
+        return means.float()
+
+    @torch.no_grad()
+    def pictures(self, latents: Tensor) -> np.ndarray:
+        """Return decoded latents, uint8 [N, 64, 64, 3]."""
+        restored = self.vae.decode(latents.to(self.device)).sample.float().clamp(-1, 1) * 127.5 + 127.5
+        pictures: np.ndarray = restored.round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        return pictures
+
+
+@torch.no_grad()
+def draw(
+    unet: Any, encoders: Encoders, prompts: Sequence[str], *, steps: int, omega: float, seed: int, batch: int = 50
+) -> np.ndarray:
+    """Return pictures of prompts by guided DDIM, uint8 [N, 64, 64, 3]; omega is guidance in the papers' convention."""
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler.from_config(SCHEDULER)
+    scheduler.set_timesteps(steps)
+    shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    noise = np.stack([generator(seed, "stickers sample", i).standard_normal(shape) for i in range(len(prompts))])
+    null = encoders.states([""])
+    parts = []
+    for start in range(0, len(prompts), batch):
+        states = encoders.states(prompts[start : start + batch])
+        both = torch.cat([states, null.expand_as(states)])
+        x = torch.from_numpy(noise[start : start + batch]).float().to(encoders.device)
+        for t in scheduler.timesteps:
+            stated, empty = unet(torch.cat([x, x]), t, both, return_dict=False)[0].float().chunk(2)
+            x = scheduler.step(stated + omega * (stated - empty), t, x).prev_sample
+        parts.append(encoders.pictures(x))
+    return np.concatenate(parts)
+
+
+class TeacherJudge:
+    """Scene accuracy of samples of unseen prompts, by a reader if there is one, and their FD-Lite0."""
+
+    def __init__(
+        self, config: TeacherConfig, encoders: Encoders, cache: Path, folder: Path | None, accelerator: Accelerator
+    ) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.encoders = encoders
+        self.prompts = unseen_prompts("open", config.watched, REFERENCE_SEED)
+        self.reader = load_reader(Path(config.reader)) if config.reader else None
+        self.real = AutoencoderJudge(folder, cache, config.watched)
+        self.floors = {f"autoencoder_{name}": value for name, value in self.real(encoders.vae).items()}
+
+    def __call__(self, unet: Any) -> dict[str, float]:
+        """Return the figures of a denoiser."""
+        config, texts = self.config, [prompt.text for prompt in self.prompts]
+        steps, omega = config.watch_steps, config.omega
+        with self.accelerator.autocast():
+            pictures = draw(unet, self.encoders, texts, steps=steps, omega=omega, seed=REFERENCE_SEED)
+        result = {"fd": self.real.fd(pictures), **self.floors}
+        if self.reader:
+            shares = scene_accuracy(self.reader, pictures, [prompt.claim for prompt in self.prompts])
+            result |= {f"accuracy_{name}": value for name, value in shares.items()}
+        return result
+
+
+def train_teacher(
+    config: TeacherConfig, out: Path, target: Path, accelerator: Accelerator, folder: Path | None = None
+) -> None:
+    """Train the denoiser in the run folder `out`, resuming what is there, and write the pipeline to `target`.
+
+    Raises:
+        UserError: the autoencoder, text encoder or sprite sheets cannot be read, or `out` holds another run.
+    """
+    from fewstep.world.location import root
+
+    vae = given_vae(Path(config.autoencoder))
+    text = out / "text"
+    if not text.is_dir():
+        trim_text(Path(config.text) if config.text else root() / "teacher", text)
+    device = accelerator.device
+    encoders = Encoders(vae, text, device)
+    shape = (vae.config.latent_channels, SIDE // 2 ** (len(vae.config.block_out_channels) - 1))
+
+    def make() -> Any:
+        unet = make_unet(config, *shape, encoders.encoder.config.hidden_size)
+        speed_up(unet)
+        return unet.to(device)
+
+    torch.manual_seed(config.loop.seed)
+    unet = make()
+    path = scaled_linear()
+    total = int(path.noisiest) + 1
+    judge: TeacherJudge | None = None
+
+    def fetch(items: np.ndarray, draws: Draws) -> Batch:
+        pictures, prompts = workers.captioned(items)
+        empty = draws.chance("empty prompt", config.prompt_dropout).tolist()
+        texts = ["" if dropped else prompt for prompt, dropped in zip(prompts, empty, strict=True)]
+        with accelerator.autocast():
+            return {"latents": encoders.latents(pictures), "states": encoders.states(texts).float()}
+
+    def loss(batch: Batch, draws: Draws) -> Loss:
+        latents = batch["latents"]
+        eps = draws.normal("noise", tuple(latents.shape[1:]))
+        return eps_loss(unet, path, latents, batch["states"], draws.integers("t", 0, total), eps, config.min_snr)
+
+    def watch(_: int, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
+        nonlocal judge
+        if not config.watched:
+            return {}
+        judge = judge or TeacherJudge(config, encoders, out / "features", folder, accelerator)
+        judged = make()
+        judged.load_state_dict(weights["unet"])
+        return judge(judged.eval())
+
+    plan = [Update("unet", dict(unet.named_parameters()), loss, config.optim)]
+    inputs = {
+        "scenes": fingerprint(folder),
+        "autoencoder": sha256(*sorted(Path(config.autoencoder).glob("*.safetensors"))),
+        "text": sha256(*sorted(text.rglob("*.safetensors"))),
+    }
+    with (
+        SceneWorkers(config.workers, folder=folder) as workers,
+        RunLog(out, config, title="denoiser", inputs=inputs, main=accelerator.is_main_process) as log,
+    ):
+        trained = train(plan, fetch, ENDLESS, config.loop, log, accelerator, on_main(watch), visits=np.arange)
+    unet.load_state_dict(trained.weights["unet"])
+    write_teacher(target, vae.cpu(), unet.cpu().eval(), text, config.omega)
