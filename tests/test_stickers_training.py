@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +24,8 @@ from fewstep.evaluation.lite0 import make_lite0
 from fewstep.evaluation.lite0_weights import load_weights
 from fewstep.loop_settings import LoopConfig
 from fewstep.training.launch import make_accelerator
-from fewstep_worlds.stickers import autoencoder, reader, teacher, text
-from fewstep_worlds.stickers.claim import facts_of, full_claim, holds
+from fewstep_worlds.stickers import accuracy, autoencoder, reader, teacher, text
+from fewstep_worlds.stickers.claim import Claim, Facts, facts_of, full_claim, holds
 from fewstep_worlds.stickers.dataset import draw_scenes, make_scenes
 from fewstep_worlds.stickers.prompts import training_prompt
 from fewstep_worlds.stickers.scene import Scene
@@ -267,3 +270,39 @@ def test_a_teacher_is_resumed_exactly_and_is_a_pipeline(sticker_sheets: Path, tm
     ).images
     found = teacher.draw(pipeline.unet, encoders, prompts, steps=3, omega=2.0, seed=5)
     np.testing.assert_allclose(found / 255, wanted, atol=0.01)
+
+
+def test_scene_accuracy_counts_pictures_whose_every_stated_fact_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = Facts((("frog", 10.0, 10.0), ("star", 50.0, 12.0)), "blue", "dots", "noto")
+    frog_and_star = (("frog", 1), ("star", 1))
+    claims = [
+        Claim(frog_and_star, "left"),
+        Claim(frog_and_star, "right"),
+        Claim(frog_and_star, colour="blue", style="fluent"),
+        Claim((("frog", 1),), colour="blue"),
+    ]
+    monkeypatch.setattr(accuracy, "read_pictures", lambda *_: [facts] * 4)
+    shares = accuracy.scene_accuracy(reader.Reader(ReaderConfig()), np.zeros((4, 64, 64, 3), np.uint8), claims)
+    assert shares == {
+        "all": 0.25, "relation": 0.5, "two": 0.0, "single": 0.0, "fact_concepts": 0.75, "fact_count": 1.0,
+        "fact_relation": 0.5, "fact_colour": 1.0, "fact_style": 0.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (["autoencoder", "-s", "chanels=[8]"], "chanels"),
+        (["reader", "-s", "noise=-1"], "noise"),
+        (["teacher", "--target", "new", "-s", "autoencoder=nothing"], "autoencoder"),
+    ],
+)
+def test_wrong_settings_are_one_line(arguments: list[str], field: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fewstep_worlds.stickers", *arguments]
+    source = str(SOURCES.parent)
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": source}
+    )
+    assert done.returncode == 2
+    assert field in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
