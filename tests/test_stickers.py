@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +45,25 @@ def test_workers_draw_what_one_process_draws(sticker_sheets: Path) -> None:
         np.testing.assert_array_equal(
             scenes.pictures(np.arange(3, 8)), draw_scenes(3, range(3, 8), folder=sticker_sheets)
         )
+
+
+def test_workers_end_when_their_process_is_killed(sticker_sheets: Path) -> None:
+    code = (
+        "import multiprocessing, os, signal, sys; from pathlib import Path\n"
+        "from fewstep_worlds.stickers.dataset import SceneWorkers\n"
+        "if __name__ == '__main__':\n"
+        "    scenes = SceneWorkers(1, folder=Path(sys.argv[1])); scenes.pictures([0])\n"
+        "    print(multiprocessing.active_children()[0].pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(sticker_sheets)], capture_output=True, text=True)
+    worker = int(done.stdout)
+    for _ in range(200):
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    pytest.fail("the worker outlived its parent")
 
 
 def test_stickers_lie_inside_and_apart() -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -63,6 +66,19 @@ def fingerprint(folder: Path | None = None) -> str:
     return digest.hexdigest()
 
 
+def _follow_parent() -> None:
+    """Make a worker process leave signals of the terminal to its parent, and end when the parent is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(0)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
 class SceneWorkers:
     """Worker processes that draw training scenes; with none, the caller's own process draws.
 
@@ -74,7 +90,7 @@ class SceneWorkers:
         self.folder = folder or sprite_folder()
         load_sprites(self.folder)
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(workers, mp_context=context) if workers else None
+        self._pool = ProcessPoolExecutor(workers, context, _follow_parent) if workers else None
         self._workers = workers
 
     def pictures(self, indices: Sequence[int] | np.ndarray) -> Picture:
