@@ -13,10 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fewstep.config import read_yaml
 from fewstep.data.captions import SUFFIXES
+from fewstep.data.folder_files import check_pictures
 from fewstep.data.pictures import Captioned, find_pictures, from_folder
+from fewstep.data.prompts import read_prompts
 from fewstep.data.shards import from_shards
 from fewstep.errors import UserError
+from fewstep.files import read_json
+from fewstep.language.pairs import Pair, read_pairs
 
 
 def picture(level: int = 7, **options: object) -> bytes:
@@ -281,4 +286,64 @@ def test_names_that_are_no_utf8(tmp_path: Path) -> None:
 def test_a_folder_that_holds_another_source_says_where(tmp_path: Path, files: dict[str, bytes], advised: str) -> None:
     with pytest.raises(UserError) as refused:
         from_folder(write_folder(tmp_path, files), 16)
+    if not any(name.endswith(".png") for name in files):  # before a teacher is loaded
+        with pytest.raises(UserError) as early:
+            check_pictures(tmp_path)
+        assert str(early.value) == str(refused.value)
     assert advised.format(folder=tmp_path) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["pics-{0..9}.tar.gz", "pics.tgz", "all.zip", "x/*.parquet", "a.png", "none", "none/", "table.csv"]
+)
+def test_sources_that_are_no_folder_are_refused_by_what_they_are(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"data\.source = ") as refused:
+        check_pictures(tmp_path / name)
+    assert "UTF-8" not in str(refused.value)
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match="is not a folder"):
+        check_pictures(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "name", ["t.jsonl", "t.JSON", "t.csv", "t.tsv", "t.yaml", "t.parquet", "t.tar.gz", "t.zip", "t.png"]
+)
+def test_files_that_hold_no_list_of_prompts_are_refused_by_their_suffix(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("a cat\n")
+    with pytest.raises(UserError, match=r"watch\.prompts = ") as refused:
+        read_prompts(tmp_path / name, "watch.prompts")
+    assert "text" not in str(refused.value).partition(";")[0]
+
+
+PROMPTS = ["a cat\u2028in a hat", "a dog\x0con a log", "next\x85line", "圆"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_end_where_people_end_them(tmp_path: Path, encoding: str, end: str) -> None:
+    """In prompt files and in pairs; a mark that joining two files has left inside is dropped."""
+    place = tmp_path / "p.txt"
+    place.write_bytes(end.join(["", *PROMPTS, " ", "\ufefflast", ""]).encode(encoding))
+    assert read_prompts(place) == [*PROMPTS, "last"]
+    for suffix, rows in (
+        ("tsv", [f"{text}\t{text}!" for text in PROMPTS]),
+        ("jsonl", [json.dumps({"source": text, "target": f"{text}!"}, ensure_ascii=False) for text in PROMPTS]),
+    ):
+        (tmp_path / f"p.{suffix}").write_bytes(end.join([*rows, ""]).encode(encoding))
+        assert read_pairs(tmp_path / f"p.{suffix}") == tuple(Pair(text, f"{text}!") for text in PROMPTS)
+    (tmp_path / "p.json").write_bytes(
+        json.dumps(PROMPTS, ensure_ascii=False, indent=1).replace("\n", end).encode(encoding)
+    )
+    assert read_json(tmp_path / "p.json") == PROMPTS
+
+
+@pytest.mark.parametrize(
+    "held", [b"caf\xe9\n", b"\xff\xfea", "a cat\n".encode("utf-16-le"), b"a\0b\n", b"\x1f\x8b\x08\0"]
+)
+def test_what_is_no_text_is_refused_by_every_reader(tmp_path: Path, held: bytes) -> None:
+    place = tmp_path / "p"
+    for suffix, read in (("txt", read_prompts), ("tsv", read_pairs), ("json", read_json), ("yaml", read_yaml)):
+        file = place.with_suffix(f".{suffix}")
+        file.write_bytes(held)
+        with pytest.raises(UserError, match=rf"p\.{suffix}"):
+            read(file)

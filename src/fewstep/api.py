@@ -194,6 +194,7 @@ def sample(
     computes = pick_drawing(precision, place)
     import numpy as np
 
+    from fewstep.backbones.lengths import tell_cut
     from fewstep.drawing import load_artist, save_picture, sheet
     from fewstep.inference import Source, call_times
     from fewstep.scheduler_config import path_of
@@ -205,6 +206,8 @@ def sample(
     if artist.adapter is not None:
         for prompt, (caption, likeness) in zip(wanted, artist.adapter.readings(wanted), strict=True):
             print(f"{prompt!r} is read as {caption!r}, likeness {likeness:.2f}", file=sys.stderr)
+    else:
+        tell_cut(artist.backbone, wanted)
     source = None if begun is None else Source(artist.backbone.to_latents(begun[None]), share)
     every = [prompt for prompt in wanted for _ in range(count)]
     pictures: np.ndarray = artist.draw(every, range(seed, seed + len(every)), sampling, source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from fewstep.data.folder_files import check_pictures
 from fewstep.data.prompts import is_prompt_file, is_shards, read_prompts
 from fewstep.errors import UserError, nearest, nearest_divisor
 from fewstep.evaluation.settings import KID_FEWEST
@@ -132,10 +133,8 @@ def _check_source(config: DistillConfig, folder: PipelineFolder) -> None:
         from fewstep.data.shards import find_shards
 
         find_shards(source)
-    elif not Path(source).is_dir():
-        raise UserError(
-            f"data.source = {source!r} is not a folder; give a folder of pictures, tar files, a prompt file or 'emoji8'"
-        )
+    else:
+        check_pictures(Path(source))
 
 
 def check_sampling(sampling: Sampling, folder: PipelineFolder) -> None:

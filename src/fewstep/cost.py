@@ -82,6 +82,7 @@ class Estimated:
         encoding_seconds: pictures and captions, once, before the first step; 0 where that is done.
         checks: what the quality checks will take; None where there are none.
         name: of the stage; empty where there is one only.
+        data: what is used of the source and what is left out, with the reasons, in a line; empty where it is not told.
     """
 
     seconds_per_step: float
@@ -97,6 +98,7 @@ class Estimated:
     encoding_seconds: float = 0.0
     checks: Checks | None = None
     name: str = ""
+    data: str = ""
 
     def lines(self) -> list[str]:
         """The estimate in words."""
@@ -107,6 +109,7 @@ class Estimated:
         adapters = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in self.trained.items())
         return [
             *([f"stage    {self.name}"] if self.name else []),
+            *([self.data] if self.data else []),
             f"time     {self.seconds / 60:.1f} min ({self.seconds_per_step:.2f} s a step, timed here){first}",
             f"memory   {self.weights_bytes / 2**20:.0f} MiB weights (the base {self.base_bytes / 2**20:.0f}, once for "
             f"all roles; trained: {adapters}), {self.trained_bytes / 2**20:.0f} MiB gradients, "

@@ -119,7 +119,7 @@ def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quie
         done = 0
         for number, (name, folder, stage) in enumerate(parts):
             title = f"distil {config.recipe}" + (f", {number + 1}/{len(parts)}: {name}" if name else "")
-            run = prepare(stage, place, accelerator.device)
+            run = prepare(stage, place, accelerator.device, quiet=quiet or number > 0)
             inputs = run.inputs
             if start is None and stage.student.start:
                 start = starting_weights(stage.student, run.backbone)
@@ -259,4 +259,4 @@ def estimate_stage(config: DistillConfig) -> Estimated:
         estimated = estimate(update_plan(run), fetch_of(run), run.data, config, run.networks)
     said = sum(kept_bytes(rows) for rows in run.data.table.values())
     held = share * kept_bytes(run.data.latents) + captions_share * said
-    return replace(estimated, encoding_seconds=encoding, data_bytes=round(held))
+    return replace(estimated, encoding_seconds=encoding, data_bytes=round(held), data=captioned.line())

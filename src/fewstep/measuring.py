@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from fewstep.backbones.lengths import tell_cut
 from fewstep.data.pictures import find_pictures, read_picture
 from fewstep.drawing import Artist, load_artist
 from fewstep.errors import UserError
@@ -125,6 +126,7 @@ def evaluate_folder(
         out: folder for figures.json.
     """
     artist = load_artist(teacher, lora, device, precision=precision, compiled=compiled, batch=batch)
+    tell_cut(artist.backbone, prompts)
     n, size = len(prompts), sampling.size[0] if sampling.size else artist.backbone.picture_size
     teller = None
     if reference is not None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.backbones.base import Backbone, open_backbone
+from fewstep.backbones.lengths import CutPrompts
 from fewstep.compiled import compile_networks, eagerly
 from fewstep.data import pictures
 from fewstep.data.buckets import BucketedLatents, bucketed
@@ -30,7 +31,7 @@ from fewstep.objectives.preference import Taste
 from fewstep.perceptual.settings import PerceptualConfig
 from fewstep.plan import roles_of
 from fewstep.preference.scorer import PreferenceScorer
-from fewstep.processes import main_first
+from fewstep.processes import main_first, tell
 from fewstep.role_layout import Student, make_student
 from fewstep.roles import BASE, networks_of
 from fewstep.settings import DistillConfig, teacher_path
@@ -158,8 +159,11 @@ def read_source(config: DistillConfig, backbone: Backbone, cache: Path) -> pictu
     return captioned
 
 
-def prepare(config: DistillConfig, cache: Path, device: torch.device) -> Run:
+def prepare(config: DistillConfig, cache: Path, device: torch.device, *, quiet: bool = True) -> Run:
     """Load the teacher, encode the data, and lay out the roles.
+
+    Args:
+        quiet: do not print what of the source is used, and how many captions the text encoders cut.
 
     Raises:
         UserError: the teacher or the data cannot be read, or do not fit.
@@ -168,8 +172,12 @@ def prepare(config: DistillConfig, cache: Path, device: torch.device) -> Run:
     if is_synthesis(config.data.source):
         return on_synthesis(config, backbone, cache)
     captioned = read_source(config, backbone, cache)
+    tell([] if quiet else [captioned.line()])
     backbone.load_encoders()  # a broken text encoder is told of before the pictures are encoded
-    data = latent_set(captioned, backbone, encoders_fingerprint(backbone), cache, backbone.latent_shape)
+    cut = CutPrompts(backbone)
+    data = latent_set(captioned, backbone, encoders_fingerprint(backbone), cache, backbone.latent_shape, cut)
+    cut.add_up()
+    tell([] if quiet else cut.lines("caption"))
     folder = perceptual_folder(config, backbone, data.said, cache)
     run = lay_out(config, backbone, captioned, data)
     return on_trajectories(with_looks(run, folder), cache)

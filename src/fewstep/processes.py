@@ -10,6 +10,7 @@ does nothing.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, ParamSpec, TypeVar
@@ -42,6 +43,12 @@ def rank() -> int:
 def is_main() -> bool:
     """Whether this process is the one that writes."""
     return bool(PartialState().is_main_process) if is_initialized() else True
+
+
+def tell(lines: Sequence[str]) -> None:
+    """Print lines to stderr, once for all processes of a launch."""
+    if lines and is_main():
+        print("\n".join(lines), file=sys.stderr)
 
 
 def total(values: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fewstep.backbones.config_checks import check_merges
+from fewstep.backbones.lengths import words_beyond
 from fewstep.denoiser import Condition
 from fewstep.errors import UserError
 from fewstep.folder import PipelineFolder, read_folder
@@ -289,6 +290,23 @@ class Backbone(ABC):
     @abstractmethod
     def _encode(self, prompts: Sequence[str], batch: int) -> Condition:
         """Encode prompts, `batch` at once."""
+
+    def lost_words(self, prompts: Sequence[str]) -> list[str]:
+        """Return what of each prompt lies beyond what every text encoder reads; empty for nothing."""
+        readers = self._load_text()
+        with named("read prompts by", self._placed(*self.folder.family.readers)):
+            spelled, lengths = self.spelled(prompts), self.lengths()
+            pairs = zip(readers, lengths, strict=True)
+            lost = [words_beyond(tokenizer, spelled, length) for (tokenizer, _), length in pairs]
+        return [min(words, key=len) for words in zip(*lost, strict=True)]
+
+    def spelled(self, prompts: Sequence[str]) -> list[str]:
+        """Prompts as the tokenizers get them."""
+        return list(prompts)
+
+    def lengths(self) -> list[int]:
+        """Tokens that each text encoder reads of a prompt, special ones counted."""
+        return [int(tokenizer.model_max_length) for tokenizer, _ in self._load_text()]
 
     @abstractmethod
     def null(self, count: int) -> Condition:

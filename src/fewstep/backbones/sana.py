@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,8 +20,25 @@ class Sana(TransformerBackbone):
 
     def read(self, pipe: Any, prompts: list[str]) -> Condition:
         """The language model's states of the prompts, behind the instruction that the pipeline puts before them."""
-        told = inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"].default
-        return self._read(pipe, prompts, told)
+        return self._read(pipe, prompts, self.instruction)
+
+    @property
+    def instruction(self) -> list[str]:
+        """The lines that the pipeline puts before every prompt."""
+        import diffusers
+
+        call = getattr(diffusers, self.folder.pipeline).__call__
+        return list(inspect.signature(call).parameters["complex_human_instruction"].default or ())
+
+    def spelled(self, prompts: Sequence[str]) -> list[str]:
+        """Prompts behind the instruction."""
+        return ["\n".join(self.instruction) + prompt for prompt in prompts]
+
+    def lengths(self) -> list[int]:
+        """Tokens of the instruction, and what the pipeline gives the prompt beside it."""
+        (most,) = super().lengths()
+        ((tokenizer, _),) = self._load_text()
+        return [len(tokenizer.encode("\n".join(self.instruction))) + most - 2 if self.instruction else most]
 
     def _read(self, pipe: Any, prompts: list[str], instruction: list[str] | None) -> Condition:
         text, mask, _, _ = pipe.encode_prompt(

@@ -38,8 +38,22 @@ class TransformerBackbone(Backbone):
         parts: dict[str, Any] = {p.name: None for p in wanted if p.default is inspect.Parameter.empty}
         for names, loaded in zip(zip(family.tokenizers, family.encoders, strict=True), self._load_text(), strict=True):
             parts |= dict(zip(names, loaded, strict=True))
-        with torch.no_grad():
-            yield kind(**parts)
+        level = diffusers.utils.logging.get_verbosity()
+        diffusers.utils.logging.set_verbosity_error()  # each prompt that an encoder cuts; `lost_words` counts them
+        try:
+            with torch.no_grad():
+                yield kind(**parts)
+        finally:
+            diffusers.utils.logging.set_verbosity(level)
+
+    def lengths(self) -> list[int]:
+        """Tokens that each text encoder reads of a prompt: CLIP's own, of others what the pipeline gives them."""
+        import diffusers
+
+        given = inspect.signature(getattr(diffusers, self.folder.pipeline).encode_prompt).parameters
+        most = int(given["max_sequence_length"].default)
+        readers = [tokenizer for tokenizer, _ in self._load_text()]
+        return [int(each.model_max_length) if "CLIP" in type(each).__name__ else most for each in readers]
 
     def _encode(self, prompts: Sequence[str], batch: int) -> Condition:
         """Prompts -> conditions by the pipeline's own `encode_prompt`, float32 on the CPU."""

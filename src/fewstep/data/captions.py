@@ -116,7 +116,7 @@ def match(
     elif lacking:
         raise UserError(_without(lacking, len(pictures), where) + advice)
     if not captions:
-        raise UserError(f"data.source: {where} holds no picture ({', '.join(SUFFIXES)})" + advice)
+        raise no_picture(where, advice)
     empty = [name for name, said in captions.items() if not any(said)]
     if empty:
         more = f", nor have {len(empty) - 1} others" if empty[1:] else ""
@@ -136,6 +136,11 @@ def match(
             left_out["lists in folders below"] += 1
     kept = {name: list(dict.fromkeys(word for word in said if word)) for name, said in captions.items()}
     return Matched(kept, {reason: count for reason, count in left_out.items() if count})
+
+
+def no_picture(where: str, advice: str = "") -> UserError:
+    """Return the refusal of a folder or shard without pictures."""
+    return UserError(f"data.source: {where} holds no picture ({', '.join(SUFFIXES)}){advice}")
 
 
 def in_words(left_out: Mapping[str, int]) -> str:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from fewstep.data.captions import LISTS, is_hidden, is_picture, kind_of
+from fewstep.data.captions import LISTS, is_hidden, is_list, is_picture, kind_of, no_picture
+from fewstep.data.prompts import check_suffix
 from fewstep.errors import UserError
 
 
@@ -92,6 +93,25 @@ class FolderFiles:
             if found:
                 return f"; it holds {found[0]}{f' and {len(found) - 1} more' if found[1:] else ''}: {advice}"
         return ""
+
+
+def check_pictures(folder: Path) -> None:
+    """Refuse a source that is no folder, or one that holds neither a picture nor a list of them.
+
+    Raises:
+        UserError: saying what else the folder holds.
+    """
+    if not folder.is_dir():
+        check_suffix(folder, "data.source")
+        raise UserError(
+            f"data.source = {str(folder)!r} {'is not a folder' if folder.exists() else 'does not exist'}; "
+            "give a folder of pictures, tar files, a prompt file or 'emoji8'"
+        )
+    near = (name for _, _, names in os.walk(folder) for name in names)  # ends at the first picture
+    if not any(is_picture(name) or is_list(name) for name in near):
+        files = FolderFiles(folder)
+        if not any(map(is_picture, files.names)):
+            raise no_picture(str(folder), files.advice())
 
 
 PACKED = (

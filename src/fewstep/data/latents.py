@@ -32,6 +32,9 @@ SAID = 4096
 """Captions encoded at a time: 1.3 GB of SDXL's states in half precision."""
 
 
+Look = Callable[[Sequence[str]], None]
+
+
 class Encoders(Protocol):
     """What a backbone offers to the cache."""
 
@@ -188,11 +191,16 @@ def encode_all(pictures: PictureSet, encoders: Encoders, cache: Path, key: str) 
     return BucketedLatents(parts, groups) if isinstance(pictures, BucketedFiles) else parts[0]
 
 
-def encode_captions(captions: Sequence[str], encoders: Encoders, cache: Path, key: str) -> dict[str, Rows]:
+def encode_captions(
+    captions: Sequence[str], encoders: Encoders, cache: Path, key: str, look: Look | None = None
+) -> dict[str, Rows]:
     """Conditions of the captions and, last, the unconditional one, fp16, on disk; some at a time are in memory."""
 
     def encode(start: int) -> dict[str, Tensor]:
-        states = encoders.encode(captions[start : start + SAID])
+        some = captions[start : start + SAID]
+        states = encoders.encode(some)
+        if look is not None:
+            look(some)
         if start + SAID >= len(captions):
             null = encoders.null(1)
             states = {name: torch.cat([state, null[name]]) for name, state in states.items()}
@@ -207,7 +215,12 @@ def encode_captions(captions: Sequence[str], encoders: Encoders, cache: Path, ke
 
 
 def latent_set(
-    data: Captioned, encoders: Encoders, fingerprint: str, cache: Path, shape: tuple[int, ...] = ()
+    data: Captioned,
+    encoders: Encoders,
+    fingerprint: str,
+    cache: Path,
+    shape: tuple[int, ...] = (),
+    look: Look | None = None,
 ) -> LatentSet:
     """Encode pictures and captions, once for each (encoder weights, pictures, captions); of prompts alone no picture.
 
@@ -216,6 +229,7 @@ def latent_set(
 
     Args:
         shape: of a latent, for prompts alone.
+        look: called with captions as they are encoded, once for each; not with those that were kept.
     """
     pictures = data.pictures
     if pictures is None:
@@ -229,7 +243,7 @@ def latent_set(
     digest = hashlib.sha256((fingerprint + json.dumps(distinct)).encode())
 
     said = f"captions-{digest.hexdigest()[:16]}"
-    table = encode_captions(distinct, encoders, cache, said)
+    table = encode_captions(distinct, encoders, cache, said, look)
     number = {caption: i for i, caption in enumerate(distinct)}
     most = max(len(row) for row in data.captions)
     rows = torch.tensor([[number[row[i % len(row)]] for i in range(most)] for row in data.captions])

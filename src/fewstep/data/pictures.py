@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from fewstep.data.captions import in_words, is_picture, match
-from fewstep.data.folder_files import FolderFiles
+from fewstep.data.folder_files import FolderFiles, check_pictures
 from fewstep.data.pixels import eight_bits, is_deep_png
 from fewstep.errors import UserError
 
@@ -226,11 +226,7 @@ def from_folder(folder: Path, size: int) -> Captioned:
     Raises:
         UserError: no folder, no pictures, a file that is no picture, or a picture without caption.
     """
-    if not folder.is_dir():
-        raise UserError(
-            f"data.source = {str(folder)!r} {'is not a folder' if folder.exists() else 'does not exist'}; "
-            "give a folder of pictures, tar files, a prompt file or 'emoji8'"
-        )
+    check_pictures(folder)
     files = FolderFiles(folder)
     matched = match(files.names, files.read, files.find, str(folder), files.advice())
     places = tuple(folder / name for name in matched.captions)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from fewstep import processes
 from fewstep.backbones.base import Backbone, open_backbone
+from fewstep.backbones.lengths import CutPrompts
 from fewstep.denoiser import Condition
 from fewstep.device import DTYPES, pick_device, pick_precision
 from fewstep.drawing import artist_of
@@ -25,7 +26,7 @@ from fewstep.errors import UserError
 from fewstep.files import atomic_folder, atomic_write, remove_folder, sweep, taken, write_json
 from fewstep.grid import end_time, training_grid
 from fewstep.mapped import map_tensors, write_rows
-from fewstep.processes import is_main, main_first, together
+from fewstep.processes import is_main, main_first, tell, together
 from fewstep.settings import teacher_path
 from fewstep.synthesis.planning import SynthesisCost, check_free, cost_of, fingerprints, prompt_entries
 from fewstep.synthesis.record import (
@@ -200,13 +201,17 @@ def _conditions(out: Path, plan: Plan, distinct: Sequence[str], backbone: Backbo
         part.write_text("".join(f"{prompt}\n" for prompt in distinct), encoding="utf-8")
     write_note(out, out / PROMPTS)
 
+    cut = CutPrompts(backbone)
+
     def parts() -> Iterator[Condition]:
         with tqdm(total=len(distinct), desc="encoding prompts", unit="prompt", disable=silent) as bar:
             for start in range(0, len(distinct), ENCODED):
                 some = distinct[start : start + ENCODED]
+                cut(some)
                 yield backbone.encode(some)
                 bar.update(len(some))
         yield backbone.null(1)
+        tell([] if silent else cut.lines())
 
     with atomic_write(path) as part:
         write_rows(part, len(distinct) + 1, ({k: v.half() for k, v in states.items()} for states in parts()))

@@ -1,0 +1,78 @@
+"""What of a prompt lies beyond what the text encoders read: it is cut, and pictures do not follow it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from fewstep import processes
+
+SHOWN = 3
+"""Cut prompts that are shown one by one."""
+
+
+class Reads(Protocol):
+    """What can say which words of prompts are lost; a backbone."""
+
+    device: torch.device
+
+    def lost_words(self, prompts: Sequence[str]) -> list[str]:
+        """What of each prompt lies beyond the last token that is read; empty for nothing."""
+        ...
+
+
+def words_beyond(tokenizer: Any, texts: Sequence[str], length: int) -> list[str]:
+    """Return what of each text lies beyond the first `length` tokens, special ones counted; empty for nothing."""
+    texts = list(texts)
+    found = [""] * len(texts)
+    whole = tokenizer(texts, verbose=False)["input_ids"]
+    long = [i for i, ids in enumerate(whole) if len(ids) > length]
+    if not long:
+        return found
+    kept = tokenizer([texts[i] for i in long], truncation=True, max_length=length, verbose=False)["input_ids"]
+    for i, ids in zip(long, kept, strict=True):
+        common = next((n for n, (a, b) in enumerate(zip(whole[i], ids, strict=False)) if a != b), len(ids))
+        found[i] = tokenizer.decode(whole[i][common:], skip_special_tokens=True).strip()
+    return found
+
+
+class CutPrompts:
+    """Counts the prompts that are cut, and remembers the first of them."""
+
+    def __init__(self, reader: Reads) -> None:
+        self.reader = reader
+        self.count = self.of = 0
+        self.first: dict[str, str] = {}
+
+    def __call__(self, prompts: Sequence[str]) -> None:
+        """Look at some prompts."""
+        lost = {prompt: words for prompt, words in zip(prompts, self.reader.lost_words(prompts), strict=True) if words}
+        self.count, self.of = self.count + len(lost), self.of + len(prompts)
+        self.first = dict([*self.first.items(), *lost.items()][:SHOWN])
+
+    def add_up(self) -> None:
+        """Count those of all processes of a launch, each of which must ask."""
+        both = torch.tensor([self.count, self.of], device=self.reader.device)
+        self.count, self.of = processes.total(both).tolist()
+
+    def lines(self, kind: str = "prompt") -> list[str]:
+        """Return what to tell of the cut ones; empty for none."""
+        if not self.count:
+            return []
+        shown = [f"{kind} {_short(prompt)!r} is cut, not read: {words!r}" for prompt, words in self.first.items()]
+        if self.of == 1:
+            return shown
+        return [f"{self.count} of {self.of} {kind}s are longer than the text encoder reads, and are cut", *shown]
+
+
+def tell_cut(reader: Reads, prompts: Sequence[str]) -> None:
+    """Print which prompts are cut, to stderr."""
+    cut = CutPrompts(reader)
+    cut(list(dict.fromkeys(prompts)))
+    processes.tell(cut.lines())
+
+
+def _short(prompt: str) -> str:
+    return prompt if len(prompt) <= 60 else prompt[:57] + "..."
