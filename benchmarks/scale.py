@@ -8,7 +8,6 @@ what it would hold at once and how much it would multiply is added up. Prints do
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,12 +16,13 @@ from typing import Any
 import torch
 from perf.networks import xl_unet
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from fewstep.backbones.recompute import recompute_blocks
 from fewstep.families import FAMILIES
+from fewstep.preference.framing import Framing, frame
 from fewstep.roles import add_adapter
+from fewstep.training.live_bytes import LiveBytes
 
 GIB = 2**30
 RANK = 64
@@ -107,38 +107,6 @@ class Attention(torch.autograd.Function):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
 
 
-class Alive(TorchDispatchMode):
-    """Bytes of all tensors that are made while it is entered, from their making to their end, and the most at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run it, and note what it made."""
-        made = func(*args, **(kwargs or {}))
-        if func.is_view or func._schema.name.endswith("_"):
-            return made
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor):
-                self._note(tensor.untyped_storage())
-        return made
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.bytes += size
-        self.peak = max(self.peak, self.bytes)
-        weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.bytes -= size
-
-
 @contextmanager
 def on_paper() -> Iterator[Products]:
     """Meta tensors in bf16, attention as fused kernels do it."""
@@ -193,13 +161,65 @@ def step_holds(network: nn.Module, shape: Shape, batch: int) -> int:
     with what it computes again.
     """
     network.zero_grad(set_to_none=True)
-    with Alive() as alive:
+    with LiveBytes() as held:
         said = shape.call(network, batch)
         with torch.no_grad():
             shape.call(network, 2 * batch if shape.guided else batch)
             shape.call(network, batch)
         said.backward(torch.empty_like(said))
-    return alive.peak
+    return held.peak
+
+
+@dataclass(frozen=True)
+class Preferred:
+    """A micro-batch of one sample of TLCM's preference stage, in bytes.
+
+    Attributes:
+        fixed: weights of the frozen decoder and of a scorer on CLIP-H, fp32.
+        held: the most that the step holds beside all weights.
+        plain: the same with a decoder that keeps its activations.
+    """
+
+    fixed: int
+    held: int
+    plain: int
+
+
+def preferred() -> Preferred:
+    """SDXL at 1024 x 1024 pixels, with `student.checkpointing`: jumps, a decoded picture, and two scores of it."""
+    from diffusers import AutoencoderKL
+    from transformers import CLIPConfig, CLIPModel
+
+    shape, held = SHAPES["SDXL"], []
+    with on_paper():
+        network = shape.network().requires_grad_(False)
+        add_adapter(network, "student", RANK, RANK, list(FAMILIES[shape.family].targets), 0)
+        network.to(torch.bfloat16).enable_gradient_checkpointing()  # type: ignore[operator]
+        vision = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
+        text = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+        config = CLIPConfig(vision_config=vision | {"patch_size": 14}, text_config=text, projection_dim=1024)
+        scorer = CLIPModel(config).float().requires_grad_(False)
+        blocks = {"up_block_types": ("UpDecoderBlock2D",) * 4, "down_block_types": ("DownEncoderBlock2D",) * 4}
+        vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, **blocks)
+        vae.float().requires_grad_(False)
+        for again in (False, True):
+            if again:
+                recompute_blocks(vae.decoder)
+            with LiveBytes() as counted:
+                said = shape.call(network, 1)
+                with torch.no_grad():
+                    shape.call(network, 2)
+                    shape.call(network, 1)
+                pictures = vae.decode(said.float(), return_dict=False)[0]
+                seen = frame(pictures, Framing(224))
+                likes = [
+                    scorer.vision_model(pixel_values=seen).pooler_output for _ in range(2)
+                ]  # own prompt and wrong one
+                torch.autograd.backward(likes, [torch.empty_like(one) for one in likes])
+            held.append(counted.peak)
+            network.zero_grad(set_to_none=True)
+        weights = [*vae.parameters(), *scorer.parameters()]
+    return Preferred(sum(weight.nbytes for weight in weights), held[1], held[0])
 
 
 def sample_holds(network: nn.Module, shape: Shape) -> int:
@@ -302,6 +322,13 @@ def main() -> None:
         )
     for name, one in found.items():
         budget(name, SHAPES[name], one)
+    step, own = preferred(), found["SDXL"]
+    weights = (2 * own.base + LEARNS * own.adapter + step.fixed) / GIB
+    print(
+        f"\nSDXL, preference, a micro-batch of one: {weights:.1f} GiB of weights, gradients, moments and averages, "
+        f"{step.held / GIB:.1f} GiB held ({step.plain / GIB:.1f} where the decoder keeps its activations), "
+        f"{weights + step.held / GIB:.1f} GiB in all"
+    )
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ from perf.networks import SHAPES, Shape, modules
 from perf.script import LcmScript
 from perf.steps import Clock
 from perf.timing import Timed, in_turn
-from scale import Alive
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiny_pipelines as tiny
@@ -178,37 +176,6 @@ def test_a_batch_is_read_while_our_clock_runs() -> None:
     fetch(1)
     assert not clock._reads.acquire(blocking=False)
     assert events == ["read 0", "others", "loss", "read 1"]
-
-
-def test_tensors_are_counted_as_long_as_they_live() -> None:
-    kib = 1024
-    with Alive() as alive:
-        first = torch.ones(256)
-        second = first.view(16, 16)
-        assert alive.bytes == kib
-        del first
-        assert alive.bytes == kib  # a view keeps it
-        del second
-        assert alive.bytes == 0
-    x = torch.ones(256, requires_grad=True)
-    with Alive() as alive:
-        said = x.exp().exp()
-        assert alive.bytes == 2 * kib  # the first one's output is kept for the backward pass
-        del said
-        assert alive.bytes == 0
-
-
-def test_what_is_computed_again_is_counted() -> None:
-    x = torch.ones(256, requires_grad=True)
-    peaks = []
-    for block in (lambda x: x.exp().exp().exp().exp(), lambda x: x.exp()):
-        with Alive() as alive:
-            said = checkpoint(block, x, use_reentrant=False).sum()
-            assert alive.bytes < 2 * 1024
-            said.backward()
-        x.grad = None
-        peaks.append(alive.peak)
-    assert peaks[0] >= peaks[1] + 2 * 1024
 
 
 def test_compiled_roles_are_compared_role_by_role(

@@ -267,7 +267,7 @@ def test_prompts_are_prepared_once_or_as_they_are_asked(monkeypatch: pytest.Monk
         def score(self, pictures: Tensor, said: Any) -> Tensor:
             return pictures.mean((1, 2, 3)) * said["n"][:, 0]
 
-    backbone: Any = SimpleNamespace(decode=lambda x: x * 2)
+    backbone: Any = SimpleNamespace(decode=lambda x: x * 2, folder=SimpleNamespace(scale=1))
     prompts = ["a", "bb", "cccc"]
     x0 = torch.ones(2, 3, 4, 4)
     which = (torch.tensor([0, 2]), torch.tensor([1, 1]))

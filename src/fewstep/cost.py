@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from fewstep import processes
+from fewstep.compiled import eagerly
 from fewstep.data.buckets import BucketedLatents
 from fewstep.data.latents import LatentSet
 from fewstep.device import DTYPES, pick_precision
@@ -23,6 +23,7 @@ from fewstep.role_layout import unique_bytes
 from fewstep.settings import DistillConfig
 from fewstep.sharding import is_split
 from fewstep.tally import in_words
+from fewstep.training.live_bytes import LiveBytes
 from fewstep.training.loop import Batch, Update
 
 
@@ -77,7 +78,8 @@ class Estimated:
         trained: weights of each trained part, in bytes, by name.
         data_bytes: cached latents and text states, on disk.
         calls: network evaluations a sample and step, by role.
-        saved_bytes: what one micro-batch keeps for its backward pass: activations, without weights.
+        saved_bytes: the most that one micro-batch holds at once, forwards or backwards, and what checkpointing computes
+            again: activations, without weights and their gradients.
         peak_bytes: the most that a step held on the GPU, activations included; None on the CPU.
         encoding_seconds: pictures and captions, once, before the first step; 0 where that is done.
         checks: what the quality checks will take; None where there are none.
@@ -130,6 +132,20 @@ def kept_bytes(rows: Rows) -> int:
     return bytes_of([rows]) if isinstance(rows, Tensor) else rows.nbytes
 
 
+@contextmanager
+def gradients_dropped(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Drop each parameter's gradient as soon as it is complete, inside the block: they are counted elsewhere."""
+
+    def drop(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    with ExitStack() as hooks:
+        for parameter in parameters:
+            handle = parameter.register_post_accumulate_grad_hook(drop)  # type: ignore[no-untyped-call]
+            hooks.callback(handle.remove)
+        yield
+
+
 def estimate(
     plan: Sequence[Update],
     fetch: Callable[[np.ndarray, Draws], Batch],
@@ -137,27 +153,18 @@ def estimate(
     config: DistillConfig,
     networks: Sequence[nn.Module],
 ) -> Estimated:
-    """Time two steps of the plan (no optimiser step is taken) and add up its memory."""
+    """Count the memory of a step of the plan and time another; no optimiser step is taken."""
     latents = data.latents
     rows = torch.arange(max(1, config.loop.batch // (config.loop.accumulate * processes.count()))) % len(latents)
     if isinstance(latents, BucketedLatents):  # the fullest bucket stands for all: their areas are alike
         own = torch.nonzero(latents.group == latents.group.mode().values).flatten()
         rows = own[rows % len(own)]
     device = next(networks[0].parameters()).device
-    spent = 0.0
-    saved: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        whole = tensor if tensor._base is None else tensor._base
-        if not isinstance(whole, nn.Parameter):  # weights of any network, a scorer's or an autoencoder's too
-            storage = tensor.untyped_storage()
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
+    spent, held_bytes = 0.0, 0
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    for step in range(2):
+    for step in range(2 + config.loop.compile):  # memory is counted eagerly, before anything is compiled
         spent = 0.0
         draws = Draws(config.loop.seed, step, tuple(range(len(rows))), device)
         batch = fetch(rows.numpy(), draws)
@@ -165,13 +172,18 @@ def estimate(
             started = time.perf_counter()
             precision = pick_precision(config.loop.precision, device)
             enabled = precision != "fp32"
-            # activations are counted in the step that warms up, so that the timed one does nothing else
-            noting = saved_tensors_hooks(note, lambda tensor: tensor) if step == 0 else nullcontext()
-            with noting, torch.autocast(device.type, dtype=DTYPES[precision], enabled=enabled):
-                loss = update.loss(batch, draws)
             every = list(update.parameters.values())
             these = None if is_split(every) else every  # as the loop does
-            torch.autograd.backward(loss.value, inputs=these)
+            live = LiveBytes()
+            with ExitStack() as counting:
+                if step == 0:  # alone, so that the timed step does nothing else
+                    for context in (eagerly(), gradients_dropped(every), live):
+                        counting.enter_context(context)
+                with torch.autocast(device.type, dtype=DTYPES[precision], enabled=enabled):
+                    loss = update.loss(batch, draws)
+                torch.autograd.backward(loss.value, inputs=these)
+            held_bytes = max(held_bytes, live.peak)
+            del loss
             for parameter in (p for other in plan for p in other.parameters.values()):
                 parameter.grad = None
             if on_gpu:
@@ -189,7 +201,7 @@ def estimate(
         trained,
         kept_bytes(latents) + sum(kept_bytes(rows) for rows in data.table.values()),
         config.method.calls,
-        sum(saved.values()),
+        held_bytes,
         torch.cuda.max_memory_allocated(device) if on_gpu else None,
         checks=count_checks(config, spent),
     )
