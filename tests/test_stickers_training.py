@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, BertModel
 
 from fewstep.backbones.sd import encode_text
 from fewstep.draws import Draws, generator
+from fewstep.errors import UserError
 from fewstep.evaluation.lite0 import make_lite0
 from fewstep.evaluation.lite0_weights import load_weights
 from fewstep.loop_settings import LoopConfig
@@ -289,12 +290,43 @@ def test_scene_accuracy_counts_pictures_whose_every_stated_fact_is_found(monkeyp
     }  # fmt: skip
 
 
+def test_a_teacher_is_judged_by_samples_of_unseen_prompts(
+    trimmed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Judge:
+        def __init__(self, *_: object) -> None:
+            self.fd = lambda pictures: float(pictures.shape[0])
+
+        def __call__(self, _: object) -> dict[str, float]:
+            return {"psnr": 30.0}
+
+    monkeypatch.setattr(teacher, "AutoencoderJudge", Judge)
+    reader.save_reader(reader.Reader(ReaderConfig(channels=(8, 8, 8))), tmp_path / "reader")
+    config = TeacherConfig(channels=(8, 16), groups=4, watched=500, watch_steps=1, reader=str(tmp_path / "reader"))
+    encoders = teacher.Encoders(autoencoder.make_autoencoder(TINY).eval(), trimmed, CPU)
+    judge = teacher.TeacherJudge(config, encoders, tmp_path, None, make_accelerator("fp32", CPU))
+    figures = judge(teacher.make_unet(config, 4, 16, 384).eval())
+    assert figures["fd"] == 500
+    assert figures["autoencoder_psnr"] == 30
+    assert figures["accuracy_all"] == 0  # an untrained reader finds no sticker
+    assert figures["accuracy_fact_concepts"] == 0
+
+
+def test_a_teacher_without_its_parts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="text"):
+        text.trim_text(tmp_path, tmp_path / "trimmed")
+    config = TeacherConfig(autoencoder=str(tmp_path))
+    with pytest.raises(UserError, match="autoencoder"):
+        teacher.train_teacher(config, tmp_path / "run", tmp_path / "new", make_accelerator("fp32", CPU))
+
+
 @pytest.mark.parametrize(
     ("arguments", "field"),
     [
         (["autoencoder", "-s", "chanels=[8]"], "chanels"),
         (["reader", "-s", "noise=-1"], "noise"),
-        (["teacher", "--target", "new", "-s", "autoencoder=nothing"], "autoencoder"),
+        (["autoencoder", "-s", "groups=7"], "groups"),
+        (["teacher", "--target", "new", "-s", "watched=20"], "watched"),
     ],
 )
 def test_wrong_settings_are_one_line(arguments: list[str], field: str, tmp_path: Path) -> None:

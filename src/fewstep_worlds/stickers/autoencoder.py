@@ -205,5 +205,5 @@ def train_autoencoder(
         trained = train(plan, fetch, ENDLESS, config.loop, log, accelerator, on_main(watch), visits=np.arange)
     vae.load_state_dict(trained.weights["vae"])
     vae.cpu().eval()
-    fold_statistics(vae, draw_scenes(REFERENCE_SEED, range(1000), folder=folder))
+    fold_statistics(vae, draw_scenes(REFERENCE_SEED, range(500), folder=folder))
     return vae

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+import math
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from fewstep.config import Config
+from fewstep.errors import nearest_divisor
+from fewstep.evaluation.settings import FD_FEWEST
 from fewstep.loop_settings import LoopConfig, OptimConfig
+
+
+def check_groups(channels: tuple[int, ...], groups: int) -> None:
+    """Refuse groups of the group norms that do not divide every number of channels.
+
+    Raises:
+        ValueError: naming the nearest legal number.
+    """
+    if math.gcd(*channels) % groups:
+        legal = nearest_divisor(groups, math.gcd(*channels))
+        raise ValueError(
+            f"groups = {groups} does not divide all of channels = {list(channels)}; the nearest is {legal}"
+        )
 
 
 class AutoencoderConfig(Config):
@@ -33,6 +51,11 @@ class AutoencoderConfig(Config):
     )
     critic_optim: OptimConfig = OptimConfig(lr=2e-4, betas=(0.5, 0.9), warmup=100)
 
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        check_groups(self.channels, self.groups)
+        return self
+
 
 class ReaderConfig(Config):
     """The reader: a network that tells what is where in a picture."""
@@ -50,6 +73,11 @@ class ReaderConfig(Config):
     optim: OptimConfig = OptimConfig(
         lr=1e-3, betas=(0.9, 0.99), warmup=200, decay="cooldown", ema=0.998, weight_decay=0.02
     )
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        check_groups(self.channels, self.groups)
+        return self
 
 
 class TeacherConfig(Config):
@@ -74,3 +102,12 @@ class TeacherConfig(Config):
     optim: OptimConfig = OptimConfig(
         lr=1e-3, betas=(0.9, 0.99), warmup=300, decay="cooldown", ema=0.9995, weight_decay=0.01
     )
+
+    @model_validator(mode="after")
+    def _legal(self) -> Self:
+        check_groups(self.channels, self.groups)
+        if 0 < self.watched < FD_FEWEST:
+            raise ValueError(
+                f"watched = {self.watched} pictures are too few for FD; the nearest legal one is {FD_FEWEST}"
+            )
+        return self

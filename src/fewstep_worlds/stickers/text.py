@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fewstep.errors import UserError
 from fewstep.files import atomic_folder, read_json
 from fewstep.tensors import save_tensors
 from fewstep_worlds.stickers.grammar import languages
@@ -24,10 +25,16 @@ def trim_text(source: Path, target: Path) -> None:
 
     Args:
         source: folder with the text_encoder/ and tokenizer/ of a BertModel with a WordPiece vocabulary.
+
+    Raises:
+        UserError: it lacks one of them.
     """
     from tokenizers import Tokenizer
     from transformers import BertModel
 
+    for file in (source / "text_encoder" / "config.json", source / "tokenizer" / "tokenizer.json"):
+        if not file.is_file():
+            raise UserError(f"text = {str(source)!r} lacks {file.relative_to(source)}; give the folder of a pipeline")
     full = Tokenizer.from_file(str(source / "tokenizer" / "tokenizer.json"))
     pieces = _used_pieces(full)
     ids = full.get_vocab()
