@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
@@ -25,9 +26,10 @@ from fewstep.evaluation.lite0 import make_lite0
 from fewstep.evaluation.lite0_weights import load_weights
 from fewstep.loop_settings import LoopConfig
 from fewstep.training.launch import make_accelerator
-from fewstep_worlds.stickers import accuracy, autoencoder, reader, teacher, text
+from fewstep_worlds.stickers import accuracy, autoencoder, reader, reader_report, teacher, text
 from fewstep_worlds.stickers.claim import Claim, Facts, facts_of, full_claim, holds
-from fewstep_worlds.stickers.dataset import draw_scenes, make_scenes
+from fewstep_worlds.stickers.dataset import REFERENCE_SEED, draw_scenes, make_scenes
+from fewstep_worlds.stickers.heldout import KINDS
 from fewstep_worlds.stickers.prompts import training_prompt
 from fewstep_worlds.stickers.scene import Scene
 from fewstep_worlds.stickers.settings import AutoencoderConfig, ReaderConfig, TeacherConfig
@@ -273,7 +275,7 @@ def test_a_teacher_is_resumed_exactly_and_is_a_pipeline(sticker_sheets: Path, tm
     np.testing.assert_allclose(found / 255, wanted, atol=0.01)
 
 
-def test_scene_accuracy_counts_pictures_whose_every_stated_fact_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scene_accuracy_counts_pictures_whose_every_stated_fact_is_found() -> None:
     facts = Facts((("frog", 10.0, 10.0), ("star", 50.0, 12.0)), "blue", "dots", "noto")
     frog_and_star = (("frog", 1), ("star", 1))
     claims = [
@@ -282,12 +284,34 @@ def test_scene_accuracy_counts_pictures_whose_every_stated_fact_is_found(monkeyp
         Claim(frog_and_star, colour="blue", style="fluent"),
         Claim((("frog", 1),), colour="blue"),
     ]
-    monkeypatch.setattr(accuracy, "read_pictures", lambda *_: [facts] * 4)
-    shares = accuracy.scene_accuracy(reader.Reader(ReaderConfig()), np.zeros((4, 64, 64, 3), np.uint8), claims)
-    assert shares == {
-        "all": 0.25, "relation": 0.5, "two": 0.0, "single": 0.0, "fact_concepts": 0.75, "fact_count": 1.0,
-        "fact_relation": 0.5, "fact_colour": 1.0, "fact_style": 0.0,
+    shares = accuracy.scene_accuracy([facts] * 4, claims)
+    assert {name: (share.right, share.n) for name, share in shares.items()} == {
+        "all": (1, 4), "relation": (1, 2), "two": (0, 1), "single": (0, 1), "fact concepts": (3, 4),
+        "fact count": (4, 4), "fact relation": (1, 2), "fact colour": (2, 2), "fact style": (0, 1),
     }  # fmt: skip
+
+
+def test_intervals_are_wilsons() -> None:
+    for right, n in ((0, 20), (19, 20), (20, 20), (970, 1000)):
+        found = scipy.stats.binomtest(right, n).proportion_ci(method="wilson")
+        assert accuracy.Share(right, n).interval == pytest.approx((found.low, found.high), abs=1e-6)
+
+
+def test_a_reader_is_reported_under_every_condition(sticker_sheets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On undamaged scenes of a reader that is always right, everything is; on others it tells the same."""
+    scenes = {name: make_scenes(REFERENCE_SEED, range(6), name) for name in ("train", *KINDS)}
+    known = {draw_scenes(REFERENCE_SEED, range(6), name, sticker_sheets).tobytes(): of for name, of in scenes.items()}
+
+    def read(_: object, pictures: np.ndarray) -> list[Facts]:
+        return [facts_of(scene) for scene in known.get(pictures.tobytes(), scenes["pair"])]
+
+    monkeypatch.setattr(reader_report, "read_pictures", read)
+    vae = autoencoder.make_autoencoder(TINY).eval()
+    rows = reader_report.reader_report(reader.Reader(ReaderConfig()), 6, vae, sticker_sheets)
+    right = {name: shares["all"].right for name, shares in rows.items()}
+    assert [right.pop(name) for name in ("blurred", "noised", "autoencoded")] == [0, 0, 0]
+    assert list(right.values()) == [6] * (1 + len(KINDS))
+    assert len(accuracy.as_table(rows).splitlines()) == 2 + len(rows)
 
 
 def test_a_teacher_is_judged_by_samples_of_unseen_prompts(
@@ -308,8 +332,8 @@ def test_a_teacher_is_judged_by_samples_of_unseen_prompts(
     figures = judge(teacher.make_unet(config, 4, 16, 384).eval())
     assert figures["fd"] == 500
     assert figures["autoencoder_psnr"] == 30
-    assert figures["accuracy_all"] == 0  # an untrained reader finds no sticker
-    assert figures["accuracy_fact_concepts"] == 0
+    assert figures["accuracy all"] == 0  # an untrained reader finds no sticker
+    assert figures["accuracy fact concepts"] == 0
 
 
 def test_a_teacher_without_its_parts_is_refused(tmp_path: Path) -> None:

@@ -54,6 +54,22 @@ def reader(out: Out = Path("runs/stickers/reader"), overrides: Overrides = None)
 
 
 @app.command()
+def reader_report(
+    reader: Annotated[Path, typer.Option(help="Folder of a finished reader.")],
+    autoencoder: Annotated[Path | None, typer.Option(help="Folder of an AutoencoderKL to judge it through.")] = None,
+    n: Annotated[int, typer.Option(min=1, help="Unseen scenes of each condition.")] = 2000,
+) -> None:
+    """Print how often a reader is right on unseen scenes: real, of held-out kinds, blurred, noised, autoencoded."""
+    from fewstep.world.teacher import given_vae
+    from fewstep_worlds.stickers.accuracy import as_table
+    from fewstep_worlds.stickers.reader import load_reader
+    from fewstep_worlds.stickers.reader_report import reader_report
+
+    vae = given_vae(autoencoder) if autoencoder else None
+    say(as_table(reader_report(load_reader(reader), n, vae)))
+
+
+@app.command()
 def teacher(
     target: Annotated[Path, typer.Option(help="Folder for the pipeline, new.")],
     out: Out = Path("runs/stickers/teacher"),

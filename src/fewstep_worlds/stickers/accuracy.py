@@ -1,26 +1,64 @@
-"""Scene accuracy: the share of prompts whose every stated fact a reader finds in the picture."""
+"""Scene accuracy: the share of pictures that show every fact that their prompt states."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-import numpy as np
+from fewstep_worlds.stickers.claim import Claim, Facts, check
 
-from fewstep_worlds.stickers.claim import Claim, check
-from fewstep_worlds.stickers.reader import Reader, read_pictures
+Z = 1.959964
+"""Standard normal quantile of a 95 % interval."""
 
 
-def scene_accuracy(reader: Reader, pictures: np.ndarray, claims: Sequence[Claim]) -> dict[str, float]:
-    """Return the share of pictures that agree with their claim, in `all`, by kind of claim, and by stated fact.
+@dataclass(frozen=True)
+class Share:
+    """How many of `n` pictures are right."""
+
+    right: int
+    n: int
+
+    @property
+    def value(self) -> float:
+        """Return the share."""
+        return self.right / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Return its 95 % interval (Wilson's)."""
+        middle = (self.value + Z**2 / (2 * self.n)) / (1 + Z**2 / self.n)
+        spread = math.sqrt(self.value * (1 - self.value) / self.n + Z**2 / (4 * self.n**2))
+        half = Z * spread / (1 + Z**2 / self.n)
+        return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+def scene_accuracy(found: Sequence[Facts], claims: Sequence[Claim]) -> dict[str, Share]:
+    """Return which share of pictures agrees with its claim: `all`, by kind of claim, and `fact NAME` by stated fact.
 
     Args:
-        pictures: uint8 [N, 64, 64, 3].
+        found: what a reader finds in each picture.
         claims: what the prompt of each picture states.
     """
-    found: dict[str, list[bool]] = {"all": []}
-    for claim, facts in zip(claims, read_pictures(reader, pictures), strict=True):
-        right = check(claim, facts)
-        agrees = all(right.values())
-        for name, value in (("all", agrees), (claim.kind, agrees), *((f"fact_{k}", v) for k, v in right.items())):
-            found.setdefault(name, []).append(value)
-    return {name: float(np.mean(values)) for name, values in found.items()}
+    rights: dict[str, list[bool]] = {"all": []}
+    for facts, claim in zip(found, claims, strict=True):
+        stated = check(claim, facts)
+        agrees = all(stated.values())
+        for name, right in {"all": agrees, claim.kind: agrees, **{f"fact {k}": v for k, v in stated.items()}}.items():
+            rights.setdefault(name, []).append(right)
+    return {name: Share(sum(values), len(values)) for name, values in rights.items()}
+
+
+def as_table(rows: Mapping[str, Mapping[str, Share]]) -> str:
+    """Return a Markdown table of shares with their intervals, a row each, and n of the `all` column."""
+    names = list(dict.fromkeys(name for shares in rows.values() for name in shares))
+    lines = ["| | n | " + " | ".join(names) + " |", "| --- " * (len(names) + 2) + "|"]
+    for row, shares in rows.items():
+        cells = [_cell(shares[name]) if name in shares else "" for name in names]
+        lines.append(f"| {row} | {shares['all'].n} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(share: Share) -> str:
+    low, high = share.interval
+    return f"{share.value:.3f} ({low:.3f} to {high:.3f})"

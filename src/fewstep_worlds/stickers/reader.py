@@ -25,7 +25,8 @@ from fewstep.training.cpu import speed_up
 from fewstep.training.loop import Batch, Update, train
 from fewstep.training.run import RunLog
 from fewstep.world.train_vae import to_tensor
-from fewstep_worlds.stickers.claim import Facts, check, facts_of, full_claim
+from fewstep_worlds.stickers.accuracy import scene_accuracy
+from fewstep_worlds.stickers.claim import Facts, facts_of, full_claim
 from fewstep_worlds.stickers.dataset import (
     ENDLESS,
     READER_SEED,
@@ -164,14 +165,6 @@ def read_pictures(reader: Reader, pictures: np.ndarray, batch: int = 100) -> lis
     return [facts for part in parts for facts in decode(reader(to_tensor(part).to(device)))]
 
 
-def reader_accuracy(reader: Reader, pictures: np.ndarray, scenes: Sequence[Scene]) -> dict[str, float]:
-    """Return the share of pictures of which the reader tells each fact of their scenes, by fact and in `all`."""
-    found = [check(full_claim(scene), facts) for scene, facts in zip(scenes, read_pictures(reader, pictures))]
-    names = ("concepts", "count", "relation", "colour", "pattern", "style")
-    shares = {name: float(np.mean([right[name] for right in found if name in right])) for name in names}
-    return shares | {"all": float(np.mean([all(right.values()) for right in found]))}
-
-
 def damage(pictures: Tensor, blur: Tensor, noise: Tensor, normal: Tensor) -> Tensor:
     """Blur each picture and add noise to it.
 
@@ -238,7 +231,9 @@ def train_reader(config: ReaderConfig, out: Path, accelerator: Accelerator, fold
         judged.load_state_dict({name: value.cpu() for name, value in weights["reader"].items()})
         speed_up(judged)
         pictures = draw_scenes(REFERENCE_SEED, range(JUDGED), folder=folder)
-        return reader_accuracy(judged.eval(), pictures, make_scenes(REFERENCE_SEED, range(JUDGED)))
+        claims = [full_claim(scene) for scene in make_scenes(REFERENCE_SEED, range(JUDGED))]
+        shares = scene_accuracy(read_pictures(judged.eval(), pictures), claims)
+        return {name: share.value for name, share in shares.items()}
 
     plan = [Update("reader", dict(reader.named_parameters()), loss, config.optim)]
     inputs = {"scenes": fingerprint(folder)}

@@ -27,7 +27,7 @@ from fewstep_worlds.stickers.accuracy import scene_accuracy
 from fewstep_worlds.stickers.autoencoder import AutoencoderJudge
 from fewstep_worlds.stickers.dataset import ENDLESS, REFERENCE_SEED, SceneWorkers, fingerprint
 from fewstep_worlds.stickers.prompts import unseen_prompts
-from fewstep_worlds.stickers.reader import load_reader
+from fewstep_worlds.stickers.reader import load_reader, read_pictures
 from fewstep_worlds.stickers.scene import SIDE
 from fewstep_worlds.stickers.settings import TeacherConfig
 from fewstep_worlds.stickers.text import trim_text
@@ -131,8 +131,9 @@ class TeacherJudge:
             pictures = draw(unet, self.encoders, texts, steps=steps, omega=omega, seed=REFERENCE_SEED)
         result = {"fd": self.real.fd(pictures), **self.floors}
         if self.reader:
-            shares = scene_accuracy(self.reader, pictures, [prompt.claim for prompt in self.prompts])
-            result |= {f"accuracy_{name}": value for name, value in shares.items()}
+            claims = [prompt.claim for prompt in self.prompts]
+            shares = scene_accuracy(read_pictures(self.reader, pictures), claims)
+            result |= {f"accuracy {name}": share.value for name, share in shares.items()}
         return result
 
 
@@ -179,13 +180,12 @@ def train_teacher(
 
     def watch(_: int, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
         nonlocal judge
-        if not config.watched:
-            return {}
         judge = judge or TeacherJudge(config, encoders, out / "features", folder, accelerator)
         judged = make()
         judged.load_state_dict(weights["unet"])
         return judge(judged.eval())
 
+    judging = on_main(watch) if config.watched else None
     plan = [Update("unet", dict(unet.named_parameters()), loss, config.optim)]
     inputs = {
         "scenes": fingerprint(folder),
@@ -196,6 +196,6 @@ def train_teacher(
         SceneWorkers(config.workers, folder=folder) as workers,
         RunLog(out, config, title="denoiser", inputs=inputs, main=accelerator.is_main_process) as log,
     ):
-        trained = train(plan, fetch, ENDLESS, config.loop, log, accelerator, on_main(watch), visits=np.arange)
+        trained = train(plan, fetch, ENDLESS, config.loop, log, accelerator, judging, visits=np.arange)
     unet.load_state_dict(trained.weights["unet"])
     write_teacher(target, vae.cpu(), unet.cpu().eval(), text, config.omega)
