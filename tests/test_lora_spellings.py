@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import tiny_pipelines
 from fewstep.backbones.base import load_backbone
 from fewstep.errors import UserError
 from fewstep.export.header import base_shapes, check_lora
@@ -22,7 +24,6 @@ from fewstep.export.lora import merge_lora, read_lora
 from fewstep.export.spellings import original_names
 from fewstep.folder import PipelineFolder, read_folder
 from fewstep.tensor_header import read_numbers, read_safetensors_header
-from fewstep.tensors import save_tensors
 
 RANK = 4
 ALPHA = 2.0  # not the rank: the scale is one half
@@ -86,6 +87,13 @@ SPELLINGS: dict[str, Spelling] = {
     "bare": lambda m, p: f"{m}.lora_{p}.weight",
     "kohya": lambda m, p: f"lora_unet_{m.replace('.', '_')}.lora_{WAY[p]}.weight",
     "kohya, original blocks": lambda m, p: f"lora_unet_{original(m).replace('.', '_')}.lora_{WAY[p]}.weight",
+    "ComfyUI": lambda m, p: f"diffusion_model.{original(m)}.lora_{WAY[p]}.weight",
+    "ComfyUI, whole checkpoint's names": lambda m, p: f"model.diffusion_model.{original(m)}.lora_{p}.weight",
+    "ai-toolkit": lambda m, p: f"diffusion_model.{m}.lora_{p}.weight",
+    "LyCORIS": lambda m, p: f"lycoris_{m.replace('.', '_')}.lora_{WAY[p]}.weight",
+    "LyCORIS, original blocks": lambda m, p: f"lycoris_{original(m).replace('.', '_')}.lora_{WAY[p]}.weight",
+    "PEFT, named adapter": lambda m, p: f"unet.{m}.lora_{p}.default.weight",
+    "PEFT, parameters": lambda m, p: f"base_model.model.{m}.lora_{p}",
 }
 
 
@@ -111,7 +119,8 @@ def write(
     file: Path, spelling: Spelling, matrices: Matrices, extra: dict[str, Tensor] | None = None, **metadata: Any
 ) -> Path:
     tensors = {spelling(module, part): m for module, pair in matrices.items() for part, m in zip("AB", pair)}
-    save_tensors(file, tensors | (extra or {}), {key: json.dumps(value) for key, value in metadata.items()})
+    whole = {key: value.contiguous() for key, value in (tensors | (extra or {})).items()}
+    save_file(whole, file, {key: json.dumps(value) for key, value in metadata.items()})
     return file
 
 
@@ -212,7 +221,7 @@ def test_diffusers_own_kohya_writer(folder: PipelineFolder, matrices: Matrices, 
 
     native = {SPELLINGS["diffusers"](m, part): x for m, pair in matrices.items() for part, x in zip("AB", pair)}
     file = tmp_path / "lora.safetensors"
-    save_tensors(file, convert_state_dict_to_kohya(native))
+    save_file(convert_state_dict_to_kohya(native), file)
     assert_same(weights_after(file, folder), by_hand(folder, matrices, 1.0))
 
 
@@ -290,6 +299,78 @@ def test_block_numbers_of_real_unets() -> None:
     assert len(set(xl.values())) == len(xl)
 
 
+def transformer_names(family: str, blocks: int, single: int = 0) -> dict[str, list[str]]:
+    """Layers of the original code of a transformer -> diffusers' layers, in the order of rows; by hand."""
+    names: dict[str, list[str]] = {"final_layer.linear": ["proj_out"]}
+    for i in range(blocks):
+        here = f"transformer_blocks.{i}."
+        if family == "pixart":
+            theirs = {
+                "attn.qkv": "attn1.to_q attn1.to_k attn1.to_v", "attn.proj": "attn1.to_out.0",
+                "cross_attn.q_linear": "attn2.to_q", "cross_attn.kv_linear": "attn2.to_k attn2.to_v",
+                "cross_attn.proj": "attn2.to_out.0", "mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2",
+            }  # fmt: skip
+            names |= {f"blocks.{i}.{k}": [here + x for x in v.split()] for k, v in theirs.items()}
+            continue
+        image, text = "attn.to_q attn.to_k attn.to_v", "attn.add_q_proj attn.add_k_proj attn.add_v_proj"
+        if family == "sd3":
+            block, image_at, text_at = f"joint_blocks.{i}.", "x_block.attn.", "context_block.attn."
+            theirs = {"x_block.mlp.fc1": "ff.net.0.proj", "x_block.mlp.fc2": "ff.net.2"}
+        else:
+            block, image_at, text_at = f"double_blocks.{i}.", "img_attn.", "txt_attn."
+            theirs = {"img_mlp.0": "ff.net.0.proj", "img_mlp.2": "ff.net.2", "img_mod.lin": "norm1.linear"}
+            theirs |= {"txt_mlp.0": "ff_context.net.0.proj", "txt_mlp.2": "ff_context.net.2"}
+        theirs |= {f"{image_at}qkv": image, f"{text_at}qkv": text, f"{image_at}proj": "attn.to_out.0"}
+        names |= {block + k: [here + x for x in v.split()] for k, v in theirs.items()}
+    for i in range(single):
+        here = f"single_transformer_blocks.{i}."
+        linear1 = ["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"]
+        names |= {f"single_blocks.{i}.linear1": [here + x for x in linear1]}
+        names |= {f"single_blocks.{i}.linear2": [here + "proj_out"]}
+    return names
+
+
+@pytest.mark.parametrize(("family", "blocks", "single"), [("flux", 2, 2), ("sd3", 4, 0), ("pixart", 4, 0)])
+@pytest.mark.parametrize("prefix", ["lora_unet_", "lora_transformer_", "diffusion_model.", "transformer."])
+def test_layers_that_the_original_code_holds_in_one(
+    family: str, blocks: int, single: int, prefix: str, tmp_path: Path
+) -> None:
+    """Queries, keys and values of one LoRA: each layer gets its own rows of B, all get A."""
+    folder = read_folder(tiny_pipelines.FAMILIES[family](tmp_path / "pipe" / "tiny"))
+    before = {k: v.clone() for k, v in load_backbone(folder.path).network.state_dict().items()}
+    names = transformer_names(family, blocks, single)
+    generator = torch.Generator().manual_seed(3)
+    tensors: dict[str, Tensor] = {}
+    expected = dict(before)
+    for alias, modules in names.items():
+        wide = sum(len(before[f"{m}.weight"]) for m in modules)
+        a = torch.randn(RANK, before[f"{modules[0]}.weight"].shape[1], generator=generator)
+        b = torch.randn(wide, RANK, generator=generator)
+        key = prefix + (alias if prefix.endswith(".") else alias.replace(".", "_"))
+        tensors |= {f"{key}.lora_down.weight": a, f"{key}.lora_up.weight": b, f"{key}.alpha": torch.tensor(ALPHA)}
+        delta = torch.split(b @ a * ALPHA / RANK, [len(before[f"{m}.weight"]) for m in modules])
+        for module, part in zip(modules, delta, strict=True):
+            expected[f"{module}.weight"] = before[f"{module}.weight"] + part
+    save_file(tensors, tmp_path / "lora.safetensors")
+    network = load_backbone(folder.path).network
+    merge_lora(network, read_lora(check_lora(tmp_path / "lora.safetensors", folder)))
+    assert_same(dict(network.state_dict()), expected)
+
+
+def test_halves_that_stand_the_other_way_round(tmp_path: Path) -> None:
+    """The last modulation of Stable Diffusion 3 is (shift, scale) there and (scale, shift) in diffusers."""
+    folder = read_folder(tiny_pipelines.sd3(tmp_path / "pipe" / "tiny"))
+    network = load_backbone(folder.path).network
+    before = network.state_dict()["norm_out.linear.weight"].clone()
+    a, b = torch.randn(RANK, before.shape[1]), torch.randn(len(before), RANK)
+    file = tmp_path / "lora.safetensors"
+    key = "diffusion_model.final_layer.adaLN_modulation.1"
+    save_file({f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}, file)
+    merge_lora(network, read_lora(check_lora(file, folder)))
+    shift, scale = (b @ a).chunk(2)
+    torch.testing.assert_close(network.state_dict()["norm_out.linear.weight"], before + torch.cat([scale, shift]))
+
+
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 FLAT = f"lora_unet_{LAYER.replace('.', '_')}"
 REFUSED = [
@@ -299,16 +380,19 @@ REFUSED = [
     (f"unet.{LAYER}.lora_magnitude_vector", "is a DoRA: it holds 'unet.mid_block"),
     (f"{FLAT}.lora_mid.weight", "is a Tucker-decomposed LoRA: it holds"),
     (f"base_model.model.{LAYER}.oft_r.weight", "is an OFT: it holds"),
-    (f"{FLAT}.diff", "is not a LoRA of a UNet in a known spelling: it holds 'lora_unet_mid_block_"),
-    (f"unet.{LAYER}.lora_B.bias", "is not a LoRA of a UNet in a known spelling: it holds 'unet.mid_block"),
-    ("bundle_emb.x.string_to_param.*", "is not a LoRA of a UNet in a known spelling: it holds 'bundle_emb.x"),
+    (f"{FLAT}.diff", "is not a LoRA of a denoiser in a known spelling: it holds 'lora_unet_mid_block_"),
+    (f"unet.{LAYER}.lora_B.bias", "is not a LoRA of a denoiser in a known spelling: it holds 'unet.mid_block"),
+    ("bundle_emb.x.string_to_param.*", "is not a LoRA of a denoiser in a known spelling: it holds 'bundle_emb.x"),
     ("lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "adapts a text encoder too: it holds 'lora_te_"),
     ("lora_te2_text_projection.alpha", "adapts a text encoder too: it holds 'lora_te2_"),
     ("text_encoder.text_model.x.lora_linear_layer.up.weight", "adapts a text encoder too: it holds 'text_encoder."),
     ("base_model.model.text_model.encoder.x.lora_A.weight", "adapts a text encoder too: it holds 'base_model."),
-    ("lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight", "has no layer lora_unet_double_blocks_0_img_attn_qkv"),
-    ("lora_unet_input_blocks_9_1_proj_in.alpha", "this one has no layer lora_unet_input_blocks_9_1_proj_in"),
-    ("transformer.blocks.0.to_q.lora_A.weight", "this one has no layer transformer.blocks.0.to_q"),
+    (
+        "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight",
+        "img_attn_qkv.lora_up.weight' names no layer",
+    ),
+    ("lora_unet_input_blocks_9_1_proj_in.alpha", "'lora_unet_input_blocks_9_1_proj_in.alpha' names no layer"),
+    ("transformer.blocks.0.to_q.lora_A.weight", "'transformer.blocks.0.to_q.lora_A.weight' names no layer"),
     (f"{LAYER}.lora_A.weight", f"holds the A of {LAYER} twice: '{FLAT}.lora_down.weight' and '{LAYER}.lora_A.weight'"),
 ]
 
@@ -349,7 +433,7 @@ def test_half_a_layer_is_refused(folder: PipelineFolder, matrices: Matrices, tmp
     file = tmp_path / "lora.safetensors"
     a, b = matrices[LAYER]
     whole = {f"{FLAT}.lora_down.weight": a, f"{FLAT}.lora_up.weight": b}
-    save_tensors(file, whole | {"lora_unet_conv_in.alpha": torch.tensor(1.0)})
+    save_file(whole | {"lora_unet_conv_in.alpha": torch.tensor(1.0)}, file)
     with pytest.raises(UserError, match="it holds 1 A and 1 B matrices, of conv_in not both"):
         check_lora(file, folder)
 
@@ -370,7 +454,7 @@ def test_numbers_are_read_without_the_library(tmp_path: Path) -> None:
     types += [torch.int8, torch.uint8]
     values = {str(dtype): torch.tensor(13.0).to(dtype) for dtype in types}
     values |= {f"-{dtype}": torch.tensor([[-3.0]]).to(dtype) for dtype in types[:-1]}
-    save_tensors(file, values | {"bulk": torch.randn(7)})
+    save_file(values | {"bulk": torch.randn(7)}, file)
     entries = read_safetensors_header(file)[1]
     assert entries.pop("bulk").shape == (7,)
     assert read_numbers(file, entries) == {name: float(value.item()) for name, value in values.items()}

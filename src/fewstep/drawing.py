@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from fewstep.backbones.base import Backbone, open_backbone
+from fewstep.backbones.base import Backbone, open_backbone, to_bytes
 from fewstep.compiled import compile_networks
 from fewstep.denoiser import Condition, Denoiser
 from fewstep.errors import UserError
@@ -21,12 +21,13 @@ from fewstep.export.header import check_lora
 from fewstep.export.lora import merge_lora, read_lora
 from fewstep.export.pipeline import teacher_sampling
 from fewstep.files import atomic_write
-from fewstep.folder import read_folder
+from fewstep.folder import read_folder, weight_files
 from fewstep.inference import Source, draw_latents
 from fewstep.language.adapter import Adapter, load_adapter
-from fewstep.processes import is_main, own_share, to_main
+from fewstep.processes import count, is_main, own_share, to_main, together
 from fewstep.roles import BASE
 from fewstep.settings import TEACHER_SAMPLING, Sampling
+from fewstep.tensors import finite, first_not_finite
 from fewstep.told import Ear, ToldEmbedding, split_told
 
 MOST_LATENT_POINTS = 2**16
@@ -49,6 +50,7 @@ class Artist:
         precision: type that the network computes in; conversions, steps and the autoencoder are fp32.
         adapter: reads prompts of other languages in the text encoder's place; the null prompt stays the teacher's own.
         batch: pictures that the network draws at once; None for what a small GPU has room for.
+        lora: file of the LoRA that is merged into the network; None for none.
         filled: a batch that is left over is filled up by its last picture, which is then drawn more than once: a
             compiled network has one graph, and a picture is the same wherever it stands in the list.
     """
@@ -60,6 +62,7 @@ class Artist:
     precision: torch.dtype = torch.float32
     adapter: Adapter | None = None
     batch: int | None = None
+    lora: Path | None = None
     filled: bool = False
 
     def encode(self, prompts: Sequence[str]) -> Condition:
@@ -79,6 +82,9 @@ class Artist:
         """One latent a seed, float32 on the CPU; `condition` has one row a seed, a source one or as many.
 
         A title asks for a progress bar.
+
+        Raises:
+            UserError: a latent is not finite, naming its seed and the file.
         """
         device = self.backbone.device
         null = self.backbone.null(1) if sampling.omega > 0 else {}
@@ -102,8 +108,39 @@ class Artist:
                     asked = (sampling, their, shape, self.role, device, begun, self.backbone.arranged)
                     drawn = draw_latents(self.denoiser, part, null, *asked)[:own]
                 parts.append(drawn.cpu())
+                if count() == 1:  # others would wait for the rest of this one's; `_shared` refuses in all of them
+                    self._check_finite(parts[-1], seeds[start : start + own], "latent")
                 bar.update(len(drawn))
         return torch.cat(parts)
+
+    def to_pictures(self, latents: Tensor, seeds: Sequence[int]) -> np.ndarray:
+        """Decode latents, one a seed: uint8 [N, H, W, 3].
+
+        Raises:
+            UserError: a decoded picture is not finite, naming its seed and the file.
+        """
+        parts = []
+        for start, decoded in self.backbone.decoded(latents):
+            self._check_finite(decoded, seeds[start : start + len(decoded)], "decoded picture")
+            parts.append(to_bytes(decoded))
+        return np.concatenate(parts)
+
+    def _check_finite(self, values: Tensor, seeds: Sequence[int], what: str) -> None:
+        """Refuse rows, one a seed, with numbers that are not finite; in that case alone the weights are searched."""
+        if finite(values):
+            return
+        row = int((~values.flatten(1).isfinite().all(1)).nonzero()[0])
+        folder = self.backbone.folder
+        found = first_not_finite(file for part in folder.family.weighed for file in weight_files(folder.path / part))
+        student = f" with {self.lora}" if self.lora else ""
+        if found:
+            why = f"{found[0]} holds numbers that are not finite, in {found[1]}; get a sound copy of it"
+        elif self.precision != torch.float32:
+            kind = str(self.precision).removeprefix("torch.")
+            why = f"the weights of {folder.path}{student} are finite, so {kind} has overflowed; use precision fp32"
+        else:
+            why = f"the weights of {folder.path}{student} are finite, so a product of them has overflowed"
+        raise UserError(f"seed = {seeds[row]}: the {what} is not finite, and no picture was drawn: {why}")
 
     def draw(
         self,
@@ -148,7 +185,11 @@ class Artist:
         if source is not None and len(source.latents) > 1:
             source = replace(source, latents=source.latents[rows])
         latents = self.latents(own, [seeds[row] for row in rows], sampling, title=title, source=source)
-        return to_main(torch.from_numpy(self.backbone.to_pictures(latents)), len(seeds)).numpy()
+        with together():
+            own_seeds = [seeds[row] for row in rows]
+            self._check_finite(latents, own_seeds, "latent")
+            drawn = self.to_pictures(latents, own_seeds)
+        return to_main(torch.from_numpy(drawn), len(seeds)).numpy()
 
 
 def artist_of(
@@ -208,7 +249,8 @@ def load_artist(
     artist = artist_of(backbone, sampling, embedding.to(backbone.device) if embedding else None)
     if compiled:
         compile_networks([backbone.network])
-    return replace(artist, adapter=reads, precision=precision, batch=batch, filled=compiled)
+    file = student.file if student else None
+    return replace(artist, adapter=reads, precision=precision, batch=batch, filled=compiled, lora=file)
 
 
 def sheet(pictures: np.ndarray, columns: int, scale: int = 2) -> Image.Image:

@@ -90,14 +90,15 @@ def export(
         the file, or the folder of a whole pipeline; and what reading it back has shown.
 
     Raises:
-        UserError: the place cannot be written to, or what is read back is not the student.
+        UserError: the place cannot be written to, a number is not finite in what is drawn or in the type that is
+            written, or what is read back is not the student.
     """
     artist = load_artist(student.folder.path, student.lora, device)
     kind = DTYPES[precision] if precision else stored_type(student.folder)
     sampling = provable(artist.sampling)
     seeds = range(seed, seed + len(prompts))
     condition = artist.encode(prompts)
-    shown = artist.backbone.to_pictures(artist.latents(condition, seeds, artist.sampling, title="drawing"))
+    shown = artist.to_pictures(artist.latents(condition, seeds, artist.sampling, title="drawing"), seeds)
     ours = artist.latents(condition, seeds, sampling) if check else None
     record = record_of(student, artist)
     if form not in ADAPTERS:  # nothing is drawn here any more: the network itself is rounded, not a copy

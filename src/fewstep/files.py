@@ -108,6 +108,12 @@ def atomic_folder(path: Path | str, *, keep: bool = False) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def final_path(path: Path) -> Path:
+    """Return the path that a temporary file of `atomic_write`, or one in a folder of `atomic_folder`, will have."""
+    parts = [part[1:].rsplit(".", 2)[0] if re.fullmatch(r"\..+\.[^.]+\.part", part) else part for part in path.parts]
+    return Path(*parts)
+
+
 def _put(part: Path, path: Path) -> None:
     """Rename the folder `part` to `path`, unless there is one."""
     try:

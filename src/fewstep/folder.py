@@ -31,6 +31,8 @@ from fewstep.tensor_header import read_safetensors_header
 WEIGHTS = "*.safetensors"
 ADAPTER = re.compile(r"(^|\.)(base_layer|lora_[A-Za-z_]+)\.")
 """In the names of weights that were saved with an adapter on (PEFT's, and diffusers' own before it)."""
+VARIANTS = ("", "fp16", "bf16")
+"""Variants of weight files that are read, the plain names first: "fp16" stands for `model.fp16.safetensors`."""
 LIBRARIES = ("diffusers", "transformers")
 """Where components come from; a folder may name code of its own, which is never run."""
 
@@ -257,14 +259,31 @@ def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
 def weight_files(component: Path) -> list[Path]:
     """The files that a component's weights are loaded from, in name order; empty if there are none.
 
-    A folder may hold others beside them (`.fp16`, `.non_ema`), which are not read and count for nothing.
+    A folder may hold others beside them (`.non_ema`, or `.fp16` beside plain ones), which are not read and count for
+    nothing.
 
     Raises:
         UserError: a broken index of shards.
     """
+    return next((files for variant in VARIANTS if (files := _files_of(component, variant))), [])
+
+
+def weight_variant(component: Path) -> str | None:
+    """Return the variant that a component's weights are saved as ("fp16"), as `from_pretrained` takes it; None for
+    plain file names.
+
+    Raises:
+        UserError: a broken index of shards.
+    """
+    return next((variant or None for variant in VARIANTS if _files_of(component, variant)), None)
+
+
+def _files_of(component: Path, variant: str) -> list[Path]:
+    """Return the weight files of one variant ("" for the plain names); empty if there are none."""
+    dotted = f".{variant}" if variant else ""
     # where a whole file and shards lie side by side, diffusers takes the shards and transformers the file
     for name, shards_first in (("diffusion_pytorch_model", True), ("model", False)):
-        whole, index = component / f"{name}.safetensors", component / f"{name}.safetensors.index.json"
+        whole, index = component / f"{name}{dotted}.safetensors", component / f"{name}.safetensors.index{dotted}.json"
         if whole.is_file() and not (shards_first and index.is_file()):
             return [whole]
         if index.is_file():

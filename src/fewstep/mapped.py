@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.files import final_path
 from fewstep.tensor_header import Entry, read_safetensors_header
+from fewstep.tensors import check_finite
 
 NUMPY = {"I64": np.int64, "F64": np.float64, "F32": np.float32, "F16": np.float16}
 """safetensors' name of a type -> numpy's."""
@@ -83,6 +85,7 @@ def write_rows(path: Path, count: int, parts: Iterable[Mapping[str, Tensor]]) ->
     One part at a time is in memory. All tensors are of one type.
 
     Raises:
+        UserError: a number is not finite.
         OSError: the file cannot be written, or the disk is full.
     """
     widths: dict[str, int] = {}
@@ -90,6 +93,7 @@ def write_rows(path: Path, count: int, parts: Iterable[Mapping[str, Tensor]]) ->
     done = 0
     with path.open("wb") as stream:
         for part in parts:
+            check_finite(part, f"{final_path(path)} was not written")
             rows = {name: part[name].detach().cpu().contiguous().numpy() for name in sorted(part)}
             if not starts:
                 header, end = {}, 0

@@ -16,6 +16,9 @@ from typing import Any, get_args
 
 from diffusers.configuration_utils import register_to_config
 
+# diffusers finds out how a saved component is loaded by the base classes that the component's own module holds
+from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
+
 from fewstep.grid import end_time
 from fewstep.leaps import Leap, one
 from fewstep.names import End, GammaLaw, Jump

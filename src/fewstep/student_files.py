@@ -11,7 +11,7 @@ from torch import Tensor
 from fewstep.backbones.base import Backbone, load_backbone
 from fewstep.export.conditioning import save_told, split_weights, told_weights
 from fewstep.export.header import check_lora
-from fewstep.export.lora import read_lora, save_lora
+from fewstep.export.lora import read_lora, save_lora, trained_scale, unfolded
 from fewstep.export.pipeline import save_pipeline
 from fewstep.export.travel import travelling
 from fewstep.families import GUIDANCE_KEY
@@ -72,8 +72,10 @@ def starting_weights(config: StudentConfig, backbone: Backbone) -> dict[str, Ten
         weights = dict(load_backbone(place).network.state_dict())
     else:
         lora = read_lora(check_lora(place, backbone.folder))
-        scale = config.lora_alpha / config.rank
+        scale, trained = config.lora_alpha / config.rank, trained_scale(lora.header)
         weights = {f"{name}.lora_A.weight": a for name, a in lora.down.items()}
         for name, b in lora.up.items():
-            weights[f"{name}.lora_B.weight"] = b * (lora.header.layers[name].scale / scale)
+            own = lora.header.layers[name].scale
+            plain = b if trained is None else unfolded(b, trained)
+            weights[f"{name}.lora_B.weight"] = plain * ((trained or own) / scale)
     return {**weights, **told_weights(place)}

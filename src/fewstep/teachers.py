@@ -18,6 +18,7 @@ from fewstep.export.header import read_notes
 from fewstep.export.pipeline import LICENCES, RECORD, write_pipeline
 from fewstep.families import FAMILIES
 from fewstep.files import alone, atomic_folder, read_json, read_mapping, write_json
+from fewstep.folder import VARIANTS, weight_files
 from fewstep.pickles import advice, is_pickle
 from fewstep.scheduler_config import PREDICTIONS
 from fewstep.tensor_header import Entry, read_safetensors_header
@@ -29,8 +30,15 @@ ADDRESS = re.compile(r"hf:/{0,2}(?!/)(?P<hf>.*)|(?:https?:/{1,2})?(?:www\.)?(?:h
 INDEX = "model_index.json"
 SETTINGS = ("*.json", "*.txt", "*.model")
 """What is fetched of each component that pictures are drawn with: configs and vocabularies, ..."""
-PLAIN_WEIGHTS = tuple(f"{name}{end}.safetensors" for name in ("diffusion_pytorch_model", "model") for end in ("", "-*"))
-"""... and its weights under the names that are read: no other precision, no root files of other tools."""
+WEIGHTS = {
+    variant: tuple(
+        f"{name}{f'.{variant}' * bool(variant)}{end}.safetensors"
+        for name in ("diffusion_pytorch_model", "model")
+        for end in ("", "-*")
+    )
+    for variant in VARIANTS
+}
+"""... and its weights under the names that are read, the plain variant first; no root files of other tools."""
 WHOLE = {
     "conditioner.embedders.1.": "StableDiffusionXLPipeline",
     "cond_stage_model.": "StableDiffusionPipeline",
@@ -229,9 +237,16 @@ def fetched(named: str) -> Path:
         kind = str(read_mapping(place / INDEX).get("_class_name"))
         if kind not in FAMILIES:
             return place  # refused by its class when it is read, before its weights are fetched
-        parts = FAMILIES[kind].parts
-        asked = [f"{part}/{pattern}" for part in parts for pattern in (*SETTINGS, *PLAIN_WEIGHTS)]
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=[INDEX, *LICENCES, *asked]))
+        family = FAMILIES[kind]
+        asked = [INDEX, *LICENCES, *(f"{part}/{pattern}" for part in family.parts for pattern in SETTINGS)]
+        lacking = list(family.weighed)
+        for variant in VARIANTS:
+            asked += [f"{part}/{pattern}" for part in lacking for pattern in WEIGHTS[variant]]
+            place = Path(snapshot_download(name, revision=revision or None, allow_patterns=asked))
+            lacking = [part for part in lacking if not weight_files(place / part)]
+            if not lacking:
+                break
+        return place
     except Exception as error:  # the hub's own classes change from version to version; none of them is ours
         raise UserError(
             f"teacher = {named!r} is neither a folder here nor could be fetched from the hub: {_reason(error)}"

@@ -22,6 +22,7 @@ from fewstep.data.latents import LatentSet, cached_rows, kept_rows
 from fewstep.denoiser import Condition, Denoiser, computed_in
 from fewstep.drawing import MOST_LATENT_POINTS
 from fewstep.draws import generator
+from fewstep.errors import UserError
 from fewstep.frozen import asked_outside
 from fewstep.grid import end_time, training_grid
 from fewstep.jumper import Voice
@@ -127,6 +128,16 @@ def stored_trajectories(
             drawn = draw_trajectories(method, asked, condition, null, omega[items], noise.to(device))
         return drawn.half().cpu()
 
+    def points(shard: range, parts: list[Tensor]) -> dict[str, Tensor]:
+        drawn = torch.cat(parts)
+        good = drawn.flatten(1).isfinite().all(1)
+        if not good.all():
+            raise UserError(
+                f"seed = {seed}: the teacher's trajectory {shard[int((~good).nonzero()[0])]} is not finite in fp16; "
+                f"give a teacher without such numbers (now {backbone.folder.path}), or less method.guidance"
+            )
+        return {"points": drawn}
+
     shards = [range(start, min(start + SHARD, count)) for start in range(0, count, SHARD)]
     names = [f"trajectories-{digest}-{shard.start}-{shard.stop}" for shard in shards]
     found = [main_first(partial(kept_rows, cache, name)) for name in names]
@@ -142,7 +153,7 @@ def stored_trajectories(
                 shard = shards[number]
                 drawn[number].append(every[place * wide :][: min(wide, shard.stop - first)])
                 if first == shard[::wide][-1]:  # the others find what the main process has written
-                    whole: partial[dict[str, Tensor]] = partial(dict, points=torch.cat(drawn.pop(number)))
+                    whole = partial(points, shard, drawn.pop(number))
                     found[number] = main_first(partial(cached_rows, cache, names[number], whole))
                 bar.update(wide)
 

@@ -21,8 +21,9 @@ from fewstep.backbones.config_checks import check_merges
 from fewstep.backbones.lengths import words_beyond
 from fewstep.denoiser import Condition
 from fewstep.errors import UserError
-from fewstep.folder import PipelineFolder, read_folder
+from fewstep.folder import PipelineFolder, read_folder, weight_variant
 from fewstep.scheduler_config import path_of, prediction_of
+from fewstep.tensors import check_finite
 
 BROKEN = (
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, OSError, RuntimeError),
@@ -202,7 +203,8 @@ class Backbone(ABC):
         place, name = self.folder.path / component, self.folder.components[component][1]
         with loading(str(place)):
             kind = getattr(diffusers, name)
-            loaded = kind.from_pretrained(place, torch_dtype=kept, use_safetensors=True, output_loading_info=True)
+            more = {"variant": weight_variant(place), "use_safetensors": True, "output_loading_info": True}
+            loaded = kind.from_pretrained(place, torch_dtype=kept, **more)
         return whole(nothing_left(loaded, str(place)), str(place)).eval().requires_grad_(False)
 
     def fresh_network(self) -> nn.Module:
@@ -241,6 +243,7 @@ class Backbone(ABC):
                         place,
                         local_files_only=True,
                         use_safetensors=True,
+                        variant=weight_variant(place),
                         dtype=torch.float32,
                         output_loading_info=True,
                     )
@@ -367,7 +370,7 @@ class Backbone(ABC):
         """uint8 [N, H, W, 3] -> posterior means, float32 [N, C, h, w] on the CPU, scaled as the network expects."""
         vae = self.vae
         with named("encode pictures by", self._placed("vae")):
-            return encode_pictures(vae, pictures, self.device)
+            return encode_pictures(vae, pictures, self.device, self._placed("vae"))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents -> pictures [N, 3, H, W] in about [-1, 1], with gradient."""
@@ -377,16 +380,21 @@ class Backbone(ABC):
             return decoded
 
     @torch.no_grad()
-    def to_pictures(self, latents: Tensor) -> np.ndarray:
-        """Latents -> uint8 [N, H, W, 3], rounded as diffusers rounds."""
-        parts = []
+    def decoded(self, latents: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Decode latents a few at a time: yields the number of the first and [b, 3, H, W] in about [-1, 1]."""
         batch = _at_once(latents.shape[-1] * latents.shape[-2] * self.folder.scale**2)
         for start in range(0, len(latents), batch):
-            part = latents[start : start + batch]
-            decoded = self.decode(part.to(self.device))
-            scaled = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
-            parts.append((scaled * 255).round().astype(np.uint8))
-        return np.concatenate(parts)
+            yield start, self.decode(latents[start : start + batch].to(self.device))
+
+    def to_pictures(self, latents: Tensor) -> np.ndarray:
+        """Latents -> uint8 [N, H, W, 3], rounded as diffusers rounds."""
+        return np.concatenate([to_bytes(part) for _, part in self.decoded(latents)])
+
+
+def to_bytes(decoded: Tensor) -> np.ndarray:
+    """Pictures [N, 3, H, W] in [-1, 1] -> uint8 [N, H, W, 3], rounded as diffusers rounds."""
+    scaled = (decoded * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
+    return (scaled * 255).round().astype(np.uint8)
 
 
 def _scale_of(vae: Any, latents: Tensor) -> tuple[Any, Any]:
@@ -423,8 +431,15 @@ def _at_once(pixels: int) -> int:
 
 
 @torch.no_grad()
-def encode_pictures(vae: Any, pictures: np.ndarray, device: torch.device) -> Tensor:
-    """uint8 [N, H, W, 3] -> posterior means, float32 [N, C, h, w] on the CPU, scaled as the network expects."""
+def encode_pictures(vae: Any, pictures: np.ndarray, device: torch.device, name: str = "the autoencoder") -> Tensor:
+    """uint8 [N, H, W, 3] -> posterior means, float32 [N, C, h, w] on the CPU, scaled as the network expects.
+
+    Args:
+        name: of the autoencoder, for errors.
+
+    Raises:
+        UserError: a latent is not finite.
+    """
     parts = []
     batch = _at_once(pictures.shape[1] * pictures.shape[2])
     for start in range(0, len(pictures), batch):
@@ -434,6 +449,7 @@ def encode_pictures(vae: Any, pictures: np.ndarray, device: torch.device) -> Ten
         # AutoencoderTiny and AutoencoderDC are deterministic
         means = found.latent_dist.mean if hasattr(found, "latent_dist") else found[0]
         parts.append(to_network_scale(vae, means).cpu())
+        check_finite({"a latent": parts[-1]}, f"{name} cannot encode the pictures")
     return torch.cat(parts)
 
 

@@ -6,7 +6,6 @@ Every form says its alpha and rank, so that the scale alpha / rank of each layer
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -16,11 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from fewstep.export.header import FILE, METADATA
-from fewstep.export.lora import Lora
+from fewstep.export.lora import Lora, folded, stored_matrices
 from fewstep.export.spellings import PEFT_PREFIX, original_names
 from fewstep.files import write_json
 from fewstep.tensor_header import Shape
-from fewstep.tensors import load_tensors, save_tensors
+from fewstep.tensors import save_tensors
 
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
@@ -29,11 +28,7 @@ KOHYA_PREFIX = "lora_unet_"
 
 def matrices(lora: Lora, shapes: Mapping[str, Shape]) -> dict[str, tuple[Tensor, Tensor]]:
     """A and B of every layer in their own type, with as many axes as the base's weight."""
-    tensors = load_tensors(lora.header.file)
-    return {
-        name: shaped((tensors[layer.keys[0]], tensors[layer.keys[1]]), len(shapes[f"{name}.weight"]))
-        for name, layer in lora.header.layers.items()
-    }
+    return {name: shaped(pair, len(shapes[f"{name}.weight"])) for name, pair in stored_matrices(lora.header).items()}
 
 
 def shaped(pair: tuple[Tensor, Tensor], dims: int) -> tuple[Tensor, Tensor]:
@@ -80,30 +75,22 @@ def _plain(value: float) -> float | int:
     return int(value) if value == int(value) else value
 
 
-def folded(b: Tensor, scale: float) -> Tensor:
-    """B times the scale; in fp32 where that would be rounded."""
-    exact = math.frexp(scale)[0] == 0.5  # a power of two
-    return b * scale if exact else b.float() * scale
-
-
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
 
 
 def write_diffusers(
     folder: Path, lora: Lora, pairs: Pairs, config: Mapping[str, Any], component: str, record: str
 ) -> Path:
-    """As diffusers' `load_lora_weights` reads it, with its own metadata; returns the file.
+    """Write the form that diffusers' `load_lora_weights` reads, with its metadata; return the file.
 
-    A transformer's scale is folded into B: ComfyUI reads this form of transformers, but not its alpha.
+    The scale is folded into B. This form has no key for alpha: it would be in the metadata alone, which ComfyUI and
+    diffusers before 0.35 do not read.
     """
     tensors = {}
-    scales = {name: layer.scale for name, layer in lora.header.layers.items()}
-    fold = component == "transformer"
-    if fold:
-        config = {**config, "lora_alpha": config["r"], "alpha_pattern": dict(config["rank_pattern"])}
+    config = {**config, "lora_alpha": config["r"], "alpha_pattern": dict(config["rank_pattern"])}
     for name, (a, b) in pairs.items():
-        b = folded(b, scales[name]) if fold else b
-        tensors[f"{component}.{name}.lora_A.weight"], tensors[f"{component}.{name}.lora_B.weight"] = a, b
+        tensors[f"{component}.{name}.lora_A.weight"] = a
+        tensors[f"{component}.{name}.lora_B.weight"] = folded(b, lora.header.layers[name].scale)
     said = {f"{component}.{key}": value for key, value in config.items()}
     save_tensors(folder / FILE, tensors, {"format": "pt", METADATA: json.dumps(said), "fewstep": record})
     return folder / FILE

@@ -39,12 +39,14 @@ class LoraLayer:
         keys: what the file calls A and B.
         a, b: shapes of A [r, in, ...] and B [out, r, ...].
         scale: alpha / rank (alpha / sqrt(rank) for a rank-stabilised one).
+        rows: ranges of the file's B that are this layer's, in order; empty for all of them.
     """
 
     keys: tuple[str, str]
     a: Shape
     b: Shape
     scale: float
+    rows: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def _scales(
 
 
 def _shapes(file: Path, found: Mapping[str, Keys], entries: Mapping[str, Entry]) -> dict[str, tuple[Shape, Shape]]:
-    """Shapes of A and B of every layer, which must be there and fit."""
+    """Shapes of A and B of every layer as they lie in the file; both must be there and fit."""
     lacking = next((f", of {module} not both" for module, keys in found.items() if not (keys.A and keys.B)), "")
     if not found or lacking:
         ups, downs = sum(bool(keys.B) for keys in found.values()), sum(bool(keys.A) for keys in found.values())
@@ -117,6 +119,24 @@ def _shapes(file: Path, found: Mapping[str, Keys], entries: Mapping[str, Entry])
         if min(len(a), len(b)) < 2 or 0 in a or b[1] != a[0] or math.prod(b[2:]) != 1:
             raise UserError(f"{file} is not a whole LoRA: A {a} and B {b} of {module} do not fit")
     return shapes
+
+
+def _rows(module: str, keys: Keys, b: Shape, weights: Mapping[str, Shape], name: str) -> tuple[tuple[int, int], ...]:
+    """The ranges of B's rows that are a layer's own; empty for all.
+
+    Raises:
+        UserError: B has not as many rows as the layers that share it.
+    """
+    sizes = [weights[f"{layer}.weight"][0] for layer in keys.share or (module,)]
+    if keys.share and sum(sizes) != b[0]:
+        shared = ", ".join(keys.share)
+        raise UserError(f"lora = {name!r} is for another base: {keys.B} has {b[0]} rows, {shared} have {sum(sizes)}")
+    if keys.swapped:
+        return (b[0] // 2, b[0]), (0, b[0] // 2)
+    if not keys.share:
+        return ()
+    start = sum(sizes[: keys.share.index(module)])
+    return ((start, start + weights[f"{module}.weight"][0]),)
 
 
 def _find_file(path: Path) -> Path:
@@ -136,13 +156,12 @@ def _find_file(path: Path) -> Path:
     return file
 
 
-def read_header(path: Path | str, weights: Mapping[str, Shape], component: str = "unet") -> LoraHeader:
+def read_header(path: Path | str, weights: Mapping[str, Shape]) -> LoraHeader:
     """Read the header of a LoRA file, or of the one in a folder, in any of the spellings of `export.spellings`.
 
     Args:
         path: the file or the folder.
         weights: shapes of the base's network, by parameter name: the LoRA's layers are found among them.
-        component: what that network is in its pipeline.
 
     Raises:
         UserError: missing, truncated, not safetensors, not a LoRA of a UNet alone, or of a UNet with other layers.
@@ -150,13 +169,18 @@ def read_header(path: Path | str, weights: Mapping[str, Shape], component: str =
     file = _find_file(Path(path))
     metadata, entries = read_safetensors_header(file)
     modules = {name.removesuffix(".weight") for name in weights if name.endswith(".weight")}
-    found = find_keys(entries, modules, file, component)
+    found = find_keys(entries, modules, file)
     shapes = _shapes(file, found, entries)
     values = read_numbers(file, {keys.alpha: entries[keys.alpha] for keys in found.values() if keys.alpha})
     adapter = _adapter(file, metadata, any(PEFT_PREFIX in key for key in entries))
     alphas = {module: values[keys.alpha] for module, keys in found.items() if keys.alpha}
     scales = _scales(adapter, alphas, {module: a[0] for module, (a, _) in shapes.items()}, file)
-    layers = {m: LoraLayer((keys.A, keys.B), *shapes[m], scales[m]) for m, keys in found.items()}
+    layers = {}
+    for module, keys in found.items():
+        a, b = shapes[module]
+        rows = _rows(module, keys, b, weights, str(path))
+        own = (sum(stop - start for start, stop in rows) or b[0], *b[1:])
+        layers[module] = LoraLayer((keys.A, keys.B), a, own, scales[module], rows)
     notes = _record(metadata, "fewstep", file)
     sampling = validate(Sampling, notes["sampling"]) if isinstance(notes.get("sampling"), dict) else None
     return LoraHeader(file, layers, str(notes.get("base") or ""), sampling, notes)
@@ -219,7 +243,7 @@ def check_lora(path: Path | str, folder: PipelineFolder) -> LoraHeader:
         UserError: as `read_header` and `check_fits`.
     """
     weights = base_shapes(folder)
-    header = read_header(path, weights, folder.network)
+    header = read_header(path, weights)
     beside = folder.told_beside(header.sampling.told) if header.sampling else ()
     if beside and not (header.file.parent / CONDITIONING).is_file():
         raise UserError(f"lora = {str(path)!r} is told {', '.join(beside)} by a {CONDITIONING} that is not beside it")

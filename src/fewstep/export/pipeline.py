@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import shutil
 from collections.abc import Mapping
@@ -11,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from fewstep.config import validate
 from fewstep.families import CONSISTENCY, SD
-from fewstep.files import atomic_folder, read_mapping, write_json
-from fewstep.folder import PipelineFolder, read_folder
+from fewstep.files import atomic_folder, final_path, read_mapping, write_json
+from fewstep.folder import LIBRARIES, PipelineFolder, read_folder, weight_files, weight_variant
 from fewstep.scheduler_config import BETAS, is_flow
 from fewstep.settings import TEACHER_SAMPLING, Sampling
 
@@ -49,22 +51,21 @@ def write_pipeline(
     `told` are the weights of what the denoiser is told by, if anything (`export.conditioning`).
 
     Of the base come the components that its model_index.json names and its licences; its card and pictures do not
-    speak of the student.
+    speak of the student. The new index names what diffusers can load (`loadable_index`).
+
+    Raises:
+        UserError: a number of the denoiser is not finite.
     """
     from fewstep.export.conditioning import save_told
+    from fewstep.tensors import check_finite
 
     saver: Any = network
-    index = read_mapping(base / "model_index.json")
     folder = read_folder(base)
+    index = loadable_index(folder)
+    check_finite(network.state_dict(), f"{final_path(place) / folder.network} was not written")
     for name in folder.components:
-        if name == folder.network or not (base / name).is_dir():
-            continue
-        if _pickled(base / name):
-            index[name] = [None, None]  # a safety checker, often: a component without weights could not be loaded
-            if name == "safety_checker":
-                index["requires_safety_checker"] = False
-            continue
-        shutil.copytree(base / name, place / name, ignore=shutil.ignore_patterns(*PICKLES))
+        if name != folder.network and index[name][0] is not None:
+            _copy_component(base / name, place / name)
     if saver.config.get("time_cond_proj_dim") is not None:
         index |= _as_consistency(folder, record, place)
     write_json(place / "model_index.json", index)
@@ -100,10 +101,52 @@ def _as_consistency(folder: PipelineFolder, record: Mapping[str, Any], place: Pa
     return {}
 
 
-def _pickled(component: Path) -> bool:
-    """Whether a component's weights are pickles alone."""
-    pickles = [file for pattern in PICKLES for file in component.glob(pattern)]
-    return bool(pickles) and not any(component.glob("*.safetensors"))
+def loadable_index(folder: PipelineFolder) -> dict[str, Any]:
+    """Return a folder's model_index.json with those components alone that diffusers can load from a copy.
+
+    A component that pictures are not drawn with (a safety checker, a feature extractor, an image encoder) is left out
+    if the folder lacks it, holds its weights as a pickle alone, or names code that no library has. A class that
+    transformers has renamed gets its present name.
+    """
+    index = read_mapping(folder.path / "model_index.json")
+    for name, (library, kind) in folder.components.items():
+        if name in folder.family.parts:
+            continue
+        present = _present_class(library, kind)
+        if present is None or not _loadable(folder.path / name):
+            index[name] = [None, None]
+            if name == "safety_checker":
+                index["requires_safety_checker"] = False
+        else:
+            index[name] = [library, present]
+    return index
+
+
+def _present_class(library: str, kind: str) -> str | None:
+    """Return what an installed library calls a class of a model_index.json; None where it has none such.
+
+    Image processors were called feature extractors before transformers 4.26, and in folders saved until then.
+    """
+    if library not in LIBRARIES:
+        # diffusers' own short name of the module that holds a pipeline's safety checker
+        return kind if importlib.util.find_spec(f"diffusers.pipelines.{library}") else None
+    module = importlib.import_module(library)
+    renamed = kind.replace("FeatureExtractor", "ImageProcessor")
+    return next((name for name in (kind, renamed) if hasattr(module, name)), None)
+
+
+def _copy_component(source: Path, target: Path) -> None:
+    """Copy a component but for its pickles; weights of a variant (fp16) get the names that are loaded by default."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*PICKLES))
+    if variant := weight_variant(source):
+        for file in target.glob(f"*.{variant}.*"):
+            file.replace(file.with_name(file.name.replace(f".{variant}.", ".")))
+
+
+def _loadable(component: Path) -> bool:
+    """Whether a component is there: its config, and its weights as safetensors if it is a network."""
+    network = (component / "config.json").is_file()
+    return bool(weight_files(component)) if network else any(component.glob("*.json"))
 
 
 def read_record(pipeline: Path) -> dict[str, Any]:

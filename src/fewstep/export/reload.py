@@ -16,7 +16,8 @@ from fewstep.errors import UserError
 from fewstep.export.forms import ADAPTERS, ExportForm, Reader
 from fewstep.export.header import check_lora
 from fewstep.families import CONSISTENCY
-from fewstep.folder import PipelineFolder
+from fewstep.files import read_mapping
+from fewstep.folder import PipelineFolder, weight_variant
 from fewstep.schedulers import SSSScheduler
 from fewstep.settings import Sampling
 from fewstep.student_pipeline import call_settings, sampling_of_student, scheduler_for
@@ -85,17 +86,29 @@ def pipeline_latents(
     return drawn.float().cpu()
 
 
-def _unchecked(kind: str) -> dict[str, Any]:
-    """What keeps a pipeline from asking for a safety checker."""
-    return {"safety_checker": None} if kind in ("StableDiffusionPipeline", CONSISTENCY) else {}
+def _without(folder: PipelineFolder, index: Mapping[str, Any]) -> dict[str, None]:
+    """Return the arguments that keep diffusers from loading components that pictures are not drawn with."""
+    named = {name for name, value in index.items() if isinstance(value, list | tuple) and len(value) == 2 and value[0]}
+    checked = {"safety_checker"} if folder.family.kind == "sd" else set()
+    return dict.fromkeys(sorted(named - set(folder.family.parts) | checked))
 
 
-def load_pipeline(place: Path, kind: str) -> Any:
-    """A diffusers pipeline from a folder, in fp32."""
+def load_pipeline(place: Path, folder: PipelineFolder, *, whole: bool = False) -> Any:
+    """Return a diffusers pipeline from a folder, in fp32.
+
+    Args:
+        folder: of the same family.
+        whole: load all that it names but a safety checker, as its users do; else what pictures are drawn with.
+    """
     import diffusers
 
-    return getattr(diffusers, kind).from_pretrained(
-        place, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32, **_unchecked(kind)
+    index = read_mapping(place / "model_index.json")
+    less = _without(folder, index)
+    if whole:
+        less = {name: None for name in less if name == "safety_checker"}
+    variant = next((found for part in folder.family.weighed if (found := weight_variant(place / part))), None)
+    return getattr(diffusers, folder.pipeline).from_pretrained(
+        place, local_files_only=True, use_safetensors=True, variant=variant, torch_dtype=torch.float32, **less
     )
 
 
@@ -203,7 +216,7 @@ def _read(export: Export) -> Any:
     """The pipeline that an export makes."""
     place, folder = export.place, export.folder
     if export.form == "merged":
-        return load_pipeline(place, folder.pipeline)
+        return load_pipeline(place, folder, whole=True)
     if export.form == "single-file":
         import diffusers
 
@@ -212,9 +225,9 @@ def _read(export: Export) -> Any:
             config=str(folder.path),
             local_files_only=True,
             torch_dtype=torch.float32,
-            **_unchecked(folder.pipeline),
+            **_without(folder, folder.components),
         )
-    pipe = load_pipeline(folder.path, folder.pipeline)
+    pipe = load_pipeline(folder.path, folder)
     if export.form == "peft":
         from peft import PeftModel
 
