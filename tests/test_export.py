@@ -194,21 +194,26 @@ def test_a_teacher_is_read_back_as_well(folders: dict[str, Path], tmp_path: Path
         export_as("none", "kohya", out=tmp_path / "no", teacher=folders["sd"])
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "pixart"])
-def test_a_transformer_s_scale_is_in_its_matrices(
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "pixart"])
+def test_a_scale_that_the_metadata_holds_goes_into_the_matrices(
     name: str, folders: dict[str, Path], students: dict[tuple[str, str], Path], tmp_path: Path
 ) -> None:
     """By ComfyUI's rule, no `.alpha` key means scale 1: B A of the file is the whole change."""
-    path, _ = export_as(students[name, "lora"], out=tmp_path / "made", teacher=folders[name], check=False)
-    header = check_lora(students[name, "lora"], read_folder(folders[name]))
-    own, made = load_file(students[name, "lora"]), load_file(path)
+    folder = read_folder(folders[name])
+    said = {f"{folder.network}.r": 2, f"{folder.network}.lora_alpha": 3}
+    save_file(
+        load_file(students[name, "lora"]), tmp_path / "scaled.safetensors", {"lora_adapter_metadata": json.dumps(said)}
+    )
+    path, _ = export_as(tmp_path / "scaled.safetensors", out=tmp_path / "made", teacher=folders[name], check=False)
+    header = check_lora(tmp_path / "scaled.safetensors", folder)
+    own, made = load_file(header.file), load_file(path)
     assert not [key for key in made if key.endswith(".alpha")]
     for layer in header.layers.values():
         assert layer.scale == 1.5
         a, b = (own[key].float() for key in layer.keys)
         ours = made[layer.keys[1]].float().flatten(1) @ made[layer.keys[0]].float().flatten(1)
         torch.testing.assert_close(ours, 1.5 * b.flatten(1) @ a.flatten(1))
-    assert {layer.scale for layer in check_lora(path, read_folder(folders[name])).layers.values()} == {1.0}
+    assert {layer.scale for layer in check_lora(path, folder).layers.values()} == {1.0}
 
 
 def test_half_precision_is_a_rounding(

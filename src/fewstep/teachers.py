@@ -9,19 +9,22 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Collection, Mapping
+import sys
 from pathlib import Path
 from typing import Any
 
 from fewstep.errors import UserError
 from fewstep.export.header import read_notes
-from fewstep.export.pipeline import LICENCES, RECORD, write_pipeline
+from fewstep.export.pipeline import LICENCES, RECORD
 from fewstep.families import FAMILIES
 from fewstep.files import alone, atomic_folder, read_json, read_mapping, write_json
 from fewstep.folder import VARIANTS, weight_files
 from fewstep.pickles import advice, is_pickle
 from fewstep.scheduler_config import PREDICTIONS
-from fewstep.tensor_header import Entry, read_safetensors_header
+from fewstep.single_file.known_configs import config_folder
+from fewstep.single_file.recognise import Checkpoint, recognise
+from fewstep.single_file.vocabulary import clip_vocabulary
+from fewstep.tensor_header import read_safetensors_header
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 """owner/name, and a revision behind @ if one is meant."""
@@ -39,18 +42,6 @@ WEIGHTS = {
     for variant in VARIANTS
 }
 """... and its weights under the names that are read, the plain variant first; no root files of other tools."""
-WHOLE = {
-    "conditioner.embedders.1.": "StableDiffusionXLPipeline",
-    "cond_stage_model.": "StableDiffusionPipeline",
-}
-"""How keys of a whole checkpoint begin, and what pipeline it is."""
-NETWORKS = {
-    "joint_blocks.": ("StableDiffusion3Pipeline", "SD3Transformer2DModel"),
-    "double_blocks.": ("FluxPipeline", "FluxTransformer2DModel"),
-}
-"""The same of files whose transformer alone is taken, and its class: all else comes from the folder beside them."""
-IN_A_WHOLE = "model.diffusion_model."
-"""Before a transformer's keys, where the file holds more."""
 
 
 def cache_folder() -> Path:
@@ -64,7 +55,7 @@ def teacher_folder(named: Path | str, config: Path | str = "") -> Path:
     Args:
         named: a pipeline folder, a single-file checkpoint (.safetensors), or a hub id.
         config: for a single file, a pipeline folder of its kind: its configs, tokenizers, and whatever the file does
-            not hold.
+            not hold. Those of Stable Diffusion 1.5, 2.1 and XL's base are known here.
 
     Raises:
         UserError: a pickle, a checkpoint of an unknown architecture or without the configs of its kind, a hub that
@@ -110,41 +101,22 @@ def hub_id(named: str) -> str:
     return owner_and_name
 
 
-def pipeline_of(keys: Collection[str], file: Path) -> str:
-    """The pipeline class of a checkpoint, from the names of its tensors.
-
-    Raises:
-        UserError: an unknown architecture.
-    """
-    for start, pipeline in WHOLE.items():
-        if any(key.startswith(start) for key in keys):
-            return pipeline
-    for start, (pipeline, _) in NETWORKS.items():
-        if any(key.removeprefix(IN_A_WHOLE).startswith(start) for key in keys):
-            return pipeline
-    raise UserError(
-        f"teacher = {str(file)!r} is of an unknown architecture: it holds {min(keys, default='nothing')!r}; the "
-        "nearest that is known is a whole checkpoint of Stable Diffusion 1.x, 2.x or XL, or a transformer of 3 or Flux"
-    )
-
-
 def taken_apart(file: Path, config: Path | None) -> Path:
     """The folder of a single-file checkpoint, made if it is not there yet.
 
     Raises:
         UserError: as `teacher_folder`.
     """
-    _, entries = read_safetensors_header(file)
-    pipeline = pipeline_of(entries, file)
+    metadata, entries = read_safetensors_header(file)
+    notes = read_notes(file)  # of a student that was exported as one file: it brings its settings
+    checkpoint = recognise(file, metadata, entries, notes)
     if config is None:
+        config = _known_config(file, checkpoint)
+    found = str(read_mapping(config / INDEX).get("_class_name")) if (config / INDEX).is_file() else "no pipeline folder"
+    if found not in FAMILIES or FAMILIES[found] is not FAMILIES[checkpoint.pipeline]:
         raise UserError(
-            f"teacher = {str(file)!r} is one file, without its configs; give --config FOLDER, a {pipeline}'s of the "
-            "same prediction (eps or v)"
+            f"config = {str(config)!r} is {found}; {file.name} needs the nearest folder of a {checkpoint.pipeline}"
         )
-    index = config / "model_index.json"
-    found = str(read_mapping(index).get("_class_name")) if index.is_file() else "no pipeline folder"
-    if found != pipeline:
-        raise UserError(f"config = {str(config)!r} is {found}; {file.name} needs the nearest folder of a {pipeline}")
     beside = sorted(path for path in config.rglob("*") if path.is_file())
     told = [f"{path.relative_to(config)} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in beside]
     # by size and time, not by content: a checkpoint is gigabytes, and every command begins here
@@ -158,67 +130,49 @@ def taken_apart(file: Path, config: Path | None) -> Path:
     with alone(place.with_name(f".{place.name}.lock")):
         if not place.is_dir():
             with atomic_folder(place, keep=True) as part:
-                _take_apart(file, config, pipeline, entries, part)
+                _take_apart(file, config, checkpoint, part)
     return place
 
 
-def _take_apart(file: Path, config: Path, pipeline: str, entries: dict[str, Entry], part: Path) -> None:
-    import diffusers
+def _known_config(file: Path, checkpoint: Checkpoint) -> Path:
+    """The folder of configs of a checkpoint that comes without any.
 
-    from fewstep.backbones.base import loading
-
-    notes = read_notes(file)  # of a student that was exported as one file: it brings its settings
-    dtype = _kept_dtype(entries)
-    transformer = dict(NETWORKS.values()).get(pipeline)
-    if transformer:
-        with loading(str(file)):
-            network = getattr(diffusers, transformer).from_single_file(
-                str(file),
-                config=str(config),
-                subfolder="transformer",
-                local_files_only=True,
-                torch_dtype=dtype,
-            )
-        write_pipeline(part, config, network, notes)
-        return
-    more = {"safety_checker": None} if pipeline == "StableDiffusionPipeline" else {}
-    with loading(str(file)):
-        pipe = getattr(diffusers, pipeline).from_single_file(
-            str(file),
-            config=str(config),
-            local_files_only=True,
-            torch_dtype=dtype,
-            **more,
+    Raises:
+        UserError: a kind whose configs are not shipped, or no vocabulary for its tokenizer.
+    """
+    if checkpoint.version is None:
+        raise UserError(
+            f"teacher = {str(file)!r} is one file, without its configs; give --config FOLDER, a "
+            f"{checkpoint.pipeline}'s of the same prediction (eps or v)"
         )
-    pipe.save_pretrained(part)
+    cache = cache_folder().parent / "configs"
+    vocabulary = clip_vocabulary(file, cache)
+    return config_folder(checkpoint.version, checkpoint.prediction or checkpoint.guess or "eps", vocabulary, cache)
+
+
+def _take_apart(file: Path, config: Path, checkpoint: Checkpoint, part: Path) -> None:
+    """Write a checkpoint as a pipeline folder."""
+    from fewstep.single_file.components import write_components
+
+    notes = read_notes(file)
+    said = write_components(file, config, checkpoint, part)
     if notes:
         write_json(part / RECORD, notes)
-    _tell_prediction(part / "scheduler" / "scheduler_config.json", entries, notes)
+    _tell_prediction(part / "scheduler" / "scheduler_config.json", checkpoint)
+    for line in said:
+        print(line, file=sys.stderr)
 
 
-def _kept_dtype(entries: Mapping[str, Entry]) -> Any:
-    """The type that a file's matrices are kept in: their own, if they share one; else fp32, which holds them all."""
-    import torch
-
-    found = {entry.dtype for entry in entries.values() if len(entry.shape) > 1}
-    halves = {"F16": torch.float16, "BF16": torch.bfloat16}
-    return halves.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
-
-
-def _tell_prediction(scheduler: Path, entries: Collection[str], notes: Mapping[str, Any]) -> None:
-    """What a whole checkpoint says of its prediction goes before the config beside it.
-
-    Networks of v carry empty tensors for that, `v_pred`, and `ztsnr` where their noise ends pure (kohya, ComfyUI);
-    students of ours name it in their record. A file that says nothing is what the config says.
-    """
+def _tell_prediction(scheduler: Path, checkpoint: Checkpoint) -> None:
+    """What a checkpoint says of its prediction goes before the config beside it."""
     words: dict[str, str] = {ours: theirs for theirs, ours in PREDICTIONS.items()}
-    said = words["v"] if "v_pred" in entries else words.get(str(notes.get("prediction")))
-    if said is None:
-        return
-    told: dict[str, Any] = {"prediction_type": said}
-    if "ztsnr" in entries or said == "epsilon":  # eps has no x0 where the noise is pure
-        told["rescale_betas_zero_snr"] = "ztsnr" in entries
-    write_json(scheduler, read_json(scheduler) | told)
+    told: dict[str, Any] = {}
+    if checkpoint.prediction in words and not checkpoint.transformer:
+        told["prediction_type"] = words[str(checkpoint.prediction)]
+    if checkpoint.zero_snr or (checkpoint.zero_snr is not None and checkpoint.prediction == "eps"):
+        told["rescale_betas_zero_snr"] = checkpoint.zero_snr  # eps has no x0 where the noise is pure
+    if told:
+        write_json(scheduler, read_json(scheduler) | told)
 
 
 def fetched(named: str) -> Path:

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from fewstep.errors import UserError
 
@@ -55,6 +56,30 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, str], dict[str, Entry
         raise UserError(f"{path} is not a whole safetensors file: {error}") from error
 
 
+def read_floats(path: Path, entry: Entry) -> list[float]:
+    """Read a small tensor of floating or whole numbers.
+
+    Raises:
+        UserError: a type that is no number's, or a file that ends before.
+    """
+    try:
+        with path.open("rb") as stream:
+            return _values(stream, entry)
+    except (*_BROKEN, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error!r}") from error
+
+
+def _values(stream: BinaryIO, entry: Entry) -> list[float]:
+    """Read the numbers of a tensor; the errors are those of `_BROKEN`."""
+    stream.seek(entry.start)
+    count = math.prod(entry.shape)
+    if entry.dtype == "BF16":  # the upper half of a float32
+        halves = struct.unpack(f"<{count}H", stream.read(2 * count))
+        return [struct.unpack("<f", struct.pack("<I", half << 16))[0] for half in halves]
+    code = f"<{count}{_NUMBERS[entry.dtype]}"
+    return [float(value) for value in struct.unpack(code, stream.read(struct.calcsize(code)))]
+
+
 def read_numbers(path: Path, entries: Mapping[str, Entry]) -> dict[str, float]:
     """The values of tensors that hold one number each.
 
@@ -67,15 +92,10 @@ def read_numbers(path: Path, entries: Mapping[str, Entry]) -> dict[str, float]:
             try:
                 if math.prod(entry.shape) != 1:
                     raise ValueError(f"its shape is {entry.shape}")
-                stream.seek(entry.start)
-                if entry.dtype == "BF16":  # the upper half of a float32
-                    value = struct.unpack("<f", b"\0\0" + stream.read(2))[0]
-                else:
-                    code = f"<{_NUMBERS[entry.dtype]}"
-                    value = struct.unpack(code, stream.read(struct.calcsize(code)))[0]
+                (value,) = _values(stream, entry)
                 if not math.isfinite(value):
                     raise ValueError(f"it is {value}")
             except _BROKEN as error:
                 raise UserError(f"{path}: {name!r} is not one number: {error}") from error
-            numbers[name] = float(value)
+            numbers[name] = value
     return numbers

@@ -65,12 +65,11 @@ def write_pipeline(
     check_finite(network.state_dict(), f"{final_path(place) / folder.network} was not written")
     for name in folder.components:
         if name != folder.network and index[name][0] is not None:
-            _copy_component(base / name, place / name)
+            copy_component(base / name, place / name)
     if saver.config.get("time_cond_proj_dim") is not None:
         index |= _as_consistency(folder, record, place)
     write_json(place / "model_index.json", index)
-    for item in [found for pattern in LICENCES for found in base.glob(pattern)]:
-        (shutil.copytree if item.is_dir() else shutil.copy2)(item, place / item.name)
+    copy_licences(base, place)
     saver.save_pretrained(place / folder.network, safe_serialization=True)
     save_told(place, told or {})
     if record:
@@ -135,7 +134,13 @@ def _present_class(library: str, kind: str) -> str | None:
     return next((name for name in (kind, renamed) if hasattr(module, name)), None)
 
 
-def _copy_component(source: Path, target: Path) -> None:
+def copy_licences(source: Path, target: Path) -> None:
+    """Copy a pipeline folder's licences."""
+    for item in [found for pattern in LICENCES for found in source.glob(pattern)]:
+        (shutil.copytree if item.is_dir() else shutil.copy2)(item, target / item.name)
+
+
+def copy_component(source: Path, target: Path) -> None:
     """Copy a component but for its pickles; weights of a variant (fp16) get the names that are loaded by default."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(*PICKLES))
     if variant := weight_variant(source):
