@@ -209,6 +209,8 @@ def check_scheduler(config: Mapping[str, Any], file: Path, pipeline: str) -> Non
     # of a scheduler that this one came from, and which diffusers ignores
     others = {key for each in config_keys.SCHEDULERS.values() for key in each.known} - keys.known
     for key in others & config_keys.DECISIVE.keys() & config.keys():
+        if key == "use_flow_sigmas" and config.get("path") == "flow":
+            continue  # one of fewstep's schedulers, made from a flow's solver: both keys say the same
         if config[key] not in (None, config_keys.DECISIVE[key]):
             raise UserError(
                 f"{file}: a {name} ignores {key} = {_shown(config[key])}; remove it, or take one that does not"
