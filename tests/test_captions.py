@@ -76,6 +76,8 @@ USED = [
     ("a null before a text", {"a.png": A, "a.json": b'{"caption": null, "text": "y"}'}, [["y"]]),
     ("several in JSON", {"a.png": A, "a.json": b'{"captions": ["x", "", "y", "x"]}'}, [["x", "y"]]),
     ("several lines of text are one caption", {"a.png": A, "a.txt": b"x\r\ny\rz\n"}, [["x\ny\nz"]]),
+    ("a list alone in JSON", {"a.png": A, "a.json": b'["x", "y"]'}, [["x", "y"]]),
+    ("an empty list chooses nothing", {"a.png": A, "a.txt": b"x", "metadata.jsonl": b"\n"}, [["x"]]),
     ("several lines of a list", {"a.png": A, "metadata.jsonl": named("a.png", "x", "y", "x", "")}, [["x", "y"]]),
     ("a list in one", {"a.png": A, "metadata.jsonl": lines({"file_name": "a.png", "text": list("xy")})}, [["x", "y"]]),
     ("caption", {"a.png": A, "metadata.jsonl": lines({"file_name": "a.png", "caption": "x", "n": 1})}, [["x"]]),

@@ -92,7 +92,7 @@ def test_metadata_chooses_the_pictures_and_may_be_absolute(tmp_path: Path) -> No
 )
 def test_wrong_metadata_is_refused(tmp_path: Path, line: str) -> None:
     (tmp_path / "metadata.jsonl").write_text(line + "\n")
-    with pytest.raises(UserError, match="needs lines with file_name and text"):
+    with pytest.raises(UserError, match=r"metadata\.jsonl, line 1: .* file_name and text"):
         from_folder(tmp_path, 64)
 
 
@@ -202,6 +202,32 @@ def test_values_without_a_known_white_are_refused(tmp_path: Path, values: np.nda
     Image.fromarray(values).save(tmp_path / "a.tif")
     with pytest.raises(UserError, match=r"a\.tif.* values from"):
         read_picture(tmp_path / "a.tif", 8)
+
+
+@pytest.mark.parametrize(
+    ("values", "sample_format", "bits", "photometric", "white"),
+    [
+        (RAMP * 65535, 1, 16, 1, 65535),
+        (RAMP * 65535, 1, 16, 0, -65535),
+        (RAMP * 32767, 2, 16, 1, 32767),
+        (RAMP, 3, 32, 1, 1),
+        (RAMP, 3, 32, 0, -1),
+    ],
+)
+def test_tiff_says_what_white_is(
+    tmp_path: Path, values: np.ndarray, sample_format: int, bits: int, photometric: int, white: float
+) -> None:
+    """Unsigned, signed and floating-point values; 0 black or (below 0 here) white."""
+    kind = {(1, 16): "<u2", (2, 16): "<i2", (3, 32): "<f4"}[sample_format, bits]
+    data = (np.rint(values) if sample_format < 3 else values).astype(kind).tobytes()
+    entries = [(256, 64), (257, 64), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, 64)]
+    entries += [(279, len(data)), (339, sample_format)]
+    head = b"II*\0" + struct.pack("<I", 8 + len(data))
+    tags = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    (tmp_path / "a.tif").write_bytes(head + data + struct.pack("<H", len(entries)) + tags + struct.pack("<I", 0))
+    seen = values / abs(white) * 255
+    wanted = seen if white > 0 else 255 - seen
+    assert np.abs(read_picture(tmp_path / "a.tif", 64).astype(float) - wanted[..., None]).max() <= 0.52
 
 
 def test_a_transparent_grey_of_16_bits_is_white(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def _check_source(config: DistillConfig, folder: PipelineFolder) -> None:
 
         find_shards(source)
     else:
-        check_pictures(Path(source))
+        check_pictures(source)
 
 
 def check_sampling(sampling: Sampling, folder: PipelineFolder) -> None:

@@ -93,6 +93,7 @@ def match(
     """
     lists = sorted((name for name in names if is_list(name)), key=lambda name: LISTS.index(name.lower()))
     named = _listed(lists[0], read(lists[0]), find, where) if lists else {}
+    lists = lists if named else []  # an empty one chooses nothing
     left_out: Counter[str] = Counter()
     pictures = [name for name in names if is_picture(name)]
     beside = {(posixpath.splitext(name)[0], kind_of(name)): name for name in reversed(names) if kind_of(name) in BESIDE}
@@ -186,9 +187,8 @@ def _beside(
 
 
 def _fields(row: Any, fields: Sequence[str]) -> list[str] | None:
-    """The captions of the first field that has any; None where none has."""
-    for field in fields if isinstance(row, dict) else ():
-        value = row.get(field)
+    """The captions of the first field that has any, or of a list of texts; None where there is none."""
+    for value in [row.get(field) for field in fields] if isinstance(row, dict) else [row]:
         words = [value] if isinstance(value, str) else value
         if isinstance(words, list) and words and all(isinstance(word, str) for word in words):
             return [word.strip() for word in words]
@@ -198,31 +198,30 @@ def _fields(row: Any, fields: Sequence[str]) -> list[str] | None:
 def _listed(name: str, held: bytes, find: Callable[[str], str | None], where: str) -> dict[str, list[str]]:
     """The captions of a list, by the pictures that it names."""
     captions: dict[str, list[str]] = {}
+    number, lines = 0, _json_rows(held) if kind_of(name) == ".jsonl" else _csv_rows(held)
     try:
-        for row in _json_rows(held) if kind_of(name) == ".jsonl" else _csv_rows(held):
-            named, said = row["file_name"], _fields(row, LIST_FIELDS)
+        while (line := next(lines, None)) is not None:
+            number, held_row = line
+            row = json.loads(held_row, object_pairs_hook=_once) if isinstance(held_row, str) else held_row
+            named, said = row.get("file_name"), _fields(row, LIST_FIELDS)
             if not isinstance(named, str) or not named or said is None:
-                raise TypeError(f"{json.dumps(row, ensure_ascii=False)[:80]} has other ones")
+                fields = ", ".join(sorted(map(str, row))) or "none"
+                raise ValueError(f"file_name or text is missing, or is no text, among its fields ({fields})")
             found = find(named)
             if found is None:
                 raise UserError(
-                    f"data.source: cannot read picture {named}, which {name} of {where} names: no such file"
+                    f"data.source: cannot read picture {named}, which {name} of {where} names: there is no such file"
                 )
             captions.setdefault(found, []).extend(said)
-    except KeyError as error:
-        raise UserError(f"{where}: {name} needs lines with file_name and text: {error} is missing") from error
-    except (ValueError, TypeError, RecursionError, csv.Error) as error:
-        raise UserError(f"{where}: {name} needs lines with file_name and text: {error}") from error
+    except (ValueError, AttributeError, RecursionError, csv.Error) as error:
+        place = f"{where}: {name}, line {number}" if number else f"{where}: {name}"
+        raise UserError(f"{place}: a list needs lines with file_name and text: {error}") from error
     return captions
 
 
-def _json_rows(held: bytes) -> Iterator[dict[str, Any]]:
-    for line in lines_of(decode(held)):
-        if line.strip():
-            row = json.loads(line, object_pairs_hook=_once)
-            if not isinstance(row, dict):
-                raise TypeError(f"{line.strip()[:80]} is no object")
-            yield row
+def _json_rows(held: bytes) -> Iterator[tuple[int, str | dict[str, Any]]]:
+    """The lines of a JSON Lines file that are not empty, numbered from 1."""
+    yield from ((number, line) for number, line in enumerate(lines_of(decode(held)), 1) if line.strip())
 
 
 def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -233,5 +232,7 @@ def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def _csv_rows(held: bytes) -> Iterator[dict[str, Any]]:
-    yield from csv.DictReader(StringIO(decode(held), newline=""), strict=True)
+def _csv_rows(held: bytes) -> Iterator[tuple[int, str | dict[str, Any]]]:
+    """The rows of a CSV file by their columns, each with the number of its last line."""
+    reader = csv.DictReader(StringIO(decode(held), newline=""), strict=True)
+    yield from ((reader.line_num, row) for row in reader)

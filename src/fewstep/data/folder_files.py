@@ -95,18 +95,22 @@ class FolderFiles:
         return ""
 
 
-def check_pictures(folder: Path) -> None:
+def check_pictures(source: Path | str) -> None:
     """Refuse a source that is no folder, or one that holds neither a picture nor a list of them.
 
     Raises:
         UserError: saying what else the folder holds.
     """
+    folder = Path(source)
     if not folder.is_dir():
-        check_suffix(folder, "data.source")
-        raise UserError(
-            f"data.source = {str(folder)!r} {'is not a folder' if folder.exists() else 'does not exist'}; "
-            "give a folder of pictures, tar files, a prompt file or 'emoji8'"
-        )
+        check_suffix(source, "data.source")
+        advice = "give a folder of pictures, tar files, a prompt file or 'emoji8'"
+        if str(source).startswith("~"):
+            advice = f"the shell has not put your home in place of ~; give {os.path.expanduser(source)!r}"
+        elif "://" in str(source):
+            advice = "behind a URL there may be .tar files; unpacked pictures must lie in a folder"
+        found = "is not a folder" if folder.exists() else "does not exist"
+        raise UserError(f"data.source = {str(source)!r} {found}; {advice}")
     near = (name for _, _, names in os.walk(folder) for name in names)  # ends at the first picture
     if not any(is_picture(name) or is_list(name) for name in near):
         files = FolderFiles(folder)

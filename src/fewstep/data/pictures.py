@@ -195,7 +195,7 @@ def read_cropped(place: Place, width: int, height: int) -> np.ndarray:
         UserError: not a readable picture.
     """
     with _opened(place) as image:
-        upright = eight_bits(ImageOps.exif_transpose(image), image.format)
+        upright = eight_bits(ImageOps.exif_transpose(image), image)
         # what has no transparent parts gets none: Pillow would invent them for LAB
         rgba = (upright if upright.has_transparency_data else upright.convert("RGB")).convert("RGBA")
     flat = Image.new("RGBA", rgba.size, "white")

@@ -13,35 +13,57 @@ HEAD = 26
 """Bytes that tell."""
 
 
-def eight_bits(image: Image.Image, format_name: str | None) -> Image.Image:
+BITS, PHOTOMETRIC = 258, 262
+"""TIFF's tags: bits of a value, and whether 0 is black (1) or white (0)."""
+
+
+def eight_bits(image: Image.Image, opened: Image.Image) -> Image.Image:
     """Return a picture of 8 bits a channel; one that is so already is returned as it is.
 
-    Grey values of 16 bits are divided by 65,535. Values of 32 bits (mode I) are read as 16-bit ones, or as 8-bit ones
-    where none is above 255; floating-point values (mode F) are read as 0..1, or as 0..255 where one is above 1.
-
     Args:
-        format_name: Pillow's name of the file's format. A PGM of more than 8 bits comes in mode I, with white 65,535.
+        image: in the modes that Pillow has for one deep channel, I;16, I and F, or in any other.
+        opened: the same as Pillow has opened it, whose format says what white is.
 
     Raises:
-        ValueError: values of another range, or that are not finite: what is white is then unknown.
+        ValueError: values that are not between black and white, or not finite: what is white is then unknown.
     """
     if not image.mode.startswith("I") and image.mode != "F":
         return image
     values = np.asarray(image).astype(np.float64)
     low, high = float(values.min()), float(values.max())
-    if image.mode == "F":
-        white = 1.0 if high <= 1 + SLACK else 255.0
-        if not (-SLACK * white <= low and high <= white * (1 + SLACK)):  # not finite, too
-            raise ValueError(f"floating-point values from {low:g} to {high:g}, not 0..1 or 0..255; save it as 8 bits")
-    else:
-        white = 255.0 if image.mode == "I" and high <= 255 and format_name != "PPM" else 65535.0
-        if low < 0 or high > 65535:
-            raise ValueError(f"32-bit values from {low:g} to {high:g}, not 0..65535; save it as 8 or 16 bits")
-    grey = Image.fromarray(np.rint(values.clip(0, white) * (255 / white)).astype(np.uint8))
+    tags = getattr(opened, "tag_v2", {})
+    white = _white(image.mode, high, opened.format, tags.get(BITS, (0,))[0])
+    slack = SLACK * white if image.mode == "F" else 0.0
+    if not (-slack <= low and high <= white + slack):  # not finite, too
+        raise ValueError(
+            f"values from {low:g} to {high:g}, whose white is unknown; save it as 8 bits, or 16 unsigned ones"
+        )
+    scaled = values.clip(0, white) / white
+    if tags.get(PHOTOMETRIC) == 0:
+        scaled = 1 - scaled
+    grey = Image.fromarray(np.rint(scaled * 255).astype(np.uint8))
     hole = image.info.get("transparency")
     if isinstance(hole, int):
         grey.putalpha(Image.fromarray(np.where(values == hole, 0, 255).astype(np.uint8)))
     return grey
+
+
+def _white(mode: str, high: float, format_name: str | None, bits: int) -> float:
+    """The value that is white.
+
+    Args:
+        high: the largest value.
+        bits: of a value, as TIFF says; 0 elsewhere.
+    """
+    if mode == "F":
+        return 1.0 if high <= 1 + SLACK else 255.0
+    if mode != "I":
+        return 4095.0 if bits == 12 else 65535.0
+    if format_name == "PPM":  # Pillow scales a PGM of more than 8 bits
+        return 65535.0
+    if bits == 16:  # signed
+        return 32767.0
+    return 255.0 if high <= 255 else 65535.0
 
 
 def is_deep_png(head: bytes) -> bool:
