@@ -401,10 +401,11 @@ def test_the_ratio_of_gradients(
     assert not ratio.requires_grad
 
 
-def test_the_critics_term_enters_at_its_share_of_the_run() -> None:
-    """Before it the student's loss and gradient are those without a critic; the critic's own update is due from step 0.
+def test_the_critic_starts_at_its_share_of_the_run() -> None:
+    """Before it the student's loss is that without a critic, and the critic has no update: its first ones are together.
 
-    The recipe has the released clip, and the start is a share: a run of any length comes to it.
+    A critic that is trained alone first has a slope that the student follows for many steps before it can answer. The
+    recipe has the released clip, and the start is a share: a run of any length comes to it.
     """
     from fewstep.plane.play import lay_out, play_plan, training_points
     from fewstep.plane.settings import resolve_play
@@ -419,10 +420,10 @@ def test_the_critics_term_enters_at_its_share_of_the_run() -> None:
         play = lay_out(resolve_play("ctm", words))
         updates = play_plan(play, training_points(play))
         draws = Draws(0, step, tuple(range(16)), steps=steps)
-        losses = {update.name: update.loss({"items": torch.arange(16).numpy()}, draws) for update in updates}
-        if "critic" in losses:
-            losses["critic"].value.backward()
-        return losses["student"].value.detach(), set(losses["student"].scalars)
+        due = {update.name for update in updates if update.due(step, steps)}
+        loss = updates[0].loss({"items": torch.arange(16).numpy()}, draws)
+        assert ("critic" in due) == ("adversarial" in loss.scalars)
+        return loss.value.detach(), set(loss.scalars)
 
     for steps, first in ((10, 3), (100, 30), (7, 3), (1, 1)):
         for step in {0, max(first - 1, 0)} - {first}:
@@ -627,8 +628,8 @@ def test_cost_counts_a_backward_as_two() -> None:
     # PCM: as TCD, and the critic's features with gradient; its own step asks for both jumps, two teachers, two features
     wanted["pcm"] = 6 + 3 + (1 + 1 + 2 + 2)
     # CTM: two calls of the student, three Heun steps, one jump of the target, two pushes of which one with gradient,
-    # features in half of the steps; its critic sees data and where the student's jump is pushed to
-    wanted["ctm"] = (2 + 6 + 1 + 2 + 1 / 2) + 2 * (2 + 1 + 1 / 2) + (1 + 1 + 2)
+    # features; its critic sees data and where the student's jump is pushed to; critic and features in half of the steps
+    wanted["ctm"] = (2 + 6 + 1 + 2 + 1 / 2) + 2 * (2 + 1 + 1 / 2) + (1 + 1 + 2) / 2
     assert {recipe: resolve(recipe).method.cost for recipe in wanted} == wanted
 
 

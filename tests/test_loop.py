@@ -262,6 +262,36 @@ def test_two_updates_keep_their_rhythm_and_their_own_gradients(tmp_path: Path) -
     assert [learning_rate(optim, n, 3) / 0.05 for n in range(3)] == pytest.approx([1, 2 / 3, 1 / 3])
 
 
+@pytest.mark.parametrize("stop", [3, 7])
+def test_a_late_update_begins_at_its_share_of_the_run(stop: int, tmp_path: Path) -> None:
+    """Before it nothing of it moves; a run that stops before or after its start resumes bit for bit."""
+    steps: list[int] = []
+
+    def plan() -> tuple[list[Update], nn.Parameter]:
+        a, b = weights(), weights()
+
+        def late(batch: Batch, draws: Draws) -> Loss:
+            steps.append(draws.step)
+            return squared(b)(batch, draws)
+
+        optim = OptimConfig(lr=0.05, ema=0.9)
+        return [Update("a", {"w": a}, squared(a), optim), Update("b", {"w": b}, late, optim, start=0.35)], b
+
+    whole, b = plan()
+    run(tmp_path / "whole", whole, steps=10, save_every=1)
+    assert steps == list(range(4, 10))
+    kept = load_tensors(tmp_path / "whole" / "checkpoints" / "step-00000010" / "b.safetensors")
+    assert torch.equal(kept["w"], b)
+    cut, b = plan()
+    with pytest.raises(StopError):
+        run(tmp_path / "cut", stopped_at(stop, cut), steps=10, save_every=1)
+    assert torch.equal(b, weights()) == (stop < 4)
+    again, _ = plan()
+    run(tmp_path / "cut", again, steps=10, save_every=1)
+    for one, other in zip(whole, again, strict=True):
+        assert torch.equal(one.parameters["w"], other.parameters["w"])
+
+
 def test_updates_that_run_through_each_other_do_not_feel_the_split_into_micro_batches(tmp_path: Path) -> None:
     """All gradients of a step are taken at the weights of its start."""
 

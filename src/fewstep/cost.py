@@ -188,7 +188,7 @@ def estimate(
                 parameter.grad = None
             if on_gpu:
                 torch.cuda.synchronize(device)
-            spent += (time.perf_counter() - started) * config.loop.accumulate / update.every
+            spent += (time.perf_counter() - started) * config.loop.accumulate * (1 - update.start) / update.every
     trained = {u.name: bytes_of(u.parameters.values()) for u in plan}
     held = sum(size * (3 + bool(u.optim.ema)) for u, size in zip(plan, trained.values(), strict=True))
     base = [p for name, p in networks[0].named_parameters() if "lora_" not in name]

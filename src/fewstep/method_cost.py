@@ -90,7 +90,7 @@ def critic_calls(config: ConsistencyConfig) -> Calls:
 
 
 def critic_waits(config: ConsistencyConfig) -> float:
-    """Return the share of the student's updates that come before the critic's term; 0 without a critic."""
+    """Return the share of the steps that come before the critic; 0 without one."""
     return config.adversarial.start if config.adversarial.weight else 0.0
 
 
@@ -113,7 +113,7 @@ def step_calls(config: ConsistencyConfig) -> Calls:
     for calls, every in (
         (add(student_calls(config), late), config.student_every),
         (fake_calls(config), 1),
-        (critic_calls(config), config.adversarial.every),
+        (critic_calls(config), config.adversarial.every / (1 - critic_waits(config))),
     ):
         result = add(result, {role: count / every for role, count in calls.items()})
     return {role: count for role, count in result.items() if count}

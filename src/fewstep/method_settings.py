@@ -320,8 +320,8 @@ class ConsistencyConfig(Config):
         return (self.points // (self.grid_start or self.points)).bit_length()
 
     def phase(self, step: int, steps: int) -> tuple[int, bool]:
-        """Return what of a step depends on the run's length: the grid's points, and whether the critic's term is in."""
-        return self.points_at(step, steps), step / steps >= self.adversarial.start
+        """Return what of a step depends on the run's length: the grid's points, and whether the critic has started."""
+        return self.points_at(step, steps), bool(self.adversarial.weight) and step / steps >= self.adversarial.start
 
     @property
     def rollout_steps(self) -> list[int]:

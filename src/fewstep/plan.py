@@ -166,5 +166,5 @@ def family_plan(
         adversarial = method.adversarial
         judging = OptimConfig(lr=adversarial.lr, betas=(0.0, 0.99))
         weights = dict(critic.named_parameters())
-        plan.append(Update("critic", weights, judge_loss, judging, adversarial.every))
+        plan.append(Update("critic", weights, judge_loss, judging, adversarial.every, start=adversarial.start))
     return plan

@@ -26,8 +26,8 @@ class AdversarialConfig(Config):
         0.0,
         ge=0,
         lt=1,
-        description="share of the run's (or stage's) steps before the term enters the student's loss; the critic is "
-        "trained from the first step",
+        description="share of the run's (or stage's) steps without a critic: until then it is neither trained nor in "
+        "the student's loss",
     )
     clip: tuple[float, float] = Field(
         (0.01, 10.0), description="range of the factor that balance = gradient gives the term, before its weight"

@@ -79,7 +79,7 @@ class Term(NamedTuple):
         name: in the log.
         weight: in the sum.
         loss: (scene, where the student landed [B, ...], at which times float64 [B], draws) -> [B].
-        start: share of the run's steps before it enters the sum.
+        start: share of the run's steps before it enters the loss.
         clip: range of its balancing factor (`adversarial.gradient_ratio`).
     """
 

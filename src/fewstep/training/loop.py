@@ -53,7 +53,11 @@ class Follower:
 
 @dataclass(frozen=True)
 class Update:
-    """One line of an update plan: minimise `loss` over `parameters` every `every` steps."""
+    """One line of an update plan: minimise `loss` over `parameters` every `every` steps.
+
+    Attributes:
+        start: share of the run's steps before the first one. The learning rate follows the run, not this update.
+    """
 
     name: str
     parameters: Mapping[str, nn.Parameter]
@@ -61,6 +65,11 @@ class Update:
     optim: OptimConfig
     every: int = 1
     follower: Follower | None = None
+    start: float = 0.0
+
+    def due(self, step: int, steps: int) -> bool:
+        """Return whether a run of `steps` takes it at a step."""
+        return step % self.every == 0 and step / steps >= self.start
 
 
 def _average_gradients(parameters: Sequence[nn.Parameter]) -> None:
@@ -371,7 +380,7 @@ def train(
             draws, batch = reading.result()
             ahead = read_ahead()
             last = part == config.accumulate - 1
-            due = [r for r in running if step % r.update.every == 0]
+            due = [r for r in running if r.update.due(step, config.steps)]
             for r in due:
                 others = [p for other in running if other is not r for p in other.parameters]
                 r.backward(batch, draws, accelerator, config.accumulate, others)
