@@ -67,7 +67,7 @@ def test_workers_end_when_their_process_is_killed(sticker_sheets: Path) -> None:
 
 
 def test_stickers_lie_inside_and_apart() -> None:
-    counts = Counter()
+    counts: Counter[int] = Counter()
     for scene in make_scenes(0, range(1000)):
         counts[len(scene.stickers)] += 1
         assert len(scene.counts) <= 2
@@ -245,6 +245,7 @@ def test_plurals() -> None:
 def test_sizes_of_what_is_held_out() -> None:
     assert len(heldout.pairs()) == 300
     assert len(heldout.concept_styles()) == len(heldout.concept_colours()) == 40
+    assert len({concept for concept, _ in heldout.concept_styles()}) == 40
     assert len(heldout.synonyms()) == 60
     assert len(heldout.chinese_concepts()) == 12
     assert len(heldout.chinese_colours()) == 200
@@ -269,6 +270,12 @@ def test_training_scenes_hold_nothing_that_is_held_out() -> None:
         assert all(kinds_of(scene) == {kind} for scene in make_scenes(1, range(100), kind))
     with pytest.raises(UserError, match="split"):
         make_scene(0, 0, "test")
+
+
+def test_concepts_of_training_scenes_are_equally_frequent() -> None:
+    shown = Counter(concept for scene in make_scenes(0, range(6400)) for concept in scene.counts)
+    assert set(shown) == set(NAMES)
+    assert max(shown.values()) < 2 * min(shown.values())
 
 
 def words_of(text: str, language: str) -> set[str]:

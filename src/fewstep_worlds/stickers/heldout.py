@@ -34,9 +34,11 @@ def pairs() -> frozenset[frozenset[str]]:
 
 @cache
 def concept_styles() -> frozenset[tuple[str, str]]:
-    """Return 40 (concept, style) that no training picture shows."""
+    """Return 40 (concept, style), each of another concept, that no training picture shows."""
+    concepts = sorted(_draw("concept styles", list(NAMES), 40))
     seen = [style for style in STYLES if style != HELD_OUT_STYLE]
-    return _draw("concept styles", list(product(NAMES, seen)), 40)
+    chosen = generator(SEED, "held out style of a concept").integers(len(seen), size=len(concepts))
+    return frozenset((concept, seen[number]) for concept, number in zip(concepts, chosen, strict=True))
 
 
 @cache

@@ -13,7 +13,7 @@ from fewstep.draws import generator
 from fewstep.errors import UserError
 from fewstep_worlds.stickers.heldout import KINDS as HELD_OUT
 from fewstep_worlds.stickers.heldout import held_out_kinds
-from fewstep_worlds.stickers.vocabulary import COLOURS, NAMES, PATTERNS, STYLES
+from fewstep_worlds.stickers.vocabulary import COLOURS, NAMES, STYLES
 
 Choice = TypeVar("Choice")
 
@@ -33,6 +33,8 @@ SIZES = {
     1: (24, 54), 2: (20, 32), 3: (18, 27), 4: (17, 25), 5: (15, 21), 6: (14, 20), 7: (14, 18), 8: (13, 17), 9: (13, 16)
 }  # fmt: skip
 """Stickers of a scene -> smallest and largest edge of one, in pixels."""
+PATTERN_SHARES = {"plain": 0.3, "stripes": 0.14, "dots": 0.14, "checks": 0.14, "stars": 0.14, "gradient": 0.14}
+STYLE_TRIES = 20
 TURN = 25.0
 """Largest turn of a sticker, in degrees."""
 CLEAR = 1.6
@@ -114,12 +116,8 @@ def make_scene(seed: int, index: int, split: str = "train") -> Scene:
         raise UserError(f"split = {split!r} is not one of train, {', '.join(HELD_OUT)}")
     rng = generator(seed, f"stickers {split}", index)
     wanted = frozenset() if split == "train" else frozenset((split,))
-    while True:
-        kind, concepts = _contents(rng)
-        style, colour = _pick(rng, STYLES), _pick(rng, tuple(COLOURS))
-        if held_out_kinds(set(concepts), style, colour) == wanted:
-            break
-    pattern = _pick(rng, PATTERNS)
+    kind, concepts, style, colour = _contents(rng, wanted)
+    pattern = _weighted(rng, PATTERN_SHARES)
     angle = float(rng.uniform(0, 360))
     if pattern in ("checks", "dots", "stars"):
         angle = 45.0 * int(rng.integers(2))
@@ -137,7 +135,20 @@ def _weighted(rng: np.random.Generator, weights: Mapping[Choice, float]) -> Choi
     return list(weights)[int(np.searchsorted(np.cumsum(list(weights.values())), rng.random(), side="right"))]
 
 
-def _contents(rng: np.random.Generator) -> tuple[str, list[str]]:
+def _contents(rng: np.random.Generator, wanted: frozenset[str]) -> tuple[str, list[str], str, str]:
+    """Return kind of scene, concept of each sticker, style and colour, of just the `wanted` kinds of held-out scenes.
+
+    Styles and colours are drawn anew before concepts are, so that concepts with less of them are not rarer.
+    """
+    while True:
+        kind, concepts = _concepts(rng)
+        for _ in range(STYLE_TRIES):
+            style, colour = _pick(rng, STYLES), _pick(rng, tuple(COLOURS))
+            if held_out_kinds(set(concepts), style, colour) == wanted:
+                return kind, concepts, style, colour
+
+
+def _concepts(rng: np.random.Generator) -> tuple[str, list[str]]:
     """Return the kind of scene, and the concept of each sticker."""
     kind = _weighted(rng, KINDS)
     first, second = (NAMES[i] for i in rng.choice(len(NAMES), 2, replace=False))
