@@ -292,7 +292,7 @@ def test_training_prompts_hold_nothing_that_is_held_out() -> None:
         assert read(english.text, "english") == english.claim
         nouns = [noun for noun in heldout.synonyms() if f" {noun} " in f" {english.text.replace(',', ' ')} "]
         longer = {word for noun in nouns for word in words_of(english.text, "english") if noun in word and noun != word}
-        assert len(nouns) <= len(longer), english.text  # "hat" stands in "top hat" alone
+        assert len(nouns) <= len(longer), english.text  # "hat" is a part of "top hat" alone
         chinese = training_prompt(scene, 0, index, "chinese")
         if chinese:
             concepts = {concept for concept, _ in chinese.claim.things}

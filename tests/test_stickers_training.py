@@ -155,7 +155,7 @@ def perfect(scenes: list[Scene], sure: float = 30.0) -> dict[str, Tensor]:
     return {"heat": heat, "offset": targets["offset"].nan_to_num(), **classes}
 
 
-def test_a_perfect_reader_tells_the_facts_of_every_scene() -> None:
+def test_a_perfect_reader_finds_the_facts_of_every_scene() -> None:
     scenes = make_scenes(0, range(400)) + make_scenes(0, range(50), "style")
     for scene, found in zip(scenes, reader.decode(perfect(scenes))):
         assert holds(full_claim(scene), found)
@@ -298,7 +298,7 @@ def test_intervals_are_wilsons() -> None:
 
 
 def test_a_reader_is_reported_under_every_condition(sticker_sheets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On undamaged scenes of a reader that is always right, everything is; on others it tells the same."""
+    """A reader that is right on undamaged scenes and finds another scene in all others."""
     scenes = {name: make_scenes(REFERENCE_SEED, range(6), name) for name in ("train", *KINDS)}
     known = {draw_scenes(REFERENCE_SEED, range(6), name, sticker_sheets).tobytes(): of for name, of in scenes.items()}
 

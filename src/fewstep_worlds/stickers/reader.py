@@ -1,4 +1,4 @@
-"""The reader: a network that tells what is where in a picture, trained on scenes alone.
+"""The reader: a network that finds the stickers and the background of a picture, trained on scenes alone.
 
 A map of centres, one channel a concept, is read for peaks (arXiv 1904.07850); colour, pattern and style are classes.
 It shares no weights, text or seed with the teacher.
@@ -97,7 +97,7 @@ class Reader(nn.Module):
         nn.init.constant_(self.heat.bias, -5.0)  # type: ignore[arg-type]  # centres are rare
 
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        """See the class."""
+        """Return the outputs that the class describes."""
         middle = self.middle(self.fine(pictures))
         wide = self.joined(middle + F.interpolate(self.up(self.coarse(middle)), scale_factor=2.0))
         pooled = torch.cat([wide.mean((2, 3)), wide.amax((2, 3))], 1)
@@ -106,7 +106,7 @@ class Reader(nn.Module):
 
 
 def make_targets(scenes: Sequence[Scene]) -> dict[str, Tensor]:
-    """Return what a reader should tell of scenes: `heat` and `offset` like its outputs, classes as int64 [B].
+    """Return the outputs that a reader is trained towards: `heat` and `offset` as in `Reader`, classes as int64 [B].
 
     `offset` is NaN where no centre lies.
     """

@@ -23,7 +23,6 @@ MOST = 9
 """Most stickers of a scene."""
 
 Relation = Literal["left", "right", "above", "below"]
-RELATIONS: tuple[Relation, ...] = ("left", "right", "above", "below")
 
 KINDS = {"single": 0.2, "several": 0.3, "two": 0.28, "relation": 0.22}
 """Kind of scene -> probability: one sticker; several of one concept; two concepts; two, clearly beside each other."""

@@ -58,7 +58,7 @@ class AutoencoderConfig(Config):
 
 
 class ReaderConfig(Config):
-    """The reader: a network that tells what is where in a picture."""
+    """The reader: a network that finds stickers and background of a picture."""
 
     channels: tuple[int, int, int] = Field((48, 96, 160), description="channels at 32x32, 16x16 and 8x8")
     blocks: tuple[int, int, int] = Field((1, 2, 2), description="residual blocks at each resolution")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,19 @@ from fewstep.world.train_unet import eps_loss
 from fewstep.world.train_vae import to_tensor
 from fewstep_worlds.stickers.accuracy import scene_accuracy
 from fewstep_worlds.stickers.autoencoder import AutoencoderJudge
-from fewstep_worlds.stickers.dataset import ENDLESS, REFERENCE_SEED, SceneWorkers, fingerprint
+from fewstep_worlds.stickers.dataset import (
+    ENDLESS,
+    REFERENCE_SEED,
+    TRAINING_SEED,
+    SceneWorkers,
+    draw_captioned,
+    fingerprint,
+)
 from fewstep_worlds.stickers.prompts import unseen_prompts
 from fewstep_worlds.stickers.reader import load_reader, read_pictures
 from fewstep_worlds.stickers.scene import SIDE
 from fewstep_worlds.stickers.settings import TeacherConfig
+from fewstep_worlds.stickers.sprites import sprite_folder
 from fewstep_worlds.stickers.text import trim_text
 
 
@@ -187,8 +196,10 @@ def train_teacher(
 
     judging = on_main(watch) if config.watched else None
     plan = [Update("unet", dict(unet.named_parameters()), loss, config.optim)]
+    _, prompts = draw_captioned(TRAINING_SEED, np.arange(64), folder or sprite_folder())
     inputs = {
         "scenes": fingerprint(folder),
+        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
         "autoencoder": sha256(*sorted(Path(config.autoencoder).glob("*.safetensors"))),
         "text": sha256(*sorted(text.rglob("*.safetensors"))),
     }
