@@ -208,6 +208,9 @@ def path_of(config: Mapping[str, Any]) -> Path:
     settings = {key: config[key] for key in BETAS if key in config}
     try:
         table = DDPMScheduler(**settings).alphas_cumprod
-    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"cannot load the scheduler config: {' '.join(str(error).split())[:300]}") from error
+        if table.dim() != 1 or len(table) < 2 or not bool(((table >= 0) & (table <= 1)).all()):
+            raise ValueError("its betas are not from 0 to 1")
+    except Exception as error:  # whatever numbers and words that are none lead to
+        words = ", ".join(f"{key} = {settings[key]!r}"[:80] for key in BETAS if key in settings)
+        raise UserError(f"cannot load the scheduler config ({words}): {' '.join(str(error).split())[:300]}") from error
     return VariancePreserving.from_alphas_cumprod(table)

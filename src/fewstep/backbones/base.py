@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fewstep.backbones.config_checks import check_merges
@@ -25,15 +24,14 @@ from fewstep.folder import PipelineFolder, read_folder, weight_variant
 from fewstep.scheduler_config import path_of, prediction_of
 from fewstep.tensors import check_finite
 
-BROKEN = (
-    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, OSError, RuntimeError),
-    *(SafetensorError, TypeError, ValueError),
-)
-"""What libraries raise where files or configs do not fit each other."""
 UNUSED = "pooler."
 """What a text encoder may lack: pictures are drawn from its states alone."""
 MOST_PIXELS = 2**21
 """Pixels that the autoencoder takes at once: 8 pictures of 512 x 512, about 1 GB for each of its widest activations."""
+
+
+class _EnoughError(Exception):
+    """Ends a call of a network whose rest need not run."""
 
 
 @contextmanager
@@ -41,11 +39,13 @@ def named(verb: str, part: str) -> Iterator[None]:
     """Turn what a library raises inside the block into one line that names the part of a pipeline.
 
     Raises:
-        UserError: "cannot VERB PART: ..." for any error of `BROKEN`.
+        UserError: "cannot VERB PART: ..." for any error.
     """
     try:
         yield
-    except BROKEN as error:
+    except (UserError, _EnoughError):
+        raise
+    except Exception as error:  # libraries have classes of their own, which change from version to version
         said = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"cannot {verb} {part}: {said}") from error
 
@@ -95,10 +95,6 @@ def nothing_left(loaded: tuple[Any, Mapping[str, Any]], what: str) -> tuple[Any,
             "that the weights were saved with"
         )
     return loaded
-
-
-class _EnoughError(Exception):
-    """The rest of a network need not run."""
 
 
 def outputs_of(parts: Sequence[nn.Module], run: Callable[[], object]) -> list[Any]:
@@ -250,7 +246,8 @@ class Backbone(ABC):
                 network = whole(loaded, str(place)).to(self.device).eval().requires_grad_(False)
                 # a tokenizer that names no length has one of 1e30
                 most = getattr(network.config, "max_position_embeddings", read.model_max_length)
-                read.model_max_length = int(min(read.model_max_length, most))
+                with loading(str(self.folder.path / tokenizer)):
+                    read.model_max_length = int(min(read.model_max_length, most))
                 readers.append((read, network))
             self._readers = readers
         return self._readers

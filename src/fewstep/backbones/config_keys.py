@@ -205,7 +205,8 @@ _TRAINING = _because(
 _LOADING = _because(
     "bookkeeping; weights are read in float32",
     """architectures model_type transformers_version torch_dtype dtype torchscript use_bfloat16 tf_legacy_loss
-    tokenizer_class output_attentions output_hidden_states chunk_size_feed_forward""",
+    tokenizer_class output_attentions output_hidden_states chunk_size_feed_forward
+    cross_attention_hidden_size tie_encoder_decoder""",
 )
 _ENCODER = _GENERATION | _TRAINING | _LOADING
 _LIKE_OTHERS: dict[str, Partly] = {"return_dict": (True, [True]), "pruned_heads": ({}, [{}])}
@@ -221,7 +222,7 @@ CLIP_TEXT = ConfigKeys(
     partly=_LIKE_OTHERS,
     # a whole CLIP, of which transformers takes the text's part
     harmless=_ENCODER
-    | _because("of the picture's side", "vision_config vision_config_dict text_config_dict logit_scale_init_value"),
+    | _because("of the picture's side", "vision_config vision_config_dict logit_scale_init_value"),
 )
 T5_TEXT = ConfigKeys(
     built=_words(
@@ -301,14 +302,18 @@ SAMPLING = _because(
     """timestep_spacing steps_offset set_alpha_to_one skip_prk_steps final_sigmas_type use_karras_sigmas
     use_exponential_sigmas use_beta_sigmas use_lu_lambdas interpolation_type solver_order solver_type algorithm_type
     lower_order_final euler_at_final lambda_min_clipped predict_x0 disable_corrector solver_p predictor_order
-    corrector_order tau_func stochastic_sampling noise_sampler_seed""",
+    corrector_order tau_func stochastic_sampling noise_sampler_seed tensor_format""",
 ) | _because("nothing is clipped", "clip_sample_range dynamic_thresholding_ratio sample_max_value")
 """Keys of schedulers that choose how a path is walked, not which path it is."""
 
 
+_OLD: dict[str, Partly] = {"predict_epsilon": (True, [True])}
+"""What the oldest configs have in the place of prediction_type."""
+
+
 def _scheduler(*read: Mapping[str, Any], **partly: Partly) -> ConfigKeys:
     merged = {key: value for part in read for key, value in part.items()}
-    return ConfigKeys(read=merged, partly=partly, harmless=SAMPLING)
+    return ConfigKeys(read=merged, partly=_OLD | partly, harmless=SAMPLING)
 
 
 _DDIM = _scheduler(_BETAS, _SNR, **_CLIP, **_THRESHOLD)
