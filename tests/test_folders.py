@@ -99,13 +99,13 @@ def ours(folder: Path) -> np.ndarray:
     return load_artist(folder).draw(PROMPTS, SEEDS, Sampling(steps=2, gamma=0.0, omega=2.0))
 
 
-def tiny_autoencoder() -> Any:
+def tiny_autoencoder(channels: int = 4) -> Any:
     import diffusers
 
     torch.manual_seed(8)
     return diffusers.AutoencoderTiny(
         encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, num_encoder_blocks=(1,) * 4,
-        num_decoder_blocks=(1,) * 4, scaling_factor=0.7,
+        num_decoder_blocks=(1,) * 4, scaling_factor=0.7, latent_channels=channels,
     )  # fmt: skip
 
 
@@ -118,6 +118,18 @@ def asymmetric_autoencoder() -> Any:
         up_block_types=("UpDecoderBlock2D",) * 4, up_block_out_channels=(8,) * 4, layers_per_up_block=1,
         norm_num_groups=4,
     )  # fmt: skip
+
+
+def spelled_as_before(folder: Path) -> None:
+    """An autoencoder whose attention layers have their oldest names, as of Stable Diffusion 1.x."""
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    weights = {}
+    for key, value in load_file(file).items():
+        kept = next((key.replace(new, old) for new, old in names.items() if f"attentions.0.{new}" in key), key)
+        weights[kept] = value
+    assert any("proj_attn" in key for key in weights)
+    save_file(weights, file, {"format": "pt"})
 
 
 def heun_without_betas(folder: Path) -> None:
@@ -149,6 +161,8 @@ UNUSUAL: dict[str, tuple[str, Callable[[Path], object]]] = {
     ),
     "AutoencoderTiny": ("sd", lambda d: replaced(d, "vae", tiny_autoencoder())),
     "AutoencoderTiny of SDXL": ("sdxl", lambda d: replaced(d, "vae", tiny_autoencoder())),
+    "AutoencoderTiny of Stable Diffusion 3": ("sd3", lambda d: replaced(d, "vae", tiny_autoencoder(16))),
+    "the oldest names of layers": ("sd", spelled_as_before),
     "AsymmetricAutoencoderKL": ("sd", lambda d: replaced(d, "vae", asymmetric_autoencoder())),
     "no middle block": ("sd", lambda d: rebuilt(d, "unet", mid_block_type=None)),
     "a text embedding beside the time's": (

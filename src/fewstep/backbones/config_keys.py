@@ -221,8 +221,7 @@ CLIP_TEXT = ConfigKeys(
     read={"max_position_embeddings": 77, "use_attention_mask": None},
     partly=_LIKE_OTHERS,
     # a whole CLIP, of which transformers takes the text's part
-    harmless=_ENCODER
-    | _because("of the picture's side", "vision_config vision_config_dict logit_scale_init_value"),
+    harmless=_ENCODER | _because("of the picture's side", "vision_config vision_config_dict logit_scale_init_value"),
 )
 T5_TEXT = ConfigKeys(
     built=_words(
