@@ -26,7 +26,8 @@ from fewstep.evaluation.lite0 import make_lite0
 from fewstep.evaluation.lite0_weights import load_weights
 from fewstep.loop_settings import LoopConfig
 from fewstep.training.launch import make_accelerator
-from fewstep_worlds.stickers import accuracy, autoencoder, reader, reader_report, teacher, text
+from fewstep.world.teacher import write_teacher
+from fewstep_worlds.stickers import accuracy, autoencoder, reader, reader_report, teacher, teacher_report, text
 from fewstep_worlds.stickers.claim import Claim, Facts, facts_of, full_claim, holds
 from fewstep_worlds.stickers.dataset import REFERENCE_SEED, draw_scenes, make_scenes
 from fewstep_worlds.stickers.heldout import KINDS
@@ -334,6 +335,29 @@ def test_a_teacher_is_judged_by_samples_of_unseen_prompts(
     assert figures["autoencoder_psnr"] == 30
     assert figures["accuracy all"] == 0  # an untrained reader finds no sticker
     assert figures["accuracy fact concepts"] == 0
+
+
+def test_a_teacher_is_reported_by_steps_and_guidance(
+    trimmed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures of each law are compared with those of the first law, from other noise."""
+    config = TeacherConfig(channels=(8, 16), groups=4)
+    vae = autoencoder.make_autoencoder(TINY).eval()
+    write_teacher(tmp_path / "pipeline", vae, teacher.make_unet(config, 4, 16, 384).eval(), trimmed, omega=2.0)
+
+    class Judge:
+        features = staticmethod(lambda pictures: pictures.astype(float))
+        distance = SimpleNamespace(distance=lambda ours, first: float(np.abs(ours - first).mean()))
+
+        def __init__(self, *_: object, **__: object) -> None:
+            self.fd = lambda pictures: float(pictures.shape[0])
+
+    monkeypatch.setattr(teacher_report, "AutoencoderJudge", Judge)
+    laws = [teacher_report.Law(2, 0.0), teacher_report.Law(1, 1.5)]
+    rows = teacher_report.teacher_report(tmp_path / "pipeline", reader.Reader(ReaderConfig()).eval(), laws, 3)
+    assert list(rows) == ["open, 2 steps, omega 0", "open, 1 steps, omega 1.5"]
+    assert all(row.fd_real == 3 and row.shares["all"].n == 3 for row in rows.values())
+    assert rows["open, 2 steps, omega 0"].fd_first > 0
 
 
 def test_a_teacher_without_its_parts_is_refused(tmp_path: Path) -> None:

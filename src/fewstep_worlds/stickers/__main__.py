@@ -90,6 +90,30 @@ def teacher(
     say(f"wrote {target}")
 
 
+@app.command()
+def teacher_report(
+    pipeline: Annotated[Path, typer.Option(help="Pipeline folder of a teacher.")],
+    reader: Annotated[Path, typer.Option(help="Folder of a finished reader.")],
+    steps: Annotated[list[int], typer.Option(help="Steps of guided DDIM; others are compared with the first.")],
+    omega: Annotated[list[float], typer.Option(help="Guidance, in the papers' convention.")],
+    n: Annotated[int, typer.Option(min=500, help="Unseen prompts.")] = 1000,
+    prompts: Annotated[str, typer.Option(help="Set of unseen prompts (prompts.SETS).")] = "open",
+) -> None:
+    """Print scene accuracy and FD-Lite0 of a teacher's pictures for every step count and guidance.
+
+    Example: teacher-report --pipeline P --reader R --steps 50 --steps 4 --omega 1 --omega 2
+    """
+    from fewstep_worlds.stickers.accuracy import as_table
+    from fewstep_worlds.stickers.reader import load_reader
+    from fewstep_worlds.stickers.teacher_report import Law, teacher_report
+
+    laws = [Law(count, guidance) for count in steps for guidance in omega]
+    rows = teacher_report(pipeline, load_reader(reader), laws, n, prompts)
+    say(as_table({name: row.shares for name, row in rows.items()}))
+    for name, row in rows.items():
+        say(f"{name}: FD-Lite0 to real scenes {row.fd_real:.2f}, to the first row's pictures {row.fd_first:.2f}")
+
+
 if __name__ == "__main__":
     wait_briefly()
     try:
