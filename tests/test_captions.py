@@ -85,6 +85,7 @@ USED = [
     ("order", {"a.png": A, "b.png": B, "metadata.jsonl": named("b.png", "y") + named("a.png", "x")}, [["y"], ["x"]]),
     ("CSV", {"a.png": A, "metadata.csv": b'file_name,text\r\na.png,"x, ""y""\nz"\na.png,u\n'}, [['x, "y"\nz', "u"]]),
     ("dots in names", {"a.b.png": A, "a.b.txt": b"x", "1.5 m.PNG": B, "1.5 m.TXT": b"y"}, [["y"], ["x"]]),
+    ("accents", {"e\u0301.png": A, "metadata.jsonl": named("\u00e9.png", "x")}, [["x"]]),
     ("large letters", {"A.JPG": A, "A.TXT": b"x", "b.Png": B, "b.Json": b'{"text": "y"}'}, [["x"], ["y"]]),
     ("two of one name", {"a.png": A, "a.webp": B, "a.txt": b"x"}, [["x"], ["x"]]),
     ("below", {"s/t/a.png": A, "s/t/a.txt": b"x", "s-t/a.png": B, "s-t/a.txt": b"y"}, [["x"], ["y"]]),

@@ -11,9 +11,11 @@ import csv
 import json
 import posixpath
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cache
 from io import StringIO
 from typing import Any, NamedTuple
+from unicodedata import normalize
 
 from fewstep.common.text import decode, lines_of
 from fewstep.errors import UserError
@@ -84,7 +86,7 @@ def match(
     Args:
         names: of the files, by paths below the top, each once; hidden ones apart.
         read: the bytes of a file of these.
-        find: the name of the file that a list means; None where there is none.
+        find: the name of the file at a path that a list names; None where there is none.
         where: names the folder or shard in errors.
         advice: what else could be given, for errors.
 
@@ -92,7 +94,7 @@ def match(
         UserError: no picture, one without caption or with an empty one, a list that cannot be read.
     """
     lists = sorted((name for name in names if is_list(name)), key=lambda name: LISTS.index(name.lower()))
-    named = _listed(lists[0], read(lists[0]), find, where) if lists else {}
+    named = _listed(lists[0], read, _finder(find, names), where) if lists else {}
     lists = lists if named else []  # an empty one chooses nothing
     left_out: Counter[str] = Counter()
     pictures = [name for name in names if is_picture(name)]
@@ -105,7 +107,8 @@ def match(
                 lacking.append(name)
             else:
                 captions[name] = said
-    parts = {name for name in lacking if _is_part(name, captions)}
+    used = {posixpath.splitext(name)[0] for name in captions}
+    parts = {name for name in lacking if _is_part(name, used)}
     left_out["further pictures of samples, by their names' second suffix"] += len(parts)
     lacking = [name for name in lacking if name not in parts]
     if lists:
@@ -126,10 +129,8 @@ def match(
             "the picture away (data.empty_prompts is for the share of samples under the empty prompt)"
         )
     left_out["empty captions beside others"] += sum(said.count("") for said in captions.values())
-    stems = {posixpath.splitext(name)[0] for name in captions} | {posixpath.splitext(name)[0] for name in pictures}
-    left_out["text files without a picture"] += sum(
-        kind == ".txt" and stem not in stems for stem, kind in beside if not lists
-    )
+    if not lists:
+        left_out["text files without a picture"] += sum(kind == ".txt" and stem not in used for stem, kind in beside)
     for name in names:
         if kind_of(name) in UNREAD:
             left_out[f"{kind_of(name)} files, which are not read"] += 1
@@ -159,11 +160,10 @@ def _without(lacking: Sequence[str], of: int, where: str) -> str:
     )
 
 
-def _is_part(name: str, captions: Mapping[str, object]) -> bool:
+def _is_part(name: str, used: Collection[str]) -> bool:
     """Whether a picture is another part of a sample that is used: 7.mask.png beside 7.jpg (webdataset's names)."""
     folder, base = posixpath.split(name)
-    key = base.partition(".")[0]
-    return base.count(".") > 1 and any(posixpath.join(folder, key + suffix) in captions for suffix in SUFFIXES)
+    return base.count(".") > 1 and posixpath.join(folder, base.partition(".")[0]) in used
 
 
 def _beside(
@@ -195,17 +195,30 @@ def _fields(row: Any, fields: Sequence[str]) -> list[str] | None:
     return None
 
 
-def _listed(name: str, held: bytes, find: Callable[[str], str | None], where: str) -> dict[str, list[str]]:
+def _finder(find: Callable[[str], str | None], names: Sequence[str]) -> Callable[[str], str | None]:
+    """Find what a list names: as it is spelled, with the other kind of slash, or with its accents composed."""
+
+    @cache
+    def composed() -> dict[str, str]:
+        return {normalize("NFC", name): name for name in names}
+
+    return lambda name: find(name) or find(name.replace("\\", "/")) or composed().get(normalize("NFC", name))
+
+
+def _listed(
+    name: str, read: Callable[[str], bytes], find: Callable[[str], str | None], where: str
+) -> dict[str, list[str]]:
     """The captions of a list, by the pictures that it names."""
     captions: dict[str, list[str]] = {}
-    number, lines = 0, _json_rows(held) if kind_of(name) == ".jsonl" else _csv_rows(held)
+    number = 0
     try:
+        lines = _json_rows(read(name)) if kind_of(name) == ".jsonl" else _csv_rows(read(name))
         while (line := next(lines, None)) is not None:
             number, held_row = line
             row = json.loads(held_row, object_pairs_hook=_once) if isinstance(held_row, str) else held_row
-            named, said = row.get("file_name"), _fields(row, LIST_FIELDS)
+            fields = ", ".join(sorted(map(str, row))) if isinstance(row, dict) else "no object"
+            named, said = (row.get("file_name"), _fields(row, LIST_FIELDS)) if isinstance(row, dict) else (None, None)
             if not isinstance(named, str) or not named or said is None:
-                fields = ", ".join(sorted(map(str, row))) or "none"
                 raise ValueError(f"file_name or text is missing, or is no text, among its fields ({fields})")
             found = find(named)
             if found is None:
@@ -213,7 +226,7 @@ def _listed(name: str, held: bytes, find: Callable[[str], str | None], where: st
                     f"data.source: cannot read picture {named}, which {name} of {where} names: there is no such file"
                 )
             captions.setdefault(found, []).extend(said)
-    except (ValueError, AttributeError, RecursionError, csv.Error) as error:
+    except (ValueError, OSError, RecursionError, csv.Error) as error:
         place = f"{where}: {name}, line {number}" if number else f"{where}: {name}"
         raise UserError(f"{place}: a list needs lines with file_name and text: {error}") from error
     return captions

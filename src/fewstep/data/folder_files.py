@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import unicodedata
 from collections import Counter, deque
 from dataclasses import dataclass
 from functools import cached_property
@@ -67,15 +66,11 @@ class FolderFiles:
         return (self.folder / name).read_bytes()
 
     def find(self, name: str) -> str | None:
-        """The file that a list means: by its path, with the other kind of slash, or with its accents composed."""
-        for spelled in (name, name.replace("\\", "/")):
-            if (self.folder / spelled).is_file():
-                return os.path.normpath(spelled)
-        return self._composed.get(unicodedata.normalize("NFC", name))
-
-    @cached_property
-    def _composed(self) -> dict[str, str]:
-        return {unicodedata.normalize("NFC", name): name for name in self.names}
+        """The file at a path from the folder; None where there is none."""
+        try:
+            return os.path.normpath(name) if (self.folder / name).is_file() else None
+        except (OSError, ValueError):  # a name that no file system takes
+            return None
 
     def advice(self) -> str:
         """What else of the folder could be named as the source; empty where nothing could."""

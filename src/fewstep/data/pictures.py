@@ -166,6 +166,8 @@ def _opened(place: Place) -> Iterator[Image.Image]:
     try:
         with Image.open(held, formats=_formats()) as image:
             yield image
+    except MemoryError:
+        raise
     except Exception as error:  # of a broken file each format raises kinds of its own
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"cannot read picture {place}: {reason}") from error

@@ -217,10 +217,10 @@ def samples_of(files: Any, path: str, shard: str) -> Listing:
 
 
 class Members:
-    """The members of an open tar file that are not hidden, by their names.
+    """The members of an open tar file, by their names.
 
     Attributes:
-        found: name -> member, in the order of the file; links are led to what they mean.
+        found: those that are not hidden, in the order of the file; links are led to what they mean.
         left_out: hidden pictures.
 
     Raises:
@@ -233,7 +233,7 @@ class Members:
         self.left_out: dict[str, int] = {}
         self._texts: dict[str, bytes] = {}
         self._deep: set[int] = set()
-        every: dict[str, tarfile.TarInfo] = {}
+        self._every: dict[str, tarfile.TarInfo] = {}
         for member in tar:
             name = _plain(member.name)
             if member.isdir() or not (member.isreg() or member.islnk() or member.issym()):
@@ -243,16 +243,16 @@ class Members:
                 if is_picture(name):
                     reason = "hidden pictures and folders"
                     self.left_out[reason] = self.left_out.get(reason, 0) + 1
-            elif matters and name in every:
+            elif matters and name in self._every:
                 raise UserError(f"data.source: {name} stands twice in {shard}; write the shard anew with one of them")
             elif matters and member.issparse():
                 raise UserError(f"data.source: {name} of {shard} is stored with holes (sparse); write it plainly")
             else:
                 self.found[name] = member
                 self._look(member, name)
-            every[name] = member
+            self._every[name] = member
         for name, member in self.found.items():
-            self.found[name] = self._meant(name, member, every)
+            self.found[name] = self._meant(name, member)
 
     def _look(self, member: tarfile.TarInfo, name: str) -> None:
         """Read what is needed of a member while its bytes are near: captions whole, of a PNG the beginning."""
@@ -268,13 +268,15 @@ class Members:
         held: bytes = self.stream.read(min(count, member.size))
         return held
 
-    def _meant(self, name: str, member: tarfile.TarInfo, every: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo:
+    def _meant(self, name: str, member: tarfile.TarInfo) -> tarfile.TarInfo:
         """The member that a link leads to; a regular one itself."""
         for _ in range(LINKS):
             if member.isreg():
                 return member
-            place = posixpath.dirname(_plain(member.name)) if member.issym() else ""
-            target = every.get(posixpath.normpath(posixpath.join(place, _plain(member.linkname))))
+            place, meant = posixpath.dirname(_plain(member.name)), _printable(member.linkname)
+            target = self._every.get(
+                posixpath.normpath(posixpath.join(place, meant)) if member.issym() else _plain(meant)
+            )
             if target is None:
                 break
             member = target
@@ -294,13 +296,13 @@ class Members:
         return self._texts[member.name]
 
     def find(self, name: str) -> str | None:
-        """The member that a list means."""
-        spelled = (posixpath.normpath(name), posixpath.normpath(name.replace("\\", "/")))
-        return next((each for each in spelled if each in self.found), None)
+        """The member at a path from the top, even a hidden one; None where there is none."""
+        plain = posixpath.normpath(name)
+        return plain if plain in self._every else None
 
     def sample(self, name: str, captions: list[str]) -> Sample:
         """A picture by its place."""
-        member = self.found[name]
+        member = self.found.get(name) or self._meant(name, self._every[name])
         return Sample(
             _printable(member.name), member.offset_data, member.size, member.offset_data in self._deep, captions
         )
