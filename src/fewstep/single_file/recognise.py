@@ -33,6 +33,9 @@ _OTHERS = {
     "edm_mean": "Playground v2.5, whose noise is EDM's",
     "edm_vpred.": "CosXL, whose noise is EDM's",
     "clf.": "Stable Cascade",
+}
+"""How a key begins, behind the denoiser's prefix or without, in checkpoints that are not read; what they are."""
+_ALONE = {
     "down_blocks.": "one component of a diffusers folder; give the whole folder",
     "transformer_blocks.": "one component of a diffusers folder; give the whole folder",
     "text_model.": "a text encoder alone",
@@ -40,7 +43,7 @@ _OTHERS = {
     "decoder.conv_in.": "an autoencoder alone",
     "first_stage_model.": "an autoencoder alone",
 }
-"""How a key begins, behind the denoiser's prefix, in checkpoints that are not read; what they are."""
+"""The same of files without a denoiser that could be read."""
 _CHANNELS = {
     9: "an inpainting network",
     8: "a network that edits a picture (InstructPix2Pix)",
@@ -100,18 +103,19 @@ def recognise(
         raise UserError(f"{name} is a LoRA; give it as --lora, and its base as --teacher")
     prefix = next((p for p in UNET_PREFIXES if p and any(key.startswith(p) for key in entries)), "")
     inner = [key.removeprefix(prefix) for key in entries if key.startswith(prefix)]
-    plain = [*inner, *entries]
-    for start, (pipeline, transformer) in TRANSFORMERS.items():
-        other = _other(plain)
-        if any(key.startswith(start) for key in inner) and other is None:
-            return Checkpoint(pipeline, prefix, transformer)
+    other = _known(_OTHERS, [*inner, *entries])
+    start = next((start for start in TRANSFORMERS if any(key.startswith(start) for key in inner)), "")
     first = entries.get(f"{prefix}input_blocks.0.0.weight")
-    if first is None or (other := _other([key for key in plain if not key.startswith("first_stage_model.")])):
-        other = _other(plain)
+    if first is None and not start:
+        unknown = f"of an unknown architecture: it holds {min(entries, default='nothing')!r}"
+        other = other or _known(_ALONE, [*inner, *entries]) or unknown
+    if other:
         raise UserError(
-            f"{name} is {other or f'of an unknown architecture: it holds {min(entries, default=chr(45))!r}'}; give a "
-            "checkpoint of Stable Diffusion 1.x, 2.x or XL, or a transformer of Stable Diffusion 3 or Flux"
+            f"{name} is {other}; give a checkpoint of Stable Diffusion 1.x, 2.x or XL, or a transformer of Stable "
+            "Diffusion 3 or Flux"
         )
+    if first is None:
+        return Checkpoint(TRANSFORMERS[start][0], prefix, TRANSFORMERS[start][1])
     channels, vector = first.shape[1], f"{prefix}label_emb.0.0.weight" in entries
     if channels in _CHANNELS:
         raise UserError(f"{name} is {_CHANNELS[channels]} ({channels} input channels); give a text-to-image one (4)")
@@ -131,9 +135,9 @@ def recognise(
     return Checkpoint(pipeline, prefix, "", version, prediction, guess, zero_snr)
 
 
-def _other(keys: list[str]) -> str | None:
-    """What keys belong to that is not read; None where no key is known for that."""
-    return next((what for start, what in _OTHERS.items() if any(key.startswith(start) for key in keys)), None)
+def _known(kinds: Mapping[str, str], keys: list[str]) -> str | None:
+    """What keys belong to, by how one of them begins; None where no beginning is known."""
+    return next((what for start, what in kinds.items() if any(key.startswith(start) for key in keys)), None)
 
 
 def _prediction(
