@@ -17,9 +17,12 @@ import tiny_pipelines
 from fewstep import export_as
 from fewstep.backbones import base
 from fewstep.backbones.base import from_network_scale, load_backbone, to_network_scale
+from fewstep.backbones.config_keys import SCHEDULERS
 from fewstep.drawing import load_artist
 from fewstep.errors import UserError
 from fewstep.folder import read_folder
+from fewstep.schedule import FlowMatching
+from fewstep.scheduler_config import path_of
 from fewstep.schedulers import SSSScheduler
 from fewstep.settings import Sampling
 
@@ -283,6 +286,17 @@ WRONG: list[tuple[str, str, dict[str, Any], str]] = [
     ("sd", "text_encoder/config.json", {"layer_norm_type": "rms"}, "layer_norm_type"),
     ("sd3", "text_encoder_3/config.json", {"alibi": True}, "alibi"),
     ("sd", "tokenizer/tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["tok.Tok", None]}}, "auto_map"),
+    ("sd3", "transformer/config.json", {"patch_size": 0.5}, "patch_size"),
+    ("sd3", "transformer/config.json", {"pos_embed_max_size": "12"}, "pos_embed_max_size"),
+    ("sd", "text_encoder/config.json", {"hidden_size": []}, "hidden_size"),
+    ("sd", "tokenizer/tokenizer_config.json", {"model_max_length": {}}, "tokenizer"),
+    ("flux", "scheduler/scheduler_config.json", {"max_image_seq_len": 256}, "max_image_seq_len"),
+    ("flux", "scheduler/scheduler_config.json", {"base_shift": "x"}, "base_shift"),
+    ("sd", "scheduler/scheduler_config.json", {"trained_betas": 3}, "trained_betas"),
+    ("sd", "scheduler/scheduler_config.json", {"trained_betas": [0.1, 7.0]}, "trained_betas"),
+    ("sd", "scheduler/scheduler_config.json", {"beta_end": -0.1}, "beta_end"),
+    ("sd", "scheduler/scheduler_config.json", {"num_train_timesteps": 0}, "num_train_timesteps"),
+    ("sd", "scheduler/scheduler_config.json", {"beta_schedule": "cubic"}, "beta_schedule"),
     ("sd", "scheduler/scheduler_config.json", {"thresholding": True}, "thresholding"),
     ("sd", "scheduler/scheduler_config.json", {"sigma_data": 0.5}, "sigma_data"),
     ("sd", "scheduler/scheduler_config.json", {"prediction_type": "flow_prediction"}, "prediction_type"),
@@ -309,7 +323,7 @@ def test_what_is_not_acted_on_is_refused_by_name(
     place = folder(kind)
     edit(place / file, **changes)
     with pytest.raises(UserError, match=field) as refused:
-        load_backbone(place)
+        load_backbone(place).encode(PROMPTS)
     assert "\n" not in str(refused.value)
 
 
@@ -334,6 +348,27 @@ def test_other_noise_is_refused(name: str, place: str, folder: Callable[[str], P
         edit(made / "model_index.json", scheduler=["diffusers", name])
     with pytest.raises(UserError, match=name):
         read_folder(made)
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULERS.keys() - {"SSSScheduler", "ConsistencyScheduler"}))
+def test_a_config_without_keys_has_the_noise_of_its_class(name: str, folder: Callable[[str], Path]) -> None:
+    """A file that names its class alone: betas, their number and the prediction are the class's defaults."""
+    import diffusers
+
+    kind: Any = getattr(diffusers, name)
+    if "dummy" in kind.__module__:
+        pytest.skip(f"{name} needs a package that is not installed")
+    place = folder("sd")
+    edit(place / "model_index.json", scheduler=["diffusers", name])
+    (place / "scheduler/scheduler_config.json").write_text(json.dumps({"_class_name": name}))
+    path = path_of(read_folder(place).noise)
+    if name.startswith("FlowMatch"):
+        assert path == FlowMatching(1.0)
+        return
+    table = kind().alphas_cumprod.double()
+    t = torch.arange(len(table), dtype=torch.float64)
+    torch.testing.assert_close(path.alpha(t).square(), table, rtol=1e-6, atol=1e-9)
+    assert path.noisiest == len(table) - 1
 
 
 def test_a_scheduler_that_ignores_the_noise_of_the_network_is_refused(folder: Callable[[str], Path]) -> None:

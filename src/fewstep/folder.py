@@ -128,7 +128,13 @@ class PipelineFolder:
         """
         patch = int(self.config(self.network).get("patch_size") or 1)
         _, height, width = self.latent_shape
-        return settled(self.config("scheduler"), height * width // (self.family.packed * patch**2))
+        try:
+            return settled(self.config("scheduler"), height * width // (self.family.packed * patch**2))
+        except (ArithmeticError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{self.config_file('scheduler')}: no shift follows from base_shift, max_shift, base_image_seq_len "
+                f"and max_image_seq_len: {error}"
+            ) from error
 
     @property
     def scale(self) -> int:

@@ -54,6 +54,9 @@ def check_keys(
                 f"{file}: {key} = {_shown(value)} is a key that fewstep does not know, and it may change what is "
                 "computed; remove it if it does not"
             )
+        whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if key in config_keys.COUNTS & keys.known and value is not None and not whole:
+            raise UserError(f"{file}: {key} = {_shown(value)} must be a whole number above 0")
         if key != LIMITLESS and not _finite(value):
             raise UserError(f"{file}: {key} = {_shown(value)} is not finite; give a finite number")
 

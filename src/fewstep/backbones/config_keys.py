@@ -367,6 +367,8 @@ SCHEDULERS: dict[str, ConfigKeys] = {
     "ConsistencyScheduler": ConfigKeys(read=_OURS, harmless=SAMPLING | _OUR_SAMPLING),
 }
 """Schedulers of a beta schedule or of flow matching."""
+COUNTS = _words("patch_size in_channels out_channels latent_channels pos_embed_max_size num_train_timesteps")
+"""Keys that fewstep computes with, and that are whole numbers above 0."""
 DECISIVE: Mapping[str, Any] = {**_SNR, "trained_betas": None, "use_flow_sigmas": False}
 """Keys that decide a path, with their defaults: a scheduler that does not take one is refused with another value."""
 OTHER_SCHEDULERS = _words(
