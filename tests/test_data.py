@@ -18,7 +18,7 @@ from torch import Tensor
 
 from conftest import COLOURS, draw_shape
 from fewstep.data import latents
-from fewstep.data.latents import LatentSet, cached, latent_set
+from fewstep.data.latents import LatentSet, Wanted, cached, latent_set
 from fewstep.data.pictures import (
     Captioned,
     HeldPictures,
@@ -29,10 +29,10 @@ from fewstep.data.pictures import (
     size_of,
 )
 from fewstep.data.prompts import read_prompts
+from fewstep.data.row_store import Batches, StoredRows
 from fewstep.data.shards import Member
 from fewstep.draws import Draws
 from fewstep.errors import UserError
-from fewstep.mapped import MappedRows
 
 CPU = torch.device("cpu")
 
@@ -248,7 +248,7 @@ def test_a_picture_that_is_read_otherwise_is_another(tmp_path: Path) -> None:
         prints.append(PictureFiles((tmp_path / "a.png",), 8).fingerprint() == own)
     assert prints == [False, True]
     members = [Member("x.tar", "v", "a.png", 512, 9, deep) for deep in (True, False)]
-    told = hashlib.sha256(b"x.tar v a.png 512 9").digest()
+    told = hashlib.sha256(f"{Path('x.tar').resolve()} v a.png 512 9".encode()).digest()
     assert [member.identity() == told for member in members] == [False, True]
 
 
@@ -360,6 +360,11 @@ class Counting:
     def null(self, count: int) -> dict[str, Tensor]:
         return {"text": torch.full((count, 2), -1.0)}
 
+    prompts_at_once = 256
+
+    def pictures_at_once(self, pixels: int) -> int:
+        return 128
+
     def to_latents(self, pictures: np.ndarray) -> Tensor:
         self.pictures += len(pictures)
         return torch.from_numpy(pictures.reshape(len(pictures), -1)[:, :4].astype(np.float32))
@@ -396,23 +401,81 @@ def test_rows_lie_in_many_files_and_none_is_held(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(latents, "SAID", 2)
     monkeypatch.setattr(latents, "CHUNK", 2)
     parted = latent_set(captioned(), Counting(), "weights", tmp_path / "parted")
-    assert len(list((tmp_path / "parted").glob("captions-*.safetensors"))) == 2
-    assert len(list((tmp_path / "parted").glob("latents-*.safetensors"))) == 2
+    assert len(list((tmp_path / "parted").glob("captions-*/*.safetensors"))) == 3
+    assert len(list((tmp_path / "parted").glob("latents-*/*.safetensors"))) == 2
     some = torch.tensor([4, 0, 3, 0, -1, 1])
     assert torch.equal(parted.table["text"][some], whole.table["text"][some])
     assert torch.equal(parted.table["text"][torch.tensor([-1])], parted.table["text"][torch.tensor([4])])
     assert parted.captions == whole.captions == 4
     assert torch.equal(parted.latents[torch.tensor([2, 0])], whole.latents[torch.tensor([2, 0])])
-    assert isinstance(parted.latents, MappedRows)
-    assert all(isinstance(part.array().base, np.ndarray) for part in parted.latents._parts)  # of the file
+    assert isinstance(parted.latents, StoredRows)
+    assert parted.latents._held is not None
+    assert all(isinstance(part.array().base, np.ndarray) for part in parted.latents._held._parts)  # of the file
     with pytest.raises(IndexError, match=r"rows \[3\] are not within 3"):
         parted.latents[torch.tensor([3])]
-    cut = next((tmp_path / "parted").glob("latents-*-0-2.safetensors"))
+    cut = next((tmp_path / "parted").glob("latents-*/00000000-*.safetensors"))
     cut.write_bytes(cut.read_bytes()[:-1])
     asked = Counting()
     again = latent_set(captioned(), asked, "weights", tmp_path / "parted")
     assert (asked.prompts, asked.pictures) == ([], 2)
     assert torch.equal(again.latents[torch.arange(3)], whole.latents[torch.arange(3)])
+
+
+@pytest.mark.parametrize(("count", "batch", "chunk"), [(300, 128, 512), (1100, 128, 512), (23, 5, 8), (5, 128, 512)])
+def test_a_row_is_always_computed_in_a_batch_of_one_size(count: int, batch: int, chunk: int) -> None:
+    """The size decides the bits; those of all rows are computed as they were when all were computed at once."""
+    ways = Batches(count, batch, chunk)
+    whole = {
+        row: len(rows[start : start + batch])
+        for first in range(0, count, chunk)
+        for rows in [range(first, min(first + chunk, count))]
+        for start in range(0, len(rows), batch)
+        for row in rows[start : start + batch]
+    }
+    assert ways.sizes().tolist() == [whole[row] for row in range(count)]
+    rng, stored = np.random.default_rng(0), np.zeros(0, dtype=np.int64)
+    for share in (0.01, 0.1, 0.5, 1.0):
+        wanted = np.unique(rng.integers(0, count, max(1, int(share * count)))) if share < 1 else np.arange(count)
+        calls = ways.lists(wanted, stored)
+        for rows in calls:
+            for start in range(0, len(rows), batch):
+                part = rows[start : start + batch]
+                assert {whole[row] for row in part.tolist()} == {len(part)}
+        assert set(wanted.tolist()) <= set(np.concatenate([*calls, stored]).tolist())
+        assert len(np.concatenate([*calls, stored])) <= len(wanted) + len(stored) + 2 * batch
+        stored = np.unique(np.concatenate([*calls, stored]))
+    assert ways.lists(np.arange(count), stored) == []
+
+
+def test_only_what_is_wanted_is_encoded_and_the_rest_later(tmp_path: Path) -> None:
+    """Runs of other rows add to one store; whatever came first, all have the same bits."""
+    pictures = np.random.default_rng(0).integers(0, 255, (700, 2, 2, 3), dtype=np.uint8)
+    data = Captioned(HeldPictures(pictures), [[f"{i}"] for i in range(700)])
+    whole = latent_set(data, Counting(), "w", tmp_path / "whole")
+    first, second, third = Counting(), Counting(), Counting()
+    some = Wanted(np.array([3, 5, 690]), np.array([7]))
+    few = latent_set(data, first, "w", tmp_path / "parts", wanted=some)
+    assert first.pictures == 128 + 60  # one batch of those that are full, and the last one
+    assert torch.equal(few.latents[torch.tensor([690, 3])], whole.latents[torch.tensor([690, 3])])
+    with pytest.raises(IndexError, match="not stored"):
+        few.latents[torch.tensor([400])]
+    latent_set(data, second, "w", tmp_path / "parts", wanted=some)
+    assert (second.pictures, second.prompts) == (0, [])
+    every = latent_set(data, third, "w", tmp_path / "parts")
+    assert third.pictures == 512
+    assert torch.equal(every.latents[torch.arange(700)], whole.latents[torch.arange(700)])
+    assert torch.equal(every.table["text"][torch.arange(701)], whole.table["text"][torch.arange(701)])
+    assert every.key == whole.key == few.key
+
+
+def test_two_runs_at_once_encode_once(tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    encoders = [Counting(), Counting()]
+    with ThreadPoolExecutor(2) as pool:
+        sets = list(pool.map(lambda one: latent_set(captioned(), one, "w", tmp_path), encoders))
+    assert sum(one.pictures for one in encoders) == 3
+    assert torch.equal(*[data.latents[torch.arange(3)] for data in sets])
 
 
 def test_encoding_that_was_stopped_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

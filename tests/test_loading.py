@@ -74,8 +74,8 @@ def test_roles_come_after_the_encoders_have_gone(
     backbone = load_teacher(config, torch.device("cpu"))
     wide = sum(weight.numel() for weight in backbone.network.parameters() if weight.dtype == torch.float32)
     assert bool(wide) == (not words or "bf16" not in words[0])  # never whole in fp32, not even in main memory
-    captioned = read_source(config, backbone, tiny_cache)
-    data = latent_set(captioned, backbone, encoders_fingerprint(backbone), tiny_cache, backbone.latent_shape)
+    captioned = read_source(config, backbone.folder, tiny_cache)
+    data = latent_set(captioned, backbone, encoders_fingerprint(backbone.folder), tiny_cache, backbone.latent_shape)
     encoders = [weakref.ref(encoder) for encoder in [*backbone.text_encoders, backbone.vae]]
 
     def look(network: nn.Module) -> tuple[bool, set[torch.dtype]]:

@@ -298,6 +298,10 @@ class ToyEncoders:
     """Colours of 8x8 cells as latents, letters as text states."""
 
     calls = 0
+    prompts_at_once = 256
+
+    def pictures_at_once(self, pixels: int) -> int:
+        return 128
 
     def to_latents(self, pictures: np.ndarray) -> Tensor:
         self.calls += 1

@@ -125,7 +125,9 @@ def lesson_of(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     pictures = np.stack([draw_shape(colour, shape) for colour in COLOURS for shape in SHAPES])
     captions = [[f"a {colour} {shape}"] for colour in COLOURS for shape in SHAPES]
     cache = tmp_path_factory.mktemp("cache")
-    data = latent_set(Captioned(HeldPictures(pictures), captions), backbone, encoders_fingerprint(backbone), cache)
+    data = latent_set(
+        Captioned(HeldPictures(pictures), captions), backbone, encoders_fingerprint(backbone.folder), cache
+    )
 
     def make(name: str, steps: int = 2) -> training.Lesson:
         return training.Lesson(name, data, AddOnConfig(steps=steps, batch=4, lr=1e-2), {})

@@ -95,7 +95,7 @@ def _distill_config(
     settings = resolve(recipe, config, overrides, teacher)
     check_distillation(settings, read_folder(teacher_path(settings.teacher)))
     check_writable(Path(out))
-    check_same_run(Path(out), settings)
+    check_same_run(Path(out), settings, later=True)
     if any(stage.loop.watch_every for stage in settings.each_stage()):
         check_installed("distill with loop.watch_every", WATCHING)
     narrow: list[str] = [

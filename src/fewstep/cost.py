@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor, nn
 
 from fewstep import processes
 from fewstep.compiled import eagerly
-from fewstep.data.buckets import BucketedLatents
 from fewstep.data.latents import LatentSet
 from fewstep.device import DTYPES, pick_precision
-from fewstep.draws import Draws
+from fewstep.draws import Draws, order
+from fewstep.errors import UserError
 from fewstep.mapped import Rows
 from fewstep.role_layout import unique_bytes
 from fewstep.settings import DistillConfig
@@ -83,6 +86,7 @@ class Estimated:
         peak_bytes: the most that a step held on the GPU, activations included; None on the CPU.
         encoding_seconds: pictures and captions, once, before the first step; 0 where that is done.
         checks: what the quality checks will take; None where there are none.
+        too_large: why a step does not fit into this machine's memory, and what would; empty where it does.
         name: of the stage; empty where there is one only.
         data: what is used of the source and what is left out, with the reasons, in a line; empty where it is not told.
     """
@@ -99,8 +103,18 @@ class Estimated:
     peak_bytes: int | None = None
     encoding_seconds: float = 0.0
     checks: Checks | None = None
+    too_large: str = ""
     name: str = ""
     data: str = ""
+
+    def check(self) -> None:
+        """Refuse a step that does not fit into memory.
+
+        Raises:
+            UserError: it does not.
+        """
+        if self.too_large:
+            raise UserError(self.too_large)
 
     def lines(self) -> list[str]:
         """The estimate in words."""
@@ -119,6 +133,7 @@ class Estimated:
             f"disk     {self.data_bytes / 2**20:.0f} MiB latents and text states, read as they are needed",
             f"calls    network evaluations a sample and step: {in_words(self.calls)}",
             *([self.checks.line()] if self.checks else []),
+            *([f"too much {self.too_large}"] if self.too_large else []),
         ]
 
 
@@ -146,62 +161,110 @@ def gradients_dropped(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
         yield
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU, or in the main memory that this process may use."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    free = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")  # of a container
+    with suppress(OSError, ValueError):
+        most, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, most - used)
+    return free
+
+
+MOST_FILLED = 0.9
+"""Share of the free memory that activations may fill."""
+
+
 def estimate(
     plan: Sequence[Update],
     fetch: Callable[[np.ndarray, Draws], Batch],
     data: LatentSet,
     config: DistillConfig,
     networks: Sequence[nn.Module],
+    done: int = 0,
+    visits: Callable[[int, int], np.ndarray] | None = None,
 ) -> Estimated:
-    """Count the memory of a step of the plan and time another; no optimiser step is taken."""
-    latents = data.latents
-    rows = torch.arange(max(1, config.loop.batch // (config.loop.accumulate * processes.count()))) % len(latents)
-    if isinstance(latents, BucketedLatents):  # the fullest bucket stands for all: their areas are alike
-        own = torch.nonzero(latents.group == latents.group.mode().values).flatten()
-        rows = own[rows % len(own)]
+    """Count the memory of a step of the plan and time another; no optimiser step is taken.
+
+    Steps of one and two samples come first. A micro-batch that would not fit into memory is timed by as many samples as
+    fit well, and the rest is extrapolated.
+
+    Args:
+        done: steps that are made already; the next two are looked at.
+        visits: as `training.loop.train`.
+    """
+    loop = config.loop
+    own = max(1, loop.batch // processes.count())
+    micro = max(1, own // loop.accumulate)
     device = next(networks[0].parameters()).device
-    spent, held_bytes = 0.0, 0
     on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(device)
-    for step in range(2 + config.loop.compile):  # memory is counted eagerly, before anything is compiled
-        spent = 0.0
-        draws = Draws(config.loop.seed, step, tuple(range(len(rows))), device)
-        batch = fetch(rows.numpy(), draws)
+    visited = visits or partial(order, loop.seed, len(data.latents))
+
+    def run(step: int, samples: int, counting: bool = False) -> tuple[float, int]:
+        """Seconds of a step of so many samples, and the bytes that it holds at once."""
+        start = min(done + step, loop.steps - 1) * loop.batch + processes.rank() * micro
+        draws = Draws(loop.seed, start // loop.batch, tuple(range(start, start + samples)), device)
+        batch, spent, held = fetch(visited(start, start + samples), draws), 0.0, 0
         for update in plan:
             started = time.perf_counter()
-            precision = pick_precision(config.loop.precision, device)
-            enabled = precision != "fp32"
+            precision = pick_precision(loop.precision, device)
             every = list(update.parameters.values())
-            these = None if is_split(every) else every  # as the loop does
             live = LiveBytes()
-            with ExitStack() as counting:
-                if step == 0:  # alone, so that the timed step does nothing else
+            with ExitStack() as counted:
+                if counting:  # alone, so that the timed step does nothing else; eagerly, before anything is compiled
                     for context in (eagerly(), gradients_dropped(every), live):
-                        counting.enter_context(context)
-                with torch.autocast(device.type, dtype=DTYPES[precision], enabled=enabled):
+                        counted.enter_context(context)
+                with torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32"):
                     loss = update.loss(batch, draws)
-                torch.autograd.backward(loss.value, inputs=these)
-            held_bytes = max(held_bytes, live.peak)
+                torch.autograd.backward(loss.value, inputs=None if is_split(every) else every)  # as the loop does
+            held = max(held, live.peak)
             del loss
             for parameter in (p for other in plan for p in other.parameters.values()):
                 parameter.grad = None
             if on_gpu:
                 torch.cuda.synchronize(device)
-            spent += (time.perf_counter() - started) * config.loop.accumulate * (1 - update.start) / update.every
+            spent += (time.perf_counter() - started) * loop.accumulate * (1 - update.start) / update.every
+        return spent, held
+
+    samples, free, most = micro, free_memory(device), 0
+    one = more = 0
+    if micro > 2:
+        one = run(0, 1, counting=True)[1]
+        more = max(run(0, 2, counting=True)[1] - one, 1)
+        most = max(1, 1 + int((free * MOST_FILLED - one) / more))
+        samples = micro if micro <= most else max(1, most // 4)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    activations = run(0, samples, counting=True)[1]
+    for step in range(1, 2 + loop.compile):  # the first one compiles
+        spent = run(step, samples)[0] * micro / samples
+    too_large = ""
+    if samples < micro:
+        activations = one + more * (micro - 1)
+        least = math.ceil(own / most)
+        parts = next((n for n in range(least, min(own, least + 2**16)) if own % n == 0), own)
+        too_large = (
+            f"loop.batch = {loop.batch} with loop.accumulate = {loop.accumulate} holds about "
+            f"{activations / 2**30:.1f} GiB of activations at a time, and {free / 2**30:.1f} GiB are free; the nearest "
+            f"that fits is loop.accumulate = {parts}, or a smaller batch"
+        )
     trained = {u.name: bytes_of(u.parameters.values()) for u in plan}
     held = sum(size * (3 + bool(u.optim.ema)) for u, size in zip(plan, trained.values(), strict=True))
     base = [p for name, p in networks[0].named_parameters() if "lora_" not in name]
     return Estimated(
         spent,
-        spent * config.loop.steps,
+        spent * loop.steps,
         unique_bytes(*networks),
         bytes_of(base),
         held,
         trained,
-        kept_bytes(latents) + sum(kept_bytes(rows) for rows in data.table.values()),
+        kept_bytes(data.latents) + sum(kept_bytes(rows) for rows in data.table.values()),
         config.method.calls,
-        held_bytes,
+        activations,
         torch.cuda.max_memory_allocated(device) if on_gpu else None,
         checks=count_checks(config, spent),
+        too_large=too_large,
     )

@@ -24,22 +24,25 @@ from fewstep.data.buckets import BucketedLatents
 from fewstep.data.latents import latent_set
 from fewstep.device import pick_device
 from fewstep.drawing import Artist
-from fewstep.files import sweep, taken, write_json
+from fewstep.errors import UserError
+from fewstep.files import cache_root, check_writable, sweep, taken, write_json
 from fewstep.frozen import asked_outside
 from fewstep.objectives.heads import FeatureCritic
 from fewstep.plan import Aids, family_plan, start_from
 from fewstep.preparation import (
     Run,
+    Source,
     encoders_fingerprint,
     lay_out,
     load_teacher,
     on_synthesis,
     on_trajectories,
+    open_source,
     prepare,
     read_source,
     with_looks,
 )
-from fewstep.processes import together
+from fewstep.processes import anywhere, is_main, together
 from fewstep.samples import fetch_of
 from fewstep.settings import DistillConfig
 from fewstep.stages import parts_of
@@ -50,7 +53,7 @@ from fewstep.tensors import digest
 from fewstep.training.checkpoint import read_state
 from fewstep.training.launch import make_accelerator
 from fewstep.training.loop import Trained, Update, check_split, train
-from fewstep.training.run import RunLog, checkpoints, last_step
+from fewstep.training.run import RunLog, check_same_run, checkpoints, last_step
 from fewstep.watch import REAL, Watch, watched_prompts
 
 
@@ -104,14 +107,16 @@ def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quie
         if stage.method.distance == "perceptual" and not stage.perceptual.folder:
             check_split(stage.perceptual.loop, accelerator)
     main = accelerator.is_main_process
-    target, place = out / "student", cache or out / "cache"
+    target, place, shared = out / "student", cache or out / "cache", cache or shared_cache(out)
     with ExitStack() as held:
         with together():
             if main:
                 held.enter_context(taken(out))  # before anything is encoded into it
                 for part in ("student", "cache"):
                     sweep(out / part)
+                sweep(shared, LEFT_BEHIND)
         parts = parts_of(config, config.stages, config.loop.steps, out)
+        source = open_checked(parts[0].config, parts[0].folder, shared)  # refused before anything is written
         if config.stages:
             with together():
                 held.enter_context(RunLog(out, config, title=config.recipe, main=main, quiet=True))
@@ -119,7 +124,11 @@ def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quie
         done = 0
         for number, (name, folder, stage) in enumerate(parts):
             title = f"distil {config.recipe}" + (f", {number + 1}/{len(parts)}: {name}" if name else "")
-            run = prepare(stage, place, accelerator.device, quiet=quiet or number > 0)
+            if number:
+                source = open_checked(stage, folder, shared)
+            announced = not quiet and announce(stage, folder, shared, source)
+            silent = quiet or number > 0
+            run = prepare(stage, place, accelerator.device, shared=shared, source=source, quiet=silent)
             inputs = run.inputs
             if start is None and stage.student.start:
                 start = starting_weights(stage.student, run.backbone)
@@ -131,7 +140,7 @@ def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quie
                     log = logged.enter_context(
                         RunLog(folder, stage, title=title, inputs=inputs, main=main, quiet=quiet)
                     )
-                trained = train_run(run, folder, place, log, accelerator)
+                trained = train_run(run, folder, shared, log, accelerator, announced)
             start, done = trained.weights["student"], done + trained.step
             with together():
                 if main:
@@ -150,8 +159,58 @@ def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quie
     return target
 
 
-def train_run(run: Run, out: Path, cache: Path, log: RunLog, accelerator: Accelerator) -> Trained:
-    """Train what is laid out, from where the run folder stands."""
+LEFT_BEHIND = 86400.0
+"""Seconds after which a file that is half-written in the shared cache belongs to a process that was killed."""
+
+
+def shared_cache(out: Path) -> Path:
+    """Return the folder of encodings that runs share: the user's, or the run's own if that is read only."""
+    place = cache_root() / "encoded"
+    try:
+        check_writable(place)
+    except UserError:
+        return out / "cache"
+    return place
+
+
+def open_checked(config: DistillConfig, folder: Path, cache: Path) -> Source | None:
+    """Open the data of a run, and refuse them if its folder holds a run on others."""
+    source = open_source(config, cache, last_step(folder / "checkpoints"))
+    if source is not None:
+        check_same_run(folder, config, source.inputs, whole=False)
+    return source
+
+
+def announce(config: DistillConfig, folder: Path, cache: Path, source: Source | None) -> bool:
+    """Print what a run will take before its data are encoded. All processes must ask.
+
+    Returns:
+        whether it was printed: if nothing is to be encoded, the run itself is timed later.
+
+    Raises:
+        UserError: its step would not fit into memory.
+    """
+    lacking = source.lacking(cache) if source else (0, 0)
+    if not anywhere(sum(lacking) > 0):
+        return False
+    estimated = replace(estimate_stage(config, source, lacking), data="")  # which is told when it is read
+    gc.collect()
+    torch.cuda.empty_cache()
+    if is_main():
+        print("\n".join([f"writes to {folder}", *estimated.lines()]), file=sys.stderr)
+    estimated.check()
+    return True
+
+
+def train_run(
+    run: Run, out: Path, cache: Path, log: RunLog, accelerator: Accelerator, announced: bool = False
+) -> Trained:
+    """Train what is laid out, from where the run folder stands.
+
+    Args:
+        cache: folder that the teacher's pictures are shared in.
+        announced: whether its estimate was printed already.
+    """
     config, main = run.config, accelerator.is_main_process
     if main:
         for place in ("best", "grids"):
@@ -162,8 +221,11 @@ def train_run(run: Run, out: Path, cache: Path, log: RunLog, accelerator: Accele
     told = main and not log.quiet
     # split networks, and losses that ask all processes, run in all or in none
     joint = config.loop.shard or config.method.balance == "gradient"
-    if before < config.loop.steps and (told or joint):
-        estimated = estimate(plan, fetch_of(run), run.data, config, run.networks)
+    held = run.data.latents
+    visits = held.order(config.loop.seed, config.loop.batch) if isinstance(held, BucketedLatents) else None
+    if before < config.loop.steps and (told or joint) and not announced:
+        estimated = estimate(plan, fetch_of(run), run.data, config, run.networks, before, visits)
+        estimated.check()
         if told:
             print("\n".join([f"writes to {out}", *estimated.lines()]), file=sys.stderr)
     watch, judged = None, dict[str, float]()
@@ -183,8 +245,6 @@ def train_run(run: Run, out: Path, cache: Path, log: RunLog, accelerator: Accele
         seen = {"steps": counted.steps + new, "samples": counted.samples + new * own}
         return seen | {"evaluations": run.tally.counts}
 
-    held = run.data.latents
-    visits = held.order(config.loop.seed, config.loop.batch) if isinstance(held, BucketedLatents) else None
     trained = train(plan, fetch_of(run), len(run.data), config.loop, log, accelerator, watch, count, visits)
     ended = counted_until(out)
     if ended.steps and main:
@@ -230,8 +290,19 @@ def estimate_run(config: DistillConfig) -> list[Estimated]:
     return [replace(estimate_stage(stage), name=name) for name, stage in zip(names, config.each_stage(), strict=True)]
 
 
-def estimate_stage(config: DistillConfig) -> Estimated:
-    """The same of one stage. A distance that would be trained first is timed as L2, which takes less."""
+FEW = 64
+"""Most samples that are encoded for an estimate."""
+
+
+def estimate_stage(
+    config: DistillConfig, source: Source | None = None, lacking: tuple[int, int] | None = None
+) -> Estimated:
+    """The same of one stage. A distance that would be trained first is timed as L2, which takes less.
+
+    Args:
+        source: its data, if they are open already.
+        lacking: how many pictures and captions are to be encoded; all that its steps can ask for, if left out.
+    """
     method = config.method
     if method.distance == "perceptual" and not config.perceptual.folder:
         config = config.model_copy(update={"method": method.model_copy(update={"distance": "l2"})})
@@ -240,15 +311,16 @@ def estimate_stage(config: DistillConfig) -> Estimated:
         run = on_synthesis(config, backbone, Path())
         return estimate(update_plan(run), fetch_of(run), run.data, config, run.networks)
     with tempfile.TemporaryDirectory() as cache:
-        captioned = read_source(config, backbone, Path(cache))
+        captioned = source.captioned if source else read_source(config, backbone.folder, Path(cache))
         backbone.load_encoders()
-        few = captioned.take(range(min(max(2, config.loop.batch), len(captioned))))
-        fingerprint = encoders_fingerprint(backbone)  # before the clock starts: hashed once for any number of pictures
+        few = captioned.take(range(min(max(2, config.loop.batch), len(captioned), FEW)))
+        fingerprint = encoders_fingerprint(backbone.folder)  # before the clock: hashed once for any number of pictures
         started = time.perf_counter()
         data = latent_set(few, backbone, fingerprint, Path(cache), backbone.latent_shape)
-        encoding = (time.perf_counter() - started) / len(few) * len(captioned)
-        share = captions_share = len(captioned) / len(few)
-        drawn = min(config.data.trajectories, config.loop.batch)
+        needed = min(len(captioned), config.loop.steps * config.loop.batch) if lacking is None else max(lacking)
+        encoding = (time.perf_counter() - started) / len(few) * needed
+        share = captions_share = needed / len(few)
+        drawn = min(config.data.trajectories, config.loop.batch, FEW)
         run = lay_out(with_trajectories(config, drawn), backbone, few, data)
         named = config.perceptual.folder
         run = with_looks(run, Path(named) if named else None)

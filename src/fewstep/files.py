@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -141,16 +142,22 @@ def _swap(part: Path, path: Path) -> None:
         old.unlink()
 
 
-def sweep(folder: Path | str) -> None:
+def sweep(folder: Path | str, age: float = 0.0) -> None:
     """Remove what killed processes left half-written in `folder` (hidden `.part`, `.old` and `.gone` entries).
 
     An `.old` one is put back where the new one had not yet taken its place.
+
+    Args:
+        age: seconds since which it was not written to, where other processes may be writing there.
     """
     for old in Path(folder).glob(".*.old"):
         place = old.with_name(old.name[1:].rsplit(".", 2)[0])
         if not place.exists():
             old.replace(place)
     for left in [found for suffix in ("part", "old", "gone") for found in Path(folder).glob(f".*.{suffix}")]:
+        with suppress(FileNotFoundError):
+            if age and time.time() - left.stat().st_mtime < age:
+                continue
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:
@@ -219,10 +226,13 @@ def _lock(folder: Path, place: Path) -> IO[str]:
 
 
 @contextmanager
-def alone(place: Path) -> Iterator[None]:
+def alone(place: Path, notice: str = "") -> Iterator[None]:
     """Wait until no other process or thread is in a block of the same place, a lock file beside what it makes.
 
     A process that dies leaves. On a system, or a file system, without locks nobody waits.
+
+    Args:
+        notice: printed to stderr where it has to wait.
 
     Raises:
         UserError: the lock file cannot be written.
@@ -237,7 +247,12 @@ def alone(place: Path) -> Iterator[None]:
         stream = place.open("a")
     with stream:
         with suppress(OSError):  # no locks here
-            fcntl.flock(stream, fcntl.LOCK_EX)  # of this open file, so that threads wait as well
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if notice:
+                    print(notice, file=sys.stderr)
+                fcntl.flock(stream, fcntl.LOCK_EX)  # of this open file, so that threads wait as well
         yield
 
 
@@ -256,6 +271,12 @@ def check_writable(folder: Path | str) -> None:
             probe.write(b"0")
             probe.flush()
             os.fsync(probe.fileno())
+
+
+def cache_root() -> Path:
+    """Where work is kept that several runs share: $FEWSTEP_CACHE, or ~/.cache/fewstep. It may be deleted at any time
+    at which nothing runs."""
+    return Path(os.environ.get("FEWSTEP_CACHE") or Path.home() / ".cache" / "fewstep")
 
 
 def write_json(path: Path | str, data: Any) -> None:

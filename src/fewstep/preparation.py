@@ -6,27 +6,39 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fewstep.backbones.base import Backbone, open_backbone
 from fewstep.backbones.lengths import CutPrompts
+from fewstep.common.run_inputs import PARTS
 from fewstep.compiled import compile_networks, eagerly
 from fewstep.data import pictures
-from fewstep.data.buckets import BucketedLatents, bucketed
-from fewstep.data.latents import LatentSet, latent_set
+from fewstep.data.buckets import BucketedFiles, BucketedLatents, bucketed, shape_order
+from fewstep.data.latents import (
+    Known,
+    LatentSet,
+    Wanted,
+    known,
+    lacking_captions,
+    lacking_pictures,
+    latent_set,
+)
 from fewstep.data.prompts import is_prompt_file, is_shards, read_prompts
 from fewstep.data.shards import from_shards
+from fewstep.data.visits import used
 from fewstep.denoiser import Condition, Denoiser, computed_in
 from fewstep.device import DTYPES, pick_precision
 from fewstep.draws import order
 from fewstep.errors import UserError
 from fewstep.evaluation.settings import KID_FEWEST
 from fewstep.files import sha256
-from fewstep.folder import read_folder
+from fewstep.folder import PipelineFolder, read_folder
 from fewstep.objectives.preference import Taste
 from fewstep.perceptual.settings import PerceptualConfig
 from fewstep.plan import roles_of
@@ -42,7 +54,7 @@ from fewstep.synthesized import open_set
 from fewstep.tally import Tally
 from fewstep.taste import make_taste
 from fewstep.training.cpu import speed_up
-from fewstep.trajectories import stored_trajectories
+from fewstep.trajectories import drawn_prompts, stored_trajectories
 from fewstep.world import emoji8
 
 
@@ -96,9 +108,9 @@ class Run:
             return self.backbone.features(network, x, t, condition)
 
     @property
-    def inputs(self) -> dict[str, str]:
+    def inputs(self) -> dict[str, Any]:
         """Fingerprints of what it trains on: a run is resumed on the same only."""
-        own = {"teacher": self.backbone.folder.denoising, "data": self.data.key}
+        own = {"teacher": self.backbone.folder.denoising, **self.data.inputs, **watched_inputs(self.config)}
         return own | dict(self.fed)
 
     @property
@@ -128,8 +140,68 @@ def load_teacher(config: DistillConfig, device: torch.device) -> Backbone:
     return backbone
 
 
-def read_source(config: DistillConfig, backbone: Backbone, cache: Path) -> pictures.Captioned:
-    """The captioned pictures that the config names, of the backbone's size or in buckets around it, or its prompts.
+def watched_inputs(config: DistillConfig) -> dict[str, str]:
+    """Fingerprint of the prompts that the quality watch is given in a file, if it is."""
+    named = config.watch.prompts
+    if not (config.loop.watch_every and named and is_prompt_file(named)):
+        return {}
+    prompts = json.dumps(read_prompts(named, "watch.prompts"))
+    return {"watched prompts": hashlib.sha256(prompts.encode()).hexdigest()}
+
+
+@dataclass(frozen=True)
+class Source:
+    """The pictures and captions of a run, and what of them it will ask for; no network is loaded for it.
+
+    Attributes:
+        known: identifies them.
+        wanted: which of them the steps that are left ask for.
+        inputs: fingerprints of what a run on them is fed, as far as they are known without networks.
+    """
+
+    captioned: pictures.Captioned
+    known: Known
+    wanted: Wanted
+    inputs: Mapping[str, Any]
+
+    def lacking(self, cache: Path) -> tuple[int, int]:
+        """How many pictures and captions are still to be encoded."""
+        return (
+            lacking_pictures(self.captioned, self.known, cache, self.wanted.pictures),
+            lacking_captions(self.known, cache, self.wanted.captions),
+        )
+
+
+def open_source(config: DistillConfig, cache: Path, done: int = 0) -> Source | None:
+    """Find the pictures and captions of a run, and which of them are needed; None for a set of `fewstep synthesize`.
+
+    Args:
+        cache: folder for lists of what shards hold.
+        done: steps that are made already.
+
+    Raises:
+        UserError: as `read_source`; or the teacher cannot be read.
+    """
+    if is_synthesis(config.data.source):
+        return None
+    folder = read_folder(teacher_path(config.teacher))
+    captioned = read_source(config, folder, cache)
+    of = known(captioned, encoders_fingerprint(folder))
+    inputs: dict[str, Any] = {"teacher": folder.denoising, PARTS: dict(of.parts), **watched_inputs(config)}
+    if config.method.start == "trajectory":
+        drawn = torch.unique(drawn_prompts(config, len(of.said))[0]).numpy()
+        wanted = Wanted(np.zeros(0, dtype=np.int64), drawn[drawn < len(of.said)])
+        return Source(captioned, of, wanted, inputs)
+    loop, held = config.loop, captioned.pictures
+    visits: Callable[[int, int], np.ndarray] = partial(order, loop.seed, len(captioned))
+    if isinstance(held, BucketedFiles):
+        visits = shape_order(held.groups(), loop.seed, loop.batch)
+    wanted = used(of, visits, range(done, loop.steps), loop.batch, loop.seed, config.data.empty_prompts)
+    return Source(captioned, of, wanted, inputs | {"data": of.key})
+
+
+def read_source(config: DistillConfig, folder: PipelineFolder, cache: Path) -> pictures.Captioned:
+    """The captioned pictures that the config names, of the teacher's size or in buckets around it, or its prompts.
 
     Args:
         cache: folder for lists of what shards hold.
@@ -137,45 +209,61 @@ def read_source(config: DistillConfig, backbone: Backbone, cache: Path) -> pictu
     Raises:
         UserError: they cannot be read, are of another size, or are too few to watch the quality by.
     """
-    source = config.data.source
+    source, size = config.data.source, config.data.size or folder.picture_size
     if source == "captions":
         return emoji8.captions_alone(config.data.captions, config.loop.seed)
     if is_prompt_file(source):
         return pictures.from_prompts(read_prompts(source, "data.source"))
     if source == "emoji8":
-        emoji8.check_size(backbone.picture_size, "data.source = 'emoji8'")
+        emoji8.check_size(size, "data.source = 'emoji8'")
         captioned = emoji8.captioned(config.data.captions, config.loop.seed)
     elif is_shards(source):
-        captioned = main_first(lambda: from_shards(source, backbone.picture_size, cache))
+        captioned = main_first(lambda: from_shards(source, size, cache))
     else:
-        captioned = pictures.from_folder(Path(source), backbone.picture_size)
+        captioned = pictures.from_folder(Path(source), size)
     if config.loop.watch_every and len(captioned) < KID_FEWEST:
         raise UserError(
             f"loop.watch_every takes KID from at least {KID_FEWEST} pictures, data.source has {len(captioned)}; "
             "give more, or loop.watch_every=null"
         )
     if config.data.buckets:
-        captioned = bucketed(captioned, backbone.picture_size, backbone.folder.unit, config.loop.batch)
+        captioned = bucketed(captioned, size, folder.unit, config.loop.batch)
     return captioned
 
 
-def prepare(config: DistillConfig, cache: Path, device: torch.device, *, quiet: bool = True) -> Run:
-    """Load the teacher, encode the data, and lay out the roles.
+def prepare(
+    config: DistillConfig,
+    cache: Path,
+    device: torch.device,
+    *,
+    shared: Path | None = None,
+    source: Source | None = None,
+    quiet: bool = True,
+) -> Run:
+    """Load the teacher, encode what of the data is needed, and lay out the roles.
 
     Args:
+        cache: the run's own folder for trajectories and a distance that is trained first.
+        shared: folder of encodings, which other runs share; `cache` if left out.
+        source: the run's data, of which what is wanted is encoded; opened, and all encoded, if left out.
         quiet: do not print what of the source is used, and how many captions the text encoders cut.
 
     Raises:
         UserError: the teacher or the data cannot be read, or do not fit.
     """
+    place = shared or cache
+    if source is None:
+        found = open_source(config, place)
+        source = None if found is None else replace(found, wanted=Wanted())
     backbone = load_teacher(config, device)
-    if is_synthesis(config.data.source):
+    if source is None:
         return on_synthesis(config, backbone, cache)
-    captioned = read_source(config, backbone, cache)
+    captioned, of = source.captioned, source.known
     tell([] if quiet else [captioned.line()])
     backbone.load_encoders()  # a broken text encoder is told of before the pictures are encoded
     cut = CutPrompts(backbone)
-    data = latent_set(captioned, backbone, encoders_fingerprint(backbone), cache, backbone.latent_shape, cut)
+    shape, print_of = backbone.latent_shape, of.parts["encoders"]
+    data = latent_set(captioned, backbone, print_of, place, shape, of=of, wanted=source.wanted, look=cut)
     cut.add_up()
     tell([] if quiet else cut.lines("caption"))
     folder = perceptual_folder(config, backbone, data.said, cache)
@@ -244,9 +332,9 @@ def load_named_scorer(named: str, device: torch.device) -> PreferenceScorer:
     return load_scorer(name, Path(folder), device)
 
 
-def encoders_fingerprint(backbone: Backbone) -> str:
+def encoders_fingerprint(folder: PipelineFolder) -> str:
     """Fingerprint of what makes latents and text states."""
-    return backbone.folder.identity("vae", *backbone.folder.family.readers)
+    return folder.identity("vae", *folder.family.readers)
 
 
 def lay_out(config: DistillConfig, backbone: Backbone, captioned: pictures.Captioned, data: LatentSet) -> Run:

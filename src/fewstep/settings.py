@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from fewstep.common.run_inputs import Content
 from fewstep.config import Config, merge, parse_overrides, read_yaml, validate
 from fewstep.loop_settings import LoopConfig, OptimConfig
 from fewstep.method_settings import ConsistencyConfig, GridSpec
@@ -124,7 +125,9 @@ class StudentConfig(Config):
     teacher_precision: Literal["fp32", "bf16", "fp16"] | None = Field(
         None, description="type of the teacher's calls in a step: fp32, bf16 or fp16; null for loop.precision"
     )
-    start: str = Field("", description="a finished student to start from; empty for the teacher itself")
+    start: Annotated[str, Content("start")] = Field(
+        "", description="a finished student to start from; empty for the teacher itself"
+    )
 
     @property
     def lora_alpha(self) -> float:
@@ -135,7 +138,7 @@ class StudentConfig(Config):
 class DataConfig(Config):
     """What the student sees."""
 
-    source: str = Field(
+    source: Annotated[str, Content("data")] = Field(
         "emoji8",
         description="emoji8, a folder of captioned pictures, or webdataset shards (.tar files, by paths or URLs); "
         "without pictures: captions (Emoji-8's), a prompt file, "
@@ -163,7 +166,9 @@ class DataConfig(Config):
 class WatchConfig(Config):
     """Quality checks during training, every loop.watch_every steps."""
 
-    prompts: str = Field("", description="prompt file or bundled list; empty for the data's own")
+    prompts: Annotated[str, Content("watched prompts")] = Field(
+        "", description="prompt file or bundled list; empty for the data's own"
+    )
     count: int = Field(256, ge=16, description="pictures drawn at each check")
     seed: int = Field(1234, ge=0, le=2**62, description="seed of the first picture; the others count up")
     teacher_steps: int = Field(50, ge=1, description="steps of the teacher's end points")
@@ -172,14 +177,18 @@ class WatchConfig(Config):
 class LookConfig(PerceptualConfig):
     """The distance between latents that `method.distance = perceptual` looks through."""
 
-    folder: str = Field("", description="of a finished one; empty to train one for this teacher beforehand")
+    folder: Annotated[str, Content("perceptual distance")] = Field(
+        "", description="of a finished one; empty to train one for this teacher beforehand"
+    )
 
 
 class DistillConfig(Config):
     """Everything that decides a distillation run."""
 
     recipe: str = Field("tcd", description="name of the method's recipe")
-    teacher: str = Field("", description="pipeline folder; empty for the bundled teacher")
+    teacher: Annotated[str, Content("teacher")] = Field(
+        "", description="pipeline folder; empty for the bundled teacher"
+    )
     device: DeviceName = Field("auto", description="where to train")
     method: ConsistencyConfig = Field(ConsistencyConfig(), description="the objective")
     student: StudentConfig = Field(StudentConfig(), description="what is trained")

@@ -7,7 +7,6 @@ what comes from a hub. Neither reads a pickle.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from fewstep.errors import UserError
 from fewstep.export.header import read_notes
 from fewstep.export.pipeline import LICENCES, RECORD
 from fewstep.families import FAMILIES
-from fewstep.files import alone, atomic_folder, read_json, read_mapping, write_json
+from fewstep.files import alone, atomic_folder, cache_root, read_json, read_mapping, write_json
 from fewstep.folder import VARIANTS, weight_files
 from fewstep.pickles import advice, is_pickle
 from fewstep.scheduler_config import PREDICTIONS
@@ -46,7 +45,7 @@ WEIGHTS = {
 
 def cache_folder() -> Path:
     """Where teachers that came as one file, or from a hub, are kept as folders: $FEWSTEP_CACHE, or ~/.cache/fewstep."""
-    return Path(os.environ.get("FEWSTEP_CACHE") or Path.home() / ".cache" / "fewstep") / "teachers"
+    return cache_root() / "teachers"
 
 
 def teacher_folder(named: Path | str, config: Path | str = "") -> Path:

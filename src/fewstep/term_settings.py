@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from fewstep.common.run_inputs import Content
 from fewstep.config import Config
 from fewstep.names import AdversarialKind, Normaliser
 
@@ -76,7 +77,7 @@ class PreferenceConfig(Config):
     """A differentiable scorer of pictures and prompts."""
 
     weight: float = Field(0.0, ge=0, description="weight of the preference term; 0 for none")
-    scorer: str = Field(
+    scorer: Annotated[str, Content("scorer")] = Field(
         "world", description="world (the bundled one), or NAME:FOLDER, e.g. pickscore:weights/pickscore"
     )
     s0: float | None = Field(

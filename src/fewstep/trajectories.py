@@ -93,6 +93,16 @@ class Kept:
         raise NotImplementedError
 
 
+def drawn_prompts(config: DistillConfig, captions: int) -> tuple[Tensor, Tensor]:
+    """Draw the caption of each trajectory, int64 [N] (`captions` for none), and its guidance omega, float64 [N]."""
+    count, seed = config.data.trajectories, config.loop.seed
+    rng = generator(seed, "trajectories")
+    rows = torch.from_numpy(rng.integers(0, captions, count))
+    unsaid = torch.from_numpy(generator(seed, "trajectories without prompt").random(count))
+    rows = torch.where(unsaid < config.data.empty_prompts, captions, rows)
+    return rows, torch.from_numpy(rng.uniform(*config.method.guidance.omegas, count))
+
+
 def stored_trajectories(
     config: DistillConfig, backbone: Backbone, denoiser: Denoiser, said: LatentSet, cache: Path
 ) -> tuple[LatentSet, Tensor]:
@@ -107,11 +117,7 @@ def stored_trajectories(
     """
     method, count, seed = config.method, config.data.trajectories, config.loop.seed
     device = backbone.device
-    rng = generator(seed, "trajectories")
-    rows = torch.from_numpy(rng.integers(0, said.captions, count))
-    unsaid = torch.from_numpy(generator(seed, "trajectories without prompt").random(count))
-    rows = torch.where(unsaid < config.data.empty_prompts, said.captions, rows)
-    omega = torch.from_numpy(rng.uniform(*method.guidance.omegas, count))
+    rows, omega = drawn_prompts(config, said.captions)
     computed, narrow = asked_outside(config, device)
     asked = replace(denoiser, call=computed_in(denoiser.call, BASE, computed))
     decides = [backbone.folder.denoising, said.key, method_key(method), seed, config.data.empty_prompts]
@@ -158,4 +164,5 @@ def stored_trajectories(
                 bar.update(wide)
 
     kept = MappedRows([held["points"] for held in found if held is not None])
-    return LatentSet(kept, said.table, rows[:, None], f"trajectories-{digest}-{count}", said.said), omega
+    key = f"trajectories-{digest}-{count}"
+    return LatentSet(kept, said.table, rows[:, None], key, said.said, said.parts), omega

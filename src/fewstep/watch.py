@@ -66,7 +66,7 @@ class Watch:
         prompts: what it draws.
         real: pictures uint8 [N, H, W, 3] that KID is taken from, at least 10; None for the teacher's own from other
             noise.
-        cache: folder that the teacher's pictures are kept in; the stages of a run share it.
+        cache: folder that the teacher's pictures and their features are kept in; runs share it.
         keep: called with the weights and their figures whenever KID is the best so far.
     """
 
@@ -90,6 +90,8 @@ class Watch:
         self.prompts = list(prompts)
         self.seeds = list(range(watch.seed, watch.seed + watch.count))
         self.features = Features(Lite0Backbone(), progress=False)
+        # of pictures that every run on these data measures against, and no student's own
+        self.kept_features = Features(self.features.backbone, cache / "features", progress=False)
         self.kid = KernelDistance(self.features)
         self.to_teacher = TeacherFeatures(self.features)
         self.condition = main_first(self._read_prompts)
@@ -151,7 +153,7 @@ class Watch:
 
     def _judge(self, step: int, judged: Mapping[str, Tensor], pictures: np.ndarray) -> Mapping[str, float]:
         """Figures, grid and best student."""
-        drawn, real, wanted = (self.features(p) for p in (pictures, self.real, self.reference))
+        drawn, (real, wanted) = self.features(pictures), map(self.kept_features, (self.real, self.reference))
         figures = {
             "kid": self.kid.distance(drawn, real),
             "to_teacher": float(self.to_teacher.scores(drawn, wanted).mean()),

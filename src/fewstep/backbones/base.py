@@ -362,6 +362,10 @@ class Backbone(ABC):
         """Give a network such a layer, of zeros, where its kind has a place for one and it has none."""
         return
 
+    def pictures_at_once(self, pixels: int) -> int:
+        """Most pictures of so many pixels that `to_latents` hands to the autoencoder in one call."""
+        return at_once(pixels)
+
     @torch.no_grad()
     def to_latents(self, pictures: np.ndarray) -> Tensor:
         """uint8 [N, H, W, 3] -> posterior means, float32 [N, C, h, w] on the CPU, scaled as the network expects."""
@@ -379,7 +383,7 @@ class Backbone(ABC):
     @torch.no_grad()
     def decoded(self, latents: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Decode latents a few at a time: yields the number of the first and [b, 3, H, W] in about [-1, 1]."""
-        batch = _at_once(latents.shape[-1] * latents.shape[-2] * self.folder.scale**2)
+        batch = at_once(latents.shape[-1] * latents.shape[-2] * self.folder.scale**2)
         for start in range(0, len(latents), batch):
             yield start, self.decode(latents[start : start + batch].to(self.device))
 
@@ -422,7 +426,7 @@ def from_network_scale(vae: Any, latents: Tensor) -> Tensor:
     return scaled
 
 
-def _at_once(pixels: int) -> int:
+def at_once(pixels: int) -> int:
     """How many pictures of so many pixels the autoencoder takes at once."""
     return min(128, max(1, MOST_PIXELS // pixels))
 
@@ -438,7 +442,7 @@ def encode_pictures(vae: Any, pictures: np.ndarray, device: torch.device, name: 
         UserError: a latent is not finite.
     """
     parts = []
-    batch = _at_once(pictures.shape[1] * pictures.shape[2])
+    batch = at_once(pictures.shape[1] * pictures.shape[2])
     for start in range(0, len(pictures), batch):
         part = torch.from_numpy(np.array(pictures[start : start + batch])).to(device)
         part = part.permute(0, 3, 1, 2).float() / 127.5 - 1

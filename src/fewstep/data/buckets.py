@@ -149,32 +149,41 @@ class BucketedLatents:
         return chosen
 
     def order(self, seed: int, batch: int) -> Callable[[int, int], np.ndarray]:
-        """As `draws.order`, in batches of one shape each: (start, stop) -> items.
-
-        Each bucket is shuffled and filled up to whole batches by its own first items; then the batches are shuffled.
-        """
+        """As `shape_order`, of these latents."""
         group = self.group.numpy()
-        members = [np.flatnonzero(group == number) for number in range(len(self.parts))]
-        length = sum(-(-len(items) // batch) for items in members) * batch
+        return shape_order([np.flatnonzero(group == number) for number in range(len(self.parts))], seed, batch)
 
-        @lru_cache(maxsize=2)  # batches are asked for one by one, and may lie across two epochs
-        def epoch(number: int) -> np.ndarray:
-            draw = generator(seed, "order", step=number)
-            batches = []
-            for items in members:
-                shuffled = draw.permutation(items)
-                short = -len(shuffled) % batch
-                batches.append(np.resize(shuffled, len(shuffled) + short).reshape(-1, batch))
-            every = np.concatenate(batches)
-            ordered: np.ndarray = every[draw.permutation(len(every))].reshape(-1)
-            return ordered
 
-        def items(start: int, stop: int) -> np.ndarray:
-            positions = np.arange(start, stop)
-            found = np.empty_like(positions)
-            for number in np.unique(positions // length):
-                chosen = positions // length == number
-                found[chosen] = epoch(int(number))[positions[chosen] % length]
-            return found
+def shape_order(
+    members: Sequence[Sequence[int] | np.ndarray], seed: int, batch: int
+) -> Callable[[int, int], np.ndarray]:
+    """As `draws.order`, in batches of one shape each: (start, stop) -> items.
 
-        return items
+    Each bucket is shuffled and filled up to whole batches by its own first items; then the batches are shuffled.
+
+    Args:
+        members: the items of each bucket, in rising order.
+    """
+    length = sum(-(-len(own) // batch) for own in members) * batch
+
+    @lru_cache(maxsize=2)  # batches are asked for one by one, and may lie across two epochs
+    def epoch(number: int) -> np.ndarray:
+        draw = generator(seed, "order", step=number)
+        batches = []
+        for own in members:
+            shuffled = draw.permutation(np.asarray(own))
+            short = -len(shuffled) % batch
+            batches.append(np.resize(shuffled, len(shuffled) + short).reshape(-1, batch))
+        every = np.concatenate(batches)
+        ordered: np.ndarray = every[draw.permutation(len(every))].reshape(-1)
+        return ordered
+
+    def items(start: int, stop: int) -> np.ndarray:
+        positions = np.arange(start, stop)
+        found = np.empty_like(positions)
+        for number in np.unique(positions // length):
+            chosen = positions // length == number
+            found[chosen] = epoch(int(number))[positions[chosen] % length]
+        return found
+
+    return items

@@ -5,25 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from fewstep import processes
+from fewstep.common.run_inputs import PARTS, items
 from fewstep.data.buckets import BucketedFiles, BucketedLatents
 from fewstep.data.pictures import Captioned, PictureSet
+from fewstep.data.row_store import Batches, StoredRows, fill, lacking, read_rows
 from fewstep.device import sent
 from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.files import atomic_write
-from fewstep.mapped import Mapped, MappedRows, Rows, tensors_in
-from fewstep.processes import together
+from fewstep.mapped import Mapped, Rows, tensors_in
 from fewstep.tensors import load_tensors, save_tensors
 
 CHUNK = 512
@@ -50,6 +48,23 @@ class Encoders(Protocol):
         """uint8 pictures -> latents."""
         ...
 
+    def pictures_at_once(self, pixels: int) -> int:
+        """Most pictures of so many pixels that `to_latents` hands to its network in one call."""
+        ...
+
+    prompts_at_once: int
+    """The same of `encode` and its prompts."""
+
+
+class Wanted(NamedTuple):
+    """Which pictures and which distinct captions of a set will be asked for, by number; None for all."""
+
+    pictures: np.ndarray | None = None
+    captions: np.ndarray | None = None
+
+
+ALL = Wanted()
+
 
 @dataclass(frozen=True)
 class LatentSet:
@@ -62,6 +77,7 @@ class LatentSet:
         rows: int64 [N, c]: which conditions belong to which latent.
         key: fingerprint of encoders, pictures and captions.
         said: the distinct captions.
+        parts: as `Known.parts`.
     """
 
     latents: Rows
@@ -69,9 +85,15 @@ class LatentSet:
     rows: Tensor
     key: str
     said: tuple[str, ...] = ()
+    parts: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What a run on it notes as its inputs."""
+        return {"data": self.key, **({PARTS: dict(self.parts)} if self.parts else {})}
 
     @property
     def captions(self) -> int:
@@ -81,11 +103,7 @@ class LatentSet:
     def drawn(self, items: Tensor, draws: Draws, empty: float) -> Tensor:
         """Rows of the table, int64 [B]: one of the captions of each item, drawn; the unconditional one instead for a
         share `empty` of them."""
-        chosen = draws.integers("caption", 0, self.rows.shape[1])
-        rows = self.rows[items, chosen]
-        if empty > 0:
-            rows = torch.where(draws.chance("empty prompt", empty), self.captions, rows)
-        return rows
+        return drawn_captions(self.rows, self.captions, items, draws, empty)
 
     def condition(self, items: Tensor, draws: Draws, empty: float, device: torch.device) -> dict[str, Tensor]:
         """The conditions in the `drawn` rows."""
@@ -100,6 +118,13 @@ class LatentSet:
         """The conditions in the given rows of the table."""
         # widened there: half the bytes go over
         return {name: sent(states[rows], device).float() for name, states in self.table.items()}
+
+
+def drawn_captions(rows: Tensor, captions: int, items: Tensor, draws: Draws, empty: float) -> Tensor:
+    """As `LatentSet.drawn`, from the set's rows and its number of distinct captions alone."""
+    chosen = draws.integers("caption", 0, rows.shape[1])
+    drawn = rows[items, chosen]
+    return torch.where(draws.chance("empty prompt", empty), captions, drawn) if empty > 0 else drawn
 
 
 def kept(folder: Path, key: str) -> dict[str, Tensor] | None:
@@ -149,69 +174,129 @@ def cached_rows(folder: Path, key: str, make: Callable[[], dict[str, Tensor]]) -
     return tensors_in(folder / f"{key}.safetensors")
 
 
-class Chunk(NamedTuple):
-    """One file of many: how much is in it, and what makes its tensors."""
-
-    size: int
-    make: Callable[[], dict[str, Tensor]]
+def every(count: int, wanted: np.ndarray | None) -> np.ndarray:
+    """The wanted rows in rising order, each once; all of them for None."""
+    return np.arange(count) if wanted is None else np.unique(wanted)
 
 
-def shared_rows(folder: Path, chunks: Mapping[str, Chunk], title: str, unit: str) -> list[dict[str, Mapped]]:
-    """`cached_rows` of each key, in order. The processes of a launch take chunks in turn; all must ask.
-
-    Raises:
-        UserError: it failed in another process.
-    """
-    own = list(chunks)[processes.rank() :: processes.count()]
-    total = sum(chunks[key].size for key in own)
-    silent = len(chunks) == 1 or not processes.is_main()
-    with together(), tqdm(total=total, desc=title, unit=unit, disable=silent) as bar:
-        for key in own:
-            cached_rows(folder, key, chunks[key].make)
-            bar.update(chunks[key].size)
-    return [tensors_in(folder / f"{key}.safetensors") for key in chunks]
+def _picture_groups(pictures: PictureSet) -> Sequence[Sequence[int]]:
+    """The pictures of each shape, in the order in which they are stored."""
+    return pictures.groups() if isinstance(pictures, BucketedFiles) else [range(len(pictures))]
 
 
-def encode_all(pictures: PictureSet, encoders: Encoders, cache: Path, key: str) -> Rows:
-    """Latents of all pictures, float32, on disk; some pictures at a time are in memory, and kept once encoded."""
-    groups: Sequence[Sequence[int]] = [range(len(pictures))]
-    read = pictures.read
+def _batches(pictures: PictureSet, rows: Sequence[int], encoders: Encoders) -> Batches:
+    """How the pictures of one shape are encoded."""
+    width, height = pictures.size, pictures.size
     if isinstance(pictures, BucketedFiles):
-        groups, read = pictures.groups(), pictures.read_shaped
+        width, height = pictures.shapes[pictures.of[rows[0]]]
+    return Batches(len(rows), encoders.pictures_at_once(width * height), CHUNK)
 
-    def encode(some: Sequence[int]) -> dict[str, Tensor]:
-        return {"latents": encoders.to_latents(read(some)).cpu()}
 
-    parted = [[rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)] for rows in groups]
-    chunks = {
-        f"{key}-{some[0]}-{some[-1] + 1}": Chunk(len(some), partial(encode, some)) for part in parted for some in part
-    }
-    found = iter(shared_rows(cache, chunks, "encoding pictures", "picture"))
-    parts = [MappedRows([next(found)["latents"] for _ in part]) for part in parted]
+def encode_pictures(
+    pictures: PictureSet, encoders: Encoders, cache: Path, key: str, wanted: np.ndarray | None = None
+) -> Rows:
+    """Encode the wanted pictures: latents, float32, on disk. Some pictures at a time are in memory."""
+    chosen, parts = every(len(pictures), wanted), list[Rows]()
+    groups = _picture_groups(pictures)
+    read = pictures.read_shaped if isinstance(pictures, BucketedFiles) else pictures.read
+    for number, rows in enumerate(groups):
+        place, own = cache / f"{key}-{number}", np.asarray(rows)
+
+        def encode(some: Sequence[int], own: np.ndarray = own) -> dict[str, Tensor]:
+            return {"latents": encoders.to_latents(read(own[some])).cpu()}
+
+        mine = np.flatnonzero(np.isin(own, chosen))
+        fill(place, mine, _batches(pictures, rows, encoders), encode, "encoding pictures", "picture")
+        parts.append(read_rows(place, len(own)).get("latents") or StoredRows(len(own), []))
     return BucketedLatents(parts, groups) if isinstance(pictures, BucketedFiles) else parts[0]
 
 
 def encode_captions(
-    captions: Sequence[str], encoders: Encoders, cache: Path, key: str, look: Look | None = None
+    captions: Sequence[str],
+    encoders: Encoders,
+    cache: Path,
+    key: str,
+    wanted: np.ndarray | None = None,
+    look: Look | None = None,
 ) -> dict[str, Rows]:
-    """Conditions of the captions and, last, the unconditional one, fp16, on disk; some at a time are in memory."""
+    """Encode the wanted captions and, last, the unconditional one: conditions, fp16, on disk."""
+    place, count = cache / key, len(captions)
 
-    def encode(start: int) -> dict[str, Tensor]:
-        some = captions[start : start + SAID]
-        states = encoders.encode(some)
-        if look is not None:
-            look(some)
-        if start + SAID >= len(captions):
-            null = encoders.null(1)
-            states = {name: torch.cat([state, null[name]]) for name, state in states.items()}
+    def halves(states: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: state.half().cpu() for name, state in states.items()}
 
-    chunks = {
-        f"{key}-{start}": Chunk(min(SAID, len(captions) - start), partial(encode, start))
-        for start in range(0, len(captions), SAID)
-    }
-    parts = shared_rows(cache, chunks, "encoding captions", "caption")
-    return {name: MappedRows([part[name] for part in parts]) for name in parts[0]}
+    def encode(some: Sequence[int]) -> dict[str, Tensor]:
+        read = [captions[row] for row in some]
+        if look is not None:
+            look(read)
+        return halves(encoders.encode(read))
+
+    def null(_: Sequence[int]) -> dict[str, Tensor]:
+        return halves(encoders.null(1))
+
+    batches = Batches(count, encoders.prompts_at_once, SAID)
+    fill(place, every(count, wanted), batches, encode, "encoding captions", "caption")
+    fill(place, np.array([count]), Batches(count + 1, 1, 1), null, "", "caption")
+    return dict(read_rows(place, count + 1))
+
+
+@dataclass(frozen=True)
+class Known:
+    """What identifies a training set before anything of it is encoded.
+
+    Attributes:
+        pictures, captions: names of their stores; of prompts alone the first is "no-pictures".
+        said: the distinct captions.
+        rows: int64 [N, c]: which of them belong to which item.
+        parts: fingerprints of what makes it up, by name (`training.run.ITEMS`).
+    """
+
+    pictures: str
+    captions: str
+    said: tuple[str, ...]
+    rows: Tensor
+    parts: Mapping[str, str]
+
+    @property
+    def key(self) -> str:
+        """Fingerprint of all of it."""
+        return f"{self.pictures} {self.captions}"
+
+
+def known(data: Captioned, fingerprint: str) -> Known:
+    """Identify a training set by its pictures, captions and the `fingerprint` of what encodes them."""
+    pictures, parts = data.pictures, {"encoders": fingerprint}
+    seen = "no-pictures"
+    if pictures is not None:
+        digest = hashlib.sha256(f"{fingerprint} {pictures.fingerprint()}".encode())
+        seen = f"latents-{digest.hexdigest()[:16]}"
+        parts["size"] = f"{pictures.size}"
+        parts["pictures"] = items(identity.hex() for identity in pictures.identities())
+        if isinstance(pictures, BucketedFiles):
+            shapes = [pictures.shapes[number] for number in pictures.of]
+            parts["crops"] = items(f"{width:08x}{height:08x}" for width, height in shapes)
+    captions = (json.dumps(list(row)).encode() for row in data.captions)
+    parts["captions"] = items(hashlib.sha256(row).hexdigest() for row in captions)
+    distinct = sorted({caption for row in data.captions for caption in row})
+    digest = hashlib.sha256((fingerprint + json.dumps(distinct)).encode())
+    number = {caption: i for i, caption in enumerate(distinct)}
+    most = max(len(row) for row in data.captions)
+    rows = torch.tensor([[number[row[i % len(row)]] for i in range(most)] for row in data.captions])
+    return Known(seen, f"captions-{digest.hexdigest()[:16]}", tuple(distinct), rows, parts)
+
+
+def lacking_pictures(data: Captioned, of: Known, cache: Path, wanted: np.ndarray | None) -> int:
+    """How many of the wanted pictures are not encoded yet."""
+    if data.pictures is None:
+        return 0
+    chosen, groups = every(len(data), wanted), _picture_groups(data.pictures)
+    own = [np.flatnonzero(np.isin(np.asarray(rows), chosen)) for rows in groups]
+    return sum(lacking(cache / f"{of.pictures}-{number}", rows) for number, rows in enumerate(own))
+
+
+def lacking_captions(of: Known, cache: Path, wanted: np.ndarray | None) -> int:
+    """How many of the wanted captions are not encoded yet."""
+    return lacking(cache / of.captions, every(len(of.said), wanted))
 
 
 def latent_set(
@@ -220,31 +305,28 @@ def latent_set(
     fingerprint: str,
     cache: Path,
     shape: tuple[int, ...] = (),
+    *,
+    of: Known | None = None,
+    wanted: Wanted = ALL,
     look: Look | None = None,
 ) -> LatentSet:
     """Encode pictures and captions, once for each (encoder weights, pictures, captions); of prompts alone no picture.
 
-    Text states are kept in fp16, latents in fp32. All processes of a launch must ask: each encodes its share of the
-    chunks, and reads what the others kept.
+    Text states are kept in fp16, latents in fp32. All processes of a launch must ask: each encodes its share, and reads
+    what the others kept.
 
     Args:
+        cache: folder that is shared with other runs.
         shape: of a latent, for prompts alone.
-        look: called with captions as they are encoded, once for each; not with those that were kept.
+        of: the set's identity, if it is known already.
+        wanted: which pictures and captions will be asked for.
+        look: called with captions as they are encoded; not with those that were kept.
     """
-    pictures = data.pictures
-    if pictures is None:
-        seen = "no-pictures"
-        latents: Rows = torch.zeros(()).expand(len(data), *shape)
+    of = of or known(data, fingerprint)
+    latents: Rows
+    if data.pictures is None:
+        latents = torch.zeros(()).expand(len(data), *shape)
     else:
-        digest = hashlib.sha256(f"{fingerprint} {pictures.fingerprint()}".encode())
-        seen = f"latents-{digest.hexdigest()[:16]}"
-        latents = encode_all(pictures, encoders, cache, seen)
-    distinct = sorted({caption for row in data.captions for caption in row})
-    digest = hashlib.sha256((fingerprint + json.dumps(distinct)).encode())
-
-    said = f"captions-{digest.hexdigest()[:16]}"
-    table = encode_captions(distinct, encoders, cache, said, look)
-    number = {caption: i for i, caption in enumerate(distinct)}
-    most = max(len(row) for row in data.captions)
-    rows = torch.tensor([[number[row[i % len(row)]] for i in range(most)] for row in data.captions])
-    return LatentSet(latents, table, rows, f"{seen} {said}", tuple(distinct))
+        latents = encode_pictures(data.pictures, encoders, cache, of.pictures, wanted.pictures)
+    table = encode_captions(of.said, encoders, cache, of.captions, wanted.captions, look)
+    return LatentSet(latents, table, of.rows, of.key, of.said, of.parts)

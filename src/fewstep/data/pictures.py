@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import Protocol
@@ -37,6 +37,9 @@ class PictureSet(Protocol):
             UserError: one cannot be read.
         """
 
+    def identities(self) -> list[bytes]:
+        """sha256 of what decides each of them, apart from the size."""
+
     def fingerprint(self) -> str:
         """sha256 of what decides all of them."""
 
@@ -59,6 +62,10 @@ class HeldPictures:
         """Some of them."""
         chosen: np.ndarray = self.array[np.asarray(rows, dtype=np.int64)]
         return chosen
+
+    def identities(self) -> list[bytes]:
+        """sha256 of each picture's pixels."""
+        return [hashlib.sha256(np.ascontiguousarray(picture).data).digest() for picture in self.array]
 
     def fingerprint(self) -> str:
         """sha256 of shape and pixels."""
@@ -104,12 +111,17 @@ class PictureFiles:
         with ThreadPoolExecutor() as pool:
             return np.stack(list(pool.map(lambda row: read_picture(self.files[int(row)], self.size), rows)))
 
+    def identities(self) -> list[bytes]:
+        """sha256 of each file's bytes; of grey PNGs of 16 bits also that they are scaled. Read once."""
+        return self._identities
+
+    @cached_property
+    def _identities(self) -> list[bytes]:
+        return [_identity(file) if isinstance(file, Path) else file.identity() for file in self.files]
+
     def fingerprint(self) -> str:
-        """sha256 of the size and of the files' bytes; of grey PNGs of 16 bits also that they are scaled."""
-        digest = hashlib.sha256(f"{self.size}".encode())
-        for file in self.files:
-            digest.update(_identity(file) if isinstance(file, Path) else file.identity())
-        return digest.hexdigest()
+        """sha256 of the size and of the files' identities."""
+        return hashlib.sha256(f"{self.size}".encode() + b"".join(self.identities())).hexdigest()
 
 
 def _identity(file: Path) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import posixpath
 import re
 import tarfile
@@ -15,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,7 +80,7 @@ class Member:
 
     def identity(self) -> bytes:
         """sha256 of what decides its bytes: they are not read for it."""
-        told = f"{self.shard} {self.version} {self.name} {self.offset} {self.size}"
+        told = f"{same_place(self.shard)} {self.version} {self.name} {self.offset} {self.size}"
         return hashlib.sha256(told.encode() + SCALED * self.deep).digest()
 
 
@@ -115,6 +117,14 @@ def place_of(url: str) -> tuple[Any, str]:
 
     files, path = url_to_fs(url)
     return files, path
+
+
+@lru_cache(maxsize=1024)
+def same_place(url: str) -> str:
+    """One spelling for a shard however it is named: a local one by its real path, others by their whole URL."""
+    files, path = place_of(url)
+    local = "file" in (files.protocol if isinstance(files.protocol, tuple) else (files.protocol,))
+    return os.path.realpath(path) if local else str(files.unstrip_protocol(path))
 
 
 @contextmanager

@@ -13,10 +13,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from tqdm import tqdm
 
 from fewstep.common import core_yaml
+from fewstep.common.run_inputs import Content, difference
 from fewstep.config import Config, first_difference, read_yaml
 from fewstep.errors import UserError
 from fewstep.files import atomic_write, read_json, sweep, taken, write_json
@@ -83,7 +84,7 @@ class RunLog:
         config: Config,
         *,
         title: str,
-        inputs: Mapping[str, str] | None = None,
+        inputs: Mapping[str, Any] | None = None,
         main: bool = True,
         quiet: bool = False,
     ) -> None:
@@ -102,10 +103,10 @@ class RunLog:
             self.close()
             raise
 
-    def _open(self, config: Config, inputs: Mapping[str, str] | None) -> None:
+    def _open(self, config: Config, inputs: Mapping[str, Any] | None) -> None:
         folder = self.folder
         resolved = config.model_dump(mode="json")
-        check_same_run(folder, config, inputs)
+        check_same_run(folder, config, inputs, later=True)
         sweep(folder)
         with atomic_write(folder / "config.yaml") as part:
             part.write_text(core_yaml.dump(resolved), encoding="utf-8")
@@ -190,8 +191,12 @@ def last_step(folder: Path) -> int:
     return int(found[-1].name.removeprefix("step-")) if found else 0
 
 
-def check_same_run(folder: Path, config: Config, inputs: Mapping[str, str] | None = None) -> None:
+def check_same_run(
+    folder: Path, config: Config, inputs: Mapping[str, Any] | None = None, *, whole: bool = True, later: bool = False
+) -> None:
     """Refuse a run folder that holds another run.
+
+    Files and folders are compared by what was read, their fingerprints among the inputs, not by how they are spelled.
 
     How often it logs, saves and watches may differ, and how the samples of a step are shared out over micro-batches and
     processes, split or compiled: all but rounding is the same. So may its length, as long as every step taken so far
@@ -200,6 +205,8 @@ def check_same_run(folder: Path, config: Config, inputs: Mapping[str, str] | Non
 
     Args:
         inputs: what the run was fed, by name, as fingerprints; None before they are known.
+        whole: whether these are all of its inputs.
+        later: whether the inputs are compared later: without them, spellings are what can be compared.
 
     Raises:
         UserError: naming the first difference.
@@ -213,19 +220,32 @@ def check_same_run(folder: Path, config: Config, inputs: Mapping[str, str] | Non
         _check_length(folder, known, config)
         old = known.model_dump(mode="json")
     old, new = _without_rhythm(old), _without_rhythm(config.model_dump(mode="json"))
+    if inputs is not None or later:
+        old, new = _without_contents(old, type(config)), _without_contents(new, type(config))
     if old != new:
         raise UserError(
             f"run folder {folder} holds a run with another {first_difference(old, new)}; "
             "give the same config to resume it, or another --out"
         )
     if inputs is not None and (folder / INPUTS).exists():
-        fed = read_json(folder / INPUTS)
-        changed = sorted(name for name in {*fed, *inputs} if fed.get(name) != inputs.get(name))
+        changed = difference(read_json(folder / INPUTS), inputs, whole=whole)
         if changed:
-            raise UserError(
-                f"run folder {folder} holds a run on another {changed[0]} "
-                f"({str(fed.get(changed[0]))[:12]}, now {str(inputs.get(changed[0]))[:12]}); give another --out"
-            )
+            raise UserError(f"run folder {folder} holds a run on another {changed}; give another --out")
+
+
+def _without_contents(config: Any, model: type[BaseModel]) -> Any:
+    """A config without the fields that name files and folders (`Content`)."""
+    if not isinstance(config, Mapping):
+        return config
+    kept = {}
+    for name, value in config.items():
+        field = model.model_fields.get(name)
+        if field is not None and any(isinstance(mark, Content) for mark in field.metadata):
+            continue
+        inner = field.annotation if field is not None else None
+        nested = isinstance(inner, type) and issubclass(inner, BaseModel)
+        kept[name] = _without_contents(value, inner) if nested else value  # type: ignore[arg-type]
+    return kept
 
 
 def _check_length(folder: Path, old: Any, new: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from fewstep.common.run_inputs import Content
 from fewstep.config import Config
 from fewstep.errors import nearest, nearest_divisor
 from fewstep.evaluation.settings import ScorerConfig
@@ -52,7 +53,9 @@ class UnetConfig(Config):
     latent_channels: int = Field(16, ge=1, description="channels of a latent")
     text_width: int = Field(384, ge=1, description="width of the text states")
     captions: int = Field(12, ge=1, description="captions drawn once for each picture")
-    start: str = Field("", description="pipeline folder whose denoiser the training starts from; empty for none")
+    start: Annotated[str, Content("start")] = Field(
+        "", description="pipeline folder whose denoiser the training starts from; empty for none"
+    )
     prompt_dropout: float = Field(0.1, ge=0, le=1, description="share of empty prompts")
     min_snr: float = Field(5.0, gt=0, description="gamma of the Min-SNR weight min(SNR, gamma)/SNR")
     loop: LoopConfig = LoopConfig(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.backbones.base import encode_pictures
+from fewstep.backbones.base import at_once, encode_pictures
 from fewstep.backbones.sd import encode_text
 from fewstep.device import pick_device
 from fewstep.errors import UserError
@@ -37,6 +37,8 @@ SHARD_BYTES = 14 * 2**20
 class WorldEncoders:
     """The finished autoencoder and the frozen text encoder, as the diffusers pipeline uses them."""
 
+    prompts_at_once = 256
+
     def __init__(self, vae: Any, folder: Path) -> None:
         from transformers import AutoTokenizer, BertModel
 
@@ -58,6 +60,10 @@ class WorldEncoders:
     def to_latents(self, pictures: np.ndarray) -> Tensor:
         """uint8 [N, 64, 64, 3] -> posterior means, float32 [N, C, 8, 8]."""
         return encode_pictures(self.vae, pictures, torch.device("cpu"))
+
+    def pictures_at_once(self, pixels: int) -> int:
+        """Most pictures of so many pixels that go through the autoencoder in one call."""
+        return at_once(pixels)
 
 
 def save_sharded(folder: Path, module: Any, stem: str = "diffusion_pytorch_model") -> None:

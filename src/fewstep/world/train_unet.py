@@ -94,7 +94,7 @@ def train_unet(config: UnetConfig, encoders: Encoders, fingerprint: str, folder:
     judged_states = encoders.encode([emoji8.name_with_style(record) for record in heldout.records])["text"]
     torch.manual_seed(seed)
     unet = make_unet(config)
-    inputs = {"data": data.key}
+    inputs = data.inputs
     if config.start:
         unet.load_state_dict(started(Path(config.start), unet))
         inputs["start"] = read_folder(config.start).fingerprint("unet")

@@ -81,7 +81,7 @@ def learn(lesson: Lesson, weights: Mapping[str, nn.Parameter], predict: Predict,
     plan = [Update("weights", dict(weights), loss, OptimConfig(lr=config.lr, warmup=20, decay="cosine"))]
     loop = LoopConfig(steps=config.steps, batch=config.batch, seed=config.seed, save_every=100, log_every=20)
     accelerator = make_accelerator("fp32", torch.device("cpu"))
-    inputs = {"data": data.key, **lesson.inputs}
+    inputs = {**data.inputs, **lesson.inputs}
     with RunLog(out, config, title=lesson.name, inputs=inputs) as log:
         trained = train(plan, fetch, len(data), loop, log, accelerator)
     with torch.no_grad():

@@ -107,7 +107,7 @@ class Workshop:
 
     def taught(self, name: str, source: Captioned, config: AddOnConfig, empty: float, **inputs: str) -> training.Lesson:
         """A lesson on pictures, encoded by the base."""
-        fingerprint = encoders_fingerprint(self.backbone)
+        fingerprint = encoders_fingerprint(self.backbone.folder)
         data = latent_set(source, self.backbone, fingerprint, self.out / "cache")
         return training.Lesson(name, data, config, {**self.fed, **inputs}, empty)
 

@@ -1,0 +1,67 @@
+"""What a run was fed, as fingerprints, and in what two such records differ. Light."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+PARTS = "parts of the data"
+"""The entry that holds the parts of a data set by name, where the others hold one fingerprint each."""
+ITEMS = "items:"
+"""How a part begins that lists its items, DIGITS hexadecimal digits each."""
+DIGITS = 16
+NEWER = (PARTS, "watched prompts")
+"""Entries that records of older versions lack."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """Marks a text field that names a file or folder: runs are the same where what was read is, however it is spelled.
+
+    Attributes:
+        entry: which entry of a run's inputs is its fingerprint.
+    """
+
+    entry: str
+
+
+def items(fingerprints: Iterable[str]) -> str:
+    """Return a part that lists its items, from a hexadecimal fingerprint of each."""
+    return ITEMS + "".join(fingerprint[:DIGITS] for fingerprint in fingerprints)
+
+
+def _split(part: str) -> list[str]:
+    listed = part.removeprefix(ITEMS)
+    return [listed[start : start + DIGITS] for start in range(0, len(listed), DIGITS)]
+
+
+def part_difference(name: str, before: str | None, now: str | None) -> str:
+    """In words, how one part of a data set differs: how many of its items, where it lists them."""
+    if before is None or now is None or not before.startswith(ITEMS):
+        short = all(value is not None and len(value) <= DIGITS for value in (before, now))
+        return f"{name} ({before}, now {now})" if short else f"{name}"
+    old, new = _split(before), _split(now)
+    if len(old) == len(new):
+        changed = sum(a != b for a, b in zip(old, new, strict=True))
+        how = "in another order" if sorted(old) == sorted(new) else f"{changed} of {len(old)} changed"
+        return f"{name} ({how})"
+    removed, added = (Counter(a) - Counter(b) for a, b in ((old, new), (new, old)))
+    counts = [f"{sum(many.values())} {word}" for many, word in ((removed, "removed"), (added, "added")) if many]
+    return f"{name} ({', '.join(counts)}; {len(old)} before, now {len(new)})"
+
+
+def difference(before: Mapping[str, Any], now: Mapping[str, Any], *, whole: bool = True) -> str | None:
+    """In words, what of a run's inputs differs; None where nothing does.
+
+    Args:
+        whole: whether `now` has all entries; else those that it lacks are not compared.
+    """
+    names = [name for name in {**before, **now} if (name in now or whole) and (name in before or name not in NEWER)]
+    changed = [name for name in sorted(names) if before.get(name) != now.get(name)]
+    if PARTS in changed:
+        old, new = before[PARTS], now.get(PARTS) or {}
+        parts = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+        return "data: " + ", ".join(part_difference(name, old.get(name), new.get(name)) for name in parts)
+    return changed[0] if changed else None
