@@ -106,11 +106,12 @@ def test_two_processes_share_batches_of_several_shapes(launches: tuple[Path, dic
     assert codes["wide1"] == [0], (folder / "wide1-0.log").read_text()[-2000:]
     assert codes["wide2"] == [0, 0], (folder / "wide2-1.log").read_text()[-2000:]
     parts = {
-        part.name: load_file(part)["latents"] for part in (folder / "wide1" / "cache").glob("latents-*.safetensors")
+        part.relative_to(folder / "wide1"): load_file(part)["latents"]
+        for part in (folder / "wide1" / "cache" / "encoded").glob("latents-*/*.safetensors")
     }
     assert len({latents.shape[2:] for latents in parts.values()}) == 3
     for name, latents in parts.items():
-        assert torch.equal(load_file(folder / "wide2" / "cache" / name)["latents"], latents), name
+        assert torch.equal(load_file(folder / "wide2" / name)["latents"], latents), name
     one, two = (folder / name / "checkpoints" / LAST / "student.safetensors" for name in ("wide1", "wide2"))
     for part, distance in apart(one, two).items():
         assert distance < 3e-5, part

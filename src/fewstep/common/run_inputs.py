@@ -63,5 +63,5 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any], *, whole: bool
     if PARTS in changed:
         old, new = before[PARTS], now.get(PARTS) or {}
         parts = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-        return "data: " + ", ".join(part_difference(name, old.get(name), new.get(name)) for name in parts)
-    return changed[0] if changed else None
+        return "other data: " + ", ".join(part_difference(name, old.get(name), new.get(name)) for name in parts)
+    return f"another {changed[0]}" if changed else None

@@ -206,7 +206,7 @@ def encode_pictures(
             return {"latents": encoders.to_latents(read(own[some])).cpu()}
 
         mine = np.flatnonzero(np.isin(own, chosen))
-        fill(place, mine, _batches(pictures, rows, encoders), encode, "encoding pictures", "picture")
+        fill(place, mine, _batches(pictures, rows, encoders), encode, "encoding pictures", "picture", number)
         parts.append(read_rows(place, len(own)).get("latents") or StoredRows(len(own), []))
     return BucketedLatents(parts, groups) if isinstance(pictures, BucketedFiles) else parts[0]
 

@@ -151,11 +151,13 @@ def fill(
     make: Callable[[Sequence[int]], Mapping[str, Tensor]],
     title: str,
     unit: str,
+    turn: int = 0,
 ) -> None:
     """Compute and store the wanted rows that the store lacks. The processes of a launch share them; all must ask.
 
     Args:
         make: numbers of rows -> their tensors, [n, ...] each.
+        turn: which process begins, where several stores are filled one after another.
 
     Raises:
         UserError: it failed in another process, or the store cannot be written.
@@ -165,7 +167,7 @@ def fill(
     with _one_launch(place):
         with together():
             calls = batches.lists(wanted, _numbers(place))
-        own = calls[processes.rank() :: processes.count()]
+        own = calls[(processes.rank() - turn) % processes.count() :: processes.count()]
         silent = len(calls) < 2 or not processes.is_main()
         with together(), tqdm(total=sum(map(len, own)), desc=title, unit=unit, disable=silent) as bar:
             for rows in own:

@@ -230,7 +230,7 @@ def check_same_run(
     if inputs is not None and (folder / INPUTS).exists():
         changed = difference(read_json(folder / INPUTS), inputs, whole=whole)
         if changed:
-            raise UserError(f"run folder {folder} holds a run on another {changed}; give another --out")
+            raise UserError(f"run folder {folder} holds a run on {changed}; give another --out")
 
 
 def _without_contents(config: Any, model: type[BaseModel]) -> Any:
