@@ -133,7 +133,7 @@ def test_the_estimate_adds_up(tiny_overrides: list[str]) -> None:
     assert lora.data_bytes == latents + states
     assert lora.calls == {"student": 1, "target": 1, "teacher": 2}
     assert lora.encoding_seconds > 0
-    assert len(lora.lines()) == 4
+    assert len(lora.lines()) == 5  # data, time, memory, disk, calls
     full = ["student.kind=full", "method.target=ema", "optim.ema=0.9", "method.solver=dpmpp_2s"]
     (whole,) = distillation.estimate_run(resolve("tcd", None, [*words, *full]))
     base = lora.weights_bytes - lora.trained_bytes // 3  # its adapters are weights too
