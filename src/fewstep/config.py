@@ -162,6 +162,10 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     kind, given = first["type"], first["input"]
+    if kind == "extra_forbidden" and "." in str(first["loc"][-1]):
+        *sections, last = str(first["loc"][-1]).split(".")
+        nested = "".join(f"{section}: {{" for section in sections) + f"{last}: ..." + "}" * len(sections)
+        return f"unknown key {where}; in a mapping sections are nested: {nested}"
     if kind == "extra_forbidden":
         return f"unknown key {where}; the nearest known one is {nearest_key(model, where)}"
     if kind == "missing":

@@ -152,9 +152,10 @@ def _section(annotation: Any, name: str, root: Any) -> Any:
 
 
 def _keep_text(node: yaml.Node, annotation: Any, root: Any) -> None:
-    """Mark the plain scalars below a node that are declared as text."""
+    """Mark the plain scalars below a node that are declared as text; make sections without lines empty mappings."""
     model, item = _model_of(annotation), _item_of(annotation)
     if isinstance(node, yaml.MappingNode) and model is not None:
+        node.value = [(key, _section_node(key, value, model)) for key, value in node.value]
         for key, value in node.value:
             if key.tag == f"{TAG}merge":
                 _keep_text(value, annotation, root)
@@ -168,6 +169,15 @@ def _keep_text(node: yaml.Node, annotation: Any, root: Any) -> None:
             _keep_text(value, annotation if item is None else item, root)
     elif isinstance(node, yaml.ScalarNode) and is_text(annotation) and node.tag != f"{TAG}null":
         node.tag = f"{TAG}str"
+
+
+def _section_node(key: yaml.Node, value: yaml.Node, model: type[BaseModel]) -> yaml.Node:
+    """The value of a key; an empty mapping for a section without lines, as where all of them are comments."""
+    field = model.model_fields.get(key.value) if isinstance(key, yaml.ScalarNode) else None
+    section = field is not None and _model_of(field.annotation) is not None
+    if section and value.tag == f"{TAG}null" and NoneType not in _options(field.annotation if field else None):
+        return yaml.MappingNode(f"{TAG}map", [], value.start_mark, value.end_mark)
+    return value
 
 
 def _options(annotation: Any) -> list[Any]:
