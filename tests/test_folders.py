@@ -91,8 +91,13 @@ def theirs(folder: Path, guidance: float = 3.0) -> np.ndarray:
     pipe = getattr(diffusers, found.pipeline).from_pretrained(folder, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = SSSScheduler.from_config(pipe.scheduler.config, gamma=0.0)
+    more: dict[str, Any] = {}
+    if found.network == "transformer":
+        more = {"height": found.picture_size, "width": found.picture_size}
+    if found.family.kind in ("pixart", "sana"):
+        more |= {"use_resolution_binning": False, "clean_caption": False}
     drawn = pipe(
-        PROMPTS, num_inference_steps=2, guidance_scale=guidance, output_type="np",
+        PROMPTS, num_inference_steps=2, guidance_scale=guidance, output_type="np", **more,
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in SEEDS],
     ).images  # fmt: skip
     return np.asarray((drawn * 255).round())
@@ -135,6 +140,13 @@ def spelled_as_before(folder: Path) -> None:
     save_file(weights, file, {"format": "pt"})
 
 
+def named_as_before(folder: Path) -> None:
+    """PixArt's transformer under the name, and with the keys, of the class that it was part of."""
+    old = dict.fromkeys(["double_self_attention", "only_cross_attention", "use_linear_projection"], False)
+    edit(folder / "transformer/config.json", _class_name="Transformer2DModel", num_vector_embeds=None, **old)
+    edit(folder / "model_index.json", transformer=["diffusers", "Transformer2DModel"])
+
+
 def heun_without_betas(folder: Path) -> None:
     """Its defaults are those of Stable Diffusion, unlike most schedulers'."""
     config = {"_class_name": "HeunDiscreteScheduler", "num_train_timesteps": 1000}
@@ -165,6 +177,9 @@ UNUSUAL: dict[str, tuple[str, Callable[[Path], object]]] = {
     "AutoencoderTiny": ("sd", lambda d: replaced(d, "vae", tiny_autoencoder())),
     "AutoencoderTiny of SDXL": ("sdxl", lambda d: replaced(d, "vae", tiny_autoencoder())),
     "AutoencoderTiny of Stable Diffusion 3": ("sd3", lambda d: replaced(d, "vae", tiny_autoencoder(16))),
+    "AutoencoderTiny of PixArt": ("pixart", lambda d: replaced(d, "vae", tiny_autoencoder())),
+    "AutoencoderTiny of Flux": ("flux", lambda d: replaced(d, "vae", tiny_autoencoder(16))),
+    "the oldest transformer of PixArt": ("pixart", named_as_before),
     "the oldest names of layers": ("sd", spelled_as_before),
     "AsymmetricAutoencoderKL": ("sd", lambda d: replaced(d, "vae", asymmetric_autoencoder())),
     "no middle block": ("sd", lambda d: rebuilt(d, "unet", mid_block_type=None)),
