@@ -217,3 +217,61 @@ def test_an_fp16_folder_is_read_and_its_copies_have_plain_names(tmp_path: Path) 
     again: Any = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "merged")
     assert again.text_encoder is not None
     assert not list((tmp_path / "merged").rglob("*.fp16.*"))
+
+
+def run_folder(place: Path, base: Path, **notes: Any) -> Path:
+    """What a finished distillation leaves, as far as its student is concerned."""
+    (place / "checkpoints").mkdir(parents=True)
+    (place / "config.yaml").write_text(f"recipe: tcd\nteacher: {base}\n", encoding="utf-8")
+    save_lora(
+        place / "student", weights_of(base, 4), rank=4, alpha=4, targets=["to_q"],
+        base=read_folder(base).fingerprint("unet"), sampling=Sampling(), notes=notes,
+    )  # fmt: skip
+    return place
+
+
+def test_a_run_folder_stands_for_its_student(tmp_path: Path) -> None:
+    folder = tiny_pipelines.sd(tmp_path / "pipe" / "mine")
+    run = run_folder(tmp_path / "run", folder)
+    own, found = (check_lora(place, read_folder(folder)) for place in (run / "student", run))
+    assert own == found
+    assert fewstep.call_settings(run) == fewstep.call_settings(run / "student")
+    fewstep.sample("a cat", teacher=folder, lora=run, out=tmp_path / "a.png", device="cpu")
+    fewstep.sample("a cat", teacher=folder, lora=run / "student", out=tmp_path / "b.png", device="cpu")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    fewstep.export_as(run, teacher=folder, form="kohya", out=tmp_path / "kohya", device="cpu")
+    shutil.rmtree(run / "student")
+    with pytest.raises(fewstep.UserError, match="without a finished student"):
+        check_lora(run, read_folder(folder))
+
+
+@pytest.mark.parametrize("noted", [True, False])
+@pytest.mark.parametrize("other", ["sd", "sdxl"])
+def test_a_student_of_another_teacher_names_its_own(other: str, noted: bool, tmp_path: Path) -> None:
+    """From its record, wherever the file lies; of an older one from the run folder around it."""
+    folder = tiny_pipelines.sd(tmp_path / "pipe" / "mine")
+    run = run_folder(tmp_path / "run", folder, **({"teacher": "someone/model"} if noted else {}))
+    wrong = tiny_pipelines.FAMILIES[other](tmp_path / "other" / "tiny")
+    file = next((wrong / "unet").glob("*.safetensors"))
+    save_file({name: value + 1e-3 for name, value in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(fewstep.UserError) as caught:
+        check_lora(run, read_folder(wrong))
+    assert ("someone/model" if noted else str(folder)) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("/data/stable-diffusion-v1-5", "stable-diffusion-v1-5"),
+        ("/c/hub/models--a--b-c/snapshots/0123", "a/b-c"),
+        ("{cache}/teachers/dream-shaper-0123456789abcdef", "dream-shaper.safetensors"),
+    ],
+)
+def test_what_a_teacher_is_called_in_a_student(
+    place: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it lies on one machine says nothing on another."""
+    from fewstep.teachers import teacher_name
+
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path))
+    assert teacher_name(Path(place.format(cache=tmp_path))) == name

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from fewstep.backbones.base import Backbone, load_backbone
 from fewstep.export.conditioning import save_told, split_weights, told_weights
-from fewstep.export.header import check_lora
+from fewstep.export.header import check_lora, of_run
 from fewstep.export.lora import read_lora, save_lora, trained_scale, unfolded
 from fewstep.export.pipeline import save_pipeline
 from fewstep.export.travel import travelling
 from fewstep.families import GUIDANCE_KEY
 from fewstep.files import atomic_folder
 from fewstep.settings import DistillConfig, StudentConfig
+from fewstep.teachers import teacher_name
 
 
 def export_student(
@@ -33,6 +34,8 @@ def export_student(
     """
     base = backbone.folder.fingerprint(backbone.folder.network)
     notes = {"method": config.recipe, "guidance_seen": config.method.guidance.model_dump(), **notes}
+    if config.teacher:
+        notes["teacher"] = teacher_name(Path(config.teacher))
     own, told = split_weights(weights)
     if config.student.kind == "lora":
         notes |= travelling(backbone, config.sampling)
@@ -67,7 +70,7 @@ def starting_weights(config: StudentConfig, backbone: Backbone) -> dict[str, Ten
     Raises:
         UserError: as `check_start`; or a file that is not whole.
     """
-    place = Path(config.start)
+    place = of_run(Path(config.start))
     if config.kind == "full":
         weights = dict(load_backbone(place).network.state_dict())
     else:

@@ -14,7 +14,7 @@ from typing import Any
 from fewstep.common.arguments import checked
 from fewstep.config import validate
 from fewstep.errors import UserError
-from fewstep.export.header import read_notes
+from fewstep.export.header import of_run, read_notes
 from fewstep.export.pipeline import read_record
 from fewstep.scheduler_config import other_noise
 from fewstep.scheduler_loop import FewStepScheduler
@@ -31,7 +31,7 @@ def student_record(student: Path | str) -> dict[str, Any]:
     Raises:
         UserError: no such file, or one that brings no settings.
     """
-    place = Path(student)
+    place = of_run(Path(student))
     record = read_record(place) if (place / "model_index.json").is_file() else read_notes(place)
     if not isinstance(record.get("sampling"), dict):
         raise UserError(

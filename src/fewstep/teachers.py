@@ -75,6 +75,17 @@ def teacher_folder(named: Path | str, config: Path | str = "") -> Path:
     return place
 
 
+def teacher_name(place: Path) -> str:
+    """Return what a teacher's folder is called, without where it lies: owner/name of a hub's, the file's name of one
+    that was taken apart, else the folder's own name."""
+    parts = place.absolute().parts
+    if len(parts) > 2 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
+        return parts[-3].removeprefix("models--").replace("--", "/")
+    if place.absolute().parent == cache_folder().absolute():
+        return f"{place.name.rpartition('-')[0]}.safetensors"
+    return place.absolute().name
+
+
 def hub_id(named: str) -> str:
     """The owner/name[@revision] of an address on the Hugging Face hub; any other name as it is.
 

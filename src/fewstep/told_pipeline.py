@@ -16,7 +16,7 @@ from torch import Tensor
 from fewstep.common.arguments import checked
 from fewstep.errors import UserError
 from fewstep.export.conditioning import read_told
-from fewstep.export.header import LoraHeader, check_fits, check_noise, read_header
+from fewstep.export.header import LoraHeader, check_fits, check_noise, of_run, read_header
 from fewstep.export.pipeline import sampling_of
 from fewstep.sampler import check_gamma
 from fewstep.settings import Sampling
@@ -130,7 +130,7 @@ def attach(pipe: Any, student: Path | str, *, gamma: float | None = None) -> Any
         )
     if getattr(pipe, "_fewstep_teller", None) is not None:
         raise UserError("pipe has a student attached already; load a fresh pipeline for another one")
-    sampling, place, header = _read_student(pipe, Path(student))
+    sampling, place, header = _read_student(pipe, of_run(Path(student)))
     # the pipeline itself passes w, from its guidance_scale, to a UNet that embeds it
     embedded = pipe.unet.config.time_cond_proj_dim is not None
     beside = tuple(name for name in sampling.told if name != "w" or not embedded)

@@ -14,7 +14,7 @@ from typing import get_args
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.export.header import CONDITIONING
+from fewstep.export.header import CONDITIONING, of_run
 from fewstep.files import atomic_write
 from fewstep.names import Told
 from fewstep.tensors import load_tensors, save_tensors
@@ -47,6 +47,7 @@ def told_weights(student: Path) -> dict[str, Tensor]:
     Raises:
         UserError: a file that is not whole.
     """
+    student = of_run(student)
     path = (student if student.is_dir() else student.parent) / CONDITIONING
     return load_tensors(path) if path.is_file() else {}
 

@@ -6,11 +6,12 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fewstep.config import validate
+from fewstep.config import read_yaml, validate
 from fewstep.errors import UserError
 from fewstep.export.spellings import COMPONENTS, PEFT_PREFIX, Keys, find_keys
 from fewstep.families import GUIDANCE_KEY, GUIDANCE_WIDTH
@@ -18,7 +19,7 @@ from fewstep.files import read_mapping
 from fewstep.folder import PipelineFolder, read_folder, weight_files
 from fewstep.pickles import advice, first_pickle, is_pickle
 from fewstep.scheduler_config import is_flow, other_noise, prediction_of, shift_of
-from fewstep.settings import Sampling, StudentConfig
+from fewstep.settings import Sampling, StudentConfig, teacher_path
 from fewstep.tensor_header import Entry, Shape, read_numbers, read_safetensors_header
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -139,7 +140,38 @@ def _rows(module: str, keys: Keys, b: Shape, weights: Mapping[str, Shape], name:
     return ((start, start + weights[f"{module}.weight"][0]),)
 
 
+def of_run(path: Path) -> Path:
+    """Return the student of a run folder that `fewstep distill` wrote; any other path as it is.
+
+    Raises:
+        UserError: a run folder without a student, which the end of a run writes.
+    """
+    if (path / "model_index.json").is_file() or any(path.glob("*.safetensors")) or not (path / "config.yaml").is_file():
+        return path
+    if not (path / "student").is_dir():
+        raise UserError(f"{str(path)!r} is a run folder without a finished student; let the run finish, or give a LoRA")
+    return path / "student"
+
+
+def distilled_from(notes: Mapping[str, Any], file: Path) -> str:
+    """Return the teacher of a student in words, from its record or its run folder; "" where neither names one."""
+    named = notes.get("teacher")
+    config = file.parent.parent / "config.yaml"
+    if not named and file.parent.name == "student" and config.is_file():
+        with suppress(UserError):
+            named = read_yaml(config).get("teacher")
+    if named:
+        return f"; it was distilled from {named!r}"
+    with suppress(UserError):
+        if notes.get("base") == read_folder(teacher_path("")).fingerprint("unet"):
+            return "; it was distilled from the bundled teacher: leave --teacher out"
+    kind = notes.get("base_model")
+    pipeline = kind.get("pipeline") if isinstance(kind, dict) else None
+    return f"; it was distilled from a {pipeline}" if pipeline else ""
+
+
 def _find_file(path: Path) -> Path:
+    path = of_run(path)
     if (path / "model_index.json").is_file():
         raise UserError(f"lora = {str(path)!r} is a whole pipeline; give it as the teacher, with lora = 'none'")
     file = path
@@ -169,7 +201,11 @@ def read_header(path: Path | str, weights: Mapping[str, Shape]) -> LoraHeader:
     file = _find_file(Path(path))
     metadata, entries = read_safetensors_header(file)
     modules = {name.removesuffix(".weight") for name in weights if name.endswith(".weight")}
-    found = find_keys(entries, modules, file)
+    notes = _record(metadata, "fewstep", file)
+    try:
+        found = find_keys(entries, modules, file)
+    except UserError as error:
+        raise UserError(f"{error}{distilled_from(notes, file) if notes else ''}") from error
     shapes = _shapes(file, found, entries)
     values = read_numbers(file, {keys.alpha: entries[keys.alpha] for keys in found.values() if keys.alpha})
     adapter = _adapter(file, metadata, any(PEFT_PREFIX in key for key in entries))
@@ -181,7 +217,6 @@ def read_header(path: Path | str, weights: Mapping[str, Shape]) -> LoraHeader:
         rows = _rows(module, keys, b, weights, str(path))
         own = (sum(stop - start for start, stop in rows) or b[0], *b[1:])
         layers[module] = LoraLayer((keys.A, keys.B), a, own, scales[module], rows)
-    notes = _record(metadata, "fewstep", file)
     sampling = validate(Sampling, notes["sampling"]) if isinstance(notes.get("sampling"), dict) else None
     return LoraHeader(file, layers, str(notes.get("base") or ""), sampling, notes)
 
@@ -217,13 +252,17 @@ def check_fits(header: LoraHeader, weights: Mapping[str, Shape], fingerprint: st
     """
     if header.base and header.base != fingerprint:
         raise UserError(
-            f"lora = {name!r} was trained on another base (sha256 {header.base[:12]}, this one {fingerprint[:12]}); "
-            "the nearest is its own (a diffusers pipeline takes it on any of its shape: docs/versatility.md)"
+            f"lora = {name!r} was trained on another base (sha256 {header.base[:12]}, this one {fingerprint[:12]})"
+            f"{distilled_from(header.notes, header.file)}; give its own as the teacher (a diffusers pipeline takes it "
+            "on any of its shape: docs/versatility.md)"
         )
     for module, layer in header.layers.items():
         shape, want = weights[f"{module}.weight"], (layer.b[0], *layer.a[1:])
         if _plain(shape) != _plain(want):
-            raise UserError(f"lora = {name!r} is for another base: {module} is {shape}, not {want}")
+            raise UserError(
+                f"lora = {name!r} is for another base: {module} is {shape}, not {want}"
+                f"{distilled_from(header.notes, header.file)}"
+            )
 
 
 def base_shapes(folder: PipelineFolder) -> dict[str, Shape]:
@@ -297,7 +336,7 @@ def check_start(config: StudentConfig, folder: PipelineFolder, targets: Sequence
     if not config.start:
         return
     if config.kind == "full":
-        _check_full_start(config.start, folder, told)
+        _check_full_start(str(of_run(Path(config.start))), folder, told)
         return
     header = check_lora(config.start, folder)
     heard = header.sampling.told if header.sampling else ()
