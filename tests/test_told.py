@@ -214,6 +214,15 @@ def test_attached_to_a_diffusers_pipeline_it_draws_what_we_draw(
         assert np.abs(artist.draw(["a red disc"], [7], other)[0].astype(float) - ours).max() > 1, "w matters"
     with pytest.raises(UserError, match="pipe has a student attached already"):
         fewstep.attach(pipe, folder)
+    if whole:  # saved with our scheduler on, it loads again, and draws once the student is attached again
+        before = theirs()
+        pipe.save_pretrained(tmp_path / "saved")
+        pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "saved", local_files_only=True)
+        pipe.set_progress_bar_config(disable=True)
+        with pytest.raises(UserError, match="attach"):
+            theirs()
+        fewstep.attach(pipe, folder)
+        np.testing.assert_array_equal(theirs(), before)
 
 
 def test_what_cannot_be_attached_is_refused(

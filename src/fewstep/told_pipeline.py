@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from diffusers import LCMScheduler, TCDScheduler
+
+# diffusers finds out how a saved component is loaded by the base classes that the component's own module holds
+from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
 from torch import Tensor
 
 from fewstep.common.arguments import checked
@@ -30,6 +33,8 @@ class ToldTCDScheduler(TCDScheduler):  # type: ignore[misc]
     """
 
     gamma: float = 0.3
+    attached: bool = False
+    """Whether `attach` has set the pipeline up; a pipeline that was saved and loaded again needs that anew."""
 
     def landing(self, t: Tensor) -> int:
         """The index that the jump from timestep t lands at: floor((1 - gamma) t_next), or 0 after the last one."""
@@ -41,7 +46,15 @@ class ToldTCDScheduler(TCDScheduler):  # type: ignore[misc]
     def step(
         self, model_output: Tensor, timestep: Any, sample: Tensor, eta: float = 0.0, generator: Any = None, **more: Any
     ) -> Any:
-        """As diffusers', at this scheduler's own gamma. Pipelines look for `eta` and `generator` by name."""
+        """As diffusers', at this scheduler's own gamma. Pipelines look for `eta` and `generator` by name.
+
+        Raises:
+            UserError: nothing tells the network where this step lands.
+        """
+        if not self.attached:
+            raise UserError(
+                "the pipeline's student is not attached; call fewstep.attach(pipe, student) after loading it"
+            )
         return super().step(model_output, timestep, sample, eta=self.gamma, generator=generator, **more)
 
 
@@ -151,7 +164,7 @@ def attach(pipe: Any, student: Path | str, *, gamma: float | None = None) -> Any
         pipe.scheduler = LCMScheduler.from_config(keep)
     else:
         pipe.scheduler = ToldTCDScheduler.from_config(keep)
-        pipe.scheduler.gamma = strength
+        pipe.scheduler.gamma, pipe.scheduler.attached = strength, True
     teller = pipe._fewstep_teller = _Teller(pipe, embedding, sampling.w)
     pipe.unet.register_forward_pre_hook(teller.before, with_kwargs=True)
     pipe.unet.register_forward_hook(teller.after)
