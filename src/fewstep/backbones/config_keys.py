@@ -87,10 +87,21 @@ _PIXART = _words(
     activation_fn num_embeds_ada_norm upcast_attention norm_elementwise_affine norm_eps interpolation_scale
     caption_channels use_additional_conditions"""
 )
+# diffusers builds PixArtTransformer2DModel from the older class's configs too; it has no such layers
+_OLD_LAYERS: dict[str, Partly] = {
+    "num_vector_embeds": (None, [None]),
+    "use_linear_projection": (False, [False]),
+    "only_cross_attention": (False, [False]),
+    "double_self_attention": (False, [False]),
+}
 PIXART_TRANSFORMER = ConfigKeys(
     built=_PIXART,
     read={"sample_size": 128, "patch_size": 2, "in_channels": 4, "out_channels": 8},
-    partly={"norm_type": ("ada_norm_single", ["ada_norm_single"]), "attention_type": ("default", ["default"])},
+    partly={
+        **_OLD_LAYERS,
+        "norm_type": ("ada_norm_single", ["ada_norm_single"]),
+        "attention_type": ("default", ["default"]),
+    },
     harmless=_EMA,
 )
 OLD_TRANSFORMER = ConfigKeys(
@@ -99,11 +110,7 @@ OLD_TRANSFORMER = ConfigKeys(
     partly={
         "norm_type": ("layer_norm", ["ada_norm_single"]),
         "attention_type": ("default", ["default"]),
-        # diffusers builds PixArtTransformer2DModel from such a config, which has no such layers
-        "num_vector_embeds": (None, [None]),
-        "use_linear_projection": (False, [False]),
-        "only_cross_attention": (False, [False]),
-        "double_self_attention": (False, [False]),
+        **_OLD_LAYERS,
     },
     harmless=_EMA,
 )
@@ -253,7 +260,12 @@ BERT_TEXT = ConfigKeys(
     ),
     read={"max_position_embeddings": 512, "use_attention_mask": None},
     partly=_LIKE_OTHERS | {"position_embedding_type": ("absolute", ["absolute"])},
-    harmless=_ENCODER,
+    harmless=_ENCODER
+    | _because(
+        "of a pooler, whose output is not used",
+        """directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head
+        pooler_type""",
+    ),
 )
 TOKENIZER = ConfigKeys(
     built=_words(
