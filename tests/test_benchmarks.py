@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import matching
 import performance
 import pytest
 import torch
@@ -176,6 +177,33 @@ def test_a_batch_is_read_while_our_clock_runs() -> None:
     fetch(1)
     assert not clock._reads.acquire(blocking=False)
     assert events == ["read 0", "others", "loss", "read 1"]
+
+
+def test_a_fake_score_beside_the_exact_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before matching the fake score is the teacher: nothing is tracked and the whole gap is guidance."""
+    words = ["--out", str(tmp_path), "--start", "3", "--shorter", "100", "--points", "300", "--omega", "3"]
+    matching.main(words)
+    said = capsys.readouterr().out.splitlines()
+    names = [cell.strip() for cell in said[0].strip("| ").split("|")]
+    found = {cells[0]: dict(zip(names[2:], map(float, cells[2:]), strict=True)) for cells in (
+        [cell.strip() for cell in line.strip("| ").split("|")] for line in said[2:])}  # fmt: skip
+    assert list(found) == ["joined", "before", "now"]
+    assert (found["joined"]["fake"], found["joined"]["untracked"]) == (0, 1)
+    assert found["joined"]["gap"] == found["joined"]["guidance"] > 1
+    assert 0 < found["before"]["fake"] < found["now"]["fake"]
+    matching.main([*words, "--follow", "sample", "--marks", "2"])
+    assert len(capsys.readouterr().out.splitlines()) == len(matching.FOLLOWED)
+
+
+def test_exact_scores_under_prompts_are_those_of_their_mixtures() -> None:
+    x, t = torch.randn(40, 2, generator=torch.Generator().manual_seed(3)), torch.full((40,), 300.0, dtype=torch.float64)
+    for prompt, law in enumerate(matching.LAWS):
+        torch.testing.assert_close(
+            matching.exact(x, t, torch.full((40,), prompt)), law.denoise(x.double(), t).eps.float()
+        )
+    points = matching.LAWS[0].sample(3000, matching.PATH.clean, torch.Generator().manual_seed(4))
+    mean = matching.posterior(points, x.double(), t)
+    assert float((mean - matching.LAWS[0].denoise(x.double(), t).x0).abs().max()) < 0.05
 
 
 def test_compiled_roles_are_compared_role_by_role(

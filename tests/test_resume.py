@@ -74,7 +74,7 @@ def test_what_may_change_in_a_run_and_its_stages(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"another stages"):
         check("tlcm", [], ["stages.matching.loop.batch=8"])
     with pytest.raises(UserError, match=r"another loop\.steps"):
-        check("tlcm", [], ["loop.steps=31000"])
+        check("tlcm", [], ["loop.steps=39000"])
     with pytest.raises(UserError, match=r"another loop\.accumulate \(1, now 2\)"):
         check("ctm", [], ["loop.accumulate=2"])
 

@@ -55,7 +55,7 @@ def words(tiny_pipeline: Path, prompt_file: Path, scorer: Path) -> list[str]:
     tiny += [f"stages.{name}.optim.lr=1e-2" for name in STAGES[1:]]
     tiny += [
         f"stages.preference.method.preference.scorer=clip:{scorer}", "stages.preference.method.preference.s0=30.0",
-        "stages.matching.method.matching.every=2",
+        "stages.matching.method.matching.every=2", "stages.matching.method.adversarial.every=2",
     ]  # fmt: skip
     return [
         f"teacher={tiny_pipeline}", f"data.source={prompt_file}", "device=cpu", "student.rank=4",
@@ -203,7 +203,7 @@ def test_the_fake_score_starts_as_the_teacher_and_leaves_it(words: list[str], ti
     ups = [p for name, p in fake.items() if "lora_B" in name]
     assert all(float(p.detach().abs().max()) == 0 for p in ups)
     plan = {update.name: update for update in distillation.update_plan(run)}
-    assert [plan[name].every for name in ("student", "fake", "critic")] == [2, 1, 1]
+    assert [plan[name].every for name in ("student", "fake", "critic")] == [2, 1, 2]
     optimiser = torch.optim.SGD(plan["fake"].parameters.values(), lr=1.0)
     draws = Draws(0, 0, (0, 1))
     plan["fake"].loss(fetch_of(run)(np.arange(2), draws), draws).value.backward(

@@ -16,12 +16,12 @@ from fewstep.config import validate
 from fewstep.denoiser import Denoiser
 from fewstep.draws import Draws
 from fewstep.errors import UserError
-from fewstep.grid import training_grid
-from fewstep.method_cost import starting_calls
+from fewstep.grid import inference_times, training_grid
+from fewstep.method_cost import fake_calls, starting_calls
 from fewstep.method_settings import ConsistencyConfig
 from fewstep.objectives.adversarial import discriminate, generator_loss
 from fewstep.objectives.consistency import compared_at, consistency_loss, critic_loss, set_scene, student_lands
-from fewstep.objectives.matching import NORMALISERS, fake_loss, matching_loss
+from fewstep.objectives.matching import NORMALISERS, drawn_noise, fake_loss, fake_points, matching_loss
 from fewstep.objectives.preference import other_prompts, preference_loss
 from fewstep.objectives.rounds import in_turn
 from fewstep.objectives.scene import HeldTrajectories, Sample, Scene
@@ -29,7 +29,8 @@ from fewstep.plan import Aids, SceneOnce, terms_of
 from fewstep.plane.mixture import Mixture, one_gaussian, ring, times_of
 from fewstep.plane.planar import Planar, PlanarCritic
 from fewstep.sampler import diffuse, start_size
-from fewstep.schedule import FlowMatching, Path, VarianceExploding, expand, scaled_linear
+from fewstep.schedule import FlowMatching, Path, VarianceExploding, add_noise, expand, scaled_linear
+from fewstep.settings import resolve
 from fewstep.solver import ddim
 from fewstep.term_settings import AdversarialConfig
 
@@ -282,6 +283,82 @@ def test_the_gradient_is_the_gap_of_the_scores(normaliser: Any) -> None:
     assert set(NORMALISERS) == {"dmd", "score", "none"}
 
 
+@pytest.mark.parametrize("normaliser", ["dmd", "score", "none"])
+@pytest.mark.parametrize("omega", [0.0, 7.0])
+def test_where_the_fake_score_is_the_students_and_that_the_teachers_only_guidance_is_left(
+    omega: float, normaliser: Any
+) -> None:
+    """The fixed point, exactly: the gap of equal scores is 0, under guidance -omega (real - null) at every point.
+
+    A fake score that is still the teacher gives the same gap, so that all of it is guidance.
+    """
+    path, count = PATHS["flow"], 64
+    real, null = gaussian(path), gaussian(path, (-0.4, 0.2), 0.8)
+
+    def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
+        parts = [(null if empty else real).denoise(row[None].double(), now[None]).x0 for row, now, empty in zip(
+            x, t, condition["empty"], strict=True)]  # fmt: skip
+        return torch.cat(parts)
+
+    guidance = {"convention": "lcm", "low": omega, "high": omega}
+    method = method_of(consistency=0.0, matching={"weight": 1.0, "normaliser": normaliser}, guidance=guidance)
+    own, empty = ({"empty": torch.full((count,), flag)} for flag in (False, True))
+    draws = drawn(count)
+    scene = set_scene(method, Denoiser(call, path, "x0"), sample_of(count, condition=own, null=empty), draws)
+    x0 = real.sample(count, path.clean, torch.Generator().manual_seed(1)).requires_grad_()
+    at = torch.full((count,), path.clean, dtype=torch.float64)
+    (slope,) = torch.autograd.grad(matching_loss(method.matching, scene, x0, at, draws).sum(), x0)
+    t = drawn_noise(method.matching, path, draws, "matching t")
+    with torch.no_grad():
+        x_t = add_noise(path, x0, draws.normal("matching noise", (2,)), t)
+        plain = real.denoise(x_t, t).x0
+        guided = omega * (plain - null.denoise(x_t, t).x0)
+        factor = expand(NORMALISERS[normaliser](path, t, x0, plain + guided), x0)
+    torch.testing.assert_close(slope, -factor * guided / 2, rtol=1e-6, atol=1e-9)
+    assert bool(slope.any()) == (omega > 0)
+
+
+@pytest.mark.parametrize("end", ["clean", "index0"])
+def test_the_fake_score_is_fitted_to_landings_or_to_the_students_own_samples(end: Any) -> None:
+    """A student whose x0 is the time that it is asked at lands at t_{n+k}, and its samples end at their last time."""
+    path, count = PATHS["vp"], 16
+    asked: list[float] = []
+
+    def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
+        asked.extend(t.tolist())
+        return t[:, None].expand(-1, 2).float()
+
+    found = {}
+    for fit in ("landing", "sample"):
+        method = method_of(start="student", end=end, matching={"weight": 1.0, "fit": fit})
+        scene, _ = scene_from(method, Denoiser(call, path, "x0"), count, 0)
+        before = len(asked)
+        points, at = fake_points(method.matching, scene)
+        assert len(asked) - before == count * fake_calls(method).get("student", 0)
+        assert at.tolist() == [path.clean if end == "clean" else 0.0] * count
+        found[fit] = points
+    if end == "clean":
+        last = float(inference_times(path, 4, grid=8)[-1])
+        assert found["sample"].tolist() == [[last, last]] * count
+        assert found["landing"][:, 0].tolist() == pytest.approx(scene.times.t_nk.tolist())
+        assert len(set(scene.times.t_nk.tolist())) > 1
+    assert not torch.equal(found["sample"], found["landing"])
+
+
+def test_each_stage_of_the_recipe_updates_its_roles_as_often_as_the_paper() -> None:
+    """12,000, 2,000, 500 and 1,000 updates of the student; in the last five of the fake score for each."""
+    stages = resolve("tlcm").each_stage()
+    updates = [stage.loop.steps // stage.method.student_every for stage in stages]
+    assert updates == [12_000, 2_000, 500, 1_000]
+    last = stages[-1]
+    assert (last.loop.steps, last.loop.batch) == (5_000, 4)
+    assert last.loop.steps // last.method.adversarial.every == 1_000
+    assert last.method.matching.fit == "sample"
+    assert last.method.calls["fake"] == pytest.approx(1 + 1 / 5)
+    (quick,) = resolve("tlcm", None, ["loop.steps=15500", "stages.matching.share=1000"]).each_stage()[3:]
+    assert quick.loop.steps // quick.method.student_every == 200
+
+
 def test_the_fake_score_converges_to_the_students_exact_score() -> None:
     """A student that lands on a known Gaussian: the fake score, which starts as the teacher, becomes its."""
     path = PATHS["flow"]
@@ -467,6 +544,10 @@ def test_a_wrong_prompt_is_another_one_and_any_of_them() -> None:
             "preference looks at where drawing ends, .* in 8 segments .* nearest legal s is 'edge', with segments = 1",
         ),
         ({"segments": 8, "matching": {"weight": 1.0}}, "matching looks at where drawing ends"),
+        (
+            {"matching": {"weight": 1.0, "fit": "sample"}},
+            "matching.fit = 'sample' .* the nearest legal one is 'landing'",
+        ),
         ({"denoising": 1.0, "told": ["s"]}, "start = 'rollout' has none; the nearest legal denoising is 0"),
         ({"adversarial": {"weight": 1.0}}, "start = 'rollout', which has none; the nearest is 'target'"),
         (

@@ -75,8 +75,10 @@ def student_calls(config: ConsistencyConfig) -> Calls:
 
 
 def fake_calls(config: ConsistencyConfig) -> Calls:
-    """The fake score's update: where the student lands, and its own fit to that."""
-    return add(landing_calls(config), {"fake": 1}) if config.matching.weight else {}
+    """The fake score's update: where the student lands, unless its own samples are fitted, and the fit itself."""
+    if not config.matching.weight:
+        return {}
+    return add({"fake": 1}, landing_calls(config) if config.matching.fit == "landing" else {})
 
 
 def critic_calls(config: ConsistencyConfig) -> Calls:

@@ -289,6 +289,11 @@ class ConsistencyConfig(Config):
                     f"{name} looks at where drawing ends, jumps to s = {self.s!r} in {self.segments} segments land "
                     "before it; the nearest legal s is 'edge', with segments = 1"
                 )
+        if self.matching.weight and self.matching.fit == "sample" and self.start != "student":
+            raise ValueError(
+                f"matching.fit = 'sample' needs start = 'student', start = {self.start!r} draws no samples of the "
+                "student's; the nearest legal one is 'landing'"
+            )
         if self.matching.weight and self.matching.omega and self.guidance.convention == "none":
             raise ValueError(
                 f"matching.omega = {self.matching.omega:g} guides what guidance.convention = 'none' does not; "

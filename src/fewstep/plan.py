@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from fewstep.denoiser import Condition, Denoiser
@@ -14,10 +13,10 @@ from fewstep.loop_settings import OptimConfig
 from fewstep.loss import Loss
 from fewstep.method_settings import ConsistencyConfig
 from fewstep.objectives.adversarial import generator_loss, seen_by_critic
-from fewstep.objectives.consistency import Term, compared_at, consistency_loss, critic_loss, set_scene, student_lands
+from fewstep.objectives.consistency import Term, consistency_loss, critic_loss, set_scene
 from fewstep.objectives.denoising import denoising_loss
 from fewstep.objectives.distance import FeaturesOf, Look, look_by_features
-from fewstep.objectives.matching import as_data, fake_loss, matching_loss
+from fewstep.objectives.matching import as_data, fake_loss, fake_points, matching_loss
 from fewstep.objectives.preference import Taste, preference_loss
 from fewstep.objectives.scene import Sample, Scene
 from fewstep.role_layout import Student
@@ -151,10 +150,7 @@ def family_plan(
 
         def follow(batch: Batch, draws: Draws) -> Loss:
             scene = scenes.scene(batch, draws)
-            with torch.no_grad():
-                landed = student_lands(scene)
-            torch.clear_autocast_cache()  # type: ignore[no-untyped-call]  # as in `starts.by_student`
-            return fake_loss(method.matching, scene, landed, compared_at(scene), draws)
+            return fake_loss(method.matching, scene, *fake_points(method.matching, scene), draws)
 
         plan.append(Update(FAKE, student.parameters(FAKE), follow, OptimConfig(lr=method.matching.lr)))
     critic = aids.critic

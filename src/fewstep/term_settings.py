@@ -59,6 +59,11 @@ class MatchingConfig(Config):
     omega: float | None = Field(
         None, ge=0, description="guidance of the real score; null for that of the teacher's step"
     )
+    fit: Literal["landing", "sample"] = Field(
+        "landing",
+        description="what the fake score is fitted to: landing (of one jump, DMD2), or sample (the student's own, of "
+        "several jumps, where start = student; TLCM)",
+    )
     every: int = Field(5, ge=1, description="steps of the fake score for one of the student, by all its terms")
     lr: float = Field(1e-5, gt=0, description="learning rate of the fake score")
 

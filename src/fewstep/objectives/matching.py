@@ -17,6 +17,7 @@ from fewstep.draws import Draws
 from fewstep.jumper import Voice
 from fewstep.loss import Loss
 from fewstep.names import Normaliser
+from fewstep.objectives.consistency import compared_at, student_lands
 from fewstep.objectives.scene import Scene
 from fewstep.roles import FAKE
 from fewstep.schedule import Path, add_noise, expand, share_of, target_of
@@ -79,8 +80,24 @@ def matching_loss(config: MatchingConfig, scene: Scene, landed: Tensor, at: Tens
     return 0.5 * (x0 - aim).square().flatten(1).mean(1)
 
 
+@torch.no_grad()
+def fake_points(config: MatchingConfig, scene: Scene) -> tuple[Tensor, Tensor]:
+    """Return the points that the fake score is fitted to, [B, ...], and the times they lie at, float64 [B].
+
+    `landing`: one jump of the student from x_{t_n+k}, whose law the gradient of KL asks for (DMD2, arXiv 2405.14867).
+    `sample`: the student's own sample of `student_steps` jumps, which x_{t_n+k} was noised from (TLCM, section 3.3).
+    """
+    if config.fit == "sample":
+        assert scene.clean is not None
+        assert scene.clean_at is not None
+        return scene.clean, torch.full_like(scene.times.s, scene.clean_at)
+    landed = student_lands(scene)
+    torch.clear_autocast_cache()  # type: ignore[no-untyped-call]  # as in `starts.by_student`
+    return landed, compared_at(scene)
+
+
 def fake_loss(config: MatchingConfig, scene: Scene, landed: Tensor, at: Tensor, draws: Draws) -> Loss:
-    """The fake score's fit to where the student lands: squared error of the network's own output.
+    """The fake score's fit to points of the student's (`fake_points`): squared error of the network's own output.
 
     In eps it is noise prediction, as in the paper; the other predictions keep their own usual target.
     """

@@ -44,11 +44,15 @@ class Planar(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x [B, 2], t float64 [B] -> [B, 2]."""
+        return said_by(self.anchor, self.prediction, x, t) + self.correct(x, t)
+
+    def correct(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return what is added to the anchor's output, [B, 2]."""
         path = self.anchor.path
         size = (path.alpha(t).square() + path.sigma(t).square()).rsqrt()[:, None].float()
         when = self.time_embedding(sinusoid(index_of(path, t)))
         said: Tensor = self.leave(self.middle(self.enter(x.float() * size) + when))
-        return said_by(self.anchor, self.prediction, x, t) + said.to(x.dtype)
+        return said.to(x.dtype)
 
 
 class Plane:
