@@ -5,11 +5,10 @@
 A plane with prompts: eight modes on a ring, of which each prompt names two. The guided teacher is exact. A student of
 TLCM's second stage goes on with matching as `CASES` say. Prints a table, one row a case and seed:
 
-- guidance: rms of the real score's guidance in the gap, omega (c - null).
-- fake: rms of what the fake score adds to it, fake - real without guidance; 0 where it is still the teacher.
-- untracked: rms of the fake score's error over that of the unguided teacher, against the exact posterior mean of
-  --points landings: 1 for a fake score that is still the teacher, 0 for one that follows.
-- gap, ideal gap, cosine: of the gap, of that with the exact score of the landings, and the angle between them.
+- guidance: rms of the real score's guidance in the gap, omega (c - null), in x0, at three shares of T.
+- wanted, fake: rms of (exact score of where the student lands - real without guidance), from --points landings, and of
+  what the fake score gives for it; 0 where it is still the teacher.
+- untracked: rms of the difference of these two over that of the wanted: 1 where the fake score is still the teacher.
 - teacher, data: squared energy distance of 4-call samples to 50 guided steps of the teacher, and to the prompt's data.
 """
 
@@ -32,10 +31,10 @@ from fewstep.inference import draw_latents
 from fewstep.loop_settings import LoopConfig, OptimConfig
 from fewstep.method_settings import ConsistencyConfig
 from fewstep.objectives.consistency import set_scene, student_lands
-from fewstep.objectives.matching import drawn_noise, fake_points
+from fewstep.objectives.matching import fake_points
 from fewstep.objectives.scene import Sample
 from fewstep.plan import family_plan, roles_of
-from fewstep.plane.mixture import Mixture, ring
+from fewstep.plane.mixture import Mixture, ring, times_of
 from fewstep.plane.planar import Planar
 from fewstep.role_layout import Student, make_student
 from fewstep.roles import BASE, FAKE, copy_role
@@ -227,35 +226,38 @@ def rms(x: Tensor) -> float:
     return float(x.square().sum(1).mean().sqrt())
 
 
+LEVELS = (0.25, 0.5, 0.75)
+"""Shares of T at which scores are compared."""
+
+
 @torch.no_grad()
 def measure(room: Room, points: int) -> dict[str, float]:
-    """The figures of a row, means over prompts."""
-    found: list[dict[str, float]] = []
-    for prompt in range(PROMPTS):
-        law, held = landings(room, prompt, 0, points), landings(room, prompt, 1, points // 2)
-        draws = Draws(54321, prompt, tuple(range(len(held))))
-        t = drawn_noise(room.case.method.matching, PATH, draws, "t")
-        x_t = add_noise(PATH, held, draws.normal("eps", (2,)).double(), t)
-        condition = {"prompt": torch.full((len(held),), prompt)}
-        plain = LAWS[prompt].denoise(x_t, t).x0
-        guidance = room.case.omega * (plain - WHOLE.denoise(x_t, t).x0)
-        fake = plain
+    """Return the figures of a row, means over prompts."""
+    found = [scores(room, prompt, points) | distances(room, prompt, points // 2) for prompt in range(PROMPTS)]
+    return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+
+
+def scores(room: Room, prompt: int, points: int) -> dict[str, float]:
+    """Compare the parts of the gap at each noise level, in x0."""
+    law, held = landings(room, prompt, 0, points), landings(room, prompt, 1, points // 2)
+    condition = {"prompt": torch.full((len(held),), prompt)}
+    found = {}
+    for share in LEVELS:
+        t = times_of(PATH.clean + share * (PATH.noisiest - PATH.clean), held)
+        x_t = add_noise(PATH, held, Draws(54321, prompt, tuple(range(len(held)))).normal("eps", (2,)).double(), t)
+        real = LAWS[prompt].denoise(x_t, t).x0
+        guidance = room.case.omega * (real - WHOLE.denoise(x_t, t).x0)
+        fake = real
         if FAKE in roles_of(room.case.method):
             fake = room.denoiser.estimate(x_t.float(), t, condition, FAKE).x0.double()
-        truth = posterior(law, x_t, t)
-        gap, ideal = fake - plain - guidance, truth - plain - guidance
-        found.append(
-            {
-                "guidance": rms(guidance),
-                "fake": rms(fake - plain),
-                "untracked": rms(fake - truth) / rms(plain - truth),
-                "gap": rms(gap),
-                "ideal gap": rms(ideal),
-                "cosine": float((gap * ideal).sum() / (gap.norm() * ideal.norm())),
-                **distances(room, prompt, points // 2),
-            }
-        )
-    return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+        wanted = posterior(law, x_t, t) - real
+        found |= {
+            f"guidance {share:g}": rms(guidance),
+            f"wanted {share:g}": rms(wanted),
+            f"fake {share:g}": rms(fake - real),
+            f"untracked {share:g}": rms(fake - real - wanted) / rms(wanted),
+        }
+    return found
 
 
 def distances(room: Room, prompt: int, count: int) -> dict[str, float]:

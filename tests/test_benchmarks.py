@@ -188,9 +188,10 @@ def test_a_fake_score_beside_the_exact_one(tmp_path: Path, capsys: pytest.Captur
     found = {cells[0]: dict(zip(names[2:], map(float, cells[2:]), strict=True)) for cells in (
         [cell.strip() for cell in line.strip("| ").split("|")] for line in said[2:])}  # fmt: skip
     assert list(found) == ["joined", "before", "now"]
-    assert (found["joined"]["fake"], found["joined"]["untracked"]) == (0, 1)
-    assert found["joined"]["gap"] == found["joined"]["guidance"] > 1
-    assert 0 < found["before"]["fake"] < found["now"]["fake"]
+    for share in matching.LEVELS:
+        assert (found["joined"][f"fake {share:g}"], found["joined"][f"untracked {share:g}"]) == (0, 1)
+        assert 0 < found["before"][f"fake {share:g}"] < found["now"][f"fake {share:g}"]
+    assert found["joined"]["guidance 0.75"] > found["joined"]["guidance 0.25"] >= 0
     matching.main([*words, "--follow", "sample", "--marks", "2"])
     assert len(capsys.readouterr().out.splitlines()) == len(matching.FOLLOWED)
 
