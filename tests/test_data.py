@@ -309,6 +309,7 @@ def test_broken_pictures_are_refused(tmp_path: Path, held: bytes) -> None:
             read()
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of Pillow, on broken TIFFs
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "tif", "webp", "bmp", "avif", "qoi"])
 def test_bytes_at_random_in_pictures_are_read_or_refused(tmp_path: Path, suffix: str) -> None:
     place = tmp_path / f"a.{suffix}"

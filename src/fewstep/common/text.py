@@ -34,7 +34,7 @@ def decode(held: bytes) -> str:
         shown = "UTF-8" if encoding.startswith("utf-8") else encoding.upper()
         raise ValueError(f"not {shown} text ({error.reason} at byte {error.start}); save it as UTF-8") from error
     if "\0" in text:
-        raise ValueError("not UTF-8 text (it holds zero bytes, as UTF-16 without a mark does); save it as UTF-8")
+        raise ValueError("no text, or UTF-16 without a mark: it holds zero bytes; save text as UTF-8")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

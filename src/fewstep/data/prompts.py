@@ -6,23 +6,25 @@ import re
 from pathlib import Path
 
 from fewstep.common.text import lines_of, read_text
+from fewstep.data.captions import SUFFIXES
 from fewstep.errors import UserError
 
 ONE_A_LINE = "write one prompt a line into a .txt file"
 NO_PROMPTS = {
-    **dict.fromkeys((".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".yaml", ".yml", ".xml"), ("a table", ONE_A_LINE)),
-    **dict.fromkeys((".parquet", ".arrow", ".feather", ".xlsx", ".xls"), ("a binary table", ONE_A_LINE)),
-    **dict.fromkeys(
-        (".gz", ".tgz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".rar", ".tbz2", ".txz"),
-        ("a packed archive", "unpack it, or give shards as plain .tar files"),
+    ("a table, not a list of prompts", ONE_A_LINE): (
+        *(".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".yaml", ".yml", ".toml", ".xml", ".html"),
+        *(".parquet", ".arrow", ".feather", ".xlsx", ".xls", ".ods", ".db", ".sqlite", ".mdb"),
     ),
-    **dict.fromkeys(
-        (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"),
-        ("a picture", "give the folder that it lies in, or a text file"),
+    ("a document, not plain text", ONE_A_LINE): (".pdf", ".doc", ".docx", ".odt", ".rtf"),
+    ("a packed archive", "unpack it, or give shards as plain .tar files"): (
+        *(".gz", ".tgz", ".zip", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".7z", ".rar"),
     ),
-    **dict.fromkeys((".safetensors", ".ckpt", ".pt", ".bin"), ("a file of weights", "give a folder or a text file")),
+    ("one picture", "give the folder that it lies in, or a text file"): SUFFIXES,
+    ("a file of arrays or weights", "give a folder of pictures, or a text file"): (
+        *(".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".npy", ".npz", ".h5", ".hdf5", ".pkl", ".pickle"),
+    ),
 }
-"""Suffixes of files that hold no list of prompts -> what they are, and what helps."""
+"""Files that hold no list of prompts: what they are and what helps -> their suffixes."""
 
 
 def read_prompts(path: Path | str, field: str = "prompts") -> list[str]:
@@ -54,9 +56,9 @@ def check_suffix(path: Path | str, field: str) -> None:
         UserError: naming what it is and what to give instead.
     """
     suffix = Path(path).suffix.lower()
-    if suffix in NO_PROMPTS:
-        kind, advice = NO_PROMPTS[suffix]
-        raise UserError(f"{field} = {str(path)!r} is {kind} ({suffix}), not a list of prompts; {advice}")
+    for (kind, advice), suffixes in NO_PROMPTS.items():
+        if suffix in suffixes:
+            raise UserError(f"{field} = {str(path)!r} is {kind} ({suffix}); {advice}")
 
 
 def is_prompt_file(named: str) -> bool:
