@@ -22,11 +22,12 @@ from fewstep.data.latents import cached, keep, kept
 from fewstep.data.prompts import is_prompt_file, read_prompts
 from fewstep.denoiser import Condition
 from fewstep.drawing import Artist, artist_of, labelled_sheet, save_picture
+from fewstep.errors import UserError
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.kid import KernelDistance
 from fewstep.evaluation.lite0 import Lite0Backbone
 from fewstep.evaluation.teacher import TeacherFeatures
-from fewstep.files import read_json, write_json
+from fewstep.files import read_mapping, write_json
 from fewstep.frozen import asked_outside
 from fewstep.processes import anywhere, is_main, main_first, on_main, together
 from fewstep.roles import copy_role
@@ -135,7 +136,10 @@ class Watch:
         path = self.out / "best" / "figures.json"
         if not path.is_file():
             return float("inf")
-        return float(read_json(path)["kid"])
+        best = read_mapping(path).get("kid")
+        if not isinstance(best, int | float):
+            raise UserError(f"{path} has kid = {best!r}, which is no number; remove the folder to judge anew")
+        return float(best)
 
     @torch.no_grad()
     def __call__(self, step: int, weights: Mapping[str, Mapping[str, Tensor]]) -> Mapping[str, float]:

@@ -48,6 +48,10 @@ def check_keys(
             raise UserError(
                 f"{file}: {key} = {_shown(value)}{said} is not supported; it must be {' or '.join(map(_shown, legal))}"
             )
+    for key, default in keys.read.items():
+        kind, value = _kind(default), config.get(key)
+        if kind and value is not None and _kind(value) not in (kind, "a whole number" if kind == "a number" else kind):
+            raise UserError(f"{file}: {key} = {_shown(value)} is not {kind}; its default is {_shown(default)}")
     for key, value in _told(config):
         if key not in keys.known and value is not None:
             raise UserError(
@@ -64,6 +68,14 @@ def check_keys(
 def _told(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The keys that are not a library's private ones."""
     return ((key, value) for key, value in config.items() if not key.startswith("_"))
+
+
+def _kind(value: Any) -> str:
+    """The kind of a JSON value in words; empty for null."""
+    if isinstance(value, bool):
+        return "true or false"
+    kinds = {int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a mapping"}
+    return kinds.get(type(value), "")
 
 
 def _shown(value: Any) -> str:
@@ -164,6 +176,9 @@ def check_tokenizer(name: str, place: Path, config: Mapping[str, Any]) -> None:
             "pip install 'fewstep[sentencepiece]'"
         )
     check_keys(config_keys.TOKENIZER, config, place / "tokenizer_config.json")
+    for key in ("model_max_length", "max_len"):
+        if config.get(key) is not None and _kind(config[key]) not in ("a whole number", "a number"):
+            raise UserError(f"{place / 'tokenizer_config.json'}: {key} = {_shown(config[key])} is not a number")
 
 
 def check_merges(place: Path, special: Collection[str]) -> None:

@@ -127,6 +127,11 @@ def is_text(annotation: Any) -> bool:
     return bool(options) and all(option is str or isinstance(option, str) for option in options)
 
 
+def takes_truth(annotation: Any) -> bool:
+    """Whether a field of this type may hold a truth value."""
+    return annotation is Any or any(option is bool or option is Any for option in _options(annotation))
+
+
 def annotation_at(model: type[BaseModel] | None, parts: Sequence[str]) -> Any:
     """Return the type of the field that a dotted key names; None where there is none."""
     found: Any = model

@@ -61,7 +61,9 @@ def difference(before: Mapping[str, Any], now: Mapping[str, Any], *, whole: bool
     names = [name for name in {**before, **now} if (name in now or whole) and (name in before or name not in NEWER)]
     changed = [name for name in sorted(names) if before.get(name) != now.get(name)]
     if PARTS in changed:
-        old, new = before[PARTS], now.get(PARTS) or {}
+        old, new = before.get(PARTS), now.get(PARTS) or {}
+        if not isinstance(old, Mapping) or not all(isinstance(part, str) for part in old.values()):
+            return "other data (their record cannot be read)"
         parts = [name for name in {**old, **new} if old.get(name) != new.get(name)]
         return "other data: " + ", ".join(part_difference(name, old.get(name), new.get(name)) for name in parts)
     return f"another {changed[0]}" if changed else None

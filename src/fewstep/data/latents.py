@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from fewstep.draws import Draws
 from fewstep.errors import UserError
 from fewstep.files import atomic_write
 from fewstep.mapped import Mapped, Rows, tensors_in
+from fewstep.tensor_header import read_safetensors_header
 from fewstep.tensors import load_tensors, save_tensors
 
 CHUNK = 512
@@ -127,21 +128,49 @@ def drawn_captions(rows: Tensor, captions: int, items: Tensor, draws: Draws, emp
     return torch.where(draws.chance("empty prompt", empty), captions, drawn) if empty > 0 else drawn
 
 
+KeptT = TypeVar("KeptT")
+LAYOUT = "layout"
+"""Entry of a kept file's metadata: digest of the names, types and shapes of what it holds."""
+
+
+TYPES = {
+    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
+    **{torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"},
+}
+"""Types of what is kept, and their names in a header."""
+
+
+def _layout(entries: Iterable[tuple[str, str, tuple[int, ...]]]) -> str:
+    return hashlib.sha256(json.dumps(sorted(entries)).encode()).hexdigest()[:16]
+
+
+def _as_kept(path: Path, read: Callable[[Path], KeptT]) -> KeptT | None:
+    """Read a file if it is laid out as it was kept; None, and no file any more, where it is missing or another."""
+    if not path.exists():
+        return None
+    try:
+        metadata, entries = read_safetensors_header(path)
+        found = _layout((name, entry.dtype, entry.shape) for name, entry in entries.items())
+        if metadata.get(LAYOUT, found) == found:  # files of older versions have none
+            return read(path)
+    except UserError:
+        pass
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, where a file is kept; remove it")
+    path.unlink(missing_ok=True)
+    return None
+
+
 def kept(folder: Path, key: str) -> dict[str, Tensor] | None:
     """The tensors of `key` that the folder holds; None, and no file any more, where that is missing or broken."""
-    path = folder / f"{key}.safetensors"
-    if path.is_file():
-        try:
-            return load_tensors(path)
-        except UserError:
-            path.unlink(missing_ok=True)
-    return None
+    return _as_kept(folder / f"{key}.safetensors", load_tensors)
 
 
 def keep(folder: Path, key: str, tensors: Mapping[str, Tensor]) -> None:
     """Store tensors for `kept`."""
+    layout = _layout((name, TYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items())
     with atomic_write(folder / f"{key}.safetensors") as part:
-        save_tensors(part, tensors)
+        save_tensors(part, tensors, {LAYOUT: layout})
 
 
 def cached(folder: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -156,13 +185,7 @@ def cached(folder: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dic
 
 def kept_rows(folder: Path, key: str) -> dict[str, Mapped] | None:
     """As `kept`, to be mapped from disk. A file's size and header are looked at, not its bytes."""
-    path = folder / f"{key}.safetensors"
-    if path.is_file():
-        try:
-            return tensors_in(path)
-        except UserError:
-            path.unlink(missing_ok=True)
-    return None
+    return _as_kept(folder / f"{key}.safetensors", tensors_in)
 
 
 def cached_rows(folder: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Mapped]:

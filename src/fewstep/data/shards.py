@@ -14,7 +14,7 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +26,7 @@ from fewstep.data.captions import BESIDE, Matched, is_hidden, is_list, is_pictur
 from fewstep.data.pictures import SCALED, Captioned, PictureFiles
 from fewstep.data.pixels import HEAD, is_deep_png
 from fewstep.errors import UserError
-from fewstep.files import read_json, write_json
+from fewstep.files import read_mapping, write_json
 
 FORMAT = 2
 """Of the lists of members that are kept; others are made again."""
@@ -196,12 +196,13 @@ def listed(shard: str, cache: Path) -> tuple[str, Listing]:
     known = json.dumps([[name, str(told[name])] for name in VERSION if name in told])
     version = hashlib.sha256(known.encode()).hexdigest()[:16]
     kept = cache / f"shard-{hashlib.sha256(f'{FORMAT} {shard} {known}'.encode()).hexdigest()[:16]}.json"
-    if not kept.is_file():
-        with reached(shard):
-            samples, left_out = samples_of(files, path, shard)
-        write_json(kept, {"shard": shard, "samples": samples, "left_out": left_out})
-    held = read_json(kept)
-    return version, Listing([Sample(*row) for row in held["samples"]], held["left_out"])
+    with suppress(UserError, LookupError, TypeError, ValueError):  # a broken list is made again
+        held = read_mapping(kept)
+        return version, Listing([Sample(*row) for row in held["samples"]], held["left_out"])
+    with reached(shard):
+        listing = samples_of(files, path, shard)
+    write_json(kept, {"shard": shard, "samples": listing.samples, "left_out": listing.left_out})
+    return version, listing
 
 
 def samples_of(files: Any, path: str, shard: str) -> Listing:

@@ -100,7 +100,9 @@ def _scales(
                 scales[module] = alphas[module] / rank
                 continue
             named = (a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
-            alpha = float(next(named, adapter.get("lora_alpha", rank)))
+            alpha = next(named, adapter.get("lora_alpha", rank))
+            if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+                raise TypeError(f"alpha is {alpha!r}")
             scales[module] = alpha / (math.sqrt(rank) if adapter.get("use_rslora") else rank)
             if not math.isfinite(scales[module]):
                 raise ValueError(f"alpha is {alpha}")
@@ -170,6 +172,17 @@ def distilled_from(notes: Mapping[str, Any], file: Path) -> str:
     return f"; it was distilled from a {pipeline}" if pipeline else ""
 
 
+def _check_floating(file: Path, found: Mapping[str, Keys], entries: Mapping[str, Entry]) -> None:
+    """Refuse matrices of whole numbers or truth values: the factor that scales them is not in the file."""
+    for module, keys in found.items():
+        for key in (keys.A, keys.B):
+            if not entries[key].dtype.startswith(("F", "BF")):
+                raise UserError(
+                    f"{file} holds {key} of {module} in {entries[key].dtype}, which is no floating-point type; give "
+                    "the LoRA as it was trained, in fp32, fp16 or bf16"
+                )
+
+
 def _find_file(path: Path) -> Path:
     path = of_run(path)
     if (path / "model_index.json").is_file():
@@ -207,6 +220,7 @@ def read_header(path: Path | str, weights: Mapping[str, Shape]) -> LoraHeader:
     except UserError as error:
         raise UserError(f"{error}{distilled_from(notes, file) if notes else ''}") from error
     shapes = _shapes(file, found, entries)
+    _check_floating(file, found, entries)
     values = read_numbers(file, {keys.alpha: entries[keys.alpha] for keys in found.values() if keys.alpha})
     adapter = _adapter(file, metadata, any(PEFT_PREFIX in key for key in entries))
     alphas = {module: values[keys.alpha] for module, keys in found.items() if keys.alpha}

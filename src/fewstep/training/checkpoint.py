@@ -2,11 +2,14 @@
 
 A checkpoint is a folder `checkpoints/step-00000400/` with, for each update of the plan,
 `<name>.safetensors` (trainable weights, fp32), `<name>.optimizer.safetensors` and, where there is one,
-`<name>.ema.safetensors`, beside `state.json` (step, counters, what the next log line is to say, the caller's notes).
+`<name>.ema.safetensors`, beside `state.json`: step, counters, what the next log line is to say, the caller's notes, and
+the digests of all files.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
-from fewstep.files import atomic_folder, read_json, remove_folder, write_json
+from fewstep.files import atomic_folder, read_mapping, remove_folder, sha256, write_json
 from fewstep.sharding import fill
 from fewstep.tensors import save_tensors
 from fewstep.training.run import checkpoints
+
+STATE = "state.json"
+DIGESTS = "sha256"
+"""Entry of state.json: file -> digest of its bytes; of state.json itself, the digest of its other entries."""
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
@@ -85,15 +92,49 @@ def save(
     """Write one checkpoint, then drop the oldest ones beyond `keep`."""
     target = folder / f"step-{step:08d}"
     with atomic_folder(target) as part:
+        digests = {}
         for name, tensors in files.items():
-            save_tensors(part / f"{name}.safetensors", tensors)
-        write_json(part / "state.json", {"step": step, **state})
+            file = part / f"{name}.safetensors"
+            save_tensors(file, tensors)
+            digests[file.name] = sha256(file)
+        held = {"step": step, **state}
+        write_json(part / STATE, held | {DIGESTS: {**digests, STATE: _digest(held)}})
     for old in checkpoints(folder)[:-keep]:
         remove_folder(old)
     return target
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint."""
-    state: dict[str, Any] = read_json(checkpoint / "state.json")
+def _digest(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def read_state(checkpoint: Path, *, whole: bool = False) -> dict[str, Any]:
+    """Return the JSON part of a checkpoint.
+
+    Args:
+        whole: compare the bytes of the other files, too, with those that were saved.
+
+    Raises:
+        UserError: a file is not as it was saved. Checkpoints of older versions have no digests and are not compared.
+    """
+    state = read_mapping(checkpoint / STATE)
+    digests = state.pop(DIGESTS, None)
+    if not isinstance(digests, dict):
+        if not isinstance(state.get("step"), int):
+            raise UserError(f"{checkpoint / STATE} has step = {state.get('step')!r}, which is no whole number")
+        return state
+    for name, digest in digests.items():
+        if name == STATE:
+            found = _digest(state)
+        elif not whole:
+            continue
+        else:
+            file = checkpoint / name
+            found = sha256(file) if file.is_file() else "missing"
+        if found != digest:
+            wrong = "is missing" if found == "missing" else "is not as it was saved"
+            raise UserError(
+                f"{checkpoint / name} {wrong}; remove the folder {checkpoint.name} to go on from the checkpoint before "
+                "it, or give another --out"
+            )
     return state

@@ -301,7 +301,7 @@ def train(
     done, unwatched = 0, False
     found = checkpoints(folder)
     if found:
-        state = checkpoint.read_state(found[-1])
+        state = checkpoint.read_state(found[-1], whole=True)
         before = state.get("computing", computing)
         if before != computing:
             raise UserError(

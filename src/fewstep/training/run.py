@@ -20,7 +20,7 @@ from fewstep.common import core_yaml
 from fewstep.common.run_inputs import Content, difference
 from fewstep.config import Config, first_difference, read_yaml
 from fewstep.errors import UserError
-from fewstep.files import atomic_write, read_json, sweep, taken, write_json
+from fewstep.files import atomic_write, read_json, read_mapping, sweep, taken, write_json
 from fewstep.training.rate import learning_rate
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
@@ -44,6 +44,8 @@ def versions() -> dict[str, str]:
 def note_versions(path: Path) -> None:
     """Add this process's versions to the list of those that a run was computed with, if they are others."""
     before = read_json(path) if path.is_file() else []
+    if not isinstance(before, list):
+        raise UserError(f"{path} holds a {type(before).__name__}; it must hold the versions of this run, [...]")
     if not before or before[-1] != versions():
         write_json(path, [*before, versions()])
 
@@ -228,7 +230,7 @@ def check_same_run(
             "give the same config to resume it, or another --out"
         )
     if inputs is not None and (folder / INPUTS).exists():
-        changed = difference(read_json(folder / INPUTS), inputs, whole=whole)
+        changed = difference(read_mapping(folder / INPUTS), inputs, whole=whole)
         if changed:
             raise UserError(f"run folder {folder} holds a run on {changed}; give another --out")
 
