@@ -8,13 +8,22 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from fewstep.errors import UserError
 
 Shape = tuple[int, ...]
 
 _BROKEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, struct.error)
+BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+"""Types of tensors, by safetensors' names, and how many bits one number of each takes."""
 _NUMBERS = {"F64": "d", "F32": "f", "F16": "e", "I64": "q", "I32": "i", "I16": "h", "I8": "b", "U8": "B"}
 
 
@@ -44,8 +53,9 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, str], dict[str, Entry
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if 8 + length + end != size:
             raise ValueError(f"it has {size} bytes, its header promises {8 + length + end}")
+        _check_places(header)
         return metadata, {
-            name: Entry(str(entry["dtype"]), tuple(map(int, entry["shape"])), 8 + length + entry["data_offsets"][0])
+            name: Entry(entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
             for name, entry in header.items()
         }
     except FileNotFoundError as error:
@@ -54,6 +64,20 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, str], dict[str, Entry
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except _BROKEN as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def _check_places(header: Mapping[str, Any]) -> None:
+    """Refuse tensors of unknown types, or whose bytes are not those of their shape, one tensor after the other."""
+    last = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        (first, end), kind, shape = entry["data_offsets"], entry["dtype"], entry["shape"]
+        if kind not in BITS:
+            raise ValueError(f"{name} is of a type {kind!r} that is none of {', '.join(BITS)}")
+        if not all(type(side) is int and side >= 0 for side in shape):
+            raise ValueError(f"{name} is of a shape {shape}")
+        if first != last or 8 * (end - first) != math.prod(shape) * BITS[kind]:
+            raise ValueError(f"{name}, {shape} of {kind}, is said to lie from byte {first} to {end}")
+        last = end
 
 
 def read_floats(path: Path, entry: Entry) -> list[float]:

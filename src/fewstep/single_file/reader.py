@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fewstep.errors import UserError
@@ -38,7 +38,10 @@ class Reader:
         self.read: set[str] = set()
 
     def __enter__(self) -> Self:
-        stream: Any = safe_open(self.file, "pt")
+        try:
+            stream: Any = safe_open(self.file, "pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self.file} is not a whole safetensors file: {error}") from error
         self._stream = stream.__enter__()
         return self
 
