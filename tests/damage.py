@@ -273,6 +273,10 @@ TENSORS: dict[str, Callable[[dict[str, Tensor], random.Random], dict[str, Tensor
 }
 
 
+NUMBERS = ("one transposed", "one zero", "one huge", "not a number in one", "infinity in one", "its numbers flipped")
+"""Changes of numbers alone: names, types and shapes stay. Where no digest is kept, nobody can tell."""
+
+
 def _header(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[bytes], bytes]:
     """Rewrite the JSON at the head of a safetensors file."""
 
@@ -397,7 +401,7 @@ LORAS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
     ),
     "in kohya's names": _kohya,
     "in kohya's names without alpha": lambda held: _kohya(held, alpha=None),
-    "in kohya's names with another start": lambda held: _kohya(held, "lycoris_"),
+    "in LyCORIS' names": lambda held: _kohya(held, "lycoris_", None),
     "for a transformer": _renamed(lambda key: key.replace("unet.", "transformer.")),
     "of a prior network": _renamed(lambda key: key.replace("unet.", "prior.")),
     "with a text encoder's layer": lambda held: {
@@ -434,8 +438,11 @@ LORAS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
     "in upper case": _renamed(str.upper),
 }
 """What LoRA files of other trainers look like, and of none."""
-SPELLED = ("without the component's name", "in PEFT's names", "in PEFT's names behind the component's")
-"""Those of the same LoRA that diffusers draws without, in silence."""
+SPELLED = (
+    *("without the component's name", "in PEFT's names", "in PEFT's names behind the component's"),
+    *("with an adapter's name inside", "in LyCORIS' names"),
+)
+"""Those of the same LoRA that diffusers draws without, in silence, or does not read."""
 
 
 def _adapter(**more: Any) -> dict[str, str]:
