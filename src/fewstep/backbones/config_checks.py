@@ -165,7 +165,8 @@ def check_tokenizer(name: str, place: Path, config: Mapping[str, Any]) -> None:
     Raises:
         UserError: naming the files that are missing, the extra that reads them, or the key.
     """
-    sets = config_keys.VOCABULARIES.get(name.removesuffix("Fast"), (("tokenizer.json",),))
+    every = [files for known in config_keys.VOCABULARIES.values() for files in known]
+    sets = config_keys.VOCABULARIES.get(name.removesuffix("Fast"), list(dict.fromkeys(every)))
     held = [files for files in sets if all((place / file).is_file() for file in files)]
     if not held:
         wanted = " or ".join(" and ".join(files) for files in sets)

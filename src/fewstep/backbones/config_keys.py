@@ -459,11 +459,11 @@ BY_PIPELINE: dict[str, dict[str, dict[str, Partly]]] = {
     "FluxPipeline": {"scheduler": _BY_PICTURE, "vae": _SHIFTED},
 }
 """Where a pipeline does more, or asks for more: its class -> component -> key -> as `ConfigKeys.partly`."""
-VOCABULARIES: dict[str, Sequence[Sequence[str]]] = {
+VOCABULARIES: dict[str, Sequence[tuple[str, ...]]] = {
     "CLIPTokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
     "T5Tokenizer": (("tokenizer.json",), ("spiece.model",)),
     "GemmaTokenizer": (("tokenizer.json",), ("tokenizer.model",)),
     "LlamaTokenizer": (("tokenizer.json",), ("tokenizer.model",)),
     "BertTokenizer": (("tokenizer.json",), ("vocab.txt",)),
 }
-"""The files that a tokenizer's vocabulary is read from, either of several sets; elsewhere tokenizer.json."""
+"""The files that a tokenizer's vocabulary is read from, either of several sets; any of them for other classes."""
