@@ -300,3 +300,8 @@ def test_activations_of_a_part_stand_for_all(place: Path, tmp_path: Path, monkey
     assert part.too_large
     assert whole.too_large == ""
     assert part.saved_bytes == pytest.approx(whole.saved_bytes, rel=0.1)
+
+
+def test_a_rank_beyond_memory_is_refused(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^student\.rank = "):
+        go(tmp_path / "run", place, f"student.rank={10**10}")

@@ -5,20 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor, nn
 
 from fewstep import processes
 from fewstep.compiled import eagerly
 from fewstep.data.latents import LatentSet
-from fewstep.device import DTYPES, pick_precision
+from fewstep.device import DTYPES, MOST_FILLED, free_memory, pick_precision
 from fewstep.draws import Draws, order
 from fewstep.errors import UserError
 from fewstep.mapped import Rows
@@ -159,23 +157,6 @@ def gradients_dropped(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             handle = parameter.register_post_accumulate_grad_hook(drop)  # type: ignore[no-untyped-call]
             hooks.callback(handle.remove)
         yield
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a GPU, or in the main memory that this process may use."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + unused
-    free = int(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")  # of a container
-    with suppress(OSError, ValueError):
-        most, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        free = min(free, most - used)
-    return free
-
-
-MOST_FILLED = 0.9
-"""Share of the free memory that activations may fill."""
 
 
 def estimate(

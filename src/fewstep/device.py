@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, cast, get_args
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -50,6 +52,23 @@ def pick_drawing(name: str, device: torch.device) -> torch.dtype:
     if name == "fp16" and device.type == "cpu":
         raise UserError("precision = 'fp16' needs a GPU; the nearest legal one is 'bf16'")
     return DTYPES[pick_precision(cast(Precision, name), device)]
+
+
+MOST_FILLED = 0.9
+"""Share of the free memory that may be planned with."""
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU, or in the main memory that this process may use."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    free = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")  # of a container
+    with suppress(OSError, ValueError):
+        most, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, most - used)
+    return free
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

@@ -91,11 +91,17 @@ def make_watch(run: Run, out: Path, cache: Path) -> Watch:
     return Watch(config, artist, run.student.parameters("student"), prompts, real, out, cache, keep)
 
 
-def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quiet: bool = False) -> Path:
+def distill(
+    config: DistillConfig, out: Path, *, cache: Path | None = None, shared: Path | None = None, quiet: bool = False
+) -> Path:
     """Distil, resuming what `out` already holds; return the student's file.
 
     The run folder gets config.yaml, versions.json, log.jsonl, tensorboard/, checkpoints/, evaluations.json, grids/ and
     best/ (where quality is watched) and student/. Each stage of a list has such a folder of its own below stages/.
+
+    Args:
+        cache: folder for trajectories and a distance that is trained first; the run's own if left out.
+        shared: folder of encodings and the teacher's pictures; `cache` if that is given, else the user's.
 
     Raises:
         UserError: anything wrong with the config, the files or the place, before training starts.
@@ -107,7 +113,7 @@ def distill(config: DistillConfig, out: Path, *, cache: Path | None = None, quie
         if stage.method.distance == "perceptual" and not stage.perceptual.folder:
             check_split(stage.perceptual.loop, accelerator)
     main = accelerator.is_main_process
-    target, place, shared = out / "student", cache or out / "cache", cache or shared_cache(out)
+    target, place, shared = out / "student", cache or out / "cache", shared or cache or shared_cache(out)
     with ExitStack() as held:
         with together():
             if main:

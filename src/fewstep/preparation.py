@@ -33,7 +33,7 @@ from fewstep.data.prompts import is_prompt_file, is_shards, read_prompts
 from fewstep.data.shards import from_shards
 from fewstep.data.visits import used
 from fewstep.denoiser import Condition, Denoiser, computed_in
-from fewstep.device import DTYPES, pick_precision
+from fewstep.device import DTYPES, MOST_FILLED, free_memory, pick_precision
 from fewstep.draws import order
 from fewstep.errors import UserError
 from fewstep.evaluation.settings import KID_FEWEST
@@ -337,6 +337,30 @@ def encoders_fingerprint(folder: PipelineFolder) -> str:
     return folder.identity("vae", *folder.family.readers)
 
 
+def check_adapters(config: DistillConfig, backbone: Backbone) -> None:
+    """Refuse a rank whose adapters alone would not fit into main memory, where they are laid out.
+
+    Raises:
+        UserError: naming the largest rank that does.
+    """
+    rank, targets = config.student.rank, config.student.targets or backbone.targets
+    if config.student.kind != "lora":
+        return
+    shapes = [
+        module.weight.shape
+        for name, module in backbone.network.named_modules()
+        if isinstance(getattr(module, "weight", None), Tensor)
+        and any(name == target or name.endswith(f".{target}") for target in targets)
+    ]
+    a_rank = 4 * sum(shape[0] + shape[1:].numel() for shape in shapes if len(shape) > 1)
+    free = free_memory(torch.device("cpu")) * MOST_FILLED
+    if rank * a_rank > free:
+        raise UserError(
+            f"student.rank = {rank} makes adapters of {rank * a_rank / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are "
+            f"free; the nearest legal one is {max(1, int(free / a_rank))}"
+        )
+
+
 def lay_out(config: DistillConfig, backbone: Backbone, captioned: pictures.Captioned, data: LatentSet) -> Run:
     """Let the encoders go, lay out the roles, and only then bring them to the device, each process its part."""
     backbone.release_encoders()
@@ -351,6 +375,7 @@ def lay_out(config: DistillConfig, backbone: Backbone, captioned: pictures.Capti
         )
     if config.student.teacher_precision == "fp16" and backbone.device.type == "cpu":
         raise UserError("student.teacher_precision = 'fp16' needs a GPU; the nearest legal one is 'bf16'")
+    check_adapters(config, backbone)
     compute = DTYPES[precision]
     roles, method = roles_of(config.method), config.method
     student = make_student(backbone, config.student, roles, config.loop.seed, method.told, compute, backbone.device)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fewstep.config import validate
-from fewstep.distillation import distill
+from fewstep.distillation import distill, shared_cache
 from fewstep.errors import UserError
 from fewstep.evaluation.claims import TEACHER_STEPS
 from fewstep.evaluation.report import table_blocks
@@ -153,7 +153,7 @@ def family(config: FamilyConfig, out: Path) -> Path:
     teacher = teacher_entry(omega, TEACHER_STEPS, config.seed)
     rows: list[Row] = []
     for recipe, share in shares.items():
-        student = distill(share.config, out / recipe, cache=out / "cache")
+        student = distill(share.config, out / recipe, cache=out / "cache", shared=shared_cache(out))
         entries = recipe_entries(recipe, student, omega, config.seed)
         rows += contest(studio, judge, teacher, entries)[bool(rows) :]  # the teacher's row comes once
         if recipe == "tcd":

@@ -53,4 +53,5 @@ def train_student(
         "loop.watch_every=null",  # they are measured when they are done
         f"optim.lr={lr}",
     ]
-    return distillation.distill(student_config(recipe, changes), out, cache=cache)
+    shared = distillation.shared_cache(cache.parent)
+    return distillation.distill(student_config(recipe, changes), out, cache=cache, shared=shared)

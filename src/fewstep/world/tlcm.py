@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fewstep.config import merge, validate
-from fewstep.distillation import distill
+from fewstep.distillation import distill, shared_cache
 from fewstep.evaluation.gains import Place, gains
 from fewstep.evaluation.report import table_blocks
 from fewstep.evaluation.results import Results, Row, save_results
@@ -144,7 +144,7 @@ class Workshop:
         """
         check_same_run(folder, config)
         if not (folder / "student").is_dir():
-            distill(config, folder, cache=self.out.parent / "cache")
+            distill(config, folder, cache=self.out.parent / "cache", shared=shared_cache(self.out.parent))
         return folder
 
     def stage(self, name: str) -> DistillConfig:
