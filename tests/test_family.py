@@ -628,7 +628,7 @@ def test_cost_counts_a_backward_as_two() -> None:
     # PCM: as TCD, and the critic's features with gradient; its own step asks for both jumps, two teachers, two features
     wanted["pcm"] = 6 + 3 + (1 + 1 + 2 + 2)
     # CTM: two calls of the student, three Heun steps, one jump of the target, two pushes of which one with gradient,
-    # features; its critic sees data and where the student's jump is pushed to; critic and features in a quarter of the steps
+    # features; its critic sees data and where the student's jump is pushed to; both in a quarter of the steps
     wanted["ctm"] = (2 + 6 + 1 + 2 + 1 / 4) + 2 * (2 + 1 + 1 / 4) + (1 + 1 + 2) / 4
     assert {recipe: resolve(recipe).method.cost for recipe in wanted} == wanted
 
