@@ -358,5 +358,8 @@ def test_one_stage_of_a_list_is_changed_by_its_name() -> None:
     assert [stage.optim.lr for stage in changed.each_stage()] == [1e-4, 1e-5, 3e-6, 1e-5]
     assert [stage.loop.batch for stage in changed.each_stage()] == [16, 16, 8, 2]
     assert changed.stages[1] == usual.stages[1]
+    for wrong in ("stages={1: 2}", "stages={joined: 2}", "stages.joined="):
+        with pytest.raises(UserError, match=r"stages\.(1|joined)"):
+            resolve("tlcm", None, [wrong])
     with pytest.raises(UserError, match=r"stages\.joind: stages holds segments, .*; the nearest is 'joined'"):
         resolve("tlcm", None, ["stages.joind.optim.lr=1e-5"])

@@ -91,9 +91,13 @@ def _are_named(items: Sequence[Any]) -> bool:
 def _merge_named(key: str, items: Sequence[Any], change: Mapping[str, Any]) -> list[Any]:
     """A list of mappings with a name each, some of them changed."""
     names = [str(item["name"]) for item in items]
-    for name in change:
+    for name, own in change.items():
         if name not in names:
-            raise UserError(f"{key}.{name}: {key} holds {', '.join(names)}; the nearest is {nearest(name, names)!r}")
+            raise UserError(
+                f"{key}.{name}: {key} holds {', '.join(names)}; the nearest is {nearest(str(name), names)!r}"
+            )
+        if not isinstance(own, Mapping):
+            raise UserError(f"{key}.{name} = {own!r} must be a mapping of what changes, e.g. {{share: 100}}")
     return [merge(item, change.get(name, {})) for name, item in zip(names, items, strict=True)]
 
 
