@@ -1,4 +1,4 @@
-"""What of a prompt lies beyond what the text encoders read, found for every family and told."""
+"""Words of prompts beyond what the text encoders read: found in every family, printed, counted."""
 
 from __future__ import annotations
 
@@ -72,9 +72,9 @@ def test_sampling_and_distilling_tell(
     config = resolve("tcd", None, [*tiny_overrides, f"data.source={folder}", "loop.steps=1"])
     for first in (True, False):
         distillation.distill(config, tmp_path / f"run{first}", cache=tmp_path / "cache")
-        told = capsys.readouterr().err
-        assert ("3 of 16 captions" in told) == first
-        assert "16 pictures with 16 captions; left out: 1 hidden" in told
+        printed = capsys.readouterr().err
+        assert ("3 of 16 captions" in printed) == first
+        assert "16 pictures with 16 captions; left out: 1 hidden" in printed
     (estimated,) = distillation.estimate_run(config)
     assert "16 pictures with 16 captions; left out: 1 hidden" in estimated.data
     assert estimated.data in estimated.lines()

@@ -47,7 +47,7 @@ def read_yaml(path: Path | str, model: type[BaseModel] | None = None) -> dict[st
         model: config that the mapping is for: plain scalars of its text fields stay as they are written.
 
     Raises:
-        UserError: missing, unreadable, not YAML, a key that stands twice, or not a mapping.
+        UserError: missing, unreadable, not YAML, a key that appears twice, or not a mapping.
     """
     path = Path(path)
     try:

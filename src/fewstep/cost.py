@@ -86,7 +86,7 @@ class Estimated:
         checks: what the quality checks will take; None where there are none.
         too_large: why a step does not fit into this machine's memory, and what would; empty where it does.
         name: of the stage; empty where there is one only.
-        data: what is used of the source and what is left out, with the reasons, in a line; empty where it is not told.
+        data: what is used of the source and what is left out, with the reasons, in a line; empty if unknown.
     """
 
     seconds_per_step: float

@@ -263,7 +263,7 @@ def prepare(
     backbone.load_encoders()  # a broken text encoder is told of before the pictures are encoded
     cut = CutPrompts(backbone)
     shape, print_of = backbone.latent_shape, of.parts["encoders"]
-    data = latent_set(captioned, backbone, print_of, place, shape, of=of, wanted=source.wanted, look=cut)
+    data = latent_set(captioned, backbone, print_of, place, shape, of=of, wanted=source.wanted, on_encoded=cut)
     cut.add_up()
     tell([] if quiet else cut.lines("caption"))
     folder = perceptual_folder(config, backbone, data.said, cache)

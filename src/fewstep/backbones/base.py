@@ -292,7 +292,7 @@ class Backbone(ABC):
         """Encode prompts, `batch` at once."""
 
     def lost_words(self, prompts: Sequence[str]) -> list[str]:
-        """Return what of each prompt lies beyond what every text encoder reads; empty for nothing."""
+        """Return the words of each prompt beyond what every text encoder reads; empty for none."""
         readers = self._load_text()
         with named("read prompts by", self._placed(*self.folder.family.readers)):
             spelled, lengths = self.spelled(prompts), self.lengths()

@@ -1,4 +1,4 @@
-"""What of a prompt lies beyond what the text encoders read: it is cut, and pictures do not follow it."""
+"""Words of prompts beyond what the text encoders read: they are cut off, and have no effect on pictures."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ SHOWN = 3
 
 
 class Reads(Protocol):
-    """What can say which words of prompts are lost; a backbone."""
+    """The part of a backbone that finds lost words."""
 
     device: torch.device
 
     def lost_words(self, prompts: Sequence[str]) -> list[str]:
-        """What of each prompt lies beyond the last token that is read; empty for nothing."""
+        """Return the words of each prompt beyond the last token that is read; empty for none."""
         ...
 
 
 def words_beyond(tokenizer: Any, texts: Sequence[str], length: int) -> list[str]:
-    """Return what of each text lies beyond the first `length` tokens, special ones counted; empty for nothing."""
+    """Return the end of each text beyond its first `length` tokens, special ones counted; empty for none."""
     texts = list(texts)
     found = [""] * len(texts)
     whole = tokenizer(texts, verbose=False)["input_ids"]
@@ -47,18 +47,18 @@ class CutPrompts:
         self.first: dict[str, str] = {}
 
     def __call__(self, prompts: Sequence[str]) -> None:
-        """Look at some prompts."""
+        """Count some prompts."""
         lost = {prompt: words for prompt, words in zip(prompts, self.reader.lost_words(prompts), strict=True) if words}
         self.count, self.of = self.count + len(lost), self.of + len(prompts)
         self.first = dict([*self.first.items(), *lost.items()][:SHOWN])
 
     def add_up(self) -> None:
-        """Count those of all processes of a launch, each of which must ask."""
+        """Add up the counts of all processes of a launch; each of them must call this."""
         both = torch.tensor([self.count, self.of], device=self.reader.device)
         self.count, self.of = processes.total(both).tolist()
 
     def lines(self, kind: str = "prompt") -> list[str]:
-        """Return what to tell of the cut ones; empty for none."""
+        """Return lines about the cut prompts; empty for none."""
         if not self.count:
             return []
         shown = [f"{kind} {_short(prompt)!r} is cut, not read: {words!r}" for prompt, words in self.first.items()]

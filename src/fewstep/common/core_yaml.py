@@ -34,7 +34,7 @@ OUTER = str.maketrans({stand_in: character for character, stand_in in INNER.item
 
 
 class CoreLoader(yaml.SafeLoader):
-    """A safe loader of the core schema that refuses a key that stands twice."""
+    """A safe loader of the core schema that refuses a key that appears twice."""
 
     def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
         """Give a scalar its own characters back."""
@@ -43,7 +43,7 @@ class CoreLoader(yaml.SafeLoader):
         return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Refuse a key that stands twice, before keys are merged in."""
+        """Refuse a key that appears twice, before keys are merged in."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)  # type: ignore[no-untyped-call]
         seen = set()
         for key, _ in node.value:
@@ -51,7 +51,7 @@ class CoreLoader(yaml.SafeLoader):
                 continue
             if key.value in seen:
                 line = key.start_mark.line + 1
-                raise yaml.YAMLError(f"key {key.value!r} stands twice, the second time in line {line}; keep one")
+                raise yaml.YAMLError(f"key {key.value!r} appears twice, the second time in line {line}; keep one")
             seen.add(key.value)
         return node
 
@@ -80,7 +80,7 @@ def load(text: str, annotation: Any = None) -> Any:
             stay text.
 
     Raises:
-        ValueError: not YAML, or a key that stands twice.
+        ValueError: not YAML, or a key that appears twice.
     """
     for character, stand_in in INNER.items():
         text = text.replace(character, stand_in)

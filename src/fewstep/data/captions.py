@@ -151,7 +151,7 @@ def in_words(left_out: Mapping[str, int]) -> str:
 
 
 def _without(lacking: Sequence[str], of: int, where: str) -> str:
-    """The refusal of pictures without caption."""
+    """Return the refusal of pictures without caption."""
     stem = posixpath.splitext(posixpath.basename(lacking[0]))[0]
     more = f", nor have {len(lacking) - 1} others of {of}" if lacking[1:] else ""
     return (
@@ -169,7 +169,7 @@ def _is_part(name: str, used: Collection[str]) -> bool:
 def _beside(
     stem: str, beside: Mapping[tuple[str, str], str], read: Callable[[str], bytes], where: str
 ) -> list[str] | None:
-    """The captions of the files beside a picture; [""] for an empty one, None where there is none."""
+    """Return the captions of the files beside a picture; [""] for an empty one, None if there is none."""
     found = None
     for kind in BESIDE:
         name = beside.get((stem, kind))
@@ -187,7 +187,7 @@ def _beside(
 
 
 def _fields(row: Any, fields: Sequence[str]) -> list[str] | None:
-    """The captions of the first field that has any, or of a list of texts; None where there is none."""
+    """Return the captions of the first field that has any, or of a list of texts; None if there is none."""
     for value in [row.get(field) for field in fields] if isinstance(row, dict) else [row]:
         words = [value] if isinstance(value, str) else value
         if isinstance(words, list) and words and all(isinstance(word, str) for word in words):
@@ -208,7 +208,7 @@ def _finder(find: Callable[[str], str | None], names: Sequence[str]) -> Callable
 def _listed(
     name: str, read: Callable[[str], bytes], find: Callable[[str], str | None], where: str
 ) -> dict[str, list[str]]:
-    """The captions of a list, by the pictures that it names."""
+    """Read the captions of a list, by the pictures that it names."""
     captions: dict[str, list[str]] = {}
     number = 0
     try:
@@ -233,19 +233,19 @@ def _listed(
 
 
 def _json_rows(held: bytes) -> Iterator[tuple[int, str | dict[str, Any]]]:
-    """The lines of a JSON Lines file that are not empty, numbered from 1."""
+    """Yield the lines of a JSON Lines file that are not empty, numbered from 1."""
     yield from ((number, line) for number, line in enumerate(lines_of(decode(held)), 1) if line.strip())
 
 
 def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; refuse a field that stands twice."""
+    """Make a JSON object; refuse a field that appears twice."""
     row = dict(pairs)
     if len(row) < len(pairs):
-        raise ValueError(f"a field stands twice in {json.dumps(row, ensure_ascii=False)[:80]}")
+        raise ValueError(f"a field appears twice in {json.dumps(row, ensure_ascii=False)[:80]}")
     return row
 
 
 def _csv_rows(held: bytes) -> Iterator[tuple[int, str | dict[str, Any]]]:
-    """The rows of a CSV file by their columns, each with the number of its last line."""
+    """Yield the rows of a CSV file by their columns, each with the number of its last line."""
     reader = csv.DictReader(StringIO(decode(held), newline=""), strict=True)
     yield from ((reader.line_num, row) for row in reader)

@@ -1,4 +1,4 @@
-"""The files of a folder of pictures: which of them are read, and what else the folder may be."""
+"""The files of a folder of pictures: which of them are read, and what the folder holds instead of pictures."""
 
 from __future__ import annotations
 
@@ -53,27 +53,27 @@ class FolderFiles:
 
     @property
     def names(self) -> list[str]:
-        """Their paths below the folder, part by part in name order."""
+        """Paths below the folder, sorted part by part."""
         return self._found[0]
 
     @property
     def left_out(self) -> dict[str, int]:
-        """What is hidden or cannot be read, counted."""
+        """Counts of what is hidden or cannot be read, by reason."""
         return self._found[1]
 
     def read(self, name: str) -> bytes:
-        """The bytes of one of them."""
+        """Return the bytes of one of them."""
         return (self.folder / name).read_bytes()
 
     def find(self, name: str) -> str | None:
-        """The file at a path from the folder; None where there is none."""
+        """Return the file at a path from the folder; None if there is none."""
         try:
             return os.path.normpath(name) if (self.folder / name).is_file() else None
         except (OSError, ValueError):  # a name that no file system takes
             return None
 
     def advice(self) -> str:
-        """What else of the folder could be named as the source; empty where nothing could."""
+        """Return what to give as the source instead, as the end of a sentence; empty if nothing is found."""
         lists = [name for name in self.names if "/" in name and name.lower().endswith(LISTS)]
         tars = [name for name in self.names if kind_of(name) == ".tar"]
         if lists:

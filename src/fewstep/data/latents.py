@@ -31,7 +31,7 @@ SAID = 4096
 """Captions encoded at a time: 1.3 GB of SDXL's states in half precision."""
 
 
-Look = Callable[[Sequence[str]], None]
+OnEncoded = Callable[[Sequence[str]], None]
 
 
 class Encoders(Protocol):
@@ -240,7 +240,7 @@ def encode_captions(
     cache: Path,
     key: str,
     wanted: np.ndarray | None = None,
-    look: Look | None = None,
+    on_encoded: OnEncoded | None = None,
 ) -> dict[str, Rows]:
     """Encode the wanted captions and, last, the unconditional one: conditions, fp16, on disk."""
     place, count = cache / key, len(captions)
@@ -250,8 +250,8 @@ def encode_captions(
 
     def encode(some: Sequence[int]) -> dict[str, Tensor]:
         read = [captions[row] for row in some]
-        if look is not None:
-            look(read)
+        if on_encoded is not None:
+            on_encoded(read)
         return halves(encoders.encode(read))
 
     def null(_: Sequence[int]) -> dict[str, Tensor]:
@@ -331,7 +331,7 @@ def latent_set(
     *,
     of: Known | None = None,
     wanted: Wanted = ALL,
-    look: Look | None = None,
+    on_encoded: OnEncoded | None = None,
 ) -> LatentSet:
     """Encode pictures and captions, once for each (encoder weights, pictures, captions); of prompts alone no picture.
 
@@ -343,7 +343,7 @@ def latent_set(
         shape: of a latent, for prompts alone.
         of: the set's identity, if it is known already.
         wanted: which pictures and captions will be asked for.
-        look: called with captions as they are encoded; not with those that were kept.
+        on_encoded: called with captions as they are encoded; not with those that were kept.
     """
     of = of or known(data, fingerprint)
     latents: Rows
@@ -351,5 +351,5 @@ def latent_set(
         latents = torch.zeros(()).expand(len(data), *shape)
     else:
         latents = encode_pictures(data.pictures, encoders, cache, of.pictures, wanted.pictures)
-    table = encode_captions(of.said, encoders, cache, of.captions, wanted.captions, look)
+    table = encode_captions(of.said, encoders, cache, of.captions, wanted.captions, on_encoded)
     return LatentSet(latents, table, of.rows, of.key, of.said, of.parts)

@@ -10,8 +10,7 @@ SLACK = 1e-3
 GREY_16 = b"\x89PNG\r\n\x1a\n", 24, b"\x10\x00"
 """How a grey PNG of 16 bits begins: signature, and at an offset its bit depth and colour type."""
 HEAD = 26
-"""Bytes that tell."""
-
+"""Bytes that `is_deep_png` needs."""
 
 BITS, PHOTOMETRIC = 258, 262
 """TIFF's tags: bits of a value, and whether 0 is black (1) or white (0)."""
@@ -49,7 +48,7 @@ def eight_bits(image: Image.Image, opened: Image.Image) -> Image.Image:
 
 
 def _white(mode: str, high: float, format_name: str | None, bits: int) -> float:
-    """The value that is white.
+    """Return the value that is white.
 
     Args:
         high: the largest value.

@@ -212,7 +212,7 @@ def samples_of(files: Any, path: str, shard: str) -> Listing:
 
     Raises:
         UserError: no plain tar, one that cannot be read by ranges, no picture, one without caption, a picture or
-            caption that stands twice, a link that leads out of the shard.
+            caption that appears twice, a link that leads out of the shard.
     """
     try:
         with files.open(path, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
@@ -235,7 +235,7 @@ class Members:
         left_out: hidden pictures.
 
     Raises:
-        UserError: a picture or caption that stands twice, or is stored with holes; a link that leads out of the shard.
+        UserError: a picture or caption that appears twice, or is stored with holes; a link that leads out of the shard.
     """
 
     def __init__(self, tar: tarfile.TarFile, stream: Any, shard: str) -> None:
@@ -255,7 +255,7 @@ class Members:
                     reason = "hidden pictures and folders"
                     self.left_out[reason] = self.left_out.get(reason, 0) + 1
             elif matters and name in self._every:
-                raise UserError(f"data.source: {name} stands twice in {shard}; write the shard anew with one of them")
+                raise UserError(f"data.source: {name} appears twice in {shard}; write the shard anew with one of them")
             elif matters and member.issparse():
                 raise UserError(f"data.source: {name} of {shard} is stored with holes (sparse); write it plainly")
             else:
