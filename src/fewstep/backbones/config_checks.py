@@ -177,6 +177,12 @@ def check_tokenizer(name: str, place: Path, config: Mapping[str, Any]) -> None:
             "pip install 'fewstep[sentencepiece]'"
         )
     check_keys(config_keys.TOKENIZER, config, place / "tokenizer_config.json")
+    for key in config_keys.TOKENIZER.read.keys() & config.keys():
+        length = config[key]
+        if length is not None and (isinstance(length, bool) or not isinstance(length, int | float) or length < 1):
+            raise UserError(
+                f"{place / 'tokenizer_config.json'}: {key} = {_shown(length)} must be a number above 0, or null"
+            )
     for key in ("model_max_length", "max_len"):
         if config.get(key) is not None and _kind(config[key]) not in ("a whole number", "a number"):
             raise UserError(f"{place / 'tokenizer_config.json'}: {key} = {_shown(config[key])} is not a number")
