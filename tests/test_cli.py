@@ -365,13 +365,13 @@ def test_a_lora_of_another_base(refuse: Refuse, tiny_pipeline: Path, distilled: 
     assert "was trained on another base (sha256 " in line
     strange = tmp_path / "strange.safetensors"
     for module, a, b, words in (
-        ("mid_block.nowhere", (2, 32), (32, 2), "this one has no layer mid_block.nowhere"),
-        ("conv_in", (2, 3, 3, 3), (16, 2, 1, 1), "conv_in is (16, 4, 3, 3), not (16, 3, 3, 3)"),
+        ("mid_block.nowhere", (2, 32), (32, 2), "'unet.mid_block.nowhere.lora_A.weight' names no layer"),
+        ("conv_in", (2, 3, 3, 3), (16, 2, 1, 1), "is for another base: conv_in is (16, 4, 3, 3), not (16, 3, 3, 3)"),
     ):
         tensors = {f"unet.{module}.lora_A.weight": torch.zeros(a), f"unet.{module}.lora_B.weight": torch.zeros(b)}
         save_tensors(strange, tensors)
         line = refuse("sample", "a disc", "--teacher", str(tiny_pipeline), "--lora", str(strange))
-        assert f"is for another base: {words}" in line
+        assert words in line
 
 
 def test_a_broken_teacher(refuse: Refuse, tiny_pipeline: Path, tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def test_a_file_alone_needs_no_folder_of_configs(
     place = teachers.teacher_folder(file)
     said = capsys.readouterr().err
     assert "2 tensors of averaged weights" in said
-    assert "predicts" in said
+    assert "predicts eps, as its config says" in said
     found, wanted = networks(place), networks(folder)
     for part, tensors in wanted.items():
         for name, value in tensors.items():

@@ -59,7 +59,7 @@ def account(reader: Reader, folder: PipelineFolder, elsewhere: Sequence[str] = (
             )
         if what != "marks":
             counts[what] = counts.get(what, 0) + 1
-    said = "; ".join(f"{count} tensors of {what}" for what, count in sorted(counts.items()))
+    said = "; ".join(f"{count} tensor{'s' * (count > 1)} of {what}" for what, count in sorted(counts.items()))
     return f"{reader.file.name}: not used: {said}" if said else ""
 
 

@@ -16,6 +16,7 @@ from fewstep.export.pipeline import copy_component, copy_licences
 from fewstep.families import FAMILIES
 from fewstep.files import read_mapping, write_json
 from fewstep.folder import LIBRARIES, PipelineFolder, weight_files
+from fewstep.scheduler_config import prediction_of
 from fewstep.single_file.accounting import account
 from fewstep.single_file.reader import Reader
 from fewstep.single_file.recognise import Checkpoint
@@ -212,10 +213,11 @@ def _transformer(folder: PipelineFolder, reader: Reader, checkpoint: Checkpoint)
 def _read_as(file: Path, checkpoint: Checkpoint, folder: PipelineFolder) -> str:
     """One line: which kind a checkpoint was taken for, and on what grounds."""
     kinds = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "Stable Diffusion XL"}
+    by_config = prediction_of(folder.config("scheduler"), str(folder.path))
     if checkpoint.prediction:
-        why = f"which predicts {checkpoint.prediction}, as the file says"
-    elif checkpoint.guess:
-        why = f"which predicts {checkpoint.guess} by its weights; the file does not say"
+        why = f"predicts {checkpoint.prediction}, as the file says"
+    elif checkpoint.guess == by_config:
+        why = f"predicts {checkpoint.guess}, judged by its weights as the file does not say"
     else:
-        why = "which predicts what its config says"
-    return f"{file.name}: read as {kinds[str(checkpoint.version)]}, {why}; configs from {folder.path}"
+        why = f"predicts {by_config}, as its config says and the file does not"
+    return f"{file.name}: read as {kinds[str(checkpoint.version)]} that {why}; configs from {folder.path}"
