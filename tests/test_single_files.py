@@ -462,3 +462,59 @@ def test_the_folder_of_a_file_passes_every_check_of_a_folder(tmp_path: Path) -> 
         _check_configs(folder, configs(version, prediction)["model_index.json"])  # type: ignore[arg-type]
         side = {"sd1": 512, "sd2": 768 if prediction == "v" else 512, "sdxl": 1024}[version]
         assert folder.picture_size == side
+
+
+@pytest.mark.parametrize(
+    "scheduler", ["PNDMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "LMSDiscreteScheduler"]
+)
+def test_a_mark_of_pure_noise_is_acted_on_whatever_the_scheduler(scheduler: str, tmp_path: Path) -> None:
+    """Not all of diffusers' schedulers can rescale their betas: alpha is 0 at the last time all the same."""
+    import diffusers
+
+    folder = tiny_pipelines.sd(tmp_path / "pipe" / "tiny")
+    shutil.rmtree(folder / "scheduler")
+    getattr(diffusers, scheduler)(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).save_config(
+        folder / "scheduler"
+    )
+    index = folder / "model_index.json"
+    index.write_text(
+        json.dumps(json.loads(index.read_text()) | {"scheduler": ["diffusers", scheduler]}), encoding="utf-8"
+    )
+    save_file(whole(folder) | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, tmp_path / "x.sft")
+    found = load_backbone(teachers.teacher_folder(tmp_path / "x.sft", folder))
+    assert found.prediction == "v"
+    assert float(found.path.alpha(torch.tensor([999.0], dtype=torch.float64))) < 1e-6
+    assert float(load_backbone(folder).path.alpha(torch.tensor([999.0], dtype=torch.float64))) > 0.05
+
+
+@pytest.mark.parametrize("held", [("",), ("fp16",), ("", "fp16")])
+def test_of_a_hub_the_plain_weights_are_taken_or_else_the_variant(
+    held: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repository may hold fp16 files alone; its index names a safety checker that is not fetched."""
+    import fnmatch
+
+    import huggingface_hub
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipelines.sd(tmp_path / "pipe" / "tiny"))
+    for variant in held:
+        pipe.save_pretrained(tmp_path / "remote", variant=variant or None)
+    index = tmp_path / "remote" / "model_index.json"
+    checker = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "requires_safety_checker": True}
+    index.write_text(json.dumps(json.loads(index.read_text()) | checker), encoding="utf-8")
+
+    def snapshot(name: str, *, allow_patterns: list[str], **settings: Any) -> str:
+        for file in (tmp_path / "remote").rglob("*"):
+            own = str(file.relative_to(tmp_path / "remote"))
+            if file.is_file() and any(fnmatch.fnmatch(own, pattern) for pattern in allow_patterns):
+                (tmp_path / "local" / own).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, tmp_path / "local" / own)
+        return str(tmp_path / "local")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    place = teachers.teacher_folder("someone/model")
+    fetched = sorted(file.name for file in place.rglob("*.safetensors"))
+    assert all((".fp16." in name) == (held == ("fp16",)) for name in fetched)
+    assert len(fetched) == 3
+    assert torch.equal(load_backbone(place).network.state_dict()["conv_in.weight"], pipe.unet.conv_in.weight)

@@ -12,14 +12,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fewstep.backbones.config_keys import SCHEDULERS
 from fewstep.errors import UserError
 from fewstep.export.header import read_notes
 from fewstep.export.pipeline import LICENCES, RECORD
 from fewstep.families import FAMILIES
-from fewstep.files import alone, atomic_folder, cache_root, read_json, read_mapping, write_json
+from fewstep.files import alone, atomic_folder, cache_root, read_mapping, write_json
 from fewstep.folder import VARIANTS, weight_files
 from fewstep.pickles import advice, is_pickle
-from fewstep.scheduler_config import PREDICTIONS
+from fewstep.scheduler_config import BETAS, PREDICTIONS
 from fewstep.single_file.known_configs import config_folder
 from fewstep.single_file.recognise import Checkpoint, recognise
 from fewstep.single_file.vocabulary import clip_vocabulary
@@ -29,6 +30,8 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 """owner/name, and a revision behind @ if one is meant."""
 ADDRESS = re.compile(r"hf:/{0,2}(?!/)(?P<hf>.*)|(?:https?:/{1,2})?(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<web>.*)")
 """A hub address: hf:owner/name, hf://owner/name, or as a browser shows it; a `Path` of one has lost a slash."""
+ONE_FILE = (".safetensors", ".sft")
+"""How names of single-file checkpoints end."""
 INDEX = "model_index.json"
 SETTINGS = ("*.json", "*.txt", "*.model")
 """What is fetched of each component that pictures are drawn with: configs and vocabularies, ..."""
@@ -66,7 +69,7 @@ def teacher_folder(named: Path | str, config: Path | str = "") -> Path:
         place = Path(named)
     if is_pickle(place):
         raise UserError(f"teacher = {str(named)!r} is a pickle, which is never read; {advice(place)}")
-    if place.suffix == ".safetensors":
+    if place.suffix in ONE_FILE:
         return taken_apart(place, Path(config) if config else None)
     if config:
         raise UserError(f"config = {str(config)!r} goes with a single-file teacher; {str(named)!r} is none")
@@ -168,21 +171,32 @@ def _take_apart(file: Path, config: Path, checkpoint: Checkpoint, part: Path) ->
     said = write_components(file, config, checkpoint, part)
     if notes:
         write_json(part / RECORD, notes)
-    _tell_prediction(part / "scheduler" / "scheduler_config.json", checkpoint)
+    _tell_prediction(part, checkpoint)
     for line in said:
         print(line, file=sys.stderr)
 
 
-def _tell_prediction(scheduler: Path, checkpoint: Checkpoint) -> None:
-    """What a checkpoint says of its prediction goes before the config beside it."""
+def _tell_prediction(part: Path, checkpoint: Checkpoint) -> None:
+    """What a checkpoint says of its prediction goes before the config beside it.
+
+    A scheduler that cannot rescale its betas to zero terminal SNR becomes a DDIMScheduler of the same betas.
+    """
     words: dict[str, str] = {ours: theirs for theirs, ours in PREDICTIONS.items()}
     told: dict[str, Any] = {}
     if checkpoint.prediction in words and not checkpoint.transformer:
         told["prediction_type"] = words[str(checkpoint.prediction)]
     if checkpoint.zero_snr or (checkpoint.zero_snr is not None and checkpoint.prediction == "eps"):
         told["rescale_betas_zero_snr"] = checkpoint.zero_snr  # eps has no x0 where the noise is pure
-    if told:
-        write_json(scheduler, read_json(scheduler) | told)
+    if not told:
+        return
+    scheduler = part / "scheduler" / "scheduler_config.json"
+    config = read_mapping(scheduler)
+    kind = SCHEDULERS.get(str(config.get("_class_name")))
+    if told.get("rescale_betas_zero_snr") and kind and "rescale_betas_zero_snr" not in kind.known:
+        config = {key: config[key] for key in BETAS if key in config} | {"_class_name": "DDIMScheduler"}
+        index = read_mapping(part / INDEX)
+        write_json(part / INDEX, index | {"scheduler": ["diffusers", "DDIMScheduler"]})
+    write_json(scheduler, config | told)
 
 
 def fetched(named: str) -> Path:

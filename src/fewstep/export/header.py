@@ -196,7 +196,7 @@ def _find_file(path: Path) -> Path:
         raise UserError(f"lora = {str(path)!r} does not exist or holds no {FILE}{more}")
     if is_pickle(file):
         raise UserError(f"lora = {str(path)!r} is a pickle, which is never read; {advice(file)}")
-    if file.suffix != ".safetensors":
+    if file.suffix not in (".safetensors", ".sft"):
         raise UserError(f"lora = {str(path)!r} is not a .safetensors file; pickled weights are never read")
     return file
 
