@@ -184,8 +184,10 @@ def check_tokenizer(name: str, place: Path, config: Mapping[str, Any]) -> None:
                 f"{place / 'tokenizer_config.json'}: {key} = {_shown(length)} must be a number above 0, or null"
             )
     for key in ("model_max_length", "max_len"):
-        if config.get(key) is not None and _kind(config[key]) not in ("a whole number", "a number"):
-            raise UserError(f"{place / 'tokenizer_config.json'}: {key} = {_shown(config[key])} is not a number")
+        value = config.get(key)
+        if value is not None and (_kind(value) not in ("a whole number", "a number") or value < 1):
+            file = place / "tokenizer_config.json"
+            raise UserError(f"{file}: {key} = {_shown(value)} is no number of tokens; it must be 1 or more")
 
 
 def check_merges(place: Path, special: Collection[str]) -> None:
