@@ -50,6 +50,7 @@ from fewstep.data.shards import from_shards
 from fewstep.errors import UserError
 from fewstep.export.header import FILE as LORA_FILE
 from fewstep.export.header import base_shapes
+from fewstep.families import CONSISTENCY
 from fewstep.folder import read_folder
 from fewstep.settings import resolve
 
@@ -59,7 +60,8 @@ RUNS = 16
 LORA, SINGLE = "lora.safetensors", "model.safetensors"
 CLOSE = 2
 """Levels of 255 by which pictures may differ: rounding."""
-SOLVER = ["--steps", "2", "--omega", "2.0", "-s", "sampler=ddim", "-s", "spacing=trailing", "-s", "end=clean"]
+STEPS = ["--steps", "2", "--omega", "2.0"]
+SOLVER = [*STEPS, "-s", "sampler=ddim", "-s", "spacing=trailing", "-s", "end=clean"]
 
 
 def command(*words: str) -> tuple[int, str]:
@@ -82,7 +84,7 @@ def refused(code: int, errors: str) -> bool:
 
 def drawn(out: Path, *words: Path | str) -> np.ndarray | None:
     """The picture that `fewstep sample` draws, int [H, W, 3]; None where it refuses."""
-    asked = ("--device", "cpu", "--scale", "1", "--out", str(out), *SOLVER)
+    asked = ("--device", "cpu", "--scale", "1", "--out", str(out))
     code, errors = command("sample", PROMPT, *words, *asked)
     return None if refused(code, errors) else np.asarray(Image.open(out)).astype(int)
 
@@ -94,8 +96,9 @@ def by_diffusers(load: Callable[[], Any]) -> np.ndarray | None:
     try:
         pipe = load()
         pipe.set_progress_bar_config(disable=True)
-        again = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
-        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **again)
+        if type(pipe).__name__ != CONSISTENCY:  # which has one of its own
+            again = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
+            pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **again)
         noise = torch.Generator("cpu").manual_seed(0)
         found = pipe(PROMPT, generator=noise, num_inference_steps=2, guidance_scale=3.0).images[0]
         return np.asarray(found).astype(int)
@@ -157,14 +160,15 @@ class Bench:
         return "right"
 
 
-def pipeline_bench(name: str, place: Path) -> Bench:
+def pipeline_bench(make: Callable[[Path], Path], place: Path) -> Bench:
     """A tiny pipeline folder of a family."""
-    root = tiny_pipelines.FAMILIES[name](place / "pipe")
+    root = make(place / "pipe")
     kind = read_folder(root).pipeline
+    solver = STEPS if kind == CONSISTENCY else SOLVER
     return Bench(
         root,
         list(folder_damages(root)),
-        lambda copy: ("--teacher", copy, "--lora", "none"),
+        lambda copy: ("--teacher", copy, "--lora", "none", *solver),
         lambda copy: loaded(kind, copy),
     )
 
@@ -181,7 +185,7 @@ def lora_bench(place: Path) -> Bench:
         pipe.load_lora_weights(copy, weight_name=LORA)
         return pipe
 
-    return Bench(root, list(lora_damages(LORA)), lambda copy: ("--teacher", base, "--lora", copy / LORA), load)
+    return Bench(root, list(lora_damages(LORA)), lambda copy: ("--teacher", base, "--lora", copy / LORA, *SOLVER), load)
 
 
 def single_file_bench(place: Path) -> Bench:
@@ -200,14 +204,15 @@ def single_file_bench(place: Path) -> Bench:
         )
 
     words: Callable[[Path], Sequence[Path | str]] = lambda copy: (  # noqa: E731
-        *("--teacher", copy / SINGLE, "--config", base, "--lora", "none"),
+        *("--teacher", copy / SINGLE, "--config", base, "--lora", "none", *SOLVER),
     )
     return Bench(root, list(weight_damages(SINGLE)), words, load)
 
 
 BENCHES: dict[str, tuple[int, Callable[[Path], Bench]]] = {
-    "sd": (40, lambda place: pipeline_bench("sd", place)),
-    "sdxl": (10, lambda place: pipeline_bench("sdxl", place)),
+    "sd": (40, lambda place: pipeline_bench(tiny_pipelines.sd, place)),
+    "sdxl": (10, lambda place: pipeline_bench(tiny_pipelines.sdxl, place)),
+    "lcm": (8, lambda place: pipeline_bench(tiny_pipelines.lcm, place)),
     "lora": (24, lora_bench),
     "single": (8, single_file_bench),
 }
