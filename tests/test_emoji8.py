@@ -256,9 +256,9 @@ def test_bad_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("pictures.jsonl", '{"tile": 1}\n', "'split'"),
+        ("pictures.jsonl", '{"style": "noto"}\n', "'heldout-concept'"),
         ("pictures.jsonl", "{", "pictures.jsonl"),
-        ("pictures.jsonl", '{"style": "noto", "concept": "0", "split": "train"}\n', "'0'"),
+        ("pictures.jsonl", '{"style":"noto","concepts":"0","heldout-concept":[],"heldout-pair":[]}\n', "'0'"),
         ("concepts.jsonl", "[]\n", "concepts.jsonl"),
         ("sources.json", "{}\n", "'noto'"),
         ("sources.json", None, "sources.json"),

@@ -23,7 +23,7 @@ from emoji8_sheets import draw, write_sheet
 from emoji8_sources import SOURCES, Concept, collect
 from emoji8_splits import make_records, prompt_lists
 from fewstep.files import atomic_write, write_json
-from fewstep.world.emoji8 import Record
+from fewstep.world.emoji8 import SPLITS, Record
 
 
 def write_text(out: Path, concepts: Sequence[Concept], records: Sequence[Record]) -> None:
@@ -31,11 +31,16 @@ def write_text(out: Path, concepts: Sequence[Concept], records: Sequence[Record]
     write_json(out / "sources.json", {style: package.pin for style, package in SOURCES.items()})
     texts = ({"concept": concept.codepoint, **_without(vars(concept), "codepoint")} for concept in concepts)
     _write_lines(out / "concepts.jsonl", texts)
-    kept = ("style", "tile", "concept", "split")
-    _write_lines(out / "pictures.jsonl", ({key: getattr(record, key) for key in kept} for record in records))
+    _write_lines(out / "pictures.jsonl", (_sheet(style, records) for style in SOURCES))
     for name, prompts in prompt_lists(concepts, records).items():
         with atomic_write(out / "prompts" / f"{name}.txt") as part:
             part.write_text("\n".join(prompts) + "\n", encoding="utf-8")
+
+
+def _sheet(style: str, records: Sequence[Record]) -> dict[str, object]:
+    own = sorted((record for record in records if record.style == style), key=lambda record: record.tile)
+    heldout = {split: [record.tile for record in own if record.split == split] for split in SPLITS[1:]}
+    return {"style": style, "concepts": " ".join(record.concept for record in own), **heldout}
 
 
 def _without(fields: Mapping[str, object], left_out: str) -> dict[str, object]:

@@ -75,7 +75,6 @@ class Concept:
 
     codepoint: str
     group: str
-    subgroup: str
     name: str
     keywords: tuple[str, ...]
     name_zh: str
@@ -146,7 +145,6 @@ def read_concepts(tarball: Path) -> tuple[list[Concept], dict[str, str]]:
             Concept(
                 normalise(entry["hexcode"]),
                 names["groups"][str(entry["group"])],
-                names["subgroups"][str(entry["subgroup"])],
                 straight(entry["label"]),
                 tuple(straight(tag) for tag in entry.get("tags", ())),
                 zh["label"],

@@ -55,7 +55,6 @@ class Record:
     codepoint: str
     concept: str
     group: str
-    subgroup: str
     name: str
     keywords: tuple[str, ...]
     name_zh: str
@@ -108,7 +107,7 @@ def load_records(split: str | tuple[str, ...] = "train") -> tuple[Record, ...]:
     with _reading(place / "concepts.jsonl") as path:
         concepts = {fields["concept"]: _text(fields) for fields in _read_lines(path)}
     with _reading(place / "pictures.jsonl") as path:
-        lines = (fields for fields in _read_lines(path) if fields["split"] in wanted)
+        lines = (fields for sheet in _read_lines(path) for fields in _tiles(sheet) if fields["split"] in wanted)
         return tuple(_record(fields, concepts, sources) for fields in lines)
 
 
@@ -281,6 +280,13 @@ def _reading(path: Path) -> Iterator[Path]:
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
     return (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+
+
+def _tiles(sheet: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield a mapping for each tile of a style's sheet, in order; tiles that no held-out list names are trained on."""
+    split_of = {tile: split for split in SPLITS[1:] for tile in sheet[split]}
+    for tile, concept in enumerate(sheet["concepts"].split()):
+        yield {"style": sheet["style"], "tile": tile, "concept": concept, "split": split_of.get(tile, SPLITS[0])}
 
 
 def _text(fields: Mapping[str, Any]) -> dict[str, Any]:
