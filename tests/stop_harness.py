@@ -14,11 +14,16 @@ import signal
 import sys
 from pathlib import Path
 
+from fewstep import distillation
 from kill_harness import launch, logged_step, wait_for, wait_for_all
 from process_harness import enter, free_port
 
 STAGES = "[{name: one, share: 1, method: {}}, {name: two, share: 1, method: {}}]"
 LIMIT = 120.0
+ANNOUNCE, ESTIMATE = distillation.announce, distillation.estimate
+CHANGES = ["data.trajectories=3", "method.grid=10", "method.k=9", "sampling.grid=10", "loop.steps=2"]
+KEPT = [word for change in CHANGES for word in ("-s", change)]
+"""Stored trajectories, which the processes of a launch draw together."""
 
 
 def run(folder: Path, words: list[str]) -> dict[str, list[int | None]]:
@@ -31,6 +36,8 @@ def run(folder: Path, words: list[str]) -> dict[str, list[int | None]]:
         def become(rank: int) -> None:
             if size > 1:
                 enter(rank, size, port, folder / f"{name}-{rank}.did")
+            if name == "announced":
+                distillation.announce, distillation.estimate = ANNOUNCE, ESTIMATE
 
         return [launch(verb, folder / f"{name}-{r}.log", lambda r=r: become(r)) for r in range(size)]
 
@@ -52,6 +59,7 @@ def run(folder: Path, words: list[str]) -> dict[str, list[int | None]]:
     if os.name == "posix":
         codes |= {
             "both": wait_for_all(start("both", 2)),
+            "announced": wait_for_all(start("announced", 2, "--recipe", "kd", *KEPT)),
             "halved-1": stopped("halved-1", 2, signal.SIGTERM, Path("halved"), 3),
             "halved-2": wait_for_all(start("halved-2", 2)),
         }

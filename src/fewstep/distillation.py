@@ -6,11 +6,12 @@ Data flows one way: config -> data -> method -> loop -> checkpoint -> export.
 from __future__ import annotations
 
 import gc
+import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -199,9 +200,13 @@ def announce(config: DistillConfig, folder: Path, cache: Path, source: Source | 
     lacking = source.lacking(cache) if source else (0, 0)
     if not anywhere(sum(lacking) > 0):
         return False
-    estimated = replace(estimate_stage(config, source, lacking), data="")  # which is told when it is read
+    place = folder / "cache" / "estimate"  # which all processes of the launch see
+    estimated = replace(estimate_stage(config, source, lacking, place), data="")  # which is told when it is read
     gc.collect()
     torch.cuda.empty_cache()
+    with together():
+        if is_main():
+            shutil.rmtree(place, ignore_errors=True)
     if is_main():
         print("\n".join([f"writes to {folder}", *estimated.lines()]), file=sys.stderr)
     estimated.check()
@@ -301,13 +306,17 @@ FEW = 64
 
 
 def estimate_stage(
-    config: DistillConfig, source: Source | None = None, lacking: tuple[int, int] | None = None
+    config: DistillConfig,
+    source: Source | None = None,
+    lacking: tuple[int, int] | None = None,
+    place: Path | None = None,
 ) -> Estimated:
     """The same of one stage. A distance that would be trained first is timed as L2, which takes less.
 
     Args:
         source: its data, if they are open already.
         lacking: how many pictures and captions are to be encoded; all that its steps can ask for, if left out.
+        place: folder for what is encoded for it, of which nothing is kept; a temporary one if left out.
     """
     method = config.method
     if method.distance == "perceptual" and not config.perceptual.folder:
@@ -316,7 +325,7 @@ def estimate_stage(
     if is_synthesis(config.data.source):
         run = on_synthesis(config, backbone, Path())
         return estimate(update_plan(run), fetch_of(run), run.data, config, run.networks)
-    with tempfile.TemporaryDirectory() as cache:
+    with nullcontext(place) if place else tempfile.TemporaryDirectory() as cache:
         captioned = source.captioned if source else read_source(config, backbone.folder, Path(cache))
         backbone.load_encoders()
         few = captioned.take(range(min(max(2, config.loop.batch), len(captioned), FEW)))
