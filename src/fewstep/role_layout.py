@@ -15,6 +15,7 @@ from fewstep.frozen import keep
 from fewstep.names import Told
 from fewstep.roles import BASE, FAKE, AdapterRoles, Roles, SeparateRoles, add_adapter, copy_role
 from fewstep.settings import StudentConfig
+from fewstep.sharding import own_part
 from fewstep.told import TOLD_PREFIX, Ear, ToldEmbedding, split_told
 
 
@@ -152,10 +153,13 @@ def _call(host: Host, laid: Roles, networks: Mapping[str, nn.Module], embeddings
 
 
 def unique_bytes(*networks: nn.Module) -> int:
-    """Bytes of distinct storage behind all parameters: a base shared by several roles counts once."""
+    """Bytes of distinct storage behind all parameters: a base shared by several roles counts once.
+
+    Of split weights only this process's part counts.
+    """
     seen: dict[int, int] = {}
     for network in networks:
         for parameter in network.parameters():
-            storage: torch.UntypedStorage = parameter.untyped_storage()
+            storage: torch.UntypedStorage = own_part(parameter).untyped_storage()
             seen[storage.data_ptr()] = storage.nbytes()
     return sum(seen.values())

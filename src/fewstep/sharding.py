@@ -61,6 +61,11 @@ def is_split(tensors: Iterable[Tensor]) -> bool:
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a split tensor; a tensor that is not split as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be split; every process must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
