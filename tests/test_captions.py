@@ -71,6 +71,7 @@ def both(tmp_path: Path, files: Mapping[str, bytes]) -> Captioned:
 A, B = picture(1), picture(2)
 USED = [
     ("one beside each", {"a.png": A, "a.txt": b" x \n", "b.png": B, "b.json": b'{"caption": "y"}'}, [["x"], ["y"]]),
+    ("kohya's suffix", {"a.png": A, "a.caption": b"x\n", "b.png": B, "b.txt": b"", "b.caption": b"y"}, [["x"], ["y"]]),
     ("text before JSON", {"a.png": A, "a.txt": b"x", "a.json": b'{"caption": "y"}'}, [["x"]]),
     ("JSON where the text is empty", {"a.png": A, "a.txt": b" \n", "a.json": b'{"caption": "y"}'}, [["y"]]),
     ("a null before a text", {"a.png": A, "a.json": b'{"caption": null, "text": "y"}'}, [["y"]]),

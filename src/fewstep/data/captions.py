@@ -1,8 +1,8 @@
 """Decide which pictures a folder or a shard holds and which captions belong to them: one law for both.
 
 A picture takes all captions that a list at the top (`metadata.jsonl` or `metadata.csv`) gives it; a picture that no
-list names takes those of the file beside it, `.txt` as a whole or `.json` by its fields. What is left out is counted by
-its reason. A picture without caption is refused, unless a list chooses pictures and leaves it out.
+list names takes those of the file beside it: `.txt` or `.caption` as a whole, or `.json` by its fields. What is left
+out is counted by its reason. A picture without caption is refused, unless a list chooses pictures and leaves it out.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ UNREAD = (
 """Of pictures that are not read; they are counted."""
 LISTS = ("metadata.jsonl", "metadata.csv")
 """Lists of pictures with their captions, the Hugging Face form, the nearest first."""
-BESIDE = (".txt", ".json")
-"""A caption beside its picture, the nearest first."""
+TEXTS = (".txt", ".caption")
+"""Files whose whole text is one caption; kohya's trainers write `.caption`."""
+BESIDE = (*TEXTS, ".json")
+"""Files with the caption of the picture beside them, the first that exists counts."""
 LIST_FIELDS = ("text", "caption", "captions")
 """Of a list's line, the nearest first: text, or several texts in a list."""
 JSON_FIELDS = ("caption", "text", "captions")
@@ -115,7 +117,7 @@ def match(
         left_out[f"lists beside {lists[0]}"] += len(lists[1:])
         left_out[f"pictures that {lists[0]} does not name"] += len(lacking)
         left_out[f"captions beside pictures that {lists[0]} names"] += sum(
-            (posixpath.splitext(name)[0], ".txt") in beside for name in named
+            any((posixpath.splitext(name)[0], kind) in beside for kind in TEXTS) for name in named
         )
     elif lacking:
         raise UserError(_without(lacking, len(pictures), where) + advice)
@@ -130,7 +132,7 @@ def match(
         )
     left_out["empty captions beside others"] += sum(said.count("") for said in captions.values())
     if not lists:
-        left_out["text files without a picture"] += sum(kind == ".txt" and stem not in used for stem, kind in beside)
+        left_out["text files without a picture"] += sum(kind in TEXTS and stem not in used for stem, kind in beside)
     for name in names:
         if kind_of(name) in UNREAD:
             left_out[f"{kind_of(name)} files, which are not read"] += 1
@@ -177,7 +179,7 @@ def _beside(
             continue
         try:
             text = decode(read(name))
-            said = [text.strip()] if kind == ".txt" else _fields(json.loads(text), JSON_FIELDS)
+            said = [text.strip()] if kind in TEXTS else _fields(json.loads(text), JSON_FIELDS)
         except (ValueError, RecursionError, OSError) as error:
             raise UserError(f"data.source: cannot read caption {name} of {where}: {error}") from error
         if said and any(said):
