@@ -13,10 +13,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from fewstep.provenance import commit, hardware
+from fewstep.common.provenance import commit, hardware
 
 REPEATS = 5
-FEWSTEP = [sys.executable, "-m", "fewstep.cli"]
+FEWSTEP = [sys.executable, "-m", "fewstep.commands.app"]
 IMPORTS = "import torch, diffusers, transformers; from diffusers import AutoencoderKL, UNet2DConditionModel"
 
 

@@ -24,25 +24,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fewstep.config import Config, validate
-from fewstep.denoiser import Condition, Denoiser
-from fewstep.draws import Draws
-from fewstep.inference import draw_latents
-from fewstep.loop_settings import LoopConfig, OptimConfig
-from fewstep.method_settings import ConsistencyConfig
-from fewstep.objectives.consistency import set_scene, student_lands
-from fewstep.objectives.matching import fake_points
-from fewstep.objectives.scene import Sample
-from fewstep.plan import family_plan, roles_of
-from fewstep.plane.mixture import Mixture, ring, times_of
-from fewstep.plane.planar import Planar
-from fewstep.role_layout import Student, make_student
-from fewstep.roles import BASE, FAKE, copy_role
-from fewstep.schedule import add_noise, scaled_linear
-from fewstep.settings import Sampling, StudentConfig
-from fewstep.training.launch import make_accelerator
+from fewstep.common.config import Config, validate
+from fewstep.diffusion.denoiser import Condition, Denoiser
+from fewstep.common.rng import Draws
+from fewstep.diffusion.draw_latents import draw_latents
+from fewstep.training.config import LoopConfig, OptimConfig
+from fewstep.methods.config import ConsistencyConfig
+from fewstep.methods.consistency import set_scene, student_lands
+from fewstep.methods.distribution_matching import fake_points
+from fewstep.methods.pair import Sample
+from fewstep.methods.update_plan import family_plan, roles_of
+from fewstep_worlds.plane.mixture import Mixture, ring, times_of
+from fewstep_worlds.plane.planar import Planar
+from fewstep.training.student import Student, make_student
+from fewstep.training.roles import BASE, FAKE, copy_role
+from fewstep.diffusion.schedule import add_noise, scaled_linear
+from fewstep.distillation.config import Sampling, StudentConfig
+from fewstep.common.accelerator import make_accelerator
 from fewstep.training.loop import Batch, Trained, train
-from fewstep.training.run import RunLog
+from fewstep.training.run_folder import RunLog
 
 PROMPTS = 4
 PATH = scaled_linear()

@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
-from fewstep.threads import wait_briefly
+from fewstep.common.threads import wait_briefly
 
 wait_briefly()  # before torch
 
@@ -35,9 +35,9 @@ from perf.synthesis import time_synthesis
 from perf.task import Task
 from perf.timing import Timed, ratio
 
-from fewstep.device import DTYPES
-from fewstep.provenance import commit, hardware
-from fewstep.synthesis.settings import Kind
+from fewstep.common.device import DTYPES
+from fewstep.common.provenance import commit, hardware
+from fewstep.distillation.synthesis.settings import Kind
 
 CONTENDERS = (("ours", "stored"), ("ours", "online"), ("script", "online"), ("script without encoders", "online"))
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.backbones.recompute import recompute_blocks
-from fewstep.families import FAMILIES
-from fewstep.preference.framing import Framing, frame
-from fewstep.roles import add_adapter
+from fewstep.backbones.families import FAMILIES
+from fewstep.methods.rewards.preprocess import Framing, frame
+from fewstep.training.roles import add_adapter
 from fewstep.training.live_bytes import LiveBytes
 
 GIB = 2**30

@@ -8,7 +8,7 @@ scored beforehand, as they are in a benchmark, where all rows share them.
 
 from __future__ import annotations
 
-from fewstep.threads import wait_briefly
+from fewstep.common.threads import wait_briefly
 
 wait_briefly()  # before torch
 
@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from fewstep.evaluation.evaluate import EndPoints, evaluate_pictures
-from fewstep.provenance import commit, hardware
-from fewstep.world import emoji8
-from fewstep.world.contest import Bench, Judge
+from fewstep.common.provenance import commit, hardware
+from fewstep_worlds.emoji8 import dataset as emoji8
+from fewstep_worlds.emoji8.studies.comparison import Bench, Judge
 
 
 def noised(pictures: np.ndarray, seed: int) -> np.ndarray:

@@ -23,9 +23,10 @@ import peft.tuners.lora  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401
 import transformers  # noqa: F401
 
-from fewstep import distillation, watch
-from fewstep.cli import main
-from fewstep.cost import Estimated
+from fewstep.distillation import distill as distillation
+from fewstep.distillation import validation as watch
+from fewstep.commands.app import main
+from fewstep.distillation.estimate import Estimated
 from fewstep.training import checkpoint
 from pooled import Pooled
 
@@ -139,7 +140,7 @@ def stuck_in_a_removal(marker: Path) -> Callable[[], None]:
     """Let the next removal of an old checkpoint stop half-way."""
 
     def patch() -> None:
-        from fewstep import files
+        from fewstep.common import files
 
         def slow(folder: Path) -> None:
             next(iter(sorted(folder.iterdir()))).unlink()

@@ -14,7 +14,7 @@ import signal
 import sys
 from pathlib import Path
 
-from fewstep import distillation
+from fewstep.distillation import distill as distillation
 from kill_harness import launch, logged_step, wait_for, wait_for_all
 from process_harness import enter, free_port
 

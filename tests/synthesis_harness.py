@@ -18,10 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fewstep.synthesis.synthesize as synthesis
-from fewstep import files
-from fewstep.errors import UserError
-from fewstep.synthesis import shards
+import fewstep.distillation.synthesis.synthesize as synthesis
+from fewstep.common import files
+from fewstep.common.errors import UserError
+from fewstep.distillation.synthesis import shards
 from kill_harness import kill, launch, wait_for, wait_for_all
 from process_harness import enter, free_port
 

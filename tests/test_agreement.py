@@ -16,9 +16,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from fewstep.draws import Draws
-from fewstep.errors import UserError
-from fewstep.evaluation.agreement import (
+from fewstep.common.rng import Draws
+from fewstep.common.errors import UserError
+from fewstep_worlds.emoji8.scorers.agreement import (
     RECORD,
     WEIGHTS,
     Agreement,
@@ -27,13 +27,13 @@ from fewstep.evaluation.agreement import (
     save_scorer,
     to_input,
 )
-from fewstep.evaluation.scorer import Scorer
-from fewstep.evaluation.settings import ScorerConfig
-from fewstep.loop_settings import LoopConfig, OptimConfig
-from fewstep.world import emoji8
-from fewstep.world.augment import augment
-from fewstep.world.settings import AgreementConfig
-from fewstep.world.train_scorer import answers, draw_captions, multi_positive_loss, train_scorer
+from fewstep_worlds.emoji8.scorers.network import Scorer
+from fewstep.evaluation.limits import ScorerConfig
+from fewstep.training.config import LoopConfig, OptimConfig
+from fewstep_worlds.emoji8 import dataset as emoji8
+from fewstep_worlds.emoji8.scorers.augment import augment
+from fewstep_worlds.emoji8.config import AgreementConfig
+from fewstep_worlds.emoji8.scorers.train import answers, draw_captions, multi_positive_loss, train_scorer
 
 STEPS = 70
 TINY = ScorerConfig(channels=(8, 16), blocks=(1, 1), groups=4, hidden=32, width=16)

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 import fewstep
-from fewstep import cli
-from fewstep.errors import UserError
-from fewstep.files import read_json, write_json
+from fewstep.commands import app as cli
+from fewstep.common.errors import UserError
+from fewstep.common.files import read_json, write_json
 
 
 def picture(path: Path) -> np.ndarray:
@@ -23,11 +23,11 @@ def picture(path: Path) -> np.ndarray:
 
 def test_every_verb_stays_a_function() -> None:
     """Modules of the package that are imported later must not take a verb's name."""
-    import fewstep.distillation
-    import fewstep.measuring
-    import fewstep.world.benchmark
-    import fewstep.world.demo
-    import fewstep.world.teacher
+    import fewstep.distillation.distill
+    import fewstep.evaluation.run
+    import fewstep_worlds.emoji8.studies.benchmark
+    import fewstep_worlds.emoji8.studies.demo
+    import fewstep_worlds.emoji8.teacher.train
 
     for name in fewstep.__all__:
         assert callable(getattr(fewstep, name)), name
@@ -86,7 +86,7 @@ def sampling_raises(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException]
         def fail(*_: object, **__: object) -> None:
             raise error
 
-        monkeypatch.setattr("fewstep.api.sample", fail)
+        monkeypatch.setattr("fewstep.commands.distill.sample", fail)
         cli.main(["sample", "a disc"])
 
     return run
@@ -119,7 +119,7 @@ def test_ctrl_c_promises_only_what_is_kept(
     sampling_raises: Callable[[BaseException], None], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """Work in a run folder goes on; a picture that was being drawn does not."""
-    from fewstep.files import taken
+    from fewstep.common.files import taken
 
     for error in (KeyboardInterrupt(), stopped_in(tmp_path)):
         with pytest.raises(SystemExit) as ended:
@@ -134,7 +134,7 @@ def test_ctrl_c_promises_only_what_is_kept(
 
 
 def stopped_in(folder: Path) -> KeyboardInterrupt:
-    from fewstep.files import taken
+    from fewstep.common.files import taken
 
     with pytest.raises(KeyboardInterrupt) as stop, taken(folder):
         raise KeyboardInterrupt
@@ -143,7 +143,7 @@ def stopped_in(folder: Path) -> KeyboardInterrupt:
 
 def test_weights_are_those_that_would_be_loaded(tmp_path: Path) -> None:
     """Of a whole file and shards side by side diffusers reads the shards, transformers the file; variants none."""
-    from fewstep.folder import weight_files
+    from fewstep.backbones.pipeline_folder import weight_files
 
     def names(stem: str) -> list[str]:
         return [file.name for file in weight_files(tmp_path / stem)]

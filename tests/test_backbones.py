@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 import tiny_pipelines
-from fewstep import distillation, synthesize
+from fewstep import synthesize
+from fewstep.distillation import distill as distillation
 from fewstep.backbones.base import load_backbone
-from fewstep.drawing import load_artist
-from fewstep.errors import UserError
-from fewstep.families import FAMILIES
-from fewstep.folder import read_folder
-from fewstep.schedulers import SSSScheduler
-from fewstep.settings import Sampling, resolve
+from fewstep.inference.generator import load_artist
+from fewstep.common.errors import UserError
+from fewstep.backbones.families import FAMILIES
+from fewstep.backbones.pipeline_folder import read_folder
+from fewstep.inference.schedulers.few_step import SSSScheduler
+from fewstep.distillation.config import Sampling, resolve
 
 PROMPTS = ["a red disc", "blue"]
 SEEDS = [1, 2]

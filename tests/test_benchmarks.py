@@ -18,7 +18,7 @@ from perf.timing import Timed, in_turn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiny_pipelines as tiny
-from fewstep.compiled import compile_networks
+from fewstep.common.compilation import compile_networks
 
 
 @pytest.fixture(scope="module")

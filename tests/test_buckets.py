@@ -14,16 +14,16 @@ from PIL import Image
 import fewstep
 import tiny_pipelines
 from conftest import draw_shape
-from fewstep import distillation
+from fewstep.distillation import distill as distillation
 from fewstep.backbones.base import load_backbone
 from fewstep.data.buckets import BucketedFiles, BucketedLatents, bucket_shapes, bucketed, filled, nearest_shape
-from fewstep.data.pictures import from_folder, size_of
-from fewstep.drawing import load_artist
-from fewstep.errors import UserError
-from fewstep.schedulers import SSSScheduler
-from fewstep.settings import Sampling, resolve
-from fewstep.student_pipeline import call_settings
-from fewstep.tensors import digest, load_tensors
+from fewstep.data.images import from_folder, size_of
+from fewstep.inference.generator import load_artist
+from fewstep.common.errors import UserError
+from fewstep.inference.schedulers.few_step import SSSScheduler
+from fewstep.distillation.config import Sampling, resolve
+from fewstep.inference.pipeline import call_settings
+from fewstep.common.tensors import digest, load_tensors
 
 
 @pytest.fixture(scope="module")

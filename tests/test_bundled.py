@@ -5,14 +5,15 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fewstep.drawing import load_artist
-from fewstep.files import read_json
-from fewstep.preparation import load_named_scorer
-from fewstep.settings import TEACHER_SAMPLING
-from fewstep.tensors import load_tensors
-from fewstep.world import emoji8, location
-from fewstep.world.measures import agreement
-from fewstep.world.students import students_omega
+from fewstep.inference.generator import load_artist
+from fewstep.common.files import read_json
+from fewstep.distillation.prepare import load_named_scorer
+from fewstep.distillation.config import TEACHER_SAMPLING
+from fewstep.common.tensors import load_tensors
+from fewstep_worlds.emoji8 import dataset as emoji8
+from fewstep_worlds.emoji8 import location
+from fewstep_worlds.emoji8.metrics import agreement
+from fewstep_worlds.emoji8.studies.students import students_omega
 
 ASKED = 48
 

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fewstep.config import read_yaml
+from fewstep.common.config import read_yaml
 from fewstep.data.captions import SUFFIXES
 from fewstep.data.folder_files import check_pictures
-from fewstep.data.pictures import Captioned, find_pictures, from_folder
+from fewstep.data.images import Captioned, find_pictures, from_folder
 from fewstep.data.prompts import read_prompts
 from fewstep.data.shards import from_shards
-from fewstep.errors import UserError
-from fewstep.files import read_json
-from fewstep.language.pairs import Pair, read_pairs
+from fewstep.common.errors import UserError
+from fewstep.common.files import read_json
+from fewstep.inference.multilingual.pairs import Pair, read_pairs
 
 
 def picture(level: int = 7, **options: object) -> bytes:

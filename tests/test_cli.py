@@ -16,9 +16,9 @@ import pytest
 import torch
 import yaml
 
-from fewstep import cli
-from fewstep.tensors import load_tensors, save_tensors
-from fewstep.world.settings import TeacherConfig
+from fewstep.commands import app as cli
+from fewstep.common.tensors import load_tensors, save_tensors
+from fewstep_worlds.emoji8.config import TeacherConfig
 
 
 @pytest.fixture(autouse=True)
@@ -60,9 +60,9 @@ def refuse(capsys: pytest.CaptureFixture[str]) -> Refuse:
 @pytest.fixture
 def distilled(tiny_pipeline: Path, tmp_path: Path) -> Path:
     """A LoRA of the tiny pipeline, whole and honest: zero but for its shape."""
-    from fewstep.export.lora import save_lora
-    from fewstep.folder import read_folder
-    from fewstep.settings import Sampling
+    from fewstep.students.lora import save_lora
+    from fewstep.backbones.pipeline_folder import read_folder
+    from fewstep.distillation.config import Sampling
 
     layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     weights = {f"{layer}.lora_A.weight": torch.ones(2, 32), f"{layer}.lora_B.weight": torch.zeros(32, 2)}
@@ -184,8 +184,8 @@ def test_an_unwritable_place(
 
 
 def test_a_run_folder_of_another_config(refuse: Refuse, tiny_overrides: list[str]) -> None:
-    from fewstep.settings import resolve
-    from fewstep.training.run import RunLog
+    from fewstep.distillation.config import resolve
+    from fewstep.training.run_folder import RunLog
 
     RunLog(Path("run"), resolve("tcd", None, tiny_overrides), title="x", quiet=True)
     words = [word for override in [*tiny_overrides, "optim.lr=0.5"] for word in ("-s", override)]
@@ -492,7 +492,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     code = (
         "import atexit, sys\n"
         f"atexit.register(lambda: print([name for name in {HEAVY} if name in sys.modules]))\n"
-        "from fewstep.cli import main\n"
+        "from fewstep.commands.app import main\n"
         "main(sys.argv[1:])\n"
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
@@ -528,7 +528,7 @@ def test_refusals_are_light(tiny_pipeline: Path, distilled: Path, tmp_path: Path
 
 def test_the_console_script_refuses_too() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "fewstep.cli", "distill", "--recipe", "nope"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "fewstep.commands.app", "distill", "--recipe", "nope"], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
@@ -581,8 +581,8 @@ def test_alone_it_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_recipes_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
-    from fewstep.config import dotted_keys
-    from fewstep.settings import DistillConfig
+    from fewstep.common.config import dotted_keys
+    from fewstep.distillation.config import DistillConfig
 
     with pytest.raises(SystemExit):
         cli.main(["recipes", "--settings"])

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fewstep import api
+from fewstep.commands import distill as api
 from fewstep.backbones.base import load_backbone
 
 PROMPTS = ["a red disc", "", "a blue blue square beside a green ring and much that is cut off"]

@@ -16,13 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Denoiser
-from fewstep.grid import TLCM_TIMES, inference_times
-from fewstep.inference import draw_latents
-from fewstep.plane.mixture import ring
-from fewstep.schedule import FlowMatching, scaled_linear
-from fewstep.schedule import Path as NoisePath
-from fewstep.settings import Sampling
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.grid import TLCM_TIMES, inference_times
+from fewstep.diffusion.draw_latents import draw_latents
+from fewstep_worlds.plane.mixture import ring
+from fewstep.diffusion.schedule import FlowMatching, scaled_linear
+from fewstep.diffusion.schedule import Path as NoisePath
+from fewstep.distillation.config import Sampling
 
 FOLDER = Path(__file__).parents[1] / "comfyui"
 

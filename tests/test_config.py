@@ -9,10 +9,10 @@ import pytest
 from pydantic import Field, model_validator
 
 from fewstep.common import core_yaml
-from fewstep.config import Config, dotted_keys, merge, nearest_key, parse_overrides, read_yaml, validate
-from fewstep.errors import UserError, nearest
-from fewstep.settings import DistillConfig, Sampling, resolve
-from fewstep.world.settings import TeacherConfig
+from fewstep.common.config import Config, dotted_keys, merge, nearest_key, parse_overrides, read_yaml, validate
+from fewstep.common.errors import UserError, nearest
+from fewstep.distillation.config import DistillConfig, Sampling, resolve
+from fewstep_worlds.emoji8.config import TeacherConfig
 
 
 class Inner(Config):

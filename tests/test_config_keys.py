@@ -13,8 +13,8 @@ import transformers
 
 from fewstep.backbones import config_keys
 from fewstep.backbones.config_keys import ConfigKeys
-from fewstep.families import FAMILIES
-from fewstep.schedulers import ConsistencyScheduler, SSSScheduler
+from fewstep.backbones.families import FAMILIES
+from fewstep.inference.schedulers.few_step import ConsistencyScheduler, SSSScheduler
 
 OURS = {"SSSScheduler": SSSScheduler, "ConsistencyScheduler": ConsistencyScheduler}
 TABLES = config_keys.PIPELINES | config_keys.MODELS | config_keys.SCHEDULERS | config_keys.ENCODERS

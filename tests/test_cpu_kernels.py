@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.preparation import prepare
-from fewstep.settings import resolve
-from fewstep.training.cpu import FastGroupNorm, speed_up
-from fewstep.world.settings import UnetConfig, VaeConfig
-from fewstep.world.train_unet import make_unet
-from fewstep.world.train_vae import make_vae
+from fewstep.distillation.prepare import prepare
+from fewstep.distillation.config import resolve
+from fewstep.common.cpu_kernels import FastGroupNorm, speed_up
+from fewstep_worlds.emoji8.config import UnetConfig, VaeConfig
+from fewstep_worlds.emoji8.teacher.unet import make_unet
+from fewstep_worlds.emoji8.teacher.vae import make_vae
 
 CHANNELS = 24
 SHAPES = {"pictures": (3, CHANNELS, 6, 5), "one pixel wide": (2, CHANNELS, 7, 1), "rows": (3, CHANNELS, 14)}

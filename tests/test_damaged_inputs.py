@@ -42,17 +42,17 @@ from damage import (
     undamaged,
     weight_damages,
 )
-from fewstep import cli
-from fewstep.api_tools import export_as
-from fewstep.data.pictures import Captioned, from_folder
+from fewstep.commands import app as cli
+from fewstep.commands.synthesize import export_as
+from fewstep.data.images import Captioned, from_folder
 from fewstep.data.prompts import read_prompts
 from fewstep.data.shards import from_shards
-from fewstep.errors import UserError
-from fewstep.export.header import FILE as LORA_FILE
-from fewstep.export.header import base_shapes
-from fewstep.families import CONSISTENCY
-from fewstep.folder import read_folder
-from fewstep.settings import resolve
+from fewstep.common.errors import UserError
+from fewstep.students.lora_header import FILE as LORA_FILE
+from fewstep.students.lora_header import base_shapes
+from fewstep.backbones.families import CONSISTENCY
+from fewstep.backbones.pipeline_folder import read_folder
+from fewstep.distillation.config import resolve
 
 PROMPT = "a red cat"
 RUNS = 16
@@ -419,7 +419,7 @@ def test_the_command_exits_with_2_and_one_line(bench_of: Callable[[str], Bench],
         out = tmp_path / f"{i}.png"
         words = ["sample", PROMPT, "--teacher", str(copy), "--out", str(out), *SOLVER]
         piped: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append((out, subprocess.Popen([sys.executable, "-m", "fewstep.cli", *words], **piped)))
+        started.append((out, subprocess.Popen([sys.executable, "-m", "fewstep.commands.app", *words], **piped)))
     for out, process in started:
         _, errors = process.communicate(timeout=300)
         assert refused(process.returncode, errors)

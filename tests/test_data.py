@@ -19,7 +19,7 @@ from torch import Tensor
 from conftest import COLOURS, draw_shape
 from fewstep.data import latents
 from fewstep.data.latents import LatentSet, Wanted, cached, latent_set
-from fewstep.data.pictures import (
+from fewstep.data.images import (
     Captioned,
     HeldPictures,
     PictureFiles,
@@ -31,8 +31,8 @@ from fewstep.data.pictures import (
 from fewstep.data.prompts import read_prompts
 from fewstep.data.row_store import Batches, StoredRows
 from fewstep.data.shards import Member
-from fewstep.draws import Draws
-from fewstep.errors import UserError
+from fewstep.common.rng import Draws
+from fewstep.common.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -551,7 +551,7 @@ def test_a_caption_depends_on_its_sample_alone(tmp_path: Path) -> None:
 
 
 def test_the_bundled_set_has_its_captions() -> None:
-    from fewstep.world import emoji8
+    from fewstep_worlds.emoji8 import dataset as emoji8
 
     data = emoji8.captioned(3, 0)
     assert data.pictures.read([0]).shape == (1, 64, 64, 3)

@@ -14,18 +14,25 @@ import pytest
 import torch
 from PIL import Image
 
-from fewstep.errors import UserError
-from fewstep.evaluation.agreement import save_scorer
-from fewstep.evaluation.results import load_results
-from fewstep.evaluation.scorer import Scorer
-from fewstep.evaluation.settings import ScorerConfig
-from fewstep.evaluation.text_side import BertStates
-from fewstep.recipes import rows
-from fewstep.settings import resolve
-from fewstep.world import api, benchmark, contest, demo, emoji8, family, location, measures
-from fewstep.world.benchmark import best_by_rank
-from fewstep.world.settings import BenchmarkConfig, FamilyConfig
-from fewstep.world.students import train_student
+from fewstep.common.errors import UserError
+from fewstep_worlds.emoji8.scorers.agreement import save_scorer
+from fewstep_worlds.emoji8.report.results import load_results
+from fewstep_worlds.emoji8.scorers.network import Scorer
+from fewstep.evaluation.limits import ScorerConfig
+from fewstep_worlds.emoji8.scorers.text import BertStates
+from fewstep.methods.recipes import rows
+from fewstep.distillation.config import resolve
+from fewstep_worlds.emoji8 import api
+from fewstep_worlds.emoji8.studies import benchmark
+from fewstep_worlds.emoji8.studies import comparison as contest
+from fewstep_worlds.emoji8.studies import demo
+from fewstep_worlds.emoji8 import dataset as emoji8
+from fewstep_worlds.emoji8.studies import family
+from fewstep_worlds.emoji8 import location
+from fewstep_worlds.emoji8 import metrics as measures
+from fewstep_worlds.emoji8.studies.benchmark import best_by_rank
+from fewstep_worlds.emoji8.config import BenchmarkConfig, FamilyConfig
+from fewstep_worlds.emoji8.studies.students import train_student
 from pooled import Pooled
 
 PICTURES = 160
@@ -85,7 +92,7 @@ def test_the_demo_makes_students_a_table_and_a_page_and_goes_on_where_it_was(
 
     student = out / "tcd" / "student" / "pytorch_lora_weights.safetensors"
     before = student.read_bytes()
-    monkeypatch.setattr("fewstep.world.contest.Studio.pictures", forbidden_after_grid(out))
+    monkeypatch.setattr("fewstep_worlds.emoji8.studies.comparison.Studio.pictures", forbidden_after_grid(out))
     again = api.demo(out=out, overrides=small)
     assert again == report
     assert student.read_bytes() == before
@@ -94,7 +101,7 @@ def test_the_demo_makes_students_a_table_and_a_page_and_goes_on_where_it_was(
 
 def forbidden_after_grid(out: Path) -> Any:
     """Pictures of a finished demo come from its folder: nothing is drawn anew."""
-    from fewstep.world.contest import Studio
+    from fewstep_worlds.emoji8.studies.comparison import Studio
 
     plain = Studio.pictures
 
@@ -151,7 +158,7 @@ def test_the_benchmark_chooses_measures_and_goes_on_where_it_was(
     assert (out / "gamma.webp").stat().st_size > 1000
     page = report.read_bytes()
 
-    monkeypatch.setattr("fewstep.world.contest.Studio.pictures", forbidden_after_grid(out))
+    monkeypatch.setattr("fewstep_worlds.emoji8.studies.comparison.Studio.pictures", forbidden_after_grid(out))
     assert api.benchmark(out=out, overrides=small).read_bytes() == page
     assert load_results(out / "results.json").rows == results.rows
 
@@ -244,7 +251,7 @@ def test_the_family_spends_alike_and_measures_every_recipe_and_sampler(
     assert f"# ct, guided\nfor n in 1 2 4; do fewstep evaluate {guided}; done" in text
     assert "# tcd-2\nfor n in 2 4; do" in text
     assert "-s gamma_law=noise --steps $n" in text
-    monkeypatch.setattr("fewstep.world.contest.Studio.pictures", forbidden_after_grid(out))
+    monkeypatch.setattr("fewstep_worlds.emoji8.studies.comparison.Studio.pictures", forbidden_after_grid(out))
     assert api.family(out=out, overrides=words).read_text() == text
 
 

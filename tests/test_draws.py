@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.draws import Draws, generator, order
+from fewstep.common.rng import Draws, generator, order
 
 
 def everything(draws: Draws) -> dict[str, Tensor]:

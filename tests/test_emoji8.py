@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fewstep.errors import UserError
-from fewstep.world import emoji8, location
-from fewstep.world.emoji8 import Emoji8, Record
+from fewstep.common.errors import UserError
+from fewstep_worlds.emoji8 import dataset as emoji8
+from fewstep_worlds.emoji8 import location
+from fewstep_worlds.emoji8.dataset import Emoji8, Record
 
 
 @pytest.fixture(scope="module")

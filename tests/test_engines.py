@@ -17,19 +17,22 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fewstep import compiled, distillation, drawing, preparation
-from fewstep.compiled import compile_networks, eagerly
-from fewstep.config import UserError, validate
-from fewstep.denoiser import Denoiser
-from fewstep.draws import Draws
-from fewstep.method_settings import ConsistencyConfig
-from fewstep.objectives.consistency import set_scene
-from fewstep.objectives.scene import Sample
-from fewstep.preparation import prepare
-from fewstep.roles import AdapterRoles, add_adapter
-from fewstep.schedule import scaled_linear
-from fewstep.settings import Sampling, resolve
-from fewstep.training.cpu import speed_up
+from fewstep.common import compilation as compiled
+from fewstep.distillation import distill as distillation
+from fewstep.inference import generator as drawing
+from fewstep.distillation import prepare as preparation
+from fewstep.common.compilation import compile_networks, eagerly
+from fewstep.common.config import UserError, validate
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.common.rng import Draws
+from fewstep.methods.config import ConsistencyConfig
+from fewstep.methods.consistency import set_scene
+from fewstep.methods.pair import Sample
+from fewstep.distillation.prepare import prepare
+from fewstep.training.roles import AdapterRoles, add_adapter
+from fewstep.diffusion.schedule import scaled_linear
+from fewstep.distillation.config import Sampling, resolve
+from fewstep.common.cpu_kernels import speed_up
 
 GRAPHS = ["student with gradient", "student", "fake", "teacher"]
 
@@ -291,7 +294,7 @@ def test_a_student_learns_on_a_narrow_base(
 @narrow
 @pytest.mark.parametrize(("base", "share"), [("8bit", 0.25), ("4bit", 0.125)])
 def test_matrices_of_a_narrow_base_take_less_room(base: Any, share: float) -> None:
-    from fewstep.frozen import keep
+    from fewstep.training.quantization import keep
 
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256), nn.Linear(256, 4)).requires_grad_(False)
@@ -308,7 +311,7 @@ def test_matrices_of_a_narrow_base_take_less_room(base: Any, share: float) -> No
 @pytest.mark.parametrize("base", ["8bit", "4bit"])
 def test_a_call_without_gradient_leaves_a_narrow_matrix_as_it_is(base: Any) -> None:
     """Some CPUs have a packed form for drawing alone, which a training step cannot read."""
-    from fewstep.frozen import keep
+    from fewstep.training.quantization import keep
 
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(64, 64)).requires_grad_(False).eval()

@@ -13,16 +13,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny_pipelines
-from fewstep import cli, distillation, export_as
-from fewstep.api_tools import CARD_PROMPTS
-from fewstep.drawing import load_artist
-from fewstep.errors import UserError
-from fewstep.export.forms import ADAPTERS, FORMS, ExportForm, offer, table
-from fewstep.export.header import check_lora
-from fewstep.families import FAMILIES
-from fewstep.folder import read_folder
-from fewstep.settings import resolve
-from fewstep.tensor_header import read_safetensors_header
+from fewstep import export_as
+from fewstep.commands import app as cli
+from fewstep.distillation import distill as distillation
+from fewstep.commands.synthesize import CARD_PROMPTS
+from fewstep.inference.generator import load_artist
+from fewstep.common.errors import UserError
+from fewstep.export.formats import ADAPTERS, FORMS, ExportForm, offer, table
+from fewstep.students.lora_header import check_lora
+from fewstep.backbones.families import FAMILIES
+from fewstep.backbones.pipeline_folder import read_folder
+from fewstep.distillation.config import resolve
+from fewstep.common.safetensors_header import read_safetensors_header
 
 KINDS = tuple(dict.fromkeys(family.kind for family in FAMILIES.values()))
 MADE = {
@@ -119,7 +121,7 @@ def test_a_wrong_file_is_found_out(
 ) -> None:
     """The proof fails where a layer is lost or a scale is another; nothing is left."""
     import fewstep.export.adapters as adapters
-    import fewstep.exporting as exporting
+    import fewstep.export.export as exporting
 
     plain = adapters.write_kohya
 
@@ -154,7 +156,7 @@ def test_a_wrong_part_of_a_whole_pipeline_is_found_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Latents do not show the autoencoder, and hardly a text encoder's last bits: both are counted, and one decodes."""
-    import fewstep.exporting as exporting
+    import fewstep.export.export as exporting
 
     plain_file, plain_folder = exporting.checkpoint_weights, exporting.write_pipeline
     wrong = ""
@@ -378,13 +380,13 @@ def test_the_bundled_student_for_other_tools(tmp_path: Path) -> None:
 
 
 def _teacher() -> Path:
-    from fewstep.settings import teacher_path
+    from fewstep.distillation.config import teacher_path
 
     return teacher_path("")
 
 
 def _bundled() -> Path:
-    from fewstep.world.location import root
+    from fewstep_worlds.emoji8.location import root
 
     return root() / "students" / "tcd"
 

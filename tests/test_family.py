@@ -12,19 +12,20 @@ import torch
 from torch import Tensor
 
 from exact import Mixture, gaussian, three_modes, times_of
-from fewstep.denoiser import Denoiser
-from fewstep.draws import Draws
-from fewstep.grid import end_time, training_grid
-from fewstep.method_cost import critic_calls, student_calls
-from fewstep.method_settings import ConsistencyConfig, Guidance
-from fewstep.objectives import consistency, points
-from fewstep.objectives.consistency import consistency_loss, critic_loss, set_scene
-from fewstep.objectives.scene import HeldTrajectories, Sample
-from fewstep.objectives.times import draw_times
-from fewstep.plan import Aids, terms_of
-from fewstep.recipes import names, rows
-from fewstep.schedule import FlowMatching, Path, VarianceExploding, expand, scaled_linear
-from fewstep.settings import resolve
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.common.rng import Draws
+from fewstep.diffusion.grid import end_time, training_grid
+from fewstep.methods.cost import critic_calls, student_calls
+from fewstep.methods.config import ConsistencyConfig, Guidance
+from fewstep.methods import consistency
+from fewstep.methods import next_points as points
+from fewstep.methods.consistency import consistency_loss, critic_loss, set_scene
+from fewstep.methods.pair import HeldTrajectories, Sample
+from fewstep.methods.times import draw_times
+from fewstep.methods.update_plan import Aids, terms_of
+from fewstep.methods.recipes import names, rows
+from fewstep.diffusion.schedule import FlowMatching, Path, VarianceExploding, expand, scaled_linear
+from fewstep.distillation.config import resolve
 from fewstep.term_settings import AdversarialConfig
 
 PATHS: dict[str, Path] = {"vp": scaled_linear(), "flow": FlowMatching(), "ve": VarianceExploding()}
@@ -182,7 +183,7 @@ def test_the_denoising_loss_wants_the_posterior_mean() -> None:
         assert torch.equal(condition["s"], t), "asked at s = t"
         return mixture.denoise(x, t).x0 + theta
 
-    from fewstep.objectives.denoising import denoising_loss
+    from fewstep.methods.denoising import denoising_loss
 
     x_0, eps = mirrored_pairs(mixture, 499.0, 500)
     draws = Mirrored(eps, Draws(0, 0, tuple(range(len(x_0)))))
@@ -200,8 +201,8 @@ def test_the_denoising_loss_wants_the_posterior_mean() -> None:
 
 def test_a_gan_alone_moves_a_wrong_student_to_the_right_law() -> None:
     """No consistency loss: a student that lands .8 beside the data, and too narrow, is brought to them."""
-    from fewstep.objectives.consistency import critic_loss
-    from fewstep.plane.planar import PlanarCritic
+    from fewstep.methods.consistency import critic_loss
+    from fewstep_worlds.plane.planar import PlanarCritic
 
     path = FlowMatching()
     mixture = gaussian(path, mean=(0.7, -0.4), std=0.6)
@@ -321,7 +322,7 @@ def test_differences_are_divided_by_the_pull() -> None:
     """One wrong eps (or x0) at every pair of times costs the same, under each distance; no jump costs nothing."""
     from types import SimpleNamespace
 
-    from fewstep.objectives.distance import distance, implicit_pull
+    from fewstep.methods.distances import distance, implicit_pull
 
     def scene_at(method: ConsistencyConfig, path: Path, t: Tensor, s: Tensor) -> Any:
         return SimpleNamespace(config=method, denoiser=SimpleNamespace(path=path), times=SimpleNamespace(t_nk=t, s=s))
@@ -352,8 +353,8 @@ def test_differences_are_divided_by_the_pull() -> None:
 @pytest.mark.parametrize("clip", [(0.0, 1e4), (0.01, 10.0), (0.01, 0.1)])
 def test_terms_are_balanced_at_the_last_layer(kind: str, clip: tuple[float, float]) -> None:
     """CTM's factors |g_consistency| / (|g_term| + 1e-4) at the student's outlet; the critic's alone has a clip."""
-    from fewstep.plane.play import lay_out, play_plan, training_points
-    from fewstep.plane.settings import resolve_play
+    from fewstep_worlds.plane.play import lay_out, play_plan, training_points
+    from fewstep_worlds.plane.settings import resolve_play
 
     words = ["base=exact", f"student.kind={kind}", "width=16", "count=200"]
     words.append(f"method.adversarial.clip=[{clip[0]},{clip[1]}]")
@@ -392,7 +393,7 @@ def test_terms_are_balanced_at_the_last_layer(kind: str, clip: tuple[float, floa
 def test_the_ratio_of_gradients(
     first: tuple[float, float], second: tuple[float, float], clip: tuple[float, float], wanted: float
 ) -> None:
-    from fewstep.objectives.adversarial import gradient_ratio
+    from fewstep.methods.adversarial import gradient_ratio
 
     weight = torch.ones(2, dtype=torch.float64, requires_grad=True)
     one, other = ((torch.tensor([slope, slope], dtype=torch.float64) * weight).sum(1) for slope in (first, second))
@@ -407,8 +408,8 @@ def test_the_critic_starts_at_its_share_of_the_run() -> None:
     A critic that is trained alone first has a slope that the student follows for many steps before it can answer. The
     recipe has the released clip, and the start is a share: a run of any length comes to it.
     """
-    from fewstep.plane.play import lay_out, play_plan, training_points
-    from fewstep.plane.settings import resolve_play
+    from fewstep_worlds.plane.play import lay_out, play_plan, training_points
+    from fewstep_worlds.plane.settings import resolve_play
 
     adversarial = resolve("ctm").method.adversarial
     assert adversarial.clip == (0.01, 10.0)
@@ -438,7 +439,7 @@ def test_the_critic_starts_at_its_share_of_the_run() -> None:
 
 def test_a_critic_sees_its_segment_alone() -> None:
     """PCM: noised to anywhere inside the phase; the two points of a pair to one time."""
-    from fewstep.objectives.adversarial import seen_by_critic
+    from fewstep.methods.adversarial import seen_by_critic
 
     method = resolve("pcm").method
     path = PATHS["vp"]
@@ -479,7 +480,7 @@ def tdd_landing(
 )
 def test_tdd_lands_where_sampling_will_ask_it_to(name: str, grid: Any, end: Any, segments: int) -> None:
     """On a time of an inference list or its shrunk one, within [edge, t_n]; and on the end point itself."""
-    from fewstep.grid import inference_times
+    from fewstep.diffusion.grid import inference_times
 
     path, method = PATHS[name], method_of("tdd", grid=grid, end=end, segments=segments, inference_steps=(4, 5))
     draws = Draws(3, 0, tuple(range(3000)))
@@ -498,7 +499,7 @@ def test_tdd_lands_where_sampling_will_ask_it_to(name: str, grid: Any, end: Any,
 @pytest.mark.parametrize("end", ["index0", "clean"])
 def test_every_jump_that_tdd_is_sampled_with_is_trained(end: Any) -> None:
     """At each of its step counts: from each time to the next, and from the last to the end point."""
-    from fewstep.grid import inference_times
+    from fewstep.diffusion.grid import inference_times
 
     path, method = PATHS["vp"], method_of("tdd", spread=0.0, end=end)
     times = draw_times(method, path, Draws(3, 0, tuple(range(30_000))))
@@ -564,7 +565,7 @@ def test_icts_weight_is_one_over_the_step(name: str) -> None:
     """1/(t_{n+1} - t_n) in sigma, which is EDM's time and a flow's; on an indexed path in sigma/alpha."""
     from types import SimpleNamespace
 
-    from fewstep.objectives.distance import distance
+    from fewstep.methods.distances import distance
 
     path = PATHS[name]
     method = resolve("ct", None, ["method.weight=step", "method.k=3"]).method
@@ -637,7 +638,7 @@ NONE = "method.guidance.convention=none"
 
 
 def test_illegal_combinations_name_the_nearest_legal_one() -> None:
-    from fewstep.errors import UserError
+    from fewstep.common.errors import UserError
 
     cases: list[tuple[str, list[str], str]] = [
         ("pcm", ["method.segments=3"], r"segments = 3: its edges are no points of the grid of 40; the nearest is 2"),
@@ -713,9 +714,9 @@ def test_every_recipe_stands_whole_on_the_page_of_methods() -> None:
     import re
     from pathlib import Path as File
 
-    import fewstep.recipes
+    import fewstep.methods.recipes
 
     page = (File(__file__).resolve().parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
-    folder = File(fewstep.recipes.__file__).parent
+    folder = File(fewstep.methods.recipes.__file__).parent
     shown = re.findall(r"```yaml\n(.*?)\n```", page, re.S)
     assert sorted(shown) == sorted((folder / f"{name}.yaml").read_text(encoding="utf-8").rstrip() for name in names())

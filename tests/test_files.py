@@ -13,9 +13,9 @@ from threading import Timer
 
 import pytest
 
-from fewstep import files
-from fewstep.errors import UserError
-from fewstep.files import (
+from fewstep.common import files
+from fewstep.common.errors import UserError
+from fewstep.common.files import (
     alone,
     atomic_folder,
     atomic_write,
@@ -109,7 +109,7 @@ def test_a_folder_that_is_kept_is_not_replaced(tmp_path: Path) -> None:
 def test_another_process_is_waited_for(tmp_path: Path) -> None:
     lock, done = tmp_path / "cache" / ".lock", tmp_path / "done"
     code = (
-        "import pathlib, sys\nfrom fewstep.files import alone\n"
+        "import pathlib, sys\nfrom fewstep.common.files import alone\n"
         "with alone(pathlib.Path(sys.argv[1])):\n"
         "    print('in', flush=True)\n    input()\n    pathlib.Path(sys.argv[2]).touch()"
     )
@@ -251,7 +251,7 @@ def test_json_files(tmp_path: Path) -> None:
 
 def test_a_run_folder_belongs_to_one_process(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from fewstep.files import taken\n"
+        "import sys; from pathlib import Path; from fewstep.common.files import taken\n"
         "with taken(Path(sys.argv[1])): print('taken', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]

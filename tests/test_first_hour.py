@@ -16,13 +16,13 @@ from safetensors import SafetensorError
 
 import fewstep
 import tiny_pipelines
-from fewstep import teachers
+from fewstep.backbones import teachers
 from fewstep.common.arguments import checked
-from fewstep.errors import UserError
-from fewstep.files import atomic_folder, atomic_write, os_reason
-from fewstep.folder import read_folder
-from fewstep.settings import DataConfig, Sampling
-from fewstep.world import location
+from fewstep.common.errors import UserError
+from fewstep.common.files import atomic_folder, atomic_write, os_reason
+from fewstep.backbones.pipeline_folder import read_folder
+from fewstep.distillation.config import DataConfig, Sampling
+from fewstep_worlds.emoji8 import location
 from test_plain_diffusers import random_lora
 
 VERBS = [
@@ -155,7 +155,7 @@ def test_the_checkout_in_place_of_its_world(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("given", [96, [96, 96], (96, 96), "96", "96x96", "96, 96"])
 def test_sizes_are_given_alike(given: Any) -> None:
-    from fewstep.settings import resolve
+    from fewstep.distillation.config import resolve
 
     assert Sampling(size=given).size == (96, 96)
     assert DataConfig(size=given).size == 96
@@ -212,13 +212,13 @@ def test_an_export_onto_a_full_disk_is_one_line(
     form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whichever library comes to write first."""
-    from fewstep import cli
-    from fewstep.export import pipeline
+    from fewstep.commands import app as cli
+    from fewstep.backbones import pipeline_writer as pipeline
 
     teacher = tiny_pipelines.sd(tmp_path / "sd")
     student = random_lora(teacher, tmp_path / "student")
     monkeypatch.setattr(pipeline.shutil, "copytree", lambda a, b, **_: copying(b))
-    monkeypatch.setattr("fewstep.tensors.save_file", lambda *_, **__: serialising(tmp_path))
+    monkeypatch.setattr("fewstep.common.tensors.save_file", lambda *_, **__: serialising(tmp_path))
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         cli.main(["export", str(student), "--teacher", str(teacher), "--form", form, "--out", str(tmp_path / "out")])

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.errors import UserError
-from fewstep.grid import edge_below, end_time, inference_times, previous, training_grid
-from fewstep.schedule import FlowMatching, VarianceExploding, scaled_linear
+from fewstep.common.errors import UserError
+from fewstep.diffusion.grid import edge_below, end_time, inference_times, previous, training_grid
+from fewstep.diffusion.schedule import FlowMatching, VarianceExploding, scaled_linear
 
 PATH = scaled_linear()
 

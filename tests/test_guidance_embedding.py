@@ -12,20 +12,21 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep import api, distillation
-from fewstep.api_tools import export_as, synthesize
+from fewstep.commands import distill as api
+from fewstep.distillation import distill as distillation
+from fewstep.commands.synthesize import export_as, synthesize
 from fewstep.backbones.base import open_backbone
 from fewstep.backbones.guidance import guidance_sinusoid
-from fewstep.drawing import load_artist
-from fewstep.errors import UserError
-from fewstep.export.header import CONDITIONING
-from fewstep.export.pipeline import teacher_sampling
-from fewstep.families import GUIDANCE_KEY
-from fewstep.folder import read_folder
-from fewstep.role_layout import make_student
-from fewstep.roles import BASE
-from fewstep.settings import Sampling, StudentConfig, resolve
-from fewstep.tensors import digest, load_tensors, save_tensors
+from fewstep.inference.generator import load_artist
+from fewstep.common.errors import UserError
+from fewstep.students.lora_header import CONDITIONING
+from fewstep.backbones.pipeline_writer import teacher_sampling
+from fewstep.backbones.families import GUIDANCE_KEY
+from fewstep.backbones.pipeline_folder import read_folder
+from fewstep.training.student import make_student
+from fewstep.training.roles import BASE
+from fewstep.distillation.config import Sampling, StudentConfig, resolve
+from fewstep.common.tensors import digest, load_tensors, save_tensors
 from test_matrix import stopped_in_call
 from tiny_pipelines import lcm, sd, sdxl
 

@@ -12,15 +12,15 @@ from PIL import Image
 
 import fewstep
 from fewstep.backbones.sd import StableDiffusion
-from fewstep.data.pictures import read_picture
-from fewstep.drawing import load_artist
-from fewstep.errors import UserError
-from fewstep.inference import Source
-from fewstep.sampler import picture_noise
-from fewstep.schedule import add_noise
-from fewstep.settings import Sampling, teacher_path
-from fewstep.world import emoji8
-from fewstep.world.location import root
+from fewstep.data.images import read_picture
+from fewstep.inference.generator import load_artist
+from fewstep.common.errors import UserError
+from fewstep.diffusion.draw_latents import Source
+from fewstep.diffusion.samplers import picture_noise
+from fewstep.diffusion.schedule import add_noise
+from fewstep.distillation.config import Sampling, teacher_path
+from fewstep_worlds.emoji8 import dataset as emoji8
+from fewstep_worlds.emoji8.location import root
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 

@@ -12,22 +12,22 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep import api
-from fewstep.drawing import load_artist
-from fewstep.draws import generator
-from fewstep.errors import UserError
+from fewstep.commands import distill as api
+from fewstep.inference.generator import load_artist
+from fewstep.common.rng import generator
+from fewstep.common.errors import UserError
 from fewstep.evaluation.metric import Array
-from fewstep.folder import read_folder
-from fewstep.language.adapter import Adapter, SentenceMap, load_adapter
-from fewstep.language.pairs import Pair, read_pairs
-from fewstep.language.record import RECORD, WEIGHTS
-from fewstep.language.sentence import UniversalSentence, Vectors
-from fewstep.language.settings import AdapterConfig
-from fewstep.language.train import train_adapter
-from fewstep.loop_settings import LoopConfig
-from fewstep.world import api as world_api
-from fewstep.world.chinese import ratio_figure
-from fewstep.world.chinese_pairs import Words, chinese, chinese_pairs, leaks
+from fewstep.backbones.pipeline_folder import read_folder
+from fewstep.inference.multilingual.adapter import Adapter, SentenceMap, load_adapter
+from fewstep.inference.multilingual.pairs import Pair, read_pairs
+from fewstep.inference.multilingual.record import RECORD, WEIGHTS
+from fewstep.inference.multilingual.sentence import UniversalSentence, Vectors
+from fewstep.inference.multilingual.settings import AdapterConfig
+from fewstep.inference.multilingual.train import train_adapter
+from fewstep.training.config import LoopConfig
+from fewstep_worlds.emoji8 import api as world_api
+from fewstep_worlds.emoji8.studies.chinese import ratio_figure
+from fewstep_worlds.emoji8.translations import Words, chinese, chinese_pairs, leaks
 
 CAPTIONS = ("a red disc", "a blue ring", "a green bar", "a yellow square")
 TURNED = ("hong", "lan", "lü", "huang")
@@ -131,7 +131,7 @@ def test_a_resumed_adapter_equals_an_uninterrupted_one(trained: Path, tiny_pipel
     class StopError(Exception):
         pass
 
-    import fewstep.language.train as module
+    import fewstep.inference.multilingual.train as module
 
     calls, plain = 0, module.adapter_loss
 

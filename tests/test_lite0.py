@@ -15,14 +15,14 @@ from matplotlib import cbook
 from PIL import Image
 from torch import Tensor
 
-from fewstep.errors import UserError
+from fewstep.common.errors import UserError
 from fewstep.evaluation import lite0_weights
 from fewstep.evaluation.detail import blurred, noised
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.kid import KernelDistance
 from fewstep.evaluation.lite0 import Lite0Backbone, layout, make_lite0, same_padding
-from fewstep.world import emoji8
-from fewstep.world.measures import Gallery, metrics
+from fewstep_worlds.emoji8 import dataset as emoji8
+from fewstep_worlds.emoji8.metrics import Gallery, metrics
 
 
 @pytest.fixture(scope="module")

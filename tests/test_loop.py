@@ -14,19 +14,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.config import Config
-from fewstep.draws import Draws
-from fewstep.errors import UserError
-from fewstep.loop_settings import LoopConfig, OptimConfig
-from fewstep.loss import Loss
-from fewstep.tensors import load_tensors
+from fewstep.common.config import Config
+from fewstep.common.rng import Draws
+from fewstep.common.errors import UserError
+from fewstep.training.config import LoopConfig, OptimConfig
+from fewstep.training.loss import Loss
+from fewstep.common.tensors import load_tensors
 from fewstep.training import checkpoint
 from fewstep.training.ema import Ema
-from fewstep.training.launch import make_accelerator
+from fewstep.common.accelerator import make_accelerator
 from fewstep.training.loop import Batch, Follower, Update, train
 from fewstep.training.optim import clip_gradients, make_optimizer
-from fewstep.training.rate import learning_rate
-from fewstep.training.run import RunLog, checkpoints
+from fewstep.training.lr_schedule import learning_rate
+from fewstep.training.run_folder import RunLog, checkpoints
 
 CPU = torch.device("cpu")
 DATA = torch.linspace(-1, 1, 24).reshape(12, 2)

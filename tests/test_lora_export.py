@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fewstep.backbones.base import load_backbone
-from fewstep.errors import UserError
-from fewstep.export.header import LoraHeader, check_lora, read_header
-from fewstep.export.lora import merge_lora, read_lora, save_lora
-from fewstep.folder import read_folder
-from fewstep.roles import AdapterRoles, add_adapter
-from fewstep.settings import Sampling
-from fewstep.tensor_header import Entry, read_safetensors_header
-from fewstep.tensors import save_tensors
+from fewstep.common.errors import UserError
+from fewstep.students.lora_header import LoraHeader, check_lora, read_header
+from fewstep.students.lora import merge_lora, read_lora, save_lora
+from fewstep.backbones.pipeline_folder import read_folder
+from fewstep.training.roles import AdapterRoles, add_adapter
+from fewstep.distillation.config import Sampling
+from fewstep.common.safetensors_header import Entry, read_safetensors_header
+from fewstep.common.tensors import save_tensors
 
 RANK = 4
 SAMPLING = Sampling(sampler="sss", steps=6, gamma=0.1)
@@ -117,7 +117,7 @@ def test_a_picture_is_the_same_in_plain_diffusers(make: Make, tiny_pipeline: Pat
     """TCDScheduler, eta = gamma, one CPU generator: the latents of `fewstep sample`."""
     from diffusers import StableDiffusionPipeline, TCDScheduler
 
-    from fewstep.drawing import load_artist
+    from fewstep.inference.generator import load_artist
 
     file = make()
     artist = load_artist(tiny_pipeline, file)
@@ -236,9 +236,9 @@ def test_a_full_student_is_a_pipeline_with_its_settings(
 ) -> None:
     from diffusers import StableDiffusionPipeline
 
-    from fewstep import distillation
-    from fewstep.drawing import load_artist
-    from fewstep.settings import resolve
+    from fewstep.distillation import distill as distillation
+    from fewstep.inference.generator import load_artist
+    from fewstep.distillation.config import resolve
 
     config = resolve("tcd", None, [*tiny_overrides, "student.kind=full", "loop.steps=2", "sampling.steps=3"])
     folder = distillation.distill(config, tmp_path, cache=tiny_cache, quiet=True)
@@ -255,8 +255,8 @@ def test_a_full_students_folder_is_not_its_teachers(tiny_pipeline: Path, tmp_pat
     """Its licences and components come along; its card, pictures and pickles do not, nor what they leave empty."""
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-    from fewstep.export.pipeline import save_pipeline
-    from fewstep.files import read_json, write_json
+    from fewstep.backbones.pipeline_writer import save_pipeline
+    from fewstep.common.files import read_json, write_json
 
     base = tmp_path / "base"
     shutil.copytree(tiny_pipeline, base)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep import lora_layers
-from fewstep.lora_layers import JoinedConv2d, JoinedLinear, join
-from fewstep.roles import AdapterRoles, add_adapter
+from fewstep.training import lora_layers
+from fewstep.training.lora_layers import JoinedConv2d, JoinedLinear, join
+from fewstep.training.roles import AdapterRoles, add_adapter
 
 WIDTH = 12
 

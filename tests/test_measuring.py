@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fewstep import api, measuring
-from fewstep.drawing import Artist, load_artist
-from fewstep.errors import UserError
+from fewstep.commands import distill as api
+from fewstep.evaluation import run as measuring
+from fewstep.inference.generator import Artist, load_artist
+from fewstep.common.errors import UserError
 from fewstep.evaluation.detail import edge_density
 from fewstep.evaluation.features import Features
-from fewstep.evaluation.teacher import pixel_rmse
-from fewstep.files import read_json, write_json
-from fewstep.settings import TEACHER_SAMPLING
-from fewstep.world import measures
+from fewstep.evaluation.teacher_distance import pixel_rmse
+from fewstep.common.files import read_json, write_json
+from fewstep.distillation.config import TEACHER_SAMPLING
+from fewstep_worlds.emoji8 import metrics as measures
 from pooled import Pooled
 
 PROMPTS = [f"a {colour} {shape}" for colour in ("red", "green", "blue") for shape in ("disc", "ring", "bar", "square")]
@@ -85,8 +86,8 @@ def test_too_little_or_another_size_is_refused_before_anything_is_drawn(
 
 @pytest.fixture(scope="module")
 def student(tiny_overrides: list[str], tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from fewstep import distillation
-    from fewstep.settings import resolve
+    from fewstep.distillation import distill as distillation
+    from fewstep.distillation.config import resolve
 
     words = [
         *tiny_overrides,

@@ -12,15 +12,15 @@ from safetensors.torch import load_file, save_file
 import fewstep
 import tiny_pipelines
 from fewstep.backbones.base import load_backbone
-from fewstep.errors import UserError
-from fewstep.export.header import base_shapes
-from fewstep.export.lora import save_lora
-from fewstep.export.pipeline import save_pipeline
-from fewstep.files import atomic_folder, atomic_write
-from fewstep.folder import read_folder, weight_files
-from fewstep.mapped import write_rows
-from fewstep.settings import Sampling
-from fewstep.tensors import finite, save_tensors
+from fewstep.common.errors import UserError
+from fewstep.students.lora_header import base_shapes
+from fewstep.students.lora import save_lora
+from fewstep.backbones.pipeline_writer import save_pipeline
+from fewstep.common.files import atomic_folder, atomic_write
+from fewstep.backbones.pipeline_folder import read_folder, weight_files
+from fewstep.common.mapped_tensors import write_rows
+from fewstep.distillation.config import Sampling
+from fewstep.common.tensors import finite, save_tensors
 from fewstep.training import checkpoint
 
 BAD = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
@@ -72,7 +72,7 @@ def test_a_picture_that_is_not_finite_is_not_drawn(component: str, end: str, bad
 
 def test_the_seed_that_is_named_is_the_one_that_failed(tmp_path: Path) -> None:
     """Of several pictures drawn at once."""
-    from fewstep.drawing import load_artist
+    from fewstep.inference.generator import load_artist
 
     artist = load_artist(tiny_pipelines.sd(tmp_path / "pipe" / "tiny"))
     latents = torch.zeros(3, 4, 8, 8)

@@ -14,21 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from exact import Mixture, gaussian, three_modes, times_of
-from fewstep.config import validate
-from fewstep.denoiser import Denoiser
-from fewstep.draws import Draws
-from fewstep.errors import UserError
-from fewstep.method_settings import ConsistencyConfig, Guidance
-from fewstep.names import Prediction, omega_of
-from fewstep.objectives import points
-from fewstep.objectives.consistency import consistency_loss, set_scene, target_lands
-from fewstep.objectives.distance import feature_distance, huber, huber_norm, l2
-from fewstep.objectives.scene import Sample
-from fewstep.objectives.times import draw_times
-from fewstep.roles import BASE
-from fewstep.samples import fetch_of
-from fewstep.schedule import Estimate, interpret, scaled_linear, target_of
-from fewstep.settings import resolve
+from fewstep.common.config import validate
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.common.rng import Draws
+from fewstep.common.errors import UserError
+from fewstep.methods.config import ConsistencyConfig, Guidance
+from fewstep.common.choices import Prediction, omega_of
+from fewstep.methods import next_points as points
+from fewstep.methods.consistency import consistency_loss, set_scene, target_lands
+from fewstep.methods.distances import feature_distance, huber, huber_norm, l2
+from fewstep.methods.pair import Sample
+from fewstep.methods.times import draw_times
+from fewstep.training.roles import BASE
+from fewstep.distillation.batches import fetch_of
+from fewstep.diffusion.schedule import Estimate, interpret, scaled_linear, target_of
+from fewstep.distillation.config import resolve
 
 PATH = scaled_linear()
 TCD = ConsistencyConfig()
@@ -338,7 +338,7 @@ def small(tiny_overrides: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("target", ["self", "ema"])
 def test_gradients_reach_the_student_alone(target: str, small: list[str], tiny_cache: Path) -> None:
-    from fewstep import distillation
+    from fewstep.distillation import distill as distillation
 
     run = distillation.prepare(
         resolve("tcd", None, [*small, f"method.target={target}"]), tiny_cache, torch.device("cpu")
@@ -360,7 +360,7 @@ def test_gradients_reach_the_student_alone(target: str, small: list[str], tiny_c
 @pytest.mark.parametrize("recipe", ["tcd", "lcm"])
 def test_the_loss_falls_in_thirty_steps(recipe: str, small: list[str], tiny_cache: Path, tmp_path: Path) -> None:
     """Judged on the same draws before and after, since the loss depends on t far more than on thirty steps."""
-    from fewstep import distillation
+    from fewstep.distillation import distill as distillation
 
     config = resolve(recipe, None, [*small, "loop.steps=30", "loop.save_every=30", "optim.lr=1e-2"])
     file = distillation.distill(config, tmp_path, cache=tiny_cache, quiet=True)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import tiny_pipelines
-from fewstep.export.original import checkpoint_weights
+from fewstep.backbones.single_file.sd_checkpoint import checkpoint_weights
 
 
 @pytest.mark.parametrize(

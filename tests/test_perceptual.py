@@ -13,30 +13,30 @@ from PIL import Image
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from fewstep.api_tools import train_perceptual
+from fewstep.commands.synthesize import train_perceptual
 from fewstep.backbones.base import Backbone, load_backbone
-from fewstep.config import validate
-from fewstep.device import pick_device
-from fewstep.draws import Draws
-from fewstep.errors import UserError
+from fewstep.common.config import validate
+from fewstep.common.device import pick_device
+from fewstep.common.rng import Draws
+from fewstep.common.errors import UserError
 from fewstep.evaluation import lite0_weights
-from fewstep.files import read_json, write_json
-from fewstep.objectives.distance import feature_distance
-from fewstep.perceptual import bank as banks
-from fewstep.perceptual import network as networks
-from fewstep.perceptual import train as training
-from fewstep.perceptual.bank import Bank, distinct_prompts, draw_groups, split
-from fewstep.perceptual.figure import draw_figure
-from fewstep.perceptual.judge import ENDS, judge, rank_correlation
-from fewstep.perceptual.network import LatentPerceptual, calibrate, group_distances
-from fewstep.perceptual.pairs import KINDS, MEMBERS, PAIRS, changes, estimate_times, partner, patches, shifted
-from fewstep.perceptual.record import load_perceptual
-from fewstep.perceptual.settings import NetworkConfig, PairConfig, PerceptualConfig
-from fewstep.perceptual.target import Lite0Stages, decoder, pair_distances
-from fewstep.perceptual.train import fit, log_error, make_perceptual, pair_weights
-from fewstep.schedule import VariancePreserving
-from fewstep.training.launch import make_accelerator
-from fewstep.training.run import RunLog, checkpoints
+from fewstep.common.files import read_json, write_json
+from fewstep.methods.distances import feature_distance
+from fewstep.methods.latent_lpips import bank as banks
+from fewstep.methods.latent_lpips import network as networks
+from fewstep.methods.latent_lpips import train as training
+from fewstep.methods.latent_lpips.bank import Bank, distinct_prompts, draw_groups, split
+from fewstep.methods.latent_lpips.figure import draw_figure
+from fewstep.methods.latent_lpips.judge import ENDS, judge, rank_correlation
+from fewstep.methods.latent_lpips.network import LatentPerceptual, calibrate, group_distances
+from fewstep.methods.latent_lpips.pairs import KINDS, MEMBERS, PAIRS, changes, estimate_times, partner, patches, shifted
+from fewstep.methods.latent_lpips.record import load_perceptual
+from fewstep.methods.latent_lpips.settings import NetworkConfig, PairConfig, PerceptualConfig
+from fewstep.methods.latent_lpips.target import Lite0Stages, decoder, pair_distances
+from fewstep.methods.latent_lpips.train import fit, log_error, make_perceptual, pair_weights
+from fewstep.diffusion.schedule import VariancePreserving
+from fewstep.common.accelerator import make_accelerator
+from fewstep.training.run_folder import RunLog, checkpoints
 
 SMALL = NetworkConfig(widths=(8, 12), blocks=(1, 1))
 PROMPTS = [f"a {colour} {shape}" for colour in ("red", "green", "blue", "yellow") for shape in ("disc", "ring", "bar")]

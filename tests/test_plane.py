@@ -12,12 +12,12 @@ import torch
 
 import fewstep
 from exact import gaussian, three_modes, times_of
-from fewstep.errors import UserError
-from fewstep.files import read_json
-from fewstep.names import Prediction
-from fewstep.plane.mixture import rice_mean, ring
-from fewstep.plane.planar import Planar
-from fewstep.plane.play import (
+from fewstep.common.errors import UserError
+from fewstep.common.files import read_json
+from fewstep.common.choices import Prediction
+from fewstep_worlds.plane.mixture import rice_mean, ring
+from fewstep_worlds.plane.planar import Planar
+from fewstep_worlds.plane.play import (
     Measured,
     draw_points,
     landing_end,
@@ -27,9 +27,9 @@ from fewstep.plane.play import (
     train_play,
     training_points,
 )
-from fewstep.plane.play import play as play_all
-from fewstep.plane.settings import PathName, resolve_play
-from fewstep.schedule import FlowMatching, expand, interpret, scaled_linear
+from fewstep_worlds.plane.play import play as play_all
+from fewstep_worlds.plane.settings import PathName, resolve_play
+from fewstep.diffusion.schedule import FlowMatching, expand, interpret, scaled_linear
 
 # a wider step of the teacher, so that a short run goes far
 SHORT = [
@@ -86,7 +86,7 @@ def test_stored_points_lie_on_exact_trajectories(path: PathName) -> None:
     points = training_points(play).double()
     noisy, end = points[:, -1], points[:, 0]
     teacher = play.teacher
-    from fewstep.grid import end_time, training_grid
+    from fewstep.diffusion.grid import end_time, training_grid
 
     grid = training_grid(teacher.path, 8)
     middle = teacher.flow(noisy, times_of(float(grid[-1]), noisy), times_of(float(grid[3]), noisy), steps=400)

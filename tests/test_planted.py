@@ -10,8 +10,9 @@ import pytest
 
 import test_family
 import test_objective
-from fewstep.objectives import consistency, times
-from fewstep.recipes import rows
+from fewstep.methods import consistency
+from fewstep.methods import times
+from fewstep.methods.recipes import rows
 
 FAULTS = {
     "t_n one point too high": ("torch.maximum(index - k * apart, edge)", "torch.maximum(index - k * apart + 1, edge)"),

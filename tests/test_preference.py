@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import scorer_references as reference
-from fewstep.errors import UserError
-from fewstep.files import sha256
-from fewstep.preference.framing import CLIP_MEAN, CLIP_STD, Framing, frame
-from fewstep.preference.registry import SCORERS, check_scorer, load_scorer
-from fewstep.preference.scorer import PreferenceScorer
+from fewstep.common.errors import UserError
+from fewstep.common.files import sha256
+from fewstep.methods.rewards.preprocess import CLIP_MEAN, CLIP_STD, Framing, frame
+from fewstep.methods.rewards.registry import SCORERS, check_scorer, load_scorer
+from fewstep.methods.rewards.reward import PreferenceScorer
 
 PROMPTS = ["a red disc", "blue square, on white"]
 
@@ -105,7 +105,7 @@ def test_hpsv2_without_a_config_is_vit_h_14() -> None:
     """Every key of the published checkpoint is read; its parameters are as many as open_clip lists, 986.11 million."""
     from transformers import CLIPModel
 
-    from fewstep.preference.hpsv2 import VIT_H_14, _config, source
+    from fewstep.methods.rewards.hpsv2 import VIT_H_14, _config, source
 
     class Tokenizer:
         bos_token_id, eos_token_id, pad_token_id = 49406, 49407, 0
@@ -412,7 +412,7 @@ def test_other_mistakes_are_named(folders: dict[str, Path], tmp_path: Path) -> N
 def test_refusing_needs_no_torch(folders: dict[str, Path]) -> None:
     program = (
         "import sys\n"
-        "from fewstep.preference.registry import SCORERS, check_scorer\n"
+        "from fewstep.methods.rewards.registry import SCORERS, check_scorer\n"
         f"for name, folder in { ({name: str(folder) for name, folder in folders.items()})!r}.items():\n"
         "    check_scorer(name, folder)\n"
         "assert not {'torch', 'transformers', 'diffusers', 'numpy'} & sys.modules.keys()\n"

@@ -324,7 +324,7 @@ def test_two_processes_measure_what_one_does(launches: tuple[Path, dict[str, lis
 
 
 def test_alone_nothing_waits() -> None:
-    from fewstep import processes
+    from fewstep.common import distributed as processes
 
     assert (processes.count(), processes.is_main()) == (1, True)
     value = torch.ones(2)
@@ -336,7 +336,7 @@ def test_alone_nothing_waits() -> None:
 
 @pytest.mark.parametrize("main", [True, False])
 def test_rows_come_to_the_main_process_alone_in_chunks(main: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fewstep import processes
+    from fewstep.common import distributed as processes
 
     rows = torch.arange(20, dtype=torch.uint8).reshape(10, 2)
     shares = [rows[:5], torch.cat([rows[5:9], rows[8:9]])]  # of 9: the last one again
@@ -360,7 +360,7 @@ def test_rows_come_to_the_main_process_alone_in_chunks(main: bool, monkeypatch: 
 
 def test_gradients_are_averaged_in_messages_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever their layout, and what is large where it lies: no copy of all gradients is made."""
-    from fewstep import processes
+    from fewstep.common import distributed as processes
 
     generator = torch.Generator().manual_seed(0)
     shapes = [(3,), (5, 2), (40, 4), (2, 3, 4, 4), (7,), (1,)]

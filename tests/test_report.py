@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fewstep.errors import UserError
-from fewstep.evaluation.claims import Claim, claims, claims_table
-from fewstep.evaluation.curves import gamma_figure, gamma_panels, step_panels, svg
-from fewstep.evaluation.lines import headline, lines, paired, summary
+from fewstep.common.errors import UserError
+from fewstep_worlds.emoji8.report.claims import Claim, claims, claims_table
+from fewstep_worlds.emoji8.report.curves import gamma_figure, gamma_panels, step_panels, svg
+from fewstep_worlds.emoji8.report.lines import headline, lines, paired, summary
 from fewstep.evaluation.metric import Figure, Identity
-from fewstep.evaluation.report import embed_grid, write_report
-from fewstep.evaluation.results import Results, Row, load_results, save_results
-from fewstep.evaluation.step_table import step_table, table1
+from fewstep_worlds.emoji8.report.page import embed_grid, write_report
+from fewstep_worlds.emoji8.report.results import Results, Row, load_results, save_results
+from fewstep_worlds.emoji8.report.step_table import step_table, table1
 
 STEPS = (2, 4, 8, 20)
 # Table 1 of arXiv 2402.19159: FID and image complexity.

@@ -13,14 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fewstep.settings import DistillConfig
+from fewstep.distillation.config import DistillConfig
 
 SMALL = ["student.rank=2", "student.targets=[to_q,conv1,time_emb_proj]", "loop.steps=5", "loop.save_every=2"]
 
 
 def test_versions_are_listed_in_the_order_of_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fewstep.files import read_json
-    from fewstep.training import run
+    from fewstep.common.files import read_json
+    from fewstep.training import run_folder as run
 
     path = tmp_path / "versions.json"
     for torch_version in ("2.12", "2.12", "2.13", "2.12"):
@@ -36,9 +36,9 @@ def figures(folder: Path) -> list[dict[str, Any]]:
 
 def test_how_a_step_is_computed_may_change(tiny_overrides: list[str], tiny_cache: Path, tmp_path: Path) -> None:
     """Resumed in two micro-batches, with checkpointing: the steps of the run that was not, and not those of another."""
-    from fewstep import distillation
-    from fewstep.errors import UserError
-    from fewstep.settings import resolve
+    from fewstep.distillation import distill as distillation
+    from fewstep.common.errors import UserError
+    from fewstep.distillation.config import resolve
 
     def go(out: str, *words: str) -> dict[str, torch.Tensor]:
         config = resolve("tcd", None, [*tiny_overrides, "student.rank=2", "loop.steps=4", *words])
@@ -57,9 +57,9 @@ def test_how_a_step_is_computed_may_change(tiny_overrides: list[str], tiny_cache
 def test_what_may_change_in_a_run_and_its_stages(tmp_path: Path) -> None:
     import yaml
 
-    from fewstep.errors import UserError
-    from fewstep.settings import resolve
-    from fewstep.training.run import check_same_run
+    from fewstep.common.errors import UserError
+    from fewstep.distillation.config import resolve
+    from fewstep.training.run_folder import check_same_run
 
     def check(recipe: str, before: list[str], after: list[str]) -> None:
         config = resolve(recipe, None, before)
@@ -98,9 +98,9 @@ def test_another_length_must_not_move_what_the_done_steps_were(
     """The growth of the grid and the critic's start are shares of a run."""
     import yaml
 
-    from fewstep.errors import UserError
-    from fewstep.settings import resolve
-    from fewstep.training.run import check_same_run
+    from fewstep.common.errors import UserError
+    from fewstep.distillation.config import resolve
+    from fewstep.training.run_folder import check_same_run
 
     def of_length(steps: int) -> DistillConfig:
         return resolve(recipe, None, [*words, f"loop.steps={steps}", "optim.decay=constant"])
@@ -119,8 +119,8 @@ def test_half_precision_learns_what_full_precision_learns(
     kind: str, tiny_overrides: list[str], tiny_cache: Path, tmp_path: Path
 ) -> None:
     """The student is called with and without gradient in one step: autocast's kept casts must not cut it off."""
-    from fewstep import distillation
-    from fewstep.settings import resolve
+    from fewstep.distillation import distill as distillation
+    from fewstep.distillation.config import resolve
 
     losses, moved = {}, {}
     for precision in ("fp32", "bf16"):
@@ -155,9 +155,9 @@ def test_resuming_equals_going_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Stopped in step 4, after the checkpoint of step 2: weights, averages and figures bit for bit."""
-    from fewstep import distillation
-    from fewstep import plan as family
-    from fewstep.settings import resolve
+    from fewstep.distillation import distill as distillation
+    from fewstep.methods import update_plan as family
+    from fewstep.distillation.config import resolve
 
     words = [*tiny_overrides, *SMALL, f"student.kind={kind}", f"method.target={target}", "optim.ema=0.8"]
     config = resolve(recipe, None, words)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fewstep.denoiser import Condition
-from fewstep.role_layout import Student, make_student, unique_bytes
-from fewstep.roles import BASE, AdapterRoles, SeparateRoles, add_adapter, copy_role
-from fewstep.settings import StudentConfig
+from fewstep.diffusion.denoiser import Condition
+from fewstep.training.student import Student, make_student, unique_bytes
+from fewstep.training.roles import BASE, AdapterRoles, SeparateRoles, add_adapter, copy_role
+from fewstep.distillation.config import StudentConfig
 
 TARGETS = ["to_q", "to_v", "to_out.0", "proj_in", "ff.net.2", "conv1", "conv_shortcut", "time_emb_proj"]
 ROLES = ("student", "target", "fake")

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from exact import Mixture, gaussian, three_modes, times_of
-from fewstep.config import validate
-from fewstep.denoiser import Condition, Denoiser
-from fewstep.errors import UserError
-from fewstep.grid import end_time, inference_times
-from fewstep.inference import draw_latents
-from fewstep.jump import Step, first_order, lcm_skip, second_order
-from fewstep.names import End, GammaLaw, Prediction, SamplerName, SolverName, omega_of
-from fewstep.sampler import (
+from fewstep.common.config import validate
+from fewstep.diffusion.denoiser import Condition, Denoiser
+from fewstep.common.errors import UserError
+from fewstep.diffusion.grid import end_time, inference_times
+from fewstep.diffusion.draw_latents import draw_latents
+from fewstep.diffusion.jump import Step, first_order, lcm_skip, second_order
+from fewstep.common.choices import End, GammaLaw, Prediction, SamplerName, SolverName, omega_of
+from fewstep.diffusion.samplers import (
     Jumper,
     check_gamma,
     ctm_target,
@@ -29,7 +29,7 @@ from fewstep.sampler import (
     sss_step,
     sss_target,
 )
-from fewstep.schedule import (
+from fewstep.diffusion.schedule import (
     Estimate,
     FlowMatching,
     Path,
@@ -39,7 +39,7 @@ from fewstep.schedule import (
     expand,
     scaled_linear,
 )
-from fewstep.settings import Sampling
+from fewstep.distillation.config import Sampling
 
 VP = scaled_linear()
 PATHS: dict[str, Path] = {"vp": VP, "flow": FlowMatching(), "ve": VarianceExploding(20.0)}

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Denoiser
-from fewstep.errors import UserError
-from fewstep.names import Prediction
-from fewstep.schedule import (
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.common.errors import UserError
+from fewstep.common.choices import Prediction
+from fewstep.diffusion.schedule import (
     PREDICTIONS,
     PURE_NOISE,
     FlowMatching,
@@ -24,7 +24,7 @@ from fewstep.schedule import (
     scaled_linear,
     target_of,
 )
-from fewstep.scheduler_config import NOISE_APART, path_of, sigmas_at
+from fewstep.backbones.scheduler_config import NOISE_APART, path_of, sigmas_at
 
 PATHS: dict[str, Path] = {"vp": scaled_linear(), "flow": FlowMatching(), "ve": VarianceExploding()}
 

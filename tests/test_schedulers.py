@@ -13,18 +13,18 @@ from torch import Tensor
 
 import tiny_pipelines
 from exact import three_modes
-from fewstep.drawing import load_artist
-from fewstep.errors import UserError
-from fewstep.grid import inference_times, times_within, training_grid
-from fewstep.jump import student_step
-from fewstep.names import End, GammaLaw, Jump
-from fewstep.sampler import sample_consistency, sample_sss
-from fewstep.schedule import FlowMatching, add_noise, scaled_linear
-from fewstep.scheduler_checks import SchedulerError
-from fewstep.scheduler_config import path_of, settled
-from fewstep.scheduler_loop import FewStepScheduler
-from fewstep.schedulers import ConsistencyScheduler, SSSScheduler
-from fewstep.settings import Sampling
+from fewstep.inference.generator import load_artist
+from fewstep.common.errors import UserError
+from fewstep.diffusion.grid import inference_times, times_within, training_grid
+from fewstep.diffusion.jump import student_step
+from fewstep.common.choices import End, GammaLaw, Jump
+from fewstep.diffusion.samplers import sample_consistency, sample_sss
+from fewstep.diffusion.schedule import FlowMatching, add_noise, scaled_linear
+from fewstep.inference.schedulers.checks import SchedulerError
+from fewstep.backbones.scheduler_config import path_of, settled
+from fewstep.inference.schedulers.base import FewStepScheduler
+from fewstep.inference.schedulers.few_step import ConsistencyScheduler, SSSScheduler
+from fewstep.distillation.config import Sampling
 
 PROMPTS = ["a red disc", "a blue ring"]
 SEEDS = [5, 6]

@@ -15,16 +15,18 @@ from PIL import Image
 
 import tiny_pipelines
 from conftest import COLOURS, SHAPES, draw_shape
-from fewstep import cost, distillation, preparation
+from fewstep.distillation import estimate as cost
+from fewstep.distillation import distill as distillation
+from fewstep.distillation import prepare as preparation
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.sd import StableDiffusion
 from fewstep.data.latents import known
-from fewstep.data.pictures import Captioned, HeldPictures
+from fewstep.data.images import Captioned, HeldPictures
 from fewstep.data.visits import used
-from fewstep.draws import order
-from fewstep.errors import UserError
-from fewstep.settings import resolve
-from fewstep.training import run as run_folder
+from fewstep.common.rng import order
+from fewstep.common.errors import UserError
+from fewstep.distillation.config import resolve
+from fewstep.training import run_folder
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +255,7 @@ def test_what_changed_in_the_data_is_named_and_counted(
 
 def test_runs_of_older_versions_go_on(place: Path, tmp_path: Path) -> None:
     """Their inputs name no parts of the data."""
-    from fewstep.files import read_json, write_json
+    from fewstep.common.files import read_json, write_json
 
     go(tmp_path / "run", place)
     inputs = read_json(tmp_path / "run" / run_folder.INPUTS)

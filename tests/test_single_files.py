@@ -16,15 +16,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import tiny_pipelines
-from fewstep import teachers
+from fewstep.backbones import teachers
 from fewstep.backbones.base import load_backbone
-from fewstep.errors import UserError
-from fewstep.export.original import checkpoint_weights, renamed, unet_keys
-from fewstep.single_file import known_configs, recognise, vocabulary
-from fewstep.single_file.components import config_only, held_by, network_of
-from fewstep.single_file.known_configs import configs
-from fewstep.single_file.recognise import Checkpoint
-from fewstep.tensor_header import Entry, read_safetensors_header
+from fewstep.common.errors import UserError
+from fewstep.backbones.single_file.sd_checkpoint import checkpoint_weights, renamed, unet_keys
+from fewstep.backbones.single_file import known_configs
+from fewstep.backbones.single_file import recognise
+from fewstep.backbones.single_file import vocabulary
+from fewstep.backbones.single_file.components import config_only, held_by, network_of
+from fewstep.backbones.single_file.known_configs import configs
+from fewstep.backbones.single_file.recognise import Checkpoint
+from fewstep.common.safetensors_header import Entry, read_safetensors_header
 from test_teachers import sd3_original
 
 UNET = "model.diffusion_model."
@@ -451,7 +453,7 @@ def test_a_network_without_original_names_is_refused_by_its_layer() -> None:
 
 def test_the_folder_of_a_file_passes_every_check_of_a_folder(tmp_path: Path) -> None:
     """Known configs hold no key that a pipeline folder is refused for; weights are left out here."""
-    from fewstep.folder import _check_configs
+    from fewstep.backbones.pipeline_folder import _check_configs
 
     for version, prediction in (("sd1", "eps"), ("sd2", "v"), ("sd2", "eps"), ("sdxl", "eps"), ("sdxl", "v")):
         place = tmp_path / f"{version}{prediction}"

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fewstep.errors import UserError
+from fewstep.common.errors import UserError
 from fewstep_worlds.stickers import heldout
 from fewstep_worlds.stickers.claim import OPPOSITE, Claim, Facts, check, facts_of, holds, make_claim
 from fewstep_worlds.stickers.dataset import SceneWorkers, draw_scenes, make_scenes

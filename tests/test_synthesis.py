@@ -16,22 +16,22 @@ import pytest
 import torch
 
 import fewstep
-from fewstep import cli
+from fewstep.commands import app as cli
 from fewstep.backbones.base import Backbone, load_backbone
 from fewstep.backbones.sd import StableDiffusion
-from fewstep.denoiser import Denoiser
-from fewstep.drawing import artist_of
-from fewstep.errors import UserError
-from fewstep.files import read_json, write_json
-from fewstep.inference import draw_latents
-from fewstep.method_settings import ConsistencyConfig
-from fewstep.sampler import picture_noise
-from fewstep.settings import Sampling
-from fewstep.solver import ddim, guided_output, step_from_stored
-from fewstep.synthesis.planning import sample_bytes
-from fewstep.synthesis.reader import Synthesis, read_synthesis
-from fewstep.synthesis.settings import resolve_synthesis
-from fewstep.trajectories import draw_trajectories
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.inference.generator import artist_of
+from fewstep.common.errors import UserError
+from fewstep.common.files import read_json, write_json
+from fewstep.diffusion.draw_latents import draw_latents
+from fewstep.methods.config import ConsistencyConfig
+from fewstep.diffusion.samplers import picture_noise
+from fewstep.distillation.config import Sampling
+from fewstep.diffusion.solver import ddim, guided_output, step_from_stored
+from fewstep.distillation.synthesis.planning import sample_bytes
+from fewstep.distillation.synthesis.reader import Synthesis, read_synthesis
+from fewstep.distillation.synthesis.settings import resolve_synthesis
+from fewstep.distillation.trajectories import draw_trajectories
 
 PROMPTS = ["a red disc", "a blue ring", "a red disc", "a green bar"]
 WALKS = ["each=2", "grid=5", "shard=3", "batch=2", "guidance.low=1", "empty_prompts=0.3", "device=cpu", "seed=3"]
@@ -242,7 +242,7 @@ def test_the_documented_sizes() -> None:
 
 
 def test_samples_are_read_by_number(make: Callable[..., Synthesis]) -> None:
-    from fewstep.tensors import load_tensors
+    from fewstep.common.tensors import load_tensors
 
     found = make()
     shards = [load_tensors(found.folder / note.file) for note in found.manifest.shards]
@@ -271,7 +271,7 @@ def test_samples_are_read_by_number(make: Callable[..., Synthesis]) -> None:
 
 
 def test_the_teacher_that_drew_it_is_known(make: Callable[..., Synthesis], tiny_pipeline: Path, tmp_path: Path) -> None:
-    from fewstep.folder import read_folder
+    from fewstep.backbones.pipeline_folder import read_folder
 
     found = make(kind="latents")
     found.check_teacher(read_folder(tiny_pipeline))
@@ -337,7 +337,8 @@ def test_broken_files_are_noticed_and_made_again(
 def test_while_it_is_mended_a_set_is_not_finished(
     make: Callable[..., Synthesis], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    from fewstep.synthesis import shards, synthesize
+    from fewstep.distillation.synthesis import shards
+    from fewstep.distillation.synthesis import synthesize
 
     found = make(kind="latents")
     before = contents(found.folder)
@@ -371,7 +372,7 @@ def test_a_shard_of_another_set_is_drawn_again(make: Callable[..., Synthesis]) -
 def test_numbers_that_do_not_fit_are_refused(
     make: Callable[..., Synthesis], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fewstep.synthesis import synthesize
+    from fewstep.distillation.synthesis import synthesize
 
     plain = synthesize.artist_of
 
@@ -531,7 +532,7 @@ def test_the_teacher_is_kept_in_the_type_it_computes_in(
     make: Callable[..., Synthesis], refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A set that was drawn with whole weights under bf16 is not gone on with: its samples are not quite the same."""
-    from fewstep.synthesis import synthesize
+    from fewstep.distillation.synthesis import synthesize
 
     plain, kept = synthesize.artist_of, list[torch.dtype]()
 
@@ -567,7 +568,7 @@ def test_refusals_are_light(make: Callable[..., Synthesis], tiny_pipeline: Path,
         "import sys, atexit\n"
         "atexit.register(lambda: print('torch' in sys.modules))\n"
         "import fewstep\n"
-        "from fewstep.errors import UserError\n"
+        "from fewstep.common.errors import UserError\n"
         "prompts, out, teacher = sys.argv[1:]\n"
         "for act in (\n"
         "    lambda: fewstep.synthesize(prompts, out=out, teacher=teacher, overrides='seed=9'),\n"

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 import tiny_pipelines
-from fewstep import teachers
+from fewstep.backbones import teachers
 from fewstep.backbones.base import load_backbone
-from fewstep.errors import UserError
-from fewstep.export.original import checkpoint_weights
+from fewstep.common.errors import UserError
+from fewstep.backbones.single_file.sd_checkpoint import checkpoint_weights
 
 
 @pytest.fixture(autouse=True)
@@ -204,8 +204,8 @@ def test_a_pickle_is_refused_with_the_command_that_converts_it(suffix: str, tmp_
 
 def test_a_pickle_where_weights_should_be_is_named_with_the_command(tmp_path: Path) -> None:
     """In a pipeline's folder, as a LoRA, in a LoRA's folder."""
-    from fewstep.export.header import check_lora
-    from fewstep.folder import read_folder
+    from fewstep.students.lora_header import check_lora
+    from fewstep.backbones.pipeline_folder import read_folder
 
     folder = tiny_pipelines.sd(tmp_path / "tiny")
     own = read_folder(folder)
@@ -236,7 +236,7 @@ def pickled(component: Path, shards: int, variant: str = "") -> None:
 @pytest.mark.parametrize("shards", [1, 2])
 def test_a_folder_is_read_after_its_pickles_were_converted_as_told(shards: int, tmp_path: Path) -> None:
     """transformers' safetensors have another name than its pickles, and shards an index."""
-    from fewstep.folder import read_folder
+    from fewstep.backbones.pipeline_folder import read_folder
 
     folder = tiny_pipelines.sd(tmp_path / "tiny")
     own = load_backbone(folder)
@@ -291,7 +291,7 @@ def test_what_cannot_be_a_teacher_is_refused(tmp_path: Path) -> None:
 
 def test_verbs_take_a_single_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`fewstep sample` draws the same from the file as from the folder; refusals are one line and exit code 2."""
-    from fewstep.cli import main
+    from fewstep.commands.app import main
 
     folder = tiny_pipelines.sd(tmp_path / "tiny")
     file = single_file("sd", folder, tmp_path / "model.safetensors")

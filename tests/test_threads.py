@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from fewstep import threads
+from fewstep.common import threads
 
-CHILD = "from fewstep.threads import wait_briefly; wait_briefly(); import torch; torch.ones(9).sum(); print('done')"
+CHILD = "from fewstep.common.threads import wait_briefly; wait_briefly(); import torch; torch.ones(9).sum(); print('done')"
 
 
 @pytest.mark.parametrize(

@@ -10,20 +10,21 @@ import PIL.Image
 import pytest
 import torch
 
-from fewstep import distillation, synthesize
-from fewstep.checks import check_distillation
-from fewstep.data import pictures
-from fewstep.drawing import load_artist
-from fewstep.draws import Draws
-from fewstep.errors import UserError
-from fewstep.files import read_json
-from fewstep.folder import read_folder
-from fewstep.objectives.rounds import in_turn
-from fewstep.role_layout import unique_bytes
-from fewstep.samples import fetch_of
-from fewstep.settings import DistillConfig, resolve
-from fewstep.tensors import digest, load_tensors
-from fewstep.world import emoji8
+from fewstep import synthesize
+from fewstep.distillation import distill as distillation
+from fewstep.distillation.checks import check_distillation
+from fewstep.data import images as pictures
+from fewstep.inference.generator import load_artist
+from fewstep.common.rng import Draws
+from fewstep.common.errors import UserError
+from fewstep.common.files import read_json
+from fewstep.backbones.pipeline_folder import read_folder
+from fewstep.methods.stratified_times import in_turn
+from fewstep.training.student import unique_bytes
+from fewstep.distillation.batches import fetch_of
+from fewstep.distillation.config import DistillConfig, resolve
+from fewstep.common.tensors import digest, load_tensors
+from fewstep_worlds.emoji8 import dataset as emoji8
 from scorer_references import write_clip
 from test_matrix import stopped_in_call
 
@@ -255,7 +256,7 @@ def test_another_length_of_a_list_of_stages_is_refused_at_once(
     whole: tuple[DistillConfig, Path], words: list[str]
 ) -> None:
     """It would split all stages anew, under students that are trained already."""
-    from fewstep.training.run import check_same_run
+    from fewstep.training.run_folder import check_same_run
 
     with pytest.raises(UserError, match=r"another loop\.steps \(10, now 20\)"):
         check_same_run(whole[1], resolve("tlcm", None, [*words, "loop.steps=20"]))
@@ -360,8 +361,8 @@ def test_what_prompts_alone_cannot_do_is_refused(words: list[str], tiny_pipeline
 def test_r1_is_taken_beside_fused_attention(tiny_pipeline: Path) -> None:
     """The teacher as it is loaded: fused attention has no second derivative, which R1's gradient is made of."""
     from fewstep.backbones.base import load_backbone
-    from fewstep.objectives.adversarial import discriminate
-    from fewstep.objectives.heads import FeatureCritic
+    from fewstep.methods.adversarial import discriminate
+    from fewstep.methods.discriminator import FeatureCritic
     from fewstep.term_settings import AdversarialConfig
 
     backbone = load_backbone(tiny_pipeline)
@@ -391,8 +392,8 @@ def test_stages_and_seeds_look_through_one_distance(tiny_pipeline: Path, monkeyp
     """Emoji-8's captions are drawn anew for each; the distance is trained once, and not for a stage without it."""
     from types import SimpleNamespace
 
-    from fewstep import preparation
-    from fewstep.perceptual import train
+    from fewstep.distillation import prepare as preparation
+    from fewstep.methods.latent_lpips import train
 
     asked = []
 

@@ -12,26 +12,26 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.config import validate
-from fewstep.denoiser import Denoiser
-from fewstep.draws import Draws
-from fewstep.errors import UserError
-from fewstep.grid import inference_times, training_grid
-from fewstep.method_cost import fake_calls, starting_calls
-from fewstep.method_settings import ConsistencyConfig
-from fewstep.objectives.adversarial import discriminate, generator_loss
-from fewstep.objectives.consistency import compared_at, consistency_loss, critic_loss, set_scene, student_lands
-from fewstep.objectives.matching import NORMALISERS, drawn_noise, fake_loss, fake_points, matching_loss
-from fewstep.objectives.preference import other_prompts, preference_loss
-from fewstep.objectives.rounds import in_turn
-from fewstep.objectives.scene import HeldTrajectories, Sample, Scene
-from fewstep.plan import Aids, SceneOnce, terms_of
-from fewstep.plane.mixture import Mixture, one_gaussian, ring, times_of
-from fewstep.plane.planar import Planar, PlanarCritic
-from fewstep.sampler import diffuse, start_size
-from fewstep.schedule import FlowMatching, Path, VarianceExploding, add_noise, expand, scaled_linear
-from fewstep.settings import resolve
-from fewstep.solver import ddim
+from fewstep.common.config import validate
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.common.rng import Draws
+from fewstep.common.errors import UserError
+from fewstep.diffusion.grid import inference_times, training_grid
+from fewstep.methods.cost import fake_calls, starting_calls
+from fewstep.methods.config import ConsistencyConfig
+from fewstep.methods.adversarial import discriminate, generator_loss
+from fewstep.methods.consistency import compared_at, consistency_loss, critic_loss, set_scene, student_lands
+from fewstep.methods.distribution_matching import NORMALISERS, drawn_noise, fake_loss, fake_points, matching_loss
+from fewstep.methods.preference import other_prompts, preference_loss
+from fewstep.methods.stratified_times import in_turn
+from fewstep.methods.pair import HeldTrajectories, Sample, Scene
+from fewstep.methods.update_plan import Aids, SceneOnce, terms_of
+from fewstep_worlds.plane.mixture import Mixture, one_gaussian, ring, times_of
+from fewstep_worlds.plane.planar import Planar, PlanarCritic
+from fewstep.diffusion.samplers import diffuse, start_size
+from fewstep.diffusion.schedule import FlowMatching, Path, VarianceExploding, add_noise, expand, scaled_linear
+from fewstep.distillation.config import resolve
+from fewstep.diffusion.solver import ddim
 from fewstep.term_settings import AdversarialConfig
 
 PATHS: dict[str, Path] = {"vp": scaled_linear(), "flow": FlowMatching(), "ve": VarianceExploding()}
@@ -220,7 +220,7 @@ def test_a_step_by_stored_outputs_is_the_teachers_own() -> None:
         calls = 0
         method = method_of(start="trajectory", point=point, guidance=guidance, k=3)
         scene = set_scene(method, denoiser, replace(sample, omega=None), drawn(count))
-        from fewstep.objectives.points import POINTS
+        from fewstep.methods.next_points import POINTS
 
         found[point] = POINTS[point](scene)  # type: ignore[index]
         assert calls == (0 if point == "stored" else 1)

@@ -13,18 +13,19 @@ import torch
 import yaml
 from torch import Tensor
 
-from fewstep.config import validate
-from fewstep.errors import UserError
-from fewstep.evaluation.agreement import save_scorer
-from fewstep.evaluation.scorer import Scorer
-from fewstep.evaluation.settings import ScorerConfig
-from fewstep.loop_settings import LoopConfig
-from fewstep.preference.scorer import PreferenceScorer
-from fewstep.settings import DistillConfig
-from fewstep.world import emoji8, tlcm
-from fewstep.world.reward import load_world_scorer
-from fewstep.world.second_opinion import second_opinion
-from fewstep.world.settings import OpinionConfig, TlcmConfig
+from fewstep.common.config import validate
+from fewstep.common.errors import UserError
+from fewstep_worlds.emoji8.scorers.agreement import save_scorer
+from fewstep_worlds.emoji8.scorers.network import Scorer
+from fewstep.evaluation.limits import ScorerConfig
+from fewstep.training.config import LoopConfig
+from fewstep.methods.rewards.reward import PreferenceScorer
+from fewstep.distillation.config import DistillConfig
+from fewstep_worlds.emoji8 import dataset as emoji8
+from fewstep_worlds.emoji8.studies import tlcm
+from fewstep_worlds.emoji8.scorers.reward import load_world_scorer
+from fewstep_worlds.emoji8.scorers.second_scorer import second_opinion
+from fewstep_worlds.emoji8.config import OpinionConfig, TlcmConfig
 
 
 class Words:
@@ -255,7 +256,7 @@ def test_a_second_opinion_learns_which_prompts_fit(tmp_path: Path, monkeypatch: 
 
 def test_prompts_are_prepared_once_or_as_they_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same scores either way; a set that does not fit into memory is prepared batch by batch."""
-    from fewstep import taste
+    from fewstep.distillation import reward as taste
 
     asked: list[list[str]] = []
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import tell
-from fewstep.plane.mixture import ring
-from fewstep.plane.planar import Planar, Plane
-from fewstep.role_layout import Student, make_student
-from fewstep.roles import BASE
-from fewstep.schedule import scaled_linear
-from fewstep.settings import StudentConfig
-from fewstep.told import Ear, ToldEmbedding, sinusoid
+from fewstep.diffusion.denoiser import tell
+from fewstep_worlds.plane.mixture import ring
+from fewstep_worlds.plane.planar import Planar, Plane
+from fewstep.training.student import Student, make_student
+from fewstep.training.roles import BASE
+from fewstep.diffusion.schedule import scaled_linear
+from fewstep.distillation.config import StudentConfig
+from fewstep.diffusion.time_conditioning import Ear, ToldEmbedding, sinusoid
 
 PATH = scaled_linear()
 B = 12
@@ -113,11 +113,11 @@ def test_a_student_that_is_told_s_is_trained_saved_and_drawn_with(
     """LoRA and full: the file beside it is read back, and the pictures are those of the student in memory."""
     import numpy as np
 
-    from fewstep import distillation
-    from fewstep.drawing import Artist, load_artist
-    from fewstep.errors import UserError
-    from fewstep.export.header import CONDITIONING
-    from fewstep.settings import resolve
+    from fewstep.distillation import distill as distillation
+    from fewstep.inference.generator import Artist, load_artist
+    from fewstep.common.errors import UserError
+    from fewstep.students.lora_header import CONDITIONING
+    from fewstep.distillation.config import resolve
 
     for kind in ("lora", "full"):
         words = [*tiny_overrides, f"student.kind={kind}", "optim.lr=0.02", "loop.steps=4"]
@@ -163,11 +163,11 @@ def test_attached_to_a_diffusers_pipeline_it_draws_what_we_draw(
     from diffusers import StableDiffusionPipeline
 
     import fewstep
-    from fewstep import distillation
-    from fewstep.drawing import load_artist
-    from fewstep.errors import UserError
-    from fewstep.export.conditioning import read_told
-    from fewstep.settings import resolve
+    from fewstep.distillation import distill as distillation
+    from fewstep.inference.generator import load_artist
+    from fewstep.common.errors import UserError
+    from fewstep.students.conditioning_file import read_told
+    from fewstep.distillation.config import resolve
 
     def student(recipe: str, words: list[str]) -> Path:
         config = resolve(recipe, None, [*tiny_overrides, "optim.lr=0.05", "loop.steps=3", *words])
@@ -233,9 +233,9 @@ def test_what_cannot_be_attached_is_refused(
     from diffusers import UNet2DConditionModel
 
     import fewstep
-    from fewstep import distillation
-    from fewstep.errors import UserError
-    from fewstep.settings import resolve
+    from fewstep.distillation import distill as distillation
+    from fewstep.common.errors import UserError
+    from fewstep.distillation.config import resolve
 
     unet = UNet2DConditionModel.from_pretrained(tiny_pipeline / "unet", local_files_only=True)
     pipe = SimpleNamespace(unet=unet, load_lora_weights=pytest.fail)

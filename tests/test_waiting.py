@@ -20,19 +20,19 @@ from torch.utils._pytree import tree_leaves
 
 import tiny_pipelines
 from fewstep.backbones.base import Backbone, load_backbone
-from fewstep.config import validate
+from fewstep.common.config import validate
 from fewstep.data.latents import LatentSet
-from fewstep.denoiser import Denoiser
-from fewstep.device import sent
-from fewstep.draws import Draws
-from fewstep.loop_settings import OptimConfig
-from fewstep.mapped import Rows
-from fewstep.method_settings import ConsistencyConfig
-from fewstep.objectives.scene import Sample
-from fewstep.objectives.starts import STARTS, noises
-from fewstep.plan import family_plan, roles_of
-from fewstep.role_layout import make_student
-from fewstep.settings import StudentConfig
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.common.device import sent
+from fewstep.common.rng import Draws
+from fewstep.training.config import OptimConfig
+from fewstep.common.mapped_tensors import Rows
+from fewstep.methods.config import ConsistencyConfig
+from fewstep.methods.pair import Sample
+from fewstep.methods.start_points import STARTS, noises
+from fewstep.methods.update_plan import family_plan, roles_of
+from fewstep.training.student import make_student
+from fewstep.distillation.config import StudentConfig
 from fewstep.training.loop import Batch, Update, _Running
 
 META = torch.device("meta")

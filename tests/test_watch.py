@@ -12,16 +12,17 @@ import pytest
 import torch
 from PIL import Image
 
-from fewstep import distillation, watch
-from fewstep.cost import count_checks
-from fewstep.draws import Draws
-from fewstep.errors import UserError
-from fewstep.files import read_json
-from fewstep.loss import Loss
-from fewstep.samples import fetch_of
-from fewstep.settings import resolve
+from fewstep.distillation import distill as distillation
+from fewstep.distillation import validation as watch
+from fewstep.distillation.estimate import count_checks
+from fewstep.common.rng import Draws
+from fewstep.common.errors import UserError
+from fewstep.common.files import read_json
+from fewstep.training.loss import Loss
+from fewstep.distillation.batches import fetch_of
+from fewstep.distillation.config import resolve
 from fewstep.training.loop import Batch
-from fewstep.world import emoji8
+from fewstep_worlds.emoji8 import dataset as emoji8
 from pooled import Pooled
 
 
@@ -179,7 +180,7 @@ def test_the_encoders_are_not_kept_for_the_watch(watched: list[str], tiny_cache:
 
 
 def test_an_estimate_leaves_the_student_alone(tiny_overrides: list[str], tiny_cache: Path) -> None:
-    from fewstep.cost import estimate
+    from fewstep.distillation.estimate import estimate
 
     config = resolve("tcd", None, tiny_overrides)
     run = distillation.prepare(config, tiny_cache, torch.device("cpu"))
@@ -193,7 +194,7 @@ def test_an_estimate_leaves_the_student_alone(tiny_overrides: list[str], tiny_ca
 
 def test_weights_that_a_loss_looks_through_are_no_activations(tiny_overrides: list[str], tiny_cache: Path) -> None:
     """A frozen network of 16 MB between the student and its loss: what is kept for the backward pass hardly grows."""
-    from fewstep.cost import estimate
+    from fewstep.distillation.estimate import estimate
 
     config = resolve("tcd", None, tiny_overrides)
     run = distillation.prepare(config, tiny_cache, torch.device("cpu"))

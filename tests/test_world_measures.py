@@ -8,14 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fewstep.errors import UserError
-from fewstep.evaluation import neighbours
+from fewstep.common.errors import UserError
+from fewstep_worlds.emoji8 import neighbours
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.metric import Array, Pictures
-from fewstep.evaluation.whiteness import Whiteness
-from fewstep.world import emoji8
-from fewstep.world.emoji8 import Emoji8, Record
-from fewstep.world.measures import Gallery, metrics, real_diversity
+from fewstep_worlds.emoji8.whiteness import Whiteness
+from fewstep_worlds.emoji8 import dataset as emoji8
+from fewstep_worlds.emoji8.dataset import Emoji8, Record
+from fewstep_worlds.emoji8.metrics import Gallery, metrics, real_diversity
 
 FAMILY = "family: man, girl"
 TRAINED = (

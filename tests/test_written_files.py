@@ -16,13 +16,13 @@ from torch import Tensor
 import fewstep
 import tiny_pipelines
 from fewstep.backbones.base import load_backbone
-from fewstep.export.forms import FORMS
-from fewstep.export.header import base_shapes, check_lora
-from fewstep.export.lora import folded, merge_lora, read_lora, save_lora, unfolded
-from fewstep.folder import read_folder
-from fewstep.schedulers import ConsistencyScheduler, SSSScheduler
-from fewstep.settings import Sampling, StudentConfig
-from fewstep.student_files import starting_weights
+from fewstep.export.formats import FORMS
+from fewstep.students.lora_header import base_shapes, check_lora
+from fewstep.students.lora import folded, merge_lora, read_lora, save_lora, unfolded
+from fewstep.backbones.pipeline_folder import read_folder
+from fewstep.inference.schedulers.few_step import ConsistencyScheduler, SSSScheduler
+from fewstep.distillation.config import Sampling, StudentConfig
+from fewstep.distillation.save_student import starting_weights
 
 PIPELINES = {
     "sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline", "sd3": "StableDiffusion3Pipeline",
@@ -160,7 +160,7 @@ def test_the_bytes_of_a_student_at_scale_one_are_its_own(tmp_path: Path) -> None
 
 
 def check_lora_notes(file: Path) -> dict[str, Any]:
-    from fewstep.export.header import read_notes
+    from fewstep.students.lora_header import read_notes
 
     return read_notes(file)
 
@@ -271,7 +271,7 @@ def test_what_a_teacher_is_called_in_a_student(
     place: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where it lies on one machine says nothing on another."""
-    from fewstep.teachers import teacher_name
+    from fewstep.backbones.teachers import teacher_name
 
     monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path))
     assert teacher_name(Path(place.format(cache=tmp_path))) == name

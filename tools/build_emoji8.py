@@ -22,8 +22,8 @@ import numpy as np
 from emoji8_sheets import draw, write_sheet
 from emoji8_sources import SOURCES, Concept, collect
 from emoji8_splits import make_records, prompt_lists
-from fewstep.files import atomic_write, write_json
-from fewstep.world.emoji8 import SPLITS, Record
+from fewstep.common.files import atomic_write, write_json
+from fewstep_worlds.emoji8.dataset import SPLITS, Record
 
 
 def write_text(out: Path, concepts: Sequence[Concept], records: Sequence[Record]) -> None:

@@ -16,7 +16,7 @@ import resvg_py
 from PIL import Image
 
 from emoji8_sources import CAPTIONS, SOURCES, fetch, match_icons, read_concepts, read_json_members, svg_text
-from fewstep.files import atomic_write
+from fewstep.common.files import atomic_write
 from fewstep_worlds.stickers.sprites import COLUMNS, EDGE
 from fewstep_worlds.stickers.vocabulary import CONCEPTS
 

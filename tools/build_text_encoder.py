@@ -30,7 +30,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import BertModel
 
-from fewstep.files import atomic_folder
+from fewstep.common.files import atomic_folder
 from text_encoder_words import Words, compose, read_words
 
 SEED = 20

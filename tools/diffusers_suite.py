@@ -27,8 +27,8 @@ import numpy as np
 import torch
 import transformers
 
-from fewstep.scheduler_loop import FewStepScheduler
-from fewstep.schedulers import ConsistencyScheduler, SSSScheduler
+from fewstep.inference.schedulers.base import FewStepScheduler
+from fewstep.inference.schedulers.few_step import ConsistencyScheduler, SSSScheduler
 
 ROOT = Path(__file__).resolve().parents[1]
 CLOSE = 1e-5

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import resvg_py
 from PIL import Image
 
-from fewstep.files import atomic_write
-from fewstep.world.emoji8 import COLUMNS, SIZE, read_sheet
+from fewstep.common.files import atomic_write
+from fewstep_worlds.emoji8.dataset import COLUMNS, SIZE, read_sheet
 
 STEP = 8
 """Colours are rounded to steps of 8 below white, which makes lossless WebP small and keeps white 255. Lossy

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fewstep.world.emoji8 import STYLE_FAMILY
+from fewstep_worlds.emoji8.dataset import STYLE_FAMILY
 
 RENDER = 256
 """Edge in pixels at which vector artwork is drawn before it is reduced."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 
 from emoji8_sources import SOURCES, Concept
-from fewstep.world.emoji8 import STYLE_FAMILY, Record, style_words
+from fewstep_worlds.emoji8.dataset import STYLE_FAMILY, Record, style_words
 
 SEED = "emoji-8"
 HELDOUT_CONCEPTS = 60

@@ -32,8 +32,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, BertModel
 
 from build_text_encoder import SHARD, familiar, mean_state, minilm, pad
-from fewstep.files import atomic_folder, read_json
-from fewstep.world.emoji8 import caption_table, folder, load_records, style_words
+from fewstep.common.files import atomic_folder, read_json
+from fewstep_worlds.emoji8.dataset import caption_table, folder, load_records, style_words
 from text_encoder_words import Words, plain, read_words
 
 SEED = 3

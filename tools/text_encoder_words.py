@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fewstep.files import read_json
-from fewstep.world.emoji8 import SPLITS, STYLE_FAMILY, folder, load_records, style_words
+from fewstep.common.files import read_json
+from fewstep_worlds.emoji8.dataset import SPLITS, STYLE_FAMILY, folder, load_records, style_words
 
 DRAWABLE = frozenset(["05", "06", "08", "13", "17", "18", "19", "20", "25", "27"])
 """WordNet's nouns of animals, artifacts, bodies, food, objects, people, phenomena, plants, shapes, matter."""

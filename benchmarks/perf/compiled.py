@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from fewstep.backbones.base import load_backbone
-from fewstep.compiled import compile_networks, eagerly
-from fewstep.role_layout import make_student
-from fewstep.roles import BASE, networks_of
-from fewstep.settings import StudentConfig
+from fewstep.common.compilation import compile_networks, eagerly
+from fewstep.training.student import make_student
+from fewstep.training.roles import BASE, networks_of
+from fewstep.distillation.config import StudentConfig
 from perf.task import Task
 
 ROLES = ("student", "target", "fake")

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from fewstep.config import Config
-from fewstep.denoiser import Call
-from fewstep.roles import BASE
-from fewstep.training.run import Bar, RunLog
+from fewstep.common.config import Config
+from fewstep.diffusion.denoiser import Call
+from fewstep.training.roles import BASE
+from fewstep.training.run_folder import Bar, RunLog
 from perf.ours import LossOf, Ours, go
 from perf.task import WARM
 from perf.timing import Timed, settled

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from fewstep.backbones.base import load_backbone
-from fewstep.compiled import compile_networks
-from fewstep.denoiser import Condition, Denoiser
-from fewstep.device import DTYPES
-from fewstep.drawing import Artist, at_once, load_artist
-from fewstep.export.lora import save_lora
-from fewstep.role_layout import make_student
-from fewstep.settings import Sampling, StudentConfig
+from fewstep.common.compilation import compile_networks
+from fewstep.diffusion.denoiser import Condition, Denoiser
+from fewstep.common.device import DTYPES
+from fewstep.inference.generator import Artist, at_once, load_artist
+from fewstep.students.lora import save_lora
+from fewstep.training.student import make_student
+from fewstep.distillation.config import Sampling, StudentConfig
 from perf.task import Task
 from perf.timing import Timed, rounds
 

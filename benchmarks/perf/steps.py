@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from fewstep.device import pick_precision
-from fewstep.preparation import Run
+from fewstep.common.device import pick_precision
+from fewstep.distillation.prepare import Run
 from fewstep.training.loop import Batch
 from perf.ours import go, make_ours
 from perf.phases import time_phases

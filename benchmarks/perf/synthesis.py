@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from fewstep.backbones.base import load_backbone
-from fewstep.device import DTYPES
-from fewstep.synthesis.settings import Kind, resolve_synthesis
-from fewstep.synthesis.synthesize import synthesize
+from fewstep.common.device import DTYPES
+from fewstep.distillation.synthesis.settings import Kind, resolve_synthesis
+from fewstep.distillation.synthesis.synthesize import synthesize
 from perf.task import Task
 from perf.timing import Timed, rounds
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from fewstep import synthesize
-from fewstep.device import DTYPES, pick_precision
+from fewstep.common.device import DTYPES, pick_precision
 from perf.script import TARGETS, LcmScript
 
 WARM = 2
@@ -47,7 +47,7 @@ class Task:
 
 def make_pictures(task: Task) -> tuple[Path, np.ndarray]:
     """A folder of random pictures with captions, a set's worth, and the first batch of them."""
-    from fewstep.folder import read_folder
+    from fewstep.backbones.pipeline_folder import read_folder
 
     side = read_folder(task.folder).picture_size
     count = BATCHES * task.batch

@@ -6,13 +6,13 @@ TYPE_CHECKING = False  # not typing's own: its import takes as long as all of th
 if TYPE_CHECKING:  # type checkers and editors see the verbs; `import fewstep` stays light
     from typing import Any
 
-    from fewstep.api import distill, estimate, evaluate, playground, sample
-    from fewstep.api_tools import export_as, read_synthesis, synthesis_cost, synthesize, train_adapter, train_perceptual
-    from fewstep.errors import UserError
-    from fewstep.schedulers import ConsistencyScheduler, SSSScheduler
-    from fewstep.student_pipeline import call_settings, scheduler_for
-    from fewstep.told_pipeline import attach
-    from fewstep.world.api import (
+    from fewstep.commands.distill import distill, estimate, evaluate, playground, sample
+    from fewstep.commands.synthesize import export_as, read_synthesis, synthesis_cost, synthesize, train_adapter, train_perceptual
+    from fewstep.common.errors import UserError
+    from fewstep.inference.schedulers.few_step import ConsistencyScheduler, SSSScheduler
+    from fewstep.inference.pipeline import call_settings, scheduler_for
+    from fewstep.inference.attach import attach
+    from fewstep_worlds.emoji8.api import (
         benchmark,
         chinese,
         demo,
@@ -57,12 +57,12 @@ __all__ = [
 __version__ = "0.1.0"
 
 _PLACES = {
-    "UserError": "fewstep.errors",
-    "attach": "fewstep.told_pipeline",
-    "ConsistencyScheduler": "fewstep.schedulers",
-    "SSSScheduler": "fewstep.schedulers",
-    "call_settings": "fewstep.student_pipeline",
-    "scheduler_for": "fewstep.student_pipeline",
+    "UserError": "fewstep.common.errors",
+    "attach": "fewstep.inference.attach",
+    "ConsistencyScheduler": "fewstep.inference.schedulers.few_step",
+    "SSSScheduler": "fewstep.inference.schedulers.few_step",
+    "call_settings": "fewstep.inference.pipeline",
+    "scheduler_for": "fewstep.inference.pipeline",
 }
 """What is no verb, and where it is."""
 
@@ -74,8 +74,9 @@ def __getattr__(name: str) -> Any:
 
         return getattr(import_module(_PLACES[name]), name)
     if name in __all__:
-        from fewstep import api, api_tools
-        from fewstep.world import api as world
+        from fewstep.commands import distill as api
+        from fewstep.commands import synthesize as api_tools
+        from fewstep_worlds.emoji8 import api as world
 
         return next(getattr(place, name) for place in (api, api_tools, world) if hasattr(place, name))
     raise AttributeError(f"module 'fewstep' has no attribute {name!r}")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fewstep.cli_options import Configs, Device, Overrides, Teacher, app, say
+from fewstep.commands.options import Configs, Device, Overrides, Teacher, app, say
 
 
 @app.command()
@@ -29,7 +29,7 @@ def synthesize(
     Writes synthesis.json (the record), prompts.txt, conditions.safetensors and shard-*.safetensors. Under torchrun each
     process draws its share. `fewstep recipes --settings` lists everything that -s can set.
     """
-    from fewstep import api_tools
+    from fewstep.commands import synthesize as api_tools
 
     asked: dict[str, Any] = {"out": out, "teacher": teacher, "kind": kind, "overrides": overrides or []}
     asked["teacher_config"] = config or ""
@@ -54,7 +54,7 @@ def train_perceptual(
 
     Example: fewstep train-perceptual --teacher PIPELINE --prompts prompts.txt --out runs/perceptual
     """
-    from fewstep import api_tools
+    from fewstep.commands import synthesize as api_tools
 
     folder = api_tools.train_perceptual(
         out=out,
@@ -64,7 +64,7 @@ def train_perceptual(
         overrides=overrides or [],
         teacher_config=config or "",
     )
-    from fewstep.perceptual.record import read_perceptual
+    from fewstep.methods.latent_lpips.record import read_perceptual
 
     heldout = read_perceptual(folder)["heldout"]
     for name, value in heldout["rank_correlation"].items():
@@ -87,7 +87,7 @@ def train_adapter(
 
     Example: fewstep train-adapter --out runs/adapter; fewstep sample --adapter runs/adapter/adapter --steps 3 章鱼
     """
-    from fewstep import api_tools
+    from fewstep.commands import synthesize as api_tools
 
     asked: dict[str, Any] = {"out": out, "pairs": pairs, "teacher": teacher, "overrides": overrides or []}
     say(f"wrote {api_tools.train_adapter(**asked, teacher_config=config or '')}")
@@ -114,7 +114,7 @@ def export(
 
     Example: fewstep export runs/tcd/student --form kohya --out exports/octopus-tcd
     """
-    from fewstep import api_tools
+    from fewstep.commands import synthesize as api_tools
 
     path, checked = api_tools.export_as(
         student,

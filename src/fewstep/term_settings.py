@@ -8,8 +8,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from fewstep.common.run_inputs import Content
-from fewstep.config import Config
-from fewstep.names import AdversarialKind, Normaliser
+from fewstep.common.config import Config
+from fewstep.common.choices import AdversarialKind, Normaliser
 
 
 class AdversarialConfig(Config):

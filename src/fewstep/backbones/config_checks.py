@@ -11,8 +11,8 @@ from typing import Any
 
 from fewstep.backbones import config_keys
 from fewstep.backbones.config_keys import ANY, ConfigKeys, Partly
-from fewstep.errors import UserError, nearest
-from fewstep.files import read_mapping
+from fewstep.common.errors import UserError, nearest
+from fewstep.common.files import read_mapping
 
 SENTENCEPIECE = (".model",)
 """Vocabularies that the package sentencepiece reads."""

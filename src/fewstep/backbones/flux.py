@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.backbones.transformer import TransformerBackbone
-from fewstep.denoiser import Condition
+from fewstep.diffusion.denoiser import Condition
 
 GUIDANCE = 3.5
 """The guidance that Flux's pipeline tells its network where nobody names one; students are told it too."""

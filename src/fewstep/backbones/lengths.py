@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fewstep import processes
+from fewstep.common import distributed as processes
 
 SHOWN = 3
 """Cut prompts that are shown one by one."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.backbones.transformer import TransformerBackbone
-from fewstep.denoiser import Condition
+from fewstep.diffusion.denoiser import Condition
 
 
 class PixArt(TransformerBackbone):

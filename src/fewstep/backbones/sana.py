@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fewstep.backbones.base import named
 from fewstep.backbones.transformer import TransformerBackbone
-from fewstep.denoiser import Condition
+from fewstep.diffusion.denoiser import Condition
 
 
 class Sana(TransformerBackbone):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fewstep.backbones.guidance import guidance_input
 from fewstep.backbones.unet import UNetBackbone
-from fewstep.denoiser import Condition
+from fewstep.diffusion.denoiser import Condition
 
 
 class StableDiffusion(UNetBackbone):

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fewstep.backbones.transformer import TransformerBackbone
-from fewstep.denoiser import Condition
+from fewstep.diffusion.denoiser import Condition
 
 
 class StableDiffusion3(TransformerBackbone):

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.backbones.base import Backbone, outputs_of
-from fewstep.denoiser import Condition
-from fewstep.schedule import index_of
+from fewstep.diffusion.denoiser import Condition
+from fewstep.diffusion.schedule import index_of
 
 READ = 8
 """Prompts encoded at once: T5-XXL's attention over 512 tokens of each is 64 MiB a prompt and product, in fp32."""

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from fewstep.backbones.base import Backbone, outputs_of
 from fewstep.backbones.guidance import add_embedding, guidance_width
-from fewstep.denoiser import Condition
-from fewstep.schedule import index_of
+from fewstep.diffusion.denoiser import Condition
+from fewstep.diffusion.schedule import index_of
 
 
 class UNetBackbone(Backbone):

@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from fewstep.errors import UserError
+from fewstep.common.errors import UserError
 
 P = ParamSpec("P")
 T = TypeVar("T")

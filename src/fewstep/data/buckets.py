@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.data.pictures import Captioned, PictureFiles, read_cropped, size_of
-from fewstep.draws import generator
-from fewstep.errors import UserError
-from fewstep.folder import check_side
-from fewstep.mapped import Rows
+from fewstep.data.images import Captioned, PictureFiles, read_cropped, size_of
+from fewstep.common.rng import generator
+from fewstep.common.errors import UserError
+from fewstep.backbones.pipeline_folder import check_side
+from fewstep.common.mapped_tensors import Rows
 
 Shape = tuple[int, int]
 """(width, height) in pixels."""

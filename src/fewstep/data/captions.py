@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from unicodedata import normalize
 
 from fewstep.common.text import decode, lines_of
-from fewstep.errors import UserError
+from fewstep.common.errors import UserError
 
 SUFFIXES = (
     *(".png", ".webp", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jfif", ".jpe", ".apng", ".mpo"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fewstep.data.captions import LISTS, is_hidden, is_list, is_picture, kind_of, no_picture
 from fewstep.data.prompts import check_suffix
-from fewstep.errors import UserError
+from fewstep.common.errors import UserError
 
 
 @dataclass(frozen=True)

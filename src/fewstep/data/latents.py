@@ -15,15 +15,15 @@ from torch import Tensor
 
 from fewstep.common.run_inputs import PARTS, items
 from fewstep.data.buckets import BucketedFiles, BucketedLatents
-from fewstep.data.pictures import Captioned, PictureSet
+from fewstep.data.images import Captioned, PictureSet
 from fewstep.data.row_store import Batches, StoredRows, fill, lacking, read_rows
-from fewstep.device import sent
-from fewstep.draws import Draws
-from fewstep.errors import UserError
-from fewstep.files import atomic_write
-from fewstep.mapped import Mapped, Rows, tensors_in
-from fewstep.tensor_header import read_safetensors_header
-from fewstep.tensors import load_tensors, save_tensors
+from fewstep.common.device import sent
+from fewstep.common.rng import Draws
+from fewstep.common.errors import UserError
+from fewstep.common.files import atomic_write
+from fewstep.common.mapped_tensors import Mapped, Rows, tensors_in
+from fewstep.common.safetensors_header import read_safetensors_header
+from fewstep.common.tensors import load_tensors, save_tensors
 
 CHUNK = 512
 """Pictures read and encoded at a time."""

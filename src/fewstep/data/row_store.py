@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fewstep import processes
-from fewstep.errors import UserError
-from fewstep.files import alone, atomic_write, sweep
-from fewstep.mapped import Mapped, MappedRows, tensors_in
-from fewstep.processes import together
-from fewstep.tensors import save_tensors
+from fewstep.common import distributed as processes
+from fewstep.common.errors import UserError
+from fewstep.common.files import alone, atomic_write, sweep
+from fewstep.common.mapped_tensors import Mapped, MappedRows, tensors_in
+from fewstep.common.distributed import together
+from fewstep.common.tensors import save_tensors
 
 ROWS = "rows"
 """The tensor that numbers the rows of a file, int64 [n]."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fewstep.data.latents import Known, Wanted, drawn_captions
-from fewstep.draws import Draws
+from fewstep.common.rng import Draws
 
 
 def used(

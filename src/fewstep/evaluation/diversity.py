@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fewstep.errors import UserError
+from fewstep.common.errors import UserError
 from fewstep.evaluation.bootstrap import mean_figure
 from fewstep.evaluation.features import Features, normalise
 from fewstep.evaluation.metric import Array, Figure, Identity, Pictures

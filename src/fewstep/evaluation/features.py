@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from fewstep.errors import UserError
+from fewstep.common.errors import UserError
 from fewstep.evaluation.metric import Array, Pictures, check_pictures
-from fewstep.files import atomic_write
-from fewstep.tensors import load_tensors, save_tensors
+from fewstep.common.files import atomic_write
+from fewstep.common.tensors import load_tensors, save_tensors
 
 BATCH = 32
 KEPT = 16

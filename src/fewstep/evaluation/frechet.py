@@ -14,11 +14,11 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from fewstep.errors import UserError
+from fewstep.common.errors import UserError
 from fewstep.evaluation.bootstrap import centred_interval, counts
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.metric import Against, Array, Figure, Identity, Pictures
-from fewstep.evaluation.settings import FD_ADVISED, FD_FEWEST
+from fewstep.evaluation.limits import FD_ADVISED, FD_FEWEST
 
 COMPONENTS = 64
 RESAMPLES = 200

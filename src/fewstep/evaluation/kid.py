@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from fewstep.errors import UserError
+from fewstep.common.errors import UserError
 from fewstep.evaluation.bootstrap import centred_interval, counts
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.metric import Against, Array, Figure, Identity, Pictures
-from fewstep.evaluation.settings import KID_FEWEST
+from fewstep.evaluation.limits import KID_FEWEST
 
 RESAMPLES = 200
 KEPT = 4

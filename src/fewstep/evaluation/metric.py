@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from fewstep.errors import UserError
+from fewstep.common.errors import UserError
 
 Pictures: TypeAlias = npt.NDArray[np.uint8]
 """uint8 RGB [N, H, W, 3]."""

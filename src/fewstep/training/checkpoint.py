@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.errors import UserError
-from fewstep.files import atomic_folder, read_mapping, remove_folder, sha256, write_json
-from fewstep.sharding import fill
-from fewstep.tensors import save_tensors
-from fewstep.training.run import checkpoints
+from fewstep.common.errors import UserError
+from fewstep.common.files import atomic_folder, read_mapping, remove_folder, sha256, write_json
+from fewstep.common.sharding import fill
+from fewstep.common.tensors import save_tensors
+from fewstep.training.run_folder import checkpoints
 
 STATE = "state.json"
 DIGESTS = "sha256"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fewstep.sharding import fill
+from fewstep.common.sharding import fill
 
 
 class Ema:

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from fewstep.cli_options import Overrides, say
-from fewstep.config import parse_overrides, validate
-from fewstep.errors import UserError
-from fewstep.threads import wait_briefly
+from fewstep.commands.options import Overrides, say
+from fewstep.common.config import parse_overrides, validate
+from fewstep.common.errors import UserError
+from fewstep.common.threads import wait_briefly
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 Out = Annotated[Path, typer.Option(help="Run folder; a stopped run is resumed from it.")]
@@ -29,8 +29,8 @@ def autoencoder(out: Out = Path("runs/stickers/autoencoder"), overrides: Overrid
 
     config = validate(AutoencoderConfig, parse_overrides(overrides or []))
 
-    from fewstep.device import pick_device
-    from fewstep.training.launch import make_accelerator
+    from fewstep.common.device import pick_device
+    from fewstep.common.accelerator import make_accelerator
     from fewstep_worlds.stickers.autoencoder import train_autoencoder
 
     vae = train_autoencoder(config, out, make_accelerator(config.loop.precision, pick_device("auto")))
@@ -45,8 +45,8 @@ def reader(out: Out = Path("runs/stickers/reader"), overrides: Overrides = None)
 
     config = validate(ReaderConfig, parse_overrides(overrides or []))
 
-    from fewstep.device import pick_device
-    from fewstep.training.launch import make_accelerator
+    from fewstep.common.device import pick_device
+    from fewstep.common.accelerator import make_accelerator
     from fewstep_worlds.stickers.reader import save_reader, train_reader
 
     save_reader(train_reader(config, out, make_accelerator(config.loop.precision, pick_device("auto"))), out / "final")
@@ -60,7 +60,7 @@ def reader_report(
     n: Annotated[int, typer.Option(min=1, help="Unseen scenes of each condition.")] = 2000,
 ) -> None:
     """Print how often a reader is right on unseen scenes: real, of held-out kinds, blurred, noised, autoencoded."""
-    from fewstep.world.teacher import given_vae
+    from fewstep_worlds.emoji8.teacher.train import given_vae
     from fewstep_worlds.stickers.accuracy import as_table
     from fewstep_worlds.stickers.reader import load_reader
     from fewstep_worlds.stickers.reader_report import reader_report
@@ -76,14 +76,14 @@ def teacher(
     overrides: Overrides = None,
 ) -> None:
     """Train the teacher on the latents of a finished autoencoder (-s autoencoder=FOLDER); write its pipeline."""
-    from fewstep.checks import check_target
+    from fewstep.distillation.checks import check_target
     from fewstep_worlds.stickers.settings import TeacherConfig
 
     config = validate(TeacherConfig, parse_overrides(overrides or []))
     check_target(target, out)
 
-    from fewstep.device import pick_device
-    from fewstep.training.launch import make_accelerator
+    from fewstep.common.device import pick_device
+    from fewstep.common.accelerator import make_accelerator
     from fewstep_worlds.stickers.teacher import train_teacher
 
     train_teacher(config, out, target, make_accelerator(config.loop.precision, pick_device("auto")))

@@ -14,7 +14,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from fewstep.errors import UserError
+from fewstep.common.errors import UserError
 from fewstep_worlds.stickers.claim import Claim
 from fewstep_worlds.stickers.scene import MOST, Relation
 from fewstep_worlds.stickers.vocabulary import COLOURS, CONCEPTS, PATTERNS, STYLES, Concept

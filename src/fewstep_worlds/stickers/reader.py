@@ -15,16 +15,16 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from fewstep.config import validate
-from fewstep.draws import Draws
-from fewstep.files import atomic_folder, read_json, write_json
-from fewstep.loss import Loss
-from fewstep.processes import on_main
-from fewstep.tensors import load_tensors, save_tensors
-from fewstep.training.cpu import speed_up
+from fewstep.common.config import validate
+from fewstep.common.rng import Draws
+from fewstep.common.files import atomic_folder, read_json, write_json
+from fewstep.training.loss import Loss
+from fewstep.common.distributed import on_main
+from fewstep.common.tensors import load_tensors, save_tensors
+from fewstep.common.cpu_kernels import speed_up
 from fewstep.training.loop import Batch, Update, train
-from fewstep.training.run import RunLog
-from fewstep.world.train_vae import to_tensor
+from fewstep.training.run_folder import RunLog
+from fewstep_worlds.emoji8.teacher.vae import to_tensor
 from fewstep_worlds.stickers.accuracy import scene_accuracy
 from fewstep_worlds.stickers.claim import Facts, facts_of, full_claim
 from fewstep_worlds.stickers.dataset import (

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fewstep.draws import generator
-from fewstep.world.train_vae import to_tensor
+from fewstep.common.rng import generator
+from fewstep_worlds.emoji8.teacher.vae import to_tensor
 from fewstep_worlds.stickers.accuracy import Share, scene_accuracy
 from fewstep_worlds.stickers.autoencoder import restore
 from fewstep_worlds.stickers.claim import full_claim

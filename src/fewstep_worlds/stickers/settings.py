@@ -7,10 +7,10 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from fewstep.config import Config
-from fewstep.errors import nearest_divisor
-from fewstep.evaluation.settings import FD_FEWEST
-from fewstep.loop_settings import LoopConfig, OptimConfig
+from fewstep.common.config import Config
+from fewstep.common.errors import nearest_divisor
+from fewstep.evaluation.limits import FD_FEWEST
+from fewstep.training.config import LoopConfig, OptimConfig
 
 
 def check_groups(channels: tuple[int, ...], groups: int) -> None:

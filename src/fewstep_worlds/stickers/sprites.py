@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from fewstep.errors import UserError
+from fewstep.common.errors import UserError
 from fewstep_worlds.stickers.vocabulary import NAMES, STYLES
 
 EDGE = 64

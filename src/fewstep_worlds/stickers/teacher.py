@@ -13,17 +13,17 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from fewstep.backbones.sd import encode_text
-from fewstep.draws import Draws, generator
-from fewstep.files import sha256
-from fewstep.loss import Loss
-from fewstep.processes import on_main
-from fewstep.schedule import scaled_linear
-from fewstep.training.cpu import speed_up
+from fewstep.common.rng import Draws, generator
+from fewstep.common.files import sha256
+from fewstep.training.loss import Loss
+from fewstep.common.distributed import on_main
+from fewstep.diffusion.schedule import scaled_linear
+from fewstep.common.cpu_kernels import speed_up
 from fewstep.training.loop import Batch, Update, train
-from fewstep.training.run import RunLog
-from fewstep.world.teacher import SCHEDULER, given_vae, write_teacher
-from fewstep.world.train_unet import eps_loss
-from fewstep.world.train_vae import to_tensor
+from fewstep.training.run_folder import RunLog
+from fewstep_worlds.emoji8.teacher.train import SCHEDULER, given_vae, write_teacher
+from fewstep_worlds.emoji8.teacher.unet import eps_loss
+from fewstep_worlds.emoji8.teacher.vae import to_tensor
 from fewstep_worlds.stickers.accuracy import scene_accuracy
 from fewstep_worlds.stickers.autoencoder import AutoencoderJudge
 from fewstep_worlds.stickers.dataset import (
@@ -154,7 +154,7 @@ def train_teacher(
     Raises:
         UserError: the autoencoder, text encoder or sprite sheets cannot be read, or `out` holds another run.
     """
-    from fewstep.world.location import root
+    from fewstep_worlds.emoji8.location import root
 
     vae = given_vae(Path(config.autoencoder))
     text = out / "text"

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from fewstep.errors import UserError
-from fewstep.files import atomic_folder, read_json
-from fewstep.tensors import save_tensors
+from fewstep.common.errors import UserError
+from fewstep.common.files import atomic_folder, read_json
+from fewstep.common.tensors import save_tensors
 from fewstep_worlds.stickers.grammar import languages
 
 TOKENS = 28

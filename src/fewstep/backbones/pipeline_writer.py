@@ -1,0 +1,202 @@
+"""A fully fine-tuned student as a whole pipeline folder, with its inference settings beside the weights."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fewstep.common.config import validate
+from fewstep.backbones.families import CONSISTENCY, SD
+from fewstep.common.files import atomic_folder, final_path, read_mapping, write_json
+from fewstep.backbones.pipeline_folder import LIBRARIES, PipelineFolder, read_folder, weight_files, weight_variant
+from fewstep.backbones.scheduler_config import BETAS, is_flow
+from fewstep.distillation.config import TEACHER_SAMPLING, Sampling
+
+if TYPE_CHECKING:  # its settings are read before torch is
+    from torch import Tensor, nn
+
+RECORD = "fewstep.json"
+"""The file that holds the settings; diffusers does not mind it."""
+
+
+PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.onnx")
+"""Weights that are never read here, and so not handed on."""
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
+
+
+def save_pipeline(
+    target: Path, base: Path, network: nn.Module, record: Mapping[str, Any], told: Mapping[str, Tensor] | None = None
+) -> Path:
+    """Write a pipeline folder as a whole; arguments as `write_pipeline`'s.
+
+    Raises:
+        UserError: the place cannot be written to.
+    """
+    with atomic_folder(target) as part:
+        write_pipeline(part, base, network, record, told)
+    return target
+
+
+def write_pipeline(
+    place: Path, base: Path, network: nn.Module, record: Mapping[str, Any], told: Mapping[str, Tensor] | None = None
+) -> None:
+    """Copy the pipeline folder `base` with another denoiser; write `record` (with a `sampling` entry), if any, beside.
+
+    `told` are the weights of what the denoiser is told by, if anything (`export.conditioning`).
+
+    Of the base come the components that its model_index.json names and its licences; its card and pictures do not
+    speak of the student. The new index names what diffusers can load (`loadable_index`).
+
+    Raises:
+        UserError: a number of the denoiser is not finite.
+    """
+    from fewstep.students.conditioning_file import save_told
+    from fewstep.common.tensors import check_finite
+
+    saver: Any = network
+    folder = read_folder(base)
+    index = loadable_index(folder)
+    check_finite(network.state_dict(), f"{final_path(place) / folder.network} was not written")
+    for name in folder.components:
+        if name != folder.network and index[name][0] is not None:
+            copy_component(base / name, place / name)
+    if saver.config.get("time_cond_proj_dim") is not None:
+        index |= _as_consistency(folder, record, place)
+    write_json(place / "model_index.json", index)
+    copy_licences(base, place)
+    saver.save_pretrained(place / folder.network, safe_serialization=True)
+    save_told(place, told or {})
+    if record:
+        (place / RECORD).write_text(json.dumps(dict(record), indent=2) + "\n", encoding="utf-8")
+
+
+def _as_consistency(folder: PipelineFolder, record: Mapping[str, Any], place: Path) -> dict[str, Any]:
+    """Return the entries of model_index.json by which stock pipelines draw an LCM student with a guidance embedding.
+
+    diffusers' LCMScheduler goes into the folder, and Stable Diffusion becomes a LatentConsistencyModelPipeline. Nothing
+    changes for one that is sampled otherwise than LCMScheduler does.
+    """
+    sampling = validate(Sampling, record.get("sampling") or {})
+    plain = isinstance(sampling.grid, int) and sampling.spacing == "grid" and sampling.step_jump == "skip"
+    config = folder.config("scheduler")
+    if sampling.sampler != "lcm" or not plain or is_flow(config):
+        return {}
+    from diffusers import DDPMScheduler, LCMScheduler
+
+    own = {key: config[key] for key in (*BETAS, "prediction_type") if key in config}
+    noise = {key: value for key, value in DDPMScheduler(**own).config.items() if key in (*BETAS, "prediction_type")}
+    with suppress(NotImplementedError):  # a beta schedule that LCMScheduler does not have
+        made = LCMScheduler(**noise, original_inference_steps=sampling.grid)
+        shutil.rmtree(place / "scheduler", ignore_errors=True)
+        made.save_config(place / "scheduler")
+        named = {"_class_name": CONSISTENCY} if folder.family is SD else {}
+        return {"scheduler": ["diffusers", "LCMScheduler"], **named}
+    return {}
+
+
+def loadable_index(folder: PipelineFolder) -> dict[str, Any]:
+    """Return a folder's model_index.json with those components alone that diffusers can load from a copy.
+
+    A component that pictures are not drawn with (a safety checker, a feature extractor, an image encoder) is left out
+    if the folder lacks it, holds its weights as a pickle alone, or names code that no library has. A class that
+    transformers has renamed gets its present name.
+    """
+    index = read_mapping(folder.path / "model_index.json")
+    for name, (library, kind) in folder.components.items():
+        if name in folder.family.parts:
+            continue
+        present = _present_class(library, kind)
+        if present is None or not _loadable(folder.path / name):
+            index[name] = [None, None]
+            if name == "safety_checker":
+                index["requires_safety_checker"] = False
+        else:
+            index[name] = [library, present]
+    return index
+
+
+def _present_class(library: str, kind: str) -> str | None:
+    """Return what an installed library calls a class of a model_index.json; None where it has none such.
+
+    Image processors were called feature extractors before transformers 4.26, and in folders saved until then.
+    """
+    if library not in LIBRARIES:
+        # diffusers' own short name of the module that holds a pipeline's safety checker
+        return kind if importlib.util.find_spec(f"diffusers.pipelines.{library}") else None
+    module = importlib.import_module(library)
+    renamed = kind.replace("FeatureExtractor", "ImageProcessor")
+    return next((name for name in (kind, renamed) if hasattr(module, name)), None)
+
+
+def copy_licences(source: Path, target: Path) -> None:
+    """Copy a pipeline folder's licences."""
+    for item in [found for pattern in LICENCES for found in source.glob(pattern)]:
+        (shutil.copytree if item.is_dir() else shutil.copy2)(item, target / item.name)
+
+
+def copy_component(source: Path, target: Path) -> None:
+    """Copy a component but for its pickles; weights of a variant (fp16) get the names that are loaded by default."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*PICKLES))
+    if variant := weight_variant(source):
+        for file in target.glob(f"*.{variant}.*"):
+            file.replace(file.with_name(file.name.replace(f".{variant}.", ".")))
+
+
+def _loadable(component: Path) -> bool:
+    """Whether a component is there: its config, and its weights as safetensors if it is a network."""
+    network = (component / "config.json").is_file()
+    return bool(weight_files(component)) if network else any(component.glob("*.json"))
+
+
+def read_record(pipeline: Path) -> dict[str, Any]:
+    """What a pipeline folder says of itself; empty for one that has no record.
+
+    Raises:
+        UserError: the record is broken.
+    """
+    path = pipeline / RECORD
+    return read_mapping(path) if path.is_file() else {}
+
+
+def sampling_of(pipeline: Path) -> Sampling | None:
+    """The settings that a pipeline folder brings along; None for one that has no record.
+
+    Raises:
+        UserError: the record is broken.
+    """
+    record = read_record(pipeline)
+    return validate(Sampling, record.get("sampling", {})) if record else None
+
+
+def teacher_sampling(pipeline: Path) -> Sampling:
+    """How a teacher's folder is sampled: as its own record says, else by `TEACHER_SAMPLING`.
+
+    A consistency model without a record is sampled as diffusers' LatentConsistencyModelPipeline does by default.
+
+    Raises:
+        UserError: the record is broken.
+    """
+    own = sampling_of(pipeline)
+    folder = read_folder(pipeline) if own is None else None
+    if folder is None or not folder.consistency:
+        return own or TEACHER_SAMPLING
+    grid = folder.config("scheduler").get("original_inference_steps", 50)
+    return validate(Sampling, {"sampler": "lcm", "steps": 4, "omega": 7.5, "grid": grid})
+
+
+def end_point_sampling(pipeline: Path) -> Sampling:
+    """How the end points of a teacher are drawn: as `teacher_sampling`, unless that is a student's few steps.
+
+    Raises:
+        UserError: the record is broken.
+    """
+    own = teacher_sampling(pipeline)
+    if own.sampler == "lcm" and read_folder(pipeline).consistency:  # no solver follows its trajectories
+        return own
+    return TEACHER_SAMPLING if own.sampler in ("sss", "lcm") else own

@@ -1,0 +1,216 @@
+"""What a diffusers scheduler's config says: the noise path, and what the network predicts on it.
+
+Light but for `path_of`: a student's file is held against it before torch is imported.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from itertools import accumulate, pairwise
+from operator import mul
+from typing import TYPE_CHECKING, Any
+
+from fewstep.common.errors import UserError, nearest
+from fewstep.common.choices import Prediction
+
+if TYPE_CHECKING:
+    from fewstep.diffusion.schedule import Path
+
+PREDICTIONS: dict[str, Prediction] = {
+    "epsilon": "eps",
+    "sample": "x0",
+    "v_prediction": "v",
+    "flow_prediction": "flow",
+}
+"""diffusers' words for what a network outputs, and ours."""
+BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+"""The keys that decide an indexed path."""
+NOISE_KEYS = (*BETAS, "prediction_type", "shift", "use_dynamic_shifting")
+"""What is taken over from another scheduler even where it is that scheduler's own default, which is not ours."""
+NO_SIGNAL = 1e-24
+"""alpha^2 that stands for 0 (zero terminal SNR), as in `schedule.NO_SIGNAL`."""
+NOISE_APART = 1e-4
+"""How far a noise level, as the angle whose sine is sigma, may lie from the one in a student's file: rounding, no more.
+
+sigma alone hardly moves where the noise is nearly pure: PixArt's betas and the same ones rescaled to zero terminal SNR
+are 2e-5 apart there, and 6e-3 as angles."""
+
+
+def is_flow(config: Mapping[str, Any]) -> bool:
+    """Whether it is a scheduler of a flow: by its class, its prediction, its sigmas, or a shift without betas."""
+    named = str(config.get("_class_name", "")).startswith("FlowMatch") or config.get("path") == "flow"
+    said = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    return bool(named or said or ("shift" in config and not any(key.startswith("beta") for key in config)))
+
+
+def prediction_of(config: Mapping[str, Any], place: str) -> Prediction:
+    """What the network predicts; eps where a scheduler with betas does not say.
+
+    Args:
+        place: what the config belongs to, for errors.
+
+    Raises:
+        UserError: a word that diffusers does not know either.
+    """
+    if is_flow(config):
+        return "flow"
+    name = str(config.get("prediction_type") or "epsilon")
+    if name not in PREDICTIONS:
+        legal = ", ".join(PREDICTIONS)
+        raise UserError(
+            f"prediction_type = {name!r} of {place} is none of {legal}; the nearest is {nearest(name, PREDICTIONS)!r}"
+        )
+    return PREDICTIONS[name]
+
+
+def check_terminal_snr(scheduler: Mapping[str, Any]) -> None:
+    """Refuse an eps network on a schedule that ends in pure noise: x0 = (x - sigma eps)/alpha is not there.
+
+    Raises:
+        UserError: it is one.
+    """
+    if scheduler.get("rescale_betas_zero_snr") and scheduler.get("prediction_type", "epsilon") == "epsilon":
+        raise UserError(
+            "prediction_type = 'epsilon' with zero terminal SNR (rescale_betas_zero_snr) has no x0 at the noisiest "
+            "time; the nearest legal one is 'v_prediction', or rescale_betas_zero_snr = false"
+        )
+
+
+def shift_of(config: Mapping[str, Any]) -> Any:
+    """The shift in a flow's config: a solver's `flow_shift`, else `shift`; None where it has neither.
+
+    A solver that took a flow's config over keeps that one's `shift` beside its own default `flow_shift`, which nobody
+    asked for.
+    """
+    unsaid = "flow_shift" in config.get("_use_default_values", ())
+    if config.get("flow_shift") is None or (unsaid and config.get("shift") is not None):
+        return config.get("shift")
+    return config["flow_shift"]
+
+
+def settled(config: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+    """A config whose shift goes by the picture's size (`use_dynamic_shifting`) -> one with that of so many tokens.
+
+    mu runs linearly in the number of tokens, from `base_shift` to `max_shift`; the shift is exp(mu), or mu itself by
+    `time_shift_type = linear`: diffusers' Flux and Stable Diffusion 3 pipelines. Any other config stays as it is.
+    """
+    if not (config.get("use_dynamic_shifting") and is_flow(config)):
+        return dict(config)
+    low, high = config.get("base_image_seq_len") or 256, config.get("max_image_seq_len") or 4096
+    first, last = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    mu = first + (last - first) * (tokens - low) / (high - low)
+    shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+    kept = {key: value for key, value in config.items() if key != "flow_shift"}
+    return {**kept, "shift": shift, "use_dynamic_shifting": False}
+
+
+def taken_over(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of ours that another scheduler's config decides, where they are not our defaults."""
+    kept = {key: config[key] for key in NOISE_KEYS if config.get(key) not in (None, defaults[key])}
+    if is_flow(config):
+        kept |= {"path": "flow", "prediction_type": "flow_prediction"}
+        if shift_of(config) is not None:
+            kept["shift"] = shift_of(config)
+    # what LCM's and TCD's schedulers call their grid; a grid of ours that they took over says more
+    origin = config.get("original_inference_steps")
+    if origin not in (None, defaults["grid"]) and "grid" not in config:
+        kept["grid"] = origin
+    return kept
+
+
+def betas_of(config: Mapping[str, Any]) -> list[float] | None:
+    """The betas of a config by diffusers' formulas, in float64; None of a schedule that diffusers does not know."""
+    if config.get("trained_betas") is not None:
+        return [float(beta) for beta in config["trained_betas"]]
+    total, kind = int(config.get("num_train_timesteps", 1000)), config.get("beta_schedule", "linear")
+    start, end = float(config.get("beta_start", 0.0001)), float(config.get("beta_end", 0.02))
+    shares = [i / max(total - 1, 1) for i in range(total)]
+    if kind == "linear":
+        return [start + u * (end - start) for u in shares]
+    if kind == "scaled_linear":
+        return [(start**0.5 + u * (end**0.5 - start**0.5)) ** 2 for u in shares]
+    if kind == "sigmoid":
+        return [start + (end - start) / (1 + math.exp(6 - 12 * u)) for u in shares]
+    law = {"squaredcos_cap_v2": _cosine, "laplace": _laplace}.get(str(kind))
+    return law and [min(1 - b / a, 0.999) for a, b in pairwise(law(i / total) for i in range(total + 1))]
+
+
+def _cosine(share: float) -> float:
+    return math.cos((share + 0.008) / 1.008 * math.pi / 2) ** 2
+
+
+def _laplace(share: float) -> float:
+    snr = math.exp(math.copysign(0.5, share - 0.5) * math.log(1 - 2 * abs(0.5 - share) + 1e-6))
+    return math.sqrt(snr / (1 + snr))
+
+
+def sigmas_at(config: Mapping[str, Any], times: Iterable[float]) -> list[float] | None:
+    """sigma at some times of an indexed path, as `schedule.VariancePreserving` has it, without torch.
+
+    None of a schedule that is none: `path_of` refuses it.
+    """
+    try:
+        bars = list(accumulate((1 - beta for beta in betas_of(config) or ()), mul))
+        if config.get("rescale_betas_zero_snr"):
+            first, last = bars[0] ** 0.5, bars[-1] ** 0.5
+            bars = [((bar**0.5 - last) * first / (first - last)) ** 2 for bar in bars]
+        logs = [0.0, *(math.log(max(bar, NO_SIGNAL)) for bar in bars)]
+    except (TypeError, ValueError, LookupError, ArithmeticError):
+        return None
+    if len(logs) == 1:
+        return None
+    found = []
+    for t in times:
+        place = min(max(t + 1, 0.0), len(logs) - 1.0)
+        low = min(int(place), len(logs) - 2)
+        found.append(math.sqrt(-math.expm1(logs[low] + (place - low) * (logs[low + 1] - logs[low]))))
+    return found
+
+
+def other_noise(notes: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """Where a scheduler's noise is not that of a student's file, at the first of its times; "" where it is.
+
+    A file that does not say (`sigmas`; older ones) is not held against it, nor is a flow, whose sigma is the time.
+
+    Args:
+        notes: what the file says of itself.
+        config: the scheduler's.
+    """
+    times, told = notes.get("times"), notes.get("sigmas")
+    if is_flow(config) or not (isinstance(times, list) and isinstance(told, list)):
+        return ""
+    if not all(isinstance(number, int | float) for number in [*times, *told]):
+        return ""
+    for t, sigma, own in zip(times, told, sigmas_at(config, times) or ()):
+        if not abs(math.asin(min(max(sigma, 0.0), 1.0)) - math.asin(min(own, 1.0))) <= NOISE_APART:
+            kept = {key: config[key] for key in BETAS[1:] if config.get(key) is not None}
+            words = ", ".join(f"{key} = {'...' if key == 'trained_betas' else repr(kept[key])}" for key in kept)
+            return f"sigmas = {sigma:.6g} at time {t:g}; {words or 'its betas'} make it {own:.6g}"
+    return ""
+
+
+def path_of(config: Mapping[str, Any]) -> Path:
+    """The noise path: a flow by its shift, any other from diffusers' own table of betas, for exact parity with it.
+
+    Raises:
+        UserError: a schedule that diffusers does not know, or a shift that is none.
+    """
+    from fewstep.diffusion.schedule import FlowMatching, VariancePreserving
+
+    if is_flow(config):
+        shift = shift_of(config)
+        if shift is not None and not (isinstance(shift, int | float) and shift > 0):
+            raise UserError(f"shift = {shift!r} of a flow's scheduler is not above 0; the nearest legal one is 1.0")
+        return FlowMatching(float(shift or 1.0))
+    from diffusers import DDPMScheduler
+
+    settings = {key: config[key] for key in BETAS if key in config}
+    try:
+        table = DDPMScheduler(**settings).alphas_cumprod
+        if table.dim() != 1 or len(table) < 2 or not bool(((table >= 0) & (table <= 1)).all()):
+            raise ValueError("its betas are not from 0 to 1")
+    except Exception as error:  # whatever numbers and words that are none lead to
+        words = ", ".join(f"{key} = {settings[key]!r}"[:80] for key in BETAS if key in settings)
+        raise UserError(f"cannot load the scheduler config ({words}): {' '.join(str(error).split())[:300]}") from error
+    return VariancePreserving.from_alphas_cumprod(table)

@@ -1,0 +1,82 @@
+"""What becomes of the tensors of a checkpoint that no network takes: known to change no picture, or refused by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from fewstep.common.errors import UserError
+from fewstep.backbones.pipeline_folder import PipelineFolder
+from fewstep.backbones.scheduler_config import sigmas_at
+from fewstep.backbones.single_file.reader import Reader
+
+_CLIP = "parts of CLIP that draw no pictures"
+_UNUSED = {
+    r"model_ema\..*": "averaged weights",
+    r"first_stage_model\.model_ema\..*": "averaged weights",
+    r"(first_stage_model\.)?loss\..*": "training losses",
+    r"(.*\.)?position_ids": "position numbers",
+    r".*\.logit_scale": "logit scales",
+    r"cond_stage_model\.(transformer\.(vision_model|visual_projection|text_projection)\b.*|text_projection)": _CLIP,
+    r"conditioner\.embedders\.0\.transformer\.text_projection\..*": _CLIP,
+    r"(cond_stage_model|conditioner\.embedders\.1)\.model\.(visual\..*|attn_mask)": _CLIP,
+    r"cond_stage_model\.model\.text_projection": _CLIP,
+    r"(alphas_cumprod_prev|betas|sqrt_.*alphas_cumprod|log_one_minus_alphas_cumprod|sqrt_recipm?1?.*|posterior_.*|"
+    r"sqrt_recip.*|lvlb_weights|logvar|denoiser\.(sigmas|log_sigmas)|model_sampling\..*)": "the noise schedule",
+    r"v_pred|ztsnr": "marks",
+    r"(.*\.)?scaled_fp8": "marks",
+    r"(.*\.)?(scale_input|input_scale)": "scales of inputs",
+}
+"""Tensors that change no picture, by their whole names, and what they are."""
+_APART = 1e-2
+"""How far the noise's signal share in a file (often fp16) may lie from the schedule's."""
+
+
+def account(reader: Reader, folder: PipelineFolder, elsewhere: Sequence[str] = ()) -> str:
+    """Refuse a checkpoint with tensors that nothing has read; return one line that counts those that change nothing.
+
+    Args:
+        elsewhere: beginnings of names of components that are taken from the folder of configs.
+
+    Raises:
+        UserError: naming the first tensor that nothing reads, or a noise schedule other than the config's.
+    """
+    counts: dict[str, int] = {}
+    extra = _penultimate(folder)
+    for key in reader.unread():
+        if key == "alphas_cumprod":
+            _check_noise(reader, folder)
+            continue
+        what = next((what for pattern, what in _UNUSED.items() if re.fullmatch(pattern, key)), None)
+        if what is None and extra and key.startswith(extra):
+            what = "the text encoder's last block, which the penultimate states leave out"
+        if what is None and key.startswith(tuple(elsewhere)):
+            what = "components that come from the config folder"
+        if what is None:
+            raise UserError(
+                f"teacher = {str(reader.file)!r} holds {key!r}, which nothing reads; it "
+                "is of another kind than its config, or has parts that are not supported"
+            )
+        if what != "marks":
+            counts[what] = counts.get(what, 0) + 1
+    said = "; ".join(f"{count} tensor{'s' * (count > 1)} of {what}" for what, count in sorted(counts.items()))
+    return f"{reader.file.name}: not used: {said}" if said else ""
+
+
+def _penultimate(folder: PipelineFolder) -> str:
+    """How the names of 2.x's last text block begin: configs leave that block out, whose states nothing asks for."""
+    if folder.family.encoders != ("text_encoder",) or folder.config("text_encoder").get("hidden_act") != "gelu":
+        return ""
+    layers = folder.config("text_encoder").get("num_hidden_layers")
+    return f"cond_stage_model.model.transformer.resblocks.{layers}."
+
+
+def _check_noise(reader: Reader, folder: PipelineFolder) -> None:
+    """Refuse a file whose own table of alpha^2 is not that of the scheduler's config."""
+    table = reader.get("alphas_cumprod").double().flatten()
+    own = sigmas_at(folder.config("scheduler"), range(len(table)))
+    if own is None or max(abs(float(a) - (1 - s**2)) for a, s in zip(table, own, strict=True)) > _APART:
+        raise UserError(
+            f"teacher = {str(reader.file)!r} has a noise schedule of its own (alphas_cumprod), {folder.path} "
+            "another; give --config FOLDER with a scheduler of that noise"
+        )

@@ -1,0 +1,223 @@
+"""The weights of a single-file checkpoint by component, and the pipeline folder that they are written as."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.backbones.base import loading
+from fewstep.common.errors import UserError
+from fewstep.backbones.single_file.sd_checkpoint import Held, text_keys, unet_keys, vae_keys
+from fewstep.backbones.pipeline_writer import copy_component, copy_licences
+from fewstep.backbones.families import FAMILIES
+from fewstep.common.files import read_mapping, write_json
+from fewstep.backbones.pipeline_folder import LIBRARIES, PipelineFolder, weight_files
+from fewstep.backbones.scheduler_config import prediction_of
+from fewstep.backbones.single_file.accounting import account
+from fewstep.backbones.single_file.reader import Reader
+from fewstep.backbones.single_file.recognise import Checkpoint
+from fewstep.common.safetensors_header import Shape, read_safetensors_header
+
+INDEX = "model_index.json"
+_ELSEWHERE = ("first_stage_model.", "vae.", "text_encoders.", "cond_stage_model.", "conditioner.")
+"""How names of the other components of a whole checkpoint of a transformer begin."""
+
+
+def network_of(folder: PipelineFolder, component: str) -> nn.Module:
+    """A component by its config, without weights (on torch's meta device).
+
+    Raises:
+        UserError: a config that its class does not take.
+    """
+    import diffusers
+    import transformers
+
+    library, kind = folder.components[component]
+    config = folder.config(component)
+    with loading(str(folder.path / component)), torch.device("meta"):
+        made: Any
+        if library == "diffusers":
+            made = getattr(diffusers, kind).from_config(config)
+        else:
+            cls: Any = getattr(transformers, kind, None)
+            if cls is None or not hasattr(cls, "config_class"):
+                raise UserError(f"{folder.path / component} is a {kind}, which transformers does not have")
+            made = cls(cls.config_class(**config))
+    network: nn.Module = made
+    return network
+
+
+def held_by(
+    folder: PipelineFolder, networks: Mapping[str, nn.Module], checkpoint: Checkpoint
+) -> dict[str, dict[str, Held]]:
+    """Where a checkpoint holds the tensors of each component of Stable Diffusion 1.x, 2.x or XL."""
+    names = {part: list(network.state_dict()) for part, network in networks.items()}
+    encoders = folder.family.encoders
+    acts = [str(folder.config(part).get("hidden_act")) for part in encoders]
+    texts = text_keys([(act, names[part]) for act, part in zip(acts, encoders, strict=True)])
+    return {
+        folder.network: unet_keys(names[folder.network], checkpoint.prefix),
+        "vae": vae_keys(names["vae"]),
+        **dict(zip(encoders, texts, strict=True)),
+    }
+
+
+def fill(network: nn.Module, keys: Mapping[str, Held], reader: Reader, dtype: torch.dtype, component: str) -> None:
+    """Give a network without weights those of a checkpoint.
+
+    Raises:
+        UserError: naming the first tensor that the file lacks, or that has another shape.
+    """
+    wanted = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    lacking = sorted(name for name in wanted if name not in keys or keys[name].key not in reader)
+    lacking = [name for name in lacking if not name.endswith("position_ids")]
+    if lacking:
+        more = f" and {len(lacking) - 1} more" if lacking[1:] else ""
+        key = keys[lacking[0]].key if lacking[0] in keys else lacking[0]
+        raise UserError(
+            f"teacher = {str(reader.file)!r} holds no {key!r}{more}, of the {component}; it is not whole, or its "
+            "network is of another size: give --config FOLDER, a pipeline folder of its kind"
+        )
+    weights = {}
+    for name, shape in wanted.items():
+        if name in keys:
+            weights[name] = _placed(reader.get(keys[name].key), keys[name], shape, reader.file).to(dtype)
+    network.load_state_dict(weights, assign=True, strict=False)
+
+
+def _placed(value: Tensor, held: Held, shape: Shape, file: Path) -> Tensor:
+    """A tensor of a checkpoint as diffusers has it."""
+    if held.third is not None and len(value) == 3 * shape[0]:
+        value = value[held.third * shape[0] :][: shape[0]]
+    if held.turned:
+        value = value.T
+    plain = tuple(size for size in value.shape if size != 1) == tuple(size for size in shape if size != 1)
+    if value.dim() != len(shape) and plain:  # 1 x 1 convolutions and matrices are the same
+        value = value.reshape(shape)
+    if tuple(value.shape) != shape:
+        raise UserError(
+            f"teacher = {str(file)!r}: {held.key!r} is {tuple(value.shape)}, its config makes it {shape}; give "
+            "--config FOLDER, a pipeline folder of its kind"
+        )
+    return value.contiguous().clone() if value._is_view() else value.contiguous()
+
+
+def write_components(file: Path, config: Path, checkpoint: Checkpoint, part: Path) -> list[str]:
+    """Write a checkpoint as a pipeline folder; return lines to say about it.
+
+    Its weights are of the type that its matrices share, else fp32, which holds them all. Components that the file does
+    not hold come from the folder of configs.
+
+    Raises:
+        UserError: a checkpoint that does not fit its config, or has tensors that nothing reads.
+    """
+    metadata, entries = read_safetensors_header(file)
+    index = read_mapping(config / INDEX)
+    folder = config_only(config, index)
+    said = []
+    with Reader(file, metadata, entries) as reader:
+        if checkpoint.transformer:
+            made = {folder.network: _transformer(folder, reader, checkpoint)}
+        else:
+            made = _stable_diffusion(folder, reader, checkpoint)
+        elsewhere = [start for start in _ELSEWHERE if checkpoint.transformer]
+        if line := account(reader, folder, elsewhere):
+            said.append(line)
+    for name in folder.family.parts:
+        if name in made:
+            continue
+        if not (config / name).is_dir() or (name in folder.family.weighed and not weight_files(config / name)):
+            raise UserError(
+                f"teacher = {str(file)!r} holds no {name}, and neither does {config}; give --config FOLDER, a "
+                f"{checkpoint.pipeline} with one"
+            )
+        copy_component(config / name, part / name)
+    for name, network in made.items():
+        saver: Any = network
+        saver.save_pretrained(part / name, safe_serialization=True)
+    for name in set(folder.components) - set(folder.family.parts):
+        index[name] = [None, None]
+    if "requires_safety_checker" in index:
+        index["requires_safety_checker"] = False
+    write_json(part / INDEX, index)
+    copy_licences(config, part)
+    if checkpoint.version and not checkpoint.transformer:
+        said.insert(0, _read_as(file, checkpoint, folder))
+    return said
+
+
+def config_only(place: Path, index: Mapping[str, Any]) -> PipelineFolder:
+    """A folder that may hold configs and tokenizers alone.
+
+    Raises:
+        UserError: a component of code of its own, or none at all.
+    """
+    family = FAMILIES[str(index["_class_name"])]
+    named = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2 and value[0]}
+    for name in family.parts:
+        if name not in named:
+            raise UserError(f"config = {str(place)!r} names no {name}")
+        if name != "scheduler" and named[name][0] not in LIBRARIES:
+            raise UserError(f"config = {str(place)!r} takes its {name} from {named[name][0]!r}, which is never run")
+    return PipelineFolder(place, str(index["_class_name"]), family, {name: (a, b) for name, (a, b) in named.items()})
+
+
+def _stable_diffusion(folder: PipelineFolder, reader: Reader, checkpoint: Checkpoint) -> dict[str, nn.Module]:
+    """The networks of Stable Diffusion 1.x, 2.x or XL that a checkpoint holds."""
+    clip = [name for name in folder.family.encoders if folder.components[name][1].startswith("CLIPText")]
+    parts = [folder.network, "vae", *(clip if len(clip) == len(folder.family.encoders) else [])]
+    networks = {name: network_of(folder, name) for name in parts if (folder.path / name).is_dir()}
+    keys = held_by(folder, networks, checkpoint)
+    held = {name: own for name, own in keys.items() if any(place.key in reader for place in own.values())}
+    dtype = reader.shared_type(place.key for own in held.values() for place in own.values())
+    for name, own in held.items():
+        fill(networks[name], own, reader, dtype, name)
+    return {name: networks[name] for name in held}
+
+
+def _transformer(folder: PipelineFolder, reader: Reader, checkpoint: Checkpoint) -> nn.Module:
+    """The transformer of Stable Diffusion 3 or Flux that a checkpoint holds, renamed by diffusers."""
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    network = network_of(folder, folder.network)
+    names = [name for name in reader.names if name.startswith(checkpoint.prefix) and not reader.beside(name)]
+    if not checkpoint.prefix:
+        names = [name for name in names if not name.startswith(_ELSEWHERE)]
+    dtype = reader.shared_type(names)
+    weights = {name.removeprefix(checkpoint.prefix): reader.get(name) for name in names}
+    try:
+        found = SINGLE_FILE_LOADABLE_CLASSES[checkpoint.transformer]["checkpoint_mapping_fn"](checkpoint=weights)
+    except (KeyError, IndexError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"teacher = {str(reader.file)!r} is no whole {checkpoint.transformer}: {error!r}; give a checkpoint of the "
+            "published architecture"
+        ) from error
+    reader.read -= {reader.names[f"{checkpoint.prefix}{name}"] for name in weights}  # what diffusers has left over
+    own = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    wrong = sorted(name for name in own if name not in found or tuple(found[name].shape) != own[name])
+    if wrong or set(found) - set(own):
+        name = wrong[0] if wrong else min(set(found) - set(own))
+        shape = tuple(found[name].shape) if name in found else None
+        raise UserError(
+            f"teacher = {str(reader.file)!r} does not fit {folder.path / folder.network}: {name} is {shape}, its "
+            f"config makes it {own.get(name)}; give --config FOLDER of the same size"
+        )
+    network.load_state_dict({name: value.to(dtype).contiguous() for name, value in found.items()}, assign=True)
+    return network
+
+
+def _read_as(file: Path, checkpoint: Checkpoint, folder: PipelineFolder) -> str:
+    """One line: which kind a checkpoint was taken for, and on what grounds."""
+    kinds = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "Stable Diffusion XL"}
+    by_config = prediction_of(folder.config("scheduler"), str(folder.path))
+    if checkpoint.prediction:
+        why = f"predicts {checkpoint.prediction}, as the file says"
+    elif checkpoint.guess == by_config:
+        why = f"predicts {checkpoint.guess}, judged by its weights as the file does not say"
+    else:
+        why = f"predicts {by_config}, as its config says and the file does not"
+    return f"{file.name}: read as {kinds[str(checkpoint.version)]} that {why}; configs from {folder.path}"

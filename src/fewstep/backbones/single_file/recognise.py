@@ -1,0 +1,185 @@
+"""What a single-file checkpoint is, from the names and shapes in its header and from its metadata; without torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fewstep.common.errors import UserError
+from fewstep.common.choices import Prediction
+from fewstep.common.safetensors_header import Entry, read_floats
+
+UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
+"""What may stand before the denoiser's keys: of a whole checkpoint, of ComfyUI's own files, of a denoiser alone."""
+TRANSFORMERS = {
+    "joint_blocks.": ("StableDiffusion3Pipeline", "SD3Transformer2DModel"),
+    "double_blocks.": ("FluxPipeline", "FluxTransformer2DModel"),
+}
+"""How keys of transformers begin: their pipeline, and their class. All else comes from the folder of configs."""
+Version = Literal["sd1", "sd2", "sdxl"]
+
+_OTHERS = {
+    "distilled_guidance_layer.": "Chroma",
+    "txt_in.individual_token_refiner.": "HunyuanVideo",
+    "double_stream_modulation_img.": "Flux 2",
+    "control_model.": "a ControlNet",
+    "input_hint_block.": "a ControlNet",
+    "controlnet_cond_embedding.": "a ControlNet",
+    "edm_mean": "Playground v2.5, whose noise is EDM's",
+    "edm_vpred.": "CosXL, whose noise is EDM's",
+    "clf.": "Stable Cascade",
+}
+"""How a key begins, behind the denoiser's prefix or without, in checkpoints that are not read; what they are."""
+_ALONE = {
+    "down_blocks.": "one component of a diffusers folder; give the whole folder",
+    "transformer_blocks.": "one component of a diffusers folder; give the whole folder",
+    "text_model.": "a text encoder alone",
+    "encoder.conv_in.": "an autoencoder alone",
+    "decoder.conv_in.": "an autoencoder alone",
+    "first_stage_model.": "an autoencoder alone",
+}
+"""The same of files without a denoiser that could be read."""
+_CHANNELS = {
+    9: "an inpainting network",
+    8: "a network that edits a picture (InstructPix2Pix)",
+    5: "a depth-to-image network",
+    7: "an upscaler",
+}
+"""Input channels of networks that take more than noisy latents."""
+_WIDTHS: dict[tuple[int, bool], Version] = {(768, False): "sd1", (1024, False): "sd2", (2048, True): "sdxl"}
+"""Width of the text states, and whether a vector is embedded beside the time -> version."""
+_REFUSED_WIDTHS = {
+    (1280, True): "SDXL's refiner",
+    (1024, True): "Stable Diffusion 2.x unCLIP or upscaler",
+    (768, True): "Stable Diffusion 1.x with a vector embedded beside the time",
+}
+V_SPREAD = 0.09
+"""Standard deviation of a late norm's bias that tells networks of v from those of eps: both versions of 2.x have one
+ancestor each, and this bias lies far above and far below."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A single-file checkpoint that can be read.
+
+    Attributes:
+        pipeline: its class in diffusers.
+        prefix: what stands before the denoiser's keys.
+        transformer: class of the denoiser, where that alone is taken; empty for Stable Diffusion 1.x, 2.x and XL.
+        version: which of those, by its widths; None of a network of other widths, which needs a folder of configs.
+        prediction: what the denoiser predicts, where the file says so; else None.
+        guess: what it predicts by its weights, where no word of the file says so (2.x); None elsewhere.
+        zero_snr: whether the noise ends pure; None where the file does not say.
+    """
+
+    pipeline: str
+    prefix: str
+    transformer: str = ""
+    version: Version | None = None
+    prediction: Prediction | None = None
+    guess: Prediction | None = None
+    zero_snr: bool | None = None
+
+
+def recognise(
+    file: Path, metadata: Mapping[str, str], entries: Mapping[str, Entry], notes: Mapping[str, Any]
+) -> Checkpoint:
+    """Return what a checkpoint is.
+
+    Args:
+        metadata, entries: its header.
+        notes: its `fewstep` record; empty for another tool's file.
+
+    Raises:
+        UserError: one that cannot be read, naming what it is, or of an unknown architecture.
+    """
+    name = f"teacher = {str(file)!r}"
+    if any(re.search(r"\.lora_(down|up|A|B)\b|\.hada_w1|\.lokr_w", key) for key in entries):
+        raise UserError(f"{name} is a LoRA; give it as --lora, and its base as --teacher")
+    prefix = next((p for p in UNET_PREFIXES if p and any(key.startswith(p) for key in entries)), "")
+    inner = [key.removeprefix(prefix) for key in entries if key.startswith(prefix)]
+    other = _known(_OTHERS, [*inner, *entries])
+    start = next((start for start in TRANSFORMERS if any(key.startswith(start) for key in inner)), "")
+    first = entries.get(f"{prefix}input_blocks.0.0.weight")
+    if first is None and not start:
+        unknown = f"of an unknown architecture: it holds {min(entries, default='nothing')!r}"
+        other = other or _known(_ALONE, [*inner, *entries]) or unknown
+    if other:
+        raise UserError(
+            f"{name} is {other}; give a checkpoint of Stable Diffusion 1.x, 2.x or XL, or a transformer of Stable "
+            "Diffusion 3 or Flux"
+        )
+    if first is None:
+        return Checkpoint(TRANSFORMERS[start][0], prefix, TRANSFORMERS[start][1])
+    channels, vector = first.shape[1], f"{prefix}label_emb.0.0.weight" in entries
+    if channels in _CHANNELS:
+        raise UserError(f"{name} is {_CHANNELS[channels]} ({channels} input channels); give a text-to-image one (4)")
+    width = next(
+        (entries[key].shape[1] for key in sorted(entries) if re.search(r"input_blocks.*\.attn2\.to_k\.weight$", key)), 0
+    )
+    if (width, vector) in _REFUSED_WIDTHS:
+        raise UserError(
+            f"{name} is {_REFUSED_WIDTHS[width, vector]}; give a checkpoint of Stable Diffusion 1.x, 2.x or XL's base"
+        )
+    version = _WIDTHS.get((width, vector))
+    prediction, zero_snr = _prediction(metadata, entries, notes)
+    guess: Prediction | None = None
+    if version == "sd2" and prediction is None:
+        guess = _guess(file, entries, prefix)
+    pipeline = "StableDiffusionXLPipeline" if vector else "StableDiffusionPipeline"
+    return Checkpoint(pipeline, prefix, "", version, prediction, guess, zero_snr)
+
+
+def _known(kinds: Mapping[str, str], keys: list[str]) -> str | None:
+    """What keys belong to, by how one of them begins; None where no beginning is known."""
+    return next((what for start, what in kinds.items() if any(key.startswith(start) for key in keys)), None)
+
+
+def _prediction(
+    metadata: Mapping[str, str], entries: Mapping[str, Entry], notes: Mapping[str, Any]
+) -> tuple[Prediction | None, bool | None]:
+    """What a file says of its prediction, and whether its noise ends pure; None where it says neither.
+
+    Networks of v carry an empty tensor for that, `v_pred`, and `ztsnr` where their noise ends pure (kohya, ComfyUI).
+    Metadata may have `modelspec.prediction_type`, or name the architecture of 2.x (the 768 network is one of v).
+    """
+    if "v_pred" in entries:
+        return "v", "ztsnr" in entries
+    said = notes.get("prediction")
+    words: dict[str, Prediction] = {"v": "v", "v_prediction": "v", "vpred": "v", "epsilon": "eps", "eps": "eps"}
+    found = words.get(str(said)) or words.get(metadata.get("modelspec.prediction_type", "").lower().replace("-", "_"))
+    architecture = metadata.get("modelspec.architecture", "")
+    if found is None and architecture.startswith("stable-diffusion-v2"):
+        found = "v" if "768-v" in architecture else "eps"
+    if found is None:
+        return None, True if "ztsnr" in entries else None
+    return found, "ztsnr" in entries
+
+
+def _guess(file: Path, entries: Mapping[str, Entry], prefix: str) -> Prediction:
+    """What a network of 2.x predicts, by the spread of a bias that lies apart in its two ancestors."""
+    key = f"{prefix}output_blocks.11.1.transformer_blocks.0.norm1.bias"
+    if key not in entries:
+        return "v"
+    values = read_floats(file, entries[key])
+    mean = sum(values) / len(values)
+    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
+    return "v" if spread > V_SPREAD else "eps"
+
+
+def formats_of(metadata: Mapping[str, str], file: Path) -> dict[str, str]:
+    """Layer -> the format that it is quantised in, from ComfyUI's `_quantization_metadata`; empty for most files.
+
+    Raises:
+        UserError: broken metadata.
+    """
+    try:
+        layers = json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {})
+        return {str(layer): str(said["format"]) for layer, said in layers.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{file} has broken metadata: _quantization_metadata: {error!r}") from error

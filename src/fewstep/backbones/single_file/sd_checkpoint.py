@@ -1,0 +1,170 @@
+"""Stable Diffusion's weights under the names of its original code, as single-file checkpoints and ComfyUI hold them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fewstep.common.errors import UserError
+from fewstep.students.lora_keys import original_names
+
+UNET = "model.diffusion_model."
+VAE = "first_stage_model."
+
+_VAE_PARTS = (
+    (r"down_blocks\.(\d+)\.resnets\.(\d+)", r"down.\1.block.\2"),
+    (r"down_blocks\.(\d+)\.downsamplers\.0\.conv", r"down.\1.downsample.conv"),
+    (r"up_blocks\.(\d+)\.resnets\.(\d+)", r"up.\1.block.\2"),
+    (r"up_blocks\.(\d+)\.upsamplers\.0\.conv", r"up.\1.upsample.conv"),
+    (r"mid_block\.attentions\.0", "mid.attn_1"),
+    (r"conv_shortcut", "nin_shortcut"),
+    (r"conv_norm_out", "norm_out"),
+)
+_VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+_OPEN_CLIP = {
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "final_layer_norm.weight": "ln_final.weight",
+    "final_layer_norm.bias": "ln_final.bias",
+}
+_OPEN_CLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+
+
+class Held(NamedTuple):
+    """Where the original code holds a tensor of diffusers.
+
+    Attributes:
+        key: its name there, prefix and all.
+        third: which third of the rows there it is (0, 1 or 2: queries, keys or values); None for all of them.
+        turned: whether it is transposed there.
+        square: whether a matrix is a 1 x 1 convolution there.
+    """
+
+    key: str
+    third: int | None = None
+    turned: bool = False
+    square: bool = False
+
+
+def unet_keys(names: Iterable[str], prefix: str = UNET) -> dict[str, Held]:
+    """Where a UNet's tensors are held.
+
+    Raises:
+        UserError: a layer that the original code does not have.
+    """
+    split = {name: name.rpartition(".") for name in names}
+    modules = original_names({module for module, _, _ in split.values()})
+    lacking = next((module for module, _, _ in split.values() if module not in modules), None)
+    if lacking:
+        raise UserError(
+            f"single-file checkpoints have no name for the UNet's {lacking}; give a pipeline folder instead"
+        )
+    return {name: Held(f"{prefix}{modules[module]}.{kind}") for name, (module, _, kind) in split.items()}
+
+
+def vae_keys(names: Iterable[str], prefix: str = VAE) -> dict[str, Held]:
+    """Where an AutoencoderKL's tensors are held: up blocks are counted from the other end, attention is made of 1 x 1
+    convolutions."""
+    names = list(names)
+    last = max((int(m[1]) for name in names if (m := re.search(r"up_blocks\.(\d+)\.", name))), default=0)
+    found = {}
+    for name in names:
+        new = re.sub(r"up_blocks\.(\d+)\.", lambda m: f"up_blocks.{last - int(m[1])}.", name)
+        new = re.sub(r"mid_block\.resnets\.(\d+)", lambda m: f"mid.block_{int(m[1]) + 1}", new)
+        for pattern, instead in _VAE_PARTS:
+            new = re.sub(pattern, instead, new)
+        attends = "mid.attn_1" in new
+        if attends:
+            place, _, rest = new.partition("mid.attn_1.")
+            part, _, kind = rest.rpartition(".")
+            new = f"{place}mid.attn_1.{_VAE_ATTENTION[part]}.{kind}"
+        found[name] = Held(f"{prefix}{new}", square=attends)
+    return found
+
+
+def clip_keys(names: Iterable[str], prefix: str) -> dict[str, Held]:
+    """Where a CLIP text encoder's tensors are held in OpenAI's layout: transformers' own names, without the
+    projection."""
+    plain = {name: name.removeprefix("text_model.") for name in names}
+    return {
+        name: Held(f"{prefix}transformer.text_model.{own}")
+        for name, own in plain.items()
+        if not own.startswith("text_projection") and not own.endswith("position_ids")
+    }
+
+
+def open_clip_keys(names: Iterable[str], prefix: str) -> dict[str, Held]:
+    """Where a CLIP text encoder's tensors are held in OpenCLIP's layout: queries, keys and values in one matrix."""
+    found = {}
+    for name in names:
+        own = name.removeprefix("text_model.")
+        if own in _OPEN_CLIP:
+            found[name] = Held(f"{prefix}model.{_OPEN_CLIP[own]}")
+        elif own == "text_projection.weight":
+            found[name] = Held(f"{prefix}model.text_projection", turned=True)
+        elif layer := re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", own):
+            number, part, kind = layer.groups()
+            place = f"{prefix}model.transformer.resblocks.{number}."
+            if joint := re.fullmatch(r"self_attn\.([qkv])_proj", part):
+                found[name] = Held(f"{place}attn.in_proj_{kind}", third="qkv".index(joint[1]))
+            else:
+                found[name] = Held(f"{place}{_OPEN_CLIP_LAYER[part]}.{kind}")
+    return found
+
+
+def text_keys(encoders: Sequence[tuple[str, Iterable[str]]]) -> list[dict[str, Held]]:
+    """Where the tensors of one text encoder (Stable Diffusion 1.x, 2.x) or of two (XL) are held.
+
+    Args:
+        encoders: activation (`hidden_act`) and names of each.
+    """
+    if len(encoders) == 1:
+        act, names = encoders[0]
+        open_clip = act == "gelu"  # 2.x; OpenAI's has quick_gelu
+        return [(open_clip_keys if open_clip else clip_keys)(names, "cond_stage_model.")]
+    return [
+        clip_keys(encoders[0][1], "conditioner.embedders.0."),
+        open_clip_keys(encoders[1][1], "conditioner.embedders.1."),
+    ]
+
+
+def renamed(weights: Mapping[str, Tensor], keys: Mapping[str, Held]) -> dict[str, Tensor]:
+    """A network's weights as the original code holds them."""
+    found: dict[str, Tensor] = {}
+    thirds: dict[str, dict[int, Tensor]] = {}
+    for name, held in keys.items():
+        value = weights[name]
+        if held.third is not None:
+            thirds.setdefault(held.key, {})[held.third] = value
+            found[held.key] = value  # its place; the whole is put together below
+        elif held.turned:
+            found[held.key] = value.T.contiguous()
+        else:
+            found[held.key] = value[:, :, None, None] if held.square and value.dim() == 2 else value
+    return found | {key: torch.cat([parts[i] for i in range(3)]) for key, parts in thirds.items()}
+
+
+def checkpoint_weights(
+    unet: Mapping[str, Tensor], vae: Mapping[str, Tensor], encoders: list[Any], *, prediction: str, zero_snr: bool
+) -> dict[str, Tensor]:
+    """A whole single-file checkpoint. ComfyUI knows a v network by an empty `v_pred`, zero terminal SNR by `ztsnr`."""
+    marks = {"v_pred": prediction == "v", "ztsnr": zero_snr}
+    states = [encoder.state_dict() for encoder in encoders]
+    texts = text_keys([(encoder.config.hidden_act, state) for encoder, state in zip(encoders, states, strict=True)])
+    whole = renamed(unet, unet_keys(unet)) | renamed(vae, vae_keys(vae))
+    for state, keys in zip(states, texts, strict=True):
+        whole |= renamed(state, keys)
+    return {
+        **whole,
+        **{name: torch.zeros(0) for name, held in marks.items() if held},
+    }

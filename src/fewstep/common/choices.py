@@ -1,0 +1,86 @@
+"""The words that choose: one name, one meaning, everywhere. Light, so that configs can be read without torch."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from fewstep.common.errors import UserError, nearest
+
+Kept = Literal["fp32", "bf16", "8bit", "4bit"]
+"""How frozen weights are kept."""
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+"""What networks compute in; auto is bf16 where the machine is fast at it, else fp32."""
+DeviceName = Literal["auto", "cpu", "cuda"]
+"""Where networks run; auto is the GPU where there is one."""
+Prediction = Literal["eps", "x0", "v", "flow"]
+"""What a network outputs."""
+End = Literal["clean", "index0"]
+"""Where sampling ends: true clean data, or the least noisy index of the network (sigma = .029 on SD's schedule)."""
+Spacing = Literal["grid", "trailing", "tlcm"]
+"""How inference times are taken; see `grid.inference_times`."""
+SolverName = Literal["ddim", "euler", "heun", "dpm_2", "dpmpp_2s"]
+"""One step of the probability-flow ODE; see `solver`."""
+SamplerName = Literal["sss", "lcm", "ddim", "euler", "heun", "dpm_2", "dpmpp_2s", "sde_dpmpp_2m"]
+"""How pictures are drawn; see `sampler`."""
+GammaLaw = Literal["time", "noise"]
+"""What gamma is linear in: time, s = (1 - gamma) t (TCD), or the fresh noise's standard deviation (CTM)."""
+Convention = Literal["lcm", "imagen", "none"]
+"""Guidance: omega in (1 + omega) eps(c) - omega eps(null), Imagen's scale 1 + omega, or no guidance at all."""
+Jump = Literal["skip", "cm_skip", "first_order", "second_order"]
+"""The student's jump; see `jump`."""
+Form = Literal["x0", "eps"]
+"""What a second-order jump blends: data or noise predictions."""
+Told = Literal["s", "w"]
+"""What a network may be told beside x_t and t: where its jump lands, and the guidance omega."""
+Start = Literal["data", "trajectory", "rollout", "student"]
+"""Where x_{t_n+k} comes from: noised data, a stored trajectory of the teacher, a few of its steps from noise, or the
+student's own samples, noised."""
+Point = Literal["solver", "path", "self", "stored"]
+"""Where x_{t_n} comes from: the teacher's solver, the same path (the same noise on the data; the stored point), the
+target's own jump (shortcut models), or a step by the teacher's stored outputs."""
+SLaw = Literal["edge", "uniform", "inference", "next"]
+"""Where jumps land in training; see `objectives.times`."""
+Compare = Literal["landing", "end"]
+"""Where two jumps are compared: where they land, or pushed on to the end point by the target."""
+AdversarialKind = Literal["hinge", "nonsaturating"]
+"""The losses of a critic and of what it judges; see `objectives.adversarial`."""
+Weight = Literal["none", "eps", "x0", "v", "step"]
+"""Differences are divided by the landing's derivative with respect to eps (x0, v); or the loss by the step's width in
+noise level (iCT)."""
+Target = Literal["self", "ema"]
+"""Who the student must agree with."""
+Normaliser = Literal["dmd", "score", "none"]
+"""How the gap of two scores is weighed; see `objectives.matching`."""
+DistanceName = Literal["l2", "huber", "huber_norm", "features", "perceptual"]
+"""How agreement is measured; see `objectives.distance`."""
+
+TO_TEACHER = " (to teacher)"
+"""Added to the name of a distance between sets when it is taken from the teacher's pictures."""
+CALLS: dict[str, int] = {
+    **{"ddim": 1, "euler": 1, "heun": 2, "dpm_2": 2, "dpmpp_2s": 2},
+    **{"sss": 1, "lcm": 1, "sde_dpmpp_2m": 1},
+}
+"""Network calls of one step of a solver, or of a sampler with a first-order jump."""
+
+
+CALLS_OF_JUMP: dict[Jump, int] = {"skip": 1, "cm_skip": 1, "first_order": 1, "second_order": 2}
+"""Network calls of one jump of a student."""
+
+
+def omega_of(scale: float, convention: Convention) -> float:
+    """Guidance in the papers' convention: eps = (1 + omega) eps(c) - omega eps(null). Imagen's scale is 1 + omega.
+
+    0 without guidance, whatever the scale.
+    """
+    return {"lcm": scale, "imagen": scale - 1.0, "none": 0.0}[convention]
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that is none, without looking for it.
+
+    Raises:
+        UserError: another name than auto, cpu, cuda.
+    """
+    legal = get_args(DeviceName)
+    if name not in legal:
+        raise UserError(f"device = {name!r} is not one of {', '.join(legal)}; the nearest is {nearest(name, legal)!r}")

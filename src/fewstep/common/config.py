@@ -1,0 +1,230 @@
+"""Typed configuration: YAML files, dotted overrides, one-line refusals.
+
+Every config of the project is a frozen pydantic model. What is laid over its defaults (a recipe, a YAML file,
+`a.b.c=value` overrides) is merged and validated here, and an unknown key is told the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+
+from fewstep.common import core_yaml
+from fewstep.common.text import read_text
+from fewstep.common.errors import UserError, nearest
+
+
+class Config(BaseModel):
+    """Base of every config: frozen, closed to unknown keys and to infinities.
+
+    A folder named 2024 is read from YAML as a number; it becomes text again where text is wanted.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_no_truth_values(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would read true as 1."""
+        if isinstance(value, bool) and info.field_name is not None:
+            annotation = cls.model_fields[info.field_name].annotation
+            if not core_yaml.takes_truth(annotation):
+                raise ValueError("a truth value stands where there is none; give a number or a word")
+        return value
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def read_yaml(path: Path | str, model: type[BaseModel] | None = None) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Args:
+        model: config that the mapping is for: plain scalars of its text fields stay as they are written.
+
+    Raises:
+        UserError: missing, unreadable, not YAML, a key that appears twice, or not a mapping.
+    """
+    path = Path(path)
+    try:
+        data = core_yaml.load(read_text(path), model)
+    except OSError as error:
+        raise UserError(f"cannot read config {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UserError(f"{path} must hold a mapping of keys to values, not {type(data).__name__}")
+    return data
+
+
+def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with `change` laid over it; nested mappings are merged, anything else is replaced.
+
+    A mapping laid over a list of named items (stages) changes those that it names.
+
+    Raises:
+        UserError: it names one that is not there.
+    """
+    result = dict(base)
+    for key, value in change.items():
+        old = result.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            result[key] = merge(old, value)
+        elif isinstance(old, list | tuple) and _are_named(old) and isinstance(value, Mapping):
+            result[key] = _merge_named(key, old, value)
+        else:
+            result[key] = value
+    return result
+
+
+def _are_named(items: Sequence[Any]) -> bool:
+    """Whether it is a list of mappings with a name each."""
+    return bool(items) and all(isinstance(item, Mapping) and "name" in item for item in items)
+
+
+def _merge_named(key: str, items: Sequence[Any], change: Mapping[str, Any]) -> list[Any]:
+    """A list of mappings with a name each, some of them changed."""
+    names = [str(item["name"]) for item in items]
+    for name, own in change.items():
+        if name not in names:
+            raise UserError(
+                f"{key}.{name}: {key} holds {', '.join(names)}; the nearest is {nearest(str(name), names)!r}"
+            )
+        if not isinstance(own, Mapping):
+            raise UserError(f"{key}.{name} = {own!r} must be a mapping of what changes, e.g. {{share: 100}}")
+    return [merge(item, change.get(name, {})) for name, item in zip(names, items, strict=True)]
+
+
+def parse_overrides(overrides: str | Iterable[str], model: type[BaseModel] | None = None) -> dict[str, Any]:
+    """Turn ["optim.lr=1e-4", ...], or one of them alone, into a nested mapping.
+
+    A value is read by the type of the field that it sets: a text field takes it as it is written (quotes around the
+    whole of it are dropped), any other as YAML.
+
+    Args:
+        model: config that the overrides are for; None reads every value as YAML.
+
+    Raises:
+        UserError: an override without `=`, with an empty key, or with a value that is no YAML.
+    """
+    result: dict[str, Any] = {}
+    for override in [overrides] if isinstance(overrides, str) else overrides:
+        key, equals, text = override.partition("=")
+        parts = key.split(".")
+        if not equals or not key or "" in parts:
+            raise UserError(f"override {override!r} is not of the form key=value, e.g. optim.lr=1e-4")
+        try:
+            value = core_yaml.parse(text, core_yaml.annotation_at(model, parts))
+        except ValueError as error:
+            raise UserError(
+                f"override {override!r}: {text!r} is not a YAML value ({' '.join(str(error).split())})"
+            ) from error
+        for part in reversed(parts):
+            value = {part: value}
+        result = merge(result, value)
+    return result
+
+
+def _nested(annotation: Any) -> type[BaseModel] | None:
+    """The model that a field holds, if it holds one."""
+    if get_origin(annotation) is tuple:  # a list of them has no keys of its own
+        return None
+    found = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+    return found[0] if found else None
+
+
+def dotted_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every key of a config, nested ones with their sections: ["loop", "loop.steps", ...]."""
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        nested = _nested(field.annotation)
+        if nested is not None:
+            keys += dotted_keys(nested, f"{prefix}{name}.")
+    return keys
+
+
+def nearest_key(model: type[BaseModel], wrong: str) -> str:
+    """The known dotted key nearest to `wrong`: by its last word; the same section, then the top, before others."""
+    section, _, word = wrong.rpartition(".")
+
+    def likeness(key: str) -> tuple[float, int]:
+        own_section, _, own_word = key.rpartition(".")
+        alike = difflib.SequenceMatcher(None, word, own_word).ratio() + 0.2 * (own_section == section)
+        return alike, -key.count(".")
+
+    return max(dotted_keys(model), key=likeness)
+
+
+BOUNDS = {
+    "greater_than_equal": ("ge", "at least"),
+    "less_than_equal": ("le", "at most"),
+    "greater_than": ("gt", "above"),
+    "less_than": ("lt", "below"),
+}
+"""pydantic's complaint -> (the bound's name in it, its words)."""
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """Turn the first complaint of pydantic into one line: field, value, nearest legal value."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    kind, given = first["type"], first["input"]
+    if kind == "extra_forbidden" and "." in str(first["loc"][-1]):
+        *sections, last = str(first["loc"][-1]).split(".")
+        nested = "".join(f"{section}: {{" for section in sections) + f"{last}: ..." + "}" * len(sections)
+        return f"unknown key {where}; in a mapping sections are nested: {nested}"
+    if kind == "extra_forbidden":
+        return f"unknown key {where}; the nearest known one is {nearest_key(model, where)}"
+    if kind == "missing":
+        return f"{where} is missing"
+    if kind == "literal_error":
+        legal = [word.strip("' ") for word in first["ctx"]["expected"].replace(" or ", ", ").split(",")]
+        best = nearest(str(given), legal)
+        return f"{where} = {given!r} is not one of {', '.join(legal)}; the nearest is {best}"
+    if kind in BOUNDS:
+        name, words = BOUNDS[kind]
+        bound = first["ctx"][name]
+        return f"{where} = {given!r} must be {words} {bound:g}" + (
+            f"; the nearest legal one is {bound:g}" if name in ("ge", "le") else ""
+        )
+    message = first["msg"].removeprefix("Value error, ")
+    if not where:
+        return message
+    return f"{where}: {message}" if isinstance(given, Mapping | BaseModel) else f"{where} = {given!r}: {message}"
+
+
+def section_defaults(model: type[BaseModel]) -> dict[str, Any]:
+    """What a model's defaults say of their sections: one key of a section may be changed and the rest stays."""
+    return {
+        name: merge(section_defaults(type(field.default)), field.default.model_dump(exclude_unset=True))
+        for name, field in model.model_fields.items()
+        if isinstance(field.default, BaseModel)
+    }
+
+
+def validate(model: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:
+    """Build a config from a mapping, laid over the defaults of its sections.
+
+    Raises:
+        UserError: one line naming the first wrong field, its value and the nearest legal one.
+    """
+    try:
+        return model.model_validate(merge(section_defaults(model), data))
+    except ValidationError as error:
+        raise UserError(explain(error, model)) from error
+
+
+def first_difference(old: Any, new: Any, prefix: str = "") -> str:
+    """The first entry in which two nested mappings differ, with both values, in words."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *new]:
+            if old.get(key) != new.get(key):
+                return first_difference(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
+    return f"{prefix} ({old!r}, now {new!r})"

@@ -1,0 +1,120 @@
+"""Random numbers keyed by what they are for, not by who asks first.
+
+A draw depends on (seed, purpose, step, global sample index) alone: never on the rank, the world size, the
+micro-batch or on how many draws came before it. A resumed run therefore repeats an uninterrupted one, and two
+processes draw together what one process would have drawn.
+
+Philox is counter-based: the key holds (seed, purpose), the counter starts at (0, 0, sample, step), so that no
+two streams overlap (each may draw 2^128 numbers before it reaches the next one).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.common.device import sent
+
+CPU = torch.device("cpu")
+
+Asked = tuple[str, tuple[int, ...]]
+"""What noise is asked for: its purpose, and the shape of a row."""
+
+
+def generator(seed: int, purpose: str, sample: int = 0, step: int = 0) -> np.random.Generator:
+    """Return the generator of one (seed, purpose, sample, step)."""
+    key = np.array([seed, zlib.crc32(purpose.encode())], dtype=np.uint64)
+    counter = np.array([0, 0, sample, step], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+@dataclass(frozen=True)
+class Draws:
+    """All random draws of one training step for the samples `indices` (global sample indices, [B]).
+
+    Every method returns one row per sample. Noise is moved to `device` without waiting; numbers that decide (times,
+    guidance, captions) stay on the CPU, where schedules are computed, and reach the device as coefficients.
+
+    Attributes:
+        steps: length of the run that `step` belongs to; None outside of a run, which counts as the end of one.
+    """
+
+    seed: int
+    step: int
+    indices: tuple[int, ...]
+    device: torch.device = CPU
+    steps: int | None = None
+    _ahead: dict[Asked, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def reached(self, share: float) -> bool:
+        """Return whether that share of the run's steps lies before this one."""
+        return self.steps is None or self.step / self.steps >= share
+
+    def _generators(self, purpose: str) -> Iterator[np.random.Generator]:
+        """`generator(seed, purpose, index, step)` of each sample in turn.
+
+        It is one generator that is set to the next stream: to make one takes four times as long.
+        """
+        shared = generator(self.seed, purpose, step=self.step)
+        state = shared.bit_generator.state
+        counter = state["state"]["counter"]
+        for index in self.indices:
+            counter[2] = index
+            shared.bit_generator.state = state
+            yield shared
+
+    def _normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
+        rows = [g.standard_normal(shape, dtype=np.float32) for g in self._generators(purpose)]
+        return sent(torch.from_numpy(np.stack(rows)), self.device)
+
+    def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal numbers, float32 [B, *shape], on the device."""
+        held = self._ahead.pop((purpose, shape), None)
+        return self._normal(purpose, shape) if held is None else held
+
+    def draw_ahead(self, purpose: str, shape: tuple[int, ...]) -> None:
+        """Draw what `normal` will be asked for, in the time of whoever reads ahead; it is the same either way."""
+        self._ahead[purpose, shape] = self._normal(purpose, shape)
+
+    def uniform(self, purpose: str, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """Uniform numbers in [low, high), float64 [B]."""
+        return torch.from_numpy(np.array([g.uniform(low, high) for g in self._generators(purpose)]))
+
+    def integers(self, purpose: str, low: int, high: int) -> Tensor:
+        """Uniform integers in [low, high), int64 [B]."""
+        return torch.from_numpy(np.array([g.integers(low, high) for g in self._generators(purpose)]))
+
+    def shared(self, purpose: str, low: int, high: int) -> int:
+        """One uniform integer in [low, high) for all samples of the step, whichever of them are asked about."""
+        return int(generator(self.seed, purpose, step=self.step).integers(low, high))
+
+    def chance(self, purpose: str, probability: float) -> Tensor:
+        """True with the given probability, bool [B]."""
+        return self.uniform(purpose) < probability
+
+
+def order(seed: int, count: int, start: int, stop: int) -> np.ndarray:
+    """Return which of `count` items stand at the positions start..stop-1 of an endless shuffled pass, int64.
+
+    Every epoch is a fresh permutation keyed by (seed, epoch).
+    """
+    positions = np.arange(start, stop)
+    epochs, offsets = positions // count, positions % count
+    result = np.empty_like(positions)
+    for epoch in np.unique(epochs):
+        chosen = epochs == epoch
+        result[chosen] = _shuffled(seed, count, int(epoch))[offsets[chosen]]
+    return result
+
+
+@lru_cache(maxsize=2)  # a batch may stand across two epochs; a large set takes seconds to shuffle
+def _shuffled(seed: int, count: int, epoch: int) -> np.ndarray:
+    shuffled = generator(seed, "order", step=epoch).permutation(count)
+    shuffled.flags.writeable = False
+    return shuffled

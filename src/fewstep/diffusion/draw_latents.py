@@ -1,0 +1,90 @@
+"""Drawing latents by the inference settings that travel with a student."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fewstep.diffusion.denoiser import Condition, Denoiser
+from fewstep.diffusion.grid import times_within
+from fewstep.diffusion.jump import student_step
+from fewstep.diffusion.conditioned import Voice
+from fewstep.diffusion.samplers import picture_noise, sample_consistency, sample_ode, sample_sde_dpmpp_2m, sample_sss, start_size
+from fewstep.diffusion.schedule import Path, add_noise
+from fewstep.distillation.config import Sampling
+
+
+@dataclass(frozen=True)
+class Source:
+    """What drawing begins from in pure noise's place: image to image (SDEdit, arXiv 2108.01073).
+
+    Attributes:
+        latents: [1 or N, C, h, w], scaled as the network expects.
+        strength: the share of the noisiest time that they are noised to, in (0, 1].
+    """
+
+    latents: Tensor
+    strength: float
+
+
+def call_times(sampling: Sampling, path: Path, strength: float = 1.0) -> list[float]:
+    """The times of the solver's or sampler's steps, falling, from `strength` of the path's noisiest time down.
+
+    Raises:
+        UserError: more steps than the grid has points there.
+    """
+    count = sampling.steps // sampling.calls_a_step  # whole: `Sampling` refuses any other
+    times = times_within(path, count, strength, grid=sampling.grid, spacing=sampling.spacing)
+    return [float(t) for t in times]
+
+
+@torch.no_grad()
+def draw_latents(
+    denoiser: Denoiser,
+    condition: Condition,
+    null: Condition,
+    sampling: Sampling,
+    seeds: Sequence[int],
+    shape: tuple[int, ...],
+    role: str,
+    device: torch.device | str = "cpu",
+    source: Source | None = None,
+    arrange: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Draw one latent a seed, float32 [N, *shape]; `condition` has N rows, `null` one or N.
+
+    From pure noise, or from a source that is noised first. A latent depends on its own seed, condition and source,
+    not on the batch. `arrange` brings the numbers that a generator drew for a step's noise to where the pipeline's own
+    latents hold them (`Backbone.arranged`).
+    """
+    path = denoiser.path
+    times = call_times(sampling, path, source.strength if source else 1.0)
+    z, cpu_noise = picture_noise(seeds, shape)
+    z = z.to(device)
+    if source is None:
+        x = z * start_size(path)
+    else:
+        begin = torch.full((len(z),), times[0], dtype=torch.float64)
+        x = add_noise(path, source.latents.to(z).expand_as(z), z, begin)
+    voice = Voice(denoiser, condition, role, sampling.told)
+    if sampling.w is not None:
+        voice = replace(voice, w=torch.full((len(x),), sampling.w, dtype=torch.float64))
+    if sampling.omega > 0:
+        wide = {k: v.expand(len(x), *v.shape[1:]) for k, v in null.items()}
+        voice = replace(voice, null=wide, omega=torch.full((len(x),), sampling.omega))
+    jump = voice.jumper(student_step(sampling.step_jump, sampling.r, sampling.form))
+
+    def noise() -> Tensor:
+        drawn = cpu_noise().to(device)
+        return arrange(drawn) if arrange else drawn
+
+    if sampling.sampler == "sss":
+        return sample_sss(jump, path, x, times, sampling.gamma, sampling.end, noise, sampling.gamma_law)
+    if sampling.sampler == "lcm":
+        return sample_consistency(jump, path, x, times, sampling.landing, noise)
+    if sampling.sampler == "sde_dpmpp_2m":
+        return sample_sde_dpmpp_2m(voice.denoise, path, x, times, sampling.end, noise)
+    return sample_ode(voice.denoise, path, x, times, sampling.end, sampling.sampler)

@@ -1,0 +1,276 @@
+"""Noise paths, and what a network's output means on them.
+
+A path is x_t = alpha_t x_0 + sigma_t eps. Its half log-SNR is lambda_t = log(alpha_t / sigma_t), as in
+DPM-Solver. Times are float64 tensors of any shape, in the units of the path:
+
+- variance preserving: the training index of the network, 0 .. T-1. Index i has seen i+1 noising steps, so
+  clean data is t = -1. Between integers log(alpha_t^2) is linear;
+- flow matching: t in [0, 1], clean at 0;
+- variance exploding (EDM): t is sigma itself, clean at 0.
+
+All functions compute in float64 on the CPU, where times are decided; `expand` takes coefficients to the device.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from fewstep.common.choices import Prediction
+
+PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
+PURE_NOISE = 1e-6
+"""alpha below which x_t counts as pure noise: x_0 cannot be had from it by division, in fp32 or otherwise."""
+NO_SIGNAL = math.log(PURE_NOISE**4)
+"""log(alpha_t^2) that stands for alpha_t = 0 (zero terminal SNR): it is interpolated, and must be finite."""
+
+
+class Path(Protocol):
+    """A noise path; `clean` and `noisiest` are its two ends, in its own units of time.
+
+    `least` is the least noisy time that networks of the path are trained at: index 0 of an indexed path.
+    """
+
+    @property
+    def clean(self) -> float:
+        """The time of clean data, sigma = 0."""
+
+    @property
+    def least(self) -> float:
+        """The least noisy time that networks are trained at."""
+
+    @property
+    def noisiest(self) -> float:
+        """The time with the most noise."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """alpha_t."""
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """sigma_t."""
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """lambda_t = log(alpha_t / sigma_t)."""
+
+    def time_of(self, log_snr: Tensor) -> Tensor:
+        """The time with the given lambda."""
+
+
+@dataclass(frozen=True)
+class VariancePreserving:
+    """alpha^2 + sigma^2 = 1 on T training indices.
+
+    `log_alpha_bar` is log(alpha_i^2) for i = -1 .. T-1, [T+1].
+    """
+
+    log_alpha_bar: Tensor
+
+    @staticmethod
+    def from_betas(betas: Tensor) -> VariancePreserving:
+        """Build from DDPM's betas [T]: alpha_i^2 = prod_{j <= i} (1 - beta_j)."""
+        steps = torch.log1p(-betas.double())
+        return VariancePreserving(torch.cat([steps.new_zeros(1), steps.cumsum(0).clamp(min=NO_SIGNAL)]))
+
+    @staticmethod
+    def from_alphas_cumprod(alphas_cumprod: Tensor) -> VariancePreserving:
+        """Build from a scheduler's own table alpha_i^2, [T], for exact parity with it."""
+        table = alphas_cumprod.double().log().clamp(min=NO_SIGNAL)
+        return VariancePreserving(torch.cat([table.new_zeros(1), table]))
+
+    @property
+    def clean(self) -> float:
+        """The time one noising step before index 0."""
+        return -1.0
+
+    @property
+    def least(self) -> float:
+        """Index 0."""
+        return 0.0
+
+    @property
+    def noisiest(self) -> float:
+        """T - 1."""
+        return float(len(self.log_alpha_bar) - 2)
+
+    def _log_alpha_bar(self, t: Tensor) -> Tensor:
+        table = self.log_alpha_bar
+        place = (t.double() + 1).clamp(0, len(table) - 1)
+        low = place.floor().long().clamp(max=len(table) - 2)
+        return torch.lerp(table[low], table[low + 1], place - low)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """alpha_t."""
+        return torch.exp(0.5 * self._log_alpha_bar(t))
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """sigma_t, without cancellation near clean data."""
+        return torch.sqrt(-torch.expm1(self._log_alpha_bar(t)))
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """lambda_t; infinite on clean data."""
+        log_alpha_bar = self._log_alpha_bar(t)
+        return 0.5 * (log_alpha_bar - torch.log(-torch.expm1(log_alpha_bar)))
+
+    def time_of(self, log_snr: Tensor) -> Tensor:
+        """The time with the given lambda, clamped to the path's ends; exact inverse of `log_snr`."""
+        table = self.log_alpha_bar
+        wanted = -torch.nn.functional.softplus(-2 * log_snr.double())
+        # the table falls; searchsorted wants it to rise
+        high = torch.searchsorted(-table, -wanted).clamp(1, len(table) - 1)
+        share = (table[high - 1] - wanted) / (table[high - 1] - table[high])
+        return high - 2 + share.clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class FlowMatching:
+    """alpha = 1 - sigma (rectified flow), sigma = shift t / (1 + (shift - 1) t).
+
+    With a shift of 1 the time is sigma itself. Stable Diffusion 3 and Flux space their times by a shift (3 for the
+    former): even in t, they are denser where there is more noise. Networks are told 1000 sigma.
+    """
+
+    shift: float = 1.0
+
+    @property
+    def clean(self) -> float:
+        """0."""
+        return 0.0
+
+    @property
+    def least(self) -> float:
+        """1/1000, the first of the thousand times that flow networks are trained at."""
+        return 1e-3
+
+    @property
+    def noisiest(self) -> float:
+        """1."""
+        return 1.0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """1 - sigma, without cancellation near noise."""
+        return (1 - t.double()) / (1 + (self.shift - 1) * t.double())
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """The share of noise."""
+        return self.shift * t.double() / (1 + (self.shift - 1) * t.double())
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """log((1 - sigma)/sigma); infinite at both ends."""
+        return torch.log1p(-t.double()) - torch.log(self.shift * t.double())
+
+    def time_of(self, log_snr: Tensor) -> Tensor:
+        """The time with the given lambda: sigmoid(-lambda - log shift)."""
+        return torch.sigmoid(-log_snr.double() - math.log(self.shift))
+
+
+@dataclass(frozen=True)
+class VarianceExploding:
+    """alpha = 1, sigma = t (EDM), up to `sigma_max`; grids of times end at `sigma_min`."""
+
+    sigma_max: float = 80.0
+    sigma_min: float = 0.002
+
+    @property
+    def clean(self) -> float:
+        """0."""
+        return 0.0
+
+    @property
+    def least(self) -> float:
+        """`sigma_min`."""
+        return self.sigma_min
+
+    @property
+    def noisiest(self) -> float:
+        """`sigma_max`."""
+        return self.sigma_max
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """1."""
+        return torch.ones_like(t, dtype=torch.float64)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """t."""
+        return t.double()
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """-log t."""
+        return -torch.log(t.double())
+
+    def time_of(self, log_snr: Tensor) -> Tensor:
+        """The time with the given lambda, e^{-lambda}."""
+        return torch.exp(-log_snr.double())
+
+
+def scaled_linear(start: float = 0.00085, end: float = 0.012, steps: int = 1000) -> VariancePreserving:
+    """Stable Diffusion's schedule: betas = linspace(sqrt(start), sqrt(end), T)^2."""
+    roots = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64)
+    return VariancePreserving.from_betas(roots.square())
+
+
+def expand(coefficient: Tensor, like: Tensor) -> Tensor:
+    """Give a per-sample coefficient [B] (or a scalar) the rank and type of `like` [B, ...], to multiply."""
+    wide = coefficient.to(device=like.device, dtype=like.dtype, non_blocking=True)
+    return wide if wide.dim() == 0 else wide.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def share_of(path: Path, t: Tensor) -> Tensor:
+    """Where t stands between clean data (0) and the noisiest time (1), in the path's own time."""
+    return (t - path.clean) / (path.noisiest - path.clean)
+
+
+def index_of(path: Path, t: Tensor, indices: int = 1000) -> Tensor:
+    """t in training indices, as networks are told it: itself on an indexed path, `indices` times sigma on a flow."""
+    if isinstance(path, FlowMatching):
+        return indices * path.sigma(t)
+    return t if isinstance(path, VariancePreserving) else indices * share_of(path, t)
+
+
+def add_noise(path: Path, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """x_t = alpha_t x_0 + sigma_t eps, for times t [B]."""
+    return expand(path.alpha(t), x_0) * x_0 + expand(path.sigma(t), x_0) * eps
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a network says of x_t, in both forms: x_t = alpha_t x0 + sigma_t eps holds exactly."""
+
+    x0: Tensor
+    eps: Tensor
+
+
+def interpret(prediction: Prediction, output: Tensor, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Estimate:
+    """Turn a network's output into x0 and eps.
+
+    With alpha, sigma shaped to multiply x_t:
+    eps: x0 = (x - sigma eps) / alpha;  x0: eps = (x - alpha x0) / sigma;
+    v = alpha eps - sigma x0;  flow: u = eps - x0. The last two are solved together with
+    x = alpha x0 + sigma eps, so that they hold on every path. Where sigma = 0, x is clean data already,
+    whatever an x0 network says.
+    """
+    if prediction == "eps":
+        return Estimate((x_t - sigma_t * output) / alpha_t, output)
+    if prediction == "x0":
+        clean = sigma_t == 0
+        x0 = torch.where(clean, x_t / torch.where(clean, alpha_t, 1), output)
+        return Estimate(x0, (x_t - alpha_t * x0) / torch.where(clean, 1, sigma_t))
+    if prediction == "v":
+        norm = alpha_t.square() + sigma_t.square()
+        return Estimate((alpha_t * x_t - sigma_t * output) / norm, (sigma_t * x_t + alpha_t * output) / norm)
+    norm = alpha_t + sigma_t
+    return Estimate((x_t - sigma_t * output) / norm, (x_t + alpha_t * output) / norm)
+
+
+def target_of(prediction: Prediction, x_0: Tensor, eps: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
+    """What a network of the given kind should output for x_t = alpha_t x_0 + sigma_t eps."""
+    if prediction == "eps":
+        return eps
+    if prediction == "x0":
+        return x_0
+    if prediction == "v":
+        return alpha_t * eps - sigma_t * x_0
+    return eps - x_0

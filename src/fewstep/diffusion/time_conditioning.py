@@ -1,0 +1,100 @@
+"""What a network is told beside x_t and t: where its jump lands (s), and the guidance it stands for (w).
+
+The second embedding starts as a no-op: a sinusoid, a hidden layer, and a last layer of zeros, added to the network's
+own time embedding. It is weights of its own beside a LoRA or a full network, one set a role; the frozen teacher is told
+nothing. (TCD's S+ and CTM tell s, arXiv 2402.19159 and 2310.02279; LCM tells w, 2310.04378.)
+
+A fully trained UNet takes w by an input of its own instead, diffusers' `time_cond_proj` (`backbones.guidance`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.common.choices import Told
+
+WIDTH = 256
+"""Numbers of the sinusoid, as LCM's embedding of w has."""
+SCALES: dict[Told, float] = {"s": 1.0, "w": 1000.0}
+"""s is told in training indices, as t is; w by LCM's thousandfold."""
+
+TOLD_PREFIX = "told."
+"""Before the names of these weights, where they stand beside a network's."""
+
+
+def split_told(condition: Mapping[str, Tensor], names: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Split a condition into the values of these names, which an extra embedding takes, and the rest of it."""
+    told: dict[str, Tensor] = {name: value for name, value in condition.items() if name in set(names)}
+    return told, {name: value for name, value in condition.items() if name not in told}
+
+
+def sinusoid(value: Tensor, width: int = WIDTH) -> Tensor:
+    """cos and sin of value times frequencies from 1 down to 1e-4, fp32 [B, width]; value float64 [B]."""
+    steps = torch.arange(width // 2, dtype=torch.float64, device=value.device) / (width // 2)
+    angles = value.double()[:, None] * torch.exp(-math.log(10_000) * steps)
+    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
+
+
+class ToldEmbedding(nn.Module):
+    """[B] numbers by name -> what is added to a time embedding of `width` numbers, [B, width]; 0 at first."""
+
+    def __init__(self, names: Sequence[Told], width: int, seed: int = 0) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            for name in names:
+                last = nn.Linear(width, width)
+                nn.init.zeros_(last.weight)
+                nn.init.zeros_(last.bias)
+                self.parts[name] = nn.Sequential(nn.Linear(WIDTH, width), nn.SiLU(), last)
+
+    def forward(self, told: Mapping[str, Tensor]) -> Tensor:
+        """The sum over what is told.
+
+        Raises:
+            KeyError: something else is told, or something is missing: a student is asked as it was trained.
+        """
+        if told.keys() != self.parts.keys():
+            raise KeyError(f"this network is told {sorted(self.parts)}, not {sorted(told)}")
+        device = next(self.parameters()).device
+        parts = []
+        for name, part in self.parts.items():
+            value = (told[name].double() * SCALES[name]).to(device, non_blocking=True)  # type: ignore[index]
+            parts.append(part(sinusoid(value)))
+        return torch.stack(parts).sum(0)
+
+
+class Ear:
+    """Adds what is heard to the output of a network's time embedding, while something is."""
+
+    def __init__(self, time_embedding: nn.Module) -> None:
+        self._heard: Tensor | None = None
+        self._handle = time_embedding.register_forward_hook(self._add)
+
+    def _add(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output if self._heard is None else output + self._heard.to(output)
+
+    @contextmanager
+    def hears(self, addition: Tensor | None) -> Iterator[None]:
+        """Let every call inside be told."""
+        before = self._heard
+        self.speak(addition)
+        try:
+            yield
+        finally:
+            self.speak(before)
+
+    def speak(self, addition: Tensor | None) -> None:
+        """From now on tell this, or nothing."""
+        self._heard = addition
+
+    def close(self) -> None:
+        """Leave the network as it was."""
+        self._handle.remove()

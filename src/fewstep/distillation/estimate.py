@@ -1,0 +1,251 @@
+"""What a run will take, before it starts."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fewstep.common import distributed as processes
+from fewstep.common.compilation import eagerly
+from fewstep.data.latents import LatentSet
+from fewstep.common.device import DTYPES, MOST_FILLED, free_memory, pick_precision
+from fewstep.common.rng import Draws, order
+from fewstep.common.errors import UserError
+from fewstep.common.mapped_tensors import Rows
+from fewstep.training.student import unique_bytes
+from fewstep.distillation.config import DistillConfig
+from fewstep.common.sharding import is_split
+from fewstep.distillation.nfe_counter import in_words
+from fewstep.training.live_bytes import LiveBytes
+from fewstep.training.loop import Batch, Update
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What the quality checks of a run will take.
+
+    Attributes:
+        first: network evaluations for the teacher's pictures, once.
+        each: those of a check.
+        count: checks.
+        seconds: all of them, from the timed step's evaluations (a backward pass counts as two); checks are mostly
+            drawn in fp32, which may be slower than the step.
+    """
+
+    first: int
+    each: int
+    count: int
+    seconds: float
+
+    def line(self) -> str:
+        """The checks in words."""
+        return (
+            f"checks   {self.first} network evaluations once for the teacher's pictures, {self.each} at each of "
+            f"{self.count} checks: about {self.seconds / 60:.1f} min more"
+        )
+
+
+def count_checks(config: DistillConfig, seconds_per_step: float) -> Checks | None:
+    """What the quality checks will take; None where there are none."""
+    every = config.loop.watch_every
+    if not every:
+        return None
+    pictures, sampling = config.watch.count, config.sampling
+    first = pictures * config.watch.teacher_steps * (2 if config.method.guidance.mean_omega > 0 else 1)
+    each = pictures * sampling.steps * (2 if sampling.omega > 0 else 1)
+    count = math.ceil(config.loop.steps / every)
+    evaluations = config.loop.batch / processes.count() * config.method.cost
+    return Checks(first, each, count, (first + count * each) * seconds_per_step / evaluations)
+
+
+@dataclass(frozen=True)
+class Estimated:
+    """The estimate.
+
+    Attributes:
+        seconds_per_step: one timed step (forward, backward), after one to warm up.
+        seconds: the whole run, quality checks apart.
+        weights_bytes: all roles' weights, shared storage counted once.
+        base_bytes: of these the teacher's, which all adapters share.
+        trained_bytes: gradients, optimiser states and averages of what is trained.
+        trained: weights of each trained part, in bytes, by name.
+        data_bytes: cached latents and text states, on disk.
+        calls: network evaluations a sample and step, by role.
+        saved_bytes: the most that one micro-batch holds at once, forwards or backwards, and what checkpointing computes
+            again: activations, without weights and their gradients.
+        peak_bytes: the most that a step held on the GPU, activations included; None on the CPU.
+        encoding_seconds: pictures and captions, once, before the first step; 0 where that is done.
+        checks: what the quality checks will take; None where there are none.
+        too_large: why a step does not fit into this machine's memory, and what would; empty where it does.
+        name: of the stage; empty where there is one only.
+        data: what is used of the source and what is left out, with the reasons, in a line; empty if unknown.
+    """
+
+    seconds_per_step: float
+    seconds: float
+    weights_bytes: int
+    base_bytes: int
+    trained_bytes: int
+    trained: dict[str, int]
+    data_bytes: int
+    calls: dict[str, float]
+    saved_bytes: int = 0
+    peak_bytes: int | None = None
+    encoding_seconds: float = 0.0
+    checks: Checks | None = None
+    too_large: str = ""
+    name: str = ""
+    data: str = ""
+
+    def check(self) -> None:
+        """Refuse a step that does not fit into memory.
+
+        Raises:
+            UserError: it does not.
+        """
+        if self.too_large:
+            raise UserError(self.too_large)
+
+    def lines(self) -> list[str]:
+        """The estimate in words."""
+        first = f"; {self.encoding_seconds / 60:.1f} min of encoding before" if self.encoding_seconds else ""
+        peak = ""
+        if self.peak_bytes is not None:
+            peak = f"; {self.peak_bytes / 2**20:.0f} MiB in all at a step's peak, before the optimiser's states"
+        adapters = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in self.trained.items())
+        return [
+            *([f"stage    {self.name}"] if self.name else []),
+            *([self.data] if self.data else []),
+            f"time     {self.seconds / 60:.1f} min ({self.seconds_per_step:.2f} s a step, timed here){first}",
+            f"memory   {self.weights_bytes / 2**20:.0f} MiB weights (the base {self.base_bytes / 2**20:.0f}, once for "
+            f"all roles; trained: {adapters}), {self.trained_bytes / 2**20:.0f} MiB gradients, "
+            f"optimiser and averages, {self.saved_bytes / 2**20:.0f} MiB activations{peak}",
+            f"disk     {self.data_bytes / 2**20:.0f} MiB latents and text states, read as they are needed",
+            f"calls    network evaluations a sample and step: {in_words(self.calls)}",
+            *([self.checks.line()] if self.checks else []),
+            *([f"too much {self.too_large}"] if self.too_large else []),
+        ]
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes that tensors hold; a number that is seen many times is one."""
+    return sum(min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in tensors)
+
+
+def kept_bytes(rows: Rows) -> int:
+    """Bytes of rows; one number that is seen many times is one."""
+    return bytes_of([rows]) if isinstance(rows, Tensor) else rows.nbytes
+
+
+@contextmanager
+def gradients_dropped(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Drop each parameter's gradient as soon as it is complete, inside the block: they are counted elsewhere."""
+
+    def drop(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    with ExitStack() as hooks:
+        for parameter in parameters:
+            handle = parameter.register_post_accumulate_grad_hook(drop)  # type: ignore[no-untyped-call]
+            hooks.callback(handle.remove)
+        yield
+
+
+def estimate(
+    plan: Sequence[Update],
+    fetch: Callable[[np.ndarray, Draws], Batch],
+    data: LatentSet,
+    config: DistillConfig,
+    networks: Sequence[nn.Module],
+    done: int = 0,
+    visits: Callable[[int, int], np.ndarray] | None = None,
+) -> Estimated:
+    """Count the memory of a step of the plan and time another; no optimiser step is taken.
+
+    Steps of one and two samples come first. A micro-batch that would not fit into memory is timed by as many samples as
+    fit well, and the rest is extrapolated.
+
+    Args:
+        done: steps that are made already; the next two are looked at.
+        visits: as `training.loop.train`.
+    """
+    loop = config.loop
+    own = max(1, loop.batch // processes.count())
+    micro = max(1, own // loop.accumulate)
+    device = next(networks[0].parameters()).device
+    on_gpu = device.type == "cuda"
+    visited = visits or partial(order, loop.seed, len(data.latents))
+
+    def run(step: int, samples: int, counting: bool = False) -> tuple[float, int]:
+        """Seconds of a step of so many samples, and the bytes that it holds at once."""
+        start = min(done + step, loop.steps - 1) * loop.batch + processes.rank() * micro
+        draws = Draws(loop.seed, start // loop.batch, tuple(range(start, start + samples)), device)
+        batch, spent, held = fetch(visited(start, start + samples), draws), 0.0, 0
+        for update in plan:
+            started = time.perf_counter()
+            precision = pick_precision(loop.precision, device)
+            every = list(update.parameters.values())
+            live = LiveBytes()
+            with ExitStack() as counted:
+                if counting:  # alone, so that the timed step does nothing else; eagerly, before anything is compiled
+                    for context in (eagerly(), gradients_dropped(every), live):
+                        counted.enter_context(context)
+                with torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32"):
+                    loss = update.loss(batch, draws)
+                torch.autograd.backward(loss.value, inputs=None if is_split(every) else every)  # as the loop does
+            held = max(held, live.peak)
+            del loss
+            for parameter in (p for other in plan for p in other.parameters.values()):
+                parameter.grad = None
+            if on_gpu:
+                torch.cuda.synchronize(device)
+            spent += (time.perf_counter() - started) * loop.accumulate * (1 - update.start) / update.every
+        return spent, held
+
+    samples, free, most = micro, free_memory(device), 0
+    one = more = 0
+    if micro > 2:
+        one = run(0, 1, counting=True)[1]
+        more = max(run(0, 2, counting=True)[1] - one, 1)
+        most = max(1, 1 + int((free * MOST_FILLED - one) / more))
+        samples = micro if micro <= most else max(1, most // 4)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    activations = run(0, samples, counting=True)[1]
+    for step in range(1, 2 + loop.compile):  # the first one compiles
+        spent = run(step, samples)[0] * micro / samples
+    too_large = ""
+    if samples < micro:
+        activations = one + more * (micro - 1)
+        least = math.ceil(own / most)
+        parts = next((n for n in range(least, min(own, least + 2**16)) if own % n == 0), own)
+        too_large = (
+            f"loop.batch = {loop.batch} with loop.accumulate = {loop.accumulate} holds about "
+            f"{activations / 2**30:.1f} GiB of activations at a time, and {free / 2**30:.1f} GiB are free; the nearest "
+            f"that fits is loop.accumulate = {parts}, or a smaller batch"
+        )
+    trained = {u.name: bytes_of(u.parameters.values()) for u in plan}
+    held = sum(size * (3 + bool(u.optim.ema)) for u, size in zip(plan, trained.values(), strict=True))
+    base = [p for name, p in networks[0].named_parameters() if "lora_" not in name]
+    return Estimated(
+        spent,
+        spent * loop.steps,
+        unique_bytes(*networks),
+        bytes_of(base),
+        held,
+        trained,
+        kept_bytes(data.latents) + sum(kept_bytes(rows) for rows in data.table.values()),
+        config.method.calls,
+        activations,
+        torch.cuda.max_memory_allocated(device) if on_gpu else None,
+        checks=count_checks(config, spent),
+        too_large=too_large,
+    )

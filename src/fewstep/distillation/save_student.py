@@ -1,0 +1,84 @@
+"""Students as files, and back into training: what a run ends with, another can start from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fewstep.backbones.base import Backbone, load_backbone
+from fewstep.students.conditioning_file import save_told, split_weights, told_weights
+from fewstep.students.lora_header import check_lora, of_run
+from fewstep.students.lora import read_lora, save_lora, trained_scale, unfolded
+from fewstep.backbones.pipeline_writer import save_pipeline
+from fewstep.students.inference_settings import travelling
+from fewstep.backbones.families import GUIDANCE_KEY
+from fewstep.common.files import atomic_folder
+from fewstep.distillation.config import DistillConfig, StudentConfig
+from fewstep.backbones.teachers import teacher_name
+
+
+def export_student(
+    config: DistillConfig,
+    backbone: Backbone,
+    weights: Mapping[str, Tensor],
+    target: Path,
+    notes: Mapping[str, Any],
+) -> Path:
+    """Write a student for use: a LoRA file, or a whole pipeline folder for a full one.
+
+    Returns:
+        the file or folder.
+    """
+    base = backbone.folder.fingerprint(backbone.folder.network)
+    notes = {"method": config.recipe, "guidance_seen": config.method.guidance.model_dump(), **notes}
+    if config.teacher:
+        notes["teacher"] = teacher_name(Path(config.teacher))
+    own, told = split_weights(weights)
+    if config.student.kind == "lora":
+        notes |= travelling(backbone, config.sampling)
+        with atomic_folder(target) as part:  # both files, or the ones before: half a student draws nonsense
+            save_told(part, told)
+            file = save_lora(
+                part,
+                own,
+                rank=config.student.rank,
+                alpha=config.student.lora_alpha,
+                targets=list(config.student.targets or backbone.targets),
+                base=base,
+                component=backbone.folder.network,
+                sampling=config.sampling,
+                notes=notes,
+            )
+        return target / file.name
+    network = backbone.fresh_network()
+    if GUIDANCE_KEY in own:
+        backbone.add_guidance_embedding(network)
+    network.load_state_dict({**network.state_dict(), **own})  # buffers (tables of positions) are no one's weights
+    notes |= travelling(backbone, config.sampling, network)
+    record = {"base": base, "sampling": config.sampling.model_dump(mode="json"), **notes}
+    return save_pipeline(target, backbone.folder.path, network, record, told)
+
+
+def starting_weights(config: StudentConfig, backbone: Backbone) -> dict[str, Tensor]:
+    """The weights of the finished student that a run starts from, by the names of its parameters.
+
+    A LoRA's scale is brought to the run's own: only B A times the scale is the student.
+
+    Raises:
+        UserError: as `check_start`; or a file that is not whole.
+    """
+    place = of_run(Path(config.start))
+    if config.kind == "full":
+        weights = dict(load_backbone(place).network.state_dict())
+    else:
+        lora = read_lora(check_lora(place, backbone.folder))
+        scale, trained = config.lora_alpha / config.rank, trained_scale(lora.header)
+        weights = {f"{name}.lora_A.weight": a for name, a in lora.down.items()}
+        for name, b in lora.up.items():
+            own = lora.header.layers[name].scale
+            plain = b if trained is None else unfolded(b, trained)
+            weights[f"{name}.lora_B.weight"] = plain * ((trained or own) / scale)
+    return {**weights, **told_weights(place)}

@@ -1,0 +1,252 @@
+"""`fewstep synthesize`: from a teacher and a prompt file to a stored set.
+
+The settings and the prompts decide every byte (on the CPU): neither how many processes drew the set nor how often they
+were killed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fewstep.common import distributed as processes
+from fewstep.backbones.base import Backbone, open_backbone
+from fewstep.backbones.lengths import CutPrompts
+from fewstep.diffusion.denoiser import Condition
+from fewstep.common.device import DTYPES, pick_device, pick_precision
+from fewstep.inference.generator import artist_of
+from fewstep.common.errors import UserError
+from fewstep.common.files import atomic_folder, atomic_write, remove_folder, sweep, taken, write_json
+from fewstep.diffusion.grid import end_time, training_grid
+from fewstep.common.mapped_tensors import map_tensors, write_rows
+from fewstep.common.distributed import is_main, main_first, tell, together
+from fewstep.distillation.config import teacher_path
+from fewstep.distillation.synthesis.planning import SynthesisCost, check_free, cost_of, fingerprints, prompt_entries
+from fewstep.distillation.synthesis.record import (
+    CONDITIONS,
+    MANIFEST,
+    PLAN,
+    PROMPTS,
+    UNFINISHED,
+    Manifest,
+    Note,
+    Plan,
+    ShardNote,
+    is_whole,
+    read_notes,
+    read_plan,
+    refuse_other,
+    shard_name,
+    write_note,
+)
+from fewstep.distillation.synthesis.settings import SynthesisConfig
+from fewstep.distillation.synthesis.shards import Painter, make_shard, share
+from fewstep.distillation.synthesis.walk import Walk
+from fewstep.common.accelerator import make_accelerator
+
+ENCODED = 512
+"""Prompts encoded at a time."""
+
+
+def make_plan(config: SynthesisConfig, lines: Sequence[str], backbone: Backbone) -> Plan:
+    """What decides the bytes of a set."""
+    path, settings = backbone.path, config.drawn
+    channels, height, width = backbone.latent_shape
+    precision = pick_precision(config.precision, backbone.device)
+    return Plan(
+        settings=settings,
+        **fingerprints(backbone.folder),
+        **prompt_entries(lines),
+        precision=precision,
+        weights=precision,
+        device=backbone.device.type,
+        prediction=backbone.prediction,
+        shape=(channels, height, width),
+        times=(end_time(path, settings.end), *training_grid(path, settings.grid).tolist()),
+    )
+
+
+def synthesize(config: SynthesisConfig, lines: Sequence[str], out: Path, *, quiet: bool = False) -> Path:
+    """Draw a set into the folder `out`, going on with what it already holds; returns the folder.
+
+    Every process of a launch must ask; each takes its share of the shards that are not there.
+
+    Args:
+        lines: prompts, one for each of `config.each` samples; the same one may stand on several lines.
+
+    Raises:
+        UserError: the folder holds another set, or is in use; a teacher that cannot be read; numbers that are not
+            finite.
+    """
+    device = pick_device(config.device)
+    if config.precision == "fp16" and device.type == "cpu":
+        raise UserError("precision = 'fp16' needs a GPU; the nearest legal one is 'bf16'")
+    accelerator = make_accelerator(config.precision, device)
+    kept = DTYPES[pick_precision(config.precision, accelerator.device)]
+    backbone = open_backbone(teacher_path(config.teacher), accelerator.device, kept)
+    plan, distinct = make_plan(config, lines, backbone), list(dict.fromkeys(lines))
+    silent = quiet or not is_main()
+    with ExitStack() as held:
+        with together():
+            if is_main():
+                held.enter_context(taken(out))
+                _open(out, plan)
+        missing = _missing(out, plan, accelerator.device, silent)
+        with together():
+            if is_main():
+                _reopen(out, plan, missing)
+        table = main_first(partial(_conditions, out, plan, distinct, backbone, silent))
+        backbone.release_encoders()
+        backbone.settle()
+        if not silent:
+            print("\n".join(_told(out, plan, cost_of(config, lines, backbone.folder), missing)), file=sys.stderr)
+        number = {prompt: row for row, prompt in enumerate(distinct)}
+        painter = Painter(
+            plan,
+            Walk(artist_of(backbone).denoiser, plan.times, plan.settings.solver, plan.settings.guidance.guides),
+            backbone,
+            torch.tensor([number[line] for line in lines]),
+            table,
+        )
+        _draw(painter, out, missing, silent)
+        with together():
+            if is_main():
+                _close(out, plan)
+    return out
+
+
+def _open(out: Path, plan: Plan) -> None:
+    """Lay out the folder of a set that is to be drawn, or gone on with.
+
+    Raises:
+        UserError: it holds another set, or other files under the names of a set's.
+    """
+    sweep(out)
+    before = read_plan(out)
+    if before is not None:
+        refuse_other(out, before, plan.model_dump(mode="json"))
+        sweep(out / UNFINISHED)
+        return
+    check_free(out)
+    write_json(out / UNFINISHED / PLAN, plan.model_dump(mode="json"))
+
+
+def _missing(out: Path, plan: Plan, device: torch.device, silent: bool) -> list[int]:
+    """The shards that are not there, or no longer whole; each process looks at its share of all."""
+    absent = torch.zeros(plan.shards, device=device)
+    with together():
+        notes = read_notes(out, plan)
+        mine = range(processes.rank(), plan.shards, processes.count())
+        fresh = not any((out / shard_name(number)).exists() for number in mine)
+        for number in tqdm(mine, desc="checking shards", unit="shard", disable=silent or fresh):
+            note = notes.get(shard_name(number))
+            if isinstance(note, ShardNote) and note.samples == len(plan.items(number)) and is_whole(out, note):
+                continue
+            absent[number] = 1
+            if (out / shard_name(number)).exists():
+                print(f"{out / shard_name(number)} is broken, or was not finished; it is drawn again", file=sys.stderr)
+    found: list[int] = processes.total(absent).nonzero().flatten().tolist()
+    return found
+
+
+def _text_is_whole(out: Path, notes: Mapping[str, Note]) -> bool:
+    return all(is_whole(out, notes.get(name)) for name in (PROMPTS, CONDITIONS))
+
+
+def _reopen(out: Path, plan: Plan, missing: Sequence[int]) -> None:
+    """Hold a finished set that must be mended as an unfinished one: its manifest would not be true meanwhile."""
+    if not (out / MANIFEST).is_file():
+        return
+    notes = read_notes(out, plan)
+    if not missing and _text_is_whole(out, notes):
+        return
+    with atomic_folder(out / UNFINISHED) as part:
+        write_json(part / PLAN, plan.model_dump(mode="json"))
+        for note in notes.values():
+            write_json(part / f"{note.file}.json", note.model_dump(mode="json"))
+    (out / MANIFEST).unlink()
+
+
+def _close(out: Path, plan: Plan) -> None:
+    """Write the manifest of a set whose files are all there; it takes the place of their notes."""
+    if not (out / MANIFEST).is_file():
+        notes = read_notes(out, plan)
+        manifest = {
+            "plan": plan,
+            "prompts": notes[PROMPTS],
+            "conditions": notes[CONDITIONS],
+            "shards": [notes[shard_name(number)] for number in range(plan.shards)],
+        }
+        write_json(out / MANIFEST, Manifest.model_validate(manifest).model_dump(mode="json"))
+    if (out / UNFINISHED).exists():
+        remove_folder(out / UNFINISHED)
+
+
+def _conditions(out: Path, plan: Plan, distinct: Sequence[str], backbone: Backbone, silent: bool) -> dict[str, Tensor]:
+    """The text states of the distinct prompts and, last, the unconditional one; encoded and stored if they are not.
+
+    They are kept, and the teacher is asked with them, in fp16.
+    """
+    path = out / CONDITIONS
+    if _text_is_whole(out, read_notes(out, plan)):
+        return _read_table(path)
+    with atomic_write(out / PROMPTS) as part:
+        part.write_text("".join(f"{prompt}\n" for prompt in distinct), encoding="utf-8")
+    write_note(out, out / PROMPTS)
+
+    cut = CutPrompts(backbone)
+
+    def parts() -> Iterator[Condition]:
+        with tqdm(total=len(distinct), desc="encoding prompts", unit="prompt", disable=silent) as bar:
+            for start in range(0, len(distinct), ENCODED):
+                some = distinct[start : start + ENCODED]
+                cut(some)
+                yield backbone.encode(some)
+                bar.update(len(some))
+        yield backbone.null(1)
+        tell([] if silent else cut.lines())
+
+    with atomic_write(path) as part:
+        write_rows(part, len(distinct) + 1, ({k: v.half() for k, v in states.items()} for states in parts()))
+    write_note(out, path)
+    return _read_table(path)
+
+
+def _read_table(path: Path) -> dict[str, Tensor]:
+    """Text states, mapped from disk: those of many prompts need no memory, and processes share what they touch."""
+    return {name: torch.from_numpy(states) for name, states in map_tensors(path).items()}
+
+
+def _told(out: Path, plan: Plan, cost: SynthesisCost, missing: Sequence[int]) -> list[str]:
+    """What will be written where, and how much of it is there."""
+    there = plan.shards - len(missing)
+    return [
+        f"writes to {out}",
+        *cost.lines(),
+        *([f"there    {there} of {plan.shards} shards already"] if there else []),
+    ]
+
+
+def _draw(painter: Painter, out: Path, missing: Sequence[int], silent: bool) -> None:
+    """Draw the missing shards, each process its share; after each round of them all hear if one has failed."""
+    plan, count = painter.plan, processes.count()
+    with tqdm(
+        total=sum(len(plan.items(number)) for number in missing),
+        desc=f"drawing {plan.settings.kind}",
+        unit="sample",
+        disable=silent or not missing,
+        dynamic_ncols=True,
+    ) as bar:
+        for turn, number in enumerate(share(missing, processes.rank(), count)):
+            with together():
+                if number is not None:
+                    make_shard(painter, out, number, bar.update)
+            others = missing[turn * count : (turn + 1) * count]
+            bar.update(sum(len(plan.items(other)) for other in others if other != number))

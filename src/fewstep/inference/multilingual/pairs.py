@@ -1,0 +1,70 @@
+"""Text pairs: what a prompt says in any language, and the same in the teacher's own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from fewstep.common.text import lines_of, read_text
+from fewstep.common.errors import UserError
+
+
+class Pair(NamedTuple):
+    """One text in two languages (or in the teacher's own language twice)."""
+
+    source: str
+    target: str
+
+
+def read_pairs(path: Path | str) -> tuple[Pair, ...]:
+    """Read pairs of a .tsv file (source, tab, target a line) or a .jsonl file ({"source": ..., "target": ...}).
+
+    Raises:
+        UserError: another suffix, unreadable, no pair, or a line that holds none.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in (".tsv", ".jsonl"):
+        raise UserError(f"pairs = {str(path)!r} must end in .tsv or .jsonl; the nearest is {path.stem + '.tsv'!r}")
+    try:
+        lines = lines_of(read_text(path))
+    except OSError as error:
+        raise UserError(f"pairs = {str(path)!r} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"pairs = {str(path)!r} is {error}") from error
+    tabbed = path.suffix.lower() == ".tsv"
+    parse = _tabbed if tabbed else _json
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        pair = parse(line)
+        if pair is None or not pair.source or not pair.target:
+            form = "source, tab, target" if tabbed else '{"source": ..., "target": ...}'
+            raise UserError(f"pairs = {str(path)!r}: line {number} is not of the form {form}")
+        found.append(pair)
+    if not found:
+        raise UserError(f"pairs = {str(path)!r} holds no pair; write one a line")
+    return tuple(found)
+
+
+def _tabbed(line: str) -> Pair | None:
+    parts = line.split("\t")
+    return Pair(parts[0].strip(), parts[1].strip()) if len(parts) == 2 else None
+
+
+def _json(line: str) -> Pair | None:
+    try:
+        fields = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    if not isinstance(fields, dict) or not all(isinstance(fields.get(name), str) for name in Pair._fields):
+        return None
+    return Pair(fields["source"].strip(), fields["target"].strip())
+
+
+def fingerprint(pairs: Iterable[Pair]) -> str:
+    """sha256 of the pairs in their order."""
+    return hashlib.sha256(json.dumps([list(pair) for pair in pairs]).encode()).hexdigest()

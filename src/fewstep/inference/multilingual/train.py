@@ -1,0 +1,100 @@
+"""Training of a language adapter from text pairs alone: no picture, and no state of the teacher, is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fewstep.common.rng import Draws
+from fewstep.backbones.pipeline_folder import PipelineFolder
+from fewstep.inference.multilingual.adapter import Adapter, SentenceMap, save_adapter
+from fewstep.inference.multilingual.pairs import Pair, fingerprint
+from fewstep.inference.multilingual.record import text_side
+from fewstep.inference.multilingual.sentence import SentenceEncoder, UniversalSentence
+from fewstep.inference.multilingual.settings import AdapterConfig
+from fewstep.training.loss import Loss
+from fewstep.common.accelerator import make_accelerator
+from fewstep.training.loop import Batch, Update, train
+from fewstep.training.run_folder import RunLog
+
+
+def adapter_loss(
+    network: SentenceMap, config: AdapterConfig, vectors: Tensor, rows: Tensor, keys: Tensor, draws: Draws
+) -> Loss:
+    """Cross-entropy of the known captions, and the pull towards leaving vectors as they are.
+
+    Sentence vectors of a multilingual encoder are nearly aligned already; without the pull a map that is learned from
+    a thousand pairs fits these and loses the rest.
+
+    Args:
+        network: the map.
+        config: noise, temperature, pull.
+        vectors: sentence vectors of the sources, [B, width].
+        rows: which captions they mean, int64 [B].
+        keys: the captions' own vectors, [K, width].
+        draws: of this step.
+    """
+    width = vectors.shape[1]
+    noise = config.noise / width**0.5 * draws.normal("noise", (width,))
+    likeness = network(F.normalize(vectors + noise, dim=1)) @ keys.T
+    error = F.cross_entropy(likeness / config.temperature, rows)
+    right = (likeness.argmax(1) == rows).float().mean()
+    return Loss(error + config.anchor * network.moved(), scalars={"entropy": error, "right": right})
+
+
+def train_adapter(
+    config: AdapterConfig,
+    folder: PipelineFolder,
+    pairs: Sequence[Pair],
+    out: Path,
+    target: Path | None = None,
+    sentence: SentenceEncoder | None = None,
+    *,
+    quiet: bool = False,
+) -> Adapter:
+    """Train an adapter, resuming from the run folder's newest checkpoint, and save it.
+
+    Args:
+        config: what it is, and how it learns.
+        folder: the teacher that it will stand beside.
+        pairs: texts and what they are in the teacher's language; the latter are the captions that it will know.
+        out: the run's folder: config, log, checkpoints.
+        target: where the adapter goes, `out/adapter` by default.
+        sentence: the sentence encoder; the one of the extra `multilingual` by default.
+        quiet: show no progress bar.
+
+    Raises:
+        UserError: a foreign run folder, or a place that cannot be written to.
+    """
+    sentence = sentence or UniversalSentence()
+    captions = tuple(dict.fromkeys(pair.target for pair in pairs))
+    number = {caption: i for i, caption in enumerate(captions)}
+    accelerator = make_accelerator(config.loop.precision, torch.device("cpu"))  # a few small products a step
+    vectors = torch.from_numpy(sentence([pair.source for pair in pairs]))
+    keys = torch.from_numpy(sentence(captions))
+    rows = torch.tensor([number[pair.target] for pair in pairs])
+    network = SentenceMap(sentence.width)
+
+    def fetch(items: np.ndarray, _: Draws) -> Batch:
+        chosen = torch.from_numpy(items)
+        return {"vectors": vectors[chosen], "rows": rows[chosen]}
+
+    def loss(batch: Batch, draws: Draws) -> Loss:
+        return adapter_loss(network, config, batch["vectors"], batch["rows"], keys, draws)
+
+    inputs = {"pairs": fingerprint(pairs), "sentence encoder": sentence.sha256, "text encoder": text_side(folder)}
+    plan = [Update("adapter", dict(network.named_parameters()), loss, config.optim)]
+    with RunLog(out, config, title="adapter", inputs=inputs, main=accelerator.is_main_process, quiet=quiet) as log:
+        trained = train(plan, fetch, len(pairs), config.loop, log, accelerator)
+    network.load_state_dict(trained.weights["adapter"])
+    adapter = Adapter(network.eval().requires_grad_(False), keys, captions, sentence, config)
+    if accelerator.is_main_process:
+        notes = {"pairs": {"count": len(pairs), "sha256": inputs["pairs"]}}
+        save_adapter(target or out / "adapter", adapter, folder, notes)
+    accelerator.wait_for_everyone()
+    return adapter

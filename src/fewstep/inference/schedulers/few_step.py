@@ -1,0 +1,127 @@
+"""Our samplers as schedulers of diffusers, for any of its pipelines: the pipeline owns the loop and calls `step`.
+
+    pipe.scheduler = SSSScheduler.from_config(pipe.scheduler.config, gamma=0.3)
+
+They take their times from `grid` and their steps from `jump` and `sampler`, so that pictures are those of
+`fewstep sample`. gamma stands in the scheduler's config, and `step` takes no `eta`: a pipeline's own `eta`, 0 where
+nobody names it, cannot undo it. `num_inference_steps` counts jumps; one of second order makes two network calls, and
+`order` says so, as pipelines expect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, get_args
+
+from diffusers.configuration_utils import register_to_config
+
+# diffusers finds out how a saved component is loaded by the base classes that the component's own module holds
+from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
+
+from fewstep.diffusion.grid import end_time
+from fewstep.inference.schedulers.replay import Leap, one
+from fewstep.common.choices import End, GammaLaw, Jump
+from fewstep.diffusion.samplers import sss_landing
+from fewstep.inference.schedulers.checks import check_common, check_number, check_word
+from fewstep.inference.schedulers.base import FewStepScheduler
+
+LEAST_R = 0.01
+"""The nearest to t that a second-order jump's mid-point may lie, as a share of the way."""
+
+
+class SSSScheduler(FewStepScheduler):
+    """Strategic stochastic sampling (TCD, arXiv 2402.19159, algorithm 4), of first and second order.
+
+    Args:
+        gamma: stochasticity of each step, 0 to 1. It is this scheduler's own: a pipeline's `eta` is not listened to.
+        gamma_law: what gamma is linear in: time (TCD) or noise (CTM's sampling).
+        jump: first_order, or second_order with two network calls a jump.
+        r, form: mid-point and predictions of a second-order jump.
+        grid: the training grid that times are taken from: N points, or the points.
+        spacing: grid (LCM's and TCD's rule), trailing, or tlcm (its own lists for 2 to 8 steps).
+        end: where the last jump lands: index0 (the least noise that networks know, as TCD's released sampler) or clean.
+        path: vp, by betas, or flow.
+        shift, use_dynamic_shifting: of a flow.
+
+    Raises:
+        ValueError: an illegal value, naming the nearest legal one.
+    """
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        beta_schedule: str = "scaled_linear",
+        trained_betas: Any = None,
+        rescale_betas_zero_snr: bool = False,
+        prediction_type: str = "epsilon",
+        path: str = "vp",
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        gamma: float = 0.3,
+        gamma_law: str = "time",
+        jump: str = "first_order",
+        r: float = 0.5,
+        form: str = "x0",
+        grid: Any = 50,
+        spacing: str = "grid",
+        end: str = "index0",
+    ) -> None:
+        # plain numbers, whoever's they were: a config is written as JSON
+        self.register_to_config(gamma=check_number("gamma", gamma, 0.0, 1.0), r=check_number("r", r, LEAST_R, 1.0))
+        check_word("gamma_law", gamma_law, get_args(GammaLaw))
+        check_word("jump", jump, ("first_order", "second_order"))
+        check_common(path, prediction_type, spacing, end, form)
+        self._start()
+
+    def _plan(self, times: Sequence[float]) -> list[Leap]:
+        end, gamma, law = self.config["end"], self.config["gamma"], self.config["gamma_law"]
+        leaps = []
+        for t, then in pairwise(times):
+            s = sss_landing(self.noise_path, one(then), gamma, end, law)
+            leaps.append(Leap(one(t), s, one(then) if gamma > 0 else None))
+        return [*leaps, Leap(one(times[-1]), one(end_time(self.noise_path, end)))]
+
+
+class ConsistencyScheduler(FewStepScheduler):
+    """Multistep consistency sampling (arXiv 2303.01469, algorithm 1; LCM, arXiv 2310.04378, algorithm 3).
+
+    Each jump goes to the end point, then noise comes up to the next time.
+
+    Args:
+        jump: skip (LCM's own, onto clean data), first_order or second_order.
+        grid, spacing, end, path, shift, use_dynamic_shifting, r, form: as `SSSScheduler`.
+    """
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        beta_schedule: str = "scaled_linear",
+        trained_betas: Any = None,
+        rescale_betas_zero_snr: bool = False,
+        prediction_type: str = "epsilon",
+        path: str = "vp",
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        jump: str = "skip",
+        r: float = 0.5,
+        form: str = "x0",
+        grid: Any = 50,
+        spacing: str = "grid",
+        end: str = "clean",
+    ) -> None:
+        self.register_to_config(r=check_number("r", r, LEAST_R, 1.0))  # a plain number, whoever's it was
+        check_word("jump", jump, get_args(Jump))
+        check_common(path, prediction_type, spacing, end, form)
+        self._start()
+
+    def _plan(self, times: Sequence[float]) -> list[Leap]:
+        end: End = "clean" if self.config["jump"] == "skip" else self.config["end"]
+        s = one(end_time(self.noise_path, end))
+        return [*(Leap(one(t), s, one(then)) for t, then in pairwise(times)), Leap(one(times[-1]), s)]

@@ -1,0 +1,111 @@
+"""Adversarial terms: a critic that tells where a student lands from real points.
+
+A critic is any function (x, t, condition) -> logits [B, ...]; heads on frozen teacher features, or a small network of
+its own. It sees points noised further by a drawn amount, if the recipe says so: laws that do not overlap cannot be told
+apart by degrees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fewstep.diffusion.denoiser import Condition
+from fewstep.common.rng import Draws
+from fewstep.training.loss import Loss
+from fewstep.common.distributed import to_means
+from fewstep.diffusion.samplers import diffuse
+from fewstep.diffusion.schedule import Path
+from fewstep.term_settings import AdversarialConfig
+
+Critic = Callable[[Tensor, Tensor, Condition], Tensor]
+"""(x [B, ...], t float64 [B], condition) -> logits [B, ...], high for real."""
+
+
+def per_item(values: Tensor) -> Tensor:
+    """Mean over all axes but the first, [B]."""
+    return values.flatten(1).mean(1) if values.dim() > 1 else values
+
+
+def seen_by_critic(
+    config: AdversarialConfig,
+    path: Path,
+    x: Tensor,
+    at: Tensor,
+    top: Tensor,
+    draws: Draws,
+    who: str,
+    to: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What the critic sees of points x at the times `at`: they are diffused to times drawn above, or to `to`.
+
+    Drawn times lie up to the share `config.noise` of the way to `top`, the upper edge of the segment, which PCM's
+    critic looks at whole. `who` keys the noise: real and fake points get their own.
+    """
+    if to is None:
+        to = at + draws.uniform("critic t", 0, config.noise) * (top - at) if config.noise else at
+    if to is at:
+        return x, at
+    return diffuse(path, x, at, to, draws.normal(f"{who} noise", tuple(x.shape[1:]))), to
+
+
+def generator_loss(config: AdversarialConfig, logits: Tensor) -> Tensor:
+    """What the student minimises, [B]: -D (hinge, arXiv 1802.05957) or softplus(-D) (non-saturating, 1406.2661)."""
+    return per_item(-logits if config.kind == "hinge" else torch.nn.functional.softplus(-logits))
+
+
+def discriminate(
+    config: AdversarialConfig,
+    critic: Critic,
+    real: tuple[Tensor, Tensor],
+    fake: tuple[Tensor, Tensor],
+    condition: Condition,
+) -> Loss:
+    """What the critic minimises: relu(1 - D(real)) + relu(1 + D(fake)), or softplus(-D(real)) + softplus(D(fake)).
+
+    R1 (arXiv 1801.04406) adds r1/2 |dD(real)/dx|^2.
+    """
+    real_x = real[0].detach().requires_grad_(config.r1 > 0)
+    # fused attention has no second derivative, which R1's gradient is made of
+    with sdpa_kernel(SDPBackend.MATH) if config.r1 else nullcontext():
+        on_real = critic(real_x, real[1], condition)
+    on_fake = critic(fake[0].detach(), fake[1], condition)
+    if config.kind == "hinge":
+        per_sample = per_item(torch.relu(1 - on_real)) + per_item(torch.relu(1 + on_fake))
+    else:
+        soft = torch.nn.functional.softplus
+        per_sample = per_item(soft(-on_real)) + per_item(soft(on_fake))
+    scalars = {"real": on_real.detach().mean(), "fake": on_fake.detach().mean()}
+    if config.r1:
+        (slope,) = torch.autograd.grad(on_real.sum(), real_x, create_graph=True)
+        per_sample = per_sample + config.r1 / 2 * slope.square().flatten(1).sum(1)
+    return Loss(per_sample.mean(), per_sample.detach(), None, scalars)
+
+
+LEAST_SLOPE = 1e-4
+"""Added to the length that a gradient is divided by, as in CTM's released code."""
+ANY_RATIO = (0.0, 1e4)
+"""Range of a ratio of gradients where the term names none, as in CTM's released code."""
+
+
+def gradient_ratio(first: Tensor, second: Tensor, weight: Tensor, clip: tuple[float, float] = ANY_RATIO) -> Tensor:
+    """Return |d first/d weight| / (|d second/d weight| + 1e-4) of the means over the batch, clipped; a scalar.
+
+    CTM multiplies its second and third loss by it, at the network's last layer (arXiv 2310.02279, eq 13, after VQGAN);
+    of a LoRA that is its last adapter. The constant is that of its released code. The gradients are those of a
+    micro-batch in all processes, which all must call.
+
+    Args:
+        first, second: losses, [B] each.
+        weight: parameter that both depend on.
+        clip: smallest and largest ratio.
+    """
+    slopes = [torch.autograd.grad(loss.mean(), weight, retain_graph=True)[0] for loss in (first, second)]
+    to_means(slopes)  # before their lengths: the mean of lengths is no length of the mean
+    one, other = (slope.norm() for slope in slopes)
+    ratio: Tensor = (one / (other + LEAST_SLOPE)).clamp(*clip)
+    return ratio.detach()

@@ -1,0 +1,35 @@
+"""The denoising loss: a network that is told s = t is asked for E[x0 | x_t] (CTM, arXiv 2310.02279, section 3.3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fewstep.diffusion.denoiser import Condition, Denoiser, tell
+from fewstep.common.rng import Draws
+from fewstep.diffusion.grid import training_grid
+from fewstep.methods.config import ConsistencyConfig
+from fewstep.diffusion.schedule import Path, add_noise, expand, index_of
+
+
+def edm_weight(path: Path, t: Tensor, sigma_data: float = 0.5) -> Tensor:
+    """EDM's weight of an error of x0 (arXiv 2206.00364, table 1): (rho^2 + d^2)/(rho d)^2 with rho = sigma/alpha."""
+    rho2 = (path.sigma(t) / path.alpha(t)).square()
+    return 1 / sigma_data**2 + 1 / rho2
+
+
+def denoising_loss(
+    config: ConsistencyConfig, denoiser: Denoiser, x_0: Tensor, condition: Condition, draws: Draws
+) -> Tensor:
+    """Weighted squared error of the student's x0 at times of the training grid, [B]; one student call.
+
+    Its minimiser is E[x0 | x_t]: the diffusion model itself, at s = t, where a jump's slope is the PF-ODE's.
+    """
+    grid = training_grid(denoiser.path, config.grid)
+    t = grid[draws.integers("denoising t", 0, len(grid))]
+    eps = draws.normal("denoising noise", tuple(x_0.shape[1:]))
+    x_t = add_noise(denoiser.path, x_0, eps, t)
+    more = tell(condition, s=index_of(denoiser.path, t), w=torch.zeros_like(t) if "w" in config.told else None)
+    found = denoiser.estimate(x_t, t, more, "student").x0
+    error = (found - x_0).square().flatten(1).mean(1)
+    return expand(edm_weight(denoiser.path, t), error) * error

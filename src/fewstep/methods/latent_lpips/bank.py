@@ -1,0 +1,194 @@
+"""The bank: groups of latents and how far apart their pictures are, made once, in shards that are kept.
+
+A killed run goes on with the shard it was in. Training then knows latents and distances alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fewstep.backbones.base import Backbone
+from fewstep.data.latents import cached
+from fewstep.diffusion.denoiser import Condition
+from fewstep.common.device import DTYPES, pick_precision
+from fewstep.inference.generator import Artist, artist_of
+from fewstep.common.rng import Draws, generator
+from fewstep.backbones.pipeline_writer import teacher_sampling
+from fewstep.methods.latent_lpips.pairs import FEW, MEMBERS, PAIRS, Teacher, make_groups, partner
+from fewstep.methods.latent_lpips.settings import PairConfig, check_prompts
+from fewstep.methods.latent_lpips.target import Decode, PixelFeatures, decoder, pair_distances
+from fewstep.common.distributed import main_first
+from fewstep.distillation.config import Sampling
+
+SHARD = 16
+"""Groups made, and kept, at a time; even, so that partners are made together."""
+
+
+@dataclass(frozen=True)
+class Bank:
+    """What the distance is trained on.
+
+    Attributes:
+        latents: members of each group, float32 [N, 12, C, h, w].
+        distances: of the pictures of each of a group's `PAIRS`, float64 [N, 66].
+        train, validation, heldout: which groups are for what; no two share a prompt.
+        key: fingerprint of all that decides them.
+    """
+
+    latents: Tensor
+    distances: Tensor
+    train: Tensor
+    validation: Tensor
+    heldout: Tensor
+    key: str
+
+
+def split(groups: int, prompts: int, share: float) -> tuple[list[int], list[range]]:
+    """Which of `prompts` distinct prompts each group is of, and which groups are for training, validation, held out.
+
+    Partners have different prompts of the same part. Prompts come round again where there are more groups.
+    """
+    used = min(groups, prompts) // 2 * 2
+    each = min(max(2, round(used * share / 2) * 2), (used - 2) // 4 * 2)  # two prompts at least are left to learn from
+    parts, start = [], 0
+    sizes = (used - 2 * each, each, each)
+    counts = [max(2, round(groups * size / used / 2) * 2) for size in sizes[1:]]
+    chosen: list[int] = []
+    first = 0
+    for size, count in zip(sizes, (groups - sum(counts), *counts), strict=True):
+        chosen += [first + i % size for i in range(count)]
+        parts.append(range(start, start + count))
+        first, start = first + size, start + count
+    return chosen, parts
+
+
+def distinct_prompts(prompts: Sequence[str], groups: int, seed: int) -> list[str]:
+    """Up to `groups` of the distinct prompts, drawn.
+
+    Raises:
+        UserError: fewer than can be split.
+    """
+    found = check_prompts(prompts)
+    chosen = generator(seed, "perceptual prompts").permutation(len(found))[:groups]
+    return [found[i] for i in chosen]
+
+
+def drawn_by(config: PairConfig, backbone: Backbone) -> Sampling:
+    """How the teacher draws its latents: as it brings along, in the config's steps."""
+    own = teacher_sampling(backbone.folder.path)
+    omega = own.omega if config.omega is None else config.omega
+    return Sampling(sampler="ddim", steps=config.steps, omega=omega, spacing="trailing", end="clean")
+
+
+def bank_key(config: PairConfig, backbone: Backbone, prompts: Sequence[str], pixel: PixelFeatures) -> str:
+    """Fingerprint of all that decides a bank."""
+    known = [
+        backbone.folder.identity(),
+        hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
+        f"{pixel.name} {pixel.weights_sha256} {pixel.input}",
+        config.model_dump(mode="json"),
+        drawn_by(config, backbone).model_dump(mode="json"),
+        MEMBERS,
+    ]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+
+def make_bank(
+    config: PairConfig,
+    backbone: Backbone,
+    prompts: Sequence[str],
+    pixel: PixelFeatures,
+    cache: Path,
+    *,
+    decode: Decode | None = None,
+    quiet: bool = False,
+) -> Bank:
+    """Draw the teacher's latents, make groups around them, and measure their pictures; no picture is opened.
+
+    All processes of a launch must ask: the main one makes, the others read what it kept.
+
+    Args:
+        prompts: what the teacher draws; some are held out.
+        pixel: the features on pixels.
+        cache: folder of the shards.
+        decode: latents to pictures; the teacher's own autoencoder by default.
+
+    Raises:
+        UserError: too few prompts.
+    """
+    key = bank_key(config, backbone, prompts, pixel)
+    used = distinct_prompts(prompts, config.groups, config.seed)
+    rows, parts = split(config.groups, len(used), config.heldout)
+    show = decode or decoder(backbone)
+
+    def all_shards() -> list[dict[str, Tensor]]:
+        made = []
+        with tqdm(total=config.groups, desc="pairs of latents", unit="group", disable=quiet) as bar:
+            for start in range(0, config.groups, SHARD):
+                items = range(start, min(start + SHARD, config.groups))
+
+                def make(items: range = items) -> dict[str, Tensor]:
+                    groups = draw_groups(config, backbone, [used[rows[i]] for i in items], items)
+                    return {"latents": groups, "distances": measure(groups, show, pixel)}
+
+                made.append(cached(cache, f"pairs-{key[:16]}-{items.start}-{items.stop}", make))
+                bar.update(len(items))
+        return made
+
+    shards = main_first(all_shards)
+    backbone.release_encoders()
+    train, validation, heldout = (torch.tensor(list(part)) for part in parts)
+    latents, distances = (torch.cat([shard[name] for shard in shards]) for name in ("latents", "distances"))
+    return Bank(latents, distances, train, validation, heldout, key)
+
+
+@torch.no_grad()
+def draw_groups(config: PairConfig, backbone: Backbone, prompts: Sequence[str], items: Sequence[int]) -> Tensor:
+    """The groups of some items, [n, 12, C, h, w] on the CPU; partners must be among them, prompts are the items'."""
+    device = backbone.device
+    sampling = drawn_by(config, backbone)
+    precision = DTYPES[pick_precision("auto", device)]
+    artist = replace(artist_of(backbone, sampling), precision=precision)
+    condition = backbone.encode(prompts)
+    draws = Draws(config.seed, 0, tuple(items), device)
+    seeds = [(config.seed * 1_000_003 + item) * 2 for item in items]
+    latent = artist.latents(condition, seeds, sampling)
+    other_seed = artist.latents(condition, [seed + 1 for seed in seeds], sampling)
+    few = in_few_steps(artist, condition, seeds, draws.integers("few steps", 0, len(FEW)), sampling)
+    place = {item: row for row, item in enumerate(items)}
+    far = latent[[place[partner(item)] for item in items]]
+    null = backbone.null(len(items))
+    on_device = [{name: value.to(device) for name, value in states.items()} for states in (condition, null)]
+    teacher = Teacher(artist.denoiser, on_device[0], on_device[1], sampling.omega)
+    drawn = [x.to(device) for x in (latent, other_seed, few, far)]
+    with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        return make_groups(teacher, drawn[0], drawn[1], drawn[2], drawn[3], draws).cpu()
+
+
+def in_few_steps(
+    artist: Artist, condition: Condition, seeds: Sequence[int], chosen: Tensor, sampling: Sampling
+) -> Tensor:
+    """Latents from the same noise in FEW[chosen] steps, [n, C, h, w]."""
+    found: list[Tensor | None] = [None] * len(seeds)
+    for number, steps in enumerate(FEW):
+        rows = (chosen == number).nonzero().flatten().tolist()
+        if not rows:
+            continue
+        part = {name: value[rows] for name, value in condition.items()}
+        quick = sampling.model_copy(update={"steps": steps})
+        for row, latent in zip(rows, artist.latents(part, [seeds[row] for row in rows], quick), strict=True):
+            found[row] = latent
+    return torch.stack([latent for latent in found if latent is not None])
+
+
+def measure(groups: Tensor, decode: Decode, pixel: PixelFeatures) -> Tensor:
+    """How far apart a group's pictures are in the pixel network's features, for each of `PAIRS`, float64 [n, 66]."""
+    return torch.stack([pair_distances(pixel(decode(group)), PAIRS) for group in groups])

@@ -1,0 +1,163 @@
+"""A distance between latents in the features of a small network on latents.
+
+TLCM compares latents in features of a VGG with 4-channel input and three of its max-pools removed, because latents are
+eight times smaller than pictures (arXiv 2406.05768v6). This network is of the same kind and smaller; who teaches it
+is in `pairs.py` and `target.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fewstep.methods.latent_lpips.settings import NetworkConfig
+
+NORM_EPS = 1e-6
+"""Added to squared lengths: smooth where a vector is 0."""
+LEAST = 1e-4
+"""Least weight of a latent channel's own difference: no two latents are at distance 0, and no place is flat."""
+PACE = 20.0
+"""What raw weights are multiplied by: their steps are as long as those of convolutions, their way is longer."""
+
+
+LARGE = 1024
+"""Places of a latent beyond which a group's pairs are not all kept for the way back."""
+
+
+class PlaceNorm(nn.Module):
+    """Normalisation over the channels of each place, with weights: no place hears of another, at any latent size."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] to the same."""
+        centred = x - x.mean(1, keepdim=True)
+        unit_variance = centred * (centred.square().mean(1, keepdim=True) + NORM_EPS).rsqrt()
+        return unit_variance * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+class Residual(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x))))))."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = PlaceNorm(channels), PlaceNorm(channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] to the same."""
+        result: Tensor = x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+        return result
+
+
+class LatentPerceptual(nn.Module):
+    """d(a, b) between latents, in LPIPS's form (arXiv 1801.03924, eq 1) over a network on latents.
+
+    d(a, b) = sum over maps m of the mean over places of sum over channels c of w_mc (u_mc(a) - u_mc(b))^2, with u the
+    map's vectors at length 1, plus the latents' own share, the mean over places of sum over their channels c of
+    v_c q_c^2 log(1 + (a_c - b_c)^2 / q_c^2), which is v_c (a_c - b_c)^2 for small differences and grows slower for
+    large ones, as distances of features do. All w, v and q are positive and learned. So d is symmetric, smooth, 0 where
+    a = b with gradient 0, and positive everywhere else.
+
+    Args:
+        channels: of a latent.
+    """
+
+    def __init__(self, config: NetworkConfig, channels: int) -> None:
+        super().__init__()
+        self.config = config
+        self.channels = channels
+        self.stem = nn.Conv2d(channels, config.widths[0], 3, padding=1)
+        self.downs = nn.ModuleList(
+            nn.Conv2d(before, after, 3, stride=2, padding=1) for before, after in zip(config.widths, config.widths[1:])
+        )
+        self.levels = nn.ModuleList(
+            nn.ModuleList(Residual(width) for _ in range(count))
+            for width, count in zip(config.widths, config.blocks, strict=True)
+        )
+        mapped = [width for width, count in zip(config.widths, config.blocks, strict=True) for _ in range(count)]
+        self.raw_weights = nn.ParameterList(nn.Parameter(torch.zeros(width)) for width in (config.widths[0], *mapped))
+        self.raw_own = nn.Parameter(torch.zeros(channels))
+        self.raw_knee = nn.Parameter(torch.zeros(channels))  # a knee at 2 log 2 = 1.4, a latent's usual size
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Latents [B, C, h, w] -> the stem's map and every block's, each vector brought to length 1."""
+        x = self.stem(x)
+        maps = [x]
+        for number, blocks in enumerate(self.levels):
+            x = self.downs[number - 1](x) if number else x
+            for block in blocks:  # type: ignore[attr-defined]
+                x = block(x)
+                maps.append(x)
+        return [y * (y.square().sum(1, keepdim=True) + NORM_EPS).rsqrt() for y in maps]
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """w of each map's channels, positive."""
+        return [0.1 * F.softplus(PACE * raw) for raw in self.raw_weights]
+
+    @property
+    def own(self) -> tuple[Tensor, Tensor]:
+        """v and q of the latents' own channels, positive, [C] each."""
+        return F.softplus(PACE * self.raw_own) / self.channels + LEAST, 2 * F.softplus(PACE * self.raw_knee) + LEAST
+
+    def between(self, a: list[Tensor], b: list[Tensor], gap: Tensor) -> Tensor:
+        """The distance of what `features` made of two latents, and of their difference, [B]."""
+        share, knee = (value[:, None, None] for value in self.own)
+        total = (share * knee.square() * torch.log1p((gap / knee).square())).sum(1).flatten(1).mean(1)
+        for weight, x, y in zip(self.weights, a, b, strict=True):
+            total = total + ((x - y).square() * weight[:, None, None]).sum(1).flatten(1).mean(1)
+        return total
+
+    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        """d(a, b), [B]; latents [B, C, h, w] of any size from 4 x 4, in units of the pixel network's distance.
+
+        Computed in fp32 or wider, also under autocast: near latents differ by less than bf16 can say.
+        """
+        with torch.autocast(a.device.type, enabled=False):
+            a, b = (x.to(torch.promote_types(x.dtype, self.raw_own.dtype)) for x in (a, b))
+            one, other = self.features(a), self.features(b)
+            return self.between(one, other, a - b)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """`distance`."""
+        return self.distance(a, b)
+
+
+@torch.no_grad()
+def calibrate(network: LatentPerceptual, found: Tensor, wanted: Tensor) -> None:
+    """Multiply all weights by the one factor that makes the mean logarithm of found / wanted 0, in place."""
+    factor = ((wanted.log() - found.to(wanted).log()).mean().exp()).to(network.raw_own)
+    for raw in (*network.raw_weights, network.raw_own):
+        raw.copy_(torch.expm1(F.softplus(PACE * raw) * factor).log() / PACE)
+
+
+def group_distances(network: LatentPerceptual, groups: Tensor, ends: Tensor) -> Tensor:
+    """Distances of the named pairs of each group's members, [n, P]; every member's features are computed once.
+
+    Of large latents, whose pairs would fill the memory, one group's are held at a time, and made again on the way back.
+
+    Args:
+        groups: [n, m, C, h, w].
+        ends: members of each pair, int64 [2, P].
+    """
+    n, m = groups.shape[:2]
+    with torch.autocast(groups.device.type, enabled=False):
+        flat = groups.flatten(0, 1).to(network.raw_own.dtype)
+        maps = network.features(flat)
+
+        def pairs_of(first: int, count: int) -> Tensor:
+            start = ((first + torch.arange(count)) * m)[:, None]
+            one, other = ((start + side).flatten().to(flat.device) for side in ends)
+            return network.between([x[one] for x in maps], [x[other] for x in maps], flat[one] - flat[other])
+
+        if flat[0, 0].numel() <= LARGE:
+            return pairs_of(0, n).view(n, -1)
+        rows = [checkpoint(pairs_of, group, 1, use_reentrant=False) for group in range(n)]
+        return torch.stack([torch.as_tensor(row) for row in rows])

@@ -1,0 +1,89 @@
+"""A trained distance on disk: weights, and a record of whose latents it knows, who taught it and how well."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.common.config import validate
+from fewstep.common.errors import UserError
+from fewstep.common.files import atomic_folder, read_mapping, sha256, write_json
+from fewstep.methods.latent_lpips.network import LatentPerceptual
+from fewstep.methods.latent_lpips.settings import NetworkConfig
+from fewstep.common.tensors import load_tensors, save_tensors
+
+WEIGHTS = "perceptual.safetensors"
+RECORD = "perceptual.json"
+
+
+def save_perceptual(folder: Path, network: LatentPerceptual, vae: str, notes: Mapping[str, Any]) -> None:
+    """Write the network and its record; the folder appears whole or not at all.
+
+    Args:
+        vae: fingerprint of the autoencoder whose latents it knows.
+
+    Raises:
+        UserError: the place cannot be written to.
+    """
+    record = {
+        "network": network.config.model_dump(mode="json"),
+        "channels": network.channels,
+        "vae": vae,
+        "licence": "Apache-2.0",
+        **notes,
+    }
+    with atomic_folder(folder) as part:
+        save_tensors(part / WEIGHTS, network.state_dict(), metadata={"licence": "Apache-2.0"})
+        write_json(part / RECORD, {**record, "weights_sha256": sha256(part / WEIGHTS)})
+
+
+def read_perceptual(folder: Path) -> dict[str, Any]:
+    """The record of a trained distance.
+
+    Raises:
+        UserError: there is none, or it is broken.
+    """
+    if not (folder / RECORD).is_file():
+        raise UserError(f"perceptual = {str(folder)!r} holds no {RECORD}; make one by `fewstep train-perceptual`")
+    return read_mapping(folder / RECORD)
+
+
+def load_perceptual(
+    folder: Path | str, channels: int, vae_fingerprint: str, device: torch.device | str = "cpu"
+) -> LatentPerceptual:
+    """Read a trained distance for latents of the given autoencoder; frozen, in evaluation mode.
+
+    Args:
+        channels: of a latent.
+        vae_fingerprint: `PipelineFolder.identity("vae")` of the pipeline whose latents will be compared.
+
+    Raises:
+        UserError: a part is missing or damaged, or it was made for latents of another autoencoder.
+    """
+    folder = Path(folder)
+    record = read_perceptual(folder)
+    try:
+        config = validate(NetworkConfig, record["network"])
+        known, vae, expected = int(record["channels"]), str(record["vae"]), str(record["weights_sha256"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / RECORD} is not the record of a distance: {error!r} is wrong or missing") from error
+    if (known, vae) != (channels, vae_fingerprint):
+        theirs, ours = f"{known} channels, {vae[:16]}", f"{channels} channels, {vae_fingerprint[:16]}"
+        raise UserError(
+            f"perceptual = {str(folder)!r} is for latents of another autoencoder ({theirs}), not of this teacher's "
+            f"({ours}); the nearest is to leave it out, so that one is made for this teacher"
+        )
+    path = folder / WEIGHTS
+    network = LatentPerceptual(config, channels)
+    weights: Mapping[str, Tensor] = load_tensors(path)
+    if sha256(path) != expected:
+        raise UserError(f"{path} is not the file that {RECORD} names (sha256 {expected[:16]}); restore it")
+    try:
+        network.load_state_dict(dict(weights))
+    except RuntimeError as error:
+        raise UserError(f"{path} is not this network's weights: {' '.join(str(error).split())[:200]}") from error
+    return network.eval().requires_grad_(False).to(device)

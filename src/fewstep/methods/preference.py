@@ -1,0 +1,42 @@
+"""Preference: a differentiable scorer of pictures and prompts, as TLCM asks it (arXiv 2406.05768, section 3.3).
+
+    L = relu(s0 - s(x0, c)) + relu(s(x0, c') - s1)
+
+with an unrelated prompt c' as negative; the paper's s0 is 16 on its scorer's scale, and its s1 is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fewstep.common.rng import Draws
+from fewstep.term_settings import PreferenceConfig
+
+Taste = Callable[[Tensor, Sequence[Tensor]], Sequence[Tensor]]
+"""(clean latents x_0 [B, ...], several prompts for each: int64 [B] tensors of prompt numbers) -> scores with each, [B]
+tensors, with gradient to x_0."""
+
+
+def other_prompts(prompts: Tensor, count: int, draws: Draws) -> Tensor:
+    """For each prompt another one of `count`, drawn uniformly; int64 [B].
+
+    A sample without prompt (its number is `count`) may be given any.
+    """
+    shift = 1 + (draws.uniform("wrong prompt") * (count - 1)).long()
+    return torch.where(prompts < count, (prompts + shift) % count, shift - 1)
+
+
+def preference_loss(
+    config: PreferenceConfig, taste: Taste, x0: Tensor, prompts: Tensor, count: int, draws: Draws
+) -> Tensor:
+    """The two-sided hinge, [B]; a sample without prompt counts for nothing.
+
+    Args:
+        prompts: which of `count` prompts each sample was drawn with, int64 [B]; `count` for the empty one.
+    """
+    right, wrong = taste(x0, (prompts % count, other_prompts(prompts, count, draws)))
+    hinge = torch.relu(config.aim - right) + torch.relu(wrong - config.s1)
+    return torch.where((prompts < count).to(hinge.device, non_blocking=True), hinge, 0.0)

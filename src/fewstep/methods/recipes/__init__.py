@@ -1,0 +1,42 @@
+"""Recipes: one short YAML file per row of the table of methods, and per list of stages."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from fewstep.common.config import read_yaml
+from fewstep.common.errors import UserError, nearest
+
+
+def names() -> list[str]:
+    """The bundled recipes."""
+    return sorted(p.name[:-5] for p in resources.files(__name__).iterdir() if p.name.endswith(".yaml"))
+
+
+LISTS = ("tlcm",)
+"""Recipes that run several objectives one after another, from prompts alone."""
+WHOLE = ("lcm-full",)
+"""Recipes of full training alone: `lcm` again, with guidance as an input of the network."""
+
+
+def rows() -> list[str]:
+    """The bundled recipes that are rows of the table."""
+    return [name for name in names() if name not in (*LISTS, *WHOLE)]
+
+
+def read_recipe(name: str, model: type[BaseModel] | None = None) -> dict[str, Any]:
+    """Read a bundled recipe by name, or any YAML file by path; `model` is the config that it is for, see `read_yaml`.
+
+    Raises:
+        UserError: no such recipe.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return read_yaml(Path(name), model)
+    if name not in names():
+        known = names()
+        raise UserError(f"recipe = {name!r} is not one of {', '.join(known)}; the nearest is {nearest(name, known)}")
+    return read_yaml(Path(str(resources.files(__name__) / f"{name}.yaml")), model)

@@ -1,0 +1,131 @@
+"""Which times a batch is trained at: laws for t_{n+k}, t_n and s.
+
+Times are grid points (and the end point); a segment's t_n and s never leave it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewstep.common.rng import Draws
+from fewstep.diffusion.grid import edge_below, end_time, inference_times, previous, training_grid
+from fewstep.methods.config import ConsistencyConfig
+from fewstep.common.choices import SLaw
+from fewstep.methods.stratified_times import in_turn
+from fewstep.diffusion.schedule import Path
+
+NOWHERE = -2
+"""Below every index of a grid, the end point's -1 included."""
+
+
+@dataclass(frozen=True)
+class Triple:
+    """The times of a batch, float64 [B] each: t_{n+k} >= t_n >= s (equal at index 0 of a grid that has it).
+
+    `top` is the upper edge of the segment that they lie in. `index_nk` and `index_n`, int64 [B], say which points of
+    the grid the first two are; -1 is the end point.
+    """
+
+    t_nk: Tensor
+    t_n: Tensor
+    s: Tensor
+    top: Tensor
+    index_nk: Tensor
+    index_n: Tensor
+
+
+@dataclass(frozen=True)
+class Rungs:
+    """The grid's times by index, and the end point as index -1."""
+
+    grid: Tensor
+    end: float
+
+    def at(self, index: Tensor) -> Tensor:
+        """float64, the shape of `index`."""
+        return previous(self.grid, index, 0, self.end)
+
+
+def draw_times(config: ConsistencyConfig, path: Path, draws: Draws) -> Triple:
+    """Draw t_{n+k} uniformly over the grid, so that every time of the grid is trained, then t_n, then s.
+
+    Roll-outs take their t_{n+k} in turn (`rounds`), all others independently of one another.
+
+    t_n lies k points below, or at the lower edge of its segment where fewer are left: with one segment that is the end
+    point. Where k_low is named, k is uniform from it to k or to what is left.
+
+    While the grid grows (`config.grid_start`), t_{n+k} is one of every m-th of its points, from the noisiest down, and
+    k counts these: the times of a coarse grid are times of the last one.
+    """
+    grid = training_grid(path, config.grid)
+    apart = len(grid) // config.points_at(draws.step, draws.steps)
+    if config.start == "rollout":
+        index = in_turn(draws, config.rollout, len(grid))
+    else:
+        index = (draws.integers("n", 0, len(grid) // apart) + 1) * apart - 1
+    edge = edge_below(index, len(grid), config.segments)
+    k = torch.full_like(index, config.k)
+    if config.k_low is not None:
+        left = -((edge - index) // apart)  # an edge between two coarse points counts as one
+        most = torch.minimum(k, left)
+        least = most.clamp(max=config.k_low)
+        k = least + (draws.uniform("k") * (most - least + 1)).long()
+    rungs = Rungs(grid, end_time(path, config.end))
+    below = torch.maximum(index - k * apart, edge)
+    s = S_LAWS[config.s](config, path, rungs, edge, below, draws)
+    top = rungs.at(edge + len(grid) // config.segments)
+    return Triple(rungs.at(index), rungs.at(below), s, top, index, below)
+
+
+def _edge(config: ConsistencyConfig, path: Path, rungs: Rungs, edge: Tensor, below: Tensor, draws: Draws) -> Tensor:
+    """The lower edge of the segment; with one segment the end point (CD, CT, LCM; MCM, PCM, TLCM's stage 1)."""
+    return rungs.at(edge)
+
+
+def _uniform(config: ConsistencyConfig, path: Path, rungs: Rungs, edge: Tensor, below: Tensor, draws: Draws) -> Tensor:
+    """Uniform over the grid's points from the edge up to t_n, both of them included (TCD, CTM; TSCD).
+
+    At s = t_n the target is the solver's own point, the anchor that rules out the collapsed solution; at the end point
+    the term is LCM's.
+    """
+    return rungs.at(edge + (draws.uniform("s") * (below - edge + 1).double()).long())
+
+
+def _inference(
+    config: ConsistencyConfig, path: Path, rungs: Rungs, edge: Tensor, below: Tensor, draws: Draws
+) -> Tensor:
+    """TDD's law (arXiv 2409.01347): a time that sampling will ask for, times 1 - U[0, spread] as SSS shrinks it.
+
+    The times are those of all step counts in `inference_steps`, and the segment's lower edge; of them one is drawn that
+    lies at or below t_n and at most the share `reach` of the grid's points below it, or else the nearest one below. An
+    edge that is drawn stays: s lies in [edge, t_n], and the end point itself is trained.
+    """
+    low, high = config.inference_steps
+    lists = [inference_times(path, steps, grid=config.grid) for steps in range(low, high + 1)]
+    asked = torch.cat(lists).unique()  # type: ignore[no-untyped-call]
+    points = torch.searchsorted(rungs.grid, asked)  # by index: on EDM's grid times say nothing of how far they are
+    lowest, highest = edge[:, None], below[:, None]
+    every = torch.cat([lowest, torch.where(points > lowest, points, NOWHERE)], 1)
+    inside = (every >= lowest) & (every <= highest)
+    nearest = torch.where(inside, every, NOWHERE).argmax(1)
+    open_to = inside & (every >= highest - config.reach * len(rungs.grid))
+    open_to[torch.arange(len(edge)), nearest] = True
+    place = (draws.uniform("s") * open_to.sum(1)).long()[:, None]
+    chosen = rungs.at(every.gather(1, (open_to.cumsum(1) > place).int().argmax(1, keepdim=True))[:, 0])
+    shrunk: Tensor = (1 - draws.uniform("spread", 0, config.spread)) * chosen
+    # a factor below 1 raises the times below 0, such as clean data's on an indexed path, and so the end point
+    return torch.minimum(torch.maximum(shrunk, rungs.at(edge)), chosen)
+
+
+def _next(config: ConsistencyConfig, path: Path, rungs: Rungs, edge: Tensor, below: Tensor, draws: Draws) -> Tensor:
+    """t_n itself: the next point is the answer (KD)."""
+    return rungs.at(below)
+
+
+SLaws = Mapping[SLaw, Callable[[ConsistencyConfig, Path, Rungs, Tensor, Tensor, Draws], Tensor]]
+S_LAWS: SLaws = {"edge": _edge, "uniform": _uniform, "inference": _inference, "next": _next}
+"""(config, path, rungs, index of the segment's lower edge, index of t_n, draws) -> s."""

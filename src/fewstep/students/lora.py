@@ -1,0 +1,156 @@
+"""LoRA files: written in the diffusers form with our inference settings in the metadata, read in any spelling.
+
+The keys that are written are `unet.<module>.lora_A.weight` and `.lora_B.weight` (`transformer.` for a transformer), as
+diffusers' `load_lora_weights` reads them; the metadata holds diffusers' own `lora_adapter_metadata` (rank, alpha,
+targets) and `fewstep`, a JSON record of the method, the settings to sample with and the sha256 of the base's weights.
+A scale alpha / rank other than 1 is folded into B, since readers that ignore the metadata apply none.
+What is read is told in `export.spellings`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.students.lora_header import FILE, METADATA, LoraHeader
+from fewstep.common.files import atomic_write
+from fewstep.distillation.config import Sampling
+from fewstep.common.tensors import check_finite, load_tensors, save_tensors
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA file in memory.
+
+    Attributes:
+        header: what the file says of itself: scales, base, how to sample with it.
+        down, up: module name in the base -> A [r, in, ...] and B [out, r, ...], fp32.
+    """
+
+    header: LoraHeader
+    down: dict[str, Tensor]
+    up: dict[str, Tensor]
+
+    @property
+    def base(self) -> str:
+        """sha256 of the UNet weights it was trained on, or "" if the file does not say."""
+        return self.header.base
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """How to sample with it; None if the file does not say."""
+        return self.header.sampling
+
+
+def save_lora(
+    path: Path,
+    weights: Mapping[str, Tensor],
+    *,
+    rank: int,
+    alpha: float,
+    targets: list[str],
+    base: str,
+    sampling: Sampling,
+    notes: Mapping[str, Any],
+    component: str = "unet",
+    dtype: torch.dtype = torch.float16,
+) -> Path:
+    """Write adapter weights (PEFT names: `<module>.lora_A.weight`) as one file; return its path.
+
+    Args:
+        alpha: that the weights were trained with. The file's own alpha is its rank, and B holds the scale.
+        component: of the pipeline that they adapt, unet or transformer: what every key begins with.
+
+    Raises:
+        UserError: the place cannot be written to, or a number is not finite.
+    """
+    file = path if path.suffix == ".safetensors" else path / FILE
+    scale = alpha / rank
+    record = {
+        "base": base,
+        "rank": rank,
+        "alpha": rank if scale != 1 else alpha,
+        **({"trained_alpha": alpha} if scale != 1 else {}),
+        "sampling": sampling.model_dump(mode="json"),
+        **notes,
+    }
+    adapter = {
+        f"{component}.r": rank,
+        f"{component}.lora_alpha": record["alpha"],
+        f"{component}.target_modules": sorted(targets),
+        f"{component}.peft_type": "LORA",
+    }
+    metadata = {"format": "pt", METADATA: json.dumps(adapter), "fewstep": json.dumps(record)}
+    stored = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    if scale != 1:
+        stored = {name: folded(x, scale) if name.endswith(".lora_B.weight") else x for name, x in stored.items()}
+    with atomic_write(file) as part:
+        save_tensors(part, {f"{component}.{name}": tensor for name, tensor in stored.items()}, metadata)
+    return file
+
+
+def folded(b: Tensor, scale: float) -> Tensor:
+    """Return B times a scale: in its own type where no number is rounded there, else in fp32."""
+    exact = b.float() * scale
+    own = exact.to(b.dtype)
+    return own if torch.equal(own.float(), exact) else exact
+
+
+def trained_scale(header: LoraHeader) -> float | None:
+    """Return the scale alpha / rank that `save_lora` has folded into B; None for any other file."""
+    alpha, rank = header.notes.get("trained_alpha"), header.notes.get("rank")
+    known = all(isinstance(number, int | float) and number > 0 for number in (alpha, rank))
+    return float(alpha) / float(rank) if known and alpha and rank else None
+
+
+def unfolded(b: Tensor, scale: float) -> Tensor:
+    """Return B, fp32, as it was before `folded` multiplied it by a scale.
+
+    Its numbers were of fp16 then: rounding to that type removes the error of the product.
+    """
+    plain = (b.double() / scale).float()
+    rounded = plain.half().float()
+    return torch.where((rounded - plain).abs() <= plain.abs() * 2**-22, rounded, plain)
+
+
+def read_lora(header: LoraHeader) -> Lora:
+    """Read the weights of a LoRA whose header was found good (`header.check_lora`).
+
+    Raises:
+        UserError: the file is not whole, or a number in it is not finite.
+    """
+    pairs = stored_matrices(header)
+    down, up = ({name: pair[i].float() for name, pair in pairs.items()} for i in (0, 1))
+    return Lora(header, down, up)
+
+
+def stored_matrices(header: LoraHeader) -> dict[str, tuple[Tensor, Tensor]]:
+    """Read A and B of every layer in the type that the file holds them in.
+
+    Raises:
+        UserError: the file is not whole, or a number in it is not finite.
+    """
+    tensors = load_tensors(header.file)
+    used = {key: tensors[key] for layer in header.layers.values() for key in layer.keys}
+    check_finite(used, f"{header.file} cannot be used")
+    pairs = {}
+    for name, layer in header.layers.items():
+        a, b = (used[key] for key in layer.keys)
+        pairs[name] = a, torch.cat([b[start:stop] for start, stop in layer.rows]) if layer.rows else b
+    return pairs
+
+
+@torch.no_grad()
+def merge_lora(network: nn.Module, lora: Lora) -> None:
+    """Add scale * B A to the weights of the layers, in place: sampling then costs nothing extra."""
+    modules = dict(network.named_modules())
+    for name, a in lora.down.items():
+        weight: Any = modules[name].weight
+        delta = lora.up[name].flatten(1) @ a.flatten(1)
+        weight += (lora.header.layers[name].scale * delta).reshape(weight.shape).to(weight)

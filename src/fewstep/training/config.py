@@ -1,0 +1,70 @@
+"""Settings of the training loop, whatever it trains. Light."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from fewstep.common.config import Config
+from fewstep.common.choices import Precision
+
+
+def check_batch(batch: int, accumulate: int, processes: int = 1) -> None:
+    """Refuse a batch that cannot be split over micro-batches and processes.
+
+    Raises:
+        ValueError: naming the nearest legal batch.
+    """
+    share = accumulate * processes
+    if batch % share:
+        below = batch // share * share
+        legal = below if below and batch - below <= share // 2 else below + share
+        over = f"accumulate = {accumulate}" + (f" x {processes} processes" if processes > 1 else "")
+        raise ValueError(f"batch = {batch} is not a multiple of {over}; the nearest legal one is {legal}")
+
+
+class LoopConfig(Config):
+    """How long, how much at a time, how often."""
+
+    steps: int = Field(1000, ge=1, description="optimiser steps")
+    batch: int = Field(32, ge=1, description="samples per optimiser step, over all processes")
+    accumulate: int = Field(1, ge=1, description="micro-batches per optimiser step")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="seed of every random draw")
+    precision: Precision = Field(
+        "fp32", description="type of the networks: fp32, bf16, fp16, or auto (bf16 where the machine is fast at it)"
+    )
+    shard: bool = Field(
+        False, description="split weights, gradients and optimiser states over the processes of a launch (FSDP2)"
+    )
+    compile: bool = Field(False, description="compile the networks for the shapes of a step (torch.compile)")
+    log_every: int = Field(10, ge=1, description="steps between log lines")
+    save_every: int = Field(500, ge=1, description="steps between checkpoints")
+    keep: int = Field(2, ge=1, description="checkpoints kept")
+    watch_every: int | None = Field(None, ge=1, description="steps between quality checks; null for none")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        check_batch(self.batch, self.accumulate)
+        if self.shard and self.precision == "fp16":
+            raise ValueError(
+                "precision = 'fp16' has a loss scale that shard = true lacks; the nearest legal one is 'bf16'"
+            )
+        return self
+
+
+class OptimConfig(Config):
+    """AdamW and its learning-rate law."""
+
+    kind: Literal["adamw", "adamw_8bit"] = Field("adamw", description="adamw, or with moments in 8 bits (bitsandbytes)")
+    lr: float = Field(1e-4, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's moment decays")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
+    decay: Literal["constant", "cosine", "linear", "cooldown"] = Field(
+        "constant",
+        description="law after the warm-up; cooldown = constant, then linear to 0 over the last fifth",
+    )
+    clip: float | None = Field(1.0, gt=0, description="largest global gradient norm; null for none")
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of the moving average; null for none")

@@ -1,0 +1,78 @@
+"""How the weights of a frozen network are kept: in fp32, in bf16, or in 8 or 4 bits through bitsandbytes.
+
+What is trained stays in fp32, whatever it stands on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import nn
+
+from fewstep.common.device import DTYPES, pick_precision
+from fewstep.common.choices import Kept
+from fewstep.distillation.config import DistillConfig
+
+CODE = "nf4"
+"""The 16 values of a 4-bit weight: quantiles of a normal distribution (QLoRA, arXiv 2305.14314)."""
+
+
+def keep(
+    network: nn.Module,
+    kept: Kept,
+    compute: torch.dtype,
+    apart: Collection[nn.Module],
+    device: torch.device | None = None,
+) -> None:
+    """Let a frozen network's weights take less room, in place.
+
+    Args:
+        kept: fp32 leaves it as it is; bf16 turns every weight; 8bit and 4bit turn its linear layers' matrices.
+        compute: type that layers in 4 bits compute in.
+        apart: parts that stay as they are in 8 and 4 bits: those that read the time and those that give the answer.
+        device: where matrices are turned to 8 and 4 bits, one after another, and stay; where they are, if None.
+    """
+    if kept == "bf16":
+        network.to(torch.bfloat16)
+    if kept in ("8bit", "4bit"):
+        spared = {id(module) for part in apart for module in part.modules()}
+        for parent in list(network.modules()):
+            for name, child in list(parent.named_children()):
+                if type(child) is nn.Linear and id(child) not in spared:
+                    setattr(parent, name, _narrow(child, kept, compute, device))
+        setattr(network, f"is_loaded_in_{kept}", True)  # by this PEFT knows which adapters to make
+
+
+def asked_outside(config: DistillConfig, device: torch.device) -> tuple[torch.dtype, str]:
+    """How networks are asked outside of a step, for quality checks and stored walks.
+
+    In fp32 wherever their weights can be: those that are kept in bf16, or gathered in it, meet no other type.
+
+    Returns:
+        the type that they compute in, and a word that tells a teacher's answers from those of the whole one in fp32;
+        empty for that one.
+    """
+    base, precision = config.student.base, pick_precision(config.loop.precision, device)
+    computed = DTYPES[precision if base == "bf16" or config.loop.shard else "fp32"]
+    whole = base == "fp32" and computed == torch.float32
+    return computed, "" if whole else f"{base} {precision}"
+
+
+def _narrow(layer: nn.Linear, kept: Kept, compute: torch.dtype, device: torch.device | None) -> nn.Module:
+    """The same layer with its matrix in 8 or 4 bits."""
+    import bitsandbytes as bnb
+
+    shape, bias = (layer.in_features, layer.out_features), layer.bias is not None
+    narrow: nn.Module
+    if kept == "8bit":
+        narrow = bnb.nn.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False)
+        narrow.weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+    else:
+        narrow = bnb.nn.Linear4bit(*shape, bias=bias, compute_dtype=compute, quant_type=CODE)
+        narrow.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type=CODE)
+        # on some CPUs the library would pack it for good at the first call without gradient, unreadable for others
+        narrow.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    if bias:
+        narrow.bias = layer.bias
+    return narrow.to(device or layer.weight.device).train(layer.training)

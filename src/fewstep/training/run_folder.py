@@ -1,0 +1,297 @@
+"""One folder per run: resolved config, versions, figures, TensorBoard, checkpoints, pictures."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ValidationError
+from tqdm import tqdm
+
+from fewstep.common import core_yaml
+from fewstep.common.run_inputs import Content, difference
+from fewstep.common.config import Config, first_difference, read_yaml
+from fewstep.common.errors import UserError
+from fewstep.common.files import atomic_write, read_json, read_mapping, sweep, taken, write_json
+from fewstep.training.lr_schedule import learning_rate
+
+STEP_FOLDER = re.compile(r"step-(\d{8})")
+"""A whole checkpoint's folder."""
+INPUTS = "inputs.json"
+"""Fingerprints of what a run was fed."""
+PACKAGES = ("fewstep", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a result."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def note_versions(path: Path) -> None:
+    """Add this process's versions to the list of those that a run was computed with, if they are others."""
+    before = read_json(path) if path.is_file() else []
+    if not isinstance(before, list):
+        raise UserError(f"{path} holds a {type(before).__name__}; it must hold the versions of this run, [...]")
+    if not before or before[-1] != versions():
+        write_json(path, [*before, versions()])
+
+
+class Bar:
+    """A progress bar with rate and time left; it shows the newest loss."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+
+    def note(self, figures: Mapping[str, float]) -> None:
+        """Show the loss of the first update."""
+        name = next((key for key in figures if key.endswith("/loss")), None)
+        if name:
+            self._bar.set_postfix_str(f"loss {figures[name]:.4g}", refresh=False)
+
+    def step(self) -> None:
+        """Count one step."""
+        self._bar.update()
+
+
+class RunLog:
+    """Writes what a run says of itself, and has its folder until it is closed. Only the main process writes.
+
+    `with RunLog(...) as log:` closes it.
+
+    Args:
+        inputs: what the run is fed (base, encoders, data), by name, as fingerprints: a resumed run must be fed the
+            same.
+
+    Raises:
+        UserError: the folder belongs to another run (`check_same_run`) or another process, or cannot be written to.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        *,
+        title: str,
+        inputs: Mapping[str, Any] | None = None,
+        main: bool = True,
+        quiet: bool = False,
+    ) -> None:
+        self.folder = folder
+        self.title = title
+        self.main = main
+        self.quiet = quiet
+        self._board: Any = None
+        self._held = ExitStack()
+        if not main:
+            return
+        self._held.enter_context(taken(folder))
+        try:
+            self._open(config, inputs)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, config: Config, inputs: Mapping[str, Any] | None) -> None:
+        folder = self.folder
+        resolved = config.model_dump(mode="json")
+        check_same_run(folder, config, inputs, later=True)
+        sweep(folder)
+        with atomic_write(folder / "config.yaml") as part:
+            part.write_text(core_yaml.dump(resolved), encoding="utf-8")
+        note_versions(folder / "versions.json")
+        if inputs is not None:
+            write_json(folder / INPUTS, dict(inputs))
+
+    def close(self) -> None:
+        """Let the folder go."""
+        self._held.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._held.__exit__(*error)
+
+    @property
+    def _log(self) -> Path:
+        return self.folder / "log.jsonl"
+
+    def truncate(self, step: int) -> None:
+        """Drop the lines after `step`: the resumed run writes them again."""
+        if not self.main or not self._log.exists():
+            return
+        lines = []
+        for line in self._log.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    lines.append(line)
+            except (json.JSONDecodeError, TypeError, KeyError):  # cut off by a kill
+                continue
+        with atomic_write(self._log) as part:
+            part.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+    def figures(self, step: int, figures: Mapping[str, float]) -> None:
+        """Append figures to log.jsonl and TensorBoard."""
+        if not self.main:
+            return
+        line = {"step": step, "time": round(time.time(), 1), **{k: float(f"{v:.8g}") for k, v in figures.items()}}
+        with self._log.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step)  # type: ignore[no-untyped-call]
+        for key, value in figures.items():
+            self._board.add_scalar(key, value, step)
+
+    @contextmanager
+    def progress(self, done: int, total: int) -> Iterator[Bar]:
+        """A bar over steps, with rate and time left, on stderr."""
+        if self.main and not self.quiet and 0 < done < total:
+            print(f"{self.title} goes on from step {done}", file=sys.stderr)
+        try:
+            with tqdm(
+                total=total,
+                initial=done,
+                desc=self.title,
+                unit="step",
+                disable=self.quiet or not self.main,
+                mininterval=1.0,
+                dynamic_ncols=True,
+            ) as bar:
+                yield Bar(bar)
+        finally:
+            if self._board is not None:
+                self._board.close()
+                self._board = None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """All whole checkpoints below `folder`, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name))
+
+
+def last_step(folder: Path) -> int:
+    """The step of the newest checkpoint below `folder`; 0 if there is none."""
+    found = checkpoints(folder)
+    return int(found[-1].name.removeprefix("step-")) if found else 0
+
+
+def check_same_run(
+    folder: Path, config: Config, inputs: Mapping[str, Any] | None = None, *, whole: bool = True, later: bool = False
+) -> None:
+    """Refuse a run folder that holds another run.
+
+    Files and folders are compared by what was read, their fingerprints among the inputs, not by how they are spelled.
+
+    How often it logs, saves and watches may differ, and how the samples of a step are shared out over micro-batches and
+    processes, split or compiled: all but rounding is the same. So may its length, as long as every step taken so far
+    had the learning rate, grid and terms that it has in the new length. Keys that the older run did not know yet count
+    as defaults.
+
+    Args:
+        inputs: what the run was fed, by name, as fingerprints; None before they are known.
+        whole: whether these are all of its inputs.
+        later: whether the inputs are compared later: without them, spellings are what can be compared.
+
+    Raises:
+        UserError: naming the first difference.
+    """
+    path = folder / "config.yaml"
+    if not path.exists():
+        return
+    old: Any = read_yaml(path, type(config))
+    with suppress(ValidationError):  # one of another kind of run, or of another version, is compared as it stands
+        known = type(config).model_validate(old)
+        _check_length(folder, known, config)
+        old = known.model_dump(mode="json")
+    old, new = _without_rhythm(old), _without_rhythm(config.model_dump(mode="json"))
+    if inputs is not None or later:
+        old, new = _without_contents(old, type(config)), _without_contents(new, type(config))
+    if old != new:
+        raise UserError(
+            f"run folder {folder} holds a run with another {first_difference(old, new)}; "
+            "give the same config to resume it, or another --out"
+        )
+    if inputs is not None and (folder / INPUTS).exists():
+        changed = difference(read_mapping(folder / INPUTS), inputs, whole=whole)
+        if changed:
+            raise UserError(f"run folder {folder} holds a run on {changed}; give another --out")
+
+
+def _without_contents(config: Any, model: type[BaseModel]) -> Any:
+    """A config without the fields that name files and folders (`Content`)."""
+    if not isinstance(config, Mapping):
+        return config
+    kept = {}
+    for name, value in config.items():
+        field = model.model_fields.get(name)
+        if field is not None and any(isinstance(mark, Content) for mark in field.metadata):
+            continue
+        inner = field.annotation if field is not None else None
+        nested = isinstance(inner, type) and issubclass(inner, BaseModel)
+        kept[name] = _without_contents(value, inner) if nested else value  # type: ignore[arg-type]
+    return kept
+
+
+def _check_length(folder: Path, old: Any, new: Any) -> None:
+    """Refuse another number of steps where it would have changed the steps that are done."""
+    if not hasattr(old, "loop") or not hasattr(old, "optim"):
+        return
+    before, after = old.loop.steps, new.loop.steps
+    done = last_step(folder / "checkpoints")
+    if any(learning_rate(old.optim, i, before) != learning_rate(old.optim, i, after) for i in range(done)):
+        raise UserError(
+            f"run folder {folder} holds {done} steps of a run with loop.steps = {before}: under optim.decay = "
+            f"{old.optim.decay!r} another length ({after}) means other learning rates; give {before}, or another --out"
+        )
+    phase = getattr(getattr(old, "method", None), "phase", None)
+    if phase and any(phase(i, before) != phase(i, after) for i in range(done)):
+        raise UserError(
+            f"run folder {folder} holds {done} steps of a run with loop.steps = {before}: another length ({after}) "
+            f"moves the growth of its grid, or its critic's start, within them; give {before}, or another --out"
+        )
+
+
+RHYTHM = ("steps", "log_every", "save_every", "keep", "watch_every")
+"""Settings of the loop that do not change a step (`steps` is looked at on its own)."""
+MEANS = ("accumulate", "shard", "compile")
+"""Settings of the loop by which a step of the same whole batch is computed in another way, the same but for rounding.
+
+The number of processes is another such choice, and no setting.
+"""
+
+
+def _without_rhythm(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a config decides its steps."""
+    free = [*RHYTHM, *MEANS]
+    method = config.get("method")
+    if isinstance(method, Mapping) and method.get("balance") == "gradient":  # a micro-batch's, in all processes
+        free.remove("accumulate")
+
+    def kept(part: Any, names: Sequence[str]) -> Any:
+        return {k: v for k, v in part.items() if k not in names} if isinstance(part, Mapping) else part
+
+    stages = config.get("stages")
+    result = {**config, "student": kept(config.get("student"), ["checkpointing"])}
+    if stages:  # their steps are all split anew
+        free.remove("steps")
+        own = [{**stage, "loop": kept(stage.get("loop"), free)} for stage in stages if isinstance(stage, Mapping)]
+        result["stages"] = own
+    return {**result, "loop": kept(config.get("loop"), free)}

@@ -1,0 +1,165 @@
+"""How roles are laid out over networks, for LoRA and for full fine-tuning."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.diffusion.denoiser import Call, Condition
+from fewstep.training.quantization import keep
+from fewstep.common.choices import Told
+from fewstep.training.roles import BASE, FAKE, AdapterRoles, Roles, SeparateRoles, add_adapter, copy_role
+from fewstep.distillation.config import StudentConfig
+from fewstep.common.sharding import own_part
+from fewstep.diffusion.time_conditioning import TOLD_PREFIX, Ear, ToldEmbedding, split_told
+
+
+class Host(Protocol):
+    """What a backbone must offer to host roles."""
+
+    network: nn.Module
+
+    @property
+    def targets(self) -> Sequence[str]:
+        """Layers that a LoRA adapts, by the ends of their names."""
+        ...
+
+    @property
+    def outlets(self) -> Sequence[str]:
+        """The network's last layers, by the beginnings of their names, the very last one first."""
+        ...
+
+    def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """One network call."""
+        ...
+
+    def time_embedding(self, network: nn.Module) -> nn.Module:
+        """The part of a network whose output [B, width] stands for the time."""
+        ...
+
+    @property
+    def time_width(self) -> int:
+        """Width of that output."""
+        ...
+
+    def embeds_guidance(self, network: nn.Module) -> bool:
+        """Whether a network embeds w, the guidance omega in its condition, by a layer of its own."""
+        ...
+
+    def add_guidance_embedding(self, network: nn.Module) -> None:
+        """Give a network such a layer, of zeros, where its kind has a place for one and it has none."""
+        ...
+
+
+@dataclass(frozen=True)
+class Student:
+    """Roles over networks, and the call that a `Denoiser` makes.
+
+    Attributes:
+        told: what each role but the teacher is told beside x and t, if anything.
+        outlets: the network's last layers, as its host names them.
+    """
+
+    roles: Roles
+    call: Call
+    told: Mapping[str, ToldEmbedding]
+    outlets: Sequence[str] = ()
+
+    def outlet(self, role: str) -> nn.Parameter:
+        """The last matrix that is trained of a role: of a LoRA the last adapter, wherever that is."""
+        matrices = {name: p for name, p in self.roles.parameters(role).items() if p.dim() > 1}
+        for start in self.outlets:
+            found = [p for name, p in matrices.items() if name.startswith(start)]
+            if found:
+                return found[-1]
+        return list(matrices.values())[-1]
+
+    def parameters(self, role: str) -> dict[str, nn.Parameter]:
+        """All that is trained of a role: its network's or adapter's weights, and `told.` what it is told by."""
+        own = self.told[role].named_parameters() if role in self.told else ()
+        return {**self.roles.parameters(role), **{f"{TOLD_PREFIX}{name}": p for name, p in own}}
+
+
+def make_student(
+    host: Host,
+    config: StudentConfig,
+    roles: tuple[str, ...],
+    seed: int,
+    told: Sequence[Told] = (),
+    compute: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+) -> Student:
+    """Lay out the teacher and the given roles; all start equal to the teacher, whose own weights are kept as asked.
+
+    With LoRA, base weights exist once; with full fine-tuning every role is a copy of the network. The first role and a
+    fake score have gradients switched on. Further roles copy the first one's weights.
+
+    Args:
+        told: what the roles are told beside x and t, a fake score apart. The condition of a call must then hold it,
+            [B] each. A UNet that is trained in full embeds w itself, any other network by an extra embedding.
+        compute: type that frozen weights in 4 bits are computed with.
+        device: where frozen weights in 8 and 4 bits go as they are made; all else stays where the host's network is.
+    """
+    laid: Roles
+    hear = [role for role in roles if role != FAKE]
+    if config.kind == "full":
+        networks = {role: copy.deepcopy(host.network) for role in roles}
+        for role in hear if "w" in told else ():
+            host.add_guidance_embedding(networks[role])
+    if config.base != "fp32":
+        outlet = host.network.get_submodule(host.outlets[0])
+        keep(host.network, config.base, compute, [host.time_embedding(host.network), outlet], device)
+    if config.kind == "lora":
+        targets = list(config.targets or host.targets)
+        for role in roles:
+            add_adapter(host.network, role, config.rank, config.lora_alpha, targets, seed)
+        laid = AdapterRoles(host.network)
+        networks = dict.fromkeys(roles, host.network)
+    else:
+        laid = SeparateRoles({BASE: host.network, **networks})
+    place = next(host.network.parameters()).device
+    beside = [name for name in told if name != "w" or not host.embeds_guidance(networks[roles[0]])]
+    embeddings = {role: ToldEmbedding(beside, host.time_width, seed).to(place) for role in hear if beside}
+    student = Student(laid, _call(host, laid, networks, embeddings), embeddings, host.outlets)
+    first = student.parameters(roles[0])
+    for role in roles:
+        for parameter in student.parameters(role).values():
+            parameter.requires_grad_(role in (roles[0], FAKE))
+        if role not in (roles[0], FAKE):
+            copy_role(first, student.parameters(role))
+    if config.checkpointing:
+        laid.checkpointing()
+    return student
+
+
+def _call(host: Host, laid: Roles, networks: Mapping[str, nn.Module], embeddings: Mapping[str, ToldEmbedding]) -> Call:
+    """The call by role; one ear a network, which several roles may share."""
+    ears = {id(network): Ear(host.time_embedding(network)) for network in networks.values()} if embeddings else {}
+
+    def call(x: Tensor, t: Tensor, condition: Condition, role: str) -> Tensor:
+        with laid.use(role) as network:
+            if role not in embeddings:
+                return host.call(network, x, t, condition)
+            told, rest = split_told(condition, embeddings[role].parts)
+            with ears[id(network)].hears(embeddings[role](told)):
+                return host.call(network, x, t, rest)
+
+    return call
+
+
+def unique_bytes(*networks: nn.Module) -> int:
+    """Bytes of distinct storage behind all parameters: a base shared by several roles counts once.
+
+    Of split weights only this process's part counts.
+    """
+    seen: dict[int, int] = {}
+    for network in networks:
+        for parameter in network.parameters():
+            storage: torch.UntypedStorage = own_part(parameter).untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+    return sum(seen.values())

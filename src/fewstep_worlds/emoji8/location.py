@@ -1,0 +1,34 @@
+"""Where the bundled world (pictures, captions, models) lies on this machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fewstep.common.errors import UserError
+
+ENVIRONMENT = "FEWSTEP_WORLD"
+
+
+def root() -> Path:
+    """Return the folder that holds the bundled world (`emoji8/` and the models beside it).
+
+    Looked for in this order: the environment variable `FEWSTEP_WORLD`, the checkout's top-level `world/`. It is no
+    part of the installed package.
+
+    Raises:
+        UserError: neither is a folder, or `FEWSTEP_WORLD` names no folder, or the one above the world's.
+    """
+    named = os.environ.get(ENVIRONMENT)
+    if named:
+        folder = Path(named).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"{ENVIRONMENT}={named} is not a folder; name the one that holds emoji8/, or unset it")
+        inner = folder / "world"
+        if not (folder / "emoji8").exists() and (inner / "emoji8").is_dir():
+            raise UserError(f"{ENVIRONMENT}={named} holds the bundled world in a folder of its own; set it to {inner}")
+        return folder
+    checkout = Path(__file__).resolve().parents[3] / "world"
+    if checkout.is_dir():
+        return checkout
+    raise UserError(f"the bundled world was not found: set {ENVIRONMENT} to the world/ folder of a fewstep checkout")

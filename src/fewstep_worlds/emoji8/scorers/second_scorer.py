@@ -1,0 +1,119 @@
+"""A second opinion on prompts: small heads on Lite0's features, whose score no student is trained by.
+
+It shares nothing with the preference that students are trained by: neither picture network (EfficientNet-Lite0, frozen)
+nor text side (the teacher's encoder). It is no stranger in all else: earlier layers of Lite0 teach the perceptual
+distance, FD and KID look at the same features, and the evaluating scorer reads with the same text encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fewstep.common.rng import Draws
+from fewstep.evaluation.features import Features
+from fewstep.evaluation.metric import Array, Identity, Pictures
+from fewstep.evaluation.per_picture import PictureMean
+from fewstep_worlds.emoji8.scorers.text import TextBackbone
+from fewstep.training.loss import Loss
+from fewstep.common.tensors import digest
+from fewstep.common.accelerator import make_accelerator
+from fewstep.training.loop import Batch, Update, train
+from fewstep.training.run_folder import RunLog
+from fewstep_worlds.emoji8 import dataset as emoji8
+from fewstep_worlds.emoji8.config import OpinionConfig
+from fewstep_worlds.emoji8.scorers.train import answers, draw_captions, multi_positive_loss
+
+FEATURES = 1280
+"""Lite0's."""
+
+
+class Heads(nn.Module):
+    """Two small heads into one space."""
+
+    def __init__(self, text_width: int, width: int, seed: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.picture = nn.Sequential(nn.LayerNorm(FEATURES), nn.Linear(FEATURES, width))
+            self.text = nn.Sequential(
+                nn.LayerNorm(text_width), nn.Linear(text_width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+            )
+        self.log_scale = nn.Parameter(torch.tensor(2.0))
+
+    def pictures(self, features: Tensor) -> Tensor:
+        """Lite0's features [B, 1280] -> unit vectors [B, width]."""
+        return F.normalize(self.picture(features), dim=-1)
+
+    def prompts(self, states: Tensor) -> Tensor:
+        """Vectors of the text side [B, text_width] -> unit vectors [B, width]."""
+        return F.normalize(self.text(states), dim=-1)
+
+
+class SecondOpinion(PictureMean):
+    """Mean cosine of pictures and their prompts, by heads on Lite0's features."""
+
+    def __init__(self, heads: Heads, features: Features, text: TextBackbone) -> None:
+        self._heads, self._features, self._text = heads, features, text
+        backbone = features.backbone
+        self.identity = Identity(
+            name="preference",
+            measures="how well pictures fit their prompts, by heads on Lite0's features; no student is trained by this "
+            "score, but earlier layers of Lite0 teach the perceptual distance",
+            better="higher",
+            unit="cosine",
+            reduction="mean over pictures of the cosine of picture and prompt",
+            backbone=f"{backbone.name}; heads trained on Emoji-8; text: {text.name} (sha256 {text.sha256[:16]})",
+            weights_sha256=digest(dict(heads.named_parameters())),
+            licence=backbone.licence,
+            input=backbone.input,
+        )
+
+    @torch.inference_mode()
+    def features(self, pictures: Pictures, prompts: Sequence[str]) -> Array:
+        """Return each picture's cosine with its prompt, [N]."""
+        distinct = list(dict.fromkeys(prompts))
+        said = self._heads.prompts(self._text(distinct))
+        rows = {prompt: i for i, prompt in enumerate(distinct)}
+        seen = self._heads.pictures(torch.from_numpy(np.array(self._features(pictures))))
+        cosine: Array = (seen * said[[rows[prompt] for prompt in prompts]]).sum(1).double().numpy()
+        return cosine
+
+
+def second_opinion(
+    config: OpinionConfig, features: Features, text: TextBackbone, folder: Path, *, quiet: bool = False
+) -> SecondOpinion:
+    """Train the heads on Emoji-8's training split, or read back the finished ones; a stopped run goes on.
+
+    Raises:
+        UserError: the folder holds another run, or cannot be written to.
+    """
+    data = emoji8.load("train")
+    seed = config.loop.seed
+    seen = torch.from_numpy(np.array(features(data.pictures)))
+    captions = draw_captions(data.records, config.captions, seed, text)
+    heads = Heads(text.width, config.width, seed)
+
+    def fetch(items: np.ndarray, _: Draws) -> Batch:
+        return {"items": torch.from_numpy(items)}
+
+    def loss(batch: Batch, draws: Draws) -> Loss:
+        items = batch["items"]
+        chosen = captions.rows[items, draws.integers("caption", 0, captions.rows.shape[1])]
+        positive, ignored = answers(captions, items, chosen)
+        kept = 1 - (draws.normal("drop", (FEATURES,)) > 1.28).float()  # a tenth of the features, keyed by the draws
+        cosine = heads.pictures(seen[items] * kept) @ heads.prompts(captions.states[chosen]).T
+        return Loss(multi_positive_loss(cosine, positive, ignored, heads.log_scale.exp().clamp(max=100)))
+
+    inputs = {"features": features.backbone.weights_sha256, "text encoder": text.sha256}
+    plan = [Update("heads", dict(heads.named_parameters()), loss, config.optim)]
+    accelerator = make_accelerator("fp32", torch.device("cpu"))
+    with RunLog(folder, config, title="second opinion", inputs=inputs, quiet=quiet) as log:
+        trained = train(plan, fetch, len(data), config.loop, log, accelerator)
+    heads.load_state_dict(trained.weights["heads"])
+    return SecondOpinion(heads.eval().requires_grad_(False), features, text)

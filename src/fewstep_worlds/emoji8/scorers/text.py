@@ -1,0 +1,96 @@
+"""The frozen text side of a picture-text scorer: prompts in, one vector each out.
+
+A scorer knows its text side through `TextBackbone` alone, so that another scorer can stand on another one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fewstep.common.errors import UserError
+from fewstep.common.files import sha256
+
+BATCH = 256
+
+
+class TextBackbone(Protocol):
+    """Frozen: prompts -> vectors."""
+
+    @property
+    def name(self) -> str:
+        """What it is."""
+        ...
+
+    @property
+    def sha256(self) -> str:
+        """Of its files."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Numbers a prompt."""
+        ...
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """Return float32 [N, width], without gradients; a prompt's vector depends on that prompt alone."""
+        ...
+
+
+class BertStates:
+    """Mean over the real tokens of a BERT encoder's last states.
+
+    Args:
+        folder: holds `text_encoder/` and `tokenizer/`, as a diffusers pipeline does.
+
+    Raises:
+        UserError: one of the two is missing or unreadable.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoTokenizer, BertModel
+        from transformers.utils import logging
+
+        for part in ("text_encoder", "tokenizer"):
+            if not (folder / part).is_dir():
+                raise UserError(f"{folder} has no {part}/ folder; name one that holds a BERT text encoder")
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+            model = BertModel.from_pretrained(
+                folder / "text_encoder", local_files_only=True, use_safetensors=True, dtype=torch.float32
+            )
+        except Exception as error:
+            raise UserError(f"cannot read the text encoder in {folder}: {' '.join(str(error).split())}") from error
+        self.model: Any = model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
+        self.width = int(self.model.config.hidden_size)
+        self.name = f"BERT, {self.model.config.num_hidden_layers} layers, mean of the last states of real tokens"
+        self.sha256 = _sha256(folder)
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """Return float32 [N, width]."""
+        result = torch.zeros(len(prompts), self.width)
+        # Prompts of one length together: most of the time would go into padding otherwise.
+        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for start in range(0, len(prompts), BATCH):
+            rows = by_length[start : start + BATCH]
+            tokens = self.tokenizer([prompts[i] for i in rows], padding=True, truncation=True, return_tensors="pt")
+            states = self.model(tokens.input_ids, tokens.attention_mask).last_hidden_state.float()
+            mask = tokens.attention_mask[..., None].float()
+            result[rows] = (states * mask).sum(1) / mask.sum(1)
+        return result
+
+
+def _sha256(folder: Path) -> str:
+    weights = sorted((folder / "text_encoder").glob("*.safetensors"))
+    files = [*weights, folder / "tokenizer" / "tokenizer.json"]
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(bytes.fromhex(sha256(path)))
+    return digest.hexdigest()

@@ -1,0 +1,178 @@
+"""What all add-ons are made of: the base, the training pictures, those who judge, and what was made before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.backbones.base import Backbone
+from fewstep.data.latents import latent_set
+from fewstep.data.images import Captioned
+from fewstep.common.rng import generator
+from fewstep.common.errors import UserError
+from fewstep_worlds.emoji8.scorers.agreement import Agreement
+from fewstep.evaluation.features import Features
+from fewstep.evaluation.metric import Array, Pictures
+from fewstep.common.files import read_json
+from fewstep.distillation.prepare import encoders_fingerprint
+from fewstep.training.run_folder import INPUTS, check_same_run
+from fewstep_worlds.emoji8 import dataset as emoji8
+from fewstep_worlds.emoji8.config import AddOnConfig, VersatilityConfig
+from fewstep_worlds.emoji8.studies.addons import training
+
+CAPTIONS = 4
+"""Captions drawn of each picture that an add-on learns from."""
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What all add-ons are made of.
+
+    Attributes:
+        out: folder for runs and what they end with.
+        backbone: the base, for its encoders.
+        scorer: looks at pictures and prompts; it has trained nothing here.
+        features: Lite0's, which the IP-Adapter is told.
+    """
+
+    config: VersatilityConfig
+    out: Path
+    backbone: Backbone
+    scorer: Agreement
+    features: Features
+    data: emoji8.Emoji8 = field(default_factory=lambda: emoji8.load("train"))
+    """What add-ons learn from."""
+    shown: emoji8.Emoji8 = field(default_factory=lambda: emoji8.load("heldout-pair"))
+    """What is drawn after: neither the base nor a student nor an add-on has learned from it, or from its concept in
+    another style of its family."""
+
+    @property
+    def folder(self) -> Path:
+        """The base."""
+        return self.backbone.folder.path
+
+    def made(self, name: str, config: AddOnConfig) -> bool:
+        """Whether an add-on is there already.
+
+        Raises:
+            UserError: it is, but of other settings.
+        """
+        run = self.out / "runs" / name
+        check_same_run(run, config)
+        fed = read_json(run / INPUTS) if (run / INPUTS).is_file() else self.fed
+        changed = next((key for key, value in self.fed.items() if fed.get(key) != value), None)
+        if changed:
+            raise UserError(
+                f"{run} was made with another {changed} ({fed.get(changed)}, now {self.fed[changed]}); "
+                "give another --out"
+            )
+        return (self.out / name).is_dir()
+
+    @property
+    def fed(self) -> dict[str, str]:
+        """What every add-on is made of beside its own settings."""
+        return {"base": self.backbone.folder.fingerprint("unet"), "pictures": str(self.config.pictures)}
+
+    def unet(self) -> Any:
+        """A fresh copy of the base's denoiser."""
+        return self.backbone.fresh_network()
+
+    def rows(self, name: str, allowed: Sequence[int] | None = None) -> list[int]:
+        """Held-out pictures that a task draws after, chosen by the seed and the task's name: of new concepts first.
+
+        Args:
+            allowed: those that it may be after; None for all.
+        """
+        order = generator(self.config.seed, f"versatility {name}").permutation(len(self.shown))
+        among = set(range(len(self.shown)) if allowed is None else allowed)
+        seen: set[str] = set()
+        first: list[int] = []
+        again: list[int] = []
+        for row in (int(row) for row in order if int(row) in among):
+            concept = self.shown.records[row].concept
+            (again if concept in seen else first).append(row)
+            seen.add(concept)
+        return [*first, *again][: self.config.prompts]
+
+    def names(self, rows: Sequence[int]) -> list[str]:
+        """The concepts of some held-out pictures."""
+        return [self.shown.records[row].name for row in rows]
+
+    def taught(self, name: str, source: Captioned, config: AddOnConfig, empty: float, **inputs: str) -> training.Lesson:
+        """A lesson on pictures, encoded by the base."""
+        fingerprint = encoders_fingerprint(self.backbone.folder)
+        data = latent_set(source, self.backbone, fingerprint, self.out / "cache")
+        return training.Lesson(name, data, config, {**self.fed, **inputs}, empty)
+
+    def learned(self, name: str, allowed: Sequence[int] | None = None, share: int = 1) -> list[int]:
+        """Training pictures that an add-on learns from, chosen by its name; a `share`-th of the pictures it may see."""
+        among = range(len(self.data)) if allowed is None else allowed
+        order = generator(0, f"versatility lesson {name}").permutation(np.asarray(among))
+        return sorted(int(row) for row in order[: self.config.pictures // share])
+
+    def own_captions(self, rows: Sequence[int], seed: int) -> list[list[str]]:
+        """Captions of some training pictures, as the base learned them."""
+        return emoji8.caption_table([self.data.records[row] for row in rows], CAPTIONS, seed)
+
+    def states(self) -> Tensor:
+        """The base's text states of the training split's names, [N, tokens, width]."""
+        names = [record.name for record in self.data.records]
+        distinct = list(dict.fromkeys(names))
+        known = self.backbone.encode(distinct)["text"]
+        number = {name: row for row, name in enumerate(distinct)}
+        return known[[number[name] for name in names]]
+
+    def agreement_with(self, names: Sequence[str]) -> Callable[[Pictures], Array]:
+        """Pictures -> how well each fits its name."""
+        return lambda pictures: self.scorer.scores(pictures, list(names))
+
+    def likeness(self, pictures: Pictures, others: Pictures) -> Array:
+        """Cosine of pictures with others, less the mean cosine with those of other rows, by the scorer's eye."""
+        own, other = self.scorer.embed_pictures(pictures), self.scorer.embed_pictures(np.asarray(others))
+        cosine = (own @ other.T).double().numpy()
+        n = len(cosine)
+        strangers = (cosine.sum(1) - cosine.diagonal()) / max(n - 1, 1)
+        gap: Array = cosine.diagonal() - strangers
+        return gap
+
+    @cached_property
+    def raw(self) -> Tensor:
+        """Lite0's features of the training split, [N, 1280]."""
+        return torch.from_numpy(np.array(self.features(self.data.pictures))).float()
+
+    def level(self, raw: Tensor) -> Tensor:
+        """Features about the training split's mean, at unit size on average."""
+        return (raw - self.raw.mean(0)) / self.raw.std()
+
+    @cached_property
+    def seen(self) -> Tensor:
+        """The training split's features as the IP-Adapter is told them, [N, 1280]."""
+        return self.level(self.raw)
+
+    def told(self, pictures: Pictures) -> Tensor:
+        """Pictures' features as the IP-Adapter is told them, [N, 1280]."""
+        return self.level(torch.from_numpy(np.array(self.features(np.asarray(pictures)))).float())
+
+    @cached_property
+    def style_reader(self) -> Tensor:
+        """A linear reader of styles on Lite0's features: ridge regression on the training split, [1280 + 1, styles]."""
+        x = torch.cat([self.seen, torch.ones(len(self.seen), 1)], 1).double()
+        styles = [record.style for record in self.data.records]
+        y = torch.tensor([[float(style == name) for name in emoji8.STYLE_FAMILY] for style in styles]).double()
+        read: Tensor = torch.linalg.solve(x.T @ x + 30 * torch.eye(x.shape[1]).double(), x.T @ y)
+        return read
+
+    def style_rate(self, pictures: Pictures, style: str) -> Array:
+        """1 where the reader takes a picture for one of a style, else 0."""
+        seen = self.told(pictures)
+        x = torch.cat([seen, torch.ones(len(seen), 1)], 1).double()
+        words = [emoji8.style_words(name) for name in emoji8.STYLE_FAMILY]
+        right: Array = ((x @ self.style_reader).argmax(1) == words.index(style)).double().numpy()
+        return right

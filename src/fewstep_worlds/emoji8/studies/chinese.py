@@ -1,0 +1,156 @@
+"""`fewstep chinese`: the same concepts asked for in English and in Chinese that the adapter never saw, scored alike.
+
+All prompts of a row are drawn from the same noise, and all pictures are scored against the English name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from fewstep.inference.generator import labelled_sheet, save_picture
+from fewstep_worlds.emoji8.scorers.agreement import PromptAgreement
+from fewstep.evaluation.bootstrap import RESAMPLES, centred_interval, counts, mean_figure
+from fewstep.evaluation.metric import Array, Figure
+from fewstep.common.files import atomic_write, write_json
+from fewstep.backbones.pipeline_folder import read_folder
+from fewstep.inference.multilingual.adapter import Adapter, SentenceMap, load_adapter
+from fewstep.inference.multilingual.train import train_adapter
+from fewstep.common.provenance import commit, hardware
+from fewstep.distillation.config import teacher_path
+from fewstep.students.resolve import choose_student
+from fewstep_worlds.emoji8.translations import Words, chinese_pairs, with_keywords
+from fewstep_worlds.emoji8.studies.comparison import Entry, Studio, teacher_entry
+from fewstep_worlds.emoji8.metrics import agreement
+from fewstep_worlds.emoji8.config import ChineseConfig
+from fewstep_worlds.emoji8.studies.students import students_omega
+
+FORMS = ("English", "Chinese", "Chinese with keywords")
+"""How a concept is asked for, in the order of the rows; the first one goes through the teacher's own text encoder."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of the table.
+
+    Attributes:
+        drawer: who draws.
+        steps: network calls.
+        form: how the concepts are asked for.
+        agreement: mean score against the English names, over concepts.
+        ratio: to the same drawer's English row, resampled by concepts; None for that row.
+    """
+
+    drawer: str
+    steps: int
+    form: str
+    agreement: Figure
+    ratio: Figure | None
+
+
+def ratio_figure(ours: Array, theirs: Array, seed: int) -> Figure:
+    """Return mean(ours) / mean(theirs) of the same N concepts, with its interval over draws of N concepts."""
+    value = float(ours.mean() / theirs.mean())
+    drawn = counts(len(ours), RESAMPLES, seed, "ratio")
+    return Figure(value, *centred_interval(value, (drawn @ ours) / (drawn @ theirs)), len(ours))
+
+
+def prompts_of(words: Words, config: ChineseConfig) -> dict[str, list[str]]:
+    """What is asked for, by form; the concepts in the same order."""
+    test = words.test[: config.concepts]
+    english = [record.name for record in test]
+    long = [with_keywords(record, record.keywords_zh) for record in test]
+    return dict(zip(FORMS, (english, [record.name_zh for record in test], long), strict=True))
+
+
+def measure(
+    entries: Sequence[Entry], prompts: Mapping[str, Sequence[str]], config: ChineseConfig, adapter: Path, out: Path
+) -> tuple[list[Line], list[tuple[str, np.ndarray]]]:
+    """Draw and score every entry in every form; the first pictures of each concept come back for the sheet."""
+    scorer: PromptAgreement = agreement()
+    english = prompts[FORMS[0]]
+    lines, shown = [], []
+    for entry in entries:
+        own: Array | None = None
+        for form, texts in prompts.items():
+            reads = None if form == FORMS[0] else adapter
+            repeated = [text for text in texts for _ in range(config.noises)]
+            studio = Studio(teacher_path(""), repeated, out / "pictures", reads)
+            pictures = studio.pictures(entry)
+            asked = [name for name in english for _ in range(config.noises)]
+            scores: Array = scorer.features(pictures, asked).reshape(len(english), config.noises).mean(1)
+            ratio = None if own is None else ratio_figure(scores, own, config.seed)
+            own = scores if own is None else own
+            figure = replace(mean_figure(scores, config.seed), identity=scorer.identity)
+            lines.append(Line(entry.method, entry.sampling.steps, form, figure, ratio))
+            short = form.removeprefix("Chinese with ")
+            shown.append((f"{entry.method} {entry.sampling.steps}, {short}", pictures[:: config.noises]))
+    return lines, shown
+
+
+def read_right(adapter: Adapter, texts: Sequence[str], names: Sequence[str]) -> int:
+    """How many texts are taken for their own English names."""
+    return sum(caption == name for (caption, _), name in zip(adapter.readings(texts), names, strict=True))
+
+
+def table(lines: Sequence[Line]) -> str:
+    """The lines as Markdown."""
+    head = ["| who draws | steps | asked in | agreement | of the English one |", "| --- | --- | --- | --- | --- |"]
+    return "\n".join([*head, *(_row(line) for line in lines)])
+
+
+def _row(line: Line) -> str:
+    ratio = "" if line.ratio is None else _figure(line.ratio)
+    return f"| {line.drawer} | {line.steps} | {line.form} | {_figure(line.agreement)} | {ratio} |"
+
+
+def _figure(figure: Figure) -> str:
+    return f"{figure.value:.3f} [{figure.low:.3f}, {figure.high:.3f}]"
+
+
+def measure_chinese(config: ChineseConfig, out: Path) -> list[Line]:
+    """Train the adapter if none is named, draw, score; writes chinese.json, chinese.md and chinese.webp.
+
+    What was made is kept: a run that was stopped goes on.
+    """
+    folder, words = read_folder(teacher_path("")), Words.load()
+    adapter = Path(config.adapter) if config.adapter else out / "adapter"
+    pairs = chinese_pairs(words)
+    if not config.adapter:
+        train_adapter(config.training, folder, pairs, out / "training", adapter)
+    lora, sampling, omega = choose_student(folder, config.lora, {"steps": config.steps})
+    name = "student" if lora is not None else "teacher"
+    guidance = students_omega() if omega is None else omega
+    entries = [Entry(name, sampling, lora, config.seed), teacher_entry(guidance, config.teacher_steps, config.seed)]
+    prompts = prompts_of(words, config)
+    lines, shown = measure(entries, prompts, config, adapter, out)
+    count = len(prompts[FORMS[0]])
+    reads = load_adapter(adapter, folder)
+    plain = replace(reads, network=SentenceMap(reads.sentence.width))
+    found = {
+        form: (read_right(reads, prompts[form], prompts[FORMS[0]]), read_right(plain, prompts[form], prompts[FORMS[0]]))
+        for form in FORMS[1:]
+    }
+    right = ", ".join(f"{form} {ours} ({theirs})" for form, (ours, theirs) in found.items())
+    note = (
+        f"{count} concepts whose Chinese is in none of the {len(pairs)} text pairs (their English names are among the "
+        f"captions that a prompt may be taken for), {config.noises} pictures of each; "
+        f"95 % intervals over concepts. Taken for their own English names, by the adapter (and by the sentence vectors "
+        f"as they are): {right} of {count}. Student: {lora}. Seed {config.seed}, commit {commit()}, {hardware()}."
+    )
+    listed = [f"{a} | {b} | {c}" for a, b, c in zip(*prompts.values(), strict=True)][: config.shown]
+    text = "\n\n".join(["# Chinese to image", table(lines), note, "Shown: " + "; ".join(listed)])
+    with atomic_write(out / "chinese.md") as part:
+        part.write_text(text + "\n", encoding="utf-8")
+    figures = [
+        {"drawer": x.drawer, "steps": x.steps, "form": x.form, "agreement": x.agreement.to_dict()}
+        | ({"ratio": x.ratio.to_dict()} if x.ratio else {})
+        for x in lines
+    ]
+    write_json(out / "chinese.json", {"note": note, "lines": figures})
+    rows = [(label, pictures[: config.shown]) for label, pictures in shown]
+    save_picture(labelled_sheet(rows, prompts[FORMS[0]][: config.shown], 1), out / "chinese.webp")
+    return lines

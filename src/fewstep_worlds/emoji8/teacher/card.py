@@ -1,0 +1,136 @@
+"""The bundled teacher's figures: does it draw what it is asked for, does it copy, is its background white?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fewstep.backbones.base import Backbone
+from fewstep.common.device import pick_device
+from fewstep.inference.generator import Artist, labelled_sheet, load_artist, save_picture
+from fewstep.common.rng import generator
+from fewstep.evaluation.bootstrap import mean_figure
+from fewstep.evaluation.features import Features
+from fewstep.evaluation.metric import Figure
+from fewstep_worlds.emoji8.whiteness import Whiteness
+from fewstep.common.files import atomic_write, read_json, write_json
+from fewstep.distillation.config import Sampling
+from fewstep_worlds.emoji8 import dataset as emoji8
+from fewstep_worlds.emoji8.metrics import Gallery, lite0, metrics
+from fewstep_worlds.emoji8.teacher.vae import psnr
+
+SHOWN = (
+    *("octopus, noto style", "octopus, fluent 3d style", "octopus", "sea, animal", "doggy", "automobile"),
+    *("red apple, twemoji style", "rocket", "crying face, emojione style", "birthday cake, fluent color style"),
+)
+"""Prompts of the sample grid: with and without style, keywords, and words of no caption."""
+OWN_WORDS = {
+    "words of no caption, never taught": ("new_words.json", 31_000),
+    "words of no caption that the encoder was taught": ("synonyms.json", 30_000),
+}
+"""Lists of a person's own words, in Emoji-8's folder, and the seeds from which they are drawn."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """Figures by name, in the order of the model card."""
+
+    figures: dict[str, Figure]
+
+    def markdown(self) -> str:
+        """A table."""
+        lines = ["| figure | value | 95 % interval | n |", "| --- | --- | --- | --- |"]
+        for name, figure in self.figures.items():
+            interval = f"{figure.low:.3f} to {figure.high:.3f}" if figure.low is not None else ""
+            lines.append(f"| {name} | {figure.value:.3f} | {interval} | {figure.n} |")
+        return "\n".join(lines)
+
+
+def teacher_card(pipeline: Path, out: Path, *, n: int, sampling: Sampling) -> Card:
+    """Draw and judge; write card.json, card.md and samples.webp into `out`.
+
+    Args:
+        pipeline: the teacher's folder.
+        out: where to write.
+        n: seen prompts (name with style) drawn from the training records.
+        sampling: how the teacher draws.
+    """
+    artist = load_artist(pipeline, None, pick_device("auto"))
+    gallery = Gallery.load()
+    features = lite0(out / "features")
+    figures = {
+        **autoencoder_figures(artist.backbone),
+        **seen_figures(artist, gallery, features, sampling, n),
+        **unseen_figures(artist, gallery, features, sampling),
+    }
+    card = Card(figures)
+    write_json(out / "card.json", {name: figure.to_dict() for name, figure in figures.items()})
+    with atomic_write(out / "card.md") as part:
+        part.write_text(card.markdown() + "\n", encoding="utf-8")
+    save_picture(sample_grid(artist, sampling), out / "samples.webp")
+    return card
+
+
+def autoencoder_figures(backbone: Backbone) -> dict[str, Figure]:
+    """PSNR of held-out concepts through the autoencoder, dB."""
+    pictures = emoji8.load("heldout-concept").pictures
+    values = psnr(backbone.to_pictures(backbone.to_latents(pictures)), pictures)
+    return {"autoencoder, PSNR on held-out concepts (dB)": mean_figure(values, 0, "psnr")}
+
+
+def draw(artist: Artist, prompts: Sequence[str], first: int, sampling: Sampling) -> np.ndarray:
+    """A picture a prompt, seeds counting up from `first`."""
+    return artist.draw(prompts, range(first, first + len(prompts)), sampling)
+
+
+def seen_figures(artist: Artist, gallery: Gallery, features: Features, sampling: Sampling, n: int) -> dict[str, Figure]:
+    """Does it draw what it saw, does it copy it, is its background white?"""
+    records = gallery.data.records
+    chosen = generator(0, "teacher card").permutation(len(records))[:n]
+    prompts = [emoji8.name_with_style(records[i]) for i in chosen]
+    seen, truth = draw(artist, prompts, 10_000, sampling), gallery.data.pictures[chosen]
+    shares = gallery.neighbours(features, seen, prompts)
+    real = gallery.neighbours(features, truth, prompts)
+    figures = {
+        "seen prompts: nearest real picture has the right concept": shares.right_concept,
+        "... with the prompt's own picture left out": shares.right_concept_without_own,
+        "real pictures: nearest other real picture has the right concept": real.right_concept_without_own,
+    }
+    if shares.own is not None:
+        figures["seen prompts: nearest real picture is the prompt's own training picture"] = shares.own
+    for metric in metrics(gallery, features, len(prompts)):
+        if isinstance(metric, Whiteness):
+            name = metric.identity.name
+            figures[name] = metric.reduce(metric.features(seen, prompts), None, 0)
+            figures[f"{name}, real pictures"] = metric.reduce(metric.features(truth, prompts), None, 0)
+    return figures
+
+
+def unseen_figures(artist: Artist, gallery: Gallery, features: Features, sampling: Sampling) -> dict[str, Figure]:
+    """Held-out pairs of concept and style family, and the two lists of words that no caption holds."""
+    pairs = [emoji8.name_with_style(record) for record in emoji8.load_records("heldout-pair")]
+
+    def right(prompts: list[str], concepts: list[str] | None, first: int) -> Figure:
+        pictures = draw(artist, prompts, first, sampling)
+        return gallery.neighbours(features, pictures, prompts, concepts).right_concept
+
+    figures = {"held-out (concept, family) pairs: right concept": right(pairs, None, 20_000)}
+    for kind, (file, first) in OWN_WORDS.items():
+        words = read_json(emoji8.folder() / file)
+        names, said = [entry["name"] for entry in words], [entry["word"] for entry in words]
+        by_word, by_name = right(said, names, first), right(names, names, first)
+        share = by_word.value / by_name.value if by_name.value else 0.0
+        figures[f"{kind}: right concept"] = by_word
+        figures[f"{kind}: the same concepts by their captions' names"] = by_name
+        figures[f"{kind}, as a share of the captioned rate"] = Figure(share, None, None, by_word.n)
+    return figures
+
+
+def sample_grid(artist: Artist, sampling: Sampling, noises: int = 6) -> Image.Image:
+    """A row a noise, a column a prompt."""
+    rows = [(f"seed {seed}", artist.draw(SHOWN, [seed] * len(SHOWN), sampling)) for seed in range(noises)]
+    return labelled_sheet(rows, SHOWN)

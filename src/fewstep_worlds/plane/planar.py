@@ -1,0 +1,106 @@
+"""A network in the plane, and what a backbone offers, for it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.diffusion.denoiser import Condition
+from fewstep.common.choices import Prediction
+from fewstep_worlds.plane.mixture import Mixture
+from fewstep.diffusion.schedule import index_of, target_of
+from fewstep.diffusion.time_conditioning import WIDTH as SINUSOID
+from fewstep.diffusion.time_conditioning import sinusoid
+
+
+def said_by(mixture: Mixture, prediction: Prediction, x: Tensor, t: Tensor) -> Tensor:
+    """What a perfect network for that mixture says of x [B, 2] at t [B]."""
+    path = mixture.path
+    estimate = mixture.denoise(x.double(), t)
+    alpha, sigma = path.alpha(t)[:, None], path.sigma(t)[:, None]
+    return target_of(prediction, estimate.x0, estimate.eps, alpha, sigma).to(x.dtype)
+
+
+class Planar(nn.Module):
+    """What is right for a mixture, its anchor, plus a correction that starts at zero; fp32.
+
+    Anchored on the teacher's own mixture it starts as the exact teacher, as a student with a fresh LoRA does. Anchored
+    on one Gaussian of the data's mean and variance (what EDM's preconditioning amounts to) it has all else to learn.
+    The correction sees x, brought to unit size, and the time.
+    """
+
+    def __init__(self, anchor: Mixture, prediction: Prediction, width: int = 128, seed: int = 0) -> None:
+        super().__init__()
+        self.anchor, self.prediction = anchor, prediction
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.time_embedding = nn.Sequential(nn.Linear(SINUSOID, width), nn.SiLU(), nn.Linear(width, width))
+            self.enter = nn.Linear(2, width)
+            hidden = [part for _ in range(2) for part in (nn.SiLU(), nn.Linear(width, width))]
+            self.middle = nn.Sequential(*hidden, nn.SiLU())
+            self.leave = nn.Linear(width, 2)
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """x [B, 2], t float64 [B] -> [B, 2]."""
+        return said_by(self.anchor, self.prediction, x, t) + self.correct(x, t)
+
+    def correct(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return what is added to the anchor's output, [B, 2]."""
+        path = self.anchor.path
+        size = (path.alpha(t).square() + path.sigma(t).square()).rsqrt()[:, None].float()
+        when = self.time_embedding(sinusoid(index_of(path, t)))
+        said: Tensor = self.leave(self.middle(self.enter(x.float() * size) + when))
+        return said.to(x.dtype)
+
+
+class Plane:
+    """The host of roles in the plane (`role_layout.Host`)."""
+
+    targets = ("time_embedding.0", "time_embedding.2", "enter", "middle.1", "middle.3", "leave")
+    """Layers that a LoRA adapts."""
+    outlets = ("leave",)
+
+    def __init__(self, network: Planar) -> None:
+        self.network: nn.Module = network.requires_grad_(False)
+
+    def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """One network call."""
+        out: Tensor = network(x, t)
+        return out
+
+    def time_embedding(self, network: nn.Module) -> nn.Module:
+        """The part of a network that embeds the time."""
+        part = network.time_embedding
+        assert isinstance(part, nn.Module)
+        return part
+
+    @property
+    def time_width(self) -> int:
+        """Width of the time embedding."""
+        return int(self.network.leave.in_features)  # type: ignore[union-attr,arg-type]
+
+    def embeds_guidance(self, network: nn.Module) -> bool:
+        """Return False: no network of the plane embeds guidance by itself."""
+        return False
+
+    def add_guidance_embedding(self, network: nn.Module) -> None:
+        """Do nothing: networks of the plane have no place for it."""
+
+
+class PlanarCritic(nn.Module):
+    """A critic of points and their times."""
+
+    def __init__(self, width: int = 128, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed + 1)
+            self.layers = nn.Sequential(
+                nn.Linear(2, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1)
+            )
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """x [B, 2] -> logits [B, 1]."""
+        logits: Tensor = self.layers(x.float())
+        return logits
