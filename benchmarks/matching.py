@@ -24,25 +24,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fewstep.common.accelerator import make_accelerator
 from fewstep.common.config import Config, validate
-from fewstep.diffusion.denoiser import Condition, Denoiser
 from fewstep.common.rng import Draws
+from fewstep.diffusion.config import Sampling
+from fewstep.diffusion.denoiser import BASE, FAKE, Condition, Denoiser
 from fewstep.diffusion.draw_latents import draw_latents
-from fewstep.training.config import LoopConfig, OptimConfig
+from fewstep.diffusion.schedule import add_noise, scaled_linear
 from fewstep.methods.config import ConsistencyConfig
 from fewstep.methods.consistency import set_scene, student_lands
 from fewstep.methods.distribution_matching import fake_points
 from fewstep.methods.pair import Sample
 from fewstep.methods.update_plan import family_plan, roles_of
+from fewstep.training.config import LoopConfig, OptimConfig, StudentConfig
+from fewstep.training.loop import Batch, Trained, train
+from fewstep.training.roles import copy_role
+from fewstep.training.run_folder import RunLog
+from fewstep.training.student import Student, make_student
 from fewstep_worlds.plane.mixture import Mixture, ring, times_of
 from fewstep_worlds.plane.planar import Planar
-from fewstep.training.student import Student, make_student
-from fewstep.training.roles import BASE, FAKE, copy_role
-from fewstep.diffusion.schedule import add_noise, scaled_linear
-from fewstep.distillation.config import Sampling, StudentConfig
-from fewstep.common.accelerator import make_accelerator
-from fewstep.training.loop import Batch, Trained, train
-from fewstep.training.run_folder import RunLog
 
 PROMPTS = 4
 PATH = scaled_linear()

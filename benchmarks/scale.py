@@ -18,11 +18,11 @@ from perf.networks import xl_unet
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fewstep.backbones.recompute import recompute_blocks
 from fewstep.backbones.families import FAMILIES
+from fewstep.backbones.recompute import recompute_blocks
 from fewstep.methods.rewards.preprocess import Framing, frame
-from fewstep.training.roles import add_adapter
 from fewstep.training.live_bytes import LiveBytes
+from fewstep.training.roles import add_adapter
 
 GIB = 2**30
 RANK = 64

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fewstep.evaluation.evaluate import EndPoints, evaluate_pictures
 from fewstep.common.provenance import commit, hardware
+from fewstep.evaluation.evaluate import EndPoints, evaluate_pictures
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8.studies.comparison import Bench, Judge
 

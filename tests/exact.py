@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fewstep_worlds.plane.mixture import Mixture, times_of
 from fewstep.diffusion.schedule import Path
+from fewstep_worlds.plane.mixture import Mixture, times_of
 
 __all__ = ["Mixture", "gaussian", "three_modes", "times_of", "two_modes_line"]
 

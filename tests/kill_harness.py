@@ -23,9 +23,9 @@ import peft.tuners.lora  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401
 import transformers  # noqa: F401
 
+from fewstep.commands.app import main
 from fewstep.distillation import distill as distillation
 from fewstep.distillation import validation as watch
-from fewstep.commands.app import main
 from fewstep.distillation.estimate import Estimated
 from fewstep.training import checkpoint
 from pooled import Pooled

@@ -23,15 +23,15 @@ import torch
 from PIL import Image
 from torch.distributed.tensor import DTensor
 
+from fewstep.backbones.sd import StableDiffusion
+from fewstep.common.errors import UserError
 from fewstep.distillation import distill as distillation
-from fewstep.evaluation import run as measuring
-from fewstep.methods import update_plan as plan
 from fewstep.distillation import prepare as preparation
 from fewstep.distillation import trajectories
 from fewstep.distillation import validation as watch
-from fewstep.backbones.sd import StableDiffusion
+from fewstep.evaluation import run as measuring
 from fewstep.inference.generator import Artist
-from fewstep.common.errors import UserError
+from fewstep.methods import update_plan as plan
 from fewstep.training import checkpoint
 from kill_harness import launch, wait_for_all
 from pooled import Pooled

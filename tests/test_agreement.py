@@ -16,8 +16,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from fewstep.common.rng import Draws
 from fewstep.common.errors import UserError
+from fewstep.common.rng import Draws
+from fewstep.training.config import LoopConfig, OptimConfig
+from fewstep_worlds.emoji8 import dataset as emoji8
+from fewstep_worlds.emoji8.config import AgreementConfig, ScorerConfig
 from fewstep_worlds.emoji8.scorers.agreement import (
     RECORD,
     WEIGHTS,
@@ -27,12 +30,8 @@ from fewstep_worlds.emoji8.scorers.agreement import (
     save_scorer,
     to_input,
 )
-from fewstep_worlds.emoji8.scorers.network import Scorer
-from fewstep.evaluation.limits import ScorerConfig
-from fewstep.training.config import LoopConfig, OptimConfig
-from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8.scorers.augment import augment
-from fewstep_worlds.emoji8.config import AgreementConfig
+from fewstep_worlds.emoji8.scorers.network import Scorer
 from fewstep_worlds.emoji8.scorers.train import answers, draw_captions, multi_positive_loss, train_scorer
 
 STEPS = 70

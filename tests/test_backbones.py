@@ -13,14 +13,15 @@ from torch import Tensor
 
 import tiny_pipelines
 from fewstep import synthesize
-from fewstep.distillation import distill as distillation
 from fewstep.backbones.base import load_backbone
-from fewstep.inference.generator import load_artist
-from fewstep.common.errors import UserError
 from fewstep.backbones.families import FAMILIES
 from fewstep.backbones.pipeline_folder import read_folder
+from fewstep.common.errors import UserError
+from fewstep.diffusion.config import Sampling
+from fewstep.distillation import distill as distillation
+from fewstep.distillation.config import resolve
+from fewstep.inference.generator import load_artist
 from fewstep.inference.schedulers.few_step import SSSScheduler
-from fewstep.distillation.config import Sampling, resolve
 
 PROMPTS = ["a red disc", "blue"]
 SEEDS = [1, 2]

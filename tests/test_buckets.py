@@ -14,16 +14,17 @@ from PIL import Image
 import fewstep
 import tiny_pipelines
 from conftest import draw_shape
-from fewstep.distillation import distill as distillation
 from fewstep.backbones.base import load_backbone
+from fewstep.common.errors import UserError
+from fewstep.common.tensors import digest, load_tensors
 from fewstep.data.buckets import BucketedFiles, BucketedLatents, bucket_shapes, bucketed, filled, nearest_shape
 from fewstep.data.images import from_folder, size_of
+from fewstep.diffusion.config import Sampling
+from fewstep.distillation import distill as distillation
+from fewstep.distillation.config import resolve
 from fewstep.inference.generator import load_artist
-from fewstep.common.errors import UserError
-from fewstep.inference.schedulers.few_step import SSSScheduler
-from fewstep.distillation.config import Sampling, resolve
 from fewstep.inference.pipeline import call_settings
-from fewstep.common.tensors import digest, load_tensors
+from fewstep.inference.schedulers.few_step import SSSScheduler
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fewstep.inference.generator import load_artist
 from fewstep.common.files import read_json
-from fewstep.distillation.prepare import load_named_scorer
-from fewstep.distillation.config import TEACHER_SAMPLING
 from fewstep.common.tensors import load_tensors
+from fewstep.diffusion.config import TEACHER_SAMPLING
+from fewstep.distillation.prepare import load_named_scorer
+from fewstep.inference.generator import load_artist
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8 import location
 from fewstep_worlds.emoji8.metrics import agreement

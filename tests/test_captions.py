@@ -14,13 +14,13 @@ import pytest
 from PIL import Image
 
 from fewstep.common.config import read_yaml
+from fewstep.common.errors import UserError
+from fewstep.common.files import read_json
 from fewstep.data.captions import SUFFIXES
 from fewstep.data.folder_files import check_pictures
 from fewstep.data.images import Captioned, find_pictures, from_folder
 from fewstep.data.prompts import read_prompts
 from fewstep.data.shards import from_shards
-from fewstep.common.errors import UserError
-from fewstep.common.files import read_json
 from fewstep.inference.multilingual.pairs import Pair, read_pairs
 
 

@@ -60,9 +60,9 @@ def refuse(capsys: pytest.CaptureFixture[str]) -> Refuse:
 @pytest.fixture
 def distilled(tiny_pipeline: Path, tmp_path: Path) -> Path:
     """A LoRA of the tiny pipeline, whole and honest: zero but for its shape."""
-    from fewstep.students.lora import save_lora
     from fewstep.backbones.pipeline_folder import read_folder
-    from fewstep.distillation.config import Sampling
+    from fewstep.diffusion.config import Sampling
+    from fewstep.students.lora import save_lora
 
     layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     weights = {f"{layer}.lora_A.weight": torch.ones(2, 32), f"{layer}.lora_B.weight": torch.zeros(32, 2)}
@@ -528,7 +528,7 @@ def test_refusals_are_light(tiny_pipeline: Path, distilled: Path, tmp_path: Path
 
 def test_the_console_script_refuses_too() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "fewstep.commands.app", "distill", "--recipe", "nope"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "fewstep", "distill", "--recipe", "nope"], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1

@@ -16,13 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from fewstep.diffusion.config import Sampling
 from fewstep.diffusion.denoiser import Denoiser
-from fewstep.diffusion.grid import TLCM_TIMES, inference_times
 from fewstep.diffusion.draw_latents import draw_latents
-from fewstep_worlds.plane.mixture import ring
+from fewstep.diffusion.grid import TLCM_TIMES, inference_times
 from fewstep.diffusion.schedule import FlowMatching, scaled_linear
 from fewstep.diffusion.schedule import Path as NoisePath
-from fewstep.distillation.config import Sampling
+from fewstep_worlds.plane.mixture import ring
 
 FOLDER = Path(__file__).parents[1] / "comfyui"
 

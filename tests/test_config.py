@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 from fewstep.common import core_yaml
 from fewstep.common.config import Config, dotted_keys, merge, nearest_key, parse_overrides, read_yaml, validate
 from fewstep.common.errors import UserError, nearest
-from fewstep.distillation.config import DistillConfig, Sampling, resolve
+from fewstep.diffusion.config import Sampling
+from fewstep.distillation.config import DistillConfig, resolve
 from fewstep_worlds.emoji8.config import TeacherConfig
 
 

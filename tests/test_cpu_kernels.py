@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.distillation.prepare import prepare
-from fewstep.distillation.config import resolve
 from fewstep.common.cpu_kernels import FastGroupNorm, speed_up
+from fewstep.distillation.config import resolve
+from fewstep.distillation.prepare import prepare
 from fewstep_worlds.emoji8.config import UnetConfig, VaeConfig
 from fewstep_worlds.emoji8.teacher.unet import make_unet
 from fewstep_worlds.emoji8.teacher.vae import make_vae

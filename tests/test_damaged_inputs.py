@@ -42,17 +42,17 @@ from damage import (
     undamaged,
     weight_damages,
 )
+from fewstep.backbones.families import CONSISTENCY
+from fewstep.backbones.pipeline_folder import read_folder
 from fewstep.commands import app as cli
-from fewstep.commands.synthesize import export_as
+from fewstep.commands.export import export_as
+from fewstep.common.errors import UserError
 from fewstep.data.images import Captioned, from_folder
 from fewstep.data.prompts import read_prompts
 from fewstep.data.shards import from_shards
-from fewstep.common.errors import UserError
+from fewstep.distillation.config import resolve
 from fewstep.students.lora_header import FILE as LORA_FILE
 from fewstep.students.lora_header import base_shapes
-from fewstep.backbones.families import CONSISTENCY
-from fewstep.backbones.pipeline_folder import read_folder
-from fewstep.distillation.config import resolve
 
 PROMPT = "a red cat"
 RUNS = 16

@@ -17,8 +17,9 @@ from PIL import Image, ImageCms
 from torch import Tensor
 
 from conftest import COLOURS, draw_shape
+from fewstep.common.errors import UserError
+from fewstep.common.rng import Draws
 from fewstep.data import latents
-from fewstep.data.latents import LatentSet, Wanted, cached, latent_set
 from fewstep.data.images import (
     Captioned,
     HeldPictures,
@@ -28,11 +29,10 @@ from fewstep.data.images import (
     read_picture,
     size_of,
 )
+from fewstep.data.latents import LatentSet, Wanted, cached, latent_set
 from fewstep.data.prompts import read_prompts
 from fewstep.data.row_store import Batches, StoredRows
 from fewstep.data.shards import Member
-from fewstep.common.rng import Draws
-from fewstep.common.errors import UserError
 
 CPU = torch.device("cpu")
 

@@ -15,23 +15,20 @@ import torch
 from PIL import Image
 
 from fewstep.common.errors import UserError
-from fewstep_worlds.emoji8.scorers.agreement import save_scorer
-from fewstep_worlds.emoji8.report.results import load_results
-from fewstep_worlds.emoji8.scorers.network import Scorer
-from fewstep.evaluation.limits import ScorerConfig
-from fewstep_worlds.emoji8.scorers.text import BertStates
-from fewstep.methods.recipes import rows
 from fewstep.distillation.config import resolve
-from fewstep_worlds.emoji8 import api
-from fewstep_worlds.emoji8.studies import benchmark
-from fewstep_worlds.emoji8.studies import comparison as contest
-from fewstep_worlds.emoji8.studies import demo
+from fewstep.methods.cost import step_cost
+from fewstep.methods.recipes import rows
+from fewstep_worlds.emoji8 import api, location
 from fewstep_worlds.emoji8 import dataset as emoji8
-from fewstep_worlds.emoji8.studies import family
-from fewstep_worlds.emoji8 import location
 from fewstep_worlds.emoji8 import metrics as measures
+from fewstep_worlds.emoji8.config import BenchmarkConfig, FamilyConfig, ScorerConfig
+from fewstep_worlds.emoji8.report.results import load_results
+from fewstep_worlds.emoji8.scorers.agreement import save_scorer
+from fewstep_worlds.emoji8.scorers.network import Scorer
+from fewstep_worlds.emoji8.scorers.text import BertStates
+from fewstep_worlds.emoji8.studies import benchmark, demo, family
+from fewstep_worlds.emoji8.studies import comparison as contest
 from fewstep_worlds.emoji8.studies.benchmark import best_by_rank
-from fewstep_worlds.emoji8.config import BenchmarkConfig, FamilyConfig
 from fewstep_worlds.emoji8.studies.students import train_student
 from pooled import Pooled
 
@@ -258,7 +255,7 @@ def test_the_family_spends_alike_and_measures_every_recipe_and_sampler(
 @pytest.mark.parametrize("recipe", rows())
 def test_each_recipe_gets_the_same_budget_and_a_command_that_repeats_it(recipe: str) -> None:
     share = family.share_of_budget(FamilyConfig(), recipe)
-    spent = share.config.loop.steps * share.config.method.cost * 64
+    spent = share.config.loop.steps * step_cost(share.config.method) * 64
     if share.config.method.start == "trajectory":
         spent += share.config.data.trajectories * 2 * 50
     assert share.evaluations == spent

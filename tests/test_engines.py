@@ -18,21 +18,22 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fewstep.common import compilation as compiled
-from fewstep.distillation import distill as distillation
-from fewstep.inference import generator as drawing
-from fewstep.distillation import prepare as preparation
 from fewstep.common.compilation import compile_networks, eagerly
 from fewstep.common.config import UserError, validate
-from fewstep.diffusion.denoiser import Denoiser
+from fewstep.common.cpu_kernels import speed_up
 from fewstep.common.rng import Draws
+from fewstep.diffusion.config import Sampling
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.schedule import scaled_linear
+from fewstep.distillation import distill as distillation
+from fewstep.distillation import prepare as preparation
+from fewstep.distillation.config import resolve
+from fewstep.distillation.prepare import prepare
+from fewstep.inference import generator as drawing
 from fewstep.methods.config import ConsistencyConfig
 from fewstep.methods.consistency import set_scene
 from fewstep.methods.pair import Sample
-from fewstep.distillation.prepare import prepare
 from fewstep.training.roles import AdapterRoles, add_adapter
-from fewstep.diffusion.schedule import scaled_linear
-from fewstep.distillation.config import Sampling, resolve
-from fewstep.common.cpu_kernels import speed_up
 
 GRAPHS = ["student with gradient", "student", "fake", "teacher"]
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fewstep.common.choices import TO_TEACHER
 from fewstep.common.errors import UserError
+from fewstep.common.files import read_json
 from fewstep.evaluation.bootstrap import mean_figure, paired_difference
 from fewstep.evaluation.detail import (
     EdgeDensity,
@@ -32,12 +34,10 @@ from fewstep.evaluation.features import Features
 from fewstep.evaluation.frechet import FrechetDistance, Projection, frechet, moments
 from fewstep.evaluation.kid import KernelDistance, between, within
 from fewstep.evaluation.metric import Array, Figure, Identity, Pictures, check_pictures
-from fewstep_worlds.emoji8.neighbours import neighbour_shares
 from fewstep.evaluation.teacher_distance import TeacherFeatures, TeacherPixels, cosine_distance, pixel_rmse
-from fewstep_worlds.emoji8.whiteness import BackgroundLevel, WhiteShare, background, background_by_prompt
-from fewstep.common.files import read_json
-from fewstep.common.choices import TO_TEACHER
 from fewstep_worlds.emoji8 import dataset as emoji8
+from fewstep_worlds.emoji8.neighbours import neighbour_shares
+from fewstep_worlds.emoji8.whiteness import BackgroundLevel, WhiteShare, background, background_by_prompt
 
 
 class Coarse:

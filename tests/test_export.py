@@ -14,17 +14,17 @@ from safetensors.torch import load_file, save_file
 
 import tiny_pipelines
 from fewstep import export_as
-from fewstep.commands import app as cli
-from fewstep.distillation import distill as distillation
-from fewstep.commands.synthesize import CARD_PROMPTS
-from fewstep.inference.generator import load_artist
-from fewstep.common.errors import UserError
-from fewstep.export.formats import ADAPTERS, FORMS, ExportForm, offer, table
-from fewstep.students.lora_header import check_lora
 from fewstep.backbones.families import FAMILIES
 from fewstep.backbones.pipeline_folder import read_folder
-from fewstep.distillation.config import resolve
+from fewstep.commands import app as cli
+from fewstep.commands.export import CARD_PROMPTS
+from fewstep.common.errors import UserError
 from fewstep.common.safetensors_header import read_safetensors_header
+from fewstep.distillation import distill as distillation
+from fewstep.distillation.config import resolve
+from fewstep.export.formats import ADAPTERS, FORMS, ExportForm, offer, table
+from fewstep.inference.generator import load_artist
+from fewstep.students.lora_header import check_lora
 
 KINDS = tuple(dict.fromkeys(family.kind for family in FAMILIES.values()))
 MADE = {
@@ -380,7 +380,7 @@ def test_the_bundled_student_for_other_tools(tmp_path: Path) -> None:
 
 
 def _teacher() -> Path:
-    from fewstep.distillation.config import teacher_path
+    from fewstep.backbones.teachers import teacher_path
 
     return teacher_path("")
 

@@ -12,21 +12,21 @@ import torch
 from torch import Tensor
 
 from exact import Mixture, gaussian, three_modes, times_of
-from fewstep.diffusion.denoiser import Denoiser
 from fewstep.common.rng import Draws
+from fewstep.diffusion.config import Guidance
+from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.grid import end_time, training_grid
-from fewstep.methods.cost import critic_calls, student_calls
-from fewstep.methods.config import ConsistencyConfig, Guidance
-from fewstep.methods import consistency
-from fewstep.methods import next_points as points
-from fewstep.methods.consistency import consistency_loss, critic_loss, set_scene
-from fewstep.methods.pair import HeldTrajectories, Sample
-from fewstep.methods.times import draw_times
-from fewstep.methods.update_plan import Aids, terms_of
-from fewstep.methods.recipes import names, rows
 from fewstep.diffusion.schedule import FlowMatching, Path, VarianceExploding, expand, scaled_linear
 from fewstep.distillation.config import resolve
-from fewstep.term_settings import AdversarialConfig
+from fewstep.methods import consistency
+from fewstep.methods import next_points as points
+from fewstep.methods.config import AdversarialConfig, ConsistencyConfig
+from fewstep.methods.consistency import consistency_loss, critic_loss, set_scene
+from fewstep.methods.cost import critic_calls, step_cost, student_calls
+from fewstep.methods.pair import HeldTrajectories, Sample
+from fewstep.methods.recipes import names, rows
+from fewstep.methods.times import draw_times
+from fewstep.methods.update_plan import Aids, terms_of
 
 PATHS: dict[str, Path] = {"vp": scaled_linear(), "flow": FlowMatching(), "ve": VarianceExploding()}
 COUNT = 200
@@ -631,7 +631,7 @@ def test_cost_counts_a_backward_as_two() -> None:
     # CTM: two calls of the student, three Heun steps, one jump of the target, two pushes of which one with gradient,
     # features; its critic sees data and where the student's jump is pushed to; both in a quarter of the steps
     wanted["ctm"] = (2 + 6 + 1 + 2 + 1 / 4) + 2 * (2 + 1 + 1 / 4) + (1 + 1 + 2) / 4
-    assert {recipe: resolve(recipe).method.cost for recipe in wanted} == wanted
+    assert {recipe: step_cost(resolve(recipe).method) for recipe in wanted} == wanted
 
 
 NONE = "method.guidance.convention=none"

@@ -17,11 +17,12 @@ from safetensors import SafetensorError
 import fewstep
 import tiny_pipelines
 from fewstep.backbones import teachers
+from fewstep.backbones.pipeline_folder import read_folder
 from fewstep.common.arguments import checked
 from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_folder, atomic_write, os_reason
-from fewstep.backbones.pipeline_folder import read_folder
-from fewstep.distillation.config import DataConfig, Sampling
+from fewstep.data.config import DataConfig
+from fewstep.diffusion.config import Sampling
 from fewstep_worlds.emoji8 import location
 from test_plain_diffusers import random_lora
 
@@ -212,8 +213,8 @@ def test_an_export_onto_a_full_disk_is_one_line(
     form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whichever library comes to write first."""
-    from fewstep.commands import app as cli
     from fewstep.backbones import pipeline_writer as pipeline
+    from fewstep.commands import app as cli
 
     teacher = tiny_pipelines.sd(tmp_path / "sd")
     student = random_lora(teacher, tmp_path / "student")

@@ -18,13 +18,13 @@ from fewstep import export_as
 from fewstep.backbones import base
 from fewstep.backbones.base import from_network_scale, load_backbone, to_network_scale
 from fewstep.backbones.config_keys import SCHEDULERS
-from fewstep.inference.generator import load_artist
-from fewstep.common.errors import UserError
 from fewstep.backbones.pipeline_folder import read_folder
-from fewstep.diffusion.schedule import FlowMatching
 from fewstep.backbones.scheduler_config import path_of
+from fewstep.common.errors import UserError
+from fewstep.diffusion.config import Sampling
+from fewstep.diffusion.schedule import FlowMatching
+from fewstep.inference.generator import load_artist
 from fewstep.inference.schedulers.few_step import SSSScheduler
-from fewstep.distillation.config import Sampling
 
 PROMPTS = ["a red disc", "blue"]
 SEEDS = [1, 2]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fewstep_worlds.emoji8.report.gains import gains
 from fewstep.evaluation.metric import Figure
+from fewstep_worlds.emoji8.report.gains import gains
 from fewstep_worlds.emoji8.report.results import Results, Row
 
 PROMPTS = tuple(f"prompt {i}" for i in range(400))

@@ -23,12 +23,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from fewstep.common.choices import Prediction
+from fewstep.diffusion.config import Sampling
 from fewstep.diffusion.denoiser import Condition, Denoiser
 from fewstep.diffusion.draw_latents import draw_latents
-from fewstep.common.choices import Prediction
 from fewstep.diffusion.samplers import picture_noise
 from fewstep.diffusion.schedule import VariancePreserving
-from fewstep.distillation.config import Sampling
 from lockstep import Ask, run_together
 
 TEACHER = Path(__file__).resolve().parents[1] / "world" / "teacher"

@@ -12,21 +12,24 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.commands import distill as api
-from fewstep.distillation import distill as distillation
-from fewstep.commands.synthesize import export_as, synthesize
 from fewstep.backbones.base import open_backbone
-from fewstep.backbones.guidance import guidance_sinusoid
-from fewstep.inference.generator import load_artist
-from fewstep.common.errors import UserError
-from fewstep.students.lora_header import CONDITIONING
-from fewstep.backbones.pipeline_writer import teacher_sampling
 from fewstep.backbones.families import GUIDANCE_KEY
+from fewstep.backbones.guidance import guidance_sinusoid
 from fewstep.backbones.pipeline_folder import read_folder
-from fewstep.training.student import make_student
-from fewstep.training.roles import BASE
-from fewstep.distillation.config import Sampling, StudentConfig, resolve
+from fewstep.commands import distill as api
+from fewstep.commands.export import export_as
+from fewstep.commands.synthesize import synthesize
+from fewstep.common.errors import UserError
 from fewstep.common.tensors import digest, load_tensors, save_tensors
+from fewstep.diffusion.config import Sampling
+from fewstep.diffusion.denoiser import BASE
+from fewstep.distillation import distill as distillation
+from fewstep.distillation.config import resolve
+from fewstep.inference.generator import load_artist
+from fewstep.students.inference_settings import teacher_sampling
+from fewstep.students.lora_header import CONDITIONING
+from fewstep.training.config import StudentConfig
+from fewstep.training.student import make_student
 from test_matrix import stopped_in_call
 from tiny_pipelines import lcm, sd, sdxl
 

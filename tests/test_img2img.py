@@ -12,13 +12,14 @@ from PIL import Image
 
 import fewstep
 from fewstep.backbones.sd import StableDiffusion
-from fewstep.data.images import read_picture
-from fewstep.inference.generator import load_artist
+from fewstep.backbones.teachers import teacher_path
 from fewstep.common.errors import UserError
+from fewstep.data.images import read_picture
+from fewstep.diffusion.config import Sampling
 from fewstep.diffusion.draw_latents import Source
 from fewstep.diffusion.samplers import picture_noise
 from fewstep.diffusion.schedule import add_noise
-from fewstep.distillation.config import Sampling, teacher_path
+from fewstep.inference.generator import load_artist
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8.location import root
 

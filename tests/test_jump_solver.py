@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from exact import Mixture, gaussian, three_modes, times_of, two_modes_line
+from fewstep.backbones.scheduler_config import path_of
+from fewstep.common.choices import SolverName
 from fewstep.diffusion.grid import between
 from fewstep.diffusion.jump import cm_skip, first_order, land, lcm_scalings, lcm_skip, second_order
-from fewstep.common.choices import SolverName
 from fewstep.diffusion.samplers import sample_ode
 from fewstep.diffusion.schedule import Estimate, FlowMatching, Path, VarianceExploding, expand, interpret, scaled_linear
-from fewstep.backbones.scheduler_config import path_of
 from fewstep.diffusion.solver import SOLVERS, ddim, dpmpp_2s, euler, walk
 
 VP = scaled_linear()

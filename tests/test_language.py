@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.commands import distill as api
-from fewstep.inference.generator import load_artist
-from fewstep.common.rng import generator
-from fewstep.common.errors import UserError
-from fewstep.evaluation.metric import Array
 from fewstep.backbones.pipeline_folder import read_folder
+from fewstep.commands import distill as api
+from fewstep.common.errors import UserError
+from fewstep.common.rng import generator
+from fewstep.evaluation.metric import Array
+from fewstep.inference.generator import load_artist
 from fewstep.inference.multilingual.adapter import Adapter, SentenceMap, load_adapter
 from fewstep.inference.multilingual.pairs import Pair, read_pairs
 from fewstep.inference.multilingual.record import RECORD, WEIGHTS

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import tiny_pipelines
-from fewstep.commands import distill as api
-from fewstep.distillation import distill as distillation
 from fewstep.backbones.base import Backbone, load_backbone
 from fewstep.backbones.lengths import CutPrompts
+from fewstep.commands import distill as api
+from fewstep.distillation import distill as distillation
 from fewstep.distillation.config import resolve
 
 KINDS = ["sd", "sdxl", "pixart", "sd3", "flux", "sana"]

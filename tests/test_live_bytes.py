@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fewstep.distillation import reward as taste
 from fewstep.backbones.recompute import recompute_blocks
+from fewstep.distillation import reward as taste
 from fewstep.distillation.estimate import gradients_dropped
 from fewstep.training.live_bytes import LiveBytes
 

@@ -15,12 +15,12 @@ from torch import nn
 import tiny_pipelines
 from fewstep.backbones.base import Backbone, load_backbone, open_backbone
 from fewstep.data.latents import latent_set
-from fewstep.inference.generator import load_artist
-from fewstep.distillation.prepare import encoders_fingerprint, lay_out, load_teacher, read_source
-from fewstep.training.roles import networks_of
 from fewstep.distillation.config import resolve
+from fewstep.distillation.prepare import encoders_fingerprint, lay_out, load_teacher, read_source
 from fewstep.distillation.synthesis.settings import resolve_synthesis
 from fewstep.distillation.synthesis.synthesize import synthesize
+from fewstep.inference.generator import load_artist
+from fewstep.training.roles import networks_of
 
 ELSEWHERE = torch.device("meta")
 """Stands for a GPU: what is there takes no part of main memory, and cannot be computed with."""

@@ -14,18 +14,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fewstep.common.accelerator import make_accelerator
 from fewstep.common.config import Config
-from fewstep.common.rng import Draws
 from fewstep.common.errors import UserError
-from fewstep.training.config import LoopConfig, OptimConfig
-from fewstep.training.loss import Loss
+from fewstep.common.rng import Draws
 from fewstep.common.tensors import load_tensors
 from fewstep.training import checkpoint
+from fewstep.training.config import LoopConfig, OptimConfig
 from fewstep.training.ema import Ema
-from fewstep.common.accelerator import make_accelerator
 from fewstep.training.loop import Batch, Follower, Update, train
-from fewstep.training.optim import clip_gradients, make_optimizer
+from fewstep.training.loss import Loss
 from fewstep.training.lr_schedule import learning_rate
+from fewstep.training.optim import clip_gradients, make_optimizer
 from fewstep.training.run_folder import RunLog, checkpoints
 
 CPU = torch.device("cpu")

@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fewstep.backbones.base import load_backbone
-from fewstep.common.errors import UserError
-from fewstep.students.lora_header import LoraHeader, check_lora, read_header
-from fewstep.students.lora import merge_lora, read_lora, save_lora
 from fewstep.backbones.pipeline_folder import read_folder
-from fewstep.training.roles import AdapterRoles, add_adapter
-from fewstep.distillation.config import Sampling
+from fewstep.common.errors import UserError
 from fewstep.common.safetensors_header import Entry, read_safetensors_header
 from fewstep.common.tensors import save_tensors
+from fewstep.diffusion.config import Sampling
+from fewstep.students.lora import merge_lora, read_lora, save_lora
+from fewstep.students.lora_header import LoraHeader, check_lora, read_header
+from fewstep.training.roles import AdapterRoles, add_adapter
 
 RANK = 4
 SAMPLING = Sampling(sampler="sss", steps=6, gamma=0.1)
@@ -237,8 +237,8 @@ def test_a_full_student_is_a_pipeline_with_its_settings(
     from diffusers import StableDiffusionPipeline
 
     from fewstep.distillation import distill as distillation
-    from fewstep.inference.generator import load_artist
     from fewstep.distillation.config import resolve
+    from fewstep.inference.generator import load_artist
 
     config = resolve("tcd", None, [*tiny_overrides, "student.kind=full", "loop.steps=2", "sampling.steps=3"])
     folder = distillation.distill(config, tmp_path, cache=tiny_cache, quiet=True)

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 import tiny_pipelines
 from fewstep.backbones.base import load_backbone
-from fewstep.common.errors import UserError
-from fewstep.students.lora_header import base_shapes, check_lora
-from fewstep.students.lora import merge_lora, read_lora
-from fewstep.students.lora_keys import original_names
 from fewstep.backbones.pipeline_folder import PipelineFolder, read_folder
+from fewstep.backbones.single_file.sd_names import original_names
+from fewstep.common.errors import UserError
 from fewstep.common.safetensors_header import read_numbers, read_safetensors_header
+from fewstep.students.lora import merge_lora, read_lora
+from fewstep.students.lora_header import base_shapes, check_lora
 
 RANK = 4
 ALPHA = 2.0  # not the rank: the scale is one half
@@ -471,7 +471,8 @@ def test_a_foreign_lora_is_checked_at_once(folder: PipelineFolder, matrices: Mat
         seconds.append(time.process_time() - start)
     assert min(seconds) < 0.1
     code = (
-        "import sys\nfrom fewstep.backbones.pipeline_folder import read_folder\nfrom fewstep.students.lora_header import check_lora\n"
+        "import sys\nfrom fewstep.backbones.pipeline_folder import read_folder\n"
+        "from fewstep.students.lora_header import check_lora\n"
         "print(len(check_lora(sys.argv[1], read_folder(sys.argv[2])).layers), 'torch' in sys.modules)"
     )
     done = subprocess.run(

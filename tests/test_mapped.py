@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.common import rng as draws
 from fewstep.common import mapped_tensors as mapped
-from fewstep.distillation import prepare as preparation
-from fewstep.distillation import batches as samples
-from fewstep.common.rng import Draws, generator, order
+from fewstep.common import rng as draws
 from fewstep.common.mapped_tensors import MappedRows, map_tensors, tensors_in, write_rows
-from fewstep.distillation.config import resolve
+from fewstep.common.rng import Draws, generator, order
 from fewstep.common.tensors import save_tensors
+from fewstep.distillation import batches as samples
+from fewstep.distillation import prepare as preparation
+from fewstep.distillation.config import resolve
 
 FILES = mapped.MOST_OPEN + 80
 

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.distillation import distill as distillation
-from fewstep.methods import update_plan as plan
-from fewstep.inference.generator import Artist, load_artist
-from fewstep.common.rng import Draws
 from fewstep.common.files import read_json, write_json
+from fewstep.common.rng import Draws
+from fewstep.common.tensors import digest, load_tensors
+from fewstep.distillation import distill as distillation
+from fewstep.distillation.config import resolve
+from fewstep.inference.generator import Artist, load_artist
+from fewstep.methods import update_plan as plan
+from fewstep.methods.recipes import rows
 from fewstep_worlds.plane.play import Play, lay_out, measure, play_plan, train_play, training_points
 from fewstep_worlds.plane.settings import resolve_play
-from fewstep.methods.recipes import rows
-from fewstep.distillation.config import resolve
-from fewstep.common.tensors import digest, load_tensors
 
 SMALL = [
     "student.rank=2", "student.targets=[to_q,conv1]", "loop.steps=4", "loop.save_every=1", "optim.lr=0.01",

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from fewstep.commands import distill as api
-from fewstep.evaluation import run as measuring
-from fewstep.inference.generator import Artist, load_artist
 from fewstep.common.errors import UserError
+from fewstep.common.files import read_json, write_json
+from fewstep.diffusion.config import TEACHER_SAMPLING
+from fewstep.evaluation import run as measuring
 from fewstep.evaluation.detail import edge_density
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.teacher_distance import pixel_rmse
-from fewstep.common.files import read_json, write_json
-from fewstep.distillation.config import TEACHER_SAMPLING
+from fewstep.inference.generator import Artist, load_artist
 from fewstep_worlds.emoji8 import metrics as measures
 from pooled import Pooled
 

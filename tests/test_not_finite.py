@@ -12,15 +12,15 @@ from safetensors.torch import load_file, save_file
 import fewstep
 import tiny_pipelines
 from fewstep.backbones.base import load_backbone
-from fewstep.common.errors import UserError
-from fewstep.students.lora_header import base_shapes
-from fewstep.students.lora import save_lora
-from fewstep.backbones.pipeline_writer import save_pipeline
-from fewstep.common.files import atomic_folder, atomic_write
 from fewstep.backbones.pipeline_folder import read_folder, weight_files
+from fewstep.backbones.pipeline_writer import save_pipeline
+from fewstep.common.errors import UserError
+from fewstep.common.files import atomic_folder, atomic_write
 from fewstep.common.mapped_tensors import write_rows
-from fewstep.distillation.config import Sampling
 from fewstep.common.tensors import finite, save_tensors
+from fewstep.diffusion.config import Sampling
+from fewstep.students.lora import save_lora
+from fewstep.students.lora_header import base_shapes
 from fewstep.training import checkpoint
 
 BAD = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}

@@ -14,21 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from exact import Mixture, gaussian, three_modes, times_of
-from fewstep.common.config import validate
-from fewstep.diffusion.denoiser import Denoiser
-from fewstep.common.rng import Draws
-from fewstep.common.errors import UserError
-from fewstep.methods.config import ConsistencyConfig, Guidance
 from fewstep.common.choices import Prediction, omega_of
+from fewstep.common.config import validate
+from fewstep.common.errors import UserError
+from fewstep.common.rng import Draws
+from fewstep.diffusion.config import Guidance
+from fewstep.diffusion.denoiser import BASE, Denoiser
+from fewstep.diffusion.schedule import Estimate, interpret, scaled_linear, target_of
+from fewstep.distillation.batches import fetch_of
+from fewstep.distillation.config import resolve
 from fewstep.methods import next_points as points
+from fewstep.methods.config import ConsistencyConfig
 from fewstep.methods.consistency import consistency_loss, set_scene, target_lands
+from fewstep.methods.cost import step_calls
 from fewstep.methods.distances import feature_distance, huber, huber_norm, l2
 from fewstep.methods.pair import Sample
 from fewstep.methods.times import draw_times
-from fewstep.training.roles import BASE
-from fewstep.distillation.batches import fetch_of
-from fewstep.diffusion.schedule import Estimate, interpret, scaled_linear, target_of
-from fewstep.distillation.config import resolve
 
 PATH = scaled_linear()
 TCD = ConsistencyConfig()
@@ -402,7 +403,7 @@ def test_the_loss_falls_in_thirty_steps(recipe: str, small: list[str], tiny_cach
 def test_what_a_teachers_call_costs_is_what_is_stated(guidance: dict[str, Any], empty: float, teacher: int) -> None:
     """The unconditional half of a call is skipped for all samples or for none, in whichever batch."""
     config = validate(ConsistencyConfig, {"grid": 8, "k": 1, "guidance": guidance})
-    assert config.calls["teacher"] == teacher
+    assert step_calls(config)["teacher"] == teacher
     asked, said = [], torch.tensor([[1.0], [2.0], [3.0], [4.0]])
 
     def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:

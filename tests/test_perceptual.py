@@ -13,14 +13,16 @@ from PIL import Image
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from fewstep.commands.synthesize import train_perceptual
 from fewstep.backbones.base import Backbone, load_backbone
+from fewstep.commands.train_latent_lpips import train_perceptual
+from fewstep.common.accelerator import make_accelerator
 from fewstep.common.config import validate
 from fewstep.common.device import pick_device
-from fewstep.common.rng import Draws
 from fewstep.common.errors import UserError
-from fewstep.evaluation import lite0_weights
 from fewstep.common.files import read_json, write_json
+from fewstep.common.rng import Draws
+from fewstep.diffusion.schedule import VariancePreserving
+from fewstep.evaluation import lite0_weights
 from fewstep.methods.distances import feature_distance
 from fewstep.methods.latent_lpips import bank as banks
 from fewstep.methods.latent_lpips import network as networks
@@ -34,8 +36,6 @@ from fewstep.methods.latent_lpips.record import load_perceptual
 from fewstep.methods.latent_lpips.settings import NetworkConfig, PairConfig, PerceptualConfig
 from fewstep.methods.latent_lpips.target import Lite0Stages, decoder, pair_distances
 from fewstep.methods.latent_lpips.train import fit, log_error, make_perceptual, pair_weights
-from fewstep.diffusion.schedule import VariancePreserving
-from fewstep.common.accelerator import make_accelerator
 from fewstep.training.run_folder import RunLog, checkpoints
 
 SMALL = NetworkConfig(widths=(8, 12), blocks=(1, 1))

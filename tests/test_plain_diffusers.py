@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fewstep.commands import distill as api
-from fewstep.students.lora import save_lora
 from fewstep.backbones.families import UNET_TARGETS
 from fewstep.backbones.pipeline_folder import read_folder
-from fewstep.distillation.config import Sampling
+from fewstep.commands import distill as api
+from fewstep.diffusion.config import Sampling
+from fewstep.students.lora import save_lora
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 AFTER = """

@@ -10,11 +10,13 @@ from typing import get_args
 import pytest
 import torch
 
-import fewstep
 from exact import gaussian, three_modes, times_of
+from fewstep.common.choices import Prediction
 from fewstep.common.errors import UserError
 from fewstep.common.files import read_json
-from fewstep.common.choices import Prediction
+from fewstep.diffusion.schedule import FlowMatching, expand, interpret, scaled_linear
+from fewstep_worlds.plane.api import play as play_all
+from fewstep_worlds.plane.api import playground
 from fewstep_worlds.plane.mixture import rice_mean, ring
 from fewstep_worlds.plane.planar import Planar
 from fewstep_worlds.plane.play import (
@@ -27,9 +29,7 @@ from fewstep_worlds.plane.play import (
     train_play,
     training_points,
 )
-from fewstep_worlds.plane.play import play as play_all
 from fewstep_worlds.plane.settings import PathName, resolve_play
-from fewstep.diffusion.schedule import FlowMatching, expand, interpret, scaled_linear
 
 # a wider step of the teacher, so that a short run goes far
 SHORT = [
@@ -191,7 +191,7 @@ def test_the_verb_draws_its_figure(tmp_path: Path) -> None:
     from PIL import Image
 
     words = ["base_steps=3", "loop.steps=3", "count=200", "shown=200", "steps=[1,2]", "width=16", "loop.batch=16"]
-    figure = fewstep.playground("lcm, tcd-s", out=tmp_path / "play", overrides=words)
+    figure = playground("lcm, tcd-s", out=tmp_path / "play", overrides=words)
     with Image.open(figure) as image:
         assert image.size[0] > 500
     figures = read_json(tmp_path / "play" / "figures.json")
@@ -200,7 +200,7 @@ def test_the_verb_draws_its_figure(tmp_path: Path) -> None:
     rows = (tmp_path / "play" / "table.md").read_text().splitlines()
     assert [row.split(" | ")[0] for row in rows[2:]] == ["| lcm", *["| tcd-s"] * 3]
     with pytest.raises(UserError, match=r"recipe = 'tdc' is not one of"):
-        fewstep.playground(["tdc"], out=tmp_path / "no")
+        playground(["tdc"], out=tmp_path / "no")
     with pytest.raises(UserError, match=r"unknown key pth; the nearest known one is path"):
-        fewstep.playground("tcd", out=tmp_path / "no", overrides="pth=flow")
+        playground("tcd", out=tmp_path / "no", overrides="pth=flow")
     assert not (tmp_path / "no").exists()

@@ -10,8 +10,7 @@ import pytest
 
 import test_family
 import test_objective
-from fewstep.methods import consistency
-from fewstep.methods import times
+from fewstep.methods import consistency, times
 from fewstep.methods.recipes import rows
 
 FAULTS = {
@@ -26,7 +25,7 @@ FAULTS = {
     "k never its smallest": ("most.clamp(max=config.k_low)", "most.clamp(max=config.k_low + 1)"),
     "t_{n+k} never pure noise": ("len(grid) // apart) + 1)", "len(grid) // apart - 1) + 1)"),
 }
-"""What is written in `objectives/times.py`, and the fault in its place."""
+"""What is written in `methods/times.py`, and the fault in its place."""
 
 CHECKS: dict[str, Callable[[], None]] = {
     **{f"times of {recipe}": lambda recipe=recipe: test_family.test_times_of_every_recipe(recipe) for recipe in rows()},

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from fewstep.common.errors import UserError
+from fewstep.evaluation.metric import Figure, Identity
 from fewstep_worlds.emoji8.report.claims import Claim, claims, claims_table
 from fewstep_worlds.emoji8.report.curves import gamma_figure, gamma_panels, step_panels, svg
 from fewstep_worlds.emoji8.report.lines import headline, lines, paired, summary
-from fewstep.evaluation.metric import Figure, Identity
 from fewstep_worlds.emoji8.report.page import embed_grid, write_report
 from fewstep_worlds.emoji8.report.results import Results, Row, load_results, save_results
 from fewstep_worlds.emoji8.report.step_table import step_table, table1

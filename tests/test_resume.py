@@ -36,8 +36,8 @@ def figures(folder: Path) -> list[dict[str, Any]]:
 
 def test_how_a_step_is_computed_may_change(tiny_overrides: list[str], tiny_cache: Path, tmp_path: Path) -> None:
     """Resumed in two micro-batches, with checkpointing: the steps of the run that was not, and not those of another."""
-    from fewstep.distillation import distill as distillation
     from fewstep.common.errors import UserError
+    from fewstep.distillation import distill as distillation
     from fewstep.distillation.config import resolve
 
     def go(out: str, *words: str) -> dict[str, torch.Tensor]:
@@ -156,8 +156,8 @@ def test_resuming_equals_going_on(
 ) -> None:
     """Stopped in step 4, after the checkpoint of step 2: weights, averages and figures bit for bit."""
     from fewstep.distillation import distill as distillation
-    from fewstep.methods import update_plan as family
     from fewstep.distillation.config import resolve
+    from fewstep.methods import update_plan as family
 
     words = [*tiny_overrides, *SMALL, f"student.kind={kind}", f"method.target={target}", "optim.ema=0.8"]
     config = resolve(recipe, None, words)

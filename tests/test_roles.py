@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fewstep.diffusion.denoiser import Condition
+from fewstep.diffusion.denoiser import BASE, Condition
+from fewstep.training.config import StudentConfig
+from fewstep.training.roles import AdapterRoles, SeparateRoles, add_adapter, copy_role
 from fewstep.training.student import Student, make_student, unique_bytes
-from fewstep.training.roles import BASE, AdapterRoles, SeparateRoles, add_adapter, copy_role
-from fewstep.distillation.config import StudentConfig
 
 TARGETS = ["to_q", "to_v", "to_out.0", "proj_in", "ff.net.2", "conv1", "conv_shortcut", "time_emb_proj"]
 ROLES = ("student", "target", "fake")

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from exact import Mixture, gaussian, three_modes, times_of
-from fewstep.common.config import validate
-from fewstep.diffusion.denoiser import Condition, Denoiser
-from fewstep.common.errors import UserError
-from fewstep.diffusion.grid import end_time, inference_times
-from fewstep.diffusion.draw_latents import draw_latents
-from fewstep.diffusion.jump import Step, first_order, lcm_skip, second_order
 from fewstep.common.choices import End, GammaLaw, Prediction, SamplerName, SolverName, omega_of
+from fewstep.common.config import validate
+from fewstep.common.errors import UserError
+from fewstep.diffusion.config import Sampling
+from fewstep.diffusion.denoiser import Condition, Denoiser
+from fewstep.diffusion.draw_latents import draw_latents
+from fewstep.diffusion.grid import end_time, inference_times
+from fewstep.diffusion.jump import Step, first_order, lcm_skip, second_order
 from fewstep.diffusion.samplers import (
     Jumper,
     check_gamma,
@@ -39,7 +40,6 @@ from fewstep.diffusion.schedule import (
     expand,
     scaled_linear,
 )
-from fewstep.distillation.config import Sampling
 
 VP = scaled_linear()
 PATHS: dict[str, Path] = {"vp": VP, "flow": FlowMatching(), "ve": VarianceExploding(20.0)}

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.denoiser import Denoiser
-from fewstep.common.errors import UserError
+from fewstep.backbones.scheduler_config import NOISE_APART, path_of, sigmas_at
 from fewstep.common.choices import Prediction
+from fewstep.common.errors import UserError
+from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.schedule import (
     PREDICTIONS,
     PURE_NOISE,
@@ -24,7 +25,6 @@ from fewstep.diffusion.schedule import (
     scaled_linear,
     target_of,
 )
-from fewstep.backbones.scheduler_config import NOISE_APART, path_of, sigmas_at
 
 PATHS: dict[str, Path] = {"vp": scaled_linear(), "flow": FlowMatching(), "ve": VarianceExploding()}
 

@@ -13,18 +13,18 @@ from torch import Tensor
 
 import tiny_pipelines
 from exact import three_modes
-from fewstep.inference.generator import load_artist
+from fewstep.backbones.scheduler_config import path_of, settled
+from fewstep.common.choices import End, GammaLaw, Jump
 from fewstep.common.errors import UserError
+from fewstep.diffusion.config import Sampling
 from fewstep.diffusion.grid import inference_times, times_within, training_grid
 from fewstep.diffusion.jump import student_step
-from fewstep.common.choices import End, GammaLaw, Jump
 from fewstep.diffusion.samplers import sample_consistency, sample_sss
 from fewstep.diffusion.schedule import FlowMatching, add_noise, scaled_linear
-from fewstep.inference.schedulers.checks import SchedulerError
-from fewstep.backbones.scheduler_config import path_of, settled
+from fewstep.inference.generator import load_artist
 from fewstep.inference.schedulers.base import FewStepScheduler
+from fewstep.inference.schedulers.checks import SchedulerError
 from fewstep.inference.schedulers.few_step import ConsistencyScheduler, SSSScheduler
-from fewstep.distillation.config import Sampling
 
 PROMPTS = ["a red disc", "a blue ring"]
 SEEDS = [5, 6]

@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from fewstep.distillation import distill as distillation
-from fewstep.distillation.checks import check_distillation
+from fewstep.backbones.pipeline_folder import read_folder
+from fewstep.common.errors import UserError
 from fewstep.data import shards
 from fewstep.data.buckets import bucketed
 from fewstep.data.images import from_folder
 from fewstep.data.prompts import is_prompt_file, is_shards
 from fewstep.data.shards import expanded, find_shards, from_shards
-from fewstep.common.errors import UserError
-from fewstep.backbones.pipeline_folder import read_folder
+from fewstep.distillation import distill as distillation
+from fewstep.distillation.checks import check_distillation
 from fewstep.distillation.config import resolve
 
 

@@ -15,16 +15,16 @@ from PIL import Image
 
 import tiny_pipelines
 from conftest import COLOURS, SHAPES, draw_shape
-from fewstep.distillation import estimate as cost
-from fewstep.distillation import distill as distillation
-from fewstep.distillation import prepare as preparation
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.sd import StableDiffusion
-from fewstep.data.latents import known
-from fewstep.data.images import Captioned, HeldPictures
-from fewstep.data.visits import used
-from fewstep.common.rng import order
 from fewstep.common.errors import UserError
+from fewstep.common.rng import order
+from fewstep.data.images import Captioned, HeldPictures
+from fewstep.data.latents import known
+from fewstep.data.visits import used
+from fewstep.distillation import distill as distillation
+from fewstep.distillation import estimate as cost
+from fewstep.distillation import prepare as preparation
 from fewstep.distillation.config import resolve
 from fewstep.training import run_folder
 

@@ -18,14 +18,12 @@ from torch import Tensor
 import tiny_pipelines
 from fewstep.backbones import teachers
 from fewstep.backbones.base import load_backbone
-from fewstep.common.errors import UserError
-from fewstep.backbones.single_file.sd_checkpoint import checkpoint_weights, renamed, unet_keys
-from fewstep.backbones.single_file import known_configs
-from fewstep.backbones.single_file import recognise
-from fewstep.backbones.single_file import vocabulary
+from fewstep.backbones.single_file import known_configs, recognise, vocabulary
 from fewstep.backbones.single_file.components import config_only, held_by, network_of
 from fewstep.backbones.single_file.known_configs import configs
 from fewstep.backbones.single_file.recognise import Checkpoint
+from fewstep.backbones.single_file.sd_checkpoint import checkpoint_weights, renamed, unet_keys
+from fewstep.common.errors import UserError
 from fewstep.common.safetensors_header import Entry, read_safetensors_header
 from test_teachers import sd3_original
 

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, BertModel
 
 from fewstep.backbones.sd import encode_text
-from fewstep.common.rng import Draws, generator
+from fewstep.common.accelerator import make_accelerator
 from fewstep.common.errors import UserError
+from fewstep.common.rng import Draws, generator
 from fewstep.evaluation.lite0 import make_lite0
 from fewstep.evaluation.lite0_weights import load_weights
 from fewstep.training.config import LoopConfig
-from fewstep.common.accelerator import make_accelerator
 from fewstep_worlds.emoji8.teacher.train import write_teacher
 from fewstep_worlds.stickers import accuracy, autoencoder, reader, reader_report, teacher, teacher_report, text
 from fewstep_worlds.stickers.claim import Claim, Facts, facts_of, full_claim, holds

@@ -17,10 +17,10 @@ import pytest
 import torch
 
 import tiny_pipelines
-from fewstep.common.rng import Draws
 from fewstep.common.files import read_json
-from fewstep.training.loss import Loss
+from fewstep.common.rng import Draws
 from fewstep.training.loop import Batch
+from fewstep.training.loss import Loss
 from fewstep.training.run_folder import checkpoints, last_step
 from fewstep.training.stopping import StoppedError
 from test_loop import lines, run, single, weights
@@ -131,7 +131,7 @@ def test_any_number_of_steps_is_no_list(tmp_path: Path) -> None:
 def test_a_signal_during_the_imports_is_one_line(number: int, delay: float) -> None:
     """From the command's first line on: what comes before that is the interpreter's own start."""
     script = "from fewstep.training import stopping; stopping.installed(stopping.end_at_once); print('.', flush=True)"
-    words = [sys.executable, "-c", f"{script}; import fewstep.commands.app; fewstep.commands.app.main(['sample', 'a doggy'])"]
+    words = [sys.executable, "-c", f"{script}; from fewstep.commands import app; app.main(['sample', 'a doggy'])"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None

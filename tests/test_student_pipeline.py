@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 
 import fewstep
 import tiny_pipelines
-from fewstep.distillation import distill as distillation
-from fewstep.inference.generator import load_artist
-from fewstep.common.errors import UserError
-from fewstep.students.lora_header import check_lora
 from fewstep.backbones.pipeline_folder import read_folder
-from fewstep.distillation.config import resolve
+from fewstep.common.errors import UserError
 from fewstep.common.safetensors_header import read_safetensors_header
+from fewstep.distillation import distill as distillation
+from fewstep.distillation.config import resolve
+from fewstep.inference.generator import load_artist
+from fewstep.students.lora_header import check_lora
 
 PROMPTS = ["a red disc", "blue"]
 SEEDS = [1, 2]

@@ -16,22 +16,22 @@ import pytest
 import torch
 
 import fewstep
-from fewstep.commands import app as cli
 from fewstep.backbones.base import Backbone, load_backbone
 from fewstep.backbones.sd import StableDiffusion
-from fewstep.diffusion.denoiser import Denoiser
-from fewstep.inference.generator import artist_of
+from fewstep.commands import app as cli
 from fewstep.common.errors import UserError
 from fewstep.common.files import read_json, write_json
+from fewstep.diffusion.config import Sampling
+from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.draw_latents import draw_latents
-from fewstep.methods.config import ConsistencyConfig
 from fewstep.diffusion.samplers import picture_noise
-from fewstep.distillation.config import Sampling
 from fewstep.diffusion.solver import ddim, guided_output, step_from_stored
 from fewstep.distillation.synthesis.planning import sample_bytes
 from fewstep.distillation.synthesis.reader import Synthesis, read_synthesis
 from fewstep.distillation.synthesis.settings import resolve_synthesis
 from fewstep.distillation.trajectories import draw_trajectories
+from fewstep.inference.generator import artist_of
+from fewstep.methods.config import ConsistencyConfig
 
 PROMPTS = ["a red disc", "a blue ring", "a red disc", "a green bar"]
 WALKS = ["each=2", "grid=5", "shard=3", "batch=2", "guidance.low=1", "empty_prompts=0.3", "device=cpu", "seed=3"]
@@ -337,8 +337,7 @@ def test_broken_files_are_noticed_and_made_again(
 def test_while_it_is_mended_a_set_is_not_finished(
     make: Callable[..., Synthesis], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    from fewstep.distillation.synthesis import shards
-    from fewstep.distillation.synthesis import synthesize
+    from fewstep.distillation.synthesis import shards, synthesize
 
     found = make(kind="latents")
     before = contents(found.folder)

@@ -17,20 +17,20 @@ from torch import Tensor
 
 from conftest import COLOURS, SHAPES, draw_shape
 from fewstep.backbones.base import encode_pictures, load_backbone
-from fewstep.data.images import Captioned, HeldPictures
-from fewstep.common.rng import Draws
+from fewstep.common.accelerator import make_accelerator
 from fewstep.common.errors import UserError
+from fewstep.common.rng import Draws
+from fewstep.data.images import Captioned, HeldPictures
+from fewstep.diffusion.config import TEACHER_SAMPLING
+from fewstep.diffusion.schedule import VariancePreserving, scaled_linear
 from fewstep.training.config import LoopConfig, OptimConfig
 from fewstep.training.loss import Loss
-from fewstep.diffusion.schedule import VariancePreserving, scaled_linear
-from fewstep.distillation.config import TEACHER_SAMPLING
-from fewstep.common.accelerator import make_accelerator
 from fewstep_worlds.emoji8 import dataset as emoji8
-from fewstep_worlds.emoji8.teacher import train as teacher
+from fewstep_worlds.emoji8.config import DecoderConfig, TeacherConfig, UnetConfig, VaeConfig
 from fewstep_worlds.emoji8.teacher import decoder as train_decoder
+from fewstep_worlds.emoji8.teacher import train as teacher
 from fewstep_worlds.emoji8.teacher import unet as train_unet
 from fewstep_worlds.emoji8.teacher import vae as train_vae
-from fewstep_worlds.emoji8.config import DecoderConfig, TeacherConfig, UnetConfig, VaeConfig
 
 CPU = torch.device("cpu")
 TINY_VAE = VaeConfig(channels=(8, 8, 8, 8), groups=4, latent_channels=4)
@@ -501,7 +501,7 @@ def test_a_teacher_from_start_to_end_stopped_between_its_parts(
     """What is done is not done again, the folder comes out the same, and diffusers draws with it."""
     from diffusers import StableDiffusionPipeline
 
-    from fewstep.backbones.pipeline_writer import teacher_sampling
+    from fewstep.students.inference_settings import teacher_sampling
 
     loop = LoopConfig(steps=2, batch=4, save_every=1, precision="fp32")
     config = TeacherConfig(

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 import tiny_pipelines
 from fewstep.backbones import teachers
 from fewstep.backbones.base import load_backbone
-from fewstep.common.errors import UserError
 from fewstep.backbones.single_file.sd_checkpoint import checkpoint_weights
+from fewstep.common.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -204,8 +204,8 @@ def test_a_pickle_is_refused_with_the_command_that_converts_it(suffix: str, tmp_
 
 def test_a_pickle_where_weights_should_be_is_named_with_the_command(tmp_path: Path) -> None:
     """In a pipeline's folder, as a LoRA, in a LoRA's folder."""
-    from fewstep.students.lora_header import check_lora
     from fewstep.backbones.pipeline_folder import read_folder
+    from fewstep.students.lora_header import check_lora
 
     folder = tiny_pipelines.sd(tmp_path / "tiny")
     own = read_folder(folder)

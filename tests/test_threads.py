@@ -12,7 +12,9 @@ import pytest
 
 from fewstep.common import threads
 
-CHILD = "from fewstep.common.threads import wait_briefly; wait_briefly(); import torch; torch.ones(9).sum(); print('done')"
+CHILD = (
+    "from fewstep.common.threads import wait_briefly; wait_briefly(); import torch; torch.ones(9).sum(); print('done')"
+)
 
 
 @pytest.mark.parametrize(

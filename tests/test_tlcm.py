@@ -11,19 +11,20 @@ import pytest
 import torch
 
 from fewstep import synthesize
-from fewstep.distillation import distill as distillation
-from fewstep.distillation.checks import check_distillation
-from fewstep.data import images as pictures
-from fewstep.inference.generator import load_artist
-from fewstep.common.rng import Draws
+from fewstep.backbones.pipeline_folder import read_folder
 from fewstep.common.errors import UserError
 from fewstep.common.files import read_json
-from fewstep.backbones.pipeline_folder import read_folder
+from fewstep.common.rng import Draws
+from fewstep.common.tensors import digest, load_tensors
+from fewstep.data import images as pictures
+from fewstep.distillation import distill as distillation
+from fewstep.distillation.batches import fetch_of
+from fewstep.distillation.checks import check_distillation
+from fewstep.distillation.config import DistillConfig, resolve
+from fewstep.inference.generator import load_artist
+from fewstep.methods.cost import step_calls
 from fewstep.methods.stratified_times import in_turn
 from fewstep.training.student import unique_bytes
-from fewstep.distillation.batches import fetch_of
-from fewstep.distillation.config import DistillConfig, resolve
-from fewstep.common.tensors import digest, load_tensors
 from fewstep_worlds.emoji8 import dataset as emoji8
 from scorer_references import write_clip
 from test_matrix import stopped_in_call
@@ -162,7 +163,7 @@ def test_evaluations_are_counted_and_as_stated(whole: tuple[DistillConfig, Path]
     config, out = whole
     for folder, stage in zip(sorted((out / "stages").iterdir()), config.each_stage(), strict=True):
         counted = read_json(folder / "evaluations.json")["a_sample_and_step"]
-        stated = dict(stage.method.calls)
+        stated = dict(step_calls(stage.method))
         stated["student"] = stated["student"] + stated.pop("target", 0)
         if stage.method.start == "rollout":  # as many steps as the points are clean that were drawn
             loop, lengths = stage.loop, torch.tensor(stage.method.rollout_steps)
@@ -362,8 +363,8 @@ def test_r1_is_taken_beside_fused_attention(tiny_pipeline: Path) -> None:
     """The teacher as it is loaded: fused attention has no second derivative, which R1's gradient is made of."""
     from fewstep.backbones.base import load_backbone
     from fewstep.methods.adversarial import discriminate
+    from fewstep.methods.config import AdversarialConfig
     from fewstep.methods.discriminator import FeatureCritic
-    from fewstep.term_settings import AdversarialConfig
 
     backbone = load_backbone(tiny_pipeline)
     text = {"text": torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(0))}

@@ -13,26 +13,25 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.common.config import validate
-from fewstep.diffusion.denoiser import Denoiser
-from fewstep.common.rng import Draws
 from fewstep.common.errors import UserError
+from fewstep.common.rng import Draws
+from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.grid import inference_times, training_grid
-from fewstep.methods.cost import fake_calls, starting_calls
-from fewstep.methods.config import ConsistencyConfig
+from fewstep.diffusion.samplers import diffuse, start_size
+from fewstep.diffusion.schedule import FlowMatching, Path, VarianceExploding, add_noise, expand, scaled_linear
+from fewstep.diffusion.solver import ddim
+from fewstep.distillation.config import resolve
 from fewstep.methods.adversarial import discriminate, generator_loss
+from fewstep.methods.config import AdversarialConfig, ConsistencyConfig
 from fewstep.methods.consistency import compared_at, consistency_loss, critic_loss, set_scene, student_lands
+from fewstep.methods.cost import fake_calls, starting_calls, step_calls
 from fewstep.methods.distribution_matching import NORMALISERS, drawn_noise, fake_loss, fake_points, matching_loss
+from fewstep.methods.pair import HeldTrajectories, Sample, Scene
 from fewstep.methods.preference import other_prompts, preference_loss
 from fewstep.methods.stratified_times import in_turn
-from fewstep.methods.pair import HeldTrajectories, Sample, Scene
 from fewstep.methods.update_plan import Aids, SceneOnce, terms_of
 from fewstep_worlds.plane.mixture import Mixture, one_gaussian, ring, times_of
 from fewstep_worlds.plane.planar import Planar, PlanarCritic
-from fewstep.diffusion.samplers import diffuse, start_size
-from fewstep.diffusion.schedule import FlowMatching, Path, VarianceExploding, add_noise, expand, scaled_linear
-from fewstep.distillation.config import resolve
-from fewstep.diffusion.solver import ddim
-from fewstep.term_settings import AdversarialConfig
 
 PATHS: dict[str, Path] = {"vp": scaled_linear(), "flow": FlowMatching(), "ve": VarianceExploding()}
 UNGUIDED = {"convention": "none"}
@@ -354,7 +353,7 @@ def test_each_stage_of_the_recipe_updates_its_roles_as_often_as_the_paper() -> N
     assert (last.loop.steps, last.loop.batch) == (5_000, 4)
     assert last.loop.steps // last.method.adversarial.every == 1_000
     assert last.method.matching.fit == "sample"
-    assert last.method.calls["fake"] == pytest.approx(1 + 1 / 5)
+    assert step_calls(last.method)["fake"] == pytest.approx(1 + 1 / 5)
     (quick,) = resolve("tlcm", None, ["loop.steps=15500", "stages.matching.share=1000"]).each_stage()[3:]
     assert quick.loop.steps // quick.method.student_every == 200
 

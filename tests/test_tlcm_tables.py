@@ -15,17 +15,17 @@ from torch import Tensor
 
 from fewstep.common.config import validate
 from fewstep.common.errors import UserError
+from fewstep.distillation.config import DistillConfig
+from fewstep.methods.cost import step_cost
+from fewstep.methods.rewards.reward import PreferenceScorer
+from fewstep.training.config import LoopConfig
+from fewstep_worlds.emoji8 import dataset as emoji8
+from fewstep_worlds.emoji8.config import OpinionConfig, ScorerConfig, TlcmConfig
 from fewstep_worlds.emoji8.scorers.agreement import save_scorer
 from fewstep_worlds.emoji8.scorers.network import Scorer
-from fewstep.evaluation.limits import ScorerConfig
-from fewstep.training.config import LoopConfig
-from fewstep.methods.rewards.reward import PreferenceScorer
-from fewstep.distillation.config import DistillConfig
-from fewstep_worlds.emoji8 import dataset as emoji8
-from fewstep_worlds.emoji8.studies import tlcm
 from fewstep_worlds.emoji8.scorers.reward import load_world_scorer
 from fewstep_worlds.emoji8.scorers.second_scorer import second_opinion
-from fewstep_worlds.emoji8.config import OpinionConfig, TlcmConfig
+from fewstep_worlds.emoji8.studies import tlcm
 
 
 class Words:
@@ -124,7 +124,7 @@ def test_lcm_and_tcd_take_as_many_evaluations(shop: Any) -> None:
     for recipe, lr in (("lcm", 3e-4), ("tcd", 1e-3)):
         shop.shop.student(recipe)
         config = shop.made[recipe]
-        a_step = config.method.cost * config.loop.batch
+        a_step = step_cost(config.method) * config.loop.batch
         assert 0 <= shop.shop.evaluations - config.loop.steps * a_step < a_step
         assert config.optim.lr == lr
         assert config.data.source == "emoji8"

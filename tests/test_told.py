@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.denoiser import tell
+from fewstep.diffusion.denoiser import BASE, tell
+from fewstep.diffusion.schedule import scaled_linear
+from fewstep.diffusion.time_conditioning import Ear, ToldEmbedding, sinusoid
+from fewstep.training.config import StudentConfig
+from fewstep.training.student import Student, make_student
 from fewstep_worlds.plane.mixture import ring
 from fewstep_worlds.plane.planar import Planar, Plane
-from fewstep.training.student import Student, make_student
-from fewstep.training.roles import BASE
-from fewstep.diffusion.schedule import scaled_linear
-from fewstep.distillation.config import StudentConfig
-from fewstep.diffusion.time_conditioning import Ear, ToldEmbedding, sinusoid
 
 PATH = scaled_linear()
 B = 12
@@ -113,11 +112,11 @@ def test_a_student_that_is_told_s_is_trained_saved_and_drawn_with(
     """LoRA and full: the file beside it is read back, and the pictures are those of the student in memory."""
     import numpy as np
 
-    from fewstep.distillation import distill as distillation
-    from fewstep.inference.generator import Artist, load_artist
     from fewstep.common.errors import UserError
-    from fewstep.students.lora_header import CONDITIONING
+    from fewstep.distillation import distill as distillation
     from fewstep.distillation.config import resolve
+    from fewstep.inference.generator import Artist, load_artist
+    from fewstep.students.lora_header import CONDITIONING
 
     for kind in ("lora", "full"):
         words = [*tiny_overrides, f"student.kind={kind}", "optim.lr=0.02", "loop.steps=4"]
@@ -163,11 +162,11 @@ def test_attached_to_a_diffusers_pipeline_it_draws_what_we_draw(
     from diffusers import StableDiffusionPipeline
 
     import fewstep
-    from fewstep.distillation import distill as distillation
-    from fewstep.inference.generator import load_artist
     from fewstep.common.errors import UserError
-    from fewstep.students.conditioning_file import read_told
+    from fewstep.distillation import distill as distillation
     from fewstep.distillation.config import resolve
+    from fewstep.inference.generator import load_artist
+    from fewstep.students.conditioning_file import read_told
 
     def student(recipe: str, words: list[str]) -> Path:
         config = resolve(recipe, None, [*tiny_overrides, "optim.lr=0.05", "loop.steps=3", *words])
@@ -233,8 +232,8 @@ def test_what_cannot_be_attached_is_refused(
     from diffusers import UNet2DConditionModel
 
     import fewstep
-    from fewstep.distillation import distill as distillation
     from fewstep.common.errors import UserError
+    from fewstep.distillation import distill as distillation
     from fewstep.distillation.config import resolve
 
     unet = UNet2DConditionModel.from_pretrained(tiny_pipeline / "unet", local_files_only=True)

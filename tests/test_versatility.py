@@ -12,23 +12,23 @@ import torch
 
 from conftest import COLOURS, SHAPES, draw_shape
 from fewstep.backbones.base import load_backbone
-from fewstep.data.latents import latent_set
-from fewstep.data.images import Captioned, HeldPictures
+from fewstep.backbones.teachers import teacher_path
 from fewstep.common.errors import UserError
-from fewstep.distillation.prepare import encoders_fingerprint
-from fewstep.distillation.config import teacher_path
 from fewstep.common.tensors import save_tensors
+from fewstep.data.images import Captioned, HeldPictures
+from fewstep.data.latents import latent_set
+from fewstep.distillation.prepare import encoders_fingerprint
 from fewstep_worlds.emoji8 import api
 from fewstep_worlds.emoji8 import dataset as emoji8
-from fewstep_worlds.emoji8.metrics import agreement, lite0
 from fewstep_worlds.emoji8.config import AddOnConfig, VersatilityConfig
+from fewstep_worlds.emoji8.metrics import agreement, lite0
 from fewstep_worlds.emoji8.studies.addons import image_effects as looks
-from fewstep_worlds.emoji8.studies.addons import training
 from fewstep_worlds.emoji8.studies.addons import tasks as tasks_module
+from fewstep_worlds.emoji8.studies.addons import training
+from fewstep_worlds.emoji8.studies.addons.context import Workshop
 from fewstep_worlds.emoji8.studies.addons.figure import by_place, columns, kept_share, measure, tables
 from fewstep_worlds.emoji8.studies.addons.pipelines import Who, asked, can_draw, drawn, drawn_after, images, pipeline
 from fewstep_worlds.emoji8.studies.addons.tasks import TASKS, people_of
-from fewstep_worlds.emoji8.studies.addons.context import Workshop
 
 
 def solid(*colours: tuple[int, int, int], size: int = 16) -> np.ndarray:

@@ -21,19 +21,18 @@ from torch.utils._pytree import tree_leaves
 import tiny_pipelines
 from fewstep.backbones.base import Backbone, load_backbone
 from fewstep.common.config import validate
+from fewstep.common.device import sent
+from fewstep.common.mapped_tensors import Rows
+from fewstep.common.rng import Draws
 from fewstep.data.latents import LatentSet
 from fewstep.diffusion.denoiser import Denoiser
-from fewstep.common.device import sent
-from fewstep.common.rng import Draws
-from fewstep.training.config import OptimConfig
-from fewstep.common.mapped_tensors import Rows
 from fewstep.methods.config import ConsistencyConfig
 from fewstep.methods.pair import Sample
 from fewstep.methods.start_points import STARTS, noises
 from fewstep.methods.update_plan import family_plan, roles_of
-from fewstep.training.student import make_student
-from fewstep.distillation.config import StudentConfig
+from fewstep.training.config import OptimConfig, StudentConfig
 from fewstep.training.loop import Batch, Update, _Running
+from fewstep.training.student import make_student
 
 META = torch.device("meta")
 MADE = (torch.tensor, torch.as_tensor, Tensor.new_tensor)

@@ -12,16 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from fewstep.distillation import distill as distillation
-from fewstep.distillation import validation as watch
-from fewstep.distillation.estimate import count_checks
-from fewstep.common.rng import Draws
 from fewstep.common.errors import UserError
 from fewstep.common.files import read_json
-from fewstep.training.loss import Loss
+from fewstep.common.rng import Draws
+from fewstep.distillation import distill as distillation
+from fewstep.distillation import validation as watch
 from fewstep.distillation.batches import fetch_of
 from fewstep.distillation.config import resolve
+from fewstep.distillation.estimate import count_checks
 from fewstep.training.loop import Batch
+from fewstep.training.loss import Loss
 from fewstep_worlds.emoji8 import dataset as emoji8
 from pooled import Pooled
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from fewstep.common.errors import UserError
-from fewstep_worlds.emoji8 import neighbours
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.metric import Array, Pictures
-from fewstep_worlds.emoji8.whiteness import Whiteness
 from fewstep_worlds.emoji8 import dataset as emoji8
+from fewstep_worlds.emoji8 import neighbours
 from fewstep_worlds.emoji8.dataset import Emoji8, Record
 from fewstep_worlds.emoji8.metrics import Gallery, metrics, real_diversity
+from fewstep_worlds.emoji8.whiteness import Whiteness
 
 FAMILY = "family: man, girl"
 TRAINED = (

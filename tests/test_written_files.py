@@ -16,13 +16,14 @@ from torch import Tensor
 import fewstep
 import tiny_pipelines
 from fewstep.backbones.base import load_backbone
-from fewstep.export.formats import FORMS
-from fewstep.students.lora_header import base_shapes, check_lora
-from fewstep.students.lora import folded, merge_lora, read_lora, save_lora, unfolded
 from fewstep.backbones.pipeline_folder import read_folder
-from fewstep.inference.schedulers.few_step import ConsistencyScheduler, SSSScheduler
-from fewstep.distillation.config import Sampling, StudentConfig
+from fewstep.diffusion.config import Sampling
 from fewstep.distillation.save_student import starting_weights
+from fewstep.export.formats import FORMS
+from fewstep.inference.schedulers.few_step import ConsistencyScheduler, SSSScheduler
+from fewstep.students.lora import folded, merge_lora, read_lora, save_lora, unfolded
+from fewstep.students.lora_header import base_shapes, check_lora
+from fewstep.training.config import StudentConfig
 
 PIPELINES = {
     "sd": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline", "sd3": "StableDiffusion3Pipeline",

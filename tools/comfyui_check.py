@@ -27,13 +27,13 @@ from torch import Tensor
 
 from fewstep import export_as
 from fewstep.backbones.base import load_backbone
-from fewstep.inference.generator import load_artist
-from fewstep.students.lora_header import read_header
-from fewstep.students.lora import save_lora
-from fewstep.students.inference_settings import travelling
 from fewstep.backbones.pipeline_folder import read_folder
+from fewstep.diffusion.config import Sampling
+from fewstep.inference.generator import load_artist
+from fewstep.students.inference_settings import travelling
+from fewstep.students.lora import save_lora
+from fewstep.students.lora_header import read_header
 from fewstep.training.roles import AdapterRoles, add_adapter
-from fewstep.distillation.config import Sampling
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT, SIZE = "an octopus on a bicycle", 256

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from fewstep.backbones.base import load_backbone
 from fewstep.common.compilation import compile_networks, eagerly
+from fewstep.diffusion.denoiser import BASE
+from fewstep.training.config import StudentConfig
+from fewstep.training.roles import networks_of
 from fewstep.training.student import make_student
-from fewstep.training.roles import BASE, networks_of
-from fewstep.distillation.config import StudentConfig
 from perf.task import Task
 
 ROLES = ("student", "target", "fake")

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from fewstep.backbones.teachers import teacher_path
 from fewstep.common.files import atomic_folder
-from fewstep.distillation.config import teacher_path
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"

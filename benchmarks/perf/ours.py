@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from fewstep.distillation.distill import update_plan
-from fewstep.distillation.prepare import Run, prepare
+from fewstep.common.accelerator import make_accelerator
 from fewstep.distillation.batches import fetch_of
 from fewstep.distillation.config import DistillConfig, resolve
-from fewstep.common.accelerator import make_accelerator
+from fewstep.distillation.distill import update_plan
+from fewstep.distillation.prepare import Run, prepare
 from fewstep.training.loop import Batch, train
 from fewstep.training.run_folder import RunLog
 from perf.task import Task, words

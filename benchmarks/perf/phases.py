@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from fewstep.common.config import Config
-from fewstep.diffusion.denoiser import Call
-from fewstep.training.roles import BASE
+from fewstep.diffusion.denoiser import BASE, Call
 from fewstep.training.run_folder import Bar, RunLog
 from perf.ours import LossOf, Ours, go
 from perf.task import WARM

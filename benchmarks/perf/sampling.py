@@ -11,12 +11,13 @@ import torch
 
 from fewstep.backbones.base import load_backbone
 from fewstep.common.compilation import compile_networks
-from fewstep.diffusion.denoiser import Condition, Denoiser
 from fewstep.common.device import DTYPES
+from fewstep.diffusion.config import Sampling
+from fewstep.diffusion.denoiser import Condition, Denoiser
 from fewstep.inference.generator import Artist, at_once, load_artist
 from fewstep.students.lora import save_lora
+from fewstep.training.config import StudentConfig
 from fewstep.training.student import make_student
-from fewstep.distillation.config import Sampling, StudentConfig
 from perf.task import Task
 from perf.timing import Timed, rounds
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from fewstep.backbones.config_checks import check_merges
 from fewstep.backbones.lengths import words_beyond
-from fewstep.diffusion.denoiser import Condition
-from fewstep.common.errors import UserError
 from fewstep.backbones.pipeline_folder import PipelineFolder, read_folder, weight_variant
 from fewstep.backbones.scheduler_config import path_of, prediction_of
+from fewstep.common.errors import UserError
 from fewstep.common.tensors import check_finite
+from fewstep.diffusion.denoiser import Condition
 
 UNUSED = "pooler."
 """What a text encoder may lack: pictures are drawn from its states alone."""

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.diffusion.denoiser import Condition
 from fewstep.backbones.families import GUIDANCE_WIDTH
+from fewstep.diffusion.denoiser import Condition
 
 
 def guidance_width(network: nn.Module) -> int | None:

@@ -20,12 +20,12 @@ from fewstep.backbones.config_checks import (
     check_widths,
     defaults_of,
 )
-from fewstep.common.errors import UserError, nearest
 from fewstep.backbones.families import CONSISTENCY, FAMILIES, Family
-from fewstep.common.files import read_mapping, sha256
-from fewstep.common.choices import Told
-from fewstep.backbones.unsafe_weights import advice, first_pickle
 from fewstep.backbones.scheduler_config import check_terminal_snr, settled
+from fewstep.backbones.unsafe_weights import advice, first_pickle
+from fewstep.common.choices import Told
+from fewstep.common.errors import UserError, nearest
+from fewstep.common.files import read_mapping, sha256
 from fewstep.common.safetensors_header import read_safetensors_header
 
 WEIGHTS = "*.safetensors"

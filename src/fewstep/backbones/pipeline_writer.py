@@ -11,15 +11,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fewstep.common.config import validate
 from fewstep.backbones.families import CONSISTENCY, SD
-from fewstep.common.files import atomic_folder, final_path, read_mapping, write_json
 from fewstep.backbones.pipeline_folder import LIBRARIES, PipelineFolder, read_folder, weight_files, weight_variant
 from fewstep.backbones.scheduler_config import BETAS, is_flow
-from fewstep.distillation.config import TEACHER_SAMPLING, Sampling
+from fewstep.common.config import validate
+from fewstep.common.files import final_path, read_mapping, write_json
+from fewstep.diffusion.config import Sampling
 
 if TYPE_CHECKING:  # its settings are read before torch is
-    from torch import Tensor, nn
+    from torch import nn
 
 RECORD = "fewstep.json"
 """The file that holds the settings; diffusers does not mind it."""
@@ -30,25 +30,8 @@ PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.onnx")
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
 
 
-def save_pipeline(
-    target: Path, base: Path, network: nn.Module, record: Mapping[str, Any], told: Mapping[str, Tensor] | None = None
-) -> Path:
-    """Write a pipeline folder as a whole; arguments as `write_pipeline`'s.
-
-    Raises:
-        UserError: the place cannot be written to.
-    """
-    with atomic_folder(target) as part:
-        write_pipeline(part, base, network, record, told)
-    return target
-
-
-def write_pipeline(
-    place: Path, base: Path, network: nn.Module, record: Mapping[str, Any], told: Mapping[str, Tensor] | None = None
-) -> None:
+def write_pipeline(place: Path, base: Path, network: nn.Module, record: Mapping[str, Any]) -> None:
     """Copy the pipeline folder `base` with another denoiser; write `record` (with a `sampling` entry), if any, beside.
-
-    `told` are the weights of what the denoiser is told by, if anything (`export.conditioning`).
 
     Of the base come the components that its model_index.json names and its licences; its card and pictures do not
     speak of the student. The new index names what diffusers can load (`loadable_index`).
@@ -56,7 +39,6 @@ def write_pipeline(
     Raises:
         UserError: a number of the denoiser is not finite.
     """
-    from fewstep.students.conditioning_file import save_told
     from fewstep.common.tensors import check_finite
 
     saver: Any = network
@@ -71,7 +53,6 @@ def write_pipeline(
     write_json(place / "model_index.json", index)
     copy_licences(base, place)
     saver.save_pretrained(place / folder.network, safe_serialization=True)
-    save_told(place, told or {})
     if record:
         (place / RECORD).write_text(json.dumps(dict(record), indent=2) + "\n", encoding="utf-8")
 
@@ -162,41 +143,3 @@ def read_record(pipeline: Path) -> dict[str, Any]:
     """
     path = pipeline / RECORD
     return read_mapping(path) if path.is_file() else {}
-
-
-def sampling_of(pipeline: Path) -> Sampling | None:
-    """The settings that a pipeline folder brings along; None for one that has no record.
-
-    Raises:
-        UserError: the record is broken.
-    """
-    record = read_record(pipeline)
-    return validate(Sampling, record.get("sampling", {})) if record else None
-
-
-def teacher_sampling(pipeline: Path) -> Sampling:
-    """How a teacher's folder is sampled: as its own record says, else by `TEACHER_SAMPLING`.
-
-    A consistency model without a record is sampled as diffusers' LatentConsistencyModelPipeline does by default.
-
-    Raises:
-        UserError: the record is broken.
-    """
-    own = sampling_of(pipeline)
-    folder = read_folder(pipeline) if own is None else None
-    if folder is None or not folder.consistency:
-        return own or TEACHER_SAMPLING
-    grid = folder.config("scheduler").get("original_inference_steps", 50)
-    return validate(Sampling, {"sampler": "lcm", "steps": 4, "omega": 7.5, "grid": grid})
-
-
-def end_point_sampling(pipeline: Path) -> Sampling:
-    """How the end points of a teacher are drawn: as `teacher_sampling`, unless that is a student's few steps.
-
-    Raises:
-        UserError: the record is broken.
-    """
-    own = teacher_sampling(pipeline)
-    if own.sampler == "lcm" and read_folder(pipeline).consistency:  # no solver follows its trajectories
-        return own
-    return TEACHER_SAMPLING if own.sampler in ("sss", "lcm") else own

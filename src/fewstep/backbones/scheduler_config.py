@@ -11,8 +11,8 @@ from itertools import accumulate, pairwise
 from operator import mul
 from typing import TYPE_CHECKING, Any
 
-from fewstep.common.errors import UserError, nearest
 from fewstep.common.choices import Prediction
+from fewstep.common.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from fewstep.diffusion.schedule import Path
@@ -29,7 +29,7 @@ BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trai
 NOISE_KEYS = (*BETAS, "prediction_type", "shift", "use_dynamic_shifting")
 """What is taken over from another scheduler even where it is that scheduler's own default, which is not ours."""
 NO_SIGNAL = 1e-24
-"""alpha^2 that stands for 0 (zero terminal SNR), as in `schedule.NO_SIGNAL`."""
+"""alpha^2 that stands for 0 (zero terminal SNR), as in `diffusion.schedule.NO_SIGNAL`."""
 NOISE_APART = 1e-4
 """How far a noise level, as the angle whose sine is sigma, may lie from the one in a student's file: rounding, no more.
 
@@ -146,7 +146,7 @@ def _laplace(share: float) -> float:
 
 
 def sigmas_at(config: Mapping[str, Any], times: Iterable[float]) -> list[float] | None:
-    """sigma at some times of an indexed path, as `schedule.VariancePreserving` has it, without torch.
+    """sigma at some times of an indexed path, as `diffusion.schedule.VariancePreserving` has it, without torch.
 
     None of a schedule that is none: `path_of` refuses it.
     """

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fewstep.backbones.guidance import guidance_input
 from fewstep.backbones.unet import UNetBackbone
-from fewstep.diffusion.denoiser import Condition
 from fewstep.common.files import read_mapping
+from fewstep.diffusion.denoiser import Condition
 
 
 class StableDiffusionXL(UNetBackbone):

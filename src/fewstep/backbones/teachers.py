@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.backbones.config_keys import SCHEDULERS
-from fewstep.common.errors import UserError
-from fewstep.students.lora_header import read_notes
-from fewstep.backbones.pipeline_writer import LICENCES, RECORD
 from fewstep.backbones.families import FAMILIES
-from fewstep.common.files import alone, atomic_folder, cache_root, read_mapping, write_json
 from fewstep.backbones.pipeline_folder import VARIANTS, weight_files
-from fewstep.backbones.unsafe_weights import advice, is_pickle
+from fewstep.backbones.pipeline_writer import LICENCES, RECORD
 from fewstep.backbones.scheduler_config import BETAS, PREDICTIONS
 from fewstep.backbones.single_file.known_configs import config_folder
 from fewstep.backbones.single_file.recognise import Checkpoint, recognise
 from fewstep.backbones.single_file.vocabulary import clip_vocabulary
-from fewstep.common.safetensors_header import read_safetensors_header
+from fewstep.backbones.unsafe_weights import advice, is_pickle
+from fewstep.common.defaults import world
+from fewstep.common.errors import UserError
+from fewstep.common.files import alone, atomic_folder, cache_root, read_mapping, write_json
+from fewstep.common.safetensors_header import metadata_record, read_safetensors_header
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 """owner/name, and a revision behind @ if one is meant."""
@@ -121,7 +121,7 @@ def taken_apart(file: Path, config: Path | None) -> Path:
         UserError: as `teacher_folder`.
     """
     metadata, entries = read_safetensors_header(file)
-    notes = read_notes(file)  # of a student that was exported as one file: it brings its settings
+    notes = metadata_record(metadata, "fewstep", file)  # the settings of a student that was exported as one file
     checkpoint = recognise(file, metadata, entries, notes)
     if config is None:
         config = _known_config(file, checkpoint)
@@ -167,7 +167,7 @@ def _take_apart(file: Path, config: Path, checkpoint: Checkpoint, part: Path) ->
     """Write a checkpoint as a pipeline folder."""
     from fewstep.backbones.single_file.components import write_components
 
-    notes = read_notes(file)
+    notes = metadata_record(read_safetensors_header(file)[0], "fewstep", file)
     said = write_components(file, config, checkpoint, part)
     if notes:
         write_json(part / RECORD, notes)
@@ -247,3 +247,23 @@ def _reason(error: BaseException) -> str:
     names = {kind.__name__ for one in chain for kind in type(one).__mro__}
     known = next((words for name, words in REASONS.items() if name in names), None)
     return known or re.split(r"(?<=[a-z)])\. ", " ".join(str(error).split()))[0] or type(error).__name__
+
+
+def teacher_path(named: str | Path) -> Path:
+    """The teacher's folder: the named one (a folder, or a hub id), or the bundled one for "".
+
+    Raises:
+        UserError: as `backbones.teachers.teacher_folder`.
+    """
+    return teacher_folder(named) if named else world("teacher").root() / "teacher"
+
+
+def named_teacher(teacher: Path | str, config: Path | str = "") -> str:
+    """What settings name a teacher by: its folder, made first where it is a single file; empty for the bundled one.
+
+    Raises:
+        UserError: as `backbones.teachers.teacher_folder`; a config without a teacher.
+    """
+    if config and not teacher:
+        raise UserError(f"config = {str(config)!r} goes with a single-file teacher; name one, or leave it out")
+    return str(teacher_folder(teacher, config)) if teacher else ""

@@ -35,11 +35,12 @@ from fewstep.commands.options import (
     echo_figures,
     say,
 )
-from fewstep.common.errors import UserError
-from fewstep.evaluation.limits import FD_ADVISED
-from fewstep.common.files import os_reason
 from fewstep.common.choices import TO_TEACHER
+from fewstep.common.defaults import installed_world
+from fewstep.common.errors import UserError
+from fewstep.common.files import os_reason
 from fewstep.common.threads import wait_briefly
+from fewstep.evaluation.limits import FD_ADVISED
 
 
 def settings_help(config: BaseModel, prefix: str = "") -> list[str]:
@@ -57,45 +58,25 @@ def settings_help(config: BaseModel, prefix: str = "") -> list[str]:
 @app.command()
 def recipes(settings: Annotated[bool, typer.Option(help="List every setting too.")] = False) -> None:
     """List the bundled recipes, and with --settings everything that a recipe or -s can set, verb by verb."""
-    from fewstep.inference.multilingual.settings import AdapterConfig
-    from fewstep.methods.latent_lpips.settings import PerceptualConfig
-    from fewstep_worlds.plane.settings import PlayConfig
-    from fewstep.methods.recipes import names
     from fewstep.distillation.config import DistillConfig
     from fewstep.distillation.synthesis.settings import SynthesisConfig
-    from fewstep_worlds.emoji8.config import (
-        AgreementConfig,
-        BenchmarkConfig,
-        ChineseConfig,
-        DemoConfig,
-        FamilyConfig,
-        RewardConfig,
-        TeacherConfig,
-        TlcmConfig,
-        VersatilityConfig,
-    )
+    from fewstep.inference.multilingual.settings import AdapterConfig
+    from fewstep.methods.latent_lpips.settings import PerceptualConfig
+    from fewstep.methods.recipes import names
 
     for name in names():
         typer.echo(name)
     if settings:
         typer.echo("\nsettings of distill (recipe < --config file < -s key=value):")
         typer.echo("\n".join(settings_help(DistillConfig())))
-        verbs = (
-            ("synthesize", SynthesisConfig),
-            ("train-perceptual", PerceptualConfig),
-            ("playground", PlayConfig),
-            ("demo", DemoConfig),
-            ("benchmark", BenchmarkConfig),
-            ("family", FamilyConfig),
-            ("tlcm", TlcmConfig),
-            ("chinese", ChineseConfig),
-            ("versatility", VersatilityConfig),
-            ("train-adapter", AdapterConfig),
-            ("train-teacher", TeacherConfig),
-        )
-        for verb, config in (*verbs, ("train-scorer", AgreementConfig), ("train-reward", RewardConfig)):
+        verbs = {
+            "synthesize": SynthesisConfig(),
+            "train-perceptual": PerceptualConfig(),
+            "train-adapter": AdapterConfig(),
+        }
+        for verb, config in {**verbs, **(bundled.configs() if bundled else {})}.items():
             typer.echo(f"\nsettings of {verb} (-s key=value):")
-            typer.echo("\n".join(settings_help(config())))
+            typer.echo("\n".join(settings_help(config)))
 
 
 def split_configs(given: list[Path]) -> tuple[Path | None, Path | str]:
@@ -188,7 +169,7 @@ def sample(
     Examples: fewstep sample "a doggy, fluent 3d style" --steps 4 --out doggy.png
     fewstep sample "a doggy, noto style" --image doggy.png --strength 0.7 --out noto.png
     """
-    from fewstep.commands import distill as api
+    from fewstep.commands import sample as api
 
     path = api.sample(
         prompts or [],
@@ -243,7 +224,7 @@ def evaluate(
 
     Example: fewstep evaluate --prompt-file prompts.txt --lora runs/tcd/student --steps 4
     """
-    from fewstep.commands import distill as api
+    from fewstep.commands import evaluate as api
 
     figures = api.evaluate(
         prompt_file=prompt_file,
@@ -276,27 +257,11 @@ def evaluate(
     say(f"wrote {out / 'figures.json'}")
 
 
-@app.command()
-def playground(
-    recipes: Annotated[str, typer.Option(help="Recipes, with commas between; a row of the figure each.")] = (
-        "lcm,tcd,ctm,pcm"
-    ),
-    out: Annotated[Path, typer.Option(help="Folder; runs that were stopped go on.")] = Path("runs/playground"),
-    overrides: Overrides = None,
-) -> None:
-    """Train recipes in the plane beside an exact teacher, a minute or so each, and draw what their jumps do.
+import fewstep.commands.tools  # noqa: F401  (adds its verbs)
 
-    Example: fewstep playground --recipes lcm,tcd,tcd-s -s path=flow
-    """
-    from fewstep.commands import distill as api
-
-    path = api.playground(recipes, out=out, overrides=overrides or [])
-    say((path.parent / "table.md").read_text(encoding="utf-8"))
-    say(f"wrote {path}, table.md and figures.json beside it")
-
-
-import fewstep.cli_tools
-import fewstep_worlds.emoji8.cli  # noqa: F401  (after this module's own verbs, so that help lists them last)
+bundled = installed_world()
+if bundled is not None:
+    bundled.add_commands(app)  # after this module's own verbs, so that help lists them last
 
 
 def one_line(error: object) -> str:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fewstep.common.config import parse_overrides
 from fewstep.common.choices import TO_TEACHER
+from fewstep.common.config import parse_overrides
 
 if TYPE_CHECKING:
     from fewstep.evaluation.metric import Figure
@@ -63,7 +63,7 @@ Sampled = Annotated[
 
 def drawing(overrides: list[str] | None, **options: object) -> dict[str, Any]:
     """Changes to the sampling settings: the options that were given, then -s over them."""
-    from fewstep.distillation.config import Sampling
+    from fewstep.diffusion.config import Sampling
 
     return {key: value for key, value in options.items() if value is not None} | parse_overrides(
         overrides or [], Sampling

@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import InitProcessGroupKwargs
 
+from fewstep.common.choices import Precision
 from fewstep.common.device import pick_precision
 from fewstep.common.errors import UserError
-from fewstep.common.choices import Precision
 
 PATIENCE = timedelta(hours=6)
 """How long processes wait for each other. The main one judges students while the others wait, and shares of a data set

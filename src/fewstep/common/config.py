@@ -7,6 +7,7 @@ Every config of the project is a frozen pydantic model. What is laid over its de
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -14,8 +15,8 @@ from typing import Any, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from fewstep.common import core_yaml
-from fewstep.common.text import read_text
 from fewstep.common.errors import UserError, nearest
+from fewstep.common.text import read_text
 
 
 class Config(BaseModel):
@@ -228,3 +229,11 @@ def first_difference(old: Any, new: Any, prefix: str = "") -> str:
             if old.get(key) != new.get(key):
                 return first_difference(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
     return f"{prefix} ({old!r}, now {new!r})"
+
+
+def as_pair(size: Any) -> Any:
+    """Return a size of pictures as (width, height): 96, [96, 64] and "96x64" are understood; others as they are."""
+    if isinstance(size, str):
+        found = re.fullmatch(r"\s*(\d+)(?:\s*[x×,]\s*(\d+))?\s*", size)
+        return (int(found[1]), int(found[2] or found[1])) if found else size
+    return (size, size) if isinstance(size, int) and not isinstance(size, bool) else size

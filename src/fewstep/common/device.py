@@ -10,8 +10,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from fewstep.common.errors import UserError, nearest
 from fewstep.common.choices import Precision, check_device
+from fewstep.common.errors import UserError, nearest
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """A precision's name -> torch's type."""

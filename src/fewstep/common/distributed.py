@@ -4,7 +4,7 @@ Under `torchrun` or `accelerate launch` every process runs the same program, eac
 of them, the main one, alone writes, draws and judges. A process that raises must not leave the others waiting:
 what one of them does alone stands in `together`, whose end is the same for all.
 
-The launch is known from `training.launch.make_accelerator` on. Before it, and with one process, everything here
+The launch is known from `common.accelerator.make_accelerator` on. Before it, and with one process, everything here
 does nothing.
 """
 

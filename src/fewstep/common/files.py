@@ -16,8 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from fewstep.common.text import read_text
 from fewstep.common.errors import UserError
+from fewstep.common.text import read_text
 
 OS_ERROR = re.compile(r"\[Errno \d+\] ([^:'\"()\[\]]+)|([^:'\"()\[\]]+) \(os error \d+\)")
 """How Python and libraries in Rust (safetensors, tokenizers) spell an error of the operating system inside a text."""

@@ -15,7 +15,7 @@ def commit() -> str:
 
     "not a checkout" for an installed package.
     """
-    here = Path(__file__).resolve().parents[2]
+    here = Path(__file__).resolve().parents[3]
     if not (here / ".git").exists():
         return "not a checkout"
 

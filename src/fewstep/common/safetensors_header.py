@@ -123,3 +123,18 @@ def read_numbers(path: Path, entries: Mapping[str, Entry]) -> dict[str, float]:
                 raise UserError(f"{path}: {name!r} is not one number: {error}") from error
             numbers[name] = value
     return numbers
+
+
+def metadata_record(metadata: Mapping[str, str], key: str, file: Path) -> dict[str, Any]:
+    """Return a JSON record from the metadata of a safetensors file; empty if the key is absent.
+
+    Raises:
+        UserError: no JSON object.
+    """
+    try:
+        record = json.loads(metadata.get(key, "{}"))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise UserError(f"{file} has broken metadata: {error}") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{file} has broken metadata: {key} is no mapping")
+    return record

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.data.images import Captioned, PictureFiles, read_cropped, size_of
-from fewstep.common.rng import generator
-from fewstep.common.errors import UserError
 from fewstep.backbones.pipeline_folder import check_side
+from fewstep.common.errors import UserError
 from fewstep.common.mapped_tensors import Rows
+from fewstep.common.rng import generator
+from fewstep.data.images import Captioned, PictureFiles, read_cropped, size_of
 
 Shape = tuple[int, int]
 """(width, height) in pixels."""

@@ -17,8 +17,8 @@ from io import StringIO
 from typing import Any, NamedTuple
 from unicodedata import normalize
 
-from fewstep.common.text import decode, lines_of
 from fewstep.common.errors import UserError
+from fewstep.common.text import decode, lines_of
 
 SUFFIXES = (
     *(".png", ".webp", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jfif", ".jpe", ".apng", ".mpo"),

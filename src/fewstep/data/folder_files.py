@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from fewstep.common.errors import UserError
 from fewstep.data.captions import LISTS, is_hidden, is_list, is_picture, kind_of, no_picture
 from fewstep.data.prompts import check_suffix
-from fewstep.common.errors import UserError
 
 
 @dataclass(frozen=True)

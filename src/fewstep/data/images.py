@@ -15,10 +15,10 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, ImageOps
 
+from fewstep.common.errors import UserError
 from fewstep.data.captions import in_words, is_picture, match
 from fewstep.data.folder_files import FolderFiles, check_pictures
 from fewstep.data.pixels import eight_bits, is_deep_png
-from fewstep.common.errors import UserError
 
 
 class PictureSet(Protocol):

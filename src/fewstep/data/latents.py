@@ -13,17 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.common.run_inputs import PARTS, items
-from fewstep.data.buckets import BucketedFiles, BucketedLatents
-from fewstep.data.images import Captioned, PictureSet
-from fewstep.data.row_store import Batches, StoredRows, fill, lacking, read_rows
 from fewstep.common.device import sent
-from fewstep.common.rng import Draws
 from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_write
 from fewstep.common.mapped_tensors import Mapped, Rows, tensors_in
+from fewstep.common.rng import Draws
+from fewstep.common.run_inputs import PARTS, items
 from fewstep.common.safetensors_header import read_safetensors_header
 from fewstep.common.tensors import load_tensors, save_tensors
+from fewstep.data.buckets import BucketedFiles, BucketedLatents
+from fewstep.data.images import Captioned, PictureSet
+from fewstep.data.row_store import Batches, StoredRows, fill, lacking, read_rows
 
 CHUNK = 512
 """Pictures read and encoded at a time."""
@@ -271,7 +271,7 @@ class Known:
         pictures, captions: names of their stores; of prompts alone the first is "no-pictures".
         said: the distinct captions.
         rows: int64 [N, c]: which of them belong to which item.
-        parts: fingerprints of what makes it up, by name (`training.run.ITEMS`).
+        parts: fingerprints of what makes it up, by name (`training.run_folder.ITEMS`).
     """
 
     pictures: str

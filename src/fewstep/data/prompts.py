@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from fewstep.common.errors import UserError
 from fewstep.common.text import lines_of, read_text
 from fewstep.data.captions import SUFFIXES
-from fewstep.common.errors import UserError
 
 ONE_A_LINE = "write one prompt a line into a .txt file"
 NO_PROMPTS = {

@@ -18,10 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fewstep.common import distributed as processes
+from fewstep.common.distributed import together
 from fewstep.common.errors import UserError
 from fewstep.common.files import alone, atomic_write, sweep
 from fewstep.common.mapped_tensors import Mapped, MappedRows, tensors_in
-from fewstep.common.distributed import together
 from fewstep.common.tensors import save_tensors
 
 ROWS = "rows"

@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from fewstep.common.errors import UserError
+from fewstep.common.files import read_mapping, write_json
 from fewstep.data.captions import BESIDE, Matched, is_hidden, is_list, is_picture, kind_of, match
 from fewstep.data.images import SCALED, Captioned, PictureFiles
 from fewstep.data.pixels import HEAD, is_deep_png
-from fewstep.common.errors import UserError
-from fewstep.common.files import read_mapping, write_json
 
 FORMAT = 2
 """Of the lists of members that are kept; others are made again."""

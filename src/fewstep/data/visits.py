@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from fewstep.data.latents import Known, Wanted, drawn_captions
 from fewstep.common.rng import Draws
+from fewstep.data.latents import Known, Wanted, drawn_captions
 
 
 def used(

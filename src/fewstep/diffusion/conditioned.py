@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fewstep.common.choices import Told
 from fewstep.diffusion.denoiser import Condition, Denoiser, tell
 from fewstep.diffusion.jump import Denoise, Step
-from fewstep.common.choices import Told
 from fewstep.diffusion.samplers import Jumper
 from fewstep.diffusion.schedule import Estimate, index_of
 

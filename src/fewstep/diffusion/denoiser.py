@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.common.errors import UserError
 from fewstep.common.choices import Prediction
+from fewstep.common.errors import UserError
 from fewstep.diffusion.schedule import PURE_NOISE, Estimate, Path, expand, interpret
 
 Condition = Mapping[str, Tensor]
@@ -106,3 +106,11 @@ class Denoiser:
         with_prompt, without = _wide(both).chunk(2)
         w = expand(omega, with_prompt)
         return self.interpret(with_prompt + w * (with_prompt - without), x_t, t)
+
+
+BASE = "teacher"
+"""The role without adapter."""
+
+
+FAKE = "fake"
+"""The role that follows what the student draws (distribution matching); it starts as the teacher and stays apart."""

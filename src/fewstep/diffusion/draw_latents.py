@@ -8,13 +8,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fewstep.diffusion.conditioned import Voice
+from fewstep.diffusion.config import Sampling
 from fewstep.diffusion.denoiser import Condition, Denoiser
 from fewstep.diffusion.grid import times_within
 from fewstep.diffusion.jump import student_step
-from fewstep.diffusion.conditioned import Voice
-from fewstep.diffusion.samplers import picture_noise, sample_consistency, sample_ode, sample_sde_dpmpp_2m, sample_sss, start_size
+from fewstep.diffusion.samplers import (
+    picture_noise,
+    sample_consistency,
+    sample_ode,
+    sample_sde_dpmpp_2m,
+    sample_sss,
+    start_size,
+)
 from fewstep.diffusion.schedule import Path, add_noise
-from fewstep.distillation.config import Sampling
 
 
 @dataclass(frozen=True)

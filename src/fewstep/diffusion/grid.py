@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fewstep.common.errors import UserError, nearest_divisor
 from fewstep.common.choices import End, Spacing
+from fewstep.common.errors import UserError, nearest_divisor
 from fewstep.diffusion.schedule import Path, VarianceExploding, VariancePreserving, share_of
 
 KARRAS = 7.0

@@ -54,7 +54,7 @@ def second_order(
 
     Onto clean data (sigma_s = 0) and from pure noise (alpha_t = 0) lambda is infinite and there is no mid-point, and at
     s = t there is no way between: those samples take the first-order step, and their second call is spent on the same
-    point again. `sampler.sample_ode`, which knows its times beforehand, does not make it.
+    point again. `diffusion.samplers.sample_ode`, which knows its times beforehand, does not make it.
     """
     alpha_t, sigma_t, alpha_s, sigma_s = (part(when) for when in (t, s) for part in (path.alpha, path.sigma))
     lone = (sigma_s == 0) | (alpha_t < PURE_NOISE) | (t == s)

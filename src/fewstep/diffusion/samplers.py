@@ -13,10 +13,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from fewstep.common.choices import End, GammaLaw, SolverName
 from fewstep.common.errors import UserError
 from fewstep.diffusion.grid import end_time
 from fewstep.diffusion.jump import Denoise, Step, land
-from fewstep.common.choices import End, GammaLaw, SolverName
 from fewstep.diffusion.schedule import PURE_NOISE, Estimate, Path, VarianceExploding, VariancePreserving, expand
 from fewstep.diffusion.solver import SOLVERS, ddim
 

@@ -13,8 +13,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.jump import Denoise, Step, first_order, land, second_order
 from fewstep.common.choices import Prediction, SolverName
+from fewstep.diffusion.jump import Denoise, Step, first_order, land, second_order
 from fewstep.diffusion.schedule import PURE_NOISE, Path, expand, interpret
 
 ddim: Step = first_order
@@ -30,7 +30,8 @@ def euler(denoise: Denoise, path: Path, x_t: Tensor, t: Tensor, s: Tensor) -> Te
 
     One call. On the same two times it is DDIM exactly: alpha_s (x_t/alpha_t + (rho_s - rho_t) eps)
     = alpha_s x0 + sigma_s eps. It is kept apart because people ask for it by name. From pure noise
-    (alpha_t = 0, where y and rho are infinite; `schedule.PURE_NOISE`) that second form is the limit, and is taken.
+    (alpha_t = 0, where y and rho are infinite; `diffusion.schedule.PURE_NOISE`) that second form is the limit, and is
+    taken.
     """
     at_t = denoise(x_t, t)
     pure = path.alpha(t) < PURE_NOISE
@@ -41,7 +42,7 @@ def heun(denoise: Denoise, path: Path, x_t: Tensor, t: Tensor, s: Tensor) -> Ten
     """Heun's step in sigma (EDM, arXiv 2206.00364, algorithm 1): the mean of the slopes eps at both ends. Two calls.
 
     Local error O(h^3). Onto clean data and from pure noise it is Euler's step, as EDM's last one; the second call of
-    those samples is spent on the first point again, and `sampler.sample_ode` does not make it.
+    those samples is spent on the first point again, and `diffusion.samplers.sample_ode` does not make it.
     """
     at_t = denoise(x_t, t)
     lone = (path.sigma(s) == 0) | (path.alpha(t) < PURE_NOISE) | (t == s)
@@ -94,7 +95,7 @@ def step_from_stored(
 ) -> Tensor:
     """The guided DDIM step from a stored point x_t at t to any cleaner s, under any omega.
 
-    It equals `solver.ddim` with the guided teacher there, to the precision that the three tensors are stored in.
+    It equals `ddim` with the guided teacher there, to the precision that the three tensors are stored in.
 
     Args:
         prediction: what the stored outputs are.

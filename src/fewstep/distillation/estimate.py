@@ -15,17 +15,18 @@ from torch import Tensor, nn
 
 from fewstep.common import distributed as processes
 from fewstep.common.compilation import eagerly
-from fewstep.data.latents import LatentSet
 from fewstep.common.device import DTYPES, MOST_FILLED, free_memory, pick_precision
-from fewstep.common.rng import Draws, order
 from fewstep.common.errors import UserError
 from fewstep.common.mapped_tensors import Rows
-from fewstep.training.student import unique_bytes
-from fewstep.distillation.config import DistillConfig
+from fewstep.common.rng import Draws, order
 from fewstep.common.sharding import is_split
+from fewstep.data.latents import LatentSet
+from fewstep.distillation.config import DistillConfig
 from fewstep.distillation.nfe_counter import in_words
+from fewstep.methods.cost import step_calls, step_cost
 from fewstep.training.live_bytes import LiveBytes
 from fewstep.training.loop import Batch, Update
+from fewstep.training.student import unique_bytes
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def count_checks(config: DistillConfig, seconds_per_step: float) -> Checks | Non
     first = pictures * config.watch.teacher_steps * (2 if config.method.guidance.mean_omega > 0 else 1)
     each = pictures * sampling.steps * (2 if sampling.omega > 0 else 1)
     count = math.ceil(config.loop.steps / every)
-    evaluations = config.loop.batch / processes.count() * config.method.cost
+    evaluations = config.loop.batch / processes.count() * step_cost(config.method)
     return Checks(first, each, count, (first + count * each) * seconds_per_step / evaluations)
 
 
@@ -243,7 +244,7 @@ def estimate(
         held,
         trained,
         kept_bytes(data.latents) + sum(kept_bytes(rows) for rows in data.table.values()),
-        config.method.calls,
+        step_calls(config.method),
         activations,
         torch.cuda.max_memory_allocated(device) if on_gpu else None,
         checks=count_checks(config, spent),

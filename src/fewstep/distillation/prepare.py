@@ -16,8 +16,18 @@ from torch import Tensor, nn
 
 from fewstep.backbones.base import Backbone, open_backbone
 from fewstep.backbones.lengths import CutPrompts
-from fewstep.common.run_inputs import PARTS
+from fewstep.backbones.pipeline_folder import PipelineFolder, read_folder
+from fewstep.backbones.teachers import teacher_path
 from fewstep.common.compilation import compile_networks, eagerly
+from fewstep.common.cpu_kernels import speed_up
+from fewstep.common.defaults import check_world_size, world
+from fewstep.common.device import DTYPES, MOST_FILLED, free_memory, pick_precision
+from fewstep.common.distributed import main_first, tell
+from fewstep.common.errors import UserError
+from fewstep.common.files import sha256
+from fewstep.common.rng import order
+from fewstep.common.run_inputs import PARTS
+from fewstep.common.sharding import shard
 from fewstep.data import images as pictures
 from fewstep.data.buckets import BucketedFiles, BucketedLatents, bucketed, shape_order
 from fewstep.data.latents import (
@@ -32,30 +42,21 @@ from fewstep.data.latents import (
 from fewstep.data.prompts import is_prompt_file, is_shards, read_prompts
 from fewstep.data.shards import from_shards
 from fewstep.data.visits import used
-from fewstep.diffusion.denoiser import Condition, Denoiser, computed_in
-from fewstep.common.device import DTYPES, MOST_FILLED, free_memory, pick_precision
-from fewstep.common.rng import order
-from fewstep.common.errors import UserError
-from fewstep.evaluation.limits import KID_FEWEST
-from fewstep.common.files import sha256
-from fewstep.backbones.pipeline_folder import PipelineFolder, read_folder
-from fewstep.methods.preference import Taste
-from fewstep.methods.latent_lpips.settings import PerceptualConfig
-from fewstep.methods.update_plan import roles_of
-from fewstep.methods.rewards.reward import PreferenceScorer
-from fewstep.common.distributed import main_first, tell
-from fewstep.training.student import Student, make_student
-from fewstep.training.roles import BASE, networks_of
-from fewstep.distillation.config import DistillConfig, teacher_path
-from fewstep.common.sharding import shard
-from fewstep.distillation.synthesis.reader import Synthesis
-from fewstep.distillation.synthesis.record import is_synthesis
-from fewstep.distillation.synthesis.dataset import open_set
+from fewstep.diffusion.denoiser import BASE, Condition, Denoiser, computed_in
+from fewstep.distillation.config import DistillConfig
 from fewstep.distillation.nfe_counter import Tally
 from fewstep.distillation.reward import make_taste
-from fewstep.common.cpu_kernels import speed_up
+from fewstep.distillation.synthesis.dataset import open_set
+from fewstep.distillation.synthesis.reader import Synthesis
+from fewstep.distillation.synthesis.record import is_synthesis
 from fewstep.distillation.trajectories import drawn_prompts, stored_trajectories
-from fewstep_worlds.emoji8 import dataset as emoji8
+from fewstep.evaluation.limits import KID_FEWEST
+from fewstep.methods.latent_lpips.settings import PerceptualConfig
+from fewstep.methods.preference import Taste
+from fewstep.methods.rewards.reward import PreferenceScorer
+from fewstep.methods.update_plan import roles_of
+from fewstep.training.roles import networks_of
+from fewstep.training.student import Student, make_student
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ class Run:
         """Up to `count` of the pictures with their captions, drawn by the watch's seed: all stages see the same."""
         every, seed = self.captioned, self.config.watch.seed
         if self.config.data.source in ("emoji8", "captions"):  # whose captions a stage draws by a seed of its own
-            drawn = emoji8.captioned if every.pictures is not None else emoji8.captions_alone
+            own = world("data.source")
+            drawn = own.captioned if every.pictures is not None else own.captions_alone
             every = drawn(self.config.data.captions, seed)
         n = len(every)
         return every.take(order(seed, n, 0, min(n, count)))
@@ -209,14 +211,16 @@ def read_source(config: DistillConfig, folder: PipelineFolder, cache: Path) -> p
     Raises:
         UserError: they cannot be read, are of another size, or are too few to watch the quality by.
     """
+    captioned: pictures.Captioned
     source, size = config.data.source, config.data.size or folder.picture_size
     if source == "captions":
-        return emoji8.captions_alone(config.data.captions, config.loop.seed)
+        captioned = world("data.source").captions_alone(config.data.captions, config.loop.seed)
+        return captioned
     if is_prompt_file(source):
         return pictures.from_prompts(read_prompts(source, "data.source"))
     if source == "emoji8":
-        emoji8.check_size(size, "data.source = 'emoji8'")
-        captioned = emoji8.captioned(config.data.captions, config.loop.seed)
+        check_world_size(size, "data.source = 'emoji8'")
+        captioned = world("data.source").captioned(config.data.captions, config.loop.seed)
     elif is_shards(source):
         captioned = main_first(lambda: from_shards(source, size, cache))
     else:
@@ -293,7 +297,8 @@ def perceptual_folder(config: DistillConfig, backbone: Backbone, prompts: Sequen
     from fewstep.methods.latent_lpips.train import make_perceptual
 
     if config.data.source in ("emoji8", "captions"):
-        (drawn,) = zip(*emoji8.captions_alone(config.data.captions, config.perceptual.loop.seed).captions, strict=True)
+        alone = world("data.source").captions_alone(config.data.captions, config.perceptual.loop.seed)
+        (drawn,) = zip(*alone.captions, strict=True)
         prompts = sorted(set(drawn))
     own = {name: getattr(config.perceptual, name) for name in PerceptualConfig.model_fields}
     loop = config.perceptual.loop.model_copy(update={"precision": config.loop.precision})  # one precision a process
@@ -323,9 +328,8 @@ def with_looks(run: Run, perceptual: Path | None) -> Run:
 def load_named_scorer(named: str, device: torch.device) -> PreferenceScorer:
     """The scorer that `method.preference.scorer` names: `world`, or NAME:FOLDER."""
     if named == "world":
-        from fewstep_worlds.emoji8.scorers.reward import SentenceVectors, load_world_scorer
-
-        return load_world_scorer(SentenceVectors(), device)
+        scorer: PreferenceScorer = world("method.preference.scorer").load_scorer(device)
+        return scorer
     from fewstep.methods.rewards.registry import load_scorer
 
     name, _, folder = named.partition(":")

@@ -9,15 +9,16 @@ from typing import Any
 from torch import Tensor
 
 from fewstep.backbones.base import Backbone, load_backbone
-from fewstep.students.conditioning_file import save_told, split_weights, told_weights
-from fewstep.students.lora_header import check_lora, of_run
-from fewstep.students.lora import read_lora, save_lora, trained_scale, unfolded
-from fewstep.backbones.pipeline_writer import save_pipeline
-from fewstep.students.inference_settings import travelling
 from fewstep.backbones.families import GUIDANCE_KEY
-from fewstep.common.files import atomic_folder
-from fewstep.distillation.config import DistillConfig, StudentConfig
+from fewstep.backbones.pipeline_writer import write_pipeline
 from fewstep.backbones.teachers import teacher_name
+from fewstep.common.files import atomic_folder
+from fewstep.distillation.config import DistillConfig
+from fewstep.students.conditioning_file import save_told, split_weights, told_weights
+from fewstep.students.inference_settings import travelling
+from fewstep.students.lora import read_lora, save_lora, trained_scale, unfolded
+from fewstep.students.lora_header import check_lora, of_run
+from fewstep.training.config import StudentConfig
 
 
 def export_student(
@@ -59,7 +60,10 @@ def export_student(
     network.load_state_dict({**network.state_dict(), **own})  # buffers (tables of positions) are no one's weights
     notes |= travelling(backbone, config.sampling, network)
     record = {"base": base, "sampling": config.sampling.model_dump(mode="json"), **notes}
-    return save_pipeline(target, backbone.folder.path, network, record, told)
+    with atomic_folder(target) as part:
+        write_pipeline(part, backbone.folder.path, network, record)
+        save_told(part, told)
+    return target
 
 
 def starting_weights(config: StudentConfig, backbone: Backbone) -> dict[str, Tensor]:

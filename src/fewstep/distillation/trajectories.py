@@ -15,24 +15,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fewstep.common import distributed as processes
 from fewstep.backbones.base import Backbone
+from fewstep.common import distributed as processes
 from fewstep.common.compilation import eagerly
-from fewstep.data.latents import LatentSet, cached_rows, kept_rows
-from fewstep.diffusion.denoiser import Condition, Denoiser, computed_in
-from fewstep.inference.generator import MOST_LATENT_POINTS
-from fewstep.common.rng import generator
-from fewstep.common.errors import UserError
-from fewstep.training.quantization import asked_outside
-from fewstep.diffusion.grid import end_time, training_grid
-from fewstep.diffusion.conditioned import Voice
-from fewstep.common.mapped_tensors import MappedRows
-from fewstep.methods.config import ConsistencyConfig
 from fewstep.common.distributed import anywhere, main_first, to_main
-from fewstep.training.roles import BASE
+from fewstep.common.errors import UserError
+from fewstep.common.mapped_tensors import MappedRows
+from fewstep.common.rng import generator
+from fewstep.data.latents import LatentSet, cached_rows, kept_rows
+from fewstep.diffusion.conditioned import Voice
+from fewstep.diffusion.denoiser import BASE, Condition, Denoiser, computed_in
+from fewstep.diffusion.grid import end_time, training_grid
 from fewstep.diffusion.samplers import picture_noise, start_size
-from fewstep.distillation.config import DistillConfig
 from fewstep.diffusion.solver import SOLVERS
+from fewstep.distillation.config import DistillConfig
+from fewstep.distillation.precision import asked_outside
+from fewstep.inference.generator import MOST_LATENT_POINTS
+from fewstep.methods.config import ConsistencyConfig
 
 SHARD = 128
 """Trajectories in a file."""
@@ -79,7 +78,7 @@ def draw_trajectories(
 
 @dataclass(frozen=True)
 class Kept:
-    """The trajectories of some samples, on disk (`objectives.scene.Stored`): a point is read when it is asked for."""
+    """The trajectories of some samples, on disk (`methods.pair.Stored`): a point is read when it is asked for."""
 
     rows: MappedRows
     items: Tensor

@@ -18,20 +18,23 @@ import torch
 from torch import Tensor
 
 from fewstep.common.compilation import eagerly
+from fewstep.common.defaults import world
+from fewstep.common.distributed import anywhere, is_main, main_first, on_main, together
+from fewstep.common.errors import UserError
+from fewstep.common.files import read_mapping, write_json
 from fewstep.data.latents import cached, keep, kept
 from fewstep.data.prompts import is_prompt_file, read_prompts
+from fewstep.diffusion.config import TEACHER_SAMPLING
 from fewstep.diffusion.denoiser import Condition
-from fewstep.inference.generator import Artist, artist_of, labelled_sheet, save_picture
-from fewstep.common.errors import UserError
+from fewstep.distillation.config import DistillConfig
+from fewstep.distillation.precision import asked_outside
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.kid import KernelDistance
 from fewstep.evaluation.lite0 import Lite0Backbone
 from fewstep.evaluation.teacher_distance import TeacherFeatures
-from fewstep.common.files import read_mapping, write_json
-from fewstep.training.quantization import asked_outside
-from fewstep.common.distributed import anywhere, is_main, main_first, on_main, together
+from fewstep.inference.generator import Artist, artist_of
+from fewstep.inference.image_grid import labelled_sheet, save_picture
 from fewstep.training.roles import copy_role
-from fewstep.distillation.config import TEACHER_SAMPLING, DistillConfig
 
 SHOWN = 10
 """Prompts in the grid."""
@@ -46,12 +49,11 @@ def watched_prompts(config: DistillConfig, captions: Sequence[str]) -> list[str]
 
     With no list named, the bundled pictures come with one, and others are watched on their captions alone.
     """
-    from fewstep_worlds.emoji8 import dataset as emoji8
-
     named = config.watch.prompts or ("validation" if config.data.source in ("emoji8", "captions") else "")
     listed: Sequence[str] = ()
     if named:
-        listed = read_prompts(named, "watch.prompts") if is_prompt_file(named) else emoji8.read_prompts(named)
+        own = world("watch.prompts") if not is_prompt_file(named) else None
+        listed = own.read_prompts(named) if own else read_prompts(named, "watch.prompts")
     pool = [*listed, *dict.fromkeys(caption for caption in captions if caption.strip() and caption not in listed)]
     return [pool[i % len(pool)] for i in range(config.watch.count)]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fewstep.common.rng import generator
 from fewstep.common.errors import UserError
+from fewstep.common.rng import generator
 from fewstep.evaluation.metric import Array, Figure
 
 RESAMPLES = 1000

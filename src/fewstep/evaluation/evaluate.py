@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fewstep.common.rng import generator
-from fewstep.common.errors import UserError
-from fewstep.evaluation.metric import Array, Figure, Matched, Metric, Pictures, Scored, check_pictures
-from fewstep.common.files import write_json
 from fewstep.common.choices import TO_TEACHER
+from fewstep.common.errors import UserError
+from fewstep.common.files import write_json
+from fewstep.common.rng import generator
+from fewstep.evaluation.metric import Array, Figure, Matched, Metric, Pictures, Scored, check_pictures
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import torch
 from tqdm import tqdm
 
 from fewstep.common.errors import UserError
-from fewstep.evaluation.metric import Array, Pictures, check_pictures
 from fewstep.common.files import atomic_write
 from fewstep.common.tensors import load_tensors, save_tensors
+from fewstep.evaluation.metric import Array, Pictures, check_pictures
 
 BATCH = 32
 KEPT = 16

@@ -17,8 +17,8 @@ import numpy.typing as npt
 from fewstep.common.errors import UserError
 from fewstep.evaluation.bootstrap import centred_interval, counts
 from fewstep.evaluation.features import Features
-from fewstep.evaluation.metric import Against, Array, Figure, Identity, Pictures
 from fewstep.evaluation.limits import FD_ADVISED, FD_FEWEST
+from fewstep.evaluation.metric import Against, Array, Figure, Identity, Pictures
 
 COMPONENTS = 64
 RESAMPLES = 200

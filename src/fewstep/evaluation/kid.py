@@ -15,8 +15,8 @@ import numpy.typing as npt
 from fewstep.common.errors import UserError
 from fewstep.evaluation.bootstrap import centred_interval, counts
 from fewstep.evaluation.features import Features
-from fewstep.evaluation.metric import Against, Array, Figure, Identity, Pictures
 from fewstep.evaluation.limits import KID_FEWEST
+from fewstep.evaluation.metric import Against, Array, Figure, Identity, Pictures
 
 RESAMPLES = 200
 KEPT = 4

@@ -11,9 +11,11 @@ import numpy as np
 import torch
 
 from fewstep.backbones.lengths import tell_cut
-from fewstep.data.images import find_pictures, read_picture
-from fewstep.inference.generator import Artist, load_artist
+from fewstep.common.defaults import world
+from fewstep.common.distributed import on_main
 from fewstep.common.errors import UserError
+from fewstep.data.images import find_pictures, read_picture
+from fewstep.diffusion.config import Sampling
 from fewstep.evaluation.detail import detail_scale
 from fewstep.evaluation.diversity import NOISES, PROMPTS, diversity
 from fewstep.evaluation.evaluate import EndPoints, Reference, evaluate_pictures, save_figures
@@ -21,9 +23,7 @@ from fewstep.evaluation.features import Features
 from fewstep.evaluation.lite0 import Lite0Backbone
 from fewstep.evaluation.metric import Figure, Metric
 from fewstep.evaluation.suite import Yardstick, set_metrics
-from fewstep.common.distributed import on_main
-from fewstep.distillation.config import Sampling
-from fewstep_worlds.emoji8.metrics import emoji8_yardstick
+from fewstep.inference.generator import Artist, load_artist
 
 SCALED = 512
 """Real pictures that are blurred and noised for the scale of detail."""
@@ -140,7 +140,9 @@ def evaluate_folder(
     def measured() -> Mapping[str, Figure]:
         features = Features(Lite0Backbone(), out / "features")
         yardstick = (
-            folder_yardstick(real, n, size, seed, features) if real else emoji8_yardstick(prompts, size, seed, features)
+            folder_yardstick(real, n, size, seed, features)
+            if real
+            else world("real").suite(prompts, size, seed, features)
         )
         figures = measure(drawn, prompts, yardstick, seed)
         name = f"{lora.stem if lora else teacher.name} {sampling.steps} steps"

@@ -10,8 +10,8 @@ from fewstep.evaluation.evaluate import Reference
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.frechet import FrechetDistance, Projection
 from fewstep.evaluation.kid import KernelDistance
-from fewstep.evaluation.metric import Metric, Pictures
 from fewstep.evaluation.limits import FD_FEWEST, KID_FEWEST
+from fewstep.evaluation.metric import Metric, Pictures
 from fewstep.evaluation.teacher_distance import TeacherFeatures, TeacherPixels
 
 

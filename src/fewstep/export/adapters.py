@@ -14,12 +14,13 @@ from typing import Any
 
 from torch import Tensor
 
-from fewstep.students.lora_header import FILE, METADATA
-from fewstep.students.lora import Lora, folded, stored_matrices
-from fewstep.students.lora_keys import PEFT_PREFIX, original_names
+from fewstep.backbones.single_file.sd_names import original_names
 from fewstep.common.files import write_json
 from fewstep.common.safetensors_header import Shape
 from fewstep.common.tensors import save_tensors
+from fewstep.students.lora import Lora, folded, stored_matrices
+from fewstep.students.lora_header import FILE, METADATA
+from fewstep.students.lora_keys import PEFT_PREFIX
 
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"

@@ -12,22 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.common.device import DTYPES
-from fewstep.inference.generator import Artist, load_artist, save_picture, sheet
-from fewstep.export.adapters import adapter_config, kohya_names, matrices, write_diffusers, write_kohya, write_peft
-from fewstep.export.model_card import CARD, PICTURES, model_card
-from fewstep.students.conditioning_file import save_told, told_weights
-from fewstep.export.formats import ADAPTERS, ExportForm, Reader
-from fewstep.students.lora_header import LoraHeader, base_shapes, check_lora
-from fewstep.students.lora import read_lora
-from fewstep.backbones.single_file.sd_checkpoint import checkpoint_weights
-from fewstep.backbones.pipeline_writer import read_record, write_pipeline
-from fewstep.export.verify import CLOSE, Checked, Export, decoded, drawn_again, parts_of, provable, tensors_of
-from fewstep.students.inference_settings import travelling
-from fewstep.common.files import atomic_folder
 from fewstep.backbones.pipeline_folder import PipelineFolder, weight_files
+from fewstep.backbones.pipeline_writer import read_record, write_pipeline
+from fewstep.backbones.single_file.sd_checkpoint import checkpoint_weights
+from fewstep.common.device import DTYPES
+from fewstep.common.files import atomic_folder
 from fewstep.common.safetensors_header import read_safetensors_header
 from fewstep.common.tensors import save_tensors
+from fewstep.export.adapters import adapter_config, kohya_names, matrices, write_diffusers, write_kohya, write_peft
+from fewstep.export.formats import ADAPTERS, ExportForm, Reader
+from fewstep.export.model_card import CARD, PICTURES, model_card
+from fewstep.export.verify import CLOSE, Checked, Export, decoded, drawn_again, parts_of, provable, tensors_of
+from fewstep.inference.generator import Artist, load_artist
+from fewstep.inference.image_grid import save_picture, sheet
+from fewstep.students.conditioning_file import save_told, told_weights
+from fewstep.students.inference_settings import travelling
+from fewstep.students.lora import read_lora
+from fewstep.students.lora_header import LoraHeader, base_shapes, check_lora
 
 _STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -155,7 +156,8 @@ def write(
         names = kohya_names(lora.header.layers, every, folder.family.kind)
         return write_kohya(place / f"{name}.safetensors", lora, pairs, config, names, said).name
     if form == "merged":
-        write_pipeline(place, folder.path, network, record, told_weights(student.lora or folder.path))
+        write_pipeline(place, folder.path, network, record)
+        save_told(place, told_weights(student.lora or folder.path))
         return ""
     backbone = artist.backbone
     zero = bool(folder.config("scheduler").get("rescale_betas_zero_snr"))

@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fewstep.export.formats import ADAPTERS, ExportForm, Reader
 from fewstep.backbones.families import CONSISTENCY
+from fewstep.export.formats import ADAPTERS, ExportForm, Reader
 
 PICTURES = "pictures.webp"
 CARD = "README.md"

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.backbones.base import UNUSED, Backbone, from_network_scale, loading
-from fewstep.inference.generator import load_artist
-from fewstep.common.errors import UserError
-from fewstep.export.formats import ADAPTERS, ExportForm, Reader
-from fewstep.students.lora_header import check_lora
 from fewstep.backbones.families import CONSISTENCY
-from fewstep.common.files import read_mapping
 from fewstep.backbones.pipeline_folder import PipelineFolder, weight_variant
-from fewstep.inference.schedulers.few_step import SSSScheduler
-from fewstep.distillation.config import Sampling
+from fewstep.common.errors import UserError
+from fewstep.common.files import read_mapping
+from fewstep.diffusion.config import Sampling
+from fewstep.export.formats import ADAPTERS, ExportForm, Reader
+from fewstep.inference.generator import load_artist
 from fewstep.inference.pipeline import call_settings, sampling_of_student, scheduler_for
+from fewstep.inference.schedulers.few_step import SSSScheduler
+from fewstep.students.lora_header import check_lora
 
 CLOSE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """How far latents may lie from ours, as a share of the largest, by the type that whole networks are written in.

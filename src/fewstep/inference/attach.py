@@ -18,12 +18,12 @@ from torch import Tensor
 
 from fewstep.common.arguments import checked
 from fewstep.common.errors import UserError
-from fewstep.students.conditioning_file import read_told
-from fewstep.students.lora_header import LoraHeader, check_fits, check_noise, of_run, read_header
-from fewstep.backbones.pipeline_writer import sampling_of
+from fewstep.diffusion.config import Sampling
 from fewstep.diffusion.samplers import check_gamma
-from fewstep.distillation.config import Sampling
 from fewstep.diffusion.time_conditioning import Ear, ToldEmbedding
+from fewstep.students.conditioning_file import read_told
+from fewstep.students.inference_settings import sampling_of
+from fewstep.students.lora_header import LoraHeader, check_fits, check_noise, of_run, read_header
 
 
 class ToldTCDScheduler(TCDScheduler):  # type: ignore[misc]

@@ -8,27 +8,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
 from fewstep.backbones.base import Backbone, open_backbone, to_bytes
-from fewstep.common.compilation import compile_networks
-from fewstep.diffusion.denoiser import Condition, Denoiser
-from fewstep.common.errors import UserError
-from fewstep.students.conditioning_file import read_told
-from fewstep.students.lora_header import check_lora
-from fewstep.students.lora import merge_lora, read_lora
-from fewstep.backbones.pipeline_writer import teacher_sampling
-from fewstep.common.files import atomic_write
 from fewstep.backbones.pipeline_folder import read_folder, weight_files
-from fewstep.diffusion.draw_latents import Source, draw_latents
-from fewstep.inference.multilingual.adapter import Adapter, load_adapter
+from fewstep.common.compilation import compile_networks
 from fewstep.common.distributed import count, is_main, own_share, to_main, together
-from fewstep.training.roles import BASE
-from fewstep.distillation.config import TEACHER_SAMPLING, Sampling
+from fewstep.common.errors import UserError
 from fewstep.common.tensors import finite, first_not_finite
+from fewstep.diffusion.config import TEACHER_SAMPLING, Sampling
+from fewstep.diffusion.denoiser import BASE, Condition, Denoiser
+from fewstep.diffusion.draw_latents import Source, draw_latents
 from fewstep.diffusion.time_conditioning import Ear, ToldEmbedding, split_told
+from fewstep.inference.multilingual.adapter import Adapter, load_adapter
+from fewstep.students.conditioning_file import read_told
+from fewstep.students.inference_settings import teacher_sampling
+from fewstep.students.lora import merge_lora, read_lora
+from fewstep.students.lora_header import check_lora
 
 MOST_LATENT_POINTS = 2**16
 """Points of latents (height x width) that the network draws at once where nobody says how many pictures: 16 of Stable
@@ -251,49 +248,3 @@ def load_artist(
         compile_networks([backbone.network])
     file = student.file if student else None
     return replace(artist, adapter=reads, precision=precision, batch=batch, filled=compiled, lora=file)
-
-
-def sheet(pictures: np.ndarray, columns: int, scale: int = 2) -> Image.Image:
-    """Pictures side by side, row by row, enlarged by a whole factor, on white; a single one without a margin."""
-    n, h, w, _ = pictures.shape
-    gap = 4 if n > 1 else 0
-    rows = -(-n // columns)
-    canvas = Image.new("RGB", (columns * (w * scale + gap) + gap, rows * (h * scale + gap) + gap), "white")
-    for i, picture in enumerate(pictures):
-        tile = Image.fromarray(picture).resize((w * scale, h * scale), Image.Resampling.NEAREST)
-        canvas.paste(tile, (gap + (i % columns) * (w * scale + gap), gap + (i // columns) * (h * scale + gap)))
-    return canvas
-
-
-def labelled_sheet(rows: Sequence[tuple[str, np.ndarray]], labels: Sequence[str], scale: int = 2) -> Image.Image:
-    """A grid with a name before each row and a label over each column."""
-    margin, head = 150, 18
-    body = sheet(np.concatenate([pictures for _, pictures in rows]), len(labels), scale)
-    canvas = Image.new("RGB", (body.width + margin, body.height + head), "white")
-    canvas.paste(body, (margin, head))
-    write = ImageDraw.Draw(canvas)
-    wide = (body.width - 4) / len(labels)
-    high = (body.height - 4) / len(rows)
-    for i, label in enumerate(labels):
-        write.text((margin + 4 + i * wide, 4), label[: int(wide // 6)], fill="black")
-    for i, (name, _) in enumerate(rows):
-        write.text((4, head + 4 + (i + 0.45) * high), name, fill="black")
-    return canvas
-
-
-def save_picture(image: Image.Image, path: Path) -> Path:
-    """Write a picture (PNG or WebP by its suffix), atomically.
-
-    Raises:
-        UserError: another suffix, or a place that cannot be written to.
-    """
-    kinds = {".png": "PNG", ".webp": "WEBP"}
-    if path.suffix.lower() not in kinds:
-        raise UserError(
-            f"out = {str(path)!r} must end in .png or .webp; the nearest is {path.with_suffix('.png').name!r}"
-        )
-    with atomic_write(path) as part:
-        image.save(
-            part, format=kinds[path.suffix.lower()], **({"lossless": True} if path.suffix.lower() == ".webp" else {})
-        )
-    return path

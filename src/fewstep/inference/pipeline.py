@@ -11,15 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fewstep.backbones.pipeline_writer import read_record
+from fewstep.backbones.scheduler_config import other_noise
 from fewstep.common.arguments import checked
 from fewstep.common.config import validate
 from fewstep.common.errors import UserError
-from fewstep.students.lora_header import of_run, read_notes
-from fewstep.backbones.pipeline_writer import read_record
-from fewstep.backbones.scheduler_config import other_noise
+from fewstep.diffusion.config import Sampling
 from fewstep.inference.schedulers.base import FewStepScheduler
 from fewstep.inference.schedulers.few_step import ConsistencyScheduler, SSSScheduler
-from fewstep.distillation.config import Sampling
+from fewstep.students.lora_header import of_run, read_notes
 
 TIME_APART = 0.01
 """How far a time may lie from the one in a student's file, as networks are told it (0 to 1000): rounding, no more."""

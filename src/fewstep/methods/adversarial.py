@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fewstep.diffusion.denoiser import Condition
-from fewstep.common.rng import Draws
-from fewstep.training.loss import Loss
 from fewstep.common.distributed import to_means
+from fewstep.common.rng import Draws
+from fewstep.diffusion.denoiser import Condition
 from fewstep.diffusion.samplers import diffuse
 from fewstep.diffusion.schedule import Path
-from fewstep.term_settings import AdversarialConfig
+from fewstep.methods.config import AdversarialConfig
+from fewstep.training.loss import Loss
 
 Critic = Callable[[Tensor, Tensor, Condition], Tensor]
 """(x [B, ...], t float64 [B], condition) -> logits [B, ...], high for real."""

@@ -15,21 +15,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.denoiser import Denoiser
 from fewstep.common.rng import Draws
+from fewstep.diffusion.conditioned import Voice
+from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.grid import end_time
 from fewstep.diffusion.jump import student_step
-from fewstep.diffusion.conditioned import Voice
-from fewstep.training.loss import Loss
-from fewstep.methods.config import ConsistencyConfig
+from fewstep.diffusion.samplers import Jumper
+from fewstep.diffusion.schedule import share_of
 from fewstep.methods.adversarial import ANY_RATIO, Critic, discriminate, gradient_ratio, seen_by_critic
+from fewstep.methods.config import ConsistencyConfig
 from fewstep.methods.distances import Look, distance
 from fewstep.methods.next_points import POINTS
 from fewstep.methods.pair import Cast, Sample, Scene
 from fewstep.methods.start_points import STARTS
 from fewstep.methods.times import draw_times
-from fewstep.diffusion.samplers import Jumper
-from fewstep.diffusion.schedule import share_of
+from fewstep.training.loss import Loss
 
 
 def set_scene(config: ConsistencyConfig, denoiser: Denoiser, sample: Sample, draws: Draws) -> Scene:

@@ -5,12 +5,8 @@ Every count here is also made by the program itself while it trains (`tally`), a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from fewstep.common.choices import CALLS, CALLS_OF_JUMP
-
-if TYPE_CHECKING:
-    from fewstep.methods.config import ConsistencyConfig
+from fewstep.methods.config import ConsistencyConfig
 
 Calls = dict[str, float]
 """Network evaluations by role; the teacher's include the unconditional branch."""
@@ -29,7 +25,7 @@ def starting_calls(config: ConsistencyConfig) -> Calls:
     """What it takes to come to x_{t_n+k}, once for all updates of a step.
 
     A roll-out of R steps takes R - i of them to a point in the i-th of R equal parts of the grid, (R + 1)/2 on average;
-    in micro-batches of less than R samples a little more (`objectives.starts.by_rollout`).
+    in micro-batches of less than R samples a little more (`methods.start_points.by_rollout`).
     """
     if config.start == "rollout":
         steps = sum(config.rollout_steps) / config.points

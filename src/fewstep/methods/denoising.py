@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.denoiser import Condition, Denoiser, tell
 from fewstep.common.rng import Draws
+from fewstep.diffusion.denoiser import Condition, Denoiser, tell
 from fewstep.diffusion.grid import training_grid
-from fewstep.methods.config import ConsistencyConfig
 from fewstep.diffusion.schedule import Path, add_noise, expand, index_of
+from fewstep.methods.config import ConsistencyConfig
 
 
 def edm_weight(path: Path, t: Tensor, sigma_data: float = 0.5) -> Tensor:

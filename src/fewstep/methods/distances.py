@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.denoiser import Condition
-from fewstep.common.errors import UserError
 from fewstep.common.choices import Weight
-from fewstep.methods.pair import Scene
+from fewstep.common.errors import UserError
+from fewstep.diffusion.denoiser import Condition
 from fewstep.diffusion.schedule import Path, VariancePreserving, expand
+from fewstep.methods.pair import Scene
 
 LEAST_PULL = 1e-6
 """Below it a jump goes nowhere: rounding is all that is left of its difference."""

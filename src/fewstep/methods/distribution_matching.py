@@ -13,15 +13,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fewstep.common.choices import Normaliser
 from fewstep.common.rng import Draws
 from fewstep.diffusion.conditioned import Voice
-from fewstep.training.loss import Loss
-from fewstep.common.choices import Normaliser
+from fewstep.diffusion.denoiser import FAKE
+from fewstep.diffusion.schedule import Path, add_noise, expand, share_of, target_of
+from fewstep.methods.config import MatchingConfig
 from fewstep.methods.consistency import compared_at, student_lands
 from fewstep.methods.pair import Scene
-from fewstep.training.roles import FAKE
-from fewstep.diffusion.schedule import Path, add_noise, expand, share_of, target_of
-from fewstep.term_settings import MatchingConfig
+from fewstep.training.loss import Loss
 
 LEAST = 1e-6
 """What the normaliser is not below: rounding is all that is left there."""

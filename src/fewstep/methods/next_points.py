@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.grid import between
 from fewstep.common.choices import Point
-from fewstep.methods.pair import Scene
+from fewstep.diffusion.grid import between
 from fewstep.diffusion.schedule import expand
 from fewstep.diffusion.solver import SOLVERS, step_from_stored, walk
+from fewstep.methods.pair import Scene
 
 
 def by_solver(scene: Scene) -> Tensor:

@@ -9,12 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.denoiser import Condition, Denoiser
 from fewstep.diffusion.conditioned import Voice
+from fewstep.diffusion.denoiser import BASE, Condition, Denoiser
+from fewstep.diffusion.samplers import Jumper
 from fewstep.methods.config import ConsistencyConfig
 from fewstep.methods.times import Triple
-from fewstep.training.roles import BASE
-from fewstep.diffusion.samplers import Jumper
 
 
 class Stored(Protocol):

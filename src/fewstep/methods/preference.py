@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fewstep.common.rng import Draws
-from fewstep.term_settings import PreferenceConfig
+from fewstep.methods.config import PreferenceConfig
 
 Taste = Callable[[Tensor, Sequence[Tensor]], Sequence[Tensor]]
 """(clean latents x_0 [B, ...], several prompts for each: int64 [B] tensors of prompt numbers) -> scores with each, [B]

@@ -9,16 +9,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.denoiser import Condition
-from fewstep.common.rng import Draws
-from fewstep.diffusion.grid import end_time, inference_times
-from fewstep.diffusion.conditioned import Voice
-from fewstep.methods.config import ConsistencyConfig
 from fewstep.common.choices import End, Start
-from fewstep.methods.pair import Cast, PathPoint
+from fewstep.common.rng import Draws
+from fewstep.diffusion.conditioned import Voice
+from fewstep.diffusion.denoiser import Condition
+from fewstep.diffusion.grid import end_time, inference_times
 from fewstep.diffusion.samplers import diffuse, sample_consistency, start_size
 from fewstep.diffusion.schedule import add_noise
 from fewstep.diffusion.solver import SOLVERS
+from fewstep.methods.config import ConsistencyConfig
+from fewstep.methods.pair import Cast, PathPoint
 
 
 class Origin(NamedTuple):

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewstep.common.choices import SLaw
 from fewstep.common.rng import Draws
 from fewstep.diffusion.grid import edge_below, end_time, inference_times, previous, training_grid
-from fewstep.methods.config import ConsistencyConfig
-from fewstep.common.choices import SLaw
-from fewstep.methods.stratified_times import in_turn
 from fewstep.diffusion.schedule import Path
+from fewstep.methods.config import ConsistencyConfig
+from fewstep.methods.stratified_times import in_turn
 
 NOWHERE = -2
 """Below every index of a grid, the end point's -1 included."""

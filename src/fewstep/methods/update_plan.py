@@ -7,21 +7,21 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fewstep.diffusion.denoiser import Condition, Denoiser
 from fewstep.common.rng import Draws
-from fewstep.training.config import OptimConfig
-from fewstep.training.loss import Loss
-from fewstep.methods.config import ConsistencyConfig
+from fewstep.diffusion.denoiser import FAKE, Condition, Denoiser
 from fewstep.methods.adversarial import generator_loss, seen_by_critic
+from fewstep.methods.config import ConsistencyConfig
 from fewstep.methods.consistency import Term, consistency_loss, critic_loss, set_scene
 from fewstep.methods.denoising import denoising_loss
 from fewstep.methods.distances import FeaturesOf, Look, look_by_features
 from fewstep.methods.distribution_matching import as_data, fake_loss, fake_points, matching_loss
-from fewstep.methods.preference import Taste, preference_loss
 from fewstep.methods.pair import Sample, Scene
-from fewstep.training.student import Student
-from fewstep.training.roles import FAKE, copy_role
+from fewstep.methods.preference import Taste, preference_loss
+from fewstep.training.config import OptimConfig
 from fewstep.training.loop import Batch, Follower, Update
+from fewstep.training.loss import Loss
+from fewstep.training.roles import copy_role
+from fewstep.training.student import Student
 
 SampleOf = Callable[[Batch, Draws], Sample]
 """What a batch of the loop is, for the objective."""

@@ -13,12 +13,12 @@ from typing import get_args
 
 from torch import Tensor
 
-from fewstep.common.errors import UserError
-from fewstep.students.lora_header import CONDITIONING, of_run
-from fewstep.common.files import atomic_write
 from fewstep.common.choices import Told
+from fewstep.common.errors import UserError
+from fewstep.common.files import atomic_write
 from fewstep.common.tensors import load_tensors, save_tensors
 from fewstep.diffusion.time_conditioning import TOLD_PREFIX, ToldEmbedding
+from fewstep.students.lora_header import CONDITIONING, of_run
 
 
 def split_weights(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.students.lora_header import FILE, METADATA, LoraHeader
 from fewstep.common.files import atomic_write
-from fewstep.distillation.config import Sampling
 from fewstep.common.tensors import check_finite, load_tensors, save_tensors
+from fewstep.diffusion.config import Sampling
+from fewstep.students.lora_header import FILE, METADATA, LoraHeader
 
 
 @dataclass(frozen=True)

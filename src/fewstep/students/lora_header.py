@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fewstep.backbones.pipeline_folder import PipelineFolder, read_folder, weight_files
+from fewstep.backbones.scheduler_config import is_flow, other_noise, prediction_of, shift_of
+from fewstep.backbones.teachers import teacher_path
+from fewstep.backbones.unsafe_weights import advice, first_pickle, is_pickle
 from fewstep.common.config import read_yaml, validate
 from fewstep.common.errors import UserError
-from fewstep.students.lora_keys import COMPONENTS, PEFT_PREFIX, Keys, find_keys
-from fewstep.backbones.families import GUIDANCE_KEY, GUIDANCE_WIDTH
 from fewstep.common.files import read_mapping
-from fewstep.backbones.pipeline_folder import PipelineFolder, read_folder, weight_files
-from fewstep.backbones.unsafe_weights import advice, first_pickle, is_pickle
-from fewstep.backbones.scheduler_config import is_flow, other_noise, prediction_of, shift_of
-from fewstep.distillation.config import Sampling, StudentConfig, teacher_path
-from fewstep.common.safetensors_header import Entry, Shape, read_numbers, read_safetensors_header
+from fewstep.common.safetensors_header import Entry, Shape, metadata_record, read_numbers, read_safetensors_header
+from fewstep.diffusion.config import Sampling
+from fewstep.students.lora_keys import COMPONENTS, PEFT_PREFIX, Keys, find_keys
 
 FILE = "pytorch_lora_weights.safetensors"
 """The file name that diffusers looks for in a folder."""
@@ -69,21 +68,11 @@ class LoraHeader:
     notes: dict[str, Any]
 
 
-def _record(metadata: Mapping[str, str], key: str, file: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(metadata.get(key, "{}"))
-    except (json.JSONDecodeError, TypeError) as error:
-        raise UserError(f"{file} has broken metadata: {error}") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{file} has broken metadata: {key} is no mapping")
-    return record
-
-
 def _adapter(file: Path, metadata: Mapping[str, str], by_peft: bool) -> dict[str, Any]:
     """What trained the LoRA says of its scales: in the metadata (diffusers) or in a file beside it (PEFT)."""
     config = file.parent / _PEFT_CONFIG
     if not by_peft or METADATA in metadata or not config.is_file():
-        named = _record(metadata, METADATA, file).items()
+        named = metadata_record(metadata, METADATA, file).items()
         return {key.partition(".")[2]: value for key, value in named if key.startswith(COMPONENTS)}
     return read_mapping(config)
 
@@ -214,7 +203,7 @@ def read_header(path: Path | str, weights: Mapping[str, Shape]) -> LoraHeader:
     file = _find_file(Path(path))
     metadata, entries = read_safetensors_header(file)
     modules = {name.removesuffix(".weight") for name in weights if name.endswith(".weight")}
-    notes = _record(metadata, "fewstep", file)
+    notes = metadata_record(metadata, "fewstep", file)
     try:
         found = find_keys(entries, modules, file)
     except UserError as error:
@@ -244,7 +233,7 @@ def read_notes(path: Path) -> dict[str, Any]:
     """
     file = _find_file(path)
     metadata, _ = read_safetensors_header(file)
-    return _record(metadata, "fewstep", file)
+    return metadata_record(metadata, "fewstep", file)
 
 
 def _plain(shape: Shape) -> Shape:
@@ -333,66 +322,4 @@ def check_noise(notes: Mapping[str, Any], noise: Mapping[str, Any], name: str, p
     if other := other_noise(notes, noise):
         raise UserError(
             f"lora = {name!r} was trained at {other} in {place}; the nearest is the scheduler of the LoRA's own base"
-        )
-
-
-def check_start(config: StudentConfig, folder: PipelineFolder, targets: Sequence[str], told: Sequence[str]) -> None:
-    """Refuse a student that a run could not start from, from its files' headers alone.
-
-    Args:
-        targets: layers that the backbone adapts where the config names none.
-        told: what the run's network is told.
-
-    Raises:
-        UserError: no student, of another base or architecture, of another rank, told something else, or with layers
-            that are not trained.
-    """
-    if not config.start:
-        return
-    if config.kind == "full":
-        _check_full_start(str(of_run(Path(config.start))), folder, told)
-        return
-    header = check_lora(config.start, folder)
-    heard = header.sampling.told if header.sampling else ()
-    if set(heard) - set(told):
-        raise UserError(
-            f"student.start = {config.start!r} is told {sorted(heard)}, method.told = {list(told)}; "
-            f"the nearest legal method.told is {sorted(heard)}"
-        )
-    trained = config.targets or tuple(targets)
-    for module, layer in header.layers.items():
-        if layer.a[0] != config.rank:
-            raise UserError(
-                f"student.start = {config.start!r} has rank {layer.a[0]}, student.rank = {config.rank}; "
-                f"the nearest legal rank is {layer.a[0]}"
-            )
-        if not any(module == target or module.endswith(f".{target}") for target in trained):
-            raise UserError(
-                f"student.start = {config.start!r} adapts {module}, which student.targets leaves out; "
-                "the nearest legal targets are those it was trained with"
-            )
-
-
-def _check_full_start(start: str, folder: PipelineFolder, told: Sequence[str]) -> None:
-    other = read_folder(start, "student.start")
-    own, found = base_shapes(folder), base_shapes(other)
-    inside = "w" in told and folder.network == "unet"  # then the UNet gets a guidance embedding, if it has none
-    if inside:
-        width = own.get("time_embedding.linear_1.weight", (0, 0))[1]
-        found.setdefault(GUIDANCE_KEY, own.setdefault(GUIDANCE_KEY, (width, GUIDANCE_WIDTH)))
-    if own != found:
-        wrong = sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name))[0]
-        nearest = "method.told = ['w']" if wrong == GUIDANCE_KEY and not inside else "a student of this teacher"
-        raise UserError(
-            f"student.start = {start!r} is no network of the teacher's kind: {wrong} is {found.get(wrong)}, "
-            f"not {own.get(wrong)}; the nearest is {nearest}"
-        )
-    file = other.path / CONDITIONING
-    keys = read_safetensors_header(file)[1] if file.is_file() else ()
-    heard = {key.split(".")[2] for key in keys if key.count(".") > 2}
-    beside = [name for name in told if name != "w" or not inside]
-    if heard - set(beside):
-        raise UserError(
-            f"student.start = {start!r} embeds {sorted(heard)} by weights of its {CONDITIONING}, this run {beside}; "
-            f"the nearest legal method.told is {sorted(heard)}"
         )

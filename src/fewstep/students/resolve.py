@@ -6,14 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fewstep.distillation.checks import check_sampling
-from fewstep.common.config import validate
-from fewstep.common.errors import UserError, nearest
-from fewstep.students.lora_header import check_lora
-from fewstep.backbones.pipeline_writer import read_record, teacher_sampling
+from fewstep.backbones.checks import check_sampling
 from fewstep.backbones.pipeline_folder import PipelineFolder
-from fewstep.methods.config import Guidance
-from fewstep.distillation.config import Sampling, teacher_path
+from fewstep.backbones.pipeline_writer import read_record
+from fewstep.backbones.teachers import teacher_path
+from fewstep.common.config import validate
+from fewstep.common.defaults import world
+from fewstep.common.errors import UserError, nearest
+from fewstep.diffusion.config import Guidance, Sampling
+from fewstep.students.inference_settings import teacher_sampling
+from fewstep.students.lora_header import check_lora
 
 BUNDLED_STUDENTS = ("tcd",)
 AUTO = "auto"
@@ -32,9 +34,7 @@ def student_place(name: Path | str) -> Path:
         if Path(name).exists():
             place = str(Path(name).resolve())
             raise UserError(f"lora = {str(name)!r} is a bundled student and also {place!r}; give that whole path")
-        from fewstep_worlds.emoji8.location import root
-
-        return root() / "students" / str(name)
+        return world("lora").root() / "students" / str(name)
     if not Path(name).exists():
         best = nearest(str(name), BUNDLED_STUDENTS)
         raise UserError(f"lora = {str(name)!r} is neither a file nor a bundled student; the nearest is {best!r}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from fewstep.common.choices import Kept, Precision
 from fewstep.common.config import Config
-from fewstep.common.choices import Precision
+from fewstep.common.run_inputs import Content
 
 
 def check_batch(batch: int, accumulate: int, processes: int = 1) -> None:
@@ -68,3 +69,27 @@ class OptimConfig(Config):
     )
     clip: float | None = Field(1.0, gt=0, description="largest global gradient norm; null for none")
     ema: float | None = Field(None, gt=0, lt=1, description="decay of the moving average; null for none")
+
+
+class StudentConfig(Config):
+    """What is trained."""
+
+    kind: Literal["lora", "full"] = Field("lora", description="lora (adapters on the frozen teacher) or full")
+    rank: int = Field(64, ge=1, description="rank of the LoRA matrices")
+    alpha: float | None = Field(None, gt=0, description="LoRA alpha; null for the rank, i.e. scale 1")
+    targets: tuple[str, ...] | None = Field(None, description="adapted layers; null for the backbone's list")
+    checkpointing: bool = Field(False, description="gradient checkpointing: less memory, one more forward")
+    base: Kept = Field(
+        "fp32", description="how frozen weights are kept: fp32, bf16, or 8bit, 4bit (their matrices, by bitsandbytes)"
+    )
+    teacher_precision: Literal["fp32", "bf16", "fp16"] | None = Field(
+        None, description="type of the teacher's calls in a step: fp32, bf16 or fp16; null for loop.precision"
+    )
+    start: Annotated[str, Content("start")] = Field(
+        "", description="a finished student to start from; empty for the teacher itself"
+    )
+
+    @property
+    def lora_alpha(self) -> float:
+        """LoRA's alpha; the scale is alpha / rank."""
+        return self.alpha if self.alpha is not None else float(self.rank)

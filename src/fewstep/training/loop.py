@@ -22,18 +22,18 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from fewstep.common import distributed as processes
-from fewstep.common.rng import Draws, order
+from fewstep.common.distributed import Vote, to_main, to_means, together, total
 from fewstep.common.errors import UserError
 from fewstep.common.files import sweep
-from fewstep.training.config import LoopConfig, OptimConfig, check_batch
-from fewstep.training.loss import Loss
-from fewstep.common.distributed import Vote, to_main, to_means, together, total
+from fewstep.common.rng import Draws, order
 from fewstep.common.sharding import is_split, whole, whole_on_main
 from fewstep.common.tensors import load_tensors
 from fewstep.training import checkpoint
+from fewstep.training.config import LoopConfig, OptimConfig, check_batch
 from fewstep.training.ema import Ema
-from fewstep.training.optim import clip_gradients, make_optimizer
+from fewstep.training.loss import Loss
 from fewstep.training.lr_schedule import learning_rate
+from fewstep.training.optim import clip_gradients, make_optimizer
 from fewstep.training.run_folder import RunLog, checkpoints, last_step
 from fewstep.training.stopping import Stop, StoppedError
 

@@ -10,9 +10,7 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
-from fewstep.common.device import DTYPES, pick_precision
 from fewstep.common.choices import Kept
-from fewstep.distillation.config import DistillConfig
 
 CODE = "nf4"
 """The 16 values of a 4-bit weight: quantiles of a normal distribution (QLoRA, arXiv 2305.14314)."""
@@ -42,21 +40,6 @@ def keep(
                 if type(child) is nn.Linear and id(child) not in spared:
                     setattr(parent, name, _narrow(child, kept, compute, device))
         setattr(network, f"is_loaded_in_{kept}", True)  # by this PEFT knows which adapters to make
-
-
-def asked_outside(config: DistillConfig, device: torch.device) -> tuple[torch.dtype, str]:
-    """How networks are asked outside of a step, for quality checks and stored walks.
-
-    In fp32 wherever their weights can be: those that are kept in bf16, or gathered in it, meet no other type.
-
-    Returns:
-        the type that they compute in, and a word that tells a teacher's answers from those of the whole one in fp32;
-        empty for that one.
-    """
-    base, precision = config.student.base, pick_precision(config.loop.precision, device)
-    computed = DTYPES[precision if base == "bf16" or config.loop.shard else "fp32"]
-    whole = base == "fp32" and computed == torch.float32
-    return computed, "" if whole else f"{base} {precision}"
 
 
 def _narrow(layer: nn.Linear, kept: Kept, compute: torch.dtype, device: torch.device | None) -> nn.Module:

@@ -18,11 +18,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from fewstep.common.sharding import at_rest, fill
-
-BASE = "teacher"
-"""The role without adapter."""
-FAKE = "fake"
-"""The role that follows what the student draws (distribution matching); it starts as the teacher and stays apart."""
+from fewstep.diffusion.denoiser import BASE
 
 
 class AdapterRoles:

@@ -17,10 +17,10 @@ from pydantic import BaseModel, ValidationError
 from tqdm import tqdm
 
 from fewstep.common import core_yaml
-from fewstep.common.run_inputs import Content, difference
 from fewstep.common.config import Config, first_difference, read_yaml
 from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_write, read_json, read_mapping, sweep, taken, write_json
+from fewstep.common.run_inputs import Content, difference
 from fewstep.training.lr_schedule import learning_rate
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")

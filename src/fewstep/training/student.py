@@ -10,13 +10,13 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fewstep.diffusion.denoiser import Call, Condition
-from fewstep.training.quantization import keep
 from fewstep.common.choices import Told
-from fewstep.training.roles import BASE, FAKE, AdapterRoles, Roles, SeparateRoles, add_adapter, copy_role
-from fewstep.distillation.config import StudentConfig
 from fewstep.common.sharding import own_part
+from fewstep.diffusion.denoiser import BASE, FAKE, Call, Condition
 from fewstep.diffusion.time_conditioning import TOLD_PREFIX, Ear, ToldEmbedding, split_told
+from fewstep.training.config import StudentConfig
+from fewstep.training.quantization import keep
+from fewstep.training.roles import AdapterRoles, Roles, SeparateRoles, add_adapter, copy_role
 
 
 class Host(Protocol):

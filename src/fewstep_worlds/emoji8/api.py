@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fewstep.distillation.checks import check_installed
 from fewstep.common.arguments import checked
 from fewstep.common.config import ConfigT, merge, parse_overrides, read_yaml, validate
 from fewstep.common.errors import UserError
+from fewstep.common.extras import check_installed
 
 if TYPE_CHECKING:
     from fewstep.evaluation.metric import Figure
@@ -71,10 +71,10 @@ def tlcm(*, table: int = 1, out: Path | str = "runs/tables", overrides: str | Se
     Raises:
         UserError: anything wrong with the settings, the place or the installation, before any long work.
     """
-    from fewstep.distillation.checks import check_distillation
     from fewstep.backbones.pipeline_folder import read_folder
+    from fewstep.backbones.teachers import teacher_path
+    from fewstep.distillation.checks import check_distillation
     from fewstep.inference.multilingual.settings import PACKAGES
-    from fewstep.distillation.config import teacher_path
     from fewstep_worlds.emoji8.config import TlcmConfig
 
     config = _ready("tlcm", TlcmConfig, [f"table={table}", *overrides_list(overrides)], Path(out))
@@ -99,9 +99,9 @@ def chinese(*, out: Path | str = "runs/chinese", overrides: str | Sequence[str] 
         UserError: anything wrong with the settings, the place or the installation, before any long work.
     """
     from fewstep.backbones.pipeline_folder import read_folder
+    from fewstep.backbones.teachers import teacher_path
     from fewstep.inference.multilingual.record import read_adapter
     from fewstep.inference.multilingual.settings import PACKAGES
-    from fewstep.distillation.config import teacher_path
     from fewstep.students.resolve import choose_student
     from fewstep_worlds.emoji8.config import ChineseConfig
 
@@ -126,7 +126,7 @@ def versatility(*, out: Path | str = "runs/versatility", overrides: str | Sequen
         UserError: anything wrong with the settings, the students, the place or the installation, before any long work.
     """
     from fewstep.backbones.pipeline_folder import read_folder
-    from fewstep.distillation.config import teacher_path
+    from fewstep.backbones.teachers import teacher_path
     from fewstep.students.resolve import choose_student
     from fewstep_worlds.emoji8.config import VersatilityConfig
 
@@ -155,11 +155,11 @@ def train_teacher(
     Raises:
         UserError: anything wrong with the settings or the place.
     """
-    from fewstep.distillation.checks import check_target
-    from fewstep.common.files import check_writable
     from fewstep.backbones.pipeline_folder import read_folder
+    from fewstep.common.files import check_writable
     from fewstep.training.run_folder import check_same_run
     from fewstep_worlds.emoji8.config import TeacherConfig
+    from fewstep_worlds.emoji8.teacher.checks import check_target
 
     given = read_yaml(config, TeacherConfig) if config else {}
     settings = validate(TeacherConfig, merge(given, parse_overrides(overrides, TeacherConfig)))
@@ -231,11 +231,12 @@ def teacher_card(
     Raises:
         UserError: anything wrong with the settings, the place or the installation, before any long work.
     """
-    from fewstep.distillation.checks import check_sampling
-    from fewstep.backbones.pipeline_writer import teacher_sampling
-    from fewstep.common.files import check_writable
+    from fewstep.backbones.checks import check_sampling
     from fewstep.backbones.pipeline_folder import read_folder
-    from fewstep.distillation.config import Sampling, teacher_path
+    from fewstep.backbones.teachers import teacher_path
+    from fewstep.common.files import check_writable
+    from fewstep.diffusion.config import Sampling
+    from fewstep.students.inference_settings import teacher_sampling
 
     folder = read_folder(teacher_path(teacher))
     own = teacher_sampling(folder.path)
@@ -252,9 +253,9 @@ def teacher_card(
 
 def _ready(verb: str, model: type[ConfigT], overrides: str | Sequence[str], out: Path) -> ConfigT:
     """The settings of a verb that measures on the bundled world, refused here if it could not run."""
-    from fewstep.common.files import check_writable
     from fewstep.backbones.pipeline_folder import read_folder
-    from fewstep.distillation.config import teacher_path
+    from fewstep.backbones.teachers import teacher_path
+    from fewstep.common.files import check_writable
 
     config = validate(model, parse_overrides(overrides, model))
     read_folder(teacher_path(""))

@@ -7,13 +7,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from fewstep.common.run_inputs import Content
 from fewstep.common.config import Config
 from fewstep.common.errors import nearest, nearest_divisor
-from fewstep.evaluation.limits import ScorerConfig
+from fewstep.common.run_inputs import Content
 from fewstep.inference.multilingual.settings import AdapterConfig
-from fewstep.training.config import LoopConfig, OptimConfig
 from fewstep.methods.recipes import rows
+from fewstep.training.config import LoopConfig, OptimConfig
 
 Rate = Annotated[float, Field(gt=0)]
 Omega = Annotated[float, Field(ge=0)]
@@ -90,6 +89,16 @@ class TeacherConfig(Config):
                     f"the nearest legal one is {legal}"
                 )
         return self
+
+
+class ScorerConfig(Config):
+    """Shape of the scorer's trained parts."""
+
+    channels: tuple[int, ...] = Field(default=(48, 80, 128), description="channels at 32x32, 16x16, 8x8")
+    blocks: tuple[int, ...] = Field(default=(1, 2, 2), description="residual blocks at each resolution")
+    groups: int = Field(default=16, ge=1, description="groups of the group norms")
+    hidden: int = Field(default=384, ge=1, description="hidden width of the text head")
+    width: int = Field(default=256, ge=1, description="width of the common space")
 
 
 class AgreementConfig(Config):

@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from fewstep.common.errors import UserError, nearest
 from fewstep.common.text import lines_of, read_text
 from fewstep.data.images import Captioned, HeldPictures, from_prompts
-from fewstep.common.errors import UserError, nearest
 from fewstep_worlds.emoji8 import location
 
 SIZE = 64

@@ -10,21 +10,21 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fewstep.common.rng import generator
 from fewstep.common.errors import UserError
-from fewstep_worlds.emoji8.scorers.agreement import PromptAgreement, load_scorer
+from fewstep.common.rng import generator
 from fewstep.evaluation.bootstrap import mean_figure
 from fewstep.evaluation.diversity import PROMPTS, pairwise_distance
 from fewstep.evaluation.evaluate import Reference
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.lite0 import Lite0Backbone
 from fewstep.evaluation.metric import Array, Figure, Metric, Pictures
-from fewstep_worlds.emoji8.neighbours import NONE, Neighbours, neighbour_shares
-from fewstep_worlds.emoji8.scorers.text import BertStates
-from fewstep_worlds.emoji8.whiteness import BackgroundLevel, WhiteShare, background, background_by_prompt
 from fewstep.evaluation.suite import Yardstick, set_metrics
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8.location import root
+from fewstep_worlds.emoji8.neighbours import NONE, Neighbours, neighbour_shares
+from fewstep_worlds.emoji8.scorers.agreement import PromptAgreement, load_scorer
+from fewstep_worlds.emoji8.scorers.text import BertStates
+from fewstep_worlds.emoji8.whiteness import BackgroundLevel, WhiteShare, background, background_by_prompt
 
 
 def answered_prompts(record: emoji8.Record) -> tuple[str, str]:

@@ -9,17 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.common.accelerator import make_accelerator
 from fewstep.common.rng import Draws
 from fewstep.diffusion.grid import training_grid
-from fewstep.training.loss import Loss
+from fewstep.diffusion.schedule import add_noise, expand
 from fewstep.methods.denoising import edm_weight
+from fewstep.training.loop import Batch, Update, train
+from fewstep.training.loss import Loss
+from fewstep.training.run_folder import RunLog
 from fewstep_worlds.plane.mixture import Mixture
 from fewstep_worlds.plane.planar import Planar, said_by
 from fewstep_worlds.plane.settings import BaseConfig
-from fewstep.diffusion.schedule import add_noise, expand
-from fewstep.common.accelerator import make_accelerator
-from fewstep.training.loop import Batch, Update, train
-from fewstep.training.run_folder import RunLog
 
 TIMES = 1000
 """Points of the grid that it learns at: all indices of Stable Diffusion's path."""

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fewstep.common.files import atomic_write
+from fewstep.diffusion.schedule import Path as NoisePath
+from fewstep.methods.cost import step_calls
 from fewstep_worlds.plane.mixture import times_of
 from fewstep_worlds.plane.play import Measured, Play, draw_points, landing_end
-from fewstep.diffusion.schedule import Path as NoisePath
 
 STARTS = 48
 """Trajectories that are shown."""
@@ -131,7 +132,7 @@ def table(plays: Sequence[tuple[Play, Measured]]) -> str:
     for play, measured in plays:
         for gamma in measured.gammas:
             cells = [f"{measured.energy[n, gamma]:.4f}" for n in steps]
-            errors = [f"{measured.to_end:.3f}", f"{measured.between:.3f}", _cost(play.config.method.calls)]
+            errors = [f"{measured.to_end:.3f}", f"{measured.between:.3f}", _cost(step_calls(play.config.method))]
             name = "" if gamma is None else f"{gamma:g}"
             lines.append("| " + " | ".join([play.config.recipe, name, *cells, *errors]) + " |")
     return "\n".join(lines) + "\n"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fewstep.diffusion.denoiser import Condition
 from fewstep.common.choices import Prediction
-from fewstep_worlds.plane.mixture import Mixture
+from fewstep.diffusion.denoiser import Condition
 from fewstep.diffusion.schedule import index_of, target_of
 from fewstep.diffusion.time_conditioning import WIDTH as SINUSOID
 from fewstep.diffusion.time_conditioning import sinusoid
+from fewstep_worlds.plane.mixture import Mixture
 
 
 def said_by(mixture: Mixture, prediction: Prediction, x: Tensor, t: Tensor) -> Tensor:

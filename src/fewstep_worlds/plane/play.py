@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,30 +11,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.denoiser import Condition, Denoiser
+from fewstep.common.accelerator import make_accelerator
 from fewstep.common.rng import Draws
-from fewstep.common.files import atomic_write, write_json
-from fewstep.diffusion.grid import end_time, inference_times, training_grid
-from fewstep.diffusion.draw_latents import draw_latents
-from fewstep.diffusion.jump import student_step
+from fewstep.common.tensors import digest
 from fewstep.diffusion.conditioned import Voice
-from fewstep.methods.pair import HeldTrajectories, Sample
-from fewstep.methods.times import draw_times
-from fewstep.methods.update_plan import Aids, family_plan, roles_of, start_from
-from fewstep_worlds.plane.base import learn_base
-from fewstep_worlds.plane.mixture import Mixture, one_gaussian, ring, times_of
-from fewstep_worlds.plane.planar import Planar, PlanarCritic, Plane, said_by
-from fewstep_worlds.plane.settings import PathName, PlayConfig
-from fewstep.training.student import Student, make_student
-from fewstep.training.roles import BASE, copy_role
+from fewstep.diffusion.denoiser import BASE, Condition, Denoiser
+from fewstep.diffusion.draw_latents import draw_latents
+from fewstep.diffusion.grid import end_time, inference_times, training_grid
+from fewstep.diffusion.jump import student_step
 from fewstep.diffusion.samplers import Jumper
 from fewstep.diffusion.schedule import FlowMatching, VarianceExploding, scaled_linear
 from fewstep.diffusion.schedule import Path as NoisePath
 from fewstep.distillation.stages import parts_of
-from fewstep.common.tensors import digest
-from fewstep.common.accelerator import make_accelerator
+from fewstep.methods.pair import HeldTrajectories, Sample
+from fewstep.methods.times import draw_times
+from fewstep.methods.update_plan import Aids, family_plan, roles_of, start_from
 from fewstep.training.loop import Batch, Trained, Update, train
+from fewstep.training.roles import copy_role
 from fewstep.training.run_folder import RunLog
+from fewstep.training.student import Student, make_student
+from fewstep_worlds.plane.base import learn_base
+from fewstep_worlds.plane.mixture import Mixture, one_gaussian, ring, times_of
+from fewstep_worlds.plane.planar import Planar, PlanarCritic, Plane, said_by
+from fewstep_worlds.plane.settings import PathName, PlayConfig
 
 
 def noise_path(name: PathName) -> NoisePath:
@@ -162,23 +161,6 @@ def check_play(config: PlayConfig) -> None:
         training_grid(play.teacher.path, stage.method.grid)
         for steps in config.steps:
             inference_times(play.teacher.path, steps, grid=stage.sampling.grid, spacing=stage.sampling.spacing)
-
-
-def play(recipes: Sequence[PlayConfig], out: Path, quiet: bool = False) -> Path:
-    """Train and measure each recipe, and write figure.webp, table.md and figures.json; returns the figure's path."""
-    from fewstep_worlds.plane.figure import draw_figure, table
-
-    for config in recipes:
-        check_play(config)
-    done = []
-    for config in recipes:
-        student = train_play(config, out / config.recipe, quiet, out / "base")
-        done.append((student, measure(student)))
-    figures = {p.config.recipe: m.record() for p, m in done}
-    with atomic_write(out / "table.md") as part:
-        part.write_text(table(done), encoding="utf-8")
-    write_json(out / "figures.json", figures)
-    return draw_figure(done, out / "figure.webp")
 
 
 def landing_end(play: Play) -> float:

@@ -7,13 +7,14 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from fewstep.common.config import Config, merge, parse_overrides, validate
-from fewstep.training.config import LoopConfig, OptimConfig
-from fewstep.methods.config import ConsistencyConfig, Guidance
 from fewstep.common.choices import Prediction
-from fewstep.methods.recipes import read_recipe
-from fewstep.distillation.config import Sampling, StudentConfig, check_grown, check_trained
+from fewstep.common.config import Config, merge, parse_overrides, validate
+from fewstep.diffusion.config import Guidance, Sampling
+from fewstep.distillation.config import check_grown, check_trained
 from fewstep.distillation.stages import Stage, stage_configs
+from fewstep.methods.config import ConsistencyConfig
+from fewstep.methods.recipes import read_recipe
+from fewstep.training.config import LoopConfig, OptimConfig, StudentConfig
 
 USUAL: dict[str, Prediction] = {"vp": "eps", "flow": "flow", "ve": "x0"}
 """What networks of each path say where nothing else is named."""

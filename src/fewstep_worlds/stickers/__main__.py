@@ -29,8 +29,8 @@ def autoencoder(out: Out = Path("runs/stickers/autoencoder"), overrides: Overrid
 
     config = validate(AutoencoderConfig, parse_overrides(overrides or []))
 
-    from fewstep.common.device import pick_device
     from fewstep.common.accelerator import make_accelerator
+    from fewstep.common.device import pick_device
     from fewstep_worlds.stickers.autoencoder import train_autoencoder
 
     vae = train_autoencoder(config, out, make_accelerator(config.loop.precision, pick_device("auto")))
@@ -45,8 +45,8 @@ def reader(out: Out = Path("runs/stickers/reader"), overrides: Overrides = None)
 
     config = validate(ReaderConfig, parse_overrides(overrides or []))
 
-    from fewstep.common.device import pick_device
     from fewstep.common.accelerator import make_accelerator
+    from fewstep.common.device import pick_device
     from fewstep_worlds.stickers.reader import save_reader, train_reader
 
     save_reader(train_reader(config, out, make_accelerator(config.loop.precision, pick_device("auto"))), out / "final")
@@ -76,14 +76,14 @@ def teacher(
     overrides: Overrides = None,
 ) -> None:
     """Train the teacher on the latents of a finished autoencoder (-s autoencoder=FOLDER); write its pipeline."""
-    from fewstep.distillation.checks import check_target
+    from fewstep_worlds.emoji8.teacher.checks import check_target
     from fewstep_worlds.stickers.settings import TeacherConfig
 
     config = validate(TeacherConfig, parse_overrides(overrides or []))
     check_target(target, out)
 
-    from fewstep.common.device import pick_device
     from fewstep.common.accelerator import make_accelerator
+    from fewstep.common.device import pick_device
     from fewstep_worlds.stickers.teacher import train_teacher
 
     train_teacher(config, out, target, make_accelerator(config.loop.precision, pick_device("auto")))

@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from fewstep.common.cpu_kernels import speed_up
+from fewstep.common.distributed import on_main
 from fewstep.common.rng import Draws
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.frechet import FrechetDistance, Projection
 from fewstep.evaluation.lite0 import Lite0, Lite0Backbone, make_lite0
 from fewstep.evaluation.lite0_weights import load_weights
-from fewstep.training.loss import Loss
-from fewstep.common.distributed import on_main
-from fewstep.common.cpu_kernels import speed_up
 from fewstep.training.loop import Batch, Update, train
+from fewstep.training.loss import Loss
 from fewstep.training.run_folder import RunLog
 from fewstep_worlds.emoji8.config import VaeConfig
 from fewstep_worlds.emoji8.teacher.vae import fold_statistics, make_vae, psnr, to_tensor

@@ -16,13 +16,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from fewstep.common.config import validate
-from fewstep.common.rng import Draws
-from fewstep.common.files import atomic_folder, read_json, write_json
-from fewstep.training.loss import Loss
-from fewstep.common.distributed import on_main
-from fewstep.common.tensors import load_tensors, save_tensors
 from fewstep.common.cpu_kernels import speed_up
+from fewstep.common.distributed import on_main
+from fewstep.common.files import atomic_folder, read_json, write_json
+from fewstep.common.rng import Draws
+from fewstep.common.tensors import load_tensors, save_tensors
 from fewstep.training.loop import Batch, Update, train
+from fewstep.training.loss import Loss
 from fewstep.training.run_folder import RunLog
 from fewstep_worlds.emoji8.teacher.vae import to_tensor
 from fewstep_worlds.stickers.accuracy import scene_accuracy

@@ -13,13 +13,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from fewstep.backbones.sd import encode_text
-from fewstep.common.rng import Draws, generator
-from fewstep.common.files import sha256
-from fewstep.training.loss import Loss
-from fewstep.common.distributed import on_main
-from fewstep.diffusion.schedule import scaled_linear
 from fewstep.common.cpu_kernels import speed_up
+from fewstep.common.distributed import on_main
+from fewstep.common.files import sha256
+from fewstep.common.rng import Draws, generator
+from fewstep.diffusion.schedule import scaled_linear
 from fewstep.training.loop import Batch, Update, train
+from fewstep.training.loss import Loss
 from fewstep.training.run_folder import RunLog
 from fewstep_worlds.emoji8.teacher.train import SCHEDULER, given_vae, write_teacher
 from fewstep_worlds.emoji8.teacher.unet import eps_loss

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from fewstep.common.errors import UserError
 from fewstep.backbones.pipeline_folder import PipelineFolder
 from fewstep.backbones.scheduler_config import sigmas_at
 from fewstep.backbones.single_file.reader import Reader
+from fewstep.common.errors import UserError
 
 _CLIP = "parts of CLIP that draw no pictures"
 _UNUSED = {

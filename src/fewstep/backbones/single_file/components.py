@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.backbones.base import loading
-from fewstep.common.errors import UserError
-from fewstep.backbones.single_file.sd_checkpoint import Held, text_keys, unet_keys, vae_keys
-from fewstep.backbones.pipeline_writer import copy_component, copy_licences
 from fewstep.backbones.families import FAMILIES
-from fewstep.common.files import read_mapping, write_json
 from fewstep.backbones.pipeline_folder import LIBRARIES, PipelineFolder, weight_files
+from fewstep.backbones.pipeline_writer import copy_component, copy_licences
 from fewstep.backbones.scheduler_config import prediction_of
 from fewstep.backbones.single_file.accounting import account
 from fewstep.backbones.single_file.reader import Reader
 from fewstep.backbones.single_file.recognise import Checkpoint
+from fewstep.backbones.single_file.sd_checkpoint import Held, text_keys, unet_keys, vae_keys
+from fewstep.common.errors import UserError
+from fewstep.common.files import read_mapping, write_json
 from fewstep.common.safetensors_header import Shape, read_safetensors_header
 
 INDEX = "model_index.json"

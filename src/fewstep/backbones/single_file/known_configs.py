@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fewstep.common.files import alone, atomic_folder, write_json
-from fewstep.common.choices import Prediction
 from fewstep.backbones.single_file.recognise import Version
+from fewstep.common.choices import Prediction
+from fewstep.common.files import alone, atomic_folder, write_json
 
 _END = "<|endoftext|>"
 _ATTENTION = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3

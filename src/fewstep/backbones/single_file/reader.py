@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fewstep.common.errors import UserError
 from fewstep.backbones.single_file.recognise import formats_of
+from fewstep.common.errors import UserError
 from fewstep.common.safetensors_header import Entry
 
 _SCALES = ("scale_weight", "weight_scale")

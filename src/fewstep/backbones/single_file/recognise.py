@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fewstep.common.errors import UserError
 from fewstep.common.choices import Prediction
+from fewstep.common.errors import UserError
 from fewstep.common.safetensors_header import Entry, read_floats
 
 UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fewstep.backbones.single_file.sd_names import original_names
 from fewstep.common.errors import UserError
-from fewstep.students.lora_keys import original_names
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."

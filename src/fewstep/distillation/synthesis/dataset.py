@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from fewstep.backbones.base import Backbone
-from fewstep.data.latents import LatentSet
 from fewstep.common.errors import UserError
-from fewstep.diffusion.grid import end_time, training_grid
 from fewstep.common.mapped_tensors import Rows
-from fewstep.methods.config import ConsistencyConfig
+from fewstep.data.latents import LatentSet
+from fewstep.diffusion.grid import end_time, training_grid
 from fewstep.distillation.synthesis.reader import Synthesis, read_synthesis
+from fewstep.methods.config import ConsistencyConfig
 
 
 @dataclass(frozen=True)
 class FromSet:
-    """The trajectories of some samples of a set (`objectives.scene.Stored`)."""
+    """The trajectories of some samples of a set (`methods.pair.Stored`)."""
 
     synthesis: Synthesis
     items: Tensor

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fewstep.distillation.checks import check_diffusion, check_walk
+from fewstep.backbones.checks import check_diffusion, check_walk
+from fewstep.backbones.pipeline_folder import PipelineFolder
 from fewstep.common.errors import UserError
 from fewstep.common.files import check_writable
-from fewstep.backbones.pipeline_folder import PipelineFolder
 from fewstep.distillation.synthesis.record import (
     CONDITIONS,
     MANIFEST,

@@ -11,13 +11,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fewstep.backbones.pipeline_folder import PipelineFolder
 from fewstep.common.device import DTYPES
 from fewstep.common.errors import UserError
 from fewstep.common.files import sha256
-from fewstep.backbones.pipeline_folder import PipelineFolder
 from fewstep.common.mapped_tensors import Mapped, map_tensors, tensors_in
 from fewstep.distillation.synthesis.planning import fingerprints
-from fewstep.distillation.synthesis.record import CONDITIONS, MANIFEST, PROMPTS, Manifest, Plan, check_files, is_whole, read_manifest
+from fewstep.distillation.synthesis.record import (
+    CONDITIONS,
+    MANIFEST,
+    PROMPTS,
+    Manifest,
+    Plan,
+    check_files,
+    is_whole,
+    read_manifest,
+)
 
 Items = Tensor | Sequence[int]
 """Sample numbers, [B], in any order."""

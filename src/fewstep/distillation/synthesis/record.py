@@ -14,12 +14,12 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from fewstep.common.choices import Prediction
 from fewstep.common.config import Config, ConfigT, first_difference, validate
 from fewstep.common.errors import UserError
 from fewstep.common.files import read_mapping, sha256, write_json
-from fewstep.common.choices import Prediction
-from fewstep.distillation.synthesis.settings import DrawnSettings
 from fewstep.common.safetensors_header import Shape, read_safetensors_header
+from fewstep.distillation.synthesis.settings import DrawnSettings
 
 MANIFEST = "synthesis.json"
 PROMPTS = "prompts.txt"

@@ -8,9 +8,9 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from fewstep.common.config import Config, parse_overrides, validate
-from fewstep.methods.config import GridSpec, Guidance
 from fewstep.common.choices import CALLS, DeviceName, End, Precision, SolverName
+from fewstep.common.config import Config, parse_overrides, validate
+from fewstep.diffusion.config import GridSpec, Guidance
 
 Kind = Literal["latents", "trajectories"]
 """What is kept of a walk: its end point, or every point with what the teacher said there."""

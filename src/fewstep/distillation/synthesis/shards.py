@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from fewstep.backbones.base import Backbone
-from fewstep.diffusion.denoiser import Condition
 from fewstep.common.device import DTYPES, sent
-from fewstep.common.rng import Draws
 from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_write
+from fewstep.common.rng import Draws
+from fewstep.common.tensors import save_tensors
+from fewstep.diffusion.denoiser import Condition
 from fewstep.diffusion.samplers import picture_noise
 from fewstep.distillation.synthesis.record import Plan, shard_name, write_note
 from fewstep.distillation.synthesis.walk import Drawn, Walk, end_points, trajectories
-from fewstep.common.tensors import save_tensors
 
 TYPES = {"I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
 """safetensors' name of a type -> torch's."""

@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fewstep.common import distributed as processes
 from fewstep.backbones.base import Backbone, open_backbone
 from fewstep.backbones.lengths import CutPrompts
-from fewstep.diffusion.denoiser import Condition
+from fewstep.backbones.teachers import teacher_path
+from fewstep.common import distributed as processes
+from fewstep.common.accelerator import make_accelerator
 from fewstep.common.device import DTYPES, pick_device, pick_precision
-from fewstep.inference.generator import artist_of
+from fewstep.common.distributed import is_main, main_first, tell, together
 from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_folder, atomic_write, remove_folder, sweep, taken, write_json
-from fewstep.diffusion.grid import end_time, training_grid
 from fewstep.common.mapped_tensors import map_tensors, write_rows
-from fewstep.common.distributed import is_main, main_first, tell, together
-from fewstep.distillation.config import teacher_path
+from fewstep.diffusion.denoiser import Condition
+from fewstep.diffusion.grid import end_time, training_grid
 from fewstep.distillation.synthesis.planning import SynthesisCost, check_free, cost_of, fingerprints, prompt_entries
 from fewstep.distillation.synthesis.record import (
     CONDITIONS,
@@ -49,7 +49,7 @@ from fewstep.distillation.synthesis.record import (
 from fewstep.distillation.synthesis.settings import SynthesisConfig
 from fewstep.distillation.synthesis.shards import Painter, make_shard, share
 from fewstep.distillation.synthesis.walk import Walk
-from fewstep.common.accelerator import make_accelerator
+from fewstep.inference.generator import artist_of
 
 ENCODED = 512
 """Prompts encoded at a time."""

@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.denoiser import Condition, Denoiser
-from fewstep.diffusion.conditioned import Voice
 from fewstep.common.choices import SolverName
-from fewstep.training.roles import BASE
+from fewstep.diffusion.conditioned import Voice
+from fewstep.diffusion.denoiser import BASE, Condition, Denoiser
 from fewstep.diffusion.samplers import start_size, step_between
 
 

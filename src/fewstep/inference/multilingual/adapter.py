@@ -18,15 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fewstep.backbones.pipeline_folder import PipelineFolder
 from fewstep.common.config import validate
-from fewstep.diffusion.denoiser import Condition
 from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_folder, sha256, write_json
-from fewstep.backbones.pipeline_folder import PipelineFolder
+from fewstep.common.tensors import load_tensors, save_tensors
+from fewstep.diffusion.denoiser import Condition
 from fewstep.inference.multilingual.record import RECORD, WEIGHTS, read_adapter, text_side
 from fewstep.inference.multilingual.sentence import SentenceEncoder, UniversalSentence
 from fewstep.inference.multilingual.settings import AdapterConfig
-from fewstep.common.tensors import load_tensors, save_tensors
 
 Encode = Callable[[Sequence[str]], Condition]
 

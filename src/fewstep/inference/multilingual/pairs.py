@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from fewstep.common.text import lines_of, read_text
 from fewstep.common.errors import UserError
+from fewstep.common.text import lines_of, read_text
 
 
 class Pair(NamedTuple):

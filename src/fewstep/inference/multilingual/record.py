@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fewstep.distillation.checks import check_installed
-from fewstep.common.errors import UserError
-from fewstep.common.files import read_mapping
 from fewstep.backbones.pipeline_folder import PipelineFolder
+from fewstep.common.errors import UserError
+from fewstep.common.extras import check_installed
+from fewstep.common.files import read_mapping
 from fewstep.inference.multilingual.settings import PACKAGES
 
 WEIGHTS = "adapter.safetensors"

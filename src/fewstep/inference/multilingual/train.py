@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewstep.common.rng import Draws
 from fewstep.backbones.pipeline_folder import PipelineFolder
+from fewstep.common.accelerator import make_accelerator
+from fewstep.common.rng import Draws
 from fewstep.inference.multilingual.adapter import Adapter, SentenceMap, save_adapter
 from fewstep.inference.multilingual.pairs import Pair, fingerprint
 from fewstep.inference.multilingual.record import text_side
 from fewstep.inference.multilingual.sentence import SentenceEncoder, UniversalSentence
 from fewstep.inference.multilingual.settings import AdapterConfig
-from fewstep.training.loss import Loss
-from fewstep.common.accelerator import make_accelerator
 from fewstep.training.loop import Batch, Update, train
+from fewstep.training.loss import Loss
 from fewstep.training.run_folder import RunLog
 
 

@@ -20,10 +20,10 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from fewstep.backbones.scheduler_config import PREDICTIONS, check_terminal_snr, path_of, taken_over
 from fewstep.common.errors import UserError
 from fewstep.diffusion.grid import times_below, times_within
 from fewstep.diffusion.jump import Step, student_step
-from fewstep.inference.schedulers.replay import AskedError, Leap, answering, one, times_asked
 from fewstep.diffusion.samplers import diffuse, start_size
 from fewstep.diffusion.schedule import (
     Estimate,
@@ -44,7 +44,7 @@ from fewstep.inference.schedulers.checks import (
     count_of_sigmas,
     refusing,
 )
-from fewstep.backbones.scheduler_config import PREDICTIONS, check_terminal_snr, path_of, taken_over
+from fewstep.inference.schedulers.replay import AskedError, Leap, answering, one, times_asked
 
 COMPATIBLE = [
     *("TCDScheduler", "LCMScheduler", "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "UniPCMultistepScheduler"),

@@ -9,9 +9,9 @@ from typing import Any, get_args
 
 import numpy as np
 
-from fewstep.common.errors import UserError, nearest
-from fewstep.common.choices import End, Form, Spacing
 from fewstep.backbones.scheduler_config import PREDICTIONS
+from fewstep.common.choices import End, Form, Spacing
+from fewstep.common.errors import UserError, nearest
 
 
 class SchedulerError(UserError, ValueError):

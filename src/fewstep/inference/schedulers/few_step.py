@@ -19,12 +19,12 @@ from diffusers.configuration_utils import register_to_config
 # diffusers finds out how a saved component is loaded by the base classes that the component's own module holds
 from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
 
-from fewstep.diffusion.grid import end_time
-from fewstep.inference.schedulers.replay import Leap, one
 from fewstep.common.choices import End, GammaLaw, Jump
+from fewstep.diffusion.grid import end_time
 from fewstep.diffusion.samplers import sss_landing
-from fewstep.inference.schedulers.checks import check_common, check_number, check_word
 from fewstep.inference.schedulers.base import FewStepScheduler
+from fewstep.inference.schedulers.checks import check_common, check_number, check_word
+from fewstep.inference.schedulers.replay import Leap, one
 
 LEAST_R = 0.01
 """The nearest to t that a second-order jump's mid-point may lie, as a share of the way."""

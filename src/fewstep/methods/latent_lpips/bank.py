@@ -16,17 +16,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fewstep.backbones.base import Backbone
-from fewstep.data.latents import cached
-from fewstep.diffusion.denoiser import Condition
 from fewstep.common.device import DTYPES, pick_precision
-from fewstep.inference.generator import Artist, artist_of
+from fewstep.common.distributed import main_first
 from fewstep.common.rng import Draws, generator
-from fewstep.backbones.pipeline_writer import teacher_sampling
+from fewstep.data.latents import cached
+from fewstep.diffusion.config import Sampling
+from fewstep.diffusion.denoiser import Condition
+from fewstep.inference.generator import Artist, artist_of
 from fewstep.methods.latent_lpips.pairs import FEW, MEMBERS, PAIRS, Teacher, make_groups, partner
 from fewstep.methods.latent_lpips.settings import PairConfig, check_prompts
 from fewstep.methods.latent_lpips.target import Decode, PixelFeatures, decoder, pair_distances
-from fewstep.common.distributed import main_first
-from fewstep.distillation.config import Sampling
+from fewstep.students.inference_settings import teacher_sampling
 
 SHARD = 16
 """Groups made, and kept, at a time; even, so that partners are made together."""

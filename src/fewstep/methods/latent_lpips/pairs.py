@@ -17,12 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewstep.diffusion.denoiser import Condition, Denoiser
-from fewstep.common.rng import Draws
 from fewstep.common.errors import nearest_divisor
+from fewstep.common.rng import Draws
+from fewstep.diffusion.denoiser import BASE, Condition, Denoiser
 from fewstep.diffusion.grid import end_time, previous, training_grid
 from fewstep.diffusion.jump import land
-from fewstep.training.roles import BASE
 from fewstep.diffusion.schedule import Estimate, Path, VariancePreserving, expand
 
 MEMBERS = (

@@ -12,9 +12,9 @@ from torch import Tensor
 from fewstep.common.config import validate
 from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_folder, read_mapping, sha256, write_json
+from fewstep.common.tensors import load_tensors, save_tensors
 from fewstep.methods.latent_lpips.network import LatentPerceptual
 from fewstep.methods.latent_lpips.settings import NetworkConfig
-from fewstep.common.tensors import load_tensors, save_tensors
 
 WEIGHTS = "perceptual.safetensors"
 RECORD = "perceptual.json"

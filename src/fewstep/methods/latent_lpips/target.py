@@ -109,7 +109,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def pair_distances(maps: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> Tensor:
-    """`objectives.distance.feature_distance` of the named pairs of pictures, float64 [P]; each map is read once.
+    """`methods.distances.feature_distance` of the named pairs of pictures, float64 [P]; each map is read once.
 
     Args:
         maps: feature maps of n pictures, [n, C, h, w] each.

@@ -15,11 +15,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from fewstep.backbones.base import Backbone
-from fewstep.common.rng import Draws
+from fewstep.common.accelerator import make_accelerator
+from fewstep.common.distributed import on_main, together
 from fewstep.common.errors import UserError
-from fewstep.evaluation.lite0 import Lite0Backbone
 from fewstep.common.files import sweep
-from fewstep.training.loss import Loss
+from fewstep.common.rng import Draws
+from fewstep.diffusion.schedule import expand
+from fewstep.evaluation.lite0 import Lite0Backbone
 from fewstep.methods.latent_lpips.bank import Bank, bank_key, drawn_by, make_bank
 from fewstep.methods.latent_lpips.judge import ENDS, NAMED, Judged, judge
 from fewstep.methods.latent_lpips.network import LatentPerceptual, calibrate, group_distances
@@ -27,10 +29,8 @@ from fewstep.methods.latent_lpips.pairs import KINDS, PAIRS
 from fewstep.methods.latent_lpips.record import RECORD, load_perceptual, read_perceptual, save_perceptual
 from fewstep.methods.latent_lpips.settings import PerceptualConfig
 from fewstep.methods.latent_lpips.target import Decode, Lite0Stages, PixelFeatures
-from fewstep.common.distributed import on_main, together
-from fewstep.diffusion.schedule import expand
-from fewstep.common.accelerator import make_accelerator
 from fewstep.training.loop import Batch, Update, train
+from fewstep.training.loss import Loss
 from fewstep.training.run_folder import RunLog
 
 FLOOR = 1e-4

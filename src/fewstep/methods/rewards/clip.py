@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from fewstep.common.errors import UserError
 from fewstep.common.files import read_mapping
+from fewstep.methods.rewards.folder_layout import ScorerFiles
 from fewstep.methods.rewards.licences import CLIP, Facts
 from fewstep.methods.rewards.preprocess import CLIP_MEAN, CLIP_STD, Framing, frame
-from fewstep.methods.rewards.folder_layout import ScorerFiles
 from fewstep.methods.rewards.reward import ScorerIdentity
 from fewstep.methods.rewards.tokenize import check_rows, in_batches, load_tokenizer, token_ids
 from fewstep.methods.rewards.weights import build, fingerprint, loading, same

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from fewstep.common.errors import UserError
+from fewstep.common.safetensors_header import read_safetensors_header
 from fewstep.methods.rewards.clip import HUNDRED, CosineScorer, clip_network, identity_of, load_published
+from fewstep.methods.rewards.folder_layout import ScorerFiles
 from fewstep.methods.rewards.licences import HPSV2
 from fewstep.methods.rewards.preprocess import Framing
-from fewstep.methods.rewards.folder_layout import ScorerFiles
 from fewstep.methods.rewards.tokenize import load_tokenizer
 from fewstep.methods.rewards.weights import Source, build, loading
-from fewstep.common.safetensors_header import read_safetensors_header
 
 VIT_H_14 = {
     "embed_dim": 1024,

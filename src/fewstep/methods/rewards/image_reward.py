@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.common.errors import UserError
+from fewstep.common.safetensors_header import Shape, read_safetensors_header
+from fewstep.methods.rewards.folder_layout import ScorerFiles
 from fewstep.methods.rewards.licences import IMAGE_REWARD
 from fewstep.methods.rewards.preprocess import Framing, frame
-from fewstep.methods.rewards.folder_layout import ScorerFiles
 from fewstep.methods.rewards.reward import ScorerIdentity
 from fewstep.methods.rewards.tokenize import check_rows, in_batches, load_tokenizer, token_ids
 from fewstep.methods.rewards.weights import Source, build, fingerprint, loading
-from fewstep.common.safetensors_header import Shape, read_safetensors_header
 
 MEAN, DEVIATION = 0.16717362830052426, 1.0333394966054072
 """Constants of the published code: the reward is (output - MEAN)/DEVIATION."""

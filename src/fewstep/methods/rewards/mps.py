@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.common.errors import UserError
+from fewstep.common.safetensors_header import read_safetensors_header
 from fewstep.methods.rewards.clip import clip_config, clip_network, clip_tokenizer, identity_of, read_framing, unit
-from fewstep.methods.rewards.licences import MPS
-from fewstep.methods.rewards.preprocess import Framing, frame
 from fewstep.methods.rewards.folder_layout import ScorerFiles
+from fewstep.methods.rewards.licences import MPS
 from fewstep.methods.rewards.mps_cross import CrossModel
+from fewstep.methods.rewards.preprocess import Framing, frame
 from fewstep.methods.rewards.reward import ScorerIdentity
 from fewstep.methods.rewards.tokenize import check_rows, in_batches, token_ids
 from fewstep.methods.rewards.weights import Source, build
-from fewstep.common.safetensors_header import read_safetensors_header
 
 OVERALL = (
     "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, "

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from fewstep.common.errors import UserError, nearest
-from fewstep.methods.rewards import licences as facts
 from fewstep.methods.rewards import folder_layout as layout
-from fewstep.methods.rewards.licences import Facts
+from fewstep.methods.rewards import licences as facts
 from fewstep.methods.rewards.folder_layout import Find, ScorerFiles
+from fewstep.methods.rewards.licences import Facts
 from fewstep.methods.rewards.reward import PreferenceScorer
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fewstep.common.errors import UserError
 from fewstep.common.files import sha256
-from fewstep.methods.rewards.folder_layout import ScorerFiles
 from fewstep.common.tensors import load_tensors
+from fewstep.methods.rewards.folder_layout import ScorerFiles
 
 Network = TypeVar("Network", bound=nn.Module)
 

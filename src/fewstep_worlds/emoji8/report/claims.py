@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from fewstep_worlds.emoji8.report.lines import HEADLINE_GAMMA, Line, Summary, headline, lines, lines_of, summary
+from fewstep.common.choices import TO_TEACHER
 from fewstep.evaluation.metric import Figure
+from fewstep_worlds.emoji8.report.lines import HEADLINE_GAMMA, Line, Summary, headline, lines, lines_of, summary
 from fewstep_worlds.emoji8.report.results import Results
 from fewstep_worlds.emoji8.report.step_table import STEPS
-from fewstep.common.choices import TO_TEACHER
 
 TCD, LCM, DDIM, EULER, DPMPP, TEACHER = "TCD", "LCM", "DDIM", "Euler", "DPM-Solver++(2S)", "teacher"
 TEACHER_STEPS = 50

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.common.errors import UserError
+from fewstep.common.files import atomic_write
+from fewstep.evaluation.metric import ARROWS
 from fewstep_worlds.emoji8.report.claims import TEACHER, TEACHER_STEPS, distance
 from fewstep_worlds.emoji8.report.lines import HEADLINE_GAMMA, Line, compared, lines_of, summary, swept
-from fewstep.evaluation.metric import ARROWS
 from fewstep_worlds.emoji8.report.results import Results
 from fewstep_worlds.emoji8.report.step_table import STEPS, better_of
-from fewstep.common.files import atomic_write
 
 COLOURS = ("#1f6feb", "#d9730d", "#2e9e5b", "#b8309a", "#7a5af0", "#0b8fa3", "#b4531f", "#6b7280")
 """Of series on white; a page names its own as `--s0` to `--s7`."""

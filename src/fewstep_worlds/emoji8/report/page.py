@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fewstep.common.choices import TO_TEACHER
 from fewstep.common.errors import UserError
+from fewstep.common.files import atomic_write
+from fewstep.evaluation.metric import ARROWS, Pictures, check_pictures
 from fewstep_worlds.emoji8.report import curves
 from fewstep_worlds.emoji8.report.claims import TCD, claims, distance
 from fewstep_worlds.emoji8.report.lines import HEADLINE_GAMMA, Line, compared, headline, paired
-from fewstep.evaluation.metric import ARROWS, Pictures, check_pictures
 from fewstep_worlds.emoji8.report.results import Results
 from fewstep_worlds.emoji8.report.step_table import STEPS, better_of, decimals, step_table
-from fewstep.common.files import atomic_write
-from fewstep.common.choices import TO_TEACHER
 
-TEMPLATE = "report.html.jinja"
+TEMPLATE = "page.html.jinja"
 COMMAND = 'fewstep sample "a doggy, fluent 3d style" --steps 4 --out doggy.png'
 LOSSLESS = 1_200_000
 """Bytes of pictures up to which the grid is lossless."""
@@ -85,7 +85,7 @@ def write_report(
     palette = curves.colours(shown)
     swept = curves.gamma_panels(sweep or results)
     columns = _columns(results, grid, grid_prompts)
-    page = resources.files("fewstep.evaluation").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    page = resources.files("fewstep_worlds.emoji8.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = environment.from_string(page).render(
         results=results,

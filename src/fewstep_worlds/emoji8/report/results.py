@@ -11,8 +11,8 @@ from typing import ClassVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from fewstep.common.errors import UserError
-from fewstep.evaluation.metric import Figure, Identity
 from fewstep.common.files import atomic_write, read_json
+from fewstep.evaluation.metric import Figure, Identity
 
 FORMAT = "fewstep results 1"
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fewstep_worlds.emoji8.report.lines import HEADLINE_GAMMA, Line, Summary, compared, summary
 from fewstep.evaluation.metric import ARROWS
+from fewstep_worlds.emoji8.report.lines import HEADLINE_GAMMA, Line, Summary, compared, summary
 from fewstep_worlds.emoji8.report.results import Results
 
 STEPS = (2, 4, 8, 20)

@@ -1,7 +1,7 @@
 """Prompt agreement: does a picture show what its prompt says, by a scorer trained on Emoji-8 alone.
 
 It is no CLIP score: it knows drawn emoji and their names and little else; it saw the training split only.
-Training is in `world/train_scorer.py`.
+Training is in `fewstep_worlds/emoji8/scorers/train.py`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor
 
 from fewstep.common.config import validate
 from fewstep.common.errors import UserError
-from fewstep.evaluation.metric import Array, Identity, Pictures, check_pictures
-from fewstep.evaluation.per_picture import PictureMean
-from fewstep_worlds.emoji8.scorers.network import SIZE, Scorer
-from fewstep.evaluation.limits import ScorerConfig
-from fewstep_worlds.emoji8.scorers.text import TextBackbone
 from fewstep.common.files import atomic_folder, read_json, sha256, write_json
 from fewstep.common.tensors import load_tensors, save_tensors
+from fewstep.evaluation.metric import Array, Identity, Pictures, check_pictures
+from fewstep.evaluation.per_picture import PictureMean
+from fewstep_worlds.emoji8.config import ScorerConfig
+from fewstep_worlds.emoji8.scorers.network import SIZE, Scorer
+from fewstep_worlds.emoji8.scorers.text import TextBackbone
 
 WEIGHTS = "scorer.safetensors"
 RECORD = "scorer.json"

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewstep.evaluation.limits import ScorerConfig
+from fewstep_worlds.emoji8.config import ScorerConfig
 
 SIZE = 64
 """Edge of what the picture side sees, in pixels."""

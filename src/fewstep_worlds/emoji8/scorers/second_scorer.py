@@ -15,18 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fewstep.common.accelerator import make_accelerator
 from fewstep.common.rng import Draws
+from fewstep.common.tensors import digest
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.metric import Array, Identity, Pictures
 from fewstep.evaluation.per_picture import PictureMean
-from fewstep_worlds.emoji8.scorers.text import TextBackbone
-from fewstep.training.loss import Loss
-from fewstep.common.tensors import digest
-from fewstep.common.accelerator import make_accelerator
 from fewstep.training.loop import Batch, Update, train
+from fewstep.training.loss import Loss
 from fewstep.training.run_folder import RunLog
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8.config import OpinionConfig
+from fewstep_worlds.emoji8.scorers.text import TextBackbone
 from fewstep_worlds.emoji8.scorers.train import answers, draw_captions, multi_positive_loss
 
 FEATURES = 1280

@@ -13,22 +13,22 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from fewstep.common.device import pick_device
-from fewstep.common.rng import Draws
-from fewstep.common.errors import UserError
-from fewstep_worlds.emoji8.scorers.agreement import Agreement, load_scorer, save_scorer, to_input
-from fewstep_worlds.emoji8.scorers.network import Scorer
-from fewstep_worlds.emoji8.scorers.text import BertStates, TextBackbone
-from fewstep.training.loss import Loss
-from fewstep.common.distributed import on_main
-from fewstep.common.cpu_kernels import speed_up
 from fewstep.common.accelerator import make_accelerator
+from fewstep.common.cpu_kernels import speed_up
+from fewstep.common.device import pick_device
+from fewstep.common.distributed import on_main
+from fewstep.common.errors import UserError
+from fewstep.common.rng import Draws
 from fewstep.training.loop import Batch, Update, train
+from fewstep.training.loss import Loss
 from fewstep.training.run_folder import RunLog
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8 import location
-from fewstep_worlds.emoji8.scorers.augment import augment
 from fewstep_worlds.emoji8.config import AgreementConfig
+from fewstep_worlds.emoji8.scorers.agreement import Agreement, load_scorer, save_scorer, to_input
+from fewstep_worlds.emoji8.scorers.augment import augment
+from fewstep_worlds.emoji8.scorers.network import Scorer
+from fewstep_worlds.emoji8.scorers.text import BertStates, TextBackbone
 
 WATCHED = 500
 """Pictures of each kind looked at while it trains."""

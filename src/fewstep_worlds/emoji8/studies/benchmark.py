@@ -13,17 +13,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from fewstep.backbones.teachers import teacher_path
 from fewstep.common import core_yaml
+from fewstep.common.files import atomic_write, write_json
+from fewstep.common.provenance import hardware
+from fewstep.evaluation.detail import detail_scale
+from fewstep_worlds.emoji8 import dataset as emoji8
+from fewstep_worlds.emoji8.config import BenchmarkConfig
 from fewstep_worlds.emoji8.report.claims import TEACHER_STEPS, claims, claims_table
 from fewstep_worlds.emoji8.report.curves import gamma_figure
-from fewstep.evaluation.detail import detail_scale
 from fewstep_worlds.emoji8.report.page import table_blocks, write_report
 from fewstep_worlds.emoji8.report.results import Results, Row, save_results
 from fewstep_worlds.emoji8.report.step_table import STEPS, table1
-from fewstep.common.files import atomic_write, write_json
-from fewstep.common.provenance import hardware
-from fewstep.distillation.config import teacher_path
-from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8.studies.comparison import (
     Bench,
     Entry,
@@ -36,8 +37,14 @@ from fewstep_worlds.emoji8.studies.comparison import (
     teacher_entry,
 )
 from fewstep_worlds.emoji8.studies.demo import picture_grid
-from fewstep_worlds.emoji8.config import BenchmarkConfig
-from fewstep_worlds.emoji8.studies.students import METHODS, WIDER_SKIP, student_config, student_sampling, students_omega, train_student
+from fewstep_worlds.emoji8.studies.students import (
+    METHODS,
+    WIDER_SKIP,
+    student_config,
+    student_sampling,
+    students_omega,
+    train_student,
+)
 
 GAMMAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 CHOOSING = 99

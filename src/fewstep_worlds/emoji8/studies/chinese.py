@@ -11,22 +11,22 @@ from pathlib import Path
 
 import numpy as np
 
-from fewstep.inference.generator import labelled_sheet, save_picture
-from fewstep_worlds.emoji8.scorers.agreement import PromptAgreement
+from fewstep.backbones.pipeline_folder import read_folder
+from fewstep.backbones.teachers import teacher_path
+from fewstep.common.files import atomic_write, write_json
+from fewstep.common.provenance import commit, hardware
 from fewstep.evaluation.bootstrap import RESAMPLES, centred_interval, counts, mean_figure
 from fewstep.evaluation.metric import Array, Figure
-from fewstep.common.files import atomic_write, write_json
-from fewstep.backbones.pipeline_folder import read_folder
+from fewstep.inference.image_grid import labelled_sheet, save_picture
 from fewstep.inference.multilingual.adapter import Adapter, SentenceMap, load_adapter
 from fewstep.inference.multilingual.train import train_adapter
-from fewstep.common.provenance import commit, hardware
-from fewstep.distillation.config import teacher_path
 from fewstep.students.resolve import choose_student
-from fewstep_worlds.emoji8.translations import Words, chinese_pairs, with_keywords
-from fewstep_worlds.emoji8.studies.comparison import Entry, Studio, teacher_entry
-from fewstep_worlds.emoji8.metrics import agreement
 from fewstep_worlds.emoji8.config import ChineseConfig
+from fewstep_worlds.emoji8.metrics import agreement
+from fewstep_worlds.emoji8.scorers.agreement import PromptAgreement
+from fewstep_worlds.emoji8.studies.comparison import Entry, Studio, teacher_entry
 from fewstep_worlds.emoji8.studies.students import students_omega
+from fewstep_worlds.emoji8.translations import Words, chinese_pairs, with_keywords
 
 FORMS = ("English", "Chinese", "Chinese with keywords")
 """How a concept is asked for, in the order of the rows; the first one goes through the teacher's own text encoder."""

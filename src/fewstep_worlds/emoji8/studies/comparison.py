@@ -17,20 +17,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from fewstep.backbones.pipeline_folder import read_folder
 from fewstep.common.device import pick_device, pick_precision
-from fewstep.inference.generator import Artist, load_artist
-from fewstep_worlds.emoji8.scorers.agreement import PromptAgreement
+from fewstep.common.files import atomic_write, sha256
+from fewstep.common.provenance import commit
+from fewstep.common.tensors import load_tensors, save_tensors
+from fewstep.diffusion.config import TEACHER_SAMPLING, Sampling
 from fewstep.evaluation.diversity import NOISES, PROMPTS, diversity
 from fewstep.evaluation.evaluate import EndPoints, evaluate_pictures, score_pictures
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.metric import Figure, Metric, Scored
-from fewstep_worlds.emoji8.report.results import Results, Row, load_results, save_results
-from fewstep.common.files import atomic_write, sha256
-from fewstep.backbones.pipeline_folder import read_folder
-from fewstep.common.provenance import commit
-from fewstep.distillation.config import TEACHER_SAMPLING, Sampling
-from fewstep.common.tensors import load_tensors, save_tensors
+from fewstep.inference.generator import Artist, load_artist
 from fewstep_worlds.emoji8.metrics import Gallery, agreement, lite0, metrics, real_diversity
+from fewstep_worlds.emoji8.report.results import Results, Row, load_results, save_results
+from fewstep_worlds.emoji8.scorers.agreement import PromptAgreement
 
 INDEX0_NOTE = "ends at index 0 (sigma = .029), as TCD does; DDIM and Euler end on clean data"
 SOLVER_NAMES = {"euler": "Euler", "ddim": "DDIM", "dpmpp_2s": "DPM-Solver++(2S)"}

@@ -10,15 +10,16 @@ from pathlib import Path
 
 import numpy as np
 
-from fewstep_worlds.emoji8.report.claims import TEACHER_STEPS
+from fewstep.backbones.teachers import teacher_path
+from fewstep.common.provenance import hardware
 from fewstep.evaluation.detail import detail_scale
+from fewstep.evaluation.limits import FD_FEWEST
+from fewstep_worlds.emoji8 import dataset as emoji8
+from fewstep_worlds.emoji8.config import DemoConfig
+from fewstep_worlds.emoji8.report.claims import TEACHER_STEPS
 from fewstep_worlds.emoji8.report.page import write_report
 from fewstep_worlds.emoji8.report.results import Results, save_results
-from fewstep.evaluation.limits import FD_FEWEST
 from fewstep_worlds.emoji8.report.step_table import STEPS
-from fewstep.common.provenance import hardware
-from fewstep.distillation.config import teacher_path
-from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8.studies.comparison import (
     Bench,
     Entry,
@@ -29,8 +30,14 @@ from fewstep_worlds.emoji8.studies.comparison import (
     student_entries,
     teacher_entry,
 )
-from fewstep_worlds.emoji8.config import DemoConfig
-from fewstep_worlds.emoji8.studies.students import METHODS, WIDER_SKIP, student_config, student_sampling, students_omega, train_student
+from fewstep_worlds.emoji8.studies.students import (
+    METHODS,
+    WIDER_SKIP,
+    student_config,
+    student_sampling,
+    students_omega,
+    train_student,
+)
 
 
 def train_students(config: DemoConfig, out: Path) -> dict[str, Path]:

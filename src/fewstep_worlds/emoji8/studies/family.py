@@ -14,20 +14,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fewstep.backbones.teachers import teacher_path
+from fewstep.common.choices import CALLS
 from fewstep.common.config import validate
-from fewstep.distillation.distill import distill, shared_cache
 from fewstep.common.errors import UserError
+from fewstep.common.files import atomic_write
+from fewstep.common.provenance import hardware
+from fewstep.diffusion.config import Sampling
+from fewstep.distillation.config import DistillConfig, resolve
+from fewstep.distillation.distill import distill, shared_cache
+from fewstep.methods.cost import step_cost
+from fewstep_worlds.emoji8 import dataset as emoji8
+from fewstep_worlds.emoji8.config import FamilyConfig
 from fewstep_worlds.emoji8.report.claims import TEACHER_STEPS
 from fewstep_worlds.emoji8.report.page import table_blocks
 from fewstep_worlds.emoji8.report.results import Results, Row, save_results
 from fewstep_worlds.emoji8.report.step_table import table1
-from fewstep.common.files import atomic_write
-from fewstep.common.choices import CALLS
-from fewstep.common.provenance import hardware
-from fewstep.distillation.config import DistillConfig, Sampling, resolve, teacher_path
-from fewstep_worlds.emoji8 import dataset as emoji8
-from fewstep_worlds.emoji8.studies.comparison import Bench, Entry, Judge, Studio, contest, student_entries, teacher_entry
-from fewstep_worlds.emoji8.config import FamilyConfig
+from fewstep_worlds.emoji8.studies.comparison import (
+    Bench,
+    Entry,
+    Judge,
+    Studio,
+    contest,
+    student_entries,
+    teacher_entry,
+)
 from fewstep_worlds.emoji8.studies.students import WIDER_SKIP, student_config, students_omega
 
 STEPS = (1, 2, 4, 8, 20)
@@ -107,7 +118,7 @@ def share_of_budget(config: FamilyConfig, recipe: str) -> Share:
         count = max(1, config.evaluations // 2 // trajectory_cost(plain))
         own.append(f"data.trajectories={count}")
         left -= count * trajectory_cost(plain)
-    a_step = plain.method.cost * config.batch
+    a_step = step_cost(plain.method) * config.batch
     steps = int(left // a_step)
     if steps < 1:
         raise UserError(
@@ -206,7 +217,7 @@ def commands(shares: Mapping[str, Share], out: Path) -> str:
     """What each student cost, how to make it, and how to measure each row alone, as Markdown."""
     lines = ["| recipe | steps | evaluations a sample | evaluations in all |", "| --- | ---: | ---: | ---: |"]
     for recipe, share in shares.items():
-        cost = f"{share.config.method.cost:g}"
+        cost = f"{step_cost(share.config.method):g}"
         lines.append(f"| {recipe} | {share.config.loop.steps} | {cost} | {share.evaluations} |")
     lines += ["", "```sh", "# the students"]
     lines += [share.command(recipe, out / recipe) for recipe, share in shares.items()]

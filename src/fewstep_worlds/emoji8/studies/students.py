@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from fewstep.diffusion.config import Sampling
 from fewstep.distillation import distill as distillation
-from fewstep.distillation.config import DistillConfig, Sampling, resolve
+from fewstep.distillation.config import DistillConfig, resolve
 from fewstep_worlds.emoji8.location import root
 
 WIDER_SKIP = (

@@ -18,21 +18,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.backbones.teachers import teacher_path
 from fewstep.common.config import merge, validate
+from fewstep.common.files import atomic_write
+from fewstep.common.provenance import hardware
+from fewstep.diffusion.config import Sampling
+from fewstep.diffusion.grid import inference_times
+from fewstep.diffusion.schedule import scaled_linear
+from fewstep.distillation.config import DistillConfig, resolve
 from fewstep.distillation.distill import distill, shared_cache
+from fewstep.distillation.stages import slug
+from fewstep.methods.cost import step_cost
+from fewstep.training.run_folder import check_same_run
+from fewstep_worlds.emoji8 import dataset as emoji8
+from fewstep_worlds.emoji8.config import OpinionConfig, TlcmConfig
+from fewstep_worlds.emoji8.location import root
 from fewstep_worlds.emoji8.report.gains import Place, gains
 from fewstep_worlds.emoji8.report.page import table_blocks
 from fewstep_worlds.emoji8.report.results import Results, Row, save_results
 from fewstep_worlds.emoji8.report.step_table import table1
+from fewstep_worlds.emoji8.scorers.second_scorer import second_opinion
 from fewstep_worlds.emoji8.scorers.text import BertStates
-from fewstep.common.files import atomic_write
-from fewstep.diffusion.grid import inference_times
-from fewstep.common.provenance import hardware
-from fewstep.diffusion.schedule import scaled_linear
-from fewstep.distillation.config import DistillConfig, Sampling, resolve, teacher_path
-from fewstep.distillation.stages import slug
-from fewstep.training.run_folder import check_same_run
-from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8.studies.comparison import (
     Bench,
     Entry,
@@ -44,9 +50,6 @@ from fewstep_worlds.emoji8.studies.comparison import (
     teacher_entry,
 )
 from fewstep_worlds.emoji8.studies.family import settings_table
-from fewstep_worlds.emoji8.location import root
-from fewstep_worlds.emoji8.scorers.second_scorer import second_opinion
-from fewstep_worlds.emoji8.config import OpinionConfig, TlcmConfig
 from fewstep_worlds.emoji8.studies.students import METHODS, student_config
 
 RATES = {"lcm": 3e-4, "tcd": 1e-3}
@@ -179,12 +182,12 @@ class Workshop:
     @property
     def evaluations(self) -> float:
         """Network evaluations of the whole run, a backward pass counted as two more."""
-        return sum(stage.loop.steps * stage.loop.batch * stage.method.cost for stage in self.config.each_stage())
+        return sum(stage.loop.steps * stage.loop.batch * step_cost(stage.method) for stage in self.config.each_stage())
 
     def baseline(self, recipe: str) -> Path:
         """LCM or TCD from pictures, for as many network evaluations as TLCM takes."""
         usual = student_config(recipe)
-        steps = math.floor(self.evaluations / (usual.method.cost * usual.loop.batch))
+        steps = math.floor(self.evaluations / (step_cost(usual.method) * usual.loop.batch))
         changes = [
             f"loop.steps={steps}",
             f"loop.seed={self.seed}",

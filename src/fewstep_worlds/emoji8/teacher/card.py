@@ -11,17 +11,18 @@ from PIL import Image
 
 from fewstep.backbones.base import Backbone
 from fewstep.common.device import pick_device
-from fewstep.inference.generator import Artist, labelled_sheet, load_artist, save_picture
+from fewstep.common.files import atomic_write, read_json, write_json
 from fewstep.common.rng import generator
+from fewstep.diffusion.config import Sampling
 from fewstep.evaluation.bootstrap import mean_figure
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.metric import Figure
-from fewstep_worlds.emoji8.whiteness import Whiteness
-from fewstep.common.files import atomic_write, read_json, write_json
-from fewstep.distillation.config import Sampling
+from fewstep.inference.generator import Artist, load_artist
+from fewstep.inference.image_grid import labelled_sheet, save_picture
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8.metrics import Gallery, lite0, metrics
 from fewstep_worlds.emoji8.teacher.vae import psnr
+from fewstep_worlds.emoji8.whiteness import Whiteness
 
 SHOWN = (
     *("octopus, noto style", "octopus, fluent 3d style", "octopus", "sea, animal", "doggy", "automobile"),

@@ -17,11 +17,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from fewstep.backbones.base import encode_pictures
-from fewstep.common.rng import Draws
-from fewstep.training.loss import Loss
-from fewstep.common.distributed import on_main
 from fewstep.common.cpu_kernels import speed_up
+from fewstep.common.distributed import on_main
+from fewstep.common.rng import Draws
 from fewstep.training.loop import Batch, Trained, Update, train
+from fewstep.training.loss import Loss
 from fewstep.training.run_folder import RunLog
 from fewstep_worlds.emoji8.config import DecoderConfig
 from fewstep_worlds.emoji8.teacher.vae import reconstruction_psnr, to_tensor

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from fewstep.backbones.base import at_once, encode_pictures
-from fewstep.backbones.sd import encode_text
-from fewstep.common.device import pick_device
-from fewstep.common.errors import UserError
 from fewstep.backbones.pipeline_writer import RECORD
-from fewstep.common.files import atomic_folder, atomic_write, read_json, sha256, sweep, taken, write_json
-from fewstep.common.distributed import together
-from fewstep.distillation.config import TEACHER_SAMPLING
-from fewstep.common.tensors import load_tensors, save_tensors
-from fewstep.common.cpu_kernels import speed_up
+from fewstep.backbones.sd import encode_text
 from fewstep.common.accelerator import make_accelerator
+from fewstep.common.cpu_kernels import speed_up
+from fewstep.common.device import pick_device
+from fewstep.common.distributed import together
+from fewstep.common.errors import UserError
+from fewstep.common.files import atomic_folder, atomic_write, read_json, sha256, sweep, taken, write_json
+from fewstep.common.tensors import load_tensors, save_tensors
+from fewstep.diffusion.config import TEACHER_SAMPLING
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8.config import TeacherConfig
 from fewstep_worlds.emoji8.teacher.decoder import train_decoder

@@ -10,16 +10,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from fewstep.data.latents import Encoders, latent_set
-from fewstep.common.rng import Draws
-from fewstep.common.errors import UserError
 from fewstep.backbones.pipeline_folder import read_folder, weight_files
-from fewstep.training.loss import Loss
-from fewstep.common.distributed import on_main
-from fewstep.diffusion.schedule import VariancePreserving, add_noise, scaled_linear
-from fewstep.common.tensors import load_tensors
 from fewstep.common.cpu_kernels import speed_up
+from fewstep.common.distributed import on_main
+from fewstep.common.errors import UserError
+from fewstep.common.rng import Draws
+from fewstep.common.tensors import load_tensors
+from fewstep.data.latents import Encoders, latent_set
+from fewstep.diffusion.schedule import VariancePreserving, add_noise, scaled_linear
 from fewstep.training.loop import Batch, Trained, Update, train
+from fewstep.training.loss import Loss
 from fewstep.training.run_folder import RunLog
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8.config import UnetConfig

@@ -11,11 +11,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from fewstep.common.rng import Draws
-from fewstep.training.loss import Loss
-from fewstep.common.distributed import on_main
 from fewstep.common.cpu_kernels import speed_up
+from fewstep.common.distributed import on_main
+from fewstep.common.rng import Draws
 from fewstep.training.loop import Batch, Trained, Update, train
+from fewstep.training.loss import Loss
 from fewstep.training.run_folder import RunLog
 from fewstep_worlds.emoji8.config import VaeConfig
 

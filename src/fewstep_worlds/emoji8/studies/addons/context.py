@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 from fewstep.backbones.base import Backbone
-from fewstep.data.latents import latent_set
-from fewstep.data.images import Captioned
-from fewstep.common.rng import generator
 from fewstep.common.errors import UserError
-from fewstep_worlds.emoji8.scorers.agreement import Agreement
+from fewstep.common.files import read_json
+from fewstep.common.rng import generator
+from fewstep.data.images import Captioned
+from fewstep.data.latents import latent_set
+from fewstep.distillation.prepare import encoders_fingerprint
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.metric import Array, Pictures
-from fewstep.common.files import read_json
-from fewstep.distillation.prepare import encoders_fingerprint
 from fewstep.training.run_folder import INPUTS, check_same_run
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8.config import AddOnConfig, VersatilityConfig
+from fewstep_worlds.emoji8.scorers.agreement import Agreement
 from fewstep_worlds.emoji8.studies.addons import training
 
 CAPTIONS = 4

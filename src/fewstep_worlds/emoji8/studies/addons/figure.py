@@ -18,20 +18,20 @@ import torch
 from tqdm import tqdm
 
 from fewstep.backbones.base import load_backbone
-from fewstep.inference.generator import labelled_sheet, save_picture
-from fewstep.evaluation.bootstrap import COVER, RESAMPLES, centred_interval, counts, paired_difference
-from fewstep.evaluation.metric import Array, Figure
+from fewstep.backbones.teachers import teacher_path
 from fewstep.common.files import atomic_write, sha256, write_json
 from fewstep.common.provenance import commit, hardware
-from fewstep.distillation.config import teacher_path
-from fewstep.students.resolve import student_place
 from fewstep.common.tensors import load_tensors, save_tensors
-from fewstep_worlds.emoji8.metrics import lite0
+from fewstep.evaluation.bootstrap import COVER, RESAMPLES, centred_interval, counts, paired_difference
+from fewstep.evaluation.metric import Array, Figure
+from fewstep.inference.image_grid import labelled_sheet, save_picture
+from fewstep.students.resolve import student_place
 from fewstep_worlds.emoji8.config import VersatilityConfig
-from fewstep_worlds.emoji8.studies.students import students_omega
+from fewstep_worlds.emoji8.metrics import lite0
+from fewstep_worlds.emoji8.studies.addons.context import Workshop
 from fewstep_worlds.emoji8.studies.addons.pipelines import Who, can_draw
 from fewstep_worlds.emoji8.studies.addons.tasks import AFTER_A_PICTURE, GAMMAS, STRENGTHS, TASKS, Task
-from fewstep_worlds.emoji8.studies.addons.context import Workshop
+from fewstep_worlds.emoji8.studies.students import students_omega
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep.backbones.base import loading
-from fewstep.students.lora_header import FILE
 from fewstep.diffusion.grid import TLCM_TIMES
 from fewstep.inference.pipeline import call_settings, sampling_of_student, scheduler_for
+from fewstep.students.lora_header import FILE
 
 BATCH = 32
 

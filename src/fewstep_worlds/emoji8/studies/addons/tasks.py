@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fewstep.common.tensors import digest
 from fewstep.data.images import Captioned, HeldPictures
 from fewstep.evaluation.metric import Array
-from fewstep.common.tensors import digest
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8.config import AddOnConfig
 from fewstep_worlds.emoji8.studies.addons import image_effects as looks
 from fewstep_worlds.emoji8.studies.addons import training
-from fewstep_worlds.emoji8.studies.addons.pipelines import Who, asked, drawn, drawn_after, images, pipeline
 from fewstep_worlds.emoji8.studies.addons.context import CAPTIONS, Workshop
+from fewstep_worlds.emoji8.studies.addons.pipelines import Who, asked, drawn, drawn_after, images, pipeline
 
 PEOPLE = ("people-body", "smileys-emotion")
 """Groups of concepts that have a skin."""

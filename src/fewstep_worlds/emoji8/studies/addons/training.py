@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fewstep.data.latents import LatentSet
-from fewstep.common.rng import Draws
-from fewstep.common.files import atomic_folder
-from fewstep.training.config import LoopConfig, OptimConfig
-from fewstep.training.loss import Loss
-from fewstep.diffusion.schedule import VariancePreserving, add_noise, scaled_linear
-from fewstep.common.tensors import load_tensors, save_tensors
-from fewstep.common.cpu_kernels import speed_up
 from fewstep.common.accelerator import make_accelerator
+from fewstep.common.cpu_kernels import speed_up
+from fewstep.common.files import atomic_folder
+from fewstep.common.rng import Draws
+from fewstep.common.tensors import load_tensors, save_tensors
+from fewstep.data.latents import LatentSet
+from fewstep.diffusion.schedule import VariancePreserving, add_noise, scaled_linear
+from fewstep.training.config import LoopConfig, OptimConfig
 from fewstep.training.loop import Batch, Update, train
+from fewstep.training.loss import Loss
 from fewstep.training.run_folder import RunLog
 from fewstep_worlds.emoji8.config import AddOnConfig
 

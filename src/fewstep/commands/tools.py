@@ -54,7 +54,7 @@ def train_perceptual(
 
     Example: fewstep train-perceptual --teacher PIPELINE --prompts prompts.txt --out runs/perceptual
     """
-    from fewstep.commands import synthesize as api_tools
+    from fewstep.commands import train_latent_lpips as api_tools
 
     folder = api_tools.train_perceptual(
         out=out,
@@ -87,7 +87,7 @@ def train_adapter(
 
     Example: fewstep train-adapter --out runs/adapter; fewstep sample --adapter runs/adapter/adapter --steps 3 章鱼
     """
-    from fewstep.commands import synthesize as api_tools
+    from fewstep.commands import train_adapter as api_tools
 
     asked: dict[str, Any] = {"out": out, "pairs": pairs, "teacher": teacher, "overrides": overrides or []}
     say(f"wrote {api_tools.train_adapter(**asked, teacher_config=config or '')}")
@@ -114,7 +114,7 @@ def export(
 
     Example: fewstep export runs/tcd/student --form kohya --out exports/octopus-tcd
     """
-    from fewstep.commands import synthesize as api_tools
+    from fewstep.commands import export as api_tools
 
     path, checked = api_tools.export_as(
         student,

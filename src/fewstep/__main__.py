@@ -1,0 +1,6 @@
+"""`python -m fewstep`."""
+
+from fewstep.commands.app import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""The bundled world: what is used where no teacher, data, prompts or student is named.
+
+The library imports no world. A package registers one as an entry point, a module with the functions of `World`:
+
+    [project.entry-points."fewstep.worlds"]
+    bundled = "fewstep_worlds.register"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Protocol
+
+from fewstep.common.errors import UserError
+
+GROUP = "fewstep.worlds"
+"""Entry point group that a world registers in."""
+
+
+class World(Protocol):
+    """What a world provides. Types of higher packages are `Any`: they are not imported here.
+
+    Attributes:
+        SIZE: edge of its pictures, in pixels.
+        STUDENTS: names of its students; the first is the default one.
+    """
+
+    SIZE: int
+    STUDENTS: tuple[str, ...]
+
+    def root(self) -> Path:
+        """Return the folder that holds `teacher/` (a pipeline folder) and `students/NAME/`."""
+
+    def captioned(self, captions: int, seed: int) -> Any:
+        """Return the training pictures with `captions` captions each, a `Captioned`."""
+
+    def captions_alone(self, captions: int, seed: int) -> Any:
+        """Return the same captions without the pictures, a `Captioned`."""
+
+    def read_prompts(self, name: str) -> tuple[str, ...]:
+        """Return one of its prompt lists."""
+
+    def suite(self, prompts: Sequence[str], size: int, seed: int, features: Any) -> Any:
+        """Return the metrics of its pictures and the real pictures that answer the prompts, a `Yardstick`."""
+
+    def load_scorer(self, device: Any) -> Any:
+        """Return its preference scorer, a `PreferenceScorer`."""
+
+    def text_pairs(self) -> Any:
+        """Return pairs of the same text in two languages, for `train-adapter`."""
+
+    def add_commands(self, app: Any) -> None:
+        """Add its verbs to the command, a `typer.Typer`."""
+
+    def configs(self) -> dict[str, Any]:
+        """Return the settings of its verbs by verb."""
+
+
+@lru_cache(maxsize=1)
+def installed_world() -> World | None:
+    """Return the registered world, or None if no package registers one."""
+    found = sorted(entry_points(group=GROUP), key=lambda entry: entry.name)
+    return found[0].load() if found else None
+
+
+def world(field: str = "teacher") -> World:
+    """Return the bundled world.
+
+    Args:
+        field: the setting that was left empty, for the error.
+
+    Raises:
+        UserError: no world is installed.
+    """
+    found = installed_world()
+    if found is None:
+        raise UserError(f"{field} is not given, and no bundled world is installed; name one")
+    return found
+
+
+def check_world_size(size: int, field: str, remedy: str = "give a folder of pictures") -> None:
+    """Refuse a teacher whose pictures have another size than the bundled world's.
+
+    Args:
+        size: edge of the teacher's pictures, in pixels.
+        field: the setting that names the world's pictures or prompts, for the error.
+
+    Raises:
+        UserError: the sizes differ.
+    """
+    own = world(field).SIZE
+    if size != own:
+        raise UserError(f"{field} has pictures of {own} pixels a side, the teacher draws {size}; {remedy}")

@@ -1,0 +1,38 @@
+"""Settings of the training data. Light: no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
+
+from fewstep.common.config import Config, as_pair
+from fewstep.common.run_inputs import Content
+
+
+class DataConfig(Config):
+    """What the student sees."""
+
+    source: Annotated[str, Content("data")] = Field(
+        "emoji8",
+        description="emoji8, a folder of captioned pictures, or webdataset shards (.tar files, by paths or URLs); "
+        "without pictures: captions (Emoji-8's), a prompt file, "
+        "or a folder that `fewstep synthesize` wrote",
+    )
+    captions: int = Field(12, ge=1, description="captions a picture, drawn once and cached")
+    trajectories: int = Field(2048, ge=1, description="teacher trajectories drawn and stored, where start = trajectory")
+    size: int | None = Field(
+        None, ge=8, description="pixels a side of what is learned, a square; null for the trained size"
+    )
+    buckets: bool = Field(False, description="pictures keep their aspect ratio: shapes of size x size pixels in all")
+    empty_prompts: float = Field(0.0, ge=0, le=1, description="share of samples trained with the empty prompt")
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _side(cls, size: Any) -> Any:
+        pair = as_pair(size)
+        if not isinstance(pair, list | tuple):
+            return pair
+        if len(pair) != 2 or pair[0] != pair[1]:
+            raise ValueError("no square; give one side, and buckets = true for pictures of several shapes")
+        return pair[0]

@@ -1,0 +1,58 @@
+"""Tile pictures into one grid and write it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from fewstep.common.errors import UserError
+from fewstep.common.files import atomic_write
+
+
+def sheet(pictures: np.ndarray, columns: int, scale: int = 2) -> Image.Image:
+    """Pictures side by side, row by row, enlarged by a whole factor, on white; a single one without a margin."""
+    n, h, w, _ = pictures.shape
+    gap = 4 if n > 1 else 0
+    rows = -(-n // columns)
+    canvas = Image.new("RGB", (columns * (w * scale + gap) + gap, rows * (h * scale + gap) + gap), "white")
+    for i, picture in enumerate(pictures):
+        tile = Image.fromarray(picture).resize((w * scale, h * scale), Image.Resampling.NEAREST)
+        canvas.paste(tile, (gap + (i % columns) * (w * scale + gap), gap + (i // columns) * (h * scale + gap)))
+    return canvas
+
+
+def labelled_sheet(rows: Sequence[tuple[str, np.ndarray]], labels: Sequence[str], scale: int = 2) -> Image.Image:
+    """A grid with a name before each row and a label over each column."""
+    margin, head = 150, 18
+    body = sheet(np.concatenate([pictures for _, pictures in rows]), len(labels), scale)
+    canvas = Image.new("RGB", (body.width + margin, body.height + head), "white")
+    canvas.paste(body, (margin, head))
+    write = ImageDraw.Draw(canvas)
+    wide = (body.width - 4) / len(labels)
+    high = (body.height - 4) / len(rows)
+    for i, label in enumerate(labels):
+        write.text((margin + 4 + i * wide, 4), label[: int(wide // 6)], fill="black")
+    for i, (name, _) in enumerate(rows):
+        write.text((4, head + 4 + (i + 0.45) * high), name, fill="black")
+    return canvas
+
+
+def save_picture(image: Image.Image, path: Path) -> Path:
+    """Write a picture (PNG or WebP by its suffix), atomically.
+
+    Raises:
+        UserError: another suffix, or a place that cannot be written to.
+    """
+    kinds = {".png": "PNG", ".webp": "WEBP"}
+    if path.suffix.lower() not in kinds:
+        raise UserError(
+            f"out = {str(path)!r} must end in .png or .webp; the nearest is {path.with_suffix('.png').name!r}"
+        )
+    with atomic_write(path) as part:
+        image.save(
+            part, format=kinds[path.suffix.lower()], **({"lossless": True} if path.suffix.lower() == ".webp" else {})
+        )
+    return path

@@ -1,0 +1,68 @@
+"""The bundled world as `fewstep.common.defaults.World`: Emoji-8, and the verbs of all worlds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from fewstep_worlds.emoji8.dataset import SIZE, captioned, captions_alone, read_prompts
+from fewstep_worlds.emoji8.location import root
+
+if TYPE_CHECKING:
+    import torch
+    import typer
+
+    from fewstep.evaluation.features import Features
+    from fewstep.evaluation.suite import Yardstick
+    from fewstep.inference.multilingual.pairs import Pair
+    from fewstep.methods.rewards.reward import PreferenceScorer
+
+__all__ = ["SIZE", "STUDENTS", "captioned", "captions_alone", "read_prompts", "root"]
+
+STUDENTS = ("tcd",)
+
+
+def suite(prompts: Sequence[str], size: int, seed: int, features: Features) -> Yardstick:
+    """Return Emoji-8's metrics and the real pictures that answer the prompts."""
+    from fewstep_worlds.emoji8.metrics import emoji8_yardstick
+
+    return emoji8_yardstick(prompts, size, seed, features)
+
+
+def load_scorer(device: torch.device) -> PreferenceScorer:
+    """Return Emoji-8's preference scorer."""
+    from fewstep_worlds.emoji8.scorers.reward import SentenceVectors, load_world_scorer
+
+    return load_world_scorer(SentenceVectors(), device)
+
+
+def text_pairs() -> tuple[Pair, ...]:
+    """Return Emoji-8's Chinese captions with their English ones."""
+    from fewstep_worlds.emoji8.translations import chinese_pairs
+
+    return chinese_pairs()
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add the verbs of the plane and of Emoji-8 to the command."""
+    import fewstep_worlds.emoji8.cli
+    import fewstep_worlds.plane.cli  # noqa: F401
+
+
+def configs() -> dict[str, Any]:
+    """Return the settings of the worlds' verbs by verb."""
+    from fewstep_worlds.emoji8 import config as emoji8
+    from fewstep_worlds.plane.settings import PlayConfig
+
+    return {
+        "playground": PlayConfig(),
+        "demo": emoji8.DemoConfig(),
+        "benchmark": emoji8.BenchmarkConfig(),
+        "family": emoji8.FamilyConfig(),
+        "tlcm": emoji8.TlcmConfig(),
+        "chinese": emoji8.ChineseConfig(),
+        "versatility": emoji8.VersatilityConfig(),
+        "train-teacher": emoji8.TeacherConfig(),
+        "train-scorer": emoji8.AgreementConfig(),
+        "train-reward": emoji8.RewardConfig(),
+    }
