@@ -26,8 +26,8 @@ from fewstep.diffusion.denoiser import BASE
 from fewstep.distillation import distill as distillation
 from fewstep.distillation.config import resolve
 from fewstep.inference.generator import load_artist
-from fewstep.students.inference_settings import teacher_sampling
 from fewstep.students.lora_header import CONDITIONING
+from fewstep.students.sampling import teacher_sampling
 from fewstep.training.config import StudentConfig
 from fewstep.training.student import make_student
 from test_matrix import stopped_in_call

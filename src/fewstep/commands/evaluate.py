@@ -69,8 +69,8 @@ def evaluate(
     from fewstep.diffusion.config import Sampling
     from fewstep.evaluation.checks import check_real
     from fewstep.evaluation.limits import KID_FEWEST
-    from fewstep.students.inference_settings import end_point_sampling
     from fewstep.students.resolve import choose_student
+    from fewstep.students.sampling import end_point_sampling
 
     check_device(device)
     if batch is not None and batch < 1:

@@ -22,8 +22,8 @@ from fewstep.diffusion.config import Sampling
 from fewstep.diffusion.samplers import check_gamma
 from fewstep.diffusion.time_conditioning import Ear, ToldEmbedding
 from fewstep.students.conditioning_file import read_told
-from fewstep.students.inference_settings import sampling_of
 from fewstep.students.lora_header import LoraHeader, check_fits, check_noise, of_run, read_header
+from fewstep.students.sampling import sampling_of
 
 
 class ToldTCDScheduler(TCDScheduler):  # type: ignore[misc]

@@ -23,9 +23,9 @@ from fewstep.diffusion.draw_latents import Source, draw_latents
 from fewstep.diffusion.time_conditioning import Ear, ToldEmbedding, split_told
 from fewstep.inference.multilingual.adapter import Adapter, load_adapter
 from fewstep.students.conditioning_file import read_told
-from fewstep.students.inference_settings import teacher_sampling
 from fewstep.students.lora import merge_lora, read_lora
 from fewstep.students.lora_header import check_lora
+from fewstep.students.sampling import teacher_sampling
 
 MOST_LATENT_POINTS = 2**16
 """Points of latents (height x width) that the network draws at once where nobody says how many pictures: 16 of Stable

@@ -14,8 +14,8 @@ from fewstep.common.config import validate
 from fewstep.common.defaults import world
 from fewstep.common.errors import UserError, nearest
 from fewstep.diffusion.config import Guidance, Sampling
-from fewstep.students.inference_settings import teacher_sampling
 from fewstep.students.lora_header import check_lora
+from fewstep.students.sampling import teacher_sampling
 
 BUNDLED_STUDENTS = ("tcd",)
 AUTO = "auto"

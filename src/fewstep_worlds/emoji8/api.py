@@ -236,7 +236,7 @@ def teacher_card(
     from fewstep.backbones.teachers import teacher_path
     from fewstep.common.files import check_writable
     from fewstep.diffusion.config import Sampling
-    from fewstep.students.inference_settings import teacher_sampling
+    from fewstep.students.sampling import teacher_sampling
 
     folder = read_folder(teacher_path(teacher))
     own = teacher_sampling(folder.path)

@@ -26,7 +26,7 @@ from fewstep.inference.generator import Artist, artist_of
 from fewstep.methods.latent_lpips.pairs import FEW, MEMBERS, PAIRS, Teacher, make_groups, partner
 from fewstep.methods.latent_lpips.settings import PairConfig, check_prompts
 from fewstep.methods.latent_lpips.target import Decode, PixelFeatures, decoder, pair_distances
-from fewstep.students.inference_settings import teacher_sampling
+from fewstep.students.sampling import teacher_sampling
 
 SHARD = 16
 """Groups made, and kept, at a time; even, so that partners are made together."""
