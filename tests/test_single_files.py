@@ -18,6 +18,7 @@ from torch import Tensor
 import tiny_pipelines
 from fewstep.backbones import teachers
 from fewstep.backbones.base import load_backbone
+from fewstep.backbones.pipeline_folder import read_folder
 from fewstep.backbones.single_file import known_configs, recognise, vocabulary
 from fewstep.backbones.single_file.components import config_only, held_by, network_of
 from fewstep.backbones.single_file.known_configs import configs
@@ -25,6 +26,7 @@ from fewstep.backbones.single_file.recognise import Checkpoint
 from fewstep.backbones.single_file.sd_checkpoint import checkpoint_weights, renamed, unet_keys
 from fewstep.common.errors import UserError
 from fewstep.common.safetensors_header import Entry, read_safetensors_header
+from fewstep.students.lora_header import check_lora
 from test_teachers import sd3_original
 
 UNET = "model.diffusion_model."
@@ -128,6 +130,9 @@ def header(width: int, channels: int, vector: bool, *more: str, prefix: str = UN
         ({"modelspec.architecture": "stable-diffusion-v2-512"}, (), {}, ("eps", False)),
         ({"modelspec.architecture": "stable-diffusion-xl-v1-base"}, (), {}, (None, None)),
         ({}, (), {"prediction": "v"}, ("v", False)),
+        ({"modelspec.prediction_type": "V-Prediction"}, (), {}, ("v", False)),
+        ({"modelspec.prediction_type": "flow"}, (), {}, ("flow", False)),
+        ({}, (), {"prediction": "x0"}, ("x0", False)),
     ],
 )
 def test_what_a_file_says_of_its_prediction(
@@ -140,6 +145,40 @@ def test_what_a_file_says_of_its_prediction(
             assert (found.version, found.prediction, found.zero_snr) == (version, *wanted)
             assert found.prefix == prefix
             assert found.guess == ("v" if version == "sd2" and wanted[0] is None else None)
+
+
+def test_a_prediction_in_an_unknown_word_is_refused() -> None:
+    with pytest.raises(UserError, match="bridge"):
+        recognise.recognise(Path("x"), {"modelspec.prediction_type": "bridge"}, header(*WIDTHS["sdxl"]), {})
+
+
+def test_a_flow_needs_a_scheduler_of_a_flow(tmp_path: Path) -> None:
+    """The word in the file goes before its kind's usual scheduler, of betas."""
+    folder = tiny_pipelines.sd(tmp_path / "pipe" / "tiny")
+    save_file(whole(folder), tmp_path / "x.safetensors", {"modelspec.prediction_type": "flow"})
+    with pytest.raises(UserError, match="predicts flow"):
+        teachers.teacher_folder(tmp_path / "x.safetensors", folder)
+    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 2.0}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler), encoding="utf-8")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    place = teachers.teacher_folder(tmp_path / "x.safetensors", folder)
+    assert load_backbone(place).prediction == "flow"
+    assert_same(place, folder)
+
+
+@pytest.mark.parametrize("name", ["x.SAFETENSORS", "x.ckpt", "x.pt", "x.txt", "x"])
+def test_safetensors_under_another_name_are_read(name: str, tmp_path: Path) -> None:
+    """A file is what its bytes are: a checkpoint, and a LoRA."""
+    folder = tiny_pipelines.sd(tmp_path / "pipe" / "tiny")
+    save_file(whole(folder), tmp_path / name)
+    assert_same(teachers.teacher_folder(tmp_path / name, folder), folder)
+    layer = "unet.mid_block.attentions.0.proj_in"
+    (tmp_path / "lora").mkdir()
+    pair = {f"{layer}.lora_A.weight": torch.ones(1, 32, 1, 1), f"{layer}.lora_B.weight": torch.ones(32, 1, 1, 1)}
+    save_file(pair, tmp_path / "lora" / name)
+    assert list(check_lora(tmp_path / "lora" / name, read_folder(folder)).layers) == [layer.removeprefix("unet.")]
 
 
 @pytest.mark.parametrize(("spread", "guess"), [(0.02, "eps"), (0.3, "v")])

@@ -16,7 +16,7 @@ from fewstep.backbones.config_keys import SCHEDULERS
 from fewstep.backbones.families import FAMILIES
 from fewstep.backbones.pipeline_folder import VARIANTS, weight_files
 from fewstep.backbones.pipeline_writer import LICENCES, RECORD
-from fewstep.backbones.scheduler_config import BETAS, PREDICTIONS
+from fewstep.backbones.scheduler_config import BETAS, PREDICTIONS, is_flow
 from fewstep.backbones.single_file.known_configs import config_folder
 from fewstep.backbones.single_file.recognise import Checkpoint, recognise
 from fewstep.backbones.single_file.vocabulary import clip_vocabulary
@@ -24,7 +24,7 @@ from fewstep.backbones.unsafe_weights import advice, is_pickle
 from fewstep.common.defaults import world
 from fewstep.common.errors import UserError
 from fewstep.common.files import alone, atomic_folder, cache_root, read_mapping, write_json
-from fewstep.common.safetensors_header import metadata_record, read_safetensors_header
+from fewstep.common.safetensors_header import is_safetensors, metadata_record, read_safetensors_header
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 """owner/name, and a revision behind @ if one is meant."""
@@ -69,7 +69,7 @@ def teacher_folder(named: Path | str, config: Path | str = "") -> Path:
         place = Path(named)
     if is_pickle(place):
         raise UserError(f"teacher = {str(named)!r} is a pickle, which is never read; {advice(place)}")
-    if place.suffix in ONE_FILE:
+    if place.suffix.lower() in ONE_FILE or is_safetensors(place):
         return taken_apart(place, Path(config) if config else None)
     if config:
         raise UserError(f"config = {str(config)!r} goes with a single-file teacher; {str(named)!r} is none")
@@ -130,6 +130,7 @@ def taken_apart(file: Path, config: Path | None) -> Path:
         raise UserError(
             f"config = {str(config)!r} is {found}; {file.name} needs the nearest folder of a {checkpoint.pipeline}"
         )
+    _check_flow(file, config, checkpoint)
     beside = sorted(path for path in config.rglob("*") if path.is_file())
     told = [f"{path.relative_to(config)} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in beside]
     # by size and time, not by content: a checkpoint is gigabytes, and every command begins here
@@ -147,16 +148,32 @@ def taken_apart(file: Path, config: Path | None) -> Path:
     return place
 
 
+def _check_flow(file: Path, config: Path, checkpoint: Checkpoint) -> None:
+    """Refuse a network of flow matching beside a scheduler of betas, or the other way round, where the file says so.
+
+    Raises:
+        UserError: the two differ.
+    """
+    if checkpoint.prediction is None or checkpoint.transformer:
+        return
+    scheduler = config / "scheduler" / "scheduler_config.json"
+    if (checkpoint.prediction == "flow") != is_flow(read_mapping(scheduler)):
+        raise UserError(
+            f"teacher = {str(file)!r} predicts {checkpoint.prediction}, as the file says, and {scheduler} is of "
+            "another kind; give --config FOLDER with a scheduler of the file's prediction"
+        )
+
+
 def _known_config(file: Path, checkpoint: Checkpoint) -> Path:
     """The folder of configs of a checkpoint that comes without any.
 
     Raises:
         UserError: a kind whose configs are not shipped, or no vocabulary for its tokenizer.
     """
-    if checkpoint.version is None:
+    if checkpoint.version is None or checkpoint.prediction == "flow":
         raise UserError(
             f"teacher = {str(file)!r} is one file, without its configs; give --config FOLDER, a "
-            f"{checkpoint.pipeline}'s of the same prediction (eps or v)"
+            f"{checkpoint.pipeline}'s of the same prediction ({checkpoint.prediction or 'eps or v'})"
         )
     cache = cache_folder().parent / "configs"
     vocabulary = clip_vocabulary(file, cache)
@@ -183,7 +200,7 @@ def _tell_prediction(part: Path, checkpoint: Checkpoint) -> None:
     """
     words: dict[str, str] = {ours: theirs for theirs, ours in PREDICTIONS.items()}
     told: dict[str, Any] = {}
-    if checkpoint.prediction in words and not checkpoint.transformer:
+    if checkpoint.prediction in words and checkpoint.prediction != "flow" and not checkpoint.transformer:
         told["prediction_type"] = words[str(checkpoint.prediction)]
     if checkpoint.zero_snr or (checkpoint.zero_snr is not None and checkpoint.prediction == "eps"):
         told["rescale_betas_zero_snr"] = checkpoint.zero_snr  # eps has no x0 where the noise is pure

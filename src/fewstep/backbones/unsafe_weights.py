@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from fewstep.common.safetensors_header import is_safetensors
+
 SUFFIXES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 _WEIGHTS = re.compile(r"((?:diffusion_)?pytorch_model)(\.\w+)?(-\d+-of-\d+)?\.bin")
 """What a component's weights are called: of a variant (fp16), or one of several shards, or both."""
@@ -14,8 +16,8 @@ _PLAIN = {"pytorch_model": "model"}
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether a file's name says so."""
-    return path.suffix.lower() in SUFFIXES
+    """Return whether a file is a pickle by its name. Renamed safetensors files are none."""
+    return path.suffix.lower() in SUFFIXES and not is_safetensors(path)
 
 
 def first_pickle(paths: Iterable[Path]) -> Path | None:

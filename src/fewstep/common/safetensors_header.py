@@ -36,6 +36,16 @@ class Entry:
     start: int
 
 
+def is_safetensors(path: Path) -> bool:
+    """Return whether a file's first bytes are those of safetensors: a length that fits the file, then JSON."""
+    try:
+        with path.open("rb") as stream:
+            first = stream.read(9)
+        return first[8:] == b"{" and int.from_bytes(first[:8], "little") <= path.stat().st_size - 8
+    except OSError:
+        return False
+
+
 def read_safetensors_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
     """The metadata of a safetensors file and what it says of every tensor.
 

@@ -17,7 +17,14 @@ from fewstep.backbones.unsafe_weights import advice, first_pickle, is_pickle
 from fewstep.common.config import read_yaml, validate
 from fewstep.common.errors import UserError
 from fewstep.common.files import read_mapping
-from fewstep.common.safetensors_header import Entry, Shape, metadata_record, read_numbers, read_safetensors_header
+from fewstep.common.safetensors_header import (
+    Entry,
+    Shape,
+    is_safetensors,
+    metadata_record,
+    read_numbers,
+    read_safetensors_header,
+)
 from fewstep.diffusion.config import Sampling
 from fewstep.students.lora_keys import COMPONENTS, PEFT_PREFIX, Keys, find_keys
 
@@ -185,7 +192,7 @@ def _find_file(path: Path) -> Path:
         raise UserError(f"lora = {str(path)!r} does not exist or holds no {FILE}{more}")
     if is_pickle(file):
         raise UserError(f"lora = {str(path)!r} is a pickle, which is never read; {advice(file)}")
-    if file.suffix not in (".safetensors", ".sft"):
+    if file.suffix.lower() not in (".safetensors", ".sft") and not is_safetensors(file):
         raise UserError(f"lora = {str(path)!r} is not a .safetensors file; pickled weights are never read")
     return file
 

@@ -58,6 +58,13 @@ _REFUSED_WIDTHS = {
     (1024, True): "Stable Diffusion 2.x unCLIP or upscaler",
     (768, True): "Stable Diffusion 1.x with a vector embedded beside the time",
 }
+_WORDS: dict[str, Prediction] = {
+    **dict.fromkeys(("epsilon", "eps"), "eps"),
+    **dict.fromkeys(("v", "v_prediction", "vpred"), "v"),
+    **dict.fromkeys(("sample", "x0"), "x0"),
+    **dict.fromkeys(("flow", "flow_prediction", "rectified_flow"), "flow"),
+}
+"""Words for what a network predicts, in metadata of any tool."""
 V_SPREAD = 0.09
 """Standard deviation of a late norm's bias that tells networks of v from those of eps: both versions of 2.x have one
 ancestor each, and this bias lies far above and far below."""
@@ -127,7 +134,7 @@ def recognise(
             f"{name} is {_REFUSED_WIDTHS[width, vector]}; give a checkpoint of Stable Diffusion 1.x, 2.x or XL's base"
         )
     version = _WIDTHS.get((width, vector))
-    prediction, zero_snr = _prediction(metadata, entries, notes)
+    prediction, zero_snr = _prediction(name, metadata, entries, notes)
     guess: Prediction | None = None
     if version == "sd2" and prediction is None:
         guess = _guess(file, entries, prefix)
@@ -141,18 +148,22 @@ def _known(kinds: Mapping[str, str], keys: list[str]) -> str | None:
 
 
 def _prediction(
-    metadata: Mapping[str, str], entries: Mapping[str, Entry], notes: Mapping[str, Any]
+    name: str, metadata: Mapping[str, str], entries: Mapping[str, Entry], notes: Mapping[str, Any]
 ) -> tuple[Prediction | None, bool | None]:
     """What a file says of its prediction, and whether its noise ends pure; None where it says neither.
 
     Networks of v carry an empty tensor for that, `v_pred`, and `ztsnr` where their noise ends pure (kohya, ComfyUI).
     Metadata may have `modelspec.prediction_type`, or name the architecture of 2.x (the 768 network is one of v).
+
+    Raises:
+        UserError: a word of a prediction that is not known.
     """
     if "v_pred" in entries:
         return "v", "ztsnr" in entries
-    said = notes.get("prediction")
-    words: dict[str, Prediction] = {"v": "v", "v_prediction": "v", "vpred": "v", "epsilon": "eps", "eps": "eps"}
-    found = words.get(str(said)) or words.get(metadata.get("modelspec.prediction_type", "").lower().replace("-", "_"))
+    said = str(notes.get("prediction") or metadata.get("modelspec.prediction_type") or "")
+    found = _WORDS.get(said.strip().lower().replace("-", "_"))
+    if said.strip() and found is None:
+        raise UserError(f"{name} predicts {said!r}, as its metadata says, which is none of {', '.join(_WORDS)}")
     architecture = metadata.get("modelspec.architecture", "")
     if found is None and architecture.startswith("stable-diffusion-v2"):
         found = "v" if "768-v" in architecture else "eps"
