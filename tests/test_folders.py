@@ -107,6 +107,18 @@ def ours(folder: Path) -> np.ndarray:
     return load_artist(folder).draw(PROMPTS, SEEDS, Sampling(steps=2, gamma=0.0, omega=2.0))
 
 
+def test_weights_that_were_not_fetched_are_named(folder: Callable[[str], Path]) -> None:
+    """A link of a hub's cache to a blob that is gone, and the pointer that git leaves without LFS."""
+    file = folder("sd") / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12ab\nsize 3\n")
+    with pytest.raises(UserError, match="LFS"):
+        read_folder(file.parents[1])
+    file.unlink()
+    file.symlink_to(file.parents[2] / "blobs" / "12ab")
+    with pytest.raises(UserError, match="12ab"):
+        read_folder(file.parents[1])
+
+
 def tiny_autoencoder(channels: int = 4) -> Any:
     import diffusers
 

@@ -255,8 +255,8 @@ def test_a_full_students_folder_is_not_its_teachers(tiny_pipeline: Path, tmp_pat
     """Its licences and components come along; its card, pictures and pickles do not, nor what they leave empty."""
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-    from fewstep.backbones.pipeline_writer import save_pipeline
-    from fewstep.common.files import read_json, write_json
+    from fewstep.backbones.pipeline_writer import write_pipeline
+    from fewstep.common.files import atomic_folder, read_json, write_json
 
     base = tmp_path / "base"
     shutil.copytree(tiny_pipeline, base)
@@ -269,7 +269,9 @@ def test_a_full_students_folder_is_not_its_teachers(tiny_pipeline: Path, tmp_pat
     checker = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "requires_safety_checker": True}
     write_json(base / "model_index.json", index | checker)
     network = UNet2DConditionModel.from_pretrained(base / "unet")
-    folder = save_pipeline(tmp_path / "student", base, network, {"sampling": {"steps": 3}})
+    folder = tmp_path / "student"
+    with atomic_folder(folder) as part:
+        write_pipeline(part, base, network, {"sampling": {"steps": 3}})
     assert sorted(path.name for path in folder.iterdir()) == [
         *("LICENSES", "fewstep.json", "model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
     ]

@@ -13,7 +13,7 @@ import fewstep
 import tiny_pipelines
 from fewstep.backbones.base import load_backbone
 from fewstep.backbones.pipeline_folder import read_folder, weight_files
-from fewstep.backbones.pipeline_writer import save_pipeline
+from fewstep.backbones.pipeline_writer import write_pipeline
 from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_folder, atomic_write
 from fewstep.common.mapped_tensors import write_rows
@@ -68,6 +68,25 @@ def test_a_picture_that_is_not_finite_is_not_drawn(component: str, end: str, bad
         with pytest.raises(UserError):
             fewstep.export_as(folder, form=form, out=tmp_path / form, device="cpu", check=False)
         assert not (tmp_path / form).exists()
+
+
+@pytest.mark.parametrize(
+    ("component", "end"), [("unet", "conv_out.bias"), ("vae", "encoder.conv_in.bias"), ("text_encoder", "norm.bias")]
+)
+def test_a_distillation_names_the_weights_that_are_not_finite(
+    component: str, end: str, tmp_path: Path, picture_folder: Path
+) -> None:
+    """Where it meets them: an encoding, a latent, a loss. Weights that are sound blame the settings."""
+    folder = tiny_pipelines.sd(tmp_path / "pipe" / "tiny")
+    settings = [f"data.source={picture_folder}", "device=cpu", "loop.steps=2", "loop.batch=2", "loop.watch_every=null"]
+    with pytest.raises(UserError, match=r"optim\.lr"):
+        fewstep.distill("tcd", out=tmp_path / "first", teacher=folder, overrides=[*settings, "optim.lr=1e30"])
+    (file,) = weight_files(folder / component)
+    spoil(file, next(key for key in load_file(file) if key.endswith(end)), float("nan"))
+    with pytest.raises(UserError) as caught:
+        fewstep.distill("tcd", out=tmp_path / "run", teacher=folder, overrides=settings)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_seed_that_is_named_is_the_one_that_failed(tmp_path: Path) -> None:
@@ -132,8 +151,8 @@ def test_nothing_that_is_not_finite_is_written(tmp_path: Path) -> None:
     network = load_backbone(folder).network
     with torch.no_grad():
         network.conv_in.bias[0] = float("inf")  # type: ignore[union-attr,index]
-    with pytest.raises(UserError, match="/full/unet was not written"):
-        save_pipeline(tmp_path / "full", folder, network, {})
+    with pytest.raises(UserError, match="/full/unet was not written"), atomic_folder(tmp_path / "full") as part:
+        write_pipeline(part, folder, network, {})
     assert not (tmp_path / "full").exists()
     with atomic_folder(tmp_path / "fine") as place:
         save_tensors(place / "x.safetensors", {"x": torch.ones(2)})

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from fewstep.backbones.config_checks import check_merges
 from fewstep.backbones.lengths import words_beyond
-from fewstep.backbones.pipeline_folder import PipelineFolder, read_folder, weight_variant
+from fewstep.backbones.pipeline_folder import PipelineFolder, read_folder, weight_files, weight_variant
 from fewstep.backbones.scheduler_config import path_of, prediction_of
-from fewstep.common.errors import UserError
-from fewstep.common.tensors import check_finite
+from fewstep.common.errors import NotFiniteError, UserError
+from fewstep.common.tensors import check_finite, first_not_finite
 from fewstep.diffusion.denoiser import Condition
 
 UNUSED = "pooler."
@@ -452,6 +452,29 @@ def encode_pictures(vae: Any, pictures: np.ndarray, device: torch.device, name: 
         parts.append(to_network_scale(vae, means).cpu())
         check_finite({"a latent": parts[-1]}, f"{name} cannot encode the pictures")
     return torch.cat(parts)
+
+
+def unsound_weights(folder: PipelineFolder) -> str:
+    """Return which of a pipeline's weight files holds a number that is not finite, in words; "" for none."""
+    found = first_not_finite(file for part in folder.family.weighed for file in weight_files(folder.path / part))
+    return f"{found[0]} holds numbers that are not finite, in {found[1]}; get a sound copy of it" if found else ""
+
+
+@contextmanager
+def blaming_weights(place: Path | str) -> Iterator[None]:
+    """Name a pipeline's unsound weights in place of a result that is not finite for their sake.
+
+    The weights are searched after such a result alone.
+
+    Raises:
+        UserError: naming the file; else the error of the block.
+    """
+    try:
+        yield
+    except NotFiniteError as error:
+        if why := unsound_weights(read_folder(place)):
+            raise UserError(why) from error
+        raise
 
 
 def open_backbone(path: Path | str, device: torch.device | str = "cpu", kept: torch.dtype = torch.float32) -> Backbone:

@@ -52,7 +52,7 @@ def check_keys(
         kind, value = _kind(default), config.get(key)
         if kind and value is not None and _kind(value) not in (kind, "a whole number" if kind == "a number" else kind):
             raise UserError(f"{file}: {key} = {_shown(value)} is not {kind}; its default is {_shown(default)}")
-    for key, value in _told(config):
+    for key, value in _public(config):
         if key not in keys.known and value is not None:
             raise UserError(
                 f"{file}: {key} = {_shown(value)} is a key that fewstep does not know, and it may change what is "
@@ -65,13 +65,13 @@ def check_keys(
             raise UserError(f"{file}: {key} = {_shown(value)} is not finite; give a finite number")
 
 
-def _told(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The keys that are not a library's private ones."""
+def _public(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Return the keys that are not a library's private ones, with their values."""
     return ((key, value) for key, value in config.items() if not key.startswith("_"))
 
 
 def _kind(value: Any) -> str:
-    """The kind of a JSON value in words; empty for null."""
+    """Return the kind of a JSON value in words; empty for null."""
     if isinstance(value, bool):
         return "true or false"
     kinds = {int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a mapping"}
@@ -183,11 +183,6 @@ def check_tokenizer(name: str, place: Path, config: Mapping[str, Any]) -> None:
             raise UserError(
                 f"{place / 'tokenizer_config.json'}: {key} = {_shown(length)} must be a number above 0, or null"
             )
-    for key in ("model_max_length", "max_len"):
-        value = config.get(key)
-        if value is not None and (_kind(value) not in ("a whole number", "a number") or value < 1):
-            file = place / "tokenizer_config.json"
-            raise UserError(f"{file}: {key} = {_shown(value)} is no number of tokens; it must be 1 or more")
 
 
 def check_merges(place: Path, special: Collection[str]) -> None:

@@ -346,7 +346,11 @@ def read_folder(path: Path | str, field: str = "teacher") -> PipelineFolder:
     for component in family.weighed:
         files = weight_files(path / component)
         if not files:
-            others = sorted(file.name for file in (path / component).glob(WEIGHTS))
+            files_there = sorted((path / component).glob(WEIGHTS))
+            dangling = next((file for file in files_there if not file.exists()), None)
+            if dangling:
+                raise UserError(f"{dangling} is a link to {dangling.readlink()}, which is not there; fetch it again")
+            others = [file.name for file in files_there]
             pickled = first_pickle((path / component).iterdir())
             found = f"; it holds {others[0]}, which must lie under the plain name" if others else ""
             if pickled and not others:

@@ -13,6 +13,10 @@ class UserError(Exception):
     """
 
 
+class NotFiniteError(UserError):
+    """A result that is not finite: settings, or the weights that it was computed with, are unsound."""
+
+
 def nearest_divisor(count: int, total: int) -> int:
     """Return the divisor of `total` that is nearest to `count`, the smaller of two."""
     return min((n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(n - count))

@@ -55,7 +55,10 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, str], dict[str, Entry
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
+            first = stream.read(8)
+            if first == b"version ":
+                raise ValueError("it is a pointer of Git LFS, without its content; run git lfs pull in its repository")
+            length = int.from_bytes(first, "little")
             if size < 8 or length > size - 8:
                 raise ValueError("its header is cut off")
             header = json.loads(stream.read(length))

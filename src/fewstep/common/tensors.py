@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fewstep.common.errors import UserError
+from fewstep.common.errors import NotFiniteError, UserError
 from fewstep.common.files import final_path
 
 
@@ -35,12 +35,12 @@ def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
         what: the start of the message, such as "FILE was not written".
 
     Raises:
-        UserError: naming the first such tensor.
+        NotFiniteError: naming the first such tensor.
     """
     for name, tensor in tensors.items():
         if not finite(tensor):
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise UserError(f"{what}: {name} ({kind}) holds numbers that are not finite")
+            raise NotFiniteError(f"{what}: {name} ({kind}) holds numbers that are not finite")
 
 
 def first_not_finite(files: Iterable[Path]) -> tuple[Path, str] | None:

@@ -20,6 +20,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from fewstep.backbones.base import blaming_weights
+from fewstep.backbones.teachers import teacher_path
 from fewstep.common.accelerator import make_accelerator
 from fewstep.common.device import pick_device
 from fewstep.common.distributed import anywhere, is_main, together
@@ -116,6 +118,7 @@ def distill(
     main = accelerator.is_main_process
     target, place, shared = out / "student", cache or out / "cache", shared or cache or shared_cache(out)
     with ExitStack() as held:
+        held.enter_context(blaming_weights(teacher_path(config.teacher)))
         with together():
             if main:
                 held.enter_context(taken(out))  # before anything is encoded into it

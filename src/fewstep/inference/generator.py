@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fewstep.backbones.base import Backbone, open_backbone, to_bytes
-from fewstep.backbones.pipeline_folder import read_folder, weight_files
+from fewstep.backbones.base import Backbone, open_backbone, to_bytes, unsound_weights
+from fewstep.backbones.pipeline_folder import read_folder
 from fewstep.common.compilation import compile_networks
 from fewstep.common.distributed import count, is_main, own_share, to_main, together
 from fewstep.common.errors import UserError
-from fewstep.common.tensors import finite, first_not_finite
+from fewstep.common.tensors import finite
 from fewstep.diffusion.config import TEACHER_SAMPLING, Sampling
 from fewstep.diffusion.denoiser import BASE, Condition, Denoiser
 from fewstep.diffusion.draw_latents import Source, draw_latents
@@ -128,14 +128,12 @@ class Artist:
             return
         row = int((~values.flatten(1).isfinite().all(1)).nonzero()[0])
         folder = self.backbone.folder
-        found = first_not_finite(file for part in folder.family.weighed for file in weight_files(folder.path / part))
         student = f" with {self.lora}" if self.lora else ""
-        if found:
-            why = f"{found[0]} holds numbers that are not finite, in {found[1]}; get a sound copy of it"
-        elif self.precision != torch.float32:
+        why = unsound_weights(folder)
+        if not why and self.precision != torch.float32:
             kind = str(self.precision).removeprefix("torch.")
             why = f"the weights of {folder.path}{student} are finite, so {kind} has overflowed; use precision fp32"
-        else:
+        elif not why:
             why = f"the weights of {folder.path}{student} are finite, so a product of them has overflowed"
         raise UserError(f"seed = {seeds[row]}: the {what} is not finite, and no picture was drawn: {why}")
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fewstep.common import distributed as processes
 from fewstep.common.distributed import Vote, to_main, to_means, together, total
-from fewstep.common.errors import UserError
+from fewstep.common.errors import NotFiniteError, UserError
 from fewstep.common.files import sweep
 from fewstep.common.rng import Draws, order
 from fewstep.common.sharding import is_split, whole, whole_on_main
@@ -332,7 +332,7 @@ def train(
         if bad:
             last = last_step(folder)
             kept = f"the checkpoint at step {last} is finite" if last else "no checkpoint was saved before it"
-            raise UserError(
+            raise NotFiniteError(
                 f"{bad[0]} is not finite at step {step}; {kept}. Start another run with a lower optim.lr "
                 f"(now {plan[0].optim.lr:g}) or loop.precision = fp32"
             )
