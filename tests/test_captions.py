@@ -75,6 +75,8 @@ USED = [
     ("text before JSON", {"a.png": A, "a.txt": b"x", "a.json": b'{"caption": "y"}'}, [["x"]]),
     ("JSON where the text is empty", {"a.png": A, "a.txt": b" \n", "a.json": b'{"caption": "y"}'}, [["y"]]),
     ("a null before a text", {"a.png": A, "a.json": b'{"caption": null, "text": "y"}'}, [["y"]]),
+    ("a field that is empty", {"a.png": A, "a.json": b'{"caption": " ", "text": "y"}'}, [["y"]]),
+    ("the same in a list", {"a.png": A, "metadata.jsonl": named("a.png", "")[:-2] + b', "caption": "y"}'}, [["y"]]),
     ("several in JSON", {"a.png": A, "a.json": b'{"captions": ["x", "", "y", "x"]}'}, [["x", "y"]]),
     ("several lines of text are one caption", {"a.png": A, "a.txt": b"x\r\ny\rz\n"}, [["x\ny\nz"]]),
     ("a list alone in JSON", {"a.png": A, "a.json": b'["x", "y"]'}, [["x", "y"]]),
@@ -160,6 +162,13 @@ REFUSED = [
     ({"b.png": B, "b.json": b"{"}, "b.json"),
     ({"b.png": B, "b.txt": b"caf\xe9"}, "b.txt"),
     ({"b.png": B, "b.txt": b"n\0u\0l\0"}, "b.txt"),
+    ({"b.png": B, "b.json": b'{"caption": "x", "caption": "y"}'}, "b.json"),
+    ({"b.png": B, "b.json": b'{"caption": "\\ud800"}'}, "b.json"),
+    ({"b.png": B, "b.json": b"[" * 9999}, "b.json"),
+    ({"metadata.jsonl": b'{"file_name": "a.png", "text": "\\ude00"}'}, "metadata.jsonl"),
+    ({"metadata.csv": b"file_name,text\na.png,a cat, on a mat\n"}, "metadata.csv"),
+    ({"metadata.csv": b"file_name,text,text\na.png,x,y\n"}, "metadata.csv"),
+    ({"metadata.csv": b"a.png,a cat\n"}, "metadata.csv"),
     ({"metadata.jsonl": named("a.png", "")}, "a.png"),
     ({"metadata.jsonl": named("none.png", "x")}, "none.png"),
     ({"metadata.jsonl": b'{"file_name": "a.png", "text": "x", "text": "y"}'}, "metadata.jsonl"),
@@ -198,6 +207,12 @@ def test_every_suffix_is_read_by_what_the_file_holds(tmp_path: Path, suffix: str
     data = both(tmp_path, {f"a{suffix}": held.getvalue(), "a.txt": b"x"})
     assert data.pictures is not None
     assert data.pictures.read([0]).min() >= 250
+
+
+def test_links_that_lead_to_themselves_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.png").symlink_to("a.png")
+    with pytest.raises(UserError, match=r"a\.png"):
+        from_folder(tmp_path, 16)
 
 
 def test_linked_folders_are_read_once(tmp_path: Path) -> None:

@@ -7,7 +7,10 @@ U+2028, U+0085 and form feeds are part of a line.
 from __future__ import annotations
 
 import codecs
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 MARK = "\ufeff"
 """The byte order mark, as a character."""
@@ -51,3 +54,29 @@ def read_text(path: Path | str) -> str:
 def lines_of(text: str) -> list[str]:
     """Return the lines of decoded text; marks that joining files has left at their beginnings are dropped."""
     return [line.removeprefix(MARK) for line in text.split("\n")]
+
+
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        ValueError: not JSON, nested too deeply, a field that appears twice, or half of a surrogate pair, which is no
+            character.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_once)
+        if "\\u" in text:  # an escape is the only way to write one
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    except UnicodeEncodeError as error:
+        raise ValueError(f"\\u{ord(error.object[error.start]):04x} is half of a character") from error
+    return value
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; refuse a field that appears twice."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError(f"a field appears twice in {json.dumps(row, ensure_ascii=False)[:80]}")
+    return row

@@ -8,7 +8,6 @@ out is counted by its reason. A picture without caption is refused, unless a lis
 from __future__ import annotations
 
 import csv
-import json
 import posixpath
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 from unicodedata import normalize
 
 from fewstep.common.errors import UserError
-from fewstep.common.text import decode, lines_of
+from fewstep.common.text import decode, lines_of, parse_json
 
 SUFFIXES = (
     *(".png", ".webp", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jfif", ".jpe", ".apng", ".mpo"),
@@ -179,8 +178,8 @@ def _beside(
             continue
         try:
             text = decode(read(name))
-            said = [text.strip()] if kind in TEXTS else _fields(json.loads(text), JSON_FIELDS)
-        except (ValueError, RecursionError, OSError) as error:
+            said = [text.strip()] if kind in TEXTS else _fields(parse_json(text), JSON_FIELDS)
+        except (ValueError, OSError) as error:
             raise UserError(f"data.source: cannot read caption {name} of {where}: {error}") from error
         if said and any(said):
             return said
@@ -189,12 +188,19 @@ def _beside(
 
 
 def _fields(row: Any, fields: Sequence[str]) -> list[str] | None:
-    """Return the captions of the first field that has any, or of a list of texts; None if there is none."""
+    """Return the captions of the first field that has any, or of a list of texts.
+
+    Where all that there are are empty, those of the first field; None if there is none.
+    """
+    empty = None
     for value in [row.get(field) for field in fields] if isinstance(row, dict) else [row]:
         words = [value] if isinstance(value, str) else value
         if isinstance(words, list) and words and all(isinstance(word, str) for word in words):
-            return [word.strip() for word in words]
-    return None
+            said = [word.strip() for word in words]
+            if any(said):
+                return said
+            empty = empty or said
+    return empty
 
 
 def _finder(find: Callable[[str], str | None], names: Sequence[str]) -> Callable[[str], str | None]:
@@ -217,7 +223,7 @@ def _listed(
         lines = _json_rows(read(name)) if kind_of(name) == ".jsonl" else _csv_rows(read(name))
         while (line := next(lines, None)) is not None:
             number, held_row = line
-            row = json.loads(held_row, object_pairs_hook=_once) if isinstance(held_row, str) else held_row
+            row = parse_json(held_row) if isinstance(held_row, str) else held_row
             fields = ", ".join(sorted(map(str, row))) if isinstance(row, dict) else "no object"
             named, said = (row.get("file_name"), _fields(row, LIST_FIELDS)) if isinstance(row, dict) else (None, None)
             if not isinstance(named, str) or not named or said is None:
@@ -228,7 +234,7 @@ def _listed(
                     f"data.source: cannot read picture {named}, which {name} of {where} names: there is no such file"
                 )
             captions.setdefault(found, []).extend(said)
-    except (ValueError, OSError, RecursionError, csv.Error) as error:
+    except (ValueError, OSError, csv.Error) as error:
         place = f"{where}: {name}, line {number}" if number else f"{where}: {name}"
         raise UserError(f"{place}: a list needs lines with file_name and text: {error}") from error
     return captions
@@ -239,15 +245,23 @@ def _json_rows(held: bytes) -> Iterator[tuple[int, str | dict[str, Any]]]:
     yield from ((number, line) for number, line in enumerate(lines_of(decode(held)), 1) if line.strip())
 
 
-def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a JSON object; refuse a field that appears twice."""
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        raise ValueError(f"a field appears twice in {json.dumps(row, ensure_ascii=False)[:80]}")
-    return row
-
-
 def _csv_rows(held: bytes) -> Iterator[tuple[int, str | dict[str, Any]]]:
-    """Yield the rows of a CSV file by their columns, each with the number of its last line."""
+    """Yield the rows of a CSV file by their columns, each with the number of its last line.
+
+    Raises:
+        ValueError: no column file_name, a column that appears twice, or more cells than columns, as where a caption
+            with commas is not in quotes.
+    """
     reader = csv.DictReader(StringIO(decode(held), newline=""), strict=True)
-    yield from ((reader.line_num, row) for row in reader)
+    columns = reader.fieldnames or []
+    if columns and "file_name" not in columns:
+        raise ValueError(f"file_name is missing among its columns ({', '.join(columns)})")
+    if len(set(columns)) < len(columns):
+        raise ValueError(f"a column appears twice ({', '.join(columns)})")
+    for row in reader:
+        if None in row:
+            raise ValueError(
+                f"line {reader.line_num} has more cells than there are columns ({len(columns)}); put captions with "
+                "commas in quotes"
+            )
+        yield reader.line_num, row

@@ -44,10 +44,10 @@ class FolderFiles:
                 continue
             for entry in entries:
                 if is_hidden(entry.name):
-                    left_out["hidden pictures and folders"] += is_picture(entry.name) or entry.is_dir()
-                elif entry.is_dir():
+                    left_out["hidden pictures and folders"] += is_picture(entry.name) or os.path.isdir(entry)
+                elif os.path.isdir(entry):
                     (linked if entry.is_symlink() else todo).append(f"{place}{entry.name}/")
-                elif entry.is_file() or entry.is_symlink():  # a link that leads nowhere is refused when it is opened
+                elif os.path.isfile(entry) or entry.is_symlink():  # a link to nowhere is refused when it is opened
                     names.append(f"{place}{entry.name}")
         return sorted(names, key=lambda name: name.split("/")), {why: n for why, n in left_out.items() if n}
 

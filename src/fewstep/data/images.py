@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fewstep.common.errors import UserError
 from fewstep.data.captions import in_words, is_picture, match
@@ -181,7 +181,8 @@ def _opened(place: Place) -> Iterator[Image.Image]:
     except MemoryError:
         raise
     except Exception as error:  # of a broken file each format raises kinds of its own
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = "it holds no known format" if isinstance(error, UnidentifiedImageError) else str(error)
+        reason = " ".join(reason.split()) or type(error).__name__
         raise UserError(f"cannot read picture {place}: {reason}") from error
 
 

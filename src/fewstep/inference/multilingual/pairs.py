@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fewstep.common.errors import UserError
-from fewstep.common.text import lines_of, read_text
+from fewstep.common.text import lines_of, parse_json, read_text
 
 
 class Pair(NamedTuple):
@@ -57,8 +57,8 @@ def _tabbed(line: str) -> Pair | None:
 
 def _json(line: str) -> Pair | None:
     try:
-        fields = json.loads(line)
-    except json.JSONDecodeError:
+        fields = parse_json(line)
+    except ValueError:
         return None
     if not isinstance(fields, dict) or not all(isinstance(fields.get(name), str) for name in Pair._fields):
         return None
