@@ -193,6 +193,7 @@ def test_the_white_of_a_dark_picture_is_its_formats(tmp_path: Path) -> None:
         (RAMP * 2**31 - 1).astype(np.int32),
         (RAMP * 65535 - 9).astype(np.int32),
         (RAMP * 256.5).astype(np.float32),
+        (RAMP * 1.2).astype(np.float32),
         (RAMP * 2 - 1).astype(np.float32),
         np.where(RAMP > 0.5, np.nan, RAMP).astype(np.float32),
         np.where(RAMP > 0.5, np.inf, RAMP).astype(np.float32),

@@ -7,6 +7,8 @@ from PIL import Image
 
 SLACK = 1e-3
 """Share of the white by which floating-point values may lie outside of the range."""
+FAINT = 16.0
+"""Floating-point values up to 255 that all lie below would be a picture that is almost black."""
 GREY_16 = b"\x89PNG\r\n\x1a\n", 24, b"\x10\x00"
 """How a grey PNG of 16 bits begins: signature, and at an offset its bit depth and colour type."""
 HEAD = 26
@@ -33,7 +35,8 @@ def eight_bits(image: Image.Image, opened: Image.Image) -> Image.Image:
     tags = getattr(opened, "tag_v2", {})
     white = _white(image.mode, high, opened.format, tags.get(BITS, (0,))[0])
     slack = SLACK * white if image.mode == "F" else 0.0
-    if not (-slack <= low and high <= white + slack):  # not finite, too
+    faint = image.mode == "F" and 1 + SLACK < high < FAINT  # of light above 1, not of 255 levels
+    if faint or not (-slack <= low and high <= white + slack):  # not finite, too
         raise ValueError(
             f"values from {low:g} to {high:g}, whose white is unknown; save it as 8 bits, or 16 unsigned ones"
         )
