@@ -180,6 +180,8 @@ def test_text_comes_back_from_yaml_as_it_was() -> None:
         "stages:\n- {name: a, name: b}\n",
         "loop: {seed: !!int x}\n",
         "loop: {seed: !!timestamp x}\n",
+        "teacher: !!python/object:os.x y\n",
+        "teacher: !folder y\n",
         "teacher: \tx\n\ty: 3",
         "a\0b",
         "teacher: " + "[" * 5000,
@@ -196,6 +198,9 @@ def test_overrides_add_up_and_the_last_wins() -> None:
     assert parse_overrides(["a.x=1", "a.y=2", "a.x=3", "b=4"]) == {"a": {"x": 3, "y": 2}, "b": 4}
     for wrong in ("a", "=1", "a..b=1", ".a=1", "a.=1"):
         with pytest.raises(UserError, match="not of the form key=value"):
+            parse_overrides([wrong])
+    for wrong in ("a = 1", " a=1", "a.b\t=1"):
+        with pytest.raises(UserError, match="without spaces"):
             parse_overrides([wrong])
     with pytest.raises(UserError, match="is not a YAML value"):
         parse_overrides(["a=[1"])
@@ -215,7 +220,7 @@ def test_overrides_add_up_and_the_last_wins() -> None:
         ({"inner": {"rate": float("inf")}}, "inner.rate = inf: Input should be a finite number"),
         ({"inner": {"mode": "fsat"}}, "inner.mode = 'fsat' is not one of slow, fast; the nearest is fast"),
         ({"count": "many"}, "count = 'many': Input should be a valid integer"),
-        ({"inner": 3}, "inner = 3: Input should be a valid dictionary"),
+        ({"inner": 3}, "inner = 3 must be a mapping"),
         ({"count": 4}, "count = 4 is unlucky; the nearest legal one is 5"),
     ],
 )

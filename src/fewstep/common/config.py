@@ -118,6 +118,8 @@ def parse_overrides(overrides: str | Iterable[str], model: type[BaseModel] | Non
     for override in [overrides] if isinstance(overrides, str) else overrides:
         key, equals, text = override.partition("=")
         parts = key.split(".")
+        if key != key.strip():
+            raise UserError(f"override {override!r}: write {key.strip()}={text.strip()}, without spaces around the =")
         if not equals or not key or "" in parts:
             raise UserError(f"override {override!r} is not of the form key=value, e.g. optim.lr=1e-4")
         try:
@@ -171,6 +173,15 @@ BOUNDS = {
 }
 """pydantic's complaint -> (the bound's name in it, its words)."""
 
+SHAPES = {
+    "tuple_type": "a list, e.g. [a, b]",
+    "list_type": "a list, e.g. [a, b]",
+    "model_type": "a mapping of keys to values",
+    "dict_type": "a mapping of keys to values",
+    "string_type": "text",
+}
+"""pydantic's complaint about a value's shape -> what it must be."""
+
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """Turn the first complaint of pydantic into one line: field, value, nearest legal value."""
@@ -195,6 +206,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         return f"{where} = {given!r} must be {words} {bound:g}" + (
             f"; the nearest legal one is {bound:g}" if name in ("ge", "le") else ""
         )
+    if kind in SHAPES and where:
+        return f"{where} = {given!r} must be {SHAPES[kind]}"
     message = first["msg"].removeprefix("Value error, ")
     if not where:
         return message

@@ -28,6 +28,8 @@ SCALARS = (
     ),
 )
 """Plain scalars that are no text: tag, pattern, first characters. YAML 1.2.2, section 10.3.2, but for leading zeros."""
+PLAIN = {f"{TAG}{tag}" for tag, *_ in SCALARS} - {f"{TAG}null"}
+"""Tags of scalars that become text where a field holds text; other tags are of no type here and refused."""
 INNER = {"\u0085": "\U000f0085", "\u2028": "\U000f2028", "\u2029": "\U000f2029"}
 """Line ends of YAML 1.1 that are none here -> characters for private use that take their places while PyYAML reads."""
 OUTER = str.maketrans({stand_in: character for character, stand_in in INNER.items()})
@@ -172,7 +174,7 @@ def _keep_text(node: yaml.Node, annotation: Any, root: Any) -> None:
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
             _keep_text(value, annotation if item is None else item, root)
-    elif isinstance(node, yaml.ScalarNode) and is_text(annotation) and node.tag != f"{TAG}null":
+    elif isinstance(node, yaml.ScalarNode) and is_text(annotation) and node.tag in PLAIN:
         node.tag = f"{TAG}str"
 
 
