@@ -23,6 +23,7 @@ from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_folder, atomic_write, os_reason
 from fewstep.data.config import DataConfig
 from fewstep.diffusion.config import Sampling
+from fewstep.inference import generator
 from fewstep_worlds.emoji8 import location
 from test_plain_diffusers import random_lora
 
@@ -59,6 +60,27 @@ def test_an_argument_of_another_type_is_named(verb: str) -> None:
 def test_text_is_no_number(seed: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^seed = "):
         fewstep.sample("x", out=tmp_path / "z.png", seed=seed)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"count": 10**9, "out": "z.png"},
+        {"count": 700, "out": "z.webp"},
+        {"scale": 10**6, "out": "z.png"},
+        {"prompts": ["x"] * 70, "out": "z.webp"},
+    ],
+)
+def test_a_sheet_that_no_file_holds_is_refused_before_it_is_drawn(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(generator, "load_artist", load)
+    teacher = tiny_pipelines.sd(tmp_path / "sd")
+    with pytest.raises(UserError, match=r"^out = .* pixels"):
+        fewstep.sample(**{"prompts": "x", "teacher": teacher, "lora": None} | given | {"out": tmp_path / given["out"]})
 
 
 def test_numbers_and_lists_of_numpy_are_taken() -> None:

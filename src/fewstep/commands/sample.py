@@ -66,6 +66,7 @@ def sample(
     from fewstep.common.files import check_writable
     from fewstep.data.images import read_cropped
     from fewstep.data.prompts import read_prompts
+    from fewstep.inference.image_grid import check_sheet, save_picture, sheet
     from fewstep.students.resolve import choose_student
 
     named = [prompts] if isinstance(prompts, str) else prompts
@@ -87,6 +88,9 @@ def sample(
     folder = read_folder(teacher_path(named_teacher(teacher, teacher_config)))
     student, sampling, _ = choose_student(folder, lora, settings or {})
     width, height = sampling.size or (folder.picture_size, folder.picture_size)
+    enlarged = scale or max(1, 256 // width)
+    columns = count if len(wanted) > 1 else min(count, 8)
+    check_sheet(count * len(wanted), (width, height), columns, enlarged, path)
     begun = None if image is None else read_cropped(Path(image), width, height)
     if adapter is not None:
         from fewstep.inference.multilingual.record import read_adapter
@@ -103,7 +107,6 @@ def sample(
     from fewstep.backbones.scheduler_config import path_of
     from fewstep.diffusion.draw_latents import Source, call_times
     from fewstep.inference.generator import load_artist
-    from fewstep.inference.image_grid import save_picture, sheet
 
     share = 0.5 if strength is None else strength
     if begun is not None:  # refused before weights are loaded
@@ -117,8 +120,7 @@ def sample(
     source = None if begun is None else Source(artist.backbone.to_latents(begun[None]), share)
     every = [prompt for prompt in wanted for _ in range(count)]
     pictures: np.ndarray = artist.draw(every, range(seed, seed + len(every)), sampling, source)
-    enlarged = scale or max(1, 256 // pictures.shape[2])
-    return save_picture(sheet(pictures, count if len(wanted) > 1 else min(count, 8), enlarged), path)
+    return save_picture(sheet(pictures, columns, enlarged), path)
 
 
 def _check_seed(seed: int, count: int) -> None:

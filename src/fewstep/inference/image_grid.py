@@ -11,13 +11,41 @@ from PIL import Image, ImageDraw
 from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_write
 
+GAP = 4
+"""Pixels between the pictures of a sheet."""
+LONGEST = {".webp": 16383, ".png": 2**20}
+"""Pixels that a side of a file may have: WebP's own limit, and more than what draws PNGs can show."""
+MOST = 2**29
+"""Pixels of a sheet: 2 GiB in memory."""
+
+
+def sheet_size(n: int, size: tuple[int, int], columns: int, scale: int) -> tuple[int, int]:
+    """Return (width, height) in pixels of a sheet of n pictures of a size (width, height)."""
+    gap = GAP if n > 1 else 0
+    return columns * (size[0] * scale + gap) + gap, -(-n // columns) * (size[1] * scale + gap) + gap
+
+
+def check_sheet(n: int, size: tuple[int, int], columns: int, scale: int, path: Path) -> None:
+    """Refuse a sheet that its file cannot hold, before its pictures are drawn.
+
+    Raises:
+        UserError: naming its size and the limit.
+    """
+    width, height = sheet_size(n, size, columns, scale)
+    longest = LONGEST.get(path.suffix.lower(), MOST)
+    if max(width, height) > longest or width * height > MOST:
+        limit = f"{longest} a side" if max(width, height) > longest else f"{MOST} in all"
+        raise UserError(
+            f"out = {str(path)!r}: a sheet of {n} pictures has {width}x{height} pixels, and a {path.suffix} file takes "
+            f"{limit}; draw fewer at once, with a smaller scale, or into a .png file"
+        )
+
 
 def sheet(pictures: np.ndarray, columns: int, scale: int = 2) -> Image.Image:
     """Pictures side by side, row by row, enlarged by a whole factor, on white; a single one without a margin."""
     n, h, w, _ = pictures.shape
-    gap = 4 if n > 1 else 0
-    rows = -(-n // columns)
-    canvas = Image.new("RGB", (columns * (w * scale + gap) + gap, rows * (h * scale + gap) + gap), "white")
+    gap = GAP if n > 1 else 0
+    canvas = Image.new("RGB", sheet_size(n, (w, h), columns, scale), "white")
     for i, picture in enumerate(pictures):
         tile = Image.fromarray(picture).resize((w * scale, h * scale), Image.Resampling.NEAREST)
         canvas.paste(tile, (gap + (i % columns) * (w * scale + gap), gap + (i // columns) * (h * scale + gap)))
