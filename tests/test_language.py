@@ -201,6 +201,21 @@ def test_a_leak_is_a_whole_entry_or_a_longer_word_inside() -> None:
     assert not leaks("热", ["热狗"])
 
 
+@pytest.mark.parametrize(
+    "line",
+    ['{"source": "a", "target": "b", "target": "c"}', '{"source": "a", "target": "\\ud800"}', "[" * 9999, "9" * 5000],
+)
+def test_lines_of_pairs_that_are_no_json_are_refused(tmp_path: Path, line: str) -> None:
+    (tmp_path / "p.jsonl").write_text(json.dumps({"source": "a", "target": "b"}) + f"\n{line}\n")
+    with pytest.raises(UserError, match=r"p\.jsonl.*line 2"):
+        read_pairs(tmp_path / "p.jsonl")
+
+
+def test_the_names_of_columns_are_no_pair(tmp_path: Path) -> None:
+    (tmp_path / "p.tsv").write_text("source\ttarget\nein Hund\ta dog\nsource\ttarget\n")
+    assert read_pairs(tmp_path / "p.tsv") == (Pair("ein Hund", "a dog"), Pair("source", "target"))
+
+
 def test_pair_files(tmp_path: Path) -> None:
     tabbed, lined = tmp_path / "a.tsv", tmp_path / "a.jsonl"
     tabbed.write_text("章鱼\toctopus\n\n狗 \t dog\n", encoding="utf-8")

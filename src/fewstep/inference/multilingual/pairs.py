@@ -22,6 +22,8 @@ class Pair(NamedTuple):
 def read_pairs(path: Path | str) -> tuple[Pair, ...]:
     """Read pairs of a .tsv file (source, tab, target a line) or a .jsonl file ({"source": ..., "target": ...}).
 
+    A first line `source, tab, target` names the columns of a table and is no pair.
+
     Raises:
         UserError: another suffix, unreadable, no pair, or a line that holds none.
     """
@@ -40,7 +42,12 @@ def read_pairs(path: Path | str) -> tuple[Pair, ...]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        pair = parse(line)
+        try:
+            pair = parse(line)
+        except ValueError as error:
+            raise UserError(f"pairs = {str(path)!r}: line {number} is not valid JSON: {error}") from error
+        if tabbed and number == 1 and pair == Pair._fields:
+            continue
         if pair is None or not pair.source or not pair.target:
             form = "source, tab, target" if tabbed else '{"source": ..., "target": ...}'
             raise UserError(f"pairs = {str(path)!r}: line {number} is not of the form {form}")
@@ -56,10 +63,7 @@ def _tabbed(line: str) -> Pair | None:
 
 
 def _json(line: str) -> Pair | None:
-    try:
-        fields = parse_json(line)
-    except ValueError:
-        return None
+    fields = parse_json(line)
     if not isinstance(fields, dict) or not all(isinstance(fields.get(name), str) for name in Pair._fields):
         return None
     return Pair(fields["source"].strip(), fields["target"].strip())
