@@ -209,6 +209,16 @@ def test_every_suffix_is_read_by_what_the_file_holds(tmp_path: Path, suffix: str
     assert data.pictures.read([0]).min() >= 250
 
 
+def test_pictures_of_formats_that_are_not_read_are_named(tmp_path: Path) -> None:
+    files = {"a.heic": b"?", "a.txt": b"x", "b.HEIC": b"?", "c.jxl": b"?"}
+    for read in (
+        lambda: from_folder(write_folder(tmp_path / "folder", files), 16),
+        lambda: from_shards(write_shard(tmp_path / "all.tar", files), 16, tmp_path / "cache"),
+    ):
+        with pytest.raises(UserError, match=r"2 \.heic, 1 \.jxl"):
+            read()
+
+
 def test_links_that_lead_to_themselves_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").symlink_to("a.png")
     with pytest.raises(UserError, match=r"a\.png"):

@@ -121,7 +121,7 @@ def match(
     elif lacking:
         raise UserError(_without(lacking, len(pictures), where) + advice)
     if not captions:
-        raise no_picture(where, advice)
+        raise no_picture(where, names, advice)
     empty = [name for name, said in captions.items() if not any(said)]
     if empty:
         more = f", nor have {len(empty) - 1} others" if empty[1:] else ""
@@ -141,8 +141,12 @@ def match(
     return Matched(kept, {reason: count for reason, count in left_out.items() if count})
 
 
-def no_picture(where: str, advice: str = "") -> UserError:
-    """Return the refusal of a folder or shard without pictures."""
+def no_picture(where: str, names: Sequence[str], advice: str = "") -> UserError:
+    """Return the refusal of a folder or shard whose files, by their names, are no pictures that are read."""
+    unread = Counter(kind_of(name) for name in names if kind_of(name) in UNREAD)
+    if unread and not advice:
+        found = ", ".join(f"{count} {kind}" for kind, count in unread.most_common())
+        advice = f"; it holds {found} files, which are not read: convert them to PNG or JPEG"
     return UserError(f"data.source: {where} holds no picture ({', '.join(SUFFIXES)}){advice}")
 
 

@@ -110,7 +110,7 @@ def check_pictures(source: Path | str) -> None:
     if not any(is_picture(name) or is_list(name) for name in near):
         files = FolderFiles(folder)
         if not any(map(is_picture, files.names)):
-            raise no_picture(str(folder), files.advice())
+            raise no_picture(str(folder), files.names, files.advice())
 
 
 PACKED = (
