@@ -136,7 +136,10 @@ def test_a_failed_folder_keeps_the_old_one(tmp_path: Path, error: BaseException)
     assert names(tmp_path) == ["run"]
 
 
-def test_a_failed_swap_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "broken"), KeyboardInterrupt("broken")])
+def test_a_failed_swap_puts_the_old_folder_back(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = tmp_path / "run"
     target.mkdir()
     (target / "old").write_text("old")
@@ -144,11 +147,12 @@ def test_a_failed_swap_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pyt
 
     def replace(self: Path, other: Path) -> Path:
         if self.name.endswith(".part"):
-            raise OSError(errno.EIO, "broken")
+            raise error
         return plain(self, other)
 
     monkeypatch.setattr(Path, "replace", replace)
-    with pytest.raises(UserError, match="broken"), atomic_folder(target) as part:
+    raised = UserError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(raised, match="broken"), atomic_folder(target) as part:
         (part / "new").write_text("new")
     assert names(target) == ["old"]
     assert names(tmp_path) == ["run"]

@@ -133,8 +133,9 @@ def _swap(part: Path, path: Path) -> None:
     path.replace(old)
     try:
         part.replace(path)
-    except OSError:
-        old.replace(path)
+    except BaseException:  # a signal too
+        if not path.exists():
+            old.replace(path)
         raise
     if old.is_dir():
         shutil.rmtree(old)
