@@ -18,7 +18,7 @@ from conftest import COLOURS, SHAPES, draw_shape
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.sd import StableDiffusion
 from fewstep.common.errors import UserError
-from fewstep.common.rng import order
+from fewstep.common.rng import Draws, order
 from fewstep.data.images import Captioned, HeldPictures
 from fewstep.data.latents import known
 from fewstep.data.visits import used
@@ -286,6 +286,22 @@ def test_a_batch_beyond_memory_is_said_and_not_tried(
         legal = int(estimated.too_large.split("loop.accumulate = ")[2].split(",")[0])
         less = resolve("tcd", None, [*words_of(settled(place, tmp_path)), *words, f"loop.accumulate={legal}"])
         assert distillation.estimate_run(less)[0].too_large == ""
+
+
+def test_a_batch_beyond_much_memory_is_timed_by_a_few_samples(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def draws(seed: int, step: int, samples: tuple[int, ...], device: torch.device) -> Draws:
+        sizes.append(len(samples))
+        return Draws(seed, step, samples[: cost.TIMED], device)
+
+    monkeypatch.setattr(cost, "Draws", draws)
+    monkeypatch.setattr(cost, "free_memory", lambda _: 2**32)
+    config = resolve("tcd", None, [*words_of(settled(place, tmp_path)), "loop.batch=1000000000"])
+    assert distillation.estimate_run(config)[0].too_large
+    assert max(sizes) <= cost.TIMED
 
 
 def settled(place: Path, tmp_path: Path) -> Path:

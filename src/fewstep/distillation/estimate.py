@@ -28,6 +28,9 @@ from fewstep.training.live_bytes import LiveBytes
 from fewstep.training.loop import Batch, Update
 from fewstep.training.student import unique_bytes
 
+TIMED = 16
+"""Samples that a step is timed by where all of a micro-batch do not fit: it is refused, and its time is a hint."""
+
 
 @dataclass(frozen=True)
 class Checks:
@@ -171,8 +174,8 @@ def estimate(
 ) -> Estimated:
     """Count the memory of a step of the plan and time another; no optimiser step is taken.
 
-    Steps of one and two samples come first. A micro-batch that would not fit into memory is timed by as many samples as
-    fit well, and the rest is extrapolated.
+    Steps of one and two samples come first. A micro-batch that would not fit into memory is timed by a few samples, and
+    the rest is extrapolated.
 
     Args:
         done: steps that are made already; the next two are looked at.
@@ -217,7 +220,7 @@ def estimate(
         one = run(0, 1, counting=True)[1]
         more = max(run(0, 2, counting=True)[1] - one, 1)
         most = max(1, 1 + int((free * MOST_FILLED - one) / more))
-        samples = micro if micro <= most else max(1, most // 4)
+        samples = micro if micro <= most else min(max(1, most // 4), TIMED)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     activations = run(0, samples, counting=True)[1]
