@@ -151,7 +151,7 @@ def annotation_at(model: type[BaseModel] | None, parts: Sequence[str]) -> Any:
 
 
 def _section(annotation: Any, name: str, root: Any) -> Any:
-    """The type of a field; of changes to a section (any mapping), the type of the section that they change."""
+    """Return the type of a field. Changes to a section (any mapping) have the type of that section."""
     if get_origin(annotation) is dict and _model_of(root) is not None:
         field = _model_of(root).model_fields.get(name)  # type: ignore[union-attr]
         return field.annotation if field else annotation
@@ -179,7 +179,7 @@ def _keep_text(node: yaml.Node, annotation: Any, root: Any) -> None:
 
 
 def _section_node(key: yaml.Node, value: yaml.Node, model: type[BaseModel]) -> yaml.Node:
-    """The value of a key; an empty mapping for a section without lines, as where all of them are comments."""
+    """Return the value of a key; an empty mapping for a section without lines, as where all are comments."""
     field = model.model_fields.get(key.value) if isinstance(key, yaml.ScalarNode) else None
     section = field is not None and _model_of(field.annotation) is not None
     if section and value.tag == f"{TAG}null" and NoneType not in _options(field.annotation if field else None):
@@ -188,7 +188,7 @@ def _section_node(key: yaml.Node, value: yaml.Node, model: type[BaseModel]) -> y
 
 
 def _options(annotation: Any) -> list[Any]:
-    """The types of a union, and the values of literals among them; the type itself where it is neither."""
+    """Return the types of a union and the values of its literals; of any other type, the type itself."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return _options(get_args(annotation)[0])
@@ -198,12 +198,12 @@ def _options(annotation: Any) -> list[Any]:
 
 
 def _model_of(annotation: Any) -> type[BaseModel] | None:
-    """The config that a field holds, if it holds one."""
+    """Return the config that a field holds; None if it holds none."""
     found = [a for a in _options(annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
     return found[0] if found else None
 
 
 def _item_of(annotation: Any) -> Any:
-    """The type of a list's items, if a field holds a list."""
+    """Return the type of a list's items; None if a field holds no list."""
     lists = [a for a in _options(annotation) if get_origin(a) in (tuple, list)]
     return get_args(lists[0])[0] if lists and get_args(lists[0]) else None

@@ -103,7 +103,7 @@ class StoredRows:
 
 
 def _parts(place: Path) -> list[tuple[np.ndarray, dict[str, Mapped]]]:
-    """The files of a store; what is broken is removed."""
+    """Return the files of a store, and remove broken ones."""
     found = []
     for path in sorted(place.glob("*.safetensors")):
         try:
@@ -120,7 +120,7 @@ def _numbers(place: Path) -> np.ndarray:
 
 
 def lacking(place: Path, wanted: np.ndarray) -> int:
-    """How many of the wanted rows a store does not have."""
+    """Count the wanted rows that a store lacks."""
     return len(np.setdiff1d(wanted, _numbers(place)))
 
 
@@ -153,7 +153,7 @@ def fill(
     unit: str,
     turn: int = 0,
 ) -> None:
-    """Compute and store the wanted rows that the store lacks. The processes of a launch share them; all must ask.
+    """Compute and store the wanted rows that the store lacks. The processes of a launch share them; all must call it.
 
     Args:
         make: numbers of rows -> their tensors, [n, ...] each.
@@ -179,7 +179,7 @@ def fill(
 
 
 def read_rows(place: Path, count: int) -> dict[str, StoredRows]:
-    """The tensors of a store, by name."""
+    """Return the tensors of a store, by name."""
     parts = _parts(place)
     names = parts[0][1] if parts else {}
     return {name: StoredRows(count, [(rows, tensors[name]) for rows, tensors in parts]) for name in names}
