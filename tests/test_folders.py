@@ -119,6 +119,15 @@ def test_weights_that_were_not_fetched_are_named(folder: Callable[[str], Path]) 
         read_folder(file.parents[1])
 
 
+@pytest.mark.parametrize("inner", ["mine", "snapshots/12ab"])
+def test_a_folder_around_a_pipeline_names_it(inner: str, folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """A hub's cache, or a folder of several."""
+    place = tmp_path / "models--a--b"
+    shutil.copytree(folder("sd"), place / inner)
+    with pytest.raises(UserError, match=inner):
+        read_folder(place)
+
+
 def tiny_autoencoder(channels: int = 4) -> Any:
     import diffusers
 

@@ -316,7 +316,9 @@ def read_folder(path: Path | str, field: str = "teacher") -> PipelineFolder:
         reason = "is a file, not a pipeline folder" if path.exists() else "does not exist"
         raise UserError(f"{field} = {str(path)!r} {reason}; give a diffusers pipeline folder")
     if not index.is_file():
-        raise UserError(f"{field} = {str(path)!r} is no diffusers pipeline folder: it holds no model_index.json")
+        inner = sorted([*path.glob(f"*/{index.name}"), *path.glob(f"snapshots/*/{index.name}")])
+        more = f"; the nearest that does is {str(inner[0].parent)!r}" if inner else ""
+        raise UserError(f"{field} = {str(path)!r} is no diffusers pipeline folder: it holds no {index.name}{more}")
     data = read_mapping(index)
     name = str(data.get("_class_name"))
     if name not in FAMILIES:

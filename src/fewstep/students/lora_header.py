@@ -189,7 +189,10 @@ def _find_file(path: Path) -> Path:
     if not file.is_file():
         pickled = first_pickle(path.iterdir()) if path.is_dir() else None
         more = f"; it holds {pickled.name}, a pickle, which is never read: {advice(pickled)}" if pickled else ""
-        raise UserError(f"lora = {str(path)!r} does not exist or holds no {FILE}{more}")
+        others = [] if more else sorted(str(other) for other in path.glob("*.safetensors"))
+        more += f"; give the file itself, such as {others[0]!r}" if others else ""
+        reason = f"holds no {FILE}" if path.is_dir() else "does not exist"
+        raise UserError(f"lora = {str(path)!r} {reason}{more}")
     if is_pickle(file):
         raise UserError(f"lora = {str(path)!r} is a pickle, which is never read; {advice(file)}")
     if file.suffix.lower() not in (".safetensors", ".sft") and not is_safetensors(file):

@@ -46,9 +46,9 @@ PEFT_PREFIX = "base_model.model."
 COMPONENTS = ("unet.", "transformer.")
 """What keys of a whole pipeline begin with: the component that denoises."""
 _DOTTED_PREFIXES = (*COMPONENTS, PEFT_PREFIX, "model.diffusion_model.", "diffusion_model.")
-"""What stands before a layer's name with dots; several may, one before the other."""
+"""Prefixes of a layer's name with dots; several may follow each other."""
 _FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
-"""What stands before a layer's name with underscores for dots."""
+"""Prefixes of a layer's name with underscores for dots."""
 _TEXT_PREFIXES = (
     *("text_encoder", "text_model.", f"{PEFT_PREFIX}text_", "clip_l.", "clip_g.", "t5xxl."),
     *(f"lora_te{number}_" for number in ("", 1, 2, 3)),
@@ -165,7 +165,7 @@ class Keys:
 
 
 def split_key(key: str) -> tuple[str, Part] | None:
-    """The layer of a key, prefix and all, and the part of the LoRA that it holds; None for no known spelling."""
+    """Return the layer of a key with its prefix, and the part of the LoRA it holds; None for an unknown spelling."""
     for ending, (tail, part) in _ENDINGS.items():
         if key.endswith(ending):
             return (key.removesuffix(ending) + tail).replace(".processor.", "."), part
@@ -175,7 +175,7 @@ def split_key(key: str) -> tuple[str, Part] | None:
 
 
 def find_keys(keys: Iterable[str], modules: Collection[str], file: Path) -> dict[str, Keys]:
-    """The keys of a LoRA file by the base's own names of the layers.
+    """Return the keys of a LoRA file by the base's own names of the layers.
 
     Args:
         keys: names of all tensors of the file.
@@ -206,7 +206,7 @@ def find_keys(keys: Iterable[str], modules: Collection[str], file: Path) -> dict
 
 
 def _plain_name(name: str) -> str:
-    """A layer's name without what stands before it."""
+    """Return a layer's name without its prefixes."""
     while prefix := next((prefix for prefix in _DOTTED_PREFIXES if name.startswith(prefix)), ""):
         name = name.removeprefix(prefix)
     return name
@@ -225,7 +225,7 @@ class _Place:
 
 
 def _names(modules: Collection[str]) -> tuple[dict[str, _Place], dict[str, _Place]]:
-    """Every name of the layers of a network, with dots and with underscores for dots, diffusers' names first.
+    """Return every name of the layers of a network, with dots and with underscores, diffusers' names first.
 
     A name that could mean two places is left out.
     """
@@ -240,7 +240,7 @@ def _names(modules: Collection[str]) -> tuple[dict[str, _Place], dict[str, _Plac
 
 
 def _transformer_names(modules: Collection[str]) -> dict[str, _Place]:
-    """Names in the original code of Flux, Stable Diffusion 3, PixArt and SANA -> layers of a diffusers transformer.
+    """Map names in the original code of Flux, SD 3, PixArt and SANA to layers of a diffusers transformer.
 
     A name is known where the network has all layers that it stands for.
     """

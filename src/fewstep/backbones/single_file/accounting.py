@@ -64,7 +64,7 @@ def account(reader: Reader, folder: PipelineFolder, elsewhere: Sequence[str] = (
 
 
 def _penultimate(folder: PipelineFolder) -> str:
-    """How the names of 2.x's last text block begin: configs leave that block out, whose states nothing asks for."""
+    """Return how the names of 2.x's last text block begin: configs leave it out, as its states are not used."""
     if folder.family.encoders != ("text_encoder",) or folder.config("text_encoder").get("hidden_act") != "gelu":
         return ""
     layers = folder.config("text_encoder").get("num_hidden_layers")

@@ -28,7 +28,7 @@ _ELSEWHERE = ("first_stage_model.", "vae.", "text_encoders.", "cond_stage_model.
 
 
 def network_of(folder: PipelineFolder, component: str) -> nn.Module:
-    """A component by its config, without weights (on torch's meta device).
+    """Return a component built from its config, without weights (on torch's meta device).
 
     Raises:
         UserError: a config that its class does not take.
@@ -54,7 +54,7 @@ def network_of(folder: PipelineFolder, component: str) -> nn.Module:
 def held_by(
     folder: PipelineFolder, networks: Mapping[str, nn.Module], checkpoint: Checkpoint
 ) -> dict[str, dict[str, Held]]:
-    """Where a checkpoint holds the tensors of each component of Stable Diffusion 1.x, 2.x or XL."""
+    """Return where a checkpoint holds the tensors of each component of Stable Diffusion 1.x, 2.x or XL."""
     names = {part: list(network.state_dict()) for part, network in networks.items()}
     encoders = folder.family.encoders
     acts = [str(folder.config(part).get("hidden_act")) for part in encoders]
@@ -67,7 +67,7 @@ def held_by(
 
 
 def fill(network: nn.Module, keys: Mapping[str, Held], reader: Reader, dtype: torch.dtype, component: str) -> None:
-    """Give a network without weights those of a checkpoint.
+    """Load the weights of a checkpoint into a network without weights.
 
     Raises:
         UserError: naming the first tensor that the file lacks, or that has another shape.
@@ -90,7 +90,7 @@ def fill(network: nn.Module, keys: Mapping[str, Held], reader: Reader, dtype: to
 
 
 def _placed(value: Tensor, held: Held, shape: Shape, file: Path) -> Tensor:
-    """A tensor of a checkpoint as diffusers has it."""
+    """Return a tensor of a checkpoint in the layout of diffusers."""
     if held.third is not None and len(value) == 3 * shape[0]:
         value = value[held.third * shape[0] :][: shape[0]]
     if held.turned:
@@ -151,7 +151,7 @@ def write_components(file: Path, config: Path, checkpoint: Checkpoint, part: Pat
 
 
 def config_only(place: Path, index: Mapping[str, Any]) -> PipelineFolder:
-    """A folder that may hold configs and tokenizers alone.
+    """Return a folder that may hold configs and tokenizers alone.
 
     Raises:
         UserError: a component of code of its own, or none at all.
@@ -167,7 +167,7 @@ def config_only(place: Path, index: Mapping[str, Any]) -> PipelineFolder:
 
 
 def _stable_diffusion(folder: PipelineFolder, reader: Reader, checkpoint: Checkpoint) -> dict[str, nn.Module]:
-    """The networks of Stable Diffusion 1.x, 2.x or XL that a checkpoint holds."""
+    """Return the networks of Stable Diffusion 1.x, 2.x or XL that a checkpoint holds."""
     clip = [name for name in folder.family.encoders if folder.components[name][1].startswith("CLIPText")]
     parts = [folder.network, "vae", *(clip if len(clip) == len(folder.family.encoders) else [])]
     networks = {name: network_of(folder, name) for name in parts if (folder.path / name).is_dir()}
@@ -180,7 +180,7 @@ def _stable_diffusion(folder: PipelineFolder, reader: Reader, checkpoint: Checkp
 
 
 def _transformer(folder: PipelineFolder, reader: Reader, checkpoint: Checkpoint) -> nn.Module:
-    """The transformer of Stable Diffusion 3 or Flux that a checkpoint holds, renamed by diffusers."""
+    """Return the transformer of Stable Diffusion 3 or Flux that a checkpoint holds, renamed by diffusers."""
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
     network = network_of(folder, folder.network)
@@ -211,7 +211,7 @@ def _transformer(folder: PipelineFolder, reader: Reader, checkpoint: Checkpoint)
 
 
 def _read_as(file: Path, checkpoint: Checkpoint, folder: PipelineFolder) -> str:
-    """One line: which kind a checkpoint was taken for, and on what grounds."""
+    """Return one line: which kind a checkpoint was taken for, and on what grounds."""
     kinds = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "Stable Diffusion XL"}
     by_config = prediction_of(folder.config("scheduler"), str(folder.path))
     if checkpoint.prediction:

@@ -25,7 +25,7 @@ _BETAS = {
 
 
 def _unet(version: Version, side: int) -> dict[str, Any]:
-    """Config of the UNet; `side` in latent points."""
+    """Return the config of the UNet; `side` in latent points."""
     common: dict[str, Any] = {"_class_name": "UNet2DConditionModel", "sample_size": side, "layers_per_block": 2}
     down, up = _ATTENTION
     if version == "sd1":
@@ -64,7 +64,7 @@ def _unet(version: Version, side: int) -> dict[str, Any]:
 
 
 def _vae(side: int, scale: float) -> dict[str, Any]:
-    """Config of the autoencoder; `side` in pixels."""
+    """Return the config of the autoencoder; `side` in pixels."""
     return {
         "_class_name": "AutoencoderKL",
         "block_out_channels": [128, 256, 512, 512],
@@ -80,7 +80,7 @@ def _vae(side: int, scale: float) -> dict[str, Any]:
 def _text(
     width: int, layers: int, heads: int, act: str, projection: int, kind: str = "CLIPTextModel"
 ) -> dict[str, Any]:
-    """Config of a CLIP text encoder. Its end is the largest token of a prompt, which `eos_token_id` = 2 stands for."""
+    """Return the config of a CLIP text encoder; `eos_token_id` = 2 makes the largest token of a prompt its end."""
     return {
         "architectures": [kind],
         "model_type": "clip_text_model",
