@@ -147,6 +147,13 @@ def test_what_a_file_says_of_its_prediction(
             assert found.guess == ("v" if version == "sd2" and wanted[0] is None else None)
 
 
+@pytest.mark.parametrize(("beside", "words"), [(True, "beside its weights"), (False, "is a LoRA")])
+def test_an_adapter_in_a_checkpoint_is_not_a_lora(beside: bool, words: str) -> None:
+    adapter = {"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": Entry("F16", (4, 1280), 0)}
+    with pytest.raises(UserError, match=words):
+        recognise.recognise(Path("x"), {}, adapter | (header(*WIDTHS["sd1"]) if beside else {}), {})
+
+
 def test_a_prediction_in_an_unknown_word_is_refused() -> None:
     with pytest.raises(UserError, match="bridge"):
         recognise.recognise(Path("x"), {"modelspec.prediction_type": "bridge"}, header(*WIDTHS["sdxl"]), {})

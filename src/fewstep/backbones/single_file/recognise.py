@@ -106,9 +106,12 @@ def recognise(
         UserError: one that cannot be read, naming what it is, or of an unknown architecture.
     """
     name = f"teacher = {str(file)!r}"
-    if any(re.search(r"\.lora_(down|up|A|B)\b|\.hada_w1|\.lokr_w", key) for key in entries):
-        raise UserError(f"{name} is a LoRA; give it as --lora, and its base as --teacher")
     prefix = next((p for p in UNET_PREFIXES if p and any(key.startswith(p) for key in entries)), "")
+    adapter = next((key for key in entries if re.search(r"\.lora_(down|up|A|B)\b|\.hada_w1|\.lokr_w", key)), None)
+    if adapter and f"{prefix}input_blocks.0.0.weight" in entries:
+        raise UserError(f"{name} holds an adapter beside its weights, {adapter!r}; merge it into them, or remove it")
+    if adapter:
+        raise UserError(f"{name} is a LoRA; give it as --lora, and its base as --teacher")
     inner = [key.removeprefix(prefix) for key in entries if key.startswith(prefix)]
     other = _known(_OTHERS, [*inner, *entries])
     start = next((start for start in TRANSFORMERS if any(key.startswith(start) for key in inner)), "")
