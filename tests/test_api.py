@@ -70,8 +70,7 @@ def test_bundled_pictures_for_a_teacher_of_another_size(tiny_pipeline: Path, tmp
     large = tmp_path / "large"
     shutil.copytree(tiny_pipeline, large)
     write_json(large / "unet" / "config.json", {**read_json(large / "unet" / "config.json"), "sample_size": 64})
-    words = r"data.source = 'emoji8' means Emoji-8, pictures of 64 pixels a side, and the teacher draws 512"
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=r"data\.source = 'emoji8'.* 64 .* 512"):
         fewstep.estimate("tcd", out=tmp_path / "run", teacher=large)
 
 
@@ -139,7 +138,7 @@ def stopped_in(folder: Path) -> KeyboardInterrupt:
 
 
 def test_weights_are_those_that_would_be_loaded(tmp_path: Path) -> None:
-    """Of a whole file and shards side by side diffusers reads the shards, transformers the file; variants none."""
+    """Of a file and shards side by side diffusers reads the shards, transformers the file; a variant alone is read."""
     from fewstep.backbones.pipeline_folder import weight_files
 
     def names(stem: str) -> list[str]:
@@ -149,7 +148,7 @@ def test_weights_are_those_that_would_be_loaded(tmp_path: Path) -> None:
         folder = tmp_path / stem
         folder.mkdir()
         (folder / f"{stem}.fp16.safetensors").touch()
-        assert names(stem) == []
+        assert names(stem) == [f"{stem}.fp16.safetensors"]
         (folder / f"{stem}.safetensors").touch()
         assert names(stem) == [f"{stem}.safetensors"]
         index = {

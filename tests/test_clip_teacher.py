@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import fewstep as api
 from fewstep.backbones.base import load_backbone
-from fewstep.commands import distill as api
 
 PROMPTS = ["a red disc", "", "a blue blue square beside a green ring and much that is cut off"]
 

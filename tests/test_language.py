@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+import fewstep as api
 from fewstep.backbones.pipeline_folder import read_folder
-from fewstep.commands import distill as api
 from fewstep.common.errors import UserError
 from fewstep.common.rng import generator
 from fewstep.evaluation.metric import Array

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import fewstep as api
 import tiny_pipelines
 from fewstep.backbones.base import Backbone, load_backbone
 from fewstep.backbones.lengths import CutPrompts
-from fewstep.commands import distill as api
 from fewstep.distillation import distill as distillation
 from fewstep.distillation.config import resolve
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fewstep.commands import distill as api
+import fewstep as api
 from fewstep.common.errors import UserError
 from fewstep.common.files import read_json, write_json
 from fewstep.diffusion.config import TEACHER_SAMPLING

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+import fewstep as api
 from fewstep.backbones.families import UNET_TARGETS
 from fewstep.backbones.pipeline_folder import read_folder
-from fewstep.commands import distill as api
 from fewstep.diffusion.config import Sampling
 from fewstep.students.lora import save_lora
 

@@ -87,7 +87,7 @@ def test_what_may_change_in_a_run_and_its_stages(tmp_path: Path) -> None:
         ("ct", ["method.grid_start=25"], 20, 14, False),
         ("ct", ["method.grid_start=25"], 14, 20, False),
         ("ctm", [], 20, 24, True),
-        ("ctm", [], 14, 20, False),
+        ("ctm", [], 9, 20, False),
         ("ctm", ["method.adversarial.start=0"], 14, 20, True),
         ("tcd", [], 14, 20, True),
     ],

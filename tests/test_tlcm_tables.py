@@ -51,7 +51,7 @@ def shop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """A workshop that writes down what it would train."""
     made: dict[str, DistillConfig] = {}
 
-    def distill(config: DistillConfig, out: Path, *, cache: Path) -> Path:
+    def distill(config: DistillConfig, out: Path, *, cache: Path, shared: Path) -> Path:
         made[out.name] = config
         return out / "student" / "pytorch_lora_weights.safetensors"
 

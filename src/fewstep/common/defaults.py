@@ -3,7 +3,7 @@
 The library imports no world. A package registers one as an entry point, a module with the functions of `World`:
 
     [project.entry-points."fewstep.worlds"]
-    bundled = "fewstep_worlds.register"
+    bundled = "package.module"
 """
 
 from __future__ import annotations
