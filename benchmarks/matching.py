@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from fewstep.common.accelerator import make_accelerator
 from fewstep.common.config import Config, validate
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.config import Sampling
 from fewstep.diffusion.denoiser import BASE, FAKE, Condition, Denoiser
 from fewstep.diffusion.draw_latents import draw_latents
@@ -184,9 +184,9 @@ def learn(room: Room, out: Path) -> Trained:
     case = room.case
     first = OptimConfig(lr=case.lr, decay="cosine", ema=0.99)
     optim = OptimConfig(lr=case.lr) if case.matching else first
-    plan = family_plan(case.method, optim, room.student, room.denoiser, lambda batch, draws: sample_of(batch["items"]))
+    plan = family_plan(case.method, optim, room.student, room.denoiser, lambda batch, rng: sample_of(batch["items"]))
 
-    def fetch(items: np.ndarray, draws: Draws) -> Batch:
+    def fetch(items: np.ndarray, rng: KeyedRng) -> Batch:
         return {"items": items}
 
     with RunLog(out, case, title=case.name, quiet=True) as log:
@@ -216,8 +216,8 @@ def posterior(points: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
 def landings(room: Room, prompt: int, step: int, count: int) -> Tensor:
     """Where one jump lands from the student's noised samples, float64 [count, 2]."""
     items = np.full(count, prompt)
-    draws = Draws(12345, step, tuple(range(count)))
-    scene = set_scene(room.case.method, room.denoiser, sample_of(items), draws)
+    rng = KeyedRng(12345, step, tuple(range(count)))
+    scene = set_scene(room.case.method, room.denoiser, sample_of(items), rng)
     return student_lands(scene).double()
 
 
@@ -244,7 +244,7 @@ def scores(room: Room, prompt: int, points: int) -> dict[str, float]:
     found = {}
     for share in LEVELS:
         t = times_of(PATH.clean + share * (PATH.noisiest - PATH.clean), held)
-        x_t = add_noise(PATH, held, Draws(54321, prompt, tuple(range(len(held)))).normal("eps", (2,)).double(), t)
+        x_t = add_noise(PATH, held, KeyedRng(54321, prompt, tuple(range(len(held)))).normal("eps", (2,)).double(), t)
         real = LAWS[prompt].denoise(x_t, t).x0
         guidance = room.case.omega * (real - WHOLE.denoise(x_t, t).x0)
         fake = real
@@ -316,8 +316,8 @@ FOLLOWED = (1e-5, 1e-4, 1e-3)
 @torch.no_grad()
 def drawn_points(room: Room, fit: str, prompt: int, count: int) -> Tensor:
     """What a fake score is fitted to, fp32 [count, 2]."""
-    draws = Draws(999, prompt, tuple(range(count)))
-    scene = set_scene(room.case.method, room.denoiser, sample_of(np.full(count, prompt)), draws)
+    rng = KeyedRng(999, prompt, tuple(range(count)))
+    scene = set_scene(room.case.method, room.denoiser, sample_of(np.full(count, prompt)), rng)
     config = room.case.method.matching.model_copy(update={"fit": fit})
     return fake_points(config, scene)[0].float()
 

@@ -28,7 +28,7 @@ wait_briefly()  # before torch
 import torch
 from perf.compiled import apart
 from perf.networks import folder_of
-from perf.peaks import alone, matrix_of, peak_of
+from perf.peaks import exclusive, matrix_of, peak_of
 from perf.sampling import time_sampling
 from perf.steps import time_steps
 from perf.synthesis import time_synthesis
@@ -104,13 +104,13 @@ def tell_compiled(task: Task) -> None:
 
 def tell_memory(task: Task) -> None:
     """What a step holds at most."""
-    each("GiB that a step holds at most", task, lambda kind, who: alone(peak_of, kind, who) / 2**30)
+    each("GiB that a step holds at most", task, lambda kind, who: exclusive(peak_of, kind, who) / 2**30)
 
 
 def tell_matrix(task: Task) -> None:
     """How much of a step is matrix work."""
     of = "operators' time" if task.device == "cpu" else "wall time"
-    each(f"matrix work, share of the {of}", task, lambda kind, who: alone(matrix_of, kind, who))
+    each(f"matrix work, share of the {of}", task, lambda kind, who: exclusive(matrix_of, kind, who))
 
 
 KINDS: dict[str, Callable[[Task], None]] = {

@@ -82,8 +82,12 @@ def plan_of(record: dict[str, Any], steps: int = 0, gamma: float = -1.0) -> Plan
     """
     own = record.get("sampling", {})
     sampler, jump = own.get("sampler", "sss"), own.get("jump") or ""
-    if sampler not in ("sss", "lcm") or jump in ("second_order", "cm_skip") or own.get("told"):
-        how = f"sampler {sampler}" + (f", jump {jump}" if jump else "") + (", told s or w" if own.get("told") else "")
+    if sampler not in ("sss", "lcm") or jump in ("second_order", "cm_skip") or own.get("extra_conditioning"):
+        how = (
+            f"sampler {sampler}"
+            + (f", jump {jump}" if jump else "")
+            + (", told s or w" if own.get("extra_conditioning") else "")
+        )
         raise ValueError(f"this student is drawn with {how}; the nearest way is `fewstep sample`")
     flow = record.get("path") == "flow"
     count = steps or int(own.get("steps", 4))
@@ -283,7 +287,7 @@ class FewStepStudent:
 
         sigmas = torch.tensor([*(scale.sigma_of(t) for t in plan.times), scale.lowest(plan.end)])
         said = record.get("guidance", {})
-        guidance = 1.0 if said.get("told") else float(said.get("scale", 1.0))
+        guidance = 1.0 if said.get("extra_conditioning") else float(said.get("scale", 1.0))
         return student, comfy.samplers.KSAMPLER(function), sigmas, guidance
 
 

@@ -123,7 +123,7 @@ def tiny_overrides(tiny_pipeline: Path, picture_folder: Path) -> list[str]:
         "loop.batch=4",
         "loop.log_every=1",
         "loop.save_every=2",
-        "loop.watch_every=null",
+        "loop.validate_every=null",
         "optim.lr=1e-3",
     ]
 

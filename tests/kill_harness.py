@@ -25,7 +25,7 @@ import transformers  # noqa: F401
 
 from fewstep.commands.app import main
 from fewstep.distillation import distill as distillation
-from fewstep.distillation import validation as watch
+from fewstep.distillation import validation as validation
 from fewstep.distillation.estimate import Estimated
 from fewstep.training import checkpoint
 from pooled import Pooled
@@ -44,7 +44,7 @@ def launch(arguments: list[str], log: Path, patch: Callable[[], None] | None = N
         with log.open("a") as stream:
             os.dup2(stream.fileno(), 1)
             os.dup2(stream.fileno(), 2)
-        watch.Lite0Backbone = Pooled
+        validation.Lite0Backbone = Pooled
         distillation.estimate = lambda *a: Estimated(0, 0, 0, 0, 0, {}, 0, {})  # two steps of work at every start
         distillation.announce = lambda *a: False
         if patch:

@@ -28,9 +28,9 @@ from fewstep.common.errors import UserError
 from fewstep.distillation import distill as distillation
 from fewstep.distillation import prepare as preparation
 from fewstep.distillation import trajectories
-from fewstep.distillation import validation as watch
+from fewstep.distillation import validation as validation
 from fewstep.evaluation import run as measuring
-from fewstep.inference.generator import Artist
+from fewstep.inference.generator import ImageGenerator
 from fewstep.methods import update_plan as plan
 from fewstep.training import checkpoint
 from kill_harness import launch, wait_for_all
@@ -40,7 +40,7 @@ LIMIT = 180.0
 ESTIMATE = distillation.estimate
 KILLED_IN, SPOILT_IN = 4, 1
 """Steps (0-based) in which the second process is killed, or alone sees a number that is not finite."""
-SHORT = ["-s", "loop.watch_every=null", "-s", "loop.log_every=6", "-s", "loop.save_every=1"]
+SHORT = ["-s", "loop.validate_every=null", "-s", "loop.log_every=6", "-s", "loop.save_every=1"]
 """For launches that end early."""
 POLISH = (
     "[{name: polish, share: 1, method: {grid: 8, k: 1, substeps: 3, segments: 1, start: student, student_steps: 2, "
@@ -107,7 +107,7 @@ def enter(rank: int, size: int, port: int, did: Path) -> None:
         if "lo" in [name for _, name in socket.if_nameindex()]:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ["FEWSTEP_CACHE"] = str(did.parent / did.stem.split("-")[0] / "cache")
-    watch.Lite0Backbone = measuring.Lite0Backbone = Pooled  # type: ignore[assignment,misc]
+    validation.Lite0Backbone = measuring.Lite0Backbone = Pooled  # type: ignore[assignment,misc]
     trajectories.SHARD, trajectories.MOST_LATENT_POINTS = 4, 2 * 8 * 8  # several files, of several parts
     if did.name.startswith("wide"):  # whose loss asks all processes
         distillation.estimate = ESTIMATE
@@ -135,9 +135,9 @@ def enter(rank: int, size: int, port: int, did: Path) -> None:
     for place, name in [
         (StableDiffusion, "to_latents"),
         (StableDiffusion, "encode"),
-        (watch, "artist_of"),
-        (watch.Watch, "_judge"),
-        (Artist, "latents"),
+        (validation, "image_generator_of"),
+        (validation.Validation, "_judge"),
+        (ImageGenerator, "latents"),
         (distillation, "export_student"),
     ]:
         noting(place, name, did)
@@ -180,8 +180,8 @@ def run(folder: Path, overrides: list[str]) -> dict[str, list[int | None]]:
         running = [launch(verb, folder / f"{name}-{rank}.log", patch(rank)) for rank in range(size)]
         return wait_for_all(running, LIMIT)
 
-    alone = folder / "alone.txt"
-    alone.write_text(
+    exclusive = folder / "alone.txt"
+    exclusive.write_text(
         "".join(f"a {colour} {shape}\n" for colour in ("red", "blue") for shape in ("disc", "ring", "bar"))
     )
     shapes = folder / "shapes"
@@ -191,15 +191,15 @@ def run(folder: Path, overrides: list[str]) -> dict[str, list[int | None]]:
         picture.paste("red" if i % 2 else "blue", (16, 16, 30 + 2 * i, 48))
         picture.save(shapes / f"{i}.png")
         (shapes / f"{i}.txt").write_text(f"a {'red' if i % 2 else 'blue'} bar\n")
-    wide = ["loop.watch_every=null", f"data.source={shapes}", "data.buckets=true", "data.size=64"]
+    wide = ["loop.validate_every=null", f"data.source={shapes}", "data.buckets=true", "data.size=64"]
     buckets = [word for change in wide for word in ("-s", change)]
-    changed = ["loop.watch_every=null", f"data.source={alone}", f"stages={POLISH}"]
+    changed = ["loop.validate_every=null", f"data.source={exclusive}", f"stages={POLISH}"]
     polish = [word for change in changed for word in ("-s", change)]
     walk = [*polish[:-1], f"stages={WALK}"]
     split = ["-s", "loop.shard=true"]
-    long = ["-s", "loop.steps=20", "-s", "loop.watch_every=null", "-s", "optim.lr=1e-4"]
-    full = ["-s", "student.kind=full", "-s", "student.rank=64", "-s", "loop.watch_every=null", "-s", "optim.lr=1e-5"]
-    kept = ["-s", "loop.watch_every=null", "-s", "data.trajectories=9", "-s", "method.grid=10", "-s", "method.k=9"]
+    long = ["-s", "loop.steps=20", "-s", "loop.validate_every=null", "-s", "optim.lr=1e-4"]
+    full = ["-s", "student.kind=full", "-s", "student.rank=64", "-s", "loop.validate_every=null", "-s", "optim.lr=1e-5"]
+    kept = ["-s", "loop.validate_every=null", "-s", "data.trajectories=9", "-s", "method.grid=10", "-s", "method.k=9"]
     kept += ["-s", "sampling.grid=10"]
     named = dict(override.split("=", 1) for override in overrides)
     many = folder / "many.txt"

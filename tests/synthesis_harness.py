@@ -120,7 +120,7 @@ def run(folder: Path, words: list[str]) -> dict[str, Any]:
     def command(out: Path) -> list[str]:
         return ["synthesize", "--out", str(out), *words]
 
-    def alone(name: str, patch: Callable[[], None] | None = None) -> int | None:
+    def exclusive(name: str, patch: Callable[[], None] | None = None) -> int | None:
         pid = launch(command(folder / name), folder / f"{name}.log", patch)
         return wait_for(pid, lambda: False, LIMIT)
 
@@ -139,11 +139,11 @@ def run(folder: Path, words: list[str]) -> dict[str, Any]:
         running = [launch(command(out), folder / f"{name}-{rank}.log", patch(rank)) for rank in (0, 1)]
         return wait_for_all(running, LIMIT)
 
-    record: dict[str, Any] = {"peace": [alone("peace")], "fire": [], "moments": []}
+    record: dict[str, Any] = {"peace": [exclusive("peace")], "fire": [], "moments": []}
     for patch in (in_a_write(synthesis, "write_rows"), in_a_write(shards, "save_tensors")):
-        record["fire"].append(alone("fire", patch))
+        record["fire"].append(exclusive("fire", patch))
     for turn in range(MOST):  # after a shard, after its note, between the two, ...
-        record["fire"].append(alone("fire", after_rename(1 + turn % 3)))
+        record["fire"].append(exclusive("fire", after_rename(1 + turn % 3)))
         if record["fire"][-1] != -signal.SIGKILL:
             break
     for number, delay in ((0, 0.01), (1, 0.03), (2, 0.06)):  # moments of no meaning, in a shard or between two
@@ -153,11 +153,11 @@ def run(folder: Path, words: list[str]) -> dict[str, Any]:
             time.sleep(delay)
             kill(pid)
             record["moments"].append(len(list((folder / "moment").glob("shard-*"))))
-    record["moment"] = [alone("moment", in_the_removal_of_notes), alone("moment")]
+    record["moment"] = [exclusive("moment", in_the_removal_of_notes), exclusive("moment")]
     record["two"] = together("two")
     record["cut"] = together("cut", second_process(die))
     record["cut-found"] = sorted(path.name for path in (folder / "cut").glob("shard-*"))
-    record["cut-resumed"] = [alone("cut")]
+    record["cut-resumed"] = [exclusive("cut")]
     record["failed"] = together("failed", second_process(fail))
     return record
 

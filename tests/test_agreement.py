@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from fewstep.common.errors import UserError
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.training.config import LoopConfig, OptimConfig
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8.config import AgreementConfig, ScorerConfig
@@ -239,13 +239,13 @@ def test_pictures_of_other_sizes_are_read(toy: emoji8.Emoji8) -> None:
 
 def test_augmentation_is_keyed_by_sample_and_keeps_white_white(toy: emoji8.Emoji8) -> None:
     x = to_input(toy.pictures[:12])
-    whole = augment(x, Draws(0, 5, tuple(range(12))))
+    whole = augment(x, KeyedRng(0, 5, tuple(range(12))))
     assert whole.shape == x.shape
     assert float(whole.min()) >= -1
     assert float(whole.max()) <= 1
-    part = augment(x[4:7], Draws(0, 5, (4, 5, 6)))
+    part = augment(x[4:7], KeyedRng(0, 5, (4, 5, 6)))
     assert torch.allclose(part, whole[4:7], atol=1e-5), "a sample's draws do not depend on the batch"
-    assert not torch.allclose(augment(x, Draws(0, 6, tuple(range(12)))), whole)
-    white = augment(torch.ones(16, 3, 64, 64), Draws(0, 0, tuple(range(16))))
+    assert not torch.allclose(augment(x, KeyedRng(0, 6, tuple(range(12)))), whole)
+    white = augment(torch.ones(16, 3, 64, 64), KeyedRng(0, 0, tuple(range(16))))
     assert float(white.mean()) > 0.95
     assert float((white.mean((1, 2, 3)) > 0.9999).float().mean()) > 0.3

@@ -41,20 +41,20 @@ def test_an_estimate_may_be_asked_for_twice(tiny_overrides: list[str], tmp_path:
     for number in range(3):
         Image.new("RGB", (64, 64)).save(few / f"{number}.png")
         (few / f"{number}.txt").write_text("a red disc")
-    words = [*tiny_overrides, f"data.source={few}", "loop.watch_every=2"]
-    with pytest.raises(UserError, match=r"watch_every takes KID from at least 10 pictures, data.source has 3"):
+    words = [*tiny_overrides, f"data.source={few}", "loop.validate_every=2"]
+    with pytest.raises(UserError, match=r"validate_every takes KID from at least 10 pictures, data.source has 3"):
         fewstep.estimate("tcd", out=tmp_path / "run", overrides=words)
 
 
 def test_one_word_or_several(tiny_pipeline: Path, tmp_path: Path) -> None:
     """A string is one prompt, and one override; another teacher than the bundled one draws as itself."""
     few = {"settings": {"steps": 2}, "teacher": tiny_pipeline, "device": "cpu"}
-    alone = fewstep.sample("a red disc", out=tmp_path / "alone.png", **few)
+    exclusive = fewstep.sample("a red disc", out=tmp_path / "alone.png", **few)
     listed = fewstep.sample(["a red disc"], lora=None, out=tmp_path / "listed.png", **few)
-    assert picture(alone).shape == (256, 256, 3), "one picture, without a margin, 64 pixels four times"
-    np.testing.assert_array_equal(picture(alone), picture(listed))
+    assert picture(exclusive).shape == (256, 256, 3), "one picture, without a margin, 64 pixels four times"
+    np.testing.assert_array_equal(picture(exclusive), picture(listed))
     small = fewstep.sample("a red disc", out=tmp_path / "small.png", scale=1, **few)
-    np.testing.assert_array_equal(picture(small).repeat(4, 0).repeat(4, 1), picture(alone))
+    np.testing.assert_array_equal(picture(small).repeat(4, 0).repeat(4, 1), picture(exclusive))
     with pytest.raises(UserError, match=r"unknown key optim\.rl; the nearest known one is optim\.lr"):
         fewstep.distill("tcd", out=tmp_path / "run", teacher=tiny_pipeline, overrides="optim.rl=1")
 

@@ -20,7 +20,7 @@ from fewstep.common.errors import UserError
 from fewstep.diffusion.config import Sampling
 from fewstep.distillation import distill as distillation
 from fewstep.distillation.config import resolve
-from fewstep.inference.generator import load_artist
+from fewstep.inference.generator import load_image_generator
 from fewstep.inference.schedulers.few_step import SSSScheduler
 
 PROMPTS = ["a red disc", "blue"]
@@ -76,10 +76,10 @@ def test_drawn_in_half_precision(name: str, folders: dict[str, Path]) -> None:
     sampling = Sampling(steps=2, gamma=0.0)
     found = {}
     for kind in (torch.float32, torch.bfloat16):
-        artist = load_artist(folders[name], precision=kind)
-        assert {weight.dtype for weight in artist.backbone.network.parameters()} == {kind}
-        condition = artist.encode(PROMPTS)
-        found[kind] = artist.latents(condition, SEEDS, sampling)
+        image_generator = load_image_generator(folders[name], precision=kind)
+        assert {weight.dtype for weight in image_generator.backbone.network.parameters()} == {kind}
+        condition = image_generator.encode(PROMPTS)
+        found[kind] = image_generator.latents(condition, SEEDS, sampling)
         assert found[kind].dtype == torch.float32
     exact, half = found.values()
     difference = float((half - exact).abs().max())
@@ -89,19 +89,21 @@ def test_drawn_in_half_precision(name: str, folders: dict[str, Path]) -> None:
 @pytest.mark.parametrize("name", MADE)
 def test_latents_are_those_of_the_pipeline(name: str, folders: dict[str, Path]) -> None:
     """Without guidance, as students are drawn, and with it, as teachers are."""
-    artist = load_artist(folders[name])
-    condition = artist.encode(PROMPTS)
-    embedded = artist.backbone.embedded_guidance
+    image_generator = load_image_generator(folders[name])
+    condition = image_generator.encode(PROMPTS)
+    embedded = image_generator.backbone.embedded_guidance
     assert embedded == (name == "flux-dev")
     for omega in (0.0, 2.0):
         if name == "flux-schnell" and omega:
             continue  # its pipeline guides by another word, true_cfg_scale
         guidance = 3.5 if embedded and omega == 0 else 1 + omega
         sampling = Sampling(steps=3, gamma=0.0, omega=omega)
-        ours = artist.latents(condition, SEEDS, sampling)
+        ours = image_generator.latents(condition, SEEDS, sampling)
         wanted = theirs(folders[name], 3, guidance)
         assert float((ours - wanted).abs().max()) < 1e-4 * float(wanted.abs().max()), omega
-    plain, other = (artist.latents(artist.encode([said] * 2), SEEDS, Sampling(steps=2)) for said in PROMPTS)
+    plain, other = (
+        image_generator.latents(image_generator.encode([said] * 2), SEEDS, Sampling(steps=2)) for said in PROMPTS
+    )
     assert not torch.allclose(plain, other, rtol=1e-3), "the prompt is read"
 
 
@@ -150,16 +152,16 @@ def test_distilled_saved_and_drawn_again(
     """Three steps; what is read back from the files draws what the trained network draws."""
     words = [
         f"teacher={folders[name]}", f"data.source={picture_folder}", "device=cpu", f"student.kind={kind}",
-        "student.rank=2", "loop.steps=3", "loop.batch=2", "loop.watch_every=null", "optim.lr=1e-2", "optim.ema=null",
+        "student.rank=2", "loop.steps=3", "loop.batch=2", "loop.validate_every=null", "optim.lr=1e-2", "optim.ema=null",
         "optim.warmup=0",
     ]  # fmt: skip
     config = resolve("tcd", None, words)
     place = distillation.distill(config, tmp_path / "run", quiet=True)
-    start = load_artist(folders[name])
+    start = load_image_generator(folders[name])
     condition = start.encode(PROMPTS)
-    student = load_artist(folders[name], place) if kind == "lora" else load_artist(place)
+    student = load_image_generator(folders[name], place) if kind == "lora" else load_image_generator(place)
     sampling = Sampling(steps=2, gamma=0.0)
-    before, after = (artist.latents(condition, SEEDS, sampling) for artist in (start, student))
+    before, after = (image_generator.latents(condition, SEEDS, sampling) for image_generator in (start, student))
     assert float((after - before).abs().max()) > 1e-3 * float(before.abs().max()), "something was learned"
     assert student.sampling == config.sampling
 

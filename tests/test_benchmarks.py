@@ -73,7 +73,7 @@ def test_each_kind_tells_its_rows(
 
 def test_what_a_step_holds_and_is_made_of(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process: those of their own are slow to start."""
-    monkeypatch.setattr(performance, "alone", lambda what, task, who: what(task, who))
+    monkeypatch.setattr(performance, "exclusive", lambda what, task, who: what(task, who))
     told: dict[str, dict[str, float]] = {}
     monkeypatch.setattr(
         performance, "each",
@@ -170,7 +170,7 @@ def test_a_batch_is_read_while_our_clock_runs() -> None:
     events: list[str] = []
     clock = Clock({"others": lambda: events.append("others")}, torch.device("cpu"))
     fetch = clock.within(lambda number: events.append(f"read {number}"))
-    loss = clock.around(lambda batch, draws: events.append("loss"))
+    loss = clock.around(lambda batch, rng: events.append("loss"))
     fetch(0)
     assert not clock._reads.acquire(blocking=False)  # the second one waits
     loss(None, None)

@@ -22,7 +22,7 @@ from fewstep.data.images import from_folder, size_of
 from fewstep.diffusion.config import Sampling
 from fewstep.distillation import distill as distillation
 from fewstep.distillation.config import resolve
-from fewstep.inference.generator import load_artist
+from fewstep.inference.generator import load_image_generator
 from fewstep.inference.pipeline import call_settings
 from fewstep.inference.schedulers.few_step import SSSScheduler
 
@@ -55,7 +55,7 @@ def shapes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def words(teacher: Path, source: Path, *more: str) -> list[str]:
     return [
         f"teacher={teacher}", f"data.source={source}", "device=cpu", "student.rank=2", "loop.steps=4", "loop.batch=2",
-        "loop.save_every=1", "loop.watch_every=null", "optim.lr=1e-2", "optim.ema=null", "optim.warmup=0", *more,
+        "loop.save_every=1", "loop.validate_every=null", "optim.lr=1e-2", "optim.ema=null", "optim.warmup=0", *more,
     ]  # fmt: skip
 
 
@@ -168,18 +168,23 @@ def test_another_size_is_the_pipelines_own(kind: str, folders: dict[str, Path]) 
     import diffusers
 
     folder = folders[kind]
-    artist = load_artist(folder)
-    unit = max(32 if kind == "sana" else 8, artist.backbone.folder.unit)  # its pipeline asks for multiples of 32
-    side = artist.backbone.picture_size
+    image_generator = load_image_generator(folder)
+    unit = max(
+        32 if kind == "sana" else 8, image_generator.backbone.folder.unit
+    )  # its pipeline asks for multiples of 32
+    side = image_generator.backbone.picture_size
     size = (2 * side if kind == "sana" else 3 * side // 2 // unit * unit, side)
     sampling = Sampling(steps=2, gamma=0.0, size=size)
-    ours = artist.latents(artist.encode(["a red disc"]), [3], sampling)
-    assert ours.shape[-2:] == (size[1] // artist.backbone.folder.scale, size[0] // artist.backbone.folder.scale)
-    pipeline = artist.backbone.folder.pipeline
+    ours = image_generator.latents(image_generator.encode(["a red disc"]), [3], sampling)
+    assert ours.shape[-2:] == (
+        size[1] // image_generator.backbone.folder.scale,
+        size[0] // image_generator.backbone.folder.scale,
+    )
+    pipeline = image_generator.backbone.folder.pipeline
     plain = {"safety_checker": None} if kind == "sd" else {}
     pipe = getattr(diffusers, pipeline).from_pretrained(folder, local_files_only=True, **plain)
     pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = SSSScheduler.from_config(artist.backbone.folder.noise, gamma=0.0)
+    pipe.scheduler = SSSScheduler.from_config(image_generator.backbone.folder.noise, gamma=0.0)
     more = {"use_resolution_binning": False, "clean_caption": False} if kind in ("pixart", "sana") else {}
     guidance = 3.5 if kind == "flux" else 1.0
     theirs = pipe(

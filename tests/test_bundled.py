@@ -9,7 +9,7 @@ from fewstep.common.files import read_json
 from fewstep.common.tensors import load_tensors
 from fewstep.diffusion.config import TEACHER_SAMPLING
 from fewstep.distillation.prepare import load_named_scorer
-from fewstep.inference.generator import load_artist
+from fewstep.inference.generator import load_image_generator
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8 import location
 from fewstep_worlds.emoji8.metrics import agreement
@@ -22,9 +22,9 @@ def test_the_teacher_draws_what_it_is_asked_for() -> None:
     """A caption fits its own picture better than the next caption does, by far."""
     records = emoji8.load_records("train")
     captions = [emoji8.name_with_style(records[i]) for i in range(0, len(records), len(records) // ASKED)][:ASKED]
-    artist = load_artist(location.root() / "teacher")
+    image_generator = load_image_generator(location.root() / "teacher")
     sampling = TEACHER_SAMPLING.model_copy(update={"steps": 20, "omega": students_omega()})
-    pictures = artist.draw(captions, range(ASKED), sampling)
+    pictures = image_generator.draw(captions, range(ASKED), sampling)
     fits, strangers = (agreement().features(pictures, asked) for asked in (captions, captions[1:] + captions[:1]))
     gains = fits - strangers
     assert gains.mean() > 8 * gains.std(ddof=1) / np.sqrt(ASKED)

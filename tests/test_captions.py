@@ -341,7 +341,7 @@ def test_sources_that_are_no_folder_are_refused_by_what_they_are(tmp_path: Path,
 def test_files_that_hold_no_list_of_prompts_are_refused_by_their_suffix(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("a cat\n")
     with pytest.raises(UserError, match=r"watch\.prompts = ") as refused:
-        read_prompts(tmp_path / name, "watch.prompts")
+        read_prompts(tmp_path / name, "validation.prompts")
     assert "UTF-8" not in str(refused.value)
 
 

@@ -122,8 +122,11 @@ def test_an_unknown_recipe_names_the_nearest(refuse: Refuse) -> None:
             "sampling.sampler=ddim sampling.spacing=trailing sampling.steps=2000",
             "sampling.steps = 2000 is out of range; the nearest legal one is 1000",
         ),
-        ("watch.teacher_steps=2000", "watch.teacher_steps = 2000 is out of range; the nearest legal one is 1000"),
-        ("watch.prompts=validaton", "prompt list 'validaton' is unknown; the nearest is 'validation'"),
+        (
+            "validation.teacher_steps=2000",
+            "validation.teacher_steps = 2000 is out of range; the nearest legal one is 1000",
+        ),
+        ("validation.prompts=validaton", "prompt list 'validaton' is unknown; the nearest is 'validation'"),
         ("data.source=nowhere", "data.source = 'nowhere' does not exist"),
         ("teacher=nowhere", "teacher = 'nowhere' does not exist"),
     ],
@@ -587,7 +590,7 @@ def test_recipes_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         cli.main(["recipes", "--settings"])
     out = capsys.readouterr().out
-    for shown in ("loop.watch_every = 500:", "vae.loop.steps = 2800:", "unet.optim.lr = 0.0005:", "method.k = 1:"):
+    for shown in ("loop.validate_every = 500:", "vae.loop.steps = 2800:", "unet.optim.lr = 0.0005:", "method.k = 1:"):
         assert f"  {shown}" in out, "a section's own default, not its class's"
     sections = {key.rpartition(".")[0] for key in dotted_keys(DistillConfig)}
     for key in dotted_keys(DistillConfig):

@@ -113,7 +113,7 @@ def test_what_it_does_not_have_is_refused(node: ModuleType, tmp_path: Path) -> N
     for own, words in (
         ({"sampler": "ddim"}, "is drawn with sampler ddim"),
         ({"jump": "second_order"}, "jump second_order"),
-        ({"told": ["s"]}, "told s or w"),
+        ({"extra_conditioning": ["s"]}, "told s or w"),
     ):
         with pytest.raises(ValueError, match=words):
             node.plan_of({"sampling": own})

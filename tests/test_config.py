@@ -92,7 +92,7 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("field", ["data.source", "teacher", "watch.prompts", "student.start"])
+@pytest.mark.parametrize("field", ["data.source", "teacher", "validation.prompts", "student.start"])
 def test_overrides_of_text_fields_are_taken_as_written(text: str, field: str) -> None:
     value: Any = parse_overrides([f"{field}={text}"], DistillConfig)
     for part in field.split("."):
@@ -125,13 +125,13 @@ def test_overrides_are_read_by_the_type_of_their_field() -> None:
 def test_text_fields_of_yaml_files_stay_text(tmp_path: Path, encoding: str) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(
-        "teacher: 2024-01-02\ndata: {source: 1e5}\nwatch: {prompts: 1.10}\nloop: {seed: 010, save_every: 2_000}\n"
+        "teacher: 2024-01-02\ndata: {source: 1e5}\nvalidation: {prompts: 1.10}\nloop: {seed: 010, save_every: 2_000}\n"
         "student: {targets: [on, 010, to_q], checkpointing: yes, start: 'a\u2028b'}\n"
         "stages:\n- {name: 007, share: 1e1, method: {preference: {scorer: 1_0}}, optim: {lr: 1e-3}}\n",
         encoding=encoding,
     )
     config = resolve("tcd", file)
-    assert (config.teacher, config.data.source, config.watch.prompts) == ("2024-01-02", "1e5", "1.10")
+    assert (config.teacher, config.data.source, config.validation.prompts) == ("2024-01-02", "1e5", "1.10")
     assert (config.loop.seed, config.loop.save_every) == (10, 2000)
     assert (config.student.targets, config.student.checkpointing) == (("on", "010", "to_q"), True)
     assert config.student.start == "a\u2028b"

@@ -360,7 +360,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], 
         (base / "pictures").mkdir(exist_ok=True)
         (base / "pictures" / name).write_bytes(held)
     settings = [f"data.source={base / 'pictures'}", "device=cpu", "student.rank=2", "student.targets=[to_q,conv1]"]
-    settings += ["loop.steps=4", "loop.batch=2", "loop.save_every=2", "loop.watch_every=null", "optim.ema=0.8"]
+    settings += ["loop.steps=4", "loop.batch=2", "loop.save_every=2", "loop.validate_every=null", "optim.ema=0.8"]
     words = ["distill", "--recipe", "tcd", "--teacher", str(teacher), *(w for s in settings for w in ("-s", s))]
     assert command(*words, "--out", base / "run")[0] == 0
     whole = (base / "run" / "student" / LORA_FILE).read_bytes()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from conftest import COLOURS, draw_shape
 from fewstep.common.errors import UserError
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.data import latents
 from fewstep.data.images import (
     Captioned,
@@ -519,25 +519,25 @@ def test_captions_belong_to_their_pictures_and_take_turns(tmp_path: Path) -> Non
     encoders = Counting()
     data = latent_set(captioned(), encoders, "w", tmp_path)
     assert data.rows.tolist() == [[0, 1, 0], [2, 2, 2], [1, 0, 3]]
-    draws = Draws(0, 0, tuple(range(3000)))
+    rng = KeyedRng(0, 0, tuple(range(3000)))
     items = torch.arange(3000) % 3
-    lengths = data.condition(items, draws, 0.0, CPU)["text"][:, 0]
+    lengths = data.condition(items, rng, 0.0, CPU)["text"][:, 0]
     assert set(lengths[items == 1].tolist()) == {3.0}
     shares = [float((lengths[items == 2] == n).float().mean()) for n in (1, 2, 4)]
     assert shares == pytest.approx([1 / 3] * 3, abs=0.05)
     assert float((lengths[items == 0] == 1).float().mean()) == pytest.approx(2 / 3, abs=0.05)
-    assert data.condition(items, draws, 0.0, CPU)["text"].dtype == torch.float32
+    assert data.condition(items, rng, 0.0, CPU)["text"].dtype == torch.float32
 
 
 def test_the_empty_prompt_takes_its_share(tmp_path: Path) -> None:
     data = latent_set(captioned(), Counting(), "w", tmp_path)
-    draws = Draws(0, 0, tuple(range(4000)))
+    rng = KeyedRng(0, 0, tuple(range(4000)))
     items = torch.arange(4000) % 3
     for share in (0.0, 0.1, 1.0):
-        empty = data.condition(items, draws, share, CPU)["text"][:, 0] == -1
+        empty = data.condition(items, rng, share, CPU)["text"][:, 0] == -1
         assert float(empty.float().mean()) == pytest.approx(share, abs=0.02)
     # the others keep the caption they would have had
-    with_empty, without = (data.condition(items, draws, share, CPU)["text"] for share in (0.1, 0.0))
+    with_empty, without = (data.condition(items, rng, share, CPU)["text"] for share in (0.1, 0.0))
     kept = with_empty[:, 0] != -1
     assert torch.equal(with_empty[kept], without[kept])
     assert data.null(2, CPU)["text"].tolist() == [[-1.0, -1.0]] * 2
@@ -546,8 +546,8 @@ def test_the_empty_prompt_takes_its_share(tmp_path: Path) -> None:
 def test_a_caption_depends_on_its_sample_alone(tmp_path: Path) -> None:
     data: LatentSet = latent_set(captioned(), Counting(), "w", tmp_path)
     items = torch.tensor([0, 2, 2, 0])
-    whole = data.condition(items, Draws(1, 4, (8, 9, 10, 11)), 0.3, CPU)["text"]
-    half = data.condition(items[2:], Draws(1, 4, (10, 11)), 0.3, CPU)["text"]
+    whole = data.condition(items, KeyedRng(1, 4, (8, 9, 10, 11)), 0.3, CPU)["text"]
+    half = data.condition(items[2:], KeyedRng(1, 4, (10, 11)), 0.3, CPU)["text"]
     assert torch.equal(whole[2:], half)
 
 

@@ -1,4 +1,4 @@
-"""Draws depend on (seed, purpose, step, sample) and on nothing else."""
+"""KeyedRng depend on (seed, purpose, step, sample) and on nothing else."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.common.rng import Draws, generator, order
+from fewstep.common.rng import KeyedRng, generator, order
 
 
-def everything(draws: Draws) -> dict[str, Tensor]:
+def everything(rng: KeyedRng) -> dict[str, Tensor]:
     return {
-        "normal": draws.normal("noise", (2, 3)),
-        "uniform": draws.uniform("omega", 2.0, 14.0),
-        "integers": draws.integers("n", 0, 50),
-        "chance": draws.chance("drop", 0.5),
+        "normal": rng.normal("noise", (2, 3)),
+        "uniform": rng.uniform("omega", 2.0, 14.0),
+        "integers": rng.integers("n", 0, 50),
+        "chance": rng.chance("drop", 0.5),
     }
 
 
@@ -26,7 +26,7 @@ INDICES = tuple(range(8))
 
 def test_rows_do_not_depend_on_who_draws_them() -> None:
     """All at once; in micro-batches; dealt out to two ranks; backwards; one by one."""
-    whole = everything(Draws(7, 3, INDICES))
+    whole = everything(KeyedRng(7, 3, INDICES))
     for pieces in (
         [INDICES[:3], INDICES[3:]],
         [INDICES[:4], INDICES[4:]],
@@ -35,31 +35,31 @@ def test_rows_do_not_depend_on_who_draws_them() -> None:
         [(i,) for i in INDICES],
     ):
         for indices in pieces:
-            for name, value in everything(Draws(7, 3, tuple(indices))).items():
+            for name, value in everything(KeyedRng(7, 3, tuple(indices))).items():
                 assert torch.equal(value, whole[name][list(indices)]), (name, indices)
 
 
 def test_draws_do_not_depend_on_what_was_drawn_before() -> None:
-    draws = Draws(7, 3, INDICES)
-    first = everything(draws)
+    rng = KeyedRng(7, 3, INDICES)
+    first = everything(rng)
     for _ in range(3):
-        draws.normal("something else", (5,))
+        rng.normal("something else", (5,))
     torch.manual_seed(99)
     np.random.seed(99)
-    again = everything(draws)
+    again = everything(rng)
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 def test_global_randomness_is_left_alone() -> None:
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
-    everything(Draws(7, 3, INDICES))
+    everything(KeyedRng(7, 3, INDICES))
     order(0, 10, 0, 25)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def normals(seed: int = 7, step: int = 3, purpose: str = "noise", indices: tuple[int, ...] = INDICES) -> Tensor:
-    return Draws(seed, step, indices).normal(purpose, (64,))
+    return KeyedRng(seed, step, indices).normal(purpose, (64,))
 
 
 @pytest.mark.parametrize(
@@ -95,13 +95,13 @@ def test_neighbouring_streams_do_not_overlap() -> None:
 
 def test_a_known_stream_stays_what_it_is() -> None:
     """A resumed run needs the numbers of the run before, also from a later version of the project."""
-    assert Draws(7, 3, (5,)).integers("n", 0, 1_000_000).item() == 513322
-    assert Draws(7, 3, (5,)).uniform("s").item() == pytest.approx(0.8680554816906337, abs=1e-15)
+    assert KeyedRng(7, 3, (5,)).integers("n", 0, 1_000_000).item() == 513322
+    assert KeyedRng(7, 3, (5,)).uniform("s").item() == pytest.approx(0.8680554816906337, abs=1e-15)
     assert order(0, 7, 0, 7).tolist() == [6, 5, 3, 4, 0, 1, 2]
 
 
 def test_shapes_and_types() -> None:
-    drawn = everything(Draws(0, 0, INDICES))
+    drawn = everything(KeyedRng(0, 0, INDICES))
     assert (drawn["normal"].shape, drawn["normal"].dtype) == ((8, 2, 3), torch.float32)
     assert (drawn["uniform"].shape, drawn["uniform"].dtype) == ((8,), torch.float64)
     assert (drawn["integers"].shape, drawn["integers"].dtype) == ((8,), torch.int64)
@@ -110,24 +110,24 @@ def test_shapes_and_types() -> None:
 
 def test_statistics() -> None:
     """Across samples, where every row is a stream of its own; bounds are four standard errors."""
-    draws = Draws(1, 0, tuple(range(4000)))
-    z = draws.normal("noise", (25,)).double()
+    rng = KeyedRng(1, 0, tuple(range(4000)))
+    z = rng.normal("noise", (25,)).double()
     n = z.numel()
     assert abs(float(z.mean())) < 4 / n**0.5
     assert abs(float(z.var()) - 1) < 4 * (2 / n) ** 0.5
     assert abs(float(z.pow(4).mean()) - 3) < 4 * (96 / n) ** 0.5
     column = z[:, 0]
     assert abs(float((column[:-1] * column[1:]).mean())) < 4 / 4000**0.5
-    u = draws.uniform("omega", 2.0, 14.0)
+    u = rng.uniform("omega", 2.0, 14.0)
     assert bool(((u >= 2) & (u < 14)).all())
     assert float(u.mean()) == pytest.approx(8, abs=4 * 12 / 12**0.5 / 4000**0.5)
-    k = torch.bincount(draws.integers("n", 0, 50), minlength=50).double()
+    k = torch.bincount(rng.integers("n", 0, 50), minlength=50).double()
     assert len(k) == 50
     assert float(((k - 80) ** 2 / 80).sum()) < 49 + 4 * (2 * 49) ** 0.5
-    share = float(draws.chance("drop", 0.1).double().mean())
+    share = float(rng.chance("drop", 0.1).double().mean())
     assert share == pytest.approx(0.1, abs=4 * (0.09 / 4000) ** 0.5)
-    assert not bool(draws.chance("drop", 0.0).any())
-    assert bool(draws.chance("drop", 1.0).all())
+    assert not bool(rng.chance("drop", 0.0).any())
+    assert bool(rng.chance("drop", 1.0).all())
 
 
 def test_order_is_a_fresh_permutation_each_epoch() -> None:

@@ -21,7 +21,7 @@ from fewstep.common import compilation as compiled
 from fewstep.common.compilation import compile_networks, eagerly
 from fewstep.common.config import UserError, validate
 from fewstep.common.cpu_kernels import speed_up
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.config import Sampling
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.schedule import scaled_linear
@@ -159,8 +159,8 @@ def test_a_compiled_roll_out_has_a_graph_a_round(batch: int, graphs: range) -> N
     sample = Sample(torch.zeros(batch, 4, 8, 8), {"text": torch.zeros(batch, 3, 8)}, {})
     try:
         for step in range(12):
-            draws = Draws(0, step, tuple(range(step * batch, (step + 1) * batch)))
-            set_scene(method, Denoiser(call, scaled_linear(), "eps"), sample, draws)
+            rng = KeyedRng(0, step, tuple(range(step * batch, (step + 1) * batch)))
+            set_scene(method, Denoiser(call, scaled_linear(), "eps"), sample, rng)
         assert counter.frame_count in graphs
     finally:
         torch._dynamo.reset()
@@ -197,12 +197,12 @@ def test_a_compiled_artist_draws_the_same(tiny_pipeline: Path, monkeypatch: pyte
     monkeypatch.setattr(compile_networks, "__defaults__", (counter,))
     sampling = Sampling(steps=2, gamma=0.5, grid=10)
     prompts, seeds = ["a red disc"] * 7, range(7)
-    plain = drawing.load_artist(tiny_pipeline)
+    plain = drawing.load_image_generator(tiny_pipeline)
     wanted = plain.latents(plain.encode(prompts), seeds, sampling)
     shapes: set[int] = set()
     torch._dynamo.reset()
     try:
-        folded = drawing.load_artist(tiny_pipeline, compiled=True, batch=3)
+        folded = drawing.load_image_generator(tiny_pipeline, compiled=True, batch=3)
         call = folded.denoiser.call
 
         def noted(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
@@ -223,16 +223,16 @@ def test_pictures_are_drawn_as_many_at_once_as_is_said(tiny_pipeline: Path) -> N
     sampling, prompts = Sampling(steps=1, grid=10), ["a red disc"] * 5
     drawn, sizes = [], []
     for batch in (None, 2):
-        artist = drawing.load_artist(tiny_pipeline, batch=batch)
+        image_generator = drawing.load_image_generator(tiny_pipeline, batch=batch)
         asked: list[int] = []
 
-        def call(x: Tensor, *rest: Any, plain: Any = artist.denoiser.call, asked: list[int] = asked) -> Tensor:
+        def call(x: Tensor, *rest: Any, plain: Any = image_generator.denoiser.call, asked: list[int] = asked) -> Tensor:
             asked.append(len(x))
             found: Tensor = plain(x, *rest)
             return found
 
-        artist = replace(artist, denoiser=replace(artist.denoiser, call=call))
-        drawn.append(artist.latents(artist.encode(prompts), range(5), sampling))
+        image_generator = replace(image_generator, denoiser=replace(image_generator.denoiser, call=call))
+        drawn.append(image_generator.latents(image_generator.encode(prompts), range(5), sampling))
         sizes.append(asked)
     assert sizes == [[5], [2, 2, 1]]
     assert float((drawn[0] - drawn[1]).abs().max()) < 1e-4 * float(drawn[0].abs().max())
@@ -370,7 +370,7 @@ def test_the_teacher_computes_in_a_type_of_its_own(
             run.counted.call(x, t, condition, "student")
     types = {"fp32": torch.float32, "bf16": torch.bfloat16}
     assert seen == [types[student], types[teacher], types[student]]
-    assert run.tally.counts == {"student": 4, "teacher": 2}
+    assert run.nfe_counter.counts == {"student": 4, "teacher": 2}
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=teacher == "bf16"):
         assert torch.equal(said, run.student.call(x, t, condition, "teacher"))
 

@@ -197,10 +197,10 @@ def test_weights_of_kid_count_rows_but_never_pair_a_row_with_itself() -> None:
 
 def test_kid_is_unbiased_and_grows_with_the_shift() -> None:
     rng = np.random.default_rng(5)
-    draws = np.array([mmd2(rng.normal(size=(40, 8)), rng.normal(size=(60, 8))) for _ in range(400)])
-    error = draws.std() / np.sqrt(len(draws))
-    assert abs(draws.mean()) < 3 * error
-    assert draws.min() < 0, "an unbiased estimate of 0 falls on both sides"
+    rng = np.array([mmd2(rng.normal(size=(40, 8)), rng.normal(size=(60, 8))) for _ in range(400)])
+    error = rng.std() / np.sqrt(len(rng))
+    assert abs(rng.mean()) < 3 * error
+    assert rng.min() < 0, "an unbiased estimate of 0 falls on both sides"
     x, y = rng.normal(size=(400, 8)), rng.normal(size=(400, 8))
     distances = [mmd2(x + shift, y) for shift in (0.0, 0.2, 0.4, 0.8)]
     assert distances == sorted(distances)
@@ -468,11 +468,11 @@ def test_evaluate_puts_everything_beside_each_figure(real: emoji8.Emoji8, coarse
         "sets are compared with those of other noise"
     )
     assert figures["to teacher: pixels"].value == pytest.approx(10, rel=0.2), "pairs with those of the same noise"
-    alone = evaluate_pictures(pictures, prompts, metrics)  # type: ignore[arg-type]
-    assert set(alone) == {"redness"}
-    assert alone["redness"].floor is None
+    exclusive = evaluate_pictures(pictures, prompts, metrics)  # type: ignore[arg-type]
+    assert set(exclusive) == {"redness"}
+    assert exclusive["redness"].floor is None
 
-    results = {"TCD | 4": figures, "only red": alone}
+    results = {"TCD | 4": figures, "only red": exclusive}
     save_figures(tmp_path / "figures.json", results)
     kept = read_json(tmp_path / "figures.json")
     assert {row: {name: Figure.from_dict(f) for name, f in told.items()} for row, told in kept.items()} == results

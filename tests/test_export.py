@@ -23,7 +23,7 @@ from fewstep.common.safetensors_header import read_safetensors_header
 from fewstep.distillation import distill as distillation
 from fewstep.distillation.config import resolve
 from fewstep.export.formats import ADAPTERS, FORMS, ExportForm, offer, table
-from fewstep.inference.generator import load_artist
+from fewstep.inference.generator import load_image_generator
 from fewstep.students.lora_header import check_lora
 
 KINDS = tuple(dict.fromkeys(family.kind for family in FAMILIES.values()))
@@ -51,7 +51,7 @@ def students(
         for kind in ("lora", "full"):
             words = [
                 f"teacher={folder}", f"data.source={picture_folder}", "device=cpu", f"student.kind={kind}",
-                "student.rank=2", "student.alpha=3", "loop.steps=3", "loop.batch=2", "loop.watch_every=null",
+                "student.rank=2", "student.alpha=3", "loop.steps=3", "loop.batch=2", "loop.validate_every=null",
                 "optim.lr=1e-2", "optim.ema=null", "optim.warmup=0", "sampling.steps=2", "sampling.gamma=0.4",
             ]  # fmt: skip
             out = tmp_path_factory.mktemp("run")
@@ -277,7 +277,7 @@ def test_a_student_that_is_told_where_it_lands(folders: dict[str, Path], picture
     """Its second embedding goes along where there is a place for it."""
     words = [
         f"teacher={folders['sd']}", f"data.source={picture_folder}", "device=cpu", "student.rank=2", "loop.steps=2",
-        "loop.batch=2", "loop.watch_every=null", "optim.lr=1e-2", "optim.ema=null", "optim.warmup=0",
+        "loop.batch=2", "loop.validate_every=null", "optim.lr=1e-2", "optim.ema=null", "optim.warmup=0",
     ]  # fmt: skip
     student = distillation.distill(resolve("tcd-s", None, words), tmp_path / "run", quiet=True)
     for form in ("diffusers", "merged"):
@@ -376,7 +376,7 @@ def test_the_bundled_student_for_other_tools(tmp_path: Path) -> None:
     for prompt in CARD_PROMPTS:
         assert prompt in card
     record = json.loads(card.rpartition("```json\n")[2].removesuffix("\n```\n"))
-    assert record["sampling"] == load_artist(_teacher(), _bundled()).sampling.model_dump(mode="json")
+    assert record["sampling"] == load_image_generator(_teacher(), _bundled()).sampling.model_dump(mode="json")
 
 
 def _teacher() -> Path:

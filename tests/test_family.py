@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from exact import Mixture, gaussian, three_modes, times_of
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.config import Guidance
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.grid import end_time, training_grid
@@ -26,11 +26,11 @@ from fewstep.methods.cost import critic_calls, step_cost, student_calls
 from fewstep.methods.pair import HeldTrajectories, Sample
 from fewstep.methods.recipes import names, rows
 from fewstep.methods.times import draw_times
-from fewstep.methods.update_plan import Aids, terms_of
+from fewstep.methods.update_plan import FrozenNetworks, terms_of
 
 PATHS: dict[str, Path] = {"vp": scaled_linear(), "flow": FlowMatching(), "ve": VarianceExploding()}
 COUNT = 200
-AT_THE_END = Draws(0, 0, tuple(range(64)))
+AT_THE_END = KeyedRng(0, 0, tuple(range(64)))
 """Outside of a run, where every term is in."""
 NO_GUIDANCE = Guidance(convention="none")
 TAUGHT = [name for name in rows() if name != "ct"]
@@ -78,8 +78,8 @@ def exact_everywhere(monkeypatch: pytest.MonkeyPatch, mixture: Mixture, theta: T
 
 def loss_and_gradient(method: ConsistencyConfig, mixture: Mixture, theta: Tensor) -> tuple[float, float]:
     denoiser = Denoiser(lambda x, *_: x, mixture.path, "x0")
-    draws = Draws(5, 0, tuple(range(COUNT)))
-    loss = consistency_loss(set_scene(method, denoiser, batch_for(method, mixture), draws), draws).value
+    rng = KeyedRng(5, 0, tuple(range(COUNT)))
+    loss = consistency_loss(set_scene(method, denoiser, batch_for(method, mixture), rng), rng).value
     (slope,) = torch.autograd.grad(loss, theta)
     return float(loss.detach()), float(slope.abs().max())
 
@@ -116,16 +116,16 @@ def test_the_exact_flow_of_a_mixture_is_a_fixed_point(recipe: str, monkeypatch: 
 
 
 class Mirrored:
-    """Draws whose noise is given; times are those of the step."""
+    """KeyedRng whose noise is given; times are those of the step."""
 
-    def __init__(self, noise: Tensor, draws: Draws) -> None:
-        self.noise, self.draws = noise, draws
+    def __init__(self, noise: Tensor, rng: KeyedRng) -> None:
+        self.noise, self.rng = noise, rng
 
     def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
         return self.noise
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.draws, name)
+        return getattr(self.rng, name)
 
 
 def mirrored_pairs(mixture: Mixture, t: float, count: int) -> tuple[Tensor, Tensor]:
@@ -161,11 +161,11 @@ def test_consistency_training_is_right_on_average(monkeypatch: pytest.MonkeyPatc
         theta = torch.zeros(2, dtype=torch.float64, requires_grad=True)
         exact_everywhere(monkeypatch, mixture, theta)
         index = count * 3 // 4 - 1  # t = .75 on every grid
-        monkeypatch.setattr(Draws, "integers", lambda self, *_, i=index: torch.full((len(self.indices),), i))
+        monkeypatch.setattr(KeyedRng, "integers", lambda self, *_, i=index: torch.full((len(self.indices),), i))
         x_0, eps = mirrored_pairs(mixture, 0.75, 2000)
-        draws = Mirrored(eps, Draws(0, 0, tuple(range(len(x_0)))))
+        rng = Mirrored(eps, KeyedRng(0, 0, tuple(range(len(x_0)))))
         denoiser = Denoiser(lambda x, *_: x, path, "x0")
-        loss = consistency_loss(set_scene(method, denoiser, Sample(x_0, {}, {}), draws), draws).value  # type: ignore[arg-type]
+        loss = consistency_loss(set_scene(method, denoiser, Sample(x_0, {}, {}), rng), rng).value  # type: ignore[arg-type]
         (slope,) = torch.autograd.grad(loss, theta)
         slopes.append(float(slope.norm()))
     rates = [math.log2(a / b) for a, b in pairwise(slopes)]
@@ -186,11 +186,11 @@ def test_the_denoising_loss_wants_the_posterior_mean() -> None:
     from fewstep.methods.denoising import denoising_loss
 
     x_0, eps = mirrored_pairs(mixture, 499.0, 500)
-    draws = Mirrored(eps, Draws(0, 0, tuple(range(len(x_0)))))
-    draws.integers = lambda *_: torch.full((len(x_0),), 24)  # type: ignore[attr-defined]  # t = 499
+    rng = Mirrored(eps, KeyedRng(0, 0, tuple(range(len(x_0)))))
+    rng.integers = lambda *_: torch.full((len(x_0),), 24)  # type: ignore[attr-defined]  # t = 499
 
     def slope() -> Tensor:
-        fit = denoising_loss(method, Denoiser(call, path, "x0"), x_0, {}, draws).mean()  # type: ignore[arg-type]
+        fit = denoising_loss(method, Denoiser(call, path, "x0"), x_0, {}, rng).mean()  # type: ignore[arg-type]
         return torch.autograd.grad(fit, theta)[0]
 
     assert float(slope().abs().max()) < 1e-12
@@ -227,14 +227,14 @@ def test_a_gan_alone_moves_a_wrong_student_to_the_right_law() -> None:
     denoiser, critic = Denoiser(call, path, "x0"), PlanarCritic(64, seed=2)
     student = torch.optim.Adam([wrong, narrow], lr=0.02, betas=(0.0, 0.99))
     judge = torch.optim.Adam(critic.parameters(), lr=5e-3, betas=(0.0, 0.99))
-    terms = terms_of(method, Aids(critic=critic))
+    terms = terms_of(method, FrozenNetworks(critic=critic))
     for step in range(400):
         x_0 = mixture.sample(256, 0.0, torch.Generator().manual_seed(step)).float()
-        draws = Draws(1, step, tuple(range(256)))
-        scene = set_scene(method, denoiser, Sample(x_0, {}, {}), draws)
+        rng = KeyedRng(1, step, tuple(range(256)))
+        scene = set_scene(method, denoiser, Sample(x_0, {}, {}), rng)
         for optimiser, loss in (
-            (judge, lambda: critic_loss(scene, draws, critic)),  # noqa: B023
-            (student, lambda: consistency_loss(scene, draws, terms)),  # noqa: B023
+            (judge, lambda: critic_loss(scene, rng, critic)),  # noqa: B023
+            (student, lambda: consistency_loss(scene, rng, terms)),  # noqa: B023
         ):
             optimiser.zero_grad()
             loss().value.backward()
@@ -251,7 +251,7 @@ def test_times_of_every_recipe(recipe: str) -> None:
     """t_{n+k} on every point of the grid; s <= t_n < t_{n+k}, none of them below the segment's edge."""
     method = method_of(recipe)
     path = PATHS["vp"]
-    times = draw_times(method, path, Draws(3, 0, tuple(range(6000))))
+    times = draw_times(method, path, KeyedRng(3, 0, tuple(range(6000))))
     grid = training_grid(path, method.grid)
     end = end_time(path, method.end)
     assert torch.equal(times.t_nk.unique(), grid)
@@ -263,11 +263,11 @@ def test_times_of_every_recipe(recipe: str) -> None:
     assert bool((times.t_n >= edge).all())
     assert bool((times.s >= edge).all())
     assert torch.equal(times.t_nk, grid[times.index_nk])
-    rungs = torch.cat([grid.new_tensor([end]), grid])
+    grid_times = torch.cat([grid.new_tensor([end]), grid])
     below = torch.maximum(times.index_nk - method.k, times.index_nk // width * width - 1)
-    assert bool((times.t_n >= rungs[below + 1]).all())
+    assert bool((times.t_n >= grid_times[below + 1]).all())
     if method.k_low is None:
-        assert torch.equal(times.t_n, rungs[below + 1])
+        assert torch.equal(times.t_n, grid_times[below + 1])
     if method.s == "edge":
         assert torch.equal(times.s, edge)
     if method.s == "uniform":
@@ -278,7 +278,7 @@ def test_times_of_every_recipe(recipe: str) -> None:
 
 def test_k_is_drawn_where_a_smallest_is_named() -> None:
     method = method_of("tcd", k_low=2, k=5)
-    times = draw_times(method, PATHS["vp"], Draws(3, 0, tuple(range(4000))))
+    times = draw_times(method, PATHS["vp"], KeyedRng(3, 0, tuple(range(4000))))
     high = times.t_nk > 200
     gaps = ((times.t_nk - times.t_n)[high] / 20).unique(return_counts=True)
     assert gaps[0].tolist() == [2, 3, 4, 5]
@@ -290,13 +290,13 @@ def test_k_is_drawn_where_a_smallest_is_named() -> None:
 
 def test_segments_land_on_their_lower_edge() -> None:
     method = method_of("pcm")
-    times = draw_times(method, PATHS["vp"], Draws(3, 0, tuple(range(4000))))
+    times = draw_times(method, PATHS["vp"], KeyedRng(3, 0, tuple(range(4000))))
     assert times.s.unique().tolist() == [0, 249, 499, 749]
     for t_nk, t_n, s in ((249, 224, 0), (274, 249, 249), (999, 974, 749)):
         rows = times.t_nk == t_nk
         assert times.t_n[rows].unique().tolist() == [t_n]
         assert times.s[rows].unique().tolist() == [s]
-    wide = draw_times(method_of("pcm", k=4), PATHS["vp"], Draws(3, 0, tuple(range(4000))))
+    wide = draw_times(method_of("pcm", k=4), PATHS["vp"], KeyedRng(3, 0, tuple(range(4000))))
     for t_nk, t_n in ((249, 149), (274, 249), (324, 249), (374, 274)):
         assert wide.t_n[wide.t_nk == t_nk].unique().tolist() == [t_n], "clamped at the edge"
 
@@ -306,12 +306,12 @@ def test_tdd_stays_in_its_segment_and_reaches_as_far_on_every_path(name: str) ->
     """Reach is counted in points of the grid: on EDM's, times say nothing of how far they are."""
     path = PATHS[name]
     method = method_of("tdd", segments=5, spread=0.0)
-    times = draw_times(method, path, Draws(3, 0, tuple(range(4000))))
+    times = draw_times(method, path, KeyedRng(3, 0, tuple(range(4000))))
     grid = training_grid(path, method.grid)
     edge = torch.cat([grid.new_tensor([end_time(path, method.end)]), grid])[times.index_nk // 10 * 10]
     assert bool((times.s >= edge).all())
     assert bool((times.s <= times.t_n).all())
-    whole = draw_times(method_of("tdd", spread=0.0), path, Draws(3, 0, tuple(range(4000))))
+    whole = draw_times(method_of("tdd", spread=0.0), path, KeyedRng(3, 0, tuple(range(4000))))
     from_noise = whole.index_nk == 49
     landed = torch.searchsorted(grid, whole.s[from_noise])
     asked = {49 - i * 50 // steps for steps in range(4, 9) for i in range(1, steps)}
@@ -420,9 +420,9 @@ def test_the_critic_starts_at_its_share_of_the_run() -> None:
         words = ["base=exact", "width=16", "count=200", "method.adversarial.start=0.3", *more]
         play = lay_out(resolve_play("ctm", words))
         updates = play_plan(play, training_points(play))
-        draws = Draws(0, step, tuple(range(16)), steps=steps)
+        rng = KeyedRng(0, step, tuple(range(16)), steps=steps)
         due = {update.name for update in updates if update.due(step, steps)}
-        loss = updates[0].loss({"items": torch.arange(16).numpy()}, draws)
+        loss = updates[0].loss({"items": torch.arange(16).numpy()}, rng)
         assert ("critic" in due) == ("adversarial" in loss.scalars)
         return loss.value.detach(), set(loss.scalars)
 
@@ -443,15 +443,15 @@ def test_a_critic_sees_its_segment_alone() -> None:
 
     method = resolve("pcm").method
     path = PATHS["vp"]
-    draws = Draws(3, 0, tuple(range(4000)))
-    times = draw_times(method, path, draws)
+    rng = KeyedRng(3, 0, tuple(range(4000)))
+    times = draw_times(method, path, rng)
     x = torch.zeros(4000, 2)
-    seen, to = seen_by_critic(method.adversarial, path, x, times.s, times.top, draws, "fake")
+    seen, to = seen_by_critic(method.adversarial, path, x, times.s, times.top, rng, "fake")
     for edge, top in ((0, 249), (249, 499), (499, 749), (749, 999)):
         inside = to[times.s == edge]
         assert edge <= float(inside.min()) < edge + 10
         assert top - 10 < float(inside.max()) < top
-    real, same = seen_by_critic(method.adversarial, path, x, times.s, times.top, draws, "real", to=to)
+    real, same = seen_by_critic(method.adversarial, path, x, times.s, times.top, rng, "real", to=to)
     assert same is to
     assert not torch.equal(seen, real), "noise of its own"
 
@@ -483,11 +483,11 @@ def test_tdd_lands_where_sampling_will_ask_it_to(name: str, grid: Any, end: Any,
     from fewstep.diffusion.grid import inference_times
 
     path, method = PATHS[name], method_of("tdd", grid=grid, end=end, segments=segments, inference_steps=(4, 5))
-    draws = Draws(3, 0, tuple(range(3000)))
-    times = draw_times(method, path, draws)
+    rng = KeyedRng(3, 0, tuple(range(3000)))
+    times = draw_times(method, path, rng)
     points, lowest = training_grid(path, grid).tolist(), end_time(path, end)
     asked = [t for steps in (4, 5) for t in inference_times(path, steps, grid=grid).tolist()]
-    u, v = draws.uniform("s").tolist(), draws.uniform("spread").tolist()
+    u, v = rng.uniform("s").tolist(), rng.uniform("spread").tolist()
     numbers = zip(times.index_nk.tolist(), u, v, strict=True)
     wanted = [tdd_landing(points, lowest, asked, index, method, a, b) for index, a, b in numbers]
     assert times.s.tolist() == pytest.approx(wanted, rel=1e-12, abs=1e-12)
@@ -502,7 +502,7 @@ def test_every_jump_that_tdd_is_sampled_with_is_trained(end: Any) -> None:
     from fewstep.diffusion.grid import inference_times
 
     path, method = PATHS["vp"], method_of("tdd", spread=0.0, end=end)
-    times = draw_times(method, path, Draws(3, 0, tuple(range(30_000))))
+    times = draw_times(method, path, KeyedRng(3, 0, tuple(range(30_000))))
     trained = set(zip(times.t_nk.tolist(), times.s.tolist(), strict=True))
     for steps in range(4, 9):
         assert set(pairwise([*inference_times(path, steps).tolist(), end_time(path, end)])) <= trained
@@ -511,9 +511,9 @@ def test_every_jump_that_tdd_is_sampled_with_is_trained(end: Any) -> None:
 @pytest.mark.parametrize("end", ["index0", "clean"])
 def test_tdd_shrinks_as_gamma_does(end: Any) -> None:
     path = PATHS["vp"]
-    draws = Draws(3, 0, tuple(range(6000)))
-    exact = draw_times(method_of("tdd", spread=0.0, end=end), path, draws)
-    spread = draw_times(method_of("tdd", end=end), path, draws)
+    rng = KeyedRng(3, 0, tuple(range(6000)))
+    exact = draw_times(method_of("tdd", spread=0.0, end=end), path, rng)
+    spread = draw_times(method_of("tdd", end=end), path, rng)
     share = (spread.s / exact.s)[exact.s > 0]
     assert 0.7 <= float(share.min()) < 0.71
     assert 0.99 < float(share.max()) <= 1
@@ -543,8 +543,8 @@ def test_a_growing_grid_trains_points_of_the_whole_one(recipe: str, name: str) -
     own = method_of(recipe)
     path, method = PATHS[name], own.model_copy(update={"grid_start": own.points // 2})
     grid = training_grid(path, method.grid)
-    rungs = torch.cat([grid.new_tensor([end_time(path, method.end)]), grid])
-    first, last = (Draws(3, step, tuple(range(4000)), steps=10) for step in (0, 9))
+    grid_times = torch.cat([grid.new_tensor([end_time(path, method.end)]), grid])
+    first, last = (KeyedRng(3, step, tuple(range(4000)), steps=10) for step in (0, 9))
     times = draw_times(method, path, first)
     assert torch.equal(times.t_nk.unique(), grid[1::2])
     gaps = times.index_nk - times.index_n
@@ -552,9 +552,9 @@ def test_a_growing_grid_trains_points_of_the_whole_one(recipe: str, name: str) -
     inside = times.index_n > edge
     counted = {2 * k for k in range(method.k_low or method.k, method.k + 1)}
     assert set(gaps[inside].tolist()) <= counted
-    assert bool((times.t_n >= rungs[edge + 1]).all())
+    assert bool((times.t_n >= grid_times[edge + 1]).all())
     assert bool((times.s <= times.t_n).all())
-    assert set(times.t_n.tolist()) <= set(rungs.tolist())
+    assert set(times.t_n.tolist()) <= set(grid_times.tolist())
     plain = draw_times(own, path, last)
     for part in ("t_nk", "t_n", "s", "top"):
         assert torch.equal(getattr(draw_times(method, path, last), part), getattr(plain, part))
@@ -569,7 +569,7 @@ def test_icts_weight_is_one_over_the_step(name: str) -> None:
 
     path = PATHS[name]
     method = resolve("ct", None, ["method.weight=step", "method.k=3"]).method
-    times = draw_times(method, path, Draws(3, 0, tuple(range(COUNT))))
+    times = draw_times(method, path, KeyedRng(3, 0, tuple(range(COUNT))))
     level = [path.sigma(t) / (path.alpha(t) if name == "vp" else 1) for t in (times.t_nk, times.t_n)]
     scene: Any = SimpleNamespace(config=method, denoiser=SimpleNamespace(path=path), times=times)
     gap = torch.randn(COUNT, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -599,25 +599,25 @@ def test_network_calls_are_as_the_recipe_says(recipe: str) -> None:
         who = role if role == "teacher" or (torch.is_grad_enabled() and role == "student") else "target"
         seen[who] += len(x)
         told = {"s", "w"} & condition.keys()
-        assert told == (set() if role == "teacher" else set(method.told))
+        assert told == (set() if role == "teacher" else set(method.extra_conditioning))
         return torch.zeros_like(x)
 
     sample = batch_for(method, mixture, 8)
     text = {"text": torch.zeros(8, 1)}
     sample = replace(sample, data=sample.data.float(), condition=text, null=text)
-    draws = Draws(5, 0, tuple(range(8)))
+    rng = KeyedRng(5, 0, tuple(range(8)))
     none: Counted = dict.fromkeys(seen, 0)
 
     def critic(x: Tensor, t: Tensor, condition: Any) -> Tensor:
         seen["features"] += len(x)
         return x.sum(1, keepdim=True)
 
-    scene = set_scene(method, Denoiser(call, PATHS["vp"], "eps"), sample, draws)
-    consistency_loss(scene, draws, terms_of(method, Aids(critic=critic)))  # type: ignore[arg-type]
+    scene = set_scene(method, Denoiser(call, PATHS["vp"], "eps"), sample, rng)
+    consistency_loss(scene, rng, terms_of(method, FrozenNetworks(critic=critic)))  # type: ignore[arg-type]
     assert {who: count // 8 for who, count in seen.items()} == none | student_calls(method)
     if method.adversarial.weight:
         seen |= none
-        critic_loss(scene, draws, critic)
+        critic_loss(scene, rng, critic)
         own = none | critic_calls(method)  # nothing has a gradient there: the student's count as the target's
         wanted = own | {"student": 0, "target": own["student"] + own["target"]}
         assert {who: count // 8 for who, count in seen.items()} == wanted
@@ -645,7 +645,7 @@ def test_illegal_combinations_name_the_nearest_legal_one() -> None:
         ("tcd", ["method.segments=5", "method.k=11"], r"k = 11 leaves a segment of 10 points; .* is 10"),
         ("tcd-2", ["method.end=clean"], r"second_order' has no mid-point .*legal end is 'index0'"),
         ("lcm", ["method.segments=2"], r"only reaches the end point.*'first_order'"),
-        ("lcm", ["method.told=[s]"], r"told = 's' says nothing to jump = 'skip'"),
+        ("lcm", ["method.extra_conditioning=[s]"], r"told = 's' says nothing to jump = 'skip'"),
         ("kd", ["method.point=solver"], r"the nearest legal is 'path'"),
         ("tcd", ["method.s=next"], r"s = 'next' regresses onto stored points"),
         ("ct", ["method.guidance.convention=lcm"], r"no teacher to guide"),
@@ -654,11 +654,15 @@ def test_illegal_combinations_name_the_nearest_legal_one() -> None:
         ("tcd", ["method.denoising=1", "method.guidance.convention=none"], r"nearest legal told is \['s'\]"),
         ("tcd", ["method.k_low=3"], r"k_low = 3 is above k; the nearest legal one is 1"),
         ("tdd", ["method.inference_steps=[4,80]"], r"inference_steps = \[4, 80\] on 50 points; .*\[4, 50\]"),
-        ("tcd-s", ["sampling.told=[]"], r"sampling.told = \[\] is not what .*\['s'\]"),
+        ("tcd-s", ["sampling.extra_conditioning=[]"], r"sampling.extra_conditioning = \[\] is not what .*\['s'\]"),
         ("tcd", ["method.adversarial.weight=1"], r"adversarial.real = 'data' .* nearest legal real is 'target'"),
         ("tcd", ["method.grid=[19]"], r"less than 2 points"),
         ("tcd", ["method.grid=[5,5]"], r"grid = \[5\.0, 5\.0\] does not rise; the nearest is \[5\.0\]"),
-        ("tcd-s", ["sampling.sampler=ddim", "sampling.told=[]"], r"sampling.told = \[\] is not what .*\['s'\]"),
+        (
+            "tcd-s",
+            ["sampling.sampler=ddim", "sampling.extra_conditioning=[]"],
+            r"sampling.extra_conditioning = \[\] is not what .*\['s'\]",
+        ),
         (
             "cd",
             ["sampling.sampler=sss"],
@@ -672,14 +676,22 @@ def test_illegal_combinations_name_the_nearest_legal_one() -> None:
             r"sampling.jump = 'skip' is not the jump that is trained; .*'first_order'",
         ),
         ("tdd", ["sampling.grid=25"], r"sampling.grid = 25 asks for times .* is 50"),
-        ("kd", ["method.told=[s]", "method.denoising=1", NONE], r"denoising needs data, start = 'trajectory' has none"),
+        (
+            "kd",
+            ["method.extra_conditioning=[s]", "method.denoising=1", NONE],
+            r"denoising needs data, start = 'trajectory' has none",
+        ),
         ("kd", ["method.adversarial={weight: 1, noise: .2}"], r"real = 'data' beside start = 'trajectory'.*'target'"),
         ("mcm", ["method.jump=second_order"], r"weight = 'v' is a first-order jump's pull .*legal weight is 'none'"),
         ("mcm", ["method.distance=features"], r"distance = 'features' does not look at; .*'none'"),
         ("lcm", ["method.point=self"], r"point = 'self' asks jump = 'skip' for t_n, .*'first_order'"),
         ("tcd", ["method.consistency=0"], r"consistency = 0 leaves nothing to minimise; the nearest legal one is 1"),
         ("tcd", ["method.balance=gradient"], r"no other term to balance; the nearest legal one is 'fixed'"),
-        ("ct", ["method.told=[w]", "sampling.told=[w]", "sampling.w=5"], r"told = 'w' says which guidance was learnt"),
+        (
+            "ct",
+            ["method.extra_conditioning=[w]", "sampling.extra_conditioning=[w]", "sampling.w=5"],
+            r"told = 'w' says which guidance was learnt",
+        ),
         ("ct", ["method.substeps=4"], r"substeps = 4 of no solver: point = 'path'; the nearest legal one is 1"),
         ("tcd", ["method.guidance={convention: imagen, low: 0}"], r"low = 0 turns away .* the nearest legal one is 1"),
         ("ct", ["method.grid_start=20"], r"grid_start = 20 does not come to grid = 50 by doubling; .* is 25"),

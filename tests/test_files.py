@@ -16,10 +16,10 @@ import pytest
 from fewstep.common import files
 from fewstep.common.errors import UserError
 from fewstep.common.files import (
-    alone,
     atomic_folder,
     atomic_write,
     check_writable,
+    exclusive,
     read_json,
     remove_folder,
     sweep,
@@ -119,7 +119,7 @@ def test_another_process_is_waited_for(tmp_path: Path) -> None:
         assert other.stdout.readline() == "in\n"
         later = Timer(0.2, other.communicate, ["\n"])
         later.start()
-        with alone(lock):
+        with exclusive(lock):
             assert done.exists()
         later.join()
 

@@ -77,7 +77,7 @@ def test_a_sheet_that_no_file_holds_is_refused_before_it_is_drawn(
     def load(*_: object, **__: object) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(generator, "load_artist", load)
+    monkeypatch.setattr(generator, "load_image_generator", load)
     teacher = tiny_pipelines.sd(tmp_path / "sd")
     with pytest.raises(UserError, match=r"^out = .* pixels"):
         fewstep.sample(**{"prompts": "x", "teacher": teacher, "lora": None} | given | {"out": tmp_path / given["out"]})

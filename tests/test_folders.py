@@ -23,7 +23,7 @@ from fewstep.backbones.scheduler_config import path_of
 from fewstep.common.errors import UserError
 from fewstep.diffusion.config import Sampling
 from fewstep.diffusion.schedule import FlowMatching
-from fewstep.inference.generator import load_artist
+from fewstep.inference.generator import load_image_generator
 from fewstep.inference.schedulers.few_step import SSSScheduler
 
 PROMPTS = ["a red disc", "blue"]
@@ -104,7 +104,7 @@ def theirs(folder: Path, guidance: float = 3.0) -> np.ndarray:
 
 
 def ours(folder: Path) -> np.ndarray:
-    return load_artist(folder).draw(PROMPTS, SEEDS, Sampling(steps=2, gamma=0.0, omega=2.0))
+    return load_image_generator(folder).draw(PROMPTS, SEEDS, Sampling(steps=2, gamma=0.0, omega=2.0))
 
 
 def test_weights_that_were_not_fetched_are_named(folder: Callable[[str], Path]) -> None:

@@ -25,7 +25,7 @@ from fewstep.diffusion.config import Sampling
 from fewstep.diffusion.denoiser import BASE
 from fewstep.distillation import distill as distillation
 from fewstep.distillation.config import resolve
-from fewstep.inference.generator import load_artist
+from fewstep.inference.generator import load_image_generator
 from fewstep.students.lora_header import CONDITIONING
 from fewstep.students.sampling import teacher_sampling
 from fewstep.training.config import StudentConfig
@@ -76,14 +76,14 @@ def test_a_consistency_model_draws_as_its_own_pipeline(
     kind: str, steps: int, scale: float, embedded: dict[str, Path]
 ) -> None:
     """Guidance as omega or as w, less by 1 than diffusers' guidance_scale."""
-    artist = load_artist(embedded[kind])
-    assert artist.sampling == Sampling(sampler="lcm", steps=4, omega=7.5), "its pipeline's own defaults"
+    image_generator = load_image_generator(embedded[kind])
+    assert image_generator.sampling == Sampling(sampler="lcm", steps=4, omega=7.5), "its pipeline's own defaults"
     wanted = drawn_by_diffusers(embedded[kind], steps, scale)
-    for how in ({"omega": scale - 1}, {"omega": 0.0, "told": ("w",), "w": scale - 1}):
-        asked = artist.sampling.model_copy(update={"steps": steps, **how})
-        np.testing.assert_allclose(artist.draw([PROMPT], [5], asked)[0].astype(float), wanted, atol=0.6)
-    other = artist.sampling.model_copy(update={"steps": steps, "omega": scale + 3})
-    assert np.abs(artist.draw([PROMPT], [5], other)[0] - wanted).max() > 2, "guidance matters"
+    for how in ({"omega": scale - 1}, {"omega": 0.0, "extra_conditioning": ("w",), "w": scale - 1}):
+        asked = image_generator.sampling.model_copy(update={"steps": steps, **how})
+        np.testing.assert_allclose(image_generator.draw([PROMPT], [5], asked)[0].astype(float), wanted, atol=0.6)
+    other = image_generator.sampling.model_copy(update={"steps": steps, "omega": scale + 3})
+    assert np.abs(image_generator.draw([PROMPT], [5], other)[0] - wanted).max() > 2, "guidance matters"
 
 
 def test_a_diffusion_model_that_embeds_its_guidance_draws_as_its_own_pipeline(embedded: dict[str, Path]) -> None:
@@ -93,11 +93,11 @@ def test_a_diffusion_model_that_embeds_its_guidance_draws_as_its_own_pipeline(em
     place = embedded["ddim"].parent / "trailing"
     shutil.copytree(embedded["ddim"], place, dirs_exist_ok=True)
     (place / "scheduler" / "scheduler_config.json").write_text(json.dumps(config | {"timestep_spacing": "trailing"}))
-    artist = load_artist(place)
-    asked = artist.sampling.model_copy(update={"steps": 4, "omega": 3.0})
-    assert artist.sampling.sampler == "ddim"
+    image_generator = load_image_generator(place)
+    asked = image_generator.sampling.model_copy(update={"steps": 4, "omega": 3.0})
+    assert image_generator.sampling.sampler == "ddim"
     np.testing.assert_allclose(
-        artist.draw([PROMPT], [5], asked)[0].astype(float), drawn_by_diffusers(place, 4, 4.0), atol=0.6
+        image_generator.draw([PROMPT], [5], asked)[0].astype(float), drawn_by_diffusers(place, 4, 4.0), atol=0.6
     )
 
 
@@ -117,7 +117,7 @@ def test_the_command_draws_from_a_consistency_model(embedded: dict[str, Path], t
 def test_a_full_student_starts_as_the_teacher_at_every_omega(make: Callable[[Path], Path], tmp_path: Path) -> None:
     backbone = open_backbone(make(tmp_path / "teacher"))
     student = make_student(backbone, StudentConfig(kind="full"), ("student", "target"), 0, ["w"])
-    assert not student.told, "nothing lies beside the network"
+    assert not student.extra_conditioning, "nothing lies beside the network"
     generator = torch.Generator().manual_seed(0)
     x, t = torch.randn(3, 4, 8, 8, generator=generator), torch.full((3,), 499.0, dtype=torch.float64)
     condition = {name: value.expand(3, *value.shape[1:]) for name, value in backbone.encode([PROMPT]).items()}
@@ -164,10 +164,10 @@ def test_a_full_student_runs_unchanged_in_diffusers(kind: str, trained: Callable
     assert not list(folder.glob("*.safetensors")), "nothing lies beside the pipeline"
     own = load_tensors(next((folder / "unet").glob("*.safetensors")))
     assert float(own[GUIDANCE_KEY].abs().max()) > 0, "it learnt from omega"
-    artist = load_artist(folder)
-    ours = artist.draw([PROMPT], [5])[0].astype(float)
+    image_generator = load_image_generator(folder)
+    ours = image_generator.draw([PROMPT], [5])[0].astype(float)
     np.testing.assert_allclose(ours, drawn_by_diffusers(folder, 4, 8.5), atol=0.6)
-    other = artist.draw([PROMPT], [5], artist.sampling.model_copy(update={"w": 3.0}))[0].astype(float)
+    other = image_generator.draw([PROMPT], [5], image_generator.sampling.model_copy(update={"w": 3.0}))[0].astype(float)
     np.testing.assert_allclose(other, drawn_by_diffusers(folder, 4, 4.0), atol=0.6)
     assert np.abs(other - ours).max() > 1, "guidance matters"
     assert fewstep.call_settings(folder) == {"num_inference_steps": 4, "guidance_scale": 8.5}
@@ -194,8 +194,8 @@ def test_a_full_student_is_exported_and_read_back(
     out, checked = export_as(folder, "merged", out=tmp_path / "out")
     assert checked is not None
     assert checked.reader == "diffusers"
-    wanted = load_artist(folder).draw([PROMPT], [5])[0].astype(float)
-    np.testing.assert_allclose(load_artist(out).draw([PROMPT], [5])[0].astype(float), wanted, atol=0.6)
+    wanted = load_image_generator(folder).draw([PROMPT], [5])[0].astype(float)
+    np.testing.assert_allclose(load_image_generator(out).draw([PROMPT], [5])[0].astype(float), wanted, atol=0.6)
     np.testing.assert_allclose(drawn_by_diffusers(out, 4, 8.5), wanted, atol=0.6)
 
 
@@ -216,7 +216,7 @@ def test_a_run_resumes_to_the_same_bytes(
         if name.suffix == ".safetensors":
             assert digest(load_tensors(again / name)) == digest(load_tensors(whole / name)), name
     np.testing.assert_allclose(
-        load_artist(whole).draw([PROMPT], [5])[0].astype(float), drawn_by_diffusers(whole, 4, 8.5), atol=0.6
+        load_image_generator(whole).draw([PROMPT], [5])[0].astype(float), drawn_by_diffusers(whole, 4, 8.5), atol=0.6
     )
 
 
@@ -228,9 +228,9 @@ def test_omega_is_drawn_for_each_sample_and_goes_in_alone(embedded: dict[str, Pa
     condition = {"text": backbone.encode([PROMPT])["text"].expand(3, -1, -1), "w": torch.tensor([2.0, 7.0, 14.0])}
     together = backbone.call(backbone.network, x, t, condition)
     for i in range(3):
-        alone = {name: value[i : i + 1] for name, value in condition.items()}
+        exclusive = {name: value[i : i + 1] for name, value in condition.items()}
         torch.testing.assert_close(
-            backbone.call(backbone.network, x[i : i + 1], t[i : i + 1], alone), together[i : i + 1]
+            backbone.call(backbone.network, x[i : i + 1], t[i : i + 1], exclusive), together[i : i + 1]
         )
 
 
@@ -244,11 +244,13 @@ def test_a_diffusion_model_that_embeds_its_guidance_teaches(
     out = distillation.distill(config, tmp_path / "run", cache=tiny_cache, quiet=True)
     if kind == "lora":
         assert not (out.parent / "conditioning.safetensors").exists()
-        artist = load_artist(embedded["ddim"], out)
+        image_generator = load_image_generator(embedded["ddim"], out)
         whole, _ = export_as(out, "merged", out=tmp_path / "merged", teacher=embedded["ddim"])
     else:
-        artist, whole = load_artist(out), out
-    np.testing.assert_allclose(artist.draw([PROMPT], [5])[0].astype(float), drawn_by_diffusers(whole, 4, 8.5), atol=0.6)
+        image_generator, whole = load_image_generator(out), out
+    np.testing.assert_allclose(
+        image_generator.draw([PROMPT], [5])[0].astype(float), drawn_by_diffusers(whole, 4, 8.5), atol=0.6
+    )
 
 
 def test_training_goes_on_from_released_weights(
@@ -272,7 +274,7 @@ def test_training_goes_on_from_released_weights(
     for name, value in other.state_dict().items():
         torch.testing.assert_close(own[name], value, atol=1e-6, rtol=0)
     for start, told, named in ((wide, "[]", "student.start"), (embedded["lcm"], "[w]", "student.start")):
-        changes = [f"student.start={start}", f"method.told={told}", f"sampling.told={told}"]
+        changes = [f"student.start={start}", f"method.extra_conditioning={told}", f"sampling.extra_conditioning={told}"]
         changes += ["sampling.w=null"] if told == "[]" else []
         with pytest.raises(UserError, match=named):
             api.distill("lcm-full", out=tmp_path / "no", teacher=teacher, overrides=[*words, *changes])
@@ -286,7 +288,7 @@ def test_what_cannot_be_is_refused(embedded: dict[str, Path], tiny_overrides: li
             api.distill("tcd", out=tmp_path / "no", teacher=embedded[kind], overrides=tiny_overrides)
         with pytest.raises(UserError, match="teacher"):
             synthesize(prompts, out=tmp_path / "no", teacher=embedded[kind])
-    both = {"omega": 3.0, "told": ["w"], "w": 3.0}
+    both = {"omega": 3.0, "extra_conditioning": ["w"], "w": 3.0}
     with pytest.raises(UserError, match="omega"):
         api.sample(PROMPT, out=tmp_path / "a.png", teacher=embedded["lcm"], lora="none", settings=both)
     with pytest.raises(UserError, match=r"sampling\.omega"):

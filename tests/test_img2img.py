@@ -19,7 +19,7 @@ from fewstep.diffusion.config import Sampling
 from fewstep.diffusion.draw_latents import Source
 from fewstep.diffusion.samplers import picture_noise
 from fewstep.diffusion.schedule import add_noise
-from fewstep.inference.generator import load_artist
+from fewstep.inference.generator import load_image_generator
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8.location import root
 
@@ -68,26 +68,26 @@ def test_four_steps_are_four_calls_at_any_strength(source: Path, told_times: lis
 
 def test_it_begins_at_the_noised_picture(source: Path) -> None:
     """The first call sees alpha x_0 + sigma z of the picture's own latent and the seed's noise."""
-    artist = load_artist(teacher_path(""), root() / "students" / "tcd")
-    latent = artist.backbone.to_latents(read_picture(source, 64)[None])
+    image_generator = load_image_generator(teacher_path(""), root() / "students" / "tcd")
+    latent = image_generator.backbone.to_latents(read_picture(source, 64)[None])
     seen: list[torch.Tensor] = []
-    plain = artist.backbone.call
+    plain = image_generator.backbone.call
 
     def watched(network: Any, x: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
         seen.append(x.clone())
         return plain(network, x, *more, **named)
 
-    artist.backbone.call = watched  # type: ignore[method-assign]
+    image_generator.backbone.call = watched  # type: ignore[method-assign]
     sampling = Sampling(steps=2, gamma=0.0)
-    condition = artist.encode(["a cat"] * 3)
-    drawn = artist.latents(condition, [5, 6, 7], sampling, source=Source(latent, 0.5))
-    z, _ = picture_noise([5, 6, 7], artist.backbone.latent_shape)
-    wanted = add_noise(artist.backbone.path, latent.expand_as(z), z, torch.tensor([499.0]))
+    condition = image_generator.encode(["a cat"] * 3)
+    drawn = image_generator.latents(condition, [5, 6, 7], sampling, source=Source(latent, 0.5))
+    z, _ = picture_noise([5, 6, 7], image_generator.backbone.latent_shape)
+    wanted = add_noise(image_generator.backbone.path, latent.expand_as(z), z, torch.tensor([499.0]))
     torch.testing.assert_close(seen[0], wanted)
     one = {name: value[1:2] for name, value in condition.items()}
-    apart = artist.latents(one, [6], sampling, source=Source(latent, 0.5))
+    apart = image_generator.latents(one, [6], sampling, source=Source(latent, 0.5))
     torch.testing.assert_close(drawn[1:2], apart, rtol=1e-4, atol=1e-4)
-    each = artist.latents(condition, [5, 6, 7], sampling, source=Source(latent.expand(3, -1, -1, -1), 0.5))
+    each = image_generator.latents(condition, [5, 6, 7], sampling, source=Source(latent.expand(3, -1, -1, -1), 0.5))
     torch.testing.assert_close(each, drawn)
 
 

@@ -17,7 +17,7 @@ from fewstep.backbones.pipeline_folder import read_folder
 from fewstep.common.errors import UserError
 from fewstep.common.rng import generator
 from fewstep.evaluation.metric import Array
-from fewstep.inference.generator import load_artist
+from fewstep.inference.generator import load_image_generator
 from fewstep.inference.multilingual.adapter import Adapter, SentenceMap, load_adapter
 from fewstep.inference.multilingual.pairs import Pair, read_pairs
 from fewstep.inference.multilingual.record import RECORD, WEIGHTS
@@ -101,9 +101,9 @@ def test_pairs_are_learned_and_english_stays(trained: Path, tiny_pipeline: Path)
 def test_states_are_those_of_captions_mixed_by_likeness(trained: Path, tiny_pipeline: Path) -> None:
     folder = read_folder(tiny_pipeline)
     adapter = load_adapter(trained, folder, ToySentence())
-    artist = load_artist(tiny_pipeline)
-    own = artist.backbone.encode(CAPTIONS)["text"]
-    said = adapter.encode(TURNED, artist.backbone.encode)["text"]
+    image_generator = load_image_generator(tiny_pipeline)
+    own = image_generator.backbone.encode(CAPTIONS)["text"]
+    said = adapter.encode(TURNED, image_generator.backbone.encode)["text"]
     torch.testing.assert_close(said, own, atol=1e-5, rtol=0)
     mixed = replace(adapter, config=adapter.config.model_copy(update={"mixed": 3, "temperature": 0.2}))
     q = adapter.network(torch.from_numpy(adapter.sentence(["lan"])))[0]
@@ -111,18 +111,20 @@ def test_states_are_those_of_captions_mixed_by_likeness(trained: Path, tiny_pipe
     weights = (best / 0.2).softmax(0)
     by_hand = sum(w * own[CAPTIONS.index(adapter.captions[int(r)])] for w, r in zip(weights, rows, strict=True))
     assert 0.01 < weights[1] < weights[0] < 1
-    torch.testing.assert_close(mixed.encode(["lan"], artist.backbone.encode)["text"][0], by_hand, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        mixed.encode(["lan"], image_generator.backbone.encode)["text"][0], by_hand, atol=1e-5, rtol=0
+    )
 
 
 def test_drawing_with_an_adapter_is_drawing_with_its_states(trained: Path, tiny_pipeline: Path) -> None:
-    plain = load_artist(tiny_pipeline)
-    artist = replace(plain, adapter=load_adapter(trained, read_folder(tiny_pipeline), ToySentence()))
+    plain = load_image_generator(tiny_pipeline)
+    image_generator = replace(plain, adapter=load_adapter(trained, read_folder(tiny_pipeline), ToySentence()))
     sampling = plain.sampling.model_copy(update={"steps": 2, "omega": 2.0})  # guided: the null prompt is the teacher's
-    pictures = artist.draw(["lan", "hong"], [3, 4], sampling)
-    states = artist.encode(["lan", "hong"])
+    pictures = image_generator.draw(["lan", "hong"], [3, 4], sampling)
+    states = image_generator.encode(["lan", "hong"])
     by_hand = plain.backbone.to_pictures(plain.latents(states, [3, 4], sampling))
     np.testing.assert_array_equal(pictures, by_hand)
-    assert (pictures != artist.draw(["hong", "lan"], [3, 4], sampling)).any()
+    assert (pictures != image_generator.draw(["hong", "lan"], [3, 4], sampling)).any()
 
 
 def test_a_resumed_adapter_equals_an_uninterrupted_one(trained: Path, tiny_pipeline: Path, tmp_path: Path) -> None:

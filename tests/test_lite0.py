@@ -129,8 +129,8 @@ def test_pictures_are_read_as_pillow_enlarges_them(backbone: Lite0Backbone, gall
     assert np.linalg.norm(small - enlarged) < 0.01 * np.linalg.norm(enlarged)
     assert small.min() >= 0
     assert small.max() <= 6
-    alone = np.concatenate([backbone(pictures[i : i + 1]) for i in range(8)])
-    assert np.allclose(alone, small, atol=1e-4), "a picture's features depend on that picture alone"
+    exclusive = np.concatenate([backbone(pictures[i : i + 1]) for i in range(8)])
+    assert np.allclose(exclusive, small, atol=1e-4), "a picture's features depend on that picture alone"
 
 
 def test_kid_rises_with_blur_and_with_noise(backbone: Lite0Backbone, gallery: Gallery) -> None:

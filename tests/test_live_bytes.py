@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fewstep.backbones.recompute import recompute_blocks
-from fewstep.distillation import reward as taste
+from fewstep.distillation import reward as reward
 from fewstep.distillation.estimate import gradients_dropped
 from fewstep.training.live_bytes import LiveBytes
 
@@ -167,20 +167,20 @@ def test_scores_in_parts_are_the_scores_of_the_batch(
     most: int, batches: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Values bit for bit, gradients too: parts share nothing. The last case computes the decoder's blocks again."""
-    monkeypatch.setattr(taste, "MOST_PIXELS", most)
+    monkeypatch.setattr(reward, "MOST_PIXELS", most)
     vae, scorer = decoder_of("kl"), Seen()
     backbone: Any = SimpleNamespace(
         decode=lambda z: vae.decode(z, return_dict=False)[0], vae=vae, folder=SimpleNamespace(scale=4)
     )
-    scored, _ = taste.make_taste(backbone, scorer, ["a", "bb", "cccc"])  # type: ignore[arg-type]
+    scored, _ = reward.make_reward(backbone, scorer, ["a", "bb", "cccc"])  # type: ignore[arg-type]
     which = (torch.tensor([0, 2, 1, 0, 1]), torch.tensor([1, 1, 2, 2, 0]))
     z = torch.randn(5, 4, 12, 12, generator=torch.Generator().manual_seed(2)).requires_grad_()
     right, wrong = scored(z, which)
     assert scorer.batches == batches
     (right - wrong.square()).sum().backward()
-    alone = decoder_of("kl")
+    exclusive = decoder_of("kl")
     x = z.detach().clone().requires_grad_()
-    small = nn.functional.adaptive_avg_pool2d(alone.decode(x, return_dict=False)[0], 8)
+    small = nn.functional.adaptive_avg_pool2d(exclusive.decode(x, return_dict=False)[0], 8)
     likes = (small * small.sin()).mean((1, 2, 3))
     lengths = torch.tensor([1.0, 2.0, 4.0])
     wanted = likes * lengths[which[0]], likes * lengths[which[1]]
@@ -193,7 +193,7 @@ def test_a_small_batch_is_scored_as_ever(monkeypatch: pytest.MonkeyPatch) -> Non
     """Up to 2**17 pixels nothing is recomputed: 32 pictures of 64 x 64. A larger input of the scorer counts instead."""
     backbone: Any = SimpleNamespace(folder=SimpleNamespace(scale=8))
     scorer: Any = Seen()
-    assert taste.pixels_of(backbone, scorer, torch.empty(1, 4, 8, 8, device="meta")) == 64**2
-    assert taste.MOST_PIXELS // 64**2 == 32
+    assert reward.pixels_of(backbone, scorer, torch.empty(1, 4, 8, 8, device="meta")) == 64**2
+    assert reward.MOST_PIXELS // 64**2 == 32
     scorer.framing = SimpleNamespace(size=224)
-    assert taste.pixels_of(backbone, scorer, torch.empty(1, 4, 8, 8, device="meta")) == 224**2
+    assert reward.pixels_of(backbone, scorer, torch.empty(1, 4, 8, 8, device="meta")) == 224**2

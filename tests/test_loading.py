@@ -19,7 +19,7 @@ from fewstep.distillation.config import resolve
 from fewstep.distillation.prepare import encoders_fingerprint, lay_out, load_teacher, read_source
 from fewstep.distillation.synthesis.settings import resolve_synthesis
 from fewstep.distillation.synthesis.synthesize import synthesize
-from fewstep.inference.generator import load_artist
+from fewstep.inference.generator import load_image_generator
 from fewstep.training.roles import networks_of
 
 ELSEWHERE = torch.device("meta")
@@ -31,14 +31,14 @@ def facts(network: nn.Module) -> tuple[set[str], set[torch.dtype]]:
     return {weight.device.type for weight in weights}, {weight.dtype for weight in weights}
 
 
-def moves(monkeypatch: pytest.MonkeyPatch, kind: type[nn.Module], look: Callable[[Any], Any]) -> list[Any]:
-    """What `look` sees of networks of a kind just before each is brought elsewhere."""
+def moves(monkeypatch: pytest.MonkeyPatch, kind: type[nn.Module], network_distance: Callable[[Any], Any]) -> list[Any]:
+    """What `network_distance` sees of networks of a kind just before each is brought elsewhere."""
     seen: list[Any] = []
     bare: Any = kind.to
 
     def to(self: Any, *asked: Any, **more: Any) -> Any:
         if ELSEWHERE in (*asked, more.get("device")):
-            seen.append(look(self))
+            seen.append(network_distance(self))
         return bare(self, *asked, **more)
 
     monkeypatch.setattr(kind, "to", to)
@@ -78,12 +78,12 @@ def test_roles_come_after_the_encoders_have_gone(
     data = latent_set(captioned, backbone, encoders_fingerprint(backbone.folder), tiny_cache, backbone.latent_shape)
     encoders = [weakref.ref(encoder) for encoder in [*backbone.text_encoders, backbone.vae]]
 
-    def look(network: nn.Module) -> tuple[bool, set[torch.dtype]]:
+    def network_distance(network: nn.Module) -> tuple[bool, set[torch.dtype]]:
         gc.collect()
         return any(encoder() is not None for encoder in encoders), facts(network)[1]
 
     backbone.device = ELSEWHERE
-    seen = moves(monkeypatch, type(backbone.network), look)
+    seen = moves(monkeypatch, type(backbone.network), network_distance)
     run = lay_out(config, backbone, captioned, data)
     assert seen == [(False, kept)] * places
     for network in networks_of(run.student.roles):
@@ -95,9 +95,9 @@ def test_a_drawing_network_comes_in_the_type_that_it_draws_in(
 ) -> None:
     kind = type(load_backbone(tiny_pipeline).network)
     seen = moves(monkeypatch, kind, facts)
-    artist = load_artist(tiny_pipeline, None, ELSEWHERE, precision=torch.bfloat16)
+    image_generator = load_image_generator(tiny_pipeline, None, ELSEWHERE, precision=torch.bfloat16)
     assert seen == [({"cpu"}, {torch.bfloat16})]
-    assert facts(artist.backbone.network) == ({"meta"}, {torch.bfloat16})
+    assert facts(image_generator.backbone.network) == ({"meta"}, {torch.bfloat16})
 
 
 def test_a_synthesis_lets_its_encoders_go_first(

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from fewstep.common.accelerator import make_accelerator
 from fewstep.common.config import Config
 from fewstep.common.errors import UserError
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.common.tensors import load_tensors
 from fewstep.training import checkpoint
 from fewstep.training.config import LoopConfig, OptimConfig
 from fewstep.training.ema import Ema
-from fewstep.training.loop import Batch, Follower, Update, train
+from fewstep.training.loop import Batch, EmaTarget, Update, train
 from fewstep.training.loss import Loss
 from fewstep.training.lr_schedule import learning_rate
 from fewstep.training.optim import clip_gradients, make_optimizer
@@ -38,7 +38,7 @@ class Settings(Config):
     optim: OptimConfig = OptimConfig(lr=0.05)
 
 
-def fetch(items: np.ndarray, _: Draws) -> Batch:
+def fetch(items: np.ndarray, _: KeyedRng) -> Batch:
     return {"x": DATA[torch.from_numpy(items)]}
 
 
@@ -46,13 +46,13 @@ def weights() -> nn.Parameter:
     return nn.Parameter(torch.tensor([2.0, 1.0]))
 
 
-def squared(w: nn.Parameter) -> Callable[[Batch, Draws], Loss]:
+def squared(w: nn.Parameter) -> Callable[[Batch, KeyedRng], Loss]:
     """E (w - GOAL - noise)^2, weighted by the item; every sample's noise is its own."""
 
-    def loss(batch: Batch, draws: Draws) -> Loss:
-        noise = 0.1 * draws.normal("noise", (2,))
+    def loss(batch: Batch, rng: KeyedRng) -> Loss:
+        noise = 0.1 * rng.normal("noise", (2,))
         per_sample = ((w - GOAL - noise) * (1.5 + batch["x"])).square().sum(1)
-        return Loss(per_sample.mean(), per_sample.detach(), draws.uniform("t"))
+        return Loss(per_sample.mean(), per_sample.detach(), rng.uniform("t"))
 
     return loss
 
@@ -61,13 +61,13 @@ def run(
     folder: Path,
     plan: list[Update],
     *,
-    watch: Any = None,
+    validate: Any = None,
     accelerator: Any = None,
     **loop: Any,
 ) -> Any:
     config = Settings(loop=LoopConfig(**{"batch": 4, "log_every": 1, "save_every": 1000} | loop))
     log = RunLog(folder, config, title="test", quiet=True)
-    return train(plan, fetch, len(DATA), config.loop, log, accelerator or make_accelerator("fp32", CPU), watch)
+    return train(plan, fetch, len(DATA), config.loop, log, accelerator or make_accelerator("fp32", CPU), validate)
 
 
 def single(w: nn.Parameter, **optim: Any) -> list[Update]:
@@ -148,13 +148,13 @@ def test_averages_follow_their_laws(tmp_path: Path) -> None:
     w, target = weights(), torch.zeros(2)
     seen: list[Tensor] = []
 
-    def watch(step: int, judged: Any) -> dict[str, float]:
+    def evaluate_weights(step: int, judged: Any) -> dict[str, float]:
         seen.append(w.detach().clone())
         return {}
 
     start = w.detach().clone()
-    update = Update("w", {"w": w}, squared(w), OptimConfig(lr=0.05, ema=0.3), follower=Follower({"w": target}, 0.75))
-    done = run(tmp_path, [update], steps=4, watch=watch, watch_every=1)
+    update = Update("w", {"w": w}, squared(w), OptimConfig(lr=0.05, ema=0.3), ema_target=EmaTarget({"w": target}, 0.75))
+    done = run(tmp_path, [update], steps=4, validate=evaluate_weights, validate_every=1)
     average, followed = start.clone(), start.clone()
     for n, value in enumerate(seen, start=1):
         mu = min(0.3, (1 + n) / (10 + n))
@@ -204,8 +204,8 @@ def test_loss_by_timestep_bin_sums_right(tmp_path: Path) -> None:
     per_sample = torch.tensor([1.0, 3.0, 5.0, 7.0])
     t = torch.tensor([0.0, 0.05, 0.35, 1.0], dtype=torch.float64)
 
-    def loss(batch: Batch, draws: Draws) -> Loss:
-        return Loss(w.sum() * 0 + per_sample.mean(), per_sample, t, {"extra": torch.tensor(draws.step + 1.0)})
+    def loss(batch: Batch, rng: KeyedRng) -> Loss:
+        return Loss(w.sum() * 0 + per_sample.mean(), per_sample, t, {"extra": torch.tensor(rng.step + 1.0)})
 
     run(tmp_path, [Update("w", {"w": w}, loss, OptimConfig())], steps=4, log_every=2)
     first, second = lines(tmp_path)
@@ -221,9 +221,9 @@ def test_what_is_not_finite_is_refused_and_never_saved(tmp_path: Path, where: st
     w = weights()
     good = squared(w)
 
-    def loss(batch: Batch, draws: Draws) -> Loss:
-        ok = good(batch, draws)
-        if draws.step < 5:
+    def loss(batch: Batch, rng: KeyedRng) -> Loss:
+        ok = good(batch, rng)
+        if rng.step < 5:
             return ok
         if where == "loss":
             return Loss(ok.value * float("nan"))
@@ -239,23 +239,23 @@ def test_what_is_not_finite_is_refused_and_never_saved(tmp_path: Path, where: st
 
 
 def test_two_updates_keep_their_rhythm_and_their_own_gradients(tmp_path: Path) -> None:
-    a, b, alone = weights(), weights(), weights()
+    a, b, exclusive = weights(), weights(), weights()
     steps: dict[str, list[int]] = {"a": [], "b": []}
 
-    def loss_a(batch: Batch, draws: Draws) -> Loss:
-        steps["a"].append(draws.step)
+    def loss_a(batch: Batch, rng: KeyedRng) -> Loss:
+        steps["a"].append(rng.step)
         return Loss(((a - GOAL).square() + 10 * b * a).sum())  # runs through b too
 
-    def loss_b(batch: Batch, draws: Draws) -> Loss:
-        steps["b"].append(draws.step)
-        return squared(b)(batch, draws)
+    def loss_b(batch: Batch, rng: KeyedRng) -> Loss:
+        steps["b"].append(rng.step)
+        return squared(b)(batch, rng)
 
     optim = OptimConfig(lr=0.05, decay="linear")
     plan = [Update("a", {"w": a}, loss_a, optim), Update("b", {"w": b}, loss_b, optim, every=3)]
     run(tmp_path / "both", plan, steps=8)
     assert steps == {"a": list(range(8)), "b": [0, 3, 6]}
-    run(tmp_path / "alone", [Update("b", {"w": alone}, squared(alone), optim, every=3)], steps=8)
-    assert torch.equal(b, alone)
+    run(tmp_path / "alone", [Update("b", {"w": exclusive}, squared(exclusive), optim, every=3)], steps=8)
+    assert torch.equal(b, exclusive)
     # three updates of a linear law: rates lr, 2/3 lr, 1/3 lr; the last one still moves
     state = load_tensors(tmp_path / "both" / "checkpoints" / "step-00000008" / "b.optimizer.safetensors")
     assert state["w|step"].item() == 3
@@ -270,9 +270,9 @@ def test_a_late_update_begins_at_its_share_of_the_run(stop: int, tmp_path: Path)
     def plan() -> tuple[list[Update], nn.Parameter]:
         a, b = weights(), weights()
 
-        def late(batch: Batch, draws: Draws) -> Loss:
-            steps.append(draws.step)
-            return squared(b)(batch, draws)
+        def late(batch: Batch, rng: KeyedRng) -> Loss:
+            steps.append(rng.step)
+            return squared(b)(batch, rng)
 
         optim = OptimConfig(lr=0.05, ema=0.9)
         return [Update("a", {"w": a}, squared(a), optim), Update("b", {"w": b}, late, optim, start=0.35)], b
@@ -298,11 +298,11 @@ def test_updates_that_run_through_each_other_do_not_feel_the_split_into_micro_ba
     def both(accumulate: int) -> tuple[nn.Parameter, nn.Parameter]:
         a, b = weights(), weights()
 
-        def loss_a(batch: Batch, draws: Draws) -> Loss:
-            return Loss((a - b - draws.normal("x", (2,))).square().sum(1).mean())
+        def loss_a(batch: Batch, rng: KeyedRng) -> Loss:
+            return Loss((a - b - rng.normal("x", (2,))).square().sum(1).mean())
 
-        def loss_b(batch: Batch, draws: Draws) -> Loss:
-            return Loss((b + 2 * a - draws.normal("x", (2,))).square().sum(1).mean())
+        def loss_b(batch: Batch, rng: KeyedRng) -> Loss:
+            return Loss((b + 2 * a - rng.normal("x", (2,))).square().sum(1).mean())
 
         optim = OptimConfig(lr=0.05)
         plan = [Update("a", {"w": a}, loss_a, optim), Update("b", {"w": b}, loss_b, optim)]
@@ -317,9 +317,9 @@ def test_the_rate_of_a_rare_update_runs_over_its_own_count(tmp_path: Path) -> No
     w = weights()
     before: list[Tensor] = []
 
-    def loss(batch: Batch, draws: Draws) -> Loss:
+    def loss(batch: Batch, rng: KeyedRng) -> Loss:
         before.append(w.detach().clone())
-        return squared(w)(batch, draws)
+        return squared(w)(batch, rng)
 
     run(tmp_path, [Update("w", {"w": w}, loss, OptimConfig(lr=0.05, decay="linear"), every=3)], steps=8)
     assert not torch.equal(w.detach(), before[-1])
@@ -345,12 +345,12 @@ class StopError(Exception):
 def stopped_at(step: int, plan: list[Update]) -> list[Update]:
     first = plan[0]
 
-    def loss(batch: Batch, draws: Draws) -> Loss:
-        if draws.step == step:
+    def loss(batch: Batch, rng: KeyedRng) -> Loss:
+        if rng.step == step:
             raise StopError
-        return first.loss(batch, draws)
+        return first.loss(batch, rng)
 
-    cut = Update(first.name, first.parameters, loss, first.optim, first.every, first.follower)
+    cut = Update(first.name, first.parameters, loss, first.optim, first.every, first.ema_target)
     return [cut, *plan[1:]]
 
 
@@ -384,7 +384,7 @@ def test_resuming_equals_going_on(log_every: int, tmp_path: Path) -> None:
     def plan() -> tuple[list[Update], Tensor]:
         a, b, target = weights(), weights(), torch.zeros(2)
         optim = OptimConfig(lr=0.05, decay="cosine", ema=0.9, weight_decay=0.01)
-        first = Update("a", {"w": a}, squared(a), optim, follower=Follower({"w": target}, 0.9))
+        first = Update("a", {"w": a}, squared(a), optim, ema_target=EmaTarget({"w": target}, 0.9))
         return [first, Update("b", {"w": b}, squared(b), optim, every=2)], target
 
     whole, target = plan()
@@ -445,7 +445,7 @@ def test_what_killed_runs_left_is_swept_away(tmp_path: Path) -> None:
 
 
 def test_a_failing_fetch_is_heard(tmp_path: Path) -> None:
-    def broken(items: np.ndarray, draws: Draws) -> Batch:
+    def broken(items: np.ndarray, rng: KeyedRng) -> Batch:
         raise UserError("gone")
 
     config = Settings(loop=LoopConfig(steps=1, batch=4))

@@ -117,12 +117,12 @@ def test_a_picture_is_the_same_in_plain_diffusers(make: Make, tiny_pipeline: Pat
     """TCDScheduler, eta = gamma, one CPU generator: the latents of `fewstep sample`."""
     from diffusers import StableDiffusionPipeline, TCDScheduler
 
-    from fewstep.inference.generator import load_artist
+    from fewstep.inference.generator import load_image_generator
 
     file = make()
-    artist = load_artist(tiny_pipeline, file)
-    assert artist.sampling == SAMPLING
-    ours = artist.latents(artist.backbone.encode(["a red disc"]), [11], artist.sampling)
+    image_generator = load_image_generator(tiny_pipeline, file)
+    assert image_generator.sampling == SAMPLING
+    ours = image_generator.latents(image_generator.backbone.encode(["a red disc"]), [11], image_generator.sampling)
 
     pipeline: Any = StableDiffusionPipeline.from_pretrained(tiny_pipeline, safety_checker=None)
     pipeline.scheduler = TCDScheduler.from_config(pipeline.scheduler.config)
@@ -238,17 +238,17 @@ def test_a_full_student_is_a_pipeline_with_its_settings(
 
     from fewstep.distillation import distill as distillation
     from fewstep.distillation.config import resolve
-    from fewstep.inference.generator import load_artist
+    from fewstep.inference.generator import load_image_generator
 
     config = resolve("tcd", None, [*tiny_overrides, "student.kind=full", "loop.steps=2", "sampling.steps=3"])
     folder = distillation.distill(config, tmp_path, cache=tiny_cache, quiet=True)
-    artist = load_artist(folder)
-    assert artist.sampling == config.sampling
+    image_generator = load_image_generator(folder)
+    assert image_generator.sampling == config.sampling
     trained = load_file(tmp_path / "checkpoints" / "step-00000002" / "student.safetensors")
     pipeline: Any = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     for name, parameter in pipeline.unet.named_parameters():
         torch.testing.assert_close(parameter.detach(), trained[name], atol=0, rtol=0)
-    assert artist.draw(["a red disc"], [0]).shape == (1, 64, 64, 3)
+    assert image_generator.draw(["a red disc"], [0]).shape == (1, 64, 64, 3)
 
 
 def test_a_full_students_folder_is_not_its_teachers(tiny_pipeline: Path, tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from fewstep.common import mapped_tensors as mapped
-from fewstep.common import rng as draws
+from fewstep.common import rng as rng
 from fewstep.common.mapped_tensors import MappedRows, map_tensors, tensors_in, write_rows
-from fewstep.common.rng import Draws, generator, order
+from fewstep.common.rng import KeyedRng, generator, order
 from fewstep.common.tensors import save_tensors
 from fewstep.distillation import batches as samples
 from fewstep.distillation import prepare as preparation
@@ -78,14 +78,14 @@ def test_rows_that_come_in_parts_are_the_file_that_they_are_whole(tmp_path: Path
 
 def test_an_epoch_is_shuffled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is asked of it, and of the next one; the same order as ever."""
-    draws._shuffled.cache_clear()
+    rng._shuffled.cache_clear()
     made: list[int] = []
 
     def counting(seed: int, purpose: str, sample: int = 0, step: int = 0) -> np.random.Generator:
         made.append(step)
         return generator(seed, purpose, sample, step)
 
-    monkeypatch.setattr(draws, "generator", counting)
+    monkeypatch.setattr(rng, "generator", counting)
     found = np.concatenate([order(7, 10, start, start + 4) for start in range(0, 20, 4)])
     assert made == [0, 1]
     wanted = np.concatenate([generator(7, "order", step=epoch).permutation(10) for epoch in (0, 1)])
@@ -129,7 +129,7 @@ def test_a_step_reads_no_more_of_stored_walks_than_its_points(
 
     monkeypatch.setattr(samples, "sent", sent)
     monkeypatch.setattr(MappedRows, "__getitem__", rows)
-    stored = samples.fetch_of(run)(numbers, Draws(0, 0, (0, 1, 2)))["sample"].stored
+    stored = samples.fetch_of(run)(numbers, KeyedRng(0, 0, (0, 1, 2)))["sample"].stored
     for index in (stored.times.index_nk, stored.times.index_n):
         assert torch.equal(stored.point(index), walks[torch.arange(3), index + 1].float())
     assert went == [((3, 4, 8, 8), torch.float16)] * 2

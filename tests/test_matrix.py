@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from fewstep.common.files import read_json, write_json
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.common.tensors import digest, load_tensors
 from fewstep.distillation import distill as distillation
 from fewstep.distillation.config import resolve
-from fewstep.inference.generator import Artist, load_artist
+from fewstep.inference.generator import ImageGenerator, load_image_generator
 from fewstep.methods import update_plan as plan
 from fewstep.methods.recipes import rows
 from fewstep_worlds.plane.play import Play, lay_out, measure, play_plan, train_play, training_points
@@ -92,13 +92,13 @@ def test_a_recipe_from_end_to_end(
     assert list((tmp_path / "cut").rglob("step-*")), "something was kept"
     student = run("cut")
     assert weights(student) == whole
-    assert len(whole) == {"lora": 1, "full": 3}[kind] + bool(config.method.told)
+    assert len(whole) == {"lora": 1, "full": 3}[kind] + bool(config.method.extra_conditioning)
 
-    artist = load_artist(student) if kind == "full" else load_artist(teacher, student)
-    assert artist.sampling == config.sampling
-    drawn = artist.draw(["a red disc"], [3]).astype(float)
-    untaught = artist.sampling.model_copy(update={"told": ()})
-    assert np.abs(drawn - load_artist(teacher).draw(["a red disc"], [3], untaught)).max() > 0
+    image_generator = load_image_generator(student) if kind == "full" else load_image_generator(teacher, student)
+    assert image_generator.sampling == config.sampling
+    drawn = image_generator.draw(["a red disc"], [3]).astype(float)
+    untaught = image_generator.sampling.model_copy(update={"extra_conditioning": ()})
+    assert np.abs(drawn - load_image_generator(teacher).draw(["a red disc"], [3], untaught)).max() > 0
 
 
 @pytest.mark.parametrize("path", ["flow", "ve"])
@@ -187,7 +187,7 @@ def test_the_loss_of_one_batch_falls(recipe: str, kind: str, path: str, predicti
     optimiser = torch.optim.Adam(update.parameters.values(), lr=1e-3)
     losses = []
     for _ in range(60):
-        loss = update.loss(batch, Draws(0, 0, tuple(range(64))))
+        loss = update.loss(batch, KeyedRng(0, 0, tuple(range(64))))
         losses.append(float(loss.per_sample.mean()))
         optimiser.zero_grad()
         loss.value.backward()
@@ -214,8 +214,8 @@ OPTIONS: dict[str, list[str]] = {
     "own points": ["method.grid=[99,299,499,999]", "sampling.grid=[99,299,499,999]"],
     "no guidance": ["method.guidance.convention=none", "data.empty_prompts=0.3"],
     "imagen": ["method.guidance.convention=imagen"],
-    "told w": ["method.told=[w]", "sampling.told=[w]", "sampling.w=5"],
-    "told both": ["method.told=[s,w]", "sampling.told=[s,w]", "sampling.w=5"],
+    "told w": ["method.extra_conditioning=[w]", "sampling.extra_conditioning=[w]", "sampling.w=5"],
+    "told both": ["method.extra_conditioning=[s,w]", "sampling.extra_conditioning=[s,w]", "sampling.w=5"],
     "moving average": ["method.target=ema"],
     "critic": ["method.adversarial.weight=0.1", "method.adversarial.real=target", "method.adversarial.r1=0.1"],
     "non-saturating critic": [
@@ -238,7 +238,7 @@ def test_an_option_goes_from_end_to_end(
     moved = load_tensors(student)
     assert all(bool(value.any()) for name, value in moved.items() if "lora_B" in name)
     assert all(bool(value.isfinite().all()) for value in moved.values())
-    drawn = load_artist(tiny_pipeline, student).draw(["a red disc"], [3])
+    drawn = load_image_generator(tiny_pipeline, student).draw(["a red disc"], [3])
     assert drawn.std() > 0
 
 
@@ -261,14 +261,14 @@ ALIKE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def tcf_student(
     tiny_pipeline: Path, tiny_overrides: list[str], tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Artist:
+) -> ImageGenerator:
     config = resolve("tcd", None, [*tiny_overrides, *SMALL, "optim.lr=0.05"])
     student = distillation.distill(config, tmp_path_factory.mktemp("tcf"), cache=tiny_cache, quiet=True)
-    return load_artist(tiny_pipeline, student)
+    return load_image_generator(tiny_pipeline, student)
 
 
 @pytest.mark.parametrize("claim", ALIKE)
-def test_one_tcf_student_under_samplers_that_are_one(claim: str, tcf_student: Artist) -> None:
+def test_one_tcf_student_under_samplers_that_are_one(claim: str, tcf_student: ImageGenerator) -> None:
     """TCD, section 4.3, through a saved student: what is one on paper draws one picture, and gamma another."""
     own = tcf_student.sampling.model_copy(update={"steps": 8})
     one, other = (
@@ -281,7 +281,7 @@ def test_one_tcf_student_under_samplers_that_are_one(claim: str, tcf_student: Ar
 @pytest.mark.parametrize(
     "changes", [{"sampler": "heun"}, {"sampler": "sde_dpmpp_2m"}, {"gamma_law": "noise", "gamma": 0.5}], ids=str
 )
-def test_samplers_of_their_own(changes: dict[str, Any], tcf_student: Artist) -> None:
+def test_samplers_of_their_own(changes: dict[str, Any], tcf_student: ImageGenerator) -> None:
     """They draw from the student, and what nothing else draws; where they have noise, it is the seed's."""
     own = tcf_student.sampling.model_copy(update={"steps": 8})
     changed = own.model_copy(update=changes)

@@ -17,7 +17,7 @@ from fewstep.evaluation import run as measuring
 from fewstep.evaluation.detail import edge_density
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.teacher_distance import pixel_rmse
-from fewstep.inference.generator import Artist, load_artist
+from fewstep.inference.generator import ImageGenerator, load_image_generator
 from fewstep_worlds.emoji8 import metrics as measures
 from pooled import Pooled
 
@@ -42,7 +42,7 @@ def test_a_pipeline_beside_a_folder_and_itself(
         settings=FEW | {"steps": TEACHER_SAMPLING.steps},
     )  # fmt: skip
     sampling = TEACHER_SAMPLING.model_copy(update={"omega": 1.0})
-    pictures = load_artist(tiny_pipeline).draw(PROMPTS, range(3, 15), sampling)
+    pictures = load_image_generator(tiny_pipeline).draw(PROMPTS, range(3, 15), sampling)
     assert figures["detail: edges"].value == pytest.approx(edge_density(pictures).mean())
     assert figures["detail: edges"].n == len(PROMPTS)
     assert figures["to teacher: pixels"].value == 0, "the same pipeline, settings and noise"
@@ -61,7 +61,7 @@ def test_too_little_or_another_size_is_refused_before_anything_is_drawn(
     def forbidden(*_: Any, **__: Any) -> np.ndarray:
         raise AssertionError("drawn")
 
-    monkeypatch.setattr(Artist, "draw", forbidden)
+    monkeypatch.setattr(ImageGenerator, "draw", forbidden)
 
     def refused(words: str, **changes: Any) -> None:
         given = {"prompt_file": prompt_file, "real": picture_folder, "teacher": str(tiny_pipeline)} | changes
@@ -109,11 +109,11 @@ def test_a_student_beside_a_folder_and_its_own_teacher(
         prompt_file=prompt_file, out=tmp_path / "out", lora=student, teacher=tiny_pipeline, real=picture_folder,
         device="cpu", settings={"steps": 2, "gamma": 0.0},
     )  # fmt: skip
-    artist = load_artist(tiny_pipeline, student)
+    image_generator = load_image_generator(tiny_pipeline, student)
     seeds = range(len(PROMPTS))
-    drawn = artist.draw(PROMPTS, seeds, artist.sampling.model_copy(update={"steps": 2, "gamma": 0.0}))
+    drawn = image_generator.draw(PROMPTS, seeds, image_generator.sampling.model_copy(update={"steps": 2, "gamma": 0.0}))
     assert figures["detail: edges"].value == pytest.approx(edge_density(drawn).mean())
-    end = load_artist(tiny_pipeline).draw(PROMPTS, seeds, TEACHER_SAMPLING.model_copy(update={"omega": 1.5}))
+    end = load_image_generator(tiny_pipeline).draw(PROMPTS, seeds, TEACHER_SAMPLING.model_copy(update={"omega": 1.5}))
     assert figures["to teacher: pixels"].value == pytest.approx(pixel_rmse(drawn, end).mean())
     own, floor = figures["KID-Lite0 (to teacher)"], figures["KID-Lite0 (to teacher)"].floor
     assert floor is not None, "the teacher itself, from other noise"

@@ -78,7 +78,13 @@ def test_a_distillation_names_the_weights_that_are_not_finite(
 ) -> None:
     """Where it meets them: an encoding, a latent, a loss. Weights that are sound blame the settings."""
     folder = tiny_pipelines.sd(tmp_path / "pipe" / "tiny")
-    settings = [f"data.source={picture_folder}", "device=cpu", "loop.steps=2", "loop.batch=2", "loop.watch_every=null"]
+    settings = [
+        f"data.source={picture_folder}",
+        "device=cpu",
+        "loop.steps=2",
+        "loop.batch=2",
+        "loop.validate_every=null",
+    ]
     with pytest.raises(UserError, match=r"optim\.lr"):
         fewstep.distill("tcd", out=tmp_path / "first", teacher=folder, overrides=[*settings, "optim.lr=1e30"])
     (file,) = weight_files(folder / component)
@@ -91,14 +97,14 @@ def test_a_distillation_names_the_weights_that_are_not_finite(
 
 def test_the_seed_that_is_named_is_the_one_that_failed(tmp_path: Path) -> None:
     """Of several pictures drawn at once."""
-    from fewstep.inference.generator import load_artist
+    from fewstep.inference.generator import load_image_generator
 
-    artist = load_artist(tiny_pipelines.sd(tmp_path / "pipe" / "tiny"))
+    image_generator = load_image_generator(tiny_pipelines.sd(tmp_path / "pipe" / "tiny"))
     latents = torch.zeros(3, 4, 8, 8)
     latents[1, 0, 0, 0] = float("nan")
     with pytest.raises(UserError, match="seed = 8:"):
-        artist.to_pictures(latents, [7, 8, 9])
-    assert artist.to_pictures(latents[[0, 2]], [7, 9]).dtype == np.uint8
+        image_generator.to_pictures(latents, [7, 8, 9])
+    assert image_generator.to_pictures(latents[[0, 2]], [7, 9]).dtype == np.uint8
 
 
 @pytest.mark.parametrize("matrix", ["A", "B"])

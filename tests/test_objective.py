@@ -17,7 +17,7 @@ from exact import Mixture, gaussian, three_modes, times_of
 from fewstep.common.choices import Prediction, omega_of
 from fewstep.common.config import validate
 from fewstep.common.errors import UserError
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.config import Guidance
 from fewstep.diffusion.denoiser import BASE, Denoiser
 from fewstep.diffusion.schedule import Estimate, interpret, scaled_linear, target_of
@@ -38,8 +38,8 @@ STEPS = 400
 """Of the small student's training."""
 
 
-def draws(count: int, step: int = 0, seed: int = 7) -> Draws:
-    return Draws(seed, step, tuple(range(count)))
+def rng(count: int, step: int = 0, seed: int = 7) -> KeyedRng:
+    return KeyedRng(seed, step, tuple(range(count)))
 
 
 # ---- times
@@ -47,7 +47,7 @@ def draws(count: int, step: int = 0, seed: int = 7) -> Draws:
 
 @pytest.mark.parametrize(("end", "value"), [("index0", 0.0), ("clean", -1.0)])
 def test_times_stand_on_the_grid(end: Any, value: float) -> None:
-    times = draw_times(ConsistencyConfig(end=end), PATH, draws(6_000))
+    times = draw_times(ConsistencyConfig(end=end), PATH, rng(6_000))
     grid = torch.arange(1, 51, dtype=torch.float64) * 20 - 1
     assert set(times.t_nk.tolist()) == set(grid.tolist())
     assert set(times.t_n.tolist()) == {value, *grid[:-1].tolist()}
@@ -63,7 +63,7 @@ def test_times_stand_on_the_grid(end: Any, value: float) -> None:
 def test_times_are_uniform() -> None:
     """n over the grid, and s over end .. t_n with both ends, by chi-square at 1 in 1000."""
     stats = pytest.importorskip("scipy.stats")
-    times = draw_times(TCD, PATH, draws(25_000))
+    times = draw_times(TCD, PATH, rng(25_000))
     counts = np.bincount(((times.t_nk + 1) / 20).long().numpy())[1:]
     assert stats.chisquare(counts).pvalue > 1e-3
     for t_nk, choices in ((999.0, 50), (199.0, 10), (39.0, 2)):
@@ -75,22 +75,22 @@ def test_times_are_uniform() -> None:
 
 
 def test_a_wider_skip_and_the_end_law() -> None:
-    times = draw_times(ConsistencyConfig(k=3), PATH, draws(5_000))
+    times = draw_times(ConsistencyConfig(k=3), PATH, rng(5_000))
     assert (times.t_nk - times.t_n)[times.t_nk > 59].unique().tolist() == [60.0]
     assert times.t_nk.unique().tolist() == [20.0 * i - 1 for i in range(1, 51)], "every time that sampling asks for"
     assert times.t_n[times.t_nk <= 59].unique().tolist() == [0.0], "the grid ends there"
     assert times.s[times.t_nk <= 59].unique().tolist() == [0.0]
     assert times.s[times.t_nk == 119].unique().tolist() == [0.0, 19.0, 39.0, 59.0]
-    zero = draw_times(LCM, PATH, draws(1_000))
+    zero = draw_times(LCM, PATH, rng(1_000))
     assert zero.s.unique().tolist() == [0.0]
 
 
 def test_draws_do_not_depend_on_the_split() -> None:
-    whole = draw_times(TCD, PATH, Draws(3, 5, tuple(range(8))))
-    part = draw_times(TCD, PATH, Draws(3, 5, (2, 3)))
+    whole = draw_times(TCD, PATH, KeyedRng(3, 5, tuple(range(8))))
+    part = draw_times(TCD, PATH, KeyedRng(3, 5, (2, 3)))
     for name in ("t_nk", "t_n", "s"):
         assert torch.equal(getattr(whole, name)[2:4], getattr(part, name))
-    assert not torch.equal(whole.t_nk, draw_times(TCD, PATH, Draws(3, 6, tuple(range(8)))).t_nk)
+    assert not torch.equal(whole.t_nk, draw_times(TCD, PATH, KeyedRng(3, 6, tuple(range(8)))).t_nk)
 
 
 # ---- choices
@@ -156,7 +156,7 @@ def loss_of(config: ConsistencyConfig, network: Any, count: int = 16) -> Any:
     denoiser = Denoiser(network, PATH, "eps")
     x_0 = torch.from_numpy(np.random.default_rng(0).standard_normal((count, 3))).float()
     sample = Sample(x_0, {"text": torch.ones(count)}, {"text": torch.zeros(count)})
-    return consistency_loss(set_scene(config, denoiser, sample, draws(count)), draws(count))
+    return consistency_loss(set_scene(config, denoiser, sample, rng(count)), rng(count))
 
 
 @pytest.mark.parametrize(("target", "role"), [("self", "student"), ("ema", "target")])
@@ -232,7 +232,7 @@ def test_the_exact_jump_has_no_loss(config: ConsistencyConfig, prediction: Predi
     """On a Gaussian, with the exact flow for teacher, student and target, every pair of jumps agrees."""
     mixture = gaussian(PATH)
     count = 256
-    keyed = draws(count)
+    keyed = rng(count)
     times = draw_times(config, PATH, keyed)
     denoiser = Denoiser(told_as(prediction, exact_network(mixture, times)), PATH, prediction)
     x_0 = mixture.sample(count, -1.0, torch.Generator().manual_seed(1))
@@ -251,7 +251,7 @@ def test_the_skip_jump_has_no_loss_for_the_exact_end_point() -> None:
     """LCM's student that knows the clean end of each path agrees with itself along the path."""
     mixture = gaussian(PATH)
     count = 256
-    keyed = draws(count)
+    keyed = rng(count)
     times = draw_times(LCM, PATH, keyed)
 
     def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
@@ -312,7 +312,7 @@ def test_a_student_of_the_exact_teacher_learns_its_flow(config: ConsistencyConfi
     for step in range(STEPS):
         optimiser.param_groups[0]["lr"] = 3e-3 * (1 - step / STEPS)
         x_0 = mixture.sample(256, -1.0, torch.Generator().manual_seed(step))
-        keyed = draws(256, step)
+        keyed = rng(256, step)
         loss = consistency_loss(set_scene(unguided, denoiser, Sample(x_0, text, text), keyed), keyed).value
         optimiser.zero_grad()
         loss.backward()
@@ -345,7 +345,7 @@ def test_gradients_reach_the_student_alone(target: str, small: list[str], tiny_c
         resolve("tcd", None, [*small, f"method.target={target}"]), tiny_cache, torch.device("cpu")
     )
     (update,) = distillation.update_plan(run)
-    loss = update.loss(fetch_of(run)(np.arange(4), draws(4)), draws(4))
+    loss = update.loss(fetch_of(run)(np.arange(4), rng(4)), rng(4))
     loss.value.backward()
     learnt = {name for name, p in run.backbone.network.named_parameters() if p.grad is not None}
     assert learnt
@@ -375,7 +375,7 @@ def test_the_loss_falls_in_thirty_steps(recipe: str, small: list[str], tiny_cach
 
     def judge() -> float:
         with torch.no_grad():
-            keyed = [Draws(99, step, tuple(range(16))) for step in range(3)]
+            keyed = [KeyedRng(99, step, tuple(range(16))) for step in range(3)]
             values = [update.loss(fetch(np.arange(16), drawn), drawn).value for drawn in keyed]
         return float(torch.stack(values).mean())
 
@@ -412,7 +412,7 @@ def test_what_a_teachers_call_costs_is_what_is_stated(guidance: dict[str, Any], 
         return x * condition["text"]
 
     for step in range(3):
-        keyed = Draws(0, step, (0, 1, 2, 3))
+        keyed = KeyedRng(0, step, (0, 1, 2, 3))
         dropped = keyed.chance("empty prompt", empty)
         text = torch.where(dropped[:, None], 0.0, said)
         sample = Sample(torch.ones(4, 1), {"text": text}, {"text": torch.zeros(4, 1)})

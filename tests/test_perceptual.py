@@ -20,7 +20,7 @@ from fewstep.common.config import validate
 from fewstep.common.device import pick_device
 from fewstep.common.errors import UserError
 from fewstep.common.files import read_json, write_json
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.schedule import VariancePreserving
 from fewstep.evaluation import lite0_weights
 from fewstep.methods.distances import feature_distance
@@ -176,9 +176,9 @@ def test_members_and_kinds() -> None:
 
 
 def test_changes_are_of_the_drawn_sizes() -> None:
-    draws = Draws(3, 0, tuple(range(40)))
+    rng = KeyedRng(3, 0, tuple(range(40)))
     x, other, far = (normal(40, 4, 8, 8, seed=s).float() * 2 for s in (1, 2, 3))
-    white, smooth, patch, shift, mixture = changes(x, other, far, draws)
+    white, smooth, patch, shift, mixture = changes(x, other, far, rng)
     size = ((white - x).flatten(1).std(1) / x.flatten(1).std(1)).sort().values
     assert 0.015 < size[0] < 0.05 < 0.3 < size[-1] < 0.75
     assert (size < 0.11).float().mean() == pytest.approx(0.5, abs=0.2), "even in the logarithm: half below .11"
@@ -190,19 +190,19 @@ def test_changes_are_of_the_drawn_sizes() -> None:
     assert (roughness(smooth - x) < 0.7).all()
     assert (roughness(white - x) > 1.4).all()
     changed = (patch != x).any(1)
-    mask = patches((4, 8, 8), draws)[:, 0]
+    mask = patches((4, 8, 8), rng)[:, 0]
     assert torch.equal(changed, mask)
     assert torch.equal(patch, torch.where(mask[:, None], other, x))
     assert 1 <= mask.flatten(1).sum(1).min() < mask.flatten(1).sum(1).max() <= 25
     share = ((mixture - x) * (far - x)).flatten(1).sum(1) / (far - x).square().flatten(1).sum(1)
     torch.testing.assert_close(mixture, x + share[:, None, None, None] * (far - x), rtol=1e-4, atol=1e-4)
     assert 0.02 <= share.min() < 0.2 < 0.8 < share.max() <= 0.98
-    assert torch.equal(shift, shifted(x, draws))
+    assert torch.equal(shift, shifted(x, rng))
 
 
 def test_a_shift_moves_a_ramp_by_at_most_its_width() -> None:
     ramp = torch.arange(8.0).expand(60, 1, 8, 8)
-    moved = (shifted(ramp, Draws(0, 0, tuple(range(60)))) - ramp)[:, 0, 4, 4]  # by the way along x, away from edges
+    moved = (shifted(ramp, KeyedRng(0, 0, tuple(range(60)))) - ramp)[:, 0, 4, 4]  # by the way along x, away from edges
     assert 1.0 < moved.abs().max() <= 1.5
     assert moved.min() < 0 < moved.max()
     assert len(moved.unique()) == 60
@@ -280,7 +280,7 @@ def toy_config(**loop: Any) -> PerceptualConfig:
     config = {
         "network": SMALL.model_dump(),
         "mirror": 0.5,
-        "loop": {"steps": 60, "batch": 8, "save_every": 20, "log_every": 20, "watch_every": 20, **loop},
+        "loop": {"steps": 60, "batch": 8, "save_every": 20, "log_every": 20, "validate_every": 20, **loop},
         "optim": {"lr": 1e-2, "warmup": 5, "decay": "cosine", "ema": 0.9},
     }
     return validate(PerceptualConfig, config)
@@ -307,7 +307,7 @@ def test_training_orders_held_out_pairs_better_than_latent_l2(tmp_path: Path) ->
 
 
 def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = toy_config(steps=12, save_every=4, watch_every=None)
+    config = toy_config(steps=12, save_every=4, validate_every=None)
     whole = learn(config, tmp_path / "whole").state_dict()
 
     class KilledError(Exception):
@@ -359,7 +359,7 @@ def test_rank_correlation_is_spearmans() -> None:
 TINY = {
     "network": SMALL.model_dump(),
     "pairs": {"groups": 16, "steps": 2},
-    "loop": {"steps": 4, "batch": 4, "save_every": 2, "log_every": 1, "watch_every": 4, "precision": "fp32"},
+    "loop": {"steps": 4, "batch": 4, "save_every": 2, "log_every": 1, "validate_every": 4, "precision": "fp32"},
     "optim": {"lr": 1e-2, "decay": "constant"},
 }
 

@@ -108,7 +108,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Measured]:
 
 
 def test_recipes_learn_what_they_are_for(taught: dict[str, Measured]) -> None:
-    """Told where it lands, a network is far better at one step; segments are of no use there, and are at their own."""
+    """A network conditioned on s is far better at one step. Segments have no effect there."""
     at = {name: {steps: figures.best(steps)[1] for steps in (1, 4)} for name, figures in taught.items()}
     assert all(at[name][1] < at["untaught"][1] for name in ("lcm", "tcd", "tcd-s"))
     assert all(at[name][4] < at["untaught"][4] for name in ("lcm", "tcd", "tcd-s", "mcm"))
@@ -159,7 +159,10 @@ def test_a_learned_base_is_near_the_exact_teacher(tmp_path: Path) -> None:
 
 def test_illegal_settings_are_refused_before_the_training(tmp_path: Path) -> None:
     for words, told in (
-        (["method.told=[s]"], r"sampling.told = \[\] is not what the network is trained with"),
+        (
+            ["method.extra_conditioning=[s]"],
+            r"sampling.extra_conditioning = \[\] is not what the network is trained with",
+        ),
         (["method.distance=features"], r"method.distance = 'features' asks for a network's features"),
         (["method.grid=25"], r"sampling.grid = 50 asks for times that method.grid = 25 does not train"),
         (["sampling.end=clean"], r"sampling.end = 'clean' is not the end point that is trained"),

@@ -203,9 +203,9 @@ def test_a_scorer_keeps_the_interface(folders: dict[str, Path], name: str) -> No
     assert not scorer.network.training
     said = scorer.prepare([*PROMPTS, PROMPTS[0]])
     assert all(len(rows) == 3 and not rows.requires_grad and rows.device.type == "cpu" for rows in said.values())
-    alone = scorer.prepare(PROMPTS[1:])
+    exclusive = scorer.prepare(PROMPTS[1:])
     for key, rows in said.items():
-        torch.testing.assert_close(alone[key][0], rows[1], msg="a row depends on the prompts beside it")
+        torch.testing.assert_close(exclusive[key][0], rows[1], msg="a row depends on the prompts beside it")
         assert torch.equal(rows[0], rows[2])
     pictures = some_pictures().float()
     pair = {key: rows[:2] for key, rows in said.items()}

@@ -19,9 +19,9 @@ WORDS = [
     "student.targets=[to_q,conv1]",
     "optim.ema=0.8",
     "loop.log_every=3",
-    "loop.watch_every=3",
-    "watch.count=16",
-    "watch.teacher_steps=2",
+    "loop.validate_every=3",
+    "validation.count=16",
+    "validation.teacher_steps=2",
     "sampling.steps=2",
 ]
 LAST = "step-00000006"
@@ -50,7 +50,7 @@ def launches(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory
             str(folder),
             *tiny_overrides,
             *WORDS,
-            f"watch.prompts={prompts}",
+            f"validation.prompts={prompts}",
         ],
         capture_output=True,
         text=True,
@@ -92,7 +92,7 @@ def test_two_processes_train_what_one_does(launches: tuple[Path, dict[str, list[
     for a, b in zip(*logs, strict=True):
         assert a.keys() == b.keys()  # the bins of all four samples, not of two
         for key, value in a.items():
-            loose = key.startswith("watch/")  # pictures of 8 bits
+            loose = key.startswith("validation/")  # pictures of 8 bits
             assert b[key] == pytest.approx(value, rel=1e-2 if loose else 1e-5, abs=1e-3 if loose else 0), key
     assert sum("loss_t" in key for line in logs[0] for key in line) > 3
 
@@ -139,10 +139,10 @@ def test_two_processes_polish_as_one_does(launches: tuple[Path, dict[str, list[i
 
 def test_the_main_process_alone_encodes_judges_and_writes(launches: tuple[Path, dict[str, list[int]]]) -> None:
     folder, _ = launches
-    drawing = {"artist_of", "latents"}  # shared out
+    drawing = {"image_generator_of", "latents"}  # shared out
     assert did(folder, "two-0") == {"to_latents", "encode", "_judge", "export_student", "whole"} | drawing
     assert did(folder, "two-1") == {"encode", "whole"} | drawing  # the teacher's empty prompt
-    assert not {"to_latents", "artist_of"} & did(folder, "cut-0")  # kept on disk
+    assert not {"to_latents", "image_generator_of"} & did(folder, "cut-0")  # kept on disk
 
 
 def test_two_processes_are_one_after_twenty_steps(launches: tuple[Path, dict[str, list[int]]]) -> None:
@@ -172,7 +172,7 @@ def test_split_weights_train_what_whole_ones_do(launches: tuple[Path, dict[str, 
     for a, b in zip(*logs, strict=True):
         assert a.keys() == b.keys()
         for key, value in a.items():
-            loose = key.startswith("watch/")
+            loose = key.startswith("validation/")
             assert b[key] == pytest.approx(value, rel=1e-2 if loose else 1e-4, abs=1e-3 if loose else 0), key
 
 
@@ -225,7 +225,7 @@ def test_split_weights_are_watched_in_the_type_they_are_gathered_in(
     folder, codes = launches
     assert codes["bf16"] == [0, 0], (folder / "bf16-1.log").read_text()[-2000:]
     assert "split" in did(folder, "bf16-0") & did(folder, "bf16-1")
-    assert sum("watch/kid" in line for line in figures(folder / "bf16")) == 2
+    assert sum("validation/kid" in line for line in figures(folder / "bf16")) == 2
 
 
 def test_a_split_run_goes_on_in_one_process(launches: tuple[Path, dict[str, list[int]]]) -> None:

@@ -260,9 +260,9 @@ def test_mean_and_spread_over_seeds() -> None:
     assert found is not None
     assert (found.mean, found.spread, found.seeds) == (pytest.approx(12.78), pytest.approx(0.1), 3)
     assert (found.low, found.high) == (pytest.approx(12.68), pytest.approx(12.88))
-    alone = summary(headline(planted(), "TCD"), 4, "FD-Lite0")  # type: ignore[arg-type]
-    assert alone is not None
-    assert (alone.spread, alone.low, alone.high) == (None, 12.67, 12.69)
+    exclusive = summary(headline(planted(), "TCD"), 4, "FD-Lite0")  # type: ignore[arg-type]
+    assert exclusive is not None
+    assert (exclusive.spread, exclusive.low, exclusive.high) == (None, 12.67, 12.69)
 
 
 def test_settings_of_one_method_are_lines_of_their_own() -> None:

@@ -166,10 +166,10 @@ def test_resuming_equals_going_on(
     class StopError(Exception):
         pass
 
-    def stopping(scene: Any, draws: Any, *more: Any) -> Any:
-        if draws.step == 3:
+    def stopping(scene: Any, rng: Any, *more: Any) -> Any:
+        if rng.step == 3:
             raise StopError
-        return plain(scene, draws, *more)
+        return plain(scene, rng, *more)
 
     plain = family.consistency_loss
     with monkeypatch.context() as patched:
@@ -207,9 +207,9 @@ def test_killed_at_ten_random_moments_and_inside_a_save(
         "loop.batch=2",
         "loop.keep=1",
         "optim.ema=0.9",
-        "loop.watch_every=3",
-        "watch.count=16",
-        "watch.teacher_steps=2",
+        "loop.validate_every=3",
+        "validation.count=16",
+        "validation.teacher_steps=2",
         "sampling.steps=2",
     ]
     environment = os.environ | {"PYTHONHASHSEED": "random"}

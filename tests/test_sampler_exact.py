@@ -19,7 +19,7 @@ from fewstep.diffusion.draw_latents import draw_latents
 from fewstep.diffusion.grid import end_time, inference_times
 from fewstep.diffusion.jump import Step, first_order, lcm_skip, second_order
 from fewstep.diffusion.samplers import (
-    Jumper,
+    JumpFn,
     check_gamma,
     ctm_target,
     diffuse,
@@ -46,12 +46,12 @@ PATHS: dict[str, Path] = {"vp": VP, "flow": FlowMatching(), "ve": VarianceExplod
 GAMMAS = (0.0, 0.3, 1.0)
 
 
-def exact_jumper(teacher: Mixture, rk_steps: int = 64) -> Jumper:
+def exact_jumper(teacher: Mixture, rk_steps: int = 64) -> JumpFn:
     """The exact jump."""
     return lambda x_t, t, s: teacher.flow(x_t, t, s, steps=rk_steps)
 
 
-def jumper(teacher: Mixture, step: Step) -> Jumper:
+def jumper(teacher: Mixture, step: Step) -> JumpFn:
     """A jump function of the teacher's own."""
     return lambda x_t, t, s: step(teacher.denoise, teacher.path, x_t, t, s)
 
@@ -308,8 +308,8 @@ def test_gamma_outside_its_range_is_refused(gamma: float, nearest: str) -> None:
 def test_a_pictures_noise_does_not_depend_on_its_batch() -> None:
     start, noise = picture_noise([5, 6, 7], (2, 3))
     steps = [noise(), noise()]
-    alone, alone_noise = picture_noise([6], (2, 3))
-    assert torch.equal(alone[0], start[1])
+    exclusive, alone_noise = picture_noise([6], (2, 3))
+    assert torch.equal(exclusive[0], start[1])
     assert torch.equal(alone_noise()[0], steps[0][1])
     assert torch.equal(alone_noise()[0], steps[1][1])
     assert len({float(x) for x in torch.cat([start, *steps]).flatten()}) == 3 * 3 * 6
@@ -351,8 +351,8 @@ def test_a_latent_does_not_depend_on_its_batch(sampler: SamplerName) -> None:
     sampling = Sampling(sampler=sampler, steps=4, omega=1.5)
     told, null = {"text": torch.tensor([[0.1], [0.2], [0.3]])}, {"text": torch.zeros(1, 1)}
     together = draw_latents(denoiser(), told, null, sampling, [4, 5, 6], (7,), "teacher")
-    alone = draw_latents(denoiser(), {"text": told["text"][1:2]}, null, sampling, [5], (7,), "teacher")
-    assert torch.equal(alone[0], together[1])
+    exclusive = draw_latents(denoiser(), {"text": told["text"][1:2]}, null, sampling, [5], (7,), "teacher")
+    assert torch.equal(exclusive[0], together[1])
     assert together.dtype == torch.float32
 
 

@@ -21,7 +21,7 @@ from fewstep.diffusion.grid import inference_times, times_within, training_grid
 from fewstep.diffusion.jump import student_step
 from fewstep.diffusion.samplers import sample_consistency, sample_sss
 from fewstep.diffusion.schedule import FlowMatching, add_noise, scaled_linear
-from fewstep.inference.generator import load_artist
+from fewstep.inference.generator import load_image_generator
 from fewstep.inference.schedulers.base import FewStepScheduler
 from fewstep.inference.schedulers.checks import SchedulerError
 from fewstep.inference.schedulers.few_step import ConsistencyScheduler, SSSScheduler
@@ -79,8 +79,8 @@ def test_a_pipeline_draws_what_we_draw(name: str, tiny_pipeline: Path) -> None:
     """A pipeline passes eta = 0 to every scheduler that listens: ours keep their own gamma."""
     own, kind, settings = SAMPLED[name]
     sampling = Sampling.model_validate({"steps": 3, **own})
-    artist = load_artist(tiny_pipeline)
-    wanted = artist.latents(artist.encode(PROMPTS), SEEDS, sampling)
+    image_generator = load_image_generator(tiny_pipeline)
+    wanted = image_generator.latents(image_generator.encode(PROMPTS), SEEDS, sampling)
     pipe = pipeline(tiny_pipeline)
     pipe.scheduler = kind.from_config(pipe.scheduler.config, **settings)
     calls = []

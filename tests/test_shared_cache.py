@@ -19,7 +19,7 @@ from conftest import COLOURS, SHAPES, draw_shape
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.sd import StableDiffusion
 from fewstep.common.errors import UserError
-from fewstep.common.rng import Draws, order
+from fewstep.common.rng import KeyedRng, order
 from fewstep.data.images import Captioned, HeldPictures
 from fewstep.data.latents import known
 from fewstep.data.visits import used
@@ -52,7 +52,7 @@ def go(out: Path, place: Path, *words: str, source: Path | str = "", quiet: bool
     changes = [
         f"teacher={place / 'sd'}", f"data.source={source or place / 'pics'}", "data.size=32", "device=cpu",
         "student.rank=2", "student.targets=[to_q]", "loop.steps=2", "loop.batch=2", "loop.log_every=1",
-        "loop.watch_every=null", *words,
+        "loop.validate_every=null", *words,
     ]  # fmt: skip
     return distillation.distill(resolve("tcd", None, changes), out, quiet=quiet).read_bytes()
 
@@ -109,7 +109,7 @@ def words_of(out: Path) -> list[str]:
     student = ["student.rank=2", "student.targets=[to_q]"]
     return [
         f"teacher={config['teacher']}", f"data.source={config['data']['source']}", "data.size=32", "device=cpu",
-        "loop.watch_every=null", *loop, *student,
+        "loop.validate_every=null", *loop, *student,
     ]  # fmt: skip
 
 
@@ -145,7 +145,7 @@ def test_what_a_run_will_ask_for_is_known(
 def test_stored_trajectories_need_no_picture(encoded: dict[str, int], place: Path, tmp_path: Path) -> None:
     config = resolve("kd", None, [
         f"teacher={place / 'sd'}", f"data.source={place / 'pics'}", "data.size=32", "device=cpu", "student.rank=2",
-        "student.targets=[to_q]", "loop.steps=2", "loop.batch=2", "loop.watch_every=null", "data.trajectories=3",
+        "student.targets=[to_q]", "loop.steps=2", "loop.batch=2", "loop.validate_every=null", "data.trajectories=3",
         "method.grid=10", "method.k=9", "sampling.grid=10",
     ])  # fmt: skip
     distillation.distill(config, tmp_path / "run", quiet=True)
@@ -302,11 +302,11 @@ def test_a_batch_beyond_much_memory_is_timed_by_a_few_samples(
 ) -> None:
     sizes: list[int] = []
 
-    def draws(seed: int, step: int, samples: tuple[int, ...], device: torch.device) -> Draws:
+    def rng(seed: int, step: int, samples: tuple[int, ...], device: torch.device) -> KeyedRng:
         sizes.append(len(samples))
-        return Draws(seed, step, samples[: cost.TIMED], device)
+        return KeyedRng(seed, step, samples[: cost.TIMED], device)
 
-    monkeypatch.setattr(cost, "Draws", draws)
+    monkeypatch.setattr(cost, "KeyedRng", rng)
     monkeypatch.setattr(cost, "free_memory", lambda _: 2**32)
     config = resolve("tcd", None, [*words_of(settled(place, tmp_path)), "loop.batch=1000000000"])
     assert distillation.estimate_run(config)[0].too_large

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, BertModel
 from fewstep.backbones.sd import encode_text
 from fewstep.common.accelerator import make_accelerator
 from fewstep.common.errors import UserError
-from fewstep.common.rng import Draws, generator
+from fewstep.common.rng import KeyedRng, generator
 from fewstep.evaluation.lite0 import make_lite0
 from fewstep.evaluation.lite0_weights import load_weights
 from fewstep.training.config import LoopConfig
@@ -77,7 +77,7 @@ def test_the_critic_adds_its_share_to_the_gradient_of_each_picture() -> None:
         vae = Painted(painted.clone())
         config = AutoencoderConfig(critic_share=share, critic_from=5)
         losses = autoencoder.AutoencoderLosses(vae, critic, network, config)
-        loss = losses.of_vae({"pictures": real}, Draws(0, step, (0, 1)))
+        loss = losses.of_vae({"pictures": real}, KeyedRng(0, step, (0, 1)))
         loss.value.backward()
         gradients[share, step], values[share, step] = vae.pictures.grad, loss.value
     own = gradients[0.0, 5]
@@ -96,8 +96,8 @@ def test_a_critic_that_is_right_by_a_margin_has_no_loss() -> None:
     for sign, expected in ((1, 0.0), (-1, 6.0)):
         losses = autoencoder.AutoencoderLosses(vae, _Brightness(2 * sign), network, AutoencoderConfig())
         batch = {"pictures": torch.ones(1, 3, 32, 32)}
-        losses.of_vae(batch, Draws(0, 0, (0,)))
-        assert float(losses.of_critic(batch, Draws(0, 0, (0,))).value) == expected
+        losses.of_vae(batch, KeyedRng(0, 0, (0,)))
+        assert float(losses.of_critic(batch, KeyedRng(0, 0, (0,))).value) == expected
 
 
 class _Brightness(nn.Module):
@@ -198,7 +198,7 @@ def test_damage_blurs_and_noises_by_so_much() -> None:
 def test_a_reader_is_resumed_exactly_and_saved(
     sticker_sheets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loop = LoopConfig(steps=2, batch=2, save_every=1, log_every=1, watch_every=2)
+    loop = LoopConfig(steps=2, batch=2, save_every=1, log_every=1, validate_every=2)
     config = ReaderConfig(channels=(8, 8, 8), blocks=(1, 1, 1), workers=0, loop=loop)
     accelerator = make_accelerator("fp32", CPU)
     monkeypatch.setattr(reader, "JUDGED", 20)

@@ -18,7 +18,7 @@ import torch
 
 import tiny_pipelines
 from fewstep.common.files import read_json
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.training.loop import Batch
 from fewstep.training.loss import Loss
 from fewstep.training.run_folder import checkpoints, last_step
@@ -28,16 +28,18 @@ from test_loop import lines, run, single, weights
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
 
-def signalled(step: int, number: int) -> Callable[[Callable[[Batch, Draws], Loss]], Callable[[Batch, Draws], Loss]]:
+def signalled(
+    step: int, number: int
+) -> Callable[[Callable[[Batch, KeyedRng], Loss]], Callable[[Batch, KeyedRng], Loss]]:
     """A loss that sends its own process one signal in a step, counted from 0."""
     sent = []
 
-    def wrap(loss: Callable[[Batch, Draws], Loss]) -> Callable[[Batch, Draws], Loss]:
-        def sending(batch: Batch, draws: Draws) -> Loss:
-            if draws.step == step and not sent:
+    def wrap(loss: Callable[[Batch, KeyedRng], Loss]) -> Callable[[Batch, KeyedRng], Loss]:
+        def sending(batch: Batch, rng: KeyedRng) -> Loss:
+            if rng.step == step and not sent:
                 sent.append(step)
                 signal.raise_signal(number)
-            return loss(batch, draws)
+            return loss(batch, rng)
 
         return sending
 
@@ -83,23 +85,23 @@ def test_a_quality_check_is_made_once(during: bool, step: int, tmp_path: Path) -
     sent = []
 
     def watching(name: str) -> Any:
-        def watch(now: int, weights: Any) -> dict[str, float]:
+        def evaluate_weights(now: int, weights: Any) -> dict[str, float]:
             if during and name == "stopped" and now == step and not sent:
                 sent.append(now)
                 signal.raise_signal(signal.SIGINT)
             judged[name].append((now, float(weights["w"]["w"].sum())))
-            return {"watch/kid": float(now)}
+            return {"validation/kid": float(now)}
 
-        return watch
+        return evaluate_weights
 
     for name in ("whole", "stopped"):
-        loop = {"steps": 12, "watch_every": 6, "log_every": 5}
+        loop = {"steps": 12, "validate_every": 6, "log_every": 5}
         if name == "stopped":
             plan = single(weights()) if during else stop_in(single(weights()), step - 1, signal.SIGTERM)
             with pytest.raises(StoppedError):
-                run(tmp_path / name, plan, watch=watching(name), **loop)
+                run(tmp_path / name, plan, validation=watching(name), **loop)
             assert last_step(tmp_path / name / "checkpoints") == step
-        run(tmp_path / name, single(weights()), watch=watching(name), **loop)
+        run(tmp_path / name, single(weights()), validation=watching(name), **loop)
     assert judged["whole"] == judged["stopped"]
     assert without_time(tmp_path / "whole") == without_time(tmp_path / "stopped")
 
@@ -151,7 +153,7 @@ def launches(tmp_path_factory: pytest.TempPathFactory, picture_folder: Path) -> 
     changes = [
         f"teacher={tiny_pipelines.sd(folder / 'sd')}", f"data.source={picture_folder}", "device=cpu",
         "student.rank=2", "student.targets=[to_q]", "loop.batch=2", "loop.steps=60", "loop.log_every=1",
-        "loop.save_every=500", "loop.watch_every=null", "data.size=32",
+        "loop.save_every=500", "loop.validate_every=null", "data.size=32",
     ]  # fmt: skip
     words = ["distill", "--recipe", "tcd", *[word for change in changes for word in ("-s", change)]]
     harness = [sys.executable, str(Path(__file__).with_name("stop_harness.py")), str(folder), *words]

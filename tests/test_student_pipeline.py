@@ -19,7 +19,7 @@ from fewstep.common.errors import UserError
 from fewstep.common.safetensors_header import read_safetensors_header
 from fewstep.distillation import distill as distillation
 from fewstep.distillation.config import resolve
-from fewstep.inference.generator import load_artist
+from fewstep.inference.generator import load_image_generator
 from fewstep.students.lora_header import check_lora
 
 PROMPTS = ["a red disc", "blue"]
@@ -40,7 +40,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def trained(folder: Path, recipe: str, more: list[str], picture_folder: Path, out: Path) -> Path:
     words = [
         f"teacher={folder}", f"data.source={picture_folder}", "device=cpu", "student.rank=2", "loop.steps=2",
-        "loop.batch=2", "loop.watch_every=null", "optim.lr=1e-2", "optim.ema=null", "optim.warmup=0", *more,
+        "loop.batch=2", "loop.validate_every=null", "optim.lr=1e-2", "optim.ema=null", "optim.warmup=0", *more,
     ]  # fmt: skip
     return distillation.distill(resolve(recipe, None, words), out, quiet=True).parent
 
@@ -52,8 +52,8 @@ def test_two_lines_draw_what_we_draw(
     import diffusers
 
     student = trained(folders["sd"], recipe, RECIPES[recipe], picture_folder, tmp_path / "run")
-    artist = load_artist(folders["sd"], student)
-    wanted = artist.latents(artist.encode(PROMPTS), SEEDS, artist.sampling)
+    image_generator = load_image_generator(folders["sd"], student)
+    wanted = image_generator.latents(image_generator.encode(PROMPTS), SEEDS, image_generator.sampling)
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(folders["sd"], safety_checker=None, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     pipe.load_lora_weights(str(student))
@@ -63,7 +63,7 @@ def test_two_lines_draw_what_we_draw(
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in SEEDS]
     drawn = pipe(PROMPTS, generator=generators, output_type="latent", **fewstep.call_settings(student)).images
     assert float((drawn - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())
-    assert len(calls) == artist.sampling.steps
+    assert len(calls) == image_generator.sampling.steps
 
 
 def test_what_a_file_says_of_itself(folders: dict[str, Path], picture_folder: Path, tmp_path: Path) -> None:

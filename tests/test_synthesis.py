@@ -30,7 +30,7 @@ from fewstep.distillation.synthesis.planning import sample_bytes
 from fewstep.distillation.synthesis.reader import Synthesis, read_synthesis
 from fewstep.distillation.synthesis.settings import resolve_synthesis
 from fewstep.distillation.trajectories import draw_trajectories
-from fewstep.inference.generator import artist_of
+from fewstep.inference.generator import image_generator_of
 from fewstep.methods.config import ConsistencyConfig
 
 PROMPTS = ["a red disc", "a blue ring", "a red disc", "a green bar"]
@@ -115,7 +115,9 @@ def test_walks_are_the_stored_trajectories_of_distillation(
         items = torch.tensor(batch)
         said, unsaid = conditions(found, items)
         noise, _ = picture_noise(found.seeds(items).tolist(), backbone.latent_shape)
-        points = draw_trajectories(method, artist_of(backbone).denoiser, said, unsaid, found.omega(items), noise)
+        points = draw_trajectories(
+            method, image_generator_of(backbone).denoiser, said, unsaid, found.omega(items), noise
+        )
         for index in range(6):
             assert torch.equal(found.points(items, index), points[:, index]), (batch, index)
         assert torch.equal(found.latents(items), points[:, 0])
@@ -134,7 +136,9 @@ def test_latents_are_what_sampling_draws(
     said, _ = conditions(found, items)
     null = {"text": found.table["text"][-1:].float()}
     seeds = found.seeds(items).tolist()
-    drawn = draw_latents(artist_of(backbone).denoiser, said, null, sampling, seeds, backbone.latent_shape, "base")
+    drawn = draw_latents(
+        image_generator_of(backbone).denoiser, said, null, sampling, seeds, backbone.latent_shape, "base"
+    )
     assert torch.equal(found.latents(items), drawn)
     assert torch.equal(make(*words, out="whole").latents(range(8)), found.latents(range(8)))
 
@@ -157,7 +161,7 @@ def test_a_stored_step_under_another_omega_is_the_online_one(
     make: Callable[..., Synthesis], backbone: Backbone, guidance: str
 ) -> None:
     found = make("dtype=fp32", f"guidance.convention={guidance}")
-    denoiser = artist_of(backbone).denoiser
+    denoiser = image_generator_of(backbone).denoiser
     items, index = torch.tensor([6, 1, 4]), torch.tensor([5, 1, 3])
     omega = torch.tensor([0.0, 11.5, 3.25], dtype=torch.float64)
     t, s = found.times[index], found.times[index - 1]
@@ -373,18 +377,18 @@ def test_numbers_that_do_not_fit_are_refused(
 ) -> None:
     from fewstep.distillation.synthesis import synthesize
 
-    plain = synthesize.artist_of
+    plain = synthesize.image_generator_of
 
     def loud(backbone: Backbone) -> Any:
-        artist = plain(backbone)
+        image_generator = plain(backbone)
 
         def call(x: torch.Tensor, *more: Any) -> torch.Tensor:
-            return 1e6 * artist.denoiser.call(x, *more)
+            return 1e6 * image_generator.denoiser.call(x, *more)
 
-        denoiser = Denoiser(call, artist.denoiser.path, artist.denoiser.prediction)
-        return type(artist)(backbone, denoiser, artist.sampling)
+        denoiser = Denoiser(call, image_generator.denoiser.path, image_generator.denoiser.prediction)
+        return type(image_generator)(backbone, denoiser, image_generator.sampling)
 
-    monkeypatch.setattr(synthesize, "artist_of", loud)
+    monkeypatch.setattr(synthesize, "image_generator_of", loud)
     with pytest.raises(UserError, match=r"of sample 0 is not finite under dtype = 'fp16'"):
         make()
     with pytest.raises(UserError, match="is not finished: run its `fewstep synthesize` again"):
@@ -533,13 +537,13 @@ def test_the_teacher_is_kept_in_the_type_it_computes_in(
     """A set that was drawn with whole weights under bf16 is not gone on with: its samples are not quite the same."""
     from fewstep.distillation.synthesis import synthesize
 
-    plain, kept = synthesize.artist_of, list[torch.dtype]()
+    plain, kept = synthesize.image_generator_of, list[torch.dtype]()
 
     def noted(backbone: Backbone) -> Any:
         kept.extend({weight.dtype for weight in backbone.network.parameters()})
         return plain(backbone)
 
-    monkeypatch.setattr(synthesize, "artist_of", noted)
+    monkeypatch.setattr(synthesize, "image_generator_of", noted)
     drawn = {name: make(f"precision={name}", kind="latents", out=name) for name in ("fp32", "bf16")}
     assert kept == [torch.float32, torch.bfloat16]
     distance = (drawn["bf16"].latents(range(8)) - drawn["fp32"].latents(range(8))).norm()

@@ -19,7 +19,7 @@ from conftest import COLOURS, SHAPES, draw_shape
 from fewstep.backbones.base import encode_pictures, load_backbone
 from fewstep.common.accelerator import make_accelerator
 from fewstep.common.errors import UserError
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.data.images import Captioned, HeldPictures
 from fewstep.diffusion.config import TEACHER_SAMPLING
 from fewstep.diffusion.schedule import VariancePreserving, scaled_linear
@@ -145,8 +145,8 @@ def test_vae_loss_is_its_three_terms() -> None:
     pictures = torch.rand(6, 3, 64, 64, generator=seeded(3))
     vae = Offset(lambda x: x - 0.25, mean=1.5, logvar=-2.0)
     config = TINY_VAE.model_copy(update={"beta": 0.01, "l1": 0.3})
-    draws = Draws(5, 2, tuple(range(6)))
-    loss = train_vae.vae_loss(vae, config, pictures, draws)
+    rng = KeyedRng(5, 2, tuple(range(6)))
+    loss = train_vae.vae_loss(vae, config, pictures, rng)
     kl = 0.5 * (1.5**2 + np.exp(-2.0) - 1 + 2)
     assert loss.value.item() == pytest.approx(0.25**2 + 0.3 * 0.25 + 0.01 * kl, rel=1e-5)
     assert loss.scalars["mse"].item() == pytest.approx(0.25**2, rel=1e-5)
@@ -333,7 +333,7 @@ def small_world(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small_world")
 def test_a_resumed_denoiser_equals_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped in step 4, after the checkpoint of step 2: every file and figure; what is returned is the average."""
-    loop = LoopConfig(steps=5, batch=4, save_every=2, watch_every=3, log_every=1, precision="bf16")
+    loop = LoopConfig(steps=5, batch=4, save_every=2, validate_every=3, log_every=1, precision="bf16")
     optim = OptimConfig(lr=1e-2, warmup=2, decay="cooldown", ema=0.8, weight_decay=0.01)
     config = TINY_UNET.model_copy(update={"loop": loop, "optim": optim})
     plain = train_unet.eps_loss
@@ -388,15 +388,15 @@ def test_latents_are_encoded_once_and_again_for_other_weights(tmp_path: Path) ->
 def test_a_resumed_autoencoder_equals_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It learns, its latents are normalised once and not twice, and it comes back from its run folder."""
     pictures = shapes()
-    loop = LoopConfig(steps=8, batch=4, save_every=3, watch_every=4, log_every=1, precision="fp32")
+    loop = LoopConfig(steps=8, batch=4, save_every=3, validate_every=4, log_every=1, precision="fp32")
     optim = OptimConfig(lr=1e-2, warmup=1, decay="cosine", ema=0.5)
     config = TINY_VAE.model_copy(update={"loop": loop, "optim": optim})
     plain = train_vae.vae_loss
 
-    def stopping(vae: Any, config: VaeConfig, pictures: Tensor, draws: Draws) -> Loss:
-        if draws.step == 5:
+    def stopping(vae: Any, config: VaeConfig, pictures: Tensor, rng: KeyedRng) -> Loss:
+        if rng.step == 5:
             raise StopError
-        return plain(vae, config, pictures, draws)
+        return plain(vae, config, pictures, rng)
 
     def run(folder: Path) -> Any:
         return train_vae.train_vae(config, pictures, pictures[::4], folder, make_accelerator("fp32", CPU))
@@ -449,20 +449,20 @@ def test_decoder_loss_asks_for_pixels_and_slopes_from_noisy_latents() -> None:
     real = torch.zeros(2, 3, 8, 8)
     real[:, :, :, 4:] = 1.0
     latents = torch.randn((2, 4, 1, 1), generator=seeded(0))
-    draws = Draws(0, 0, (0, 1))
+    rng = KeyedRng(0, 0, (0, 1))
 
     def loss(picture: Tensor) -> float:
-        return float(train_decoder.decoder_loss(Painting(picture), config, latents, real, draws).value.detach())
+        return float(train_decoder.decoder_loss(Painting(picture), config, latents, real, rng).value.detach())
 
     assert loss(real.clone()) == 0
     assert loss(real + 0.25) == pytest.approx(0.25)  # flat colours that are off have no wrong slopes
     # no edge: half of the pixels are off by 1, and 1 of 7 slopes across
     assert loss(torch.zeros_like(real)) == pytest.approx(0.5 + 2.0 / 7)
     vae = Painting(real.clone())
-    train_decoder.decoder_loss(vae, config, latents, real, draws)
+    train_decoder.decoder_loss(vae, config, latents, real, rng)
     assert vae.asked is not None
-    level = (vae.asked - latents).flatten(1) / draws.normal("latent noise", (4, 1, 1)).flatten(1)
-    expected = 0.5 * draws.uniform("level")
+    level = (vae.asked - latents).flatten(1) / rng.normal("latent noise", (4, 1, 1)).flatten(1)
+    expected = 0.5 * rng.uniform("level")
     assert torch.allclose(level.double(), expected[:, None].expand_as(level), atol=1e-5)
     assert 0 < float(level.min()) < float(level.max()) < 0.5
 

@@ -126,9 +126,9 @@ def test_real_tokens_do_not_change_with_padding() -> None:
 
 
 def test_states_do_not_depend_on_the_batch() -> None:
-    alone, _ = encode("green apple")
+    exclusive, _ = encode("green apple")
     among, _ = encode("a bus", "green apple", "old man with a very long description of what he wears")
-    torch.testing.assert_close(among[1], alone[0], rtol=0, atol=2e-5)
+    torch.testing.assert_close(among[1], exclusive[0], rtol=0, atol=2e-5)
 
 
 def test_order_of_words_matters() -> None:

@@ -14,14 +14,14 @@ from fewstep import synthesize
 from fewstep.backbones.pipeline_folder import read_folder
 from fewstep.common.errors import UserError
 from fewstep.common.files import read_json
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.common.tensors import digest, load_tensors
 from fewstep.data import images as pictures
 from fewstep.distillation import distill as distillation
 from fewstep.distillation.batches import fetch_of
 from fewstep.distillation.checks import check_distillation
 from fewstep.distillation.config import DistillConfig, resolve
-from fewstep.inference.generator import load_artist
+from fewstep.inference.generator import load_image_generator
 from fewstep.methods.cost import step_calls
 from fewstep.methods.stratified_times import in_turn
 from fewstep.training.student import unique_bytes
@@ -62,9 +62,9 @@ def words(tiny_pipeline: Path, prompt_file: Path, scorer: Path) -> list[str]:
     return [
         f"teacher={tiny_pipeline}", f"data.source={prompt_file}", "device=cpu", "student.rank=4",
         "student.targets=[to_q,conv1]", "loop.steps=10", "loop.batch=4", "loop.log_every=1", "loop.save_every=1",
-        "loop.watch_every=null", "optim.lr=1e-2", *tiny, "perceptual.pairs.groups=16",
+        "loop.validate_every=null", "optim.lr=1e-2", *tiny, "perceptual.pairs.groups=16",
         "perceptual.pairs.steps=2", "perceptual.loop.steps=2", "perceptual.loop.batch=2",
-        "perceptual.loop.watch_every=null",
+        "perceptual.loop.validate_every=null",
     ]  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def test_no_picture_is_opened(
         (emoji8, "read_sheet"),
     ):
         monkeypatch.setattr(place, name, barred)
-    watched = [*words, "loop.watch_every=100", "watch.count=16", "watch.teacher_steps=2"]
+    watched = [*words, "loop.validate_every=100", "validation.count=16", "validation.teacher_steps=2"]
     config = resolve("tlcm", None, watched)
     student = distillation.distill(config, tmp_path / "run", quiet=True)
     assert digest(weights_of(student)) == digest(weights_of(whole[1] / "student" / student.name))
@@ -105,20 +105,20 @@ def test_no_picture_is_opened(
     assert sorted(path.name for path in (tmp_path / "run" / "stages").iterdir()) == names
     for folder, steps in zip(folders, (2, 2, 2, 4), strict=True):
         assert [path.name for path in (folder / "grids").iterdir()] == [f"step-{steps:08d}.webp"]
-        assert "watch/kid" in (folder / "log.jsonl").read_text(encoding="utf-8")
+        assert "validation/kid" in (folder / "log.jsonl").read_text(encoding="utf-8")
         assert (folder / "student" / student.name).is_file()
 
 
 def test_the_student_draws_at_two_to_eight_calls(whole: tuple[DistillConfig, Path], tiny_pipeline: Path) -> None:
     config, out = whole
     student = out / "student" / "pytorch_lora_weights.safetensors"
-    artist = load_artist(tiny_pipeline, student)
-    assert artist.sampling == config.sampling
-    assert (artist.sampling.spacing, artist.sampling.gamma) == ("tlcm", 1.0)
+    image_generator = load_image_generator(tiny_pipeline, student)
+    assert image_generator.sampling == config.sampling
+    assert (image_generator.sampling.spacing, image_generator.sampling.gamma) == ("tlcm", 1.0)
     drawn = {}
     for steps in range(2, 9):
-        sampling = artist.sampling.model_copy(update={"steps": steps, "gamma": 0.0})
-        drawn[steps] = artist.draw(["a red disc"], [3], sampling)
+        sampling = image_generator.sampling.model_copy(update={"steps": steps, "gamma": 0.0})
+        drawn[steps] = image_generator.draw(["a red disc"], [3], sampling)
     assert len({picture.tobytes() for picture in drawn.values()}) == 7
 
 
@@ -169,8 +169,8 @@ def test_evaluations_are_counted_and_as_stated(whole: tuple[DistillConfig, Path]
             loop, lengths = stage.loop, torch.tensor(stage.method.rollout_steps)
             rows = 0
             for step in range(loop.steps):
-                draws = Draws(loop.seed, step, tuple(range(step * loop.batch, (step + 1) * loop.batch)))
-                walked = lengths[in_turn(draws, 8, 1000)]
+                rng = KeyedRng(loop.seed, step, tuple(range(step * loop.batch, (step + 1) * loop.batch)))
+                walked = lengths[in_turn(rng, 8, 1000)]
                 rows += sum(max(1, int((walked > number).sum())) for number in range(8))
             steps = rows / (loop.steps * loop.batch)
             assert steps == pytest.approx(4.5, abs=0.8)
@@ -186,11 +186,11 @@ def test_base_weights_are_stored_once_for_four_roles(words: list[str], tiny_cach
     (network,) = run.networks
     adapters = {role: run.student.roles.parameters(role) for role in ("student", "fake")}
     sizes = [sum(p.nbytes for p in adapter.values()) for adapter in adapters.values()]
-    alone = unique_bytes(run.backbone.fresh_network())
-    assert unique_bytes(network) == alone + sum(sizes)
+    exclusive = unique_bytes(run.backbone.fresh_network())
+    assert unique_bytes(network) == exclusive + sum(sizes)
     assert sizes[0] == sizes[1] > 0
     estimated = distillation.estimate(distillation.update_plan(run), fetch_of(run), run.data, config, run.networks)
-    assert estimated.base_bytes == alone
+    assert estimated.base_bytes == exclusive
     assert list(estimated.trained) == ["student", "fake", "critic"]
     assert estimated.trained["student"] == sizes[0]
 
@@ -207,8 +207,8 @@ def test_the_fake_score_starts_as_the_teacher_and_leaves_it(words: list[str], ti
     plan = {update.name: update for update in distillation.update_plan(run)}
     assert [plan[name].every for name in ("student", "fake", "critic")] == [2, 1, 2]
     optimiser = torch.optim.SGD(plan["fake"].parameters.values(), lr=1.0)
-    draws = Draws(0, 0, (0, 1))
-    plan["fake"].loss(fetch_of(run)(np.arange(2), draws), draws).value.backward(
+    rng = KeyedRng(0, 0, (0, 1))
+    plan["fake"].loss(fetch_of(run)(np.arange(2), rng), rng).value.backward(
         inputs=list(plan["fake"].parameters.values())
     )
     optimiser.step()
@@ -228,12 +228,12 @@ def test_the_split_into_micro_batches_is_no_choice(stage: int, words: list[str],
     plan = distillation.update_plan(run)
 
     def gradients(indices: tuple[int, ...]) -> list[torch.Tensor]:
-        draws = Draws(5, 0, indices)
-        batch = fetch_of(run)(np.array(indices), draws)
+        rng = KeyedRng(5, 0, indices)
+        batch = fetch_of(run)(np.array(indices), rng)
         found = []
         for update in plan:
             weights = list(update.parameters.values())
-            grads = torch.autograd.grad(update.loss(batch, draws).value, weights, allow_unused=True)
+            grads = torch.autograd.grad(update.loss(batch, rng).value, weights, allow_unused=True)
             found.append(torch.cat([g.flatten() for g in grads if g is not None]))
         return found
 
@@ -267,7 +267,7 @@ STORED = [
     "method.start=trajectory", "method.grid=10", "method.k=2", "method.segments=1", "method.s=edge",
     "method.end=clean", "method.jump=first_order", "method.distance=l2", "method.guidance.convention=imagen",
     "method.guidance.low=3", "method.guidance.high=3", "method.weight=none", "loop.steps=4", "student.rank=4",
-    "sampling.grid=10", "sampling.end=clean", "loop.batch=4", "loop.watch_every=null", "optim.lr=1e-2", "device=cpu",
+    "sampling.grid=10", "sampling.end=clean", "loop.batch=4", "loop.validate_every=null", "optim.lr=1e-2", "device=cpu",
     "student.targets=[to_q,conv1]",
 ]  # fmt: skip
 
@@ -310,7 +310,7 @@ def test_every_consistency_recipe_trains_from_stored_points(
     place = tmp_path / "set"
     words = ["method.solver=ddim", "method.substeps=1", "loop.steps=4", "loop.batch=4", "student.rank=2", "device=cpu"]
     words += ["method.start=trajectory", "method.point=stored", "method.grid=40", "sampling.grid=40", "optim.lr=1e-2"]
-    words += [f"teacher={tiny_pipeline}", f"data.source={place}", "loop.watch_every=null"]
+    words += [f"teacher={tiny_pipeline}", f"data.source={place}", "loop.validate_every=null"]
     beside = {"ctm": ["method.denoising=0", "method.adversarial.real=target"], "shortcut": ["method.k=39"]}
     config = resolve(recipe, None, [*words, *beside.get(recipe, [])])
     drawn = ["grid=40", "each=1", f"end={config.method.end}", "device=cpu"]
@@ -324,7 +324,7 @@ def test_every_consistency_recipe_trains_from_stored_points(
 def test_latents_of_a_set_are_data(tiny_pipeline: Path, prompt_file: Path, tmp_path: Path) -> None:
     folder = synthesize(prompt_file, out=tmp_path / "set", teacher=tiny_pipeline, overrides=["grid=2", "dtype=fp32"])
     words = [f"teacher={tiny_pipeline}", f"data.source={folder}", "loop.steps=2", "loop.batch=4", "student.rank=2"]
-    config = resolve("tcd", None, [*words, "device=cpu", "loop.watch_every=null"])
+    config = resolve("tcd", None, [*words, "device=cpu", "loop.validate_every=null"])
     noisy = synthesize(
         prompt_file, out=tmp_path / "noisy", teacher=tiny_pipeline, overrides=["grid=2", "dtype=fp32", "end=index0"]
     )
@@ -340,7 +340,7 @@ def test_latents_of_a_set_are_data(tiny_pipeline: Path, prompt_file: Path, tmp_p
 
 def test_a_set_is_of_one_size(tiny_pipeline: Path, prompt_file: Path, tmp_path: Path) -> None:
     folder = synthesize(prompt_file, out=tmp_path / "set", teacher=tiny_pipeline, overrides=["grid=2"])
-    asked = [f"teacher={tiny_pipeline}", f"data.source={folder}", "loop.watch_every=null"]
+    asked = [f"teacher={tiny_pipeline}", f"data.source={folder}", "loop.validate_every=null"]
     size = read_folder(tiny_pipeline).picture_size
     config = resolve("tcd", None, [*asked, f"data.size={2 * size}"])
     with pytest.raises(UserError, match=rf"data\.size = {2 * size} is not that of the set .* legal one is {size}"):

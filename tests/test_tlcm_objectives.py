@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fewstep.common.config import validate
 from fewstep.common.errors import UserError
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.grid import inference_times, training_grid
 from fewstep.diffusion.samplers import diffuse, start_size
@@ -29,7 +29,7 @@ from fewstep.methods.distribution_matching import NORMALISERS, drawn_noise, fake
 from fewstep.methods.pair import HeldTrajectories, Sample, Scene
 from fewstep.methods.preference import other_prompts, preference_loss
 from fewstep.methods.stratified_times import in_turn
-from fewstep.methods.update_plan import Aids, SceneOnce, terms_of
+from fewstep.methods.update_plan import FrozenNetworks, SceneOnce, terms_of
 from fewstep_worlds.plane.mixture import Mixture, one_gaussian, ring, times_of
 from fewstep_worlds.plane.planar import Planar, PlanarCritic
 
@@ -56,8 +56,8 @@ def sample_of(count: int, **changes: Any) -> Sample:
     return replace(Sample(torch.zeros(()).expand(count, 2), {}, {}), **changes)
 
 
-def drawn(count: int, step: int = 0) -> Draws:
-    return Draws(3, step, tuple(range(count)))
+def drawn(count: int, step: int = 0) -> KeyedRng:
+    return KeyedRng(3, step, tuple(range(count)))
 
 
 # ---- starts
@@ -121,9 +121,9 @@ def test_roll_outs_are_as_long_in_every_micro_batch(grid: int, rollout: int) -> 
         shapes = [set[int]() for _ in range(longest)]
         for step, part in itertools.product(range(20), range(3)):
             first = (step * 3 + part) * batch
-            draws = Draws(3, step, tuple(range(first, first + batch)))
+            rng = KeyedRng(3, step, tuple(range(first, first + batch)))
             calls.clear()
-            scene = set_scene(method, Denoiser(call, path, "x0"), sample_of(batch), draws)
+            scene = set_scene(method, Denoiser(call, path, "x0"), sample_of(batch), rng)
             counts = torch.tensor(method.rollout_steps)[scene.times.index_nk]
             assert calls == [max(1, int((counts > number).sum())) for number in range(longest)], "always as many"
             for seen, rows in zip(shapes, calls, strict=True):
@@ -140,11 +140,11 @@ def test_roll_outs_are_as_long_in_every_micro_batch(grid: int, rollout: int) -> 
 def test_each_sample_of_a_roll_out_starts_anywhere(grid: int, rollout: int) -> None:
     """Over steps each sample's time is uniform, and the next sample's is no more its neighbour's than another's."""
     count = 6000
-    found = torch.stack([in_turn(Draws(0, step, (5, 6)), rollout, grid) for step in range(count)])
+    found = torch.stack([in_turn(KeyedRng(0, step, (5, 6)), rollout, grid) for step in range(count)])
     for column in found.T:
         shares = torch.bincount(column, minlength=grid) / count
         assert float((shares - 1 / grid).abs().max()) < 5 * (1 / grid / count) ** 0.5
-    block = in_turn(Draws(0, 0, tuple(range(rollout))), rollout, grid * rollout)
+    block = in_turn(KeyedRng(0, 0, tuple(range(rollout))), rollout, grid * rollout)
     assert sorted((block // grid).tolist()) == list(range(rollout))
 
 
@@ -235,7 +235,7 @@ def test_a_scene_is_set_once_for_all_updates_of_a_micro_batch() -> None:
         calls += 1
         return x
 
-    stage = SceneOnce(method_of(rollout=1), Denoiser(call, PATHS["flow"], "x0"), lambda batch, draws: sample_of(4))
+    stage = SceneOnce(method_of(rollout=1), Denoiser(call, PATHS["flow"], "x0"), lambda batch, rng: sample_of(4))
     first = drawn(4)
     assert stage.scene({}, first) is stage.scene({}, first)
     assert calls == 1
@@ -245,9 +245,9 @@ def test_a_scene_is_set_once_for_all_updates_of_a_micro_batch() -> None:
 # ---- distribution matching
 
 
-def scene_from(method: ConsistencyConfig, denoiser: Denoiser, count: int, step: int) -> tuple[Scene, Draws]:
-    draws = drawn(count, step)
-    return set_scene(method, denoiser, sample_of(count), draws), draws
+def scene_from(method: ConsistencyConfig, denoiser: Denoiser, count: int, step: int) -> tuple[Scene, KeyedRng]:
+    rng = drawn(count, step)
+    return set_scene(method, denoiser, sample_of(count), rng), rng
 
 
 @pytest.mark.parametrize("normaliser", ["dmd", "score", "none"])
@@ -260,14 +260,14 @@ def test_the_gradient_is_the_gap_of_the_scores(normaliser: Any) -> None:
         return (fake if role == "fake" else real).denoise(x.double(), t).x0
 
     method = method_of(consistency=0.0, matching={"weight": 1.0, "normaliser": normaliser})
-    scene, draws = scene_from(method, Denoiser(call, path, "x0"), count, 0)
+    scene, rng = scene_from(method, Denoiser(call, path, "x0"), count, 0)
     x0 = fake.sample(count, path.clean, torch.Generator().manual_seed(1)).requires_grad_()
     at = torch.full((count,), path.clean, dtype=torch.float64)
-    (slope,) = torch.autograd.grad(matching_loss(method.matching, scene, x0, at, draws).sum(), x0)
-    t = path.clean + (path.noisiest - path.clean) * draws.uniform("matching t", 0.02, 0.98)
+    (slope,) = torch.autograd.grad(matching_loss(method.matching, scene, x0, at, rng).sum(), x0)
+    t = path.clean + (path.noisiest - path.clean) * rng.uniform("matching t", 0.02, 0.98)
     with torch.no_grad():
         alpha, sigma = (expand(part(t), x0) for part in (path.alpha, path.sigma))
-        x_t = alpha * x0 + sigma * draws.normal("matching noise", (2,))
+        x_t = alpha * x0 + sigma * rng.normal("matching noise", (2,))
         gap = fake.denoise(x_t, t).x0 - real.denoise(x_t, t).x0
         by_hand = {
             "dmd": 1 / (x0 - real.denoise(x_t, t).x0).abs().mean(1, keepdim=True),
@@ -302,14 +302,14 @@ def test_where_the_fake_score_is_the_students_and_that_the_teachers_only_guidanc
     guidance = {"convention": "lcm", "low": omega, "high": omega}
     method = method_of(consistency=0.0, matching={"weight": 1.0, "normaliser": normaliser}, guidance=guidance)
     own, empty = ({"empty": torch.full((count,), flag)} for flag in (False, True))
-    draws = drawn(count)
-    scene = set_scene(method, Denoiser(call, path, "x0"), sample_of(count, condition=own, null=empty), draws)
+    rng = drawn(count)
+    scene = set_scene(method, Denoiser(call, path, "x0"), sample_of(count, condition=own, null=empty), rng)
     x0 = real.sample(count, path.clean, torch.Generator().manual_seed(1)).requires_grad_()
     at = torch.full((count,), path.clean, dtype=torch.float64)
-    (slope,) = torch.autograd.grad(matching_loss(method.matching, scene, x0, at, draws).sum(), x0)
-    t = drawn_noise(method.matching, path, draws, "matching t")
+    (slope,) = torch.autograd.grad(matching_loss(method.matching, scene, x0, at, rng).sum(), x0)
+    t = drawn_noise(method.matching, path, rng, "matching t")
     with torch.no_grad():
-        x_t = add_noise(path, x0, draws.normal("matching noise", (2,)), t)
+        x_t = add_noise(path, x0, rng.normal("matching noise", (2,)), t)
         plain = real.denoise(x_t, t).x0
         guided = omega * (plain - null.denoise(x_t, t).x0)
         factor = expand(NORMALISERS[normaliser](path, t, x0, plain + guided), x0)
@@ -376,10 +376,10 @@ def test_the_fake_score_converges_to_the_students_exact_score() -> None:
     for step in range(501):
         if step in (0, 500):
             gaps.append(score_error(denoiser, lands))
-        scene, draws = scene_from(method, denoiser, 256, step)
+        scene, rng = scene_from(method, denoiser, 256, step)
         landed = lands.sample(256, 0.0, generator).float()
         optimiser.zero_grad()
-        fake_loss(method.matching, scene, landed, at, draws).value.backward()
+        fake_loss(method.matching, scene, landed, at, rng).value.backward()
         optimiser.step()
     assert gaps[0] > 0.5
     assert gaps[1] < 0.02
@@ -434,26 +434,26 @@ def test_alone_it_moves_a_wrong_student_to_the_right_law(by: str) -> None:
     if not matches:
         term = {"adversarial": {"weight": 1.0, "kind": by, "real": "data", "r1": 0.1}}
     method = method_of(consistency=0.0, start="data", **term)
-    terms = terms_of(method, Aids(critic=critic))
+    terms = terms_of(method, FrozenNetworks(critic=critic))
     learns = torch.optim.Adam(student.parameters(), lr=0.01, betas=(0.0, 0.99))
     follows = torch.optim.Adam([*fake.parameters(), *critic.parameters()], lr=5e-3, betas=(0.0, 0.99))
     before = landed_energy(student, mixture)
     for step in range(1200):
         generator = torch.Generator().manual_seed(step)
         data = mixture.sample(128, 0.0, generator).float()
-        draws = drawn(128, step)
-        scene = set_scene(method, denoiser, sample_of(128, data=data), draws)
+        rng = drawn(128, step)
+        scene = set_scene(method, denoiser, sample_of(128, data=data), rng)
         follows.zero_grad()
         if matches:
             with torch.no_grad():
                 landed = student_lands(scene)
-            fake_loss(method.matching, scene, landed, compared_at(scene), draws).value.backward()
+            fake_loss(method.matching, scene, landed, compared_at(scene), rng).value.backward()
         else:
-            critic_loss(scene, draws, critic).value.backward()
+            critic_loss(scene, rng, critic).value.backward()
         follows.step()
         if step % 3 == 0:
             learns.zero_grad()
-            consistency_loss(scene, draws, terms).value.backward()
+            consistency_loss(scene, rng, terms).value.backward()
             learns.step()
     assert before > 0.5
     assert landed_energy(student, mixture) < 0.01
@@ -507,12 +507,12 @@ def test_the_two_sided_hinge() -> None:
     x0 = torch.tensor([2.0, 5.0, 2.0, 2.0], requires_grad=True)
     prompts = torch.tensor([0, 1, 2, 3])  # of three: the last sample has none
 
-    def taste(x: Tensor, asked: Any) -> list[Tensor]:
+    def reward(x: Tensor, asked: Any) -> list[Tensor]:
         assert asked[0].tolist() == [0, 1, 2, 0]
         assert all(a != b for a, b in zip(asked[0][:3].tolist(), asked[1][:3].tolist()))
         return [x, x / 2 + 1]
 
-    loss = preference_loss(config, taste, x0, prompts, 3, drawn(4))
+    loss = preference_loss(config, reward, x0, prompts, 3, drawn(4))
     assert loss.tolist() == [1 + 1, 0 + 2.5, 1 + 1, 0]
     (slope,) = torch.autograd.grad(loss.sum(), x0)
     assert slope.tolist() == [-1 + 0.5, 0.5, -1 + 0.5, 0]
@@ -547,7 +547,10 @@ def test_a_wrong_prompt_is_another_one_and_any_of_them() -> None:
             {"matching": {"weight": 1.0, "fit": "sample"}},
             "matching.fit = 'sample' .* the nearest legal one is 'landing'",
         ),
-        ({"denoising": 1.0, "told": ["s"]}, "start = 'rollout' has none; the nearest legal denoising is 0"),
+        (
+            {"denoising": 1.0, "extra_conditioning": ["s"]},
+            "start = 'rollout' has none; the nearest legal denoising is 0",
+        ),
         ({"adversarial": {"weight": 1.0}}, "start = 'rollout', which has none; the nearest is 'target'"),
         (
             {"matching": {"weight": 1.0, "low": 0.9, "high": 0.5}},

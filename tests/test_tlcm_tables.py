@@ -256,7 +256,7 @@ def test_a_second_opinion_learns_which_prompts_fit(tmp_path: Path, monkeypatch: 
 
 def test_prompts_are_prepared_once_or_as_they_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same scores either way; a set that does not fit into memory is prepared batch by batch."""
-    from fewstep.distillation import reward as taste
+    from fewstep.distillation import reward as reward
 
     asked: list[list[str]] = []
 
@@ -272,15 +272,15 @@ def test_prompts_are_prepared_once_or_as_they_are_asked(monkeypatch: pytest.Monk
     prompts = ["a", "bb", "cccc"]
     x0 = torch.ones(2, 3, 4, 4)
     which = (torch.tensor([0, 2]), torch.tensor([1, 1]))
-    whole, count = taste.make_taste(backbone, Scorer(), prompts)  # type: ignore[arg-type]
+    whole, count = reward.make_reward(backbone, Scorer(), prompts)  # type: ignore[arg-type]
     assert count == 3
     assert asked == [["a"], prompts]
     found = [scores.tolist() for scores in whole(x0, which)]
     assert found == [[2.0, 8.0], [4.0, 4.0]]
-    monkeypatch.setattr(taste, "MOST_HELD", 8)
+    monkeypatch.setattr(reward, "MOST_HELD", 8)
     asked.clear()
-    lazy, _ = taste.make_taste(backbone, Scorer(), prompts)  # type: ignore[arg-type]
+    lazy, _ = reward.make_reward(backbone, Scorer(), prompts)  # type: ignore[arg-type]
     assert [scores.tolist() for scores in lazy(x0, which)] == found
     assert asked == [["a"], ["a", "cccc"], ["bb", "bb"]]
     with pytest.raises(UserError, match="at least 2"):
-        taste.make_taste(backbone, Scorer(), ["a"])  # type: ignore[arg-type]
+        reward.make_reward(backbone, Scorer(), ["a"])  # type: ignore[arg-type]

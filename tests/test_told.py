@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewstep.diffusion.denoiser import BASE, tell
 from fewstep.diffusion.schedule import scaled_linear
-from fewstep.diffusion.time_conditioning import Ear, ToldEmbedding, sinusoid
+from fewstep.diffusion.time_conditioning import ExtraEmbedding, ExtraEmbeddingHook, sinusoid
 from fewstep.training.config import StudentConfig
 from fewstep.training.student import Student, make_student
 from fewstep_worlds.plane.mixture import ring
@@ -33,7 +33,7 @@ def test_sinusoid() -> None:
 
 
 def test_it_starts_as_nothing_and_says_what_it_is_told() -> None:
-    embedding = ToldEmbedding(["s", "w"], 8, seed=1)
+    embedding = ExtraEmbedding(["s", "w"], 8, seed=1)
     told = {"s": number([19.0, 999.0]), "w": number([2.0, 14.0])}
     assert torch.equal(embedding(told), torch.zeros(2, 8))
     with pytest.raises(KeyError, match=r"told \['s', 'w'\], not \['s'\]"):
@@ -54,7 +54,7 @@ def plane_student() -> tuple[Plane, Student]:
 
 def test_each_role_has_its_own_and_the_teacher_has_none() -> None:
     _, student = plane_student()
-    assert set(student.told) == {"student", "target"}
+    assert set(student.extra_conditioning) == {"student", "target"}
     x, t = torch.randn(B, 2, generator=torch.Generator().manual_seed(0)), torch.full((B,), 499.0, dtype=torch.float64)
     here, there = (tell({}, s=torch.full((B,), s, dtype=torch.float64)) for s in (19.0, 399.0))
     call = student.call
@@ -94,7 +94,7 @@ def test_an_ear_hears_inside_alone_and_can_be_closed() -> None:
     layer = torch.nn.Linear(3, 3)
     x = torch.ones(1, 3)
     plain = layer(x)
-    ear = Ear(layer)
+    ear = ExtraEmbeddingHook(layer)
     with ear.hears(torch.ones(1, 3)):
         torch.testing.assert_close(layer(x), plain + 1)
         with ear.hears(None):
@@ -115,7 +115,7 @@ def test_a_student_that_is_told_s_is_trained_saved_and_drawn_with(
     from fewstep.common.errors import UserError
     from fewstep.distillation import distill as distillation
     from fewstep.distillation.config import resolve
-    from fewstep.inference.generator import Artist, load_artist
+    from fewstep.inference.generator import ImageGenerator, load_image_generator
     from fewstep.students.lora_header import CONDITIONING
 
     for kind in ("lora", "full"):
@@ -132,16 +132,18 @@ def test_a_student_that_is_told_s_is_trained_saved_and_drawn_with(
         with torch.no_grad():
             for name, parameter in run.student.parameters("student").items():
                 parameter.copy_(trained[name])
-        mine = Artist(run.backbone, run.denoiser, config.sampling, "student").draw(["a red disc"] * 2, [1, 2])
-        artist = load_artist(out, None) if kind == "full" else load_artist(tiny_pipeline, out)
-        theirs = artist.draw(["a red disc"] * 2, [1, 2])
+        mine = ImageGenerator(run.backbone, run.denoiser, config.sampling, "student").draw(["a red disc"] * 2, [1, 2])
+        image_generator = (
+            load_image_generator(out, None) if kind == "full" else load_image_generator(tiny_pipeline, out)
+        )
+        theirs = image_generator.draw(["a red disc"] * 2, [1, 2])
         assert np.abs(mine.astype(int) - theirs.astype(int)).max() <= 2, "fp16 weights of the LoRA"
         (folder / CONDITIONING).unlink()
         with pytest.raises(UserError, match=r"conditioning\.safetensors"):
-            load_artist(out, None) if kind == "full" else load_artist(tiny_pipeline, out)
+            load_image_generator(out, None) if kind == "full" else load_image_generator(tiny_pipeline, out)
 
 
-TOLD_W = ["method.told=[w]", "sampling.told=[w]", "sampling.w=5.0"]
+TOLD_W = ["method.extra_conditioning=[w]", "sampling.extra_conditioning=[w]", "sampling.w=5.0"]
 
 
 ATTACHED = {
@@ -165,8 +167,8 @@ def test_attached_to_a_diffusers_pipeline_it_draws_what_we_draw(
     from fewstep.common.errors import UserError
     from fewstep.distillation import distill as distillation
     from fewstep.distillation.config import resolve
-    from fewstep.inference.generator import load_artist
-    from fewstep.students.conditioning_file import read_told
+    from fewstep.inference.generator import load_image_generator
+    from fewstep.students.conditioning_file import read_extra_embeddings
 
     def student(recipe: str, words: list[str]) -> Path:
         config = resolve(recipe, None, [*tiny_overrides, "optim.lr=0.05", "loop.steps=3", *words])
@@ -198,19 +200,21 @@ def test_attached_to_a_diffusers_pipeline_it_draws_what_we_draw(
         )
         return drawn.images[0] * 255
 
-    artist = load_artist(folder) if whole else load_artist(tiny_pipeline, folder)
-    ours = artist.draw(["a red disc"], [7])[0].astype(float)
+    image_generator = load_image_generator(folder) if whole else load_image_generator(tiny_pipeline, folder)
+    ours = image_generator.draw(["a red disc"], [7])[0].astype(float)
     np.testing.assert_allclose(theirs(), ours, atol=1.01)
-    told = artist.sampling.told
-    embedding = read_told(folder, told, pipe.unet.time_embedding.linear_2.out_features)
+    told = image_generator.sampling.extra_conditioning
+    embedding = read_extra_embeddings(folder, told, pipe.unet.time_embedding.linear_2.out_features)
     assert embedding is not None
     assert float(embedding({told[0]: number([499.0])}).abs().max()) > 0
     if recipe != "lcm":
-        other = artist.sampling.model_copy(update={"gamma": 0.7})
-        assert np.abs(artist.draw(["a red disc"], [7], other)[0].astype(float) - ours).max() > 1, "gamma matters"
+        other = image_generator.sampling.model_copy(update={"gamma": 0.7})
+        assert np.abs(image_generator.draw(["a red disc"], [7], other)[0].astype(float) - ours).max() > 1, (
+            "gamma matters"
+        )
     if "w" in told:
-        other = artist.sampling.model_copy(update={"w": 12.0})
-        assert np.abs(artist.draw(["a red disc"], [7], other)[0].astype(float) - ours).max() > 1, "w matters"
+        other = image_generator.sampling.model_copy(update={"w": 12.0})
+        assert np.abs(image_generator.draw(["a red disc"], [7], other)[0].astype(float) - ours).max() > 1, "w matters"
     with pytest.raises(UserError, match="pipe has a student attached already"):
         fewstep.attach(pipe, folder)
     if whole:  # saved with our scheduler on, it loads again, and draws once the student is attached again

@@ -23,7 +23,7 @@ from fewstep.backbones.base import Backbone, load_backbone
 from fewstep.common.config import validate
 from fewstep.common.device import sent
 from fewstep.common.mapped_tensors import Rows
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.data.latents import LatentSet
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.methods.config import ConsistencyConfig
@@ -96,7 +96,7 @@ def method_of(**changes: Any) -> ConsistencyConfig:
 
 
 METHODS = {
-    "on data": {"told": ["s"], "target": "ema"},
+    "on data": {"extra_conditioning": ["s"], "target": "ema"},
     "walks": {"start": "rollout", "rollout": 2},
     "polish": {"start": "student", "student_steps": 2, "matching": {"weight": 1.0, "normaliser": "score"}},
 }
@@ -119,18 +119,18 @@ class Meta:
 
 def drive(plan: Sequence[Update]) -> tuple[Unwaiting, list[_Running]]:
     """One step of a plan in the loop's own hands, in two micro-batches, with an average: nothing waits in it."""
-    alone: Any = Meta()
+    exclusive: Any = Meta()
     running = [_Running(update, META) for update in plan]
     with unwaiting() as seen:
         for part in range(2):
-            draws = Draws(0, 0, (2 * part, 2 * part + 1), META)
+            rng = KeyedRng(0, 0, (2 * part, 2 * part + 1), META)
             for r in running:
                 others = [p for other in running if other is not r for p in other.parameters]
-                r.backward({}, draws, alone, 2, others)
-            assert not draws._ahead, "what a start draws is what is drawn ahead for it"
+                r.backward({}, rng, exclusive, 2, others)
+            assert not rng._ahead, "what a start draws is what is drawn ahead for it"
         learning = [any(p.grad is not None for p in r.parameters) for r in running]
         for r in running:
-            r.step(alone, 0, 1)
+            r.step(exclusive, 0, 1)
     assert all(learning)
     return seen, running
 
@@ -144,15 +144,15 @@ def test_nothing_waits_in_a_step(family: str, method: str, backbone_of: Callable
     told = {name: value.to(META) for name, value in backbone.encode(["a red disc", "blue"]).items()}
     null = {name: value.to(META) for name, value in backbone.null(2).items()}
     backbone.network = backbone.fresh_network()
-    student = make_student(backbone, StudentConfig(rank=2), roles_of(config), 0, config.told)
-    for module in [backbone.network, *student.told.values()]:
+    student = make_student(backbone, StudentConfig(rank=2), roles_of(config), 0, config.extra_conditioning)
+    for module in [backbone.network, *student.extra_conditioning.values()]:
         module.to(META)
     denoiser = Denoiser(student.call, backbone.path, backbone.prediction, backbone.embedded_guidance)
     sample = Sample(torch.zeros(2, *backbone.latent_shape, device=META), told, null)
 
-    def ahead(batch: Batch, draws: Draws) -> Sample:
+    def ahead(batch: Batch, rng: KeyedRng) -> Sample:
         for purpose in noises(config):
-            draws.draw_ahead(purpose, backbone.latent_shape)
+            rng.draw_ahead(purpose, backbone.latent_shape)
         return sample
 
     plan = family_plan(config, OptimConfig(ema=0.9, clip=1.0), student, denoiser, ahead)
@@ -190,12 +190,12 @@ def test_other_copies_are_counted() -> None:
 def test_noise_is_drawn_by_who_reads_ahead(start: str) -> None:
     """All that a start asks for, and the numbers that it would have drawn itself."""
     config = method_of(start=start, rollout=2, student_steps=3, guidance={"convention": "none"})
-    shape, ahead = (1, 2, 2), Draws(3, 5, (7, 8))
+    shape, ahead = (1, 2, 2), KeyedRng(3, 5, (7, 8))
     for purpose in noises(config):
         ahead.draw_ahead(purpose, shape)
     held = dict(ahead._ahead)
     for (purpose, _), noise in held.items():
-        assert torch.equal(noise, Draws(3, 5, (7, 8)).normal(purpose, shape))
+        assert torch.equal(noise, KeyedRng(3, 5, (7, 8)).normal(purpose, shape))
         assert torch.equal(noise, ahead.normal(purpose, shape))
     assert not ahead._ahead
     assert (start == "trajectory") == (not held)

@@ -14,9 +14,9 @@ from PIL import Image
 
 from fewstep.common.errors import UserError
 from fewstep.common.files import read_json
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.distillation import distill as distillation
-from fewstep.distillation import validation as watch
+from fewstep.distillation import validation as validation
 from fewstep.distillation.batches import fetch_of
 from fewstep.distillation.config import resolve
 from fewstep.distillation.estimate import count_checks
@@ -28,17 +28,17 @@ from pooled import Pooled
 
 @pytest.fixture
 def watched(tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setattr(watch, "Lite0Backbone", Pooled)
+    monkeypatch.setattr(validation, "Lite0Backbone", Pooled)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red disc\na blue ring\n")
     return [
         *tiny_overrides,
         "student.targets=[to_q]",
         "loop.steps=4",
-        "loop.watch_every=2",
-        f"watch.prompts={prompts}",
-        "watch.count=16",
-        "watch.teacher_steps=2",
+        "loop.validate_every=2",
+        f"validation.prompts={prompts}",
+        "validation.count=16",
+        "validation.teacher_steps=2",
         "sampling.steps=2",
     ]
 
@@ -51,13 +51,13 @@ def test_the_watch_draws_judges_and_keeps_the_best(
     watched: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([0.5, 0.3])
-    monkeypatch.setattr(watch.KernelDistance, "distance", lambda self, a, b: next(scores))
+    monkeypatch.setattr(validation.KernelDistance, "distance", lambda self, a, b: next(scores))
     config = resolve("tcd", None, watched)
     own_cache = tmp_path / "cache"
     distillation.distill(config, tmp_path / "run", cache=own_cache, quiet=True)
-    lines = [line for line in figures(tmp_path / "run") if "watch/kid" in line]
-    assert [(line["step"], line["watch/kid"]) for line in lines] == [(2, 0.5), (4, 0.3)]
-    assert all(line["watch/to_teacher"] > 0 for line in lines)
+    lines = [line for line in figures(tmp_path / "run") if "validation/kid" in line]
+    assert [(line["step"], line["validation/kid"]) for line in lines] == [(2, 0.5), (4, 0.3)]
+    assert all(line["validation/to_teacher"] > 0 for line in lines)
     grids = sorted((tmp_path / "run" / "grids").iterdir())
     assert [path.name for path in grids] == ["step-00000002.webp", "step-00000004.webp"]
     assert Image.open(grids[0]).width > 10 * 128
@@ -71,7 +71,7 @@ def test_the_watch_draws_judges_and_keeps_the_best(
     scores = iter([0.4])
     before = (best / "pytorch_lora_weights.safetensors").read_bytes()
     longer = resolve("tcd", None, [*watched, "loop.steps=6"])
-    monkeypatch.setattr(watch, "artist_of", None)
+    monkeypatch.setattr(validation, "image_generator_of", None)
     distillation.distill(longer, tmp_path / "run", cache=own_cache, quiet=True)
     assert read_json(best / "figures.json")["kid"] == 0.3
     assert (best / "pytorch_lora_weights.safetensors").read_bytes() == before
@@ -80,11 +80,11 @@ def test_the_watch_draws_judges_and_keeps_the_best(
 def test_watching_does_not_change_the_run(watched: list[str], tiny_cache: Path, tmp_path: Path) -> None:
     """The student lends its weights to the judge and gets its own back, averages or not."""
     students = []
-    for name, changes in (("with", []), ("without", ["loop.watch_every=null"])):
+    for name, changes in (("with", []), ("without", ["loop.validate_every=null"])):
         config = resolve("tcd", None, [*watched, "optim.ema=0.5", *changes])
         students.append(distillation.distill(config, tmp_path / name, cache=tiny_cache, quiet=True).read_bytes())
     assert students[0] == students[1]
-    judged = [line["watch/kid"] for line in figures(tmp_path / "with") if "watch/kid" in line]
+    judged = [line["validation/kid"] for line in figures(tmp_path / "with") if "validation/kid" in line]
     assert len(judged) == 2
     assert all(np.isfinite(judged))
 
@@ -92,13 +92,13 @@ def test_watching_does_not_change_the_run(watched: list[str], tiny_cache: Path, 
 def test_the_watch_looks_at_its_list_then_at_captions_then_again(tmp_path: Path, tiny_overrides: list[str]) -> None:
     file = tmp_path / "p.txt"
     file.write_text("a\nb\nc\n")
-    count = "watch.count=16"
-    listed = resolve("tcd", None, [*tiny_overrides, count, f"watch.prompts={file}"])
-    assert watch.watched_prompts(listed, ["d", "a", "d", " "]) == [*"abcd"] * 4
+    count = "validation.count=16"
+    listed = resolve("tcd", None, [*tiny_overrides, count, f"validation.prompts={file}"])
+    assert validation.validation_prompts(listed, ["d", "a", "d", " "]) == [*"abcd"] * 4
     own = resolve("tcd", None, [*tiny_overrides, count])
-    assert watch.watched_prompts(own, ["d", "e"]) == [*"de"] * 8
-    bundled = resolve("tcd", None, ["watch.count=160"])
-    prompts = watch.watched_prompts(bundled, [f"caption {i}" for i in range(20)])
+    assert validation.validation_prompts(own, ["d", "e"]) == [*"de"] * 8
+    bundled = resolve("tcd", None, ["validation.count=160"])
+    prompts = validation.validation_prompts(bundled, [f"caption {i}" for i in range(20)])
     assert prompts[:150] == list(emoji8.read_prompts("validation"))
     assert prompts[150:] == [f"caption {i}" for i in range(10)]
 
@@ -107,7 +107,7 @@ def test_every_stage_watches_the_same_prompts(tiny_overrides: list[str], tiny_ca
     """Stages have seeds of their own; what they are judged by is chosen by the watch's."""
     chosen = []
     for seed, watching in ((1, 5), (2, 5), (1, 6)):
-        words = [*tiny_overrides, f"loop.seed={seed}", f"watch.seed={watching}"]
+        words = [*tiny_overrides, f"loop.seed={seed}", f"validation.seed={watching}"]
         run = distillation.prepare(resolve("tcd", None, words), tiny_cache, torch.device("cpu"))
         chosen.append([said[0] for said in run.watched(8).captions])
     assert chosen[0] == chosen[1]
@@ -160,22 +160,22 @@ def test_the_estimate_of_stored_trajectories(tiny_overrides: list[str]) -> None:
 
 def test_checks_are_counted_and_timed_like_the_steps() -> None:
     """1,000 steps, a check every 400: 3 of them; the teacher's 50 guided steps once."""
-    words = ["loop.steps=1000", "loop.watch_every=400", "loop.batch=32", "watch.count=100", "sampling.steps=4"]
+    words = ["loop.steps=1000", "loop.validate_every=400", "loop.batch=32", "validation.count=100", "sampling.steps=4"]
     checks = count_checks(resolve("tcd", None, words), 1.0)
     assert checks is not None
     assert (checks.first, checks.each, checks.count) == (10_000, 400, 3)
     # a step: teacher 2, target 1, student 1 and its backward pass 2
     assert checks.seconds == pytest.approx((10_000 + 3 * 400) / (32 * 6))
     assert "10000 network evaluations once for the teacher's pictures, 400 at each of 3 checks" in checks.line()
-    assert count_checks(resolve("tcd", None, ["loop.watch_every=null"]), 1.0) is None
+    assert count_checks(resolve("tcd", None, ["loop.validate_every=null"]), 1.0) is None
 
 
 def test_the_encoders_are_not_kept_for_the_watch(watched: list[str], tiny_cache: Path, tmp_path: Path) -> None:
     run = distillation.prepare(resolve("tcd", None, watched), tiny_cache, torch.device("cpu"))
-    judge = distillation.make_watch(run, tmp_path, tmp_path)
+    judge = distillation.make_validation(run, tmp_path, tmp_path)
     assert (run.backbone._readers, run.backbone._vae) == (None, None)
     found = judge(2, {"student": dict(run.student.roles.parameters("student"))})
-    assert found["watch/to_teacher"] > 0
+    assert found["validation/to_teacher"] > 0
     assert (run.backbone._readers, run.backbone._vae) == (None, None)
 
 
@@ -201,8 +201,8 @@ def test_weights_that_a_loss_looks_through_are_no_activations(tiny_overrides: li
     (update,) = distillation.update_plan(run)
     frozen = torch.nn.Linear(2000, 2000).requires_grad_(False)
 
-    def looked(batch: Batch, draws: Draws) -> Loss:
-        value = update.loss(batch, draws).value
+    def looked(batch: Batch, rng: KeyedRng) -> Loss:
+        value = update.loss(batch, rng).value
         return Loss(frozen(value.expand(2000)).sum())
 
     kept = [
@@ -220,7 +220,7 @@ def test_a_teacher_kept_in_bf16_is_watched_and_walked_in_it(watched: list[str], 
         own = tmp_path / "cache"
         config = resolve(recipe, None, [*watched, "data.trajectories=6", *words])
         distillation.distill(config, tmp_path / words[-1], cache=own, quiet=True)
-        judged = [line["watch/kid"] for line in figures(tmp_path / words[-1]) if "watch/kid" in line]
+        judged = [line["validation/kid"] for line in figures(tmp_path / words[-1]) if "validation/kid" in line]
         assert len(judged) == 2
         assert all(np.isfinite(judged))
         kept.append({path.name for kind in ("watch-*", "trajectories-*") for path in own.glob(kind)})

@@ -161,9 +161,9 @@ def test_the_bytes_of_a_student_at_scale_one_are_its_own(tmp_path: Path) -> None
 
 
 def check_lora_notes(file: Path) -> dict[str, Any]:
-    from fewstep.students.lora_header import read_notes
+    from fewstep.students.lora_header import read_records
 
-    return read_notes(file)
+    return read_records(file)
 
 
 @pytest.mark.parametrize("scale", [0.125, 0.75, 1.0, 1 / 3, 3.0])

@@ -29,7 +29,7 @@ from fewstep import export_as
 from fewstep.backbones.base import load_backbone
 from fewstep.backbones.pipeline_folder import read_folder
 from fewstep.diffusion.config import Sampling
-from fewstep.inference.generator import load_artist
+from fewstep.inference.generator import load_image_generator
 from fewstep.students.inference_settings import travelling
 from fewstep.students.lora import save_lora
 from fewstep.students.lora_header import read_header
@@ -162,13 +162,13 @@ def main() -> None:
                     break
                 except OSError:
                     time.sleep(1)
-            artist = load_artist(base, student)
+            image_generator = load_image_generator(base, student)
             worst = 0.0
             for steps, gamma in RUNS:
                 theirs = drawn_there(comfy, workflow, steps, gamma)
-                sampling = artist.sampling.model_copy(update={"steps": steps, "gamma": gamma})
-                ours = artist.latents(artist.encode([PROMPT]), [7], sampling)
-                plain = load_artist(base).latents(artist.encode([PROMPT]), [7], sampling)
+                sampling = image_generator.sampling.model_copy(update={"steps": steps, "gamma": gamma})
+                ours = image_generator.latents(image_generator.encode([PROMPT]), [7], sampling)
+                plain = load_image_generator(base).latents(image_generator.encode([PROMPT]), [7], sampling)
                 apart = float((theirs - ours).abs().max() / ours.abs().max())
                 moved = float((plain - ours).abs().max() / ours.abs().max())
                 print(f"{steps} calls, gamma {gamma:g}: within {apart:.1e} of ours; the LoRA moves them by {moved:.1e}")
@@ -179,7 +179,9 @@ def main() -> None:
     said = log.read_text(encoding="utf-8", errors="replace")
     lost = [line for line in said.splitlines() if "lora key not loaded" in line]
     layers = len(
-        read_header(student, {k: tuple(v.shape) for k, v in artist.backbone.network.state_dict().items()}).layers
+        read_header(
+            student, {k: tuple(v.shape) for k, v in image_generator.backbone.network.state_dict().items()}
+        ).layers
     )
     print(f"{layers} layers went out, {len(lost)} keys were not loaded; log in {log}")
     if lost or not worst < 1e-4:

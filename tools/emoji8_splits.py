@@ -36,9 +36,9 @@ def without_twins(codepoints: Iterable[str]) -> set[str]:
 def choose_concepts(concepts: Sequence[Concept], families: Mapping[str, set[str]]) -> set[str]:
     """Hold out whole concepts, each drawn by at least four families, groups in proportion."""
     able: dict[str, list[str]] = defaultdict(list)
-    alone = without_twins(families)
+    exclusive = without_twins(families)
     for concept in concepts:
-        if concept.codepoint in alone and len(families[concept.codepoint]) >= 4:
+        if concept.codepoint in exclusive and len(families[concept.codepoint]) >= 4:
             able[concept.group].append(concept.codepoint)
     total = sum(map(len, able.values()))
     share = {group: HELDOUT_CONCEPTS * len(codes) / total for group, codes in able.items()}

@@ -41,9 +41,9 @@ def run_ours(task: Task, at: At) -> None:
     numbers = iter(range(10**9))
 
     def around(loss: LossOf) -> LossOf:
-        def watched(batch: Any, draws: Any) -> Any:
+        def watched(batch: Any, rng: Any) -> Any:
             at.get(next(numbers), _nothing)()
-            return loss(batch, draws)
+            return loss(batch, rng)
 
         return watched
 
@@ -104,7 +104,7 @@ def matrix_of(task: Task, who: str) -> float:
     def begin() -> None:
         times.append(settled(device))
 
-    def look() -> None:
+    def network_distance() -> None:
         times.append(settled(device))
         seen.start()
 
@@ -112,7 +112,7 @@ def matrix_of(task: Task, who: str) -> float:
         settled(device)
         seen.stop()
 
-    run(task, who, {WARM: begin, WARM + STEPS: look, WARM + 2 * STEPS: end})
+    run(task, who, {WARM: begin, WARM + STEPS: network_distance, WARM + 2 * STEPS: end})
     matrix, every = seconds_of(seen.key_averages(), gpu=gpu)
     return matrix / (times[1] - times[0] if gpu else every)
 
@@ -124,7 +124,7 @@ def seconds_of(events: EventList, *, gpu: bool) -> tuple[float, float]:
     return sum(seconds for name, seconds in own.items() if MATRIX.search(name)), sum(own.values())
 
 
-def alone(what: Callable[[Task, str], Any], task: Task, who: str) -> Any:
+def exclusive(what: Callable[[Task, str], Any], task: Task, who: str) -> Any:
     """One figure of one contender, in a process of its own."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     with multiprocessing.get_context("spawn").Pool(1) as pool:

@@ -56,9 +56,9 @@ class Phases:
     def loss(self, loss: LossOf) -> LossOf:
         """The loss, marked."""
 
-        def marked(batch: Any, draws: Any) -> Any:
+        def marked(batch: Any, rng: Any) -> Any:
             self.mark(WAIT)
-            found = loss(batch, draws)
+            found = loss(batch, rng)
             self.mark(REST)
             return found
 

@@ -14,7 +14,7 @@ from fewstep.common.compilation import compile_networks
 from fewstep.common.device import DTYPES
 from fewstep.diffusion.config import Sampling
 from fewstep.diffusion.denoiser import Condition, Denoiser
-from fewstep.inference.generator import Artist, at_once, load_artist
+from fewstep.inference.generator import ImageGenerator, at_once, load_image_generator
 from fewstep.students.lora import save_lora
 from fewstep.training.config import StudentConfig
 from fewstep.training.student import make_student
@@ -34,20 +34,20 @@ def time_sampling(task: Task) -> dict[str, Timed]:
     people load them; ours decodes in fp32. With `loop.compile=true` the denoiser is compiled on both sides.
     """
     place, precision = torch.device(task.device), DTYPES[task.precision]
-    artist = load_artist(task.folder, None, place, precision=precision, compiled=task.compiled)
-    _, height, width = artist.backbone.latent_shape
-    condition = artist.encode([f"picture {i}" for i in range(task.batch)])
+    image_generator = load_image_generator(task.folder, None, place, precision=precision, compiled=task.compiled)
+    _, height, width = image_generator.backbone.latent_shape
+    condition = image_generator.encode([f"picture {i}" for i in range(task.batch)])
     seeds = list(range(task.batch))
     at = at_once(height, width)
     parts = [slice(start, start + at) for start in range(0, task.batch, at)]
     contenders = {
-        "ours": drawing(artist, condition, seeds),
-        "calls + decode": bare(artist, condition, parts),
+        "ours": drawing(image_generator, condition, seeds),
+        "calls + decode": bare(image_generator, condition, parts),
         "diffusers": diffusers_drawing(task, place, precision, condition, parts),
     }
     with tempfile.TemporaryDirectory() as held:
         apart, file = unmerged(task, place, precision, Path(held))
-        merged = load_artist(task.folder, file, place, precision=precision, compiled=task.compiled)
+        merged = load_image_generator(task.folder, file, place, precision=precision, compiled=task.compiled)
     contenders |= {
         "LoRA, merged": drawing(merged, condition, seeds),
         "LoRA, not merged": drawing(apart, condition, seeds),
@@ -55,18 +55,18 @@ def time_sampling(task: Task) -> dict[str, Timed]:
     return rounds(contenders, place, task.rounds)
 
 
-def drawing(artist: Artist, condition: Condition, seeds: list[int]) -> Callable[[], None]:
+def drawing(image_generator: ImageGenerator, condition: Condition, seeds: list[int]) -> Callable[[], None]:
     """Our sampler on a batch."""
 
     def draw() -> None:
-        artist.backbone.to_pictures(artist.latents(condition, seeds, SSS))
+        image_generator.backbone.to_pictures(image_generator.latents(condition, seeds, SSS))
 
     return draw
 
 
-def bare(artist: Artist, condition: Condition, parts: list[slice]) -> Callable[[], None]:
+def bare(image_generator: ImageGenerator, condition: Condition, parts: list[slice]) -> Callable[[], None]:
     """The network calls of `drawing`, and its decoding, alone."""
-    place, precision, backbone = artist.backbone.device, artist.precision, artist.backbone
+    place, precision, backbone = image_generator.backbone.device, image_generator.precision, image_generator.backbone
     there = [{name: value[part].to(place) for name, value in condition.items()} for part in parts]
     count = len(next(iter(condition.values())))
     x = torch.randn(count, *backbone.latent_shape, device=place)
@@ -83,7 +83,7 @@ def bare(artist: Artist, condition: Condition, parts: list[slice]) -> Callable[[
     return call
 
 
-def unmerged(task: Task, place: torch.device, precision: torch.dtype, held: Path) -> tuple[Artist, Path]:
+def unmerged(task: Task, place: torch.device, precision: torch.dtype, held: Path) -> tuple[ImageGenerator, Path]:
     """An artist whose random LoRA stands beside its layers, and a file of that LoRA."""
     backbone = load_backbone(task.folder)
     student = make_student(backbone, StudentConfig(rank=task.rank), (ROLE,), 0)
@@ -102,7 +102,7 @@ def unmerged(task: Task, place: torch.device, precision: torch.dtype, held: Path
     if task.compiled:
         compile_networks([backbone.network])
     denoiser = Denoiser(student.call, backbone.path, backbone.prediction, backbone.embedded_guidance)
-    return Artist(backbone, denoiser, SSS, ROLE, precision), file
+    return ImageGenerator(backbone, denoiser, SSS, ROLE, precision), file
 
 
 def diffusers_drawing(

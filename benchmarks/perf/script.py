@@ -157,4 +157,4 @@ class LcmScript:
         torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.told = loss.detach().item()
+        self.extra_conditioning = loss.detach().item()

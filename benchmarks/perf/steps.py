@@ -78,7 +78,7 @@ class Clock:
     def around(self, loss: Callable[..., Any]) -> Callable[..., Any]:
         """The loss with the clock before it."""
 
-        def clocked(batch: Batch, draws: Any) -> Any:
+        def clocked(batch: Batch, rng: Any) -> Any:
             now = settled(self.device)
             if self.started is not None:
                 self.own.append(now - self.started)
@@ -89,7 +89,7 @@ class Clock:
                 self.started = settled(self.device)
             finally:  # a reader left waiting would keep the process from ending
                 self._reads.release()
-            return loss(batch, draws)
+            return loss(batch, rng)
 
         return clocked
 

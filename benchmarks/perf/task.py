@@ -65,7 +65,8 @@ def words(task: Task) -> list[str]:
     """What the run is asked for: TCD with LoRA, from pictures or from walks drawn beforehand."""
     common = [
         f"teacher={task.folder}", f"student.rank={task.rank}", f"student.targets=[{','.join(TARGETS)}]",
-        "optim.ema=null", f"loop.batch={task.batch}", f"loop.steps={task.rounds + WARM + 1}", "loop.watch_every=null",
+        "optim.ema=null", f"loop.batch={task.batch}", f"loop.steps={task.rounds + WARM + 1}",
+        "loop.validate_every=null",
         "optim.lr=1e-6",
         f"loop.precision={task.precision}", f"device={task.device}", "loop.save_every=1000000", *task.more,
     ]  # fmt: skip

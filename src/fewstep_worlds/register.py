@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import typer
 
     from fewstep.evaluation.features import Features
-    from fewstep.evaluation.suite import Yardstick
+    from fewstep.evaluation.suite import Suite
     from fewstep.inference.multilingual.pairs import Pair
     from fewstep.methods.rewards.reward import PreferenceScorer
 
@@ -22,7 +22,7 @@ __all__ = ["SIZE", "STUDENTS", "captioned", "captions_alone", "read_prompts", "r
 STUDENTS = ("tcd",)
 
 
-def suite(prompts: Sequence[str], size: int, seed: int, features: Features) -> Yardstick:
+def suite(prompts: Sequence[str], size: int, seed: int, features: Features) -> Suite:
     """Return Emoji-8's metrics and the real pictures that answer the prompts."""
     from fewstep_worlds.emoji8.metrics import emoji8_yardstick
 

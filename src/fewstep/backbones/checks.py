@@ -28,13 +28,13 @@ def check_diffusion(field: str, folder: PipelineFolder) -> None:
         raise UserError(
             f"{field} = {str(folder.path)!r} is a consistency model, whose trajectories no solver follows; the nearest "
             "is the diffusion model that it was distilled from (to train it further: student.kind = 'full', "
-            "student.start = its folder, method.told = ['w'])"
+            "student.start = its folder, method.extra_conditioning = ['w'])"
         )
 
 
 def _check_guidance(section: str, sampling: Sampling, embedded: bool) -> None:
     """Refuse two guidances of a network that embeds one."""
-    if embedded and "w" in sampling.told and sampling.omega:
+    if embedded and "w" in sampling.extra_conditioning and sampling.omega:
         raise UserError(
             f"{section}omega = {sampling.omega:g} guides a second time: the network embeds its guidance, {section}w = "
             f"{sampling.w:g}; the nearest legal {section}omega is 0"

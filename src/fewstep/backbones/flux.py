@@ -24,7 +24,7 @@ class Flux(TransformerBackbone):
     @property
     def embedded_guidance(self) -> bool:
         """Whether the network is told its guidance (dev); a plain one (schnell) can be guided as any other."""
-        return self.folder.told_guidance
+        return self.folder.takes_guidance
 
     @property
     def default_guidance(self) -> float:

@@ -23,7 +23,7 @@ from fewstep.backbones.config_checks import (
 from fewstep.backbones.families import CONSISTENCY, FAMILIES, Family
 from fewstep.backbones.scheduler_config import check_terminal_snr, settled
 from fewstep.backbones.unsafe_weights import advice, first_pickle
-from fewstep.common.choices import Told
+from fewstep.common.choices import ExtraCondition
 from fewstep.common.errors import UserError, nearest
 from fewstep.common.files import read_mapping, sha256
 from fewstep.common.safetensors_header import read_safetensors_header
@@ -182,7 +182,7 @@ class PipelineFolder:
         return self.latent_shape[1] * self.scale
 
     @property
-    def told_guidance(self) -> bool:
+    def takes_guidance(self) -> bool:
         """Whether the network is told its guidance, and has no unconditional branch."""
         return bool(self.config(self.network).get("guidance_embeds")) or self.embeds_guidance
 
@@ -206,7 +206,7 @@ class PipelineFolder:
         scheduler = self.components["scheduler"][1]
         return self.embeds_guidance and (self.pipeline == CONSISTENCY or scheduler == "LCMScheduler")
 
-    def told_beside(self, told: Iterable[Told]) -> tuple[Told, ...]:
+    def extra_inputs(self, told: Iterable[ExtraCondition]) -> tuple[ExtraCondition, ...]:
         """What of `told` is no input of the network itself, and so embedded by weights beside it."""
         return tuple(name for name in told if name != "w" or not self.embeds_guidance)
 

@@ -48,7 +48,7 @@ class UNetBackbone(Backbone):
     @property
     def embedded_guidance(self) -> bool:
         """Whether the network embeds its guidance (LCM's full weights), and so has no unconditional branch."""
-        return self.folder.told_guidance
+        return self.folder.takes_guidance
 
     def embeds_guidance(self, network: nn.Module) -> bool:
         """Whether a UNet has diffusers' guidance embedding, `time_cond_proj_dim`."""

@@ -81,8 +81,8 @@ def _distill_config(
     check_distillation(settings, read_folder(teacher_path(settings.teacher)))
     check_writable(Path(out))
     check_same_run(Path(out), settings, later=True)
-    if any(stage.loop.watch_every for stage in settings.each_stage()):
-        check_installed("distill with loop.watch_every", WATCHING)
+    if any(stage.loop.validate_every for stage in settings.each_stage()):
+        check_installed("distill with loop.validate_every", WATCHING)
     narrow: list[str] = [
         stage.student.base for stage in settings.each_stage() if stage.student.base in ("8bit", "4bit")
     ]

@@ -69,7 +69,7 @@ def evaluate(
     from fewstep.diffusion.config import Sampling
     from fewstep.evaluation.checks import check_real
     from fewstep.evaluation.limits import KID_FEWEST
-    from fewstep.students.resolve import choose_student
+    from fewstep.students.resolve import resolve_student
     from fewstep.students.sampling import end_point_sampling
 
     check_device(device)
@@ -82,7 +82,7 @@ def evaluate(
         check_real(Path(real))
     _check_seed(seed, 8 * len(prompts))
     folder = read_folder(teacher_path(named_teacher(teacher, teacher_config)))
-    chosen = choose_student(folder, lora, settings or {})
+    chosen = resolve_student(folder, lora, settings or {})
     other = Path(reference) if reference else (folder.path if chosen.lora else None)
     base = read_folder(other, "reference") if other else folder
     asked = chosen.sampling.size

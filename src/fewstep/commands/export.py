@@ -59,7 +59,7 @@ def export_as(
     from fewstep.common.choices import check_device
     from fewstep.common.files import check_writable
     from fewstep.export.formats import ADAPTERS, check_form
-    from fewstep.students.resolve import choose_student
+    from fewstep.students.resolve import resolve_student
 
     check_device(device)
     if precision not in (None, "fp32", "fp16", "bf16"):
@@ -71,14 +71,16 @@ def export_as(
             f"teacher = {str(teacher)!r} says nothing beside student = {str(student)!r}, a whole pipeline; the nearest "
             "is to leave it out"
         )
-    chosen = choose_student(folder, None if whole else student, {})
+    chosen = resolve_student(folder, None if whole else student, {})
     if not whole and chosen.lora is None:
         raise UserError(
             f"student = {str(student)!r} is the teacher itself; the nearest is a LoRA, or a whole student's folder"
         )
     classes = {name: folder.components[name][1] for name in folder.family.encoders}
-    told = folder.told_beside(chosen.sampling.told)
-    found = check_form(form, folder.family.kind, lora=not whole, told=told, encoders=classes, vae=folder.config("vae"))
+    told = folder.extra_inputs(chosen.sampling.extra_conditioning)
+    found = check_form(
+        form, folder.family.kind, lora=not whole, extra_conditioning=told, encoders=classes, vae=folder.config("vae")
+    )
     if precision and found.form in ADAPTERS:
         raise UserError(
             f"precision = {precision!r} is of whole networks, and a LoRA is written as it was; the nearest is to leave "

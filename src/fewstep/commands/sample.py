@@ -67,7 +67,7 @@ def sample(
     from fewstep.data.images import read_cropped
     from fewstep.data.prompts import read_prompts
     from fewstep.inference.image_grid import check_sheet, save_picture, sheet
-    from fewstep.students.resolve import choose_student
+    from fewstep.students.resolve import resolve_student
 
     named = [prompts] if isinstance(prompts, str) else prompts
     wanted = [*named, *(read_prompts(prompt_file, "prompt_file") if prompt_file else [])]
@@ -86,7 +86,7 @@ def sample(
         raise UserError(f"strength = {strength} says nothing without an image; name one, or leave it out")
     check_device(device)
     folder = read_folder(teacher_path(named_teacher(teacher, teacher_config)))
-    student, sampling, _ = choose_student(folder, lora, settings or {})
+    student, sampling, _ = resolve_student(folder, lora, settings or {})
     width, height = sampling.size or (folder.picture_size, folder.picture_size)
     enlarged = scale or max(1, 256 // width)
     columns = count if len(wanted) > 1 else min(count, 8)
@@ -106,20 +106,22 @@ def sample(
     from fewstep.backbones.lengths import tell_cut
     from fewstep.backbones.scheduler_config import path_of
     from fewstep.diffusion.draw_latents import Source, call_times
-    from fewstep.inference.generator import load_artist
+    from fewstep.inference.generator import load_image_generator
 
     share = 0.5 if strength is None else strength
     if begun is not None:  # refused before weights are loaded
         call_times(sampling, path_of(folder.noise), share)
-    artist = load_artist(folder.path, student, place, adapter, computes, compiled=compile, batch=batch)
-    if artist.adapter is not None:
-        for prompt, (caption, likeness) in zip(wanted, artist.adapter.readings(wanted), strict=True):
+    image_generator = load_image_generator(
+        folder.path, student, place, adapter, computes, compiled=compile, batch=batch
+    )
+    if image_generator.adapter is not None:
+        for prompt, (caption, likeness) in zip(wanted, image_generator.adapter.readings(wanted), strict=True):
             print(f"{prompt!r} is read as {caption!r}, likeness {likeness:.2f}", file=sys.stderr)
     else:
-        tell_cut(artist.backbone, wanted)
-    source = None if begun is None else Source(artist.backbone.to_latents(begun[None]), share)
+        tell_cut(image_generator.backbone, wanted)
+    source = None if begun is None else Source(image_generator.backbone.to_latents(begun[None]), share)
     every = [prompt for prompt in wanted for _ in range(count)]
-    pictures: np.ndarray = artist.draw(every, range(seed, seed + len(every)), sampling, source)
+    pictures: np.ndarray = image_generator.draw(every, range(seed, seed + len(every)), sampling, source)
     return save_picture(sheet(pictures, columns, enlarged), path)
 
 

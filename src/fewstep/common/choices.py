@@ -30,7 +30,7 @@ Jump = Literal["skip", "cm_skip", "first_order", "second_order"]
 """The student's jump; see `jump`."""
 Form = Literal["x0", "eps"]
 """What a second-order jump blends: data or noise predictions."""
-Told = Literal["s", "w"]
+ExtraCondition = Literal["s", "w"]
 """What a network may be told beside x_t and t: where its jump lands, and the guidance omega."""
 Start = Literal["data", "trajectory", "rollout", "student"]
 """Where x_{t_n+k} comes from: noised data, a stored trajectory of the teacher, a few of its steps from noise, or the

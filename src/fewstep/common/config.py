@@ -10,9 +10,9 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 
 from fewstep.common import core_yaml
 from fewstep.common.errors import UserError, nearest
@@ -26,6 +26,18 @@ class Config(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
+
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Old names of fields -> their names, for files that an earlier version wrote."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _current_names(cls, data: Any) -> Any:
+        """Read fields under their old names. What is laid over under an old name wins."""
+        if not isinstance(data, Mapping) or not cls.renamed.keys() & data.keys():
+            return data
+        current = {name: value for name, value in data.items() if name not in cls.renamed}
+        return merge(current, {new: data[old] for old, new in cls.renamed.items() if old in data})
 
     @field_validator("*", mode="before")
     @classmethod

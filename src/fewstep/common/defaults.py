@@ -44,7 +44,7 @@ class World(Protocol):
         """Return one of its prompt lists."""
 
     def suite(self, prompts: Sequence[str], size: int, seed: int, features: Any) -> Any:
-        """Return the metrics of its pictures and the real pictures that answer the prompts, a `Yardstick`."""
+        """Return the metrics of its pictures and the real pictures that answer the prompts, a `Suite`."""
 
     def load_scorer(self, device: Any) -> Any:
         """Return its preference scorer, a `PreferenceScorer`."""

@@ -147,11 +147,11 @@ def together() -> Iterator[None]:
 def on_main(do: Callable[P, Mapping[str, T]]) -> Callable[P, Mapping[str, T]]:
     """`do` in the main process alone, and nothing in the others, which wait and hear of it if it fails."""
 
-    def alone(*args: P.args, **options: P.kwargs) -> Mapping[str, T]:
+    def exclusive(*args: P.args, **options: P.kwargs) -> Mapping[str, T]:
         with together():
             return do(*args, **options) if is_main() else {}
 
-    return alone
+    return exclusive
 
 
 def own_share(n: int) -> list[int]:

@@ -227,7 +227,7 @@ def _lock(folder: Path, place: Path) -> IO[str]:
 
 
 @contextmanager
-def alone(place: Path, notice: str = "") -> Iterator[None]:
+def exclusive(place: Path, notice: str = "") -> Iterator[None]:
     """Wait until no other process or thread is in a block of the same place, a lock file beside what it makes.
 
     A process that dies leaves. On a system, or a file system, without locks nobody waits.

@@ -35,7 +35,7 @@ def generator(seed: int, purpose: str, sample: int = 0, step: int = 0) -> np.ran
 
 
 @dataclass(frozen=True)
-class Draws:
+class KeyedRng:
     """All random draws of one training step for the samples `indices` (global sample indices, [B]).
 
     Every method returns one row per sample. Noise is moved to `device` without waiting; numbers that decide (times,

@@ -157,7 +157,7 @@ class BucketedLatents:
 def shape_order(
     members: Sequence[Sequence[int] | np.ndarray], seed: int, batch: int
 ) -> Callable[[int, int], np.ndarray]:
-    """As `draws.order`, in batches of one shape each: (start, stop) -> items.
+    """As `rng.order`, in batches of one shape each: (start, stop) -> items.
 
     Each bucket is shuffled and filled up to whole batches by its own first items; then the batches are shuffled.
 

@@ -17,7 +17,7 @@ from fewstep.common.device import sent
 from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_write
 from fewstep.common.mapped_tensors import Mapped, Rows, tensors_in
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.common.run_inputs import PARTS, items
 from fewstep.common.safetensors_header import read_safetensors_header
 from fewstep.common.tensors import load_tensors, save_tensors
@@ -101,14 +101,14 @@ class LatentSet:
         """K, the distinct captions: the rows of the table before the unconditional one."""
         return len(next(iter(self.table.values()))) - 1
 
-    def drawn(self, items: Tensor, draws: Draws, empty: float) -> Tensor:
+    def drawn(self, items: Tensor, rng: KeyedRng, empty: float) -> Tensor:
         """Rows of the table, int64 [B]: one of the captions of each item, drawn; the unconditional one instead for a
         share `empty` of them."""
-        return drawn_captions(self.rows, self.captions, items, draws, empty)
+        return drawn_captions(self.rows, self.captions, items, rng, empty)
 
-    def condition(self, items: Tensor, draws: Draws, empty: float, device: torch.device) -> dict[str, Tensor]:
+    def condition(self, items: Tensor, rng: KeyedRng, empty: float, device: torch.device) -> dict[str, Tensor]:
         """The conditions in the `drawn` rows."""
-        return self.states(self.drawn(items, draws, empty), device)
+        return self.states(self.drawn(items, rng, empty), device)
 
     def null(self, count: int, device: torch.device) -> dict[str, Tensor]:
         """The unconditional condition, one row that is seen `count` times."""
@@ -121,11 +121,11 @@ class LatentSet:
         return {name: sent(states[rows], device).float() for name, states in self.table.items()}
 
 
-def drawn_captions(rows: Tensor, captions: int, items: Tensor, draws: Draws, empty: float) -> Tensor:
+def drawn_captions(rows: Tensor, captions: int, items: Tensor, rng: KeyedRng, empty: float) -> Tensor:
     """As `LatentSet.drawn`, from the set's rows and its number of distinct captions alone."""
-    chosen = draws.integers("caption", 0, rows.shape[1])
+    chosen = rng.integers("caption", 0, rows.shape[1])
     drawn = rows[items, chosen]
-    return torch.where(draws.chance("empty prompt", empty), captions, drawn) if empty > 0 else drawn
+    return torch.where(rng.chance("empty prompt", empty), captions, drawn) if empty > 0 else drawn
 
 
 KeptT = TypeVar("KeptT")

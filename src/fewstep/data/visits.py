@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.data.latents import Known, Wanted, drawn_captions
 
 
@@ -27,8 +27,8 @@ def used(
     pictures, captions = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
     for step in steps:
         items = visits(step * batch, (step + 1) * batch)
-        draws = Draws(seed, step, tuple(range(step * batch, (step + 1) * batch)))
+        rng = KeyedRng(seed, step, tuple(range(step * batch, (step + 1) * batch)))
         pictures.append(items)
-        captions.append(drawn_captions(of.rows, len(of.said), torch.from_numpy(items), draws, empty).numpy())
+        captions.append(drawn_captions(of.rows, len(of.said), torch.from_numpy(items), rng, empty).numpy())
     said = np.unique(np.concatenate(captions))
     return Wanted(np.unique(np.concatenate(pictures)), said[said < len(of.said)])

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fewstep.common.choices import Told
+from fewstep.common.choices import ExtraCondition
 from fewstep.diffusion.denoiser import Condition, Denoiser, tell
 from fewstep.diffusion.jump import Denoise, Step
-from fewstep.diffusion.samplers import Jumper
+from fewstep.diffusion.samplers import JumpFn
 from fewstep.diffusion.schedule import Estimate, index_of
 
 
 @dataclass(frozen=True)
-class Voice:
+class ConditionedDenoiser:
     """A role of a denoiser that is asked under one condition.
 
     Attributes:
@@ -31,15 +31,15 @@ class Voice:
     denoiser: Denoiser
     condition: Condition
     role: str
-    told: Collection[Told] = ()
+    extra_conditioning: Collection[ExtraCondition] = ()
     w: Tensor | None = None
     null: Condition | None = None
     omega: Tensor | None = None
 
     def estimate(self, x_t: Tensor, t: Tensor, s: Tensor) -> Estimate:
         """x0 and eps at x_t, for a jump to s."""
-        where = index_of(self.denoiser.path, s) if "s" in self.told else None
-        w = self.w if "w" in self.told else None
+        where = index_of(self.denoiser.path, s) if "s" in self.extra_conditioning else None
+        w = self.w if "w" in self.extra_conditioning else None
         condition = tell(self.condition, s=where, w=w)
         if self.null is None or self.omega is None:
             return self.denoiser.estimate(x_t, t, condition, self.role)
@@ -49,7 +49,7 @@ class Voice:
         """x0 and eps at x_t for a solver, which wants the slope there: s = t."""
         return self.estimate(x_t, t, t)
 
-    def jumper(self, step: Step) -> Jumper:
+    def jumper(self, step: Step) -> JumpFn:
         """The jump (x_t, t, s) -> x_s by the given jump function."""
 
         def jump(x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:

@@ -6,7 +6,18 @@ from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from fewstep.common.choices import CALLS, Convention, End, Form, GammaLaw, Jump, SamplerName, Spacing, Told, omega_of
+from fewstep.common.choices import (
+    CALLS,
+    Convention,
+    End,
+    ExtraCondition,
+    Form,
+    GammaLaw,
+    Jump,
+    SamplerName,
+    Spacing,
+    omega_of,
+)
 from fewstep.common.config import Config, as_pair
 
 GridSpec = int | tuple[float, ...]
@@ -56,6 +67,8 @@ class Guidance(Config):
 class Sampling(Config):
     """How pictures are drawn. The same record stands in a recipe, a run's config and an exported file."""
 
+    renamed = {"told": "extra_conditioning"}  # noqa: RUF012  (a class variable of the base)
+
     sampler: SamplerName = Field(
         "sss", description="sss (TCD), lcm (multistep consistency), ddim, euler, heun, dpm_2, dpmpp_2s, sde_dpmpp_2m"
     )
@@ -69,7 +82,9 @@ class Sampling(Config):
     jump: Jump | None = Field(None, description="the student's jump; null: skip for lcm, else first_order")
     r: float = Field(0.5, gt=0, le=1, description="mid-point of a second-order jump")
     form: Form = Field("x0", description="what a second-order jump blends: x0 or eps predictions")
-    told: tuple[Told, ...] = Field((), description="what the network is told beside x and t: s, w")
+    extra_conditioning: tuple[ExtraCondition, ...] = Field(
+        (), description="what the network is told beside x and t: s, w"
+    )
     w: float | None = Field(None, ge=0, description="guidance omega that a student which is told w stands for")
     omega: float = Field(0.0, ge=0, description="guidance, (1 + omega) eps(c) - omega eps(null); 0 for a student")
     grid: GridSpec = Field(50, description="training grid that times are taken from: N points, or the points")
@@ -112,8 +127,10 @@ class Sampling(Config):
                 f"jump = {self.step_jump!r} only reaches the end point, sampler = 'sss' lands before it; "
                 "the nearest legal jump is 'first_order'"
             )
-        if ("w" in self.told) != (self.w is not None):
-            raise ValueError(f"w = {self.w} for a network that is told {list(self.told)}; name both, or none")
+        if ("w" in self.extra_conditioning) != (self.w is not None):
+            raise ValueError(
+                f"w = {self.w} for a network that is told {list(self.extra_conditioning)}; name both, or none"
+            )
         return self
 
     @property

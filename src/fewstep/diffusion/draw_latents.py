@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.conditioned import Voice
+from fewstep.diffusion.conditioned import ConditionedDenoiser
 from fewstep.diffusion.config import Sampling
 from fewstep.diffusion.denoiser import Condition, Denoiser
 from fewstep.diffusion.grid import times_within
@@ -76,7 +76,7 @@ def draw_latents(
     else:
         begin = torch.full((len(z),), times[0], dtype=torch.float64)
         x = add_noise(path, source.latents.to(z).expand_as(z), z, begin)
-    voice = Voice(denoiser, condition, role, sampling.told)
+    voice = ConditionedDenoiser(denoiser, condition, role, sampling.extra_conditioning)
     if sampling.w is not None:
         voice = replace(voice, w=torch.full((len(x),), sampling.w, dtype=torch.float64))
     if sampling.omega > 0:

@@ -21,7 +21,7 @@ from fewstep.diffusion.schedule import PURE_NOISE, Estimate, Path, VarianceExplo
 from fewstep.diffusion.solver import SOLVERS, ddim
 
 Noise = Callable[[], Tensor]
-Jumper = Callable[[Tensor, Tensor, Tensor], Tensor]
+JumpFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A network's own jump: (x_t [B, ...], t [B], s [B]) -> x_s. See `jumper`."""
 
 
@@ -100,7 +100,7 @@ def _batch(t: float, x: Tensor) -> Tensor:
 
 
 def sample_sss(
-    jump: Jumper,
+    jump: JumpFn,
     path: Path,
     x: Tensor,
     times: Sequence[float],
@@ -122,7 +122,7 @@ def sample_sss(
     return jump(x, _batch(times[-1], x), _batch(end_time(path, end), x))
 
 
-def sample_consistency(jump: Jumper, path: Path, x: Tensor, times: Sequence[float], end: End, noise: Noise) -> Tensor:
+def sample_consistency(jump: JumpFn, path: Path, x: Tensor, times: Sequence[float], end: End, noise: Noise) -> Tensor:
     """Multistep consistency sampling (arXiv 2303.01469, algorithm 1): jump to the end point, add the noise above it.
 
     LCM's own jump lands on clean data; with `end = clean` this is its algorithm 3 (arXiv 2310.04378).

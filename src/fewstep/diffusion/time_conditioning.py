@@ -17,18 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.common.choices import Told
+from fewstep.common.choices import ExtraCondition
 
 WIDTH = 256
 """Numbers of the sinusoid, as LCM's embedding of w has."""
-SCALES: dict[Told, float] = {"s": 1.0, "w": 1000.0}
+SCALES: dict[ExtraCondition, float] = {"s": 1.0, "w": 1000.0}
 """s is told in training indices, as t is; w by LCM's thousandfold."""
 
-TOLD_PREFIX = "told."
+EXTRA_PREFIX = "told."
 """Before the names of these weights, where they stand beside a network's."""
 
 
-def split_told(condition: Mapping[str, Tensor], names: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def split_extra(condition: Mapping[str, Tensor], names: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Split a condition into the values of these names, which an extra embedding takes, and the rest of it."""
     told: dict[str, Tensor] = {name: value for name, value in condition.items() if name in set(names)}
     return told, {name: value for name, value in condition.items() if name not in told}
@@ -41,10 +41,10 @@ def sinusoid(value: Tensor, width: int = WIDTH) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1).float()
 
 
-class ToldEmbedding(nn.Module):
+class ExtraEmbedding(nn.Module):
     """[B] numbers by name -> what is added to a time embedding of `width` numbers, [B, width]; 0 at first."""
 
-    def __init__(self, names: Sequence[Told], width: int, seed: int = 0) -> None:
+    def __init__(self, names: Sequence[ExtraCondition], width: int, seed: int = 0) -> None:
         super().__init__()
         self.parts = nn.ModuleDict()
         with torch.random.fork_rng():
@@ -71,7 +71,7 @@ class ToldEmbedding(nn.Module):
         return torch.stack(parts).sum(0)
 
 
-class Ear:
+class ExtraEmbeddingHook:
     """Adds what is heard to the output of a network's time embedding, while something is."""
 
     def __init__(self, time_embedding: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """What a micro-batch is made of, read while the step before it runs: latents, text states, a teacher's stored points.
 
-Which of them a sample takes is drawn, and draws are keyed (`draws`): who reads ahead draws the same as the loss will.
+Which of them a sample takes is drawn, and draws are keyed (`rng`): who reads ahead draws the same as the loss will.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from torch import Tensor
 
 from fewstep.common.device import sent
 from fewstep.common.mapped_tensors import MappedRows
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.distillation.prepare import Run
 from fewstep.distillation.synthesis.dataset import FromSet
 from fewstep.distillation.trajectories import Kept
 from fewstep.methods.config import ConsistencyConfig
 from fewstep.methods.pair import Sample, Stored
 from fewstep.methods.start_points import noises
-from fewstep.methods.times import Triple, draw_times
+from fewstep.methods.times import PairTimes, draw_times
 from fewstep.training.loop import Batch
 
 
 @dataclass(frozen=True)
-class Foreseen:
+class PrefetchedPoints:
     """What a pair will ask of stored trajectories, on the device already.
 
     Attributes:
@@ -35,7 +35,7 @@ class Foreseen:
         said: the network's outputs at t_{n+k}, with and without the prompt; None where no one asks.
     """
 
-    times: Triple
+    times: PairTimes
     x_nk: Tensor
     x_n: Tensor | None
     said: tuple[Tensor, Tensor] | None
@@ -55,7 +55,7 @@ class Foreseen:
         return self.said
 
 
-def foresee(stored: Stored, method: ConsistencyConfig, times: Triple, device: torch.device) -> Foreseen:
+def prefetch(stored: Stored, method: ConsistencyConfig, times: PairTimes, device: torch.device) -> PrefetchedPoints:
     """Read what `objectives` will ask of stored trajectories at these times."""
 
     def there(tensor: Tensor) -> Tensor:
@@ -66,10 +66,10 @@ def foresee(stored: Stored, method: ConsistencyConfig, times: Triple, device: to
     if method.point == "stored":
         with_prompt, without = stored.outputs(times.index_nk)
         said = there(with_prompt), there(without)
-    return Foreseen(times, there(stored.point(times.index_nk)), x_n, said)
+    return PrefetchedPoints(times, there(stored.point(times.index_nk)), x_n, said)
 
 
-def fetch_of(run: Run) -> Callable[[np.ndarray, Draws], Batch]:
+def fetch_of(run: Run) -> Callable[[np.ndarray, KeyedRng], Batch]:
     """(item numbers, the draws of their step) -> {"sample": what the objective is given}."""
     config, device = run.config, run.backbone.device
     method = config.method
@@ -77,9 +77,9 @@ def fetch_of(run: Run) -> Callable[[np.ndarray, Draws], Batch]:
     empty = config.data.empty_prompts if run.omega is None else 0.0
     nothing = run.data.null(1, device)  # on the device once, and for every step
 
-    def fetch(items: np.ndarray, draws: Draws) -> Batch:
+    def fetch(items: np.ndarray, rng: KeyedRng) -> Batch:
         numbers = torch.from_numpy(items)
-        prompts = run.data.drawn(numbers, draws, empty)
+        prompts = run.data.drawn(numbers, rng, empty)
         states = run.data.states(prompts, device)
         null = {name: row.expand(len(numbers), *row.shape[1:]) for name, row in nothing.items()}
         if method.start == "trajectory":
@@ -89,15 +89,15 @@ def fetch_of(run: Run) -> Callable[[np.ndarray, Draws], Batch]:
             else:
                 assert isinstance(run.data.latents, MappedRows)
                 kept = Kept(run.data.latents, numbers)
-            times = draw_times(method, run.backbone.path, draws)
-            stored = foresee(kept, method, times, device)
+            times = draw_times(method, run.backbone.path, rng)
+            stored = prefetch(kept, method, times, device)
             # of data's shape, which is all that is asked of it but there
             data = sent(kept.point(torch.full_like(numbers, -1)), device).float() if method.denoising else stored.x_nk
             omega = None if run.omega is None else run.omega[numbers]
             return {"sample": Sample(data, states, null, omega, stored, prompts, times)}
         data = sent(run.data.latents[numbers], device).float()
         for purpose in noises(method):
-            draws.draw_ahead(purpose, tuple(data.shape[1:]))
+            rng.draw_ahead(purpose, tuple(data.shape[1:]))
         return {"sample": Sample(data, states, null, prompts=prompts)}
 
     return fetch

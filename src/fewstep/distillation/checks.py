@@ -36,11 +36,11 @@ def check_distillation(config: DistillConfig, folder: PipelineFolder) -> None:
     if config.student.kind == "lora" and config.student.targets:
         _check_targets(config.student.targets, folder)
     if config.student.start:
-        check_start(config.student, folder, folder.family.targets, config.each_stage()[0].method.told)
+        check_start(config.student, folder, folder.family.targets, config.each_stage()[0].method.extra_conditioning)
     for stage in config.each_stage():
-        if stage.loop.watch_every:
-            _check_watched(stage.watch.prompts)
-            _check_steps("watch.teacher_steps", stage.watch.teacher_steps, _indices(folder))
+        if stage.loop.validate_every:
+            _check_watched(stage.validation.prompts)
+            _check_steps("validation.teacher_steps", stage.validation.teacher_steps, _indices(folder))
         _check_grid("method.grid", stage.method.grid, folder)
         _check_times("sampling.", stage.sampling, folder)
         _check_guidance("sampling.", stage.sampling, embedded)
@@ -91,13 +91,13 @@ def _check_looks(config: DistillConfig, folder: PipelineFolder) -> None:
 
 def _check_source(config: DistillConfig, folder: PipelineFolder) -> None:
     source = config.data.source
-    alone = source == "captions" or is_prompt_file(source)
+    exclusive = source == "captions" or is_prompt_file(source)
     if not is_synthesis(source) and any(stage.method.point == "stored" for stage in config.each_stage()):
         raise UserError(
             f"method.point = 'stored' asks for predictions that data.source = {source!r} does not hold; "
             "the nearest legal one is a folder that `fewstep synthesize --kind trajectories` wrote"
         )
-    if alone:
+    if exclusive:
         if source != "captions":
             read_prompts(source, "data.source")
         else:
@@ -136,9 +136,9 @@ def _check_watched(named: str) -> None:
     if not named:
         return
     if is_prompt_file(named):
-        read_prompts(named, "watch.prompts")
+        read_prompts(named, "validation.prompts")
         return
-    world("watch.prompts").read_prompts(named)
+    world("validation.prompts").read_prompts(named)
 
 
 def _check_targets(targets: Sequence[str], folder: PipelineFolder) -> None:
@@ -173,11 +173,11 @@ def check_start(config: StudentConfig, folder: PipelineFolder, targets: Sequence
         _check_full_start(str(of_run(Path(config.start))), folder, told)
         return
     header = check_lora(config.start, folder)
-    heard = header.sampling.told if header.sampling else ()
+    heard = header.sampling.extra_conditioning if header.sampling else ()
     if set(heard) - set(told):
         raise UserError(
-            f"student.start = {config.start!r} is told {sorted(heard)}, method.told = {list(told)}; "
-            f"the nearest legal method.told is {sorted(heard)}"
+            f"student.start = {config.start!r} is told {sorted(heard)}, method.extra_conditioning = {list(told)}; "
+            f"the nearest legal method.extra_conditioning is {sorted(heard)}"
         )
     trained = config.targets or tuple(targets)
     for module, layer in header.layers.items():
@@ -202,7 +202,9 @@ def _check_full_start(start: str, folder: PipelineFolder, told: Sequence[str]) -
         found.setdefault(GUIDANCE_KEY, own.setdefault(GUIDANCE_KEY, (width, GUIDANCE_WIDTH)))
     if own != found:
         wrong = sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name))[0]
-        nearest = "method.told = ['w']" if wrong == GUIDANCE_KEY and not inside else "a student of this teacher"
+        nearest = (
+            "method.extra_conditioning = ['w']" if wrong == GUIDANCE_KEY and not inside else "a student of this teacher"
+        )
         raise UserError(
             f"student.start = {start!r} is no network of the teacher's kind: {wrong} is {found.get(wrong)}, "
             f"not {own.get(wrong)}; the nearest is {nearest}"
@@ -214,5 +216,5 @@ def _check_full_start(start: str, folder: PipelineFolder, told: Sequence[str]) -
     if heard - set(beside):
         raise UserError(
             f"student.start = {start!r} embeds {sorted(heard)} by weights of its {CONDITIONING}, this run {beside}; "
-            f"the nearest legal method.told is {sorted(heard)}"
+            f"the nearest legal method.extra_conditioning is {sorted(heard)}"
         )

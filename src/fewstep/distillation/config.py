@@ -20,8 +20,8 @@ from fewstep.methods.recipes import read_recipe
 from fewstep.training.config import LoopConfig, OptimConfig, StudentConfig
 
 
-class WatchConfig(Config):
-    """Quality checks during training, every loop.watch_every steps."""
+class ValidationConfig(Config):
+    """Quality checks during training, every loop.validate_every steps."""
 
     prompts: Annotated[str, Content("watched prompts")] = Field(
         "", description="prompt file or bundled list; empty for the data's own"
@@ -31,7 +31,7 @@ class WatchConfig(Config):
     teacher_steps: int = Field(50, ge=1, description="steps of the teacher's end points")
 
 
-class LookConfig(PerceptualConfig):
+class LatentLpipsConfig(PerceptualConfig):
     """The distance between latents that `method.distance = perceptual` looks through."""
 
     folder: Annotated[str, Content("perceptual distance")] = Field(
@@ -42,6 +42,8 @@ class LookConfig(PerceptualConfig):
 class DistillConfig(Config):
     """Everything that decides a distillation run."""
 
+    renamed = {"watch": "validation"}  # noqa: RUF012  (a class variable of the base)
+
     recipe: str = Field("tcd", description="name of the method's recipe")
     teacher: Annotated[str, Content("teacher")] = Field(
         "", description="pipeline folder; empty for the bundled teacher"
@@ -50,11 +52,13 @@ class DistillConfig(Config):
     method: ConsistencyConfig = Field(ConsistencyConfig(), description="the objective")
     student: StudentConfig = Field(StudentConfig(), description="what is trained")
     data: DataConfig = Field(DataConfig(), description="what it sees")
-    loop: LoopConfig = Field(LoopConfig(watch_every=500), description="how long")
+    loop: LoopConfig = Field(LoopConfig(validate_every=500), description="how long")
     optim: OptimConfig = Field(OptimConfig(), description="how fast")
     sampling: Sampling = Field(Sampling(), description="how it will be sampled; travels with the student")
-    watch: WatchConfig = Field(WatchConfig(), description="how it is judged on the way")
-    perceptual: LookConfig = Field(LookConfig(), description="the distance between latents, where it is asked for")
+    validation: ValidationConfig = Field(ValidationConfig(), description="how it is judged on the way")
+    perceptual: LatentLpipsConfig = Field(
+        LatentLpipsConfig(), description="the distance between latents, where it is asked for"
+    )
     stages: tuple[Stage, ...] = Field((), description="stages run one after another; empty for one run")
 
     @model_validator(mode="after")
@@ -120,10 +124,10 @@ def check_trained(method: ConsistencyConfig, sampling: Sampling, path: str = "vp
     Raises:
         ValueError: naming the nearest legal setting.
     """
-    if set(sampling.told) != set(method.told):
+    if set(sampling.extra_conditioning) != set(method.extra_conditioning):
         raise ValueError(
-            f"sampling.told = {list(sampling.told)} is not what the network is trained with; "
-            f"the nearest legal one is {list(method.told)}"
+            f"sampling.extra_conditioning = {list(sampling.extra_conditioning)} differs from training; "
+            f"the nearest legal one is {list(method.extra_conditioning)}"
         )
     if sampling.sampler not in ("sss", "lcm"):
         return

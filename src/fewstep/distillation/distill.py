@@ -51,10 +51,10 @@ from fewstep.distillation.prepare import (
 from fewstep.distillation.save_student import export_student, starting_weights
 from fewstep.distillation.stages import parts_of
 from fewstep.distillation.synthesis.record import is_synthesis
-from fewstep.distillation.validation import REAL, Watch, watched_prompts
-from fewstep.inference.generator import Artist
+from fewstep.distillation.validation import REAL, Validation, validation_prompts
+from fewstep.inference.generator import ImageGenerator
 from fewstep.methods.discriminator import FeatureCritic
-from fewstep.methods.update_plan import Aids, family_plan, start_from
+from fewstep.methods.update_plan import FrozenNetworks, family_plan, start_from
 from fewstep.training.checkpoint import read_state
 from fewstep.training.loop import Trained, Update, check_split, train
 from fewstep.training.run_folder import RunLog, check_same_run, checkpoints, last_step
@@ -64,20 +64,25 @@ def update_plan(run: Run) -> list[Update]:
     """What the loop is handed: the family's plan on the samples of `fetch_of`."""
     config = run.config
     return family_plan(
-        config.method, config.optim, run.student, run.counted, lambda batch, draws: batch["sample"], aids_of(run)
+        config.method,
+        config.optim,
+        run.student,
+        run.counted,
+        lambda batch, rng: batch["sample"],
+        frozen_networks_of(run),
     )
 
 
-def aids_of(run: Run) -> Aids:
+def frozen_networks_of(run: Run) -> FrozenNetworks:
     """The frozen networks that the recipe asks for, and its critic."""
     config, device = run.config, run.backbone.device
     critic = None
     if config.method.adversarial.weight:
         critic = FeatureCritic(run.features, run.backbone.feature_channels, seed=config.loop.seed).to(device)
-    return Aids(run.features, run.perceptual, critic, run.taste)
+    return FrozenNetworks(run.features, run.perceptual, critic, run.reward)
 
 
-def make_watch(run: Run, out: Path, cache: Path) -> Watch:
+def make_validation(run: Run, out: Path, cache: Path) -> Validation:
     """What judges the student on the way; draws the teacher's pictures if the cache has none yet."""
     config = run.config
 
@@ -87,11 +92,11 @@ def make_watch(run: Run, out: Path, cache: Path) -> Watch:
     # at the size that is learned: its pictures stand beside real ones and the teacher's
     sampling = config.sampling.model_copy(update={"size": None})
     computed, _ = asked_outside(config, run.backbone.device)
-    artist = Artist(run.backbone, run.denoiser, sampling, "student", computed)
-    seen = run.watched(max(REAL, config.watch.count))
-    prompts = watched_prompts(config, [said[0] for said in seen.captions])
+    image_generator = ImageGenerator(run.backbone, run.denoiser, sampling, "student", computed)
+    seen = run.watched(max(REAL, config.validation.count))
+    prompts = validation_prompts(config, [said[0] for said in seen.captions])
     real = None if seen.pictures is None else seen.pictures.read(range(min(REAL, len(seen))))
-    return Watch(config, artist, run.student.parameters("student"), prompts, real, out, cache, keep)
+    return Validation(config, image_generator, run.student.parameters("student"), prompts, real, out, cache, keep)
 
 
 def distill(
@@ -242,24 +247,24 @@ def train_run(
         estimated.check()
         if told:
             print("\n".join([f"writes to {out}", *estimated.lines()]), file=sys.stderr)
-    watch, judged = None, dict[str, float]()
-    if config.loop.watch_every:
-        judge = make_watch(run, out, cache)
+    validate, judged = None, dict[str, float]()
+    if config.loop.validate_every:
+        judge = make_validation(run, out, cache)
 
-        def watch(step: int, weights: dict[str, dict[str, Tensor]]) -> Mapping[str, float]:
+        def evaluate_weights(step: int, weights: dict[str, dict[str, Tensor]]) -> Mapping[str, float]:
             judged.update(judge(step, weights))
             return judged
 
     counted = counted_until(out)
-    run.tally.start(counted.evaluations)
+    run.nfe_counter.start(counted.evaluations)
     own = config.loop.batch // accelerator.num_processes
 
     def count(step: int) -> dict[str, Any]:
         new = step - before
         seen = {"steps": counted.steps + new, "samples": counted.samples + new * own}
-        return seen | {"evaluations": run.tally.counts}
+        return seen | {"evaluations": run.nfe_counter.counts}
 
-    trained = train(plan, fetch_of(run), len(run.data), config.loop, log, accelerator, watch, count, visits)
+    trained = train(plan, fetch_of(run), len(run.data), config.loop, log, accelerator, validate, count, visits)
     ended = counted_until(out)
     if ended.steps and main:
         by_role = {role: number / ended.samples for role, number in ended.evaluations.items()}
@@ -267,7 +272,7 @@ def train_run(
         if told and before < config.loop.steps:
             calls = in_words(by_role)
             line = f"{log.title}: {calls} network evaluations a sample and step, counted over {ended.steps} steps"
-            quality = [f"{name.removeprefix('watch/')} {value:.4g}" for name, value in judged.items()]
+            quality = [f"{name.removeprefix('validation/')} {value:.4g}" for name, value in judged.items()]
             print("; ".join([line, *quality]), file=sys.stderr)
     return trained
 

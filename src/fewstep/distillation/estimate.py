@@ -18,7 +18,7 @@ from fewstep.common.compilation import eagerly
 from fewstep.common.device import DTYPES, MOST_FILLED, free_memory, pick_precision
 from fewstep.common.errors import UserError
 from fewstep.common.mapped_tensors import Rows
-from fewstep.common.rng import Draws, order
+from fewstep.common.rng import KeyedRng, order
 from fewstep.common.sharding import is_split
 from fewstep.data.latents import LatentSet
 from fewstep.distillation.config import DistillConfig
@@ -59,11 +59,11 @@ class Checks:
 
 def count_checks(config: DistillConfig, seconds_per_step: float) -> Checks | None:
     """What the quality checks will take; None where there are none."""
-    every = config.loop.watch_every
+    every = config.loop.validate_every
     if not every:
         return None
-    pictures, sampling = config.watch.count, config.sampling
-    first = pictures * config.watch.teacher_steps * (2 if config.method.guidance.mean_omega > 0 else 1)
+    pictures, sampling = config.validation.count, config.sampling
+    first = pictures * config.validation.teacher_steps * (2 if config.method.guidance.mean_omega > 0 else 1)
     each = pictures * sampling.steps * (2 if sampling.omega > 0 else 1)
     count = math.ceil(config.loop.steps / every)
     evaluations = config.loop.batch / processes.count() * step_cost(config.method)
@@ -165,7 +165,7 @@ def gradients_dropped(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 def estimate(
     plan: Sequence[Update],
-    fetch: Callable[[np.ndarray, Draws], Batch],
+    fetch: Callable[[np.ndarray, KeyedRng], Batch],
     data: LatentSet,
     config: DistillConfig,
     networks: Sequence[nn.Module],
@@ -191,8 +191,8 @@ def estimate(
     def run(step: int, samples: int, counting: bool = False) -> tuple[float, int]:
         """Seconds of a step of so many samples, and the bytes that it holds at once."""
         start = min(done + step, loop.steps - 1) * loop.batch + processes.rank() * micro
-        draws = Draws(loop.seed, start // loop.batch, tuple(range(start, start + samples)), device)
-        batch, spent, held = fetch(visited(start, start + samples), draws), 0.0, 0
+        rng = KeyedRng(loop.seed, start // loop.batch, tuple(range(start, start + samples)), device)
+        batch, spent, held = fetch(visited(start, start + samples), rng), 0.0, 0
         for update in plan:
             started = time.perf_counter()
             precision = pick_precision(loop.precision, device)
@@ -203,7 +203,7 @@ def estimate(
                     for context in (eagerly(), gradients_dropped(every), live):
                         counted.enter_context(context)
                 with torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32"):
-                    loss = update.loss(batch, draws)
+                    loss = update.loss(batch, rng)
                 torch.autograd.backward(loss.value, inputs=None if is_split(every) else every)  # as the loop does
             held = max(held, live.peak)
             del loss

@@ -10,7 +10,7 @@ from torch import Tensor
 from fewstep.diffusion.denoiser import Call, Condition
 
 
-class Tally:
+class NfeCounter:
     """How many samples each role was asked for. Counting is a sum of batch sizes: nothing waits for it."""
 
     def __init__(self) -> None:

@@ -44,15 +44,15 @@ from fewstep.data.shards import from_shards
 from fewstep.data.visits import used
 from fewstep.diffusion.denoiser import BASE, Condition, Denoiser, computed_in
 from fewstep.distillation.config import DistillConfig
-from fewstep.distillation.nfe_counter import Tally
-from fewstep.distillation.reward import make_taste
+from fewstep.distillation.nfe_counter import NfeCounter
+from fewstep.distillation.reward import make_reward
 from fewstep.distillation.synthesis.dataset import open_set
 from fewstep.distillation.synthesis.reader import Synthesis
 from fewstep.distillation.synthesis.record import is_synthesis
 from fewstep.distillation.trajectories import drawn_prompts, stored_trajectories
 from fewstep.evaluation.limits import KID_FEWEST
 from fewstep.methods.latent_lpips.settings import PerceptualConfig
-from fewstep.methods.preference import Taste
+from fewstep.methods.preference import Reward
 from fewstep.methods.rewards.reward import PreferenceScorer
 from fewstep.methods.update_plan import roles_of
 from fewstep.training.roles import networks_of
@@ -82,11 +82,11 @@ class Run:
     data: LatentSet
     student: Student
     denoiser: Denoiser
-    tally: Tally
+    nfe_counter: NfeCounter
     omega: Tensor | None = None
     synthesis: Synthesis | None = None
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
-    taste: tuple[Taste, int] | None = None
+    reward: tuple[Reward, int] | None = None
     fed: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
@@ -100,18 +100,18 @@ class Run:
         call, taught = self.student.call, self.config.student.teacher_precision
         if taught is not None:
             call = computed_in(call, BASE, DTYPES[taught])
-        return replace(self.denoiser, call=self.tally.counting(call))
+        return replace(self.denoiser, call=self.nfe_counter.counting(call))
 
     def features(self, x: Tensor, t: Tensor, condition: Condition) -> list[Tensor]:
         """Features of the frozen teacher, with gradient to x."""
-        self.tally.add("features", len(x))
+        self.nfe_counter.add("features", len(x))
         with eagerly(), self.student.roles.use(BASE) as network:
             return self.backbone.features(network, x, t, condition)
 
     @property
     def inputs(self) -> dict[str, Any]:
         """Fingerprints of what it trains on: a run is resumed on the same only."""
-        own = {"teacher": self.backbone.folder.denoising, **self.data.inputs, **watched_inputs(self.config)}
+        own = {"teacher": self.backbone.folder.denoising, **self.data.inputs, **validation_inputs(self.config)}
         return own | dict(self.fed)
 
     @property
@@ -121,7 +121,7 @@ class Run:
 
     def watched(self, count: int) -> pictures.Captioned:
         """Up to `count` of the pictures with their captions, drawn by the watch's seed: all stages see the same."""
-        every, seed = self.captioned, self.config.watch.seed
+        every, seed = self.captioned, self.config.validation.seed
         if self.config.data.source in ("emoji8", "captions"):  # whose captions a stage draws by a seed of its own
             own = world("data.source")
             drawn = own.captioned if every.pictures is not None else own.captions_alone
@@ -142,12 +142,12 @@ def load_teacher(config: DistillConfig, device: torch.device) -> Backbone:
     return backbone
 
 
-def watched_inputs(config: DistillConfig) -> dict[str, str]:
+def validation_inputs(config: DistillConfig) -> dict[str, str]:
     """Fingerprint of the prompts that the quality watch is given in a file, if it is."""
-    named = config.watch.prompts
-    if not (config.loop.watch_every and named and is_prompt_file(named)):
+    named = config.validation.prompts
+    if not (config.loop.validate_every and named and is_prompt_file(named)):
         return {}
-    prompts = json.dumps(read_prompts(named, "watch.prompts"))
+    prompts = json.dumps(read_prompts(named, "validation.prompts"))
     return {"watched prompts": hashlib.sha256(prompts.encode()).hexdigest()}
 
 
@@ -189,7 +189,7 @@ def open_source(config: DistillConfig, cache: Path, done: int = 0) -> Source | N
     folder = read_folder(teacher_path(config.teacher))
     captioned = read_source(config, folder, cache)
     of = known(captioned, encoders_fingerprint(folder))
-    inputs: dict[str, Any] = {"teacher": folder.denoising, PARTS: dict(of.parts), **watched_inputs(config)}
+    inputs: dict[str, Any] = {"teacher": folder.denoising, PARTS: dict(of.parts), **validation_inputs(config)}
     if config.method.start == "trajectory":
         drawn = torch.unique(drawn_prompts(config, len(of.said))[0]).numpy()
         wanted = Wanted(np.zeros(0, dtype=np.int64), drawn[drawn < len(of.said)])
@@ -225,10 +225,10 @@ def read_source(config: DistillConfig, folder: PipelineFolder, cache: Path) -> p
         captioned = main_first(lambda: from_shards(source, size, cache))
     else:
         captioned = pictures.from_folder(Path(source), size)
-    if config.loop.watch_every and len(captioned) < KID_FEWEST:
+    if config.loop.validate_every and len(captioned) < KID_FEWEST:
         raise UserError(
-            f"loop.watch_every takes KID from at least {KID_FEWEST} pictures, data.source has {len(captioned)}; "
-            "give more, or loop.watch_every=null"
+            f"loop.validate_every takes KID from at least {KID_FEWEST} pictures, data.source has {len(captioned)}; "
+            "give more, or loop.validate_every=null"
         )
     if config.data.buckets:
         captioned = bucketed(captioned, size, folder.unit, config.loop.batch)
@@ -297,8 +297,8 @@ def perceptual_folder(config: DistillConfig, backbone: Backbone, prompts: Sequen
     from fewstep.methods.latent_lpips.train import make_perceptual
 
     if config.data.source in ("emoji8", "captions"):
-        alone = world("data.source").captions_alone(config.data.captions, config.perceptual.loop.seed)
-        (drawn,) = zip(*alone.captions, strict=True)
+        exclusive = world("data.source").captions_alone(config.data.captions, config.perceptual.loop.seed)
+        (drawn,) = zip(*exclusive.captions, strict=True)
         prompts = sorted(set(drawn))
     own = {name: getattr(config.perceptual, name) for name in PerceptualConfig.model_fields}
     loop = config.perceptual.loop.model_copy(update={"precision": config.loop.precision})  # one precision a process
@@ -311,7 +311,7 @@ def perceptual_folder(config: DistillConfig, backbone: Backbone, prompts: Sequen
 def with_looks(run: Run, perceptual: Path | None) -> Run:
     """The run with the frozen networks that its recipe looks through: a distance between latents, a scorer."""
     backbone, method, fed = run.backbone, run.config.method, dict(run.fed)
-    distance, taste = None, None
+    distance, reward = None, None
     if perceptual is not None:
         from fewstep.methods.latent_lpips.record import WEIGHTS, load_perceptual
 
@@ -320,9 +320,9 @@ def with_looks(run: Run, perceptual: Path | None) -> Run:
         fed["perceptual distance"] = sha256(perceptual / WEIGHTS)
     if method.preference.weight:
         scorer = load_named_scorer(method.preference.scorer, backbone.device)
-        taste = make_taste(backbone, scorer, run.data.said)
+        reward = make_reward(backbone, scorer, run.data.said)
         fed["scorer"] = scorer.identity.weights_sha256
-    return replace(run, perceptual=distance, taste=taste, fed=fed)
+    return replace(run, perceptual=distance, reward=reward, fed=fed)
 
 
 def load_named_scorer(named: str, device: torch.device) -> PreferenceScorer:
@@ -382,8 +382,10 @@ def lay_out(config: DistillConfig, backbone: Backbone, captioned: pictures.Capti
     check_adapters(config, backbone)
     compute = DTYPES[precision]
     roles, method = roles_of(config.method), config.method
-    student = make_student(backbone, config.student, roles, config.loop.seed, method.told, compute, backbone.device)
-    for network in [*networks_of(student.roles), *student.told.values()]:
+    student = make_student(
+        backbone, config.student, roles, config.loop.seed, method.extra_conditioning, compute, backbone.device
+    )
+    for network in [*networks_of(student.roles), *student.extra_conditioning.values()]:
         if config.loop.shard:
             shard(network, backbone.device, compute)
         else:
@@ -392,7 +394,7 @@ def lay_out(config: DistillConfig, backbone: Backbone, captioned: pictures.Capti
         shapes = len(data.latents.parts) if isinstance(data.latents, BucketedLatents) else 1
         compile_networks(networks_of(student.roles), shapes=shapes)
     denoiser = Denoiser(student.call, backbone.path, backbone.prediction, backbone.embedded_guidance)
-    return Run(config, backbone, captioned, data, student, denoiser, Tally())
+    return Run(config, backbone, captioned, data, student, denoiser, NfeCounter())
 
 
 def on_trajectories(run: Run, cache: Path) -> Run:

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.recompute import recompute_blocks
 from fewstep.common.errors import UserError
-from fewstep.methods.preference import Taste
+from fewstep.methods.preference import Reward
 from fewstep.methods.rewards.reward import PreferenceScorer
 
 MOST_HELD = 2**30
@@ -43,7 +43,7 @@ def pixels_of(backbone: Backbone, scorer: PreferenceScorer, x0: Tensor) -> int:
     return max(own, framing.size**2 if framing else 0)
 
 
-def make_taste(backbone: Backbone, scorer: PreferenceScorer, prompts: Sequence[str]) -> tuple[Taste, int]:
+def make_reward(backbone: Backbone, scorer: PreferenceScorer, prompts: Sequence[str]) -> tuple[Reward, int]:
     """What the preference term asks: (x_0, which prompts) -> scores; and of how many prompts.
 
     Pictures are decoded in fp32, once for all prompts that they are scored with. A batch of more than `MOST_PIXELS` is
@@ -61,7 +61,7 @@ def make_taste(backbone: Backbone, scorer: PreferenceScorer, prompts: Sequence[s
         pictures = backbone.decode(x0)
         return [scorer.score(pictures, own) for own in rows]
 
-    def taste(x0: Tensor, asked: Sequence[Tensor]) -> list[Tensor]:
+    def reward(x0: Tensor, asked: Sequence[Tensor]) -> list[Tensor]:
         pixels = pixels_of(backbone, scorer, x0)
         if pixels > MOST_PIXELS:
             recompute_blocks(backbone.vae.decoder)
@@ -76,4 +76,4 @@ def make_taste(backbone: Backbone, scorer: PreferenceScorer, prompts: Sequence[s
                 found.append(checkpoint(scored, part, *own, use_reentrant=False, preserve_rng_state=False))
         return [torch.cat(scores) for scores in zip(*found, strict=True)]
 
-    return taste, len(prompts)
+    return reward, len(prompts)

@@ -14,7 +14,7 @@ from fewstep.backbones.pipeline_writer import write_pipeline
 from fewstep.backbones.teachers import teacher_name
 from fewstep.common.files import atomic_folder
 from fewstep.distillation.config import DistillConfig
-from fewstep.students.conditioning_file import save_told, split_weights, told_weights
+from fewstep.students.conditioning_file import extra_embedding_weights, save_extra_embeddings, split_weights
 from fewstep.students.inference_settings import travelling
 from fewstep.students.lora import read_lora, save_lora, trained_scale, unfolded
 from fewstep.students.lora_header import check_lora, of_run
@@ -41,7 +41,7 @@ def export_student(
     if config.student.kind == "lora":
         notes |= travelling(backbone, config.sampling)
         with atomic_folder(target) as part:  # both files, or the ones before: half a student draws nonsense
-            save_told(part, told)
+            save_extra_embeddings(part, told)
             file = save_lora(
                 part,
                 own,
@@ -62,7 +62,7 @@ def export_student(
     record = {"base": base, "sampling": config.sampling.model_dump(mode="json"), **notes}
     with atomic_folder(target) as part:
         write_pipeline(part, backbone.folder.path, network, record)
-        save_told(part, told)
+        save_extra_embeddings(part, told)
     return target
 
 
@@ -85,4 +85,4 @@ def starting_weights(config: StudentConfig, backbone: Backbone) -> dict[str, Ten
             own = lora.header.layers[name].scale
             plain = b if trained is None else unfolded(b, trained)
             weights[f"{name}.lora_B.weight"] = plain * ((trained or own) / scale)
-    return {**weights, **told_weights(place)}
+    return {**weights, **extra_embedding_weights(place)}

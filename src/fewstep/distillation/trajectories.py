@@ -23,7 +23,7 @@ from fewstep.common.errors import UserError
 from fewstep.common.mapped_tensors import MappedRows
 from fewstep.common.rng import generator
 from fewstep.data.latents import LatentSet, cached_rows, kept_rows
-from fewstep.diffusion.conditioned import Voice
+from fewstep.diffusion.conditioned import ConditionedDenoiser
 from fewstep.diffusion.denoiser import BASE, Condition, Denoiser, computed_in
 from fewstep.diffusion.grid import end_time, training_grid
 from fewstep.diffusion.samplers import picture_noise, start_size
@@ -63,7 +63,7 @@ def draw_trajectories(
     """
     path = denoiser.path
     times = [end_time(path, method.end), *training_grid(path, method.grid).tolist()]
-    teacher = Voice(denoiser, condition, BASE)
+    teacher = ConditionedDenoiser(denoiser, condition, BASE)
     if method.guidance.convention != "none":
         teacher = replace(teacher, null=null, omega=omega)
     step = SOLVERS[method.solver]

@@ -32,7 +32,7 @@ from fewstep.evaluation.features import Features
 from fewstep.evaluation.kid import KernelDistance
 from fewstep.evaluation.lite0 import Lite0Backbone
 from fewstep.evaluation.teacher_distance import TeacherFeatures
-from fewstep.inference.generator import Artist, artist_of
+from fewstep.inference.generator import ImageGenerator, image_generator_of
 from fewstep.inference.image_grid import labelled_sheet, save_picture
 from fewstep.training.roles import copy_role
 
@@ -44,22 +44,22 @@ REAL = 1000
 Keep = Callable[[Mapping[str, Tensor], Mapping[str, Any]], None]
 
 
-def watched_prompts(config: DistillConfig, captions: Sequence[str]) -> list[str]:
+def validation_prompts(config: DistillConfig, captions: Sequence[str]) -> list[str]:
     """The watch's fixed prompts: those of its list, then captions of the training pictures, then from the start again.
 
     With no list named, the bundled pictures come with one, and others are watched on their captions alone.
     """
-    named = config.watch.prompts or ("validation" if config.data.source in ("emoji8", "captions") else "")
+    named = config.validation.prompts or ("validation" if config.data.source in ("emoji8", "captions") else "")
     listed: Sequence[str] = ()
     if named:
-        own = world("watch.prompts") if not is_prompt_file(named) else None
-        listed = own.read_prompts(named) if own else read_prompts(named, "watch.prompts")
+        own = world("validation.prompts") if not is_prompt_file(named) else None
+        listed = own.read_prompts(named) if own else read_prompts(named, "validation.prompts")
     pool = [*listed, *dict.fromkeys(caption for caption in captions if caption.strip() and caption not in listed)]
-    return [pool[i % len(pool)] for i in range(config.watch.count)]
+    return [pool[i % len(pool)] for i in range(config.validation.count)]
 
 
-class Watch:
-    """Draws and judges the student; called by the loop with (step, weights).
+class Validation:
+    """KeyedRng and judges the student; called by the loop with (step, weights).
 
     Every process of a launch makes and calls it: they share out the drawing, and the main one judges and writes.
 
@@ -76,7 +76,7 @@ class Watch:
     def __init__(
         self,
         config: DistillConfig,
-        student: Artist,
+        student: ImageGenerator,
         parameters: Mapping[str, Tensor],
         prompts: Sequence[str],
         real: np.ndarray | None,
@@ -84,14 +84,14 @@ class Watch:
         cache: Path,
         keep: Keep,
     ) -> None:
-        watch = config.watch
+        validation = config.validation
         self.student = student
         self.parameters = parameters
         self.out = out
         self.cache = cache
         self.keep = keep
         self.prompts = list(prompts)
-        self.seeds = list(range(watch.seed, watch.seed + watch.count))
+        self.seeds = list(range(validation.seed, validation.seed + validation.count))
         self.features = Features(Lite0Backbone(), progress=False)
         # of pictures that every run on these data measures against, and no student's own
         self.kept_features = Features(self.features.backbone, cache / "features", progress=False)
@@ -99,7 +99,7 @@ class Watch:
         self.to_teacher = TeacherFeatures(self.features)
         self.condition = main_first(self._read_prompts)
         self.reference = self._teacher_pictures(config, self.seeds)
-        other = [seed + watch.count for seed in self.seeds]
+        other = [seed + validation.count for seed in self.seeds]
         self.real = self._teacher_pictures(config, other) if real is None else real
         self.best = self._best_so_far()
         student.backbone.release_encoders()  # what they are needed for is kept; checks load the autoencoder
@@ -114,7 +114,7 @@ class Watch:
     def _teacher_pictures(self, config: DistillConfig, seeds: Sequence[int]) -> np.ndarray:
         """The teacher's end points, uint8 [count, H, W, 3]; drawn once and kept in the cache."""
         sampling = TEACHER_SAMPLING.model_copy(
-            update={"steps": config.watch.teacher_steps, "omega": config.method.guidance.mean_omega}
+            update={"steps": config.validation.teacher_steps, "omega": config.method.guidance.mean_omega}
         )
         backbone = self.student.backbone
         _, narrow = asked_outside(config, backbone.device)
@@ -127,7 +127,7 @@ class Watch:
         if found is not None and not lacking:
             return found["pictures"].numpy()
         with eagerly():
-            teacher = replace(artist_of(backbone), precision=self.student.precision)
+            teacher = replace(image_generator_of(backbone), precision=self.student.precision)
             drawn = teacher.pictures(self.condition, seeds, sampling, title="teacher's pictures")
         with together():
             if is_main():
@@ -170,4 +170,4 @@ class Watch:
             self.best = figures["kid"]
             self.keep(judged, {"step": step, **figures})
             write_json(self.out / "best" / "figures.json", {"step": step, **figures})
-        return {f"watch/{name}": value for name, value in figures.items()}
+        return {f"validation/{name}": value for name, value in figures.items()}

@@ -22,8 +22,8 @@ from fewstep.evaluation.evaluate import EndPoints, Reference, evaluate_pictures,
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.lite0 import Lite0Backbone
 from fewstep.evaluation.metric import Figure, Metric
-from fewstep.evaluation.suite import Yardstick, set_metrics
-from fewstep.inference.generator import Artist, load_artist
+from fewstep.evaluation.suite import Suite, set_metrics
+from fewstep.inference.generator import ImageGenerator, load_image_generator
 
 SCALED = 512
 """Real pictures that are blurred and noised for the scale of detail."""
@@ -41,7 +41,7 @@ def read_real(folder: Path, size: int) -> np.ndarray:
     return np.stack([read_picture(file, size) for file in files])
 
 
-def folder_yardstick(folder: Path, n: int, size: int, seed: int, features: Features) -> Yardstick:
+def folder_suite(folder: Path, n: int, size: int, seed: int, features: Features) -> Suite:
     """Measure against a folder of real pictures; there is a floor where it holds more than twice `n`.
 
     Raises:
@@ -50,7 +50,7 @@ def folder_yardstick(folder: Path, n: int, size: int, seed: int, features: Featu
     pool = read_real(folder, size)
     reference = Reference.split(pool, n, seed) if len(pool) > 2 * n else Reference(pool)
     real = reference.pictures
-    return Yardstick(reference, set_metrics(features, min(n, len(real)), real), features)
+    return Suite(reference, set_metrics(features, min(n, len(real)), real), features)
 
 
 class Drawn(NamedTuple):
@@ -66,20 +66,22 @@ class Drawn(NamedTuple):
     end_points: EndPoints
 
 
-def draw_all(artist: Artist, prompts: Sequence[str], sampling: Sampling, end_points: EndPoints, seed: int) -> Drawn:
+def draw_all(
+    image_generator: ImageGenerator, prompts: Sequence[str], sampling: Sampling, end_points: EndPoints, seed: int
+) -> Drawn:
     """Draw what is measured, the first picture from `seed`; the processes of a launch share it out."""
-    pictures = artist.draw(prompts, range(seed, seed + len(prompts)), sampling)
+    pictures = image_generator.draw(prompts, range(seed, seed + len(prompts)), sampling)
     several = [prompt for prompt in prompts[:PROMPTS] for _ in range(NOISES)]
-    noises = artist.draw(several, range(seed, seed + len(several)), sampling)
+    noises = image_generator.draw(several, range(seed, seed + len(several)), sampling)
     return Drawn(pictures, noises.reshape(-1, NOISES, *noises.shape[1:]), end_points)
 
 
-def measure(drawn: Drawn, prompts: Sequence[str], yardstick: Yardstick, seed: int) -> dict[str, Figure]:
+def measure(drawn: Drawn, prompts: Sequence[str], suite: Suite, seed: int) -> dict[str, Figure]:
     """Figures of what was drawn, by name; `seed` is the bootstrap's."""
-    metrics, end_points = yardstick.metrics, drawn.end_points
-    figures = evaluate_pictures(drawn.pictures, prompts, metrics, yardstick.reference, end_points, seed)
+    metrics, end_points = suite.metrics, drawn.end_points
+    figures = evaluate_pictures(drawn.pictures, prompts, metrics, suite.reference, end_points, seed)
     figures |= with_teacher_floors(figures, prompts, metrics, end_points, seed)
-    return {**figures, **diversity(yardstick.features, drawn.several, seed, floor=yardstick.real_diversity)}
+    return {**figures, **diversity(suite.features, drawn.several, seed, floor=suite.real_diversity)}
 
 
 def with_teacher_floors(
@@ -125,28 +127,26 @@ def evaluate_folder(
         batch: pictures that they draw at once; None for what a small GPU has room for.
         out: folder for figures.json.
     """
-    artist = load_artist(teacher, lora, device, precision=precision, compiled=compiled, batch=batch)
-    tell_cut(artist.backbone, prompts)
-    n, size = len(prompts), sampling.size[0] if sampling.size else artist.backbone.picture_size
+    image_generator = load_image_generator(teacher, lora, device, precision=precision, compiled=compiled, batch=batch)
+    tell_cut(image_generator.backbone, prompts)
+    n, size = len(prompts), sampling.size[0] if sampling.size else image_generator.backbone.picture_size
     teller = None
     if reference is not None:
-        teller = load_artist(reference, None, device, precision=precision, compiled=compiled, batch=batch)
+        teller = load_image_generator(reference, None, device, precision=precision, compiled=compiled, batch=batch)
     end_points = EndPoints()
     if teller is not None:
         same, other = (teller.draw(prompts, range(first, first + n), reference_sampling) for first in (seed, seed + n))
         end_points = EndPoints(same, other)
-    drawn = draw_all(artist, prompts, sampling, end_points, seed)
+    drawn = draw_all(image_generator, prompts, sampling, end_points, seed)
 
     def measured() -> Mapping[str, Figure]:
         features = Features(Lite0Backbone(), out / "features")
-        yardstick = (
-            folder_yardstick(real, n, size, seed, features)
-            if real
-            else world("real").suite(prompts, size, seed, features)
+        suite = (
+            folder_suite(real, n, size, seed, features) if real else world("real").suite(prompts, size, seed, features)
         )
-        figures = measure(drawn, prompts, yardstick, seed)
+        figures = measure(drawn, prompts, suite, seed)
         name = f"{lora.stem if lora else teacher.name} {sampling.steps} steps"
-        scale = detail_scale(yardstick.reference.some(SCALED, seed), seed)
+        scale = detail_scale(suite.reference.some(SCALED, seed), seed)
         save_figures(out / "figures.json", {name: figures, **scale})
         return figures
 

@@ -16,7 +16,7 @@ from fewstep.evaluation.teacher_distance import TeacherFeatures, TeacherPixels
 
 
 @dataclass(frozen=True)
-class Yardstick:
+class Suite:
     """What a prompt list is measured with, open before anything is drawn.
 
     Attributes:

@@ -23,9 +23,9 @@ from fewstep.export.adapters import adapter_config, kohya_names, matrices, write
 from fewstep.export.formats import ADAPTERS, ExportForm, Reader
 from fewstep.export.model_card import CARD, PICTURES, model_card
 from fewstep.export.verify import CLOSE, Checked, Export, decoded, drawn_again, parts_of, provable, tensors_of
-from fewstep.inference.generator import Artist, load_artist
+from fewstep.inference.generator import ImageGenerator, load_image_generator
 from fewstep.inference.image_grid import save_picture, sheet
-from fewstep.students.conditioning_file import save_told, told_weights
+from fewstep.students.conditioning_file import extra_embedding_weights, save_extra_embeddings
 from fewstep.students.inference_settings import travelling
 from fewstep.students.lora import read_lora
 from fewstep.students.lora_header import LoraHeader, base_shapes, check_lora
@@ -59,10 +59,13 @@ def stored_type(folder: PipelineFolder) -> torch.dtype:
     return _STORED.get(max(set(kinds), key=kinds.count), torch.float32)
 
 
-def record_of(student: Student, artist: Artist) -> dict[str, Any]:
+def record_of(student: Student, image_generator: ImageGenerator) -> dict[str, Any]:
     """What the exported file says of itself: what the student said, and what it is sampled with."""
     notes = read_record(student.folder.path) if student.header is None else student.header.notes
-    own = {"sampling": artist.sampling.model_dump(mode="json"), **travelling(artist.backbone, artist.sampling)}
+    own = {
+        "sampling": image_generator.sampling.model_dump(mode="json"),
+        **travelling(image_generator.backbone, image_generator.sampling),
+    }
     return {**notes, "base": notes.get("base") or student.folder.fingerprint(student.folder.network), **own}
 
 
@@ -94,24 +97,26 @@ def export(
         UserError: the place cannot be written to, a number is not finite in what is drawn or in the type that is
             written, or what is read back is not the student.
     """
-    artist = load_artist(student.folder.path, student.lora, device)
+    image_generator = load_image_generator(student.folder.path, student.lora, device)
     kind = DTYPES[precision] if precision else stored_type(student.folder)
-    sampling = provable(artist.sampling)
+    sampling = provable(image_generator.sampling)
     seeds = range(seed, seed + len(prompts))
-    condition = artist.encode(prompts)
-    shown = artist.to_pictures(artist.latents(condition, seeds, artist.sampling, title="drawing"), seeds)
-    ours = artist.latents(condition, seeds, sampling) if check else None
-    record = record_of(student, artist)
+    condition = image_generator.encode(prompts)
+    shown = image_generator.to_pictures(
+        image_generator.latents(condition, seeds, image_generator.sampling, title="drawing"), seeds
+    )
+    ours = image_generator.latents(condition, seeds, sampling) if check else None
+    record = record_of(student, image_generator)
     if form not in ADAPTERS:  # nothing is drawn here any more: the network itself is rounded, not a copy
         plain = torch.contiguous_format  # the only layout that files hold
         # diffusers' own `to` warns of modules that it may not have
-        nn.Module.to(artist.backbone.network, "cpu", kind, memory_format=plain)  # type: ignore[call-overload]
+        nn.Module.to(image_generator.backbone.network, "cpu", kind, memory_format=plain)  # type: ignore[call-overload]
     with atomic_folder(out) as part:
-        file = write(student, form, part, artist, record, kind, out.name)
+        file = write(student, form, part, image_generator, record, kind, out.name)
         made = Export(form, reader, part / file, student.folder, sampling, torch.device(device))
         checked = None
         if ours is not None:
-            checked = proof(student, made, artist, ours, prompts, seeds)
+            checked = proof(student, made, image_generator, ours, prompts, seeds)
             checked.refuse(out)
         save_picture(sheet(shown, min(len(shown), 8), max(1, 256 // shown.shape[2])), part / PICTURES)
         text = model_card(
@@ -133,14 +138,14 @@ def write(
     student: Student,
     form: ExportForm,
     place: Path,
-    artist: Artist,
+    image_generator: ImageGenerator,
     record: Mapping[str, Any],
     kind: torch.dtype,
     name: str,
 ) -> str:
     """Write the form into a folder; returns the file's name, or nothing for a whole pipeline."""
     said = json.dumps(dict(record))
-    folder, network = student.folder, artist.backbone.network
+    folder, network = student.folder, image_generator.backbone.network
     if form in ADAPTERS:
         assert student.lora is not None
         assert student.header is not None
@@ -148,7 +153,7 @@ def write(
         shapes = base_shapes(folder)
         every = [key.removesuffix(".weight") for key, size in shapes.items() if key.endswith(".weight") and size[1:]]
         config, pairs = adapter_config(lora, every, folder.family.targets), matrices(lora, shapes)
-        save_told(place, told_weights(student.lora))
+        save_extra_embeddings(place, extra_embedding_weights(student.lora))
         if form == "diffusers":
             return write_diffusers(place, lora, pairs, config, folder.network, said).name
         if form == "peft":
@@ -157,9 +162,9 @@ def write(
         return write_kohya(place / f"{name}.safetensors", lora, pairs, config, names, said).name
     if form == "merged":
         write_pipeline(place, folder.path, network, record)
-        save_told(place, told_weights(student.lora or folder.path))
+        save_extra_embeddings(place, extra_embedding_weights(student.lora or folder.path))
         return ""
-    backbone = artist.backbone
+    backbone = image_generator.backbone
     zero = bool(folder.config("scheduler").get("rescale_betas_zero_snr"))
     weights = checkpoint_weights(
         network.state_dict(),
@@ -174,18 +179,23 @@ def write(
 
 
 def proof(
-    student: Student, made: Export, artist: Artist, ours: Tensor, prompts: Sequence[str], seeds: Sequence[int]
+    student: Student,
+    made: Export,
+    image_generator: ImageGenerator,
+    ours: Tensor,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
 ) -> Checked:
     """Read an export back, and compare it with the student's own latents and, of a whole pipeline, with its networks'
     tensors and a decoded corner."""
     whole, kind, wanted = made.form not in ADAPTERS, torch.float32, {}
     if whole:
-        kind = next(artist.backbone.network.parameters()).dtype
-        wanted = tensors_of(parts_of(artist.backbone))
+        kind = next(image_generator.backbone.network.parameters()).dtype
+        wanted = tensors_of(parts_of(image_generator.backbone))
         if made.form == "single-file":  # holds all in one type
             wanted = {name: value.to(kind) for name, value in wanted.items()}
     went = len(wanted) if student.header is None or whole else len(student.header.layers)
     theirs, came, corner = drawn_again(made, wanted, ours, prompts, seeds)
-    pairs = [(theirs, ours), *([] if corner is None else [(corner, decoded(artist.backbone.vae, ours))])]
+    pairs = [(theirs, ours), *([] if corner is None else [(corner, decoded(image_generator.backbone.vae, ours))])]
     apart = torch.stack([(found - own).abs().max() / own.abs().max() for found, own in pairs])
     return Checked(made.reader, went, came, float(apart.max()), CLOSE[kind], whole)

@@ -65,7 +65,7 @@ def check_form(
     family: str,
     *,
     lora: bool,
-    told: tuple[str, ...],
+    extra_conditioning: tuple[str, ...],
     encoders: Mapping[str, str],
     vae: Mapping[str, Any],
 ) -> Way:
@@ -73,7 +73,7 @@ def check_form(
 
     Args:
         lora: whether the student is a LoRA; else a whole pipeline.
-        told: what it is told beside x and t.
+        extra_conditioning: its extra inputs (s, w).
         encoders: text encoder -> its class.
         vae: the autoencoder's config, with its class as `_class_name`.
 
@@ -88,9 +88,9 @@ def check_form(
         raise UserError(f"form = {form!r} is not offered for {family}: {found.why}; the nearest is 'diffusers'")
     if kind in ADAPTERS and not lora:
         raise UserError(f"form = {form!r} holds a LoRA, the student is a whole pipeline; the nearest is 'merged'")
-    if told and kind not in ("diffusers", "merged"):
+    if extra_conditioning and kind not in ("diffusers", "merged"):
         raise UserError(
-            f"form = {form!r} has no place for what the student is told ({', '.join(told)}); the nearest is 'diffusers'"
+            f"form = {form!r} cannot hold extra conditioning ({', '.join(extra_conditioning)}); use 'diffusers'"
         )
     odd = [name for name, kind_of in encoders.items() if not kind_of.startswith("CLIPText")]
     if kind == "single-file" and odd:
@@ -103,8 +103,8 @@ def check_form(
             f"form = 'single-file' holds an AutoencoderKL without latents_mean and latents_std, the vae is a "
             f"{vae['_class_name']}{' with them' * (vae.get('latents_mean') is not None)}; the nearest is 'merged'"
         )
-    # nobody else knows what such a student is told by
-    return Way(kind, "fewstep" if told else found.reader)
+    # only fewstep reads extra embeddings
+    return Way(kind, "fewstep" if extra_conditioning else found.reader)
 
 
 def table(families: tuple[str, ...]) -> str:

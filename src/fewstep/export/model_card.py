@@ -97,7 +97,7 @@ def model_card(
     }
     if "rank" in record and form in ADAPTERS:
         rows["rank, alpha"] = f"{record['rank']}, {record['alpha']:g}"
-    told = [name for name in sampling.get("told") or () if name != "w" or not guidance.get("embedded")]
+    told = [name for name in sampling.get("extra_conditioning") or () if name != "w" or not guidance.get("embedded")]
     prompt = prompts[0].replace('"', "'")
     inside = _told(name, prompt, pipeline, form, sampling["steps"]) if told else None
     if inside is None:

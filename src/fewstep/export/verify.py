@@ -17,7 +17,7 @@ from fewstep.common.errors import UserError
 from fewstep.common.files import read_mapping
 from fewstep.diffusion.config import Sampling
 from fewstep.export.formats import ADAPTERS, ExportForm, Reader
-from fewstep.inference.generator import load_artist
+from fewstep.inference.generator import load_image_generator
 from fewstep.inference.pipeline import call_settings, sampling_of_student, scheduler_for
 from fewstep.inference.schedulers.few_step import SSSScheduler
 from fewstep.students.lora_header import check_lora
@@ -168,7 +168,7 @@ class Export:
 
 def provable(sampling: Sampling) -> Sampling:
     """A student's own settings, where a scheduler of ours has them; a few plain jumps for one that solvers draw."""
-    if sampling.sampler in ("sss", "lcm") or sampling.told:
+    if sampling.sampler in ("sss", "lcm") or sampling.extra_conditioning:
         return sampling
     steps = min(sampling.steps, MOST_STEPS)
     return Sampling(steps=steps, gamma=0.0, omega=sampling.omega, size=sampling.size)
@@ -187,11 +187,15 @@ def drawn_again(
     whole = export.form not in ADAPTERS
     if export.reader == "fewstep":
         base, lora = (export.place, None) if whole else (export.folder.path, export.place)
-        artist = load_artist(base, lora, export.device)
-        latents = artist.latents(artist.encode(prompts), seeds, export.sampling)
+        image_generator = load_image_generator(base, lora, export.device)
+        latents = image_generator.latents(image_generator.encode(prompts), seeds, export.sampling)
         if lora:
             return latents, len(check_lora(lora, export.folder).layers), None
-        return latents, equal_tensors(parts_of(artist.backbone), wanted), decoded(artist.backbone.vae, ours)
+        return (
+            latents,
+            equal_tensors(parts_of(image_generator.backbone), wanted),
+            decoded(image_generator.backbone.vae, ours),
+        )
     with loading(str(export.place)):
         pipe = _read(export).to(export.device)
     network = getattr(pipe, export.folder.network)

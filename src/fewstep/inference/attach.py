@@ -20,8 +20,8 @@ from fewstep.common.arguments import checked
 from fewstep.common.errors import UserError
 from fewstep.diffusion.config import Sampling
 from fewstep.diffusion.samplers import check_gamma
-from fewstep.diffusion.time_conditioning import Ear, ToldEmbedding
-from fewstep.students.conditioning_file import read_told
+from fewstep.diffusion.time_conditioning import ExtraEmbedding, ExtraEmbeddingHook
+from fewstep.students.conditioning_file import read_extra_embeddings
 from fewstep.students.lora_header import LoraHeader, check_fits, check_noise, of_run, read_header
 from fewstep.students.sampling import sampling_of
 
@@ -61,9 +61,9 @@ class ToldTCDScheduler(TCDScheduler):  # type: ignore[misc]
 class _Teller:
     """Tells a network before each of its calls, and falls silent after it."""
 
-    def __init__(self, pipe: Any, embedding: ToldEmbedding, w: float | None) -> None:
+    def __init__(self, pipe: Any, embedding: ExtraEmbedding, w: float | None) -> None:
         self.pipe, self.embedding, self.w = pipe, embedding, w
-        self.ear = Ear(pipe.unet.time_embedding)
+        self.ear = ExtraEmbeddingHook(pipe.unet.time_embedding)
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         sample = args[0] if args else kwargs["sample"]
@@ -146,7 +146,7 @@ def attach(pipe: Any, student: Path | str, *, gamma: float | None = None) -> Any
     sampling, place, header = _read_student(pipe, of_run(Path(student)))
     # the pipeline itself passes w, from its guidance_scale, to a UNet that embeds it
     embedded = pipe.unet.config.time_cond_proj_dim is not None
-    beside = tuple(name for name in sampling.told if name != "w" or not embedded)
+    beside = tuple(name for name in sampling.extra_conditioning if name != "w" or not embedded)
     if not beside:
         raise UserError(
             f"student = {str(student)!r} is told nothing; plain diffusers and its scheduler are all it needs"
@@ -155,7 +155,7 @@ def attach(pipe: Any, student: Path | str, *, gamma: float | None = None) -> Any
     _check_scheduler(sampling, strength, str(student))
     if header is not None:
         check_noise(header.notes, pipe.scheduler.config, str(student), "pipe")
-    embedding = read_told(place, beside, int(pipe.unet.time_embedding.linear_2.out_features))
+    embedding = read_extra_embeddings(place, beside, int(pipe.unet.time_embedding.linear_2.out_features))
     assert embedding is not None
     if header is not None:
         pipe.load_lora_weights(str(header.file.parent), weight_name=header.file.name)

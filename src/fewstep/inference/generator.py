@@ -20,9 +20,9 @@ from fewstep.common.tensors import finite
 from fewstep.diffusion.config import TEACHER_SAMPLING, Sampling
 from fewstep.diffusion.denoiser import BASE, Condition, Denoiser
 from fewstep.diffusion.draw_latents import Source, draw_latents
-from fewstep.diffusion.time_conditioning import Ear, ToldEmbedding, split_told
+from fewstep.diffusion.time_conditioning import ExtraEmbedding, ExtraEmbeddingHook, split_extra
 from fewstep.inference.multilingual.adapter import Adapter, load_adapter
-from fewstep.students.conditioning_file import read_told
+from fewstep.students.conditioning_file import read_extra_embeddings
 from fewstep.students.lora import merge_lora, read_lora
 from fewstep.students.lora_header import check_lora
 from fewstep.students.sampling import teacher_sampling
@@ -40,7 +40,7 @@ def at_once(height: int, width: int) -> int:
 
 
 @dataclass(frozen=True)
-class Artist:
+class ImageGenerator:
     """A loaded network that draws: a teacher, or a student with its own settings.
 
     Attributes:
@@ -187,24 +187,24 @@ class Artist:
         return to_main(torch.from_numpy(drawn), len(seeds)).numpy()
 
 
-def artist_of(
-    backbone: Backbone, sampling: Sampling = TEACHER_SAMPLING, embedding: ToldEmbedding | None = None
-) -> Artist:
+def image_generator_of(
+    backbone: Backbone, sampling: Sampling = TEACHER_SAMPLING, embedding: ExtraEmbedding | None = None
+) -> ImageGenerator:
     """Let a backbone draw as it is, told by `embedding` what its sampling says that it is told."""
-    ear = Ear(backbone.time_embedding(backbone.network)) if embedding else None
+    ear = ExtraEmbeddingHook(backbone.time_embedding(backbone.network)) if embedding else None
 
     def call(x: Tensor, t: Tensor, condition: Condition, role: str) -> Tensor:
         if ear is None or embedding is None:
             return backbone.call(backbone.network, x, t, condition)
-        told, rest = split_told(condition, embedding.parts)
+        told, rest = split_extra(condition, embedding.parts)
         with ear.hears(embedding(told)):
             return backbone.call(backbone.network, x, t, rest)
 
     denoiser = Denoiser(call, backbone.path, backbone.prediction, backbone.embedded_guidance)
-    return Artist(backbone, denoiser, sampling)
+    return ImageGenerator(backbone, denoiser, sampling)
 
 
-def load_artist(
+def load_image_generator(
     teacher: Path,
     lora: Path | str | None = None,
     device: torch.device | str = "cpu",
@@ -213,7 +213,7 @@ def load_artist(
     *,
     compiled: bool = False,
     batch: int | None = None,
-) -> Artist:
+) -> ImageGenerator:
     """Load a pipeline folder and, merged into it, a student's LoRA; prompts are read by an adapter if one is given.
 
     A student (LoRA or whole pipeline) brings its own inference settings; a LoRA that has none is sampled as TCD at
@@ -240,9 +240,9 @@ def load_artist(
     if precision != torch.float32:
         backbone.network.to(precision)  # in main memory still: the device may have no room for more
     backbone.settle()
-    embedding = read_told(place, folder.told_beside(sampling.told), backbone.time_width)
-    artist = artist_of(backbone, sampling, embedding.to(backbone.device) if embedding else None)
+    embedding = read_extra_embeddings(place, folder.extra_inputs(sampling.extra_conditioning), backbone.time_width)
+    image_generator = image_generator_of(backbone, sampling, embedding.to(backbone.device) if embedding else None)
     if compiled:
         compile_networks([backbone.network])
     file = student.file if student else None
-    return replace(artist, adapter=reads, precision=precision, batch=batch, filled=compiled, lora=file)
+    return replace(image_generator, adapter=reads, precision=precision, batch=batch, filled=compiled, lora=file)

@@ -19,7 +19,7 @@ from fewstep.common.errors import UserError
 from fewstep.diffusion.config import Sampling
 from fewstep.inference.schedulers.base import FewStepScheduler
 from fewstep.inference.schedulers.few_step import ConsistencyScheduler, SSSScheduler
-from fewstep.students.lora_header import of_run, read_notes
+from fewstep.students.lora_header import of_run, read_records
 
 TIME_APART = 0.01
 """How far a time may lie from the one in a student's file, as networks are told it (0 to 1000): rounding, no more."""
@@ -32,7 +32,7 @@ def student_record(student: Path | str) -> dict[str, Any]:
         UserError: no such file, or one that brings no settings.
     """
     place = of_run(Path(student))
-    record = read_record(place) if (place / "model_index.json").is_file() else read_notes(place)
+    record = read_record(place) if (place / "model_index.json").is_file() else read_records(place)
     if not isinstance(record.get("sampling"), dict):
         raise UserError(
             f"student = {str(student)!r} brings no settings; the nearest that does is one that fewstep wrote"
@@ -66,7 +66,7 @@ def scheduler_for(student: Path | str, config: Mapping[str, Any], gamma: float |
     record = student_record(student)
     sampling = validate(Sampling, record["sampling"])
     embedded = bool((record.get("guidance") or {}).get("embedded"))  # as the pipeline's guidance_scale
-    beside = [name for name in sampling.told if name != "w" or not embedded]
+    beside = [name for name in sampling.extra_conditioning if name != "w" or not embedded]
     if beside:
         raise UserError(
             f"student = {str(student)!r} is told {', '.join(beside)}; the nearest way into a pipeline is "

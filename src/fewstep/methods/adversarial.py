@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep.common.distributed import to_means
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.denoiser import Condition
 from fewstep.diffusion.samplers import diffuse
 from fewstep.diffusion.schedule import Path
@@ -37,7 +37,7 @@ def seen_by_critic(
     x: Tensor,
     at: Tensor,
     top: Tensor,
-    draws: Draws,
+    rng: KeyedRng,
     who: str,
     to: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -47,10 +47,10 @@ def seen_by_critic(
     critic looks at whole. `who` keys the noise: real and fake points get their own.
     """
     if to is None:
-        to = at + draws.uniform("critic t", 0, config.noise) * (top - at) if config.noise else at
+        to = at + rng.uniform("critic t", 0, config.noise) * (top - at) if config.noise else at
     if to is at:
         return x, at
-    return diffuse(path, x, at, to, draws.normal(f"{who} noise", tuple(x.shape[1:]))), to
+    return diffuse(path, x, at, to, rng.normal(f"{who} noise", tuple(x.shape[1:]))), to
 
 
 def generator_loss(config: AdversarialConfig, logits: Tensor) -> Tensor:

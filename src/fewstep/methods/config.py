@@ -15,6 +15,7 @@ from fewstep.common.choices import (
     Compare,
     DistanceName,
     End,
+    ExtraCondition,
     Form,
     Jump,
     Normaliser,
@@ -23,7 +24,6 @@ from fewstep.common.choices import (
     SolverName,
     Start,
     Target,
-    Told,
     Weight,
 )
 from fewstep.common.config import Config
@@ -128,6 +128,8 @@ KNOWN_AIMS = {"world": 1.0, "mps": 16.0}
 class ConsistencyConfig(Config):
     """One row of the table of methods."""
 
+    renamed = {"told": "extra_conditioning"}  # noqa: RUF012  (a class variable of the base)
+
     grid: GridSpec = Field(50, description="training grid: N points, or the points themselves, rising")
     grid_start: int | None = Field(
         None,
@@ -154,7 +156,9 @@ class ConsistencyConfig(Config):
     jump: Jump = Field("first_order", description="skip (LCM's), cm_skip (CM's), first_order, second_order")
     r: float = Field(0.5, gt=0, le=1, description="mid-point of second_order, as a share of the step in log-SNR")
     form: Form = Field("x0", description="what second_order blends: x0 or eps predictions")
-    told: tuple[Told, ...] = Field((), description="what the network is told beside x and t: s, w (omega)")
+    extra_conditioning: tuple[ExtraCondition, ...] = Field(
+        (), description="what the network is told beside x and t: s, w (omega)"
+    )
     solver: SolverName = Field("ddim", description="the teacher's step: ddim, euler, heun, dpm_2, dpmpp_2s")
     guidance: Guidance = Field(Guidance(), description="of the teacher's step")
     target: Target = Field("self", description="self (the student under stop-gradient) or ema")
@@ -229,7 +233,7 @@ class ConsistencyConfig(Config):
                 f"jump = {self.jump!r} only reaches the end point, not s = {self.s!r} in {self.segments} segments; "
                 "the nearest legal jump is 'first_order'"
             )
-        if self.jump in ("skip", "cm_skip") and "s" in self.told:
+        if self.jump in ("skip", "cm_skip") and "s" in self.extra_conditioning:
             raise ValueError(f"told = 's' says nothing to jump = {self.jump!r}, whose s is the end point; leave it out")
         if self.jump == "second_order" and self.end == "clean":
             raise ValueError(
@@ -308,7 +312,7 @@ class ConsistencyConfig(Config):
             raise ValueError(
                 "denoising fits the data, which know no guidance; the nearest legal guidance.convention is 'none'"
             )
-        if self.denoising and "s" not in self.told:
+        if self.denoising and "s" not in self.extra_conditioning:
             raise ValueError("denoising needs a network that can be asked for s = t; the nearest legal told is ['s']")
 
     def _check_terms(self) -> None:
@@ -350,7 +354,7 @@ class ConsistencyConfig(Config):
                 f"matching.omega = {self.matching.omega:g} guides what guidance.convention = 'none' does not; "
                 "the nearest legal one is 0"
             )
-        if "w" in self.told and self.guidance.convention == "none":
+        if "w" in self.extra_conditioning and self.guidance.convention == "none":
             raise ValueError("told = 'w' says which guidance was learnt, convention = 'none' has none; leave it out")
         if self.point == "path" and self.substeps > 1:
             raise ValueError(f"substeps = {self.substeps} of no solver: point = 'path'; the nearest legal one is 1")

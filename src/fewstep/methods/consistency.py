@@ -15,16 +15,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.common.rng import Draws
-from fewstep.diffusion.conditioned import Voice
+from fewstep.common.rng import KeyedRng
+from fewstep.diffusion.conditioned import ConditionedDenoiser
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.grid import end_time
 from fewstep.diffusion.jump import student_step
-from fewstep.diffusion.samplers import Jumper
+from fewstep.diffusion.samplers import JumpFn
 from fewstep.diffusion.schedule import share_of
 from fewstep.methods.adversarial import ANY_RATIO, Critic, discriminate, gradient_ratio, seen_by_critic
 from fewstep.methods.config import ConsistencyConfig
-from fewstep.methods.distances import Look, distance
+from fewstep.methods.distances import NetworkDistance, distance
 from fewstep.methods.next_points import POINTS
 from fewstep.methods.pair import Cast, Sample, Scene
 from fewstep.methods.start_points import STARTS
@@ -32,20 +32,20 @@ from fewstep.methods.times import draw_times
 from fewstep.training.loss import Loss
 
 
-def set_scene(config: ConsistencyConfig, denoiser: Denoiser, sample: Sample, draws: Draws) -> Scene:
+def set_scene(config: ConsistencyConfig, denoiser: Denoiser, sample: Sample, rng: KeyedRng) -> Scene:
     """Draw times, guidance and noise of a micro-batch, come to its first points, and say who jumps."""
-    times = sample.times or draw_times(config, denoiser.path, draws)
-    omega = draws.uniform("omega", *config.guidance.omegas)
+    times = sample.times or draw_times(config, denoiser.path, rng)
+    omega = rng.uniform("omega", *config.guidance.omegas)
     if sample.omega is not None and config.point != "stored":  # by stored outputs any other guidance can be formed
         omega = sample.omega
     step = student_step(config.jump, config.r, config.form)
 
-    def jump_of(role: str) -> Jumper:
-        return Voice(denoiser, sample.condition, role, config.told, w=omega).jumper(step)
+    def jump_of(role: str) -> JumpFn:
+        return ConditionedDenoiser(denoiser, sample.condition, role, config.extra_conditioning, w=omega).jumper(step)
 
     student, judge = jump_of("student"), jump_of("target" if config.target == "ema" else "student")
     cast = Cast(config, denoiser, sample, omega, times, student, judge)
-    origin = STARTS[config.start](cast, draws)
+    origin = STARTS[config.start](cast, rng)
     return Scene(config, denoiser, sample, omega, times, student, judge, *origin)
 
 
@@ -85,16 +85,16 @@ class Term(NamedTuple):
 
     name: str
     weight: float
-    loss: Callable[[Scene, Tensor, Tensor, Draws], Tensor]
+    loss: Callable[[Scene, Tensor, Tensor, KeyedRng], Tensor]
     start: float = 0.0
     clip: tuple[float, float] = ANY_RATIO
 
 
 def consistency_loss(
     scene: Scene,
-    draws: Draws,
+    rng: KeyedRng,
     terms: Sequence[Term] = (),
-    look: Look | None = None,
+    network_distance: NetworkDistance | None = None,
     outlet: Tensor | None = None,
 ) -> Loss:
     """The loss of one micro-batch, with the further terms that the recipe names.
@@ -110,13 +110,13 @@ def consistency_loss(
     scalars: dict[str, Tensor] = {}
     per_sample = landed.new_zeros(len(landed))
     if config.consistency:
-        own = distance(scene, landed, target_lands(scene), at, look)
+        own = distance(scene, landed, target_lands(scene), at, network_distance)
         scalars["consistency"] = own.detach().mean()
         per_sample = config.consistency * own
     for name, weight, loss, start, clip in terms:
-        if not draws.reached(start):
+        if not rng.reached(start):
             continue
-        term = loss(scene, landed, at, draws)
+        term = loss(scene, landed, at, rng)
         scalars[name] = term.detach().mean()
         if config.balance == "gradient" and outlet is not None:
             term = gradient_ratio(own, term, outlet, clip) * term
@@ -125,7 +125,7 @@ def consistency_loss(
     return Loss(per_sample.mean(), per_sample.detach(), t_share, scalars if terms else {})
 
 
-def critic_loss(scene: Scene, draws: Draws, critic: Critic) -> Loss:
+def critic_loss(scene: Scene, rng: KeyedRng, critic: Critic) -> Loss:
     """The critic's own loss on the same jumps: real points are the data, or where the target landed."""
     own, path, times = scene.config.adversarial, scene.denoiser.path, scene.times
     with torch.no_grad():
@@ -136,6 +136,6 @@ def critic_loss(scene: Scene, draws: Draws, critic: Critic) -> Loss:
             assert scene.clean is not None
             assert scene.clean_at is not None
             real, real_at = scene.clean, torch.full_like(at, scene.clean_at)
-        seen_fake = seen_by_critic(own, path, fake, at, times.top, draws, "fake")
-        seen_real = seen_by_critic(own, path, real, real_at, times.top, draws, "real", to=seen_fake[1])
+        seen_fake = seen_by_critic(own, path, fake, at, times.top, rng, "fake")
+        seen_real = seen_by_critic(own, path, real, real_at, times.top, rng, "real", to=seen_fake[1])
     return discriminate(own, critic, seen_real, seen_fake, scene.sample.condition)

@@ -1,6 +1,6 @@
 """What a step of a method takes, in network evaluations of one sample. Light.
 
-Every count here is also made by the program itself while it trains (`tally`), and both are held against each other.
+The tests compare these counts with those of `nfe_counter`, which counts real calls during training.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.denoiser import Condition, Denoiser, tell
 from fewstep.diffusion.grid import training_grid
 from fewstep.diffusion.schedule import Path, add_noise, expand, index_of
@@ -19,17 +19,19 @@ def edm_weight(path: Path, t: Tensor, sigma_data: float = 0.5) -> Tensor:
 
 
 def denoising_loss(
-    config: ConsistencyConfig, denoiser: Denoiser, x_0: Tensor, condition: Condition, draws: Draws
+    config: ConsistencyConfig, denoiser: Denoiser, x_0: Tensor, condition: Condition, rng: KeyedRng
 ) -> Tensor:
     """Weighted squared error of the student's x0 at times of the training grid, [B]; one student call.
 
     Its minimiser is E[x0 | x_t]: the diffusion model itself, at s = t, where a jump's slope is the PF-ODE's.
     """
     grid = training_grid(denoiser.path, config.grid)
-    t = grid[draws.integers("denoising t", 0, len(grid))]
-    eps = draws.normal("denoising noise", tuple(x_0.shape[1:]))
+    t = grid[rng.integers("denoising t", 0, len(grid))]
+    eps = rng.normal("denoising noise", tuple(x_0.shape[1:]))
     x_t = add_noise(denoiser.path, x_0, eps, t)
-    more = tell(condition, s=index_of(denoiser.path, t), w=torch.zeros_like(t) if "w" in config.told else None)
+    more = tell(
+        condition, s=index_of(denoiser.path, t), w=torch.zeros_like(t) if "w" in config.extra_conditioning else None
+    )
     found = denoiser.estimate(x_t, t, more, "student").x0
     error = (found - x_0).square().flatten(1).mean(1)
     return expand(edm_weight(denoiser.path, t), error) * error

@@ -17,7 +17,7 @@ LEAST_PULL = 1e-6
 """Below it a jump goes nowhere: rounding is all that is left of its difference."""
 FeaturesOf = Callable[[Tensor, Tensor, Condition], Sequence[Tensor]]
 """(x [B, ...], times [B], condition) -> feature maps [B, C, ...] of a frozen network, with gradient to x."""
-Look = Callable[[Tensor, Tensor, Tensor, Condition], Tensor]
+NetworkDistance = Callable[[Tensor, Tensor, Tensor, Condition], Tensor]
 """A distance by a frozen network: (landed, wanted [B, ...], times [B], condition) -> [B], with gradient to landed."""
 
 
@@ -93,16 +93,16 @@ def step_weight(path: Path, t_nk: Tensor, t_n: Tensor) -> Tensor:
     return torch.where(width > 0, 1 / width, 0.0)
 
 
-def look_by_features(features: FeaturesOf) -> Look:
+def network_distance_of(features: FeaturesOf) -> NetworkDistance:
     """The distance in a network's features."""
 
-    def look(landed: Tensor, wanted: Tensor, at: Tensor, condition: Condition) -> Tensor:
+    def network_distance(landed: Tensor, wanted: Tensor, at: Tensor, condition: Condition) -> Tensor:
         mine = features(landed, at, condition)
         with torch.no_grad():
             theirs = features(wanted, at, condition)
         return feature_distance(mine, theirs)
 
-    return look
+    return network_distance
 
 
 def implied_x0(scene: Scene, landed: Tensor, pull: Tensor) -> Tensor:
@@ -113,7 +113,9 @@ def implied_x0(scene: Scene, landed: Tensor, pull: Tensor) -> Tensor:
     return expand(torch.where(pull > LEAST_PULL, 1 / pull, 0.0), landed) * (landed - kept)
 
 
-def distance(scene: Scene, landed: Tensor, wanted: Tensor, at: Tensor, look: Look | None = None) -> Tensor:
+def distance(
+    scene: Scene, landed: Tensor, wanted: Tensor, at: Tensor, network_distance: NetworkDistance | None = None
+) -> Tensor:
     """The distance that the recipe names, between points at the times `at`, [B].
 
     Where the recipe has a weight, differences are divided by its pull; a frozen network then sees both points as the x0
@@ -123,23 +125,25 @@ def distance(scene: Scene, landed: Tensor, wanted: Tensor, at: Tensor, look: Loo
     Raises:
         UserError: a frozen network is asked for where there is none.
     """
-    found = _unweighted(scene, landed, wanted, at, look)
+    found = _unweighted(scene, landed, wanted, at, network_distance)
     if scene.config.weight != "step":
         return found
     return expand(step_weight(scene.denoiser.path, scene.times.t_nk, scene.times.t_n), found) * found
 
 
-def _unweighted(scene: Scene, landed: Tensor, wanted: Tensor, at: Tensor, look: Look | None) -> Tensor:
+def _unweighted(
+    scene: Scene, landed: Tensor, wanted: Tensor, at: Tensor, network_distance: NetworkDistance | None
+) -> Tensor:
     config, times = scene.config, scene.times
     pull = implicit_pull(config.weight, scene.denoiser.path, times.t_nk, times.s)
     if config.distance in ("features", "perceptual"):
-        if look is None:
+        if network_distance is None:
             raise UserError(
                 f"method.distance = {config.distance!r} needs a network that looks; the nearest legal one is 'l2'"
             )
         if pull is not None:
             landed, wanted = implied_x0(scene, landed, pull), implied_x0(scene, wanted, pull)
-        return look(landed, wanted, at, scene.sample.condition)
+        return network_distance(landed, wanted, at, scene.sample.condition)
     gap = landed - wanted
     if pull is not None:
         gap = expand(torch.where(pull > LEAST_PULL, 1 / pull, 0.0), gap) * gap

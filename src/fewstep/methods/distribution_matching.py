@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fewstep.common.choices import Normaliser
-from fewstep.common.rng import Draws
-from fewstep.diffusion.conditioned import Voice
+from fewstep.common.rng import KeyedRng
+from fewstep.diffusion.conditioned import ConditionedDenoiser
 from fewstep.diffusion.denoiser import FAKE
 from fewstep.diffusion.schedule import Path, add_noise, expand, share_of, target_of
 from fewstep.methods.config import MatchingConfig
@@ -27,9 +27,9 @@ LEAST = 1e-6
 """What the normaliser is not below: rounding is all that is left there."""
 
 
-def drawn_noise(config: MatchingConfig, path: Path, draws: Draws, purpose: str) -> Tensor:
+def drawn_noise(config: MatchingConfig, path: Path, rng: KeyedRng, purpose: str) -> Tensor:
     """Times at which scores are taken, float64 [B]: uniform in the share low..high of the path."""
-    return path.clean + (path.noisiest - path.clean) * draws.uniform(purpose, config.low, config.high)
+    return path.clean + (path.noisiest - path.clean) * rng.uniform(purpose, config.low, config.high)
 
 
 def as_data(path: Path, landed: Tensor, at: Tensor) -> Tensor:
@@ -60,23 +60,23 @@ NORMALISERS: Mapping[Normaliser, Callable[[Path, Tensor, Tensor, Tensor], Tensor
 
 
 @torch.no_grad()
-def score_gap(config: MatchingConfig, scene: Scene, x0: Tensor, draws: Draws) -> Tensor:
+def score_gap(config: MatchingConfig, scene: Scene, x0: Tensor, rng: KeyedRng) -> Tensor:
     """What x_0 [B, ...] should be moved against: (fake x0 - real x0) at a drawn noise level, normalised."""
     path = scene.denoiser.path
-    t = drawn_noise(config, path, draws, "matching t")
-    x_t = add_noise(path, x0, draws.normal("matching noise", tuple(x0.shape[1:])), t)
+    t = drawn_noise(config, path, rng, "matching t")
+    x_t = add_noise(path, x0, rng.normal("matching noise", tuple(x0.shape[1:])), t)
     teacher = scene.teacher
     if config.omega is not None and teacher.omega is not None:
         teacher = replace(teacher, omega=torch.full_like(teacher.omega, config.omega))
     real = teacher.denoise(x_t, t).x0
-    fake = Voice(scene.denoiser, scene.sample.condition, FAKE).denoise(x_t, t).x0
+    fake = ConditionedDenoiser(scene.denoiser, scene.sample.condition, FAKE).denoise(x_t, t).x0
     return expand(NORMALISERS[config.normaliser](path, t, x0, real), x0) * (fake - real)
 
 
-def matching_loss(config: MatchingConfig, scene: Scene, landed: Tensor, at: Tensor, draws: Draws) -> Tensor:
+def matching_loss(config: MatchingConfig, scene: Scene, landed: Tensor, at: Tensor, rng: KeyedRng) -> Tensor:
     """1/2 |x_0 - sg(x_0 - gap)|^2, mean over all axes but the first, [B]: its gradient at x_0 is the gap."""
     x0 = as_data(scene.denoiser.path, landed, at)
-    aim = x0.detach() - score_gap(config, scene, x0.detach(), draws)
+    aim = x0.detach() - score_gap(config, scene, x0.detach(), rng)
     return 0.5 * (x0 - aim).square().flatten(1).mean(1)
 
 
@@ -96,15 +96,15 @@ def fake_points(config: MatchingConfig, scene: Scene) -> tuple[Tensor, Tensor]:
     return landed, compared_at(scene)
 
 
-def fake_loss(config: MatchingConfig, scene: Scene, landed: Tensor, at: Tensor, draws: Draws) -> Loss:
+def fake_loss(config: MatchingConfig, scene: Scene, landed: Tensor, at: Tensor, rng: KeyedRng) -> Loss:
     """The fake score's fit to points of the student's (`fake_points`): squared error of the network's own output.
 
     In eps it is noise prediction, as in the paper; the other predictions keep their own usual target.
     """
     denoiser, path = scene.denoiser, scene.denoiser.path
     x0 = as_data(path, landed, at)
-    t = drawn_noise(config, path, draws, "fake t")
-    eps = draws.normal("fake noise", tuple(x0.shape[1:]))
+    t = drawn_noise(config, path, rng, "fake t")
+    eps = rng.normal("fake noise", tuple(x0.shape[1:]))
     output = denoiser.call(add_noise(path, x0, eps, t), t, scene.sample.condition, FAKE)
     wanted = target_of(denoiser.prediction, x0, eps, expand(path.alpha(t), x0), expand(path.sigma(t), x0))
     per_sample = (output.to(x0.dtype) - wanted).square().flatten(1).mean(1)

@@ -9,11 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.conditioned import Voice
+from fewstep.diffusion.conditioned import ConditionedDenoiser
 from fewstep.diffusion.denoiser import BASE, Condition, Denoiser
-from fewstep.diffusion.samplers import Jumper
+from fewstep.diffusion.samplers import JumpFn
 from fewstep.methods.config import ConsistencyConfig
-from fewstep.methods.times import Triple
+from fewstep.methods.times import PairTimes
 
 
 class Stored(Protocol):
@@ -69,7 +69,7 @@ class Sample:
     omega: Tensor | None = None
     stored: Stored | None = None
     prompts: Tensor | None = None
-    times: Triple | None = None
+    times: PairTimes | None = None
 
 
 PathPoint = Callable[[Tensor, Tensor], Tensor]
@@ -90,14 +90,14 @@ class Cast:
     denoiser: Denoiser
     sample: Sample
     omega: Tensor
-    times: Triple
-    student: Jumper
-    judge: Jumper
+    times: PairTimes
+    student: JumpFn
+    judge: JumpFn
 
     @property
-    def teacher(self) -> Voice:
+    def teacher(self) -> ConditionedDenoiser:
         """The frozen teacher, guided by omega unless the recipe has no guidance."""
-        voice = Voice(self.denoiser, self.sample.condition, BASE)
+        voice = ConditionedDenoiser(self.denoiser, self.sample.condition, BASE)
         if self.config.guidance.convention == "none":
             return voice
         return replace(voice, null=self.sample.null, omega=self.omega)

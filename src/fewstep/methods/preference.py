@@ -12,31 +12,31 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.methods.config import PreferenceConfig
 
-Taste = Callable[[Tensor, Sequence[Tensor]], Sequence[Tensor]]
+Reward = Callable[[Tensor, Sequence[Tensor]], Sequence[Tensor]]
 """(clean latents x_0 [B, ...], several prompts for each: int64 [B] tensors of prompt numbers) -> scores with each, [B]
 tensors, with gradient to x_0."""
 
 
-def other_prompts(prompts: Tensor, count: int, draws: Draws) -> Tensor:
+def other_prompts(prompts: Tensor, count: int, rng: KeyedRng) -> Tensor:
     """For each prompt another one of `count`, drawn uniformly; int64 [B].
 
     A sample without prompt (its number is `count`) may be given any.
     """
-    shift = 1 + (draws.uniform("wrong prompt") * (count - 1)).long()
+    shift = 1 + (rng.uniform("wrong prompt") * (count - 1)).long()
     return torch.where(prompts < count, (prompts + shift) % count, shift - 1)
 
 
 def preference_loss(
-    config: PreferenceConfig, taste: Taste, x0: Tensor, prompts: Tensor, count: int, draws: Draws
+    config: PreferenceConfig, reward: Reward, x0: Tensor, prompts: Tensor, count: int, rng: KeyedRng
 ) -> Tensor:
     """The two-sided hinge, [B]; a sample without prompt counts for nothing.
 
     Args:
         prompts: which of `count` prompts each sample was drawn with, int64 [B]; `count` for the empty one.
     """
-    right, wrong = taste(x0, (prompts % count, other_prompts(prompts, count, draws)))
+    right, wrong = reward(x0, (prompts % count, other_prompts(prompts, count, rng)))
     hinge = torch.relu(config.aim - right) + torch.relu(wrong - config.s1)
     return torch.where((prompts < count).to(hinge.device, non_blocking=True), hinge, 0.0)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fewstep.common.choices import End, Start
-from fewstep.common.rng import Draws
-from fewstep.diffusion.conditioned import Voice
+from fewstep.common.rng import KeyedRng
+from fewstep.diffusion.conditioned import ConditionedDenoiser
 from fewstep.diffusion.denoiser import Condition
 from fewstep.diffusion.grid import end_time, inference_times
 from fewstep.diffusion.samplers import diffuse, sample_consistency, start_size
@@ -44,10 +44,10 @@ def noises(config: ConsistencyConfig) -> list[str]:
     return ["noise", *(["sample's start", *returns] if config.start == "student" else [])]
 
 
-def on_data(cast: Cast, draws: Draws) -> Origin:
+def on_data(cast: Cast, rng: KeyedRng) -> Origin:
     """Data under one noise for all times."""
     path, data, times = cast.denoiser.path, cast.sample.data, cast.times
-    eps = draws.normal("noise", tuple(data.shape[1:]))
+    eps = rng.normal("noise", tuple(data.shape[1:]))
 
     def path_at(t: Tensor, index: Tensor) -> Tensor:
         return add_noise(path, data, eps, t)
@@ -55,7 +55,7 @@ def on_data(cast: Cast, draws: Draws) -> Origin:
     return Origin(path_at(times.t_nk, times.index_nk), path_at, data, path.clean)
 
 
-def on_trajectory(cast: Cast, draws: Draws) -> Origin:
+def on_trajectory(cast: Cast, rng: KeyedRng) -> Origin:
     """A point of a stored trajectory of the teacher."""
     stored, times = cast.sample.stored, cast.times
     assert stored is not None
@@ -66,13 +66,13 @@ def on_trajectory(cast: Cast, draws: Draws) -> Origin:
     return Origin(path_at(times.t_nk, times.index_nk), path_at)
 
 
-def pure_noise(cast: Cast, draws: Draws, purpose: str) -> Tensor:
+def pure_noise(cast: Cast, rng: KeyedRng, purpose: str) -> Tensor:
     """Where drawing starts, [B, ...]."""
-    return draws.normal(purpose, tuple(cast.sample.data.shape[1:])) * start_size(cast.denoiser.path)
+    return rng.normal(purpose, tuple(cast.sample.data.shape[1:])) * start_size(cast.denoiser.path)
 
 
 @torch.no_grad()
-def by_rollout(cast: Cast, draws: Draws) -> Origin:
+def by_rollout(cast: Cast, rng: KeyedRng) -> Origin:
     """TLCM's multistep denoising (arXiv 2406.05768, algorithm 1): L equal guided steps of the teacher from noise.
 
     L = M - s for a point in segment s of M (`rollout`), so that it takes as many steps as it is clean: a batch's walks
@@ -80,7 +80,7 @@ def by_rollout(cast: Cast, draws: Draws) -> Origin:
     longest walk of all: processes whose weights are split must call together. A call that none needs is of one row.
     """
     config, path, times = cast.config, cast.denoiser.path, cast.times
-    x = pure_noise(cast, draws, "noise")
+    x = pure_noise(cast, rng, "noise")
     lengths = torch.tensor(config.rollout_steps)
     counts = lengths[times.index_nk]
     longest_first = counts.argsort(descending=True, stable=True)
@@ -99,40 +99,42 @@ def by_rollout(cast: Cast, draws: Draws) -> Origin:
     return Origin(x)
 
 
-def _some(voice: Voice, rows: Tensor) -> Voice:
+def _some(voice: ConditionedDenoiser, rows: Tensor) -> ConditionedDenoiser:
     """The voice for some of its batch."""
 
     def pick(condition: Condition | None) -> Condition | None:
         return None if condition is None else {k: v[rows.to(v.device, non_blocking=True)] for k, v in condition.items()}
 
     omega = None if voice.omega is None else voice.omega[rows]
-    return Voice(voice.denoiser, pick(voice.condition) or {}, voice.role, null=pick(voice.null), omega=omega)
+    return ConditionedDenoiser(
+        voice.denoiser, pick(voice.condition) or {}, voice.role, null=pick(voice.null), omega=omega
+    )
 
 
 @torch.no_grad()
-def by_student(cast: Cast, draws: Draws) -> Origin:
+def by_student(cast: Cast, rng: KeyedRng) -> Origin:
     """The student's own samples of q calls, noised (TLCM, algorithm 2): jump to the end point, noise back, and again.
 
     Each return takes fresh noise, and so does the noise on the finished sample; the paper writes one symbol for all.
     """
     config, path = cast.config, cast.denoiser.path
     times = [float(t) for t in inference_times(path, config.student_steps, grid=config.grid)]
-    x = pure_noise(cast, draws, "sample's start")
+    x = pure_noise(cast, rng, "sample's start")
     shape = tuple(x.shape[1:])
     returns = iter(range(len(times)))
 
     def noise() -> Tensor:
-        return draws.normal(f"sample's return {next(returns)}", shape)
+        return rng.normal(f"sample's return {next(returns)}", shape)
 
     lands: End = "clean" if config.jump == "skip" else config.end
     drawn = sample_consistency(cast.student, path, x, times, lands, noise)
     torch.clear_autocast_cache()  # older torch keeps the cast weights of a call, and these have no gradient
     end = end_time(path, lands)
-    x_nk = diffuse(path, drawn, torch.full_like(cast.times.t_nk, end), cast.times.t_nk, draws.normal("noise", shape))
+    x_nk = diffuse(path, drawn, torch.full_like(cast.times.t_nk, end), cast.times.t_nk, rng.normal("noise", shape))
     return Origin(x_nk, None, drawn, end)
 
 
-STARTS: Mapping[Start, Callable[[Cast, Draws], Origin]] = {
+STARTS: Mapping[Start, Callable[[Cast, KeyedRng], Origin]] = {
     "data": on_data,
     "trajectory": on_trajectory,
     "rollout": by_rollout,

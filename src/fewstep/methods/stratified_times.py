@@ -13,7 +13,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 
 
 def stride(count: int) -> int:
@@ -24,11 +24,11 @@ def stride(count: int) -> int:
     return min((n for n in range(1, count + 1) if gcd(n, count) == 1), key=lambda n: abs(n - 0.618 * count))
 
 
-def in_turn(draws: Draws, count: int, points: int) -> Tensor:
+def in_turn(rng: KeyedRng, count: int, points: int) -> Tensor:
     """Where on a grid of `points` samples start, int64 [B]: `count` samples in a row take its `count` parts in turn.
 
     Each step begins at a part of its own, so that each sample's index is uniform, as it is elsewhere; but the samples
     of a step together are spread evenly, which independent draws are on average alone.
     """
-    turn = torch.tensor(draws.indices) * stride(count) + draws.shared("part", 0, count)
-    return (turn % count * points + draws.integers("n", 0, points)) // count
+    turn = torch.tensor(rng.indices) * stride(count) + rng.shared("part", 0, count)
+    return (turn % count * points + rng.integers("n", 0, points)) // count

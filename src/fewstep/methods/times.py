@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fewstep.common.choices import SLaw
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.grid import edge_below, end_time, inference_times, previous, training_grid
 from fewstep.diffusion.schedule import Path
 from fewstep.methods.config import ConsistencyConfig
@@ -23,7 +23,7 @@ NOWHERE = -2
 
 
 @dataclass(frozen=True)
-class Triple:
+class PairTimes:
     """The times of a batch, float64 [B] each: t_{n+k} >= t_n >= s (equal at index 0 of a grid that has it).
 
     `top` is the upper edge of the segment that they lie in. `index_nk` and `index_n`, int64 [B], say which points of
@@ -39,7 +39,7 @@ class Triple:
 
 
 @dataclass(frozen=True)
-class Rungs:
+class GridTimes:
     """The grid's times by index, and the end point as index -1."""
 
     grid: Tensor
@@ -50,7 +50,7 @@ class Rungs:
         return previous(self.grid, index, 0, self.end)
 
 
-def draw_times(config: ConsistencyConfig, path: Path, draws: Draws) -> Triple:
+def draw_times(config: ConsistencyConfig, path: Path, rng: KeyedRng) -> PairTimes:
     """Draw t_{n+k} uniformly over the grid, so that every time of the grid is trained, then t_n, then s.
 
     Roll-outs take their t_{n+k} in turn (`rounds`), all others independently of one another.
@@ -62,41 +62,45 @@ def draw_times(config: ConsistencyConfig, path: Path, draws: Draws) -> Triple:
     k counts these: the times of a coarse grid are times of the last one.
     """
     grid = training_grid(path, config.grid)
-    apart = len(grid) // config.points_at(draws.step, draws.steps)
+    apart = len(grid) // config.points_at(rng.step, rng.steps)
     if config.start == "rollout":
-        index = in_turn(draws, config.rollout, len(grid))
+        index = in_turn(rng, config.rollout, len(grid))
     else:
-        index = (draws.integers("n", 0, len(grid) // apart) + 1) * apart - 1
+        index = (rng.integers("n", 0, len(grid) // apart) + 1) * apart - 1
     edge = edge_below(index, len(grid), config.segments)
     k = torch.full_like(index, config.k)
     if config.k_low is not None:
         left = -((edge - index) // apart)  # an edge between two coarse points counts as one
         most = torch.minimum(k, left)
         least = most.clamp(max=config.k_low)
-        k = least + (draws.uniform("k") * (most - least + 1)).long()
-    rungs = Rungs(grid, end_time(path, config.end))
+        k = least + (rng.uniform("k") * (most - least + 1)).long()
+    grid_times = GridTimes(grid, end_time(path, config.end))
     below = torch.maximum(index - k * apart, edge)
-    s = S_LAWS[config.s](config, path, rungs, edge, below, draws)
-    top = rungs.at(edge + len(grid) // config.segments)
-    return Triple(rungs.at(index), rungs.at(below), s, top, index, below)
+    s = S_LAWS[config.s](config, path, grid_times, edge, below, rng)
+    top = grid_times.at(edge + len(grid) // config.segments)
+    return PairTimes(grid_times.at(index), grid_times.at(below), s, top, index, below)
 
 
-def _edge(config: ConsistencyConfig, path: Path, rungs: Rungs, edge: Tensor, below: Tensor, draws: Draws) -> Tensor:
+def _edge(
+    config: ConsistencyConfig, path: Path, grid_times: GridTimes, edge: Tensor, below: Tensor, rng: KeyedRng
+) -> Tensor:
     """The lower edge of the segment; with one segment the end point (CD, CT, LCM; MCM, PCM, TLCM's stage 1)."""
-    return rungs.at(edge)
+    return grid_times.at(edge)
 
 
-def _uniform(config: ConsistencyConfig, path: Path, rungs: Rungs, edge: Tensor, below: Tensor, draws: Draws) -> Tensor:
+def _uniform(
+    config: ConsistencyConfig, path: Path, grid_times: GridTimes, edge: Tensor, below: Tensor, rng: KeyedRng
+) -> Tensor:
     """Uniform over the grid's points from the edge up to t_n, both of them included (TCD, CTM; TSCD).
 
     At s = t_n the target is the solver's own point, the anchor that rules out the collapsed solution; at the end point
     the term is LCM's.
     """
-    return rungs.at(edge + (draws.uniform("s") * (below - edge + 1).double()).long())
+    return grid_times.at(edge + (rng.uniform("s") * (below - edge + 1).double()).long())
 
 
 def _inference(
-    config: ConsistencyConfig, path: Path, rungs: Rungs, edge: Tensor, below: Tensor, draws: Draws
+    config: ConsistencyConfig, path: Path, grid_times: GridTimes, edge: Tensor, below: Tensor, rng: KeyedRng
 ) -> Tensor:
     """TDD's law (arXiv 2409.01347): a time that sampling will ask for, times 1 - U[0, spread] as SSS shrinks it.
 
@@ -107,25 +111,27 @@ def _inference(
     low, high = config.inference_steps
     lists = [inference_times(path, steps, grid=config.grid) for steps in range(low, high + 1)]
     asked = torch.cat(lists).unique()  # type: ignore[no-untyped-call]
-    points = torch.searchsorted(rungs.grid, asked)  # by index: on EDM's grid times say nothing of how far they are
+    points = torch.searchsorted(grid_times.grid, asked)  # by index: on EDM's grid times say nothing of how far they are
     lowest, highest = edge[:, None], below[:, None]
     every = torch.cat([lowest, torch.where(points > lowest, points, NOWHERE)], 1)
     inside = (every >= lowest) & (every <= highest)
     nearest = torch.where(inside, every, NOWHERE).argmax(1)
-    open_to = inside & (every >= highest - config.reach * len(rungs.grid))
+    open_to = inside & (every >= highest - config.reach * len(grid_times.grid))
     open_to[torch.arange(len(edge)), nearest] = True
-    place = (draws.uniform("s") * open_to.sum(1)).long()[:, None]
-    chosen = rungs.at(every.gather(1, (open_to.cumsum(1) > place).int().argmax(1, keepdim=True))[:, 0])
-    shrunk: Tensor = (1 - draws.uniform("spread", 0, config.spread)) * chosen
+    place = (rng.uniform("s") * open_to.sum(1)).long()[:, None]
+    chosen = grid_times.at(every.gather(1, (open_to.cumsum(1) > place).int().argmax(1, keepdim=True))[:, 0])
+    shrunk: Tensor = (1 - rng.uniform("spread", 0, config.spread)) * chosen
     # a factor below 1 raises the times below 0, such as clean data's on an indexed path, and so the end point
-    return torch.minimum(torch.maximum(shrunk, rungs.at(edge)), chosen)
+    return torch.minimum(torch.maximum(shrunk, grid_times.at(edge)), chosen)
 
 
-def _next(config: ConsistencyConfig, path: Path, rungs: Rungs, edge: Tensor, below: Tensor, draws: Draws) -> Tensor:
+def _next(
+    config: ConsistencyConfig, path: Path, grid_times: GridTimes, edge: Tensor, below: Tensor, rng: KeyedRng
+) -> Tensor:
     """t_n itself: the next point is the answer (KD)."""
-    return rungs.at(below)
+    return grid_times.at(below)
 
 
-SLaws = Mapping[SLaw, Callable[[ConsistencyConfig, Path, Rungs, Tensor, Tensor, Draws], Tensor]]
+SLaws = Mapping[SLaw, Callable[[ConsistencyConfig, Path, GridTimes, Tensor, Tensor, KeyedRng], Tensor]]
 S_LAWS: SLaws = {"edge": _edge, "uniform": _uniform, "inference": _inference, "next": _next}
 """(config, path, rungs, index of the segment's lower edge, index of t_n, draws) -> s."""

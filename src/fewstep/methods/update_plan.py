@@ -7,23 +7,23 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.denoiser import FAKE, Condition, Denoiser
 from fewstep.methods.adversarial import generator_loss, seen_by_critic
 from fewstep.methods.config import ConsistencyConfig
 from fewstep.methods.consistency import Term, consistency_loss, critic_loss, set_scene
 from fewstep.methods.denoising import denoising_loss
-from fewstep.methods.distances import FeaturesOf, Look, look_by_features
+from fewstep.methods.distances import FeaturesOf, NetworkDistance, network_distance_of
 from fewstep.methods.distribution_matching import as_data, fake_loss, fake_points, matching_loss
 from fewstep.methods.pair import Sample, Scene
-from fewstep.methods.preference import Taste, preference_loss
+from fewstep.methods.preference import Reward, preference_loss
 from fewstep.training.config import OptimConfig
-from fewstep.training.loop import Batch, Follower, Update
+from fewstep.training.loop import Batch, EmaTarget, Update
 from fewstep.training.loss import Loss
 from fewstep.training.roles import copy_role
 from fewstep.training.student import Student
 
-SampleOf = Callable[[Batch, Draws], Sample]
+SampleOf = Callable[[Batch, KeyedRng], Sample]
 """What a batch of the loop is, for the objective."""
 
 
@@ -42,7 +42,7 @@ def start_from(method: ConsistencyConfig, student: Student, weights: Mapping[str
 
 
 @dataclass(frozen=True)
-class Aids:
+class FrozenNetworks:
     """The frozen networks that a recipe asks for, and its critic; None where it asks for none.
 
     Attributes:
@@ -55,54 +55,54 @@ class Aids:
     features: FeaturesOf | None = None
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
     critic: nn.Module | None = None
-    taste: tuple[Taste, int] | None = None
+    reward: tuple[Reward, int] | None = None
 
-    def look(self, method: ConsistencyConfig) -> Look | None:
+    def network_distance(self, method: ConsistencyConfig) -> NetworkDistance | None:
         """The distance by a frozen network that the recipe names."""
         if method.distance == "features" and self.features is not None:
-            return look_by_features(self.features)
+            return network_distance_of(self.features)
         if method.distance == "perceptual" and self.perceptual is not None:
             perceptual = self.perceptual
 
-            def look(landed: Tensor, wanted: Tensor, at: Tensor, condition: Condition) -> Tensor:
+            def network_distance(landed: Tensor, wanted: Tensor, at: Tensor, condition: Condition) -> Tensor:
                 return perceptual(landed, wanted)
 
-            return look
+            return network_distance
         return None
 
 
-def terms_of(method: ConsistencyConfig, aids: Aids) -> list[Term]:
+def terms_of(method: ConsistencyConfig, frozen_networks: FrozenNetworks) -> list[Term]:
     """What stands beside the consistency loss in the student's sum."""
     terms = []
     if method.denoising:
 
-        def fit(scene: Scene, landed: Tensor, at: Tensor, draws: Draws) -> Tensor:
-            return denoising_loss(method, scene.denoiser, scene.sample.data, scene.sample.condition, draws)
+        def fit(scene: Scene, landed: Tensor, at: Tensor, rng: KeyedRng) -> Tensor:
+            return denoising_loss(method, scene.denoiser, scene.sample.data, scene.sample.condition, rng)
 
         terms.append(Term("denoising", method.denoising, fit))
-    critic = aids.critic
+    critic = frozen_networks.critic
     own = method.adversarial
     if own.weight and critic is not None:
 
-        def fooled(scene: Scene, landed: Tensor, at: Tensor, draws: Draws) -> Tensor:
-            x, t = seen_by_critic(own, scene.denoiser.path, landed, at, scene.times.top, draws, "fake")
+        def fooled(scene: Scene, landed: Tensor, at: Tensor, rng: KeyedRng) -> Tensor:
+            x, t = seen_by_critic(own, scene.denoiser.path, landed, at, scene.times.top, rng, "fake")
             return generator_loss(own, critic(x, t, scene.sample.condition))
 
         terms.append(Term("adversarial", own.weight, fooled, own.start, own.clip))
     if method.matching.weight:
 
-        def matched(scene: Scene, landed: Tensor, at: Tensor, draws: Draws) -> Tensor:
-            return matching_loss(method.matching, scene, landed, at, draws)
+        def matched(scene: Scene, landed: Tensor, at: Tensor, rng: KeyedRng) -> Tensor:
+            return matching_loss(method.matching, scene, landed, at, rng)
 
         terms.append(Term("matching", method.matching.weight, matched))
-    if method.preference.weight and aids.taste is not None:
-        taste, count = aids.taste
+    if method.preference.weight and frozen_networks.reward is not None:
+        reward, count = frozen_networks.reward
 
-        def liked(scene: Scene, landed: Tensor, at: Tensor, draws: Draws) -> Tensor:
+        def liked(scene: Scene, landed: Tensor, at: Tensor, rng: KeyedRng) -> Tensor:
             prompts = scene.sample.prompts
             assert prompts is not None
             x0 = as_data(scene.denoiser.path, landed, at)
-            return preference_loss(method.preference, taste, x0, prompts, count, draws)
+            return preference_loss(method.preference, reward, x0, prompts, count, rng)
 
         terms.append(Term("preference", method.preference.weight, liked))
     return terms
@@ -115,15 +115,15 @@ class SceneOnce:
     """
 
     def __init__(self, method: ConsistencyConfig, denoiser: Denoiser, sample_of: SampleOf) -> None:
-        self._make: Callable[[Batch, Draws], Scene] = lambda batch, draws: set_scene(
-            method, denoiser, sample_of(batch, draws), draws
+        self._make: Callable[[Batch, KeyedRng], Scene] = lambda batch, rng: set_scene(
+            method, denoiser, sample_of(batch, rng), rng
         )
-        self._last: tuple[Draws, Scene] | None = None
+        self._last: tuple[KeyedRng, Scene] | None = None
 
-    def scene(self, batch: Batch, draws: Draws) -> Scene:
+    def scene(self, batch: Batch, rng: KeyedRng) -> Scene:
         """The scene of this micro-batch; a micro-batch is known by its draws."""
-        if self._last is None or self._last[0] is not draws:
-            self._last = draws, self._make(batch, draws)
+        if self._last is None or self._last[0] is not rng:
+            self._last = rng, self._make(batch, rng)
         return self._last[1]
 
 
@@ -133,31 +133,35 @@ def family_plan(
     student: Student,
     denoiser: Denoiser,
     sample_of: SampleOf,
-    aids: Aids | None = None,
+    frozen_networks: FrozenNetworks | None = None,
 ) -> list[Update]:
     """One line for the student, one for a fake score and one for a critic where the recipe has them."""
-    aids = aids or Aids()
+    frozen_networks = frozen_networks or FrozenNetworks()
     scenes = SceneOnce(method, denoiser, sample_of)
-    terms, look, outlet = terms_of(method, aids), aids.look(method), student.outlet("student")
+    terms, network_distance, outlet = (
+        terms_of(method, frozen_networks),
+        frozen_networks.network_distance(method),
+        student.outlet("student"),
+    )
 
-    def student_loss(batch: Batch, draws: Draws) -> Loss:
-        return consistency_loss(scenes.scene(batch, draws), draws, terms, look, outlet)
+    def student_loss(batch: Batch, rng: KeyedRng) -> Loss:
+        return consistency_loss(scenes.scene(batch, rng), rng, terms, network_distance, outlet)
 
-    follower = Follower(student.parameters("target"), method.target_decay) if method.target == "ema" else None
+    ema_target = EmaTarget(student.parameters("target"), method.target_decay) if method.target == "ema" else None
     own = student.parameters("student")
-    plan = [Update("student", own, student_loss, optim, method.student_every, follower)]
+    plan = [Update("student", own, student_loss, optim, method.student_every, ema_target)]
     if method.matching.weight:
 
-        def follow(batch: Batch, draws: Draws) -> Loss:
-            scene = scenes.scene(batch, draws)
-            return fake_loss(method.matching, scene, *fake_points(method.matching, scene), draws)
+        def follow(batch: Batch, rng: KeyedRng) -> Loss:
+            scene = scenes.scene(batch, rng)
+            return fake_loss(method.matching, scene, *fake_points(method.matching, scene), rng)
 
         plan.append(Update(FAKE, student.parameters(FAKE), follow, OptimConfig(lr=method.matching.lr)))
-    critic = aids.critic
+    critic = frozen_networks.critic
     if critic is not None:
 
-        def judge_loss(batch: Batch, draws: Draws) -> Loss:
-            return critic_loss(scenes.scene(batch, draws), draws, critic)
+        def judge_loss(batch: Batch, rng: KeyedRng) -> Loss:
+            return critic_loss(scenes.scene(batch, rng), rng, critic)
 
         adversarial = method.adversarial
         judging = OptimConfig(lr=adversarial.lr, betas=(0.0, 0.99))

@@ -13,21 +13,21 @@ from typing import get_args
 
 from torch import Tensor
 
-from fewstep.common.choices import Told
+from fewstep.common.choices import ExtraCondition
 from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_write
 from fewstep.common.tensors import load_tensors, save_tensors
-from fewstep.diffusion.time_conditioning import TOLD_PREFIX, ToldEmbedding
+from fewstep.diffusion.time_conditioning import EXTRA_PREFIX, ExtraEmbedding
 from fewstep.students.lora_header import CONDITIONING, of_run
 
 
 def split_weights(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A student's weights as (of the network or adapter, of what it is told by)."""
-    told = {key: value for key, value in weights.items() if key.startswith(TOLD_PREFIX)}
+    told = {key: value for key, value in weights.items() if key.startswith(EXTRA_PREFIX)}
     return {key: value for key, value in weights.items() if key not in told}, told
 
 
-def save_told(folder: Path, told: Mapping[str, Tensor]) -> Path | None:
+def save_extra_embeddings(folder: Path, told: Mapping[str, Tensor]) -> Path | None:
     """Write what a student is told by into its folder, fp32; nothing for a student that is told nothing.
 
     Raises:
@@ -41,7 +41,7 @@ def save_told(folder: Path, told: Mapping[str, Tensor]) -> Path | None:
     return path
 
 
-def told_weights(student: Path) -> dict[str, Tensor]:
+def extra_embedding_weights(student: Path) -> dict[str, Tensor]:
     """What lies beside a student (its folder, or its LoRA's file): what it is told by; empty for most.
 
     Raises:
@@ -52,7 +52,7 @@ def told_weights(student: Path) -> dict[str, Tensor]:
     return load_tensors(path) if path.is_file() else {}
 
 
-def read_told(student: Path, names: Sequence[Told], width: int) -> ToldEmbedding | None:
+def read_extra_embeddings(student: Path, names: Sequence[ExtraCondition], width: int) -> ExtraEmbedding | None:
     """What the student in a folder (or beside a LoRA file) is told by; None for one that is told nothing.
 
     Args:
@@ -65,8 +65,8 @@ def read_told(student: Path, names: Sequence[Told], width: int) -> ToldEmbedding
     if not names:
         return None
     path = (student if student.is_dir() else student.parent) / CONDITIONING
-    tensors = {key.removeprefix(TOLD_PREFIX): value for key, value in load_tensors(path).items()}
-    embedding = ToldEmbedding([name for name in get_args(Told) if name in names], width)
+    tensors = {key.removeprefix(EXTRA_PREFIX): value for key, value in load_tensors(path).items()}
+    embedding = ExtraEmbedding([name for name in get_args(ExtraCondition) if name in names], width)
     own = {key: tuple(value.shape) for key, value in embedding.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in tensors.items()}
     if found != own:

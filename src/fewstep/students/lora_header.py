@@ -234,7 +234,7 @@ def read_header(path: Path | str, weights: Mapping[str, Shape]) -> LoraHeader:
     return LoraHeader(file, layers, str(notes.get("base") or ""), sampling, notes)
 
 
-def read_notes(path: Path) -> dict[str, Any]:
+def read_records(path: Path) -> dict[str, Any]:
     """The whole `fewstep` record of a LoRA file or a single-file checkpoint, or of the LoRA in a folder; empty for
     another tool's.
 
@@ -296,7 +296,7 @@ def check_lora(path: Path | str, folder: PipelineFolder) -> LoraHeader:
     """
     weights = base_shapes(folder)
     header = read_header(path, weights)
-    beside = folder.told_beside(header.sampling.told) if header.sampling else ()
+    beside = folder.extra_inputs(header.sampling.extra_conditioning) if header.sampling else ()
     if beside and not (header.file.parent / CONDITIONING).is_file():
         raise UserError(f"lora = {str(path)!r} is told {', '.join(beside)} by a {CONDITIONING} that is not beside it")
     check_fits(header, weights, folder.fingerprint(folder.network) if header.base else "", str(path))

@@ -41,7 +41,7 @@ def student_place(name: Path | str) -> Path:
     return Path(name)
 
 
-class Chosen(NamedTuple):
+class ResolvedStudent(NamedTuple):
     """Who draws, and how."""
 
     lora: Path | None
@@ -60,7 +60,7 @@ def _named_student(lora: Path | str | None, folder: PipelineFolder) -> Path | st
     return "tcd" if bundled else None
 
 
-def choose_student(folder: PipelineFolder, lora: Path | str | None, changes: Mapping[str, Any]) -> Chosen:
+def resolve_student(folder: PipelineFolder, lora: Path | str | None, changes: Mapping[str, Any]) -> ResolvedStudent:
     """The student that is asked for and how to sample it.
 
     `omega_seen` is the mean guidance it was trained with, None where it does not say.
@@ -84,4 +84,4 @@ def choose_student(folder: PipelineFolder, lora: Path | str | None, changes: Map
             "leave it out, or give sampler = 'sss'"
         )
     check_sampling(sampling, folder)
-    return Chosen(student, sampling, validate(Guidance, seen).mean_omega if isinstance(seen, dict) else None)
+    return ResolvedStudent(student, sampling, validate(Guidance, seen).mean_omega if isinstance(seen, dict) else None)

@@ -28,6 +28,8 @@ def check_batch(batch: int, accumulate: int, processes: int = 1) -> None:
 class LoopConfig(Config):
     """How long, how much at a time, how often."""
 
+    renamed = {"watch_every": "validate_every"}  # noqa: RUF012  (a class variable of the base)
+
     steps: int = Field(1000, ge=1, description="optimiser steps")
     batch: int = Field(32, ge=1, description="samples per optimiser step, over all processes")
     accumulate: int = Field(1, ge=1, description="micro-batches per optimiser step")
@@ -42,7 +44,7 @@ class LoopConfig(Config):
     log_every: int = Field(10, ge=1, description="steps between log lines")
     save_every: int = Field(500, ge=1, description="steps between checkpoints")
     keep: int = Field(2, ge=1, description="checkpoints kept")
-    watch_every: int | None = Field(None, ge=1, description="steps between quality checks; null for none")
+    validate_every: int | None = Field(None, ge=1, description="steps between quality checks; null for none")
 
     @model_validator(mode="after")
     def _whole(self) -> Self:

@@ -25,7 +25,7 @@ from fewstep.common import distributed as processes
 from fewstep.common.distributed import Vote, to_main, to_means, together, total
 from fewstep.common.errors import NotFiniteError, UserError
 from fewstep.common.files import sweep
-from fewstep.common.rng import Draws, order
+from fewstep.common.rng import KeyedRng, order
 from fewstep.common.sharding import is_split, whole, whole_on_main
 from fewstep.common.tensors import load_tensors
 from fewstep.training import checkpoint
@@ -44,7 +44,7 @@ Batch = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Follower:
+class EmaTarget:
     """Weights of another role that follow an update's parameters as a moving average (a consistency target)."""
 
     weights: Mapping[str, Tensor]
@@ -61,10 +61,10 @@ class Update:
 
     name: str
     parameters: Mapping[str, nn.Parameter]
-    loss: Callable[[Batch, Draws], Loss]
+    loss: Callable[[Batch, KeyedRng], Loss]
     optim: OptimConfig
     every: int = 1
-    follower: Follower | None = None
+    ema_target: EmaTarget | None = None
     start: float = 0.0
 
     def due(self, step: int, steps: int) -> bool:
@@ -90,8 +90,8 @@ class _Running:
         self.averages: dict[str, Ema] = {}
         if update.optim.ema:
             self.averages["ema"] = Ema(update.parameters, update.optim.ema)
-        if update.follower:
-            followed = update.follower
+        if update.ema_target:
+            followed = update.ema_target
             self.averages["follower"] = Ema(update.parameters, followed.decay, followed.weights, warm_up=False)
         self.device = device
         self.reset()
@@ -116,11 +116,11 @@ class _Running:
         self.bin_count.index_add_(0, index, torch.ones_like(loss.per_sample, dtype=torch.float32))
 
     def backward(
-        self, batch: Batch, draws: Draws, accelerator: Accelerator, accumulate: int, others: Sequence[nn.Parameter]
+        self, batch: Batch, rng: KeyedRng, accelerator: Accelerator, accumulate: int, others: Sequence[nn.Parameter]
     ) -> None:
         """Add one micro-batch's gradients, and none to `others`, the parameters of other updates."""
         with accelerator.autocast():
-            loss = self.update.loss(batch, draws)
+            loss = self.update.loss(batch, rng)
         # only into its own parameters: a loss may run through those of another update
         if not self.split:
             accelerator.backward(loss.value / accumulate, inputs=self.parameters)
@@ -260,12 +260,12 @@ def check_split(config: LoopConfig, accelerator: Accelerator) -> None:
 
 def train(
     plan: Sequence[Update],
-    fetch: Callable[[np.ndarray, Draws], Batch],
+    fetch: Callable[[np.ndarray, KeyedRng], Batch],
     count: int,
     config: LoopConfig,
     log: RunLog,
     accelerator: Accelerator,
-    watch: Callable[[int, dict[str, dict[str, Tensor]]], Mapping[str, float]] | None = None,
+    validate: Callable[[int, dict[str, dict[str, Tensor]]], Mapping[str, float]] | None = None,
     beside: Callable[[int], Mapping[str, Any]] | None = None,
     visits: Callable[[int, int], np.ndarray] | None = None,
 ) -> Trained:
@@ -275,7 +275,7 @@ def train(
         fetch: item numbers (int64 [b], below `count`), the draws of their step -> batch on the device of `accelerator`;
             called beside the step before it, in a thread of its own.
         count: number of items; they are visited in a fresh order each epoch.
-        watch: called every `config.watch_every` steps with the step and the weights to judge; its figures
+        watch: called every `config.validate_every` steps with the step and the weights to judge; its figures
             are logged. It must leave the parameters as they were. Every process calls it: what one of them should do
             alone stands in `processes.on_main`.
         visits: (start, stop) -> the items at these positions of an endless pass; a fresh shuffle each epoch by default.
@@ -322,11 +322,11 @@ def train(
         start = step * config.batch + (part * accelerator.num_processes + accelerator.process_index) * micro
         return np.arange(start, start + micro)
 
-    def load(step: int, part: int) -> tuple[Draws, Batch]:
+    def load(step: int, part: int) -> tuple[KeyedRng, Batch]:
         where = positions(step, part)
         start, stop = int(where[0]), int(where[-1]) + 1
-        draws = Draws(config.seed, step, tuple(int(i) for i in where), device, config.steps)
-        return draws, fetch(visits(start, stop) if visits else order(config.seed, count, start, stop), draws)
+        rng = KeyedRng(config.seed, step, tuple(int(i) for i in where), device, config.steps)
+        return rng, fetch(visits(start, stop) if visits else order(config.seed, count, start, stop), rng)
 
     def refuse(step: int, bad: Sequence[str]) -> None:
         if bad:
@@ -349,8 +349,8 @@ def train(
         checkpoint.save(folder, step, files, state, config.keep)
 
     def judge(step: int) -> None:
-        if watch:
-            log.figures(step, dict(watch(step, {r.update.name: r.weights() for r in running})))
+        if validate:
+            log.figures(step, dict(validate(step, {r.update.name: r.weights() for r in running})))
 
     def keep(step: int, unwatched: bool = False) -> None:
         files = {name: tensors for r in running for name, tensors in r.files().items()}
@@ -370,20 +370,20 @@ def train(
     stop, vote = Stop(launched=accelerator.num_processes > 1), Vote()
     with stop, ThreadPoolExecutor(max_workers=1) as pool, log.progress(done, config.steps) as bar:
 
-        def read_ahead() -> tuple[int, int, Future[tuple[Draws, Batch]]] | None:
+        def read_ahead() -> tuple[int, int, Future[tuple[KeyedRng, Batch]]] | None:
             piece = next(coming, None)
             return (*piece, pool.submit(load, *piece)) if piece else None
 
         ahead = read_ahead()
         while ahead:
             step, part, reading = ahead
-            draws, batch = reading.result()
+            rng, batch = reading.result()
             ahead = read_ahead()
             last = part == config.accumulate - 1
             due = [r for r in running if r.update.due(step, config.steps)]
             for r in due:
                 others = [p for other in running if other is not r for p in other.parameters]
-                r.backward(batch, draws, accelerator, config.accumulate, others)
+                r.backward(batch, rng, accelerator, config.accumulate, others)
             if not last:
                 continue
             # only now: with all gradients at the weights of the step's start, the split into micro-batches is no choice
@@ -401,11 +401,11 @@ def train(
             bar.step()
             stops = vote.ask(bool(stop.number))
             # of the config alone: every process must come to the same answer, and only the main one needs a watch
-            watches = bool(config.watch_every) and (now % (config.watch_every or 1) == 0 or ends)
+            watches = bool(config.validate_every) and (now % (config.validate_every or 1) == 0 or ends)
             if not (watches or stops or now % config.save_every == 0 or ends):
                 continue
             refuse(now, [name for r in running for name in r.bad()])
-            pending = watches and watch is not None
+            pending = watches and validate is not None
             if pending and not stops:
                 with suppress(StoppedError), stop.raising():
                     judge(now)

@@ -269,7 +269,7 @@ def _check_length(folder: Path, old: Any, new: Any) -> None:
         )
 
 
-RHYTHM = ("steps", "log_every", "save_every", "keep", "watch_every")
+RHYTHM = ("steps", "log_every", "save_every", "keep", "validate_every")
 """Settings of the loop that do not change a step (`steps` is looked at on its own)."""
 MEANS = ("accumulate", "shard", "compile")
 """Settings of the loop by which a step of the same whole batch is computed in another way, the same but for rounding.

@@ -10,10 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fewstep.common.choices import Told
+from fewstep.common.choices import ExtraCondition
 from fewstep.common.sharding import own_part
 from fewstep.diffusion.denoiser import BASE, FAKE, Call, Condition
-from fewstep.diffusion.time_conditioning import TOLD_PREFIX, Ear, ToldEmbedding, split_told
+from fewstep.diffusion.time_conditioning import EXTRA_PREFIX, ExtraEmbedding, ExtraEmbeddingHook, split_extra
 from fewstep.training.config import StudentConfig
 from fewstep.training.quantization import keep
 from fewstep.training.roles import AdapterRoles, Roles, SeparateRoles, add_adapter, copy_role
@@ -61,13 +61,13 @@ class Student:
     """Roles over networks, and the call that a `Denoiser` makes.
 
     Attributes:
-        told: what each role but the teacher is told beside x and t, if anything.
+        told: extra embedding of each role but the teacher, if any.
         outlets: the network's last layers, as its host names them.
     """
 
     roles: Roles
     call: Call
-    told: Mapping[str, ToldEmbedding]
+    extra_conditioning: Mapping[str, ExtraEmbedding]
     outlets: Sequence[str] = ()
 
     def outlet(self, role: str) -> nn.Parameter:
@@ -81,8 +81,8 @@ class Student:
 
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
         """All that is trained of a role: its network's or adapter's weights, and `told.` what it is told by."""
-        own = self.told[role].named_parameters() if role in self.told else ()
-        return {**self.roles.parameters(role), **{f"{TOLD_PREFIX}{name}": p for name, p in own}}
+        own = self.extra_conditioning[role].named_parameters() if role in self.extra_conditioning else ()
+        return {**self.roles.parameters(role), **{f"{EXTRA_PREFIX}{name}": p for name, p in own}}
 
 
 def make_student(
@@ -90,7 +90,7 @@ def make_student(
     config: StudentConfig,
     roles: tuple[str, ...],
     seed: int,
-    told: Sequence[Told] = (),
+    extra_conditioning: Sequence[ExtraCondition] = (),
     compute: torch.dtype = torch.float32,
     device: torch.device | None = None,
 ) -> Student:
@@ -100,16 +100,16 @@ def make_student(
     fake score have gradients switched on. Further roles copy the first one's weights.
 
     Args:
-        told: what the roles are told beside x and t, a fake score apart. The condition of a call must then hold it,
-            [B] each. A UNet that is trained in full embeds w itself, any other network by an extra embedding.
+        extra_conditioning: extra inputs (s, w) of every role but the fake score. The condition of a call must then
+            hold them, [B] each. A UNet that is trained in full embeds w itself, other networks by an extra embedding.
         compute: type that frozen weights in 4 bits are computed with.
         device: where frozen weights in 8 and 4 bits go as they are made; all else stays where the host's network is.
     """
     laid: Roles
-    hear = [role for role in roles if role != FAKE]
+    conditioned = [role for role in roles if role != FAKE]
     if config.kind == "full":
         networks = {role: copy.deepcopy(host.network) for role in roles}
-        for role in hear if "w" in told else ():
+        for role in conditioned if "w" in extra_conditioning else ():
             host.add_guidance_embedding(networks[role])
     if config.base != "fp32":
         outlet = host.network.get_submodule(host.outlets[0])
@@ -123,8 +123,8 @@ def make_student(
     else:
         laid = SeparateRoles({BASE: host.network, **networks})
     place = next(host.network.parameters()).device
-    beside = [name for name in told if name != "w" or not host.embeds_guidance(networks[roles[0]])]
-    embeddings = {role: ToldEmbedding(beside, host.time_width, seed).to(place) for role in hear if beside}
+    beside = [name for name in extra_conditioning if name != "w" or not host.embeds_guidance(networks[roles[0]])]
+    embeddings = {role: ExtraEmbedding(beside, host.time_width, seed).to(place) for role in conditioned if beside}
     student = Student(laid, _call(host, laid, networks, embeddings), embeddings, host.outlets)
     first = student.parameters(roles[0])
     for role in roles:
@@ -137,15 +137,19 @@ def make_student(
     return student
 
 
-def _call(host: Host, laid: Roles, networks: Mapping[str, nn.Module], embeddings: Mapping[str, ToldEmbedding]) -> Call:
+def _call(host: Host, laid: Roles, networks: Mapping[str, nn.Module], embeddings: Mapping[str, ExtraEmbedding]) -> Call:
     """The call by role; one ear a network, which several roles may share."""
-    ears = {id(network): Ear(host.time_embedding(network)) for network in networks.values()} if embeddings else {}
+    ears = (
+        {id(network): ExtraEmbeddingHook(host.time_embedding(network)) for network in networks.values()}
+        if embeddings
+        else {}
+    )
 
     def call(x: Tensor, t: Tensor, condition: Condition, role: str) -> Tensor:
         with laid.use(role) as network:
             if role not in embeddings:
                 return host.call(network, x, t, condition)
-            told, rest = split_told(condition, embeddings[role].parts)
+            told, rest = split_extra(condition, embeddings[role].parts)
             with ears[id(network)].hears(embeddings[role](told)):
                 return host.call(network, x, t, rest)
 

@@ -102,13 +102,13 @@ def chinese(*, out: Path | str = "runs/chinese", overrides: str | Sequence[str] 
     from fewstep.backbones.teachers import teacher_path
     from fewstep.inference.multilingual.record import read_adapter
     from fewstep.inference.multilingual.settings import PACKAGES
-    from fewstep.students.resolve import choose_student
+    from fewstep.students.resolve import resolve_student
     from fewstep_worlds.emoji8.config import ChineseConfig
 
     config = _ready("chinese", ChineseConfig, overrides, Path(out))
     check_installed("chinese", PACKAGES, extra="multilingual")
     folder = read_folder(teacher_path(""))
-    choose_student(folder, config.lora, {"steps": config.steps})
+    resolve_student(folder, config.lora, {"steps": config.steps})
     if config.adapter:
         read_adapter(config.adapter, folder)
     from fewstep_worlds.emoji8.studies.chinese import measure_chinese
@@ -127,17 +127,18 @@ def versatility(*, out: Path | str = "runs/versatility", overrides: str | Sequen
     """
     from fewstep.backbones.pipeline_folder import read_folder
     from fewstep.backbones.teachers import teacher_path
-    from fewstep.students.resolve import choose_student
+    from fewstep.students.resolve import resolve_student
     from fewstep_worlds.emoji8.config import VersatilityConfig
 
     config = _ready("versatility", VersatilityConfig, overrides, Path(out))
     folder = read_folder(teacher_path(""))
     for student in (config.tcd, config.tlcm):
         for steps in config.steps if student else ():
-            sampling = choose_student(folder, student, {"steps": steps}).sampling
-            if sampling.told or sampling.sampler not in ("sss", "lcm"):
+            sampling = resolve_student(folder, student, {"steps": steps}).sampling
+            if sampling.extra_conditioning or sampling.sampler not in ("sss", "lcm"):
                 raise UserError(
-                    f"student = {student!r} is drawn with {sampling.sampler}, told {list(sampling.told)}, which no "
+                    f"student = {student!r} is drawn with {sampling.sampler}, conditioned on "
+                    f"{list(sampling.extra_conditioning)}, which no "
                     "diffusers pipeline does here; the nearest is a TCD or TLCM student"
                 )
     from fewstep_worlds.emoji8.studies.addons.figure import versatility

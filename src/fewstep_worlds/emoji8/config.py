@@ -29,7 +29,7 @@ class VaeConfig(Config):
     groups: int = Field(16, ge=1, description="groups of the group norms")
     beta: float = Field(5e-4, ge=0, description="weight of the KL term, per latent number")
     l1: float = Field(0.1, ge=0, description="weight of the absolute error beside the squared one")
-    loop: LoopConfig = LoopConfig(steps=2800, batch=16, save_every=200, watch_every=400, precision="bf16")
+    loop: LoopConfig = LoopConfig(steps=2800, batch=16, save_every=200, validate_every=400, precision="bf16")
     optim: OptimConfig = OptimConfig(lr=6e-4, warmup=200, decay="cosine", ema=0.998, weight_decay=0.01)
 
 
@@ -38,7 +38,7 @@ class DecoderConfig(Config):
 
     noise: float = Field(0.25, ge=0, description="largest standard deviation of the noise on latents")
     slopes: float = Field(1.0, ge=0, description="weight of the error of slopes beside that of pictures")
-    loop: LoopConfig = LoopConfig(steps=2500, batch=16, save_every=250, watch_every=500, precision="bf16")
+    loop: LoopConfig = LoopConfig(steps=2500, batch=16, save_every=250, validate_every=500, precision="bf16")
     optim: OptimConfig = OptimConfig(lr=5e-4, warmup=100, decay="cosine", ema=0.998, weight_decay=0.01)
 
 
@@ -58,7 +58,7 @@ class UnetConfig(Config):
     prompt_dropout: float = Field(0.1, ge=0, le=1, description="share of empty prompts")
     min_snr: float = Field(5.0, gt=0, description="gamma of the Min-SNR weight min(SNR, gamma)/SNR")
     loop: LoopConfig = LoopConfig(
-        steps=10000, batch=64, save_every=500, keep=3, watch_every=1000, log_every=50, precision="bf16"
+        steps=10000, batch=64, save_every=500, keep=3, validate_every=1000, log_every=50, precision="bf16"
     )
     optim: OptimConfig = OptimConfig(lr=5e-4, warmup=500, decay="cooldown", ema=0.9993, weight_decay=0.01)
 
@@ -107,7 +107,7 @@ class AgreementConfig(Config):
     network: ScorerConfig = ScorerConfig()
     captions: int = Field(default=12, ge=1, description="captions drawn once for each picture")
     loop: LoopConfig = LoopConfig(
-        steps=800, batch=256, save_every=100, watch_every=100, log_every=10, precision="bf16", seed=7
+        steps=800, batch=256, save_every=100, validate_every=100, log_every=10, precision="bf16", seed=7
     )
     optim: OptimConfig = OptimConfig(lr=2e-3, warmup=60, decay="cosine", ema=0.995, weight_decay=0.05)
 
@@ -117,7 +117,7 @@ class RewardConfig(AgreementConfig):
 
     network: ScorerConfig = ScorerConfig(channels=(32, 64, 112), blocks=(1, 1, 2), hidden=256, width=128)
     loop: LoopConfig = LoopConfig(
-        steps=800, batch=256, save_every=100, watch_every=200, log_every=10, precision="bf16", seed=11
+        steps=800, batch=256, save_every=100, validate_every=200, log_every=10, precision="bf16", seed=11
     )
 
 

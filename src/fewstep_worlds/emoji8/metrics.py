@@ -18,7 +18,7 @@ from fewstep.evaluation.evaluate import Reference
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.lite0 import Lite0Backbone
 from fewstep.evaluation.metric import Array, Figure, Metric, Pictures
-from fewstep.evaluation.suite import Yardstick, set_metrics
+from fewstep.evaluation.suite import Suite, set_metrics
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8.location import root
 from fewstep_worlds.emoji8.neighbours import NONE, Neighbours, neighbour_shares
@@ -189,7 +189,7 @@ def metrics(gallery: Gallery, features: Features, n: int) -> list[Metric]:
     return [*set_metrics(features, n, pictures), *white]
 
 
-def emoji8_yardstick(prompts: Sequence[str], size: int, seed: int, features: Features) -> Yardstick:
+def emoji8_yardstick(prompts: Sequence[str], size: int, seed: int, features: Features) -> Suite:
     """Measure against Emoji-8, as the benchmark does.
 
     Prompts that name its concepts are measured against pictures of these; other words against all pictures.
@@ -207,4 +207,4 @@ def emoji8_yardstick(prompts: Sequence[str], size: int, seed: int, features: Fea
         reference = Reference.split(gallery.data.pictures, len(prompts), seed, names)
     chosen = [*metrics(gallery, features, min(len(prompts), len(reference.pictures))), agreement()]
     diverse = real_diversity(gallery, features, prompts[:PROMPTS], seed) if known else None
-    return Yardstick(reference, chosen, features, diverse.value if diverse else None)
+    return Suite(reference, chosen, features, diverse.value if diverse else None)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.common.accelerator import make_accelerator
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.grid import training_grid
 from fewstep.diffusion.schedule import add_noise, expand
 from fewstep.methods.denoising import edm_weight
@@ -38,16 +38,16 @@ def learn_base(
     points = data.sample(config.count, path.clean, torch.Generator().manual_seed(config.loop.seed)).float()
     grid = training_grid(path, TIMES)
 
-    def loss(batch: Batch, draws: Draws) -> Loss:
-        x_0, eps = batch["points"], draws.normal("noise", (2,))
-        t = grid[draws.integers("t", 0, len(grid))]
+    def loss(batch: Batch, rng: KeyedRng) -> Loss:
+        x_0, eps = batch["points"], rng.normal("noise", (2,))
+        t = grid[rng.integers("t", 0, len(grid))]
         x_t = add_noise(path, x_0, eps, t)
         error = (network(x_t, t) - said_by(data, config.prediction, x_t, t)).square().mean(1)
         if config.prediction == "x0":
             error = expand(edm_weight(path, t, sigma_data=1.0), error) * error
         return Loss(error.mean(), error.detach(), None, {})
 
-    def fetch(items: np.ndarray, _: Draws) -> Batch:
+    def fetch(items: np.ndarray, _: KeyedRng) -> Batch:
         return {"points": points[torch.from_numpy(items)]}
 
     network.requires_grad_(True)

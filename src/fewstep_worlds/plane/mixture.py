@@ -81,7 +81,7 @@ class Mixture:
         return landed
 
     def sample(self, count: int, t: float, generator: torch.Generator) -> Tensor:
-        """Draws from the marginal p_t, [count, D]."""
+        """KeyedRng from the marginal p_t, [count, D]."""
         kind = torch.multinomial(self.weights, count, replacement=True, generator=generator)
         z, eps = (torch.randn(count, self.means.shape[1], dtype=torch.float64, generator=generator) for _ in range(2))
         x_0 = self.means[kind] + self.stds[kind, None] * z

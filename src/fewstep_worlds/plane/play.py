@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 
 from fewstep.common.accelerator import make_accelerator
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.common.tensors import digest
-from fewstep.diffusion.conditioned import Voice
+from fewstep.diffusion.conditioned import ConditionedDenoiser
 from fewstep.diffusion.denoiser import BASE, Condition, Denoiser
 from fewstep.diffusion.draw_latents import draw_latents
 from fewstep.diffusion.grid import end_time, inference_times, training_grid
 from fewstep.diffusion.jump import student_step
-from fewstep.diffusion.samplers import Jumper
+from fewstep.diffusion.samplers import JumpFn
 from fewstep.diffusion.schedule import FlowMatching, VarianceExploding, scaled_linear
 from fewstep.diffusion.schedule import Path as NoisePath
 from fewstep.distillation.stages import parts_of
 from fewstep.methods.pair import HeldTrajectories, Sample
 from fewstep.methods.times import draw_times
-from fewstep.methods.update_plan import Aids, family_plan, roles_of, start_from
+from fewstep.methods.update_plan import FrozenNetworks, family_plan, roles_of, start_from
 from fewstep.training.loop import Batch, Trained, Update, train
 from fewstep.training.roles import copy_role
 from fewstep.training.run_folder import RunLog
@@ -51,12 +51,12 @@ class Play:
     student: Student
     denoiser: Denoiser
 
-    def jumper(self, count: int) -> Jumper:
+    def jumper(self, count: int) -> JumpFn:
         """The student's own jump, for `count` points."""
         sampling = self.config.sampling
         step = student_step(sampling.step_jump, sampling.r, sampling.form)
         w = torch.zeros(count, dtype=torch.float64)
-        return Voice(self.denoiser, {}, "student", sampling.told, w=w).jumper(step)
+        return ConditionedDenoiser(self.denoiser, {}, "student", sampling.extra_conditioning, w=w).jumper(step)
 
 
 def fresh_network(config: PlayConfig, teacher: Mixture) -> Planar:
@@ -72,7 +72,7 @@ def lay_out(config: PlayConfig, base: Mapping[str, Tensor] | None = None) -> Pla
     if base is not None:
         network.load_state_dict(base)
     student = make_student(
-        Plane(network), config.student, roles_of(config.method), config.loop.seed, config.method.told
+        Plane(network), config.student, roles_of(config.method), config.loop.seed, config.method.extra_conditioning
     )
 
     def call(x: Tensor, t: Tensor, condition: Condition, role: str) -> Tensor:
@@ -128,14 +128,14 @@ def play_plan(play: Play, points: Tensor) -> list[Update]:
     """What the loop is handed: the family's plan on batches of item numbers of the training points."""
     config = play.config
 
-    def sample(batch: Batch, draws: Draws) -> Sample:
+    def sample(batch: Batch, rng: KeyedRng) -> Sample:
         x = points[torch.from_numpy(batch["items"])]
         if config.method.start != "trajectory":
             return Sample(x, {}, {})
         return Sample(x[:, 0], {}, {}, torch.zeros(len(x), dtype=torch.float64), HeldTrajectories(x))
 
     critic = PlanarCritic(config.width, config.loop.seed) if config.method.adversarial.weight else None
-    return family_plan(config.method, config.optim, play.student, play.denoiser, sample, Aids(critic=critic))
+    return family_plan(config.method, config.optim, play.student, play.denoiser, sample, FrozenNetworks(critic=critic))
 
 
 def _train_stage(play: Play, out: Path, inputs: Mapping[str, str], quiet: bool) -> Trained:
@@ -145,7 +145,7 @@ def _train_stage(play: Play, out: Path, inputs: Mapping[str, str], quiet: bool) 
         return train(play_plan(play, points), fetch, len(points), config.loop, log, accelerator)
 
 
-def fetch(items: np.ndarray, _: Draws) -> Batch:
+def fetch(items: np.ndarray, _: KeyedRng) -> Batch:
     """A batch is its item numbers: points are looked up where the loss is taken."""
     return {"items": items}
 
@@ -233,6 +233,6 @@ def measure(play: Play) -> Measured:
         away = jump(x_t.float(), t, s).double() - teacher.flow(x_t, t, s)
         return float(away.square().sum(1).mean().sqrt())
 
-    times = draw_times(config.method, path, Draws(config.loop.seed + 2, 0, tuple(range(len(x)))))
+    times = draw_times(config.method, path, KeyedRng(config.loop.seed + 2, 0, tuple(range(len(x)))))
     along = teacher.flow(x, t, times.t_nk)
     return Measured(energy, floor, error(x, t, s), error(along, times.t_nk, times.s))

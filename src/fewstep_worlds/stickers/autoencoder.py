@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fewstep.common.cpu_kernels import speed_up
 from fewstep.common.distributed import on_main
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.frechet import FrechetDistance, Projection
 from fewstep.evaluation.lite0 import Lite0, Lite0Backbone, make_lite0
@@ -98,12 +98,12 @@ class AutoencoderLosses:
         self.config = config
         self._restored: Tensor | None = None
 
-    def of_vae(self, batch: Batch, draws: Draws) -> Loss:
+    def of_vae(self, batch: Batch, rng: KeyedRng) -> Loss:
         """Reconstruction, KL and, from `critic_from` on, the critic's term."""
         config, pictures = self.config, batch["pictures"]
         posterior = self.vae.encode(pictures).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        noise = draws.normal("posterior", tuple(mean.shape[1:]))
+        noise = rng.normal("posterior", tuple(mean.shape[1:]))
         restored = self.vae.decode(mean + torch.exp(0.5 * logvar) * noise).sample.float()
         self._restored = restored.detach()
         error = restored - pictures
@@ -113,7 +113,7 @@ class AutoencoderLosses:
         value = squared + config.l1 * error.abs().mean() + config.slopes * slope_error(error)
         value = value + config.perceptual * perceptual
         scalars = {"mse": squared, "perceptual": perceptual, "kl": kl}
-        if draws.step >= config.critic_from and config.critic_share:
+        if rng.step >= config.critic_from and config.critic_share:
             # both gradients are taken at the pictures: the networks behind them are walked once each
             (own,) = torch.autograd.grad(value, restored)
             (fooled,) = torch.autograd.grad(-self.critic(restored).float().mean(), restored)
@@ -121,7 +121,7 @@ class AutoencoderLosses:
             value = value.detach() + (restored * wanted).sum() - (restored * wanted).sum().detach()
         return Loss(value + config.beta * kl, scalars=scalars)
 
-    def of_critic(self, batch: Batch, _: Draws) -> Loss:
+    def of_critic(self, batch: Batch, _: KeyedRng) -> Loss:
         """Hinge loss of the critic."""
         assert self._restored is not None
         real, fake = self.critic(batch["pictures"]).float(), self.critic(self._restored).float()
@@ -181,7 +181,7 @@ def train_autoencoder(
     losses = AutoencoderLosses(vae, critic, network, config)
     judge: AutoencoderJudge | None = None
 
-    def watch(_: int, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
+    def evaluate_weights(_: int, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
         nonlocal judge
         judge = judge or AutoencoderJudge(folder, out / "features")
         judged = make_autoencoder(config)
@@ -199,10 +199,12 @@ def train_autoencoder(
         RunLog(out, config, title="autoencoder", inputs=inputs, main=accelerator.is_main_process) as log,
     ):
 
-        def fetch(items: np.ndarray, _: Draws) -> Batch:
+        def fetch(items: np.ndarray, _: KeyedRng) -> Batch:
             return {"pictures": to_tensor(scenes.pictures(items)).to(accelerator.device)}
 
-        trained = train(plan, fetch, ENDLESS, config.loop, log, accelerator, on_main(watch), visits=np.arange)
+        trained = train(
+            plan, fetch, ENDLESS, config.loop, log, accelerator, on_main(evaluate_weights), visits=np.arange
+        )
     vae.load_state_dict(trained.weights["vae"])
     vae.cpu().eval()
     fold_statistics(vae, draw_scenes(REFERENCE_SEED, range(500), folder=folder))

@@ -19,7 +19,7 @@ from fewstep.common.config import validate
 from fewstep.common.cpu_kernels import speed_up
 from fewstep.common.distributed import on_main
 from fewstep.common.files import atomic_folder, read_json, write_json
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.common.tensors import load_tensors, save_tensors
 from fewstep.training.loop import Batch, Update, train
 from fewstep.training.loss import Loss
@@ -215,18 +215,18 @@ def train_reader(config: ReaderConfig, out: Path, accelerator: Accelerator, fold
     speed_up(reader)
     reader.to(device)
 
-    def fetch(items: np.ndarray, draws: Draws) -> Batch:
+    def fetch(items: np.ndarray, rng: KeyedRng) -> Batch:
         pictures = to_tensor(workers.pictures(items))
-        damaged = draws.chance("damaged", config.damaged).float()
-        blur, noise = (damaged * draws.uniform(name, 0, getattr(config, name)).float() for name in ("blur", "noise"))
-        pictures = damage(pictures, blur, noise, draws.normal("noise of pictures", (3, SIDE, SIDE)).cpu())
+        damaged = rng.chance("damaged", config.damaged).float()
+        blur, noise = (damaged * rng.uniform(name, 0, getattr(config, name)).float() for name in ("blur", "noise"))
+        pictures = damage(pictures, blur, noise, rng.normal("noise of pictures", (3, SIDE, SIDE)).cpu())
         batch = {"pictures": pictures, **make_targets(make_scenes(READER_SEED, items))}
         return {name: tensor.to(device) for name, tensor in batch.items()}
 
-    def loss(batch: Batch, _: Draws) -> Loss:
+    def loss(batch: Batch, _: KeyedRng) -> Loss:
         return reader_loss(reader(batch["pictures"]), batch)
 
-    def watch(_: int, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
+    def evaluate_weights(_: int, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
         judged = Reader(config)
         judged.load_state_dict({name: value.cpu() for name, value in weights["reader"].items()})
         speed_up(judged)
@@ -241,6 +241,8 @@ def train_reader(config: ReaderConfig, out: Path, accelerator: Accelerator, fold
         SceneWorkers(config.workers, READER_SEED, folder) as workers,
         RunLog(out, config, title="reader", inputs=inputs, main=accelerator.is_main_process) as log,
     ):
-        trained = train(plan, fetch, ENDLESS, config.loop, log, accelerator, on_main(watch), visits=np.arange)
+        trained = train(
+            plan, fetch, ENDLESS, config.loop, log, accelerator, on_main(evaluate_weights), visits=np.arange
+        )
     reader.load_state_dict(trained.weights["reader"])
     return reader.cpu().eval()

@@ -44,7 +44,7 @@ class AutoencoderConfig(Config):
     critic_channels: tuple[int, ...] = Field((32, 64, 96), min_length=1, description="channels of the patch critic")
     workers: int = Field(1, ge=0, description="processes that draw scenes; 0 draws them in the training's own")
     loop: LoopConfig = LoopConfig(
-        steps=20_000, batch=16, save_every=250, watch_every=1000, log_every=50, precision="bf16", keep=2
+        steps=20_000, batch=16, save_every=250, validate_every=1000, log_every=50, precision="bf16", keep=2
     )
     optim: OptimConfig = OptimConfig(
         lr=1e-3, betas=(0.9, 0.99), warmup=100, decay="cooldown", ema=0.999, weight_decay=0.01
@@ -68,7 +68,7 @@ class ReaderConfig(Config):
     noise: float = Field(0.2, ge=0, description="largest standard deviation of the noise, pictures being in [-1, 1]")
     workers: int = Field(1, ge=0, description="processes that draw scenes; 0 draws them in the training's own")
     loop: LoopConfig = LoopConfig(
-        steps=8000, batch=32, save_every=250, watch_every=1000, log_every=50, precision="bf16", seed=2
+        steps=8000, batch=32, save_every=250, validate_every=1000, log_every=50, precision="bf16", seed=2
     )
     optim: OptimConfig = OptimConfig(
         lr=1e-3, betas=(0.9, 0.99), warmup=200, decay="cooldown", ema=0.998, weight_decay=0.02
@@ -97,7 +97,7 @@ class TeacherConfig(Config):
     watch_steps: int = Field(25, ge=1, description="steps of guided DDIM of those samples")
     workers: int = Field(1, ge=0, description="processes that draw scenes; 0 draws them in the training's own")
     loop: LoopConfig = LoopConfig(
-        steps=60_000, batch=64, save_every=500, watch_every=4000, log_every=50, precision="bf16", keep=2
+        steps=60_000, batch=64, save_every=500, validate_every=4000, log_every=50, precision="bf16", keep=2
     )
     optim: OptimConfig = OptimConfig(
         lr=1e-3, betas=(0.9, 0.99), warmup=300, decay="cooldown", ema=0.9995, weight_decay=0.01

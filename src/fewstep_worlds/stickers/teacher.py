@@ -16,7 +16,7 @@ from fewstep.backbones.sd import encode_text
 from fewstep.common.cpu_kernels import speed_up
 from fewstep.common.distributed import on_main
 from fewstep.common.files import sha256
-from fewstep.common.rng import Draws, generator
+from fewstep.common.rng import KeyedRng, generator
 from fewstep.diffusion.schedule import scaled_linear
 from fewstep.training.loop import Batch, Update, train
 from fewstep.training.loss import Loss
@@ -175,26 +175,26 @@ def train_teacher(
     total = int(path.noisiest) + 1
     judge: TeacherJudge | None = None
 
-    def fetch(items: np.ndarray, draws: Draws) -> Batch:
+    def fetch(items: np.ndarray, rng: KeyedRng) -> Batch:
         pictures, prompts = workers.captioned(items)
-        empty = draws.chance("empty prompt", config.prompt_dropout).tolist()
+        empty = rng.chance("empty prompt", config.prompt_dropout).tolist()
         texts = ["" if dropped else prompt for prompt, dropped in zip(prompts, empty, strict=True)]
         with accelerator.autocast():
             return {"latents": encoders.latents(pictures), "states": encoders.states(texts).float()}
 
-    def loss(batch: Batch, draws: Draws) -> Loss:
+    def loss(batch: Batch, rng: KeyedRng) -> Loss:
         latents = batch["latents"]
-        eps = draws.normal("noise", tuple(latents.shape[1:]))
-        return eps_loss(unet, path, latents, batch["states"], draws.integers("t", 0, total), eps, config.min_snr)
+        eps = rng.normal("noise", tuple(latents.shape[1:]))
+        return eps_loss(unet, path, latents, batch["states"], rng.integers("t", 0, total), eps, config.min_snr)
 
-    def watch(_: int, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
+    def evaluate_weights(_: int, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
         nonlocal judge
         judge = judge or TeacherJudge(config, encoders, out / "features", folder, accelerator)
         judged = make()
         judged.load_state_dict(weights["unet"])
         return judge(judged.eval())
 
-    judging = on_main(watch) if config.watched else None
+    judging = on_main(evaluate_weights) if config.watched else None
     plan = [Update("unet", dict(unet.named_parameters()), loss, config.optim)]
     _, prompts = draw_captioned(TRAINING_SEED, np.arange(64), folder or sprite_folder())
     inputs = {

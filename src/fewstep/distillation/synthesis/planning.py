@@ -108,7 +108,7 @@ def check_synthesis(config: SynthesisConfig, lines: Sequence[str], folder: Pipel
     """
     check_diffusion("teacher", folder)
     check_walk(config.grid, config.end, folder)
-    if config.kind == "trajectories" and folder.told_guidance:
+    if config.kind == "trajectories" and folder.takes_guidance:
         raise UserError(
             f"kind = 'trajectories' keeps what is said with and without a prompt, {folder.path} has no branch without; "
             "the nearest legal kind is 'latents'"

@@ -88,7 +88,7 @@ class Synthesis:
         return {name: torch.from_numpy(array) for name, array in map_tensors(self.folder / CONDITIONS).items()}
 
     @cached_property
-    def _told(self) -> dict[str, Tensor]:
+    def _inputs(self) -> dict[str, Tensor]:
         shards = [self._shard(number) for number in range(self.plan.shards)]
         return {
             name: torch.from_numpy(np.concatenate([shard[name].array() for shard in shards]))
@@ -97,15 +97,15 @@ class Synthesis:
 
     def rows(self, items: Items) -> Tensor:
         """Row of `table` (and of `prompts`) that each sample was drawn with, int64 [B]; K for the empty prompt."""
-        return self._told["prompt"][self._numbers(items)]
+        return self._inputs["prompt"][self._numbers(items)]
 
     def omega(self, items: Items) -> Tensor:
         """Guidance that each walk took, in the papers' convention, float64 [B]; 0 for none."""
-        return self._told["omega"][self._numbers(items)]
+        return self._inputs["omega"][self._numbers(items)]
 
     def seeds(self, items: Items) -> Tensor:
         """Seed of the CPU generator that each start noise came from, int64 [B]."""
-        return self._told["seed"][self._numbers(items)]
+        return self._inputs["seed"][self._numbers(items)]
 
     def latents(self, items: Items) -> Tensor:
         """End points, [B, C, h, w]."""

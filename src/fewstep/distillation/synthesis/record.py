@@ -78,7 +78,7 @@ class Plan(Config):
         return layout(self.settings, self.shape, count)
 
 
-class Note(Config):
+class FileRecord(Config):
     """A whole file."""
 
     file: str
@@ -86,7 +86,7 @@ class Note(Config):
     sha256: str
 
 
-class ShardNote(Note):
+class ShardRecord(FileRecord):
     """A whole shard."""
 
     samples: int
@@ -96,9 +96,9 @@ class Manifest(Config):
     """A whole set."""
 
     plan: Plan
-    prompts: Note
-    conditions: Note
-    shards: tuple[ShardNote, ...]
+    prompts: FileRecord
+    conditions: FileRecord
+    shards: tuple[ShardRecord, ...]
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -113,7 +113,7 @@ class Manifest(Config):
         return self
 
     @property
-    def notes(self) -> tuple[Note, ...]:
+    def notes(self) -> tuple[FileRecord, ...]:
         """Every file of the set but the manifest itself."""
         return self.prompts, self.conditions, *self.shards
 
@@ -143,12 +143,12 @@ def prompts_digest(lines: Sequence[str]) -> str:
     return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
 
 
-def note_of(path: Path) -> dict[str, Any]:
-    """What a `Note` says of a file: name, size, checksum."""
+def record_of_file(path: Path) -> dict[str, Any]:
+    """What a `FileRecord` says of a file: name, size, checksum."""
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
-def is_whole(folder: Path, note: Note | None) -> bool:
+def is_whole(folder: Path, note: FileRecord | None) -> bool:
     """Whether a file is there with the bytes that were noted of it."""
     if note is None:
         return False
@@ -156,12 +156,12 @@ def is_whole(folder: Path, note: Note | None) -> bool:
     return path.is_file() and path.stat().st_size == note.bytes and sha256(path) == note.sha256
 
 
-def write_note(folder: Path, path: Path, **more: int) -> None:
+def write_record(folder: Path, path: Path, **more: int) -> None:
     """Note a file that has just been written to an unfinished set."""
-    write_json(folder / UNFINISHED / f"{path.name}.json", note_of(path) | more)
+    write_json(folder / UNFINISHED / f"{path.name}.json", record_of_file(path) | more)
 
 
-def read_notes(folder: Path, plan: Plan) -> dict[str, Note]:
+def read_records(folder: Path, plan: Plan) -> dict[str, FileRecord]:
     """What was noted of the files of a set, by name: in its manifest, or one by one while it is unfinished.
 
     A note that is broken is none.
@@ -172,7 +172,7 @@ def read_notes(folder: Path, plan: Plan) -> dict[str, Note]:
     for name in (PROMPTS, CONDITIONS, *map(shard_name, range(plan.shards))):
         with suppress(UserError):
             data = read_mapping(folder / UNFINISHED / f"{name}.json")
-            notes[name] = validate(ShardNote if "samples" in data else Note, data)
+            notes[name] = validate(ShardRecord if "samples" in data else FileRecord, data)
     return {name: note for name, note in notes.items() if note.file == name}
 
 

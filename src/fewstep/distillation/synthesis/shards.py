@@ -13,11 +13,11 @@ from fewstep.backbones.base import Backbone
 from fewstep.common.device import DTYPES, sent
 from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_write
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.common.tensors import save_tensors
 from fewstep.diffusion.denoiser import Condition
 from fewstep.diffusion.samplers import picture_noise
-from fewstep.distillation.synthesis.record import Plan, shard_name, write_note
+from fewstep.distillation.synthesis.record import Plan, shard_name, write_record
 from fewstep.distillation.synthesis.walk import Drawn, Walk, end_points, trajectories
 
 TYPES = {"I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
@@ -25,8 +25,8 @@ TYPES = {"I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "F16": 
 
 
 @dataclass(frozen=True)
-class Painter:
-    """Draws the samples of a plan.
+class ShardMaker:
+    """KeyedRng the samples of a plan.
 
     Attributes:
         rows: row of the text states of each line of the prompt file, int64 [lines].
@@ -39,36 +39,36 @@ class Painter:
     rows: Tensor
     table: Mapping[str, Tensor]
 
-    def told(self, items: range) -> Drawn:
+    def inputs(self, items: range) -> Drawn:
         """Prompt, seed and guidance of samples: keyed by sample number, so that they do not depend on the shard."""
         settings = self.plan.settings
-        draws = Draws(settings.seed, 0, tuple(items))
+        rng = KeyedRng(settings.seed, 0, tuple(items))
         rows = self.rows[torch.tensor([i // settings.each for i in items])]
-        unsaid = draws.chance("empty prompt", settings.empty_prompts)
+        unsaid = rng.chance("empty prompt", settings.empty_prompts)
         return {
             "prompt": torch.where(unsaid, self.plan.distinct, rows),
             # one after another: a CPU generator of torch tells seeds apart by their last 32 bits alone
             "seed": torch.tensor([settings.seed * 1_000_003 + i for i in items]),
-            "omega": draws.uniform("guidance", *settings.guidance.omegas),
+            "omega": rng.uniform("guidance", *settings.guidance.omegas),
         }
 
     def states(self, rows: Tensor) -> Condition:
         """The text states in rows of the table, float32 on the device."""
         return {name: sent(states[rows], self.backbone.device).float() for name, states in self.table.items()}
 
-    def draw(self, told: Drawn) -> Drawn:
+    def draw(self, inputs: Drawn) -> Drawn:
         """Walk with some samples at once: what is kept of them."""
         settings, device = self.plan.settings, self.backbone.device
-        noise, _ = picture_noise(told["seed"].tolist(), self.plan.shape)
-        null = self.states(torch.full_like(told["prompt"], self.plan.distinct))
+        noise, _ = picture_noise(inputs["seed"].tolist(), self.plan.shape)
+        null = self.states(torch.full_like(inputs["prompt"], self.plan.distinct))
         kept = trajectories if settings.kind == "trajectories" else end_points
         precision = self.plan.precision
         with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
             return kept(
                 self.walk,
-                self.states(told["prompt"]),
+                self.states(inputs["prompt"]),
                 null,
-                told["omega"],
+                inputs["omega"],
                 noise.to(device),
                 DTYPES[settings.dtype],
             )
@@ -81,14 +81,14 @@ class Painter:
         Raises:
             UserError: a number that is not finite.
         """
-        told = self.told(items)
+        inputs = self.inputs(items)
         layout = self.plan.layout(len(items))
         drawn = {name: torch.empty(shape, dtype=TYPES[kind]) for name, (kind, shape) in layout.items()}
-        for name, values in told.items():
+        for name, values in inputs.items():
             drawn[name].copy_(values)
         for start in range(0, len(items), self.plan.settings.batch):
             rows = slice(start, min(start + self.plan.settings.batch, len(items)))
-            for name, values in self.draw({name: values[rows] for name, values in told.items()}).items():
+            for name, values in self.draw({name: values[rows] for name, values in inputs.items()}).items():
                 _check_finite(name, values, items[rows], self.plan)
                 drawn[name][rows] = values
             advance(rows.stop - rows.start)
@@ -105,7 +105,7 @@ def _check_finite(name: str, values: Tensor, items: range, plan: Plan) -> None:
         )
 
 
-def make_shard(painter: Painter, folder: Path, number: int, advance: Callable[[int], object]) -> None:
+def make_shard(painter: ShardMaker, folder: Path, number: int, advance: Callable[[int], object]) -> None:
     """Draw a shard, store it, and note it.
 
     Raises:
@@ -116,7 +116,7 @@ def make_shard(painter: Painter, folder: Path, number: int, advance: Callable[[i
     path = folder / shard_name(number)
     with atomic_write(path) as part:
         save_tensors(part, drawn)
-    write_note(folder, path, samples=len(items))
+    write_record(folder, path, samples=len(items))
 
 
 def share(numbers: Sequence[int], rank: int, count: int) -> list[int | None]:

@@ -35,21 +35,21 @@ from fewstep.distillation.synthesis.record import (
     PLAN,
     PROMPTS,
     UNFINISHED,
+    FileRecord,
     Manifest,
-    Note,
     Plan,
-    ShardNote,
+    ShardRecord,
     is_whole,
-    read_notes,
     read_plan,
+    read_records,
     refuse_other,
     shard_name,
-    write_note,
+    write_record,
 )
 from fewstep.distillation.synthesis.settings import SynthesisConfig
-from fewstep.distillation.synthesis.shards import Painter, make_shard, share
+from fewstep.distillation.synthesis.shards import ShardMaker, make_shard, share
 from fewstep.distillation.synthesis.walk import Walk
-from fewstep.inference.generator import artist_of
+from fewstep.inference.generator import image_generator_of
 
 ENCODED = 512
 """Prompts encoded at a time."""
@@ -106,11 +106,13 @@ def synthesize(config: SynthesisConfig, lines: Sequence[str], out: Path, *, quie
         backbone.release_encoders()
         backbone.settle()
         if not silent:
-            print("\n".join(_told(out, plan, cost_of(config, lines, backbone.folder), missing)), file=sys.stderr)
+            print("\n".join(_summary(out, plan, cost_of(config, lines, backbone.folder), missing)), file=sys.stderr)
         number = {prompt: row for row, prompt in enumerate(distinct)}
-        painter = Painter(
+        painter = ShardMaker(
             plan,
-            Walk(artist_of(backbone).denoiser, plan.times, plan.settings.solver, plan.settings.guidance.guides),
+            Walk(
+                image_generator_of(backbone).denoiser, plan.times, plan.settings.solver, plan.settings.guidance.guides
+            ),
             backbone,
             torch.tensor([number[line] for line in lines]),
             table,
@@ -142,12 +144,12 @@ def _missing(out: Path, plan: Plan, device: torch.device, silent: bool) -> list[
     """The shards that are not there, or no longer whole; each process looks at its share of all."""
     absent = torch.zeros(plan.shards, device=device)
     with together():
-        notes = read_notes(out, plan)
+        notes = read_records(out, plan)
         mine = range(processes.rank(), plan.shards, processes.count())
         fresh = not any((out / shard_name(number)).exists() for number in mine)
         for number in tqdm(mine, desc="checking shards", unit="shard", disable=silent or fresh):
             note = notes.get(shard_name(number))
-            if isinstance(note, ShardNote) and note.samples == len(plan.items(number)) and is_whole(out, note):
+            if isinstance(note, ShardRecord) and note.samples == len(plan.items(number)) and is_whole(out, note):
                 continue
             absent[number] = 1
             if (out / shard_name(number)).exists():
@@ -156,7 +158,7 @@ def _missing(out: Path, plan: Plan, device: torch.device, silent: bool) -> list[
     return found
 
 
-def _text_is_whole(out: Path, notes: Mapping[str, Note]) -> bool:
+def _text_is_whole(out: Path, notes: Mapping[str, FileRecord]) -> bool:
     return all(is_whole(out, notes.get(name)) for name in (PROMPTS, CONDITIONS))
 
 
@@ -164,7 +166,7 @@ def _reopen(out: Path, plan: Plan, missing: Sequence[int]) -> None:
     """Hold a finished set that must be mended as an unfinished one: its manifest would not be true meanwhile."""
     if not (out / MANIFEST).is_file():
         return
-    notes = read_notes(out, plan)
+    notes = read_records(out, plan)
     if not missing and _text_is_whole(out, notes):
         return
     with atomic_folder(out / UNFINISHED) as part:
@@ -177,7 +179,7 @@ def _reopen(out: Path, plan: Plan, missing: Sequence[int]) -> None:
 def _close(out: Path, plan: Plan) -> None:
     """Write the manifest of a set whose files are all there; it takes the place of their notes."""
     if not (out / MANIFEST).is_file():
-        notes = read_notes(out, plan)
+        notes = read_records(out, plan)
         manifest = {
             "plan": plan,
             "prompts": notes[PROMPTS],
@@ -195,11 +197,11 @@ def _conditions(out: Path, plan: Plan, distinct: Sequence[str], backbone: Backbo
     They are kept, and the teacher is asked with them, in fp16.
     """
     path = out / CONDITIONS
-    if _text_is_whole(out, read_notes(out, plan)):
+    if _text_is_whole(out, read_records(out, plan)):
         return _read_table(path)
     with atomic_write(out / PROMPTS) as part:
         part.write_text("".join(f"{prompt}\n" for prompt in distinct), encoding="utf-8")
-    write_note(out, out / PROMPTS)
+    write_record(out, out / PROMPTS)
 
     cut = CutPrompts(backbone)
 
@@ -215,7 +217,7 @@ def _conditions(out: Path, plan: Plan, distinct: Sequence[str], backbone: Backbo
 
     with atomic_write(path) as part:
         write_rows(part, len(distinct) + 1, ({k: v.half() for k, v in states.items()} for states in parts()))
-    write_note(out, path)
+    write_record(out, path)
     return _read_table(path)
 
 
@@ -224,7 +226,7 @@ def _read_table(path: Path) -> dict[str, Tensor]:
     return {name: torch.from_numpy(states) for name, states in map_tensors(path).items()}
 
 
-def _told(out: Path, plan: Plan, cost: SynthesisCost, missing: Sequence[int]) -> list[str]:
+def _summary(out: Path, plan: Plan, cost: SynthesisCost, missing: Sequence[int]) -> list[str]:
     """What will be written where, and how much of it is there."""
     there = plan.shards - len(missing)
     return [
@@ -234,7 +236,7 @@ def _told(out: Path, plan: Plan, cost: SynthesisCost, missing: Sequence[int]) ->
     ]
 
 
-def _draw(painter: Painter, out: Path, missing: Sequence[int], silent: bool) -> None:
+def _draw(painter: ShardMaker, out: Path, missing: Sequence[int], silent: bool) -> None:
     """Draw the missing shards, each process its share; after each round of them all hear if one has failed."""
     plan, count = painter.plan, processes.count()
     with tqdm(

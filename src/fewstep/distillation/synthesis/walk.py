@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.common.choices import SolverName
-from fewstep.diffusion.conditioned import Voice
+from fewstep.diffusion.conditioned import ConditionedDenoiser
 from fewstep.diffusion.denoiser import BASE, Condition, Denoiser
 from fewstep.diffusion.samplers import start_size, step_between
 
@@ -29,12 +29,12 @@ class Walk:
     solver: SolverName
     guided: bool
 
-    def voice(self, denoiser: Denoiser, condition: Condition, null: Condition, omega: Tensor) -> Voice:
+    def voice(self, denoiser: Denoiser, condition: Condition, null: Condition, omega: Tensor) -> ConditionedDenoiser:
         """The teacher under the conditions of a batch."""
-        voice = Voice(denoiser, condition, BASE)
+        voice = ConditionedDenoiser(denoiser, condition, BASE)
         return replace(voice, null=null, omega=omega) if self.guided else voice
 
-    def steps(self, voice: Voice, x: Tensor) -> Iterator[Tensor]:
+    def steps(self, voice: ConditionedDenoiser, x: Tensor) -> Iterator[Tensor]:
         """Step from x at the noisiest time; yields x at each time below it, the end point last."""
         path = voice.denoiser.path
         for t, s in zip(self.times[:0:-1], self.times[-2::-1], strict=True):
@@ -84,8 +84,8 @@ def trajectories(
     plain = walk.denoiser
     outputs: list[Tensor] = []
 
-    def call(x: Tensor, t: Tensor, told: Condition, role: str) -> Tensor:
-        outputs.append(plain.call(x, t, told, role))
+    def call(x: Tensor, t: Tensor, condition: Condition, role: str) -> Tensor:
+        outputs.append(plain.call(x, t, condition, role))
         return outputs[-1]
 
     def keep(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewstep.backbones.pipeline_folder import PipelineFolder
 from fewstep.common.accelerator import make_accelerator
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.inference.multilingual.adapter import Adapter, SentenceMap, save_adapter
 from fewstep.inference.multilingual.pairs import Pair, fingerprint
 from fewstep.inference.multilingual.record import text_side
@@ -24,7 +24,7 @@ from fewstep.training.run_folder import RunLog
 
 
 def adapter_loss(
-    network: SentenceMap, config: AdapterConfig, vectors: Tensor, rows: Tensor, keys: Tensor, draws: Draws
+    network: SentenceMap, config: AdapterConfig, vectors: Tensor, rows: Tensor, keys: Tensor, rng: KeyedRng
 ) -> Loss:
     """Cross-entropy of the known captions, and the pull towards leaving vectors as they are.
 
@@ -40,7 +40,7 @@ def adapter_loss(
         draws: of this step.
     """
     width = vectors.shape[1]
-    noise = config.noise / width**0.5 * draws.normal("noise", (width,))
+    noise = config.noise / width**0.5 * rng.normal("noise", (width,))
     likeness = network(F.normalize(vectors + noise, dim=1)) @ keys.T
     error = F.cross_entropy(likeness / config.temperature, rows)
     right = (likeness.argmax(1) == rows).float().mean()
@@ -80,12 +80,12 @@ def train_adapter(
     rows = torch.tensor([number[pair.target] for pair in pairs])
     network = SentenceMap(sentence.width)
 
-    def fetch(items: np.ndarray, _: Draws) -> Batch:
+    def fetch(items: np.ndarray, _: KeyedRng) -> Batch:
         chosen = torch.from_numpy(items)
         return {"vectors": vectors[chosen], "rows": rows[chosen]}
 
-    def loss(batch: Batch, draws: Draws) -> Loss:
-        return adapter_loss(network, config, batch["vectors"], batch["rows"], keys, draws)
+    def loss(batch: Batch, rng: KeyedRng) -> Loss:
+        return adapter_loss(network, config, batch["vectors"], batch["rows"], keys, rng)
 
     inputs = {"pairs": fingerprint(pairs), "sentence encoder": sentence.sha256, "text encoder": text_side(folder)}
     plan = [Update("adapter", dict(network.named_parameters()), loss, config.optim)]

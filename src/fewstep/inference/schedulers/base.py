@@ -44,7 +44,7 @@ from fewstep.inference.schedulers.checks import (
     count_of_sigmas,
     refusing,
 )
-from fewstep.inference.schedulers.replay import AskedError, Leap, answering, one, times_asked
+from fewstep.inference.schedulers.replay import ReplayedJump, ReplayError, answering, one, replayed_times
 
 COMPATIBLE = [
     *("TCDScheduler", "LCMScheduler", "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "UniPCMultistepScheduler"),
@@ -98,7 +98,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         total = int(config["num_train_timesteps"])
         self.timesteps = torch.arange(total - 1, -1, -1)
         self.generator: Any = None
-        self._leaps: list[Leap] = []
+        self._leaps: list[ReplayedJump] = []
         self._asked: list[float] = []
         self._reset()
 
@@ -209,7 +209,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 times = times_within(self.noise_path, steps, strength, **own)
             self._leaps = self._plan([float(t) for t in times])
         step = self._jump()
-        self._asked = [t for leap in self._leaps for t in times_asked(step, self.noise_path, leap.t, leap.s)]
+        self._asked = [t for leap in self._leaps for t in replayed_times(step, self.noise_path, leap.t, leap.s)]
         asked = torch.tensor(self._asked, dtype=torch.float64)
         told = index_of(self.noise_path, asked, config["num_train_timesteps"])
         whole = bool((told == told.round()).all()) and not isinstance(self.noise_path, FlowMatching)
@@ -239,7 +239,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             raise UserError(f"strength = {strength} lies below all of timesteps = {told}; the nearest is {least:g}")
         return times
 
-    def _plan(self, times: Sequence[float]) -> list[Leap]:
+    def _plan(self, times: Sequence[float]) -> list[ReplayedJump]:
         """The jumps of a drawing from its times, falling."""
         raise NotImplementedError
 
@@ -310,7 +310,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         try:
             x = self._jump()(answering(self._answers), self.noise_path, self._from, leap.t, leap.s)
             self._from = None
-        except AskedError as asked:
+        except ReplayError as asked:
             x = asked.x
         else:
             if leap.then is not None:

@@ -24,7 +24,7 @@ from fewstep.diffusion.grid import end_time
 from fewstep.diffusion.samplers import sss_landing
 from fewstep.inference.schedulers.base import FewStepScheduler
 from fewstep.inference.schedulers.checks import check_common, check_number, check_word
-from fewstep.inference.schedulers.replay import Leap, one
+from fewstep.inference.schedulers.replay import ReplayedJump, one
 
 LEAST_R = 0.01
 """The nearest to t that a second-order jump's mid-point may lie, as a share of the way."""
@@ -77,13 +77,13 @@ class SSSScheduler(FewStepScheduler):
         check_common(path, prediction_type, spacing, end, form)
         self._start()
 
-    def _plan(self, times: Sequence[float]) -> list[Leap]:
+    def _plan(self, times: Sequence[float]) -> list[ReplayedJump]:
         end, gamma, law = self.config["end"], self.config["gamma"], self.config["gamma_law"]
         leaps = []
         for t, then in pairwise(times):
             s = sss_landing(self.noise_path, one(then), gamma, end, law)
-            leaps.append(Leap(one(t), s, one(then) if gamma > 0 else None))
-        return [*leaps, Leap(one(times[-1]), one(end_time(self.noise_path, end)))]
+            leaps.append(ReplayedJump(one(t), s, one(then) if gamma > 0 else None))
+        return [*leaps, ReplayedJump(one(times[-1]), one(end_time(self.noise_path, end)))]
 
 
 class ConsistencyScheduler(FewStepScheduler):
@@ -121,7 +121,7 @@ class ConsistencyScheduler(FewStepScheduler):
         check_common(path, prediction_type, spacing, end, form)
         self._start()
 
-    def _plan(self, times: Sequence[float]) -> list[Leap]:
+    def _plan(self, times: Sequence[float]) -> list[ReplayedJump]:
         end: End = "clean" if self.config["jump"] == "skip" else self.config["end"]
         s = one(end_time(self.noise_path, end))
-        return [*(Leap(one(t), s, one(then)) for t, then in pairwise(times)), Leap(one(times[-1]), s)]
+        return [*(ReplayedJump(one(t), s, one(then)) for t, then in pairwise(times)), ReplayedJump(one(times[-1]), s)]

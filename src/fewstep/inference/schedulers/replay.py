@@ -21,7 +21,7 @@ def one(t: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Leap:
+class ReplayedJump:
     """One jump of a drawing: from t to s, then noise up to `then`, if any. Times float64 [1]."""
 
     t: Tensor
@@ -29,7 +29,7 @@ class Leap:
     then: Tensor | None = None
 
 
-class AskedError(Exception):
+class ReplayError(Exception):
     """A jump asks its network once more: for x at time t."""
 
     def __init__(self, x: Tensor, t: Tensor) -> None:
@@ -44,13 +44,13 @@ def answering(answers: Sequence[Estimate]) -> Denoise:
     def denoise(x: Tensor, t: Tensor) -> Estimate:
         answer = next(given, None)
         if answer is None:
-            raise AskedError(x, t)
+            raise ReplayError(x, t)
         return answer
 
     return denoise
 
 
-def times_asked(step: Step, path: Path, t: Tensor, s: Tensor) -> list[float]:
+def replayed_times(step: Step, path: Path, t: Tensor, s: Tensor) -> list[float]:
     """The times at which a jump from t to s [1] calls its network, in order."""
     asked: list[float] = []
 

@@ -18,11 +18,11 @@ from tqdm import tqdm
 from fewstep.backbones.base import Backbone
 from fewstep.common.device import DTYPES, pick_precision
 from fewstep.common.distributed import main_first
-from fewstep.common.rng import Draws, generator
+from fewstep.common.rng import KeyedRng, generator
 from fewstep.data.latents import cached
 from fewstep.diffusion.config import Sampling
 from fewstep.diffusion.denoiser import Condition
-from fewstep.inference.generator import Artist, artist_of
+from fewstep.inference.generator import ImageGenerator, image_generator_of
 from fewstep.methods.latent_lpips.pairs import FEW, MEMBERS, PAIRS, Teacher, make_groups, partner
 from fewstep.methods.latent_lpips.settings import PairConfig, check_prompts
 from fewstep.methods.latent_lpips.target import Decode, PixelFeatures, decoder, pair_distances
@@ -156,25 +156,25 @@ def draw_groups(config: PairConfig, backbone: Backbone, prompts: Sequence[str], 
     device = backbone.device
     sampling = drawn_by(config, backbone)
     precision = DTYPES[pick_precision("auto", device)]
-    artist = replace(artist_of(backbone, sampling), precision=precision)
+    image_generator = replace(image_generator_of(backbone, sampling), precision=precision)
     condition = backbone.encode(prompts)
-    draws = Draws(config.seed, 0, tuple(items), device)
+    rng = KeyedRng(config.seed, 0, tuple(items), device)
     seeds = [(config.seed * 1_000_003 + item) * 2 for item in items]
-    latent = artist.latents(condition, seeds, sampling)
-    other_seed = artist.latents(condition, [seed + 1 for seed in seeds], sampling)
-    few = in_few_steps(artist, condition, seeds, draws.integers("few steps", 0, len(FEW)), sampling)
+    latent = image_generator.latents(condition, seeds, sampling)
+    other_seed = image_generator.latents(condition, [seed + 1 for seed in seeds], sampling)
+    few = in_few_steps(image_generator, condition, seeds, rng.integers("few steps", 0, len(FEW)), sampling)
     place = {item: row for row, item in enumerate(items)}
     far = latent[[place[partner(item)] for item in items]]
     null = backbone.null(len(items))
     on_device = [{name: value.to(device) for name, value in states.items()} for states in (condition, null)]
-    teacher = Teacher(artist.denoiser, on_device[0], on_device[1], sampling.omega)
+    teacher = Teacher(image_generator.denoiser, on_device[0], on_device[1], sampling.omega)
     drawn = [x.to(device) for x in (latent, other_seed, few, far)]
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        return make_groups(teacher, drawn[0], drawn[1], drawn[2], drawn[3], draws).cpu()
+        return make_groups(teacher, drawn[0], drawn[1], drawn[2], drawn[3], rng).cpu()
 
 
 def in_few_steps(
-    artist: Artist, condition: Condition, seeds: Sequence[int], chosen: Tensor, sampling: Sampling
+    image_generator: ImageGenerator, condition: Condition, seeds: Sequence[int], chosen: Tensor, sampling: Sampling
 ) -> Tensor:
     """Latents from the same noise in FEW[chosen] steps, [n, C, h, w]."""
     found: list[Tensor | None] = [None] * len(seeds)
@@ -184,7 +184,7 @@ def in_few_steps(
             continue
         part = {name: value[rows] for name, value in condition.items()}
         quick = sampling.model_copy(update={"steps": steps})
-        for row, latent in zip(rows, artist.latents(part, [seeds[row] for row in rows], quick), strict=True):
+        for row, latent in zip(rows, image_generator.latents(part, [seeds[row] for row in rows], quick), strict=True):
             found[row] = latent
     return torch.stack([latent for latent in found if latent is not None])
 

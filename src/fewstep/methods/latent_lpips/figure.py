@@ -24,9 +24,9 @@ def draw_figure(judged: Judged, path: Path) -> Path:
 
     overall, kinds = judged.overall(), judged.by_kind()
     with rc_context({"font.family": "DejaVu Sans"}):
-        canvas: Any = Canvas(figsize=(4.3 * len(judged.told), 5.2), layout="constrained")
-        panels = canvas.subplots(1, len(judged.told), squeeze=False)[0]
-        for ax, (name, found) in zip(panels, judged.told.items(), strict=True):
+        canvas: Any = Canvas(figsize=(4.3 * len(judged.predicted), 5.2), layout="constrained")
+        panels = canvas.subplots(1, len(judged.predicted), squeeze=False)[0]
+        for ax, (name, found) in zip(panels, judged.predicted.items(), strict=True):
             for k, kind in enumerate(KINDS):
                 ax.scatter(judged.pixel[:, k], found[:, k], s=9, color=COLOURS[k], alpha=0.75, linewidths=0, label=kind)
             mean = sum(by[name] for by in kinds.values()) / len(kinds)

@@ -45,20 +45,20 @@ class Judged:
 
     Attributes:
         pixel: the pixel network's.
-        told: by name: "network", "l2", "huber".
+        predicted: by name: "network", "l2", "huber".
     """
 
     pixel: Array
-    told: Mapping[str, Array]
+    predicted: Mapping[str, Array]
 
     def overall(self) -> dict[str, float]:
         """Rank correlation with the pixel network over all pairs, by name."""
-        return {name: rank_correlation(found.ravel(), self.pixel.ravel()) for name, found in self.told.items()}
+        return {name: rank_correlation(found.ravel(), self.pixel.ravel()) for name, found in self.predicted.items()}
 
     def by_kind(self) -> dict[str, dict[str, float]]:
         """Rank correlation among the pairs of one kind, by kind and name."""
         return {
-            kind: {name: rank_correlation(found[:, k], self.pixel[:, k]) for name, found in self.told.items()}
+            kind: {name: rank_correlation(found[:, k], self.pixel[:, k]) for name, found in self.predicted.items()}
             for k, kind in enumerate(KINDS)
         }
 
@@ -73,5 +73,5 @@ def judge(network: LatentPerceptual, groups: Tensor, distances: Tensor, batch: i
     gaps = groups[:, ends[0]] - groups[:, ends[1]]
     flat = gaps.flatten(0, 1)
     plain = {"l2": l2(flat), "huber": huber(flat, HUBER_C)}
-    told = {name: value.double().view(len(groups), -1).numpy() for name, value in plain.items()}
-    return Judged(distances[:, NAMED].double().numpy(), {"network": torch.cat(found).numpy(), **told})
+    predicted = {name: value.double().view(len(groups), -1).numpy() for name, value in plain.items()}
+    return Judged(distances[:, NAMED].double().numpy(), {"network": torch.cat(found).numpy(), **predicted})

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewstep.common.errors import nearest_divisor
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.denoiser import BASE, Condition, Denoiser
 from fewstep.diffusion.grid import end_time, previous, training_grid
 from fewstep.diffusion.jump import land
@@ -93,7 +93,9 @@ class Teacher:
 
 
 @torch.no_grad()
-def make_groups(teacher: Teacher, latent: Tensor, other_seed: Tensor, few: Tensor, far: Tensor, draws: Draws) -> Tensor:
+def make_groups(
+    teacher: Teacher, latent: Tensor, other_seed: Tensor, few: Tensor, far: Tensor, rng: KeyedRng
+) -> Tensor:
     """Members of each group in the order of `MEMBERS`, float32 [B, 12, C, h, w].
 
     Args:
@@ -103,11 +105,11 @@ def make_groups(teacher: Teacher, latent: Tensor, other_seed: Tensor, few: Tenso
         far: those of other prompts.
         draws: of the items.
     """
-    members = [latent, other_seed, few, *estimates(teacher, latent, draws), *changes(latent, other_seed, far, draws)]
+    members = [latent, other_seed, few, *estimates(teacher, latent, rng), *changes(latent, other_seed, far, rng)]
     return torch.stack([*members, far], 1).float()
 
 
-def estimates(teacher: Teacher, latent: Tensor, draws: Draws) -> list[Tensor]:
+def estimates(teacher: Teacher, latent: Tensor, rng: KeyedRng) -> list[Tensor]:
     """What a student's targets are made of: the latent noised to t and brought back by one call.
 
     1. at a drawn t of the grid, guided; 2. from there one guided DDIM step to a drawn t_n below, and back from t_n: the
@@ -116,17 +118,17 @@ def estimates(teacher: Teacher, latent: Tensor, draws: Draws) -> list[Tensor]:
     path = teacher.denoiser.path
     grid = estimate_times(path)
     shape = tuple(latent.shape[1:])
-    index = draws.integers("estimate", 0, len(grid))
+    index = rng.integers("estimate", 0, len(grid))
     t = grid[index]
-    t_next = previous(grid, index, draws.integers("skip", 1, FARTHEST + 1), end_time(path, "index0"))
+    t_next = previous(grid, index, rng.integers("skip", 1, FARTHEST + 1), end_time(path, "index0"))
 
     def noised(time: Tensor, purpose: str) -> Tensor:
-        noise = draws.normal(purpose, shape).to(latent.device)
+        noise = rng.normal(purpose, shape).to(latent.device)
         return expand(path.alpha(time), latent) * latent + expand(path.sigma(time), latent) * noise
 
     first = teacher.guided(noised(t, "estimate's noise"), t)
     second = teacher.guided(land(first, path, t_next), t_next)
-    u = grid[draws.integers("unprompted", 0, len(grid))]
+    u = grid[rng.integers("unprompted", 0, len(grid))]
     third = teacher.denoiser.estimate(noised(u, "unprompted noise"), u, teacher.null, BASE)
     return [first.x0, second.x0, third.x0]
 
@@ -139,7 +141,7 @@ def estimate_times(path: Path) -> Tensor:
     return training_grid(path, nearest_divisor(min(GRID, indices), indices))
 
 
-def changes(latent: Tensor, other_seed: Tensor, far: Tensor, draws: Draws) -> list[Tensor]:
+def changes(latent: Tensor, other_seed: Tensor, far: Tensor, rng: KeyedRng) -> list[Tensor]:
     """Changes by hand, each of a drawn size: white noise, smooth noise, a patch of the other seed, a shift, a mixture.
 
     Sizes are drawn even in their logarithm: differences of all sizes are as frequent. A unit is the latent's own
@@ -149,37 +151,37 @@ def changes(latent: Tensor, other_seed: Tensor, far: Tensor, draws: Draws) -> li
     spread = latent.float().flatten(1).std(1)
 
     def size(purpose: str, low: float, high: float) -> Tensor:
-        wide = draws.uniform(purpose)
+        wide = rng.uniform(purpose)
         return expand((low ** (1 - wide) * high**wide).to(spread) * spread, latent)
 
-    white = draws.normal("white", shape).to(latent.device)
-    coarse = draws.normal("coarse", (shape[0], 3, 3)).to(latent.device)
+    white = rng.normal("white", shape).to(latent.device)
+    coarse = rng.normal("coarse", (shape[0], 3, 3)).to(latent.device)
     smooth = F.interpolate(coarse, shape[1:], mode="bicubic", align_corners=True)
-    share = expand(draws.uniform("mixture", 0.02, 0.98).float(), latent)
+    share = expand(rng.uniform("mixture", 0.02, 0.98).float(), latent)
     return [
         latent + size("white size", 0.02, 0.6) * white,
         latent + size("smooth size", 0.02, 0.6) * smooth,
-        torch.where(patches(shape, draws).to(latent.device), other_seed, latent),
-        shifted(latent, draws),
+        torch.where(patches(shape, rng).to(latent.device), other_seed, latent),
+        shifted(latent, rng),
         (1 - share) * latent + share * far,
     ]
 
 
-def patches(shape: tuple[int, ...], draws: Draws) -> Tensor:
+def patches(shape: tuple[int, ...], rng: KeyedRng) -> Tensor:
     """A rectangle in each, of sides drawn from one place to half of the latent, bool [B, 1, h, w]."""
     rows = []
     for axis, length in (("y", shape[1]), ("x", shape[2])):
-        extent = (1 + draws.uniform(f"patch {axis} extent") * (length // 2)).floor().clamp(max=length)
-        start = (draws.uniform(f"patch {axis} start") * (length - extent + 1)).floor()
+        extent = (1 + rng.uniform(f"patch {axis} extent") * (length // 2)).floor().clamp(max=length)
+        start = (rng.uniform(f"patch {axis} start") * (length - extent + 1)).floor()
         place = torch.arange(length)
         rows.append((place >= start[:, None]) & (place < (start + extent)[:, None]))
     return (rows[0][:, :, None] & rows[1][:, None, :])[:, None]
 
 
-def shifted(latent: Tensor, draws: Draws) -> Tensor:
+def shifted(latent: Tensor, rng: KeyedRng) -> Tensor:
     """Each latent moved by a drawn way up to `WIDEST_SHIFT` places in a drawn direction, bilinear; edges repeat."""
     b, _, h, w = latent.shape
-    angle, far = draws.uniform("shift direction", 0, 2 * torch.pi), draws.uniform("shift size", 0.05, WIDEST_SHIFT)
+    angle, far = rng.uniform("shift direction", 0, 2 * torch.pi), rng.uniform("shift size", 0.05, WIDEST_SHIFT)
     moved = torch.stack([far * angle.cos() * 2 / w, far * angle.sin() * 2 / h], 1).float()
     identity = torch.eye(2, 3).expand(b, 2, 3)
     theta = torch.cat([identity[:, :, :2], moved[:, :, None]], 2).to(latent.device)

@@ -59,7 +59,7 @@ class PerceptualConfig(Config):
         0.5, ge=0, le=1, description="share of groups that are seen mirrored, at the distances they had before"
     )
     loop: LoopConfig = Field(
-        LoopConfig(steps=400, batch=8, save_every=100, watch_every=100, log_every=20, precision="auto"),
+        LoopConfig(steps=400, batch=8, save_every=100, validate_every=100, log_every=20, precision="auto"),
         description="how long; the batch counts groups",
     )
     optim: OptimConfig = Field(

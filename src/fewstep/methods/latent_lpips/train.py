@@ -19,7 +19,7 @@ from fewstep.common.accelerator import make_accelerator
 from fewstep.common.distributed import on_main, together
 from fewstep.common.errors import UserError
 from fewstep.common.files import sweep
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.schedule import expand
 from fewstep.evaluation.lite0 import Lite0Backbone
 from fewstep.methods.latent_lpips.bank import Bank, bank_key, drawn_by, make_bank
@@ -158,16 +158,16 @@ def fit(config: PerceptualConfig, bank: Bank, channels: int, log: RunLog, accele
     calibrate(network, near + FLOOR, bank.distances[first] + FLOOR)
     weights = pair_weights(config.named)
 
-    def fetch(items: np.ndarray, _: Draws) -> Batch:
+    def fetch(items: np.ndarray, _: KeyedRng) -> Batch:
         rows = bank.train[torch.from_numpy(items)]
         return {
             "groups": bank.latents[rows].to(device, non_blocking=True),
             "distances": bank.distances[rows].float().to(device, non_blocking=True),
         }
 
-    def loss(batch: Batch, draws: Draws) -> Loss:
+    def loss(batch: Batch, rng: KeyedRng) -> Loss:
         groups = batch["groups"]
-        mirrored = draws.chance("mirror", config.mirror).to(device)
+        mirrored = rng.chance("mirror", config.mirror).to(device)
         found = group_distances(network, torch.where(expand(mirrored, groups).bool(), groups.flip(-1), groups), ENDS)
         errors = log_error(found, batch["distances"], weights)
         return Loss(errors.mean())
@@ -177,13 +177,13 @@ def fit(config: PerceptualConfig, bank: Bank, channels: int, log: RunLog, accele
         other.load_state_dict({name: tensor.cpu() for name, tensor in weights.items()})
         return other.to(device).eval().requires_grad_(False)
 
-    def watch(step: int, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
+    def evaluate_weights(step: int, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
         rows = bank.validation
         found = judge(loaded(weights["perceptual"]), bank.latents[rows], bank.distances[rows]).overall()
         return {f"validation/{name}": value for name, value in found.items()}
 
     plan = [Update("perceptual", dict(network.named_parameters()), loss, config.optim)]
-    trained = train(plan, fetch, len(bank.train), config.loop, log, accelerator, on_main(watch))
+    trained = train(plan, fetch, len(bank.train), config.loop, log, accelerator, on_main(evaluate_weights))
     return loaded(trained.weights["perceptual"])
 
 

@@ -9,48 +9,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 
 TAPS = 7
 
 
-def augment(pictures: Tensor, draws: Draws) -> Tensor:
+def augment(pictures: Tensor, rng: KeyedRng) -> Tensor:
     """Move, scale, tint, blur and add noise; [B, 3, H, W] in [-1, 1] to the same.
 
     Shift up to 6 % and size 85 to 110 %, always; saturation and levels by up to a fifth, always; Gaussian
     blur of sigma .3 to 1.2 pixels for 40 %; noise of up to 16 8-bit levels for 40 %.
     """
-    x = _move(1 - pictures, draws)  # white is 0, so that what comes in from outside is white
-    x = _tint(1 - x, draws)
-    x = torch.where(_chance(draws, "soft?", 0.4), _blur(x, _column(draws, "soft", 0.3, 1.2)), x)
-    sigma = _chance(draws, "noisy?", 0.4) * _column(draws, "noisy", 0.0, 16 / 127.5)
-    x = x + sigma * draws.normal("noise", tuple(x.shape[1:]))
+    x = _move(1 - pictures, rng)  # white is 0, so that what comes in from outside is white
+    x = _tint(1 - x, rng)
+    x = torch.where(_chance(rng, "soft?", 0.4), _blur(x, _column(rng, "soft", 0.3, 1.2)), x)
+    sigma = _chance(rng, "noisy?", 0.4) * _column(rng, "noisy", 0.0, 16 / 127.5)
+    x = x + sigma * rng.normal("noise", tuple(x.shape[1:]))
     return x.clamp(-1, 1)
 
 
-def _column(draws: Draws, purpose: str, low: float, high: float) -> Tensor:
-    return draws.uniform(purpose, low, high).float().to(draws.device)[:, None, None, None]
+def _column(rng: KeyedRng, purpose: str, low: float, high: float) -> Tensor:
+    return rng.uniform(purpose, low, high).float().to(rng.device)[:, None, None, None]
 
 
-def _chance(draws: Draws, purpose: str, probability: float) -> Tensor:
-    return draws.chance(purpose, probability).to(draws.device)[:, None, None, None]
+def _chance(rng: KeyedRng, purpose: str, probability: float) -> Tensor:
+    return rng.chance(purpose, probability).to(rng.device)[:, None, None, None]
 
 
-def _move(x: Tensor, draws: Draws) -> Tensor:
-    zoom = draws.uniform("zoom", 1 / 1.1, 1 / 0.85).float().to(draws.device)
-    across, down = (draws.uniform(name, -0.12, 0.12).float().to(draws.device) for name in ("across", "down"))
+def _move(x: Tensor, rng: KeyedRng) -> Tensor:
+    zoom = rng.uniform("zoom", 1 / 1.1, 1 / 0.85).float().to(rng.device)
+    across, down = (rng.uniform(name, -0.12, 0.12).float().to(rng.device) for name in ("across", "down"))
     zero = torch.zeros_like(zoom)
     theta = torch.stack([torch.stack([zoom, zero, across], 1), torch.stack([zero, zoom, down], 1)], 1)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
-def _tint(x: Tensor, draws: Draws) -> Tensor:
+def _tint(x: Tensor, rng: KeyedRng) -> Tensor:
     grey = x.mean(1, keepdim=True)
-    x = grey + _column(draws, "saturation", 0.8, 1.2) * (x - grey)
+    x = grey + _column(rng, "saturation", 0.8, 1.2) * (x - grey)
     # Gains act on the distance from white, so that the background stays white.
-    gains = torch.stack([draws.uniform(f"gain {c}", 0.85, 1.1).float() for c in "rgb"], 1)
-    gains = gains.to(draws.device)[:, :, None, None]
+    gains = torch.stack([rng.uniform(f"gain {c}", 0.85, 1.1).float() for c in "rgb"], 1)
+    gains = gains.to(rng.device)[:, :, None, None]
     return 1 - gains * (1 - x)
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewstep.common.accelerator import make_accelerator
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.common.tensors import digest
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.metric import Array, Identity, Pictures
@@ -99,14 +99,14 @@ def second_opinion(
     captions = draw_captions(data.records, config.captions, seed, text)
     heads = Heads(text.width, config.width, seed)
 
-    def fetch(items: np.ndarray, _: Draws) -> Batch:
+    def fetch(items: np.ndarray, _: KeyedRng) -> Batch:
         return {"items": torch.from_numpy(items)}
 
-    def loss(batch: Batch, draws: Draws) -> Loss:
+    def loss(batch: Batch, rng: KeyedRng) -> Loss:
         items = batch["items"]
-        chosen = captions.rows[items, draws.integers("caption", 0, captions.rows.shape[1])]
+        chosen = captions.rows[items, rng.integers("caption", 0, captions.rows.shape[1])]
         positive, ignored = answers(captions, items, chosen)
-        kept = 1 - (draws.normal("drop", (FEATURES,)) > 1.28).float()  # a tenth of the features, keyed by the draws
+        kept = 1 - (rng.normal("drop", (FEATURES,)) > 1.28).float()  # a tenth of the features, keyed by the draws
         cosine = heads.pictures(seen[items] * kept) @ heads.prompts(captions.states[chosen]).T
         return Loss(multi_positive_loss(cosine, positive, ignored, heads.log_scale.exp().clamp(max=100)))
 

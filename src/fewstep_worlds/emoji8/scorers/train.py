@@ -18,7 +18,7 @@ from fewstep.common.cpu_kernels import speed_up
 from fewstep.common.device import pick_device
 from fewstep.common.distributed import on_main
 from fewstep.common.errors import UserError
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.training.loop import Batch, Update, train
 from fewstep.training.loss import Loss
 from fewstep.training.run_folder import RunLog
@@ -192,14 +192,14 @@ def train_scorer(
     device = accelerator.device
     scorer.to(device)
 
-    def fetch(items: np.ndarray, _: Draws) -> Batch:
+    def fetch(items: np.ndarray, _: KeyedRng) -> Batch:
         return {"pictures": to_input(data.pictures[items]).to(device), "items": torch.from_numpy(items)}
 
-    def loss(batch: Batch, draws: Draws) -> Loss:
+    def loss(batch: Batch, rng: KeyedRng) -> Loss:
         items = batch["items"]
-        chosen = captions.rows[items, draws.integers("caption", 0, captions.rows.shape[1])]
+        chosen = captions.rows[items, rng.integers("caption", 0, captions.rows.shape[1])]
         positive, ignored = answers(captions, items, chosen)
-        pictures = augment(batch["pictures"], draws).contiguous(memory_format=torch.channels_last)
+        pictures = augment(batch["pictures"], rng).contiguous(memory_format=torch.channels_last)
         seen = scorer.embed_pictures(pictures)
         said = scorer.embed_text(captions.states[chosen].to(device))
         with torch.autocast(device.type, enabled=False):
@@ -219,7 +219,7 @@ def train_scorer(
         judged.eval()
         return {f"r1_{split}": retrieval(judged, states, names, part) for split, part in watched.items()}
 
-    def watch(step: int, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
+    def evaluate_weights(step: int, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
         return judge(weights["scorer"])
 
     inputs = {
@@ -228,7 +228,7 @@ def train_scorer(
     }
     plan = [Update("scorer", dict(scorer.named_parameters()), loss, config.optim)]
     with RunLog(folder, config, title="scorer", inputs=inputs, main=accelerator.is_main_process, quiet=quiet) as log:
-        trained = train(plan, fetch, len(data), config.loop, log, accelerator, on_main(watch))
+        trained = train(plan, fetch, len(data), config.loop, log, accelerator, on_main(evaluate_weights))
     weights = {name: tensor.cpu() for name, tensor in trained.weights["scorer"].items()}
     notes: dict[str, Any] = {
         "trained_on": f"Emoji-8, {len(data)} pictures of the training split",

@@ -20,7 +20,7 @@ from fewstep.evaluation.metric import Array, Figure
 from fewstep.inference.image_grid import labelled_sheet, save_picture
 from fewstep.inference.multilingual.adapter import Adapter, SentenceMap, load_adapter
 from fewstep.inference.multilingual.train import train_adapter
-from fewstep.students.resolve import choose_student
+from fewstep.students.resolve import resolve_student
 from fewstep_worlds.emoji8.config import ChineseConfig
 from fewstep_worlds.emoji8.metrics import agreement
 from fewstep_worlds.emoji8.scorers.agreement import PromptAgreement
@@ -121,7 +121,7 @@ def measure_chinese(config: ChineseConfig, out: Path) -> list[Line]:
     pairs = chinese_pairs(words)
     if not config.adapter:
         train_adapter(config.training, folder, pairs, out / "training", adapter)
-    lora, sampling, omega = choose_student(folder, config.lora, {"steps": config.steps})
+    lora, sampling, omega = resolve_student(folder, config.lora, {"steps": config.steps})
     name = "student" if lora is not None else "teacher"
     guidance = students_omega() if omega is None else omega
     entries = [Entry(name, sampling, lora, config.seed), teacher_entry(guidance, config.teacher_steps, config.seed)]

@@ -27,7 +27,7 @@ from fewstep.evaluation.diversity import NOISES, PROMPTS, diversity
 from fewstep.evaluation.evaluate import EndPoints, evaluate_pictures, score_pictures
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.metric import Figure, Metric, Scored
-from fewstep.inference.generator import Artist, load_artist
+from fewstep.inference.generator import ImageGenerator, load_image_generator
 from fewstep_worlds.emoji8.metrics import Gallery, agreement, lite0, metrics, real_diversity
 from fewstep_worlds.emoji8.report.results import Results, Row, load_results, save_results
 from fewstep_worlds.emoji8.scorers.agreement import PromptAgreement
@@ -83,7 +83,7 @@ def student_entries(method: str, lora: Path, sampling: Sampling, steps: Sequence
 
 
 class Studio:
-    """Draws entries and keeps their pictures.
+    """KeyedRng entries and keeps their pictures.
 
     Args:
         teacher: pipeline folder.
@@ -101,15 +101,15 @@ class Studio:
         bf16 = pick_precision("auto", self.device) == "bf16"
         self.precision = torch.bfloat16 if bf16 else torch.float32
         self.base = read_folder(teacher).identity()
-        self._artists: dict[str, Artist] = {}
+        self._artists: dict[str, ImageGenerator] = {}
 
-    def artist(self, lora: Path | None) -> Artist:
+    def image_generator(self, lora: Path | None) -> ImageGenerator:
         """The teacher, or the student of a LoRA; loaded once, the last one kept."""
         key = str(lora)
         if key not in self._artists:
             self._artists = {"None": self._artists["None"]} if "None" in self._artists else {}
-            artist = load_artist(self.teacher, lora, self.device, self.adapter)
-            self._artists[key] = replace(artist, precision=self.precision)
+            image_generator = load_image_generator(self.teacher, lora, self.device, self.adapter)
+            self._artists[key] = replace(image_generator, precision=self.precision)
         return self._artists[key]
 
     def key(self, entry: Entry) -> str:
@@ -145,7 +145,7 @@ class Studio:
         if path.is_file():
             kept: np.ndarray = load_tensors(path)["pictures"].numpy()
             return kept
-        pictures = self.artist(entry.lora).draw(prompts, seeds, entry.sampling)
+        pictures = self.image_generator(entry.lora).draw(prompts, seeds, entry.sampling)
         with atomic_write(path) as part:
             save_tensors(part, {"pictures": torch.from_numpy(pictures)})
         return pictures

@@ -126,7 +126,7 @@ def share_of_budget(config: FamilyConfig, recipe: str) -> Share:
             f"the nearest legal one is {config.evaluations - left + math.ceil(a_step)}"
         )
     own += [f"loop.steps={steps}", f"loop.batch={config.batch}", f"loop.seed={config.seed}", f"optim.lr={config.lr}"]
-    own.append("loop.watch_every=null")  # they are measured when they are done
+    own.append("loop.validate_every=null")  # they are measured when they are done
     return Share(student_config(recipe, own), tuple(own), round(config.evaluations - left + steps * a_step))
 
 

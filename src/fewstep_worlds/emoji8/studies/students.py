@@ -51,7 +51,7 @@ def train_student(
         f"loop.batch={batch}",
         f"loop.seed={seed}",
         f"loop.save_every={save_every}",
-        "loop.watch_every=null",  # they are measured when they are done
+        "loop.validate_every=null",  # they are measured when they are done
         f"optim.lr={lr}",
     ]
     shared = distillation.shared_cache(cache.parent)

@@ -192,14 +192,14 @@ class Workshop:
             f"loop.steps={steps}",
             f"loop.seed={self.seed}",
             f"optim.lr={RATES[recipe]}",
-            "loop.watch_every=null",
+            "loop.validate_every=null",
         ]
         return self.finished(student_config(recipe, changes), self.out / recipe) / "student"
 
 
 def law_of() -> DistillConfig:
     """TLCM under the bundled world's law, unwatched: its students are measured when they are done."""
-    return resolve("tlcm", root() / "tlcm.yaml", ["loop.watch_every=null"])
+    return resolve("tlcm", root() / "tlcm.yaml", ["loop.validate_every=null"])
 
 
 def times_of(sampling: Sampling, steps: int) -> Tensor:

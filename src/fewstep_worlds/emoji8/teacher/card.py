@@ -17,7 +17,7 @@ from fewstep.diffusion.config import Sampling
 from fewstep.evaluation.bootstrap import mean_figure
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.metric import Figure
-from fewstep.inference.generator import Artist, load_artist
+from fewstep.inference.generator import ImageGenerator, load_image_generator
 from fewstep.inference.image_grid import labelled_sheet, save_picture
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8.metrics import Gallery, lite0, metrics
@@ -60,19 +60,19 @@ def teacher_card(pipeline: Path, out: Path, *, n: int, sampling: Sampling) -> Ca
         n: seen prompts (name with style) drawn from the training records.
         sampling: how the teacher draws.
     """
-    artist = load_artist(pipeline, None, pick_device("auto"))
+    image_generator = load_image_generator(pipeline, None, pick_device("auto"))
     gallery = Gallery.load()
     features = lite0(out / "features")
     figures = {
-        **autoencoder_figures(artist.backbone),
-        **seen_figures(artist, gallery, features, sampling, n),
-        **unseen_figures(artist, gallery, features, sampling),
+        **autoencoder_figures(image_generator.backbone),
+        **seen_figures(image_generator, gallery, features, sampling, n),
+        **unseen_figures(image_generator, gallery, features, sampling),
     }
     card = Card(figures)
     write_json(out / "card.json", {name: figure.to_dict() for name, figure in figures.items()})
     with atomic_write(out / "card.md") as part:
         part.write_text(card.markdown() + "\n", encoding="utf-8")
-    save_picture(sample_grid(artist, sampling), out / "samples.webp")
+    save_picture(sample_grid(image_generator, sampling), out / "samples.webp")
     return card
 
 
@@ -83,17 +83,19 @@ def autoencoder_figures(backbone: Backbone) -> dict[str, Figure]:
     return {"autoencoder, PSNR on held-out concepts (dB)": mean_figure(values, 0, "psnr")}
 
 
-def draw(artist: Artist, prompts: Sequence[str], first: int, sampling: Sampling) -> np.ndarray:
+def draw(image_generator: ImageGenerator, prompts: Sequence[str], first: int, sampling: Sampling) -> np.ndarray:
     """A picture a prompt, seeds counting up from `first`."""
-    return artist.draw(prompts, range(first, first + len(prompts)), sampling)
+    return image_generator.draw(prompts, range(first, first + len(prompts)), sampling)
 
 
-def seen_figures(artist: Artist, gallery: Gallery, features: Features, sampling: Sampling, n: int) -> dict[str, Figure]:
+def seen_figures(
+    image_generator: ImageGenerator, gallery: Gallery, features: Features, sampling: Sampling, n: int
+) -> dict[str, Figure]:
     """Does it draw what it saw, does it copy it, is its background white?"""
     records = gallery.data.records
     chosen = generator(0, "teacher card").permutation(len(records))[:n]
     prompts = [emoji8.name_with_style(records[i]) for i in chosen]
-    seen, truth = draw(artist, prompts, 10_000, sampling), gallery.data.pictures[chosen]
+    seen, truth = draw(image_generator, prompts, 10_000, sampling), gallery.data.pictures[chosen]
     shares = gallery.neighbours(features, seen, prompts)
     real = gallery.neighbours(features, truth, prompts)
     figures = {
@@ -111,12 +113,14 @@ def seen_figures(artist: Artist, gallery: Gallery, features: Features, sampling:
     return figures
 
 
-def unseen_figures(artist: Artist, gallery: Gallery, features: Features, sampling: Sampling) -> dict[str, Figure]:
+def unseen_figures(
+    image_generator: ImageGenerator, gallery: Gallery, features: Features, sampling: Sampling
+) -> dict[str, Figure]:
     """Held-out pairs of concept and style family, and the two lists of words that no caption holds."""
     pairs = [emoji8.name_with_style(record) for record in emoji8.load_records("heldout-pair")]
 
     def right(prompts: list[str], concepts: list[str] | None, first: int) -> Figure:
-        pictures = draw(artist, prompts, first, sampling)
+        pictures = draw(image_generator, prompts, first, sampling)
         return gallery.neighbours(features, pictures, prompts, concepts).right_concept
 
     figures = {"held-out (concept, family) pairs: right concept": right(pairs, None, 20_000)}
@@ -131,7 +135,7 @@ def unseen_figures(artist: Artist, gallery: Gallery, features: Features, samplin
     return figures
 
 
-def sample_grid(artist: Artist, sampling: Sampling, noises: int = 6) -> Image.Image:
+def sample_grid(image_generator: ImageGenerator, sampling: Sampling, noises: int = 6) -> Image.Image:
     """A row a noise, a column a prompt."""
-    rows = [(f"seed {seed}", artist.draw(SHOWN, [seed] * len(SHOWN), sampling)) for seed in range(noises)]
+    rows = [(f"seed {seed}", image_generator.draw(SHOWN, [seed] * len(SHOWN), sampling)) for seed in range(noises)]
     return labelled_sheet(rows, SHOWN)

@@ -19,7 +19,7 @@ from torch import Tensor
 from fewstep.backbones.base import encode_pictures
 from fewstep.common.cpu_kernels import speed_up
 from fewstep.common.distributed import on_main
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.training.loop import Batch, Trained, Update, train
 from fewstep.training.loss import Loss
 from fewstep.training.run_folder import RunLog
@@ -32,13 +32,13 @@ def slopes(pictures: Tensor) -> tuple[Tensor, Tensor]:
     return pictures[:, :, 1:] - pictures[:, :, :-1], pictures[:, :, :, 1:] - pictures[:, :, :, :-1]
 
 
-def decoder_loss(vae: Any, config: DecoderConfig, latents: Tensor, pictures: Tensor, draws: Draws) -> Loss:
+def decoder_loss(vae: Any, config: DecoderConfig, latents: Tensor, pictures: Tensor, rng: KeyedRng) -> Loss:
     """Absolute error of the picture and of its slopes, from latents with noise of a drawn level.
 
     The absolute error of slopes asks for edges where there are edges and for none in flat colours.
     """
-    noise = draws.normal("latent noise", tuple(latents.shape[1:]))
-    level = (config.noise * draws.uniform("level")).to(latents)
+    noise = rng.normal("latent noise", tuple(latents.shape[1:]))
+    level = (config.noise * rng.uniform("level")).to(latents)
     restored = vae.decode(latents + level[:, None, None, None] * noise).sample.float()
     flat = (restored - pictures).abs().mean()
     (down, across), (down_real, across_real) = slopes(restored), slopes(pictures)
@@ -65,19 +65,19 @@ def train_decoder(
     }
     judge = copy.deepcopy(vae)
 
-    def loss(batch: Batch, draws: Draws) -> Loss:
-        return decoder_loss(vae, config, batch["latents"], batch["pictures"], draws)
+    def loss(batch: Batch, rng: KeyedRng) -> Loss:
+        return decoder_loss(vae, config, batch["latents"], batch["pictures"], rng)
 
-    def fetch(items: np.ndarray, _: Draws) -> Batch:
+    def fetch(items: np.ndarray, _: KeyedRng) -> Batch:
         rows = torch.from_numpy(items)
         return {"latents": latents[rows].to(device), "pictures": to_tensor(pictures[items]).to(device)}
 
-    def watch(step: int, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
+    def evaluate_weights(step: int, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
         judge.load_state_dict({**vae.state_dict(), **weights["decoder"]})
         return {"psnr_heldout": reconstruction_psnr(judge.cpu().eval(), heldout[:256])}
 
     plan = [Update("decoder", parameters, loss, config.optim)]
     with RunLog(folder, config, title="decoder", inputs=inputs, main=accelerator.is_main_process) as log:
-        trained: Trained = train(plan, fetch, len(pictures), config.loop, log, accelerator, on_main(watch))
+        trained: Trained = train(plan, fetch, len(pictures), config.loop, log, accelerator, on_main(evaluate_weights))
     vae.load_state_dict({**vae.state_dict(), **trained.weights["decoder"]})
     return vae.requires_grad_(False).cpu().eval()

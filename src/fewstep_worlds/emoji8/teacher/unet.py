@@ -14,7 +14,7 @@ from fewstep.backbones.pipeline_folder import read_folder, weight_files
 from fewstep.common.cpu_kernels import speed_up
 from fewstep.common.distributed import on_main
 from fewstep.common.errors import UserError
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.common.tensors import load_tensors
 from fewstep.data.latents import Encoders, latent_set
 from fewstep.diffusion.schedule import VariancePreserving, add_noise, scaled_linear
@@ -104,25 +104,25 @@ def train_unet(config: UnetConfig, encoders: Encoders, fingerprint: str, folder:
     total = int(path.noisiest) + 1
     device = accelerator.device
 
-    def loss(batch: Batch, draws: Draws) -> Loss:
+    def loss(batch: Batch, rng: KeyedRng) -> Loss:
         items = batch["items"]
         x_0 = data.latents[items].to(device, non_blocking=True)
-        states = data.condition(items, draws, config.prompt_dropout, device)["text"]
-        eps = draws.normal("noise", tuple(x_0.shape[1:]))
-        t = draws.integers("t", 0, total)
+        states = data.condition(items, rng, config.prompt_dropout, device)["text"]
+        eps = rng.normal("noise", tuple(x_0.shape[1:]))
+        t = rng.integers("t", 0, total)
         return eps_loss(unet, path, x_0, states, t, eps, config.min_snr)
 
-    def fetch(items: np.ndarray, _: Draws) -> Batch:
+    def fetch(items: np.ndarray, _: KeyedRng) -> Batch:
         return {"items": torch.from_numpy(items)}
 
     judge = make_unet(config)
     speed_up(judge)
 
     @torch.no_grad()
-    def watch(step: int, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
+    def evaluate_weights(step: int, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
         judge.load_state_dict({name: value.cpu() for name, value in weights["unet"].items()})
-        draws = Draws(seed, 0, tuple(range(len(judged))))
-        eps = draws.normal("watch noise", tuple(judged.shape[1:]))
+        rng = KeyedRng(seed, 0, tuple(range(len(judged))))
+        eps = rng.normal("watch noise", tuple(judged.shape[1:]))
         t = torch.arange(len(judged)) * total // len(judged)
         parts = []
         for i in range(0, len(judged), 128):
@@ -134,6 +134,6 @@ def train_unet(config: UnetConfig, encoders: Encoders, fingerprint: str, folder:
 
     plan = [Update("unet", dict(unet.named_parameters()), loss, config.optim)]
     with RunLog(folder, config, title="denoiser", inputs=inputs, main=accelerator.is_main_process) as log:
-        trained: Trained = train(plan, fetch, len(data), config.loop, log, accelerator, on_main(watch))
+        trained: Trained = train(plan, fetch, len(data), config.loop, log, accelerator, on_main(evaluate_weights))
     unet.load_state_dict(trained.weights["unet"])
     return unet.eval()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fewstep.common.cpu_kernels import speed_up
 from fewstep.common.distributed import on_main
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.training.loop import Batch, Trained, Update, train
 from fewstep.training.loss import Loss
 from fewstep.training.run_folder import RunLog
@@ -42,11 +42,11 @@ def to_tensor(pictures: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
-def vae_loss(vae: Any, config: VaeConfig, pictures: Tensor, draws: Draws) -> Loss:
+def vae_loss(vae: Any, config: VaeConfig, pictures: Tensor, rng: KeyedRng) -> Loss:
     """Squared and absolute error of the reconstruction, and beta times the KL divergence to N(0, I)."""
     posterior = vae.encode(pictures).latent_dist
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
-    noise = draws.normal("posterior", tuple(mean.shape[1:]))
+    noise = rng.normal("posterior", tuple(mean.shape[1:]))
     restored = vae.decode(mean + torch.exp(0.5 * logvar) * noise).sample.float()
     error = restored - pictures
     squared = error.square().mean()
@@ -114,13 +114,13 @@ def train_vae(
     vae.to(accelerator.device)
     parameters = dict(vae.named_parameters())
 
-    def loss(batch: Batch, draws: Draws) -> Loss:
-        return vae_loss(vae, config, batch["pictures"], draws)
+    def loss(batch: Batch, rng: KeyedRng) -> Loss:
+        return vae_loss(vae, config, batch["pictures"], rng)
 
-    def fetch(items: np.ndarray, _: Draws) -> Batch:
+    def fetch(items: np.ndarray, _: KeyedRng) -> Batch:
         return {"pictures": to_tensor(pictures[items]).to(accelerator.device)}
 
-    def watch(step: int, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
+    def evaluate_weights(step: int, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
         judge = make_vae(config)
         judge.load_state_dict(weights["vae"])
         return {"psnr_heldout": reconstruction_psnr(judge.eval(), heldout[:256])}
@@ -128,7 +128,7 @@ def train_vae(
     inputs = {"pictures": hashlib.sha256(np.ascontiguousarray(pictures).data).hexdigest()}
     plan = [Update("vae", parameters, loss, config.optim)]
     with RunLog(folder, config, title="autoencoder", inputs=inputs, main=accelerator.is_main_process) as log:
-        trained: Trained = train(plan, fetch, len(pictures), config.loop, log, accelerator, on_main(watch))
+        trained: Trained = train(plan, fetch, len(pictures), config.loop, log, accelerator, on_main(evaluate_weights))
     vae.load_state_dict(trained.weights["vae"])
     vae.cpu().eval()
     fold_statistics(vae, pictures)

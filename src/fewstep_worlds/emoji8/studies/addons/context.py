@@ -156,7 +156,7 @@ class Workshop:
         """The training split's features as the IP-Adapter is told them, [N, 1280]."""
         return self.level(self.raw)
 
-    def told(self, pictures: Pictures) -> Tensor:
+    def features_of(self, pictures: Pictures) -> Tensor:
         """Pictures' features as the IP-Adapter is told them, [N, 1280]."""
         return self.level(torch.from_numpy(np.array(self.features(np.asarray(pictures)))).float())
 
@@ -171,7 +171,7 @@ class Workshop:
 
     def style_rate(self, pictures: Pictures, style: str) -> Array:
         """1 where the reader takes a picture for one of a style, else 0."""
-        seen = self.told(pictures)
+        seen = self.features_of(pictures)
         x = torch.cat([seen, torch.ones(len(seen), 1)], 1).double()
         words = [emoji8.style_words(name) for name in emoji8.STYLE_FAMILY]
         right: Array = ((x @ self.style_reader).argmax(1) == words.index(style)).double().numpy()

@@ -215,7 +215,7 @@ def picture_prompt(shop: Workshop) -> Task:
     rows = shop.rows("picture")
     prompts = [""] * len(rows)
     given = shop.shown.pictures[rows]
-    features = shop.told(given)
+    features = shop.features_of(given)
 
     def draw(who: Who) -> np.ndarray:
         pipe = pipeline("StableDiffusionPipeline", shop.folder, who)

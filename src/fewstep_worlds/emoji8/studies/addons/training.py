@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fewstep.common.accelerator import make_accelerator
 from fewstep.common.cpu_kernels import speed_up
 from fewstep.common.files import atomic_folder
-from fewstep.common.rng import Draws
+from fewstep.common.rng import KeyedRng
 from fewstep.common.tensors import load_tensors, save_tensors
 from fewstep.data.latents import LatentSet
 from fewstep.diffusion.schedule import VariancePreserving, add_noise, scaled_linear
@@ -27,7 +27,7 @@ from fewstep.training.loss import Loss
 from fewstep.training.run_folder import RunLog
 from fewstep_worlds.emoji8.config import AddOnConfig
 
-Predict = Callable[[Tensor, Tensor, Tensor, Tensor, Draws], Tensor]
+Predict = Callable[[Tensor, Tensor, Tensor, Tensor, KeyedRng], Tensor]
 """(x_t, t int64 [B], text states, numbers of the samples, draws) -> predicted noise."""
 EMPTY = 0.1
 """Share of empty prompts, and of pictures that an IP-Adapter is not shown: guidance must go on to work."""
@@ -65,17 +65,17 @@ def learn(lesson: Lesson, weights: Mapping[str, nn.Parameter], predict: Predict,
     total = int(path.noisiest) + 1
     data, config = lesson.data, lesson.config
 
-    def loss(batch: Batch, draws: Draws) -> Loss:
+    def loss(batch: Batch, rng: KeyedRng) -> Loss:
         items = batch["items"]
         x_0 = data.latents[items]
-        states = data.condition(items, draws, lesson.empty, x_0.device)["text"]
-        eps = draws.normal("noise", tuple(x_0.shape[1:]))
-        t = draws.integers("t", 0, total)
-        said = predict(add_noise(path, x_0, eps, t), t, states, items, draws).float()
+        states = data.condition(items, rng, lesson.empty, x_0.device)["text"]
+        eps = rng.normal("noise", tuple(x_0.shape[1:]))
+        t = rng.integers("t", 0, total)
+        said = predict(add_noise(path, x_0, eps, t), t, states, items, rng).float()
         per_sample = (said - eps).square().mean((1, 2, 3))
         return Loss(per_sample.mean(), per_sample.detach(), (t + 1) / total)
 
-    def fetch(items: np.ndarray, _: Draws) -> Batch:
+    def fetch(items: np.ndarray, _: KeyedRng) -> Batch:
         return {"items": torch.from_numpy(items)}
 
     plan = [Update("weights", dict(weights), loss, OptimConfig(lr=config.lr, warmup=20, decay="cosine"))]
@@ -94,7 +94,7 @@ def fine_tune(lesson: Lesson, unet: Any, pipe: Any, out: Path, place: Path) -> N
     unet.requires_grad_(True)
     speed_up(unet)
 
-    def predict(x: Tensor, t: Tensor, states: Tensor, items: Tensor, draws: Draws) -> Tensor:
+    def predict(x: Tensor, t: Tensor, states: Tensor, items: Tensor, rng: KeyedRng) -> Tensor:
         said: Tensor = unet(x, t, states, return_dict=False)[0]
         return said
 
@@ -117,7 +117,7 @@ def train_style(lesson: Lesson, unet: Any, out: Path, place: Path) -> None:
         unet.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     speed_up(unet)
 
-    def predict(x: Tensor, t: Tensor, states: Tensor, items: Tensor, draws: Draws) -> Tensor:
+    def predict(x: Tensor, t: Tensor, states: Tensor, items: Tensor, rng: KeyedRng) -> Tensor:
         said: Tensor = unet(x, t, states, return_dict=False)[0]
         return said
 
@@ -142,7 +142,7 @@ def train_controlnet(lesson: Lesson, unet: Any, shown: Tensor, out: Path, place:
     speed_up(unet)
     speed_up(controlnet)
 
-    def predict(x: Tensor, t: Tensor, states: Tensor, items: Tensor, draws: Draws) -> Tensor:
+    def predict(x: Tensor, t: Tensor, states: Tensor, items: Tensor, rng: KeyedRng) -> Tensor:
         down, middle = controlnet(x, t, states, controlnet_cond=shown[items].float(), return_dict=False)
         said: Tensor = unet(
             x, t, states, down_block_additional_residuals=down, mid_block_additional_residual=middle, return_dict=False
@@ -222,9 +222,9 @@ def train_ip_adapter(
     for parameter in weights.values():
         parameter.requires_grad_(True)
 
-    def predict(x: Tensor, t: Tensor, states: Tensor, items: Tensor, draws: Draws) -> Tensor:
-        blurred = seen[items] + BLUR * draws.normal("features", tuple(seen.shape[1:]))
-        shown = blurred * (1 - draws.chance("no picture", EMPTY).float())[:, None]
+    def predict(x: Tensor, t: Tensor, states: Tensor, items: Tensor, rng: KeyedRng) -> Tensor:
+        blurred = seen[items] + BLUR * rng.normal("features", tuple(seen.shape[1:]))
+        shown = blurred * (1 - rng.chance("no picture", EMPTY).float())[:, None]
         told = {"image_embeds": [shown[:, None]]}
         said: Tensor = unet(x, t, states, added_cond_kwargs=told, return_dict=False)[0]
         return said
