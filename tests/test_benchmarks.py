@@ -17,8 +17,8 @@ from perf.steps import Clock
 from perf.timing import Timed, in_turn
 from torch.utils.flop_counter import FlopCounterMode
 
-import tiny_pipelines as tiny
 from fewstep.common.compilation import compile_networks
+from support import tiny_pipelines as tiny
 
 
 @pytest.fixture(scope="module")

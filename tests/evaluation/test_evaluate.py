@@ -1,0 +1,157 @@
+"""`fewstep evaluate` on a small pipeline: what is compared with what, and what is refused before anything is drawn."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fewstep as api
+from fewstep.common.errors import UserError
+from fewstep.common.files import read_json, write_json
+from fewstep.diffusion.config import TEACHER_SAMPLING
+from fewstep.evaluation import run as measuring
+from fewstep.evaluation.detail import edge_density
+from fewstep.evaluation.features import Features
+from fewstep.evaluation.teacher_distance import pixel_rmse
+from fewstep.inference.generator import ImageGenerator, load_image_generator
+from fewstep_worlds.emoji8 import metrics as measures
+from support.pooled import Pooled
+
+PROMPTS = [f"a {colour} {shape}" for colour in ("red", "green", "blue") for shape in ("disc", "ring", "bar", "square")]
+FEW: dict[str, Any] = {"steps": 2, "omega": 1.0}
+
+
+@pytest.fixture
+def prompt_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(measuring, "Lite0Backbone", Pooled)
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+    return file
+
+
+def test_a_pipeline_beside_a_folder_and_itself(
+    prompt_file: Path, tiny_pipeline: Path, picture_folder: Path, tmp_path: Path
+) -> None:
+    figures = api.evaluate(
+        prompt_file=prompt_file, out=tmp_path / "out", lora=None, teacher=str(tiny_pipeline), real=picture_folder,
+        reference=tiny_pipeline, reference_omega=1.0, seed=3, device="cpu",
+        settings=FEW | {"steps": TEACHER_SAMPLING.steps},
+    )  # fmt: skip
+    sampling = TEACHER_SAMPLING.model_copy(update={"omega": 1.0})
+    pictures = load_image_generator(tiny_pipeline).draw(PROMPTS, range(3, 15), sampling)
+    assert figures["detail: edges"].value == pytest.approx(edge_density(pictures).mean())
+    assert figures["detail: edges"].n == len(PROMPTS)
+    assert figures["to teacher: pixels"].value == 0, "the same pipeline, settings and noise"
+    assert figures["KID-Lite0 (to teacher)"].value != 0, "sets are compared with pictures from other noise"
+    assert figures["diversity-Lite0"].n == len(PROMPTS)
+    assert not [name for name in figures if name.startswith("FD")], "too few pictures"
+    written = read_json(tmp_path / "out" / "figures.json")
+    assert written["tiny 50 steps"]["detail: edges"]["value"] == figures["detail: edges"].value
+    scale = [written[name]["detail: edges"]["value"] for name in ("blurred, radius 1", "real", "noised, sigma 10")]
+    assert scale == sorted(scale)
+
+
+def test_too_little_or_another_size_is_refused_before_anything_is_drawn(
+    prompt_file: Path, tiny_pipeline: Path, picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_: Any, **__: Any) -> np.ndarray:
+        raise AssertionError("drawn")
+
+    monkeypatch.setattr(ImageGenerator, "draw", forbidden)
+
+    def refused(words: str, **changes: Any) -> None:
+        given = {"prompt_file": prompt_file, "real": picture_folder, "teacher": str(tiny_pipeline)} | changes
+        with pytest.raises(UserError, match=words):
+            api.evaluate(out=tmp_path / "out", lora=None, device="cpu", settings=FEW, **given)
+
+    few = tmp_path / "few"
+    few.mkdir()
+    for file in sorted(picture_folder.glob("*.png"))[:5]:
+        shutil.copy(file, few)
+    refused(r"holds 5 pictures .*; KID needs at least 10", real=few)
+    refused(r"is not a folder; leave it out for Emoji-8", real=prompt_file)
+    short = tmp_path / "short.txt"
+    short.write_text("a red disc\n", encoding="utf-8")
+    refused(r"holds 1 prompts; KID needs at least 10", prompt_file=short)
+    large = tmp_path / "large"
+    shutil.copytree(tiny_pipeline, large)
+    config = read_json(large / "unet" / "config.json")
+    write_json(large / "unet" / "config.json", {**config, "sample_size": 16})
+    refused(r"draws 128 pixels a side, not 64", reference=large)
+
+
+@pytest.fixture(scope="module")
+def student(tiny_overrides: list[str], tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from fewstep.distillation import distill as distillation
+    from fewstep.distillation.config import resolve
+
+    words = [
+        *tiny_overrides,
+        "student.targets=[to_q]",
+        "loop.steps=2",
+        "method.guidance.low=1",
+        "method.guidance.high=2",
+    ]
+    return distillation.distill(
+        resolve("tcd", None, words), tmp_path_factory.mktemp("run"), cache=tiny_cache, quiet=True
+    )
+
+
+def test_a_student_beside_a_folder_and_its_own_teacher(
+    prompt_file: Path, student: Path, tiny_pipeline: Path, picture_folder: Path, tmp_path: Path
+) -> None:
+    """Nothing named but the LoRA: its own settings, its teacher's end points at the guidance it was trained with."""
+    figures = api.evaluate(
+        prompt_file=prompt_file, out=tmp_path / "out", lora=student, teacher=tiny_pipeline, real=picture_folder,
+        device="cpu", settings={"steps": 2, "gamma": 0.0},
+    )  # fmt: skip
+    image_generator = load_image_generator(tiny_pipeline, student)
+    seeds = range(len(PROMPTS))
+    drawn = image_generator.draw(PROMPTS, seeds, image_generator.sampling.model_copy(update={"steps": 2, "gamma": 0.0}))
+    assert figures["detail: edges"].value == pytest.approx(edge_density(drawn).mean())
+    end = load_image_generator(tiny_pipeline).draw(PROMPTS, seeds, TEACHER_SAMPLING.model_copy(update={"omega": 1.5}))
+    assert figures["to teacher: pixels"].value == pytest.approx(pixel_rmse(drawn, end).mean())
+    own, floor = figures["KID-Lite0 (to teacher)"], figures["KID-Lite0 (to teacher)"].floor
+    assert floor is not None, "the teacher itself, from other noise"
+    assert floor < own.value
+    assert "agreement" not in figures
+    assert "pytorch_lora_weights 2 steps" in read_json(tmp_path / "out" / "figures.json")
+
+
+def test_a_student_beside_the_bundled_pictures(
+    student: Path, tiny_pipeline: Path, prompt_file: Path, tmp_path: Path
+) -> None:
+    """Names of concepts are measured against pictures of these, and their agreement."""
+    names = ["octopus", "red apple", "rocket", "pizza", "automobile", "tiger", "banana", "sun", "crown", "airplane"]
+    file = tmp_path / "names.txt"
+    file.write_text("\n".join(names) + "\n", encoding="utf-8")
+    figures = api.evaluate(
+        prompt_file=file, out=tmp_path / "out", lora=student, teacher=tiny_pipeline, device="cpu", settings={"steps": 1}
+    )
+    agreed = figures["agreement"]
+    assert agreed.floor is not None
+    assert agreed.floor > agreed.value + 0.1, "random weights draw nothing"
+    kid = figures["KID-Lite0"]
+    assert kid.floor is not None
+    assert kid.value > 10 * abs(kid.floor)
+    diverse = figures["diversity-Lite0"]
+    assert diverse.floor is not None, "of real pictures of one concept"
+
+
+def test_words_that_are_no_names_are_measured_against_all_pictures() -> None:
+    features = Features(Pooled(), progress=False)
+    gallery = measures.Gallery.load()
+    assert gallery.knows("octopus")
+    named = measures.emoji8_yardstick(["octopus", "tiger", "rocket", "pizza", "crown"] * 2, 64, 0, features)
+    other = measures.emoji8_yardstick(PROMPTS, 64, 0, features)
+    assert (named.real_diversity is None, other.real_diversity is None) == (False, True)
+    assert len(other.reference.pictures) == len(gallery.data.pictures) - len(PROMPTS)
+    assert 10 <= len(named.reference.pictures) < 40, "of these concepts alone"
+    with pytest.raises(UserError, match="6 real pictures to measure against; KID needs at least 10"):
+        measures.emoji8_yardstick(["octopus", "tiger"] * 5, 64, 0, features)
+    with pytest.raises(UserError, match="real left out means Emoji-8, pictures of 64 pixels"):
+        measures.emoji8_yardstick(PROMPTS, 512, 0, features)

@@ -1,0 +1,396 @@
+"""`fewstep export`: every form of every family is read back by those who will read it, and draws what we draw."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fewstep import export_as
+from fewstep.backbones.families import FAMILIES
+from fewstep.backbones.pipeline_folder import read_folder
+from fewstep.commands import app as cli
+from fewstep.commands.export import CARD_PROMPTS
+from fewstep.common.errors import UserError
+from fewstep.common.safetensors_header import read_safetensors_header
+from fewstep.distillation import distill as distillation
+from fewstep.distillation.config import resolve
+from fewstep.export.formats import ADAPTERS, FORMS, ExportForm, offer, table
+from fewstep.inference.generator import load_image_generator
+from fewstep.students.lora_header import check_lora
+from support import tiny_pipelines
+
+KINDS = tuple(dict.fromkeys(family.kind for family in FAMILIES.values()))
+MADE = {
+    "sd": tiny_pipelines.sd,
+    "pixart alpha": lambda folder: tiny_pipelines.pixart(folder, "PixArtAlphaPipeline"),
+    "flux schnell": lambda folder: tiny_pipelines.flux(folder, guidance=False),
+    "sd, v, zero terminal SNR": lambda folder: tiny_pipelines.sd(folder, "v_prediction", zero_snr=True),
+    **{kind: tiny_pipelines.FAMILIES[kind] for kind in KINDS if kind != "sd"},
+}
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: make(tmp_path_factory.mktemp("base") / "tiny") for name, make in MADE.items()}
+
+
+@pytest.fixture(scope="session")
+def students(
+    folders: dict[str, Path], picture_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], Path]:
+    """A student of each base, three steps; the scale alpha / rank is not 1."""
+    made = {}
+    for name, folder in folders.items():
+        for kind in ("lora", "full"):
+            words = [
+                f"teacher={folder}", f"data.source={picture_folder}", "device=cpu", f"student.kind={kind}",
+                "student.rank=2", "student.alpha=3", "loop.steps=3", "loop.batch=2", "loop.validate_every=null",
+                "optim.lr=1e-2", "optim.ema=null", "optim.warmup=0", "sampling.steps=2", "sampling.gamma=0.4",
+            ]  # fmt: skip
+            out = tmp_path_factory.mktemp("run")
+            made[name, kind] = distillation.distill(resolve("tcd", None, words), out, quiet=True)
+    return made
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", MADE)
+def test_what_is_written_is_read_back(
+    name: str,
+    form: ExportForm,
+    folders: dict[str, Path],
+    students: dict[tuple[str, str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By diffusers, by PEFT, or by us alone where nobody else reads it: all layers, and latents within 1e-4."""
+    base, student = folders[name], students[name, "lora"]
+    found = offer(form, read_folder(base).family.kind)
+    if found.reader is None:
+        with pytest.raises(UserError, match=rf"form = '{form}' is not offered for .*; the nearest is 'diffusers'"):
+            export_as(student, form, out=tmp_path / "made", teacher=base)
+        assert not (tmp_path / "made").exists()
+        return
+    place, checked = export_as(student, form, out=tmp_path / "made", teacher=base, prompts=["a red disc", "blue"])
+    assert checked is not None
+    assert checked.reader == found.reader
+    layers = len(check_lora(student, read_folder(base)).layers)
+    assert checked.loaded == checked.modules >= layers > 5
+    assert (checked.modules == layers) == (form in ADAPTERS)
+    assert checked.difference < 1e-4
+    card = (tmp_path / "made" / "README.md").read_text(encoding="utf-8")
+    assert "| network calls | 2 |" in card
+    assert ("```python" in card) == (found.reader != "fewstep")
+    if found.reader != "fewstep":
+        monkeypatch.chdir(tmp_path)
+        said = card.partition("```python\n")[2].partition("```")[0].replace('"BASE"', repr(str(base)))
+        if name.startswith("pixart"):  # of a size that no real one has
+            said = said.replace("**fewstep", "use_resolution_binning=False, height=64, width=64, **fewstep")
+        variables: dict[str, Any] = {}
+        exec(said, variables)  # the card's own lines
+        assert variables["picture"].size[0] >= 16
+    assert (tmp_path / "made" / "pictures.webp").stat().st_size > 100
+    assert place.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [(name, "merged") for name in MADE]
+    + [(name, "single-file") for name in MADE if name.startswith("sd") and name != "sd3"],
+)
+def test_a_fully_trained_student_is_exported_too(
+    name: str, form: ExportForm, students: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    student = students[name, "full"]
+    _, checked = export_as(student, form, out=tmp_path / "made", prompts=["a red disc"])
+    assert checked is not None
+    assert checked.loaded == checked.modules > 20
+    assert checked.difference < 1e-4
+    with pytest.raises(UserError, match="form = 'peft' holds a LoRA, the student is a whole pipeline"):
+        export_as(student, "peft", out=tmp_path / "no")
+
+
+def test_a_wrong_file_is_found_out(
+    folders: dict[str, Path], students: dict[tuple[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proof fails where a layer is lost or a scale is another; nothing is left."""
+    import fewstep.export.adapters as adapters
+    import fewstep.export.export as exporting
+
+    plain = adapters.write_kohya
+
+    def losing(file: Path, *more: Any) -> Path:
+        plain(file, *more)
+        tensors = load_file(file)
+        lost = next(iter(tensors)).rpartition(".lora_")[0].removesuffix(".alpha")
+        metadata, _ = read_safetensors_header(file)
+        save_file({key: value for key, value in tensors.items() if not key.startswith(lost)}, file, metadata)
+        return file
+
+    def scaling(file: Path, *more: Any) -> Path:
+        plain(file, *more)
+        metadata, _ = read_safetensors_header(file)
+        tensors = {key: value * (2 if key.endswith(".alpha") else 1) for key, value in load_file(file).items()}
+        save_file(tensors, file, metadata)
+        return file
+
+    for spoil, words in ((losing, r"\d+ of \d+ layers"), (scaling, "latents within")):
+        monkeypatch.setattr(exporting, "write_kohya", spoil)
+        with pytest.raises(UserError, match=rf"was not written: read back by diffusers: .*{words}"):
+            export_as(students["sd", "lora"], "kohya", out=tmp_path / "made", teacher=folders["sd"])
+        assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("form", ["merged", "single-file"])
+def test_a_wrong_part_of_a_whole_pipeline_is_found_out(
+    form: ExportForm,
+    folders: dict[str, Path],
+    students: dict[tuple[str, str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Latents do not show the autoencoder, and hardly a text encoder's last bits: both are counted, and one decodes."""
+    import fewstep.export.export as exporting
+
+    plain_file, plain_folder = exporting.checkpoint_weights, exporting.write_pipeline
+    wrong = ""
+
+    def one_file(*asked: Any, **more: Any) -> dict[str, torch.Tensor]:
+        weights = plain_file(*asked, **more)
+        name = next(name for name in weights if wrong in name and name.endswith("bias"))
+        return {**weights, name: weights[name] + 1e-6}
+
+    def one_folder(place: Path, *more: Any) -> None:
+        plain_folder(place, *more)
+        if wrong == "scale":
+            config = place / "vae" / "config.json"
+            config.write_text(json.dumps({**json.loads(config.read_text()), "scaling_factor": 0.2}))
+            return
+        (file,) = next(part for part in place.iterdir() if part.name.startswith(wrong)).glob("*.safetensors")
+        weights = load_file(file)
+        save_file({**weights, (name := next(iter(weights))): weights[name] + 1e-6}, file, {"format": "pt"})
+
+    monkeypatch.setattr(exporting, "checkpoint_weights", one_file)
+    monkeypatch.setattr(exporting, "write_pipeline", one_folder)
+    spoiled = {"single-file": ("first_stage_model.decoder", "cond_stage_model"), "merged": ("vae", "text", "scale")}
+    for wrong in spoiled[form]:
+        with pytest.raises(UserError, match="was not written: read back by diffusers") as told:
+            export_as(students["sd", "lora"], form, out=tmp_path / "made", teacher=folders["sd"], prompts=["a disc"])
+        came, went = re.findall(r"(\d+) of (\d+) tensors, latents and a decoded corner within", str(told.value))[0]
+        assert int(went) - int(came) == (wrong != "scale")
+        assert not (tmp_path / "made").exists()
+
+
+def test_a_teacher_is_read_back_as_well(folders: dict[str, Path], tmp_path: Path) -> None:
+    """A whole pipeline that solvers draw, with guidance: proved by a few plain jumps under the same guidance."""
+    _, checked = export_as(folders["sd"], "single-file", out=tmp_path / "made", prompts=["a red disc"])
+    assert checked is not None
+    assert checked.difference < 1e-4
+    with pytest.raises(UserError, match="student = 'none' is the teacher itself"):
+        export_as("none", "kohya", out=tmp_path / "no", teacher=folders["sd"])
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "pixart"])
+def test_a_scale_that_the_metadata_holds_goes_into_the_matrices(
+    name: str, folders: dict[str, Path], students: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    """By ComfyUI's rule, no `.alpha` key means scale 1: B A of the file is the whole change."""
+    folder = read_folder(folders[name])
+    said = {f"{folder.network}.r": 2, f"{folder.network}.lora_alpha": 3}
+    save_file(
+        load_file(students[name, "lora"]), tmp_path / "scaled.safetensors", {"lora_adapter_metadata": json.dumps(said)}
+    )
+    path, _ = export_as(tmp_path / "scaled.safetensors", out=tmp_path / "made", teacher=folders[name], check=False)
+    header = check_lora(tmp_path / "scaled.safetensors", folder)
+    own, made = load_file(header.file), load_file(path)
+    assert not [key for key in made if key.endswith(".alpha")]
+    for layer in header.layers.values():
+        assert layer.scale == 1.5
+        a, b = (own[key].float() for key in layer.keys)
+        ours = made[layer.keys[1]].float().flatten(1) @ made[layer.keys[0]].float().flatten(1)
+        torch.testing.assert_close(ours, 1.5 * b.flatten(1) @ a.flatten(1))
+    assert {layer.scale for layer in check_lora(path, folder).layers.values()} == {1.0}
+
+
+def test_half_precision_is_a_rounding(
+    folders: dict[str, Path], students: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    """Every matrix of the file is the fp32 one, rounded; and so the picture, within the stated share."""
+    made = {}
+    for precision in ("fp32", "fp16"):
+        path, checked = export_as(
+            students["sdxl", "lora"], "single-file", out=tmp_path / precision, teacher=folders["sdxl"],
+            precision=precision, prompts=["a red disc"],
+        )  # fmt: skip
+        made[precision] = load_file(path)
+        assert checked is not None
+        assert checked.loaded == checked.modules
+    for name, value in made["fp16"].items():
+        assert value.dtype == torch.float16
+        assert torch.equal(value, made["fp32"][name].half()), name
+    base = folders["sdxl"]
+    path, _ = export_as(
+        students["sdxl", "lora"], "merged", out=tmp_path / "merged", teacher=base, precision="fp16",
+        prompts=["a red disc"], check=False,
+    )  # fmt: skip
+    (own,) = (path / "unet").glob("*.safetensors")
+    assert {value.dtype for value in load_file(own).values()} == {torch.float16}
+    for part in ("vae", "text_encoder", "text_encoder_2"):  # the base's own files
+        (own,) = (path / part).glob("*.safetensors")
+        assert own.read_bytes() == (base / part / own.name).read_bytes()
+
+
+def test_settings_are_read_back_from_every_form(
+    folders: dict[str, Path], students: dict[tuple[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`fewstep sample` draws the same from the student and from each of its exports."""
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+    base, student = folders["sd"], students["sd", "lora"]
+    asked = ["a red disc", "--seed", "3", "--device", "cpu", "--scale", "1"]
+
+    def drawn(*words: str) -> bytes:
+        with pytest.raises(SystemExit) as left:
+            cli.main(["sample", *asked, *words, "--out", str(tmp_path / "drawn.png")])
+        assert left.value.code == 0
+        return (tmp_path / "drawn.png").read_bytes()
+
+    wanted = drawn("--teacher", str(base), "--lora", str(student.parent))
+    assert wanted != drawn("--teacher", str(base), "--lora", "none", "--steps", "2", "--sampler", "sss", "--omega", "0")
+    for form in FORMS:
+        path, _ = export_as(student, form, out=tmp_path / form, teacher=base, check=False)
+        if form == "merged":
+            told = ["--teacher", str(path), "--lora", "none"]
+        elif form == "single-file":
+            told = ["--teacher", str(path), "--config", str(base), "--lora", "none"]
+        else:
+            told = ["--teacher", str(base), "--lora", str(path)]
+        assert drawn(*told) == wanted, form
+
+
+def test_a_student_that_is_told_where_it_lands(folders: dict[str, Path], picture_folder: Path, tmp_path: Path) -> None:
+    """Its second embedding goes along where there is a place for it."""
+    words = [
+        f"teacher={folders['sd']}", f"data.source={picture_folder}", "device=cpu", "student.rank=2", "loop.steps=2",
+        "loop.batch=2", "loop.validate_every=null", "optim.lr=1e-2", "optim.ema=null", "optim.warmup=0",
+    ]  # fmt: skip
+    student = distillation.distill(resolve("tcd-s", None, words), tmp_path / "run", quiet=True)
+    for form in ("diffusers", "merged"):
+        path, checked = export_as(student, form, out=tmp_path / form, teacher=folders["sd"])
+        assert checked is not None
+        assert (checked.reader, checked.difference) == ("fewstep", pytest.approx(0, abs=1e-5))
+        folder = path if form == "merged" else path.parent
+        assert (folder / "conditioning.safetensors").read_bytes() == (
+            student.parent / "conditioning.safetensors"
+        ).read_bytes()
+        assert "fewstep.attach(pipe" in (folder / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(UserError, match=r"form = 'kohya' has no place for what the student is told \(s\)"):
+        export_as(student, "kohya", out=tmp_path / "no", teacher=folders["sd"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["tcd", "--form", "kohja"], "form = 'kohja' is unknown; the nearest is 'kohya'"),
+        (["tcd", "--form", "single-file"], "holds CLIP text encoders, the text_encoder is a BertModel"),
+        (["tdc"], "lora = 'tdc' is neither a file nor a bundled student; the nearest is 'tcd'"),
+        (["tcd", "--precision", "fp8"], "precision = 'fp8' is unknown; the nearest legal one is 'fp16'"),
+        (["tcd", "--precision", "bf16"], "precision = 'bf16' is of whole networks, and a LoRA is written as it was"),
+        (["WHOLE", "--form", "merged", "--teacher", "nowhere"], "teacher = 'nowhere' says nothing beside student ="),
+        (["tcd", "--out", "TAKEN"], "which would be lost; the nearest is a new folder"),
+    ],
+)  # fmt: skip
+def test_refusals(words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("years of work")
+    given = {"TAKEN": str(tmp_path / "taken"), "WHOLE": str(_teacher())}
+    words = [given.get(word, word) for word in words]
+    if "--out" not in words:
+        words += ["--out", str(tmp_path / "new")]
+    with pytest.raises(SystemExit) as left:
+        cli.main(["export", *words])
+    assert left.value.code == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+    assert (tmp_path / "taken" / "thesis.txt").read_text() == "years of work"
+
+
+def test_what_does_not_belong_together_is_told_in_one_line(
+    folders: dict[str, Path],
+    students: dict[tuple[str, str], Path],
+    picture_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Another base, another rank, another number of channels: exit code 2, before any long work."""
+    own, other, lora = folders["sd"], folders["sdxl"], str(students["sd", "lora"])
+    fitting = tmp_path / "fitting"
+    shutil.copytree(own, fitting)
+    weights = fitting / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: value + 1e-3 for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    wide = tmp_path / "wide"
+    shutil.copytree(own, wide)
+    config = wide / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "in_channels": 9}))
+    new = ["--out", str(tmp_path / "new")]
+    drawn = ["--out", str(tmp_path / "new.png")]
+    data = ["-s", f"data.source={picture_folder}"]
+    for words, said in (
+        (["sample", "a", "--lora", lora, "--teacher", str(other), *drawn], "is for another base"),
+        (["sample", "a", "--lora", lora, "--teacher", str(fitting), *drawn], "was trained on another base (sha256"),
+        (["export", lora, "--teacher", str(other), *new], "is for another base"),
+        (["export", lora, "--teacher", str(fitting), *new], "was trained on another base (sha256"),
+        (["distill", "--teacher", str(own), *data, *new, "-s", f"student.start={lora}"], "the nearest legal rank is 2"),
+        (["sample", "a", "--lora", "none", "--teacher", str(wide), *drawn], "in_channels = 9, its latents have 4"),
+        (["distill", "--teacher", str(wide), *data, *new], "in_channels = 9, its latents have 4"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            cli.main(words)
+        told = capsys.readouterr().err
+        assert left.value.code == 2, words
+        assert said in told
+        assert told.count("\n") == 1
+        assert not (tmp_path / "new").exists()
+        assert not (tmp_path / "new.png").exists()
+
+
+def test_the_bundled_student_for_other_tools(tmp_path: Path) -> None:
+    """One line by the command; the card shows what was drawn, and tells the file's own settings."""
+    path, checked = export_as("tcd", "kohya", out=tmp_path / "tcd-kohya")
+    assert checked is not None
+    assert checked.difference < 1e-4
+    assert path.name == "tcd-kohya.safetensors"
+    alphas = {key: float(value) for key, value in load_file(path).items() if key.endswith(".alpha")}
+    header = check_lora(_bundled(), read_folder(_teacher()))
+    assert len(alphas) == len(header.layers) == checked.modules
+    layer = next(iter(header.layers.values()))
+    assert set(alphas.values()) == {layer.scale * layer.a[0]}
+    card = (tmp_path / "tcd-kohya" / "README.md").read_text(encoding="utf-8")
+    for prompt in CARD_PROMPTS:
+        assert prompt in card
+    record = json.loads(card.rpartition("```json\n")[2].removesuffix("\n```\n"))
+    assert record["sampling"] == load_image_generator(_teacher(), _bundled()).sampling.model_dump(mode="json")
+
+
+def _teacher() -> Path:
+    from fewstep.backbones.teachers import teacher_path
+
+    return teacher_path("")
+
+
+def _bundled() -> Path:
+    from fewstep_worlds.emoji8.location import root
+
+    return root() / "students" / "tcd"
+
+
+def test_the_table_of_the_docs_is_the_code_s() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+    assert table(KINDS) in text

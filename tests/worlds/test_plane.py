@@ -1,0 +1,209 @@
+"""The playground: its exact distance, its teacher as a network, and what recipes learn there."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+
+from fewstep.common.choices import Prediction
+from fewstep.common.errors import UserError
+from fewstep.common.files import read_json
+from fewstep.diffusion.schedule import FlowMatching, expand, interpret, scaled_linear
+from fewstep_worlds.plane.api import play as play_all
+from fewstep_worlds.plane.api import playground
+from fewstep_worlds.plane.mixture import rice_mean, ring
+from fewstep_worlds.plane.planar import Planar
+from fewstep_worlds.plane.play import (
+    Measured,
+    draw_points,
+    landing_end,
+    lay_out,
+    learned_base,
+    measure,
+    train_play,
+    training_points,
+)
+from fewstep_worlds.plane.settings import PathName, resolve_play
+from support.exact import gaussian, three_modes, times_of
+
+# a wider step of the teacher, so that a short run goes far
+SHORT = [
+    "method.k=5", "loop.steps=400", "loop.batch=128", "count=4000", "shown=2000", "steps=[1,4]", "gammas=[0.0]",
+    "width=64", "base=exact", "optim.lr=1e-3",
+]  # fmt: skip
+
+
+def test_rices_mean() -> None:
+    """E|d + s z| in the plane, against its two limits and a million draws."""
+    far, near = torch.tensor([1e3, 0.0], dtype=torch.float64), torch.tensor([0.5, 0.7], dtype=torch.float64)
+    assert rice_mean(far, near)[0].item() == pytest.approx(1e3 + 0.25 / 2e3, rel=1e-9)
+    assert rice_mean(far, near)[1].item() == pytest.approx(0.7 * math.sqrt(math.pi / 2), rel=1e-12)
+    z = torch.randn(1_000_000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    drawn = (0.8 * z + torch.tensor([1.1, 0.0])).norm(dim=1).mean()
+    found = rice_mean(torch.tensor(1.1).double(), torch.tensor(0.8).double()).item()
+    assert found == pytest.approx(float(drawn), abs=2e-3)
+
+
+def test_energy_distance_is_zero_for_the_law_itself_alone() -> None:
+    """Unbiased over draws, at any time; a shift of two Gaussians has a closed form."""
+    path = scaled_linear()
+    mixture = three_modes(path)
+    for t in (-1.0, 400.0):
+        found = [mixture.energy(mixture.sample(500, t, torch.Generator().manual_seed(i)), t) for i in range(30)]
+        mean, spread = sum(found) / 30, torch.tensor(found).std().item() / math.sqrt(30)
+        assert abs(mean) < 3 * spread
+        assert min(found) < 0 < max(found)
+    one = gaussian(path, std=0.6)
+    moved = one.sample(4000, -1.0, torch.Generator().manual_seed(1)) + torch.tensor([0.5, 0.0])
+    std = torch.tensor(0.6 * math.sqrt(2)).double()
+    wanted = 2 * rice_mean(torch.tensor(0.5).double(), std) - 2 * rice_mean(torch.tensor(0.0).double(), std)
+    assert one.energy(moved, -1.0) == pytest.approx(wanted.item(), abs=0.01)
+
+
+@pytest.mark.parametrize("prediction", get_args(Prediction))
+def test_a_fresh_network_is_the_exact_teacher(prediction: Prediction) -> None:
+    path = FlowMatching() if prediction == "flow" else scaled_linear()
+    mixture = ring(path)
+    t = times_of(0.4 * path.noisiest, torch.empty(64))
+    x = mixture.sample(64, float(t[0]), torch.Generator().manual_seed(0))
+    out = Planar(mixture, prediction, width=16)(x, t).detach()
+    said = interpret(prediction, out, x, expand(path.alpha(t), x), expand(path.sigma(t), x))
+    wanted = mixture.denoise(x, t)
+    assert float((said.x0 - wanted.x0).abs().max()) < 1e-5
+    assert float((said.eps - wanted.eps).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("path", get_args(PathName))
+def test_stored_points_lie_on_exact_trajectories(path: PathName) -> None:
+    play = lay_out(
+        resolve_play("kd", [f"path={path}", "count=100", "method.grid=8", "method.k=7", "sampling.grid=8", "steps=[1]"])
+    )
+    points = training_points(play).double()
+    noisy, end = points[:, -1], points[:, 0]
+    teacher = play.teacher
+    from fewstep.diffusion.grid import end_time, training_grid
+
+    grid = training_grid(teacher.path, 8)
+    middle = teacher.flow(noisy, times_of(float(grid[-1]), noisy), times_of(float(grid[3]), noisy), steps=400)
+    assert float((points[:, 4] - middle).abs().max()) < 2e-3
+    last = teacher.flow(
+        noisy, times_of(float(grid[-1]), noisy), times_of(end_time(teacher.path, "index0"), noisy), steps=400
+    )
+    assert float((end - last).abs().max()) < 5e-3
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Measured]:
+    found = {}
+    for recipe in ("lcm", "tcd", "tcd-s", "mcm"):
+        play = train_play(resolve_play(recipe, SHORT), tmp_path_factory.mktemp(recipe), quiet=True)
+        found[recipe] = measure(play)
+    found["untaught"] = measure(lay_out(resolve_play("tcd", SHORT)))
+    return found
+
+
+def test_recipes_learn_what_they_are_for(taught: dict[str, Measured]) -> None:
+    """A network conditioned on s is far better at one step. Segments have no effect there."""
+    at = {name: {steps: figures.best(steps)[1] for steps in (1, 4)} for name, figures in taught.items()}
+    assert all(at[name][1] < at["untaught"][1] for name in ("lcm", "tcd", "tcd-s"))
+    assert all(at[name][4] < at["untaught"][4] for name in ("lcm", "tcd", "tcd-s", "mcm"))
+    assert at["tcd-s"][1] < 0.7 * at["tcd"][1]
+    assert at["mcm"][1] > 2 * at["tcd"][1]
+    assert at["mcm"][4] < 0.1 * at["mcm"][1]
+
+
+FOLLOWERS: dict[str, dict[str, object]] = {
+    **{name: {"sampler": name} for name in ("ddim", "euler", "heun", "dpm_2", "dpmpp_2s", "sde_dpmpp_2m")},
+    "sss, gamma 0": {"sampler": "sss", "gamma": 0.0},
+    "sss, gamma .2": {"sampler": "sss", "gamma": 0.2},
+    "sss, gamma .2 in noise": {"sampler": "sss", "gamma": 0.2, "gamma_law": "noise"},
+    "sss of second order": {"sampler": "sss", "gamma": 0.0, "jump": "second_order"},
+}
+
+
+@pytest.mark.parametrize("path", get_args(PathName))
+@pytest.mark.parametrize("name", FOLLOWERS)
+def test_many_small_steps_of_the_exact_network_draw_the_exact_law(name: str, path: str) -> None:
+    """Every sampler, on every path, from where drawing starts to where it ends: 40 calls of a network that is right."""
+    play = lay_out(resolve_play("tcd", [f"path={path}", "base=exact", "shown=1000"]))
+    sampling = play.config.sampling.model_copy(update=FOLLOWERS[name] | {"steps": 40})
+    play = replace(play, config=play.config.model_copy(update={"sampling": sampling}))
+    energy = play.teacher.energy(draw_points(play, 40, sampling.gamma), landing_end(play))
+    few = play.teacher.energy(draw_points(play, 4, sampling.gamma), landing_end(play))
+    assert energy < 0.005
+    assert few > 1.7 * energy
+
+
+def test_a_learned_base_is_near_the_exact_teacher(tmp_path: Path) -> None:
+    """It samples as the teacher does, and is not it; a student in the plane is still taught by the exact one."""
+    config = resolve_play("tcd", ["base_steps=600", "width=64", "shown=1000"])
+    weights = learned_base(config, tmp_path, quiet=True)
+    fresh, base = lay_out(config), lay_out(config, weights)
+    sampling = config.sampling.model_copy(update={"sampler": "ddim", "steps": 20})
+    energies = {}
+    for name, play in {"fresh": fresh, "base": base}.items():
+        drawn = replace(play, config=config.model_copy(update={"sampling": sampling}))
+        energies[name] = play.teacher.energy(draw_points(drawn, 20), landing_end(drawn))
+    assert energies["base"] < 0.25 * energies["fresh"]
+    x, t = torch.randn(50, 2, generator=torch.Generator().manual_seed(0)), times_of(500.0, torch.zeros(50, 2))
+    exact = base.teacher.denoise(x.double(), t).eps
+    said = {role: base.denoiser.estimate(x, t, {}, role).eps.detach().double() for role in ("teacher", "student")}
+    assert float((said["teacher"] - exact).abs().max()) < 1e-6
+    assert 1e-4 < float((said["student"] - exact).square().mean().sqrt()) < 0.1
+
+
+def test_illegal_settings_are_refused_before_the_training(tmp_path: Path) -> None:
+    for words, told in (
+        (
+            ["method.extra_conditioning=[s]"],
+            r"sampling.extra_conditioning = \[\] is not what the network is trained with",
+        ),
+        (["method.distance=features"], r"method.distance = 'features' asks for a network's features"),
+        (["method.grid=25"], r"sampling.grid = 50 asks for times that method.grid = 25 does not train"),
+        (["sampling.end=clean"], r"sampling.end = 'clean' is not the end point that is trained"),
+        (["gammas=[2]"], r"gammas = \[2.0\] must rise within 0 to 1; the nearest legal is \[1.0\]"),
+        (["steps=[]"], r"steps = \[\] on a grid of 50 points; the nearest legal is \[1\]"),
+        (["steps=[0,60]"], r"steps = \[0, 60\] on a grid of 50 points; the nearest legal is \[1, 50\]"),
+        (["path=flow", "prediction=eps"], r"prediction = 'eps' says nothing of x_0 where a flow starts; .*'flow'"),
+        (["method.guidance.convention=lcm"], r"method.guidance asks for a prompt, the plane has none"),
+        (["sampling.omega=2"], r"sampling.omega = 2 asks for a prompt"),
+        (["path=ve", "sampling.grid=25"], r"sampling.grid = 25 asks for times that method.grid = 50 does not train"),
+    ):
+        with pytest.raises(UserError, match=told):
+            resolve_play("tcd", words)
+    with pytest.raises(UserError, match=r"stage '8 segments'.*leaves a segment of 5 points"):
+        resolve_play("tscd", ["method.k=6"])
+    for words, told in (
+        (["method.grid=77", "sampling.grid=77"], r"grid = 77 does not divide 1000 training indices"),
+        (
+            ["method.grid=[9,99]", "sampling.grid=[9,99]", "sampling.steps=2", "steps=[1]"],
+            r"ends below pure noise, .*is \[9\.0, 999\.0\]",
+        ),
+    ):
+        with pytest.raises(UserError, match=told):
+            play_all([resolve_play("tcd", words)], tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_verb_draws_its_figure(tmp_path: Path) -> None:
+    from PIL import Image
+
+    words = ["base_steps=3", "loop.steps=3", "count=200", "shown=200", "steps=[1,2]", "width=16", "loop.batch=16"]
+    figure = playground("lcm, tcd-s", out=tmp_path / "play", overrides=words)
+    with Image.open(figure) as image:
+        assert image.size[0] > 500
+    figures = read_json(tmp_path / "play" / "figures.json")
+    assert figures.keys() == {"lcm", "tcd-s"}
+    assert len(figures["tcd-s"]["energy"]) == 6
+    rows = (tmp_path / "play" / "table.md").read_text().splitlines()
+    assert [row.split(" | ")[0] for row in rows[2:]] == ["| lcm", *["| tcd-s"] * 3]
+    with pytest.raises(UserError, match=r"recipe = 'tdc' is not one of"):
+        playground(["tdc"], out=tmp_path / "no")
+    with pytest.raises(UserError, match=r"unknown key pth; the nearest known one is path"):
+        playground("tcd", out=tmp_path / "no", overrides="pth=flow")
+    assert not (tmp_path / "no").exists()
