@@ -9,7 +9,7 @@ import pytest
 from pydantic import Field, model_validator
 
 from fewstep.common import core_yaml
-from fewstep.common.config import Config, dotted_keys, merge, nearest_key, parse_overrides, read_yaml, validate
+from fewstep.common.config import Config, dotted_keys, merge, similar_key, parse_overrides, read_yaml, validate
 from fewstep.common.errors import UserError, nearest
 from fewstep.diffusion.config import Sampling
 from fewstep.distillation.config import DistillConfig, resolve
@@ -209,10 +209,10 @@ def test_overrides_add_up_and_the_last_wins() -> None:
 @pytest.mark.parametrize(
     ("data", "line"),
     [
-        ({"cuont": 1}, "unknown key cuont; the nearest known one is count"),
-        ({"inner": {"raet": 1}}, "unknown key inner.raet; the nearest known one is inner.rate"),
-        ({"other": {"raet": 1}}, "unknown key other.raet; the nearest known one is other.rate"),
-        ({"rate": 1}, "unknown key rate; the nearest known one is inner.rate"),
+        ({"cuont": 1}, "unknown key cuont; did you mean count?"),
+        ({"inner": {"raet": 1}}, "unknown key inner.raet; did you mean inner.rate?"),
+        ({"other": {"raet": 1}}, "unknown key other.raet; did you mean other.rate?"),
+        ({"rate": 1}, "unknown key rate; did you mean inner.rate?"),
         ({"count": 0}, "count = 0 must be at least 1; the nearest legal one is 1"),
         ({"count": 6}, "count = 6 must be at most 5; the nearest legal one is 5"),
         ({"inner": {"rate": 0}}, "inner.rate = 0 must be above 0"),
@@ -255,7 +255,7 @@ def test_numbers_become_text_where_text_is_wanted() -> None:
 def test_configs_are_frozen_and_list_their_keys() -> None:
     assert dotted_keys(Outer)[:3] == ["inner", "inner.rate", "inner.name"]
     assert "sampling.gamma" in dotted_keys(DistillConfig)
-    assert nearest_key(DistillConfig, "gama") == "sampling.gamma"
+    assert similar_key(DistillConfig, "gama") == "; did you mean sampling.gamma?"
     assert nearest_key(DistillConfig, "optim.gama") == "sampling.gamma"
     with pytest.raises(Exception, match="frozen"):
         Outer().count = 2  # type: ignore[misc]

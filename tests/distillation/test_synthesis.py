@@ -487,7 +487,7 @@ def refused(
     ("change", "words"),
     [
         ("kind=latent", "kind = 'latent' is not one of latents, trajectories; the nearest is latents"),
-        ("grids=4", "unknown key grids; the nearest known one is grid"),
+        ("grids=4", "unknown key grids; did you mean grid?"),
         ("grid=0", "grid = 0 has no points; the nearest legal one is 1"),
         ("grid=60", "grid = 60 does not divide the teacher's 1000 training indices; the nearest legal one is 50"),
         ("grid=[500,300,999]", "grid = [500.0, 300.0, 999.0] does not rise; the nearest is [300.0, 500.0, 999.0]"),

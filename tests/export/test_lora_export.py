@@ -187,7 +187,7 @@ def test_scales_of_foreign_adapters(adapter: dict[str, Any], scale: float, tmp_p
     [
         ({"fewstep": []}, "fewstep is no mapping"),
         ({"fewstep": {"sampling": {"steps": 0}}}, "steps = 0 must be at least 1"),
-        ({"fewstep": {"sampling": {"stpes": 1}}}, "unknown key stpes; the nearest known one is steps"),
+        ({"fewstep": {"sampling": {"stpes": 1}}}, "unknown key stpes; did you mean steps?"),
         ({"lora_adapter_metadata": {"unet.lora_alpha": "much"}}, "has broken metadata"),
         ({"lora_adapter_metadata": 3}, "has broken metadata"),
         ({"lora_adapter_metadata": {"unet.lora_alpha": float("inf")}}, "has broken metadata: alpha is inf"),

@@ -1,7 +1,7 @@
 """Typed configuration: YAML files, dotted overrides, one-line refusals.
 
 Every config of the project is a frozen pydantic model. What is laid over its defaults (a recipe, a YAML file,
-`a.b.c=value` overrides) is merged and validated here, and an unknown key is told the nearest known one.
+`a.b.c=value` overrides) is merged and validated here. Errors name the field and, for a near spelling, the key meant.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 
 from fewstep.common import core_yaml
-from fewstep.common.errors import UserError, nearest
+from fewstep.common.errors import UserError, did_you_mean
 from fewstep.common.text import read_text
 
 
@@ -106,9 +106,8 @@ def _merge_named(key: str, items: Sequence[Any], change: Mapping[str, Any]) -> l
     names = [str(item["name"]) for item in items]
     for name, own in change.items():
         if name not in names:
-            raise UserError(
-                f"{key}.{name}: {key} holds {', '.join(names)}; the nearest is {nearest(str(name), names)!r}"
-            )
+            known = f"{key} holds {', '.join(names)}{did_you_mean(str(name), names)}"
+            raise UserError(f"{key}.{name}: {known}", field=f"{key}.{name}")
         if not isinstance(own, Mapping):
             raise UserError(f"{key}.{name} = {own!r} must be a mapping of what changes, e.g. {{share: 100}}")
     return [merge(item, change.get(name, {})) for name, item in zip(names, items, strict=True)]
@@ -165,8 +164,11 @@ def dotted_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
-def nearest_key(model: type[BaseModel], wrong: str) -> str:
-    """The known dotted key nearest to `wrong`: by its last word; the same section, then the top, before others."""
+def similar_key(model: type[BaseModel], wrong: str) -> str:
+    """Return "; did you mean x?" with the known dotted key most like `wrong`; empty where none is.
+
+    Last words are compared; the same section, then the top level, come before others.
+    """
     section, _, word = wrong.rpartition(".")
 
     def likeness(key: str) -> tuple[float, int]:
@@ -174,7 +176,8 @@ def nearest_key(model: type[BaseModel], wrong: str) -> str:
         alike = difflib.SequenceMatcher(None, word, own_word).ratio() + 0.2 * (own_section == section)
         return alike, -key.count(".")
 
-    return max(dotted_keys(model), key=likeness)
+    best = max(dotted_keys(model), key=likeness)
+    return f"; did you mean {best}?" if likeness(best)[0] >= 0.75 else ""
 
 
 BOUNDS = {
@@ -195,8 +198,22 @@ SHAPES = {
 """pydantic's complaint about a value's shape -> what it must be."""
 
 
+STATED = re.compile(r"([a-z_][\w.]*) = ")
+"""A message that names its field first, as those of whole sections do."""
+
+
+def field_of(error: ValidationError) -> str:
+    """Return the dotted name of the first wrong field."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    stated = STATED.match(first["msg"].removeprefix("Value error, "))
+    if stated is None or not isinstance(first["input"], Mapping | BaseModel):
+        return place
+    return stated[1] if not place or stated[1].startswith(f"{place}.") else f"{place}.{stated[1]}"
+
+
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """Turn the first complaint of pydantic into one line: field, value, nearest legal value."""
+    """Return the first complaint of pydantic as one line: field, value, reason, remedy."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     kind, given = first["type"], first["input"]
@@ -205,19 +222,16 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         nested = "".join(f"{section}: {{" for section in sections) + f"{last}: ..." + "}" * len(sections)
         return f"unknown key {where}; in a mapping sections are nested: {nested}"
     if kind == "extra_forbidden":
-        return f"unknown key {where}; the nearest known one is {nearest_key(model, where)}"
+        return f"unknown key {where}{similar_key(model, where)}"
     if kind == "missing":
         return f"{where} is missing"
     if kind == "literal_error":
         legal = [word.strip("' ") for word in first["ctx"]["expected"].replace(" or ", ", ").split(",")]
-        best = nearest(str(given), legal)
-        return f"{where} = {given!r} is not one of {', '.join(legal)}; the nearest is {best}"
+        return f"{where} = {given!r} is not one of {', '.join(legal)}{did_you_mean(str(given), legal)}"
     if kind in BOUNDS:
         name, words = BOUNDS[kind]
         bound = first["ctx"][name]
-        return f"{where} = {given!r} must be {words} {bound:g}" + (
-            f"; the nearest legal one is {bound:g}" if name in ("ge", "le") else ""
-        )
+        return f"{where} = {given!r} must be {words} {bound:g}"
     if kind in SHAPES and where:
         return f"{where} = {given!r} must be {SHAPES[kind]}"
     message = first["msg"].removeprefix("Value error, ")
@@ -244,7 +258,7 @@ def validate(model: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:
     try:
         return model.model_validate(merge(section_defaults(model), data))
     except ValidationError as error:
-        raise UserError(explain(error, model)) from error
+        raise UserError(explain(error, model), field=field_of(error)) from error
 
 
 def first_difference(old: Any, new: Any, prefix: str = "") -> str:

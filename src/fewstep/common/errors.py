@@ -7,10 +7,17 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake in what the user gave: one line naming the field, its value and the nearest legal one.
+    """A mistake in what the user gave, in one line: field, value, reason, remedy.
 
     The command prints it without a traceback and exits with code 2.
+
+    Attributes:
+        field: the setting (dotted), argument, option or file that is wrong; empty where no single one is.
     """
+
+    def __init__(self, message: object, *, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class NotFiniteError(UserError):
@@ -20,6 +27,13 @@ class NotFiniteError(UserError):
 def nearest_divisor(count: int, total: int) -> int:
     """Return the divisor of `total` that is nearest to `count`, the smaller of two."""
     return min((n for n in range(1, total + 1) if total % n == 0), key=lambda n: abs(n - count))
+
+
+def did_you_mean(word: str, legal: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" where a legal word is spelled nearly like `word`, else an empty string."""
+    by_lower = {option.lower(): option for option in legal}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.75)
+    return f"; did you mean {by_lower[close[0]]!r}?" if close else ""
 
 
 def nearest(word: str, legal: Iterable[str]) -> str:
