@@ -199,17 +199,27 @@ SHAPES = {
 
 
 STATED = re.compile(r"([a-z_][\w.]*) = ")
-"""A message that names its field first, as those of whole sections do."""
+"""A message that opens with its field, as those of a section's own validators do."""
+
+
+def _located(error: ValidationError) -> tuple[str, str]:
+    """Return the dotted name of the first wrong field and the message about it, which names the field first."""
+    first = error.errors()[0]
+    place, given = ".".join(str(part) for part in first["loc"]), first["input"]
+    message = first["msg"].removeprefix("Value error, ")
+    if not isinstance(given, Mapping | BaseModel):
+        return place, f"{place} = {given!r}: {message}"
+    stated = STATED.match(message)
+    if stated is None:
+        return place, f"{place}: {message}" if place else message
+    if not place or stated[1].startswith(f"{place}."):
+        return stated[1], message
+    return f"{place}.{stated[1]}", f"{place}.{message}"
 
 
 def field_of(error: ValidationError) -> str:
     """Return the dotted name of the first wrong field."""
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
-    stated = STATED.match(first["msg"].removeprefix("Value error, "))
-    if stated is None or not isinstance(first["input"], Mapping | BaseModel):
-        return place
-    return stated[1] if not place or stated[1].startswith(f"{place}.") else f"{place}.{stated[1]}"
+    return _located(error)[0]
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
@@ -234,10 +244,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         return f"{where} = {given!r} must be {words} {bound:g}"
     if kind in SHAPES and where:
         return f"{where} = {given!r} must be {SHAPES[kind]}"
-    message = first["msg"].removeprefix("Value error, ")
-    if not where:
-        return message
-    return f"{where}: {message}" if isinstance(given, Mapping | BaseModel) else f"{where} = {given!r}: {message}"
+    return _located(error)[1]
 
 
 def section_defaults(model: type[BaseModel]) -> dict[str, Any]:
