@@ -3,7 +3,7 @@
     python benchmarks/scale.py
 
 No weights are made and nothing is computed: each network of the real shape takes a step on tensors without data, and
-what it would hold at once and how much it would multiply is added up. Prints docs/scale.md's tables.
+what it would hold at once and how much it would multiply is added up. Prints docs/guide/scale.md's tables.
 """
 
 from __future__ import annotations

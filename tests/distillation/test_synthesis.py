@@ -233,8 +233,8 @@ def test_the_cost_is_what_is_paid(
 
 
 def test_the_documented_sizes() -> None:
-    """The arithmetic of docs/synthesis.md."""
-    page = (Path(__file__).resolve().parents[2] / "docs" / "synthesis.md").read_text(encoding="utf-8")
+    """The arithmetic of docs/guide/synthesis.md."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "guide" / "synthesis.md").read_text(encoding="utf-8")
     settings = {kind: resolve_synthesis("grid=50", kind=kind) for kind in ("latents", "trajectories")}
     for name, shape in {"SDXL": (4, 128, 128), "Stable Diffusion": (4, 64, 64), "bundled": (16, 8, 8)}.items():
         (row,) = [line for line in page.splitlines() if line.startswith(f"| {name}")]

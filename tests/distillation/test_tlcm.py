@@ -144,7 +144,7 @@ def test_killed_in_any_stage_it_ends_where_the_uninterrupted_run_ends(
 def test_walks_that_were_drawn_beforehand_feed_it(
     words: list[str], prompt_file: Path, tiny_pipeline: Path, tmp_path: Path, tiny_cache: Path
 ) -> None:
-    """The words of docs/synthesis.md: the first stage asks the teacher nothing, the others go on as ever."""
+    """The words of docs/guide/synthesis.md: the first stage asks the teacher nothing, the others go on as ever."""
     drawn = ["grid=40", "each=2", "shard=8", "guidance.low=2", "guidance.high=4", "device=cpu"]
     walks = synthesize(
         prompt_file, out=tmp_path / "walks", teacher=tiny_pipeline, kind="trajectories", overrides=[*drawn, "end=clean"]

@@ -392,5 +392,5 @@ def _bundled() -> Path:
 
 
 def test_the_table_of_the_docs_is_the_code_s() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "guide" / "export.md").read_text(encoding="utf-8")
     assert table(KINDS) in text

@@ -1,6 +1,6 @@
 """The ComfyUI node's sampler, in ComfyUI's own scale, beside ours: the same calls, noise and latents.
 
-The node was run in ComfyUI itself, too; docs/comfyui.md says how, and what came of it.
+The node was run in ComfyUI itself, too; docs/guide/comfyui.md says how, and what came of it.
 """
 
 from __future__ import annotations

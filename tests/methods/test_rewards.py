@@ -245,7 +245,7 @@ def test_identity_is_complete(folders: dict[str, Path], name: str) -> None:
     assert ("black around" in identity.input) == (name == "hpsv2")
     assert "arXiv" in identity.paper
     assert "commercial" in identity.commercial
-    guide = (Path(__file__).parents[2] / "docs" / "preference.md").read_text(encoding="utf-8")
+    guide = (Path(__file__).parents[2] / "docs" / "guide" / "rewards.md").read_text(encoding="utf-8")
     assert f"`{name}`" in guide
     for value in (identity.licence, identity.commercial, identity.span):
         assert value in " ".join(guide.split()), value
@@ -372,7 +372,7 @@ def test_folders_are_refused_in_one_line(folders: dict[str, Path], tmp_path: Pat
     (tmp_path / "ImageReward.pt").write_bytes(b"pickle")
     text = refusal("image_reward", tmp_path)
     assert "ImageReward.pt" in text
-    assert "docs/preference.md" in text
+    assert "docs/guide/rewards.md" in text
     save_file(reference.mps_state(), tmp_path / "one.safetensors")
     assert "its keys are those of 'mps'" in refusal("image_reward", tmp_path)
     assert "its keys are those of 'mps'" in refusal("hpsv2", tmp_path)
@@ -421,7 +421,7 @@ def test_refusing_needs_no_torch(folders: dict[str, Path]) -> None:
 
 
 def test_the_guides_own_scorer_runs() -> None:
-    guide = (Path(__file__).parents[2] / "docs" / "preference.md").read_text(encoding="utf-8")
+    guide = (Path(__file__).parents[2] / "docs" / "guide" / "rewards.md").read_text(encoding="utf-8")
     program = next(part for part in guide.split("```python\n")[1:] if "class ColourScorer" in part).split("```")[0]
     names: dict[str, Any] = {}
     exec(program, names)

@@ -267,7 +267,7 @@ def check_fits(header: LoraHeader, weights: Mapping[str, Shape], fingerprint: st
         raise UserError(
             f"lora = {name!r} was trained on another base (sha256 {header.base[:12]}, this one {fingerprint[:12]})"
             f"{distilled_from(header.notes, header.file)}; give its own as the teacher (a diffusers pipeline takes it "
-            "on any of its shape: docs/versatility.md)"
+            "on any of its shape: docs/results/add-ons.md)"
         )
     for module, layer in header.layers.items():
         shape, want = weights[f"{module}.weight"], (layer.b[0], *layer.a[1:])

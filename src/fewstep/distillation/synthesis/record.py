@@ -1,7 +1,7 @@
 """What a synthesised set says of itself, and how its files are laid out: read and refused without torch.
 
 A set is a folder. While it is drawn, `unfinished/` holds the plan and a note of each whole file; the manifest
-`synthesis.json` is written last and takes their place. `docs/synthesis.md` describes the format.
+`synthesis.json` is written last and takes their place. `docs/guide/synthesis.md` describes the format.
 """
 
 from __future__ import annotations

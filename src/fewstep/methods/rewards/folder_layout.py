@@ -13,7 +13,7 @@ from fewstep.common.errors import UserError
 from fewstep.common.files import read_mapping
 from fewstep.common.safetensors_header import read_safetensors_header
 
-GUIDE = "docs/preference.md"
+GUIDE = "docs/guide/rewards.md"
 CLIP_MARK = "vision_model.embeddings.class_embedding"
 """A key of transformers' CLIPModel, as of its folders."""
 MARKS = {

@@ -60,7 +60,7 @@ def load_scorer(
 
     Args:
         name: one of `SCORERS`.
-        folder: what docs/preference.md lists for it.
+        folder: what docs/guide/rewards.md lists for it.
         device: where its networks run.
         precision: what they compute in.
 

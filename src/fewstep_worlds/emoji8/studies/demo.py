@@ -75,7 +75,7 @@ def demo(config: DemoConfig, out: Path) -> Path:
     law = student_config("tcd")
     caveats = [
         f"This demo trains each student on {samples} samples; the benchmark trains far longer "
-        "(docs/results.md). Read its order of methods as a first look.",
+        "(docs/results/index.md). Read its order of methods as a first look.",
         WIDER_SKIP,
     ]
     if len(prompts) < FD_FEWEST:
