@@ -16,6 +16,7 @@ from fewstep.common.accelerator import make_accelerator
 from fewstep.common.errors import UserError
 from fewstep.common.rng import KeyedRng
 from fewstep.common.tensors import load_tensors
+from fewstep.diffusion.time_conditioning import EXTRA_PREFIX
 from fewstep.training import checkpoint
 from fewstep.training.config import LoopConfig, OptimConfig
 from fewstep.training.ema import Ema
@@ -314,6 +315,18 @@ def test_a_resumed_log_has_every_step_once(tmp_path: Path, cut: int) -> None:
         stream.write('{"step": 8, "ti')  # a line cut off by a kill
     run(tmp_path, single(weights()), steps=10, save_every=3)
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, 11))
+
+
+def test_a_checkpoint_with_the_old_prefix_of_extra_embeddings_is_resumed(tmp_path: Path) -> None:
+    ends = []
+    for name in ("told.w", f"{EXTRA_PREFIX}w"):
+        w = weights()
+        plan = [Update("w", {name: w}, squared(w), OptimConfig(lr=0.05, ema=0.3))]
+        run(tmp_path / "run", plan, steps=2 + len(ends), save_every=1)
+        ends.append(w)
+    whole = weights()
+    run(tmp_path / "whole", single(whole, ema=0.3), steps=3, save_every=1)
+    assert torch.equal(ends[1], whole)
 
 
 def test_a_run_is_not_resumed_in_another_precision(tmp_path: Path) -> None:

@@ -24,8 +24,18 @@ WIDTH = 256
 SCALES: dict[ExtraCondition, float] = {"s": 1.0, "w": 1000.0}
 """s is told in training indices, as t is; w by LCM's thousandfold."""
 
-EXTRA_PREFIX = "told."
-"""Before the names of these weights, where they stand beside a network's."""
+EXTRA_PREFIX = "extra_conditioning."
+"""Prefix of these weights' names beside a network's, in files and checkpoints."""
+OLD_EXTRA_PREFIX = "told."
+"""The same prefix in files and checkpoints of earlier versions."""
+
+
+def current_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of a file with `OLD_EXTRA_PREFIX` replaced by `EXTRA_PREFIX`."""
+    return {
+        EXTRA_PREFIX + name.removeprefix(OLD_EXTRA_PREFIX) if name.startswith(OLD_EXTRA_PREFIX) else name: tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def split_extra(condition: Mapping[str, Tensor], names: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

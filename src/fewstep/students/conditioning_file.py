@@ -17,7 +17,7 @@ from fewstep.common.choices import ExtraCondition
 from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_write
 from fewstep.common.tensors import load_tensors, save_tensors
-from fewstep.diffusion.time_conditioning import EXTRA_PREFIX, ExtraEmbedding
+from fewstep.diffusion.time_conditioning import EXTRA_PREFIX, ExtraEmbedding, current_names
 from fewstep.students.lora_header import CONDITIONING, of_run
 
 
@@ -49,7 +49,7 @@ def extra_embedding_weights(student: Path) -> dict[str, Tensor]:
     """
     student = of_run(student)
     path = (student if student.is_dir() else student.parent) / CONDITIONING
-    return load_tensors(path) if path.is_file() else {}
+    return current_names(load_tensors(path)) if path.is_file() else {}
 
 
 def read_extra_embeddings(student: Path, names: Sequence[ExtraCondition], width: int) -> ExtraEmbedding | None:
@@ -65,7 +65,7 @@ def read_extra_embeddings(student: Path, names: Sequence[ExtraCondition], width:
     if not names:
         return None
     path = (student if student.is_dir() else student.parent) / CONDITIONING
-    tensors = {key.removeprefix(EXTRA_PREFIX): value for key, value in load_tensors(path).items()}
+    tensors = {key.removeprefix(EXTRA_PREFIX): value for key, value in current_names(load_tensors(path)).items()}
     embedding = ExtraEmbedding([name for name in get_args(ExtraCondition) if name in names], width)
     own = {key: tuple(value.shape) for key, value in embedding.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in tensors.items()}

@@ -28,6 +28,7 @@ from fewstep.common.files import sweep
 from fewstep.common.rng import KeyedRng, order
 from fewstep.common.sharding import is_split, whole, whole_on_main
 from fewstep.common.tensors import load_tensors
+from fewstep.diffusion.time_conditioning import current_names
 from fewstep.training import checkpoint
 from fewstep.training.config import LoopConfig, OptimConfig, check_batch
 from fewstep.training.ema import Ema
@@ -227,11 +228,11 @@ class _Running:
     def restore(self, folder: Path, state: Mapping[str, Any]) -> None:
         name = self.update.name
         path = folder / f"{name}.safetensors"
-        checkpoint.restore_parameters(self.update.parameters, load_tensors(path), path)
-        tensors = load_tensors(folder / f"{name}.optimizer.safetensors")
+        checkpoint.restore_parameters(self.update.parameters, current_names(load_tensors(path)), path)
+        tensors = current_names(load_tensors(folder / f"{name}.optimizer.safetensors"))
         checkpoint.restore_optimizer(self.optimizer, self.names, tensors)
         for kind, average in self.averages.items():
-            average.copy_from(load_tensors(folder / f"{name}.{kind}.safetensors"))
+            average.copy_from(current_names(load_tensors(folder / f"{name}.{kind}.safetensors")))
             average.updates = state["averages"][name][kind]
         noted = state.get("noted", {}).get(name)  # older checkpoints have none
         if noted:

@@ -80,7 +80,7 @@ class Student:
         return list(matrices.values())[-1]
 
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
-        """All that is trained of a role: its network's or adapter's weights, and `told.` what it is told by."""
+        """Return a role's trained weights: of its network or adapter, and of its extra embedding (`EXTRA_PREFIX`)."""
         own = self.extra_conditioning[role].named_parameters() if role in self.extra_conditioning else ()
         return {**self.roles.parameters(role), **{f"{EXTRA_PREFIX}{name}": p for name, p in own}}
 
