@@ -273,7 +273,7 @@ def test_no_vocabulary_anywhere_is_one_line_that_says_what_to_give(
 ) -> None:
     monkeypatch.setattr(vocabulary, "PACKAGES", ())
     monkeypatch.setattr(vocabulary, "HUB", "nobody/nothing")
-    with pytest.raises(UserError, match="--config FOLDER") as caught:
+    with pytest.raises(UserError, match="--teacher-config FOLDER") as caught:
         vocabulary.clip_vocabulary(tmp_path / "x.safetensors", tmp_path)
     assert "\n" not in str(caught.value)
 

@@ -105,7 +105,9 @@ def test_a_transformer_alone_takes_the_rest_from_the_folder(prefix: str, tmp_pat
         torch.testing.assert_close(value, changed[name], atol=1e-6, rtol=0)
     rest = ("vae", "text_encoder_3")
     assert found.folder.identity(*rest) == load_backbone(folder).folder.identity(*rest)
-    with pytest.raises(UserError, match=r"one file, without its configs; give --config FOLDER, a StableDiffusion3"):
+    with pytest.raises(
+        UserError, match=r"one file, without its configs; give --teacher-config FOLDER, a StableDiffusion3"
+    ):
         teachers.teacher_folder(file)
 
 
@@ -237,12 +239,12 @@ def test_what_cannot_be_a_teacher_is_refused(tmp_path: Path) -> None:
     file = single_file("sd", folder, tmp_path / "model.safetensors")
     save_file({"blocks.0.weight": torch.zeros(1)}, tmp_path / "odd.safetensors")
     for named, config, words in (
-        (file, "", r"is one file, without its configs; give --config FOLDER, a StableDiffusionPipeline's"),
-        (file, other, r"is StableDiffusionXLPipeline; model.safetensors needs the nearest folder of a StableDiff"),
+        (file, "", r"is one file, without its configs; give --teacher-config FOLDER, a StableDiffusionPipeline's"),
+        (file, other, r"is StableDiffusionXLPipeline; model.safetensors needs a folder of a StableDiff"),
         (file, tmp_path, "is no pipeline folder"),
         (tmp_path / "odd.safetensors", folder, "is of an unknown architecture: it holds 'blocks.0.weight'"),
         (tmp_path / "none.safetensors", folder, "does not exist"),
-        (folder, folder, "goes with a single-file teacher"),
+        (folder, folder, "is for single-file teachers"),
         ("nobody/nothing", "", "is neither a folder here nor could be fetched from the hub"),
     ):
         with pytest.raises(UserError, match=words) as told:
@@ -265,7 +267,7 @@ def test_verbs_take_a_single_file(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     capsys.readouterr()
     for teacher, told in (
-        ([str(file)], "give --config FOLDER"),
+        ([str(file)], "give --teacher-config FOLDER"),
         ([str(tmp_path / "model.ckpt")], "is a pickle"),
         (["nobody/nothing"], "could be fetched from the hub"),
     ):
@@ -283,7 +285,7 @@ def test_verbs_take_a_single_file(tmp_path: Path, capsys: pytest.CaptureFixture[
         with pytest.raises(SystemExit) as ended:
             main([verb, "--teacher", str(file), "--out", str(tmp_path / verb), *more])
         assert ended.value.code == 2
-        assert "give --config FOLDER" in capsys.readouterr().err
+        assert "give --teacher-config FOLDER" in capsys.readouterr().err
     words = ["synthesize", *asked["synthesize"], "-s", "grid=4", "-s", "device=cpu"]
     for name, teacher in (("a", [str(folder)]), ("b", [str(file), "--config", str(folder)])):
         with pytest.raises(SystemExit) as ended:

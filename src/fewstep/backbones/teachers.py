@@ -14,7 +14,7 @@ from typing import Any
 
 from fewstep.backbones.config_keys import SCHEDULERS
 from fewstep.backbones.families import FAMILIES
-from fewstep.backbones.pipeline_folder import VARIANTS, weight_files
+from fewstep.backbones.pipeline_folder import VARIANTS, PipelineFolder, read_folder, weight_files
 from fewstep.backbones.pipeline_writer import LICENCES, RECORD
 from fewstep.backbones.scheduler_config import BETAS, PREDICTIONS, is_flow
 from fewstep.backbones.single_file.known_configs import config_folder
@@ -72,7 +72,10 @@ def teacher_folder(named: Path | str, config: Path | str = "") -> Path:
     if place.suffix.lower() in ONE_FILE or is_safetensors(place):
         return taken_apart(place, Path(config) if config else None)
     if config:
-        raise UserError(f"config = {str(config)!r} goes with a single-file teacher; {str(named)!r} is none")
+        raise UserError(
+            f"teacher_config = {str(config)!r} is for single-file teachers, and teacher = {str(named)!r} is none",
+            field="teacher_config",
+        )
     if not place.exists() and HUB_ID.fullmatch(str(named)):
         return fetched(str(named))
     return place
@@ -128,7 +131,8 @@ def taken_apart(file: Path, config: Path | None) -> Path:
     found = str(read_mapping(config / INDEX).get("_class_name")) if (config / INDEX).is_file() else "no pipeline folder"
     if found not in FAMILIES or FAMILIES[found] is not FAMILIES[checkpoint.pipeline]:
         raise UserError(
-            f"config = {str(config)!r} is {found}; {file.name} needs the nearest folder of a {checkpoint.pipeline}"
+            f"teacher_config = {str(config)!r} is {found}; {file.name} needs a folder of a {checkpoint.pipeline}",
+            field="teacher_config",
         )
     _check_flow(file, config, checkpoint)
     beside = sorted(path for path in config.rglob("*") if path.is_file())
@@ -160,7 +164,7 @@ def _check_flow(file: Path, config: Path, checkpoint: Checkpoint) -> None:
     if (checkpoint.prediction == "flow") != is_flow(read_mapping(scheduler)):
         raise UserError(
             f"teacher = {str(file)!r} predicts {checkpoint.prediction}, as the file says, and {scheduler} is of "
-            "another kind; give --config FOLDER with a scheduler of the file's prediction"
+            "another kind; give --teacher-config FOLDER with a scheduler of the file's prediction"
         )
 
 
@@ -172,7 +176,7 @@ def _known_config(file: Path, checkpoint: Checkpoint) -> Path:
     """
     if checkpoint.version is None or checkpoint.prediction == "flow":
         raise UserError(
-            f"teacher = {str(file)!r} is one file, without its configs; give --config FOLDER, a "
+            f"teacher = {str(file)!r} is one file, without its configs; give --teacher-config FOLDER, a "
             f"{checkpoint.pipeline}'s of the same prediction ({checkpoint.prediction or 'eps or v'})"
         )
     cache = cache_folder().parent / "configs"
@@ -282,5 +286,17 @@ def named_teacher(teacher: Path | str, config: Path | str = "") -> str:
         UserError: as `backbones.teachers.teacher_folder`; a config without a teacher.
     """
     if config and not teacher:
-        raise UserError(f"config = {str(config)!r} goes with a single-file teacher; name one, or leave it out")
+        raise UserError(
+            f"teacher_config = {str(config)!r} is for a single-file teacher; give --teacher, or remove it",
+            field="teacher_config",
+        )
     return str(teacher_folder(teacher, config)) if teacher else ""
+
+
+def read_teacher(teacher: Path | str, config: Path | str = "") -> PipelineFolder:
+    """Read the pipeline folder of a teacher; the bundled one for "".
+
+    Raises:
+        UserError: as `teacher_folder` and `read_folder`.
+    """
+    return read_folder(teacher_path(named_teacher(teacher, config)))

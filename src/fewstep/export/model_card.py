@@ -50,7 +50,7 @@ def _command(form: ExportForm, place: str, file: str, prompt: str) -> str:
     if form == "merged":
         named = f"--teacher {place} --lora none"
     elif form == "single-file":
-        named = f"--teacher {place}/{file} --config BASE --lora none"
+        named = f"--teacher {place}/{file} --teacher-config BASE --lora none"
     else:
         named = f"--teacher BASE --lora {place}/{file}"
     return f'```bash\nfewstep sample "{prompt}" {named}\n```'

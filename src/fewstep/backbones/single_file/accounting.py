@@ -78,5 +78,5 @@ def _check_noise(reader: Reader, folder: PipelineFolder) -> None:
     if own is None or max(abs(float(a) - (1 - s**2)) for a, s in zip(table, own, strict=True)) > _APART:
         raise UserError(
             f"teacher = {str(reader.file)!r} has a noise schedule of its own (alphas_cumprod), {folder.path} "
-            "another; give --config FOLDER with a scheduler of that noise"
+            "another; give --teacher-config FOLDER with a scheduler of that noise"
         )

@@ -80,7 +80,7 @@ def fill(network: nn.Module, keys: Mapping[str, Held], reader: Reader, dtype: to
         key = keys[lacking[0]].key if lacking[0] in keys else lacking[0]
         raise UserError(
             f"teacher = {str(reader.file)!r} holds no {key!r}{more}, of the {component}; it is not whole, or its "
-            "network is of another size: give --config FOLDER, a pipeline folder of its kind"
+            "network is of another size: give --teacher-config FOLDER, a pipeline folder of its kind"
         )
     weights = {}
     for name, shape in wanted.items():
@@ -101,7 +101,7 @@ def _placed(value: Tensor, held: Held, shape: Shape, file: Path) -> Tensor:
     if tuple(value.shape) != shape:
         raise UserError(
             f"teacher = {str(file)!r}: {held.key!r} is {tuple(value.shape)}, its config makes it {shape}; give "
-            "--config FOLDER, a pipeline folder of its kind"
+            "--teacher-config FOLDER, a pipeline folder of its kind"
         )
     return value.contiguous().clone() if value._is_view() else value.contiguous()
 
@@ -132,7 +132,7 @@ def write_components(file: Path, config: Path, checkpoint: Checkpoint, part: Pat
             continue
         if not (config / name).is_dir() or (name in folder.family.weighed and not weight_files(config / name)):
             raise UserError(
-                f"teacher = {str(file)!r} holds no {name}, and neither does {config}; give --config FOLDER, a "
+                f"teacher = {str(file)!r} holds no {name}, and neither does {config}; give --teacher-config FOLDER, a "
                 f"{checkpoint.pipeline} with one"
             )
         copy_component(config / name, part / name)
@@ -160,9 +160,11 @@ def config_only(place: Path, index: Mapping[str, Any]) -> PipelineFolder:
     named = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2 and value[0]}
     for name in family.parts:
         if name not in named:
-            raise UserError(f"config = {str(place)!r} names no {name}")
+            raise UserError(f"teacher_config = {str(place)!r} names no {name}", field="teacher_config")
         if name != "scheduler" and named[name][0] not in LIBRARIES:
-            raise UserError(f"config = {str(place)!r} takes its {name} from {named[name][0]!r}, which is never run")
+            raise UserError(
+                f"teacher_config = {str(place)!r} takes its {name} from {named[name][0]!r}, which is never run"
+            )
     return PipelineFolder(place, str(index["_class_name"]), family, {name: (a, b) for name, (a, b) in named.items()})
 
 
@@ -204,7 +206,7 @@ def _transformer(folder: PipelineFolder, reader: Reader, checkpoint: Checkpoint)
         shape = tuple(found[name].shape) if name in found else None
         raise UserError(
             f"teacher = {str(reader.file)!r} does not fit {folder.path / folder.network}: {name} is {shape}, its "
-            f"config makes it {own.get(name)}; give --config FOLDER of the same size"
+            f"config makes it {own.get(name)}; give --teacher-config FOLDER of the same size"
         )
     network.load_state_dict({name: value.to(dtype).contiguous() for name, value in found.items()}, assign=True)
     return network

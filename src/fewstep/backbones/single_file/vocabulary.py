@@ -82,8 +82,8 @@ def _from_hub(near: Path) -> tuple[Path, Path]:
     except Exception as error:  # the hub's own classes change from version to version; none of them is ours
         raise UserError(
             f"teacher = {str(near)!r} is one file, and CLIP's vocabulary, which its tokenizer needs, was not found "
-            f"({HUB} could not be fetched: {type(error).__name__}); give --config FOLDER, a diffusers pipeline of its "
-            "kind (configs and tokenizers are enough), go online once, or `pip install --no-deps open_clip_torch`"
+            f"({HUB} could not be fetched: {type(error).__name__}); give --teacher-config FOLDER, a diffusers pipeline "
+            "of its kind (configs and tokenizers suffice), go online once, or `pip install --no-deps open_clip_torch`"
         ) from error
     return _checked(first.parent) if first.parent == second.parent else (first, second)
 
@@ -97,6 +97,6 @@ def _checked(folder: Path) -> tuple[Path, Path]:
     tokens = read_mapping(folder / FILES[0])
     if len(tokens) != TOKENS or tokens.get(_SPECIAL[1]) != TOKENS - 1 or tokens.get("cat</w>") != 2368:
         raise UserError(
-            f"{folder / FILES[0]} is not CLIP's vocabulary of {TOKENS} tokens; give --config FOLDER instead"
+            f"{folder / FILES[0]} is not CLIP's vocabulary of {TOKENS} tokens; give --teacher-config FOLDER instead"
         )
     return folder / FILES[0], folder / FILES[1]
