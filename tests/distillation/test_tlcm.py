@@ -56,15 +56,15 @@ def words(tiny_pipeline: Path, prompt_file: Path, scorer: Path) -> list[str]:
     tiny += [f"stages.{name}.loop.batch=2" for name in ("preference", "matching")]
     tiny += [f"stages.{name}.optim.lr=1e-2" for name in STAGES[1:]]
     tiny += [
-        f"stages.preference.method.preference.scorer=clip:{scorer}", "stages.preference.method.preference.s0=30.0",
+        f"stages.preference.method.reward.scorer=clip:{scorer}", "stages.preference.method.reward.s0=30.0",
         "stages.matching.method.matching.every=2", "stages.matching.method.adversarial.every=2",
     ]  # fmt: skip
     return [
         f"teacher={tiny_pipeline}", f"data.source={prompt_file}", "device=cpu", "student.rank=4",
         "student.targets=[to_q,conv1]", "loop.steps=10", "loop.batch=4", "loop.log_every=1", "loop.save_every=1",
-        "loop.validate_every=null", "optim.lr=1e-2", *tiny, "perceptual.pairs.groups=16",
-        "perceptual.pairs.steps=2", "perceptual.loop.steps=2", "perceptual.loop.batch=2",
-        "perceptual.loop.validate_every=null",
+        "loop.validate_every=null", "optim.lr=1e-2", *tiny, "latent_lpips.pairs.groups=16",
+        "latent_lpips.pairs.steps=2", "latent_lpips.loop.steps=2", "latent_lpips.loop.batch=2",
+        "latent_lpips.loop.validate_every=null",
     ]  # fmt: skip
 
 

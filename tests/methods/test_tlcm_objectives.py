@@ -27,7 +27,7 @@ from fewstep.methods.consistency import compared_at, consistency_loss, critic_lo
 from fewstep.methods.cost import fake_calls, starting_calls, step_calls
 from fewstep.methods.distribution_matching import NORMALISERS, drawn_noise, fake_loss, fake_points, matching_loss
 from fewstep.methods.pair import HeldTrajectories, Sample, Scene
-from fewstep.methods.preference import other_prompts, preference_loss
+from fewstep.methods.reward_loss import other_prompts, reward_loss
 from fewstep.methods.stratified_times import in_turn
 from fewstep.methods.update_plan import FrozenNetworks, SceneOnce, terms_of
 from fewstep_worlds.plane.mixture import Mixture, one_gaussian, ring, times_of
@@ -498,12 +498,20 @@ def test_what_critic_and_student_minimise(kind: str, student: list[float], criti
     assert (found.scalars["real"], found.scalars["fake"]) == (real.mean(), fake.mean())
 
 
-# ---- preference
+# ---- reward
+
+
+def test_settings_of_earlier_versions_are_read_under_their_old_names() -> None:
+    old = validate(
+        ConsistencyConfig,
+        {"distance": "perceptual", "preference": {"weight": 2.0}, "grid": 1, "s": "edge"} | {"grid": 8},
+    )
+    assert (old.distance, old.reward.weight) == ("latent_lpips", 2.0)
 
 
 def test_the_two_sided_hinge() -> None:
     """relu(s0 - right) + relu(wrong - s1), nothing for a sample without prompt; slopes where it bends and beyond."""
-    config = method_of(preference={"weight": 1.0, "s0": 3.0, "s1": 1.0}).preference
+    config = method_of(reward={"weight": 1.0, "s0": 3.0, "s1": 1.0}).reward
     x0 = torch.tensor([2.0, 5.0, 2.0, 2.0], requires_grad=True)
     prompts = torch.tensor([0, 1, 2, 3])  # of three: the last sample has none
 
@@ -512,7 +520,7 @@ def test_the_two_sided_hinge() -> None:
         assert all(a != b for a, b in zip(asked[0][:3].tolist(), asked[1][:3].tolist()))
         return [x, x / 2 + 1]
 
-    loss = preference_loss(config, reward, x0, prompts, 3, drawn(4))
+    loss = reward_loss(config, reward, x0, prompts, 3, drawn(4))
     assert loss.tolist() == [1 + 1, 0 + 2.5, 1 + 1, 0]
     (slope,) = torch.autograd.grad(loss.sum(), x0)
     assert slope.tolist() == [-1 + 0.5, 0.5, -1 + 0.5, 0]
@@ -539,8 +547,8 @@ def test_a_wrong_prompt_is_another_one_and_any_of_them() -> None:
         ({"point": "stored"}, "point = 'stored' .* start = 'rollout'.* the nearest legal point is 'solver'"),
         ({"start": "student", "student_steps": 9}, "student_steps = 9 on 8 points; the nearest legal one is 8"),
         (
-            {"segments": 8, "preference": {"weight": 1.0}},
-            "preference looks at where drawing ends, .* in 8 segments .* nearest legal s is 'edge', with segments = 1",
+            {"segments": 8, "reward": {"weight": 1.0}},
+            "reward looks at where drawing ends, .* in 8 segments .* nearest legal s is 'edge', with segments = 1",
         ),
         ({"segments": 8, "matching": {"weight": 1.0}}, "matching looks at where drawing ends"),
         (
@@ -556,7 +564,7 @@ def test_a_wrong_prompt_is_another_one_and_any_of_them() -> None:
             {"matching": {"weight": 1.0, "low": 0.9, "high": 0.5}},
             "high = 0.5 is below low; the nearest legal one is 0.9",
         ),
-        ({"distance": "perceptual", "weight": "eps"}, "distance = 'perceptual' does not look at"),
+        ({"distance": "latent_lpips", "weight": "eps"}, "distance = 'latent_lpips' does not look at"),
         ({"consistency": 0.0}, "consistency = 0 leaves nothing to minimise"),
         (
             {"matching": {"weight": 1.0, "omega": 3.0}, "guidance": {"convention": "none"}},

@@ -44,7 +44,7 @@ def test_what_rewards_is_not_what_evaluates() -> None:
 
 
 def test_the_scorer_that_rewards_knows_a_prompt_from_another() -> None:
-    """`method.preference.scorer = world`, as training asks it: scores, and a gradient to the picture."""
+    """`method.reward.scorer = world`, as training asks it: scores, and a gradient to the picture."""
     scorer = load_named_scorer("world", torch.device("cpu"))
     data = emoji8.load("heldout-pair")
     rows = list(range(0, len(data), len(data) // ASKED))[:ASKED]

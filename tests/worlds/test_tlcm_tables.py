@@ -68,7 +68,7 @@ def test_rows_of_the_ablation_add_one_ingredient_each(shop: Any) -> None:
     assert (single.segments, single.rollout, single.distance) == (1, 1, "l2")
     assert (segments.segments, segments.rollout, segments.distance) == (8, 1, "l2")
     assert (perceptual.segments, perceptual.rollout, perceptual.distance, perceptual.weight) == (
-        8, 1, "perceptual", "x0",
+        8, 1, "latent_lpips", "x0",
     )  # fmt: skip
     plain = {"distance": "l2"}
     assert segments.model_copy(update={"segments": 1}) == single, "one ingredient each"
@@ -114,8 +114,8 @@ def test_rows_of_the_teachers_steps_differ_in_them_alone(shop: Any) -> None:
     config = shop.made["0-tlcm-without-preference"]
     assert without.name == "student"
     assert config.student.start.endswith("2-joined/student")
-    assert config.method.preference.weight == 0
-    kept = config.method.model_copy(update={"preference": shop.shop.stage("matching").method.preference})
+    assert config.method.reward.weight == 0
+    kept = config.method.model_copy(update={"reward": shop.shop.stage("matching").method.reward})
     assert kept == shop.shop.stage("matching").method
 
 

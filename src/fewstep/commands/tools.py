@@ -50,7 +50,7 @@ def train_perceptual(
     overrides: Overrides = None,
     config: Configs = None,
 ) -> None:
-    """Train a distance between latents from prompts and a teacher alone, for method.distance = perceptual.
+    """Train a distance between latents from prompts and a teacher alone, for method.distance = latent_lpips.
 
     Example: fewstep train-perceptual --teacher PIPELINE --prompts prompts.txt --out runs/perceptual
     """

@@ -51,7 +51,7 @@ Target = Literal["self", "ema"]
 """Who the student must agree with."""
 Normaliser = Literal["dmd", "score", "none"]
 """How the gap of two scores is weighed; see `objectives.matching`."""
-DistanceName = Literal["l2", "huber", "huber_norm", "features", "perceptual"]
+DistanceName = Literal["l2", "huber", "huber_norm", "features", "latent_lpips"]
 """How agreement is measured; see `objectives.distance`."""
 
 TO_TEACHER = " (to teacher)"

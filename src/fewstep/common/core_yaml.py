@@ -8,12 +8,13 @@ for a date and 1e-3 for text. Here `true` and `false` alone are truth values, a 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 TAG = "tag:yaml.org,2002:"
 SCALARS = (
@@ -141,8 +142,8 @@ def annotation_at(model: type[BaseModel] | None, parts: Sequence[str]) -> Any:
         nested = _model_of(found)
         if nested is None and _item_of(found) is not None:  # a list of named items: this part is a name
             found = _item_of(found)
-        elif nested is not None and part in nested.model_fields:
-            found = _section(nested.model_fields[part].annotation, part, model)
+        elif nested is not None and (field := _field(nested, part)) is not None:
+            found = _section(field.annotation, part, model)
         else:
             return None
         if found is None and number + 1 < len(parts):
@@ -150,10 +151,16 @@ def annotation_at(model: type[BaseModel] | None, parts: Sequence[str]) -> Any:
     return found
 
 
+def _field(model: type[BaseModel], name: str) -> FieldInfo | None:
+    """Return a field by its name, or by the name that it had in an earlier version (`Config.renamed`)."""
+    renamed: Mapping[str, str] = getattr(model, "renamed", {})
+    return model.model_fields.get(renamed.get(name, name))
+
+
 def _section(annotation: Any, name: str, root: Any) -> Any:
     """Return the type of a field. Changes to a section (any mapping) have the type of that section."""
     if get_origin(annotation) is dict and _model_of(root) is not None:
-        field = _model_of(root).model_fields.get(name)  # type: ignore[union-attr]
+        field = _field(_model_of(root), name)  # type: ignore[arg-type]
         return field.annotation if field else annotation
     return annotation
 
@@ -166,8 +173,8 @@ def _keep_text(node: yaml.Node, annotation: Any, root: Any) -> None:
         for key, value in node.value:
             if key.tag == f"{TAG}merge":
                 _keep_text(value, annotation, root)
-            elif key.value in model.model_fields:
-                _keep_text(value, _section(model.model_fields[key.value].annotation, key.value, root), root)
+            elif (field := _field(model, key.value)) is not None:
+                _keep_text(value, _section(field.annotation, key.value, root), root)
     elif isinstance(node, yaml.MappingNode) and item is not None:  # named items and what changes in them
         for _, value in node.value:
             _keep_text(value, item, root)
@@ -180,7 +187,7 @@ def _keep_text(node: yaml.Node, annotation: Any, root: Any) -> None:
 
 def _section_node(key: yaml.Node, value: yaml.Node, model: type[BaseModel]) -> yaml.Node:
     """Return the value of a key; an empty mapping for a section without lines, as where all are comments."""
-    field = model.model_fields.get(key.value) if isinstance(key, yaml.ScalarNode) else None
+    field = _field(model, key.value) if isinstance(key, yaml.ScalarNode) else None
     section = field is not None and _model_of(field.annotation) is not None
     if section and value.tag == f"{TAG}null" and NoneType not in _options(field.annotation if field else None):
         return yaml.MappingNode(f"{TAG}map", [], value.start_mark, value.end_mark)

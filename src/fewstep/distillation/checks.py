@@ -73,19 +73,19 @@ def _check_shapes(config: DistillConfig, folder: PipelineFolder) -> None:
 
 def _check_looks(config: DistillConfig, folder: PipelineFolder) -> None:
     """The frozen networks that a stage looks through must be there."""
-    if config.method.distance == "perceptual":
-        if config.perceptual.folder:
-            read_mapping(Path(config.perceptual.folder) / "perceptual.json")
+    if config.method.distance == "latent_lpips":
+        if config.latent_lpips.folder:
+            read_mapping(Path(config.latent_lpips.folder) / "perceptual.json")
         else:
-            check_installed("method.distance = 'perceptual'", WATCHING)
-    preference = config.method.preference
-    if not preference.weight:
+            check_installed("method.distance = 'latent_lpips'", WATCHING)
+    reward = config.method.reward
+    if not reward.weight:
         return
-    if preference.scorer == "world":
-        check_world_size(folder.picture_size, "method.preference.scorer = 'world'", "name a scorer, NAME:FOLDER")
-        check_installed("method.preference.scorer = 'world'", PACKAGES, "multilingual")
+    if reward.scorer == "world":
+        check_world_size(folder.picture_size, "method.reward.scorer = 'world'", "name a scorer, NAME:FOLDER")
+        check_installed("method.reward.scorer = 'world'", PACKAGES, "multilingual")
         return
-    name, _, place = preference.scorer.partition(":")
+    name, _, place = reward.scorer.partition(":")
     check_scorer(name, Path(place))
 
 

@@ -32,7 +32,7 @@ class ValidationConfig(Config):
 
 
 class LatentLpipsConfig(PerceptualConfig):
-    """The distance between latents that `method.distance = perceptual` looks through."""
+    """The network of `method.distance = latent_lpips`, and how it is trained."""
 
     folder: Annotated[str, Content("perceptual distance")] = Field(
         "", description="of a finished one; empty to train one for this teacher beforehand"
@@ -42,7 +42,7 @@ class LatentLpipsConfig(PerceptualConfig):
 class DistillConfig(Config):
     """Everything that decides a distillation run."""
 
-    renamed = {"watch": "validation"}  # noqa: RUF012  (a class variable of the base)
+    renamed = {"watch": "validation", "perceptual": "latent_lpips"}  # noqa: RUF012  (a class variable of the base)
 
     recipe: str = Field("tcd", description="name of the method's recipe")
     teacher: Annotated[str, Content("teacher")] = Field(
@@ -56,8 +56,8 @@ class DistillConfig(Config):
     optim: OptimConfig = Field(OptimConfig(), description="how fast")
     sampling: Sampling = Field(Sampling(), description="how it will be sampled; travels with the student")
     validation: ValidationConfig = Field(ValidationConfig(), description="how it is judged on the way")
-    perceptual: LatentLpipsConfig = Field(
-        LatentLpipsConfig(), description="the distance between latents, where it is asked for"
+    latent_lpips: LatentLpipsConfig = Field(
+        LatentLpipsConfig(), description="training of the latent LPIPS distance, where method.distance names it"
     )
     stages: tuple[Stage, ...] = Field((), description="stages run one after another; empty for one run")
 

@@ -79,7 +79,7 @@ def frozen_networks_of(run: Run) -> FrozenNetworks:
     critic = None
     if config.method.adversarial.weight:
         critic = FeatureCritic(run.features, run.backbone.feature_channels, seed=config.loop.seed).to(device)
-    return FrozenNetworks(run.features, run.perceptual, critic, run.reward)
+    return FrozenNetworks(run.features, run.latent_lpips, critic, run.reward)
 
 
 def make_validation(run: Run, out: Path, cache: Path) -> Validation:
@@ -118,8 +118,8 @@ def distill(
     accelerator = make_accelerator(config.loop.precision, pick_device(config.device))
     for stage in config.each_stage():
         check_split(stage.loop, accelerator)
-        if stage.method.distance == "perceptual" and not stage.perceptual.folder:
-            check_split(stage.perceptual.loop, accelerator)
+        if stage.method.distance == "latent_lpips" and not stage.latent_lpips.folder:
+            check_split(stage.latent_lpips.loop, accelerator)
     main = accelerator.is_main_process
     target, place, shared = out / "student", cache or out / "cache", shared or cache or shared_cache(out)
     with ExitStack() as held:
@@ -327,7 +327,7 @@ def estimate_stage(
         place: folder for what is encoded for it, of which nothing is kept; a temporary one if left out.
     """
     method = config.method
-    if method.distance == "perceptual" and not config.perceptual.folder:
+    if method.distance == "latent_lpips" and not config.latent_lpips.folder:
         config = config.model_copy(update={"method": method.model_copy(update={"distance": "l2"})})
     backbone = load_teacher(config, pick_device(config.device))
     if is_synthesis(config.data.source):
@@ -345,7 +345,7 @@ def estimate_stage(
         share = captions_share = needed / len(few)
         drawn = min(config.data.trajectories, config.loop.batch, FEW)
         run = lay_out(with_trajectories(config, drawn), backbone, few, data)
-        named = config.perceptual.folder
+        named = config.latent_lpips.folder
         run = with_looks(run, Path(named) if named else None)
         if config.method.start == "trajectory":
             started = time.perf_counter()

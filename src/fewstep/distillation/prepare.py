@@ -52,7 +52,7 @@ from fewstep.distillation.synthesis.record import is_synthesis
 from fewstep.distillation.trajectories import drawn_prompts, stored_trajectories
 from fewstep.evaluation.limits import KID_FEWEST
 from fewstep.methods.latent_lpips.settings import PerceptualConfig
-from fewstep.methods.preference import Reward
+from fewstep.methods.reward_loss import Reward
 from fewstep.methods.rewards.reward import PreferenceScorer
 from fewstep.methods.update_plan import roles_of
 from fewstep.training.roles import networks_of
@@ -71,8 +71,8 @@ class Run:
         tally: counts the calls of the training.
         omega: guidance of stored trajectories.
         synthesis: a set of the teacher's, where that is what it trains on.
-        perceptual: a distance between latents.
-        taste: scores of pictures with prompts, and of how many prompts.
+        latent_lpips: a distance between latents.
+        reward: scores of pictures with prompts, and of how many prompts.
         fed: fingerprints of what else was loaded.
     """
 
@@ -85,7 +85,7 @@ class Run:
     nfe_counter: NfeCounter
     omega: Tensor | None = None
     synthesis: Synthesis | None = None
-    perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
+    latent_lpips: Callable[[Tensor, Tensor], Tensor] | None = None
     reward: tuple[Reward, int] | None = None
     fed: Mapping[str, str] = field(default_factory=dict)
 
@@ -290,18 +290,18 @@ def perceptual_folder(config: DistillConfig, backbone: Backbone, prompts: Sequen
     It belongs to the teacher and the source, not to the run: stages and seeds draw captions of their own from Emoji-8,
     and look through one distance, trained on those of the distance's own seed.
     """
-    if config.method.distance != "perceptual" or not config.method.consistency:
+    if config.method.distance != "latent_lpips" or not config.method.consistency:
         return None
-    if config.perceptual.folder:
-        return Path(config.perceptual.folder)
+    if config.latent_lpips.folder:
+        return Path(config.latent_lpips.folder)
     from fewstep.methods.latent_lpips.train import make_perceptual
 
     if config.data.source in ("emoji8", "captions"):
-        exclusive = world("data.source").captions_alone(config.data.captions, config.perceptual.loop.seed)
+        exclusive = world("data.source").captions_alone(config.data.captions, config.latent_lpips.loop.seed)
         (drawn,) = zip(*exclusive.captions, strict=True)
         prompts = sorted(set(drawn))
-    own = {name: getattr(config.perceptual, name) for name in PerceptualConfig.model_fields}
-    loop = config.perceptual.loop.model_copy(update={"precision": config.loop.precision})  # one precision a process
+    own = {name: getattr(config.latent_lpips, name) for name in PerceptualConfig.model_fields}
+    loop = config.latent_lpips.loop.model_copy(update={"precision": config.loop.precision})  # one precision a process
     asked = PerceptualConfig(**own | {"loop": loop})
     known = json.dumps([backbone.folder.identity(), list(prompts), asked.model_dump(mode="json")])
     place = cache / f"perceptual-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
@@ -318,17 +318,17 @@ def with_looks(run: Run, perceptual: Path | None) -> Run:
         vae = backbone.folder.identity("vae")
         distance = load_perceptual(perceptual, backbone.latent_shape[0], vae, backbone.device).distance
         fed["perceptual distance"] = sha256(perceptual / WEIGHTS)
-    if method.preference.weight:
-        scorer = load_named_scorer(method.preference.scorer, backbone.device)
+    if method.reward.weight:
+        scorer = load_named_scorer(method.reward.scorer, backbone.device)
         reward = make_reward(backbone, scorer, run.data.said)
         fed["scorer"] = scorer.identity.weights_sha256
-    return replace(run, perceptual=distance, reward=reward, fed=fed)
+    return replace(run, latent_lpips=distance, reward=reward, fed=fed)
 
 
 def load_named_scorer(named: str, device: torch.device) -> PreferenceScorer:
-    """The scorer that `method.preference.scorer` names: `world`, or NAME:FOLDER."""
+    """The scorer that `method.reward.scorer` names: `world`, or NAME:FOLDER."""
     if named == "world":
-        scorer: PreferenceScorer = world("method.preference.scorer").load_scorer(device)
+        scorer: PreferenceScorer = world("method.reward.scorer").load_scorer(device)
         return scorer
     from fewstep.methods.rewards.registry import load_scorer
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.recompute import recompute_blocks
 from fewstep.common.errors import UserError
-from fewstep.methods.preference import Reward
+from fewstep.methods.reward_loss import Reward
 from fewstep.methods.rewards.reward import PreferenceScorer
 
 MOST_HELD = 2**30
@@ -44,7 +44,7 @@ def pixels_of(backbone: Backbone, scorer: PreferenceScorer, x0: Tensor) -> int:
 
 
 def make_reward(backbone: Backbone, scorer: PreferenceScorer, prompts: Sequence[str]) -> tuple[Reward, int]:
-    """What the preference term asks: (x_0, which prompts) -> scores; and of how many prompts.
+    """What the reward term asks: (x_0, which prompts) -> scores; and of how many prompts.
 
     Pictures are decoded in fp32, once for all prompts that they are scored with. A batch of more than `MOST_PIXELS` is
     decoded and scored in parts, each computed again in the backward pass, so that the activations of one part are held
@@ -54,7 +54,7 @@ def make_reward(backbone: Backbone, scorer: PreferenceScorer, prompts: Sequence[
         UserError: a single prompt, beside which no other one is wrong.
     """
     if len(prompts) < 2:
-        raise UserError("data.source holds one prompt; preference needs a wrong one beside it, at least 2")
+        raise UserError("data.source holds one prompt; method.reward needs a wrong one beside it, at least 2")
     said = Prepared(scorer, prompts)
 
     def scored(x0: Tensor, *rows: Mapping[str, Tensor]) -> list[Tensor]:

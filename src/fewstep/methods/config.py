@@ -6,9 +6,9 @@ Every recipe of the family fills in these choices and no others; what they mean 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fewstep.common.choices import (
     AdversarialKind,
@@ -94,10 +94,10 @@ class MatchingConfig(Config):
         return self
 
 
-class PreferenceConfig(Config):
+class RewardConfig(Config):
     """A differentiable scorer of pictures and prompts."""
 
-    weight: float = Field(0.0, ge=0, description="weight of the preference term; 0 for none")
+    weight: float = Field(0.0, ge=0, description="weight of the reward term; 0 for none")
     scorer: Annotated[str, Content("scorer")] = Field(
         "world", description="world (the bundled one), or NAME:FOLDER, e.g. pickscore:weights/pickscore"
     )
@@ -128,7 +128,7 @@ KNOWN_AIMS = {"world": 1.0, "mps": 16.0}
 class ConsistencyConfig(Config):
     """One row of the table of methods."""
 
-    renamed = {"told": "extra_conditioning"}  # noqa: RUF012  (a class variable of the base)
+    renamed = {"told": "extra_conditioning", "preference": "reward"}  # noqa: RUF012  (a class variable of the base)
 
     grid: GridSpec = Field(50, description="training grid: N points, or the points themselves, rising")
     grid_start: int | None = Field(
@@ -164,7 +164,7 @@ class ConsistencyConfig(Config):
     target: Target = Field("self", description="self (the student under stop-gradient) or ema")
     target_decay: float = Field(0.95, gt=0, lt=1, description="decay of the ema target")
     compare: Compare = Field("landing", description="where: landing, or end (both pushed on by the target)")
-    distance: DistanceName = Field("l2", description="l2, huber (element-wise), huber_norm, features, perceptual")
+    distance: DistanceName = Field("l2", description="l2, huber (element-wise), huber_norm, features, latent_lpips")
     huber_c: float = Field(1e-3, gt=0, description="c of huber; huber_norm takes c times the root of the dimension")
     weight: Weight = Field(
         "none",
@@ -177,9 +177,15 @@ class ConsistencyConfig(Config):
     consistency: float = Field(1.0, ge=0, description="weight of the consistency loss itself; 0 leaves the other terms")
     adversarial: AdversarialConfig = Field(AdversarialConfig(), description="a critic beside it")
     matching: MatchingConfig = Field(MatchingConfig(), description="distribution matching beside it")
-    preference: PreferenceConfig = Field(PreferenceConfig(), description="a preference beside it")
+    reward: RewardConfig = Field(RewardConfig(), description="a reward beside it")
     denoising: float = Field(0.0, ge=0, description="weight of the denoising loss, CTM's second term")
     end: End = Field("index0", description="the end point: clean (sigma = 0) or index0 (sigma = .029 on SD's path)")
+
+    @field_validator("distance", mode="before")
+    @classmethod
+    def _current_distance(cls, value: Any) -> Any:
+        """Read the distance under its old name."""
+        return "latent_lpips" if value == "perceptual" else value
 
     @model_validator(mode="after")
     def _legal(self) -> Self:
@@ -257,7 +263,7 @@ class ConsistencyConfig(Config):
                     f"gradient; the nearest legal one is {max(width - 1, 1)}"
                 )
         if self.weight not in ("none", "step"):
-            looks = self.distance != "features" and (self.distance != "perceptual" or self.weight == "x0")
+            looks = self.distance != "features" and (self.distance != "latent_lpips" or self.weight == "x0")
             for field, value, fits in (
                 ("jump", self.jump, self.jump == "first_order"),
                 ("compare", self.compare, self.compare == "landing"),
@@ -317,10 +323,10 @@ class ConsistencyConfig(Config):
 
     def _check_terms(self) -> None:
         critic = self.adversarial
-        others = bool(self.denoising or critic.weight or self.matching.weight or self.preference.weight)
+        others = bool(self.denoising or critic.weight or self.matching.weight or self.reward.weight)
         if not self.consistency and not others:
             raise ValueError("consistency = 0 leaves nothing to minimise; the nearest legal one is 1")
-        first = self.consistency or self.denoising or self.matching.weight or self.preference.weight
+        first = self.consistency or self.denoising or self.matching.weight or self.reward.weight
         if critic.weight and critic.start and not first:
             raise ValueError(
                 f"adversarial.start = {critic.start:g} beside consistency = 0 leaves nothing to minimise until then; "
@@ -338,7 +344,7 @@ class ConsistencyConfig(Config):
             raise ValueError(
                 f"adversarial.real = 'data' beside start = {self.start!r}, which has none; the nearest is 'target'"
             )
-        for name, weight in (("preference", self.preference.weight), ("matching", self.matching.weight)):
+        for name, weight in (("reward", self.reward.weight), ("matching", self.matching.weight)):
             if weight and not self.compares_at_end:
                 raise ValueError(
                     f"{name} looks at where drawing ends, jumps to s = {self.s!r} in {self.segments} segments land "

@@ -136,7 +136,7 @@ def _unweighted(
 ) -> Tensor:
     config, times = scene.config, scene.times
     pull = implicit_pull(config.weight, scene.denoiser.path, times.t_nk, times.s)
-    if config.distance in ("features", "perceptual"):
+    if config.distance in ("features", "latent_lpips"):
         if network_distance is None:
             raise UserError(
                 f"method.distance = {config.distance!r} needs a network that looks; the nearest legal one is 'l2'"

@@ -16,7 +16,7 @@ from fewstep.methods.denoising import denoising_loss
 from fewstep.methods.distances import FeaturesOf, NetworkDistance, network_distance_of
 from fewstep.methods.distribution_matching import as_data, fake_loss, fake_points, matching_loss
 from fewstep.methods.pair import Sample, Scene
-from fewstep.methods.preference import Reward, preference_loss
+from fewstep.methods.reward_loss import Reward, reward_loss
 from fewstep.training.config import OptimConfig
 from fewstep.training.loop import Batch, EmaTarget, Update
 from fewstep.training.loss import Loss
@@ -47,13 +47,13 @@ class FrozenNetworks:
 
     Attributes:
         features: of the teacher, with gradient to what it sees.
-        perceptual: a distance by a network on latents.
+        latent_lpips: a distance by a network on latents.
         critic: tells where the student lands from real points.
-        taste: scores of pictures with prompts, and of how many prompts.
+        reward: scores of pictures with prompts, and of how many prompts.
     """
 
     features: FeaturesOf | None = None
-    perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
+    latent_lpips: Callable[[Tensor, Tensor], Tensor] | None = None
     critic: nn.Module | None = None
     reward: tuple[Reward, int] | None = None
 
@@ -61,11 +61,11 @@ class FrozenNetworks:
         """The distance by a frozen network that the recipe names."""
         if method.distance == "features" and self.features is not None:
             return network_distance_of(self.features)
-        if method.distance == "perceptual" and self.perceptual is not None:
-            perceptual = self.perceptual
+        if method.distance == "latent_lpips" and self.latent_lpips is not None:
+            latent_lpips = self.latent_lpips
 
             def network_distance(landed: Tensor, wanted: Tensor, at: Tensor, condition: Condition) -> Tensor:
-                return perceptual(landed, wanted)
+                return latent_lpips(landed, wanted)
 
             return network_distance
         return None
@@ -95,16 +95,16 @@ def terms_of(method: ConsistencyConfig, frozen_networks: FrozenNetworks) -> list
             return matching_loss(method.matching, scene, landed, at, rng)
 
         terms.append(Term("matching", method.matching.weight, matched))
-    if method.preference.weight and frozen_networks.reward is not None:
+    if method.reward.weight and frozen_networks.reward is not None:
         reward, count = frozen_networks.reward
 
         def liked(scene: Scene, landed: Tensor, at: Tensor, rng: KeyedRng) -> Tensor:
             prompts = scene.sample.prompts
             assert prompts is not None
             x0 = as_data(scene.denoiser.path, landed, at)
-            return preference_loss(method.preference, reward, x0, prompts, count, rng)
+            return reward_loss(method.reward, reward, x0, prompts, count, rng)
 
-        terms.append(Term("preference", method.preference.weight, liked))
+        terms.append(Term("reward", method.reward.weight, liked))
     return terms
 
 

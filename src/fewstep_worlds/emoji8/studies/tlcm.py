@@ -96,7 +96,7 @@ VARIANTS = (
     Variant("+ LCD over all times", "joined", "MLCD, multistep z", {"grid": 1000, "k": 125}),
     Variant("+ matching", "matching", "+ preference", WITHOUT_CRITIC),
     Variant(CONTROL, "matching", "+ preference", {"consistency": 1.0, "matching": {"weight": 0.0}, **WITHOUT_CRITIC}),
-    Variant("TLCM without preference", "matching", JOINED, {"preference": {"weight": 0.0}}),
+    Variant("TLCM without preference", "matching", JOINED, {"reward": {"weight": 0.0}}),
 )
 LADDER = (
     "LCD, single-step z",

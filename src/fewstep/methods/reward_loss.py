@@ -1,4 +1,4 @@
-"""Preference: a differentiable scorer of pictures and prompts, as TLCM asks it (arXiv 2406.05768, section 3.3).
+"""Reward: a differentiable scorer of pictures and prompts, used as in TLCM (arXiv 2406.05768, section 3.3).
 
     L = relu(s0 - s(x0, c)) + relu(s(x0, c') - s1)
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fewstep.common.rng import KeyedRng
-from fewstep.methods.config import PreferenceConfig
+from fewstep.methods.config import RewardConfig
 
 Reward = Callable[[Tensor, Sequence[Tensor]], Sequence[Tensor]]
 """(clean latents x_0 [B, ...], several prompts for each: int64 [B] tensors of prompt numbers) -> scores with each, [B]
@@ -29,9 +29,7 @@ def other_prompts(prompts: Tensor, count: int, rng: KeyedRng) -> Tensor:
     return torch.where(prompts < count, (prompts + shift) % count, shift - 1)
 
 
-def preference_loss(
-    config: PreferenceConfig, reward: Reward, x0: Tensor, prompts: Tensor, count: int, rng: KeyedRng
-) -> Tensor:
+def reward_loss(config: RewardConfig, reward: Reward, x0: Tensor, prompts: Tensor, count: int, rng: KeyedRng) -> Tensor:
     """The two-sided hinge, [B]; a sample without prompt counts for nothing.
 
     Args:
