@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from fewstep.common.provenance import commit, hardware
-from fewstep.evaluation.evaluate import EndPoints, evaluate_pictures
+from fewstep.evaluation.evaluate import TeacherPictures, evaluate_pictures
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8.studies.comparison import Bench, Judge
 
@@ -38,7 +38,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         judge = Judge(prompts, Bench.load(Path(cache)))
         real = judge.reference.some(count)
-        teacher = EndPoints(noised(real, 1), noised(real, 2))
+        teacher = TeacherPictures(noised(real, 1), noised(real, 2))
         evaluate_pictures(teacher.same, prompts, judge.metrics, judge.reference, teacher)
         times = []
         for seed in (3, 4, 5):

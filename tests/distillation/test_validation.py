@@ -28,7 +28,7 @@ from support.pooled import Pooled
 
 @pytest.fixture
 def watched(tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setattr(validation, "Lite0Backbone", Pooled)
+    monkeypatch.setattr(validation, "Lite0Features", Pooled)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red disc\na blue ring\n")
     return [

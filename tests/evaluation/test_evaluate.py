@@ -27,7 +27,7 @@ FEW: dict[str, Any] = {"steps": 2, "omega": 1.0}
 
 @pytest.fixture
 def prompt_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(measuring, "Lite0Backbone", Pooled)
+    monkeypatch.setattr(measuring, "Lite0Features", Pooled)
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
     return file
@@ -73,7 +73,7 @@ def test_too_little_or_another_size_is_refused_before_anything_is_drawn(
     for file in sorted(picture_folder.glob("*.png"))[:5]:
         shutil.copy(file, few)
     refused(r"holds 5 pictures .*; KID needs at least 10", real=few)
-    refused(r"is not a folder; leave it out for Emoji-8", real=prompt_file)
+    refused("is not a folder", real=prompt_file)
     short = tmp_path / "short.txt"
     short.write_text("a red disc\n", encoding="utf-8")
     refused(r"holds 1 prompts; KID needs at least 10", prompt_file=short)

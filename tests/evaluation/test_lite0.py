@@ -20,16 +20,16 @@ from fewstep.evaluation import lite0_weights
 from fewstep.evaluation.detail import blurred, noised
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.kid import KernelDistance
-from fewstep.evaluation.lite0 import Lite0Backbone, layout, make_lite0, same_padding
+from fewstep.evaluation.lite0 import Lite0Features, layout, make_lite0, same_padding
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8.metrics import Gallery, metrics
 
 
 @pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Lite0Backbone:
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Lite0Features:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(lite0_weights.CACHE, str(tmp_path_factory.mktemp("cache")))
-        return Lite0Backbone()
+        return Lite0Features()
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ OF_AN_OCTOPUS = """
 """
 
 
-def test_features_are_those_of_another_implementation(backbone: Lite0Backbone, gallery: Gallery) -> None:
+def test_features_are_those_of_another_implementation(backbone: Lite0Features, gallery: Gallery) -> None:
     """A picture of the network's own size, and an emoji that is enlarged to it (there by Pillow)."""
     y, x = np.mgrid[:128, :128]
     curves = np.stack([3 * x + 2 * y, x * y, x * x // 16 + 5 * y], -1).astype(np.uint8)
@@ -106,7 +106,7 @@ def test_features_are_those_of_another_implementation(backbone: Lite0Backbone, g
         assert float(found.sum(dtype=np.float64)) == pytest.approx(total, rel=tolerance)
 
 
-def test_a_photograph_of_an_officer_looks_like_one(backbone: Lite0Backbone) -> None:
+def test_a_photograph_of_an_officer_looks_like_one(backbone: Lite0Features) -> None:
     """The classifier's own head recognises a photograph, as surely as it does after the other implementation."""
     state = torch.load(lite0_weights.source(), weights_only=True)
     with cbook.get_sample_data("grace_hopper.jpg") as stream, Image.open(stream) as image:
@@ -120,7 +120,7 @@ def test_a_photograph_of_an_officer_looks_like_one(backbone: Lite0Backbone) -> N
     assert float(chances[military_uniform]) == pytest.approx(0.463, abs=0.02)
 
 
-def test_pictures_are_read_as_pillow_enlarges_them(backbone: Lite0Backbone, gallery: Gallery) -> None:
+def test_pictures_are_read_as_pillow_enlarges_them(backbone: Lite0Features, gallery: Gallery) -> None:
     pictures = gallery.data.pictures[:8]
     large = [np.asarray(Image.fromarray(p).resize((128, 128), Image.Resampling.BICUBIC)) for p in pictures]
     small, enlarged = backbone(pictures), backbone(np.stack(large))
@@ -133,7 +133,7 @@ def test_pictures_are_read_as_pillow_enlarges_them(backbone: Lite0Backbone, gall
     assert np.allclose(exclusive, small, atol=1e-4), "a picture's features depend on that picture alone"
 
 
-def test_kid_rises_with_blur_and_with_noise(backbone: Lite0Backbone, gallery: Gallery) -> None:
+def test_kid_rises_with_blur_and_with_noise(backbone: Lite0Features, gallery: Gallery) -> None:
     features = Features(backbone, progress=False)
     kid = KernelDistance(features)
     chosen = gallery.data.pictures[np.random.default_rng(0).permutation(len(gallery.data))]

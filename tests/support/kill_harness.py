@@ -44,7 +44,7 @@ def launch(arguments: list[str], log: Path, patch: Callable[[], None] | None = N
         with log.open("a") as stream:
             os.dup2(stream.fileno(), 1)
             os.dup2(stream.fileno(), 2)
-        validation.Lite0Backbone = Pooled
+        validation.Lite0Features = Pooled
         distillation.estimate = lambda *a: Estimated(0, 0, 0, 0, 0, {}, 0, {})  # two steps of work at every start
         distillation.announce = lambda *a: False
         if patch:

@@ -107,7 +107,7 @@ def enter(rank: int, size: int, port: int, did: Path) -> None:
         if "lo" in [name for _, name in socket.if_nameindex()]:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ["FEWSTEP_CACHE"] = str(did.parent / did.stem.split("-")[0] / "cache")
-    validation.Lite0Backbone = measuring.Lite0Backbone = Pooled  # type: ignore[assignment,misc]
+    validation.Lite0Features = measuring.Lite0Features = Pooled  # type: ignore[assignment,misc]
     trajectories.SHARD, trajectories.MOST_LATENT_POINTS = 4, 2 * 8 * 8  # several files, of several parts
     if did.name.startswith("wide"):  # whose loss asks all processes
         distillation.estimate = ESTIMATE

@@ -59,7 +59,7 @@ def small_world(tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     few = emoji8.Emoji8(whole.pictures[rows], tuple(whole.records[row] for row in rows))
     load = emoji8.load
     monkeypatch.setattr(emoji8, "load", lambda split="train": few if split == "train" else load(split))
-    monkeypatch.setattr(measures, "Lite0Backbone", Pooled)
+    monkeypatch.setattr(measures, "Lite0Features", Pooled)
     return place
 
 

@@ -39,9 +39,9 @@ DETAIL = {
 }
 EVIL = "<script>alert(\"x\")</script> & 'quotes'"
 IDENTITIES = {
-    "FD-Lite0": Identity("FD-Lite0", "distance of features", "lower", "", "Frechet", n=1000, seed=0),
-    "agreement": Identity("agreement", "fit to the prompt", "higher", "cosine", "mean", n=1000, seed=0),
-    "detail: edges": Identity("detail: edges", "gradient", "neither", "levels/pixel", "mean", n=1000, seed=0),
+    "FD-Lite0": Identity("FD-Lite0", "distance of features", "lower", "", "Frechet", "quality", "real", n=1000, seed=0),
+    "agreement": Identity("agreement", "fit to the prompt", "higher", "cosine", "mean", "prompt", n=1000, seed=0),
+    "detail: edges": Identity("detail: edges", "gradient", "neither", "levels/pixel", "mean", "detail", n=1000, seed=0),
 }
 
 
@@ -314,8 +314,9 @@ def test_methods_are_compared_by_their_distance_to_the_teacher_too() -> None:
 
     def add(row: Row) -> Row:
         further = row.method == "TCD"
-        figures = {**row.figures, name: replace(row.figures["FD-Lite0"], value=30.0 if further else 20.0 + row.steps)}
-        return replace(row, figures=figures)
+        identity = replace(IDENTITIES["FD-Lite0"], name=name, against="teacher")
+        value = 30.0 if further else 20.0 + row.steps
+        return replace(row, figures={**row.figures, name: replace(figure("FD-Lite0", value), identity=identity)})
 
     found = claims(replace(planted(), rows=tuple(add(row) for row in planted().rows)))
     held = {c.text: c.held for c in found if c.text.endswith(name)}

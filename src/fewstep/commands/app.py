@@ -35,7 +35,6 @@ from fewstep.commands.options import (
     echo_figures,
     say,
 )
-from fewstep.common.choices import TO_TEACHER
 from fewstep.common.defaults import installed_world
 from fewstep.common.errors import UserError
 from fewstep.common.files import os_reason
@@ -245,14 +244,14 @@ def evaluate(
     if not figures:  # another process of this launch has them
         return
     echo_figures(figures)
-    distances = [figure for name, figure in figures.items() if name.startswith("FD-")]
-    if not distances:
+    fd = figures.get("FD-Lite0")
+    if fd is None:
         say("FD-Lite0: left out, below 500 pictures on either side it would measure its own bias")
-    elif min(figure.n for figure in distances) < FD_ADVISED:
+    elif fd.n < FD_ADVISED:
         say(f"FD-Lite0: below {FD_ADVISED} pictures its own bias shows; compare it at equal numbers only")
     if real is not None:
         say("agreement: left out, its scorer knows Emoji-8's drawings alone")
-    if not any(figure.floor is not None for name, figure in figures.items() if not name.endswith(TO_TEACHER)):
+    if all(figure.floor is None or figure.is_of("quality", "teacher") for figure in figures.values()):
         say("floors: left out, they take more than twice as many real pictures as there are prompts")
     say(f"wrote {out / 'figures.json'}")
 

@@ -67,8 +67,7 @@ def evaluate(
     from fewstep.common.files import check_writable
     from fewstep.data.prompts import read_prompts
     from fewstep.diffusion.config import Sampling
-    from fewstep.evaluation.checks import check_real
-    from fewstep.evaluation.limits import KID_FEWEST
+    from fewstep.evaluation.limits import KID_FEWEST, find_real
     from fewstep.students.resolve import resolve_student
     from fewstep.students.sampling import end_point_sampling
 
@@ -78,8 +77,7 @@ def evaluate(
     prompts = read_prompts(prompt_file, "prompt_file")
     if len(prompts) < KID_FEWEST:
         raise UserError(f"prompt_file holds {len(prompts)} prompts; KID needs at least {KID_FEWEST} pictures")
-    if real is not None:
-        check_real(Path(real))
+    files = find_real(Path(real)) if real is not None else None
     _check_seed(seed, 8 * len(prompts))
     folder = read_folder(teacher_path(named_teacher(teacher, teacher_config)))
     chosen = resolve_student(folder, lora, settings or {})
@@ -112,7 +110,7 @@ def evaluate(
         folder.path,
         prompts,
         lora=chosen.lora,
-        real=Path(real) if real else None,
+        real=files,
         sampling=chosen.sampling,
         reference=other,
         reference_sampling=drawn,

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fewstep.common.choices import TO_TEACHER
 from fewstep.common.config import parse_overrides
 
 if TYPE_CHECKING:
@@ -80,6 +79,6 @@ def echo_figures(figures: Mapping[str, Figure]) -> None:
     """Print figures, a line each, with interval, n and floor: what real pictures get, or the teacher itself."""
     for name, figure in figures.items():
         interval = f" [{figure.low:.4g}, {figure.high:.4g}]" if figure.low is not None else ""
-        whose = "the teacher's own" if name.endswith(TO_TEACHER) else "real pictures"
+        whose = "the teacher's own" if figure.is_of("quality", "teacher") else "real pictures"
         floor = f", {whose} {figure.floor:.4g}" if figure.floor is not None else ""
         say(f"{name}: {figure.value:.4g}{interval} (n = {figure.n}{floor})")

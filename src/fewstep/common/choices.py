@@ -54,8 +54,6 @@ Normaliser = Literal["dmd", "score", "none"]
 DistanceName = Literal["l2", "huber", "huber_norm", "features", "latent_lpips"]
 """How agreement is measured; see `objectives.distance`."""
 
-TO_TEACHER = " (to teacher)"
-"""Added to the name of a distance between sets when it is taken from the teacher's pictures."""
 CALLS: dict[str, int] = {
     **{"ddim": 1, "euler": 1, "heun": 2, "dpm_2": 2, "dpmpp_2s": 2},
     **{"sss": 1, "lcm": 1, "sde_dpmpp_2m": 1},

@@ -30,7 +30,7 @@ from fewstep.distillation.config import DistillConfig
 from fewstep.distillation.precision import asked_outside
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.kid import KernelDistance
-from fewstep.evaluation.lite0 import Lite0Backbone
+from fewstep.evaluation.lite0 import Lite0Features
 from fewstep.evaluation.teacher_distance import TeacherFeatures
 from fewstep.inference.generator import ImageGenerator, image_generator_of
 from fewstep.inference.image_grid import labelled_sheet, save_picture
@@ -92,9 +92,9 @@ class Validation:
         self.keep = keep
         self.prompts = list(prompts)
         self.seeds = list(range(validation.seed, validation.seed + validation.count))
-        self.features = Features(Lite0Backbone(), progress=False)
+        self.features = Features(Lite0Features(), progress=False)
         # of pictures that every run on these data measures against, and no student's own
-        self.kept_features = Features(self.features.backbone, cache / "features", progress=False)
+        self.kept_features = Features(self.features.network, cache / "features", progress=False)
         self.kid = KernelDistance(self.features)
         self.to_teacher = TeacherFeatures(self.features)
         self.condition = main_first(self._read_prompts)

@@ -1,8 +1,7 @@
-"""Detail: how much fine structure pictures have, by edge density and by lossless WebP size.
+"""Fine structure of pictures, by edge density and by lossless WebP size.
 
-These stand for the image complexity of the TCD paper, whose network is not available here, and are called
-what they are. Noise raises both, so that a figure says little without those of real, blurred and noised
-pictures.
+These replace the image complexity of the TCD paper (arXiv 2402.19159), whose network is not available here. Noise
+raises both: compare them with the figures of real, blurred and noised pictures.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from PIL import Image, ImageFilter
 
 from fewstep.common.rng import generator
 from fewstep.evaluation.metric import Array, Figure, Identity, Pictures, check_pictures
-from fewstep.evaluation.per_picture import PictureMean
+from fewstep.evaluation.per_picture import PerPictureMetric
 
 LUMA = np.array([0.299, 0.587, 0.114])
 BLURS = (0.5, 1.0)
@@ -23,9 +22,9 @@ NOISES = (5.0, 10.0)
 
 
 def edge_density(pictures: Pictures) -> Array:
-    """Mean length of the luma gradient in 8-bit levels a pixel, float64 [N].
+    """Return the mean length of the luma gradient in 8-bit levels per pixel, float64 [N].
 
-    Sobel's kernels divided by 8, so that a ramp of one level a pixel gives 1; inner pixels only.
+    Sobel's kernels divided by 8, so that a ramp of one level per pixel gives 1; inner pixels only.
     """
     check_pictures(pictures)
     luma = pictures @ LUMA
@@ -38,7 +37,7 @@ def edge_density(pictures: Pictures) -> Array:
 
 
 def webp_bytes(pictures: Pictures) -> Array:
-    """Size of each picture as lossless WebP, in bytes, float64 [N]."""
+    """Return the size of each picture as lossless WebP, in bytes, float64 [N]."""
     check_pictures(pictures)
     sizes = []
     for picture in pictures:
@@ -48,11 +47,12 @@ def webp_bytes(pictures: Pictures) -> Array:
     return np.array(sizes)
 
 
-class EdgeDensity(PictureMean):
-    """Detail as `edge_density`."""
+class EdgeDensity(PerPictureMetric):
+    """Mean of `edge_density`."""
 
     identity = Identity(
         name="detail: edges",
+        group="detail",
         measures="mean length of the luma gradient",
         better="neither",
         unit="levels/pixel",
@@ -64,11 +64,12 @@ class EdgeDensity(PictureMean):
         return edge_density(pictures)
 
 
-class WebpBytes(PictureMean):
-    """Detail as `webp_bytes`."""
+class WebpBytes(PerPictureMetric):
+    """Mean of `webp_bytes`."""
 
     identity = Identity(
         name="detail: WebP",
+        group="detail",
         measures="size as lossless WebP",
         better="neither",
         unit="bytes",
@@ -81,7 +82,7 @@ class WebpBytes(PictureMean):
 
 
 def blurred(pictures: Pictures, radius: float) -> Pictures:
-    """Return pictures under Pillow's Gaussian blur."""
+    """Return the pictures after Pillow's Gaussian blur."""
     soft = [Image.fromarray(picture).filter(ImageFilter.GaussianBlur(radius)) for picture in pictures]
     return np.stack([np.asarray(picture) for picture in soft])
 

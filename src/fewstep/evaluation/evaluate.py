@@ -6,19 +6,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fewstep.common.choices import TO_TEACHER
 from fewstep.common.errors import UserError
 from fewstep.common.files import write_json
 from fewstep.common.rng import generator
-from fewstep.evaluation.metric import Array, Figure, Matched, Metric, Pictures, Scored, check_pictures
+from fewstep.evaluation.metric import (
+    TO_TEACHER,
+    Array,
+    Figure,
+    Identity,
+    Metric,
+    Pictures,
+    SamePromptsMetric,
+    check_pictures,
+)
+from fewstep.evaluation.per_picture import PerPictureMetric
 
 
 @dataclass(frozen=True)
-class EndPoints:
+class TeacherPictures:
     """The teacher's converged pictures of the measured prompts, uint8 [N, H, W, 3] each.
 
-    Sets are compared with pictures from other noise: those from the same noise are no independent sample, and
-    an unbiased distance would come out too low, the more so the closer a method keeps to the teacher's path.
+    Sets are compared with pictures from other noise. Those from the same noise are not an independent sample: an
+    unbiased distance would come out too low, the more so the closer a method keeps to the teacher's path.
 
     Attributes:
         same: from the same noise as the measured pictures, to compare one by one; None leaves that out.
@@ -46,7 +55,7 @@ class Reference:
 
     @classmethod
     def split(cls, pictures: Pictures, n: int, seed: int = 0, prompts: Sequence[str] | None = None) -> Reference:
-        """Put n pictures, drawn at random, aside for the floor and keep the rest to measure against.
+        """Set n pictures, drawn at random, aside for the floor and keep the rest to measure against.
 
         Raises:
             UserError: n leaves no picture to measure against.
@@ -65,30 +74,31 @@ class Reference:
         )
 
     def some(self, n: int, seed: int = 0) -> Pictures:
-        """Up to n of the pictures, drawn at random (a folder's order is often one style after another)."""
+        """Return up to n of the pictures, drawn at random (a folder is often sorted by style)."""
         rows = generator(seed, "some real pictures").permutation(len(self.pictures))[:n]
         chosen: Pictures = self.pictures[rows]
         return chosen
 
     def floor_of(self, metric: Metric, n: int, seed: int) -> float | None:
-        """Return what n of the set-aside pictures get, measured once for each metric; None where nothing can.
+        """Return the figure of n of the set-aside pictures, computed once per metric; None where there is none.
 
         Raises:
             UserError: fewer than n pictures were set aside.
         """
-        if self.floor is None or metric.against == "teacher":
+        identity = metric.identity
+        if self.floor is None or identity.against == "teacher":
             return None
         if len(self.floor) < n:
             raise UserError(f"{n} pictures need as many real ones set aside for the floor, not {len(self.floor)}")
-        key = (metric.identity, n, seed)
+        key = (identity, n, seed)
         if key not in self._floors:
             features = metric.features(self.floor[:n], self.floor_prompts[:n])
-            against = metric.features(self.pictures, ()) if metric.against == "real" else None
+            against = metric.features(self.pictures, ()) if identity.against == "real" else None
             self._floors[key] = metric.reduce(features, against, seed).value
         return self._floors[key]
 
 
-NO_TEACHER = EndPoints()
+NO_TEACHER = TeacherPictures()
 
 
 def evaluate_pictures(
@@ -96,13 +106,13 @@ def evaluate_pictures(
     prompts: Sequence[str],
     metrics: Sequence[Metric],
     reference: Reference | None = None,
-    teacher: EndPoints = NO_TEACHER,
+    teacher: TeacherPictures = NO_TEACHER,
     seed: int = 0,
 ) -> dict[str, Figure]:
     """Measure pictures, one of each prompt.
 
     A distance between sets is taken from the real pictures and, where the teacher's are given, from those too
-    (name + `TO_TEACHER`). What cannot be compared for want of pictures is left out.
+    (name + `TO_TEACHER`). A comparison whose pictures are not given is left out.
 
     Args:
         pictures: uint8 [N, H, W, 3].
@@ -118,39 +128,38 @@ def evaluate_pictures(
     Raises:
         UserError: shapes or counts that do not fit, or too few pictures for a metric.
     """
-    check_pictures(pictures, prompts)
-    for given in (teacher.same, teacher.other):
+    for given in (pictures, teacher.same, teacher.other):
         if given is not None:
             check_pictures(given, prompts)
     figures: dict[str, Figure] = {}
     for metric in metrics:
-        own = metric.identity.name
-        others: dict[str, Array | None] = {}
-        if metric.against == "nothing":
-            others[own] = None
-        if metric.against == "real" and reference:
-            others[own] = metric.features(reference.pictures, ())
-        if metric.against == "real" and teacher.other is not None:
-            others[own + TO_TEACHER] = metric.features(teacher.other, prompts)
-        if metric.against == "teacher" and teacher.same is not None:
-            others[own] = metric.features(teacher.same, prompts)
-        features = metric.features(pictures, prompts) if others else None
-        for name, against in others.items():
-            assert features is not None
-            if name == own + TO_TEACHER and against is not None and isinstance(metric, Matched):
+        own, compared = metric.identity, metric.identity.against
+        others: list[tuple[Identity, Array | None]] = []
+        if compared == "nothing":
+            others.append((own, None))
+        if compared == "real" and reference:
+            others.append((own, metric.features(reference.pictures, ())))
+        if compared == "real" and teacher.other is not None:
+            to_teacher = replace(own, name=own.name + TO_TEACHER, against="teacher")
+            others.append((to_teacher, metric.features(teacher.other, prompts)))
+        if compared == "teacher" and teacher.same is not None:
+            others.append((own, metric.features(teacher.same, prompts)))
+        for identity, against in others:
+            features = metric.features(pictures, prompts)
+            if identity is not own and against is not None and isinstance(metric, SamePromptsMetric):
                 figure = metric.reduce_matched(features, against, seed)
             else:
                 figure = metric.reduce(features, against, seed)
-            identity = replace(metric.identity, name=name, n=figure.n, seed=seed)
-            floor = reference.floor_of(metric, figure.n, seed) if reference and name == own else None
-            figures[name] = replace(figure, floor=floor, identity=identity)
+            floor = reference.floor_of(metric, figure.n, seed) if reference and identity is own else None
+            identity = replace(identity, n=figure.n, seed=seed)
+            figures[identity.name] = replace(figure, floor=floor, identity=identity)
     return figures
 
 
 def score_pictures(
-    pictures: Pictures, prompts: Sequence[str], metrics: Sequence[Scored], teacher: Pictures | None = None
+    pictures: Pictures, prompts: Sequence[str], metrics: Sequence[Metric], teacher: Pictures | None = None
 ) -> dict[str, Array]:
-    """Return each prompt's number, [N], by metric, for `bootstrap.paired_difference` of two methods.
+    """Return each prompt's number, [N], by per-picture metric, for `bootstrap.paired_difference` of two methods.
 
     Args:
         teacher: the teacher's pictures from the same noise; None leaves the distances from it out.
@@ -161,10 +170,10 @@ def score_pictures(
     check_pictures(pictures, prompts)
     scores = {}
     for metric in metrics:
-        if metric.against == "teacher" and teacher is None:
-            continue
-        against = metric.features(teacher, prompts) if metric.against == "teacher" and teacher is not None else None
-        scores[metric.identity.name] = metric.scores(metric.features(pictures, prompts), against)
+        to_teacher = metric.identity.against == "teacher"
+        if isinstance(metric, PerPictureMetric) and not (to_teacher and teacher is None):
+            against = metric.features(teacher, prompts) if to_teacher and teacher is not None else None
+            scores[metric.identity.name] = metric.scores(metric.features(pictures, prompts), against)
     return scores
 
 

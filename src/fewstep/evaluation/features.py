@@ -1,14 +1,12 @@
-"""Features of pictures, computed once, in batches, and kept in memory and, if asked, on disk.
-
-On disk they are safetensors files named by the pixels and the backbone.
-"""
+"""Features of picture sets, computed once, in batches, and cached in memory and optionally on disk."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,37 +15,41 @@ from tqdm import tqdm
 from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_write
 from fewstep.common.tensors import load_tensors, save_tensors
-from fewstep.evaluation.metric import Array, Pictures, check_pictures
+from fewstep.evaluation.metric import Array, Identity, Pictures, check_pictures
 
 BATCH = 32
 KEPT = 16
 """Picture sets whose features stay in memory."""
 BAR_FROM = 512
-"""Fewest pictures worth a progress bar."""
+"""Fewest pictures that a progress bar is shown for."""
 
 
-class Backbone(Protocol):
-    """A network that turns one batch of pictures into features, and what identifies it."""
+class NetworkIdentity(Protocol):
+    """What identifies a frozen network that computes features."""
 
     @property
     def name(self) -> str:
-        """The network and the layer."""
+        """The network and the layers that are read."""
         ...
 
     @property
     def weights_sha256(self) -> str:
-        """Of its weights file."""
+        """SHA-256 of its weights file."""
         ...
 
     @property
     def licence(self) -> str:
-        """Of its weights."""
+        """Licence of its weights."""
         ...
 
     @property
     def input(self) -> str:
-        """Size and resizing of what it sees."""
+        """Size, resizing and normalisation of its input."""
         ...
+
+
+class FeatureNetwork(NetworkIdentity, Protocol):
+    """A network that maps a batch of pictures to features."""
 
     def __call__(self, pictures: Pictures) -> Array:
         """Return float32 [N, D]; a picture's features depend on that picture alone."""
@@ -55,23 +57,34 @@ class Backbone(Protocol):
 
 
 class Features:
-    """Features of picture sets through one backbone, each set computed once.
+    """Features of picture sets through one network, each set computed once.
 
-    Metrics that share one `Features` share the work. Sets are known by the SHA-256 of their pixels.
+    Metrics that share one `Features` share the work. Sets are identified by the SHA-256 of their pixels.
 
     Args:
-        folder: where features also stay between processes, as safetensors; None for memory alone.
+        folder: where features are also stored between processes, as safetensors; None for memory alone.
         progress: show a bar for large sets.
     """
 
-    def __init__(self, backbone: Backbone, folder: Path | None = None, *, progress: bool = True) -> None:
-        self.backbone = backbone
+    def __init__(self, network: FeatureNetwork, folder: Path | None = None, *, progress: bool = True) -> None:
+        self.network = network
         self.folder = folder
         self.progress = progress
         self._memory: OrderedDict[str, Array] = OrderedDict()
 
+    @property
+    def identity_fields(self) -> dict[str, Any]:
+        """The fields of an `Identity` that describe the network."""
+        network = self.network
+        return {
+            "backbone": network.name,
+            "weights_sha256": network.weights_sha256,
+            "licence": network.licence,
+            "input": network.input,
+        }
+
     def __call__(self, pictures: Pictures) -> Array:
-        """Return float32 [N, D], not to be written to.
+        """Return read-only float32 [N, D].
 
         Raises:
             UserError: not a set of pictures.
@@ -92,20 +105,19 @@ class Features:
         return found
 
     def _key(self, pictures: Pictures) -> str:
-        backbone = self.backbone
+        network = self.network
         digest = hashlib.sha256()
-        for part in (backbone.name, backbone.weights_sha256, backbone.input, str(pictures.shape)):
+        for part in (network.name, network.weights_sha256, network.input, str(pictures.shape)):
             digest.update(part.encode() + b"\0")
         digest.update(np.ascontiguousarray(pictures).data)
         return digest.hexdigest()
 
     def _compute(self, pictures: Pictures) -> Array:
-        starts = range(0, len(pictures), BATCH)
         hidden = not self.progress or len(pictures) < BAR_FROM
         with tqdm(total=len(pictures), desc="features", unit="picture", disable=hidden, leave=False) as bar:
             parts = []
-            for start in starts:
-                parts.append(self.backbone(pictures[start : start + BATCH]))
+            for start in range(0, len(pictures), BATCH):
+                parts.append(self.network(pictures[start : start + BATCH]))
                 bar.update(len(parts[-1]))
         return np.concatenate(parts)
 
@@ -122,6 +134,39 @@ class Features:
         if self.folder is not None:
             with atomic_write(self.folder / f"{key}.safetensors") as part:
                 save_tensors(part, {"features": torch.from_numpy(np.ascontiguousarray(features))})
+
+
+class SetDistance:
+    """The base of distances between the features of two picture sets.
+
+    Args:
+        identity: with against = "real".
+        fewest: least number of pictures on either side.
+    """
+
+    def __init__(self, features: Features, identity: Identity, fewest: int) -> None:
+        self._features = features
+        self.identity = identity
+        self.fewest = fewest
+
+    def features(self, pictures: Pictures, prompts: Sequence[str]) -> Array:
+        """Return the network's features, [N, D]."""
+        return self._features(pictures)
+
+    def checked(self, features: Array, against: Array | None) -> Array:
+        """Return `against` if both sets are large enough.
+
+        Raises:
+            UserError: fewer than `fewest` pictures on either side.
+        """
+        for what, rows in (("pictures", features), ("pictures to measure against", against)):
+            count = 0 if rows is None else len(rows)
+            if count < self.fewest:
+                raise UserError(
+                    f"{self.identity.name} of {count} {what} would be mostly noise; give at least {self.fewest}"
+                )
+        assert against is not None
+        return against
 
 
 def normalise(features: Array) -> Array:

@@ -1,13 +1,12 @@
 """FD: the Frechet distance between Gaussians fitted to features, on the real pictures' principal components.
 
-With 1,280 dimensions and 1,000 pictures the distance is mostly the noise of its covariances; on 64 components
-it is not. It is named after its backbone ("FD-Lite0") and never FID, with which it does not compare.
+With 1,280 dimensions and 1,000 pictures the distance is mostly sampling noise of the covariances; with 64 components
+it is not. It is named after its network ("FD-Lite0"), not FID, whose values are not comparable.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,9 +15,9 @@ import numpy.typing as npt
 
 from fewstep.common.errors import UserError
 from fewstep.evaluation.bootstrap import centred_interval, counts
-from fewstep.evaluation.features import Features
-from fewstep.evaluation.limits import FD_ADVISED, FD_FEWEST
-from fewstep.evaluation.metric import Against, Array, Figure, Identity, Pictures
+from fewstep.evaluation.features import Features, SetDistance
+from fewstep.evaluation.limits import FD_FEWEST
+from fewstep.evaluation.metric import Array, Figure, Identity
 
 COMPONENTS = 64
 RESAMPLES = 200
@@ -33,8 +32,8 @@ class Projection:
     Attributes:
         mean: float64 [D].
         axes: orthonormal columns, float64 [D, K], the largest variance first.
-        explained: share of the variance they hold.
-        n: pictures they were fitted on.
+        explained: share of the variance that they explain.
+        n: number of pictures that they were fitted on.
     """
 
     mean: Wide
@@ -59,7 +58,7 @@ class Projection:
         mean = wide.mean(0)
         variances, vectors = np.linalg.eigh(np.cov(wide, rowvar=False))
         axes = vectors[:, ::-1][:, :components]
-        # An eigenvector's sign is arbitrary: fix it, so that the hash is of the subspace's basis alone.
+        # An eigenvector's sign is arbitrary: it is fixed, so that the hash depends on the subspace's basis alone.
         axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(components)])
         return cls(mean, np.ascontiguousarray(axes), float(variances[-components:].sum() / variances.sum()), n)
 
@@ -70,13 +69,13 @@ class Projection:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the mean and axes to 6 decimals, so that rounding noise does not count."""
+        """SHA-256 of the mean and axes to 6 decimals, so that rounding noise does not change it."""
         rounded = [np.round(part, 6) + 0.0 for part in (self.mean, self.axes)]
         return hashlib.sha256(b"".join(part.astype("<f8").tobytes() for part in rounded)).hexdigest()
 
 
 def moments(features: Wide, weights: Wide | None = None) -> tuple[Wide, Wide]:
-    """Return the mean [K] and unbiased covariance [K, K] of [N, K]; `weights` [N] count each row."""
+    """Return the mean [K] and unbiased covariance [K, K] of [N, K]; `weights` [N] are the rows' multiplicities."""
     weights = np.ones(len(features)) if weights is None else weights
     total = weights.sum()
     mean = weights @ features / total
@@ -85,7 +84,7 @@ def moments(features: Wide, weights: Wide | None = None) -> tuple[Wide, Wide]:
 
 
 def frechet(mean_a: Wide, cov_a: Wide, mean_b: Wide, cov_b: Wide) -> float:
-    """Squared Frechet distance |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2) of two Gaussians.
+    """Return the squared Frechet distance |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2) of two Gaussians.
 
     Symmetric square roots by eigenvalues: real and stable for singular covariances too.
     """
@@ -97,22 +96,20 @@ def frechet(mean_a: Wide, cov_a: Wide, mean_b: Wide, cov_b: Wide) -> float:
     return max(float(distance), 0.0)
 
 
-class FrechetDistance:
-    """FD of pictures from a set of others, through one backbone and one projection.
+class FrechetDistance(SetDistance):
+    """FD of pictures from a set of others, through one network and one projection.
 
     Args:
-        features: the backbone.
-        projection: fitted on real pictures; one and the same for every figure that is to be compared.
+        features: of the network.
+        projection: fitted on real pictures; the same for all figures that are to be compared.
+        short: the network's short name.
     """
 
-    against: Against = "real"
-
     def __init__(self, features: Features, projection: Projection, short: str = "Lite0") -> None:
-        self._features = features
-        self.projection = projection
-        backbone = features.backbone
-        self.identity = Identity(
+        identity = Identity(
             name=f"FD-{short}",
+            group="quality",
+            against="real",
             measures="Frechet distance between the features of two picture sets",
             better="lower",
             unit="",
@@ -121,15 +118,10 @@ class FrechetDistance:
                 f"components of {projection.n} real pictures (sha256 {projection.sha256[:16]}), "
                 f"interval: {RESAMPLES} bootstrap resamples of both sets, centred"
             ),
-            backbone=backbone.name,
-            weights_sha256=backbone.weights_sha256,
-            licence=backbone.licence,
-            input=backbone.input,
+            **features.identity_fields,
         )
-
-    def features(self, pictures: Pictures, prompts: Sequence[str]) -> Array:
-        """Return the backbone's features, [N, D]."""
-        return self._features(pictures)
+        super().__init__(features, identity, FD_FEWEST)
+        self.projection = projection
 
     def distance(self, features: Array, against: Array) -> float:
         """Return the distance alone, without an interval.
@@ -137,19 +129,17 @@ class FrechetDistance:
         Raises:
             UserError: fewer than 500 pictures on either side.
         """
-        self._check(features, against)
+        against = self.checked(features, against)
         return frechet(*moments(self.projection(features)), *moments(self.projection(against)))
 
     def reduce(self, features: Array, against: Array | None, seed: int) -> Figure:
         """Return the distance with its interval.
 
         Raises:
-            UserError: no other set, or fewer than 500 pictures on either side.
+            UserError: fewer than 500 pictures on either side.
         """
-        if against is None:
-            raise UserError(f"{self.identity.name} needs pictures to measure against; give a folder of real ones")
-        value = self.distance(features, against)
-        ours, theirs = self.projection(features), self.projection(against)
+        ours, theirs = self.projection(features), self.projection(self.checked(features, against))
+        value = frechet(*moments(ours), *moments(theirs))
         pairs = zip(
             counts(len(ours), RESAMPLES, seed, "frechet"),
             counts(len(theirs), RESAMPLES, seed, "frechet against"),
@@ -158,11 +148,3 @@ class FrechetDistance:
         resampled = np.array([frechet(*moments(ours, a), *moments(theirs, b)) for a, b in pairs])
         low, high = centred_interval(value, resampled)
         return Figure(value, max(low, 0.0), high, len(features))
-
-    def _check(self, features: Array, against: Array) -> None:
-        for what, count in (("pictures", len(features)), ("pictures to measure against", len(against))):
-            if count < FD_FEWEST:
-                raise UserError(
-                    f"{self.identity.name} of {count} {what} would be mostly noise; "
-                    f"give at least {FD_FEWEST}, better {FD_ADVISED}, or use KID"
-                )

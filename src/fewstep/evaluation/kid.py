@@ -1,26 +1,25 @@
 """KID: the squared maximum mean discrepancy of features under a cubic kernel (arXiv 1801.01401), unbiased.
 
-The usual code averages over random subsets of 1,000; here all pairs are used, in blocks of rows for memory's
-sake. On small sets that has the smallest variance and stays unbiased.
+The usual code averages over random subsets of 1,000. Here all pairs are used, in blocks of rows to bound memory, which
+has the least variance on small sets and is unbiased too.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from fewstep.common.errors import UserError
 from fewstep.evaluation.bootstrap import centred_interval, counts
-from fewstep.evaluation.features import Features
+from fewstep.evaluation.features import Features, SetDistance
 from fewstep.evaluation.limits import KID_FEWEST
-from fewstep.evaluation.metric import Against, Array, Figure, Identity, Pictures
+from fewstep.evaluation.metric import Array, Figure, Identity
 
 RESAMPLES = 200
 KEPT = 4
-"""Sets measured against whose own term is remembered."""
+"""Sets measured against whose own term is cached."""
 ROWS = 1024
 """Rows of the kernel matrix held at a time."""
 
@@ -28,22 +27,22 @@ Wide = npt.NDArray[np.float64]
 
 
 def kernel(x: Array, y: Array) -> Wide:
-    """k(x, y) = (x.y / D + 1)^3 for all rows of [N, D] and [M, D], float64 [N, M]."""
+    """Return k(x, y) = (x.y / D + 1)^3 for all rows of [N, D] and [M, D], float64 [N, M]."""
     product = (x @ y.T).astype(np.float64)
     result: Wide = np.power(product / x.shape[1] + 1, 3, out=product)
     return result
 
 
 def within(x: Array, weights: Wide) -> Wide:
-    """Mean of k over ordered pairs of different rows, for each weighting [R, N] of the rows: [R].
+    """Return the mean of k over ordered pairs of different rows, for each weighting [R, N] of the rows: [R].
 
-    A resample's repeats of one row do not pair with each other: their kernel is not that of two draws.
+    Repeats of one row in a resample are not paired with each other: they are not two independent samples.
     """
     return between_matched(x, x, weights)
 
 
 def between(x: Array, y: Array, weights_x: Wide, weights_y: Wide) -> Wide:
-    """Mean of k over pairs of a row of x and a row of y, for each pair of weightings: [R]."""
+    """Return the mean of k over pairs of a row of x and a row of y, for each pair of weightings: [R]."""
     total = np.zeros(len(weights_x))
     for start in range(0, len(x), ROWS):
         rows = slice(start, start + ROWS)
@@ -53,9 +52,10 @@ def between(x: Array, y: Array, weights_x: Wide, weights_y: Wide) -> Wide:
 
 
 def between_matched(x: Array, y: Array, weights: Wide) -> Wide:
-    """Mean of k over pairs of a row of x and another row of y, for each weighting of the rows of both: [R].
+    """Return the mean of k over pairs of row i of x and row j != i of y, for each weighting of the rows of both: [R].
 
-    Rows of one number answer one prompt: they are more alike than two draws are, and would lower the distance.
+    Rows of equal number are pictures of one prompt: they are more alike than independent samples and would bias the
+    distance downwards.
     """
     total = np.zeros(len(weights))
     for start in range(0, len(x), ROWS):
@@ -67,16 +67,14 @@ def between_matched(x: Array, y: Array, weights: Wide) -> Wide:
     return mean
 
 
-class KernelDistance:
-    """KID of pictures from a set of others, through one backbone."""
-
-    against: Against = "real"
+class KernelDistance(SetDistance):
+    """KID of pictures from a set of others, through one network."""
 
     def __init__(self, features: Features, short: str = "Lite0") -> None:
-        self._features = features
-        backbone = features.backbone
-        self.identity = Identity(
+        identity = Identity(
             name=f"KID-{short}",
+            group="quality",
+            against="real",
             measures="squared kernel distance between the features of two picture sets",
             better="lower",
             unit="",
@@ -85,16 +83,10 @@ class KernelDistance:
                 f"interval: {RESAMPLES} bootstrap resamples of both sets, centred; of sets that answer the same "
                 "prompts, without pairs of one prompt, resampled by prompt"
             ),
-            backbone=backbone.name,
-            weights_sha256=backbone.weights_sha256,
-            licence=backbone.licence,
-            input=backbone.input,
+            **features.identity_fields,
         )
-        self._seen: dict[tuple[bytes, str, int | None], Wide] = {}
-
-    def features(self, pictures: Pictures, prompts: Sequence[str]) -> Array:
-        """Return the backbone's features, [N, D]."""
-        return self._features(pictures)
+        super().__init__(features, identity, KID_FEWEST)
+        self._own_terms: dict[tuple[bytes, str, int | None], Wide] = {}
 
     def distance(self, features: Array, against: Array) -> float:
         """Return the distance alone, without an interval.
@@ -102,23 +94,21 @@ class KernelDistance:
         Raises:
             UserError: fewer than 10 pictures on either side.
         """
-        self._check(features, against)
+        against = self.checked(features, against)
         ours, theirs = np.ones((1, len(features))), np.ones((1, len(against)))
-        value = within(features, ours) + self._other(against, theirs, "", None)
+        value = within(features, ours) + self._own_term(against, theirs, "", None)
         return float((value - 2 * between(features, against, ours, theirs))[0])
 
     def reduce(self, features: Array, against: Array | None, seed: int) -> Figure:
         """Return the distance with its interval.
 
         Raises:
-            UserError: no other set, or fewer than 10 pictures on either side.
+            UserError: fewer than 10 pictures on either side.
         """
-        if against is None:
-            raise UserError(f"{self.identity.name} needs pictures to measure against; give a folder of real ones")
-        self._check(features, against)
+        against = self.checked(features, against)
         ours = _with_resamples(len(features), seed, "kid")
         theirs = _with_resamples(len(against), seed, "kid against")
-        values = within(features, ours) + self._other(against, theirs, "kid against", seed)
+        values = within(features, ours) + self._own_term(against, theirs, "kid against", seed)
         values -= 2 * between(features, against, ours, theirs)
         value = float(values[0])
         return Figure(value, *centred_interval(value, values[1:]), len(features))
@@ -129,30 +119,25 @@ class KernelDistance:
         Raises:
             UserError: fewer than 10 pictures on either side, or not as many on both.
         """
-        self._check(features, against)
+        against = self.checked(features, against)
         if len(features) != len(against):
             raise UserError(f"{len(features)} and {len(against)} pictures cannot answer the same prompts")
         prompts = _with_resamples(len(features), seed, "kid")
-        values = within(features, prompts) + self._other(against, prompts, "kid", seed)
+        values = within(features, prompts) + self._own_term(against, prompts, "kid", seed)
         values -= 2 * between_matched(features, against, prompts)
         value = float(values[0])
         return Figure(value, *centred_interval(value, values[1:]), len(features))
 
-    def _other(self, against: Array, weights: Wide, purpose: str, seed: int | None) -> Wide:
-        """The other set's own term, which stays the same while many sets are measured against it."""
+    def _own_term(self, against: Array, weights: Wide, purpose: str, seed: int | None) -> Wide:
+        """Return the other set's own term, cached: it is the same for all sets that are measured against it."""
         key = (hashlib.sha256(np.ascontiguousarray(against).data).digest(), purpose, seed)
-        if key not in self._seen:
-            if len(self._seen) >= KEPT:
-                self._seen.pop(next(iter(self._seen)))
-            self._seen[key] = within(against, weights)
-        return self._seen[key]
-
-    def _check(self, features: Array, against: Array) -> None:
-        for what, count in (("pictures", len(features)), ("pictures to measure against", len(against))):
-            if count < KID_FEWEST:
-                raise UserError(f"{self.identity.name} of {count} {what} says nothing; give at least {KID_FEWEST}")
+        if key not in self._own_terms:
+            if len(self._own_terms) >= KEPT:
+                self._own_terms.pop(next(iter(self._own_terms)))
+            self._own_terms[key] = within(against, weights)
+        return self._own_terms[key]
 
 
 def _with_resamples(n: int, seed: int, purpose: str) -> Wide:
-    """The set as it is in row 0, its resamples below."""
+    """Return weightings of n rows: all ones in row 0, bootstrap resamples below."""
     return np.concatenate([np.ones((1, n)), counts(n, RESAMPLES, seed, purpose)])

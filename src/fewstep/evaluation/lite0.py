@@ -149,7 +149,7 @@ def make_lite0(weights: Mapping[str, Tensor]) -> Lite0:
     return network
 
 
-class Lite0Backbone:
+class Lite0Features:
     """`features.Backbone` of EfficientNet-Lite0: 1280 numbers in [0, 6] a picture.
 
     In fp32: bf16 is twice as fast but moves the features by 4 %.

@@ -1,13 +1,9 @@
-"""What a metric is: an identity record, features of pictures, and a reduction of features to one figure.
-
-Standard FID, CLIP score, ImageReward or PickScore join as one small module each: a class with the members
-of `Metric`. Nothing else of the package knows which metrics exist.
-"""
+"""The interface of a metric: an identity record, features of pictures, and a reduction of features to one figure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -18,10 +14,15 @@ from fewstep.common.errors import UserError
 Pictures: TypeAlias = npt.NDArray[np.uint8]
 """uint8 RGB [N, H, W, 3]."""
 Array: TypeAlias = npt.NDArray[np.floating[Any]]
+Group = Literal["quality", "teacher", "prompt", "detail"]
+"""Question that a metric answers: how good pictures are as a set, how near each is to the teacher's, how well they fit
+their prompts, how much fine structure they have."""
 Against = Literal["nothing", "real", "teacher"]
-"""What the reduction compares with: nothing, a set of real pictures, or the teacher's for each prompt."""
+"""What the reduction compares with: nothing, a set of real pictures, or the teacher's picture of each prompt."""
 ARROWS = {"lower": " ↓", "higher": " ↑", "neither": ""}
 """`Identity.better` in a table's heading."""
+TO_TEACHER = " (to teacher)"
+"""Suffix of a set distance's name when it is taken from the teacher's pictures; its identity has against = teacher."""
 
 
 @dataclass(frozen=True)
@@ -29,17 +30,19 @@ class Identity:
     """Everything that decides a figure besides the pictures. Two figures compare only if these are equal.
 
     Attributes:
-        name: short name with its backbone, e.g. "FD-Lite0"; never the name of a standard metric it is not.
-        measures: one phrase that says what the figure means.
+        name: short name with its network, e.g. "FD-Lite0"; never the name of a standard metric that it is not.
+        measures: one phrase that defines the figure.
         better: which way is better; "neither" for a figure to be read beside that of real pictures.
         unit: "" for a pure number.
-        backbone: network that makes the features, or "none".
+        reduction: features -> figure, with its parameters.
+        group: what tables and reports select by.
+        against: what the pictures are compared with.
+        backbone: network that computes the features, or "none".
         weights_sha256: of the network's weights file, or None.
         licence: of the weights, or None.
-        input: size and resizing of what the network sees.
-        reduction: features -> figure, with its parameters as "key=value" text.
+        input: size and resizing of the network's input.
         n: pictures measured; None until measured.
-        seed: of the reduction's random draws (bootstrap, floor).
+        seed: of the reduction's random numbers (bootstrap, floor).
     """
 
     name: str
@@ -47,6 +50,9 @@ class Identity:
     better: Literal["lower", "higher", "neither"]
     unit: str
     reduction: str
+    # Neither is compared: figures of older files lack them.
+    group: Group = field(default="quality", compare=False)
+    against: Against = field(default="nothing", compare=False)
     backbone: str = "none"
     weights_sha256: str | None = None
     licence: str | None = None
@@ -63,7 +69,7 @@ class Figure:
         value: the figure.
         low: lower end of its 95 % bootstrap interval, or None.
         high: upper end, or None.
-        n: pictures (for diversity: prompts) it rests on.
+        n: number of pictures (for diversity: prompts).
         floor: the same figure of real pictures (of the teacher itself, for a distance between sets to it), measured
             with the same n, or None.
         identity: what was measured, filled in by `evaluate_pictures`.
@@ -77,7 +83,7 @@ class Figure:
     identity: Identity | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         return asdict(self)
 
     @classmethod
@@ -93,6 +99,11 @@ class Figure:
         except TypeError as error:
             raise UserError(f"not a figure: {error}") from error
 
+    def is_of(self, group: Group, against: Against | None = None) -> bool:
+        """Whether the figure is of a metric of `group`, compared with `against` where that is given."""
+        identity = self.identity
+        return identity is not None and identity.group == group and against in (None, identity.against)
+
 
 class Metric(Protocol):
     """An identity record, features and a reduction."""
@@ -102,31 +113,22 @@ class Metric(Protocol):
         """What is measured and how."""
         ...
 
-    @property
-    def against(self) -> Against:
-        """What `reduce` needs as its second argument."""
-        ...
-
     def features(self, pictures: Pictures, prompts: Sequence[str]) -> Array:
         """Return what the reduction needs of each picture, [N, ...]."""
         ...
 
     def reduce(self, features: Array, against: Array | None, seed: int) -> Figure:
-        """Return the figure of N pictures' features, with its bootstrap interval drawn from `seed`."""
-        ...
+        """Return the figure of N pictures' features, with its bootstrap interval drawn from `seed`.
 
-
-class Scored(Metric, Protocol):
-    """A metric whose figure is the mean of a number for each picture: it compares prompt by prompt."""
-
-    def scores(self, features: Array, against: Array | None) -> Array:
-        """Return each picture's number, float64 [N]."""
+        Args:
+            against: features of the pictures that `identity.against` names; None for "nothing".
+        """
         ...
 
 
 @runtime_checkable
-class Matched(Metric, Protocol):
-    """A metric that takes account of two sets that answer the same prompts: they are no independent samples."""
+class SamePromptsMetric(Metric, Protocol):
+    """A set distance with its own estimator for two sets of the same prompts, which are not independent samples."""
 
     def reduce_matched(self, features: Array, against: Array, seed: int) -> Figure:
         """Return the figure of two sets in the order of the same prompts, from different noise."""
@@ -134,7 +136,7 @@ class Matched(Metric, Protocol):
 
 
 def check_pictures(pictures: Pictures, prompts: Sequence[str] | None = None) -> None:
-    """Refuse what is no picture set, or not one prompt a picture.
+    """Raise for an array that is not a set of pictures, or for prompts of another number.
 
     Raises:
         UserError: wrong type, shape or count.
@@ -144,4 +146,4 @@ def check_pictures(pictures: Pictures, prompts: Sequence[str] | None = None) -> 
     if not len(pictures):
         raise UserError("there are 0 pictures to measure; give at least 1")
     if prompts is not None and len(prompts) != len(pictures):
-        raise UserError(f"{len(pictures)} pictures came with {len(prompts)} prompts; give one a picture")
+        raise UserError(f"{len(pictures)} pictures came with {len(prompts)} prompts; give one per picture")

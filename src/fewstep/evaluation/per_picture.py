@@ -1,21 +1,23 @@
-"""The reduction shared by metrics that give each picture a number of its own: the mean."""
+"""The base of metrics that average a number over pictures."""
 
 from __future__ import annotations
 
 from fewstep.evaluation.bootstrap import mean_figure
-from fewstep.evaluation.metric import Against, Array, Figure, Identity
+from fewstep.evaluation.metric import Array, Figure, Identity
 
 
-class PictureMean:
-    """Base of metrics whose `features` are already one number a picture, [N]."""
+class PerPictureMetric:
+    """Mean of one number per picture. Its scores can be paired by prompt with those of another method.
 
-    against: Against = "nothing"
+    A subclass computes that number in `features`, or overrides `scores`.
+    """
+
     identity: Identity
 
     def scores(self, features: Array, against: Array | None) -> Array:
-        """Return the features themselves, [N]."""
+        """Return each picture's number, float64 [N]."""
         return features
 
     def reduce(self, features: Array, against: Array | None, seed: int) -> Figure:
-        """Return their mean."""
-        return mean_figure(features, seed, self.identity.name)
+        """Return the mean of `scores` with its interval."""
+        return mean_figure(self.scores(features, against), seed, self.identity.name)

@@ -1,4 +1,4 @@
-"""What a list of prompts is measured with: real pictures, metrics, and the backbone that they share."""
+"""The metrics of an evaluation, with their reference pictures."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fewstep.evaluation.teacher_distance import TeacherFeatures, TeacherPixels
 
 @dataclass(frozen=True)
 class Suite:
-    """What a prompt list is measured with, open before anything is drawn.
+    """The metrics of one list of prompts, with what they need, loaded before any picture is generated.
 
     Attributes:
         reference: real pictures.
         metrics: what is measured.
-        features: the backbone that they share.
-        real_diversity: of real pictures of the same prompts, where that is known.
+        features: features that the metrics share.
+        real_diversity: diversity of real pictures of the same prompts, if known.
 
     Raises:
         UserError: too few real pictures to measure against.
@@ -42,21 +42,20 @@ class Suite:
             )
 
 
-def set_metrics(features: Features, n: int, real: Pictures) -> list[Metric]:
-    """Return what any set of pictures is measured by.
+def standard_suite(features: Features, n: int, real: Pictures) -> list[Metric]:
+    """Return the metrics of any set of pictures.
 
     Args:
-        features: the backbone.
-        n: pictures in the smallest set that is compared: FD is left out below its least number.
+        features: of the network.
+        n: pictures in the smallest set that is compared; below `FD_FEWEST`, FD is left out.
         real: pictures that FD's projection is fitted on.
     """
-    chosen: list[Metric] = [
+    fd: list[Metric] = [FrechetDistance(features, Projection.fit(features(real)))] if n >= FD_FEWEST else []
+    return [
+        *fd,
         KernelDistance(features),
         TeacherFeatures(features),
         TeacherPixels(),
         EdgeDensity(),
         WebpBytes(),
     ]
-    if n >= FD_FEWEST:
-        chosen.insert(0, FrechetDistance(features, Projection.fit(features(real))))
-    return chosen

@@ -16,9 +16,9 @@ from fewstep.evaluation.bootstrap import mean_figure
 from fewstep.evaluation.diversity import PROMPTS, pairwise_distance
 from fewstep.evaluation.evaluate import Reference
 from fewstep.evaluation.features import Features
-from fewstep.evaluation.lite0 import Lite0Backbone
+from fewstep.evaluation.lite0 import Lite0Features
 from fewstep.evaluation.metric import Array, Figure, Metric, Pictures
-from fewstep.evaluation.suite import Suite, set_metrics
+from fewstep.evaluation.suite import Suite, standard_suite
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8.location import root
 from fewstep_worlds.emoji8.neighbours import NONE, Neighbours, neighbour_shares
@@ -169,7 +169,7 @@ def agreement() -> PromptAgreement:
 
 def lite0(folder: Path | None = None, *, progress: bool = True) -> Features:
     """Return Lite0's features, for all metrics to share; `folder` keeps them between processes."""
-    return Features(Lite0Backbone(), folder, progress=progress)
+    return Features(Lite0Features(), folder, progress=progress)
 
 
 def metrics(gallery: Gallery, features: Features, n: int) -> list[Metric]:
@@ -186,7 +186,7 @@ def metrics(gallery: Gallery, features: Features, n: int) -> list[Metric]:
     everywhere = background(pictures)
     by_prompt = background_by_prompt(pictures, [answered_prompts(record) for record in gallery.data.records])
     white = [WhiteShare(everywhere, by_prompt), BackgroundLevel(everywhere, by_prompt)]
-    return [*set_metrics(features, n, pictures), *white]
+    return [*standard_suite(features, n, pictures), *white]
 
 
 def emoji8_yardstick(prompts: Sequence[str], size: int, seed: int, features: Features) -> Suite:

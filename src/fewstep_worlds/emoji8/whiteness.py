@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from fewstep.common.errors import UserError
 from fewstep.evaluation.metric import Array, Identity, Pictures, check_pictures
-from fewstep.evaluation.per_picture import PictureMean
+from fewstep.evaluation.per_picture import PerPictureMetric
 
 RING = 2
 WHITE = 250
@@ -62,7 +62,7 @@ def darkest(pictures: Pictures) -> npt.NDArray[np.uint8]:
     return np.minimum(np.minimum(pictures[..., 0], pictures[..., 1]), pictures[..., 2])
 
 
-class Whiteness(PictureMean):
+class Whiteness(PerPictureMetric):
     """A figure of each picture's background; what is measured there is its subclasses' affair.
 
     Args:
@@ -84,6 +84,7 @@ class Whiteness(PictureMean):
         self.by_prompt = by_prompt or {}
         self.identity = Identity(
             name=self.name,
+            group="quality",
             measures=self.measures,
             better="higher",
             unit=self.unit,

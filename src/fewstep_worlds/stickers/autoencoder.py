@@ -20,7 +20,7 @@ from fewstep.common.distributed import on_main
 from fewstep.common.rng import KeyedRng
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.frechet import FrechetDistance, Projection
-from fewstep.evaluation.lite0 import Lite0, Lite0Backbone, make_lite0
+from fewstep.evaluation.lite0 import Lite0, Lite0Features, make_lite0
 from fewstep.evaluation.lite0_weights import load_weights
 from fewstep.training.loop import Batch, Update, train
 from fewstep.training.loss import Loss
@@ -145,7 +145,7 @@ class AutoencoderJudge:
 
     def __init__(self, folder: Path | None = None, cache: Path | None = None, count: int = JUDGED) -> None:
         self.pictures = draw_scenes(REFERENCE_SEED, range(count), folder=folder)
-        self.features = Features(Lite0Backbone(), cache, progress=False)
+        self.features = Features(Lite0Features(), cache, progress=False)
         self.real = self.features(draw_scenes(REFERENCE_SEED, range(count, 3 * count), folder=folder))
         self.distance = FrechetDistance(self.features, Projection.fit(self.real))
         self.floor = self.fd(self.pictures)

@@ -21,7 +21,7 @@ from fewstep.common.errors import UserError
 from fewstep.common.files import sweep
 from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.schedule import expand
-from fewstep.evaluation.lite0 import Lite0Backbone
+from fewstep.evaluation.lite0 import Lite0Features
 from fewstep.methods.latent_lpips.bank import Bank, bank_key, drawn_by, make_bank
 from fewstep.methods.latent_lpips.judge import ENDS, NAMED, Judged, judge
 from fewstep.methods.latent_lpips.network import LatentPerceptual, calibrate, group_distances
@@ -196,7 +196,7 @@ def describe(
     judged: Judged,
 ) -> dict[str, Any]:
     """What a trained distance says of itself."""
-    shared = Lite0Backbone.weights_sha256 == pixel.weights_sha256
+    shared = Lite0Features.weights_sha256 == pixel.weights_sha256
     return {
         "pixel": {
             "name": pixel.name,

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from fewstep.common.choices import TO_TEACHER
 from fewstep.evaluation.metric import Figure
 from fewstep_worlds.emoji8.report.lines import HEADLINE_GAMMA, Line, Summary, headline, lines, lines_of, summary
 from fewstep_worlds.emoji8.report.results import Results
@@ -60,15 +59,14 @@ def claims(results: Results, gamma: float = HEADLINE_GAMMA) -> list[Claim]:
     Args:
         gamma: at which TCD is judged, where it was measured at several.
     """
-    fd, kid = distance(results, "FD-"), distance(results, "KID-")
-    main = fd or kid or "FD"
+    real = results.of("quality", "real") or ["FD"]
+    main = real[0]
     tcd, lcm = headline(results, TCD, gamma), headline(results, LCM, gamma)
-    real = [name for name in (fd, kid) if name] or [main]
-    taught = [name + TO_TEACHER for name in real if name + TO_TEACHER in results.metrics]
+    taught = results.of("quality", "teacher")
     both = [main, *taught[:1]]
     found = [_better(name, tcd, steps, lcm, steps, LCM) for name in (*real, *taught) for steps in STEPS]
     found += [_rise(name, tcd, lcm) for name in both]
-    for name in [metric for metric in results.metrics if metric.startswith("detail")] or ["detail"]:
+    for name in results.of("detail") or ["detail"]:
         found += [_trend(name, tcd, TCD, 1), _trend(name, lcm, LCM, -1)]
     for method, steps in ((DDIM, 4), (EULER, 4), (DPMPP, 4), (DDIM, 8)):
         for line in lines_of(results, method) or (None,):
@@ -87,12 +85,6 @@ def claims_table(found: Sequence[Claim]) -> str:
         figures = "; ".join(part for part in (claim.evidence, claim.note) if part)
         rows.append(f"| {claim.text} | {claim.verdict} | {figures} |".replace("\n", " "))
     return "\n".join(rows) + "\n"
-
-
-def distance(results: Results, prefix: str) -> str | None:
-    """Return the name of the distance to real pictures that starts with this, None where there is none."""
-    named = (name for name in results.metrics if name.startswith(prefix) and not name.endswith(TO_TEACHER))
-    return next(named, None)
 
 
 def _look(metric: str, asked: Sequence[tuple[Line | None, str, int]]) -> tuple[list[Summary], str]:

@@ -12,7 +12,7 @@ from typing import Any
 from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_write
 from fewstep.evaluation.metric import ARROWS
-from fewstep_worlds.emoji8.report.claims import TEACHER, TEACHER_STEPS, distance
+from fewstep_worlds.emoji8.report.claims import TEACHER, TEACHER_STEPS
 from fewstep_worlds.emoji8.report.lines import HEADLINE_GAMMA, Line, compared, lines_of, summary, swept
 from fewstep_worlds.emoji8.report.results import Results
 from fewstep_worlds.emoji8.report.step_table import STEPS, better_of
@@ -113,8 +113,7 @@ def step_panels(results: Results, metrics: Sequence[str], gamma: float = HEADLIN
 
 def gamma_metrics(results: Results) -> list[str]:
     """Return what a sweep over gamma shows: FD, KID and detail, those that there are."""
-    named = [name for name in (distance(results, "FD-"), distance(results, "KID-")) if name]
-    return named + [name for name in results.metrics if name.startswith("detail")]
+    return [*results.of("quality", "real"), *results.of("detail")]
 
 
 def gamma_panels(results: Results, metrics: Sequence[str] | None = None, steps: Sequence[int] = STEPS) -> list[Panel]:

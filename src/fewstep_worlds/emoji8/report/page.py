@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fewstep.common.choices import TO_TEACHER
 from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_write
 from fewstep.evaluation.metric import ARROWS, Pictures, check_pictures
 from fewstep_worlds.emoji8.report import curves
-from fewstep_worlds.emoji8.report.claims import TCD, claims, distance
+from fewstep_worlds.emoji8.report.claims import TCD, claims
 from fewstep_worlds.emoji8.report.lines import HEADLINE_GAMMA, Line, compared, headline, paired
 from fewstep_worlds.emoji8.report.results import Results
 from fewstep_worlds.emoji8.report.step_table import STEPS, better_of, decimals, step_table
@@ -118,16 +117,10 @@ def table_blocks(results: Results, metrics: Sequence[str] | None = None) -> list
 
 def default_metrics(results: Results) -> tuple[str, ...]:
     """Return up to four metrics that tell the most: distance to real, agreement, detail, distance to the teacher."""
-    distances = [distance(results, "FD-"), distance(results, "KID-")]
-    wanted = [
-        next((name for name in distances if name), None),
-        *(
-            next((name for name in results.metrics if name.startswith(start)), None)
-            for start in ("agreement", "detail", "to teacher")
-        ),
-    ]
-    rest = [name for name in results.metrics if name not in wanted and not name.endswith(TO_TEACHER)]
-    return tuple([*(name for name in wanted if name), *rest][:BLOCKS])
+    groups = [results.of("quality", "real"), results.of("prompt"), results.of("detail"), results.of("teacher")]
+    wanted = [name for names in groups for name in names[:1]]
+    rest = [name for name in results.metrics if name not in (*wanted, *results.of("quality", "teacher"))]
+    return tuple([*wanted, *rest][:BLOCKS])
 
 
 def embed_grid(rows: Sequence[Pictures], limit: int = LOSSLESS) -> list[list[str]]:

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_write, read_json
-from fewstep.evaluation.metric import Figure, Identity
+from fewstep.evaluation.metric import Against, Figure, Group, Identity
 
 FORMAT = "fewstep results 1"
 
@@ -93,6 +93,10 @@ class Results:
     def metrics(self) -> tuple[str, ...]:
         """Names of all metrics, in the order in which rows have them."""
         return tuple(dict.fromkeys(name for row in self.rows for name in row.figures))
+
+    def of(self, group: Group, against: Against | None = None) -> list[str]:
+        """Return the names of the metrics of a group, in the order of `metrics`."""
+        return [name for name in self.metrics if any(f.is_of(group, against) for f in self._figures(name))]
 
     def identities(self, metric: str) -> tuple[Identity, ...]:
         """Every distinct way in which a metric was measured, whatever the seed of its interval."""

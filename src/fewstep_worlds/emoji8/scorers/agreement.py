@@ -21,7 +21,7 @@ from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_folder, read_json, sha256, write_json
 from fewstep.common.tensors import load_tensors, save_tensors
 from fewstep.evaluation.metric import Array, Identity, Pictures, check_pictures
-from fewstep.evaluation.per_picture import PictureMean
+from fewstep.evaluation.per_picture import PerPictureMetric
 from fewstep_worlds.emoji8.config import ScorerConfig
 from fewstep_worlds.emoji8.scorers.network import SIZE, Scorer
 from fewstep_worlds.emoji8.scorers.text import TextBackbone
@@ -74,13 +74,14 @@ class Agreement:
         return scores
 
 
-class PromptAgreement(PictureMean):
+class PromptAgreement(PerPictureMetric):
     """Mean score of pictures and their prompts."""
 
     def __init__(self, agreement: Agreement) -> None:
         self._agreement = agreement
         self.identity = Identity(
             name="agreement",
+            group="prompt",
             measures="how well pictures fit their prompts, by a picture network trained on Emoji-8 "
             "alone; it reads prompts with the teacher's text encoder, and cannot see a word that this misreads",
             better="higher",

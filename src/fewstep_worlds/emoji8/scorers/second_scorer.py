@@ -20,7 +20,7 @@ from fewstep.common.rng import KeyedRng
 from fewstep.common.tensors import digest
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.metric import Array, Identity, Pictures
-from fewstep.evaluation.per_picture import PictureMean
+from fewstep.evaluation.per_picture import PerPictureMetric
 from fewstep.training.loop import Batch, Update, train
 from fewstep.training.loss import Loss
 from fewstep.training.run_folder import RunLog
@@ -55,14 +55,15 @@ class Heads(nn.Module):
         return F.normalize(self.text(states), dim=-1)
 
 
-class SecondOpinion(PictureMean):
+class SecondOpinion(PerPictureMetric):
     """Mean cosine of pictures and their prompts, by heads on Lite0's features."""
 
     def __init__(self, heads: Heads, features: Features, text: TextBackbone) -> None:
         self._heads, self._features, self._text = heads, features, text
-        backbone = features.backbone
+        backbone = features.network
         self.identity = Identity(
             name="preference",
+            group="prompt",
             measures="how well pictures fit their prompts, by heads on Lite0's features; no student is trained by this "
             "score, but earlier layers of Lite0 teach the perceptual distance",
             better="higher",
@@ -110,7 +111,7 @@ def second_opinion(
         cosine = heads.pictures(seen[items] * kept) @ heads.prompts(captions.states[chosen]).T
         return Loss(multi_positive_loss(cosine, positive, ignored, heads.log_scale.exp().clamp(max=100)))
 
-    inputs = {"features": features.backbone.weights_sha256, "text encoder": text.sha256}
+    inputs = {"features": features.network.weights_sha256, "text encoder": text.sha256}
     plan = [Update("heads", dict(heads.named_parameters()), loss, config.optim)]
     accelerator = make_accelerator("fp32", torch.device("cpu"))
     with RunLog(folder, config, title="second opinion", inputs=inputs, quiet=quiet) as log:

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -24,9 +23,9 @@ from fewstep.common.provenance import commit
 from fewstep.common.tensors import load_tensors, save_tensors
 from fewstep.diffusion.config import TEACHER_SAMPLING, Sampling
 from fewstep.evaluation.diversity import NOISES, PROMPTS, diversity
-from fewstep.evaluation.evaluate import EndPoints, evaluate_pictures, score_pictures
+from fewstep.evaluation.evaluate import TeacherPictures, evaluate_pictures, score_pictures
 from fewstep.evaluation.features import Features
-from fewstep.evaluation.metric import Figure, Metric, Scored
+from fewstep.evaluation.metric import Figure, Metric
 from fewstep.inference.generator import ImageGenerator, load_image_generator
 from fewstep_worlds.emoji8.metrics import Gallery, agreement, lite0, metrics, real_diversity
 from fewstep_worlds.emoji8.report.results import Results, Row, load_results, save_results
@@ -195,7 +194,6 @@ class Judge:
         self.reference = bench.gallery.reference(prompts, seed)
         self.metrics: list[Metric] = metrics(bench.gallery, bench.features, len(prompts))
         self.metrics[1:1] = [bench.agreement, *bench.others]
-        self.scored = [cast(Scored, metric) for metric in self.metrics if hasattr(metric, "scores")]
 
     @cached_property
     def key(self) -> str:
@@ -207,13 +205,13 @@ class Judge:
         """The same figures of real pictures of the same prompts."""
         floor = self.reference.floor
         assert floor is not None
-        usable = [metric for metric in self.metrics if metric.against != "teacher"]
+        usable = [metric for metric in self.metrics if metric.identity.against != "teacher"]
         return evaluate_pictures(floor, self.reference.floor_prompts, usable, self.reference, seed=self.seed)
 
-    def row(self, entry: Entry, pictures: np.ndarray, teacher: EndPoints) -> Row:
+    def row(self, entry: Entry, pictures: np.ndarray, teacher: TeacherPictures) -> Row:
         """Measure one entry against real pictures and against the teacher's."""
         figures = evaluate_pictures(pictures, self.prompts, self.metrics, self.reference, teacher, self.seed)
-        scores = score_pictures(pictures, self.prompts, self.scored, teacher.same)
+        scores = score_pictures(pictures, self.prompts, self.metrics, teacher.same)
         sampling = entry.sampling
         return Row(
             method=entry.method,
@@ -254,10 +252,10 @@ def measured(studio: Studio, judge: Judge, entry: Entry, teacher: Entry | None, 
     path = studio.folder / f"row-{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:24]}.json"
     if path.is_file():
         return load_results(path).rows[0]
-    end_points = EndPoints()
+    end_points = TeacherPictures()
     if teacher is not None:
         same = studio.pictures(teacher) if entry is not teacher else None
-        end_points = EndPoints(same, studio.pictures(other_noise(teacher)))
+        end_points = TeacherPictures(same, studio.pictures(other_noise(teacher)))
     row = judge.row(entry, studio.pictures(entry), end_points)
     if diverse:
         row = with_diversity(row, entry, studio, judge)
