@@ -115,7 +115,7 @@ def test_ctrl_c_promises_only_what_is_kept(
     sampling_raises: Callable[[BaseException], None], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """Work in a run folder goes on; a picture that was being drawn does not."""
-    from fewstep.common.files import taken
+    from fewstep.common.files import hold_folder
 
     for error in (KeyboardInterrupt(), stopped_in(tmp_path)):
         with pytest.raises(SystemExit) as ended:
@@ -125,14 +125,14 @@ def test_ctrl_c_promises_only_what_is_kept(
     assert "again" not in first
     assert str(tmp_path) in second
     assert "again" in second
-    with taken(tmp_path):
+    with hold_folder(tmp_path):
         pass
 
 
 def stopped_in(folder: Path) -> KeyboardInterrupt:
-    from fewstep.common.files import taken
+    from fewstep.common.files import hold_folder
 
-    with pytest.raises(KeyboardInterrupt) as stop, taken(folder):
+    with pytest.raises(KeyboardInterrupt) as stop, hold_folder(folder):
         raise KeyboardInterrupt
     return stop.value
 

@@ -19,11 +19,11 @@ from fewstep.common.files import (
     atomic_folder,
     atomic_write,
     check_writable,
-    exclusive,
+    file_lock,
+    hold_folder,
     read_json,
     remove_folder,
     sweep,
-    taken,
     write_json,
 )
 
@@ -109,8 +109,8 @@ def test_a_folder_that_is_kept_is_not_replaced(tmp_path: Path) -> None:
 def test_another_process_is_waited_for(tmp_path: Path) -> None:
     lock, done = tmp_path / "cache" / ".lock", tmp_path / "done"
     code = (
-        "import pathlib, sys\nfrom fewstep.common.files import alone\n"
-        "with alone(pathlib.Path(sys.argv[1])):\n"
+        "import pathlib, sys\nfrom fewstep.common.files import file_lock\n"
+        "with file_lock(pathlib.Path(sys.argv[1])):\n"
         "    print('in', flush=True)\n    input()\n    pathlib.Path(sys.argv[2]).touch()"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -119,7 +119,7 @@ def test_another_process_is_waited_for(tmp_path: Path) -> None:
         assert other.stdout.readline() == "in\n"
         later = Timer(0.2, other.communicate, ["\n"])
         later.start()
-        with exclusive(lock):
+        with file_lock(lock):
             assert done.exists()
         later.join()
 
@@ -255,18 +255,18 @@ def test_json_files(tmp_path: Path) -> None:
 
 def test_a_run_folder_belongs_to_one_process(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from fewstep.common.files import taken\n"
-        "with taken(Path(sys.argv[1])): print('taken', flush=True); sys.stdin.read()"
+        "import sys; from pathlib import Path; from fewstep.common.files import hold_folder\n"
+        "with hold_folder(Path(sys.argv[1])): print('taken', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout
         assert other.stdout.readline() == "taken\n"
         words = f"is in use by process {other.pid}; wait for it, or give another --out"
-        with pytest.raises(UserError, match=words), taken(tmp_path):
+        with pytest.raises(UserError, match=words), hold_folder(tmp_path):
             pass
         other.kill()
     for _ in range(2):  # a killed process holds nothing, and a block that has ended neither
-        with taken(tmp_path), taken(tmp_path):
+        with hold_folder(tmp_path), hold_folder(tmp_path):
             busy = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
             assert f"is in use by process {os.getpid()}" in busy.stderr

@@ -23,7 +23,7 @@ from fewstep.backbones.single_file.vocabulary import clip_vocabulary
 from fewstep.backbones.unsafe_weights import advice, is_pickle
 from fewstep.common.defaults import world
 from fewstep.common.errors import UserError
-from fewstep.common.files import atomic_folder, cache_root, exclusive, read_mapping, write_json
+from fewstep.common.files import atomic_folder, cache_root, file_lock, read_mapping, write_json
 from fewstep.common.safetensors_header import is_safetensors, metadata_record, read_safetensors_header
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
@@ -145,7 +145,7 @@ def taken_apart(file: Path, config: Path | None) -> Path:
     if place.is_dir():
         return place
     # all processes of a launch begin here: one takes it apart, the others wait and read what it made
-    with exclusive(place.with_name(f".{place.name}.lock")):
+    with file_lock(place.with_name(f".{place.name}.lock")):
         if not place.is_dir():
             with atomic_folder(place, keep=True) as part:
                 _take_apart(file, config, checkpoint, part)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -14,19 +13,21 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from fewstep.common.errors import UserError
 from fewstep.common.text import read_text
 
 OS_ERROR = re.compile(r"\[Errno \d+\] ([^:'\"()\[\]]+)|([^:'\"()\[\]]+) \(os error \d+\)")
-"""How Python and libraries in Rust (safetensors, tokenizers) spell an error of the operating system inside a text."""
+"""An error of the operating system in a message of Python or of libraries in Rust (safetensors, tokenizers)."""
 
 
 def os_reason(error: BaseException) -> str | None:
-    """Return what the operating system refused, in its own words, whichever library reports it; None for other errors.
+    """Return the operating system's reason for an error of any library; None for other errors.
 
-    safetensors and tokenizers have exceptions of their own for a full disk, `shutil` lists one tuple a file.
+    safetensors and tokenizers raise own exceptions for a full disk; `shutil` lists one tuple per file.
     """
     if isinstance(error, UserError):
         return None
@@ -40,7 +41,7 @@ def os_reason(error: BaseException) -> str | None:
 
 @contextmanager
 def _writing(path: Path, kept: str) -> Iterator[None]:
-    """Turn errors of the operating system into one line that names the path; `kept` is its end."""
+    """Turn errors of the operating system into a UserError that names the path and ends with `kept`."""
     try:
         yield
     except Exception as error:
@@ -54,8 +55,8 @@ def _writing(path: Path, kept: str) -> Iterator[None]:
 def atomic_write(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path in the same folder; rename it to `path` when the block ends without error.
 
-    A process killed at any instant leaves the old `path` or the new one, never a part of it. The data is
-    flushed to disk before the rename, so that a power cut cannot leave an empty file under the final name.
+    A process killed at any instant leaves the old file or the new one. The data is flushed to disk before the
+    rename, so that a power cut cannot leave an empty file under the final name.
 
     Raises:
         UserError: the folder cannot be written to, or the disk is full.
@@ -81,9 +82,11 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
 def atomic_folder(path: Path | str, *, keep: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path`; swap it in as `path` when the block ends without error.
 
-    An older folder at `path` is replaced as a whole, or with `keep` left as it is: others may be reading it. A folder
-    cannot be renamed over another one: between the two renames that takes, a killed process leaves the old one under a
-    hidden name that ends in `.old`.
+    A folder cannot be renamed over another one. A process killed between the two renames of a replacement leaves the
+    old folder under a hidden name that ends in `.old`; `sweep` puts it back.
+
+    Args:
+        keep: leave an existing folder at `path` unchanged instead of replacing it; other processes may be reading it.
 
     Raises:
         UserError: the parent folder cannot be written to, or the disk is full.
@@ -110,22 +113,22 @@ def atomic_folder(path: Path | str, *, keep: bool = False) -> Iterator[Path]:
 
 
 def final_path(path: Path) -> Path:
-    """Return the path that a temporary file of `atomic_write`, or one in a folder of `atomic_folder`, will have."""
+    """Return the path after the rename of a temporary file of `atomic_write` or inside one of `atomic_folder`."""
     parts = [part[1:].rsplit(".", 2)[0] if re.fullmatch(r"\..+\.[^.]+\.part", part) else part for part in path.parts]
     return Path(*parts)
 
 
 def _put(part: Path, path: Path) -> None:
-    """Rename the folder `part` to `path`, unless there is one."""
+    """Rename the folder `part` to `path` unless `path` exists."""
     try:
-        part.rename(path)  # over a folder that holds something it fails, whoever was first
+        part.rename(path)  # fails where `path` is a folder with content
     except OSError:
         if not path.is_dir():
             raise
 
 
 def _swap(part: Path, path: Path) -> None:
-    """Rename the folder `part` to `path`, in the place of what is there."""
+    """Rename the folder `part` to `path`, replacing what is there."""
     if not path.exists():
         part.replace(path)
         return
@@ -144,12 +147,12 @@ def _swap(part: Path, path: Path) -> None:
 
 
 def sweep(folder: Path | str, age: float = 0.0) -> None:
-    """Remove what killed processes left half-written in `folder` (hidden `.part`, `.old` and `.gone` entries).
+    """Remove what killed processes left in `folder`: hidden `.part`, `.old` and `.gone` entries.
 
-    An `.old` one is put back where the new one had not yet taken its place.
+    An `.old` entry is put back if its replacement is missing.
 
     Args:
-        age: seconds since which it was not written to, where other processes may be writing there.
+        age: minimum seconds since the last change, for folders that other processes may be writing to.
     """
     for old in Path(folder).glob(".*.old"):
         place = old.with_name(old.name[1:].rsplit(".", 2)[0])
@@ -166,117 +169,91 @@ def sweep(folder: Path | str, age: float = 0.0) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder so that no half of it is ever seen under its own name."""
+    """Remove a folder; it is renamed first, so that it never appears incomplete under its own name."""
     gone = folder.with_name(f".{folder.name}.gone")
     shutil.rmtree(gone, ignore_errors=True)
     folder.replace(gone)
     shutil.rmtree(gone)
 
 
-_taken: set[Path] = set()
-"""Folders that this process has taken."""
-
-
 @contextmanager
-def taken(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a run folder inside the block; a process that dies keeps out nobody.
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a run folder; the OS releases it if the process dies.
 
-    The process that has a folder may take it again. On a system without locks nobody is kept out.
+    The process that holds it may enter again.
 
     Raises:
-        UserError: another process has taken it, or it cannot be written to.
+        UserError: another process holds it, or the folder cannot be written to.
     """
     place = folder.resolve() / ".lock"
-    if place in _taken or sys.platform == "win32":
-        yield
-        return
-    stream = _lock(folder, place)
-    _taken.add(place)
+    lock = FileLock(place, timeout=0, is_singleton=True, thread_local=False)
+    with _writing(folder, "choose a writable folder"):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            owner = place.read_text(encoding="utf-8").strip() or "unknown"
+            raise UserError(
+                f"run folder {folder} is in use by process {owner}; wait for it, or give another --out", field="out"
+            ) from error
+        with suppress(OSError):  # Windows locks the file's bytes as well
+            place.write_text(f"{os.getpid()}\n", encoding="utf-8")
     try:
         yield
     except KeyboardInterrupt as stop:
-        stop.add_note(f"what is whole was kept in {folder}; run the same command again to go on")
+        stop.add_note(f"finished files are kept in {folder}; run the same command again to resume")
         raise
     finally:
-        _taken.remove(place)
-        stream.close()
-
-
-def _lock(folder: Path, place: Path) -> IO[str]:
-    """The folder's open lock file, with this process's number in it."""
-    import fcntl
-
-    with _writing(folder, "choose a writable folder"):
-        folder.mkdir(parents=True, exist_ok=True)
-        stream = place.open("a+", encoding="utf-8")
-    try:
-        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        stream.seek(0)
-        owner = stream.read().strip() or "unknown"
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            stream.close()
-            raise UserError(
-                f"run folder {folder} is in use by process {owner}; wait for it, or give another --out"
-            ) from error
-        return stream  # a file system without locks
-    stream.truncate(0)
-    stream.write(f"{os.getpid()}\n")
-    stream.flush()
-    return stream
+        lock.release()
 
 
 @contextmanager
-def exclusive(place: Path, notice: str = "") -> Iterator[None]:
-    """Wait until no other process or thread is in a block of the same place, a lock file beside what it makes.
-
-    A process that dies leaves. On a system, or a file system, without locks nobody waits.
+def file_lock(place: Path, notice: str = "") -> Iterator[None]:
+    """Hold a lock file; wait while another process or thread does. The OS releases it if the process dies.
 
     Args:
-        notice: printed to stderr where it has to wait.
+        notice: printed to stderr before a wait.
 
     Raises:
         UserError: the lock file cannot be written.
     """
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
-
+    lock = FileLock(place)
     with _writing(place, "choose a writable folder"):
         place.parent.mkdir(parents=True, exist_ok=True)
-        stream = place.open("a")
-    with stream:
-        with suppress(OSError):  # no locks here
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if notice:
-                    print(notice, file=sys.stderr)
-                fcntl.flock(stream, fcntl.LOCK_EX)  # of this open file, so that threads wait as well
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if notice:
+                print(notice, file=sys.stderr)
+            lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def check_writable(folder: Path | str) -> None:
-    """Refuse a folder that cannot be written to or made, before any work; leaves no trace.
+    """Check that a folder can be created and written to, without leaving anything behind.
 
     Raises:
-        UserError: a file stands in the way, or the nearest folder that exists takes no files.
+        UserError: a parent is a file, or the closest existing parent is not writable.
     """
     folder = Path(folder)
-    nearest = folder.absolute()
+    existing = folder.absolute()
     with _writing(folder, "choose a writable folder"):
-        while not nearest.exists() and nearest != nearest.parent:
-            nearest = nearest.parent
-        with tempfile.TemporaryFile(dir=nearest) as probe:
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+        with tempfile.TemporaryFile(dir=existing) as probe:
             probe.write(b"0")
             probe.flush()
             os.fsync(probe.fileno())
 
 
 def cache_root() -> Path:
-    """Where work is kept that several runs share: $FEWSTEP_CACHE, or ~/.cache/fewstep. It may be deleted at any time
-    at which nothing runs."""
+    """Return the folder of caches shared by runs: $FEWSTEP_CACHE or ~/.cache/fewstep.
+
+    It may be deleted while nothing runs.
+    """
     return Path(os.environ.get("FEWSTEP_CACHE") or Path.home() / ".cache" / "fewstep")
 
 
@@ -290,7 +267,7 @@ def read_mapping(path: Path | str) -> dict[str, Any]:
     """Read a JSON file that holds a mapping.
 
     Raises:
-        UserError: missing, unreadable, not JSON, or something else than a mapping.
+        UserError: missing, unreadable, not JSON, or not a mapping.
     """
     data = read_json(path)
     if not isinstance(data, dict):
@@ -314,7 +291,7 @@ def read_json(path: Path | str) -> Any:
 
 
 def sha256(*files: Path) -> str:
-    """SHA-256 of the bytes of files, one after the other, as hexadecimal text."""
+    """Return the SHA-256 of the concatenated bytes of files, in hexadecimal."""
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:

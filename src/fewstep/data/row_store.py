@@ -20,7 +20,7 @@ from tqdm import tqdm
 from fewstep.common import distributed as processes
 from fewstep.common.distributed import together
 from fewstep.common.errors import UserError
-from fewstep.common.files import atomic_write, exclusive, sweep
+from fewstep.common.files import atomic_write, file_lock, sweep
 from fewstep.common.mapped_tensors import Mapped, MappedRows, tensors_in
 from fewstep.common.tensors import save_tensors
 
@@ -137,7 +137,7 @@ def _one_launch(place: Path) -> Iterator[None]:
     with ExitStack() as held:
         with together():
             if processes.is_main():
-                held.enter_context(exclusive(place / ".lock", f"waiting for another run that encodes into {place}"))
+                held.enter_context(file_lock(place / ".lock", f"waiting for another run that encodes into {place}"))
                 sweep(place)
         yield
         with together():  # none of them reads on before all have written

@@ -26,7 +26,7 @@ from fewstep.common.accelerator import make_accelerator
 from fewstep.common.device import pick_device
 from fewstep.common.distributed import anywhere, is_main, together
 from fewstep.common.errors import UserError
-from fewstep.common.files import cache_root, check_writable, sweep, taken, write_json
+from fewstep.common.files import cache_root, check_writable, hold_folder, sweep, write_json
 from fewstep.common.tensors import digest
 from fewstep.data.buckets import BucketedLatents
 from fewstep.data.latents import latent_set
@@ -126,7 +126,7 @@ def distill(
         held.enter_context(blaming_weights(teacher_path(config.teacher)))
         with together():
             if main:
-                held.enter_context(taken(out))  # before anything is encoded into it
+                held.enter_context(hold_folder(out))  # before anything is encoded into it
                 for part in ("student", "cache"):
                     sweep(out / part)
                 sweep(shared, LEFT_BEHIND)

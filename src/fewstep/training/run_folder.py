@@ -19,7 +19,7 @@ from tqdm import tqdm
 from fewstep.common import core_yaml
 from fewstep.common.config import Config, first_difference, read_yaml
 from fewstep.common.errors import UserError
-from fewstep.common.files import atomic_write, read_json, read_mapping, sweep, taken, write_json
+from fewstep.common.files import atomic_write, hold_folder, read_json, read_mapping, sweep, write_json
 from fewstep.common.run_inputs import Content, difference
 from fewstep.training.lr_schedule import learning_rate
 
@@ -98,7 +98,7 @@ class RunLog:
         self._held = ExitStack()
         if not main:
             return
-        self._held.enter_context(taken(folder))
+        self._held.enter_context(hold_folder(folder))
         try:
             self._open(config, inputs)
         except BaseException:

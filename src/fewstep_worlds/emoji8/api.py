@@ -268,9 +268,9 @@ def _ready(verb: str, model: type[ConfigT], overrides: str | Sequence[str], out:
 @contextmanager
 def _own(out: Path) -> Iterator[None]:
     """Keep other processes out of a folder, and clear what a killed one left half-written in its stores."""
-    from fewstep.common.files import sweep, taken
+    from fewstep.common.files import hold_folder, sweep
 
-    with taken(out):
+    with hold_folder(out):
         for store in ("cache", "pictures", "features"):
             sweep(out / store)
         yield

@@ -9,7 +9,7 @@ from typing import Any
 
 from fewstep.backbones.single_file.recognise import Version
 from fewstep.common.choices import Prediction
-from fewstep.common.files import atomic_folder, exclusive, write_json
+from fewstep.common.files import atomic_folder, file_lock, write_json
 
 _END = "<|endoftext|>"
 _ATTENTION = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3
@@ -163,7 +163,7 @@ def config_folder(version: Version, prediction: Prediction, vocabulary: tuple[Pa
     files = configs(version, prediction)
     known = json.dumps(files, sort_keys=True) + "".join(path.read_text(encoding="utf-8") for path in vocabulary)
     place = cache / f"{version}-{prediction}-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
-    with exclusive(place.with_name(f".{place.name}.lock")):
+    with file_lock(place.with_name(f".{place.name}.lock")):
         if not place.is_dir():
             with atomic_folder(place, keep=True) as part:
                 for name, data in files.items():

@@ -24,7 +24,7 @@ from fewstep.common.accelerator import make_accelerator
 from fewstep.common.device import DTYPES, pick_device, pick_precision
 from fewstep.common.distributed import is_main, main_first, tell, together
 from fewstep.common.errors import UserError
-from fewstep.common.files import atomic_folder, atomic_write, remove_folder, sweep, taken, write_json
+from fewstep.common.files import atomic_folder, atomic_write, hold_folder, remove_folder, sweep, write_json
 from fewstep.common.mapped_tensors import map_tensors, write_rows
 from fewstep.diffusion.denoiser import Condition
 from fewstep.diffusion.grid import end_time, training_grid
@@ -96,7 +96,7 @@ def synthesize(config: SynthesisConfig, lines: Sequence[str], out: Path, *, quie
     with ExitStack() as held:
         with together():
             if is_main():
-                held.enter_context(taken(out))
+                held.enter_context(hold_folder(out))
                 _open(out, plan)
         missing = _missing(out, plan, accelerator.device, silent)
         with together():

@@ -21,7 +21,7 @@ from fewstep.common.cpu_kernels import speed_up
 from fewstep.common.device import pick_device
 from fewstep.common.distributed import together
 from fewstep.common.errors import UserError
-from fewstep.common.files import atomic_folder, atomic_write, read_json, sha256, sweep, taken, write_json
+from fewstep.common.files import atomic_folder, atomic_write, hold_folder, read_json, sha256, sweep, write_json
 from fewstep.common.tensors import load_tensors, save_tensors
 from fewstep.diffusion.config import TEACHER_SAMPLING
 from fewstep_worlds.emoji8 import dataset as emoji8
@@ -245,7 +245,7 @@ def train_teacher(config: TeacherConfig, out: Path, target: Path) -> dict[str, f
     with ExitStack() as held:
         with together():
             if accelerator.is_main_process:
-                held.enter_context(taken(out / "unet"))  # before anything is encoded into it
+                held.enter_context(hold_folder(out / "unet"))  # before anything is encoded into it
                 sweep(out / "unet" / "cache")
         unet = train_unet(config.unet, encoders, fingerprint, out / "unet", accelerator)
     # last, on the encoder's latents as they are: the denoiser does not see the difference
