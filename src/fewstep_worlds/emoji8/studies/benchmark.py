@@ -21,10 +21,10 @@ from fewstep.evaluation.detail import detail_scale
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8.config import BenchmarkConfig
 from fewstep_worlds.emoji8.report.claims import TEACHER_STEPS, claims, claims_table
-from fewstep_worlds.emoji8.report.curves import gamma_figure
-from fewstep_worlds.emoji8.report.page import table_blocks, write_report
+from fewstep_worlds.emoji8.report.curves import draw_curves, gamma_curves
+from fewstep_worlds.emoji8.report.page import write_report
 from fewstep_worlds.emoji8.report.results import Results, Row, save_results
-from fewstep_worlds.emoji8.report.step_table import STEPS, table1
+from fewstep_worlds.emoji8.report.tables import STEPS, table1, table_blocks
 from fewstep_worlds.emoji8.studies.comparison import (
     Bench,
     Entry,
@@ -240,4 +240,5 @@ def write_tables(results: Results, out: Path) -> None:
     ):
         with atomic_write(out / name) as part:
             part.write_text(text, encoding="utf-8")
-    gamma_figure(results, out / "gamma.webp")
+    with atomic_write(out / "gamma.webp") as part:
+        draw_curves(results, gamma_curves(results), part, "webp", against="gamma")

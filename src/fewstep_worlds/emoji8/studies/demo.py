@@ -19,7 +19,7 @@ from fewstep_worlds.emoji8.config import DemoConfig
 from fewstep_worlds.emoji8.report.claims import TEACHER_STEPS
 from fewstep_worlds.emoji8.report.page import write_report
 from fewstep_worlds.emoji8.report.results import Results, save_results
-from fewstep_worlds.emoji8.report.step_table import STEPS
+from fewstep_worlds.emoji8.report.tables import STEPS
 from fewstep_worlds.emoji8.studies.comparison import (
     Bench,
     Entry,

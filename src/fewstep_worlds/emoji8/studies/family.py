@@ -27,9 +27,8 @@ from fewstep.methods.cost import step_cost
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8.config import FamilyConfig
 from fewstep_worlds.emoji8.report.claims import TEACHER_STEPS
-from fewstep_worlds.emoji8.report.page import table_blocks
 from fewstep_worlds.emoji8.report.results import Results, Row, save_results
-from fewstep_worlds.emoji8.report.step_table import table1
+from fewstep_worlds.emoji8.report.tables import table1, table_blocks
 from fewstep_worlds.emoji8.studies.comparison import (
     Bench,
     Entry,

@@ -1,0 +1,1 @@
+"""What worlds share: autoencoder, denoiser, text encoder, pipeline folder, training, tables."""

@@ -1,0 +1,174 @@
+"""Tables of a comparison: quality by method and step count, and differences prompt by prompt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pandas as pd
+from pandas import DataFrame
+
+from fewstep.evaluation.metric import ARROWS
+from fewstep_worlds.common.tables import markdown
+from fewstep_worlds.emoji8.report.frame import compared, means, paired, tidy
+from fewstep_worlds.emoji8.report.results import Results
+
+STEPS = (2, 4, 8, 20)
+"""Network calls at which methods are compared, as in the TCD paper's Table 1."""
+BLOCKS = 4
+"""Metrics beside each other in one table."""
+
+Place = tuple[str, int]
+"""A method's name and its network calls."""
+
+
+class StepTable(NamedTuple):
+    """Table 1's shape: a row a method, a block of columns a metric, a column a step count.
+
+    Attributes:
+        cells: means over seeds as text, with the spread; empty where nothing was measured.
+        best: bool, like `cells`: no other method prints a better mean in the column.
+        references: rows beside them, a column a metric: more network calls than `cells` has, and real pictures.
+        notes: what each metric is and how many pictures it rests on.
+    """
+
+    cells: DataFrame
+    best: DataFrame
+    references: DataFrame
+    notes: list[str]
+
+
+def step_table(results: Results, metrics: Sequence[str], steps: Sequence[int] = STEPS) -> StepTable:
+    """Arrange the means over seeds of some metrics."""
+    frame = compared(tidy(results))
+    found = means(frame)
+    labels = [label for label, own in frame.groupby("label", sort=False).steps if set(own) & set(steps)]
+    blocks = {
+        metric + ARROWS[better_of(results, metric)]: _block(
+            found[found.index.get_level_values("metric") == metric].droplevel("metric"),
+            labels,
+            steps,
+            better_of(results, metric),
+            results.floor(metric),
+        )
+        for metric in metrics
+    }
+    cells, best = (pd.concat({name: block[part] for name, block in blocks.items()}, axis=1) for part in (0, 1))
+    references = DataFrame({name: block[2] for name, block in blocks.items()}).fillna("")
+    notes = [note for metric in metrics for note in _notes(results, frame, metric)]
+    if frame.seed.nunique() > 1:
+        notes.append("Mean over seeds ± standard deviation over seeds.")
+    return StepTable(cells, best, references[(references != "").any(axis=1)], notes)
+
+
+def _block(
+    own: DataFrame, labels: Sequence[str], steps: Sequence[int], better: str, floor: float | None
+) -> tuple[DataFrame, DataFrame, dict[str, str]]:
+    """Return cells, best and references of one metric, whose means are indexed by (label, steps)."""
+    beyond = own[own.index.get_level_values("steps") > max(steps)]
+    values = own.value.unstack("steps").reindex(index=labels, columns=steps)
+    spreads = own.spread.unstack("steps").reindex(index=labels, columns=steps)
+    places = decimals([*values.to_numpy().ravel(), *beyond.value])
+    if any(round(spread, places) == 0 for spread in own.spread if spread > 0):
+        places += 1
+
+    def printed(value: float | None) -> str:
+        return "" if value is None or math.isnan(value) else f"{value:.{places}f}"
+
+    def spread(value: float) -> str:
+        return f" ± {printed(value)}" if printed(value) else ""
+
+    extreme = {"lower": values.min(), "higher": values.max()}.get(better)
+    text = values.map(printed)
+    best = text.eq(extreme.map(printed)) & values.notna() if extreme is not None else text.eq(None)
+    references = {
+        f"{label}, {count} calls": printed(row.value) + spread(row.spread) for (label, count), row in beyond.iterrows()
+    }
+    return text + spreads.map(spread), best, references | {"real pictures": printed(floor)}
+
+
+def table1(results: Results, metrics: Sequence[str], steps: Sequence[int] = STEPS) -> str:
+    """Return the table as Markdown, the best figure of each column in bold, with a line on each metric."""
+    table = step_table(results, metrics, steps)
+    bold = table.cells.mask(table.best, "**" + table.cells + "**")
+    head = [f"{metric}: {count}" if count == steps[0] else f"{count}" for metric, count in bold.columns]
+    text = markdown(["calls", *head], bold.itertuples(name=None))
+    if len(table.references):
+        text += "\n" + markdown(["beside them", *table.references.columns], table.references.itertuples(name=None))
+    return text + "\n" + "".join(f"- {note}\n" for note in table.notes)
+
+
+def table_blocks(results: Results, metrics: Sequence[str] | None = None) -> list[tuple[str, ...]]:
+    """Return the metrics of each table: the given ones (by default `default_metrics`) first, then all others."""
+    first = tuple(metrics) if metrics is not None else default_metrics(results)
+    others = [name for name in results.metrics if name not in first]
+    return [first, *(tuple(others[i : i + BLOCKS]) for i in range(0, len(others), BLOCKS))]
+
+
+def default_metrics(results: Results) -> tuple[str, ...]:
+    """Return up to four metrics: distance to real pictures, agreement, detail, distance to the teacher, then others."""
+    groups = [results.of("quality", "real"), results.of("prompt"), results.of("detail"), results.of("teacher")]
+    wanted = [name for names in groups for name in names[:1]]
+    others = [name for name in results.metrics if name not in results.of("quality", "teacher")]
+    return tuple(dict.fromkeys([*wanted, *others]))[:BLOCKS]
+
+
+def gains(results: Results, pairs: Sequence[tuple[Place, Place]], metrics: Sequence[str]) -> str:
+    """Return differences of metrics that score each prompt, as Markdown: mean with its 95 % interval, each seed's.
+
+    Args:
+        pairs: (ours, theirs); a pair of which a row is missing is left out.
+    """
+    frame = tidy(results)
+    rows = []
+    for (method, steps), (other, their_steps) in pairs:
+        ours, theirs = (
+            next(iter(frame.label[(frame.method == name) & (frame.steps == count)]), None)
+            for name, count in ((method, steps), (other, their_steps))
+        )
+        if ours and theirs:
+            cells = [_gain(frame, (ours, steps), (theirs, their_steps), metric) for metric in metrics]
+            rows.append([f"{method} {steps} - {other} {their_steps}", *cells])
+    head = ["prompt by prompt, 95 % intervals over prompts (by seed)", *metrics]
+    return markdown(head, rows, len(head))
+
+
+def better_of(results: Results, metric: str) -> str:
+    """Return which direction of a metric is better: lower, higher or neither."""
+    return next((identity.better for identity in results.identities(metric)), "neither")
+
+
+def decimals(values: Sequence[float], digits: int = 3) -> int:
+    """Return how many decimals (0 to 5) give the smallest of some figures `digits` significant digits."""
+    sizes = [abs(value) for value in values if value and math.isfinite(value)]
+    return min(5, max(0, digits - 1 - math.floor(math.log10(min(sizes))))) if sizes else 2
+
+
+def _gain(frame: DataFrame, ours: Place, theirs: Place, metric: str) -> str:
+    figure = paired(frame, ours[0], theirs[0], metric, ours[1], theirs[1])
+    if figure is None or figure.low is None or figure.high is None:
+        return ""
+    left, right = (
+        frame[(frame.label == label) & (frame.steps == steps) & (frame.metric == metric)].set_index("seed").value
+        for label, steps in (ours, theirs)
+    )
+    by_seed = ", ".join(f"{gain:+.4f}" for gain in (left - right).dropna().sort_index())
+    return f"{figure.value:+.4f} ± {abs(figure.high - figure.low) / 2:.4f} ({by_seed})"
+
+
+def _notes(results: Results, frame: DataFrame, metric: str) -> list[str]:
+    """Return what the metric is, and a warning where its figures do not compare."""
+    own = frame[frame.metric == metric]
+    if own.empty:
+        return [f"{metric}: not measured."]
+    counts = " to ".join(str(n) for n in sorted({own.n.min(), own.n.max()}))
+    seeds = own.seed.nunique()
+    identities = results.identities(metric)
+    meaning = identities[0].measures if identities else "no identity record"
+    unit = f", in {identities[0].unit}" if identities and identities[0].unit else ""
+    warning = f"Caution: {metric} was not measured in one way in all rows; they do not compare."
+    return [
+        f"{metric}: {meaning}{unit} (n = {counts}, {seeds} seed{'s' if seeds > 1 else ''}).",
+        *([warning] if len(identities) > 1 else []),
+    ]
