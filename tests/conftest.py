@@ -71,10 +71,10 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable-Diffusion-shaped pipeline folder with random weights: 64x64 pictures, 8x8x4 latents."""
     import torch
 
+    from fewstep_worlds.common.autoencoder import make_vae
+    from fewstep_worlds.common.pipeline import write_teacher
     from fewstep_worlds.emoji8.config import UnetConfig, VaeConfig
-    from fewstep_worlds.emoji8.teacher.train import write_teacher
     from fewstep_worlds.emoji8.teacher.unet import make_unet
-    from fewstep_worlds.emoji8.teacher.vae import make_vae
 
     text = tmp_path_factory.mktemp("text")
     write_text_encoder(text)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from fewstep_worlds.common.location import root
 from fewstep_worlds.emoji8.dataset import SIZE, captioned, captions_alone, read_prompts
-from fewstep_worlds.emoji8.location import root
 
 if TYPE_CHECKING:
     import torch

@@ -23,7 +23,7 @@ from fewstep.common.files import atomic_folder, atomic_write, os_reason
 from fewstep.data.config import DataConfig
 from fewstep.diffusion.config import Sampling
 from fewstep.inference import generator
-from fewstep_worlds.emoji8 import location
+from fewstep_worlds.common import location
 from support import tiny_pipelines
 from support.random_lora import random_lora
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from fewstep.common.cpu_kernels import FastGroupNorm, speed_up
 from fewstep.distillation.config import resolve
 from fewstep.distillation.prepare import prepare
+from fewstep_worlds.common.autoencoder import make_vae
 from fewstep_worlds.emoji8.config import UnetConfig, VaeConfig
 from fewstep_worlds.emoji8.teacher.unet import make_unet
-from fewstep_worlds.emoji8.teacher.vae import make_vae
 
 CHANNELS = 24
 SHAPES = {"pictures": (3, CHANNELS, 6, 5), "one pixel wide": (2, CHANNELS, 7, 1), "rows": (3, CHANNELS, 14)}

@@ -20,8 +20,8 @@ from fewstep.diffusion.draw_latents import Source
 from fewstep.diffusion.samplers import picture_noise
 from fewstep.diffusion.schedule import add_noise
 from fewstep.inference.generator import load_image_generator
+from fewstep_worlds.common.location import root
 from fewstep_worlds.emoji8 import dataset as emoji8
-from fewstep_worlds.emoji8.location import root
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 

@@ -386,7 +386,7 @@ def _teacher() -> Path:
 
 
 def _bundled() -> Path:
-    from fewstep_worlds.emoji8.location import root
+    from fewstep_worlds.common.location import root
 
     return root() / "students" / "tcd"
 

@@ -10,8 +10,8 @@ from fewstep.common.tensors import load_tensors
 from fewstep.diffusion.config import TEACHER_SAMPLING
 from fewstep.distillation.prepare import load_named_scorer
 from fewstep.inference.generator import load_image_generator
+from fewstep_worlds.common import location
 from fewstep_worlds.emoji8 import dataset as emoji8
-from fewstep_worlds.emoji8 import location
 from fewstep_worlds.emoji8.metrics import agreement
 from fewstep_worlds.emoji8.studies.students import students_omega
 

@@ -18,7 +18,8 @@ from fewstep.common.errors import UserError
 from fewstep.distillation.config import resolve
 from fewstep.methods.cost import step_cost
 from fewstep.methods.recipes import rows
-from fewstep_worlds.emoji8 import api, location
+from fewstep_worlds.common import location
+from fewstep_worlds.emoji8 import api
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8 import metrics as measures
 from fewstep_worlds.emoji8.config import BenchmarkConfig, FamilyConfig, ScorerConfig

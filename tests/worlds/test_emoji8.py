@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from fewstep.common.errors import UserError
+from fewstep_worlds.common import location
 from fewstep_worlds.emoji8 import dataset as emoji8
-from fewstep_worlds.emoji8 import location
 from fewstep_worlds.emoji8.dataset import Emoji8, Record
 
 

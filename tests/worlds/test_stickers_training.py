@@ -26,10 +26,14 @@ from fewstep.common.rng import KeyedRng, generator
 from fewstep.evaluation.lite0 import make_lite0
 from fewstep.evaluation.lite0_weights import load_weights
 from fewstep.training.config import LoopConfig
-from fewstep_worlds.emoji8.teacher.train import write_teacher
-from fewstep_worlds.stickers import accuracy, autoencoder, reader, reader_report, teacher, teacher_report, text
+from fewstep_worlds.common.autoencoder import make_vae, restore, to_tensor
+from fewstep_worlds.common.denoiser import make_unet
+from fewstep_worlds.common.pipeline import write_teacher
+from fewstep_worlds.common.text import trim_text
+from fewstep_worlds.stickers import accuracy, autoencoder, reader, reader_report, teacher, teacher_report
 from fewstep_worlds.stickers.claim import Claim, Facts, facts_of, full_claim, holds
 from fewstep_worlds.stickers.dataset import REFERENCE_SEED, draw_scenes, make_scenes
+from fewstep_worlds.stickers.grammar import phrases
 from fewstep_worlds.stickers.heldout import KINDS
 from fewstep_worlds.stickers.prompts import training_prompt
 from fewstep_worlds.stickers.scene import Scene
@@ -137,11 +141,11 @@ def test_an_autoencoder_run_is_resumed_exactly(sticker_sheets: Path, tmp_path: P
     for name, tensor in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], tensor), name
     pictures = draw_scenes(9, range(200), folder=sticker_sheets)
-    latents = whole.encode(autoencoder.to_tensor(pictures)).latent_dist.mean
+    latents = whole.encode(to_tensor(pictures)).latent_dist.mean
     assert abs(latents.mean().item()) < 0.2
     assert latents.std().item() == pytest.approx(1, abs=0.15)
-    assert autoencoder.restore(whole, pictures[:3]).shape == (3, 64, 64, 3)
-    assert autoencoder.restore(whole, pictures).dtype == np.uint8
+    assert restore(whole, pictures[:3]).shape == (3, 64, 64, 3)
+    assert restore(whole, pictures).dtype == np.uint8
 
 
 # --------------------------------------------------------------------------------------------------------- reader
@@ -222,7 +226,7 @@ BUNDLED = Path(__file__).resolve().parents[2] / "world" / "teacher"
 @pytest.fixture(scope="module")
 def trimmed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text") / "trimmed"
-    text.trim_text(BUNDLED, folder)
+    trim_text(BUNDLED, folder, phrases(), teacher.TOKENS)
     return folder
 
 
@@ -232,7 +236,7 @@ def test_a_trimmed_text_encoder_has_the_same_states(trimmed: Path) -> None:
     states, pieces = [], []
     for folder in (BUNDLED, trimmed):
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        tokenizer.model_max_length = text.TOKENS
+        tokenizer.model_max_length = teacher.TOKENS
         encoder = BertModel.from_pretrained(folder / "text_encoder", local_files_only=True, dtype=torch.float32)
         states.append(encode_text(tokenizer, encoder.eval(), texts, CPU))
         pieces.append(len(tokenizer))
@@ -244,12 +248,12 @@ def test_a_trimmed_text_encoder_has_the_same_states(trimmed: Path) -> None:
 def test_few_prompts_are_longer_than_the_text_encoder_reads(trimmed: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(trimmed / "tokenizer", local_files_only=True)
     prompts = [training_prompt(scene, 0, index) for index, scene in enumerate(make_scenes(0, range(1000)))]
-    assert sum(len(tokenizer(p.text).input_ids) > text.TOKENS for p in prompts if p) <= 5
+    assert sum(len(tokenizer(p.text).input_ids) > teacher.TOKENS for p in prompts if p) <= 5
 
 
 def test_a_teacher_is_resumed_exactly_and_is_a_pipeline(sticker_sheets: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    autoencoder.make_autoencoder(TINY).save_pretrained(tmp_path / "vae")
+    make_vae(TINY).save_pretrained(tmp_path / "vae")
     loop = LoopConfig(steps=2, batch=2, save_every=1, log_every=1)
     config = TeacherConfig(
         autoencoder=str(tmp_path / "vae"), channels=(8, 16, 16), groups=4, heads=2, workers=0, watched=0, loop=loop
@@ -307,7 +311,7 @@ def test_a_reader_is_reported_under_every_condition(sticker_sheets: Path, monkey
         return [facts_of(scene) for scene in known.get(pictures.tobytes(), scenes["pair"])]
 
     monkeypatch.setattr(reader_report, "read_pictures", read)
-    vae = autoencoder.make_autoencoder(TINY).eval()
+    vae = make_vae(TINY).eval()
     rows = reader_report.reader_report(reader.Reader(ReaderConfig()), 6, vae, sticker_sheets)
     right = {name: shares["all"].right for name, shares in rows.items()}
     assert [right.pop(name) for name in ("blurred", "noised", "autoencoded")] == [0, 0, 0]
@@ -328,9 +332,9 @@ def test_a_teacher_is_judged_by_samples_of_unseen_prompts(
     monkeypatch.setattr(teacher, "AutoencoderJudge", Judge)
     reader.save_reader(reader.Reader(ReaderConfig(channels=(8, 8, 8))), tmp_path / "reader")
     config = TeacherConfig(channels=(8, 16), groups=4, watched=500, watch_steps=1, reader=str(tmp_path / "reader"))
-    encoders = teacher.Encoders(autoencoder.make_autoencoder(TINY).eval(), trimmed, CPU)
+    encoders = teacher.Encoders(make_vae(TINY).eval(), trimmed, CPU)
     judge = teacher.TeacherJudge(config, encoders, tmp_path, None, make_accelerator("fp32", CPU))
-    figures = judge(teacher.make_unet(config, 4, 16, 384).eval())
+    figures = judge(make_unet(config, 4, 16, 384, plain=1).eval())
     assert figures["fd"] == 500
     assert figures["autoencoder_psnr"] == 30
     assert figures["accuracy all"] == 0  # an untrained reader finds no sticker
@@ -342,8 +346,8 @@ def test_a_teacher_is_reported_by_steps_and_guidance(
 ) -> None:
     """Pictures of each law are compared with those of the first law, from other noise."""
     config = TeacherConfig(channels=(8, 16), groups=4)
-    vae = autoencoder.make_autoencoder(TINY).eval()
-    write_teacher(tmp_path / "pipeline", vae, teacher.make_unet(config, 4, 16, 384).eval(), trimmed, omega=2.0)
+    vae = make_vae(TINY).eval()
+    write_teacher(tmp_path / "pipeline", vae, make_unet(config, 4, 16, 384, plain=1).eval(), trimmed, omega=2.0)
 
     class Judge:
         features = staticmethod(lambda pictures: pictures.astype(float))
@@ -362,7 +366,7 @@ def test_a_teacher_is_reported_by_steps_and_guidance(
 
 def test_a_teacher_without_its_parts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="text"):
-        text.trim_text(tmp_path, tmp_path / "trimmed")
+        trim_text(tmp_path, tmp_path / "trimmed", [], 28)
     config = TeacherConfig(autoencoder=str(tmp_path))
     with pytest.raises(UserError, match="autoencoder"):
         teacher.train_teacher(config, tmp_path / "run", tmp_path / "new", make_accelerator("fp32", CPU))

@@ -24,6 +24,7 @@ from fewstep.diffusion.config import TEACHER_SAMPLING
 from fewstep.diffusion.schedule import VariancePreserving, scaled_linear
 from fewstep.training.config import LoopConfig, OptimConfig
 from fewstep.training.loss import Loss
+from fewstep_worlds.common import autoencoder, denoiser, pipeline
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8.config import DecoderConfig, TeacherConfig, UnetConfig, VaeConfig
 from fewstep_worlds.emoji8.teacher import decoder as train_decoder
@@ -53,7 +54,7 @@ def shapes() -> np.ndarray:
 
 def tiny_vae(seed: int = 0) -> Any:
     torch.manual_seed(seed)
-    return train_vae.make_vae(TINY_VAE).eval()
+    return autoencoder.make_vae(TINY_VAE).eval()
 
 
 # ------------------------------------------------------------------------------------ the denoiser's loss
@@ -80,7 +81,7 @@ def test_the_true_noise_costs_nothing_and_the_network_is_asked_at_x_t() -> None:
     x_0, eps = torch.randn(3, 4, 8, 8, generator=seeded(0)), torch.randn(3, 4, 8, 8, generator=seeded(1))
     states, t = torch.randn(3, 5, 32, generator=seeded(2)), torch.tensor([0, 400, 999])
     network = Answering(eps, torch.zeros(3, 1, 1, 1))
-    loss = train_unet.eps_loss(network, scaled_linear(), x_0, states, t, eps, 5.0)
+    loss = denoiser.eps_loss(network, scaled_linear(), x_0, states, t, eps, 5.0)
     assert loss.value.item() == 0
     ((x_t, asked_t, asked_states),) = network.asked
     abar = torch.from_numpy(alpha_bars())[t].view(3, 1, 1, 1)
@@ -96,7 +97,7 @@ def test_an_error_costs_its_min_snr_weight(gamma: float) -> None:
     eps = torch.randn(4, 4, 8, 8, generator=seeded(1))
     network = Answering(eps, d.view(4, 1, 1, 1).expand_as(eps))
     x_0, states = torch.randn(4, 4, 8, 8, generator=seeded(0)), torch.zeros(4, 5, 32)
-    loss = train_unet.eps_loss(network, scaled_linear(), x_0, states, t, eps, gamma)
+    loss = denoiser.eps_loss(network, scaled_linear(), x_0, states, t, eps, gamma)
     abar = alpha_bars()[t.numpy()]
     snr = abar / (1 - abar)
     weight = np.minimum(snr, gamma) / snr
@@ -116,7 +117,7 @@ def test_times_are_reported_as_shares_above_0_up_to_1() -> None:
     for total in (1000, 50):
         path = VariancePreserving.from_betas(torch.full((total,), 0.02))
         t = torch.tensor([0, total // 2 - 1, total - 1])
-        loss = train_unet.eps_loss(Answering(eps, eps), path, eps, torch.zeros(3, 5, 32), t, eps, 5.0)
+        loss = denoiser.eps_loss(Answering(eps, eps), path, eps, torch.zeros(3, 5, 32), t, eps, 5.0)
         assert loss.t is not None
         assert loss.t.tolist() == pytest.approx([1 / total, 0.5, 1.0])
 
@@ -126,6 +127,8 @@ def test_times_are_reported_as_shares_above_0_up_to_1() -> None:
 
 class Offset:
     """An autoencoder of pictures as latents: what it restores is off by a number."""
+
+    device = CPU
 
     def __init__(self, off: Callable[[Tensor], Tensor], mean: float = 0.0, logvar: float = 0.0) -> None:
         self.off, self.mean, self.logvar = off, mean, logvar
@@ -167,7 +170,7 @@ def test_psnr_is_the_mean_over_pictures_of_8_bit_errors() -> None:
         shift = [levels[round(float(picture.mean()) * 127.5 + 127.5)] for picture in x]
         return x + (torch.tensor(shift).view(-1, 1, 1, 1) + 0.3) / 127.5  # a third of a level is rounded away
 
-    found = train_vae.reconstruction_psnr(Offset(off), pictures, batch=3)
+    found = autoencoder.reconstruction_psnr(Offset(off), pictures)
     exact = 10 * np.log10(255.0**2 / 1e-3)
     assert found == pytest.approx(np.mean([*(20 * np.log10(255 / k) for k in (1, 4, 10)), exact]), abs=1e-3)
 
@@ -191,7 +194,7 @@ def test_folding_normalises_latents_and_leaves_reconstructions() -> None:
     pictures = random_pictures(30)
     before = lively_vae()
     after = copy.deepcopy(before)
-    train_vae.fold_statistics(after, pictures, batch=7)  # the last part is a rest of 2
+    autoencoder.fold_statistics(after, pictures, batch=7)  # the last part is a rest of 2
     raw, latents = encode_pictures(before, pictures, CPU).double(), encode_pictures(after, pictures, CPU).double()
     std, mean = torch.std_mean(raw, dim=(0, 2, 3), correction=0)
     assert float(std.max() / std.min()) > 3, "something to fold"
@@ -203,7 +206,7 @@ def test_folding_normalises_latents_and_leaves_reconstructions() -> None:
     expected = (raw - mean.view(1, 4, 1, 1)) / std.view(1, 4, 1, 1)
     torch.testing.assert_close(latents, expected, rtol=0, atol=1e-3)
 
-    x, noise = train_vae.to_tensor(pictures[:6]), torch.randn(6, 4, 8, 8, generator=seeded(5))
+    x, noise = autoencoder.to_tensor(pictures[:6]), torch.randn(6, 4, 8, 8, generator=seeded(5))
     restored = []
     for vae in (before, after):
         posterior = vae.encode(x).latent_dist
@@ -220,8 +223,8 @@ def test_a_saved_pipeline_hands_out_normalised_latents(tiny_pipeline: Path, tmp_
     """What a distillation later reads from the folder, fp16 and scaling factor included."""
     pictures = random_pictures(30)
     vae = lively_vae()
-    train_vae.fold_statistics(vae, pictures)
-    teacher.write_teacher(tmp_path / "teacher", vae, train_unet.make_unet(TINY_UNET), tiny_pipeline, 2.0)
+    autoencoder.fold_statistics(vae, pictures)
+    pipeline.write_teacher(tmp_path / "teacher", vae, train_unet.make_unet(TINY_UNET), tiny_pipeline, 2.0)
     backbone = load_backbone(tmp_path / "teacher")
     std, mean = torch.std_mean(backbone.to_latents(pictures), dim=(0, 2, 3), correction=0)
     torch.testing.assert_close(mean, torch.zeros(4), rtol=0, atol=0.02)
@@ -242,9 +245,9 @@ def test_diffusers_loads_the_shards_that_are_written(
 ) -> None:
     from diffusers import UNet2DConditionModel
 
-    monkeypatch.setattr(teacher, "SHARD_BYTES", limit)
+    monkeypatch.setattr(pipeline, "SHARD_BYTES", limit)
     unet = tiny_unet()
-    teacher.save_sharded(tmp_path, unet)
+    pipeline.save_sharded(tmp_path, unet)
     loaded, report = UNet2DConditionModel.from_pretrained(
         tmp_path, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
     )
@@ -271,9 +274,9 @@ def test_diffusers_loads_the_shards_that_are_written(
 def test_a_tensor_above_the_limit_gets_a_shard_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors are not cut; no file is empty, wherever the large one stands."""
     unet = tiny_unet()
-    monkeypatch.setattr(teacher, "SHARD_BYTES", 1000)
+    monkeypatch.setattr(pipeline, "SHARD_BYTES", 1000)
     assert next(iter(unet.state_dict().values())).numel() * 2 > 1000, "the first tensor is above it"
-    teacher.save_sharded(tmp_path, unet)
+    pipeline.save_sharded(tmp_path, unet)
     for file in tmp_path.glob("*.safetensors"):
         tensors = list(load_file(file).values())
         assert len(tensors) == 1 or 0 < sum(tensor.nbytes for tensor in tensors) <= 1000
@@ -415,10 +418,10 @@ def test_a_resumed_autoencoder_equals_an_uninterrupted_one(tmp_path: Path, monke
     std, mean = torch.std_mean(encode_pictures(whole, pictures, CPU), dim=(0, 2, 3), correction=0)
     torch.testing.assert_close(mean, torch.zeros(4), rtol=0, atol=1e-3)
     torch.testing.assert_close(std, torch.ones(4), rtol=0, atol=1e-3)
-    start = train_vae.reconstruction_psnr(tiny_vae(loop.seed), pictures)
-    assert train_vae.reconstruction_psnr(whole, pictures) > start + 2, "dB"
+    start = autoencoder.reconstruction_psnr(tiny_vae(loop.seed), pictures)
+    assert autoencoder.reconstruction_psnr(whole, pictures) > start + 2, "dB"
     watched = [line["psnr_heldout"] for line in figures(tmp_path / "whole") if "psnr_heldout" in line]
-    assert watched[-1] == pytest.approx(train_vae.reconstruction_psnr(whole, pictures[::4]), abs=0.01)
+    assert watched[-1] == pytest.approx(autoencoder.reconstruction_psnr(whole, pictures[::4]), abs=0.01)
 
     assert teacher.finished_vae(tmp_path / "none") is None
     teacher.save_vae(whole, tmp_path / "kept")
@@ -475,23 +478,23 @@ def test_the_decoder_learns_and_the_encoder_stays(tmp_path: Path) -> None:
     loop = LoopConfig(steps=30, batch=8, save_every=30)
     config = DecoderConfig(loop=loop, optim=OptimConfig(lr=3e-3))
     accelerator = make_accelerator("fp32", CPU)
-    psnr = train_vae.reconstruction_psnr(vae, pictures)
+    psnr = autoencoder.reconstruction_psnr(vae, pictures)
     trained = train_decoder.train_decoder(config, vae, pictures, pictures, tmp_path, accelerator)
     for name, tensor in trained.state_dict().items():
         stays = name.startswith(("encoder.", "quant_conv."))
         assert torch.equal(tensor, before[name]) == stays, name
     assert torch.allclose(encode_pictures(trained, pictures, CPU), latents, atol=1e-4)  # rounding of the faster kernels
-    assert train_vae.reconstruction_psnr(trained, pictures) > psnr + 3
+    assert autoencoder.reconstruction_psnr(trained, pictures) > psnr + 3
 
 
 def test_a_denoiser_starts_from_another_ones_weights(tiny_pipeline: Path) -> None:
     own = load_backbone(tiny_pipeline).network
     same = train_unet.make_unet(TINY_UNET)
-    same.load_state_dict(train_unet.started(tiny_pipeline, same))
+    same.load_state_dict(train_unet.load_start(tiny_pipeline, same))
     assert all(torch.equal(a, b) for a, b in zip(same.parameters(), own.parameters(), strict=True))
     other = train_unet.make_unet(TINY_UNET.model_copy(update={"channels": (16, 16)}))
     with pytest.raises(UserError, match="another shape"):
-        train_unet.started(tiny_pipeline, other)
+        train_unet.load_start(tiny_pipeline, other)
 
 
 @pytest.mark.usefixtures("small_world")

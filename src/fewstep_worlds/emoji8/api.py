@@ -159,8 +159,8 @@ def train_teacher(
     from fewstep.backbones.pipeline_folder import read_folder
     from fewstep.common.files import check_writable
     from fewstep.training.run_folder import check_same_run
+    from fewstep_worlds.common.target import check_target
     from fewstep_worlds.emoji8.config import TeacherConfig
-    from fewstep_worlds.emoji8.teacher.checks import check_target
 
     given = read_yaml(config, TeacherConfig) if config else {}
     settings = validate(TeacherConfig, merge(given, parse_overrides(overrides, TeacherConfig)))

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from fewstep.common.config import Config
-from fewstep.common.errors import nearest, nearest_divisor
+from fewstep.common.errors import nearest
 from fewstep.common.run_inputs import Content
 from fewstep.inference.multilingual.settings import AdapterConfig
 from fewstep.methods.recipes import rows
 from fewstep.training.config import LoopConfig, OptimConfig
+from fewstep_worlds.common.settings import AutoencoderShape, UnetShape
 
 Rate = Annotated[float, Field(gt=0)]
 Omega = Annotated[float, Field(ge=0)]
@@ -20,13 +20,9 @@ Seed = Annotated[int, Field(ge=0, le=89)]
 """Seeds from 90 on are those from which settings are chosen."""
 
 
-class VaeConfig(Config):
+class VaeConfig(AutoencoderShape):
     """The autoencoder: 64x64 pictures to 8x8 latents."""
 
-    channels: tuple[int, ...] = Field((32, 64, 128, 128), description="channels at each resolution")
-    layers: int = Field(1, ge=1, description="residual blocks at each resolution")
-    latent_channels: int = Field(16, ge=1, description="channels of a latent")
-    groups: int = Field(16, ge=1, description="groups of the group norms")
     beta: float = Field(5e-4, ge=0, description="weight of the KL term, per latent number")
     l1: float = Field(0.1, ge=0, description="weight of the absolute error beside the squared one")
     loop: LoopConfig = LoopConfig(steps=2800, batch=16, save_every=200, validate_every=400, precision="bf16")
@@ -42,21 +38,15 @@ class DecoderConfig(Config):
     optim: OptimConfig = OptimConfig(lr=5e-4, warmup=100, decay="cosine", ema=0.998, weight_decay=0.01)
 
 
-class UnetConfig(Config):
+class UnetConfig(UnetShape):
     """The denoiser: an eps-prediction UNet over 8x8 latents with cross-attention to the text states."""
 
-    channels: tuple[int, ...] = Field((128, 128), description="channels at 8x8 and 4x4")
-    layers: int = Field(1, ge=1, description="residual and attention blocks at each resolution")
-    heads: int = Field(4, ge=1, description="attention heads")
-    groups: int = Field(32, ge=1, description="groups of the group norms")
     latent_channels: int = Field(16, ge=1, description="channels of a latent")
     text_width: int = Field(384, ge=1, description="width of the text states")
     captions: int = Field(12, ge=1, description="captions drawn once for each picture")
     start: Annotated[str, Content("start")] = Field(
         "", description="pipeline folder whose denoiser the training starts from; empty for none"
     )
-    prompt_dropout: float = Field(0.1, ge=0, le=1, description="share of empty prompts")
-    min_snr: float = Field(5.0, gt=0, description="gamma of the Min-SNR weight min(SNR, gamma)/SNR")
     loop: LoopConfig = LoopConfig(
         steps=10000, batch=64, save_every=500, keep=3, validate_every=1000, log_every=50, precision="bf16"
     )
@@ -78,16 +68,8 @@ class TeacherConfig(Config):
         ours, theirs = self.unet.latent_channels, self.vae.latent_channels
         if not self.autoencoder and ours != theirs:
             raise ValueError(
-                f"unet.latent_channels = {ours} and vae.latent_channels = {theirs} differ; the nearest is {theirs}"
+                f"unet.latent_channels = {ours} and vae.latent_channels = {theirs} differ; give both the same"
             )
-        for name, part in (("vae", self.vae), ("unet", self.unet)):
-            widths = math.gcd(*part.channels)
-            if widths % part.groups:
-                legal = nearest_divisor(part.groups, widths)
-                raise ValueError(
-                    f"{name}.groups = {part.groups} does not divide all of {name}.channels = {list(part.channels)}; "
-                    f"the nearest legal one is {legal}"
-                )
         return self
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 from fewstep.common.errors import UserError, nearest
 from fewstep.common.text import lines_of, read_text
 from fewstep.data.images import Captioned, HeldPictures, from_prompts
-from fewstep_worlds.emoji8 import location
+from fewstep_worlds.common import location
 
 SIZE = 64
 """Edge of a picture and of a tile, in pixels."""

@@ -19,8 +19,8 @@ from fewstep.evaluation.features import Features
 from fewstep.evaluation.lite0 import Lite0Features
 from fewstep.evaluation.metric import Array, Figure, Metric, Pictures
 from fewstep.evaluation.suite import Suite, standard_suite
+from fewstep_worlds.common.location import root
 from fewstep_worlds.emoji8 import dataset as emoji8
-from fewstep_worlds.emoji8.location import root
 from fewstep_worlds.emoji8.neighbours import NONE, Neighbours, neighbour_shares
 from fewstep_worlds.emoji8.scorers.agreement import PromptAgreement, load_scorer
 from fewstep_worlds.emoji8.scorers.text import BertStates

@@ -60,12 +60,12 @@ def reader_report(
     n: Annotated[int, typer.Option(min=1, help="Unseen scenes of each condition.")] = 2000,
 ) -> None:
     """Print how often a reader is right on unseen scenes: real, of held-out kinds, blurred, noised, autoencoded."""
-    from fewstep_worlds.emoji8.teacher.train import given_vae
+    from fewstep_worlds.common.autoencoder import load_vae
     from fewstep_worlds.stickers.accuracy import as_table
     from fewstep_worlds.stickers.reader import load_reader
     from fewstep_worlds.stickers.reader_report import reader_report
 
-    vae = given_vae(autoencoder) if autoencoder else None
+    vae = load_vae(autoencoder) if autoencoder else None
     say(as_table(reader_report(load_reader(reader), n, vae)))
 
 
@@ -76,7 +76,7 @@ def teacher(
     overrides: Overrides = None,
 ) -> None:
     """Train the teacher on the latents of a finished autoencoder (-s autoencoder=FOLDER); write its pipeline."""
-    from fewstep_worlds.emoji8.teacher.checks import check_target
+    from fewstep_worlds.common.target import check_target
     from fewstep_worlds.stickers.settings import TeacherConfig
 
     config = validate(TeacherConfig, parse_overrides(overrides or []))

@@ -16,18 +16,16 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from fewstep.common.cpu_kernels import speed_up
-from fewstep.common.distributed import on_main
 from fewstep.common.rng import KeyedRng
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.frechet import FrechetDistance, Projection
 from fewstep.evaluation.lite0 import Lite0, Lite0Features, make_lite0
 from fewstep.evaluation.lite0_weights import load_weights
-from fewstep.training.loop import Batch, Update, train
+from fewstep.training.loop import Batch, Update
 from fewstep.training.loss import Loss
-from fewstep.training.run_folder import RunLog
-from fewstep_worlds.emoji8.config import VaeConfig
-from fewstep_worlds.emoji8.teacher.vae import fold_statistics, make_vae, psnr, to_tensor
-from fewstep_worlds.stickers.dataset import ENDLESS, REFERENCE_SEED, SceneWorkers, draw_scenes, fingerprint
+from fewstep_worlds.common.autoencoder import fold_statistics, make_vae, psnr, reconstruct, restore, to_tensor
+from fewstep_worlds.common.training import ENDLESS, Weights, fit
+from fewstep_worlds.stickers.dataset import REFERENCE_SEED, SceneWorkers, draw_scenes, fingerprint
 from fewstep_worlds.stickers.settings import AutoencoderConfig
 
 EARLY_BLOCKS = 6
@@ -37,12 +35,6 @@ FD-Lite0 reads the same network's last features, of pictures enlarged to 128x128
 """
 JUDGED = 500
 """Unseen scenes that the autoencoder is judged on."""
-
-
-def make_autoencoder(config: AutoencoderConfig) -> Any:
-    """Return a freshly initialised `AutoencoderKL`."""
-    shape = ("channels", "layers", "latent_channels", "groups")
-    return make_vae(VaeConfig(**{name: getattr(config, name) for name in shape}))
 
 
 def early_features(network: Lite0, pictures: Tensor) -> list[Tensor]:
@@ -101,15 +93,11 @@ class AutoencoderLosses:
     def of_vae(self, batch: Batch, rng: KeyedRng) -> Loss:
         """Reconstruction, KL and, from `critic_from` on, the critic's term."""
         config, pictures = self.config, batch["pictures"]
-        posterior = self.vae.encode(pictures).latent_dist
-        mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        noise = rng.normal("posterior", tuple(mean.shape[1:]))
-        restored = self.vae.decode(mean + torch.exp(0.5 * logvar) * noise).sample.float()
+        restored, kl = reconstruct(self.vae, pictures, rng)
         self._restored = restored.detach()
         error = restored - pictures
         squared = error.square().mean()
         perceptual = perceptual_distance(self.network, restored, pictures)
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         value = squared + config.l1 * error.abs().mean() + config.slopes * slope_error(error)
         value = value + config.perceptual * perceptual
         scalars = {"mse": squared, "perceptual": perceptual, "kl": kl}
@@ -127,17 +115,6 @@ class AutoencoderLosses:
         real, fake = self.critic(batch["pictures"]).float(), self.critic(self._restored).float()
         value = (F.relu(1 - real) + F.relu(1 + fake)).mean()
         return Loss(value, scalars={"real": real.mean(), "fake": fake.mean()})
-
-
-@torch.no_grad()
-def restore(vae: Any, pictures: np.ndarray, batch: int = 50) -> np.ndarray:
-    """Return pictures decoded from their posterior means, uint8 [N, H, W, 3]."""
-    parts = []
-    for start in range(0, len(pictures), batch):
-        part = to_tensor(pictures[start : start + batch]).to(vae.device)
-        restored = vae.decode(vae.encode(part).latent_dist.mean).sample
-        parts.append((restored.clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
-    return np.concatenate(parts)
 
 
 class AutoencoderJudge:
@@ -173,7 +150,7 @@ def train_autoencoder(
         UserError: the sprite sheets cannot be read, or `out` holds another run.
     """
     torch.manual_seed(config.loop.seed)
-    vae, critic = make_autoencoder(config), make_critic(config.critic_channels)
+    vae, critic = make_vae(config), make_critic(config.critic_channels)
     network = make_lite0(load_weights()).to(accelerator.device)
     for part in (vae, critic):
         speed_up(part)
@@ -181,31 +158,28 @@ def train_autoencoder(
     losses = AutoencoderLosses(vae, critic, network, config)
     judge: AutoencoderJudge | None = None
 
-    def evaluate_weights(_: int, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
+    def evaluate(weights: Weights) -> dict[str, float]:
         nonlocal judge
         judge = judge or AutoencoderJudge(folder, out / "features")
-        judged = make_autoencoder(config)
-        judged.load_state_dict({name: value.cpu() for name, value in weights["vae"].items()})
-        speed_up(judged)
-        return judge(judged.eval())
+        averaged = make_vae(config)
+        averaged.load_state_dict({name: value.cpu() for name, value in weights["vae"].items()})
+        speed_up(averaged)
+        return judge(averaged.eval())
+
+    def fetch(items: np.ndarray, _: KeyedRng) -> Batch:
+        return {"pictures": to_tensor(scenes.pictures(items)).to(accelerator.device)}
 
     plan = [
         Update("vae", dict(vae.named_parameters()), losses.of_vae, config.optim),
         Update("critic", dict(critic.named_parameters()), losses.of_critic, config.critic_optim),
     ]
     inputs = {"scenes": fingerprint(folder)}
-    with (
-        SceneWorkers(config.workers, folder=folder) as scenes,
-        RunLog(out, config, title="autoencoder", inputs=inputs, main=accelerator.is_main_process) as log,
-    ):
-
-        def fetch(items: np.ndarray, _: KeyedRng) -> Batch:
-            return {"pictures": to_tensor(scenes.pictures(items)).to(accelerator.device)}
-
-        trained = train(
-            plan, fetch, ENDLESS, config.loop, log, accelerator, on_main(evaluate_weights), visits=np.arange
-        )
-    vae.load_state_dict(trained.weights["vae"])
+    with SceneWorkers(config.workers, folder=folder) as scenes:
+        weights = fit(
+            plan, fetch, ENDLESS, out, config, config.loop, accelerator,
+            title="autoencoder", inputs=inputs, evaluate=evaluate,
+        )  # fmt: skip
+    vae.load_state_dict(weights["vae"])
     vae.cpu().eval()
     fold_statistics(vae, draw_scenes(REFERENCE_SEED, range(500), folder=folder))
     return vae

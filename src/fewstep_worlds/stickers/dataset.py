@@ -26,8 +26,6 @@ TRAINING_SEED = 0
 READER_SEED = 2
 REFERENCE_SEED = 1
 """Seed of scenes that nothing trains on: references of distances, and what networks are judged on."""
-ENDLESS = 2**62
-"""Number of scenes of a seed and split, for a training loop."""
 
 
 def draw_scenes(seed: int, indices: Iterable[int], split: str = "train", folder: Path | None = None) -> Picture:

@@ -168,6 +168,13 @@ def languages() -> dict[LanguageName, Language]:
     return {"english": _english(), "chinese": _chinese()}
 
 
+def phrases() -> list[str]:
+    """Return every phrase of English sentences."""
+    tables = languages()["english"]
+    pairs = [*tables.joints, *tables.grounds]
+    return [*tables.nouns, *tables.styles, *(phrase for pair in pairs for phrase in pair)]
+
+
 # ------------------------------------------------------------------------------------------------------- English
 
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

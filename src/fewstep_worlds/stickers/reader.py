@@ -17,18 +17,16 @@ from torch import Tensor, nn
 
 from fewstep.common.config import validate
 from fewstep.common.cpu_kernels import speed_up
-from fewstep.common.distributed import on_main
 from fewstep.common.files import atomic_folder, read_json, write_json
 from fewstep.common.rng import KeyedRng
 from fewstep.common.tensors import load_tensors, save_tensors
-from fewstep.training.loop import Batch, Update, train
+from fewstep.training.loop import Batch, Update
 from fewstep.training.loss import Loss
-from fewstep.training.run_folder import RunLog
-from fewstep_worlds.emoji8.teacher.vae import to_tensor
+from fewstep_worlds.common.autoencoder import to_tensor
+from fewstep_worlds.common.training import ENDLESS, Weights, fit
 from fewstep_worlds.stickers.accuracy import scene_accuracy
 from fewstep_worlds.stickers.claim import Facts, facts_of, full_claim
 from fewstep_worlds.stickers.dataset import (
-    ENDLESS,
     READER_SEED,
     REFERENCE_SEED,
     SceneWorkers,
@@ -226,23 +224,21 @@ def train_reader(config: ReaderConfig, out: Path, accelerator: Accelerator, fold
     def loss(batch: Batch, _: KeyedRng) -> Loss:
         return reader_loss(reader(batch["pictures"]), batch)
 
-    def evaluate_weights(_: int, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
-        judged = Reader(config)
-        judged.load_state_dict({name: value.cpu() for name, value in weights["reader"].items()})
-        speed_up(judged)
+    def evaluate(weights: Weights) -> dict[str, float]:
+        averaged = Reader(config)
+        averaged.load_state_dict({name: value.cpu() for name, value in weights["reader"].items()})
+        speed_up(averaged)
         pictures = draw_scenes(REFERENCE_SEED, range(JUDGED), folder=folder)
         claims = [full_claim(scene) for scene in make_scenes(REFERENCE_SEED, range(JUDGED))]
-        shares = scene_accuracy(read_pictures(judged.eval(), pictures), claims)
+        shares = scene_accuracy(read_pictures(averaged.eval(), pictures), claims)
         return {name: share.value for name, share in shares.items()}
 
     plan = [Update("reader", dict(reader.named_parameters()), loss, config.optim)]
     inputs = {"scenes": fingerprint(folder)}
-    with (
-        SceneWorkers(config.workers, READER_SEED, folder) as workers,
-        RunLog(out, config, title="reader", inputs=inputs, main=accelerator.is_main_process) as log,
-    ):
-        trained = train(
-            plan, fetch, ENDLESS, config.loop, log, accelerator, on_main(evaluate_weights), visits=np.arange
-        )
-    reader.load_state_dict(trained.weights["reader"])
+    with SceneWorkers(config.workers, READER_SEED, folder) as workers:
+        weights = fit(
+            plan, fetch, ENDLESS, out, config, config.loop, accelerator,
+            title="reader", inputs=inputs, evaluate=evaluate,
+        )  # fmt: skip
+    reader.load_state_dict(weights["reader"])
     return reader.cpu().eval()

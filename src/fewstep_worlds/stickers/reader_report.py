@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from fewstep.common.rng import generator
-from fewstep_worlds.emoji8.teacher.vae import to_tensor
+from fewstep_worlds.common.autoencoder import restore, to_pictures, to_tensor
 from fewstep_worlds.stickers.accuracy import Share, scene_accuracy
-from fewstep_worlds.stickers.autoencoder import restore
 from fewstep_worlds.stickers.claim import full_claim
 from fewstep_worlds.stickers.dataset import REFERENCE_SEED, draw_scenes, make_scenes
 from fewstep_worlds.stickers.heldout import KINDS
@@ -47,6 +46,4 @@ def reader_report(
 def _damaged(pictures: np.ndarray, blur: float, noise: float) -> np.ndarray:
     normal = torch.from_numpy(generator(REFERENCE_SEED, "stickers noise").standard_normal((len(pictures), 3, 64, 64)))
     spread, strength = (torch.full((len(pictures),), level) for level in (blur, noise))
-    found = damage(to_tensor(pictures), spread, strength, normal.float())
-    damaged: np.ndarray = (found * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    return damaged
+    return to_pictures(damage(to_tensor(pictures), spread, strength, normal.float()))

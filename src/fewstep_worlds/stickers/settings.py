@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from typing import Self
 
 from pydantic import Field, model_validator
 
 from fewstep.common.config import Config
-from fewstep.common.errors import nearest_divisor
 from fewstep.evaluation.limits import FD_FEWEST
 from fewstep.training.config import LoopConfig, OptimConfig
+from fewstep_worlds.common.settings import AutoencoderShape, UnetShape, check_groups
 
 
-def check_groups(channels: tuple[int, ...], groups: int) -> None:
-    """Refuse groups of the group norms that do not divide every number of channels.
-
-    Raises:
-        ValueError: naming the nearest legal number.
-    """
-    if math.gcd(*channels) % groups:
-        legal = nearest_divisor(groups, math.gcd(*channels))
-        raise ValueError(
-            f"groups = {groups} does not divide all of channels = {list(channels)}; the nearest is {legal}"
-        )
-
-
-class AutoencoderConfig(Config):
+class AutoencoderConfig(AutoencoderShape):
     """The teacher's autoencoder: 64x64 pictures to 16x16 latents of 4 channels."""
 
     channels: tuple[int, ...] = Field((32, 64, 96), description="channels at each resolution")
-    layers: int = Field(1, ge=1, description="residual blocks at each resolution")
     latent_channels: int = Field(4, ge=1, description="channels of a latent")
     groups: int = Field(8, ge=1, description="groups of the group norms")
     beta: float = Field(1e-4, ge=0, description="weight of the KL term, per latent number")
@@ -50,11 +35,6 @@ class AutoencoderConfig(Config):
         lr=1e-3, betas=(0.9, 0.99), warmup=100, decay="cooldown", ema=0.999, weight_decay=0.01
     )
     critic_optim: OptimConfig = OptimConfig(lr=2e-4, betas=(0.5, 0.9), warmup=100)
-
-    @model_validator(mode="after")
-    def _divides(self) -> Self:
-        check_groups(self.channels, self.groups)
-        return self
 
 
 class ReaderConfig(Config):
@@ -80,18 +60,13 @@ class ReaderConfig(Config):
         return self
 
 
-class TeacherConfig(Config):
+class TeacherConfig(UnetShape):
     """The teacher: an eps-prediction UNet over 16x16 latents with cross-attention to the text states below the top."""
 
     autoencoder: str = Field("", description="folder of the finished AutoencoderKL")
     text: str = Field("", description="folder with the text_encoder/ and tokenizer/ to trim; empty for the bundled")
     reader: str = Field("", description="folder of a reader that judges samples while it trains; empty for none")
     channels: tuple[int, ...] = Field((64, 128, 128), description="channels at each resolution; the first has no text")
-    layers: int = Field(1, ge=1, description="residual and attention blocks at each resolution")
-    heads: int = Field(4, ge=1, description="attention heads")
-    groups: int = Field(32, ge=1, description="groups of the group norms")
-    prompt_dropout: float = Field(0.1, ge=0, le=1, description="share of empty prompts")
-    min_snr: float = Field(5.0, gt=0, description="gamma of the Min-SNR weight min(SNR, gamma)/SNR")
     omega: float = Field(2.0, ge=0, description="guidance that the teacher brings along, in the papers' convention")
     watched: int = Field(500, ge=0, description="unseen prompts that samples are judged on while it trains")
     watch_steps: int = Field(25, ge=1, description="steps of guided DDIM of those samples")
@@ -105,9 +80,6 @@ class TeacherConfig(Config):
 
     @model_validator(mode="after")
     def _legal(self) -> Self:
-        check_groups(self.channels, self.groups)
         if 0 < self.watched < FD_FEWEST:
-            raise ValueError(
-                f"watched = {self.watched} pictures are too few for FD; the nearest legal one is {FD_FEWEST}"
-            )
+            raise ValueError(f"watched = {self.watched} must be 0 or at least {FD_FEWEST}, as FD needs")
         return self

@@ -14,67 +14,46 @@ from torch import Tensor
 
 from fewstep.backbones.sd import encode_text
 from fewstep.common.cpu_kernels import speed_up
-from fewstep.common.distributed import on_main
 from fewstep.common.files import sha256
 from fewstep.common.rng import KeyedRng, generator
 from fewstep.diffusion.schedule import scaled_linear
-from fewstep.training.loop import Batch, Update, train
+from fewstep.training.loop import Batch, Update
 from fewstep.training.loss import Loss
-from fewstep.training.run_folder import RunLog
-from fewstep_worlds.emoji8.teacher.train import SCHEDULER, given_vae, write_teacher
-from fewstep_worlds.emoji8.teacher.unet import eps_loss
-from fewstep_worlds.emoji8.teacher.vae import to_tensor
+from fewstep_worlds.common.autoencoder import load_vae, to_pictures, to_tensor
+from fewstep_worlds.common.denoiser import eps_loss, make_unet
+from fewstep_worlds.common.location import root
+from fewstep_worlds.common.pipeline import SCHEDULER, write_teacher
+from fewstep_worlds.common.text import load_text_encoder, trim_text
+from fewstep_worlds.common.training import ENDLESS, Weights, fit
 from fewstep_worlds.stickers.accuracy import scene_accuracy
 from fewstep_worlds.stickers.autoencoder import AutoencoderJudge
 from fewstep_worlds.stickers.dataset import (
-    ENDLESS,
     REFERENCE_SEED,
     TRAINING_SEED,
     SceneWorkers,
     draw_captioned,
     fingerprint,
 )
+from fewstep_worlds.stickers.grammar import phrases
 from fewstep_worlds.stickers.prompts import unseen_prompts
 from fewstep_worlds.stickers.reader import load_reader, read_pictures
 from fewstep_worlds.stickers.scene import SIDE
 from fewstep_worlds.stickers.settings import TeacherConfig
 from fewstep_worlds.stickers.sprites import sprite_folder
-from fewstep_worlds.stickers.text import trim_text
 
-
-def make_unet(config: TeacherConfig, latent_channels: int, side: int, width: int) -> Any:
-    """Return a freshly initialised `UNet2DConditionModel`, without text at its highest resolution."""
-    from diffusers import UNet2DConditionModel
-
-    lower = len(config.channels) - 1
-    return UNet2DConditionModel(
-        sample_size=side,
-        in_channels=latent_channels,
-        out_channels=latent_channels,
-        block_out_channels=config.channels,
-        layers_per_block=config.layers,
-        down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * lower),
-        up_block_types=(*("CrossAttnUpBlock2D",) * lower, "UpBlock2D"),
-        cross_attention_dim=width,
-        attention_head_dim=config.heads,
-        norm_num_groups=config.groups,
-    )
+TOKENS = 28
+"""Tokens of a prompt, [CLS] and [SEP] included. 1 prompt of 1,000 is longer and is cut."""
 
 
 class Encoders:
     """The frozen autoencoder and text encoder, on one device."""
 
     def __init__(self, vae: Any, text: Path, device: torch.device) -> None:
-        from transformers import AutoTokenizer, BertModel
-
         speed_up(vae)
         self.device = device
         self.vae = vae.requires_grad_(False).to(device)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(text / "tokenizer", local_files_only=True)
-        self.encoder: Any = BertModel.from_pretrained(
-            text / "text_encoder", local_files_only=True, use_safetensors=True, dtype=torch.float32
-        )
-        self.encoder.eval().requires_grad_(False).to(device)
+        self.tokenizer, encoder = load_text_encoder(text)
+        self.encoder = encoder.to(device)
 
     def states(self, prompts: Sequence[str]) -> Tensor:
         """Return text states, float32 [N, tokens, width], on the device."""
@@ -89,9 +68,7 @@ class Encoders:
     @torch.no_grad()
     def pictures(self, latents: Tensor) -> np.ndarray:
         """Return decoded latents, uint8 [N, 64, 64, 3]."""
-        restored = self.vae.decode(latents.to(self.device)).sample.float().clamp(-1, 1) * 127.5 + 127.5
-        pictures: np.ndarray = restored.round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        return pictures
+        return to_pictures(self.vae.decode(latents.to(self.device)).sample)
 
 
 @torch.no_grad()
@@ -154,18 +131,16 @@ def train_teacher(
     Raises:
         UserError: the autoencoder, text encoder or sprite sheets cannot be read, or `out` holds another run.
     """
-    from fewstep_worlds.emoji8.location import root
-
-    vae = given_vae(Path(config.autoencoder))
+    vae = load_vae(Path(config.autoencoder))
     text = out / "text"
     if not text.is_dir():
-        trim_text(Path(config.text) if config.text else root() / "teacher", text)
+        trim_text(Path(config.text) if config.text else root() / "teacher", text, phrases(), TOKENS)
     device = accelerator.device
     encoders = Encoders(vae, text, device)
     shape = (vae.config.latent_channels, SIDE // 2 ** (len(vae.config.block_out_channels) - 1))
 
     def make() -> Any:
-        unet = make_unet(config, *shape, encoders.encoder.config.hidden_size)
+        unet = make_unet(config, *shape, encoders.encoder.config.hidden_size, plain=1)
         speed_up(unet)
         return unet.to(device)
 
@@ -187,14 +162,13 @@ def train_teacher(
         eps = rng.normal("noise", tuple(latents.shape[1:]))
         return eps_loss(unet, path, latents, batch["states"], rng.integers("t", 0, total), eps, config.min_snr)
 
-    def evaluate_weights(_: int, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
+    def evaluate(weights: Weights) -> dict[str, float]:
         nonlocal judge
         judge = judge or TeacherJudge(config, encoders, out / "features", folder, accelerator)
-        judged = make()
-        judged.load_state_dict(weights["unet"])
-        return judge(judged.eval())
+        averaged = make()
+        averaged.load_state_dict(weights["unet"])
+        return judge(averaged.eval())
 
-    judging = on_main(evaluate_weights) if config.watched else None
     plan = [Update("unet", dict(unet.named_parameters()), loss, config.optim)]
     _, prompts = draw_captioned(TRAINING_SEED, np.arange(64), folder or sprite_folder())
     inputs = {
@@ -203,10 +177,10 @@ def train_teacher(
         "autoencoder": sha256(*sorted(Path(config.autoencoder).glob("*.safetensors"))),
         "text": sha256(*sorted(text.rglob("*.safetensors"))),
     }
-    with (
-        SceneWorkers(config.workers, folder=folder) as workers,
-        RunLog(out, config, title="denoiser", inputs=inputs, main=accelerator.is_main_process) as log,
-    ):
-        trained = train(plan, fetch, ENDLESS, config.loop, log, accelerator, judging, visits=np.arange)
-    unet.load_state_dict(trained.weights["unet"])
+    with SceneWorkers(config.workers, folder=folder) as workers:
+        weights = fit(
+            plan, fetch, ENDLESS, out, config, config.loop, accelerator,
+            title="denoiser", inputs=inputs, evaluate=evaluate if config.watched else None,
+        )  # fmt: skip
+    unet.load_state_dict(weights["unet"])
     write_teacher(target, vae.cpu(), unet.cpu().eval(), text, config.omega)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from fewstep_worlds.common.autoencoder import load_vae
 from fewstep_worlds.stickers.accuracy import Share, scene_accuracy
 from fewstep_worlds.stickers.autoencoder import AutoencoderJudge
 from fewstep_worlds.stickers.dataset import REFERENCE_SEED
@@ -57,12 +58,11 @@ def teacher_report(
     Raises:
         UserError: fewer than 500 prompts, or an unknown set.
     """
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import UNet2DConditionModel
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vae = AutoencoderKL.from_pretrained(pipeline / "vae", local_files_only=True, torch_dtype=torch.float32).eval()
     unet = UNet2DConditionModel.from_pretrained(pipeline / "unet", local_files_only=True, torch_dtype=torch.float32)
-    encoders, unet = Encoders(vae, pipeline, device), unet.eval().to(device)
+    encoders, unet = Encoders(load_vae(pipeline / "vae"), pipeline, device), unet.eval().to(device)
     prompts = unseen_prompts(name, n, REFERENCE_SEED)
     texts, claims = [prompt.text for prompt in prompts], [prompt.claim for prompt in prompts]
     judge = AutoencoderJudge(folder, count=n)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fewstep.inference.multilingual.sentence import UniversalSentence
 from fewstep.methods.rewards.reward import ScorerIdentity
-from fewstep_worlds.emoji8.location import root
+from fewstep_worlds.common.location import root
 from fewstep_worlds.emoji8.scorers.agreement import Agreement, load_scorer
 from fewstep_worlds.emoji8.scorers.network import SIZE
 from fewstep_worlds.emoji8.scorers.text import TextBackbone

@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fewstep.common.errors import UserError
 from fewstep.common.files import sha256
+from fewstep_worlds.common.text import load_text_encoder
 
 BATCH = 256
 
@@ -53,7 +54,6 @@ class BertStates:
     """
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoTokenizer, BertModel
         from transformers.utils import logging
 
         for part in ("text_encoder", "tokenizer"):
@@ -61,13 +61,9 @@ class BertStates:
                 raise UserError(f"{folder} has no {part}/ folder; name one that holds a BERT text encoder")
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-            model = BertModel.from_pretrained(
-                folder / "text_encoder", local_files_only=True, use_safetensors=True, dtype=torch.float32
-            )
+            self.tokenizer, self.model = load_text_encoder(folder)
         except Exception as error:
             raise UserError(f"cannot read the text encoder in {folder}: {' '.join(str(error).split())}") from error
-        self.model: Any = model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
         self.width = int(self.model.config.hidden_size)
         self.name = f"BERT, {self.model.config.num_hidden_layers} layers, mean of the last states of real tokens"
         self.sha256 = _sha256(folder)

@@ -22,8 +22,8 @@ from fewstep.common.rng import KeyedRng
 from fewstep.training.loop import Batch, Update, train
 from fewstep.training.loss import Loss
 from fewstep.training.run_folder import RunLog
+from fewstep_worlds.common import location
 from fewstep_worlds.emoji8 import dataset as emoji8
-from fewstep_worlds.emoji8 import location
 from fewstep_worlds.emoji8.config import AgreementConfig
 from fewstep_worlds.emoji8.scorers.agreement import Agreement, load_scorer, save_scorer, to_input
 from fewstep_worlds.emoji8.scorers.augment import augment

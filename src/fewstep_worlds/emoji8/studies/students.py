@@ -8,7 +8,7 @@ from pathlib import Path
 from fewstep.diffusion.config import Sampling
 from fewstep.distillation import distill as distillation
 from fewstep.distillation.config import DistillConfig, resolve
-from fewstep_worlds.emoji8.location import root
+from fewstep_worlds.common.location import root
 
 WIDER_SKIP = (
     "The papers' students skip k = 20 of 1,000 training indices, 1 point of the grid of 50; these skip the k points "

@@ -30,13 +30,11 @@ from fewstep.distillation.distill import distill, shared_cache
 from fewstep.distillation.stages import slug
 from fewstep.methods.cost import step_cost
 from fewstep.training.run_folder import check_same_run
+from fewstep_worlds.common.location import root
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8.config import OpinionConfig, TlcmConfig
-from fewstep_worlds.emoji8.location import root
-from fewstep_worlds.emoji8.report.gains import Place, gains
-from fewstep_worlds.emoji8.report.page import table_blocks
 from fewstep_worlds.emoji8.report.results import Results, Row, save_results
-from fewstep_worlds.emoji8.report.step_table import table1
+from fewstep_worlds.emoji8.report.tables import Place, gains, table1, table_blocks
 from fewstep_worlds.emoji8.scorers.second_scorer import second_opinion
 from fewstep_worlds.emoji8.scorers.text import BertStates
 from fewstep_worlds.emoji8.studies.comparison import (

@@ -19,9 +19,9 @@ from fewstep.evaluation.features import Features
 from fewstep.evaluation.metric import Figure
 from fewstep.inference.generator import ImageGenerator, load_image_generator
 from fewstep.inference.image_grid import labelled_sheet, save_picture
+from fewstep_worlds.common.autoencoder import psnr
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8.metrics import Gallery, lite0, metrics
-from fewstep_worlds.emoji8.teacher.vae import psnr
 from fewstep_worlds.emoji8.whiteness import Whiteness
 
 SHOWN = (

@@ -1,8 +1,9 @@
-"""The teacher's text encoder: a BERT of a few layers, of whose word pieces those are kept that the grammar uses."""
+"""The text encoders of teachers: BERTs of a few layers with the word pieces that a world needs."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,36 +12,46 @@ import torch
 from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_folder, read_json
 from fewstep.common.tensors import save_tensors
-from fewstep_worlds.stickers.grammar import languages
 
-TOKENS = 28
-"""Tokens of a prompt, [CLS] and [SEP] included; 1 prompt of 1,000 is longer, and loses its end."""
 EMBEDDING = "embeddings.word_embeddings.weight"
 
 
-def trim_text(source: Path, target: Path) -> None:
-    """Write `target`/text_encoder and `target`/tokenizer: those of `source` with the pieces of English sentences.
+def load_text_encoder(folder: Path) -> tuple[Any, Any]:
+    """Return the tokenizer and the frozen fp32 BertModel of a pipeline folder."""
+    from transformers import AutoTokenizer, BertModel
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    encoder: Any = BertModel.from_pretrained(
+        folder / "text_encoder", local_files_only=True, use_safetensors=True, dtype=torch.float32
+    )
+    return tokenizer, encoder.eval().requires_grad_(False)
+
+
+def trim_text(source: Path, target: Path, phrases: Sequence[str], tokens: int) -> None:
+    """Write `target`/text_encoder and `target`/tokenizer: those of `source` with the word pieces of some phrases.
 
     Single characters are kept too, so that other words are spelt. States of a sentence do not change.
 
     Args:
         source: folder with the text_encoder/ and tokenizer/ of a BertModel with a WordPiece vocabulary.
+        tokens: largest number of tokens of a prompt, [CLS] and [SEP] included.
 
     Raises:
-        UserError: it lacks one of them.
+        UserError: `source` lacks one of them.
     """
     from tokenizers import Tokenizer
-    from transformers import BertModel
 
     for file in (source / "text_encoder" / "config.json", source / "tokenizer" / "tokenizer.json"):
         if not file.is_file():
-            raise UserError(f"text = {str(source)!r} lacks {file.relative_to(source)}; give the folder of a pipeline")
+            raise UserError(
+                f"text = {str(source)!r} lacks {file.relative_to(source)}; give the folder of a pipeline", field="text"
+            )
     full = Tokenizer.from_file(str(source / "tokenizer" / "tokenizer.json"))
-    pieces = _used_pieces(full)
     ids = full.get_vocab()
-    encoder = BertModel.from_pretrained(
-        source / "text_encoder", local_files_only=True, use_safetensors=True, dtype=torch.float32
-    )
+    used = {piece for encoding in full.encode_batch(list(phrases)) for piece in encoding.tokens}
+    used |= {token.content for token in full.get_added_tokens_decoder().values()}
+    pieces = sorted((p for p in ids if p in used or len(p.removeprefix("##")) == 1), key=ids.__getitem__)
+    _, encoder = load_text_encoder(source)
     state = {name: value.half().contiguous() for name, value in encoder.state_dict().items()}
     state[EMBEDDING] = state[EMBEDDING][[ids[piece] for piece in pieces]].contiguous()
     encoder.config.vocab_size = len(pieces)
@@ -48,25 +59,13 @@ def trim_text(source: Path, target: Path) -> None:
         encoder.config.save_pretrained(part / "text_encoder")
         save_tensors(part / "text_encoder" / "model.safetensors", state, metadata={"format": "pt"})
         (part / "tokenizer").mkdir()
-        _with_pieces(full, pieces).save(str(part / "tokenizer" / "tokenizer.json"))
-        settings = read_json(source / "tokenizer" / "tokenizer_config.json") | {"model_max_length": TOKENS}
+        keep_pieces(full, pieces).save(str(part / "tokenizer" / "tokenizer.json"))
+        settings = read_json(source / "tokenizer" / "tokenizer_config.json") | {"model_max_length": tokens}
         (part / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
         (part / "tokenizer" / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces), encoding="utf-8")
 
 
-def _used_pieces(full: Any) -> list[str]:
-    """Return special tokens, single characters, and the pieces of every phrase of the grammar, in their old order."""
-    tables = languages()["english"]
-    pairs = [*tables.joints, *tables.grounds]
-    phrases = [*tables.nouns, *tables.styles, *(phrase for pair in pairs for phrase in pair)]
-    used = {piece for found in full.encode_batch(phrases) for piece in found.tokens}
-    used |= {token.content for token in full.get_added_tokens_decoder().values()}
-    ids = full.get_vocab()
-    kept = (piece for piece in ids if piece in used or len(piece.removeprefix("##")) == 1)
-    return sorted(kept, key=ids.__getitem__)
-
-
-def _with_pieces(full: Any, pieces: list[str]) -> Any:
+def keep_pieces(full: Any, pieces: Sequence[str]) -> Any:
     """Return the tokenizer with `pieces` as its whole vocabulary, numbered in that order."""
     spec = json.loads(full.to_str())
     ids = {piece: number for number, piece in enumerate(pieces)}
