@@ -42,7 +42,7 @@ from fewstep.training.roles import copy_role
 from fewstep.training.run_folder import RunLog
 from fewstep.training.student import Student, make_student
 from fewstep_worlds.plane.mixture import Mixture, ring, times_of
-from fewstep_worlds.plane.planar import Planar
+from fewstep_worlds.plane.network import PlaneNetwork
 
 PROMPTS = 4
 PATH = scaled_linear()
@@ -79,7 +79,7 @@ class Prompted(nn.Module):
 
     def __init__(self, width: int, seed: int) -> None:
         super().__init__()
-        self.inner = Planar(WHOLE, "eps", width, seed)
+        self.inner = PlaneNetwork(WHOLE, "eps", width, seed)
         with torch.random.fork_rng():
             torch.manual_seed(seed + 17)
             self.prompt = nn.Linear(PROMPTS + 1, width)

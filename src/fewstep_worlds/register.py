@@ -52,10 +52,10 @@ def add_commands(app: typer.Typer) -> None:
 def configs() -> dict[str, Any]:
     """Return the settings of the worlds' verbs by verb."""
     from fewstep_worlds.emoji8 import config as emoji8
-    from fewstep_worlds.plane.settings import PlayConfig
+    from fewstep_worlds.plane.settings import PlaneConfig
 
     return {
-        "playground": PlayConfig(),
+        "playground": PlaneConfig(),
         "demo": emoji8.DemoConfig(),
         "benchmark": emoji8.BenchmarkConfig(),
         "family": emoji8.FamilyConfig(),

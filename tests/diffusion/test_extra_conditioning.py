@@ -15,7 +15,7 @@ from fewstep.diffusion.time_conditioning import ExtraEmbedding, ExtraEmbeddingHo
 from fewstep.training.config import StudentConfig
 from fewstep.training.student import Student, make_student
 from fewstep_worlds.plane.mixture import ring
-from fewstep_worlds.plane.planar import Planar, Plane
+from fewstep_worlds.plane.network import PlaneHost, PlaneNetwork
 
 PATH = scaled_linear()
 B = 12
@@ -47,8 +47,8 @@ def test_it_starts_as_nothing_and_says_what_it_is_told() -> None:
         assert not torch.allclose(other, plain), name
 
 
-def plane_student() -> tuple[Plane, Student]:
-    plane = Plane(Planar(ring(PATH), "eps", width=32))
+def plane_student() -> tuple[PlaneHost, Student]:
+    plane = PlaneHost(PlaneNetwork(ring(PATH), "eps", width=32))
     return plane, make_student(plane, StudentConfig(kind="full"), ("student", "target"), 3, ["s"])
 
 

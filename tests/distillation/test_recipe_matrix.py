@@ -17,8 +17,8 @@ from fewstep.distillation import distill as distillation
 from fewstep.distillation.config import resolve
 from fewstep.inference.generator import ImageGenerator, load_image_generator
 from fewstep.methods.recipes import rows
-from fewstep_worlds.plane.play import Play, lay_out, measure, play_plan, train_play, training_points
-from fewstep_worlds.plane.settings import resolve_play
+from fewstep_worlds.plane.settings import resolve_plane
+from fewstep_worlds.plane.train import PlaneRun, measure, plane_plan, set_up, train_plane, training_points
 from support.interrupt import stopped_in_call
 
 SMALL = [
@@ -89,16 +89,16 @@ def test_a_recipe_on_the_other_paths(
         f"path={path}", "base=exact", f"student.kind={kind}", "student.rank=4", "width=16", "count=200", "shown=100",
         "steps=[1,4]", "gammas=[0.2]", "loop.steps=8", "loop.batch=16", "loop.save_every=1",
     ]  # fmt: skip
-    config = resolve_play(recipe, words)
+    config = resolve_plane(recipe, words)
 
-    def run(name: str) -> Play:
-        return train_play(config, tmp_path / name, quiet=True)
+    def run(name: str) -> PlaneRun:
+        return train_plane(config, tmp_path / name, quiet=True)
 
     whole = run("whole")
     stopped_in_call(monkeypatch, 6, lambda: run("cut"))
     cut = run("cut")
     assert digest(cut.student.parameters("student")) == digest(whole.student.parameters("student"))
-    assert digest(cut.student.parameters("student")) != digest(lay_out(config).student.parameters("student"))
+    assert digest(cut.student.parameters("student")) != digest(set_up(config).student.parameters("student"))
     measured = measure(cut)
     assert measure(run("whole")).energy == measured.energy, "read back from its folder"
     assert all(np.isfinite(value) for value in (*measured.energy.values(), measured.to_end, measured.between))
@@ -120,12 +120,12 @@ def test_a_growing_grid_and_ict_weight_resume(
         f"path={path}", "base=exact", "width=16", "count=200", "shown=100", "steps=[1,4]", "loop.steps=10",
         "loop.batch=16", "loop.save_every=1", "method.weight=step",
     ]  # fmt: skip
-    config = resolve_play("ct", [*own, *words])
-    whole = train_play(config, tmp_path / "whole", quiet=True)
-    stopped_in_call(monkeypatch, 8, lambda: train_play(config, tmp_path / "cut", quiet=True))
-    cut = train_play(config, tmp_path / "cut", quiet=True)
+    config = resolve_plane("ct", [*own, *words])
+    whole = train_plane(config, tmp_path / "whole", quiet=True)
+    stopped_in_call(monkeypatch, 8, lambda: train_plane(config, tmp_path / "cut", quiet=True))
+    cut = train_plane(config, tmp_path / "cut", quiet=True)
     assert digest(cut.student.parameters("student")) == digest(whole.student.parameters("student"))
-    fixed = train_play(resolve_play("ct", [*own, *words, "method.grid_start=null"]), tmp_path / "fixed", quiet=True)
+    fixed = train_plane(resolve_plane("ct", [*own, *words, "method.grid_start=null"]), tmp_path / "fixed", quiet=True)
     assert digest(fixed.student.parameters("student")) != digest(whole.student.parameters("student"))
 
 
@@ -141,8 +141,8 @@ def test_a_recipe_learns_the_exact_jump(recipe: str, tmp_path: Path) -> None:
         "loop.batch=64", "loop.save_every=150", "optim.lr=3e-3", "method.target_decay=0.9",
         "method.adversarial.weight=0",
     ]  # fmt: skip
-    config = resolve_play(recipe, words)
-    before, after = measure(lay_out(config)), measure(train_play(config, tmp_path, quiet=True))
+    config = resolve_plane(recipe, words)
+    before, after = measure(set_up(config)), measure(train_plane(config, tmp_path, quiet=True))
     assert after.between < 0.95 * before.between
 
 
@@ -158,8 +158,8 @@ def test_the_loss_of_one_batch_falls(recipe: str, kind: str, path: str, predicti
         f"path={path}", f"prediction={prediction}", f"student.kind={kind}", "base=exact", "width=32", "count=200",
         "method.target=ema", "method.balance=fixed",
     ]  # fmt: skip
-    play = lay_out(resolve_play(recipe, words).each_stage()[0])
-    update = play_plan(play, training_points(play))[0]
+    play = set_up(resolve_plane(recipe, words).each_stage()[0])
+    update = plane_plan(play, training_points(play))[0]
     batch = {"items": np.arange(64)}
     optimiser = torch.optim.Adam(update.parameters.values(), lr=1e-3)
     losses = []

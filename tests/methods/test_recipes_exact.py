@@ -202,7 +202,7 @@ def test_the_denoising_loss_wants_the_posterior_mean() -> None:
 def test_a_gan_alone_moves_a_wrong_student_to_the_right_law() -> None:
     """No consistency loss: a student that lands .8 beside the data, and too narrow, is brought to them."""
     from fewstep.methods.consistency import critic_loss
-    from fewstep_worlds.plane.planar import PlanarCritic
+    from fewstep_worlds.plane.network import PlaneCritic
 
     path = FlowMatching()
     mixture = gaussian(path, mean=(0.7, -0.4), std=0.6)
@@ -224,7 +224,7 @@ def test_a_gan_alone_moves_a_wrong_student_to_the_right_law() -> None:
         middle = mixture.means[0].float()
         return middle + (said - middle) * narrow.exp() + wrong
 
-    denoiser, critic = Denoiser(call, path, "x0"), PlanarCritic(64, seed=2)
+    denoiser, critic = Denoiser(call, path, "x0"), PlaneCritic(64, seed=2)
     student = torch.optim.Adam([wrong, narrow], lr=0.02, betas=(0.0, 0.99))
     judge = torch.optim.Adam(critic.parameters(), lr=5e-3, betas=(0.0, 0.99))
     terms = terms_of(method, FrozenNetworks(critic=critic))
@@ -353,21 +353,21 @@ def test_differences_are_divided_by_the_pull() -> None:
 @pytest.mark.parametrize("clip", [(0.0, 1e4), (0.01, 10.0), (0.01, 0.1)])
 def test_terms_are_balanced_at_the_last_layer(kind: str, clip: tuple[float, float]) -> None:
     """CTM's factors |g_consistency| / (|g_term| + 1e-4) at the student's outlet; the critic's alone has a clip."""
-    from fewstep_worlds.plane.play import lay_out, play_plan, training_points
-    from fewstep_worlds.plane.settings import resolve_play
+    from fewstep_worlds.plane.settings import resolve_plane
+    from fewstep_worlds.plane.train import plane_plan, set_up, training_points
 
     words = ["base=exact", f"student.kind={kind}", "width=16", "count=200"]
     words.append(f"method.adversarial.clip=[{clip[0]},{clip[1]}]")
     without = {"denoising": "method.adversarial.weight=0", "critic": "method.denoising=0"}
 
     def slope(*more: str) -> Tensor:
-        play = lay_out(resolve_play("ctm", [*words, *more]))
+        play = set_up(resolve_plane("ctm", [*words, *more]))
         outlet = play.student.outlet("student")
         assert any(outlet is p for n, p in play.student.parameters("student").items() if n.startswith("leave"))
         with torch.no_grad():  # away from the start, where the student is the teacher and has no gradient
             for parameter in play.student.parameters("student").values():
                 parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-        loss = play_plan(play, training_points(play))[0].loss({"items": torch.arange(64).numpy()}, AT_THE_END)
+        loss = plane_plan(play, training_points(play))[0].loss({"items": torch.arange(64).numpy()}, AT_THE_END)
         return torch.autograd.grad(loss.value, outlet)[0]
 
     own = slope(*without.values(), "method.balance=fixed")
@@ -408,8 +408,8 @@ def test_the_critic_starts_at_its_share_of_the_run() -> None:
     A critic that is trained alone first has a slope that the student follows for many steps before it can answer. The
     recipe has the released clip, and the start is a share: a run of any length comes to it.
     """
-    from fewstep_worlds.plane.play import lay_out, play_plan, training_points
-    from fewstep_worlds.plane.settings import resolve_play
+    from fewstep_worlds.plane.settings import resolve_plane
+    from fewstep_worlds.plane.train import plane_plan, set_up, training_points
 
     adversarial = resolve("ctm").method.adversarial
     assert adversarial.clip == (0.01, 10.0)
@@ -418,8 +418,8 @@ def test_the_critic_starts_at_its_share_of_the_run() -> None:
 
     def loss_at(step: int, steps: int, *more: str) -> tuple[Tensor, set[str]]:
         words = ["base=exact", "width=16", "count=200", "method.adversarial.start=0.3", *more]
-        play = lay_out(resolve_play("ctm", words))
-        updates = play_plan(play, training_points(play))
+        play = set_up(resolve_plane("ctm", words))
+        updates = plane_plan(play, training_points(play))
         rng = KeyedRng(0, step, tuple(range(16)), steps=steps)
         due = {update.name for update in updates if update.due(step, steps)}
         loss = updates[0].loss({"items": torch.arange(16).numpy()}, rng)

@@ -31,7 +31,7 @@ from fewstep.methods.reward_loss import other_prompts, reward_loss
 from fewstep.methods.stratified_times import in_turn
 from fewstep.methods.update_plan import FrozenNetworks, SceneOnce, terms_of
 from fewstep_worlds.plane.mixture import Mixture, one_gaussian, ring, times_of
-from fewstep_worlds.plane.planar import Planar, PlanarCritic
+from fewstep_worlds.plane.network import PlaneCritic, PlaneNetwork
 
 PATHS: dict[str, Path] = {"vp": scaled_linear(), "flow": FlowMatching(), "ve": VarianceExploding()}
 UNGUIDED = {"convention": "none"}
@@ -362,7 +362,7 @@ def test_the_fake_score_converges_to_the_students_exact_score() -> None:
     """A student that lands on a known Gaussian: the fake score, which starts as the teacher, becomes its."""
     path = PATHS["flow"]
     teacher, lands = ring(path), gaussian(path, (0.9, -0.2), 0.4)
-    network = Planar(one_gaussian(teacher), "flow", 64, seed=1)
+    network = PlaneNetwork(one_gaussian(teacher), "flow", 64, seed=1)
 
     def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
         return network(x.float(), t) if role == "fake" else torch.zeros_like(x)
@@ -421,7 +421,7 @@ def test_alone_it_moves_a_wrong_student_to_the_right_law(by: str) -> None:
     path = PATHS["flow"]
     mixture = lopsided(path)
     student = Wrong(mixture)
-    fake, critic = Planar(one_gaussian(mixture), "x0", 64, seed=2), PlanarCritic(64, seed=2)
+    fake, critic = PlaneNetwork(one_gaussian(mixture), "x0", 64, seed=2), PlaneCritic(64, seed=2)
 
     def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
         if role == "teacher":

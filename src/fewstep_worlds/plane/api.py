@@ -8,8 +8,8 @@ from pathlib import Path
 from fewstep.common.arguments import checked
 from fewstep.common.extras import check_installed
 from fewstep.common.files import atomic_write, write_json
-from fewstep_worlds.plane.play import check_play, measure, train_play
-from fewstep_worlds.plane.settings import PlayConfig
+from fewstep_worlds.plane.settings import PlaneConfig
+from fewstep_worlds.plane.train import check_run, measure, train_plane
 
 
 @checked
@@ -30,25 +30,25 @@ def playground(
         UserError: an unknown recipe or key, or an illegal value, before any long work.
     """
     from fewstep.common.files import check_writable
-    from fewstep_worlds.plane.settings import resolve_play
+    from fewstep_worlds.plane.settings import resolve_plane
 
     named = recipes.split(",") if isinstance(recipes, str) else list(recipes)
-    configs = [resolve_play(name.strip(), overrides) for name in named]
+    configs = [resolve_plane(name.strip(), overrides) for name in named]
     check_writable(Path(out))
     check_installed("playground", ("matplotlib",))
 
     return play(configs, Path(out))
 
 
-def play(recipes: Sequence[PlayConfig], out: Path, quiet: bool = False) -> Path:
+def play(recipes: Sequence[PlaneConfig], out: Path, quiet: bool = False) -> Path:
     """Train and measure each recipe, and write figure.webp, table.md and figures.json; returns the figure's path."""
     from fewstep_worlds.plane.figure import draw_figure, table
 
     for config in recipes:
-        check_play(config)
+        check_run(config)
     done = []
     for config in recipes:
-        student = train_play(config, out / config.recipe, quiet, out / "base")
+        student = train_plane(config, out / config.recipe, quiet, out / "base")
         done.append((student, measure(student)))
     figures = {p.config.recipe: m.record() for p, m in done}
     with atomic_write(out / "table.md") as part:

@@ -1,8 +1,8 @@
-"""The playground's one picture: what each student's jumps do, beside the exact trajectories, and what it draws."""
+"""The playground's figure and table: jumps, errors and samples of each student beside the exact teacher."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,20 @@ from torch import Tensor
 from fewstep.common.files import atomic_write
 from fewstep.diffusion.schedule import Path as NoisePath
 from fewstep.methods.cost import step_calls
+from fewstep_worlds.common.tables import markdown
 from fewstep_worlds.plane.mixture import times_of
-from fewstep_worlds.plane.play import Measured, Play, draw_points, landing_end
+from fewstep_worlds.plane.train import PlaneFigures, PlaneRun, draw_points, landing_end
 
 STARTS = 48
-"""Trajectories that are shown."""
+"""Trajectories in a panel."""
 STOPS = 6
-"""Times on the way at which a student's jumps are shown."""
+"""Landings between noise and the end point."""
 LIMIT = 2.4
 INK, FAINT, WRONG = "#333333", "#b8bcc4", "#c2410c"
 
 
 def scaled(path: NoisePath, x: Tensor, t: Tensor) -> Tensor:
-    """Points brought to the size of data, so that every path can be drawn in one frame."""
+    """Return points scaled to the size of data, so that every path fits one frame."""
     return x / (path.alpha(t).square() + path.sigma(t).square()).sqrt()[:, None]
 
 
@@ -40,17 +41,17 @@ def _frame(axes: Any, title: str) -> None:
 
 
 @torch.no_grad()
-def _trajectories(axes: Any, play: Play) -> None:
-    """Exact trajectories in grey; where the student's jumps from noise land, by the time that they land at."""
-    teacher, path = play.teacher, play.teacher.path
+def _trajectories(axes: Any, run: PlaneRun) -> None:
+    """Draw exact trajectories in grey, and the student's jumps from noise to several landings."""
+    teacher, path = run.teacher, run.teacher.path
     x = teacher.sample(STARTS, path.noisiest, torch.Generator().manual_seed(3))
-    t, end = times_of(path.noisiest, x), landing_end(play)
+    t, end = times_of(path.noisiest, x), landing_end(run)
     stops = torch.linspace(path.noisiest, end, 40, dtype=torch.float64)
-    way = [scaled(path, teacher.flow(x, t, times_of(float(s), x)), times_of(float(s), x)) for s in stops]
-    lines = torch.stack(way)
+    points = [scaled(path, teacher.flow(x, t, times_of(float(s), x)), times_of(float(s), x)) for s in stops]
+    lines = torch.stack(points)
     axes.plot(lines[:, :, 0].numpy(), lines[:, :, 1].numpy(), color=FAINT, linewidth=0.7, zorder=1)
-    jump = play.jumper(count=len(x))
-    only_end = play.config.sampling.step_jump in ("skip", "cm_skip")
+    jump = run.jumper(count=len(x))
+    only_end = run.config.sampling.step_jump in ("skip", "cm_skip")
     shares = [1.0] if only_end else [(i + 1) / STOPS for i in range(STOPS)]
     for share in shares:
         s = times_of(path.noisiest + share * (end - path.noisiest), x)
@@ -60,17 +61,17 @@ def _trajectories(axes: Any, play: Play) -> None:
 
 
 def _shade(share: float) -> tuple[float, float, float]:
-    """From light to dark blue as s nears the end point."""
+    """Return a colour from light to dark blue as s approaches the end point."""
     return 0.75 - 0.7 * share, 0.85 - 0.55 * share, 1.0 - 0.25 * share
 
 
 @torch.no_grad()
-def _errors(axes: Any, play: Play, measured: Measured) -> None:
-    """One jump to the end point: from where it should land (grey) to where it does."""
-    teacher, path = play.teacher, play.teacher.path
+def _errors(axes: Any, run: PlaneRun, measured: PlaneFigures) -> None:
+    """Draw the errors of one jump to the end point: exact points in grey, the student's in blue."""
+    teacher, path = run.teacher, run.teacher.path
     x = teacher.sample(160, path.noisiest, torch.Generator().manual_seed(4))
-    t, s = times_of(path.noisiest, x), times_of(landing_end(play), x)
-    landed, exact = play.jumper(count=len(x))(x.float(), t, s).double(), teacher.flow(x, t, s)
+    t, s = times_of(path.noisiest, x), times_of(landing_end(run), x)
+    landed, exact = run.jumper(count=len(x))(x.float(), t, s).double(), teacher.flow(x, t, s)
     both = torch.stack([exact, landed])
     axes.plot(both[:, :, 0].numpy(), both[:, :, 1].numpy(), color=WRONG, linewidth=0.6, zorder=1)
     axes.scatter(exact[:, 0], exact[:, 1], s=6, color=FAINT, zorder=2, linewidths=0)
@@ -78,34 +79,34 @@ def _errors(axes: Any, play: Play, measured: Measured) -> None:
     _frame(axes, f"one jump: rms error {measured.to_end:.3f}")
 
 
-def _samples(axes: Any, play: Play, measured: Measured, steps: int) -> None:
+def _samples(axes: Any, run: PlaneRun, measured: PlaneFigures, steps: int) -> None:
     gamma, energy = measured.best(steps)
-    points = draw_points(play, steps * play.config.sampling.calls_a_step, gamma)[:1500]
-    centres = play.teacher.means
+    points = draw_points(run, steps * run.config.sampling.calls_a_step, gamma)[:1500]
+    centres = run.teacher.means
     axes.scatter(centres[:, 0], centres[:, 1], s=90, color="#e8eaee", zorder=1, linewidths=0)
     axes.scatter(points[:, 0], points[:, 1], s=1.5, color=_shade(1), alpha=0.5, zorder=2, linewidths=0)
-    told = "" if gamma is None else f", gamma {gamma:g}"
-    _frame(axes, f"{steps} step{'s' if steps > 1 else ''}{told}: {energy:.4f}")
+    setting = "" if gamma is None else f", gamma {gamma:g}"
+    _frame(axes, f"{steps} step{'s' if steps > 1 else ''}{setting}: {energy:.4f}")
 
 
-def draw_figure(plays: Sequence[tuple[Play, Measured]], path: Path) -> Path:
-    """One row a student: its jumps, its errors, and its samples at each measured step count."""
+def draw_figure(runs: Sequence[tuple[PlaneRun, PlaneFigures]], path: Path) -> Path:
+    """Draw one row a student: its jumps, its errors, and its samples at each measured step count."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    columns = 2 + len(plays[0][0].config.steps)
+    columns = 2 + len(runs[0][0].config.steps)
     figure, rows = pyplot.subplots(
-        len(plays), columns, figsize=(2.3 * columns, 2.65 * len(plays) + 0.5), squeeze=False, layout="constrained"
+        len(runs), columns, figsize=(2.3 * columns, 2.65 * len(runs) + 0.5), squeeze=False, layout="constrained"
     )
-    for axes, (play, measured) in zip(rows, plays, strict=True):
-        _trajectories(axes[0], play)
-        axes[0].set_ylabel(play.config.recipe, fontsize=13, color=INK)
-        _errors(axes[1], play, measured)
-        for place, steps in zip(axes[2:], play.config.steps, strict=True):
-            _samples(place, play, measured, steps)
-    floor = plays[0][1].floor
+    for axes, (run, measured) in zip(rows, runs, strict=True):
+        _trajectories(axes[0], run)
+        axes[0].set_ylabel(run.config.recipe, fontsize=13, color=INK)
+        _errors(axes[1], run, measured)
+        for place, steps in zip(axes[2:], run.config.steps, strict=True):
+            _samples(place, run, measured, steps)
+    floor = runs[0][1].floor
     figure.suptitle(
         f"Squared energy distance to the exact end marginal (exact samples of as many points: {floor:.4f})",
         fontsize=10,
@@ -117,26 +118,16 @@ def draw_figure(plays: Sequence[tuple[Play, Measured]], path: Path) -> Path:
     return path
 
 
-def table(plays: Sequence[tuple[Play, Measured]]) -> str:
-    """The same as Markdown: every gamma, jump errors, and what a training step costs."""
-    steps = plays[0][0].config.steps
-    head = [
-        "recipe",
-        "gamma",
-        *(f"{n} step{'s' if n > 1 else ''}" for n in steps),
-        "one jump to the end",
-        "trained jumps",
-        "calls a step",
-    ]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * 2 + " ---: |" * (len(head) - 2)]
-    for play, measured in plays:
-        for gamma in measured.gammas:
-            cells = [f"{measured.energy[n, gamma]:.4f}" for n in steps]
-            errors = [f"{measured.to_end:.3f}", f"{measured.between:.3f}", _cost(step_calls(play.config.method))]
-            name = "" if gamma is None else f"{gamma:g}"
-            lines.append("| " + " | ".join([play.config.recipe, name, *cells, *errors]) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _cost(calls: Mapping[str, float]) -> str:
-    return " + ".join(f"{calls.get(role, 0):g}" for role in ("student", "target", "teacher"))
+def table(runs: Sequence[tuple[PlaneRun, PlaneFigures]]) -> str:
+    """Return the figures of every gamma, the jump errors and the calls of a training step, as Markdown."""
+    steps = runs[0][0].config.steps
+    columns = [f"{n} step{'s' if n > 1 else ''}" for n in steps]
+    rows = []
+    for run, figures in runs:
+        calls = step_calls(run.config.method)
+        cost = " + ".join(f"{calls.get(role, 0):g}" for role in ("student", "target", "teacher"))
+        for gamma in figures.gammas:
+            cells = [f"{figures.energy[n, gamma]:.4f}" for n in steps]
+            errors = [f"{figures.to_end:.3f}", f"{figures.between:.3f}", cost]
+            rows.append([run.config.recipe, "" if gamma is None else f"{gamma:g}", *cells, *errors])
+    return markdown(["recipe", "gamma", *columns, "one jump to the end", "trained jumps", "calls a step"], rows, left=2)

@@ -15,7 +15,7 @@ from fewstep.diffusion.schedule import Estimate, Path, expand
 
 
 def times_of(t: float, x: Tensor) -> Tensor:
-    """One time for a whole batch, [B]."""
+    """Return one time for a whole batch, float64 [B]."""
     return torch.full((len(x),), t, dtype=torch.float64)
 
 
@@ -29,9 +29,9 @@ class Mixture:
     stds: Tensor
 
     def _estimate(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Estimate:
-        """E[x0 | x] and E[eps | x] at x = alpha x0 + sigma eps; both finite at alpha = 0 and at sigma = 0.
+        """Return E[x0 | x] and E[eps | x] at x = alpha x0 + sigma eps; both are finite at alpha = 0 and sigma = 0.
 
-        Inside, kinds and coordinates come first, [K, B] and [D, B]: that is several times faster.
+        Modes and coordinates are the first dimension here, [K, B] and [D, B], which is several times faster.
         """
         y, means, spread = x.T.contiguous(), self.means.T, self.stds.square()[:, None]
         var = alpha.square() * spread + sigma.square()
@@ -44,15 +44,15 @@ class Mixture:
         return Estimate((means @ share + alpha * shrink).T, (sigma * eps).T)
 
     def denoise(self, x_t: Tensor, t: Tensor) -> Estimate:
-        """The teacher: E[x0 | x_t] and E[eps | x_t] = -sigma_t score(x_t)."""
+        """Return the teacher's E[x0 | x_t] and E[eps | x_t] = -sigma_t score(x_t)."""
         return self._estimate(x_t, self.path.alpha(t), self.path.sigma(t))
 
     def flow(self, x_t: Tensor, t: Tensor, s: Tensor, steps: int = 64) -> Tensor:
-        """The exact jump x_s: the PF-ODE from t to s.
+        """Return the exact jump x_s: the PF-ODE from t to s.
 
         One Gaussian: the closed form alpha_s mu + sqrt(var_s/var_t) (x_t - alpha_t mu). Several: with
         tau = sigma/(alpha + sigma) and w = x/(alpha + sigma) every path is the straight one,
-        dw/dtau = eps - x0, finite at both ends; that is followed with `steps` Runge-Kutta steps of order 4.
+        dw/dtau = eps - x0, finite at both ends. It is integrated in `steps` Runge-Kutta steps of order 4.
         """
         alpha_t, sigma_t, alpha_s, sigma_s = (f(u) for u in (t, s) for f in (self.path.alpha, self.path.sigma))
         if len(self.weights) == 1:
@@ -81,7 +81,7 @@ class Mixture:
         return landed
 
     def sample(self, count: int, t: float, generator: torch.Generator) -> Tensor:
-        """KeyedRng from the marginal p_t, [count, D]."""
+        """Draw from the marginal p_t, [count, D]."""
         kind = torch.multinomial(self.weights, count, replacement=True, generator=generator)
         z, eps = (torch.randn(count, self.means.shape[1], dtype=torch.float64, generator=generator) for _ in range(2))
         x_0 = self.means[kind] + self.stds[kind, None] * z
@@ -90,18 +90,18 @@ class Mixture:
         return noised
 
     def cdf(self, x: Tensor, t: Tensor) -> Tensor:
-        """P(X_t <= x) of a one-dimensional mixture, x [B, 1] -> [B]; there the PF-ODE keeps it constant."""
+        """Return P(X_t <= x) of a one-dimensional mixture, x [B, 1] -> [B]; the PF-ODE keeps it constant."""
         alpha, sigma = self.path.alpha(t)[:, None], self.path.sigma(t)[:, None]
         std = (alpha.square() * self.stds.square() + sigma.square()).sqrt()
         below: Tensor = torch.special.ndtr((x - alpha * self.means[:, 0]) / std)
         return (self.weights * below).sum(1)
 
     def energy(self, x: Tensor, t: float) -> float:
-        """Squared energy distance between the points x [N, 2] and the marginal p_t, exact on the marginal's side.
+        """Return the squared energy distance between the points x [N, 2] and the marginal p_t.
 
-        2 E|X - Y| - E|X - X'| - E|Y - Y'|, which is 0 for the same law alone. Y is a mixture of round Gaussians in the
-        plane, from which the mean distance to a point is Rice's mean; over X it is an unbiased average, so that it may
-        fall a little below 0.
+        2 E|X - Y| - E|X - X'| - E|Y - Y'| is 0 for equal distributions only. Y is a mixture of round Gaussians in the
+        plane, whose mean distance to a point is Rice's mean, in closed form. The average over X is unbiased, so the
+        estimate may be slightly below 0.
         """
         now = times_of(t, x[:1])
         alpha, var = float(self.path.alpha(now)), float(self.path.sigma(now)) ** 2
@@ -115,14 +115,14 @@ class Mixture:
 
 
 def one_gaussian(mixture: Mixture) -> Mixture:
-    """The round Gaussian of a mixture's mean and variance."""
+    """Return the round Gaussian of a mixture's mean and variance."""
     mean = mixture.weights @ mixture.means
     spread = mixture.weights @ ((mixture.means - mean).square().mean(1) + mixture.stds.square())
     return Mixture(mixture.path, mixture.weights.new_ones(1), mean[None], spread.sqrt()[None])
 
 
 def rice_mean(distance: Tensor, std: Tensor) -> Tensor:
-    """E|z + d| for a vector d of length `distance` and z ~ N(0, std^2 I) in the plane.
+    """Return E|z + d| for a vector d of length `distance` and z ~ N(0, std^2 I) in the plane.
 
     std sqrt(pi/2) e^{-v/2} [(1 + v) I_0(v/2) + v I_1(v/2)] with v = d^2/(2 std^2).
     """
@@ -134,7 +134,7 @@ def rice_mean(distance: Tensor, std: Tensor) -> Tensor:
 
 
 def ring(path: Path, modes: int = 8, radius: float = 1.5, std: float = 0.1) -> Mixture:
-    """Equal modes on a circle."""
+    """Return a mixture of equal modes on a circle."""
     angles = torch.arange(modes, dtype=torch.float64) * 2 * math.pi / modes
     means = radius * torch.stack([angles.cos(), angles.sin()], 1)
     return Mixture(path, torch.full((modes,), 1 / modes, dtype=torch.float64), means, torch.full_like(angles, std))

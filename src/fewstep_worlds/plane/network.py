@@ -1,4 +1,4 @@
-"""A network in the plane, and what a backbone offers, for it."""
+"""Networks of points in the plane, and the backbone interface for them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from fewstep.diffusion.time_conditioning import sinusoid
 from fewstep_worlds.plane.mixture import Mixture
 
 
-def said_by(mixture: Mixture, prediction: Prediction, x: Tensor, t: Tensor) -> Tensor:
-    """What a perfect network for that mixture says of x [B, 2] at t [B]."""
+def exact_output(mixture: Mixture, prediction: Prediction, x: Tensor, t: Tensor) -> Tensor:
+    """Return the output of a perfect network of that mixture at x [B, 2] and t [B]."""
     path = mixture.path
     estimate = mixture.denoise(x.double(), t)
     alpha, sigma = path.alpha(t)[:, None], path.sigma(t)[:, None]
     return target_of(prediction, estimate.x0, estimate.eps, alpha, sigma).to(x.dtype)
 
 
-class Planar(nn.Module):
-    """What is right for a mixture, its anchor, plus a correction that starts at zero; fp32.
+class PlaneNetwork(nn.Module):
+    """The exact output of a mixture (the anchor) plus a correction that starts at zero; fp32.
 
-    Anchored on the teacher's own mixture it starts as the exact teacher, as a student with a fresh LoRA does. Anchored
-    on one Gaussian of the data's mean and variance (what EDM's preconditioning amounts to) it has all else to learn.
-    The correction sees x, brought to unit size, and the time.
+    With the teacher's own mixture it starts as the exact teacher, as a student with a fresh LoRA does. With one
+    Gaussian of the data's mean and variance (the equivalent of EDM's preconditioning) everything else is learned. The
+    correction is a function of x, scaled to unit size, and of the time.
     """
 
     def __init__(self, anchor: Mixture, prediction: Prediction, width: int = 128, seed: int = 0) -> None:
@@ -43,35 +43,35 @@ class Planar(nn.Module):
         nn.init.zeros_(self.leave.bias)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x [B, 2], t float64 [B] -> [B, 2]."""
-        return said_by(self.anchor, self.prediction, x, t) + self.correct(x, t)
+        """Return the output, [B, 2], for x [B, 2] and t float64 [B]."""
+        return exact_output(self.anchor, self.prediction, x, t) + self.correct(x, t)
 
     def correct(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return what is added to the anchor's output, [B, 2]."""
+        """Return the correction of the anchor's output, [B, 2]."""
         path = self.anchor.path
         size = (path.alpha(t).square() + path.sigma(t).square()).rsqrt()[:, None].float()
         when = self.time_embedding(sinusoid(index_of(path, t)))
-        said: Tensor = self.leave(self.middle(self.enter(x.float() * size) + when))
-        return said.to(x.dtype)
+        output: Tensor = self.leave(self.middle(self.enter(x.float() * size) + when))
+        return output.to(x.dtype)
 
 
-class Plane:
+class PlaneHost:
     """The host of roles in the plane (`role_layout.Host`)."""
 
     targets = ("time_embedding.0", "time_embedding.2", "enter", "middle.1", "middle.3", "leave")
     """Layers that a LoRA adapts."""
     outlets = ("leave",)
 
-    def __init__(self, network: Planar) -> None:
+    def __init__(self, network: PlaneNetwork) -> None:
         self.network: nn.Module = network.requires_grad_(False)
 
     def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """One network call."""
+        """Call a network once."""
         out: Tensor = network(x, t)
         return out
 
     def time_embedding(self, network: nn.Module) -> nn.Module:
-        """The part of a network that embeds the time."""
+        """Return the module that embeds the time."""
         part = network.time_embedding
         assert isinstance(part, nn.Module)
         return part
@@ -82,15 +82,15 @@ class Plane:
         return int(self.network.leave.in_features)  # type: ignore[union-attr,arg-type]
 
     def embeds_guidance(self, network: nn.Module) -> bool:
-        """Return False: no network of the plane embeds guidance by itself."""
+        """Return False: networks of the plane have no guidance embedding."""
         return False
 
     def add_guidance_embedding(self, network: nn.Module) -> None:
-        """Do nothing: networks of the plane have no place for it."""
+        """Do nothing: networks of the plane have no guidance embedding."""
 
 
-class PlanarCritic(nn.Module):
-    """A critic of points and their times."""
+class PlaneCritic(nn.Module):
+    """A critic of points."""
 
     def __init__(self, width: int = 128, seed: int = 0) -> None:
         super().__init__()
@@ -101,6 +101,6 @@ class PlanarCritic(nn.Module):
             )
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """x [B, 2] -> logits [B, 1]."""
+        """Return logits [B, 1] of x [B, 2]."""
         logits: Tensor = self.layers(x.float())
         return logits
