@@ -80,12 +80,12 @@ def _block(
         return f" ± {printed(value)}" if printed(value) else ""
 
     extreme = {"lower": values.min(), "higher": values.max()}.get(better)
-    text = values.map(printed)
+    text = values.map(printed).astype(object)
     best = text.eq(extreme.map(printed)) & values.notna() if extreme is not None else text.eq(None)
     references = {
         f"{label}, {count} calls": printed(row.value) + spread(row.spread) for (label, count), row in beyond.iterrows()
     }
-    return text + spreads.map(spread), best, references | {"real pictures": printed(floor)}
+    return text + spreads.map(spread).astype(object), best, references | {"real pictures": printed(floor)}
 
 
 def table1(results: Results, metrics: Sequence[str], steps: Sequence[int] = STEPS) -> str:
