@@ -1,4 +1,4 @@
-"""The README's plain-diffusers script and `fewstep sample` draw the same picture.
+"""The plain-diffusers script of docs/guide/diffusers.md and `fewstep sample` draw the same picture.
 
 The script runs in its own process and imports nothing of this project.
 """
@@ -16,7 +16,8 @@ from PIL import Image
 import fewstep as api
 from support.random_lora import random_lora
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
+GUIDE = ROOT / "docs" / "guide" / "diffusers.md"
 AFTER = """
 import sys
 
@@ -25,10 +26,14 @@ picture.save(sys.argv[1])
 """
 
 
-def readme_script(teacher: Path, lora: Path, prompt: str) -> str:
-    """The README's own script, with these in place of the bundled teacher, its student and the prompt."""
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
-    (script,) = [block for block in blocks if "import fewstep" not in block]
+def guide_script() -> str:
+    """Return the first script of the guide."""
+    return re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.S)[0]
+
+
+def script_for(teacher: Path, lora: Path, prompt: str) -> str:
+    """Return the guide's script with these in place of the bundled teacher, its student and the prompt."""
+    script = guide_script()
     for named, given in (
         ("world/teacher", str(teacher)),
         ("world/students/tcd", str(lora)),
@@ -44,7 +49,7 @@ def test_a_script_without_fewstep_draws_the_same_picture(tiny_pipeline: Path, tm
     out, theirs = tmp_path / "ours.png", tmp_path / "theirs.png"
     api.sample(["a red disc"], out=out, lora=lora, teacher=str(tiny_pipeline), seed=0, scale=1)
     script = tmp_path / "script.py"
-    script.write_text(readme_script(tiny_pipeline, lora.parent, "a red disc"), encoding="utf-8")
+    script.write_text(script_for(tiny_pipeline, lora.parent, "a red disc"), encoding="utf-8")
     subprocess.run([sys.executable, str(script), str(theirs)], check=True, timeout=120)
     ours = np.asarray(Image.open(out)).astype(np.float32)  # the sheet's white margin
     wanted = np.asarray(Image.open(theirs)).astype(np.float32)
@@ -60,14 +65,12 @@ def test_a_script_without_fewstep_draws_the_same_picture(tiny_pipeline: Path, tm
     assert np.abs(without - ours).mean() > 2  # the LoRA matters
 
 
-def test_the_readme_script_draws_what_fewstep_draws_with_the_bundled_pair(tmp_path: Path) -> None:
-    """The script as it stands in the README, from the checkout's root."""
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
-    (script,) = [block for block in blocks if "import fewstep" not in block]
-    (tmp_path / "script.py").write_text(script + AFTER, encoding="utf-8")
+def test_the_script_draws_what_fewstep_draws_with_the_bundled_pair(tmp_path: Path) -> None:
+    """The unchanged script, from the checkout's root."""
+    (tmp_path / "script.py").write_text(guide_script() + AFTER, encoding="utf-8")
     ours, theirs = tmp_path / "ours.png", tmp_path / "theirs.png"
     command = [sys.executable, str(tmp_path / "script.py"), str(theirs)]
-    subprocess.run(command, check=True, timeout=120, cwd=README.parent)
+    subprocess.run(command, check=True, timeout=120, cwd=ROOT)
     api.sample(["an octopus, noto style"], out=ours, seed=0, scale=1)
     drawn = np.asarray(Image.open(ours)).astype(np.float32)
     assert drawn.std() > 20
