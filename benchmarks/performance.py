@@ -21,9 +21,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
-from fewstep.common.threads import wait_briefly
+from fewstep.common.threads import limit_spinning
 
-wait_briefly()  # before torch
+limit_spinning()  # before torch
 
 import torch
 from perf.compiled import apart

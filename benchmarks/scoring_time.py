@@ -8,9 +8,9 @@ scored beforehand, as they are in a benchmark, where all rows share them.
 
 from __future__ import annotations
 
-from fewstep.common.threads import wait_briefly
+from fewstep.common.threads import limit_spinning
 
-wait_briefly()  # before torch
+limit_spinning()  # before torch
 
 import sys
 import tempfile

@@ -14,7 +14,7 @@ from fewstep.common.compilation import compile_networks
 from fewstep.common.device import DTYPES
 from fewstep.diffusion.config import Sampling
 from fewstep.diffusion.denoiser import Condition, Denoiser
-from fewstep.inference.generator import ImageGenerator, at_once, load_image_generator
+from fewstep.inference.generator import ImageGenerator, default_batch, load_image_generator
 from fewstep.students.lora import save_lora
 from fewstep.training.config import StudentConfig
 from fewstep.training.student import make_student
@@ -38,7 +38,7 @@ def time_sampling(task: Task) -> dict[str, Timed]:
     _, height, width = image_generator.backbone.latent_shape
     condition = image_generator.encode([f"picture {i}" for i in range(task.batch)])
     seeds = list(range(task.batch))
-    at = at_once(height, width)
+    at = default_batch(height, width)
     parts = [slice(start, start + at) for start in range(0, task.batch, at)]
     contenders = {
         "ours": drawing(image_generator, condition, seeds),

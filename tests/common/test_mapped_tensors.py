@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fewstep.common import mapped_tensors as mapped
 from fewstep.common import rng as rng
-from fewstep.common.mapped_tensors import MappedRows, map_tensors, tensors_in, write_rows
+from fewstep.common.mapped_tensors import MappedRows, map_tensors, open_tensors, write_rows
 from fewstep.common.rng import KeyedRng, generator, order
 from fewstep.common.tensors import save_tensors
 from fewstep.distillation import batches as samples
@@ -41,7 +41,7 @@ def test_rows_of_more_files_than_may_be_open(tmp_path: Path, few_files_open: Non
     paths = [tmp_path / f"{number}.safetensors" for number in range(FILES)]
     for number, path in enumerate(paths):
         save_tensors(path, {"x": torch.tensor([[2.0 * number], [2.0 * number + 1]])})
-    rows = MappedRows([tensors_in(path)["x"] for path in paths])
+    rows = MappedRows([open_tensors(path)["x"] for path in paths])
     assert (len(rows), rows.nbytes) == (2 * FILES, 8 * FILES)
     assert rows[torch.arange(2 * FILES)][:, 0].tolist() == list(range(2 * FILES))
     assert rows[torch.tensor([-1, 0])][:, 0].tolist() == [2 * FILES - 1, 0]
@@ -54,7 +54,7 @@ def test_a_file_that_is_written_anew_is_read_anew(tmp_path: Path) -> None:
     for value in (1.0, 2.0):
         save_tensors(tmp_path / "part", {"x": torch.full((1, 1), value)})
         os.replace(tmp_path / "part", path)
-        assert float(MappedRows([tensors_in(path)["x"]])[torch.tensor([0])]) == value
+        assert float(MappedRows([open_tensors(path)["x"]])[torch.tensor([0])]) == value
 
 
 def test_rows_that_come_in_parts_are_the_file_that_they_are_whole(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_one_entry_of_a_row_is_read_alone(tmp_path: Path) -> None:
     walks = torch.arange(2 * 3 * 5.0).reshape(6, 5, 1).half()
     for number in range(2):
         save_tensors(tmp_path / f"{number}.safetensors", {"x": walks[3 * number : 3 * number + 3]})
-    rows = MappedRows([tensors_in(tmp_path / f"{number}.safetensors")["x"] for number in range(2)])
+    rows = MappedRows([open_tensors(tmp_path / f"{number}.safetensors")["x"] for number in range(2)])
     items, index = torch.tensor([5, 0, 3, -1]), torch.tensor([4, 0, 2, 1])
     found = rows.at(items, index)
     assert found.dtype == torch.float16
@@ -127,7 +127,7 @@ def test_a_step_reads_no_more_of_stored_walks_than_its_points(
         assert self is not held, "whole walks are read"
         return whole(self, asked)
 
-    monkeypatch.setattr(samples, "sent", sent)
+    monkeypatch.setattr(samples, "copy_async", sent)
     monkeypatch.setattr(MappedRows, "__getitem__", rows)
     stored = samples.fetch_of(run)(numbers, KeyedRng(0, 0, (0, 1, 2)))["sample"].stored
     for index in (stored.times.index_nk, stored.times.index_n):

@@ -12,9 +12,13 @@ import pytest
 
 from fewstep.common import threads
 
-CHILD = (
-    "from fewstep.common.threads import wait_briefly; wait_briefly(); import torch; torch.ones(9).sum(); print('done')"
-)
+CHILD = """
+from fewstep.common.threads import limit_spinning
+limit_spinning()
+import torch
+torch.ones(9).sum()
+print('done')
+"""
 
 
 @pytest.mark.parametrize(
@@ -26,7 +30,7 @@ CHILD = (
         ({"OMP_WAIT_POLICY": "active"}, "ACTIVE", "30000000000"),
     ],
 )
-@pytest.mark.skipif(not threads.brings_gnu(), reason="GNU's OpenMP alone says how often it looks")
+@pytest.mark.skipif(not threads.uses_gnu_openmp(), reason="GNU's OpenMP alone says how often it looks")
 def test_the_runtime_does_as_it_was_told(said: dict[str, str], policy: str, spins: str) -> None:
     names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
     around = {name: value for name, value in os.environ.items() if name not in names}
@@ -45,8 +49,8 @@ def test_another_runtime_sleeps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     (tmp_path / "torch" / "lib").mkdir(parents=True)
     monkeypatch.setattr(threads, "find_spec", lambda name: SimpleNamespace(origin=str(origin)))
     monkeypatch.setattr(threads.os, "environ", {})
-    threads.wait_briefly()
+    threads.limit_spinning()
     assert (os.environ.pop("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT")) == ("passive", None)
     (tmp_path / "torch" / "lib" / "libgomp.so.1").touch()
-    threads.wait_briefly()
+    threads.limit_spinning()
     assert (os.environ["OMP_WAIT_POLICY"], os.environ["GOMP_SPINCOUNT"]) == ("active", "1000")

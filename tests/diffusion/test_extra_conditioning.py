@@ -95,14 +95,14 @@ def test_an_ear_hears_inside_alone_and_can_be_closed() -> None:
     x = torch.ones(1, 3)
     plain = layer(x)
     ear = ExtraEmbeddingHook(layer)
-    with ear.hears(torch.ones(1, 3)):
+    with ear.adding(torch.ones(1, 3)):
         torch.testing.assert_close(layer(x), plain + 1)
-        with ear.hears(None):
+        with ear.adding(None):
             torch.testing.assert_close(layer(x), plain)
         torch.testing.assert_close(layer(x), plain + 1)
     torch.testing.assert_close(layer(x), plain)
     ear.close()
-    with ear.hears(torch.ones(1, 3)):
+    with ear.adding(torch.ones(1, 3)):
         torch.testing.assert_close(layer(x), plain)
 
 

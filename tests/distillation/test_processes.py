@@ -328,11 +328,11 @@ def test_two_processes_measure_what_one_does(launches: tuple[Path, dict[str, lis
 def test_alone_nothing_waits() -> None:
     from fewstep.common import distributed as processes
 
-    assert (processes.count(), processes.is_main()) == (1, True)
+    assert (processes.world_size(), processes.is_main()) == (1, True)
     value = torch.ones(2)
-    assert processes.total(value) is value
-    assert processes.main_first(lambda: 3) == 3
-    with pytest.raises(KeyError), processes.together():
+    assert processes.sum_over_processes(value) is value
+    assert processes.main_process_first(lambda: 3) == 3
+    with pytest.raises(KeyError), processes.fail_together():
         raise KeyError
 
 
@@ -351,11 +351,11 @@ def test_rows_come_to_the_main_process_alone_in_chunks(main: bool, monkeypatch: 
         for share, into in zip(shares, received or (), strict=False):
             into.copy_(share[start : start + len(some)])
 
-    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
     monkeypatch.setattr(processes, "is_main", lambda: main)
     monkeypatch.setattr(processes, "MESSAGE", 8)
     monkeypatch.setattr(processes.dist, "gather", gathered)
-    found = processes.to_main(shares[0 if main else 1], 9)
+    found = processes.gather_to_main(shares[0 if main else 1], 9)
     assert sent == [2, 2, 1]
     assert torch.equal(found, rows[:9] if main else rows[:0])
 
@@ -377,10 +377,10 @@ def test_gradients_are_averaged_in_messages_of_bounded_size(monkeypatch: pytest.
         sent.append(flat)
         flat += flat.square()
 
-    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "world_size", lambda: 2)
     monkeypatch.setattr(processes, "MESSAGE", 64)
     monkeypatch.setattr(processes.dist, "all_reduce", summed_with_its_square)
-    processes.to_means(tensors)
+    processes.average_over_processes(tensors)
     for tensor, was in zip(tensors, before, strict=True):
         assert torch.equal(tensor, (was + was.square()) / 2)
         assert tensor.stride() == was.stride()

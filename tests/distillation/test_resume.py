@@ -27,7 +27,7 @@ def test_versions_are_listed_in_the_order_of_use(tmp_path: Path, monkeypatch: py
     path = tmp_path / "versions.json"
     for torch_version in ("2.12", "2.12", "2.13", "2.12"):
         monkeypatch.setattr(run, "versions", lambda now=torch_version: {"torch": now})
-        run.note_versions(path)
+        run.record_versions(path)
     assert [found["torch"] for found in read_json(path)] == ["2.12", "2.13", "2.12"]
 
 

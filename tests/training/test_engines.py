@@ -295,13 +295,13 @@ def test_a_student_learns_on_a_narrow_base(
 @narrow
 @pytest.mark.parametrize(("base", "share"), [("8bit", 0.25), ("4bit", 0.125)])
 def test_matrices_of_a_narrow_base_take_less_room(base: Any, share: float) -> None:
-    from fewstep.training.quantization import keep
+    from fewstep.training.quantization import quantize
 
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256), nn.Linear(256, 4)).requires_grad_(False)
     x = torch.randn(8, 256)
     wanted = network(x)
-    keep(network, base, torch.float32, [network[2]])
+    quantize(network, base, torch.float32, [network[2]])
     assert network[0].weight.nbytes == share * 256 * 256 * 4
     assert network[2].weight.dtype == torch.float32
     error = (network(x) - wanted).norm() / wanted.norm()
@@ -312,11 +312,11 @@ def test_matrices_of_a_narrow_base_take_less_room(base: Any, share: float) -> No
 @pytest.mark.parametrize("base", ["8bit", "4bit"])
 def test_a_call_without_gradient_leaves_a_narrow_matrix_as_it_is(base: Any) -> None:
     """Some CPUs have a packed form for drawing alone, which a training step cannot read."""
-    from fewstep.training.quantization import keep
+    from fewstep.training.quantization import quantize
 
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(64, 64)).requires_grad_(False).eval()
-    keep(network, base, torch.float32, [])
+    quantize(network, base, torch.float32, [])
     x = torch.randn(8, 64)
     learns = x.clone().requires_grad_()
     before = network(learns)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from fewstep.backbones.base import Backbone, load_backbone
 from fewstep.common.config import validate
-from fewstep.common.device import sent
+from fewstep.common.device import copy_async
 from fewstep.common.mapped_tensors import Rows
 from fewstep.common.rng import KeyedRng
 from fewstep.data.latents import LatentSet
@@ -181,7 +181,7 @@ def test_a_blocking_copy_is_seen(waits: Callable[[Tensor], Tensor]) -> None:
 
 def test_other_copies_are_counted() -> None:
     with unwaiting() as seen:
-        sent(torch.ones(2), META)
+        copy_async(torch.ones(2), META)
         torch.tensor([1.0, 2.0])
     assert seen.crossed == 1
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.training import lora_layers
-from fewstep.training.lora_layers import JoinedConv2d, JoinedLinear, join
+from fewstep.training.lora_layers import FusedConv2d, FusedLinear, fuse_lora_layers
 from fewstep.training.roles import AdapterRoles, add_adapter
 
 WIDTH = 12
@@ -47,7 +47,7 @@ def pair(layout: torch.memory_format, dtype: torch.dtype = torch.float32) -> tup
     own = copy.deepcopy(network)
     peft = AdapterRoles(network)
     for module in network.modules():  # as PEFT made them
-        if isinstance(module, JoinedConv2d | JoinedLinear):
+        if isinstance(module, FusedConv2d | FusedLinear):
             module.__class__ = module.__class__.__mro__[1]
     x = torch.randn(5, 4, 6, 6, dtype=dtype).contiguous(memory_format=layout)
     return peft, AdapterRoles(own), x
@@ -90,7 +90,7 @@ def test_pefts_merging_finds_them() -> None:
     _, own, x = pair(torch.channels_last, torch.float64)
     with own.use("student") as network, torch.no_grad():
         wanted = network(x)
-        layers: list[Any] = [m for m in network.modules() if isinstance(m, JoinedConv2d | JoinedLinear)]
+        layers: list[Any] = [m for m in network.modules() if isinstance(m, FusedConv2d | FusedLinear)]
         for layer in layers:
             layer.merge(adapter_names=["student"])
         torch.testing.assert_close(network(x), wanted, rtol=1e-12, atol=1e-13)
@@ -140,8 +140,8 @@ def kinds(network: nn.Module) -> dict[str, str]:
 
 def test_only_plain_layers_are_joined() -> None:
     _, own, _ = pair(torch.channels_last)
-    joined = {"wide": "JoinedConv2d", "down": "JoinedConv2d", "point": "JoinedConv2d"}
-    assert kinds(own.network) == joined | {"apart": "Conv2d", "rows": "JoinedLinear", "flat": "JoinedLinear"}
+    joined = {"wide": "FusedConv2d", "down": "FusedConv2d", "point": "FusedConv2d"}
+    assert kinds(own.network) == joined | {"apart": "Conv2d", "rows": "FusedLinear", "flat": "FusedLinear"}
 
 
 @pytest.mark.parametrize("more", [{"use_dora": True}, {"lora_dropout": 0.5}, {"lora_bias": True}])
@@ -149,5 +149,5 @@ def test_layers_that_do_more_are_pefts_own(more: dict[str, Any]) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     network = inject_adapter_in_model(LoraConfig(r=2, target_modules=["rows", "wide"], **more), Layers())
-    join(network)
+    fuse_lora_layers(network)
     assert {kinds(network)[name] for name in ("rows", "wide")} == {"Linear", "Conv2d"}

@@ -55,7 +55,7 @@ class CutPrompts:
     def add_up(self) -> None:
         """Add up the counts of all processes of a launch; each of them must call this."""
         both = torch.tensor([self.count, self.of], device=self.reader.device)
-        self.count, self.of = processes.total(both).tolist()
+        self.count, self.of = processes.sum_over_processes(both).tolist()
 
     def lines(self, kind: str = "prompt") -> list[str]:
         """Return lines about the cut prompts; empty for none."""
@@ -71,7 +71,7 @@ def tell_cut(reader: Reads, prompts: Sequence[str]) -> None:
     """Print which prompts are cut, to stderr."""
     cut = CutPrompts(reader)
     cut(list(dict.fromkeys(prompts)))
-    processes.tell(cut.lines())
+    processes.print_once(cut.lines())
 
 
 def _short(prompt: str) -> str:

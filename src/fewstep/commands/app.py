@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from fewstep.training import stopping
 
-BEFORE_IMPORTS = stopping.installed(stopping.end_at_once)
+BEFORE_IMPORTS = stopping.install_handlers(stopping.end_at_once)
 """Handlers before the imports below, which take half a second."""
 
 import os
@@ -38,7 +38,7 @@ from fewstep.commands.options import (
 from fewstep.common.defaults import installed_world
 from fewstep.common.errors import UserError
 from fewstep.common.files import os_reason
-from fewstep.common.threads import wait_briefly
+from fewstep.common.threads import limit_spinning
 from fewstep.evaluation.limits import FD_ADVISED
 
 
@@ -303,11 +303,11 @@ def main(arguments: list[str] | None = None) -> None:
             _main(arguments)
     finally:
         if arguments is None:  # a signal while the interpreter ends leaves no traceback
-            stopping.installed(signal.SIG_DFL)
+            stopping.install_handlers(signal.SIG_DFL)
 
 
 def _main(arguments: list[str] | None) -> None:
-    wait_briefly()
+    limit_spinning()
     usage_error: Any = typer.BadParameter.__mro__[2]  # click's base error, of the click that typer carries
     try:
         command: Any = typer.main.get_command(app)
@@ -338,7 +338,7 @@ def _main(arguments: list[str] | None) -> None:
         sys.exit(2)
 
 
-stopping.restore(BEFORE_IMPORTS)
+stopping.restore_handlers(BEFORE_IMPORTS)
 
 if __name__ == "__main__":
     main()

@@ -99,10 +99,10 @@ def evaluate(
     check_sampling(drawn, base)
     check_writable(Path(out))
     check_installed("evaluate")
-    from fewstep.common.device import pick_device, pick_drawing
+    from fewstep.common.device import pick_compute_dtype, pick_device
 
     place = pick_device(device)
-    computes = pick_drawing(precision, place)
+    computes = pick_compute_dtype(precision, place)
     from fewstep.common.accelerator import make_accelerator
     from fewstep.evaluation import run as measuring
 

@@ -66,7 +66,7 @@ def sample(
     from fewstep.common.files import check_writable
     from fewstep.data.images import read_cropped
     from fewstep.data.prompts import read_prompts
-    from fewstep.inference.image_grid import check_sheet, save_picture, sheet
+    from fewstep.inference.image_grid import check_grid_size, image_grid, save_image
     from fewstep.students.resolve import resolve_student
 
     named = [prompts] if isinstance(prompts, str) else prompts
@@ -90,17 +90,17 @@ def sample(
     width, height = sampling.size or (folder.picture_size, folder.picture_size)
     enlarged = scale or max(1, 256 // width)
     columns = count if len(wanted) > 1 else min(count, 8)
-    check_sheet(count * len(wanted), (width, height), columns, enlarged, path)
+    check_grid_size(count * len(wanted), (width, height), columns, enlarged, path)
     begun = None if image is None else read_cropped(Path(image), width, height)
     if adapter is not None:
         from fewstep.inference.multilingual.record import read_adapter
 
         read_adapter(adapter, folder)
     check_writable(path.parent)
-    from fewstep.common.device import pick_device, pick_drawing
+    from fewstep.common.device import pick_compute_dtype, pick_device
 
     place = pick_device(device)
-    computes = pick_drawing(precision, place)
+    computes = pick_compute_dtype(precision, place)
     import numpy as np
 
     from fewstep.backbones.lengths import tell_cut
@@ -122,7 +122,7 @@ def sample(
     source = None if begun is None else Source(image_generator.backbone.to_latents(begun[None]), share)
     every = [prompt for prompt in wanted for _ in range(count)]
     pictures: np.ndarray = image_generator.draw(every, range(seed, seed + len(every)), sampling, source)
-    return save_picture(sheet(pictures, columns, enlarged), path)
+    return save_image(image_grid(pictures, columns, enlarged), path)
 
 
 def _check_seed(seed: int, count: int) -> None:

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from fewstep.common.errors import UserError, nearest
 
-Kept = Literal["fp32", "bf16", "8bit", "4bit"]
+BaseFormat = Literal["fp32", "bf16", "8bit", "4bit"]
 """How frozen weights are kept."""
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 """What networks compute in; auto is bf16 where the machine is fast at it, else fp32."""

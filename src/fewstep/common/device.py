@@ -38,7 +38,7 @@ def pick_precision(name: Precision, device: torch.device) -> Literal["fp32", "bf
     return "bf16" if device.type == "cuda" or _has_bf16_units() else "fp32"
 
 
-def pick_drawing(name: str, device: torch.device) -> torch.dtype:
+def pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:
     """The type that a network draws in on `device`.
 
     Raises:
@@ -71,7 +71,7 @@ def free_memory(device: torch.device) -> int:
     return free
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
+def copy_async(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the CPU's, on its way to `device`: nobody waits until it is there.
 
     A GPU fetches page-locked memory alone by itself; of other memory the CPU would hand over every byte.

@@ -1,11 +1,11 @@
-"""What the processes of one launch do together.
+"""Collective operations of the processes of one launch.
 
-Under `torchrun` or `accelerate launch` every process runs the same program, each on its share of the batch. One
-of them, the main one, alone writes, draws and judges. A process that raises must not leave the others waiting:
-what one of them does alone stands in `together`, whose end is the same for all.
+Under `torchrun` or `accelerate launch` every process runs the same program on its share of the batch. The main process
+alone writes, draws and judges. A process that raises must not leave the others waiting: code that one process runs
+alone goes inside `fail_together`, which raises in all processes if it raises in one.
 
-The launch is known from `common.accelerator.make_accelerator` on. Before it, and with one process, everything here
-does nothing.
+Every function here but `world_size`, `rank`, `is_main` and `local_rows` is a collective: all processes must call it, in
+the same order. Before `common.accelerator.make_accelerator`, and with one process, all of them do nothing.
 """
 
 from __future__ import annotations
@@ -27,57 +27,57 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 MESSAGE = 2**25
-"""Most bytes that are put together for one message; a larger tensor is a message by itself."""
+"""Largest size in bytes of a message that joins several tensors; a larger tensor is sent by itself."""
 
 
-def count() -> int:
-    """How many processes train together."""
+def world_size() -> int:
+    """Return the number of processes of this launch."""
     return int(PartialState().num_processes) if is_initialized() else 1
 
 
 def rank() -> int:
-    """The number of this process among them, from 0."""
+    """Return the number of this process, from 0."""
     return int(PartialState().process_index) if is_initialized() else 0
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes."""
+    """Return whether this is the main process, which writes."""
     return bool(PartialState().is_main_process) if is_initialized() else True
 
 
-def tell(lines: Sequence[str]) -> None:
-    """Print lines to stderr, once for all processes of a launch."""
+def print_once(lines: Sequence[str]) -> None:
+    """Print lines to stderr in the main process."""
     if lines and is_main():
         print("\n".join(lines), file=sys.stderr)
 
 
-def total(values: Tensor) -> Tensor:
-    """The sum of `values` over all processes, the same on each, to the last bit; every process must ask."""
-    if count() == 1:
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Return the sum of `values` over all processes, bit-identical on each."""
+    if world_size() == 1:
         return values
     result: Tensor = reduce(values, reduction="sum")
     return result
 
 
 @torch.no_grad()
-def to_means(tensors: Sequence[Tensor]) -> None:
-    """Overwrite tensors by their means over all processes, the same on each; every process must ask, in one order."""
-    if count() == 1:
+def average_over_processes(tensors: Sequence[Tensor]) -> None:
+    """Overwrite tensors by their means over all processes, bit-identical on each."""
+    if world_size() == 1:
         return
     for some in _messages(tensors):
-        if len(some) == 1 and some[0].is_contiguous():  # what is large is not copied
+        if len(some) == 1 and some[0].is_contiguous():  # large tensors are not copied
             dist.all_reduce(some[0])
-            some[0].div_(count())
+            some[0].div_(world_size())
             continue
         flat = torch.cat([tensor.flatten() for tensor in some])
         dist.all_reduce(flat)
-        flat /= count()
+        flat /= world_size()
         for tensor, part in zip(some, torch.split(flat, [t.numel() for t in some]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
 
 def _messages(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Tensors in turn, put together to at most MESSAGE bytes where more than one are."""
+    """Yield tensors in order, grouped to at most MESSAGE bytes."""
     some: list[Tensor] = []
     for tensor in tensors:
         if some and sum(t.nbytes for t in some) + tensor.nbytes > MESSAGE:
@@ -88,90 +88,92 @@ def _messages(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield some
 
 
-def anywhere(true: bool) -> bool:
-    """Whether it is true in any process; all must ask."""
-    return true if count() == 1 else bool(total(torch.tensor(float(true), device=PartialState().device)).item())
+def any_process(true: bool) -> bool:
+    """Return whether it is true in any process."""
+    if world_size() == 1:
+        return true
+    return bool(sum_over_processes(torch.tensor(float(true), device=PartialState().device)).item())
 
 
-class Vote:
-    """Find out, step by step, whether something is true in any process, without waiting for a device.
+class DelayedAny:
+    """Logical OR over processes, step by step, without a wait for the device.
 
-    With one process the answer is immediate. With several it comes one question later: it travels between main
-    memories (gloo) beside the step.
+    With one process the result is immediate. With several it is that of the previous step: the values are reduced in
+    main memory (gloo) while the step runs.
     """
 
     def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo") if count() > 1 else None
-        self._asked: tuple[Any, Tensor] | None = None
+        self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
+        self._pending: tuple[Any, Tensor] | None = None
 
-    def ask(self, true: bool) -> bool:
-        """Whether it was true in any process at the last question; every process must ask equally often."""
+    def update(self, true: bool) -> bool:
+        """Send this step's value and return whether the previous step's was true in any process."""
         if self._group is None:
             return true
-        answer = self.last()
-        mine = torch.tensor([float(true)])
-        self._asked = dist.all_reduce(mine, group=self._group, async_op=True), mine
-        return answer
+        result = self.result()
+        value = torch.tensor([float(true)])
+        self._pending = dist.all_reduce(value, group=self._group, async_op=True), value
+        return result
 
-    def last(self) -> bool:
-        """The answer to the last question."""
-        if self._asked is None:
+    def result(self) -> bool:
+        """Return the result of the last update."""
+        if self._pending is None:
             return False
-        (work, every), self._asked = self._asked, None
+        (work, value), self._pending = self._pending, None
         work.wait()
-        return bool(every.item())
+        return bool(value.item())
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """Leave the block once every process has left it; if it fails in one, it fails in all.
+def fail_together() -> Iterator[None]:
+    """Run the block in every process and fail in all of them if it fails in one.
 
-    Inside, nothing may wait for another process.
+    The block must not contain a collective.
 
     Raises:
-        UserError: it failed in another process, whose own error says why.
+        UserError: the block failed in another process, which reports the reason.
     """
-    if count() == 1:
+    if world_size() == 1:
         yield
         return
     try:
         yield
     except Exception:
-        with suppress(RuntimeError):  # the others are gone already: this error is the one to hear of
-            anywhere(True)
+        with suppress(RuntimeError):  # the other processes are gone already; report this error
+            any_process(True)
         raise
-    if anywhere(False):
-        raise UserError("another process of this launch failed; its own message says why")
+    if any_process(False):
+        raise UserError("another process of this launch failed; see its own message for the reason")
 
 
-def on_main(do: Callable[P, Mapping[str, T]]) -> Callable[P, Mapping[str, T]]:
-    """`do` in the main process alone, and nothing in the others, which wait and hear of it if it fails."""
+def on_main_process(do: Callable[P, Mapping[str, T]]) -> Callable[P, Mapping[str, T]]:
+    """Wrap `do` to run in the main process alone; the others wait, fail if it fails, and return {}."""
 
-    def exclusive(*args: P.args, **options: P.kwargs) -> Mapping[str, T]:
-        with together():
+    def wrapped(*args: P.args, **options: P.kwargs) -> Mapping[str, T]:
+        with fail_together():
             return do(*args, **options) if is_main() else {}
 
-    return exclusive
+    return wrapped
 
 
-def own_share(n: int) -> list[int]:
-    """Which of `n` rows are this process's: as many for each, the last row again where they do not go round."""
-    each = -(-n // count())
+def local_rows(n: int) -> list[int]:
+    """Return the indices of this process among `n` rows: equally many in each process, the last row repeated."""
+    each = -(-n // world_size())
     return [min(row, n - 1) for row in range(rank() * each, (rank() + 1) * each)]
 
 
-def to_main(part: Tensor, n: int) -> Tensor:
-    """What all processes made of their own shares of `n` rows, in order, in the main one; no row in the others.
+def gather_to_main(part: Tensor, n: int) -> Tensor:
+    """Gather the `local_rows` of all processes, [n, ...] in main memory of the main process; [0, ...] elsewhere.
 
-    All must ask. No device holds more of it than MESSAGE, or a row of each: what is gathered lies in main memory.
+    No device holds more than MESSAGE bytes of it, or one row of each process.
     """
-    if count() == 1:
+    if world_size() == 1:
         return part
-    every = torch.empty((count() * len(part) if is_main() else 0, *part.shape[1:]), dtype=part.dtype)
-    rows = max(1, MESSAGE // max(1, count() * part[:1].nbytes))
+    every = torch.empty((world_size() * len(part) if is_main() else 0, *part.shape[1:]), dtype=part.dtype)
+    rows = max(1, MESSAGE // max(1, world_size() * part[:1].nbytes))
     for start in range(0, len(part), rows):
         some = part[start : start + rows].to(PartialState().device).contiguous()
-        received = [torch.empty_like(some) for _ in range(count())] if is_main() else None
+        received = [torch.empty_like(some) for _ in range(world_size())] if is_main() else None
         dist.gather(some, received)
         for number, theirs in enumerate(received or ()):
             first = number * len(part) + start
@@ -179,16 +181,16 @@ def to_main(part: Tensor, n: int) -> Tensor:
     return every[:n]
 
 
-def main_first(make: Callable[[], T]) -> T:
-    """Return `make()` of the main process there, then of each other: what it keeps on disk is made once.
+def main_process_first(make: Callable[[], T]) -> T:
+    """Return `make()`, run in the main process before the others, so that files in a cache are made once.
 
     Raises:
         UserError: it failed in another process.
     """
-    if count() == 1:
+    if world_size() == 1:
         return make()
     for turn in (True, False):
-        with together():
+        with fail_together():
             if is_main() == turn:
                 result = make()
     return result

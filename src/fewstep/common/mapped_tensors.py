@@ -31,7 +31,7 @@ def _opened(path: Path, version: tuple[int, ...]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Mapped:
+class MappedTensor:
     """A tensor of a file, which is open while it is read."""
 
     path: Path
@@ -58,7 +58,7 @@ class Mapped:
         return taken.view(self.kind).reshape(self.entry.shape)
 
 
-def tensors_in(path: Path) -> dict[str, Mapped]:
+def open_tensors(path: Path) -> dict[str, MappedTensor]:
     """The tensors of a file, none of them read yet.
 
     Raises:
@@ -67,7 +67,7 @@ def tensors_in(path: Path) -> dict[str, Mapped]:
     _, entries = read_safetensors_header(path)
     told = path.stat()
     version = (told.st_dev, told.st_ino, told.st_size, told.st_mtime_ns)
-    return {name: Mapped(path, version, entry) for name, entry in entries.items()}
+    return {name: MappedTensor(path, version, entry) for name, entry in entries.items()}
 
 
 def map_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -76,7 +76,7 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
     Raises:
         UserError: missing, truncated or of another format.
     """
-    return {name: tensor.array() for name, tensor in tensors_in(path).items()}
+    return {name: tensor.array() for name, tensor in open_tensors(path).items()}
 
 
 def write_rows(path: Path, count: int, parts: Iterable[Mapping[str, Tensor]]) -> None:
@@ -134,7 +134,7 @@ class Rows(Protocol):
 class MappedRows:
     """Rows of several arrays, one below the other, read from disk as they are asked for."""
 
-    def __init__(self, parts: Sequence[Mapped]) -> None:
+    def __init__(self, parts: Sequence[MappedTensor]) -> None:
         self._parts = list(parts)
         self._starts = np.cumsum([0, *map(len, parts)])
 

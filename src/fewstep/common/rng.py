@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.common.device import sent
+from fewstep.common.device import copy_async
 
 CPU = torch.device("cpu")
 
@@ -71,7 +71,7 @@ class KeyedRng:
 
     def _normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
         rows = [g.standard_normal(shape, dtype=np.float32) for g in self._generators(purpose)]
-        return sent(torch.from_numpy(np.stack(rows)), self.device)
+        return copy_async(torch.from_numpy(np.stack(rows)), self.device)
 
     def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
         """Standard normal numbers, float32 [B, *shape], on the device."""

@@ -26,13 +26,13 @@ def shard(network: nn.Module, device: torch.device, precision: torch.dtype = tor
         precision: type that weights are gathered and computed in; the parts that a process holds keep theirs, and
             gradients are summed in fp32.
     """
-    if processes.count() == 1:
+    if processes.world_size() == 1:
         network.to(device)
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh(device.type, (processes.count(),))
+    mesh = init_device_mesh(device.type, (processes.world_size(),))
     narrow = None if precision == torch.float32 else precision
     # inputs stay as they are: a time of 999 is 1000 in bf16
     policy = MixedPrecisionPolicy(narrow, torch.float32 if narrow else None, cast_forward_inputs=False)
@@ -43,7 +43,7 @@ def shard(network: nn.Module, device: torch.device, precision: torch.dtype = tor
             fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
-def at_rest(network: nn.Module) -> nn.Module:
+def resharded(network: nn.Module) -> nn.Module:
     """The network with its parts as its parameters: a call without a backward pass leaves some gathered.
 
     Not between a call and its backward pass, which needs them.
@@ -56,29 +56,29 @@ def at_rest(network: nn.Module) -> nn.Module:
     return network
 
 
-def is_split(tensors: Iterable[Tensor]) -> bool:
+def is_sharded(tensors: Iterable[Tensor]) -> bool:
     """Whether a process holds but a part of these."""
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """Return what this process holds of a split tensor; a tensor that is not split as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be split; every process must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_on_main(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def full_on_main(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Whole tensors: split ones on the main process's CPU, one after another, and nothing of them elsewhere.
 
     Every process must ask.
     """
     result = {}
     for name, tensor in tensors.items():
-        gathered = whole(tensor.detach())
+        gathered = full_tensor(tensor.detach())
         if gathered is tensor or not isinstance(tensor, DTensor):
             result[name] = gathered
         elif processes.is_main():
@@ -87,7 +87,7 @@ def whole_on_main(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def fill(target: Tensor, value: Tensor) -> None:
+def copy_into(target: Tensor, value: Tensor) -> None:
     """Overwrite a tensor, split or not, with a whole one or one that is split alike."""
     if isinstance(target, DTensor) and not isinstance(value, DTensor):
         local = value.to(device=target.device, dtype=target.dtype)

@@ -1,4 +1,4 @@
-"""How the threads of an operation wait for each other on a CPU; to be said before torch is imported."""
+"""Waiting of OpenMP threads on a CPU; set before torch is imported."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from importlib.util import find_spec
 from pathlib import Path
 
 SPINS = "1000"
-"""Looks at a lock before a thread sleeps: some ten microseconds, in which most others arrive.
+"""Spins before a waiting thread sleeps, about ten microseconds.
 
 Measured on two cores of an AMD EPYC, seconds of a student's and a target's call in training on the bundled world:
-asleep at once .33 alone and .33 beside a busy process, after 1,000 looks .21 and .47, after 20,000 .20 and 2.1.
+no spinning .33 alone and .33 beside a busy process, 1,000 spins .21 and .47, 20,000 spins .20 and 2.1.
 """
 
 
-def wait_briefly() -> None:
-    """Let waiting threads look for a moment and then sleep; one that looks on takes the core that it waits for.
+def limit_spinning() -> None:
+    """Let waiting OpenMP threads spin briefly and then sleep, so that they leave the core to other processes.
 
-    What the environment says of it already stays. To GNU's OpenMP, the one that PyTorch's own builds for Linux bring,
-    waiting is `active` with so many looks: `passive` has none beside a thread that reads ahead. Others know no count,
-    and would look for ever.
+    An existing OMP_WAIT_POLICY is kept. GNU's OpenMP, which PyTorch's Linux builds bundle, needs the policy `active`
+    with a spin count: under `passive` it does not spin while more threads run than there are cores. Other runtimes
+    have no count and would spin without end.
     """
     if "OMP_WAIT_POLICY" in os.environ:
         return
-    if brings_gnu():
+    if uses_gnu_openmp():
         os.environ["OMP_WAIT_POLICY"] = "active"
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     else:
         os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
-def brings_gnu() -> bool:
-    """Whether the torch that is installed brings GNU's OpenMP; it is not imported for the answer."""
+def uses_gnu_openmp() -> bool:
+    """Return whether the installed torch bundles GNU's OpenMP, without importing it."""
     torch = find_spec("torch")
     if torch is None or torch.origin is None:
         return False

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.common.device import sent
+from fewstep.common.device import copy_async
 from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_write
-from fewstep.common.mapped_tensors import Mapped, Rows, tensors_in
+from fewstep.common.mapped_tensors import MappedTensor, Rows, open_tensors
 from fewstep.common.rng import KeyedRng
 from fewstep.common.run_inputs import PARTS, items
 from fewstep.common.safetensors_header import read_safetensors_header
@@ -118,7 +118,7 @@ class LatentSet:
     def states(self, rows: Tensor, device: torch.device) -> dict[str, Tensor]:
         """The conditions in the given rows of the table."""
         # widened there: half the bytes go over
-        return {name: sent(states[rows], device).float() for name, states in self.table.items()}
+        return {name: copy_async(states[rows], device).float() for name, states in self.table.items()}
 
 
 def drawn_captions(rows: Tensor, captions: int, items: Tensor, rng: KeyedRng, empty: float) -> Tensor:
@@ -183,18 +183,18 @@ def cached(folder: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dic
     return tensors
 
 
-def kept_rows(folder: Path, key: str) -> dict[str, Mapped] | None:
+def kept_rows(folder: Path, key: str) -> dict[str, MappedTensor] | None:
     """As `kept`, to be mapped from disk. A file's size and header are looked at, not its bytes."""
-    return _as_kept(folder / f"{key}.safetensors", tensors_in)
+    return _as_kept(folder / f"{key}.safetensors", open_tensors)
 
 
-def cached_rows(folder: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Mapped]:
+def cached_rows(folder: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, MappedTensor]:
     """As `cached`, to be mapped from disk like `kept_rows`."""
     found = kept_rows(folder, key)
     if found is not None:
         return found
     keep(folder, key, make())
-    return tensors_in(folder / f"{key}.safetensors")
+    return open_tensors(folder / f"{key}.safetensors")
 
 
 def every(count: int, wanted: np.ndarray | None) -> np.ndarray:

@@ -18,10 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fewstep.common import distributed as processes
-from fewstep.common.distributed import together
+from fewstep.common.distributed import fail_together
 from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_write, file_lock, sweep
-from fewstep.common.mapped_tensors import Mapped, MappedRows, tensors_in
+from fewstep.common.mapped_tensors import MappedRows, MappedTensor, open_tensors
 from fewstep.common.tensors import save_tensors
 
 ROWS = "rows"
@@ -68,7 +68,7 @@ class Batches:
 class StoredRows:
     """Some of `count` rows of one tensor, by number (`mapped.Rows`)."""
 
-    def __init__(self, count: int, parts: Sequence[tuple[np.ndarray, Mapped]]) -> None:
+    def __init__(self, count: int, parts: Sequence[tuple[np.ndarray, MappedTensor]]) -> None:
         self._count = count
         self._place = np.full(count, -1, dtype=np.int64)
         start = 0
@@ -102,12 +102,12 @@ class StoredRows:
         return self._held[torch.from_numpy(place)]
 
 
-def _parts(place: Path) -> list[tuple[np.ndarray, dict[str, Mapped]]]:
+def _parts(place: Path) -> list[tuple[np.ndarray, dict[str, MappedTensor]]]:
     """Return the files of a store, and remove broken ones."""
     found = []
     for path in sorted(place.glob("*.safetensors")):
         try:
-            tensors = tensors_in(path)
+            tensors = open_tensors(path)
             found.append((np.array(tensors.pop(ROWS).array()), tensors))
         except (UserError, KeyError):
             path.unlink(missing_ok=True)
@@ -135,12 +135,12 @@ def keep_rows(place: Path, rows: np.ndarray, tensors: Mapping[str, Tensor]) -> N
 def _one_launch(place: Path) -> Iterator[None]:
     """Keep other launches out of a store; all processes of this one enter."""
     with ExitStack() as held:
-        with together():
+        with fail_together():
             if processes.is_main():
                 held.enter_context(file_lock(place / ".lock", f"waiting for another run that encodes into {place}"))
                 sweep(place)
         yield
-        with together():  # none of them reads on before all have written
+        with fail_together():  # none of them reads on before all have written
             pass
 
 
@@ -162,14 +162,14 @@ def fill(
     Raises:
         UserError: it failed in another process, or the store cannot be written.
     """
-    if not processes.anywhere(lacking(place, wanted) > 0):
+    if not processes.any_process(lacking(place, wanted) > 0):
         return
     with _one_launch(place):
-        with together():
+        with fail_together():
             calls = batches.lists(wanted, _numbers(place))
-        own = calls[(processes.rank() - turn) % processes.count() :: processes.count()]
+        own = calls[(processes.rank() - turn) % processes.world_size() :: processes.world_size()]
         silent = len(calls) < 2 or not processes.is_main()
-        with together(), tqdm(total=sum(map(len, own)), desc=title, unit=unit, disable=silent) as bar:
+        with fail_together(), tqdm(total=sum(map(len, own)), desc=title, unit=unit, disable=silent) as bar:
             for rows in own:
                 keep_rows(place, rows, make(rows.tolist()))
                 bar.update(len(rows))

@@ -82,29 +82,25 @@ class ExtraEmbedding(nn.Module):
 
 
 class ExtraEmbeddingHook:
-    """Adds what is heard to the output of a network's time embedding, while something is."""
+    """Forward hook that adds `addition` [B, width], where it is set, to the output of a network's time embedding."""
 
     def __init__(self, time_embedding: nn.Module) -> None:
-        self._heard: Tensor | None = None
+        self.addition: Tensor | None = None
         self._handle = time_embedding.register_forward_hook(self._add)
 
     def _add(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        return output if self._heard is None else output + self._heard.to(output)
+        return output if self.addition is None else output + self.addition.to(output)
 
     @contextmanager
-    def hears(self, addition: Tensor | None) -> Iterator[None]:
-        """Let every call inside be told."""
-        before = self._heard
-        self.speak(addition)
+    def adding(self, addition: Tensor | None) -> Iterator[None]:
+        """Set `addition` until the block ends."""
+        before = self.addition
+        self.addition = addition
         try:
             yield
         finally:
-            self.speak(before)
-
-    def speak(self, addition: Tensor | None) -> None:
-        """From now on tell this, or nothing."""
-        self._heard = addition
+            self.addition = before
 
     def close(self) -> None:
-        """Leave the network as it was."""
+        """Remove the hook."""
         self._handle.remove()

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.common.device import sent
+from fewstep.common.device import copy_async
 from fewstep.common.mapped_tensors import MappedRows
 from fewstep.common.rng import KeyedRng
 from fewstep.distillation.prepare import Run
@@ -59,7 +59,7 @@ def prefetch(stored: Stored, method: ConsistencyConfig, times: PairTimes, device
     """Read what `objectives` will ask of stored trajectories at these times."""
 
     def there(tensor: Tensor) -> Tensor:
-        return sent(tensor, device).float()  # widened there: half the bytes go over
+        return copy_async(tensor, device).float()  # widened there: half the bytes go over
 
     x_n = there(stored.point(times.index_n)) if method.point == "path" else None
     said = None
@@ -92,10 +92,14 @@ def fetch_of(run: Run) -> Callable[[np.ndarray, KeyedRng], Batch]:
             times = draw_times(method, run.backbone.path, rng)
             stored = prefetch(kept, method, times, device)
             # of data's shape, which is all that is asked of it but there
-            data = sent(kept.point(torch.full_like(numbers, -1)), device).float() if method.denoising else stored.x_nk
+            data = (
+                copy_async(kept.point(torch.full_like(numbers, -1)), device).float()
+                if method.denoising
+                else stored.x_nk
+            )
             omega = None if run.omega is None else run.omega[numbers]
             return {"sample": Sample(data, states, null, omega, stored, prompts, times)}
-        data = sent(run.data.latents[numbers], device).float()
+        data = copy_async(run.data.latents[numbers], device).float()
         for purpose in noises(method):
             rng.draw_ahead(purpose, tuple(data.shape[1:]))
         return {"sample": Sample(data, states, null, prompts=prompts)}

@@ -24,7 +24,7 @@ from fewstep.backbones.base import blaming_weights
 from fewstep.backbones.teachers import teacher_path
 from fewstep.common.accelerator import make_accelerator
 from fewstep.common.device import pick_device
-from fewstep.common.distributed import anywhere, is_main, together
+from fewstep.common.distributed import any_process, fail_together, is_main
 from fewstep.common.errors import UserError
 from fewstep.common.files import cache_root, check_writable, hold_folder, sweep, write_json
 from fewstep.common.tensors import digest
@@ -124,7 +124,7 @@ def distill(
     target, place, shared = out / "student", cache or out / "cache", shared or cache or shared_cache(out)
     with ExitStack() as held:
         held.enter_context(blaming_weights(teacher_path(config.teacher)))
-        with together():
+        with fail_together():
             if main:
                 held.enter_context(hold_folder(out))  # before anything is encoded into it
                 for part in ("student", "cache"):
@@ -133,7 +133,7 @@ def distill(
         parts = parts_of(config, config.stages, config.loop.steps, out)
         source = open_checked(parts[0].config, parts[0].folder, shared)  # refused before anything is written
         if config.stages:
-            with together():
+            with fail_together():
                 held.enter_context(RunLog(out, config, title=config.recipe, main=main, quiet=True))
         start: Mapping[str, Tensor] | None = None
         done = 0
@@ -151,13 +151,13 @@ def distill(
                 inputs["start"] = digest(start)
                 start_from(stage.method, run.student, start)
             with ExitStack() as logged:
-                with together():
+                with fail_together():
                     log = logged.enter_context(
                         RunLog(folder, stage, title=title, inputs=inputs, main=main, quiet=quiet)
                     )
                 trained = train_run(run, folder, shared, log, accelerator, announced)
             start, done = trained.weights["student"], done + trained.step
-            with together():
+            with fail_together():
                 if main:
                     own = folder / "student"
                     target = export_student(run.config, run.backbone, start, own, {"steps_trained": done})
@@ -166,7 +166,7 @@ def distill(
                 gc.collect()
                 torch.cuda.empty_cache()
         if config.stages:
-            with together():
+            with fail_together():
                 if main:
                     target = export_student(
                         run.config, run.backbone, start or {}, out / "student", {"steps_trained": done}
@@ -206,13 +206,13 @@ def announce(config: DistillConfig, folder: Path, cache: Path, source: Source | 
         UserError: its step would not fit into memory.
     """
     lacking = source.lacking(cache) if source else (0, 0)
-    if not anywhere(sum(lacking) > 0):
+    if not any_process(sum(lacking) > 0):
         return False
     place = folder / "cache" / "estimate"  # which all processes of the launch see
     estimated = replace(estimate_stage(config, source, lacking, place), data="")  # which is told when it is read
     gc.collect()
     torch.cuda.empty_cache()
-    with together():
+    with fail_together():
         if is_main():
             shutil.rmtree(place, ignore_errors=True)
     if is_main():

@@ -19,7 +19,7 @@ from fewstep.common.device import DTYPES, MOST_FILLED, free_memory, pick_precisi
 from fewstep.common.errors import UserError
 from fewstep.common.mapped_tensors import Rows
 from fewstep.common.rng import KeyedRng, order
-from fewstep.common.sharding import is_split
+from fewstep.common.sharding import is_sharded
 from fewstep.data.latents import LatentSet
 from fewstep.distillation.config import DistillConfig
 from fewstep.distillation.nfe_counter import in_words
@@ -66,7 +66,7 @@ def count_checks(config: DistillConfig, seconds_per_step: float) -> Checks | Non
     first = pictures * config.validation.teacher_steps * (2 if config.method.guidance.mean_omega > 0 else 1)
     each = pictures * sampling.steps * (2 if sampling.omega > 0 else 1)
     count = math.ceil(config.loop.steps / every)
-    evaluations = config.loop.batch / processes.count() * step_cost(config.method)
+    evaluations = config.loop.batch / processes.world_size() * step_cost(config.method)
     return Checks(first, each, count, (first + count * each) * seconds_per_step / evaluations)
 
 
@@ -182,7 +182,7 @@ def estimate(
         visits: as `training.loop.train`.
     """
     loop = config.loop
-    own = max(1, loop.batch // processes.count())
+    own = max(1, loop.batch // processes.world_size())
     micro = max(1, own // loop.accumulate)
     device = next(networks[0].parameters()).device
     on_gpu = device.type == "cuda"
@@ -204,7 +204,7 @@ def estimate(
                         counted.enter_context(context)
                 with torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32"):
                     loss = update.loss(batch, rng)
-                torch.autograd.backward(loss.value, inputs=None if is_split(every) else every)  # as the loop does
+                torch.autograd.backward(loss.value, inputs=None if is_sharded(every) else every)  # as the loop does
             held = max(held, live.peak)
             del loss
             for parameter in (p for other in plan for p in other.parameters.values()):

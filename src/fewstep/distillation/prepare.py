@@ -22,7 +22,7 @@ from fewstep.common.compilation import compile_networks, eagerly
 from fewstep.common.cpu_kernels import speed_up
 from fewstep.common.defaults import check_world_size, world
 from fewstep.common.device import DTYPES, MOST_FILLED, free_memory, pick_precision
-from fewstep.common.distributed import main_first, tell
+from fewstep.common.distributed import main_process_first, print_once
 from fewstep.common.errors import UserError
 from fewstep.common.files import sha256
 from fewstep.common.rng import order
@@ -222,7 +222,7 @@ def read_source(config: DistillConfig, folder: PipelineFolder, cache: Path) -> p
         check_world_size(size, "data.source = 'emoji8'")
         captioned = world("data.source").captioned(config.data.captions, config.loop.seed)
     elif is_shards(source):
-        captioned = main_first(lambda: from_shards(source, size, cache))
+        captioned = main_process_first(lambda: from_shards(source, size, cache))
     else:
         captioned = pictures.from_folder(Path(source), size)
     if config.loop.validate_every and len(captioned) < KID_FEWEST:
@@ -263,13 +263,13 @@ def prepare(
     if source is None:
         return on_synthesis(config, backbone, cache)
     captioned, of = source.captioned, source.known
-    tell([] if quiet else [captioned.line()])
+    print_once([] if quiet else [captioned.line()])
     backbone.load_encoders()  # a broken text encoder is told of before the pictures are encoded
     cut = CutPrompts(backbone)
     shape, print_of = backbone.latent_shape, of.parts["encoders"]
     data = latent_set(captioned, backbone, print_of, place, shape, of=of, wanted=source.wanted, on_encoded=cut)
     cut.add_up()
-    tell([] if quiet else cut.lines("caption"))
+    print_once([] if quiet else cut.lines("caption"))
     folder = perceptual_folder(config, backbone, data.said, cache)
     run = lay_out(config, backbone, captioned, data)
     return on_trajectories(with_looks(run, folder), cache)

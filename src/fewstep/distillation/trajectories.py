@@ -18,7 +18,7 @@ from tqdm import tqdm
 from fewstep.backbones.base import Backbone
 from fewstep.common import distributed as processes
 from fewstep.common.compilation import eagerly
-from fewstep.common.distributed import anywhere, main_first, to_main
+from fewstep.common.distributed import any_process, gather_to_main, main_process_first
 from fewstep.common.errors import UserError
 from fewstep.common.mapped_tensors import MappedRows
 from fewstep.common.rng import generator
@@ -145,21 +145,21 @@ def stored_trajectories(
 
     shards = [range(start, min(start + SHARD, count)) for start in range(0, count, SHARD)]
     names = [f"trajectories-{digest}-{shard.start}-{shard.stop}" for shard in shards]
-    found = [main_first(partial(kept_rows, cache, name)) for name in names]
-    lacking = [number for number, held in enumerate(found) if anywhere(held is None)]
+    found = [main_process_first(partial(kept_rows, cache, name)) for name in names]
+    lacking = [number for number, held in enumerate(found) if any_process(held is None)]
     parts = [(number, first) for number in lacking for first in shards[number][::wide]]
     drawn: dict[int, list[Tensor]] = {number: [] for number in lacking}
     silent = not parts or not processes.is_main()
     with tqdm(total=len(parts) * wide, desc="teacher trajectories", unit="trajectory", disable=silent) as bar:
-        for turn in range(0, len(parts), processes.count()):
+        for turn in range(0, len(parts), processes.world_size()):
             own = min(turn + processes.rank(), len(parts) - 1)  # the last one again where they do not go round
-            every = to_main(walk(parts[own][1]), wide * processes.count())
-            for place, (number, first) in enumerate(parts[turn : turn + processes.count()]):
+            every = gather_to_main(walk(parts[own][1]), wide * processes.world_size())
+            for place, (number, first) in enumerate(parts[turn : turn + processes.world_size()]):
                 shard = shards[number]
                 drawn[number].append(every[place * wide :][: min(wide, shard.stop - first)])
                 if first == shard[::wide][-1]:  # the others find what the main process has written
                     whole = partial(points, shard, drawn.pop(number))
-                    found[number] = main_first(partial(cached_rows, cache, names[number], whole))
+                    found[number] = main_process_first(partial(cached_rows, cache, names[number], whole))
                 bar.update(wide)
 
     kept = MappedRows([held["points"] for held in found if held is not None])

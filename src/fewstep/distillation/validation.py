@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fewstep.common.compilation import eagerly
 from fewstep.common.defaults import world
-from fewstep.common.distributed import anywhere, is_main, main_first, on_main, together
+from fewstep.common.distributed import any_process, fail_together, is_main, main_process_first, on_main_process
 from fewstep.common.errors import UserError
 from fewstep.common.files import read_mapping, write_json
 from fewstep.data.latents import cached, keep, kept
@@ -33,7 +33,7 @@ from fewstep.evaluation.kid import KernelDistance
 from fewstep.evaluation.lite0 import Lite0Features
 from fewstep.evaluation.teacher_distance import TeacherFeatures
 from fewstep.inference.generator import ImageGenerator, image_generator_of
-from fewstep.inference.image_grid import labelled_sheet, save_picture
+from fewstep.inference.image_grid import labelled_grid, save_image
 from fewstep.training.roles import copy_role
 
 SHOWN = 10
@@ -97,7 +97,7 @@ class Validation:
         self.kept_features = Features(self.features.network, cache / "features", progress=False)
         self.kid = KernelDistance(self.features)
         self.to_teacher = TeacherFeatures(self.features)
-        self.condition = main_first(self._read_prompts)
+        self.condition = main_process_first(self._read_prompts)
         self.reference = self._teacher_pictures(config, self.seeds)
         other = [seed + validation.count for seed in self.seeds]
         self.real = self._teacher_pictures(config, other) if real is None else real
@@ -122,14 +122,14 @@ class Validation:
         known = json.dumps([*decides, *([narrow] if narrow else [])])
         key = f"watch-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
 
-        found = main_first(lambda: kept(self.cache, key))
-        lacking = anywhere(found is None)  # every process asks: they draw together, or none does
+        found = main_process_first(lambda: kept(self.cache, key))
+        lacking = any_process(found is None)  # every process asks: they draw together, or none does
         if found is not None and not lacking:
             return found["pictures"].numpy()
         with eagerly():
             teacher = replace(image_generator_of(backbone), precision=self.student.precision)
             drawn = teacher.pictures(self.condition, seeds, sampling, title="teacher's pictures")
-        with together():
+        with fail_together():
             if is_main():
                 keep(self.cache, key, {"pictures": torch.from_numpy(drawn)})
         return drawn
@@ -155,7 +155,7 @@ class Validation:
         finally:
             copy_role(own, self.parameters)
         self.student.backbone.release_encoders()
-        return on_main(self._judge)(step, judged, pictures)
+        return on_main_process(self._judge)(step, judged, pictures)
 
     def _judge(self, step: int, judged: Mapping[str, Tensor], pictures: np.ndarray) -> Mapping[str, float]:
         """Figures, grid and best student."""
@@ -165,7 +165,7 @@ class Validation:
             "to_teacher": float(self.to_teacher.scores(drawn, wanted).mean()),
         }
         rows = [(f"step {step}", pictures[:SHOWN]), ("teacher", self.reference[:SHOWN])]
-        save_picture(labelled_sheet(rows, self.prompts[:SHOWN]), self.out / "grids" / f"step-{step:08d}.webp")
+        save_image(labelled_grid(rows, self.prompts[:SHOWN]), self.out / "grids" / f"step-{step:08d}.webp")
         if figures["kid"] < self.best:
             self.best = figures["kid"]
             self.keep(judged, {"step": step, **figures})

@@ -11,7 +11,7 @@ import torch
 
 from fewstep.backbones.lengths import tell_cut
 from fewstep.common.defaults import world
-from fewstep.common.distributed import on_main
+from fewstep.common.distributed import on_main_process
 from fewstep.data.images import read_picture
 from fewstep.diffusion.config import Sampling
 from fewstep.evaluation.detail import detail_scale
@@ -109,4 +109,4 @@ def evaluate_folder(
         save_figures(out / "figures.json", {name: figures, **scale})
         return figures
 
-    return on_main(measure)()
+    return on_main_process(measure)()

@@ -24,7 +24,7 @@ from fewstep.export.formats import ADAPTERS, ExportForm, Reader
 from fewstep.export.model_card import CARD, PICTURES, model_card
 from fewstep.export.verify import CLOSE, Checked, Export, decoded, drawn_again, parts_of, provable, tensors_of
 from fewstep.inference.generator import ImageGenerator, load_image_generator
-from fewstep.inference.image_grid import save_picture, sheet
+from fewstep.inference.image_grid import image_grid, save_image
 from fewstep.students.conditioning_file import extra_embedding_weights, save_extra_embeddings
 from fewstep.students.inference_settings import travelling
 from fewstep.students.lora import read_lora
@@ -118,7 +118,7 @@ def export(
         if ours is not None:
             checked = proof(student, made, image_generator, ours, prompts, seeds)
             checked.refuse(out)
-        save_picture(sheet(shown, min(len(shown), 8), max(1, 256 // shown.shape[2])), part / PICTURES)
+        save_image(image_grid(shown, min(len(shown), 8), max(1, 256 // shown.shape[2])), part / PICTURES)
         text = model_card(
             out.name,
             form,

@@ -73,10 +73,10 @@ class _Teller:
             told["s"] = float(self.pipe.scheduler.landing(t))
         self.embedding.to(sample.device)  # the pipeline may have moved since
         wanted = {name: torch.full((len(sample),), told[name], dtype=torch.float64) for name in self.embedding.parts}
-        self.ear.speak(self.embedding(wanted))
+        self.ear.addition = self.embedding(wanted)
 
     def after(self, *_: Any) -> None:
-        self.ear.speak(None)
+        self.ear.addition = None
 
 
 def _check_scheduler(sampling: Sampling, gamma: float, name: str) -> None:

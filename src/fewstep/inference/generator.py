@@ -14,7 +14,7 @@ from tqdm import tqdm
 from fewstep.backbones.base import Backbone, open_backbone, to_bytes, unsound_weights
 from fewstep.backbones.pipeline_folder import read_folder
 from fewstep.common.compilation import compile_networks
-from fewstep.common.distributed import count, is_main, own_share, to_main, together
+from fewstep.common.distributed import fail_together, gather_to_main, is_main, local_rows, world_size
 from fewstep.common.errors import UserError
 from fewstep.common.tensors import finite
 from fewstep.diffusion.config import TEACHER_SAMPLING, Sampling
@@ -34,7 +34,7 @@ MOST_DRAWN = 64
 """Pictures that it then draws at once at most."""
 
 
-def at_once(height: int, width: int) -> int:
+def default_batch(height: int, width: int) -> int:
     """How many pictures with latents of that size the network draws at once, where nobody says."""
     return min(MOST_DRAWN, max(1, MOST_LATENT_POINTS // (height * width)))
 
@@ -88,7 +88,7 @@ class ImageGenerator:
         null = {name: value.to(device) for name, value in null.items()}
         shape = self.backbone.shape_of(sampling.size)
         _, height, width = shape
-        batch = self.batch or at_once(height, width)
+        batch = self.batch or default_batch(height, width)
         parts = []
         silent = title is None or len(seeds) <= batch or not is_main()
         with tqdm(total=len(seeds), desc=title, unit="picture", leave=False, disable=silent) as bar:
@@ -105,7 +105,7 @@ class ImageGenerator:
                     asked = (sampling, their, shape, self.role, device, begun, self.backbone.arranged)
                     drawn = draw_latents(self.denoiser, part, null, *asked)[:own]
                 parts.append(drawn.cpu())
-                if count() == 1:  # others would wait for the rest of this one's; `_shared` refuses in all of them
+                if world_size() == 1:  # others would wait for the rest of this one's; `_shared` refuses in all of them
                     self._check_finite(parts[-1], seeds[start : start + own], "latent")
                 bar.update(len(drawn))
         return torch.cat(parts)
@@ -145,7 +145,7 @@ class ImageGenerator:
         source: Source | None = None,
     ) -> np.ndarray:
         """One picture for each (prompt, seed), shared out as `pictures` are; each process reads its own prompts."""
-        rows = own_share(len(seeds))
+        rows = local_rows(len(seeds))
         condition = self.encode([prompts[row] for row in rows])
         return self._shared(condition, rows, seeds, sampling or self.sampling, title="drawing", source=source)
 
@@ -162,7 +162,7 @@ class ImageGenerator:
 
         The processes of a launch share them out; all must ask. The main one gets all, the others [0, H, W, 3].
         """
-        rows = own_share(len(seeds))
+        rows = local_rows(len(seeds))
         own = {name: value[rows] for name, value in condition.items()}
         return self._shared(own, rows, seeds, sampling, title=title, source=source)
 
@@ -180,11 +180,11 @@ class ImageGenerator:
         if source is not None and len(source.latents) > 1:
             source = replace(source, latents=source.latents[rows])
         latents = self.latents(own, [seeds[row] for row in rows], sampling, title=title, source=source)
-        with together():
+        with fail_together():
             own_seeds = [seeds[row] for row in rows]
             self._check_finite(latents, own_seeds, "latent")
             drawn = self.to_pictures(latents, own_seeds)
-        return to_main(torch.from_numpy(drawn), len(seeds)).numpy()
+        return gather_to_main(torch.from_numpy(drawn), len(seeds)).numpy()
 
 
 def image_generator_of(
@@ -197,7 +197,7 @@ def image_generator_of(
         if ear is None or embedding is None:
             return backbone.call(backbone.network, x, t, condition)
         told, rest = split_extra(condition, embedding.parts)
-        with ear.hears(embedding(told)):
+        with ear.adding(embedding(told)):
             return backbone.call(backbone.network, x, t, rest)
 
     denoiser = Denoiser(call, backbone.path, backbone.prediction, backbone.embedded_guidance)

@@ -19,19 +19,19 @@ MOST = 2**29
 """Pixels of a sheet: 2 GiB in memory."""
 
 
-def sheet_size(n: int, size: tuple[int, int], columns: int, scale: int) -> tuple[int, int]:
+def grid_size(n: int, size: tuple[int, int], columns: int, scale: int) -> tuple[int, int]:
     """Return (width, height) in pixels of a sheet of n pictures of a size (width, height)."""
     gap = GAP if n > 1 else 0
     return columns * (size[0] * scale + gap) + gap, -(-n // columns) * (size[1] * scale + gap) + gap
 
 
-def check_sheet(n: int, size: tuple[int, int], columns: int, scale: int, path: Path) -> None:
+def check_grid_size(n: int, size: tuple[int, int], columns: int, scale: int, path: Path) -> None:
     """Refuse a sheet that its file cannot hold, before its pictures are drawn.
 
     Raises:
         UserError: naming its size and the limit.
     """
-    width, height = sheet_size(n, size, columns, scale)
+    width, height = grid_size(n, size, columns, scale)
     longest = LONGEST.get(path.suffix.lower(), MOST)
     if max(width, height) > longest or width * height > MOST:
         limit = f"{longest} a side" if max(width, height) > longest else f"{MOST} in all"
@@ -41,21 +41,21 @@ def check_sheet(n: int, size: tuple[int, int], columns: int, scale: int, path: P
         )
 
 
-def sheet(pictures: np.ndarray, columns: int, scale: int = 2) -> Image.Image:
+def image_grid(pictures: np.ndarray, columns: int, scale: int = 2) -> Image.Image:
     """Pictures side by side, row by row, enlarged by a whole factor, on white; a single one without a margin."""
     n, h, w, _ = pictures.shape
     gap = GAP if n > 1 else 0
-    canvas = Image.new("RGB", sheet_size(n, (w, h), columns, scale), "white")
+    canvas = Image.new("RGB", grid_size(n, (w, h), columns, scale), "white")
     for i, picture in enumerate(pictures):
         tile = Image.fromarray(picture).resize((w * scale, h * scale), Image.Resampling.NEAREST)
         canvas.paste(tile, (gap + (i % columns) * (w * scale + gap), gap + (i // columns) * (h * scale + gap)))
     return canvas
 
 
-def labelled_sheet(rows: Sequence[tuple[str, np.ndarray]], labels: Sequence[str], scale: int = 2) -> Image.Image:
+def labelled_grid(rows: Sequence[tuple[str, np.ndarray]], labels: Sequence[str], scale: int = 2) -> Image.Image:
     """A grid with a name before each row and a label over each column."""
     margin, head = 150, 18
-    body = sheet(np.concatenate([pictures for _, pictures in rows]), len(labels), scale)
+    body = image_grid(np.concatenate([pictures for _, pictures in rows]), len(labels), scale)
     canvas = Image.new("RGB", (body.width + margin, body.height + head), "white")
     canvas.paste(body, (margin, head))
     write = ImageDraw.Draw(canvas)
@@ -68,7 +68,7 @@ def labelled_sheet(rows: Sequence[tuple[str, np.ndarray]], labels: Sequence[str]
     return canvas
 
 
-def save_picture(image: Image.Image, path: Path) -> Path:
+def save_image(image: Image.Image, path: Path) -> Path:
     """Write a picture (PNG or WebP by its suffix), atomically.
 
     Raises:

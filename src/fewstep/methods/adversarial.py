@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fewstep.common.distributed import to_means
+from fewstep.common.distributed import average_over_processes
 from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.denoiser import Condition
 from fewstep.diffusion.samplers import diffuse
@@ -105,7 +105,7 @@ def gradient_ratio(first: Tensor, second: Tensor, weight: Tensor, clip: tuple[fl
         clip: smallest and largest ratio.
     """
     slopes = [torch.autograd.grad(loss.mean(), weight, retain_graph=True)[0] for loss in (first, second)]
-    to_means(slopes)  # before their lengths: the mean of lengths is no length of the mean
+    average_over_processes(slopes)  # before their lengths: the mean of lengths is no length of the mean
     one, other = (slope.norm() for slope in slopes)
     ratio: Tensor = (one / (other + LEAST_SLOPE)).clamp(*clip)
     return ratio.detach()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_folder, read_mapping, remove_folder, sha256, write_json
-from fewstep.common.sharding import fill
+from fewstep.common.sharding import copy_into
 from fewstep.common.tensors import save_tensors
 from fewstep.training.run_folder import checkpoints
 
@@ -56,7 +56,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensor
         parameter = by_name[name]
         if value.shape == parameter.shape and value.dim():
             moments = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
-            fill(moments, value)
+            copy_into(moments, value)
             optimizer.state[parameter][key] = moments
         elif value.dtype == torch.int64:  # a count that is no tensor there
             optimizer.state[parameter][key] = int(value)
@@ -83,7 +83,7 @@ def restore_parameters(parameters: Mapping[str, nn.Parameter], tensors: Mapping[
     for name, parameter in parameters.items():
         if parameter.shape != tensors[name].shape:
             raise UserError(f"{path}: {name} is {tuple(tensors[name].shape)}, not {tuple(parameter.shape)}")
-        fill(parameter, tensors[name])
+        copy_into(parameter, tensors[name])
 
 
 def save(

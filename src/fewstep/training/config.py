@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from fewstep.common.choices import Kept, Precision
+from fewstep.common.choices import BaseFormat, Precision
 from fewstep.common.config import Config
 from fewstep.common.run_inputs import Content
 
@@ -81,7 +81,7 @@ class StudentConfig(Config):
     alpha: float | None = Field(None, gt=0, description="LoRA alpha; null for the rank, i.e. scale 1")
     targets: tuple[str, ...] | None = Field(None, description="adapted layers; null for the backbone's list")
     checkpointing: bool = Field(False, description="gradient checkpointing: less memory, one more forward")
-    base: Kept = Field(
+    base: BaseFormat = Field(
         "fp32", description="how frozen weights are kept: fp32, bf16, or 8bit, 4bit (their matrices, by bitsandbytes)"
     )
     teacher_precision: Literal["fp32", "bf16", "fp16"] | None = Field(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fewstep.common.sharding import fill
+from fewstep.common.sharding import copy_into
 
 
 class Ema:
@@ -47,4 +47,4 @@ class Ema:
     def copy_from(self, parameters: Mapping[str, Tensor]) -> None:
         """Overwrite the average with `parameters`."""
         for name, value in self.shadow.items():
-            fill(value, parameters[name])
+            copy_into(value, parameters[name])

@@ -22,11 +22,17 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from fewstep.common import distributed as processes
-from fewstep.common.distributed import Vote, to_main, to_means, together, total
+from fewstep.common.distributed import (
+    DelayedAny,
+    average_over_processes,
+    fail_together,
+    gather_to_main,
+    sum_over_processes,
+)
 from fewstep.common.errors import NotFiniteError, UserError
 from fewstep.common.files import sweep
 from fewstep.common.rng import KeyedRng, order
-from fewstep.common.sharding import is_split, whole, whole_on_main
+from fewstep.common.sharding import full_on_main, full_tensor, is_sharded
 from fewstep.common.tensors import load_tensors
 from fewstep.diffusion.time_conditioning import current_names
 from fewstep.training import checkpoint
@@ -75,8 +81,8 @@ class Update:
 
 def _average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Mean of the gradients over all processes; those of split weights are averaged already."""
-    if not is_split(parameters):
-        to_means([p.grad for p in parameters if p.grad is not None])
+    if not is_sharded(parameters):
+        average_over_processes([p.grad for p in parameters if p.grad is not None])
 
 
 class _Running:
@@ -86,7 +92,7 @@ class _Running:
         self.update = update
         self.names = list(update.parameters)
         self.parameters = list(update.parameters.values())
-        self.split = is_split(self.parameters)
+        self.split = is_sharded(self.parameters)
         self.optimizer = make_optimizer(self.parameters, update.optim)
         self.averages: dict[str, Ema] = {}
         if update.optim.ema:
@@ -105,7 +111,7 @@ class _Running:
 
     def note(self, name: str, value: Tensor, parts: int = 1) -> None:
         """Add to the next log line: one of so many parts of a step in each process. A step weighs 1, however split."""
-        weight = 1 / (parts * processes.count())
+        weight = 1 / (parts * processes.world_size())
         self.sums[name] = self.sums.get(name, torch.zeros((), device=self.device)) + weight * value.detach().float()
         self.weighed[name] = self.weighed.get(name, 0.0) + weight
 
@@ -165,7 +171,7 @@ class _Running:
     def _totals(self) -> tuple[dict[str, tuple[float, float]], list[tuple[float, float]]]:
         """Sums and weights since the last `read`, by name and by bin, over all processes; waits for the device."""
         weights = torch.tensor(list(self.weighed.values()), device=self.device)
-        numbers = total(torch.cat([weights, self._message()])).tolist()  # one message
+        numbers = sum_over_processes(torch.cat([weights, self._message()])).tolist()  # one message
         names = len(weights)
         bins = numbers[2 * names :]
         by_name = dict(zip(self.sums, zip(numbers[names : 2 * names], numbers[:names], strict=True), strict=True))
@@ -194,7 +200,7 @@ class _Running:
         }
         for kind, average in self.averages.items():
             files[f"{name}.{kind}"] = average.shadow
-        return {file: whole_on_main(tensors) for file, tensors in files.items()}
+        return {file: full_on_main(tensors) for file, tensors in files.items()}
 
     def state(self) -> dict[str, int]:
         """What of the averages is no tensor."""
@@ -207,11 +213,14 @@ class _Running:
         """
         if not self.sums:
             return {}
-        return {"weighed": self.weighed, "processes": to_main(self._message()[None], processes.count()).tolist()}
+        return {
+            "weighed": self.weighed,
+            "processes": gather_to_main(self._message()[None], processes.world_size()).tolist(),
+        }
 
     def note_again(self, noted: Mapping[str, Any]) -> None:
         """Put back what `noted` said; another number of processes shares it out."""
-        before, now = noted["processes"], processes.count()
+        before, now = noted["processes"], processes.world_size()
         numbers = torch.tensor([*before[processes.rank() :: now], [0.0] * len(before[0])]).sum(0).to(self.device)
         sums, self.bin_sum, self.bin_count = torch.split(numbers, [len(noted["weighed"]), T_BINS, T_BINS])
         self.sums = dict(zip(noted["weighed"], sums, strict=True))
@@ -222,7 +231,7 @@ class _Running:
         ema = self.averages.get("ema")
         source: Mapping[str, Tensor] = ema.shadow if ema else self.update.parameters
         if self.split:
-            return {name: whole(tensor.detach()).cpu() for name, tensor in source.items()}
+            return {name: full_tensor(tensor.detach()).cpu() for name, tensor in source.items()}
         return {name: tensor.detach().clone() for name, tensor in source.items()}
 
     def restore(self, folder: Path, state: Mapping[str, Any]) -> None:
@@ -356,7 +365,7 @@ def train(
     def keep(step: int, unwatched: bool = False) -> None:
         files = {name: tensors for r in running for name, tensors in r.files().items()}
         noted = {r.update.name: r.noted() for r in running}
-        with together():
+        with fail_together():
             if accelerator.is_main_process:
                 save(step, files, noted, unwatched)
 
@@ -368,7 +377,7 @@ def train(
         judge(done)
         keep(done)
     coming = ((step, part) for step in range(done, config.steps) for part in range(config.accumulate))
-    stop, vote = Stop(launched=accelerator.num_processes > 1), Vote()
+    stop, vote = Stop(launched=accelerator.num_processes > 1), DelayedAny()
     with stop, ThreadPoolExecutor(max_workers=1) as pool, log.progress(done, config.steps) as bar:
 
         def read_ahead() -> tuple[int, int, Future[tuple[KeyedRng, Batch]]] | None:
@@ -400,7 +409,7 @@ def train(
                 log.figures(now, figures)
                 bar.note(figures)
             bar.step()
-            stops = vote.ask(bool(stop.number))
+            stops = vote.update(bool(stop.number))
             # of the config alone: every process must come to the same answer, and only the main one needs a watch
             watches = bool(config.validate_every) and (now % (config.validate_every or 1) == 0 or ends)
             if not (watches or stops or now % config.save_every == 0 or ends):
@@ -416,6 +425,6 @@ def train(
                 keep(now, pending)
             if stops:
                 raise stopped(now)
-        if vote.last():
+        if vote.result():
             raise stopped(config.steps)
     return Trained({r.update.name: r.weights() for r in running}, max(done, config.steps))

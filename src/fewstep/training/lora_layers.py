@@ -14,7 +14,7 @@ from peft.tuners.lora.layer import Conv2d, Linear
 from torch import Tensor, nn
 
 
-def join(network: nn.Module) -> None:
+def fuse_lora_layers(network: nn.Module) -> None:
     """Turn the plain LoRA layers of a network, in place, into ones that add in one operation.
 
     Others are left as they are: those on matrices in 8 or 4 bits, on convolutions in groups, with a bias or dropout of
@@ -23,9 +23,9 @@ def join(network: nn.Module) -> None:
     layers: list[Any] = list(network.modules())
     for layer in layers:
         if type(layer) is Linear and _plain(layer):
-            layer.__class__ = JoinedLinear
+            layer.__class__ = FusedLinear
         elif type(layer) is Conv2d and _plain(layer) and layer.get_base_layer().groups == 1:
-            layer.__class__ = JoinedConv2d
+            layer.__class__ = FusedConv2d
 
 
 def _plain(layer: Any) -> bool:
@@ -51,7 +51,7 @@ def _add(out: Tensor, low: Tensor, up: Tensor, scaling: float) -> Tensor:
     return torch.addmm(out, low, up, alpha=scaling) if torch.is_grad_enabled() else out.addmm_(low, up, alpha=scaling)
 
 
-class JoinedLinear(Linear):  # type: ignore[misc]
+class FusedLinear(Linear):  # type: ignore[misc]
     """A linear layer with LoRA."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -65,7 +65,7 @@ class JoinedLinear(Linear):  # type: ignore[misc]
         return rows.view(out.shape)
 
 
-class JoinedConv2d(Conv2d):  # type: ignore[misc]
+class FusedConv2d(Conv2d):  # type: ignore[misc]
     """A convolution with LoRA, whose B is 1x1: a product over pixels, which lie row by row in channels_last memory."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

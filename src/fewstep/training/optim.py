@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from fewstep.common.sharding import whole
+from fewstep.common.sharding import full_tensor
 from fewstep.training.config import OptimConfig
 
 
@@ -37,7 +37,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> Tensor:
     """Scale all gradients so that their global norm is at most `limit`; return the norm before, as a tensor."""
     chosen = [p for p in parameters if p.grad is not None]
-    norm = whole(nn.utils.get_total_norm([p.grad for p in chosen if p.grad is not None]))
+    norm = full_tensor(nn.utils.get_total_norm([p.grad for p in chosen if p.grad is not None]))
     if limit is not None:
         nn.utils.clip_grads_with_norm_(chosen, limit, norm)
     return norm

@@ -10,15 +10,15 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
-from fewstep.common.choices import Kept
+from fewstep.common.choices import BaseFormat
 
 CODE = "nf4"
 """The 16 values of a 4-bit weight: quantiles of a normal distribution (QLoRA, arXiv 2305.14314)."""
 
 
-def keep(
+def quantize(
     network: nn.Module,
-    kept: Kept,
+    kept: BaseFormat,
     compute: torch.dtype,
     apart: Collection[nn.Module],
     device: torch.device | None = None,
@@ -42,7 +42,7 @@ def keep(
         setattr(network, f"is_loaded_in_{kept}", True)  # by this PEFT knows which adapters to make
 
 
-def _narrow(layer: nn.Linear, kept: Kept, compute: torch.dtype, device: torch.device | None) -> nn.Module:
+def _narrow(layer: nn.Linear, kept: BaseFormat, compute: torch.dtype, device: torch.device | None) -> nn.Module:
     """The same layer with its matrix in 8 or 4 bits."""
     import bitsandbytes as bnb
 

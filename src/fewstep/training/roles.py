@@ -17,7 +17,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from fewstep.common.sharding import at_rest, fill
+from fewstep.common.sharding import copy_into, resharded
 from fewstep.diffusion.denoiser import BASE
 
 
@@ -27,10 +27,10 @@ class AdapterRoles:
     def __init__(self, network: nn.Module) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        from fewstep.training.lora_layers import join
+        from fewstep.training.lora_layers import fuse_lora_layers
 
         self.network = network
-        join(network)
+        fuse_lora_layers(network)
         self._layers: list[Any] = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
         self._active: str = BASE
         self._enter(BASE)  # PEFT leaves the adapter that was added last switched on
@@ -57,7 +57,7 @@ class AdapterRoles:
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
         """The adapter weights of `role`, by their name without the role's."""
         tag = f".{role}."
-        named = at_rest(self.network).named_parameters()
+        named = resharded(self.network).named_parameters()
         return {n.replace(tag, "."): p for n, p in named if tag in n and "lora_" in n}
 
     def checkpointing(self) -> None:
@@ -90,7 +90,7 @@ class SeparateRoles:
 
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
         """All weights of the role's network."""
-        return dict(at_rest(self.networks[role]).named_parameters())
+        return dict(resharded(self.networks[role]).named_parameters())
 
     def checkpointing(self) -> None:
         """Turn on gradient checkpointing in every network."""
@@ -136,4 +136,4 @@ def add_adapter(network: nn.Module, role: str, rank: int, alpha: float, targets:
 def copy_role(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
     """Overwrite the weights of one role with those of another; they may be split over processes, or whole."""
     for name, value in source.items():
-        fill(target[name], value)
+        copy_into(target[name], value)

@@ -41,7 +41,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def note_versions(path: Path) -> None:
+def record_versions(path: Path) -> None:
     """Add this process's versions to the list of those that a run was computed with, if they are others."""
     before = read_json(path) if path.is_file() else []
     if not isinstance(before, list):
@@ -112,7 +112,7 @@ class RunLog:
         sweep(folder)
         with atomic_write(folder / "config.yaml") as part:
             part.write_text(core_yaml.dump(resolved), encoding="utf-8")
-        note_versions(folder / "versions.json")
+        record_versions(folder / "versions.json")
         if inputs is not None:
             write_json(folder / INPUTS, dict(inputs))
 

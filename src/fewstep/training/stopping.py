@@ -36,14 +36,14 @@ class StoppedError(KeyboardInterrupt):
         self.code = 128 + number
 
 
-def say(text: str) -> None:
+def print_stop(text: str) -> None:
     """Write a line to stderr from within a signal handler, in the main process of a launch."""
     if os.environ.get("RANK", "0") == "0":
         with suppress(OSError):
             os.write(2, f"\nfewstep: {text}\n".encode())
 
 
-def installed(handler: Any) -> dict[int, Any]:
+def install_handlers(handler: Any) -> dict[int, Any]:
     """Set the handler of both signals, in the main thread, and return those before it; ignored ones stay ignored."""
     if threading.current_thread() is not threading.main_thread():
         return {}
@@ -51,7 +51,7 @@ def installed(handler: Any) -> dict[int, Any]:
     return {number: signal.signal(number, handler) for number in ours}
 
 
-def restore(handlers: dict[int, Any]) -> None:
+def restore_handlers(handlers: dict[int, Any]) -> None:
     """Set the handlers that `installed` returned."""
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -59,7 +59,7 @@ def restore(handlers: dict[int, Any]) -> None:
 
 def end_at_once(number: int, frame: FrameType | None = None) -> None:
     """End the process, as a handler: for imports, which may swallow an exception or turn it into one of their own."""
-    say("stopped")
+    print_stop("stopped")
     os._exit(128 + number)
 
 
@@ -87,11 +87,11 @@ class _Command:
 @contextmanager
 def stoppable() -> Iterator[None]:
     """Let both signals raise `StoppedError` inside the block."""
-    before = installed(_Command())
+    before = install_handlers(_Command())
     try:
         yield
     finally:
-        restore(before)
+        restore_handlers(before)
 
 
 class Stop:
@@ -112,25 +112,25 @@ class Stop:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        self._before = installed(self._note)
+        self._before = install_handlers(self._note)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        restore(self._before)
+        restore_handlers(self._before)
         if self.number and kind is None:  # it came after the block's last look
             os.kill(os.getpid(), self.number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self.number:
             self.number, self._noted = number, time.monotonic()
-            say("stopping: a checkpoint is saved after this step; once more to end at once")
+            print_stop("stopping: a checkpoint is saved after this step; once more to end at once")
             for before in self._before.values():
                 if isinstance(before, _Command):
                     before.seen = True
             if self._raising:
                 raise StoppedError(number)
         elif not self._launched or time.monotonic() - self._noted > ECHO:
-            restore(self._before)
+            restore_handlers(self._before)
             os.kill(os.getpid(), number)
 
     @contextmanager

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.common.choices import ExtraCondition
-from fewstep.common.sharding import own_part
+from fewstep.common.sharding import local_part
 from fewstep.diffusion.denoiser import BASE, FAKE, Call, Condition
 from fewstep.diffusion.time_conditioning import EXTRA_PREFIX, ExtraEmbedding, ExtraEmbeddingHook, split_extra
 from fewstep.training.config import StudentConfig
-from fewstep.training.quantization import keep
+from fewstep.training.quantization import quantize
 from fewstep.training.roles import AdapterRoles, Roles, SeparateRoles, add_adapter, copy_role
 
 
@@ -113,7 +113,7 @@ def make_student(
             host.add_guidance_embedding(networks[role])
     if config.base != "fp32":
         outlet = host.network.get_submodule(host.outlets[0])
-        keep(host.network, config.base, compute, [host.time_embedding(host.network), outlet], device)
+        quantize(host.network, config.base, compute, [host.time_embedding(host.network), outlet], device)
     if config.kind == "lora":
         targets = list(config.targets or host.targets)
         for role in roles:
@@ -150,7 +150,7 @@ def _call(host: Host, laid: Roles, networks: Mapping[str, nn.Module], embeddings
             if role not in embeddings:
                 return host.call(network, x, t, condition)
             told, rest = split_extra(condition, embeddings[role].parts)
-            with ears[id(network)].hears(embeddings[role](told)):
+            with ears[id(network)].adding(embeddings[role](told)):
                 return host.call(network, x, t, rest)
 
     return call
@@ -164,6 +164,6 @@ def unique_bytes(*networks: nn.Module) -> int:
     seen: dict[int, int] = {}
     for network in networks:
         for parameter in network.parameters():
-            storage: torch.UntypedStorage = own_part(parameter).untyped_storage()
+            storage: torch.UntypedStorage = local_part(parameter).untyped_storage()
             seen[storage.data_ptr()] = storage.nbytes()
     return sum(seen.values())

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from fewstep.common.config import Config
-from fewstep.common.distributed import on_main
+from fewstep.common.distributed import on_main_process
 from fewstep.common.rng import KeyedRng
 from fewstep.training.config import LoopConfig
 from fewstep.training.loop import Batch, Update, train
@@ -48,7 +48,7 @@ def fit(
     Raises:
         UserError: the folder holds another run or cannot be written to, or the loss is not finite.
     """
-    validate = None if evaluate is None else on_main(lambda _, weights: evaluate(weights))
+    validate = None if evaluate is None else on_main_process(lambda _, weights: evaluate(weights))
     visits = np.arange if count == ENDLESS else None
     with RunLog(folder, config, title=title, inputs=inputs, main=accelerator.is_main_process, quiet=quiet) as log:
         return train(plan, fetch, count, loop, log, accelerator, validate, visits=visits).weights

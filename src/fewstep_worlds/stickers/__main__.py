@@ -11,7 +11,7 @@ import typer
 from fewstep.commands.options import Overrides, say
 from fewstep.common.config import parse_overrides, validate
 from fewstep.common.errors import UserError
-from fewstep.common.threads import wait_briefly
+from fewstep.common.threads import limit_spinning
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 Out = Annotated[Path, typer.Option(help="Run folder; a stopped run is resumed from it.")]
@@ -115,7 +115,7 @@ def teacher_report(
 
 
 if __name__ == "__main__":
-    wait_briefly()
+    limit_spinning()
     try:
         app()
     except UserError as error:

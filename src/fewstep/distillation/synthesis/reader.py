@@ -15,7 +15,7 @@ from fewstep.backbones.pipeline_folder import PipelineFolder
 from fewstep.common.device import DTYPES
 from fewstep.common.errors import UserError
 from fewstep.common.files import sha256
-from fewstep.common.mapped_tensors import Mapped, map_tensors, tensors_in
+from fewstep.common.mapped_tensors import MappedTensor, map_tensors, open_tensors
 from fewstep.distillation.synthesis.planning import fingerprints
 from fewstep.distillation.synthesis.record import (
     CONDITIONS,
@@ -62,7 +62,7 @@ class Synthesis:
         self.manifest = manifest
         self.kind = kind
         self.times = torch.tensor(manifest.plan.times, dtype=torch.float64)
-        self._shards: dict[int, dict[str, Mapped]] = {}
+        self._shards: dict[int, dict[str, MappedTensor]] = {}
 
     @property
     def plan(self) -> Plan:
@@ -179,9 +179,9 @@ class Synthesis:
         _check_range("index", place, lowest, len(self.times) - 1)
         return place
 
-    def _shard(self, number: int) -> dict[str, Mapped]:
+    def _shard(self, number: int) -> dict[str, MappedTensor]:
         if number not in self._shards:
-            self._shards[number] = tensors_in(self.folder / self.manifest.shards[number].file)
+            self._shards[number] = open_tensors(self.folder / self.manifest.shards[number].file)
         return self._shards[number]
 
     def _read(self, name: str, numbers: Tensor, index: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.backbones.base import Backbone
-from fewstep.common.device import DTYPES, sent
+from fewstep.common.device import DTYPES, copy_async
 from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_write
 from fewstep.common.rng import KeyedRng
@@ -54,7 +54,7 @@ class ShardMaker:
 
     def states(self, rows: Tensor) -> Condition:
         """The text states in rows of the table, float32 on the device."""
-        return {name: sent(states[rows], self.backbone.device).float() for name, states in self.table.items()}
+        return {name: copy_async(states[rows], self.backbone.device).float() for name, states in self.table.items()}
 
     def draw(self, inputs: Drawn) -> Drawn:
         """Walk with some samples at once: what is kept of them."""

@@ -22,7 +22,7 @@ from fewstep.backbones.teachers import teacher_path
 from fewstep.common import distributed as processes
 from fewstep.common.accelerator import make_accelerator
 from fewstep.common.device import DTYPES, pick_device, pick_precision
-from fewstep.common.distributed import is_main, main_first, tell, together
+from fewstep.common.distributed import fail_together, is_main, main_process_first, print_once
 from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_folder, atomic_write, hold_folder, remove_folder, sweep, write_json
 from fewstep.common.mapped_tensors import map_tensors, write_rows
@@ -94,15 +94,15 @@ def synthesize(config: SynthesisConfig, lines: Sequence[str], out: Path, *, quie
     plan, distinct = make_plan(config, lines, backbone), list(dict.fromkeys(lines))
     silent = quiet or not is_main()
     with ExitStack() as held:
-        with together():
+        with fail_together():
             if is_main():
                 held.enter_context(hold_folder(out))
                 _open(out, plan)
         missing = _missing(out, plan, accelerator.device, silent)
-        with together():
+        with fail_together():
             if is_main():
                 _reopen(out, plan, missing)
-        table = main_first(partial(_conditions, out, plan, distinct, backbone, silent))
+        table = main_process_first(partial(_conditions, out, plan, distinct, backbone, silent))
         backbone.release_encoders()
         backbone.settle()
         if not silent:
@@ -118,7 +118,7 @@ def synthesize(config: SynthesisConfig, lines: Sequence[str], out: Path, *, quie
             table,
         )
         _draw(painter, out, missing, silent)
-        with together():
+        with fail_together():
             if is_main():
                 _close(out, plan)
     return out
@@ -143,9 +143,9 @@ def _open(out: Path, plan: Plan) -> None:
 def _missing(out: Path, plan: Plan, device: torch.device, silent: bool) -> list[int]:
     """The shards that are not there, or no longer whole; each process looks at its share of all."""
     absent = torch.zeros(plan.shards, device=device)
-    with together():
+    with fail_together():
         notes = read_records(out, plan)
-        mine = range(processes.rank(), plan.shards, processes.count())
+        mine = range(processes.rank(), plan.shards, processes.world_size())
         fresh = not any((out / shard_name(number)).exists() for number in mine)
         for number in tqdm(mine, desc="checking shards", unit="shard", disable=silent or fresh):
             note = notes.get(shard_name(number))
@@ -154,7 +154,7 @@ def _missing(out: Path, plan: Plan, device: torch.device, silent: bool) -> list[
             absent[number] = 1
             if (out / shard_name(number)).exists():
                 print(f"{out / shard_name(number)} is broken, or was not finished; it is drawn again", file=sys.stderr)
-    found: list[int] = processes.total(absent).nonzero().flatten().tolist()
+    found: list[int] = processes.sum_over_processes(absent).nonzero().flatten().tolist()
     return found
 
 
@@ -213,7 +213,7 @@ def _conditions(out: Path, plan: Plan, distinct: Sequence[str], backbone: Backbo
                 yield backbone.encode(some)
                 bar.update(len(some))
         yield backbone.null(1)
-        tell([] if silent else cut.lines())
+        print_once([] if silent else cut.lines())
 
     with atomic_write(path) as part:
         write_rows(part, len(distinct) + 1, ({k: v.half() for k, v in states.items()} for states in parts()))
@@ -238,7 +238,7 @@ def _summary(out: Path, plan: Plan, cost: SynthesisCost, missing: Sequence[int])
 
 def _draw(painter: ShardMaker, out: Path, missing: Sequence[int], silent: bool) -> None:
     """Draw the missing shards, each process its share; after each round of them all hear if one has failed."""
-    plan, count = painter.plan, processes.count()
+    plan, count = painter.plan, processes.world_size()
     with tqdm(
         total=sum(len(plan.items(number)) for number in missing),
         desc=f"drawing {plan.settings.kind}",
@@ -247,7 +247,7 @@ def _draw(painter: ShardMaker, out: Path, missing: Sequence[int], silent: bool) 
         dynamic_ncols=True,
     ) as bar:
         for turn, number in enumerate(share(missing, processes.rank(), count)):
-            with together():
+            with fail_together():
                 if number is not None:
                     make_shard(painter, out, number, bar.update)
             others = missing[turn * count : (turn + 1) * count]

@@ -44,7 +44,7 @@ from fewstep.inference.schedulers.checks import (
     count_of_sigmas,
     refusing,
 )
-from fewstep.inference.schedulers.replay import ReplayedJump, ReplayError, answering, one, replayed_times
+from fewstep.inference.schedulers.replay import ReplayedJump, ReplayError, as_batch, replay_outputs, replayed_times
 
 COMPATIBLE = [
     *("TCDScheduler", "LCMScheduler", "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "UniPCMultistepScheduler"),
@@ -303,12 +303,12 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         x = sample.to(torch.promote_types(sample.dtype, torch.float32))
         if place % self.order == 0 or self._from is None:
             self._from, self._answers = x, []
-        now = one(self._asked[place])
+        now = as_batch(self._asked[place])
         alpha, sigma = expand(self.noise_path.alpha(now), x), expand(self.noise_path.sigma(now), x)
         estimate = interpret(self.prediction, model_output.to(x.dtype), x, alpha, sigma)
         self._answers.append(estimate)
         try:
-            x = self._jump()(answering(self._answers), self.noise_path, self._from, leap.t, leap.s)
+            x = self._jump()(replay_outputs(self._answers), self.noise_path, self._from, leap.t, leap.s)
             self._from = None
         except ReplayError as asked:
             x = asked.x

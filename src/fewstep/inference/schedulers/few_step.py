@@ -24,7 +24,7 @@ from fewstep.diffusion.grid import end_time
 from fewstep.diffusion.samplers import sss_landing
 from fewstep.inference.schedulers.base import FewStepScheduler
 from fewstep.inference.schedulers.checks import check_common, check_number, check_word
-from fewstep.inference.schedulers.replay import ReplayedJump, one
+from fewstep.inference.schedulers.replay import ReplayedJump, as_batch
 
 LEAST_R = 0.01
 """The nearest to t that a second-order jump's mid-point may lie, as a share of the way."""
@@ -81,9 +81,9 @@ class SSSScheduler(FewStepScheduler):
         end, gamma, law = self.config["end"], self.config["gamma"], self.config["gamma_law"]
         leaps = []
         for t, then in pairwise(times):
-            s = sss_landing(self.noise_path, one(then), gamma, end, law)
-            leaps.append(ReplayedJump(one(t), s, one(then) if gamma > 0 else None))
-        return [*leaps, ReplayedJump(one(times[-1]), one(end_time(self.noise_path, end)))]
+            s = sss_landing(self.noise_path, as_batch(then), gamma, end, law)
+            leaps.append(ReplayedJump(as_batch(t), s, as_batch(then) if gamma > 0 else None))
+        return [*leaps, ReplayedJump(as_batch(times[-1]), as_batch(end_time(self.noise_path, end)))]
 
 
 class ConsistencyScheduler(FewStepScheduler):
@@ -123,5 +123,8 @@ class ConsistencyScheduler(FewStepScheduler):
 
     def _plan(self, times: Sequence[float]) -> list[ReplayedJump]:
         end: End = "clean" if self.config["jump"] == "skip" else self.config["end"]
-        s = one(end_time(self.noise_path, end))
-        return [*(ReplayedJump(one(t), s, one(then)) for t, then in pairwise(times)), ReplayedJump(one(times[-1]), s)]
+        s = as_batch(end_time(self.noise_path, end))
+        return [
+            *(ReplayedJump(as_batch(t), s, as_batch(then)) for t, then in pairwise(times)),
+            ReplayedJump(as_batch(times[-1]), s),
+        ]

@@ -15,7 +15,7 @@ from fewstep.diffusion.jump import Denoise, Step
 from fewstep.diffusion.schedule import Estimate, Path
 
 
-def one(t: float) -> Tensor:
+def as_batch(t: float) -> Tensor:
     """A time as a batch of one, float64 [1]."""
     return torch.tensor([t], dtype=torch.float64)
 
@@ -37,7 +37,7 @@ class ReplayError(Exception):
         self.x, self.t = x, t
 
 
-def answering(answers: Sequence[Estimate]) -> Denoise:
+def replay_outputs(answers: Sequence[Estimate]) -> Denoise:
     """A network that has given its answers already; the next question is raised to whoever runs it."""
     given = iter(answers)
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from fewstep.backbones.base import Backbone
 from fewstep.common.device import DTYPES, pick_precision
-from fewstep.common.distributed import main_first
+from fewstep.common.distributed import main_process_first
 from fewstep.common.rng import KeyedRng, generator
 from fewstep.data.latents import cached
 from fewstep.diffusion.config import Sampling
@@ -143,7 +143,7 @@ def make_bank(
                 bar.update(len(items))
         return made
 
-    shards = main_first(all_shards)
+    shards = main_process_first(all_shards)
     backbone.release_encoders()
     train, validation, heldout = (torch.tensor(list(part)) for part in parts)
     latents, distances = (torch.cat([shard[name] for shard in shards]) for name in ("latents", "distances"))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fewstep.backbones.base import Backbone
 from fewstep.common.accelerator import make_accelerator
-from fewstep.common.distributed import on_main, together
+from fewstep.common.distributed import fail_together, on_main_process
 from fewstep.common.errors import UserError
 from fewstep.common.files import sweep
 from fewstep.common.rng import KeyedRng
@@ -128,7 +128,7 @@ def make_perceptual(
     if finished(target, key):
         return target
     main = accelerator.is_main_process
-    with together():
+    with fail_together():
         log = RunLog(out, config, title="perceptual distance", inputs=inputs, main=main, quiet=quiet)
     with log:
         if main:
@@ -136,7 +136,7 @@ def make_perceptual(
             sweep(store)
         bank = make_bank(config.pairs, backbone, prompts, pixel, store, decode=decode, quiet=quiet)
         network = fit(config, bank, backbone.latent_shape[0], log, accelerator)
-        with together():
+        with fail_together():
             if main:
                 judged = judge(network, bank.latents[bank.heldout], bank.distances[bank.heldout])
                 notes = {**describe(config, backbone, prompts, pixel, bank, judged), "key": key}
@@ -183,7 +183,7 @@ def fit(config: PerceptualConfig, bank: Bank, channels: int, log: RunLog, accele
         return {f"validation/{name}": value for name, value in found.items()}
 
     plan = [Update("perceptual", dict(network.named_parameters()), loss, config.optim)]
-    trained = train(plan, fetch, len(bank.train), config.loop, log, accelerator, on_main(evaluate_weights))
+    trained = train(plan, fetch, len(bank.train), config.loop, log, accelerator, on_main_process(evaluate_weights))
     return loaded(trained.weights["perceptual"])
 
 

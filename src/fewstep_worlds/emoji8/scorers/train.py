@@ -16,7 +16,7 @@ from torch import Tensor
 from fewstep.common.accelerator import make_accelerator
 from fewstep.common.cpu_kernels import speed_up
 from fewstep.common.device import pick_device
-from fewstep.common.distributed import on_main
+from fewstep.common.distributed import on_main_process
 from fewstep.common.errors import UserError
 from fewstep.common.rng import KeyedRng
 from fewstep.training.loop import Batch, Update, train
@@ -228,7 +228,7 @@ def train_scorer(
     }
     plan = [Update("scorer", dict(scorer.named_parameters()), loss, config.optim)]
     with RunLog(folder, config, title="scorer", inputs=inputs, main=accelerator.is_main_process, quiet=quiet) as log:
-        trained = train(plan, fetch, len(data), config.loop, log, accelerator, on_main(evaluate_weights))
+        trained = train(plan, fetch, len(data), config.loop, log, accelerator, on_main_process(evaluate_weights))
     weights = {name: tensor.cpu() for name, tensor in trained.weights["scorer"].items()}
     notes: dict[str, Any] = {
         "trained_on": f"Emoji-8, {len(data)} pictures of the training split",

@@ -17,7 +17,7 @@ from fewstep.common.files import atomic_write, write_json
 from fewstep.common.provenance import commit, hardware
 from fewstep.evaluation.bootstrap import RESAMPLES, centred_interval, counts, mean_figure
 from fewstep.evaluation.metric import Array, Figure
-from fewstep.inference.image_grid import labelled_sheet, save_picture
+from fewstep.inference.image_grid import labelled_grid, save_image
 from fewstep.inference.multilingual.adapter import Adapter, SentenceMap, load_adapter
 from fewstep.inference.multilingual.train import train_adapter
 from fewstep.students.resolve import resolve_student
@@ -152,5 +152,5 @@ def measure_chinese(config: ChineseConfig, out: Path) -> list[Line]:
     ]
     write_json(out / "chinese.json", {"note": note, "lines": figures})
     rows = [(label, pictures[: config.shown]) for label, pictures in shown]
-    save_picture(labelled_sheet(rows, prompts[FORMS[0]][: config.shown], 1), out / "chinese.webp")
+    save_image(labelled_grid(rows, prompts[FORMS[0]][: config.shown], 1), out / "chinese.webp")
     return lines

@@ -18,7 +18,7 @@ from fewstep.evaluation.bootstrap import mean_figure
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.metric import Figure
 from fewstep.inference.generator import ImageGenerator, load_image_generator
-from fewstep.inference.image_grid import labelled_sheet, save_picture
+from fewstep.inference.image_grid import labelled_grid, save_image
 from fewstep_worlds.common.autoencoder import psnr
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8.metrics import Gallery, lite0, metrics
@@ -72,7 +72,7 @@ def teacher_card(pipeline: Path, out: Path, *, n: int, sampling: Sampling) -> Ca
     write_json(out / "card.json", {name: figure.to_dict() for name, figure in figures.items()})
     with atomic_write(out / "card.md") as part:
         part.write_text(card.markdown() + "\n", encoding="utf-8")
-    save_picture(sample_grid(image_generator, sampling), out / "samples.webp")
+    save_image(sample_grid(image_generator, sampling), out / "samples.webp")
     return card
 
 
@@ -138,4 +138,4 @@ def unseen_figures(
 def sample_grid(image_generator: ImageGenerator, sampling: Sampling, noises: int = 6) -> Image.Image:
     """A row a noise, a column a prompt."""
     rows = [(f"seed {seed}", image_generator.draw(SHOWN, [seed] * len(SHOWN), sampling)) for seed in range(noises)]
-    return labelled_sheet(rows, SHOWN)
+    return labelled_grid(rows, SHOWN)

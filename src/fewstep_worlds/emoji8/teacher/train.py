@@ -16,7 +16,7 @@ from fewstep.backbones.sd import encode_text
 from fewstep.common.accelerator import make_accelerator
 from fewstep.common.cpu_kernels import speed_up
 from fewstep.common.device import pick_device
-from fewstep.common.distributed import together
+from fewstep.common.distributed import fail_together
 from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_write, hold_folder, read_json, sha256, sweep
 from fewstep.common.tensors import load_tensors, save_tensors
@@ -129,7 +129,7 @@ def train_teacher(config: TeacherConfig, out: Path, target: Path) -> dict[str, f
         check_same_vae(vae, given, out / "vae")
     if vae is None:
         vae = given or train_vae(config.vae, data.pictures, heldout.pictures, out / "vae", accelerator)
-        with together():
+        with fail_together():
             if accelerator.is_main_process:
                 save_vae(vae, out / "vae")
     vae = vae.cpu().eval()
@@ -138,7 +138,7 @@ def train_teacher(config: TeacherConfig, out: Path, target: Path) -> dict[str, f
     encoders = WorldEncoders(vae, text)
     accelerator = make_accelerator(config.unet.loop.precision, device)
     with ExitStack() as held:
-        with together():
+        with fail_together():
             if accelerator.is_main_process:
                 held.enter_context(hold_folder(out / "unet"))  # before anything is encoded into it
                 sweep(out / "unet" / "cache")
@@ -146,7 +146,7 @@ def train_teacher(config: TeacherConfig, out: Path, target: Path) -> dict[str, f
     # last: the encoder and its latents, which the denoiser was trained on, do not change
     accelerator = make_accelerator(config.decoder.loop.precision, device)
     vae = train_decoder(config.decoder, vae, data.pictures, heldout.pictures, out / "decoder", accelerator)
-    with together():
+    with fail_together():
         if accelerator.is_main_process:
             write_teacher(target, vae, unet.cpu(), text, config.omega)
     return {"vae_psnr_heldout": reconstruction_psnr(vae, heldout.pictures)}

@@ -24,7 +24,7 @@ from fewstep.common.provenance import commit, hardware
 from fewstep.common.tensors import load_tensors, save_tensors
 from fewstep.evaluation.bootstrap import COVER, RESAMPLES, centred_interval, counts, paired_difference
 from fewstep.evaluation.metric import Array, Figure
-from fewstep.inference.image_grid import labelled_sheet, save_picture
+from fewstep.inference.image_grid import labelled_grid, save_image
 from fewstep.students.resolve import student_place
 from fewstep_worlds.emoji8.config import VersatilityConfig
 from fewstep_worlds.emoji8.metrics import lite0
@@ -217,5 +217,5 @@ def versatility(config: VersatilityConfig, out: Path) -> Path:
     with atomic_write(out / "table.md") as part:
         part.write_text(text + "\n", encoding="utf-8")
     write_json(out / "cells.json", {"note": note, "cells": [asdict(cell) for cell in cells]})
-    save_picture(labelled_sheet(shown, ["given", *labels], 1), out / "figure.webp")
+    save_image(labelled_grid(shown, ["given", *labels], 1), out / "figure.webp")
     return out / "table.md"
