@@ -32,10 +32,10 @@ from fewstep.diffusion.denoiser import BASE, FAKE, Condition, Denoiser
 from fewstep.diffusion.draw_latents import draw_latents
 from fewstep.diffusion.schedule import add_noise, scaled_linear
 from fewstep.methods.config import ConsistencyConfig
-from fewstep.methods.consistency import set_scene, student_lands
+from fewstep.methods.consistency import make_pair, student_landing
 from fewstep.methods.distribution_matching import fake_points
-from fewstep.methods.pair import Sample
-from fewstep.methods.update_plan import family_plan, roles_of
+from fewstep.methods.pair import MicroBatch
+from fewstep.methods.update_plan import make_update_plan, roles_of
 from fewstep.training.config import LoopConfig, OptimConfig, StudentConfig
 from fewstep.training.loop import Batch, Trained, train
 from fewstep.training.roles import copy_role
@@ -172,11 +172,11 @@ def lay_out(case: Case) -> Room:
     return Room(case, student, Denoiser(call, PATH, "eps"))
 
 
-def sample_of(items: np.ndarray) -> Sample:
+def sample_of(items: np.ndarray) -> MicroBatch:
     """Prompts in turn."""
     prompts = torch.from_numpy(items % PROMPTS)
     null = torch.full_like(prompts, PROMPTS)
-    return Sample(torch.zeros(len(items), 2), {"prompt": prompts}, {"prompt": null}, prompts=prompts)
+    return MicroBatch(torch.zeros(len(items), 2), {"prompt": prompts}, {"prompt": null}, prompts=prompts)
 
 
 def learn(room: Room, out: Path) -> Trained:
@@ -184,7 +184,9 @@ def learn(room: Room, out: Path) -> Trained:
     case = room.case
     first = OptimConfig(lr=case.lr, decay="cosine", ema=0.99)
     optim = OptimConfig(lr=case.lr) if case.matching else first
-    plan = family_plan(case.method, optim, room.student, room.denoiser, lambda batch, rng: sample_of(batch["items"]))
+    plan = make_update_plan(
+        case.method, optim, room.student, room.denoiser, lambda batch, rng: sample_of(batch["items"])
+    )
 
     def fetch(items: np.ndarray, rng: KeyedRng) -> Batch:
         return {"items": items}
@@ -217,8 +219,8 @@ def landings(room: Room, prompt: int, step: int, count: int) -> Tensor:
     """Where one jump lands from the student's noised samples, float64 [count, 2]."""
     items = np.full(count, prompt)
     rng = KeyedRng(12345, step, tuple(range(count)))
-    scene = set_scene(room.case.method, room.denoiser, sample_of(items), rng)
-    return student_lands(scene).double()
+    pair = make_pair(room.case.method, room.denoiser, sample_of(items), rng)
+    return student_landing(pair).double()
 
 
 def rms(x: Tensor) -> float:
@@ -317,9 +319,9 @@ FOLLOWED = (1e-5, 1e-4, 1e-3)
 def drawn_points(room: Room, fit: str, prompt: int, count: int) -> Tensor:
     """What a fake score is fitted to, fp32 [count, 2]."""
     rng = KeyedRng(999, prompt, tuple(range(count)))
-    scene = set_scene(room.case.method, room.denoiser, sample_of(np.full(count, prompt)), rng)
+    pair = make_pair(room.case.method, room.denoiser, sample_of(np.full(count, prompt)), rng)
     config = room.case.method.matching.model_copy(update={"fit": fit})
-    return fake_points(config, scene)[0].float()
+    return fake_points(config, pair)[0].float()
 
 
 def followed(first: Case, out: Path, points: int, batch: int, fit: str, marks: Sequence[int]) -> None:

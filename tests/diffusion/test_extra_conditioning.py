@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.denoiser import BASE, tell
+from fewstep.diffusion.denoiser import BASE, extended
 from fewstep.diffusion.schedule import scaled_linear
 from fewstep.diffusion.time_conditioning import ExtraEmbedding, ExtraEmbeddingHook, sinusoid
 from fewstep.training.config import StudentConfig
@@ -56,7 +56,7 @@ def test_each_role_has_its_own_and_the_teacher_has_none() -> None:
     _, student = plane_student()
     assert set(student.extra_conditioning) == {"student", "target"}
     x, t = torch.randn(B, 2, generator=torch.Generator().manual_seed(0)), torch.full((B,), 499.0, dtype=torch.float64)
-    here, there = (tell({}, s=torch.full((B,), s, dtype=torch.float64)) for s in (19.0, 399.0))
+    here, there = (extended({}, s=torch.full((B,), s, dtype=torch.float64)) for s in (19.0, 399.0))
     call = student.call
     base = call(x, t, {}, BASE)
     for role in ("student", "target"):
@@ -78,7 +78,7 @@ def test_gradients_reach_what_it_is_told_by_with_other_roles_between() -> None:
     with torch.no_grad():
         mine["leave.weight"].normal_(generator=torch.Generator().manual_seed(2))
     x, t = torch.randn(B, 2, generator=torch.Generator().manual_seed(0)), torch.full((B,), 499.0, dtype=torch.float64)
-    told = tell({}, s=torch.linspace(0, 400, B, dtype=torch.float64))
+    told = extended({}, s=torch.linspace(0, 400, B, dtype=torch.float64))
     out = call(x, t, told, "student")
     with torch.no_grad():
         call(x, t, told, "target")

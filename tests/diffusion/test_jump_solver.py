@@ -17,7 +17,7 @@ from fewstep.diffusion.grid import between
 from fewstep.diffusion.jump import cm_skip, first_order, land, lcm_scalings, lcm_skip, second_order
 from fewstep.diffusion.samplers import sample_ode
 from fewstep.diffusion.schedule import Estimate, FlowMatching, Path, VarianceExploding, expand, interpret, scaled_linear
-from fewstep.diffusion.solver import SOLVERS, ddim, dpmpp_2s, euler, walk
+from fewstep.diffusion.solver import SOLVERS, ddim, dpmpp_2s, euler, integrate
 from support.exact import Mixture, gaussian, three_modes, times_of, two_modes_line
 
 VP = scaled_linear()
@@ -362,5 +362,5 @@ def test_sub_steps_come_nearer_to_the_flow(solver: SolverName) -> None:
         assert way.shape == (count + 1, len(x))
         assert torch.equal(way[0], t)
         assert torch.equal(way[-1], s)
-        errors.append(rms(walk(SOLVERS[solver], teacher.denoise, VP, x, way) - truth))
+        errors.append(rms(integrate(SOLVERS[solver], teacher.denoise, VP, x, way) - truth))
     assert errors[1] < 0.3 * errors[0]

@@ -351,7 +351,7 @@ def test_a_set_is_of_one_size(tiny_pipeline: Path, prompt_file: Path, tmp_path: 
 def test_what_prompts_alone_cannot_do_is_refused(words: list[str], tiny_pipeline: Path, prompt_file: Path) -> None:
     folder = read_folder(tiny_pipeline)
     for changes, said in (
-        (["stages=[]", "method.start=data"], "has prompts alone, method.start = 'data' noises pictures"),
+        (["stages=[]", "method.start=data"], "has prompts alone, method.start = 'data' noise_purposes pictures"),
         (["stages=[]", "method.point=stored", "method.start=trajectory"], "asks for predictions"),
     ):
         config = resolve("tlcm", None, [*words, *changes])

@@ -24,10 +24,10 @@ from fewstep.distillation.batches import fetch_of
 from fewstep.distillation.config import resolve
 from fewstep.methods import next_points as points
 from fewstep.methods.config import ConsistencyConfig
-from fewstep.methods.consistency import consistency_loss, set_scene, target_lands
+from fewstep.methods.consistency import consistency_loss, make_pair, target_landing
 from fewstep.methods.cost import step_calls
 from fewstep.methods.distances import feature_distance, huber, huber_norm, l2
-from fewstep.methods.pair import Sample
+from fewstep.methods.pair import MicroBatch
 from fewstep.methods.times import draw_times
 from support.exact import Mixture, gaussian, three_modes, times_of
 
@@ -155,8 +155,8 @@ class Recorder:
 def loss_of(config: ConsistencyConfig, network: Any, count: int = 16) -> Any:
     denoiser = Denoiser(network, PATH, "eps")
     x_0 = torch.from_numpy(np.random.default_rng(0).standard_normal((count, 3))).float()
-    sample = Sample(x_0, {"text": torch.ones(count)}, {"text": torch.zeros(count)})
-    return consistency_loss(set_scene(config, denoiser, sample, rng(count)), rng(count))
+    sample = MicroBatch(x_0, {"text": torch.ones(count)}, {"text": torch.zeros(count)})
+    return consistency_loss(make_pair(config, denoiser, sample, rng(count)), rng(count))
 
 
 @pytest.mark.parametrize(("target", "role"), [("self", "student"), ("ema", "target")])
@@ -238,13 +238,13 @@ def test_the_exact_jump_has_no_loss(config: ConsistencyConfig, prediction: Predi
     x_0 = mixture.sample(count, -1.0, torch.Generator().manual_seed(1))
     text = {"text": torch.zeros(count, 1)}
     unguided = config.model_copy(update={"guidance": Guidance(low=0, high=0)})
-    loss = consistency_loss(set_scene(unguided, denoiser, Sample(x_0, text, text), keyed), keyed)
+    loss = consistency_loss(make_pair(unguided, denoiser, MicroBatch(x_0, text, text), keyed), keyed)
     assert loss.per_sample is not None
     assert loss.per_sample.dtype == torch.float64
     assert float(loss.per_sample.max()) < 1e-20
 
     spoilt = replace(denoiser, call=lambda x, t, c, role: denoiser.call(x, t, c, role) + 0.05 * (role == "student"))
-    assert float(consistency_loss(set_scene(unguided, spoilt, Sample(x_0, text, text), keyed), keyed).value) > 1e-6
+    assert float(consistency_loss(make_pair(unguided, spoilt, MicroBatch(x_0, text, text), keyed), keyed).value) > 1e-6
 
 
 def test_the_skip_jump_has_no_loss_for_the_exact_end_point() -> None:
@@ -265,7 +265,7 @@ def test_the_skip_jump_has_no_loss_for_the_exact_end_point() -> None:
     x_0 = mixture.sample(count, -1.0, torch.Generator().manual_seed(1)).float()
     text = {"text": torch.zeros(count, 1)}
     unguided = LCM.model_copy(update={"guidance": Guidance(low=0, high=0), "distance": "l2"})
-    loss = consistency_loss(set_scene(unguided, Denoiser(call, PATH, "eps"), Sample(x_0, text, text), keyed), keyed)
+    loss = consistency_loss(make_pair(unguided, Denoiser(call, PATH, "eps"), MicroBatch(x_0, text, text), keyed), keyed)
     assert loss.per_sample is not None
     inside = times.t_n > 0
     assert float(loss.per_sample[inside].max()) < 1e-5  # c_out is not quite 1, c_skip not quite 0
@@ -313,7 +313,7 @@ def test_a_student_of_the_exact_teacher_learns_its_flow(config: ConsistencyConfi
         optimiser.param_groups[0]["lr"] = 3e-3 * (1 - step / STEPS)
         x_0 = mixture.sample(256, -1.0, torch.Generator().manual_seed(step))
         keyed = rng(256, step)
-        loss = consistency_loss(set_scene(unguided, denoiser, Sample(x_0, text, text), keyed), keyed).value
+        loss = consistency_loss(make_pair(unguided, denoiser, MicroBatch(x_0, text, text), keyed), keyed).value
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -415,10 +415,10 @@ def test_what_a_teachers_call_costs_is_what_is_stated(guidance: dict[str, Any], 
         keyed = KeyedRng(0, step, (0, 1, 2, 3))
         dropped = keyed.chance("empty prompt", empty)
         text = torch.where(dropped[:, None], 0.0, said)
-        sample = Sample(torch.ones(4, 1), {"text": text}, {"text": torch.zeros(4, 1)})
-        scene = set_scene(config, Denoiser(call, PATH, "eps"), sample, keyed)
-        target_lands(scene)
-        found = scene.teacher.denoise(torch.ones(4, 1), torch.full((4,), 499.0, dtype=torch.float64))
+        sample = MicroBatch(torch.ones(4, 1), {"text": text}, {"text": torch.zeros(4, 1)})
+        pair = make_pair(config, Denoiser(call, PATH, "eps"), sample, keyed)
+        target_landing(pair)
+        found = pair.teacher.denoise(torch.ones(4, 1), torch.full((4,), 499.0, dtype=torch.float64))
         assert not found.eps[dropped].any(), "guided or not, the empty prompt's own answer"
     assert set(asked) == {4 * teacher}
 

@@ -20,9 +20,9 @@ from fewstep.distillation.config import resolve
 from fewstep.methods import consistency
 from fewstep.methods import next_points as points
 from fewstep.methods.config import AdversarialConfig, ConsistencyConfig
-from fewstep.methods.consistency import consistency_loss, critic_loss, set_scene
+from fewstep.methods.consistency import consistency_loss, critic_loss, make_pair
 from fewstep.methods.cost import critic_calls, step_cost, student_calls
-from fewstep.methods.pair import HeldTrajectories, Sample
+from fewstep.methods.pair import HeldTrajectories, MicroBatch
 from fewstep.methods.recipes import names, rows
 from fewstep.methods.times import draw_times
 from fewstep.methods.update_plan import FrozenNetworks, terms_of
@@ -43,18 +43,18 @@ def method_of(recipe: str, **changes: Any) -> ConsistencyConfig:
     return resolve(recipe).method.model_copy(update=bare | changes)
 
 
-def batch_for(method: ConsistencyConfig, mixture: Mixture, count: int = COUNT) -> Sample:
+def batch_for(method: ConsistencyConfig, mixture: Mixture, count: int = COUNT) -> MicroBatch:
     """Data, or exact trajectories where the recipe stores them."""
     path = mixture.path
     generator = torch.Generator().manual_seed(1)
     if method.start == "data":
-        return Sample(mixture.sample(count, path.clean, generator), {}, {})
+        return MicroBatch(mixture.sample(count, path.clean, generator), {}, {})
     times = torch.cat([torch.tensor([end_time(path, method.end)]).double(), training_grid(path, method.grid)])
     x = mixture.sample(count, float(times[-1]), generator)
     top = times_of(float(times[-1]), x)
     points = [mixture.flow(x, top, times_of(float(t), x)) for t in times]
     held = HeldTrajectories(torch.stack(points, 1))
-    return Sample(held.points[:, 0], {}, {}, torch.zeros(count, dtype=torch.float64), held)
+    return MicroBatch(held.points[:, 0], {}, {}, torch.zeros(count, dtype=torch.float64), held)
 
 
 def bend(t: Tensor, s: Tensor, path: Path) -> Tensor:
@@ -79,7 +79,7 @@ def exact_everywhere(monkeypatch: pytest.MonkeyPatch, mixture: Mixture, theta: T
 def loss_and_gradient(method: ConsistencyConfig, mixture: Mixture, theta: Tensor) -> tuple[float, float]:
     denoiser = Denoiser(lambda x, *_: x, mixture.path, "x0")
     rng = KeyedRng(5, 0, tuple(range(COUNT)))
-    loss = consistency_loss(set_scene(method, denoiser, batch_for(method, mixture), rng), rng).value
+    loss = consistency_loss(make_pair(method, denoiser, batch_for(method, mixture), rng), rng).value
     (slope,) = torch.autograd.grad(loss, theta)
     return float(loss.detach()), float(slope.abs().max())
 
@@ -165,7 +165,7 @@ def test_consistency_training_is_right_on_average(monkeypatch: pytest.MonkeyPatc
         x_0, eps = mirrored_pairs(mixture, 0.75, 2000)
         rng = Mirrored(eps, KeyedRng(0, 0, tuple(range(len(x_0)))))
         denoiser = Denoiser(lambda x, *_: x, path, "x0")
-        loss = consistency_loss(set_scene(method, denoiser, Sample(x_0, {}, {}), rng), rng).value  # type: ignore[arg-type]
+        loss = consistency_loss(make_pair(method, denoiser, MicroBatch(x_0, {}, {}), rng), rng).value  # type: ignore[arg-type]
         (slope,) = torch.autograd.grad(loss, theta)
         slopes.append(float(slope.norm()))
     rates = [math.log2(a / b) for a, b in pairwise(slopes)]
@@ -231,10 +231,10 @@ def test_a_gan_alone_moves_a_wrong_student_to_the_right_law() -> None:
     for step in range(400):
         x_0 = mixture.sample(256, 0.0, torch.Generator().manual_seed(step)).float()
         rng = KeyedRng(1, step, tuple(range(256)))
-        scene = set_scene(method, denoiser, Sample(x_0, {}, {}), rng)
+        pair = make_pair(method, denoiser, MicroBatch(x_0, {}, {}), rng)
         for optimiser, loss in (
-            (judge, lambda: critic_loss(scene, rng, critic)),  # noqa: B023
-            (student, lambda: consistency_loss(scene, rng, terms)),  # noqa: B023
+            (judge, lambda: critic_loss(pair, rng, critic)),  # noqa: B023
+            (student, lambda: consistency_loss(pair, rng, terms)),  # noqa: B023
         ):
             optimiser.zero_grad()
             loss().value.backward()
@@ -322,28 +322,28 @@ def test_differences_are_divided_by_the_pull() -> None:
     """One wrong eps (or x0) at every pair of times costs the same, under each distance; no jump costs nothing."""
     from types import SimpleNamespace
 
-    from fewstep.methods.distances import distance, implicit_pull
+    from fewstep.methods.distances import distance, landing_derivative
 
-    def scene_at(method: ConsistencyConfig, path: Path, t: Tensor, s: Tensor) -> Any:
+    def pair_at(method: ConsistencyConfig, path: Path, t: Tensor, s: Tensor) -> Any:
         return SimpleNamespace(config=method, denoiser=SimpleNamespace(path=path), times=SimpleNamespace(t_nk=t, s=s))
 
     for name, path in PATHS.items():
         grid = training_grid(path, 50)
         t, s = grid[[5, 20, 40, 48]], grid[[0, 3, 4, 40]]
         for weight in ("eps", "x0", "v"):
-            pull = implicit_pull(weight, path, t, s)  # type: ignore[arg-type]
+            pull = landing_derivative(weight, path, t, s)  # type: ignore[arg-type]
             assert pull is not None
             for kind in ("l2", "huber", "huber_norm"):
                 method = method_of("tcd", distance=kind, huber_c=0.1)
                 off = torch.full((4, 2), 0.3, dtype=torch.float64) * pull[:, None]
-                scene = scene_at(method.model_copy(update={"weight": weight}), path, t, s)
-                costs = distance(scene, off, torch.zeros_like(off), s)
-                wanted = distance(scene_at(method, path, t, s), torch.full((4, 2), 0.3), torch.zeros(4, 2), s)
+                pair = pair_at(method.model_copy(update={"weight": weight}), path, t, s)
+                costs = distance(pair, off, torch.zeros_like(off), s)
+                wanted = distance(pair_at(method, path, t, s), torch.full((4, 2), 0.3), torch.zeros(4, 2), s)
                 assert costs.tolist() == pytest.approx(wanted.tolist()), (name, weight, kind)
-            nowhere = scene_at(method.model_copy(update={"weight": weight}), path, s, s)
+            nowhere = pair_at(method.model_copy(update={"weight": weight}), path, s, s)
             assert distance(nowhere, off, -off, s).tolist() == [0.0] * 4
     alpha, sigma = PATHS["vp"].alpha(t), PATHS["vp"].sigma(t)
-    x0, v = (implicit_pull(weight, PATHS["vp"], t, s) for weight in ("x0", "v"))
+    x0, v = (landing_derivative(weight, PATHS["vp"], t, s) for weight in ("x0", "v"))
     assert x0 is not None
     assert v is not None
     torch.testing.assert_close((x0 / v).square(), alpha.square() / sigma.square() + 1)
@@ -439,19 +439,19 @@ def test_the_critic_starts_at_its_share_of_the_run() -> None:
 
 def test_a_critic_sees_its_segment_alone() -> None:
     """PCM: noised to anywhere inside the phase; the two points of a pair to one time."""
-    from fewstep.methods.adversarial import seen_by_critic
+    from fewstep.methods.adversarial import noised_for_critic
 
     method = resolve("pcm").method
     path = PATHS["vp"]
     rng = KeyedRng(3, 0, tuple(range(4000)))
     times = draw_times(method, path, rng)
     x = torch.zeros(4000, 2)
-    seen, to = seen_by_critic(method.adversarial, path, x, times.s, times.top, rng, "fake")
+    seen, to = noised_for_critic(method.adversarial, path, x, times.s, times.top, rng, "fake")
     for edge, top in ((0, 249), (249, 499), (499, 749), (749, 999)):
         inside = to[times.s == edge]
         assert edge <= float(inside.min()) < edge + 10
         assert top - 10 < float(inside.max()) < top
-    real, same = seen_by_critic(method.adversarial, path, x, times.s, times.top, rng, "real", to=to)
+    real, same = noised_for_critic(method.adversarial, path, x, times.s, times.top, rng, "real", to=to)
     assert same is to
     assert not torch.equal(seen, real), "noise of its own"
 
@@ -571,11 +571,11 @@ def test_icts_weight_is_one_over_the_step(name: str) -> None:
     method = resolve("ct", None, ["method.weight=step", "method.k=3"]).method
     times = draw_times(method, path, KeyedRng(3, 0, tuple(range(COUNT))))
     level = [path.sigma(t) / (path.alpha(t) if name == "vp" else 1) for t in (times.t_nk, times.t_n)]
-    scene: Any = SimpleNamespace(config=method, denoiser=SimpleNamespace(path=path), times=times)
+    pair: Any = SimpleNamespace(config=method, denoiser=SimpleNamespace(path=path), times=times)
     gap = torch.randn(COUNT, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    found = distance(scene, gap, torch.zeros_like(gap), times.s)
-    scene.config = method.model_copy(update={"weight": "none"})
-    plain = distance(scene, gap, torch.zeros_like(gap), times.s)
+    found = distance(pair, gap, torch.zeros_like(gap), times.s)
+    pair.config = method.model_copy(update={"weight": "none"})
+    plain = distance(pair, gap, torch.zeros_like(gap), times.s)
     apart = level[0] > level[1]
     torch.testing.assert_close((found * (level[0] - level[1]))[apart], plain[apart], rtol=1e-9, atol=0)
     assert bool((found[apart] > 0).all()), "every time of the grid is trained"
@@ -612,12 +612,12 @@ def test_network_calls_are_as_the_recipe_says(recipe: str) -> None:
         seen["features"] += len(x)
         return x.sum(1, keepdim=True)
 
-    scene = set_scene(method, Denoiser(call, PATHS["vp"], "eps"), sample, rng)
-    consistency_loss(scene, rng, terms_of(method, FrozenNetworks(critic=critic)))  # type: ignore[arg-type]
+    pair = make_pair(method, Denoiser(call, PATHS["vp"], "eps"), sample, rng)
+    consistency_loss(pair, rng, terms_of(method, FrozenNetworks(critic=critic)))  # type: ignore[arg-type]
     assert {who: count // 8 for who, count in seen.items()} == none | student_calls(method)
     if method.adversarial.weight:
         seen |= none
-        critic_loss(scene, rng, critic)
+        critic_loss(pair, rng, critic)
         own = none | critic_calls(method)  # nothing has a gradient there: the student's count as the target's
         wanted = own | {"student": 0, "target": own["student"] + own["target"]}
         assert {who: count // 8 for who, count in seen.items()} == wanted

@@ -23,13 +23,13 @@ from fewstep.diffusion.solver import ddim
 from fewstep.distillation.config import resolve
 from fewstep.methods.adversarial import discriminate, generator_loss
 from fewstep.methods.config import AdversarialConfig, ConsistencyConfig
-from fewstep.methods.consistency import compared_at, consistency_loss, critic_loss, set_scene, student_lands
+from fewstep.methods.consistency import compared_at, consistency_loss, critic_loss, make_pair, student_landing
 from fewstep.methods.cost import fake_calls, starting_calls, step_calls
 from fewstep.methods.distribution_matching import NORMALISERS, drawn_noise, fake_loss, fake_points, matching_loss
-from fewstep.methods.pair import HeldTrajectories, Sample, Scene
+from fewstep.methods.pair import HeldTrajectories, MicroBatch, Pair
 from fewstep.methods.reward_loss import other_prompts, reward_loss
 from fewstep.methods.stratified_times import in_turn
-from fewstep.methods.update_plan import FrozenNetworks, SceneOnce, terms_of
+from fewstep.methods.update_plan import FrozenNetworks, PairCache, terms_of
 from fewstep_worlds.plane.mixture import Mixture, one_gaussian, ring, times_of
 from fewstep_worlds.plane.network import PlaneCritic, PlaneNetwork
 
@@ -52,8 +52,8 @@ def exact(mixture: Mixture) -> Callable[..., Tensor]:
     return lambda x, t, condition, role: mixture.denoise(x.double(), t).x0
 
 
-def sample_of(count: int, **changes: Any) -> Sample:
-    return replace(Sample(torch.zeros(()).expand(count, 2), {}, {}), **changes)
+def sample_of(count: int, **changes: Any) -> MicroBatch:
+    return replace(MicroBatch(torch.zeros(()).expand(count, 2), {}, {}), **changes)
 
 
 def drawn(count: int, step: int = 0) -> KeyedRng:
@@ -88,18 +88,18 @@ def test_a_roll_out_is_the_teachers_walk(name: str) -> None:
 
     denoiser = Denoiser(call, path, "x0")
     method = method_of(grid=40, segments=8, rollout=8)
-    scene = set_scene(method, denoiser, sample_of(count), drawn(count))
-    counts = torch.tensor(method.rollout_steps)[scene.times.index_nk]
+    pair = make_pair(method, denoiser, sample_of(count), drawn(count))
+    counts = torch.tensor(method.rollout_steps)[pair.times.index_nk]
     assert asked == int(counts.sum())
     assert {1, 8} <= set(counts.tolist())
     noise = drawn(count).normal("noise", (2,)) * start_size(path)
     for i in range(count):
         x, top = noise[i : i + 1], path.noisiest
-        goal, steps = float(scene.times.t_nk[i]), int(counts[i])
+        goal, steps = float(pair.times.t_nk[i]), int(counts[i])
         for j in range(steps):
             t, s = (top + (goal - top) * n / steps for n in (j, j + 1))
             x = ddim(denoiser_of(denoiser), path, x, times_of(t, x), times_of(s, x)).float()
-        torch.testing.assert_close(scene.x_nk[i : i + 1].float(), x, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(pair.x_nk[i : i + 1].float(), x, rtol=1e-4, atol=1e-5)
 
 
 def denoiser_of(denoiser: Denoiser) -> Any:
@@ -123,8 +123,8 @@ def test_roll_outs_are_as_long_in_every_micro_batch(grid: int, rollout: int) -> 
             first = (step * 3 + part) * batch
             rng = KeyedRng(3, step, tuple(range(first, first + batch)))
             calls.clear()
-            scene = set_scene(method, Denoiser(call, path, "x0"), sample_of(batch), rng)
-            counts = torch.tensor(method.rollout_steps)[scene.times.index_nk]
+            pair = make_pair(method, Denoiser(call, path, "x0"), sample_of(batch), rng)
+            counts = torch.tensor(method.rollout_steps)[pair.times.index_nk]
             assert calls == [max(1, int((counts > number).sum())) for number in range(longest)], "always as many"
             for seen, rows in zip(shapes, calls, strict=True):
                 seen.add(rows)
@@ -159,14 +159,14 @@ def test_a_roll_out_is_guided_as_the_next_step_is() -> None:
     text = torch.arange(1.0, 9.0)[:, None]
     sample = sample_of(8, condition={"text": text}, null={"text": torch.zeros(8, 1)})
     method = method_of(grid=8, segments=8, guidance={"convention": "imagen", "low": 3.0, "high": 3.0}, k=1, s="edge")
-    scene = set_scene(method, Denoiser(call, path, "x0"), sample, drawn(8))
-    assert scene.omega.tolist() == [2.0] * 8
+    pair = make_pair(method, Denoiser(call, path, "x0"), sample, drawn(8))
+    assert pair.omega.tolist() == [2.0] * 8
     for role, texts in seen:
         half = len(texts) // 2
         assert role == "teacher"
         assert all(said > 0 for said in texts[:half])
         assert texts[half:] == [0.0] * half
-    counts = torch.tensor(method.rollout_steps)[scene.times.index_nk]
+    counts = torch.tensor(method.rollout_steps)[pair.times.index_nk]
     times_told = [sum(value in texts for _, texts in seen) for value in text[:, 0].tolist()]
     assert times_told == counts.tolist()
 
@@ -182,15 +182,15 @@ def test_the_students_own_samples_follow_its_law(name: str) -> None:
         return mixture.flow(x.double(), t, times_of(0.0, x))
 
     method = method_of(start="student", student_steps=4)
-    scene = set_scene(method, Denoiser(call, path, "x0"), sample_of(count), drawn(count))
+    pair = make_pair(method, Denoiser(call, path, "x0"), sample_of(count), drawn(count))
     assert calls == [("student", False)] * 4
-    assert scene.clean is not None
-    assert scene.clean_at == path.clean
-    torch.testing.assert_close(scene.clean.double().mean(0), mixture.means[0], atol=0.04, rtol=0)
-    torch.testing.assert_close(scene.clean.double().std(0), mixture.stds.expand(2), atol=0.04, rtol=0)
+    assert pair.clean is not None
+    assert pair.clean_at == path.clean
+    torch.testing.assert_close(pair.clean.double().mean(0), mixture.means[0], atol=0.04, rtol=0)
+    torch.testing.assert_close(pair.clean.double().std(0), mixture.stds.expand(2), atol=0.04, rtol=0)
     z = drawn(count).normal("noise", (2,))
     low = torch.full((count,), path.clean, dtype=torch.float64)
-    torch.testing.assert_close(scene.x_nk, diffuse(path, scene.clean, low, scene.times.t_nk, z))
+    torch.testing.assert_close(pair.x_nk, diffuse(path, pair.clean, low, pair.times.t_nk, z))
 
 
 def test_a_step_by_stored_outputs_is_the_teachers_own() -> None:
@@ -213,21 +213,21 @@ def test_a_step_by_stored_outputs_is_the_teachers_own() -> None:
     ]
     guidance = {"convention": "lcm", "low": 1.0, "high": 5.0}
     held = HeldTrajectories(points, (said[0], said[1]))
-    sample = Sample(points[:, 0], text, none, torch.full((count,), 9.0, dtype=torch.float64), held)
+    sample = MicroBatch(points[:, 0], text, none, torch.full((count,), 9.0, dtype=torch.float64), held)
     found = {}
     for point in ("stored", "solver"):
         calls = 0
         method = method_of(start="trajectory", point=point, guidance=guidance, k=3)
-        scene = set_scene(method, denoiser, replace(sample, omega=None), drawn(count))
+        pair = make_pair(method, denoiser, replace(sample, omega=None), drawn(count))
         from fewstep.methods.next_points import POINTS
 
-        found[point] = POINTS[point](scene)  # type: ignore[index]
+        found[point] = POINTS[point](pair)  # type: ignore[index]
         assert calls == (0 if point == "stored" else 1)
-        assert float(scene.omega.max()) > 4
+        assert float(pair.omega.max()) > 4
     torch.testing.assert_close(found["stored"], found["solver"], rtol=1e-12, atol=1e-12)
 
 
-def test_a_scene_is_set_once_for_all_updates_of_a_micro_batch() -> None:
+def test_a_pair_is_made_once_for_all_updates_of_a_micro_batch() -> None:
     calls = 0
 
     def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
@@ -235,19 +235,19 @@ def test_a_scene_is_set_once_for_all_updates_of_a_micro_batch() -> None:
         calls += 1
         return x
 
-    stage = SceneOnce(method_of(rollout=1), Denoiser(call, PATHS["flow"], "x0"), lambda batch, rng: sample_of(4))
+    stage = PairCache(method_of(rollout=1), Denoiser(call, PATHS["flow"], "x0"), lambda batch, rng: sample_of(4))
     first = drawn(4)
-    assert stage.scene({}, first) is stage.scene({}, first)
+    assert stage.pair({}, first) is stage.pair({}, first)
     assert calls == 1
-    assert stage.scene({}, drawn(4, 1)) is not stage.scene({}, first)
+    assert stage.pair({}, drawn(4, 1)) is not stage.pair({}, first)
 
 
 # ---- distribution matching
 
 
-def scene_from(method: ConsistencyConfig, denoiser: Denoiser, count: int, step: int) -> tuple[Scene, KeyedRng]:
+def pair_from(method: ConsistencyConfig, denoiser: Denoiser, count: int, step: int) -> tuple[Pair, KeyedRng]:
     rng = drawn(count, step)
-    return set_scene(method, denoiser, sample_of(count), rng), rng
+    return make_pair(method, denoiser, sample_of(count), rng), rng
 
 
 @pytest.mark.parametrize("normaliser", ["dmd", "score", "none"])
@@ -260,10 +260,10 @@ def test_the_gradient_is_the_gap_of_the_scores(normaliser: Any) -> None:
         return (fake if role == "fake" else real).denoise(x.double(), t).x0
 
     method = method_of(consistency=0.0, matching={"weight": 1.0, "normaliser": normaliser})
-    scene, rng = scene_from(method, Denoiser(call, path, "x0"), count, 0)
+    pair, rng = pair_from(method, Denoiser(call, path, "x0"), count, 0)
     x0 = fake.sample(count, path.clean, torch.Generator().manual_seed(1)).requires_grad_()
     at = torch.full((count,), path.clean, dtype=torch.float64)
-    (slope,) = torch.autograd.grad(matching_loss(method.matching, scene, x0, at, rng).sum(), x0)
+    (slope,) = torch.autograd.grad(matching_loss(method.matching, pair, x0, at, rng).sum(), x0)
     t = path.clean + (path.noisiest - path.clean) * rng.uniform("matching t", 0.02, 0.98)
     with torch.no_grad():
         alpha, sigma = (expand(part(t), x0) for part in (path.alpha, path.sigma))
@@ -303,10 +303,10 @@ def test_where_the_fake_score_is_the_students_and_that_the_teachers_only_guidanc
     method = method_of(consistency=0.0, matching={"weight": 1.0, "normaliser": normaliser}, guidance=guidance)
     own, empty = ({"empty": torch.full((count,), flag)} for flag in (False, True))
     rng = drawn(count)
-    scene = set_scene(method, Denoiser(call, path, "x0"), sample_of(count, condition=own, null=empty), rng)
+    pair = make_pair(method, Denoiser(call, path, "x0"), sample_of(count, condition=own, null=empty), rng)
     x0 = real.sample(count, path.clean, torch.Generator().manual_seed(1)).requires_grad_()
     at = torch.full((count,), path.clean, dtype=torch.float64)
-    (slope,) = torch.autograd.grad(matching_loss(method.matching, scene, x0, at, rng).sum(), x0)
+    (slope,) = torch.autograd.grad(matching_loss(method.matching, pair, x0, at, rng).sum(), x0)
     t = drawn_noise(method.matching, path, rng, "matching t")
     with torch.no_grad():
         x_t = add_noise(path, x0, rng.normal("matching noise", (2,)), t)
@@ -330,17 +330,17 @@ def test_the_fake_score_is_fitted_to_landings_or_to_the_students_own_samples(end
     found = {}
     for fit in ("landing", "sample"):
         method = method_of(start="student", end=end, matching={"weight": 1.0, "fit": fit})
-        scene, _ = scene_from(method, Denoiser(call, path, "x0"), count, 0)
+        pair, _ = pair_from(method, Denoiser(call, path, "x0"), count, 0)
         before = len(asked)
-        points, at = fake_points(method.matching, scene)
+        points, at = fake_points(method.matching, pair)
         assert len(asked) - before == count * fake_calls(method).get("student", 0)
         assert at.tolist() == [path.clean if end == "clean" else 0.0] * count
         found[fit] = points
     if end == "clean":
         last = float(inference_times(path, 4, grid=8)[-1])
         assert found["sample"].tolist() == [[last, last]] * count
-        assert found["landing"][:, 0].tolist() == pytest.approx(scene.times.t_nk.tolist())
-        assert len(set(scene.times.t_nk.tolist())) > 1
+        assert found["landing"][:, 0].tolist() == pytest.approx(pair.times.t_nk.tolist())
+        assert len(set(pair.times.t_nk.tolist())) > 1
     assert not torch.equal(found["sample"], found["landing"])
 
 
@@ -376,10 +376,10 @@ def test_the_fake_score_converges_to_the_students_exact_score() -> None:
     for step in range(501):
         if step in (0, 500):
             gaps.append(score_error(denoiser, lands))
-        scene, rng = scene_from(method, denoiser, 256, step)
+        pair, rng = pair_from(method, denoiser, 256, step)
         landed = lands.sample(256, 0.0, generator).float()
         optimiser.zero_grad()
-        fake_loss(method.matching, scene, landed, at, rng).value.backward()
+        fake_loss(method.matching, pair, landed, at, rng).value.backward()
         optimiser.step()
     assert gaps[0] > 0.5
     assert gaps[1] < 0.02
@@ -442,18 +442,18 @@ def test_alone_it_moves_a_wrong_student_to_the_right_law(by: str) -> None:
         generator = torch.Generator().manual_seed(step)
         data = mixture.sample(128, 0.0, generator).float()
         rng = drawn(128, step)
-        scene = set_scene(method, denoiser, sample_of(128, data=data), rng)
+        pair = make_pair(method, denoiser, sample_of(128, data=data), rng)
         follows.zero_grad()
         if matches:
             with torch.no_grad():
-                landed = student_lands(scene)
-            fake_loss(method.matching, scene, landed, compared_at(scene), rng).value.backward()
+                landed = student_landing(pair)
+            fake_loss(method.matching, pair, landed, compared_at(pair), rng).value.backward()
         else:
-            critic_loss(scene, rng, critic).value.backward()
+            critic_loss(pair, rng, critic).value.backward()
         follows.step()
         if step % 3 == 0:
             learns.zero_grad()
-            consistency_loss(scene, rng, terms).value.backward()
+            consistency_loss(pair, rng, terms).value.backward()
             learns.step()
     assert before > 0.5
     assert landed_energy(student, mixture) < 0.01

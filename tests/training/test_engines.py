@@ -31,8 +31,8 @@ from fewstep.distillation.config import resolve
 from fewstep.distillation.prepare import prepare
 from fewstep.inference import generator as drawing
 from fewstep.methods.config import ConsistencyConfig
-from fewstep.methods.consistency import set_scene
-from fewstep.methods.pair import Sample
+from fewstep.methods.consistency import make_pair
+from fewstep.methods.pair import MicroBatch
 from fewstep.training.roles import AdapterRoles, add_adapter
 
 GRAPHS = ["student with gradient", "student", "fake", "teacher"]
@@ -156,11 +156,11 @@ def test_a_compiled_roll_out_has_a_graph_a_round(batch: int, graphs: range) -> N
         "start": "rollout", "rollout": 4, "grid": 20, "k": 1, "s": "edge", "end": "clean",
         "guidance": {"convention": "none"},
     })  # fmt: skip
-    sample = Sample(torch.zeros(batch, 4, 8, 8), {"text": torch.zeros(batch, 3, 8)}, {})
+    sample = MicroBatch(torch.zeros(batch, 4, 8, 8), {"text": torch.zeros(batch, 3, 8)}, {})
     try:
         for step in range(12):
             rng = KeyedRng(0, step, tuple(range(step * batch, (step + 1) * batch)))
-            set_scene(method, Denoiser(call, scaled_linear(), "eps"), sample, rng)
+            make_pair(method, Denoiser(call, scaled_linear(), "eps"), sample, rng)
         assert counter.frame_count in graphs
     finally:
         torch._dynamo.reset()

@@ -26,9 +26,9 @@ from fewstep.common.rng import KeyedRng
 from fewstep.data.latents import LatentSet
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.methods.config import ConsistencyConfig
-from fewstep.methods.pair import Sample
-from fewstep.methods.start_points import STARTS, noises
-from fewstep.methods.update_plan import family_plan, roles_of
+from fewstep.methods.pair import MicroBatch
+from fewstep.methods.start_points import STARTS, noise_purposes
+from fewstep.methods.update_plan import make_update_plan, roles_of
 from fewstep.training.config import OptimConfig, StudentConfig
 from fewstep.training.loop import Batch, Update, _Running
 from fewstep.training.student import make_student
@@ -148,14 +148,14 @@ def test_nothing_waits_in_a_step(family: str, method: str, backbone_of: Callable
     for module in [backbone.network, *student.extra_conditioning.values()]:
         module.to(META)
     denoiser = Denoiser(student.call, backbone.path, backbone.prediction, backbone.embedded_guidance)
-    sample = Sample(torch.zeros(2, *backbone.latent_shape, device=META), told, null)
+    sample = MicroBatch(torch.zeros(2, *backbone.latent_shape, device=META), told, null)
 
-    def ahead(batch: Batch, rng: KeyedRng) -> Sample:
-        for purpose in noises(config):
+    def ahead(batch: Batch, rng: KeyedRng) -> MicroBatch:
+        for purpose in noise_purposes(config):
             rng.draw_ahead(purpose, backbone.latent_shape)
         return sample
 
-    plan = family_plan(config, OptimConfig(ema=0.9, clip=1.0), student, denoiser, ahead)
+    plan = make_update_plan(config, OptimConfig(ema=0.9, clip=1.0), student, denoiser, ahead)
     seen, running = drive(plan)
     assert seen.crossed > 0, "noise, times and coefficients do"
     assert set(running[0].averages) == ({"ema", "follower"} if config.target == "ema" else {"ema"})
@@ -191,7 +191,7 @@ def test_noise_is_drawn_by_who_reads_ahead(start: str) -> None:
     """All that a start asks for, and the numbers that it would have drawn itself."""
     config = method_of(start=start, rollout=2, student_steps=3, guidance={"convention": "none"})
     shape, ahead = (1, 2, 2), KeyedRng(3, 5, (7, 8))
-    for purpose in noises(config):
+    for purpose in noise_purposes(config):
         ahead.draw_ahead(purpose, shape)
     held = dict(ahead._ahead)
     for (purpose, _), noise in held.items():

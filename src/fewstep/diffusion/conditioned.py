@@ -1,8 +1,4 @@
-"""A student's jump f(x_t, t -> s), as training and sampling ask for it.
-
-Which jump function it is and what its network is told are choices of the recipe. They travel with the student in its
-sampling settings, so that it is asked at inference as it was trained.
-"""
+"""A denoiser with its role, condition, extra conditioning and guidance fixed: what jumps and solvers call."""
 
 from __future__ import annotations
 
@@ -12,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fewstep.common.choices import ExtraCondition
-from fewstep.diffusion.denoiser import Condition, Denoiser, tell
+from fewstep.diffusion.denoiser import Condition, Denoiser, extended
 from fewstep.diffusion.jump import Denoise, Step
 from fewstep.diffusion.samplers import JumpFn
 from fewstep.diffusion.schedule import Estimate, index_of
@@ -20,12 +16,12 @@ from fewstep.diffusion.schedule import Estimate, index_of
 
 @dataclass(frozen=True)
 class ConditionedDenoiser:
-    """A role of a denoiser that is asked under one condition.
+    """One role of a denoiser under a fixed condition.
 
     Attributes:
-        told: what the network is told beside x_t and t.
-        w: guidance omega [B] that it stands for, where it is told that.
-        null, omega: condition of the unconditional branch and guidance [B] of each call; None for no guidance.
+        extra_conditioning: the network's inputs beside x_t, t and the prompt.
+        w: guidance omega [B], for networks with w among them.
+        null, omega: condition of the unconditional branch and guidance [B]; None for no guidance.
     """
 
     denoiser: Denoiser
@@ -37,23 +33,39 @@ class ConditionedDenoiser:
     omega: Tensor | None = None
 
     def estimate(self, x_t: Tensor, t: Tensor, s: Tensor) -> Estimate:
-        """x0 and eps at x_t, for a jump to s."""
-        where = index_of(self.denoiser.path, s) if "s" in self.extra_conditioning else None
+        """Return x0 and eps at x_t, for a jump to s."""
+        landing = index_of(self.denoiser.path, s) if "s" in self.extra_conditioning else None
         w = self.w if "w" in self.extra_conditioning else None
-        condition = tell(self.condition, s=where, w=w)
+        condition = extended(self.condition, s=landing, w=w)
         if self.null is None or self.omega is None:
             return self.denoiser.estimate(x_t, t, condition, self.role)
-        return self.denoiser.guided(x_t, t, condition, tell(self.null, s=where, w=w), self.omega, self.role)
+        return self.denoiser.guided(x_t, t, condition, extended(self.null, s=landing, w=w), self.omega, self.role)
 
     def denoise(self, x_t: Tensor, t: Tensor) -> Estimate:
-        """x0 and eps at x_t for a solver, which wants the slope there: s = t."""
+        """Return x0 and eps at x_t for a solver, which needs the slope at t: s = t."""
         return self.estimate(x_t, t, t)
 
-    def jumper(self, step: Step) -> JumpFn:
-        """The jump (x_t, t, s) -> x_s by the given jump function."""
+    def jump(self, step: Step) -> JumpFn:
+        """Return the jump (x_t, t, s) -> x_s by the given jump function."""
 
         def jump(x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
             denoise: Denoise = lambda x, now: self.estimate(x, now, s)  # noqa: E731
             return step(denoise, self.denoiser.path, x_t, t, s)
 
         return jump
+
+    def rows(self, index: Tensor) -> ConditionedDenoiser:
+        """Return the denoiser for some rows of its batch, int64 [b] on the CPU."""
+
+        def pick(condition: Condition) -> Condition:
+            return {name: value[index.to(value.device, non_blocking=True)] for name, value in condition.items()}
+
+        return ConditionedDenoiser(
+            self.denoiser,
+            pick(self.condition),
+            self.role,
+            self.extra_conditioning,
+            None if self.w is None else self.w[index],
+            None if self.null is None else pick(self.null),
+            None if self.omega is None else self.omega[index],
+        )

@@ -82,7 +82,7 @@ def draw_latents(
     if sampling.omega > 0:
         wide = {k: v.expand(len(x), *v.shape[1:]) for k, v in null.items()}
         voice = replace(voice, null=wide, omega=torch.full((len(x),), sampling.omega))
-    jump = voice.jumper(student_step(sampling.step_jump, sampling.r, sampling.form))
+    jump = voice.jump(student_step(sampling.step_jump, sampling.r, sampling.form))
 
     def noise() -> Tensor:
         drawn = cpu_noise().to(device)

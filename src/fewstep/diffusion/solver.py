@@ -68,7 +68,7 @@ SOLVERS: Mapping[SolverName, Step] = {
 }
 
 
-def walk(step: Step, denoise: Denoise, path: Path, x: Tensor, times: Tensor) -> Tensor:
+def integrate(step: Step, denoise: Denoise, path: Path, x: Tensor, times: Tensor) -> Tensor:
     """Several steps: from x at times[0] through times[1], ..., to times[-1]; times float64 [n + 1, B], falling.
 
     A step of no length is the identity, and is paid for: samples of one batch take the same number.

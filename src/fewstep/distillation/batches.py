@@ -19,8 +19,8 @@ from fewstep.distillation.prepare import Run
 from fewstep.distillation.synthesis.dataset import FromSet
 from fewstep.distillation.trajectories import Kept
 from fewstep.methods.config import ConsistencyConfig
-from fewstep.methods.pair import Sample, Stored
-from fewstep.methods.start_points import noises
+from fewstep.methods.pair import MicroBatch, StoredTrajectories
+from fewstep.methods.start_points import noise_purposes
 from fewstep.methods.times import PairTimes, draw_times
 from fewstep.training.loop import Batch
 
@@ -55,7 +55,9 @@ class PrefetchedPoints:
         return self.said
 
 
-def prefetch(stored: Stored, method: ConsistencyConfig, times: PairTimes, device: torch.device) -> PrefetchedPoints:
+def prefetch(
+    stored: StoredTrajectories, method: ConsistencyConfig, times: PairTimes, device: torch.device
+) -> PrefetchedPoints:
     """Read what `objectives` will ask of stored trajectories at these times."""
 
     def there(tensor: Tensor) -> Tensor:
@@ -83,7 +85,7 @@ def fetch_of(run: Run) -> Callable[[np.ndarray, KeyedRng], Batch]:
         states = run.data.states(prompts, device)
         null = {name: row.expand(len(numbers), *row.shape[1:]) for name, row in nothing.items()}
         if method.start == "trajectory":
-            kept: Stored
+            kept: StoredTrajectories
             if run.synthesis:
                 kept = FromSet(run.synthesis, numbers)
             else:
@@ -98,10 +100,10 @@ def fetch_of(run: Run) -> Callable[[np.ndarray, KeyedRng], Batch]:
                 else stored.x_nk
             )
             omega = None if run.omega is None else run.omega[numbers]
-            return {"sample": Sample(data, states, null, omega, stored, prompts, times)}
+            return {"sample": MicroBatch(data, states, null, omega, stored, prompts, times)}
         data = copy_async(run.data.latents[numbers], device).float()
-        for purpose in noises(method):
+        for purpose in noise_purposes(method):
             rng.draw_ahead(purpose, tuple(data.shape[1:]))
-        return {"sample": Sample(data, states, null, prompts=prompts)}
+        return {"sample": MicroBatch(data, states, null, prompts=prompts)}
 
     return fetch

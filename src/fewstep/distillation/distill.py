@@ -54,7 +54,7 @@ from fewstep.distillation.synthesis.record import is_synthesis
 from fewstep.distillation.validation import REAL, Validation, validation_prompts
 from fewstep.inference.generator import ImageGenerator
 from fewstep.methods.discriminator import FeatureCritic
-from fewstep.methods.update_plan import FrozenNetworks, family_plan, start_from
+from fewstep.methods.update_plan import FrozenNetworks, make_update_plan, start_from
 from fewstep.training.checkpoint import read_state
 from fewstep.training.loop import Trained, Update, check_split, train
 from fewstep.training.run_folder import RunLog, check_same_run, checkpoints, last_step
@@ -63,7 +63,7 @@ from fewstep.training.run_folder import RunLog, check_same_run, checkpoints, las
 def update_plan(run: Run) -> list[Update]:
     """What the loop is handed: the family's plan on the samples of `fetch_of`."""
     config = run.config
-    return family_plan(
+    return make_update_plan(
         config.method,
         config.optim,
         run.student,

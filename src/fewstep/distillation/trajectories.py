@@ -78,7 +78,7 @@ def draw_trajectories(
 
 @dataclass(frozen=True)
 class Kept:
-    """The trajectories of some samples, on disk (`methods.pair.Stored`): a point is read when it is asked for."""
+    """The trajectories of some samples on disk (`methods.pair.StoredTrajectories`), read point by point."""
 
     rows: MappedRows
     items: Tensor

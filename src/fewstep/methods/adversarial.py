@@ -1,8 +1,7 @@
-"""Adversarial terms: a critic that tells where a student lands from real points.
+"""Adversarial terms: a critic discriminates the student's landings from real points.
 
-A critic is any function (x, t, condition) -> logits [B, ...]; heads on frozen teacher features, or a small network of
-its own. It sees points noised further by a drawn amount, if the recipe says so: laws that do not overlap cannot be told
-apart by degrees.
+A critic is any function (x, t, condition) -> logits [B, ...]: heads on frozen teacher features, or a small network of
+its own. Its inputs are noised by a drawn amount where the recipe says so, which makes the two distributions overlap.
 """
 
 from __future__ import annotations
@@ -27,34 +26,34 @@ Critic = Callable[[Tensor, Tensor, Condition], Tensor]
 
 
 def per_item(values: Tensor) -> Tensor:
-    """Mean over all axes but the first, [B]."""
+    """Return the mean over all axes but the first, [B]."""
     return values.flatten(1).mean(1) if values.dim() > 1 else values
 
 
-def seen_by_critic(
+def noised_for_critic(
     config: AdversarialConfig,
     path: Path,
     x: Tensor,
     at: Tensor,
     top: Tensor,
     rng: KeyedRng,
-    who: str,
+    purpose: str,
     to: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What the critic sees of points x at the times `at`: they are diffused to times drawn above, or to `to`.
+    """Return points x at the times `at` diffused to drawn times above, or to `to`; and those times, float64 [B].
 
-    Drawn times lie up to the share `config.noise` of the way to `top`, the upper edge of the segment, which PCM's
-    critic looks at whole. `who` keys the noise: real and fake points get their own.
+    Drawn times lie up to the share `config.noise` of the way to `top`, the upper edge of the segment (PCM, arXiv
+    2405.18407, draws from the whole segment). `purpose` keys the noise: real and fake points have their own.
     """
     if to is None:
         to = at + rng.uniform("critic t", 0, config.noise) * (top - at) if config.noise else at
     if to is at:
         return x, at
-    return diffuse(path, x, at, to, rng.normal(f"{who} noise", tuple(x.shape[1:]))), to
+    return diffuse(path, x, at, to, rng.normal(f"{purpose} noise", tuple(x.shape[1:]))), to
 
 
 def generator_loss(config: AdversarialConfig, logits: Tensor) -> Tensor:
-    """What the student minimises, [B]: -D (hinge, arXiv 1802.05957) or softplus(-D) (non-saturating, 1406.2661)."""
+    """Return the student's loss, [B]: -D (hinge, arXiv 1802.05957) or softplus(-D) (non-saturating, 1406.2661)."""
     return per_item(-logits if config.kind == "hinge" else torch.nn.functional.softplus(-logits))
 
 
@@ -65,12 +64,12 @@ def discriminate(
     fake: tuple[Tensor, Tensor],
     condition: Condition,
 ) -> Loss:
-    """What the critic minimises: relu(1 - D(real)) + relu(1 + D(fake)), or softplus(-D(real)) + softplus(D(fake)).
+    """Return the critic's loss: relu(1 - D(real)) + relu(1 + D(fake)), or softplus(-D(real)) + softplus(D(fake)).
 
     R1 (arXiv 1801.04406) adds r1/2 |dD(real)/dx|^2.
     """
     real_x = real[0].detach().requires_grad_(config.r1 > 0)
-    # fused attention has no second derivative, which R1's gradient is made of
+    # R1 needs a second derivative, which fused attention does not have
     with sdpa_kernel(SDPBackend.MATH) if config.r1 else nullcontext():
         on_real = critic(real_x, real[1], condition)
     on_fake = critic(fake[0].detach(), fake[1], condition)
@@ -86,18 +85,17 @@ def discriminate(
     return Loss(per_sample.mean(), per_sample.detach(), None, scalars)
 
 
-LEAST_SLOPE = 1e-4
-"""Added to the length that a gradient is divided by, as in CTM's released code."""
+GRADIENT_EPSILON = 1e-4
+"""Added to the norm that is divided by, as in CTM's released code."""
 ANY_RATIO = (0.0, 1e4)
-"""Range of a ratio of gradients where the term names none, as in CTM's released code."""
+"""Default range of a ratio of gradients, as in CTM's released code."""
 
 
 def gradient_ratio(first: Tensor, second: Tensor, weight: Tensor, clip: tuple[float, float] = ANY_RATIO) -> Tensor:
     """Return |d first/d weight| / (|d second/d weight| + 1e-4) of the means over the batch, clipped; a scalar.
 
     CTM multiplies its second and third loss by it, at the network's last layer (arXiv 2310.02279, eq 13, after VQGAN);
-    of a LoRA that is its last adapter. The constant is that of its released code. The gradients are those of a
-    micro-batch in all processes, which all must call.
+    for a LoRA, its last adapter. Gradients are averaged over processes, which all must call.
 
     Args:
         first, second: losses, [B] each.
@@ -105,7 +103,7 @@ def gradient_ratio(first: Tensor, second: Tensor, weight: Tensor, clip: tuple[fl
         clip: smallest and largest ratio.
     """
     slopes = [torch.autograd.grad(loss.mean(), weight, retain_graph=True)[0] for loss in (first, second)]
-    average_over_processes(slopes)  # before their lengths: the mean of lengths is no length of the mean
+    average_over_processes(slopes)  # before the norms: the norm of the mean is needed
     one, other = (slope.norm() for slope in slopes)
-    ratio: Tensor = (one / (other + LEAST_SLOPE)).clamp(*clip)
+    ratio: Tensor = (one / (other + GRADIENT_EPSILON)).clamp(*clip)
     return ratio.detach()

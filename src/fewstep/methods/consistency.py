@@ -1,15 +1,16 @@
-"""The consistency objective: two jumps that start on the same path must land on the same point.
+"""The consistency loss: two jumps that start on the same path must land on the same point.
 
-    L = d( f_theta(x_{t_n+k}, t_{n+k} -> s), sg f_target(x_{t_n}, t_n -> s) ).
+    L = d( f_theta(x_{t_n+k}, t_{n+k} -> s), sg f_target(x_{t_n}, t_n -> s) )
 
-Every method of the family is this loss with its choices filled in by a recipe file: where x_{t_n+k} comes from, which
-times, which jump, what the network is told, where x_{t_n} comes from (a guided step of the frozen teacher, or the path
-itself), who the student must agree with, where and by which distance. `docs/methods.md` has a page for each.
+(CM, arXiv 2303.01469, eq 7, with s its end point; TCD, 2402.19159, with any s.)
+
+Every method of the family is this loss with its choices filled in by a recipe; `docs/methods.md` describes each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -17,59 +18,62 @@ from torch import Tensor
 
 from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.conditioned import ConditionedDenoiser
-from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.denoiser import BASE, Denoiser
 from fewstep.diffusion.grid import end_time
 from fewstep.diffusion.jump import student_step
 from fewstep.diffusion.samplers import JumpFn
 from fewstep.diffusion.schedule import share_of
-from fewstep.methods.adversarial import ANY_RATIO, Critic, discriminate, gradient_ratio, seen_by_critic
+from fewstep.methods.adversarial import ANY_RATIO, Critic, discriminate, gradient_ratio, noised_for_critic
 from fewstep.methods.config import ConsistencyConfig
 from fewstep.methods.distances import NetworkDistance, distance
 from fewstep.methods.next_points import POINTS
-from fewstep.methods.pair import Cast, Sample, Scene
+from fewstep.methods.pair import MicroBatch, Pair
 from fewstep.methods.start_points import STARTS
 from fewstep.methods.times import draw_times
 from fewstep.training.loss import Loss
 
 
-def set_scene(config: ConsistencyConfig, denoiser: Denoiser, sample: Sample, rng: KeyedRng) -> Scene:
-    """Draw times, guidance and noise of a micro-batch, come to its first points, and say who jumps."""
-    times = sample.times or draw_times(config, denoiser.path, rng)
+def make_pair(config: ConsistencyConfig, denoiser: Denoiser, batch: MicroBatch, rng: KeyedRng) -> Pair:
+    """Draw times and guidance of a micro-batch and compute x_{t_n+k}."""
+    times = batch.times or draw_times(config, denoiser.path, rng)
     omega = rng.uniform("omega", *config.guidance.omegas)
-    if sample.omega is not None and config.point != "stored":  # by stored outputs any other guidance can be formed
-        omega = sample.omega
+    if batch.omega is not None and config.point != "stored":  # stored outputs can be guided by any omega
+        omega = batch.omega
     step = student_step(config.jump, config.r, config.form)
 
     def jump_of(role: str) -> JumpFn:
-        return ConditionedDenoiser(denoiser, sample.condition, role, config.extra_conditioning, w=omega).jumper(step)
+        return ConditionedDenoiser(denoiser, batch.condition, role, config.extra_conditioning, w=omega).jump(step)
 
-    student, judge = jump_of("student"), jump_of("target" if config.target == "ema" else "student")
-    cast = Cast(config, denoiser, sample, omega, times, student, judge)
-    origin = STARTS[config.start](cast, rng)
-    return Scene(config, denoiser, sample, omega, times, student, judge, *origin)
-
-
-def compared_at(scene: Scene) -> Tensor:
-    """The times at which the two jumps are compared, float64 [B]."""
-    config, s = scene.config, scene.times.s
-    return s if config.compare == "landing" else torch.full_like(s, end_time(scene.denoiser.path, config.end))
+    student = jump_of("student")
+    target = jump_of("target" if config.target == "ema" else "student")
+    teacher = ConditionedDenoiser(denoiser, batch.condition, BASE)
+    if config.guidance.convention != "none":
+        teacher = replace(teacher, null=batch.null, omega=omega)
+    start = STARTS[config.start](config, batch, times, student, teacher, rng)
+    return Pair(config, denoiser, batch, times, omega, student, target, teacher, *start)
 
 
-def student_lands(scene: Scene) -> Tensor:
-    """f_theta(x_{t_n+k}, t_{n+k} -> s), pushed on to the end point by the target where they are compared there."""
-    landed = scene.student(scene.x_nk, scene.times.t_nk, scene.times.s)
-    if scene.config.compare == "landing":
-        return landed
-    return scene.judge(landed, scene.times.s, compared_at(scene))  # frozen weights: the gradient passes through
+def compared_at(pair: Pair) -> Tensor:
+    """Return the times at which the two jumps are compared, float64 [B]."""
+    config, s = pair.config, pair.times.s
+    return s if config.compare == "landing" else torch.full_like(s, end_time(pair.denoiser.path, config.end))
+
+
+def _compared(pair: Pair, x_s: Tensor) -> Tensor:
+    """Return x_s, or the target's jump from it to the end point, where jumps are compared there (CTM, 2310.02279)."""
+    return x_s if pair.config.compare == "landing" else pair.target(x_s, pair.times.s, compared_at(pair))
+
+
+def student_landing(pair: Pair) -> Tensor:
+    """Return f_theta(x_{t_n+k}, t_{n+k} -> s) as it is compared, with gradient."""
+    return _compared(pair, pair.student(pair.x_nk, pair.times.t_nk, pair.times.s))
 
 
 @torch.no_grad()
-def target_lands(scene: Scene) -> Tensor:
-    """sg f_target(x_{t_n}, t_n -> s), pushed on likewise."""
-    config, times = scene.config, scene.times
-    x_n = POINTS[config.point](scene)
-    wanted = x_n if config.s == "next" else scene.judge(x_n, times.t_n, times.s)
-    return wanted if config.compare == "landing" else scene.judge(wanted, times.s, compared_at(scene))
+def target_landing(pair: Pair) -> Tensor:
+    """Return sg f_target(x_{t_n}, t_n -> s) as it is compared; x_{t_n} itself where s = t_n."""
+    x_n = POINTS[pair.config.point](pair)
+    return _compared(pair, x_n if pair.config.s == "next" else pair.target(x_n, pair.times.t_n, pair.times.s))
 
 
 class Term(NamedTuple):
@@ -78,64 +82,64 @@ class Term(NamedTuple):
     Attributes:
         name: in the log.
         weight: in the sum.
-        loss: (scene, where the student landed [B, ...], at which times float64 [B], draws) -> [B].
+        loss: (pair, the student's landing [B, ...], its times float64 [B], rng) -> [B].
         start: share of the run's steps before it enters the loss.
         clip: range of its balancing factor (`adversarial.gradient_ratio`).
     """
 
     name: str
     weight: float
-    loss: Callable[[Scene, Tensor, Tensor, KeyedRng], Tensor]
+    loss: Callable[[Pair, Tensor, Tensor, KeyedRng], Tensor]
     start: float = 0.0
     clip: tuple[float, float] = ANY_RATIO
 
 
 def consistency_loss(
-    scene: Scene,
+    pair: Pair,
     rng: KeyedRng,
     terms: Sequence[Term] = (),
     network_distance: NetworkDistance | None = None,
     outlet: Tensor | None = None,
 ) -> Loss:
-    """The loss of one micro-batch, with the further terms that the recipe names.
+    """Return the loss of one micro-batch, with the recipe's further terms.
 
     Args:
-        look: a distance by a frozen network, for recipes that name one.
-        outlet: the student's last trained weight, where the terms' gradients are balanced.
+        network_distance: of recipes whose distance is a frozen network's.
+        outlet: the student's last trained weight, where the gradients of the terms are balanced.
     """
-    config = scene.config
-    # The student before the target: autocast of older torch keeps the cast weights of the first call, and those of a
-    # call without gradient would leave the student without one.
-    landed, at = student_lands(scene), compared_at(scene)
+    config = pair.config
+    # The student comes first: autocast of older torch caches the cast weights of the first call, and those of a call
+    # without gradient would leave the student without one.
+    landing, at = student_landing(pair), compared_at(pair)
     scalars: dict[str, Tensor] = {}
-    per_sample = landed.new_zeros(len(landed))
+    per_sample = landing.new_zeros(len(landing))
     if config.consistency:
-        own = distance(scene, landed, target_lands(scene), at, network_distance)
+        own = distance(pair, landing, target_landing(pair), at, network_distance)
         scalars["consistency"] = own.detach().mean()
         per_sample = config.consistency * own
-    for name, weight, loss, start, clip in terms:
-        if not rng.reached(start):
+    for term in terms:
+        if not rng.reached(term.start):
             continue
-        term = loss(scene, landed, at, rng)
-        scalars[name] = term.detach().mean()
+        value = term.loss(pair, landing, at, rng)
+        scalars[term.name] = value.detach().mean()
         if config.balance == "gradient" and outlet is not None:
-            term = gradient_ratio(own, term, outlet, clip) * term
-        per_sample = per_sample + weight * term
-    t_share = share_of(scene.denoiser.path, scene.times.t_nk)
+            value = gradient_ratio(own, value, outlet, term.clip) * value
+        per_sample = per_sample + term.weight * value
+    t_share = share_of(pair.denoiser.path, pair.times.t_nk)
     return Loss(per_sample.mean(), per_sample.detach(), t_share, scalars if terms else {})
 
 
-def critic_loss(scene: Scene, rng: KeyedRng, critic: Critic) -> Loss:
-    """The critic's own loss on the same jumps: real points are the data, or where the target landed."""
-    own, path, times = scene.config.adversarial, scene.denoiser.path, scene.times
+def critic_loss(pair: Pair, rng: KeyedRng, critic: Critic) -> Loss:
+    """Return the critic's own loss on the same jumps; real points are the data, or the target's landings."""
+    config, path, top = pair.config.adversarial, pair.denoiser.path, pair.times.top
     with torch.no_grad():
-        fake, at = student_lands(scene), compared_at(scene)
-        if own.real == "target":
-            real, real_at = target_lands(scene), at
+        fake, at = student_landing(pair), compared_at(pair)
+        if config.real == "target":
+            real, real_at = target_landing(pair), at
         else:
-            assert scene.clean is not None
-            assert scene.clean_at is not None
-            real, real_at = scene.clean, torch.full_like(at, scene.clean_at)
-        seen_fake = seen_by_critic(own, path, fake, at, times.top, rng, "fake")
-        seen_real = seen_by_critic(own, path, real, real_at, times.top, rng, "real", to=seen_fake[1])
-    return discriminate(own, critic, seen_real, seen_fake, scene.sample.condition)
+            assert pair.clean is not None
+            assert pair.clean_at is not None
+            real, real_at = pair.clean, torch.full_like(at, pair.clean_at)
+        noised_fake = noised_for_critic(config, path, fake, at, top, rng, "fake")
+        noised_real = noised_for_critic(config, path, real, real_at, top, rng, "real", to=noised_fake[1])
+    return discriminate(config, critic, noised_real, noised_fake, pair.batch.condition)

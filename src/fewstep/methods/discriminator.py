@@ -1,4 +1,4 @@
-"""A critic on the features of a frozen network: small heads that learn, on features that do not."""
+"""A critic on the features of a frozen network: small trained heads."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from fewstep.methods.distances import FeaturesOf
 
 
 class FeatureCritic(nn.Module):
-    """Heads of two 1x1 convolutions on each feature map; their logits stand side by side.
+    """Heads of two 1x1 convolutions on each feature map, as in PCM and LADD (arXiv 2405.18407, 2403.12015).
 
-    As PCM's and LADD's critics (arXiv 2405.18407, 2403.12015) it judges by what the teacher sees; the last layers start
-    at zero, so that a fresh critic says nothing.
+    The last layers start at zero, so that a fresh critic's logits are 0.
 
     Args:
-        features: of the frozen network; its weights are not this module's.
-        channels: of each of its maps.
+        features: of the frozen network, whose weights are no part of this module.
+        channels: of each feature map.
     """
 
     def __init__(self, features: FeaturesOf, channels: Sequence[int], width: int = 64, seed: int = 0) -> None:
@@ -36,6 +35,6 @@ class FeatureCritic(nn.Module):
                 self.heads.append(nn.Sequential(nn.Conv2d(count, width, 1), nn.SiLU(), last))
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """x [B, ...], t float64 [B] -> logits [B, maps]: the mean over each map's places."""
+        """Return logits [B, maps] of x [B, ...] at t float64 [B], the mean over each map's places."""
         maps = self._features(x, t, condition)
         return torch.stack([head(part).flatten(1).mean(1) for head, part in zip(self.heads, maps, strict=True)], 1)

@@ -9,44 +9,48 @@ from torch import Tensor
 
 from fewstep.common.choices import Point
 from fewstep.diffusion.grid import between
-from fewstep.diffusion.schedule import expand
-from fewstep.diffusion.solver import SOLVERS, step_from_stored, walk
-from fewstep.methods.pair import Scene
+from fewstep.diffusion.schedule import add_noise, expand
+from fewstep.diffusion.solver import SOLVERS, integrate, step_from_stored
+from fewstep.methods.pair import Pair
 
 
-def by_solver(scene: Scene) -> Tensor:
-    """The frozen teacher's solver from x_{t_n+k}."""
-    config, times = scene.config, scene.times
-    way = between(scene.denoiser.path, times.t_nk, times.t_n, config.substeps)
-    return walk(SOLVERS[config.solver], scene.teacher.denoise, scene.denoiser.path, scene.x_nk, way)
+def by_solver(pair: Pair) -> Tensor:
+    """Integrate from x_{t_n+k} by the frozen teacher's solver (LCM, arXiv 2310.04378, algorithm 1)."""
+    config, times, path = pair.config, pair.times, pair.denoiser.path
+    steps = between(path, times.t_nk, times.t_n, config.substeps)
+    return integrate(SOLVERS[config.solver], pair.teacher.denoise, path, pair.x_nk, steps)
 
 
-def on_path(scene: Scene) -> Tensor:
-    """The path itself: the same noise on the data (CT), or the stored point (KD)."""
-    assert scene.path_at is not None
-    return scene.path_at(scene.times.t_n, scene.times.index_n)
+def on_path(pair: Pair) -> Tensor:
+    """Take a point of the path: the same noise on the data (CT, arXiv 2303.01469, eq 10), or the stored one (KD)."""
+    if pair.batch.stored is not None:
+        return pair.batch.stored.point(pair.times.index_n)
+    assert pair.clean is not None
+    assert pair.noise is not None
+    return add_noise(pair.denoiser.path, pair.clean, pair.noise, pair.times.t_n)
 
 
-def by_itself(scene: Scene) -> Tensor:
-    """Shortcut models (arXiv 2410.12557): the target's own jump, so that a jump equals two shorter ones in a row.
+def by_itself(pair: Pair) -> Tensor:
+    """Take the target's own jump, so that a jump equals two shorter ones in a row (shortcut models, arXiv 2410.12557).
 
-    Where t_n is the next grid point the teacher steps instead: there is nothing shorter to stand on.
+    Where t_n is the next grid point the teacher's step takes its place: there is no shorter jump.
     """
-    own = scene.judge(scene.x_nk, scene.times.t_nk, scene.times.t_n)
-    neighbour = scene.times.index_nk - scene.times.index_n == 1
-    return torch.where(expand(neighbour, own).bool(), by_solver(scene), own)
+    landed = pair.target(pair.x_nk, pair.times.t_nk, pair.times.t_n)
+    neighbour = pair.times.index_nk - pair.times.index_n == 1
+    return torch.where(expand(neighbour, landed).bool(), by_solver(pair), landed)
 
 
-def by_stored(scene: Scene) -> Tensor:
-    """One DDIM step by the teacher's stored outputs at x_{t_n+k}, under any omega: no network call."""
-    stored, times = scene.sample.stored, scene.times
+def by_stored(pair: Pair) -> Tensor:
+    """Make one DDIM step by the teacher's stored outputs at x_{t_n+k}, under any omega: no network call."""
+    stored, times, denoiser = pair.batch.stored, pair.times, pair.denoiser
     assert stored is not None
-    said, unsaid = stored.outputs(times.index_nk)
-    omega = scene.omega if scene.config.guidance.convention != "none" else torch.zeros_like(scene.omega)
-    denoiser = scene.denoiser
-    return step_from_stored(denoiser.path, denoiser.prediction, scene.x_nk, said, unsaid, omega, times.t_nk, times.t_n)
+    with_prompt, without_prompt = stored.outputs(times.index_nk)
+    omega = pair.omega if pair.config.guidance.convention != "none" else torch.zeros_like(pair.omega)
+    return step_from_stored(
+        denoiser.path, denoiser.prediction, pair.x_nk, with_prompt, without_prompt, omega, times.t_nk, times.t_n
+    )
 
 
-Points = Mapping[Point, Callable[[Scene], Tensor]]
+Points = Mapping[Point, Callable[[Pair], Tensor]]
 POINTS: Points = {"solver": by_solver, "path": on_path, "self": by_itself, "stored": by_stored}
-"""How x_{t_n} is found; called without gradient."""
+"""Rules of x_{t_n}; called without gradient."""

@@ -2,7 +2,7 @@
 
     L = relu(s0 - s(x0, c)) + relu(s(x0, c') - s1)
 
-with an unrelated prompt c' as negative; the paper's s0 is 16 on its scorer's scale, and its s1 is 0.
+with an unrelated prompt c' as negative. In the paper s0 is 16, on its scorer's scale, and s1 is 0.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ tensors, with gradient to x_0."""
 
 
 def other_prompts(prompts: Tensor, count: int, rng: KeyedRng) -> Tensor:
-    """For each prompt another one of `count`, drawn uniformly; int64 [B].
+    """Draw for each prompt another one of `count`, uniformly; int64 [B].
 
-    A sample without prompt (its number is `count`) may be given any.
+    A sample without prompt (its number is `count`) gets any.
     """
     shift = 1 + (rng.uniform("wrong prompt") * (count - 1)).long()
     return torch.where(prompts < count, (prompts + shift) % count, shift - 1)
 
 
 def reward_loss(config: RewardConfig, reward: Reward, x0: Tensor, prompts: Tensor, count: int, rng: KeyedRng) -> Tensor:
-    """The two-sided hinge, [B]; a sample without prompt counts for nothing.
+    """Return the two-sided hinge, [B]; 0 for a sample without prompt.
 
     Args:
-        prompts: which of `count` prompts each sample was drawn with, int64 [B]; `count` for the empty one.
+        prompts: number of each sample's prompt, int64 [B]; `count` for the empty one.
     """
     right, wrong = reward(x0, (prompts % count, other_prompts(prompts, count, rng)))
     hinge = torch.relu(config.aim - right) + torch.relu(wrong - config.s1)

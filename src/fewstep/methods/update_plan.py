@@ -1,4 +1,4 @@
-"""The update plan of a recipe: what the training loop is handed."""
+"""The update plan of a recipe: an ordered list of parameters, loss, optimiser and rhythm for the training loop."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.denoiser import FAKE, Condition, Denoiser
-from fewstep.methods.adversarial import generator_loss, seen_by_critic
+from fewstep.methods.adversarial import generator_loss, noised_for_critic
 from fewstep.methods.config import ConsistencyConfig
-from fewstep.methods.consistency import Term, consistency_loss, critic_loss, set_scene
+from fewstep.methods.consistency import Term, consistency_loss, critic_loss, make_pair
 from fewstep.methods.denoising import denoising_loss
 from fewstep.methods.distances import FeaturesOf, NetworkDistance, network_distance_of
 from fewstep.methods.distribution_matching import as_data, fake_loss, fake_points, matching_loss
-from fewstep.methods.pair import Sample, Scene
+from fewstep.methods.pair import MicroBatch, Pair
 from fewstep.methods.reward_loss import Reward, reward_loss
 from fewstep.training.config import OptimConfig
 from fewstep.training.loop import Batch, EmaTarget, Update
@@ -23,19 +23,19 @@ from fewstep.training.loss import Loss
 from fewstep.training.roles import copy_role
 from fewstep.training.student import Student
 
-SampleOf = Callable[[Batch, KeyedRng], Sample]
-"""What a batch of the loop is, for the objective."""
+MicroBatchOf = Callable[[Batch, KeyedRng], MicroBatch]
+"""(the loop's batch, rng) -> the micro-batch that the losses take."""
 
 
 def roles_of(method: ConsistencyConfig) -> tuple[str, ...]:
-    """The roles that a recipe needs beside the teacher; the first one is the student."""
+    """Return the roles that a recipe needs beside the teacher, the student first."""
     target = ("target",) if method.target == "ema" else ()
     fake = (FAKE,) if method.matching.weight else ()
     return ("student", *target, *fake)
 
 
 def start_from(method: ConsistencyConfig, student: Student, weights: Mapping[str, Tensor]) -> None:
-    """Let the student and its target start from the weights of a student; the fake score starts as the teacher."""
+    """Copy a student's weights into the student and its target. The fake score starts as the teacher."""
     for role in roles_of(method):
         if role != FAKE:
             copy_role(weights, student.parameters(role))
@@ -43,13 +43,13 @@ def start_from(method: ConsistencyConfig, student: Student, weights: Mapping[str
 
 @dataclass(frozen=True)
 class FrozenNetworks:
-    """The frozen networks that a recipe asks for, and its critic; None where it asks for none.
+    """The frozen networks that a recipe needs, and its critic; None where it needs none.
 
     Attributes:
-        features: of the teacher, with gradient to what it sees.
-        latent_lpips: a distance by a network on latents.
-        critic: tells where the student lands from real points.
-        reward: scores of pictures with prompts, and of how many prompts.
+        features: of the teacher, with gradient to their input.
+        latent_lpips: (landed, wanted) -> distance [B].
+        critic: the discriminator of the adversarial term.
+        reward: scores of pictures with prompts, and the number of prompts.
     """
 
     features: FeaturesOf | None = None
@@ -58,7 +58,7 @@ class FrozenNetworks:
     reward: tuple[Reward, int] | None = None
 
     def network_distance(self, method: ConsistencyConfig) -> NetworkDistance | None:
-        """The distance by a frozen network that the recipe names."""
+        """Return the recipe's distance by a frozen network, if it names one."""
         if method.distance == "features" and self.features is not None:
             return network_distance_of(self.features)
         if method.distance == "latent_lpips" and self.latent_lpips is not None:
@@ -72,99 +72,90 @@ class FrozenNetworks:
 
 
 def terms_of(method: ConsistencyConfig, frozen_networks: FrozenNetworks) -> list[Term]:
-    """What stands beside the consistency loss in the student's sum."""
+    """Return the terms beside the consistency loss."""
     terms = []
     if method.denoising:
 
-        def fit(scene: Scene, landed: Tensor, at: Tensor, rng: KeyedRng) -> Tensor:
-            return denoising_loss(method, scene.denoiser, scene.sample.data, scene.sample.condition, rng)
+        def denoising(pair: Pair, landing: Tensor, at: Tensor, rng: KeyedRng) -> Tensor:
+            return denoising_loss(method, pair.denoiser, pair.batch.data, pair.batch.condition, rng)
 
-        terms.append(Term("denoising", method.denoising, fit))
-    critic = frozen_networks.critic
-    own = method.adversarial
-    if own.weight and critic is not None:
+        terms.append(Term("denoising", method.denoising, denoising))
+    critic, config = frozen_networks.critic, method.adversarial
+    if config.weight and critic is not None:
 
-        def fooled(scene: Scene, landed: Tensor, at: Tensor, rng: KeyedRng) -> Tensor:
-            x, t = seen_by_critic(own, scene.denoiser.path, landed, at, scene.times.top, rng, "fake")
-            return generator_loss(own, critic(x, t, scene.sample.condition))
+        def adversarial(pair: Pair, landing: Tensor, at: Tensor, rng: KeyedRng) -> Tensor:
+            x, t = noised_for_critic(config, pair.denoiser.path, landing, at, pair.times.top, rng, "fake")
+            return generator_loss(config, critic(x, t, pair.batch.condition))
 
-        terms.append(Term("adversarial", own.weight, fooled, own.start, own.clip))
+        terms.append(Term("adversarial", config.weight, adversarial, config.start, config.clip))
     if method.matching.weight:
 
-        def matched(scene: Scene, landed: Tensor, at: Tensor, rng: KeyedRng) -> Tensor:
-            return matching_loss(method.matching, scene, landed, at, rng)
+        def matching(pair: Pair, landing: Tensor, at: Tensor, rng: KeyedRng) -> Tensor:
+            return matching_loss(method.matching, pair, landing, at, rng)
 
-        terms.append(Term("matching", method.matching.weight, matched))
+        terms.append(Term("matching", method.matching.weight, matching))
     if method.reward.weight and frozen_networks.reward is not None:
-        reward, count = frozen_networks.reward
+        score, count = frozen_networks.reward
 
-        def liked(scene: Scene, landed: Tensor, at: Tensor, rng: KeyedRng) -> Tensor:
-            prompts = scene.sample.prompts
-            assert prompts is not None
-            x0 = as_data(scene.denoiser.path, landed, at)
-            return reward_loss(method.reward, reward, x0, prompts, count, rng)
+        def reward(pair: Pair, landing: Tensor, at: Tensor, rng: KeyedRng) -> Tensor:
+            assert pair.batch.prompts is not None
+            x0 = as_data(pair.denoiser.path, landing, at)
+            return reward_loss(method.reward, score, x0, pair.batch.prompts, count, rng)
 
-        terms.append(Term("reward", method.reward.weight, liked))
+        terms.append(Term("reward", method.reward.weight, reward))
     return terms
 
 
-class SceneOnce:
-    """The scene of a micro-batch, set once for all updates that are due: at the weights of the step's start it is one.
+class PairCache:
+    """The pair of the current micro-batch, made once for all updates that use it.
 
-    Coming to the first points may take many network calls.
+    All updates of a step take their gradients at the weights of its start, and x_{t_n+k} may take many network calls.
     """
 
-    def __init__(self, method: ConsistencyConfig, denoiser: Denoiser, sample_of: SampleOf) -> None:
-        self._make: Callable[[Batch, KeyedRng], Scene] = lambda batch, rng: set_scene(
-            method, denoiser, sample_of(batch, rng), rng
-        )
-        self._last: tuple[KeyedRng, Scene] | None = None
+    def __init__(self, method: ConsistencyConfig, denoiser: Denoiser, micro_batch_of: MicroBatchOf) -> None:
+        self._method, self._denoiser, self._micro_batch_of = method, denoiser, micro_batch_of
+        self._held: tuple[KeyedRng, Pair] | None = None
 
-    def scene(self, batch: Batch, rng: KeyedRng) -> Scene:
-        """The scene of this micro-batch; a micro-batch is known by its draws."""
-        if self._last is None or self._last[0] is not rng:
-            self._last = rng, self._make(batch, rng)
-        return self._last[1]
+    def pair(self, batch: Batch, rng: KeyedRng) -> Pair:
+        """Return the pair of this micro-batch, which its `rng` object identifies."""
+        if self._held is None or self._held[0] is not rng:
+            self._held = rng, make_pair(self._method, self._denoiser, self._micro_batch_of(batch, rng), rng)
+        return self._held[1]
 
 
-def family_plan(
+def make_update_plan(
     method: ConsistencyConfig,
     optim: OptimConfig,
     student: Student,
     denoiser: Denoiser,
-    sample_of: SampleOf,
+    micro_batch_of: MicroBatchOf,
     frozen_networks: FrozenNetworks | None = None,
 ) -> list[Update]:
-    """One line for the student, one for a fake score and one for a critic where the recipe has them."""
+    """Return the student's update, and those of a fake score and a critic where the recipe has them."""
     frozen_networks = frozen_networks or FrozenNetworks()
-    scenes = SceneOnce(method, denoiser, sample_of)
-    terms, network_distance, outlet = (
-        terms_of(method, frozen_networks),
-        frozen_networks.network_distance(method),
-        student.outlet("student"),
-    )
+    pairs = PairCache(method, denoiser, micro_batch_of)
+    terms, network_distance = terms_of(method, frozen_networks), frozen_networks.network_distance(method)
+    outlet = student.outlet("student")
 
     def student_loss(batch: Batch, rng: KeyedRng) -> Loss:
-        return consistency_loss(scenes.scene(batch, rng), rng, terms, network_distance, outlet)
+        return consistency_loss(pairs.pair(batch, rng), rng, terms, network_distance, outlet)
 
     ema_target = EmaTarget(student.parameters("target"), method.target_decay) if method.target == "ema" else None
-    own = student.parameters("student")
-    plan = [Update("student", own, student_loss, optim, method.student_every, ema_target)]
+    plan = [Update("student", student.parameters("student"), student_loss, optim, method.student_every, ema_target)]
     if method.matching.weight:
 
-        def follow(batch: Batch, rng: KeyedRng) -> Loss:
-            scene = scenes.scene(batch, rng)
-            return fake_loss(method.matching, scene, *fake_points(method.matching, scene), rng)
+        def fake_score_loss(batch: Batch, rng: KeyedRng) -> Loss:
+            pair = pairs.pair(batch, rng)
+            return fake_loss(method.matching, pair, *fake_points(method.matching, pair), rng)
 
-        plan.append(Update(FAKE, student.parameters(FAKE), follow, OptimConfig(lr=method.matching.lr)))
-    critic = frozen_networks.critic
+        plan.append(Update(FAKE, student.parameters(FAKE), fake_score_loss, OptimConfig(lr=method.matching.lr)))
+    critic, config = frozen_networks.critic, method.adversarial
     if critic is not None:
 
-        def judge_loss(batch: Batch, rng: KeyedRng) -> Loss:
-            return critic_loss(scenes.scene(batch, rng), rng, critic)
+        def loss_of_critic(batch: Batch, rng: KeyedRng) -> Loss:
+            return critic_loss(pairs.pair(batch, rng), rng, critic)
 
-        adversarial = method.adversarial
-        judging = OptimConfig(lr=adversarial.lr, betas=(0.0, 0.99))
+        critic_optim = OptimConfig(lr=config.lr, betas=(0.0, 0.99))
         weights = dict(critic.named_parameters())
-        plan.append(Update("critic", weights, judge_loss, judging, adversarial.every, start=adversarial.start))
+        plan.append(Update("critic", weights, loss_of_critic, critic_optim, config.every, start=config.start))
     return plan

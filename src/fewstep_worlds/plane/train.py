@@ -23,9 +23,9 @@ from fewstep.diffusion.samplers import JumpFn
 from fewstep.diffusion.schedule import FlowMatching, VarianceExploding, scaled_linear
 from fewstep.diffusion.schedule import Path as NoisePath
 from fewstep.distillation.stages import parts_of
-from fewstep.methods.pair import HeldTrajectories, Sample
+from fewstep.methods.pair import HeldTrajectories, MicroBatch
 from fewstep.methods.times import draw_times
-from fewstep.methods.update_plan import FrozenNetworks, family_plan, roles_of, start_from
+from fewstep.methods.update_plan import FrozenNetworks, make_update_plan, roles_of, start_from
 from fewstep.training.loop import Batch, Update
 from fewstep.training.roles import copy_role
 from fewstep.training.student import Student, make_student
@@ -56,7 +56,7 @@ class PlaneRun:
         sampling = self.config.sampling
         step = student_step(sampling.step_jump, sampling.r, sampling.form)
         w = torch.zeros(count, dtype=torch.float64)
-        return ConditionedDenoiser(self.denoiser, {}, "student", sampling.extra_conditioning, w=w).jumper(step)
+        return ConditionedDenoiser(self.denoiser, {}, "student", sampling.extra_conditioning, w=w).jump(step)
 
 
 def fresh_network(config: PlaneConfig, teacher: Mixture) -> PlaneNetwork:
@@ -139,14 +139,14 @@ def plane_plan(run: PlaneRun, points: Tensor) -> list[Update]:
     """Return the update plan of the recipe on batches of item numbers of the training points."""
     config = run.config
 
-    def sample(batch: Batch, rng: KeyedRng) -> Sample:
+    def micro_batch(batch: Batch, rng: KeyedRng) -> MicroBatch:
         x = points[torch.from_numpy(batch["items"])]
         if config.method.start != "trajectory":
-            return Sample(x, {}, {})
-        return Sample(x[:, 0], {}, {}, torch.zeros(len(x), dtype=torch.float64), HeldTrajectories(x))
+            return MicroBatch(x, {}, {})
+        return MicroBatch(x[:, 0], {}, {}, torch.zeros(len(x), dtype=torch.float64), HeldTrajectories(x))
 
     critic = PlaneCritic(config.width, config.loop.seed) if config.method.adversarial.weight else None
-    return family_plan(config.method, config.optim, run.student, run.denoiser, sample, FrozenNetworks(critic=critic))
+    return make_update_plan(config.method, config.optim, run.student, run.denoiser, micro_batch, FrozenNetworks(critic=critic))
 
 
 def fetch(items: np.ndarray, _: KeyedRng) -> Batch:

@@ -19,7 +19,7 @@ from fewstep.methods.config import ConsistencyConfig
 
 @dataclass(frozen=True)
 class FromSet:
-    """The trajectories of some samples of a set (`methods.pair.Stored`)."""
+    """The trajectories of some samples of a set (`methods.pair.StoredTrajectories`)."""
 
     synthesis: Synthesis
     items: Tensor
