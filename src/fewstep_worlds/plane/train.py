@@ -146,7 +146,9 @@ def plane_plan(run: PlaneRun, points: Tensor) -> list[Update]:
         return MicroBatch(x[:, 0], {}, {}, torch.zeros(len(x), dtype=torch.float64), HeldTrajectories(x))
 
     critic = PlaneCritic(config.width, config.loop.seed) if config.method.adversarial.weight else None
-    return make_update_plan(config.method, config.optim, run.student, run.denoiser, micro_batch, FrozenNetworks(critic=critic))
+    return make_update_plan(
+        config.method, config.optim, run.student, run.denoiser, micro_batch, FrozenNetworks(critic=critic)
+    )
 
 
 def fetch(items: np.ndarray, _: KeyedRng) -> Batch:
