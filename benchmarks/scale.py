@@ -49,6 +49,20 @@ class Shape:
     guided: bool
 
 
+def sd15() -> nn.Module:
+    """Return Stable Diffusion 1.5's UNet."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # the rest are the class's defaults
+
+
+def call_sd15(network: nn.Module, batch: int) -> Tensor:
+    """Call it on a batch of 512 x 512 pixels."""
+    x, text = torch.empty(batch, 4, 64, 64), torch.empty(batch, 77, 768)
+    output: Tensor = network(x, torch.empty(batch), text, return_dict=False)[0]
+    return output
+
+
 def call_sdxl(network: nn.Module, batch: int) -> Tensor:
     """A batch of 1024 x 1024 pixels."""
     x, text = torch.empty(batch, 4, 128, 128), torch.empty(batch, 77, 2048)
@@ -75,6 +89,7 @@ def call_flux(network: nn.Module, batch: int) -> Tensor:
 
 
 SHAPES = {
+    "SD 1.5": Shape(sd15, call_sd15, "StableDiffusionPipeline", 4 * 64 * 64, 77 * 768, True),
     "SDXL": Shape(xl_unet, call_sdxl, "StableDiffusionXLPipeline", 4 * 128 * 128, 77 * 2048 + 1280, True),
     "Flux dev": Shape(flux, call_flux, "FluxPipeline", 16 * 128 * 128, 512 * 4096 + 768, False),
 }
@@ -298,7 +313,7 @@ def budget(name: str, shape: Shape, one: Counted) -> None:
 
 def main() -> None:
     """Print what was counted, and what follows for each GPU."""
-    print(f"LoRA rank {RANK} on the family's own layers, 1024 x 1024 pixels, one sample, bf16\n")
+    print(f"LoRA rank {RANK} on the family's own layers, pictures of the trained size, one sample, bf16\n")
     heads = [
         "",
         "frozen weights",

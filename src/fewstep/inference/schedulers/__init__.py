@@ -1,0 +1,1 @@
+"""The samplers as schedulers for diffusers pipelines."""
