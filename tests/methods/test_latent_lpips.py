@@ -24,17 +24,17 @@ from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.schedule import VariancePreserving
 from fewstep.evaluation import lite0_weights
 from fewstep.methods.distances import feature_distance
-from fewstep.methods.latent_lpips import bank as banks
+from fewstep.methods.latent_lpips import pair_set as pair_sets
 from fewstep.methods.latent_lpips import network as networks
 from fewstep.methods.latent_lpips import train as training
-from fewstep.methods.latent_lpips.bank import Bank, distinct_prompts, draw_groups, split
+from fewstep.methods.latent_lpips.pair_set import Bank, distinct_prompts, draw_groups, split
 from fewstep.methods.latent_lpips.figure import draw_figure
-from fewstep.methods.latent_lpips.judge import ENDS, judge, rank_correlation
+from fewstep.methods.latent_lpips.rank_comparison import ENDS, judge, rank_correlation
 from fewstep.methods.latent_lpips.network import LatentPerceptual, calibrate, group_distances
 from fewstep.methods.latent_lpips.pairs import KINDS, MEMBERS, PAIRS, changes, estimate_times, partner, patches, shifted
 from fewstep.methods.latent_lpips.record import load_perceptual
 from fewstep.methods.latent_lpips.settings import NetworkConfig, PairConfig, PerceptualConfig
-from fewstep.methods.latent_lpips.target import Lite0Stages, decoder, pair_distances
+from fewstep.methods.latent_lpips.pixel_features import Lite0Stages, decoder, pair_distances
 from fewstep.methods.latent_lpips.train import fit, log_error, make_perceptual, pair_weights
 from fewstep.training.run_folder import RunLog, checkpoints
 
@@ -248,7 +248,7 @@ def backbone(tiny_pipeline: Path) -> Backbone:
 
 
 def test_a_group_does_not_depend_on_its_batch(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(banks, "pick_precision", lambda *_: "fp32")
+    monkeypatch.setattr(pair_sets, "pick_precision", lambda *_: "fp32")
     config = PairConfig(groups=16, steps=3)
     every = draw_groups(config, backbone, PROMPTS[:6], range(4, 10))
     two = draw_groups(config, backbone, PROMPTS[2:4], range(6, 8))
@@ -396,7 +396,7 @@ def test_from_prompts_and_a_teacher_alone(made: Path, backbone: Backbone) -> Non
     cached = sorted((made.parent / "cache").iterdir())
     assert len(cached) == 1, "the pairs are kept"
     # what the record says is what the file does
-    bank = banks.make_bank(
+    bank = pair_sets.make_bank(
         PairConfig(groups=16, steps=2), backbone, PROMPTS, Blocky(), made.parent / "cache", quiet=True
     )
     found = judge(net, bank.latents[bank.heldout], bank.distances[bank.heldout]).overall()
@@ -417,8 +417,8 @@ def test_a_finished_one_is_returned_and_another_refused(
 def test_pairs_that_were_cut_off_go_on(backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between shards and during training: the same bytes."""
     config = validate(PerceptualConfig, TINY)
-    monkeypatch.setattr(banks, "SHARD", 8)
-    right = banks.measure
+    monkeypatch.setattr(pair_sets, "SHARD", 8)
+    right = pair_sets.measure
     calls = 0
 
     def once(*arguments: Any) -> Tensor:
@@ -428,7 +428,7 @@ def test_pairs_that_were_cut_off_go_on(backbone: Backbone, tmp_path: Path, monke
             raise KeyboardInterrupt
         return right(*arguments)
 
-    monkeypatch.setattr(banks, "measure", once)
+    monkeypatch.setattr(pair_sets, "measure", once)
     with pytest.raises(KeyboardInterrupt):
         make_perceptual(config, backbone, PROMPTS, tmp_path, pixel=Blocky(), quiet=True)
     kept = list((tmp_path / "cache").glob("*.safetensors"))

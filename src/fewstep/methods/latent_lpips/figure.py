@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.common.files import atomic_write
-from fewstep.methods.latent_lpips.judge import Judged
+from fewstep.methods.latent_lpips.rank_comparison import Judged
 from fewstep.methods.latent_lpips.pairs import KINDS
 
 COLOURS = (

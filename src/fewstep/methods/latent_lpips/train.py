@@ -22,13 +22,13 @@ from fewstep.common.files import sweep
 from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.schedule import expand
 from fewstep.evaluation.lite0 import Lite0Features
-from fewstep.methods.latent_lpips.bank import Bank, bank_key, drawn_by, make_bank
-from fewstep.methods.latent_lpips.judge import ENDS, NAMED, Judged, judge
+from fewstep.methods.latent_lpips.pair_set import Bank, bank_key, drawn_by, make_bank
+from fewstep.methods.latent_lpips.rank_comparison import ENDS, NAMED, Judged, judge
 from fewstep.methods.latent_lpips.network import LatentPerceptual, calibrate, group_distances
 from fewstep.methods.latent_lpips.pairs import KINDS, PAIRS
 from fewstep.methods.latent_lpips.record import RECORD, load_perceptual, read_perceptual, save_perceptual
 from fewstep.methods.latent_lpips.settings import PerceptualConfig
-from fewstep.methods.latent_lpips.target import Decode, Lite0Stages, PixelFeatures
+from fewstep.methods.latent_lpips.pixel_features import Decode, Lite0Stages, PixelFeatures
 from fewstep.training.loop import Batch, Update, train
 from fewstep.training.loss import Loss
 from fewstep.training.run_folder import RunLog

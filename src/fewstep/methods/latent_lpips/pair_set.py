@@ -25,7 +25,7 @@ from fewstep.diffusion.denoiser import Condition
 from fewstep.inference.generator import ImageGenerator, image_generator_of
 from fewstep.methods.latent_lpips.pairs import FEW, MEMBERS, PAIRS, Teacher, make_groups, partner
 from fewstep.methods.latent_lpips.settings import PairConfig, check_prompts
-from fewstep.methods.latent_lpips.target import Decode, PixelFeatures, decoder, pair_distances
+from fewstep.methods.latent_lpips.pixel_features import Decode, PixelFeatures, decoder, pair_distances
 from fewstep.students.sampling import teacher_sampling
 
 SHARD = 16
