@@ -360,7 +360,7 @@ def test_gradients_reach_the_student_alone(target: str, small: list[str], tiny_c
 
 @pytest.mark.parametrize("recipe", ["tcd", "lcm"])
 def test_the_loss_falls_in_thirty_steps(recipe: str, small: list[str], tiny_cache: Path, tmp_path: Path) -> None:
-    """Judged on the same draws before and after, since the loss depends on t far more than on thirty steps."""
+    """RankComparison on the same draws before and after, since the loss depends on t far more than on thirty steps."""
     from fewstep.distillation import distill as distillation
 
     config = resolve(recipe, None, [*small, "loop.steps=30", "loop.save_every=30", "optim.lr=1e-2"])

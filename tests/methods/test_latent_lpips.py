@@ -24,27 +24,27 @@ from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.schedule import VariancePreserving
 from fewstep.evaluation import lite0_weights
 from fewstep.methods.distances import feature_distance
-from fewstep.methods.latent_lpips import pair_set as pair_sets
 from fewstep.methods.latent_lpips import network as networks
+from fewstep.methods.latent_lpips import pair_set as pair_sets
 from fewstep.methods.latent_lpips import train as training
-from fewstep.methods.latent_lpips.pair_set import Bank, distinct_prompts, draw_groups, split
 from fewstep.methods.latent_lpips.figure import draw_figure
-from fewstep.methods.latent_lpips.rank_comparison import ENDS, judge, rank_correlation
-from fewstep.methods.latent_lpips.network import LatentPerceptual, calibrate, group_distances
+from fewstep.methods.latent_lpips.network import LatentLPIPS, calibrate, group_distances
+from fewstep.methods.latent_lpips.pair_set import PairSet, distinct_prompts, draw_groups, split
 from fewstep.methods.latent_lpips.pairs import KINDS, MEMBERS, PAIRS, changes, estimate_times, partner, patches, shifted
-from fewstep.methods.latent_lpips.record import load_perceptual
-from fewstep.methods.latent_lpips.settings import NetworkConfig, PairConfig, PerceptualConfig
 from fewstep.methods.latent_lpips.pixel_features import Lite0Stages, decoder, pair_distances
-from fewstep.methods.latent_lpips.train import fit, log_error, make_perceptual, pair_weights
+from fewstep.methods.latent_lpips.rank_comparison import ENDS, compare_distances, rank_correlation
+from fewstep.methods.latent_lpips.record import load_latent_lpips
+from fewstep.methods.latent_lpips.settings import LatentLpipsTrainConfig, NetworkConfig, PairConfig
+from fewstep.methods.latent_lpips.train import fit, log_error, make_latent_lpips, pair_weights
 from fewstep.training.run_folder import RunLog, checkpoints
 
 SMALL = NetworkConfig(widths=(8, 12), blocks=(1, 1))
 PROMPTS = [f"a {colour} {shape}" for colour in ("red", "green", "blue", "yellow") for shape in ("disc", "ring", "bar")]
 
 
-def network(channels: int = 3, dtype: torch.dtype = torch.float64, seed: int = 0) -> LatentPerceptual:
+def network(channels: int = 3, dtype: torch.dtype = torch.float64, seed: int = 0) -> LatentLPIPS:
     torch.manual_seed(seed)
-    return LatentPerceptual(SMALL, channels).to(dtype)
+    return LatentLPIPS(SMALL, channels).to(dtype)
 
 
 def normal(*shape: int, seed: int = 1) -> Tensor:
@@ -101,7 +101,7 @@ def test_latents_of_any_size(size: tuple[int, int]) -> None:
 
 
 def test_it_has_at_most_a_million_parameters_and_is_the_same_under_autocast() -> None:
-    net = LatentPerceptual(NetworkConfig(), 16)
+    net = LatentLPIPS(NetworkConfig(), 16)
     assert sum(p.numel() for p in net.parameters()) <= 1_000_000
     a = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     plain = net(a, a + 0.01)
@@ -264,7 +264,7 @@ def test_a_group_does_not_depend_on_its_batch(backbone: Backbone, monkeypatch: p
 # learning
 
 
-def toy_bank(groups: int = 48, seed: int = 0) -> Bank:
+def toy_pair_set(groups: int = 48, seed: int = 0) -> PairSet:
     """Latents of which two of six channels are to be seen, and these saturate: L2 is misled."""
     g = torch.Generator().manual_seed(seed)
     base = torch.randn(groups, 1, 6, 4, 4, generator=g)
@@ -273,34 +273,36 @@ def toy_bank(groups: int = 48, seed: int = 0) -> Bank:
     maps = [torch.cat([3 * x[:, :2].tanh(), torch.ones_like(x[:, :1])], 1) for x in latents]
     distances = torch.stack([pair_distances([x], PAIRS) for x in maps])
     parts = torch.arange(groups).split([groups - 24, 8, 16])
-    return Bank(latents, distances, *parts, "toy")
+    return PairSet(latents, distances, *parts, "toy")
 
 
-def toy_config(**loop: Any) -> PerceptualConfig:
+def toy_config(**loop: Any) -> LatentLpipsTrainConfig:
     config = {
         "network": SMALL.model_dump(),
         "mirror": 0.5,
         "loop": {"steps": 60, "batch": 8, "save_every": 20, "log_every": 20, "validate_every": 20, **loop},
         "optim": {"lr": 1e-2, "warmup": 5, "decay": "cosine", "ema": 0.9},
     }
-    return validate(PerceptualConfig, config)
+    return validate(LatentLpipsTrainConfig, config)
 
 
-def learn(config: PerceptualConfig, folder: Path) -> LatentPerceptual:
+def learn(config: LatentLpipsTrainConfig, folder: Path) -> LatentLPIPS:
     accelerator = make_accelerator("fp32", pick_device("cpu"))
     with RunLog(folder, config, title="toy", quiet=True) as log:
-        return fit(config, toy_bank(), 6, log, accelerator)
+        return fit(config, toy_pair_set(), 6, log, accelerator)
 
 
 def test_training_orders_held_out_pairs_better_than_latent_l2(tmp_path: Path) -> None:
-    bank = toy_bank()
-    found = judge(learn(toy_config(), tmp_path), bank.latents[bank.heldout], bank.distances[bank.heldout])
+    pair_set = toy_pair_set()
+    heldout = pair_set.heldout
+    trained = learn(toy_config(), tmp_path)
+    found = compare_distances(trained, pair_set.latents[heldout], pair_set.distances[heldout])
     told = found.overall()
     assert told["l2"] < 0.8, "the toy world misleads L2"
     assert told["network"] > max(told["l2"], told["huber"]) + 0.1
     kinds = found.by_kind()
     assert np.mean([k["network"] for k in kinds.values()]) > np.mean([k["l2"] for k in kinds.values()]) + 0.1
-    told = log_error(torch.tensor(found.told["network"]), torch.tensor(found.pixel), torch.ones(11)).mean()
+    told = log_error(torch.tensor(found.predicted["network"]), torch.tensor(found.pixel), torch.ones(11)).mean()
     assert float(told) < 0.5, "it says the pixel distance itself, not only its order"
     assert draw_figure(found, tmp_path / "figure.webp").is_file()
     assert Image.open(tmp_path / "figure.webp").width > 800
@@ -374,8 +376,8 @@ def made(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Image, "open", closed)
-        folder = make_perceptual(
-            validate(PerceptualConfig, TINY), backbone, PROMPTS, out / "run", pixel=Blocky(), quiet=True
+        folder = make_latent_lpips(
+            validate(LatentLpipsTrainConfig, TINY), backbone, PROMPTS, out / "run", pixel=Blocky(), quiet=True
         )
     assert folder == out / "run" / "perceptual"
     return folder
@@ -391,32 +393,32 @@ def test_from_prompts_and_a_teacher_alone(made: Path, backbone: Backbone) -> Non
     assert set(record["heldout"]["by_kind"]) == set(KINDS)
     assert record["heldout"]["n"] == 11 * record["heldout"]["groups"] == 22
     assert (made.parent / "heldout.webp").is_file()
-    net = load_perceptual(made, 4, record["vae"])
+    net = load_latent_lpips(made, 4, record["vae"])
     assert not any(p.requires_grad for p in net.parameters())
     cached = sorted((made.parent / "cache").iterdir())
     assert len(cached) == 1, "the pairs are kept"
     # what the record says is what the file does
-    bank = pair_sets.make_bank(
+    pair_set = pair_sets.make_pair_set(
         PairConfig(groups=16, steps=2), backbone, PROMPTS, Blocky(), made.parent / "cache", quiet=True
     )
-    found = judge(net, bank.latents[bank.heldout], bank.distances[bank.heldout]).overall()
+    found = compare_distances(net, pair_set.latents[pair_set.heldout], pair_set.distances[pair_set.heldout]).overall()
     assert found == pytest.approx(record["heldout"]["rank_correlation"], abs=1e-9)
 
 
 def test_a_finished_one_is_returned_and_another_refused(
     made: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "make_bank", None)
-    config = validate(PerceptualConfig, TINY)
-    again = make_perceptual(config, backbone, PROMPTS, made.parent, pixel=Blocky(), quiet=True)
+    monkeypatch.setattr(training, "make_pair_set", None)
+    config = validate(LatentLpipsTrainConfig, TINY)
+    again = make_latent_lpips(config, backbone, PROMPTS, made.parent, pixel=Blocky(), quiet=True)
     assert again == made
     with pytest.raises(UserError, match="distance of another training"):
-        make_perceptual(config, backbone, PROMPTS[1:], made.parent, pixel=Blocky(), quiet=True)
+        make_latent_lpips(config, backbone, PROMPTS[1:], made.parent, pixel=Blocky(), quiet=True)
 
 
 def test_pairs_that_were_cut_off_go_on(backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between shards and during training: the same bytes."""
-    config = validate(PerceptualConfig, TINY)
+    config = validate(LatentLpipsTrainConfig, TINY)
     monkeypatch.setattr(pair_sets, "SHARD", 8)
     right = pair_sets.measure
     calls = 0
@@ -430,13 +432,13 @@ def test_pairs_that_were_cut_off_go_on(backbone: Backbone, tmp_path: Path, monke
 
     monkeypatch.setattr(pair_sets, "measure", once)
     with pytest.raises(KeyboardInterrupt):
-        make_perceptual(config, backbone, PROMPTS, tmp_path, pixel=Blocky(), quiet=True)
+        make_latent_lpips(config, backbone, PROMPTS, tmp_path, pixel=Blocky(), quiet=True)
     kept = list((tmp_path / "cache").glob("*.safetensors"))
     assert len(kept) == 1
-    make_perceptual(config, backbone, PROMPTS, tmp_path, pixel=Blocky(), quiet=True)
+    make_latent_lpips(config, backbone, PROMPTS, tmp_path, pixel=Blocky(), quiet=True)
     assert calls == 3, "the first shard was not made again"
     whole = tmp_path / "whole"  # in shards of the same size: on some machines a batch of another one rounds otherwise
-    make_perceptual(config, backbone, PROMPTS, whole, pixel=Blocky(), quiet=True)
+    make_latent_lpips(config, backbone, PROMPTS, whole, pixel=Blocky(), quiet=True)
     weights = [(folder / "perceptual" / "perceptual.safetensors").read_bytes() for folder in (whole, tmp_path)]
     assert weights[0] == weights[1]
 
@@ -446,20 +448,20 @@ def test_refusals(made: Path, tmp_path: Path, tiny_pipeline: Path) -> None:
     with pytest.raises(
         UserError, match=r"another autoencoder \(4 channels, .*\), not of this teacher's \(4 channels, fff"
     ):
-        load_perceptual(made, 4, "f" * 64)
+        load_latent_lpips(made, 4, "f" * 64)
     with pytest.raises(UserError, match=r"not of this teacher's \(16 channels"):
-        load_perceptual(made, 16, record["vae"])
+        load_latent_lpips(made, 16, record["vae"])
     with pytest.raises(UserError, match=r"holds no perceptual.json; make one by `fewstep train-perceptual`"):
-        load_perceptual(tmp_path, 4, record["vae"])
+        load_latent_lpips(tmp_path, 4, record["vae"])
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "perceptual.safetensors").write_bytes((made / "perceptual.safetensors").read_bytes())
     write_json(broken / "perceptual.json", {**record, "weights_sha256": "0" * 64})
     with pytest.raises(UserError, match="is not the file that"):
-        load_perceptual(broken, 4, record["vae"])
+        load_latent_lpips(broken, 4, record["vae"])
     write_json(broken / "perceptual.json", {k: v for k, v in record.items() if k != "vae"})
     with pytest.raises(UserError, match="'vae'"):
-        load_perceptual(broken, 4, record["vae"])
+        load_latent_lpips(broken, 4, record["vae"])
     few = tmp_path / "few.txt"
     few.write_text("a\nb\na\n")
     with pytest.raises(UserError, match=r"prompts holds 2 distinct prompts; .* at least 8"):

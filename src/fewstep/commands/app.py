@@ -60,7 +60,7 @@ def recipes(settings: Annotated[bool, typer.Option(help="List every setting too.
     from fewstep.distillation.config import DistillConfig
     from fewstep.distillation.synthesis.settings import SynthesisConfig
     from fewstep.inference.multilingual.settings import AdapterConfig
-    from fewstep.methods.latent_lpips.settings import PerceptualConfig
+    from fewstep.methods.latent_lpips.settings import LatentLpipsTrainConfig
     from fewstep.methods.recipes import names
 
     for name in names():
@@ -70,7 +70,7 @@ def recipes(settings: Annotated[bool, typer.Option(help="List every setting too.
         typer.echo("\n".join(settings_help(DistillConfig())))
         verbs = {
             "synthesize": SynthesisConfig(),
-            "train-perceptual": PerceptualConfig(),
+            "train-perceptual": LatentLpipsTrainConfig(),
             "train-adapter": AdapterConfig(),
         }
         for verb, config in {**verbs, **(bundled.configs() if bundled else {})}.items():

@@ -64,9 +64,9 @@ def train_perceptual(
         overrides=overrides or [],
         teacher_config=config or "",
     )
-    from fewstep.methods.latent_lpips.record import read_perceptual
+    from fewstep.methods.latent_lpips.record import read_record
 
-    heldout = read_perceptual(folder)["heldout"]
+    heldout = read_record(folder)["heldout"]
     for name, value in heldout["rank_correlation"].items():
         say(f"rank correlation with pixel features, {name}: {value:.4f} (n = {heldout['n']} held-out pairs)")
     say(f"wrote {folder}")

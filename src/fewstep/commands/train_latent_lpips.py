@@ -44,11 +44,11 @@ def train_perceptual(
     from fewstep.common.config import parse_overrides
     from fewstep.common.files import check_writable
     from fewstep.data.prompts import read_prompts
-    from fewstep.methods.latent_lpips.settings import PerceptualConfig, check_prompts
+    from fewstep.methods.latent_lpips.settings import LatentLpipsTrainConfig, check_prompts
     from fewstep.training.run_folder import check_same_run
 
     check_device(device)
-    config = validate(PerceptualConfig, parse_overrides(overrides, PerceptualConfig))
+    config = validate(LatentLpipsTrainConfig, parse_overrides(overrides, LatentLpipsTrainConfig))
     if prompts is None and teacher:
         raise UserError(f"prompts must be given for teacher = {str(teacher)!r}: a text file, one prompt a line")
     if prompts is None:
@@ -65,6 +65,6 @@ def train_perceptual(
 
     place = pick_device(device)
     from fewstep.backbones.base import load_backbone
-    from fewstep.methods.latent_lpips.train import make_perceptual
+    from fewstep.methods.latent_lpips.train import make_latent_lpips
 
-    return make_perceptual(config, load_backbone(folder.path, place), said, Path(out))
+    return make_latent_lpips(config, load_backbone(folder.path, place), said, Path(out))

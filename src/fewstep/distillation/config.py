@@ -15,7 +15,7 @@ from fewstep.data.config import DataConfig
 from fewstep.diffusion.config import GridSpec, Sampling
 from fewstep.distillation.stages import Stage, stage_configs
 from fewstep.methods.config import ConsistencyConfig
-from fewstep.methods.latent_lpips.settings import PerceptualConfig
+from fewstep.methods.latent_lpips.settings import LatentLpipsTrainConfig
 from fewstep.methods.recipes import read_recipe
 from fewstep.training.config import LoopConfig, OptimConfig, StudentConfig
 
@@ -31,7 +31,7 @@ class ValidationConfig(Config):
     teacher_steps: int = Field(50, ge=1, description="steps of the teacher's end points")
 
 
-class LatentLpipsConfig(PerceptualConfig):
+class LatentLpipsConfig(LatentLpipsTrainConfig):
     """The network of `method.distance = latent_lpips`, and how it is trained."""
 
     folder: Annotated[str, Content("perceptual distance")] = Field(

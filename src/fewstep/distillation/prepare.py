@@ -51,7 +51,7 @@ from fewstep.distillation.synthesis.reader import Synthesis
 from fewstep.distillation.synthesis.record import is_synthesis
 from fewstep.distillation.trajectories import drawn_prompts, stored_trajectories
 from fewstep.evaluation.limits import KID_FEWEST
-from fewstep.methods.latent_lpips.settings import PerceptualConfig
+from fewstep.methods.latent_lpips.settings import LatentLpipsTrainConfig
 from fewstep.methods.reward_loss import Reward
 from fewstep.methods.rewards.reward import PreferenceScorer
 from fewstep.methods.update_plan import roles_of
@@ -294,18 +294,18 @@ def perceptual_folder(config: DistillConfig, backbone: Backbone, prompts: Sequen
         return None
     if config.latent_lpips.folder:
         return Path(config.latent_lpips.folder)
-    from fewstep.methods.latent_lpips.train import make_perceptual
+    from fewstep.methods.latent_lpips.train import make_latent_lpips
 
     if config.data.source in ("emoji8", "captions"):
         exclusive = world("data.source").captions_alone(config.data.captions, config.latent_lpips.loop.seed)
         (drawn,) = zip(*exclusive.captions, strict=True)
         prompts = sorted(set(drawn))
-    own = {name: getattr(config.latent_lpips, name) for name in PerceptualConfig.model_fields}
+    own = {name: getattr(config.latent_lpips, name) for name in LatentLpipsTrainConfig.model_fields}
     loop = config.latent_lpips.loop.model_copy(update={"precision": config.loop.precision})  # one precision a process
-    asked = PerceptualConfig(**own | {"loop": loop})
+    asked = LatentLpipsTrainConfig(**own | {"loop": loop})
     known = json.dumps([backbone.folder.identity(), list(prompts), asked.model_dump(mode="json")])
     place = cache / f"perceptual-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
-    return make_perceptual(asked, backbone, prompts, place)
+    return make_latent_lpips(asked, backbone, prompts, place)
 
 
 def with_looks(run: Run, perceptual: Path | None) -> Run:
@@ -313,10 +313,10 @@ def with_looks(run: Run, perceptual: Path | None) -> Run:
     backbone, method, fed = run.backbone, run.config.method, dict(run.fed)
     distance, reward = None, None
     if perceptual is not None:
-        from fewstep.methods.latent_lpips.record import WEIGHTS, load_perceptual
+        from fewstep.methods.latent_lpips.record import WEIGHTS, load_latent_lpips
 
         vae = backbone.folder.identity("vae")
-        distance = load_perceptual(perceptual, backbone.latent_shape[0], vae, backbone.device).distance
+        distance = load_latent_lpips(perceptual, backbone.latent_shape[0], vae, backbone.device).distance
         fed["perceptual distance"] = sha256(perceptual / WEIGHTS)
     if method.reward.weight:
         scorer = load_named_scorer(method.reward.scorer, backbone.device)

@@ -56,7 +56,7 @@ class Residual(nn.Module):
         return result
 
 
-class LatentPerceptual(nn.Module):
+class LatentLPIPS(nn.Module):
     """d(a, b) between latents, in LPIPS's form (arXiv 1801.03924, eq 1) over a network on latents.
 
     d(a, b) = sum over maps m of the mean over places of sum over channels c of w_mc (u_mc(a) - u_mc(b))^2, with u the
@@ -131,14 +131,14 @@ class LatentPerceptual(nn.Module):
 
 
 @torch.no_grad()
-def calibrate(network: LatentPerceptual, found: Tensor, wanted: Tensor) -> None:
+def calibrate(network: LatentLPIPS, found: Tensor, wanted: Tensor) -> None:
     """Multiply all weights by the one factor that makes the mean logarithm of found / wanted 0, in place."""
     factor = ((wanted.log() - found.to(wanted).log()).mean().exp()).to(network.raw_own)
     for raw in (*network.raw_weights, network.raw_own):
         raw.copy_(torch.expm1(F.softplus(PACE * raw) * factor).log() / PACE)
 
 
-def group_distances(network: LatentPerceptual, groups: Tensor, ends: Tensor) -> Tensor:
+def group_distances(network: LatentLPIPS, groups: Tensor, ends: Tensor) -> Tensor:
     """Distances of the named pairs of each group's members, [n, P]; every member's features are computed once.
 
     Of large latents, whose pairs would fill the memory, one group's are held at a time, and made again on the way back.

@@ -24,8 +24,8 @@ from fewstep.diffusion.config import Sampling
 from fewstep.diffusion.denoiser import Condition
 from fewstep.inference.generator import ImageGenerator, image_generator_of
 from fewstep.methods.latent_lpips.pairs import FEW, MEMBERS, PAIRS, Teacher, make_groups, partner
-from fewstep.methods.latent_lpips.settings import PairConfig, check_prompts
 from fewstep.methods.latent_lpips.pixel_features import Decode, PixelFeatures, decoder, pair_distances
+from fewstep.methods.latent_lpips.settings import PairConfig, check_prompts
 from fewstep.students.sampling import teacher_sampling
 
 SHARD = 16
@@ -33,7 +33,7 @@ SHARD = 16
 
 
 @dataclass(frozen=True)
-class Bank:
+class PairSet:
     """What the distance is trained on.
 
     Attributes:
@@ -81,27 +81,27 @@ def distinct_prompts(prompts: Sequence[str], groups: int, seed: int) -> list[str
     return [found[i] for i in chosen]
 
 
-def drawn_by(config: PairConfig, backbone: Backbone) -> Sampling:
+def latent_sampling(config: PairConfig, backbone: Backbone) -> Sampling:
     """How the teacher draws its latents: as it brings along, in the config's steps."""
     own = teacher_sampling(backbone.folder.path)
     omega = own.omega if config.omega is None else config.omega
     return Sampling(sampler="ddim", steps=config.steps, omega=omega, spacing="trailing", end="clean")
 
 
-def bank_key(config: PairConfig, backbone: Backbone, prompts: Sequence[str], pixel: PixelFeatures) -> str:
+def pair_set_key(config: PairConfig, backbone: Backbone, prompts: Sequence[str], pixel: PixelFeatures) -> str:
     """Fingerprint of all that decides a bank."""
     known = [
         backbone.folder.identity(),
         hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
         f"{pixel.name} {pixel.weights_sha256} {pixel.input}",
         config.model_dump(mode="json"),
-        drawn_by(config, backbone).model_dump(mode="json"),
+        latent_sampling(config, backbone).model_dump(mode="json"),
         MEMBERS,
     ]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
-def make_bank(
+def make_pair_set(
     config: PairConfig,
     backbone: Backbone,
     prompts: Sequence[str],
@@ -110,7 +110,7 @@ def make_bank(
     *,
     decode: Decode | None = None,
     quiet: bool = False,
-) -> Bank:
+) -> PairSet:
     """Draw the teacher's latents, make groups around them, and measure their pictures; no picture is opened.
 
     All processes of a launch must ask: the main one makes, the others read what it kept.
@@ -124,7 +124,7 @@ def make_bank(
     Raises:
         UserError: too few prompts.
     """
-    key = bank_key(config, backbone, prompts, pixel)
+    key = pair_set_key(config, backbone, prompts, pixel)
     used = distinct_prompts(prompts, config.groups, config.seed)
     rows, parts = split(config.groups, len(used), config.heldout)
     show = decode or decoder(backbone)
@@ -147,14 +147,14 @@ def make_bank(
     backbone.release_encoders()
     train, validation, heldout = (torch.tensor(list(part)) for part in parts)
     latents, distances = (torch.cat([shard[name] for shard in shards]) for name in ("latents", "distances"))
-    return Bank(latents, distances, train, validation, heldout, key)
+    return PairSet(latents, distances, train, validation, heldout, key)
 
 
 @torch.no_grad()
 def draw_groups(config: PairConfig, backbone: Backbone, prompts: Sequence[str], items: Sequence[int]) -> Tensor:
     """The groups of some items, [n, 12, C, h, w] on the CPU; partners must be among them, prompts are the items'."""
     device = backbone.device
-    sampling = drawn_by(config, backbone)
+    sampling = latent_sampling(config, backbone)
     precision = DTYPES[pick_precision("auto", device)]
     image_generator = replace(image_generator_of(backbone, sampling), precision=precision)
     condition = backbone.encode(prompts)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fewstep.methods.distances import huber, l2
-from fewstep.methods.latent_lpips.network import LatentPerceptual, group_distances
+from fewstep.methods.latent_lpips.network import LatentLPIPS, group_distances
 from fewstep.methods.latent_lpips.pairs import KINDS, PAIRS
 
 HUBER_C = 1e-3
@@ -40,7 +40,7 @@ def rank_correlation(a: Array, b: Array) -> float:
 
 
 @dataclass(frozen=True)
-class Judged:
+class RankComparison:
     """Distances of the same pairs, groups in rows and `KINDS` in columns, float64 [N, K].
 
     Attributes:
@@ -64,7 +64,7 @@ class Judged:
 
 
 @torch.no_grad()
-def judge(network: LatentPerceptual, groups: Tensor, distances: Tensor, batch: int = 16) -> Judged:
+def compare_distances(network: LatentLPIPS, groups: Tensor, distances: Tensor, batch: int = 16) -> RankComparison:
     """Measure the named pairs of some groups, [n, m, C, h, w], whose pictures lie `distances` [n, P] apart."""
     device = network.raw_own.device
     ends = ENDS[:, NAMED]
@@ -74,4 +74,4 @@ def judge(network: LatentPerceptual, groups: Tensor, distances: Tensor, batch: i
     flat = gaps.flatten(0, 1)
     plain = {"l2": l2(flat), "huber": huber(flat, HUBER_C)}
     predicted = {name: value.double().view(len(groups), -1).numpy() for name, value in plain.items()}
-    return Judged(distances[:, NAMED].double().numpy(), {"network": torch.cat(found).numpy(), **predicted})
+    return RankComparison(distances[:, NAMED].double().numpy(), {"network": torch.cat(found).numpy(), **predicted})

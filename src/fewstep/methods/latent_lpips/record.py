@@ -13,14 +13,14 @@ from fewstep.common.config import validate
 from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_folder, read_mapping, sha256, write_json
 from fewstep.common.tensors import load_tensors, save_tensors
-from fewstep.methods.latent_lpips.network import LatentPerceptual
+from fewstep.methods.latent_lpips.network import LatentLPIPS
 from fewstep.methods.latent_lpips.settings import NetworkConfig
 
 WEIGHTS = "perceptual.safetensors"
 RECORD = "perceptual.json"
 
 
-def save_perceptual(folder: Path, network: LatentPerceptual, vae: str, notes: Mapping[str, Any]) -> None:
+def save_latent_lpips(folder: Path, network: LatentLPIPS, vae: str, notes: Mapping[str, Any]) -> None:
     """Write the network and its record; the folder appears whole or not at all.
 
     Args:
@@ -41,7 +41,7 @@ def save_perceptual(folder: Path, network: LatentPerceptual, vae: str, notes: Ma
         write_json(part / RECORD, {**record, "weights_sha256": sha256(part / WEIGHTS)})
 
 
-def read_perceptual(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
     """The record of a trained distance.
 
     Raises:
@@ -52,9 +52,9 @@ def read_perceptual(folder: Path) -> dict[str, Any]:
     return read_mapping(folder / RECORD)
 
 
-def load_perceptual(
+def load_latent_lpips(
     folder: Path | str, channels: int, vae_fingerprint: str, device: torch.device | str = "cpu"
-) -> LatentPerceptual:
+) -> LatentLPIPS:
     """Read a trained distance for latents of the given autoencoder; frozen, in evaluation mode.
 
     Args:
@@ -65,7 +65,7 @@ def load_perceptual(
         UserError: a part is missing or damaged, or it was made for latents of another autoencoder.
     """
     folder = Path(folder)
-    record = read_perceptual(folder)
+    record = read_record(folder)
     try:
         config = validate(NetworkConfig, record["network"])
         known, vae, expected = int(record["channels"]), str(record["vae"]), str(record["weights_sha256"])
@@ -78,7 +78,7 @@ def load_perceptual(
             f"({ours}); the nearest is to leave it out, so that one is made for this teacher"
         )
     path = folder / WEIGHTS
-    network = LatentPerceptual(config, channels)
+    network = LatentLPIPS(config, channels)
     weights: Mapping[str, Tensor] = load_tensors(path)
     if sha256(path) != expected:
         raise UserError(f"{path} is not the file that {RECORD} names (sha256 {expected[:16]}); restore it")

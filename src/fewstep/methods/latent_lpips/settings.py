@@ -49,7 +49,7 @@ class PairConfig(Config):
         return self
 
 
-class PerceptualConfig(Config):
+class LatentLpipsTrainConfig(Config):
     """Training of the distance between latents."""
 
     network: NetworkConfig = Field(NetworkConfig(), description="the network")

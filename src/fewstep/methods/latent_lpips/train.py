@@ -22,13 +22,13 @@ from fewstep.common.files import sweep
 from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.schedule import expand
 from fewstep.evaluation.lite0 import Lite0Features
-from fewstep.methods.latent_lpips.pair_set import Bank, bank_key, drawn_by, make_bank
-from fewstep.methods.latent_lpips.rank_comparison import ENDS, NAMED, Judged, judge
-from fewstep.methods.latent_lpips.network import LatentPerceptual, calibrate, group_distances
+from fewstep.methods.latent_lpips.network import LatentLPIPS, calibrate, group_distances
+from fewstep.methods.latent_lpips.pair_set import PairSet, latent_sampling, make_pair_set, pair_set_key
 from fewstep.methods.latent_lpips.pairs import KINDS, PAIRS
-from fewstep.methods.latent_lpips.record import RECORD, load_perceptual, read_perceptual, save_perceptual
-from fewstep.methods.latent_lpips.settings import PerceptualConfig
 from fewstep.methods.latent_lpips.pixel_features import Decode, Lite0Stages, PixelFeatures
+from fewstep.methods.latent_lpips.rank_comparison import ENDS, NAMED, RankComparison, compare_distances
+from fewstep.methods.latent_lpips.record import RECORD, read_record, save_latent_lpips
+from fewstep.methods.latent_lpips.settings import LatentLpipsTrainConfig
 from fewstep.training.loop import Batch, Update, train
 from fewstep.training.loss import Loss
 from fewstep.training.run_folder import RunLog
@@ -60,18 +60,18 @@ def pair_weights(named: float) -> Tensor:
 
 
 def run_inputs(
-    config: PerceptualConfig, backbone: Backbone, prompts: Sequence[str], pixel: PixelFeatures
+    config: LatentLpipsTrainConfig, backbone: Backbone, prompts: Sequence[str], pixel: PixelFeatures
 ) -> dict[str, str]:
     """Fingerprints of what a run is fed."""
     return {
         "teacher": backbone.folder.identity(),
         "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
         "pixel network": pixel.weights_sha256,
-        "pairs": bank_key(config.pairs, backbone, prompts, pixel),
+        "pairs": pair_set_key(config.pairs, backbone, prompts, pixel),
     }
 
 
-def run_key(config: PerceptualConfig, inputs: Mapping[str, str]) -> str:
+def run_key(config: LatentLpipsTrainConfig, inputs: Mapping[str, str]) -> str:
     """Fingerprint of a whole training: what a finished one is known by."""
     known = config.model_dump(mode="json")
     known["loop"] = {name: known["loop"][name] for name in ("steps", "batch", "accumulate", "seed", "precision")}
@@ -86,7 +86,7 @@ def finished(folder: Path, key: str) -> bool:
     """
     if not (folder / RECORD).is_file():
         return False
-    found = read_perceptual(folder).get("key")
+    found = read_record(folder).get("key")
     if found != key:
         raise UserError(
             f"{folder} holds a distance of another training ({str(found)[:12]}, now {key[:12]}); give another --out"
@@ -94,8 +94,8 @@ def finished(folder: Path, key: str) -> bool:
     return True
 
 
-def make_perceptual(
-    config: PerceptualConfig,
+def make_latent_lpips(
+    config: LatentLpipsTrainConfig,
     backbone: Backbone,
     prompts: Sequence[str],
     out: Path,
@@ -134,35 +134,37 @@ def make_perceptual(
         if main:
             sweep(out)
             sweep(store)
-        bank = make_bank(config.pairs, backbone, prompts, pixel, store, decode=decode, quiet=quiet)
-        network = fit(config, bank, backbone.latent_shape[0], log, accelerator)
+        pairs = make_pair_set(config.pairs, backbone, prompts, pixel, store, decode=decode, quiet=quiet)
+        network = fit(config, pairs, backbone.latent_shape[0], log, accelerator)
         with fail_together():
             if main:
-                judged = judge(network, bank.latents[bank.heldout], bank.distances[bank.heldout])
-                notes = {**describe(config, backbone, prompts, pixel, bank, judged), "key": key}
+                comparison = compare_distances(network, pairs.latents[pairs.heldout], pairs.distances[pairs.heldout])
+                notes = {**describe(config, backbone, prompts, pixel, pairs, comparison), "key": key}
                 if find_spec("matplotlib"):
                     from fewstep.methods.latent_lpips.figure import draw_figure
 
-                    draw_figure(judged, out / "heldout.webp")
-                save_perceptual(target, network, backbone.folder.identity("vae"), notes)
+                    draw_figure(comparison, out / "heldout.webp")
+                save_latent_lpips(target, network, backbone.folder.identity("vae"), notes)
     return target
 
 
-def fit(config: PerceptualConfig, bank: Bank, channels: int, log: RunLog, accelerator: Accelerator) -> LatentPerceptual:
-    """Train on the bank's training groups, watching its validation groups; return the averaged network."""
+def fit(
+    config: LatentLpipsTrainConfig, pairs: PairSet, channels: int, log: RunLog, accelerator: Accelerator
+) -> LatentLPIPS:
+    """Train on the training groups, watching its validation groups; return the averaged network."""
     device = accelerator.device
     torch.manual_seed(config.loop.seed)
-    network = LatentPerceptual(config.network, channels).to(device)
-    first = bank.train[:CALIBRATED]
-    near = group_distances(network, bank.latents[first].to(device), ENDS).cpu()
-    calibrate(network, near + FLOOR, bank.distances[first] + FLOOR)
+    network = LatentLPIPS(config.network, channels).to(device)
+    first = pairs.train[:CALIBRATED]
+    near = group_distances(network, pairs.latents[first].to(device), ENDS).cpu()
+    calibrate(network, near + FLOOR, pairs.distances[first] + FLOOR)
     weights = pair_weights(config.named)
 
     def fetch(items: np.ndarray, _: KeyedRng) -> Batch:
-        rows = bank.train[torch.from_numpy(items)]
+        rows = pairs.train[torch.from_numpy(items)]
         return {
-            "groups": bank.latents[rows].to(device, non_blocking=True),
-            "distances": bank.distances[rows].float().to(device, non_blocking=True),
+            "groups": pairs.latents[rows].to(device, non_blocking=True),
+            "distances": pairs.distances[rows].float().to(device, non_blocking=True),
         }
 
     def loss(batch: Batch, rng: KeyedRng) -> Loss:
@@ -172,28 +174,28 @@ def fit(config: PerceptualConfig, bank: Bank, channels: int, log: RunLog, accele
         errors = log_error(found, batch["distances"], weights)
         return Loss(errors.mean())
 
-    def loaded(weights: Mapping[str, Tensor]) -> LatentPerceptual:
-        other = LatentPerceptual(config.network, channels)
+    def loaded(weights: Mapping[str, Tensor]) -> LatentLPIPS:
+        other = LatentLPIPS(config.network, channels)
         other.load_state_dict({name: tensor.cpu() for name, tensor in weights.items()})
         return other.to(device).eval().requires_grad_(False)
 
     def evaluate_weights(step: int, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
-        rows = bank.validation
-        found = judge(loaded(weights["perceptual"]), bank.latents[rows], bank.distances[rows]).overall()
+        rows = pairs.validation
+        found = compare_distances(loaded(weights["perceptual"]), pairs.latents[rows], pairs.distances[rows]).overall()
         return {f"validation/{name}": value for name, value in found.items()}
 
     plan = [Update("perceptual", dict(network.named_parameters()), loss, config.optim)]
-    trained = train(plan, fetch, len(bank.train), config.loop, log, accelerator, on_main_process(evaluate_weights))
+    trained = train(plan, fetch, len(pairs.train), config.loop, log, accelerator, on_main_process(evaluate_weights))
     return loaded(trained.weights["perceptual"])
 
 
 def describe(
-    config: PerceptualConfig,
+    config: LatentLpipsTrainConfig,
     backbone: Backbone,
     prompts: Sequence[str],
     pixel: PixelFeatures,
-    bank: Bank,
-    judged: Judged,
+    pairs: PairSet,
+    comparison: RankComparison,
 ) -> dict[str, Any]:
     """What a trained distance says of itself."""
     shared = Lite0Features.weights_sha256 == pixel.weights_sha256
@@ -209,16 +211,13 @@ def describe(
             else "",
         },
         "prompts": len(set(prompts)),
-        "sampling": drawn_by(config.pairs, backbone).model_dump(mode="json"),
-        "pairs": {"kinds": list(KINDS), "groups": len(bank.latents), "each": len(PAIRS)},
+        "sampling": latent_sampling(config.pairs, backbone).model_dump(mode="json"),
+        "pairs": {"kinds": list(KINDS), "groups": len(pairs.latents), "each": len(PAIRS)},
         "training": config.model_dump(mode="json"),
         "heldout": {
-            "groups": len(bank.heldout),
-            "n": judged.pixel.size,
-            "rank_correlation": judged.overall(),
-            "by_kind": judged.by_kind(),
+            "groups": len(pairs.heldout),
+            "n": comparison.pixel.size,
+            "rank_correlation": comparison.overall(),
+            "by_kind": comparison.by_kind(),
         },
     }
-
-
-__all__ = ["load_perceptual", "make_perceptual"]
