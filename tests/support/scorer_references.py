@@ -1,5 +1,5 @@
-"""Preference scorers once more: tiny random checkpoints under the published key names, and the published formulas in
-plain torch, float64. Nothing here imports the package."""
+"""References for the preference scorers: tiny random checkpoints under the published key names, and the published
+formulas in plain torch, float64. Nothing here imports the package."""
 
 from __future__ import annotations
 
@@ -323,7 +323,7 @@ def _turn(x: Tensor) -> Tensor:
 
 
 def mps(state: State, pixels: Tensor, ids: Tensor, condition: Tensor, threshold: float = 0.3) -> tuple[Tensor, Tensor]:
-    """Scores of B pictures with prompts ids [B, N] under a condition [1, N], and which words were heard [B, N]."""
+    """Scores of B pictures with prompts ids [B, N] under a condition [1, N], and the words attended to [B, N]."""
     clip = clip_model(0)
     own = clip.state_dict().keys()
     clip.load_state_dict({key: state[f"model.{key}"] for key in own})
@@ -332,8 +332,8 @@ def mps(state: State, pixels: Tensor, ids: Tensor, condition: Tensor, threshold:
     said, about = (clip.text_model(input_ids=x) for x in (ids, condition))
     words, ends = clip.text_projection(said.last_hidden_state), clip.text_projection(said.pooler_output)
     like = torch.einsum("bid,jd->bji", words, clip.text_projection(about.last_hidden_state)[0]).amax(1)
-    heard = like / like.amax(1, keepdim=True) > threshold
-    added = torch.zeros(heard.shape, dtype=torch.float64).masked_fill(~heard, -math.inf)[:, None, None, :]
+    attended = like / like.amax(1, keepdim=True) > threshold
+    added = torch.zeros(attended.shape, dtype=torch.float64).masked_fill(~attended, -math.inf)[:, None, None, :]
     x = clip.visual_projection(clip.vision_model(pixel_values=pixels).last_hidden_state)
     for number in range(2):
         cross, self_ = (f"cross_model.layers.{number}.{part}.fn" for part in (0, 1))
@@ -354,4 +354,4 @@ def mps(state: State, pixels: Tensor, ids: Tensor, condition: Tensor, threshold:
         x = x + mixed @ state[f"{self_}.attn_out.weight"].T + _swiglu(inner) @ state[f"{self_}.ff_out.1.weight"].T
     picture = x[:, 0]
     cosine = (picture * ends).sum(-1) / picture.norm(dim=-1) / ends.norm(dim=-1)
-    return state["model.logit_scale"].exp() * cosine, heard
+    return state["model.logit_scale"].exp() * cosine, attended

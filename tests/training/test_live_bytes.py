@@ -156,10 +156,10 @@ class Seen:
     def prepare(self, prompts: list[str]) -> dict[str, Tensor]:
         return {"n": torch.tensor([[float(len(prompt))] for prompt in prompts])}
 
-    def score(self, pictures: Tensor, said: Any) -> Tensor:
+    def score(self, pictures: Tensor, prepared: Any) -> Tensor:
         self.batches.append(len(pictures))
         small = nn.functional.adaptive_avg_pool2d(pictures, 8)
-        return (small * small.sin()).mean((1, 2, 3)) * said["n"][:, 0]
+        return (small * small.sin()).mean((1, 2, 3)) * prepared["n"][:, 0]
 
 
 @pytest.mark.parametrize(("most", "batches"), [(2**20, [5, 5]), (2 * 48 * 48, [2, 2] * 2 + [1, 1]), (100, [1, 1] * 5)])

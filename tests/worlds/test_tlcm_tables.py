@@ -265,8 +265,8 @@ def test_prompts_are_prepared_once_or_as_they_are_asked(monkeypatch: pytest.Monk
             asked.append(list(prompts))
             return {"n": torch.tensor([[float(len(prompt))] for prompt in prompts])}
 
-        def score(self, pictures: Tensor, said: Any) -> Tensor:
-            return pictures.mean((1, 2, 3)) * said["n"][:, 0]
+        def score(self, pictures: Tensor, prepared: Any) -> Tensor:
+            return pictures.mean((1, 2, 3)) * prepared["n"][:, 0]
 
     backbone: Any = SimpleNamespace(decode=lambda x: x * 2, folder=SimpleNamespace(scale=1))
     prompts = ["a", "bb", "cccc"]

@@ -1,50 +1,56 @@
-"""ImageReward v1.0: BLIP's vision transformer, its text encoder looking at the picture, and a small head."""
+"""ImageReward v1.0: BLIP's vision transformer, its text encoder with cross attention, and a small head."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.common.errors import UserError
-from fewstep.common.safetensors_header import Shape, read_safetensors_header
+from fewstep.common.files import sha256
+from fewstep.common.safetensors_header import read_safetensors_header
 from fewstep.methods.rewards.folder_layout import ScorerFiles
 from fewstep.methods.rewards.licences import IMAGE_REWARD
 from fewstep.methods.rewards.preprocess import Framing, frame
 from fewstep.methods.rewards.reward import ScorerIdentity
 from fewstep.methods.rewards.tokenize import check_rows, in_batches, load_tokenizer, token_ids
-from fewstep.methods.rewards.weights import Source, build, fingerprint, loading
+from fewstep.methods.rewards.weights import load_frozen, loading, rename_keys
 
 MEAN, DEVIATION = 0.16717362830052426, 1.0333394966054072
 """Constants of the published code: the reward is (output - MEAN)/DEVIATION."""
 LENGTH = 35
-"""Tokens of a prompt; what is longer is cut off."""
+"""Tokens of a prompt; longer prompts are truncated."""
 HEAD_WIDTH = 64
 """Width of an attention head of the vision transformer, in BLIP's base and large sizes alike."""
 HEAD_LAYERS = (0, 2, 4, 6, 7)
-"""The head's linear layers among its dropouts. Nothing bends between them: it is one linear function, in five parts."""
-_VISION = {
-    "embeddings.class_embedding": "cls_token",
-    "embeddings.position_embedding": "pos_embed",
-    "embeddings.patch_embedding": "patch_embed.proj",
-    "post_layernorm": "norm",
-}
-_INSIDE = {
-    "self_attn.qkv": "attn.qkv",
-    "self_attn.projection": "attn.proj",
-    "layer_norm1": "norm1",
-    "layer_norm2": "norm2",
-}
-_LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)")
+"""Indices of the head's linear layers; the others are dropouts. There are no activations between them."""
+_TEXT_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("max_position_embeddings", "hidden_act", "layer_norm_eps", "pad_token_id"),
+)
+_RULES = (
+    (r"^mlp\.layers\.", "head."),
+    (r"^blip\.text_encoder\.", "text."),
+    (r"^blip\.visual_encoder\.cls_token$", "vision.embeddings.class_embedding"),
+    (r"^blip\.visual_encoder\.pos_embed$", "vision.embeddings.position_embedding"),
+    (r"^blip\.visual_encoder\.patch_embed\.proj\.", "vision.embeddings.patch_embedding."),
+    (r"^blip\.visual_encoder\.norm\.", "vision.post_layernorm."),
+    (r"^blip\.visual_encoder\.blocks\.", "vision.encoder.layers."),
+    (r"\.attn\.qkv\.", ".self_attn.qkv."),
+    (r"\.attn\.proj\.", ".self_attn.projection."),
+    (r"\.norm([12])\.", r".layer_norm\1."),
+)
+_UNUSED = r"^blip\.(vision|text)_proj\.|position_ids$"
+"""BLIP's projections for contrastive pretraining, which the reward does not use, and a buffer."""
 
 
 class RewardNetwork(nn.Module):
-    """A picture and the tokens of a prompt -> the head's output, before it is normalised."""
+    """Maps a picture and the tokens of a prompt to the head's output, before it is normalised."""
 
     def __init__(self, vision: Any, text: Any, widths: Sequence[int]) -> None:
         from transformers import BlipTextModel, BlipVisionModel
@@ -52,16 +58,16 @@ class RewardNetwork(nn.Module):
         super().__init__()
         self.vision = BlipVisionModel(vision)
         self.text = BlipTextModel(text, add_pooling_layer=False)
-        self.head = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        linear = {i: nn.Linear(*sizes) for i, sizes in zip(HEAD_LAYERS, pairwise(widths), strict=True)}
+        self.head = nn.Sequential(*(linear.get(i, nn.Identity()) for i in range(HEAD_LAYERS[-1] + 1)))
 
-    def forward(self, seen: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """[B, 3, size, size], int64 [B, 35], int64 [B, 35] -> [B]."""
-        tokens = self.vision(pixel_values=seen).last_hidden_state
+        tokens = self.vision(pixel_values=pixels).last_hidden_state
         states = self.text(input_ids=ids, attention_mask=mask, encoder_hidden_states=tokens).last_hidden_state
         x: Tensor = states[:, 0] if states.dtype == torch.float64 else states[:, 0].float()
-        for layer in self.head:
-            x = layer(x)
-        return x.squeeze(-1)
+        output: Tensor = self.head(x)
+        return output.squeeze(-1)
 
 
 class ImageRewardScorer:
@@ -74,109 +80,73 @@ class ImageRewardScorer:
         self.identity = identity
 
     def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """K prompts -> {"ids", "mask"}, int64 [K, 35]: the text encoder reads them together with the picture."""
+        """Return {"ids", "mask"} of K prompts, int64 [K, 35]; the text encoder needs the picture too."""
+        return in_batches(self._tokens, prompts)
 
-        def encode(some: Sequence[str]) -> dict[str, Tensor]:
-            ids, mask = token_ids(self.tokenizer, some, LENGTH)
-            return {"ids": ids, "mask": mask}
+    def _tokens(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        return dict(zip(("ids", "mask"), token_ids(self.tokenizer, prompts, LENGTH), strict=True))
 
-        return in_batches(encode, prompts)
-
-    def score(self, pictures: Tensor, said: Mapping[str, Tensor]) -> Tensor:
-        """[B, 3, H, W] in [-1, 1] and rows of `prepare` -> [B]; see `PreferenceScorer.score`."""
-        check_rows(pictures, dict(said), ("ids", "mask"))
+    def score(self, pictures: Tensor, prepared: Mapping[str, Tensor]) -> Tensor:
+        """Score [B, 3, H, W] in [-1, 1] with rows of `prepare`, [B]; see `PreferenceScorer.score`."""
+        check_rows(pictures, prepared, ("ids", "mask"))
         vision = self.network.vision
-        seen = frame(pictures, self.framing).to(vision.device, vision.dtype)
-        ids, mask = (said[key].to(vision.device, non_blocking=True) for key in ("ids", "mask"))
-        output: Tensor = self.network(seen, ids, mask)
+        pixels = frame(pictures, self.framing).to(vision.device, vision.dtype)
+        ids, mask = (prepared[key].to(vision.device, non_blocking=True) for key in ("ids", "mask"))
+        output: Tensor = self.network(pixels, ids, mask)
         return (output - MEAN) / DEVIATION
 
 
 def load(files: ScorerFiles, device: torch.device, dtype: torch.dtype) -> ImageRewardScorer:
-    """The published checkpoint, under its own key names, in transformers' BLIP classes.
+    """Load the published checkpoint into transformers' BLIP classes.
 
     Raises:
         UserError: broken config, weights or tokenizer.
     """
-    shapes = {key: entry.shape for key, entry in read_safetensors_header(files.weights[0])[1].items()}
-    vision = _vision_config(shapes, files)
-    text = _text_config(files, vision.hidden_size)
-    widths = _head_widths(shapes, files)
-    network = build(lambda: RewardNetwork(vision, text, widths), files, source, _unread, dtype, device)
-    for layer in network.head:
-        layer.to(dtype if dtype == torch.float64 else torch.float32)
+    from transformers import BlipTextConfig
+
+    vision, widths = _sizes(files)
+    with loading(files.folder / "med_config.json"):
+        # The picture's width takes the place of the file's encoder_width, as in the published code.
+        sizes = {key: files.config[key] for key in _TEXT_SIZES}
+        text = BlipTextConfig(**sizes, encoder_hidden_size=vision.hidden_size, is_decoder=True)
+    network = load_frozen(
+        lambda: RewardNetwork(vision, text, widths),
+        files,
+        dtype,
+        device,
+        lambda state: rename_keys(state, _RULES),
+        _UNUSED,
+    )
+    network.head.to(dtype if dtype == torch.float64 else torch.float32)
     tokenizer = load_tokenizer(files.folder, "bert", text.vocab_size)
     framing = Framing(vision.image_size)
     backbone = (
         f"BLIP: ViT of {vision.num_hidden_layers} x {vision.hidden_size}, patch {vision.patch_size}, and text encoder "
         f"of {text.num_hidden_layers} x {text.hidden_size} with cross attention, head {' '.join(map(str, widths))}"
     )
-    identity = IMAGE_REWARD.identity(backbone, fingerprint(files), framing.words())
+    identity = replace(IMAGE_REWARD, backbone=backbone, weights_sha256=sha256(*files.weights), input=str(framing))
     return ImageRewardScorer(network, tokenizer, framing, identity)
 
 
-def _shape(shapes: Mapping[str, Shape], key: str, dimensions: int, files: ScorerFiles) -> Shape:
-    if key not in shapes:
-        raise UserError(f"{files.weights[0]} holds no {key!r}")
-    if len(shapes[key]) != dimensions:
-        raise UserError(f"{files.weights[0]}: {key!r} has shape {list(shapes[key])}, not {dimensions} dimensions")
-    return shapes[key]
-
-
-def _vision_config(shapes: Mapping[str, Shape], files: ScorerFiles) -> Any:
-    """The vision transformer's sizes, from the checkpoint's shapes. Its layer norms add 1e-6, not BLIP's default."""
+def _sizes(files: ScorerFiles) -> tuple[Any, list[int]]:
+    """Return the vision transformer's config and the head's widths, from the checkpoint's shapes."""
     from transformers import BlipVisionConfig
 
+    shapes = {key: entry.shape for key, entry in read_safetensors_header(files.weights[0])[1].items()}
     side = "blip.visual_encoder"
-    _, places, width = _shape(shapes, f"{side}.pos_embed", 3, files)
-    patch = _shape(shapes, f"{side}.patch_embed.proj.weight", 4, files)[-1]
-    inner = _shape(shapes, f"{side}.blocks.0.mlp.fc1.weight", 2, files)[0]
-    layers = 1 + max(int(key.split(".")[3]) for key in shapes if re.match(rf"{re.escape(side)}\.blocks\.\d+\.", key))
-    return BlipVisionConfig(
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=width // HEAD_WIDTH,
-        image_size=math.isqrt(places - 1) * patch,
-        patch_size=patch,
-        hidden_act="gelu",
-        layer_norm_eps=1e-6,
-    )
-
-
-def _text_config(files: ScorerFiles, seen_width: int) -> Any:
-    """What med_config.json says; the picture's width overrules its encoder_width, as in the published code."""
-    from transformers import BlipTextConfig
-
-    keys = (
-        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-        *("max_position_embeddings", "hidden_act", "layer_norm_eps", "pad_token_id"),
-    )
-    with loading(files.folder / "med_config.json"):
-        told = {key: files.config[key] for key in keys}
-        return BlipTextConfig(**told, encoder_hidden_size=seen_width, is_decoder=True)
-
-
-def _head_widths(shapes: Mapping[str, Shape], files: ScorerFiles) -> list[int]:
-    matrices = [_shape(shapes, f"mlp.layers.{index}.weight", 2, files) for index in HEAD_LAYERS]
-    return [matrices[0][1], *(out for out, _ in matrices)]
-
-
-def source(name: str) -> Source:
-    """Where a parameter of `RewardNetwork` lies in the published checkpoint."""
-    side, _, rest = name.partition(".")
-    if side == "text":  # the same classes by another name, with the same parameters
-        return Source(f"blip.text_encoder.{rest}")
-    stem, _, kind = rest.rpartition(".")
-    if side == "head":
-        return Source(f"mlp.layers.{HEAD_LAYERS[int(stem)]}.{kind}")
-    if rest in _VISION:
-        return Source(f"blip.visual_encoder.{_VISION[rest]}")
-    layer = _LAYER.fullmatch(stem)
-    inside = f"blocks.{layer[1]}.{_INSIDE.get(layer[2], layer[2])}" if layer else _VISION[stem]
-    return Source(f"blip.visual_encoder.{inside}.{kind}")
-
-
-def _unread(key: str) -> bool:
-    """BLIP's projections for contrastive pretraining, which the reward does not use, and a buffer of counted places."""
-    return key.startswith(("blip.vision_proj.", "blip.text_proj.")) or key.endswith("position_ids")
+    with loading(files.weights[0]):
+        _, places, width = shapes[f"{side}.pos_embed"]
+        patch = shapes[f"{side}.patch_embed.proj.weight"][-1]
+        blocks = {key.split(".")[3] for key in shapes if re.match(rf"{re.escape(side)}\.blocks\.\d+\.", key)}
+        config = BlipVisionConfig(
+            hidden_size=width,
+            intermediate_size=shapes[f"{side}.blocks.0.mlp.fc1.weight"][0],
+            num_hidden_layers=len(blocks),
+            num_attention_heads=width // HEAD_WIDTH,
+            image_size=math.isqrt(places - 1) * patch,
+            patch_size=patch,
+            hidden_act="gelu",
+            layer_norm_eps=1e-6,  # BLIP's checkpoints; transformers' default is another
+        )
+        matrices = [shapes[f"mlp.layers.{index}.weight"] for index in HEAD_LAYERS]
+        return config, [matrices[0][1], *(matrix[0] for matrix in matrices)]

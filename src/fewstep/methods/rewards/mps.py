@@ -7,18 +7,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewstep.common.errors import UserError
 from fewstep.common.safetensors_header import read_safetensors_header
 from fewstep.methods.rewards.clip import clip_config, clip_network, clip_tokenizer, identity_of, read_framing, unit
 from fewstep.methods.rewards.folder_layout import ScorerFiles
 from fewstep.methods.rewards.licences import MPS
-from fewstep.methods.rewards.mps_cross import CrossModel
 from fewstep.methods.rewards.preprocess import Framing, frame
 from fewstep.methods.rewards.reward import ScorerIdentity
 from fewstep.methods.rewards.tokenize import check_rows, in_batches, token_ids
-from fewstep.methods.rewards.weights import Source, build
+from fewstep.methods.rewards.weights import load_frozen, loading, rename_keys
 
 OVERALL = (
     "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, "
@@ -26,31 +25,116 @@ OVERALL = (
 )
 """The condition of the overall impression, the only one that weights are published for."""
 THRESHOLD = 0.3
-"""Words whose likeness to the condition is above this part of the likest word's are heard (0.3 in the authors'
-evaluation; 0.01 in their model's forward)."""
-_CROSS = {
-    "cross_norm": "0.fn.norm",
-    "cross_query": "0.fn.to_q",
-    "cross_key_value": "0.fn.to_kv",
-    "cross_out": "0.fn.to_out",
-    "cross_in": "0.fn.ff.0",
-    "cross_back": "0.fn.ff.2",
-    "own_norm": "1.fn.norm",
-    "own_in": "1.fn.fused_attn_ff_proj",
-    "own_out": "1.fn.attn_out",
-    "own_back": "1.fn.ff_out.1",
-}
-_LAYER = re.compile(r"cross\.layers\.(\d+)\.(\w+)\.(weight|bias)")
-_COUNT = re.compile(r"cross_model\.layers\.(\d+)\.")
+"""A word is attended to if its similarity to the condition is above this share of the most similar word's (0.3 in the
+authors' evaluation; 0.01 in their model's forward)."""
+_RULES = (
+    (r"^model\.", "clip."),
+    (r"^cross_model\.layers\.(\d+)\.0\.fn\.", r"cross.\1.cross."),
+    (r"^cross_model\.layers\.(\d+)\.1\.fn\.", r"cross.\1.own."),
+)
+_UNUSED = r"position_ids$|rotary_emb\.inv_freq$"
+
+
+class SwiGLU(nn.Module):
+    """The first half of the channels times the SiLU of the second (Shazeer 2020, arXiv:2002.05202)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., 2 D] -> [..., D]."""
+        value, gate = x.chunk(2, -1)
+        return F.silu(gate) * value
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Apply rotary position embedding to [..., N, D] (Su et al. 2021, arXiv:2104.09864), base 10000, halves paired."""
+    places, width = x.shape[-2:]
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    steps = torch.arange(0, width, 2, dtype=wide, device=x.device) / width
+    angle = torch.outer(torch.arange(places, dtype=wide, device=x.device), 10000.0**-steps).repeat(1, 2)
+    first, second = x.chunk(2, -1)
+    return x * angle.cos().to(x.dtype) + torch.cat((-second, first), -1) * angle.sin().to(x.dtype)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attend with many queries and one key and value for all heads (Shazeer 2019, arXiv:1911.02150).
+
+    Args:
+        query: [B, heads, N, D].
+        key, value: [B, M, D].
+        mask: bool [B, M], True for the keys that take part.
+
+    Returns:
+        [B, N, heads D].
+    """
+    key, value = (x[:, None].expand(-1, query.shape[1], -1, -1) for x in (key, value))
+    mask = None if mask is None else mask[:, None, None, :]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, N, heads D] -> [B, heads, N, D]."""
+    return x.reshape(*x.shape[:-1], heads, -1).transpose(1, 2)
+
+
+class CrossBlock(nn.Module):
+    """Attention of picture tokens to the prompt's words, beside a feed-forward part; both are added to the input.
+
+    Modules have their published names, here and in `SelfBlock`.
+    """
+
+    def __init__(self, width: int, heads: int, head_width: int, inner: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, heads * head_width, bias=False)
+        self.to_kv = nn.Linear(width, 2 * head_width, bias=False)
+        self.to_out = nn.Linear(heads * head_width, width, bias=False)
+        self.ff = nn.Sequential(nn.Linear(width, 2 * inner, bias=False), SwiGLU(), nn.Linear(inner, width, bias=False))
+
+    def forward(self, tokens: Tensor, words: Tensor, mask: Tensor) -> Tensor:
+        """Picture tokens [B, N, D], words [B, M, D], which of them are attended to [B, M] -> [B, N, D]."""
+        x = self.norm(tokens)
+        key, value = self.to_kv(words).chunk(2, -1)
+        attended = attend(split_heads(self.to_q(x), self.heads), key, value, mask)
+        result: Tensor = tokens + self.to_out(attended) + self.ff(x)
+        return result
+
+
+class SelfBlock(nn.Module):
+    """Attention of picture tokens to each other, beside a feed-forward part; both are added to the input."""
+
+    def __init__(self, width: int, heads: int, head_width: int, inner: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.parts = (heads * head_width, head_width, head_width, 2 * inner)
+        self.norm = nn.LayerNorm(width)
+        self.fused_attn_ff_proj = nn.Linear(width, sum(self.parts), bias=False)
+        self.attn_out = nn.Linear(heads * head_width, width, bias=False)
+        self.ff_out = nn.Sequential(SwiGLU(), nn.Linear(inner, width, bias=False))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        query, key, value, inner = self.fused_attn_ff_proj(self.norm(tokens)).split(self.parts, -1)
+        attended = attend(rotate(split_heads(query, self.heads)), rotate(key), value)
+        result: Tensor = tokens + self.attn_out(attended) + self.ff_out(inner)
+        return result
+
+
+class CrossLayer(nn.Module):
+    """A `CrossBlock` and a `SelfBlock`."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.cross = CrossBlock(*sizes)
+        self.own = SelfBlock(*sizes)
 
 
 class MpsNetwork(nn.Module):
-    """CLIP and the cross model on top of it."""
+    """CLIP, with the cross model on top."""
 
     def __init__(self, config: Any, layers: int, sizes: Sequence[int]) -> None:
         super().__init__()
         self.clip = clip_network(config)
-        self.cross = CrossModel(layers, sizes)
+        self.cross = nn.ModuleList(CrossLayer(*sizes) for _ in range(layers))
 
     def words(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """int64 [K, N] -> the projected state of each token [K, N, D] and of the last one [K, D]."""
@@ -58,19 +142,20 @@ class MpsNetwork(nn.Module):
         out = clip.text_model(input_ids=ids)
         return clip.text_projection(out.last_hidden_state), clip.text_projection(out.pooler_output)
 
-    def forward(self, seen: Tensor, said: Tensor, heard: Tensor) -> Tensor:
-        """Pictures [B, 3, size, size], words [B, N, D], which are heard [B, N] -> embeddings [B, D]."""
+    def forward(self, pixels: Tensor, words: Tensor, mask: Tensor) -> Tensor:
+        """Pictures [B, 3, size, size], words [B, N, D], which are attended to [B, N] -> embeddings [B, D]."""
         clip: Any = self.clip
-        tokens = clip.visual_projection(clip.vision_model(pixel_values=seen).last_hidden_state)
-        crossed: Tensor = self.cross(tokens, said, heard)
-        return crossed[:, 0]
+        tokens: Tensor = clip.visual_projection(clip.vision_model(pixel_values=pixels).last_hidden_state)
+        for layer in self.cross:
+            tokens = layer.own(layer.cross(tokens, words, mask))  # type: ignore[operator, union-attr]
+        return tokens[:, 0]
 
 
 class MpsScorer:
     """exp(logit scale) * cos(prompt, picture's first token after the cross model) (Zhang et al. 2024).
 
     Attributes:
-        condition: what the judgement is about; `OVERALL` for the published weights.
+        condition: words of the aspect that is judged; `OVERALL` for the published weights.
     """
 
     def __init__(self, network: MpsNetwork, tokenizer: Any, framing: Framing, identity: ScorerIdentity) -> None:
@@ -81,7 +166,7 @@ class MpsScorer:
         self.condition = OVERALL
 
     def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """K prompts -> {"words": [K, 77, D], "heard": bool [K, 77], "text": unit vectors [K, D]} on the CPU.
+        """Encode K prompts to {"words": [K, 77, D], "mask": bool [K, 77], "text": unit vectors [K, D]} on the CPU.
 
         At CLIP-H's width that is 312 KiB a prompt in fp32. Padding is among the words, as in training.
         """
@@ -92,31 +177,38 @@ class MpsScorer:
         length = clip.config.text_config.max_position_embeddings
         ids, _ = token_ids(self.tokenizer, [self.condition, *prompts], length)
         words, ends = self.network.words(ids.to(clip.device))
-        likeness = (words[1:] @ words[0].T).amax(-1)
-        heard = likeness / likeness.amax(-1, keepdim=True) > THRESHOLD
-        return {"words": words[1:], "heard": heard, "text": unit(ends[1:])}
+        similarity = (words[1:] @ words[0].T).amax(-1)
+        mask = similarity / similarity.amax(-1, keepdim=True) > THRESHOLD
+        return {"words": words[1:], "mask": mask, "text": unit(ends[1:])}
 
-    def score(self, pictures: Tensor, said: Mapping[str, Tensor]) -> Tensor:
-        """[B, 3, H, W] in [-1, 1] and rows of `prepare` -> [B]; see `PreferenceScorer.score`."""
-        check_rows(pictures, dict(said), ("words", "heard", "text"))
+    def score(self, pictures: Tensor, prepared: Mapping[str, Tensor]) -> Tensor:
+        """Score [B, 3, H, W] in [-1, 1] with rows of `prepare`, [B]; see `PreferenceScorer.score`."""
+        check_rows(pictures, prepared, ("words", "mask", "text"))
         clip: Any = self.network.clip
-        seen = frame(pictures, self.framing).to(clip.device, clip.dtype)
-        words = said["words"].to(seen, non_blocking=True)
-        picture = unit(self.network(seen, words, said["heard"].to(seen.device, non_blocking=True)))
-        cosine = (picture * said["text"].to(picture, non_blocking=True)).sum(-1)
+        pixels = frame(pictures, self.framing).to(clip.device, clip.dtype)
+        words = prepared["words"].to(pixels, non_blocking=True)
+        picture = unit(self.network(pixels, words, prepared["mask"].to(pixels.device, non_blocking=True)))
+        cosine = (picture * prepared["text"].to(picture, non_blocking=True)).sum(-1)
         scored: Tensor = clip.logit_scale.exp() * cosine
         return scored
 
 
 def load(files: ScorerFiles, device: torch.device, dtype: torch.dtype) -> MpsScorer:
-    """The published checkpoint's weights under their own key names.
+    """Load the published checkpoint.
 
     Raises:
         UserError: broken config, weights or tokenizer.
     """
     config = clip_config(files)
     layers, sizes = _cross_sizes(files)
-    network = build(lambda: MpsNetwork(config, layers, sizes), files, source, _unread, dtype, device)
+    network = load_frozen(
+        lambda: MpsNetwork(config, layers, sizes),
+        files,
+        dtype,
+        device,
+        lambda state: rename_keys(state, _RULES),
+        _UNUSED,
+    )
     framing = read_framing(files, config)
     more = f", cross model of {layers} x {sizes[0]}, {sizes[1]} heads"
     identity = identity_of(MPS, files, config, framing, more)
@@ -124,30 +216,11 @@ def load(files: ScorerFiles, device: torch.device, dtype: torch.dtype) -> MpsSco
 
 
 def _cross_sizes(files: ScorerFiles) -> tuple[int, tuple[int, int, int, int]]:
-    """Layers of the cross model, and (width, heads, head width, inner width) of each, from the file's shapes."""
-    header = read_safetensors_header(files.weights[0])[1]
-    layers = 1 + max(int(found[1]) for found in map(_COUNT.match, header) if found)
-    shapes = []
-    for part in ("to_q", "to_kv", "ff.2"):
-        key = f"cross_model.layers.0.0.fn.{part}.weight"
-        if key not in header:
-            raise UserError(f"{files.weights[0]} holds no {key!r}")
-        if len(header[key].shape) != 2 or header[key].shape[0] < 2:
-            raise UserError(f"{files.weights[0]}: {key!r} has shape {list(header[key].shape)}, which is no matrix")
-        shapes.append(header[key].shape)
-    many, width = shapes[0]
-    head = shapes[1][0] // 2
-    return layers, (width, many // head, head, shapes[2][1])
-
-
-def source(name: str) -> Source:
-    """Where a parameter of `MpsNetwork` lies in the published checkpoint."""
-    found = _LAYER.fullmatch(name)
-    if found:
-        return Source(f"cross_model.layers.{found[1]}.{_CROSS[found[2]]}.{found[3]}")
-    return Source(f"model.{name.removeprefix('clip.')}")
-
-
-def _unread(key: str) -> bool:
-    """Buffers of counted places and of rotary frequencies, which the sizes decide."""
-    return key.endswith(("position_ids", "rotary_emb.inv_freq"))
+    """Return the number of cross layers, and their (width, heads, head width, inner width), from the file's shapes."""
+    shapes = {key: entry.shape for key, entry in read_safetensors_header(files.weights[0])[1].items()}
+    with loading(files.weights[0]):
+        layers = {key.split(".")[2] for key in shapes if re.match(r"cross_model\.layers\.\d+\.", key)}
+        part = "cross_model.layers.0.0.fn."
+        queries, width = shapes[f"{part}to_q.weight"]
+        head = shapes[f"{part}to_kv.weight"][0] // 2
+        return len(layers), (width, queries // head, head, shapes[f"{part}ff.2.weight"][1])

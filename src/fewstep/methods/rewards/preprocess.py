@@ -1,4 +1,4 @@
-"""What a scorer's network sees of a picture: resized, cut or padded, normalised, and differentiable all the way."""
+"""Differentiable preprocessing of a scorer's pictures: resized, cropped or padded, normalised."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class Framing:
-    """How a picture is brought to the square that a network takes.
+    """The conversion of a picture to a network's square input.
 
     Attributes:
-        size: its edge in pixels.
-        fit: "crop" resizes the shorter side to `size` and cuts the middle out; "pad" resizes the longer side and puts
-            black around.
+        size: edge of the input in pixels.
+        fit: "crop" resizes the shorter side to `size` and crops the centre; "pad" resizes the longer side and pads with
+            black.
         mean, std: of the channels, of pictures in [0, 1].
     """
 
@@ -29,8 +29,7 @@ class Framing:
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
 
-    def words(self) -> str:
-        """For an identity record."""
+    def __str__(self) -> str:
         how = "shorter side, middle cut out" if self.fit == "crop" else "longer side, black around"
         return (
             f"{self.size} x {self.size}, antialiased bicubic in floating point on the {how}; (x - mean)/std of [0, 1], "
@@ -39,15 +38,15 @@ class Framing:
 
 
 def frame(pictures: Tensor, framing: Framing) -> Tensor:
-    """Pictures [B, 3, H, W] in [-1, 1] -> [B, 3, size, size], normalised, in at least fp32.
+    """Resize and normalise pictures [B, 3, H, W] in [-1, 1] to [B, 3, size, size], in at least fp32.
 
     The scorers' own programs read 8-bit files, and most resize with PIL, which rounds to 8 bits after each of its two
     passes. Here nothing is rounded, because rounding has no gradient: pixels differ by up to 1.1/255 from PIL's. As
-    there, what lies outside [0, 1] is cut off, before resizing and after each pass (bicubic overshoots at edges): a
-    student gains nothing from colours that no picture has, and gets no gradient there.
+    there, values are clamped to [0, 1] before resizing and after each pass (bicubic overshoots at edges), so that a
+    student is not rewarded for colours outside the range and gets no gradient there.
 
     Raises:
-        ValueError: no floating-point pictures of three channels.
+        ValueError: other than floating-point pictures of three channels.
     """
     if pictures.ndim != 4 or pictures.shape[1] != 3 or not pictures.is_floating_point():
         raise ValueError(f"pictures are {pictures.dtype} {list(pictures.shape)}, not floating-point [B, 3, H, W]")
@@ -64,13 +63,13 @@ def frame(pictures: Tensor, framing: Framing) -> Tensor:
     else:
         below, right = size - height, size - width
         x = F.pad(x, (right // 2, right - right // 2, below // 2, below - below // 2))
-    # plain numbers, channel by channel: a tensor of them would wait for the device
+    # plain numbers, channel by channel: copying a tensor of them would synchronise with the device
     channels = zip(x.unbind(1), framing.mean, framing.std, strict=True)
     return torch.stack([(channel - mean) / std for channel, mean, std in channels], 1)
 
 
 def _resized(height: int, width: int, framing: Framing) -> tuple[int, int]:
-    """Size before cutting or padding; the other side is cut down to whole pixels ("crop") or rounded ("pad")."""
+    """Return the size before cropping or padding; the other side is rounded down ("crop") or to nearest ("pad")."""
     short, long = min(height, width), max(height, width)
     if framing.fit == "crop":
         return (framing.size * height // short, framing.size * width // short)

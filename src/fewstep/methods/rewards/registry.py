@@ -1,4 +1,4 @@
-"""The preference scorers by name. Light: torch and transformers come in when one is loaded."""
+"""The preference scorers by name. Light: torch and transformers are imported when one is loaded."""
 
 from __future__ import annotations
 
@@ -7,74 +7,74 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
-from fewstep.common.errors import UserError, nearest
+from fewstep.common.errors import UserError, did_you_mean
 from fewstep.methods.rewards import folder_layout as layout
-from fewstep.methods.rewards import licences as facts
-from fewstep.methods.rewards.folder_layout import Find, ScorerFiles
-from fewstep.methods.rewards.licences import Facts
-from fewstep.methods.rewards.reward import PreferenceScorer
+from fewstep.methods.rewards import licences
+from fewstep.methods.rewards.folder_layout import FolderLayout, ScorerFiles, find_files
+from fewstep.methods.rewards.reward import PreferenceScorer, ScorerIdentity
 
 if TYPE_CHECKING:
     import torch
 
-Computes = Literal["fp32", "bf16", "fp16"]
-"""What a scorer's networks compute in; preprocessing and the score itself are fp32 always."""
+ScorerPrecision = Literal["fp32", "bf16", "fp16"]
+"""Precision of a scorer's networks; preprocessing and the score itself are always fp32."""
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One scorer: what is published of it, what its folder must hold, and the module whose `load` makes it."""
+class ScorerEntry:
+    """One scorer: its published facts, its folder's layout, and the module whose `load` builds it."""
 
-    facts: Facts
-    find: Find
+    identity: ScorerIdentity
+    layout: FolderLayout
     module: str
 
 
 SCORERS = {
-    entry.facts.name: entry
+    entry.identity.name: entry
     for entry in (
-        Entry(facts.CLIP, layout.clip_files, "clip"),
-        Entry(facts.PICKSCORE, layout.clip_files, "pickscore"),
-        Entry(facts.HPSV2, layout.hpsv2_files, "hpsv2"),
-        Entry(facts.IMAGE_REWARD, layout.image_reward_files, "image_reward"),
-        Entry(facts.MPS, layout.mps_files, "mps"),
+        ScorerEntry(licences.CLIP, layout.CLIP_FOLDER, "clip"),
+        ScorerEntry(licences.PICKSCORE, layout.CLIP_FOLDER, "pickscore"),
+        ScorerEntry(licences.HPSV2, layout.HPSV2_FOLDER, "hpsv2"),
+        ScorerEntry(licences.IMAGE_REWARD, layout.IMAGE_REWARD_FOLDER, "image_reward"),
+        ScorerEntry(licences.MPS, layout.MPS_FOLDER, "mps"),
     )
 }
 
 
 def check_scorer(name: str, folder: Path | str) -> ScorerFiles:
-    """Refuse what cannot be loaded, before torch is imported: names, JSON and headers are read, no weights.
+    """Return a scorer's files from names, JSON and headers, before torch is imported and weights are read.
 
     Raises:
         UserError: an unknown name, or a folder that lacks a file or holds another scorer's.
     """
     if name not in SCORERS:
-        raise UserError(f"scorer = {name!r} is not known; the nearest legal one is {nearest(name, SCORERS)!r}")
-    return SCORERS[name].find(Path(folder), name)
+        raise UserError(
+            f"scorer = {name!r} must be one of {', '.join(SCORERS)}{did_you_mean(name, SCORERS)}", field="scorer"
+        )
+    return find_files(Path(folder), name, SCORERS[name].layout)
 
 
 def load_scorer(
-    name: str, folder: Path | str, device: torch.device | str = "cpu", precision: Computes = "fp32"
+    name: str, folder: Path | str, device: torch.device | str = "cpu", precision: ScorerPrecision = "fp32"
 ) -> PreferenceScorer:
-    """Load a scorer from a folder of safetensors and JSON; nothing is downloaded, nothing unpickled.
+    """Load a scorer from a folder of safetensors and JSON. Nothing is downloaded, nothing unpickled.
 
     Args:
         name: one of `SCORERS`.
-        folder: what docs/guide/rewards.md lists for it.
+        folder: with the files that docs/guide/rewards.md lists.
         device: where its networks run.
-        precision: what they compute in.
+        precision: of its networks.
 
     Returns:
         The scorer, its networks frozen and in eval mode.
 
     Raises:
-        UserError: what `check_scorer` refuses, another precision, or weights that lack a key, hold a foreign one or
-            have other shapes.
+        UserError: as `check_scorer`, another precision, or weights with missing or unknown keys or other shapes.
     """
     files = check_scorer(name, folder)
-    if precision not in get_args(Computes):
+    if precision not in get_args(ScorerPrecision):
         raise UserError(
-            f"precision = {precision!r}; the nearest legal one is {nearest(precision, get_args(Computes))!r}"
+            f"precision = {precision!r} must be one of {', '.join(get_args(ScorerPrecision))}", field="precision"
         )
     import torch
 

@@ -1,8 +1,8 @@
-"""Prompts -> token ids, by the tokenizer that lies in a scorer's folder."""
+"""Prompts -> token ids, by the tokenizer of a scorer's folder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +17,32 @@ BATCH = 64
 
 
 def load_tokenizer(folder: Path, kind: str, vocabulary: int) -> Any:
-    """The folder's tokenizer, of class CLIPTokenizer ("clip") or BertTokenizer ("bert").
+    """Load the folder's tokenizer, of class CLIPTokenizer ("clip") or BertTokenizer ("bert").
 
     Args:
-        vocabulary: tokens that the network knows.
+        vocabulary: number of tokens in the network's embedding.
 
     Raises:
-        UserError: it cannot be read, or makes tokens that the network does not know.
+        UserError: it cannot be read, or has more tokens than the network.
     """
     import transformers
 
-    maker = transformers.CLIPTokenizer if kind == "clip" else transformers.BertTokenizer
+    tokenizer_class = transformers.CLIPTokenizer if kind == "clip" else transformers.BertTokenizer
     with loading(f"the tokenizer in {folder}"):
-        tokenizer = maker.from_pretrained(folder, local_files_only=True)
+        tokenizer = tokenizer_class.from_pretrained(folder, local_files_only=True)
         size = len(tokenizer)
     if size > vocabulary:
-        raise UserError(f"the tokenizer in {folder} has {size} tokens, the network knows {vocabulary}: another model's")
+        raise UserError(
+            f"the tokenizer in {folder} has {size} tokens, the network {vocabulary}: it is another model's",
+            field=str(folder),
+        )
     return tokenizer
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
-    """Token ids and which of them are no padding, int64 [K, length] each; what is longer is cut off.
+    """Return token ids and attention mask, int64 [K, length] each; longer prompts are truncated.
 
-    Always the full length, so that a prompt's row does not depend on the prompts beside it.
+    Always padded to the full length, so that a prompt's row does not depend on the prompts beside it.
     """
     tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return tokens.input_ids, tokens.attention_mask
@@ -47,7 +50,7 @@ def token_ids(tokenizer: Any, prompts: Sequence[str], length: int) -> tuple[Tens
 
 @torch.no_grad()
 def in_batches(encode: Callable[[Sequence[str]], dict[str, Tensor]], prompts: Sequence[str]) -> dict[str, Tensor]:
-    """Encode prompts a batch at a time; what comes out is gathered on the CPU.
+    """Encode prompts in batches and concatenate the results on the CPU.
 
     Raises:
         ValueError: no prompts.
@@ -58,14 +61,14 @@ def in_batches(encode: Callable[[Sequence[str]], dict[str, Tensor]], prompts: Se
     return {key: torch.cat([part[key].cpu() for part in parts]) for key in parts[0]}
 
 
-def check_rows(pictures: Tensor, said: dict[str, Tensor], wanted: tuple[str, ...]) -> None:
-    """Refuse what is not one row of `prepare` a picture.
+def check_rows(pictures: Tensor, prepared: Mapping[str, Tensor], wanted: tuple[str, ...]) -> None:
+    """Raise unless there is one prepared row per picture.
 
     Raises:
-        ValueError: it is not.
+        ValueError: other keys or another number of rows.
     """
-    if set(said) != set(wanted):
-        raise ValueError(f"prepared prompts hold {sorted(said)}, this scorer's hold {sorted(wanted)}")
-    rows = {key: len(value) for key, value in said.items()}
+    if set(prepared) != set(wanted):
+        raise ValueError(f"prepared prompts hold {sorted(prepared)}, this scorer's hold {sorted(wanted)}")
+    rows = {key: len(value) for key, value in prepared.items()}
     if set(rows.values()) != {len(pictures)}:
-        raise ValueError(f"{len(pictures)} pictures came with rows of prompts {rows}; give one row a picture")
+        raise ValueError(f"{len(pictures)} pictures came with rows of prompts {rows}; give one row per picture")

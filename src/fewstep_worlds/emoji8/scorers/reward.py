@@ -73,19 +73,19 @@ class WorldScorer:
         vectors: Tensor = self.trained.scorer.embed_text(self.trained.text(list(prompts)).to(self.device))
         return {"text": vectors.cpu()}
 
-    def score(self, pictures: Tensor, said: Mapping[str, Tensor]) -> Tensor:
+    def score(self, pictures: Tensor, prepared: Mapping[str, Tensor]) -> Tensor:
         """One cosine a picture, float32 [B].
 
         Raises:
             ValueError: other shapes, or not one row a picture.
         """
-        if pictures.dim() != 4 or pictures.shape[1] != 3 or len(pictures) != len(said["text"]):
-            raise ValueError(f"pictures {list(pictures.shape)} with {len(said['text'])} prompts")
+        if pictures.dim() != 4 or pictures.shape[1] != 3 or len(pictures) != len(prepared["text"]):
+            raise ValueError(f"pictures {list(pictures.shape)} with {len(prepared['text'])} prompts")
         x = pictures.float().clamp(-1, 1)
         if x.shape[2:] != (SIZE, SIZE):
             x = F.interpolate(x, (SIZE, SIZE), mode="bicubic", antialias=True).clamp(-1, 1)
         seen = self.trained.scorer.embed_pictures(x.contiguous(memory_format=torch.channels_last))
-        return (seen * said["text"].to(seen, non_blocking=True)).sum(1)
+        return (seen * prepared["text"].to(seen, non_blocking=True)).sum(1)
 
 
 def load_world_scorer(text: TextBackbone, device: torch.device, folder: Path | None = None) -> WorldScorer:
