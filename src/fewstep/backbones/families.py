@@ -1,6 +1,6 @@
 """Which pretrained pipelines are supported, and what each is made of. Light: read before torch is imported.
 
-A family is a row here and one small module in `fewstep.backbones`; `docs/guide/backbones.md` says how to add one.
+A family is a row here and one small module in `fewstep.backbones`; see `docs/guide/adding-a-backbone.md`.
 """
 
 from __future__ import annotations
