@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fewstep.backbones.scheduler_config import path_of, settled
-from fewstep.common.choices import End, GammaLaw, Jump
+from fewstep.common.choices import End, GammaRule, Jump
 from fewstep.common.errors import UserError
 from fewstep.diffusion.config import Sampling
 from fewstep.diffusion.grid import inference_times, times_within, training_grid
@@ -117,7 +117,7 @@ def driven(scheduler: FewStepScheduler, x: Tensor, steps: int, seed: int) -> tup
         ("second_order", 0.0, "index0", "time"),
     ],
 )
-def test_a_flow_is_followed(jump: Jump, gamma: float, end: End, law: GammaLaw) -> None:
+def test_a_flow_is_followed(jump: Jump, gamma: float, end: End, law: GammaRule) -> None:
     path = FlowMatching(3.0)
     x = torch.randn(64, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     scheduler = SSSScheduler(path="flow", shift=3.0, jump=jump, gamma=gamma, gamma_law=law, end=end)

@@ -22,7 +22,7 @@ SolverName = Literal["ddim", "euler", "heun", "dpm_2", "dpmpp_2s"]
 """One step of the probability-flow ODE; see `solver`."""
 SamplerName = Literal["sss", "lcm", "ddim", "euler", "heun", "dpm_2", "dpmpp_2s", "sde_dpmpp_2m"]
 """How pictures are drawn; see `sampler`."""
-GammaLaw = Literal["time", "noise"]
+GammaRule = Literal["time", "noise"]
 """What gamma is linear in: time, s = (1 - gamma) t (TCD), or the fresh noise's standard deviation (CTM)."""
 Convention = Literal["lcm", "imagen", "none"]
 """Guidance: omega in (1 + omega) eps(c) - omega eps(null), Imagen's scale 1 + omega, or no guidance at all."""
@@ -38,7 +38,7 @@ student's own samples, noised."""
 Point = Literal["solver", "path", "self", "stored"]
 """Where x_{t_n} comes from: the teacher's solver, the same path (the same noise on the data; the stored point), the
 target's own jump (shortcut models), or a step by the teacher's stored outputs."""
-SLaw = Literal["edge", "uniform", "inference", "next"]
+SRule = Literal["edge", "uniform", "inference", "next"]
 """Where jumps land in training; see `objectives.times`."""
 Compare = Literal["landing", "end"]
 """Where two jumps are compared: where they land, or pushed on to the end point by the target."""

@@ -12,7 +12,7 @@ from fewstep.common.choices import (
     End,
     ExtraCondition,
     Form,
-    GammaLaw,
+    GammaRule,
     Jump,
     SamplerName,
     Spacing,
@@ -78,7 +78,7 @@ class Sampling(Config):
         description="network calls a picture; a guided one counts once, and dpmpp_2s saves its last where end = clean",
     )
     gamma: float = Field(0.3, ge=0, le=1, description="stochasticity of sss: 0 deterministic, 1 full re-noising")
-    gamma_law: GammaLaw = Field("time", description="what gamma is linear in: time (TCD) or noise (CTM)")
+    gamma_law: GammaRule = Field("time", description="what gamma is linear in: time (TCD) or noise (CTM)")
     jump: Jump | None = Field(None, description="the student's jump; null: skip for lcm, else first_order")
     r: float = Field(0.5, gt=0, le=1, description="mid-point of a second-order jump")
     form: Form = Field("x0", description="what a second-order jump blends: x0 or eps predictions")

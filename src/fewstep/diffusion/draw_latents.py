@@ -26,7 +26,7 @@ from fewstep.diffusion.schedule import Path, add_noise
 
 @dataclass(frozen=True)
 class Source:
-    """What drawing begins from in pure noise's place: image to image (SDEdit, arXiv 2108.01073).
+    """Latents that drawing starts from instead of pure noise: image to image (SDEdit, arXiv 2108.01073).
 
     Attributes:
         latents: [1 or N, C, h, w], scaled as the network expects.
@@ -38,7 +38,7 @@ class Source:
 
 
 def call_times(sampling: Sampling, path: Path, strength: float = 1.0) -> list[float]:
-    """The times of the solver's or sampler's steps, falling, from `strength` of the path's noisiest time down.
+    """Return the times of the sampler's steps, falling, from the share `strength` of the noisiest time down.
 
     Raises:
         UserError: more steps than the grid has points there.
@@ -63,9 +63,11 @@ def draw_latents(
 ) -> Tensor:
     """Draw one latent a seed, float32 [N, *shape]; `condition` has N rows, `null` one or N.
 
-    From pure noise, or from a source that is noised first. A latent depends on its own seed, condition and source,
-    not on the batch. `arrange` brings the numbers that a generator drew for a step's noise to where the pipeline's own
-    latents hold them (`Backbone.arranged`).
+    A latent depends on its own seed, condition and source, not on the batch.
+
+    Args:
+        source: noised to start from; None for pure noise.
+        arrange: reorders a step's noise as the pipeline's own latents hold it (`Backbone.arranged`).
     """
     path = denoiser.path
     times = call_times(sampling, path, source.strength if source else 1.0)
@@ -76,13 +78,13 @@ def draw_latents(
     else:
         begin = torch.full((len(z),), times[0], dtype=torch.float64)
         x = add_noise(path, source.latents.to(z).expand_as(z), z, begin)
-    voice = ConditionedDenoiser(denoiser, condition, role, sampling.extra_conditioning)
+    network = ConditionedDenoiser(denoiser, condition, role, sampling.extra_conditioning)
     if sampling.w is not None:
-        voice = replace(voice, w=torch.full((len(x),), sampling.w, dtype=torch.float64))
+        network = replace(network, w=torch.full((len(x),), sampling.w, dtype=torch.float64))
     if sampling.omega > 0:
         wide = {k: v.expand(len(x), *v.shape[1:]) for k, v in null.items()}
-        voice = replace(voice, null=wide, omega=torch.full((len(x),), sampling.omega))
-    jump = voice.jump(student_step(sampling.step_jump, sampling.r, sampling.form))
+        network = replace(network, null=wide, omega=torch.full((len(x),), sampling.omega))
+    jump = network.jump(student_step(sampling.step_jump, sampling.r, sampling.form))
 
     def noise() -> Tensor:
         drawn = cpu_noise().to(device)
@@ -93,5 +95,5 @@ def draw_latents(
     if sampling.sampler == "lcm":
         return sample_consistency(jump, path, x, times, sampling.landing, noise)
     if sampling.sampler == "sde_dpmpp_2m":
-        return sample_sde_dpmpp_2m(voice.denoise, path, x, times, sampling.end, noise)
-    return sample_ode(voice.denoise, path, x, times, sampling.end, sampling.sampler)
+        return sample_sde_dpmpp_2m(network.denoise, path, x, times, sampling.end, noise)
+    return sample_ode(network.denoise, path, x, times, sampling.end, sampling.sampler)

@@ -1,67 +1,66 @@
-"""Sampling: pure step functions, and the loops built on them.
+"""Samplers, without state.
 
-A step takes x at one time and returns x at the next; nothing has state. Loops take the list of call times (one at
-least) from `grid.inference_times`, a jump of the network's, and a `noise()` that returns fresh standard normal noise
-shaped like x.
+They take the call times (one at least) from `grid.inference_times`, a jump of the network, and `noise()`, which returns
+fresh standard normal noise shaped like x.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from fewstep.common.choices import End, GammaLaw, SolverName
+from fewstep.common.choices import End, GammaRule, SolverName
 from fewstep.common.errors import UserError
 from fewstep.diffusion.grid import end_time
-from fewstep.diffusion.jump import Denoise, Step, land
-from fewstep.diffusion.schedule import PURE_NOISE, Estimate, Path, VarianceExploding, VariancePreserving, expand
+from fewstep.diffusion.jump import Denoise, Step
+from fewstep.diffusion.schedule import PURE_NOISE, Path, VarianceExploding, VariancePreserving, expand
 from fewstep.diffusion.solver import SOLVERS, ddim
 
 Noise = Callable[[], Tensor]
 JumpFn = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""A network's own jump: (x_t [B, ...], t [B], s [B]) -> x_s. See `jumper`."""
+"""A network's jump: (x_t [B, ...], t [B], s [B]) -> x_s; see `ConditionedDenoiser.jump`."""
 
 
 def check_gamma(gamma: float) -> float:
-    """Return gamma if it lies in [0, 1].
+    """Return gamma.
 
     Raises:
-        UserError: it does not.
+        UserError: it is outside [0, 1].
     """
     if not 0 <= gamma <= 1:
-        legal = min(max(gamma, 0.0), 1.0)
-        raise UserError(f"gamma = {gamma} is outside [0, 1]; the nearest legal one is {legal}")
+        raise UserError(f"gamma = {gamma} must be within 0 to 1", field="gamma")
     return gamma
 
 
 def diffuse(path: Path, x_s: Tensor, s: Tensor, t: Tensor, z: Tensor) -> Tensor:
     """Add the noise that lies between s and the noisier t: x_t = (alpha_t/alpha_s) x_s + std z.
 
-    std^2 = sigma_t^2 - (alpha_t/alpha_s)^2 sigma_s^2, which on a variance-preserving path is
-    1 - alpha_t^2/alpha_s^2 (TCD, algorithm 4). It is 0 at s = t; rounding below 0 is clamped.
+    std^2 = sigma_t^2 - (alpha_t/alpha_s)^2 sigma_s^2, on a variance-preserving path 1 - alpha_t^2/alpha_s^2 (TCD, arXiv
+    2402.19159, algorithm 4). It is 0 at s = t; rounding below 0 is clamped.
     """
     ratio = path.alpha(t) / path.alpha(s)
     std = (path.sigma(t).square() - (ratio * path.sigma(s)).square()).clamp_min(0).sqrt()
     return expand(ratio, x_s) * x_s + expand(std, x_s) * z
 
 
-def sss_target(path: Path, t_next: Tensor, gamma: float) -> Tensor:
-    """SSS's denoising target s = (1 - gamma) t_next; floored to an index on an indexed path, as released."""
+def linear_in_time(path: Path, t_next: Tensor, gamma: float) -> Tensor:
+    """Return TCD's landing s = (1 - gamma) t_next (arXiv 2402.19159, algorithm 4), floored on an indexed path."""
     s = (1 - gamma) * t_next
     if gamma == 0 or not isinstance(path, VariancePreserving):
         return s
-    # .7 * 90 is 62.99...: what is whole but for rounding must not lose an index
+    # .7 * 90 is 62.99...: a whole number must not lose an index to rounding
     return (s + 1e-9).floor()
 
 
-def ctm_target(path: Path, t_next: Tensor, gamma: float) -> Tensor:
-    """CTM's denoising target (arXiv 2310.02279, algorithm 3): sigma_s = sqrt(1 - gamma^2) sigma_next where alpha = 1.
+def linear_in_noise(path: Path, t_next: Tensor, gamma: float) -> Tensor:
+    """Return CTM's landing, sigma_s = sqrt(1 - gamma^2) sigma_next where alpha = 1 (arXiv 2310.02279, algorithm 3).
 
-    On other paths sigma/alpha takes sigma's place, so that the noise that is put back has the share gamma^2 of the
-    variance sigma_next^2 at any t_next and any number of steps; SSS's share grows with t_next.
+    Other paths take sigma/alpha for sigma. The fresh noise then has the share gamma^2 of the variance sigma_next^2 at
+    any time and number of steps; TCD's share grows with t_next.
     """
     if gamma == 0:
         return t_next
@@ -71,32 +70,64 @@ def ctm_target(path: Path, t_next: Tensor, gamma: float) -> Tensor:
     return torch.where(kept == 0, path.clean, path.time_of(-kept.log()))
 
 
-TARGETS: dict[GammaLaw, Callable[[Path, Tensor, float], Tensor]] = {"time": sss_target, "noise": ctm_target}
-"""(path, t_next, gamma) -> where to denoise to, before noise brings x back to t_next."""
+SSS_RULES: dict[GammaRule, Callable[[Path, Tensor, float], Tensor]] = {"time": linear_in_time, "noise": linear_in_noise}
+"""(path, t_next, gamma) -> the landing s of a jump, before noise brings x back to t_next."""
 
 
-def sss_landing(path: Path, t_next: Tensor, gamma: float, end: End, law: GammaLaw = "time") -> Tensor:
-    """Where SSS denoises to before noise brings x back to t_next [B]: by a law of `TARGETS`, at or above the end point.
+@dataclass(frozen=True)
+class PlannedJump:
+    """One jump of a sampler: from t to s, then noise up to `noise_to`, if any. Times float64 [B].
 
-    A network is not asked for less than it was trained to; full re-noising returns to the end point itself.
+    Samplers here and our diffusers schedulers follow the same plans.
+    """
+
+    t: Tensor
+    s: Tensor
+    noise_to: Tensor | None = None
+
+    def renoise(self, path: Path, x_s: Tensor, noise: Noise) -> Tensor:
+        """Return x where the next jump starts."""
+        return x_s if self.noise_to is None else diffuse(path, x_s, self.s, self.noise_to, noise())
+
+
+def _batch(t: float, rows: int) -> Tensor:
+    return torch.full((rows,), t, dtype=torch.float64)
+
+
+def sss_jumps(
+    path: Path, times: Sequence[float], gamma: float, end: End, rule: GammaRule = "time", rows: int = 1
+) -> list[PlannedJump]:
+    """Plan strategic stochastic sampling (TCD, arXiv 2402.19159, algorithm 4) over the falling `times`.
+
+    Each jump lands at s by a rule of `SSS_RULES`, at or above the end point, and noise brings x up to the next time.
+    gamma = 0 is the deterministic jump to the next time. gamma = 1 lands at the end point and re-noises fully, as
+    multistep consistency sampling does. The last jump goes to the end point, without noise.
     """
     lowest = end_time(path, end)
-    return torch.full_like(t_next, lowest) if gamma == 1 else TARGETS[law](path, t_next, gamma).clamp(min=lowest)
+    jumps = []
+    for t, t_next in pairwise(times):
+        to = _batch(t_next, rows)
+        s = torch.full_like(to, lowest) if gamma == 1 else SSS_RULES[rule](path, to, gamma).clamp(min=lowest)
+        jumps.append(PlannedJump(_batch(t, rows), s, to if gamma > 0 else None))
+    return [*jumps, PlannedJump(_batch(times[-1], rows), _batch(lowest, rows))]
 
 
-def sss_step(path: Path, estimate: Estimate, t_next: Tensor, gamma: float, z: Tensor, law: GammaLaw = "time") -> Tensor:
-    """Strategic stochastic sampling (TCD, algorithm 4) with the first-order jump: to s, then diffuse to t_next.
+def consistency_jumps(path: Path, times: Sequence[float], end: End, rows: int = 1) -> list[PlannedJump]:
+    """Plan multistep consistency sampling (CM, arXiv 2303.01469, algorithm 1): jump to the end point, re-noise fully.
 
-    By TCD's law s = (1 - gamma) t_next. gamma = 0 is the deterministic jump to t_next; gamma = 1 returns to the least
-    noisy index and re-noises fully, as multistep consistency sampling does. It is DDIM with noise of standard
-    deviation sqrt(sigma_next^2 - (alpha_next/alpha_s)^2 sigma_s^2).
+    LCM's own jump lands on clean data; with `end = clean` this is its algorithm 3 (arXiv 2310.04378).
     """
-    s = TARGETS[law](path, t_next, gamma)
-    return diffuse(path, land(estimate, path, s), s, t_next, z)
+    s = _batch(end_time(path, end), rows)
+    return [
+        *(PlannedJump(_batch(t, rows), s, _batch(t_next, rows)) for t, t_next in pairwise(times)),
+        PlannedJump(_batch(times[-1], rows), s),
+    ]
 
 
-def _batch(t: float, x: Tensor) -> Tensor:
-    return torch.full((len(x),), t, dtype=torch.float64)
+def _follow(jumps: Sequence[PlannedJump], jump: JumpFn, path: Path, x: Tensor, noise: Noise) -> Tensor:
+    for planned in jumps:
+        x = planned.renoise(path, jump(x, planned.t, planned.s), noise)
+    return x
 
 
 def sample_sss(
@@ -107,46 +138,34 @@ def sample_sss(
     gamma: float,
     end: End,
     noise: Noise,
-    law: GammaLaw = "time",
+    rule: GammaRule = "time",
 ) -> Tensor:
-    """Draw with SSS from x at times[0]; one jump a time, no noise after the last.
+    """Draw by SSS from x at times[0], one jump a time.
 
-    With a second-order jump this is the paper's SSS of second order: denoise by DPM-Solver++(2S) to s, then diffuse.
+    With a second-order jump it is the paper's SSS of second order: DPM-Solver++(2S) to s, then noise.
     """
-    check_gamma(gamma)
-    for t, t_next in pairwise(times):
-        then = _batch(t_next, x)
-        s = sss_landing(path, then, gamma, end, law)
-        x_s = jump(x, _batch(t, x), s)
-        x = diffuse(path, x_s, s, then, noise()) if gamma > 0 else x_s
-    return jump(x, _batch(times[-1], x), _batch(end_time(path, end), x))
+    return _follow(sss_jumps(path, times, gamma, end, rule, len(x)), jump, path, x, noise)
 
 
 def sample_consistency(jump: JumpFn, path: Path, x: Tensor, times: Sequence[float], end: End, noise: Noise) -> Tensor:
-    """Multistep consistency sampling (arXiv 2303.01469, algorithm 1): jump to the end point, add the noise above it.
-
-    LCM's own jump lands on clean data; with `end = clean` this is its algorithm 3 (arXiv 2310.04378).
-    """
-    s = _batch(end_time(path, end), x)
-    for t, t_next in pairwise(times):
-        x = diffuse(path, jump(x, _batch(t, x), s), s, _batch(t_next, x), noise())
-    return jump(x, _batch(times[-1], x), s)
+    """Draw by multistep consistency sampling from x at times[0] (`consistency_jumps`)."""
+    return _follow(consistency_jumps(path, times, end, len(x)), jump, path, x, noise)
 
 
 def sample_ode(
     denoise: Denoise, path: Path, x: Tensor, times: Sequence[float], end: End, solver: SolverName = "ddim"
 ) -> Tensor:
-    """Follow the probability-flow ODE from x at times[0] to the end point, one solver step a time.
+    """Integrate the probability-flow ODE from x at times[0] to the end point, one solver step a time.
 
-    A step from pure noise or onto clean data, where lambda is infinite, is of first order: one call.
+    Steps from pure noise and onto clean data, where lambda is infinite, are of first order: one call.
     """
     for t, s in pairwise([*times, end_time(path, end)]):
-        x = step_between(path, t, s, solver)(denoise, path, x, _batch(t, x), _batch(s, x))
+        x = step_between(path, t, s, solver)(denoise, path, x, _batch(t, len(x)), _batch(s, len(x)))
     return x
 
 
 def step_between(path: Path, t: float, s: float, solver: SolverName) -> Step:
-    """The solver's step from t to s; of first order, one call, from pure noise or onto clean data."""
+    """Return the solver's step from t to s: DDIM, one call, from pure noise and onto clean data."""
     endless = s == path.clean or float(path.alpha(torch.tensor(t, dtype=torch.float64))) < PURE_NOISE
     return ddim if endless else SOLVERS[solver]
 
@@ -154,16 +173,16 @@ def step_between(path: Path, t: float, s: float, solver: SolverName) -> Step:
 def sample_sde_dpmpp_2m(
     denoise: Denoise, path: Path, x: Tensor, times: Sequence[float], end: End, noise: Noise
 ) -> Tensor:
-    """SDE-DPM-Solver++(2M) (arXiv 2211.01095, appendix): one call a step, the last data prediction is used again.
+    """Draw by SDE-DPM-Solver++(2M) (arXiv 2211.01095, appendix): one call a step, which uses the last prediction again.
 
     With h = lambda_s - lambda_t and r = (the h before)/h:
     x_s = (sigma_s/sigma_t) e^{-h} x_t + alpha_s (1 - e^{-2h}) [D + (D - D_before)/2r] + sigma_s sqrt(1 - e^{-2h}) z.
-    The first step, and the one onto clean data, have no h to compare with and take D alone; from pure noise too.
+    The first step and those from pure noise and onto clean data have no finite h or no last prediction: D alone.
     """
     before: Tensor | None = None
     h_before = 0.0
     for t, s in pairwise([*times, end_time(path, end)]):
-        now, then = _batch(t, x), _batch(s, x)
+        now, then = _batch(t, len(x)), _batch(s, len(x))
         alpha_t, sigma_t, alpha_s, sigma_s = (part(u)[:1] for u in (now, then) for part in (path.alpha, path.sigma))
         x0 = denoise(x, now).x0
         endless = float(sigma_s) == 0 or float(alpha_t) < PURE_NOISE
@@ -180,18 +199,18 @@ def sample_sde_dpmpp_2m(
 
 
 def start_size(path: Path) -> float:
-    """What N(0, I) is multiplied by at the start: sigma_max on a variance exploding path.
+    """Return the factor of N(0, I) at the start: sigma_max on a variance exploding path, else 1.
 
-    1 elsewhere, on a variance preserving path too, whose sigma is a little below it: as pipelines start.
+    diffusers pipelines start at 1 on a variance preserving path too, whose sigma is a little below it.
     """
     return path.noisiest if isinstance(path, VarianceExploding) else 1.0
 
 
 def picture_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> tuple[Tensor, Noise]:
-    """Start noise [len(seeds), *shape] and the step noise after it, from one CPU generator per picture.
+    """Return start noise [len(seeds), *shape] and a function that draws step noise, from one CPU generator per picture.
 
-    The order of the draws is that of a diffusers pipeline given a list of CPU generators, so that pictures
-    are the same there, and a picture does not depend on the batch it is drawn in.
+    The draws are in the order of a diffusers pipeline with a list of CPU generators: pictures are the same there, and
+    do not depend on their batch.
     """
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 

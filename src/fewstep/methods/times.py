@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.common.choices import SLaw
+from fewstep.common.choices import SRule
 from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.grid import edge_below, end_time, inference_times, previous, training_grid
 from fewstep.diffusion.schedule import Path
@@ -76,7 +76,7 @@ def draw_times(config: ConsistencyConfig, path: Path, rng: KeyedRng) -> PairTime
         k = least + (rng.uniform("k") * (most - least + 1)).long()
     grid_times = GridTimes(grid, end_time(path, config.end))
     below = torch.maximum(index - k * apart, edge)
-    s = S_LAWS[config.s](config, path, grid_times, edge, below, rng)
+    s = S_RULES[config.s](config, path, grid_times, edge, below, rng)
     top = grid_times.at(edge + len(grid) // config.segments)
     return PairTimes(grid_times.at(index), grid_times.at(below), s, top, index, below)
 
@@ -132,6 +132,6 @@ def _next(
     return grid_times.at(below)
 
 
-SLaws = Mapping[SLaw, Callable[[ConsistencyConfig, Path, GridTimes, Tensor, Tensor, KeyedRng], Tensor]]
-S_LAWS: SLaws = {"edge": _edge, "uniform": _uniform, "inference": _inference, "next": _next}
+SRules = Mapping[SRule, Callable[[ConsistencyConfig, Path, GridTimes, Tensor, Tensor, KeyedRng], Tensor]]
+S_RULES: SRules = {"edge": _edge, "uniform": _uniform, "inference": _inference, "next": _next}
 """(config, path, rungs, index of the segment's lower edge, index of t_n, draws) -> s."""

@@ -24,7 +24,7 @@ from fewstep.backbones.scheduler_config import PREDICTIONS, check_terminal_snr, 
 from fewstep.common.errors import UserError
 from fewstep.diffusion.grid import times_below, times_within
 from fewstep.diffusion.jump import Step, student_step
-from fewstep.diffusion.samplers import diffuse, start_size
+from fewstep.diffusion.samplers import PlannedJump, start_size
 from fewstep.diffusion.schedule import (
     Estimate,
     FlowMatching,
@@ -44,7 +44,7 @@ from fewstep.inference.schedulers.checks import (
     count_of_sigmas,
     refusing,
 )
-from fewstep.inference.schedulers.replay import ReplayedJump, ReplayError, as_batch, replay_outputs, replayed_times
+from fewstep.inference.schedulers.replay import ReplayError, as_batch, replay_outputs, replayed_times
 
 COMPATIBLE = [
     *("TCDScheduler", "LCMScheduler", "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "UniPCMultistepScheduler"),
@@ -98,7 +98,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         total = int(config["num_train_timesteps"])
         self.timesteps = torch.arange(total - 1, -1, -1)
         self.generator: Any = None
-        self._leaps: list[ReplayedJump] = []
+        self._jumps: list[PlannedJump] = []
         self._asked: list[float] = []
         self._reset()
 
@@ -207,14 +207,14 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             else:
                 steps, own = check_count(num_inference_steps), {"grid": config["grid"], "spacing": config["spacing"]}
                 times = times_within(self.noise_path, steps, strength, **own)
-            self._leaps = self._plan([float(t) for t in times])
+            self._jumps = self._plan([float(t) for t in times])
         step = self._jump()
-        self._asked = [t for leap in self._leaps for t in replayed_times(step, self.noise_path, leap.t, leap.s)]
+        self._asked = [t for jump in self._jumps for t in replayed_times(step, self.noise_path, jump.t, jump.s)]
         asked = torch.tensor(self._asked, dtype=torch.float64)
         told = index_of(self.noise_path, asked, config["num_train_timesteps"])
         whole = bool((told == told.round()).all()) and not isinstance(self.noise_path, FlowMatching)
         self.timesteps = told.to(device=device, dtype=torch.int64 if whole else torch.float32)
-        self.num_inference_steps = len(self._leaps)
+        self.num_inference_steps = len(self._jumps)
         if isinstance(self.noise_path, FlowMatching):
             self.sigmas = torch.cat([told / config["num_train_timesteps"], told.new_zeros(1)]).to(device, torch.float32)
         self._reset()
@@ -239,7 +239,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             raise UserError(f"strength = {strength} lies below all of timesteps = {told}; the nearest is {least:g}")
         return times
 
-    def _plan(self, times: Sequence[float]) -> list[ReplayedJump]:
+    def _plan(self, times: Sequence[float]) -> list[PlannedJump]:
         """The jumps of a drawing from its times, falling."""
         raise NotImplementedError
 
@@ -299,7 +299,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             raise SchedulerError(
                 f"all {done} network calls of this drawing are done; call set_timesteps for another one"
             )
-        leap = self._leaps[place // self.order]
+        jump = self._jumps[place // self.order]
         x = sample.to(torch.promote_types(sample.dtype, torch.float32))
         if place % self.order == 0 or self._from is None:
             self._from, self._answers = x, []
@@ -308,15 +308,14 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         estimate = interpret(self.prediction, model_output.to(x.dtype), x, alpha, sigma)
         self._answers.append(estimate)
         try:
-            x = self._jump()(replay_outputs(self._answers), self.noise_path, self._from, leap.t, leap.s)
+            x = self._jump()(replay_outputs(self._answers), self.noise_path, self._from, jump.t, jump.s)
             self._from = None
         except ReplayError as asked:
             x = asked.x
         else:
-            if leap.then is not None:
-                drawn_from = self.generator if generator is None else generator
-                z = randn_tensor(x.shape, generator=drawn_from, device=x.device, dtype=x.dtype)
-                x = diffuse(self.noise_path, x, leap.s, leap.then, z)
+            drawn_from = self.generator if generator is None else generator
+            like = {"device": x.device, "dtype": x.dtype}
+            x = jump.renoise(self.noise_path, x, lambda: randn_tensor(sample.shape, generator=drawn_from, **like))
         self._step_index = place + 1
         drawn, seen = x.to(sample.dtype), estimate.x0.to(sample.dtype)
         return FewStepOutput(drawn, seen) if return_dict else (drawn, seen)

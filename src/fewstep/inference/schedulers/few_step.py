@@ -11,7 +11,6 @@ nobody names it, cannot undo it. `num_inference_steps` counts jumps; one of seco
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, get_args
 
 from diffusers.configuration_utils import register_to_config
@@ -19,12 +18,10 @@ from diffusers.configuration_utils import register_to_config
 # diffusers finds out how a saved component is loaded by the base classes that the component's own module holds
 from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
 
-from fewstep.common.choices import End, GammaLaw, Jump
-from fewstep.diffusion.grid import end_time
-from fewstep.diffusion.samplers import sss_landing
+from fewstep.common.choices import End, GammaRule, Jump
+from fewstep.diffusion.samplers import PlannedJump, consistency_jumps, sss_jumps
 from fewstep.inference.schedulers.base import FewStepScheduler
 from fewstep.inference.schedulers.checks import check_common, check_number, check_word
-from fewstep.inference.schedulers.replay import ReplayedJump, as_batch
 
 LEAST_R = 0.01
 """The nearest to t that a second-order jump's mid-point may lie, as a share of the way."""
@@ -72,18 +69,14 @@ class SSSScheduler(FewStepScheduler):
     ) -> None:
         # plain numbers, whoever's they were: a config is written as JSON
         self.register_to_config(gamma=check_number("gamma", gamma, 0.0, 1.0), r=check_number("r", r, LEAST_R, 1.0))
-        check_word("gamma_law", gamma_law, get_args(GammaLaw))
+        check_word("gamma_law", gamma_law, get_args(GammaRule))
         check_word("jump", jump, ("first_order", "second_order"))
         check_common(path, prediction_type, spacing, end, form)
         self._start()
 
-    def _plan(self, times: Sequence[float]) -> list[ReplayedJump]:
-        end, gamma, law = self.config["end"], self.config["gamma"], self.config["gamma_law"]
-        leaps = []
-        for t, then in pairwise(times):
-            s = sss_landing(self.noise_path, as_batch(then), gamma, end, law)
-            leaps.append(ReplayedJump(as_batch(t), s, as_batch(then) if gamma > 0 else None))
-        return [*leaps, ReplayedJump(as_batch(times[-1]), as_batch(end_time(self.noise_path, end)))]
+    def _plan(self, times: Sequence[float]) -> list[PlannedJump]:
+        config = self.config
+        return sss_jumps(self.noise_path, times, config["gamma"], config["end"], config["gamma_law"])
 
 
 class ConsistencyScheduler(FewStepScheduler):
@@ -121,10 +114,6 @@ class ConsistencyScheduler(FewStepScheduler):
         check_common(path, prediction_type, spacing, end, form)
         self._start()
 
-    def _plan(self, times: Sequence[float]) -> list[ReplayedJump]:
+    def _plan(self, times: Sequence[float]) -> list[PlannedJump]:
         end: End = "clean" if self.config["jump"] == "skip" else self.config["end"]
-        s = as_batch(end_time(self.noise_path, end))
-        return [
-            *(ReplayedJump(as_batch(t), s, as_batch(then)) for t, then in pairwise(times)),
-            ReplayedJump(as_batch(times[-1]), s),
-        ]
+        return consistency_jumps(self.noise_path, times, end)

@@ -6,7 +6,6 @@ A jump of several calls is run again with the answers that are known, until it a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,15 +17,6 @@ from fewstep.diffusion.schedule import Estimate, Path
 def as_batch(t: float) -> Tensor:
     """A time as a batch of one, float64 [1]."""
     return torch.tensor([t], dtype=torch.float64)
-
-
-@dataclass(frozen=True)
-class ReplayedJump:
-    """One jump of a drawing: from t to s, then noise up to `then`, if any. Times float64 [1]."""
-
-    t: Tensor
-    s: Tensor
-    then: Tensor | None = None
 
 
 class ReplayError(Exception):
