@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from fewstep.common.accelerator import make_accelerator
 from fewstep.distillation.batches import fetch_of
 from fewstep.distillation.config import DistillConfig, resolve
-from fewstep.distillation.distill import update_plan
 from fewstep.distillation.prepare import Run, prepare
 from fewstep.training.loop import Batch, train
 from fewstep.training.run_folder import RunLog
@@ -48,7 +47,7 @@ def go(
     log: Callable[..., RunLog] = RunLog,
 ) -> None:
     """Run the loop to its end, with `around` about its loss and `within` about the reading of its batches."""
-    plan = update_plan(ours.run)
+    plan = ours.run.update_plan()
     plan[0] = replace(plan[0], loss=around(plan[0].loss))
     with (
         tempfile.TemporaryDirectory() as out,

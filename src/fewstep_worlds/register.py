@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from fewstep.inference.multilingual.pairs import Pair
     from fewstep.methods.rewards.reward import PreferenceScorer
 
-__all__ = ["SIZE", "STUDENTS", "captioned", "captions_alone", "read_prompts", "root"]
+__all__ = ["CAPTIONS", "PICTURES", "SIZE", "STUDENTS", "captioned", "captions_alone", "read_prompts", "root"]
 
+PICTURES, CAPTIONS = "emoji8", "captions"
 STUDENTS = ("tcd",)
 
 

@@ -301,7 +301,7 @@ def test_damaged_pictures_and_captions_are_right_or_refused(damage: DataDamage, 
                     member = tarfile.TarInfo(name)
                     member.size = len(held)
                     tar.addfile(member, io.BytesIO(held))
-            found = from_shards(str(tmp_path / "a.tar"), SIDE, tmp_path / "cache")
+            found = from_shards([str(tmp_path / "a.tar")], SIDE, tmp_path / "cache")
         assert found.pictures is not None
         rows = found.pictures.read(range(len(found)))
     except UserError as error:

@@ -12,6 +12,7 @@ from fewstep.backbones.base import Backbone, load_backbone
 from fewstep.backbones.lengths import CutPrompts
 from fewstep.distillation import distill as distillation
 from fewstep.distillation.config import resolve
+from fewstep.distillation.estimate_run import estimate_run
 from support import tiny_pipelines
 
 KINDS = ["sd", "sdxl", "pixart", "sd3", "flux", "sana"]
@@ -76,6 +77,6 @@ def test_sampling_and_distilling_tell(
         printed = capsys.readouterr().err
         assert ("3 of 16 captions" in printed) == first
         assert "16 pictures with 16 captions; left out: 1 hidden" in printed
-    (estimated,) = distillation.estimate_run(config)
+    (estimated,) = estimate_run(config)
     assert "16 pictures with 16 captions; left out: 1 hidden" in estimated.data
     assert estimated.data in estimated.lines()

@@ -15,7 +15,9 @@ from torch import nn
 from fewstep.backbones.base import Backbone, load_backbone, open_backbone
 from fewstep.data.latents import latent_set
 from fewstep.distillation.config import resolve
-from fewstep.distillation.prepare import encoders_fingerprint, lay_out, load_teacher, read_source
+from fewstep.distillation.prepare import lay_out, load_teacher
+from fewstep.distillation.run_data import EncodedData, encoders_fingerprint, find_captioned
+from fewstep.distillation.sources import open_source
 from fewstep.distillation.synthesis.settings import resolve_synthesis
 from fewstep.distillation.synthesis.synthesize import synthesize
 from fewstep.inference.generator import load_image_generator
@@ -74,7 +76,8 @@ def test_roles_come_after_the_encoders_have_gone(
     backbone = load_teacher(config, torch.device("cpu"))
     wide = sum(weight.numel() for weight in backbone.network.parameters() if weight.dtype == torch.float32)
     assert bool(wide) == (not words or "bf16" not in words[0])  # never whole in fp32, not even in main memory
-    captioned = read_source(config, backbone.folder, tiny_cache)
+    source: Any = open_source(config.data, backbone.folder)
+    captioned = find_captioned(config, source, backbone.folder, tiny_cache)
     data = latent_set(captioned, backbone, encoders_fingerprint(backbone.folder), tiny_cache, backbone.latent_shape)
     encoders = [weakref.ref(encoder) for encoder in [*backbone.text_encoders, backbone.vae]]
 
@@ -84,7 +87,7 @@ def test_roles_come_after_the_encoders_have_gone(
 
     backbone.device = ELSEWHERE
     seen = moves(monkeypatch, type(backbone.network), network_distance)
-    run = lay_out(config, backbone, captioned, data)
+    run = lay_out(config, backbone, EncodedData(source, captioned, data))
     assert seen == [(False, kept)] * places
     for network in networks_of(run.student.roles):
         assert facts(network)[0] == {"meta"}

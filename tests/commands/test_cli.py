@@ -106,10 +106,10 @@ def test_an_unknown_recipe_names_the_nearest(refuse: Refuse) -> None:
         ("method.grid=-5", "grid = -5 has less than 2 points; the nearest legal one is 2"),
         ("sampling.gamma=1.5", "sampling.gamma = 1.5 must be at most 1; the nearest legal one is 1"),
         ("method.jump=hop", "method.jump = 'hop' is not one of skip, cm_skip, first_order, second_order; the"),
-        ("method.grid=25", "sampling.grid = 50 asks for times that method.grid = 25 does not train"),
+        ("method.grid=25", "sampling.grid = 50 has times that method.grid = 25 does not train"),
         ("sampling.end=clean", "sampling.end = 'clean' is not the end point that is trained"),
         ("loop.accumulate=5", "batch = 32 is not a multiple of accumulate = 5; the nearest legal one is 30"),
-        ("student.targets=[to_k,to_qq]", "student.targets = 'to_qq' ends the name of no layer"),
+        ("student.targets=[to_k,to_qq]", "student.targets: no layer of the teacher's network ends with 'to_qq'"),
         (
             "method.grid=60 sampling.grid=60",
             "method.grid = 60 does not divide the teacher's 1000 training indices; ",

@@ -346,7 +346,7 @@ def test_training_and_sampling_share_one_grid() -> None:
     words = ["method.grid=25", "sampling.grid=25"]
     assert resolve("tcd", None, words).sampling.grid == 25
     assert resolve("tcd", None, ["method.grid=100"]).sampling.grid == 50  # every second point is trained
-    with pytest.raises(UserError, match=r"sampling.grid = 50 asks for times.* is 25"):
+    with pytest.raises(UserError, match=r"sampling.grid = 50 has times.* use 25"):
         resolve("tcd", None, ["method.grid=25"])
     with pytest.raises(UserError, match=r"sampling.end = 'index0' is not the end point.* 'clean'"):
         resolve("tcd", None, ["method.end=clean"])

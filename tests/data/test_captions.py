@@ -59,7 +59,7 @@ def write_shard(place: Path, files: Mapping[str, bytes]) -> str:
 def both(tmp_path: Path, files: Mapping[str, bytes]) -> Captioned:
     """What a folder holds, after a shard of the same files was found to hold the same."""
     folder = from_folder(write_folder(tmp_path / "folder", files), 16)
-    shard = from_shards(write_shard(tmp_path / "all.tar", files), 16, tmp_path / "cache")
+    shard = from_shards([write_shard(tmp_path / "all.tar", files)], 16, tmp_path / "cache")
     assert list(shard.captions) == list(folder.captions)
     assert shard.left_out == folder.left_out
     assert folder.pictures is not None
@@ -140,8 +140,8 @@ def test_what_is_left_out_is_counted(
 ) -> None:
     files = {"a.png": A, "a.txt": b"x"} | files
     folder = from_folder(write_folder(tmp_path / "folder", files), 16)
-    shard = from_shards(write_shard(tmp_path / "all.tar", files), 16, tmp_path / "cache")
-    again = from_shards(str(tmp_path / "all.tar"), 16, tmp_path / "cache")
+    shard = from_shards([write_shard(tmp_path / "all.tar", files)], 16, tmp_path / "cache")
+    again = from_shards([str(tmp_path / "all.tar")], 16, tmp_path / "cache")
     assert again.left_out == shard.left_out
     for found in (folder, shard):
         assert len(found) == used
@@ -189,7 +189,7 @@ def test_what_cannot_be_right_is_refused(tmp_path: Path, files: dict[str, bytes]
     refused = []
     for read in (
         lambda: from_folder(write_folder(tmp_path / "folder", files), 16),
-        lambda: from_shards(write_shard(tmp_path / "all.tar", files), 16, tmp_path / "cache"),
+        lambda: from_shards([write_shard(tmp_path / "all.tar", files)], 16, tmp_path / "cache"),
     ):
         with pytest.raises(UserError, match=named_in.replace(".", r"\.")) as error:
             read()
@@ -213,7 +213,7 @@ def test_pictures_of_formats_that_are_not_read_are_named(tmp_path: Path) -> None
     files = {"a.heic": b"?", "a.txt": b"x", "b.HEIC": b"?", "c.jxl": b"?"}
     for read in (
         lambda: from_folder(write_folder(tmp_path / "folder", files), 16),
-        lambda: from_shards(write_shard(tmp_path / "all.tar", files), 16, tmp_path / "cache"),
+        lambda: from_shards([write_shard(tmp_path / "all.tar", files)], 16, tmp_path / "cache"),
     ):
         with pytest.raises(UserError, match=r"2 \.heic, 1 \.jxl"):
             read()
@@ -256,7 +256,7 @@ def test_links_in_shards_mean_their_members(tmp_path: Path) -> None:
     (folder / "s" / "d.txt").symlink_to("c.txt")
     with tarfile.open(tmp_path / "all.tar", "w") as tar:
         tar.add(folder, ".")
-    found = from_shards(str(tmp_path / "all.tar"), 16, tmp_path / "cache")
+    found = from_shards([str(tmp_path / "all.tar")], 16, tmp_path / "cache")
     wanted = from_folder(folder, 16)
     assert sorted(found.captions) == sorted(wanted.captions) == [["x"]] * 4
     assert found.pictures is not None
@@ -269,7 +269,7 @@ def test_links_in_shards_mean_their_members(tmp_path: Path) -> None:
             info.type, info.linkname = tarfile.SYMTYPE, target
             tar.addfile(info)
         with pytest.raises(UserError, match=name):
-            from_shards(str(tmp_path / f"{name}.tar"), 16, tmp_path / "cache")
+            from_shards([str(tmp_path / f"{name}.tar")], 16, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("twice", ["a.png", "a.txt", "./a.png"])
@@ -280,7 +280,7 @@ def test_members_that_stand_twice_are_refused(tmp_path: Path, twice: str) -> Non
             info.size = len(held)
             tar.addfile(info, BytesIO(held))
     with pytest.raises(UserError, match="twice"):
-        from_shards(str(tmp_path / "all.tar"), 16, tmp_path / "cache")
+        from_shards([str(tmp_path / "all.tar")], 16, tmp_path / "cache")
 
 
 def test_names_that_are_no_utf8(tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ def test_names_that_are_no_utf8(tmp_path: Path) -> None:
             info = tarfile.TarInfo(name)
             info.size = len(held)
             tar.addfile(info, BytesIO(held))
-    found = from_shards(str(tmp_path / "all.tar"), 16, tmp_path / "cache")
+    found = from_shards([str(tmp_path / "all.tar")], 16, tmp_path / "cache")
     assert list(found.captions) == [["x"], ["y"]]
     assert found.pictures is not None
     assert len(found.pictures.fingerprint()) == 64
@@ -340,8 +340,9 @@ def test_sources_that_are_no_folder_are_refused_by_what_they_are(tmp_path: Path,
 )
 def test_files_that_hold_no_list_of_prompts_are_refused_by_their_suffix(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("a cat\n")
-    with pytest.raises(UserError, match=r"watch\.prompts = ") as refused:
+    with pytest.raises(UserError) as refused:
         read_prompts(tmp_path / name, "validation.prompts")
+    assert refused.value.field == "validation.prompts"
     assert "UTF-8" not in str(refused.value)
 
 

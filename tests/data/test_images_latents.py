@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fewstep.common.errors import UserError
 from fewstep.common.rng import KeyedRng
+from fewstep.common.tensor_cache import cached
 from fewstep.data import latents
 from fewstep.data.images import (
     Captioned,
@@ -28,7 +29,7 @@ from fewstep.data.images import (
     read_picture,
     size_of,
 )
-from fewstep.data.latents import LatentSet, Wanted, cached, latent_set
+from fewstep.data.latents import LatentSet, Wanted, latent_set
 from fewstep.data.prompts import read_prompts
 from fewstep.data.row_store import Batches, StoredRows
 from fewstep.data.shards import Member

@@ -65,7 +65,7 @@ def test_shards_hold_what_the_folder_holds(bucket: str, picture_folder: Path, tm
     """By braces and by a pattern; pixels, captions, and the sizes that buckets ask for."""
     wanted = from_folder(picture_folder, 64)
     for source in (bucket, "memory://emoji/*.tar"):
-        found = from_shards(source, 64, tmp_path)
+        found = from_shards(find_shards(source), 64, tmp_path)
         assert list(found.captions) == list(wanted.captions)
         np.testing.assert_array_equal(found.pictures.read(range(16)), wanted.pictures.read(range(16)))
         np.testing.assert_array_equal(found.pictures.read([11, 3]), wanted.pictures.read([11, 3]))
@@ -88,7 +88,7 @@ def test_a_run_on_shards_is_the_run_on_the_folder(
 def test_members_are_listed_once_for_each_version(
     bucket: str, picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = from_shards(bucket, 64, tmp_path)
+    first = from_shards(find_shards(bucket), 64, tmp_path)
     asked: list[str] = []
     listing = shards.samples_of
 
@@ -97,12 +97,12 @@ def test_members_are_listed_once_for_each_version(
         return listing(files, path, shard)
 
     monkeypatch.setattr(shards, "samples_of", noted)
-    again = from_shards(bucket, 64, tmp_path)
+    again = from_shards(find_shards(bucket), 64, tmp_path)
     assert asked == []
     assert again.pictures.fingerprint() == first.pictures.fingerprint()
     other = [(name, content + b" ") for name, content in members_of(picture_folder, range(10, 13))]
     fsspec.filesystem("memory").pipe_file("/emoji/pics-01.tar", tar_of(other))
-    changed = from_shards(bucket, 64, tmp_path)
+    changed = from_shards(find_shards(bucket), 64, tmp_path)
     assert asked == ["memory://emoji/pics-01.tar"]
     assert len(changed) == 13
     assert changed.pictures.fingerprint() != first.pictures.fingerprint()
@@ -140,7 +140,7 @@ def test_shards_on_a_disk(picture_folder: Path, tmp_path: Path) -> None:
     assert is_shards(str(place))
     assert not is_prompt_file(str(place))
     wanted = from_folder(picture_folder, 64)
-    found = from_shards(str(place), 64, tmp_path)
+    found = from_shards(find_shards(str(place)), 64, tmp_path)
     assert list(found.captions) == list(wanted.captions)[:4]
     np.testing.assert_array_equal(found.pictures.read([2]), wanted.pictures.read([2]))
 
@@ -166,7 +166,7 @@ def test_what_is_no_shard(picture_folder: Path, tmp_path: Path) -> None:
     ]:
         files.pipe_file(f"/bad/{name}.tar", content)
         with pytest.raises(UserError, match=words):
-            from_shards(f"memory://bad/{name}.tar", 64, tmp_path)
+            from_shards(find_shards(f"memory://bad/{name}.tar"), 64, tmp_path)
     for source, words in [
         ("memory://bad/{1..3}.tar", "there is no memory://bad/1.tar"),
         ("memory://none/*.tar", "names no file"),

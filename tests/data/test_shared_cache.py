@@ -25,6 +25,7 @@ from fewstep.distillation import distill as distillation
 from fewstep.distillation import estimate as cost
 from fewstep.distillation import prepare as preparation
 from fewstep.distillation.config import resolve
+from fewstep.distillation.estimate_run import estimate_run
 from fewstep.training import run_folder
 from support import tiny_pipelines
 from support.shapes import COLOURS, SHAPES, draw_shape
@@ -133,7 +134,7 @@ def test_what_a_run_will_ask_for_is_known(
     assert wanted.pictures is not None
     assert wanted.captions is not None
     assert set(wanted.pictures.tolist()) == set(order(0, 40, 12, 32).tolist())
-    owners = {int(of.said[row].split()[0]) for row in wanted.captions.tolist()}
+    owners = {int(of.prompts[row].split()[0]) for row in wanted.captions.tolist()}
     assert owners <= set(wanted.pictures.tolist())
     assert (owners == set(wanted.pictures.tolist())) == (empty == 0)
     assert used(of, partial(order, 0, 40), range(200), 4, 0, empty) == (None, None)
@@ -285,7 +286,7 @@ def test_a_batch_beyond_memory_is_said_and_not_tried(
     monkeypatch.setattr(cost, "free_memory", lambda _: 2**28)
     words = [f"loop.batch={batch}", f"loop.accumulate={accumulate}"]
     config = resolve("tcd", None, [*words_of(settled(place, tmp_path)), *words])
-    (estimated,) = distillation.estimate_run(config)
+    (estimated,) = estimate_run(config)
     assert "loop.accumulate" in estimated.too_large
     assert estimated.too_large in "\n".join(estimated.lines())
     assert estimated.saved_bytes > 2**28
@@ -294,7 +295,7 @@ def test_a_batch_beyond_memory_is_said_and_not_tried(
     if batch < 10**9:
         legal = int(estimated.too_large.split("loop.accumulate = ")[2].split(",")[0])
         less = resolve("tcd", None, [*words_of(settled(place, tmp_path)), *words, f"loop.accumulate={legal}"])
-        assert distillation.estimate_run(less)[0].too_large == ""
+        assert estimate_run(less)[0].too_large == ""
 
 
 def test_a_batch_beyond_much_memory_is_timed_by_a_few_samples(
@@ -309,7 +310,7 @@ def test_a_batch_beyond_much_memory_is_timed_by_a_few_samples(
     monkeypatch.setattr(cost, "KeyedRng", rng)
     monkeypatch.setattr(cost, "free_memory", lambda _: 2**32)
     config = resolve("tcd", None, [*words_of(settled(place, tmp_path)), "loop.batch=1000000000"])
-    assert distillation.estimate_run(config)[0].too_large
+    assert estimate_run(config)[0].too_large
     assert max(sizes) <= cost.TIMED
 
 
@@ -321,9 +322,9 @@ def settled(place: Path, tmp_path: Path) -> Path:
 
 def test_activations_of_a_part_stand_for_all(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [*words_of(settled(place, tmp_path)), "loop.batch=32"]
-    (whole,) = distillation.estimate_run(resolve("tcd", None, words))
+    (whole,) = estimate_run(resolve("tcd", None, words))
     monkeypatch.setattr(cost, "free_memory", lambda _: whole.saved_bytes // 2)
-    (part,) = distillation.estimate_run(resolve("tcd", None, words))
+    (part,) = estimate_run(resolve("tcd", None, words))
     assert part.too_large
     assert whole.too_large == ""
     assert part.saved_bytes == pytest.approx(whole.saved_bytes, rel=0.1)

@@ -18,8 +18,12 @@ from fewstep.common.rng import KeyedRng
 from fewstep.distillation import distill as distillation
 from fewstep.distillation import validation as validation
 from fewstep.distillation.batches import fetch_of
-from fewstep.distillation.config import resolve
+from fewstep.distillation.config import DistillConfig, resolve
 from fewstep.distillation.estimate import count_checks
+from fewstep.distillation.estimate_run import estimate_run
+from fewstep.distillation.prepare import teacher_of
+from fewstep.distillation.run_data import validation_prompts
+from fewstep.distillation.sources import open_source
 from fewstep.training.loop import Batch
 from fewstep.training.loss import Loss
 from fewstep_worlds.emoji8 import dataset as emoji8
@@ -93,12 +97,16 @@ def test_the_watch_looks_at_its_list_then_at_captions_then_again(tmp_path: Path,
     file = tmp_path / "p.txt"
     file.write_text("a\nb\nc\n")
     count = "validation.count=16"
+
+    def prompts_of(config: DistillConfig, captions: list[str]) -> list[str]:
+        return validation_prompts(config, open_source(config.data, teacher_of(config)), captions)
+
     listed = resolve("tcd", None, [*tiny_overrides, count, f"validation.prompts={file}"])
-    assert validation.validation_prompts(listed, ["d", "a", "d", " "]) == [*"abcd"] * 4
+    assert prompts_of(listed, ["d", "a", "d", " "]) == [*"abcd"] * 4
     own = resolve("tcd", None, [*tiny_overrides, count])
-    assert validation.validation_prompts(own, ["d", "e"]) == [*"de"] * 8
+    assert prompts_of(own, ["d", "e"]) == [*"de"] * 8
     bundled = resolve("tcd", None, ["validation.count=160"])
-    prompts = validation.validation_prompts(bundled, [f"caption {i}" for i in range(20)])
+    prompts = prompts_of(bundled, [f"caption {i}" for i in range(20)])
     assert prompts[:150] == list(emoji8.read_prompts("validation"))
     assert prompts[150:] == [f"caption {i}" for i in range(10)]
 
@@ -109,7 +117,7 @@ def test_every_stage_watches_the_same_prompts(tiny_overrides: list[str], tiny_ca
     for seed, watching in ((1, 5), (2, 5), (1, 6)):
         words = [*tiny_overrides, f"loop.seed={seed}", f"validation.seed={watching}"]
         run = distillation.prepare(resolve("tcd", None, words), tiny_cache, torch.device("cpu"))
-        chosen.append([said[0] for said in run.watched(8).captions])
+        chosen.append([said[0] for said in run.validation_data(8).captions])
     assert chosen[0] == chosen[1]
     assert chosen[0] != chosen[2]
 
@@ -127,7 +135,7 @@ def test_a_watch_of_too_few_pictures_is_refused_before_training(
 
 def test_the_estimate_adds_up(tiny_overrides: list[str]) -> None:
     words = [*tiny_overrides, "loop.steps=100", "loop.accumulate=2"]
-    (lora,) = distillation.estimate_run(resolve("tcd", None, words))
+    (lora,) = estimate_run(resolve("tcd", None, words))
     assert 0 < lora.seconds_per_step < 60
     assert lora.seconds == pytest.approx(100 * lora.seconds_per_step)
     latents, states = 16 * 4 * 8 * 8 * 4, 4 * (4 + 1) * 8 * 32 * 2  # of the 4 captions and the null one that it encodes
@@ -136,20 +144,19 @@ def test_the_estimate_adds_up(tiny_overrides: list[str]) -> None:
     assert lora.encoding_seconds > 0
     assert len(lora.lines()) == 5  # data, time, memory, disk, calls
     full = ["student.kind=full", "method.target=ema", "optim.ema=0.9", "method.solver=dpmpp_2s"]
-    (whole,) = distillation.estimate_run(resolve("tcd", None, [*words, *full]))
+    (whole,) = estimate_run(resolve("tcd", None, [*words, *full]))
     base = lora.weights_bytes - lora.trained_bytes // 3  # its adapters are weights too
     assert whole.weights_bytes == 3 * base  # teacher, student and target
     assert whole.trained_bytes == 4 * base  # gradient, two moments, average
     assert whole.calls["teacher"] == 4
-    (twice,) = distillation.estimate_run(resolve("tcd", None, [*words, "loop.batch=8"]))
+    (twice,) = estimate_run(resolve("tcd", None, [*words, "loop.batch=8"]))
     assert twice.saved_bytes == pytest.approx(2 * lora.saved_bytes, rel=0.1), "activations grow with the batch"
 
 
 def test_the_estimate_of_stored_trajectories(tiny_overrides: list[str]) -> None:
     """A batch of them is drawn and timed; points are counted for all, captions once whatever their number."""
     few, many = (
-        distillation.estimate_run(resolve("kd", None, [*tiny_overrides, f"data.trajectories={count}"]))[0]
-        for count in (8, 800)
+        estimate_run(resolve("kd", None, [*tiny_overrides, f"data.trajectories={count}"]))[0] for count in (8, 800)
     )
     states = 4 * (4 + 1) * 8 * 32 * 2
     assert few.data_bytes == 8 * 51 * 4 * 8 * 8 * 2 + states, "fp16"
@@ -184,7 +191,7 @@ def test_an_estimate_leaves_the_student_alone(tiny_overrides: list[str], tiny_ca
 
     config = resolve("tcd", None, tiny_overrides)
     run = distillation.prepare(config, tiny_cache, torch.device("cpu"))
-    plan = distillation.update_plan(run)
+    plan = run.update_plan()
     before = {name: p.detach().clone() for name, p in plan[0].parameters.items()}
     estimate(plan, fetch_of(run), run.data, config, run.networks)
     for name, parameter in plan[0].parameters.items():
@@ -198,7 +205,7 @@ def test_weights_that_a_loss_looks_through_are_no_activations(tiny_overrides: li
 
     config = resolve("tcd", None, tiny_overrides)
     run = distillation.prepare(config, tiny_cache, torch.device("cpu"))
-    (update,) = distillation.update_plan(run)
+    (update,) = run.update_plan()
     frozen = torch.nn.Linear(2000, 2000).requires_grad_(False)
 
     def looked(batch: Batch, rng: KeyedRng) -> Loss:

@@ -344,7 +344,7 @@ def test_gradients_reach_the_student_alone(target: str, small: list[str], tiny_c
     run = distillation.prepare(
         resolve("tcd", None, [*small, f"method.target={target}"]), tiny_cache, torch.device("cpu")
     )
-    (update,) = distillation.update_plan(run)
+    (update,) = run.update_plan()
     loss = update.loss(fetch_of(run)(np.arange(4), rng(4)), rng(4))
     loss.value.backward()
     learnt = {name for name, p in run.backbone.network.named_parameters() if p.grad is not None}
@@ -370,7 +370,7 @@ def test_the_loss_falls_in_thirty_steps(recipe: str, small: list[str], tiny_cach
     assert [line["step"] for line in logged] == list(range(1, 31))
 
     run = distillation.prepare(config, tiny_cache, torch.device("cpu"))
-    (update,) = distillation.update_plan(run)
+    (update,) = run.update_plan()
     fetch = fetch_of(run)
 
     def judge() -> float:

@@ -675,7 +675,7 @@ def test_illegal_combinations_name_the_nearest_legal_one() -> None:
             ["method.jump=first_order"],
             r"sampling.jump = 'skip' is not the jump that is trained; .*'first_order'",
         ),
-        ("tdd", ["sampling.grid=25"], r"sampling.grid = 25 asks for times .* is 50"),
+        ("tdd", ["sampling.grid=25"], r"sampling.grid = 25 has times .* use 50"),
         (
             "kd",
             ["method.extra_conditioning=[s]", "method.denoising=1", NONE],
@@ -698,7 +698,7 @@ def test_illegal_combinations_name_the_nearest_legal_one() -> None:
         (
             "ct",
             ["method.grid=40", "method.grid_start=5", "sampling.grid=40", "loop.steps=3"],
-            r"loop.steps = 3 .* is 4",
+            r"loop.steps = 3 .* at least 4",
         ),
         ("shortcut", ["method.grid_start=25"], r"grid_start = 25 does not go with point = 'self'"),
         ("shortcut", ["method.k_low=null", "method.k=5"], r"k_low = None with point = 'self' .* is 1"),
@@ -712,7 +712,7 @@ def test_illegal_combinations_name_the_nearest_legal_one() -> None:
             ["method.consistency=0", "method.adversarial={weight: 1, start: 0.5}"],
             r"adversarial.start = 0.5 beside consistency = 0",
         ),
-        ("tscd", ["loop.steps=3"], r"loop.steps = 3 leaves a stage without steps; the nearest legal one is 4"),
+        ("tscd", ["loop.steps=3"], r"loop.steps = 3 leaves a stage without steps; must be at least 4"),
     ]
     for recipe, overrides, words in cases:
         with pytest.raises(UserError, match=words):

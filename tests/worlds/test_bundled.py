@@ -8,7 +8,7 @@ import torch
 from fewstep.common.files import read_json
 from fewstep.common.tensors import load_tensors
 from fewstep.diffusion.config import TEACHER_SAMPLING
-from fewstep.distillation.prepare import load_named_scorer
+from fewstep.distillation.frozen_networks import load_named_scorer
 from fewstep.inference.generator import load_image_generator
 from fewstep_worlds.common import location
 from fewstep_worlds.emoji8 import dataset as emoji8

@@ -16,7 +16,7 @@ from fewstep.common.errors import UserError
 from fewstep.common.tensors import save_tensors
 from fewstep.data.images import Captioned, HeldPictures
 from fewstep.data.latents import latent_set
-from fewstep.distillation.prepare import encoders_fingerprint
+from fewstep.distillation.run_data import encoders_fingerprint
 from fewstep_worlds.emoji8 import api
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8.config import AddOnConfig, VersatilityConfig

@@ -13,6 +13,7 @@ from fewstep.common.extras import WATCHING, check_installed
 if TYPE_CHECKING:
     from fewstep.distillation.config import DistillConfig
     from fewstep.distillation.estimate import Estimated
+    from fewstep.distillation.sources import Source
 
 
 @checked
@@ -39,10 +40,10 @@ def distill(
     Raises:
         UserError: anything wrong, in one line, before any long work.
     """
-    settings = _distill_config(recipe, out, named_teacher(teacher, teacher_config), config, overrides)
+    settings, source = _distill_config(recipe, out, named_teacher(teacher, teacher_config), config, overrides)
     from fewstep.distillation import distill as distillation
 
-    return distillation.distill(settings, Path(out))
+    return distillation.distill(settings, Path(out), source=source)
 
 
 @checked
@@ -60,16 +61,20 @@ def estimate(
     Raises:
         UserError: what `distill` would refuse.
     """
-    settings = _distill_config(recipe, out, named_teacher(teacher, teacher_config), config, overrides)
-    from fewstep.distillation import distill as distillation
+    settings, source = _distill_config(recipe, out, named_teacher(teacher, teacher_config), config, overrides)
+    from fewstep.distillation.estimate_run import estimate_run
 
-    return distillation.estimate_run(settings)
+    return estimate_run(settings, source)
 
 
 def _distill_config(
     recipe: str, out: Path | str, teacher: Path | str, config: Path | str | None, overrides: str | Sequence[str]
-) -> DistillConfig:
-    """The settings of a distillation, refused here if it could not run."""
+) -> tuple[DistillConfig, Source]:
+    """Return the settings of a distillation and its data source, checked.
+
+    Raises:
+        UserError: it could not run.
+    """
     from fewstep.backbones.pipeline_folder import read_folder
     from fewstep.backbones.teachers import teacher_path
     from fewstep.common.files import check_writable
@@ -78,7 +83,7 @@ def _distill_config(
     from fewstep.training.run_folder import check_same_run
 
     settings = resolve(recipe, config, overrides, teacher)
-    check_distillation(settings, read_folder(teacher_path(settings.teacher)))
+    source = check_distillation(settings, read_folder(teacher_path(settings.teacher)))
     check_writable(Path(out))
     check_same_run(Path(out), settings, later=True)
     if any(stage.loop.validate_every for stage in settings.each_stage()):
@@ -89,4 +94,4 @@ def _distill_config(
     narrow += [stage.optim.kind for stage in settings.each_stage() if stage.optim.kind == "adamw_8bit"]
     if narrow:
         check_installed(f"distill with {narrow[0]}", ["bitsandbytes"], "quantize")
-    return settings
+    return settings, source

@@ -87,9 +87,9 @@ def read_synthesis(folder: Path | str) -> Synthesis:
     Raises:
         UserError: it is none, is not finished, or a file of it is missing or of another size or layout.
     """
-    from fewstep.distillation.synthesis.record import check_files, read_manifest
+    from fewstep.distillation.synthesis.record import open_set
 
-    check_files(Path(folder), read_manifest(Path(folder)))
-    from fewstep.distillation.synthesis.reader import read_synthesis as read
+    files = open_set(Path(folder))
+    from fewstep.distillation.synthesis.reader import Synthesis
 
-    return read(folder)
+    return Synthesis(files)

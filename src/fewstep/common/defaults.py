@@ -24,10 +24,14 @@ class World(Protocol):
     """What a world provides. Types of higher packages are `Any`: they are not imported here.
 
     Attributes:
+        PICTURES: name of its pictures as `data.source`, the default one.
+        CAPTIONS: name of their captions alone as `data.source`.
         SIZE: edge of its pictures, in pixels.
         STUDENTS: names of its students; the first is the default one.
     """
 
+    PICTURES: str
+    CAPTIONS: str
     SIZE: int
     STUDENTS: tuple[str, ...]
 
@@ -41,7 +45,7 @@ class World(Protocol):
         """Return the same captions without the pictures, a `Captioned`."""
 
     def read_prompts(self, name: str) -> tuple[str, ...]:
-        """Return one of its prompt lists."""
+        """Return one of its prompt lists; `validation` is the default one of distillations on its data."""
 
     def suite(self, prompts: Sequence[str], size: int, seed: int, features: Any) -> Any:
         """Return the metrics of its pictures and the real pictures that answer the prompts, a `Suite`."""
@@ -64,6 +68,12 @@ def installed_world() -> World | None:
     """Return the registered world, or None if no package registers one."""
     found = sorted(entry_points(group=GROUP), key=lambda entry: entry.name)
     return found[0].load() if found else None
+
+
+def default_source() -> str:
+    """Return the name of the bundled world's pictures as `data.source`, or an empty text if no world is installed."""
+    found = installed_world()
+    return found.PICTURES if found else ""
 
 
 def world(field: str = "teacher") -> World:

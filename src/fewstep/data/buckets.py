@@ -1,6 +1,6 @@
-"""Pictures that keep their aspect ratio: each is cropped to the nearest of a few shapes of one area (SDXL's buckets).
+"""Aspect ratio buckets (as SDXL's): each picture is cropped to the nearest of a few shapes of one area.
 
-A batch is of one shape, so that it can be one tensor; an epoch visits every picture in batches that are drawn anew.
+A batch has one shape, so that it is one tensor; batches are drawn anew in each epoch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from fewstep.backbones.pipeline_folder import check_side
-from fewstep.common.errors import UserError
 from fewstep.common.mapped_tensors import Rows
 from fewstep.common.rng import generator
 from fewstep.data.images import Captioned, PictureFiles, read_cropped, size_of
@@ -30,7 +29,7 @@ WIDEST = 2.0
 
 
 def bucket_shapes(size: int, unit: int, widest: float = WIDEST) -> list[Shape]:
-    """Shapes of about size x size pixels, sides multiples of `unit`, from the tallest to the widest.
+    """Return shapes of about size x size pixels, sides multiples of `unit`, from the tallest to the widest.
 
     Raises:
         UserError: `size` is no multiple of `unit`.
@@ -45,15 +44,13 @@ def bucket_shapes(size: int, unit: int, widest: float = WIDEST) -> list[Shape]:
 
 
 def nearest_shape(width: int, height: int, shapes: Sequence[Shape]) -> int:
-    """The number of the shape whose aspect ratio is nearest, in logarithms."""
+    """Return the number of the shape whose log aspect ratio is nearest."""
     return min(range(len(shapes)), key=lambda i: abs(math.log(width * shapes[i][1] / (height * shapes[i][0]))))
 
 
 @dataclass(frozen=True)
 class BucketedFiles(PictureFiles):
-    """Pictures on disk, each with a shape of its own.
-
-    Where all must be alike (the quality watch) they are read as squares, as any `PictureFiles`.
+    """Pictures on disk, each cropped to its bucket's shape by `read_shaped`, or to a square by `read`.
 
     Attributes:
         shapes: of the buckets.
@@ -64,31 +61,31 @@ class BucketedFiles(PictureFiles):
     of: tuple[int, ...] = ()
 
     def read_shaped(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Some pictures of one shape, uint8 [n, height, width, 3].
+        """Return some pictures of one shape, uint8 [n, height, width, 3].
 
         Raises:
-            UserError: one is no whole picture.
+            UserError: a picture is broken.
         """
         with ThreadPoolExecutor() as pool:
             read = pool.map(lambda row: read_cropped(self.files[int(row)], *self.shapes[self.of[int(row)]]), rows)
             return np.stack(list(read))
 
     def groups(self) -> list[list[int]]:
-        """The pictures of each shape that has any."""
+        """Return the pictures of each shape that has any."""
         by_shape: dict[int, list[int]] = {}
         for row, shape in enumerate(self.of):
             by_shape.setdefault(shape, []).append(row)
         return [by_shape[shape] for shape in sorted(by_shape)]
 
     def fingerprint(self) -> str:
-        """sha256 of the shapes and of the files' bytes."""
+        """Return the SHA-256 of the shapes and of the files' bytes."""
         return hashlib.sha256(f"{super().fingerprint()} {self.shapes} {self.of}".encode()).hexdigest()
 
 
 def filled(ratios: Sequence[Shape], shapes: Sequence[Shape], least: int) -> list[int]:
-    """The nearest shape of each picture among those that hold at least so many; the fullest one where none does.
+    """Return each picture's nearest shape among those with at least so many pictures; the fullest shape if none has.
 
-    A bucket that cannot fill a batch would be seen too often: its batches are filled up by its own pictures.
+    Batches are filled up by pictures of their own bucket, so that those of a smaller bucket would be seen too often.
     """
     of = [nearest_shape(*ratio, shapes) for ratio in ratios]
     counts = Counter(of)
@@ -97,26 +94,25 @@ def filled(ratios: Sequence[Shape], shapes: Sequence[Shape], least: int) -> list
 
 
 def bucketed(captioned: Captioned, size: int, unit: int, least: int = 1) -> Captioned:
-    """The same pictures, sorted into buckets by their files' own sizes.
+    """Sort pictures, which must be files, into buckets by their sizes.
 
     Args:
         size: pixels a side of a square of every bucket's area.
-        unit: what sides are multiples of.
-        least: pictures that a bucket must hold; those of smaller ones go to the nearest that does.
+        unit: divisor of all sides.
+        least: fewest pictures of a bucket; those of smaller ones go to the nearest that has them.
 
     Raises:
-        UserError: pictures that are no files.
+        UserError: `size` is no multiple of `unit`, or a picture is broken.
     """
     files = captioned.pictures
-    if not isinstance(files, PictureFiles):
-        raise UserError("data.buckets = True wants a folder of pictures in data.source; the nearest is False")
+    assert isinstance(files, PictureFiles)
     shapes = bucket_shapes(size, unit)
     of = tuple(filled([size_of(file) for file in files.files], shapes, least))
     return Captioned(BucketedFiles(files.files, size, tuple(shapes), of), captioned.captions, captioned.left_out)
 
 
 class BucketedLatents:
-    """Latents of several shapes, asked for by batches of one shape.
+    """Latents of several shapes, read in batches of one shape (`mapped_tensors.Rows`).
 
     Attributes:
         parts: rows [C, h, w] of each bucket that holds any.
@@ -141,7 +137,7 @@ class BucketedLatents:
         return sum(part.nbytes for part in self.parts)
 
     def __getitem__(self, items: Tensor) -> Tensor:
-        """The latents of items of one bucket, [b, C, h, w]."""
+        """Return the latents of items of one bucket, [b, C, h, w]."""
         groups = set(self.group[items].tolist())
         if len(groups) != 1:
             raise ValueError(f"items of {len(groups)} shapes cannot be one batch")
@@ -149,7 +145,7 @@ class BucketedLatents:
         return chosen
 
     def order(self, seed: int, batch: int) -> Callable[[int, int], np.ndarray]:
-        """As `shape_order`, of these latents."""
+        """Return the `shape_order` of these latents."""
         group = self.group.numpy()
         return shape_order([np.flatnonzero(group == number) for number in range(len(self.parts))], seed, batch)
 
@@ -157,16 +153,16 @@ class BucketedLatents:
 def shape_order(
     members: Sequence[Sequence[int] | np.ndarray], seed: int, batch: int
 ) -> Callable[[int, int], np.ndarray]:
-    """As `rng.order`, in batches of one shape each: (start, stop) -> items.
+    """Return the order of visits in batches of one shape, as `rng.order`: (start, stop) -> items.
 
     Each bucket is shuffled and filled up to whole batches by its own first items; then the batches are shuffled.
 
     Args:
-        members: the items of each bucket, in rising order.
+        members: items of each bucket, in rising order.
     """
     length = sum(-(-len(own) // batch) for own in members) * batch
 
-    @lru_cache(maxsize=2)  # batches are asked for one by one, and may lie across two epochs
+    @lru_cache(maxsize=2)  # a range may span two epochs
     def epoch(number: int) -> np.ndarray:
         draw = generator(seed, "order", step=number)
         batches = []

@@ -1,8 +1,8 @@
-"""Decide which pictures a folder or a shard holds and which captions belong to them: one law for both.
+"""The pictures of a folder or shard and their captions, by the same rules for both.
 
-A picture takes all captions that a list at the top (`metadata.jsonl` or `metadata.csv`) gives it; a picture that no
-list names takes those of the file beside it: `.txt` or `.caption` as a whole, or `.json` by its fields. What is left
-out is counted by its reason. A picture without caption is refused, unless a list chooses pictures and leaves it out.
+A picture has all captions that a list at the top (`metadata.jsonl` or `metadata.csv`) gives it; a picture that no list
+names has those of the file beside it: `.txt` or `.caption` as a whole, or `.json` by its fields. What is left out is
+counted by reason. A picture without caption is refused, unless a list exists, which chooses the pictures.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ SUFFIXES = (
     *(".png", ".webp", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jfif", ".jpe", ".apng", ".mpo"),
     *(".jp2", ".j2k", ".jpx", ".jpf", ".dib", ".tga", ".qoi", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
 )
-"""Of pictures; of an animated one, and of one with several pages, the first is read."""
+"""Suffixes of pictures; of an animated picture or one with several pages the first is read."""
 UNREAD = (
     *(".heic", ".heif", ".jxl", ".svg", ".exr", ".hdr", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".ico", ".pdf"),
     *(".mp4", ".webm", ".mov", ".mkv", ".avi", ".npy", ".npz"),
 )
-"""Of pictures that are not read; they are counted."""
+"""Suffixes of pictures that are not read; they are counted."""
 LISTS = ("metadata.jsonl", "metadata.csv")
-"""Lists of pictures with their captions, the Hugging Face form, the nearest first."""
+"""Lists of pictures with captions in the Hugging Face form; the first that exists is used."""
 TEXTS = (".txt", ".caption")
 """Files whose whole text is one caption; kohya's trainers write `.caption`."""
 BESIDE = (*TEXTS, ".json")
-"""Files with the caption of the picture beside them, the first that exists counts."""
+"""Suffixes of caption files beside pictures; the first that exists is used."""
 LIST_FIELDS = ("text", "caption", "captions")
-"""Of a list's line, the nearest first: text, or several texts in a list."""
+"""Fields of a list's line with a text or a list of texts; the first that exists is used."""
 JSON_FIELDS = ("caption", "text", "captions")
-"""The same of a JSON object beside a picture."""
-SHELTERED = ("__MACOSX", "@eaDir")
-"""Folders that systems make for themselves."""
+"""The same fields of a JSON object beside a picture."""
+SYSTEM_FOLDERS = ("__MACOSX", "@eaDir")
+"""Folders of operating systems."""
 
 
 class Matched(NamedTuple):
-    """What a folder or a shard holds.
+    """The captioned pictures of a folder or shard.
 
     Attributes:
         captions: of each picture that is used, by its name, in order; each has at least one.
-        left_out: reason -> how many.
+        left_out: reason -> count.
     """
 
     captions: dict[str, list[str]]
@@ -61,18 +61,18 @@ def kind_of(name: str) -> str:
 
 
 def is_picture(name: str) -> bool:
-    """Whether a name is a picture's."""
+    """Return whether a name is a picture's."""
     return kind_of(name) in SUFFIXES
 
 
 def is_list(name: str) -> bool:
-    """Whether a name, at the top, is that of a list of captions."""
+    """Return whether a name at the top is that of a list of captions."""
     return name.lower() in LISTS
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is hidden, or made by a system for itself."""
-    return name.startswith(".") or name in SHELTERED
+    """Return whether a file or folder is hidden or belongs to the operating system."""
+    return name.startswith(".") or name in SYSTEM_FOLDERS
 
 
 def match(
@@ -85,29 +85,29 @@ def match(
     """Return the pictures among some files, with their captions.
 
     Args:
-        names: of the files, by paths below the top, each once; hidden ones apart.
-        read: the bytes of a file of these.
-        find: the name of the file at a path that a list names; None where there is none.
-        where: names the folder or shard in errors.
-        advice: what else could be given, for errors.
+        names: paths of the files below the top, each once, without hidden ones.
+        read: returns the bytes of one of these files.
+        find: returns the name of the file at a path that a list names; None if there is none.
+        where: the folder or shard, for errors.
+        advice: remedy, for errors.
 
     Raises:
-        UserError: no picture, one without caption or with an empty one, a list that cannot be read.
+        UserError: there is no picture, one has no caption or an empty one, or a list cannot be read.
     """
     lists = sorted((name for name in names if is_list(name)), key=lambda name: LISTS.index(name.lower()))
     named = _listed(lists[0], read, _finder(find, names), where) if lists else {}
-    lists = lists if named else []  # an empty one chooses nothing
+    lists = lists if named else []  # an empty list chooses nothing
     left_out: Counter[str] = Counter()
     pictures = [name for name in names if is_picture(name)]
     beside = {(posixpath.splitext(name)[0], kind_of(name)): name for name in reversed(names) if kind_of(name) in BESIDE}
     captions, lacking = dict(named), list[str]()
     for name in pictures:
         if name not in named:
-            said = _beside(posixpath.splitext(name)[0], beside, read, where)
-            if said is None:
+            texts = _beside(posixpath.splitext(name)[0], beside, read, where)
+            if texts is None:
                 lacking.append(name)
             else:
-                captions[name] = said
+                captions[name] = texts
     used = {posixpath.splitext(name)[0] for name in captions}
     parts = {name for name in lacking if _is_part(name, used)}
     left_out["further pictures of samples, by their names' second suffix"] += len(parts)
@@ -119,17 +119,18 @@ def match(
             any((posixpath.splitext(name)[0], kind) in beside for kind in TEXTS) for name in named
         )
     elif lacking:
-        raise UserError(_without(lacking, len(pictures), where) + advice)
+        raise UserError(_without(lacking, len(pictures), where) + advice, field="data.source")
     if not captions:
         raise no_picture(where, names, advice)
-    empty = [name for name, said in captions.items() if not any(said)]
+    empty = [name for name, texts in captions.items() if not any(texts)]
     if empty:
         more = f", nor have {len(empty) - 1} others" if empty[1:] else ""
         raise UserError(
-            f"data.source: picture {empty[0]} of {where} has an empty caption and no other{more}; write one, or take "
-            "the picture away (data.empty_prompts is for the share of samples under the empty prompt)"
+            f"data.source: picture {empty[0]} of {where} has an empty caption and no other{more}; write one, or remove "
+            "the picture (data.empty_prompts sets the share of samples under the empty prompt)",
+            field="data.source",
         )
-    left_out["empty captions beside others"] += sum(said.count("") for said in captions.values())
+    left_out["empty captions beside others"] += sum(texts.count("") for texts in captions.values())
     if not lists:
         left_out["text files without a picture"] += sum(kind in TEXTS and stem not in used for stem, kind in beside)
     for name in names:
@@ -137,26 +138,26 @@ def match(
             left_out[f"{kind_of(name)} files, which are not read"] += 1
         elif is_list(posixpath.basename(name)) and not is_list(name):
             left_out["lists in folders below"] += 1
-    kept = {name: list(dict.fromkeys(word for word in said if word)) for name, said in captions.items()}
+    kept = {name: list(dict.fromkeys(word for word in texts if word)) for name, texts in captions.items()}
     return Matched(kept, {reason: count for reason, count in left_out.items() if count})
 
 
 def no_picture(where: str, names: Sequence[str], advice: str = "") -> UserError:
-    """Return the refusal of a folder or shard whose files, by their names, are no pictures that are read."""
+    """Return the error of a folder or shard without pictures that can be read."""
     unread = Counter(kind_of(name) for name in names if kind_of(name) in UNREAD)
     if unread and not advice:
         found = ", ".join(f"{count} {kind}" for kind, count in unread.most_common())
         advice = f"; it holds {found} files, which are not read: convert them to PNG or JPEG"
-    return UserError(f"data.source: {where} holds no picture ({', '.join(SUFFIXES)}){advice}")
+    return UserError(f"data.source: {where} holds no picture ({', '.join(SUFFIXES)}){advice}", field="data.source")
 
 
 def in_words(left_out: Mapping[str, int]) -> str:
-    """Return what was left out, with the reasons; empty for nothing."""
+    """Return counts and reasons of what was left out as the end of a line."""
     return "; left out: " + ", ".join(f"{count} {why}" for why, count in left_out.items()) if left_out else ""
 
 
 def _without(lacking: Sequence[str], of: int, where: str) -> str:
-    """Return the refusal of pictures without caption."""
+    """Return the error message of pictures without caption."""
     stem = posixpath.splitext(posixpath.basename(lacking[0]))[0]
     more = f", nor have {len(lacking) - 1} others of {of}" if lacking[1:] else ""
     return (
@@ -166,7 +167,7 @@ def _without(lacking: Sequence[str], of: int, where: str) -> str:
 
 
 def _is_part(name: str, used: Collection[str]) -> bool:
-    """Whether a picture is another part of a sample that is used: 7.mask.png beside 7.jpg (webdataset's names)."""
+    """Return whether a picture is another part of a used sample: 7.mask.png beside 7.jpg (webdataset's names)."""
     folder, base = posixpath.split(name)
     return base.count(".") > 1 and posixpath.join(folder, base.partition(".")[0]) in used
 
@@ -174,7 +175,7 @@ def _is_part(name: str, used: Collection[str]) -> bool:
 def _beside(
     stem: str, beside: Mapping[tuple[str, str], str], read: Callable[[str], bytes], where: str
 ) -> list[str] | None:
-    """Return the captions of the files beside a picture; [""] for an empty one, None if there is none."""
+    """Return the captions of the file beside a picture; [""] for an empty one, None if there is none."""
     found = None
     for kind in BESIDE:
         name = beside.get((stem, kind))
@@ -182,33 +183,35 @@ def _beside(
             continue
         try:
             text = decode(read(name))
-            said = [text.strip()] if kind in TEXTS else _fields(parse_json(text), JSON_FIELDS)
+            texts = [text.strip()] if kind in TEXTS else _fields(parse_json(text), JSON_FIELDS)
         except (ValueError, OSError) as error:
-            raise UserError(f"data.source: cannot read caption {name} of {where}: {error}") from error
-        if said and any(said):
-            return said
-        found = said or found
+            raise UserError(
+                f"data.source: cannot read caption {name} of {where}: {error}", field="data.source"
+            ) from error
+        if texts and any(texts):
+            return texts
+        found = texts or found
     return found
 
 
 def _fields(row: Any, fields: Sequence[str]) -> list[str] | None:
     """Return the captions of the first field that has any, or of a list of texts.
 
-    Where all that there are are empty, those of the first field; None if there is none.
+    If all are empty, return those of the first field; None if there is no field.
     """
     empty = None
     for value in [row.get(field) for field in fields] if isinstance(row, dict) else [row]:
         words = [value] if isinstance(value, str) else value
         if isinstance(words, list) and words and all(isinstance(word, str) for word in words):
-            said = [word.strip() for word in words]
-            if any(said):
-                return said
-            empty = empty or said
+            texts = [word.strip() for word in words]
+            if any(texts):
+                return texts
+            empty = empty or texts
     return empty
 
 
 def _finder(find: Callable[[str], str | None], names: Sequence[str]) -> Callable[[str], str | None]:
-    """Find what a list names: as it is spelled, with the other kind of slash, or with its accents composed."""
+    """Extend `find` to names with the other kind of slash, and with composed accents."""
 
     @cache
     def composed() -> dict[str, str]:
@@ -226,21 +229,22 @@ def _listed(
     try:
         lines = _json_rows(read(name)) if kind_of(name) == ".jsonl" else _csv_rows(read(name))
         while (line := next(lines, None)) is not None:
-            number, held_row = line
-            row = parse_json(held_row) if isinstance(held_row, str) else held_row
+            number, line_or_row = line
+            row = parse_json(line_or_row) if isinstance(line_or_row, str) else line_or_row
             fields = ", ".join(sorted(map(str, row))) if isinstance(row, dict) else "no object"
-            named, said = (row.get("file_name"), _fields(row, LIST_FIELDS)) if isinstance(row, dict) else (None, None)
-            if not isinstance(named, str) or not named or said is None:
+            named, texts = (row.get("file_name"), _fields(row, LIST_FIELDS)) if isinstance(row, dict) else (None, None)
+            if not isinstance(named, str) or not named or texts is None:
                 raise ValueError(f"file_name or text is missing, or is no text, among its fields ({fields})")
             found = find(named)
             if found is None:
                 raise UserError(
-                    f"data.source: cannot read picture {named}, which {name} of {where} names: there is no such file"
+                    f"data.source: cannot read picture {named}, which {name} of {where} names: there is no such file",
+                    field="data.source",
                 )
-            captions.setdefault(found, []).extend(said)
+            captions.setdefault(found, []).extend(texts)
     except (ValueError, OSError, csv.Error) as error:
         place = f"{where}: {name}, line {number}" if number else f"{where}: {name}"
-        raise UserError(f"{place}: a list needs lines with file_name and text: {error}") from error
+        raise UserError(f"{place}: a list needs lines with file_name and text: {error}", field="data.source") from error
     return captions
 
 

@@ -7,24 +7,27 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator
 
 from fewstep.common.config import Config, as_pair
+from fewstep.common.defaults import default_source
 from fewstep.common.run_inputs import Content
 
 
 class DataConfig(Config):
-    """What the student sees."""
+    """The training data."""
 
     source: Annotated[str, Content("data")] = Field(
-        "emoji8",
-        description="emoji8, a folder of captioned pictures, or webdataset shards (.tar files, by paths or URLs); "
-        "without pictures: captions (Emoji-8's), a prompt file, "
-        "or a folder that `fewstep synthesize` wrote",
+        default_factory=default_source,
+        description="a folder of captioned pictures, webdataset shards (.tar files, by paths or URLs), or the bundled "
+        "world's pictures (emoji8); without pictures: a prompt file, the bundled world's captions (captions), or a "
+        "folder that `fewstep synthesize` wrote",
     )
-    captions: int = Field(12, ge=1, description="captions a picture, drawn once and cached")
-    trajectories: int = Field(2048, ge=1, description="teacher trajectories drawn and stored, where start = trajectory")
+    captions: int = Field(12, ge=1, description="captions a picture that the bundled world draws")
+    trajectories: int = Field(
+        2048, ge=1, description="teacher trajectories drawn and stored, with method.start = trajectory"
+    )
     size: int | None = Field(
-        None, ge=8, description="pixels a side of what is learned, a square; null for the trained size"
+        None, ge=8, description="pixels a side of the square pictures; null for the teacher's trained size"
     )
-    buckets: bool = Field(False, description="pictures keep their aspect ratio: shapes of size x size pixels in all")
+    buckets: bool = Field(False, description="keep aspect ratios: shapes of about size x size pixels in all")
     empty_prompts: float = Field(0.0, ge=0, le=1, description="share of samples trained with the empty prompt")
 
     @field_validator("size", mode="before")

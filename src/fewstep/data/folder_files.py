@@ -1,4 +1,4 @@
-"""The files of a folder of pictures: which of them are read, and what the folder holds instead of pictures."""
+"""The files of a folder of pictures, and remedies for a folder without pictures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fewstep.data.prompts import check_suffix
 
 @dataclass(frozen=True)
 class FolderFiles:
-    """The files of a folder and of those in it, linked ones too, each folder once; hidden ones are counted.
+    """The files of a folder and its subfolders, linked ones too, each folder once; hidden ones are counted.
 
     Attributes:
         folder: where they are; it may be missing.
@@ -27,7 +27,7 @@ class FolderFiles:
     def _found(self) -> tuple[list[str], dict[str, int]]:
         names, left_out = list[str](), Counter[str]()
         seen, todo, linked = set[str](), deque([""]), deque[str]()
-        while todo or linked:  # linked folders last: what lies in the folder itself keeps its name
+        while todo or linked:  # linked folders last: files of the folder itself keep their names
             place = (todo or linked).popleft()
             real = os.path.realpath(self.folder / place)
             if real in seen:
@@ -39,7 +39,9 @@ class FolderFiles:
                 continue
             except OSError as error:
                 if not place:
-                    raise UserError(f"cannot read folder {self.folder}: {error.strerror or error}") from error
+                    raise UserError(
+                        f"cannot read folder {self.folder}: {error.strerror or error}", field="data.source"
+                    ) from error
                 left_out[f"folders that cannot be read ({error.strerror})"] += 1
                 continue
             for entry in entries:
@@ -47,7 +49,7 @@ class FolderFiles:
                     left_out["hidden pictures and folders"] += is_picture(entry.name) or os.path.isdir(entry)
                 elif os.path.isdir(entry):
                     (linked if entry.is_symlink() else todo).append(f"{place}{entry.name}/")
-                elif os.path.isfile(entry) or entry.is_symlink():  # a link to nowhere is refused when it is opened
+                elif os.path.isfile(entry) or entry.is_symlink():  # a broken link is refused when it is opened
                     names.append(f"{place}{entry.name}")
         return sorted(names, key=lambda name: name.split("/")), {why: n for why, n in left_out.items() if n}
 
@@ -73,7 +75,7 @@ class FolderFiles:
             return None
 
     def advice(self) -> str:
-        """Return what to give as the source instead, as the end of a sentence; empty if nothing is found."""
+        """Return a remedy for a folder without pictures, as the end of an error; empty if none is known."""
         lists = [name for name in self.names if "/" in name and name.lower().endswith(LISTS)]
         tars = [name for name in self.names if kind_of(name) == ".tar"]
         if lists:
@@ -91,21 +93,21 @@ class FolderFiles:
 
 
 def check_pictures(source: Path | str) -> None:
-    """Refuse a source that is no folder, or one that holds neither a picture nor a list of them.
+    """Refuse a source that is no folder, or a folder without pictures and lists of them.
 
     Raises:
-        UserError: saying what else the folder holds.
+        UserError: naming what the folder holds instead.
     """
     folder = Path(source)
     if not folder.is_dir():
         check_suffix(source, "data.source")
-        advice = "give a folder of pictures, tar files, a prompt file or 'emoji8'"
+        advice = "give a folder of pictures, tar files or a prompt file"
         if str(source).startswith("~"):
             advice = f"the shell has not put your home in place of ~; give {os.path.expanduser(source)!r}"
         elif "://" in str(source):
             advice = "behind a URL there may be .tar files; unpacked pictures must lie in a folder"
         found = "is not a folder" if folder.exists() else "does not exist"
-        raise UserError(f"data.source = {str(source)!r} {found}; {advice}")
+        raise UserError(f"data.source = {str(source)!r} {found}; {advice}", field="data.source")
     near = (name for _, _, names in os.walk(folder) for name in names)  # ends at the first picture
     if not any(is_picture(name) or is_list(name) for name in near):
         files = FolderFiles(folder)
@@ -120,4 +122,4 @@ PACKED = (
     ),
     ((".zip", ".tar.gz", ".tgz", ".7z", ".rar", ".tar.zst", ".tar.xz", ".tar.bz2"), "unpack it"),
 )
-"""What a folder of pictures may hold in their place, and what helps."""
+"""Suffixes of packed pictures, and the remedy."""

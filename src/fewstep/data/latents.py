@@ -1,26 +1,23 @@
-"""Latents and text states computed once, kept on disk, and served by item number."""
+"""Latents and text states of a training set, encoded once and read from disk by item number."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fewstep.common.device import copy_async
-from fewstep.common.errors import UserError
-from fewstep.common.files import atomic_write
-from fewstep.common.mapped_tensors import MappedTensor, Rows, open_tensors
+from fewstep.common.mapped_tensors import Rows
 from fewstep.common.rng import KeyedRng
 from fewstep.common.run_inputs import PARTS, items
-from fewstep.common.safetensors_header import read_safetensors_header
-from fewstep.common.tensors import load_tensors, save_tensors
+from fewstep.common.tensor_cache import short_digest
 from fewstep.data.buckets import BucketedFiles, BucketedLatents
 from fewstep.data.images import Captioned, PictureSet
 from fewstep.data.row_store import Batches, StoredRows, fill, lacking, read_rows
@@ -35,30 +32,26 @@ OnEncoded = Callable[[Sequence[str]], None]
 
 
 class Encoders(Protocol):
-    """What a backbone offers to the cache."""
+    """The encoders of a backbone."""
 
     def encode(self, prompts: Sequence[str]) -> Mapping[str, Tensor]:
-        """Prompts -> conditions, one row each."""
-        ...
+        """Return the conditions of prompts, one row each."""
 
     def null(self, count: int) -> Mapping[str, Tensor]:
-        """The condition of the unconditional branch, `count` rows."""
-        ...
+        """Return the condition of the unconditional branch, `count` rows."""
 
     def to_latents(self, pictures: np.ndarray) -> Tensor:
-        """uint8 pictures -> latents."""
-        ...
+        """Return the latents of uint8 pictures."""
 
     def pictures_at_once(self, pixels: int) -> int:
-        """Most pictures of so many pixels that `to_latents` hands to its network in one call."""
-        ...
+        """Return the most pictures of so many pixels that `to_latents` encodes in one network call."""
 
     prompts_at_once: int
-    """The same of `encode` and its prompts."""
+    """The most prompts that `encode` encodes in one network call."""
 
 
 class Wanted(NamedTuple):
-    """Which pictures and which distinct captions of a set will be asked for, by number; None for all."""
+    """The numbers of the pictures and of the distinct captions of a set that are used; None for all."""
 
     pictures: np.ndarray | None = None
     captions: np.ndarray | None = None
@@ -69,15 +62,15 @@ ALL = Wanted()
 
 @dataclass(frozen=True)
 class LatentSet:
-    """A training set without encoders.
+    """An encoded training set.
 
     Attributes:
-        latents: fp32 [N, C, h, w], read from disk as they are asked for; of several shapes, where pictures keep their
-            aspect; of prompts alone, one zero seen N times, which takes no room.
-        table: the conditions of the K distinct captions and, last, the unconditional one, [K + 1, ...] each; likewise.
-        rows: int64 [N, c]: which conditions belong to which latent.
+        latents: fp32 [N, C, h, w], read from disk when they are used; in buckets if there are several shapes; one zero,
+            expanded, if there are prompts alone.
+        table: the conditions of the K distinct captions and, last, the unconditional one, [K + 1, ...] each.
+        rows: rows of the table that belong to each latent, int64 [N, c].
         key: fingerprint of encoders, pictures and captions.
-        said: the distinct captions.
+        prompts: the distinct captions.
         parts: as `Known.parts`.
     """
 
@@ -85,7 +78,7 @@ class LatentSet:
     table: Mapping[str, Rows]
     rows: Tensor
     key: str
-    said: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
     parts: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -93,122 +86,52 @@ class LatentSet:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """What a run on it notes as its inputs."""
+        """Its fingerprints among the inputs of a run."""
         return {"data": self.key, **({PARTS: dict(self.parts)} if self.parts else {})}
 
     @property
     def captions(self) -> int:
-        """K, the distinct captions: the rows of the table before the unconditional one."""
+        """K, the number of distinct captions."""
         return len(next(iter(self.table.values()))) - 1
 
     def drawn(self, items: Tensor, rng: KeyedRng, empty: float) -> Tensor:
-        """Rows of the table, int64 [B]: one of the captions of each item, drawn; the unconditional one instead for a
-        share `empty` of them."""
+        """Draw a caption of each item, for a share `empty` the unconditional one: rows of the table, int64 [B]."""
         return drawn_captions(self.rows, self.captions, items, rng, empty)
 
     def condition(self, items: Tensor, rng: KeyedRng, empty: float, device: torch.device) -> dict[str, Tensor]:
-        """The conditions in the `drawn` rows."""
+        """Return the conditions in the `drawn` rows."""
         return self.states(self.drawn(items, rng, empty), device)
 
     def null(self, count: int, device: torch.device) -> dict[str, Tensor]:
-        """The unconditional condition, one row that is seen `count` times."""
+        """Return the unconditional condition, one row expanded to `count`."""
         one = self.states(torch.tensor([-1]), device)
         return {name: row.expand(count, *row.shape[1:]) for name, row in one.items()}
 
     def states(self, rows: Tensor, device: torch.device) -> dict[str, Tensor]:
-        """The conditions in the given rows of the table."""
-        # widened there: half the bytes go over
+        """Return the conditions in rows of the table, fp32 on the device."""
+        # widened on the device: half the bytes are copied
         return {name: copy_async(states[rows], device).float() for name, states in self.table.items()}
 
 
 def drawn_captions(rows: Tensor, captions: int, items: Tensor, rng: KeyedRng, empty: float) -> Tensor:
-    """As `LatentSet.drawn`, from the set's rows and its number of distinct captions alone."""
+    """Draw as `LatentSet.drawn`, from a set's rows and its number of distinct captions."""
     chosen = rng.integers("caption", 0, rows.shape[1])
     drawn = rows[items, chosen]
     return torch.where(rng.chance("empty prompt", empty), captions, drawn) if empty > 0 else drawn
 
 
-KeptT = TypeVar("KeptT")
-LAYOUT = "layout"
-"""Entry of a kept file's metadata: digest of the names, types and shapes of what it holds."""
-
-
-TYPES = {
-    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
-    **{torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"},
-}
-"""Types of what is kept, and their names in a header."""
-
-
-def _layout(entries: Iterable[tuple[str, str, tuple[int, ...]]]) -> str:
-    return hashlib.sha256(json.dumps(sorted(entries)).encode()).hexdigest()[:16]
-
-
-def _as_kept(path: Path, read: Callable[[Path], KeptT]) -> KeptT | None:
-    """Read a file if it is laid out as it was kept; None, and no file any more, where it is missing or another."""
-    if not path.exists():
-        return None
-    try:
-        metadata, entries = read_safetensors_header(path)
-        found = _layout((name, entry.dtype, entry.shape) for name, entry in entries.items())
-        if metadata.get(LAYOUT, found) == found:  # files of older versions have none
-            return read(path)
-    except UserError:
-        pass
-    if path.is_dir():
-        raise UserError(f"{path} is a folder, where a file is kept; remove it")
-    path.unlink(missing_ok=True)
-    return None
-
-
-def kept(folder: Path, key: str) -> dict[str, Tensor] | None:
-    """The tensors of `key` that the folder holds; None, and no file any more, where that is missing or broken."""
-    return _as_kept(folder / f"{key}.safetensors", load_tensors)
-
-
-def keep(folder: Path, key: str, tensors: Mapping[str, Tensor]) -> None:
-    """Store tensors for `kept`."""
-    layout = _layout((name, TYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items())
-    with atomic_write(folder / f"{key}.safetensors") as part:
-        save_tensors(part, tensors, {LAYOUT: layout})
-
-
-def cached(folder: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the tensors of `key` from the folder, or make and store them; a broken file is made again."""
-    found = kept(folder, key)
-    if found is not None:
-        return found
-    tensors = make()
-    keep(folder, key, tensors)
-    return tensors
-
-
-def kept_rows(folder: Path, key: str) -> dict[str, MappedTensor] | None:
-    """As `kept`, to be mapped from disk. A file's size and header are looked at, not its bytes."""
-    return _as_kept(folder / f"{key}.safetensors", open_tensors)
-
-
-def cached_rows(folder: Path, key: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, MappedTensor]:
-    """As `cached`, to be mapped from disk like `kept_rows`."""
-    found = kept_rows(folder, key)
-    if found is not None:
-        return found
-    keep(folder, key, make())
-    return open_tensors(folder / f"{key}.safetensors")
-
-
 def every(count: int, wanted: np.ndarray | None) -> np.ndarray:
-    """The wanted rows in rising order, each once; all of them for None."""
+    """Return the wanted rows in rising order, each once; all of them for None."""
     return np.arange(count) if wanted is None else np.unique(wanted)
 
 
 def _picture_groups(pictures: PictureSet) -> Sequence[Sequence[int]]:
-    """The pictures of each shape, in the order in which they are stored."""
+    """Return the pictures of each shape, in the order of storage."""
     return pictures.groups() if isinstance(pictures, BucketedFiles) else [range(len(pictures))]
 
 
 def _batches(pictures: PictureSet, rows: Sequence[int], encoders: Encoders) -> Batches:
-    """How the pictures of one shape are encoded."""
+    """Return the batches that the pictures of one shape are encoded in."""
     width, height = pictures.size, pictures.size
     if isinstance(pictures, BucketedFiles):
         width, height = pictures.shapes[pictures.of[rows[0]]]
@@ -218,7 +141,7 @@ def _batches(pictures: PictureSet, rows: Sequence[int], encoders: Encoders) -> B
 def encode_pictures(
     pictures: PictureSet, encoders: Encoders, cache: Path, key: str, wanted: np.ndarray | None = None
 ) -> Rows:
-    """Encode the wanted pictures: latents, float32, on disk. Some pictures at a time are in memory."""
+    """Encode the wanted pictures into fp32 latents on disk; a chunk of pictures at a time is in memory."""
     chosen, parts = every(len(pictures), wanted), list[Rows]()
     groups = _picture_groups(pictures)
     read = pictures.read_shaped if isinstance(pictures, BucketedFiles) else pictures.read
@@ -242,20 +165,20 @@ def encode_captions(
     wanted: np.ndarray | None = None,
     on_encoded: OnEncoded | None = None,
 ) -> dict[str, Rows]:
-    """Encode the wanted captions and, last, the unconditional one: conditions, fp16, on disk."""
+    """Encode the wanted captions and, last, the unconditional one into fp16 conditions on disk."""
     place, count = cache / key, len(captions)
 
-    def halves(states: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def half(states: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: state.half().cpu() for name, state in states.items()}
 
     def encode(some: Sequence[int]) -> dict[str, Tensor]:
         read = [captions[row] for row in some]
         if on_encoded is not None:
             on_encoded(read)
-        return halves(encoders.encode(read))
+        return half(encoders.encode(read))
 
     def null(_: Sequence[int]) -> dict[str, Tensor]:
-        return halves(encoders.null(1))
+        return half(encoders.null(1))
 
     batches = Batches(count, encoders.prompts_at_once, SAID)
     fill(place, every(count, wanted), batches, encode, "encoding captions", "caption")
@@ -265,18 +188,18 @@ def encode_captions(
 
 @dataclass(frozen=True)
 class Known:
-    """What identifies a training set before anything of it is encoded.
+    """The identity of a training set, known before anything of it is encoded.
 
     Attributes:
         pictures, captions: names of their stores; of prompts alone the first is "no-pictures".
-        said: the distinct captions.
-        rows: int64 [N, c]: which of them belong to which item.
-        parts: fingerprints of what makes it up, by name (`training.run_folder.ITEMS`).
+        prompts: the distinct captions.
+        rows: those of each item, int64 [N, c].
+        parts: fingerprints of its parts by name (`common.run_inputs.PARTS`).
     """
 
     pictures: str
     captions: str
-    said: tuple[str, ...]
+    prompts: tuple[str, ...]
     rows: Tensor
     parts: Mapping[str, str]
 
@@ -289,10 +212,9 @@ class Known:
 def known(data: Captioned, fingerprint: str) -> Known:
     """Identify a training set by its pictures, captions and the `fingerprint` of what encodes them."""
     pictures, parts = data.pictures, {"encoders": fingerprint}
-    seen = "no-pictures"
+    store = "no-pictures"
     if pictures is not None:
-        digest = hashlib.sha256(f"{fingerprint} {pictures.fingerprint()}".encode())
-        seen = f"latents-{digest.hexdigest()[:16]}"
+        store = f"latents-{short_digest(f'{fingerprint} {pictures.fingerprint()}')}"
         parts["size"] = f"{pictures.size}"
         parts["pictures"] = items(identity.hex() for identity in pictures.identities())
         if isinstance(pictures, BucketedFiles):
@@ -301,15 +223,14 @@ def known(data: Captioned, fingerprint: str) -> Known:
     captions = (json.dumps(list(row)).encode() for row in data.captions)
     parts["captions"] = items(hashlib.sha256(row).hexdigest() for row in captions)
     distinct = sorted({caption for row in data.captions for caption in row})
-    digest = hashlib.sha256((fingerprint + json.dumps(distinct)).encode())
     number = {caption: i for i, caption in enumerate(distinct)}
     most = max(len(row) for row in data.captions)
     rows = torch.tensor([[number[row[i % len(row)]] for i in range(most)] for row in data.captions])
-    return Known(seen, f"captions-{digest.hexdigest()[:16]}", tuple(distinct), rows, parts)
+    return Known(store, f"captions-{short_digest(fingerprint + json.dumps(distinct))}", tuple(distinct), rows, parts)
 
 
 def lacking_pictures(data: Captioned, of: Known, cache: Path, wanted: np.ndarray | None) -> int:
-    """How many of the wanted pictures are not encoded yet."""
+    """Count the wanted pictures that are not encoded yet."""
     if data.pictures is None:
         return 0
     chosen, groups = every(len(data), wanted), _picture_groups(data.pictures)
@@ -318,8 +239,8 @@ def lacking_pictures(data: Captioned, of: Known, cache: Path, wanted: np.ndarray
 
 
 def lacking_captions(of: Known, cache: Path, wanted: np.ndarray | None) -> int:
-    """How many of the wanted captions are not encoded yet."""
-    return lacking(cache / of.captions, every(len(of.said), wanted))
+    """Count the wanted captions that are not encoded yet."""
+    return lacking(cache / of.captions, every(len(of.prompts), wanted))
 
 
 def latent_set(
@@ -335,15 +256,14 @@ def latent_set(
 ) -> LatentSet:
     """Encode pictures and captions, once for each (encoder weights, pictures, captions); of prompts alone no picture.
 
-    Text states are kept in fp16, latents in fp32. All processes of a launch must ask: each encodes its share, and reads
-    what the others kept.
+    Text states are kept in fp16, latents in fp32. All processes of a launch must call it: each encodes its share.
 
     Args:
-        cache: folder that is shared with other runs.
+        cache: folder that runs share.
         shape: of a latent, for prompts alone.
         of: the set's identity, if it is known already.
-        wanted: which pictures and captions will be asked for.
-        on_encoded: called with captions as they are encoded; not with those that were kept.
+        wanted: the pictures and captions that are used.
+        on_encoded: called with captions when they are encoded, not with those that the cache holds.
     """
     of = of or known(data, fingerprint)
     latents: Rows
@@ -351,5 +271,5 @@ def latent_set(
         latents = torch.zeros(()).expand(len(data), *shape)
     else:
         latents = encode_pictures(data.pictures, encoders, cache, of.pictures, wanted.pictures)
-    table = encode_captions(of.said, encoders, cache, of.captions, wanted.captions, on_encoded)
-    return LatentSet(latents, table, of.rows, of.key, of.said, of.parts)
+    table = encode_captions(of.prompts, encoders, cache, of.captions, wanted.captions, on_encoded)
+    return LatentSet(latents, table, of.rows, of.key, of.prompts, of.parts)

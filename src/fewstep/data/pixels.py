@@ -1,4 +1,4 @@
-"""Bring pictures of 16 and 32 bits and of floating point to 8 bits: scaled by their white, never clipped."""
+"""Conversion of pictures of 16 and 32 bits and of floating point to 8 bits, scaled by their white, never clipped."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import numpy as np
 from PIL import Image
 
 SLACK = 1e-3
-"""Share of the white by which floating-point values may lie outside of the range."""
+"""Share of the white by which floating-point values may exceed the range."""
 FAINT = 16.0
-"""Floating-point values up to 255 that all lie below would be a picture that is almost black."""
+"""Floating-point pictures with a maximum above 1 and below this are ambiguous: nearly black at a white of 255."""
 GREY_16 = b"\x89PNG\r\n\x1a\n", 24, b"\x10\x00"
-"""How a grey PNG of 16 bits begins: signature, and at an offset its bit depth and colour type."""
+"""Header of a grey PNG of 16 bits: signature, and an offset with bit depth and colour type."""
 HEAD = 26
 """Bytes that `is_deep_png` needs."""
 
@@ -19,14 +19,14 @@ BITS, PHOTOMETRIC = 258, 262
 
 
 def eight_bits(image: Image.Image, opened: Image.Image) -> Image.Image:
-    """Return a picture of 8 bits a channel; one that is so already is returned as it is.
+    """Return a picture with 8 bits a channel; one that has them already is returned itself.
 
     Args:
-        image: in the modes that Pillow has for one deep channel, I;16, I and F, or in any other.
-        opened: the same as Pillow has opened it, whose format says what white is.
+        image: in Pillow's modes of one deep channel (I;16, I and F), or in any other.
+        opened: the same picture as Pillow opened it, whose format decides what is white.
 
     Raises:
-        ValueError: values that are not between black and white, or not finite: what is white is then unknown.
+        ValueError: a value is not finite, or not between black and white, so that the white is unknown.
     """
     if not image.mode.startswith("I") and image.mode != "F":
         return image
@@ -35,8 +35,8 @@ def eight_bits(image: Image.Image, opened: Image.Image) -> Image.Image:
     tags = getattr(opened, "tag_v2", {})
     white = _white(image.mode, high, opened.format, tags.get(BITS, (0,))[0])
     slack = SLACK * white if image.mode == "F" else 0.0
-    faint = image.mode == "F" and 1 + SLACK < high < FAINT  # of light above 1, not of 255 levels
-    if faint or not (-slack <= low and high <= white + slack):  # not finite, too
+    faint = image.mode == "F" and 1 + SLACK < high < FAINT  # light above 1, not 255 levels
+    if faint or not (-slack <= low and high <= white + slack):  # also false for values that are not finite
         raise ValueError(
             f"values from {low:g} to {high:g}, whose white is unknown; save it as 8 bits, or 16 unsigned ones"
         )
@@ -55,7 +55,7 @@ def _white(mode: str, high: float, format_name: str | None, bits: int) -> float:
 
     Args:
         high: the largest value.
-        bits: of a value, as TIFF says; 0 elsewhere.
+        bits: of a TIFF's values; 0 for other formats.
     """
     if mode == "F":
         return 1.0 if high <= 1 + SLACK else 255.0
@@ -69,6 +69,6 @@ def _white(mode: str, high: float, format_name: str | None, bits: int) -> float:
 
 
 def is_deep_png(head: bytes) -> bool:
-    """Whether a file that begins so is a grey PNG of 16 bits, which `eight_bits` scales."""
+    """Return whether a file with this beginning is a grey PNG of 16 bits, which `eight_bits` scales."""
     signature, place, depth = GREY_16
     return head.startswith(signature) and head[place : place + 2] == depth

@@ -1,4 +1,4 @@
-"""Prompt files: one prompt a line; and what a setting that names a source means."""
+"""Prompt files, one prompt a line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NO_PROMPTS = {
         *(".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".npy", ".npz", ".h5", ".hdf5", ".pkl", ".pickle"),
     ),
 }
-"""Files that hold no list of prompts: what they are and what helps -> their suffixes."""
+"""Files that are no list of prompts: (kind, remedy) -> suffixes."""
 
 
 def read_prompts(path: Path | str, field: str = "prompts") -> list[str]:
@@ -40,32 +40,32 @@ def read_prompts(path: Path | str, field: str = "prompts") -> list[str]:
     try:
         lines = lines_of(read_text(path))
     except OSError as error:
-        raise UserError(f"{field} = {str(path)!r} cannot be read: {error.strerror or error}") from error
+        raise UserError(f"{field} = {str(path)!r} cannot be read: {error.strerror or error}", field=field) from error
     except ValueError as error:
-        raise UserError(f"{field} = {str(path)!r} is {error}") from error
+        raise UserError(f"{field} = {str(path)!r} is {error}", field=field) from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise UserError(f"{field} = {str(path)!r} holds no prompt; write one a line")
+        raise UserError(f"{field} = {str(path)!r} holds no prompt; write one a line", field=field)
     return prompts
 
 
 def check_suffix(path: Path | str, field: str) -> None:
-    """Refuse a file that holds no list of prompts, by its suffix.
+    """Refuse a file that is no list of prompts, by its suffix.
 
     Raises:
-        UserError: naming what it is and what to give instead.
+        UserError: naming its kind and the remedy.
     """
     suffix = Path(path).suffix.lower()
     for (kind, advice), suffixes in NO_PROMPTS.items():
         if suffix in suffixes:
-            raise UserError(f"{field} = {str(path)!r} is {kind} ({suffix}); {advice}")
+            raise UserError(f"{field} = {str(path)!r} is {kind} ({suffix}); {advice}", field=field)
 
 
 def is_prompt_file(named: str) -> bool:
-    """Whether a setting means a file and not a bundled list."""
+    """Return whether a setting names a prompt file, and not a list of the bundled world."""
     return named.endswith(".txt") or (Path(named).is_file() and not is_shards(named))
 
 
 def is_shards(named: str) -> bool:
-    """Whether a setting means webdataset shards: one tar file, or several by braces ({000..099}) or a pattern (*)."""
+    """Return whether a setting names webdataset shards: tar files, by braces ({000..099}) or a pattern (*)."""
     return re.search(r"\.tar(\?|$)", named) is not None

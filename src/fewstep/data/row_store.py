@@ -1,12 +1,11 @@
 """Rows of tensors that are computed once, in any order and by any run, and read from disk by number.
 
-A store is a folder of safetensors files; each holds some rows and, as `rows`, their numbers. Runs that share a store
-compute only what none of them has: under a lock, one launch at a time.
+A store is a folder of safetensors files; each holds some rows and, as `rows`, their numbers. Runs share a store: under
+a lock, one launch at a time computes the rows that it lacks.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,19 +21,19 @@ from fewstep.common.distributed import fail_together
 from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_write, file_lock, sweep
 from fewstep.common.mapped_tensors import MappedRows, MappedTensor, open_tensors
+from fewstep.common.tensor_cache import short_digest
 from fewstep.common.tensors import save_tensors
 
 ROWS = "rows"
-"""The tensor that numbers the rows of a file, int64 [n]."""
+"""Name of the tensor with the numbers of a file's rows, int64 [n]."""
 
 
 @dataclass(frozen=True)
 class Batches:
-    """How `count` rows are computed where all are: chunk by chunk, at most `batch` of a chunk in one call of a network.
+    """The batches of `count` rows: chunk by chunk, at most `batch` rows of a chunk in one network call.
 
-    Kernels choose their blocking by the size of a batch, so that a row has the same bits only in a batch of the same
-    size; its place in the batch and the other rows do not matter. A part of the rows is therefore computed in batches
-    of the sizes that all rows would have been in.
+    Kernels choose their blocking by the size of a batch: the bits of a row depend on it, and not on the row's place or
+    the other rows. Some of the rows are therefore computed in the batch sizes that they have when all are.
     """
 
     count: int
@@ -42,7 +41,7 @@ class Batches:
     chunk: int
 
     def sizes(self) -> np.ndarray:
-        """The size of the batch that each row is computed in, int64 [count]."""
+        """Return the size of each row's batch, int64 [count]."""
         row = np.arange(self.count)
         start = row // self.chunk * self.chunk
         length = np.minimum(self.chunk, self.count - start)
@@ -50,7 +49,7 @@ class Batches:
         return sizes
 
     def lists(self, wanted: np.ndarray, stored: np.ndarray) -> list[np.ndarray]:
-        """The rows of each call: those wanted and not stored, with others where a batch would not be full."""
+        """Return the rows of each call: the wanted ones that are not stored, filled up with others to whole batches."""
         lacking = np.setdiff1d(wanted, stored)
         sizes, calls = self.sizes(), list[np.ndarray]()
         for size in np.unique(sizes[lacking])[::-1]:
@@ -66,7 +65,7 @@ class Batches:
 
 
 class StoredRows:
-    """Some of `count` rows of one tensor, by number (`mapped.Rows`)."""
+    """Some of `count` rows of one tensor, by number (`mapped_tensors.Rows`)."""
 
     def __init__(self, count: int, parts: Sequence[tuple[np.ndarray, MappedTensor]]) -> None:
         self._count = count
@@ -82,20 +81,20 @@ class StoredRows:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all rows that are stored, each once."""
+        """Bytes of the stored rows, each once."""
         stored = int((self._place >= 0).sum())
         return 0 if self._held is None else self._held.nbytes // len(self._held) * stored
 
     def __getitem__(self, rows: Tensor) -> Tensor:
-        """Rows by number, int64 [B] -> [B, ...]; negative ones count from the end.
+        """Return rows by number, int64 [B] -> [B, ...]; negative ones count from the end.
 
         Raises:
-            IndexError: there is no such row, or it is not stored.
+            IndexError: a row does not exist or is not stored.
         """
-        asked = rows.numpy()
-        numbers = np.where(asked < 0, asked + self._count, asked)
+        given = rows.numpy()
+        numbers = np.where(given < 0, given + self._count, given)
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < self._count:
-            raise IndexError(f"rows {asked.tolist()} are not within {self._count}")
+            raise IndexError(f"rows {given.tolist()} are not within {self._count}")
         place = self._place[numbers]
         if self._held is None or (len(place) and place.min() < 0):
             raise IndexError(f"rows {numbers[place < 0][:4].tolist()} are not stored")
@@ -103,7 +102,7 @@ class StoredRows:
 
 
 def _parts(place: Path) -> list[tuple[np.ndarray, dict[str, MappedTensor]]]:
-    """Return the files of a store, and remove broken ones."""
+    """Return the row numbers and tensors of a store's files; remove broken files."""
     found = []
     for path in sorted(place.glob("*.safetensors")):
         try:
@@ -126,21 +125,21 @@ def lacking(place: Path, wanted: np.ndarray) -> int:
 
 def keep_rows(place: Path, rows: np.ndarray, tensors: Mapping[str, Tensor]) -> None:
     """Store rows, float or integer tensors [n, ...] each, in one file."""
-    name = hashlib.sha256(rows.tobytes()).hexdigest()[:16]
+    name = short_digest(rows.tobytes())
     with atomic_write(place / f"{int(rows[0]):08d}-{name}.safetensors") as part:
         save_tensors(part, {ROWS: torch.from_numpy(rows), **tensors})
 
 
 @contextmanager
 def _one_launch(place: Path) -> Iterator[None]:
-    """Keep other launches out of a store; all processes of this one enter."""
+    """Lock a store for this launch; all its processes enter."""
     with ExitStack() as held:
         with fail_together():
             if processes.is_main():
                 held.enter_context(file_lock(place / ".lock", f"waiting for another run that encodes into {place}"))
                 sweep(place)
         yield
-        with fail_together():  # none of them reads on before all have written
+        with fail_together():  # none reads on before all have written
             pass
 
 
@@ -153,14 +152,14 @@ def fill(
     unit: str,
     turn: int = 0,
 ) -> None:
-    """Compute and store the wanted rows that the store lacks. The processes of a launch share them; all must call it.
+    """Compute and store the wanted rows that the store lacks, each process of a launch a share. All must call it.
 
     Args:
         make: numbers of rows -> their tensors, [n, ...] each.
-        turn: which process begins, where several stores are filled one after another.
+        turn: process that begins, if several stores are filled one after another.
 
     Raises:
-        UserError: it failed in another process, or the store cannot be written.
+        UserError: another process failed, or the store cannot be written.
     """
     if not processes.any_process(lacking(place, wanted) > 0):
         return
@@ -173,7 +172,7 @@ def fill(
             for rows in own:
                 keep_rows(place, rows, make(rows.tolist()))
                 bar.update(len(rows))
-    # on a disk of its own a machine has only what its processes have made
+    # a machine with its own disk has only its own processes' rows
     for rows in batches.lists(wanted, _numbers(place)):
         keep_rows(place, rows, make(rows.tolist()))
 

@@ -1,7 +1,7 @@
 """Pictures in webdataset shards: plain tar files on a disk, behind a URL or in a bucket, read by ranges of bytes.
 
-The members of a shard are listed once, and found again by where they stand in it. Any picture can be read at any time,
-so that a run on shards is as exact and as resumable as one on a folder; a stream that is read from its start is not.
+The members of a shard are listed once with their offsets. Any picture can be read at any time, so that a run on shards
+is as exact and as resumable as one on a folder, which it is not with a stream that is read from its start.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import posixpath
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,16 +29,16 @@ from fewstep.data.images import SCALED, Captioned, PictureFiles
 from fewstep.data.pixels import HEAD, is_deep_png
 
 FORMAT = 2
-"""Of the lists of members that are kept; others are made again."""
+"""Version of the kept lists of members; others are made again."""
 LONGEST = 2**20
-"""Bytes that the file of a caption may have."""
+"""Most bytes of a caption file."""
 LINKS = 40
-"""Links that may lead to one another."""
+"""Most links in a chain."""
 VERSION = (
     *("size", "mtime", "LastModified", "last_modified", "ETag", "etag", "md5Hash", "generation", "created"),
     *("Content-MD5", "Digest", "Last-Modified"),  # web servers, by the names of their headers
 )
-"""What file systems say of a file that changes with its content."""
+"""Entries of a file system's information that change with a file's content."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class Member:
     """A picture in a shard.
 
     Attributes:
-        shard: where the shard is.
-        version: of the shard, as its file system tells it.
+        shard: URL of the shard.
+        version: digest of the shard's version on its file system.
         name: in the shard.
-        offset, size: its bytes.
+        offset, size: of its bytes.
         deep: whether it is a grey PNG of 16 bits.
     """
 
@@ -64,28 +64,29 @@ class Member:
         return f"{self.name} of {self.shard}"
 
     def read(self) -> bytes:
-        """Its bytes.
+        """Return its bytes.
 
         Raises:
-            UserError: they cannot be read, or are not all there.
+            UserError: they cannot be read, or some are missing.
         """
         with reached(self.shard):
             files, path = place_of(self.shard)
             found: bytes = files.cat_file(path, start=self.offset, end=self.offset + self.size)
         if len(found) != self.size:
             raise UserError(
-                f"{self}: {len(found)} bytes came for {self.size}; the shard has changed, or is not served by ranges"
+                f"{self}: read {len(found)} bytes of {self.size}; the shard has changed, or is not served by ranges",
+                field="data.source",
             )
         return found
 
     def identity(self) -> bytes:
-        """sha256 of what decides its bytes: they are not read for it."""
-        told = f"{same_place(self.shard)} {self.version} {self.name} {self.offset} {self.size}"
-        return hashlib.sha256(told.encode() + SCALED * self.deep).digest()
+        """Return a SHA-256 that identifies its bytes without reading them."""
+        place = f"{same_place(self.shard)} {self.version} {self.name} {self.offset} {self.size}"
+        return hashlib.sha256(place.encode() + SCALED * self.deep).digest()
 
 
 class Sample(NamedTuple):
-    """A picture of a shard by its place, and its captions."""
+    """A picture of a shard by its offset, and its captions."""
 
     name: str
     offset: int
@@ -95,14 +96,14 @@ class Sample(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """The samples of a shard, and what else it holds: reason -> how many."""
+    """The samples of a shard, and counts of what is left out, by reason."""
 
     samples: list[Sample]
     left_out: dict[str, int]
 
 
 def expanded(source: str) -> list[str]:
-    """`a-{08..10}.tar` -> a-08.tar, a-09.tar, a-10.tar; several braces, the last one fastest."""
+    """Expand `a-{08..10}.tar` to a-08.tar, a-09.tar, a-10.tar; of several braces the last one counts fastest."""
     found = re.search(r"\{(\d+)\.\.(\d+)\}", source)
     if found is None:
         return [source]
@@ -112,7 +113,7 @@ def expanded(source: str) -> list[str]:
 
 
 def place_of(url: str) -> tuple[Any, str]:
-    """The file system that a URL names, and the path in it."""
+    """Return the file system of a URL, and the path in it."""
     from fsspec.core import url_to_fs
 
     files, path = url_to_fs(url)
@@ -121,7 +122,7 @@ def place_of(url: str) -> tuple[Any, str]:
 
 @lru_cache(maxsize=1024)
 def same_place(url: str) -> str:
-    """One spelling for a shard however it is named: a local one by its real path, others by their whole URL."""
+    """Return a shard's canonical name: a local one's real path, else the whole URL."""
     files, path = place_of(url)
     local = "file" in (files.protocol if isinstance(files.protocol, tuple) else (files.protocol,))
     return os.path.realpath(path) if local else str(files.unstrip_protocol(path))
@@ -129,21 +130,21 @@ def same_place(url: str) -> str:
 
 @contextmanager
 def reached(what: str) -> Iterator[None]:
-    """Turn the errors of a file system into one line: each raises kinds of its own."""
+    """Raise any error of a file system as a UserError: each file system raises its own kinds."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        told = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"data.source: cannot read {what}: {told}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"data.source: cannot read {what}: {reason}", field="data.source") from error
 
 
 def find_shards(source: str) -> list[str]:
-    """The shards that a setting names, in order.
+    """Return the URLs of the shards that a setting names, in order.
 
     Raises:
-        UserError: none is there, or their file system cannot be reached (its package may be missing).
+        UserError: one is missing, or its file system cannot be reached (its package may be missing).
     """
     found = []
     for url in expanded(source):
@@ -154,46 +155,45 @@ def find_shards(source: str) -> list[str]:
             elif files.exists(path):
                 found.append(url)
             else:
-                raise UserError(f"data.source = {source!r}: there is no {url}")
+                raise UserError(f"data.source = {source!r}: there is no {url}", field="data.source")
     if not found:
-        raise UserError(f"data.source = {source!r} names no file")
+        raise UserError(f"data.source = {source!r} names no file", field="data.source")
     return found
 
 
-def from_shards(source: str, size: int, cache: Path) -> Captioned:
-    """The pictures of webdataset shards with their captions; read as they are needed.
+def from_shards(shards: Sequence[str], size: int, cache: Path) -> Captioned:
+    """Find the captioned pictures of webdataset shards; their bytes are read when they are used.
 
     Args:
-        source: a tar file or several, by path or by any URL that fsspec knows.
+        shards: tar files, by paths or URLs of any kind that fsspec reads.
         size: pixels a side.
-        cache: folder that lists of members are kept in, one a shard and version.
+        cache: folder of the lists of members, one a shard and version.
 
     Raises:
-        UserError: a shard cannot be read or holds no picture, or a picture has no caption.
+        UserError: a shard cannot be read or has no picture, or a picture has no caption.
     """
-    shards = find_shards(source)
     pictures: list[Member] = []
     captions: list[list[str]] = []
     left_out: Counter[str] = Counter()
     for shard in tqdm(shards, desc="listing shards", unit="shard", disable=len(shards) == 1):
         version, listing = listed(shard, cache)
-        for name, offset, length, deep, said in listing.samples:
+        for name, offset, length, deep, texts in listing.samples:
             pictures.append(Member(shard, version, name, offset, length, deep))
-            captions.append(said)
+            captions.append(texts)
         left_out.update(listing.left_out)
     return Captioned(PictureFiles(tuple(pictures), size), captions, left_out)
 
 
 def listed(shard: str, cache: Path) -> tuple[str, Listing]:
-    """A shard's version and what it holds: from the list that is kept of this version, else from the shard.
+    """Return a shard's version and its list of members, from the cache or else from the shard.
 
     Raises:
         UserError: as `from_shards`.
     """
     with reached(shard):
         files, path = place_of(shard)
-        told = files.info(path)
-    known = json.dumps([[name, str(told[name])] for name in VERSION if name in told])
+        info = files.info(path)
+    known = json.dumps([[name, str(info[name])] for name in VERSION if name in info])
     version = hashlib.sha256(known.encode()).hexdigest()[:16]
     kept = cache / f"shard-{hashlib.sha256(f'{FORMAT} {shard} {known}'.encode()).hexdigest()[:16]}.json"
     with suppress(UserError, LookupError, TypeError, ValueError):  # a broken list is made again
@@ -206,23 +206,22 @@ def listed(shard: str, cache: Path) -> tuple[str, Listing]:
 
 
 def samples_of(files: Any, path: str, shard: str) -> Listing:
-    """The pictures of a tar file in its order, with their captions, by the law of a folder; see `captions.match`.
-
-    Hard and symbolic links mean the member that they lead to.
+    """List the pictures of a tar file in its order, with their captions (`captions.match`). Links are followed.
 
     Raises:
-        UserError: no plain tar, one that cannot be read by ranges, no picture, one without caption, a picture or
-            caption that appears twice, a link that leads out of the shard.
+        UserError: no plain tar that can be read by ranges, no picture, a picture without caption, a picture or caption
+            that appears twice, or a link that leads out of the shard.
     """
     try:
         with files.open(path, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             members = Members(tar, stream, shard)
             matched: Matched = match(list(members.found), members.read, members.find, shard)
-            samples = [members.sample(name, said) for name, said in matched.captions.items()]
+            samples = [members.sample(name, texts) for name, texts in matched.captions.items()]
     except (tarfile.TarError, ValueError) as error:
         raise UserError(
-            f"data.source: {shard} is no plain tar that can be read by ranges of bytes ({error}); the nearest is a "
-            "copy of it on a disk, unpacked if it is compressed"
+            f"data.source: {shard} is no plain tar that can be read by ranges of bytes ({error}); use a copy on disk, "
+            "unpacked if it is compressed",
+            field="data.source",
         ) from error
     return Listing(samples, members.left_out | matched.left_out)
 
@@ -231,7 +230,7 @@ class Members:
     """The members of an open tar file, by their names.
 
     Attributes:
-        found: those that are not hidden, in the order of the file; links are led to what they mean.
+        found: those that are not hidden, in the order of the file; links are replaced by their targets.
         left_out: hidden pictures.
 
     Raises:
@@ -255,18 +254,18 @@ class Members:
                     reason = "hidden pictures and folders"
                     self.left_out[reason] = self.left_out.get(reason, 0) + 1
             elif matters and name in self._every:
-                raise UserError(f"data.source: {name} appears twice in {shard}; write the shard anew with one of them")
+                raise UserError(f"data.source: {name} appears twice in {shard}; keep one of them", field="data.source")
             elif matters and member.issparse():
-                raise UserError(f"data.source: {name} of {shard} is stored with holes (sparse); write it plainly")
+                raise UserError(f"data.source: {name} of {shard} is sparse; store it whole", field="data.source")
             else:
                 self.found[name] = member
-                self._look(member, name)
+                self._scan(member, name)
             self._every[name] = member
         for name, member in self.found.items():
-            self.found[name] = self._meant(name, member)
+            self.found[name] = self._target(name, member)
 
-    def _look(self, member: tarfile.TarInfo, name: str) -> None:
-        """Read what is needed of a member while its bytes are near: captions whole, of a PNG the beginning."""
+    def _scan(self, member: tarfile.TarInfo, name: str) -> None:
+        """Read captions whole, and the beginning of a PNG, while the file is read in order."""
         if not member.isreg():
             return
         if is_list(name) or (kind_of(name) in BESIDE and member.size <= LONGEST):
@@ -279,26 +278,25 @@ class Members:
         held: bytes = self.stream.read(min(count, member.size))
         return held
 
-    def _meant(self, name: str, member: tarfile.TarInfo) -> tarfile.TarInfo:
-        """The member that a link leads to; a regular one itself."""
+    def _target(self, name: str, member: tarfile.TarInfo) -> tarfile.TarInfo:
+        """Return the member that a link leads to; a regular member itself."""
         for _ in range(LINKS):
             if member.isreg():
                 return member
-            place, meant = posixpath.dirname(_plain(member.name)), _printable(member.linkname)
-            target = self._every.get(
-                posixpath.normpath(posixpath.join(place, meant)) if member.issym() else _plain(meant)
-            )
-            if target is None:
+            place, link = posixpath.dirname(_plain(member.name)), _printable(member.linkname)
+            path = posixpath.normpath(posixpath.join(place, link)) if member.issym() else _plain(link)
+            if path not in self._every:
                 break
-            member = target
+            member = self._every[path]
         if is_picture(name) or kind_of(name) in BESIDE:
             raise UserError(
-                f"data.source: {name} of {self.shard} is a link to {member.linkname}, which it does not hold"
+                f"data.source: {name} of {self.shard} is a link to {member.linkname}, which the shard lacks",
+                field="data.source",
             )
         return member
 
     def read(self, name: str) -> bytes:
-        """The bytes of a list or a caption."""
+        """Return the bytes of a list or a caption."""
         member = self.found[name]
         if member.name not in self._texts:
             if member.size > LONGEST:
@@ -307,23 +305,23 @@ class Members:
         return self._texts[member.name]
 
     def find(self, name: str) -> str | None:
-        """The member at a path from the top, even a hidden one; None where there is none."""
+        """Return the name of the member at a path from the top, hidden or not; None if there is none."""
         plain = posixpath.normpath(name)
         return plain if plain in self._every else None
 
     def sample(self, name: str, captions: list[str]) -> Sample:
-        """A picture by its place."""
-        member = self.found.get(name) or self._meant(name, self._every[name])
+        """Return a picture by its offset."""
+        member = self.found.get(name) or self._target(name, self._every[name])
         return Sample(
             _printable(member.name), member.offset_data, member.size, member.offset_data in self._deep, captions
         )
 
 
 def _printable(name: str) -> str:
-    """A member's name, where bytes that are no UTF-8 are written as \\xe9."""
+    """Return a member's name; bytes that are no UTF-8 are written as \\xe9."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _plain(name: str) -> str:
-    """A member's name from the top, without ./ before it."""
+    """Return a member's name from the top, without a leading ./ or /."""
     return posixpath.normpath(_printable(name)).lstrip("/")

@@ -1,4 +1,4 @@
-"""What can be refused of a verb from settings, JSON and headers alone: fast, without torch."""
+"""Checks of a distillation from settings, JSON and file headers alone, before any long work. Light: no torch."""
 
 from __future__ import annotations
 
@@ -8,71 +8,109 @@ from pathlib import Path
 from fewstep.backbones.checks import _check_grid, _check_guidance, _check_steps, _check_times, _indices, check_diffusion
 from fewstep.backbones.families import GUIDANCE_KEY, GUIDANCE_WIDTH
 from fewstep.backbones.pipeline_folder import PipelineFolder, read_folder
-from fewstep.common.defaults import check_world_size, world
-from fewstep.common.errors import UserError, nearest
+from fewstep.common.defaults import check_world_size
+from fewstep.common.errors import UserError, did_you_mean
 from fewstep.common.extras import WATCHING, check_installed
 from fewstep.common.files import read_mapping
 from fewstep.common.safetensors_header import read_safetensors_header
-from fewstep.data.folder_files import check_pictures
-from fewstep.data.prompts import is_prompt_file, is_shards, read_prompts
+from fewstep.data.sources import ImageFolder, Shards, read_named_prompts
 from fewstep.distillation.config import DistillConfig
-from fewstep.distillation.synthesis.record import is_synthesis, read_manifest
+from fewstep.distillation.sources import Source, open_source
+from fewstep.distillation.synthesis.record import SynthesizedSet
 from fewstep.inference.multilingual.settings import PACKAGES
+from fewstep.methods.config import ConsistencyConfig
 from fewstep.methods.rewards.registry import check_scorer
 from fewstep.students.lora_header import CONDITIONING, base_shapes, check_lora, of_run
 from fewstep.training.config import StudentConfig
 
 
-def check_distillation(config: DistillConfig, folder: PipelineFolder) -> None:
-    """Refuse what could not be trained, or not be watched.
+def check_distillation(config: DistillConfig, folder: PipelineFolder) -> Source:
+    """Refuse what cannot be trained or validated; return the parsed data source.
+
+    Args:
+        folder: the teacher's.
 
     Raises:
-        UserError: no such pictures or watched prompts, a grid off the teacher's schedule, no such layers.
+        UserError: no such data or validation prompts, a grid off the teacher's schedule, no such layers.
     """
     check_diffusion("teacher", folder)
-    _check_shapes(config, folder)
-    _check_source(config, folder)
+    stages = config.each_stage()
+    if config.data.size:
+        folder.check_size("data.size", (config.data.size, config.data.size))
+    source = open_source(config.data, folder)
+    _check_source(config, source, folder)
+    for stage in stages:
+        _check_start_of_pairs(config.data.source, source, stage.method)
     embedded = folder.embeds_guidance or (config.student.kind == "full" and folder.network == "unet")
     if config.student.kind == "lora" and config.student.targets:
         _check_targets(config.student.targets, folder)
     if config.student.start:
-        check_start(config.student, folder, folder.family.targets, config.each_stage()[0].method.extra_conditioning)
-    for stage in config.each_stage():
+        check_start(config.student, folder, stages[0].method.extra_conditioning)
+    for stage in stages:
         if stage.loop.validate_every:
-            _check_watched(stage.validation.prompts)
+            if stage.validation.prompts:
+                read_named_prompts(stage.validation.prompts, "validation.prompts")
             _check_steps("validation.teacher_steps", stage.validation.teacher_steps, _indices(folder))
         _check_grid("method.grid", stage.method.grid, folder)
         _check_times("sampling.", stage.sampling, folder)
         _check_guidance("sampling.", stage.sampling, embedded)
-        _check_looks(stage, folder)
+        _check_loss_networks(stage, folder)
+    return source
 
 
-def _check_shapes(config: DistillConfig, folder: PipelineFolder) -> None:
-    """The sizes of pictures must be such as latents and network can have."""
-    if config.data.size:
-        folder.check_size("data.size", (config.data.size, config.data.size))
-        if is_synthesis(config.data.source) and config.data.size != folder.picture_size:
-            raise UserError(
-                f"data.size = {config.data.size} is not that of the set in data.source; the nearest legal one is "
-                f"{folder.picture_size}"
-            )
+def _check_source(config: DistillConfig, source: Source, folder: PipelineFolder) -> None:
+    """Refuse a set of another size, and buckets of pictures that have one size."""
+    if isinstance(source, SynthesizedSet) and config.data.size not in (None, folder.picture_size):
+        raise UserError(
+            f"data.size = {config.data.size} is not that of the set in data.source; use {folder.picture_size}",
+            field="data.size",
+        )
     if not config.data.buckets:
         return
-    source = config.data.source
-    if source in ("emoji8", "captions") or is_prompt_file(source) or is_synthesis(source):
+    if not isinstance(source, ImageFolder | Shards):
         raise UserError(
-            f"data.buckets = True wants pictures of several shapes, data.source = {source!r} has none; the nearest is "
-            "False, or a folder of pictures"
+            f"data.buckets = True needs pictures of several shapes, data.source = {config.data.source!r} has none; "
+            "use False, or a folder of pictures",
+            field="data.buckets",
         )
     for stage in config.each_stage():
         if stage.method.start != "data":
             raise UserError(
-                f"data.buckets = True goes with method.start = 'data', not {stage.method.start!r}; the nearest is False"
+                f"data.buckets = True needs method.start = 'data', not {stage.method.start!r}; use False",
+                field="data.buckets",
             )
 
 
-def _check_looks(config: DistillConfig, folder: PipelineFolder) -> None:
-    """The frozen networks that a stage looks through must be there."""
+def _check_start_of_pairs(named: str, source: Source, method: ConsistencyConfig) -> None:
+    """Refuse a recipe whose pairs start on what the source does not hold."""
+    if isinstance(source, SynthesizedSet):
+        drawn = source.manifest.plan.settings
+        if method.start == "trajectory" and (drawn.grid, drawn.end) != (method.grid, method.end):
+            raise UserError(
+                f"data.source = {named!r} holds points of grid = {drawn.grid}, end = {drawn.end!r}, method has grid = "
+                f"{method.grid}, end = {method.end!r}; use the set's",
+                field="method.grid",
+            )
+        if method.start == "trajectory" and drawn.kind != "trajectories":
+            raise UserError(
+                f"data.source = {named!r} holds latents alone, method.start = 'trajectory' needs points; use 'data'",
+                field="method.start",
+            )
+    elif method.point == "stored":
+        raise UserError(
+            f"method.point = 'stored' needs network outputs, which data.source = {named!r} does not hold; use a folder "
+            "of `fewstep synthesize --kind trajectories`",
+            field="method.point",
+        )
+    elif method.start == "data" and not source.pictures:
+        raise UserError(
+            f"data.source = {named!r} has prompts alone, method.start = 'data' needs pictures; use 'rollout'",
+            field="method.start",
+        )
+
+
+def _check_loss_networks(config: DistillConfig, folder: PipelineFolder) -> None:
+    """Refuse a distance between latents or a reward whose files or packages are missing."""
     if config.method.distance == "latent_lpips":
         if config.latent_lpips.folder:
             read_mapping(Path(config.latent_lpips.folder) / "perceptual.json")
@@ -89,58 +127,6 @@ def _check_looks(config: DistillConfig, folder: PipelineFolder) -> None:
     check_scorer(name, Path(place))
 
 
-def _check_source(config: DistillConfig, folder: PipelineFolder) -> None:
-    source = config.data.source
-    exclusive = source == "captions" or is_prompt_file(source)
-    if not is_synthesis(source) and any(stage.method.point == "stored" for stage in config.each_stage()):
-        raise UserError(
-            f"method.point = 'stored' asks for predictions that data.source = {source!r} does not hold; "
-            "the nearest legal one is a folder that `fewstep synthesize --kind trajectories` wrote"
-        )
-    if exclusive:
-        if source != "captions":
-            read_prompts(source, "data.source")
-        else:
-            check_world_size(config.data.size or folder.picture_size, "data.source = 'captions'", "give a prompt file")
-        for stage in config.each_stage():
-            if stage.method.start == "data":
-                raise UserError(
-                    f"data.source = {source!r} has prompts alone, method.start = 'data' noises pictures; "
-                    "the nearest legal start is 'rollout'"
-                )
-        return
-    if is_synthesis(source):
-        drawn = read_manifest(Path(source)).plan.settings
-        for stage in config.each_stage():
-            if stage.method.start == "trajectory" and (drawn.grid, drawn.end) != (stage.method.grid, stage.method.end):
-                raise UserError(
-                    f"data.source = {source!r} holds points of grid = {drawn.grid}, end = {drawn.end!r}, not of "
-                    f"method.grid = {stage.method.grid}, end = {stage.method.end!r}; the nearest legal are the set's"
-                )
-            if stage.method.start == "trajectory" and drawn.kind != "trajectories":
-                raise UserError(
-                    f"data.source = {source!r} holds latents alone, method.start = 'trajectory' asks for points; "
-                    "the nearest legal start is 'data'"
-                )
-    elif source == "emoji8":
-        check_world_size(config.data.size or folder.picture_size, "data.source = 'emoji8'")
-    elif is_shards(source):
-        from fewstep.data.shards import find_shards
-
-        find_shards(source)
-    else:
-        check_pictures(source)
-
-
-def _check_watched(named: str) -> None:
-    if not named:
-        return
-    if is_prompt_file(named):
-        read_prompts(named, "validation.prompts")
-        return
-    world("validation.prompts").read_prompts(named)
-
-
 def _check_targets(targets: Sequence[str], folder: PipelineFolder) -> None:
     layers = [
         name.removesuffix(".weight")
@@ -151,70 +137,71 @@ def _check_targets(targets: Sequence[str], folder: PipelineFolder) -> None:
         if not any(layer == target or layer.endswith(f".{target}") for layer in layers):
             ends = sorted({layer.rpartition(".")[2] for layer in layers} - {"0", "1", "2"})
             raise UserError(
-                f"student.targets = {target!r} ends the name of no layer of the teacher's UNet; "
-                f"the nearest is {nearest(target, ends)!r}"
+                f"student.targets: no layer of the teacher's network ends with {target!r}{did_you_mean(target, ends)}",
+                field="student.targets",
             )
 
 
-def check_start(config: StudentConfig, folder: PipelineFolder, targets: Sequence[str], told: Sequence[str]) -> None:
-    """Refuse a student that a run could not start from, from its files' headers alone.
+def check_start(config: StudentConfig, folder: PipelineFolder, conditioning: Sequence[str]) -> None:
+    """Refuse a student that a run cannot start from, by its files' headers.
 
     Args:
-        targets: layers that the backbone adapts where the config names none.
-        told: what the run's network is told.
+        folder: the teacher's.
+        conditioning: the run's `method.extra_conditioning`.
 
     Raises:
-        UserError: no student, of another base or architecture, of another rank, told something else, or with layers
-            that are not trained.
+        UserError: no student, of another base or architecture, of another rank, with other extra conditioning, or
+            with layers that are not trained.
     """
-    if not config.start:
-        return
     if config.kind == "full":
-        _check_full_start(str(of_run(Path(config.start))), folder, told)
+        _check_full_start(str(of_run(Path(config.start))), folder, conditioning)
         return
     header = check_lora(config.start, folder)
-    heard = header.sampling.extra_conditioning if header.sampling else ()
-    if set(heard) - set(told):
+    own = header.sampling.extra_conditioning if header.sampling else ()
+    if set(own) - set(conditioning):
         raise UserError(
-            f"student.start = {config.start!r} is told {sorted(heard)}, method.extra_conditioning = {list(told)}; "
-            f"the nearest legal method.extra_conditioning is {sorted(heard)}"
+            f"method.extra_conditioning = {list(conditioning)} differs from that of student.start = {config.start!r}; "
+            f"use {sorted(own)}",
+            field="method.extra_conditioning",
         )
-    trained = config.targets or tuple(targets)
+    trained = config.targets or folder.family.targets
     for module, layer in header.layers.items():
         if layer.a[0] != config.rank:
             raise UserError(
-                f"student.start = {config.start!r} has rank {layer.a[0]}, student.rank = {config.rank}; "
-                f"the nearest legal rank is {layer.a[0]}"
+                f"student.rank = {config.rank} differs from that of student.start = {config.start!r}; use {layer.a[0]}",
+                field="student.rank",
             )
         if not any(module == target or module.endswith(f".{target}") for target in trained):
             raise UserError(
-                f"student.start = {config.start!r} adapts {module}, which student.targets leaves out; "
-                "the nearest legal targets are those it was trained with"
+                f"student.targets leaves out {module}, which student.start = {config.start!r} adapts; use the targets "
+                "that it was trained with",
+                field="student.targets",
             )
 
 
-def _check_full_start(start: str, folder: PipelineFolder, told: Sequence[str]) -> None:
+def _check_full_start(start: str, folder: PipelineFolder, conditioning: Sequence[str]) -> None:
     other = read_folder(start, "student.start")
     own, found = base_shapes(folder), base_shapes(other)
-    inside = "w" in told and folder.network == "unet"  # then the UNet gets a guidance embedding, if it has none
+    inside = "w" in conditioning and folder.network == "unet"  # then the UNet gets a guidance embedding, if it has none
     if inside:
         width = own.get("time_embedding.linear_1.weight", (0, 0))[1]
         found.setdefault(GUIDANCE_KEY, own.setdefault(GUIDANCE_KEY, (width, GUIDANCE_WIDTH)))
     if own != found:
         wrong = sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name))[0]
-        nearest = (
-            "method.extra_conditioning = ['w']" if wrong == GUIDANCE_KEY and not inside else "a student of this teacher"
-        )
+        lacks_w = wrong == GUIDANCE_KEY and not inside
+        remedy = "method.extra_conditioning = ['w']" if lacks_w else "a student of this teacher"
         raise UserError(
-            f"student.start = {start!r} is no network of the teacher's kind: {wrong} is {found.get(wrong)}, "
-            f"not {own.get(wrong)}; the nearest is {nearest}"
+            f"student.start = {start!r} has another network than the teacher: {wrong} is {found.get(wrong)}, not "
+            f"{own.get(wrong)}; use {remedy}",
+            field="student.start",
         )
     file = other.path / CONDITIONING
     keys = read_safetensors_header(file)[1] if file.is_file() else ()
-    heard = {key.split(".")[2] for key in keys if key.count(".") > 2}
-    beside = [name for name in told if name != "w" or not inside]
-    if heard - set(beside):
+    embedded = {key.split(".")[2] for key in keys if key.count(".") > 2}
+    own_embedded = [name for name in conditioning if name != "w" or not inside]
+    if embedded - set(own_embedded):
         raise UserError(
-            f"student.start = {start!r} embeds {sorted(heard)} by weights of its {CONDITIONING}, this run {beside}; "
-            f"the nearest legal method.extra_conditioning is {sorted(heard)}"
+            f"method.extra_conditioning embeds {own_embedded}, student.start = {start!r} embeds {sorted(embedded)} by "
+            f"its {CONDITIONING}; use {sorted(embedded)}",
+            field="method.extra_conditioning",
         )

@@ -1,4 +1,4 @@
-"""Every setting of a distillation. Light: it is read, and refused, before torch is imported."""
+"""The settings of a distillation. Light: no torch."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from fewstep.training.config import LoopConfig, OptimConfig, StudentConfig
 
 
 class ValidationConfig(Config):
-    """Quality checks during training, every loop.validate_every steps."""
+    """Validation during training, every loop.validate_every steps."""
 
     prompts: Annotated[str, Content("watched prompts")] = Field(
         "", description="prompt file or bundled list; empty for the data's own"
     )
-    count: int = Field(256, ge=16, description="pictures drawn at each check")
+    count: int = Field(256, ge=16, description="pictures drawn at each validation")
     seed: int = Field(1234, ge=0, le=2**62, description="seed of the first picture; the others count up")
     teacher_steps: int = Field(50, ge=1, description="steps of the teacher's end points")
 
@@ -40,7 +40,7 @@ class LatentLpipsConfig(LatentLpipsTrainConfig):
 
 
 class DistillConfig(Config):
-    """Everything that decides a distillation run."""
+    """All settings of a distillation run."""
 
     renamed = {"watch": "validation", "perceptual": "latent_lpips"}  # noqa: RUF012  (a class variable of the base)
 
@@ -50,12 +50,12 @@ class DistillConfig(Config):
     )
     device: DeviceName = Field("auto", description="where to train")
     method: ConsistencyConfig = Field(ConsistencyConfig(), description="the objective")
-    student: StudentConfig = Field(StudentConfig(), description="what is trained")
-    data: DataConfig = Field(DataConfig(), description="what it sees")
-    loop: LoopConfig = Field(LoopConfig(validate_every=500), description="how long")
-    optim: OptimConfig = Field(OptimConfig(), description="how fast")
-    sampling: Sampling = Field(Sampling(), description="how it will be sampled; travels with the student")
-    validation: ValidationConfig = Field(ValidationConfig(), description="how it is judged on the way")
+    student: StudentConfig = Field(StudentConfig(), description="the trained weights")
+    data: DataConfig = Field(default_factory=DataConfig, description="the training data")
+    loop: LoopConfig = Field(LoopConfig(validate_every=500), description="steps, batches and checkpoints")
+    optim: OptimConfig = Field(OptimConfig(), description="the optimiser")
+    sampling: Sampling = Field(Sampling(), description="how the student is sampled; saved with it")
+    validation: ValidationConfig = Field(ValidationConfig(), description="validation during training")
     latent_lpips: LatentLpipsConfig = Field(
         LatentLpipsConfig(), description="training of the latent LPIPS distance, where method.distance names it"
     )
@@ -63,18 +63,18 @@ class DistillConfig(Config):
 
     @model_validator(mode="after")
     def _whole_stages(self) -> Self:
-        """Each stage is a config of its own, refused here if it is illegal."""
+        """Check the config of each stage."""
         self.each_stage()
         return self
 
     def each_stage(self) -> list[DistillConfig]:
-        """The configs of its stages; itself where it has none."""
+        """Return the configs of its stages; itself without stages."""
         return stage_configs(self, self.stages, self.loop.steps) if self.stages else [self]
 
     @model_validator(mode="before")
     @classmethod
     def _sized(cls, data: Any) -> Any:
-        """What is learned at a size is drawn at it."""
+        """Sample at the size of the training pictures unless another is named."""
         if not isinstance(data, dict):
             return data
         seen, sampling = data.get("data"), data.get("sampling") or {}
@@ -91,68 +91,63 @@ class DistillConfig(Config):
         return self
 
     def _check_engine(self) -> None:
-        """What does not go together in how a step is computed."""
+        """Refuse settings of a step's computation that exclude each other."""
         loop = self.loop
 
-        def refuse(wrong: bool, asked: str, beside: str, nearest: object) -> None:
+        def refuse(wrong: bool, setting: str, other: str, remedy: object) -> None:
             if wrong:
-                raise ValueError(f"{asked} does not go with {beside}; the nearest legal one is {nearest!r}")
+                raise ValueError(f"{setting} does not go with {other}; use {remedy!r}")
 
         narrow = self.student.base == "bf16" and loop.precision == "fp32"
         refuse(narrow, "loop.precision = 'fp32'", "student.base = 'bf16'", "bf16")
-        taught = self.student.teacher_precision
-        asked = f"student.teacher_precision = {taught!r}"
-        refuse(self.student.base == "bf16" and taught == "fp32", asked, "student.base = 'bf16'", "bf16")
+        precision = self.student.teacher_precision
+        teacher = f"student.teacher_precision = {precision!r}"
+        refuse(self.student.base == "bf16" and precision == "fp32", teacher, "student.base = 'bf16'", "bf16")
         critic = self.method.adversarial
-        # what is run again in a backward pass does not have R1's attention, the one with a second derivative
+        # recomputed blocks do not use the attention with a second derivative, which R1 needs
         again = bool(critic.weight and critic.r1) and self.student.checkpointing
         refuse(again, "student.checkpointing = True", f"method.adversarial.r1 = {critic.r1}", False)
         if loop.shard:
             split = "loop.shard = True"
             refuse(loop.compile, "loop.compile = True", split, False)
             refuse(self.student.base != "fp32", f"student.base = {self.student.base!r}", split, "fp32")
-            refuse(taught is not None, asked, split, None)  # blocks are gathered in one type
+            refuse(precision is not None, teacher, split, None)  # blocks are gathered in one type
             refuse(self.optim.kind != "adamw", f"optim.kind = {self.optim.kind!r}", split, "adamw")
             refuse(self.method.balance == "gradient", "method.balance = 'gradient'", split, "fixed")
 
 
 def check_trained(method: ConsistencyConfig, sampling: Sampling, path: str = "vp") -> None:
-    """A student is only asked for what it was trained on: law 1 of the architecture.
+    """Refuse default sampling settings that the student is not trained for (law 1 of the architecture).
 
-    What `fewstep sample` is told afterwards is free: a TCF(1) student under second-order jumps, or a solver.
+    `fewstep sample` may use others: a TCF(1) student under second-order jumps, or a solver.
 
     Raises:
-        ValueError: naming the nearest legal setting.
+        ValueError: naming a setting that is trained.
     """
     if set(sampling.extra_conditioning) != set(method.extra_conditioning):
         raise ValueError(
             f"sampling.extra_conditioning = {list(sampling.extra_conditioning)} differs from training; "
-            f"the nearest legal one is {list(method.extra_conditioning)}"
+            f"use {list(method.extra_conditioning)}"
         )
     if sampling.sampler not in ("sss", "lcm"):
         return
     if sampling.spacing == "trailing":
-        raise ValueError(
-            f"sampling.spacing = {sampling.spacing!r} takes times that are not trained; the nearest legal one is 'grid'"
-        )
-    nested = path != "ve" and method.s != "inference"  # else a coarser grid asks for other times than the finer one
-    asks: GridSpec = 8 if sampling.spacing == "tlcm" else sampling.grid
-    if not _within(asks, method.grid, nested):
+        raise ValueError(f"sampling.spacing = {sampling.spacing!r} has times that are not trained; use 'grid'")
+    nested = path != "ve" and method.s != "inference"  # else a coarser grid has times that the finer one lacks
+    sampled: GridSpec = 8 if sampling.spacing == "tlcm" else sampling.grid
+    if not _within(sampled, method.grid, nested):
         named = "sampling.spacing = 'tlcm'" if sampling.spacing == "tlcm" else f"sampling.grid = {sampling.grid}"
         legal = "'grid'" if sampling.spacing == "tlcm" else method.grid
-        raise ValueError(
-            f"{named} asks for times that method.grid = {method.grid} does not train; the nearest legal one is {legal}"
-        )
-    asked: dict[str, tuple[object, object]] = {"jump": (sampling.step_jump, method.jump)}
+        raise ValueError(f"{named} has times that method.grid = {method.grid} does not train; use {legal}")
+    pairs: dict[str, tuple[object, object]] = {"jump": (sampling.step_jump, method.jump)}
     if method.jump == "second_order":
-        asked |= {"r": (sampling.r, method.r), "form": (sampling.form, method.form)}
+        pairs |= {"r": (sampling.r, method.r), "form": (sampling.form, method.form)}
     if method.jump != "skip":
-        asked["end"] = (sampling.end, method.end)
-    for field, (value, trained) in asked.items():
+        pairs["end"] = (sampling.end, method.end)
+    for field, (value, trained) in pairs.items():
         if value != trained:
             raise ValueError(
-                f"sampling.{field} = {value!r} is not the {NAMES.get(field, field)} that is trained; "
-                f"the nearest legal one is {trained!r}"
+                f"sampling.{field} = {value!r} is not the {NAMES.get(field, field)} that is trained; use {trained!r}"
             )
 
 
@@ -168,15 +163,15 @@ def check_grown(method: ConsistencyConfig, loop: LoopConfig) -> None:
     if loop.steps < method.grid_lengths:
         raise ValueError(
             f"loop.steps = {loop.steps} ends before method.grid_start = {method.grid_start} has grown to the grid of "
-            f"{method.points}; the nearest legal one is {method.grid_lengths}"
+            f"{method.points}; must be at least {method.grid_lengths}"
         )
 
 
-def _within(asked: GridSpec, trained: GridSpec, nested: bool) -> bool:
-    """Whether every time of one grid is a time of the other; `nested`: grids of N points hold those of N's divisors."""
-    if isinstance(asked, int) and isinstance(trained, int):
-        return trained % asked == 0 if nested else trained == asked
-    return asked == trained
+def _within(sampled: GridSpec, trained: GridSpec, nested: bool) -> bool:
+    """Return whether one grid's times are in the other; `nested`: a grid of N points holds those of N's divisors."""
+    if isinstance(sampled, int) and isinstance(trained, int):
+        return trained % sampled == 0 if nested else trained == sampled
+    return sampled == trained
 
 
 def resolve(
@@ -185,7 +180,7 @@ def resolve(
     overrides: str | Sequence[str] = (),
     teacher: str | Path = "",
 ) -> DistillConfig:
-    """A recipe, then a YAML file over it, then dotted overrides over both, then the teacher if one is named.
+    """Merge a recipe, a YAML file over it, dotted overrides over both, and the teacher if one is named.
 
     Raises:
         UserError: unknown recipe or key, or an illegal value.
@@ -195,6 +190,6 @@ def resolve(
         changes["teacher"] = str(teacher)
     if config is not None:
         changes = merge(read_yaml(config, DistillConfig), changes)
-    recipe = str(changes.get("recipe", recipe))  # a recipe that is named there brings its method along
+    recipe = str(changes.get("recipe", recipe))  # a recipe named there replaces the argument's
     data = merge({"recipe": recipe}, read_recipe(recipe, DistillConfig))
     return validate(DistillConfig, merge(data, {**changes, "recipe": recipe}))

@@ -1,4 +1,4 @@
-"""What a run will take, before it starts."""
+"""The estimate of a run's time, memory and network evaluations: one step counted, another timed."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from fewstep.training.loop import Batch, Update
 from fewstep.training.student import unique_bytes
 
 TIMED = 16
-"""Samples that a step is timed by where all of a micro-batch do not fit: it is refused, and its time is a hint."""
+"""Samples of the timed step if a whole micro-batch does not fit: the run is refused, and its time is a hint."""
 
 
 @dataclass(frozen=True)
 class Checks:
-    """What the quality checks of a run will take.
+    """The cost of a run's validation.
 
     Attributes:
         first: network evaluations for the teacher's pictures, once.
-        each: those of a check.
-        count: checks.
-        seconds: all of them, from the timed step's evaluations (a backward pass counts as two); checks are mostly
-            drawn in fp32, which may be slower than the step.
+        each: those of one validation.
+        count: number of validations.
+        seconds: of all, by the timed step's evaluations (a backward pass counts as two); pictures are mostly drawn in
+            fp32, which may be slower than the step.
     """
 
     first: int
@@ -50,7 +50,7 @@ class Checks:
     seconds: float
 
     def line(self) -> str:
-        """The checks in words."""
+        """Return the cost as a line of text."""
         return (
             f"checks   {self.first} network evaluations once for the teacher's pictures, {self.each} at each of "
             f"{self.count} checks: about {self.seconds / 60:.1f} min more"
@@ -58,7 +58,7 @@ class Checks:
 
 
 def count_checks(config: DistillConfig, seconds_per_step: float) -> Checks | None:
-    """What the quality checks will take; None where there are none."""
+    """Return the cost of validation; None if the run has none."""
     every = config.loop.validate_every
     if not every:
         return None
@@ -72,25 +72,24 @@ def count_checks(config: DistillConfig, seconds_per_step: float) -> Checks | Non
 
 @dataclass(frozen=True)
 class Estimated:
-    """The estimate.
+    """The estimate of a run or stage.
 
     Attributes:
         seconds_per_step: one timed step (forward, backward), after one to warm up.
-        seconds: the whole run, quality checks apart.
+        seconds: the whole run without validation.
         weights_bytes: all roles' weights, shared storage counted once.
-        base_bytes: of these the teacher's, which all adapters share.
+        base_bytes: those of the teacher, which all adapters share.
         trained_bytes: gradients, optimiser states and averages of what is trained.
-        trained: weights of each trained part, in bytes, by name.
+        trained: bytes of each update's trained weights, by name.
         data_bytes: cached latents and text states, on disk.
         calls: network evaluations a sample and step, by role.
-        saved_bytes: the most that one micro-batch holds at once, forwards or backwards, and what checkpointing computes
-            again: activations, without weights and their gradients.
-        peak_bytes: the most that a step held on the GPU, activations included; None on the CPU.
-        encoding_seconds: pictures and captions, once, before the first step; 0 where that is done.
-        checks: what the quality checks will take; None where there are none.
-        too_large: why a step does not fit into this machine's memory, and what would; empty where it does.
-        name: of the stage; empty where there is one only.
-        data: what is used of the source and what is left out, with the reasons, in a line; empty if unknown.
+        saved_bytes: the peak of a micro-batch's activations, recomputed ones included, without weights and gradients.
+        peak_bytes: the peak of a step on the GPU, activations included; None on the CPU.
+        encoding_seconds: of pictures and captions, before the first step; 0 if all are encoded.
+        checks: cost of validation; None if there is none.
+        too_large: why a step does not fit into this machine's memory, and what fits; empty if it fits.
+        name: of the stage; empty for a run without stages.
+        data: a line on what is used of the source and what is left out; empty if unknown.
     """
 
     seconds_per_step: float
@@ -116,10 +115,10 @@ class Estimated:
             UserError: it does not.
         """
         if self.too_large:
-            raise UserError(self.too_large)
+            raise UserError(self.too_large, field="loop.batch")
 
     def lines(self) -> list[str]:
-        """The estimate in words."""
+        """Return the estimate as lines of text."""
         first = f"; {self.encoding_seconds / 60:.1f} min of encoding before" if self.encoding_seconds else ""
         peak = ""
         if self.peak_bytes is not None:
@@ -140,18 +139,18 @@ class Estimated:
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes that tensors hold; a number that is seen many times is one."""
+    """Return the bytes that tensors hold; an expanded number counts once."""
     return sum(min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in tensors)
 
 
 def kept_bytes(rows: Rows) -> int:
-    """Bytes of rows; one number that is seen many times is one."""
+    """Return the bytes of rows; an expanded number counts once."""
     return bytes_of([rows]) if isinstance(rows, Tensor) else rows.nbytes
 
 
 @contextmanager
 def gradients_dropped(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Drop each parameter's gradient as soon as it is complete, inside the block: they are counted elsewhere."""
+    """Drop each parameter's gradient as soon as it is complete, inside the block: gradients are counted elsewhere."""
 
     def drop(parameter: Tensor) -> None:
         parameter.grad = None
@@ -174,11 +173,11 @@ def estimate(
 ) -> Estimated:
     """Count the memory of a step of the plan and time another; no optimiser step is taken.
 
-    Steps of one and two samples come first. A micro-batch that would not fit into memory is timed by a few samples, and
+    Steps of one and two samples come first. If a micro-batch would not fit into memory, a few samples are timed and
     the rest is extrapolated.
 
     Args:
-        done: steps that are made already; the next two are looked at.
+        done: steps that are made already; the next two are run.
         visits: as `training.loop.train`.
     """
     loop = config.loop
@@ -189,7 +188,7 @@ def estimate(
     visited = visits or partial(order, loop.seed, len(data.latents))
 
     def run(step: int, samples: int, counting: bool = False) -> tuple[float, int]:
-        """Seconds of a step of so many samples, and the bytes that it holds at once."""
+        """Return the seconds of a step of so many samples and its peak bytes."""
         start = min(done + step, loop.steps - 1) * loop.batch + processes.rank() * micro
         rng = KeyedRng(loop.seed, start // loop.batch, tuple(range(start, start + samples)), device)
         batch, spent, held = fetch(visited(start, start + samples), rng), 0.0, 0
@@ -199,7 +198,7 @@ def estimate(
             every = list(update.parameters.values())
             live = LiveBytes()
             with ExitStack() as counted:
-                if counting:  # alone, so that the timed step does nothing else; eagerly, before anything is compiled
+                if counting:  # not in the timed step; eagerly, before anything is compiled
                     for context in (eagerly(), gradients_dropped(every), live):
                         counted.enter_context(context)
                 with torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32"):
@@ -233,8 +232,8 @@ def estimate(
         parts = next((n for n in range(least, min(own, least + 2**16)) if own % n == 0), own)
         too_large = (
             f"loop.batch = {loop.batch} with loop.accumulate = {loop.accumulate} holds about "
-            f"{activations / 2**30:.1f} GiB of activations at a time, and {free / 2**30:.1f} GiB are free; the nearest "
-            f"that fits is loop.accumulate = {parts}, or a smaller batch"
+            f"{activations / 2**30:.1f} GiB of activations at a time, and {free / 2**30:.1f} GiB are free; use "
+            f"loop.accumulate = {parts}, or a smaller batch"
         )
     trained = {u.name: bytes_of(u.parameters.values()) for u in plan}
     held = sum(size * (3 + bool(u.optim.ema)) for u, size in zip(plan, trained.values(), strict=True))

@@ -1,4 +1,4 @@
-"""Network evaluations, counted where they happen."""
+"""Counter of network function evaluations (NFE) during training."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from fewstep.diffusion.denoiser import Call, Condition
 
 
 class NfeCounter:
-    """How many samples each role was asked for. Counting is a sum of batch sizes: nothing waits for it."""
+    """Network evaluations by role, summed from batch sizes: no device synchronisation."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
 
     def add(self, role: str, count: int) -> None:
-        """Note one call with a batch of `count`."""
+        """Count one call with a batch of `count`."""
         self._counts[role] += count
 
     def start(self, counts: Mapping[str, int]) -> None:
-        """Start again from counts of before, or from nothing."""
+        """Set the counts, to resume them."""
         self._counts = Counter(counts)
 
     @property
@@ -30,7 +30,7 @@ class NfeCounter:
         return dict(sorted(self._counts.items()))
 
     def counting(self, call: Call) -> Call:
-        """The call, counted."""
+        """Return the call with a counter around it."""
 
         def counted(x: Tensor, t: Tensor, condition: Condition, role: str) -> Tensor:
             self.add(role, len(x))
@@ -40,6 +40,6 @@ class NfeCounter:
 
 
 def in_words(calls: Mapping[str, float]) -> str:
-    """Evaluations by role as text: "12 (student 2, teacher 10)"."""
+    """Return evaluations by role as text: "12 (student 2, teacher 10)"."""
     parts = ", ".join(f"{role} {count:.4g}" for role, count in calls.items())
     return f"{sum(calls.values()):.4g} ({parts})"

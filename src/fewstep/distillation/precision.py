@@ -1,4 +1,4 @@
-"""Precision of the calls outside of a training step."""
+"""Precision of network evaluations outside a training step."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from fewstep.common.device import DTYPES, pick_precision
 from fewstep.distillation.config import DistillConfig
 
 
-def asked_outside(config: DistillConfig, device: torch.device) -> tuple[torch.dtype, str]:
-    """How networks are asked outside of a step, for quality checks and stored walks.
+def precision_outside(config: DistillConfig, device: torch.device) -> tuple[torch.dtype, str]:
+    """Return the precision of network evaluations outside a step, for validation and stored trajectories.
 
-    In fp32 wherever their weights can be: those that are kept in bf16, or gathered in it, meet no other type.
+    It is fp32 unless the weights are kept or gathered in bf16.
 
     Returns:
-        the type that they compute in, and a word that tells a teacher's answers from those of the whole one in fp32;
-        empty for that one.
+        the type of the computation, and a word for the keys of cached results; empty if all is fp32.
     """
     base, precision = config.student.base, pick_precision(config.loop.precision, device)
     computed = DTYPES[precision if base == "bf16" or config.loop.shard else "fp32"]

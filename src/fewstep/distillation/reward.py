@@ -1,4 +1,4 @@
-"""A preference scorer on a teacher's latents: decoded with gradient, scored with the prompts of the training set."""
+"""The reward of latents: decoded with gradient, scored with the prompts of the training data."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fewstep.methods.reward_loss import Reward
 from fewstep.methods.rewards.reward import PreferenceScorer
 
 MOST_HELD = 2**30
-"""Bytes of prepared prompts that are kept in memory; more are prepared as they are asked for."""
+"""Bytes of prepared prompts that are kept in memory; more are prepared batch by batch."""
 MOST_PIXELS = 2**17
-"""Pixels that are decoded and scored at once with all activations kept: 2.8 GiB of SD's decoder in fp32."""
+"""Pixels decoded and scored at once with all activations kept: 2.8 GiB of SD's decoder in fp32."""
 
 
-class Prepared:
-    """What a scorer made of prompts: of all of them beforehand, where that fits into memory, or batch by batch."""
+class PreparedPrompts:
+    """A scorer's inputs of prompts: of all beforehand if they fit into `MOST_HELD`, else batch by batch."""
 
     def __init__(self, scorer: PreferenceScorer, prompts: Sequence[str]) -> None:
         self._scorer, self._prompts = scorer, prompts
@@ -29,7 +29,7 @@ class Prepared:
         self._all = scorer.prepare(prompts) if a_prompt * len(prompts) <= MOST_HELD else None
 
     def rows(self, which: Tensor) -> Mapping[str, Tensor]:
-        """The rows of some prompts, int64 [B]."""
+        """Return the inputs of some prompts, int64 [B]."""
         chosen = which.cpu()
         if self._all is None:
             return self._scorer.prepare([self._prompts[row] for row in chosen.tolist()])
@@ -37,35 +37,35 @@ class Prepared:
 
 
 def pixels_of(backbone: Backbone, scorer: PreferenceScorer, x0: Tensor) -> int:
-    """Return the pixels that a picture takes: its own, or those of the scorer's input where these are more."""
+    """Return the pixels of a picture, or those of the scorer's input if they are more."""
     own = x0.shape[-2] * x0.shape[-1] * backbone.folder.scale**2
     framing = getattr(scorer, "framing", None)
     return max(own, framing.size**2 if framing else 0)
 
 
 def make_reward(backbone: Backbone, scorer: PreferenceScorer, prompts: Sequence[str]) -> tuple[Reward, int]:
-    """What the reward term asks: (x_0, which prompts) -> scores; and of how many prompts.
+    """Return the reward, (x_0, prompt numbers of each scoring) -> scores, and the number of prompts.
 
     Pictures are decoded in fp32, once for all prompts that they are scored with. A batch of more than `MOST_PIXELS` is
-    decoded and scored in parts, each computed again in the backward pass, so that the activations of one part are held
-    at a time. The decoder of a picture that is larger by itself computes its blocks again as well.
+    decoded and scored in parts that are recomputed in the backward pass, so that one part's activations are held at a
+    time. For a single picture of more pixels the decoder's blocks are recomputed too.
 
     Raises:
-        UserError: a single prompt, beside which no other one is wrong.
+        UserError: there is a single prompt, and the loss needs a wrong one beside it.
     """
     if len(prompts) < 2:
-        raise UserError("data.source holds one prompt; method.reward needs a wrong one beside it, at least 2")
-    said = Prepared(scorer, prompts)
+        raise UserError("data.source holds 1 prompt; method.reward needs at least 2", field="data.source")
+    prepared = PreparedPrompts(scorer, prompts)
 
     def scored(x0: Tensor, *rows: Mapping[str, Tensor]) -> list[Tensor]:
         pictures = backbone.decode(x0)
         return [scorer.score(pictures, own) for own in rows]
 
-    def reward(x0: Tensor, asked: Sequence[Tensor]) -> list[Tensor]:
+    def reward(x0: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:
         pixels = pixels_of(backbone, scorer, x0)
         if pixels > MOST_PIXELS:
             recompute_blocks(backbone.vae.decoder)
-        rows = [said.rows(which) for which in asked]
+        rows = [prepared.rows(which) for which in wanted]
         with torch.autocast(x0.device.type, enabled=False):
             parts = torch.split(x0.float(), max(1, MOST_PIXELS // pixels))
             if len(parts) == 1:

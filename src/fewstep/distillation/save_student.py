@@ -1,4 +1,4 @@
-"""Students as files, and back into training: what a run ends with, another can start from."""
+"""Students written to files at the end of a run, and read at the start of another."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def export_student(
     notes = {"method": config.recipe, "guidance_seen": config.method.guidance.model_dump(), **notes}
     if config.teacher:
         notes["teacher"] = teacher_name(Path(config.teacher))
-    own, told = split_weights(weights)
+    own, embeddings = split_weights(weights)
     if config.student.kind == "lora":
         notes |= travelling(backbone, config.sampling)
-        with atomic_folder(target) as part:  # both files, or the ones before: half a student draws nonsense
-            save_extra_embeddings(part, told)
+        with atomic_folder(target) as part:  # both files or none: half a student is broken
+            save_extra_embeddings(part, embeddings)
             file = save_lora(
                 part,
                 own,
@@ -57,22 +57,22 @@ def export_student(
     network = backbone.fresh_network()
     if GUIDANCE_KEY in own:
         backbone.add_guidance_embedding(network)
-    network.load_state_dict({**network.state_dict(), **own})  # buffers (tables of positions) are no one's weights
+    network.load_state_dict({**network.state_dict(), **own})  # buffers (position tables) are not trained
     notes |= travelling(backbone, config.sampling, network)
     record = {"base": base, "sampling": config.sampling.model_dump(mode="json"), **notes}
     with atomic_folder(target) as part:
         write_pipeline(part, backbone.folder.path, network, record)
-        save_extra_embeddings(part, told)
+        save_extra_embeddings(part, embeddings)
     return target
 
 
 def starting_weights(config: StudentConfig, backbone: Backbone) -> dict[str, Tensor]:
-    """The weights of the finished student that a run starts from, by the names of its parameters.
+    """Read the student that a run starts from: weights by the names of its parameters.
 
-    A LoRA's scale is brought to the run's own: only B A times the scale is the student.
+    B of a LoRA is scaled by the ratio of its scale to the run's, so that B A times the scale stays.
 
     Raises:
-        UserError: as `check_start`; or a file that is not whole.
+        UserError: as `check_start`; or a file is broken.
     """
     place = of_run(Path(config.start))
     if config.kind == "full":

@@ -16,21 +16,21 @@ from fewstep.common.errors import UserError
 
 
 class Stage(Config):
-    """One stage: a share of the steps, and what it changes in the recipe for itself."""
+    """One stage: its share of the steps, and its changes to the recipe."""
 
-    name: str = Field(min_length=1, description="what it is called in logs and folders")
-    share: float = Field(gt=0, description="share of loop.steps, beside the other stages' shares")
+    name: str = Field(min_length=1, description="name in logs and folders")
+    share: float = Field(gt=0, description="share of loop.steps, relative to the other stages' shares")
     method: dict[str, Any] = Field(default_factory=dict, description="changes to the method")
     optim: dict[str, Any] = Field(default_factory=dict, description="changes to the optimiser")
-    loop: dict[str, Any] = Field(default_factory=dict, description="changes to the loop, its steps apart")
-    sampling: dict[str, Any] = Field(default_factory=dict, description="how its student is sampled when it is judged")
+    loop: dict[str, Any] = Field(default_factory=dict, description="changes to the loop, without its steps")
+    sampling: dict[str, Any] = Field(default_factory=dict, description="how its student is sampled in validation")
 
     @field_validator("loop")
     @classmethod
     def _without_steps(cls, loop: dict[str, Any]) -> dict[str, Any]:
         for name, instead in (("steps", "a stage's share"), ("precision", "loop.precision, for all stages")):
             if name in loop:
-                raise ValueError(f"{name} is no stage's own; the nearest legal one is {instead}")
+                raise ValueError(f"{name} cannot be set for a stage; use {instead}")
         return loop
 
 
@@ -38,7 +38,7 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 class Part(NamedTuple, Generic[ConfigT]):
-    """One run of a list of stages: its name (empty where there are no stages), its folder, its whole config."""
+    """One run of a list of stages: its name (empty without stages), its folder, its whole config."""
 
     name: str
     folder: Path
@@ -46,7 +46,7 @@ class Part(NamedTuple, Generic[ConfigT]):
 
 
 def parts_of(config: ConfigT, stages: Sequence[Stage], steps: int, out: Path) -> list[Part[ConfigT]]:
-    """The runs that a config asks for, each in a folder of its own; a config without stages is one run in `out`.
+    """Return the runs of a config, each with a folder of its own; a config without stages is one run in `out`.
 
     Raises:
         UserError: as `stage_configs`.
@@ -59,12 +59,12 @@ def parts_of(config: ConfigT, stages: Sequence[Stage], steps: int, out: Path) ->
 
 
 def slug(number: int, name: str) -> str:
-    """The folder of a stage: its number and name in plain letters."""
+    """Return the folder name of a stage: its number and its name in plain letters."""
     return f"{number}-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}"
 
 
 def split_steps(steps: int, shares: Sequence[float]) -> list[int]:
-    """Whole steps of each stage, in proportion to the shares, that add up to `steps`.
+    """Split steps in proportion to the shares; the parts add up to `steps`.
 
     Raises:
         UserError: a stage would get none.
@@ -73,7 +73,9 @@ def split_steps(steps: int, shares: Sequence[float]) -> list[int]:
     if min(result) < 1:
         enough = round(2 * sum(shares) / min(shares)) + 1  # the smallest stage then has two
         legal = next(count for count in range(steps + 1, enough + 1) if min(_split(count, shares)) > 0)
-        raise UserError(f"loop.steps = {steps} leaves a stage without steps; the nearest legal one is {legal}")
+        raise UserError(
+            f"loop.steps = {steps} leaves a stage without steps; must be at least {legal}", field="loop.steps"
+        )
     return result
 
 
@@ -83,7 +85,7 @@ def _split(steps: int, shares: Sequence[float]) -> list[int]:
 
 
 def stage_seed(seed: int, number: int) -> int:
-    """The seed of a stage's draws: the first stage's is the run's own, the others see other prompts and other noise."""
+    """Return the seed of a stage: the run's for the first one, others for the others, which draw other noise."""
     if number == 0:
         return seed
     digest = hashlib.sha256(f"{seed} stage {number}".encode()).digest()
@@ -91,17 +93,17 @@ def stage_seed(seed: int, number: int) -> int:
 
 
 def stage_configs(config: ConfigT, stages: Sequence[Stage], steps: int) -> list[ConfigT]:
-    """The whole config of each stage.
+    """Return the whole config of each stage.
 
     Raises:
-        UserError: a change that the config does not know, or that is illegal beside the rest.
+        UserError: a change names no setting, or is illegal beside the others.
     """
     result = []
     plain = BaseModel.model_dump(config)
     names = [stage.name for stage in stages]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"stages has two named {twice!r}; the nearest legal names are {names[0]!r}, {twice + '-2'!r}")
+        raise UserError(f"stages has two named {twice!r}; names must differ", field="stages")
     for number, (stage, own) in enumerate(zip(stages, split_steps(steps, [s.share for s in stages]), strict=True)):
         changes = {
             "method": stage.method,
@@ -113,5 +115,5 @@ def stage_configs(config: ConfigT, stages: Sequence[Stage], steps: int) -> list[
         try:
             result.append(validate(type(config), merge(plain, changes)))
         except UserError as error:
-            raise UserError(f"stage {stage.name!r}: {error}") from error
+            raise UserError(f"stage {stage.name!r}: {error}", field=error.field) from error
     return result

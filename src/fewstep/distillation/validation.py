@@ -1,12 +1,12 @@
-"""The quality watch: during training, the same prompts from the same noise, judged and shown.
+"""Validation during training: the same prompts from the same noise, evaluated and shown.
 
-A consistency loss does not track quality. Every so often the student draws the fixed prompts; a grid is written,
-KID to real pictures and the distance to the teacher's end points are logged, and the best student is kept.
+A consistency loss does not track quality. Every `loop.validate_every` steps the student draws the fixed prompts; a
+grid is written, KID to real pictures and the distance to the teacher's end points are logged, and the best student is
+kept.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -18,16 +18,18 @@ import torch
 from torch import Tensor
 
 from fewstep.common.compilation import eagerly
-from fewstep.common.defaults import world
 from fewstep.common.distributed import any_process, fail_together, is_main, main_process_first, on_main_process
 from fewstep.common.errors import UserError
 from fewstep.common.files import read_mapping, write_json
-from fewstep.data.latents import cached, keep, kept
-from fewstep.data.prompts import is_prompt_file, read_prompts
+from fewstep.common.tensor_cache import cached, keep, kept, short_digest
+from fewstep.common.tensors import load_tensors
 from fewstep.diffusion.config import TEACHER_SAMPLING
 from fewstep.diffusion.denoiser import Condition
 from fewstep.distillation.config import DistillConfig
-from fewstep.distillation.precision import asked_outside
+from fewstep.distillation.precision import precision_outside
+from fewstep.distillation.prepare import Run
+from fewstep.distillation.run_data import validation_prompts
+from fewstep.distillation.save_student import export_student
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.kid import KernelDistance
 from fewstep.evaluation.lite0 import Lite0Features
@@ -37,39 +39,41 @@ from fewstep.inference.image_grid import labelled_grid, save_image
 from fewstep.training.roles import copy_role
 
 SHOWN = 10
-"""Prompts in the grid."""
+"""Number of prompts in the grid."""
 REAL = 1000
-"""Real pictures that KID is taken from."""
+"""Number of real pictures for KID."""
 
 Keep = Callable[[Mapping[str, Tensor], Mapping[str, Any]], None]
 
 
-def validation_prompts(config: DistillConfig, captions: Sequence[str]) -> list[str]:
-    """The watch's fixed prompts: those of its list, then captions of the training pictures, then from the start again.
+def make_validation(run: Run, out: Path, cache: Path) -> Validation:
+    """Return the validation of a run; the teacher's pictures are drawn if the cache has none yet."""
+    config = run.config
 
-    With no list named, the bundled pictures come with one, and others are watched on their captions alone.
-    """
-    named = config.validation.prompts or ("validation" if config.data.source in ("emoji8", "captions") else "")
-    listed: Sequence[str] = ()
-    if named:
-        own = world("validation.prompts") if not is_prompt_file(named) else None
-        listed = own.read_prompts(named) if own else read_prompts(named, "validation.prompts")
-    pool = [*listed, *dict.fromkeys(caption for caption in captions if caption.strip() and caption not in listed)]
-    return [pool[i % len(pool)] for i in range(config.validation.count)]
+    def keep(weights: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+        export_student(config, run.backbone, weights, out / "best", notes)
+
+    # at the training size: its pictures are compared with real ones and the teacher's
+    sampling = config.sampling.model_copy(update={"size": None})
+    computed, _ = precision_outside(config, run.backbone.device)
+    image_generator = ImageGenerator(run.backbone, run.denoiser, sampling, "student", computed)
+    data = run.validation_data(max(REAL, config.validation.count))
+    prompts = validation_prompts(config, run.source, [captions[0] for captions in data.captions])
+    real = None if data.pictures is None else data.pictures.read(range(min(REAL, len(data))))
+    return Validation(config, image_generator, run.student.parameters("student"), prompts, real, out, cache, keep)
 
 
 class Validation:
-    """KeyedRng and judges the student; called by the loop with (step, weights).
+    """Draws and evaluates the student; called by the loop with (step, weights).
 
-    Every process of a launch makes and calls it: they share out the drawing, and the main one judges and writes.
+    Every process of a launch makes and calls it: they share the drawing, and the main one evaluates and writes.
 
     Args:
         student: draws with the role `student`; the teacher's pictures are computed in its precision.
-        parameters: the student's trainable weights; they are lent the weights to judge and get their own back.
-        prompts: what it draws.
-        real: pictures uint8 [N, H, W, 3] that KID is taken from, at least 10; None for the teacher's own from other
-            noise.
-        cache: folder that the teacher's pictures and their features are kept in; runs share it.
+        parameters: the student's trainable weights, which take the evaluated weights during a call.
+        prompts: one for each picture.
+        real: pictures for KID, uint8 [N, H, W, 3], at least 10; None for the teacher's own from other noise.
+        cache: folder of the teacher's pictures and their features, which runs share.
         keep: called with the weights and their figures whenever KID is the best so far.
     """
 
@@ -93,7 +97,7 @@ class Validation:
         self.prompts = list(prompts)
         self.seeds = list(range(validation.seed, validation.seed + validation.count))
         self.features = Features(Lite0Features(), progress=False)
-        # of pictures that every run on these data measures against, and no student's own
+        # of the pictures that every run on these data is compared with
         self.kept_features = Features(self.features.network, cache / "features", progress=False)
         self.kid = KernelDistance(self.features)
         self.to_teacher = TeacherFeatures(self.features)
@@ -102,28 +106,27 @@ class Validation:
         other = [seed + validation.count for seed in self.seeds]
         self.real = self._teacher_pictures(config, other) if real is None else real
         self.best = self._best_so_far()
-        student.backbone.release_encoders()  # what they are needed for is kept; checks load the autoencoder
+        student.backbone.release_encoders()  # text states are kept; each validation loads the autoencoder
 
     def _read_prompts(self) -> Condition:
-        """What the network is told of the prompts; kept in the cache, for the other processes."""
+        """Return the prompts' text states, from the cache if it has them."""
         backbone = self.student.backbone
         known = json.dumps([backbone.folder.identity(*backbone.folder.family.readers), self.prompts])
-        key = f"watched-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
-        return cached(self.cache, key, lambda: dict(backbone.encode(self.prompts)))
+        return cached(self.cache, f"watched-{short_digest(known)}", lambda: dict(backbone.encode(self.prompts)))
 
     def _teacher_pictures(self, config: DistillConfig, seeds: Sequence[int]) -> np.ndarray:
-        """The teacher's end points, uint8 [count, H, W, 3]; drawn once and kept in the cache."""
+        """Return the teacher's end points, uint8 [count, H, W, 3], drawn once and kept in the cache."""
         sampling = TEACHER_SAMPLING.model_copy(
             update={"steps": config.validation.teacher_steps, "omega": config.method.guidance.mean_omega}
         )
         backbone = self.student.backbone
-        _, narrow = asked_outside(config, backbone.device)
+        _, narrow = precision_outside(config, backbone.device)
         decides = [backbone.folder.identity(), backbone.latent_shape, sampling.model_dump(), self.prompts, list(seeds)]
         known = json.dumps([*decides, *([narrow] if narrow else [])])
-        key = f"watch-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
+        key = f"watch-{short_digest(known)}"
 
-        found = main_process_first(lambda: kept(self.cache, key))
-        lacking = any_process(found is None)  # every process asks: they draw together, or none does
+        found = main_process_first(lambda: kept(self.cache, key, load_tensors))
+        lacking = any_process(found is None)  # all processes draw together, or none does
         if found is not None and not lacking:
             return found["pictures"].numpy()
         with eagerly():
@@ -140,34 +143,34 @@ class Validation:
             return float("inf")
         best = read_mapping(path).get("kid")
         if not isinstance(best, int | float):
-            raise UserError(f"{path} has kid = {best!r}, which is no number; remove the folder to judge anew")
+            raise UserError(f"{path} has kid = {best!r}, which must be a number; remove the folder to validate anew")
         return float(best)
 
     @torch.no_grad()
     def __call__(self, step: int, weights: Mapping[str, Mapping[str, Tensor]]) -> Mapping[str, float]:
-        """Judge the student with the given weights."""
-        judged = weights["student"]
+        """Evaluate the student with the given weights and return the figures."""
+        student = weights["student"]
         own = {name: value.detach().clone() for name, value in self.parameters.items()}
         try:
-            copy_role(judged, self.parameters)
+            copy_role(student, self.parameters)
             with eagerly():
                 pictures = self.student.pictures(self.condition, self.seeds, self.student.sampling)
         finally:
             copy_role(own, self.parameters)
         self.student.backbone.release_encoders()
-        return on_main_process(self._judge)(step, judged, pictures)
+        return on_main_process(self._evaluate)(step, student, pictures)
 
-    def _judge(self, step: int, judged: Mapping[str, Tensor], pictures: np.ndarray) -> Mapping[str, float]:
-        """Figures, grid and best student."""
-        drawn, (real, wanted) = self.features(pictures), map(self.kept_features, (self.real, self.reference))
+    def _evaluate(self, step: int, student: Mapping[str, Tensor], pictures: np.ndarray) -> Mapping[str, float]:
+        """Compute the figures, write the grid and keep the best student."""
+        drawn, (real, teacher) = self.features(pictures), map(self.kept_features, (self.real, self.reference))
         figures = {
             "kid": self.kid.distance(drawn, real),
-            "to_teacher": float(self.to_teacher.scores(drawn, wanted).mean()),
+            "to_teacher": float(self.to_teacher.scores(drawn, teacher).mean()),
         }
         rows = [(f"step {step}", pictures[:SHOWN]), ("teacher", self.reference[:SHOWN])]
         save_image(labelled_grid(rows, self.prompts[:SHOWN]), self.out / "grids" / f"step-{step:08d}.webp")
         if figures["kid"] < self.best:
             self.best = figures["kid"]
-            self.keep(judged, {"step": step, **figures})
+            self.keep(student, {"step": step, **figures})
             write_json(self.out / "best" / "figures.json", {"step": step, **figures})
         return {f"validation/{name}": value for name, value in figures.items()}

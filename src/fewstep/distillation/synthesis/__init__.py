@@ -1,1 +1,1 @@
-"""Sets drawn by a teacher from prompts alone: its latents, or its whole trajectories, stored for training."""
+"""Sets that a teacher draws from prompts alone: its latents or its trajectories, stored for training."""

@@ -1,84 +1,55 @@
-"""Training on a set that `fewstep synthesize` drew: latents as data, or trajectories, read as they are needed."""
+"""A synthesised set as training data: latents, or trajectories, read from disk as they are used."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fewstep.backbones.base import Backbone
+from fewstep.common.device import DTYPES
 from fewstep.common.errors import UserError
 from fewstep.common.mapped_tensors import Rows
 from fewstep.data.latents import LatentSet
 from fewstep.diffusion.grid import end_time, training_grid
-from fewstep.distillation.synthesis.reader import Synthesis, read_synthesis
+from fewstep.distillation.synthesis.reader import Synthesis
+from fewstep.distillation.synthesis.record import SynthesizedSet
+from fewstep.distillation.trajectory import Trajectories
 from fewstep.methods.config import ConsistencyConfig
 
 
-@dataclass(frozen=True)
-class FromSet:
-    """The trajectories of some samples of a set (`methods.pair.StoredTrajectories`)."""
+def training_set(
+    files: SynthesizedSet, method: ConsistencyConfig, backbone: Backbone
+) -> tuple[LatentSet, Trajectories | None]:
+    """Return a set as training data in its stored types, and its trajectories if the recipe starts on them.
 
-    synthesis: Synthesis
-    items: Tensor
-
-    def point(self, index: Tensor) -> Tensor:
-        """x at those times of the grid, [B, ...]; -1 is the end point."""
-        return self.synthesis.points(self.items, index + 1)
-
-    def outputs(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """What the network said there, with and without the prompt."""
-        return self.synthesis.predictions(self.items, index + 1)
-
-
-@dataclass(frozen=True)
-class EndPoints:
-    """The latents of a set as training data (`mapped.Rows`)."""
-
-    synthesis: Synthesis
-
-    def __len__(self) -> int:
-        return len(self.synthesis)
-
-    def __getitem__(self, rows: Tensor) -> Tensor:
-        """Latents as they are stored, [B, C, h, w]."""
-        return self.synthesis.latents(rows)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the set's files."""
-        return sum(note.bytes for note in self.synthesis.manifest.notes)
-
-
-def open_set(folder: Path, method: ConsistencyConfig, backbone: Backbone) -> tuple[Synthesis, LatentSet]:
-    """A finished set as training data; no picture and no encoder is needed.
-
-    It comes in the type it is stored in. Nothing is read yet; of trajectories, one number stands for all latents.
+    Nothing is read yet, and no encoder is needed. With trajectories, one zero stands for all latents.
 
     Raises:
-        UserError: it is no finished set, was drawn by another teacher, or its points are not those of `method.grid`.
+        UserError: it was drawn by another teacher, its points are not those of `method.grid`, or the recipe starts on
+            clean data and its end points are not clean.
     """
-    synthesis = read_synthesis(folder, widen=False)  # what it is widened on is the device
+    # in the stored type: half the bytes go to the device, and are widened there
+    synthesis = Synthesis(files, DTYPES[files.manifest.plan.settings.dtype])
     synthesis.check_teacher(backbone.folder)
-    every = torch.arange(len(synthesis))
+    drawn, source = synthesis.plan.settings, f"data.source = {str(files.folder)!r}"
+    latents: Rows = synthesis.mapped("latents")
+    trajectories = None
     if method.start == "trajectory":
         path = backbone.path
         wanted = torch.cat([torch.tensor([end_time(path, method.end)]).double(), training_grid(path, method.grid)])
         if not torch.equal(synthesis.times, wanted):
-            drawn = synthesis.plan.settings
             raise UserError(
-                f"data.source = {str(folder)!r} holds points of grid = {drawn.grid}, end = {drawn.end!r}, not of "
-                f"method.grid = {method.grid}, end = {method.end!r}; the nearest legal method.grid is {drawn.grid}"
+                f"{source} holds points of grid = {drawn.grid}, end = {drawn.end!r}, method has grid = {method.grid}, "
+                f"end = {method.end!r}; use the set's",
+                field="method.grid",
             )
-        latents: Rows = torch.zeros(()).expand(len(synthesis), *backbone.latent_shape)
-    else:
-        if method.start == "data" and synthesis.plan.settings.end != "clean":
-            raise UserError(
-                f"data.source = {str(folder)!r} holds end points that are not clean (end = 'index0'), and "
-                "method.start = 'data' takes them for data; the nearest is a set of end = 'clean'"
-            )
-        latents = EndPoints(synthesis)
-    rows = synthesis.rows(every)[:, None]
-    return synthesis, LatentSet(latents, synthesis.table, rows, f"synthesis {synthesis.key}", tuple(synthesis.prompts))
+        latents, trajectories = torch.zeros(()).expand(len(synthesis), *backbone.latent_shape), synthesis.trajectories
+    elif method.start == "data" and drawn.end != "clean":
+        raise UserError(
+            f"{source} holds end points that are not clean (end = {drawn.end!r}), method.start = 'data' needs clean "
+            "data; use a set of end = 'clean'",
+            field="data.source",
+        )
+    rows: Tensor = synthesis.rows(range(len(synthesis)))[:, None]
+    key = f"synthesis {synthesis.key}"
+    return LatentSet(latents, synthesis.table, rows, key, tuple(synthesis.prompts)), trajectories

@@ -1,4 +1,4 @@
-"""What a synthesis will take, and what can be refused of it, from settings, JSON and headers alone."""
+"""The cost of a synthesis, and its checks from settings, JSON and headers alone. Light: no torch."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from fewstep.distillation.synthesis.record import (
 from fewstep.distillation.synthesis.settings import DrawnSettings, SynthesisConfig
 
 BYTES = {"I64": 8, "F64": 8, "F32": 4, "F16": 2}
-"""Bytes of a number, by safetensors' name of its type."""
+"""Bytes of a number by safetensors' name of its type."""
 
 
 @dataclass(frozen=True)
 class SynthesisCost:
-    """What a synthesis will take.
+    """The cost of a synthesis.
 
     Attributes:
         samples, shards: of the whole set.
         shard: samples a shard.
         evaluations: of the network for one sample, both branches of a guided call counted.
-        sample_bytes: on disk, of one sample.
-        prompts: distinct ones, whose text states are kept too.
+        sample_bytes: of one sample on disk.
+        prompts: number of distinct prompts, whose text states are stored too.
     """
 
     samples: int
@@ -49,7 +49,7 @@ class SynthesisCost:
     prompts: int
 
     def lines(self) -> list[str]:
-        """The cost in words."""
+        """Return the cost as lines of text."""
         total = self.samples * self.evaluations
         return [
             f"samples  {self.samples} of {self.prompts} prompts, in {self.shards} shards of {self.shard}",
@@ -60,7 +60,7 @@ class SynthesisCost:
 
 
 def in_words(count: float) -> str:
-    """Bytes for people."""
+    """Return a number of bytes as text."""
     units = ["bytes", "KiB", "MiB", "GiB", "TiB"]
     while count >= 1024 and units[1:]:
         count /= 1024
@@ -69,12 +69,12 @@ def in_words(count: float) -> str:
 
 
 def sample_bytes(settings: DrawnSettings, shape: tuple[int, int, int]) -> int:
-    """Bytes of one sample in a shard."""
+    """Return the bytes of one sample in a shard."""
     return sum(math.prod(size) * BYTES[kind] for kind, size in layout(settings, shape, 1).values())
 
 
 def cost_of(config: SynthesisConfig, lines: Sequence[str], folder: PipelineFolder) -> SynthesisCost:
-    """What a synthesis of these prompts will take."""
+    """Return the cost of a synthesis of these prompts."""
     samples = len(lines) * config.each
     return SynthesisCost(
         samples,
@@ -87,31 +87,29 @@ def cost_of(config: SynthesisConfig, lines: Sequence[str], folder: PipelineFolde
 
 
 def fingerprints(folder: PipelineFolder) -> dict[str, str]:
-    """Identities of what draws and of what encodes prompts."""
-    return {
-        "teacher": folder.denoising,
-        "encoders": folder.identity(*folder.family.readers),
-    }
+    """Return the fingerprints of the teacher's denoiser and of its text encoders."""
+    return {"teacher": folder.denoising, "encoders": folder.identity(*folder.family.readers)}
 
 
 def prompt_entries(lines: Sequence[str]) -> dict[str, Any]:
-    """What a plan says of the prompts."""
+    """Return the entries of a plan that identify the prompts."""
     return {"lines": len(lines), "distinct": len(set(lines)), "prompts": prompts_digest(lines)}
 
 
 def check_synthesis(config: SynthesisConfig, lines: Sequence[str], folder: PipelineFolder, out: Path) -> None:
-    """Refuse what could not be drawn, or not into this place.
+    """Refuse what cannot be drawn, or not into this folder.
 
     Raises:
-        UserError: times off the teacher's schedule, walks of a teacher without an unconditional branch, a place that
-            cannot be written to, that holds another set or other files of the same names, or that has no room.
+        UserError: times off the teacher's schedule, trajectories of a teacher without an unconditional branch, a folder
+            that cannot be written to, that holds another set or other files of the same names, or that has no room.
     """
     check_diffusion("teacher", folder)
     check_walk(config.grid, config.end, folder)
     if config.kind == "trajectories" and folder.takes_guidance:
         raise UserError(
-            f"kind = 'trajectories' keeps what is said with and without a prompt, {folder.path} has no branch without; "
-            "the nearest legal kind is 'latents'"
+            f"kind = 'trajectories' needs outputs without a prompt, {folder.path} has no unconditional branch; use "
+            "'latents'",
+            field="kind",
         )
     check_writable(out)
     held = read_plan(out)
@@ -125,25 +123,24 @@ def check_synthesis(config: SynthesisConfig, lines: Sequence[str], folder: Pipel
 
 
 def check_free(out: Path) -> None:
-    """Refuse a folder that holds files under the names of a set's, and is none: they would be lost.
+    """Refuse a folder without a set that holds files of the same names: they would be lost.
 
     Raises:
         UserError: naming one of them.
     """
     for name in (PROMPTS, CONDITIONS, MANIFEST, shard_name(0)):
         if (out / name).exists():
-            raise UserError(f"out = {str(out)!r} holds {name}, which would be lost; give a new folder")
+            raise UserError(f"out = {str(out)!r} holds {name}, which would be lost; use a new folder", field="out")
 
 
 def _check_room(cost: SynthesisCost, out: Path) -> None:
-    nearest = out.absolute()
-    while not nearest.exists():
-        nearest = nearest.parent
-    there = sum(file.stat().st_size for file in out.glob("shard-*.safetensors"))
-    wanted, free = cost.samples * cost.sample_bytes - there, shutil.disk_usage(nearest).free
+    place = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
+    held = sum(file.stat().st_size for file in out.glob("shard-*.safetensors"))
+    wanted, free = cost.samples * cost.sample_bytes - held, shutil.disk_usage(place).free
     if wanted > free:
-        fit = max(0, (free + there) // cost.sample_bytes)
+        fit = max(0, (free + held) // cost.sample_bytes)
         raise UserError(
             f"the set takes {in_words(wanted)} more, {out} has {in_words(free)} free: room for {fit} of "
-            f"{cost.samples} samples; give fewer prompts, a smaller each or grid, or another --out"
+            f"{cost.samples} samples; use fewer prompts, a smaller each or grid, or another --out",
+            field="out",
         )

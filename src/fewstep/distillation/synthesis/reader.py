@@ -1,10 +1,9 @@
-"""A synthesised set, read sample by sample: no more of it is in memory than was asked for."""
+"""A synthesised set, read sample by sample."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,61 +11,35 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fewstep.backbones.pipeline_folder import PipelineFolder
-from fewstep.common.device import DTYPES
 from fewstep.common.errors import UserError
 from fewstep.common.files import sha256
-from fewstep.common.mapped_tensors import MappedTensor, map_tensors, open_tensors
+from fewstep.common.mapped_tensors import MappedRows, MappedTensor, map_tensors, open_tensors
 from fewstep.distillation.synthesis.planning import fingerprints
-from fewstep.distillation.synthesis.record import (
-    CONDITIONS,
-    MANIFEST,
-    PROMPTS,
-    Manifest,
-    Plan,
-    check_files,
-    is_whole,
-    read_manifest,
-)
+from fewstep.distillation.synthesis.record import CONDITIONS, MANIFEST, PROMPTS, Plan, SynthesizedSet, is_whole
+from fewstep.distillation.trajectory import Trajectories
 
 Items = Tensor | Sequence[int]
 """Sample numbers, [B], in any order."""
 
 
-def read_synthesis(folder: Path | str, *, widen: bool = True) -> Synthesis:
-    """Open a finished set. Sizes and headers are checked here, checksums by `Synthesis.verify`.
-
-    Args:
-        widen: latents, points and predictions come as fp32, whatever they are stored in; False: in their own type.
-
-    Raises:
-        UserError: it is none, is not finished, or a file of it is missing or of another size or layout.
-    """
-    folder = Path(folder)
-    manifest = read_manifest(folder)
-    check_files(folder, manifest)
-    return Synthesis(folder, manifest, DTYPES["fp32" if widen else manifest.plan.settings.dtype])
-
-
 class Synthesis:
-    """A finished set. Samples go by number, 0 .. len - 1; points by their place in `times`, 0 for the end point.
-
-    What is read comes on the CPU, as `kind` whatever it is stored in.
+    """The samples of a finished set, by number (0 .. len - 1), on the CPU; points by their place in `times`.
 
     Attributes:
-        kind: fp32, or the type that it is stored in.
+        kind: type of what is read, whatever it is stored in.
         times: of the points, rising, float64 [N + 1]: the end point, then the grid.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, kind: torch.dtype = torch.float32) -> None:
-        self.folder = folder
-        self.manifest = manifest
+    def __init__(self, files: SynthesizedSet, kind: torch.dtype = torch.float32) -> None:
+        self.folder = files.folder
+        self.manifest = files.manifest
         self.kind = kind
-        self.times = torch.tensor(manifest.plan.times, dtype=torch.float64)
-        self._shards: dict[int, dict[str, MappedTensor]] = {}
+        self.times = torch.tensor(self.plan.times, dtype=torch.float64)
+        self._mapped: dict[str, MappedRows] = {}
 
     @property
     def plan(self) -> Plan:
-        """What it was drawn from, and how."""
+        """The settings and fingerprints that it was drawn with."""
         return self.manifest.plan
 
     def __len__(self) -> int:
@@ -88,51 +61,71 @@ class Synthesis:
         return {name: torch.from_numpy(array) for name, array in map_tensors(self.folder / CONDITIONS).items()}
 
     @cached_property
+    def _shards(self) -> list[dict[str, MappedTensor]]:
+        return [open_tensors(self.folder / record.file) for record in self.manifest.shards]
+
+    @cached_property
     def _inputs(self) -> dict[str, Tensor]:
-        shards = [self._shard(number) for number in range(self.plan.shards)]
+        names = ("prompt", "seed", "omega")
         return {
-            name: torch.from_numpy(np.concatenate([shard[name].array() for shard in shards]))
-            for name in ("prompt", "seed", "omega")
+            name: torch.from_numpy(np.concatenate([shard[name].array() for shard in self._shards])) for name in names
         }
 
+    def mapped(self, name: str) -> MappedRows:
+        """Return a tensor of all samples as it is stored: `latents`, `points`, `with_prompt` or `without_prompt`.
+
+        Raises:
+            UserError: the set holds end points alone.
+        """
+        if name not in self._shards[0]:
+            raise UserError(
+                f"{self.folder} holds kind = 'latents', end points alone; the kind that holds points is 'trajectories'"
+            )
+        if name not in self._mapped:
+            self._mapped[name] = MappedRows([shard[name] for shard in self._shards])
+        return self._mapped[name]
+
+    @property
+    def trajectories(self) -> Trajectories:
+        """The trajectories of all samples, with the network's outputs, in the type that they are stored in."""
+        outputs = self.mapped("with_prompt"), self.mapped("without_prompt")
+        return Trajectories(self.mapped("points"), self._inputs["omega"], outputs)
+
     def rows(self, items: Items) -> Tensor:
-        """Row of `table` (and of `prompts`) that each sample was drawn with, int64 [B]; K for the empty prompt."""
+        """Return each sample's row of `table` (and of `prompts`), int64 [B]; K for the empty prompt."""
         return self._inputs["prompt"][self._numbers(items)]
 
     def omega(self, items: Items) -> Tensor:
-        """Guidance that each walk took, in the papers' convention, float64 [B]; 0 for none."""
+        """Return each trajectory's guidance in the papers' convention, float64 [B]; 0 for none."""
         return self._inputs["omega"][self._numbers(items)]
 
     def seeds(self, items: Items) -> Tensor:
-        """Seed of the CPU generator that each start noise came from, int64 [B]."""
+        """Return the seed of the CPU generator of each start noise, int64 [B]."""
         return self._inputs["seed"][self._numbers(items)]
 
     def latents(self, items: Items) -> Tensor:
-        """End points, [B, C, h, w]."""
-        return self._read("latents", self._numbers(items))
+        """Return end points, [B, C, h, w]."""
+        return self.mapped("latents")[self._numbers(items)].to(self.kind)
 
     def points(self, items: Items, index: Tensor | int) -> Tensor:
-        """x at times[index], [B, C, h, w]; `index` is one for all, or int64 [B].
+        """Return x at times[index], [B, C, h, w]; `index` is one for all, or int64 [B].
 
         Raises:
             UserError: the set holds end points alone.
-            IndexError: there is no such point.
+            IndexError: there is no such sample or point.
         """
-        numbers = self._numbers(items)
-        return self._read("points", numbers, self._index(numbers, index, lowest=0))
+        return self._at("points", items, index, lowest=0)
 
     def predictions(self, items: Items, index: Tensor | int) -> tuple[Tensor, Tensor]:
-        """What the network said at `points(items, index)` with and without the prompt, [B, C, h, w] each.
+        """Return the network's outputs (`plan.prediction`) at `points(items, index)`, with and without the prompt.
 
-        Its own output, `plan.prediction`. The end point, index 0, has none.
+        Both are [B, C, h, w]. The end point, index 0, has none.
 
         Raises:
             UserError: the set holds end points alone.
-            IndexError: there is no such point, or it is the end point.
+            IndexError: there is no such sample or point, or it is the end point.
         """
-        numbers = self._numbers(items)
-        place = self._index(numbers, index, lowest=1) - 1
-        return self._read("with_prompt", numbers, place), self._read("without_prompt", numbers, place)
+        return self._at("with_prompt", items, index, lowest=1), self._at("without_prompt", items, index, lowest=1)
 
     def verify(self, *, quiet: bool = False) -> None:
         """Read every file once and compare it with its checksum.
@@ -140,16 +133,15 @@ class Synthesis:
         Raises:
             UserError: naming the first broken file.
         """
-        notes = self.manifest.notes
-        with tqdm(
-            total=sum(note.bytes for note in notes), desc="verifying", unit="B", unit_scale=True, disable=quiet
-        ) as bar:
-            for note in notes:
-                if not is_whole(self.folder, note):
+        records = self.manifest.records
+        total = sum(record.bytes for record in records)
+        with tqdm(total=total, desc="verifying", unit="B", unit_scale=True, disable=quiet) as bar:
+            for record in records:
+                if not is_whole(self.folder, record):
                     raise UserError(
-                        f"{self.folder / note.file} is broken; run its `fewstep synthesize` again to mend it"
+                        f"{self.folder / record.file} is broken; run its `fewstep synthesize` again to mend it"
                     )
-                bar.update(note.bytes)
+                bar.update(record.bytes)
 
     def check_teacher(self, folder: PipelineFolder) -> None:
         """Refuse another teacher than the one that drew the set.
@@ -162,7 +154,8 @@ class Synthesis:
             if found != drawn:
                 raise UserError(
                     f"{self.folder} was drawn with another {name} ({drawn[:12]}) than that of {folder.path} "
-                    f"({found[:12]}); give the teacher that drew it"
+                    f"({found[:12]}); use the teacher that drew it",
+                    field="teacher",
                 )
 
     def _numbers(self, items: Items) -> Tensor:
@@ -170,30 +163,11 @@ class Synthesis:
         _check_range("item", numbers, 0, len(self) - 1)
         return numbers
 
-    def _index(self, numbers: Tensor, index: Tensor | int, lowest: int) -> Tensor:
-        if self.plan.settings.kind != "trajectories":
-            raise UserError(
-                f"{self.folder} holds kind = 'latents', end points alone; the kind that holds points is 'trajectories'"
-            )
+    def _at(self, name: str, items: Items, index: Tensor | int, lowest: int) -> Tensor:
+        numbers, rows = self._numbers(items), self.mapped(name)
         place = torch.as_tensor(index, dtype=torch.int64).expand(len(numbers))
         _check_range("index", place, lowest, len(self.times) - 1)
-        return place
-
-    def _shard(self, number: int) -> dict[str, MappedTensor]:
-        if number not in self._shards:
-            self._shards[number] = open_tensors(self.folder / self.manifest.shards[number].file)
-        return self._shards[number]
-
-    def _read(self, name: str, numbers: Tensor, index: Tensor | None = None) -> Tensor:
-        size = self.plan.settings.shard
-        found = torch.empty((len(numbers), *self.plan.shape), dtype=self.kind)
-        for number in np.unique(numbers // size).tolist():
-            chosen = numbers // size == number
-            rows = (numbers[chosen] - number * size).numpy()
-            array = self._shard(number)[name].array()
-            part = array[rows] if index is None else array[rows, index[chosen].numpy()]
-            found[chosen] = torch.from_numpy(part).to(self.kind)
-        return found
+        return rows.at(numbers, place - lowest).to(self.kind)
 
 
 def _check_range(what: str, values: Tensor, lowest: int, highest: int) -> None:

@@ -1,7 +1,7 @@
-"""What a synthesised set says of itself, and how its files are laid out: read and refused without torch.
+"""The records of a synthesised set and the layout of its files. Light: no torch.
 
-A set is a folder. While it is drawn, `unfinished/` holds the plan and a note of each whole file; the manifest
-`synthesis.json` is written last and takes their place. `docs/guide/synthesis.md` describes the format.
+A set is a folder. While it is drawn, `unfinished/` holds the plan and a record of each whole file; the manifest
+`synthesis.json` is written last and replaces them. `docs/guide/synthesis.md` describes the format.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -31,15 +32,15 @@ DTYPES = {"fp16": "F16", "fp32": "F32"}
 
 
 class Plan(Config):
-    """What a set is drawn from, and how: everything that decides the bytes of its files.
+    """The settings and fingerprints that decide the bytes of a set's files.
 
     Attributes:
         teacher: identity of the teacher's denoiser and scheduler; encoders: of its text encoder and tokenizer.
         lines, distinct: prompts of the file, and different ones among them.
         prompts: SHA-256 of the file's prompts, one a line, in their order.
-        precision, device: what the network computes in, and on what kind of device.
-        weights: what its weights are kept in; sets that do not say have them in fp32.
-        prediction: what the stored predictions are (the network's own output).
+        precision, device: of the network's computation.
+        weights: type of its weights; older sets, without the entry, had fp32.
+        prediction: kind of the stored outputs of the network.
         shape: of a latent, (channels, height, width).
         times: of the points, rising, [N + 1]: the end point, then the grid.
     """
@@ -60,26 +61,26 @@ class Plan(Config):
 
     @property
     def samples(self) -> int:
-        """Samples of the set."""
+        """Number of samples."""
         return self.lines * self.settings.each
 
     @property
     def shards(self) -> int:
-        """Its shards."""
+        """Number of shards."""
         return -(-self.samples // self.settings.shard)
 
     def items(self, shard: int) -> range:
-        """The samples of a shard."""
+        """Return the numbers of a shard's samples."""
         size = self.settings.shard
         return range(shard * size, min((shard + 1) * size, self.samples))
 
     def layout(self, count: int) -> dict[str, tuple[str, Shape]]:
-        """The tensors of a shard of `count` samples: safetensors' type and shape."""
+        """Return the tensors of a shard of `count` samples: safetensors' type and shape of each."""
         return layout(self.settings, self.shape, count)
 
 
 class FileRecord(Config):
-    """A whole file."""
+    """A whole file: name, size in bytes, checksum."""
 
     file: str
     bytes: int
@@ -87,13 +88,13 @@ class FileRecord(Config):
 
 
 class ShardRecord(FileRecord):
-    """A whole shard."""
+    """A whole shard and its number of samples."""
 
     samples: int
 
 
 class Manifest(Config):
-    """A whole set."""
+    """The record of a finished set."""
 
     plan: Plan
     prompts: FileRecord
@@ -106,20 +107,20 @@ class Manifest(Config):
         if len(plan.times) != plan.settings.points + 1:
             raise ValueError(f"times has {len(plan.times)} entries for a grid of {plan.settings.points} points")
         wanted = [(shard_name(i), len(plan.items(i))) for i in range(plan.shards)]
-        if [(note.file, note.samples) for note in self.shards] != wanted:
+        if [(record.file, record.samples) for record in self.shards] != wanted:
             raise ValueError(f"shards are not {plan.shards} of {plan.settings.shard} samples, {plan.samples} in all")
         if (self.prompts.file, self.conditions.file) != (PROMPTS, CONDITIONS):
             raise ValueError(f"prompts and conditions are not in {PROMPTS} and {CONDITIONS}")
         return self
 
     @property
-    def notes(self) -> tuple[FileRecord, ...]:
-        """Every file of the set but the manifest itself."""
+    def records(self) -> tuple[FileRecord, ...]:
+        """All files of the set but the manifest."""
         return self.prompts, self.conditions, *self.shards
 
 
 def layout(settings: DrawnSettings, shape: Shape, count: int) -> dict[str, tuple[str, Shape]]:
-    """The tensors of a shard of `count` samples with latents of a shape: safetensors' type and shape of each."""
+    """Return the tensors of a shard of `count` samples with latents of a shape: safetensors' type and shape of each."""
     kind, n = DTYPES[settings.dtype], settings.points
     tensors: dict[str, tuple[str, Shape]] = {
         "prompt": ("I64", (count,)),
@@ -134,50 +135,46 @@ def layout(settings: DrawnSettings, shape: Shape, count: int) -> dict[str, tuple
 
 
 def shard_name(number: int) -> str:
-    """The file of a shard."""
+    """Return the name of a shard's file."""
     return f"shard-{number:05d}.safetensors"
 
 
 def prompts_digest(lines: Sequence[str]) -> str:
-    """SHA-256 of prompts in their order."""
+    """Return the SHA-256 of prompts, one a line, in their order."""
     return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
 
 
-def record_of_file(path: Path) -> dict[str, Any]:
-    """What a `FileRecord` says of a file: name, size, checksum."""
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
-
-
-def is_whole(folder: Path, note: FileRecord | None) -> bool:
-    """Whether a file is there with the bytes that were noted of it."""
-    if note is None:
+def is_whole(folder: Path, record: FileRecord | None) -> bool:
+    """Return whether the recorded file exists with its recorded bytes."""
+    if record is None:
         return False
-    path = folder / note.file
-    return path.is_file() and path.stat().st_size == note.bytes and sha256(path) == note.sha256
+    path = folder / record.file
+    return path.is_file() and path.stat().st_size == record.bytes and sha256(path) == record.sha256
 
 
 def write_record(folder: Path, path: Path, **more: int) -> None:
-    """Note a file that has just been written to an unfinished set."""
-    write_json(folder / UNFINISHED / f"{path.name}.json", record_of_file(path) | more)
+    """Record a file that was written to an unfinished set."""
+    record = {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path), **more}
+    write_json(folder / UNFINISHED / f"{path.name}.json", record)
 
 
 def read_records(folder: Path, plan: Plan) -> dict[str, FileRecord]:
-    """What was noted of the files of a set, by name: in its manifest, or one by one while it is unfinished.
+    """Return the records of a set's files by name: from its manifest, or one by one while it is unfinished.
 
-    A note that is broken is none.
+    Unreadable records are skipped.
     """
     if (folder / MANIFEST).is_file():
-        return {note.file: note for note in read_manifest(folder).notes}
-    notes = {}
+        return {record.file: record for record in read_manifest(folder).records}
+    found = {}
     for name in (PROMPTS, CONDITIONS, *map(shard_name, range(plan.shards))):
         with suppress(UserError):
             data = read_mapping(folder / UNFINISHED / f"{name}.json")
-            notes[name] = validate(ShardRecord if "samples" in data else FileRecord, data)
-    return {name: note for name, note in notes.items() if note.file == name}
+            found[name] = validate(ShardRecord if "samples" in data else FileRecord, data)
+    return {name: record for name, record in found.items() if record.file == name}
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a finished set.
+    """Read the manifest of a finished set.
 
     Raises:
         UserError: there is none, the set is not finished, or it is of another format.
@@ -185,13 +182,13 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         if (folder / UNFINISHED / PLAN).is_file():
-            raise UserError(f"{folder} is not finished: run its `fewstep synthesize` again to go on")
+            raise UserError(f"{folder} is not finished: run its `fewstep synthesize` again to resume it")
         raise UserError(f"{folder} is no synthesised set: it holds no {MANIFEST}; `fewstep synthesize` makes one")
     return _read(Manifest, path)
 
 
 def read_plan(folder: Path) -> Plan | None:
-    """The plan of the set that a folder holds, finished or not; None if it holds none.
+    """Read the plan of the set that a folder holds, finished or not; None if it holds none.
 
     Raises:
         UserError: it is broken, or of another format.
@@ -214,7 +211,7 @@ def _read(model: type[ConfigT], path: Path) -> ConfigT:
 
 
 def refuse_other(folder: Path, held: Plan, wanted: Mapping[str, Any]) -> None:
-    """Refuse to go on with a set of another plan; `wanted` holds the entries of the plan that are known by now.
+    """Refuse to resume a set of another plan; `wanted` holds those entries of the plan that are known.
 
     Raises:
         UserError: naming the first difference.
@@ -225,38 +222,47 @@ def refuse_other(folder: Path, held: Plan, wanted: Mapping[str, Any]) -> None:
         before, now = ({key: _short(value) for key, value in side.items()} for side in (known, ordered))
         raise UserError(
             f"synthesis folder {folder} holds a set with another {first_difference(before, now)}; "
-            "give the same to go on with it, or another --out"
+            "use the same to resume it, or another --out"
         )
 
 
 def _short(value: Any) -> Any:
-    """A checksum by its first letters."""
+    """Return the first digits of a checksum."""
     return value[:12] if isinstance(value, str) else value
 
 
-def check_files(folder: Path, manifest: Manifest) -> None:
-    """Refuse a set whose files are not what its manifest says, by their sizes and headers.
+@dataclass(frozen=True)
+class SynthesizedSet:
+    """A finished set, whose files were checked by their sizes and headers."""
+
+    folder: Path
+    manifest: Manifest
+
+
+def open_set(folder: Path) -> SynthesizedSet:
+    """Check the files of a finished set against its manifest by their sizes and headers; `is_whole` reads the bytes.
 
     Raises:
-        UserError: naming the first file that is missing, of another size, or laid out otherwise.
+        UserError: there is no finished set, or a file of it is missing, of another size or of another layout.
     """
-    for note in manifest.notes:
-        path = folder / note.file
+    manifest = read_manifest(folder)
+    for record in manifest.records:
+        path = folder / record.file
         size = path.stat().st_size if path.is_file() else None
-        if size != note.bytes:
-            found = "is missing" if size is None else f"has {size} bytes, not {note.bytes}"
+        if size != record.bytes:
+            found = "is missing" if size is None else f"has {size} bytes, not {record.bytes}"
             raise UserError(f"{path} {found}; run its `fewstep synthesize` again to mend it")
-    for note in manifest.shards:
-        _, entries = read_safetensors_header(folder / note.file)
-        if {name: (e.dtype, e.shape) for name, e in entries.items()} != manifest.plan.layout(note.samples):
-            raise UserError(f"{folder / note.file} is not laid out as {MANIFEST} says")
+    for record in manifest.shards:
+        _, entries = read_safetensors_header(folder / record.file)
+        if {name: (e.dtype, e.shape) for name, e in entries.items()} != manifest.plan.layout(record.samples):
+            raise UserError(f"{folder / record.file} has other tensors than {MANIFEST} names")
     _, states = read_safetensors_header(folder / CONDITIONS)
     for name, entry in states.items():
         if entry.shape[:1] != (manifest.plan.distinct + 1,):
-            raise UserError(f"{folder / CONDITIONS}: {name!r} has not one row a prompt and one for none")
+            raise UserError(f"{folder / CONDITIONS}: {name!r} needs one row a prompt and one for the empty prompt")
+    return SynthesizedSet(folder, manifest)
 
 
-def is_synthesis(source: str) -> bool:
-    """Whether a setting means a synthesised set and not a folder of pictures."""
-    folder = Path(source)
+def is_synthesis(folder: Path) -> bool:
+    """Return whether a folder holds a synthesised set, finished or not."""
     return (folder / MANIFEST).is_file() or (folder / UNFINISHED).is_dir()

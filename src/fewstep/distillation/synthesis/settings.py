@@ -1,4 +1,4 @@
-"""Every setting of a synthesis. Light: read, and refused, before torch is imported."""
+"""The settings of a synthesis. Light: no torch."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from fewstep.common.config import Config, parse_overrides, validate
 from fewstep.diffusion.config import GridSpec, Guidance
 
 Kind = Literal["latents", "trajectories"]
-"""What is kept of a walk: its end point, or every point with what the teacher said there."""
+"""Stored of a trajectory: its end point, or every point with the network's outputs."""
 Storage = Literal["fp16", "fp32"]
-"""What tensors are stored in."""
+"""Type of the stored tensors."""
 
 
 class DrawnSettings(Config):
-    """What of a synthesis decides its numbers; they stand in the record of the set."""
+    """The settings that decide the numbers of a set; they are a part of its record."""
 
     kind: Kind = Field("latents", description="latents (end points), or trajectories (all points and predictions)")
     each: int = Field(1, ge=1, description="samples of each line of the prompt file")
-    grid: GridSpec = Field(50, description="times of the walk, one solver step each: N points, or the points, rising")
+    grid: GridSpec = Field(
+        50, description="times of a trajectory, one solver step each: N points, or the points, rising"
+    )
     end: End = Field(
         "clean",
-        description="where the walk ends: clean (sigma = 0), or trajectories' default, index0 (.029 on SD's path)",
+        description="where a trajectory ends: clean (sigma = 0), or trajectories' default, index0 (.029 on SD's path)",
     )
     solver: SolverName = Field("ddim", description="the teacher's step: ddim, euler, heun, dpm_2, dpmpp_2s")
     guidance: Guidance = Field(Guidance(low=7.0, high=7.0), description="of the teacher's step")
@@ -39,7 +41,7 @@ class DrawnSettings(Config):
     @model_validator(mode="before")
     @classmethod
     def _end_of_kind(cls, known: Any) -> Any:
-        """Latents are data, and clean; trajectories end where most recipes' jumps do."""
+        """Default to `clean` for latents, which are data, and to most recipes' end point for trajectories."""
         if isinstance(known, dict) and "end" not in known and known.get("kind") == "trajectories":
             return {**known, "end": "index0"}
         return known
@@ -48,21 +50,21 @@ class DrawnSettings(Config):
     def _points_rise(self) -> Self:
         if isinstance(self.grid, int):
             if self.grid < 1:
-                raise ValueError(f"grid = {self.grid} has no points; the nearest legal one is 1")
+                raise ValueError(f"grid = {self.grid} must be at least 1")
         elif not self.grid or sorted(set(self.grid)) != list(self.grid):
-            raise ValueError(f"grid = {list(self.grid)} does not rise; the nearest is {sorted(set(self.grid)) or 50}")
+            raise ValueError(f"grid = {list(self.grid)} does not rise; use {sorted(set(self.grid)) or 50}")
         return self
 
     @property
     def points(self) -> int:
-        """N, the points of the grid, and the steps of a walk."""
+        """N, the number of points of the grid and of solver steps."""
         return self.grid if isinstance(self.grid, int) else len(self.grid)
 
     def evaluations(self, *, from_pure_noise: bool = False) -> int:
-        """Network evaluations of one sample, both branches of a guided call counted.
+        """Return the network evaluations of one sample, both branches of a guided call counted.
 
-        A step onto clean data or from pure noise is of first order. Trajectories keep what the network says without the
-        prompt even where the walk itself has no guidance, which is one evaluation more a step.
+        A step onto clean data or from pure noise is of first order. Trajectories without guidance take one evaluation
+        more a step, for the output without the prompt.
         """
         first_order = (self.end == "clean") + from_pure_noise
         single = min(first_order, self.points)
@@ -72,7 +74,7 @@ class DrawnSettings(Config):
 
 
 class SynthesisConfig(DrawnSettings):
-    """A synthesis: what is drawn, by whom, where."""
+    """All settings of a synthesis."""
 
     teacher: str = Field("", description="pipeline folder; empty for the bundled teacher")
     device: DeviceName = Field("auto", description="where to draw")
@@ -82,14 +84,14 @@ class SynthesisConfig(DrawnSettings):
 
     @property
     def drawn(self) -> DrawnSettings:
-        """What of it decides the numbers."""
+        """The settings that decide the numbers."""
         return DrawnSettings.model_validate(self.model_dump(include=set(DrawnSettings.model_fields)))
 
 
 def resolve_synthesis(
     overrides: str | Sequence[str] = (), teacher: str | Path = "", kind: str | None = None
 ) -> SynthesisConfig:
-    """Dotted overrides over the defaults, then teacher and kind if they are named.
+    """Merge dotted overrides, and teacher and kind if they are named, over the defaults.
 
     Raises:
         UserError: unknown key, or an illegal value.

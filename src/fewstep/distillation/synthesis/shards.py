@@ -1,4 +1,4 @@
-"""The shards of a set: drawn, stored, and found again."""
+"""Drawing and storing the shards of a set."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from fewstep.common.tensors import save_tensors
 from fewstep.diffusion.denoiser import Condition
 from fewstep.diffusion.samplers import picture_noise
 from fewstep.distillation.synthesis.record import Plan, shard_name, write_record
-from fewstep.distillation.synthesis.walk import Drawn, Walk, end_points, trajectories
+from fewstep.distillation.trajectory import TeacherOde
 
 TYPES = {"I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
 """safetensors' name of a type -> torch's."""
+Drawn = dict[str, Tensor]
+"""Tensors of some samples, by their names in a shard."""
 
 
 @dataclass(frozen=True)
 class ShardMaker:
-    """KeyedRng the samples of a plan.
+    """The samples of a plan, drawn by its teacher.
 
     Attributes:
         rows: row of the text states of each line of the prompt file, int64 [lines].
@@ -34,52 +36,47 @@ class ShardMaker:
     """
 
     plan: Plan
-    walk: Walk
+    ode: TeacherOde
     backbone: Backbone
     rows: Tensor
     table: Mapping[str, Tensor]
 
     def inputs(self, items: range) -> Drawn:
-        """Prompt, seed and guidance of samples: keyed by sample number, so that they do not depend on the shard."""
+        """Draw prompt, seed and guidance of samples, keyed by sample number: they do not depend on the shard."""
         settings = self.plan.settings
         rng = KeyedRng(settings.seed, 0, tuple(items))
         rows = self.rows[torch.tensor([i // settings.each for i in items])]
-        unsaid = rng.chance("empty prompt", settings.empty_prompts)
+        empty = rng.chance("empty prompt", settings.empty_prompts)
         return {
-            "prompt": torch.where(unsaid, self.plan.distinct, rows),
-            # one after another: a CPU generator of torch tells seeds apart by their last 32 bits alone
+            "prompt": torch.where(empty, self.plan.distinct, rows),
+            # consecutive: a CPU generator of torch uses the last 32 bits of a seed alone
             "seed": torch.tensor([settings.seed * 1_000_003 + i for i in items]),
             "omega": rng.uniform("guidance", *settings.guidance.omegas),
         }
 
     def states(self, rows: Tensor) -> Condition:
-        """The text states in rows of the table, float32 on the device."""
+        """Return the text states in rows of the table, float32 on the device."""
         return {name: copy_async(states[rows], self.backbone.device).float() for name, states in self.table.items()}
 
     def draw(self, inputs: Drawn) -> Drawn:
-        """Walk with some samples at once: what is kept of them."""
+        """Draw some samples in one batch; return what a shard stores of them, on the CPU."""
         settings, device = self.plan.settings, self.backbone.device
         noise, _ = picture_noise(inputs["seed"].tolist(), self.plan.shape)
         null = self.states(torch.full_like(inputs["prompt"], self.plan.distinct))
-        kept = trajectories if settings.kind == "trajectories" else end_points
-        precision = self.plan.precision
+        given = self.states(inputs["prompt"]), null, inputs["omega"], noise.to(device)
+        precision, kind = self.plan.precision, DTYPES[settings.dtype]
         with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
-            return kept(
-                self.walk,
-                self.states(inputs["prompt"]),
-                null,
-                inputs["omega"],
-                noise.to(device),
-                DTYPES[settings.dtype],
-            )
+            if settings.kind == "trajectories":
+                return self.ode.with_outputs(*given, kind)
+            return {"latents": self.ode.end_points(*given).to("cpu", kind)}
 
     def shard(self, items: range, advance: Callable[[int], object]) -> Drawn:
-        """All tensors of the shard with these samples; `advance` is told of samples as they are drawn.
+        """Draw all tensors of a shard; `advance` is called with the number of samples after each batch.
 
-        The network sees them in batches that are counted from the shard's first sample, whoever draws it.
+        Batches are counted from the shard's first sample, so that they are the same in any process.
 
         Raises:
-            UserError: a number that is not finite.
+            UserError: a number is not finite.
         """
         inputs = self.inputs(items)
         layout = self.plan.layout(len(items))
@@ -101,18 +98,19 @@ def _check_finite(name: str, values: Tensor, items: range, plan: Plan) -> None:
         item = items[int((~finite).nonzero()[0])]
         raise UserError(
             f"{name} of sample {item} is not finite under dtype = {plan.settings.dtype!r} and precision = "
-            f"{plan.precision!r}; the nearest legal ones are 'fp32' for both, or less guidance"
+            f"{plan.precision!r}; use 'fp32' for both, or less guidance",
+            field="dtype",
         )
 
 
-def make_shard(painter: ShardMaker, folder: Path, number: int, advance: Callable[[int], object]) -> None:
-    """Draw a shard, store it, and note it.
+def make_shard(maker: ShardMaker, folder: Path, number: int, advance: Callable[[int], object]) -> None:
+    """Draw, store and record a shard.
 
     Raises:
-        UserError: a number that is not finite, or a disk that is full.
+        UserError: a number is not finite, or the disk is full.
     """
-    items = painter.plan.items(number)
-    drawn = painter.shard(items, advance)
+    items = maker.plan.items(number)
+    drawn = maker.shard(items, advance)
     path = folder / shard_name(number)
     with atomic_write(path) as part:
         save_tensors(part, drawn)
@@ -120,7 +118,7 @@ def make_shard(painter: ShardMaker, folder: Path, number: int, advance: Callable
 
 
 def share(numbers: Sequence[int], rank: int, count: int) -> list[int | None]:
-    """What a process takes of the shards: every `count`-th; None where others still draw in the last round."""
+    """Return a process's share of the shards, every `count`-th; None where only others draw in the last round."""
     rounds = -(-len(numbers) // count)
     own: list[int | None] = list(numbers[rank::count])
     return own + [None] * (rounds - len(own))

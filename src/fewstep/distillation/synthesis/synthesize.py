@@ -1,7 +1,6 @@
 """`fewstep synthesize`: from a teacher and a prompt file to a stored set.
 
-The settings and the prompts decide every byte (on the CPU): neither how many processes drew the set nor how often they
-were killed.
+On the CPU the settings and prompts decide every byte, in any number of processes and after any number of kills.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from fewstep.common.files import atomic_folder, atomic_write, hold_folder, remov
 from fewstep.common.mapped_tensors import map_tensors, write_rows
 from fewstep.diffusion.denoiser import Condition
 from fewstep.diffusion.grid import end_time, training_grid
+from fewstep.diffusion.samplers import step_between
 from fewstep.distillation.synthesis.planning import SynthesisCost, check_free, cost_of, fingerprints, prompt_entries
 from fewstep.distillation.synthesis.record import (
     CONDITIONS,
@@ -48,7 +48,7 @@ from fewstep.distillation.synthesis.record import (
 )
 from fewstep.distillation.synthesis.settings import SynthesisConfig
 from fewstep.distillation.synthesis.shards import ShardMaker, make_shard, share
-from fewstep.distillation.synthesis.walk import Walk
+from fewstep.distillation.trajectory import TeacherOde
 from fewstep.inference.generator import image_generator_of
 
 ENCODED = 512
@@ -56,7 +56,7 @@ ENCODED = 512
 
 
 def make_plan(config: SynthesisConfig, lines: Sequence[str], backbone: Backbone) -> Plan:
-    """What decides the bytes of a set."""
+    """Return the plan of a set: what decides the bytes of its files."""
     path, settings = backbone.path, config.drawn
     channels, height, width = backbone.latent_shape
     precision = pick_precision(config.precision, backbone.device)
@@ -74,20 +74,19 @@ def make_plan(config: SynthesisConfig, lines: Sequence[str], backbone: Backbone)
 
 
 def synthesize(config: SynthesisConfig, lines: Sequence[str], out: Path, *, quiet: bool = False) -> Path:
-    """Draw a set into the folder `out`, going on with what it already holds; returns the folder.
+    """Draw a set into the folder `out`, resuming what it already holds, and return the folder.
 
-    Every process of a launch must ask; each takes its share of the shards that are not there.
+    Every process of a launch must call it; each draws its share of the missing shards.
 
     Args:
-        lines: prompts, one for each of `config.each` samples; the same one may stand on several lines.
+        lines: prompts, each of `config.each` samples; a prompt may be on several lines.
 
     Raises:
-        UserError: the folder holds another set, or is in use; a teacher that cannot be read; numbers that are not
-            finite.
+        UserError: the folder holds another set or is in use, the teacher cannot be read, or a number is not finite.
     """
     device = pick_device(config.device)
     if config.precision == "fp16" and device.type == "cpu":
-        raise UserError("precision = 'fp16' needs a GPU; the nearest legal one is 'bf16'")
+        raise UserError("precision = 'fp16' needs a GPU; use 'bf16'", field="precision")
     accelerator = make_accelerator(config.precision, device)
     kept = DTYPES[pick_precision(config.precision, accelerator.device)]
     backbone = open_backbone(teacher_path(config.teacher), accelerator.device, kept)
@@ -108,16 +107,11 @@ def synthesize(config: SynthesisConfig, lines: Sequence[str], out: Path, *, quie
         if not silent:
             print("\n".join(_summary(out, plan, cost_of(config, lines, backbone.folder), missing)), file=sys.stderr)
         number = {prompt: row for row, prompt in enumerate(distinct)}
-        painter = ShardMaker(
-            plan,
-            Walk(
-                image_generator_of(backbone).denoiser, plan.times, plan.settings.solver, plan.settings.guidance.guides
-            ),
-            backbone,
-            torch.tensor([number[line] for line in lines]),
-            table,
-        )
-        _draw(painter, out, missing, silent)
+        denoiser, settings = image_generator_of(backbone).denoiser, plan.settings
+        step = partial(step_between, denoiser.path, solver=settings.solver)
+        ode = TeacherOde(denoiser, plan.times, step, settings.guidance.guides)
+        maker = ShardMaker(plan, ode, backbone, torch.tensor([number[line] for line in lines]), table)
+        _draw(maker, out, missing, silent)
         with fail_together():
             if is_main():
                 _close(out, plan)
@@ -125,7 +119,7 @@ def synthesize(config: SynthesisConfig, lines: Sequence[str], out: Path, *, quie
 
 
 def _open(out: Path, plan: Plan) -> None:
-    """Lay out the folder of a set that is to be drawn, or gone on with.
+    """Prepare the folder of a new set or of one that is resumed.
 
     Raises:
         UserError: it holds another set, or other files under the names of a set's.
@@ -141,50 +135,50 @@ def _open(out: Path, plan: Plan) -> None:
 
 
 def _missing(out: Path, plan: Plan, device: torch.device, silent: bool) -> list[int]:
-    """The shards that are not there, or no longer whole; each process looks at its share of all."""
+    """Return the numbers of missing and broken shards; each process checks its share."""
     absent = torch.zeros(plan.shards, device=device)
     with fail_together():
-        notes = read_records(out, plan)
+        records = read_records(out, plan)
         mine = range(processes.rank(), plan.shards, processes.world_size())
         fresh = not any((out / shard_name(number)).exists() for number in mine)
         for number in tqdm(mine, desc="checking shards", unit="shard", disable=silent or fresh):
-            note = notes.get(shard_name(number))
-            if isinstance(note, ShardRecord) and note.samples == len(plan.items(number)) and is_whole(out, note):
+            record = records.get(shard_name(number))
+            if isinstance(record, ShardRecord) and record.samples == len(plan.items(number)) and is_whole(out, record):
                 continue
             absent[number] = 1
             if (out / shard_name(number)).exists():
-                print(f"{out / shard_name(number)} is broken, or was not finished; it is drawn again", file=sys.stderr)
+                print(f"{out / shard_name(number)} is broken or unfinished; it is drawn again", file=sys.stderr)
     found: list[int] = processes.sum_over_processes(absent).nonzero().flatten().tolist()
     return found
 
 
-def _text_is_whole(out: Path, notes: Mapping[str, FileRecord]) -> bool:
-    return all(is_whole(out, notes.get(name)) for name in (PROMPTS, CONDITIONS))
+def _text_is_whole(out: Path, records: Mapping[str, FileRecord]) -> bool:
+    return all(is_whole(out, records.get(name)) for name in (PROMPTS, CONDITIONS))
 
 
 def _reopen(out: Path, plan: Plan, missing: Sequence[int]) -> None:
-    """Hold a finished set that must be mended as an unfinished one: its manifest would not be true meanwhile."""
+    """Turn a finished set with missing or broken files into an unfinished one: its manifest does not hold meanwhile."""
     if not (out / MANIFEST).is_file():
         return
-    notes = read_records(out, plan)
-    if not missing and _text_is_whole(out, notes):
+    records = read_records(out, plan)
+    if not missing and _text_is_whole(out, records):
         return
     with atomic_folder(out / UNFINISHED) as part:
         write_json(part / PLAN, plan.model_dump(mode="json"))
-        for note in notes.values():
-            write_json(part / f"{note.file}.json", note.model_dump(mode="json"))
+        for record in records.values():
+            write_json(part / f"{record.file}.json", record.model_dump(mode="json"))
     (out / MANIFEST).unlink()
 
 
 def _close(out: Path, plan: Plan) -> None:
-    """Write the manifest of a set whose files are all there; it takes the place of their notes."""
+    """Write the manifest of a set whose files are all there; it replaces their single records."""
     if not (out / MANIFEST).is_file():
-        notes = read_records(out, plan)
+        records = read_records(out, plan)
         manifest = {
             "plan": plan,
-            "prompts": notes[PROMPTS],
-            "conditions": notes[CONDITIONS],
-            "shards": [notes[shard_name(number)] for number in range(plan.shards)],
+            "prompts": records[PROMPTS],
+            "conditions": records[CONDITIONS],
+            "shards": [records[shard_name(number)] for number in range(plan.shards)],
         }
         write_json(out / MANIFEST, Manifest.model_validate(manifest).model_dump(mode="json"))
     if (out / UNFINISHED).exists():
@@ -192,9 +186,9 @@ def _close(out: Path, plan: Plan) -> None:
 
 
 def _conditions(out: Path, plan: Plan, distinct: Sequence[str], backbone: Backbone, silent: bool) -> dict[str, Tensor]:
-    """The text states of the distinct prompts and, last, the unconditional one; encoded and stored if they are not.
+    """Return the text states of the distinct prompts and, last, the unconditional one; encode and store missing ones.
 
-    They are kept, and the teacher is asked with them, in fp16.
+    They are stored in fp16, and the teacher gets the stored ones.
     """
     path = out / CONDITIONS
     if _text_is_whole(out, read_records(out, plan)):
@@ -222,12 +216,12 @@ def _conditions(out: Path, plan: Plan, distinct: Sequence[str], backbone: Backbo
 
 
 def _read_table(path: Path) -> dict[str, Tensor]:
-    """Text states, mapped from disk: those of many prompts need no memory, and processes share what they touch."""
+    """Return text states mapped from disk: they need no memory of their own, and processes share the pages."""
     return {name: torch.from_numpy(states) for name, states in map_tensors(path).items()}
 
 
 def _summary(out: Path, plan: Plan, cost: SynthesisCost, missing: Sequence[int]) -> list[str]:
-    """What will be written where, and how much of it is there."""
+    """Return lines on what is written where, and how much of it exists."""
     there = plan.shards - len(missing)
     return [
         f"writes to {out}",
@@ -236,9 +230,9 @@ def _summary(out: Path, plan: Plan, cost: SynthesisCost, missing: Sequence[int])
     ]
 
 
-def _draw(painter: ShardMaker, out: Path, missing: Sequence[int], silent: bool) -> None:
-    """Draw the missing shards, each process its share; after each round of them all hear if one has failed."""
-    plan, count = painter.plan, processes.world_size()
+def _draw(maker: ShardMaker, out: Path, missing: Sequence[int], silent: bool) -> None:
+    """Draw the missing shards, each process its share; after each round a failure of one process stops all."""
+    plan, count = maker.plan, processes.world_size()
     with tqdm(
         total=sum(len(plan.items(number)) for number in missing),
         desc=f"drawing {plan.settings.kind}",
@@ -249,6 +243,6 @@ def _draw(painter: ShardMaker, out: Path, missing: Sequence[int], silent: bool) 
         for turn, number in enumerate(share(missing, processes.rank(), count)):
             with fail_together():
                 if number is not None:
-                    make_shard(painter, out, number, bar.update)
+                    make_shard(maker, out, number, bar.update)
             others = missing[turn * count : (turn + 1) * count]
             bar.update(sum(len(plan.items(other)) for other in others if other != number))

@@ -19,7 +19,7 @@ from fewstep.backbones.base import Backbone
 from fewstep.common.device import DTYPES, pick_precision
 from fewstep.common.distributed import main_process_first
 from fewstep.common.rng import KeyedRng, generator
-from fewstep.data.latents import cached
+from fewstep.common.tensor_cache import cached
 from fewstep.diffusion.config import Sampling
 from fewstep.diffusion.denoiser import Condition
 from fewstep.inference.generator import ImageGenerator, image_generator_of

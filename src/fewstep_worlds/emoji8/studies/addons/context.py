@@ -18,7 +18,7 @@ from fewstep.common.files import read_json
 from fewstep.common.rng import generator
 from fewstep.data.images import Captioned
 from fewstep.data.latents import latent_set
-from fewstep.distillation.prepare import encoders_fingerprint
+from fewstep.distillation.run_data import encoders_fingerprint
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.metric import Array, Pictures
 from fewstep.training.run_folder import INPUTS, check_same_run
