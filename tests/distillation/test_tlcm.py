@@ -406,7 +406,7 @@ def test_stages_and_seeds_look_through_one_distance(tiny_pipeline: Path, monkeyp
         asked.append((config, tuple(prompts), place))
         return place
 
-    monkeypatch.setattr(train, "make_perceptual", make)
+    monkeypatch.setattr(train, "make_latent_lpips", make)
     backbone: Any = SimpleNamespace(folder=SimpleNamespace(identity=lambda: "teacher"))
     for seed in (0, 3):
         words = ["data.source=captions", "data.captions=2", f"loop.seed={seed}", "stages.matching.method.consistency=0"]
