@@ -1,4 +1,4 @@
-"""fewstep: distil a text-to-image diffusion model into one that needs 2 to 8 network calls."""
+"""fewstep: distil a text-to-image diffusion model into one that needs 2 to 8 network evaluations."""
 
 from __future__ import annotations
 
@@ -10,36 +10,24 @@ TYPE_CHECKING = False  # not typing's: importing that takes as long as the inter
 if TYPE_CHECKING:  # type checkers and editors see the names; `import fewstep` stays light
     from typing import Any
 
-    from fewstep.commands.distill import distill, estimate
-    from fewstep.commands.evaluate import evaluate
-    from fewstep.commands.export import export_as
-    from fewstep.commands.sample import sample
-    from fewstep.commands.synthesize import read_synthesis, synthesis_cost, synthesize
-    from fewstep.commands.train_adapter import train_adapter
-    from fewstep.commands.train_latent_lpips import train_perceptual
-    from fewstep.common.errors import UserError
-    from fewstep.inference.attach import attach
-    from fewstep.inference.pipeline import call_settings, scheduler_for
-    from fewstep.inference.schedulers.few_step import ConsistencyScheduler, SSSScheduler
+    from fewstep.commands.distill import distill as distill
+    from fewstep.commands.distill import estimate as estimate
+    from fewstep.commands.evaluate import evaluate as evaluate
+    from fewstep.commands.export import export_as as export_as
+    from fewstep.commands.sample import sample as sample
+    from fewstep.commands.synthesize import read_synthesis as read_synthesis
+    from fewstep.commands.synthesize import synthesis_cost as synthesis_cost
+    from fewstep.commands.synthesize import synthesize as synthesize
+    from fewstep.commands.train_adapter import train_adapter as train_adapter
+    from fewstep.commands.train_latent_lpips import train_latent_lpips as train_latent_lpips
+    from fewstep.commands.train_latent_lpips import train_perceptual as train_perceptual
+    from fewstep.common.errors import UserError as UserError
+    from fewstep.inference.attach import attach as attach
+    from fewstep.inference.pipeline import call_settings as call_settings
+    from fewstep.inference.pipeline import scheduler_for as scheduler_for
+    from fewstep.inference.schedulers.few_step import ConsistencyScheduler as ConsistencyScheduler
+    from fewstep.inference.schedulers.few_step import SSSScheduler as SSSScheduler
 
-__all__ = [
-    "ConsistencyScheduler",
-    "SSSScheduler",
-    "UserError",
-    "attach",
-    "call_settings",
-    "distill",
-    "estimate",
-    "evaluate",
-    "export_as",
-    "read_synthesis",
-    "sample",
-    "scheduler_for",
-    "synthesis_cost",
-    "synthesize",
-    "train_adapter",
-    "train_perceptual",
-]
 __version__ = "0.1.0"
 install()
 
@@ -59,9 +47,11 @@ _MODULES = {
     "synthesis_cost": "commands.synthesize",
     "synthesize": "commands.synthesize",
     "train_adapter": "commands.train_adapter",
+    "train_latent_lpips": "commands.train_latent_lpips",
     "train_perceptual": "commands.train_latent_lpips",
 }
 """Public name -> the module of this package that defines it, imported on first access."""
+__all__ = [name for name in _MODULES if name != "train_perceptual"]  # an old name
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,9 @@
-"""The bundled world as `fewstep.common.defaults.World`: Emoji-8, and the verbs of all worlds."""
+"""The bundled world as a `fewstep.common.defaults.World`: Emoji-8, and the verbs of all worlds."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep_worlds.common.location import root
@@ -10,7 +11,7 @@ from fewstep_worlds.emoji8.dataset import SIZE, captioned, captions_alone, read_
 
 if TYPE_CHECKING:
     import torch
-    import typer
+    from cyclopts import App
 
     from fewstep.evaluation.features import Features
     from fewstep.evaluation.suite import Suite
@@ -44,10 +45,28 @@ def text_pairs() -> tuple[Pair, ...]:
     return chinese_pairs()
 
 
-def add_commands(app: typer.Typer) -> None:
-    """Add the verbs of the plane and of Emoji-8 to the command."""
-    import fewstep_worlds.emoji8.cli
-    import fewstep_worlds.plane.cli  # noqa: F401
+def add_commands(app: App, studies: App) -> None:
+    """Add the demo to the command, and the other verbs of the worlds to `fewstep world`."""
+    from fewstep.commands.verb import add
+    from fewstep_worlds.emoji8 import api
+    from fewstep_worlds.plane.api import playground
+
+    add(app, api.demo)
+    add(studies, playground, show=with_table)
+    for verb in (api.benchmark, api.family):
+        add(studies, verb)
+    for verb in (api.tlcm, api.chinese, api.versatility):
+        add(studies, verb, show=with_table)
+    for verb in (api.train_teacher, api.train_scorer, api.train_reward):
+        add(studies, verb)
+    add(studies, api.teacher_card, show=api.card_lines)
+
+
+def with_table(path: Path, arguments: Mapping[str, Any]) -> list[str]:
+    """Return the lines that a study prints: its table, and where it is with its other files."""
+    table = path.with_name("table.md") if path.suffix == ".webp" else path
+    others = sorted(file.name for file in path.parent.iterdir() if file.is_file() and file != path)
+    return [table.read_text(encoding="utf-8"), f"wrote {path}; beside it {', '.join(others)}"]
 
 
 def configs() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The verbs as functions, for scripts and notebooks; the command is a thin layer over them."""
+"""`fewstep distill`: distil a teacher into a few-step student."""
 
 from __future__ import annotations
 
@@ -6,92 +6,121 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fewstep.backbones.teachers import named_teacher
-from fewstep.common.arguments import checked
-from fewstep.common.extras import WATCHING, check_installed
+from fewstep.common.arguments import checked, with_options
 
 if TYPE_CHECKING:
     from fewstep.distillation.config import DistillConfig
     from fewstep.distillation.estimate import Estimated
-    from fewstep.distillation.sources import Source
 
 
 @checked
 def distill(
     recipe: str = "tcd",
     *,
-    out: Path | str,
+    out: Path | str | None = None,
     teacher: Path | str = "",
-    config: Path | str | None = None,
-    overrides: str | Sequence[str] = (),
     teacher_config: Path | str = "",
+    config: Path | str | None = None,
+    prompt_file: Path | str | None = None,
+    device: str | None = None,
+    precision: str | None = None,
+    overrides: str | Sequence[str] = (),
 ) -> Path:
-    """Distil a teacher into a few-step student and return its file.
+    """Distil a teacher into a few-step student.
+
+    Writes into the run folder: config.yaml (resolved), log.jsonl, tensorboard/, checkpoints/, grids/, best/ and
+    student/ (the LoRA to use). `fewstep recipes --settings` lists everything that --set can set.
+
+    Example: fewstep distill --recipe tcd --config world/distill.yaml --out runs/tcd -s loop.steps=300 -s optim.lr=1e-3
 
     Args:
-        recipe: a bundled recipe or a YAML file.
-        out: run folder; a run that was stopped is resumed from it.
-        teacher: pipeline folder, single-file checkpoint or hub id; empty for the one that recipe, config or overrides
-            name, else the bundled one.
+        recipe: bundled recipe (see `fewstep recipes`) or a YAML file.
+        out: run folder, runs/<recipe> if omitted; a stopped run is resumed from it.
+        teacher: pipeline folder, single-file checkpoint or hub id; if omitted, the one in the settings, else the
+            bundled teacher.
+        teacher_config: pipeline folder with the configs of a single-file teacher.
         config: YAML file laid over the recipe.
-        overrides: `a.b=value` laid over both.
-        teacher_config: for a single file, a pipeline folder of its kind, for its configs.
+        prompt_file: text file, one prompt a line, for recipes that need no pictures (tlcm); sets data.source.
+        device: auto, cpu or cuda; sets device.
+        precision: precision of training, auto, fp32, bf16 or fp16; sets loop.precision.
+        overrides: setting laid over recipe and config, key=value, e.g. optim.lr=3e-4. May be repeated.
+
+    Returns:
+        The student's LoRA file, or its folder where the whole network is trained.
 
     Raises:
-        UserError: anything wrong, in one line, before any long work.
+        UserError: anything wrong, before any long work.
     """
-    settings, source = _distill_config(recipe, out, named_teacher(teacher, teacher_config), config, overrides)
+    place = _run_folder(recipe, out)
+    settings = _settings(recipe, place, teacher, teacher_config, config, prompt_file, device, precision, overrides)
     from fewstep.distillation import distill as distillation
 
-    return distillation.distill(settings, Path(out), source=source)
+    return distillation.distill(settings, place)
 
 
 @checked
 def estimate(
     recipe: str = "tcd",
     *,
-    out: Path | str,
+    out: Path | str | None = None,
     teacher: Path | str = "",
-    config: Path | str | None = None,
-    overrides: str | Sequence[str] = (),
     teacher_config: Path | str = "",
+    config: Path | str | None = None,
+    prompt_file: Path | str | None = None,
+    device: str | None = None,
+    precision: str | None = None,
+    overrides: str | Sequence[str] = (),
 ) -> list[Estimated]:
-    """What `distill` with the same arguments will take in time and memory, stage by stage; nothing is written.
+    """Estimate time and memory of `distill` with the same arguments, stage by stage; write nothing.
 
     Raises:
-        UserError: what `distill` would refuse.
+        UserError: as `distill`.
     """
-    settings, source = _distill_config(recipe, out, named_teacher(teacher, teacher_config), config, overrides)
-    from fewstep.distillation.estimate_run import estimate_run
+    place = _run_folder(recipe, out)
+    settings = _settings(recipe, place, teacher, teacher_config, config, prompt_file, device, precision, overrides)
+    from fewstep.distillation import distill as distillation
 
-    return estimate_run(settings, source)
+    return distillation.estimate_run(settings)
 
 
-def _distill_config(
-    recipe: str, out: Path | str, teacher: Path | str, config: Path | str | None, overrides: str | Sequence[str]
-) -> tuple[DistillConfig, Source]:
-    """Return the settings of a distillation and its data source, checked.
+def _run_folder(recipe: str, out: Path | str | None) -> Path:
+    return Path(out) if out else Path("runs") / Path(recipe).stem
+
+
+def _settings(
+    recipe: str,
+    out: Path,
+    teacher: Path | str,
+    teacher_config: Path | str,
+    config: Path | str | None,
+    prompt_file: Path | str | None,
+    device: str | None,
+    precision: str | None,
+    overrides: str | Sequence[str],
+) -> DistillConfig:
+    """Resolve and check the settings of a distillation.
 
     Raises:
-        UserError: it could not run.
+        UserError: a setting, the teacher, the data, the run folder or the installation does not allow it.
     """
     from fewstep.backbones.pipeline_folder import read_folder
-    from fewstep.backbones.teachers import teacher_path
+    from fewstep.backbones.teachers import named_teacher, teacher_path
+    from fewstep.common.extras import WATCHING, check_installed
     from fewstep.common.files import check_writable
     from fewstep.distillation.checks import check_distillation
     from fewstep.distillation.config import resolve
     from fewstep.training.run_folder import check_same_run
 
-    settings = resolve(recipe, config, overrides, teacher)
-    source = check_distillation(settings, read_folder(teacher_path(settings.teacher)))
-    check_writable(Path(out))
-    check_same_run(Path(out), settings, later=True)
-    if any(stage.loop.validate_every for stage in settings.each_stage()):
+    options = {"data.source": prompt_file, "device": device, "loop.precision": precision}
+    changes = with_options(overrides, options)
+    settings = resolve(recipe, config, changes, named_teacher(teacher, teacher_config))
+    check_distillation(settings, read_folder(teacher_path(settings.teacher)))
+    check_writable(out)
+    check_same_run(out, settings, later=True)
+    stages = settings.each_stage()
+    if any(stage.loop.validate_every for stage in stages):
         check_installed("distill with loop.validate_every", WATCHING)
-    narrow: list[str] = [
-        stage.student.base for stage in settings.each_stage() if stage.student.base in ("8bit", "4bit")
-    ]
-    narrow += [stage.optim.kind for stage in settings.each_stage() if stage.optim.kind == "adamw_8bit"]
-    if narrow:
-        check_installed(f"distill with {narrow[0]}", ["bitsandbytes"], "quantize")
-    return settings, source
+    quantized = [word for stage in stages for word in (stage.student.base, stage.optim.kind) if word.endswith("bit")]
+    if quantized:
+        check_installed(f"distill with {quantized[0]}", ["bitsandbytes"], "quantize")
+    return settings

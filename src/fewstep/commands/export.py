@@ -1,12 +1,11 @@
-"""Write a student in the form that another tool reads."""
+"""`fewstep export`: write a student in the form that another tool reads."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fewstep.backbones.teachers import named_teacher
 from fewstep.common.arguments import checked
 from fewstep.common.errors import UserError
 
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
 
 CARD_PROMPTS = ("an octopus", "a red apple", "a house", "a cat")
-"""What a model card shows where no prompts are named."""
+"""Prompts of a model card's pictures where none are given."""
 
 
 @checked
@@ -25,37 +24,39 @@ def export_as(
     *,
     out: Path | str,
     teacher: Path | str = "",
+    teacher_config: Path | str = "",
     precision: str | None = None,
-    prompts: Sequence[str] = (),
+    prompts: str | Sequence[str] = (),
     seed: int = 0,
     check: bool = True,
     device: str = "auto",
-    teacher_config: Path | str = "",
 ) -> tuple[Path, Checked | None]:
-    """Write a student in the form that another tool reads, with a model card; see `export.forms`.
+    """Write a student in the form that another tool reads, with a model card, and verify that it is read back.
+
+    Example: fewstep export runs/tcd/student --form kohya --out exports/octopus-tcd
 
     Args:
-        student: a LoRA file or folder, a bundled student by name, or the folder of a whole pipeline.
-        form: diffusers, peft, kohya, merged or single-file.
-        out: folder to write; there must be none yet, or an empty one.
-        teacher: the LoRA's base: pipeline folder, single-file checkpoint or hub id; empty for the bundled one.
-        precision: of whole networks, fp32, fp16 or bf16; None for the base's own. `merged` rounds the denoiser alone,
-            `single-file` all that it holds.
-        prompts: of the card's pictures.
-        seed: of the first picture.
-        check: read it back as its users will, and compare.
+        student: LoRA file or folder, a bundled student by name (tcd), or the folder of a whole pipeline.
+        form: diffusers, peft, kohya (ComfyUI too), merged (a pipeline folder) or single-file.
+        out: new folder for the file, its model card and pictures.
+        teacher: base of the LoRA: pipeline folder, single-file checkpoint or hub id; if omitted, the bundled teacher.
+        teacher_config: pipeline folder with the configs of a single-file teacher.
+        precision: storage of whole networks, fp32, fp16 or bf16; the base's own if omitted. merged rounds the denoiser
+            alone, single-file all networks.
+        prompts: prompt of a picture of the card. May be repeated.
+        seed: seed of the first picture; each further picture adds 1.
+        check: read the file back as its users will, draw, and compare.
         device: auto, cpu or cuda.
-        teacher_config: for a single-file teacher, a pipeline folder of its kind.
 
     Returns:
-        the file, or the folder of a whole pipeline; what reading it back has shown.
+        The file, or the folder of a whole pipeline; the result of reading it back.
 
     Raises:
-        UserError: no such student or form, a form that cannot hold it, a place that is taken; or what was read back is
-            not the student.
+        UserError: no such student or form, a form that cannot hold it, a folder that is not empty; or the file that was
+            read back differs from the student.
     """
     from fewstep.backbones.pipeline_folder import read_folder
-    from fewstep.backbones.teachers import teacher_path
+    from fewstep.backbones.teachers import read_teacher
     from fewstep.common.choices import check_device
     from fewstep.common.files import check_writable
     from fewstep.export.formats import ADAPTERS, check_form
@@ -63,48 +64,57 @@ def export_as(
 
     check_device(device)
     if precision not in (None, "fp32", "fp16", "bf16"):
-        raise UserError(f"precision = {precision!r} is unknown; the nearest legal one is 'fp16'")
+        raise UserError(f"precision = {precision!r} is not one of fp32, fp16, bf16", field="precision")
     whole = (Path(student) / "model_index.json").is_file()
-    folder = read_folder(student if whole else teacher_path(named_teacher(teacher, teacher_config)))
     if whole and (teacher or teacher_config):
+        field = "teacher" if teacher else "teacher_config"
         raise UserError(
-            f"teacher = {str(teacher)!r} says nothing beside student = {str(student)!r}, a whole pipeline; the nearest "
-            "is to leave it out"
+            f"{field} = {str(teacher or teacher_config)!r} has no effect: student = {str(student)!r} is a whole "
+            "pipeline; remove it",
+            field=field,
         )
+    folder = read_folder(student, "student") if whole else read_teacher(teacher, teacher_config)
     chosen = resolve_student(folder, None if whole else student, {})
     if not whole and chosen.lora is None:
         raise UserError(
-            f"student = {str(student)!r} is the teacher itself; the nearest is a LoRA, or a whole student's folder"
+            f"student = {str(student)!r} is the teacher itself; give a LoRA, or a whole student's folder",
+            field="student",
         )
-    classes = {name: folder.components[name][1] for name in folder.family.encoders}
-    told = folder.extra_inputs(chosen.sampling.extra_conditioning)
     found = check_form(
-        form, folder.family.kind, lora=not whole, extra_conditioning=told, encoders=classes, vae=folder.config("vae")
+        form,
+        folder.family.kind,
+        lora=not whole,
+        extra_conditioning=folder.extra_inputs(chosen.sampling.extra_conditioning),
+        encoders={name: folder.components[name][1] for name in folder.family.encoders},
+        vae=folder.config("vae"),
     )
     if precision and found.form in ADAPTERS:
         raise UserError(
-            f"precision = {precision!r} is of whole networks, and a LoRA is written as it was; the nearest is to leave "
-            "it out"
+            f"precision = {precision!r} has no effect with form = {found.form!r}: a LoRA keeps its own; remove it",
+            field="precision",
         )
     place = Path(out)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        held = next(iter(sorted(item.name for item in place.iterdir())), "") if place.is_dir() else "a file"
-        raise UserError(f"out = {str(place)!r} holds {held}, which would be lost; the nearest is a new folder")
+        held = min(item.name for item in place.iterdir()) if place.is_dir() else "a file"
+        raise UserError(f"out = {str(place)!r} holds {held}, which would be lost; give a new folder", field="out")
     check_writable(place.parent)
     from fewstep.common.device import pick_device
+    from fewstep.export.export import Student, export
 
-    where = pick_device(device)
-    from fewstep.export.export import Student
-    from fewstep.export.export import export as write
-
-    return write(
+    return export(
         Student(folder, chosen.lora),
         found.form,
         found.reader,
         place,
         precision=precision,
-        prompts=list(prompts) or CARD_PROMPTS,
+        prompts=[prompts] if isinstance(prompts, str) else list(prompts) or CARD_PROMPTS,
         seed=seed,
         check=check,
-        device=where,
+        device=pick_device(device),
     )
+
+
+def report(result: tuple[Path, Checked | None], arguments: Mapping[str, Any]) -> list[str]:
+    """Return the lines that `export` prints: the result of reading back, and the file."""
+    path, verified = result
+    return [*([] if verified is None else [verified.line]), f"wrote {path}"]

@@ -1,4 +1,4 @@
-"""The verbs that make what distillations use, as functions: synthesised sets, perceptual distances, adapters."""
+"""`fewstep synthesize`: draw a training set from prompts alone."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fewstep.backbones.teachers import named_teacher
-from fewstep.common.arguments import checked
+from fewstep.common.arguments import checked, with_options
 
 if TYPE_CHECKING:
     from fewstep.distillation.synthesis.planning import SynthesisCost
@@ -21,28 +20,40 @@ def synthesize(
     *,
     out: Path | str,
     teacher: Path | str = "",
-    kind: str | None = None,
-    overrides: str | Sequence[str] = (),
     teacher_config: Path | str = "",
+    kind: str | None = None,
+    device: str | None = None,
+    precision: str | None = None,
+    overrides: str | Sequence[str] = (),
 ) -> Path:
-    """Draw a set from prompts alone with a teacher, for training without pictures; returns its folder.
+    """Draw latents or trajectories from prompts with a teacher, for training without pictures.
+
+    Writes synthesis.json (the record), prompts.txt, conditions.safetensors and shard-*.safetensors. Under torchrun each
+    process draws its share. `fewstep recipes --settings` lists everything that --set can set.
+
+    Example: fewstep synthesize --prompt-file prompts.txt --out runs/trajectories --kind trajectories
 
     Args:
-        prompt_file: one prompt a line.
-        out: folder; a set that was stopped is gone on with.
-        teacher: pipeline folder, single-file checkpoint or hub id; empty for the one that overrides name, else the
-            bundled one.
-        kind: `latents` (end points) or `trajectories` (whole walks); None for what overrides say, else latents.
-        overrides: `key=value` for the other settings.
-        teacher_config: for a single-file teacher, a pipeline folder of its kind.
+        prompt_file: text file, one prompt a line.
+        out: folder; a stopped synthesis is resumed from it.
+        teacher: pipeline folder, single-file checkpoint or hub id; if omitted, the one in the settings, else the
+            bundled teacher.
+        teacher_config: pipeline folder with the configs of a single-file teacher.
+        kind: latents (end points; the default) or trajectories (every point).
+        device: auto, cpu or cuda; sets device.
+        precision: precision of the network, auto, fp32, bf16 or fp16; sets precision.
+        overrides: setting, key=value, e.g. guidance.high=14. May be repeated.
+
+    Returns:
+        The folder.
 
     Raises:
-        UserError: anything wrong, in one line, before any long work.
+        UserError: anything wrong, before any long work.
     """
-    settings, lines, _ = _synthesis(prompt_file, out, named_teacher(teacher, teacher_config), kind, overrides)
+    settings, prompts, _ = _settings(prompt_file, out, teacher, teacher_config, kind, device, precision, overrides)
     from fewstep.distillation.synthesis.synthesize import synthesize as draw
 
-    return draw(settings, lines, Path(out))
+    return draw(settings, prompts, Path(out))
 
 
 @checked
@@ -51,33 +62,47 @@ def synthesis_cost(
     *,
     out: Path | str,
     teacher: Path | str = "",
-    kind: str | None = None,
-    overrides: str | Sequence[str] = (),
     teacher_config: Path | str = "",
+    kind: str | None = None,
+    device: str | None = None,
+    precision: str | None = None,
+    overrides: str | Sequence[str] = (),
 ) -> SynthesisCost:
-    """What `synthesize` with the same arguments will take: samples, network evaluations, disk. Nothing is written.
+    """Estimate samples, network evaluations and disk of `synthesize` with the same arguments; write nothing.
 
     Raises:
-        UserError: what `synthesize` would refuse.
+        UserError: as `synthesize`.
     """
-    return _synthesis(prompt_file, out, named_teacher(teacher, teacher_config), kind, overrides)[2]
+    return _settings(prompt_file, out, teacher, teacher_config, kind, device, precision, overrides)[2]
 
 
-def _synthesis(
-    prompt_file: Path | str, out: Path | str, teacher: Path | str, kind: str | None, overrides: str | Sequence[str]
+def _settings(
+    prompt_file: Path | str,
+    out: Path | str,
+    teacher: Path | str,
+    teacher_config: Path | str,
+    kind: str | None,
+    device: str | None,
+    precision: str | None,
+    overrides: str | Sequence[str],
 ) -> tuple[SynthesisConfig, list[str], SynthesisCost]:
-    """The settings, prompts and cost of a synthesis, refused here if it could not run."""
+    """Resolve and check a synthesis: its settings, prompts and cost.
+
+    Raises:
+        UserError: a setting, the teacher, the prompts or the folder does not allow it.
+    """
     from fewstep.backbones.pipeline_folder import read_folder
-    from fewstep.backbones.teachers import teacher_path
+    from fewstep.backbones.teachers import named_teacher, teacher_path
     from fewstep.data.prompts import read_prompts
     from fewstep.distillation.synthesis.planning import check_synthesis, cost_of
     from fewstep.distillation.synthesis.settings import resolve_synthesis
 
-    settings = resolve_synthesis(overrides, teacher, kind)
-    lines = read_prompts(prompt_file)
+    changes = with_options(overrides, {"device": device, "precision": precision})
+    settings = resolve_synthesis(changes, named_teacher(teacher, teacher_config), kind)
+    prompts = read_prompts(prompt_file, "prompt_file")
     folder = read_folder(teacher_path(settings.teacher))
-    check_synthesis(settings, lines, folder, Path(out))
-    return settings, lines, cost_of(settings, lines, folder)
+    check_synthesis(settings, prompts, folder, Path(out))
+    return settings, prompts, cost_of(settings, prompts, folder)
 
 
 @checked
@@ -85,7 +110,8 @@ def read_synthesis(folder: Path | str) -> Synthesis:
     """Open a set that `synthesize` has finished.
 
     Raises:
-        UserError: it is none, is not finished, or a file of it is missing or of another size or layout.
+        UserError: `folder` is no synthesized set, is unfinished, or a file of it is missing or of another size or
+            layout.
     """
     from fewstep.distillation.synthesis.record import open_set
 

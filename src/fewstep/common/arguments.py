@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, get_type_hints
@@ -18,13 +18,15 @@ T = TypeVar("T")
 STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
 
 
+def argument_types(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return the types of a function's arguments by name; its return type may name what is not imported yet."""
+    named = {name: kind for name, kind in function.__annotations__.items() if name != "return"}
+    return get_type_hints(type(function.__name__, (), {"__annotations__": named}), inspect.unwrap(function).__globals__)
+
+
 @cache
 def _adapters(function: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
-    """One validator for each annotated parameter; the return type may name what is not imported yet."""
-    named = {name: kind for name, kind in function.__annotations__.items() if name != "return"}
-    stand_in = type(function.__name__, (), {"__annotations__": named})
-    hints = get_type_hints(stand_in, function.__globals__)
-    return {name: TypeAdapter(kind, config=STRICT) for name, kind in hints.items()}
+    return {name: TypeAdapter(kind, config=STRICT) for name, kind in argument_types(function).items()}
 
 
 def _plain(value: Any) -> Any:
@@ -35,10 +37,10 @@ def _plain(value: Any) -> Any:
 
 
 def checked(function: Callable[P, T]) -> Callable[P, T]:
-    """Check the arguments of a public function by its annotations, without converting: "0" is no number.
+    """Check the arguments of a public function against its annotations, without conversion: "0" is not a number.
 
     Raises:
-        UserError: in the call, an argument of another type, naming it.
+        UserError: in the call, an argument of another type.
     """
     signature = inspect.signature(function)
 
@@ -46,23 +48,30 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
     def call(*args: P.args, **options: P.kwargs) -> T:
         try:
             bound = signature.bind(*args, **options)
-        except TypeError:  # Python's own words for an argument that is missing or unknown
+        except TypeError:  # Python's own message for an argument that is missing or unknown
             return function(*args, **options)
-        for name, value in bound.arguments.items():
-            adapter = _adapters(function).get(name)
-            if adapter is None:
+        for name, adapter in _adapters(function).items():
+            if name not in bound.arguments:
                 continue
+            value = bound.arguments[name]
             plain = _plain(value)
             try:
                 adapter.validate_python(plain)
             except ValidationError as error:
-                places = [part for part in error.errors()[-1]["loc"] if isinstance(part, int)]
+                items = [part for part in error.errors()[-1]["loc"] if isinstance(part, int)]
                 shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:77]}..."
                 raise UserError(
-                    f"{name} = {shown} is of type {type(value).__name__}{f' (item {places[0]})' if places else ''}; "
-                    f"{function.__name__} takes {function.__annotations__[name]}"
+                    f"{name} = {shown} is of type {type(value).__name__}{f' (item {items[0]})' if items else ''}; "
+                    f"{function.__name__} takes {function.__annotations__[name]}",
+                    field=name,
                 ) from None
             bound.arguments[name] = plain
         return function(*bound.args, **bound.kwargs)
 
     return call
+
+
+def with_options(overrides: str | Sequence[str], options: Mapping[str, Any]) -> list[str]:
+    """Return overrides (`key=value`) that set the options which are given, then `overrides` over them."""
+    given = [f"{key}={value}" for key, value in options.items() if value is not None]
+    return [*given, *([overrides] if isinstance(overrides, str) else overrides)]

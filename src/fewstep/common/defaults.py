@@ -56,8 +56,8 @@ class World(Protocol):
     def text_pairs(self) -> Any:
         """Return pairs of the same text in two languages, for `train-adapter`."""
 
-    def add_commands(self, app: Any) -> None:
-        """Add its verbs to the command, a `typer.Typer`."""
+    def add_commands(self, app: Any, studies: Any) -> None:
+        """Add its verbs to the command and to `fewstep world`, each a `cyclopts.App`."""
 
     def configs(self) -> dict[str, Any]:
         """Return the settings of its verbs by verb."""

@@ -1,13 +1,13 @@
-"""The bundled world's verbs as functions: each refuses what is wrong at once, then loads what it needs."""
+"""The bundled world's verbs: each checks its settings, then imports what it needs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fewstep.common.arguments import checked
+from fewstep.common.arguments import checked, with_options
 from fewstep.common.config import ConfigT, merge, parse_overrides, read_yaml, validate
 from fewstep.common.errors import UserError
 from fewstep.common.extras import check_installed
@@ -18,143 +18,201 @@ if TYPE_CHECKING:
 
 @checked
 def demo(*, out: Path | str = "demo", overrides: str | Sequence[str] = ()) -> Path:
-    """Distil LCM and TCD from the bundled teacher, measure and show them; returns the report's path.
+    """Distil LCM and TCD from the bundled teacher, compare them with it, write report.html. Budgeted at ten minutes.
+
+    Example: fewstep demo --out demo -s steps=200
+
+    Args:
+        out: folder; a stopped demo is resumed from it.
+        overrides: setting, key=value. May be repeated.
+
+    Returns:
+        The report.
 
     Raises:
-        UserError: anything wrong with the settings, the place or the installation, before any long work.
+        UserError: a setting, the folder or the installation does not allow it.
     """
     from fewstep_worlds.emoji8.config import DemoConfig
 
-    config = _ready("demo", DemoConfig, overrides, Path(out))
+    config = _checked("demo", DemoConfig, overrides, out)
     from fewstep_worlds.emoji8.studies.demo import demo
 
-    with _own(Path(out)):
+    with _locked(out):
         return demo(config, Path(out))
 
 
 @checked
 def benchmark(*, out: Path | str = "runs/benchmark", overrides: str | Sequence[str] = ()) -> Path:
-    """Run the full benchmark on the bundled world; returns the report's path.
+    """Reproduce the TCD paper's Table 1 and gamma figures on the bundled world, three seeds. Takes hours on a CPU.
+
+    Args:
+        out: folder; a stopped benchmark is resumed from it.
+        overrides: setting, key=value. May be repeated.
+
+    Returns:
+        The report.
 
     Raises:
-        UserError: anything wrong with the settings, the place or the installation, before any long work.
+        UserError: a setting, the folder or the installation does not allow it.
     """
     from fewstep_worlds.emoji8.config import BenchmarkConfig
 
-    config = _ready("benchmark", BenchmarkConfig, overrides, Path(out))
+    config = _checked("benchmark", BenchmarkConfig, overrides, out)
     from fewstep_worlds.emoji8.studies.benchmark import benchmark
 
-    with _own(Path(out)):
+    with _locked(out):
         return benchmark(config, Path(out))
 
 
 @checked
 def family(*, out: Path | str = "runs/family", overrides: str | Sequence[str] = ()) -> Path:
-    """Distil every recipe from the bundled teacher at equal training cost, and measure; returns the tables' path.
+    """Compare every recipe at equal training cost, and every sampler on one student. Takes hours on a CPU.
+
+    Example: fewstep world family -s "recipes=[tcd, tcd-2, tcd-s]"
+
+    Args:
+        out: folder; a stopped run is resumed from it.
+        overrides: setting, key=value. May be repeated.
+
+    Returns:
+        The tables.
 
     Raises:
-        UserError: anything wrong with the settings, the place or the installation, before any long work.
+        UserError: a setting, the folder or the installation does not allow it.
     """
     from fewstep_worlds.emoji8.config import FamilyConfig
 
-    config = _ready("family", FamilyConfig, overrides, Path(out))
+    config = _checked("family", FamilyConfig, overrides, out)
     from fewstep_worlds.emoji8.studies.family import family
 
-    with _own(Path(out)):
+    with _locked(out):
         return family(config, Path(out))
 
 
 @checked
 def tlcm(*, table: int = 1, out: Path | str = "runs/tables", overrides: str | Sequence[str] = ()) -> Path:
-    """One of the TLCM paper's tables on the bundled world; returns its path.
+    """Reproduce a table of the TLCM paper on the bundled world, from prompts alone. Takes hours.
+
+    Example: fewstep world tlcm --table 2 -s "seeds=[0]"
+
+    Args:
+        table: 1: beside the teacher, LCM and TCD; 2: each ingredient; 3: p.
+        out: folder, one for all tables; a stopped run is resumed from it.
+        overrides: setting, key=value. May be repeated.
+
+    Returns:
+        The table.
 
     Raises:
-        UserError: anything wrong with the settings, the place or the installation, before any long work.
+        UserError: a setting, the folder or the installation does not allow it.
     """
-    from fewstep.backbones.pipeline_folder import read_folder
-    from fewstep.backbones.teachers import teacher_path
+    from fewstep.backbones.teachers import read_teacher
     from fewstep.distillation.checks import check_distillation
-    from fewstep.inference.multilingual.settings import PACKAGES
     from fewstep_worlds.emoji8.config import TlcmConfig
 
-    config = _ready("tlcm", TlcmConfig, [f"table={table}", *overrides_list(overrides)], Path(out))
-    check_installed("tlcm", PACKAGES, "multilingual")
+    config = _checked("tlcm", TlcmConfig, with_options(overrides, {"table": table}), out, multilingual=True)
     from fewstep_worlds.emoji8.studies.tlcm import law_of, tlcm
 
-    check_distillation(law_of(), read_folder(teacher_path("")))
-    with _own(Path(out)):
+    check_distillation(law_of(), read_teacher(""))
+    with _locked(out):
         return tlcm(config, Path(out))
-
-
-def overrides_list(overrides: str | Sequence[str]) -> list[str]:
-    """Overrides as a list."""
-    return [overrides] if isinstance(overrides, str) else list(overrides)
 
 
 @checked
 def chinese(*, out: Path | str = "runs/chinese", overrides: str | Sequence[str] = ()) -> Path:
-    """Draw concepts asked for in English and in held-out Chinese, and score both; returns the table's path.
+    """Draw concepts whose Chinese the adapter never saw, from English and Chinese prompts, and score both.
+
+    Example: fewstep world chinese -s lora=runs/tlcm/student -s steps=3
+
+    Args:
+        out: folder; a stopped run is resumed from it.
+        overrides: setting, key=value. May be repeated.
+
+    Returns:
+        The table.
 
     Raises:
-        UserError: anything wrong with the settings, the place or the installation, before any long work.
+        UserError: a setting, the folder or the installation does not allow it.
     """
-    from fewstep.backbones.pipeline_folder import read_folder
-    from fewstep.backbones.teachers import teacher_path
+    from fewstep.backbones.teachers import read_teacher
     from fewstep.inference.multilingual.record import read_adapter
-    from fewstep.inference.multilingual.settings import PACKAGES
     from fewstep.students.resolve import resolve_student
     from fewstep_worlds.emoji8.config import ChineseConfig
 
-    config = _ready("chinese", ChineseConfig, overrides, Path(out))
-    check_installed("chinese", PACKAGES, extra="multilingual")
-    folder = read_folder(teacher_path(""))
+    config = _checked("chinese", ChineseConfig, overrides, out, multilingual=True)
+    folder = read_teacher("")
     resolve_student(folder, config.lora, {"steps": config.steps})
     if config.adapter:
         read_adapter(config.adapter, folder)
     from fewstep_worlds.emoji8.studies.chinese import measure_chinese
 
-    with _own(Path(out)):
+    with _locked(out):
         measure_chinese(config, Path(out))
     return Path(out) / "chinese.md"
 
 
 @checked
 def versatility(*, out: Path | str = "runs/versatility", overrides: str | Sequence[str] = ()) -> Path:
-    """Make the ecosystem's add-ons on the base, and use them with students that never saw them; returns the table.
+    """Measure students with a community checkpoint, a style LoRA, ControlNets, an IP-Adapter, img2img and inpainting.
+
+    Each add-on is made on the base, and then used with students that never saw it. Takes hours on a CPU.
+
+    Example: fewstep world versatility -s tlcm=runs/tlcm/student
+
+    Args:
+        out: folder; a stopped run is resumed from it.
+        overrides: setting, key=value. May be repeated.
+
+    Returns:
+        The table.
 
     Raises:
-        UserError: anything wrong with the settings, the students, the place or the installation, before any long work.
+        UserError: a setting, a student, the folder or the installation does not allow it.
     """
-    from fewstep.backbones.pipeline_folder import read_folder
-    from fewstep.backbones.teachers import teacher_path
+    from fewstep.backbones.teachers import read_teacher
     from fewstep.students.resolve import resolve_student
     from fewstep_worlds.emoji8.config import VersatilityConfig
 
-    config = _ready("versatility", VersatilityConfig, overrides, Path(out))
-    folder = read_folder(teacher_path(""))
-    for student in (config.tcd, config.tlcm):
+    config = _checked("versatility", VersatilityConfig, overrides, out)
+    folder = read_teacher("")
+    for field in ("tcd", "tlcm"):
+        student = getattr(config, field)
         for steps in config.steps if student else ():
             sampling = resolve_student(folder, student, {"steps": steps}).sampling
             if sampling.extra_conditioning or sampling.sampler not in ("sss", "lcm"):
                 raise UserError(
-                    f"student = {student!r} is drawn with {sampling.sampler}, conditioned on "
-                    f"{list(sampling.extra_conditioning)}, which no "
-                    "diffusers pipeline does here; the nearest is a TCD or TLCM student"
+                    f"{field} = {student!r} is sampled with {sampling.sampler} and conditioned on "
+                    f"{list(sampling.extra_conditioning)}, which no diffusers pipeline supports here; use a TCD or "
+                    "TLCM student",
+                    field=field,
                 )
     from fewstep_worlds.emoji8.studies.addons.figure import versatility
 
-    with _own(Path(out)):
+    with _locked(out):
         return versatility(config, Path(out))
 
 
 @checked
 def train_teacher(
-    *, out: Path | str, target: Path | str, config: Path | str | None = None, overrides: str | Sequence[str] = ()
+    *,
+    out: Path | str = "runs/teacher",
+    target: Path | str = "runs/teacher/pipeline",
+    config: Path | str | None = None,
+    overrides: str | Sequence[str] = (),
 ) -> Path:
-    """Train the bundled world's teacher and write it as a pipeline folder.
+    """Train the bundled world's teacher: autoencoder, denoiser, the decoder once more. Takes hours on a CPU.
+
+    Args:
+        out: run folder; a stopped run is resumed from it.
+        target: pipeline folder to write.
+        config: YAML file of the teacher's settings.
+        overrides: setting laid over config, key=value. May be repeated.
+
+    Returns:
+        The pipeline folder.
 
     Raises:
-        UserError: anything wrong with the settings or the place.
+        UserError: a setting or a folder does not allow it.
     """
     from fewstep.backbones.pipeline_folder import read_folder
     from fewstep.common.files import check_writable
@@ -178,11 +236,18 @@ def train_teacher(
 
 
 @checked
-def train_scorer(*, out: Path | str, overrides: str | Sequence[str] = ()) -> Path:
-    """Train the bundled world's prompt-agreement scorer; returns its folder, `out`/scorer.
+def train_scorer(*, out: Path | str = "runs/scorer", overrides: str | Sequence[str] = ()) -> Path:
+    """Train the bundled world's prompt-agreement scorer.
+
+    Args:
+        out: run folder; a stopped run is resumed from it.
+        overrides: setting, key=value. May be repeated.
+
+    Returns:
+        The scorer's folder, `out`/scorer.
 
     Raises:
-        UserError: anything wrong with the settings or the place.
+        UserError: a setting or the folder does not allow it.
     """
     from fewstep.common.files import check_writable
     from fewstep_worlds.emoji8.config import AgreementConfig
@@ -196,11 +261,18 @@ def train_scorer(*, out: Path | str, overrides: str | Sequence[str] = ()) -> Pat
 
 
 @checked
-def train_reward(*, out: Path | str, overrides: str | Sequence[str] = ()) -> Path:
-    """Train the bundled world's preference scorer; returns its folder, `out`/scorer.
+def train_reward(*, out: Path | str = "runs/reward", overrides: str | Sequence[str] = ()) -> Path:
+    """Train the bundled world's preference scorer, a reward that students may be trained with.
+
+    Args:
+        out: run folder; a stopped run is resumed from it.
+        overrides: setting, key=value. May be repeated.
+
+    Returns:
+        The scorer's folder, `out`/scorer.
 
     Raises:
-        UserError: anything wrong with the settings, the place or the installation.
+        UserError: a setting, the folder or the installation does not allow it.
     """
     from fewstep.common.files import check_writable
     from fewstep.inference.multilingual.settings import PACKAGES
@@ -218,33 +290,40 @@ def train_reward(*, out: Path | str, overrides: str | Sequence[str] = ()) -> Pat
 
 @checked
 def teacher_card(
-    *, out: Path | str, teacher: Path | str = "", omega: float | None = None, steps: int = 50, n: int = 1000
+    *,
+    out: Path | str = "runs/card",
+    teacher: Path | str = "",
+    omega: float | None = None,
+    steps: int = 50,
+    n: int = 1000,
 ) -> dict[str, Figure]:
-    """Measure a teacher of the bundled world; returns its figures by name, and writes card.json, card.md, samples.webp.
+    """Measure a teacher of the bundled world: right concepts, copies, unseen words, white backgrounds.
 
     Args:
-        out: folder.
-        teacher: pipeline folder; empty for the bundled one.
-        omega: guidance in the papers' convention; None for what the teacher brings along.
-        steps: of guided DDIM.
+        out: folder for card.json, card.md and samples.webp.
+        teacher: pipeline folder; if omitted, the bundled teacher.
+        omega: guidance in the papers' convention; the teacher's own if omitted.
+        steps: steps of guided DDIM.
         n: seen prompts to draw.
 
+    Returns:
+        The figures by name.
+
     Raises:
-        UserError: anything wrong with the settings, the place or the installation, before any long work.
+        UserError: a setting, the folder or the installation does not allow it.
     """
     from fewstep.backbones.checks import check_sampling
-    from fewstep.backbones.pipeline_folder import read_folder
-    from fewstep.backbones.teachers import teacher_path
+    from fewstep.backbones.teachers import read_teacher
+    from fewstep.commands.sample import check_positive
     from fewstep.common.files import check_writable
     from fewstep.diffusion.config import Sampling
     from fewstep.students.sampling import teacher_sampling
 
-    folder = read_folder(teacher_path(teacher))
+    folder = read_teacher(teacher)
     own = teacher_sampling(folder.path)
     sampling = validate(Sampling, own.model_dump() | {"steps": steps, "omega": own.omega if omega is None else omega})
     check_sampling(sampling, folder)
-    if n < 1:
-        raise UserError(f"n = {n} must be at least 1; the nearest legal one is 1")
+    check_positive("n", n)
     check_writable(Path(out))
     check_installed("teacher-card")
     from fewstep_worlds.emoji8.teacher.card import teacher_card
@@ -252,25 +331,40 @@ def teacher_card(
     return teacher_card(folder.path, Path(out), n=n, sampling=sampling).figures
 
 
-def _ready(verb: str, model: type[ConfigT], overrides: str | Sequence[str], out: Path) -> ConfigT:
-    """The settings of a verb that measures on the bundled world, refused here if it could not run."""
-    from fewstep.backbones.pipeline_folder import read_folder
-    from fewstep.backbones.teachers import teacher_path
+def card_lines(figures: Mapping[str, Figure], arguments: Mapping[str, Any]) -> list[str]:
+    """Return the lines that `teacher-card` prints."""
+    from fewstep.commands.evaluate import figure_lines
+
+    return [*figure_lines(figures), f"wrote {Path(arguments['out']) / 'card.md'}"]
+
+
+def _checked(
+    verb: str, model: type[ConfigT], overrides: str | Sequence[str], out: Path | str, *, multilingual: bool = False
+) -> ConfigT:
+    """Resolve and check the settings of a study of the bundled world.
+
+    Raises:
+        UserError: a setting, the folder or the installation does not allow it.
+    """
+    from fewstep.backbones.teachers import read_teacher
     from fewstep.common.files import check_writable
+    from fewstep.inference.multilingual.settings import PACKAGES
 
     config = validate(model, parse_overrides(overrides, model))
-    read_folder(teacher_path(""))
-    check_writable(out)
+    read_teacher("")
+    check_writable(Path(out))
     check_installed(verb)
+    if multilingual:
+        check_installed(verb, PACKAGES, "multilingual")
     return config
 
 
 @contextmanager
-def _own(out: Path) -> Iterator[None]:
-    """Keep other processes out of a folder, and clear what a killed one left half-written in its stores."""
+def _locked(out: Path | str) -> Iterator[None]:
+    """Lock a folder inside the block, and clear what a killed process left half-written in its stores."""
     from fewstep.common.files import hold_folder, sweep
 
-    with hold_folder(out):
+    with hold_folder(Path(out)):
         for store in ("cache", "pictures", "features"):
-            sweep(out / store)
+            sweep(Path(out) / store)
         yield

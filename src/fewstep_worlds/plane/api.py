@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fewstep.common.arguments import checked
 from fewstep.common.extras import check_installed
 from fewstep.common.files import atomic_write, write_json
-from fewstep_worlds.plane.settings import PlaneConfig
-from fewstep_worlds.plane.train import check_run, measure, train_plane
+
+if TYPE_CHECKING:
+    from fewstep_worlds.plane.settings import PlayConfig
 
 
 @checked
@@ -19,36 +21,42 @@ def playground(
     out: Path | str = "runs/playground",
     overrides: str | Sequence[str] = (),
 ) -> Path:
-    """Train recipes in the plane beside an exact teacher, and draw what they learn; returns the figure's path.
+    """Train recipes in the plane beside an exact teacher, a minute or so each, and draw what their jumps do.
+
+    Example: fewstep world playground --recipes lcm,tcd,tcd-s -s path=flow
 
     Args:
-        recipes: names of recipes; one row of the figure each.
-        out: folder for figure.webp, table.md, figures.json and the runs; a run that was stopped goes on.
-        overrides: dotted changes to the playground's settings, e.g. "path=flow".
+        recipes: recipes, separated by commas; a row of the figure each.
+        out: folder for figure.webp, table.md, figures.json and the runs; stopped runs are resumed from it.
+        overrides: setting, key=value, e.g. path=flow. May be repeated.
+
+    Returns:
+        The figure.
 
     Raises:
         UserError: an unknown recipe or key, or an illegal value, before any long work.
     """
     from fewstep.common.files import check_writable
-    from fewstep_worlds.plane.settings import resolve_plane
+    from fewstep_worlds.plane.settings import resolve_play
 
-    named = recipes.split(",") if isinstance(recipes, str) else list(recipes)
-    configs = [resolve_plane(name.strip(), overrides) for name in named]
+    named = [recipes] if isinstance(recipes, str) else recipes
+    configs = [resolve_play(name.strip(), overrides) for names in named for name in names.split(",")]
     check_writable(Path(out))
     check_installed("playground", ("matplotlib",))
 
     return play(configs, Path(out))
 
 
-def play(recipes: Sequence[PlaneConfig], out: Path, quiet: bool = False) -> Path:
-    """Train and measure each recipe, and write figure.webp, table.md and figures.json; returns the figure's path."""
+def play(recipes: Sequence[PlayConfig], out: Path, quiet: bool = False) -> Path:
+    """Train and measure each recipe, and write figure.webp, table.md and figures.json; return the figure's path."""
     from fewstep_worlds.plane.figure import draw_figure, table
+    from fewstep_worlds.plane.play import check_play, measure, train_play
 
     for config in recipes:
-        check_run(config)
+        check_play(config)
     done = []
     for config in recipes:
-        student = train_plane(config, out / config.recipe, quiet, out / "base")
+        student = train_play(config, out / config.recipe, quiet, out / "base")
         done.append((student, measure(student)))
     figures = {p.config.recipe: m.record() for p, m in done}
     with atomic_write(out / "table.md") as part:

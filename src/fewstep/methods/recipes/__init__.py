@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from fewstep.common.config import read_yaml
-from fewstep.common.errors import UserError, nearest
+from fewstep.common.errors import UserError, did_you_mean
 
 
 def names() -> list[str]:
@@ -38,5 +38,6 @@ def read_recipe(name: str, model: type[BaseModel] | None = None) -> dict[str, An
         return read_yaml(Path(name), model)
     if name not in names():
         known = names()
-        raise UserError(f"recipe = {name!r} is not one of {', '.join(known)}; the nearest is {nearest(name, known)}")
+        message = f"recipe = {name!r} is not one of {', '.join(known)}{did_you_mean(name, known)}"
+        raise UserError(message, field="recipe")
     return read_yaml(Path(str(resources.files(__name__) / f"{name}.yaml")), model)
