@@ -47,19 +47,31 @@ def text_pairs() -> tuple[Pair, ...]:
 
 def add_commands(app: App, studies: App) -> None:
     """Add the demo to the command, and the other verbs of the worlds to `fewstep world`."""
-    from fewstep.commands.verb import add
+    from cyclopts import App
+
+    from fewstep.commands.verb import add, shown
     from fewstep_worlds.emoji8 import api
     from fewstep_worlds.plane.api import playground
+    from fewstep_worlds.stickers import api as stickers
 
     add(app, api.demo)
     add(studies, playground, show=with_table)
-    for verb in (api.benchmark, api.family):
-        add(studies, verb)
-    for verb in (api.tlcm, api.chinese, api.versatility):
-        add(studies, verb, show=with_table)
-    for verb in (api.train_teacher, api.train_scorer, api.train_reward):
-        add(studies, verb)
+    add(studies, api.benchmark)
+    add(studies, api.family)
+    add(studies, api.tlcm, show=with_table)
+    add(studies, api.chinese, show=with_table)
+    add(studies, api.versatility, show=with_table)
+    add(studies, api.train_teacher)
+    add(studies, api.train_scorer)
+    add(studies, api.train_reward)
     add(studies, api.teacher_card, show=api.card_lines)
+    scenes = App("stickers", help="Networks of sticker scenes.")
+    add(scenes, stickers.autoencoder)
+    add(scenes, stickers.reader)
+    add(scenes, stickers.reader_report, show=shown)
+    add(scenes, stickers.teacher)
+    add(scenes, stickers.teacher_report, show=shown)
+    studies.command(scenes)
 
 
 def with_table(path: Path, arguments: Mapping[str, Any]) -> list[str]:

@@ -22,13 +22,13 @@ from fewstep.commands.evaluate import evaluate
 from fewstep.commands.evaluate import report as measured
 from fewstep.commands.export import export_as
 from fewstep.commands.export import report as exported
-from fewstep.commands.recipes import recipes, shown
+from fewstep.commands.recipes import recipes
 from fewstep.commands.renamed import current
 from fewstep.commands.sample import sample
 from fewstep.commands.synthesize import synthesis_cost, synthesize
 from fewstep.commands.train_adapter import train_adapter
 from fewstep.commands.train_latent_lpips import rank_correlations, train_latent_lpips
-from fewstep.commands.verb import add
+from fewstep.commands.verb import add, shown
 from fewstep.common.defaults import installed_world
 from fewstep.common.errors import UserError
 from fewstep.common.files import os_reason
@@ -98,6 +98,19 @@ def stopped(error: KeyboardInterrupt) -> str:
     return "; ".join(["stopped", *getattr(error, "__notes__", [])[:1]])
 
 
+def run(arguments: list[str]) -> None:
+    """Parse a command line and run its verb.
+
+    Raises:
+        UserError: an unknown verb or option, or whatever the verb raises.
+    """
+    try:
+        app(current(arguments, [name for name in studies if not name.startswith("-")]))
+    except CycloptsError as error:
+        field = error.argument.name.lstrip("-") if error.argument else ""
+        raise UserError(f"{one_line(error)} (see --help)", field=field.replace("-", "_")) from error
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command: a UserError is one line and exit code 2, a signal one line and 128 + its number."""
     try:
@@ -111,11 +124,10 @@ def main(arguments: list[str] | None = None) -> None:
 def _main(arguments: list[str]) -> None:
     wait_briefly()
     try:
-        app(current(arguments, [name for name in studies if not name.startswith("-")]))
+        run(arguments)
         sys.exit(0)
-    except (UserError, CycloptsError) as error:
-        see = " (see --help)" if isinstance(error, CycloptsError) else ""
-        print(f"fewstep: {one_line(error)}{see}", file=sys.stderr)
+    except UserError as error:
+        print(f"fewstep: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
         if os.environ.get("RANK", "0") == "0":

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from pydantic import BaseModel
 
@@ -73,8 +72,3 @@ def described(config: BaseModel, prefix: str = "") -> Iterator[str]:
             yield from described(value, f"{prefix}{name}.")
         else:
             yield f"  {prefix}{name} = {value!r}: {field.description}"
-
-
-def shown(listed: str, arguments: Mapping[str, Any]) -> list[str]:
-    """Return the lines that `recipes` prints."""
-    return [listed]

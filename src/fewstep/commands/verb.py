@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from cyclopts import App, Group, Parameter
@@ -23,6 +24,11 @@ def say(text: str) -> None:
 def written(result: Any, arguments: Mapping[str, Any]) -> list[str]:
     """Return the line of a verb that returns the file or folder it wrote."""
     return [f"wrote {result}"]
+
+
+def shown(result: Any, arguments: Mapping[str, Any]) -> list[str]:
+    """Return the lines of a verb that returns what it prints."""
+    return [str(result)]
 
 
 def add(
@@ -74,15 +80,16 @@ def add(
 
 def option(name: str, kind: Any, default: Any) -> Any:
     """Return the annotation of a command's option; paths stay text (`Path` would change a hub id's slashes)."""
-    members = set(get_args(kind) or (kind,))
-    if items := [get_args(member)[0] for member in {kind, *members} if get_origin(member) is Sequence]:
-        members = {list[items[0]], *members & {type(None)}}  # type: ignore[valid-type]
+    members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    items = [get_args(member)[0] for member in members if get_origin(member) is Sequence]
+    if items:
+        members = (list[items[0]], *(member for member in members if member is type(None)))  # type: ignore[valid-type]
     elif str in members:
-        members -= {Path}
+        members = tuple(member for member in members if member is not Path)
     return Annotated[
-        Union[tuple(members)],  # noqa: UP007
+        Union[members],  # noqa: UP007
         Parameter(
-            name=("--set", "-s") if name in ("overrides", "settings") else None,
+            name=("--set", "-s") if items and name in ("overrides", "settings") else None,
             negative=None if default is True else (),
             show_default=_default if default not in (None, "", ()) and default is not False else False,
             converter=_whole_number if int in members else None,
