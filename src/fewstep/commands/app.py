@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from fewstep.training import stopping
 
-BEFORE_IMPORTS = stopping.installed(stopping.end_at_once)
+BEFORE_IMPORTS = stopping.install_handlers(stopping.end_at_once)
 """Handlers before the imports below, which take half a second."""
 
 import os
@@ -32,7 +32,7 @@ from fewstep.commands.verb import add, shown
 from fewstep.common.defaults import installed_world
 from fewstep.common.errors import UserError
 from fewstep.common.files import os_reason
-from fewstep.common.threads import wait_briefly
+from fewstep.common.threads import limit_spinning
 
 DISTIL, USE, EVALUATE, OTHER = (
     Group(title, sort_key=place) for place, title in enumerate(("Distil", "Use", "Evaluate", "Data and other"))
@@ -118,11 +118,11 @@ def main(arguments: list[str] | None = None) -> None:
             _main(sys.argv[1:] if arguments is None else arguments)
     finally:
         if arguments is None:  # a signal while the interpreter ends leaves no traceback
-            stopping.installed(signal.SIG_DFL)
+            stopping.install_handlers(signal.SIG_DFL)
 
 
 def _main(arguments: list[str]) -> None:
-    wait_briefly()
+    limit_spinning()
     try:
         run(arguments)
         sys.exit(0)
@@ -141,7 +141,7 @@ def _main(arguments: list[str]) -> None:
         sys.exit(2)
 
 
-stopping.restore(BEFORE_IMPORTS)
+stopping.restore_handlers(BEFORE_IMPORTS)
 
 if __name__ == "__main__":
     main()

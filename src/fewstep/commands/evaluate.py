@@ -117,10 +117,10 @@ def evaluate(
     check_sampling(drawn, base)
     check_writable(Path(out))
     check_installed("evaluate")
-    from fewstep.common.device import pick_device, pick_drawing
+    from fewstep.common.device import pick_compute_dtype, pick_device
 
     place = pick_device(device)
-    dtype = pick_drawing(precision, place)
+    dtype = pick_compute_dtype(precision, place)
     from fewstep.common.accelerator import make_accelerator
     from fewstep.evaluation.run import evaluate_folder
 

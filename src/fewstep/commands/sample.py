@@ -82,7 +82,7 @@ def sample(
     from fewstep.common.files import check_writable
     from fewstep.data.images import read_cropped
     from fewstep.data.prompts import read_prompts
-    from fewstep.inference.image_grid import check_sheet, save_picture, sheet
+    from fewstep.inference.image_grid import check_grid_size, image_grid, save_image
     from fewstep.students.resolve import resolve_student
 
     named = [prompts] if isinstance(prompts, str) else prompts
@@ -106,17 +106,17 @@ def sample(
     width, height = sampling.size or (folder.picture_size, folder.picture_size)
     factor = scale or max(1, 256 // width)
     columns = count if len(texts) > 1 else min(count, 8)
-    check_sheet(count * len(texts), (width, height), columns, factor, path)
+    check_grid_size(count * len(texts), (width, height), columns, factor, path)
     begun = None if image is None else read_cropped(Path(image), width, height)
     if adapter is not None:
         from fewstep.inference.multilingual.record import read_adapter
 
         read_adapter(adapter, folder)
     check_writable(path.parent)
-    from fewstep.common.device import pick_device, pick_drawing
+    from fewstep.common.device import pick_compute_dtype, pick_device
 
     place = pick_device(device)
-    dtype = pick_drawing(precision, place)
+    dtype = pick_compute_dtype(precision, place)
     import numpy as np
 
     from fewstep.backbones.lengths import tell_cut
@@ -136,7 +136,7 @@ def sample(
     source = None if begun is None else Source(generator.backbone.to_latents(begun[None]), share)
     repeated = [prompt for prompt in texts for _ in range(count)]
     pictures: np.ndarray = generator.draw(repeated, range(seed, seed + len(repeated)), sampling, source)
-    return save_picture(sheet(pictures, columns, factor), path)
+    return save_image(image_grid(pictures, columns, factor), path)
 
 
 def sampling_changes(settings: Mapping[str, Any] | str | Sequence[str] | None, **options: object) -> Mapping[str, Any]:

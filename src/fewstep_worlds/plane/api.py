@@ -11,7 +11,7 @@ from fewstep.common.extras import check_installed
 from fewstep.common.files import atomic_write, write_json
 
 if TYPE_CHECKING:
-    from fewstep_worlds.plane.settings import PlayConfig
+    from fewstep_worlds.plane.settings import PlaneConfig
 
 
 @checked
@@ -37,26 +37,26 @@ def playground(
         UserError: an unknown recipe or key, or an illegal value, before any long work.
     """
     from fewstep.common.files import check_writable
-    from fewstep_worlds.plane.settings import resolve_play
+    from fewstep_worlds.plane.settings import resolve_plane
 
     named = [recipes] if isinstance(recipes, str) else recipes
-    configs = [resolve_play(name.strip(), overrides) for names in named for name in names.split(",")]
+    configs = [resolve_plane(name.strip(), overrides) for names in named for name in names.split(",")]
     check_writable(Path(out))
     check_installed("playground", ("matplotlib",))
 
     return play(configs, Path(out))
 
 
-def play(recipes: Sequence[PlayConfig], out: Path, quiet: bool = False) -> Path:
+def play(recipes: Sequence[PlaneConfig], out: Path, quiet: bool = False) -> Path:
     """Train and measure each recipe, and write figure.webp, table.md and figures.json; return the figure's path."""
     from fewstep_worlds.plane.figure import draw_figure, table
-    from fewstep_worlds.plane.play import check_play, measure, train_play
+    from fewstep_worlds.plane.train import check_run, measure, train_plane
 
     for config in recipes:
-        check_play(config)
+        check_run(config)
     done = []
     for config in recipes:
-        student = train_play(config, out / config.recipe, quiet, out / "base")
+        student = train_plane(config, out / config.recipe, quiet, out / "base")
         done.append((student, measure(student)))
     figures = {p.config.recipe: m.record() for p, m in done}
     with atomic_write(out / "table.md") as part:

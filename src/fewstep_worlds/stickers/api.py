@@ -71,13 +71,13 @@ def reader_report(*, reader: Path | str, autoencoder: Path | str | None = None, 
         A table of accuracies.
     """
     from fewstep.commands.sample import check_positive
-    from fewstep_worlds.emoji8.teacher.train import given_vae
+    from fewstep_worlds.common.autoencoder import load_vae
     from fewstep_worlds.stickers.accuracy import as_table
     from fewstep_worlds.stickers.reader import load_reader
     from fewstep_worlds.stickers.reader_report import reader_report
 
     check_positive("n", n)
-    vae = given_vae(Path(autoencoder)) if autoencoder else None
+    vae = load_vae(Path(autoencoder)) if autoencoder else None
     return as_table(reader_report(load_reader(Path(reader)), n, vae))
 
 
@@ -95,7 +95,7 @@ def teacher(
     Returns:
         The pipeline folder.
     """
-    from fewstep_worlds.emoji8.teacher.checks import check_target
+    from fewstep_worlds.common.target import check_target
     from fewstep_worlds.stickers.settings import TeacherConfig
 
     config = validate(TeacherConfig, parse_overrides(overrides, TeacherConfig))
