@@ -42,7 +42,7 @@ def test_an_estimate_may_be_asked_for_twice(tiny_overrides: list[str], tmp_path:
         Image.new("RGB", (64, 64)).save(few / f"{number}.png")
         (few / f"{number}.txt").write_text("a red disc")
     words = [*tiny_overrides, f"data.source={few}", "loop.validate_every=2"]
-    with pytest.raises(UserError, match=r"validate_every takes KID from at least 10 pictures, data.source has 3"):
+    with pytest.raises(UserError, match=r"validate_every"):
         fewstep.estimate("tcd", out=tmp_path / "run", overrides=words)
 
 
@@ -55,8 +55,9 @@ def test_one_word_or_several(tiny_pipeline: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(picture(exclusive), picture(listed))
     small = fewstep.sample("a red disc", out=tmp_path / "small.png", scale=1, **few)
     np.testing.assert_array_equal(picture(small).repeat(4, 0).repeat(4, 1), picture(exclusive))
-    with pytest.raises(UserError, match=r"unknown key optim\.rl; the nearest known one is optim\.lr"):
+    with pytest.raises(UserError) as error:
         fewstep.distill("tcd", out=tmp_path / "run", teacher=tiny_pipeline, overrides="optim.rl=1")
+    assert error.value.field == "optim.rl"
 
 
 def test_the_bundled_teacher_by_its_path_has_its_student(tmp_path: Path) -> None:
@@ -64,6 +65,14 @@ def test_the_bundled_teacher_by_its_path_has_its_student(tmp_path: Path) -> None
     first = fewstep.sample("octopus", out=tmp_path / "a.png", device="cpu")
     second = fewstep.sample("octopus", out=tmp_path / "b.png", teacher=world, device="cpu")
     np.testing.assert_array_equal(picture(first), picture(second))
+
+
+def test_settings_are_given_by_options_or_by_keys(tiny_pipeline: Path, tmp_path: Path) -> None:
+    few = {"teacher": tiny_pipeline, "device": "cpu", "lora": None}
+    by_option = fewstep.sample("a red disc", out=tmp_path / "a.png", steps=3, **few)
+    for name, settings in (("b", {"steps": 3}), ("c", "steps=3"), ("d", ["steps=3"])):
+        other = fewstep.sample("a red disc", out=tmp_path / f"{name}.png", steps=2, settings=settings, **few)
+        np.testing.assert_array_equal(picture(by_option), picture(other))
 
 
 def test_bundled_pictures_for_a_teacher_of_another_size(tiny_pipeline: Path, tmp_path: Path) -> None:
@@ -76,13 +85,13 @@ def test_bundled_pictures_for_a_teacher_of_another_size(tiny_pipeline: Path, tmp
 
 @pytest.fixture
 def sampling_raises(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
-    """Let `fewstep sample` meet an error, and run it."""
+    """Run `fewstep sample`, and raise an error in it."""
 
     def run(error: BaseException) -> None:
         def fail(*_: object, **__: object) -> None:
             raise error
 
-        monkeypatch.setattr("fewstep.commands.sample.sample", fail)
+        monkeypatch.setattr("fewstep.backbones.teachers.read_teacher", fail)
         cli.main(["sample", "a disc"])
 
     return run

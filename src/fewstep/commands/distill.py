@@ -11,6 +11,7 @@ from fewstep.common.arguments import checked, with_options
 if TYPE_CHECKING:
     from fewstep.distillation.config import DistillConfig
     from fewstep.distillation.estimate import Estimated
+    from fewstep.distillation.sources import Source
 
 
 @checked
@@ -52,10 +53,11 @@ def distill(
         UserError: anything wrong, before any long work.
     """
     place = _run_folder(recipe, out)
-    settings = _settings(recipe, place, teacher, teacher_config, config, prompt_file, device, precision, overrides)
+    options = (teacher, teacher_config, config, prompt_file, device, precision, overrides)
+    settings, source = _settings(recipe, place, *options)
     from fewstep.distillation import distill as distillation
 
-    return distillation.distill(settings, place)
+    return distillation.distill(settings, place, source=source)
 
 
 @checked
@@ -76,11 +78,11 @@ def estimate(
     Raises:
         UserError: as `distill`.
     """
-    place = _run_folder(recipe, out)
-    settings = _settings(recipe, place, teacher, teacher_config, config, prompt_file, device, precision, overrides)
-    from fewstep.distillation import distill as distillation
+    options = (teacher, teacher_config, config, prompt_file, device, precision, overrides)
+    settings, source = _settings(recipe, _run_folder(recipe, out), *options)
+    from fewstep.distillation.estimate_run import estimate_run
 
-    return distillation.estimate_run(settings)
+    return estimate_run(settings, source)
 
 
 def _run_folder(recipe: str, out: Path | str | None) -> Path:
@@ -97,8 +99,8 @@ def _settings(
     device: str | None,
     precision: str | None,
     overrides: str | Sequence[str],
-) -> DistillConfig:
-    """Resolve and check the settings of a distillation.
+) -> tuple[DistillConfig, Source]:
+    """Resolve and check the settings of a distillation, and its data source.
 
     Raises:
         UserError: a setting, the teacher, the data, the run folder or the installation does not allow it.
@@ -114,7 +116,7 @@ def _settings(
     options = {"data.source": prompt_file, "device": device, "loop.precision": precision}
     changes = with_options(overrides, options)
     settings = resolve(recipe, config, changes, named_teacher(teacher, teacher_config))
-    check_distillation(settings, read_folder(teacher_path(settings.teacher)))
+    source = check_distillation(settings, read_folder(teacher_path(settings.teacher)))
     check_writable(out)
     check_same_run(out, settings, later=True)
     stages = settings.each_stage()
@@ -123,4 +125,4 @@ def _settings(
     quantized = [word for stage in stages for word in (stage.student.base, stage.optim.kind) if word.endswith("bit")]
     if quantized:
         check_installed(f"distill with {quantized[0]}", ["bitsandbytes"], "quantize")
-    return settings
+    return settings, source

@@ -49,13 +49,13 @@ def setting_lines() -> Iterator[str]:
     from fewstep.distillation.config import DistillConfig
     from fewstep.distillation.synthesis.settings import SynthesisConfig
     from fewstep.inference.multilingual.settings import AdapterConfig
-    from fewstep.methods.latent_lpips.settings import PerceptualConfig
+    from fewstep.methods.latent_lpips.settings import LatentLpipsTrainConfig
 
     bundled = installed_world()
     verbs: dict[str, BaseModel] = {
         "distill": DistillConfig(),
         "synthesize": SynthesisConfig(),
-        "train-latent-lpips": PerceptualConfig(),
+        "train-latent-lpips": LatentLpipsTrainConfig(),
         "train-adapter": AdapterConfig(),
         **(bundled.configs() if bundled else {}),
     }

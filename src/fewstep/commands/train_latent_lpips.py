@@ -49,12 +49,12 @@ def train_latent_lpips(
     from fewstep.common.extras import WATCHING, check_installed
     from fewstep.common.files import check_writable
     from fewstep.data.prompts import read_prompts
-    from fewstep.methods.latent_lpips.settings import PerceptualConfig, check_prompts
+    from fewstep.methods.latent_lpips.settings import LatentLpipsTrainConfig, check_prompts
     from fewstep.training.run_folder import check_same_run
 
     check_device(device)
     changes = with_options(overrides, {"loop.precision": precision})
-    config = validate(PerceptualConfig, parse_overrides(changes, PerceptualConfig))
+    config = validate(LatentLpipsTrainConfig, parse_overrides(changes, LatentLpipsTrainConfig))
     if prompt_file is not None:
         prompts = read_prompts(prompt_file, "prompt_file")
     elif teacher:
@@ -74,9 +74,9 @@ def train_latent_lpips(
 
     place = pick_device(device)
     from fewstep.backbones.base import load_backbone
-    from fewstep.methods.latent_lpips.train import make_perceptual
+    from fewstep.methods.latent_lpips.train import make_latent_lpips
 
-    return make_perceptual(config, load_backbone(folder.path, place), prompts, Path(out))
+    return make_latent_lpips(config, load_backbone(folder.path, place), prompts, Path(out))
 
 
 def train_perceptual(*, prompts: Path | str | None = None, **options: Any) -> Path:
@@ -86,9 +86,9 @@ def train_perceptual(*, prompts: Path | str | None = None, **options: Any) -> Pa
 
 def rank_correlations(folder: Path, arguments: Mapping[str, Any]) -> list[str]:
     """Return the lines that `train-latent-lpips` prints: agreement with pixel features on held-out pairs."""
-    from fewstep.methods.latent_lpips.record import read_perceptual
+    from fewstep.methods.latent_lpips.record import read_record
 
-    heldout = read_perceptual(folder)["heldout"]
+    heldout = read_record(folder)["heldout"]
     return [
         *(
             f"rank correlation with pixel features, {name}: {value:.4f} (n = {heldout['n']} held-out pairs)"
