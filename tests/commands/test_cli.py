@@ -184,7 +184,7 @@ def test_wrong_config_files(refuse: Refuse, tmp_path: Path) -> None:
 def test_a_folder_of_configs_under_its_old_option(
     refuse: Refuse, tiny_pipeline: Path, verb: str, options: tuple[str, ...]
 ) -> None:
-    Path("prompts.txt").write_text("a red disc\n" * 600)
+    Path("prompts.txt").write_text("".join(f"a red disc {number}\n" for number in range(600)))
     for option in ("--config", "--teacher-config"):
         error = refuse(verb, *options, "--teacher", str(tiny_pipeline), option, str(tiny_pipeline))
         assert error.field == "teacher_config", "of no single file"
