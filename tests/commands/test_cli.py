@@ -72,7 +72,7 @@ def refuse(capsys: pytest.CaptureFixture[str]) -> Refuse:
 
 def named(error: UserError) -> str:
     """The field that an error names: its own, or the one that its message begins with."""
-    return error.field or str(error).partition(" = ")[0]
+    return error.field or re.split(" = |: ", str(error))[0]
 
 
 @pytest.fixture
