@@ -25,10 +25,10 @@ STUDENTS = ("tcd",)
 
 
 def suite(prompts: Sequence[str], size: int, seed: int, features: Features) -> Suite:
-    """Return Emoji-8's metrics and the real pictures that answer the prompts."""
-    from fewstep_worlds.emoji8.metrics import emoji8_yardstick
+    """Return Emoji-8's metrics and the real pictures of the prompts."""
+    from fewstep_worlds.emoji8.metrics import emoji8_suite
 
-    return emoji8_yardstick(prompts, size, seed, features)
+    return emoji8_suite(prompts, size, seed, features)
 
 
 def load_scorer(device: torch.device) -> PreferenceScorer:

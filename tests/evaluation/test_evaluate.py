@@ -145,13 +145,13 @@ def test_a_student_beside_the_bundled_pictures(
 def test_words_that_are_no_names_are_measured_against_all_pictures() -> None:
     features = Features(Pooled(), progress=False)
     gallery = measures.Gallery.load()
-    assert gallery.knows("octopus")
-    named = measures.emoji8_yardstick(["octopus", "tiger", "rocket", "pizza", "crown"] * 2, 64, 0, features)
-    other = measures.emoji8_yardstick(PROMPTS, 64, 0, features)
+    assert gallery.has_concept("octopus")
+    named = measures.emoji8_suite(["octopus", "tiger", "rocket", "pizza", "crown"] * 2, 64, 0, features)
+    other = measures.emoji8_suite(PROMPTS, 64, 0, features)
     assert (named.real_diversity is None, other.real_diversity is None) == (False, True)
     assert len(other.reference.pictures) == len(gallery.data.pictures) - len(PROMPTS)
     assert 10 <= len(named.reference.pictures) < 40, "of these concepts alone"
     with pytest.raises(UserError, match="6 real pictures to measure against; KID needs at least 10"):
-        measures.emoji8_yardstick(["octopus", "tiger"] * 5, 64, 0, features)
+        measures.emoji8_suite(["octopus", "tiger"] * 5, 64, 0, features)
     with pytest.raises(UserError, match="real left out means Emoji-8, pictures of 64 pixels"):
-        measures.emoji8_yardstick(PROMPTS, 512, 0, features)
+        measures.emoji8_suite(PROMPTS, 512, 0, features)

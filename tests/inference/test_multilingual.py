@@ -178,7 +178,7 @@ def test_another_teacher_and_damaged_folders_are_refused(trained: Path, tiny_pip
 def test_nothing_held_out_is_in_a_pair() -> None:
     words = Words.load()
     pairs = chinese_pairs(words)
-    english = {record.name for record in (*words.taught, *words.test, *words.validation)}
+    english = {record.name for record in (*words.train, *words.test, *words.validation)}
     sources = [pair.source for pair in pairs if pair.source not in english]
     assert len(sources) > 3000
     entries = {entry for source in sources for entry in source.split("，")}
@@ -189,9 +189,7 @@ def test_nothing_held_out_is_in_a_pair() -> None:
     targets = {pair.target for pair in pairs}
     assert targets == english
     assert not {record.name for record in words.unseen} & targets
-    groups = [
-        {record.concept for record in part} for part in (words.taught, words.test, words.validation, words.unseen)
-    ]
+    groups = [{record.concept for record in part} for part in (words.train, words.test, words.validation, words.unseen)]
     assert [len(group) for group in groups] == [1180, 120, 60, 60]
     assert len(set().union(*groups)) == 1420
 

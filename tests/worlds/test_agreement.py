@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from fewstep.common.errors import UserError
@@ -32,7 +31,7 @@ from fewstep_worlds.emoji8.scorers.agreement import (
 )
 from fewstep_worlds.emoji8.scorers.augment import augment
 from fewstep_worlds.emoji8.scorers.network import Scorer
-from fewstep_worlds.emoji8.scorers.train import answers, draw_captions, multi_positive_loss, train_scorer
+from fewstep_worlds.emoji8.scorers.train import caption_targets, draw_captions, multi_positive_loss, train_scorer
 
 STEPS = 70
 TINY = ScorerConfig(channels=(8, 16), blocks=(1, 1), groups=4, hidden=32, width=16)
@@ -72,14 +71,6 @@ def toy() -> emoji8.Emoji8:
     return emoji8.Emoji8(data.pictures[rows], tuple(data.records[i] for i in rows))
 
 
-@pytest.fixture(scope="module")
-def accelerator() -> Accelerator:
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state()
-    return Accelerator(mixed_precision="no", cpu=True)
-
-
 def toy_config(steps: int) -> AgreementConfig:
     loop = LoopConfig(steps=steps, batch=32, save_every=40, log_every=5, precision="fp32")
     optim = OptimConfig(lr=5e-3, warmup=2, ema=0.8)
@@ -87,9 +78,9 @@ def toy_config(steps: int) -> AgreementConfig:
 
 
 @pytest.fixture(scope="module")
-def trained(toy: emoji8.Emoji8, accelerator: Accelerator, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(toy: emoji8.Emoji8, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scorer")
-    train_scorer(toy_config(STEPS), folder, text=Words(), data=toy, accelerator=accelerator, quiet=True)
+    train_scorer(toy_config(STEPS), folder, text=Words(), data=toy, quiet=True)
     return folder
 
 
@@ -121,7 +112,7 @@ def test_a_caption_is_right_for_its_concept_and_style(toy: emoji8.Emoji8) -> Non
     rng = np.random.default_rng(0)
     items = torch.from_numpy(rng.permutation(len(toy))[:40])
     chosen = captions.rows[items, 3]
-    positive, ignored = answers(captions, items, chosen)
+    positive, ignored = caption_targets(captions, items, chosen)
     assert positive.diagonal().all()
     assert not (positive & ignored).any()
     for i in range(40):
@@ -179,20 +170,18 @@ def test_saved_scores_are_reloaded_scores(trained: Path, toy: emoji8.Emoji8, tmp
     assert metric.identity.weights_sha256 == again.weights_sha256
 
 
-def test_resuming_equals_training_through(
-    trained: Path, toy: emoji8.Emoji8, accelerator: Accelerator, tmp_path: Path
-) -> None:
+def test_resuming_equals_training_through(trained: Path, toy: emoji8.Emoji8, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
     shutil.rmtree(folder / "checkpoints" / f"step-{STEPS:08d}")
-    again = train_scorer(toy_config(STEPS), folder, text=Words(), data=toy, accelerator=accelerator, quiet=True)
+    again = train_scorer(toy_config(STEPS), folder, text=Words(), data=toy, quiet=True)
     assert again.weights_sha256 == load_scorer(trained / "scorer", Words()).weights_sha256
 
 
-def test_held_out_pictures_are_refused(toy: emoji8.Emoji8, tmp_path: Path, accelerator: Accelerator) -> None:
+def test_held_out_pictures_are_refused(toy: emoji8.Emoji8, tmp_path: Path) -> None:
     other = emoji8.load("heldout-concept")
     with pytest.raises(UserError, match="is of the split 'heldout-concept'; a scorer trains on 'train'"):
-        train_scorer(toy_config(1), tmp_path, text=Words(), data=other, accelerator=accelerator)
+        train_scorer(toy_config(1), tmp_path, text=Words(), data=other)
     assert not any(tmp_path.iterdir())
 
 

@@ -27,8 +27,7 @@ from fewstep_worlds.emoji8.report.results import load_results
 from fewstep_worlds.emoji8.scorers.agreement import save_scorer
 from fewstep_worlds.emoji8.scorers.network import Scorer
 from fewstep_worlds.emoji8.scorers.text import BertStates
-from fewstep_worlds.emoji8.studies import benchmark, demo, family
-from fewstep_worlds.emoji8.studies import comparison as contest
+from fewstep_worlds.emoji8.studies import benchmark, comparison, demo, family
 from fewstep_worlds.emoji8.studies.benchmark import best_by_rank
 from fewstep_worlds.emoji8.studies.students import train_student
 from support.pooled import Pooled
@@ -90,7 +89,7 @@ def test_the_demo_makes_students_a_table_and_a_page_and_goes_on_where_it_was(
 
     student = out / "tcd" / "student" / "pytorch_lora_weights.safetensors"
     before = student.read_bytes()
-    monkeypatch.setattr("fewstep_worlds.emoji8.studies.comparison.Studio.pictures", forbidden_after_grid(out))
+    monkeypatch.setattr("fewstep_worlds.emoji8.studies.comparison.PictureStore.pictures", forbidden_after_grid(out))
     again = api.demo(out=out, overrides=small)
     assert again == report
     assert student.read_bytes() == before
@@ -99,11 +98,11 @@ def test_the_demo_makes_students_a_table_and_a_page_and_goes_on_where_it_was(
 
 def forbidden_after_grid(out: Path) -> Any:
     """Pictures of a finished demo come from its folder: nothing is drawn anew."""
-    from fewstep_worlds.emoji8.studies.comparison import Studio
+    from fewstep_worlds.emoji8.studies.comparison import PictureStore
 
-    plain = Studio.pictures
+    plain = PictureStore.pictures
 
-    def kept(self: Studio, entry: Any) -> np.ndarray:
+    def kept(self: PictureStore, entry: Any) -> np.ndarray:
         assert (self.folder / f"{self.key(entry)}.safetensors").is_file()
         return plain(self, entry)
 
@@ -120,7 +119,7 @@ def test_the_benchmark_chooses_measures_and_goes_on_where_it_was(
     monkeypatch.setattr(benchmark, "STEPS", (2, 4))
     monkeypatch.setattr(benchmark, "TEACHER_STEPS", TEACHER_STEPS)
     monkeypatch.setattr(benchmark, "GAMMAS", (0.0, 0.2, 1.0))
-    monkeypatch.setattr(contest.Studio.noises, "__defaults__", (4, 3))
+    monkeypatch.setattr(comparison.PictureStore.noises, "__defaults__", (4, 3))
     out = tmp_path / "benchmark"
     small = ["steps=2", "batch=2", "rates=[1e-3, 3e-2]", "seeds=[0, 1]", "omegas=[1, 2]", "shown=3"]
     report = api.benchmark(out=out, overrides=small)
@@ -156,7 +155,7 @@ def test_the_benchmark_chooses_measures_and_goes_on_where_it_was(
     assert (out / "gamma.webp").stat().st_size > 1000
     page = report.read_bytes()
 
-    monkeypatch.setattr("fewstep_worlds.emoji8.studies.comparison.Studio.pictures", forbidden_after_grid(out))
+    monkeypatch.setattr("fewstep_worlds.emoji8.studies.comparison.PictureStore.pictures", forbidden_after_grid(out))
     assert api.benchmark(out=out, overrides=small).read_bytes() == page
     assert load_results(out / "results.json").rows == results.rows
 
@@ -249,7 +248,7 @@ def test_the_family_spends_alike_and_measures_every_recipe_and_sampler(
     assert f"# ct, guided\nfor n in 1 2 4; do fewstep evaluate {guided}; done" in text
     assert "# tcd-2\nfor n in 2 4; do" in text
     assert "-s gamma_law=noise --steps $n" in text
-    monkeypatch.setattr("fewstep_worlds.emoji8.studies.comparison.Studio.pictures", forbidden_after_grid(out))
+    monkeypatch.setattr("fewstep_worlds.emoji8.studies.comparison.PictureStore.pictures", forbidden_after_grid(out))
     assert api.family(out=out, overrides=words).read_text() == text
 
 
@@ -267,7 +266,7 @@ def test_each_recipe_gets_the_same_budget_and_a_command_that_repeats_it(recipe: 
 
 
 def test_a_budget_that_pays_for_no_step_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"evaluations = 5000 does not pay for a step of ctm; the nearest legal one is"):
+    with pytest.raises(UserError, match=r"evaluations = 5000 does not pay for a step of ctm"):
         api.family(out=tmp_path / "no", overrides=["recipes=[ctm]", "evaluations=5000", "batch=1000"])
     with pytest.raises(UserError, match=r"recipes names 'lcmm'; the nearest recipe is 'lcm'"):
         api.family(out=tmp_path / "no", overrides=["recipes=[lcmm]"])

@@ -1,4 +1,4 @@
-"""The bundled world's side of TLCM: which students its tables ask for, the reward, the second opinion."""
+"""The bundled world's side of TLCM: which students its tables ask for, the reward, the second scorer."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from fewstep.methods.cost import step_cost
 from fewstep.methods.rewards.reward import PreferenceScorer
 from fewstep.training.config import LoopConfig
 from fewstep_worlds.emoji8 import dataset as emoji8
-from fewstep_worlds.emoji8.config import OpinionConfig, ScorerConfig, TlcmConfig
+from fewstep_worlds.emoji8.config import ScorerConfig, SecondScorerConfig, TlcmConfig
 from fewstep_worlds.emoji8.scorers.agreement import save_scorer
 from fewstep_worlds.emoji8.scorers.network import Scorer
 from fewstep_worlds.emoji8.scorers.reward import load_world_scorer
-from fewstep_worlds.emoji8.scorers.second_scorer import second_opinion
+from fewstep_worlds.emoji8.scorers.second_scorer import train_second_scorer
 from fewstep_worlds.emoji8.studies import tlcm
 
 
@@ -47,8 +47,8 @@ class Words:
 
 
 @pytest.fixture
-def shop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """A workshop that writes down what it would train."""
+def records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Students that are recorded and not trained."""
     made: dict[str, DistillConfig] = {}
 
     def distill(config: DistillConfig, out: Path, *, cache: Path, shared: Path) -> Path:
@@ -56,12 +56,12 @@ def shop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         return out / "student" / "pytorch_lora_weights.safetensors"
 
     monkeypatch.setattr(tlcm, "distill", distill)
-    return SimpleNamespace(shop=tlcm.Workshop(tlcm.law_of(), 2, tmp_path / "seed-2"), made=made)
+    return SimpleNamespace(students=tlcm.Students(tlcm.tlcm_settings(), 2, tmp_path / "seed-2"), made=made)
 
 
-def test_rows_of_the_ablation_add_one_ingredient_each(shop: Any) -> None:
-    places = {label: shop.shop.student(label) for label in (*tlcm.LADDER, tlcm.CONTROL)}
-    made = shop.made
+def test_rows_of_the_ablation_add_one_ingredient_each(records: Any) -> None:
+    places = {label: records.students.student(label) for label in (*tlcm.LADDER, tlcm.CONTROL)}
+    made = records.made
     single, segments, perceptual = (
         made[f"0-{name}"].method for name in ("lcd-single-step-z", "mlcd-single-step-z", "perceptual-distance")
     )
@@ -103,73 +103,80 @@ def test_rows_of_the_ablation_add_one_ingredient_each(shop: Any) -> None:
     assert all(not config.stages for name, config in made.items() if name != "tlcm")
 
 
-def test_rows_of_the_teachers_steps_differ_in_them_alone(shop: Any) -> None:
+def test_rows_of_the_teachers_steps_differ_in_them_alone(records: Any) -> None:
     for p in (1, 4):
-        shop.shop.student(f"p = {p}")
-    one, four = shop.made["0-p-1"], shop.made["0-p-4"]
+        records.students.student(f"p = {p}")
+    one, four = records.made["0-p-1"], records.made["0-p-4"]
     assert (one.method.substeps, four.method.substeps) == (1, 4)
     assert one.method.model_copy(update={"substeps": 4}) == four.method
-    assert shop.shop.student("p = 3") == shop.shop.student("+ improved LCD"), "the law's own is not trained twice"
-    without = shop.shop.student("TLCM without preference")
-    config = shop.made["0-tlcm-without-preference"]
+    assert records.students.student("p = 3") == records.students.student("+ improved LCD"), (
+        "the recipe's own p is not trained twice"
+    )
+    without = records.students.student("TLCM without preference")
+    config = records.made["0-tlcm-without-preference"]
     assert without.name == "student"
     assert config.student.start.endswith("2-joined/student")
     assert config.method.reward.weight == 0
-    kept = config.method.model_copy(update={"reward": shop.shop.stage("matching").method.reward})
-    assert kept == shop.shop.stage("matching").method
+    kept = config.method.model_copy(update={"reward": records.students.stage("matching").method.reward})
+    assert kept == records.students.stage("matching").method
 
 
-def test_lcm_and_tcd_take_as_many_evaluations(shop: Any) -> None:
+def test_lcm_and_tcd_take_as_many_evaluations(records: Any) -> None:
     """As many whole steps as TLCM's evaluations pay for."""
     for recipe, lr in (("lcm", 3e-4), ("tcd", 1e-3)):
-        shop.shop.student(recipe)
-        config = shop.made[recipe]
+        records.students.student(recipe)
+        config = records.made[recipe]
         a_step = step_cost(config.method) * config.loop.batch
-        assert 0 <= shop.shop.evaluations - config.loop.steps * a_step < a_step
+        assert 0 <= records.students.evaluations - config.loop.steps * a_step < a_step
         assert config.optim.lr == lr
         assert config.data.source == "emoji8"
-    assert shop.shop.config.data.source == "captions"
+    assert records.students.config.data.source == "captions"
 
 
-def test_a_finished_run_of_another_law_is_not_taken(shop: Any) -> None:
-    place = shop.shop.out / "tlcm"
+def test_a_finished_run_of_other_settings_is_not_taken(records: Any) -> None:
+    place = records.students.out / "tlcm"
     (place / "student").mkdir(parents=True)
-    config = shop.shop.config
+    config = records.students.config
     other = config.model_copy(update={"optim": config.optim.model_copy(update={"lr": 1e-5})})
-    for law in (config, other):
-        (place / "config.yaml").write_text(yaml.safe_dump(law.model_dump(mode="json")))
-        if law is config:
-            assert shop.shop.student(tlcm.FINAL) == place / "student"
-            assert not shop.made, "nor laid out again"
+    for settings in (config, other):
+        (place / "config.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+        if settings is config:
+            assert records.students.student(tlcm.FINAL) == place / "student"
+            assert not records.made, "nor trained again"
             continue
         with pytest.raises(UserError, match=r"holds a run with another optim\.lr"):
-            shop.shop.student(tlcm.FINAL)
+            records.students.student(tlcm.FINAL)
 
 
-def test_a_table_asks_for_its_rows(shop: Any) -> None:
+def test_a_table_has_its_rows(records: Any) -> None:
     config = validate(TlcmConfig, {"steps": [2, 3]})
-    drawn = [(entry.method, entry.sampling.steps) for entry in tlcm.entries_of(config, 1, shop.shop)]
+    drawn = [(entry.method, entry.sampling.steps) for entry in tlcm.entries_of(config, 1, records.students)]
     assert drawn == [
         *((name, n) for name in ("TLCM", "TLCM without preference") for n in (2, 3)), ("TLCM, the paper's times", 3),
         ("LCM", 4), ("TCD", 4), ("TCD, gamma 1", 4), ("DDIM", 3), ("DDIM", 4),
     ]  # fmt: skip
-    spacing = {entry.method: entry.sampling.spacing for entry in tlcm.entries_of(config, 1, shop.shop)}
+    spacing = {entry.method: entry.sampling.spacing for entry in tlcm.entries_of(config, 1, records.students)}
     assert (spacing["TLCM"], spacing["TLCM, the paper's times"]) == ("grid", "tlcm"), "at 2 calls both lists are one"
-    assert tlcm.times_of(shop.shop.config.sampling, 3).tolist() == [999, 749, 374]
-    ladder = tlcm.entries_of(config, 2, shop.shop)
+    assert tlcm.times_of(records.students.config.sampling, 3).tolist() == [999, 749, 374]
+    ladder = tlcm.entries_of(config, 2, records.students)
     labels = [*tlcm.LADDER, tlcm.CONTROL]
     assert [entry.method for entry in ladder[: len(labels)]] == labels
     assert {entry.sampling.gamma for entry in ladder[: len(labels)]} == {1.0}
     assert [(entry.method, entry.sampling.gamma) for entry in ladder[len(labels) :]] == [
         (f"{label}, gamma 0", 0.0) for label in ("MLCD, single-step z", "+ perceptual distance", "MLCD, multistep z")
     ]
-    assert [entry.method for entry in tlcm.entries_of(config, 3, shop.shop)] == ["p = 1", "p = 2", "p = 3", "p = 4"]
+    assert [entry.method for entry in tlcm.entries_of(config, 3, records.students)] == [
+        "p = 1",
+        "p = 2",
+        "p = 3",
+        "p = 4",
+    ]
 
 
 @pytest.mark.parametrize("table", [1, 2, 3])
-def test_gains_are_between_rows_of_the_table(table: int, shop: Any) -> None:
+def test_gains_are_between_rows_of_the_table(table: int, records: Any) -> None:
     config = validate(TlcmConfig, {"table": table})
-    drawn = {(entry.method, entry.sampling.steps) for entry in tlcm.entries_of(config, table, shop.shop)}
+    drawn = {(entry.method, entry.sampling.steps) for entry in tlcm.entries_of(config, table, records.students)}
     pairs = tlcm.compared(config, 1.0)
     assert {place for pair in pairs for place in pair} <= drawn | {("teacher", 25)}
     if table == 2:
@@ -209,23 +216,23 @@ def test_the_worlds_scorer_can_be_followed(tmp_path: Path) -> None:
     save_scorer(tmp_path / "reward", config, dict(trained.state_dict()), Words(), {})
     scorer = load_world_scorer(Words(), torch.device("cpu"), tmp_path / "reward")
     assert isinstance(scorer, PreferenceScorer)
-    said = scorer.prepare(["a red disc", "a blue ring"])
+    prompts = scorer.prepare(["a red disc", "a blue ring"])
     assert all(getattr(scorer.identity, name) for name in ("name", "backbone", "licence", "commercial", "span"))
     x = (torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 1.6 - 0.8).requires_grad_()
-    before = scorer.score(x, said)
+    before = scorer.score(x, prompts)
     seen = scorer.trained.scorer.embed_pictures(x.detach())
-    torch.testing.assert_close(before.detach(), (seen * said["text"]).sum(1))
+    torch.testing.assert_close(before.detach(), (seen * prompts["text"]).sum(1))
     (slope,) = torch.autograd.grad(before.sum(), x)
-    after = scorer.score(x.detach() + 0.05 * slope / slope.abs().max(), said)
+    after = scorer.score(x.detach() + 0.05 * slope / slope.abs().max(), prompts)
     assert bool((after > before.detach()).all())
     white = torch.full((2, 3, 64, 64), 1.5, requires_grad=True)
-    (none,) = torch.autograd.grad(scorer.score(white, said).sum(), white)
+    (none,) = torch.autograd.grad(scorer.score(white, prompts).sum(), white)
     assert float(none.abs().max()) == 0
-    large = scorer.score(torch.nn.functional.interpolate(x.detach(), scale_factor=2), said)
+    large = scorer.score(torch.nn.functional.interpolate(x.detach(), scale_factor=2), prompts)
     assert large.shape == (2,)
 
 
-def test_a_second_opinion_learns_which_prompts_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_scorer_learns_which_prompts_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On eight concepts: own prompts score above others, and a second run reads the same heads back."""
     whole = emoji8.load("train")
     names = sorted({record.name for record in whole.records})[:8]
@@ -242,15 +249,15 @@ def test_a_second_opinion_learns_which_prompts_fit(tmp_path: Path, monkeypatch: 
             small = pictures.reshape(len(pictures), 16, 4, 16, 4, 3).mean((2, 4)).reshape(len(pictures), -1) / 127.5 - 1
             return np.pad(small, ((0, 0), (0, 1280 - small.shape[1]))).astype(np.float32)
 
-    config = OpinionConfig(width=16, captions=4, loop=LoopConfig(steps=60, batch=16, save_every=60))
+    config = SecondScorerConfig(width=16, captions=4, loop=LoopConfig(steps=60, batch=16, save_every=60))
     features: Any = Thumbnails()
-    opinion = second_opinion(config, features, Words(), tmp_path / "run", quiet=True)
+    scorer = train_second_scorer(config, features, Words(), tmp_path / "run", quiet=True)
     own = [record.name for record in few.records]
-    right = opinion.features(few.pictures, own)
-    wrong = opinion.features(few.pictures, [names[(names.index(name) + 3) % 8] for name in own])
+    right = scorer.features(few.pictures, own)
+    wrong = scorer.features(few.pictures, [names[(names.index(name) + 3) % 8] for name in own])
     assert right.mean() > wrong.mean() + 0.3
-    again = second_opinion(config, features, Words(), tmp_path / "run", quiet=True)
-    assert again.identity == opinion.identity
+    again = train_second_scorer(config, features, Words(), tmp_path / "run", quiet=True)
+    assert again.identity == scorer.identity
     np.testing.assert_array_equal(again.features(few.pictures, own), right)
 
 

@@ -79,7 +79,7 @@ def test_prompts_are_taken_apart_at_the_style_alone(gallery: Gallery) -> None:
     assert gallery.concept_of(f"{FAMILY}, fluent 3d style") == FAMILY
     assert gallery.concept_of("cow, noto v1 style") == "cow"
     for prompt in ("family: man", "cat, dog", "cat, oil style", "cat,noto style", "a cat", ""):
-        assert not gallery.knows(prompt)
+        assert not gallery.has_concept(prompt)
         with pytest.raises(UserError, match="names no Emoji-8 concept"):
             gallery.concept_of(prompt)
 

@@ -111,9 +111,9 @@ def tlcm(*, table: int = 1, out: Path | str = "runs/tables", overrides: str | Se
     from fewstep_worlds.emoji8.config import TlcmConfig
 
     config = _checked("tlcm", TlcmConfig, with_options(overrides, {"table": table}), out, multilingual=True)
-    from fewstep_worlds.emoji8.studies.tlcm import law_of, tlcm
+    from fewstep_worlds.emoji8.studies.tlcm import tlcm, tlcm_settings
 
-    check_distillation(law_of(), read_teacher(""))
+    check_distillation(tlcm_settings(), read_teacher(""))
     with _locked(out):
         return tlcm(config, Path(out))
 
@@ -328,7 +328,7 @@ def teacher_card(
     check_installed("teacher-card")
     from fewstep_worlds.emoji8.teacher.card import teacher_card
 
-    return teacher_card(folder.path, Path(out), n=n, sampling=sampling).figures
+    return teacher_card(folder.path, Path(out), n=n, sampling=sampling)
 
 
 def card_lines(figures: Mapping[str, Figure], arguments: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Every setting of the bundled world's commands. Light: read, and refused, before torch is imported."""
+"""Settings of the bundled world's commands. Light: validated before torch is imported."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from fewstep.common.config import Config
-from fewstep.common.errors import nearest
+from fewstep.common.errors import did_you_mean
 from fewstep.common.run_inputs import Content
 from fewstep.inference.multilingual.settings import AdapterConfig
 from fewstep.methods.recipes import rows
@@ -17,7 +17,7 @@ from fewstep_worlds.common.settings import AutoencoderShape, UnetShape
 Rate = Annotated[float, Field(gt=0)]
 Omega = Annotated[float, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, le=89)]
-"""Seeds from 90 on are those from which settings are chosen."""
+"""Seeds from 90 on are for choosing settings."""
 
 
 class VaeConfig(AutoencoderShape):
@@ -57,7 +57,7 @@ class TeacherConfig(Config):
     """The bundled teacher's recipe."""
 
     text: str = Field("", description="folder with text_encoder/ and tokenizer/; empty for the bundled one")
-    omega: float = Field(2.0, ge=0, description="guidance that the teacher brings along, in the papers' convention")
+    omega: float = Field(2.0, ge=0, description="default guidance of the teacher, in the papers' convention")
     autoencoder: str = Field("", description="folder of a finished AutoencoderKL to keep; empty to train one")
     vae: VaeConfig = Field(VaeConfig(), description="the autoencoder")
     unet: UnetConfig = Field(UnetConfig(), description="the denoiser")
@@ -103,8 +103,8 @@ class RewardConfig(AgreementConfig):
     )
 
 
-class OpinionConfig(Config):
-    """Training of the second opinion's heads."""
+class SecondScorerConfig(Config):
+    """Training of the second scorer's heads."""
 
     width: int = Field(default=128, ge=1, description="width of the common space")
     captions: int = Field(default=12, ge=1, description="captions drawn once for each picture")
@@ -131,7 +131,7 @@ class ChineseConfig(Config):
     lora: str = Field("tcd", description="student: tcd (bundled), a LoRA file or folder")
     steps: int = Field(3, ge=1, description="network calls of the student")
     teacher_steps: int = Field(25, ge=1, description="steps of the teacher, guided DDIM")
-    concepts: int = Field(120, ge=20, le=120, description="concepts that are asked for, whose Chinese is held out")
+    concepts: int = Field(120, ge=20, le=120, description="concepts of the prompts, whose Chinese is held out")
     noises: int = Field(4, ge=1, description="pictures of each, from different noise")
     shown: int = Field(12, ge=1, description="concepts in the picture grid")
     training: AdapterConfig = Field(AdapterConfig(), description="how an adapter is trained, where none is named")
@@ -182,9 +182,9 @@ class FamilyConfig(Config):
         known = rows()
         for recipe in self.recipes:
             if recipe not in known:
-                raise ValueError(f"recipes names {recipe!r}; the nearest recipe is {nearest(recipe, known)!r}")
+                raise ValueError(f"recipes = {list(self.recipes)} holds no recipe {recipe!r}{did_you_mean(recipe, known)}")
         if len(set(self.recipes)) < len(self.recipes):
-            raise ValueError(f"recipes = {list(self.recipes)} names one twice; leave it out once")
+            raise ValueError(f"recipes = {list(self.recipes)} must be distinct")
         return self
 
     @property
@@ -209,9 +209,9 @@ class TlcmConfig(Config):
             values = getattr(self, name)
             legal = sorted({min(max(value, low), high) for value in values})
             if list(values) != legal:
-                raise ValueError(f"{name} = {list(values)} must rise within {low} to {high}; the nearest is {legal}")
+                raise ValueError(f"{name} = {list(values)} must rise within {low} to {high}")
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds = {list(self.seeds)} names one twice; the nearest is {sorted(set(self.seeds))}")
+            raise ValueError(f"seeds = {list(self.seeds)} must be distinct")
         return self
 
 
@@ -236,5 +236,5 @@ class BenchmarkConfig(Config):
         for name in ("rates", "seeds", "omegas"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
-                raise ValueError(f"{name} = {list(values)} names one twice; the nearest is {sorted(set(values))}")
+                raise ValueError(f"{name} = {list(values)} must be distinct")
         return self

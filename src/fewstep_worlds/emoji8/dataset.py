@@ -1,8 +1,8 @@
 """Emoji-8, the bundled picture set: emoji concepts drawn in up to eight art styles, 64x64 on white.
 
-Pictures lie as tiles of one contact sheet per style; `pictures.jsonl` says which tile shows which concept and
-is in which split, `concepts.jsonl` holds the text of the concepts, `sources.json` each style's source package
-(`tools/build_emoji8.py` writes them all).
+Pictures are tiles of one contact sheet per style. `pictures.jsonl` lists the concept and the split of each tile,
+`concepts.jsonl` the text of the concepts, `sources.json` each style's source package. `tools/build_emoji8.py` writes
+them all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fewstep.common.errors import UserError, nearest
+from fewstep.common.errors import UserError, did_you_mean
 from fewstep.common.text import lines_of, read_text
 from fewstep.data.images import Captioned, HeldPictures, from_prompts
 from fewstep_worlds.common import location
@@ -64,7 +64,7 @@ class Record:
 
     @property
     def id(self) -> str:
-        """Of the picture: a style draws a concept once."""
+        """Unique name of the picture."""
         return f"{self.style}/{self.concept}"
 
 
@@ -100,7 +100,7 @@ def load_records(split: str | tuple[str, ...] = "train") -> tuple[Record, ...]:
     wanted = (split,) if isinstance(split, str) else split
     for one in wanted:
         if one not in SPLITS:
-            raise UserError(f"split={one!r} is unknown; the nearest is {nearest(one, SPLITS)!r}")
+            raise UserError(f"split = {one!r} is not one of {', '.join(SPLITS)}{did_you_mean(one, SPLITS)}", field="split")
     place = folder()
     with _reading(place / "sources.json") as path:
         sources: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
@@ -128,7 +128,7 @@ def load(split: str | tuple[str, ...] = "train") -> Emoji8:
         indices = [records[row].tile for row in rows]
         last = max(indices)
         if last >= len(tiles):
-            raise UserError(f"{style}.webp has {len(tiles)} tiles but pictures.jsonl asks for tile {last}")
+            raise UserError(f"{style}.webp has {len(tiles)} tiles but pictures.jsonl lists tile {last}")
         pictures[rows] = tiles[indices]
     pictures.flags.writeable = False
     return Emoji8(pictures, records)
@@ -161,13 +161,13 @@ def read_prompts(name: str) -> tuple[str, ...]:
     place = folder() / "prompts"
     path = place / f"{name}.txt"
     if not path.is_file():
-        known = sorted(file.stem for file in place.glob("*.txt")) or ["benchmark"]
-        raise UserError(f"prompt list {name!r} is unknown; the nearest is {nearest(name, known)!r}")
+        known = sorted(file.stem for file in place.glob("*.txt"))
+        raise UserError(f"prompt list {name!r} is unknown; give one of {', '.join(known)}{did_you_mean(name, known)}")
     return tuple(line for line in lines_of(read_text(path)) if line)
 
 
 def style_words(style: str) -> str:
-    """Return how a caption says a style: "fluent-3d" -> "fluent 3d style"."""
+    """Return a style in words: "fluent-3d" -> "fluent 3d style"."""
     return f"{style.replace('-', ' ')} style"
 
 
@@ -227,7 +227,7 @@ def caption_table(records: Sequence[Record], variants: int, seed: int) -> list[l
         UserError: fewer than one variant.
     """
     if variants < 1:
-        raise UserError(f"variants={variants} must be at least 1")
+        raise UserError(f"variants = {variants} must be at least 1")
     table = []
     for record in records:
         generator = _generator(seed, record.id)
@@ -236,31 +236,31 @@ def caption_table(records: Sequence[Record], variants: int, seed: int) -> list[l
 
 
 def check_size(size: int, field: str, instead: str = "give a folder of pictures") -> None:
-    """Refuse a teacher that draws pictures of another size.
+    """Refuse a teacher of pictures of another size.
 
     Args:
         size: pixels a side of its pictures.
-        field: what asked for Emoji-8, for the error.
-        instead: what else could be asked for.
+        field: the setting that selects Emoji-8.
+        instead: the remedy.
 
     Raises:
         UserError: it does.
     """
     if size != SIZE:
         raise UserError(
-            f"{field} means Emoji-8, pictures of {SIZE} pixels a side, and the teacher draws {size}; {instead}"
+            f"{field} selects Emoji-8, {SIZE} pixels a side, and the teacher draws {size}; {instead}", field=field
         )
 
 
 def captioned(captions: int, seed: int) -> Captioned:
-    """The training split with `captions` captions a picture."""
+    """Return the training split with `captions` captions a picture."""
     data = load("train")
     return Captioned(HeldPictures(data.pictures), caption_table(data.records, captions, seed))
 
 
 def captions_alone(captions: int, seed: int) -> Captioned:
-    """The same captions without the pictures: none of these is opened."""
-    return from_prompts([said for row in caption_table(load_records("train"), captions, seed) for said in row])
+    """Return the same captions without opening the pictures."""
+    return from_prompts([caption for row in caption_table(load_records("train"), captions, seed) for caption in row])
 
 
 def _generator(seed: int, key: str) -> np.random.Generator:

@@ -1,4 +1,4 @@
-"""What measuring on Emoji-8 needs: real pictures that answer a prompt, a reference, the list of metrics."""
+"""Evaluation on Emoji-8: real pictures of a prompt, the reference set, the metrics."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fewstep_worlds.emoji8.whiteness import BackgroundLevel, WhiteShare, backgro
 
 
 def answered_prompts(record: emoji8.Record) -> tuple[str, str]:
-    """Return the prompts that a picture answers for certain: its name, and its name with its style."""
+    """Return the prompts that a picture surely matches: its name, and its name with its style."""
     return emoji8.name(record), emoji8.name_with_style(record)
 
 
@@ -49,7 +49,7 @@ class Gallery:
 
     @cached_property
     def rows(self) -> dict[str, list[int]]:
-        """Prompt -> numbers of the pictures that answer it."""
+        """Prompt -> rows of the pictures that match it."""
         found: dict[str, list[int]] = {}
         for row, record in enumerate(self.data.records):
             for prompt in answered_prompts(record):
@@ -58,15 +58,15 @@ class Gallery:
 
     @cached_property
     def concepts(self) -> tuple[str, ...]:
-        """What each picture shows: the concept's name."""
+        """Name of each picture's concept."""
         return tuple(record.name for record in self.data.records)
 
     @cached_property
     def _names(self) -> set[str]:
         return {record.name for record in emoji8.load_records(emoji8.SPLITS)}
 
-    def knows(self, prompt: str) -> bool:
-        """Whether a prompt is a concept's name, or a name with a style."""
+    def has_concept(self, prompt: str) -> bool:
+        """Return whether a prompt is a concept's name, or a name with a style."""
         try:
             self.concept_of(prompt)
         except UserError:
@@ -74,7 +74,7 @@ class Gallery:
         return True
 
     def concept_of(self, prompt: str) -> str:
-        """Return the name of the concept that a prompt (a name, or a name with a style) asks for.
+        """Return the name of the concept of a prompt (a name, or a name with a style).
 
         Raises:
             UserError: it is neither.
@@ -88,7 +88,7 @@ class Gallery:
         raise UserError(f"prompt {prompt!r} names no Emoji-8 concept; use a name, or a name with a style")
 
     def matched(self, prompts: Sequence[str], seed: int = 0) -> npt.NDArray[np.int64]:
-        """Draw a picture that answers each prompt, a fresh one while a repeated prompt has any left.
+        """Draw a real picture for each prompt, without repetition while a repeated prompt has unused ones.
 
         A prompt of a held-out pair gets another style of its concept; one of a held-out concept any picture.
         """
@@ -103,9 +103,9 @@ class Gallery:
         return np.array(chosen, dtype=np.int64)
 
     def reference(self, prompts: Sequence[str], seed: int = 0) -> Reference:
-        """Return all pictures of the prompts' concepts; one for each prompt stands aside for the floor.
+        """Return all pictures of the prompts' concepts, without one for each prompt, which measure the floor.
 
-        The floor is what a generator gets that draws real pictures of the same prompts.
+        The floor is the figure of a generator that draws real pictures of the same prompts.
 
         Raises:
             UserError: a prompt names no concept, or the concepts leave no picture to measure against.
@@ -137,7 +137,7 @@ class Gallery:
             features: the backbone.
             pictures: uint8 [N, H, W, 3].
             prompts: N.
-            concepts: what each prompt asks for, where the prompts are no captions (synonyms).
+            concepts: concept of each prompt, for prompts that are no captions (synonyms).
             seed: of the bootstrap.
         """
         wanted = concepts or [self.concept_of(prompt) for prompt in prompts]
@@ -146,9 +146,9 @@ class Gallery:
 
 
 def real_diversity(gallery: Gallery, features: Features, prompts: Sequence[str], seed: int = 0) -> Figure | None:
-    """Return the mean feature distance between the real pictures that answer one prompt (a concept's art styles).
+    """Return the mean feature distance between the real pictures of one prompt (a concept's art styles).
 
-    Prompts with a single answer do not count; None where no prompt has two.
+    Prompts with a single picture do not count; None where no prompt has two.
     """
     every = features(gallery.data.pictures)
     answers = [rows for prompt in prompts if len(rows := gallery.rows.get(prompt, [])) > 1]
@@ -189,17 +189,17 @@ def metrics(gallery: Gallery, features: Features, n: int) -> list[Metric]:
     return [*standard_suite(features, n, pictures), *white]
 
 
-def emoji8_yardstick(prompts: Sequence[str], size: int, seed: int, features: Features) -> Suite:
-    """Measure against Emoji-8, as the benchmark does.
+def emoji8_suite(prompts: Sequence[str], size: int, seed: int, features: Features) -> Suite:
+    """Return the metrics and the reference of an evaluation on Emoji-8, as in the benchmark.
 
-    Prompts that name its concepts are measured against pictures of these; other words against all pictures.
+    Prompts that name concepts have pictures of these as reference; other prompts have all pictures.
 
     Raises:
-        UserError: the teacher draws another size, or too few real pictures answer the prompts.
+        UserError: the teacher draws another size, or the prompts have too few real pictures.
     """
     emoji8.check_size(size, "real left out")
     gallery = Gallery.load()
-    known = all(gallery.knows(prompt) for prompt in prompts)
+    known = all(gallery.has_concept(prompt) for prompt in prompts)
     if known:
         reference = gallery.reference(prompts, seed)
     else:

@@ -67,7 +67,7 @@ def neighbour_shares(
 
     Args:
         features: of the pictures, [N, D].
-        concepts: the concept each prompt asks for, N.
+        concepts: the concept of each prompt, N.
         gallery: features of real pictures, [G, D].
         gallery_concepts: what they show, G.
         own: gallery pictures that are the prompt's own, [N] or [N, K], -1 for none.
@@ -86,10 +86,7 @@ def neighbour_shares(
         own = np.full((n, 1), NONE)
     mine = np.asarray(own, dtype=np.int64).reshape(n, -1)
     if mine.size and not (mine.min() >= NONE and mine.max() < size):
-        worst = int(mine.min() if mine.min() < NONE else mine.max())
-        raise UserError(
-            f"own={worst} is outside the gallery of {size}; the nearest is {NONE if worst < 0 else size - 1}"
-        )
+        raise UserError(f"own must be rows of the gallery of {size}, or {NONE} for none")
     wanted, shown = np.asarray(concepts), np.asarray(gallery_concepts)
     first = nearest(features, gallery)
     other = nearest(features, gallery, mine)

@@ -1,8 +1,8 @@
-"""Emoji-8's text pairs: Chinese names and keywords, and the English names that the teacher knows. Split by concept.
+"""Emoji-8's text pairs: Chinese names and keywords, and the English names of the teacher's captions. Split by concept.
 
 A held-out concept's Chinese is in no pair: no name or keyword of it with two or more characters occurs inside a
 Chinese text of a pair, and none with one character is a whole entry of one. Its English name remains, paired with
-itself: the adapter has to find it from Chinese that it never saw.
+itself: the adapter must map unseen Chinese to it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class Words:
     """The bundled world's concepts, one record each, by what pairs may hold of them.
 
     Attributes:
-        taught: English and Chinese.
+        train: English and Chinese.
         test: English alone, to be measured on.
         validation: English alone, to choose settings on.
         unseen: nothing; their pictures are held out too.
     """
 
-    taught: tuple[emoji8.Record, ...]
+    train: tuple[emoji8.Record, ...]
     test: tuple[emoji8.Record, ...]
     validation: tuple[emoji8.Record, ...]
     unseen: tuple[emoji8.Record, ...]
@@ -60,22 +60,22 @@ class Words:
 
 
 def chinese(record: emoji8.Record) -> set[str]:
-    """A concept's Chinese name and keywords."""
+    """Return a concept's Chinese name and keywords."""
     return {record.name_zh, *record.keywords_zh}
 
 
 def leaks(entry: str, forbidden: Iterable[str]) -> bool:
-    """Whether a Chinese entry is, or holds, what is held out (a single character only as the whole of it)."""
+    """Return whether a Chinese entry is or contains a held-out one (a single character only as the whole entry)."""
     return any(entry == held or (len(held) > 1 and held in entry) for held in forbidden)
 
 
 def with_keywords(record: emoji8.Record, keywords: Sequence[str], most: int = 3) -> str:
-    """Chinese name and first keywords: "独木舟，船"."""
+    """Return Chinese name and first keywords: "独木舟，船"."""
     return COMMA.join([record.name_zh, *keywords[:most]])
 
 
 def chinese_pairs(words: Words | None = None, seed: int = 0) -> tuple[Pair, ...]:
-    """All pairs: names, names with keywords, keywords together, keywords of one concept alone, and English names.
+    """Return all pairs: names, names with keywords, keywords, keywords of one concept alone, and English names.
 
     Args:
         words: the concepts; the bundled world's by default.
@@ -83,9 +83,9 @@ def chinese_pairs(words: Words | None = None, seed: int = 0) -> tuple[Pair, ...]
     """
     words = words or Words.load()
     forbidden = words.forbidden
-    used = Counter(entry for record in words.taught for entry in chinese(record))
+    used = Counter(entry for record in words.train for entry in chinese(record))
     found: list[Pair] = []
-    for number, record in enumerate(words.taught):
+    for number, record in enumerate(words.train):
         draw = generator(seed, "chinese keywords", number)
         keywords = [word for word in record.keywords_zh if not leaks(word, forbidden)]
         texts = [word for word in keywords if used[word] == 1]
@@ -95,5 +95,5 @@ def chinese_pairs(words: Words | None = None, seed: int = 0) -> tuple[Pair, ...]
         if len(keywords) > 1:
             texts.append(COMMA.join(draw.permutation(keywords)[:4]))
         found += [Pair(text, record.name) for text in texts]
-    english = (*words.taught, *words.test, *words.validation)
+    english = (*words.train, *words.test, *words.validation)
     return tuple(dict.fromkeys([*found, *(Pair(record.name, record.name) for record in english)]))

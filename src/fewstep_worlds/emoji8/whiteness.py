@@ -49,7 +49,7 @@ def background_by_prompt(real: Pictures, prompts_of_real: Sequence[Sequence[str]
 
 
 def _white_ring(real: Pictures) -> Mask:
-    """Which pixels of each picture are white and in the border ring, bool [N, H, W]."""
+    """Return the white pixels of the border ring of each picture, bool [N, H, W]."""
     check_pictures(real)
     ring = np.ones(real.shape[1:3], dtype=np.bool_)
     ring[RING:-RING, RING:-RING] = False

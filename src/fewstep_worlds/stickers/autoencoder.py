@@ -48,7 +48,7 @@ def early_features(network: Lite0, pictures: Tensor) -> list[Tensor]:
 
 
 def perceptual_distance(network: Lite0, restored: Tensor, pictures: Tensor) -> Tensor:
-    """Mean over blocks and cells of the squared distance between early features, a scalar."""
+    """Return the mean squared distance between early features, over blocks and cells, a scalar."""
     with torch.no_grad():
         targets = early_features(network, pictures)
     found = early_features(network, restored)
@@ -56,7 +56,7 @@ def perceptual_distance(network: Lite0, restored: Tensor, pictures: Tensor) -> T
 
 
 def slope_error(error: Tensor) -> Tensor:
-    """Mean squared difference of an error [B, C, H, W] between neighbours, along both axes, a scalar."""
+    """Return the mean squared difference of neighbouring errors [B, C, H, W] along both axes, a scalar."""
     return error.diff(dim=3).square().mean() + error.diff(dim=2).square().mean()
 
 
@@ -75,7 +75,7 @@ def make_critic(channels: tuple[int, ...]) -> nn.Sequential:
 
 
 def length(gradient: Tensor) -> Tensor:
-    """Euclidean length of each picture's gradient, [B, 1, 1, 1]."""
+    """Return the Euclidean length of each picture's gradient, [B, 1, 1, 1]."""
     squares: Tensor = gradient.square().sum((1, 2, 3), keepdim=True)
     return squares.sqrt()
 
@@ -91,7 +91,7 @@ class AutoencoderLosses:
         self._restored: Tensor | None = None
 
     def of_vae(self, batch: Batch, rng: KeyedRng) -> Loss:
-        """Reconstruction, KL and, from `critic_from` on, the critic's term."""
+        """Return reconstruction, KL and, from `critic_from` on, the critic's term."""
         config, pictures = self.config, batch["pictures"]
         restored, kl = reconstruct(self.vae, pictures, rng)
         self._restored = restored.detach()
@@ -110,7 +110,7 @@ class AutoencoderLosses:
         return Loss(value + config.beta * kl, scalars=scalars)
 
     def of_critic(self, batch: Batch, _: KeyedRng) -> Loss:
-        """Hinge loss of the critic."""
+        """Return the hinge loss of the critic."""
         assert self._restored is not None
         real, fake = self.critic(batch["pictures"]).float(), self.critic(self._restored).float()
         value = (F.relu(1 - real) + F.relu(1 + fake)).mean()

@@ -65,7 +65,7 @@ class Residual(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, h, w] -> the same."""
+        """Return features of the shape of x, [B, C, h, w]."""
         result: Tensor = x + self.body(x)
         return result
 
@@ -125,7 +125,7 @@ def make_targets(scenes: Sequence[Scene]) -> dict[str, Tensor]:
 
 
 def reader_loss(found: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Loss:
-    """Penalty-reduced focal loss of centres (arXiv 1904.07850, eq. 1), absolute error of offsets, cross-entropies."""
+    """Return the penalty-reduced focal loss of centres (arXiv 1904.07850, eq. 1), offset error and cross-entropies."""
     heat, wanted = found["heat"].float(), targets["heat"]
     centre = wanted == 1
     chance = heat.sigmoid()

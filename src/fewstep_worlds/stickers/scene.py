@@ -86,7 +86,7 @@ class Scene:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Concept -> how many stickers show it, the first one first."""
+        """Concept -> number of its stickers, the first concept first."""
         result: dict[str, int] = {}
         for sticker in self.stickers:
             result[sticker.concept] = result.get(sticker.concept, 0) + 1

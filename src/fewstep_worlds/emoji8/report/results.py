@@ -91,7 +91,7 @@ class Results:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Names of all metrics, in the order in which rows have them."""
+        """Names of all metrics, in the order of the rows."""
         return tuple(dict.fromkeys(name for row in self.rows for name in row.figures))
 
     def of(self, group: Group, against: Against | None = None) -> list[str]:
@@ -99,12 +99,12 @@ class Results:
         return [name for name in self.metrics if any(f.is_of(group, against) for f in self._figures(name))]
 
     def identities(self, metric: str) -> tuple[Identity, ...]:
-        """Every distinct way in which a metric was measured, whatever the seed of its interval."""
+        """Return every distinct identity record of a metric, without the seed of its interval."""
         found = (figure.identity for figure in self._figures(metric))
         return tuple(dict.fromkeys(replace(identity, seed=None) for identity in found if identity))
 
     def floor(self, metric: str) -> float | None:
-        """What real pictures get: their own figure, else the floor that came with the rows' figures."""
+        """Return the figure of real pictures, else the mean floor of the rows' figures."""
         if metric in self.real:
             return self.real[metric].value
         floors = [figure.floor for figure in self._figures(metric) if figure.floor is not None]

@@ -1,7 +1,6 @@
-"""Prompt agreement: does a picture show what its prompt says, by a scorer trained on Emoji-8 alone.
+"""Prompt agreement: the cosine of a picture and its prompt by a scorer trained on Emoji-8's training split.
 
-It is no CLIP score: it knows drawn emoji and their names and little else; it saw the training split only.
-Training is in `fewstep_worlds/emoji8/scorers/train.py`.
+It is no CLIP score: it is valid for drawn emoji and their names only. Its training is in `train`.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ BATCH = 128
 
 @dataclass(frozen=True)
 class Agreement:
-    """A trained scorer with its text side.
+    """A trained scorer with its text backbone.
 
     Attributes:
         scorer: the trained parts, in evaluation mode.
-        text: the frozen text side it was trained on.
+        text: the frozen text backbone it was trained with.
         weights_sha256: of the weights file.
-        record: what the training wrote about itself.
+        record: of the training.
     """
 
     scorer: Scorer
@@ -49,14 +48,14 @@ class Agreement:
 
     @torch.inference_mode()
     def embed_pictures(self, pictures: Pictures) -> Tensor:
-        """Unit vectors of uint8 pictures of any size, float32 [N, width]."""
+        """Return unit vectors of uint8 pictures of any size, float32 [N, width]."""
         check_pictures(pictures)
         parts = [self.scorer.embed_pictures(to_input(pictures[i : i + BATCH])) for i in range(0, len(pictures), BATCH)]
         return torch.cat(parts)
 
     @torch.inference_mode()
     def embed_text(self, prompts: Sequence[str]) -> Tensor:
-        """Unit vectors of prompts, float32 [N, width]; equal prompts are encoded once."""
+        """Return unit vectors of prompts, float32 [N, width]; equal prompts are encoded once."""
         distinct = list(dict.fromkeys(prompts))
         vectors = self.scorer.embed_text(self.text(distinct))
         number = {prompt: i for i, prompt in enumerate(distinct)}
@@ -95,7 +94,7 @@ class PromptAgreement(PerPictureMetric):
 
     @property
     def scorer(self) -> Agreement:
-        """What scores."""
+        """The trained scorer."""
         return self._agreement
 
     def features(self, pictures: Pictures, prompts: Sequence[str]) -> Array:
@@ -104,7 +103,7 @@ class PromptAgreement(PerPictureMetric):
 
 
 def to_input(pictures: Pictures) -> Tensor:
-    """uint8 [N, H, W, 3] -> float32 [N, 3, 64, 64] in [-1, 1], channels_last."""
+    """Return uint8 [N, H, W, 3] as float32 [N, 3, 64, 64] in [-1, 1], channels_last."""
     x = torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2)
     if x.shape[2:] != (SIZE, SIZE):
         x = F.interpolate(x, (SIZE, SIZE), mode="bicubic", antialias=True)
@@ -131,10 +130,13 @@ def save_scorer(
 
 
 def load_scorer(folder: Path, text: TextBackbone) -> Agreement:
-    """Read a scorer with the text side that it was trained on.
+    """Read a scorer.
+
+    Args:
+        text: the text backbone that it was trained with.
 
     Raises:
-        UserError: a part is missing, truncated or foreign, or the text side is not the one it was trained on.
+        UserError: a part is missing, truncated or foreign, or the text backbone is another one.
     """
     if not (folder / RECORD).is_file():
         raise UserError(f"{folder} has no {RECORD}; name a folder that a scorer's training wrote")

@@ -15,7 +15,7 @@ TAPS = 7
 
 
 def augment(pictures: Tensor, rng: KeyedRng) -> Tensor:
-    """Move, scale, tint, blur and add noise; [B, 3, H, W] in [-1, 1] to the same.
+    """Move, scale, tint and blur pictures [B, 3, H, W] in [-1, 1], and add noise.
 
     Shift up to 6 % and size 85 to 110 %, always; saturation and levels by up to a fifth, always; Gaussian
     blur of sigma .3 to 1.2 pixels for 40 %; noise of up to 16 8-bit levels for 40 %.
@@ -55,7 +55,7 @@ def _tint(x: Tensor, rng: KeyedRng) -> Tensor:
 
 
 def _blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian of its own sigma [B, 1, 1, 1] for each picture, edges repeated."""
+    """Blur each picture by a Gaussian of its own sigma [B, 1, 1, 1], edges repeated."""
     b, c, h, w = x.shape
     offsets = torch.arange(TAPS, device=x.device) - TAPS // 2
     kernel = torch.exp(-0.5 * (offsets / sigma[:, :, 0, 0][:, :, None]).square())

@@ -1,7 +1,7 @@
-"""A picture-text scorer: two networks into one space, where the cosine says how well a picture fits a prompt.
+"""A picture-text scorer: two networks into one space, with the cosine of picture and prompt as score.
 
-The picture side is a small residual network of its own, trained from scratch: it shares nothing with the
-backbones that other metrics use. The text side is a frozen `TextBackbone` under a head of two layers.
+Pictures go through a small residual network trained from scratch, which shares nothing with the backbones of other
+metrics. Prompts go through a frozen `TextBackbone` and a head of two layers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fewstep_worlds.emoji8.config import ScorerConfig
 
 SIZE = 64
-"""Edge of what the picture side sees, in pixels."""
+"""Edge of the input of the picture encoder, in pixels."""
 
 
 class Residual(nn.Module):
@@ -30,7 +30,7 @@ class Residual(nn.Module):
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to the same."""
+        """Return features of the shape of x, [B, C, H, W]."""
         h = self.conv1(F.silu(self.norm1(x)))
         result: Tensor = x + self.conv2(F.silu(self.norm2(h)))
         return result
@@ -41,7 +41,7 @@ class PictureEncoder(nn.Module):
 
     def __init__(self, config: ScorerConfig) -> None:
         super().__init__()
-        # 2x2 pixels become channels: nothing runs at 64x64, where a small network spends most of its time.
+        # 2x2 pixels become channels: no layer runs at 64x64, where a small network would spend most of its time.
         layers: list[nn.Module] = [nn.PixelUnshuffle(2), nn.Conv2d(12, config.channels[0], 3, padding=1)]
         for level, (channels, blocks) in enumerate(zip(config.channels, config.blocks, strict=True)):
             if level:
@@ -52,13 +52,13 @@ class PictureEncoder(nn.Module):
         self.out = nn.Linear(config.channels[-1], config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, 3, 64, 64] -> [B, width]."""
+        """Return features [B, width] of pictures [B, 3, 64, 64]."""
         result: Tensor = self.out(F.silu(self.norm(self.body(x))).mean((2, 3)))
         return result
 
 
 class Scorer(nn.Module):
-    """The trained parts: picture encoder, text head, temperature. Differentiable in pictures.
+    """Picture encoder, text head and temperature. Differentiable in pictures.
 
     Args:
         text_width: of the text backbone's vectors.
@@ -76,13 +76,13 @@ class Scorer(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def embed_pictures(self, x: Tensor) -> Tensor:
-        """Pictures [B, 3, 64, 64] in [-1, 1] -> unit vectors, float32 [B, width]."""
+        """Return unit vectors, float32 [B, width], of pictures [B, 3, 64, 64] in [-1, 1]."""
         return F.normalize(self.pictures(x).float(), dim=-1)
 
     def embed_text(self, states: Tensor) -> Tensor:
-        """Vectors of the text backbone [B, text_width] -> unit vectors, float32 [B, width]."""
+        """Return unit vectors, float32 [B, width], of the text backbone's vectors [B, text_width]."""
         return F.normalize(self.text(states).float(), dim=-1)
 
     def scale(self) -> Tensor:
-        """Factor of the cosines in the loss, at most 100."""
+        """Return the factor of the cosines in the loss, at most 100."""
         return self.log_scale.clamp(max=math.log(100.0)).exp()

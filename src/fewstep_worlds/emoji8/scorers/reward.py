@@ -1,8 +1,8 @@
-"""The bundled world's preference scorer: what students may be trained by, apart from what they are judged by.
+"""The bundled world's reward, which students may be trained by.
 
-Its picture network is of another shape than the evaluating scorer's, trained from another seed, and its text side is a
-multilingual sentence encoder where the other one reads with the teacher's text encoder: the two share no weights and no
-backbone. What they do share are the pictures that they were trained on, Emoji-8's training split.
+It shares no weights and no backbone with the evaluating scorer: the picture network has another shape and seed, and the
+text backbone is a multilingual sentence encoder instead of the teacher's text encoder. Both are trained on Emoji-8's
+training split.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class SentenceVectors:
 
     @property
     def sha256(self) -> str:
-        """Of its files."""
+        """SHA-256 of the encoder's files."""
         return self._encoder.sha256
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
@@ -53,7 +53,7 @@ class WorldScorer:
 
     @property
     def identity(self) -> ScorerIdentity:
-        """What scores, and on what terms."""
+        """Identity and licence of the scorer."""
         channels = self.trained.record["network"]["channels"]
         return ScorerIdentity(
             name="world",
@@ -69,12 +69,12 @@ class WorldScorer:
 
     @torch.no_grad()
     def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Unit vectors of prompts, [K, width]."""
+        """Return unit vectors of prompts, [K, width]."""
         vectors: Tensor = self.trained.scorer.embed_text(self.trained.text(list(prompts)).to(self.device))
         return {"text": vectors.cpu()}
 
     def score(self, pictures: Tensor, prepared: Mapping[str, Tensor]) -> Tensor:
-        """One cosine a picture, float32 [B].
+        """Return one cosine a picture, float32 [B].
 
         Raises:
             ValueError: other shapes, or not one row a picture.
@@ -84,18 +84,18 @@ class WorldScorer:
         x = pictures.float().clamp(-1, 1)
         if x.shape[2:] != (SIZE, SIZE):
             x = F.interpolate(x, (SIZE, SIZE), mode="bicubic", antialias=True).clamp(-1, 1)
-        seen = self.trained.scorer.embed_pictures(x.contiguous(memory_format=torch.channels_last))
-        return (seen * prepared["text"].to(seen, non_blocking=True)).sum(1)
+        vectors = self.trained.scorer.embed_pictures(x.contiguous(memory_format=torch.channels_last))
+        return (vectors * prepared["text"].to(vectors, non_blocking=True)).sum(1)
 
 
 def load_world_scorer(text: TextBackbone, device: torch.device, folder: Path | None = None) -> WorldScorer:
-    """The bundled scorer, or the one in `folder`.
+    """Return the bundled scorer, or the one in `folder`.
 
     Args:
-        text: the text side that it was trained on.
+        text: the text backbone that it was trained with.
 
     Raises:
-        UserError: a part is missing, truncated or foreign, or another text side.
+        UserError: a part is missing, truncated or foreign, or another text backbone.
     """
     trained = load_scorer(folder or root() / "reward", text)
     trained.scorer.to(device)

@@ -1,8 +1,8 @@
-"""A second opinion on prompts: small heads on Lite0's features, whose score no student is trained by.
+"""A second agreement score, which no student is trained by: small heads on Lite0's features.
 
-It shares nothing with the preference that students are trained by: neither picture network (EfficientNet-Lite0, frozen)
-nor text side (the teacher's encoder). It is no stranger in all else: earlier layers of Lite0 teach the perceptual
-distance, FD and KID look at the same features, and the evaluating scorer reads with the same text encoder.
+It shares neither picture network (EfficientNet-Lite0, frozen) nor text backbone (the teacher's encoder) with the
+reward. It is not fully independent: the latent LPIPS is trained on earlier layers of Lite0, FD and KID use the same
+features, and the evaluating scorer uses the same text encoder.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from fewstep.common.tensors import digest
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.metric import Array, Identity, Pictures
 from fewstep.evaluation.per_picture import PerPictureMetric
-from fewstep.training.loop import Batch, Update, train
+from fewstep.training.loop import Batch, Update
 from fewstep.training.loss import Loss
-from fewstep.training.run_folder import RunLog
+from fewstep_worlds.common.training import fit
 from fewstep_worlds.emoji8 import dataset as emoji8
-from fewstep_worlds.emoji8.config import OpinionConfig
+from fewstep_worlds.emoji8.config import SecondScorerConfig
 from fewstep_worlds.emoji8.scorers.text import TextBackbone
-from fewstep_worlds.emoji8.scorers.train import answers, draw_captions, multi_positive_loss
+from fewstep_worlds.emoji8.scorers.train import caption_targets, draw_captions, multi_positive_loss
 
 FEATURES = 1280
-"""Lite0's."""
+"""Width of Lite0's features."""
 
 
 class Heads(nn.Module):
-    """Two small heads into one space."""
+    """Two heads into one space, of features and of prompts."""
 
     def __init__(self, text_width: int, width: int, seed: int) -> None:
         super().__init__()
@@ -47,15 +47,15 @@ class Heads(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(2.0))
 
     def pictures(self, features: Tensor) -> Tensor:
-        """Lite0's features [B, 1280] -> unit vectors [B, width]."""
+        """Return unit vectors [B, width] of Lite0's features [B, 1280]."""
         return F.normalize(self.picture(features), dim=-1)
 
     def prompts(self, states: Tensor) -> Tensor:
-        """Vectors of the text side [B, text_width] -> unit vectors [B, width]."""
+        """Return unit vectors [B, width] of the text backbone's vectors [B, text_width]."""
         return F.normalize(self.text(states), dim=-1)
 
 
-class SecondOpinion(PerPictureMetric):
+class SecondScorer(PerPictureMetric):
     """Mean cosine of pictures and their prompts, by heads on Lite0's features."""
 
     def __init__(self, heads: Heads, features: Features, text: TextBackbone) -> None:
@@ -79,17 +79,17 @@ class SecondOpinion(PerPictureMetric):
     def features(self, pictures: Pictures, prompts: Sequence[str]) -> Array:
         """Return each picture's cosine with its prompt, [N]."""
         distinct = list(dict.fromkeys(prompts))
-        said = self._heads.prompts(self._text(distinct))
+        vectors = self._heads.prompts(self._text(distinct))
         rows = {prompt: i for i, prompt in enumerate(distinct)}
         seen = self._heads.pictures(torch.from_numpy(np.array(self._features(pictures))))
-        cosine: Array = (seen * said[[rows[prompt] for prompt in prompts]]).sum(1).double().numpy()
+        cosine: Array = (seen * vectors[[rows[prompt] for prompt in prompts]]).sum(1).double().numpy()
         return cosine
 
 
-def second_opinion(
-    config: OpinionConfig, features: Features, text: TextBackbone, folder: Path, *, quiet: bool = False
-) -> SecondOpinion:
-    """Train the heads on Emoji-8's training split, or read back the finished ones; a stopped run goes on.
+def train_second_scorer(
+    config: SecondScorerConfig, features: Features, text: TextBackbone, folder: Path, *, quiet: bool = False
+) -> SecondScorer:
+    """Train the heads on Emoji-8's training split, or read the finished ones; a stopped run is resumed.
 
     Raises:
         UserError: the folder holds another run, or cannot be written to.
@@ -106,15 +106,16 @@ def second_opinion(
     def loss(batch: Batch, rng: KeyedRng) -> Loss:
         items = batch["items"]
         chosen = captions.rows[items, rng.integers("caption", 0, captions.rows.shape[1])]
-        positive, ignored = answers(captions, items, chosen)
-        kept = 1 - (rng.normal("drop", (FEATURES,)) > 1.28).float()  # a tenth of the features, keyed by the draws
+        positive, ignored = caption_targets(captions, items, chosen)
+        kept = 1 - (rng.normal("drop", (FEATURES,)) > 1.28).float()  # drops a tenth of the features
         cosine = heads.pictures(seen[items] * kept) @ heads.prompts(captions.states[chosen]).T
         return Loss(multi_positive_loss(cosine, positive, ignored, heads.log_scale.exp().clamp(max=100)))
 
     inputs = {"features": features.network.weights_sha256, "text encoder": text.sha256}
     plan = [Update("heads", dict(heads.named_parameters()), loss, config.optim)]
-    accelerator = make_accelerator("fp32", torch.device("cpu"))
-    with RunLog(folder, config, title="second opinion", inputs=inputs, quiet=quiet) as log:
-        trained = train(plan, fetch, len(data), config.loop, log, accelerator)
-    heads.load_state_dict(trained.weights["heads"])
-    return SecondOpinion(heads.eval().requires_grad_(False), features, text)
+    weights = fit(
+        plan, fetch, len(data), folder, config, config.loop, make_accelerator("fp32", torch.device("cpu")),
+        title="second scorer", inputs=inputs, quiet=quiet,
+    )  # fmt: skip
+    heads.load_state_dict(weights["heads"])
+    return SecondScorer(heads.eval().requires_grad_(False), features, text)

@@ -1,7 +1,4 @@
-"""The frozen text side of a picture-text scorer: prompts in, one vector each out.
-
-A scorer knows its text side through `TextBackbone` alone, so that another scorer can stand on another one.
-"""
+"""Frozen text backbones of picture-text scorers: one vector a prompt."""
 
 from __future__ import annotations
 
@@ -21,21 +18,21 @@ BATCH = 256
 
 
 class TextBackbone(Protocol):
-    """Frozen: prompts -> vectors."""
+    """Prompts -> vectors."""
 
     @property
     def name(self) -> str:
-        """What it is."""
+        """Architecture and pooling."""
         ...
 
     @property
     def sha256(self) -> str:
-        """Of its files."""
+        """SHA-256 of the files."""
         ...
 
     @property
     def width(self) -> int:
-        """Numbers a prompt."""
+        """Width of a prompt's vector."""
         ...
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
@@ -58,7 +55,7 @@ class BertStates:
 
         for part in ("text_encoder", "tokenizer"):
             if not (folder / part).is_dir():
-                raise UserError(f"{folder} has no {part}/ folder; name one that holds a BERT text encoder")
+                raise UserError(f"{folder} has no {part}/ folder; give one that holds a BERT text encoder")
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             self.tokenizer, self.model = load_text_encoder(folder)

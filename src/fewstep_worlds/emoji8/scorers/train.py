@@ -10,19 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor
 
 from fewstep.common.accelerator import make_accelerator
 from fewstep.common.cpu_kernels import speed_up
 from fewstep.common.device import pick_device
-from fewstep.common.distributed import on_main_process
 from fewstep.common.errors import UserError
 from fewstep.common.rng import KeyedRng
-from fewstep.training.loop import Batch, Update, train
+from fewstep.training.loop import Batch, Update
 from fewstep.training.loss import Loss
-from fewstep.training.run_folder import RunLog
 from fewstep_worlds.common import location
+from fewstep_worlds.common.training import Weights, fit
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8.config import AgreementConfig
 from fewstep_worlds.emoji8.scorers.agreement import Agreement, load_scorer, save_scorer, to_input
@@ -30,8 +28,8 @@ from fewstep_worlds.emoji8.scorers.augment import augment
 from fewstep_worlds.emoji8.scorers.network import Scorer
 from fewstep_worlds.emoji8.scorers.text import BertStates, TextBackbone
 
-WATCHED = 500
-"""Pictures of each kind looked at while it trains."""
+VALIDATION_PICTURES = 500
+"""Pictures of each split that the scorer is validated on."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Captions:
         states: vectors of the distinct captions, [K, W].
         rows: which of them belong to which record, int64 [N, V].
         pieces: the comma-separated pieces of each distinct caption, bool [K, P].
-        named: the caption says the concept's name, bool [K].
+        named: the caption contains the concept's name, bool [K].
         styled: style that the caption names, or -1, int64 [K].
         concept: int64 [N].
         style: int64 [N].
@@ -96,8 +94,8 @@ def draw_captions(records: tuple[emoji8.Record, ...], variants: int, seed: int, 
     )
 
 
-def answers(captions: Captions, items: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Say which captions `chosen` [B] are right for which records `items` [B], and which pairs do not count.
+def caption_targets(captions: Captions, items: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which captions `chosen` [B] are right for which records `items` [B], and which pairs do not count.
 
     A caption is right for its concept's pictures, in its style if it names one. A caption of keywords alone
     can be true of other concepts too ("animal"): such pairs are neither right nor wrong.
@@ -109,22 +107,22 @@ def answers(captions: Captions, items: Tensor, chosen: Tensor) -> tuple[Tensor, 
     styled = captions.styled[chosen]
     same = concept[:, None] == concept[None, :]
     fits = (styled < 0)[None, :] | (styled[None, :] == style[:, None])
-    asked = captions.pieces[chosen].float()
-    true_of = captions.known[items].float() @ asked.T >= asked.sum(1) - 0.5
+    pieces = captions.pieces[chosen].float()
+    true_of = captions.known[items].float() @ pieces.T >= pieces.sum(1) - 0.5
     positive = same & fits | torch.eye(len(items), dtype=torch.bool)
     return positive, ~same & ~captions.named[chosen][None, :] & true_of
 
 
 def retrieval(scorer: Scorer, states: Tensor, names: list[str], part: emoji8.Emoji8) -> float:
-    """Share of pictures whose best name among all is their own (R@1), on up to `WATCHED` pictures.
+    """Return the share of pictures whose own name has the largest cosine (R@1), on up to `VALIDATION_PICTURES`.
 
     Args:
         scorer: on the CPU, in evaluation mode.
-        states: vectors of `names` by the text side, [M, W].
+        states: vectors of `names` by the text backbone, [M, W].
         names: of all concepts, M.
         part: the pictures.
     """
-    picked = np.linspace(0, len(part) - 1, min(WATCHED, len(part))).astype(int)
+    picked = np.linspace(0, len(part) - 1, min(VALIDATION_PICTURES, len(part))).astype(int)
     right = torch.tensor([names.index(part.records[i].name) for i in picked])
     with torch.no_grad():
         cosine = scorer.embed_pictures(to_input(part.pictures[picked])) @ scorer.embed_text(states).T
@@ -137,7 +135,7 @@ def _part(data: emoji8.Emoji8, split: str) -> emoji8.Emoji8:
 
 
 def multi_positive_loss(cosine: Tensor, positive: Tensor, ignored: Tensor, scale: Tensor) -> Tensor:
-    """InfoNCE both ways, where a row can have several right answers and some pairs do not count.
+    """Return InfoNCE in both directions with several positives a row and some ignored pairs.
 
     Args:
         cosine: of picture i and caption j, [B, B].
@@ -159,7 +157,6 @@ def train_scorer(
     target: Path | None = None,
     text: TextBackbone | None = None,
     data: emoji8.Emoji8 | None = None,
-    accelerator: Accelerator | None = None,
     *,
     quiet: bool = False,
 ) -> Agreement:
@@ -168,10 +165,9 @@ def train_scorer(
     Args:
         config: shape, length and rates.
         folder: the run's folder: config, log, checkpoints.
-        target: where the scorer goes, `folder/scorer` by default.
-        text: the frozen text side; the bundled teacher's text encoder by default.
-        data: pictures to train on, the training split by default. Held-out pictures are only watched.
-        accelerator: where it runs; one of `config.loop.precision` by default.
+        target: folder of the finished scorer, `folder/scorer` by default.
+        text: the frozen text backbone; the bundled teacher's text encoder by default.
+        data: pictures to train on, the training split by default. Held-out pictures are for validation.
         quiet: show no progress bar.
 
     Raises:
@@ -188,7 +184,7 @@ def train_scorer(
     torch.manual_seed(seed)
     scorer = Scorer(config.network, text.width)
     speed_up(scorer)
-    accelerator = accelerator or make_accelerator(config.loop.precision, pick_device("auto"))
+    accelerator = make_accelerator(config.loop.precision, pick_device("auto"))
     device = accelerator.device
     scorer.to(device)
 
@@ -198,43 +194,42 @@ def train_scorer(
     def loss(batch: Batch, rng: KeyedRng) -> Loss:
         items = batch["items"]
         chosen = captions.rows[items, rng.integers("caption", 0, captions.rows.shape[1])]
-        positive, ignored = answers(captions, items, chosen)
+        positive, ignored = caption_targets(captions, items, chosen)
         pictures = augment(batch["pictures"], rng).contiguous(memory_format=torch.channels_last)
         seen = scorer.embed_pictures(pictures)
-        said = scorer.embed_text(captions.states[chosen].to(device))
+        vectors = scorer.embed_text(captions.states[chosen].to(device))
         with torch.autocast(device.type, enabled=False):
             scale = scorer.scale()
-            value = multi_positive_loss(seen @ said.T, positive.to(device), ignored.to(device), scale)
+            value = multi_positive_loss(seen @ vectors.T, positive.to(device), ignored.to(device), scale)
         return Loss(value, scalars={"scale": scale.detach()})
 
     names = sorted({record.name for record in emoji8.load_records(emoji8.SPLITS)})
     states = text(names)
     held_out_splits = ("heldout-pair", "heldout-concept")
     held_out = emoji8.load(held_out_splits)
-    watched = {"train": data, **{split: _part(held_out, split) for split in held_out_splits}}
+    splits = {"train": data, **{split: _part(held_out, split) for split in held_out_splits}}
 
-    def judge(weights: dict[str, Tensor]) -> dict[str, float]:
-        judged = Scorer(config.network, text.width)
-        judged.load_state_dict({name: tensor.cpu() for name, tensor in weights.items()})
-        judged.eval()
-        return {f"r1_{split}": retrieval(judged, states, names, part) for split, part in watched.items()}
-
-    def evaluate_weights(step: int, weights: dict[str, dict[str, Tensor]]) -> dict[str, float]:
-        return judge(weights["scorer"])
+    def evaluate(weights: Weights) -> dict[str, float]:
+        averaged = Scorer(config.network, text.width)
+        averaged.load_state_dict({name: tensor.cpu() for name, tensor in weights["scorer"].items()})
+        averaged.eval()
+        return {f"r1_{split}": retrieval(averaged, states, names, part) for split, part in splits.items()}
 
     inputs = {
         "text encoder": text.sha256,
         "pictures": hashlib.sha256(np.ascontiguousarray(data.pictures).data).hexdigest(),
     }
     plan = [Update("scorer", dict(scorer.named_parameters()), loss, config.optim)]
-    with RunLog(folder, config, title="scorer", inputs=inputs, main=accelerator.is_main_process, quiet=quiet) as log:
-        trained = train(plan, fetch, len(data), config.loop, log, accelerator, on_main_process(evaluate_weights))
-    weights = {name: tensor.cpu() for name, tensor in trained.weights["scorer"].items()}
+    trained = fit(
+        plan, fetch, len(data), folder, config, config.loop, accelerator,
+        title="scorer", inputs=inputs, evaluate=evaluate, quiet=quiet,
+    )  # fmt: skip
+    weights = {name: tensor.cpu() for name, tensor in trained["scorer"].items()}
     notes: dict[str, Any] = {
         "trained_on": f"Emoji-8, {len(data)} pictures of the training split",
         "training": config.model_dump(mode="json"),
         "names": len(names),
-        "r1": judge(weights),
+        "r1": evaluate(trained),
     }
     target = target or folder / "scorer"
     if accelerator.is_main_process:

@@ -1,6 +1,6 @@
-"""`fewstep chinese`: the same concepts asked for in English and in Chinese that the adapter never saw, scored alike.
+"""`fewstep chinese`: the same concepts prompted in English and in held-out Chinese, and scored.
 
-All prompts of a row are drawn from the same noise, and all pictures are scored against the English name.
+All forms of a prompt have the same noise, and all pictures are scored against the English name.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from fewstep.inference.image_grid import labelled_grid, save_image
 from fewstep.inference.multilingual.adapter import Adapter, SentenceMap, load_adapter
 from fewstep.inference.multilingual.train import train_adapter
 from fewstep.students.resolve import resolve_student
+from fewstep_worlds.common.tables import markdown
 from fewstep_worlds.emoji8.config import ChineseConfig
 from fewstep_worlds.emoji8.metrics import agreement
 from fewstep_worlds.emoji8.scorers.agreement import PromptAgreement
-from fewstep_worlds.emoji8.studies.comparison import Entry, Studio, teacher_entry
+from fewstep_worlds.emoji8.studies.comparison import Entry, PictureStore, teacher_entry
 from fewstep_worlds.emoji8.studies.students import students_omega
 from fewstep_worlds.emoji8.translations import Words, chinese_pairs, with_keywords
 
 FORMS = ("English", "Chinese", "Chinese with keywords")
-"""How a concept is asked for, in the order of the rows; the first one goes through the teacher's own text encoder."""
+"""Forms of a prompt, in the order of the rows; the first one uses the teacher's own text encoder."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,14 @@ class Line:
     """One row of the table.
 
     Attributes:
-        drawer: who draws.
+        network: student or teacher.
         steps: network calls.
-        form: how the concepts are asked for.
+        form: of the prompts.
         agreement: mean score against the English names, over concepts.
-        ratio: to the same drawer's English row, resampled by concepts; None for that row.
+        ratio: to the same network's English row, resampled by concepts; None for that row.
     """
 
-    drawer: str
+    network: str
     steps: int
     form: str
     agreement: Figure
@@ -59,7 +60,7 @@ def ratio_figure(ours: Array, theirs: Array, seed: int) -> Figure:
 
 
 def prompts_of(words: Words, config: ChineseConfig) -> dict[str, list[str]]:
-    """What is asked for, by form; the concepts in the same order."""
+    """Return the prompts by form; the concepts are in the same order."""
     test = words.test[: config.concepts]
     english = [record.name for record in test]
     long = [with_keywords(record, record.keywords_zh) for record in test]
@@ -69,19 +70,18 @@ def prompts_of(words: Words, config: ChineseConfig) -> dict[str, list[str]]:
 def measure(
     entries: Sequence[Entry], prompts: Mapping[str, Sequence[str]], config: ChineseConfig, adapter: Path, out: Path
 ) -> tuple[list[Line], list[tuple[str, np.ndarray]]]:
-    """Draw and score every entry in every form; the first pictures of each concept come back for the sheet."""
+    """Sample and score every entry in every form; return the rows, and the first pictures of each concept."""
     scorer: PromptAgreement = agreement()
     english = prompts[FORMS[0]]
     lines, shown = [], []
     for entry in entries:
         own: Array | None = None
         for form, texts in prompts.items():
-            reads = None if form == FORMS[0] else adapter
+            own_adapter = None if form == FORMS[0] else adapter
             repeated = [text for text in texts for _ in range(config.noises)]
-            studio = Studio(teacher_path(""), repeated, out / "pictures", reads)
-            pictures = studio.pictures(entry)
-            asked = [name for name in english for _ in range(config.noises)]
-            scores: Array = scorer.features(pictures, asked).reshape(len(english), config.noises).mean(1)
+            pictures = PictureStore(repeated, out / "pictures", own_adapter).pictures(entry)
+            names = [name for name in english for _ in range(config.noises)]
+            scores: Array = scorer.features(pictures, names).reshape(len(english), config.noises).mean(1)
             ratio = None if own is None else ratio_figure(scores, own, config.seed)
             own = scores if own is None else own
             figure = replace(mean_figure(scores, config.seed), identity=scorer.identity)
@@ -91,20 +91,24 @@ def measure(
     return lines, shown
 
 
-def read_right(adapter: Adapter, texts: Sequence[str], names: Sequence[str]) -> int:
-    """How many texts are taken for their own English names."""
+def count_right(adapter: Adapter, texts: Sequence[str], names: Sequence[str]) -> int:
+    """Return how many texts the adapter maps to their own English names."""
     return sum(caption == name for (caption, _), name in zip(adapter.readings(texts), names, strict=True))
 
 
 def table(lines: Sequence[Line]) -> str:
-    """The lines as Markdown."""
-    head = ["| who draws | steps | asked in | agreement | of the English one |", "| --- | --- | --- | --- | --- |"]
-    return "\n".join([*head, *(_row(line) for line in lines)])
-
-
-def _row(line: Line) -> str:
-    ratio = "" if line.ratio is None else _figure(line.ratio)
-    return f"| {line.drawer} | {line.steps} | {line.form} | {_figure(line.agreement)} | {ratio} |"
+    """Return the rows as Markdown."""
+    rows = [
+        (
+            line.network,
+            f"{line.steps}",
+            line.form,
+            _figure(line.agreement),
+            "" if line.ratio is None else _figure(line.ratio),
+        )
+        for line in lines
+    ]
+    return markdown(["network", "steps", "prompts", "agreement", "ratio to English"], rows, left=5).rstrip()
 
 
 def _figure(figure: Figure) -> str:
@@ -114,7 +118,7 @@ def _figure(figure: Figure) -> str:
 def measure_chinese(config: ChineseConfig, out: Path) -> list[Line]:
     """Train the adapter if none is named, draw, score; writes chinese.json, chinese.md and chinese.webp.
 
-    What was made is kept: a run that was stopped goes on.
+    A stopped run is resumed.
     """
     folder, words = read_folder(teacher_path("")), Words.load()
     adapter = Path(config.adapter) if config.adapter else out / "adapter"
@@ -128,25 +132,22 @@ def measure_chinese(config: ChineseConfig, out: Path) -> list[Line]:
     prompts = prompts_of(words, config)
     lines, shown = measure(entries, prompts, config, adapter, out)
     count = len(prompts[FORMS[0]])
-    reads = load_adapter(adapter, folder)
-    plain = replace(reads, network=SentenceMap(reads.sentence.width))
-    found = {
-        form: (read_right(reads, prompts[form], prompts[FORMS[0]]), read_right(plain, prompts[form], prompts[FORMS[0]]))
-        for form in FORMS[1:]
-    }
+    trained = load_adapter(adapter, folder)
+    plain = replace(trained, network=SentenceMap(trained.sentence.width))
+    found = {form: [count_right(of, prompts[form], prompts[FORMS[0]]) for of in (trained, plain)] for form in FORMS[1:]}
     right = ", ".join(f"{form} {ours} ({theirs})" for form, (ours, theirs) in found.items())
     note = (
         f"{count} concepts whose Chinese is in none of the {len(pairs)} text pairs (their English names are among the "
-        f"captions that a prompt may be taken for), {config.noises} pictures of each; "
-        f"95 % intervals over concepts. Taken for their own English names, by the adapter (and by the sentence vectors "
-        f"as they are): {right} of {count}. Student: {lora}. Seed {config.seed}, commit {commit()}, {hardware()}."
+        f"adapter's candidates), {config.noises} pictures of each; "
+        f"95 % intervals over concepts. Mapped to their own English names by the adapter (and by the plain sentence "
+        f"vectors): {right} of {count}. Student: {lora}. Seed {config.seed}, commit {commit()}, {hardware()}."
     )
     listed = [f"{a} | {b} | {c}" for a, b, c in zip(*prompts.values(), strict=True)][: config.shown]
     text = "\n\n".join(["# Chinese to image", table(lines), note, "Shown: " + "; ".join(listed)])
     with atomic_write(out / "chinese.md") as part:
         part.write_text(text + "\n", encoding="utf-8")
     figures = [
-        {"drawer": x.drawer, "steps": x.steps, "form": x.form, "agreement": x.agreement.to_dict()}
+        {"drawer": x.network, "steps": x.steps, "form": x.form, "agreement": x.agreement.to_dict()}
         | ({"ratio": x.ratio.to_dict()} if x.ratio else {})
         for x in lines
     ]

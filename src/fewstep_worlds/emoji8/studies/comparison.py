@@ -1,13 +1,13 @@
-"""Teacher, solvers and students on the same prompts from the same noise, measured: what demo and benchmark share.
+"""Teacher, solvers and students measured on the same prompts and noise, for all studies.
 
-Pictures and rows are kept on disk by what made them, so that a stopped contest goes on where it was.
+Pictures and rows are stored under a hash of all that decides them, so that a stopped study is resumed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +17,13 @@ import torch
 from tqdm import tqdm
 
 from fewstep.backbones.pipeline_folder import read_folder
+from fewstep.backbones.teachers import teacher_path
 from fewstep.common.device import pick_device, pick_precision
 from fewstep.common.files import atomic_write, sha256
-from fewstep.common.provenance import commit
+from fewstep.common.provenance import commit, hardware
 from fewstep.common.tensors import load_tensors, save_tensors
 from fewstep.diffusion.config import TEACHER_SAMPLING, Sampling
+from fewstep.evaluation.detail import detail_scale
 from fewstep.evaluation.diversity import NOISES, PROMPTS, diversity
 from fewstep.evaluation.evaluate import TeacherPictures, evaluate_pictures, score_pictures
 from fewstep.evaluation.features import Features
@@ -37,7 +39,7 @@ SOLVER_NAMES = {"euler": "Euler", "ddim": "DDIM", "dpmpp_2s": "DPM-Solver++(2S)"
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the contest: who draws, and how.
+    """A network and how it is sampled: one row of a comparison.
 
     Attributes:
         method: its name in tables.
@@ -54,7 +56,7 @@ class Entry:
 
 
 def teacher_entry(omega: float, steps: int, seed: int, name: str = "teacher") -> Entry:
-    """The teacher's converged end points: guided DDIM."""
+    """Return the teacher's converged end points: guided DDIM."""
     sampling = TEACHER_SAMPLING.model_copy(update={"steps": steps, "omega": omega})
     return Entry(name, sampling, seed=seed)
 
@@ -62,10 +64,9 @@ def teacher_entry(omega: float, steps: int, seed: int, name: str = "teacher") ->
 def solver_entries(
     omega: float, steps: Sequence[int], seed: int, solvers: Mapping[str, str] = SOLVER_NAMES
 ) -> list[Entry]:
-    """Euler, DDIM and DPM-Solver++(2S), or some of these, on the teacher, at equal calls (a guided one counts once).
+    """Return solvers on the teacher, at equal calls (a guided call counts once).
 
-    All take their times from the students' grid; the two-call solver ends at the least noisy index, where its
-    mid-point exists.
+    All use times of the students' grid. The two-call solver ends at the least noisy index, where its mid-point exists.
     """
     entries = []
     for solver, name in solvers.items():
@@ -77,42 +78,51 @@ def solver_entries(
 
 
 def student_entries(method: str, lora: Path, sampling: Sampling, steps: Sequence[int], seed: int) -> list[Entry]:
-    """A student at several step counts."""
+    """Return a student at several step counts."""
     return [Entry(method, sampling.model_copy(update={"steps": count}), lora, seed) for count in steps]
 
 
-class Studio:
-    """KeyedRng entries and keeps their pictures.
+def stored_pictures(path: Path, draw: Callable[[], np.ndarray]) -> np.ndarray:
+    """Read pictures from a file, or draw and write them."""
+    if path.is_file():
+        stored: np.ndarray = load_tensors(path)["pictures"].numpy()
+        return stored
+    pictures = draw()
+    with atomic_write(path) as part:
+        save_tensors(part, {"pictures": torch.from_numpy(np.ascontiguousarray(pictures))})
+    return pictures
+
+
+class PictureStore:
+    """Samples entries of the bundled teacher and stores their pictures.
 
     Args:
-        teacher: pipeline folder.
         prompts: one picture each.
-        folder: where pictures are kept.
-        adapter: what reads the prompts, where they are of another language.
+        folder: where pictures are stored.
+        adapter: multilingual adapter that encodes the prompts; None for the teacher's text encoder.
     """
 
-    def __init__(self, teacher: Path, prompts: Sequence[str], folder: Path, adapter: Path | None = None) -> None:
-        self.teacher = teacher
+    def __init__(self, prompts: Sequence[str], folder: Path, adapter: Path | None = None) -> None:
+        self.teacher = teacher_path("")
         self.adapter = adapter
         self.prompts = list(prompts)
         self.folder = folder
         self.device = pick_device("auto")
         bf16 = pick_precision("auto", self.device) == "bf16"
         self.precision = torch.bfloat16 if bf16 else torch.float32
-        self.base = read_folder(teacher).identity()
-        self._artists: dict[str, ImageGenerator] = {}
+        self.base = read_folder(self.teacher).identity()
+        self._generators: dict[Path | None, ImageGenerator] = {}
 
     def image_generator(self, lora: Path | None) -> ImageGenerator:
-        """The teacher, or the student of a LoRA; loaded once, the last one kept."""
-        key = str(lora)
-        if key not in self._artists:
-            self._artists = {"None": self._artists["None"]} if "None" in self._artists else {}
+        """Return the teacher, or the student of a LoRA; the teacher and the last student stay loaded."""
+        if lora not in self._generators:
+            self._generators = {key: value for key, value in self._generators.items() if key is None}
             image_generator = load_image_generator(self.teacher, lora, self.device, self.adapter)
-            self._artists[key] = replace(image_generator, precision=self.precision)
-        return self._artists[key]
+            self._generators[lora] = replace(image_generator, precision=self.precision)
+        return self._generators[lora]
 
     def key(self, entry: Entry) -> str:
-        """What decides an entry's pictures, hashed."""
+        """Return a hash of all that decides an entry's pictures."""
         digest = hashlib.sha256()
         known = [self.base, entry.sampling.model_dump(mode="json"), entry.seed, self.prompts, str(self.precision)]
         digest.update(json.dumps(known).encode())
@@ -124,39 +134,33 @@ class Studio:
             digest.update(bytes.fromhex(sha256(*sorted(self.adapter.glob("adapter.*")))))
         return digest.hexdigest()[:24]
 
-    def seeds(self, seed: int) -> Sequence[int]:
-        """The seed of each prompt's noise; contests of different seeds share none."""
-        return range(seed * 1_000_000, seed * 1_000_000 + len(self.prompts))
-
     def pictures(self, entry: Entry) -> np.ndarray:
-        """The entry's pictures, uint8 [N, H, W, 3], drawn if they are not there yet."""
-        return self._kept(entry, "", self.prompts, self.seeds(entry.seed))
+        """Return the entry's pictures, uint8 [N, H, W, 3], sampling them if they are not stored.
+
+        Each prompt has noise of its own; entries of different seeds share none.
+        """
+        first = entry.seed * 1_000_000
+        return self._stored(entry, "", self.prompts, range(first, first + len(self.prompts)))
 
     def noises(self, entry: Entry, prompts: int = PROMPTS, noises: int = NOISES) -> np.ndarray:
-        """Several pictures of each of the first prompts, uint8 [P, k, H, W, 3]."""
+        """Return several pictures of each of the first prompts, uint8 [P, k, H, W, 3]."""
         chosen = [prompt for prompt in self.prompts[:prompts] for _ in range(noises)]
         seeds = [500_000 + seed for seed in range(len(chosen))]
-        pictures = self._kept(entry, f"-{prompts}x{noises}", chosen, seeds)
+        pictures = self._stored(entry, f"-{prompts}x{noises}", chosen, seeds)
         return pictures.reshape(-1, noises, *pictures.shape[1:])
 
-    def _kept(self, entry: Entry, kind: str, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+    def _stored(self, entry: Entry, kind: str, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
         path = self.folder / f"{self.key(entry)}{kind}.safetensors"
-        if path.is_file():
-            kept: np.ndarray = load_tensors(path)["pictures"].numpy()
-            return kept
-        pictures = self.image_generator(entry.lora).draw(prompts, seeds, entry.sampling)
-        with atomic_write(path) as part:
-            save_tensors(part, {"pictures": torch.from_numpy(pictures)})
-        return pictures
+        return stored_pictures(path, lambda: self.image_generator(entry.lora).draw(prompts, seeds, entry.sampling))
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What every judge of one run shares: the real pictures, the backbone's features, the scorer.
+class SharedMetrics:
+    """What all evaluators of one run share.
 
     Attributes:
         gallery: Emoji-8's training pictures.
-        features: of pictures, kept in the run's folder.
+        features: Lite0's features of pictures, cached in the run's folder.
         agreement: the prompt-agreement metric.
         others: further metrics.
     """
@@ -167,8 +171,8 @@ class Bench:
     others: tuple[Metric, ...] = ()
 
     @classmethod
-    def load(cls, folder: Path) -> Bench:
-        """Read the bundled world's; `folder` keeps features of pictures between processes.
+    def load(cls, folder: Path) -> SharedMetrics:
+        """Read those of the bundled world; `folder` caches features of pictures between processes.
 
         Raises:
             UserError: a part of the bundled world is missing or damaged.
@@ -176,33 +180,30 @@ class Bench:
         return cls(Gallery.load(), lite0(folder), agreement())
 
 
-class Judge:
-    """The bundled world's metrics, for one list of prompts.
-
-    FD is left out below its smallest sample (500), where its bias rules.
+class Evaluator:
+    """The bundled world's metrics for one list of prompts. FD is left out for sets that are too small.
 
     Args:
         prompts: open prompts or captions of Emoji-8; real pictures of the same concepts are the reference.
-        bench: what all judges share.
         seed: of the reference and of bootstrap intervals.
     """
 
-    def __init__(self, prompts: Sequence[str], bench: Bench, seed: int = 0) -> None:
+    def __init__(self, prompts: Sequence[str], shared: SharedMetrics, seed: int = 0) -> None:
         self.prompts = list(prompts)
-        self.bench = bench
+        self.shared = shared
         self.seed = seed
-        self.reference = bench.gallery.reference(prompts, seed)
-        self.metrics: list[Metric] = metrics(bench.gallery, bench.features, len(prompts))
-        self.metrics[1:1] = [bench.agreement, *bench.others]
+        self.reference = shared.gallery.reference(prompts, seed)
+        self.metrics: list[Metric] = metrics(shared.gallery, shared.features, len(prompts))
+        self.metrics[1:1] = [shared.agreement, *shared.others]
 
     @cached_property
     def key(self) -> str:
-        """What decides a row's figures besides the pictures, as text."""
+        """All that decides a row's figures besides the pictures, as text."""
         real = hashlib.sha256(self.reference.pictures.tobytes()).hexdigest()
         return json.dumps([[asdict(metric.identity) for metric in self.metrics], self.prompts, self.seed, real])
 
     def real(self) -> dict[str, Figure]:
-        """The same figures of real pictures of the same prompts."""
+        """Return the same figures of real pictures of the same prompts."""
         floor = self.reference.floor
         assert floor is not None
         usable = [metric for metric in self.metrics if metric.identity.against != "teacher"]
@@ -226,61 +227,91 @@ class Judge:
             commit=commit(),
         )
 
-
-def with_diversity(row: Row, entry: Entry, studio: Studio, judge: Judge) -> Row:
-    """The row with one figure more: how much pictures of one prompt differ from noise to noise."""
-    bench = judge.bench
-    real = real_diversity(bench.gallery, bench.features, judge.prompts[:PROMPTS], judge.seed)
-    figures = diversity(bench.features, studio.noises(entry), judge.seed, floor=real.value if real else None)
-    return replace(row, figures={**row.figures, **figures})
+    def diversity(self, entry: Entry, store: PictureStore) -> dict[str, Figure]:
+        """Measure the distance between pictures of one prompt from different noise."""
+        features, prompts = self.shared.features, self.prompts[:PROMPTS]
+        real = real_diversity(self.shared.gallery, features, prompts, self.seed)
+        return diversity(features, store.noises(entry), self.seed, floor=real.value if real else None)
 
 
-def other_noise(teacher: Entry) -> Entry:
-    """The teacher once more, from noise that no entry of its seed shares."""
-    return replace(teacher, seed=teacher.seed + 1)
-
-
-def measured(studio: Studio, judge: Judge, entry: Entry, teacher: Entry | None, *, diverse: bool = False) -> Row:
-    """The entry's row, drawn and measured if it is not kept yet.
+class Comparison:
+    """Entries sampled and measured on one list of prompts.
 
     Args:
-        teacher: whose end points it is compared with (set with set only, where that is the entry itself); None
-            for none.
-        diverse: measure diversity too.
+        out: folder of the study.
+        seed: of the reference and of bootstrap intervals.
     """
-    known = [studio.key(entry), studio.key(teacher) if teacher else "", judge.key, entry.method, entry.note, diverse]
-    path = studio.folder / f"row-{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:24]}.json"
-    if path.is_file():
-        return load_results(path).rows[0]
-    end_points = TeacherPictures()
-    if teacher is not None:
-        same = studio.pictures(teacher) if entry is not teacher else None
-        end_points = TeacherPictures(same, studio.pictures(other_noise(teacher)))
-    row = judge.row(entry, studio.pictures(entry), end_points)
-    if diverse:
-        row = with_diversity(row, entry, studio, judge)
-    save_results(path, Results(title=str(row), rows=(row,)))
-    return row
 
+    def __init__(self, prompts: Sequence[str], out: Path, shared: SharedMetrics, seed: int = 0) -> None:
+        self.store = PictureStore(prompts, out / "pictures")
+        self.evaluator = Evaluator(prompts, shared, seed)
 
-def contest(
-    studio: Studio,
-    judge: Judge,
-    teacher: Entry,
-    entries: Sequence[Entry],
-    diverse: Sequence[Entry] = (),
-) -> list[Row]:
-    """Draw and measure the teacher and all entries of one noise seed, with a progress bar.
+    def measure(self, entry: Entry, teacher: Entry | None = None, *, diverse: bool = False) -> Row:
+        """Return the entry's row, sampling and measuring it if it is not stored.
 
-    Distances between an entry's set and the teacher's are taken from the teacher's pictures of other noise; the
-    teacher's own row then says what a perfect student would get.
+        Args:
+            teacher: whose end points it is compared with; for the teacher itself sets are compared only.
+            diverse: measure diversity too.
+        """
+        store = self.store
+        keys = [store.key(entry), store.key(teacher) if teacher else "", self.evaluator.key]
+        known = [*keys, entry.method, entry.note, diverse]
+        path = store.folder / f"row-{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:24]}.json"
+        if path.is_file():
+            return load_results(path).rows[0]
+        end_points = TeacherPictures()
+        if teacher is not None:
+            same = store.pictures(teacher) if entry is not teacher else None
+            # of noise that no entry of this seed shares
+            end_points = TeacherPictures(same, store.pictures(replace(teacher, seed=teacher.seed + 1)))
+        row = self.evaluator.row(entry, store.pictures(entry), end_points)
+        if diverse:
+            row = replace(row, figures={**row.figures, **self.evaluator.diversity(entry, store)})
+        save_results(path, Results(title=str(row), rows=(row,)))
+        return row
 
-    Entries that are also in `diverse` get their diversity measured too.
-    """
-    rows = []
-    with tqdm(total=1 + len(entries), desc=f"contest, seed {teacher.seed}", unit="row") as bar:
-        for entry in [teacher, *entries]:
-            bar.set_postfix_str(f"{entry.method} {entry.sampling.steps}")
-            rows.append(measured(studio, judge, entry, teacher, diverse=entry in diverse))
-            bar.update()
-    return rows
+    def measure_all(self, teacher: Entry, entries: Sequence[Entry], diverse: Sequence[Entry] = ()) -> list[Row]:
+        """Sample and measure the teacher and all entries of one noise seed, with a progress bar.
+
+        Distances between an entry's set and the teacher's use the teacher's pictures of other noise. The teacher's own
+        row is then the figure of a perfect student. Entries in `diverse` get their diversity measured too.
+        """
+        rows = []
+        with tqdm(total=1 + len(entries), desc=f"comparison, seed {teacher.seed}", unit="row") as bar:
+            for entry in [teacher, *entries]:
+                bar.set_postfix_str(f"{entry.method} {entry.sampling.steps}")
+                rows.append(self.measure(entry, teacher, diverse=entry in diverse))
+                bar.update()
+        return rows
+
+    def results(
+        self,
+        title: str,
+        rows: Sequence[Row],
+        command: str,
+        settings: Mapping[str, str],
+        caveats: Sequence[str] = (),
+        scale: int = 0,
+    ) -> Results:
+        """Return the results of a study with the settings that all studies share.
+
+        Args:
+            scale: real pictures that figures of detail are scaled by; 0 for no scale.
+        """
+        reference, prompts = self.evaluator.reference, self.store.prompts
+        return Results(
+            title=title,
+            rows=tuple(rows),
+            real=self.evaluator.real(),
+            scale=detail_scale(reference.some(scale)) if scale else {},
+            prompts=tuple(prompts),
+            settings={
+                "command": command,
+                "commit": ", ".join(sorted({row.commit for row in rows})),
+                "hardware": hardware(),
+                "prompts": f"{len(prompts)} open prompts (no style: several right pictures each)",
+                **settings,
+                "precision": f"networks in {str(self.store.precision).removeprefix('torch.')}, all rows alike",
+            },
+            caveats=tuple(caveats),
+        )

@@ -1,9 +1,8 @@
-"""The bundled teacher's figures: does it draw what it is asked for, does it copy, is its background white?"""
+"""The bundled teacher's model card: right concepts, copies, white backgrounds."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from fewstep.evaluation.metric import Figure
 from fewstep.inference.generator import ImageGenerator, load_image_generator
 from fewstep.inference.image_grid import labelled_grid, save_image
 from fewstep_worlds.common.autoencoder import psnr
+from fewstep_worlds.common.tables import markdown
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8.metrics import Gallery, lite0, metrics
 from fewstep_worlds.emoji8.whiteness import Whiteness
@@ -33,32 +33,20 @@ OWN_WORDS = {
     "words of no caption, never taught": ("new_words.json", 31_000),
     "words of no caption that the encoder was taught": ("synonyms.json", 30_000),
 }
-"""Lists of a person's own words, in Emoji-8's folder, and the seeds from which they are drawn."""
+"""Lists of a user's own words: file in Emoji-8's folder, first seed."""
 
 
-@dataclass(frozen=True)
-class Card:
-    """Figures by name, in the order of the model card."""
-
-    figures: dict[str, Figure]
-
-    def markdown(self) -> str:
-        """A table."""
-        lines = ["| figure | value | 95 % interval | n |", "| --- | --- | --- | --- |"]
-        for name, figure in self.figures.items():
-            interval = f"{figure.low:.3f} to {figure.high:.3f}" if figure.low is not None else ""
-            lines.append(f"| {name} | {figure.value:.3f} | {interval} | {figure.n} |")
-        return "\n".join(lines)
-
-
-def teacher_card(pipeline: Path, out: Path, *, n: int, sampling: Sampling) -> Card:
-    """Draw and judge; write card.json, card.md and samples.webp into `out`.
+def teacher_card(pipeline: Path, out: Path, *, n: int, sampling: Sampling) -> dict[str, Figure]:
+    """Sample and measure a teacher; write card.json, card.md and samples.webp into `out`.
 
     Args:
         pipeline: the teacher's folder.
         out: where to write.
         n: seen prompts (name with style) drawn from the training records.
-        sampling: how the teacher draws.
+        sampling: of the teacher.
+
+    Returns:
+        figures by name, in the order of the card.
     """
     image_generator = load_image_generator(pipeline, None, pick_device("auto"))
     gallery = Gallery.load()
@@ -68,30 +56,33 @@ def teacher_card(pipeline: Path, out: Path, *, n: int, sampling: Sampling) -> Ca
         **seen_figures(image_generator, gallery, features, sampling, n),
         **unseen_figures(image_generator, gallery, features, sampling),
     }
-    card = Card(figures)
+    rows = [
+        (name, f"{f.value:.3f}", f"{f.low:.3f} to {f.high:.3f}" if f.low is not None else "", f"{f.n}")
+        for name, f in figures.items()
+    ]
     write_json(out / "card.json", {name: figure.to_dict() for name, figure in figures.items()})
     with atomic_write(out / "card.md") as part:
-        part.write_text(card.markdown() + "\n", encoding="utf-8")
+        part.write_text(markdown(["figure", "value", "95 % interval", "n"], rows, left=4), encoding="utf-8")
     save_image(sample_grid(image_generator, sampling), out / "samples.webp")
-    return card
+    return figures
 
 
 def autoencoder_figures(backbone: Backbone) -> dict[str, Figure]:
-    """PSNR of held-out concepts through the autoencoder, dB."""
+    """Return the PSNR of held-out concepts through the autoencoder, in dB."""
     pictures = emoji8.load("heldout-concept").pictures
     values = psnr(backbone.to_pictures(backbone.to_latents(pictures)), pictures)
     return {"autoencoder, PSNR on held-out concepts (dB)": mean_figure(values, 0, "psnr")}
 
 
 def draw(image_generator: ImageGenerator, prompts: Sequence[str], first: int, sampling: Sampling) -> np.ndarray:
-    """A picture a prompt, seeds counting up from `first`."""
+    """Draw a picture a prompt, seeds counting up from `first`."""
     return image_generator.draw(prompts, range(first, first + len(prompts)), sampling)
 
 
 def seen_figures(
     image_generator: ImageGenerator, gallery: Gallery, features: Features, sampling: Sampling, n: int
 ) -> dict[str, Figure]:
-    """Does it draw what it saw, does it copy it, is its background white?"""
+    """Measure training prompts: right concepts, copies, white backgrounds."""
     records = gallery.data.records
     chosen = generator(0, "teacher card").permutation(len(records))[:n]
     prompts = [emoji8.name_with_style(records[i]) for i in chosen]
@@ -116,7 +107,7 @@ def seen_figures(
 def unseen_figures(
     image_generator: ImageGenerator, gallery: Gallery, features: Features, sampling: Sampling
 ) -> dict[str, Figure]:
-    """Held-out pairs of concept and style family, and the two lists of words that no caption holds."""
+    """Measure held-out pairs of concept and style family, and two lists of words that no caption has."""
     pairs = [emoji8.name_with_style(record) for record in emoji8.load_records("heldout-pair")]
 
     def right(prompts: list[str], concepts: list[str] | None, first: int) -> Figure:
@@ -126,8 +117,8 @@ def unseen_figures(
     figures = {"held-out (concept, family) pairs: right concept": right(pairs, None, 20_000)}
     for kind, (file, first) in OWN_WORDS.items():
         words = read_json(emoji8.folder() / file)
-        names, said = [entry["name"] for entry in words], [entry["word"] for entry in words]
-        by_word, by_name = right(said, names, first), right(names, names, first)
+        names, synonyms = ([entry[key] for entry in words] for key in ("name", "word"))
+        by_word, by_name = right(synonyms, names, first), right(names, names, first)
         share = by_word.value / by_name.value if by_name.value else 0.0
         figures[f"{kind}: right concept"] = by_word
         figures[f"{kind}: the same concepts by their captions' names"] = by_name
@@ -136,6 +127,6 @@ def unseen_figures(
 
 
 def sample_grid(image_generator: ImageGenerator, sampling: Sampling, noises: int = 6) -> Image.Image:
-    """A row a noise, a column a prompt."""
+    """Draw a sheet: a row a noise, a column a prompt."""
     rows = [(f"seed {seed}", image_generator.draw(SHOWN, [seed] * len(SHOWN), sampling)) for seed in range(noises)]
     return labelled_grid(rows, SHOWN)

@@ -1,4 +1,4 @@
-"""What all add-ons are made of: the base, the training pictures, those who judge, and what was made before."""
+"""What all add-ons share: the base, the training pictures, the scorers and the finished add-ons."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from fewstep_worlds.emoji8.scorers.agreement import Agreement
 from fewstep_worlds.emoji8.studies.addons import training
 
 CAPTIONS = 4
-"""Captions drawn of each picture that an add-on learns from."""
+"""Captions drawn of each training picture."""
 
 
 @dataclass(frozen=True)
-class Workshop:
-    """What all add-ons are made of.
+class Context:
+    """What all add-ons share.
 
     Attributes:
-        out: folder for runs and what they end with.
-        backbone: the base, for its encoders.
-        scorer: looks at pictures and prompts; it has trained nothing here.
-        features: Lite0's, which the IP-Adapter is told.
+        out: folder of runs and finished add-ons.
+        backbone: the base.
+        scorer: prompt agreement; it trains nothing here.
+        features: Lite0's, the IP-Adapter's input.
     """
 
     config: VersatilityConfig
@@ -48,47 +48,47 @@ class Workshop:
     scorer: Agreement
     features: Features
     data: emoji8.Emoji8 = field(default_factory=lambda: emoji8.load("train"))
-    """What add-ons learn from."""
+    """Training pictures of the add-ons."""
     shown: emoji8.Emoji8 = field(default_factory=lambda: emoji8.load("heldout-pair"))
-    """What is drawn after: neither the base nor a student nor an add-on has learned from it, or from its concept in
-    another style of its family."""
+    """Pictures of the tasks. They are held out from the base, the students and the add-ons, as is each concept in the
+    other styles of its family."""
 
     @property
     def folder(self) -> Path:
-        """The base."""
+        """Folder of the base."""
         return self.backbone.folder.path
 
-    def made(self, name: str, config: AddOnConfig) -> bool:
-        """Whether an add-on is there already.
+    def is_made(self, name: str, config: AddOnConfig) -> bool:
+        """Return whether an add-on is finished.
 
         Raises:
-            UserError: it is, but of other settings.
+            UserError: it was made with other settings or inputs.
         """
         run = self.out / "runs" / name
         check_same_run(run, config)
-        fed = read_json(run / INPUTS) if (run / INPUTS).is_file() else self.fed
-        changed = next((key for key, value in self.fed.items() if fed.get(key) != value), None)
+        inputs = read_json(run / INPUTS) if (run / INPUTS).is_file() else self.inputs
+        changed = next((key for key, value in self.inputs.items() if inputs.get(key) != value), None)
         if changed:
             raise UserError(
-                f"{run} was made with another {changed} ({fed.get(changed)}, now {self.fed[changed]}); "
+                f"{run} was made with another {changed} ({inputs.get(changed)}, now {self.inputs[changed]}); "
                 "give another --out"
             )
         return (self.out / name).is_dir()
 
     @property
-    def fed(self) -> dict[str, str]:
-        """What every add-on is made of beside its own settings."""
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of the inputs of every add-on."""
         return {"base": self.backbone.folder.fingerprint("unet"), "pictures": str(self.config.pictures)}
 
     def unet(self) -> Any:
-        """A fresh copy of the base's denoiser."""
+        """Return a fresh copy of the base's denoiser."""
         return self.backbone.fresh_network()
 
     def rows(self, name: str, allowed: Sequence[int] | None = None) -> list[int]:
-        """Held-out pictures that a task draws after, chosen by the seed and the task's name: of new concepts first.
+        """Return the held-out pictures of a task, chosen by the seed and the task's name: new concepts first.
 
         Args:
-            allowed: those that it may be after; None for all.
+            allowed: pictures to choose from; None for all.
         """
         order = generator(self.config.seed, f"versatility {name}").permutation(len(self.shown))
         among = set(range(len(self.shown)) if allowed is None else allowed)
@@ -102,27 +102,29 @@ class Workshop:
         return [*first, *again][: self.config.prompts]
 
     def names(self, rows: Sequence[int]) -> list[str]:
-        """The concepts of some held-out pictures."""
+        """Return the concepts of some held-out pictures."""
         return [self.shown.records[row].name for row in rows]
 
-    def taught(self, name: str, source: Captioned, config: AddOnConfig, empty: float, **inputs: str) -> training.Lesson:
-        """A lesson on pictures, encoded by the base."""
+    def training_spec(
+        self, name: str, source: Captioned, config: AddOnConfig, empty: float, **inputs: str
+    ) -> training.AddOnTraining:
+        """Return pictures encoded by the base, as the data of an add-on."""
         fingerprint = encoders_fingerprint(self.backbone.folder)
         data = latent_set(source, self.backbone, fingerprint, self.out / "cache")
-        return training.Lesson(name, data, config, {**self.fed, **inputs}, empty)
+        return training.AddOnTraining(name, data, config, {**self.inputs, **inputs}, empty)
 
-    def learned(self, name: str, allowed: Sequence[int] | None = None, share: int = 1) -> list[int]:
-        """Training pictures that an add-on learns from, chosen by its name; a `share`-th of the pictures it may see."""
+    def training_rows(self, name: str, allowed: Sequence[int] | None = None, share: int = 1) -> list[int]:
+        """Return the training pictures of an add-on, chosen by its name."""
         among = range(len(self.data)) if allowed is None else allowed
         order = generator(0, f"versatility lesson {name}").permutation(np.asarray(among))
         return sorted(int(row) for row in order[: self.config.pictures // share])
 
     def own_captions(self, rows: Sequence[int], seed: int) -> list[list[str]]:
-        """Captions of some training pictures, as the base learned them."""
+        """Return captions of some training pictures, as the base was trained on."""
         return emoji8.caption_table([self.data.records[row] for row in rows], CAPTIONS, seed)
 
     def states(self) -> Tensor:
-        """The base's text states of the training split's names, [N, tokens, width]."""
+        """Return the base's text states of the training split's names, [N, tokens, width]."""
         names = [record.name for record in self.data.records]
         distinct = list(dict.fromkeys(names))
         known = self.backbone.encode(distinct)["text"]
@@ -130,11 +132,11 @@ class Workshop:
         return known[[number[name] for name in names]]
 
     def agreement_with(self, names: Sequence[str]) -> Callable[[Pictures], Array]:
-        """Pictures -> how well each fits its name."""
+        """Return a function from pictures to the agreement of each with its name."""
         return lambda pictures: self.scorer.scores(pictures, list(names))
 
     def likeness(self, pictures: Pictures, others: Pictures) -> Array:
-        """Cosine of pictures with others, less the mean cosine with those of other rows, by the scorer's eye."""
+        """Return the scorer's cosine of each picture with its counterpart, minus the mean with other rows'."""
         own, other = self.scorer.embed_pictures(pictures), self.scorer.embed_pictures(np.asarray(others))
         cosine = (own @ other.T).double().numpy()
         n = len(cosine)
@@ -148,29 +150,29 @@ class Workshop:
         return torch.from_numpy(np.array(self.features(self.data.pictures))).float()
 
     def level(self, raw: Tensor) -> Tensor:
-        """Features about the training split's mean, at unit size on average."""
+        """Return features minus the training split's mean, at unit size on average."""
         return (raw - self.raw.mean(0)) / self.raw.std()
 
     @cached_property
-    def seen(self) -> Tensor:
-        """The training split's features as the IP-Adapter is told them, [N, 1280]."""
+    def picture_features(self) -> Tensor:
+        """The training split's features as the IP-Adapter's input, [N, 1280]."""
         return self.level(self.raw)
 
     def features_of(self, pictures: Pictures) -> Tensor:
-        """Pictures' features as the IP-Adapter is told them, [N, 1280]."""
+        """Return pictures' features as the IP-Adapter's input, [N, 1280]."""
         return self.level(torch.from_numpy(np.array(self.features(np.asarray(pictures)))).float())
 
     @cached_property
     def style_reader(self) -> Tensor:
-        """A linear reader of styles on Lite0's features: ridge regression on the training split, [1280 + 1, styles]."""
-        x = torch.cat([self.seen, torch.ones(len(self.seen), 1)], 1).double()
+        """Weights of a linear style classifier on Lite0's features (ridge regression), [1280 + 1, styles]."""
+        x = torch.cat([self.picture_features, torch.ones(len(self.picture_features), 1)], 1).double()
         styles = [record.style for record in self.data.records]
         y = torch.tensor([[float(style == name) for name in emoji8.STYLE_FAMILY] for style in styles]).double()
         read: Tensor = torch.linalg.solve(x.T @ x + 30 * torch.eye(x.shape[1]).double(), x.T @ y)
         return read
 
     def style_rate(self, pictures: Pictures, style: str) -> Array:
-        """1 where the reader takes a picture for one of a style, else 0."""
+        """Return 1 where the classifier predicts a style, else 0, float64 [N]."""
         seen = self.features_of(pictures)
         x = torch.cat([seen, torch.ones(len(seen), 1)], 1).double()
         words = [emoji8.style_words(name) for name in emoji8.STYLE_FAMILY]

@@ -29,14 +29,14 @@ INK = 24
 
 
 def skin(pictures: Pictures) -> Mask:
-    """Pixels of yellow skin, [N, H, W]."""
+    """Return the mask of yellow skin, [N, H, W]."""
     r, g, b = (pictures[..., i].astype(np.int16) for i in range(3))
     found: Mask = (r > 180) & (g > 130) & (g <= r) & (r - b > 70) & (g - b > 40)
     return found
 
 
 def with_tone(pictures: Pictures, tone: str) -> npt.NDArray[np.uint8]:
-    """The same pictures with skin of a tone; shades of skin stay shades."""
+    """Return the pictures with skin of a tone; shading is kept."""
     mask = skin(pictures)
     light = pictures.max(axis=3).astype(np.float32)
     full = np.where(mask, light, 0).reshape(len(pictures), -1).max(axis=1).clip(min=1)[:, None, None]
@@ -45,7 +45,7 @@ def with_tone(pictures: Pictures, tone: str) -> npt.NDArray[np.uint8]:
 
 
 def tone_share(pictures: Pictures, tones: list[str]) -> Array:
-    """1 where the asked tone has more pixels than yellow or any other tone, else 0; float64 [N]."""
+    """Return 1 where the requested tone has more pixels than yellow or any other tone, else 0; float64 [N]."""
     names = list(TONES)
     colours = np.asarray([YELLOW, *TONES.values()], np.float32)
     distance = np.linalg.norm(pictures[..., None, :].astype(np.float32) - colours, axis=-1)
@@ -58,13 +58,13 @@ def tone_share(pictures: Pictures, tones: list[str]) -> Array:
 
 
 def ink(pictures: Pictures) -> Mask:
-    """Pixels that are not background: the silhouette, [N, H, W]."""
+    """Return the mask of pixels that are not background (the silhouette), [N, H, W]."""
     found: Mask = (255 - pictures.min(axis=3)) > INK
     return found
 
 
 def overlap(pictures: Pictures, masks: Mask) -> Array:
-    """Intersection over union of silhouettes, float64 [N]."""
+    """Return the intersection over union of silhouettes, float64 [N]."""
     own = ink(pictures)
     both, either = (own & masks).sum((1, 2)), (own | masks).sum((1, 2))
     share: Array = both / np.maximum(either, 1)
@@ -72,7 +72,7 @@ def overlap(pictures: Pictures, masks: Mask) -> Array:
 
 
 def edges(pictures: Pictures) -> npt.NDArray[np.float32]:
-    """Sobel magnitude of the luminance, in [0, 1], float32 [N, H, W]; a step of a quarter of the range is 1."""
+    """Return the Sobel magnitude of the luminance, float32 [N, H, W]; 1 from a step of a quarter of the range on."""
     y = (pictures.astype(np.float32) @ np.asarray([0.299, 0.587, 0.114], np.float32)) / 255
     p = np.pad(y, ((0, 0), (1, 1), (1, 1)), mode="edge")
     down = p[:, 2:, :-2] + 2 * p[:, 2:, 1:-1] + p[:, 2:, 2:] - p[:, :-2, :-2] - 2 * p[:, :-2, 1:-1] - p[:, :-2, 2:]
@@ -82,7 +82,7 @@ def edges(pictures: Pictures) -> npt.NDArray[np.float32]:
 
 
 def _smooth(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """A binomial blur of five points each way: edges a pixel apart still meet."""
+    """Blur by a binomial of five points each way, so that edges a pixel apart overlap."""
     for axis in (1, 2):
         p = np.pad(x, [(2, 2) if a == axis else (0, 0) for a in range(3)], mode="edge")
         n = x.shape[axis]
@@ -91,7 +91,7 @@ def _smooth(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def edge_likeness(pictures: Pictures, wanted: npt.NDArray[np.float32]) -> Array:
-    """Correlation of the pictures' edges with the wanted ones, both smoothed, float64 [N]."""
+    """Return the correlation of the pictures' edges with target edges, both smoothed, float64 [N]."""
     own, other = (_smooth(x).reshape(len(pictures), -1).astype(np.float64) for x in (edges(pictures), wanted))
     own, other = own - own.mean(1, keepdims=True), other - other.mean(1, keepdims=True)
     size = np.linalg.norm(own, axis=1) * np.linalg.norm(other, axis=1)
@@ -100,7 +100,7 @@ def edge_likeness(pictures: Pictures, wanted: npt.NDArray[np.float32]) -> Array:
 
 
 def detail_likeness(pictures: Pictures, rough: Pictures, sharp: Pictures) -> Array:
-    """Correlation of what pictures add to rough ones with what these lack of sharp ones, float64 [N]; 0 for nothing."""
+    """Return the correlation of (pictures - rough) with (sharp - rough), float64 [N]."""
     added, lacking = (
         (np.asarray(x, np.float64) - np.asarray(rough, np.float64)).reshape(len(rough), -1) for x in (pictures, sharp)
     )
@@ -110,13 +110,13 @@ def detail_likeness(pictures: Pictures, rough: Pictures, sharp: Pictures) -> Arr
 
 
 def closeness(pictures: Pictures, others: Pictures) -> Array:
-    """1 less the mean distance of values, in shares of their range, float64 [N]."""
+    """Return 1 minus the mean absolute difference as a share of the range, float64 [N]."""
     near: Array = 1 - np.abs(pictures.astype(np.float64) - others).mean((1, 2, 3)) / 255
     return near
 
 
 def blueprint(pictures: Pictures) -> npt.NDArray[np.uint8]:
-    """The same pictures in the blueprint style: light lines on blue paper."""
+    """Return the pictures in the blueprint style: light lines on blue paper."""
     inside = ink(pictures)[..., None]
     line = edges(pictures)[..., None]
     paper = np.where(inside, np.asarray(SHADE, np.float32), np.asarray(BLUE, np.float32))
@@ -125,7 +125,7 @@ def blueprint(pictures: Pictures) -> npt.NDArray[np.uint8]:
 
 
 def blueprint_share(pictures: Pictures) -> Array:
-    """Share of pixels in one of the style's two blues, float64 [N]."""
+    """Return the share of pixels in one of the style's two blues, float64 [N]."""
     plain = pictures.astype(np.float32)
     near = [np.linalg.norm(plain - np.asarray(colour, np.float32), axis=-1) < NEAR for colour in (BLUE, SHADE)]
     share: Array = (near[0] | near[1]).mean((1, 2)).astype(np.float64)
@@ -133,7 +133,7 @@ def blueprint_share(pictures: Pictures) -> Array:
 
 
 def blurred(pictures: Pictures, factor: int = 4) -> npt.NDArray[np.uint8]:
-    """Pictures shrunk by a factor and enlarged again: what super-resolution begins with."""
+    """Return the pictures reduced by a factor and enlarged again, the input of super-resolution."""
     from PIL import Image
 
     small = pictures.shape[1] // factor

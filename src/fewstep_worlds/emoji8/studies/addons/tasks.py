@@ -1,9 +1,9 @@
-"""The add-ons and uses of the figure: what each is made of, how it is drawn with, and what it is to keep.
+"""The add-ons and uses of the figure: how each is made, sampled and measured.
 
-An effect is a number for each picture, larger where the add-on does more of what it is for: what a picture with it has
-more than one without it, drawn by the same. A student keeps (its effect) / (the base's), by means over the same prompts
-and noise. Beside it stands what must not be lost for it: a picture that ignores the prompt, or its source, may follow
-an add-on well.
+An effect is a number for each picture, larger where the add-on has more of its intended effect: the measure with the
+add-on minus the measure without it. A student keeps (its effect) / (the base's), of means over the same prompts and
+noise. A side effect is measured beside it, because a picture that ignores the prompt or its source may follow an add-on
+well.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,21 +22,30 @@ from fewstep.data.images import Captioned, HeldPictures
 from fewstep.evaluation.metric import Array
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8.config import AddOnConfig
-from fewstep_worlds.emoji8.studies.addons import image_effects as looks
+from fewstep_worlds.emoji8.studies.addons import image_effects as effects
 from fewstep_worlds.emoji8.studies.addons import training
-from fewstep_worlds.emoji8.studies.addons.context import CAPTIONS, Workshop
-from fewstep_worlds.emoji8.studies.addons.pipelines import Who, asked, drawn, drawn_after, images, pipeline
+from fewstep_worlds.emoji8.studies.addons.context import CAPTIONS, Context
+from fewstep_worlds.emoji8.studies.addons.pipelines import (
+    Model,
+    call_arguments,
+    draw_from_features,
+    draw_pictures,
+    images,
+    pipeline,
+)
 
 PEOPLE = ("people-body", "smileys-emotion")
 """Groups of concepts that have a skin."""
 SKIN = 0.08
-"""Share of skin from which a picture shows it."""
+"""Least share of skin pixels in a picture of skin."""
 STRENGTHS = {"img2img": 0.5, "style transfer": 0.75, "super-resolution": 0.3}
 GAMMAS = {"super-resolution": 0.0}
-"""Students' gamma where it is not their own: where what is given is to stay, no noise is put back."""
-AFTER_A_PICTURE = ("inpainting", "style transfer", "super-resolution")
-"""Uses whose effect is told beside what is given, not beside another drawing."""
+"""Students' gamma where it is not their own. Without added noise the given picture is preserved."""
+PICTURE_TASKS = ("inpainting", "style transfer", "super-resolution")
+"""Tasks whose effect is relative to the given picture."""
 NEW_STYLE = "fluent 3d style"
+
+Sampler = Callable[[Model], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -43,15 +54,14 @@ class Task:
 
     Attributes:
         name: of the row.
-        effect_name: what the effect measures.
-        beside_name: what must not be lost for it.
-        given: pictures that stand for what it starts from, in the figure, and for what is meant.
-        prompts: what is drawn.
-        draw: who -> pictures, with the add-on.
-        without: who -> pictures without it; or what is there before.
+        effect_name: the effect's measure.
+        beside_name: the side effect's measure.
+        given: source or target pictures, for the figure.
+        draw: model -> pictures, with the add-on.
+        without: model -> pictures without it, or the given ones.
         effect: pictures -> a number each.
         beside: pictures -> a number each.
-        add_on: what it is drawn with, beside the base; None for a use of the base alone.
+        add_on: its file or folder; None for a use of the base alone.
     """
 
     name: str
@@ -59,8 +69,8 @@ class Task:
     beside_name: str
     given: np.ndarray
     prompts: Sequence[str]
-    draw: Callable[[Who], np.ndarray]
-    without: Callable[[Who], np.ndarray]
+    draw: Sampler
+    without: Sampler
     effect: Callable[[np.ndarray], Array]
     beside: Callable[[np.ndarray], Array]
     add_on: Path | None = None
@@ -70,92 +80,116 @@ AGREEMENT = "agreement with the prompt"
 OVERLAP = "overlap with the picture's silhouette"
 
 
-def plainly(shop: Workshop, prompts: Sequence[str]) -> Callable[[Who], np.ndarray]:
-    """Drawing with the base as it is."""
+def sample(
+    context: Context,
+    model: Model,
+    pipe: Any,
+    prompts: Sequence[str],
+    rows: Mapping[str, Sequence[Any]] = MappingProxyType({}),
+    strength: float | None = None,
+    **more: Any,
+) -> np.ndarray:
+    """Draw a task's prompts with the model's settings.
 
-    def draw(who: Who) -> np.ndarray:
-        pipe = pipeline("StableDiffusionPipeline", shop.folder, who)
-        return drawn(pipe, prompts, shop.config.seed, {}, **asked(who))
+    Args:
+        rows: arguments of the pipeline with a row for each prompt.
+        strength: of img2img and inpainting pipelines.
+        more: further arguments.
+    """
+    given = call_arguments(model, strength or 1.0) | ({} if strength is None else {"strength": strength}) | more
+    return draw_pictures(pipe, prompts, context.config.seed, rows, **given)
+
+
+def draw_without(context: Context, prompts: Sequence[str]) -> Sampler:
+    """Return a function that samples the base without an add-on."""
+
+    def draw(model: Model) -> np.ndarray:
+        pipe = pipeline("StableDiffusionPipeline", context.folder, model)
+        return sample(context, model, pipe, prompts)
 
     return draw
 
 
 def people_of(world: emoji8.Emoji8) -> list[int]:
-    """Pictures of people and faces that show their skin."""
-    share = looks.skin(world.pictures).mean((1, 2))
+    """Return the pictures of people and faces with visible skin."""
+    share = effects.skin(world.pictures).mean((1, 2))
     return [row for row, record in enumerate(world.records) if share[row] >= SKIN and record.group in PEOPLE]
 
 
-def community(shop: Workshop) -> Task:
-    """A checkpoint that was tuned on people with skin tones, which the base has never seen."""
-    people = people_of(shop.data)
-    place, run = shop.out / "community", shop.out / "runs" / "community"
-    tones = list(looks.TONES)
-    some = shop.learned("community", people, 1 + len(tones))
-    if not shop.made("community", shop.config.community):
-        pictures = [shop.data.pictures[some], *(looks.with_tone(shop.data.pictures[some], tone) for tone in tones)]
-        captions = shop.own_captions(some, shop.config.community.seed)
-        captions += [[f"{shop.data.records[row].name}, {tone}"] * CAPTIONS for tone in tones for row in some]
+def community(context: Context) -> Task:
+    """Make a checkpoint fine-tuned on people with skin tones, which are new to the base."""
+    people = people_of(context.data)
+    place, run = context.out / "community", context.out / "runs" / "community"
+    tones = list(effects.TONES)
+    some = context.training_rows("community", people, 1 + len(tones))
+    if not context.is_made("community", context.config.community):
+        own = context.data.pictures[some]
+        pictures = [own, *(effects.with_tone(own, tone) for tone in tones)]
+        captions = context.own_captions(some, context.config.community.seed)
+        captions += [[f"{context.data.records[row].name}, {tone}"] * CAPTIONS for tone in tones for row in some]
         source = Captioned(HeldPictures(np.concatenate(pictures)), captions)
-        lesson = shop.taught("community checkpoint", source, shop.config.community, training.EMPTY)
-        pipe = pipeline("StableDiffusionPipeline", shop.folder, Who("base", None, 1))
-        training.fine_tune(lesson, shop.unet(), pipe, run, place)
-    rows = shop.rows("community", people_of(shop.shown))
+        spec = context.training_spec("community checkpoint", source, context.config.community, training.EMPTY)
+        pipe = pipeline("StableDiffusionPipeline", context.folder, Model("base", None, 1))
+        training.fine_tune(spec, context.unet(), pipe, run, place)
+    rows = context.rows("community", people_of(context.shown))
     wanted = [tones[i % len(tones)] for i in range(len(rows))]
-    prompts = [f"{name}, {tone}" for name, tone in zip(shop.names(rows), wanted, strict=True)]
-    given = np.concatenate([looks.with_tone(shop.shown.pictures[[r]], t) for r, t in zip(rows, wanted, strict=True)])
+    prompts = [f"{name}, {tone}" for name, tone in zip(context.names(rows), wanted, strict=True)]
+    own = context.shown.pictures
+    given = np.concatenate([effects.with_tone(own[[row]], tone) for row, tone in zip(rows, wanted, strict=True)])
 
-    def draw(who: Who) -> np.ndarray:
-        return drawn(pipeline("StableDiffusionPipeline", place, who), prompts, shop.config.seed, {}, **asked(who))
+    def draw(model: Model) -> np.ndarray:
+        return sample(context, model, pipeline("StableDiffusionPipeline", place, model), prompts)
 
     return Task(
-        "community checkpoint", "share with the asked skin tone", AGREEMENT, given, prompts, draw,
-        plainly(shop, prompts), lambda pictures: looks.tone_share(pictures, wanted),
-        shop.agreement_with(shop.names(rows)), place,
+        "community checkpoint", "share with the requested skin tone", AGREEMENT, given, prompts, draw,
+        draw_without(context, prompts), lambda pictures: effects.tone_share(pictures, wanted),
+        context.agreement_with(context.names(rows)), place,
     )  # fmt: skip
 
 
-def style(shop: Workshop) -> Task:
-    """A style LoRA: blueprints."""
-    place, run = shop.out / "style", shop.out / "runs" / "style"
-    some = shop.learned("style")
-    if not shop.made("style", shop.config.style):
-        own = shop.own_captions(some, shop.config.style.seed)
-        captions = [[f"{said}, blueprint style" for said in row] for row in own]
-        source = Captioned(HeldPictures(looks.blueprint(shop.data.pictures[some])), captions)
-        lesson = shop.taught("style LoRA", source, shop.config.style, training.EMPTY)
-        training.train_style(lesson, shop.unet(), run, place)
-    rows = shop.rows("style")
-    prompts = [f"{name}, blueprint style" for name in shop.names(rows)]
+def style(context: Context) -> Task:
+    """Make a style LoRA: blueprints."""
+    place, run = context.out / "style", context.out / "runs" / "style"
+    some = context.training_rows("style")
+    if not context.is_made("style", context.config.style):
+        own = context.own_captions(some, context.config.style.seed)
+        captions = [[f"{caption}, blueprint style" for caption in row] for row in own]
+        source = Captioned(HeldPictures(effects.blueprint(context.data.pictures[some])), captions)
+        spec = context.training_spec("style LoRA", source, context.config.style, training.EMPTY)
+        training.train_style(spec, context.unet(), run, place)
+    rows = context.rows("style")
+    prompts = [f"{name}, blueprint style" for name in context.names(rows)]
 
-    def draw(who: Who) -> np.ndarray:
-        pipe = pipeline("StableDiffusionPipeline", shop.folder, who)
+    def draw(model: Model) -> np.ndarray:
+        pipe = pipeline("StableDiffusionPipeline", context.folder, model)
         pipe.load_lora_weights(str(place), adapter_name="style")
-        pipe.set_adapters([name for name in ("student", "style") if name != "student" or who.lora is not None])
-        return drawn(pipe, prompts, shop.config.seed, {}, **asked(who))
+        pipe.set_adapters([name for name in ("student", "style") if name != "student" or model.lora is not None])
+        return sample(context, model, pipe, prompts)
 
-    given = looks.blueprint(shop.shown.pictures[rows])
+    given = effects.blueprint(context.shown.pictures[rows])
     return Task(
-        "style LoRA", "share of blueprint blue", AGREEMENT, given, prompts, draw, plainly(shop, prompts),
-        looks.blueprint_share, shop.agreement_with(shop.names(rows)), place,
+        "style LoRA", "share of blueprint blue", AGREEMENT, given, prompts, draw, draw_without(context, prompts),
+        effects.blueprint_share, context.agreement_with(context.names(rows)), place,
     )  # fmt: skip
 
 
-def controlled(shop: Workshop, name: str, maps: Callable[[np.ndarray], np.ndarray], config: AddOnConfig) -> Path:
-    """A ControlNet on maps of pictures, [N, H, W] in [0, 1]; its folder."""
-    place, run = shop.out / name, shop.out / "runs" / name
-    some = shop.learned("controlnet")
-    if not shop.made(name, config):
-        drawn_maps = maps(shop.data.pictures[some]).astype(np.float32)
-        shown = torch.from_numpy(drawn_maps).half()[:, None].expand(-1, 3, -1, -1)
-        source = Captioned(HeldPictures(shop.data.pictures[some]), shop.own_captions(some, config.seed))
-        lesson = shop.taught(f"ControlNet, {name}", source, config, training.EMPTY, maps=digest({"maps": shown[:64]}))
-        training.train_controlnet(lesson, shop.unet(), shown, run, place)
+def make_controlnet(context: Context, name: str, maps: Callable[[np.ndarray], np.ndarray], config: AddOnConfig) -> Path:
+    """Make a ControlNet on maps of pictures, [N, H, W] in [0, 1]; return its folder."""
+    place, run = context.out / name, context.out / "runs" / name
+    some = context.training_rows("controlnet")
+    if not context.is_made(name, config):
+        drawn_maps = maps(context.data.pictures[some]).astype(np.float32)
+        control = torch.from_numpy(drawn_maps).half()[:, None].expand(-1, 3, -1, -1)
+        source = Captioned(HeldPictures(context.data.pictures[some]), context.own_captions(some, config.seed))
+        spec = context.training_spec(
+            f"ControlNet, {name}", source, config, training.EMPTY, maps=digest({"maps": control[:64]})
+        )
+        training.train_controlnet(spec, context.unet(), control, run, place)
     return place
 
 
 def control_task(
-    shop: Workshop,
+    context: Context,
     title: str,
     place: Path,
     rows: Sequence[int],
@@ -163,146 +197,143 @@ def control_task(
     effect_name: str,
     effect: Callable[[np.ndarray], Array],
 ) -> Task:
-    """The row of a ControlNet on maps of the pictures `rows`."""
+    """Return the row of a ControlNet on maps of the pictures `rows`."""
     from diffusers import ControlNetModel
 
     given = np.repeat((maps * 255).round().astype(np.uint8)[..., None], 3, axis=3)
-    prompts = shop.names(rows)
+    prompts = context.names(rows)
 
-    def draw(who: Who) -> np.ndarray:
+    def draw(model: Model) -> np.ndarray:
         controlnet = ControlNetModel.from_pretrained(place, use_safetensors=True)
-        pipe = pipeline("StableDiffusionControlNetPipeline", shop.folder, who, {"controlnet": controlnet})
-        return drawn(pipe, prompts, shop.config.seed, {"image": images(given)}, **asked(who))
+        pipe = pipeline("StableDiffusionControlNetPipeline", context.folder, model, {"controlnet": controlnet})
+        return sample(context, model, pipe, prompts, {"image": images(given)})
 
     return Task(
-        title, effect_name, AGREEMENT, given, prompts, draw, plainly(shop, prompts), effect,
-        shop.agreement_with(prompts), place,
+        title, effect_name, AGREEMENT, given, prompts, draw, draw_without(context, prompts), effect,
+        context.agreement_with(prompts), place,
     )  # fmt: skip
 
 
-def edge_control(shop: Workshop) -> Task:
-    """A ControlNet on edges."""
-    place, rows = controlled(shop, "edges", looks.edges, shop.config.edges), shop.rows("edges")
-    maps = looks.edges(shop.shown.pictures[rows])
+def edge_control(context: Context) -> Task:
+    """Make a ControlNet on edges."""
+    place, rows = make_controlnet(context, "edges", effects.edges, context.config.edges), context.rows("edges")
+    maps = effects.edges(context.shown.pictures[rows])
     return control_task(
-        shop, "ControlNet, edges", place, rows, maps, "correlation of edges",
-        lambda pictures: looks.edge_likeness(pictures, maps),
+        context, "ControlNet, edges", place, rows, maps, "correlation of edges",
+        lambda pictures: effects.edge_likeness(pictures, maps),
     )  # fmt: skip
 
 
-def shape_control(shop: Workshop) -> Task:
-    """A ControlNet on silhouettes."""
-    place, rows = controlled(shop, "shapes", looks.ink, shop.config.shapes), shop.rows("shapes")
-    masks = looks.ink(shop.shown.pictures[rows])
+def shape_control(context: Context) -> Task:
+    """Make a ControlNet on silhouettes."""
+    place, rows = make_controlnet(context, "shapes", effects.ink, context.config.shapes), context.rows("shapes")
+    masks = effects.ink(context.shown.pictures[rows])
     return control_task(
-        shop, "ControlNet, silhouettes", place, rows, masks.astype(np.float32), "overlap of silhouettes",
-        lambda pictures: looks.overlap(pictures, masks),
+        context, "ControlNet, silhouettes", place, rows, masks.astype(np.float32), "overlap of silhouettes",
+        lambda pictures: effects.overlap(pictures, masks),
     )  # fmt: skip
 
 
-def picture_prompt(shop: Workshop) -> Task:
-    """An IP-Adapter: the picture alone says what is drawn, by Lite0's features."""
-    place, run = shop.out / "picture", shop.out / "runs" / "picture"
-    config = shop.config.picture
-    if not shop.made("picture", config):
-        # all there are: from fewer it learns pictures by heart, and nothing of those that it is shown later
-        captions = shop.own_captions(range(len(shop.data)), config.seed)
-        source = Captioned(HeldPictures(shop.data.pictures), captions)
-        told = digest({"features": shop.seen[:64]})
-        lesson = shop.taught("IP-Adapter", source, config, training.ALONE, features=told)
-        project = training.read_off(shop.seen, shop.states())
-        training.train_ip_adapter(lesson, shop.unet(), shop.seen, project, run, place)
-    rows = shop.rows("picture")
+def picture_prompt(context: Context) -> Task:
+    """Make an IP-Adapter on Lite0's features, used with an empty prompt."""
+    place, run = context.out / "picture", context.out / "runs" / "picture"
+    config = context.config.picture
+    if not context.is_made("picture", config):
+        # all pictures: with fewer it overfits and ignores unseen ones
+        captions = context.own_captions(range(len(context.data)), config.seed)
+        source = Captioned(HeldPictures(context.data.pictures), captions)
+        fingerprint = digest({"features": context.picture_features[:64]})
+        spec = context.training_spec("IP-Adapter", source, config, training.ALONE, features=fingerprint)
+        project = training.initial_projection(context.picture_features, context.states())
+        training.train_ip_adapter(spec, context.unet(), context.picture_features, project, run, place)
+    rows = context.rows("picture")
     prompts = [""] * len(rows)
-    given = shop.shown.pictures[rows]
-    features = shop.features_of(given)
+    given = context.shown.pictures[rows]
+    features = context.features_of(given)
 
-    def draw(who: Who) -> np.ndarray:
-        pipe = pipeline("StableDiffusionPipeline", shop.folder, who)
+    def draw(model: Model) -> np.ndarray:
+        pipe = pipeline("StableDiffusionPipeline", context.folder, model)
         pipe.load_ip_adapter([training.read_ip_adapter(place)], subfolder="", weight_name="", image_encoder_folder=None)
-        return drawn_after(pipe, prompts, features, shop.config.seed, **asked(who))
+        return draw_from_features(pipe, prompts, features, context.config.seed, **call_arguments(model))
 
     return Task(
-        "IP-Adapter", "likeness to the picture over strangers", "agreement with the picture's name", given, prompts,
-        draw, plainly(shop, prompts), lambda pictures: shop.likeness(pictures, given),
-        shop.agreement_with(shop.names(rows)), place,
+        "IP-Adapter", "likeness to the picture, less that to others", "agreement with the picture's name", given,
+        prompts, draw, draw_without(context, prompts), lambda pictures: context.likeness(pictures, given),
+        context.agreement_with(context.names(rows)), place,
     )  # fmt: skip
 
 
-def from_picture(shop: Workshop, name: str, given: np.ndarray, prompts: Sequence[str]) -> Callable[[Who], np.ndarray]:
-    """Drawing by plain diffusers' img2img at the task's strength."""
+def from_picture(context: Context, name: str, given: np.ndarray, prompts: Sequence[str]) -> Sampler:
+    """Return a function that samples by diffusers' img2img at the task's strength."""
 
-    def draw(who: Who) -> np.ndarray:
-        pipe = pipeline("StableDiffusionImg2ImgPipeline", shop.folder, who, gamma=GAMMAS.get(name))
-        strength = STRENGTHS[name]
-        return drawn(
-            pipe, prompts, shop.config.seed, {"image": images(given)}, strength=strength, **asked(who, strength)
-        )
+    def draw(model: Model) -> np.ndarray:
+        pipe = pipeline("StableDiffusionImg2ImgPipeline", context.folder, model, gamma=GAMMAS.get(name))
+        return sample(context, model, pipe, prompts, {"image": images(given)}, strength=STRENGTHS[name])
 
     return draw
 
 
-def img2img(shop: Workshop) -> Task:
-    """The same thing drawn anew from a picture: its outline is to stay."""
-    rows = shop.rows("img2img")
-    given, prompts = shop.shown.pictures[rows], shop.names(rows)
+def img2img(context: Context) -> Task:
+    """Redraw a picture of the same concept; the outline should stay."""
+    rows = context.rows("img2img")
+    given, prompts = context.shown.pictures[rows], context.names(rows)
     return Task(
-        "img2img", OVERLAP, AGREEMENT, given, prompts, from_picture(shop, "img2img", given, prompts),
-        plainly(shop, prompts), lambda pictures: looks.overlap(pictures, looks.ink(given)),
-        shop.agreement_with(prompts),
+        "img2img", OVERLAP, AGREEMENT, given, prompts, from_picture(context, "img2img", given, prompts),
+        draw_without(context, prompts), lambda pictures: effects.overlap(pictures, effects.ink(given)),
+        context.agreement_with(prompts),
     )  # fmt: skip
 
 
-def style_transfer(shop: Workshop) -> Task:
-    """A picture of one style drawn anew in another."""
-    flat = [row for row, record in enumerate(shop.shown.records) if record.style in ("noto", "twemoji", "emojione")]
-    rows = shop.rows("style transfer", flat)
-    given = shop.shown.pictures[rows]
-    prompts = [f"{name}, {NEW_STYLE}" for name in shop.names(rows)]
+def style_transfer(context: Context) -> Task:
+    """Redraw a picture in another style."""
+    flat = [row for row, record in enumerate(context.shown.records) if record.style in ("noto", "twemoji", "emojione")]
+    rows = context.rows("style transfer", flat)
+    given = context.shown.pictures[rows]
+    prompts = [f"{name}, {NEW_STYLE}" for name in context.names(rows)]
     return Task(
         "style transfer", f"share read as {NEW_STYLE}", OVERLAP, given, prompts,
-        from_picture(shop, "style transfer", given, prompts), lambda who: given,
-        lambda pictures: shop.style_rate(pictures, NEW_STYLE),
-        lambda pictures: looks.overlap(pictures, looks.ink(given)),
+        from_picture(context, "style transfer", given, prompts), lambda model: given,
+        lambda pictures: context.style_rate(pictures, NEW_STYLE),
+        lambda pictures: effects.overlap(pictures, effects.ink(given)),
     )  # fmt: skip
 
 
-def super_resolution(shop: Workshop) -> Task:
-    """A picture of 16 x 16 pixels drawn anew at 64 x 64: detail is to come, and be the right one."""
-    rows = shop.rows("super-resolution")
-    sharp, prompts = shop.shown.pictures[rows], shop.names(rows)
-    given = looks.blurred(sharp)
+def super_resolution(context: Context) -> Task:
+    """Redraw a picture of 16 x 16 pixels at 64 x 64; the added detail should be right."""
+    rows = context.rows("super-resolution")
+    sharp, prompts = context.shown.pictures[rows], context.names(rows)
+    given = effects.blurred(sharp)
     return Task(
         "super-resolution", "correlation of what is added with what was lost", AGREEMENT, given, prompts,
-        from_picture(shop, "super-resolution", given, prompts), lambda who: given,
-        lambda pictures: looks.detail_likeness(pictures, given, sharp), shop.agreement_with(prompts),
+        from_picture(context, "super-resolution", given, prompts), lambda model: given,
+        lambda pictures: effects.detail_likeness(pictures, given, sharp), context.agreement_with(prompts),
     )  # fmt: skip
 
 
-def inpainting(shop: Workshop) -> Task:
-    """Half of a picture, drawn to the end."""
-    rows = shop.rows("inpainting")
-    whole, prompts = shop.shown.pictures[rows], shop.names(rows)
+def inpainting(context: Context) -> Task:
+    """Complete half of a picture."""
+    rows = context.rows("inpainting")
+    whole, prompts = context.shown.pictures[rows], context.names(rows)
     half = whole.shape[2] // 2
     given = whole.copy()
     given[:, :, half:] = 255
     mask = np.zeros(whole.shape, np.uint8)
     mask[:, :, half:] = 255
 
-    def draw(who: Who) -> np.ndarray:
-        pipe = pipeline("StableDiffusionInpaintPipeline", shop.folder, who)
-        pipe.unet.register_to_config(in_channels=4)  # by which it knows a text-to-image network; latents have 16 here
-        shown = {"image": images(given), "mask_image": images(mask)}
-        return drawn(pipe, prompts, shop.config.seed, shown, strength=1.0, height=64, width=64, **asked(who))
+    def draw(model: Model) -> np.ndarray:
+        pipe = pipeline("StableDiffusionInpaintPipeline", context.folder, model)
+        pipe.unet.register_to_config(in_channels=4)  # expected of a text-to-image network; here 16
+        sources = {"image": images(given), "mask_image": images(mask)}
+        return sample(context, model, pipe, prompts, sources, strength=1.0, height=64, width=64)
 
     return Task(
         "inpainting", AGREEMENT, "closeness of the half that is given", given, prompts, draw,
-        lambda who: given, shop.agreement_with(prompts),
-        lambda pictures: looks.closeness(pictures[:, :, :half], given[:, :, :half]),
+        lambda model: given, context.agreement_with(prompts),
+        lambda pictures: effects.closeness(pictures[:, :, :half], given[:, :, :half]),
     )  # fmt: skip
 
 
-TASKS: Mapping[str, Callable[[Workshop], Task]] = {
+TASKS: Mapping[str, Callable[[Context], Task]] = {
     "community": community,
     "style": style,
     "edges": edge_control,

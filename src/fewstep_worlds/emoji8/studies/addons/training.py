@@ -1,6 +1,6 @@
-"""Add-ons trained as the ecosystem trains them: diffusers' and PEFT's own classes, the noise-prediction loss, the base.
+"""Add-ons trained on the base with diffusers' and PEFT's own classes and the noise-prediction loss.
 
-Each is written in the form that its own loader reads. None of them sees a student.
+Each is written in the format of its own loader. Students are not involved.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from fewstep.common.tensors import load_tensors, save_tensors
 from fewstep.data.latents import LatentSet
 from fewstep.diffusion.schedule import VariancePreserving, add_noise, scaled_linear
 from fewstep.training.config import LoopConfig, OptimConfig
-from fewstep.training.loop import Batch, Update, train
+from fewstep.training.loop import Batch, Update
 from fewstep.training.loss import Loss
-from fewstep.training.run_folder import RunLog
+from fewstep_worlds.common.training import fit
 from fewstep_worlds.emoji8.config import AddOnConfig
 
 Predict = Callable[[Tensor, Tensor, Tensor, Tensor, KeyedRng], Tensor]
 """(x_t, t int64 [B], text states, numbers of the samples, draws) -> predicted noise."""
 EMPTY = 0.1
-"""Share of empty prompts, and of pictures that an IP-Adapter is not shown: guidance must go on to work."""
+"""Share of empty prompts, and of empty image inputs of an IP-Adapter, for guidance."""
 ALONE = 0.9
-"""Share of empty prompts where a picture shall say what is drawn."""
+"""Share of empty prompts where the picture is the condition."""
 BLUR = 0.3
-"""Noise on a picture's features in training, whose own deviation is 1: a picture not seen yet lies that far off."""
+"""Noise on a picture's features in training, relative to their deviation; unseen pictures differ by as much."""
 IP_FILE = "ip_adapter.safetensors"
 TOKENS = 4
-"""Tokens that an IP-Adapter makes of a picture."""
+"""Tokens of a picture in an IP-Adapter."""
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What an add-on is trained on.
+class AddOnTraining:
+    """The training of an add-on.
 
     Attributes:
         name: of its run.
         data: latents and text states.
         config: length and rate.
-        inputs: fingerprints of what else it is fed.
+        inputs: fingerprints of further inputs.
         empty: share of empty prompts.
     """
 
@@ -59,20 +59,20 @@ class Lesson:
     empty: float = EMPTY
 
 
-def learn(lesson: Lesson, weights: Mapping[str, nn.Parameter], predict: Predict, out: Path) -> None:
-    """Train the named weights in place by the noise-prediction loss; a stopped run goes on."""
+def train_weights(spec: AddOnTraining, weights: Mapping[str, nn.Parameter], predict: Predict, out: Path) -> None:
+    """Train the named weights in place by the noise-prediction loss; a stopped run is resumed."""
     path: VariancePreserving = scaled_linear()
     total = int(path.noisiest) + 1
-    data, config = lesson.data, lesson.config
+    data, config = spec.data, spec.config
 
     def loss(batch: Batch, rng: KeyedRng) -> Loss:
         items = batch["items"]
         x_0 = data.latents[items]
-        states = data.condition(items, rng, lesson.empty, x_0.device)["text"]
+        states = data.condition(items, rng, spec.empty, x_0.device)["text"]
         eps = rng.normal("noise", tuple(x_0.shape[1:]))
         t = rng.integers("t", 0, total)
-        said = predict(add_noise(path, x_0, eps, t), t, states, items, rng).float()
-        per_sample = (said - eps).square().mean((1, 2, 3))
+        output = predict(add_noise(path, x_0, eps, t), t, states, items, rng).float()
+        per_sample = (output - eps).square().mean((1, 2, 3))
         return Loss(per_sample.mean(), per_sample.detach(), (t + 1) / total)
 
     def fetch(items: np.ndarray, _: KeyedRng) -> Batch:
@@ -80,32 +80,33 @@ def learn(lesson: Lesson, weights: Mapping[str, nn.Parameter], predict: Predict,
 
     plan = [Update("weights", dict(weights), loss, OptimConfig(lr=config.lr, warmup=20, decay="cosine"))]
     loop = LoopConfig(steps=config.steps, batch=config.batch, seed=config.seed, save_every=100, log_every=20)
-    accelerator = make_accelerator("fp32", torch.device("cpu"))
-    inputs = {**data.inputs, **lesson.inputs}
-    with RunLog(out, config, title=lesson.name, inputs=inputs) as log:
-        trained = train(plan, fetch, len(data), loop, log, accelerator)
+    trained = fit(
+        plan, fetch, len(data), out, config, loop, make_accelerator("fp32", torch.device("cpu")),
+        title=spec.name, inputs={**data.inputs, **spec.inputs},
+    )["weights"]  # fmt: skip
     with torch.no_grad():
         for name, parameter in weights.items():
-            parameter.copy_(trained.weights["weights"][name])
+            parameter.copy_(trained[name])
 
 
-def fine_tune(lesson: Lesson, unet: Any, pipe: Any, out: Path, place: Path) -> None:
-    """A community checkpoint: every weight of the UNet, written as a whole pipeline."""
+def plain_prediction(unet: Any) -> Predict:
+    """Return the prediction of a UNet without further inputs."""
+    return lambda x, t, states, items, rng: unet(x, t, states, return_dict=False)[0]
+
+
+def fine_tune(spec: AddOnTraining, unet: Any, pipe: Any, out: Path, place: Path) -> None:
+    """Train a community checkpoint (every weight of the UNet) and write it as a pipeline."""
     unet.requires_grad_(True)
     speed_up(unet)
 
-    def predict(x: Tensor, t: Tensor, states: Tensor, items: Tensor, rng: KeyedRng) -> Tensor:
-        said: Tensor = unet(x, t, states, return_dict=False)[0]
-        return said
-
-    learn(lesson, dict(unet.named_parameters()), predict, out)
+    train_weights(spec, dict(unet.named_parameters()), plain_prediction(unet), out)
     with atomic_folder(place) as part:
         pipe.unet = unet.to(memory_format=torch.contiguous_format)
         pipe.save_pretrained(part)
 
 
-def train_style(lesson: Lesson, unet: Any, out: Path, place: Path) -> None:
-    """A style LoRA by PEFT, written as `save_lora_weights` writes it."""
+def train_style(spec: AddOnTraining, unet: Any, out: Path, place: Path) -> None:
+    """Train a style LoRA by PEFT and write it as `save_lora_weights` does."""
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft import LoraConfig
@@ -113,30 +114,28 @@ def train_style(lesson: Lesson, unet: Any, out: Path, place: Path) -> None:
 
     unet.requires_grad_(False)
     with torch.random.fork_rng():
-        torch.manual_seed(lesson.config.seed)
+        torch.manual_seed(spec.config.seed)
         unet.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     speed_up(unet)
 
-    def predict(x: Tensor, t: Tensor, states: Tensor, items: Tensor, rng: KeyedRng) -> Tensor:
-        said: Tensor = unet(x, t, states, return_dict=False)[0]
-        return said
-
-    learn(lesson, {name: p for name, p in unet.named_parameters() if p.requires_grad}, predict, out)
+    train_weights(
+        spec, {name: p for name, p in unet.named_parameters() if p.requires_grad}, plain_prediction(unet), out
+    )
     with atomic_folder(place) as part:
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
         StableDiffusionPipeline.save_lora_weights(part, unet_lora_layers=layers)
 
 
-def train_controlnet(lesson: Lesson, unet: Any, shown: Tensor, out: Path, place: Path) -> None:
-    """A ControlNet from the UNet's own encoder half.
+def train_controlnet(spec: AddOnTraining, unet: Any, shown: Tensor, out: Path, place: Path) -> None:
+    """Train a ControlNet that starts from the UNet's encoder.
 
     Args:
-        shown: what it is shown of each sample, [N, 3, H, W] in [0, 1].
+        shown: control map of each sample, [N, 3, H, W] in [0, 1].
     """
     from diffusers import ControlNetModel
 
     with torch.random.fork_rng():
-        torch.manual_seed(lesson.config.seed)
+        torch.manual_seed(spec.config.seed)
         controlnet: Any = ControlNetModel.from_unet(unet)
     unet.requires_grad_(False)
     speed_up(unet)
@@ -144,20 +143,20 @@ def train_controlnet(lesson: Lesson, unet: Any, shown: Tensor, out: Path, place:
 
     def predict(x: Tensor, t: Tensor, states: Tensor, items: Tensor, rng: KeyedRng) -> Tensor:
         down, middle = controlnet(x, t, states, controlnet_cond=shown[items].float(), return_dict=False)
-        said: Tensor = unet(
+        output: Tensor = unet(
             x, t, states, down_block_additional_residuals=down, mid_block_additional_residual=middle, return_dict=False
         )[0]
-        return said
+        return output
 
-    learn(lesson, dict(controlnet.named_parameters()), predict, out)
+    train_weights(spec, dict(controlnet.named_parameters()), predict, out)
     with atomic_folder(place) as part:
         controlnet.to(memory_format=torch.contiguous_format).save_pretrained(part)
 
 
-def read_off(seen: Tensor, states: Tensor, ridge: float = 30.0) -> dict[str, Tensor]:
-    """The projection that an IP-Adapter starts from: a ridge regression of captions' first tokens on features.
+def initial_projection(features: Tensor, states: Tensor, ridge: float = 30.0) -> dict[str, Tensor]:
+    """Return the projection that an IP-Adapter starts from: a ridge regression of captions' first tokens on features.
 
-    A projection that starts anywhere takes longer, and follows pictures that it has not learned from less.
+    A random start takes longer and generalises less to unseen pictures.
 
     Args:
         seen: features of pictures, [N, width].
@@ -166,7 +165,7 @@ def read_off(seen: Tensor, states: Tensor, ridge: float = 30.0) -> dict[str, Ten
     wanted = states[:, :TOKENS]
     mean, spread = wanted.mean((0, 1)), wanted.std((0, 1)).clamp(min=1e-6)  # the projection ends in a layer norm
     y = ((wanted - mean) / spread).flatten(1).double()
-    x = torch.cat([seen, torch.ones(len(seen), 1)], 1).double()
+    x = torch.cat([features, torch.ones(len(features), 1)], 1).double()
     found = torch.linalg.solve(x.T @ x + ridge * torch.eye(x.shape[1]).double(), x.T @ y).float()
     return {
         "proj.weight": found[:-1].T.contiguous(),
@@ -177,7 +176,7 @@ def read_off(seen: Tensor, states: Tensor, ridge: float = 30.0) -> dict[str, Ten
 
 
 def fresh_ip_adapter(unet: Any, project: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """An untrained IP-Adapter in the form of its files: keys and values start as the text's own."""
+    """Return an untrained IP-Adapter in its file format; keys and values start as those of the text."""
     attends = {}
     cross = [name for name in unet.attn_processors if not name.endswith("attn1.processor")]
     modules = dict(unet.named_modules())
@@ -189,7 +188,7 @@ def fresh_ip_adapter(unet: Any, project: dict[str, Tensor]) -> dict[str, dict[st
 
 
 def read_ip_adapter(place: Path) -> dict[str, dict[str, Tensor]]:
-    """An IP-Adapter's file as diffusers' `load_ip_adapter` takes it."""
+    """Read an IP-Adapter's file as diffusers' `load_ip_adapter` takes it."""
     held: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
     for key, value in load_tensors(place / IP_FILE).items():
         part, _, name = key.partition(".")
@@ -198,9 +197,9 @@ def read_ip_adapter(place: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def train_ip_adapter(
-    lesson: Lesson, unet: Any, seen: Tensor, project: dict[str, Tensor], out: Path, place: Path
+    spec: AddOnTraining, unet: Any, features: Tensor, project: dict[str, Tensor], out: Path, place: Path
 ) -> None:
-    """An IP-Adapter: the projection of a picture's features, and its tokens' keys and values in all cross-attentions.
+    """Train an IP-Adapter: the projection of features, and the keys and values of its tokens in all cross-attentions.
 
     Args:
         seen: features of each sample, [N, width].
@@ -223,12 +222,12 @@ def train_ip_adapter(
         parameter.requires_grad_(True)
 
     def predict(x: Tensor, t: Tensor, states: Tensor, items: Tensor, rng: KeyedRng) -> Tensor:
-        blurred = seen[items] + BLUR * rng.normal("features", tuple(seen.shape[1:]))
+        blurred = features[items] + BLUR * rng.normal("features", tuple(features.shape[1:]))
         shown = blurred * (1 - rng.chance("no picture", EMPTY).float())[:, None]
-        told = {"image_embeds": [shown[:, None]]}
-        said: Tensor = unet(x, t, states, added_cond_kwargs=told, return_dict=False)[0]
-        return said
+        embeddings = {"image_embeds": [shown[:, None]]}
+        output: Tensor = unet(x, t, states, added_cond_kwargs=embeddings, return_dict=False)[0]
+        return output
 
-    learn(lesson, weights, predict, out)
+    train_weights(spec, weights, predict, out)
     with atomic_folder(place) as part:
         save_tensors(part / IP_FILE, {name: value.detach() for name, value in weights.items()})
