@@ -203,14 +203,15 @@ def test_a_choice_is_not_ruled_by_the_column_with_the_largest_figures() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "words"),
-    [("seeds=[]", "seeds"), ("seeds=[0,0]", "twice"), ("seeds=[99]", "89"), ("rates=[0]", "above 0")],
+    ("override", "field"),
+    [("seeds=[]", "seeds"), ("seeds=[0,0]", "seeds"), ("seeds=[99]", "seeds.0"), ("rates=[0]", "rates.0")],
 )
 def test_benchmark_settings_that_would_fail_after_hours_are_refused_at_once(
-    override: str, words: str, tmp_path: Path
+    override: str, field: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError) as error:
         api.benchmark(out=tmp_path / "b", overrides=[override])
+    assert error.value.field == field
     assert not (tmp_path / "b").exists()
     assert json.loads(BenchmarkConfig().model_dump_json())["seeds"] == [0, 1, 2]
 
@@ -266,7 +267,10 @@ def test_each_recipe_gets_the_same_budget_and_a_command_that_repeats_it(recipe: 
 
 
 def test_a_budget_that_pays_for_no_step_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"evaluations = 5000 does not pay for a step of ctm"):
-        api.family(out=tmp_path / "no", overrides=["recipes=[ctm]", "evaluations=5000", "batch=1000"])
-    with pytest.raises(UserError, match=r"recipes names 'lcmm'; the nearest recipe is 'lcm'"):
-        api.family(out=tmp_path / "no", overrides=["recipes=[lcmm]"])
+    for field, words in (
+        ("evaluations", ["recipes=[ctm]", "evaluations=5000", "batch=1000"]),
+        ("recipes", ["recipes=[lcmm]"]),
+    ):
+        with pytest.raises(UserError) as error:
+            api.family(out=tmp_path / "no", overrides=words)
+        assert error.value.field == field

@@ -215,7 +215,7 @@ def test_caption_table_depends_on_seed_and_record_alone(world: Emoji8) -> None:
     assert emoji8.caption_table(records[::-1], 6, seed=3)[::-1] == table
     assert emoji8.caption_table(records[7:8], 4, seed=3)[0] == table[7][:4]
     assert emoji8.caption_table(records, 6, seed=4) != table
-    with pytest.raises(UserError, match="variants=0"):
+    with pytest.raises(UserError, match="variants"):
         emoji8.caption_table(records, 0, seed=3)
 
 

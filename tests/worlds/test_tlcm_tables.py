@@ -192,20 +192,21 @@ def test_gains_are_between_rows_of_the_table(table: int, records: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "field"),
     [
-        ({"table": 4}, "table = 4 is not one of"),
-        ({"steps": [3, 2]}, r"steps = \[3, 2\] must rise within 1 to 8; the nearest is \[2, 3\]"),
-        ({"steps": [2, 20]}, r"the nearest is \[2, 8\]"),
-        ({"seeds": [1, 1]}, r"names one twice; the nearest is \[1\]"),
+        ({"table": 4}, "table"),
+        ({"steps": [3, 2]}, "steps"),
+        ({"steps": [2, 20]}, "steps"),
+        ({"seeds": [1, 1]}, "seeds"),
     ],
 )
-def test_tables_that_are_none_are_refused(changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(UserError, match=words):
+def test_illegal_tables_are_refused(changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(UserError) as error:
         validate(TlcmConfig, changes)
+    assert error.value.field == field
 
 
-# ---- who judges
+# ---- scorers
 
 
 def test_the_worlds_scorer_can_be_followed(tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ class FamilyConfig(Config):
         known = rows()
         for recipe in self.recipes:
             if recipe not in known:
-                raise ValueError(f"recipes = {list(self.recipes)} holds no recipe {recipe!r}{did_you_mean(recipe, known)}")
+                raise ValueError(f"recipes = {list(self.recipes)}: no recipe {recipe!r}{did_you_mean(recipe, known)}")
         if len(set(self.recipes)) < len(self.recipes):
             raise ValueError(f"recipes = {list(self.recipes)} must be distinct")
         return self
