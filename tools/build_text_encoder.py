@@ -31,6 +31,7 @@ from torch import Tensor
 from transformers import BertModel
 
 from fewstep.common.files import atomic_folder
+from fewstep_worlds.common.text import keep_pieces
 from text_encoder_words import Words, compose, read_words
 
 SEED = 20
@@ -89,18 +90,6 @@ def choose_pieces(full: Tokenizer, words: Words) -> list[str]:
     return list(kept)
 
 
-def trim(full: Tokenizer, pieces: Sequence[str]) -> Tokenizer:
-    """Return the tokenizer with `pieces` as its whole vocabulary, numbered in that order."""
-    spec = json.loads(full.to_str())
-    ids = {piece: index for index, piece in enumerate(pieces)}
-    spec["model"]["vocab"] = ids
-    for token in spec["added_tokens"]:
-        token["id"] = ids[token["content"]]
-    for name, token in spec["post_processor"]["special_tokens"].items():
-        token["ids"] = [ids[name]]
-    return Tokenizer.from_str(json.dumps(spec))
-
-
 def write_tokenizer(tokenizer: Tokenizer, place: Path) -> None:
     """Write what both the slow and the fast BertTokenizer classes of transformers read."""
     place.mkdir()
@@ -131,7 +120,7 @@ class Batch:
 
 
 def align(texts: Sequence[str], full: Tokenizer, small: Tokenizer) -> tuple[Batch, Batch, int]:
-    """Tokenise with both. A segment is a token, or a whole word where the two split it differently."""
+    """Tokenise with both tokenizers. A segment is a token, or a whole word where the two split it differently."""
     rows: list[tuple[list[int], list[int], list[int], list[int]]] = []
     count = 0
     pairs = zip(full.encode_batch(list(texts)), small.encode_batch(list(texts)), strict=True)
@@ -155,7 +144,7 @@ def by_word(tokens: Sequence[str], word_ids: Sequence[int | None]) -> list[list[
 
 
 def pad(rows: Sequence[tuple[list[int], list[int]]]) -> Batch:
-    """Rows of (token ids, segment numbers) as one padded batch."""
+    """Return rows of (token ids, segment numbers) as one padded batch."""
     width = max(len(ids) for ids, _ in rows)
 
     def block(index: int, fill: int) -> Tensor:
@@ -166,7 +155,7 @@ def pad(rows: Sequence[tuple[list[int], list[int]]]) -> Batch:
 
 
 def states_of(model: BertModel, batch: Batch) -> Tensor:
-    """The last hidden states, fp32 [B, tokens, width]."""
+    """Return the last hidden states, fp32 [B, tokens, width]."""
     with torch.autocast("cpu", torch.bfloat16):
         states: Tensor = model(batch.ids, batch.mask).last_hidden_state
     return states.float()
@@ -245,7 +234,7 @@ def distil(student: BertModel, teacher: BertModel, full: Tokenizer, small: Token
 
 
 def contrast(student: BertModel, small: Tokenizer, pairs: Sequence[tuple[str, str]]) -> Tensor:
-    """InfoNCE over mean states of pairs of synonyms, the other pairs of the batch being the negatives."""
+    """Return InfoNCE over mean states of pairs of synonyms; the other pairs of the batch are negatives."""
     encodings = small.encode_batch([word for pair in zip(*pairs, strict=True) for word in pair])
     batch = pad([(encoding.ids[:TOKENS], [0] * len(encoding.ids[:TOKENS])) for encoding in encodings])
     means = F.normalize(mean_state(states_of(student, batch), batch.mask), dim=1)
@@ -299,7 +288,7 @@ def main() -> None:
     full.no_truncation()
     words = familiar(read_words(options.wordnet), full)
     pieces = choose_pieces(full, words)
-    small = trim(full, pieces)
+    small = keep_pieces(full, pieces)
     # Eager attention: on so few tokens the fused kernel's backward costs several times the rest.
     teacher: BertModel = BertModel.from_pretrained(source, attn_implementation="eager")
     teacher.requires_grad_(False).eval()  # type: ignore[no-untyped-call]

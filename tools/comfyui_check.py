@@ -1,10 +1,11 @@
-"""Run a student in ComfyUI itself, without a screen, and compare its latents with `fewstep sample`'s.
+"""Run a student in headless ComfyUI and compare its latents with `fewstep sample`'s.
 
 python tools/comfyui_check.py path/to/ComfyUI --python path/to/its/python
 
-Makes a random pipeline of Stable Diffusion 1.5's shape (narrower, with its real text encoder's shape and tokenizer), a
-random TCD LoRA on it, exports the one as a single file and the other in kohya's form, copies the node of `comfyui/` and
-the files into the ComfyUI folder, starts it on the CPU, and posts the workflow of `comfyui/tcd_workflow_api.json`.
+Writes a random pipeline of Stable Diffusion 1.5's shape (narrower, with its real text encoder's shape and tokenizer)
+and a random TCD LoRA on it, exports the pipeline as a single file and the LoRA in kohya's layout, copies the node of
+`comfyui/` and the files into the ComfyUI folder, starts it on the CPU, and posts the workflow of
+`comfyui/tcd_workflow_api.json`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ PORT = 8199
 
 
 def make_base(folder: Path, tokenizer: Path) -> Path:
-    """A random pipeline whose parts ComfyUI takes for Stable Diffusion 1.5's."""
+    """Write a random pipeline whose parts ComfyUI recognises as Stable Diffusion 1.5's."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -77,7 +78,7 @@ def make_base(folder: Path, tokenizer: Path) -> Path:
 
 
 def make_student(base: Path, place: Path) -> Path:
-    """A random LoRA with TCD's settings, on every layer that recipes adapt."""
+    """Write a random LoRA with TCD's settings, on every layer that recipes adapt."""
     backbone = load_backbone(base)
     add_adapter(backbone.network, "student", 4, 6.0, backbone.targets, seed=3)
     roles = AdapterRoles(backbone.network)
@@ -93,8 +94,8 @@ def make_student(base: Path, place: Path) -> Path:
     )  # fmt: skip
 
 
-def ask(path: str, data: Any = None) -> Any:
-    """GET or POST JSON."""
+def request_json(path: str, data: Any = None) -> Any:
+    """Send a GET, or a POST of `data`; return the JSON response."""
     body = None if data is None else json.dumps(data).encode()
     request = urllib.request.Request(
         f"http://127.0.0.1:{PORT}{path}", data=body, headers={"Content-Type": "application/json"}
@@ -104,10 +105,10 @@ def ask(path: str, data: Any = None) -> Any:
 
 
 def run_workflow(workflow: dict[str, Any]) -> dict[str, Any]:
-    """Post a workflow and wait for what it wrote."""
-    number = ask("/prompt", {"prompt": workflow})["prompt_id"]
+    """Post a workflow, wait for it, and return its outputs."""
+    number = request_json("/prompt", {"prompt": workflow})["prompt_id"]
     while True:
-        history = ask(f"/history/{number}")
+        history = request_json(f"/history/{number}")
         if number in history:
             status = history[number]["status"]
             if status["status_str"] != "success":
@@ -116,8 +117,8 @@ def run_workflow(workflow: dict[str, Any]) -> dict[str, Any]:
         time.sleep(1)
 
 
-def drawn_there(comfy: Path, workflow: dict[str, Any], steps: int, gamma: float) -> Tensor:
-    """The latent that ComfyUI draws, scaled as networks see it."""
+def comfyui_latent(comfy: Path, workflow: dict[str, Any], steps: int, gamma: float) -> Tensor:
+    """Return the latent of ComfyUI, at the scale of the network."""
     flow = copy.deepcopy(workflow)
     flow["2"]["inputs"] |= {"steps": steps, "gamma": gamma}
     flow["3"]["inputs"]["text"] = PROMPT
@@ -130,13 +131,13 @@ def drawn_there(comfy: Path, workflow: dict[str, Any], steps: int, gamma: float)
 
 
 def main() -> None:
-    """Make, start, post, compare."""
+    """Write the networks, start ComfyUI, run the workflow and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("comfyui", type=Path, help="a checkout of ComfyUI; files are copied into it")
     parser.add_argument("--python", default=sys.executable, help="the Python that its requirements are installed for")
     parser.add_argument("--work", type=Path, default=Path("runs/comfyui"), help="folder for the random networks")
-    told = parser.parse_args()
-    comfy, work = told.comfyui.resolve(), told.work
+    options = parser.parse_args()
+    comfy, work = options.comfyui.resolve(), options.work
     base = work / "base"
     if not base.is_dir():
         make_base(base, comfy / "comfy" / "sd1_tokenizer")
@@ -152,20 +153,20 @@ def main() -> None:
     log = work / "comfyui.log"
     with log.open("w") as stream:
         server = subprocess.Popen(
-            [told.python, "main.py", "--cpu", "--port", str(PORT), "--force-fp32"],
+            [options.python, "main.py", "--cpu", "--port", str(PORT), "--force-fp32"],
             cwd=comfy, stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, "OMP_WAIT_POLICY": "passive"},
         )  # fmt: skip
         try:
             for _ in range(180):
                 try:
-                    ask("/system_stats")
+                    request_json("/system_stats")
                     break
                 except OSError:
                     time.sleep(1)
             image_generator = load_image_generator(base, student)
             worst = 0.0
             for steps, gamma in RUNS:
-                theirs = drawn_there(comfy, workflow, steps, gamma)
+                theirs = comfyui_latent(comfy, workflow, steps, gamma)
                 sampling = image_generator.sampling.model_copy(update={"steps": steps, "gamma": gamma})
                 ours = image_generator.latents(image_generator.encode([PROMPT]), [7], sampling)
                 plain = load_image_generator(base).latents(image_generator.encode([PROMPT]), [7], sampling)
@@ -176,14 +177,14 @@ def main() -> None:
         finally:
             server.terminate()
             server.wait(timeout=30)
-    said = log.read_text(encoding="utf-8", errors="replace")
-    lost = [line for line in said.splitlines() if "lora key not loaded" in line]
+    text = log.read_text(encoding="utf-8", errors="replace")
+    lost = [line for line in text.splitlines() if "lora key not loaded" in line]
     layers = len(
         read_header(
             student, {k: tuple(v.shape) for k, v in image_generator.backbone.network.state_dict().items()}
         ).layers
     )
-    print(f"{layers} layers went out, {len(lost)} keys were not loaded; log in {log}")
+    print(f"{layers} layers were exported, {len(lost)} keys were not loaded; log in {log}")
     if lost or not worst < 1e-4:
         raise SystemExit("not equal")
 

@@ -1,12 +1,11 @@
-"""Run diffusers' own tests on our schedulers, from a checkout of diffusers: its package holds none.
+"""Run diffusers' own tests on our schedulers, from a checkout of diffusers.
 
 python tools/diffusers_suite.py path/to/diffusers
 
-Its common scheduler suite with what it has for TCD and LCM, full loops among them; then the LCM tests of Stable
-Diffusion's, SDXL's and LCM's own pipelines (text to image, image to image, inpainting, ControlNets, T2I adapters), once
-with its LCMScheduler and once with ours in its place, pictures compared. Those tests load a tokenizer from a hub; a
-small one stands in, so that their expected numbers, some of which follow the prompt, are no measure here. Wants the
-packages parameterized and requests_mock.
+First its common scheduler suite with the tests of TCD and LCM. Then the LCM tests of Stable Diffusion's, SDXL's and
+LCM's own pipelines (text to image, image to image, inpainting, ControlNets, T2I adapters), once with its LCMScheduler
+and once with ours, whose pictures are compared. A small tokenizer replaces that of the hub, so the tests' expected
+numbers do not apply. Needs the packages parameterized and requests_mock.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from fewstep.inference.schedulers.few_step import ConsistencyScheduler, SSSSched
 
 ROOT = Path(__file__).resolve().parents[1]
 CLOSE = 1e-5
-"""How far pictures in [0, 1] may lie apart."""
+"""Largest difference of pictures in [0, 1]."""
 
 LATENTS = dict.fromkeys(
     ("test_clip_sample", "test_thresholding"), "latents are not clipped, and no student is trained so"
@@ -43,7 +42,7 @@ OTHER_SUMS = dict.fromkeys(
 )
 BETWEEN = dict.fromkeys(
     ("test_betas", "test_schedules", "test_custom_timesteps", "test_inference_steps"),
-    "asks at times of other betas, or at whole indices; second calls lie between two",
+    "calls at times of other betas, or at whole indices; second calls are between two",
 )
 EIGHT = dict.fromkeys(
     ("test_timesteps", "test_inference_steps"), "8 points do not divide 100 indices; there are lists for up to 8 calls"
@@ -92,7 +91,7 @@ PIPELINES = (
 
 
 def scheduler_tests(name: str) -> unittest.TestSuite:
-    """diffusers' tests of TCD or LCM on one kind of ours, without those that do not apply."""
+    """Return diffusers' tests of TCD or LCM on one kind of ours, without those that do not apply."""
     ours, extra, left_out = KINDS[name]
     stem = "lcm" if ours is ConsistencyScheduler else "tcd"
     theirs: Any = getattr(
@@ -103,7 +102,7 @@ def scheduler_tests(name: str) -> unittest.TestSuite:
         return {**theirs.get_scheduler_config(self, **kwargs), **extra}
 
     def full_loop(self: Any, num_inference_steps: int = 10, seed: int = 0, **kwargs: Any) -> torch.Tensor:
-        # theirs hands eta to step: ours has gamma in its config
+        # theirs passes eta to step; ours has gamma in its config
         scheduler = ours(**{**self.get_scheduler_config(**kwargs), "gamma": 0.0})
         model, x = self.dummy_model(), self.dummy_sample_deter
         generator = torch.manual_seed(seed)
@@ -123,12 +122,12 @@ def scheduler_tests(name: str) -> unittest.TestSuite:
 
 
 def run_schedulers() -> bool:
-    """The first part; whether all passed."""
+    """Run the scheduler tests; return whether all passed."""
     well = True
     for name in KINDS:
-        said = io.StringIO()
+        report = io.StringIO()
         with redirect_stdout(io.StringIO()):
-            result = unittest.TextTestRunner(said, verbosity=0).run(scheduler_tests(name))
+            result = unittest.TextTestRunner(report, verbosity=0).run(scheduler_tests(name))
         failed = len(result.failures) + len(result.errors)
         print(
             f"{name}: {result.testsRun - failed - len(result.skipped)} passed, {len(result.skipped)} left out",
@@ -136,14 +135,14 @@ def run_schedulers() -> bool:
         )
         if failed:
             well = False
-            print(said.getvalue())
+            print(report.getvalue())
     return well
 
 
 def stand_in_tokenizer(folder: Path) -> None:
-    """A small tokenizer where a test asks the hub for one."""
+    """Replace tokenizers of the hub by a small one."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from tiny_pipelines import clip_tokenizer
+    from support.tiny_pipelines import clip_tokenizer
 
     clip_tokenizer(folder)
     plain = transformers.CLIPTokenizer.from_pretrained.__func__
@@ -157,7 +156,7 @@ def stand_in_tokenizer(folder: Path) -> None:
 
 
 def in_place(ours: Any) -> Any:
-    """What a test may take for LCMScheduler, whose `from_config` keeps the pipeline's betas.
+    """Return a replacement for LCMScheduler whose `from_config` keeps the pipeline's betas.
 
     diffusers' own `from_config` drops what the other scheduler had by default: betas would become LCMScheduler's.
     """
@@ -175,8 +174,8 @@ def in_place(ours: Any) -> Any:
     return Stand
 
 
-def drawn(module: Any, kind: Any, test: str, scheduler: Any) -> list[np.ndarray]:
-    """The pictures that one test draws by a scheduler; its own expectations are no matter."""
+def draw_pictures(module: Any, kind: Any, test: str, scheduler: Any) -> list[np.ndarray]:
+    """Return the pictures of one test with a scheduler, without the test's own expectations."""
     pictures: list[np.ndarray] = []
     pipeline = kind.pipeline_class
     call = pipeline.__call__
@@ -200,7 +199,7 @@ def drawn(module: Any, kind: Any, test: str, scheduler: Any) -> list[np.ndarray]
 
 
 def run_pipelines() -> bool:
-    """The second part; whether all pictures are equal."""
+    """Run the pipeline tests; return whether all pictures are equal."""
     from diffusers import LCMScheduler
 
     equal, every = 0, 0
@@ -212,7 +211,9 @@ def run_pipelines() -> bool:
                 continue
             for test in [test for test in dir(kind) if test.startswith("test") and "lcm" in test]:
                 with redirect_stderr(io.StringIO()):
-                    theirs, ours = (drawn(module, kind, test, one) for one in (LCMScheduler, ConsistencyScheduler))
+                    theirs, ours = (
+                        draw_pictures(module, kind, test, one) for one in (LCMScheduler, ConsistencyScheduler)
+                    )
                 assert len(theirs) == len(ours) > 0
                 apart = float(np.max([np.abs(a - b).max() for a, b in zip(theirs, ours, strict=True)]))  # NaN stays
                 every, equal = every + 1, equal + (apart <= CLOSE)
@@ -222,7 +223,7 @@ def run_pipelines() -> bool:
 
 
 def main() -> None:
-    """Both parts; exit code 1 where one fails."""
+    """Run both parts; exit with code 1 where one fails."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("checkout", type=Path, help="diffusers' repository")
     sys.path.insert(0, str(parser.parse_args().checkout))

@@ -1,4 +1,4 @@
-"""Where Emoji-8's artwork and text come from: pinned packages, and which of their icons draws which emoji."""
+"""Emoji-8's artwork and text: pinned packages, and the icon of each emoji in them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ SOURCES = {
 }
 CAPTIONS = Package("emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a")
 WITH_CODE_POINTS = ("noto", "twemoji", "fluent-flat")
-"""Sets that say themselves which code point an icon is for; the other SVG sets are matched by icon name."""
+"""Sets with a table of code points; the other SVG sets are matched by icon name."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,12 @@ def fetch(package: Package, cache: Path) -> Path:
         subprocess.run(command, cwd=cache, check=True, stdout=subprocess.DEVNULL)
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != package.sha256:
-        raise SystemExit(f"{path}: sha256 is {found}, expected {package.sha256}; remove it and look why")
+        raise SystemExit(f"{path}: sha256 is {found}, expected {package.sha256}; remove it and find out why")
     return path
 
 
 def read_json_members(tarball: Path, *names: str) -> list[Any]:
-    """Read JSON files of a tarball in one pass, in the order asked for."""
+    """Read JSON files of a tarball in one pass, in the order of `names`."""
     found: dict[str, Any] = {}
     with tarfile.open(tarball) as archive:
         for member in archive:
@@ -182,7 +182,7 @@ def match_icons(sets: Mapping[str, tuple[Any, Any]], labels: Mapping[str, str]) 
     single = (code for code in labels if "-" not in code)
     by_unicode = {_squeeze(unicodedata.name(chr(int(code, 16)), "")): code for code in single}
     by_unicode.pop("", None)
-    ways: tuple[Callable[[str], str | None], ...] = (
+    matchers: tuple[Callable[[str], str | None], ...] = (
         by_label.get,
         by_icon.get,
         lambda name: squeezed.get(_squeeze(name)),
@@ -190,11 +190,11 @@ def match_icons(sets: Mapping[str, tuple[Any, Any]], labels: Mapping[str, str]) 
     )
     for style, (icons, _) in sets.items():
         if style not in matched:
-            matched[style] = _match_by_name(icons, ways)
+            matched[style] = _match_by_name(icons, matchers)
     return matched
 
 
-def _match_by_name(icons: Any, ways: Sequence[Callable[[str], str | None]]) -> dict[str, str]:
+def _match_by_name(icons: Any, matchers: Sequence[Callable[[str], str | None]]) -> dict[str, str]:
     # An icon that refers to style classes which its package lacks would be drawn as a black silhouette.
     spellings = {
         name: [name]
@@ -205,10 +205,10 @@ def _match_by_name(icons: Any, ways: Sequence[Callable[[str], str | None]]) -> d
         if parent in spellings:
             spellings[parent].append(alias)
     known: dict[str, str] = {}
-    for way in ways:
+    for match in matchers:
         done = set(known.values())
         for name, spelled in spellings.items():
-            code = next((found for one in spelled if (found := way(one))), None)
+            code = next((found for one in spelled if (found := match(one))), None)
             if name not in done and code is not None:
                 known.setdefault(code, name)
     return known

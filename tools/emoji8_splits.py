@@ -1,4 +1,4 @@
-"""Which of Emoji-8's pictures are held out, and which prompts are asked."""
+"""Emoji-8's held-out pictures and lists of prompts."""
 
 from __future__ import annotations
 

@@ -1,18 +1,17 @@
-"""Teach the bundled text encoder a person's own words: other nouns get the states of the concept that they mean.
+"""Train the bundled text encoder on other nouns, so that they get the states of the concept that they mean.
 
     python tools/build_text_encoder.py --out runs/distilled
     python tools/teach_words.py --encoder runs/distilled --out runs/words
 
-A developers' tool, run once on what `build_text_encoder.py` wrote; about twenty minutes on two cores. A denoiser
-knows the states of its captions and little else: "a doggy" is a stranger to it although it lies near "dog". So the
-encoder itself is trained once more, against its own frozen copy. Captions keep their states, and what was trained on
-them stays valid. Common nouns that name no picture, with or without an article or a style, get the states of the
-concept that they are nearest to, by MiniLM's likeness to its name and keywords or by WordNet's synonyms; other text
-keeps its own. A name meets a style only where the training split has that picture.
+A developers' tool, run once on the output of `build_text_encoder.py`; about twenty minutes on two cores. A denoiser
+generalises little beyond the states of its captions, even to "a doggy", whose states are near those of "dog". So the
+encoder is trained once more, with its own frozen copy as target. Captions keep their states, and networks trained on
+them stay valid. Common nouns without a picture, with or without an article or a style, get the states of the nearest
+concept, by MiniLM's similarity to its name and keywords or by WordNet's synonyms. Other text keeps its states. A name
+is combined with a style only where the training split has that picture.
 
-The words of Emoji-8's `synonyms.json` are among the nouns, by MiniLM's likeness alone: nothing here sees what they
-should mean, but they are taught. Those of `new_words.json` are given no meaning: they tell how well unknown words are
-met.
+The words of Emoji-8's `synonyms.json` are among the nouns, with MiniLM's nearest concept as meaning. Those of
+`new_words.json` are left out, to measure unknown words.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ CAPTIONS = 4
 
 @dataclass(frozen=True)
 class Lines:
-    """What lines are made of.
+    """Training lines.
 
     Attributes:
         captions: as the denoiser is trained on.
@@ -67,7 +66,7 @@ class Lines:
     others: tuple[str, ...]
 
     def draw(self, draw: random.Random) -> tuple[str, str]:
-        """A line, and the line whose states it shall have."""
+        """Draw a line, and the line whose states are its target."""
         kind = draw.random()
         if kind < 0.45:
             caption = draw.choice(self.captions)
@@ -76,15 +75,15 @@ class Lines:
             text = draw.choice(self.others)
             return text, text
         word, name = draw.choice(list(self.meant.items())) if kind < 0.83 else (draw.choice(list(self.styles)),) * 2
-        said = draw.choice(WRAPS).format(word)
+        line = draw.choice(WRAPS).format(word)
         if draw.random() < 0.5:
-            return said, name
+            return line, name
         style = draw.choice(self.styles[name])
-        return f"{said}, {style}", f"{name}, {style}"
+        return f"{line}, {style}", f"{name}, {style}"
 
 
 def concepts() -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
-    """Name of each seen concept -> its keywords, and -> the styles that the training split has of it."""
+    """Return the keywords of each training concept by name, and its styles in the training split."""
     keywords: dict[str, tuple[str, ...]] = {}
     styles: dict[str, dict[str, None]] = {}
     for record in load_records("train"):
@@ -97,7 +96,7 @@ def concepts() -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
 
 @torch.no_grad()
 def embed(model: BertModel, full: Tokenizer, texts: Sequence[str]) -> Tensor:
-    """MiniLM's unit vectors of texts, [N, 384]."""
+    """Return MiniLM's unit vectors of texts, [N, 384]."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     found = torch.empty(len(texts), 384)
     for start in range(0, len(texts), 256):
@@ -109,15 +108,15 @@ def embed(model: BertModel, full: Tokenizer, texts: Sequence[str]) -> Tensor:
 
 
 def meanings(words: Words, keywords: dict[str, tuple[str, ...]], small: Tokenizer) -> dict[str, str]:
-    """Noun that no caption names -> the concept that it means."""
+    """Return the concept of each noun that no caption has."""
     source = minilm()
     full = Tokenizer.from_file(str(source / "tokenizer.json"))
     full.no_padding()
     full.no_truncation()
     model: BertModel = BertModel.from_pretrained(source)
     model.eval()  # type: ignore[no-untyped-call]
-    asked = {plain(item["word"]) for item in read_json(folder() / "synonyms.json")}
-    tested = never_taught()
+    extra = {plain(item["word"]) for item in read_json(folder() / "synonyms.json")}
+    tested = test_words()
     words = familiar(words, full)
     names = sorted(keywords)
     synonyms = {
@@ -128,28 +127,30 @@ def meanings(words: Words, keywords: dict[str, tuple[str, ...]], small: Tokenize
     }
     whole = full.get_vocab()  # MiniLM has a piece of its own for each common word
     listed = [w for w in words.lemmas if w in words.drawable and w not in keywords and w.isascii()]
-    nouns = known([w for w in listed if (w in whole or w in synonyms or w in asked) and w not in tested], small)
-    told = embed(model, full, nouns)
-    by_name = told @ embed(model, full, names).T
-    described = told @ embed(model, full, [f"{name}: {', '.join(keywords[name])}" for name in names]).T
+    nouns = known(
+        [w for w in listed if (w in whole or w in synonyms or w in extra) and w not in tested], small
+    )
+    vectors = embed(model, full, nouns)
+    by_name = vectors @ embed(model, full, names).T
+    described = vectors @ embed(model, full, [f"{name}: {', '.join(keywords[name])}" for name in names]).T
     best = (by_name + DESCRIBED * described).argmax(1)
     like = by_name[torch.arange(len(nouns)), best]
     meant = {word: names[int(i)] for word, i, cosine in zip(nouns, best, like, strict=True) if cosine >= LIKE}
     return meant | {word: synonyms[word] for word in nouns if word in synonyms}
 
 
-def never_taught() -> set[str]:
-    """The words that Emoji-8 keeps for the test: none is a line of its own, with a meaning or without."""
+def test_words() -> set[str]:
+    """Return the test words of Emoji-8, which are no training lines."""
     return {plain(item["word"]) for item in read_json(folder() / "new_words.json")}
 
 
 def known(texts: Sequence[str], small: Tokenizer) -> list[str]:
-    """The texts that are short and of known pieces."""
+    """Return the texts that are short and have known pieces."""
     return [t for t, e in zip(texts, small.encode_batch(list(texts))) if "[UNK]" not in e.tokens and len(e.ids) <= 12]
 
 
-def teach(encoder: BertModel, frozen: BertModel, tokenizer: AutoTokenizer, lines: Lines, steps: int) -> None:
-    """Train in place: each line's states, those of padding too, become the frozen encoder's of what it means."""
+def train(encoder: BertModel, frozen: BertModel, tokenizer: AutoTokenizer, lines: Lines, steps: int) -> None:
+    """Train in place: the target of each line's states, padding included, is the frozen encoder's of its meaning."""
     draw = random.Random(SEED)
     trained = [value for name, value in encoder.named_parameters() if value.requires_grad and "pooler" not in name]
     optimiser = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, betas=(0.9, 0.98))
@@ -166,10 +167,10 @@ def teach(encoder: BertModel, frozen: BertModel, tokenizer: AutoTokenizer, lines
     for step in range(steps):
         ramp = min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         optimiser.param_groups[0]["lr"] = RATE * ramp
-        said, meant = zip(*(lines.draw(draw) for _ in range(BATCH)), strict=True)
+        texts, meant = zip(*(lines.draw(draw) for _ in range(BATCH)), strict=True)
         with torch.no_grad():
             wanted = states(frozen, meant)
-        loss = F.mse_loss(states(encoder, said), wanted) / wanted.var()
+        loss = F.mse_loss(states(encoder, texts), wanted) / wanted.var()
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -182,7 +183,7 @@ def teach(encoder: BertModel, frozen: BertModel, tokenizer: AutoTokenizer, lines
 
 
 def main() -> None:
-    """Gather the lines, train, write."""
+    """Collect the lines, train and write the encoder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", type=Path, required=True, help="folder with text_encoder/ and tokenizer/")
     parser.add_argument("--out", type=Path, required=True, help="folder for the new text_encoder/")
@@ -202,7 +203,7 @@ def main() -> None:
     words = read_words(options.wordnet)
     keywords, styles = concepts()
     table = caption_table(load_records("train"), CAPTIONS, 0)
-    tested = never_taught()
+    tested = test_words()
     lines = Lines(
         tuple(sorted({plain(caption) for row in table for caption in row})),
         meanings(words, keywords, small),
@@ -210,7 +211,7 @@ def main() -> None:
         tuple(text for text in known([*words.lemmas[::7], *words.glosses[::9]], small) if text not in tested),
     )
     print(f"{len(lines.captions)} captions, {len(lines.meant)} nouns", flush=True)
-    teach(encoder, frozen, tokenizer, lines, options.steps)
+    train(encoder, frozen, tokenizer, lines, options.steps)
     encoder.half()
     with atomic_folder(options.out / "text_encoder") as part:
         encoder.save_pretrained(part, max_shard_size=SHARD)

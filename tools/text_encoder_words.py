@@ -110,7 +110,7 @@ def read_wordnet(wordnet: Path) -> tuple[list[str], list[str], list[tuple[str, s
 
 
 def plain(text: str) -> str:
-    """Lower case, blanks for underscores, straight apostrophes."""
+    """Return text in lower case, with blanks for underscores and straight apostrophes."""
     return text.replace("_", " ").replace("\u2019", "'").lower().strip()
 
 

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, BertModel
 
 from fewstep.backbones.sd import encode_text
 from fewstep.common.accelerator import make_accelerator
+from fewstep.common.config import validate
 from fewstep.common.errors import UserError
 from fewstep.common.rng import KeyedRng, generator
 from fewstep.evaluation.lite0 import make_lite0
@@ -256,7 +257,13 @@ def test_a_teacher_is_resumed_exactly_and_is_a_pipeline(sticker_sheets: Path, tm
     make_vae(TINY).save_pretrained(tmp_path / "vae")
     loop = LoopConfig(steps=2, batch=2, save_every=1, log_every=1)
     config = TeacherConfig(
-        autoencoder=str(tmp_path / "vae"), channels=(8, 16, 16), groups=4, heads=2, workers=0, watched=0, loop=loop
+        autoencoder=str(tmp_path / "vae"),
+        channels=(8, 16, 16),
+        groups=4,
+        heads=2,
+        workers=0,
+        validation_prompts=0,
+        loop=loop,
     )
     accelerator = make_accelerator("fp32", CPU)
     teacher.train_teacher(config, tmp_path / "run", tmp_path / "whole", accelerator, sticker_sheets)
@@ -329,12 +336,14 @@ def test_a_teacher_is_judged_by_samples_of_unseen_prompts(
         def __call__(self, _: object) -> dict[str, float]:
             return {"psnr": 30.0}
 
-    monkeypatch.setattr(teacher, "AutoencoderJudge", Judge)
+    monkeypatch.setattr(teacher, "AutoencoderMetrics", Judge)
     reader.save_reader(reader.Reader(ReaderConfig(channels=(8, 8, 8))), tmp_path / "reader")
-    config = TeacherConfig(channels=(8, 16), groups=4, watched=500, watch_steps=1, reader=str(tmp_path / "reader"))
+    config = TeacherConfig(
+        channels=(8, 16), groups=4, validation_prompts=500, validation_steps=1, reader=str(tmp_path / "reader")
+    )
     encoders = teacher.Encoders(make_vae(TINY).eval(), trimmed, CPU)
-    judge = teacher.TeacherJudge(config, encoders, tmp_path, None, make_accelerator("fp32", CPU))
-    figures = judge(make_unet(config, 4, 16, 384, plain=1).eval())
+    metrics = teacher.TeacherMetrics(config, encoders, tmp_path, None, make_accelerator("fp32", CPU))
+    figures = metrics(make_unet(config, 4, 16, 384, plain=1).eval())
     assert figures["fd"] == 500
     assert figures["autoencoder_psnr"] == 30
     assert figures["accuracy all"] == 0  # an untrained reader finds no sticker
@@ -356,9 +365,9 @@ def test_a_teacher_is_reported_by_steps_and_guidance(
         def __init__(self, *_: object, **__: object) -> None:
             self.fd = lambda pictures: float(pictures.shape[0])
 
-    monkeypatch.setattr(teacher_report, "AutoencoderJudge", Judge)
-    laws = [teacher_report.Law(2, 0.0), teacher_report.Law(1, 1.5)]
-    rows = teacher_report.teacher_report(tmp_path / "pipeline", reader.Reader(ReaderConfig()).eval(), laws, 3)
+    monkeypatch.setattr(teacher_report, "AutoencoderMetrics", Judge)
+    settings = [teacher_report.SamplingSettings(2, 0.0), teacher_report.SamplingSettings(1, 1.5)]
+    rows = teacher_report.teacher_report(tmp_path / "pipeline", reader.Reader(ReaderConfig()).eval(), settings, 3)
     assert list(rows) == ["open, 2 steps, omega 0", "open, 1 steps, omega 1.5"]
     assert all(row.fd_real == 3 and row.shares["all"].n == 3 for row in rows.values())
     assert rows["open, 2 steps, omega 0"].fd_first > 0
@@ -378,7 +387,7 @@ def test_a_teacher_without_its_parts_is_refused(tmp_path: Path) -> None:
         (["autoencoder", "-s", "chanels=[8]"], "chanels"),
         (["reader", "-s", "noise=-1"], "noise"),
         (["autoencoder", "-s", "groups=7"], "groups"),
-        (["teacher", "--target", "new", "-s", "watched=20"], "watched"),
+        (["teacher", "--target", "new", "-s", "validation_prompts=20"], "validation_prompts"),
     ],
 )
 def test_wrong_settings_are_one_line(arguments: list[str], field: str, tmp_path: Path) -> None:
@@ -390,3 +399,8 @@ def test_wrong_settings_are_one_line(arguments: list[str], field: str, tmp_path:
     assert done.returncode == 2
     assert field in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_settings_of_earlier_runs_are_read_by_their_old_names() -> None:
+    config = validate(TeacherConfig, {"watched": 600, "watch_steps": 10})
+    assert (config.validation_prompts, config.validation_steps) == (600, 10)

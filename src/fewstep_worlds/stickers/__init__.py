@@ -1,4 +1,4 @@
-"""Sticker scenes: 64x64 pictures composed without end from drawn emoji, with prompts whose every fact can be checked.
+"""Sticker scenes: an endless set of 64x64 pictures of drawn emoji, with prompts whose every fact can be checked.
 
 - `vocabulary`: concepts, styles, colours, patterns, and their words in English and Chinese
 - `sprites`: the drawn emoji, read from one sheet a style
@@ -6,7 +6,7 @@
 - `draw`: a scene as a picture
 - `claim`: what a prompt states, and whether a scene agrees
 - `grammar`: claims to sentences and back
-- `heldout`: what nothing that trains sees
+- `heldout`: facts and words that are held out of training
 - `dataset`: pictures and prompts of whole index ranges
 - `autoencoder`, `reader`, `teacher`: what is trained on them
 """

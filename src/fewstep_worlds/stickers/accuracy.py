@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from fewstep_worlds.common.tables import markdown
 from fewstep_worlds.stickers.claim import Claim, Facts, check
 
 Z = 1.959964
@@ -52,11 +53,11 @@ def scene_accuracy(found: Sequence[Facts], claims: Sequence[Claim]) -> dict[str,
 def as_table(rows: Mapping[str, Mapping[str, Share]]) -> str:
     """Return a Markdown table of shares with their intervals, a row each, and n of the `all` column."""
     names = list(dict.fromkeys(name for shares in rows.values() for name in shares))
-    lines = ["| | n | " + " | ".join(names) + " |", "| --- " * (len(names) + 2) + "|"]
-    for row, shares in rows.items():
-        cells = [_cell(shares[name]) if name in shares else "" for name in names]
-        lines.append(f"| {row} | {shares['all'].n} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    cells = (
+        [row, f"{shares['all'].n}", *(_cell(shares[name]) if name in shares else "" for name in names)]
+        for row, shares in rows.items()
+    )
+    return markdown(["", "n", *names], cells)
 
 
 def _cell(share: Share) -> str:

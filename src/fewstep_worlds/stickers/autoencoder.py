@@ -1,6 +1,6 @@
-"""Training of the teacher's autoencoder on scenes drawn without end.
+"""Training of the teacher's autoencoder on an endless stream of scenes.
 
-The loss is Stable Diffusion's kind: errors of pixels and of slopes, a perceptual distance, a KL term, and a patch
+The loss is of Stable Diffusion's kind: errors of pixels and of slopes, a perceptual distance, a KL term, and a patch
 critic with a hinge loss whose gradient is scaled to a share of the other terms' (arXiv 2012.09841, eq. 7).
 """
 
@@ -33,8 +33,8 @@ EARLY_BLOCKS = 6
 
 FD-Lite0 reads the same network's last features, of pictures enlarged to 128x128; the distance never sees those.
 """
-JUDGED = 500
-"""Unseen scenes that the autoencoder is judged on."""
+VALIDATION_SCENES = 500
+"""Unseen scenes of a validation."""
 
 
 def early_features(network: Lite0, pictures: Tensor) -> list[Tensor]:
@@ -81,7 +81,7 @@ def length(gradient: Tensor) -> Tensor:
 
 
 class AutoencoderLosses:
-    """The losses of the autoencoder and of its critic, which judges the pictures that the first one just restored."""
+    """The losses of the autoencoder, and of its critic on the pictures that the former restored last."""
 
     def __init__(self, vae: Any, critic: nn.Module, network: Lite0, config: AutoencoderConfig) -> None:
         self.vae = vae
@@ -102,7 +102,7 @@ class AutoencoderLosses:
         value = value + config.perceptual * perceptual
         scalars = {"mse": squared, "perceptual": perceptual, "kl": kl}
         if rng.step >= config.critic_from and config.critic_share:
-            # both gradients are taken at the pictures: the networks behind them are walked once each
+            # both gradients are taken at the pictures, so that each network has one backward pass
             (own,) = torch.autograd.grad(value, restored)
             (fooled,) = torch.autograd.grad(-self.critic(restored).float().mean(), restored)
             wanted = own + config.critic_share * fooled * length(own) / (length(fooled) + 1e-12)
@@ -117,10 +117,10 @@ class AutoencoderLosses:
         return Loss(value, scalars={"real": real.mean(), "fake": fake.mean()})
 
 
-class AutoencoderJudge:
+class AutoencoderMetrics:
     """PSNR of unseen scenes through an autoencoder, and their FD-Lite0 to other scenes beside its floor."""
 
-    def __init__(self, folder: Path | None = None, cache: Path | None = None, count: int = JUDGED) -> None:
+    def __init__(self, folder: Path | None = None, cache: Path | None = None, count: int = VALIDATION_SCENES) -> None:
         self.pictures = draw_scenes(REFERENCE_SEED, range(count), folder=folder)
         self.features = Features(Lite0Features(), cache, progress=False)
         self.real = self.features(draw_scenes(REFERENCE_SEED, range(count, 3 * count), folder=folder))
@@ -156,15 +156,15 @@ def train_autoencoder(
         speed_up(part)
         part.to(accelerator.device)
     losses = AutoencoderLosses(vae, critic, network, config)
-    judge: AutoencoderJudge | None = None
+    metrics: AutoencoderMetrics | None = None
 
     def evaluate(weights: Weights) -> dict[str, float]:
-        nonlocal judge
-        judge = judge or AutoencoderJudge(folder, out / "features")
+        nonlocal metrics
+        metrics = metrics or AutoencoderMetrics(folder, out / "features")
         averaged = make_vae(config)
         averaged.load_state_dict({name: value.cpu() for name, value in weights["vae"].items()})
         speed_up(averaged)
-        return judge(averaged.eval())
+        return metrics(averaged.eval())
 
     def fetch(items: np.ndarray, _: KeyedRng) -> Batch:
         return {"pictures": to_tensor(scenes.pictures(items)).to(accelerator.device)}

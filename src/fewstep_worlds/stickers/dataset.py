@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 TRAINING_SEED = 0
 READER_SEED = 2
 REFERENCE_SEED = 1
-"""Seed of scenes that nothing trains on: references of distances, and what networks are judged on."""
+"""Seed of unseen scenes: references of distances, and validation."""
 
 
 def draw_scenes(seed: int, indices: Iterable[int], split: str = "train", folder: Path | None = None) -> Picture:

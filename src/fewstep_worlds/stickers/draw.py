@@ -18,7 +18,7 @@ Picture = npt.NDArray[np.uint8]
 Plane = npt.NDArray[np.floating[Any]]
 
 WHITENED = 0.55
-"""How far a background's second tone lies from its colour to white; a gradient runs further."""
+"""Position of a background's second tone between its colour and white; of a gradient's, below."""
 WHITENED_GRADIENT = 0.85
 SHADE = (214, 217, 226)
 """Second tone of white."""

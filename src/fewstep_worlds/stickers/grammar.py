@@ -1,7 +1,7 @@
 """Claims as English and Chinese sentences, and sentences back as claims.
 
-A language is a set of tables from phrases to what they mean. Writing picks a phrase with the meaning; reading looks
-phrases up. "a rocket left of a gem stone on blue stripes, twemoji style" is a noun phrase, a joint, a noun phrase,
+A language is a set of tables from phrases to meanings. Writing picks a phrase of a meaning; parsing searches the
+tables. "a rocket left of a gem stone on blue stripes, twemoji style" is a noun phrase, a joint, a noun phrase,
 a ground, and a style.
 """
 

@@ -1,4 +1,4 @@
-"""What nothing that trains sees, drawn once from a fixed seed.
+"""Held-out facts and words, drawn from a fixed seed.
 
 Of pictures: one art style, pairs of concepts, (concept, style), (concept, background colour). Of English: synonyms.
 Of Chinese: every word of some concepts, and (concept, background colour) in one sentence.

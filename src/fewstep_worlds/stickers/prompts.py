@@ -1,4 +1,4 @@
-"""Prompts of scenes: those that networks train on, and sets of unseen ones by what is new about them."""
+"""Prompts of scenes: for training, and sets of unseen ones by what is held out."""
 
 from __future__ import annotations
 

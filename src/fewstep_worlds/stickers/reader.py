@@ -46,8 +46,8 @@ SPREAD = 0.8
 PEAK = 0.4
 """Smallest value of a centre."""
 CLASSES: dict[str, tuple[str, ...]] = {"colour": tuple(COLOURS), "pattern": PATTERNS, "style": STYLES}
-JUDGED = 1000
-"""Unseen scenes that a reader is judged on while it trains."""
+VALIDATION_SCENES = 1000
+"""Unseen scenes of a validation."""
 
 
 class Residual(nn.Module):
@@ -228,8 +228,8 @@ def train_reader(config: ReaderConfig, out: Path, accelerator: Accelerator, fold
         averaged = Reader(config)
         averaged.load_state_dict({name: value.cpu() for name, value in weights["reader"].items()})
         speed_up(averaged)
-        pictures = draw_scenes(REFERENCE_SEED, range(JUDGED), folder=folder)
-        claims = [full_claim(scene) for scene in make_scenes(REFERENCE_SEED, range(JUDGED))]
+        pictures = draw_scenes(REFERENCE_SEED, range(VALIDATION_SCENES), folder=folder)
+        claims = [full_claim(scene) for scene in make_scenes(REFERENCE_SEED, range(VALIDATION_SCENES))]
         shares = scene_accuracy(read_pictures(averaged.eval(), pictures), claims)
         return {name: share.value for name, share in shares.items()}
 

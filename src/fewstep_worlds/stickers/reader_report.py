@@ -1,4 +1,4 @@
-"""How often the reader is right: on unseen real scenes, on those of held-out kinds, and on damaged ones."""
+"""Accuracy of the reader on unseen scenes: real, of held-out kinds, and damaged."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Settings of what is trained on sticker scenes. Light: read, and refused, before torch is imported."""
+"""Settings of the trainings on sticker scenes. Light: validated before torch is imported."""
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Mapping
+from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -22,12 +23,12 @@ class AutoencoderConfig(AutoencoderShape):
     l1: float = Field(0.1, ge=0, description="weight of the absolute error beside the squared one")
     slopes: float = Field(0.5, ge=0, description="weight of the squared error of differences between neighbours")
     perceptual: float = Field(0.1, ge=0, description="weight of the distance between early features")
-    critic_from: int = Field(8000, ge=0, description="step from which the patch critic's judgement counts")
+    critic_from: int = Field(8000, ge=0, description="step from which the critic's gradient is added")
     critic_share: float = Field(
-        0.3, ge=0, description="length of the critic's gradient beside that of all other terms, at each picture"
+        0.3, ge=0, description="length of the critic's gradient as a share of all other terms', at each picture"
     )
     critic_channels: tuple[int, ...] = Field((32, 64, 96), min_length=1, description="channels of the patch critic")
-    workers: int = Field(1, ge=0, description="processes that draw scenes; 0 draws them in the training's own")
+    workers: int = Field(1, ge=0, description="processes that draw scenes; 0 for the training process")
     loop: LoopConfig = LoopConfig(
         steps=20_000, batch=16, save_every=250, validate_every=1000, log_every=50, precision="bf16", keep=2
     )
@@ -46,7 +47,7 @@ class ReaderConfig(Config):
     damaged: float = Field(0.5, ge=0, le=1, description="share of pictures that are blurred and noised")
     blur: float = Field(1.2, ge=0, description="largest standard deviation of the blur, in pixels")
     noise: float = Field(0.2, ge=0, description="largest standard deviation of the noise, pictures being in [-1, 1]")
-    workers: int = Field(1, ge=0, description="processes that draw scenes; 0 draws them in the training's own")
+    workers: int = Field(1, ge=0, description="processes that draw scenes; 0 for the training process")
     loop: LoopConfig = LoopConfig(
         steps=8000, batch=32, save_every=250, validate_every=1000, log_every=50, precision="bf16", seed=2
     )
@@ -63,14 +64,16 @@ class ReaderConfig(Config):
 class TeacherConfig(UnetShape):
     """The teacher: an eps-prediction UNet over 16x16 latents with cross-attention to the text states below the top."""
 
+    renamed: ClassVar[Mapping[str, str]] = {"watched": "validation_prompts", "watch_steps": "validation_steps"}
+
     autoencoder: str = Field("", description="folder of the finished AutoencoderKL")
     text: str = Field("", description="folder with the text_encoder/ and tokenizer/ to trim; empty for the bundled")
-    reader: str = Field("", description="folder of a reader that judges samples while it trains; empty for none")
+    reader: str = Field("", description="folder of a reader that measures validation samples; empty for none")
     channels: tuple[int, ...] = Field((64, 128, 128), description="channels at each resolution; the first has no text")
-    omega: float = Field(2.0, ge=0, description="guidance that the teacher brings along, in the papers' convention")
-    watched: int = Field(500, ge=0, description="unseen prompts that samples are judged on while it trains")
-    watch_steps: int = Field(25, ge=1, description="steps of guided DDIM of those samples")
-    workers: int = Field(1, ge=0, description="processes that draw scenes; 0 draws them in the training's own")
+    omega: float = Field(2.0, ge=0, description="default guidance of the teacher, in the papers' convention")
+    validation_prompts: int = Field(500, ge=0, description="unseen prompts of a validation; 0 for none")
+    validation_steps: int = Field(25, ge=1, description="steps of guided DDIM of validation samples")
+    workers: int = Field(1, ge=0, description="processes that draw scenes; 0 for the training process")
     loop: LoopConfig = LoopConfig(
         steps=60_000, batch=64, save_every=500, validate_every=4000, log_every=50, precision="bf16", keep=2
     )
@@ -80,6 +83,8 @@ class TeacherConfig(UnetShape):
 
     @model_validator(mode="after")
     def _legal(self) -> Self:
-        if 0 < self.watched < FD_FEWEST:
-            raise ValueError(f"watched = {self.watched} must be 0 or at least {FD_FEWEST}, as FD needs")
+        if 0 < self.validation_prompts < FD_FEWEST:
+            raise ValueError(
+                f"validation_prompts = {self.validation_prompts} must be 0 or at least {FD_FEWEST}, as FD needs"
+            )
         return self

@@ -1,4 +1,4 @@
-"""Training of the teacher on scenes and prompts without end, and the pipeline folder that plain diffusers loads."""
+"""Training of the teacher on an endless stream of scenes and prompts, and its pipeline folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fewstep_worlds.common.pipeline import SCHEDULER, write_teacher
 from fewstep_worlds.common.text import load_text_encoder, trim_text
 from fewstep_worlds.common.training import ENDLESS, Weights, fit
 from fewstep_worlds.stickers.accuracy import scene_accuracy
-from fewstep_worlds.stickers.autoencoder import AutoencoderJudge
+from fewstep_worlds.stickers.autoencoder import AutoencoderMetrics
 from fewstep_worlds.stickers.dataset import (
     REFERENCE_SEED,
     TRAINING_SEED,
@@ -95,8 +95,8 @@ def draw(
     return np.concatenate(parts)
 
 
-class TeacherJudge:
-    """Scene accuracy of samples of unseen prompts, by a reader if there is one, and their FD-Lite0."""
+class TeacherMetrics:
+    """FD-Lite0 of samples of unseen prompts, and their scene accuracy where there is a reader."""
 
     def __init__(
         self, config: TeacherConfig, encoders: Encoders, cache: Path, folder: Path | None, accelerator: Accelerator
@@ -104,15 +104,15 @@ class TeacherJudge:
         self.config = config
         self.accelerator = accelerator
         self.encoders = encoders
-        self.prompts = unseen_prompts("open", config.watched, REFERENCE_SEED)
+        self.prompts = unseen_prompts("open", config.validation_prompts, REFERENCE_SEED)
         self.reader = load_reader(Path(config.reader)) if config.reader else None
-        self.real = AutoencoderJudge(folder, cache, config.watched)
+        self.real = AutoencoderMetrics(folder, cache, config.validation_prompts)
         self.floors = {f"autoencoder_{name}": value for name, value in self.real(encoders.vae).items()}
 
     def __call__(self, unet: Any) -> dict[str, float]:
         """Return the figures of a denoiser."""
         config, texts = self.config, [prompt.text for prompt in self.prompts]
-        steps, omega = config.watch_steps, config.omega
+        steps, omega = config.validation_steps, config.omega
         with self.accelerator.autocast():
             pictures = draw(unet, self.encoders, texts, steps=steps, omega=omega, seed=REFERENCE_SEED)
         result = {"fd": self.real.fd(pictures), **self.floors}
@@ -148,7 +148,7 @@ def train_teacher(
     unet = make()
     path = scaled_linear()
     total = int(path.noisiest) + 1
-    judge: TeacherJudge | None = None
+    metrics: TeacherMetrics | None = None
 
     def fetch(items: np.ndarray, rng: KeyedRng) -> Batch:
         pictures, prompts = workers.captioned(items)
@@ -163,11 +163,11 @@ def train_teacher(
         return eps_loss(unet, path, latents, batch["states"], rng.integers("t", 0, total), eps, config.min_snr)
 
     def evaluate(weights: Weights) -> dict[str, float]:
-        nonlocal judge
-        judge = judge or TeacherJudge(config, encoders, out / "features", folder, accelerator)
+        nonlocal metrics
+        metrics = metrics or TeacherMetrics(config, encoders, out / "features", folder, accelerator)
         averaged = make()
         averaged.load_state_dict(weights["unet"])
-        return judge(averaged.eval())
+        return metrics(averaged.eval())
 
     plan = [Update("unet", dict(unet.named_parameters()), loss, config.optim)]
     _, prompts = draw_captioned(TRAINING_SEED, np.arange(64), folder or sprite_folder())
@@ -180,7 +180,7 @@ def train_teacher(
     with SceneWorkers(config.workers, folder=folder) as workers:
         weights = fit(
             plan, fetch, ENDLESS, out, config, config.loop, accelerator,
-            title="denoiser", inputs=inputs, evaluate=evaluate if config.watched else None,
+            title="denoiser", inputs=inputs, evaluate=evaluate if config.validation_prompts else None,
         )  # fmt: skip
     unet.load_state_dict(weights["unet"])
     write_teacher(target, vae.cpu(), unet.cpu().eval(), text, config.omega)

@@ -1,6 +1,6 @@
-"""What a teacher draws at several step counts and guidances: scene accuracy by category, and FD-Lite0.
+"""A teacher at several step counts and guidances: scene accuracy by category, and FD-Lite0.
 
-With 50 and 4 steps it shows whether few steps are hard in this world.
+The difference between 50 and 4 steps shows how hard few-step sampling is in this world.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from fewstep_worlds.common.autoencoder import load_vae
 from fewstep_worlds.stickers.accuracy import Share, scene_accuracy
-from fewstep_worlds.stickers.autoencoder import AutoencoderJudge
+from fewstep_worlds.stickers.autoencoder import AutoencoderMetrics
 from fewstep_worlds.stickers.dataset import REFERENCE_SEED
 from fewstep_worlds.stickers.prompts import unseen_prompts
 from fewstep_worlds.stickers.reader import Reader, read_pictures
@@ -21,8 +21,8 @@ from fewstep_worlds.stickers.teacher import Encoders, draw
 
 
 @dataclass(frozen=True)
-class Law:
-    """How pictures are drawn: steps of DDIM, and guidance in the papers' convention (a guided step is two calls)."""
+class SamplingSettings:
+    """Steps of DDIM, and guidance in the papers' convention (a guided step is two network calls)."""
 
     steps: int
     omega: float
@@ -33,12 +33,12 @@ class Law:
 
 @dataclass(frozen=True)
 class Row:
-    """Figures of one way to draw one set of prompts.
+    """Figures of one set of prompts under one sampling.
 
     Attributes:
         shares: scene accuracy, in all and by category.
         fd_real: FD-Lite0 to real scenes.
-        fd_first: FD-Lite0 to pictures of the first way of drawing, from other noise.
+        fd_first: FD-Lite0 to pictures of the first sampling, from other noise.
     """
 
     shares: dict[str, Share]
@@ -48,12 +48,17 @@ class Row:
 
 @torch.inference_mode()
 def teacher_report(
-    pipeline: Path, reader: Reader, laws: Sequence[Law], n: int, name: str = "open", folder: Path | None = None
+    pipeline: Path,
+    reader: Reader,
+    settings: Sequence[SamplingSettings],
+    n: int,
+    name: str = "open",
+    folder: Path | None = None,
 ) -> dict[str, Row]:
-    """Return the figures of a pipeline's pictures of `n` unseen prompts of a set, by way of drawing.
+    """Return the figures of a pipeline's pictures of `n` unseen prompts of a set, by sampling.
 
     Args:
-        laws: ways to draw; the first one is what the others are compared with.
+        settings: the others are compared with the first.
 
     Raises:
         UserError: fewer than 500 prompts, or an unknown set.
@@ -65,12 +70,12 @@ def teacher_report(
     encoders, unet = Encoders(load_vae(pipeline / "vae"), pipeline, device), unet.eval().to(device)
     prompts = unseen_prompts(name, n, REFERENCE_SEED)
     texts, claims = [prompt.text for prompt in prompts], [prompt.claim for prompt in prompts]
-    judge = AutoencoderJudge(folder, count=n)
-    first = judge.features(draw(unet, encoders, texts, steps=laws[0].steps, omega=laws[0].omega, seed=1))
+    metrics = AutoencoderMetrics(folder, count=n)
+    first = metrics.features(draw(unet, encoders, texts, steps=settings[0].steps, omega=settings[0].omega, seed=1))
     rows = {}
-    for law in laws:
-        pictures = draw(unet, encoders, texts, steps=law.steps, omega=law.omega, seed=0)
+    for one in settings:
+        pictures = draw(unet, encoders, texts, steps=one.steps, omega=one.omega, seed=0)
         shares = scene_accuracy(read_pictures(reader, pictures), claims)
-        against = judge.distance.distance(judge.features(pictures), first)
-        rows[f"{name}, {law}"] = Row(shares, judge.fd(pictures), against)
+        against = metrics.distance.distance(metrics.features(pictures), first)
+        rows[f"{name}, {one}"] = Row(shares, metrics.fd(pictures), against)
     return rows
