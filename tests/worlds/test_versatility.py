@@ -25,7 +25,7 @@ from fewstep_worlds.emoji8.studies.addons import image_effects as effects
 from fewstep_worlds.emoji8.studies.addons import tasks as tasks_module
 from fewstep_worlds.emoji8.studies.addons import training
 from fewstep_worlds.emoji8.studies.addons.context import Context
-from fewstep_worlds.emoji8.studies.addons.figure import by_place, columns, kept_share, measure, tables
+from fewstep_worlds.emoji8.studies.addons.figure import columns, kept_share, measure, tables
 from fewstep_worlds.emoji8.studies.addons.pipelines import (
     Model,
     call_arguments,
@@ -246,7 +246,7 @@ def test_every_row_is_made_drawn_and_measured(small_world: Context, monkeypatch:
     """All nine rows on the bundled teacher; what is drawn after was not learned from; kept pictures are not redrawn."""
     context = small_world
     cells, shown, tasks = measure(context, list(TASKS))
-    found = by_place(cells)
+    found = {(cell.task, cell.model): cell for cell in cells}
     labels = [model.label for model in columns(context.config)]
     assert labels == ["base 2", "TCD 2"]
     assert set(found) == {(name, label) for name in TASKS for label in labels}

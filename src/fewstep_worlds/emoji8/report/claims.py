@@ -51,19 +51,7 @@ class Claim:
         return "; ".join(part for part in (figures, self.note) if part)
 
 
-@dataclass(frozen=True)
-class Line:
-    """A method's label in the figures; None where it was not measured."""
-
-    method: str
-    label: str | None
-
-    def at(self, steps: int) -> str:
-        """Return the name of its figure at a step count."""
-        return f"{self.label or self.method} at {steps}"
-
-
-Judge = Callable[[Sequence[Series]], tuple[bool | None, str]]
+Judge = Callable[..., tuple[bool | None, str]]
 """Rows of `means` -> whether a claim holds, and a note."""
 
 
@@ -75,20 +63,48 @@ def claims(results: Results) -> list[Claim]:
     distances to the teacher's own pictures where these were measured.
     """
     frame = tidy(results)
+    table = means(frame)
+    rows = dict(zip(table.index, (row for _, row in table.iterrows())))
+
+    def check(text: str, metric: str, wanted: Sequence[tuple[str, int]], judge: Judge) -> Claim:
+        """Return a claim on the figures of (label, steps); undecided where one is missing."""
+        names = {f"{label} at {steps}": (label, metric, steps) for label, steps in wanted}
+        missing = [name for name, key in names.items() if key not in rows]
+        if missing:
+            return Claim(text, None, note=f"no {metric} of {', '.join(missing)}")
+        found = {name: rows[key] for name, key in names.items()}
+        held, note = judge(*found.values())
+        return Claim(text, held, {name: float(row.value) for name, row in found.items()}, note)
+
+    def better(metric: str, steps: int, label: str, their_steps: int) -> Claim:
+        text = f"{tcd} at {steps} calls is better than {label} at {their_steps} in {metric}"
+        return check(text, metric, [(tcd, steps), (label, their_steps)], _lower)
+
+    def trend(metric: str, label: str, sign: int) -> Claim:
+        head, colon, tail = metric.partition(": ")
+        # in the paper's own table LCM's falls from 4 calls on only; TCD's rises at every count
+        late = [steps for steps in STEPS if sign > 0 or steps >= 4]
+        text = f"{label}'s {f'{head} ({tail})' if colon else metric} {'rises' if sign > 0 else 'falls'} with the calls"
+        return check(
+            f"{text} ({', '.join(map(str, late))})", metric, [(label, steps) for steps in STEPS], _monotonic(sign, late)
+        )
+
+    tcd, lcm = headline(frame, TCD) or TCD, headline(frame, LCM) or LCM
     real, to_teacher = results.of("quality", "real") or ["FD"], results.of("quality", "teacher")
     both = [real[0], *to_teacher[:1]]
-    tcd, lcm = Line(TCD, headline(frame, TCD)), Line(LCM, headline(frame, LCM))
-    check = _Checker(means(frame))
-    found = [check.better(name, tcd, steps, lcm, steps) for name in (*real, *to_teacher) for steps in STEPS]
-    found += [check.rise(name, tcd, lcm) for name in both]
+    found = [better(name, steps, lcm, steps) for name in (*real, *to_teacher) for steps in STEPS]
+    rise = "rises from 4 to 20 calls at least twice as much as TCD's (paper, FID: +21 % and +7 %)"
+    found += [check(f"LCM's {name} {rise}", name, [(lcm, 4), (lcm, 20), (tcd, 4), (tcd, 20)], _rise) for name in both]
     for name in results.of("detail") or ["detail"]:
-        found += [check.trend(name, tcd, 1), check.trend(name, lcm, -1)]
+        found += [trend(name, tcd, 1), trend(name, lcm, -1)]
     for method, steps in ((DDIM, 4), (EULER, 4), (DPMPP, 4), (DDIM, 8)):
-        for label in frame.label[frame.method == method].drop_duplicates().tolist() or [None]:
-            found += [check.better(name, tcd, 4, Line(method, label), steps) for name in both]
-    teachers = frame.label[frame.method.str.split(",").str[0] == TEACHER] if len(frame) else frame.label
-    for label in teachers.drop_duplicates().tolist() or [None]:
-        found.append(check.within(real[0], tcd, Line(TEACHER, label)))
+        for label in frame.label[frame.method == method].drop_duplicates().tolist() or [method]:
+            found += [better(name, 4, label, steps) for name in both]
+    teachers = [label for label in frame.label.drop_duplicates() if label.split(",")[0] == TEACHER]
+    for label in teachers or [TEACHER]:
+        end = f"{label} at {TEACHER_STEPS} in {real[0]}"
+        text = f"{tcd} at 8 calls is within {100 * WITHIN:.0f} % of the {end}, or better"
+        found.append(check(text, real[0], [(tcd, 8), (label, TEACHER_STEPS)], _within))
     return [*found, _euler_is_ddim(frame)]
 
 
@@ -97,77 +113,32 @@ def claims_table(found: Sequence[Claim]) -> str:
     return markdown(["claim", "outcome", "figures"], [(c.text, c.verdict, c.evidence) for c in found], 3)
 
 
-class _Checker:
-    """Claims about the means over seeds."""
+def _lower(ours: Series, theirs: Series) -> tuple[bool, str]:
+    overlap = ours.low <= theirs.high and theirs.low <= ours.high
+    return bool(ours.value < theirs.value), "the intervals overlap" if overlap else ""
 
-    def __init__(self, table: DataFrame) -> None:
-        self.rows: dict[tuple[object, str, int], Series] = dict(zip(table.index, (row for _, row in table.iterrows())))
 
-    def check(self, text: str, metric: str, wanted: Sequence[tuple[Line, int]], judge: Judge) -> Claim:
-        """Return a claim on the figures of (line, steps); undecided where one is missing."""
-        names = [line.at(steps) for line, steps in wanted]
-        found = [self.rows.get((line.label, metric, steps)) for line, steps in wanted]
-        missing = [name for name, row in zip(names, found) if row is None]
-        if missing:
-            return Claim(text, None, note=f"no {metric} of {', '.join(missing)}")
-        rows = [row for row in found if row is not None]
-        held, note = judge(rows)
-        return Claim(text, held, {name: float(row.value) for name, row in zip(names, rows)}, note)
+def _rise(lcm4: Series, lcm20: Series, tcd4: Series, tcd20: Series) -> tuple[bool | None, str]:
+    if min(lcm4.value, tcd4.value) <= 0:
+        return None, "not above 0 at 4 calls: there is no rise in %"
+    ours, theirs = tcd20.value / tcd4.value - 1, lcm20.value / lcm4.value - 1
+    return bool(theirs > 0 and theirs >= 2 * ours), f"LCM {100 * theirs:+.0f} %, TCD {100 * ours:+.0f} %"
 
-    def better(self, metric: str, ours: Line, steps: int, theirs: Line, their_steps: int) -> Claim:
-        """Claim that one figure is lower than another."""
 
-        def judge(rows: Sequence[Series]) -> tuple[bool, str]:
-            a, b = rows
-            overlap = a.low <= b.high and b.low <= a.high
-            return bool(a.value < b.value), "the intervals overlap" if overlap else ""
+def _monotonic(sign: int, late: Sequence[int]) -> Judge:
+    def judge(*rows: Series) -> tuple[bool, str]:
+        values = [row.value for row in rows][-len(late) :]
+        steady = all(sign * (b - a) > 0 for a, b in pairwise(values))
+        partly = not steady and sign * (values[-1] - values[0]) > 0
+        return steady, f"in that direction from {late[0]} to {late[-1]}, but not at every count" if partly else ""
 
-        text = f"{ours.at(steps)} calls is better than {theirs.at(their_steps)} in {metric}"
-        return self.check(text, metric, [(ours, steps), (theirs, their_steps)], judge)
+    return judge
 
-    def rise(self, metric: str, tcd: Line, lcm: Line) -> Claim:
-        """Claim that LCM gets worse with more calls at least twice as fast as TCD."""
 
-        def judge(rows: Sequence[Series]) -> tuple[bool | None, str]:
-            lcm4, lcm20, tcd4, tcd20 = (row.value for row in rows)
-            if min(lcm4, tcd4) <= 0:
-                return None, "not above 0 at 4 calls: there is no rise in %"
-            ours, theirs = tcd20 / tcd4 - 1, lcm20 / lcm4 - 1
-            return bool(theirs > 0 and theirs >= 2 * ours), f"LCM {100 * theirs:+.0f} %, TCD {100 * ours:+.0f} %"
-
-        text = f"LCM's {metric} rises from 4 to 20 calls at least twice as much as TCD's (paper, FID: +21 % and +7 %)"
-        return self.check(text, metric, [(lcm, 4), (lcm, 20), (tcd, 4), (tcd, 20)], judge)
-
-    def trend(self, metric: str, line: Line, sign: int) -> Claim:
-        """Claim that a figure rises (sign 1) or falls (-1) with the calls."""
-        direction = "rises" if sign > 0 else "falls"
-        # in the paper's own table LCM's falls from 4 calls on only; TCD's rises at every count
-        late = [steps for steps in STEPS if sign > 0 or steps >= 4]
-
-        def judge(rows: Sequence[Series]) -> tuple[bool, str]:
-            values = [row.value for row in rows][-len(late) :]
-            steady = all(sign * (b - a) > 0 for a, b in pairwise(values))
-            partly = not steady and sign * (values[-1] - values[0]) > 0
-            note = f"it {direction} from {late[0]} to {late[-1]}, but not at every count" if partly else ""
-            return steady, note
-
-        head, colon, tail = metric.partition(": ")
-        name = f"{head} ({tail})" if colon else metric
-        text = f"{line.method}'s {name} {direction} with the calls ({', '.join(map(str, late))})"
-        return self.check(text, metric, [(line, steps) for steps in STEPS], judge)
-
-    def within(self, metric: str, tcd: Line, teacher: Line) -> Claim:
-        """Claim that TCD at 8 calls is within 10 % of the teacher."""
-
-        def judge(rows: Sequence[Series]) -> tuple[bool | None, str]:
-            ours, theirs = (row.value for row in rows)
-            if theirs <= 0:
-                return None, "the teacher's figure is not above 0: there is no 10 % of it"
-            return bool(ours <= (1 + WITHIN) * theirs), f"{100 * (ours / theirs - 1):+.0f} %"
-
-        end = teacher.at(TEACHER_STEPS)
-        text = f"{tcd.at(8)} calls is within {100 * WITHIN:.0f} % of the {end} in {metric}, or better"
-        return self.check(text, metric, [(tcd, 8), (teacher, TEACHER_STEPS)], judge)
+def _within(ours: Series, teacher: Series) -> tuple[bool | None, str]:
+    if teacher.value <= 0:
+        return None, "the teacher's figure is not above 0: there is no 10 % of it"
+    return bool(ours.value <= (1 + WITHIN) * teacher.value), f"{100 * (ours.value / teacher.value - 1):+.0f} %"
 
 
 def _euler_is_ddim(frame: DataFrame) -> Claim:
