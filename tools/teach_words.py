@@ -127,9 +127,7 @@ def meanings(words: Words, keywords: dict[str, tuple[str, ...]], small: Tokenize
     }
     whole = full.get_vocab()  # MiniLM has a piece of its own for each common word
     listed = [w for w in words.lemmas if w in words.drawable and w not in keywords and w.isascii()]
-    nouns = known(
-        [w for w in listed if (w in whole or w in synonyms or w in extra) and w not in tested], small
-    )
+    nouns = known([w for w in listed if (w in whole or w in synonyms or w in extra) and w not in tested], small)
     vectors = embed(model, full, nouns)
     by_name = vectors @ embed(model, full, names).T
     described = vectors @ embed(model, full, [f"{name}: {', '.join(keywords[name])}" for name in names]).T

@@ -162,7 +162,7 @@ def test_the_benchmark_chooses_measures_and_goes_on_where_it_was(
 
 def test_the_card_holds_what_was_asked_of_a_teacher(small_world: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
     figures = api.teacher_card(out=tmp_path, teacher=str(tiny_pipeline), n=24, steps=2, omega=1.0)
-    for kind in ("words of no caption, never taught", "words of no caption that the encoder was taught"):
+    for kind in ("words of no caption, untrained", "words of no caption that the encoder was trained on"):
         by_word = figures[f"{kind}: right concept"]
         by_name = figures[f"{kind}: the same concepts by their captions' names"]
         share = figures[f"{kind}, as a share of the captioned rate"].value

@@ -152,7 +152,7 @@ def plane_plan(run: PlaneRun, points: Tensor) -> list[Update]:
 
 
 def fetch(items: np.ndarray, _: KeyedRng) -> Batch:
-    """Return the item numbers as the batch; the loss looks the points up."""
+    """Return the item numbers as the batch; the loss indexes the points."""
     return {"items": items}
 
 

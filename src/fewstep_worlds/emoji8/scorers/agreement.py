@@ -82,7 +82,7 @@ class PromptAgreement(PerPictureMetric):
             name="agreement",
             group="prompt",
             measures="how well pictures fit their prompts, by a picture network trained on Emoji-8 "
-            "alone; it reads prompts with the teacher's text encoder, and cannot see a word that this misreads",
+            "alone; prompts are encoded by the teacher's text encoder, whose errors it inherits",
             better="higher",
             unit="cosine",
             reduction="mean over pictures of the cosine of picture and prompt",

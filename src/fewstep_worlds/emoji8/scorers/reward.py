@@ -60,10 +60,10 @@ class WorldScorer:
             paper="none: trained here, contrastively, on Emoji-8's training split",
             backbone=f"residual picture network {tuple(channels)}; text: {self.trained.text.name}",
             weights_sha256=self.trained.weights_sha256,
-            licence="Apache-2.0; pictures and captions as world/emoji8/ATTRIBUTION.md says",
+            licence="Apache-2.0; pictures and captions as in world/emoji8/ATTRIBUTION.md",
             commercial="free, with the attribution of Emoji-8's artists",
             input=f"{SIZE} x {SIZE}, antialiased bicubic where resized, in [-1, 1]",
-            measures="cosine of a picture and its prompt; knows drawn emoji and their names alone",
+            measures="cosine of a picture and its prompt; valid for drawn emoji and their names only",
             span="-1 to 1; matching pairs about .5, others about 0",
         )
 

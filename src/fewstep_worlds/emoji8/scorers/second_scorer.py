@@ -65,7 +65,7 @@ class SecondScorer(PerPictureMetric):
             name="preference",
             group="prompt",
             measures="how well pictures fit their prompts, by heads on Lite0's features; no student is trained by this "
-            "score, but earlier layers of Lite0 teach the perceptual distance",
+            "score, but the latent LPIPS is trained on earlier layers of Lite0",
             better="higher",
             unit="cosine",
             reduction="mean over pictures of the cosine of picture and prompt",

@@ -30,8 +30,8 @@ SHOWN = (
 )
 """Prompts of the sample grid: with and without style, keywords, and words of no caption."""
 OWN_WORDS = {
-    "words of no caption, never taught": ("new_words.json", 31_000),
-    "words of no caption that the encoder was taught": ("synonyms.json", 30_000),
+    "words of no caption, untrained": ("new_words.json", 31_000),
+    "words of no caption that the encoder was trained on": ("synonyms.json", 30_000),
 }
 """Lists of a user's own words: file in Emoji-8's folder, first seed."""
 

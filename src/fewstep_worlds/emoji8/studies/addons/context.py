@@ -140,8 +140,8 @@ class Context:
         own, other = self.scorer.embed_pictures(pictures), self.scorer.embed_pictures(np.asarray(others))
         cosine = (own @ other.T).double().numpy()
         n = len(cosine)
-        strangers = (cosine.sum(1) - cosine.diagonal()) / max(n - 1, 1)
-        gap: Array = cosine.diagonal() - strangers
+        others_mean = (cosine.sum(1) - cosine.diagonal()) / max(n - 1, 1)
+        gap: Array = cosine.diagonal() - others_mean
         return gap
 
     @cached_property
