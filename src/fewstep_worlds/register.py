@@ -33,9 +33,9 @@ def suite(prompts: Sequence[str], size: int, seed: int, features: Features) -> S
 
 def load_scorer(device: torch.device) -> PreferenceScorer:
     """Return Emoji-8's preference scorer."""
-    from fewstep_worlds.emoji8.scorers.reward import SentenceVectors, load_world_scorer
+    from fewstep_worlds.emoji8.scorers.reward import load_world_scorer, sentence_encoder
 
-    return load_world_scorer(SentenceVectors(), device)
+    return load_world_scorer(sentence_encoder(), device)
 
 
 def text_pairs() -> tuple[Pair, ...]:

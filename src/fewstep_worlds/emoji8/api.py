@@ -281,10 +281,10 @@ def train_reward(*, out: Path | str = "runs/reward", overrides: str | Sequence[s
     settings = validate(RewardConfig, parse_overrides(overrides, RewardConfig))
     check_writable(Path(out))
     check_installed("train-reward", PACKAGES, "multilingual")
-    from fewstep_worlds.emoji8.scorers.reward import SentenceVectors
+    from fewstep_worlds.emoji8.scorers.reward import sentence_encoder
     from fewstep_worlds.emoji8.scorers.train import train_scorer
 
-    train_scorer(settings, Path(out), text=SentenceVectors())
+    train_scorer(settings, Path(out), text=sentence_encoder())
     return Path(out) / "scorer"
 
 

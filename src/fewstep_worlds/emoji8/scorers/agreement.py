@@ -21,9 +21,9 @@ from fewstep.common.files import atomic_folder, read_json, sha256, write_json
 from fewstep.common.tensors import load_tensors, save_tensors
 from fewstep.evaluation.metric import Array, Identity, Pictures, check_pictures
 from fewstep.evaluation.per_picture import PerPictureMetric
+from fewstep.inference.multilingual.sentence import SentenceEncoder
 from fewstep_worlds.emoji8.config import ScorerConfig
 from fewstep_worlds.emoji8.scorers.network import SIZE, Scorer
-from fewstep_worlds.emoji8.scorers.text import TextBackbone
 
 WEIGHTS = "scorer.safetensors"
 RECORD = "scorer.json"
@@ -42,7 +42,7 @@ class Agreement:
     """
 
     scorer: Scorer
-    text: TextBackbone
+    text: SentenceEncoder
     weights_sha256: str
     record: dict[str, Any]
 
@@ -57,7 +57,7 @@ class Agreement:
     def embed_text(self, prompts: Sequence[str]) -> Tensor:
         """Return unit vectors of prompts, float32 [N, width]; equal prompts are encoded once."""
         distinct = list(dict.fromkeys(prompts))
-        vectors = self.scorer.embed_text(self.text(distinct))
+        vectors = self.scorer.embed_text(torch.as_tensor(self.text(distinct)))
         number = {prompt: i for i, prompt in enumerate(distinct)}
         return vectors[[number[prompt] for prompt in prompts]]
 
@@ -111,7 +111,7 @@ def to_input(pictures: Pictures) -> Tensor:
 
 
 def save_scorer(
-    folder: Path, config: ScorerConfig, weights: dict[str, Tensor], text: TextBackbone, notes: dict[str, Any]
+    folder: Path, config: ScorerConfig, weights: dict[str, Tensor], text: SentenceEncoder, notes: dict[str, Any]
 ) -> None:
     """Write fp16 weights and what identifies them; the folder appears whole or not at all.
 
@@ -129,7 +129,7 @@ def save_scorer(
         write_json(part / RECORD, {**record, "weights_sha256": sha256(part / WEIGHTS)})
 
 
-def load_scorer(folder: Path, text: TextBackbone) -> Agreement:
+def load_scorer(folder: Path, text: SentenceEncoder) -> Agreement:
     """Read a scorer.
 
     Args:

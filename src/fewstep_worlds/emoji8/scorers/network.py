@@ -1,7 +1,7 @@
 """A picture-text scorer: two networks into one space, with the cosine of picture and prompt as score.
 
 Pictures go through a small residual network trained from scratch, which shares nothing with the backbones of other
-metrics. Prompts go through a frozen `TextBackbone` and a head of two layers.
+metrics. Prompts go through a frozen `SentenceEncoder` and a head of two layers.
 """
 
 from __future__ import annotations

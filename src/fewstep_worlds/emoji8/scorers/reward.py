@@ -15,33 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewstep.inference.multilingual.sentence import UniversalSentence
+from fewstep.inference.multilingual.sentence import SentenceEncoder, UniversalSentence
 from fewstep.methods.rewards.reward import ScorerIdentity
 from fewstep_worlds.common.location import root
 from fewstep_worlds.emoji8.scorers.agreement import Agreement, load_scorer
 from fewstep_worlds.emoji8.scorers.network import SIZE
-from fewstep_worlds.emoji8.scorers.text import TextBackbone
 
 
-class SentenceVectors:
-    """The multilingual sentence encoder's vectors (the extra `multilingual`), exact but for their last digits.
+def sentence_encoder() -> UniversalSentence:
+    """Return the multilingual sentence encoder (the extra `multilingual`), in batches.
 
     Raises:
         UserError: the extra is not installed.
     """
-
-    def __init__(self) -> None:
-        self._encoder = UniversalSentence(batch=256)
-        self.width, self.name = self._encoder.width, self._encoder.name
-
-    @property
-    def sha256(self) -> str:
-        """SHA-256 of the encoder's files."""
-        return self._encoder.sha256
-
-    def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """Return float32 [N, 512], of length 1."""
-        return torch.from_numpy(self._encoder(prompts))
+    return UniversalSentence(batch=256)
 
 
 @dataclass(frozen=True)
@@ -70,7 +57,9 @@ class WorldScorer:
     @torch.no_grad()
     def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return unit vectors of prompts, [K, width]."""
-        vectors: Tensor = self.trained.scorer.embed_text(self.trained.text(list(prompts)).to(self.device))
+        vectors: Tensor = self.trained.scorer.embed_text(
+            torch.as_tensor(self.trained.text(list(prompts))).to(self.device)
+        )
         return {"text": vectors.cpu()}
 
     def score(self, pictures: Tensor, prepared: Mapping[str, Tensor]) -> Tensor:
@@ -88,7 +77,7 @@ class WorldScorer:
         return (vectors * prepared["text"].to(vectors, non_blocking=True)).sum(1)
 
 
-def load_world_scorer(text: TextBackbone, device: torch.device, folder: Path | None = None) -> WorldScorer:
+def load_world_scorer(text: SentenceEncoder, device: torch.device, folder: Path | None = None) -> WorldScorer:
     """Return the bundled scorer, or the one in `folder`.
 
     Args:

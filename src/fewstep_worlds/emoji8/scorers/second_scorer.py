@@ -21,12 +21,12 @@ from fewstep.common.tensors import digest
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.metric import Array, Identity, Pictures
 from fewstep.evaluation.per_picture import PerPictureMetric
+from fewstep.inference.multilingual.sentence import SentenceEncoder
 from fewstep.training.loop import Batch, Update
 from fewstep.training.loss import Loss
 from fewstep_worlds.common.training import fit
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8.config import SecondScorerConfig
-from fewstep_worlds.emoji8.scorers.text import TextBackbone
 from fewstep_worlds.emoji8.scorers.train import caption_targets, draw_captions, multi_positive_loss
 
 FEATURES = 1280
@@ -58,7 +58,7 @@ class Heads(nn.Module):
 class SecondScorer(PerPictureMetric):
     """Mean cosine of pictures and their prompts, by heads on Lite0's features."""
 
-    def __init__(self, heads: Heads, features: Features, text: TextBackbone) -> None:
+    def __init__(self, heads: Heads, features: Features, text: SentenceEncoder) -> None:
         self._heads, self._features, self._text = heads, features, text
         backbone = features.network
         self.identity = Identity(
@@ -79,7 +79,7 @@ class SecondScorer(PerPictureMetric):
     def features(self, pictures: Pictures, prompts: Sequence[str]) -> Array:
         """Return each picture's cosine with its prompt, [N]."""
         distinct = list(dict.fromkeys(prompts))
-        vectors = self._heads.prompts(self._text(distinct))
+        vectors = self._heads.prompts(torch.as_tensor(self._text(distinct)))
         rows = {prompt: i for i, prompt in enumerate(distinct)}
         seen = self._heads.pictures(torch.from_numpy(np.array(self._features(pictures))))
         cosine: Array = (seen * vectors[[rows[prompt] for prompt in prompts]]).sum(1).double().numpy()
@@ -87,7 +87,7 @@ class SecondScorer(PerPictureMetric):
 
 
 def train_second_scorer(
-    config: SecondScorerConfig, features: Features, text: TextBackbone, folder: Path, *, quiet: bool = False
+    config: SecondScorerConfig, features: Features, text: SentenceEncoder, folder: Path, *, quiet: bool = False
 ) -> SecondScorer:
     """Train the heads on Emoji-8's training split, or read the finished ones; a stopped run is resumed.
 

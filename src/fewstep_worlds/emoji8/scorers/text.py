@@ -1,43 +1,19 @@
-"""Frozen text backbones of picture-text scorers: one vector a prompt."""
+"""The teacher's text encoder as a frozen `SentenceEncoder`: one vector a prompt."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from fewstep.common.errors import UserError
 from fewstep.common.files import sha256
+from fewstep.inference.multilingual.sentence import Vectors
 from fewstep_worlds.common.text import load_text_encoder
 
 BATCH = 256
-
-
-class TextBackbone(Protocol):
-    """Prompts -> vectors."""
-
-    @property
-    def name(self) -> str:
-        """Architecture and pooling."""
-        ...
-
-    @property
-    def sha256(self) -> str:
-        """SHA-256 of the files."""
-        ...
-
-    @property
-    def width(self) -> int:
-        """Width of a prompt's vector."""
-        ...
-
-    def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """Return float32 [N, width], without gradients; a prompt's vector depends on that prompt alone."""
-        ...
 
 
 class BertStates:
@@ -66,18 +42,19 @@ class BertStates:
         self.sha256 = _sha256(folder)
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[str]) -> Tensor:
+    def __call__(self, texts: Sequence[str]) -> Vectors:
         """Return float32 [N, width]."""
-        result = torch.zeros(len(prompts), self.width)
+        result = torch.zeros(len(texts), self.width)
         # Prompts of one length together: most of the time would go into padding otherwise.
-        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for start in range(0, len(prompts), BATCH):
+        by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        for start in range(0, len(texts), BATCH):
             rows = by_length[start : start + BATCH]
-            tokens = self.tokenizer([prompts[i] for i in rows], padding=True, truncation=True, return_tensors="pt")
+            tokens = self.tokenizer([texts[i] for i in rows], padding=True, truncation=True, return_tensors="pt")
             states = self.model(tokens.input_ids, tokens.attention_mask).last_hidden_state.float()
             mask = tokens.attention_mask[..., None].float()
             result[rows] = (states * mask).sum(1) / mask.sum(1)
-        return result
+        vectors: Vectors = result.numpy()
+        return vectors
 
 
 def _sha256(folder: Path) -> str:

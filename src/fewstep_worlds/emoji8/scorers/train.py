@@ -17,6 +17,7 @@ from fewstep.common.cpu_kernels import speed_up
 from fewstep.common.device import pick_device
 from fewstep.common.errors import UserError
 from fewstep.common.rng import KeyedRng
+from fewstep.inference.multilingual.sentence import SentenceEncoder
 from fewstep.training.loop import Batch, Update
 from fewstep.training.loss import Loss
 from fewstep_worlds.common import location
@@ -26,7 +27,7 @@ from fewstep_worlds.emoji8.config import AgreementConfig
 from fewstep_worlds.emoji8.scorers.agreement import Agreement, load_scorer, save_scorer, to_input
 from fewstep_worlds.emoji8.scorers.augment import augment
 from fewstep_worlds.emoji8.scorers.network import Scorer
-from fewstep_worlds.emoji8.scorers.text import BertStates, TextBackbone
+from fewstep_worlds.emoji8.scorers.text import BertStates
 
 VALIDATION_PICTURES = 500
 """Pictures of each split that the scorer is validated on."""
@@ -57,7 +58,7 @@ class Captions:
     known: Tensor
 
 
-def draw_captions(records: tuple[emoji8.Record, ...], variants: int, seed: int, text: TextBackbone) -> Captions:
+def draw_captions(records: tuple[emoji8.Record, ...], variants: int, seed: int, text: SentenceEncoder) -> Captions:
     """Draw and encode `variants` captions of each record."""
     drawn = emoji8.caption_table(records, variants, seed)
     distinct = sorted({caption for row in drawn for caption in row})
@@ -83,7 +84,7 @@ def draw_captions(records: tuple[emoji8.Record, ...], variants: int, seed: int, 
         named[row] = any(", ".join(parts[:end]) in names for end in range(1, len(parts) + 1))
         styled[row] = styles.get(parts[-1], -1)
     return Captions(
-        states=text(distinct),
+        states=torch.as_tensor(text(distinct)),
         rows=torch.tensor([[number[caption] for caption in row] for row in drawn]),
         pieces=pieces,
         named=named,
@@ -155,7 +156,7 @@ def train_scorer(
     config: AgreementConfig,
     folder: Path,
     target: Path | None = None,
-    text: TextBackbone | None = None,
+    text: SentenceEncoder | None = None,
     data: emoji8.Emoji8 | None = None,
     *,
     quiet: bool = False,
@@ -204,7 +205,7 @@ def train_scorer(
         return Loss(value, scalars={"scale": scale.detach()})
 
     names = sorted({record.name for record in emoji8.load_records(emoji8.SPLITS)})
-    states = text(names)
+    states = torch.as_tensor(text(names))
     held_out_splits = ("heldout-pair", "heldout-concept")
     held_out = emoji8.load(held_out_splits)
     splits = {"train": data, **{split: _part(held_out, split) for split in held_out_splits}}
