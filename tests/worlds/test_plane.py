@@ -202,8 +202,9 @@ def test_the_verb_draws_its_figure(tmp_path: Path) -> None:
     assert len(figures["tcd-s"]["energy"]) == 6
     rows = (tmp_path / "play" / "table.md").read_text().splitlines()
     assert [row.split(" | ")[0] for row in rows[2:]] == ["| lcm", *["| tcd-s"] * 3]
-    with pytest.raises(UserError, match=r"recipe = 'tdc' is not one of"):
+    with pytest.raises(UserError, match="tdc"):
         playground(["tdc"], out=tmp_path / "no")
-    with pytest.raises(UserError, match=r"unknown key pth; the nearest known one is path"):
+    with pytest.raises(UserError) as error:
         playground("tcd", out=tmp_path / "no", overrides="pth=flow")
+    assert error.value.field == "pth"
     assert not (tmp_path / "no").exists()

@@ -240,11 +240,11 @@ def test_a_second_scorer_learns_which_prompts_fit(tmp_path: Path, monkeypatch: p
     rows = [i for i, record in enumerate(whole.records) if record.name in names]
     few = emoji8.Emoji8(whole.pictures[rows], tuple(whole.records[i] for i in rows))
     monkeypatch.setattr(emoji8, "load", lambda split="train": few)
-    backbone = SimpleNamespace(name="thumbnails", weights_sha256="1" * 64, licence="none", input="8x8")
+    network = SimpleNamespace(name="thumbnails", weights_sha256="1" * 64, licence="none", input="8x8")
 
     class Thumbnails:
         def __init__(self) -> None:
-            self.backbone = backbone
+            self.network = network
 
         def __call__(self, pictures: np.ndarray) -> np.ndarray:
             small = pictures.reshape(len(pictures), 16, 4, 16, 4, 3).mean((2, 4)).reshape(len(pictures), -1) / 127.5 - 1

@@ -61,7 +61,8 @@ class PlaneConfig(Config):
                 )
             if stage.method.guidance.convention != "none":
                 raise ValueError(
-                    "method.guidance needs prompts, which the plane lacks; set method.guidance.convention = 'none'"
+                    f"method.guidance.convention = {stage.method.guidance.convention!r} needs prompts, which the plane "
+                    "lacks; use 'none'"
                 )
         self._check_measured()
         return self
