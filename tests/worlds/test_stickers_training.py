@@ -206,7 +206,7 @@ def test_a_reader_is_resumed_exactly_and_saved(
     loop = LoopConfig(steps=2, batch=2, save_every=1, log_every=1, validate_every=2)
     config = ReaderConfig(channels=(8, 8, 8), blocks=(1, 1, 1), workers=0, loop=loop)
     accelerator = make_accelerator("fp32", CPU)
-    monkeypatch.setattr(reader, "JUDGED", 20)
+    monkeypatch.setattr(reader, "VALIDATION_SCENES", 20)
     whole = reader.train_reader(config, tmp_path / "whole", accelerator, sticker_sheets)
     half = config.model_copy(update={"loop": loop.model_copy(update={"steps": 1})})
     reader.train_reader(half, tmp_path / "halves", accelerator, sticker_sheets)
