@@ -138,12 +138,12 @@ def teacher_report(
     from fewstep.evaluation.limits import FD_FEWEST
     from fewstep_worlds.stickers.accuracy import as_table
     from fewstep_worlds.stickers.reader import load_reader
-    from fewstep_worlds.stickers.teacher_report import Law, teacher_report
+    from fewstep_worlds.stickers.teacher_report import SamplingSettings, teacher_report
 
     if n < FD_FEWEST:
         raise UserError(f"n = {n} must be at least {FD_FEWEST}", field="n")
-    laws = [Law(count, guidance) for count in steps for guidance in omega]
-    rows = teacher_report(Path(pipeline), load_reader(Path(reader)), laws, n, prompts)
+    settings = [SamplingSettings(count, guidance) for count in steps for guidance in omega]
+    rows = teacher_report(Path(pipeline), load_reader(Path(reader)), settings, n, prompts)
     distances = (
         f"{name}: FD-Lite0 to real scenes {row.fd_real:.2f}, to the first row's pictures {row.fd_first:.2f}"
         for name, row in rows.items()
