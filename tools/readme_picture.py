@@ -58,7 +58,7 @@ def main() -> None:
     """Draw and write the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/assets/first-screen.webp"))
-    parser.add_argument("--quality", type=int, default=80, help="of the WebP file, 0 to 100")
+    parser.add_argument("--quality", type=int, default=65, help="of the WebP file, 0 to 100")
     options = parser.parse_args()
     prompts = PROMPTS.read_text(encoding="utf-8").splitlines()[:COLUMNS]
     picture = compose(prompts, [draw_row(prompts, lora, settings) for _, lora, settings in ROWS])
