@@ -31,7 +31,7 @@ from fewstep.backbones.base import load_backbone
 from fewstep.backbones.pipeline_folder import read_folder
 from fewstep.diffusion.config import Sampling
 from fewstep.inference.generator import load_image_generator
-from fewstep.students.inference_settings import travelling
+from fewstep.students.inference_settings import inference_record
 from fewstep.students.lora import save_lora
 from fewstep.students.lora_header import read_header
 from fewstep.training.roles import AdapterRoles, add_adapter
@@ -90,7 +90,7 @@ def make_student(base: Path, place: Path) -> Path:
     sampling = Sampling(steps=4, gamma=0.3)
     return save_lora(
         place, weights, rank=4, alpha=6.0, targets=backbone.targets, base=read_folder(base).fingerprint("unet"),
-        sampling=sampling, notes={"method": "tcd", **travelling(backbone, sampling)}, dtype=torch.float32,
+        sampling=sampling, notes={"method": "tcd", **inference_record(backbone, sampling)}, dtype=torch.float32,
     )  # fmt: skip
 
 

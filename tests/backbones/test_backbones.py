@@ -200,7 +200,7 @@ def test_another_network_in_a_known_pipeline_is_refused(folders: dict[str, Path]
     shutil.copytree(folders["sd3"], folder)
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "KandinskyPipeline"}))
-    with pytest.raises(UserError, match="is a KandinskyPipeline; the nearest supported pipeline is"):
+    with pytest.raises(UserError, match="is a KandinskyPipeline; it must be one of"):
         read_folder(folder)
 
 
@@ -210,7 +210,7 @@ def test_a_network_that_wants_more_channels_is_refused(folders: dict[str, Path],
     shutil.copytree(folders["sdxl"], folder)
     config = json.loads((folder / "unet" / "config.json").read_text())
     (folder / "unet" / "config.json").write_text(json.dumps({**config, "in_channels": 9}))
-    with pytest.raises(UserError, match=r"has in_channels = 9, its latents have 4; the nearest"):
+    with pytest.raises(UserError, match=r"has in_channels = 9, its latents have 4"):
         _ = read_folder(folder).latent_shape
 
 

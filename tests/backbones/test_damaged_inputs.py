@@ -29,7 +29,7 @@ from fewstep.data.images import Captioned, from_folder
 from fewstep.data.prompts import read_prompts
 from fewstep.data.shards import from_shards
 from fewstep.distillation.config import resolve
-from fewstep.students.lora_header import FILE as LORA_FILE
+from fewstep.students.lora_file import FILE as LORA_FILE
 from fewstep.students.lora_header import base_shapes
 from support import tiny_pipelines
 from support.damage import (

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from fewstep import export_as
 from fewstep.backbones import base
-from fewstep.backbones.base import from_network_scale, load_backbone, to_network_scale
+from fewstep.backbones.autoencoder import from_network_scale, to_network_scale
+from fewstep.backbones.base import load_backbone
 from fewstep.backbones.config_keys import SCHEDULERS
 from fewstep.backbones.pipeline_folder import read_folder
 from fewstep.backbones.scheduler_config import path_of

@@ -26,7 +26,7 @@ from fewstep.diffusion.denoiser import BASE
 from fewstep.distillation import distill as distillation
 from fewstep.distillation.config import resolve
 from fewstep.inference.generator import load_image_generator
-from fewstep.students.lora_header import CONDITIONING
+from fewstep.students.lora_file import CONDITIONING
 from fewstep.students.sampling import teacher_sampling
 from fewstep.training.config import StudentConfig
 from fewstep.training.student import make_student
@@ -115,7 +115,7 @@ def test_the_command_draws_from_a_consistency_model(embedded: dict[str, Path], t
 
 @pytest.mark.parametrize("make", [sd, sdxl])
 def test_a_full_student_starts_as_the_teacher_at_every_omega(make: Callable[[Path], Path], tmp_path: Path) -> None:
-    backbone = open_backbone(make(tmp_path / "teacher"))
+    backbone = open_backbone(read_folder(make(tmp_path / "teacher")))
     student = make_student(backbone, StudentConfig(kind="full"), ("student", "target"), 0, ["w"])
     assert not student.extra_conditioning, "nothing lies beside the network"
     generator = torch.Generator().manual_seed(0)
@@ -222,7 +222,7 @@ def test_a_run_resumes_to_the_same_bytes(
 
 def test_omega_is_drawn_for_each_sample_and_goes_in_alone(embedded: dict[str, Path]) -> None:
     """A batch of different omegas equals its samples by themselves."""
-    backbone = open_backbone(embedded["lcm"])
+    backbone = open_backbone(read_folder(embedded["lcm"]))
     x = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([19.0, 499.0, 999.0], dtype=torch.float64)
     condition = {"text": backbone.encode([PROMPT])["text"].expand(3, -1, -1), "w": torch.tensor([2.0, 7.0, 14.0])}
@@ -300,7 +300,7 @@ def test_what_cannot_be_is_refused(embedded: dict[str, Path], tiny_overrides: li
         file.write_text(json.dumps(json.loads(file.read_text()) | {"time_cond_proj_dim": width}))
         with pytest.raises(UserError, match="time_cond_proj_dim"):
             read_folder(bare)
-    assert teacher_sampling(embedded["ddim"]).sampler == "ddim"
+    assert teacher_sampling(read_folder(embedded["ddim"])).sampler == "ddim"
     beside = tmp_path / "beside"  # a student of `tcd-s`: weights beside the network that this run has no place for
     shutil.copytree(embedded["lcm"].parent / "lcm-plain", beside)
     save_tensors(beside / CONDITIONING, {"told.parts.s.0.weight": torch.zeros(2, 2)}, {"format": "pt"})

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fewstep.backbones.base import Backbone, load_backbone, open_backbone
+from fewstep.backbones.pipeline_folder import read_folder
 from fewstep.data.latents import latent_set
 from fewstep.distillation.config import resolve
 from fewstep.distillation.prepare import lay_out, load_teacher
@@ -49,9 +50,9 @@ def moves(monkeypatch: pytest.MonkeyPatch, kind: type[nn.Module], network_distan
 
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
 def test_an_opened_network_waits_in_main_memory_in_its_type(tiny_pipeline: Path, kept: torch.dtype) -> None:
-    backbone = open_backbone(tiny_pipeline, ELSEWHERE, kept)
+    backbone = open_backbone(read_folder(tiny_pipeline), ELSEWHERE, kept)
     assert facts(backbone.network) == ({"cpu"}, {kept})
-    backbone.settle()
+    backbone.to_device()
     assert facts(backbone.network) == ({"meta"}, {kept})
     assert facts(backbone.fresh_network()) == ({"meta"}, {torch.float32})
 
@@ -73,7 +74,7 @@ def test_roles_come_after_the_encoders_have_gone(
     places: int,
 ) -> None:
     config = resolve("tcd", None, [*tiny_overrides, *words])
-    backbone = load_teacher(config, torch.device("cpu"))
+    backbone = load_teacher(config, read_folder(config.teacher), torch.device("cpu"))
     wide = sum(weight.numel() for weight in backbone.network.parameters() if weight.dtype == torch.float32)
     assert bool(wide) == (not words or "bf16" not in words[0])  # never whole in fp32, not even in main memory
     source: Any = open_source(config.data, backbone.folder)
@@ -107,8 +108,8 @@ def test_a_synthesis_lets_its_encoders_go_first(
     tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: list[bool] = []
-    bare = Backbone.settle
-    monkeypatch.setattr(Backbone, "settle", lambda self: held.append(self._readers is not None) or bare(self))
+    bare = Backbone.to_device
+    monkeypatch.setattr(Backbone, "to_device", lambda self: held.append(self._readers is not None) or bare(self))
     words = ["grid=2", "batch=2", "shard=2", "device=cpu"]
     synthesize(resolve_synthesis(words, tiny_pipeline), ["red", "green"], tmp_path / "set", quiet=True)
     assert held == [False]

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 import fewstep
 from fewstep.backbones.base import load_backbone
-from fewstep.backbones.pipeline_folder import read_folder, weight_files
+from fewstep.backbones.pipeline_folder import read_folder
 from fewstep.backbones.pipeline_writer import write_pipeline
+from fewstep.backbones.weight_files import weight_files
 from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_folder, atomic_write
 from fewstep.common.mapped_tensors import write_rows
@@ -158,7 +159,7 @@ def test_nothing_that_is_not_finite_is_written(tmp_path: Path) -> None:
     with torch.no_grad():
         network.conv_in.bias[0] = float("inf")  # type: ignore[union-attr,index]
     with pytest.raises(UserError, match="/full/unet was not written"), atomic_folder(tmp_path / "full") as part:
-        write_pipeline(part, folder, network, {})
+        write_pipeline(part, read_folder(folder), network, {})
     assert not (tmp_path / "full").exists()
     with atomic_folder(tmp_path / "fine") as place:
         save_tensors(place / "x.safetensors", {"x": torch.ones(2)})

@@ -19,13 +19,13 @@ from fewstep.backbones import teachers
 from fewstep.backbones.base import load_backbone
 from fewstep.backbones.pipeline_folder import read_folder
 from fewstep.backbones.single_file import known_configs, recognise, vocabulary
-from fewstep.backbones.single_file.components import config_only, held_by, network_of
+from fewstep.backbones.single_file.components import checkpoint_places, config_only, network_of
 from fewstep.backbones.single_file.known_configs import configs
 from fewstep.backbones.single_file.recognise import Checkpoint
-from fewstep.backbones.single_file.sd_checkpoint import checkpoint_weights, renamed, unet_keys
+from fewstep.backbones.single_file.sd_checkpoint import checkpoint_weights, to_original, unet_keys
 from fewstep.common.errors import UserError
 from fewstep.common.safetensors_header import Entry, read_safetensors_header
-from fewstep.students.lora_header import check_lora
+from fewstep.students.lora_checks import check_lora
 from support import tiny_pipelines
 from support.original_names import sd3_original
 
@@ -97,7 +97,7 @@ def test_the_known_configs_are_those_of_the_published_networks(version: str, tmp
     folder, made = known(version, "eps", tmp_path)
     assert {part: sum(p.numel() for p in network.parameters()) for part, network in made.items()} == COUNTS[version]
     entries = {}
-    for part, places in held_by(folder, made, Checkpoint("", UNET)).items():
+    for part, places in checkpoint_places(folder, made, Checkpoint("", UNET)).items():
         state = made[part].state_dict()
         entries |= {held.key: Entry("F16", tuple(state[name].shape), 0) for name, held in places.items()}
     found = recognise.recognise(Path("x.safetensors"), {"modelspec.prediction_type": "epsilon"}, entries, {})
@@ -255,7 +255,7 @@ def test_a_file_alone_needs_no_folder_of_configs(
     place = teachers.teacher_folder(file)
     said = capsys.readouterr().err
     assert "2 tensors of averaged weights" in said
-    assert "predicts eps, as its config says" in said
+    assert "predicts eps, by its config" in said
     found, wanted = networks(place), networks(folder)
     for part, tensors in wanted.items():
         for name, value in tensors.items():
@@ -492,7 +492,7 @@ def test_a_network_without_original_names_is_refused_by_its_layer() -> None:
     with pytest.raises(UserError, match=r"time_embedding\.cond_proj"):
         unet_keys(["conv_in.weight", "time_embedding.cond_proj.weight"])
     held = unet_keys(["conv_in.weight"])
-    assert list(renamed({"conv_in.weight": torch.zeros(1)}, held)) == [f"{UNET}input_blocks.0.0.weight"]
+    assert list(to_original({"conv_in.weight": torch.zeros(1)}, held)) == [f"{UNET}input_blocks.0.0.weight"]
 
 
 def test_the_folder_of_a_file_passes_every_check_of_a_folder(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def stopped_in(folder: Path) -> KeyboardInterrupt:
 
 def test_weights_are_those_that_would_be_loaded(tmp_path: Path) -> None:
     """Of a file and shards side by side diffusers reads the shards, transformers the file; a variant alone is read."""
-    from fewstep.backbones.pipeline_folder import weight_files
+    from fewstep.backbones.weight_files import weight_files
 
     def names(stem: str) -> list[str]:
         return [file.name for file in weight_files(tmp_path / stem)]

@@ -116,7 +116,7 @@ def test_a_student_that_is_told_s_is_trained_saved_and_drawn_with(
     from fewstep.distillation import distill as distillation
     from fewstep.distillation.config import resolve
     from fewstep.inference.generator import ImageGenerator, load_image_generator
-    from fewstep.students.lora_header import CONDITIONING
+    from fewstep.students.lora_file import CONDITIONING
 
     for kind in ("lora", "full"):
         words = [*tiny_overrides, f"student.kind={kind}", "optim.lr=0.02", "loop.steps=4"]

@@ -21,7 +21,8 @@ from fewstep.common.safetensors_header import Entry, read_safetensors_header
 from fewstep.common.tensors import save_tensors
 from fewstep.diffusion.config import Sampling
 from fewstep.students.lora import merge_lora, read_lora, save_lora
-from fewstep.students.lora_header import LoraHeader, check_lora, read_header
+from fewstep.students.lora_checks import check_lora
+from fewstep.students.lora_header import LoraHeader, read_header
 from fewstep.training.roles import AdapterRoles, add_adapter
 
 RANK = 4
@@ -101,7 +102,7 @@ def test_the_file_carries_its_settings_and_its_base(make: Make, tiny_pipeline: P
     assert (adapter["unet.r"], adapter["unet.lora_alpha"]) == (RANK, RANK)
     assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16}
     lora = read_lora(check_lora(file.parent, read_folder(tiny_pipeline)))
-    assert (lora.base, lora.sampling) == (base, SAMPLING)
+    assert (lora.header.base, lora.header.sampling) == (base, SAMPLING)
     assert all(tensor.dtype == torch.float32 for tensor in lora.down.values())
     kinds = {len(tensor.shape) for tensor in lora.down.values()}
     assert kinds == {2, 4}  # linear and convolution
@@ -271,7 +272,7 @@ def test_a_full_students_folder_is_not_its_teachers(tiny_pipeline: Path, tmp_pat
     network = UNet2DConditionModel.from_pretrained(base / "unet")
     folder = tmp_path / "student"
     with atomic_folder(folder) as part:
-        write_pipeline(part, base, network, {"sampling": {"steps": 3}})
+        write_pipeline(part, read_folder(base), network, {"sampling": {"steps": 3}})
     assert sorted(path.name for path in folder.iterdir()) == [
         *("LICENSES", "fewstep.json", "model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae")
     ]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.backbones.scheduler_config import path_of, settled
+from fewstep.backbones.scheduler_config import path_of, with_static_shift
 from fewstep.common.choices import End, GammaRule, Jump
 from fewstep.common.errors import UserError
 from fewstep.diffusion.config import Sampling
@@ -324,7 +324,7 @@ def test_times_that_are_given_obey_the_strength() -> None:
 
 @pytest.mark.parametrize("kind", ["exponential", "linear"])
 def test_a_shift_by_size_is_the_pipelines(kind: str) -> None:
-    """`settled` and `mu` against diffusers' own scheduler and formula; and no picture's shift reaches the next one."""
+    """`with_static_shift` and `mu` equal diffusers' formula; no picture's shift reaches the next one."""
     from diffusers import FlowMatchEulerDiscreteScheduler
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
@@ -332,7 +332,7 @@ def test_a_shift_by_size_is_the_pipelines(kind: str) -> None:
     for tokens in (16, 256, 1024, 4096):
         mu = calculate_shift(tokens)
         theirs.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=mu)
-        path = path_of(settled(theirs.config, tokens))
+        path = path_of(with_static_shift(theirs.config, tokens))
         u = torch.tensor([1.0, 0.75, 0.5, 0.25], dtype=torch.float64)
         torch.testing.assert_close(path.sigma(u), theirs.sigmas[:4].double(), rtol=1e-5, atol=0)
         own = SSSScheduler.from_config(theirs.config, grid=4)
@@ -345,11 +345,11 @@ def test_a_shift_by_size_is_the_pipelines(kind: str) -> None:
         ):
             own.set_timesteps(**asked)
     assert own.timesteps is kept, "a refusal changes nothing"
-    settles = SSSScheduler.from_config(settled(theirs.config, 1024))
+    settles = SSSScheduler.from_config(with_static_shift(theirs.config, 1024))
     settles.set_timesteps(4, mu=3.0)
-    assert settles.noise_path == path_of(settled(theirs.config, 1024))
+    assert settles.noise_path == path_of(with_static_shift(theirs.config, 1024))
     plain = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
-    assert settled(plain, 4096) == plain
+    assert with_static_shift(plain, 4096) == plain
 
 
 @pytest.mark.parametrize("solver", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])

@@ -22,7 +22,8 @@ from fewstep.backbones.single_file.sd_names import original_names
 from fewstep.common.errors import UserError
 from fewstep.common.safetensors_header import read_numbers, read_safetensors_header
 from fewstep.students.lora import merge_lora, read_lora
-from fewstep.students.lora_header import base_shapes, check_lora
+from fewstep.students.lora_checks import check_lora
+from fewstep.students.lora_header import base_shapes
 from support import tiny_pipelines
 
 RANK = 4
@@ -472,7 +473,7 @@ def test_a_foreign_lora_is_checked_at_once(folder: PipelineFolder, matrices: Mat
     assert min(seconds) < 0.1
     code = (
         "import sys\nfrom fewstep.backbones.pipeline_folder import read_folder\n"
-        "from fewstep.students.lora_header import check_lora\n"
+        "from fewstep.students.lora_checks import check_lora\n"
         "print(len(check_lora(sys.argv[1], read_folder(sys.argv[2])).layers), 'torch' in sys.modules)"
     )
     done = subprocess.run(

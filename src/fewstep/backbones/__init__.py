@@ -1,1 +1,1 @@
-"""Backbones: what is particular to one family of pretrained pipelines. They know no method."""
+"""Backbones: what is particular to one family of pretrained pipelines. Independent of methods."""

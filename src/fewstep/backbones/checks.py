@@ -4,86 +4,102 @@ from __future__ import annotations
 
 from fewstep.backbones.pipeline_folder import PipelineFolder
 from fewstep.common.choices import End
-from fewstep.common.errors import UserError, nearest_divisor
+from fewstep.common.errors import UserError
 from fewstep.diffusion.config import GridSpec, Sampling
 
 
 def check_sampling(sampling: Sampling, folder: PipelineFolder) -> None:
-    """Refuse settings that the pipeline's schedule has no times for, or its network no size.
+    """Refuse settings that do not fit the pipeline's schedule or its network's size.
 
     Raises:
         UserError: a grid off the schedule, more steps than it has indices, or a side that latents cannot have.
     """
-    _check_times("", sampling, folder)
-    _check_guidance("", sampling, folder.embeds_guidance)
+    check_times("", sampling, folder)
+    check_guidance("", sampling, folder.embeds_guidance)
 
 
 def check_diffusion(field: str, folder: PipelineFolder) -> None:
-    """Refuse a consistency model where a diffusion model is asked for.
+    """Refuse a consistency model in the place of a diffusion model: no solver follows its trajectories.
 
     Raises:
-        UserError: it is one: its outputs point to where trajectories end, and no solver follows them.
+        UserError: a consistency model.
     """
     if folder.consistency:
         raise UserError(
-            f"{field} = {str(folder.path)!r} is a consistency model, whose trajectories no solver follows; the nearest "
-            "is the diffusion model that it was distilled from (to train it further: student.kind = 'full', "
-            "student.start = its folder, method.extra_conditioning = ['w'])"
+            f"{field} = {str(folder.path)!r} is a consistency model, whose trajectories no solver follows; give the "
+            "diffusion model that it was distilled from (to train it further: student.kind = 'full', student.start = "
+            "its folder, method.extra_conditioning = ['w'])",
+            field=field,
         )
 
 
-def _check_guidance(section: str, sampling: Sampling, embedded: bool) -> None:
-    """Refuse two guidances of a network that embeds one."""
+def check_guidance(section: str, sampling: Sampling, embedded: bool) -> None:
+    """Refuse guidance by two branches of a network that embeds it.
+
+    Raises:
+        UserError: omega beside an embedded w.
+    """
     if embedded and "w" in sampling.extra_conditioning and sampling.omega:
         raise UserError(
             f"{section}omega = {sampling.omega:g} guides a second time: the network embeds its guidance, {section}w = "
-            f"{sampling.w:g}; the nearest legal {section}omega is 0"
+            f"{sampling.w:g}; use {section}omega = 0",
+            field=f"{section}omega",
         )
 
 
-def _check_times(section: str, sampling: Sampling, folder: PipelineFolder) -> None:
+def check_times(section: str, sampling: Sampling, folder: PipelineFolder) -> None:
+    """Refuse a size, grid or number of steps that the pipeline does not have; `section` precedes field names.
+
+    Raises:
+        UserError: naming the field.
+    """
     if sampling.size:
         folder.check_size(f"{section}size", sampling.size)
     if sampling.spacing != "trailing":
-        _check_grid(f"{section}grid", 8 if sampling.spacing == "tlcm" else sampling.grid, folder)
-        return
-    _check_steps(f"{section}steps", sampling.steps, _indices(folder) * sampling.calls_a_step)
+        check_grid(f"{section}grid", 8 if sampling.spacing == "tlcm" else sampling.grid, folder)
+    else:
+        check_steps(f"{section}steps", sampling.steps, index_count(folder) * sampling.calls_a_step)
 
 
-def _check_steps(field: str, steps: int, most: int) -> None:
-    if steps > most:
-        raise UserError(f"{field} = {steps} is out of range; the nearest legal one is {most}")
-
-
-def check_walk(grid: GridSpec, end: End, folder: PipelineFolder) -> None:
-    """Refuse a grid that a walk from pure noise to the end point could not visit.
+def check_steps(field: str, steps: int, most: int) -> None:
+    """Refuse more steps than the schedule has indices.
 
     Raises:
-        UserError: it is off the teacher's schedule, does not start at its noisiest index, or has the end point in it.
+        UserError: it has fewer.
     """
-    _check_grid("grid", grid, folder)
-    top = _indices(folder) - 1
+    if steps > most:
+        raise UserError(f"{field} = {steps} must be at most {most}", field=field)
+
+
+def check_trajectory(grid: GridSpec, end: End, folder: PipelineFolder) -> None:
+    """Refuse a grid that no trajectory from pure noise to the end point could have.
+
+    Raises:
+        UserError: a grid off the teacher's schedule, below its noisiest index, or with the end point in it.
+    """
+    check_grid("grid", grid, folder)
+    top = index_count(folder) - 1
     if not isinstance(grid, int) and grid[-1] < top:
-        legal = [*grid[:-1], top]
-        raise UserError(f"grid = {list(grid)} ends below pure noise, where drawing starts; the nearest is {legal}")
+        raise UserError(f"grid = {list(grid)} ends below pure noise, where drawing starts; add {top}", field="grid")
     lowest = (top + 1) // grid - 1 if isinstance(grid, int) else grid[0]
     if end == "index0" and lowest <= 0:
-        raise UserError("end = 'index0' is the grid's lowest point already; the nearest legal one is 'clean'")
+        raise UserError("end = 'index0' is the grid's lowest point already; use 'clean'", field="end")
 
 
-def _indices(folder: PipelineFolder) -> int:
+def index_count(folder: PipelineFolder) -> int:
+    """Return the number of training indices of a pipeline's scheduler."""
     return int(folder.config("scheduler").get("num_train_timesteps", 1000))
 
 
-def _check_grid(field: str, grid: GridSpec, folder: PipelineFolder) -> None:
-    indices = _indices(folder)
-    if not isinstance(grid, int):
-        if sorted(set(grid)) != list(grid) or grid[0] < 0 or grid[-1] > indices - 1:
-            legal = sorted({min(max(t, 0), indices - 1) for t in grid})
-            raise UserError(f"{field} = {list(grid)} must rise within 0 .. {indices - 1}; the nearest is {legal}")
-        return
-    if indices % grid:
-        raise UserError(
-            f"{field} = {grid} does not divide the teacher's {indices} training indices; "
-            f"the nearest legal one is {nearest_divisor(grid, indices)}"
-        )
+def check_grid(field: str, grid: GridSpec, folder: PipelineFolder) -> None:
+    """Refuse a grid off the teacher's schedule.
+
+    Raises:
+        UserError: a number of points that does not divide the indices, or a list that does not rise within them.
+    """
+    count = index_count(folder)
+    if isinstance(grid, int):
+        if count % grid:
+            raise UserError(f"{field} = {grid} must divide the teacher's {count} training indices", field=field)
+    elif sorted(set(grid)) != list(grid) or grid[0] < 0 or grid[-1] > count - 1:
+        raise UserError(f"{field} = {list(grid)} must rise within 0 .. {count - 1}", field=field)

@@ -1,4 +1,4 @@
-"""Hold every config of a pipeline folder against the table of keys; light: neither torch nor diffusers is imported."""
+"""Check every config of a pipeline folder by the table of keys, without importing torch or diffusers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from fewstep.backbones import config_keys
 from fewstep.backbones.config_keys import ANY, ConfigKeys, Partly
-from fewstep.common.errors import UserError, nearest
+from fewstep.common.errors import UserError, did_you_mean
 from fewstep.common.files import read_mapping
 
 SENTENCEPIECE = (".model",)
@@ -21,7 +21,7 @@ LIMITLESS = "lambda_min_clipped"
 
 
 def defaults_of(name: str) -> Mapping[str, Any]:
-    """Return what a class takes for those keys that fewstep reads, where its config lacks them."""
+    """Return a class's defaults of the keys that fewstep reads."""
     every = config_keys.MODELS | config_keys.SCHEDULERS
     return every[name].read if name in every else {}
 
@@ -29,13 +29,12 @@ def defaults_of(name: str) -> Mapping[str, Any]:
 def check_keys(
     keys: ConfigKeys, config: Mapping[str, Any], file: Path, more: Mapping[str, Partly] | None = None
 ) -> None:
-    """Refuse a config that holds what fewstep does not act on.
+    """Refuse a config with a key or value that fewstep does not act on.
 
     Args:
         keys: the table of the config's class.
-        config: what the file holds.
         file: names the config in errors.
-        more: what the pipeline says of some keys, before the table.
+        more: the pipeline's own values of some keys, which go before the table.
 
     Raises:
         UserError: a key that is unknown and not null, a value that is not implemented, or a number that is not finite.
@@ -44,18 +43,19 @@ def check_keys(
     for key, (default, legal) in partly.items():
         value = config.get(key, default)
         if legal is not ANY and value not in legal:
-            said = "" if key in config else ", its default,"
+            default_note = "" if key in config else ", its default,"
             raise UserError(
-                f"{file}: {key} = {_shown(value)}{said} is not supported; it must be {' or '.join(map(_shown, legal))}"
+                f"{file}: {key} = {_shown(value)}{default_note} is not supported; "
+                f"it must be {' or '.join(map(_shown, legal))}"
             )
     for key, default in keys.read.items():
         kind, value = _kind(default), config.get(key)
         if kind and value is not None and _kind(value) not in (kind, "a whole number" if kind == "a number" else kind):
-            raise UserError(f"{file}: {key} = {_shown(value)} is not {kind}; its default is {_shown(default)}")
+            raise UserError(f"{file}: {key} = {_shown(value)} must be {kind}, such as {_shown(default)}")
     for key, value in _public(config):
         if key not in keys.known and value is not None:
             raise UserError(
-                f"{file}: {key} = {_shown(value)} is a key that fewstep does not know, and it may change what is "
+                f"{file}: {key} = {_shown(value)} is an unknown key that may change what is "
                 "computed; remove it if it does not"
             )
         whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
@@ -66,12 +66,12 @@ def check_keys(
 
 
 def _public(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Return the keys that are not a library's private ones, with their values."""
+    """Return the items whose keys are not private to a library."""
     return ((key, value) for key, value in config.items() if not key.startswith("_"))
 
 
 def _kind(value: Any) -> str:
-    """Return the kind of a JSON value in words; empty for null."""
+    """Return the type of a JSON value in words; empty for null."""
     if isinstance(value, bool):
         return "true or false"
     kinds = {int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a mapping"}
@@ -91,7 +91,7 @@ def _finite(value: Any) -> bool:
 
 
 def check_model(name: str, component: str, config: Mapping[str, Any], file: Path, pipeline: str) -> None:
-    """Refuse a network or an autoencoder that is not known, or whose config is not.
+    """Refuse a network or an autoencoder of an unknown class, or with a config that is not supported.
 
     Args:
         name: its class.
@@ -103,23 +103,23 @@ def check_model(name: str, component: str, config: Mapping[str, Any], file: Path
     """
     if name not in config_keys.MODELS:
         raise UserError(
-            f"{file.parent} is a {name}, which is not supported as the {component}; the nearest that is supported is "
-            f"{nearest(name, config_keys.MODELS)}"
+            f"{file.parent} is a {name}, which is not supported as the {component}"
+            f"{did_you_mean(name, config_keys.MODELS)}"
         )
     check_keys(config_keys.MODELS[name], config, file, config_keys.BY_PIPELINE.get(pipeline, {}).get(component))
 
 
 def check_latents(config: Mapping[str, Any], file: Path) -> None:
-    """Refuse an autoencoder's config whose latents have no scale, or half of a mean and deviation.
+    """Refuse an autoencoder's config with a broken scale, or with only one of latents_mean and latents_std.
 
     Raises:
         UserError: naming the key.
     """
     scale = config.get("scaling_factor", 1.0)
     if isinstance(scale, bool) or not isinstance(scale, int | float) or scale == 0:
-        raise UserError(f"{file}: scaling_factor = {_shown(scale)} is no number that latents can be scaled by")
+        raise UserError(f"{file}: scaling_factor = {_shown(scale)} must be a number other than 0")
     if not isinstance(config.get("shift_factor") or 0.0, int | float):
-        raise UserError(f"{file}: shift_factor = {_shown(config['shift_factor'])} is no number")
+        raise UserError(f"{file}: shift_factor = {_shown(config['shift_factor'])} must be a number")
     mean, deviation = config.get("latents_mean"), config.get("latents_std")
     if mean is None and deviation is None:
         return
@@ -135,17 +135,17 @@ def check_latents(config: Mapping[str, Any], file: Path) -> None:
 
 
 def check_encoder(name: str, config: Mapping[str, Any], file: Path) -> None:
-    """Refuse a text encoder's config with what fewstep does not act on.
+    """Refuse a text encoder's config that is not supported; a class without a table is refused when it is loaded.
 
     Raises:
-        UserError: as `check_keys`. A class without a table is refused where it is loaded.
+        UserError: as `check_keys`.
     """
     if name in config_keys.ENCODERS:
         check_keys(config_keys.ENCODERS[name], text_part(config), file)
 
 
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the text's part of a whole CLIP's config; any other config as it is."""
+    """Return the text encoder's part of a whole CLIP's config; any other config unchanged."""
     part = config.get("text_config")
     if not isinstance(part, dict):
         return config
@@ -153,9 +153,9 @@ def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def check_tokenizer(name: str, place: Path, config: Mapping[str, Any]) -> None:
-    """Refuse a tokenizer whose vocabulary is not there or cannot be read, or whose config is not known.
+    """Refuse a tokenizer without a readable vocabulary, or with a config that is not supported.
 
-    Without its vocabulary transformers makes one of special tokens alone, and every word becomes an unknown token.
+    Without its vocabulary transformers builds one of special tokens alone, and every word becomes an unknown token.
 
     Args:
         name: its class.
@@ -170,7 +170,7 @@ def check_tokenizer(name: str, place: Path, config: Mapping[str, Any]) -> None:
     held = [files for files in sets if all((place / file).is_file() for file in files)]
     if not held:
         wanted = " or ".join(" and ".join(files) for files in sets)
-        raise UserError(f"{place} holds no vocabulary: a {name} is read from {wanted}; copy or fetch it again")
+        raise UserError(f"{place} holds no vocabulary: a {name} is read from {wanted}; fetch it again")
     if held[0][0].endswith(SENTENCEPIECE) and find_spec("sentencepiece") is None:
         raise UserError(
             f"{place / held[0][0]} is read by the package sentencepiece, which is not installed; "
@@ -186,14 +186,14 @@ def check_tokenizer(name: str, place: Path, config: Mapping[str, Any]) -> None:
 
 
 def check_merges(place: Path, special: Collection[str]) -> None:
-    """Refuse a byte-pair vocabulary whose merges.txt was cut off: words would fall apart into other tokens.
+    """Refuse a byte-pair vocabulary whose merges.txt is incomplete: words would become other tokens.
 
     Args:
         place: the tokenizer's folder. One with a tokenizer.json is not read from the two files.
-        special: tokens that no merge makes.
+        special: tokens that no merge produces.
 
     Raises:
-        UserError: a piece of vocab.json of several symbols that no merge makes.
+        UserError: a token in vocab.json of several symbols that no merge produces.
     """
     vocabulary, merges = place / "vocab.json", place / "merges.txt"
     if (place / "tokenizer.json").is_file() or not (vocabulary.is_file() and merges.is_file()):
@@ -206,16 +206,16 @@ def check_merges(place: Path, special: Collection[str]) -> None:
     )
     if lost:
         raise UserError(
-            f"{merges} makes {len(lost)} pieces less than {vocabulary.name} holds, {lost[0]!r} among them; it was cut "
-            "off, or is of another vocabulary: copy or fetch both again"
+            f"{merges} lacks {len(lost)} merges of {vocabulary.name}, {lost[0]!r} among them; it was cut off, or is of "
+            "another vocabulary: fetch both again"
         )
 
 
 def check_scheduler(config: Mapping[str, Any], file: Path, pipeline: str) -> None:
-    """Refuse a scheduler that is neither of a beta schedule nor of flow matching, or whose config is not known.
+    """Refuse a scheduler that is neither of betas nor of flow matching, or with a config that is not supported.
 
     Args:
-        config: with the class that the pipeline names as `_class_name`.
+        config: with the class in model_index.json as `_class_name`.
         pipeline: the pipeline's class.
 
     Raises:
@@ -225,24 +225,24 @@ def check_scheduler(config: Mapping[str, Any], file: Path, pipeline: str) -> Non
     keys = config_keys.SCHEDULERS.get(name)
     if keys is None:
         raise UserError(
-            f"{file}: a {name} is not supported, as it is no scheduler of a beta schedule or of flow matching that "
-            f"fewstep knows; the nearest that is supported is {nearest(name, config_keys.SCHEDULERS)}"
+            f"{file}: a {name} is not supported; use a scheduler of betas or of flow matching"
+            f"{did_you_mean(name, config_keys.SCHEDULERS)}"
         )
-    # of a scheduler that this one came from, and which diffusers ignores
+    # keys of another scheduler, which diffusers ignores
     others = {key for each in config_keys.SCHEDULERS.values() for key in each.known} - keys.known
     for key in others & config_keys.DECISIVE.keys() & config.keys():
         if key == "use_flow_sigmas" and config.get("path") == "flow":
-            continue  # one of fewstep's schedulers, made from a flow's solver: both keys say the same
+            continue  # one of fewstep's schedulers, made from a flow's solver: `path` has the same meaning
         if config[key] not in (None, config_keys.DECISIVE[key]):
             raise UserError(
-                f"{file}: a {name} ignores {key} = {_shown(config[key])}; remove it, or take one that does not"
+                f"{file}: a {name} ignores {key} = {_shown(config[key])}; remove it, or use another scheduler"
             )
     own = {key: value for key, value in config.items() if key not in others}
     check_keys(keys, own, file, config_keys.BY_PIPELINE.get(pipeline, {}).get("scheduler"))
     if name.startswith("FlowMatch") or config.get("path") == "flow":
         return
-    said, sigmas = config.get("prediction_type") == "flow_prediction", bool(own.get("use_flow_sigmas"))
-    if said != sigmas:
+    predicts_flow, sigmas = config.get("prediction_type") == "flow_prediction", bool(own.get("use_flow_sigmas"))
+    if predicts_flow != sigmas:
         raise UserError(
             f"{file}: prediction_type = {_shown(config.get('prediction_type'))} with use_flow_sigmas = "
             f"{_shown(sigmas)} is no flow and no beta schedule; a flow needs 'flow_prediction' and true"
@@ -252,7 +252,7 @@ def check_scheduler(config: Mapping[str, Any], file: Path, pipeline: str) -> Non
 
 
 def check_index(pipeline: str, index: Mapping[str, Any], file: Path) -> None:
-    """Refuse a pipeline's index that names what its class does not take.
+    """Refuse a pipeline's index with a key that its class does not take.
 
     Raises:
         UserError: as `check_keys`.
@@ -262,11 +262,10 @@ def check_index(pipeline: str, index: Mapping[str, Any], file: Path) -> None:
 
 
 def check_widths(unet: Mapping[str, Any], encoders: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Refuse a UNet for text states, or for a summary, of another width than the encoders' are.
+    """Refuse a UNet for text states, or a pooled state, of another width than the text encoders'.
 
     Args:
-        unet: its config.
-        encoders: the text encoders' configs, in the pipeline's order.
+        unet, encoders: configs; the text encoders' in the pipeline's order.
         file: names the UNet's config in errors.
 
     Raises:
@@ -278,7 +277,7 @@ def check_widths(unet: Mapping[str, Any], encoders: Sequence[Mapping[str, Any]],
     if isinstance(wanted, int) and len(known) == len(encoders) and wanted != sum(known):
         raise UserError(
             f"{file}: {key} = {wanted} is not the width of the text encoder's states, {' + '.join(map(str, known))}; "
-            "take the text encoders that the UNet was trained with"
+            "use the text encoders that the UNet was trained with"
         )
     width, time = unet.get("projection_class_embeddings_input_dim"), unet.get("addition_time_embed_dim")
     pooled = text_part(encoders[-1]).get("projection_dim")

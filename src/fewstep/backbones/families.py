@@ -32,11 +32,11 @@ class Family:
     Attributes:
         kind: its name here.
         backbone: where its class is, MODULE:CLASS.
-        network: the component that denoises.
-        encoders, tokenizers: the components that read prompts, each encoder with the tokenizer at its place.
-        targets: the layers that a LoRA adapts where a config names none, by the ends of their names.
-        classes: the classes that the denoising network may be of.
-        sample_size: latent points a side at the trained size, for networks whose config does not say.
+        network: the denoiser's component.
+        encoders: the text encoders; each has a tokenizer of the same number.
+        targets: the layers that a LoRA adapts by default, by the ends of their names.
+        classes: the classes that the denoiser may be of.
+        sample_size: latent points a side at the trained size, for networks whose config lacks it.
         packed: latent points that the network takes as one, in its channels.
         variance: whether the network may output a variance too, as a second half of its channels.
     """
@@ -45,12 +45,16 @@ class Family:
     backbone: str
     network: str
     encoders: tuple[str, ...]
-    tokenizers: tuple[str, ...]
     targets: tuple[str, ...]
     classes: tuple[str, ...]
     sample_size: int = 0
     packed: int = 1
     variance: bool = False
+
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        """The tokenizers of the text encoders, in their order."""
+        return tuple(name.replace("text_encoder", "tokenizer") for name in self.encoders)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -59,12 +63,12 @@ class Family:
 
     @property
     def weighed(self) -> tuple[str, ...]:
-        """Those with weights."""
+        """The components with weights."""
         return (self.network, "vae", *self.encoders)
 
     @property
     def readers(self) -> tuple[str, ...]:
-        """Those that decide what a prompt becomes."""
+        """The components that encode prompts."""
         return (*self.encoders, *self.tokenizers)
 
 
@@ -73,7 +77,6 @@ SD = Family(
     backbone="fewstep.backbones.sd:StableDiffusion",
     network="unet",
     encoders=("text_encoder",),
-    tokenizers=("tokenizer",),
     targets=UNET_TARGETS,
     classes=("UNet2DConditionModel",),
 )
@@ -82,7 +85,6 @@ SDXL = Family(
     backbone="fewstep.backbones.sdxl:StableDiffusionXL",
     network="unet",
     encoders=("text_encoder", "text_encoder_2"),
-    tokenizers=("tokenizer", "tokenizer_2"),
     targets=UNET_TARGETS,
     classes=("UNet2DConditionModel",),
 )
@@ -91,7 +93,6 @@ PIXART = Family(
     backbone="fewstep.backbones.pixart:PixArt",
     network="transformer",
     encoders=("text_encoder",),
-    tokenizers=("tokenizer",),
     targets=ATTENTION_TARGETS,
     classes=("PixArtTransformer2DModel", "Transformer2DModel"),
     variance=True,
@@ -101,7 +102,6 @@ SD3 = Family(
     backbone="fewstep.backbones.sd3:StableDiffusion3",
     network="transformer",
     encoders=("text_encoder", "text_encoder_2", "text_encoder_3"),
-    tokenizers=("tokenizer", "tokenizer_2", "tokenizer_3"),
     targets=JOINT_TARGETS,
     classes=("SD3Transformer2DModel",),
 )
@@ -110,7 +110,6 @@ FLUX = Family(
     backbone="fewstep.backbones.flux:Flux",
     network="transformer",
     encoders=("text_encoder", "text_encoder_2"),
-    tokenizers=("tokenizer", "tokenizer_2"),
     targets=(*JOINT_TARGETS, "proj_mlp", "proj_out"),
     classes=("FluxTransformer2DModel",),
     sample_size=128,
@@ -121,7 +120,6 @@ SANA = Family(
     backbone="fewstep.backbones.sana:Sana",
     network="transformer",
     encoders=("text_encoder",),
-    tokenizers=("tokenizer",),
     targets=("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point"),
     classes=("SanaTransformer2DModel",),
     variance=True,

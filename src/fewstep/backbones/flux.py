@@ -1,4 +1,4 @@
-"""Flux: a flow on latents packed two by two. Guidance is told to the network: there is no unconditional branch."""
+"""Flux: a flow on latents packed two by two. Dev networks take guidance as an input: no unconditional branch."""
 
 from __future__ import annotations
 
@@ -12,83 +12,73 @@ from fewstep.backbones.transformer import TransformerBackbone
 from fewstep.diffusion.denoiser import Condition
 
 GUIDANCE = 3.5
-"""The guidance that Flux's pipeline tells its network where nobody names one; students are told it too."""
+"""The guidance that Flux's pipeline passes to its network by default; students get it too."""
 
 
 class Flux(TransformerBackbone):
     """The condition holds "text" [B, tokens, width], "pooled" [B, width], and may hold "guidance" [B]."""
 
     text_classes = ("CLIPTextModel", "T5EncoderModel")
+    time_embedder = "time_text_embed.timestep_embedder"
     outlets = ("proj_out", "single_transformer_blocks", "transformer_blocks")
 
     @property
-    def embedded_guidance(self) -> bool:
-        """Whether the network is told its guidance (dev); a plain one (schnell) can be guided as any other."""
-        return self.folder.takes_guidance
-
-    @property
     def default_guidance(self) -> float:
-        """What the network is told where nobody names a guidance."""
+        """The guidance of dev networks where none is set; schnell's take none as an input."""
         return GUIDANCE if self.embedded_guidance else 1.0
 
     def read(self, pipe: Any, prompts: list[str]) -> Condition:
-        """T5's states and CLIP's summary."""
+        """Encode prompts to T5's states and CLIP's summary."""
         text, pooled, _ = pipe.encode_prompt(prompts, prompt_2=None, device=self.device)
         return {"text": text, "pooled": pooled}
 
     def _call(
         self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition, residuals: Mapping[str, Any]
     ) -> Tensor:
-        """One network call; x is packed for it, and what it says unpacked."""
+        """Call the transformer once, on packed latents; unpack its output."""
         height, width = x.shape[-2] // 2, x.shape[-1] // 2
         guidance = None
         if network.config.guidance_embeds:  # type: ignore[union-attr]
-            told = condition.get("guidance")
-            if told is None:
+            given = condition.get("guidance")
+            if given is None:
                 guidance = torch.full((len(x),), GUIDANCE, device=x.device)
             else:
-                guidance = told.float().to(x.device, non_blocking=True)
+                guidance = given.float().to(x.device, non_blocking=True)
         out: Tensor = network(
             hidden_states=pack(x),
-            timestep=self.told_time(x, t) / 1000,
+            timestep=self.timesteps(x, t) / 1000,
             guidance=guidance,
             pooled_projections=condition["pooled"],
             encoder_hidden_states=condition["text"],
             txt_ids=x.new_zeros(condition["text"].shape[1], 3),
-            img_ids=places(height, width, x.device, x.dtype),
+            img_ids=token_positions(height, width, x.device, x.dtype),
             return_dict=False,
             **residuals,
         )[0]
         return unpack(out, height, width)
 
     def arranged(self, noise: Tensor) -> Tensor:
-        """Its pipeline steps, and draws noise, on packed latents."""
+        """Unpack noise: its pipeline draws noise, and steps, on packed latents."""
         b, c, height, width = noise.shape
         return unpack(noise.reshape(b, height // 2 * (width // 2), 4 * c), height // 2, width // 2)
 
-    def time_embedding(self, network: nn.Module) -> nn.Module:
-        """The part that embeds the time."""
-        part: Any = network.time_text_embed
-        embedder: nn.Module = part.timestep_embedder
-        return embedder
-
 
 def pack(x: Tensor) -> Tensor:
-    """[B, C, 2h, 2w] -> [B, h w, 4 C]: each square of four points is one token."""
+    """Pack [B, C, 2h, 2w] into tokens [B, h w, 4 C], one for each square of four points."""
     b, c, height, width = x.shape
     squares = x.reshape(b, c, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
     return squares.reshape(b, (height // 2) * (width // 2), 4 * c)
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `pack`, for h x w tokens."""
+    """Invert `pack`, for h x w tokens."""
     b, _, c = tokens.shape
     squares = tokens.reshape(b, height, width, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return squares.reshape(b, c // 4, 2 * height, 2 * width)
 
 
-def places(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Where each token stands, [h w, 3]: (0, row, column)."""
+def token_positions(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return each token's position, [h w, 3]: (0, row, column)."""
     rows = torch.arange(height, device=device, dtype=dtype)[:, None].expand(height, width)
     columns = torch.arange(width, device=device, dtype=dtype)[None].expand(height, width)
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)

@@ -41,7 +41,7 @@ def guidance_input(network: nn.Module, x: Tensor, condition: Condition) -> Tenso
     omega is the condition's `w` [B] (students), else its `guidance` [B] less 1 (teachers), else 0.
 
     Raises:
-        KeyError: the condition has w, and the network no place for it.
+        KeyError: the condition has w, and the network no input for it.
     """
     width = guidance_width(network)
     w = condition.get("w")
@@ -57,7 +57,7 @@ def guidance_input(network: nn.Module, x: Tensor, condition: Condition) -> Tenso
 def add_embedding(network: nn.Module) -> None:
     """Add a guidance embedding of zeros to a UNet and its config: its output stays the same at every omega.
 
-    LCM's released script starts the layer at random.
+    LCM's released script initialises the layer at random.
     """
     unet: Any = network
     time = unet.time_embedding

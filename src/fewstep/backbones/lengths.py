@@ -1,4 +1,4 @@
-"""Words of prompts beyond what the text encoders read: they are cut off, and have no effect on pictures."""
+"""Words of prompts beyond what the text encoders read: they have no effect on pictures."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from fewstep.common import distributed as processes
 
 SHOWN = 3
-"""Cut prompts that are shown one by one."""
+"""Cut prompts that are printed one by one."""
 
 
-class Reads(Protocol):
+class PromptReader(Protocol):
     """The part of a backbone that finds lost words."""
 
     device: torch.device
@@ -39,9 +39,9 @@ def words_beyond(tokenizer: Any, texts: Sequence[str], length: int) -> list[str]
 
 
 class CutPrompts:
-    """Counts the prompts that are cut, and remembers the first of them."""
+    """Counter of the prompts that are cut; keeps the first of them."""
 
-    def __init__(self, reader: Reads) -> None:
+    def __init__(self, reader: PromptReader) -> None:
         self.reader = reader
         self.count = self.of = 0
         self.first: dict[str, str] = {}
@@ -67,7 +67,7 @@ class CutPrompts:
         return [f"{self.count} of {self.of} {kind}s are longer than the text encoder reads, and are cut", *shown]
 
 
-def tell_cut(reader: Reads, prompts: Sequence[str]) -> None:
+def print_cut_prompts(reader: PromptReader, prompts: Sequence[str]) -> None:
     """Print which prompts are cut, to stderr."""
     cut = CutPrompts(reader)
     cut(list(dict.fromkeys(prompts)))

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.backbones.families import CONSISTENCY, SD
-from fewstep.backbones.pipeline_folder import LIBRARIES, PipelineFolder, read_folder, weight_files, weight_variant
+from fewstep.backbones.pipeline_folder import INDEX, LIBRARIES, PipelineFolder
 from fewstep.backbones.scheduler_config import BETAS, is_flow
+from fewstep.backbones.weight_files import weight_files, weight_variant
 from fewstep.common.config import validate
 from fewstep.common.files import final_path, read_mapping, write_json
 from fewstep.diffusion.config import Sampling
@@ -22,19 +23,19 @@ if TYPE_CHECKING:  # its settings are read before torch is
     from torch import nn
 
 RECORD = "fewstep.json"
-"""The file that holds the settings; diffusers does not mind it."""
+"""The file of inference settings in a pipeline folder; diffusers ignores it."""
 
 
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.onnx")
-"""Weights that are never read here, and so not handed on."""
+"""Weights that are never read here, and so not copied."""
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
 
 
-def write_pipeline(place: Path, base: Path, network: nn.Module, record: Mapping[str, Any]) -> None:
+def write_pipeline(place: Path, base: PipelineFolder, network: nn.Module, record: Mapping[str, Any]) -> None:
     """Copy the pipeline folder `base` with another denoiser; write `record` (with a `sampling` entry), if any, beside.
 
-    Of the base come the components that its model_index.json names and its licences; its card and pictures do not
-    speak of the student. The new index names what diffusers can load (`loadable_index`).
+    The components in the base's model_index.json and its licences are copied, its card and pictures are not. The new
+    index names those components that diffusers can load (`loadable_index`).
 
     Raises:
         UserError: a number of the denoiser is not finite.
@@ -42,17 +43,16 @@ def write_pipeline(place: Path, base: Path, network: nn.Module, record: Mapping[
     from fewstep.common.tensors import check_finite
 
     saver: Any = network
-    folder = read_folder(base)
-    index = loadable_index(folder)
-    check_finite(network.state_dict(), f"{final_path(place) / folder.network} was not written")
-    for name in folder.components:
-        if name != folder.network and index[name][0] is not None:
-            copy_component(base / name, place / name)
+    index = loadable_index(base)
+    check_finite(network.state_dict(), f"{final_path(place) / base.network} was not written")
+    for name in base.components:
+        if name != base.network and index[name][0] is not None:
+            copy_component(base.path / name, place / name)
     if saver.config.get("time_cond_proj_dim") is not None:
-        index |= _as_consistency(folder, record, place)
-    write_json(place / "model_index.json", index)
-    copy_licences(base, place)
-    saver.save_pretrained(place / folder.network, safe_serialization=True)
+        index |= _as_consistency(base, record, place)
+    write_json(place / INDEX, index)
+    copy_licences(base.path, place)
+    saver.save_pretrained(place / base.network, safe_serialization=True)
     if record:
         (place / RECORD).write_text(json.dumps(dict(record), indent=2) + "\n", encoding="utf-8")
 
@@ -60,8 +60,8 @@ def write_pipeline(place: Path, base: Path, network: nn.Module, record: Mapping[
 def _as_consistency(folder: PipelineFolder, record: Mapping[str, Any], place: Path) -> dict[str, Any]:
     """Return the entries of model_index.json by which stock pipelines draw an LCM student with a guidance embedding.
 
-    diffusers' LCMScheduler goes into the folder, and Stable Diffusion becomes a LatentConsistencyModelPipeline. Nothing
-    changes for one that is sampled otherwise than LCMScheduler does.
+    diffusers' LCMScheduler is written into the folder, and Stable Diffusion becomes a LatentConsistencyModelPipeline.
+    Empty for a student that is sampled otherwise than LCMScheduler does.
     """
     sampling = validate(Sampling, record.get("sampling") or {})
     plain = isinstance(sampling.grid, int) and sampling.spacing == "grid" and sampling.step_jump == "skip"
@@ -82,13 +82,13 @@ def _as_consistency(folder: PipelineFolder, record: Mapping[str, Any], place: Pa
 
 
 def loadable_index(folder: PipelineFolder) -> dict[str, Any]:
-    """Return a folder's model_index.json with those components alone that diffusers can load from a copy.
+    """Return a folder's model_index.json without the components that diffusers cannot load from a copy.
 
     A component that pictures are not drawn with (a safety checker, a feature extractor, an image encoder) is left out
-    if the folder lacks it, holds its weights as a pickle alone, or names code that no library has. A class that
+    if the folder lacks it, holds only pickled weights of it, or names code that no library has. A class that
     transformers has renamed gets its present name.
     """
-    index = read_mapping(folder.path / "model_index.json")
+    index = read_mapping(folder.path / INDEX)
     for name, (library, kind) in folder.components.items():
         if name in folder.family.parts:
             continue
@@ -103,7 +103,7 @@ def loadable_index(folder: PipelineFolder) -> dict[str, Any]:
 
 
 def _present_class(library: str, kind: str) -> str | None:
-    """Return what an installed library calls a class of a model_index.json; None where it has none such.
+    """Return the present name of a class in model_index.json; None if no installed library has it.
 
     Image processors were called feature extractors before transformers 4.26, and in folders saved until then.
     """
@@ -130,13 +130,13 @@ def copy_component(source: Path, target: Path) -> None:
 
 
 def _loadable(component: Path) -> bool:
-    """Whether a component is there: its config, and its weights as safetensors if it is a network."""
+    """Return whether a component has its config, and its weights as safetensors if it is a network."""
     network = (component / "config.json").is_file()
     return bool(weight_files(component)) if network else any(component.glob("*.json"))
 
 
 def read_record(pipeline: Path) -> dict[str, Any]:
-    """What a pipeline folder says of itself; empty for one that has no record.
+    """Return a pipeline folder's record of its student; empty for one that has none.
 
     Raises:
         UserError: the record is broken.

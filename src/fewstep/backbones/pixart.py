@@ -1,4 +1,4 @@
-"""PixArt-alpha and PixArt-Sigma: T5 states with their mask; the network says a variance too, which is not used."""
+"""PixArt-alpha and PixArt-Sigma: T5 states with a mask; a predicted variance is not used."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ class PixArt(TransformerBackbone):
     """The condition holds "text" [B, tokens, width] and "mask" [B, tokens]."""
 
     text_classes = ("T5EncoderModel",)
+    time_embedder = "adaln_single.emb.timestep_embedder"
 
     def read(self, pipe: Any, prompts: list[str]) -> Condition:
-        """T5's states of the prompts and which of them stand for a token."""
+        """Encode prompts to T5's states, and a mask of those that belong to a token."""
         text, mask, _, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, device=self.device)
         return {"text": text, "mask": mask}
 
     def _call(
         self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition, residuals: Mapping[str, Any]
     ) -> Tensor:
-        """One network call; large alpha networks are told the picture's size too."""
+        """Call the transformer once; large alpha networks take the picture's size too."""
         sizes: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if getattr(network, "use_additional_conditions", False):
             height, width = (side * self.folder.scale for side in x.shape[-2:])
             sizes = {
-                # made where they are needed: a copy of the CPU's numbers would wait for the device
+                # made on the device: a copy of the CPU's numbers would wait for it
                 "resolution": torch.cat([x.new_full((len(x), 1), side) for side in (height, width)], 1),
                 "aspect_ratio": x.new_full((len(x), 1), height / width),
             }
@@ -38,15 +39,9 @@ class PixArt(TransformerBackbone):
             x,
             encoder_hidden_states=condition["text"],
             encoder_attention_mask=condition["mask"],
-            timestep=self.told_time(x, t),
+            timestep=self.timesteps(x, t),
             added_cond_kwargs=sizes,
             return_dict=False,
             **residuals,
         )[0]
         return out[:, : x.shape[1]]
-
-    def time_embedding(self, network: nn.Module) -> nn.Module:
-        """The part that embeds the time."""
-        part: Any = network.adaln_single
-        embedder: nn.Module = part.emb.timestep_embedder
-        return embedder

@@ -1,6 +1,6 @@
-"""What a diffusers scheduler's config says: the noise path, and what the network predicts on it.
+"""The noise path and the prediction type in a diffusers scheduler's config.
 
-Light but for `path_of`: a student's file is held against it before torch is imported.
+Everything but `path_of` works without torch, so that a student's file is checked before it is imported.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from operator import mul
 from typing import TYPE_CHECKING, Any
 
 from fewstep.common.choices import Prediction
-from fewstep.common.errors import UserError, nearest
+from fewstep.common.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from fewstep.diffusion.schedule import Path
@@ -23,77 +23,75 @@ PREDICTIONS: dict[str, Prediction] = {
     "v_prediction": "v",
     "flow_prediction": "flow",
 }
-"""diffusers' words for what a network outputs, and ours."""
+"""prediction_type in diffusers -> here."""
 BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
-"""The keys that decide an indexed path."""
+"""The keys that determine an indexed path."""
 NOISE_KEYS = (*BETAS, "prediction_type", "shift", "use_dynamic_shifting")
-"""What is taken over from another scheduler even where it is that scheduler's own default, which is not ours."""
+"""Keys that are adopted from another scheduler's config even at its own defaults, which are not ours."""
 NO_SIGNAL = 1e-24
 """alpha^2 that stands for 0 (zero terminal SNR), as in `diffusion.schedule.NO_SIGNAL`."""
 NOISE_APART = 1e-4
-"""How far a noise level, as the angle whose sine is sigma, may lie from the one in a student's file: rounding, no more.
+"""Tolerance for a noise level, as the angle arcsin(sigma), beside that in a student's file: rounding.
 
-sigma alone hardly moves where the noise is nearly pure: PixArt's betas and the same ones rescaled to zero terminal SNR
-are 2e-5 apart there, and 6e-3 as angles."""
+sigma itself differs little where the noise is nearly pure: PixArt's betas and the same ones rescaled to zero terminal
+SNR are 2e-5 apart there, and 6e-3 as angles."""
 
 
 def is_flow(config: Mapping[str, Any]) -> bool:
-    """Whether it is a scheduler of a flow: by its class, its prediction, its sigmas, or a shift without betas."""
-    named = str(config.get("_class_name", "")).startswith("FlowMatch") or config.get("path") == "flow"
-    said = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
-    return bool(named or said or ("shift" in config and not any(key.startswith("beta") for key in config)))
+    """Return whether a scheduler is of a flow: by its class, prediction, sigmas, or a shift without betas."""
+    by_class = str(config.get("_class_name", "")).startswith("FlowMatch") or config.get("path") == "flow"
+    by_key = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    return bool(by_class or by_key or ("shift" in config and not any(key.startswith("beta") for key in config)))
 
 
 def prediction_of(config: Mapping[str, Any], place: str) -> Prediction:
-    """What the network predicts; eps where a scheduler with betas does not say.
+    """Return what the network predicts; eps where a scheduler of betas has no prediction_type.
 
     Args:
         place: what the config belongs to, for errors.
 
     Raises:
-        UserError: a word that diffusers does not know either.
+        UserError: an unknown prediction_type.
     """
     if is_flow(config):
         return "flow"
     name = str(config.get("prediction_type") or "epsilon")
     if name not in PREDICTIONS:
-        legal = ", ".join(PREDICTIONS)
-        raise UserError(
-            f"prediction_type = {name!r} of {place} is none of {legal}; the nearest is {nearest(name, PREDICTIONS)!r}"
-        )
+        legal = ", ".join(PREDICTIONS) + did_you_mean(name, PREDICTIONS)
+        raise UserError(f"prediction_type = {name!r} of {place} must be one of {legal}", field="prediction_type")
     return PREDICTIONS[name]
 
 
 def check_terminal_snr(scheduler: Mapping[str, Any]) -> None:
-    """Refuse an eps network on a schedule that ends in pure noise: x0 = (x - sigma eps)/alpha is not there.
+    """Refuse an eps network on a schedule that ends in pure noise, where x0 = (x - sigma eps)/alpha is undefined.
 
     Raises:
-        UserError: it is one.
+        UserError: prediction_type epsilon with rescale_betas_zero_snr.
     """
     if scheduler.get("rescale_betas_zero_snr") and scheduler.get("prediction_type", "epsilon") == "epsilon":
         raise UserError(
             "prediction_type = 'epsilon' with zero terminal SNR (rescale_betas_zero_snr) has no x0 at the noisiest "
-            "time; the nearest legal one is 'v_prediction', or rescale_betas_zero_snr = false"
+            "time; use 'v_prediction', or rescale_betas_zero_snr = false",
+            field="prediction_type",
         )
 
 
 def shift_of(config: Mapping[str, Any]) -> Any:
-    """The shift in a flow's config: a solver's `flow_shift`, else `shift`; None where it has neither.
+    """Return the shift in a flow's config: a solver's `flow_shift`, else `shift`; None where it has neither.
 
-    A solver that took a flow's config over keeps that one's `shift` beside its own default `flow_shift`, which nobody
-    asked for.
+    A solver made from another flow's config keeps that one's `shift` beside its own default `flow_shift`.
     """
-    unsaid = "flow_shift" in config.get("_use_default_values", ())
-    if config.get("flow_shift") is None or (unsaid and config.get("shift") is not None):
+    default = "flow_shift" in config.get("_use_default_values", ())
+    if config.get("flow_shift") is None or (default and config.get("shift") is not None):
         return config.get("shift")
     return config["flow_shift"]
 
 
-def settled(config: Mapping[str, Any], tokens: int) -> dict[str, Any]:
-    """A config whose shift goes by the picture's size (`use_dynamic_shifting`) -> one with that of so many tokens.
+def with_static_shift(config: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+    """Replace a shift that depends on the picture's size (`use_dynamic_shifting`) by its value for so many tokens.
 
-    mu runs linearly in the number of tokens, from `base_shift` to `max_shift`; the shift is exp(mu), or mu itself by
-    `time_shift_type = linear`: diffusers' Flux and Stable Diffusion 3 pipelines. Any other config stays as it is.
+    mu is linear in the number of tokens, from `base_shift` to `max_shift`; the shift is exp(mu), or mu itself with
+    `time_shift_type = linear`, as in diffusers' Flux and Stable Diffusion 3 pipelines. Any other config is unchanged.
     """
     if not (config.get("use_dynamic_shifting") and is_flow(config)):
         return dict(config)
@@ -105,14 +103,14 @@ def settled(config: Mapping[str, Any], tokens: int) -> dict[str, Any]:
     return {**kept, "shift": shift, "use_dynamic_shifting": False}
 
 
-def taken_over(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of ours that another scheduler's config decides, where they are not our defaults."""
+def adopted_settings(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of our schedulers in another one's config that differ from our defaults."""
     kept = {key: config[key] for key in NOISE_KEYS if config.get(key) not in (None, defaults[key])}
     if is_flow(config):
         kept |= {"path": "flow", "prediction_type": "flow_prediction"}
         if shift_of(config) is not None:
             kept["shift"] = shift_of(config)
-    # what LCM's and TCD's schedulers call their grid; a grid of ours that they took over says more
+    # LCM's and TCD's schedulers' name of their grid; a grid of ours in their config goes before it
     origin = config.get("original_inference_steps")
     if origin not in (None, defaults["grid"]) and "grid" not in config:
         kept["grid"] = origin
@@ -120,7 +118,7 @@ def taken_over(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[s
 
 
 def betas_of(config: Mapping[str, Any]) -> list[float] | None:
-    """The betas of a config by diffusers' formulas, in float64; None of a schedule that diffusers does not know."""
+    """Return the betas of a config by diffusers' formulas, in float64; None for an unknown schedule."""
     if config.get("trained_betas") is not None:
         return [float(beta) for beta in config["trained_betas"]]
     total, kind = int(config.get("num_train_timesteps", 1000)), config.get("beta_schedule", "linear")
@@ -132,8 +130,8 @@ def betas_of(config: Mapping[str, Any]) -> list[float] | None:
         return [(start**0.5 + u * (end**0.5 - start**0.5)) ** 2 for u in shares]
     if kind == "sigmoid":
         return [start + (end - start) / (1 + math.exp(6 - 12 * u)) for u in shares]
-    law = {"squaredcos_cap_v2": _cosine, "laplace": _laplace}.get(str(kind))
-    return law and [min(1 - b / a, 0.999) for a, b in pairwise(law(i / total) for i in range(total + 1))]
+    alpha_bar = {"squaredcos_cap_v2": _cosine, "laplace": _laplace}.get(str(kind))
+    return alpha_bar and [min(1 - b / a, 0.999) for a, b in pairwise(alpha_bar(i / total) for i in range(total + 1))]
 
 
 def _cosine(share: float) -> float:
@@ -146,9 +144,9 @@ def _laplace(share: float) -> float:
 
 
 def sigmas_at(config: Mapping[str, Any], times: Iterable[float]) -> list[float] | None:
-    """sigma at some times of an indexed path, as `diffusion.schedule.VariancePreserving` has it, without torch.
+    """Return sigma at some times of an indexed path, as `diffusion.schedule.VariancePreserving`, without torch.
 
-    None of a schedule that is none: `path_of` refuses it.
+    None for a broken schedule, which `path_of` refuses.
     """
     try:
         bars = list(accumulate((1 - beta for beta in betas_of(config) or ()), mul))
@@ -168,21 +166,21 @@ def sigmas_at(config: Mapping[str, Any], times: Iterable[float]) -> list[float] 
     return found
 
 
-def other_noise(notes: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """Where a scheduler's noise is not that of a student's file, at the first of its times; "" where it is.
+def noise_difference(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """Return the first time at which a scheduler's noise differs from a student's, in words; "" for equal noise.
 
-    A file that does not say (`sigmas`; older ones) is not held against it, nor is a flow, whose sigma is the time.
+    Records without `sigmas` (older ones) are not compared, nor are flows, whose sigma is the time.
 
     Args:
-        notes: what the file says of itself.
+        record: the student's, from its file.
         config: the scheduler's.
     """
-    times, told = notes.get("times"), notes.get("sigmas")
-    if is_flow(config) or not (isinstance(times, list) and isinstance(told, list)):
+    times, sigmas = record.get("times"), record.get("sigmas")
+    if is_flow(config) or not (isinstance(times, list) and isinstance(sigmas, list)):
         return ""
-    if not all(isinstance(number, int | float) for number in [*times, *told]):
+    if not all(isinstance(number, int | float) for number in [*times, *sigmas]):
         return ""
-    for t, sigma, own in zip(times, told, sigmas_at(config, times) or ()):
+    for t, sigma, own in zip(times, sigmas, sigmas_at(config, times) or ()):
         if not abs(math.asin(min(max(sigma, 0.0), 1.0)) - math.asin(min(own, 1.0))) <= NOISE_APART:
             kept = {key: config[key] for key in BETAS[1:] if config.get(key) is not None}
             words = ", ".join(f"{key} = {'...' if key == 'trained_betas' else repr(kept[key])}" for key in kept)
@@ -191,17 +189,17 @@ def other_noise(notes: Mapping[str, Any], config: Mapping[str, Any]) -> str:
 
 
 def path_of(config: Mapping[str, Any]) -> Path:
-    """The noise path: a flow by its shift, any other from diffusers' own table of betas, for exact parity with it.
+    """Return the noise path: a flow by its shift, any other from diffusers' own table of betas, for exact parity.
 
     Raises:
-        UserError: a schedule that diffusers does not know, or a shift that is none.
+        UserError: a broken or unknown schedule, or a shift that is not above 0.
     """
     from fewstep.diffusion.schedule import FlowMatching, VariancePreserving
 
     if is_flow(config):
         shift = shift_of(config)
         if shift is not None and not (isinstance(shift, int | float) and shift > 0):
-            raise UserError(f"shift = {shift!r} of a flow's scheduler is not above 0; the nearest legal one is 1.0")
+            raise UserError(f"shift = {shift!r} of a flow's scheduler must be a number above 0", field="shift")
         return FlowMatching(float(shift or 1.0))
     from diffusers import DDPMScheduler
 
@@ -210,7 +208,7 @@ def path_of(config: Mapping[str, Any]) -> Path:
         table = DDPMScheduler(**settings).alphas_cumprod
         if table.dim() != 1 or len(table) < 2 or not bool(((table >= 0) & (table <= 1)).all()):
             raise ValueError("its betas are not from 0 to 1")
-    except Exception as error:  # whatever numbers and words that are none lead to
+    except Exception as error:  # diffusers' own errors for broken numbers and words
         words = ", ".join(f"{key} = {settings[key]!r}"[:80] for key in BETAS if key in settings)
         raise UserError(f"cannot load the scheduler config ({words}): {' '.join(str(error).split())[:300]}") from error
     return VariancePreserving.from_alphas_cumprod(table)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.backbones.guidance import guidance_input
-from fewstep.backbones.unet import UNetBackbone
+from fewstep.backbones.unet import UNetBackbone, padded_tokens
 from fewstep.diffusion.denoiser import Condition
 
 
 class StableDiffusion(UNetBackbone):
-    """A UNet that is told the states of one text encoder; CLIP's, or BERT's as the bundled teacher has it."""
+    """A UNet conditioned on "text" [B, tokens, width] of one encoder: CLIP's, or BERT's as the bundled teacher has."""
 
     text_classes = ("CLIPTextModel", "BertModel")
     tokenizer_classes = (
@@ -25,40 +25,27 @@ class StableDiffusion(UNetBackbone):
         "PreTrainedTokenizerFast",
     )
 
-    @torch.no_grad()
     def _encode(self, prompts: Sequence[str], batch: int) -> Condition:
-        """Prompts -> {"text": float32 [N, tokens, width] on the CPU}, as the diffusers pipeline encodes them."""
+        """Encode prompts to the text encoder's states."""
         ((tokenizer, encoder),) = self._load_text()
         return {"text": encode_text(tokenizer, encoder, prompts, self.device, batch)}
-
-    def null(self, count: int) -> Condition:
-        """The unconditional branch: the encoded empty prompt (SDXL, unlike this family, uses zeros)."""
-        text = self.encode([""])["text"]
-        return {"text": text.expand(count, *text.shape[1:])}
 
     def _call(
         self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition, residuals: Mapping[str, Any]
     ) -> Tensor:
-        """One network call: x [B, C, H, W], t float64 [B] in training indices -> output like x."""
-        told = self.told_time(x, t)
+        """Call the UNet once."""
         more = {"timestep_cond": guidance_input(network, x, condition), **residuals}
-        out: Tensor = network(x, told, condition["text"], return_dict=False, **more)[0]
+        out: Tensor = network(x, self.timesteps(x, t), condition["text"], return_dict=False, **more)[0]
         return out
 
 
 @torch.no_grad()
 def encode_text(tokenizer: Any, encoder: Any, prompts: Sequence[str], device: torch.device, batch: int = 256) -> Tensor:
-    """Prompts -> text states, float32 [N, tokens, width] on the CPU, as the diffusers pipeline makes them."""
+    """Encode prompts to text states as the diffusers pipeline does, fp32 [N, tokens, width] on the CPU."""
     masked = getattr(encoder.config, "use_attention_mask", False)
     parts = []
     for start in range(0, len(prompts), batch):
-        tokens = tokenizer(
-            list(prompts[start : start + batch]),
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).to(device)
+        tokens = padded_tokens(tokenizer, prompts[start : start + batch], device)
         states = encoder(tokens.input_ids, attention_mask=tokens.attention_mask if masked else None)[0]
         parts.append(states.float().cpu())  # the states of all captions would not fit beside the networks
     return torch.cat(parts)

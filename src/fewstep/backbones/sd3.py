@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: a flow, told three encoders' states and a pooled one."""
+"""Stable Diffusion 3 and 3.5: a flow, conditioned on three encoders' states and a pooled one."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ class StableDiffusion3(TransformerBackbone):
     """The condition holds "text" [B, tokens, width] and "pooled" [B, width]."""
 
     text_classes = ("CLIPTextModelWithProjection", "T5EncoderModel")
+    time_embedder = "time_text_embed.timestep_embedder"
 
     def read(self, pipe: Any, prompts: list[str]) -> Condition:
-        """The states of both CLIP encoders and T5, one after another, and the CLIP summaries."""
+        """Encode prompts to the states of both CLIP encoders and T5, one after another, and CLIP's summaries."""
         text, _, pooled, _ = pipe.encode_prompt(
             prompts, prompt_2=None, prompt_3=None, do_classifier_free_guidance=False, device=self.device
         )
@@ -26,19 +27,13 @@ class StableDiffusion3(TransformerBackbone):
     def _call(
         self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition, residuals: Mapping[str, Any]
     ) -> Tensor:
-        """One network call."""
+        """Call the transformer once."""
         out: Tensor = network(
             hidden_states=x,
-            timestep=self.told_time(x, t),
+            timestep=self.timesteps(x, t),
             encoder_hidden_states=condition["text"],
             pooled_projections=condition["pooled"],
             return_dict=False,
             **residuals,
         )[0]
         return out
-
-    def time_embedding(self, network: nn.Module) -> nn.Module:
-        """The part that embeds the time."""
-        part: Any = network.time_text_embed
-        embedder: nn.Module = part.timestep_embedder
-        return embedder

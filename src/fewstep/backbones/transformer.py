@@ -1,4 +1,4 @@
-"""What the families with a transformer share: prompts read by the pipeline's own code, features, last layers."""
+"""The base of families with a diffusion transformer: prompts encoded by the pipeline's own code, features."""
 
 from __future__ import annotations
 
@@ -13,11 +13,8 @@ from torch import Tensor, nn
 
 from fewstep.backbones.base import Backbone, outputs_of
 from fewstep.diffusion.denoiser import Condition
-from fewstep.diffusion.schedule import index_of
 
-READ = 8
-"""Prompts encoded at once: T5-XXL's attention over 512 tokens of each is 64 MiB a prompt and product, in fp32."""
-LOOKS = 4
+FEATURE_BLOCKS = 4
 """Blocks whose outputs are `features`, evenly spread."""
 
 
@@ -25,11 +22,11 @@ class TransformerBackbone(Backbone):
     """A pipeline around a diffusion transformer of diffusers."""
 
     outlets: Sequence[str] = ("proj_out", "transformer_blocks")
-    prompts_at_once = READ
+    prompts_at_once = 8  # T5-XXL's attention over 512 tokens of each is 64 MiB a prompt and product, in fp32
 
     @contextmanager
     def reader(self) -> Iterator[Any]:
-        """The pipeline's own class with nothing but what reads prompts, so that they are encoded as it does."""
+        """Yield the pipeline with its tokenizers and text encoders alone, so that it encodes prompts as it does."""
         import diffusers
 
         family = self.folder.family
@@ -47,7 +44,7 @@ class TransformerBackbone(Backbone):
             diffusers.utils.logging.set_verbosity(level)
 
     def lengths(self) -> list[int]:
-        """Tokens that each text encoder reads of a prompt: CLIP's own, of others what the pipeline gives them."""
+        """Return how many tokens each text encoder reads: CLIP's own number, else the pipeline's default."""
         import diffusers
 
         given = inspect.signature(getattr(diffusers, self.folder.pipeline).encode_prompt).parameters
@@ -56,7 +53,7 @@ class TransformerBackbone(Backbone):
         return [int(each.model_max_length) if "CLIP" in type(each).__name__ else most for each in readers]
 
     def _encode(self, prompts: Sequence[str], batch: int) -> Condition:
-        """Prompts -> conditions by the pipeline's own `encode_prompt`, float32 on the CPU."""
+        """Encode prompts by the pipeline's own `encode_prompt`, fp32 on the CPU."""
         parts: list[Condition] = []
         with self.reader() as pipe:
             for start in range(0, len(prompts), batch):
@@ -65,40 +62,26 @@ class TransformerBackbone(Backbone):
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def read(self, pipe: Any, prompts: list[str]) -> Condition:
-        """Some prompts, by the pipeline that holds the text encoders."""
+        """Encode some prompts by the pipeline that holds the text encoders."""
         raise NotImplementedError
 
-    def null(self, count: int) -> Condition:
-        """The unconditional branch: the encoded empty prompt."""
-        empty = self.encode([""])
-        return {name: value.expand(count, *value.shape[1:]) for name, value in empty.items()}
-
-    def told_time(self, x: Tensor, t: Tensor) -> Tensor:
-        """Times as the network is told them, fp32 [B]; those below index 0 (clean data) are asked as index 0."""
-        return index_of(self.path, t).clamp(min=0).float().to(x.device, non_blocking=True)
-
     def blocks(self, network: nn.Module) -> list[nn.Module]:
-        """The blocks whose outputs are looked at, in order."""
+        """Return the blocks whose outputs are `features`, in order."""
         every: Any = network.transformer_blocks
-        count = min(LOOKS, len(every))
+        count = min(FEATURE_BLOCKS, len(every))
         return [every[(i + 1) * len(every) // count - 1] for i in range(count)]
 
     def features(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> list[Tensor]:
-        """What some blocks make of x, [B, width, h, w] each; what comes after the last of them is not run."""
-        patch = int(getattr(network.config, "patch_size", 1) or 1) * self._packed_side  # type: ignore[arg-type]
+        """Return the image tokens after some blocks as maps [B, width, h, w]; later blocks are not evaluated."""
+        config: Any = network.config
+        patch = int(getattr(config, "patch_size", 1) or 1) * math.isqrt(self.folder.family.packed)
         height, width = x.shape[-2] // patch, x.shape[-1] // patch
 
-        def placed(output: Any) -> Tensor:
-            tokens: Tensor = output[-1] if isinstance(output, tuple) else output  # the text's stand beside or before
+        def as_map(output: Any) -> Tensor:
+            tokens: Tensor = output[-1] if isinstance(output, tuple) else output  # text tokens are apart, or before
             return tokens[:, -height * width :].transpose(1, 2).reshape(len(tokens), -1, height, width)
 
-        found = outputs_of(self.blocks(network), lambda: self.call(network, x, t, condition))
-        return [placed(output) for output in found]
-
-    @property
-    def _packed_side(self) -> int:
-        """Latent points a side that the network takes as one."""
-        return math.isqrt(self.folder.family.packed)
+        return [as_map(each) for each in outputs_of(self.blocks(network), lambda: self.call(network, x, t, condition))]
 
     @property
     def feature_channels(self) -> list[int]:

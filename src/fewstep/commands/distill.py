@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from fewstep.common.arguments import checked, with_options
 
 if TYPE_CHECKING:
+    from fewstep.distillation.checks import Inputs
     from fewstep.distillation.config import DistillConfig
     from fewstep.distillation.estimate import Estimated
-    from fewstep.distillation.sources import Source
 
 
 @checked
@@ -54,10 +54,10 @@ def distill(
     """
     place = _run_folder(recipe, out)
     options = (teacher, teacher_config, config, prompt_file, device, precision, overrides)
-    settings, source = _settings(recipe, place, *options)
+    settings, inputs = _settings(recipe, place, *options)
     from fewstep.distillation import distill as distillation
 
-    return distillation.distill(settings, place, source=source)
+    return distillation.distill(settings, place, inputs=inputs)
 
 
 @checked
@@ -79,10 +79,10 @@ def estimate(
         UserError: as `distill`.
     """
     options = (teacher, teacher_config, config, prompt_file, device, precision, overrides)
-    settings, source = _settings(recipe, _run_folder(recipe, out), *options)
+    settings, inputs = _settings(recipe, _run_folder(recipe, out), *options)
     from fewstep.distillation.estimate_run import estimate_run
 
-    return estimate_run(settings, source)
+    return estimate_run(settings, inputs)
 
 
 def _run_folder(recipe: str, out: Path | str | None) -> Path:
@@ -99,14 +99,13 @@ def _settings(
     device: str | None,
     precision: str | None,
     overrides: str | Sequence[str],
-) -> tuple[DistillConfig, Source]:
-    """Resolve and check the settings of a distillation, and its data source.
+) -> tuple[DistillConfig, Inputs]:
+    """Resolve and check the settings of a distillation, and what they name.
 
     Raises:
         UserError: a setting, the teacher, the data, the run folder or the installation does not allow it.
     """
-    from fewstep.backbones.pipeline_folder import read_folder
-    from fewstep.backbones.teachers import named_teacher, teacher_path
+    from fewstep.backbones.teachers import named_teacher, read_teacher
     from fewstep.common.extras import WATCHING, check_installed
     from fewstep.common.files import check_writable
     from fewstep.distillation.checks import check_distillation
@@ -116,7 +115,7 @@ def _settings(
     options = {"data.source": prompt_file, "device": device, "loop.precision": precision}
     changes = with_options(overrides, options)
     settings = resolve(recipe, config, changes, named_teacher(teacher, teacher_config))
-    source = check_distillation(settings, read_folder(teacher_path(settings.teacher)))
+    inputs = check_distillation(settings, read_teacher(settings.teacher))
     check_writable(out)
     check_same_run(out, settings, later=True)
     stages = settings.each_stage()
@@ -125,4 +124,4 @@ def _settings(
     quantized = [word for stage in stages for word in (stage.student.base, stage.optim.kind) if word.endswith("bit")]
     if quantized:
         check_installed(f"distill with {quantized[0]}", ["bitsandbytes"], "quantize")
-    return settings, source
+    return settings, inputs

@@ -98,20 +98,20 @@ def evaluate(
     folder = read_teacher(teacher, teacher_config)
     changes = sampling_changes(settings, steps=steps, gamma=gamma, omega=omega, sampler=sampler)
     chosen = resolve_student(folder, lora, changes)
-    other = Path(reference) if reference else (folder.path if chosen.lora else None)
-    base = read_folder(other, "reference") if other else folder
+    other = read_folder(reference, "reference") if reference else (folder if chosen.lora else None)
+    base = other or folder
     size = chosen.sampling.size
     if size and size[0] != size[1]:
         raise UserError(f"size = {list(size)} must be square in evaluations; use {size[0]}", field="size")
     width, seen = size[0] if size else folder.picture_size, size[0] if size else base.picture_size
     if seen != width:
         raise UserError(
-            f"reference = {str(other)!r} draws {seen} pixels a side, the student {width}; use the student's teacher",
+            f"reference = {str(base.path)!r} draws {seen} pixels a side, the student {width}; use its teacher",
             field="reference",
         )
     if real is None:
         check_world_size(width, "real")
-    own = end_point_sampling(base.path)
+    own = end_point_sampling(base)
     guidance = reference_omega if reference_omega is not None else chosen.omega_seen
     drawn = validate(Sampling, own.model_dump() | {"size": size} | ({} if guidance is None else {"omega": guidance}))
     check_sampling(drawn, base)
@@ -125,7 +125,7 @@ def evaluate(
     from fewstep.evaluation.run import evaluate_folder
 
     return evaluate_folder(
-        folder.path,
+        folder,
         prompts,
         lora=chosen.lora,
         real=real_files,

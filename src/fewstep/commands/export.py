@@ -80,17 +80,11 @@ def export_as(
             f"student = {str(student)!r} is the teacher itself; give a LoRA, or a whole student's folder",
             field="student",
         )
-    found = check_form(
-        form,
-        folder.family.kind,
-        lora=not whole,
-        extra_conditioning=folder.extra_inputs(chosen.sampling.extra_conditioning),
-        encoders={name: folder.components[name][1] for name in folder.family.encoders},
-        vae=folder.config("vae"),
-    )
-    if precision and found.form in ADAPTERS:
+    extra = folder.extra_inputs(chosen.sampling.extra_conditioning)
+    kind, reader = check_form(form, folder, lora=not whole, extra_conditioning=extra)
+    if precision and kind in ADAPTERS:
         raise UserError(
-            f"precision = {precision!r} has no effect with form = {found.form!r}: a LoRA keeps its own; remove it",
+            f"precision = {precision!r} has no effect with form = {kind!r}: a LoRA keeps its own; remove it",
             field="precision",
         )
     place = Path(out)
@@ -103,8 +97,8 @@ def export_as(
 
     return export(
         Student(folder, chosen.lora),
-        found.form,
-        found.reader,
+        kind,
+        reader,
         place,
         precision=precision,
         prompts=[prompts] if isinstance(prompts, str) else list(prompts) or CARD_PROMPTS,

@@ -119,7 +119,7 @@ def sample(
     dtype = pick_compute_dtype(precision, place)
     import numpy as np
 
-    from fewstep.backbones.lengths import tell_cut
+    from fewstep.backbones.lengths import print_cut_prompts
     from fewstep.backbones.scheduler_config import path_of
     from fewstep.diffusion.draw_latents import Source, call_times
     from fewstep.inference.generator import load_image_generator
@@ -127,12 +127,12 @@ def sample(
     share = 0.5 if strength is None else strength
     if begun is not None:  # refused before weights are loaded
         call_times(sampling, path_of(folder.noise), share)
-    generator = load_image_generator(folder.path, student, place, adapter, dtype, compiled=compile, batch=batch)
+    generator = load_image_generator(folder, student, place, adapter, dtype, compiled=compile, batch=batch)
     if generator.adapter is not None:
         for prompt, (caption, likeness) in zip(texts, generator.adapter.readings(texts), strict=True):
             print(f"{prompt!r} is read as {caption!r}, likeness {likeness:.2f}", file=sys.stderr)
     else:
-        tell_cut(generator.backbone, texts)
+        print_cut_prompts(generator.backbone, texts)
     source = None if begun is None else Source(generator.backbone.to_latents(begun[None]), share)
     repeated = [prompt for prompt in texts for _ in range(count)]
     pictures: np.ndarray = generator.draw(repeated, range(seed, seed + len(repeated)), sampling, source)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from fewstep.common.arguments import checked, with_options
 
 if TYPE_CHECKING:
+    from fewstep.backbones.pipeline_folder import PipelineFolder
     from fewstep.distillation.synthesis.planning import SynthesisCost
     from fewstep.distillation.synthesis.reader import Synthesis
     from fewstep.distillation.synthesis.settings import SynthesisConfig
@@ -50,10 +51,10 @@ def synthesize(
     Raises:
         UserError: anything wrong, before any long work.
     """
-    settings, prompts, _ = _settings(prompt_file, out, teacher, teacher_config, kind, device, precision, overrides)
+    settings, prompts, folder = _settings(prompt_file, out, teacher, teacher_config, kind, device, precision, overrides)
     from fewstep.distillation.synthesis.synthesize import synthesize as draw
 
-    return draw(settings, prompts, Path(out))
+    return draw(settings, prompts, Path(out), teacher=folder)
 
 
 @checked
@@ -73,7 +74,9 @@ def synthesis_cost(
     Raises:
         UserError: as `synthesize`.
     """
-    return _settings(prompt_file, out, teacher, teacher_config, kind, device, precision, overrides)[2]
+    from fewstep.distillation.synthesis.planning import cost_of
+
+    return cost_of(*_settings(prompt_file, out, teacher, teacher_config, kind, device, precision, overrides))
 
 
 def _settings(
@@ -85,24 +88,23 @@ def _settings(
     device: str | None,
     precision: str | None,
     overrides: str | Sequence[str],
-) -> tuple[SynthesisConfig, list[str], SynthesisCost]:
-    """Resolve and check a synthesis: its settings, prompts and cost.
+) -> tuple[SynthesisConfig, list[str], PipelineFolder]:
+    """Resolve and check a synthesis: its settings, prompts and teacher.
 
     Raises:
         UserError: a setting, the teacher, the prompts or the folder does not allow it.
     """
-    from fewstep.backbones.pipeline_folder import read_folder
-    from fewstep.backbones.teachers import named_teacher, teacher_path
+    from fewstep.backbones.teachers import named_teacher, read_teacher
     from fewstep.data.prompts import read_prompts
-    from fewstep.distillation.synthesis.planning import check_synthesis, cost_of
+    from fewstep.distillation.synthesis.planning import check_synthesis
     from fewstep.distillation.synthesis.settings import resolve_synthesis
 
     changes = with_options(overrides, {"device": device, "precision": precision})
     settings = resolve_synthesis(changes, named_teacher(teacher, teacher_config), kind)
     prompts = read_prompts(prompt_file, "prompt_file")
-    folder = read_folder(teacher_path(settings.teacher))
+    folder = read_teacher(settings.teacher)
     check_synthesis(settings, prompts, folder, Path(out))
-    return settings, prompts, cost_of(settings, prompts, folder)
+    return settings, prompts, folder
 
 
 @checked

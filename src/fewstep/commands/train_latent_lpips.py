@@ -73,10 +73,12 @@ def train_latent_lpips(
     from fewstep.common.device import pick_device
 
     place = pick_device(device)
-    from fewstep.backbones.base import load_backbone
+    from fewstep.backbones.base import open_backbone
     from fewstep.methods.latent_lpips.train import make_latent_lpips
 
-    return make_latent_lpips(config, load_backbone(folder.path, place), prompts, Path(out))
+    backbone = open_backbone(folder, place)
+    backbone.to_device()
+    return make_latent_lpips(config, backbone, prompts, Path(out))
 
 
 def train_perceptual(*, prompts: Path | str | None = None, **options: Any) -> Path:

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from fewstep.backbones.checks import _check_grid, _check_guidance, _check_steps, _check_times, _indices, check_diffusion
+from fewstep.backbones.checks import (
+    check_diffusion,
+    check_grid,
+    check_guidance,
+    check_steps,
+    check_times,
+    index_count,
+)
 from fewstep.backbones.families import GUIDANCE_KEY, GUIDANCE_WIDTH
 from fewstep.backbones.pipeline_folder import PipelineFolder, read_folder
+from fewstep.backbones.teachers import read_teacher
 from fewstep.common.defaults import check_world_size
 from fewstep.common.errors import UserError, did_you_mean
 from fewstep.common.extras import WATCHING, check_installed
@@ -20,12 +29,43 @@ from fewstep.distillation.synthesis.record import SynthesizedSet
 from fewstep.inference.multilingual.settings import PACKAGES
 from fewstep.methods.config import ConsistencyConfig
 from fewstep.methods.rewards.registry import check_scorer
-from fewstep.students.lora_header import CONDITIONING, base_shapes, check_lora, of_run
+from fewstep.students.lora_checks import check_lora
+from fewstep.students.lora_file import CONDITIONING, student_of_run
+from fewstep.students.lora_header import LoraHeader, base_shapes
 from fewstep.training.config import StudentConfig
 
 
-def check_distillation(config: DistillConfig, folder: PipelineFolder) -> Source:
-    """Refuse what cannot be trained or validated; return the parsed data source.
+class Inputs(NamedTuple):
+    """What the settings of a distillation name, read and checked.
+
+    Attributes:
+        source: of the data.
+        start: the student that it starts from, a LoRA or a whole pipeline; None without one.
+    """
+
+    teacher: PipelineFolder
+    source: Source
+    start: LoraHeader | PipelineFolder | None
+
+
+def read_inputs(config: DistillConfig) -> Inputs:
+    """Read what the settings of a distillation name.
+
+    Raises:
+        UserError: as `read_teacher`, `open_source` and `check_start`.
+    """
+    teacher = read_teacher(config.teacher)
+    return Inputs(teacher, open_source(config.data, teacher), _start(config, teacher))
+
+
+def _start(config: DistillConfig, teacher: PipelineFolder) -> LoraHeader | PipelineFolder | None:
+    if not config.student.start:
+        return None
+    return check_start(config.student, teacher, config.each_stage()[0].method.extra_conditioning)
+
+
+def check_distillation(config: DistillConfig, folder: PipelineFolder) -> Inputs:
+    """Refuse what cannot be trained or validated; return what the settings name.
 
     Args:
         folder: the teacher's.
@@ -44,18 +84,17 @@ def check_distillation(config: DistillConfig, folder: PipelineFolder) -> Source:
     embedded = folder.embeds_guidance or (config.student.kind == "full" and folder.network == "unet")
     if config.student.kind == "lora" and config.student.targets:
         _check_targets(config.student.targets, folder)
-    if config.student.start:
-        check_start(config.student, folder, stages[0].method.extra_conditioning)
+    start = _start(config, folder)
     for stage in stages:
         if stage.loop.validate_every:
             if stage.validation.prompts:
                 read_named_prompts(stage.validation.prompts, "validation.prompts")
-            _check_steps("validation.teacher_steps", stage.validation.teacher_steps, _indices(folder))
-        _check_grid("method.grid", stage.method.grid, folder)
-        _check_times("sampling.", stage.sampling, folder)
-        _check_guidance("sampling.", stage.sampling, embedded)
+            check_steps("validation.teacher_steps", stage.validation.teacher_steps, index_count(folder))
+        check_grid("method.grid", stage.method.grid, folder)
+        check_times("sampling.", stage.sampling, folder)
+        check_guidance("sampling.", stage.sampling, embedded)
         _check_loss_networks(stage, folder)
-    return source
+    return Inputs(folder, source, start)
 
 
 def _check_source(config: DistillConfig, source: Source, folder: PipelineFolder) -> None:
@@ -142,8 +181,10 @@ def _check_targets(targets: Sequence[str], folder: PipelineFolder) -> None:
             )
 
 
-def check_start(config: StudentConfig, folder: PipelineFolder, conditioning: Sequence[str]) -> None:
-    """Refuse a student that a run cannot start from, by its files' headers.
+def check_start(
+    config: StudentConfig, folder: PipelineFolder, conditioning: Sequence[str]
+) -> LoraHeader | PipelineFolder:
+    """Read the headers of the student that a run starts from; refuse one that it cannot start from.
 
     Args:
         folder: the teacher's.
@@ -154,8 +195,7 @@ def check_start(config: StudentConfig, folder: PipelineFolder, conditioning: Seq
             with layers that are not trained.
     """
     if config.kind == "full":
-        _check_full_start(str(of_run(Path(config.start))), folder, conditioning)
-        return
+        return _check_full_start(str(student_of_run(Path(config.start))), folder, conditioning)
     header = check_lora(config.start, folder)
     own = header.sampling.extra_conditioning if header.sampling else ()
     if set(own) - set(conditioning):
@@ -177,9 +217,10 @@ def check_start(config: StudentConfig, folder: PipelineFolder, conditioning: Seq
                 "that it was trained with",
                 field="student.targets",
             )
+    return header
 
 
-def _check_full_start(start: str, folder: PipelineFolder, conditioning: Sequence[str]) -> None:
+def _check_full_start(start: str, folder: PipelineFolder, conditioning: Sequence[str]) -> PipelineFolder:
     other = read_folder(start, "student.start")
     own, found = base_shapes(folder), base_shapes(other)
     inside = "w" in conditioning and folder.network == "unet"  # then the UNet gets a guidance embedding, if it has none
@@ -205,3 +246,4 @@ def _check_full_start(start: str, folder: PipelineFolder, conditioning: Sequence
             f"its {CONDITIONING}; use {sorted(embedded)}",
             field="method.extra_conditioning",
         )
+    return other

@@ -18,8 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from fewstep.backbones.base import blaming_weights
-from fewstep.backbones.teachers import teacher_path
+from fewstep.backbones.base import naming_bad_weights
 from fewstep.common.accelerator import make_accelerator
 from fewstep.common.device import pick_device
 from fewstep.common.distributed import any_process, fail_together, is_main
@@ -28,14 +27,14 @@ from fewstep.common.files import cache_root, check_writable, hold_folder, sweep,
 from fewstep.common.tensors import digest
 from fewstep.data.buckets import BucketedLatents
 from fewstep.distillation.batches import fetch_of
+from fewstep.distillation.checks import Inputs, read_inputs
 from fewstep.distillation.config import DistillConfig
 from fewstep.distillation.estimate import estimate
 from fewstep.distillation.estimate_run import estimate_stage
 from fewstep.distillation.nfe_counter import in_words
-from fewstep.distillation.prepare import Run, prepare, teacher_of
+from fewstep.distillation.prepare import Run, prepare
 from fewstep.distillation.run_data import CaptionedData, open_data
 from fewstep.distillation.save_student import export_student, starting_weights
-from fewstep.distillation.sources import Source, open_source
 from fewstep.distillation.stages import parts_of
 from fewstep.distillation.synthesis.record import SynthesizedSet
 from fewstep.distillation.validation import make_validation
@@ -49,7 +48,7 @@ def distill(
     config: DistillConfig,
     out: Path,
     *,
-    source: Source | None = None,
+    inputs: Inputs | None = None,
     cache: Path | None = None,
     shared: Path | None = None,
     quiet: bool = False,
@@ -60,7 +59,7 @@ def distill(
     and with validation grids/ and best/. Each stage of a list has such a folder of its own below stages/.
 
     Args:
-        source: `config.data.source`, if it is parsed already.
+        inputs: what the config names, if it was read already.
         cache: folder for trajectories and a distance that is trained first; the run's own if left out.
         shared: folder of encodings and the teacher's pictures; `cache` if that is given, else the user's.
 
@@ -75,8 +74,9 @@ def distill(
             check_split(stage.latent_lpips.loop, accelerator)
     main = accelerator.is_main_process
     target, place, shared = out / "student", cache or out / "cache", shared or cache or shared_cache(out)
+    inputs = inputs or read_inputs(config)
     with ExitStack() as held:
-        held.enter_context(blaming_weights(teacher_path(config.teacher)))
+        held.enter_context(naming_bad_weights(inputs.teacher))
         with fail_together():
             if main:
                 held.enter_context(hold_folder(out))  # before anything is encoded into it
@@ -84,8 +84,7 @@ def distill(
                     sweep(out / part)
                 sweep(shared, LEFT_BEHIND)
         parts = parts_of(config, config.stages, config.loop.steps, out)
-        source = source or open_source(config.data, teacher_of(config))
-        data = open_checked(parts[0].config, source, parts[0].folder, shared)  # refused before anything is written
+        data = open_checked(parts[0].config, inputs, parts[0].folder, shared)  # refused before anything is written
         if config.stages:
             with fail_together():
                 held.enter_context(RunLog(out, config, title=config.recipe, main=main, quiet=True))
@@ -94,20 +93,20 @@ def distill(
         for number, (name, folder, stage) in enumerate(parts):
             title = f"distil {config.recipe}" + (f", {number + 1}/{len(parts)}: {name}" if name else "")
             if number:
-                data = open_checked(stage, source, folder, shared)
-            announced = not quiet and announce(stage, folder, shared, data)
+                data = open_checked(stage, inputs, folder, shared)
+            announced = not quiet and announce(stage, inputs, folder, shared, data)
             silent = quiet or number > 0
-            run = prepare(stage, place, accelerator.device, shared=shared, source=source, data=data, quiet=silent)
-            inputs = run.inputs
-            if start is None and stage.student.start:
-                start = starting_weights(stage.student, run.backbone)
+            run = prepare(stage, place, accelerator.device, inputs=inputs, shared=shared, data=data, quiet=silent)
+            fingerprints = run.inputs
+            if start is None and stage.student.start and inputs.start:
+                start = starting_weights(stage.student, inputs.start)
             if start is not None:
-                inputs["start"] = digest(start)
+                fingerprints["start"] = digest(start)
                 start_from(stage.method, run.student, start)
             with ExitStack() as logged:
                 with fail_together():
                     log = logged.enter_context(
-                        RunLog(folder, stage, title=title, inputs=inputs, main=main, quiet=quiet)
+                        RunLog(folder, stage, title=title, inputs=fingerprints, main=main, quiet=quiet)
                     )
                 trained = train_run(run, folder, shared, log, accelerator, announced)
             start, done = trained.weights["student"], done + trained.step
@@ -142,16 +141,16 @@ def shared_cache(out: Path) -> Path:
     return place
 
 
-def open_checked(config: DistillConfig, source: Source, folder: Path, cache: Path) -> CaptionedData | None:
+def open_checked(config: DistillConfig, inputs: Inputs, folder: Path, cache: Path) -> CaptionedData | None:
     """Open the data of a run, and refuse them if its folder holds a run on others; None for a synthesised set."""
-    if isinstance(source, SynthesizedSet):
+    if isinstance(inputs.source, SynthesizedSet):
         return None
-    data = open_data(config, source, teacher_of(config), cache, last_step(folder / "checkpoints"))
+    data = open_data(config, inputs.source, inputs.teacher, cache, last_step(folder / "checkpoints"))
     check_same_run(folder, config, data.inputs, whole=False)
     return data
 
 
-def announce(config: DistillConfig, folder: Path, cache: Path, data: CaptionedData | None) -> bool:
+def announce(config: DistillConfig, inputs: Inputs, folder: Path, cache: Path, data: CaptionedData | None) -> bool:
     """Print what a run will take before its data are encoded. All processes must call it.
 
     Returns:
@@ -164,7 +163,7 @@ def announce(config: DistillConfig, folder: Path, cache: Path, data: CaptionedDa
     if not data or not any_process(sum(lacking) > 0):
         return False
     place = folder / "cache" / "estimate"  # which all processes of the launch see
-    estimated = estimate_stage(config, data.source, data.captioned, lacking, place)
+    estimated = estimate_stage(config, inputs, data.captioned, lacking, place)
     estimated = replace(estimated, data="")  # printed when the data are encoded
     gc.collect()
     torch.cuda.empty_cache()

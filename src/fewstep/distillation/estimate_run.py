@@ -12,36 +12,36 @@ from fewstep.common.device import pick_device
 from fewstep.data.images import Captioned
 from fewstep.data.latents import latent_set
 from fewstep.distillation.batches import fetch_of
+from fewstep.distillation.checks import Inputs, read_inputs
 from fewstep.distillation.config import DistillConfig
 from fewstep.distillation.estimate import Estimated, estimate, kept_bytes
 from fewstep.distillation.frozen_networks import latent_lpips_folder
-from fewstep.distillation.prepare import lay_out, load_teacher, teacher_of, with_trajectories
+from fewstep.distillation.prepare import lay_out, load_teacher, with_trajectories
 from fewstep.distillation.run_data import EncodedData, encode_set, encoders_fingerprint, find_captioned
-from fewstep.distillation.sources import Source, open_source
 from fewstep.distillation.synthesis.record import SynthesizedSet
 
 FEW = 64
 """Most samples that are encoded for an estimate."""
 
 
-def estimate_run(config: DistillConfig, source: Source | None = None) -> list[Estimated]:
+def estimate_run(config: DistillConfig, inputs: Inputs | None = None) -> list[Estimated]:
     """Return what a run takes, stage by stage. Nothing is written.
 
     Args:
-        source: `config.data.source`, if it is parsed already.
+        inputs: what the config names, if it was read already.
 
     Raises:
         UserError: the teacher or the data cannot be read.
     """
-    source = source or open_source(config.data, teacher_of(config))
+    inputs = inputs or read_inputs(config)
     names = [stage.name for stage in config.stages] or [""]
     stages = zip(names, config.each_stage(), strict=True)
-    return [replace(estimate_stage(stage, source), name=name) for name, stage in stages]
+    return [replace(estimate_stage(stage, inputs), name=name) for name, stage in stages]
 
 
 def estimate_stage(
     config: DistillConfig,
-    source: Source,
+    inputs: Inputs,
     captioned: Captioned | None = None,
     lacking: tuple[int, int] | None = None,
     place: Path | None = None,
@@ -56,7 +56,7 @@ def estimate_stage(
     method = config.method
     if method.distance == "latent_lpips" and not config.latent_lpips.folder:
         config = config.model_copy(update={"method": method.model_copy(update={"distance": "l2"})})
-    backbone = load_teacher(config, pick_device(config.device))
+    source, backbone = inputs.source, load_teacher(config, inputs.teacher, pick_device(config.device))
     latent_lpips = latent_lpips_folder(config, source, backbone, (), Path())  # a named one, or none
     if isinstance(source, SynthesizedSet):
         run = lay_out(config, backbone, encode_set(config, source, backbone), latent_lpips)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.backbones.base import Backbone, open_backbone
-from fewstep.backbones.pipeline_folder import PipelineFolder, read_folder
-from fewstep.backbones.teachers import teacher_path
+from fewstep.backbones.pipeline_folder import PipelineFolder
 from fewstep.common.compilation import compile_networks, eagerly
 from fewstep.common.cpu_kernels import speed_up
 from fewstep.common.device import DTYPES, MOST_FILLED, free_memory, pick_precision
@@ -23,11 +22,12 @@ from fewstep.data.images import Captioned
 from fewstep.data.latents import LatentSet
 from fewstep.data.sources import WorldData, read_captioned
 from fewstep.diffusion.denoiser import BASE, Condition, Denoiser, computed_in
+from fewstep.distillation.checks import Inputs, read_inputs
 from fewstep.distillation.config import DistillConfig
 from fewstep.distillation.frozen_networks import LossNetworks, latent_lpips_folder, load_loss_networks
 from fewstep.distillation.nfe_counter import NfeCounter
 from fewstep.distillation.run_data import CaptionedData, EncodedData, encode_set, open_data, validation_inputs
-from fewstep.distillation.sources import Source, open_source
+from fewstep.distillation.sources import Source
 from fewstep.distillation.synthesis.record import SynthesizedSet
 from fewstep.distillation.trajectory import Trajectories
 from fewstep.distillation.trajectory_cache import cached_trajectories
@@ -109,18 +109,13 @@ class Run:
         return every.take(order(seed, n, 0, min(n, count)))
 
 
-def teacher_of(config: DistillConfig) -> PipelineFolder:
-    """Return the pipeline folder of the teacher that the config names."""
-    return read_folder(teacher_path(config.teacher))
-
-
-def load_teacher(config: DistillConfig, device: torch.device) -> Backbone:
+def load_teacher(config: DistillConfig, teacher: PipelineFolder, device: torch.device) -> Backbone:
     """Load the teacher for pictures of the data's size, its network still in main memory.
 
     Weights that all roles share are read in the type that they are kept in.
     """
     shared = config.student.kind == "lora" and config.student.base == "bf16"
-    backbone = open_backbone(teacher_path(config.teacher), device, torch.bfloat16 if shared else torch.float32)
+    backbone = open_backbone(teacher, device, torch.bfloat16 if shared else torch.float32)
     backbone.resize(config.data.size)
     return backbone
 
@@ -130,8 +125,8 @@ def prepare(
     cache: Path,
     device: torch.device,
     *,
+    inputs: Inputs | None = None,
     shared: Path | None = None,
-    source: Source | None = None,
     data: CaptionedData | None = None,
     quiet: bool = True,
 ) -> Run:
@@ -139,8 +134,8 @@ def prepare(
 
     Args:
         cache: the run's own folder for trajectories and a distance that is trained first.
+        inputs: what the config names, if it was read already.
         shared: folder of encodings, which other runs share; `cache` if left out.
-        source: `config.data.source`, if it is parsed already.
         data: the run's captioned data; opened, to be encoded as a whole, if left out.
         quiet: do not print what of the source is used, and how many captions the text encoders cut.
 
@@ -148,13 +143,13 @@ def prepare(
         UserError: the teacher or the data cannot be read, or do not fit into memory.
     """
     place = shared or cache
-    source = source or open_source(config.data, teacher_of(config))
+    teacher, source, _ = inputs or read_inputs(config)
     if isinstance(source, SynthesizedSet):
-        backbone = load_teacher(config, device)
+        backbone = load_teacher(config, teacher, device)
         encoded = encode_set(config, source, backbone)
     else:
-        data = data or open_data(config, source, teacher_of(config), place, None)
-        backbone = load_teacher(config, device)
+        data = data or open_data(config, source, teacher, place, None)
+        backbone = load_teacher(config, teacher, device)
         encoded = data.encode(backbone, place, quiet)
     latent_lpips = latent_lpips_folder(config, source, backbone, encoded.latents.prompts, cache)
     return with_trajectories(lay_out(config, backbone, encoded, latent_lpips), cache)

@@ -8,16 +8,17 @@ from typing import Any
 
 from torch import Tensor
 
-from fewstep.backbones.base import Backbone, load_backbone
+from fewstep.backbones.base import Backbone, open_backbone
 from fewstep.backbones.families import GUIDANCE_KEY
+from fewstep.backbones.pipeline_folder import PipelineFolder
 from fewstep.backbones.pipeline_writer import write_pipeline
 from fewstep.backbones.teachers import teacher_name
 from fewstep.common.files import atomic_folder
 from fewstep.distillation.config import DistillConfig
 from fewstep.students.conditioning_file import extra_embedding_weights, save_extra_embeddings, split_weights
-from fewstep.students.inference_settings import travelling
+from fewstep.students.inference_settings import inference_record
 from fewstep.students.lora import read_lora, save_lora, trained_scale, unfolded
-from fewstep.students.lora_header import check_lora, of_run
+from fewstep.students.lora_header import LoraHeader
 from fewstep.training.config import StudentConfig
 
 
@@ -39,7 +40,7 @@ def export_student(
         notes["teacher"] = teacher_name(Path(config.teacher))
     own, embeddings = split_weights(weights)
     if config.student.kind == "lora":
-        notes |= travelling(backbone, config.sampling)
+        notes |= inference_record(backbone, config.sampling)
         with atomic_folder(target) as part:  # both files or none: half a student is broken
             save_extra_embeddings(part, embeddings)
             file = save_lora(
@@ -58,27 +59,26 @@ def export_student(
     if GUIDANCE_KEY in own:
         backbone.add_guidance_embedding(network)
     network.load_state_dict({**network.state_dict(), **own})  # buffers (position tables) are not trained
-    notes |= travelling(backbone, config.sampling, network)
+    notes |= inference_record(backbone, config.sampling, network)
     record = {"base": base, "sampling": config.sampling.model_dump(mode="json"), **notes}
     with atomic_folder(target) as part:
-        write_pipeline(part, backbone.folder.path, network, record)
+        write_pipeline(part, backbone.folder, network, record)
         save_extra_embeddings(part, embeddings)
     return target
 
 
-def starting_weights(config: StudentConfig, backbone: Backbone) -> dict[str, Tensor]:
+def starting_weights(config: StudentConfig, start: LoraHeader | PipelineFolder) -> dict[str, Tensor]:
     """Read the student that a run starts from: weights by the names of its parameters.
 
     B of a LoRA is scaled by the ratio of its scale to the run's, so that B A times the scale stays.
 
     Raises:
-        UserError: as `check_start`; or a file is broken.
+        UserError: a file is broken.
     """
-    place = of_run(Path(config.start))
-    if config.kind == "full":
-        weights = dict(load_backbone(place).network.state_dict())
+    if isinstance(start, PipelineFolder):
+        place, weights = start.path, dict(open_backbone(start).network.state_dict())
     else:
-        lora = read_lora(check_lora(place, backbone.folder))
+        place, lora = start.file, read_lora(start)
         scale, trained = config.lora_alpha / config.rank, trained_scale(lora.header)
         weights = {f"{name}.lora_A.weight": a for name, a in lora.down.items()}
         for name, b in lora.up.items():

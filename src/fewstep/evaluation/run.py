@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fewstep.backbones.lengths import tell_cut
+from fewstep.backbones.lengths import print_cut_prompts
+from fewstep.backbones.pipeline_folder import PipelineFolder
 from fewstep.common.defaults import world
 from fewstep.common.distributed import on_main_process
 from fewstep.data.images import read_picture
@@ -22,6 +23,7 @@ from fewstep.evaluation.lite0 import Lite0Features
 from fewstep.evaluation.metric import Figure, Metric
 from fewstep.evaluation.suite import Suite, standard_suite
 from fewstep.inference.generator import load_image_generator
+from fewstep.students.lora_header import LoraHeader
 
 SCALED = 512
 """Real pictures that are blurred and noised for the scale of detail."""
@@ -51,13 +53,13 @@ def with_teacher_floors(
 
 
 def evaluate_folder(
-    teacher: Path,
+    teacher: PipelineFolder,
     prompts: Sequence[str],
     *,
-    lora: Path | None,
+    lora: LoraHeader | None,
     real: Sequence[Path] | None,
     sampling: Sampling,
-    reference: Path | None,
+    reference: PipelineFolder | None,
     reference_sampling: Sampling,
     seed: int,
     device: torch.device,
@@ -83,7 +85,7 @@ def evaluate_folder(
         out: folder for figures.json.
     """
     image_generator = load_image_generator(teacher, lora, device, precision=precision, compiled=compiled, batch=batch)
-    tell_cut(image_generator.backbone, prompts)
+    print_cut_prompts(image_generator.backbone, prompts)
     n, size = len(prompts), sampling.size[0] if sampling.size else image_generator.backbone.picture_size
     ends = TeacherPictures()
     if reference is not None:
@@ -104,7 +106,7 @@ def evaluate_folder(
         figures |= with_teacher_floors(figures, prompts, suite.metrics, ends, seed)
         several = noises.reshape(-1, NOISES, *noises.shape[1:])
         figures |= diversity(features, several, seed, floor=suite.real_diversity)
-        name = f"{lora.stem if lora else teacher.name} {sampling.steps} steps"
+        name = f"{lora.path.stem if lora else teacher.path.name} {sampling.steps} steps"
         scale = detail_scale(suite.reference.some(SCALED, seed), seed)
         save_figures(out / "figures.json", {name: figures, **scale})
         return figures

@@ -1,6 +1,6 @@
 """A LoRA in the spellings of other tools: the same matrices and scales under other names.
 
-Every form says its alpha and rank, so that the scale alpha / rank of each layer is the student's own everywhere.
+Every form has its alpha and rank, so that the scale alpha / rank of each layer is the same everywhere.
 """
 
 from __future__ import annotations
@@ -19,35 +19,32 @@ from fewstep.common.files import write_json
 from fewstep.common.safetensors_header import Shape
 from fewstep.common.tensors import save_tensors
 from fewstep.students.lora import Lora, folded, stored_matrices
-from fewstep.students.lora_header import FILE, METADATA
+from fewstep.students.lora_file import FILE, METADATA, PEFT_CONFIG, PEFT_FILE
 from fewstep.students.lora_keys import PEFT_PREFIX
 
-PEFT_FILE = "adapter_model.safetensors"
-PEFT_CONFIG = "adapter_config.json"
 KOHYA_PREFIX = "lora_unet_"
 
 
 def matrices(lora: Lora, shapes: Mapping[str, Shape]) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B of every layer in their own type, with as many axes as the base's weight."""
-    return {name: shaped(pair, len(shapes[f"{name}.weight"])) for name, pair in stored_matrices(lora.header).items()}
+    """Return A and B of every layer in their own dtype, with as many axes as the base's weight."""
 
+    def shaped(x: Tensor, dims: int) -> Tensor:  # trainers write 1 x 1 convolutions as matrices, too
+        return x.reshape(*x.shape, *[1] * (dims - x.dim())) if x.dim() < dims else x
 
-def shaped(pair: tuple[Tensor, Tensor], dims: int) -> tuple[Tensor, Tensor]:
-    """A and B with as many axes as their layer's weight: trainers write 1 x 1 convolutions as matrices, too."""
-    a, b = (x if x.dim() >= dims else x.reshape(*x.shape, *[1] * (dims - x.dim())) for x in pair)
-    return a, b
+    found = {}
+    for name, (a, b) in stored_matrices(lora.header).items():
+        dims = len(shapes[f"{name}.weight"])
+        found[name] = shaped(a, dims), shaped(b, dims)
+    return found
 
 
 def targets_of(layers: Collection[str], every: Collection[str], usual: Sequence[str]) -> list[str] | str:
-    """Which layers an adapter is on, as PEFT understands it: ends of names where they say exactly that.
+    """Return PEFT's target_modules: ends of names if they select exactly the adapted layers, else an expression.
 
     Args:
         layers: names of the adapted ones.
         every: names of all layers with weights.
         usual: ends of names to try.
-
-    Returns:
-        the ends that are needed; or an expression that matches the whole names, and no other layer.
     """
     ends = {end: {name for name in every if name == end or name.endswith(f".{end}")} for end in usual}
     taken = {end: names for end, names in ends.items() if names and names <= set(layers)}
@@ -57,7 +54,7 @@ def targets_of(layers: Collection[str], every: Collection[str], usual: Sequence[
 
 
 def adapter_config(lora: Lora, every: Collection[str], usual: Sequence[str]) -> dict[str, Any]:
-    """PEFT's settings of an adapter: the rank and alpha that most layers have, and those of the others by name."""
+    """Return PEFT's config of an adapter: the most common rank and alpha, and those of the other layers by name."""
     ranks = {name: layer.a[0] for name, layer in lora.header.layers.items()}
     alphas = {name: layer.scale * layer.a[0] for name, layer in lora.header.layers.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
@@ -84,21 +81,21 @@ def write_diffusers(
 ) -> Path:
     """Write the form that diffusers' `load_lora_weights` reads, with its metadata; return the file.
 
-    The scale is folded into B. This form has no key for alpha: it would be in the metadata alone, which ComfyUI and
-    diffusers before 0.35 do not read.
+    The scale is folded into B: this form has alpha in its metadata alone, which ComfyUI and diffusers before 0.35 do
+    not read.
     """
     tensors = {}
     config = {**config, "lora_alpha": config["r"], "alpha_pattern": dict(config["rank_pattern"])}
     for name, (a, b) in pairs.items():
         tensors[f"{component}.{name}.lora_A.weight"] = a
         tensors[f"{component}.{name}.lora_B.weight"] = folded(b, lora.header.layers[name].scale)
-    said = {f"{component}.{key}": value for key, value in config.items()}
-    save_tensors(folder / FILE, tensors, {"format": "pt", METADATA: json.dumps(said), "fewstep": record})
+    adapter = {f"{component}.{key}": value for key, value in config.items()}
+    save_tensors(folder / FILE, tensors, {"format": "pt", METADATA: json.dumps(adapter), "fewstep": record})
     return folder / FILE
 
 
 def write_peft(folder: Path, pairs: Pairs, config: Mapping[str, Any], record: str) -> Path:
-    """As `PeftModel.from_pretrained(network, folder)` reads it; returns the file."""
+    """Write the form that `PeftModel.from_pretrained(network, folder)` reads; return the file."""
     tensors = {}
     for name, (a, b) in pairs.items():
         tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"], tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = a, b
@@ -109,7 +106,7 @@ def write_peft(folder: Path, pairs: Pairs, config: Mapping[str, Any], record: st
 
 
 def kohya_names(layers: Collection[str], every: Collection[str], family: str) -> dict[str, str]:
-    """Layer -> its name in kohya's files: the original code's for XL, diffusers' for Stable Diffusion 1.x and 2.x."""
+    """Return layer -> its name in kohya's files: the original code's for XL, diffusers' for 1.x and 2.x."""
     own = original_names(every) if family == "sdxl" else {name: name for name in every}
     return {name: KOHYA_PREFIX + own[name].replace(".", "_") for name in layers}
 
@@ -117,7 +114,7 @@ def kohya_names(layers: Collection[str], every: Collection[str], family: str) ->
 def write_kohya(
     file: Path, lora: Lora, pairs: Pairs, config: Mapping[str, Any], names: Mapping[str, str], record: str
 ) -> Path:
-    """As kohya's scripts write it: down, up and an alpha for every layer; returns the file."""
+    """Write kohya's form, with down, up and alpha for every layer; return the file."""
     import torch
 
     tensors = {}
@@ -125,10 +122,10 @@ def write_kohya(
         key, layer = names[name], lora.header.layers[name]
         tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = a, b
         tensors[f"{key}.alpha"] = torch.tensor(layer.scale * layer.a[0], dtype=torch.float32)
-    said = {
+    metadata = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(config["r"]),
         "ss_network_alpha": str(config["lora_alpha"]),
     }
-    save_tensors(file, tensors, {"format": "pt", "fewstep": record, **said})
+    save_tensors(file, tensors, {"format": "pt", "fewstep": record, **metadata})
     return file

@@ -1,15 +1,11 @@
-"""The forms that a student can be exported in, and who reads each back: one table for the command, tests and docs.
-
-Light: an export is refused before torch is imported.
-"""
+"""The forms that a student can be exported in, and the tool that reads each back. Light: read before torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
-from fewstep.common.errors import UserError, nearest
+from fewstep.backbones.pipeline_folder import PipelineFolder
+from fewstep.common.errors import UserError, did_you_mean
 
 ExportForm = Literal["diffusers", "peft", "kohya", "merged", "single-file"]
 """diffusers: a LoRA as `load_lora_weights` reads it. peft: as `PeftModel.from_pretrained` does. kohya: as kohya's
@@ -17,108 +13,73 @@ scripts write it and ComfyUI reads it. merged: a whole pipeline folder. single-f
 names."""
 FORMS: tuple[ExportForm, ...] = get_args(ExportForm)
 Reader = Literal["diffusers", "peft", "fewstep"]
-"""Who reads a form back: diffusers itself, PEFT inside a diffusers pipeline, or this library alone."""
+"""The tool that reads a form back: diffusers, PEFT inside a diffusers pipeline, or this library."""
 ADAPTERS: tuple[ExportForm, ...] = ("diffusers", "peft", "kohya")
 """Forms that hold a LoRA."""
 
 
-@dataclass(frozen=True)
-class Offer:
-    """Whether a form is offered for a family: who reads it back, or why it is not."""
+class Support(NamedTuple):
+    """Support of a form for a family: the tool that reads it back, None if it is not offered; and why."""
 
     reader: Reader | None
     why: str = ""
 
 
-_UNREAD = "no trainer or interface reads kohya's names for it"
-_ALONE = "diffusers and ComfyUI hold it as a folder, or as its transformer alone"
 _KOHYA = {
-    "sd": Offer("diffusers"),
-    "sdxl": Offer("diffusers"),
-    "sd3": Offer(None, "diffusers has no reader of kohya's names for it; ComfyUI reads the diffusers form"),
-    "flux": Offer(None, "kohya's form holds q, k and v in one matrix; ComfyUI reads the diffusers form"),
+    "sd": Support("diffusers"),
+    "sdxl": Support("diffusers"),
+    "sd3": Support(None, "diffusers has no reader of kohya's names for it; ComfyUI reads the diffusers form"),
+    "flux": Support(None, "kohya's form holds q, k and v in one matrix; ComfyUI reads the diffusers form"),
 }
-_SINGLE = {"sd": Offer("diffusers"), "sdxl": Offer("diffusers")}
 
 
-def offer(form: ExportForm, family: str) -> Offer:
-    """Whether a form is offered for a family of pipelines."""
+def support(form: ExportForm, family: str) -> Support:
+    """Return the support of a form for a family of pipelines."""
     if form == "kohya":
-        return _KOHYA.get(family, Offer(None, _UNREAD))
-    if form == "single-file":
-        return _SINGLE.get(family, Offer(None, _ALONE))
+        return _KOHYA.get(family, Support(None, "no trainer or interface reads kohya's names for it"))
+    if form == "single-file" and family not in ("sd", "sdxl"):
+        return Support(None, "diffusers and ComfyUI hold it as a folder, or as its transformer alone")
     if form == "diffusers" and family == "pixart":
-        return Offer("fewstep", "diffusers has no LoRA loader for it; the peft form loads there")
-    return Offer("peft" if form == "peft" else "diffusers")
-
-
-@dataclass(frozen=True)
-class Way:
-    """A form that a student can take, and who reads it back."""
-
-    form: ExportForm
-    reader: Reader
+        return Support("fewstep", "diffusers has no LoRA loader for it; the peft form loads there")
+    return Support("peft" if form == "peft" else "diffusers")
 
 
 def check_form(
-    form: str,
-    family: str,
-    *,
-    lora: bool,
-    extra_conditioning: tuple[str, ...],
-    encoders: Mapping[str, str],
-    vae: Mapping[str, Any],
-) -> Way:
-    """Refuse a form that this student cannot be held in.
+    form: str, folder: PipelineFolder, *, lora: bool, extra_conditioning: tuple[str, ...]
+) -> tuple[ExportForm, Reader]:
+    """Return a form and the tool that reads it back; refuse a form that cannot hold the student.
 
     Args:
+        folder: the student's base, or its own pipeline.
         lora: whether the student is a LoRA; else a whole pipeline.
         extra_conditioning: its extra inputs (s, w).
-        encoders: text encoder -> its class.
-        vae: the autoencoder's config, with its class as `_class_name`.
 
     Raises:
-        UserError: naming the nearest form.
+        UserError: naming the form to use.
     """
+
+    def refuse(reason: str, remedy: str) -> UserError:
+        return UserError(f"form = {form!r} {reason}; use {remedy!r}", field="form")
+
     kind = next((legal for legal in FORMS if legal == form), None)
     if kind is None:
-        raise UserError(f"form = {form!r} is unknown; the nearest is {nearest(form, FORMS)!r}")
-    found = offer(kind, family)
-    if found.reader is None:
-        raise UserError(f"form = {form!r} is not offered for {family}: {found.why}; the nearest is 'diffusers'")
+        message = f"form = {form!r} is not one of {', '.join(FORMS)}{did_you_mean(form, FORMS)}"
+        raise UserError(message, field="form")
+    reader, why = support(kind, folder.family.kind)
+    if reader is None:
+        raise refuse(f"is not offered for {folder.family.kind}: {why}", "diffusers")
     if kind in ADAPTERS and not lora:
-        raise UserError(f"form = {form!r} holds a LoRA, the student is a whole pipeline; the nearest is 'merged'")
+        raise refuse("holds a LoRA, the student is a whole pipeline", "merged")
     if extra_conditioning and kind not in ("diffusers", "merged"):
-        raise UserError(
-            f"form = {form!r} cannot hold extra conditioning ({', '.join(extra_conditioning)}); use 'diffusers'"
-        )
-    odd = [name for name, kind_of in encoders.items() if not kind_of.startswith("CLIPText")]
-    if kind == "single-file" and odd:
-        raise UserError(
-            f"form = 'single-file' holds CLIP text encoders, the {odd[0]} is a {encoders[odd[0]]}; "
-            "the nearest is 'merged'"
-        )
-    if kind == "single-file" and (vae["_class_name"] != "AutoencoderKL" or vae.get("latents_mean") is not None):
-        raise UserError(
-            f"form = 'single-file' holds an AutoencoderKL without latents_mean and latents_std, the vae is a "
-            f"{vae['_class_name']}{' with them' * (vae.get('latents_mean') is not None)}; the nearest is 'merged'"
-        )
+        raise refuse(f"cannot hold extra conditioning ({', '.join(extra_conditioning)})", "diffusers")
+    if kind == "single-file":
+        for name in folder.family.encoders:
+            if not folder.components[name][1].startswith("CLIPText"):
+                raise refuse(f"holds CLIP text encoders, the {name} is a {folder.components[name][1]}", "merged")
+        vae = folder.config("vae")
+        scaled = vae.get("latents_mean") is not None
+        if vae["_class_name"] != "AutoencoderKL" or scaled:
+            own = f"{vae['_class_name']}{' with them' * scaled}"
+            raise refuse(f"holds an AutoencoderKL without latents_mean and latents_std, the vae is a {own}", "merged")
     # only fewstep reads extra embeddings
-    return Way(kind, "fewstep" if extra_conditioning else found.reader)
-
-
-def table(families: tuple[str, ...]) -> str:
-    """Form x family as a Markdown table: who reads it back, or a number of the reasons below it."""
-    reasons: list[str] = []
-
-    def cell(form: ExportForm, family: str) -> str:
-        found = offer(form, family)
-        if not found.why:
-            return str(found.reader)
-        if found.why not in reasons:
-            reasons.append(found.why)
-        return f"{found.reader or '-'} ({reasons.index(found.why) + 1})"
-
-    rows = [f"| `{form}` | {' | '.join(cell(form, family) for family in families)} |" for form in FORMS]
-    head = [f"| form | {' | '.join(families)} |", f"| --- |{' --- |' * len(families)}"]
-    return "\n".join([*head, *rows, "", *(f"({i}) {why}.  " for i, why in enumerate(reasons, 1))])
+    return kind, "fewstep" if extra_conditioning else reader

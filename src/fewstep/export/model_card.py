@@ -1,4 +1,4 @@
-"""The model card beside an export: what it is, how to draw with it, and pictures that were drawn so."""
+"""The model card of an export: settings, code that draws with it, and pictures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ picture = pipe("{prompt}", **fewstep.call_settings("{place}")).images[0]
 
 
 def _loading(form: ExportForm, pipeline: str, network: str, place: str, file: str) -> str:
-    """The lines of Python that make `pipe`."""
+    """Return the lines of Python that build `pipe`."""
     whole = f'pipe = diffusers.{pipeline}.from_pretrained("BASE")'
     if form == "merged":
         return f'pipe = diffusers.{pipeline}.from_pretrained("{place}")'
@@ -35,8 +35,8 @@ def _loading(form: ExportForm, pipeline: str, network: str, place: str, file: st
     return f'{whole}\npipe.load_lora_weights("{place}", weight_name="{file}")'
 
 
-def _told(place: str, prompt: str, pipeline: str, form: ExportForm, steps: int) -> str:
-    """The same for a student that is told where it lands."""
+def _attach_code(place: str, prompt: str, pipeline: str, form: ExportForm, steps: int) -> str:
+    """Return the code that draws with a student with extra conditioning."""
     base = place if form == "merged" else "BASE"
     return (
         "```python\nimport diffusers\nimport fewstep\n\n"
@@ -46,7 +46,7 @@ def _told(place: str, prompt: str, pipeline: str, form: ExportForm, steps: int) 
 
 
 def _command(form: ExportForm, place: str, file: str, prompt: str) -> str:
-    """The command that draws with it."""
+    """Return the command that draws with it."""
     if form == "merged":
         named = f"--teacher {place} --lora none"
     elif form == "single-file":
@@ -68,11 +68,11 @@ def model_card(
     prompts: Sequence[str],
     seeds: Sequence[int],
 ) -> str:
-    """A model card in Markdown, with the front matter of a hub.
+    """Return a model card in Markdown, with the front matter of the Hugging Face hub.
 
     Args:
-        record: what the exported file says of itself.
-        reader: who reads the form back; there are lines for diffusers where it, or PEFT in it, does.
+        record: of the exported file.
+        reader: the tool that reads the form back; there is code for diffusers unless it is fewstep.
         pipeline, network: of the base.
         file: the file's name; empty for a whole pipeline.
         prompts, seeds: of the pictures.
@@ -97,9 +97,9 @@ def model_card(
     }
     if "rank" in record and form in ADAPTERS:
         rows["rank, alpha"] = f"{record['rank']}, {record['alpha']:g}"
-    told = [name for name in sampling.get("extra_conditioning") or () if name != "w" or not guidance.get("embedded")]
+    extra = [name for name in sampling.get("extra_conditioning") or () if name != "w" or not guidance.get("embedded")]
     prompt = prompts[0].replace('"', "'")
-    inside = _told(name, prompt, pipeline, form, sampling["steps"]) if told else None
+    inside = _attach_code(name, prompt, pipeline, form, sampling["steps"]) if extra else None
     if inside is None:
         load = _loading(form, pipeline, network, name, file)
         inside = _DIFFUSERS.format(load=load, place=f"{name}/{file}" if file else name, prompt=prompt)
@@ -118,7 +118,7 @@ def model_card(
         "\n".join(table),
         "The scheduler's times, its gamma and the guidance are the student's own: with others it draws worse. `BASE` "
         "is the pipeline that it was distilled from, whose licence goes on to hold.",
-        *(["## In diffusers\n\n" + inside] if (network == "unet" if told else reader != "fewstep") else []),
+        *(["## In diffusers\n\n" + inside] if (network == "unet" if extra else reader != "fewstep") else []),
         "## By the command\n\n" + _command(form, name, file, prompt),
         "## All that the file says\n\n```json\n" + json.dumps(record, indent=2, ensure_ascii=False) + "\n```",
     ]

@@ -1,48 +1,52 @@
-"""What was exported, read back by those who will read it, and drawn with: the proof of an export."""
+"""Check an export: read it back by the tool that its users read it by, draw, and compare with the student."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.backbones.base import UNUSED, Backbone, from_network_scale, loading
+from fewstep.backbones.autoencoder import from_network_scale
+from fewstep.backbones.base import Backbone
 from fewstep.backbones.families import CONSISTENCY
-from fewstep.backbones.pipeline_folder import PipelineFolder, weight_variant
+from fewstep.backbones.loading import UNUSED, loading
+from fewstep.backbones.pipeline_folder import PipelineFolder
+from fewstep.backbones.weight_files import weight_variant
 from fewstep.common.errors import UserError
 from fewstep.common.files import read_mapping
 from fewstep.diffusion.config import Sampling
 from fewstep.export.formats import ADAPTERS, ExportForm, Reader
-from fewstep.inference.generator import load_image_generator
+from fewstep.inference.generator import ImageGenerator, load_image_generator
 from fewstep.inference.pipeline import call_settings, sampling_of_student, scheduler_for
 from fewstep.inference.schedulers.few_step import SSSScheduler
-from fewstep.students.lora_header import check_lora
+from fewstep.students.lora_checks import check_lora
+from fewstep.students.lora_header import LoraHeader
 
 CLOSE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""How far latents may lie from ours, as a share of the largest, by the type that whole networks are written in.
+"""Largest difference of latents from ours, as a share of the largest latent, by the dtype of whole networks.
 
-A LoRA is written as it was; a merged network is rounded to its type once."""
+A LoRA keeps its dtype; a merged network is rounded once."""
 MOST_STEPS = 8
-"""Jumps of the proof, for pipelines that are drawn with by solvers."""
+"""Jumps of the check, for pipelines that solvers draw with."""
 CORNER = 32
-"""Latent points a side of what is decoded for the proof: it tells one autoencoder from another, at little cost."""
+"""Latent points a side that are decoded in the check: enough to distinguish autoencoders, at little cost."""
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What reading back has shown.
+    """Result of reading an export back.
 
     Attributes:
-        reader: who read it.
-        modules: layers that went out; tensors, for whole pipelines.
-        loaded: those that came in: with an adapter, or as the very numbers that were written.
-        difference: largest difference of latents, as a share of the largest latent; or, for whole pipelines, of a
-            decoded corner, if that is larger.
-        allowed: how large it may be.
+        reader: the tool that read it.
+        modules: number of layers that were written; of tensors, for whole pipelines.
+        loaded: number of them that were read: layers with an adapter, or tensors equal to those written.
+        difference: largest difference of latents, as a share of the largest latent; for whole pipelines also of a
+            decoded corner.
+        allowed: its limit.
         whole: whether it is a whole pipeline.
     """
 
@@ -55,7 +59,7 @@ class Checked:
 
     @property
     def line(self) -> str:
-        """As one line."""
+        """The result as one line."""
         what = ("tensors", "latents and a decoded corner") if self.whole else ("layers", "latents")
         return (
             f"read back by {self.reader}: {self.loaded} of {self.modules} {what[0]}, {what[1]} within "
@@ -63,99 +67,19 @@ class Checked:
         )
 
     def refuse(self, place: Path) -> None:
-        """Raise UserError where it is not what was exported."""
+        """Raise `UserError` for an export that differs from the student."""
         if self.loaded != self.modules or not self.difference <= self.allowed:
             raise UserError(f"{place} was not written: {self.line}")
 
 
-def pipeline_latents(
-    pipe: Any, folder: PipelineFolder, prompts: Sequence[str], seeds: Sequence[int], settings: dict[str, Any]
-) -> Tensor:
-    """What a diffusers pipeline draws, as latents [N, C, h, w]: one CPU generator a picture, as `fewstep sample`."""
-    pipe.set_progress_bar_config(disable=True)
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    if hasattr(pipe.scheduler, "generator"):  # pipelines of flows hand none on
-        pipe.scheduler.generator = generators
-    asked: dict[str, Any] = {}
-    if folder.pipeline.startswith(("PixArt", "Sana")):
-        asked = {"use_resolution_binning": False, "clean_caption": False}
-    asked |= {"height": folder.picture_size, "width": folder.picture_size, **settings}
-    drawn: Tensor = pipe(list(prompts), generator=generators, output_type="latent", **asked).images
-    if folder.pipeline.startswith("Flux"):
-        drawn = pipe._unpack_latents(drawn, asked["height"], asked["width"], pipe.vae_scale_factor)
-    return drawn.float().cpu()
-
-
-def _without(folder: PipelineFolder, index: Mapping[str, Any]) -> dict[str, None]:
-    """Return the arguments that keep diffusers from loading components that pictures are not drawn with."""
-    named = {name for name, value in index.items() if isinstance(value, list | tuple) and len(value) == 2 and value[0]}
-    checked = {"safety_checker"} if folder.family.kind == "sd" else set()
-    return dict.fromkeys(sorted(named - set(folder.family.parts) | checked))
-
-
-def load_pipeline(place: Path, folder: PipelineFolder, *, whole: bool = False) -> Any:
-    """Return a diffusers pipeline from a folder, in fp32.
-
-    Args:
-        folder: of the same family.
-        whole: load all that it names but a safety checker, as its users do; else what pictures are drawn with.
-    """
-    import diffusers
-
-    index = read_mapping(place / "model_index.json")
-    less = _without(folder, index)
-    if whole:
-        less = {name: None for name in less if name == "safety_checker"}
-    variant = next((found for part in folder.family.weighed if (found := weight_variant(place / part))), None)
-    return getattr(diffusers, folder.pipeline).from_pretrained(
-        place, local_files_only=True, use_safetensors=True, variant=variant, torch_dtype=torch.float32, **less
-    )
-
-
-def adapted(network: nn.Module) -> int:
-    """Layers of a network that carry an adapter."""
-    return sum(1 for module in network.modules() if len(getattr(module, "lora_A", ())))
-
-
-def parts_of(backbone: Backbone) -> dict[str, nn.Module]:
-    """The networks that a pipeline draws with, by their components' names."""
-    family = backbone.folder.family
-    return dict(zip(family.weighed, (backbone.network, backbone.vae, *backbone.text_encoders), strict=True))
-
-
-def tensors_of(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """The tensors of a pipeline's networks, by component and name; no copies, and none that nothing is drawn with."""
-    return {
-        f"{part}.{name}": value
-        for part, network in parts.items()
-        for name, value in network.state_dict().items()
-        if not name.startswith(UNUSED)
-    }
-
-
-def equal_tensors(parts: Mapping[str, nn.Module], wanted: Mapping[str, Tensor]) -> int:
-    """How many tensors of a pipeline's networks are those that were written."""
-    own = tensors_of(parts)
-    return sum(1 for name, value in wanted.items() if name in own and torch.equal(own[name], value.to(own[name])))
-
-
-@torch.no_grad()
-def decoded(vae: Any, latents: Tensor) -> Tensor:
-    """A corner of the first picture [1, 3, H, W], as an autoencoder sees it by its own config."""
-    corner = latents[:1, :, :CORNER, :CORNER].to(vae.device)
-    picture: Tensor = vae.decode(from_network_scale(vae, corner), return_dict=False)[0]
-    return picture.float().cpu()
-
-
-@dataclass(frozen=True)
-class Export:
-    """What was written: the file or folder, its form, and the base beside it.
+class Export(NamedTuple):
+    """An export as it was written.
 
     Attributes:
         place: the file, or a whole pipeline's folder.
-        folder: the pipeline whose network it adapts or is.
-        sampling: what it is drawn with for the proof.
-        device: where.
+        folder: the student's base pipeline, or its own.
+        sampling: settings of the check.
+        device: of the check.
     """
 
     form: ExportForm
@@ -167,45 +91,72 @@ class Export:
 
 
 def provable(sampling: Sampling) -> Sampling:
-    """A student's own settings, where a scheduler of ours has them; a few plain jumps for one that solvers draw."""
+    """Return a student's own settings if a scheduler of ours has them, else a few plain jumps under its guidance."""
     if sampling.sampler in ("sss", "lcm") or sampling.extra_conditioning:
         return sampling
     steps = min(sampling.steps, MOST_STEPS)
     return Sampling(steps=steps, gamma=0.0, omega=sampling.omega, size=sampling.size)
 
 
+def check_export(
+    export: Export,
+    lora: LoraHeader | None,
+    student: ImageGenerator,
+    ours: Tensor,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+) -> Checked:
+    """Read an export back and compare it with the student.
+
+    Args:
+        lora: the student's header; None for a whole pipeline.
+        ours: the student's latents of the prompts and seeds, under `export.sampling`.
+    """
+    whole = export.form not in ADAPTERS
+    dtype, wanted, written = torch.float32, dict[str, Tensor](), len(lora.layers) if lora else 0
+    if whole:
+        dtype = next(student.backbone.network.parameters()).dtype
+        wanted = tensors_of(parts_of(student.backbone))
+        if export.form == "single-file":  # has one dtype for all
+            wanted = {name: value.to(dtype) for name, value in wanted.items()}
+        written = len(wanted)
+    theirs, loaded, corner = drawn_again(export, wanted, ours, prompts, seeds)
+    pairs = [(theirs, ours), *([] if corner is None else [(corner, decoded(student.backbone.vae, ours))])]
+    apart = torch.stack([(found - own).abs().max() / own.abs().max() for found, own in pairs])
+    return Checked(export.reader, written, loaded, float(apart.max()), CLOSE[dtype], whole)
+
+
 def drawn_again(
     export: Export, wanted: Mapping[str, Tensor], ours: Tensor, prompts: Sequence[str], seeds: Sequence[int]
 ) -> tuple[Tensor, int, Tensor | None]:
-    """Read an export back as its users will: the latents it draws, how many layers came in, and the corner that it
-    decodes, if it holds an autoencoder.
+    """Draw with an export as its users do.
 
     Args:
         wanted: the tensors of the whole pipeline, for forms that hold one.
-        ours: the latents that are decoded.
+        ours: the latents to decode.
+
+    Returns:
+        latents, number of layers or tensors read, and the decoded corner if the form has an autoencoder.
     """
     whole = export.form not in ADAPTERS
     if export.reader == "fewstep":
-        base, lora = (export.place, None) if whole else (export.folder.path, export.place)
-        image_generator = load_image_generator(base, lora, export.device)
-        latents = image_generator.latents(image_generator.encode(prompts), seeds, export.sampling)
-        if lora:
-            return latents, len(check_lora(lora, export.folder).layers), None
-        return (
-            latents,
-            equal_tensors(parts_of(image_generator.backbone), wanted),
-            decoded(image_generator.backbone.vae, ours),
-        )
+        header = None if whole else check_lora(export.place, export.folder)
+        generator = load_image_generator(export.place if whole else export.folder, header, export.device)
+        latents = generator.latents(generator.encode(prompts), seeds, export.sampling)
+        if header:
+            return latents, len(header.layers), None
+        loaded = equal_tensors(parts_of(generator.backbone), wanted)
+        return latents, loaded, decoded(generator.backbone.vae, ours)
     with loading(str(export.place)):
         pipe = _read(export).to(export.device)
     network = getattr(pipe, export.folder.network)
     if whole:
-        came = equal_tensors({part: getattr(pipe, part) for part in export.folder.family.weighed}, wanted)
+        loaded = equal_tensors({part: getattr(pipe, part) for part in export.folder.family.weighed}, wanted)
     else:
-        came = adapted(network)
+        loaded = sum(1 for module in network.modules() if len(getattr(module, "lora_A", ())))
     if export.form == "peft":
         setattr(pipe, export.folder.network, network.merge_and_unload())
-    if export.folder.pipeline == CONSISTENCY:  # it knows no other scheduler than its own
+    if export.folder.pipeline == CONSISTENCY:  # it takes its own scheduler alone
         settings = call_settings(export.place)
     elif export.sampling == sampling_of_student(export.place):
         pipe.scheduler, settings = scheduler_for(export.place, pipe.scheduler.config), call_settings(export.place)
@@ -213,11 +164,11 @@ def drawn_again(
         pipe.scheduler = SSSScheduler.from_config(pipe.scheduler.config, gamma=0.0)
         settings = {**call_settings(export.place), "num_inference_steps": export.sampling.steps}
     latents = pipeline_latents(pipe, export.folder, prompts, seeds, settings)
-    return latents, came, decoded(pipe.vae, ours) if whole else None
+    return latents, loaded, decoded(pipe.vae, ours) if whole else None
 
 
 def _read(export: Export) -> Any:
-    """The pipeline that an export makes."""
+    """Return the diffusers pipeline of an export, fp32."""
     place, folder = export.place, export.folder
     if export.form == "merged":
         return load_pipeline(place, folder, whole=True)
@@ -240,3 +191,75 @@ def _read(export: Export) -> Any:
     else:
         pipe.load_lora_weights(str(place.parent), weight_name=place.name)
     return pipe
+
+
+def _without(folder: PipelineFolder, index: Mapping[str, Any]) -> dict[str, None]:
+    """Return the arguments that keep diffusers from loading components that pictures are not drawn with."""
+    named = {name for name, value in index.items() if isinstance(value, list | tuple) and len(value) == 2 and value[0]}
+    checkers = {"safety_checker"} if folder.family.kind == "sd" else set()
+    return dict.fromkeys(sorted(named - set(folder.family.parts) | checkers))
+
+
+def load_pipeline(place: Path, folder: PipelineFolder, *, whole: bool = False) -> Any:
+    """Load a diffusers pipeline from a folder, in fp32.
+
+    Args:
+        folder: of the same family.
+        whole: load all components but a safety checker, as users do; else only those that pictures are drawn with.
+    """
+    import diffusers
+
+    less = _without(folder, read_mapping(place / "model_index.json"))
+    if whole:
+        less = {name: None for name in less if name == "safety_checker"}
+    variant = next((found for part in folder.family.weighed if (found := weight_variant(place / part))), None)
+    return getattr(diffusers, folder.pipeline).from_pretrained(
+        place, local_files_only=True, use_safetensors=True, variant=variant, torch_dtype=torch.float32, **less
+    )
+
+
+def pipeline_latents(
+    pipe: Any, folder: PipelineFolder, prompts: Sequence[str], seeds: Sequence[int], settings: dict[str, Any]
+) -> Tensor:
+    """Draw with a diffusers pipeline: latents [N, C, h, w], one CPU generator a picture, as `fewstep sample`."""
+    pipe.set_progress_bar_config(disable=True)
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    if hasattr(pipe.scheduler, "generator"):  # pipelines of flows pass none to their scheduler
+        pipe.scheduler.generator = generators
+    given: dict[str, Any] = {"height": folder.picture_size, "width": folder.picture_size, **settings}
+    if folder.pipeline.startswith(("PixArt", "Sana")):
+        given |= {"use_resolution_binning": False, "clean_caption": False}
+    drawn: Tensor = pipe(list(prompts), generator=generators, output_type="latent", **given).images
+    if folder.pipeline.startswith("Flux"):
+        drawn = pipe._unpack_latents(drawn, given["height"], given["width"], pipe.vae_scale_factor)
+    return drawn.float().cpu()
+
+
+def parts_of(backbone: Backbone) -> dict[str, nn.Module]:
+    """Return the networks of a pipeline, by their components' names."""
+    family = backbone.folder.family
+    return dict(zip(family.weighed, (backbone.network, backbone.vae, *backbone.text_encoders), strict=True))
+
+
+def tensors_of(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Return the tensors of a pipeline's networks that affect pictures, by component and name; no copies."""
+    return {
+        f"{part}.{name}": value
+        for part, network in parts.items()
+        for name, value in network.state_dict().items()
+        if not name.startswith(UNUSED)
+    }
+
+
+def equal_tensors(parts: Mapping[str, nn.Module], wanted: Mapping[str, Tensor]) -> int:
+    """Count the tensors of a pipeline's networks that equal those written."""
+    own = tensors_of(parts)
+    return sum(1 for name, value in wanted.items() if name in own and torch.equal(own[name], value.to(own[name])))
+
+
+@torch.no_grad()
+def decoded(vae: Any, latents: Tensor) -> Tensor:
+    """Decode a corner of the first picture, [1, 3, H, W], at the scale of the autoencoder's own config."""
+    corner = latents[:1, :, :CORNER, :CORNER].to(vae.device)
+    picture: Tensor = vae.decode(from_network_scale(vae, corner), return_dict=False)[0]
+    return picture.float().cpu()

@@ -22,7 +22,9 @@ from fewstep.diffusion.config import Sampling
 from fewstep.diffusion.samplers import check_gamma
 from fewstep.diffusion.time_conditioning import ExtraEmbedding, ExtraEmbeddingHook
 from fewstep.students.conditioning_file import read_extra_embeddings
-from fewstep.students.lora_header import LoraHeader, check_fits, check_noise, of_run, read_header
+from fewstep.students.lora_checks import check_fits, check_noise
+from fewstep.students.lora_file import student_of_run
+from fewstep.students.lora_header import LoraHeader, read_header
 from fewstep.students.sampling import sampling_of
 
 
@@ -115,7 +117,7 @@ def _read_student(pipe: Any, student: Path) -> tuple[Sampling, Path, LoraHeader 
     named = {name.replace(".base_layer", ""): value for name, value in pipe.unet.state_dict().items()}
     weights = {name: tuple(value.shape) for name, value in named.items() if "lora_" not in name}
     header = read_header(student, weights)
-    check_fits(header, weights, header.base, str(student))  # by shapes: a pipeline in memory has no files to compare
+    check_fits(header, weights, header.base)  # by shapes: a pipeline in memory has no files to compare
     return header.sampling or Sampling(), header.file, header
 
 
@@ -143,7 +145,7 @@ def attach(pipe: Any, student: Path | str, *, gamma: float | None = None) -> Any
         )
     if getattr(pipe, "_fewstep_teller", None) is not None:
         raise UserError("pipe has a student attached already; load a fresh pipeline for another one")
-    sampling, place, header = _read_student(pipe, of_run(Path(student)))
+    sampling, place, header = _read_student(pipe, student_of_run(Path(student)))
     # the pipeline itself passes w, from its guidance_scale, to a UNet that embeds it
     embedded = pipe.unet.config.time_cond_proj_dim is not None
     beside = tuple(name for name in sampling.extra_conditioning if name != "w" or not embedded)
@@ -154,7 +156,7 @@ def attach(pipe: Any, student: Path | str, *, gamma: float | None = None) -> Any
     strength = check_gamma(sampling.gamma if gamma is None else gamma)
     _check_scheduler(sampling, strength, str(student))
     if header is not None:
-        check_noise(header.notes, pipe.scheduler.config, str(student), "pipe")
+        check_noise(header, pipe.scheduler.config, "pipe")
     embedding = read_extra_embeddings(place, beside, int(pipe.unet.time_embedding.linear_2.out_features))
     assert embedding is not None
     if header is not None:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fewstep.backbones.base import Backbone, open_backbone, to_bytes, unsound_weights
-from fewstep.backbones.pipeline_folder import read_folder
+from fewstep.backbones.autoencoder import to_bytes
+from fewstep.backbones.base import Backbone, bad_weights, open_backbone
+from fewstep.backbones.pipeline_folder import PipelineFolder, read_folder
 from fewstep.common.compilation import compile_networks
 from fewstep.common.distributed import fail_together, gather_to_main, is_main, local_rows, world_size
 from fewstep.common.errors import UserError
@@ -24,7 +25,8 @@ from fewstep.diffusion.time_conditioning import ExtraEmbedding, ExtraEmbeddingHo
 from fewstep.inference.multilingual.adapter import Adapter, load_adapter
 from fewstep.students.conditioning_file import read_extra_embeddings
 from fewstep.students.lora import merge_lora, read_lora
-from fewstep.students.lora_header import check_lora
+from fewstep.students.lora_checks import check_lora
+from fewstep.students.lora_header import LoraHeader
 from fewstep.students.sampling import teacher_sampling
 
 MOST_LATENT_POINTS = 2**16
@@ -129,7 +131,7 @@ class ImageGenerator:
         row = int((~values.flatten(1).isfinite().all(1)).nonzero()[0])
         folder = self.backbone.folder
         student = f" with {self.lora}" if self.lora else ""
-        why = unsound_weights(folder)
+        why = bad_weights(folder)
         if not why and self.precision != torch.float32:
             kind = str(self.precision).removeprefix("torch.")
             why = f"the weights of {folder.path}{student} are finite, so {kind} has overflowed; use precision fp32"
@@ -205,8 +207,8 @@ def image_generator_of(
 
 
 def load_image_generator(
-    teacher: Path,
-    lora: Path | str | None = None,
+    teacher: PipelineFolder | Path | str,
+    lora: LoraHeader | Path | str | None = None,
     device: torch.device | str = "cpu",
     adapter: Path | str | None = None,
     precision: torch.dtype = torch.float32,
@@ -227,19 +229,19 @@ def load_image_generator(
     Raises:
         UserError: not a pipeline, not a LoRA, or a LoRA or adapter of another base.
     """
-    folder = read_folder(teacher)
+    folder = teacher if isinstance(teacher, PipelineFolder) else read_folder(teacher)
     reads = load_adapter(adapter, folder) if adapter is not None else None
-    student = check_lora(lora, folder) if lora is not None else None
-    backbone = open_backbone(folder.path, device)
+    student = check_lora(lora, folder) if isinstance(lora, Path | str) else lora
+    backbone = open_backbone(folder, device)
     backbone.load_encoders()
     if student is None:
-        sampling, place = teacher_sampling(folder.path), folder.path
+        sampling, place = teacher_sampling(folder), folder.path
     else:
         sampling, place = student.sampling or Sampling(), student.file
         merge_lora(backbone.network, read_lora(student))
     if precision != torch.float32:
         backbone.network.to(precision)  # in main memory still: the device may have no room for more
-    backbone.settle()
+    backbone.to_device()
     embedding = read_extra_embeddings(place, folder.extra_inputs(sampling.extra_conditioning), backbone.time_width)
     image_generator = image_generator_of(backbone, sampling, embedding.to(backbone.device) if embedding else None)
     if compiled:

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.backbones.pipeline_writer import read_record
-from fewstep.backbones.scheduler_config import other_noise
+from fewstep.backbones.scheduler_config import noise_difference
 from fewstep.common.arguments import checked
 from fewstep.common.config import validate
 from fewstep.common.errors import UserError
 from fewstep.diffusion.config import Sampling
 from fewstep.inference.schedulers.base import FewStepScheduler
 from fewstep.inference.schedulers.few_step import ConsistencyScheduler, SSSScheduler
-from fewstep.students.lora_header import of_run, read_records
+from fewstep.students.lora_file import read_lora_record, student_of_run
 
 TIME_APART = 0.01
 """How far a time may lie from the one in a student's file, as networks are told it (0 to 1000): rounding, no more."""
@@ -31,8 +31,8 @@ def student_record(student: Path | str) -> dict[str, Any]:
     Raises:
         UserError: no such file, or one that brings no settings.
     """
-    place = of_run(Path(student))
-    record = read_record(place) if (place / "model_index.json").is_file() else read_records(place)
+    place = student_of_run(Path(student))
+    record = read_record(place) if (place / "model_index.json").is_file() else read_lora_record(place)
     if not isinstance(record.get("sampling"), dict):
         raise UserError(
             f"student = {str(student)!r} brings no settings; the nearest that does is one that fewstep wrote"
@@ -118,7 +118,7 @@ def _check_noise(scheduler: FewStepScheduler, record: Mapping[str, Any], count: 
             f"student = {student!r} has times {_listed(record['times'])}, this scheduler's config makes them "
             f"{_listed(times)}; the nearest is the scheduler of the student's own base"
         )
-    if other := other_noise(record, scheduler.config):
+    if other := noise_difference(record, scheduler.config):
         raise UserError(
             f"student = {student!r} has {other} in the pipeline; the nearest is the scheduler of the student's own base"
         )

@@ -1,8 +1,7 @@
-"""What a student is told by, beside its LoRA or pipeline: `conditioning.safetensors`.
+"""The extra embedding of a student with extra conditioning (s or w): `conditioning.safetensors` beside its weights.
 
-No stock pipeline tells a network where its jump lands (s) or the guidance it stands for (w), and diffusers' LoRA loader
-refuses keys that it does not know; so these weights stand in a file of their own, and `fewstep.attach` brings both to a
-diffusers pipeline.
+No stock pipeline passes the landing s or the guidance w to a network, and diffusers' LoRA loader refuses unknown keys.
+So these weights have a file of their own; `fewstep.attach` adds both files to a diffusers pipeline.
 """
 
 from __future__ import annotations
@@ -18,45 +17,45 @@ from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_write
 from fewstep.common.tensors import load_tensors, save_tensors
 from fewstep.diffusion.time_conditioning import EXTRA_PREFIX, ExtraEmbedding, current_names
-from fewstep.students.lora_header import CONDITIONING, of_run
+from fewstep.students.lora_file import CONDITIONING
 
 
 def split_weights(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A student's weights as (of the network or adapter, of what it is told by)."""
-    told = {key: value for key, value in weights.items() if key.startswith(EXTRA_PREFIX)}
-    return {key: value for key, value in weights.items() if key not in told}, told
+    """Split a student's weights into (network's or adapter's, extra embedding's)."""
+    extra = {key: value for key, value in weights.items() if key.startswith(EXTRA_PREFIX)}
+    return {key: value for key, value in weights.items() if key not in extra}, extra
 
 
-def save_extra_embeddings(folder: Path, told: Mapping[str, Tensor]) -> Path | None:
-    """Write what a student is told by into its folder, fp32; nothing for a student that is told nothing.
+def save_extra_embeddings(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write a student's extra embedding into its folder, fp32; no file for an empty one.
 
     Raises:
         UserError: the place cannot be written to.
     """
-    if not told:
-        return None
-    path = folder / CONDITIONING
-    with atomic_write(path) as part:
-        save_tensors(part, {key: value.float() for key, value in told.items()}, {"format": "pt"})
-    return path
+    if weights:
+        with atomic_write(folder / CONDITIONING) as part:
+            save_tensors(part, {key: value.float() for key, value in weights.items()}, {"format": "pt"})
 
 
 def extra_embedding_weights(student: Path) -> dict[str, Tensor]:
-    """What lies beside a student (its folder, or its LoRA's file): what it is told by; empty for most.
+    """Return the extra embedding's weights beside a student (its folder, or its LoRA's file); empty without any.
 
     Raises:
-        UserError: a file that is not whole.
+        UserError: a broken file.
     """
-    student = of_run(student)
-    path = (student if student.is_dir() else student.parent) / CONDITIONING
+    path = _beside(student)
     return current_names(load_tensors(path)) if path.is_file() else {}
 
 
+def _beside(student: Path) -> Path:
+    return (student if student.is_dir() else student.parent) / CONDITIONING
+
+
 def read_extra_embeddings(student: Path, names: Sequence[ExtraCondition], width: int) -> ExtraEmbedding | None:
-    """What the student in a folder (or beside a LoRA file) is told by; None for one that is told nothing.
+    """Return the extra embedding of a student (its folder, or its LoRA's file); None without extra conditioning.
 
     Args:
-        names: what its settings say that it is told.
+        names: of its extra conditioning, by its settings.
         width: of the network's time embedding.
 
     Raises:
@@ -64,13 +63,13 @@ def read_extra_embeddings(student: Path, names: Sequence[ExtraCondition], width:
     """
     if not names:
         return None
-    path = (student if student.is_dir() else student.parent) / CONDITIONING
+    path = _beside(student)
     tensors = {key.removeprefix(EXTRA_PREFIX): value for key, value in current_names(load_tensors(path)).items()}
     embedding = ExtraEmbedding([name for name in get_args(ExtraCondition) if name in names], width)
     own = {key: tuple(value.shape) for key, value in embedding.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in tensors.items()}
     if found != own:
         wrong = sorted(key for key in own.keys() | found.keys() if own.get(key) != found.get(key))[0]
-        raise UserError(f"{path}: {wrong} is {found.get(wrong)}, this network wants {own.get(wrong)}")
+        raise UserError(f"{path}: {wrong} is {found.get(wrong)}, this network needs {own.get(wrong)}")
     embedding.load_state_dict(tensors)
     return embedding.requires_grad_(False)

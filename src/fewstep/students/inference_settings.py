@@ -1,4 +1,4 @@
-"""The inference settings that travel with every exported file, in words that any tool can read."""
+"""The inference settings in every exported file's metadata, readable by any tool."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ if TYPE_CHECKING:
     from fewstep.backbones.base import Backbone
 
 
-def travelling(backbone: Backbone, sampling: Sampling, network: nn.Module | None = None) -> dict[str, Any]:
-    """What a file says beside its `sampling` record, which `fewstep sample` reads back.
+def inference_record(backbone: Backbone, sampling: Sampling, network: nn.Module | None = None) -> dict[str, Any]:
+    """Return the record of a student beside its `sampling` settings.
 
     Args:
-        network: the student's, where it is another one than the backbone's.
+        network: the student's, if it is another one than the backbone's.
 
     Returns:
         base_model: pipeline class and family of the teacher;
-        prediction, path, shift: what the network says, on which noise path; the shift is a flow's, and 1 elsewhere;
-        times: the exact times of the calls, as the network is told them (training indices; 1000 sigma on a flow);
-        sigmas: the noise there, x_t = alpha x_0 + sigma eps: what the scheduler's betas are known by;
-        guidance: omega of (1 + omega) out(prompt) - omega out(null), `scale` in diffusers' words (1 + omega; what a
-            network that is told its guidance is told), and whether it is told. A student whose UNet embeds w by itself
-            is `embedded`, its scale 1 + w.
+        prediction, path, shift: what the network predicts, its noise path, and a flow's shift (1 elsewhere);
+        times: the exact times of the calls, as the network's input (training indices; 1000 sigma on a flow);
+        sigmas: the noise there, x_t = alpha x_0 + sigma eps, which identifies the scheduler's betas;
+        guidance: omega of (1 + omega) out(prompt) - omega out(null); `scale` as diffusers' guidance_scale (1 + omega,
+            or the guidance input); `told`: whether guidance is an input. A student whose UNet embeds w by itself is
+            `embedded`, its scale 1 + w.
     """
     count = sampling.steps // sampling.calls_a_step
     times = inference_times(backbone.path, count, grid=sampling.grid, spacing=sampling.spacing)
-    told = backbone.embedded_guidance
-    scale = 1 + sampling.omega if sampling.omega or not told else backbone.default_guidance
-    guidance: dict[str, Any] = {"omega": sampling.omega, "scale": scale, "told": told}
+    embedded = backbone.embedded_guidance
+    scale = 1 + sampling.omega if sampling.omega or not embedded else backbone.default_guidance
+    guidance: dict[str, Any] = {"omega": sampling.omega, "scale": scale, "told": embedded}
     if sampling.w is not None and backbone.embeds_guidance(network or backbone.network):
         guidance |= {"scale": 1 + sampling.w, "told": True, "embedded": True}
     return {
@@ -42,7 +42,7 @@ def travelling(backbone: Backbone, sampling: Sampling, network: nn.Module | None
         "path": "flow" if isinstance(backbone.path, FlowMatching) else "vp",
         "shift": backbone.path.shift if isinstance(backbone.path, FlowMatching) else 1.0,
         "times": [round(float(t), 6) for t in index_of(backbone.path, times)],
-        # digits enough to tell alpha from 0 where sigma is nearly 1
+        # enough digits for alpha > 0 where sigma is nearly 1
         "sigmas": [round(float(sigma), 12) for sigma in backbone.path.sigma(times)],
         "guidance": guidance,
     }

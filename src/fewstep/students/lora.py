@@ -1,10 +1,9 @@
-"""LoRA files: written in the diffusers form with our inference settings in the metadata, read in any spelling.
+"""LoRA weights: written in the diffusers form with our inference settings in the metadata, read in any spelling.
 
 The keys that are written are `unet.<module>.lora_A.weight` and `.lora_B.weight` (`transformer.` for a transformer), as
 diffusers' `load_lora_weights` reads them; the metadata holds diffusers' own `lora_adapter_metadata` (rank, alpha,
 targets) and `fewstep`, a JSON record of the method, the settings to sample with and the sha256 of the base's weights.
 A scale alpha / rank other than 1 is folded into B, since readers that ignore the metadata apply none.
-What is read is told in `export.spellings`.
 """
 
 from __future__ import annotations
@@ -21,7 +20,8 @@ from torch import Tensor, nn
 from fewstep.common.files import atomic_write
 from fewstep.common.tensors import check_finite, load_tensors, save_tensors
 from fewstep.diffusion.config import Sampling
-from fewstep.students.lora_header import FILE, METADATA, LoraHeader
+from fewstep.students.lora_file import FILE, METADATA
+from fewstep.students.lora_header import LoraHeader
 
 
 @dataclass(frozen=True)
@@ -29,23 +29,13 @@ class Lora:
     """A LoRA file in memory.
 
     Attributes:
-        header: what the file says of itself: scales, base, how to sample with it.
+        header: its layers, scales, base and inference settings.
         down, up: module name in the base -> A [r, in, ...] and B [out, r, ...], fp32.
     """
 
     header: LoraHeader
     down: dict[str, Tensor]
     up: dict[str, Tensor]
-
-    @property
-    def base(self) -> str:
-        """sha256 of the UNet weights it was trained on, or "" if the file does not say."""
-        return self.header.base
-
-    @property
-    def sampling(self) -> Sampling | None:
-        """How to sample with it; None if the file does not say."""
-        return self.header.sampling
 
 
 def save_lora(
@@ -64,8 +54,8 @@ def save_lora(
     """Write adapter weights (PEFT names: `<module>.lora_A.weight`) as one file; return its path.
 
     Args:
-        alpha: that the weights were trained with. The file's own alpha is its rank, and B holds the scale.
-        component: of the pipeline that they adapt, unet or transformer: what every key begins with.
+        alpha: that the weights were trained with. The file's own alpha is its rank, and B has the scale.
+        component: of the pipeline that they adapt, unet or transformer: the prefix of every key.
 
     Raises:
         UserError: the place cannot be written to, or a number is not finite.
@@ -96,7 +86,7 @@ def save_lora(
 
 
 def folded(b: Tensor, scale: float) -> Tensor:
-    """Return B times a scale: in its own type where no number is rounded there, else in fp32."""
+    """Return B times a scale: in its own dtype if no number is rounded there, else in fp32."""
     exact = b.float() * scale
     own = exact.to(b.dtype)
     return own if torch.equal(own.float(), exact) else exact
@@ -104,7 +94,7 @@ def folded(b: Tensor, scale: float) -> Tensor:
 
 def trained_scale(header: LoraHeader) -> float | None:
     """Return the scale alpha / rank that `save_lora` has folded into B; None for any other file."""
-    alpha, rank = header.notes.get("trained_alpha"), header.notes.get("rank")
+    alpha, rank = header.record.get("trained_alpha"), header.record.get("rank")
     known = all(isinstance(number, int | float) and number > 0 for number in (alpha, rank))
     return float(alpha) / float(rank) if known and alpha and rank else None
 
@@ -112,7 +102,7 @@ def trained_scale(header: LoraHeader) -> float | None:
 def unfolded(b: Tensor, scale: float) -> Tensor:
     """Return B, fp32, as it was before `folded` multiplied it by a scale.
 
-    Its numbers were of fp16 then: rounding to that type removes the error of the product.
+    Its numbers were fp16 then: rounding to fp16 removes the error of the product.
     """
     plain = (b.double() / scale).float()
     rounded = plain.half().float()
@@ -120,10 +110,10 @@ def unfolded(b: Tensor, scale: float) -> Tensor:
 
 
 def read_lora(header: LoraHeader) -> Lora:
-    """Read the weights of a LoRA whose header was found good (`header.check_lora`).
+    """Read the weights of a LoRA with a checked header (`lora_checks.check_lora`).
 
     Raises:
-        UserError: the file is not whole, or a number in it is not finite.
+        UserError: the file is broken, or a number in it is not finite.
     """
     pairs = stored_matrices(header)
     down, up = ({name: pair[i].float() for name, pair in pairs.items()} for i in (0, 1))
@@ -131,10 +121,10 @@ def read_lora(header: LoraHeader) -> Lora:
 
 
 def stored_matrices(header: LoraHeader) -> dict[str, tuple[Tensor, Tensor]]:
-    """Read A and B of every layer in the type that the file holds them in.
+    """Read A and B of every layer in the file's own dtype.
 
     Raises:
-        UserError: the file is not whole, or a number in it is not finite.
+        UserError: the file is broken, or a number in it is not finite.
     """
     tensors = load_tensors(header.file)
     used = {key: tensors[key] for layer in header.layers.values() for key in layer.keys}

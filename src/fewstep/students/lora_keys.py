@@ -1,4 +1,4 @@
-"""How LoRA files name the layers of a network: every spelling is resolved here, from the names alone.
+"""The layers of a network in the spellings of LoRA files, resolved from the keys alone.
 
 A key is a prefix, a layer and an ending. The A matrix of one layer, in each spelling:
 
@@ -14,18 +14,17 @@ A key is a prefix, a layer and an ending. The A matrix of one layer, in each spe
     lora_transformer_transformer_blocks_0_attn_to_q.lora_down.weight    OneTrainer, for transformers
     diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight          ai-toolkit, with the original code's names
 
-Any prefix goes with any ending and with either code's names of the layers. `.lora_A.default.weight` (an adapter's name
-inside the key) and `.lora_A` (no `.weight`) are read too. Where the original code holds several of diffusers' layers in
-one (queries, keys and values of a transformer), its A is that of each of them, and its B holds theirs row by row.
+Any prefix may be combined with any ending and with either code's names of the layers. `.lora_A.default.weight` (an
+adapter's name inside the key) and `.lora_A` (no `.weight`) are read too. Where the original code has one layer for
+several of diffusers (queries, keys and values of a transformer), its A is that of each of them, and its B has theirs
+row by row (`original_layers.yaml`).
 
-`.alpha` beside A and B is a number: the scale of that layer is alpha / rank (diffusers 0.42 gives attention
-layers of a kohya file the alpha that most layers have; the two agree where all are equal, as they mostly are). Which
-underscores of a kohya name are dots cannot be told from the name: it is looked up among the layers of the base that
-it shall be merged into.
+`.alpha` beside A and B is a number: the scale of that layer is alpha / rank (diffusers 0.42 gives attention layers of a
+kohya file the alpha that most layers have). Which underscores of a kohya name are dots does not follow from the name:
+it is looked up among the layers of the base.
 
-Not read, and refused in one line that names the key: anything that adapts a text encoder too (its prompts would be
-encoded without it: a half-applied LoRA is another model), other adapters (LoKr, LoHa, DoRA, OFT, Tucker-decomposed
-convolutions), whole weights or biases beside the LoRA, and keys of no known spelling.
+Refused, naming the key: files that adapt a text encoder too (applied in part, a LoRA is another model), other adapters
+(LoKr, LoHa, DoRA, OFT, Tucker-decomposed convolutions), whole weights or biases beside the LoRA, and unknown spellings.
 """
 
 from __future__ import annotations
@@ -37,6 +36,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import yaml
+
 from fewstep.backbones.single_file.sd_names import original_names
 from fewstep.common.errors import UserError
 
@@ -44,7 +45,7 @@ Part = Literal["A", "B", "alpha"]
 
 PEFT_PREFIX = "base_model.model."
 COMPONENTS = ("unet.", "transformer.")
-"""What keys of a whole pipeline begin with: the component that denoises."""
+"""Prefixes of keys of a whole pipeline: the denoiser's component."""
 _DOTTED_PREFIXES = (*COMPONENTS, PEFT_PREFIX, "model.diffusion_model.", "diffusion_model.")
 """Prefixes of a layer's name with dots; several may follow each other."""
 _FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
@@ -60,12 +61,12 @@ _ENDINGS: dict[str, tuple[str, Part]] = {
     ".lora_A.weight": ("", "A"),
     ".lora_B.weight": ("", "B"),
     ".alpha": ("", "alpha"),
-    **{f".lora_{way}.weight": ("", part) for way, part in _MATRICES},
-    **{f".lora.{way}.weight": ("", part) for way, part in _MATRICES},
-    **{f".lora_linear_layer.{way}.weight": ("", part) for way, part in _MATRICES},
-    **{f".{k}.{way}.weight": (f".{v}", part) for k, v in _PROCESSOR_LAYERS.items() for way, part in _MATRICES},
+    **{f".lora_{side}.weight": ("", part) for side, part in _MATRICES},
+    **{f".lora.{side}.weight": ("", part) for side, part in _MATRICES},
+    **{f".lora_linear_layer.{side}.weight": ("", part) for side, part in _MATRICES},
+    **{f".{k}.{side}.weight": (f".{v}", part) for k, v in _PROCESSOR_LAYERS.items() for side, part in _MATRICES},
 }
-"""The end of a key -> what it adds to the layer's name, and which part of the LoRA it holds."""
+"""The end of a key -> a suffix of the layer's name, and the part of the LoRA that the key holds."""
 _NAMED = re.compile(r"(?P<layer>.+)\.lora_(?P<part>[AB])(?:\.[A-Za-z0-9_-]+(?:\.weight)?)?")
 """PEFT's endings with the name of an adapter in them, or without `.weight`."""
 
@@ -79,73 +80,19 @@ _OTHER_ADAPTERS = {
 }
 
 
-_JOINT = "transformer_blocks.{i}."
-_SINGLE = "single_transformer_blocks.{i}."
-_IMAGE_QKV = tuple(f"{_JOINT}attn.to_{x}" for x in "qkv")
-_TEXT_QKV = tuple(f"{_JOINT}attn.add_{x}_proj" for x in "qkv")
-_FLUX_NAMES: dict[str, tuple[str, ...]] = {
-    "img_in": ("x_embedder",),
-    "txt_in": ("context_embedder",),
-    "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
-    "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
-    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
-    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
-    "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
-    "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
-    "double_blocks.{i}.img_mod.lin": (f"{_JOINT}norm1.linear",),
-    "double_blocks.{i}.txt_mod.lin": (f"{_JOINT}norm1_context.linear",),
-    "double_blocks.{i}.img_attn.qkv": _IMAGE_QKV,
-    "double_blocks.{i}.txt_attn.qkv": _TEXT_QKV,
-    "double_blocks.{i}.img_attn.proj": (f"{_JOINT}attn.to_out.0",),
-    "double_blocks.{i}.txt_attn.proj": (f"{_JOINT}attn.to_add_out",),
-    "double_blocks.{i}.img_mlp.0": (f"{_JOINT}ff.net.0.proj",),
-    "double_blocks.{i}.img_mlp.2": (f"{_JOINT}ff.net.2",),
-    "double_blocks.{i}.txt_mlp.0": (f"{_JOINT}ff_context.net.0.proj",),
-    "double_blocks.{i}.txt_mlp.2": (f"{_JOINT}ff_context.net.2",),
-    "single_blocks.{i}.modulation.lin": (f"{_SINGLE}norm.linear",),
-    "single_blocks.{i}.linear1": (*(f"{_SINGLE}attn.to_{x}" for x in "qkv"), f"{_SINGLE}proj_mlp"),
-    "single_blocks.{i}.linear2": (f"{_SINGLE}proj_out",),
-    "final_layer.linear": ("proj_out",),
-    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
-}
-"""A layer of the original code -> the layers of diffusers that hold it, in the order of its rows."""
-_SD3_NAMES: dict[str, tuple[str, ...]] = {
-    "x_embedder.proj": ("pos_embed.proj",),
-    "t_embedder.mlp.0": ("time_text_embed.timestep_embedder.linear_1",),
-    "t_embedder.mlp.2": ("time_text_embed.timestep_embedder.linear_2",),
-    "y_embedder.mlp.0": ("time_text_embed.text_embedder.linear_1",),
-    "y_embedder.mlp.2": ("time_text_embed.text_embedder.linear_2",),
-    "joint_blocks.{i}.x_block.adaLN_modulation.1": (f"{_JOINT}norm1.linear",),
-    "joint_blocks.{i}.context_block.adaLN_modulation.1": (f"{_JOINT}norm1_context.linear",),
-    "joint_blocks.{i}.x_block.attn.qkv": _IMAGE_QKV,
-    "joint_blocks.{i}.x_block.attn2.qkv": tuple(f"{_JOINT}attn2.to_{x}" for x in "qkv"),
-    "joint_blocks.{i}.context_block.attn.qkv": _TEXT_QKV,
-    "joint_blocks.{i}.x_block.attn.proj": (f"{_JOINT}attn.to_out.0",),
-    "joint_blocks.{i}.x_block.attn2.proj": (f"{_JOINT}attn2.to_out.0",),
-    "joint_blocks.{i}.context_block.attn.proj": (f"{_JOINT}attn.to_add_out",),
-    "joint_blocks.{i}.x_block.mlp.fc1": (f"{_JOINT}ff.net.0.proj",),
-    "joint_blocks.{i}.x_block.mlp.fc2": (f"{_JOINT}ff.net.2",),
-    "joint_blocks.{i}.context_block.mlp.fc1": (f"{_JOINT}ff_context.net.0.proj",),
-    "joint_blocks.{i}.context_block.mlp.fc2": (f"{_JOINT}ff_context.net.2",),
-    "final_layer.linear": ("proj_out",),
-    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
-}
-_PIXART_NAMES: dict[str, tuple[str, ...]] = {
-    "x_embedder.proj": ("pos_embed.proj",),
-    "t_embedder.mlp.0": ("adaln_single.emb.timestep_embedder.linear_1",),
-    "t_embedder.mlp.2": ("adaln_single.emb.timestep_embedder.linear_2",),
-    "t_block.1": ("adaln_single.linear",),
-    "y_embedder.y_proj.fc1": ("caption_projection.linear_1",),
-    "y_embedder.y_proj.fc2": ("caption_projection.linear_2",),
-    "blocks.{i}.attn.qkv": tuple(f"{_JOINT}attn1.to_{x}" for x in "qkv"),
-    "blocks.{i}.attn.proj": (f"{_JOINT}attn1.to_out.0",),
-    "blocks.{i}.cross_attn.q_linear": (f"{_JOINT}attn2.to_q",),
-    "blocks.{i}.cross_attn.kv_linear": tuple(f"{_JOINT}attn2.to_{x}" for x in "kv"),
-    "blocks.{i}.cross_attn.proj": (f"{_JOINT}attn2.to_out.0",),
-    "blocks.{i}.mlp.fc1": (f"{_JOINT}ff.net.0.proj",),
-    "blocks.{i}.mlp.fc2": (f"{_JOINT}ff.net.2",),
-    "final_layer.linear": ("proj_out",),
-}
+def _read_layers(file: Path) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Return family -> layer of the original code -> layers of diffusers that hold it, in the order of its rows."""
+    return {
+        family: {
+            table.get("original", "") + name: tuple(table.get("diffusers", "") + own for own in layers.split())
+            for table in tables
+            for name, layers in table["layers"].items()
+        }
+        for family, tables in yaml.safe_load(file.read_text(encoding="utf-8")).items()
+    }
+
+
+_LAYERS = _read_layers(Path(__file__).with_name("original_layers.yaml"))
 
 
 @dataclass
@@ -153,8 +100,8 @@ class Keys:
     """The keys of one layer in a file.
 
     Attributes:
-        share: layers whose rows B holds one below the other, this one among them; empty where B is this layer's alone.
-        swapped: whether the halves of B's rows stand the other way round.
+        share: layers whose rows B holds one below the other, this one included; empty where B is only this layer's.
+        swapped: whether the halves of B's rows are in reverse order.
     """
 
     A: str = ""
@@ -194,7 +141,8 @@ def find_keys(keys: Iterable[str], modules: Collection[str], file: Path) -> dict
         if place is None:
             raise UserError(
                 f"lora = {str(file)!r}: {key!r} names no layer of this base; it is for another base, or in a spelling "
-                "that is not read: export it as diffusers, kohya or PEFT write it"
+                "that is not read: export it as diffusers, kohya or PEFT write it",
+                field="lora",
             )
         for module in place.modules:
             share = place.modules if len(place.modules) > 1 else ()
@@ -214,10 +162,10 @@ def _plain_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class _Place:
-    """What a name in a file stands for: one layer, or several that the original code holds in one.
+    """The layer of a name in a file, or several layers that are one in the original code.
 
     Attributes:
-        swapped: whether the original code holds the halves of the rows the other way round.
+        swapped: whether the original code has the halves of the rows in reverse order.
     """
 
     modules: tuple[str, ...]
@@ -242,12 +190,12 @@ def _names(modules: Collection[str]) -> tuple[dict[str, _Place], dict[str, _Plac
 def _transformer_names(modules: Collection[str]) -> dict[str, _Place]:
     """Map names in the original code of Flux, SD 3, PixArt and SANA to layers of a diffusers transformer.
 
-    A name is known where the network has all layers that it stands for.
+    A name is known if the network has all of its layers.
     """
     every = set(modules)
     flux = any(module.startswith("single_transformer_blocks.") for module in modules)
     joint = "transformer_blocks.0.attn.add_q_proj" in every
-    table = _FLUX_NAMES if flux else _SD3_NAMES if joint else _PIXART_NAMES
+    table = _LAYERS["flux" if flux else "sd3" if joint else "pixart"]
     numbers = sorted({int(m.split(".")[1]) for m in modules if re.match(r"(single_)?transformer_blocks\.\d+\.", m)})
     found = {}
     for theirs, ours in table.items():
@@ -263,10 +211,10 @@ def _transformer_names(modules: Collection[str]) -> dict[str, _Place]:
 def _read_key(key: str, file: Path) -> tuple[str, Part]:
     for mark, adapter in _OTHER_ADAPTERS.items():
         if mark in key:
-            raise UserError(f"{file} is {adapter}: it holds {key!r}; the nearest adapter that is read here is a LoRA")
+            raise UserError(f"{file} is {adapter}: it holds {key!r}; only LoRAs are read", field="lora")
     if key.startswith(_TEXT_PREFIXES):
         raise UserError(
-            f"{file} adapts a text encoder too: it holds {key!r}; only a LoRA of the denoiser alone is read"
+            f"{file} adapts a text encoder too: it holds {key!r}; give a LoRA of the denoiser alone", field="lora"
         )
     split = split_key(key)
     if split is None:

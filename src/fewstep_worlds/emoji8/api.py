@@ -320,7 +320,7 @@ def teacher_card(
     from fewstep.students.sampling import teacher_sampling
 
     folder = read_teacher(teacher)
-    own = teacher_sampling(folder.path)
+    own = teacher_sampling(folder)
     sampling = validate(Sampling, own.model_dump() | {"steps": steps, "omega": own.omega if omega is None else omega})
     check_sampling(sampling, folder)
     check_positive("n", n)

@@ -1,4 +1,4 @@
-"""What becomes of the tensors of a checkpoint that no network takes: known to change no picture, or refused by name."""
+"""The tensors of a checkpoint that no network takes: known to be without effect, or refused by name."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _UNUSED = {
     r"(.*\.)?scaled_fp8": "marks",
     r"(.*\.)?(scale_input|input_scale)": "scales of inputs",
 }
-"""Tensors that change no picture, by their whole names, and what they are."""
-_APART = 1e-2
-"""How far the noise's signal share in a file (often fp16) may lie from the schedule's."""
+"""Pattern of whole names of tensors without effect on pictures -> what they are."""
+_TOLERANCE = 1e-2
+"""Largest difference of alpha^2 in a file (often fp16) from the schedule's."""
 
 
 def account(reader: Reader, folder: PipelineFolder, elsewhere: Sequence[str] = ()) -> str:
-    """Refuse a checkpoint with tensors that nothing has read; return one line that counts those that change nothing.
+    """Refuse a checkpoint with tensors that nothing has read; return one line that counts those without effect.
 
     Args:
-        elsewhere: beginnings of names of components that are taken from the folder of configs.
+        elsewhere: prefixes of components that are taken from the folder of configs.
 
     Raises:
         UserError: naming the first tensor that nothing reads, or a noise schedule other than the config's.
@@ -49,7 +49,7 @@ def account(reader: Reader, folder: PipelineFolder, elsewhere: Sequence[str] = (
             continue
         what = next((what for pattern, what in _UNUSED.items() if re.fullmatch(pattern, key)), None)
         if what is None and extra and key.startswith(extra):
-            what = "the text encoder's last block, which the penultimate states leave out"
+            what = "the text encoder's last block, whose states are not used"
         if what is None and key.startswith(tuple(elsewhere)):
             what = "components that come from the config folder"
         if what is None:
@@ -59,12 +59,12 @@ def account(reader: Reader, folder: PipelineFolder, elsewhere: Sequence[str] = (
             )
         if what != "marks":
             counts[what] = counts.get(what, 0) + 1
-    said = "; ".join(f"{count} tensor{'s' * (count > 1)} of {what}" for what, count in sorted(counts.items()))
-    return f"{reader.file.name}: not used: {said}" if said else ""
+    line = "; ".join(f"{count} tensor{'s' * (count > 1)} of {what}" for what, count in sorted(counts.items()))
+    return f"{reader.file.name}: not used: {line}" if line else ""
 
 
 def _penultimate(folder: PipelineFolder) -> str:
-    """Return how the names of 2.x's last text block begin: configs leave it out, as its states are not used."""
+    """Return the prefix of 2.x's last text block, which configs leave out as its states are not used; else ""."""
     if folder.family.encoders != ("text_encoder",) or folder.config("text_encoder").get("hidden_act") != "gelu":
         return ""
     layers = folder.config("text_encoder").get("num_hidden_layers")
@@ -75,8 +75,8 @@ def _check_noise(reader: Reader, folder: PipelineFolder) -> None:
     """Refuse a file whose own table of alpha^2 is not that of the scheduler's config."""
     table = reader.get("alphas_cumprod").double().flatten()
     own = sigmas_at(folder.config("scheduler"), range(len(table)))
-    if own is None or max(abs(float(a) - (1 - s**2)) for a, s in zip(table, own, strict=True)) > _APART:
+    if own is None or max(abs(float(a) - (1 - s**2)) for a, s in zip(table, own, strict=True)) > _TOLERANCE:
         raise UserError(
-            f"teacher = {str(reader.file)!r} has a noise schedule of its own (alphas_cumprod), {folder.path} "
-            "another; give --teacher-config FOLDER with a scheduler of that noise"
+            f"teacher = {str(reader.file)!r} has another noise schedule (alphas_cumprod) than {folder.path}; give "
+            "--teacher-config FOLDER with a scheduler of that noise"
         )

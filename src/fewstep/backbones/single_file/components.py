@@ -1,4 +1,8 @@
-"""The weights of a single-file checkpoint by component, and the pipeline folder that they are written as."""
+"""The weights of a single-file checkpoint by component, written as a pipeline folder.
+
+Stable Diffusion's names are mapped by `sd_checkpoint`, the table that exports are written by, so that every tensor is
+accounted for by name. Transformers are renamed by diffusers' own converters.
+"""
 
 from __future__ import annotations
 
@@ -9,26 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.backbones.base import loading
 from fewstep.backbones.families import FAMILIES
-from fewstep.backbones.pipeline_folder import LIBRARIES, PipelineFolder, weight_files
+from fewstep.backbones.loading import loading
+from fewstep.backbones.pipeline_folder import INDEX, LIBRARIES, PipelineFolder
 from fewstep.backbones.pipeline_writer import copy_component, copy_licences
 from fewstep.backbones.scheduler_config import prediction_of
 from fewstep.backbones.single_file.accounting import account
 from fewstep.backbones.single_file.reader import Reader
 from fewstep.backbones.single_file.recognise import Checkpoint
-from fewstep.backbones.single_file.sd_checkpoint import Held, text_keys, unet_keys, vae_keys
+from fewstep.backbones.single_file.sd_checkpoint import Place, text_keys, unet_keys, vae_keys
+from fewstep.backbones.weight_files import weight_files
 from fewstep.common.errors import UserError
 from fewstep.common.files import read_mapping, write_json
-from fewstep.common.safetensors_header import Shape, read_safetensors_header
+from fewstep.common.safetensors_header import Shape
 
-INDEX = "model_index.json"
-_ELSEWHERE = ("first_stage_model.", "vae.", "text_encoders.", "cond_stage_model.", "conditioner.")
-"""How names of the other components of a whole checkpoint of a transformer begin."""
+_OTHER_COMPONENTS = ("first_stage_model.", "vae.", "text_encoders.", "cond_stage_model.", "conditioner.")
+"""Prefixes of the other components in a whole checkpoint of a transformer."""
 
 
 def network_of(folder: PipelineFolder, component: str) -> nn.Module:
-    """Return a component built from its config, without weights (on torch's meta device).
+    """Build a component from its config, without weights (on torch's meta device).
 
     Raises:
         UserError: a config that its class does not take.
@@ -51,10 +55,10 @@ def network_of(folder: PipelineFolder, component: str) -> nn.Module:
     return network
 
 
-def held_by(
+def checkpoint_places(
     folder: PipelineFolder, networks: Mapping[str, nn.Module], checkpoint: Checkpoint
-) -> dict[str, dict[str, Held]]:
-    """Return where a checkpoint holds the tensors of each component of Stable Diffusion 1.x, 2.x or XL."""
+) -> dict[str, dict[str, Place]]:
+    """Return, for each component of Stable Diffusion 1.x, 2.x or XL, its tensors' places in a checkpoint."""
     names = {part: list(network.state_dict()) for part, network in networks.items()}
     encoders = folder.family.encoders
     acts = [str(folder.config(part).get("hidden_act")) for part in encoders]
@@ -66,7 +70,7 @@ def held_by(
     }
 
 
-def fill(network: nn.Module, keys: Mapping[str, Held], reader: Reader, dtype: torch.dtype, component: str) -> None:
+def fill(network: nn.Module, keys: Mapping[str, Place], reader: Reader, dtype: torch.dtype, component: str) -> None:
     """Load the weights of a checkpoint into a network without weights.
 
     Raises:
@@ -79,17 +83,17 @@ def fill(network: nn.Module, keys: Mapping[str, Held], reader: Reader, dtype: to
         more = f" and {len(lacking) - 1} more" if lacking[1:] else ""
         key = keys[lacking[0]].key if lacking[0] in keys else lacking[0]
         raise UserError(
-            f"teacher = {str(reader.file)!r} holds no {key!r}{more}, of the {component}; it is not whole, or its "
+            f"teacher = {str(reader.file)!r} holds no {key!r}{more}, of the {component}; it is incomplete, or its "
             "network is of another size: give --teacher-config FOLDER, a pipeline folder of its kind"
         )
     weights = {}
     for name, shape in wanted.items():
         if name in keys:
-            weights[name] = _placed(reader.get(keys[name].key), keys[name], shape, reader.file).to(dtype)
+            weights[name] = _in_layout(reader.get(keys[name].key), keys[name], shape, reader.file).to(dtype)
     network.load_state_dict(weights, assign=True, strict=False)
 
 
-def _placed(value: Tensor, held: Held, shape: Shape, file: Path) -> Tensor:
+def _in_layout(value: Tensor, held: Place, shape: Shape, file: Path) -> Tensor:
     """Return a tensor of a checkpoint in the layout of diffusers."""
     if held.third is not None and len(value) == 3 * shape[0]:
         value = value[held.third * shape[0] :][: shape[0]]
@@ -106,34 +110,32 @@ def _placed(value: Tensor, held: Held, shape: Shape, file: Path) -> Tensor:
     return value.contiguous().clone() if value._is_view() else value.contiguous()
 
 
-def write_components(file: Path, config: Path, checkpoint: Checkpoint, part: Path) -> list[str]:
-    """Write a checkpoint as a pipeline folder; return lines to say about it.
+def write_components(checkpoint: Checkpoint, config: Path, part: Path) -> list[str]:
+    """Write a checkpoint as a pipeline folder; return lines to print about it.
 
-    Its weights are of the type that its matrices share, else fp32, which holds them all. Components that the file does
-    not hold come from the folder of configs.
+    Weights have the dtype that the file's matrices share, else fp32. Components that the file lacks are copied from
+    the folder of configs.
 
     Raises:
         UserError: a checkpoint that does not fit its config, or has tensors that nothing reads.
     """
-    metadata, entries = read_safetensors_header(file)
     index = read_mapping(config / INDEX)
     folder = config_only(config, index)
-    said = []
-    with Reader(file, metadata, entries) as reader:
+    lines = []
+    with Reader(checkpoint.file, checkpoint.metadata, checkpoint.entries) as reader:
         if checkpoint.transformer:
             made = {folder.network: _transformer(folder, reader, checkpoint)}
         else:
             made = _stable_diffusion(folder, reader, checkpoint)
-        elsewhere = [start for start in _ELSEWHERE if checkpoint.transformer]
-        if line := account(reader, folder, elsewhere):
-            said.append(line)
+        if line := account(reader, folder, _OTHER_COMPONENTS if checkpoint.transformer else ()):
+            lines.append(line)
     for name in folder.family.parts:
         if name in made:
             continue
         if not (config / name).is_dir() or (name in folder.family.weighed and not weight_files(config / name)):
             raise UserError(
-                f"teacher = {str(file)!r} holds no {name}, and neither does {config}; give --teacher-config FOLDER, a "
-                f"{checkpoint.pipeline} with one"
+                f"teacher = {str(checkpoint.file)!r} holds no {name}, and neither does {config}; give "
+                f"--teacher-config FOLDER, a {checkpoint.pipeline} with one"
             )
         copy_component(config / name, part / name)
     for name, network in made.items():
@@ -146,15 +148,15 @@ def write_components(file: Path, config: Path, checkpoint: Checkpoint, part: Pat
     write_json(part / INDEX, index)
     copy_licences(config, part)
     if checkpoint.version and not checkpoint.transformer:
-        said.insert(0, _read_as(file, checkpoint, folder))
-    return said
+        lines.insert(0, _read_as(checkpoint, folder))
+    return lines
 
 
 def config_only(place: Path, index: Mapping[str, Any]) -> PipelineFolder:
-    """Return a folder that may hold configs and tokenizers alone.
+    """Return a folder that may hold only configs and tokenizers.
 
     Raises:
-        UserError: a component of code of its own, or none at all.
+        UserError: a component that is missing, or of code of its own.
     """
     family = FAMILIES[str(index["_class_name"])]
     named = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2 and value[0]}
@@ -173,7 +175,7 @@ def _stable_diffusion(folder: PipelineFolder, reader: Reader, checkpoint: Checkp
     clip = [name for name in folder.family.encoders if folder.components[name][1].startswith("CLIPText")]
     parts = [folder.network, "vae", *(clip if len(clip) == len(folder.family.encoders) else [])]
     networks = {name: network_of(folder, name) for name in parts if (folder.path / name).is_dir()}
-    keys = held_by(folder, networks, checkpoint)
+    keys = checkpoint_places(folder, networks, checkpoint)
     held = {name: own for name, own in keys.items() if any(place.key in reader for place in own.values())}
     dtype = reader.shared_type(place.key for own in held.values() for place in own.values())
     for name, own in held.items():
@@ -188,17 +190,19 @@ def _transformer(folder: PipelineFolder, reader: Reader, checkpoint: Checkpoint)
     network = network_of(folder, folder.network)
     names = [name for name in reader.names if name.startswith(checkpoint.prefix) and not reader.beside(name)]
     if not checkpoint.prefix:
-        names = [name for name in names if not name.startswith(_ELSEWHERE)]
+        names = [name for name in names if not name.startswith(_OTHER_COMPONENTS)]
     dtype = reader.shared_type(names)
     weights = {name.removeprefix(checkpoint.prefix): reader.get(name) for name in names}
     try:
         found = SINGLE_FILE_LOADABLE_CLASSES[checkpoint.transformer]["checkpoint_mapping_fn"](checkpoint=weights)
     except (KeyError, IndexError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"teacher = {str(reader.file)!r} is no whole {checkpoint.transformer}: {error!r}; give a checkpoint of the "
-            "published architecture"
+            f"teacher = {str(reader.file)!r} is no complete {checkpoint.transformer}: {error!r}; give a checkpoint of "
+            "the published architecture"
         ) from error
-    reader.read -= {reader.names[f"{checkpoint.prefix}{name}"] for name in weights}  # what diffusers has left over
+    reader.read -= {
+        reader.names[f"{checkpoint.prefix}{name}"] for name in weights
+    }  # what diffusers has left unconverted
     own = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     wrong = sorted(name for name in own if name not in found or tuple(found[name].shape) != own[name])
     if wrong or set(found) - set(own):
@@ -212,14 +216,14 @@ def _transformer(folder: PipelineFolder, reader: Reader, checkpoint: Checkpoint)
     return network
 
 
-def _read_as(file: Path, checkpoint: Checkpoint, folder: PipelineFolder) -> str:
-    """Return one line: which kind a checkpoint was taken for, and on what grounds."""
+def _read_as(checkpoint: Checkpoint, folder: PipelineFolder) -> str:
+    """Return one line: which kind a checkpoint was read as, and why."""
     kinds = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "Stable Diffusion XL"}
     by_config = prediction_of(folder.config("scheduler"), str(folder.path))
     if checkpoint.prediction:
-        why = f"predicts {checkpoint.prediction}, as the file says"
+        why = f"predicts {checkpoint.prediction}, by the file"
     elif checkpoint.guess == by_config:
-        why = f"predicts {checkpoint.guess}, judged by its weights as the file does not say"
+        why = f"predicts {checkpoint.guess}, judged by its weights"
     else:
-        why = f"predicts {by_config}, as its config says and the file does not"
-    return f"{file.name}: read as {kinds[str(checkpoint.version)]} that {why}; configs from {folder.path}"
+        why = f"predicts {by_config}, by its config"
+    return f"{checkpoint.file.name}: read as {kinds[str(checkpoint.version)]} that {why}; configs from {folder.path}"

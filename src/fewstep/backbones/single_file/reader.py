@@ -1,4 +1,4 @@
-"""The tensors of a single-file checkpoint, read one at a time, dequantised, and counted."""
+"""The tensors of a single-file checkpoint: read one at a time, dequantised, and accounted for."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from fewstep.common.errors import UserError
 from fewstep.common.safetensors_header import Entry
 
 _SCALES = ("scale_weight", "weight_scale")
-"""Beside a quantised weight, what it is multiplied by: ComfyUI's earlier and present name."""
+"""The factor of a quantised weight: ComfyUI's earlier and present name."""
 _INPUT_SCALES = ("scale_input", "input_scale")
-"""The scale that inputs are divided and outputs multiplied by where products are taken in fp8: nothing here."""
+"""Scales of inputs of products in fp8, which are without effect here."""
 _FLOATING = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 _OLD_TEXT = re.compile(
     r"(cond_stage_model|conditioner\.embedders\.0)\.transformer\.(?=embeddings\.|encoder\.|final_layer)"
@@ -29,7 +29,7 @@ _OLD_TEXT = re.compile(
 
 
 class Reader:
-    """The tensors of a checkpoint, read one at a time; it keeps count of which were."""
+    """Open checkpoint that records which of its tensors were read."""
 
     def __init__(self, file: Path, metadata: Mapping[str, str], entries: Mapping[str, Entry]) -> None:
         self.file, self.entries = file, entries
@@ -50,15 +50,11 @@ class Reader:
     ) -> None:
         self._stream.__exit__(kind, error, trace)
 
-    def has(self, start: str) -> bool:
-        """Whether some tensor's name begins so."""
-        return any(name.startswith(start) for name in self.names)
-
     def __contains__(self, name: str) -> bool:
         return name in self.names
 
     def get(self, name: str) -> Tensor:
-        """A tensor by its name, multiplied by the scale beside it if it is quantised.
+        """Return a tensor, multiplied by the scale beside it if it is quantised.
 
         Raises:
             UserError: it is quantised in a format that is not read.
@@ -69,14 +65,14 @@ class Reader:
         layer, _, kind = key.rpartition(".")
         if kind != "weight":
             return value
-        said = self._format(layer)
-        if said is not None and said not in _FLOATING:
+        kind_of_fp8 = self._format(layer)
+        if kind_of_fp8 is not None and kind_of_fp8 not in _FLOATING:
             raise UserError(
-                f"teacher = {str(self.file)!r}: {key!r} is quantised as {said}; give it in fp8 "
+                f"teacher = {str(self.file)!r}: {key!r} is quantised as {kind_of_fp8}; give it in fp8 "
                 f"({', '.join(_FLOATING)}), fp16, bf16 or fp32"
             )
-        if said is not None and value.element_size() == 1:
-            value = value.view(_FLOATING[said])
+        if kind_of_fp8 is not None and value.element_size() == 1:
+            value = value.view(_FLOATING[kind_of_fp8])
         if not value.is_floating_point():
             raise UserError(
                 f"teacher = {str(self.file)!r}: {key!r} holds whole numbers ({self.entries[key].dtype}), a quantised "
@@ -88,7 +84,7 @@ class Reader:
         return value
 
     def _format(self, layer: str) -> str | None:
-        """The format that a layer is quantised in, if the file says so."""
+        """Return the format that a layer is quantised in, None if the file names none."""
         mark = f"{layer}.comfy_quant"
         if mark in self.entries:
             self.read.add(mark)
@@ -96,11 +92,11 @@ class Reader:
                 return str(json.loads(bytes(self._stream.get_tensor(mark).flatten().tolist()))["format"])
             except (ValueError, TypeError, KeyError) as error:
                 raise UserError(f"{self.file}: {mark!r} does not name a format: {error!r}") from error
-        named = (said for name, said in self.formats.items() if layer == name or layer.endswith(f".{name}"))
+        named = (found for name, found in self.formats.items() if layer == name or layer.endswith(f".{name}"))
         return next(named, None)
 
     def _scaled(self, value: Tensor, key: str, scale: str) -> Tensor:
-        """A weight times its scale, one number or one for each row, in fp32."""
+        """Multiply a weight by its scale, one number or one for each row, in fp32."""
         factor: Tensor = self._stream.get_tensor(scale).float()
         if factor.numel() not in (1, len(value)):
             raise UserError(
@@ -111,17 +107,17 @@ class Reader:
         return value.float() * factor.reshape(-1, *[1] * (value.dim() - 1))
 
     def beside(self, name: str) -> bool:
-        """Whether a tensor only says how another one is quantised."""
+        """Return whether a tensor only describes how another one is quantised."""
         last = name.rpartition(".")[2]
         return last in (*_SCALES, *_INPUT_SCALES, "comfy_quant", "scaled_fp8")
 
     def shared_type(self, names: Iterable[str]) -> torch.dtype:
-        """The type that matrices are kept in: their own, if they share one; else fp32, which holds them all."""
+        """Return the dtype to keep matrices in: fp16 or bf16 if all of them have it, else fp32."""
         own = [self.entries[self.names[name]] for name in names if name in self.names]
         found = {entry.dtype for entry in own if len(entry.shape) > 1}
         halves = {"F16": torch.float16, "BF16": torch.bfloat16}
         return halves.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
 
     def unread(self) -> list[str]:
-        """Names of the tensors that nothing has read."""
+        """Return the names of the tensors that nothing has read."""
         return [key for key in self.entries if key not in self.read]

@@ -1,4 +1,4 @@
-"""What a single-file checkpoint is, from the names and shapes in its header and from its metadata; without torch."""
+"""The kind of a single-file checkpoint, from the names and shapes in its header and its metadata; without torch."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from fewstep.common.choices import Prediction
 from fewstep.common.errors import UserError
-from fewstep.common.safetensors_header import Entry, read_floats
+from fewstep.common.safetensors_header import Entry, metadata_record, read_floats, read_safetensors_header
 
 UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
-"""What may stand before the denoiser's keys: of a whole checkpoint, of ComfyUI's own files, of a denoiser alone."""
+"""Prefixes of the denoiser's keys: in a whole checkpoint, in ComfyUI's own files, in a denoiser alone."""
 TRANSFORMERS = {
     "joint_blocks.": ("StableDiffusion3Pipeline", "SD3Transformer2DModel"),
     "double_blocks.": ("FluxPipeline", "FluxTransformer2DModel"),
 }
-"""How keys of transformers begin: their pipeline, and their class. All else comes from the folder of configs."""
+"""Prefix of a transformer's keys -> its pipeline and class. All else comes from the folder of configs."""
 Version = Literal["sd1", "sd2", "sdxl"]
 
 _OTHERS = {
@@ -34,7 +34,7 @@ _OTHERS = {
     "edm_vpred.": "CosXL, whose noise is EDM's",
     "clf.": "Stable Cascade",
 }
-"""How a key begins, behind the denoiser's prefix or without, in checkpoints that are not read; what they are."""
+"""Prefix of a key, after the denoiser's prefix or without, in checkpoints that are not read -> what they are."""
 _ALONE = {
     "down_blocks.": "one component of a diffusers folder; give the whole folder",
     "transformer_blocks.": "one component of a diffusers folder; give the whole folder",
@@ -66,8 +66,7 @@ _WORDS: dict[str, Prediction] = {
 }
 """Words for what a network predicts, in metadata of any tool."""
 V_SPREAD = 0.09
-"""Standard deviation of a late norm's bias that tells networks of v from those of eps: both versions of 2.x have one
-ancestor each, and this bias lies far above and far below."""
+"""Threshold for the standard deviation of a late norm's bias: above in 2.x networks of v, below in those of eps."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +75,14 @@ class Checkpoint:
 
     Attributes:
         pipeline: its class in diffusers.
-        prefix: what stands before the denoiser's keys.
-        transformer: class of the denoiser, where that alone is taken; empty for Stable Diffusion 1.x, 2.x and XL.
+        prefix: of the denoiser's keys.
+        transformer: class of the denoiser, if only that is read; empty for Stable Diffusion 1.x, 2.x and XL.
         version: which of those, by its widths; None of a network of other widths, which needs a folder of configs.
-        prediction: what the denoiser predicts, where the file says so; else None.
-        guess: what it predicts by its weights, where no word of the file says so (2.x); None elsewhere.
-        zero_snr: whether the noise ends pure; None where the file does not say.
+        prediction: what the denoiser predicts by the file's marks or metadata; None without any.
+        guess: what it predicts judged by its weights (2.x without marks); None elsewhere.
+        zero_snr: whether the schedule has zero terminal SNR; None where the file has no mark or metadata of it.
+        file, metadata, entries: the file and its header.
+        record: its `fewstep` record: settings of a student that was exported as one file; else empty.
     """
 
     pipeline: str
@@ -91,19 +92,35 @@ class Checkpoint:
     prediction: Prediction | None = None
     guess: Prediction | None = None
     zero_snr: bool | None = None
+    file: Path = Path()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    entries: Mapping[str, Entry] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_checkpoint(file: Path) -> Checkpoint:
+    """Read the header of a single-file checkpoint.
+
+    Raises:
+        UserError: as `recognise`; or a broken file.
+    """
+    metadata, entries = read_safetensors_header(file)
+    record = metadata_record(metadata, "fewstep", file)
+    checkpoint = recognise(file, metadata, entries, record)
+    return replace(checkpoint, file=file, metadata=metadata, entries=entries, record=record)
 
 
 def recognise(
     file: Path, metadata: Mapping[str, str], entries: Mapping[str, Entry], notes: Mapping[str, Any]
 ) -> Checkpoint:
-    """Return what a checkpoint is.
+    """Return the kind of a checkpoint.
 
     Args:
         metadata, entries: its header.
         notes: its `fewstep` record; empty for another tool's file.
 
     Raises:
-        UserError: one that cannot be read, naming what it is, or of an unknown architecture.
+        UserError: a kind that is not read, or an unknown architecture.
     """
     name = f"teacher = {str(file)!r}"
     prefix = next((p for p in UNET_PREFIXES if p and any(key.startswith(p) for key in entries)), "")
@@ -146,27 +163,27 @@ def recognise(
 
 
 def _known(kinds: Mapping[str, str], keys: list[str]) -> str | None:
-    """What keys belong to, by how one of them begins; None where no beginning is known."""
+    """Return what keys belong to, by the prefix of one of them; None for unknown prefixes."""
     return next((what for start, what in kinds.items() if any(key.startswith(start) for key in keys)), None)
 
 
 def _prediction(
     name: str, metadata: Mapping[str, str], entries: Mapping[str, Entry], notes: Mapping[str, Any]
 ) -> tuple[Prediction | None, bool | None]:
-    """What a file says of its prediction, and whether its noise ends pure; None where it says neither.
+    """Return the prediction type and zero terminal SNR by a file's marks and metadata; None each without any.
 
-    Networks of v carry an empty tensor for that, `v_pred`, and `ztsnr` where their noise ends pure (kohya, ComfyUI).
-    Metadata may have `modelspec.prediction_type`, or name the architecture of 2.x (the 768 network is one of v).
+    v networks have an empty tensor `v_pred`, and `ztsnr` for zero terminal SNR (kohya, ComfyUI). Metadata may have
+    `modelspec.prediction_type`, or name the architecture of 2.x (its 768 network predicts v).
 
     Raises:
-        UserError: a word of a prediction that is not known.
+        UserError: an unknown prediction type.
     """
     if "v_pred" in entries:
         return "v", "ztsnr" in entries
-    said = str(notes.get("prediction") or metadata.get("modelspec.prediction_type") or "")
-    found = _WORDS.get(said.strip().lower().replace("-", "_"))
-    if said.strip() and found is None:
-        raise UserError(f"{name} predicts {said!r}, as its metadata says, which is none of {', '.join(_WORDS)}")
+    word = str(notes.get("prediction") or metadata.get("modelspec.prediction_type") or "")
+    found = _WORDS.get(word.strip().lower().replace("-", "_"))
+    if word.strip() and found is None:
+        raise UserError(f"{name} predicts {word!r} by its metadata; it must be one of {', '.join(_WORDS)}")
     architecture = metadata.get("modelspec.architecture", "")
     if found is None and architecture.startswith("stable-diffusion-v2"):
         found = "v" if "768-v" in architecture else "eps"
@@ -176,7 +193,7 @@ def _prediction(
 
 
 def _guess(file: Path, entries: Mapping[str, Entry], prefix: str) -> Prediction:
-    """What a network of 2.x predicts, by the spread of a bias that lies apart in its two ancestors."""
+    """Return what a network of 2.x predicts, by the spread of a bias (`V_SPREAD`)."""
     key = f"{prefix}output_blocks.11.1.transformer_blocks.0.norm1.bias"
     if key not in entries:
         return "v"
@@ -187,13 +204,13 @@ def _guess(file: Path, entries: Mapping[str, Entry], prefix: str) -> Prediction:
 
 
 def formats_of(metadata: Mapping[str, str], file: Path) -> dict[str, str]:
-    """Layer -> the format that it is quantised in, from ComfyUI's `_quantization_metadata`; empty for most files.
+    """Return layer -> the format that it is quantised in, from ComfyUI's `_quantization_metadata`; mostly empty.
 
     Raises:
         UserError: broken metadata.
     """
     try:
         layers = json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {})
-        return {str(layer): str(said["format"]) for layer, said in layers.items()}
+        return {str(layer): str(entry["format"]) for layer, entry in layers.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{file} has broken metadata: _quantization_metadata: {error!r}") from error

@@ -40,11 +40,11 @@ _OPEN_CLIP_LAYER = {
 }
 
 
-class Held(NamedTuple):
-    """Where the original code holds a tensor of diffusers.
+class Place(NamedTuple):
+    """Place of a tensor of diffusers in the original code's state dict.
 
     Attributes:
-        key: its name there, prefix and all.
+        key: its name there, with the prefix.
         third: which third of the rows there it is (0, 1 or 2: queries, keys or values); None for all of them.
         turned: whether it is transposed there.
         square: whether a matrix is a 1 x 1 convolution there.
@@ -56,8 +56,8 @@ class Held(NamedTuple):
     square: bool = False
 
 
-def unet_keys(names: Iterable[str], prefix: str = UNET) -> dict[str, Held]:
-    """Where a UNet's tensors are held.
+def unet_keys(names: Iterable[str], prefix: str = UNET) -> dict[str, Place]:
+    """Return the places of a UNet's tensors.
 
     Raises:
         UserError: a layer that the original code does not have.
@@ -69,12 +69,14 @@ def unet_keys(names: Iterable[str], prefix: str = UNET) -> dict[str, Held]:
         raise UserError(
             f"single-file checkpoints have no name for the UNet's {lacking}; give a pipeline folder instead"
         )
-    return {name: Held(f"{prefix}{modules[module]}.{kind}") for name, (module, _, kind) in split.items()}
+    return {name: Place(f"{prefix}{modules[module]}.{kind}") for name, (module, _, kind) in split.items()}
 
 
-def vae_keys(names: Iterable[str], prefix: str = VAE) -> dict[str, Held]:
-    """Where an AutoencoderKL's tensors are held: up blocks are counted from the other end, attention is made of 1 x 1
-    convolutions."""
+def vae_keys(names: Iterable[str], prefix: str = VAE) -> dict[str, Place]:
+    """Return the places of an AutoencoderKL's tensors.
+
+    In the original code up blocks are counted from the other end, and attention consists of 1 x 1 convolutions.
+    """
     names = list(names)
     last = max((int(m[1]) for name in names if (m := re.search(r"up_blocks\.(\d+)\.", name))), default=0)
     found = {}
@@ -88,42 +90,41 @@ def vae_keys(names: Iterable[str], prefix: str = VAE) -> dict[str, Held]:
             place, _, rest = new.partition("mid.attn_1.")
             part, _, kind = rest.rpartition(".")
             new = f"{place}mid.attn_1.{_VAE_ATTENTION[part]}.{kind}"
-        found[name] = Held(f"{prefix}{new}", square=attends)
+        found[name] = Place(f"{prefix}{new}", square=attends)
     return found
 
 
-def clip_keys(names: Iterable[str], prefix: str) -> dict[str, Held]:
-    """Where a CLIP text encoder's tensors are held in OpenAI's layout: transformers' own names, without the
-    projection."""
+def clip_keys(names: Iterable[str], prefix: str) -> dict[str, Place]:
+    """Return the places of a CLIP text encoder's tensors in OpenAI's layout: transformers' names, no projection."""
     plain = {name: name.removeprefix("text_model.") for name in names}
     return {
-        name: Held(f"{prefix}transformer.text_model.{own}")
+        name: Place(f"{prefix}transformer.text_model.{own}")
         for name, own in plain.items()
         if not own.startswith("text_projection") and not own.endswith("position_ids")
     }
 
 
-def open_clip_keys(names: Iterable[str], prefix: str) -> dict[str, Held]:
-    """Where a CLIP text encoder's tensors are held in OpenCLIP's layout: queries, keys and values in one matrix."""
+def open_clip_keys(names: Iterable[str], prefix: str) -> dict[str, Place]:
+    """Return the places of a CLIP text encoder's tensors in OpenCLIP's layout: q, k and v in one matrix."""
     found = {}
     for name in names:
         own = name.removeprefix("text_model.")
         if own in _OPEN_CLIP:
-            found[name] = Held(f"{prefix}model.{_OPEN_CLIP[own]}")
+            found[name] = Place(f"{prefix}model.{_OPEN_CLIP[own]}")
         elif own == "text_projection.weight":
-            found[name] = Held(f"{prefix}model.text_projection", turned=True)
+            found[name] = Place(f"{prefix}model.text_projection", turned=True)
         elif layer := re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", own):
             number, part, kind = layer.groups()
             place = f"{prefix}model.transformer.resblocks.{number}."
             if joint := re.fullmatch(r"self_attn\.([qkv])_proj", part):
-                found[name] = Held(f"{place}attn.in_proj_{kind}", third="qkv".index(joint[1]))
+                found[name] = Place(f"{place}attn.in_proj_{kind}", third="qkv".index(joint[1]))
             else:
-                found[name] = Held(f"{place}{_OPEN_CLIP_LAYER[part]}.{kind}")
+                found[name] = Place(f"{place}{_OPEN_CLIP_LAYER[part]}.{kind}")
     return found
 
 
-def text_keys(encoders: Sequence[tuple[str, Iterable[str]]]) -> list[dict[str, Held]]:
-    """Where the tensors of one text encoder (Stable Diffusion 1.x, 2.x) or of two (XL) are held.
+def text_keys(encoders: Sequence[tuple[str, Iterable[str]]]) -> list[dict[str, Place]]:
+    """Return the places of the tensors of one text encoder (Stable Diffusion 1.x, 2.x) or of two (XL).
 
     Args:
         encoders: activation (`hidden_act`) and names of each.
@@ -138,15 +139,15 @@ def text_keys(encoders: Sequence[tuple[str, Iterable[str]]]) -> list[dict[str, H
     ]
 
 
-def renamed(weights: Mapping[str, Tensor], keys: Mapping[str, Held]) -> dict[str, Tensor]:
-    """A network's weights as the original code holds them."""
+def to_original(weights: Mapping[str, Tensor], keys: Mapping[str, Place]) -> dict[str, Tensor]:
+    """Convert a network's weights to the original code's names and layout."""
     found: dict[str, Tensor] = {}
     thirds: dict[str, dict[int, Tensor]] = {}
     for name, held in keys.items():
         value = weights[name]
         if held.third is not None:
             thirds.setdefault(held.key, {})[held.third] = value
-            found[held.key] = value  # its place; the whole is put together below
+            found[held.key] = value  # keeps the order; the parts are joined below
         elif held.turned:
             found[held.key] = value.T.contiguous()
         else:
@@ -157,13 +158,13 @@ def renamed(weights: Mapping[str, Tensor], keys: Mapping[str, Held]) -> dict[str
 def checkpoint_weights(
     unet: Mapping[str, Tensor], vae: Mapping[str, Tensor], encoders: list[Any], *, prediction: str, zero_snr: bool
 ) -> dict[str, Tensor]:
-    """A whole single-file checkpoint. ComfyUI knows a v network by an empty `v_pred`, zero terminal SNR by `ztsnr`."""
+    """Return a whole single-file checkpoint, with the marks of ComfyUI: `v_pred`, and `ztsnr` for zero terminal SNR."""
     marks = {"v_pred": prediction == "v", "ztsnr": zero_snr}
     states = [encoder.state_dict() for encoder in encoders]
     texts = text_keys([(encoder.config.hidden_act, state) for encoder, state in zip(encoders, states, strict=True)])
-    whole = renamed(unet, unet_keys(unet)) | renamed(vae, vae_keys(vae))
+    whole = to_original(unet, unet_keys(unet)) | to_original(vae, vae_keys(vae))
     for state, keys in zip(states, texts, strict=True):
-        whole |= renamed(state, keys)
+        whole |= to_original(state, keys)
     return {
         **whole,
         **{name: torch.zeros(0) for name, held in marks.items() if held},

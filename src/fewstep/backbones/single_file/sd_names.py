@@ -30,10 +30,10 @@ _ORIGINAL_RESNET = {
 
 
 def original_names(modules: Collection[str]) -> dict[str, str]:
-    """Layer of a diffusers UNet -> its name in the UNet of Stable Diffusion's original code (also called SGM).
+    """Return layer of a diffusers UNet -> its name in Stable Diffusion's original code (also called SGM).
 
-    There the blocks are one list a side: convolutions that change the size stand among `input_blocks` with a number of
-    their own, but inside the last of a level's `output_blocks`, behind its attention if it has one.
+    There the blocks are one list a side: downsamplers have numbers of their own among `input_blocks`, upsamplers are
+    inside the last of a level's `output_blocks`, after its attention if it has one.
     """
     prefixes = {".".join(parts[:n]) for parts in (m.split(".") for m in modules) for n in range(1, len(parts) + 1)}
 

@@ -1,6 +1,6 @@
-"""CLIP's vocabulary, which a checkpoint of one file lacks and which is too large to ship: found where people have it.
+"""CLIP's vocabulary of 49,408 tokens, for single-file checkpoints of Stable Diffusion 1.x, 2.x and XL.
 
-All of Stable Diffusion 1.x, 2.x and XL read prompts with this one vocabulary of 49,408 tokens.
+Such files lack it, and it is too large to ship; it is searched for in other programs, packages and on the hub.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ _SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 def clip_vocabulary(near: Path, cache: Path) -> tuple[Path, Path]:
     """Return CLIP's vocab.json and merges.txt.
 
-    They are looked for in the ComfyUI that a checkpoint lies in, in packages that are installed, and on the hub (its
-    cache alone where it is offline).
+    They are searched for in the ComfyUI that a checkpoint lies in, in installed packages, and on the hub or its cache.
 
     Args:
         near: the checkpoint.
         cache: folder for what is made of a package's merges.
 
     Raises:
-        UserError: there is none, saying what to give.
+        UserError: none was found.
     """
     for parent in near.resolve().parents:
         for folder in (parent / "comfy" / "sd1_tokenizer", parent / "ComfyUI" / "comfy" / "sd1_tokenizer"):
@@ -51,7 +50,7 @@ def clip_vocabulary(near: Path, cache: Path) -> tuple[Path, Path]:
 
 
 def _merges_of(package: str) -> Path | None:
-    """Return the file of merges in an installed package."""
+    """Return the file of merges in an installed package, None if there is none."""
     spec = importlib.util.find_spec(package)
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         file = Path(folder) / "bpe_simple_vocab_16e6.txt.gz"
@@ -61,7 +60,7 @@ def _merges_of(package: str) -> Path | None:
 
 
 def vocabulary_of(merges: Path) -> tuple[dict[str, int], list[str]]:
-    """Return the tokens and the merges that CLIP takes of its original file of merges.
+    """Return CLIP's tokens and merges from its original file of merges.
 
     Tokens are the 256 bytes as printable characters, the same at the end of a word, one for each of the first 48,894
     merges, and two special ones.
@@ -89,10 +88,10 @@ def _from_hub(near: Path) -> tuple[Path, Path]:
 
 
 def _checked(folder: Path) -> tuple[Path, Path]:
-    """Return a folder's vocabulary, if it is CLIP's.
+    """Return a folder's vocabulary files.
 
     Raises:
-        UserError: it is another one, or a file is broken.
+        UserError: another vocabulary than CLIP's, or a broken file.
     """
     tokens = read_mapping(folder / FILES[0])
     if len(tokens) != TOKENS or tokens.get(_SPECIAL[1]) != TOKENS - 1 or tokens.get("cat</w>") != 2368:

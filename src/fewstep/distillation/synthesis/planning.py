@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fewstep.backbones.checks import check_diffusion, check_walk
+from fewstep.backbones.checks import check_diffusion, check_trajectory
 from fewstep.backbones.pipeline_folder import PipelineFolder
 from fewstep.common.errors import UserError
 from fewstep.common.files import check_writable
@@ -104,7 +104,7 @@ def check_synthesis(config: SynthesisConfig, lines: Sequence[str], folder: Pipel
             that cannot be written to, that holds another set or other files of the same names, or that has no room.
     """
     check_diffusion("teacher", folder)
-    check_walk(config.grid, config.end, folder)
+    check_trajectory(config.grid, config.end, folder)
     if config.kind == "trajectories" and folder.takes_guidance:
         raise UserError(
             f"kind = 'trajectories' needs outputs without a prompt, {folder.path} has no unconditional branch; use "

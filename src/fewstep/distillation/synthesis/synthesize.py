@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from fewstep.backbones.base import Backbone, open_backbone
 from fewstep.backbones.lengths import CutPrompts
-from fewstep.backbones.teachers import teacher_path
+from fewstep.backbones.pipeline_folder import PipelineFolder
+from fewstep.backbones.teachers import read_teacher
 from fewstep.common import distributed as processes
 from fewstep.common.accelerator import make_accelerator
 from fewstep.common.device import DTYPES, pick_device, pick_precision
@@ -73,12 +74,20 @@ def make_plan(config: SynthesisConfig, lines: Sequence[str], backbone: Backbone)
     )
 
 
-def synthesize(config: SynthesisConfig, lines: Sequence[str], out: Path, *, quiet: bool = False) -> Path:
+def synthesize(
+    config: SynthesisConfig,
+    lines: Sequence[str],
+    out: Path,
+    *,
+    teacher: PipelineFolder | None = None,
+    quiet: bool = False,
+) -> Path:
     """Draw a set into the folder `out`, resuming what it already holds, and return the folder.
 
     Every process of a launch must call it; each draws its share of the missing shards.
 
     Args:
+        teacher: what `config.teacher` names, if it was read already.
         lines: prompts, each of `config.each` samples; a prompt may be on several lines.
 
     Raises:
@@ -89,7 +98,7 @@ def synthesize(config: SynthesisConfig, lines: Sequence[str], out: Path, *, quie
         raise UserError("precision = 'fp16' needs a GPU; use 'bf16'", field="precision")
     accelerator = make_accelerator(config.precision, device)
     kept = DTYPES[pick_precision(config.precision, accelerator.device)]
-    backbone = open_backbone(teacher_path(config.teacher), accelerator.device, kept)
+    backbone = open_backbone(teacher or read_teacher(config.teacher), accelerator.device, kept)
     plan, distinct = make_plan(config, lines, backbone), list(dict.fromkeys(lines))
     silent = quiet or not is_main()
     with ExitStack() as held:
@@ -103,7 +112,7 @@ def synthesize(config: SynthesisConfig, lines: Sequence[str], out: Path, *, quie
                 _reopen(out, plan, missing)
         table = main_process_first(partial(_conditions, out, plan, distinct, backbone, silent))
         backbone.release_encoders()
-        backbone.settle()
+        backbone.to_device()
         if not silent:
             print("\n".join(_summary(out, plan, cost_of(config, lines, backbone.folder), missing)), file=sys.stderr)
         number = {prompt: row for row, prompt in enumerate(distinct)}

@@ -20,7 +20,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fewstep.backbones.scheduler_config import PREDICTIONS, check_terminal_snr, path_of, taken_over
+from fewstep.backbones.scheduler_config import PREDICTIONS, adopted_settings, check_terminal_snr, path_of
 from fewstep.common.errors import UserError
 from fewstep.diffusion.grid import times_below, times_within
 from fewstep.diffusion.jump import Step, student_step
@@ -118,7 +118,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """
         if isinstance(config, Mapping):
             own = inspect.signature(cls.__init__).parameters
-            kwargs = {**taken_over(config, {name: value.default for name, value in own.items()}), **kwargs}
+            kwargs = {**adopted_settings(config, {name: value.default for name, value in own.items()}), **kwargs}
             config = {key: value for key, value in config.items() if key != "flow_shift"}  # ours is `shift`
         return super().from_config(config, return_unused_kwargs, **kwargs)
 

@@ -83,7 +83,7 @@ def distinct_prompts(prompts: Sequence[str], groups: int, seed: int) -> list[str
 
 def latent_sampling(config: PairConfig, backbone: Backbone) -> Sampling:
     """How the teacher draws its latents: as it brings along, in the config's steps."""
-    own = teacher_sampling(backbone.folder.path)
+    own = teacher_sampling(backbone.folder)
     omega = own.omega if config.omega is None else config.omega
     return Sampling(sampler="ddim", steps=config.steps, omega=omega, spacing="trailing", end="clean")
 

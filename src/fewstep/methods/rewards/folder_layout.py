@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fewstep.backbones.pipeline_folder import weight_files
 from fewstep.backbones.unsafe_weights import first_pickle
+from fewstep.backbones.weight_files import weight_files
 from fewstep.common.errors import UserError
 from fewstep.common.files import read_mapping
 from fewstep.common.safetensors_header import read_safetensors_header

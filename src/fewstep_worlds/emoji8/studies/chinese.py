@@ -11,8 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fewstep.backbones.pipeline_folder import read_folder
-from fewstep.backbones.teachers import teacher_path
+from fewstep.backbones.teachers import read_teacher
 from fewstep.common.files import atomic_write, write_json
 from fewstep.common.provenance import commit, hardware
 from fewstep.evaluation.bootstrap import RESAMPLES, centred_interval, counts, mean_figure
@@ -120,7 +119,7 @@ def measure_chinese(config: ChineseConfig, out: Path) -> list[Line]:
 
     A stopped run is resumed.
     """
-    folder, words = read_folder(teacher_path("")), Words.load()
+    folder, words = read_teacher(), Words.load()
     adapter = Path(config.adapter) if config.adapter else out / "adapter"
     pairs = chinese_pairs(words)
     if not config.adapter:
@@ -128,7 +127,8 @@ def measure_chinese(config: ChineseConfig, out: Path) -> list[Line]:
     lora, sampling, omega = resolve_student(folder, config.lora, {"steps": config.steps})
     name = "student" if lora is not None else "teacher"
     guidance = students_omega() if omega is None else omega
-    entries = [Entry(name, sampling, lora, config.seed), teacher_entry(guidance, config.teacher_steps, config.seed)]
+    place = lora.path if lora else None
+    entries = [Entry(name, sampling, place, config.seed), teacher_entry(guidance, config.teacher_steps, config.seed)]
     prompts = prompts_of(words, config)
     lines, shown = measure(entries, prompts, config, adapter, out)
     count = len(prompts[FORMS[0]])

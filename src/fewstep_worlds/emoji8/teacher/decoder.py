@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from fewstep.backbones.base import encode_pictures
+from fewstep.backbones.autoencoder import encode_pictures
 from fewstep.common.cpu_kernels import speed_up
 from fewstep.common.rng import KeyedRng
 from fewstep.training.loop import Batch, Update

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.backbones.base import at_once, encode_pictures
+from fewstep.backbones.autoencoder import at_once, encode_pictures
 from fewstep.backbones.sd import encode_text
 from fewstep.common.accelerator import make_accelerator
 from fewstep.common.cpu_kernels import speed_up

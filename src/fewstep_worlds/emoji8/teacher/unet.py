@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from fewstep.backbones.pipeline_folder import read_folder, weight_files
+from fewstep.backbones.pipeline_folder import read_folder
+from fewstep.backbones.weight_files import weight_files
 from fewstep.common.cpu_kernels import speed_up
 from fewstep.common.errors import UserError
 from fewstep.common.rng import KeyedRng

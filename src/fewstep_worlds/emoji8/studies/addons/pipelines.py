@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fewstep.backbones.base import loading
+from fewstep.backbones.loading import loading
 from fewstep.diffusion.grid import TLCM_TIMES
 from fewstep.inference.pipeline import call_settings, sampling_of_student, scheduler_for
-from fewstep.students.lora_header import FILE
+from fewstep.students.lora_file import FILE
 
 BATCH = 32
 

@@ -1,0 +1,150 @@
+"""Components of a pipeline folder as frozen networks and tokenizers; errors of the libraries become one line."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from fewstep.backbones.config_checks import check_merges
+from fewstep.backbones.pipeline_folder import PipelineFolder
+from fewstep.backbones.weight_files import weight_variant
+from fewstep.common.errors import UserError
+
+UNUSED = "pooler."
+"""Prefix of text encoder weights that may be missing: pictures are drawn from the states alone."""
+
+
+class EnoughError(Exception):
+    """Ends a network call whose remaining layers are not needed."""
+
+
+@contextmanager
+def named(verb: str, part: str) -> Iterator[None]:
+    """Turn any exception of a library into a `UserError` that names the part of the pipeline.
+
+    Raises:
+        UserError: "cannot VERB PART: ...".
+    """
+    try:
+        yield
+    except (UserError, EnoughError):
+        raise
+    except Exception as error:  # libraries have classes of their own, which change from version to version
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"cannot {verb} {part}: {reason}") from error
+
+
+@contextmanager
+def loading(part: str) -> Iterator[None]:
+    """Turn loading errors into a `UserError`; silence the libraries' tables of keys meanwhile."""
+    import diffusers.utils.logging as of_diffusers
+    import transformers.utils.logging as of_transformers
+
+    levels = of_diffusers.get_verbosity(), of_transformers.get_verbosity()
+    of_diffusers.set_verbosity_error()
+    of_transformers.set_verbosity_error()
+    try:
+        with named("load", part):
+            yield
+    finally:
+        of_diffusers.set_verbosity(levels[0])
+        of_transformers.set_verbosity(levels[1])
+
+
+def _refuse(keys: Collection[str], part: str, message: str, remedy: str) -> None:
+    """Raise an error that names the first of `keys`, if there is one."""
+    if keys:
+        more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+        raise UserError(f"cannot load {part}: {message.format(min(keys) + more)}; {remedy}")
+
+
+def load_network(folder: PipelineFolder, component: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Load a network of diffusers from safetensors into main memory, frozen and in eval mode.
+
+    Raises:
+        UserError: broken files; a weight that is missing, which the library would draw at random; or one that the
+            config builds no place for.
+    """
+    import diffusers
+
+    place = folder.path / component
+    with loading(str(place)):
+        network, info = getattr(diffusers, folder.components[component][1]).from_pretrained(
+            place,
+            variant=weight_variant(place),
+            use_safetensors=True,
+            output_loading_info=True,
+            torch_dtype=dtype,
+        )
+    message = "its config.json builds no {}, which its files hold"
+    _refuse(info["unexpected_keys"], str(place), message, "give the config that the weights were saved with")
+    _refuse(info["missing_keys"], str(place), "its files hold no {}", "give the whole pipeline folder")
+    return network.eval().requires_grad_(False)
+
+
+def text_class(folder: PipelineFolder, component: str, legal: Sequence[str]) -> Any:
+    """Return the class of a tokenizer or text encoder.
+
+    Args:
+        legal: names of classes that it may be of; empty for any of transformers.
+
+    Raises:
+        UserError: another class.
+    """
+    import transformers
+
+    name = folder.components[component][1]
+    if (legal and name not in legal) or not hasattr(transformers, name):
+        raise UserError(f"{component} class {name!r} is not one of {', '.join(legal) or 'transformers'}")
+    return getattr(transformers, name)
+
+
+def load_text(
+    folder: PipelineFolder, device: torch.device, tokenizers: Sequence[str], encoders: Sequence[str]
+) -> list[tuple[Any, Any]]:
+    """Load the pairs of tokenizer and text encoder, in the family's order; encoders fp32, on the device.
+
+    Args:
+        tokenizers, encoders: names of classes that they may be of; empty for any of transformers.
+
+    Raises:
+        UserError: a class that is not legal, or broken or incomplete files.
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # its bars would appear between ours and in errors
+    pairs = list(zip(folder.family.tokenizers, folder.family.encoders, strict=True))
+    # all classes are checked before anything is loaded
+    classes = [
+        (text_class(folder, tokenizer, tokenizers), text_class(folder, encoder, encoders))
+        for tokenizer, encoder in pairs
+    ]
+    return [_load_pair(folder, names, kinds, device) for names, kinds in zip(pairs, classes, strict=True)]
+
+
+def _load_pair(
+    folder: PipelineFolder, names: tuple[str, str], kinds: tuple[Any, Any], device: torch.device
+) -> tuple[Any, Any]:
+    words, place = (folder.path / name for name in names)
+    with loading(str(words)):
+        tokenizer = kinds[0].from_pretrained(words, local_files_only=True)
+        check_merges(words, tokenizer.all_special_tokens)
+    with loading(str(place)):
+        encoder, info = kinds[1].from_pretrained(
+            place,
+            local_files_only=True,
+            use_safetensors=True,
+            variant=weight_variant(place),
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    missing = [key for key in info["missing_keys"] if not key.startswith(UNUSED)]
+    _refuse(missing, str(place), "its files hold no {}", "give the whole pipeline folder")
+    # a tokenizer that names no length has one of 1e30
+    most = getattr(encoder.config, "max_position_embeddings", tokenizer.model_max_length)
+    with loading(str(words)):
+        tokenizer.model_max_length = int(min(tokenizer.model_max_length, most))
+    return tokenizer, encoder.to(device).eval().requires_grad_(False)
