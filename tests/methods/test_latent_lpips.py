@@ -1,4 +1,4 @@
-"""The distance between latents: its axioms, who teaches it, the pairs it is taught on, and that it learns."""
+"""The distance between latents: its axioms, its target, the pairs that it is trained on, and that it learns."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_groups_are_measured_as_pairs_are(monkeypatch: pytest.MonkeyPatch) -> No
     assert abs(float(ratio.detach().mean())) < 0.05, "one factor, up to the least share"
 
 
-# who teaches it
+# the target
 
 
 def test_the_pixel_distance_by_hand() -> None:
@@ -157,7 +157,7 @@ def test_lite0_is_read_before_the_layers_that_fd_and_kid_read(
     for found, block in zip(maps, (1, 3, 5, 11), strict=True):
         torch.testing.assert_close(found, every[block])
     assert pixel(torch.rand(1, 3, 512, 512))[0].shape[-1] == 128, "larger pictures are brought to 256"
-    # pictures that reach it are not rounded: 1e-4 of a level is told apart
+    # pictures that reach it are not rounded: differences of 1e-4 of a level survive
     backbone = load_backbone(tiny_pipeline)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     near = decoder(backbone)(torch.cat([latents, latents + 1e-4]))
@@ -273,7 +273,7 @@ def toy_pair_set(groups: int = 48, seed: int = 0) -> PairSet:
     maps = [torch.cat([3 * x[:, :2].tanh(), torch.ones_like(x[:, :1])], 1) for x in latents]
     distances = torch.stack([pair_distances([x], PAIRS) for x in maps])
     parts = torch.arange(groups).split([groups - 24, 8, 16])
-    return PairSet(latents, distances, *parts, "toy")
+    return PairSet(latents, distances, *parts)
 
 
 def toy_config(**loop: Any) -> LatentLpipsTrainConfig:
@@ -297,13 +297,13 @@ def test_training_orders_held_out_pairs_better_than_latent_l2(tmp_path: Path) ->
     heldout = pair_set.heldout
     trained = learn(toy_config(), tmp_path)
     found = compare_distances(trained, pair_set.latents[heldout], pair_set.distances[heldout])
-    told = found.overall()
-    assert told["l2"] < 0.8, "the toy world misleads L2"
-    assert told["network"] > max(told["l2"], told["huber"]) + 0.1
+    overall = found.overall()
+    assert overall["l2"] < 0.8, "the toy world misleads L2"
+    assert overall["network"] > max(overall["l2"], overall["huber"]) + 0.1
     kinds = found.by_kind()
     assert np.mean([k["network"] for k in kinds.values()]) > np.mean([k["l2"] for k in kinds.values()]) + 0.1
-    told = log_error(torch.tensor(found.predicted["network"]), torch.tensor(found.pixel), torch.ones(11)).mean()
-    assert float(told) < 0.5, "it says the pixel distance itself, not only its order"
+    error = log_error(torch.tensor(found.predicted["network"]), torch.tensor(found.pixel), torch.ones(11)).mean()
+    assert float(error) < 0.5, "the distance itself, not only its order"
     assert draw_figure(found, tmp_path / "figure.webp").is_file()
     assert Image.open(tmp_path / "figure.webp").width > 800
 
@@ -397,7 +397,7 @@ def test_from_prompts_and_a_teacher_alone(made: Path, backbone: Backbone) -> Non
     assert not any(p.requires_grad for p in net.parameters())
     cached = sorted((made.parent / "cache").iterdir())
     assert len(cached) == 1, "the pairs are kept"
-    # what the record says is what the file does
+    # the record holds the figures of the file
     pair_set = pair_sets.make_pair_set(
         PairConfig(groups=16, steps=2), backbone, PROMPTS, Blocky(), made.parent / "cache", quiet=True
     )
@@ -420,7 +420,7 @@ def test_pairs_that_were_cut_off_go_on(backbone: Backbone, tmp_path: Path, monke
     """Killed between shards and during training: the same bytes."""
     config = validate(LatentLpipsTrainConfig, TINY)
     monkeypatch.setattr(pair_sets, "SHARD", 8)
-    right = pair_sets.measure
+    right = pair_sets.picture_distances
     calls = 0
 
     def once(*arguments: Any) -> Tensor:
@@ -430,7 +430,7 @@ def test_pairs_that_were_cut_off_go_on(backbone: Backbone, tmp_path: Path, monke
             raise KeyboardInterrupt
         return right(*arguments)
 
-    monkeypatch.setattr(pair_sets, "measure", once)
+    monkeypatch.setattr(pair_sets, "picture_distances", once)
     with pytest.raises(KeyboardInterrupt):
         make_latent_lpips(config, backbone, PROMPTS, tmp_path, pixel=Blocky(), quiet=True)
     kept = list((tmp_path / "cache").glob("*.safetensors"))
@@ -445,13 +445,11 @@ def test_pairs_that_were_cut_off_go_on(backbone: Backbone, tmp_path: Path, monke
 
 def test_refusals(made: Path, tmp_path: Path, tiny_pipeline: Path) -> None:
     record = read_json(made / "perceptual.json")
-    with pytest.raises(
-        UserError, match=r"another autoencoder \(4 channels, .*\), not of this teacher's \(4 channels, fff"
-    ):
+    with pytest.raises(UserError, match=r"another autoencoder \(4 channels, .*\(4 channels, fff"):
         load_latent_lpips(made, 4, "f" * 64)
-    with pytest.raises(UserError, match=r"not of this teacher's \(16 channels"):
+    with pytest.raises(UserError, match=r"\(16 channels"):
         load_latent_lpips(made, 16, record["vae"])
-    with pytest.raises(UserError, match=r"holds no perceptual.json; make one by `fewstep train-perceptual`"):
+    with pytest.raises(UserError, match=r"holds no perceptual.json"):
         load_latent_lpips(tmp_path, 4, record["vae"])
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -464,13 +462,13 @@ def test_refusals(made: Path, tmp_path: Path, tiny_pipeline: Path) -> None:
         load_latent_lpips(broken, 4, record["vae"])
     few = tmp_path / "few.txt"
     few.write_text("a\nb\na\n")
-    with pytest.raises(UserError, match=r"prompts holds 2 distinct prompts; .* at least 8"):
+    with pytest.raises(UserError, match=r"2 distinct prompts; .* at least 8"):
         train_perceptual(out=tmp_path / "out", prompts=few, teacher=tiny_pipeline)
     with pytest.raises(UserError, match="prompts must be given for teacher"):
         train_perceptual(out=tmp_path / "out", teacher=tiny_pipeline)
-    with pytest.raises(UserError, match=r"groups = 17 is odd: .* the nearest is 18"):
+    with pytest.raises(UserError, match=r"groups = 17 must be even"):
         train_perceptual(out=tmp_path / "out", overrides="pairs.groups=17")
-    with pytest.raises(UserError, match=r"blocks = \[2\] must name one block at least for each of widths = \[8, 8\]"):
+    with pytest.raises(UserError, match=r"blocks = \[2\] .* widths = \[8, 8\]"):
         train_perceptual(out=tmp_path / "out", overrides=["network.widths=[8, 8]", "network.blocks=[2]"])
     assert not (tmp_path / "out").exists()
 

@@ -289,7 +289,7 @@ def test_padding_is_pils_resize_inside_black(height: int, width: int) -> None:
 
 
 def test_colours_that_no_picture_has_win_nothing() -> None:
-    """Numbers outside [-1, 1] count as the nearest inside, and no gradient asks for more of them."""
+    """Values outside [-1, 1] are clamped and get no gradient."""
     pictures = some_pictures()
     pictures[:, :, :10] = 1.7
     leaf = pictures.clone().requires_grad_(True)
@@ -306,13 +306,13 @@ def test_colours_that_no_picture_has_win_nothing() -> None:
 
 def test_a_folders_own_normalisation_is_read(folders: dict[str, Path], tmp_path: Path) -> None:
     reference.write_clip(tmp_path, seed=1)
-    told = {"size": 28, "crop_size": {"height": 28, "width": 28}, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(told), encoding="utf-8")
+    own = {"size": 28, "crop_size": {"height": 28, "width": 28}, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(own), encoding="utf-8")
     scorer: Any = load_scorer("clip", tmp_path)
     assert scorer.framing == Framing(28, "crop", (0.5,) * 3, (0.25,) * 3)
     assert "mean 0.5 0.5 0.5" in scorer.identity.input
     for key, value in (("size", {"shortest_edge": 30}), ("resample", 2), ("do_center_crop", False)):
-        (tmp_path / "preprocessor_config.json").write_text(json.dumps(told | {key: value}), encoding="utf-8")
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(own | {key: value}), encoding="utf-8")
         with pytest.raises(UserError, match=f"{key} = .* must be") as caught:
             load_scorer("clip", tmp_path)
         assert caught.value.field.endswith("preprocessor_config.json")
@@ -331,7 +331,7 @@ WRITERS = {
         "blip.text_encoder.encoder.layer.1.crossattention.self.key.weight",
         "text.encoder.layer.1.crossattention.self.key.weight",
     ),
-    "mps": (reference.mps_state, reference.write_mps, "cross_model.layers.1.0.fn.ff.2.weight", "cross.1.cross.ff.2"),
+    "mps": (reference.mps_state, reference.write_mps, "cross_model.layers.1.0.fn.ff.2.weight", "cross.1.0.ff.2"),
 }
 
 

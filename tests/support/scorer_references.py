@@ -329,8 +329,8 @@ def mps(state: State, pixels: Tensor, ids: Tensor, condition: Tensor, threshold:
     clip.load_state_dict({key: state[f"model.{key}"] for key in own})
     clip = clip.double()
     state = {key: value.double() for key, value in state.items()}
-    said, about = (clip.text_model(input_ids=x) for x in (ids, condition))
-    words, ends = clip.text_projection(said.last_hidden_state), clip.text_projection(said.pooler_output)
+    text, about = (clip.text_model(input_ids=x) for x in (ids, condition))
+    words, ends = clip.text_projection(text.last_hidden_state), clip.text_projection(text.pooler_output)
     like = torch.einsum("bid,jd->bji", words, clip.text_projection(about.last_hidden_state)[0]).amax(1)
     attended = like / like.amax(1, keepdim=True) > threshold
     added = torch.zeros(attended.shape, dtype=torch.float64).masked_fill(~attended, -math.inf)[:, None, None, :]

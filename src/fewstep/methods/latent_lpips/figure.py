@@ -1,4 +1,4 @@
-"""The picture of a trained distance: held-out pairs, what it says beside what pixels say, and latent L2 beside it."""
+"""A scatter plot of the distances of held-out pairs: between latents against between pictures."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ COLOURS = (
     *("#1f6feb", "#0b8fa3", "#2e9e5b", "#7a9a01", "#d9730d", "#b4531f"),
     *("#b8309a", "#7a5af0", "#6b7280", "#111827", "#dc2626"),
 )
-INK, LATTICE = "#333333", "#e5e7eb"
+INK, GRID_COLOUR = "#333333", "#e5e7eb"
 TITLES = {"network": "network on latents", "l2": "latent L2", "huber": "latent Huber (c = .001)"}
 
 
 def draw_figure(comparison: RankComparison, path: Path) -> Path:
-    """One panel a distance, log over log: pixel-space distance along, its own up, a colour for each kind of pair."""
+    """Draw one log-log panel per distance between latents (y) against the pixel network's (x), coloured by kind."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Canvas
 
@@ -40,7 +40,7 @@ def draw_figure(comparison: RankComparison, path: Path) -> Path:
             ax.set_xscale("log")
             ax.set_yscale("log")
             ax.set_xlabel("distance of the pictures in pixel features", color=INK, fontsize=9)
-            ax.grid(True, color=LATTICE, linewidth=0.6)
+            ax.grid(True, color=GRID_COLOUR, linewidth=0.6)
             ax.set_axisbelow(True)
             ax.tick_params(colors=INK, labelsize=8.5, length=0)
             for side in ax.spines.values():

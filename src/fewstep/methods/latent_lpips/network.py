@@ -1,8 +1,8 @@
 """A distance between latents in the features of a small network on latents.
 
 TLCM compares latents in features of a VGG with 4-channel input and three of its max-pools removed, because latents are
-eight times smaller than pictures (arXiv 2406.05768v6). This network is of the same kind and smaller; who teaches it
-is in `pairs.py` and `target.py`.
+eight times smaller than pictures (arXiv 2406.05768v6). This network is smaller; it is trained on the pairs of
+`pairs.py` with the distances of `pixel_features.py`.
 """
 
 from __future__ import annotations
@@ -17,17 +17,15 @@ from fewstep.methods.latent_lpips.settings import NetworkConfig
 NORM_EPS = 1e-6
 """Added to squared lengths: smooth where a vector is 0."""
 LEAST = 1e-4
-"""Least weight of a latent channel's own difference: no two latents are at distance 0, and no place is flat."""
+"""Least weight of a latent channel's own difference: different latents have a positive distance with a gradient."""
 PACE = 20.0
-"""What raw weights are multiplied by: their steps are as long as those of convolutions, their way is longer."""
-
-
+"""Factor of the raw weights: they must move further than convolution weights at the same step size."""
 LARGE = 1024
-"""Places of a latent beyond which a group's pairs are not all kept for the way back."""
+"""Elements of a latent beyond which the pairs' activations are recomputed in the backward pass."""
 
 
 class PlaceNorm(nn.Module):
-    """Normalisation over the channels of each place, with weights: no place hears of another, at any latent size."""
+    """Normalisation over the channels at each position, independent of the latent's size."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -59,14 +57,14 @@ class Residual(nn.Module):
 class LatentLPIPS(nn.Module):
     """d(a, b) between latents, in LPIPS's form (arXiv 1801.03924, eq 1) over a network on latents.
 
-    d(a, b) = sum over maps m of the mean over places of sum over channels c of w_mc (u_mc(a) - u_mc(b))^2, with u the
-    map's vectors at length 1, plus the latents' own share, the mean over places of sum over their channels c of
+    d(a, b) = sum over maps m of the mean over positions of sum over channels c of w_mc (u_mc(a) - u_mc(b))^2, with u
+    the map's vectors at length 1, plus the latents' own term, the mean over positions of sum over their channels c of
     v_c q_c^2 log(1 + (a_c - b_c)^2 / q_c^2), which is v_c (a_c - b_c)^2 for small differences and grows slower for
     large ones, as distances of features do. All w, v and q are positive and learned. So d is symmetric, smooth, 0 where
     a = b with gradient 0, and positive everywhere else.
 
     Args:
-        channels: of a latent.
+        channels: channels of a latent.
     """
 
     def __init__(self, config: NetworkConfig, channels: int) -> None:
@@ -87,7 +85,7 @@ class LatentLPIPS(nn.Module):
         self.raw_knee = nn.Parameter(torch.zeros(channels))  # a knee at 2 log 2 = 1.4, a latent's usual size
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """Latents [B, C, h, w] -> the stem's map and every block's, each vector brought to length 1."""
+        """Return the maps of the stem and of each block for latents [B, C, h, w], vectors scaled to length 1."""
         x = self.stem(x)
         maps = [x]
         for number, blocks in enumerate(self.levels):
@@ -99,49 +97,44 @@ class LatentLPIPS(nn.Module):
 
     @property
     def weights(self) -> list[Tensor]:
-        """w of each map's channels, positive."""
+        """Positive weights w of each map's channels."""
         return [0.1 * F.softplus(PACE * raw) for raw in self.raw_weights]
 
     @property
     def own(self) -> tuple[Tensor, Tensor]:
-        """v and q of the latents' own channels, positive, [C] each."""
+        """Positive v and q of the latents' own channels, [C] each."""
         return F.softplus(PACE * self.raw_own) / self.channels + LEAST, 2 * F.softplus(PACE * self.raw_knee) + LEAST
 
     def between(self, a: list[Tensor], b: list[Tensor], gap: Tensor) -> Tensor:
-        """The distance of what `features` made of two latents, and of their difference, [B]."""
+        """Return the distance of two latents from their `features` and their difference, [B]."""
         share, knee = (value[:, None, None] for value in self.own)
         total = (share * knee.square() * torch.log1p((gap / knee).square())).sum(1).flatten(1).mean(1)
         for weight, x, y in zip(self.weights, a, b, strict=True):
             total = total + ((x - y).square() * weight[:, None, None]).sum(1).flatten(1).mean(1)
         return total
 
-    def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        """d(a, b), [B]; latents [B, C, h, w] of any size from 4 x 4, in units of the pixel network's distance.
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return d(a, b), [B]; latents [B, C, h, w] of any size from 4 x 4, in units of the pixel network's distance.
 
-        Computed in fp32 or wider, also under autocast: near latents differ by less than bf16 can say.
+        Computed in fp32 or wider, also under autocast: near latents differ by less than bf16 resolves.
         """
         with torch.autocast(a.device.type, enabled=False):
             a, b = (x.to(torch.promote_types(x.dtype, self.raw_own.dtype)) for x in (a, b))
-            one, other = self.features(a), self.features(b)
-            return self.between(one, other, a - b)
-
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """`distance`."""
-        return self.distance(a, b)
+            return self.between(self.features(a), self.features(b), a - b)
 
 
 @torch.no_grad()
 def calibrate(network: LatentLPIPS, found: Tensor, wanted: Tensor) -> None:
-    """Multiply all weights by the one factor that makes the mean logarithm of found / wanted 0, in place."""
+    """Scale all weights in place by the one factor that makes the mean logarithm of found / wanted 0."""
     factor = ((wanted.log() - found.to(wanted).log()).mean().exp()).to(network.raw_own)
     for raw in (*network.raw_weights, network.raw_own):
         raw.copy_(torch.expm1(F.softplus(PACE * raw) * factor).log() / PACE)
 
 
 def group_distances(network: LatentLPIPS, groups: Tensor, ends: Tensor) -> Tensor:
-    """Distances of the named pairs of each group's members, [n, P]; every member's features are computed once.
+    """Return the distances of pairs of each group's members, [n, P]; each member's features are computed once.
 
-    Of large latents, whose pairs would fill the memory, one group's are held at a time, and made again on the way back.
+    Pairs of large latents are computed one group at a time and recomputed in the backward pass.
 
     Args:
         groups: [n, m, C, h, w].

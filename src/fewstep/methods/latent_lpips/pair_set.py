@@ -1,6 +1,6 @@
-"""The bank: groups of latents and how far apart their pictures are, made once, in shards that are kept.
+"""The training set: groups of latents with the distances of their pictures, made once and cached in shards.
 
-A killed run goes on with the shard it was in. Training then knows latents and distances alone.
+A killed run resumes at the shard it was in. Training needs these latents and distances only.
 """
 
 from __future__ import annotations
@@ -23,24 +23,23 @@ from fewstep.common.tensor_cache import cached
 from fewstep.diffusion.config import Sampling
 from fewstep.diffusion.denoiser import Condition
 from fewstep.inference.generator import ImageGenerator, image_generator_of
-from fewstep.methods.latent_lpips.pairs import FEW, MEMBERS, PAIRS, Teacher, make_groups, partner
+from fewstep.methods.latent_lpips.pairs import FEW, MEMBERS, PAIRS, GuidedTeacher, make_groups, partner
 from fewstep.methods.latent_lpips.pixel_features import Decode, PixelFeatures, decoder, pair_distances
 from fewstep.methods.latent_lpips.settings import PairConfig, check_prompts
 from fewstep.students.sampling import teacher_sampling
 
 SHARD = 16
-"""Groups made, and kept, at a time; even, so that partners are made together."""
+"""Groups per shard; even, so that partners are in one shard."""
 
 
 @dataclass(frozen=True)
 class PairSet:
-    """What the distance is trained on.
+    """Groups of latents and their pixel distances.
 
     Attributes:
         latents: members of each group, float32 [N, 12, C, h, w].
-        distances: of the pictures of each of a group's `PAIRS`, float64 [N, 66].
-        train, validation, heldout: which groups are for what; no two share a prompt.
-        key: fingerprint of all that decides them.
+        distances: distances of the pictures of a group's `PAIRS`, float64 [N, 66].
+        train, validation, heldout: indices of groups; no two of the three share a prompt.
     """
 
     latents: Tensor
@@ -48,16 +47,15 @@ class PairSet:
     train: Tensor
     validation: Tensor
     heldout: Tensor
-    key: str
 
 
 def split(groups: int, prompts: int, share: float) -> tuple[list[int], list[range]]:
-    """Which of `prompts` distinct prompts each group is of, and which groups are for training, validation, held out.
+    """Return the prompt number of each group, and the groups for training, validation and held-out figures.
 
-    Partners have different prompts of the same part. Prompts come round again where there are more groups.
+    Partners have different prompts of the same part. Prompts are repeated where there are more groups.
     """
     used = min(groups, prompts) // 2 * 2
-    each = min(max(2, round(used * share / 2) * 2), (used - 2) // 4 * 2)  # two prompts at least are left to learn from
+    each = min(max(2, round(used * share / 2) * 2), (used - 2) // 4 * 2)  # at least two prompts are left to train on
     parts, start = [], 0
     sizes = (used - 2 * each, each, each)
     counts = [max(2, round(groups * size / used / 2) * 2) for size in sizes[1:]]
@@ -71,7 +69,7 @@ def split(groups: int, prompts: int, share: float) -> tuple[list[int], list[rang
 
 
 def distinct_prompts(prompts: Sequence[str], groups: int, seed: int) -> list[str]:
-    """Up to `groups` of the distinct prompts, drawn.
+    """Return up to `groups` of the distinct prompts, drawn at random.
 
     Raises:
         UserError: fewer than can be split.
@@ -82,14 +80,14 @@ def distinct_prompts(prompts: Sequence[str], groups: int, seed: int) -> list[str
 
 
 def latent_sampling(config: PairConfig, backbone: Backbone) -> Sampling:
-    """How the teacher draws its latents: as it brings along, in the config's steps."""
+    """Return the sampling settings of the teacher's latents: its own guidance, the config's steps."""
     own = teacher_sampling(backbone.folder)
     omega = own.omega if config.omega is None else config.omega
     return Sampling(sampler="ddim", steps=config.steps, omega=omega, spacing="trailing", end="clean")
 
 
 def pair_set_key(config: PairConfig, backbone: Backbone, prompts: Sequence[str], pixel: PixelFeatures) -> str:
-    """Fingerprint of all that decides a bank."""
+    """Return a fingerprint of all that decides a set of pairs."""
     known = [
         backbone.folder.identity(),
         hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
@@ -108,18 +106,16 @@ def make_pair_set(
     pixel: PixelFeatures,
     cache: Path,
     *,
-    decode: Decode | None = None,
     quiet: bool = False,
 ) -> PairSet:
-    """Draw the teacher's latents, make groups around them, and measure their pictures; no picture is opened.
+    """Generate the teacher's latents, make groups around them, and measure their decoded pictures.
 
-    All processes of a launch must ask: the main one makes, the others read what it kept.
+    All processes of a launch must call this: the main one computes, the others read the cached shards.
 
     Args:
-        prompts: what the teacher draws; some are held out.
+        prompts: prompts of the teacher's latents; some are held out.
         pixel: the features on pixels.
         cache: folder of the shards.
-        decode: latents to pictures; the teacher's own autoencoder by default.
 
     Raises:
         UserError: too few prompts.
@@ -127,7 +123,7 @@ def make_pair_set(
     key = pair_set_key(config, backbone, prompts, pixel)
     used = distinct_prompts(prompts, config.groups, config.seed)
     rows, parts = split(config.groups, len(used), config.heldout)
-    show = decode or decoder(backbone)
+    decode = decoder(backbone)
 
     def all_shards() -> list[dict[str, Tensor]]:
         made = []
@@ -137,7 +133,7 @@ def make_pair_set(
 
                 def make(items: range = items) -> dict[str, Tensor]:
                     groups = draw_groups(config, backbone, [used[rows[i]] for i in items], items)
-                    return {"latents": groups, "distances": measure(groups, show, pixel)}
+                    return {"latents": groups, "distances": picture_distances(groups, decode, pixel)}
 
                 made.append(cached(cache, f"pairs-{key[:16]}-{items.start}-{items.stop}", make))
                 bar.update(len(items))
@@ -147,12 +143,12 @@ def make_pair_set(
     backbone.release_encoders()
     train, validation, heldout = (torch.tensor(list(part)) for part in parts)
     latents, distances = (torch.cat([shard[name] for shard in shards]) for name in ("latents", "distances"))
-    return PairSet(latents, distances, train, validation, heldout, key)
+    return PairSet(latents, distances, train, validation, heldout)
 
 
 @torch.no_grad()
 def draw_groups(config: PairConfig, backbone: Backbone, prompts: Sequence[str], items: Sequence[int]) -> Tensor:
-    """The groups of some items, [n, 12, C, h, w] on the CPU; partners must be among them, prompts are the items'."""
+    """Return the groups of items with their prompts, [n, 12, C, h, w] on the CPU; partners must be among the items."""
     device = backbone.device
     sampling = latent_sampling(config, backbone)
     precision = DTYPES[pick_precision("auto", device)]
@@ -165,30 +161,28 @@ def draw_groups(config: PairConfig, backbone: Backbone, prompts: Sequence[str], 
     few = in_few_steps(image_generator, condition, seeds, rng.integers("few steps", 0, len(FEW)), sampling)
     place = {item: row for row, item in enumerate(items)}
     far = latent[[place[partner(item)] for item in items]]
-    null = backbone.null(len(items))
-    on_device = [{name: value.to(device) for name, value in states.items()} for states in (condition, null)]
-    teacher = Teacher(image_generator.denoiser, on_device[0], on_device[1], sampling.omega)
-    drawn = [x.to(device) for x in (latent, other_seed, few, far)]
+    here = [{name: x.to(device) for name, x in states.items()} for states in (condition, backbone.null(len(items)))]
+    teacher = GuidedTeacher(image_generator.denoiser, here[0], here[1], sampling.omega)
+    latent, other_seed, few, far = (x.to(device) for x in (latent, other_seed, few, far))
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        return make_groups(teacher, drawn[0], drawn[1], drawn[2], drawn[3], rng).cpu()
+        return make_groups(teacher, latent, other_seed, few, far, rng).cpu()
 
 
 def in_few_steps(
     image_generator: ImageGenerator, condition: Condition, seeds: Sequence[int], chosen: Tensor, sampling: Sampling
 ) -> Tensor:
-    """Latents from the same noise in FEW[chosen] steps, [n, C, h, w]."""
-    found: list[Tensor | None] = [None] * len(seeds)
+    """Return latents from the same noise in FEW[chosen] steps, [n, C, h, w]."""
+    found: dict[int, Tensor] = {}
     for number, steps in enumerate(FEW):
         rows = (chosen == number).nonzero().flatten().tolist()
-        if not rows:
-            continue
-        part = {name: value[rows] for name, value in condition.items()}
-        quick = sampling.model_copy(update={"steps": steps})
-        for row, latent in zip(rows, image_generator.latents(part, [seeds[row] for row in rows], quick), strict=True):
-            found[row] = latent
-    return torch.stack([latent for latent in found if latent is not None])
+        if rows:
+            part = {name: value[rows] for name, value in condition.items()}
+            quick = sampling.model_copy(update={"steps": steps})
+            latents = image_generator.latents(part, [seeds[row] for row in rows], quick)
+            found |= dict(zip(rows, latents, strict=True))
+    return torch.stack([found[row] for row in range(len(seeds))])
 
 
-def measure(groups: Tensor, decode: Decode, pixel: PixelFeatures) -> Tensor:
-    """How far apart a group's pictures are in the pixel network's features, for each of `PAIRS`, float64 [n, 66]."""
+def picture_distances(groups: Tensor, decode: Decode, pixel: PixelFeatures) -> Tensor:
+    """Return the distances of each group's decoded pictures by the pixel network, for `PAIRS`, float64 [n, 66]."""
     return torch.stack([pair_distances(pixel(decode(group)), PAIRS) for group in groups])

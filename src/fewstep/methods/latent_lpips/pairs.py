@@ -1,10 +1,10 @@
-"""The pairs: what a consistency loss compares, from differences hardly to be seen to other pictures altogether.
+"""Pairs of latents as a consistency loss compares them, from barely visible differences to unrelated pictures.
 
-They are made in groups around one teacher latent each. A group's members are that latent, what becomes of it in ten
-ways, and another latent of its prompt; the latent of another prompt comes from the group's partner. All pairs of a
-group count; those with a law of their own (`KINDS`) have a name, under which figures are told.
+They come in groups around one teacher latent each. A group's members are that latent, nine modifications of it,
+another latent of its prompt, and the latent of another prompt, which is the partner group's. All pairs of a group are
+trained on; those of `KINDS` are also reported by name.
 
-Every number is keyed by (seed, purpose, item): a group does not depend on what else is made, or with what.
+Random numbers are keyed by (seed, purpose, item): a group does not depend on the others or on the batch.
 """
 
 from __future__ import annotations
@@ -52,27 +52,27 @@ KINDS: Mapping[str, tuple[int, int]] = {
     "other seed": (0, 1),
     "other prompt": (0, 11),
 }
-"""Pairs with a law of their own, by members."""
+"""Named pairs, by members."""
 PAIRS = tuple(combinations(range(len(MEMBERS)), 2))
 """All pairs of a group."""
 GRID = 50
-"""Points of the training grid that estimates are taken at; Stable Diffusion's are 20 indices apart."""
+"""Points of the training grid of the estimates; on Stable Diffusion's path they are 20 indices apart."""
 FARTHEST = 7
-"""Most points between neighbouring estimates: 140 of 1,000 indices, as far as TLCM's second stage skips."""
+"""Most points between neighbouring estimates: 140 of 1,000 indices, the skip of TLCM's second stage."""
 FEW = (2, 3, 4)
-"""Solver steps of a latent of few steps."""
+"""Solver steps of the "few steps" member."""
 WIDEST_SHIFT = 1.5
-"""In latent places."""
+"""Largest shift, in latent pixels."""
 
 
 def partner(item: int) -> int:
-    """The item whose latent is the other prompt's: items come in twos."""
+    """Return the item that provides the latent of another prompt; items 2i and 2i + 1 are partners."""
     return item ^ 1
 
 
 @dataclass(frozen=True)
-class Teacher:
-    """Who makes the estimates.
+class GuidedTeacher:
+    """The teacher with the prompts of some items.
 
     Attributes:
         condition, null: text states of the prompts, [B, ...] each, on the device.
@@ -85,7 +85,7 @@ class Teacher:
     omega: float
 
     def guided(self, x_t: Tensor, t: Tensor) -> Estimate:
-        """x0 and eps at x_t as the teacher draws."""
+        """Return x0 and eps at x_t under the teacher's guidance."""
         if self.omega == 0:
             return self.denoiser.estimate(x_t, t, self.condition, BASE)
         omega = torch.full((len(x_t),), self.omega)
@@ -94,26 +94,26 @@ class Teacher:
 
 @torch.no_grad()
 def make_groups(
-    teacher: Teacher, latent: Tensor, other_seed: Tensor, few: Tensor, far: Tensor, rng: KeyedRng
+    teacher: GuidedTeacher, latent: Tensor, other_seed: Tensor, few: Tensor, far: Tensor, rng: KeyedRng
 ) -> Tensor:
-    """Members of each group in the order of `MEMBERS`, float32 [B, 12, C, h, w].
+    """Return the members of each group in the order of `MEMBERS`, float32 [B, 12, C, h, w].
 
     Args:
         latent: the teacher's latents, [B, C, h, w].
-        other_seed: others of the same prompts.
-        few: those of the same noise in few steps.
-        far: those of other prompts.
-        draws: of the items.
+        other_seed: latents of the same prompts from other noise.
+        few: latents from the same noise in few steps.
+        far: latents of other prompts.
+        rng: random numbers of the items.
     """
     members = [latent, other_seed, few, *estimates(teacher, latent, rng), *changes(latent, other_seed, far, rng)]
     return torch.stack([*members, far], 1).float()
 
 
-def estimates(teacher: Teacher, latent: Tensor, rng: KeyedRng) -> list[Tensor]:
-    """What a student's targets are made of: the latent noised to t and brought back by one call.
+def estimates(teacher: GuidedTeacher, latent: Tensor, rng: KeyedRng) -> list[Tensor]:
+    """Return three one-call estimates of x0 from the noised latent, like those that a student's targets are made of.
 
-    1. at a drawn t of the grid, guided; 2. from there one guided DDIM step to a drawn t_n below, and back from t_n: the
-    two sides of a consistency loss; 3. at another drawn t with other noise, without prompt and guidance.
+    1. Guided, at a random t of the grid. 2. Guided, at a random t_n below t, after one guided DDIM step from t to t_n:
+    with 1., the two sides of a consistency loss. 3. Without prompt and guidance, at another random t with other noise.
     """
     path = teacher.denoiser.path
     grid = estimate_times(path)
@@ -134,7 +134,7 @@ def estimates(teacher: Teacher, latent: Tensor, rng: KeyedRng) -> list[Tensor]:
 
 
 def estimate_times(path: Path) -> Tensor:
-    """The times that estimates are taken at: `GRID` points, or the nearest number that divides an indexed path's."""
+    """Return the times of the estimates: `GRID` points, or the nearest divisor of an indexed path's number."""
     if not isinstance(path, VariancePreserving):
         return training_grid(path, GRID)
     indices = int(path.noisiest) + 1
@@ -142,10 +142,9 @@ def estimate_times(path: Path) -> Tensor:
 
 
 def changes(latent: Tensor, other_seed: Tensor, far: Tensor, rng: KeyedRng) -> list[Tensor]:
-    """Changes by hand, each of a drawn size: white noise, smooth noise, a patch of the other seed, a shift, a mixture.
+    """Return five modified latents: white noise, smooth noise, a patch of the other seed, a shift, a mixture.
 
-    Sizes are drawn even in their logarithm: differences of all sizes are as frequent. A unit is the latent's own
-    standard deviation.
+    The size of noise is log-uniform, in units of the latent's standard deviation.
     """
     shape = tuple(latent.shape[1:])
     spread = latent.float().flatten(1).std(1)
@@ -168,7 +167,7 @@ def changes(latent: Tensor, other_seed: Tensor, far: Tensor, rng: KeyedRng) -> l
 
 
 def patches(shape: tuple[int, ...], rng: KeyedRng) -> Tensor:
-    """A rectangle in each, of sides drawn from one place to half of the latent, bool [B, 1, h, w]."""
+    """Return the mask of a random rectangle with sides from one pixel to half of the latent, bool [B, 1, h, w]."""
     rows = []
     for axis, length in (("y", shape[1]), ("x", shape[2])):
         extent = (1 + rng.uniform(f"patch {axis} extent") * (length // 2)).floor().clamp(max=length)
@@ -179,7 +178,7 @@ def patches(shape: tuple[int, ...], rng: KeyedRng) -> Tensor:
 
 
 def shifted(latent: Tensor, rng: KeyedRng) -> Tensor:
-    """Each latent moved by a drawn way up to `WIDEST_SHIFT` places in a drawn direction, bilinear; edges repeat."""
+    """Return each latent shifted by up to `WIDEST_SHIFT` pixels in a random direction, bilinear, edges repeated."""
     b, _, h, w = latent.shape
     angle, far = rng.uniform("shift direction", 0, 2 * torch.pi), rng.uniform("shift size", 0.05, WIDEST_SHIFT)
     moved = torch.stack([far * angle.cos() * 2 / w, far * angle.sin() * 2 / h], 1).float()

@@ -1,4 +1,4 @@
-"""How well distances between latents order pairs as the pixel-space distance does."""
+"""Rank correlation of distances between latents with the pixel network's distance between the pictures."""
 
 from __future__ import annotations
 
@@ -14,26 +14,25 @@ from fewstep.methods.distances import huber, l2
 from fewstep.methods.latent_lpips.network import LatentLPIPS, group_distances
 from fewstep.methods.latent_lpips.pairs import KINDS, PAIRS
 
+BATCH = 16
+"""Groups whose distances are computed at once."""
 HUBER_C = 1e-3
-"""LCM's."""
+"""LCM's constant of the pseudo-Huber distance."""
 ENDS = torch.tensor(PAIRS).T
 NAMED = [PAIRS.index(members) for members in KINDS.values()]
-"""Columns of the pairs that have a law of their own, in the order of `KINDS`."""
+"""Columns of the named pairs, in the order of `KINDS`."""
 Array = npt.NDArray[np.float64]
 
 
 def ranks(values: Array) -> Array:
-    """Ranks from 0, equal values sharing the mean of theirs, [N]."""
-    order = np.argsort(values, kind="stable")
+    """Return ranks from 0, [N]; equal values share the mean of their ranks."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    first = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    found = (first + (counts - 1) / 2)[inverse]
-    assert len(found) == len(order)
+    found: Array = (np.cumsum(counts) - counts + (counts - 1) / 2)[inverse]
     return found
 
 
 def rank_correlation(a: Array, b: Array) -> float:
-    """Spearman's coefficient of two lists, the correlation of their ranks; nan where one is constant."""
+    """Return Spearman's coefficient, the correlation of ranks; nan where one list is constant."""
     x, y = ranks(a) - (len(a) - 1) / 2, ranks(b) - (len(b) - 1) / 2
     with np.errstate(invalid="ignore"):
         return float((x @ y) / np.sqrt((x @ x) * (y @ y)))
@@ -44,19 +43,19 @@ class RankComparison:
     """Distances of the same pairs, groups in rows and `KINDS` in columns, float64 [N, K].
 
     Attributes:
-        pixel: the pixel network's.
-        predicted: by name: "network", "l2", "huber".
+        pixel: distances by the pixel network.
+        predicted: distances between latents by name: "network", "l2", "huber".
     """
 
     pixel: Array
     predicted: Mapping[str, Array]
 
     def overall(self) -> dict[str, float]:
-        """Rank correlation with the pixel network over all pairs, by name."""
+        """Return the rank correlation with the pixel network over all pairs, by name."""
         return {name: rank_correlation(found.ravel(), self.pixel.ravel()) for name, found in self.predicted.items()}
 
     def by_kind(self) -> dict[str, dict[str, float]]:
-        """Rank correlation among the pairs of one kind, by kind and name."""
+        """Return the rank correlation among the pairs of each kind, by kind and name."""
         return {
             kind: {name: rank_correlation(found[:, k], self.pixel[:, k]) for name, found in self.predicted.items()}
             for k, kind in enumerate(KINDS)
@@ -64,12 +63,11 @@ class RankComparison:
 
 
 @torch.no_grad()
-def compare_distances(network: LatentLPIPS, groups: Tensor, distances: Tensor, batch: int = 16) -> RankComparison:
-    """Measure the named pairs of some groups, [n, m, C, h, w], whose pictures lie `distances` [n, P] apart."""
+def compare_distances(network: LatentLPIPS, groups: Tensor, distances: Tensor) -> RankComparison:
+    """Compute the distances of the named pairs of groups [n, m, C, h, w] with pixel distances [n, P]."""
     device = network.raw_own.device
     ends = ENDS[:, NAMED]
-    parts = (groups[start : start + batch] for start in range(0, len(groups), batch))
-    found = [group_distances(network, part.to(device), ends).double().cpu() for part in parts]
+    found = [group_distances(network, part.to(device), ends).double().cpu() for part in torch.split(groups, BATCH)]
     gaps = groups[:, ends[0]] - groups[:, ends[1]]
     flat = gaps.flatten(0, 1)
     plain = {"l2": l2(flat), "huber": huber(flat, HUBER_C)}

@@ -1,4 +1,4 @@
-"""A trained distance on disk: weights, and a record of whose latents it knows, who taught it and how well."""
+"""A trained distance on disk: weights, and a record of its autoencoder, its training and its held-out figures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fewstep.common.config import validate
 from fewstep.common.errors import UserError
@@ -21,10 +20,10 @@ RECORD = "perceptual.json"
 
 
 def save_latent_lpips(folder: Path, network: LatentLPIPS, vae: str, notes: Mapping[str, Any]) -> None:
-    """Write the network and its record; the folder appears whole or not at all.
+    """Write the network and its record atomically.
 
     Args:
-        vae: fingerprint of the autoencoder whose latents it knows.
+        vae: fingerprint of the autoencoder whose latents it was trained on.
 
     Raises:
         UserError: the place cannot be written to.
@@ -42,23 +41,26 @@ def save_latent_lpips(folder: Path, network: LatentLPIPS, vae: str, notes: Mappi
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The record of a trained distance.
+    """Read the record of a trained distance.
 
     Raises:
         UserError: there is none, or it is broken.
     """
     if not (folder / RECORD).is_file():
-        raise UserError(f"perceptual = {str(folder)!r} holds no {RECORD}; make one by `fewstep train-perceptual`")
+        raise UserError(
+            f"latent_lpips.folder = {str(folder)!r} holds no {RECORD}; train one by `fewstep train-latent-lpips`",
+            field="latent_lpips.folder",
+        )
     return read_mapping(folder / RECORD)
 
 
 def load_latent_lpips(
     folder: Path | str, channels: int, vae_fingerprint: str, device: torch.device | str = "cpu"
 ) -> LatentLPIPS:
-    """Read a trained distance for latents of the given autoencoder; frozen, in evaluation mode.
+    """Load a trained distance for latents of the given autoencoder, frozen and in eval mode.
 
     Args:
-        channels: of a latent.
+        channels: channels of a latent.
         vae_fingerprint: `PipelineFolder.identity("vae")` of the pipeline whose latents will be compared.
 
     Raises:
@@ -70,20 +72,24 @@ def load_latent_lpips(
         config = validate(NetworkConfig, record["network"])
         known, vae, expected = int(record["channels"]), str(record["vae"]), str(record["weights_sha256"])
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / RECORD} is not the record of a distance: {error!r} is wrong or missing") from error
+        raise UserError(
+            f"{folder / RECORD} is not the record of a distance: {error!r} is wrong or missing",
+            field="latent_lpips.folder",
+        ) from error
     if (known, vae) != (channels, vae_fingerprint):
         theirs, ours = f"{known} channels, {vae[:16]}", f"{channels} channels, {vae_fingerprint[:16]}"
         raise UserError(
-            f"perceptual = {str(folder)!r} is for latents of another autoencoder ({theirs}), not of this teacher's "
-            f"({ours}); the nearest is to leave it out, so that one is made for this teacher"
+            f"latent_lpips.folder = {str(folder)!r} is for latents of another autoencoder ({theirs}), not of this "
+            f"teacher's ({ours}); leave it out to train one for this teacher",
+            field="latent_lpips.folder",
         )
     path = folder / WEIGHTS
     network = LatentLPIPS(config, channels)
-    weights: Mapping[str, Tensor] = load_tensors(path)
+    weights = load_tensors(path)
     if sha256(path) != expected:
-        raise UserError(f"{path} is not the file that {RECORD} names (sha256 {expected[:16]}); restore it")
-    try:
-        network.load_state_dict(dict(weights))
-    except RuntimeError as error:
-        raise UserError(f"{path} is not this network's weights: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(
+            f"{path} is not the file that {RECORD} names (sha256 {expected[:16]}); restore it",
+            field="latent_lpips.folder",
+        )
+    network.load_state_dict(weights)
     return network.eval().requires_grad_(False).to(device)

@@ -1,4 +1,4 @@
-"""Training of the latent perceptual distance: the teacher's latents, pairs of them, what pixels say, a network."""
+"""Training of the latent LPIPS distance: a network on latents is fitted to distances of the decoded pictures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fewstep.evaluation.lite0 import Lite0Features
 from fewstep.methods.latent_lpips.network import LatentLPIPS, calibrate, group_distances
 from fewstep.methods.latent_lpips.pair_set import PairSet, latent_sampling, make_pair_set, pair_set_key
 from fewstep.methods.latent_lpips.pairs import KINDS, PAIRS
-from fewstep.methods.latent_lpips.pixel_features import Decode, Lite0Stages, PixelFeatures
+from fewstep.methods.latent_lpips.pixel_features import Lite0Stages, PixelFeatures
 from fewstep.methods.latent_lpips.rank_comparison import ENDS, NAMED, RankComparison, compare_distances
 from fewstep.methods.latent_lpips.record import RECORD, read_record, save_latent_lpips
 from fewstep.methods.latent_lpips.settings import LatentLpipsTrainConfig
@@ -34,26 +34,26 @@ from fewstep.training.loss import Loss
 from fewstep.training.run_folder import RunLog
 
 FLOOR = 1e-4
-"""Added to distances before their logarithm: below it, nothing is to be told apart."""
+"""Added to distances before their logarithm: smaller distances count as equal."""
 CALIBRATED = 8
-"""Groups that the network's scale is set by before it is trained."""
-TURN = 0.5
-"""From here on the error of a log distance counts linearly, not squared."""
+"""Groups that the network's initial scale is fitted to."""
+HUBER_DELTA = 0.5
+"""Error of a log distance from which the loss is linear, not squared."""
 
 
 def log_error(found: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
-    """Huber's error of log(d + FLOOR), the weighted mean over a group's pairs, [n]; distances [n, P], weights [P].
+    """Return Huber's loss of log(d + FLOOR), the weighted mean over a group's pairs, [n]; d [n, P], weights [P].
 
-    Of the logarithm, because distances of pairs span five orders of magnitude and near ones matter as much as far
-    ones: at the end of a distillation all are near.
+    The logarithm is used because distances span five orders of magnitude and small ones matter as much as large ones:
+    at the end of a distillation all are small.
     """
     error = ((found + FLOOR).log() - (wanted.to(found) + FLOOR).log()).abs()
-    each = torch.where(error < TURN, error.square(), 2 * TURN * error - TURN**2)
+    each = torch.where(error < HUBER_DELTA, error.square(), 2 * HUBER_DELTA * error - HUBER_DELTA**2)
     return (each * weights.to(each)).sum(1) / weights.sum()
 
 
 def pair_weights(named: float) -> Tensor:
-    """`named` for the pairs that have a law of their own, 1 for the others, [P]."""
+    """Return the weight `named` for the pairs of `KINDS` and 1 for the others, [P]."""
     weights = torch.ones(len(PAIRS))
     weights[NAMED] = named
     return weights
@@ -62,7 +62,7 @@ def pair_weights(named: float) -> Tensor:
 def run_inputs(
     config: LatentLpipsTrainConfig, backbone: Backbone, prompts: Sequence[str], pixel: PixelFeatures
 ) -> dict[str, str]:
-    """Fingerprints of what a run is fed."""
+    """Return fingerprints of a run's inputs."""
     return {
         "teacher": backbone.folder.identity(),
         "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
@@ -72,24 +72,25 @@ def run_inputs(
 
 
 def run_key(config: LatentLpipsTrainConfig, inputs: Mapping[str, str]) -> str:
-    """Fingerprint of a whole training: what a finished one is known by."""
-    known = config.model_dump(mode="json")
-    known["loop"] = {name: known["loop"][name] for name in ("steps", "batch", "accumulate", "seed", "precision")}
-    return hashlib.sha256(json.dumps([known, dict(inputs)], sort_keys=True).encode()).hexdigest()
+    """Return the fingerprint that identifies a finished training."""
+    settings = config.model_dump(mode="json")
+    settings["loop"] = {name: settings["loop"][name] for name in ("steps", "batch", "accumulate", "seed", "precision")}
+    return hashlib.sha256(json.dumps([settings, dict(inputs)], sort_keys=True).encode()).hexdigest()
 
 
 def finished(folder: Path, key: str) -> bool:
-    """Whether a folder holds the distance of this very training.
+    """Return whether a folder holds the result of the training with fingerprint `key`.
 
     Raises:
-        UserError: it holds that of another.
+        UserError: it holds another training's.
     """
     if not (folder / RECORD).is_file():
         return False
     found = read_record(folder).get("key")
     if found != key:
         raise UserError(
-            f"{folder} holds a distance of another training ({str(found)[:12]}, now {key[:12]}); give another --out"
+            f"{folder} holds a distance of another training ({str(found)[:12]}, now {key[:12]}); give another --out",
+            field="out",
         )
     return True
 
@@ -101,30 +102,24 @@ def make_latent_lpips(
     out: Path,
     *,
     pixel: PixelFeatures | None = None,
-    decode: Decode | None = None,
-    cache: Path | None = None,
-    accelerator: Accelerator | None = None,
     quiet: bool = False,
 ) -> Path:
     """Train the distance for a teacher from prompts alone, resuming what `out` holds; return its folder.
 
-    A finished one is returned at once. The run folder gets config.yaml, log.jsonl, cache/ (the pairs), checkpoints/
-    and heldout.webp (where matplotlib is installed) and perceptual/. All processes of a launch must ask.
+    A finished one is returned at once. `out` holds config.yaml, log.jsonl, cache/ (the pairs), checkpoints/,
+    heldout.webp (where matplotlib is installed) and perceptual/. All processes of a launch must call this.
 
     Args:
-        prompts: what the teacher draws its latents from; some are held out.
-        pixel: the features on pixels that teach it; Lite0's stages by default.
-        decode: latents to pictures; the teacher's own autoencoder by default.
-        cache: folder of the pairs; `out`/cache by default.
-        accelerator: where it runs; one of `config.loop.precision` on the backbone's device by default.
+        prompts: prompts of the teacher's latents; some are held out.
+        pixel: the features on pixels; Lite0's stages by default.
 
     Raises:
-        UserError: too few prompts, another run's folder, or a place that cannot be written to.
+        UserError: too few prompts, another run's folder, or a folder that cannot be written to.
     """
-    accelerator = accelerator or make_accelerator(config.loop.precision, backbone.device)
+    accelerator = make_accelerator(config.loop.precision, backbone.device)
     pixel = pixel or Lite0Stages(backbone.device)
     inputs = run_inputs(config, backbone, prompts, pixel)
-    key, target, store = run_key(config, inputs), out / "perceptual", cache or out / "cache"
+    key, target, cache = run_key(config, inputs), out / "perceptual", out / "cache"
     if finished(target, key):
         return target
     main = accelerator.is_main_process
@@ -133,8 +128,8 @@ def make_latent_lpips(
     with log:
         if main:
             sweep(out)
-            sweep(store)
-        pairs = make_pair_set(config.pairs, backbone, prompts, pixel, store, decode=decode, quiet=quiet)
+            sweep(cache)
+        pairs = make_pair_set(config.pairs, backbone, prompts, pixel, cache, quiet=quiet)
         network = fit(config, pairs, backbone.latent_shape[0], log, accelerator)
         with fail_together():
             if main:
@@ -151,7 +146,7 @@ def make_latent_lpips(
 def fit(
     config: LatentLpipsTrainConfig, pairs: PairSet, channels: int, log: RunLog, accelerator: Accelerator
 ) -> LatentLPIPS:
-    """Train on the training groups, watching its validation groups; return the averaged network."""
+    """Train on the training groups, validate on the validation groups, and return the averaged network."""
     device = accelerator.device
     torch.manual_seed(config.loop.seed)
     network = LatentLPIPS(config.network, channels).to(device)
@@ -171,8 +166,7 @@ def fit(
         groups = batch["groups"]
         mirrored = rng.chance("mirror", config.mirror).to(device)
         found = group_distances(network, torch.where(expand(mirrored, groups).bool(), groups.flip(-1), groups), ENDS)
-        errors = log_error(found, batch["distances"], weights)
-        return Loss(errors.mean())
+        return Loss(log_error(found, batch["distances"], weights).mean())
 
     def loaded(weights: Mapping[str, Tensor]) -> LatentLPIPS:
         other = LatentLPIPS(config.network, channels)
@@ -197,7 +191,7 @@ def describe(
     pairs: PairSet,
     comparison: RankComparison,
 ) -> dict[str, Any]:
-    """What a trained distance says of itself."""
+    """Return the notes of a trained distance's record."""
     shared = Lite0Features.weights_sha256 == pixel.weights_sha256
     return {
         "pixel": {
@@ -205,8 +199,8 @@ def describe(
             "weights_sha256": pixel.weights_sha256,
             "licence": pixel.licence,
             "input": pixel.input,
-            "shared": "FD, KID and the distance to the teacher use later layers of the same network: a student trained "
-            "with this distance is not measured by a stranger there"
+            "shared": "FD, KID and the distance to the teacher use later layers of the same network: they are not "
+            "independent of a student that was trained with this distance"
             if shared
             else "",
         },

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from fewstep.common.errors import UserError
 from fewstep.common.files import read_mapping, sha256
-from fewstep.methods.rewards.folder_layout import ScorerFiles
 from fewstep.methods.rewards.licences import CLIP
 from fewstep.methods.rewards.preprocess import CLIP_MEAN, CLIP_STD, Framing, frame
+from fewstep.methods.rewards.registry import ScorerFiles
 from fewstep.methods.rewards.reward import ScorerIdentity
 from fewstep.methods.rewards.tokenize import check_rows, in_batches, load_tokenizer, token_ids
 from fewstep.methods.rewards.weights import load_frozen, loading
@@ -25,6 +25,7 @@ _BICUBIC = 3
 """Bicubic's number in PIL and in preprocessor_config.json."""
 
 
+@dataclass(eq=False)
 class CosineScorer:
     """scale * cos(picture, prompt), of a CLIPModel's embeddings.
 
@@ -33,14 +34,11 @@ class CosineScorer:
         scale: factor of the cosine; None for exp(logit scale), as trained.
     """
 
-    def __init__(
-        self, network: Any, tokenizer: Any, framing: Framing, scale: float | None, identity: ScorerIdentity
-    ) -> None:
-        self.network = network
-        self.tokenizer = tokenizer
-        self.framing = framing
-        self.scale = scale
-        self.identity = identity
+    network: Any
+    tokenizer: Any
+    framing: Framing
+    scale: float | None
+    identity: ScorerIdentity
 
     def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Encode K prompts to {"text": unit vectors [K, D]} on the CPU."""

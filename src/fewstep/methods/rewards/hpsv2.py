@@ -9,9 +9,9 @@ import torch
 from fewstep.common.errors import UserError
 from fewstep.common.safetensors_header import read_safetensors_header
 from fewstep.methods.rewards.clip import HUNDRED, CosineScorer, clip_network, identity_of, load_clip_folder
-from fewstep.methods.rewards.folder_layout import ScorerFiles
 from fewstep.methods.rewards.licences import HPSV2
 from fewstep.methods.rewards.preprocess import Framing
+from fewstep.methods.rewards.registry import ScorerFiles
 from fewstep.methods.rewards.tokenize import load_tokenizer
 from fewstep.methods.rewards.weights import State, load_frozen, loading, rename_keys
 

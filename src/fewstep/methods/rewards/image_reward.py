@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from fewstep.common.files import sha256
 from fewstep.common.safetensors_header import read_safetensors_header
-from fewstep.methods.rewards.folder_layout import ScorerFiles
 from fewstep.methods.rewards.licences import IMAGE_REWARD
 from fewstep.methods.rewards.preprocess import Framing, frame
+from fewstep.methods.rewards.registry import ScorerFiles
 from fewstep.methods.rewards.reward import ScorerIdentity
 from fewstep.methods.rewards.tokenize import check_rows, in_batches, load_tokenizer, token_ids
 from fewstep.methods.rewards.weights import load_frozen, loading, rename_keys
@@ -70,14 +70,14 @@ class RewardNetwork(nn.Module):
         return output.squeeze(-1)
 
 
+@dataclass(eq=False)
 class ImageRewardScorer:
     """(head(text encoder's first state | picture) - MEAN)/DEVIATION (Xu et al. 2023)."""
 
-    def __init__(self, network: RewardNetwork, tokenizer: Any, framing: Framing, identity: ScorerIdentity) -> None:
-        self.network = network
-        self.tokenizer = tokenizer
-        self.framing = framing
-        self.identity = identity
+    network: RewardNetwork
+    tokenizer: Any
+    framing: Framing
+    identity: ScorerIdentity
 
     def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return {"ids", "mask"} of K prompts, int64 [K, 35]; the text encoder needs the picture too."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 
 from fewstep.common.safetensors_header import read_safetensors_header
 from fewstep.methods.rewards.clip import clip_config, clip_network, clip_tokenizer, identity_of, read_framing, unit
-from fewstep.methods.rewards.folder_layout import ScorerFiles
 from fewstep.methods.rewards.licences import MPS
 from fewstep.methods.rewards.preprocess import Framing, frame
+from fewstep.methods.rewards.registry import ScorerFiles
 from fewstep.methods.rewards.reward import ScorerIdentity
 from fewstep.methods.rewards.tokenize import check_rows, in_batches, token_ids
 from fewstep.methods.rewards.weights import load_frozen, loading, rename_keys
@@ -29,8 +30,7 @@ THRESHOLD = 0.3
 authors' evaluation; 0.01 in their model's forward)."""
 _RULES = (
     (r"^model\.", "clip."),
-    (r"^cross_model\.layers\.(\d+)\.0\.fn\.", r"cross.\1.cross."),
-    (r"^cross_model\.layers\.(\d+)\.1\.fn\.", r"cross.\1.own."),
+    (r"^cross_model\.layers\.(\d+)\.([01])\.fn\.", r"cross.\1.\2."),
 )
 _UNUSED = r"position_ids$|rotary_emb\.inv_freq$"
 
@@ -119,22 +119,13 @@ class SelfBlock(nn.Module):
         return result
 
 
-class CrossLayer(nn.Module):
-    """A `CrossBlock` and a `SelfBlock`."""
-
-    def __init__(self, *sizes: int) -> None:
-        super().__init__()
-        self.cross = CrossBlock(*sizes)
-        self.own = SelfBlock(*sizes)
-
-
 class MpsNetwork(nn.Module):
     """CLIP, with the cross model on top."""
 
     def __init__(self, config: Any, layers: int, sizes: Sequence[int]) -> None:
         super().__init__()
         self.clip = clip_network(config)
-        self.cross = nn.ModuleList(CrossLayer(*sizes) for _ in range(layers))
+        self.cross = nn.ModuleList(nn.ModuleList([CrossBlock(*sizes), SelfBlock(*sizes)]) for _ in range(layers))
 
     def words(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """int64 [K, N] -> the projected state of each token [K, N, D] and of the last one [K, D]."""
@@ -146,11 +137,13 @@ class MpsNetwork(nn.Module):
         """Pictures [B, 3, size, size], words [B, N, D], which are attended to [B, N] -> embeddings [B, D]."""
         clip: Any = self.clip
         tokens: Tensor = clip.visual_projection(clip.vision_model(pixel_values=pixels).last_hidden_state)
-        for layer in self.cross:
-            tokens = layer.own(layer.cross(tokens, words, mask))  # type: ignore[operator, union-attr]
+        blocks: Any = self.cross
+        for cross_block, self_block in blocks:
+            tokens = self_block(cross_block(tokens, words, mask))
         return tokens[:, 0]
 
 
+@dataclass(eq=False)
 class MpsScorer:
     """exp(logit scale) * cos(prompt, picture's first token after the cross model) (Zhang et al. 2024).
 
@@ -158,12 +151,11 @@ class MpsScorer:
         condition: words of the aspect that is judged; `OVERALL` for the published weights.
     """
 
-    def __init__(self, network: MpsNetwork, tokenizer: Any, framing: Framing, identity: ScorerIdentity) -> None:
-        self.network = network
-        self.tokenizer = tokenizer
-        self.framing = framing
-        self.identity = identity
-        self.condition = OVERALL
+    network: MpsNetwork
+    tokenizer: Any
+    framing: Framing
+    identity: ScorerIdentity
+    condition: str = OVERALL
 
     def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Encode K prompts to {"words": [K, 77, D], "mask": bool [K, 77], "text": unit vectors [K, D]} on the CPU.

@@ -1,16 +1,18 @@
-"""The preference scorers by name. Light: torch and transformers are imported when one is loaded."""
+"""The preference scorers by name, and the files of their folders. Light: torch is imported when one is loaded."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
+from fewstep.backbones.weight_files import weight_files
+from fewstep.backbones.unsafe_weights import first_pickle
 from fewstep.common.errors import UserError, did_you_mean
-from fewstep.methods.rewards import folder_layout as layout
+from fewstep.common.files import read_mapping
+from fewstep.common.safetensors_header import read_safetensors_header
 from fewstep.methods.rewards import licences
-from fewstep.methods.rewards.folder_layout import FolderLayout, ScorerFiles, find_files
 from fewstep.methods.rewards.reward import PreferenceScorer, ScorerIdentity
 
 if TYPE_CHECKING:
@@ -18,6 +20,58 @@ if TYPE_CHECKING:
 
 ScorerPrecision = Literal["fp32", "bf16", "fp16"]
 """Precision of a scorer's networks; preprocessing and the score itself are always fp32."""
+
+
+GUIDE = "docs/guide/rewards.md"
+TOKENIZERS = {
+    "clip": (("tokenizer.json",), ("vocab.json", "merges.txt")),
+    "bert": (("tokenizer.json",), ("vocab.txt",)),
+}
+"""Alternative sets of files that a tokenizer is loaded from."""
+
+
+@dataclass(frozen=True)
+class FolderLayout:
+    """The files that a scorer is published as.
+
+    Attributes:
+        mark: a key of its checkpoint that other scorers' checkpoints lack.
+        config: JSON file of the networks' sizes.
+        config_needed: whether the folder must hold it.
+        tokenizer: key of `TOKENIZERS`.
+    """
+
+    mark: str
+    config: str
+    config_needed: bool = True
+    tokenizer: str = "clip"
+
+
+CLIP_FOLDER = FolderLayout("vision_model.embeddings.class_embedding", "config.json")
+"""A folder that transformers' CLIPModel was saved in."""
+HPSV2_FOLDER = FolderLayout(
+    "visual.transformer.resblocks.0.attn.in_proj_weight", "open_clip_config.json", config_needed=False
+)
+"""HPS v2's open_clip checkpoint; ViT-H-14 unless the config has other sizes."""
+IMAGE_REWARD_FOLDER = FolderLayout("blip.visual_encoder.cls_token", "med_config.json", tokenizer="bert")
+MPS_FOLDER = FolderLayout("cross_model.layers.0.0.fn.to_q.weight", "config.json")
+
+
+@dataclass(frozen=True)
+class ScorerFiles:
+    """The files that a scorer is loaded from.
+
+    Attributes:
+        folder: where all of them lie.
+        weights: the safetensors files, in name order.
+        config: the networks' sizes, from JSON; empty where there is no config file.
+        is_clip_folder: whether the keys are those of transformers' CLIPModel rather than the scorer's own.
+    """
+
+    folder: Path
+    weights: tuple[Path, ...]
+    config: dict[str, Any]
+    is_clip_folder: bool
 
 
 @dataclass(frozen=True)
@@ -32,13 +86,51 @@ class ScorerEntry:
 SCORERS = {
     entry.identity.name: entry
     for entry in (
-        ScorerEntry(licences.CLIP, layout.CLIP_FOLDER, "clip"),
-        ScorerEntry(licences.PICKSCORE, layout.CLIP_FOLDER, "pickscore"),
-        ScorerEntry(licences.HPSV2, layout.HPSV2_FOLDER, "hpsv2"),
-        ScorerEntry(licences.IMAGE_REWARD, layout.IMAGE_REWARD_FOLDER, "image_reward"),
-        ScorerEntry(licences.MPS, layout.MPS_FOLDER, "mps"),
+        ScorerEntry(licences.CLIP, CLIP_FOLDER, "clip"),
+        ScorerEntry(licences.PICKSCORE, CLIP_FOLDER, "pickscore"),
+        ScorerEntry(licences.HPSV2, HPSV2_FOLDER, "hpsv2"),
+        ScorerEntry(licences.IMAGE_REWARD, IMAGE_REWARD_FOLDER, "image_reward"),
+        ScorerEntry(licences.MPS, MPS_FOLDER, "mps"),
     )
 }
+
+
+def find_files(folder: Path, name: str, layout: FolderLayout) -> ScorerFiles:
+    """Return the files of scorer `name`. HPS v2 may also be a folder of transformers' CLIPModel.
+
+    Raises:
+        UserError: a file is missing or belongs to another scorer.
+    """
+
+    def refuse(reason: str) -> UserError:
+        return UserError(f"{name} folder {str(folder)!r} {reason}; see {GUIDE}", field=str(folder))
+
+    if not folder.is_dir():
+        raise refuse("does not exist")
+    if layout is HPSV2_FOLDER and (folder / CLIP_FOLDER.config).is_file() and weight_files(folder):
+        layout = CLIP_FOLDER
+    weights = weight_files(folder) if layout is CLIP_FOLDER else sorted(folder.glob("*.safetensors"))
+    if not weights:
+        pickled = first_pickle(folder.iterdir())
+        found = f", but {pickled.name}; convert this pickle once" if pickled else ""
+        raise refuse(f"holds no safetensors file{found}")
+    if layout is not CLIP_FOLDER and weights[1:]:
+        raise refuse(f"holds {weights[0].name} and {weights[1].name}, of which one must be removed")
+    keys = {key for file in weights for key in read_safetensors_header(file)[1]}
+    if layout.mark not in keys:
+        others = [f"; its keys are those of {other!r}" for other, entry in SCORERS.items() if entry.layout.mark in keys]
+        raise refuse(f"is not of {name!r}: {weights[0].name} holds no {layout.mark!r}{''.join(others[:1])}")
+    config: dict[str, Any] = {}
+    if (folder / layout.config).is_file():
+        config = read_mapping(folder / layout.config)
+    elif layout.config_needed:
+        raise refuse(f"holds no {layout.config}")
+    if layout.config == CLIP_FOLDER.config and config.get("model_type") != "clip":
+        raise refuse(f"has {layout.config} with model_type {config.get('model_type')!r}, which must be 'clip'")
+    sets = TOKENIZERS[layout.tokenizer]
+    if not any(all((folder / file).is_file() for file in files) for files in sets):
+        raise refuse(f"holds no tokenizer ({' or '.join(' and '.join(files) for files in sets)})")
+    return ScorerFiles(folder, tuple(weights), config, layout is CLIP_FOLDER)
 
 
 def check_scorer(name: str, folder: Path | str) -> ScorerFiles:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fewstep.common.errors import UserError
 from fewstep.common.tensors import load_tensors
-from fewstep.methods.rewards.folder_layout import ScorerFiles
+from fewstep.methods.rewards.registry import ScorerFiles
 
 Network = TypeVar("Network", bound=nn.Module)
 State = Mapping[str, Tensor]

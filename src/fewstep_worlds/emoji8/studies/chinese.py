@@ -6,7 +6,7 @@ All forms of a prompt have the same noise, and all pictures are scored against t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -147,8 +147,8 @@ def measure_chinese(config: ChineseConfig, out: Path) -> list[Line]:
     with atomic_write(out / "chinese.md") as part:
         part.write_text(text + "\n", encoding="utf-8")
     figures = [
-        {"drawer": x.network, "steps": x.steps, "form": x.form, "agreement": x.agreement.to_dict()}
-        | ({"ratio": x.ratio.to_dict()} if x.ratio else {})
+        {"drawer": x.network, "steps": x.steps, "form": x.form, "agreement": asdict(x.agreement)}
+        | ({"ratio": asdict(x.ratio)} if x.ratio else {})
         for x in lines
     ]
     write_json(out / "chinese.json", {"note": note, "lines": figures})

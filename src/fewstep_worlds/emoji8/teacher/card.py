@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,7 @@ def teacher_card(pipeline: Path, out: Path, *, n: int, sampling: Sampling) -> di
         (name, f"{f.value:.3f}", f"{f.low:.3f} to {f.high:.3f}" if f.low is not None else "", f"{f.n}")
         for name, f in figures.items()
     ]
-    write_json(out / "card.json", {name: figure.to_dict() for name, figure in figures.items()})
+    write_json(out / "card.json", {name: asdict(figure) for name, figure in figures.items()})
     with atomic_write(out / "card.md") as part:
         part.write_text(markdown(["figure", "value", "95 % interval", "n"], rows, left=4), encoding="utf-8")
     save_image(sample_grid(image_generator, sampling), out / "samples.webp")
