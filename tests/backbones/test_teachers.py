@@ -224,7 +224,7 @@ def test_verbs_take_a_single_file(tmp_path: Path, capsys: pytest.CaptureFixture[
     folder = tiny_pipelines.sd(tmp_path / "tiny")
     file = single_file("sd", folder, tmp_path / "model.safetensors")
     words = ["sample", "a red disc", "--lora", "none", "--steps", "2", "--scale", "1", "--device", "cpu"]
-    for name, teacher in (("a", [str(folder)]), ("b", [str(file), "--config", str(folder)])):
+    for name, teacher in (("a", [str(folder)]), ("b", [str(file), "--teacher-config", str(folder)])):
         with pytest.raises(SystemExit) as ended:
             main([*words, "--teacher", *teacher, "--out", str(tmp_path / f"{name}.png")])
         assert ended.value.code == 0
@@ -244,14 +244,14 @@ def test_verbs_take_a_single_file(tmp_path: Path, capsys: pytest.CaptureFixture[
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"a red disc {i}\n" for i in range(10)))
     asked = {"synthesize": ["--prompts", str(prompts)], "evaluate": ["--prompt-file", str(prompts)], "distill": []}
-    asked |= {"train-perceptual": ["--prompts", str(prompts)], "train-adapter": []}
+    asked |= {"train-latent-lpips": ["--prompt-file", str(prompts)], "train-adapter": []}
     for verb, more in asked.items():
         with pytest.raises(SystemExit) as ended:
             main([verb, "--teacher", str(file), "--out", str(tmp_path / verb), *more])
         assert ended.value.code == 2
         assert "give --teacher-config FOLDER" in capsys.readouterr().err
     words = ["synthesize", *asked["synthesize"], "-s", "grid=4", "-s", "device=cpu"]
-    for name, teacher in (("a", [str(folder)]), ("b", [str(file), "--config", str(folder)])):
+    for name, teacher in (("a", [str(folder)]), ("b", [str(file), "--teacher-config", str(folder)])):
         with pytest.raises(SystemExit) as ended:
             main([*words, "--teacher", *teacher, "--out", str(tmp_path / name)])
         assert ended.value.code == 0
@@ -259,8 +259,8 @@ def test_verbs_take_a_single_file(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert shards[0] == shards[1]
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
-        main(["distill", "--teacher", str(file), "--config", str(folder), "--out", str(tmp_path / "run"), "--dry-run",
-              "-s", "data.source=nowhere"])  # fmt: skip
+        main(["distill", "--teacher", str(file), "--teacher-config", str(folder), "--out", str(tmp_path / "run"),
+              "--dry-run", "-s", "data.source=nowhere"])  # fmt: skip
     assert ended.value.code == 2
     assert "nowhere" in capsys.readouterr().err, "the teacher was found"
 

@@ -93,8 +93,9 @@ def test_it_begins_at_the_noised_picture(source: Path) -> None:
 
 def test_what_cannot_be_begun_from_is_refused(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.png"
-    with pytest.raises(UserError, match=r"strength = 0\.5 says nothing without an image"):
+    with pytest.raises(UserError) as error:
         fewstep.sample("a cat", strength=0.5, out=out)
+    assert error.value.field == "strength"
     with pytest.raises(UserError, match=r"strength = 1\.2 is outside \(0, 1\]; the nearest is 1\.0"):
         fewstep.sample("a cat", image=source, strength=1.2, out=out)
     with pytest.raises(UserError, match=r"steps = 4 is out of range at strength = 0\.05.*nearest legal strength is"):

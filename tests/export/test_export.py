@@ -267,7 +267,7 @@ def test_settings_are_read_back_from_every_form(
         if form == "merged":
             told = ["--teacher", str(path), "--lora", "none"]
         elif form == "single-file":
-            told = ["--teacher", str(path), "--config", str(base), "--lora", "none"]
+            told = ["--teacher", str(path), "--teacher-config", str(base), "--lora", "none"]
         else:
             told = ["--teacher", str(base), "--lora", str(path)]
         assert drawn(*told) == wanted, form

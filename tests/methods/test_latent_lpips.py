@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from fewstep.backbones.base import Backbone, load_backbone
-from fewstep.commands.train_latent_lpips import train_perceptual
+from fewstep.commands.train_latent_lpips import train_latent_lpips, train_perceptual
 from fewstep.common.accelerator import make_accelerator
 from fewstep.common.config import validate
 from fewstep.common.device import pick_device
@@ -464,8 +464,9 @@ def test_refusals(made: Path, tmp_path: Path, tiny_pipeline: Path) -> None:
     few.write_text("a\nb\na\n")
     with pytest.raises(UserError, match=r"2 distinct prompts; .* at least 8"):
         train_perceptual(out=tmp_path / "out", prompts=few, teacher=tiny_pipeline)
-    with pytest.raises(UserError, match="prompts must be given for teacher"):
-        train_perceptual(out=tmp_path / "out", teacher=tiny_pipeline)
+    with pytest.raises(UserError) as error:
+        train_latent_lpips(out=tmp_path / "out", teacher=tiny_pipeline)
+    assert error.value.field == "prompt_file"
     with pytest.raises(UserError, match=r"groups = 17 must be even"):
         train_perceptual(out=tmp_path / "out", overrides="pairs.groups=17")
     with pytest.raises(UserError, match=r"blocks = \[2\] .* widths = \[8, 8\]"):

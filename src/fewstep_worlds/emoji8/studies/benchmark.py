@@ -1,4 +1,4 @@
-"""`fewstep benchmark`: the TCD paper's Table 1 and gamma figures on the bundled world, start to end.
+"""`fewstep world benchmark`: the TCD paper's Table 1 and gamma figures on the bundled world, start to end.
 
 LCM and TCD train on the same samples in the same order with the same batch, rank and guidance, each at the best of the
 same learning rates on a validation list. Teacher rows use the students' mean guidance and the teacher's own best. The
@@ -168,7 +168,7 @@ def benchmark(config: BenchmarkConfig, out: Path) -> Path:
     results = final.results(
         "fewstep benchmark: Table 1 on the bundled world",
         rows,
-        f"fewstep benchmark --out {out}",
+        f"fewstep world benchmark --out {out}",
         {
             "seeds": ", ".join(map(str, config.seeds)),
             "training": f"{config.steps * config.batch} samples a student, batch {config.batch}; "

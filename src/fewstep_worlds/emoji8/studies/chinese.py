@@ -1,4 +1,4 @@
-"""`fewstep chinese`: the same concepts prompted in English and in held-out Chinese, and scored.
+"""`fewstep world chinese`: the same concepts prompted in English and in held-out Chinese, and scored.
 
 All forms of a prompt have the same noise, and all pictures are scored against the English name.
 """

@@ -1,4 +1,4 @@
-"""`fewstep family`: every recipe distilled from the bundled teacher at equal training cost, sampled and measured.
+"""`fewstep world family`: every recipe distilled from the bundled teacher at equal training cost, sampled and measured.
 
 Costs are network evaluations: a forward pass counts as one, a backward pass as two. Stored trajectories cost the
 evaluations of their solver. All samplers are then compared on one student. A stopped run is resumed.

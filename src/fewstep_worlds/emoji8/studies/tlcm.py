@@ -1,4 +1,4 @@
-"""`fewstep tlcm`: the TLCM paper's three tables on the bundled world, each by one command.
+"""`fewstep world tlcm`: the TLCM paper's three tables on the bundled world, each by one command.
 
 Table 1: TLCM at 2 to 8 calls beside the teacher at 25, LCM and TCD. Table 2: each ingredient added in turn. Table 3:
 the teacher's steps p of the second stage. A student's stages are whole students of their own, from which the variants

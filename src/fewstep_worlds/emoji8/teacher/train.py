@@ -1,4 +1,4 @@
-"""`fewstep train-teacher`: the bundled teacher from Emoji-8, as a pipeline folder."""
+"""`fewstep world train-teacher`: the bundled teacher from Emoji-8, as a pipeline folder."""
 
 from __future__ import annotations
 

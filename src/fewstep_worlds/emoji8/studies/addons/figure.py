@@ -1,4 +1,4 @@
-"""`fewstep versatility`: add-ons trained on the base and used with students, as one figure and one table.
+"""`fewstep world versatility`: add-ons trained on the base and used with students, as one figure and one table.
 
 As in the TCD paper's Figure 7 and TLCM's section on versatility, each add-on is trained on the base and then used by
 the base and by the students' LoRAs, with the same prompts and noise.
@@ -177,7 +177,7 @@ def versatility(config: VersatilityConfig, out: Path) -> Path:
     labels = [model.label for model in columns(config)]
     gammas = ", ".join(f"gamma {gamma:g} for {name}" for name, gamma in GAMMAS.items())
     note = (
-        f"`fewstep versatility` at commit {commit()}, {hardware()}; n = {config.prompts} prompts each, seed "
+        f"`fewstep world versatility` at commit {commit()}, {hardware()}; n = {config.prompts} prompts each, seed "
         f"{config.seed}, the same prompts and noise in a row; students with their own settings, but {gammas}. The "
         "effect is the measure with the add-on minus the measure without it; for "
         f"{', '.join(PICTURE_TASKS)}, minus that of the given picture. Given pictures are held out from the base, the "
