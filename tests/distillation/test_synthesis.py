@@ -491,7 +491,7 @@ def refused(
         ("grids=4", "unknown key grids"),
         ("grid=0", "grid = 0"),
         ("grid=60", "grid = 60"),
-        ("grid=[500,300,999]", "grid = [500.0, 300.0, 999.0] does not rise"),
+        ("grid=[500,300,999]", "grid = [500, 300, 999]: must rise"),
         ("grid=[300,500]", "grid = [300.0, 500.0]"),
         ("grid=[0,999] end=index0", "end = 'index0'"),
         ("grid=1000 kind=trajectories", "end = 'index0'"),

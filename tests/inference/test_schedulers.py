@@ -387,11 +387,11 @@ def test_times_within_a_strength() -> None:
     assert times_within(vp, 3, 0.5, spacing="tlcm").tolist() == [499, 374, 249]
     assert times_within(vp, 3, 1.0, spacing="tlcm").tolist() == [999, 499, 124]
     assert times_within(vp, 4, 0.5, spacing="trailing").tolist() == [499, 374, 249, 124]
-    with pytest.raises(UserError, match=r"where the grid has 4 times; the nearest legal strength is 0\.625"):
+    with pytest.raises(UserError, match=r"within 1 to 4, .* strength of at least 0\.625"):
         times_within(vp, 5, 0.5, spacing="tlcm")
-    with pytest.raises(UserError, match=r"where the grid has 2 times; the nearest legal strength is 0\.5"):
+    with pytest.raises(UserError, match=r"within 1 to 2, .* strength of at least 0\.5"):
         times_within(vp, 4, 0.25, grid=8)
-    with pytest.raises(UserError, match=r"strength = 1\.5 is outside \(0, 1\]; the nearest is 1\.0"):
+    with pytest.raises(UserError, match=r"strength = 1\.5 must be"):
         times_within(vp, 4, 1.5)
 
 
@@ -429,7 +429,7 @@ def test_noise_is_added_at_what_networks_are_told() -> None:
         (lambda: SSSScheduler(spacing="even"), "spacing = 'even' is not one of grid, trailing, tlcm"),
         (lambda: SSSScheduler(jump="skip"), "jump = 'skip' is not one of first_order, second_order"),
         (lambda: SSSScheduler(path="ve"), "path = 've' is not one of vp, flow"),
-        (lambda: SSSScheduler().set_timesteps(51), "steps = 51 is out of range; the nearest legal one is 50"),
+        (lambda: SSSScheduler().set_timesteps(51), "steps = 51 must be within 1 to 50"),
         (lambda: SSSScheduler(spacing="tlcm", grid=8).set_timesteps(9), "the nearest legal one is 8"),
         (lambda: SSSScheduler().set_timesteps(4, strength=0.0), "strength = 0.0 is outside"),
         (lambda: SSSScheduler().set_timesteps(4, timesteps=[999]), "either num_inference_steps or timesteps"),

@@ -179,7 +179,7 @@ def test_illegal_settings_are_refused_before_the_training(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"stage '8 segments'.*leaves a segment of 5 points"):
         resolve_plane("tscd", ["method.k=6"])
     for words, told in (
-        (["method.grid=77", "sampling.grid=77"], r"grid = 77 does not divide 1000 training indices"),
+        (["method.grid=77", "sampling.grid=77"], "grid = 77 must divide the 1000 training indices"),
         (
             ["method.grid=[9,99]", "sampling.grid=[9,99]", "sampling.steps=2", "steps=[1]"],
             r"ends below pure noise, .*is \[9\.0, 999\.0\]",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fewstep.backbones.pipeline_folder import PipelineFolder
 from fewstep.common.choices import End
 from fewstep.common.errors import UserError
-from fewstep.diffusion.config import GridSpec, Sampling
+from fewstep.diffusion.config import GridSpec, Sampling, check_indices
 
 
 def check_sampling(sampling: Sampling, folder: PipelineFolder) -> None:
@@ -92,14 +92,5 @@ def index_count(folder: PipelineFolder) -> int:
 
 
 def check_grid(field: str, grid: GridSpec, folder: PipelineFolder) -> None:
-    """Refuse a grid off the teacher's schedule.
-
-    Raises:
-        UserError: a number of points that does not divide the indices, or a list that does not rise within them.
-    """
-    count = index_count(folder)
-    if isinstance(grid, int):
-        if count % grid:
-            raise UserError(f"{field} = {grid} must divide the teacher's {count} training indices", field=field)
-    elif sorted(set(grid)) != list(grid) or grid[0] < 0 or grid[-1] > count - 1:
-        raise UserError(f"{field} = {list(grid)} must rise within 0 .. {count - 1}", field=field)
+    """Refuse a grid off the teacher's schedule (`diffusion.config.check_indices`)."""
+    check_indices(field, grid, index_count(folder))

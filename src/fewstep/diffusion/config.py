@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import Annotated, Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from fewstep.common.choices import (
     CALLS,
@@ -19,13 +20,47 @@ from fewstep.common.choices import (
     omega_of,
 )
 from fewstep.common.config import Config, as_pair
+from fewstep.common.errors import UserError, nearest_divisor
 
-GridSpec = int | tuple[float, ...]
+
+def rising(grid: int | tuple[float, ...]) -> int | tuple[float, ...]:
+    """Return a grid that has a point and rises.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if grid_size(grid) < 1:
+        raise ValueError("must have at least 1 point")
+    if not isinstance(grid, int) and sorted(set(grid)) != list(grid):
+        raise ValueError("must rise")
+    return grid
+
+
+GridSpec = Annotated[int | tuple[float, ...], AfterValidator(rising)]
 """A training grid: N points, or the points themselves, rising."""
 
 
+def grid_size(grid: int | Sequence[float]) -> int:
+    """Return the number of points of a grid."""
+    return grid if isinstance(grid, int) else len(grid)
+
+
+def check_indices(field: str, grid: int | Sequence[float], indices: int) -> None:
+    """Refuse a grid that a schedule of `indices` training indices does not have.
+
+    Raises:
+        UserError: N does not divide the indices, or a point lies outside of them.
+    """
+    if isinstance(grid, int):
+        if indices % grid:
+            near = nearest_divisor(grid, indices)
+            raise UserError(f"{field} = {grid} must divide the {indices} training indices, e.g. {near}", field=field)
+    elif grid[0] < 0 or grid[-1] > indices - 1:
+        raise UserError(f"{field} = {list(grid)} must lie within 0 .. {indices - 1}", field=field)
+
+
 class Guidance(Config):
-    """The guidance of the teacher's step: scale ~ U[low, high], one draw a sample."""
+    """Guidance of the teacher's step: scale ~ U[low, high], one draw a sample."""
 
     convention: Convention = Field("lcm", description="what the numbers mean: lcm (omega), imagen (1 + omega), none")
     low: float = Field(2.0, description="smallest scale")
@@ -34,18 +69,15 @@ class Guidance(Config):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if self.high < self.low:
-            raise ValueError(f"high = {self.high:g} is below low; the nearest legal one is {self.low:g}")
+            raise ValueError(f"high = {self.high:g} must be at least low = {self.low:g}")
         least = {"lcm": 0.0, "imagen": 1.0, "none": self.low}[self.convention]
         if self.low < least:
-            raise ValueError(
-                f"low = {self.low:g} turns away from the prompt in convention = {self.convention!r}; "
-                f"the nearest legal one is {least:g}"
-            )
+            raise ValueError(f"low = {self.low:g} must be at least {least:g} with convention = {self.convention!r}")
         return self
 
     @property
     def omegas(self) -> tuple[float, float]:
-        """The range in the papers' convention."""
+        """Range of omega, the papers' convention."""
         return omega_of(self.low, self.convention), omega_of(self.high, self.convention)
 
     @property
@@ -55,17 +87,17 @@ class Guidance(Config):
 
     @property
     def guides(self) -> bool:
-        """Whether any sample is guided: none is where omega is 0 for all."""
+        """Whether any sample is guided: not where omega is 0 for all."""
         return self.convention != "none" and self.omegas != (0.0, 0.0)
 
     @property
     def mean_omega(self) -> float:
-        """The guidance that a student which is not told omega learns, on average."""
+        """Mean guidance, which a student without omega as an input learns."""
         return sum(self.omegas) / 2
 
 
 class Sampling(Config):
-    """How pictures are drawn. The same record stands in a recipe, a run's config and an exported file."""
+    """How pictures are sampled. The same record is part of a recipe, a run's config and an exported file."""
 
     renamed = {"told": "extra_conditioning"}  # noqa: RUF012  (a class variable of the base)
 
@@ -83,9 +115,9 @@ class Sampling(Config):
     r: float = Field(0.5, gt=0, le=1, description="mid-point of a second-order jump")
     form: Form = Field("x0", description="what a second-order jump blends: x0 or eps predictions")
     extra_conditioning: tuple[ExtraCondition, ...] = Field(
-        (), description="what the network is told beside x and t: s, w"
+        (), description="inputs of the network beside x, t and the prompt: s, w"
     )
-    w: float | None = Field(None, ge=0, description="guidance omega that a student which is told w stands for")
+    w: float | None = Field(None, ge=0, description="guidance omega that is given to a student with w as an input")
     omega: float = Field(0.0, ge=0, description="guidance, (1 + omega) eps(c) - omega eps(null); 0 for a student")
     grid: GridSpec = Field(50, description="training grid that times are taken from: N points, or the points")
     spacing: Spacing = Field("grid", description="grid (LCM's and TCD's rule), trailing, or tlcm (its own 2 to 8)")
@@ -99,48 +131,34 @@ class Sampling(Config):
     def _pair(cls, size: Any) -> Any:
         pair = as_pair(size)
         if pair is not None and not (isinstance(pair, list | tuple) and len(pair) == 2):
-            raise ValueError("no size in pixels; give one side, e.g. 512, or [width, height]")
+            raise ValueError("must be one side in pixels, e.g. 512, or [width, height]")
         return pair
 
     @model_validator(mode="after")
     def _countable(self) -> Self:
-        calls = self.calls_a_step
-        points = self.grid if isinstance(self.grid, int) else len(self.grid)
-        if points < 1:
-            raise ValueError(f"grid = {self.grid} has no points; the nearest legal one is 1")
-        most = points * calls
+        calls, steps = self.calls_a_step, f"steps = {self.steps}"
+        points = grid_size(self.grid)
         if self.spacing == "tlcm" and self.steps > 8 * calls:
-            raise ValueError(
-                f"steps = {self.steps} has no list of times in spacing = 'tlcm'; the nearest is {8 * calls}"
-            )
-        if self.spacing == "grid" and self.steps > most:
-            raise ValueError(
-                f"steps = {self.steps} is out of range for grid = {points}; the nearest legal one is {most}"
-            )
+            raise ValueError(f"{steps} must be at most {8 * calls} with spacing = 'tlcm'")
+        if self.spacing == "grid" and self.steps > points * calls:
+            raise ValueError(f"{steps} must be at most {points * calls} on a grid of {points} points")
         if self.steps % calls:
-            raise ValueError(
-                f"steps = {self.steps} network calls cannot be split into {self.sampler} steps of {calls}; "
-                f"the nearest legal one is {self.steps + 1}"
-            )
+            raise ValueError(f"{steps} network calls must be a multiple of {calls} with sampler = {self.sampler!r}")
         if self.sampler == "sss" and self.step_jump in ("skip", "cm_skip"):
-            raise ValueError(
-                f"jump = {self.step_jump!r} only reaches the end point, sampler = 'sss' lands before it; "
-                "the nearest legal jump is 'first_order'"
-            )
+            raise ValueError(f"jump = {self.step_jump!r} only reaches the end point; use sampler = 'lcm'")
         if ("w" in self.extra_conditioning) != (self.w is not None):
-            raise ValueError(
-                f"w = {self.w} for a network that is told {list(self.extra_conditioning)}; name both, or none"
-            )
+            given = list(self.extra_conditioning)
+            raise ValueError(f"w = {self.w} does not fit extra_conditioning = {given}; set both, or neither")
         return self
 
     @property
     def step_jump(self) -> Jump:
-        """The jump that is sampled with."""
+        """The jump, with its default filled in."""
         return self.jump or ("skip" if self.sampler == "lcm" else "first_order")
 
     @property
     def landing(self) -> End:
-        """Where the last jump lands: LCM's own lands on clean data, whatever `end` says."""
+        """Where the last jump lands; LCM's own always lands on clean data."""
         return "clean" if self.step_jump == "skip" else self.end
 
     @property
@@ -151,4 +169,4 @@ class Sampling(Config):
 
 
 TEACHER_SAMPLING = Sampling(sampler="ddim", steps=50, omega=7.0, spacing="trailing", end="clean")
-"""How a teacher is sampled where nothing else is said."""
+"""Default sampling of a teacher."""

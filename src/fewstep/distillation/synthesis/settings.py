@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -45,15 +45,6 @@ class DrawnSettings(Config):
         if isinstance(known, dict) and "end" not in known and known.get("kind") == "trajectories":
             return {**known, "end": "index0"}
         return known
-
-    @model_validator(mode="after")
-    def _points_rise(self) -> Self:
-        if isinstance(self.grid, int):
-            if self.grid < 1:
-                raise ValueError(f"grid = {self.grid} must be at least 1")
-        elif not self.grid or sorted(set(self.grid)) != list(self.grid):
-            raise ValueError(f"grid = {list(self.grid)} does not rise; use {sorted(set(self.grid)) or 50}")
-        return self
 
     @property
     def points(self) -> int:
