@@ -78,7 +78,7 @@ def as_html(cells: DataFrame) -> Any:
     """Return a table as HTML markup. Labels are escaped; cells must be markup already."""
     from markupsafe import Markup, escape
 
-    shown = cells.rename(index=escape, columns=escape).replace("", "–")
+    shown = cells.rename(index=escape, columns=escape).replace("", "–").rename_axis(index=None)
     with pd.option_context("display.max_colwidth", None):
         return Markup(shown.to_html(escape=False, classes="figures", border=0))
 
@@ -124,7 +124,7 @@ def _comparisons(results: Results, frame: DataFrame, steps: Sequence[int]) -> li
                   if name in set(scored.metric[scored.label == theirs])]  # fmt: skip
         rows = {name + ARROWS[better_of(results, name)]: _differences(results, frame, ours, theirs, name, steps)
                 for name in shared}  # fmt: skip
-        table = DataFrame(rows, index=list(steps)).T
+        table = DataFrame(rows, index=list(steps)).T.rename_axis(columns="network calls")
         table = table[(table != "").any(axis=1)]
         if len(table):
             found.append((f"{ours} minus {theirs}", as_html(table)))

@@ -59,6 +59,7 @@ def step_table(results: Results, metrics: Sequence[str], steps: Sequence[int] = 
     notes = [note for metric in metrics for note in _notes(results, frame, metric)]
     if frame.seed.nunique() > 1:
         notes.append("Mean over seeds ± standard deviation over seeds.")
+    cells = cells.rename_axis(columns=[None, "network calls"])
     return StepTable(cells, best, references[(references != "").any(axis=1)], notes)
 
 
