@@ -403,7 +403,7 @@ def test_loras_that_are_none(refuse: Refuse, tiny_pipeline: Path, distilled: Pat
     assert "'transformer.weight'" in with_lora(foreign)
     pickled = tmp_path / "lora.bin"
     pickled.write_bytes(b"\x80\x04")
-    assert "is a pickle, which is never read; convert it" in with_lora(pickled)
+    assert "is a pickle, which is never read" in with_lora(pickled)
     assert "holds no pytorch_lora_weights.safetensors" in with_lora(tmp_path)
     assert "is a whole pipeline; give it as the teacher" in with_lora(tiny_pipeline)
 
