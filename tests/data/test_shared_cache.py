@@ -19,7 +19,7 @@ from fewstep.backbones.sd import StableDiffusion
 from fewstep.common.errors import UserError
 from fewstep.common.rng import KeyedRng, order
 from fewstep.data.images import Captioned, HeldPictures
-from fewstep.data.latents import known
+from fewstep.data.latents import identify
 from fewstep.data.visits import used
 from fewstep.distillation import distill as distillation
 from fewstep.distillation import estimate as cost
@@ -129,7 +129,7 @@ def test_what_a_run_will_ask_for_is_known(
     """Nothing that is not encoded is asked for, with a caption of several drawn and some left out."""
     pictures = np.zeros((40, 8, 8, 3), np.uint8)
     data = Captioned(HeldPictures(pictures), [[f"{i} {j}" for j in range(3)] for i in range(40)])
-    of = known(data, "w")
+    of = identify(data, "w")
     wanted = used(of, partial(order, 0, 40), range(3, 8), 4, 0, empty)
     assert wanted.pictures is not None
     assert wanted.captions is not None

@@ -298,3 +298,8 @@ def sha256(*files: Path) -> str:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def short_digest(content: str | bytes) -> str:
+    """Return the first 16 hexadecimal digits of a text's SHA-256, for names of kept files."""
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:16]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fewstep.common.errors import UserError
-from fewstep.common.files import atomic_write
+from fewstep.common.files import atomic_write, short_digest
 from fewstep.common.safetensors_header import read_safetensors_header
 from fewstep.common.tensors import load_tensors, save_tensors
 
@@ -24,11 +23,6 @@ TYPES = {
     **{torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"},
 }
 """Types of kept tensors, and their names in a header."""
-
-
-def short_digest(content: str | bytes) -> str:
-    """Return the first 16 hexadecimal digits of a text's SHA-256, for names of kept files."""
-    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:16]
 
 
 def _layout(entries: Iterable[tuple[str, str, tuple[int, ...]]]) -> str:

@@ -4,64 +4,26 @@ from __future__ import annotations
 
 import os
 from collections import Counter, deque
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from fewstep.common.errors import UserError
 from fewstep.data.captions import LISTS, is_hidden, is_list, is_picture, kind_of, no_picture
 from fewstep.data.prompts import check_suffix
 
 
-@dataclass(frozen=True)
-class FolderFiles:
-    """The files of a folder and its subfolders, linked ones too, each folder once; hidden ones are counted.
+class FolderFiles(NamedTuple):
+    """The files of a folder and its subfolders.
 
     Attributes:
         folder: where they are; it may be missing.
+        names: paths below the folder, sorted part by part.
+        left_out: counts of what is hidden or cannot be read, by reason.
     """
 
     folder: Path
-
-    @cached_property
-    def _found(self) -> tuple[list[str], dict[str, int]]:
-        names, left_out = list[str](), Counter[str]()
-        seen, todo, linked = set[str](), deque([""]), deque[str]()
-        while todo or linked:  # linked folders last: files of the folder itself keep their names
-            place = (todo or linked).popleft()
-            real = os.path.realpath(self.folder / place)
-            if real in seen:
-                continue
-            seen.add(real)
-            try:
-                entries = list(os.scandir(self.folder / place))
-            except (NotADirectoryError, FileNotFoundError):
-                continue
-            except OSError as error:
-                if not place:
-                    raise UserError(
-                        f"cannot read folder {self.folder}: {error.strerror or error}", field="data.source"
-                    ) from error
-                left_out[f"folders that cannot be read ({error.strerror})"] += 1
-                continue
-            for entry in entries:
-                if is_hidden(entry.name):
-                    left_out["hidden pictures and folders"] += is_picture(entry.name) or os.path.isdir(entry)
-                elif os.path.isdir(entry):
-                    (linked if entry.is_symlink() else todo).append(f"{place}{entry.name}/")
-                elif os.path.isfile(entry) or entry.is_symlink():  # a broken link is refused when it is opened
-                    names.append(f"{place}{entry.name}")
-        return sorted(names, key=lambda name: name.split("/")), {why: n for why, n in left_out.items() if n}
-
-    @property
-    def names(self) -> list[str]:
-        """Paths below the folder, sorted part by part."""
-        return self._found[0]
-
-    @property
-    def left_out(self) -> dict[str, int]:
-        """Counts of what is hidden or cannot be read, by reason."""
-        return self._found[1]
+    names: list[str]
+    left_out: dict[str, int]
 
     def read(self, name: str) -> bytes:
         """Return the bytes of one of them."""
@@ -92,6 +54,41 @@ class FolderFiles:
         return ""
 
 
+def list_folder(folder: Path) -> FolderFiles:
+    """List the files of a folder and its subfolders, linked ones too, each folder once; hidden ones are counted.
+
+    Raises:
+        UserError: the folder cannot be read.
+    """
+    names, left_out = list[str](), Counter[str]()
+    seen, todo, linked = set[str](), deque([""]), deque[str]()
+    while todo or linked:  # linked folders last: files of the folder itself keep their names
+        place = (todo or linked).popleft()
+        real = os.path.realpath(folder / place)
+        if real in seen:
+            continue
+        seen.add(real)
+        try:
+            entries = list(os.scandir(folder / place))
+        except (NotADirectoryError, FileNotFoundError):
+            continue
+        except OSError as error:
+            if not place:
+                reason = error.strerror or error
+                raise UserError(f"cannot read folder {folder}: {reason}", field="data.source") from error
+            left_out[f"folders that cannot be read ({error.strerror})"] += 1
+            continue
+        for entry in entries:
+            if is_hidden(entry.name):
+                left_out["hidden pictures and folders"] += is_picture(entry.name) or os.path.isdir(entry)
+            elif os.path.isdir(entry):
+                (linked if entry.is_symlink() else todo).append(f"{place}{entry.name}/")
+            elif os.path.isfile(entry) or entry.is_symlink():  # a broken link is refused when it is opened
+                names.append(f"{place}{entry.name}")
+    counts = {why: n for why, n in left_out.items() if n}
+    return FolderFiles(folder, sorted(names, key=lambda name: name.split("/")), counts)
+
+
 def check_pictures(source: Path | str) -> None:
     """Refuse a source that is no folder, or a folder without pictures and lists of them.
 
@@ -110,7 +107,7 @@ def check_pictures(source: Path | str) -> None:
         raise UserError(f"data.source = {str(source)!r} {found}; {advice}", field="data.source")
     near = (name for _, _, names in os.walk(folder) for name in names)  # ends at the first picture
     if not any(is_picture(name) or is_list(name) for name in near):
-        files = FolderFiles(folder)
+        files = list_folder(folder)
         if not any(map(is_picture, files.names)):
             raise no_picture(str(folder), files.names, files.advice())
 

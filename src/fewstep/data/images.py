@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fewstep.common.errors import UserError
 from fewstep.data.captions import in_words, is_picture, match
-from fewstep.data.folder_files import FolderFiles
+from fewstep.data.folder_files import list_folder
 from fewstep.data.pixels import eight_bits, is_deep_png
 
 
@@ -150,7 +150,7 @@ def from_prompts(prompts: Sequence[str]) -> Captioned:
 
 def find_pictures(folder: Path) -> list[Path]:
     """Return the picture files of a folder and its subfolders, in name order, without hidden ones."""
-    return [folder / name for name in FolderFiles(folder).names if is_picture(name)]
+    return [folder / name for name in list_folder(folder).names if is_picture(name)]
 
 
 @contextmanager
@@ -219,7 +219,7 @@ def from_folder(folder: Path, size: int) -> Captioned:
     Raises:
         UserError: no pictures, a file that is no picture, or a picture without caption.
     """
-    files = FolderFiles(folder)
+    files = list_folder(folder)
     matched = match(files.names, files.read, files.find, str(folder), files.advice())
     places = tuple(folder / name for name in matched.captions)
     for place in places:

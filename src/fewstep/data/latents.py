@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from fewstep.common.device import copy_async
+from fewstep.common.files import short_digest
 from fewstep.common.mapped_tensors import Rows
 from fewstep.common.rng import KeyedRng
 from fewstep.common.run_inputs import PARTS, items
-from fewstep.common.tensor_cache import short_digest
 from fewstep.data.buckets import BucketedFiles, BucketedLatents
 from fewstep.data.images import Captioned, PictureSet
 from fewstep.data.row_store import Batches, StoredRows, fill, lacking, read_rows
@@ -71,7 +71,7 @@ class LatentSet:
         rows: rows of the table that belong to each latent, int64 [N, c].
         key: fingerprint of encoders, pictures and captions.
         prompts: the distinct captions.
-        parts: as `Known.parts`.
+        parts: as `DataIdentity.parts`.
     """
 
     latents: Rows
@@ -187,7 +187,7 @@ def encode_captions(
 
 
 @dataclass(frozen=True)
-class Known:
+class DataIdentity:
     """The identity of a training set, known before anything of it is encoded.
 
     Attributes:
@@ -209,7 +209,7 @@ class Known:
         return f"{self.pictures} {self.captions}"
 
 
-def known(data: Captioned, fingerprint: str) -> Known:
+def identify(data: Captioned, fingerprint: str) -> DataIdentity:
     """Identify a training set by its pictures, captions and the `fingerprint` of what encodes them."""
     pictures, parts = data.pictures, {"encoders": fingerprint}
     store = "no-pictures"
@@ -226,21 +226,23 @@ def known(data: Captioned, fingerprint: str) -> Known:
     number = {caption: i for i, caption in enumerate(distinct)}
     most = max(len(row) for row in data.captions)
     rows = torch.tensor([[number[row[i % len(row)]] for i in range(most)] for row in data.captions])
-    return Known(store, f"captions-{short_digest(fingerprint + json.dumps(distinct))}", tuple(distinct), rows, parts)
+    return DataIdentity(
+        store, f"captions-{short_digest(fingerprint + json.dumps(distinct))}", tuple(distinct), rows, parts
+    )
 
 
-def lacking_pictures(data: Captioned, of: Known, cache: Path, wanted: np.ndarray | None) -> int:
+def lacking_pictures(data: Captioned, identity: DataIdentity, cache: Path, wanted: np.ndarray | None) -> int:
     """Count the wanted pictures that are not encoded yet."""
     if data.pictures is None:
         return 0
     chosen, groups = every(len(data), wanted), _picture_groups(data.pictures)
     own = [np.flatnonzero(np.isin(np.asarray(rows), chosen)) for rows in groups]
-    return sum(lacking(cache / f"{of.pictures}-{number}", rows) for number, rows in enumerate(own))
+    return sum(lacking(cache / f"{identity.pictures}-{number}", rows) for number, rows in enumerate(own))
 
 
-def lacking_captions(of: Known, cache: Path, wanted: np.ndarray | None) -> int:
+def lacking_captions(identity: DataIdentity, cache: Path, wanted: np.ndarray | None) -> int:
     """Count the wanted captions that are not encoded yet."""
-    return lacking(cache / of.captions, every(len(of.prompts), wanted))
+    return lacking(cache / identity.captions, every(len(identity.prompts), wanted))
 
 
 def latent_set(
@@ -250,7 +252,7 @@ def latent_set(
     cache: Path,
     shape: tuple[int, ...] = (),
     *,
-    of: Known | None = None,
+    identity: DataIdentity | None = None,
     wanted: Wanted = ALL,
     on_encoded: OnEncoded | None = None,
 ) -> LatentSet:
@@ -261,15 +263,15 @@ def latent_set(
     Args:
         cache: folder that runs share.
         shape: of a latent, for prompts alone.
-        of: the set's identity, if it is known already.
+        identity: of the set, if it is known already.
         wanted: the pictures and captions that are used.
         on_encoded: called with captions when they are encoded, not with those that the cache holds.
     """
-    of = of or known(data, fingerprint)
+    identity = identity or identify(data, fingerprint)
     latents: Rows
     if data.pictures is None:
         latents = torch.zeros(()).expand(len(data), *shape)
     else:
-        latents = encode_pictures(data.pictures, encoders, cache, of.pictures, wanted.pictures)
-    table = encode_captions(of.prompts, encoders, cache, of.captions, wanted.captions, on_encoded)
-    return LatentSet(latents, table, of.rows, of.key, of.prompts, of.parts)
+        latents = encode_pictures(data.pictures, encoders, cache, identity.pictures, wanted.pictures)
+    table = encode_captions(identity.prompts, encoders, cache, identity.captions, wanted.captions, on_encoded)
+    return LatentSet(latents, table, identity.rows, identity.key, identity.prompts, identity.parts)

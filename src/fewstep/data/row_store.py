@@ -19,9 +19,8 @@ from tqdm import tqdm
 from fewstep.common import distributed as processes
 from fewstep.common.distributed import fail_together
 from fewstep.common.errors import UserError
-from fewstep.common.files import atomic_write, file_lock, sweep
+from fewstep.common.files import atomic_write, file_lock, short_digest, sweep
 from fewstep.common.mapped_tensors import MappedRows, MappedTensor, open_tensors
-from fewstep.common.tensor_cache import short_digest
 from fewstep.common.tensors import save_tensors
 
 ROWS = "rows"

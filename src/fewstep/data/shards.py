@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from fewstep.common.errors import UserError
-from fewstep.common.files import read_mapping, write_json
+from fewstep.common.files import read_mapping, short_digest, write_json
 from fewstep.data.captions import BESIDE, Matched, is_hidden, is_list, is_picture, kind_of, match
 from fewstep.data.images import SCALED, Captioned, PictureFiles
 from fewstep.data.pixels import HEAD, is_deep_png
@@ -194,8 +194,8 @@ def listed(shard: str, cache: Path) -> tuple[str, Listing]:
         files, path = place_of(shard)
         info = files.info(path)
     known = json.dumps([[name, str(info[name])] for name in VERSION if name in info])
-    version = hashlib.sha256(known.encode()).hexdigest()[:16]
-    kept = cache / f"shard-{hashlib.sha256(f'{FORMAT} {shard} {known}'.encode()).hexdigest()[:16]}.json"
+    version = short_digest(known)
+    kept = cache / f"shard-{short_digest(f'{FORMAT} {shard} {known}')}.json"
     with suppress(UserError, LookupError, TypeError, ValueError):  # a broken list is made again
         held = read_mapping(kept)
         return version, Listing([Sample(*row) for row in held["samples"]], held["left_out"])

@@ -211,13 +211,14 @@ def train_run(
             return figures
 
     counted = counted_until(out)
-    run.nfe_counter.start(counted.evaluations)
+    run.nfe_counter.clear()
+    run.nfe_counter.update(counted.evaluations)
     own = config.loop.batch // accelerator.num_processes
 
     def count(step: int) -> dict[str, Any]:
         new = step - before
         seen = {"steps": counted.steps + new, "samples": counted.samples + new * own}
-        return seen | {"evaluations": run.nfe_counter.counts}
+        return seen | {"evaluations": dict(sorted(run.nfe_counter.items()))}
 
     trained = train(plan, fetch_of(run), len(run.data), config.loop, log, accelerator, validate, count, visits)
     ended = counted_until(out)

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from fewstep.backbones.base import Backbone
 from fewstep.common.defaults import world
-from fewstep.common.files import sha256
-from fewstep.common.tensor_cache import short_digest
+from fewstep.common.files import sha256, short_digest
 from fewstep.data.sources import WorldData
 from fewstep.distillation.config import DistillConfig
 from fewstep.distillation.reward import make_reward

@@ -10,30 +10,14 @@ from torch import Tensor
 from fewstep.diffusion.denoiser import Call, Condition
 
 
-class NfeCounter:
+class NfeCounter(Counter[str]):
     """Network evaluations by role, summed from batch sizes: no device synchronisation."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-
-    def add(self, role: str, count: int) -> None:
-        """Count one call with a batch of `count`."""
-        self._counts[role] += count
-
-    def start(self, counts: Mapping[str, int]) -> None:
-        """Set the counts, to resume them."""
-        self._counts = Counter(counts)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Evaluations by role."""
-        return dict(sorted(self._counts.items()))
 
     def counting(self, call: Call) -> Call:
         """Return the call with a counter around it."""
 
         def counted(x: Tensor, t: Tensor, condition: Condition, role: str) -> Tensor:
-            self.add(role, len(x))
+            self[role] += len(x)
             return call(x, t, condition, role)
 
         return counted

@@ -74,7 +74,7 @@ class Run:
 
     def features(self, x: Tensor, t: Tensor, condition: Condition) -> list[Tensor]:
         """Return features of the frozen teacher, with gradient to x."""
-        self.nfe_counter.add("features", len(x))
+        self.nfe_counter["features"] += len(x)
         with eagerly(), self.student.roles.use(BASE) as network:
             return self.backbone.features(network, x, t, condition)
 

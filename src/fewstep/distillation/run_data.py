@@ -22,7 +22,16 @@ from fewstep.common.rng import order
 from fewstep.common.run_inputs import PARTS
 from fewstep.data.buckets import BucketedFiles, bucketed, shape_order
 from fewstep.data.images import Captioned, from_prompts
-from fewstep.data.latents import ALL, Known, LatentSet, Wanted, known, lacking_captions, lacking_pictures, latent_set
+from fewstep.data.latents import (
+    ALL,
+    DataIdentity,
+    LatentSet,
+    Wanted,
+    identify,
+    lacking_captions,
+    lacking_pictures,
+    latent_set,
+)
 from fewstep.data.prompts import is_prompt_file
 from fewstep.data.sources import CaptionedSource, WorldData, read_captioned, read_named_prompts
 from fewstep.data.visits import used
@@ -56,22 +65,21 @@ class CaptionedData:
     """Pictures and captions, or prompts alone, and which of them the remaining steps of a run use.
 
     Attributes:
-        known: identifies them.
         wanted: those that are used.
         inputs: fingerprints of the run's inputs, as far as they are known without networks.
     """
 
     source: CaptionedSource
     captioned: Captioned
-    known: Known
+    identity: DataIdentity
     wanted: Wanted
     inputs: Mapping[str, Any]
 
     def lacking(self, cache: Path) -> tuple[int, int]:
         """Count the used pictures and captions that the cache lacks."""
         return (
-            lacking_pictures(self.captioned, self.known, cache, self.wanted.pictures),
-            lacking_captions(self.known, cache, self.wanted.captions),
+            lacking_pictures(self.captioned, self.identity, cache, self.wanted.pictures),
+            lacking_captions(self.identity, cache, self.wanted.captions),
         )
 
     def encode(self, backbone: Backbone, cache: Path, quiet: bool) -> EncodedData:
@@ -83,12 +91,19 @@ class CaptionedData:
         Raises:
             UserError: an encoder or a picture cannot be read.
         """
-        of, shape = self.known, backbone.latent_shape
         print_once([] if quiet else [self.captioned.line()])
         backbone.load_encoders()  # a broken text encoder is refused before pictures are encoded
         cut = CutPrompts(backbone)
-        encoders = of.parts["encoders"]
-        data = latent_set(self.captioned, backbone, encoders, cache, shape, of=of, wanted=self.wanted, on_encoded=cut)
+        data = latent_set(
+            self.captioned,
+            backbone,
+            self.identity.parts["encoders"],
+            cache,
+            backbone.latent_shape,
+            identity=self.identity,
+            wanted=self.wanted,
+            on_encoded=cut,
+        )
         cut.add_up()
         print_once([] if quiet else cut.lines("caption"))
         return EncodedData(self.source, self.captioned, data)
@@ -118,14 +133,14 @@ def open_data(
         UserError: as `find_captioned`; or an encoder's files cannot be read.
     """
     captioned = find_captioned(config, source, folder, cache)
-    of = known(captioned, encoders_fingerprint(folder))
+    of = identify(captioned, encoders_fingerprint(folder))
     inputs: dict[str, Any] = {"teacher": folder.denoising, PARTS: dict(of.parts), **validation_inputs(config)}
     if config.method.start != "trajectory":
         inputs["data"] = of.key
     return CaptionedData(source, captioned, of, ALL if done is None else _used(config, captioned, of, done), inputs)
 
 
-def _used(config: DistillConfig, captioned: Captioned, of: Known, done: int) -> Wanted:
+def _used(config: DistillConfig, captioned: Captioned, of: DataIdentity, done: int) -> Wanted:
     """Return the pictures and captions that the steps after `done` use."""
     if config.method.start == "trajectory":
         drawn = torch.unique(drawn_prompts(config, len(of.prompts))[0]).numpy()

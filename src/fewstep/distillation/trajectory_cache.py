@@ -19,9 +19,10 @@ from fewstep.common import distributed as processes
 from fewstep.common.compilation import eagerly
 from fewstep.common.distributed import any_process, gather_to_main, main_process_first
 from fewstep.common.errors import UserError
+from fewstep.common.files import short_digest
 from fewstep.common.mapped_tensors import MappedRows, MappedTensor, open_tensors
 from fewstep.common.rng import generator
-from fewstep.common.tensor_cache import keep, kept, short_digest
+from fewstep.common.tensor_cache import keep, kept
 from fewstep.data.latents import LatentSet
 from fewstep.diffusion.denoiser import BASE, Denoiser, computed_in
 from fewstep.diffusion.grid import end_time, training_grid

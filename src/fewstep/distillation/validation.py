@@ -20,8 +20,8 @@ from torch import Tensor
 from fewstep.common.compilation import eagerly
 from fewstep.common.distributed import any_process, fail_together, is_main, main_process_first, on_main_process
 from fewstep.common.errors import UserError
-from fewstep.common.files import read_mapping, write_json
-from fewstep.common.tensor_cache import cached, keep, kept, short_digest
+from fewstep.common.files import read_mapping, short_digest, write_json
+from fewstep.common.tensor_cache import cached, keep, kept
 from fewstep.common.tensors import load_tensors
 from fewstep.diffusion.config import TEACHER_SAMPLING
 from fewstep.diffusion.denoiser import Condition

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import yaml
 
 from fewstep.backbones.single_file.recognise import Version
 from fewstep.common.choices import Prediction
-from fewstep.common.files import atomic_folder, file_lock, write_json
+from fewstep.common.files import atomic_folder, file_lock, short_digest, write_json
 
 
 def configs(version: Version, prediction: Prediction) -> dict[str, dict[str, Any]]:
@@ -39,7 +38,7 @@ def config_folder(version: Version, prediction: Prediction, vocabulary: tuple[Pa
     """
     files = configs(version, prediction)
     known = json.dumps(files, sort_keys=True) + "".join(path.read_text(encoding="utf-8") for path in vocabulary)
-    place = cache / f"{version}-{prediction}-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
+    place = cache / f"{version}-{prediction}-{short_digest(known)}"
     with file_lock(place.with_name(f".{place.name}.lock")):
         if not place.is_dir():
             with atomic_folder(place, keep=True) as part:
