@@ -20,6 +20,7 @@ from fewstep.common.errors import UserError
 from fewstep.common.rng import KeyedRng
 from fewstep.common.tensor_cache import cached
 from fewstep.data import latents
+from fewstep.data.folder_files import check_pictures
 from fewstep.data.images import (
     Captioned,
     HeldPictures,
@@ -99,7 +100,7 @@ def test_wrong_metadata_is_refused(tmp_path: Path, line: str) -> None:
 
 def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data.source = .*none"):
-        from_folder(tmp_path / "none", 64)
+        check_pictures(tmp_path / "none")
     with pytest.raises(UserError, match="holds no picture"):
         from_folder(tmp_path, 64)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "x"}\n')
