@@ -106,9 +106,7 @@ def test_members_are_listed_once_for_each_version(
     assert asked == ["memory://emoji/pics-01.tar"]
     assert len(changed) == 13
     assert changed.pictures.fingerprint() != first.pictures.fingerprint()
-    with pytest.raises(
-        UserError, match=r"pics-01.tar: \d+ bytes came for \d+; the shard has changed|cannot read picture"
-    ):
+    with pytest.raises(UserError, match=r"the shard has changed|cannot read picture"):
         first.pictures.read(range(10, 16))
 
 

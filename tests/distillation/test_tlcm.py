@@ -329,7 +329,7 @@ def test_latents_of_a_set_are_data(tiny_pipeline: Path, prompt_file: Path, tmp_p
         prompt_file, out=tmp_path / "noisy", teacher=tiny_pipeline, overrides=["grid=2", "dtype=fp32", "end=index0"]
     )
     of_noisy = config.model_copy(update={"data": config.data.model_copy(update={"source": str(noisy)})})
-    with pytest.raises(UserError, match=r"not clean \(end = 'index0'\), .* the nearest is a set of end = 'clean'"):
+    with pytest.raises(UserError, match=r"not clean \(end = 'index0'\)"):
         distillation.prepare(of_noisy, tmp_path / "cache", torch.device("cpu"))
     run = distillation.prepare(config, tmp_path / "cache", torch.device("cpu"))
     assert len(run.data) == len(PROMPTS)
