@@ -10,7 +10,6 @@ from fewstep.common.device import DTYPES
 from fewstep.common.errors import UserError
 from fewstep.common.mapped_tensors import Rows
 from fewstep.data.latents import LatentSet
-from fewstep.diffusion.grid import end_time, training_grid
 from fewstep.distillation.synthesis.reader import Synthesis
 from fewstep.distillation.synthesis.record import SynthesizedSet
 from fewstep.distillation.trajectory import Trajectories
@@ -25,29 +24,21 @@ def training_set(
     Nothing is read yet, and no encoder is needed. With trajectories, one zero stands for all latents.
 
     Raises:
-        UserError: it was drawn by another teacher, its points are not those of `method.grid`, or the recipe starts on
-            clean data and its end points are not clean.
+        UserError: it was drawn by another teacher, or the recipe starts on clean data and its end points are not clean.
     """
     # in the stored type: half the bytes go to the device, and are widened there
     synthesis = Synthesis(files, DTYPES[files.manifest.plan.settings.dtype])
     synthesis.check_teacher(backbone.folder)
-    drawn, source = synthesis.plan.settings, f"data.source = {str(files.folder)!r}"
+    drawn = synthesis.plan.settings
     latents: Rows = synthesis.mapped("latents")
     trajectories = None
     if method.start == "trajectory":
-        path = backbone.path
-        wanted = torch.cat([torch.tensor([end_time(path, method.end)]).double(), training_grid(path, method.grid)])
-        if not torch.equal(synthesis.times, wanted):
-            raise UserError(
-                f"{source} holds points of grid = {drawn.grid}, end = {drawn.end!r}, method has grid = {method.grid}, "
-                f"end = {method.end!r}; use the set's",
-                field="method.grid",
-            )
+        assert (drawn.grid, drawn.end) == (method.grid, method.end)  # `checks.check_distillation`
         latents, trajectories = torch.zeros(()).expand(len(synthesis), *backbone.latent_shape), synthesis.trajectories
     elif method.start == "data" and drawn.end != "clean":
         raise UserError(
-            f"{source} holds end points that are not clean (end = {drawn.end!r}), method.start = 'data' needs clean "
-            "data; use a set of end = 'clean'",
+            f"data.source = {str(files.folder)!r} holds end points that are not clean (end = {drawn.end!r}), "
+            "method.start = 'data' needs clean data; use a set of end = 'clean'",
             field="data.source",
         )
     rows: Tensor = synthesis.rows(range(len(synthesis)))[:, None]
