@@ -37,10 +37,11 @@ from fewstep.methods.distribution_matching import fake_points
 from fewstep.methods.pair import MicroBatch
 from fewstep.methods.update_plan import make_update_plan, roles_of
 from fewstep.training.config import LoopConfig, OptimConfig, StudentConfig
-from fewstep.training.loop import Batch, Trained, train
+from fewstep.training.loop import Trained, train
 from fewstep.training.roles import copy_role
 from fewstep.training.run_folder import RunLog
 from fewstep.training.student import Student, make_student
+from fewstep.training.update import Batch
 from fewstep_worlds.plane.mixture import Mixture, ring, times_of
 from fewstep_worlds.plane.network import PlaneNetwork
 

@@ -15,8 +15,9 @@ from fewstep.common.accelerator import make_accelerator
 from fewstep.distillation.batches import fetch_of
 from fewstep.distillation.config import DistillConfig, resolve
 from fewstep.distillation.prepare import Run, prepare
-from fewstep.training.loop import Batch, train
+from fewstep.training.loop import train
 from fewstep.training.run_folder import RunLog
+from fewstep.training.update import Batch
 from perf.task import Task, words
 
 LossOf = Callable[[Batch, Any], Any]

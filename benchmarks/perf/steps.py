@@ -10,7 +10,7 @@ import torch
 
 from fewstep.common.device import pick_precision
 from fewstep.distillation.prepare import Run
-from fewstep.training.loop import Batch
+from fewstep.training.update import Batch
 from perf.ours import go, make_ours
 from perf.phases import time_phases
 from perf.task import WARM, Task, script_of

@@ -18,10 +18,10 @@ import torch
 
 from fewstep.common.files import read_json
 from fewstep.common.rng import KeyedRng
-from fewstep.training.loop import Batch
 from fewstep.training.loss import Loss
 from fewstep.training.run_folder import checkpoints, last_step
 from fewstep.training.stopping import StoppedError
+from fewstep.training.update import Batch
 from support import tiny_pipelines
 from support.small_runs import lines, run, single, weights
 

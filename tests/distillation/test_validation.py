@@ -24,8 +24,8 @@ from fewstep.distillation.estimate_run import estimate_run
 from fewstep.distillation.prepare import teacher_of
 from fewstep.distillation.run_data import validation_prompts
 from fewstep.distillation.sources import open_source
-from fewstep.training.loop import Batch
 from fewstep.training.loss import Loss
+from fewstep.training.update import Batch
 from fewstep_worlds.emoji8 import dataset as emoji8
 from support.pooled import Pooled
 

@@ -15,9 +15,10 @@ from fewstep.common.accelerator import make_accelerator
 from fewstep.common.config import Config
 from fewstep.common.rng import KeyedRng
 from fewstep.training.config import LoopConfig, OptimConfig
-from fewstep.training.loop import Batch, Update, train
+from fewstep.training.loop import train
 from fewstep.training.loss import Loss
 from fewstep.training.run_folder import RunLog
+from fewstep.training.update import Batch, Update
 
 CPU = torch.device("cpu")
 

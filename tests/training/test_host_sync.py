@@ -30,8 +30,8 @@ from fewstep.methods.pair import MicroBatch
 from fewstep.methods.start_points import STARTS, noise_purposes
 from fewstep.methods.update_plan import make_update_plan, roles_of
 from fewstep.training.config import OptimConfig, StudentConfig
-from fewstep.training.loop import Batch, Update, _Running
 from fewstep.training.student import make_student
+from fewstep.training.update import Batch, Update, UpdateState
 from support import tiny_pipelines
 
 META = torch.device("meta")
@@ -117,10 +117,10 @@ class Meta:
         torch.autograd.backward(loss, **options)
 
 
-def drive(plan: Sequence[Update]) -> tuple[Unwaiting, list[_Running]]:
+def drive(plan: Sequence[Update]) -> tuple[Unwaiting, list[UpdateState]]:
     """One step of a plan in the loop's own hands, in two micro-batches, with an average: nothing waits in it."""
     exclusive: Any = Meta()
-    running = [_Running(update, META) for update in plan]
+    running = [UpdateState(update, META) for update in plan]
     with unwaiting() as seen:
         for part in range(2):
             rng = KeyedRng(0, 0, (2 * part, 2 * part + 1), META)
@@ -160,7 +160,7 @@ def test_nothing_waits_in_a_step(family: str, method: str, backbone_of: Callable
     assert seen.crossed > 0, "noise, times and coefficients do"
     assert set(running[0].averages) == ({"ema", "follower"} if config.target == "ema" else {"ema"})
     assert all(average.updates == 1 for r in running for average in r.averages.values())
-    assert all({"loss", "grad_norm"} <= set(r.sums) and r.optimizer.state for r in running)
+    assert all({"loss", "grad_norm"} <= set(r.means.sums) and r.optimizer.state for r in running)
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,12 @@ from fewstep.diffusion.time_conditioning import EXTRA_PREFIX
 from fewstep.training import checkpoint
 from fewstep.training.config import LoopConfig, OptimConfig
 from fewstep.training.ema import Ema
-from fewstep.training.loop import Batch, EmaTarget, Update, train
+from fewstep.training.loop import train
 from fewstep.training.loss import Loss
 from fewstep.training.lr_schedule import learning_rate
 from fewstep.training.optim import clip_gradients, make_optimizer
 from fewstep.training.run_folder import RunLog, checkpoints
+from fewstep.training.update import Batch, EmaTarget, Update
 from support.small_runs import CPU, GOAL, Settings, lines, run, single, squared, weights
 
 

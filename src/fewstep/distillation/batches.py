@@ -20,7 +20,7 @@ from fewstep.methods.config import ConsistencyConfig
 from fewstep.methods.pair import MicroBatch
 from fewstep.methods.start_points import noise_purposes
 from fewstep.methods.times import PairTimes, draw_times
-from fewstep.training.loop import Batch
+from fewstep.training.update import Batch
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from fewstep.distillation.config import DistillConfig
 from fewstep.distillation.nfe_counter import in_words
 from fewstep.methods.cost import step_calls, step_cost
 from fewstep.training.live_bytes import LiveBytes
-from fewstep.training.loop import Batch, Update
 from fewstep.training.student import unique_bytes
+from fewstep.training.update import Batch, Update
 
 TIMED = 16
 """Samples of the timed step if a whole micro-batch does not fit: the run is refused, and its time is a hint."""

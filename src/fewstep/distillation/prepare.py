@@ -33,9 +33,9 @@ from fewstep.distillation.trajectory import Trajectories
 from fewstep.distillation.trajectory_cache import cached_trajectories
 from fewstep.methods.discriminator import FeatureCritic
 from fewstep.methods.update_plan import FrozenNetworks, make_update_plan, roles_of
-from fewstep.training.loop import Update
 from fewstep.training.roles import networks_of
 from fewstep.training.student import Student, make_student
+from fewstep.training.update import Update
 
 
 @dataclass(frozen=True)

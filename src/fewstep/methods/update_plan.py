@@ -18,10 +18,10 @@ from fewstep.methods.distribution_matching import as_data, fake_loss, fake_point
 from fewstep.methods.pair import MicroBatch, Pair
 from fewstep.methods.reward_loss import Reward, reward_loss
 from fewstep.training.config import OptimConfig
-from fewstep.training.loop import Batch, EmaTarget, Update
 from fewstep.training.loss import Loss
 from fewstep.training.roles import copy_role
 from fewstep.training.student import Student
+from fewstep.training.update import Batch, EmaTarget, Update
 
 MicroBatchOf = Callable[[Batch, KeyedRng], MicroBatch]
 """(the loop's batch, rng) -> the micro-batch that the losses take."""

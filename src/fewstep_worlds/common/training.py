@@ -14,8 +14,9 @@ from fewstep.common.config import Config
 from fewstep.common.distributed import on_main_process
 from fewstep.common.rng import KeyedRng
 from fewstep.training.config import LoopConfig
-from fewstep.training.loop import Batch, Update, train
+from fewstep.training.loop import train
 from fewstep.training.run_folder import RunLog
+from fewstep.training.update import Batch, Update
 
 ENDLESS = 2**62
 """Number of samples of a data source that draws them as they are needed."""

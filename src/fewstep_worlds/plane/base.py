@@ -14,8 +14,8 @@ from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.grid import training_grid
 from fewstep.diffusion.schedule import add_noise, expand
 from fewstep.methods.denoising import edm_weight
-from fewstep.training.loop import Batch, Update
 from fewstep.training.loss import Loss
+from fewstep.training.update import Batch, Update
 from fewstep_worlds.common.training import fit
 from fewstep_worlds.plane.mixture import Mixture
 from fewstep_worlds.plane.network import PlaneNetwork, exact_output

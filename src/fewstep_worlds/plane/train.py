@@ -26,9 +26,9 @@ from fewstep.distillation.stages import parts_of
 from fewstep.methods.pair import HeldTrajectories, MicroBatch
 from fewstep.methods.times import draw_times
 from fewstep.methods.update_plan import FrozenNetworks, make_update_plan, roles_of, start_from
-from fewstep.training.loop import Batch, Update
 from fewstep.training.roles import copy_role
 from fewstep.training.student import Student, make_student
+from fewstep.training.update import Batch, Update
 from fewstep_worlds.common.training import fit
 from fewstep_worlds.plane.base import learn_base
 from fewstep_worlds.plane.mixture import Mixture, one_gaussian, ring, times_of

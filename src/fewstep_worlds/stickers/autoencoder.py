@@ -21,8 +21,8 @@ from fewstep.evaluation.features import Features
 from fewstep.evaluation.frechet import FrechetDistance, Projection
 from fewstep.evaluation.lite0 import Lite0, Lite0Features, make_lite0
 from fewstep.evaluation.lite0_weights import load_weights
-from fewstep.training.loop import Batch, Update
 from fewstep.training.loss import Loss
+from fewstep.training.update import Batch, Update
 from fewstep_worlds.common.autoencoder import fold_statistics, make_vae, psnr, reconstruct, restore, to_tensor
 from fewstep_worlds.common.training import ENDLESS, Weights, fit
 from fewstep_worlds.stickers.dataset import REFERENCE_SEED, SceneWorkers, draw_scenes, fingerprint

@@ -20,8 +20,8 @@ from fewstep.common.cpu_kernels import speed_up
 from fewstep.common.files import atomic_folder, read_json, write_json
 from fewstep.common.rng import KeyedRng
 from fewstep.common.tensors import load_tensors, save_tensors
-from fewstep.training.loop import Batch, Update
 from fewstep.training.loss import Loss
+from fewstep.training.update import Batch, Update
 from fewstep_worlds.common.autoencoder import to_tensor
 from fewstep_worlds.common.training import ENDLESS, Weights, fit
 from fewstep_worlds.stickers.accuracy import scene_accuracy

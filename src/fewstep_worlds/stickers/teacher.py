@@ -17,8 +17,8 @@ from fewstep.common.cpu_kernels import speed_up
 from fewstep.common.files import sha256
 from fewstep.common.rng import KeyedRng, generator
 from fewstep.diffusion.schedule import scaled_linear
-from fewstep.training.loop import Batch, Update
 from fewstep.training.loss import Loss
+from fewstep.training.update import Batch, Update
 from fewstep_worlds.common.autoencoder import load_vae, to_pictures, to_tensor
 from fewstep_worlds.common.denoiser import eps_loss, make_unet
 from fewstep_worlds.common.location import root

@@ -18,9 +18,10 @@ from fewstep.inference.multilingual.pairs import Pair, fingerprint
 from fewstep.inference.multilingual.record import text_side
 from fewstep.inference.multilingual.sentence import SentenceEncoder, UniversalSentence
 from fewstep.inference.multilingual.settings import AdapterConfig
-from fewstep.training.loop import Batch, Update, train
+from fewstep.training.loop import train
 from fewstep.training.loss import Loss
 from fewstep.training.run_folder import RunLog
+from fewstep.training.update import Batch, Update
 
 
 def adapter_loss(

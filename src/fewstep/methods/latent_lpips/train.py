@@ -29,9 +29,10 @@ from fewstep.methods.latent_lpips.pixel_features import Lite0Stages, PixelFeatur
 from fewstep.methods.latent_lpips.rank_comparison import ENDS, NAMED, RankComparison, compare_distances
 from fewstep.methods.latent_lpips.record import RECORD, read_record, save_latent_lpips
 from fewstep.methods.latent_lpips.settings import LatentLpipsTrainConfig
-from fewstep.training.loop import Batch, Update, train
+from fewstep.training.loop import train
 from fewstep.training.loss import Loss
 from fewstep.training.run_folder import RunLog
+from fewstep.training.update import Batch, Update
 
 FLOOR = 1e-4
 """Added to distances before their logarithm: smaller distances count as equal."""

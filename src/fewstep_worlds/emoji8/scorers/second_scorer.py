@@ -22,8 +22,8 @@ from fewstep.evaluation.features import Features
 from fewstep.evaluation.metric import Array, Identity, Pictures
 from fewstep.evaluation.per_picture import PerPictureMetric
 from fewstep.inference.multilingual.sentence import SentenceEncoder
-from fewstep.training.loop import Batch, Update
 from fewstep.training.loss import Loss
+from fewstep.training.update import Batch, Update
 from fewstep_worlds.common.training import fit
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8.config import SecondScorerConfig

@@ -18,8 +18,8 @@ from fewstep.common.device import pick_device
 from fewstep.common.errors import UserError
 from fewstep.common.rng import KeyedRng
 from fewstep.inference.multilingual.sentence import SentenceEncoder
-from fewstep.training.loop import Batch, Update
 from fewstep.training.loss import Loss
+from fewstep.training.update import Batch, Update
 from fewstep_worlds.common import location
 from fewstep_worlds.common.training import Weights, fit
 from fewstep_worlds.emoji8 import dataset as emoji8

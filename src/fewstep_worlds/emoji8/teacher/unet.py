@@ -18,8 +18,8 @@ from fewstep.common.rng import KeyedRng
 from fewstep.common.tensors import load_tensors
 from fewstep.data.latents import Encoders, latent_set
 from fewstep.diffusion.schedule import scaled_linear
-from fewstep.training.loop import Batch, Update
 from fewstep.training.loss import Loss
+from fewstep.training.update import Batch, Update
 from fewstep_worlds.common import denoiser
 from fewstep_worlds.common.denoiser import eps_loss
 from fewstep_worlds.common.training import Weights, fit

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fewstep.common.cpu_kernels import speed_up
 from fewstep.common.rng import KeyedRng
-from fewstep.training.loop import Batch, Update
 from fewstep.training.loss import Loss
+from fewstep.training.update import Batch, Update
 from fewstep_worlds.common.autoencoder import fold_statistics, make_vae, reconstruct, reconstruction_psnr, to_tensor
 from fewstep_worlds.common.training import Weights, fit
 from fewstep_worlds.emoji8.config import VaeConfig

@@ -22,8 +22,8 @@ from fewstep.common.tensors import load_tensors, save_tensors
 from fewstep.data.latents import LatentSet
 from fewstep.diffusion.schedule import VariancePreserving, add_noise, scaled_linear
 from fewstep.training.config import LoopConfig, OptimConfig
-from fewstep.training.loop import Batch, Update
 from fewstep.training.loss import Loss
+from fewstep.training.update import Batch, Update
 from fewstep_worlds.common.training import fit
 from fewstep_worlds.emoji8.config import AddOnConfig
 
