@@ -101,9 +101,9 @@ def test_a_quality_check_is_made_once(during: bool, step: int, tmp_path: Path) -
         if name == "stopped":
             plan = single(weights()) if during else stop_in(single(weights()), step - 1, signal.SIGTERM)
             with pytest.raises(StoppedError):
-                run(tmp_path / name, plan, validation=watching(name), **loop)
+                run(tmp_path / name, plan, validate=watching(name), **loop)
             assert last_step(tmp_path / name / "checkpoints") == step
-        run(tmp_path / name, single(weights()), validation=watching(name), **loop)
+        run(tmp_path / name, single(weights()), validate=watching(name), **loop)
     assert judged["whole"] == judged["stopped"]
     assert without_time(tmp_path / "whole") == without_time(tmp_path / "stopped")
 
