@@ -38,7 +38,7 @@ def adapter_loss(
         vectors: sentence vectors of the sources, [B, width].
         rows: which captions they mean, int64 [B].
         keys: the captions' own vectors, [K, width].
-        draws: of this step.
+        rng: of this step.
     """
     width = vectors.shape[1]
     noise = config.noise / width**0.5 * rng.normal("noise", (width,))

@@ -159,7 +159,7 @@ def initial_projection(features: Tensor, states: Tensor, ridge: float = 30.0) ->
     A random start takes longer and generalises less to unseen pictures.
 
     Args:
-        seen: features of pictures, [N, width].
+        features: features of pictures, [N, width].
         states: text states of their captions, [N, tokens, states].
     """
     wanted = states[:, :TOKENS]
@@ -202,7 +202,7 @@ def train_ip_adapter(
     """Train an IP-Adapter: the projection of features, and the keys and values of its tokens in all cross-attentions.
 
     Args:
-        seen: features of each sample, [N, width].
+        features: features of each sample, [N, width].
         project: what the projection starts from.
     """
     fresh = fresh_ip_adapter(unet, project)
