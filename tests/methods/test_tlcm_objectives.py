@@ -24,10 +24,18 @@ from fewstep.distillation.config import resolve
 from fewstep.methods.adversarial import discriminate, generator_loss
 from fewstep.methods.config import AdversarialConfig, ConsistencyConfig
 from fewstep.methods.consistency import compared_at, consistency_loss, critic_loss, make_pair, student_landing
-from fewstep.methods.cost import fake_calls, starting_calls, step_calls
-from fewstep.methods.distribution_matching import NORMALISERS, drawn_noise, fake_loss, fake_points, matching_loss
+from fewstep.methods.cost import step_calls
+from fewstep.methods.distribution_matching import (
+    NORMALISERS,
+    drawn_noise,
+    fake_calls,
+    fake_loss,
+    fake_points,
+    matching_loss,
+)
 from fewstep.methods.pair import HeldTrajectories, MicroBatch, Pair
 from fewstep.methods.reward_loss import other_prompts, reward_loss
+from fewstep.methods.start_points import start_calls
 from fewstep.methods.stratified_times import in_turn
 from fewstep.methods.update_plan import FrozenNetworks, PairCache, terms_of
 from fewstep_worlds.plane.mixture import Mixture, one_gaussian, ring, times_of
@@ -70,7 +78,7 @@ def test_a_roll_out_takes_as_many_steps_as_its_point_is_clean() -> None:
     assert [counts[i] for i in (0, 124, 125, 874, 875, 999)] == [8, 8, 7, 2, 1, 1]
     assert method_of(grid=1000, k=20, rollout=1).rollout_steps == [1] * 1000
     whole = method_of(grid=1000, k=20, segments=8)
-    assert starting_calls(whole)["teacher"] == pytest.approx(4.5)
+    assert start_calls(whole)["teacher"] == pytest.approx(4.5)
 
 
 @pytest.mark.parametrize("name", PATHS)

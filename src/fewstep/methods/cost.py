@@ -1,126 +1,75 @@
-"""What a step of a method takes, in network evaluations of one sample. Light.
+"""The cost of a method's step in network evaluations of one sample, summed over its parts.
 
-The tests compare these counts with those of `nfe_counter`, which counts real calls during training.
+Each part's calls are stated beside its rule. Tests compare them with the calls that `nfe_counter` counts in training.
 """
 
 from __future__ import annotations
 
-from fewstep.common.choices import CALLS, CALLS_OF_JUMP
+from fewstep.common.choices import CALLS_OF_JUMP
 from fewstep.methods.config import ConsistencyConfig
-
-Calls = dict[str, float]
-"""Network evaluations by role; the teacher's include the unconditional branch."""
-
-
-def add(first: Calls, *others: Calls) -> Calls:
-    """The sum, role by role."""
-    result = dict(first)
-    for other in others:
-        for role, count in other.items():
-            result[role] = result.get(role, 0) + count
-    return result
+from fewstep.methods.consistency import landing_calls, target_calls
+from fewstep.methods.distribution_matching import fake_calls, matching_calls
+from fewstep.methods.pair import Calls
+from fewstep.methods.start_points import start_calls
 
 
-def starting_calls(config: ConsistencyConfig) -> Calls:
-    """What it takes to come to x_{t_n+k}, once for all updates of a step.
-
-    A roll-out of R steps takes R - i of them to a point in the i-th of R equal parts of the grid, (R + 1)/2 on average;
-    in micro-batches of less than R samples a little more (`methods.start_points.by_rollout`).
-    """
-    if config.start == "rollout":
-        steps = sum(config.rollout_steps) / config.points
-        return {"teacher": steps * CALLS[config.solver] * config.guidance.branches}
-    if config.start == "student":
-        return {"student": config.student_steps * CALLS_OF_JUMP[config.jump]}
-    return {}
-
-
-def landing_calls(config: ConsistencyConfig) -> Calls:
-    """The student's jump, pushed on to the end by the target where jumps are compared there."""
-    pushed = CALLS_OF_JUMP[config.jump] if config.compare == "end" else 0
-    return {"student": CALLS_OF_JUMP[config.jump], "target": pushed}
-
-
-def target_calls(config: ConsistencyConfig) -> Calls:
-    """The next point and the target's jump from it."""
-    jump = CALLS_OF_JUMP[config.jump]
-    asks = config.point in ("solver", "self")
-    teacher = config.substeps * CALLS[config.solver] * config.guidance.branches if asks else 0
-    target = 0 if config.s == "next" else jump * (1 + (config.point == "self"))
-    pushed = jump if config.compare == "end" else 0
-    return {"target": target + pushed, "teacher": teacher}
+def add(*parts: Calls) -> Calls:
+    """Return the sum, role by role."""
+    roles = dict.fromkeys(role for calls in parts for role in calls)
+    return {role: sum(calls.get(role, 0) for calls in parts) for role in roles}
 
 
 def student_calls(config: ConsistencyConfig) -> Calls:
-    """The student's own update, its start apart, once the critic's term is in.
+    """Return the calls of the student's update without the start, once the critic's term is in.
 
-    `features` are those of a frozen network's features, where a critic or the distance looks at them.
+    `features` counts evaluations of a frozen network's features, by a critic or the distance.
     """
-    terms: Calls = {}
-    if config.denoising:
-        terms = add(terms, {"student": 1})
-    if config.matching.weight:
-        real = 1 if config.matching.omega == 0 else config.guidance.branches
-        terms = add(terms, {"teacher": real, "fake": 1})
-    if config.adversarial.weight:
-        terms = add(terms, {"features": 1})
-    if config.consistency and config.distance == "features":
-        terms = add(terms, {"features": 2})
-    own = add(landing_calls(config), terms)
-    return add(own, target_calls(config)) if config.consistency else own
-
-
-def fake_calls(config: ConsistencyConfig) -> Calls:
-    """The fake score's update: where the student lands, unless its own samples are fitted, and the fit itself."""
-    if not config.matching.weight:
-        return {}
-    return add({"fake": 1}, landing_calls(config) if config.matching.fit == "landing" else {})
+    by_distance = bool(config.consistency) and config.distance == "features"
+    features = bool(config.adversarial.weight) + 2 * by_distance
+    return add(
+        landing_calls(config),
+        {"student": 1} if config.denoising else {},
+        matching_calls(config) if config.matching.weight else {},
+        {"features": features} if features else {},
+        target_calls(config) if config.consistency else {},
+    )
 
 
 def critic_calls(config: ConsistencyConfig) -> Calls:
-    """The critic's update: the jumps again, and features of both points."""
+    """Return the calls of the critic's update: the jumps again, and the features of both points."""
     if not config.adversarial.weight:
         return {}
-    jumps = landing_calls(config)
-    if config.adversarial.real == "target":
-        jumps = add(jumps, target_calls(config))
-    return add(jumps, {"features": 2})
+    jumps = target_calls(config) if config.adversarial.real == "target" else {}
+    return add(landing_calls(config), jumps, {"features": 2})
 
 
 def critic_waits(config: ConsistencyConfig) -> float:
-    """Return the share of the steps that come before the critic; 0 without one."""
+    """Return the share of the steps before the critic starts; 0 without one."""
     return config.adversarial.start if config.adversarial.weight else 0.0
 
 
 def with_gradient(config: ConsistencyConfig) -> float:
-    """Return the mean number of calls of the student's update that are passed backwards."""
-    jump = CALLS_OF_JUMP[config.jump]
-    pushed = jump if config.compare == "end" else 0
-    looked_at = (
-        bool(config.adversarial.weight)
-        - critic_waits(config)
-        + bool(config.consistency and config.distance == "features")
-    )
-    return jump + bool(config.denoising) + looked_at + pushed
+    """Return the mean number of calls of the student's update that have a backward pass."""
+    jumps = CALLS_OF_JUMP[config.jump] * (1 + (config.compare == "end"))
+    features = bool(config.adversarial.weight) - critic_waits(config)
+    return jumps + bool(config.denoising) + features + bool(config.consistency and config.distance == "features")
 
 
 def step_calls(config: ConsistencyConfig) -> Calls:
-    """All of a step, by role: each update at its own rhythm, the start once."""
-    result = starting_calls(config)
-    late: Calls = {"features": -critic_waits(config)}
-    for calls, every in (
-        (add(student_calls(config), late), config.student_every),
+    """Return the calls of a step by role: the start once, each update at its own rhythm."""
+    before_critic: Calls = {"features": -critic_waits(config)}
+    updates = (
+        (add(student_calls(config), before_critic), config.student_every),
         (fake_calls(config), 1),
         (critic_calls(config), config.adversarial.every / (1 - critic_waits(config))),
-    ):
-        result = add(result, {role: count / every for role, count in calls.items()})
-    return {role: count for role, count in result.items() if count}
+    )
+    rates = ({role: count / every for role, count in calls.items()} for calls, every in updates)
+    return {role: count for role, count in add(start_calls(config), *rates).items() if count}
 
 
 def step_cost(config: ConsistencyConfig) -> float:
-    """All network evaluations of one sample and step, a backward pass counted as two more."""
+    """Return all network evaluations of one sample and step; a backward pass counts as two."""
     backward = with_gradient(config) / config.student_every
-    backward += bool(config.matching.weight) + (config.adversarial.r1 > 0 and bool(config.adversarial.weight)) / (
-        config.adversarial.every
-    )
+    r1 = config.adversarial.r1 > 0 and bool(config.adversarial.weight)
+    backward += bool(config.matching.weight) + r1 / config.adversarial.every
     return sum(step_calls(config).values()) + 2 * backward

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.common.choices import End, Start
+from fewstep.common.choices import CALLS, CALLS_OF_JUMP, End, Start
 from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.conditioned import ConditionedDenoiser
 from fewstep.diffusion.grid import end_time, inference_times
@@ -17,7 +17,7 @@ from fewstep.diffusion.samplers import JumpFn, diffuse, sample_consistency, star
 from fewstep.diffusion.schedule import Path, add_noise
 from fewstep.diffusion.solver import SOLVERS
 from fewstep.methods.config import ConsistencyConfig
-from fewstep.methods.pair import MicroBatch
+from fewstep.methods.pair import Calls, MicroBatch
 from fewstep.methods.times import PairTimes
 
 
@@ -145,3 +145,16 @@ STARTS: Mapping[Start, StartRule] = {
     "rollout": by_rollout,
     "student": by_student,
 }
+
+
+def start_calls(config: ConsistencyConfig) -> Calls:
+    """Return the calls of a start, made once for all updates of a step.
+
+    A roll-out of R steps makes (R + 1)/2 on average, a little more in micro-batches of less than R samples.
+    """
+    if config.start == "rollout":
+        steps = sum(config.rollout_steps) / config.points
+        return {"teacher": steps * CALLS[config.solver] * config.guidance.branches}
+    if config.start == "student":
+        return {"student": config.student_steps * CALLS_OF_JUMP[config.jump]}
+    return {}
