@@ -31,7 +31,7 @@ Jump = Literal["skip", "cm_skip", "first_order", "second_order"]
 Form = Literal["x0", "eps"]
 """What a second-order jump blends: data or noise predictions."""
 ExtraCondition = Literal["s", "w"]
-"""What a network may be told beside x_t and t: where its jump lands, and the guidance omega."""
+"""Inputs of a network beside x_t, t and the prompt: the landing s, and the guidance omega."""
 Start = Literal["data", "trajectory", "rollout", "student"]
 """Where x_{t_n+k} comes from: noised data, a stored trajectory of the teacher, a few of its steps from noise, or the
 student's own samples, noised."""
@@ -39,20 +39,20 @@ Point = Literal["solver", "path", "self", "stored"]
 """Where x_{t_n} comes from: the teacher's solver, the same path (the same noise on the data; the stored point), the
 target's own jump (shortcut models), or a step by the teacher's stored outputs."""
 SRule = Literal["edge", "uniform", "inference", "next"]
-"""Where jumps land in training; see `objectives.times`."""
+"""Where jumps land in training; see `methods.times`."""
 Compare = Literal["landing", "end"]
 """Where two jumps are compared: where they land, or pushed on to the end point by the target."""
 AdversarialKind = Literal["hinge", "nonsaturating"]
-"""The losses of a critic and of what it judges; see `objectives.adversarial`."""
+"""The adversarial losses; see `methods.adversarial`."""
 Weight = Literal["none", "eps", "x0", "v", "step"]
 """Differences are divided by the landing's derivative with respect to eps (x0, v); or the loss by the step's width in
 noise level (iCT)."""
 Target = Literal["self", "ema"]
 """Who the student must agree with."""
 Normaliser = Literal["dmd", "score", "none"]
-"""How the gap of two scores is weighed; see `objectives.matching`."""
+"""Divisor of the gap of two scores; see `methods.distribution_matching`."""
 DistanceName = Literal["l2", "huber", "huber_norm", "features", "latent_lpips"]
-"""How agreement is measured; see `objectives.distance`."""
+"""Distance of two landings; see `methods.distances`."""
 
 CALLS: dict[str, int] = {
     **{"ddim": 1, "euler": 1, "heun": 2, "dpm_2": 2, "dpmpp_2s": 2},

@@ -1,4 +1,4 @@
-"""Noise paths, and what a network's output means on them.
+"""Noise paths, and conversions of a network's output on them.
 
 A path is x_t = alpha_t x_0 + sigma_t eps. Its half log-SNR is lambda_t = log(alpha_t / sigma_t), as in
 DPM-Solver. Times are float64 tensors of any shape, in the units of the path:
@@ -8,7 +8,7 @@ DPM-Solver. Times are float64 tensors of any shape, in the units of the path:
 - flow matching: t in [0, 1], clean at 0;
 - variance exploding (EDM): t is sigma itself, clean at 0.
 
-All functions compute in float64 on the CPU, where times are decided; `expand` takes coefficients to the device.
+All functions compute in float64 on the CPU; `expand` copies coefficients to the device.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from fewstep.common.choices import Prediction
 
 PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
 PURE_NOISE = 1e-6
-"""alpha below which x_t counts as pure noise: x_0 cannot be had from it by division, in fp32 or otherwise."""
+"""alpha below which x_t counts as pure noise: dividing by alpha does not recover x_0."""
 NO_SIGNAL = math.log(PURE_NOISE**4)
-"""log(alpha_t^2) that stands for alpha_t = 0 (zero terminal SNR): it is interpolated, and must be finite."""
+"""log(alpha_t^2) that stands for alpha_t = 0 (zero terminal SNR): finite, since it is interpolated."""
 
 
 class Path(Protocol):
@@ -130,7 +130,7 @@ class FlowMatching:
     """alpha = 1 - sigma (rectified flow), sigma = shift t / (1 + (shift - 1) t).
 
     With a shift of 1 the time is sigma itself. Stable Diffusion 3 and Flux space their times by a shift (3 for the
-    former): even in t, they are denser where there is more noise. Networks are told 1000 sigma.
+    former): even in t, they are denser where there is more noise. Networks take 1000 sigma as their time.
     """
 
     shift: float = 1.0
@@ -213,44 +213,44 @@ def scaled_linear(start: float = 0.00085, end: float = 0.012, steps: int = 1000)
 
 
 def expand(coefficient: Tensor, like: Tensor) -> Tensor:
-    """Give a per-sample coefficient [B] (or a scalar) the rank and type of `like` [B, ...], to multiply."""
+    """Return a per-sample coefficient [B] (or a scalar) in the rank, type and device of `like` [B, ...]."""
     wide = coefficient.to(device=like.device, dtype=like.dtype, non_blocking=True)
     return wide if wide.dim() == 0 else wide.reshape(-1, *[1] * (like.dim() - 1))
 
 
 def share_of(path: Path, t: Tensor) -> Tensor:
-    """Where t stands between clean data (0) and the noisiest time (1), in the path's own time."""
+    """Return t as a share of the way from clean data (0) to the noisiest time (1), in the path's own time."""
     return (t - path.clean) / (path.noisiest - path.clean)
 
 
 def index_of(path: Path, t: Tensor, indices: int = 1000) -> Tensor:
-    """t in training indices, as networks are told it: itself on an indexed path, `indices` times sigma on a flow."""
+    """Return t in training indices, the networks' input: t on an indexed path, `indices` times sigma on a flow."""
     if isinstance(path, FlowMatching):
         return indices * path.sigma(t)
     return t if isinstance(path, VariancePreserving) else indices * share_of(path, t)
 
 
 def add_noise(path: Path, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """x_t = alpha_t x_0 + sigma_t eps, for times t [B]."""
+    """Return x_t = alpha_t x_0 + sigma_t eps at times t [B]."""
     return expand(path.alpha(t), x_0) * x_0 + expand(path.sigma(t), x_0) * eps
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a network says of x_t, in both forms: x_t = alpha_t x0 + sigma_t eps holds exactly."""
+    """A network's estimate in both forms: x_t = alpha_t x0 + sigma_t eps holds exactly."""
 
     x0: Tensor
     eps: Tensor
 
 
 def interpret(prediction: Prediction, output: Tensor, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Estimate:
-    """Turn a network's output into x0 and eps.
+    """Return x0 and eps by a network's output.
 
     With alpha, sigma shaped to multiply x_t:
     eps: x0 = (x - sigma eps) / alpha;  x0: eps = (x - alpha x0) / sigma;
     v = alpha eps - sigma x0;  flow: u = eps - x0. The last two are solved together with
-    x = alpha x0 + sigma eps, so that they hold on every path. Where sigma = 0, x is clean data already,
-    whatever an x0 network says.
+    x = alpha x0 + sigma eps, so that they hold on every path. Where sigma = 0, x is clean data,
+    whatever the output of an x0 network.
     """
     if prediction == "eps":
         return Estimate((x_t - sigma_t * output) / alpha_t, output)
@@ -266,7 +266,7 @@ def interpret(prediction: Prediction, output: Tensor, x_t: Tensor, alpha_t: Tens
 
 
 def target_of(prediction: Prediction, x_0: Tensor, eps: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
-    """What a network of the given kind should output for x_t = alpha_t x_0 + sigma_t eps."""
+    """Return the training target of a network of the given kind at x_t = alpha_t x_0 + sigma_t eps."""
     if prediction == "eps":
         return eps
     if prediction == "x0":

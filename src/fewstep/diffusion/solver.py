@@ -1,7 +1,6 @@
-"""One step of the probability-flow ODE, from t to s, with a frozen teacher in the place of the score.
+"""Solvers of the probability-flow ODE, and the step by a teacher's stored outputs.
 
-The jump functions of `jump` are solvers too, asked of the teacher: DDIM, DPM-Solver-2, DPM-Solver++(2S). Here are those
-that no student uses as its jump, steps made of several, and the step that is formed from what a teacher once said.
+The jump functions of `jump` are solvers too: DDIM, DPM-Solver-2, DPM-Solver++(2S).
 """
 
 from __future__ import annotations
@@ -26,12 +25,11 @@ dpmpp_2s: Step = partial(second_order, form="x0")
 
 
 def euler(denoise: Denoise, path: Path, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """Euler in sigma (arXiv 2206.00364): with y = x/alpha and rho = sigma/alpha, dy/drho = eps.
+    """Step by Euler in sigma (arXiv 2206.00364): with y = x/alpha and rho = sigma/alpha, dy/drho = eps.
 
     One call. On the same two times it is DDIM exactly: alpha_s (x_t/alpha_t + (rho_s - rho_t) eps)
-    = alpha_s x0 + sigma_s eps. It is kept apart because people ask for it by name. From pure noise
-    (alpha_t = 0, where y and rho are infinite; `diffusion.schedule.PURE_NOISE`) that second form is the limit, and is
-    taken.
+    = alpha_s x0 + sigma_s eps. The limit from pure noise (alpha_t = 0)
+    is the second form, since y and rho are infinite there.
     """
     at_t = denoise(x_t, t)
     pure = path.alpha(t) < PURE_NOISE
@@ -39,10 +37,10 @@ def euler(denoise: Denoise, path: Path, x_t: Tensor, t: Tensor, s: Tensor) -> Te
 
 
 def heun(denoise: Denoise, path: Path, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """Heun's step in sigma (EDM, arXiv 2206.00364, algorithm 1): the mean of the slopes eps at both ends. Two calls.
+    """Step by Heun in sigma (EDM, arXiv 2206.00364, algorithm 1): the mean of the slopes eps at both ends. Two calls.
 
     Local error O(h^3). Onto clean data and from pure noise it is Euler's step, as EDM's last one; the second call of
-    those samples is spent on the first point again, and `diffusion.samplers.sample_ode` does not make it.
+    those samples repeats the first. `samplers.sample_ode` leaves it out.
     """
     at_t = denoise(x_t, t)
     lone = (path.sigma(s) == 0) | (path.alpha(t) < PURE_NOISE) | (t == s)
@@ -53,7 +51,7 @@ def heun(denoise: Denoise, path: Path, x_t: Tensor, t: Tensor, s: Tensor) -> Ten
 
 
 def _along(path: Path, x_t: Tensor, t: Tensor, s: Tensor, slope: Tensor) -> Tensor:
-    """x_s = alpha_s (x_t/alpha_t + (rho_s - rho_t) slope); from pure noise a finite number without meaning."""
+    """Return x_s = alpha_s (x_t/alpha_t + (rho_s - rho_t) slope); finite but meaningless from pure noise."""
     alpha_t = path.alpha(t)
     keep = path.alpha(s) / torch.where(alpha_t < PURE_NOISE, 1, alpha_t)
     return expand(keep, x_t) * x_t + expand(path.sigma(s) - keep * path.sigma(t), x_t) * slope
@@ -69,9 +67,9 @@ SOLVERS: Mapping[SolverName, Step] = {
 
 
 def integrate(step: Step, denoise: Denoise, path: Path, x: Tensor, times: Tensor) -> Tensor:
-    """Several steps: from x at times[0] through times[1], ..., to times[-1]; times float64 [n + 1, B], falling.
+    """Integrate from x at times[0] through times[1], ..., to times[-1]; times float64 [n + 1, B], falling.
 
-    A step of no length is the identity, and is paid for: samples of one batch take the same number.
+    Samples of one batch take the same number of steps; a step of no length is the identity, but costs its calls.
     """
     for t, s in pairwise(times):
         x = step(denoise, path, x, t, s)
@@ -79,7 +77,7 @@ def integrate(step: Step, denoise: Denoise, path: Path, x: Tensor, times: Tensor
 
 
 def guided_output(with_prompt: Tensor, without_prompt: Tensor, omega: Tensor) -> Tensor:
-    """(1 + omega) output(c) - omega output(null), for any omega [B]: what `Denoiser.guided` asks the network for."""
+    """Return (1 + omega) output(c) - omega output(null), omega [B], as `Denoiser.guided` computes it."""
     return with_prompt + expand(omega, with_prompt) * (with_prompt - without_prompt)
 
 
@@ -93,12 +91,12 @@ def step_from_stored(
     t: Tensor,
     s: Tensor,
 ) -> Tensor:
-    """The guided DDIM step from a stored point x_t at t to any cleaner s, under any omega.
+    """Return the guided DDIM step from a stored point x_t at t to any cleaner s, under any omega.
 
     It equals `ddim` with the guided teacher there, to the precision that the three tensors are stored in.
 
     Args:
-        prediction: what the stored outputs are.
+        prediction: the kind of the stored outputs.
         x_t, with_prompt, without_prompt: [B, ...].
         omega, t, s: float64 [B].
 

@@ -1,10 +1,8 @@
-"""What a network is told beside x_t and t: where its jump lands (s), and the guidance it stands for (w).
+"""Extra conditioning: the landing s (TCD's S+, arXiv 2402.19159; CTM, 2310.02279) and guidance w (LCM, 2310.04378).
 
-The second embedding starts as a no-op: a sinusoid, a hidden layer, and a last layer of zeros, added to the network's
-own time embedding. It is weights of its own beside a LoRA or a full network, one set a role; the frozen teacher is told
-nothing. (TCD's S+ and CTM tell s, arXiv 2402.19159 and 2310.02279; LCM tells w, 2310.04378.)
-
-A fully trained UNet takes w by an input of its own instead, diffusers' `time_cond_proj` (`backbones.guidance`).
+An extra embedding is added to the network's time embedding: a sinusoid, a hidden layer, and a last layer that starts at
+zero. Its weights are kept beside a LoRA or a full network, one set a role; the frozen teacher has none. A fully trained
+UNet takes w by an input of its own instead, diffusers' `time_cond_proj` (`backbones.guidance`).
 """
 
 from __future__ import annotations
@@ -20,9 +18,9 @@ from torch import Tensor, nn
 from fewstep.common.choices import ExtraCondition
 
 WIDTH = 256
-"""Numbers of the sinusoid, as LCM's embedding of w has."""
+"""Width of the sinusoid, as in LCM's embedding of w."""
 SCALES: dict[ExtraCondition, float] = {"s": 1.0, "w": 1000.0}
-"""s is told in training indices, as t is; w by LCM's thousandfold."""
+"""Factors before the sinusoid: s is in training indices, as t is; w has LCM's factor."""
 
 EXTRA_PREFIX = "extra_conditioning."
 """Prefix of these weights' names beside a network's, in files and checkpoints."""
@@ -39,20 +37,20 @@ def current_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def split_extra(condition: Mapping[str, Tensor], names: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Split a condition into the values of these names, which an extra embedding takes, and the rest of it."""
-    told: dict[str, Tensor] = {name: value for name, value in condition.items() if name in set(names)}
-    return told, {name: value for name, value in condition.items() if name not in told}
+    """Split a condition into the inputs of an extra embedding, by their names, and the rest."""
+    extra: dict[str, Tensor] = {name: value for name, value in condition.items() if name in set(names)}
+    return extra, {name: value for name, value in condition.items() if name not in extra}
 
 
 def sinusoid(value: Tensor, width: int = WIDTH) -> Tensor:
-    """cos and sin of value times frequencies from 1 down to 1e-4, fp32 [B, width]; value float64 [B]."""
+    """Return cos and sin of value times frequencies from 1 down to 1e-4, fp32 [B, width]; value float64 [B]."""
     steps = torch.arange(width // 2, dtype=torch.float64, device=value.device) / (width // 2)
     angles = value.double()[:, None] * torch.exp(-math.log(10_000) * steps)
     return torch.cat([angles.cos(), angles.sin()], dim=1).float()
 
 
 class ExtraEmbedding(nn.Module):
-    """[B] numbers by name -> what is added to a time embedding of `width` numbers, [B, width]; 0 at first."""
+    """Embedding of [B] numbers by name that is added to a time embedding, [B, width]; zero at first."""
 
     def __init__(self, names: Sequence[ExtraCondition], width: int, seed: int = 0) -> None:
         super().__init__()
@@ -65,18 +63,18 @@ class ExtraEmbedding(nn.Module):
                 nn.init.zeros_(last.bias)
                 self.parts[name] = nn.Sequential(nn.Linear(WIDTH, width), nn.SiLU(), last)
 
-    def forward(self, told: Mapping[str, Tensor]) -> Tensor:
-        """The sum over what is told.
+    def forward(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Return the sum of the embeddings.
 
         Raises:
-            KeyError: something else is told, or something is missing: a student is asked as it was trained.
+            KeyError: other names than those that the embedding was made for.
         """
-        if told.keys() != self.parts.keys():
-            raise KeyError(f"this network is told {sorted(self.parts)}, not {sorted(told)}")
+        if values.keys() != self.parts.keys():
+            raise KeyError(f"the network takes {sorted(self.parts)}, not {sorted(values)}")
         device = next(self.parameters()).device
         parts = []
         for name, part in self.parts.items():
-            value = (told[name].double() * SCALES[name]).to(device, non_blocking=True)  # type: ignore[index]
+            value = (values[name].double() * SCALES[name]).to(device, non_blocking=True)  # type: ignore[index]
             parts.append(part(sinusoid(value)))
         return torch.stack(parts).sum(0)
 

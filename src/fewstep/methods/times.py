@@ -1,6 +1,6 @@
-"""Which times a batch is trained at: laws for t_{n+k}, t_n and s.
+"""The times that a batch is trained at: rules for t_{n+k}, t_n and s.
 
-Times are grid points (and the end point); a segment's t_n and s never leave it.
+Times are grid points or the end point; t_n and s stay in the segment of t_{n+k}.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ NOWHERE = -2
 class PairTimes:
     """The times of a batch, float64 [B] each: t_{n+k} >= t_n >= s (equal at index 0 of a grid that has it).
 
-    `top` is the upper edge of the segment that they lie in. `index_nk` and `index_n`, int64 [B], say which points of
-    the grid the first two are; -1 is the end point.
+    `top` is their segment's upper edge. `index_nk` and `index_n`, int64 [B], are grid indices; -1 is the end point.
     """
 
     t_nk: Tensor
@@ -46,20 +45,20 @@ class GridTimes:
     end: float
 
     def at(self, index: Tensor) -> Tensor:
-        """float64, the shape of `index`."""
+        """Return the times at some indices, float64, the shape of `index`."""
         return previous(self.grid, index, 0, self.end)
 
 
 def draw_times(config: ConsistencyConfig, path: Path, rng: KeyedRng) -> PairTimes:
-    """Draw t_{n+k} uniformly over the grid, so that every time of the grid is trained, then t_n, then s.
+    """Draw t_{n+k} uniformly over the grid, then t_n, then s.
 
-    Roll-outs take their t_{n+k} in turn (`rounds`), all others independently of one another.
+    t_{n+k} is stratified for roll-outs (`stratified_times`), else independent.
 
-    t_n lies k points below, or at the lower edge of its segment where fewer are left: with one segment that is the end
-    point. Where k_low is named, k is uniform from it to k or to what is left.
+    t_n lies k points below, or at the lower edge of the segment where fewer are left; with one segment the end point.
+    With k_low, k is uniform from it to k or to what is left.
 
-    While the grid grows (`config.grid_start`), t_{n+k} is one of every m-th of its points, from the noisiest down, and
-    k counts these: the times of a coarse grid are times of the last one.
+    While the grid grows (`config.grid_start`), only every m-th point from the noisiest down is used, and k counts
+    these: the times of a coarse grid are times of the last one.
     """
     grid = training_grid(path, config.grid)
     apart = len(grid) // config.points_at(rng.step, rng.steps)
@@ -84,17 +83,17 @@ def draw_times(config: ConsistencyConfig, path: Path, rng: KeyedRng) -> PairTime
 def _edge(
     config: ConsistencyConfig, path: Path, grid_times: GridTimes, edge: Tensor, below: Tensor, rng: KeyedRng
 ) -> Tensor:
-    """The lower edge of the segment; with one segment the end point (CD, CT, LCM; MCM, PCM, TLCM's stage 1)."""
+    """Return the segment's lower edge, with one segment the end point (CD, CT, LCM; MCM, PCM, TLCM's stage 1)."""
     return grid_times.at(edge)
 
 
 def _uniform(
     config: ConsistencyConfig, path: Path, grid_times: GridTimes, edge: Tensor, below: Tensor, rng: KeyedRng
 ) -> Tensor:
-    """Uniform over the grid's points from the edge up to t_n, both of them included (TCD, CTM; TSCD).
+    """Draw uniformly from the grid's points from the edge to t_n, both included (TCD, CTM; TSCD).
 
-    At s = t_n the target is the solver's own point, the anchor that rules out the collapsed solution; at the end point
-    the term is LCM's.
+    At s = t_n the target is the solver's own point, which rules out the collapsed solution; at the end point the term
+    is LCM's.
     """
     return grid_times.at(edge + (rng.uniform("s") * (below - edge + 1).double()).long())
 
@@ -102,16 +101,16 @@ def _uniform(
 def _inference(
     config: ConsistencyConfig, path: Path, grid_times: GridTimes, edge: Tensor, below: Tensor, rng: KeyedRng
 ) -> Tensor:
-    """TDD's law (arXiv 2409.01347): a time that sampling will ask for, times 1 - U[0, spread] as SSS shrinks it.
+    """Draw an inference time, times 1 - U[0, spread] as SSS shrinks it (TDD, arXiv 2409.01347).
 
-    The times are those of all step counts in `inference_steps`, and the segment's lower edge; of them one is drawn that
-    lies at or below t_n and at most the share `reach` of the grid's points below it, or else the nearest one below. An
-    edge that is drawn stays: s lies in [edge, t_n], and the end point itself is trained.
+    Candidates are the times of all step counts in `inference_steps` and the segment's lower edge, at or below t_n and
+    at most the share `reach` of the grid's points below it; else the nearest one below. The edge is not shrunk: s lies
+    in [edge, t_n], and the end point itself is trained.
     """
     low, high = config.inference_steps
     lists = [inference_times(path, steps, grid=config.grid) for steps in range(low, high + 1)]
-    asked = torch.cat(lists).unique()  # type: ignore[no-untyped-call]
-    points = torch.searchsorted(grid_times.grid, asked)  # by index: on EDM's grid times say nothing of how far they are
+    wanted = torch.cat(lists).unique()  # type: ignore[no-untyped-call]
+    points = torch.searchsorted(grid_times.grid, wanted)  # by index: EDM's times are not even
     lowest, highest = edge[:, None], below[:, None]
     every = torch.cat([lowest, torch.where(points > lowest, points, NOWHERE)], 1)
     inside = (every >= lowest) & (every <= highest)
@@ -128,10 +127,10 @@ def _inference(
 def _next(
     config: ConsistencyConfig, path: Path, grid_times: GridTimes, edge: Tensor, below: Tensor, rng: KeyedRng
 ) -> Tensor:
-    """t_n itself: the next point is the answer (KD)."""
+    """Return t_n itself: the next point is regressed onto (KD)."""
     return grid_times.at(below)
 
 
 SRules = Mapping[SRule, Callable[[ConsistencyConfig, Path, GridTimes, Tensor, Tensor, KeyedRng], Tensor]]
 S_RULES: SRules = {"edge": _edge, "uniform": _uniform, "inference": _inference, "next": _next}
-"""(config, path, rungs, index of the segment's lower edge, index of t_n, draws) -> s."""
+"""(config, path, grid times, index of the segment's lower edge, index of t_n, rng) -> s."""
