@@ -107,17 +107,17 @@ def test_a_scheduler_of_other_noise_is_refused(folders: dict[str, Path], picture
     for other, words in (
         ({**config, "prediction_type": "v_prediction"}, "has prediction = 'eps', the pipeline's scheduler 'v'"),
         (flow, "has prediction = 'eps', the pipeline's scheduler 'flow'"),
-        ({**config, "num_train_timesteps": 500}, r"has times 999, .*, this scheduler's config makes them 499, "),
+        ({**config, "num_train_timesteps": 500}, r"has times 999, .*, the pipeline's scheduler 499, "),
         (
             {**config, "beta_schedule": "linear"},
-            r"has sigmas = 0\.997667 at time 999; .* = 'linear'.* make it 0\.99\d+ in the pipeline; the nearest",
+            r"has sigmas = 0\.997667 at time 999; .* = 'linear'.* make it 0\.99\d+",
         ),
     ):
         with pytest.raises(UserError, match=words):
             fewstep.scheduler_for(student, other)
     assert fewstep.scheduler_for(student, config, gamma=0.5).config["gamma"] == 0.5
     consistency = trained(folders["sd"], "lcm", [], picture_folder, tmp_path / "lcm")
-    with pytest.raises(UserError, match=r"gamma = 0\.5 says nothing to 'lcm'"):
+    with pytest.raises(UserError, match=r"gamma = 0\.5 has no effect"):
         fewstep.scheduler_for(consistency, config, gamma=0.5)
 
 
@@ -170,7 +170,7 @@ def test_a_lora_on_its_base_under_another_scheduler_is_refused(
 
 def test_what_brings_no_settings_is_refused(tmp_path: Path) -> None:
     save_file({"unet.x.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "pytorch_lora_weights.safetensors")
-    with pytest.raises(UserError, match="brings no settings; the nearest that does is one that fewstep wrote"):
+    with pytest.raises(UserError, match="no settings"):
         fewstep.call_settings(tmp_path)
     with pytest.raises(UserError, match=r"does not exist|holds no"):
         fewstep.scheduler_for(tmp_path / "nothing", {})

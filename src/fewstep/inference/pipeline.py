@@ -1,4 +1,4 @@
-"""A student in a plain diffusers pipeline: its scheduler and its call settings, read back from its own file.
+"""Students in plain diffusers pipelines: scheduler and call settings, read from the student's file.
 
 pipe.load_lora_weights("runs/tcd/student")
 pipe.scheduler = fewstep.scheduler_for("runs/tcd/student", pipe.scheduler.config)
@@ -21,27 +21,28 @@ from fewstep.inference.schedulers.base import FewStepScheduler
 from fewstep.inference.schedulers.few_step import ConsistencyScheduler, SSSScheduler
 from fewstep.students.lora_file import read_lora_record, student_of_run
 
-TIME_APART = 0.01
-"""How far a time may lie from the one in a student's file, as networks are told it (0 to 1000): rounding, no more."""
+TIME_TOLERANCE = 0.01
+"""Largest difference of a time to the one in a student's file, on the network's scale (0 to 1000): rounding."""
 
 
 def student_record(student: Path | str) -> dict[str, Any]:
-    """What a student says of itself: a LoRA file, the folder that holds it, or a whole pipeline folder.
+    """Return the record in a student's metadata: of a LoRA file, its folder, or a whole pipeline folder.
 
     Raises:
-        UserError: no such file, or one that brings no settings.
+        UserError: no such file, or one without settings.
     """
     place = student_of_run(Path(student))
     record = read_record(place) if (place / "model_index.json").is_file() else read_lora_record(place)
     if not isinstance(record.get("sampling"), dict):
         raise UserError(
-            f"student = {str(student)!r} brings no settings; the nearest that does is one that fewstep wrote"
+            f"student = {str(student)!r} has no settings in its metadata; use a student that fewstep wrote",
+            field="student",
         )
     return record
 
 
 def sampling_of_student(student: Path | str) -> Sampling:
-    """The settings that a student brings along.
+    """Return the inference settings of a student.
 
     Raises:
         UserError: as `student_record`.
@@ -51,77 +52,95 @@ def sampling_of_student(student: Path | str) -> Sampling:
 
 @checked
 def scheduler_for(student: Path | str, config: Mapping[str, Any], gamma: float | None = None) -> FewStepScheduler:
-    """The scheduler that a student is sampled with, for a pipeline whose scheduler has this config.
+    """Return the scheduler of a student, with the student's times, for a pipeline's scheduler config.
 
-    Its times are those of the student's file. A flow's shift is the one that the student was trained with, at every
-    size: what a pipeline works out from the picture's size (`mu`) is not asked for.
+    A flow's shift is the one of training at every size; the pipeline's size-dependent shift (`mu`) is not used.
 
     Args:
-        gamma: stochasticity, where it shall not be the student's own.
+        config: of the pipeline's own scheduler.
+        gamma: stochasticity; the student's own by default.
 
     Raises:
-        UserError: no settings, or those of a solver, whose scheduler is diffusers' own; a gamma for a sampler that has
-            none; or a config of another noise than the student was trained on.
+        UserError: no settings, or those of a solver, whose scheduler is diffusers' own; a gamma for a sampler without
+            one; or a config of another noise than the student was trained on.
     """
     record = student_record(student)
     sampling = validate(Sampling, record["sampling"])
     embedded = bool((record.get("guidance") or {}).get("embedded"))  # as the pipeline's guidance_scale
-    beside = [name for name in sampling.extra_conditioning if name != "w" or not embedded]
-    if beside:
+    extra = [name for name in sampling.extra_conditioning if name != "w" or not embedded]
+    if extra:
         raise UserError(
-            f"student = {str(student)!r} is told {', '.join(beside)}; the nearest way into a pipeline is "
-            "fewstep.attach(pipe, student)"
+            f"student = {str(student)!r} is conditioned on {', '.join(extra)}; call fewstep.attach(pipe, student)",
+            field="student",
         )
+    return make_scheduler(record, config, gamma, str(student))
+
+
+def make_scheduler(
+    record: Mapping[str, Any],
+    config: Mapping[str, Any],
+    gamma: float | None,
+    student: str,
+    sss: type[SSSScheduler] = SSSScheduler,
+) -> FewStepScheduler:
+    """Return the scheduler of a student's record, see `scheduler_for`.
+
+    Args:
+        student: its name in messages.
+        sss: class of a scheduler with gamma.
+    """
+    sampling = validate(Sampling, record["sampling"])
     shared: dict[str, Any] = {
         "grid": sampling.grid,
         "spacing": sampling.spacing,
         "end": sampling.end,
         "jump": sampling.step_jump,
+        "r": sampling.r,
+        "form": sampling.form,
     }
-    shared |= {"r": sampling.r, "form": sampling.form}
     if record.get("path") == "flow" and "shift" in record:
         shared |= {"shift": float(record["shift"]), "use_dynamic_shifting": False}
     if gamma is not None and sampling.sampler != "sss":
         raise UserError(
-            f"gamma = {gamma} says nothing to {sampling.sampler!r}, the sampler of student = {str(student)!r}; the "
-            "nearest is to leave it out"
+            f"gamma = {gamma} has no effect with sampler = {sampling.sampler!r} of student = {student!r}; remove it",
+            field="gamma",
         )
     made: FewStepScheduler
     if sampling.sampler == "sss":
         strength = sampling.gamma if gamma is None else gamma
-        made = SSSScheduler.from_config(config, gamma=strength, gamma_law=sampling.gamma_law, **shared)
+        made = sss.from_config(config, gamma=strength, gamma_law=sampling.gamma_law, **shared)
     elif sampling.sampler == "lcm":
         made = ConsistencyScheduler.from_config(config, **shared)
     else:
         raise UserError(
-            f"student = {str(student)!r} is sampled with {sampling.sampler!r}, a solver; the nearest scheduler is "
-            "diffusers' own of that name"
+            f"student = {student!r} is sampled with {sampling.sampler!r}, a solver; use diffusers' scheduler of it",
+            field="student",
         )
-    _check_noise(made, record, sampling.steps // sampling.calls_a_step, str(student))
+    _check_noise(made, record, sampling.steps // sampling.calls_a_step, student)
     return made
 
 
 def _check_noise(scheduler: FewStepScheduler, record: Mapping[str, Any], count: int, student: str) -> None:
-    """Refuse a scheduler of another prediction, path, other times or noise levels than a student's file names."""
-    for field, own in (("prediction", scheduler.prediction), ("path", scheduler.config["path"])):
-        if record.get(field, own) != own:
-            raise UserError(
-                f"student = {student!r} has {field} = {record[field]!r}, the pipeline's scheduler {own!r}; the nearest "
-                "is the scheduler of the student's own base"
-            )
+    """Refuse a scheduler whose prediction, path, times or noise levels differ from those in a student's file."""
+    difference = _difference(scheduler, record, count)
+    if difference:
+        raise UserError(
+            f"student = {student!r} has {difference}; use the scheduler of the student's own base", field="student"
+        )
+
+
+def _difference(scheduler: FewStepScheduler, record: Mapping[str, Any], count: int) -> str | None:
+    """Return what differs, with both values; None where nothing does."""
+    for field, value in (("prediction", scheduler.prediction), ("path", scheduler.config["path"])):
+        if record.get(field, value) != value:
+            return f"{field} = {record[field]!r}, the pipeline's scheduler {value!r}"
     if "times" not in record:
-        return
+        return None
     scheduler.set_timesteps(count)
-    times = [float(t) for t in scheduler.timesteps[:: scheduler.order]]
-    if len(times) != len(record["times"]) or max(abs(a - b) for a, b in zip(times, record["times"])) > TIME_APART:
-        raise UserError(
-            f"student = {student!r} has times {_listed(record['times'])}, this scheduler's config makes them "
-            f"{_listed(times)}; the nearest is the scheduler of the student's own base"
-        )
-    if other := noise_difference(record, scheduler.config):
-        raise UserError(
-            f"student = {student!r} has {other} in the pipeline; the nearest is the scheduler of the student's own base"
-        )
+    times, own = [float(t) for t in scheduler.timesteps[:: scheduler.order]], record["times"]
+    if len(own) != len(times) or max(abs(a - b) for a, b in zip(own, times)) > TIME_TOLERANCE:
+        return f"times {_listed(own)}, the pipeline's scheduler {_listed(times)}"
+    return noise_difference(record, scheduler.config)
 
 
 def _listed(times: Sequence[float]) -> str:
@@ -130,7 +149,7 @@ def _listed(times: Sequence[float]) -> str:
 
 @checked
 def call_settings(student: Path | str) -> dict[str, Any]:
-    """What a pipeline is called with: its number of steps, its guidance scale, 1 for none, and a size that is its own.
+    """Return the arguments of a pipeline call: number of steps, guidance scale (1 for none), and the student's size.
 
     Raises:
         UserError: no settings.

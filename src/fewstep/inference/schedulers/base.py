@@ -266,6 +266,30 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             raise SchedulerError(f"timestep = {float(timestep):g} is none of the times; the nearest is {legal:g}")
         return place
 
+    def _current(self, timestep: Any) -> int:
+        """Return the number of the network call that is due.
+
+        Raises:
+            ValueError: no times are set, `timestep` is none of them, or all calls are done.
+        """
+        if self.num_inference_steps is None:
+            raise SchedulerError("num_inference_steps is not set; call set_timesteps first")
+        place = self._step_index
+        if place is None:
+            place = self._place(timestep) if self._begin_index is None else self._begin_index
+            self._check_begin(place)
+        if place >= len(self.timesteps):
+            done = len(self.timesteps)
+            raise SchedulerError(
+                f"all {done} network calls of this drawing are done; call set_timesteps for another one"
+            )
+        return place
+
+    def landing(self, timestep: Any) -> float:
+        """Return the landing s of the jump that the due network call belongs to, on the scale of `timesteps`."""
+        s = self._jumps[self._current(timestep) // self.order].s
+        return float(index_of(self.noise_path, s, self.config["num_train_timesteps"]))
+
     def step(
         self,
         model_output: Tensor,
@@ -287,18 +311,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         Raises:
             ValueError: no times are set, or this is none of them.
         """
-        if self.num_inference_steps is None:
-            raise SchedulerError("num_inference_steps is not set; call set_timesteps first")
-        if self._step_index is None:
-            begin = self._place(timestep) if self._begin_index is None else self._begin_index
-            self._check_begin(begin)
-            self._step_index = begin
-        place = self._step_index
-        if place >= len(self.timesteps):
-            done = len(self.timesteps)
-            raise SchedulerError(
-                f"all {done} network calls of this drawing are done; call set_timesteps for another one"
-            )
+        place = self._step_index = self._current(timestep)
         jump = self._jumps[place // self.order]
         x = sample.to(torch.promote_types(sample.dtype, torch.float32))
         if place % self.order == 0 or self._from is None:
