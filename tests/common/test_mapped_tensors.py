@@ -30,7 +30,7 @@ FILES = mapped.MOST_OPEN + 80
 def few_files_open() -> Iterator[None]:
     """What a process may open beside what it has open: less than there are files, more than are kept open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    mapped._opened.cache_clear()  # files that other tests left open would be closed on the way
+    mapped._mapped.cache_clear()  # files that other tests left open would be closed on the way
     gc.collect()
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + mapped.MOST_OPEN + 20, hard))
     yield
@@ -72,7 +72,7 @@ def test_rows_that_come_in_parts_are_the_file_that_they_are_whole(tmp_path: Path
     write_rows(tmp_path / "parts", 5, parts())
     save_tensors(tmp_path / "whole", whole)
     assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
-    with pytest.raises(AssertionError, match="5 rows came for 6"):
+    with pytest.raises(AssertionError, match="5 rows written, 6 expected"):
         write_rows(tmp_path / "short", 6, [whole])
 
 

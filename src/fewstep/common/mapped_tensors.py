@@ -1,4 +1,4 @@
-"""Tensors of safetensors files that are read from disk as they are touched, and rows that lie in many of them."""
+"""Tensors of safetensors files, memory-mapped, and rows that are spread over several files."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from fewstep.common.safetensors_header import Entry, read_safetensors_header
 from fewstep.common.tensors import check_finite
 
 NUMPY = {"I64": np.int64, "F64": np.float64, "F32": np.float32, "F16": np.float16}
-"""safetensors' name of a type -> numpy's."""
+"""safetensors' name of a dtype -> numpy's."""
 MOST_OPEN = 128
-"""Files that are open at a time, of any number that is read from: systems allow a process about 1,000."""
+"""Tensors that are mapped at a time; each holds a file descriptor, of which a process has about 1,000."""
 
 
 @lru_cache(maxsize=MOST_OPEN)
-def _opened(path: Path, version: tuple[int, ...]) -> np.ndarray:
-    """The bytes of a file, those of its `version`; it is closed when nothing of it is in use and others were opened."""
-    return np.memmap(path, np.uint8, "c")
+def _mapped(path: Path, version: tuple[int, ...], entry: Entry) -> np.ndarray:
+    """Map a tensor of the given version of a file, copy on write; it is closed after MOST_OPEN others."""
+    return np.memmap(path, NUMPY[entry.dtype], "c", entry.start, entry.shape)
 
 
 @dataclass(frozen=True)
 class MappedTensor:
-    """A tensor of a file, which is open while it is read."""
+    """A tensor of a file, mapped when it is read."""
 
     path: Path
     version: tuple[int, ...]
@@ -42,36 +42,36 @@ class MappedTensor:
         return self.entry.shape[0]
 
     @property
-    def kind(self) -> np.dtype:
-        """Its type."""
-        return np.dtype(NUMPY[self.entry.dtype])
-
-    @property
     def nbytes(self) -> int:
         """Bytes on disk."""
-        return math.prod(self.entry.shape) * self.kind.itemsize
+        return math.prod(self.entry.shape) * self.dtype.itemsize
+
+    @property
+    def dtype(self) -> np.dtype:
+        """numpy's dtype."""
+        return np.dtype(NUMPY[self.entry.dtype])
 
     def array(self) -> np.ndarray:
-        """The tensor, mapped into memory; what is written to it stays there. Keep what you take of it, not itself."""
-        start = self.entry.start
-        taken = np.asarray(_opened(self.path, self.version)[start : start + self.nbytes])
-        return taken.view(self.kind).reshape(self.entry.shape)
+        """Return the tensor, memory-mapped. Keep copies of its parts, not the array, which holds the file open."""
+        if not math.prod(self.entry.shape):  # nothing to map
+            return np.zeros(self.entry.shape, self.dtype)
+        return np.asarray(_mapped(self.path, self.version, self.entry))
 
 
 def open_tensors(path: Path) -> dict[str, MappedTensor]:
-    """The tensors of a file, none of them read yet.
+    """Return the tensors of a file without reading them.
 
     Raises:
         UserError: missing, truncated or of another format.
     """
     _, entries = read_safetensors_header(path)
-    told = path.stat()
-    version = (told.st_dev, told.st_ino, told.st_size, told.st_mtime_ns)
+    stat = path.stat()
+    version = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
     return {name: MappedTensor(path, version, entry) for name, entry in entries.items()}
 
 
 def map_tensors(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a file, mapped into memory for good; what is written to them stays in memory.
+    """Return the tensors of a file, memory-mapped for good, copy on write.
 
     Raises:
         UserError: missing, truncated or of another format.
@@ -80,9 +80,9 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def write_rows(path: Path, count: int, parts: Iterable[Mapping[str, Tensor]]) -> None:
-    """Write tensors of `count` rows that come in parts, one below the other, as `tensors.save_tensors` would whole.
+    """Write tensors of `count` rows in parts, one part in memory at a time.
 
-    One part at a time is in memory. All tensors are of one type.
+    The file is that of `tensors.save_tensors` for the concatenated parts, byte for byte. All tensors have one dtype.
 
     Raises:
         UserError: a number is not finite.
@@ -104,35 +104,35 @@ def write_rows(path: Path, count: int, parts: Iterable[Mapping[str, Tensor]]) ->
                     shape = [count, *values.shape[1:]]
                     header[name] = {"dtype": kind, "shape": shape, "data_offsets": [starts[name], end]}
                 text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-                text = text.ljust(-(-len(text) // 8) * 8)  # tensors start at a multiple of 8, as the library's do
+                text = text.ljust(-(-len(text) // 8) * 8)  # as the library aligns tensors
                 stream.write(len(text).to_bytes(8, "little") + text)
                 starts = {name: start + stream.tell() for name, start in starts.items()}
             for name, values in rows.items():
                 stream.seek(starts[name] + done * widths[name])
                 stream.write(values.tobytes())
             done += len(next(iter(rows.values())))
-    assert done == count, f"{done} rows came for {count}"
+    assert done == count, f"{done} rows written, {count} expected"
 
 
 class Rows(Protocol):
-    """Many tensors of one shape, asked for by number: a tensor, or something that reads them when they are."""
+    """Many tensors of one shape, read by index: a tensor, or `MappedRows`."""
 
     def __len__(self) -> int:
-        """How many."""
+        """Number of rows."""
         ...
 
     def __getitem__(self, rows: Tensor) -> Tensor:
-        """Those of the given numbers, int64 [B] -> [B, ...]."""
+        """Return rows by index, int64 [B] -> [B, ...]."""
         ...
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all."""
+        """Bytes of all rows."""
         ...
 
 
 class MappedRows:
-    """Rows of several arrays, one below the other, read from disk as they are asked for."""
+    """Rows of several mapped tensors, concatenated, read from disk when indexed."""
 
     def __init__(self, parts: Sequence[MappedTensor]) -> None:
         self._parts = list(parts)
@@ -147,31 +147,38 @@ class MappedRows:
         return sum(part.nbytes for part in self._parts)
 
     def __getitem__(self, rows: Tensor) -> Tensor:
-        """Rows by number, int64 [B] -> [B, ...]; negative ones count from the end.
+        """Return rows by index, int64 [B] -> [B, ...]; negative indices count from the end.
 
         Raises:
             IndexError: there is no such row.
         """
-        return self._taken(rows, None)
+        return self._read(rows, None)
 
     def at(self, rows: Tensor, index: Tensor) -> Tensor:
-        """One entry of each row, rows and index int64 [B] -> [B, ...]; no more of a row is read.
+        """Return one entry of each row, rows and index int64 [B] -> [B, ...]; only these entries are read.
 
         Raises:
             IndexError: there is no such row, or no such entry.
         """
-        return self._taken(rows, index.numpy())
+        return self._read(rows, index.numpy())
 
-    def _taken(self, rows: Tensor, index: np.ndarray | None) -> Tensor:
-        asked = rows.numpy()
-        numbers = np.where(asked < 0, asked + len(self), asked)
+    def _read(self, rows: Tensor, index: np.ndarray | None) -> Tensor:
+        numbers = np.where(rows.numpy() < 0, rows.numpy() + len(self), rows.numpy())
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self):
-            raise IndexError(f"rows {asked.tolist()} are not within {len(self)}")
-        first = self._parts[0]
-        found = np.empty((len(numbers), *first.entry.shape[1 if index is None else 2 :]), first.kind)
+            raise IndexError(f"rows {rows.tolist()} are not within {len(self)}")
         places = np.searchsorted(self._starts, numbers, side="right") - 1
-        for place in np.unique(places):
-            here = places == place
+
+        def read(place: int, here: np.ndarray) -> np.ndarray:
             array, own = self._parts[place].array(), numbers[here] - self._starts[place]
-            found[here] = array[own] if index is None else array[own, index[here]]
+            taken: np.ndarray = array[own] if index is None else array[own, index[here]]
+            return taken
+
+        files = np.unique(places)
+        if len(files) == 1:  # no second copy
+            return torch.from_numpy(read(int(files[0]), np.arange(len(numbers))))
+        first = self._parts[0]
+        found = np.empty((len(numbers), *first.entry.shape[1 if index is None else 2 :]), first.dtype)
+        for place in files:
+            here = np.flatnonzero(places == place)
+            found[here] = read(int(place), here)
         return torch.from_numpy(found)

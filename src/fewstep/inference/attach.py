@@ -13,6 +13,7 @@ import torch
 
 # diffusers finds the loader of a saved component by the base classes in the component's own module
 from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
+from torch import Tensor
 
 from fewstep.common.arguments import checked
 from fewstep.common.config import validate
@@ -32,7 +33,9 @@ class AttachedScheduler(SSSScheduler):
 
     attached = False
 
-    def step(self, *args: Any, **options: Any) -> Any:
+    def step(
+        self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any = None, return_dict: bool = True
+    ) -> Any:  # pipelines pass the arguments that they find in the signature
         """Make one step, see `FewStepScheduler.step`.
 
         Raises:
@@ -42,7 +45,7 @@ class AttachedScheduler(SSSScheduler):
             raise UserError(
                 "the pipeline's student is not attached; call fewstep.attach(pipe, student) after loading it"
             )
-        return super().step(*args, **options)
+        return super().step(model_output, timestep, sample, generator, return_dict)
 
 
 def _read_lora(pipe: Any, student: Path) -> LoraHeader | None:
