@@ -1,8 +1,8 @@
-"""A few-step student in ComfyUI: its LoRA, its times, its sampler and its gamma, read from its own file.
+"""A few-step student in ComfyUI: LoRA, times, sampler and gamma, read from the student's file.
 
 Copy this file into ComfyUI's `custom_nodes` folder, and a student (`fewstep export --form kohya`) into `models/loras`.
-The node `fewstep student` takes a model and a LoRA, and gives the model with the LoRA, a sampler and sigmas for
-`SamplerCustom`, and the guidance for its cfg. Nothing of fewstep need be installed.
+The node `fewstep student` takes a model and a LoRA, and returns the model with the LoRA, a sampler and sigmas for
+`SamplerCustom`, and the guidance for its cfg. fewstep need not be installed.
 
 The sampler is strategic stochastic sampling (TCD, arXiv 2402.19159, algorithm 4) in ComfyUI's own scale. There a model
 of discrete times is x = x0 + sigma z, one of a flow x = (1 - sigma) x0 + sigma z; a jump lands at
@@ -35,14 +35,14 @@ TOTAL = 1000
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How a student is drawn with.
+class Settings:
+    """Inference settings of a student.
 
     Attributes:
         times: of the network calls, falling, in training indices (of a flow: before its shift).
         gamma: stochasticity, 0 to 1; 1 re-noises fully, as multistep consistency sampling does.
         law: what gamma is linear in: time (TCD) or noise (CTM).
-        end: where the last jump lands: index0, the least noise that the network knows, or clean.
+        end: where the last jump lands: index0, the least noise of training, or clean.
         skip: LCM's own jump, onto clean data through its skip connection.
     """
 
@@ -54,14 +54,14 @@ class Plan:
 
 
 def grid_times(steps: int, grid: Any = 50, spacing: str = "grid", *, flow: bool = False) -> tuple[float, ...]:
-    """The times that `steps` calls are made at, falling, as the student was trained on them.
+    """Return the times of `steps` calls, falling, from the student's training grid.
 
     Raises:
-        ValueError: there are fewer.
+        ValueError: the grid has fewer.
     """
     if spacing == "tlcm":
         if steps not in TLCM_TIMES:
-            raise ValueError(f"steps = {steps} is in no list of TLCM's; the nearest is {min(max(steps, 1), 8)}")
+            raise ValueError(f"steps = {steps} must be from 1 to 8 with TLCM's times")
         return tuple(n * TOTAL / 8 - (0 if flow else 1) for n in TLCM_TIMES[steps])
     if spacing == "trailing":
         falling = [TOTAL - i * TOTAL / steps for i in range(steps)]
@@ -69,16 +69,16 @@ def grid_times(steps: int, grid: Any = 50, spacing: str = "grid", *, flow: bool 
     less = 0 if flow else 1
     points = list(grid) if isinstance(grid, (list, tuple)) else [n * TOTAL / grid - less for n in range(1, grid + 1)]
     if not 1 <= steps <= len(points):
-        raise ValueError(f"steps = {steps} is out of range; the nearest legal one is {min(max(steps, 1), len(points))}")
+        raise ValueError(f"steps = {steps} must be from 1 to {len(points)}")
     falling = points[::-1]
     return tuple(falling[i * len(points) // steps] for i in range(steps))
 
 
-def plan_of(record: dict[str, Any], steps: int = 0, gamma: float = -1.0) -> Plan:
-    """The plan that a student's own record asks for; other steps and another gamma where they are named.
+def settings_of(record: dict[str, Any], steps: int = 0, gamma: float = -1.0) -> Settings:
+    """Return the settings in a student's record, with other steps or gamma if given.
 
     Raises:
-        ValueError: it is drawn with in a way that this sampler does not have.
+        ValueError: another sampler or jump, or extra conditioning.
     """
     own = record.get("sampling", {})
     sampler, jump = own.get("sampler", "sss"), own.get("jump") or ""
@@ -86,15 +86,15 @@ def plan_of(record: dict[str, Any], steps: int = 0, gamma: float = -1.0) -> Plan
         how = (
             f"sampler {sampler}"
             + (f", jump {jump}" if jump else "")
-            + (", told s or w" if own.get("extra_conditioning") else "")
+            + (", extra conditioning" if own.get("extra_conditioning") else "")
         )
-        raise ValueError(f"this student is drawn with {how}; the nearest way is `fewstep sample`")
+        raise ValueError(f"this student needs {how}, which ComfyUI lacks; draw with `fewstep sample`")
     flow = record.get("path") == "flow"
     count = steps or int(own.get("steps", 4))
     times = grid_times(count, own.get("grid", 50), own.get("spacing", "grid"), flow=flow)
     skip = sampler == "lcm" and jump in ("", "skip")
     strength = 1.0 if sampler == "lcm" else float(own.get("gamma", 0.3)) if gamma < 0 else gamma
-    return Plan(times, strength, own.get("gamma_law", "time"), "clean" if skip else own.get("end", "index0"), skip)
+    return Settings(times, strength, own.get("gamma_law", "time"), "clean" if skip else own.get("end", "index0"), skip)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Scale:
     """A model's path in ComfyUI's own scale.
 
     Attributes:
-        sigma_of: time (as in `Plan`) -> sigma.
+        sigma_of: time (as in `Settings`) -> sigma.
         flow: x = (1 - sigma) x0 + sigma z; else x = x0 + sigma z.
     """
 
@@ -110,77 +110,77 @@ class Scale:
     flow: bool
 
     def alpha(self, sigma: float) -> float:
-        """What x0 is multiplied by."""
+        """Return the factor of x0."""
         return 1 - sigma if self.flow else 1.0
 
     def lowest(self, end: str) -> float:
-        """Sigma of the end point."""
+        """Return sigma of the end point."""
         return 0.0 if end == "clean" else self.sigma_of(1.0 if self.flow else 0.0)
 
     def handed_back(self, x: torch.Tensor, end: float) -> torch.Tensor:
-        """A latent such that ComfyUI's `inverse_noise_scaling` at the last sigma makes it x again."""
+        """Return a latent that ComfyUI's `inverse_noise_scaling` at the last sigma turns into x."""
         return x * (1 - end) if self.flow else x
 
-    def landing(self, plan: Plan, then: float) -> float:
-        """Sigma of where a jump lands before noise brings it up to the time `then`."""
-        low = self.lowest(plan.end)
-        if plan.gamma == 1:
+    def landing(self, settings: Settings, then: float) -> float:
+        """Return sigma of a jump's landing, before noise is added up to the time `then`."""
+        low = self.lowest(settings.end)
+        if settings.gamma == 1:
             return low
-        if plan.law == "noise":
+        if settings.law == "noise":
             now = self.sigma_of(then)
-            ratio = math.sqrt(1 - plan.gamma**2) * now / self.alpha(now)
+            ratio = math.sqrt(1 - settings.gamma**2) * now / self.alpha(now)
             return max(low, ratio / (1 + ratio) if self.flow else ratio)
-        s = (1 - plan.gamma) * then
-        return max(low, self.sigma_of(s if self.flow or plan.gamma == 0 else math.floor(s + 1e-9)))
+        s = (1 - settings.gamma) * then
+        return max(low, self.sigma_of(s if self.flow or settings.gamma == 0 else math.floor(s + 1e-9)))
 
 
 def sample(
     denoise: Callable[[torch.Tensor, float], torch.Tensor],
     x: torch.Tensor,
-    plan: Plan,
+    settings: Settings,
     scale: Scale,
     noise: Callable[[], torch.Tensor],
-    told: Callable[[int, torch.Tensor, torch.Tensor], None] = lambda i, x, x0: None,
+    report: Callable[[int, torch.Tensor, torch.Tensor], None] = lambda i, x, x0: None,
 ) -> torch.Tensor:
-    """Draw from x at the first time. What comes back lies at the end point, in the scale of the model's training.
+    """Sample from x at the first time; return the end point in the scale of the model's training.
 
     Args:
         denoise: (x, sigma) -> x0.
         noise: fresh standard normal noise like x.
-        told: called with (number of the call, x, x0).
+        report: called with (number of the call, x, x0).
     """
-    sigmas = [scale.sigma_of(t) for t in plan.times]
+    sigmas = [scale.sigma_of(t) for t in settings.times]
     for i, sigma in enumerate(sigmas):
         x0 = denoise(x, sigma)
-        told(i, x, x0)
+        report(i, x, x0)
         eps = (x - scale.alpha(sigma) * x0) / sigma
-        if plan.skip:  # LCM's c_skip and c_out, of x in the scale of training
+        if settings.skip:  # LCM's c_skip and c_out, of x in the scale of training
             size = 1.0 if scale.flow else 1 / math.sqrt(1 + sigma**2)
-            t = 10 * (TOTAL * sigma if scale.flow else plan.times[i])
+            t = 10 * (TOTAL * sigma if scale.flow else settings.times[i])
             x0 = 0.25 / (t**2 + 0.25) * size * x + t / math.sqrt(t**2 + 0.25) * x0
         last = i + 1 == len(sigmas)
-        s = scale.lowest(plan.end) if last else scale.landing(plan, plan.times[i + 1])
+        s = scale.lowest(settings.end) if last else scale.landing(settings, settings.times[i + 1])
         x = scale.alpha(s) * x0 + s * eps
-        if not last and plan.gamma > 0:
+        if not last and settings.gamma > 0:
             then = sigmas[i + 1]
             ratio = scale.alpha(then) / scale.alpha(s)
             x = ratio * x + math.sqrt(max(then**2 - (ratio * s) ** 2, 0.0)) * noise()
-    end = scale.lowest(plan.end)
+    end = scale.lowest(settings.end)
     return x if scale.flow else x / math.sqrt(1 + end**2)
 
 
 def noise_after_the_first(x: torch.Tensor, seed: int) -> Callable[[], torch.Tensor]:
-    """The noise of each step: what one CPU generator draws after the noise that the latent began as."""
+    """Return a function for each step's noise: the numbers of a CPU generator after those of the initial latent."""
     generator = torch.Generator("cpu").manual_seed(seed)
     torch.randn(x.shape, generator=generator)
     return lambda: torch.randn(x.shape, generator=generator).to(x)
 
 
 def scale_of(model_sampling: Any) -> Scale:
-    """The path of a loaded model.
+    """Return the path of a loaded model.
 
     Raises:
-        ValueError: it is neither of discrete times nor a plain flow.
+        ValueError: neither discrete times nor a flow with a shift.
     """
     kinds = {kind.__name__ for kind in type(model_sampling).__mro__}
     if "ModelSamplingDiscreteFlow" in kinds:
@@ -192,11 +192,11 @@ def scale_of(model_sampling: Any) -> Scale:
         return Scale(shifted, True)
     if "ModelSamplingDiscrete" in kinds:
         return Scale(lambda t: float(model_sampling.sigma(torch.tensor(float(t)))), False)
-    raise ValueError(f"{type(model_sampling).__name__} is neither of discrete times nor a flow with a shift")
+    raise ValueError(f"{type(model_sampling).__name__} has neither discrete times nor a flow with a shift")
 
 
 def check_model(record: dict[str, Any], model_sampling: Any) -> None:
-    """Refuse a model that ComfyUI takes for one of another kind than the student's base.
+    """Refuse a model whose prediction type in ComfyUI differs from the student's.
 
     Raises:
         ValueError: naming both.
@@ -206,34 +206,33 @@ def check_model(record: dict[str, Any], model_sampling: Any) -> None:
     wanted = record.get("prediction", found)
     if wanted != found:
         raise ValueError(
-            f"the student predicts {wanted}, ComfyUI takes this model for one of {found}; the nearest way is a "
-            "ModelSamplingDiscrete node before this one"
+            f"the student predicts {wanted}, ComfyUI's model {found}; put a ModelSamplingDiscrete node before this one"
         )
 
 
 def read_record(path: str) -> dict[str, Any]:
-    """What a student's file says of itself.
+    """Read the record in a student's metadata.
 
     Raises:
-        ValueError: nothing.
+        ValueError: there is none.
     """
     with open(path, "rb") as stream:
         header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    told = header.get("__metadata__", {}).get("fewstep")
-    if not told:
-        raise ValueError(f"{path} brings no settings; the nearest that does is one that `fewstep export` wrote")
-    record: dict[str, Any] = json.loads(told)
+    text = header.get("__metadata__", {}).get("fewstep")
+    if not text:
+        raise ValueError(f"{path} has no settings in its metadata; use a file that `fewstep export` wrote")
+    record: dict[str, Any] = json.loads(text)
     return record
 
 
 class FewStepStudent:
-    """The node: a model and a student's LoRA -> the student, and how it is drawn with."""
+    """The node: a model and a student's LoRA to the student with its sampler, sigmas and cfg."""
 
     CATEGORY = "sampling/custom_sampling"
     RETURN_TYPES = ("MODEL", "SAMPLER", "SIGMAS", "FLOAT")
     RETURN_NAMES = ("model", "sampler", "sigmas", "cfg")
     FUNCTION = "load"
-    DESCRIPTION = "A few-step student with the times, sampler and gamma that its own file names."
+    DESCRIPTION = "A few-step student with the times, sampler and gamma of its own file."
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802  (ComfyUI's own name)
@@ -269,7 +268,7 @@ class FewStepStudent:
         record = read_record(path)
         held = model.get_model_object("model_sampling")
         check_model(record, held)
-        plan, scale = plan_of(record, steps, gamma), scale_of(held)
+        settings, scale = settings_of(record, steps, gamma), scale_of(held)
         weights = comfy.utils.load_torch_file(path, safe_load=True)
         student, _ = comfy.sd.load_lora_for_models(model, None, weights, strength, 0)
 
@@ -277,17 +276,17 @@ class FewStepStudent:
             more = extra_args or {}
             ones = x.new_ones([len(x)])
 
-            def told(i: int, now: torch.Tensor, x0: torch.Tensor) -> None:
+            def report(i: int, now: torch.Tensor, x0: torch.Tensor) -> None:
                 if callback is not None:
                     callback({"x": now, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": x0})
 
             noise = noise_after_the_first(x, int(more.get("seed") or 0))
-            drawn = sample(lambda y, sigma: net(y, sigma * ones, **more), x, plan, scale, noise, told)
-            return scale.handed_back(drawn, scale.lowest(plan.end))
+            drawn = sample(lambda y, sigma: net(y, sigma * ones, **more), x, settings, scale, noise, report)
+            return scale.handed_back(drawn, scale.lowest(settings.end))
 
-        sigmas = torch.tensor([*(scale.sigma_of(t) for t in plan.times), scale.lowest(plan.end)])
-        said = record.get("guidance", {})
-        guidance = 1.0 if said.get("extra_conditioning") else float(said.get("scale", 1.0))
+        sigmas = torch.tensor([*(scale.sigma_of(t) for t in settings.times), scale.lowest(settings.end)])
+        own = record.get("guidance", {})
+        guidance = 1.0 if own.get("extra_conditioning") else float(own.get("scale", 1.0))
         return student, comfy.samplers.KSAMPLER(function), sigmas, guidance
 
 

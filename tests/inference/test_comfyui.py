@@ -84,7 +84,7 @@ def test_latents_are_ours(node: ModuleType, name: str, sampling: Sampling) -> No
     seed, flow = 11, name == "flow"
     ours = draw_latents(Denoiser(call, path, "x0"), {}, {}, sampling, [seed], (2,), "student")
     scale = node.scale_of(held)
-    plan = node.plan_of({"sampling": sampling.model_dump(mode="json"), "path": name})
+    plan = node.settings_of({"sampling": sampling.model_dump(mode="json"), "path": name})
     own = torch.tensor(plan.times, dtype=torch.float64) / (1000 if flow else 1)
     count = sampling.steps // sampling.calls_a_step
     wanted = inference_times(path, count, grid=sampling.grid, spacing=sampling.spacing)
@@ -111,20 +111,20 @@ def test_latents_are_ours(node: ModuleType, name: str, sampling: Sampling) -> No
 
 def test_what_it_does_not_have_is_refused(node: ModuleType, tmp_path: Path) -> None:
     for own, words in (
-        ({"sampler": "ddim"}, "is drawn with sampler ddim"),
+        ({"sampler": "ddim"}, "needs sampler ddim"),
         ({"jump": "second_order"}, "jump second_order"),
-        ({"extra_conditioning": ["s"]}, "told s or w"),
+        ({"extra_conditioning": ["s"]}, "extra conditioning"),
     ):
         with pytest.raises(ValueError, match=words):
-            node.plan_of({"sampling": own})
-    with pytest.raises(ValueError, match="steps = 9 is in no list of TLCM's; the nearest is 8"):
-        node.plan_of({"sampling": {"spacing": "tlcm"}}, steps=9)
-    with pytest.raises(ValueError, match="steps = 60 is out of range; the nearest legal one is 50"):
-        node.plan_of({"sampling": {}}, steps=60)
-    with pytest.raises(ValueError, match="SimpleNamespace is neither of discrete times nor a flow"):
+            node.settings_of({"sampling": own})
+    with pytest.raises(ValueError, match="steps = 9 must be from 1 to 8"):
+        node.settings_of({"sampling": {"spacing": "tlcm"}}, steps=9)
+    with pytest.raises(ValueError, match="steps = 60 must be from 1 to 50"):
+        node.settings_of({"sampling": {}}, steps=60)
+    with pytest.raises(ValueError, match="SimpleNamespace has neither discrete times nor a flow"):
         node.scale_of(SimpleNamespace())
-    assert node.plan_of({"sampling": {"gamma": 0.2}}).gamma == 0.2
-    assert node.plan_of({"sampling": {"gamma": 0.2}}, gamma=0.5).gamma == 0.5
+    assert node.settings_of({"sampling": {"gamma": 0.2}}).gamma == 0.2
+    assert node.settings_of({"sampling": {"gamma": 0.2}}, gamma=0.5).gamma == 0.5
 
 
 def test_a_model_of_another_kind_is_refused(node: ModuleType) -> None:
@@ -147,7 +147,7 @@ def test_a_model_of_another_kind_is_refused(node: ModuleType) -> None:
             if kind == wanted:
                 node.check_model({"prediction": wanted}, held)
                 continue
-            with pytest.raises(ValueError, match=f"predicts {wanted}, ComfyUI takes this model for one of {kind}"):
+            with pytest.raises(ValueError, match=f"predicts {wanted}, ComfyUI's model {kind}"):
                 node.check_model({"prediction": wanted}, held)
 
 

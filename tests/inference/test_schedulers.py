@@ -209,11 +209,11 @@ def test_a_shift_by_the_size_of_the_picture() -> None:
     assert scheduler.timesteps.tolist() == pytest.approx(wanted.tolist())
     foreign = [1.0, 0.9, 0.1]
     for asked, words in (
-        ({"sigmas": foreign}, r"sigmas = 1, 0\.9, 0\.1 are not taken: .*; the nearest is num_inference_steps = 3"),
-        ({"num_inference_steps": 4, "sigmas": foreign}, "are not taken: .*; the nearest is num_inference_steps = 4"),
-        ({"timesteps": [999.0, 500.0, 100.0], "sigmas": foreign}, "are not taken"),
-        ({"sigmas": []}, r"sigmas = \[\] are not taken"),
-        ({"num_inference_steps": 4, "sigmas": [1.0, 0.5]}, "= 4 is not the number of sigmas; the nearest is 2"),
+        ({"sigmas": foreign}, "sigmas"),
+        ({"num_inference_steps": 4, "sigmas": foreign}, "sigmas"),
+        ({"timesteps": [999.0, 500.0, 100.0], "sigmas": foreign}, "cannot be set"),
+        ({"sigmas": []}, r"sigmas = \[\] cannot be set"),
+        ({"num_inference_steps": 4, "sigmas": [1.0, 0.5]}, "num_inference_steps"),
         ({"timesteps": [999.0, 500.0], "sigmas": [1.0, 0.5]}, "give either num_inference_steps or timesteps"),
     ):
         with pytest.raises(SchedulerError, match=words):
@@ -316,7 +316,7 @@ def test_times_that_are_given_obey_the_strength() -> None:
     own = ConsistencyScheduler()
     own.set_timesteps(timesteps=[999, 739, 499, 259], strength=0.75)
     assert own.timesteps.tolist() == [739, 499, 259]
-    with pytest.raises(ValueError, match=r"strength = 0\.2 lies below all of timesteps = .*; the nearest is 0\.5$"):
+    with pytest.raises(ValueError, match=r"strength = 0\.2 is below all timesteps; use 0\.5 or more$"):
         own.set_timesteps(timesteps=[999, 499], strength=0.2)
     own.set_timesteps(timesteps=[999, 499], strength=0.5)
     assert own.timesteps.tolist() == [499]
@@ -341,7 +341,7 @@ def test_a_shift_by_size_is_the_pipelines(kind: str) -> None:
     kept = own.timesteps
     for asked in ({"num_inference_steps": 4}, {"timesteps": [999.0, 500.0]}, {"sigmas": [1.0, 0.5]}):
         with pytest.raises(
-            SchedulerError, match=r"mu = None, and use_dynamic_shifting = True .* fewstep\.scheduler_for"
+            SchedulerError, match=r"mu = None, but use_dynamic_shifting = True .* fewstep\.scheduler_for"
         ):
             own.set_timesteps(**asked)
     assert own.timesteps is kept, "a refusal changes nothing"
@@ -372,7 +372,7 @@ def test_the_training_grid_as_lcm_pipelines_ask_for_it() -> None:
     own = ConsistencyScheduler.from_config(diffusers.LCMScheduler(original_inference_steps=100).config)
     own.set_timesteps(4, original_inference_steps=100)
     assert own.timesteps.tolist() == [999, 749, 499, 249]
-    with pytest.raises(ValueError, match=r"original_inference_steps = 50 .*; the nearest legal one is 100"):
+    with pytest.raises(ValueError, match=r"original_inference_steps = 50 .*; use 100"):
         own.set_timesteps(4, original_inference_steps=50)
     kept = ConsistencyScheduler.from_config(diffusers.TCDScheduler().config, grid=20)
     assert kept.config["grid"] == 20
@@ -405,42 +405,37 @@ def test_noise_is_added_at_what_networks_are_told() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ask", "words"),
+    ("call", "field"),
     [
-        (lambda: SSSScheduler(gamma=1.2), r"gamma = 1\.2 is outside \[0, 1\]; the nearest legal one is 1"),
-        (lambda: SSSScheduler(gamma="0.3"), r"gamma = '0\.3' is no number but a str; the nearest legal one is 0\.3"),
-        (lambda: SSSScheduler(gamma=None), r"gamma = None is no number but a NoneType; the nearest .* is 0"),
-        (lambda: SSSScheduler(gamma=float("nan")), r"gamma = nan is outside \[0, 1\]; the nearest legal one is 0"),
-        (
-            lambda: SSSScheduler(jump="second_order", r=0),
-            r"r = 0 is outside \[0\.01, 1\]; the nearest legal one is 0\.01",
-        ),
-        (
-            lambda: SSSScheduler(rescale_betas_zero_snr=True),
-            "the nearest legal one is .v_prediction.",
-        ),
-        (lambda: SSSScheduler().set_timesteps(4.5), r"num_inference_steps = 4\.5 is no whole number; the nearest is 4"),
-        (lambda: SSSScheduler().set_timesteps("4"), "= '4' is no number but a str; the nearest legal one is 4"),
-        (lambda: SSSScheduler().set_timesteps(True), "num_inference_steps = True is no number but a bool"),
-        (lambda: SSSScheduler().set_timesteps(math.nan), "steps = nan is no whole number; the nearest is"),
-        (lambda: SSSScheduler().set_timesteps(math.inf), "steps = inf is no whole number; the nearest is"),
-        (lambda: SSSScheduler().set_timesteps(4, strength="1"), "strength = '1' is no number but a str"),
-        (lambda: SSSScheduler().set_timesteps(4, strength=math.nan), "strength = nan is outside .* one is 0.01"),
-        (lambda: SSSScheduler(spacing="even"), "spacing = 'even' is not one of grid, trailing, tlcm"),
-        (lambda: SSSScheduler(jump="skip"), "jump = 'skip' is not one of first_order, second_order"),
-        (lambda: SSSScheduler(path="ve"), "path = 've' is not one of vp, flow"),
-        (lambda: SSSScheduler().set_timesteps(51), "steps = 51 must be within 1 to 50"),
-        (lambda: SSSScheduler(spacing="tlcm", grid=8).set_timesteps(9), "the nearest legal one is 8"),
-        (lambda: SSSScheduler().set_timesteps(4, strength=0.0), "strength = 0.0 is outside"),
-        (lambda: SSSScheduler().set_timesteps(4, timesteps=[999]), "either num_inference_steps or timesteps"),
-        (lambda: SSSScheduler().set_timesteps(timesteps=[1000]), "leave the range 0 to 999"),
-        (lambda: SSSScheduler().step(torch.zeros(1), 999, torch.zeros(1)), "call set_timesteps first"),
+        (lambda: SSSScheduler(gamma=1.2), "gamma"),
+        (lambda: SSSScheduler(gamma="0.3"), "gamma"),
+        (lambda: SSSScheduler(gamma=None), "gamma"),
+        (lambda: SSSScheduler(gamma=float("nan")), "gamma"),
+        (lambda: SSSScheduler(jump="second_order", r=0), "r"),
+        (lambda: SSSScheduler(rescale_betas_zero_snr=True), None),
+        (lambda: SSSScheduler().set_timesteps(4.5), "num_inference_steps"),
+        (lambda: SSSScheduler().set_timesteps("4"), "num_inference_steps"),
+        (lambda: SSSScheduler().set_timesteps(True), "num_inference_steps"),
+        (lambda: SSSScheduler().set_timesteps(math.nan), "num_inference_steps"),
+        (lambda: SSSScheduler().set_timesteps(math.inf), "num_inference_steps"),
+        (lambda: SSSScheduler().set_timesteps(4, strength="1"), "strength"),
+        (lambda: SSSScheduler().set_timesteps(4, strength=math.nan), "strength"),
+        (lambda: SSSScheduler().set_timesteps(4, strength=0.0), "strength"),
+        (lambda: SSSScheduler(spacing="even"), "spacing"),
+        (lambda: SSSScheduler(jump="skip"), "jump"),
+        (lambda: SSSScheduler(path="ve"), "path"),
+        (lambda: SSSScheduler().set_timesteps(51), None),
+        (lambda: SSSScheduler(spacing="tlcm", grid=8).set_timesteps(9), None),
+        (lambda: SSSScheduler().set_timesteps(4, timesteps=[999]), "timesteps"),
+        (lambda: SSSScheduler().set_timesteps(timesteps=[1000]), "timesteps"),
+        (lambda: SSSScheduler().step(torch.zeros(1), 999, torch.zeros(1)), "num_inference_steps"),
     ],
 )
-def test_what_it_cannot_do_is_refused(ask: Any, words: str) -> None:
-    with pytest.raises(ValueError, match=words) as error:
-        ask()
-    assert isinstance(error.value, UserError)
+def test_wrong_arguments_are_refused(call: Any, field: str | None) -> None:
+    """As a UserError that is a ValueError too; checks of other packages (field None) name theirs."""
+    with pytest.raises(SchedulerError) as error:
+        call()
+    assert field is None or error.value.field == field
 
 
 def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
@@ -459,7 +454,7 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
 def test_a_time_that_was_not_set() -> None:
     scheduler = SSSScheduler()
     scheduler.set_timesteps(4)
-    with pytest.raises(SchedulerError, match="timestep = 700 is none of the times; the nearest is 759"):
+    with pytest.raises(SchedulerError, match="timestep = 700 is none of the times 999, 759"):
         scheduler.step(torch.zeros(1, 4, 8, 8), 700, torch.zeros(1, 4, 8, 8))
     for t in scheduler.timesteps:
         scheduler.step(torch.zeros(1, 4, 8, 8), t, torch.zeros(1, 4, 8, 8))

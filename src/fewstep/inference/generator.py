@@ -1,4 +1,4 @@
-"""`fewstep sample`: prompts to pictures with a teacher or a student, and sheets of them to look at."""
+"""Prompts to pictures with a teacher or a student."""
 
 from __future__ import annotations
 
@@ -30,28 +30,26 @@ from fewstep.students.lora_header import LoraHeader
 from fewstep.students.sampling import teacher_sampling
 
 MOST_LATENT_POINTS = 2**16
-"""Points of latents (height x width) that the network draws at once where nobody says how many pictures: 16 of Stable
-Diffusion at 512 x 512, or 4 of SDXL."""
+"""Latent points (height x width) of a batch by default: 16 pictures of Stable Diffusion at 512 x 512, or 4 of SDXL."""
 MOST_DRAWN = 64
-"""Pictures that it then draws at once at most."""
+"""Largest default batch, in pictures."""
 
 
 def default_batch(height: int, width: int) -> int:
-    """How many pictures with latents of that size the network draws at once, where nobody says."""
+    """Return the default batch for latents of a size."""
     return min(MOST_DRAWN, max(1, MOST_LATENT_POINTS // (height * width)))
 
 
 @dataclass(frozen=True)
 class ImageGenerator:
-    """A loaded network that draws: a teacher, or a student with its own settings.
+    """A loaded teacher, or a student with its own inference settings.
 
     Attributes:
-        precision: type that the network computes in; conversions, steps and the autoencoder are fp32.
-        adapter: reads prompts of other languages in the text encoder's place; the null prompt stays the teacher's own.
-        batch: pictures that the network draws at once; None for what a small GPU has room for.
-        lora: file of the LoRA that is merged into the network; None for none.
-        filled: a batch that is left over is filled up by its last picture, which is then drawn more than once: a
-            compiled network has one graph, and a picture is the same wherever it stands in the list.
+        precision: dtype of the network's calls; conversions, steps and the autoencoder are fp32.
+        adapter: encodes prompts of other languages in place of the text encoder; the null prompt stays the teacher's.
+        batch: pictures drawn at once; None for what a small GPU has room for.
+        lora: file of the merged LoRA, if any.
+        filled: pad the last batch by repeating its last picture, as a compiled network has one graph.
     """
 
     backbone: Backbone
@@ -65,9 +63,9 @@ class ImageGenerator:
     filled: bool = False
 
     def encode(self, prompts: Sequence[str]) -> Condition:
-        """Prompts -> what the network is told of them, on the CPU."""
-        own = self.backbone.encode
-        return own(prompts) if self.adapter is None else self.adapter.encode(prompts, own)
+        """Encode prompts, on the CPU."""
+        encode = self.backbone.encode
+        return encode(prompts) if self.adapter is None else self.adapter.encode(prompts, encode)
 
     def latents(
         self,
@@ -78,12 +76,15 @@ class ImageGenerator:
         title: str | None = None,
         source: Source | None = None,
     ) -> Tensor:
-        """One latent a seed, float32 on the CPU; `condition` has one row a seed, a source one or as many.
+        """Draw one latent per seed, float32 on the CPU.
 
-        A title asks for a progress bar.
+        Args:
+            condition: one row per seed.
+            title: of a progress bar; None for no bar.
+            source: one latent or one per seed to start from.
 
         Raises:
-            UserError: a latent is not finite, naming its seed and the file.
+            UserError: a latent is not finite.
         """
         device = self.backbone.device
         null = self.backbone.null(1) if sampling.omega > 0 else {}
@@ -95,28 +96,34 @@ class ImageGenerator:
         silent = title is None or len(seeds) <= batch or not is_main()
         with tqdm(total=len(seeds), desc=title, unit="picture", leave=False, disable=silent) as bar:
             for start in range(0, len(seeds), batch):
-                own = min(batch, len(seeds) - start)
-                wide = batch if self.filled and start else own
-                rows = [start + min(row, own - 1) for row in range(wide)]
+                count = min(batch, len(seeds) - start)
+                padded = batch if self.filled and start else count
+                rows = [start + min(row, count - 1) for row in range(padded)]
                 part = {name: value[rows].to(device) for name, value in condition.items()}
                 with torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32):
-                    begun = source
-                    if source is not None and len(source.latents) > 1:
-                        begun = replace(source, latents=source.latents[rows])
-                    their = [seeds[row] for row in rows]
-                    asked = (sampling, their, shape, self.role, device, begun, self.backbone.arranged)
-                    drawn = draw_latents(self.denoiser, part, null, *asked)[:own]
+                    drawn = draw_latents(
+                        self.denoiser,
+                        part,
+                        null,
+                        sampling,
+                        [seeds[row] for row in rows],
+                        shape,
+                        self.role,
+                        device,
+                        _rows_of(source, rows),
+                        self.backbone.arranged,
+                    )[:count]
                 parts.append(drawn.cpu())
-                if world_size() == 1:  # others would wait for the rest of this one's; `_shared` refuses in all of them
-                    self._check_finite(parts[-1], seeds[start : start + own], "latent")
+                if world_size() == 1:  # with several processes `_draw_rows` checks in all of them
+                    self._check_finite(parts[-1], seeds[start : start + count], "latent")
                 bar.update(len(drawn))
         return torch.cat(parts)
 
     def to_pictures(self, latents: Tensor, seeds: Sequence[int]) -> np.ndarray:
-        """Decode latents, one a seed: uint8 [N, H, W, 3].
+        """Decode latents, one per seed, to uint8 [N, H, W, 3].
 
         Raises:
-            UserError: a decoded picture is not finite, naming its seed and the file.
+            UserError: a decoded picture is not finite.
         """
         parts = []
         for start, decoded in self.backbone.decoded(latents):
@@ -125,7 +132,7 @@ class ImageGenerator:
         return np.concatenate(parts)
 
     def _check_finite(self, values: Tensor, seeds: Sequence[int], what: str) -> None:
-        """Refuse rows, one a seed, with numbers that are not finite; in that case alone the weights are searched."""
+        """Refuse rows, one per seed, with numbers that are not finite, naming the seed and the likely reason."""
         if finite(values):
             return
         row = int((~values.flatten(1).isfinite().all(1)).nonzero()[0])
@@ -146,10 +153,10 @@ class ImageGenerator:
         sampling: Sampling | None = None,
         source: Source | None = None,
     ) -> np.ndarray:
-        """One picture for each (prompt, seed), shared out as `pictures` are; each process reads its own prompts."""
+        """Draw one picture per (prompt, seed), see `pictures`; each process encodes its own prompts."""
         rows = local_rows(len(seeds))
         condition = self.encode([prompts[row] for row in rows])
-        return self._shared(condition, rows, seeds, sampling or self.sampling, title="drawing", source=source)
+        return self._draw_rows(condition, rows, seeds, sampling or self.sampling, title="drawing", source=source)
 
     def pictures(
         self,
@@ -160,15 +167,16 @@ class ImageGenerator:
         title: str | None = None,
         source: Source | None = None,
     ) -> np.ndarray:
-        """The pictures of `latents`, uint8 [N, H, W, 3].
+        """Draw and decode one picture per seed, uint8 [N, H, W, 3]; arguments as of `latents`.
 
-        The processes of a launch share them out; all must ask. The main one gets all, the others [0, H, W, 3].
+        The processes of a launch share the pictures out (a collective). The main process returns all, the others
+        [0, H, W, 3].
         """
         rows = local_rows(len(seeds))
         own = {name: value[rows] for name, value in condition.items()}
-        return self._shared(own, rows, seeds, sampling, title=title, source=source)
+        return self._draw_rows(own, rows, seeds, sampling, title=title, source=source)
 
-    def _shared(
+    def _draw_rows(
         self,
         own: Condition,
         rows: Sequence[int],
@@ -178,28 +186,31 @@ class ImageGenerator:
         title: str | None,
         source: Source | None,
     ) -> np.ndarray:
-        """The same, of this process's rows: `own` is what the network is told of them."""
-        if source is not None and len(source.latents) > 1:
-            source = replace(source, latents=source.latents[rows])
-        latents = self.latents(own, [seeds[row] for row in rows], sampling, title=title, source=source)
+        """Draw the rows of this process, whose condition is `own`, and gather the pictures of all."""
+        own_seeds = [seeds[row] for row in rows]
+        latents = self.latents(own, own_seeds, sampling, title=title, source=_rows_of(source, rows))
         with fail_together():
-            own_seeds = [seeds[row] for row in rows]
             self._check_finite(latents, own_seeds, "latent")
             drawn = self.to_pictures(latents, own_seeds)
         return gather_to_main(torch.from_numpy(drawn), len(seeds)).numpy()
 
 
+def _rows_of(source: Source | None, rows: Sequence[int]) -> Source | None:
+    """Return a source with the latents of some rows; one latent serves all rows."""
+    return source if source is None or len(source.latents) == 1 else replace(source, latents=source.latents[rows])
+
+
 def image_generator_of(
     backbone: Backbone, sampling: Sampling = TEACHER_SAMPLING, embedding: ExtraEmbedding | None = None
 ) -> ImageGenerator:
-    """Let a backbone draw as it is, told by `embedding` what its sampling says that it is told."""
-    ear = ExtraEmbeddingHook(backbone.time_embedding(backbone.network)) if embedding else None
+    """Return a generator for a backbone; `embedding` adds the extra conditioning of its sampling."""
+    hook = ExtraEmbeddingHook(backbone.time_embedding(backbone.network)) if embedding else None
 
     def call(x: Tensor, t: Tensor, condition: Condition, role: str) -> Tensor:
-        if ear is None or embedding is None:
+        if hook is None or embedding is None:
             return backbone.call(backbone.network, x, t, condition)
-        told, rest = split_extra(condition, embedding.parts)
-        with ear.adding(embedding(told)):
+        extra, rest = split_extra(condition, embedding.parts)
+        with hook.adding(embedding(extra)):
             return backbone.call(backbone.network, x, t, rest)
 
     denoiser = Denoiser(call, backbone.path, backbone.prediction, backbone.embedded_guidance)
@@ -216,21 +227,21 @@ def load_image_generator(
     compiled: bool = False,
     batch: int | None = None,
 ) -> ImageGenerator:
-    """Load a pipeline folder and, merged into it, a student's LoRA; prompts are read by an adapter if one is given.
+    """Load a pipeline folder and merge a student's LoRA into it.
 
-    A student (LoRA or whole pipeline) brings its own inference settings; a LoRA that has none is sampled as TCD at
-    4 steps, a pipeline that has none as a teacher.
+    Inference settings are the student's; without any, a LoRA is sampled as TCD at 4 steps and a pipeline as a teacher.
 
     Args:
-        precision: type that the denoiser's weights are kept and its calls computed in, after the LoRA was merged.
-        compiled: compile the denoiser, for the shape of the first batch that is drawn.
-        batch: pictures that it draws at once; None for what a small GPU has room for.
+        adapter: folder of a language adapter for the prompts.
+        precision: dtype of the denoiser's weights and calls, after the LoRA is merged.
+        compiled: compile the denoiser for the shape of the first batch.
+        batch: pictures drawn at once; None for what a small GPU has room for.
 
     Raises:
         UserError: not a pipeline, not a LoRA, or a LoRA or adapter of another base.
     """
     folder = teacher if isinstance(teacher, PipelineFolder) else read_folder(teacher)
-    reads = load_adapter(adapter, folder) if adapter is not None else None
+    language = load_adapter(adapter, folder) if adapter is not None else None
     student = check_lora(lora, folder) if isinstance(lora, Path | str) else lora
     backbone = open_backbone(folder, device)
     backbone.load_encoders()
@@ -240,11 +251,11 @@ def load_image_generator(
         sampling, place = student.sampling or Sampling(), student.file
         merge_lora(backbone.network, read_lora(student))
     if precision != torch.float32:
-        backbone.network.to(precision)  # in main memory still: the device may have no room for more
+        backbone.network.to(precision)  # still in main memory: the device may lack the room for fp32
     backbone.to_device()
     embedding = read_extra_embeddings(place, folder.extra_inputs(sampling.extra_conditioning), backbone.time_width)
     image_generator = image_generator_of(backbone, sampling, embedding.to(backbone.device) if embedding else None)
     if compiled:
         compile_networks([backbone.network])
     file = student.file if student else None
-    return replace(image_generator, adapter=reads, precision=precision, batch=batch, filled=compiled, lora=file)
+    return replace(image_generator, adapter=language, precision=precision, batch=batch, filled=compiled, lora=file)

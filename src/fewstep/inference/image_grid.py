@@ -12,37 +12,38 @@ from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_write
 
 GAP = 4
-"""Pixels between the pictures of a sheet."""
+"""Pixels between the pictures of a grid."""
 LONGEST = {".webp": 16383, ".png": 2**20}
-"""Pixels that a side of a file may have: WebP's own limit, and more than what draws PNGs can show."""
+"""Largest side of a file in pixels: WebP's own limit, and more than PNG viewers show."""
 MOST = 2**29
-"""Pixels of a sheet: 2 GiB in memory."""
+"""Largest number of pixels of a grid: 2 GiB in memory."""
 
 
 def grid_size(n: int, size: tuple[int, int], columns: int, scale: int) -> tuple[int, int]:
-    """Return (width, height) in pixels of a sheet of n pictures of a size (width, height)."""
+    """Return (width, height) in pixels of a grid of n pictures of a size (width, height)."""
     gap = GAP if n > 1 else 0
     return columns * (size[0] * scale + gap) + gap, -(-n // columns) * (size[1] * scale + gap) + gap
 
 
 def check_grid_size(n: int, size: tuple[int, int], columns: int, scale: int, path: Path) -> None:
-    """Refuse a sheet that its file cannot hold, before its pictures are drawn.
+    """Refuse a grid that its file format cannot hold, before its pictures are drawn.
 
     Raises:
-        UserError: naming its size and the limit.
+        UserError: it is too large.
     """
     width, height = grid_size(n, size, columns, scale)
     longest = LONGEST.get(path.suffix.lower(), MOST)
     if max(width, height) > longest or width * height > MOST:
         limit = f"{longest} a side" if max(width, height) > longest else f"{MOST} in all"
         raise UserError(
-            f"out = {str(path)!r}: a sheet of {n} pictures has {width}x{height} pixels, and a {path.suffix} file takes "
-            f"{limit}; draw fewer at once, with a smaller scale, or into a .png file"
+            f"out = {str(path)!r}: a grid of {n} pictures has {width}x{height} pixels, but {path.suffix} files at most "
+            f"{limit}; draw fewer pictures, use a smaller scale, or write a .png file",
+            field="out",
         )
 
 
 def image_grid(pictures: np.ndarray, columns: int, scale: int = 2) -> Image.Image:
-    """Pictures side by side, row by row, enlarged by a whole factor, on white; a single one without a margin."""
+    """Tile pictures row by row on white, enlarged by a whole factor; a single one has no margin."""
     n, h, w, _ = pictures.shape
     gap = GAP if n > 1 else 0
     canvas = Image.new("RGB", grid_size(n, (w, h), columns, scale), "white")
@@ -53,7 +54,7 @@ def image_grid(pictures: np.ndarray, columns: int, scale: int = 2) -> Image.Imag
 
 
 def labelled_grid(rows: Sequence[tuple[str, np.ndarray]], labels: Sequence[str], scale: int = 2) -> Image.Image:
-    """A grid with a name before each row and a label over each column."""
+    """Tile rows of pictures with a name before each row and a label over each column."""
     margin, head = 150, 18
     body = image_grid(np.concatenate([pictures for _, pictures in rows]), len(labels), scale)
     canvas = Image.new("RGB", (body.width + margin, body.height + head), "white")
@@ -72,15 +73,13 @@ def save_image(image: Image.Image, path: Path) -> Path:
     """Write a picture (PNG or WebP by its suffix), atomically.
 
     Raises:
-        UserError: another suffix, or a place that cannot be written to.
+        UserError: another suffix, or the file cannot be written.
     """
     kinds = {".png": "PNG", ".webp": "WEBP"}
     if path.suffix.lower() not in kinds:
         raise UserError(
-            f"out = {str(path)!r} must end in .png or .webp; the nearest is {path.with_suffix('.png').name!r}"
+            f"out = {str(path)!r} must end in .png or .webp; use {path.with_suffix('.png').name!r}", field="out"
         )
     with atomic_write(path) as part:
-        image.save(
-            part, format=kinds[path.suffix.lower()], **({"lossless": True} if path.suffix.lower() == ".webp" else {})
-        )
+        image.save(part, format=kinds[path.suffix.lower()], lossless=True)  # a PNG is so in any case
     return path

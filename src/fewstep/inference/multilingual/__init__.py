@@ -1,1 +1,1 @@
-"""Prompts of any language: a multilingual sentence vector, and an adapter from it to a teacher's token states."""
+"""Prompts of any language: an adapter from multilingual sentence vectors to a teacher's token states."""

@@ -1,10 +1,9 @@
-"""From a multilingual sentence vector to a teacher's token states, by way of captions that the teacher knows.
+"""Adapter from multilingual sentence vectors to a teacher's token states, by retrieval of stored captions.
 
-A text's sentence vector v goes through a learned map, q = (W v + b) / |W v + b|. Its likeness to known captions' own
-vectors k_j gives them weights, w = softmax(q . k / temperature) over the nearest `mixed` of them (one, by default), and
-the prompt's states are the mean of these captions' states under w. A pooled vector does not hold the order of words
-that token states need, and states that are regressed from it lie where the denoiser has seen none; states of captions
-lie where it has.
+A sentence vector v is mapped to q = (W v + b) / |W v + b|. The weights of the stored captions are
+w = softmax(q . k / temperature) over the `mixed` captions (one by default) with the most similar vectors k. The
+prompt's states are the weighted mean of the states of these captions. States regressed from v would be out of the
+denoiser's training distribution, as a pooled vector does not hold the order of words; states of captions are within it.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ Encode = Callable[[Sequence[str]], Condition]
 
 
 class SentenceMap(nn.Module):
-    """Sentence vectors of any language -> where the known captions' vectors lie; as they are, before training."""
+    """Linear map of sentence vectors onto the vectors of the stored captions; the identity before training."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -44,7 +43,7 @@ class SentenceMap(nn.Module):
         return F.normalize(F.linear(vectors, self.weight, self.bias), dim=1)
 
     def moved(self) -> Tensor:
-        """Squared distance of its weights from those that change nothing."""
+        """Return the squared distance of the weights from the identity."""
         return (self.weight - torch.eye(len(self.bias)).to(self.weight)).square().sum() + self.bias.square().sum()
 
 
@@ -53,11 +52,11 @@ class Adapter:
     """A trained adapter, on the CPU.
 
     Attributes:
-        network: the map.
-        keys: the known captions' sentence vectors, float32 [K, width].
-        captions: the K captions, in the teacher's own language.
+        network: the map of sentence vectors.
+        keys: sentence vectors of the stored captions, float32 [K, width].
+        captions: the K captions, in the teacher's language.
         sentence: the sentence encoder.
-        config: settings; `mixed` and `temperature` are those of drawing.
+        config: its settings; `mixed` and `temperature` apply to inference.
     """
 
     network: SentenceMap
@@ -68,35 +67,35 @@ class Adapter:
 
     @torch.inference_mode()
     def shares(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Known captions and their weights: int64 and float32 [N, mixed], the largest first; a row's sum is 1."""
-        likeness = self.network(torch.from_numpy(self.sentence(prompts))) @ self.keys.T
-        best, rows = likeness.topk(min(self.config.mixed, len(self.captions)), dim=1)
+        """Return caption numbers and weights, int64 and float32 [N, mixed], largest first; rows of weights sum to 1."""
+        similarity = self.network(torch.from_numpy(self.sentence(prompts))) @ self.keys.T
+        best, rows = similarity.topk(min(self.config.mixed, len(self.captions)), dim=1)
         return rows, (best / self.config.temperature).softmax(dim=1)
 
     @torch.inference_mode()
     def readings(self, prompts: Sequence[str]) -> list[tuple[str, float]]:
-        """The known caption that each prompt is nearest to, and their likeness, a cosine."""
+        """Return the most similar caption of each prompt and their cosine similarity."""
         rows, _ = self.shares(prompts)
-        nearest = [int(row) for row in rows[:, 0]]
-        likeness = (self.network(torch.from_numpy(self.sentence(prompts))) * self.keys[nearest]).sum(1)
-        return [(self.captions[row], float(cosine)) for row, cosine in zip(nearest, likeness, strict=True)]
+        first = [int(row) for row in rows[:, 0]]
+        cosines = (self.network(torch.from_numpy(self.sentence(prompts))) * self.keys[first]).sum(1)
+        return [(self.captions[row], float(cosine)) for row, cosine in zip(first, cosines, strict=True)]
 
     def encode(self, prompts: Sequence[str], encode: Encode) -> Condition:
-        """Prompts of any language -> what the teacher's `encode` says of known captions, mixed.
+        """Encode prompts of any language as weighted means of the captions' states by the teacher's `encode`.
 
-        The result has the names, shapes and padding that `encode` gives, float32 [N, tokens, width].
+        Names, shapes and padding are those of `encode`, float32 [N, tokens, width].
         """
         rows, weights = self.shares(prompts)
         distinct, place = torch.unique(rows, return_inverse=True)
-        known = encode([self.captions[int(row)] for row in distinct])
-        return {name: torch.einsum("nk,nk...->n...", weights, states[place]) for name, states in known.items()}
+        encoded = encode([self.captions[int(row)] for row in distinct])
+        return {name: torch.einsum("nk,nk...->n...", weights, states[place]) for name, states in encoded.items()}
 
 
 def save_adapter(place: Path, adapter: Adapter, folder: PipelineFolder, notes: Mapping[str, Any]) -> None:
-    """Write weights, and what identifies them; the folder appears whole or not at all.
+    """Write weights and their record to a folder, atomically.
 
     Raises:
-        UserError: the place cannot be written to.
+        UserError: the folder cannot be written.
     """
     with atomic_folder(place) as part:
         save_tensors(part / WEIGHTS, {**adapter.network.state_dict(), "keys": adapter.keys})
@@ -112,7 +111,7 @@ def save_adapter(place: Path, adapter: Adapter, folder: PipelineFolder, notes: M
 
 
 def load_adapter(place: Path | str, folder: PipelineFolder, sentence: SentenceEncoder | None = None) -> Adapter:
-    """Read an adapter that shall stand beside a teacher.
+    """Read an adapter for a teacher.
 
     Args:
         place: its folder.

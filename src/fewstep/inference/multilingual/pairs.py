@@ -1,4 +1,4 @@
-"""Text pairs: what a prompt says in any language, and the same in the teacher's own."""
+"""Text pairs: a prompt in any language and its translation into the teacher's language."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fewstep.common.text import lines_of, parse_json, read_text
 
 
 class Pair(NamedTuple):
-    """One text in two languages (or in the teacher's own language twice)."""
+    """A text in two languages (or in the teacher's language twice)."""
 
     source: str
     target: str
@@ -22,14 +22,14 @@ class Pair(NamedTuple):
 def read_pairs(path: Path | str) -> tuple[Pair, ...]:
     """Read pairs of a .tsv file (source, tab, target a line) or a .jsonl file ({"source": ..., "target": ...}).
 
-    A first line `source, tab, target` names the columns of a table and is no pair.
+    A first line `source, tab, target` is a header.
 
     Raises:
-        UserError: another suffix, unreadable, no pair, or a line that holds none.
+        UserError: another suffix, unreadable, no pair, or a line of another form.
     """
     path = Path(path)
     if path.suffix.lower() not in (".tsv", ".jsonl"):
-        raise UserError(f"pairs = {str(path)!r} must end in .tsv or .jsonl; the nearest is {path.stem + '.tsv'!r}")
+        raise UserError(f"pairs = {str(path)!r} must end in .tsv or .jsonl", field="pairs")
     try:
         lines = lines_of(read_text(path))
     except OSError as error:
@@ -53,7 +53,7 @@ def read_pairs(path: Path | str) -> tuple[Pair, ...]:
             raise UserError(f"pairs = {str(path)!r}: line {number} is not of the form {form}")
         found.append(pair)
     if not found:
-        raise UserError(f"pairs = {str(path)!r} holds no pair; write one a line")
+        raise UserError(f"pairs = {str(path)!r} holds no pair; write one per line", field="pairs")
     return tuple(found)
 
 
@@ -70,5 +70,5 @@ def _json(line: str) -> Pair | None:
 
 
 def fingerprint(pairs: Iterable[Pair]) -> str:
-    """sha256 of the pairs in their order."""
+    """Return the SHA-256 of the pairs in their order."""
     return hashlib.sha256(json.dumps([list(pair) for pair in pairs]).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What an adapter's folder says of itself: read, and refused beside a wrong teacher, before torch is imported."""
+"""The record of an adapter's folder, read and checked against a teacher before torch is imported."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fewstep.inference.multilingual.settings import PACKAGES
 WEIGHTS = "adapter.safetensors"
 RECORD = "adapter.json"
 FIELDS = ("teacher", "sentence", "settings", "captions", "weights_sha256")
-"""What a record must hold."""
+"""Required entries of a record."""
 
 
 def text_side(folder: PipelineFolder) -> str:
-    """Fingerprint of what turns a teacher's prompts into states."""
+    """Return a fingerprint of a teacher's text encoder and tokenizer."""
     return folder.identity("text_encoder", "tokenizer")
 
 
@@ -27,7 +27,7 @@ def read_adapter(place: Path | str, folder: PipelineFolder) -> dict[str, Any]:
 
     Args:
         place: its folder.
-        folder: the teacher that it shall stand beside.
+        folder: the teacher.
 
     Raises:
         UserError: no adapter, one of another teacher's text encoder, or its sentence encoder is not installed.

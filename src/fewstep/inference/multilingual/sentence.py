@@ -1,4 +1,4 @@
-"""A frozen multilingual sentence encoder: texts of any of its languages in, one vector each out."""
+"""A frozen multilingual sentence encoder: one vector per text."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ Vectors = npt.NDArray[np.float32]
 
 
 class SentenceEncoder(Protocol):
-    """Frozen: texts -> vectors of length 1."""
+    """Frozen map from texts to vectors of length 1."""
 
     @property
     def name(self) -> str:
-        """What it is."""
+        """Name and version."""
         ...
 
     @property
     def sha256(self) -> str:
-        """Of its files."""
+        """Digest of its files."""
         ...
 
     @property
     def width(self) -> int:
-        """Numbers a text."""
+        """Width of a vector."""
         ...
 
     def __call__(self, texts: Sequence[str]) -> Vectors:
-        """Return float32 [N, width]; a text's vector depends on that text alone."""
+        """Return float32 [N, width]; a vector depends on its own text alone."""
         ...
 
 
@@ -45,7 +45,7 @@ class UniversalSentence:
     """The multilingual Universal Sentence Encoder (arXiv 1907.04307) of the extra `multilingual`: 16 languages, 512.
 
     Args:
-        batch: texts at a time. One is slow (40 ms), and exact: those of one batch move each other's last digits.
+        batch: texts at a time. Above one is faster than 40 ms a text, but the last digits depend on the batch.
 
     Raises:
         UserError: the extra is not installed.
@@ -65,7 +65,7 @@ class UniversalSentence:
 
     @cached_property
     def sha256(self) -> str:
-        """Of its weights and vocabulary."""
+        """Digest of its weights and vocabulary."""
         return sha256(*self._files)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Training of a language adapter from text pairs alone: no picture, and no state of the teacher, is looked at."""
+"""Training of a language adapter from text pairs alone, without pictures or the teacher's states."""
 
 from __future__ import annotations
 
@@ -27,24 +27,21 @@ from fewstep.training.update import Batch, Update
 def adapter_loss(
     network: SentenceMap, config: AdapterConfig, vectors: Tensor, rows: Tensor, keys: Tensor, rng: KeyedRng
 ) -> Loss:
-    """Cross-entropy of the known captions, and the pull towards leaving vectors as they are.
+    """Return the cross-entropy of the captions plus the penalty on the map's distance from the identity.
 
-    Sentence vectors of a multilingual encoder are nearly aligned already; without the pull a map that is learned from
-    a thousand pairs fits these and loses the rest.
+    Sentence vectors of a multilingual encoder are nearly aligned already; without the penalty a map that is learned
+    from a thousand pairs overfits.
 
     Args:
-        network: the map.
-        config: noise, temperature, pull.
         vectors: sentence vectors of the sources, [B, width].
-        rows: which captions they mean, int64 [B].
-        keys: the captions' own vectors, [K, width].
-        rng: of this step.
+        rows: numbers of their captions, int64 [B].
+        keys: sentence vectors of the captions, [K, width].
     """
     width = vectors.shape[1]
     noise = config.noise / width**0.5 * rng.normal("noise", (width,))
-    likeness = network(F.normalize(vectors + noise, dim=1)) @ keys.T
-    error = F.cross_entropy(likeness / config.temperature, rows)
-    right = (likeness.argmax(1) == rows).float().mean()
+    similarity = network(F.normalize(vectors + noise, dim=1)) @ keys.T
+    error = F.cross_entropy(similarity / config.temperature, rows)
+    right = (similarity.argmax(1) == rows).float().mean()
     return Loss(error + config.anchor * network.moved(), scalars={"entropy": error, "right": right})
 
 
@@ -61,11 +58,10 @@ def train_adapter(
     """Train an adapter, resuming from the run folder's newest checkpoint, and save it.
 
     Args:
-        config: what it is, and how it learns.
-        folder: the teacher that it will stand beside.
-        pairs: texts and what they are in the teacher's language; the latter are the captions that it will know.
-        out: the run's folder: config, log, checkpoints.
-        target: where the adapter goes, `out/adapter` by default.
+        folder: the teacher.
+        pairs: texts and their translations into the teacher's language; the translations are the stored captions.
+        out: run folder.
+        target: the adapter's folder, `out/adapter` by default.
         sentence: the sentence encoder; the one of the extra `multilingual` by default.
         quiet: show no progress bar.
 

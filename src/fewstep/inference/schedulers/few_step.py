@@ -1,11 +1,10 @@
-"""Our samplers as schedulers of diffusers, for any of its pipelines: the pipeline owns the loop and calls `step`.
+"""Our samplers as diffusers schedulers, for any pipeline.
 
     pipe.scheduler = SSSScheduler.from_config(pipe.scheduler.config, gamma=0.3)
 
-They take their times from `grid` and their steps from `jump` and `sampler`, so that pictures are those of
-`fewstep sample`. gamma stands in the scheduler's config, and `step` takes no `eta`: a pipeline's own `eta`, 0 where
-nobody names it, cannot undo it. `num_inference_steps` counts jumps; one of second order makes two network calls, and
-`order` says so, as pipelines expect.
+Times come from the training grid and jumps from `diffusion`, so that pictures equal those of `fewstep sample`. gamma is
+part of the scheduler's config; `step` takes no `eta`, so that a pipeline's default `eta` of 0 has no effect.
+`num_inference_steps` counts jumps; a second-order jump makes two network calls, and `order` is 2.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any, get_args
 
 from diffusers.configuration_utils import register_to_config
 
-# diffusers finds out how a saved component is loaded by the base classes that the component's own module holds
+# diffusers finds the loader of a saved component by the base classes in the component's own module
 from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
 
 from fewstep.common.choices import End, GammaRule, Jump
@@ -24,25 +23,25 @@ from fewstep.inference.schedulers.base import FewStepScheduler
 from fewstep.inference.schedulers.checks import check_common, check_number, check_word
 
 LEAST_R = 0.01
-"""The nearest to t that a second-order jump's mid-point may lie, as a share of the way."""
+"""Least distance of a second-order jump's mid-point from t, as a share of the jump."""
 
 
 class SSSScheduler(FewStepScheduler):
     """Strategic stochastic sampling (TCD, arXiv 2402.19159, algorithm 4), of first and second order.
 
     Args:
-        gamma: stochasticity of each step, 0 to 1. It is this scheduler's own: a pipeline's `eta` is not listened to.
+        gamma: stochasticity of each step, 0 to 1; a pipeline's `eta` is ignored.
         gamma_law: what gamma is linear in: time (TCD) or noise (CTM's sampling).
         jump: first_order, or second_order with two network calls a jump.
         r, form: mid-point and predictions of a second-order jump.
         grid: the training grid that times are taken from: N points, or the points.
         spacing: grid (LCM's and TCD's rule), trailing, or tlcm (its own lists for 2 to 8 steps).
-        end: where the last jump lands: index0 (the least noise that networks know, as TCD's released sampler) or clean.
+        end: where the last jump lands: index0 (the least noise of training, as TCD's released sampler) or clean.
         path: vp, by betas, or flow.
         shift, use_dynamic_shifting: of a flow.
 
     Raises:
-        ValueError: an illegal value, naming the nearest legal one.
+        ValueError: an illegal value.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -67,7 +66,7 @@ class SSSScheduler(FewStepScheduler):
         spacing: str = "grid",
         end: str = "index0",
     ) -> None:
-        # plain numbers, whoever's they were: a config is written as JSON
+        # plain numbers: a config is written as JSON
         self.register_to_config(gamma=check_number("gamma", gamma, 0.0, 1.0), r=check_number("r", r, LEAST_R, 1.0))
         check_word("gamma_law", gamma_law, get_args(GammaRule))
         check_word("jump", jump, ("first_order", "second_order"))
@@ -109,7 +108,7 @@ class ConsistencyScheduler(FewStepScheduler):
         spacing: str = "grid",
         end: str = "clean",
     ) -> None:
-        self.register_to_config(r=check_number("r", r, LEAST_R, 1.0))  # a plain number, whoever's it was
+        self.register_to_config(r=check_number("r", r, LEAST_R, 1.0))
         check_word("jump", jump, get_args(Jump))
         check_common(path, prediction_type, spacing, end, form)
         self._start()
