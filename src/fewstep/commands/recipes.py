@@ -31,8 +31,7 @@ def table() -> Iterator[str]:
     """Yield the lines of the table of recipes."""
     from fewstep.distillation.config import resolve
     from fewstep.methods.cost import step_calls
-    from fewstep.methods.recipes import names
-    from fewstep.methods.recipes.about import ABOUT
+    from fewstep.methods.recipes import describe, names
 
     yield f"{'recipe':<10}{'steps':>5}{'cost':>6}  {'paper':<12}good for"
     for name in names():
@@ -40,7 +39,8 @@ def table() -> Iterator[str]:
         stages = config.each_stage()
         calls = sum(stage.loop.steps * sum(step_calls(stage.method).values()) for stage in stages)
         cost = calls / sum(stage.loop.steps for stage in stages)
-        yield f"{name:<10}{config.sampling.steps:>5}{cost:>6.3g}  {ABOUT[name].paper:<12}{ABOUT[name].use}"
+        about = describe(name)
+        yield f"{name:<10}{config.sampling.steps:>5}{cost:>6.3g}  {about['paper']:<12}{about['about']}"
 
 
 def setting_lines() -> Iterator[str]:

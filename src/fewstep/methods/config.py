@@ -141,7 +141,7 @@ class ConsistencyConfig(Config):
     k_low: int | None = Field(None, ge=1, description="smallest skip, drawn up to k; null for k alone")
     substeps: int = Field(1, ge=1, description="solver steps between t_{n+k} and t_n")
     segments: int = Field(1, ge=1, description="M, segments of the grid; jumps stay inside one")
-    s: SRule = Field("uniform", description="where jumps land: edge (of the segment), uniform, inference, next")
+    s: SRule = Field("uniform", description="where jumps land: a rule of methods/times.py")
     inference_steps: tuple[int, int] = Field((4, 8), description="step counts whose times s = inference draws from")
     reach: float = Field(
         0.26, gt=0, le=1, description="largest distance of s = inference below t_n, as a share of the grid"

@@ -1,9 +1,9 @@
 """Checkpoints: safetensors and JSON only, whole or absent, exact.
 
 A checkpoint is a folder `checkpoints/step-00000400/` with, for each update of the plan,
-`<name>.safetensors` (trainable weights, fp32), `<name>.optimizer.safetensors` and, where there is one,
-`<name>.ema.safetensors`, beside `state.json`: step, counters, what the next log line is to say, the caller's notes, and
-the digests of all files.
+`<name>.safetensors` (trainable weights, fp32), `<name>.optimizer.safetensors` and, where there are any,
+`<name>.ema.safetensors` (average that is saved as the student) and `<name>.follower.safetensors` (EMA target), beside
+`state.json`: step, counters, sums of the next log line, the caller's notes, and the digests of all files.
 """
 
 from __future__ import annotations

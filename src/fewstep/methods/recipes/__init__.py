@@ -28,12 +28,30 @@ def rows() -> list[str]:
     return [name for name in names() if name not in (*LISTS, *WHOLE)]
 
 
+ABOUT = ("paper", "about")
+"""Keys of a recipe that describe it: arXiv number, and what it is good for."""
+
+
+def describe(name: str) -> dict[str, str]:
+    """Return the description of a bundled recipe or YAML file, by the keys of `ABOUT`; an empty string for none."""
+    data = _read(name)
+    return {key: str(data.get(key, "")) for key in ABOUT}
+
+
 def read_recipe(name: str, model: type[BaseModel] | None = None) -> dict[str, Any]:
-    """Read a bundled recipe by name, or any YAML file by path; `model` is the config that it is for, see `read_yaml`.
+    """Return the settings of a bundled recipe by name, or of any YAML file by path.
+
+    Args:
+        model: config that the settings are for, see `read_yaml`.
 
     Raises:
         UserError: no such recipe.
     """
+    return {key: value for key, value in _read(name, model).items() if key not in ABOUT}
+
+
+def _read(name: str, model: type[BaseModel] | None = None) -> dict[str, Any]:
+    """Return everything in a recipe's file."""
     if name.endswith((".yaml", ".yml")):
         return read_yaml(Path(name), model)
     if name not in names():
