@@ -323,17 +323,18 @@ def test_a_resolved_config_resolves_to_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    "settings",
     [
-        ({"steps": 51}, r"steps = 51 .* nearest legal one is 50"),
-        ({"steps": 11, "grid": 10}, r"steps = 11 .* nearest legal one is 10"),
-        ({"steps": 102, "sampler": "dpmpp_2s"}, r"steps = 102 .* nearest legal one is 100"),
-        ({"steps": 5, "sampler": "dpmpp_2s"}, r"steps = 5 network calls .* nearest legal one is 6"),
+        {"steps": 51},
+        {"steps": 11, "grid": 10},
+        {"steps": 102, "sampler": "dpmpp_2s"},
+        {"steps": 5, "sampler": "dpmpp_2s"},
     ],
 )
-def test_sampling_steps_fit_their_grid(settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(UserError, match=words):
+def test_sampling_steps_fit_their_grid(settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError) as refused:
         validate(Sampling, settings)
+    assert refused.value.field == "steps"
 
 
 def test_sampling_steps_that_fit() -> None:

@@ -390,7 +390,7 @@ def test_the_teacher_computes_in_a_type_of_its_own(
         (["loop.shard=true", "loop.compile=true"], "loop.compile = True does not go with loop.shard = True", "False"),
         (["loop.shard=true", "student.base=4bit"], "student.base = '4bit' does not go with loop.shard = True", "fp32"),
         (["loop.shard=true", "optim.kind=adamw_8bit"], "optim.kind = 'adamw_8bit' does not go with loop.sh", "adamw"),
-        (["loop.shard=true", "loop.precision=fp16"], "loop: precision = 'fp16' has a loss scale that", "bf16"),
+        (["loop.shard=true", "loop.precision=fp16"], "loop.precision = 'fp16' needs a loss scale", "bf16"),
         (["student.base=5bit"], "student.base = '5bit'", "8bit"),
         (
             ["student.base=bf16", "loop.precision=bf16", "student.teacher_precision=fp32"],

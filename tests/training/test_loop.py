@@ -276,17 +276,18 @@ def test_the_rate_of_a_rare_update_runs_over_its_own_count(tmp_path: Path) -> No
     assert not torch.equal(w.detach(), before[-1])
 
 
-def test_a_batch_that_cannot_be_split_is_refused_with_the_nearest(tmp_path: Path) -> None:
-    for batch, accumulate, nearest in ((6, 4, 4), (7, 4, 8), (2, 4, 4), (10, 4, 8), (31, 2, 30)):
-        with pytest.raises(ValueError, match=rf"batch = {batch} .*accumulate = {accumulate}.* is {nearest} "):
+def test_a_batch_that_cannot_be_split_is_refused(tmp_path: Path) -> None:
+    for batch, accumulate in ((6, 4), (2, 4), (31, 2)):
+        with pytest.raises(ValueError, match=rf"batch = {batch} .*accumulate = {accumulate}"):
             LoopConfig(batch=batch, accumulate=accumulate)
 
     class Two:  # a launch of two processes
         num_processes, process_index, is_main_process, device, scaler = 2, 0, True, CPU, None
 
     w = weights()
-    with pytest.raises(UserError, match=r"loop.batch = 5 is not a multiple .* 2 processes; .* is 4"):
+    with pytest.raises(UserError, match="2 processes") as refused:
         run(tmp_path, single(w), steps=1, batch=5, accelerator=Two())
+    assert refused.value.field == "loop.batch"
 
 
 class StopError(Exception):
@@ -407,7 +408,7 @@ def test_what_killed_runs_left_is_swept_away(tmp_path: Path) -> None:
     assert not (tmp_path / ".student.abc.part").exists()
 
 
-def test_a_failing_fetch_is_heard(tmp_path: Path) -> None:
+def test_an_error_of_fetch_is_raised(tmp_path: Path) -> None:
     def broken(items: np.ndarray, rng: KeyedRng) -> Batch:
         raise UserError("gone")
 

@@ -106,7 +106,7 @@ def _settings(
         UserError: a setting, the teacher, the data, the run folder or the installation does not allow it.
     """
     from fewstep.backbones.teachers import named_teacher, read_teacher
-    from fewstep.common.extras import WATCHING, check_installed
+    from fewstep.common.extras import VALIDATION_PACKAGES, check_installed
     from fewstep.common.files import check_writable
     from fewstep.distillation.checks import check_distillation
     from fewstep.distillation.config import resolve
@@ -120,7 +120,7 @@ def _settings(
     check_same_run(out, settings, later=True)
     stages = settings.each_stage()
     if any(stage.loop.validate_every for stage in stages):
-        check_installed("distill with loop.validate_every", WATCHING)
+        check_installed("distill with loop.validate_every", VALIDATION_PACKAGES)
     quantized = [word for stage in stages for word in (stage.student.base, stage.optim.kind) if word.endswith("bit")]
     if quantized:
         check_installed(f"distill with {quantized[0]}", ["bitsandbytes"], "quantize")

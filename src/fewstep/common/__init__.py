@@ -1,1 +1,1 @@
-"""What every part may use: text that people write. Knows nothing else of the project."""
+"""Modules that every other package uses."""

@@ -1,10 +1,10 @@
-"""The words that choose: one name, one meaning, everywhere. Light, so that configs can be read without torch."""
+"""Legal values of settings, one meaning each; importable without torch."""
 
 from __future__ import annotations
 
 from typing import Literal, get_args
 
-from fewstep.common.errors import UserError, nearest
+from fewstep.common.errors import UserError, did_you_mean
 
 BaseFormat = Literal["fp32", "bf16", "8bit", "4bit"]
 """How frozen weights are kept."""
@@ -74,11 +74,13 @@ def omega_of(scale: float, convention: Convention) -> float:
 
 
 def check_device(name: str) -> None:
-    """Refuse a device that is none, without looking for it.
+    """Refuse an unknown device name; the device itself need not exist.
 
     Raises:
         UserError: another name than auto, cpu, cuda.
     """
     legal = get_args(DeviceName)
     if name not in legal:
-        raise UserError(f"device = {name!r} is not one of {', '.join(legal)}; the nearest is {nearest(name, legal)!r}")
+        raise UserError(
+            f"device = {name!r} is not one of {', '.join(legal)}{did_you_mean(name, legal)}", field="device"
+        )

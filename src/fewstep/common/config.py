@@ -1,7 +1,7 @@
-"""Typed configuration: YAML files, dotted overrides, one-line refusals.
+"""Typed configuration: YAML files, dotted overrides, one-line errors.
 
-Every config of the project is a frozen pydantic model. What is laid over its defaults (a recipe, a YAML file,
-`a.b.c=value` overrides) is merged and validated here. Errors name the field and, for a near spelling, the key meant.
+Every config of the project is a frozen pydantic model. Recipes, YAML files and `a.b.c=value` overrides are merged over
+its defaults and validated here.
 """
 
 from __future__ import annotations
@@ -20,10 +20,7 @@ from fewstep.common.text import read_text
 
 
 class Config(BaseModel):
-    """Base of every config: frozen, closed to unknown keys and to infinities.
-
-    A folder named 2024 is read from YAML as a number; it becomes text again where text is wanted.
-    """
+    """Base of every config: frozen, without unknown keys and infinities; numbers become text in text fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
 
@@ -33,7 +30,7 @@ class Config(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _current_names(cls, data: Any) -> Any:
-        """Read fields under their old names. What is laid over under an old name wins."""
+        """Rename old names; values under old names override those under current ones."""
         if not isinstance(data, Mapping) or not cls.renamed.keys() & data.keys():
             return data
         current = {name: value for name, value in data.items() if name not in cls.renamed}
@@ -42,11 +39,11 @@ class Config(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _numbers_are_no_truth_values(cls, value: Any, info: ValidationInfo) -> Any:
-        """pydantic would read true as 1."""
+        """Refuse true and false for numbers; pydantic would read true as 1."""
         if isinstance(value, bool) and info.field_name is not None:
             annotation = cls.model_fields[info.field_name].annotation
             if not core_yaml.takes_truth(annotation):
-                raise ValueError("a truth value stands where there is none; give a number or a word")
+                raise ValueError("must be a number or a word, not true or false")
         return value
 
 
@@ -57,7 +54,7 @@ def read_yaml(path: Path | str, model: type[BaseModel] | None = None) -> dict[st
     """Read a YAML mapping.
 
     Args:
-        model: config that the mapping is for: plain scalars of its text fields stay as they are written.
+        model: config of the mapping; plain scalars of its text fields stay text.
 
     Raises:
         UserError: missing, unreadable, not YAML, a key that appears twice, or not a mapping.
@@ -77,12 +74,12 @@ def read_yaml(path: Path | str, model: type[BaseModel] | None = None) -> dict[st
 
 
 def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `base` with `change` laid over it; nested mappings are merged, anything else is replaced.
+    """Return `base` overridden by `change`; nested mappings are merged, other values replaced.
 
-    A mapping laid over a list of named items (stages) changes those that it names.
+    A mapping over a list of named items (stages) changes the items that it names.
 
     Raises:
-        UserError: it names one that is not there.
+        UserError: an item of that name does not exist.
     """
     result = dict(base)
     for key, value in change.items():
@@ -97,33 +94,32 @@ def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _are_named(items: Sequence[Any]) -> bool:
-    """Whether it is a list of mappings with a name each."""
+    """Return whether all items are mappings with a name."""
     return bool(items) and all(isinstance(item, Mapping) and "name" in item for item in items)
 
 
 def _merge_named(key: str, items: Sequence[Any], change: Mapping[str, Any]) -> list[Any]:
-    """A list of mappings with a name each, some of them changed."""
+    """Return a list of named mappings with changes to some of them."""
     names = [str(item["name"]) for item in items]
     for name, own in change.items():
         if name not in names:
             known = f"{key} holds {', '.join(names)}{did_you_mean(str(name), names)}"
             raise UserError(f"{key}.{name}: {known}", field=f"{key}.{name}")
         if not isinstance(own, Mapping):
-            raise UserError(f"{key}.{name} = {own!r} must be a mapping of what changes, e.g. {{share: 100}}")
+            raise UserError(f"{key}.{name} = {own!r} must be a mapping, e.g. {{share: 100}}", field=f"{key}.{name}")
     return [merge(item, change.get(name, {})) for name, item in zip(names, items, strict=True)]
 
 
 def parse_overrides(overrides: str | Iterable[str], model: type[BaseModel] | None = None) -> dict[str, Any]:
-    """Turn ["optim.lr=1e-4", ...], or one of them alone, into a nested mapping.
+    """Parse ["optim.lr=1e-4", ...], or one such string, to a nested mapping.
 
-    A value is read by the type of the field that it sets: a text field takes it as it is written (quotes around the
-    whole of it are dropped), any other as YAML.
+    Values of text fields are taken literally, without quotes around them; others are YAML.
 
     Args:
-        model: config that the overrides are for; None reads every value as YAML.
+        model: config of the overrides; None reads every value as YAML.
 
     Raises:
-        UserError: an override without `=`, with an empty key, or with a value that is no YAML.
+        UserError: an override without `=`, with an empty key, or with a value that is not YAML.
     """
     result: dict[str, Any] = {}
     for override in [overrides] if isinstance(overrides, str) else overrides:
@@ -146,7 +142,7 @@ def parse_overrides(overrides: str | Iterable[str], model: type[BaseModel] | Non
 
 
 def _nested(annotation: Any) -> type[BaseModel] | None:
-    """The model that a field holds, if it holds one."""
+    """Return the model of a field's type, if any."""
     if get_origin(annotation) is tuple:  # a list of them has no keys of its own
         return None
     found = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
@@ -154,7 +150,7 @@ def _nested(annotation: Any) -> type[BaseModel] | None:
 
 
 def dotted_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every key of a config, nested ones with their sections: ["loop", "loop.steps", ...]."""
+    """Return every key of a config with its section: ["loop", "loop.steps", ...]."""
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
@@ -165,9 +161,9 @@ def dotted_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def similar_key(model: type[BaseModel], wrong: str) -> str:
-    """Return "; did you mean x?" with the known dotted key most like `wrong`; empty where none is.
+    """Return "; did you mean x?" for the dotted key with the most similar last word; empty if none is similar.
 
-    Last words are compared; the same section, then the top level, come before others.
+    Ties go to the same section, then to the top level.
     """
     section, _, word = wrong.rpartition(".")
 
@@ -186,7 +182,7 @@ BOUNDS = {
     "greater_than": ("gt", "above"),
     "less_than": ("lt", "below"),
 }
-"""pydantic's complaint -> (the bound's name in it, its words)."""
+"""pydantic's error type -> (name of the bound in it, words)."""
 
 SHAPES = {
     "tuple_type": "a list, e.g. [a, b]",
@@ -195,7 +191,7 @@ SHAPES = {
     "dict_type": "a mapping of keys to values",
     "string_type": "text",
 }
-"""pydantic's complaint about a value's shape -> what it must be."""
+"""pydantic's error type -> the required kind of value."""
 
 
 STATED = re.compile(r"([a-z_][\w.]*) = ")
@@ -223,7 +219,7 @@ def field_of(error: ValidationError) -> str:
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """Return the first complaint of pydantic as one line: field, value, reason, remedy."""
+    """Return the first error of pydantic as one line: field, value, reason, remedy."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     kind, given = first["type"], first["input"]
@@ -248,7 +244,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def section_defaults(model: type[BaseModel]) -> dict[str, Any]:
-    """What a model's defaults say of their sections: one key of a section may be changed and the rest stays."""
+    """Return the values that a model's defaults set in its sections, so that one key of a section can be overridden."""
     return {
         name: merge(section_defaults(type(field.default)), field.default.model_dump(exclude_unset=True))
         for name, field in model.model_fields.items()
@@ -257,10 +253,10 @@ def section_defaults(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def validate(model: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:
-    """Build a config from a mapping, laid over the defaults of its sections.
+    """Build a config from a mapping over the defaults of its sections.
 
     Raises:
-        UserError: one line naming the first wrong field, its value and the nearest legal one.
+        UserError: for the first wrong field.
     """
     try:
         return model.model_validate(merge(section_defaults(model), data))
@@ -269,7 +265,7 @@ def validate(model: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:
 
 
 def first_difference(old: Any, new: Any, prefix: str = "") -> str:
-    """The first entry in which two nested mappings differ, with both values, in words."""
+    """Describe the first entry in which two nested mappings differ, with both values."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *new]:
             if old.get(key) != new.get(key):

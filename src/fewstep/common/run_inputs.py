@@ -1,4 +1,4 @@
-"""What a run was fed, as fingerprints, and in what two such records differ. Light."""
+"""Fingerprints of a run's inputs and the differences of two such records; importable without torch."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 PARTS = "parts of the data"
-"""The entry that holds the parts of a data set by name, where the others hold one fingerprint each."""
+"""Entry of the parts of a data set by name; other entries are one fingerprint each."""
 ITEMS = "items:"
-"""How a part begins that lists its items, DIGITS hexadecimal digits each."""
+"""Prefix of a part that lists its items, DIGITS hexadecimal digits each."""
 DIGITS = 16
 NEWER = (PARTS, "watched prompts")
 """Entries that records of older versions lack."""
@@ -18,10 +18,10 @@ NEWER = (PARTS, "watched prompts")
 
 @dataclass(frozen=True)
 class Content:
-    """Marks a text field that names a file or folder: runs are the same where what was read is, however it is spelled.
+    """Mark of a text field that names a file or folder: runs are compared by its content, not its path.
 
     Attributes:
-        entry: which entry of a run's inputs is its fingerprint.
+        entry: entry of a run's inputs that is its fingerprint.
     """
 
     entry: str
@@ -38,7 +38,7 @@ def _split(part: str) -> list[str]:
 
 
 def part_difference(name: str, before: str | None, now: str | None) -> str:
-    """In words, how one part of a data set differs: how many of its items, where it lists them."""
+    """Describe how one part of a data set differs, with the number of items if it lists them."""
     if before is None or now is None or not before.startswith(ITEMS):
         short = all(value is not None and len(value) <= DIGITS for value in (before, now))
         return f"{name} ({before}, now {now})" if short else f"{name}"
@@ -53,10 +53,10 @@ def part_difference(name: str, before: str | None, now: str | None) -> str:
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any], *, whole: bool = True) -> str | None:
-    """In words, what of a run's inputs differs; None where nothing does.
+    """Describe how a run's inputs differ; None if they do not.
 
     Args:
-        whole: whether `now` has all entries; else those that it lacks are not compared.
+        whole: whether `now` has all entries; otherwise missing ones are not compared.
     """
     names = [name for name in {**before, **now} if (name in now or whole) and (name in before or name not in NEWER)]
     changed = [name for name in sorted(names) if before.get(name) != now.get(name)]

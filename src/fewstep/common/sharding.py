@@ -1,8 +1,7 @@
-"""Networks whose weights are split over the processes of a launch (FSDP2), and their weights as whole tensors.
+"""Networks sharded over the processes of a launch (FSDP2), and their full tensors.
 
-Each process holds a part of every weight, of its gradient and of what the optimiser keeps of it (a DTensor); a block's
-weights are gathered when the block runs, and let go after it. Files hold whole tensors: they do not know how many
-processes wrote them.
+Each process holds a part of every weight, gradient and optimiser state (a DTensor). A block's weights are gathered
+while the block runs. Files hold full tensors, independent of the number of processes.
 """
 
 from __future__ import annotations
@@ -17,14 +16,12 @@ from fewstep.common import distributed as processes
 
 
 def shard(network: nn.Module, device: torch.device, precision: torch.dtype = torch.float32) -> None:
-    """Split all weights of `network` over the processes, in place; every process must ask.
+    """Shard all weights of `network` over the processes, in place (a collective); with one, move it to the device.
 
-    Blocks that its class names as not to be torn apart are gathered one at a time. A network in main memory is brought
-    to the device so, block by block: no device ever holds more of it whole. Alone, it is brought there as it is.
+    The network moves block by block (`_no_split_modules` of its class), so that no device holds all of it.
 
     Args:
-        precision: type that weights are gathered and computed in; the parts that a process holds keep theirs, and
-            gradients are summed in fp32.
+        precision: dtype that weights are gathered and computed in. Parts keep theirs; gradients are summed in fp32.
     """
     if processes.world_size() == 1:
         network.to(device)
@@ -36,17 +33,17 @@ def shard(network: nn.Module, device: torch.device, precision: torch.dtype = tor
     narrow = None if precision == torch.float32 else precision
     # inputs stay as they are: a time of 999 is 1000 in bf16
     policy = MixedPrecisionPolicy(narrow, torch.float32 if narrow else None, cast_forward_inputs=False)
-    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # no other one can be split
+    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # the only one that can be sharded
     blocks = set(getattr(network, "_no_split_modules", None) or ())
-    for module in reversed(list(network.modules())):  # inner ones first: what they hold is theirs
+    for module in reversed(list(network.modules())):  # inner modules first
         if module is network or type(module).__name__ in blocks:
             fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
 def resharded(network: nn.Module) -> nn.Module:
-    """The network with its parts as its parameters: a call without a backward pass leaves some gathered.
+    """Free gathered weights, which a call without a backward pass leaves, and return the network.
 
-    Not between a call and its backward pass, which needs them.
+    Do not call it between a call and its backward pass.
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -57,25 +54,22 @@ def resharded(network: nn.Module) -> nn.Module:
 
 
 def is_sharded(tensors: Iterable[Tensor]) -> bool:
-    """Whether a process holds but a part of these."""
+    """Return whether any of these is sharded."""
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """Return what this process holds of a split tensor; a tensor that is not split as it is."""
+    """Return this process's part of a sharded tensor; other tensors unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be split; every process must ask."""
+    """Return the full tensor (a collective); tensors that are not sharded unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def full_on_main(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors: split ones on the main process's CPU, one after another, and nothing of them elsewhere.
-
-    Every process must ask.
-    """
+    """Gather sharded tensors on the main process's CPU, one after another (a collective); others lack them."""
     result = {}
     for name, tensor in tensors.items():
         gathered = full_tensor(tensor.detach())
@@ -88,7 +82,7 @@ def full_on_main(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def copy_into(target: Tensor, value: Tensor) -> None:
-    """Overwrite a tensor, split or not, with a whole one or one that is split alike."""
+    """Overwrite a tensor, sharded or not, with a full one or one that is sharded alike."""
     if isinstance(target, DTensor) and not isinstance(value, DTensor):
         local = value.to(device=target.device, dtype=target.dtype)
         value = distribute_tensor(local, target.device_mesh, target.placements, src_data_rank=None)

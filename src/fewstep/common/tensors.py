@@ -1,4 +1,4 @@
-"""Tensors in safetensors files, and one line where they cannot be read or written."""
+"""Reading and writing tensors in safetensors files."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from fewstep.common.files import final_path
 
 
 def finite(tensor: Tensor) -> bool:
-    """Return whether all numbers of a tensor are finite; waits for its device."""
+    """Return whether all numbers of a tensor are finite; synchronizes with its device."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     values = tensor.detach()
     if values.element_size() == 1:  # torch computes nothing in one-byte floating types
         values = values.half()
-    least, most = torch.aminmax(values)  # nan comes through, and nothing of the tensor's size is made
+    least, most = torch.aminmax(values)  # propagates nan, and allocates nothing of the tensor's size
     return math.isfinite(least) and math.isfinite(most)
 
 
@@ -66,14 +66,14 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     check_finite(plain, f"{final_path(path)} was not written")
     try:
         save_file(plain, path, metadata=dict(metadata) if metadata else None)
-    except SafetensorError as error:  # its own name for a full disk
+    except SafetensorError as error:  # raised for a full disk as well
         raise OSError(str(error)) from error
     if metadata:
         _sort_metadata(path)
 
 
 def _sort_metadata(path: Path) -> None:
-    """Put the metadata in the order of its keys: the writer's own order differs from process to process."""
+    """Sort the metadata by key: the writer's order differs from process to process."""
     with path.open("r+b") as stream:
         length = int.from_bytes(stream.read(8), "little")
         text = stream.read(length)
@@ -101,7 +101,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Fingerprint of named tensors: their names, types, shapes and bytes."""
+    """Return a fingerprint of named tensors: names, dtypes, shapes and bytes."""
     found = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         plain = tensor.detach().cpu().contiguous()

@@ -28,7 +28,7 @@ def decode(held: bytes) -> str:
     """Return the text of a file's bytes, without byte order mark, every line end as \\n.
 
     Raises:
-        ValueError: it is no text: bytes that are not UTF-8, or characters of value zero (UTF-16 without its mark).
+        ValueError: bytes that are not UTF-8, or zero characters (UTF-16 without its mark).
     """
     encoding = next((name for mark, name in MARKED if held.startswith(mark)), "utf-8")
     try:
@@ -37,7 +37,7 @@ def decode(held: bytes) -> str:
         shown = "UTF-8" if encoding.startswith("utf-8") else encoding.upper()
         raise ValueError(f"not {shown} text ({error.reason} at byte {error.start}); save it as UTF-8") from error
     if "\0" in text:
-        raise ValueError("no text, or UTF-16 without a mark: it holds zero bytes; save text as UTF-8")
+        raise ValueError("not text, or UTF-16 without a mark: it holds zero bytes; save it as UTF-8")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -46,13 +46,13 @@ def read_text(path: Path | str) -> str:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no text.
+        ValueError: it is not text.
     """
     return decode(Path(path).read_bytes())
 
 
 def lines_of(text: str) -> list[str]:
-    """Return the lines of decoded text; marks that joining files has left at their beginnings are dropped."""
+    """Return the lines of decoded text, without byte order marks that concatenation of files leaves."""
     return [line.removeprefix(MARK) for line in text.split("\n")]
 
 
@@ -60,8 +60,7 @@ def parse_json(text: str) -> Any:
     """Return the value of a JSON text.
 
     Raises:
-        ValueError: not JSON, nested too deeply, a field that appears twice, or half of a surrogate pair, which is no
-            character.
+        ValueError: not JSON, nested too deeply, a field that appears twice, or half of a surrogate pair.
     """
     try:
         value = json.loads(text, object_pairs_hook=_once)

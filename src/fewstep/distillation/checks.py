@@ -19,7 +19,7 @@ from fewstep.backbones.pipeline_folder import PipelineFolder, read_folder
 from fewstep.backbones.teachers import read_teacher
 from fewstep.common.defaults import check_world_size
 from fewstep.common.errors import UserError, did_you_mean
-from fewstep.common.extras import WATCHING, check_installed
+from fewstep.common.extras import VALIDATION_PACKAGES, check_installed
 from fewstep.common.files import read_mapping
 from fewstep.common.safetensors_header import read_safetensors_header
 from fewstep.data.sources import ImageFolder, Shards, read_named_prompts
@@ -154,7 +154,7 @@ def _check_loss_networks(config: DistillConfig, folder: PipelineFolder) -> None:
         if config.latent_lpips.folder:
             read_mapping(Path(config.latent_lpips.folder) / "perceptual.json")
         else:
-            check_installed("method.distance = 'latent_lpips'", WATCHING)
+            check_installed("method.distance = 'latent_lpips'", VALIDATION_PACKAGES)
     reward = config.method.reward
     if not reward.weight:
         return

@@ -194,7 +194,7 @@ def estimate(
         batch, spent, held = fetch(visited(start, start + samples), rng), 0.0, 0
         for update in plan:
             started = time.perf_counter()
-            precision = pick_precision(loop.precision, device)
+            precision = pick_precision(loop.precision, device, "loop.precision")
             every = list(update.parameters.values())
             live = LiveBytes()
             with ExitStack() as counted:

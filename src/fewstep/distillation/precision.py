@@ -16,7 +16,7 @@ def precision_outside(config: DistillConfig, device: torch.device) -> tuple[torc
     Returns:
         the type of the computation, and a word for the keys of cached results; empty if all is fp32.
     """
-    base, precision = config.student.base, pick_precision(config.loop.precision, device)
+    base, precision = config.student.base, pick_precision(config.loop.precision, device, "loop.precision")
     computed = DTYPES[precision if base == "bf16" or config.loop.shard else "fp32"]
     whole = base == "fp32" and computed == torch.float32
     return computed, "" if whole else f"{base} {precision}"

@@ -194,7 +194,7 @@ def _pick_precision(config: DistillConfig, device: torch.device) -> str:
     Raises:
         UserError: the device does not compute in it beside the weights' types.
     """
-    precision = pick_precision(config.loop.precision, device)
+    precision = pick_precision(config.loop.precision, device, "loop.precision")
     if config.student.base == "bf16" and precision == "fp32":
         raise UserError(
             f"loop.precision = {config.loop.precision!r} is fp32 on {device.type}, student.base = 'bf16' needs bf16; "

@@ -1,1 +1,1 @@
-"""The training loop and what it needs. Knows no method."""
+"""The training loop and its parts, independent of the method."""

@@ -34,7 +34,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dic
     for name, parameter in zip(names, _parameters(optimizer), strict=True):
         for key, value in optimizer.state[parameter].items() if parameter in optimizer.state else ():
             tensor = torch.as_tensor(value)
-            own = tensor.shape == parameter.shape  # anything else may be one tensor for many, as a code book is
+            own = tensor.shape == parameter.shape  # others may be shared by several parameters, such as code books
             result[f"{name}|{key}"] = tensor if own else tensor.clone()
     return result
 
@@ -44,10 +44,9 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` flattened.
+    """Restore the result of `optimizer_tensors`.
 
-    Moments get the memory layout of their parameter again (a fused kernel walks both alike), and are split over
-    processes as it is.
+    Moments get the memory layout of their parameter, as a fused kernel needs, and are sharded like it.
     """
     by_name = dict(zip(names, _parameters(optimizer), strict=True))
     optimizer.state.clear()
@@ -58,7 +57,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensor
             moments = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
             copy_into(moments, value)
             optimizer.state[parameter][key] = moments
-        elif value.dtype == torch.int64:  # a count that is no tensor there
+        elif value.dtype == torch.int64:  # a count that the optimiser keeps as an int
             optimizer.state[parameter][key] = int(value)
         else:
             kept_there = parameter.device if value.dim() or _counts_there(optimizer) else "cpu"
@@ -66,7 +65,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensor
 
 
 def _counts_there(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimiser keeps its count of steps beside the parameters: a fused one does."""
+    """Return whether an optimiser keeps its step count on the parameters' device, as a fused one does."""
     return bool(optimizer.param_groups[0].get("fused"))
 
 
@@ -75,7 +74,7 @@ def restore_parameters(parameters: Mapping[str, nn.Parameter], tensors: Mapping[
     """Copy tensors into parameters of the same names and shapes.
 
     Raises:
-        UserError: names or shapes differ: the file belongs to another network.
+        UserError: names or shapes differ.
     """
     missing = sorted(set(parameters) ^ set(tensors))
     if missing:
@@ -89,7 +88,7 @@ def restore_parameters(parameters: Mapping[str, nn.Parameter], tensors: Mapping[
 def save(
     folder: Path, step: int, files: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
 ) -> Path:
-    """Write one checkpoint, then drop the oldest ones beyond `keep`."""
+    """Write one checkpoint, then remove the oldest ones beyond `keep`."""
     target = folder / f"step-{step:08d}"
     with atomic_folder(target) as part:
         digests = {}
@@ -112,16 +111,16 @@ def read_state(checkpoint: Path, *, whole: bool = False) -> dict[str, Any]:
     """Return the JSON part of a checkpoint.
 
     Args:
-        whole: compare the bytes of the other files, too, with those that were saved.
+        whole: check the digests of the other files, too.
 
     Raises:
-        UserError: a file is not as it was saved. Checkpoints of older versions have no digests and are not compared.
+        UserError: a file has changed since it was saved. Checkpoints of older versions have no digests.
     """
     state = read_mapping(checkpoint / STATE)
     digests = state.pop(DIGESTS, None)
     if not isinstance(digests, dict):
         if not isinstance(state.get("step"), int):
-            raise UserError(f"{checkpoint / STATE} has step = {state.get('step')!r}, which is no whole number")
+            raise UserError(f"{checkpoint / STATE} has step = {state.get('step')!r}; it must be a whole number")
         return state
     for name, digest in digests.items():
         if name == STATE:
@@ -132,9 +131,9 @@ def read_state(checkpoint: Path, *, whole: bool = False) -> dict[str, Any]:
             file = checkpoint / name
             found = sha256(file) if file.is_file() else "missing"
         if found != digest:
-            wrong = "is missing" if found == "missing" else "is not as it was saved"
+            wrong = "is missing" if found == "missing" else "has changed since it was saved"
             raise UserError(
-                f"{checkpoint / name} {wrong}; remove the folder {checkpoint.name} to go on from the checkpoint before "
-                "it, or give another --out"
+                f"{checkpoint / name} {wrong}; remove the folder {checkpoint.name} to resume from the one before it, "
+                "or give another --out"
             )
     return state

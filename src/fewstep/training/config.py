@@ -1,4 +1,4 @@
-"""Settings of the training loop, whatever it trains. Light."""
+"""Settings of the training loop; importable without torch."""
 
 from __future__ import annotations
 
@@ -15,14 +15,11 @@ def check_batch(batch: int, accumulate: int, processes: int = 1) -> None:
     """Refuse a batch that cannot be split over micro-batches and processes.
 
     Raises:
-        ValueError: naming the nearest legal batch.
+        ValueError: it is not a multiple of both.
     """
-    share = accumulate * processes
-    if batch % share:
-        below = batch // share * share
-        legal = below if below and batch - below <= share // 2 else below + share
+    if batch % (accumulate * processes):
         over = f"accumulate = {accumulate}" + (f" x {processes} processes" if processes > 1 else "")
-        raise ValueError(f"batch = {batch} is not a multiple of {over}; the nearest legal one is {legal}")
+        raise ValueError(f"batch = {batch} must be a multiple of {over}")
 
 
 class LoopConfig(Config):
@@ -35,7 +32,7 @@ class LoopConfig(Config):
     accumulate: int = Field(1, ge=1, description="micro-batches per optimiser step")
     seed: int = Field(0, ge=0, le=2**63 - 1, description="seed of every random draw")
     precision: Precision = Field(
-        "fp32", description="type of the networks: fp32, bf16, fp16, or auto (bf16 where the machine is fast at it)"
+        "fp32", description="dtype of the networks: fp32, bf16, fp16, or auto (bf16 where the machine is fast at it)"
     )
     shard: bool = Field(
         False, description="split weights, gradients and optimiser states over the processes of a launch (FSDP2)"
@@ -50,14 +47,12 @@ class LoopConfig(Config):
     def _whole(self) -> Self:
         check_batch(self.batch, self.accumulate)
         if self.shard and self.precision == "fp16":
-            raise ValueError(
-                "precision = 'fp16' has a loss scale that shard = true lacks; the nearest legal one is 'bf16'"
-            )
+            raise ValueError("precision = 'fp16' needs a loss scale, which shard = true does not support; use 'bf16'")
         return self
 
 
 class OptimConfig(Config):
-    """AdamW and its learning-rate law."""
+    """AdamW and its learning-rate schedule."""
 
     kind: Literal["adamw", "adamw_8bit"] = Field("adamw", description="adamw, or with moments in 8 bits (bitsandbytes)")
     lr: float = Field(1e-4, gt=0, description="peak learning rate")
@@ -67,7 +62,7 @@ class OptimConfig(Config):
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
     decay: Literal["constant", "cosine", "linear", "cooldown"] = Field(
         "constant",
-        description="law after the warm-up; cooldown = constant, then linear to 0 over the last fifth",
+        description="schedule after the warm-up; cooldown = constant, then linear to 0 over the last fifth",
     )
     clip: float | None = Field(1.0, gt=0, description="largest global gradient norm; null for none")
     ema: float | None = Field(None, gt=0, lt=1, description="decay of the moving average; null for none")
@@ -82,10 +77,10 @@ class StudentConfig(Config):
     targets: tuple[str, ...] | None = Field(None, description="adapted layers; null for the backbone's list")
     checkpointing: bool = Field(False, description="gradient checkpointing: less memory, one more forward")
     base: BaseFormat = Field(
-        "fp32", description="how frozen weights are kept: fp32, bf16, or 8bit, 4bit (their matrices, by bitsandbytes)"
+        "fp32", description="format of frozen weights: fp32, bf16, or 8bit, 4bit (their matrices, by bitsandbytes)"
     )
     teacher_precision: Literal["fp32", "bf16", "fp16"] | None = Field(
-        None, description="type of the teacher's calls in a step: fp32, bf16 or fp16; null for loop.precision"
+        None, description="dtype of the teacher's calls in a step: fp32, bf16 or fp16; null for loop.precision"
     )
     start: Annotated[str, Content("start")] = Field(
         "", description="a finished student to start from; empty for the teacher itself"

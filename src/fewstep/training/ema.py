@@ -13,9 +13,8 @@ from fewstep.common.sharding import copy_into
 class Ema:
     """A moving average of named parameters: theta_ema <- mu theta_ema + (1 - mu) theta.
 
-    With `warm_up` the decay is mu_n = min(mu, (1 + n) / (10 + n)), so that the start is forgotten early: right for
-    weights to be used, not for a consistency target, whose law in the papers is the plain one.
-    The update is a few fused kernels over all tensors, without a wait for the device.
+    With `warm_up` the decay is mu_n = min(mu, (1 + n) / (10 + n)), so that the start is forgotten early. Consistency
+    targets use the plain decay, as in the papers.
     """
 
     def __init__(
@@ -25,7 +24,7 @@ class Ema:
         shadow: Mapping[str, Tensor] | None = None,
         warm_up: bool = True,
     ) -> None:
-        """Start from `parameters`; with `shadow`, the average lives in those tensors (another role's weights)."""
+        """Start from `parameters`; with `shadow`, the average is kept in those tensors (another role's weights)."""
         self.decay = decay
         self.warm_up = warm_up
         self.updates = 0

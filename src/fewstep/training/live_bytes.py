@@ -1,4 +1,4 @@
-"""The memory that tensors take while a block of code runs, counted on any device, `meta` too."""
+"""Memory of the tensors made in a block of code, on any device including `meta`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of the tensors that are made inside the block, each from its creation to its release.
+    """Dispatch mode that counts the bytes of tensors made inside the block, from creation to release.
 
-    Tensors from before the block are not counted. What a backward pass makes and recomputes inside the block is.
+    Tensors made before the block are not counted; those of a backward pass inside it are.
 
     Attributes:
         bytes: alive now.
@@ -27,7 +27,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation, and count the storage of its results."""
+        """Run an operation and count the storage of its results."""
         made = func(*args, **(kwargs or {}))
         if func.is_view or func._schema.name.endswith("_"):
             return made

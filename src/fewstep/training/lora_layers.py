@@ -1,8 +1,8 @@
-"""LoRA layers that add their product to the base layer's output in one matrix operation.
+"""LoRA layers that add their product to the base layer's output by one `addmm`.
 
-PEFT's layers run `result + B(A(x)) * scaling`: beside the two small products these are two more passes over an output
-of full width, and in training their gradients'. Here `B A(x)`, its scale and the sum are one `addmm`, in place where no
-gradient is kept. Names, weights and the function are PEFT's, to rounding: adapters are made, saved and merged by it.
+PEFT's layers run `result + B(A(x)) * scaling`: two more passes over an output of full width, and over its gradient in
+training. Here `B A(x)`, its scale and the sum are one `addmm`, in place where no gradient is kept. Names, weights and
+the function are PEFT's, to rounding; PEFT makes, saves and merges the adapters.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 
 def fuse_lora_layers(network: nn.Module) -> None:
-    """Turn the plain LoRA layers of a network, in place, into ones that add in one operation.
+    """Replace the class of a network's plain LoRA layers by the fused one, in place.
 
-    Others are left as they are: those on matrices in 8 or 4 bits, on convolutions in groups, with a bias or dropout of
-    their own, or of a variant (DoRA). Adapters that come later must be plain too.
+    Layers on matrices in 8 or 4 bits, on grouped convolutions, with a bias or dropout, or of a variant (DoRA) stay
+    unchanged. Adapters that are added later must be plain, too.
     """
     layers: list[Any] = list(network.modules())
     for layer in layers:
@@ -29,14 +29,14 @@ def fuse_lora_layers(network: nn.Module) -> None:
 
 
 def _plain(layer: Any) -> bool:
-    """Whether all that its adapters do is A, then B, times a number."""
+    """Return whether all adapters of a layer are scaled products B A without bias, dropout or variant."""
     ups, drops = layer.lora_B.values(), layer.lora_dropout.values()
     bare = all(up.bias is None for up in ups) and all(isinstance(drop, nn.Identity) for drop in drops)
     return bare and not layer.lora_variant and not getattr(layer, "fan_in_fan_out", False)
 
 
 def _role(layer: Any, x: Tensor) -> str | None:
-    """The one adapter that is on, if it can be added at once: of the type that x is, or will be under autocast."""
+    """Return the active adapter if there is one alone and its dtype fits x, or autocast makes it fit."""
     active = layer.active_adapters
     if layer.disable_adapters or layer.merged or len(active) != 1 or active[0] not in layer.lora_A:
         return None
@@ -46,8 +46,8 @@ def _role(layer: Any, x: Tensor) -> str | None:
 
 
 def _add(out: Tensor, low: Tensor, up: Tensor, scaling: float) -> Tensor:
-    """out + scaling low up^T, all of them matrices."""
-    up = up.to(low.dtype).t()  # autocast does it for `addmm`, not for `addmm_`
+    """Return out + scaling low up^T, all matrices."""
+    up = up.to(low.dtype).t()  # autocast casts for `addmm`, not for `addmm_`
     return torch.addmm(out, low, up, alpha=scaling) if torch.is_grad_enabled() else out.addmm_(low, up, alpha=scaling)
 
 
@@ -58,8 +58,8 @@ class FusedLinear(Linear):  # type: ignore[misc]
         """[..., in] -> [..., out]."""
         role = None if args or kwargs or x.dim() < 2 else _role(self, x)
         if role is None:
-            said: Tensor = super().forward(x, *args, **kwargs)
-            return said
+            result: Tensor = super().forward(x, *args, **kwargs)
+            return result
         out, low = self.base_layer(x), self.lora_A[role](x)
         rows = _add(out.flatten(0, -2), low.flatten(0, -2), self.lora_B[role].weight, self.scaling[role])
         return rows.view(out.shape)
@@ -72,12 +72,12 @@ class FusedConv2d(Conv2d):  # type: ignore[misc]
         """[B, in, H, W] -> [B, out, H', W']."""
         role = None if args or kwargs else _role(self, x)
         if role is None:
-            said: Tensor = super().forward(x, *args, **kwargs)
-            return said
+            result: Tensor = super().forward(x, *args, **kwargs)
+            return result
         out, low = self.base_layer(x), self.lora_A[role](x)
         if not out.is_contiguous(memory_format=torch.channels_last):
-            apart: Tensor = out + self.lora_B[role](low) * self.scaling[role]
-            return apart
+            added: Tensor = out + self.lora_B[role](low) * self.scaling[role]
+            return added
         out, low = out.permute(0, 2, 3, 1), low.permute(0, 2, 3, 1)
         up = self.lora_B[role].weight.flatten(1)
         rows = _add(out.flatten(0, -2), low.flatten(0, -2), up, self.scaling[role])

@@ -1,4 +1,4 @@
-"""What a loss hands the loop: the one thing that objectives and training share."""
+"""The result of a loss function, the interface between methods and the loop."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Loss:
-    """What a loss function returns.
+    """Result of a loss function.
 
     Attributes:
         value: the scalar to minimise, the mean over the micro-batch.
-        per_sample: [B], for the loss by timestep bin.
-        t: [B] in [0, 1], the share t/T of each sample.
-        scalars: further scalars to log; of the same names in the same order in every process.
+        per_sample: [B], for the log of the loss by bin of t/T.
+        t: [B] in [0, 1], t/T of each sample.
+        scalars: further scalars to log; same names and order in every process.
     """
 
     value: Tensor

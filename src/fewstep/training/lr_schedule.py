@@ -1,4 +1,4 @@
-"""Learning-rate laws. Light: a run folder is compared with a config before torch is imported."""
+"""Learning-rate schedules; importable without torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from fewstep.training.config import OptimConfig
 
 COOLDOWN = 0.2
-"""Share of the steps over which the `cooldown` law falls to 0."""
+"""Share of the steps over which the `cooldown` schedule falls to 0."""
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:

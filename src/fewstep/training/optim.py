@@ -12,10 +12,7 @@ from fewstep.training.config import OptimConfig
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
-    """Return AdamW over `parameters`, fused: one pass over weights, gradients and moments, not a dozen.
-
-    With moments in 8 bits, those of parameters below 4,096 numbers stay in fp32, as the library has it.
-    """
+    """Return fused AdamW, or AdamW with moments in 8 bits (bitsandbytes) for `adamw_8bit`."""
     chosen = list(parameters)
     if config.kind == "adamw_8bit":
         import bitsandbytes as bnb
@@ -30,7 +27,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
         betas=config.betas,
         weight_decay=config.weight_decay,
         eps=config.eps,
-        fused=not any(parameter.is_meta for parameter in chosen),  # meta tensors have no such kernel
+        fused=not any(parameter.is_meta for parameter in chosen),  # meta tensors have no fused kernel
     )
 
 

@@ -1,7 +1,4 @@
-"""How the weights of a frozen network are kept: in fp32, in bf16, or in 8 or 4 bits through bitsandbytes.
-
-What is trained stays in fp32, whatever it stands on.
-"""
+"""Formats of frozen weights: fp32, bf16, or 8 or 4 bits by bitsandbytes. Trained weights stay in fp32."""
 
 from __future__ import annotations
 
@@ -23,13 +20,13 @@ def quantize(
     apart: Collection[nn.Module],
     device: torch.device | None = None,
 ) -> None:
-    """Let a frozen network's weights take less room, in place.
+    """Convert a frozen network's weights in place.
 
     Args:
-        kept: fp32 leaves it as it is; bf16 turns every weight; 8bit and 4bit turn its linear layers' matrices.
-        compute: type that layers in 4 bits compute in.
-        apart: parts that stay as they are in 8 and 4 bits: those that read the time and those that give the answer.
-        device: where matrices are turned to 8 and 4 bits, one after another, and stay; where they are, if None.
+        kept: fp32 for no change; bf16 for all weights; 8bit and 4bit for the matrices of linear layers.
+        compute: dtype that layers in 4 bits compute in.
+        apart: modules that are not quantized to 8 and 4 bits: time embedding and output layers.
+        device: where matrices are quantized, one after another, and stay; by default where they are.
     """
     if kept == "bf16":
         network.to(torch.bfloat16)
@@ -39,11 +36,11 @@ def quantize(
             for name, child in list(parent.named_children()):
                 if type(child) is nn.Linear and id(child) not in spared:
                     setattr(parent, name, _narrow(child, kept, compute, device))
-        setattr(network, f"is_loaded_in_{kept}", True)  # by this PEFT knows which adapters to make
+        setattr(network, f"is_loaded_in_{kept}", True)  # PEFT chooses its layers by this
 
 
 def _narrow(layer: nn.Linear, kept: BaseFormat, compute: torch.dtype, device: torch.device | None) -> nn.Module:
-    """The same layer with its matrix in 8 or 4 bits."""
+    """Return a linear layer with its matrix in 8 or 4 bits."""
     import bitsandbytes as bnb
 
     shape, bias = (layer.in_features, layer.out_features), layer.bias is not None
@@ -54,7 +51,7 @@ def _narrow(layer: nn.Linear, kept: BaseFormat, compute: torch.dtype, device: to
     else:
         narrow = bnb.nn.Linear4bit(*shape, bias=bias, compute_dtype=compute, quant_type=CODE)
         narrow.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type=CODE)
-        # on some CPUs the library would pack it for good at the first call without gradient, unreadable for others
+        # else some CPUs repack the matrix at the first call without gradient, into a layout that others cannot read
         narrow.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     if bias:
         narrow.bias = layer.bias

@@ -1,4 +1,4 @@
-"""One folder per run: resolved config, versions, figures, TensorBoard, checkpoints, pictures."""
+"""Run folders: resolved config, versions, figures, TensorBoard, checkpoints, pictures."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from fewstep.common.run_inputs import Content, difference
 from fewstep.training.lr_schedule import learning_rate
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
-"""A whole checkpoint's folder."""
+"""Name of a checkpoint's folder."""
 INPUTS = "inputs.json"
-"""Fingerprints of what a run was fed."""
+"""File of the fingerprints of a run's inputs."""
 PACKAGES = ("fewstep", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides a result."""
+    """Return the versions of Python and the packages that affect a result."""
     found = {"python": platform.python_version(), "machine": platform.machine()}
     for package in PACKAGES:
         try:
@@ -42,7 +42,7 @@ def versions() -> dict[str, str]:
 
 
 def record_versions(path: Path) -> None:
-    """Add this process's versions to the list of those that a run was computed with, if they are others."""
+    """Append this process's versions to those that a run was computed with, if they differ from the last."""
     before = read_json(path) if path.is_file() else []
     if not isinstance(before, list):
         raise UserError(f"{path} holds a {type(before).__name__}; it must hold the versions of this run, [...]")
@@ -51,7 +51,7 @@ def record_versions(path: Path) -> None:
 
 
 class Bar:
-    """A progress bar with rate and time left; it shows the newest loss."""
+    """Progress bar with the newest loss."""
 
     def __init__(self, bar: Any) -> None:
         self._bar = bar
@@ -68,13 +68,10 @@ class Bar:
 
 
 class RunLog:
-    """Writes what a run says of itself, and has its folder until it is closed. Only the main process writes.
-
-    `with RunLog(...) as log:` closes it.
+    """Log and lock of a run folder, a context manager. Only the main process writes.
 
     Args:
-        inputs: what the run is fed (base, encoders, data), by name, as fingerprints: a resumed run must be fed the
-            same.
+        inputs: fingerprints of the run's inputs (base, encoders, data) by name; a resumed run must have the same.
 
     Raises:
         UserError: the folder belongs to another run (`check_same_run`) or another process, or cannot be written to.
@@ -117,7 +114,7 @@ class RunLog:
             write_json(folder / INPUTS, dict(inputs))
 
     def close(self) -> None:
-        """Let the folder go."""
+        """Release the folder."""
         self._held.close()
 
     def __enter__(self) -> Self:
@@ -131,7 +128,7 @@ class RunLog:
         return self.folder / "log.jsonl"
 
     def truncate(self, step: int) -> None:
-        """Drop the lines after `step`: the resumed run writes them again."""
+        """Drop the log lines after `step`, which a resumed run writes again."""
         if not self.main or not self._log.exists():
             return
         lines = []
@@ -160,7 +157,7 @@ class RunLog:
 
     @contextmanager
     def progress(self, done: int, total: int) -> Iterator[Bar]:
-        """A bar over steps, with rate and time left, on stderr."""
+        """Yield a progress bar over steps on stderr."""
         if self.main and not self.quiet and 0 < done < total:
             print(f"{self.title} goes on from step {done}", file=sys.stderr)
         try:
@@ -181,14 +178,14 @@ class RunLog:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """All whole checkpoints below `folder`, oldest first."""
+    """Return the checkpoints below `folder`, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name))
 
 
 def last_step(folder: Path) -> int:
-    """The step of the newest checkpoint below `folder`; 0 if there is none."""
+    """Return the step of the newest checkpoint below `folder`; 0 if there is none."""
     found = checkpoints(folder)
     return int(found[-1].name.removeprefix("step-")) if found else 0
 
@@ -198,17 +195,16 @@ def check_same_run(
 ) -> None:
     """Refuse a run folder that holds another run.
 
-    Files and folders are compared by what was read, their fingerprints among the inputs, not by how they are spelled.
+    Files and folders are compared by the fingerprints of their content among the inputs, not by their paths.
 
-    How often it logs, saves and watches may differ, and how the samples of a step are shared out over micro-batches and
-    processes, split or compiled: all but rounding is the same. So may its length, as long as every step taken so far
-    had the learning rate, grid and terms that it has in the new length. Keys that the older run did not know yet count
-    as defaults.
+    Some settings may differ: how often it logs, saves and validates; accumulation, processes, sharding and compilation,
+    which change rounding alone; and the number of steps, if the learning rate, grid and terms of all steps so far stay
+    the same. Keys that an older version lacked count as defaults.
 
     Args:
-        inputs: what the run was fed, by name, as fingerprints; None before they are known.
-        whole: whether these are all of its inputs.
-        later: whether the inputs are compared later: without them, spellings are what can be compared.
+        inputs: fingerprints of the run's inputs by name; None while they are not computed yet.
+        whole: whether these are all inputs.
+        later: inputs are compared by a later call. Otherwise, without inputs, paths are compared.
 
     Raises:
         UserError: naming the first difference.
@@ -217,26 +213,27 @@ def check_same_run(
     if not path.exists():
         return
     old: Any = read_yaml(path, type(config))
-    with suppress(ValidationError):  # one of another kind of run, or of another version, is compared as it stands
+    with suppress(ValidationError):  # configs of another kind of run, or of another version, are compared unparsed
         known = type(config).model_validate(old)
         _check_length(folder, known, config)
         old = known.model_dump(mode="json")
-    old, new = _without_rhythm(old), _without_rhythm(config.model_dump(mode="json"))
+    old, new = _step_settings(old), _step_settings(config.model_dump(mode="json"))
     if inputs is not None or later:
         old, new = _without_contents(old, type(config)), _without_contents(new, type(config))
     if old != new:
         raise UserError(
             f"run folder {folder} holds a run with another {first_difference(old, new)}; "
-            "give the same config to resume it, or another --out"
+            "give the same config to resume it, or another --out",
+            field="out",
         )
     if inputs is not None and (folder / INPUTS).exists():
         changed = difference(read_mapping(folder / INPUTS), inputs, whole=whole)
         if changed:
-            raise UserError(f"run folder {folder} holds a run on {changed}; give another --out")
+            raise UserError(f"run folder {folder} holds a run on {changed}; give another --out", field="out")
 
 
 def _without_contents(config: Any, model: type[BaseModel]) -> Any:
-    """A config without the fields that name files and folders (`Content`)."""
+    """Return a config without the fields that name files and folders (`Content`)."""
     if not isinstance(config, Mapping):
         return config
     kept = {}
@@ -251,7 +248,7 @@ def _without_contents(config: Any, model: type[BaseModel]) -> Any:
 
 
 def _check_length(folder: Path, old: Any, new: Any) -> None:
-    """Refuse another number of steps where it would have changed the steps that are done."""
+    """Refuse another number of steps if it would have changed the steps that are done."""
     if not hasattr(old, "loop") or not hasattr(old, "optim"):
         return
     before, after = old.loop.steps, new.loop.steps
@@ -259,30 +256,29 @@ def _check_length(folder: Path, old: Any, new: Any) -> None:
     if any(learning_rate(old.optim, i, before) != learning_rate(old.optim, i, after) for i in range(done)):
         raise UserError(
             f"run folder {folder} holds {done} steps of a run with loop.steps = {before}: under optim.decay = "
-            f"{old.optim.decay!r} another length ({after}) means other learning rates; give {before}, or another --out"
+            f"{old.optim.decay!r} another length ({after}) means other learning rates; give {before}, or another --out",
+            field="loop.steps",
         )
     phase = getattr(getattr(old, "method", None), "phase", None)
     if phase and any(phase(i, before) != phase(i, after) for i in range(done)):
         raise UserError(
             f"run folder {folder} holds {done} steps of a run with loop.steps = {before}: another length ({after}) "
-            f"moves the growth of its grid, or its critic's start, within them; give {before}, or another --out"
+            f"moves the growth of its grid, or its critic's start, within them; give {before}, or another --out",
+            field="loop.steps",
         )
 
 
-RHYTHM = ("steps", "log_every", "save_every", "keep", "validate_every")
-"""Settings of the loop that do not change a step (`steps` is looked at on its own)."""
-MEANS = ("accumulate", "shard", "compile")
-"""Settings of the loop by which a step of the same whole batch is computed in another way, the same but for rounding.
-
-The number of processes is another such choice, and no setting.
-"""
+SCHEDULE = ("steps", "log_every", "save_every", "keep", "validate_every")
+"""Settings of the loop that do not change a step (`steps`: see `_check_length`)."""
+EXECUTION = ("accumulate", "shard", "compile")
+"""Settings of the loop that change the rounding of a step alone."""
 
 
-def _without_rhythm(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a config decides its steps."""
-    free = [*RHYTHM, *MEANS]
+def _step_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that affect the steps."""
+    free = [*SCHEDULE, *EXECUTION]
     method = config.get("method")
-    if isinstance(method, Mapping) and method.get("balance") == "gradient":  # a micro-batch's, in all processes
+    if isinstance(method, Mapping) and method.get("balance") == "gradient":  # it is taken over micro-batches
         free.remove("accumulate")
 
     def kept(part: Any, names: Sequence[str]) -> Any:
@@ -290,7 +286,7 @@ def _without_rhythm(config: Mapping[str, Any]) -> dict[str, Any]:
 
     stages = config.get("stages")
     result = {**config, "student": kept(config.get("student"), ["checkpointing"])}
-    if stages:  # their steps are all split anew
+    if stages:  # which depend on the number of steps
         free.remove("steps")
         own = [{**stage, "loop": kept(stage.get("loop"), free)} for stage in stages if isinstance(stage, Mapping)]
         result["stages"] = own

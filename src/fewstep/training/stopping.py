@@ -1,6 +1,6 @@
-"""Ctrl-C and SIGTERM: a training saves a checkpoint and stops, other work ends in one line; a second one ends at once.
+"""SIGINT and SIGTERM: training saves a checkpoint and stops, other work ends with one line; a second one ends it.
 
-Light: the command reads it before anything else, so that a signal during the imports leaves no traceback.
+Imports little, as the command imports it first, so that a signal during further imports leaves no traceback.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ if TYPE_CHECKING:
     from typing import Any, Self
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-"""Ctrl-C, and what schedulers, `kill` and `torchrun` send."""
+"""Ctrl-C, and the signal of schedulers, `kill` and `torchrun`."""
 ECHO = 2.0
-"""Seconds in which a launcher may repeat a signal: Ctrl-C reaches each process of a launch from the terminal, and once
-more from `torchrun`."""
+"""Seconds in which a signal may repeat: Ctrl-C reaches each process from the terminal and again from `torchrun`."""
 
 
 class StoppedError(KeyboardInterrupt):
-    """Work was stopped by a signal; the text, if any, names what is kept of it.
+    """Work was stopped by a signal; the message, if any, names what is kept.
 
     Attributes:
-        code: exit code, 128 + the number of the signal, as shells have it.
+        code: exit code, 128 + the number of the signal.
     """
 
     def __init__(self, number: int, text: str = "") -> None:
@@ -58,7 +57,7 @@ def restore_handlers(handlers: dict[int, Any]) -> None:
 
 
 def end_at_once(number: int, frame: FrameType | None = None) -> None:
-    """End the process, as a handler: for imports, which may swallow an exception or turn it into one of their own."""
+    """End the process: handler for imports, which may swallow or convert an exception."""
     print_stop("stopped")
     os._exit(128 + number)
 
@@ -72,7 +71,7 @@ def _in_an_import(frame: FrameType | None) -> bool:
 
 
 class _Command:
-    """The command's handler: the first signal is raised as `StoppedError`, a second one ends the process."""
+    """Handler of the command: the first signal raises StoppedError, a second one ends the process."""
 
     def __init__(self) -> None:
         self.seen = False
@@ -86,7 +85,7 @@ class _Command:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Let both signals raise `StoppedError` inside the block."""
+    """Raise StoppedError for both signals inside the block."""
     before = install_handlers(_Command())
     try:
         yield
@@ -95,49 +94,49 @@ def stoppable() -> Iterator[None]:
 
 
 class Stop:
-    """Inside its `with` block, the first signal is noted and not raised; a second one goes to the handlers before.
+    """Context that records the first signal without raising; a second one goes to the previous handlers.
 
     Args:
-        launched: whether other processes train beside this one: their launcher repeats signals.
+        launched: whether this is one of several processes, whose launcher repeats signals.
 
     Attributes:
-        number: of the signal that was noted; 0 for none.
+        number: number of the recorded signal; 0 for none.
     """
 
     def __init__(self, launched: bool = False) -> None:
         self.number = 0
         self._launched = launched
-        self._noted = 0.0
+        self._time = 0.0
         self._raising = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        self._before = install_handlers(self._note)
+        self._before = install_handlers(self._record)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         restore_handlers(self._before)
-        if self.number and kind is None:  # it came after the block's last look
+        if self.number and kind is None:  # it arrived after the last check
             os.kill(os.getpid(), self.number)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         if not self.number:
-            self.number, self._noted = number, time.monotonic()
+            self.number, self._time = number, time.monotonic()
             print_stop("stopping: a checkpoint is saved after this step; once more to end at once")
             for before in self._before.values():
                 if isinstance(before, _Command):
                     before.seen = True
             if self._raising:
                 raise StoppedError(number)
-        elif not self._launched or time.monotonic() - self._noted > ECHO:
+        elif not self._launched or time.monotonic() - self._time > ECHO:
             restore_handlers(self._before)
             os.kill(os.getpid(), number)
 
     @contextmanager
     def raising(self) -> Iterator[None]:
-        """Let the signal raise `StoppedError` inside the block, for what is long and can be done again.
+        """Raise StoppedError for the signal inside the block, for long work that can be repeated.
 
-        The other processes of a launch would wait for one that left, so that with them it is noted only.
+        With several processes it is recorded only, as the others would wait for one that left.
         """
         self._raising = not self._launched
         try:

@@ -1,4 +1,4 @@
-"""How roles are laid out over networks, for LoRA and for full fine-tuning."""
+"""Students: roles over networks, for LoRA and full fine-tuning."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ from fewstep.training.roles import AdapterRoles, Roles, SeparateRoles, add_adapt
 
 
 class Host(Protocol):
-    """What a backbone must offer to host roles."""
+    """Interface of a backbone whose network holds roles."""
 
     network: nn.Module
 
     @property
     def targets(self) -> Sequence[str]:
-        """Layers that a LoRA adapts, by the ends of their names."""
+        """Suffixes of the names of the layers that a LoRA adapts."""
         ...
 
     @property
     def outlets(self) -> Sequence[str]:
-        """The network's last layers, by the beginnings of their names, the very last one first."""
+        """Prefixes of the names of the network's last layers, the very last one first."""
         ...
 
     def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """One network call."""
+        """Call the network."""
         ...
 
     def time_embedding(self, network: nn.Module) -> nn.Module:
-        """The part of a network whose output [B, width] stands for the time."""
+        """Return the time embedding of a network, whose output is [B, width]."""
         ...
 
     @property
     def time_width(self) -> int:
-        """Width of that output."""
+        """Width of the time embedding's output."""
         ...
 
     def embeds_guidance(self, network: nn.Module) -> bool:
-        """Whether a network embeds w, the guidance omega in its condition, by a layer of its own."""
+        """Return whether a network embeds the guidance w by a layer of its own."""
         ...
 
     def add_guidance_embedding(self, network: nn.Module) -> None:
-        """Give a network such a layer, of zeros, where its kind has a place for one and it has none."""
+        """Add such a layer, of zeros, to a network whose class supports one and that has none."""
         ...
 
 
@@ -61,8 +61,8 @@ class Student:
     """Roles over networks, and the call that a `Denoiser` makes.
 
     Attributes:
-        told: extra embedding of each role but the teacher, if any.
-        outlets: the network's last layers, as its host names them.
+        extra_conditioning: extra embedding of each role but the teacher, if any.
+        outlets: prefixes of the names of the network's last layers.
     """
 
     roles: Roles
@@ -71,7 +71,7 @@ class Student:
     outlets: Sequence[str] = ()
 
     def outlet(self, role: str) -> nn.Parameter:
-        """The last matrix that is trained of a role: of a LoRA the last adapter, wherever that is."""
+        """Return the last trained matrix of a role; of a LoRA the last adapter's."""
         matrices = {name: p for name, p in self.roles.parameters(role).items() if p.dim() > 1}
         for start in self.outlets:
             found = [p for name, p in matrices.items() if name.startswith(start)]
@@ -94,18 +94,18 @@ def make_student(
     compute: torch.dtype = torch.float32,
     device: torch.device | None = None,
 ) -> Student:
-    """Lay out the teacher and the given roles; all start equal to the teacher, whose own weights are kept as asked.
+    """Make the teacher and the given roles; all start equal to the teacher, whose weights get the format `config.base`.
 
     With LoRA, base weights exist once; with full fine-tuning every role is a copy of the network. The first role and a
-    fake score have gradients switched on. Further roles copy the first one's weights.
+    fake score have gradients. Further roles copy the first one's weights.
 
     Args:
         extra_conditioning: extra inputs (s, w) of every role but the fake score. The condition of a call must then
             hold them, [B] each. A UNet that is trained in full embeds w itself, other networks by an extra embedding.
-        compute: type that frozen weights in 4 bits are computed with.
-        device: where frozen weights in 8 and 4 bits go as they are made; all else stays where the host's network is.
+        compute: dtype that frozen weights in 4 bits are computed in.
+        device: where frozen weights are quantized to 8 and 4 bits; all else stays where the host's network is.
     """
-    laid: Roles
+    made: Roles
     conditioned = [role for role in roles if role != FAKE]
     if config.kind == "full":
         networks = {role: copy.deepcopy(host.network) for role in roles}
@@ -118,14 +118,14 @@ def make_student(
         targets = list(config.targets or host.targets)
         for role in roles:
             add_adapter(host.network, role, config.rank, config.lora_alpha, targets, seed)
-        laid = AdapterRoles(host.network)
+        made = AdapterRoles(host.network)
         networks = dict.fromkeys(roles, host.network)
     else:
-        laid = SeparateRoles({BASE: host.network, **networks})
+        made = SeparateRoles({BASE: host.network, **networks})
     place = next(host.network.parameters()).device
     beside = [name for name in extra_conditioning if name != "w" or not host.embeds_guidance(networks[roles[0]])]
     embeddings = {role: ExtraEmbedding(beside, host.time_width, seed).to(place) for role in conditioned if beside}
-    student = Student(laid, _call(host, laid, networks, embeddings), embeddings, host.outlets)
+    student = Student(made, _call(host, made, networks, embeddings), embeddings, host.outlets)
     first = student.parameters(roles[0])
     for role in roles:
         for parameter in student.parameters(role).values():
@@ -133,34 +133,31 @@ def make_student(
         if role not in (roles[0], FAKE):
             copy_role(first, student.parameters(role))
     if config.checkpointing:
-        laid.checkpointing()
+        made.checkpointing()
     return student
 
 
-def _call(host: Host, laid: Roles, networks: Mapping[str, nn.Module], embeddings: Mapping[str, ExtraEmbedding]) -> Call:
-    """The call by role; one ear a network, which several roles may share."""
-    ears = (
+def _call(host: Host, made: Roles, networks: Mapping[str, nn.Module], embeddings: Mapping[str, ExtraEmbedding]) -> Call:
+    """Return the call by role. Roles that share a network share its hook."""
+    hooks = (
         {id(network): ExtraEmbeddingHook(host.time_embedding(network)) for network in networks.values()}
         if embeddings
         else {}
     )
 
     def call(x: Tensor, t: Tensor, condition: Condition, role: str) -> Tensor:
-        with laid.use(role) as network:
+        with made.use(role) as network:
             if role not in embeddings:
                 return host.call(network, x, t, condition)
-            told, rest = split_extra(condition, embeddings[role].parts)
-            with ears[id(network)].adding(embeddings[role](told)):
+            extra, rest = split_extra(condition, embeddings[role].parts)
+            with hooks[id(network)].adding(embeddings[role](extra)):
                 return host.call(network, x, t, rest)
 
     return call
 
 
 def unique_bytes(*networks: nn.Module) -> int:
-    """Bytes of distinct storage behind all parameters: a base shared by several roles counts once.
-
-    Of split weights only this process's part counts.
-    """
+    """Return the bytes of distinct storage of all parameters of this process: a shared base counts once."""
     seen: dict[int, int] = {}
     for network in networks:
         for parameter in network.parameters():
