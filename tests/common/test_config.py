@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from fewstep.common import core_yaml
 from fewstep.common.config import Config, dotted_keys, merge, parse_overrides, read_yaml, similar_key, validate
-from fewstep.common.errors import UserError, nearest
+from fewstep.common.errors import UserError, did_you_mean
 from fewstep.diffusion.config import Sampling
 from fewstep.distillation.config import DistillConfig, resolve
 from fewstep_worlds.emoji8.config import TeacherConfig
@@ -263,11 +263,9 @@ def test_configs_are_frozen_and_list_their_keys() -> None:
         Outer().count = 2  # type: ignore[misc]
 
 
-def test_nearest() -> None:
-    assert nearest("dimm", ["sss", "ddim", "euler"]) == "ddim"
-    assert nearest("zzz", ["a", "b"]) in ("a", "b")
-    with pytest.raises(ValueError, match="at least one"):
-        nearest("x", [])
+def test_near_spellings_alone_are_suggested() -> None:
+    assert did_you_mean("dimm", ["sss", "ddim", "euler"]) == "; did you mean 'ddim'?"
+    assert did_you_mean("zzz", ["a", "b"]) == ""
 
 
 def test_yaml_files(tmp_path: Path) -> None:

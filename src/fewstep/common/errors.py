@@ -34,16 +34,3 @@ def did_you_mean(word: str, legal: Iterable[str]) -> str:
     by_lower = {option.lower(): option for option in legal}
     close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.75)
     return f"; did you mean {by_lower[close[0]]!r}?" if close else ""
-
-
-def nearest(word: str, legal: Iterable[str]) -> str:
-    """Return the legal word most like `word`, for error messages; the first one if nothing is like it.
-
-    Raises:
-        ValueError: `legal` is empty.
-    """
-    options = list(legal)
-    if not options:
-        raise ValueError("nearest() needs at least one legal word")
-    close = difflib.get_close_matches(word, options, n=1, cutoff=0.0)
-    return close[0] if close else options[0]
