@@ -134,7 +134,9 @@ def test_any_number_of_steps_is_no_list(tmp_path: Path) -> None:
 @pytest.mark.parametrize("delay", [0.0, 0.1, 0.3])
 def test_a_signal_during_the_imports_is_one_line(number: int, delay: float) -> None:
     """From the command's first line on: what comes before that is the interpreter's own start."""
-    script = "from fewstep.training import stopping; stopping.installed(stopping.end_at_once); print('.', flush=True)"
+    script = (
+        "from fewstep.training import stopping; stopping.install_handlers(stopping.end_at_once); print('.', flush=True)"
+    )
     words = [sys.executable, "-c", f"{script}; from fewstep.commands import app; app.main(['sample', 'a doggy'])"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
