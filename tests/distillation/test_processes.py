@@ -142,7 +142,7 @@ def test_two_processes_polish_as_one_does(launches: tuple[Path, dict[str, list[i
 def test_the_main_process_alone_encodes_judges_and_writes(launches: tuple[Path, dict[str, list[int]]]) -> None:
     folder, _ = launches
     drawing = {"image_generator_of", "latents"}  # shared out
-    assert did(folder, "two-0") == {"to_latents", "encode", "_judge", "export_student", "whole"} | drawing
+    assert did(folder, "two-0") == {"to_latents", "encode", "_evaluate", "export_student", "whole"} | drawing
     assert did(folder, "two-1") == {"encode", "whole"} | drawing  # the teacher's empty prompt
     assert not {"to_latents", "image_generator_of"} & did(folder, "cut-0")  # kept on disk
 

@@ -136,7 +136,7 @@ def enter(rank: int, size: int, port: int, did: Path) -> None:
         (StableDiffusion, "to_latents"),
         (StableDiffusion, "encode"),
         (validation, "image_generator_of"),
-        (validation.Validation, "_judge"),
+        (validation.Validation, "_evaluate"),
         (ImageGenerator, "latents"),
         (distillation, "export_student"),
     ]:
