@@ -315,7 +315,7 @@ def test_a_broken_set_is_not_read(make: Callable[..., Synthesis], tmp_path: Path
         with pytest.raises(UserError, match=words):
             fewstep.read_synthesis(found.folder)
     (found.folder / "synthesis.json").unlink()
-    with pytest.raises(UserError, match=r"is no synthesised set: it holds no synthesis\.json"):
+    with pytest.raises(UserError, match=r"is not a synthesised set: it holds no synthesis\.json"):
         fewstep.read_synthesis(found.folder)
 
 

@@ -138,7 +138,7 @@ class Backbone(ABC):
         return self._vae
 
     def _load_text(self) -> list[tuple[Any, Any]]:
-        """The tokenizers and text encoders, loaded at first use, in order."""
+        """Return the tokenizers and text encoders in order, loaded at first use."""
         if self._readers is None:
             self._readers = load_text(self.folder, self.device, self.tokenizer_classes, self.text_classes)
         return self._readers
@@ -247,7 +247,7 @@ class Backbone(ABC):
         return int(part.linear_2.out_features)
 
     def embeds_guidance(self, network: nn.Module) -> bool:
-        """Whether a network embeds w, the guidance omega in its condition, by a layer of its own."""
+        """Return whether a network has a layer that embeds w, the guidance omega in its condition."""
         return False
 
     def add_guidance_embedding(self, network: nn.Module) -> None:

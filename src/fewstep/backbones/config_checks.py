@@ -245,7 +245,7 @@ def check_scheduler(config: Mapping[str, Any], file: Path, pipeline: str) -> Non
     if predicts_flow != sigmas:
         raise UserError(
             f"{file}: prediction_type = {_shown(config.get('prediction_type'))} with use_flow_sigmas = "
-            f"{_shown(sigmas)} is no flow and no beta schedule; a flow needs 'flow_prediction' and true"
+            f"{_shown(sigmas)} is neither a flow nor a beta schedule; a flow needs 'flow_prediction' and true"
         )
     if sigmas and own.get("num_train_timesteps", 1000) != 1000:
         raise UserError(f"{file}: num_train_timesteps = {_shown(own['num_train_timesteps'])} of a flow must be 1000")

@@ -1,4 +1,4 @@
-"""What is done with each key of each class of config, read from `config_keys.yaml`; `config_checks` applies it."""
+"""Treatment of each key of each class of config, read from `config_keys.yaml`; `config_checks` applies it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fewstep.backbones.families import FAMILIES
 Partly = tuple[Any, Sequence[Any]]
 """A key's default, and the values that are implemented."""
 ANY: Sequence[Any] = ()
-"""Stands for every value in a `Partly`."""
+"""Every value, in a `Partly`."""
 
 
 @dataclass(frozen=True)
 class ConfigKeys:
-    """What is done with the keys of one class; see config_keys.yaml.
+    """Treatment of the keys of one class; see config_keys.yaml.
 
     Attributes:
         built: the class itself computes with them.

@@ -18,7 +18,7 @@ UNUSED = "pooler."
 
 
 class EnoughError(Exception):
-    """Ends a network call whose remaining layers are not needed."""
+    """Signal that ends a network call whose remaining layers are not needed."""
 
 
 @contextmanager

@@ -263,7 +263,7 @@ def read_folder(path: Path | str, field: str = "teacher") -> PipelineFolder:
     if not index.is_file():
         inner = sorted([*path.glob(f"*/{index.name}"), *path.glob(f"snapshots/*/{index.name}")])
         more = f"; did you mean {str(inner[0].parent)!r}?" if inner else ""
-        raise UserError(f"{what} is no diffusers pipeline folder: it holds no {index.name}{more}", field=field)
+        raise UserError(f"{what} is not a diffusers pipeline folder: it holds no {index.name}{more}", field=field)
     data = read_mapping(index)
     name = str(data.get("_class_name"))
     if name not in FAMILIES:

@@ -29,7 +29,7 @@ BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trai
 NOISE_KEYS = (*BETAS, "prediction_type", "shift", "use_dynamic_shifting")
 """Keys that are adopted from another scheduler's config even at its own defaults, which are not ours."""
 NO_SIGNAL = 1e-24
-"""alpha^2 that stands for 0 (zero terminal SNR), as in `diffusion.schedule.NO_SIGNAL`."""
+"""alpha^2 in place of 0 (zero terminal SNR), as in `diffusion.schedule.NO_SIGNAL`."""
 NOISE_APART = 1e-4
 """Tolerance for a noise level, as the angle arcsin(sigma), beside that in a student's file: rounding.
 
@@ -167,7 +167,7 @@ def sigmas_at(config: Mapping[str, Any], times: Iterable[float]) -> list[float] 
 
 
 def noise_difference(record: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """Return the first time at which a scheduler's noise differs from a student's, in words; "" for equal noise.
+    """Return the first time at which a scheduler's noise differs from a student's, for messages; "" for equal noise.
 
     Records without `sigmas` (older ones) are not compared, nor are flows, whose sigma is the time.
 

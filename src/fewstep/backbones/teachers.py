@@ -59,7 +59,7 @@ def teacher_folder(named: Path | str, config: Path | str = "") -> Path:
         return convert_single_file(place, Path(config) if config else None)
     if config:
         raise UserError(
-            f"teacher_config = {str(config)!r} is for single-file teachers, and teacher = {str(named)!r} is none",
+            f"teacher_config = {str(config)!r} is for single-file teachers, and teacher = {str(named)!r} is not one",
             field="teacher_config",
         )
     if not place.exists() and HUB_ID.fullmatch(str(named)):

@@ -35,7 +35,7 @@ class UNetBackbone(Backbone):
         return [*channels, channels[-1]][: len(encoder_blocks(self.network))]
 
     def embeds_guidance(self, network: nn.Module) -> bool:
-        """Whether a UNet has diffusers' guidance embedding, `time_cond_proj_dim`."""
+        """Return whether a UNet has diffusers' guidance embedding, `time_cond_proj_dim`."""
         return guidance_width(network) is not None
 
     def add_guidance_embedding(self, network: nn.Module) -> None:

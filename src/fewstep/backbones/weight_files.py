@@ -15,7 +15,7 @@ from fewstep.common.safetensors_header import read_safetensors_header
 ADAPTER = re.compile(r"(^|\.)(base_layer|lora_[A-Za-z_]+)\.")
 """In the names of weights that were saved with an adapter on (PEFT's, and diffusers' own before it)."""
 VARIANTS = ("", "fp16", "bf16")
-"""Variants of weight files that are read, the plain names first: "fp16" stands for `model.fp16.safetensors`."""
+"""Variants of weight files that are read, the plain names first: "fp16" is that of `model.fp16.safetensors`."""
 
 
 def weight_files(component: Path) -> list[Path]:

@@ -70,7 +70,7 @@ def one_line(error: object) -> str:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU or main memory ran out of memory."""
+    """Return whether an error is that of too little GPU or main memory."""
     message = str(error).lower()
     return isinstance(error, MemoryError) or "out of memory" in message or "can't allocate memory" in message
 
@@ -102,7 +102,7 @@ def run(arguments: list[str]) -> None:
     """Parse a command line and run its verb.
 
     Raises:
-        UserError: an unknown verb or option, or whatever the verb raises.
+        UserError: an unknown verb or option, or any error of the verb.
     """
     try:
         app(current(arguments, [name for name in studies if not name.startswith("-")]))

@@ -48,7 +48,7 @@ Weight = Literal["none", "eps", "x0", "v", "step"]
 """Differences are divided by the landing's derivative with respect to eps (x0, v); or the loss by the step's width in
 noise level (iCT)."""
 Target = Literal["self", "ema"]
-"""Who the student must agree with."""
+"""Weights of the target: the student's own under stop-gradient, or their moving average."""
 Normaliser = Literal["dmd", "score", "none"]
 """Divisor of the gap of two scores; see `methods.distribution_matching`."""
 DistanceName = Literal["l2", "huber", "huber_norm", "features", "latent_lpips"]
@@ -66,9 +66,9 @@ CALLS_OF_JUMP: dict[Jump, int] = {"skip": 1, "cm_skip": 1, "first_order": 1, "se
 
 
 def omega_of(scale: float, convention: Convention) -> float:
-    """Guidance in the papers' convention: eps = (1 + omega) eps(c) - omega eps(null). Imagen's scale is 1 + omega.
+    """Return omega of eps = (1 + omega) eps(c) - omega eps(null), the papers' convention; 0 without guidance.
 
-    0 without guidance, whatever the scale.
+    Imagen's scale is 1 + omega.
     """
     return {"lcm": scale, "imagen": scale - 1.0, "none": 0.0}[convention]
 

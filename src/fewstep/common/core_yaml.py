@@ -1,4 +1,4 @@
-"""YAML as people mean it: the scalars of YAML 1.2's core schema, no key twice, and text fields that stay text.
+"""YAML with the scalars of YAML 1.2's core schema, no key twice, and text fields that stay text.
 
 YAML 1.1, which PyYAML reads, takes `on`, `yes` and `no` for truth values, 010 for eight, 1:30 for ninety, 2024-01-02
 for a date and 1e-3 for text. Here `true` and `false` alone are truth values, a number with a leading zero is text
@@ -40,7 +40,7 @@ class CoreLoader(yaml.SafeLoader):
     """A safe loader of the core schema that refuses a key that appears twice."""
 
     def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
-        """Give a scalar its own characters back."""
+        """Restore a scalar's own characters."""
         node: yaml.ScalarNode = super().compose_scalar_node(anchor)  # type: ignore[no-untyped-call]
         node.value = node.value.translate(OUTER)
         return node
@@ -63,7 +63,7 @@ class CoreDumper(yaml.SafeDumper):
     """A safe dumper that quotes text which YAML 1.1 or the core schema would read as something else."""
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
-        """Escape what ends a line in YAML 1.1 alone."""
+        """Represent text, quoted if it holds characters that end a line in YAML 1.1 alone."""
         style = '"' if any(character in data for character in INNER) else None
         return self.represent_scalar(f"{TAG}str", data, style)
 
@@ -125,13 +125,13 @@ def dump(data: Any) -> str:
 
 
 def is_text(annotation: Any) -> bool:
-    """Whether a field of this type holds text and nothing else, None apart."""
+    """Return whether a field of this type holds text alone, or None."""
     options = [option for option in _options(annotation) if option is not NoneType]
     return bool(options) and all(option is str or isinstance(option, str) for option in options)
 
 
 def takes_truth(annotation: Any) -> bool:
-    """Whether a field of this type may hold a truth value."""
+    """Return whether a field of this type may hold a truth value."""
     return annotation is Any or any(option is bool or option is Any for option in _options(annotation))
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 
 def speed_up(network: nn.Module) -> None:
-    """Give a diffusers network channels_last memory and plain attention, in place.
+    """Set channels_last memory and plain attention in a diffusers network, in place.
 
     Parameters, their names and the computed function stay the same, to rounding. Attention of another kind than a
     UNet's (joint, linear) is left unchanged.

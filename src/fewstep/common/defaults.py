@@ -21,7 +21,7 @@ GROUP = "fewstep.worlds"
 
 
 class World(Protocol):
-    """What a world provides. Types of higher packages are `Any`: they are not imported here.
+    """Interface of a world. Types of higher packages are `Any`: they are not imported here.
 
     Attributes:
         PICTURES: name of its pictures as `data.source`, the default one.

@@ -1,7 +1,7 @@
 """Collective operations of the processes of one launch.
 
 Under `torchrun` or `accelerate launch` every process runs the same program on its share of the batch. The main process
-alone writes, draws and judges. A process that raises must not leave the others waiting: code that one process runs
+alone writes, draws and evaluates. A process that raises must not leave the others waiting: code that one process runs
 alone goes inside `fail_together`, which raises in all processes if it raises in one.
 
 Every function here but `world_size`, `rank`, `is_main` and `local_rows` is a collective: all processes must call it, in
@@ -61,7 +61,7 @@ def sum_over_processes(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def average_over_processes(tensors: Sequence[Tensor]) -> None:
-    """Overwrite tensors by their means over all processes, bit-identical on each."""
+    """Replace tensors by their means over all processes, bit-identical on each."""
     if world_size() == 1:
         return
     for some in _messages(tensors):

@@ -118,7 +118,7 @@ class Rows(Protocol):
     """Many tensors of one shape, read by index: a tensor, or `MappedRows`."""
 
     def __len__(self) -> int:
-        """Number of rows."""
+        """Return the number of rows."""
         ...
 
     def __getitem__(self, rows: Tensor) -> Tensor:

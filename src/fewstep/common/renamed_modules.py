@@ -43,5 +43,5 @@ class _RenamedModules:
 
 
 def install() -> None:
-    """Let the old names be imported, and run with `python -m`."""
+    """Register the finder of old names, for imports and `python -m`."""
     sys.meta_path.insert(0, _RenamedModules())

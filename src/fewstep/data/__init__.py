@@ -1,1 +1,1 @@
-"""Prompts, pictures, cached latents. Knows no method."""
+"""Prompts, pictures and cached latents, independent of the method."""

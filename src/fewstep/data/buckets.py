@@ -1,4 +1,4 @@
-"""Aspect ratio buckets (as SDXL's): each picture is cropped to the nearest of a few shapes of one area.
+"""Aspect ratio buckets (as SDXL's): each picture is cropped to the best-fitting of a few shapes of one area.
 
 A batch has one shape, so that it is one tensor; batches are drawn anew in each epoch.
 """
@@ -99,7 +99,7 @@ def bucketed(captioned: Captioned, size: int, unit: int, least: int = 1) -> Capt
     Args:
         size: pixels a side of a square of every bucket's area.
         unit: divisor of all sides.
-        least: fewest pictures of a bucket; those of smaller ones go to the nearest that has them.
+        least: fewest pictures of a bucket; those of smaller ones join the bucket of nearest shape.
 
     Raises:
         UserError: `size` is no multiple of `unit`, or a picture is broken.

@@ -24,7 +24,7 @@ from fewstep.data.row_store import Batches, StoredRows, fill, lacking, read_rows
 
 CHUNK = 512
 """Pictures read and encoded at a time."""
-SAID = 4096
+CAPTION_CHUNK = 4096
 """Captions encoded at a time: 1.3 GB of SDXL's states in half precision."""
 
 
@@ -180,7 +180,7 @@ def encode_captions(
     def null(_: Sequence[int]) -> dict[str, Tensor]:
         return half(encoders.null(1))
 
-    batches = Batches(count, encoders.prompts_at_once, SAID)
+    batches = Batches(count, encoders.prompts_at_once, CAPTION_CHUNK)
     fill(place, every(count, wanted), batches, encode, "encoding captions", "caption")
     fill(place, np.array([count]), Batches(count + 1, 1, 1), null, "", "caption")
     return dict(read_rows(place, count + 1))

@@ -219,7 +219,7 @@ def samples_of(files: Any, path: str, shard: str) -> Listing:
             samples = [members.sample(name, texts) for name, texts in matched.captions.items()]
     except (tarfile.TarError, ValueError) as error:
         raise UserError(
-            f"data.source: {shard} is no plain tar that can be read by ranges of bytes ({error}); use a copy on disk, "
+            f"data.source: {shard} is not a plain tar, readable by byte ranges ({error}); use a copy on disk, "
             "unpacked if it is compressed",
             field="data.source",
         ) from error

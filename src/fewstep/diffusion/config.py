@@ -97,7 +97,7 @@ class Guidance(Config):
 
 
 class Sampling(Config):
-    """How pictures are sampled. The same record is part of a recipe, a run's config and an exported file."""
+    """Sampling settings. The same record is part of a recipe, a run's config and an exported file."""
 
     renamed = {"told": "extra_conditioning"}  # noqa: RUF012  (a class variable of the base)
 

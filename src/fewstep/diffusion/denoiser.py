@@ -29,7 +29,7 @@ Call = Callable[[Tensor, Tensor, Condition, str], Tensor]
 
 
 def computed_in(call: Call, role: str, dtype: torch.dtype) -> Call:
-    """Return the call with one role's network under autocast to `dtype`, whatever the others compute in."""
+    """Return the call with one role's network under autocast to `dtype`, independent of the other roles'."""
 
     def typed(x: Tensor, t: Tensor, condition: Condition, called: str) -> Tensor:
         if called != role:

@@ -93,7 +93,7 @@ def lcm_scalings(t: Tensor, timestep_scaling: float = 10.0, sigma_data: float = 
 
 
 def lcm_skip(denoise: Denoise, path: Path, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """Jump to clean data, whatever s, by LCM's consistency function f = c_skip x_t + c_out x0. One call."""
+    """Jump to clean data for every s, by LCM's consistency function f = c_skip x_t + c_out x0. One call."""
     c_skip, c_out = lcm_scalings(index_of(path, t))
     return expand(c_skip, x_t) * x_t + expand(c_out, x_t) * denoise(x_t, t).x0
 

@@ -101,7 +101,7 @@ def sss_jumps(
 
     Each jump lands at s by a rule of `SSS_RULES`, at or above the end point, and noise brings x up to the next time.
     gamma = 0 is the deterministic jump to the next time. gamma = 1 lands at the end point and re-noises fully, as
-    multistep consistency sampling does. The last jump goes to the end point, without noise.
+    multistep consistency sampling does. The last jump lands at the end point, without noise.
     """
     lowest = end_time(path, end)
     jumps = []

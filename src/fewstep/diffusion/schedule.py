@@ -26,7 +26,7 @@ PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
 PURE_NOISE = 1e-6
 """alpha below which x_t counts as pure noise: dividing by alpha does not recover x_0."""
 NO_SIGNAL = math.log(PURE_NOISE**4)
-"""log(alpha_t^2) that stands for alpha_t = 0 (zero terminal SNR): finite, since it is interpolated."""
+"""log(alpha_t^2) in place of alpha_t = 0 (zero terminal SNR): finite, since it is interpolated."""
 
 
 class Path(Protocol):
@@ -48,16 +48,16 @@ class Path(Protocol):
         """The time with the most noise."""
 
     def alpha(self, t: Tensor) -> Tensor:
-        """alpha_t."""
+        """Return alpha_t."""
 
     def sigma(self, t: Tensor) -> Tensor:
-        """sigma_t."""
+        """Return sigma_t."""
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """lambda_t = log(alpha_t / sigma_t)."""
+        """Return lambda_t = log(alpha_t / sigma_t)."""
 
     def time_of(self, log_snr: Tensor) -> Tensor:
-        """The time with the given lambda."""
+        """Return the time of a given lambda."""
 
 
 @dataclass(frozen=True)
@@ -103,20 +103,20 @@ class VariancePreserving:
         return torch.lerp(table[low], table[low + 1], place - low)
 
     def alpha(self, t: Tensor) -> Tensor:
-        """alpha_t."""
+        """Return alpha_t."""
         return torch.exp(0.5 * self._log_alpha_bar(t))
 
     def sigma(self, t: Tensor) -> Tensor:
-        """sigma_t, without cancellation near clean data."""
+        """Return sigma_t, without cancellation near clean data."""
         return torch.sqrt(-torch.expm1(self._log_alpha_bar(t)))
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """lambda_t; infinite on clean data."""
+        """Return lambda_t; infinite on clean data."""
         log_alpha_bar = self._log_alpha_bar(t)
         return 0.5 * (log_alpha_bar - torch.log(-torch.expm1(log_alpha_bar)))
 
     def time_of(self, log_snr: Tensor) -> Tensor:
-        """The time with the given lambda, clamped to the path's ends; exact inverse of `log_snr`."""
+        """Return the time of a given lambda, clamped to the path's ends; exact inverse of `log_snr`."""
         table = self.log_alpha_bar
         wanted = -torch.nn.functional.softplus(-2 * log_snr.double())
         # the table falls; searchsorted wants it to rise
@@ -147,23 +147,23 @@ class FlowMatching:
 
     @property
     def noisiest(self) -> float:
-        """1."""
+        """Return 1."""
         return 1.0
 
     def alpha(self, t: Tensor) -> Tensor:
-        """1 - sigma, without cancellation near noise."""
+        """Return 1 - sigma, without cancellation near noise."""
         return (1 - t.double()) / (1 + (self.shift - 1) * t.double())
 
     def sigma(self, t: Tensor) -> Tensor:
-        """The share of noise."""
+        """Return the share of noise."""
         return self.shift * t.double() / (1 + (self.shift - 1) * t.double())
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """log((1 - sigma)/sigma); infinite at both ends."""
+        """Return log((1 - sigma)/sigma); infinite at both ends."""
         return torch.log1p(-t.double()) - torch.log(self.shift * t.double())
 
     def time_of(self, log_snr: Tensor) -> Tensor:
-        """The time with the given lambda: sigmoid(-lambda - log shift)."""
+        """Return the time of a given lambda: sigmoid(-lambda - log shift)."""
         return torch.sigmoid(-log_snr.double() - math.log(self.shift))
 
 
@@ -190,24 +190,24 @@ class VarianceExploding:
         return self.sigma_max
 
     def alpha(self, t: Tensor) -> Tensor:
-        """1."""
+        """Return 1."""
         return torch.ones_like(t, dtype=torch.float64)
 
     def sigma(self, t: Tensor) -> Tensor:
-        """t."""
+        """Return t."""
         return t.double()
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """-log t."""
+        """Return -log t."""
         return -torch.log(t.double())
 
     def time_of(self, log_snr: Tensor) -> Tensor:
-        """The time with the given lambda, e^{-lambda}."""
+        """Return the time of a given lambda, e^{-lambda}."""
         return torch.exp(-log_snr.double())
 
 
 def scaled_linear(start: float = 0.00085, end: float = 0.012, steps: int = 1000) -> VariancePreserving:
-    """Stable Diffusion's schedule: betas = linspace(sqrt(start), sqrt(end), T)^2."""
+    """Return Stable Diffusion's schedule: betas = linspace(sqrt(start), sqrt(end), T)^2."""
     roots = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64)
     return VariancePreserving.from_betas(roots.square())
 

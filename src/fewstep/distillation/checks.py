@@ -36,7 +36,7 @@ from fewstep.training.config import StudentConfig
 
 
 class Inputs(NamedTuple):
-    """What the settings of a distillation name, read and checked.
+    """Checked inputs of a distillation.
 
     Attributes:
         source: of the data.
@@ -49,7 +49,7 @@ class Inputs(NamedTuple):
 
 
 def read_inputs(config: DistillConfig) -> Inputs:
-    """Read what the settings of a distillation name.
+    """Read and check the inputs of a distillation.
 
     Raises:
         UserError: as `read_teacher`, `open_source` and `check_start`.

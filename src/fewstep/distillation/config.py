@@ -117,7 +117,7 @@ class DistillConfig(Config):
 
 
 def check_trained(method: ConsistencyConfig, sampling: Sampling, path: str = "vp") -> None:
-    """Refuse default sampling settings that the student is not trained for (law 1 of the architecture).
+    """Refuse default sampling settings that the student is not trained for (rule 1 in docs/architecture.md).
 
     `fewstep sample` may use others: a TCF(1) student under second-order jumps, or a solver.
 

@@ -64,7 +64,7 @@ def make_validation(run: Run, out: Path, cache: Path) -> Validation:
 
 
 class Validation:
-    """Draws and evaluates the student; called by the loop with (step, weights).
+    """Validation of a run: draws and evaluates the student; called by the loop with (step, weights).
 
     Every process of a launch makes and calls it: they share the drawing, and the main one evaluates and writes.
 

@@ -40,7 +40,7 @@ class TeacherPictures:
 
 @dataclass(frozen=True)
 class Reference:
-    """Real pictures: those measured against, and others that stand for a perfect generator.
+    """Real pictures: those measured against, and others in the place of a perfect generator.
 
     Attributes:
         pictures: uint8 [M, H, W, 3].

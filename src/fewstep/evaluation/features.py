@@ -25,7 +25,7 @@ BAR_FROM = 512
 
 
 class NetworkIdentity(Protocol):
-    """What identifies a frozen network that computes features.
+    """Identity of a frozen network that computes features.
 
     Attributes:
         name: the network and the layers that are read.

@@ -98,7 +98,7 @@ class Lite0(nn.Module):
         self.convs = nn.ModuleDict(convs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, 1280]."""
+        """Return features [B, 1280] of pictures [B, 3, H, W]."""
         (last,) = deque(self.blocks(x), maxlen=1)
         return last.float().mean((2, 3))
 

@@ -83,7 +83,7 @@ class Figure:
     identity: Identity | None = None
 
     def is_of(self, group: Group, against: Against | None = None) -> bool:
-        """Whether the figure is of a metric of `group`, compared with `against` where that is given."""
+        """Return whether the figure is of a metric of `group`, compared with `against` where that is given."""
         identity = self.identity
         return identity is not None and identity.group == group and against in (None, identity.against)
 

@@ -1,1 +1,1 @@
-"""Objectives: what a student is asked to minimise."""
+"""Distillation losses and their recipes."""

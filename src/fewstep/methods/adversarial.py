@@ -1,7 +1,7 @@
 """Adversarial terms: a critic discriminates the student's landings from real points.
 
 A critic is any function (x, t, condition) -> logits [B, ...]: heads on frozen teacher features, or a small network of
-its own. Its inputs are noised by a drawn amount where the recipe says so, which makes the two distributions overlap.
+its own. Its inputs are noised by a drawn amount if the recipe sets it, which makes the two distributions overlap.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def on_path(pair: Pair) -> Tensor:
 def by_itself(pair: Pair) -> Tensor:
     """Take the target's own jump, so that a jump equals two shorter ones in a row (shortcut models, arXiv 2410.12557).
 
-    Where t_n is the next grid point the teacher's step takes its place: there is no shorter jump.
+    If t_n is the next grid point, the teacher's step replaces it, because there is no shorter jump.
     """
     landed = pair.target(pair.x_nk, pair.times.t_nk, pair.times.t_n)
     neighbour = pair.times.index_nk - pair.times.index_n == 1

@@ -54,14 +54,14 @@ class HeldTrajectories:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What is read for one micro-batch.
+    """Stored data of one micro-batch.
 
     Attributes:
         data: clean latents x_0, fp32 [B, ...]; of starts without data only the shape is used.
         condition, null: inputs of the network with and without the prompt, [B, ...] each.
         omega: guidance that the stored trajectories were drawn with, [B]; None for data.
         stored: those trajectories.
-        prompts: number of each sample's prompt, int64 [B]; the count of prompts stands for the empty one.
+        prompts: number of each sample's prompt, int64 [B]; the count of prompts means the empty one.
         times: drawn already, where `stored` was read for them; else None.
     """
 

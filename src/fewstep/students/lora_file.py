@@ -10,7 +10,7 @@ from fewstep.common.errors import UserError
 from fewstep.common.safetensors_header import is_safetensors, metadata_record, read_safetensors_header
 
 FILE = "pytorch_lora_weights.safetensors"
-"""The file name that diffusers looks for in a folder."""
+"""File name that diffusers loads from a folder."""
 CONDITIONING = "conditioning.safetensors"
 """The extra embedding of a student with extra conditioning (`conditioning_file`), beside its weights."""
 METADATA = "lora_adapter_metadata"

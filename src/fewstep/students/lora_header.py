@@ -62,7 +62,7 @@ class LoraHeader:
 
     @property
     def origin(self) -> str:
-        """The teacher it was distilled from, in words for errors; "" if unknown."""
+        """The teacher it was distilled from, as text for errors; "" if unknown."""
         return distilled_from(self.record, self.file)
 
 
@@ -77,7 +77,7 @@ def base_shapes(folder: PipelineFolder) -> dict[str, Shape]:
 
 
 def distilled_from(record: Mapping[str, Any], file: Path) -> str:
-    """Return the teacher of a student in words for errors, from its record or its run folder; "" if unknown."""
+    """Return the teacher of a student as text for errors, from its record or its run folder; "" if unknown."""
     named = record.get("teacher")
     config = file.parent.parent / "config.yaml"
     if not named and file.parent.name == "student" and config.is_file():
@@ -144,7 +144,7 @@ def _shapes(file: Path, found: Mapping[str, Keys], entries: Mapping[str, Entry])
     for module, key in ((module, key) for module, keys in found.items() for key in (keys.A, keys.B)):
         if not entries[key].dtype.startswith(("F", "BF")):
             raise UserError(
-                f"{file} holds {key} of {module} in {entries[key].dtype}, which is no floating-point type; give the "
+                f"{file} holds {key} of {module} in {entries[key].dtype}, which is not a floating-point type; give the "
                 "LoRA as it was trained, in fp32, fp16 or bf16"
             )
     return shapes

@@ -1,4 +1,4 @@
-"""The student that a name stands for beside a teacher, and its sampling settings; without torch."""
+"""Resolve the name of a student for a teacher to its file and sampling settings; without torch."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def student_place(name: Path | str) -> Path:
 
 
 def _named_student(lora: Path | str | None, folder: PipelineFolder) -> Path | str | None:
-    """Return the student that `auto` stands for beside a teacher, None for the teacher itself; other names as given."""
+    """Return the student that `auto` means for a teacher, None for the teacher itself; other names as given."""
     if lora != AUTO:
         return None if lora == NONE else lora
     try:

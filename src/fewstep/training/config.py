@@ -23,7 +23,7 @@ def check_batch(batch: int, accumulate: int, processes: int = 1) -> None:
 
 
 class LoopConfig(Config):
-    """How long, how much at a time, how often."""
+    """Length, batch, precision and intervals of a training."""
 
     renamed = {"watch_every": "validate_every"}  # noqa: RUF012  (a class variable of the base)
 
@@ -69,7 +69,7 @@ class OptimConfig(Config):
 
 
 class StudentConfig(Config):
-    """What is trained."""
+    """Trained weights, and how the frozen ones are kept."""
 
     kind: Literal["lora", "full"] = Field("lora", description="lora (adapters on the frozen teacher) or full")
     rank: int = Field(64, ge=1, description="rank of the LoRA matrices")

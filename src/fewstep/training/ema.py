@@ -44,6 +44,6 @@ class Ema:
 
     @torch.no_grad()
     def copy_from(self, parameters: Mapping[str, Tensor]) -> None:
-        """Overwrite the average with `parameters`."""
+        """Set the average to `parameters`."""
         for name, value in self.shadow.items():
             copy_into(value, parameters[name])

@@ -85,7 +85,7 @@ def train(
             all processes at the same step (such weights are never saved); or the run to resume was computed in another
             precision or on another kind of device.
         StoppedError: SIGINT or SIGTERM arrived in any process; all have stopped after the same step, which is saved. A
-            second signal goes to the previous handlers.
+            second signal is passed to the previous handlers.
     """
     check_split(config, accelerator)
     updates = [UpdateState(update, accelerator.device) for update in plan]

@@ -55,7 +55,7 @@ class FusedLinear(Linear):  # type: ignore[misc]
     """A linear layer with LoRA."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[..., in] -> [..., out]."""
+        """Map [..., in] to [..., out]."""
         role = None if args or kwargs or x.dim() < 2 else _role(self, x)
         if role is None:
             result: Tensor = super().forward(x, *args, **kwargs)
@@ -69,7 +69,7 @@ class FusedConv2d(Conv2d):  # type: ignore[misc]
     """A convolution with LoRA, whose B is 1x1: a product over pixels, which lie row by row in channels_last memory."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[B, in, H, W] -> [B, out, H', W']."""
+        """Map [B, in, H, W] to [B, out, H', W']."""
         role = None if args or kwargs else _role(self, x)
         if role is None:
             result: Tensor = super().forward(x, *args, **kwargs)

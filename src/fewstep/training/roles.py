@@ -133,6 +133,6 @@ def add_adapter(network: nn.Module, role: str, rank: int, alpha: float, targets:
 
 @torch.no_grad()
 def copy_role(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
-    """Overwrite the weights `target` of a role with those of `source`; either may be sharded."""
+    """Copy the weights of the role `source` into those of `target`; either may be sharded."""
     for name, value in source.items():
         copy_into(target[name], value)

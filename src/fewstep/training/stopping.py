@@ -94,7 +94,7 @@ def stoppable() -> Iterator[None]:
 
 
 class Stop:
-    """Context that records the first signal without raising; a second one goes to the previous handlers.
+    """Context that records the first signal without raising; a second one is passed to the previous handlers.
 
     Args:
         launched: whether this is one of several processes, whose launcher repeats signals.

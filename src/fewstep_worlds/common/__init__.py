@@ -1,1 +1,1 @@
-"""What worlds share: autoencoder, denoiser, text encoder, pipeline folder, training, tables."""
+"""Shared parts of worlds: autoencoder, denoiser, text encoder, pipeline folder, training, tables."""

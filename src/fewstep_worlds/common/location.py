@@ -1,4 +1,4 @@
-"""Where the bundled world (pictures, captions, models) lies on this machine."""
+"""Path of the bundled world (pictures, captions, models)."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from fewstep.backbones.pipeline_writer import RECORD
 from fewstep.common.errors import UserError
 
 PIPELINE = {*SD.parts, "model_index.json", RECORD}
-"""What a pipeline folder holds, which may be replaced."""
+"""Entries of a pipeline folder, which may be replaced."""
 RUN_PARTS = ("vae", "unet", "decoder")
 """Folders of a teacher's training."""
 

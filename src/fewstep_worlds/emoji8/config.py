@@ -148,7 +148,7 @@ class AddOnConfig(Config):
 
 
 class VersatilityConfig(Config):
-    """Add-ons of the ecosystem on students that never saw them."""
+    """Settings of the add-ons study: students that were not trained on them."""
 
     tcd: str = Field("tcd", description="TCD student: tcd (bundled), a LoRA file or folder")
     tlcm: str = Field("", description="TLCM student, a LoRA file or folder; empty to leave it out")

@@ -175,7 +175,7 @@ def lite0(folder: Path | None = None, *, progress: bool = True) -> Features:
 def metrics(gallery: Gallery, features: Features, n: int) -> list[Metric]:
     """Return the bundled world's metrics that need no trained scorer.
 
-    The projection of FD is fitted on the whole training split, whatever the prompts.
+    The projection of FD is fitted on the whole training split, for all prompts.
 
     Args:
         gallery: the training pictures.

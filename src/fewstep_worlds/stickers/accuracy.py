@@ -15,7 +15,7 @@ Z = 1.959964
 
 @dataclass(frozen=True)
 class Share:
-    """How many of `n` pictures are right."""
+    """Count of right pictures among `n`."""
 
     right: int
     n: int

@@ -1,4 +1,4 @@
-"""What a prompt states about a picture, what a picture shows, and whether they agree."""
+"""Claims of prompts, facts of pictures, and whether they agree."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OPPOSITE: dict[Relation, Relation] = {"left": "right", "right": "left", "above":
 
 @dataclass(frozen=True)
 class Claim:
-    """What a prompt states; None is left open.
+    """Claim of a prompt; None is left open.
 
     Attributes:
         things: concept and count of one or two kinds of stickers; a count of None means at least two.
@@ -41,7 +41,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a picture shows.
+    """Facts of a picture.
 
     Attributes:
         places: concept and centre (x, y) in pixels of each sticker.

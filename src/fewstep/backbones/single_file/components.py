@@ -197,8 +197,8 @@ def _transformer(folder: PipelineFolder, reader: Reader, checkpoint: Checkpoint)
         found = SINGLE_FILE_LOADABLE_CLASSES[checkpoint.transformer]["checkpoint_mapping_fn"](checkpoint=weights)
     except (KeyError, IndexError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"teacher = {str(reader.file)!r} is no complete {checkpoint.transformer}: {error!r}; give a checkpoint of "
-            "the published architecture"
+            f"teacher = {str(reader.file)!r} is not a complete {checkpoint.transformer}: {error!r}; "
+            "give a checkpoint of the published architecture"
         ) from error
     reader.read -= {
         reader.names[f"{checkpoint.prefix}{name}"] for name in weights
@@ -223,7 +223,7 @@ def _read_as(checkpoint: Checkpoint, folder: PipelineFolder) -> str:
     if checkpoint.prediction:
         why = f"predicts {checkpoint.prediction}, by the file"
     elif checkpoint.guess == by_config:
-        why = f"predicts {checkpoint.guess}, judged by its weights"
+        why = f"predicts {checkpoint.guess}, as its weights suggest"
     else:
         why = f"predicts {by_config}, by its config"
     return f"{checkpoint.file.name}: read as {kinds[str(checkpoint.version)]} that {why}; configs from {folder.path}"

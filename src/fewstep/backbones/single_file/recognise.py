@@ -79,7 +79,7 @@ class Checkpoint:
         transformer: class of the denoiser, if only that is read; empty for Stable Diffusion 1.x, 2.x and XL.
         version: which of those, by its widths; None of a network of other widths, which needs a folder of configs.
         prediction: what the denoiser predicts by the file's marks or metadata; None without any.
-        guess: what it predicts judged by its weights (2.x without marks); None elsewhere.
+        guess: its prediction as the weights suggest (2.x without marks); None elsewhere.
         zero_snr: whether the schedule has zero terminal SNR; None where the file has no mark or metadata of it.
         file, metadata, entries: the file and its header.
         record: its `fewstep` record: settings of a student that was exported as one file; else empty.

@@ -21,7 +21,7 @@ def training_set(
 ) -> tuple[LatentSet, Trajectories | None]:
     """Return a set as training data in its stored types, and its trajectories if the recipe starts on them.
 
-    Nothing is read yet, and no encoder is needed. With trajectories, one zero stands for all latents.
+    Nothing is read yet, and no encoder is needed. With trajectories, the latents are one zero, expanded.
 
     Raises:
         UserError: it was drawn by another teacher, or the recipe starts on clean data and its end points are not clean.

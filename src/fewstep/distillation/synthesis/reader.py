@@ -26,7 +26,7 @@ class Synthesis:
     """The samples of a finished set, by number (0 .. len - 1), on the CPU; points by their place in `times`.
 
     Attributes:
-        kind: type of what is read, whatever it is stored in.
+        kind: dtype that is returned; the stored one may differ.
         times: of the points, rising, float64 [N + 1]: the end point, then the grid.
     """
 

@@ -183,7 +183,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         if (folder / UNFINISHED / PLAN).is_file():
             raise UserError(f"{folder} is not finished: run its `fewstep synthesize` again to resume it")
-        raise UserError(f"{folder} is no synthesised set: it holds no {MANIFEST}; `fewstep synthesize` makes one")
+        raise UserError(f"{folder} is not a synthesised set: it holds no {MANIFEST}; `fewstep synthesize` makes one")
     return _read(Manifest, path)
 
 

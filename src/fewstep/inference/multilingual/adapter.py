@@ -39,7 +39,7 @@ class SentenceMap(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """[N, width] -> unit vectors, [N, width]."""
+        """Map vectors [N, width] to unit vectors [N, width]."""
         return F.normalize(F.linear(vectors, self.weight, self.bias), dim=1)
 
     def moved(self) -> Tensor:

@@ -81,7 +81,7 @@ class SSSScheduler(FewStepScheduler):
 class ConsistencyScheduler(FewStepScheduler):
     """Multistep consistency sampling (arXiv 2303.01469, algorithm 1; LCM, arXiv 2310.04378, algorithm 3).
 
-    Each jump goes to the end point, then noise comes up to the next time.
+    Each jump lands at the end point; noise is then added up to the next time.
 
     Args:
         jump: skip (LCM's own, onto clean data), first_order or second_order.

@@ -33,7 +33,7 @@ class PlaceNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, h, w] to the same."""
+        """Map [B, C, h, w] to the same shape."""
         centred = x - x.mean(1, keepdim=True)
         unit_variance = centred * (centred.square().mean(1, keepdim=True) + NORM_EPS).rsqrt()
         return unit_variance * self.weight[:, None, None] + self.bias[:, None, None]
@@ -49,7 +49,7 @@ class Residual(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, h, w] to the same."""
+        """Map [B, C, h, w] to the same shape."""
         result: Tensor = x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
         return result
 

@@ -134,7 +134,7 @@ def estimates(teacher: GuidedTeacher, latent: Tensor, rng: KeyedRng) -> list[Ten
 
 
 def estimate_times(path: Path) -> Tensor:
-    """Return the times of the estimates: `GRID` points, or the nearest divisor of an indexed path's number."""
+    """Return the times of the estimates: `GRID` points, or, on an indexed path, a divisor of its number near that."""
     if not isinstance(path, VariancePreserving):
         return training_grid(path, GRID)
     indices = int(path.noisiest) + 1

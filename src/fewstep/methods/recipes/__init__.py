@@ -13,7 +13,7 @@ from fewstep.common.errors import UserError, did_you_mean
 
 
 def names() -> list[str]:
-    """The bundled recipes."""
+    """Return the names of the bundled recipes."""
     return sorted(p.name[:-5] for p in resources.files(__name__).iterdir() if p.name.endswith(".yaml"))
 
 
@@ -24,7 +24,7 @@ WHOLE = ("lcm-full",)
 
 
 def rows() -> list[str]:
-    """The bundled recipes that are rows of the table."""
+    """Return the names of the bundled recipes that are rows of the table."""
     return [name for name in names() if name not in (*LISTS, *WHOLE)]
 
 

@@ -120,7 +120,7 @@ def clip_tokenizer(files: ScorerFiles, config: Any) -> Any:
     """
     tokenizer = load_tokenizer(files.folder, "clip", config.text_config.vocab_size)
     end = config.text_config.eos_token_id
-    if end not in (2, tokenizer.eos_token_id):  # 2 in older configs stands for the highest id
+    if end not in (2, tokenizer.eos_token_id):  # 2 in older configs means the highest id
         raise UserError(
             f"{files.folder / 'config.json'} has eos_token_id {end}, which must be the tokenizer's, "
             f"{tokenizer.eos_token_id}",

@@ -50,7 +50,7 @@ _UNUSED = r"^blip\.(vision|text)_proj\.|position_ids$"
 
 
 class RewardNetwork(nn.Module):
-    """Maps a picture and the tokens of a prompt to the head's output, before it is normalised."""
+    """Network from a picture and the tokens of a prompt to the head's output, before it is normalised."""
 
     def __init__(self, vision: Any, text: Any, widths: Sequence[int]) -> None:
         from transformers import BlipTextModel, BlipVisionModel
@@ -62,7 +62,7 @@ class RewardNetwork(nn.Module):
         self.head = nn.Sequential(*(linear.get(i, nn.Identity()) for i in range(HEAD_LAYERS[-1] + 1)))
 
     def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """[B, 3, size, size], int64 [B, 35], int64 [B, 35] -> [B]."""
+        """Return outputs [B] of pictures [B, 3, size, size], tokens int64 [B, 35] and their mask int64 [B, 35]."""
         tokens = self.vision(pixel_values=pixels).last_hidden_state
         states = self.text(input_ids=ids, attention_mask=mask, encoder_hidden_states=tokens).last_hidden_state
         x: Tensor = states[:, 0] if states.dtype == torch.float64 else states[:, 0].float()

@@ -39,7 +39,7 @@ class SwiGLU(nn.Module):
     """The first half of the channels times the SiLU of the second (Shazeer 2020, arXiv:2002.05202)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., 2 D] -> [..., D]."""
+        """Map [..., 2 D] to [..., D]."""
         value, gate = x.chunk(2, -1)
         return F.silu(gate) * value
 
@@ -71,7 +71,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, N, heads D] -> [B, heads, N, D]."""
+    """Reshape [B, N, heads D] to [B, heads, N, D]."""
     return x.reshape(*x.shape[:-1], heads, -1).transpose(1, 2)
 
 
@@ -91,7 +91,7 @@ class CrossBlock(nn.Module):
         self.ff = nn.Sequential(nn.Linear(width, 2 * inner, bias=False), SwiGLU(), nn.Linear(inner, width, bias=False))
 
     def forward(self, tokens: Tensor, words: Tensor, mask: Tensor) -> Tensor:
-        """Picture tokens [B, N, D], words [B, M, D], which of them are attended to [B, M] -> [B, N, D]."""
+        """Attend from picture tokens [B, N, D] to words [B, M, D] under a mask [B, M]; return [B, N, D]."""
         x = self.norm(tokens)
         key, value = self.to_kv(words).chunk(2, -1)
         attended = attend(split_heads(self.to_q(x), self.heads), key, value, mask)
@@ -112,7 +112,7 @@ class SelfBlock(nn.Module):
         self.ff_out = nn.Sequential(SwiGLU(), nn.Linear(inner, width, bias=False))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N, D]."""
+        """Map [B, N, D] to [B, N, D]."""
         query, key, value, inner = self.fused_attn_ff_proj(self.norm(tokens)).split(self.parts, -1)
         attended = attend(rotate(split_heads(query, self.heads)), rotate(key), value)
         result: Tensor = tokens + self.attn_out(attended) + self.ff_out(inner)
@@ -128,13 +128,13 @@ class MpsNetwork(nn.Module):
         self.cross = nn.ModuleList(nn.ModuleList([CrossBlock(*sizes), SelfBlock(*sizes)]) for _ in range(layers))
 
     def words(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """int64 [K, N] -> the projected state of each token [K, N, D] and of the last one [K, D]."""
+        """Return the projected states of tokens int64 [K, N], each [K, N, D] and the last [K, D]."""
         clip: Any = self.clip
         out = clip.text_model(input_ids=ids)
         return clip.text_projection(out.last_hidden_state), clip.text_projection(out.pooler_output)
 
     def forward(self, pixels: Tensor, words: Tensor, mask: Tensor) -> Tensor:
-        """Pictures [B, 3, size, size], words [B, N, D], which are attended to [B, N] -> embeddings [B, D]."""
+        """Return embeddings [B, D] of pictures [B, 3, size, size] given words [B, N, D] and their mask [B, N]."""
         clip: Any = self.clip
         tokens: Tensor = clip.visual_projection(clip.vision_model(pixel_values=pixels).last_hidden_state)
         blocks: Any = self.cross
@@ -148,7 +148,7 @@ class MpsScorer:
     """exp(logit scale) * cos(prompt, picture's first token after the cross model) (Zhang et al. 2024).
 
     Attributes:
-        condition: words of the aspect that is judged; `OVERALL` for the published weights.
+        condition: words of the rated aspect; `OVERALL` for the published weights.
     """
 
     network: MpsNetwork

@@ -51,7 +51,7 @@ class Claim:
         return "; ".join(part for part in (figures, self.note) if part)
 
 
-Judge = Callable[..., tuple[bool | None, str]]
+Check = Callable[..., tuple[bool | None, str]]
 """Rows of `means` -> whether a claim holds, and a note."""
 
 
@@ -66,14 +66,14 @@ def claims(results: Results) -> list[Claim]:
     table = means(frame)
     rows = dict(zip(table.index, (row for _, row in table.iterrows())))
 
-    def check(text: str, metric: str, wanted: Sequence[tuple[str, int]], judge: Judge) -> Claim:
+    def check(text: str, metric: str, wanted: Sequence[tuple[str, int]], decide: Check) -> Claim:
         """Return a claim on the figures of (label, steps); undecided where one is missing."""
         names = {f"{label} at {steps}": (label, metric, steps) for label, steps in wanted}
         missing = [name for name, key in names.items() if key not in rows]
         if missing:
             return Claim(text, None, note=f"no {metric} of {', '.join(missing)}")
         found = {name: rows[key] for name, key in names.items()}
-        held, note = judge(*found.values())
+        held, note = decide(*found.values())
         return Claim(text, held, {name: float(row.value) for name, row in found.items()}, note)
 
     def better(metric: str, steps: int, label: str, their_steps: int) -> Claim:
@@ -125,14 +125,14 @@ def _rise(lcm4: Series, lcm20: Series, tcd4: Series, tcd20: Series) -> tuple[boo
     return bool(theirs > 0 and theirs >= 2 * ours), f"LCM {100 * theirs:+.0f} %, TCD {100 * ours:+.0f} %"
 
 
-def _monotonic(sign: int, late: Sequence[int]) -> Judge:
-    def judge(*rows: Series) -> tuple[bool, str]:
+def _monotonic(sign: int, late: Sequence[int]) -> Check:
+    def decide(*rows: Series) -> tuple[bool, str]:
         values = [row.value for row in rows][-len(late) :]
         steady = all(sign * (b - a) > 0 for a, b in pairwise(values))
         partly = not steady and sign * (values[-1] - values[0]) > 0
         return steady, f"in that direction from {late[0]} to {late[-1]}, but not at every count" if partly else ""
 
-    return judge
+    return decide
 
 
 def _within(ours: Series, teacher: Series) -> tuple[bool | None, str]:
@@ -142,7 +142,7 @@ def _within(ours: Series, teacher: Series) -> tuple[bool | None, str]:
 
 
 def _euler_is_ddim(frame: DataFrame) -> Claim:
-    """Claim (not the paper's, which lists both) that Euler in sigma is DDIM, the two taking the same times."""
+    """Check that Euler in sigma is DDIM at the same times; the paper, which lists both, does not claim it."""
     text = (
         f"Euler (in sigma) equals DDIM on one grid: every figure within {100 * SAME:.0f} %, or within "
         f"{100 * SAME_AT_ZERO:.0f} % of its interval's width (not a claim of the paper)"

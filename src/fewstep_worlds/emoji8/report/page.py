@@ -164,7 +164,7 @@ def _scale(results: Results) -> DataFrame:
 
 
 def _row_notes(frame: DataFrame) -> list[str]:
-    """Return every distinct note with the rows it belongs to; a label alone stands for all of its step counts."""
+    """Return every distinct note with the rows it belongs to; a label alone means all of its step counts."""
     every = frame.groupby("label").steps.nunique()
     notes = frame.melt(["label", "steps"], ["calls_note", "note"], value_name="text").query("text != ''")
     found = []

@@ -1,4 +1,4 @@
-"""What a comparison of methods found: one row for each method, step count, setting and seed, kept as one JSON file."""
+"""Results of a comparison of methods: one row for each method, step count, setting and seed, kept as one JSON file."""
 
 from __future__ import annotations
 

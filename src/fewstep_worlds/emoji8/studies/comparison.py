@@ -156,7 +156,7 @@ class PictureStore:
 
 @dataclass(frozen=True)
 class SharedMetrics:
-    """What all evaluators of one run share.
+    """Shared parts of all evaluators of a run.
 
     Attributes:
         gallery: Emoji-8's training pictures.

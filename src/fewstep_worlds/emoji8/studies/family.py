@@ -89,7 +89,7 @@ def trajectory_cost(config: DistillConfig) -> int:
 
 @dataclass(frozen=True)
 class Share:
-    """How a recipe spends the budget.
+    """A recipe's use of the budget.
 
     Attributes:
         config: of the distillation.

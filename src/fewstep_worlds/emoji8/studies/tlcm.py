@@ -168,7 +168,7 @@ class Students:
         student = config.student.model_copy(update={"start": str(self.student(variant.start)) if variant.start else ""})
         words = merge(config.model_copy(update={"student": student}).model_dump(), {"method": dict(variant.changes)})
         changed = validate(DistillConfig, words)
-        updates = config.loop.steps // config.method.student_every  # as many for the student, whatever its rhythm
+        updates = config.loop.steps // config.method.student_every  # the same number for the student at every interval
         loop = changed.loop.model_copy(update={"steps": updates * changed.method.student_every})
         return self.finished(changed.model_copy(update={"loop": loop}), self.out / slug(0, label)) / "student"
 

@@ -60,8 +60,8 @@ def train_unet(config: UnetConfig, encoders: Encoders, fingerprint: str, folder:
     heldout = emoji8.load("heldout-pair")
     seed = config.loop.seed
     data = latent_set(emoji8.captioned(config.captions, seed), encoders, fingerprint, folder / "cache")
-    judged = encoders.to_latents(heldout.pictures)
-    judged_states = encoders.encode([emoji8.name_with_style(record) for record in heldout.records])["text"]
+    heldout_latents = encoders.to_latents(heldout.pictures)
+    heldout_states = encoders.encode([emoji8.name_with_style(record) for record in heldout.records])["text"]
     torch.manual_seed(seed)
     unet = make_unet(config)
     inputs = data.inputs
@@ -91,13 +91,15 @@ def train_unet(config: UnetConfig, encoders: Encoders, fingerprint: str, folder:
     @torch.no_grad()
     def evaluate(weights: Weights) -> dict[str, float]:
         averaged.load_state_dict({name: value.cpu() for name, value in weights["unet"].items()})
-        rng = KeyedRng(seed, 0, tuple(range(len(judged))))
-        eps = rng.normal("watch noise", tuple(judged.shape[1:]))
-        t = torch.arange(len(judged)) * total // len(judged)
+        rng = KeyedRng(seed, 0, tuple(range(len(heldout_latents))))
+        eps = rng.normal("watch noise", tuple(heldout_latents.shape[1:]))
+        t = torch.arange(len(heldout_latents)) * total // len(heldout_latents)
         parts = []
-        for i in range(0, len(judged), 128):
+        for i in range(0, len(heldout_latents), 128):
             part = slice(i, i + 128)
-            value = eps_loss(averaged, path, judged[part], judged_states[part], t[part], eps[part], config.min_snr)
+            value = eps_loss(
+                averaged, path, heldout_latents[part], heldout_states[part], t[part], eps[part], config.min_snr
+            )
             assert value.per_sample is not None
             parts.append(value.per_sample)
         return {"eps_mse_heldout_pairs": float(torch.cat(parts).mean())}

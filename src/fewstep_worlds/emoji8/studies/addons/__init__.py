@@ -1,1 +1,1 @@
-"""What people put on top of a checkpoint, made on the base teacher and used with students that never saw it."""
+"""Add-ons to a checkpoint, trained on the base teacher and used with students that were not trained on them."""

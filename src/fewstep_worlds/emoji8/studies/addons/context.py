@@ -1,4 +1,4 @@
-"""What all add-ons share: the base, the training pictures, the scorers and the finished add-ons."""
+"""Shared parts of all add-ons: the base, the training pictures, the scorers and the finished add-ons."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CAPTIONS = 4
 
 @dataclass(frozen=True)
 class Context:
-    """What all add-ons share.
+    """Shared parts of all add-ons.
 
     Attributes:
         out: folder of runs and finished add-ons.

@@ -1,4 +1,4 @@
-"""What add-ons are about, as pictures: other skins, a style, edges, silhouettes; and how much of it a picture keeps.
+"""Effects of add-ons on pictures: other skins, a style, edges, silhouettes; and how much of it a picture keeps.
 
 Pictures are uint8 [N, H, W, 3] on white, as Emoji-8's are.
 """
@@ -23,9 +23,9 @@ TONES = {
 BLUE, SHADE, LINE = (28, 66, 138), (70, 108, 178), (240, 246, 255)
 """The blueprint style: paper, what is drawn on it, its lines."""
 NEAR = 60.0
-"""How far a pixel may lie from a colour, in RGB, to be of it."""
+"""Largest distance of a pixel from a colour, in RGB, to count as it."""
 INK = 24
-"""How far a pixel must lie from white, in one channel, to be part of what is drawn."""
+"""Least distance of a pixel from white, in one channel, to count as drawn."""
 
 
 def skin(pictures: Pictures) -> Mask:
