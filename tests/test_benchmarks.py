@@ -37,7 +37,7 @@ def asked(folder: Path, cache: Path, *kinds: str) -> list[str]:
             "--what", *kinds]  # fmt: skip
 
 
-def test_each_kind_tells_its_rows(
+def test_each_kind_prints_its_rows(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(synthesis, "BATCHES", 2)

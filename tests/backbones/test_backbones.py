@@ -166,8 +166,8 @@ def test_distilled_saved_and_drawn_again(
     assert student.sampling == config.sampling
 
 
-def test_a_large_pixart_alpha_is_told_the_size(tmp_path: Path) -> None:
-    """As its pipeline tells it, at 1024 pixels alone: height and width, and their ratio."""
+def test_a_large_pixart_alpha_is_conditioned_on_the_size(tmp_path: Path) -> None:
+    """As in its pipeline, at 1024 pixels alone: height and width, and their ratio."""
     backbone = load_backbone(tiny_pipelines.pixart(tmp_path / "alpha", "PixArtAlphaPipeline", sizes=True))
     condition = backbone.encode(PROMPTS)
     x = torch.randn(2, 4, 8, 16, generator=torch.Generator().manual_seed(0))
@@ -184,7 +184,7 @@ def test_a_large_pixart_alpha_is_told_the_size(tmp_path: Path) -> None:
 
 
 def test_another_network_in_a_known_pipeline_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    """Nothing is loaded that the folder names but that no family knows, least of all code of its own."""
+    """Components outside the family are not loaded, least of all code in the folder."""
     for component, entry, words in (
         ("transformer", ["diffusers", "AuraFlowTransformer2DModel"], "it must be SD3Transformer2DModel"),
         ("transformer", ["my_module", "SD3Transformer2DModel"], "is never run"),

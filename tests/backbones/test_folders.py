@@ -567,7 +567,7 @@ def test_every_error_of_a_library_is_one_line() -> None:
 
 
 def test_an_autoencoder_that_a_single_file_cannot_hold(folder: Callable[[str], Path], tmp_path: Path) -> None:
-    """Readers of single files know its kind and its scale from the family alone."""
+    """Readers of single files take its kind and its scale from the family alone."""
     place = folder("sdxl")
     edit(place / "vae/config.json", latents_mean=MEAN, latents_std=DEVIATION)
     with pytest.raises(UserError, match="latents_mean"):

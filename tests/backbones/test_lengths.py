@@ -56,10 +56,10 @@ def test_cut_prompts_are_counted(backbone: Backbone) -> None:
     assert CutPrompts(backbone).lines() == []
 
 
-def test_sampling_and_distilling_tell(
+def test_sampling_and_distilling_report_cut_prompts(
     tiny_pipeline: Path, tiny_overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """When drawing the words, when distilling a count, once: encoded captions are kept, and not counted again."""
+    """Sampling reports the cut words; distilling a count, once: encoded captions are not counted again."""
     api.sample("a red disc " * 3 + "blue", teacher=tiny_pipeline, out=tmp_path / "a.png", settings={"steps": 1})
     assert "blue" in capsys.readouterr().err
     api.sample("a red disc", teacher=tiny_pipeline, out=tmp_path / "a.png", settings={"steps": 1})

@@ -26,7 +26,7 @@ from fewstep.training.roles import networks_of
 from support import tiny_pipelines
 
 ELSEWHERE = torch.device("meta")
-"""Stands for a GPU: what is there takes no part of main memory, and cannot be computed with."""
+"""Stand-in for a GPU: tensors on it take no main memory, and cannot be computed with."""
 
 
 def facts(network: nn.Module) -> tuple[set[str], set[torch.dtype]]:

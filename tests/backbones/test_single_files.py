@@ -135,7 +135,7 @@ def header(width: int, channels: int, vector: bool, *more: str, prefix: str = UN
         ({}, (), {"prediction": "x0"}, ("x0", False)),
     ],
 )
-def test_what_a_file_says_of_its_prediction(
+def test_the_prediction_in_a_files_metadata(
     metadata: dict[str, str], marks: tuple[str, ...], notes: dict[str, Any], wanted: tuple[str | None, bool | None]
 ) -> None:
     for version, shape in WIDTHS.items():
@@ -190,7 +190,9 @@ def test_safetensors_under_another_name_are_read(name: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("spread", "guess"), [(0.02, "eps"), (0.3, "v")])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_networks_of_2_are_told_apart_by_a_bias(spread: float, guess: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_networks_of_2_are_distinguished_by_a_bias(
+    spread: float, guess: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
     values = torch.randn(320, generator=torch.Generator().manual_seed(0)) * spread
     key = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
     save_file({key: values.to(dtype), "other": torch.zeros(7)}, tmp_path / "x.safetensors")
@@ -268,9 +270,7 @@ def test_a_file_alone_needs_no_folder_of_configs(
     assert capsys.readouterr().err == ""
 
 
-def test_no_vocabulary_anywhere_is_one_line_that_says_what_to_give(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_vocabulary_is_one_line_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vocabulary, "PACKAGES", ())
     monkeypatch.setattr(vocabulary, "HUB", "nobody/nothing")
     with pytest.raises(UserError, match="--teacher-config FOLDER") as caught:
@@ -299,7 +299,7 @@ def test_the_vocabulary_of_a_package_s_merges(tmp_path: Path, monkeypatch: pytes
 
 
 def scaled(weights: Tensors, change: Callable[[str, Tensor], tuple[Tensors, Tensor]]) -> tuple[Tensors, Tensors]:
-    """Matrices of the denoiser quantised by `change`; and what they stand for."""
+    """Matrices of the denoiser quantised by `change`, and their exact values."""
     stored, meant = {}, {}
     for key, value in weights.items():
         stored[key] = meant[key] = value
@@ -431,7 +431,7 @@ def test_what_a_file_lacks_comes_from_the_config_folder(name: str, kind: str, tm
 
 
 def test_the_last_text_block_of_2_is_left_out(tmp_path: Path) -> None:
-    """Files of 2.x hold one block more than its config has; the penultimate states are asked for."""
+    """Files of 2.x hold one block more than its config has; the penultimate states are used."""
     folder = tiny_pipelines.sd(tmp_path / "pipe" / "tiny")
     config = folder / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_act": "gelu"}), encoding="utf-8")

@@ -126,7 +126,7 @@ def test_half_precision_stays_what_it_is(dtype: torch.dtype, tmp_path: Path) -> 
         assert torch.equal(value, own[name].to(dtype)), name
 
 
-def test_what_a_file_says_of_its_prediction_goes_before_the_config(tmp_path: Path) -> None:
+def test_the_prediction_in_a_files_metadata_overrides_the_config(tmp_path: Path) -> None:
     """A network of v beside the config of one of eps: by the empty tensors of other tools, or by our own record."""
     import json
 
@@ -266,7 +266,7 @@ def test_verbs_take_a_single_file(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_of_a_hub_only_what_is_read_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for the hub: what is asked of it, and that its folder is the teacher."""
+    """A stand-in for the hub: the requests that it gets, and that its folder is the teacher."""
     folder = tiny_pipelines.sd(tmp_path / "tiny")
     import fnmatch
 

@@ -119,7 +119,7 @@ def test_every_form_of_a_folder_whose_index_names_more_than_it_holds(change: Any
 
 @pytest.mark.parametrize("alpha", [1, 8, 48, 64, 100])
 @pytest.mark.parametrize("kind", ["sd", "sd3"])
-def test_a_reader_that_knows_no_metadata_applies_the_whole_scale(alpha: float, kind: str, tmp_path: Path) -> None:
+def test_a_reader_that_ignores_metadata_applies_the_whole_scale(alpha: float, kind: str, tmp_path: Path) -> None:
     """B A alone, as ComfyUI and older diffusers read this form, is what the student was trained with."""
     folder = tiny_pipelines.FAMILIES[kind](tmp_path / "tiny")
     trained = weights_of(folder, 64, torch.float16, size=1e-3)  # B times 1/8 would underflow in fp16
@@ -151,7 +151,7 @@ def test_a_reader_that_knows_no_metadata_applies_the_whole_scale(alpha: float, k
 
 
 def test_the_bytes_of_a_student_at_scale_one_are_its_own(tmp_path: Path) -> None:
-    """Nothing is multiplied, and the record says what it always said."""
+    """Nothing is multiplied, and the record is unchanged."""
     folder = tiny_pipelines.sd(tmp_path / "tiny")
     trained = weights_of(folder, 4, torch.float16)
     file = save_lora(
@@ -233,7 +233,7 @@ def run_folder(place: Path, base: Path, **notes: Any) -> Path:
     return place
 
 
-def test_a_run_folder_stands_for_its_student(tmp_path: Path) -> None:
+def test_a_run_folder_names_its_student(tmp_path: Path) -> None:
     folder = tiny_pipelines.sd(tmp_path / "pipe" / "mine")
     run = run_folder(tmp_path / "run", folder)
     own, found = (check_lora(place, read_folder(folder)) for place in (run / "student", run))
@@ -273,7 +273,7 @@ def test_a_student_of_another_teacher_names_its_own(other: str, noted: bool, tmp
 def test_what_a_teacher_is_called_in_a_student(
     place: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where it lies on one machine says nothing on another."""
+    """A path of one machine is not written into the files for others."""
     from fewstep.backbones.teachers import teacher_name
 
     monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path))

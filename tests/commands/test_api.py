@@ -31,7 +31,7 @@ def test_every_verb_stays_a_function() -> None:
     assert set(fewstep.__all__) <= set(dir(fewstep))
 
 
-def test_an_estimate_may_be_asked_for_twice(tiny_overrides: list[str], tmp_path: Path) -> None:
+def test_an_estimate_can_be_repeated(tiny_overrides: list[str], tmp_path: Path) -> None:
     for _ in range(2):
         (estimated,) = fewstep.estimate("tcd", out=tmp_path / "run", overrides=tiny_overrides)
         assert estimated.calls == {"student": 1, "target": 1, "teacher": 2}

@@ -140,11 +140,11 @@ class GatedRepoError(Exception):
 
 
 class OddError(Exception):
-    """One that nobody knows."""
+    """An unknown one."""
 
 
 @pytest.mark.parametrize("cause", [GatedRepoError("403 " + "x" * 500), OddError("It is on fire. " + "y" * 500)])
-def test_why_the_hub_gives_nothing_is_told_whole(cause: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hubs_reason_is_reported_whole(cause: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     def fail(*args: Any, **options: Any) -> str:
@@ -218,7 +218,7 @@ def writing(_: Path) -> None:
 
 @pytest.mark.parametrize("write", [copying, serialising, tokenising, writing])
 @pytest.mark.parametrize("opened", [atomic_write, atomic_folder])
-def test_a_full_disk_is_one_line_whoever_writes(write: Callable[[Path], None], opened: Any, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_for_every_writer(write: Callable[[Path], None], opened: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No space left on device") as error, opened(tmp_path / "target") as part:
         write(part)
     assert len(str(error.value)) < len(str(tmp_path)) + 100

@@ -139,7 +139,7 @@ def test_text_fields_of_yaml_files_stay_text(tmp_path: Path, encoding: str) -> N
     assert config.stages[0].optim == {"lr": 1e-3}
 
 
-def test_a_section_of_which_nothing_is_said_keeps_its_defaults(tmp_path: Path) -> None:
+def test_a_section_without_values_keeps_its_defaults(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("loop:\n  # steps: 7\ndata:\nsampling: {size: null}\n")
     assert resolve("tcd", file) == resolve("tcd")

@@ -69,7 +69,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, error: BaseException)
     assert names(tmp_path) == ["a.txt"]
 
 
-def test_a_full_disk_is_said_in_one_line(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^cannot write .*a.txt: No space left on device; nothing was left there$"):
         fail_to_write(tmp_path / "a.txt", FAILURES[-1])
 

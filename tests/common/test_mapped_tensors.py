@@ -77,7 +77,7 @@ def test_rows_that_come_in_parts_are_the_file_that_they_are_whole(tmp_path: Path
 
 
 def test_an_epoch_is_shuffled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is asked of it, and of the next one; the same order as ever."""
+    """For every range in it and in the next one, in the same order."""
     rng._shuffled.cache_clear()
     made: list[int] = []
 
@@ -107,7 +107,7 @@ def test_one_entry_of_a_row_is_read_alone(tmp_path: Path) -> None:
         rows.at(items, index + 1)
 
 
-def test_a_step_reads_no_more_of_stored_walks_than_its_points(
+def test_a_step_reads_only_its_points_of_stored_trajectories(
     tiny_overrides: list[str], tiny_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two points of each, in the type they are stored in until they are on the device."""

@@ -31,7 +31,7 @@ print('done')
     ],
 )
 @pytest.mark.skipif(not threads.uses_gnu_openmp(), reason="GNU's OpenMP alone says how often it looks")
-def test_the_runtime_does_as_it_was_told(said: dict[str, str], policy: str, spins: str) -> None:
+def test_the_runtime_follows_the_environment(said: dict[str, str], policy: str, spins: str) -> None:
     names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
     around = {name: value for name, value in os.environ.items() if name not in names}
     told = {**around, **said, "OMP_DISPLAY_ENV": "verbose"}

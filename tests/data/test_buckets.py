@@ -35,7 +35,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def shapes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Wide, tall and square pictures, one turned by its EXIF; a stripe tells what a crop keeps."""
+    """Wide, tall and square pictures, one turned by its EXIF; a stripe shows what a crop keeps."""
     folder = tmp_path_factory.mktemp("shapes")
     lines = []
     for i, (width, height) in enumerate([(96, 64), (100, 60), (64, 96), (60, 110), (64, 64), (80, 80), (90, 62)]):
@@ -93,7 +93,7 @@ def test_each_picture_goes_to_its_shape(shapes_folder: Path) -> None:
     assert middle[0] > 180 > middle[1], "the disc is still in the middle"
 
 
-def test_a_shape_that_fills_no_batch_goes_to_the_nearest_that_does() -> None:
+def test_a_shape_that_fills_no_batch_joins_the_closest_that_does() -> None:
     shapes = bucket_shapes(64, 16)
     square, wide = shapes.index((64, 64)), nearest_shape(96, 64, shapes)
     ratios = [(64, 64)] * 5 + [(96, 64)] * 4 + [(64, 100)]
@@ -126,7 +126,7 @@ def test_batches_are_of_one_shape_and_all_are_seen() -> None:
 def test_a_run_on_buckets_resumes_and_splits(
     accumulate: int, folders: dict[str, Path], shapes_folder: Path, tmp_path: Path
 ) -> None:
-    """SDXL is told each shape; micro-batches change rounding alone; cut and resumed it is the same."""
+    """SDXL is conditioned on each shape; micro-batches change rounding alone; cut and resumed it is the same."""
     more = ["data.buckets=true", "data.size=64", f"loop.accumulate={accumulate}"]
     config = resolve("tcd", None, words(folders["sdxl"], shapes_folder, *more))
     student = distillation.distill(config, tmp_path / "whole", quiet=True)

@@ -1,4 +1,4 @@
-"""One law for folders and shards: which pictures are used, with which captions, and what is left out."""
+"""The same rules for folders and shards: which pictures are used, with which captions, and what is left out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fewstep.inference.multilingual.pairs import Pair, read_pairs
 
 
 def picture(level: int = 7, **options: object) -> bytes:
-    """A grey PNG; the level tells pictures apart."""
+    """A grey PNG; each picture has its own level."""
     held = BytesIO()
     Image.new("RGB", (16, 16), (level,) * 3).save(held, format="PNG", **options)
     return held.getvalue()
@@ -273,7 +273,7 @@ def test_links_in_shards_mean_their_members(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("twice", ["a.png", "a.txt", "./a.png"])
-def test_members_that_stand_twice_are_refused(tmp_path: Path, twice: str) -> None:
+def test_duplicate_members_are_refused(tmp_path: Path, twice: str) -> None:
     with tarfile.open(tmp_path / "all.tar", "w") as tar:
         for name, held in (("a.png", A), ("a.txt", b"x"), (twice, B if twice.endswith("png") else b"y")):
             info = tarfile.TarInfo(name)
@@ -312,7 +312,7 @@ def test_names_that_are_no_utf8(tmp_path: Path) -> None:
         ({"pics.zip": b"?"}, "pics.zip"),
     ],
 )
-def test_a_folder_that_holds_another_source_says_where(tmp_path: Path, files: dict[str, bytes], advised: str) -> None:
+def test_the_error_on_a_folder_names_the_source_in_it(tmp_path: Path, files: dict[str, bytes], advised: str) -> None:
     with pytest.raises(UserError) as refused:
         from_folder(write_folder(tmp_path, files), 16)
     if not any(name.endswith(".png") for name in files):  # before a teacher is loaded

@@ -182,7 +182,7 @@ def test_deep_pictures_are_scaled(tmp_path: Path, name: str) -> None:
 
 
 def test_the_white_of_a_dark_picture_is_its_formats(tmp_path: Path) -> None:
-    """A 16-bit PNG or PGM says what white is, whatever is in it; 255 of 65,535 is 1 of 255."""
+    """White of a 16-bit PNG or PGM is 65,535, independent of its content; 255 of 65,535 is 1 of 255."""
     (tmp_path / "a.png").write_bytes(grey_png(np.full((8, 8), 255, np.uint16)))
     (tmp_path / "a.pgm").write_bytes(b"P5 8 8 65535\n" + np.full((8, 8), 255, ">u2").tobytes())
     for name in ("a.png", "a.pgm"):
@@ -217,7 +217,7 @@ def test_values_without_a_known_white_are_refused(tmp_path: Path, values: np.nda
         (RAMP, 3, 32, 0, -1),
     ],
 )
-def test_tiff_says_what_white_is(
+def test_white_of_a_tiff_is_read_from_its_tags(
     tmp_path: Path, values: np.ndarray, sample_format: int, bits: int, photometric: int, white: float
 ) -> None:
     """Unsigned, signed and floating-point values; 0 black or (below 0 here) white."""
@@ -351,7 +351,7 @@ def test_prompt_files(tmp_path: Path) -> None:
 
 
 class Counting:
-    """Encoders that count what they are asked."""
+    """Encoders that count their inputs."""
 
     def __init__(self) -> None:
         self.prompts: list[list[str]] = []
@@ -379,7 +379,7 @@ def captioned(seed: int = 0) -> Captioned:
     return Captioned(HeldPictures(pictures), [["a", "bb"], ["ccc"], ["bb", "a", "dddd"]])
 
 
-def test_the_cache_is_used_and_knows_what_it_holds(tmp_path: Path) -> None:
+def test_the_cache_is_used_and_keyed_by_content(tmp_path: Path) -> None:
     first = Counting()
     data = latent_set(captioned(), first, "weights 1", tmp_path)
     assert first.prompts == [["a", "bb", "ccc", "dddd"]]

@@ -37,7 +37,7 @@ def tar_of(members: list[tuple[str, bytes]]) -> bytes:
 
 
 def members_of(folder: Path, rows: range) -> list[tuple[str, bytes]]:
-    """Some pictures of a folder; captions stand before them, after them, as text and as JSON."""
+    """Some pictures of a folder; captions are before them, after them, as text and as JSON."""
     lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     members: list[tuple[str, bytes]] = []
     for row in rows:
@@ -62,7 +62,7 @@ def bucket(picture_folder: Path) -> Iterator[str]:
 
 
 def test_shards_hold_what_the_folder_holds(bucket: str, picture_folder: Path, tmp_path: Path) -> None:
-    """By braces and by a pattern; pixels, captions, and the sizes that buckets ask for."""
+    """By braces and by a pattern; pixels, captions, and the sizes for buckets."""
     wanted = from_folder(picture_folder, 64)
     for source in (bucket, "memory://emoji/*.tar"):
         found = from_shards(find_shards(source), 64, tmp_path)
@@ -111,7 +111,7 @@ def test_members_are_listed_once_for_each_version(
 
 
 @pytest.mark.parametrize("fact", ["ETag", "Content-MD5", "Digest", "Last-Modified"])
-def test_what_a_web_server_says_of_a_shard_is_its_version(
+def test_the_headers_of_a_web_server_version_a_shard(
     fact: str, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The four headers that fsspec hands on from HTTP; a shard of the same size is another one when they change."""

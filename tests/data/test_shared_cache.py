@@ -1,4 +1,4 @@
-"""Data of a run: known by content, encoded as far as it is asked for, shared with other runs."""
+"""Data of a run: identified by content, encoded as far as it is used, shared with other runs."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, int]:
 def test_runs_share_what_they_encode(
     encoded: dict[str, int], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A short run encodes the batches that it asks for, and a second one nothing; students are those of a whole set."""
+    """A short run encodes the batches that it uses, and a second one nothing; students are those of a whole set."""
     monkeypatch.setattr("fewstep.backbones.base.at_once", lambda _: 4)
     monkeypatch.setattr("fewstep.data.latents.CHUNK", 8)
     first = go(tmp_path / "a", place)
@@ -123,10 +123,10 @@ def all_of(place: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("empty", [0.0, 0.5])
-def test_what_a_run_will_ask_for_is_known(
+def test_the_items_that_a_run_will_read_are_predicted(
     empty: float, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing that is not encoded is asked for, with a caption of several drawn and some left out."""
+    """Only encoded items are read, with a caption of several drawn and some left out."""
     pictures = np.zeros((40, 8, 8, 3), np.uint8)
     data = Captioned(HeldPictures(pictures), [[f"{i} {j}" for j in range(3)] for i in range(40)])
     of = identify(data, "w")
@@ -280,7 +280,7 @@ def test_runs_of_older_versions_go_on(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("batch", "accumulate"), [(10**9, 1), (10**6, 1), (10**6, 10)])
-def test_a_batch_beyond_memory_is_said_and_not_tried(
+def test_a_batch_beyond_memory_is_refused_before_the_first_step(
     batch: int, accumulate: int, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cost, "free_memory", lambda _: 2**28)
@@ -320,7 +320,7 @@ def settled(place: Path, tmp_path: Path) -> Path:
     return tmp_path / "settled"
 
 
-def test_activations_of_a_part_stand_for_all(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activations_are_extrapolated_from_a_part(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [*words_of(settled(place, tmp_path)), "loop.batch=32"]
     (whole,) = estimate_run(resolve("tcd", None, words))
     monkeypatch.setattr(cost, "free_memory", lambda _: whole.saved_bytes // 2)

@@ -1,4 +1,4 @@
-"""Networks that are told where they land: a no-op at first, one set a role, and gradients through the hook."""
+"""Networks with the landing as an input: a no-op at first, one set a role, and gradients through the hook."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_sinusoid() -> None:
     assert wave[1].tolist() == pytest.approx([math.cos(3), math.cos(slow), math.sin(3), math.sin(slow)], abs=1e-6)
 
 
-def test_it_starts_as_nothing_and_says_what_it_is_told() -> None:
+def test_the_embedding_starts_at_zero_and_depends_on_its_inputs() -> None:
     embedding = ExtraEmbedding(["s", "w"], 8, seed=1)
     told = {"s": number([19.0, 999.0]), "w": number([2.0, 14.0])}
     assert torch.equal(embedding(told), torch.zeros(2, 8))
@@ -72,7 +72,7 @@ def test_each_role_has_its_own_and_the_teacher_has_none() -> None:
     assert torch.equal(call(x, t, {}, BASE), base)
 
 
-def test_gradients_reach_what_it_is_told_by_with_other_roles_between() -> None:
+def test_gradients_reach_the_embedding_with_other_roles_between() -> None:
     _, student = plane_student()
     call, mine = student.call, student.parameters("student")
     with torch.no_grad():
@@ -90,7 +90,7 @@ def test_gradients_reach_what_it_is_told_by_with_other_roles_between() -> None:
     assert all(p.grad is None for p in student.parameters("target").values())
 
 
-def test_an_ear_hears_inside_alone_and_can_be_closed() -> None:
+def test_the_hook_adds_inside_its_block_alone_and_can_be_removed() -> None:
     layer = torch.nn.Linear(3, 3)
     x = torch.ones(1, 3)
     plain = layer(x)
@@ -106,7 +106,7 @@ def test_an_ear_hears_inside_alone_and_can_be_closed() -> None:
         torch.testing.assert_close(layer(x), plain)
 
 
-def test_a_student_that_is_told_s_is_trained_saved_and_drawn_with(
+def test_a_student_with_s_as_input_is_trained_saved_and_sampled(
     tiny_overrides: list[str], tiny_cache: Path, tiny_pipeline: Path, tmp_path: Path
 ) -> None:
     """LoRA and full: the file beside it is read back, and the pictures are those of the student in memory."""
@@ -164,7 +164,7 @@ ATTACHED = {
 def test_attached_to_a_diffusers_pipeline_it_draws_what_we_draw(
     recipe: str, words: list[str], tiny_overrides: list[str], tiny_cache: Path, tiny_pipeline: Path, tmp_path: Path
 ) -> None:
-    """The pipeline passes eta = 0 and neither s nor w: gamma and what the network is told come with the student."""
+    """The pipeline passes eta = 0 and neither s nor w: gamma and the network's extra inputs come with the student."""
     import numpy as np
     from diffusers import StableDiffusionPipeline
 

@@ -1,4 +1,4 @@
-"""Lists of times: the published ones, diffusers' at every count, and refusals with the nearest value."""
+"""Lists of times: the published ones, diffusers' at every count, and errors with the limit."""
 
 from __future__ import annotations
 
@@ -143,11 +143,11 @@ def test_ends() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "nearest"),
+    ("count", "divisor"),
     [(48, 50), (49, 50), (60, 50), (90, 100), (999, 1000), (4000, 1000)],
 )
-def test_grid_refusal_names_the_nearest_divisor(count: int, nearest: int) -> None:
-    with pytest.raises(UserError, match=rf"grid = {count} .*e\.g\. {nearest}$"):
+def test_grid_errors_name_a_divisor(count: int, divisor: int) -> None:
+    with pytest.raises(UserError, match=rf"grid = {count} .*e\.g\. {divisor}$"):
         training_grid(PATH, count)
 
 
@@ -157,17 +157,17 @@ def test_continuous_grid_refuses_nothing_to_do() -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "settings", "nearest"),
+    ("steps", "settings", "limit"),
     [
-        (0, {}, 1),
-        (-2, {}, 1),
+        (0, {}, 50),
+        (-2, {}, 50),
         (51, {}, 50),
         (11, {"grid": 10}, 10),
-        (0, {"spacing": "trailing"}, 1),
+        (0, {"spacing": "trailing"}, 1000),
         (1001, {"spacing": "trailing"}, 1000),
     ],
 )
-def test_steps_refusal_names_the_nearest_count(steps: int, settings: dict[str, Any], nearest: int) -> None:
-    with pytest.raises(UserError, match=rf"steps = {steps} must be within 1 to \d+$") as error:
+def test_steps_errors_name_the_limit(steps: int, settings: dict[str, Any], limit: int) -> None:
+    with pytest.raises(UserError, match=rf"steps = {steps} must be within 1 to {limit}$") as error:
         inference_times(PATH, steps, **settings)
     assert "\n" not in str(error.value)

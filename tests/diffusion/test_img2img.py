@@ -1,4 +1,4 @@
-"""Drawing from a picture: as many network calls as were asked for, at any strength, and nearer to it at a low one."""
+"""Drawing from a picture: the given number of network calls at every strength, and closer to it at a low one."""
 
 from __future__ import annotations
 

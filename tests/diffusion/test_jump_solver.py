@@ -266,7 +266,7 @@ def test_network_calls_of_a_run(solver: SolverName, end: str, start: float, call
     assert asked == sorted(asked, reverse=True)
 
 
-def test_dpmpp_2s_asks_at_the_middle_in_log_snr() -> None:
+def test_dpmpp_2s_evaluates_at_the_middle_in_log_snr() -> None:
     teacher, x, _ = batch(VP, 999.0, count=2)
     asked: list[Tensor] = []
 
@@ -339,7 +339,7 @@ def test_cm_skip_is_the_identity_at_the_end_point_and_finite_everywhere(name: st
 
 
 def test_ctms_jump_is_tcf1_on_the_exploding_path() -> None:
-    """G(x, t, s) = (s/t) x + (1 - s/t) g, with g the x0 that the network says: TCF(S+) where it is told s."""
+    """G(x, t, s) = (s/t) x + (1 - s/t) g, with g the x0 of the network: TCF(S+) where s is its input."""
     path = VarianceExploding()
     teacher, x, _ = batch(path, 80.0)
     t = torch.linspace(0.1, 80, len(x), dtype=torch.float64)

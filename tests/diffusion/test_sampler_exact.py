@@ -64,7 +64,7 @@ def grid_times(path: Path, steps: int) -> list[float]:
 @pytest.mark.parametrize("gamma", [*GAMMAS, 0.2, 0.77])
 @pytest.mark.parametrize(("name", "end"), [("vp", "clean"), ("vp", "index0"), ("flow", "clean"), ("ve", "clean")])
 def test_sss_with_exact_jump_keeps_a_gaussians_moments(name: str, gamma: float, end: End, law: GammaRule) -> None:
-    """Every step is affine in x and z, so one batch of unit vectors gives the law of each x_t without sampling.
+    """Every step is affine in x and z, so a batch of unit vectors gives the distribution of each x_t without sampling.
 
     Row 0 is x = 0, row 1 x = 1 (both without noise); row 2 + i has z = 1 at the i-th noise alone.
     """
@@ -324,7 +324,7 @@ def test_a_pictures_noise_does_not_depend_on_its_batch() -> None:
 
 
 def denoiser(prediction: Prediction = "eps", path: Path = VP) -> Denoiser:
-    """A network that answers tanh(x) + what it is told."""
+    """A network that returns tanh(x) plus its condition."""
     return Denoiser(lambda x, t, told, role: torch.tanh(x) + told["text"], path, prediction)
 
 

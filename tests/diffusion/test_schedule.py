@@ -67,7 +67,7 @@ def test_table_is_diffusers_table() -> None:
 @pytest.mark.parametrize("zero", [False, True])
 @pytest.mark.parametrize("kind", ["linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid", "trained"])
 def test_noise_levels_without_torch_are_those_of_diffusers_table(kind: str, zero: bool) -> None:
-    """As angles, which tell alpha from 0 as well as sigma; far below what is taken for other noise."""
+    """As angles, which distinguish alpha from 0 as well as sigma; far below the tolerance for other noise."""
     config: dict[str, Any] = {"beta_schedule": kind, "rescale_betas_zero_snr": zero}
     if kind == "trained":
         config |= {"beta_schedule": "linear", "trained_betas": torch.linspace(1e-4, 0.03, 700).tolist()}
@@ -165,7 +165,7 @@ def test_output_means_what_it_was_made_from(name: str, prediction: Prediction) -
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("name", PATHS)
-def test_clean_data_stay_whatever_the_network_says(name: str, prediction: Prediction) -> None:
+def test_clean_data_stay_for_every_network_output(name: str, prediction: Prediction) -> None:
     path = PATHS[name]
     g = torch.Generator().manual_seed(2)
     x, output = (torch.randn(8, 5, generator=g, dtype=torch.float64) for _ in range(2))

@@ -92,7 +92,7 @@ CASES = [
 
 @dataclass(frozen=True)
 class Subject:
-    """A network under test and what it is told, text [N, ...] and null [1, ...]; one picture for each seed."""
+    """A network under test and its conditions, text [N, ...] and null [1, ...]; one picture for each seed."""
 
     network: Ask
     text: Tensor

@@ -100,7 +100,7 @@ def test_two_processes_train_what_one_does(launches: tuple[Path, dict[str, list[
 
 
 def test_two_processes_share_batches_of_several_shapes(launches: tuple[Path, dict[str, list[int]]]) -> None:
-    """Each batch is of one shape, whoever takes which half of it; the chunks of pictures are encoded in turn.
+    """Each batch is of one shape, also when it is split over processes; the chunks of pictures are encoded in turn.
 
     CTM's terms are balanced by gradients of the whole batch, and its steps are timed beforehand in both processes.
     """
@@ -188,8 +188,8 @@ def test_split_weights_polish_as_whole_ones_do(launches: tuple[Path, dict[str, l
             assert distance < 2e-3, (role, part)
 
 
-def test_split_weights_walk_as_whole_ones_do(launches: tuple[Path, dict[str, list[int]]]) -> None:
-    """TLCM's first stage: processes whose walks are of other lengths call the split network as often."""
+def test_sharded_weights_roll_out_as_whole_ones_do(launches: tuple[Path, dict[str, list[int]]]) -> None:
+    """TLCM's first stage: processes with roll-outs of different lengths call the sharded network equally often."""
     folder, codes = launches
     assert codes["walk1"] == [0], (folder / "walk1-0.log").read_text()[-2000:]
     assert codes["walk2"] == [0, 0], (folder / "walk2-1.log").read_text()[-2000:]
@@ -202,7 +202,7 @@ def test_split_weights_walk_as_whole_ones_do(launches: tuple[Path, dict[str, lis
         assert distance < 2e-3, part
 
 
-def test_processes_share_out_stored_walks(launches: tuple[Path, dict[str, list[int]]]) -> None:
+def test_processes_share_stored_trajectories(launches: tuple[Path, dict[str, list[int]]]) -> None:
     """Any number of them stores the same bytes (split networks to rounding); two train what one does in two parts."""
     folder, codes = launches
     assert codes["kd1"] == [0], (folder / "kd1-0.log").read_text()[-2000:]
@@ -221,7 +221,7 @@ def test_processes_share_out_stored_walks(launches: tuple[Path, dict[str, list[i
     assert "split" in did(folder, "kd3-0") & did(folder, "kd3-1")
 
 
-def test_split_weights_are_watched_in_the_type_they_are_gathered_in(
+def test_sharded_weights_are_validated_in_their_gathered_dtype(
     launches: tuple[Path, dict[str, list[int]]],
 ) -> None:
     folder, codes = launches

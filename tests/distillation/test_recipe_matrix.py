@@ -150,7 +150,7 @@ def test_a_recipe_learns_the_exact_jump(recipe: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("recipe", rows())
 def test_the_loss_of_one_batch_falls(recipe: str, kind: str, path: str, prediction: str) -> None:
-    """Whatever the network says and whatever is trained, with the recipe's own critic: 60 steps on it, the target held.
+    """For every network output and every trained part, with the recipe's own critic: 60 steps on it, the target held.
 
     A target that follows may make any loss rise.
     """

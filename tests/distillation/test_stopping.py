@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: what is kept, what is said, and that a run goes on as if it had not been stopped."""
+"""Ctrl-C and SIGTERM: what is kept, what is printed, and that a resumed run equals an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def without_time(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize(("accumulate", "log_every"), [(1, 3), (2, 1)])
 def test_a_signal_saves_the_step_it_comes_in(number: int, accumulate: int, log_every: int, tmp_path: Path) -> None:
-    """Resumed, weights, averages and log lines are those of a run that nobody stopped."""
+    """Resumed, weights, averages and log lines are those of an uninterrupted run."""
     ends = []
     for name in ("whole", "stopped"):
         loop = {"steps": 11, "batch": 8, "accumulate": accumulate, "log_every": log_every}
@@ -152,7 +152,7 @@ def test_a_signal_during_the_imports_is_one_line(number: int, delay: float) -> N
 
 @pytest.fixture(scope="module")
 def launches(tmp_path_factory: pytest.TempPathFactory, picture_folder: Path) -> tuple[Path, dict[str, list[int]]]:
-    """Distillations that real signals stop, and those that nobody stops (`stop_harness.py`)."""
+    """Distillations that real signals stop, and uninterrupted ones (`stop_harness.py`)."""
     folder = tmp_path_factory.mktemp("stopping")
     changes = [
         f"teacher={tiny_pipelines.sd(folder / 'sd')}", f"data.source={picture_folder}", "device=cpu",

@@ -193,7 +193,7 @@ def test_a_stored_step_under_another_omega_is_the_online_one(
 
 
 def test_half_precision_rounds_and_no_more(make: Callable[..., Synthesis]) -> None:
-    """What is stored in fp16 is the fp32 walk, rounded: it is not walked in fp16."""
+    """Points stored in fp16 are the fp32 trajectory, rounded: it is not computed in fp16."""
     half, whole = make(), make("dtype=fp32", out="whole")
     for index in range(6):
         assert torch.equal(half.points(range(8), index), whole.points(range(8), index).half().float())
@@ -402,7 +402,7 @@ def test_numbers_that_do_not_fit_are_refused(
 def launches(
     tiny_pipeline: Path, prompt_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any]]:
-    """Every launch of `synthesis_harness`: the folder, and what it tells."""
+    """Every launch of `synthesis_harness`: the folder, and its report."""
     folder = tmp_path_factory.mktemp("launches")
     words = ["--prompts", str(prompt_file), "--teacher", str(tiny_pipeline), "--kind", "trajectories"]
     settings = [word for setting in [*WALKS, "shard=2"] for word in ("-s", setting)]
@@ -561,7 +561,7 @@ def test_files_of_others_are_not_written_over(refused: Callable[..., str], tmp_p
 
 
 def test_refusals_are_light(make: Callable[..., Synthesis], tiny_pipeline: Path, prompt_file: Path) -> None:
-    """Another set, a broken one, wrong settings: told without torch."""
+    """Another set, a broken one, wrong settings: refused without torch."""
     found = make(kind="latents")
     (found.folder / "shard-00001.safetensors").unlink()
     program = (

@@ -83,7 +83,7 @@ def whole(words: list[str], tmp_path_factory: pytest.TempPathFactory, tiny_cache
 def test_no_picture_is_opened(
     words: list[str], whole: tuple[DistillConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every way to read one is barred; the quality at the end of a stage is then judged by the teacher's own."""
+    """Every way to read one is barred; the end of a stage is then measured against the teacher's pictures."""
 
     def barred(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("a picture was opened")
@@ -144,7 +144,7 @@ def test_killed_in_any_stage_it_ends_where_the_uninterrupted_run_ends(
 def test_walks_that_were_drawn_beforehand_feed_it(
     words: list[str], prompt_file: Path, tiny_pipeline: Path, tmp_path: Path, tiny_cache: Path
 ) -> None:
-    """The words of docs/guide/synthesis.md: the first stage asks the teacher nothing, the others go on as ever."""
+    """The commands of docs/guide/synthesis.md: the first stage makes no teacher calls, the others are unchanged."""
     drawn = ["grid=40", "each=2", "shard=8", "guidance.low=2", "guidance.high=4", "device=cpu"]
     walks = synthesize(
         prompt_file, out=tmp_path / "walks", teacher=tiny_pipeline, kind="trajectories", overrides=[*drawn, "end=clean"]
@@ -159,7 +159,7 @@ def test_walks_that_were_drawn_beforehand_feed_it(
 
 
 def test_evaluations_are_counted_and_as_stated(whole: tuple[DistillConfig, Path]) -> None:
-    """What the program counted in each stage is what the recipe says; a target that is the student counts as it."""
+    """The calls counted in each stage are those of the recipe; a target that is the student counts as it."""
     config, out = whole
     for folder, stage in zip(sorted((out / "stages").iterdir()), config.each_stage(), strict=True):
         counted = read_json(folder / "evaluations.json")["a_sample_and_step"]
@@ -275,7 +275,7 @@ STORED = [
 def test_from_stored_points_a_step_makes_no_teacher_call(
     tiny_pipeline: Path, prompt_file: Path, tmp_path: Path
 ) -> None:
-    """Equal pairs, equal students: once by the teacher's step, once by what it said when the set was drawn.
+    """Equal pairs, equal students: once by the teacher's step, once by its stored outputs.
 
     Students differ by a hundredth of what either learned, which is rounding: AdamW's first steps are of full size
     wherever a gradient is not zero.
@@ -391,7 +391,7 @@ def test_r1_is_taken_beside_fused_attention(tiny_pipeline: Path) -> None:
     assert float(critic.heads[0][-1].weight.grad.abs().max()) > 0
 
 
-def test_stages_and_seeds_look_through_one_distance(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_and_seeds_share_one_distance(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Emoji-8's captions are drawn anew for each; the distance is trained once, and not for a stage without it."""
     from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""The quality watch and the estimate: what a run says of itself before and while it trains."""
+"""Validation and the estimate: figures of a run before and during training."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def figures(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_the_watch_draws_judges_and_keeps_the_best(
+def test_validation_draws_evaluates_and_keeps_the_best(
     watched: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([0.5, 0.3])
@@ -82,7 +82,7 @@ def test_the_watch_draws_judges_and_keeps_the_best(
 
 
 def test_watching_does_not_change_the_run(watched: list[str], tiny_cache: Path, tmp_path: Path) -> None:
-    """The student lends its weights to the judge and gets its own back, averages or not."""
+    """Validation uses the averaged weights and restores the student's own, with and without averages."""
     students = []
     for name, changes in (("with", []), ("without", ["loop.validate_every=null"])):
         config = resolve("tcd", None, [*watched, "optim.ema=0.5", *changes])
@@ -93,7 +93,9 @@ def test_watching_does_not_change_the_run(watched: list[str], tiny_cache: Path, 
     assert all(np.isfinite(judged))
 
 
-def test_the_watch_looks_at_its_list_then_at_captions_then_again(tmp_path: Path, tiny_overrides: list[str]) -> None:
+def test_validation_takes_its_prompts_from_the_list_then_from_captions(
+    tmp_path: Path, tiny_overrides: list[str]
+) -> None:
     file = tmp_path / "p.txt"
     file.write_text("a\nb\nc\n")
     count = "validation.count=16"
@@ -112,7 +114,7 @@ def test_the_watch_looks_at_its_list_then_at_captions_then_again(tmp_path: Path,
 
 
 def test_every_stage_watches_the_same_prompts(tiny_overrides: list[str], tiny_cache: Path) -> None:
-    """Stages have seeds of their own; what they are judged by is chosen by the watch's."""
+    """Stages have their own seeds; the validation pictures are chosen by the validation's."""
     chosen = []
     for seed, watching in ((1, 5), (2, 5), (1, 6)):
         words = [*tiny_overrides, f"loop.seed={seed}", f"validation.seed={watching}"]
@@ -122,7 +124,7 @@ def test_every_stage_watches_the_same_prompts(tiny_overrides: list[str], tiny_ca
     assert chosen[0] != chosen[2]
 
 
-def test_a_watch_of_too_few_pictures_is_refused_before_training(
+def test_validation_on_too_few_pictures_is_refused_before_training(
     watched: list[str], tmp_path: Path, tiny_cache: Path
 ) -> None:
     Image.new("RGB", (64, 64), "red").save(tmp_path / "one.png")
@@ -178,7 +180,7 @@ def test_checks_are_counted_and_timed_like_the_steps() -> None:
     assert count_checks(resolve("tcd", None, ["loop.validate_every=null"]), 1.0) is None
 
 
-def test_the_encoders_are_not_kept_for_the_watch(watched: list[str], tiny_cache: Path, tmp_path: Path) -> None:
+def test_the_encoders_are_not_kept_for_validation(watched: list[str], tiny_cache: Path, tmp_path: Path) -> None:
     run = distillation.prepare(resolve("tcd", None, watched), tiny_cache, torch.device("cpu"))
     judge = distillation.make_validation(run, tmp_path, tmp_path)
     assert (run.backbone._readers, run.backbone._vae) == (None, None)
@@ -200,7 +202,7 @@ def test_an_estimate_leaves_the_student_alone(tiny_overrides: list[str], tiny_ca
         assert parameter.grad is None
 
 
-def test_weights_that_a_loss_looks_through_are_no_activations(tiny_overrides: list[str], tiny_cache: Path) -> None:
+def test_weights_of_a_frozen_loss_network_are_no_activations(tiny_overrides: list[str], tiny_cache: Path) -> None:
     """A frozen network of 16 MB between the student and its loss: what is kept for the backward pass hardly grows."""
     from fewstep.distillation.estimate import estimate
 
@@ -221,8 +223,8 @@ def test_weights_that_a_loss_looks_through_are_no_activations(tiny_overrides: li
 
 
 @pytest.mark.parametrize("recipe", ["tcd", "kd"])
-def test_a_teacher_kept_in_bf16_is_watched_and_walked_in_it(watched: list[str], tmp_path: Path, recipe: str) -> None:
-    """Its weights meet no other type; pictures and walks of the whole teacher are not taken for its own."""
+def test_a_teacher_in_bf16_is_validated_and_rolled_out_in_it(watched: list[str], tmp_path: Path, recipe: str) -> None:
+    """Its weights meet no other type; pictures and trajectories of the fp32 teacher are not taken for its own."""
     kept = []
     for words in (["loop.precision=bf16", "student.base=bf16"], ["loop.precision=bf16"]):
         own = tmp_path / "cache"

@@ -122,7 +122,7 @@ def test_projection_keeps_the_largest_directions() -> None:
         Projection.fit(x[:64])
 
 
-def test_fd_is_refused_below_500_and_says_what_it_is(real: emoji8.Emoji8, coarse: Features) -> None:
+def test_fd_is_refused_below_500_and_has_an_identity(real: emoji8.Emoji8, coarse: Features) -> None:
     features = coarse(some(real, 1200))
     metric = FrechetDistance(coarse, Projection.fit(features), "Coarse")
     with pytest.raises(UserError, match=r"FD-Coarse of 499 pictures .* at least 500"):

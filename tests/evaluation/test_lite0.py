@@ -106,7 +106,7 @@ def test_features_are_those_of_another_implementation(backbone: Lite0Features, g
         assert float(found.sum(dtype=np.float64)) == pytest.approx(total, rel=tolerance)
 
 
-def test_a_photograph_of_an_officer_looks_like_one(backbone: Lite0Features) -> None:
+def test_a_photograph_of_an_officer_is_classified_as_one(backbone: Lite0Features) -> None:
     """The classifier's own head recognises a photograph, as surely as it does after the other implementation."""
     state = torch.load(lite0_weights.source(), weights_only=True)
     with cbook.get_sample_data("grace_hopper.jpg") as stream, Image.open(stream) as image:
@@ -193,7 +193,7 @@ def test_a_foreign_file_is_never_opened(tmp_path: Path, monkeypatch: pytest.Monk
 # --------------------------------------------------------------------------------------- the bundled world
 
 
-def test_gallery_knows_what_prompts_ask_for(gallery: Gallery) -> None:
+def test_the_gallery_maps_prompts_to_concepts(gallery: Gallery) -> None:
     assert gallery.concept_of("octopus") == "octopus"
     assert gallery.concept_of("octopus, fluent 3d style") == "octopus"
     assert gallery.concept_of("family: man, girl, boy, noto style") == "family: man, girl, boy"

@@ -69,7 +69,7 @@ def test_what_is_written_is_read_back(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By diffusers, by PEFT, or by us alone where nobody else reads it: all layers, and latents within 1e-4."""
+    """By diffusers, by PEFT, or by us alone where no other tool reads it: all layers, and latents within 1e-4."""
     base, student = folders[name], students[name, "lora"]
     found = support(form, read_folder(base).family.kind)
     if found.reader is None:
@@ -273,7 +273,7 @@ def test_settings_are_read_back_from_every_form(
         assert drawn(*told) == wanted, form
 
 
-def test_a_student_that_is_told_where_it_lands(folders: dict[str, Path], picture_folder: Path, tmp_path: Path) -> None:
+def test_a_student_with_the_landing_as_input(folders: dict[str, Path], picture_folder: Path, tmp_path: Path) -> None:
     """Its second embedding goes along where there is a place for it."""
     words = [
         f"teacher={folders['sd']}", f"data.source={picture_folder}", "device=cpu", "student.rank=2", "loop.steps=2",
@@ -322,7 +322,7 @@ def test_refusals(words: list[str], said: str, tmp_path: Path, capsys: pytest.Ca
     assert (tmp_path / "taken" / "thesis.txt").read_text() == "years of work"
 
 
-def test_what_does_not_belong_together_is_told_in_one_line(
+def test_mismatched_parts_are_one_line(
     folders: dict[str, Path],
     students: dict[tuple[str, str], Path],
     picture_folder: Path,
@@ -362,7 +362,7 @@ def test_what_does_not_belong_together_is_told_in_one_line(
 
 
 def test_the_bundled_student_for_other_tools(tmp_path: Path) -> None:
-    """One line by the command; the card shows what was drawn, and tells the file's own settings."""
+    """One line by the command; the card shows the pictures and the file's own settings."""
     path, checked = export_as("tcd", "kohya", out=tmp_path / "tcd-kohya")
     assert checked is not None
     assert checked.difference < 1e-4

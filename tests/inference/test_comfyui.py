@@ -151,8 +151,8 @@ def test_a_model_of_another_kind_is_refused(node: ModuleType) -> None:
                 node.check_model({"prediction": wanted}, held)
 
 
-def test_the_node_knows_our_times(node: ModuleType) -> None:
-    """It stands alone, and so repeats them."""
+def test_the_node_repeats_our_times(node: ModuleType) -> None:
+    """It imports nothing of fewstep, and so repeats them."""
     assert node.TLCM_TIMES == TLCM_TIMES
 
 

@@ -54,7 +54,7 @@ PAIRS = (*map(Pair, TURNED, CAPTIONS), *map(Pair, CAPTIONS, CAPTIONS))
 
 
 def test_chinese_beside_english_by_one_command(tmp_path: Path) -> None:
-    """`fewstep chinese` on a sixth of its concepts: what the table says is what was drawn and scored."""
+    """`fewstep chinese` on a sixth of its concepts: the table's figures are those of the drawn pictures."""
     words = ["concepts=20", "noises=1", "steps=2", "teacher_steps=2", "training.loop.steps=2", "shown=3"]
     table = world_api.chinese(out=tmp_path, overrides=words)
     found = json.loads((tmp_path / "chinese.json").read_text(encoding="utf-8"))

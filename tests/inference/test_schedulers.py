@@ -1,4 +1,4 @@
-"""Our samplers as diffusers' schedulers: the same pictures, whoever owns the loop."""
+"""Our samplers as diffusers' schedulers: the same pictures in a pipeline's loop."""
 
 from __future__ import annotations
 
@@ -366,7 +366,7 @@ def test_a_shift_survives_a_solver_in_between(solver: str) -> None:
     assert path_of(between.config) == FlowMatching(3.0)
 
 
-def test_the_training_grid_as_lcm_pipelines_ask_for_it() -> None:
+def test_the_training_grid_as_lcm_pipelines_pass_it() -> None:
     import diffusers
 
     own = ConsistencyScheduler.from_config(diffusers.LCMScheduler(original_inference_steps=100).config)
@@ -395,7 +395,7 @@ def test_times_within_a_strength() -> None:
         times_within(vp, 4, 1.5)
 
 
-def test_noise_is_added_at_what_networks_are_told() -> None:
+def test_noise_is_added_at_the_networks_times() -> None:
     x, eps = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     scheduler = SSSScheduler()
     wanted = add_noise(scaled_linear(), x, eps, torch.tensor([10.0, 499.0]))
@@ -439,7 +439,7 @@ def test_wrong_arguments_are_refused(call: Any, field: str | None) -> None:
 
 
 def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
-    """In a config they are plain ones, which JSON knows."""
+    """In a config they are plain ones, which JSON can hold."""
     import numpy as np
 
     scheduler = SSSScheduler(gamma=np.float32(0.25), r=np.float64(0.5), jump="second_order")

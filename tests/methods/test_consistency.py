@@ -46,7 +46,7 @@ def rng(count: int, step: int = 0, seed: int = 7) -> KeyedRng:
 
 
 @pytest.mark.parametrize(("end", "value"), [("index0", 0.0), ("clean", -1.0)])
-def test_times_stand_on_the_grid(end: Any, value: float) -> None:
+def test_times_lie_on_the_grid(end: Any, value: float) -> None:
     times = draw_times(ConsistencyConfig(end=end), PATH, rng(6_000))
     grid = torch.arange(1, 51, dtype=torch.float64) * 20 - 1
     assert set(times.t_nk.tolist()) == set(grid.tolist())
@@ -74,7 +74,7 @@ def test_times_are_uniform() -> None:
         assert stats.chisquare(counts).pvalue > 1e-3
 
 
-def test_a_wider_skip_and_the_end_law() -> None:
+def test_a_wider_skip_and_the_end_rule() -> None:
     times = draw_times(ConsistencyConfig(k=3), PATH, rng(5_000))
     assert (times.t_nk - times.t_n)[times.t_nk > 59].unique().tolist() == [60.0]
     assert times.t_nk.unique().tolist() == [20.0 * i - 1 for i in range(1, 51)], "every time that sampling asks for"
@@ -137,7 +137,7 @@ def test_feature_distance_is_of_directions_at_each_place() -> None:
 
 
 class Recorder:
-    """A network without weights that notes who was called with what; it says eps = theta."""
+    """A network without weights that records its calls by role; its output is eps = theta."""
 
     def __init__(self) -> None:
         self.theta = torch.zeros((), requires_grad=True)
@@ -194,7 +194,7 @@ def test_the_teacher_step_is_guided_by_omega(convention: Any, low: float, monkey
 
 
 def exact_network(mixture: Mixture, times: Any) -> Any:
-    """A network whose first-order jump to s is the exact one: student and target know their s.
+    """A network whose first-order jump to s is the exact one, with s as an input of student and target.
 
     The teacher's DDIM step to t_n is made exact in the same way. With eps the network's output,
     x_s = alpha_s (x - sigma eps)/alpha + sigma_s eps is solved for eps.
@@ -215,7 +215,7 @@ def exact_network(mixture: Mixture, times: Any) -> Any:
 
 
 def told_as(prediction: Prediction, network: Any) -> Any:
-    """A network that says what an eps network knows in another parametrisation."""
+    """An eps network's output in another parametrisation."""
 
     def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
         eps = network(x, t, condition, role)
@@ -247,7 +247,7 @@ def test_the_exact_jump_has_no_loss(config: ConsistencyConfig, prediction: Predi
 
 
 def test_the_skip_jump_has_no_loss_for_the_exact_end_point() -> None:
-    """LCM's student that knows the clean end of each path agrees with itself along the path."""
+    """LCM's student that returns the clean end of each path agrees with itself along the path."""
     mixture = gaussian(PATH)
     count = 256
     keyed = rng(count)
@@ -422,7 +422,7 @@ def test_what_a_teachers_call_costs_is_what_is_stated(guidance: dict[str, Any], 
     assert set(asked) == {4 * teacher}
 
 
-def test_where_nothing_is_guided_the_unconditional_half_is_not_asked() -> None:
+def test_without_guidance_the_unconditional_branch_is_not_evaluated() -> None:
     sizes = []
 
     def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:

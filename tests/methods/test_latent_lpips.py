@@ -474,5 +474,5 @@ def test_refusals(made: Path, tmp_path: Path, tiny_pipeline: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_all_pairs_are_judged_by_their_ends() -> None:
+def test_all_pairs_are_ranked_by_their_ends() -> None:
     assert [tuple(pair) for pair in ENDS.T.tolist()] == list(PAIRS)

@@ -33,8 +33,8 @@ CHECKS: dict[str, Callable[[], None]] = {
     },
     "k": test_recipes_exact.test_k_is_drawn_where_a_smallest_is_named,
     "segments": test_recipes_exact.test_segments_land_on_their_lower_edge,
-    "the grid": lambda: test_consistency.test_times_stand_on_the_grid("index0", 0.0),
-    "a wider skip": test_consistency.test_a_wider_skip_and_the_end_law,
+    "the grid": lambda: test_consistency.test_times_lie_on_the_grid("index0", 0.0),
+    "a wider skip": test_consistency.test_a_wider_skip_and_the_end_rule,
 }
 
 

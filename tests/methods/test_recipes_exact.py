@@ -88,7 +88,7 @@ def loss_and_gradient(method: ConsistencyConfig, mixture: Mixture, theta: Tensor
 @pytest.mark.parametrize("name", PATHS)
 @pytest.mark.parametrize("recipe", TAUGHT)
 def test_the_exact_flow_is_a_fixed_point(recipe: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No loss and no gradient there; beside it both. On the exact flow the same is asked of any jump and any law."""
+    """No loss and no gradient there; beside it both. On the exact flow the same holds for every jump and every rule."""
     mixture = gaussian(PATHS[name])
     method = method_of(recipe)
     if method.distance == "features":
@@ -200,7 +200,7 @@ def test_the_denoising_loss_wants_the_posterior_mean() -> None:
     assert bool((slope() > 0.01).all())
 
 
-def test_a_gan_alone_moves_a_wrong_student_to_the_right_law() -> None:
+def test_a_gan_alone_moves_a_wrong_student_to_the_right_distribution() -> None:
     """No consistency loss: a student that lands .8 beside the data, and too narrow, is brought to them."""
     from fewstep.methods.consistency import critic_loss
     from fewstep_worlds.plane.network import PlaneCritic
@@ -479,7 +479,7 @@ def tdd_landing(
 @pytest.mark.parametrize(
     ("name", "grid"), [("vp", 50), ("flow", 50), ("ve", 50), ("vp", 1000), ("vp", (9.0, 19.0, 99.0, 499.0, 999.0))]
 )
-def test_tdd_lands_where_sampling_will_ask_it_to(name: str, grid: Any, end: Any, segments: int) -> None:
+def test_tdd_lands_where_sampling_does(name: str, grid: Any, end: Any, segments: int) -> None:
     """On a time of an inference list or its shrunk one, within [edge, t_n]; and on the end point itself."""
     from fewstep.diffusion.grid import inference_times
 
@@ -524,7 +524,7 @@ def test_tdd_shrinks_as_gamma_does(end: Any) -> None:
 # ---- a growing grid, and the weight of a step
 
 
-def test_the_grid_grows_by_ict_law() -> None:
+def test_the_grid_grows_by_the_schedule_of_ict() -> None:
     """N(k) = min(s_0 2^floor(k/K'), s_1) with K' = floor(K/(log2(s_1/s_0) + 1)), written out for 3 to 4 sizes."""
     method = method_of("ct", grid=40, grid_start=5)
     assert [method.points_at(step, 10) for step in range(10)] == [5, 5, 10, 10, 20, 20, 40, 40, 40, 40]
@@ -590,7 +590,7 @@ Counted = dict[str, int]
 
 
 @pytest.mark.parametrize("recipe", rows())
-def test_network_calls_are_as_the_recipe_says(recipe: str) -> None:
+def test_network_calls_match_the_recipe(recipe: str) -> None:
     """`calls` is what estimates and docs are made from: counted here by the network itself, in samples of the batch."""
     method = resolve(recipe).method.model_copy(update={"balance": "fixed"})  # this network has no gradient
     seen: Counted = {"student": 0, "target": 0, "teacher": 0, "features": 0}

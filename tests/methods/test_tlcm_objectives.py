@@ -82,8 +82,8 @@ def test_a_roll_out_takes_as_many_steps_as_its_point_is_clean() -> None:
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_a_roll_out_is_the_teachers_walk(name: str) -> None:
-    """Each sample as if it walked alone, in equal steps of time from pure noise; only what still walks is asked."""
+def test_a_roll_out_is_the_teachers_trajectory(name: str) -> None:
+    """Each sample as if alone, in equal steps of time from pure noise; only unfinished samples are evaluated."""
     path, count = PATHS[name], 40
     mixture = gaussian(path)
     asked = 0
@@ -157,7 +157,7 @@ def test_each_sample_of_a_roll_out_starts_anywhere(grid: int, rollout: int) -> N
 
 
 def test_a_roll_out_is_guided_as_the_next_step_is() -> None:
-    """One omega for the walk and for the step that follows; the roll-out sees each sample's own prompt."""
+    """One omega for the roll-out and for the step that follows; the roll-out sees each sample's own prompt."""
     path, seen = PATHS["vp"], []
 
     def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
@@ -180,7 +180,7 @@ def test_a_roll_out_is_guided_as_the_next_step_is() -> None:
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_the_students_own_samples_follow_its_law(name: str) -> None:
+def test_the_students_own_samples_follow_its_distribution(name: str) -> None:
     """An exact jump to the end draws exactly the data, in q calls; x_{t_n+k} is that sample, noised."""
     path, count = PATHS[name], 4000
     mixture, calls = gaussian(path), []
@@ -327,7 +327,7 @@ def test_where_the_fake_score_is_the_students_and_that_the_teachers_only_guidanc
 
 @pytest.mark.parametrize("end", ["clean", "index0"])
 def test_the_fake_score_is_fitted_to_landings_or_to_the_students_own_samples(end: Any) -> None:
-    """A student whose x0 is the time that it is asked at lands at t_{n+k}, and its samples end at their last time."""
+    """A student whose x0 is the time of the call lands at t_{n+k}, and its samples end at their last time."""
     path, count = PATHS["vp"], 16
     asked: list[float] = []
 
@@ -395,7 +395,7 @@ def test_the_fake_score_converges_to_the_students_exact_score() -> None:
 
 @torch.no_grad()
 def score_error(denoiser: Denoiser, lands: Mixture) -> float:
-    """Mean square of the fake x0's distance from the exact posterior mean, over times and points of that law."""
+    """Mean squared error of the fake x0 against the exact posterior mean, over times and points."""
     path, generator = lands.path, torch.Generator().manual_seed(7)
     errors = []
     for t in (0.2, 0.5, 0.8):
@@ -421,7 +421,7 @@ class Wrong(nn.Module):
 
 
 @pytest.mark.parametrize("by", ["matching", "matching by dmd", "nonsaturating", "hinge"])
-def test_alone_it_moves_a_wrong_student_to_the_right_law(by: str) -> None:
+def test_alone_it_moves_a_wrong_student_to_the_right_distribution(by: str) -> None:
     """No consistency loss. Three unequal modes, so that every turn shows; the student starts turned, narrowed, moved.
 
     Its squared energy distance to the exact law falls from above .5 to below .01, and it turns back.

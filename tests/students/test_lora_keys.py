@@ -240,7 +240,7 @@ def test_diffusers_own_renaming_of_blocks(folder: PipelineFolder, matrices: Matr
 
 
 def test_peft_own_folder(folder: PipelineFolder, matrices: Matrices, tmp_path: Path) -> None:
-    """adapter_model.safetensors; its alpha stands in adapter_config.json."""
+    """adapter_model.safetensors; its alpha is in adapter_config.json."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -358,7 +358,7 @@ def test_layers_that_the_original_code_holds_in_one(
     assert_same(dict(network.state_dict()), expected)
 
 
-def test_halves_that_stand_the_other_way_round(tmp_path: Path) -> None:
+def test_swapped_halves(tmp_path: Path) -> None:
     """The last modulation of Stable Diffusion 3 is (shift, scale) there and (scale, shift) in diffusers."""
     folder = read_folder(tiny_pipelines.sd3(tmp_path / "pipe" / "tiny"))
     network = load_backbone(folder.path).network

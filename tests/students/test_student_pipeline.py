@@ -66,7 +66,7 @@ def test_two_lines_draw_what_we_draw(
     assert len(calls) == image_generator.sampling.steps
 
 
-def test_what_a_file_says_of_itself(folders: dict[str, Path], picture_folder: Path, tmp_path: Path) -> None:
+def test_the_metadata_of_a_file(folders: dict[str, Path], picture_folder: Path, tmp_path: Path) -> None:
     """Method, steps and exact times, gamma, guidance and its convention, prediction, end point, base model."""
     student = trained(
         folders["flux"], "tcd", ["sampling.steps=4", "sampling.gamma=0.2"], picture_folder, tmp_path / "r"
@@ -123,7 +123,7 @@ def test_a_scheduler_of_other_noise_is_refused(folders: dict[str, Path], picture
 
 @pytest.mark.parametrize("zero", [False, True])
 def test_zero_terminal_snr_on_one_side_alone_is_refused(zero: bool, picture_folder: Path, tmp_path: Path) -> None:
-    """Neither the prediction nor the times tell: the noise does, which is all that a call at 999 sees of it."""
+    """Prediction and times are equal, only the noise differs, as at a call at 999."""
     folder = tiny_pipelines.sd(tmp_path / "tiny", "v_prediction", zero_snr=zero)
     student = trained(folder, "tcd", ["sampling.steps=1"], picture_folder, tmp_path / "run")
     file = next(student.glob("*.safetensors"))

@@ -274,7 +274,7 @@ TENSORS: dict[str, Callable[[dict[str, Tensor], random.Random], dict[str, Tensor
 
 
 NUMBERS = ("one transposed", "one zero", "one huge", "not a number in one", "infinity in one", "its numbers flipped")
-"""Changes of numbers alone: names, types and shapes stay. Where no digest is kept, nobody can tell."""
+"""Changes of numbers alone: names, types and shapes stay. Without a digest they cannot be detected."""
 
 
 def _header(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[bytes], bytes]:
@@ -437,7 +437,7 @@ LORAS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
     },
     "in upper case": _renamed(str.upper),
 }
-"""What LoRA files of other trainers look like, and of none."""
+"""Layouts of the LoRA files of other trainers, and invalid ones."""
 SPELLED = (
     *("without the component's name", "in PEFT's names", "in PEFT's names behind the component's"),
     *("with an adapter's name inside", "in LyCORIS' names"),
@@ -518,7 +518,7 @@ SIDE = 64
 
 
 def pixels(name: str) -> np.ndarray:
-    """An undamaged picture, uint8 [64, 64, 3]: smooth, with a corner that tells which way is up."""
+    """An undamaged picture, uint8 [64, 64, 3]: smooth, with a corner that marks its orientation."""
     y, x = np.mgrid[:SIDE, :SIDE]
     shade = 40 * "abcd".index(name)
     made = np.stack([x * 3 + shade // 2, y * 2 + shade, 200 - x - y + shade], axis=-1).clip(0, 255).astype(np.uint8)

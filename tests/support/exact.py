@@ -1,4 +1,4 @@
-"""Exact teachers that several tests stand on. Not a test."""
+"""Exact teachers for several tests."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def training_started(out: Path) -> Callable[[], bool]:
 
 
 def logged_step(out: Path) -> int:
-    """The last step that log.jsonl tells of whole; 0 for none."""
+    """The last complete step in log.jsonl; 0 for none."""
     lines = (out / "log.jsonl").read_text().split("\n")[:-1]
     return int(json.loads(lines[-1])["step"]) if lines else 0
 

@@ -50,7 +50,7 @@ POLISH = (
 """TLCM's last stage, alone: three updates of different rhythm, on points that the student draws itself."""
 
 WALK = "[{name: segments, share: 1, method: {grid: 40, k: 2, rollout: 8, distance: l2, weight: none}}]"
-"""TLCM's first stage, alone: walks of different lengths, which are one call after another of other rows."""
+"""TLCM's first stage, alone: roll-outs of different lengths, whose calls have different rows."""
 
 
 def noting(place: Any, name: str, file: Path) -> None:
@@ -162,7 +162,7 @@ def run(folder: Path, overrides: list[str]) -> dict[str, list[int | None]]:
         recipe: str = "tcd",
         command: Sequence[str] = (),
     ) -> list[int | None]:
-        """Launch into the folder NAME, or what of it stands before a dash."""
+        """Launch into the folder NAME, or the part of it before a dash."""
         port = free_port()
         out = folder / name.split("-")[0]
         if accident:  # nothing new to be seen in encoding everything again

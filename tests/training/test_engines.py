@@ -80,7 +80,7 @@ def make_roles(network: nn.Module) -> AdapterRoles:
 
 
 def said(roles: AdapterRoles) -> dict[str, list[Tensor]]:
-    """What each role says, twice in turn; the student's gradients too, others called between forward and backward."""
+    """Each role's outputs, twice in turn; the student's gradients too, others called between forward and backward."""
     generator = torch.Generator().manual_seed(1)
     x, states = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 3, 8, generator=generator)
     t = torch.tensor([500.0, 20.0])
@@ -179,7 +179,7 @@ def losses(out: Path) -> list[float]:
 def test_a_compiled_run_learns_the_same(
     tiny_overrides: list[str], tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With gradient checkpointing, too; the watch draws at another batch beside it."""
+    """With gradient checkpointing, too; validation draws at another batch size beside it."""
     monkeypatch.setattr(compile_networks, "__defaults__", ("aot_eager",))
     plain = run(tiny_overrides, tmp_path / "plain", tiny_cache)
     folded = run(tiny_overrides, tmp_path / "folded", tiny_cache, "loop.compile=true", "student.checkpointing=true")
@@ -189,7 +189,7 @@ def test_a_compiled_run_learns_the_same(
         torch.testing.assert_close(folded[name], weight, rtol=1e-3, atol=1e-5)
 
 
-def test_a_compiled_artist_draws_the_same(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_generator_draws_the_same(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph and one shape, left-over pictures included: each is drawn as it would be in any other place."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -218,8 +218,8 @@ def test_a_compiled_artist_draws_the_same(tiny_pipeline: Path, monkeypatch: pyte
     assert float((found - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())
 
 
-def test_pictures_are_drawn_as_many_at_once_as_is_said(tiny_pipeline: Path) -> None:
-    """All at once where nobody says, and none twice; the pictures are the same."""
+def test_pictures_are_drawn_in_batches_of_the_given_size(tiny_pipeline: Path) -> None:
+    """All at once by default, and none twice; the pictures are the same."""
     sampling, prompts = Sampling(steps=1, grid=10), ["a red disc"] * 5
     drawn, sizes = [], []
     for batch in (None, 2):
@@ -277,7 +277,7 @@ narrow = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, re
 def test_a_student_learns_on_a_narrow_base(
     base: str, tiny_overrides: list[str], tiny_cache: Path, tmp_path: Path
 ) -> None:
-    """Its own weights stay fp32, its losses are near those on the whole base, and what it learns stands beside it."""
+    """Its own weights stay fp32, its losses are near those on the whole base, and the trained weights are separate."""
     words = [f"student.base={base}", "loop.precision=bf16"]
     if base != "bf16":
         words = [f"student.base={base}"]

@@ -106,7 +106,7 @@ PAIRS = [*((family, "on data") for family in FAMILIES), *product(("sd", "flux"),
 
 
 class Meta:
-    """What the loop asks of an Accelerator, for one process."""
+    """The part of an Accelerator that the loop uses, for one process."""
 
     scaler = None
 
@@ -188,7 +188,7 @@ def test_other_copies_are_counted() -> None:
 
 @pytest.mark.parametrize("start", STARTS)
 def test_noise_is_drawn_by_who_reads_ahead(start: str) -> None:
-    """All that a start asks for, and the numbers that it would have drawn itself."""
+    """All draws of a start, and the numbers that it would have drawn itself."""
     config = method_of(start=start, rollout=2, student_steps=3, guidance={"convention": "none"})
     shape, ahead = (1, 2, 2), KeyedRng(3, 5, (7, 8))
     for purpose in noise_purposes(config):

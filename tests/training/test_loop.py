@@ -95,7 +95,7 @@ def test_the_fused_optimiser_is_adamw_over_any_layout_and_after_a_resume(layout:
 
 
 def test_averages_follow_their_laws(tmp_path: Path) -> None:
-    """The average for use warms up, min(mu, (1 + n)/(10 + n)); a target follows the papers' plain law."""
+    """The average for use warms up, min(mu, (1 + n)/(10 + n)); a target has the papers' constant decay."""
     w, target = weights(), torch.zeros(2)
     seen: list[Tensor] = []
 

@@ -157,7 +157,7 @@ def test_gradients_equal_those_of_separate_networks(checkpointing: bool) -> None
 
 
 def test_checkpointing_really_runs_blocks_again() -> None:
-    """Otherwise the test above says nothing about re-entering a role."""
+    """Otherwise the test above would pass without re-entering a role."""
     runs = {}
     for checkpointing in (False, True):
         host, ours = student(checkpointing)

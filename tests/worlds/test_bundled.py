@@ -1,4 +1,4 @@
-"""The bundled teacher draws what it is asked for."""
+"""The bundled teacher draws its prompts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fewstep_worlds.emoji8.studies.students import students_omega
 ASKED = 48
 
 
-def test_the_teacher_draws_what_it_is_asked_for() -> None:
+def test_the_teacher_draws_its_prompts() -> None:
     """A caption fits its own picture better than the next caption does, by far."""
     records = emoji8.load_records("train")
     captions = [emoji8.name_with_style(records[i]) for i in range(0, len(records), len(records) // ASKED)][:ASKED]
@@ -43,8 +43,8 @@ def test_what_rewards_is_not_what_evaluates() -> None:
     assert not any(torch.equal(own[name], other[name]) for name in same)
 
 
-def test_the_scorer_that_rewards_knows_a_prompt_from_another() -> None:
-    """`method.reward.scorer = world`, as training asks it: scores, and a gradient to the picture."""
+def test_the_reward_distinguishes_prompts() -> None:
+    """`method.reward.scorer = world`, as in training: scores, and a gradient to the picture."""
     scorer = load_named_scorer("world", torch.device("cpu"))
     data = emoji8.load("heldout-pair")
     rows = list(range(0, len(data), len(data) // ASKED))[:ASKED]

@@ -1,4 +1,4 @@
-"""The demo from end to end on a tiny teacher in a small world: stages, resume, what the page says."""
+"""The demo from end to end on a tiny teacher in a small world: stages, resume, the page's text."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_the_benchmark_chooses_measures_and_goes_on_where_it_was(
     assert load_results(out / "results.json").rows == results.rows
 
 
-def test_the_card_holds_what_was_asked_of_a_teacher(small_world: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
+def test_the_card_holds_a_teachers_settings(small_world: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
     figures = api.teacher_card(out=tmp_path, teacher=str(tiny_pipeline), n=24, steps=2, omega=1.0)
     for kind in ("words of no caption, untrained", "words of no caption that the encoder was trained on"):
         by_word = figures[f"{kind}: right concept"]
@@ -177,7 +177,7 @@ def test_the_card_holds_what_was_asked_of_a_teacher(small_world: Path, tiny_pipe
         assert sheet.width > 10 * 64
 
 
-def test_the_demo_says_what_is_missing_before_it_trains(small_world: Path, tmp_path: Path) -> None:
+def test_the_demo_names_missing_parts_before_it_trains(small_world: Path, tmp_path: Path) -> None:
     for file in (small_world / "scorer").iterdir():
         os.unlink(file)
     with pytest.raises(UserError, match="scorer"):
@@ -186,7 +186,7 @@ def test_the_demo_says_what_is_missing_before_it_trains(small_world: Path, tmp_p
 
 
 def test_a_longer_student_does_not_resume_a_finished_one(small_world: Path, tmp_path: Path) -> None:
-    """Under a cosine law the steps that are done had other learning rates."""
+    """Under a cosine schedule the finished steps had other learning rates."""
     with (small_world / "distill.yaml").open("a") as stream:
         stream.write("optim: {decay: cosine}\n")
     place = (tmp_path / "lcm", tmp_path / "cache")

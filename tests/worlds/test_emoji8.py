@@ -1,4 +1,4 @@
-"""Emoji-8: what lies in the folder is what the metadata says, and nothing held out leaks into training."""
+"""Emoji-8: the folder matches its metadata, and nothing held out leaks into training."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def test_rices_mean() -> None:
     assert found == pytest.approx(float(drawn), abs=2e-3)
 
 
-def test_energy_distance_is_zero_for_the_law_itself_alone() -> None:
+def test_energy_distance_is_zero_for_the_distribution_itself_alone() -> None:
     """Unbiased over draws, at any time; a shift of two Gaussians has a closed form."""
     path = scaled_linear()
     mixture = three_modes(path)
@@ -130,7 +130,7 @@ FOLLOWERS: dict[str, dict[str, object]] = {
 
 @pytest.mark.parametrize("path", get_args(PathName))
 @pytest.mark.parametrize("name", FOLLOWERS)
-def test_many_small_steps_of_the_exact_network_draw_the_exact_law(name: str, path: str) -> None:
+def test_many_small_steps_of_the_exact_network_draw_the_exact_distribution(name: str, path: str) -> None:
     """Every sampler, on every path, from where drawing starts to where it ends: 40 calls of a network that is right."""
     play = set_up(resolve_plane("tcd", [f"path={path}", "base=exact", "shown=1000"]))
     sampling = play.config.sampling.model_copy(update=FOLLOWERS[name] | {"steps": 40})

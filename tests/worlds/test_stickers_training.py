@@ -326,7 +326,7 @@ def test_a_reader_is_reported_under_every_condition(sticker_sheets: Path, monkey
     assert len(accuracy.as_table(rows).splitlines()) == 2 + len(rows)
 
 
-def test_a_teacher_is_judged_by_samples_of_unseen_prompts(
+def test_a_teacher_is_validated_on_unseen_prompts(
     trimmed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Judge:
@@ -353,7 +353,7 @@ def test_a_teacher_is_judged_by_samples_of_unseen_prompts(
 def test_a_teacher_is_reported_by_steps_and_guidance(
     trimmed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pictures of each law are compared with those of the first law, from other noise."""
+    """Pictures of each distribution are compared with those of the first, from other noise."""
     config = TeacherConfig(channels=(8, 16), groups=4)
     vae = make_vae(TINY).eval()
     write_teacher(tmp_path / "pipeline", vae, make_unet(config, 4, 16, 384, plain=1).eval(), trimmed, omega=2.0)

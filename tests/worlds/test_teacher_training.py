@@ -45,7 +45,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def random_pictures(n: int, seed: int = 0) -> np.ndarray:
-    """Coarse colours, so that an untrained encoder tells them apart."""
+    """Coarse colours, so that an untrained encoder distinguishes them."""
     cells = np.random.default_rng(seed).integers(0, 256, (n, 4, 4, 3), dtype=np.uint8)
     return cells.repeat(16, axis=1).repeat(16, axis=2)
 
@@ -63,7 +63,7 @@ def tiny_vae(seed: int = 0) -> Any:
 
 
 class Answering:
-    """A network that is off by `error` from the true noise, and remembers what it was asked."""
+    """A network that is off by `error` from the true noise, and records its inputs."""
 
     def __init__(self, eps: Tensor, error: Tensor) -> None:
         self.answer = (eps + error).requires_grad_(True)
@@ -79,7 +79,7 @@ def alpha_bars() -> np.ndarray:
     return np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
 
 
-def test_the_true_noise_costs_nothing_and_the_network_is_asked_at_x_t() -> None:
+def test_the_true_noise_has_zero_loss_and_the_network_is_called_at_x_t() -> None:
     x_0, eps = torch.randn(3, 4, 8, 8, generator=seeded(0)), torch.randn(3, 4, 8, 8, generator=seeded(1))
     states, t = torch.randn(3, 5, 32, generator=seeded(2)), torch.tensor([0, 400, 999])
     network = Answering(eps, torch.zeros(3, 1, 1, 1))
@@ -274,7 +274,7 @@ def test_diffusers_loads_the_shards_that_are_written(
 
 
 def test_a_tensor_above_the_limit_gets_a_shard_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors are not cut; no file is empty, wherever the large one stands."""
+    """Tensors are not cut; no file is empty, wherever the large one is."""
     unet = tiny_unet()
     monkeypatch.setattr(pipeline, "SHARD_BYTES", 1000)
     assert next(iter(unet.state_dict().values())).numel() * 2 > 1000, "the first tensor is above it"
@@ -438,7 +438,7 @@ def test_a_resumed_autoencoder_equals_an_uninterrupted_one(tmp_path: Path, monke
 
 
 class Painting:
-    """An autoencoder whose decoder paints a given picture, and remembers what it was asked."""
+    """An autoencoder whose decoder paints a given picture, and records its inputs."""
 
     def __init__(self, picture: Tensor) -> None:
         self.picture = picture.requires_grad_(True)
@@ -449,7 +449,7 @@ class Painting:
         return SimpleNamespace(sample=self.picture)
 
 
-def test_decoder_loss_asks_for_pixels_and_slopes_from_noisy_latents() -> None:
+def test_decoder_loss_compares_pixels_and_slopes_from_noisy_latents() -> None:
     config = DecoderConfig(noise=0.5, slopes=2.0)
     real = torch.zeros(2, 3, 8, 8)
     real[:, :, :, 4:] = 1.0

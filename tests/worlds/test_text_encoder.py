@@ -107,7 +107,7 @@ def test_loads_in_float32_with_what_the_pipeline_reads() -> None:
         ("cheeseburger", "hamburger"),
     ],
 )
-def test_own_word_is_nearest_to_its_concept(word: str, name: str) -> None:
+def test_a_concepts_own_word_is_closest_to_it(word: str, name: str) -> None:
     scores = (mean_state(word) @ mean_state(*NAMES).T)[0]
     assert NAMES[int(scores.argmax())] == name
 

@@ -1,4 +1,4 @@
-"""The bundled world's side of TLCM: which students its tables ask for, the reward, the second scorer."""
+"""The bundled world's side of TLCM: the students of its tables, the reward, the second scorer."""
 
 from __future__ import annotations
 
@@ -262,7 +262,7 @@ def test_a_second_scorer_learns_which_prompts_fit(tmp_path: Path, monkeypatch: p
     np.testing.assert_array_equal(again.features(few.pictures, own), right)
 
 
-def test_prompts_are_prepared_once_or_as_they_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_are_prepared_once_or_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same scores either way; a set that does not fit into memory is prepared batch by batch."""
     from fewstep.distillation import reward as reward
 

@@ -47,7 +47,7 @@ def solid(*colours: tuple[int, int, int], size: int = 16) -> np.ndarray:
     return pictures
 
 
-def test_skin_is_painted_and_told_apart() -> None:
+def test_skins_are_painted_and_distinguished() -> None:
     yellow = solid((255, 204, 60), (255, 190, 50), (40, 70, 220))
     assert effects.skin(yellow).sum((1, 2)).tolist() == [64, 64, 0]
     names = list(effects.TONES)

@@ -1,4 +1,4 @@
-"""Measuring on Emoji-8: which real pictures answer a prompt, stand as its reference, or lie nearest to a picture."""
+"""Measuring on Emoji-8: which real pictures match a prompt, are its reference, or are nearest to a picture."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROWS = {name: [row for row, (shown, _) in enumerate(TRAINED) if shown == name] f
 
 
 def marked(marks: list[int]) -> Pictures:
-    """White pictures with a square in the middle whose level says which one it is."""
+    """White pictures with a square in the middle whose level is their number."""
     pictures = np.full((len(marks), 64, 64, 3), 255, np.uint8)
     pictures[:, 20:44, 20:44] = np.array(marks, np.uint8)[:, None, None, None]
     return pictures
@@ -43,7 +43,7 @@ def marks(pictures: Pictures) -> list[int]:
 
 
 class Table:
-    """A backbone that looks a picture's mark up."""
+    """A backbone that looks up a picture's mark."""
 
     name, weights_sha256, licence, input = "table of marks", "none", "none", "as given"
 
@@ -93,7 +93,7 @@ def test_a_repeated_prompt_gets_a_fresh_picture_while_any_is_left(gallery: Galle
 
 
 def test_prompts_take_turns_without_taking_from_each_other(gallery: Gallery) -> None:
-    """A queue for each prompt, wherever in the list it stands."""
+    """A queue for each prompt, wherever it is in the list."""
     prompts = ["cat", "dog", "cat", "dog", "cat"]
     for seed in range(20):
         rows = gallery.matched(prompts, seed)
@@ -161,7 +161,7 @@ def test_a_reference_without_pictures_is_refused(gallery: Gallery) -> None:
 # -------------------------------------------------------------------------------------------- neighbours
 
 
-def test_the_gallery_is_asked_for_the_right_concept_and_for_copies(gallery: Gallery) -> None:
+def test_the_gallery_measures_the_right_concept_and_copies(gallery: Gallery) -> None:
     """Cats point along the first axes, dogs along the next; 6 is a picture between cat 0, cat 3 and dog 2."""
     table = [
         [1, 0, 0, 0, 0.0],
@@ -223,8 +223,8 @@ def test_real_diversity_is_that_of_a_prompts_answers(gallery: Gallery) -> None:
 # ---------------------------------------------------------------------------------------------- whiteness
 
 
-def test_whiteness_asks_for_the_background_that_the_prompts_pictures_share(gallery: Gallery) -> None:
-    """A border of 496 pixels. The twemoji cat is dark in 8 of them: no other cat is asked for less by its style."""
+def test_whiteness_compares_with_the_background_of_the_prompts_pictures(gallery: Gallery) -> None:
+    """A border of 496 pixels. The twemoji cat is dark in 8 of them: no other cat's style has fewer."""
     pictures = gallery.data.pictures.copy()
     pictures[1, 0, :8] = 0
     world = Gallery(Emoji8(pictures, gallery.data.records))
