@@ -22,7 +22,7 @@ import numpy as np
 from fewstep.common.provenance import commit, hardware
 from fewstep.evaluation.evaluate import TeacherPictures, evaluate_pictures
 from fewstep_worlds.emoji8 import dataset as emoji8
-from fewstep_worlds.emoji8.studies.comparison import Evaluator, SharedMetrics
+from fewstep_worlds.emoji8.studies.comparison import Comparison, SharedMetrics
 
 
 def noised(pictures: np.ndarray, seed: int) -> np.ndarray:
@@ -36,7 +36,7 @@ def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
     prompts = emoji8.read_prompts("benchmark")[:count]
     with tempfile.TemporaryDirectory() as cache:
-        judge = Evaluator(prompts, SharedMetrics.load(Path(cache)))
+        judge = Comparison(prompts, Path(cache), SharedMetrics.load(Path(cache)))
         real = judge.reference.some(count)
         teacher = TeacherPictures(noised(real, 1), noised(real, 2))
         evaluate_pictures(teacher.same, prompts, judge.metrics, judge.reference, teacher)

@@ -19,11 +19,7 @@ def check_sampling(sampling: Sampling, folder: PipelineFolder) -> None:
 
 
 def check_diffusion(field: str, folder: PipelineFolder) -> None:
-    """Refuse a consistency model in the place of a diffusion model: no solver follows its trajectories.
-
-    Raises:
-        UserError: a consistency model.
-    """
+    """Refuse a consistency model in the place of a diffusion model: no solver follows its trajectories."""
     if folder.consistency:
         raise UserError(
             f"{field} = {str(folder.path)!r} is a consistency model, whose trajectories no solver follows; give the "
@@ -48,11 +44,7 @@ def check_guidance(section: str, sampling: Sampling, embedded: bool) -> None:
 
 
 def check_times(section: str, sampling: Sampling, folder: PipelineFolder) -> None:
-    """Refuse a size, grid or number of steps that the pipeline does not have; `section` precedes field names.
-
-    Raises:
-        UserError: naming the field.
-    """
+    """Refuse a size, grid or number of steps that the pipeline does not have; `section` precedes field names."""
     if sampling.size:
         folder.check_size(f"{section}size", sampling.size)
     if sampling.spacing != "trailing":
@@ -62,11 +54,7 @@ def check_times(section: str, sampling: Sampling, folder: PipelineFolder) -> Non
 
 
 def check_steps(field: str, steps: int, most: int) -> None:
-    """Refuse more steps than the schedule has indices.
-
-    Raises:
-        UserError: it has fewer.
-    """
+    """Refuse more steps than the schedule has indices."""
     if steps > most:
         raise UserError(f"{field} = {steps} must be at most {most}", field=field)
 

@@ -97,9 +97,6 @@ def check_model(name: str, component: str, config: Mapping[str, Any], file: Path
         name: its class.
         component: its name in the pipeline.
         pipeline: the pipeline's class.
-
-    Raises:
-        UserError: as `check_keys`.
     """
     if name not in config_keys.MODELS:
         raise UserError(
@@ -110,11 +107,7 @@ def check_model(name: str, component: str, config: Mapping[str, Any], file: Path
 
 
 def check_latents(config: Mapping[str, Any], file: Path) -> None:
-    """Refuse an autoencoder's config with a broken scale, or with only one of latents_mean and latents_std.
-
-    Raises:
-        UserError: naming the key.
-    """
+    """Refuse an autoencoder's config with a broken scale, or with only one of latents_mean and latents_std."""
     scale = config.get("scaling_factor", 1.0)
     if isinstance(scale, bool) or not isinstance(scale, int | float) or scale == 0:
         raise UserError(f"{file}: scaling_factor = {_shown(scale)} must be a number other than 0")
@@ -135,11 +128,7 @@ def check_latents(config: Mapping[str, Any], file: Path) -> None:
 
 
 def check_encoder(name: str, config: Mapping[str, Any], file: Path) -> None:
-    """Refuse a text encoder's config that is not supported; a class without a table is refused when it is loaded.
-
-    Raises:
-        UserError: as `check_keys`.
-    """
+    """Refuse a text encoder's config that is not supported; a class without a table is refused when it is loaded."""
     if name in config_keys.ENCODERS:
         check_keys(config_keys.ENCODERS[name], text_part(config), file)
 
@@ -217,9 +206,6 @@ def check_scheduler(config: Mapping[str, Any], file: Path, pipeline: str) -> Non
     Args:
         config: with the class in model_index.json as `_class_name`.
         pipeline: the pipeline's class.
-
-    Raises:
-        UserError: naming the class or the key.
     """
     name = str(config.get("_class_name"))
     keys = config_keys.SCHEDULERS.get(name)
@@ -252,11 +238,7 @@ def check_scheduler(config: Mapping[str, Any], file: Path, pipeline: str) -> Non
 
 
 def check_index(pipeline: str, index: Mapping[str, Any], file: Path) -> None:
-    """Refuse a pipeline's index with a key that its class does not take.
-
-    Raises:
-        UserError: as `check_keys`.
-    """
+    """Refuse a pipeline's index with a key that its class does not take."""
     named = {key: value for key, value in index.items() if value != [None, None]}
     check_keys(config_keys.PIPELINES[pipeline], named, file)
 
@@ -267,9 +249,6 @@ def check_widths(unet: Mapping[str, Any], encoders: Sequence[Mapping[str, Any]],
     Args:
         unet, encoders: configs; the text encoders' in the pipeline's order.
         file: names the UNet's config in errors.
-
-    Raises:
-        UserError: naming the key.
     """
     key = "cross_attention_dim" if unet.get("encoder_hid_dim") is None else "encoder_hid_dim"
     wanted, widths = unet.get(key), [text_part(each).get("hidden_size") for each in encoders]

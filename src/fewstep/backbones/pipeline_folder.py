@@ -291,11 +291,7 @@ def read_folder(path: Path | str, field: str = "teacher") -> PipelineFolder:
 
 
 def _check_components(folder: PipelineFolder, what: str, field: str) -> None:
-    """Refuse a folder that lacks a component that pictures are drawn with, or has one of another library or class.
-
-    Raises:
-        UserError: naming the component.
-    """
+    """Refuse a folder that lacks a component that pictures are drawn with, or has one of another library or class."""
     for component in folder.family.parts:
         if component not in folder.components or not (folder.path / component).is_dir():
             raise UserError(f"{what} is incomplete: it holds no {component}", field=field)
@@ -312,11 +308,7 @@ def _check_components(folder: PipelineFolder, what: str, field: str) -> None:
 
 
 def _check_configs(folder: PipelineFolder, index: Mapping[str, Any]) -> None:
-    """Refuse a folder with a config key that fewstep does not act on.
-
-    Raises:
-        UserError: naming the file and the key.
-    """
+    """Refuse a folder with a config key that fewstep does not act on."""
     family, file_of = folder.family, folder.config_file
     check_index(folder.pipeline, index, folder.path / INDEX)
     for component in (folder.network, "vae"):

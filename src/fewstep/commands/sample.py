@@ -149,21 +149,13 @@ def sampling_changes(settings: Mapping[str, Any] | str | Sequence[str] | None, *
 
 
 def check_positive(field: str, value: int | None) -> None:
-    """Raise where a count is below 1; None is allowed.
-
-    Raises:
-        UserError: it is.
-    """
+    """Raise where a count is below 1; None is allowed."""
     if value is not None and value < 1:
         raise UserError(f"{field} = {value} must be at least 1", field=field)
 
 
 def check_seed(seed: int, count: int) -> None:
-    """Raise where the seeds of `count` pictures do not fit into 63 bits.
-
-    Raises:
-        UserError: they do not.
-    """
+    """Raise where the seeds of `count` pictures do not fit into 63 bits."""
     most = 2**63 - 1 - count
     if not 0 <= seed <= most:
         raise UserError(f"seed = {seed} must be {'at least 0' if seed < 0 else f'at most {most}'}", field="seed")

@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -141,20 +141,12 @@ def parse_overrides(overrides: str | Iterable[str], model: type[BaseModel] | Non
     return result
 
 
-def _nested(annotation: Any) -> type[BaseModel] | None:
-    """Return the model of a field's type, if any."""
-    if get_origin(annotation) is tuple:  # a list of them has no keys of its own
-        return None
-    found = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
-    return found[0] if found else None
-
-
 def dotted_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     """Return every key of a config with its section: ["loop", "loop.steps", ...]."""
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
-        nested = _nested(field.annotation)
+        nested = core_yaml.model_of(field.annotation)
         if nested is not None:
             keys += dotted_keys(nested, f"{prefix}{name}.")
     return keys

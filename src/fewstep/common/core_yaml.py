@@ -139,7 +139,7 @@ def annotation_at(model: type[BaseModel] | None, parts: Sequence[str]) -> Any:
     """Return the type of the field that a dotted key names; None where there is none."""
     found: Any = model
     for number, part in enumerate(parts):
-        nested = _model_of(found)
+        nested = model_of(found)
         if nested is None and _item_of(found) is not None:  # a list of named items: this part is a name
             found = _item_of(found)
         elif nested is not None and (field := _field(nested, part)) is not None:
@@ -159,15 +159,15 @@ def _field(model: type[BaseModel], name: str) -> FieldInfo | None:
 
 def _section(annotation: Any, name: str, root: Any) -> Any:
     """Return the type of a field. Changes to a section (any mapping) have the type of that section."""
-    if get_origin(annotation) is dict and _model_of(root) is not None:
-        field = _field(_model_of(root), name)  # type: ignore[arg-type]
+    if get_origin(annotation) is dict and model_of(root) is not None:
+        field = _field(model_of(root), name)  # type: ignore[arg-type]
         return field.annotation if field else annotation
     return annotation
 
 
 def _keep_text(node: yaml.Node, annotation: Any, root: Any) -> None:
     """Mark the plain scalars below a node that are declared as text; make sections without lines empty mappings."""
-    model, item = _model_of(annotation), _item_of(annotation)
+    model, item = model_of(annotation), _item_of(annotation)
     if isinstance(node, yaml.MappingNode) and model is not None:
         node.value = [(key, _section_node(key, value, model)) for key, value in node.value]
         for key, value in node.value:
@@ -188,7 +188,7 @@ def _keep_text(node: yaml.Node, annotation: Any, root: Any) -> None:
 def _section_node(key: yaml.Node, value: yaml.Node, model: type[BaseModel]) -> yaml.Node:
     """Return the value of a key; an empty mapping for a section without lines, as where all are comments."""
     field = _field(model, key.value) if isinstance(key, yaml.ScalarNode) else None
-    section = field is not None and _model_of(field.annotation) is not None
+    section = field is not None and model_of(field.annotation) is not None
     if section and value.tag == f"{TAG}null" and NoneType not in _options(field.annotation if field else None):
         return yaml.MappingNode(f"{TAG}map", [], value.start_mark, value.end_mark)
     return value
@@ -204,7 +204,7 @@ def _options(annotation: Any) -> list[Any]:
     return list(get_args(annotation)) if origin is Literal else [annotation]
 
 
-def _model_of(annotation: Any) -> type[BaseModel] | None:
+def model_of(annotation: Any) -> type[BaseModel] | None:
     """Return the config that a field holds; None if it holds none."""
     found = [a for a in _options(annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
     return found[0] if found else None

@@ -97,9 +97,6 @@ def check_world_size(size: int, field: str, remedy: str = "give a folder of pict
     Args:
         size: edge of the teacher's pictures, in pixels.
         field: the setting that names the world's pictures or prompts, for the error.
-
-    Raises:
-        UserError: the sizes differ.
     """
     own = world(field).SIZE
     if size != own:

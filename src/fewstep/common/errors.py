@@ -9,7 +9,7 @@ from collections.abc import Iterable
 class UserError(Exception):
     """A mistake in the user's input, in one line: field, value, reason, remedy.
 
-    The command prints it without a traceback and exits with code 2.
+    The command prints it without a traceback and exits with code 2. Functions that "refuse" something raise it.
 
     Attributes:
         field: the setting (dotted), argument, option or file that is wrong; empty where no single one is.

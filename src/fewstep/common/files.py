@@ -257,10 +257,15 @@ def cache_root() -> Path:
     return Path(os.environ.get("FEWSTEP_CACHE") or Path.home() / ".cache" / "fewstep")
 
 
+def write_text(path: Path | str, text: str) -> None:
+    """Write text as UTF-8, atomically."""
+    with atomic_write(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path | str, data: Any) -> None:
     """Write `data` as indented UTF-8 JSON, atomically."""
-    with atomic_write(path) as part:
-        part.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_mapping(path: Path | str) -> dict[str, Any]:

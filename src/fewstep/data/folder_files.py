@@ -90,11 +90,7 @@ def list_folder(folder: Path) -> FolderFiles:
 
 
 def check_pictures(source: Path | str) -> None:
-    """Refuse a source that is no folder, or a folder without pictures and lists of them.
-
-    Raises:
-        UserError: naming what the folder holds instead.
-    """
+    """Refuse a source that is no folder, or a folder without pictures and lists of them."""
     folder = Path(source)
     if not folder.is_dir():
         check_suffix(source, "data.source")

@@ -50,11 +50,7 @@ def read_prompts(path: Path | str, field: str = "prompts") -> list[str]:
 
 
 def check_suffix(path: Path | str, field: str) -> None:
-    """Refuse a file that is no list of prompts, by its suffix.
-
-    Raises:
-        UserError: naming its kind and the remedy.
-    """
+    """Refuse a file that is no list of prompts, by its suffix."""
     suffix = Path(path).suffix.lower()
     for (kind, advice), suffixes in NO_PROMPTS.items():
         if suffix in suffixes:

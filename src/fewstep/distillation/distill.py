@@ -110,20 +110,15 @@ def distill(
                     )
                 trained = train_run(run, folder, shared, log, accelerator, announced)
             start, done = trained.weights["student"], done + trained.step
+            last = number + 1 == len(parts)
             with fail_together():
-                if main:
-                    own = folder / "student"
-                    target = export_student(run.config, run.backbone, start, own, {"steps_trained": done})
-            if number + 1 < len(parts):  # the next stage loads networks of its own
+                for own in dict.fromkeys([folder, out] if last else [folder]) if main else ():
+                    notes = {"steps_trained": done}
+                    target = export_student(run.config, run.backbone, start, own / "student", notes)
+            if not last:  # the next stage loads networks of its own
                 del run, trained
                 gc.collect()
                 torch.cuda.empty_cache()
-        if config.stages:
-            with fail_together():
-                if main:
-                    target = export_student(
-                        run.config, run.backbone, start or {}, out / "student", {"steps_trained": done}
-                    )
     return target
 
 

@@ -109,11 +109,7 @@ class Estimated:
     data: str = ""
 
     def check(self) -> None:
-        """Refuse a step that does not fit into memory.
-
-        Raises:
-            UserError: it does not.
-        """
+        """Refuse a step that does not fit into memory."""
         if self.too_large:
             raise UserError(self.too_large, field="loop.batch")
 

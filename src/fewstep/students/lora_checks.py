@@ -41,9 +41,6 @@ def check_fits(header: LoraHeader, weights: Mapping[str, Shape], fingerprint: st
     Args:
         weights: shapes of the base's network, by parameter name.
         fingerprint: sha256 of the base's network weights.
-
-    Raises:
-        UserError: naming the first difference.
     """
     name = f"lora = {str(header.path)!r}"
     if header.base and header.base != fingerprint:
@@ -71,9 +68,6 @@ def check_noise(header: LoraHeader, noise: Mapping[str, Any], place: str) -> Non
     Args:
         noise: the config.
         place: what the config belongs to, for errors.
-
-    Raises:
-        UserError: naming the first difference.
     """
     flow = is_flow(noise)
     own = {

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from fewstep.common import core_yaml
 from fewstep.common.config import Config, first_difference, read_yaml
 from fewstep.common.errors import UserError
-from fewstep.common.files import atomic_write, hold_folder, read_json, read_mapping, sweep, write_json
+from fewstep.common.files import hold_folder, read_json, read_mapping, sweep, write_json, write_text
 from fewstep.common.run_inputs import Content, difference
 from fewstep.training.lr_schedule import learning_rate
 
@@ -107,8 +107,7 @@ class RunLog:
         resolved = config.model_dump(mode="json")
         check_same_run(folder, config, inputs, later=True)
         sweep(folder)
-        with atomic_write(folder / "config.yaml") as part:
-            part.write_text(core_yaml.dump(resolved), encoding="utf-8")
+        write_text(folder / "config.yaml", core_yaml.dump(resolved))
         record_versions(folder / "versions.json")
         if inputs is not None:
             write_json(folder / INPUTS, dict(inputs))
@@ -138,8 +137,7 @@ class RunLog:
                     lines.append(line)
             except (json.JSONDecodeError, TypeError, KeyError):  # cut off by a kill
                 continue
-        with atomic_write(self._log) as part:
-            part.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        write_text(self._log, "".join(line + "\n" for line in lines))
 
     def figures(self, step: int, figures: Mapping[str, float]) -> None:
         """Append figures to log.jsonl and TensorBoard."""

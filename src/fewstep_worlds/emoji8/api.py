@@ -1,9 +1,12 @@
-"""The bundled world's verbs: each checks its settings, then imports what it needs."""
+"""The bundled world's verbs: each checks its settings, then imports what it needs.
+
+A verb returns the file or folder that it wrote. Before any long work it raises UserError where a setting, the folder or
+the installation does not allow it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,20 +28,13 @@ def demo(*, out: Path | str = "demo", overrides: str | Sequence[str] = ()) -> Pa
     Args:
         out: folder; a stopped demo is resumed from it.
         overrides: setting, key=value. May be repeated.
-
-    Returns:
-        The report.
-
-    Raises:
-        UserError: a setting, the folder or the installation does not allow it.
     """
     from fewstep_worlds.emoji8.config import DemoConfig
 
     config = _checked("demo", DemoConfig, overrides, out)
     from fewstep_worlds.emoji8.studies.demo import demo
 
-    with _locked(out):
-        return demo(config, Path(out))
+    return _run(demo, config, out)
 
 
 @checked
@@ -48,20 +44,13 @@ def benchmark(*, out: Path | str = "runs/benchmark", overrides: str | Sequence[s
     Args:
         out: folder; a stopped benchmark is resumed from it.
         overrides: setting, key=value. May be repeated.
-
-    Returns:
-        The report.
-
-    Raises:
-        UserError: a setting, the folder or the installation does not allow it.
     """
     from fewstep_worlds.emoji8.config import BenchmarkConfig
 
     config = _checked("benchmark", BenchmarkConfig, overrides, out)
     from fewstep_worlds.emoji8.studies.benchmark import benchmark
 
-    with _locked(out):
-        return benchmark(config, Path(out))
+    return _run(benchmark, config, out)
 
 
 @checked
@@ -73,20 +62,13 @@ def family(*, out: Path | str = "runs/family", overrides: str | Sequence[str] = 
     Args:
         out: folder; a stopped run is resumed from it.
         overrides: setting, key=value. May be repeated.
-
-    Returns:
-        The tables.
-
-    Raises:
-        UserError: a setting, the folder or the installation does not allow it.
     """
     from fewstep_worlds.emoji8.config import FamilyConfig
 
     config = _checked("family", FamilyConfig, overrides, out)
     from fewstep_worlds.emoji8.studies.family import family
 
-    with _locked(out):
-        return family(config, Path(out))
+    return _run(family, config, out)
 
 
 @checked
@@ -99,12 +81,6 @@ def tlcm(*, table: int = 1, out: Path | str = "runs/tables", overrides: str | Se
         table: 1: beside the teacher, LCM and TCD; 2: each ingredient; 3: p.
         out: folder, one for all tables; a stopped run is resumed from it.
         overrides: setting, key=value. May be repeated.
-
-    Returns:
-        The table.
-
-    Raises:
-        UserError: a setting, the folder or the installation does not allow it.
     """
     from fewstep.backbones.teachers import read_teacher
     from fewstep.distillation.checks import check_distillation
@@ -114,8 +90,7 @@ def tlcm(*, table: int = 1, out: Path | str = "runs/tables", overrides: str | Se
     from fewstep_worlds.emoji8.studies.tlcm import tlcm, tlcm_settings
 
     check_distillation(tlcm_settings(), read_teacher(""))
-    with _locked(out):
-        return tlcm(config, Path(out))
+    return _run(tlcm, config, out)
 
 
 @checked
@@ -127,12 +102,6 @@ def chinese(*, out: Path | str = "runs/chinese", overrides: str | Sequence[str] 
     Args:
         out: folder; a stopped run is resumed from it.
         overrides: setting, key=value. May be repeated.
-
-    Returns:
-        The table.
-
-    Raises:
-        UserError: a setting, the folder or the installation does not allow it.
     """
     from fewstep.backbones.teachers import read_teacher
     from fewstep.inference.multilingual.record import read_adapter
@@ -146,9 +115,7 @@ def chinese(*, out: Path | str = "runs/chinese", overrides: str | Sequence[str] 
         read_adapter(config.adapter, folder)
     from fewstep_worlds.emoji8.studies.chinese import measure_chinese
 
-    with _locked(out):
-        measure_chinese(config, Path(out))
-    return Path(out) / "chinese.md"
+    return _run(measure_chinese, config, out)
 
 
 @checked
@@ -162,12 +129,6 @@ def versatility(*, out: Path | str = "runs/versatility", overrides: str | Sequen
     Args:
         out: folder; a stopped run is resumed from it.
         overrides: setting, key=value. May be repeated.
-
-    Returns:
-        The table.
-
-    Raises:
-        UserError: a setting, a student, the folder or the installation does not allow it.
     """
     from fewstep.backbones.teachers import read_teacher
     from fewstep.students.resolve import resolve_student
@@ -188,8 +149,7 @@ def versatility(*, out: Path | str = "runs/versatility", overrides: str | Sequen
                 )
     from fewstep_worlds.emoji8.studies.addons.figure import versatility
 
-    with _locked(out):
-        return versatility(config, Path(out))
+    return _run(versatility, config, out)
 
 
 @checked
@@ -207,12 +167,6 @@ def train_teacher(
         target: pipeline folder to write.
         config: YAML file of the teacher's settings.
         overrides: setting laid over config, key=value. May be repeated.
-
-    Returns:
-        The pipeline folder.
-
-    Raises:
-        UserError: a setting or a folder does not allow it.
     """
     from fewstep.backbones.pipeline_folder import read_folder
     from fewstep.common.files import check_writable
@@ -242,12 +196,6 @@ def train_scorer(*, out: Path | str = "runs/scorer", overrides: str | Sequence[s
     Args:
         out: run folder; a stopped run is resumed from it.
         overrides: setting, key=value. May be repeated.
-
-    Returns:
-        The scorer's folder, `out`/scorer.
-
-    Raises:
-        UserError: a setting or the folder does not allow it.
     """
     from fewstep.common.files import check_writable
     from fewstep_worlds.emoji8.config import AgreementConfig
@@ -267,12 +215,6 @@ def train_reward(*, out: Path | str = "runs/reward", overrides: str | Sequence[s
     Args:
         out: run folder; a stopped run is resumed from it.
         overrides: setting, key=value. May be repeated.
-
-    Returns:
-        The scorer's folder, `out`/scorer.
-
-    Raises:
-        UserError: a setting, the folder or the installation does not allow it.
     """
     from fewstep.common.files import check_writable
     from fewstep.inference.multilingual.settings import PACKAGES
@@ -305,12 +247,6 @@ def teacher_card(
         omega: guidance in the papers' convention; the teacher's own if omitted.
         steps: steps of guided DDIM.
         n: seen prompts to draw.
-
-    Returns:
-        The figures by name.
-
-    Raises:
-        UserError: a setting, the folder or the installation does not allow it.
     """
     from fewstep.backbones.checks import check_sampling
     from fewstep.backbones.teachers import read_teacher
@@ -341,11 +277,7 @@ def card_lines(figures: Mapping[str, Figure], arguments: Mapping[str, Any]) -> l
 def _checked(
     verb: str, model: type[ConfigT], overrides: str | Sequence[str], out: Path | str, *, multilingual: bool = False
 ) -> ConfigT:
-    """Resolve and check the settings of a study of the bundled world.
-
-    Raises:
-        UserError: a setting, the folder or the installation does not allow it.
-    """
+    """Resolve and check the settings of a study of the bundled world."""
     from fewstep.backbones.teachers import read_teacher
     from fewstep.common.files import check_writable
     from fewstep.inference.multilingual.settings import PACKAGES
@@ -359,12 +291,11 @@ def _checked(
     return config
 
 
-@contextmanager
-def _locked(out: Path | str) -> Iterator[None]:
-    """Lock a folder inside the block, and clear what a killed process left half-written in its stores."""
+def _run(study: Callable[[ConfigT, Path], Path], config: ConfigT, out: Path | str) -> Path:
+    """Run a study with its folder locked and cleared of what a killed process left half-written in its stores."""
     from fewstep.common.files import hold_folder, sweep
 
     with hold_folder(Path(out)):
         for store in ("cache", "pictures", "features"):
             sweep(Path(out) / store)
-        yield
+        return study(config, Path(out))

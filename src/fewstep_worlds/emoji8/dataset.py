@@ -244,9 +244,6 @@ def check_size(size: int, field: str, instead: str = "give a folder of pictures"
         size: pixels a side of its pictures.
         field: the setting that selects Emoji-8.
         instead: the remedy.
-
-    Raises:
-        UserError: it does.
     """
     if size != SIZE:
         raise UserError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from fewstep.common.arguments import checked
 from fewstep.common.extras import check_installed
-from fewstep.common.files import atomic_write, write_json
+from fewstep.common.files import write_json, write_text
 
 if TYPE_CHECKING:
     from fewstep_worlds.plane.settings import PlaneConfig
@@ -59,7 +59,6 @@ def play(recipes: Sequence[PlaneConfig], out: Path, quiet: bool = False) -> Path
         student = train_plane(config, out / config.recipe, quiet, out / "base")
         done.append((student, measure(student)))
     figures = {p.config.recipe: m.record() for p, m in done}
-    with atomic_write(out / "table.md") as part:
-        part.write_text(table(done), encoding="utf-8")
+    write_text(out / "table.md", table(done))
     write_json(out / "figures.json", figures)
     return draw_figure(done, out / "figure.webp")

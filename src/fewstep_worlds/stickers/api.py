@@ -1,4 +1,4 @@
-"""The verbs of sticker scenes: training and measuring their networks."""
+"""The verbs of sticker scenes: training and measuring their networks. They return a network's folder, or a table."""
 
 from __future__ import annotations
 
@@ -17,9 +17,6 @@ def autoencoder(*, out: Path | str = "runs/stickers/autoencoder", overrides: str
     Args:
         out: run folder; a stopped run is resumed from it.
         overrides: setting, key=value. May be repeated.
-
-    Returns:
-        Folder of the AutoencoderKL, `out`/final.
     """
     from fewstep_worlds.stickers.settings import AutoencoderConfig
 
@@ -41,9 +38,6 @@ def reader(*, out: Path | str = "runs/stickers/reader", overrides: str | Sequenc
     Args:
         out: run folder; a stopped run is resumed from it.
         overrides: setting, key=value. May be repeated.
-
-    Returns:
-        Folder of the reader, `out`/final.
     """
     from fewstep_worlds.stickers.settings import ReaderConfig
 
@@ -66,9 +60,6 @@ def reader_report(*, reader: Path | str, autoencoder: Path | str | None = None, 
         reader: folder of a finished reader.
         autoencoder: folder of an AutoencoderKL that the autoencoded scenes pass through.
         n: scenes of each condition.
-
-    Returns:
-        A table of accuracies.
     """
     from fewstep.commands.sample import check_positive
     from fewstep_worlds.common.autoencoder import load_vae
@@ -91,9 +82,6 @@ def teacher(
         target: new folder for the pipeline.
         out: run folder; a stopped run is resumed from it.
         overrides: setting, key=value. May be repeated.
-
-    Returns:
-        The pipeline folder.
     """
     from fewstep_worlds.common.target import check_target
     from fewstep_worlds.stickers.settings import TeacherConfig
@@ -131,9 +119,6 @@ def teacher_report(
         omega: guidance in the papers' convention. May be repeated.
         n: unseen prompts, at least 500.
         prompts: set of unseen prompts (prompts.SETS).
-
-    Returns:
-        A table of accuracies, and a line of distances for each row.
     """
     from fewstep.evaluation.limits import FD_FEWEST
     from fewstep_worlds.stickers.accuracy import as_table

@@ -61,11 +61,7 @@ def convert_single_file(file: Path, config: Path | None) -> Path:
 
 
 def _check_flow(checkpoint: Checkpoint, config: Path) -> None:
-    """Refuse a network of flow matching beside a scheduler of betas, or the reverse, by the file's own prediction.
-
-    Raises:
-        UserError: the two differ.
-    """
+    """Refuse a network of flow matching beside a scheduler of betas, or the reverse, by the file's own prediction."""
     if checkpoint.prediction is None or checkpoint.transformer:
         return
     scheduler = config / "scheduler" / "scheduler_config.json"

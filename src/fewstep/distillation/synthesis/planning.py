@@ -123,11 +123,7 @@ def check_synthesis(config: SynthesisConfig, lines: Sequence[str], folder: Pipel
 
 
 def check_free(out: Path) -> None:
-    """Refuse a folder without a set that holds files of the same names: they would be lost.
-
-    Raises:
-        UserError: naming one of them.
-    """
+    """Refuse a folder without a set that holds files of the same names: they would be lost."""
     for name in (PROMPTS, CONDITIONS, MANIFEST, shard_name(0)):
         if (out / name).exists():
             raise UserError(f"out = {str(out)!r} holds {name}, which would be lost; use a new folder", field="out")

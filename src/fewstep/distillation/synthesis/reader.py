@@ -144,11 +144,7 @@ class Synthesis:
                 bar.update(record.bytes)
 
     def check_teacher(self, folder: PipelineFolder) -> None:
-        """Refuse another teacher than the one that drew the set.
-
-        Raises:
-            UserError: naming what differs.
-        """
+        """Refuse another teacher than the one that drew the set."""
         for name, found in fingerprints(folder).items():
             drawn = getattr(self.plan, name)
             if found != drawn:

@@ -211,11 +211,7 @@ def _read(model: type[ConfigT], path: Path) -> ConfigT:
 
 
 def refuse_other(folder: Path, held: Plan, wanted: Mapping[str, Any]) -> None:
-    """Refuse to resume a set of another plan; `wanted` holds those entries of the plan that are known.
-
-    Raises:
-        UserError: naming the first difference.
-    """
+    """Refuse to resume a set of another plan; `wanted` holds those entries of the plan that are known."""
     known = {key: value for key, value in held.model_dump(mode="json").items() if key in wanted}
     ordered = {key: wanted[key] for key in known}
     if known != ordered:

@@ -24,7 +24,7 @@ from fewstep.common.accelerator import make_accelerator
 from fewstep.common.device import DTYPES, pick_device, pick_precision
 from fewstep.common.distributed import fail_together, is_main, main_process_first, print_once
 from fewstep.common.errors import UserError
-from fewstep.common.files import atomic_folder, atomic_write, hold_folder, remove_folder, sweep, write_json
+from fewstep.common.files import atomic_folder, atomic_write, hold_folder, remove_folder, sweep, write_json, write_text
 from fewstep.common.mapped_tensors import map_tensors, write_rows
 from fewstep.diffusion.denoiser import Condition
 from fewstep.diffusion.grid import end_time, training_grid
@@ -202,8 +202,7 @@ def _conditions(out: Path, plan: Plan, distinct: Sequence[str], backbone: Backbo
     path = out / CONDITIONS
     if _text_is_whole(out, read_records(out, plan)):
         return _read_table(path)
-    with atomic_write(out / PROMPTS) as part:
-        part.write_text("".join(f"{prompt}\n" for prompt in distinct), encoding="utf-8")
+    write_text(out / PROMPTS, "".join(f"{prompt}\n" for prompt in distinct))
     write_record(out, out / PROMPTS)
 
     cut = CutPrompts(backbone)

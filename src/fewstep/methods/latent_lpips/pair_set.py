@@ -20,10 +20,11 @@ from fewstep.common.device import DTYPES, pick_precision
 from fewstep.common.distributed import main_process_first
 from fewstep.common.rng import KeyedRng, generator
 from fewstep.common.tensor_cache import cached
+from fewstep.diffusion.conditioned import ConditionedDenoiser
 from fewstep.diffusion.config import Sampling
-from fewstep.diffusion.denoiser import Condition
+from fewstep.diffusion.denoiser import BASE, Condition
 from fewstep.inference.generator import ImageGenerator, image_generator_of
-from fewstep.methods.latent_lpips.pairs import FEW, MEMBERS, PAIRS, GuidedTeacher, make_groups, partner
+from fewstep.methods.latent_lpips.pairs import FEW, MEMBERS, PAIRS, make_groups, partner
 from fewstep.methods.latent_lpips.pixel_features import Decode, PixelFeatures, decoder, pair_distances
 from fewstep.methods.latent_lpips.settings import PairConfig, check_prompts
 from fewstep.students.sampling import teacher_sampling
@@ -161,11 +162,15 @@ def draw_groups(config: PairConfig, backbone: Backbone, prompts: Sequence[str], 
     few = in_few_steps(image_generator, condition, seeds, rng.integers("few steps", 0, len(FEW)), sampling)
     place = {item: row for row, item in enumerate(items)}
     far = latent[[place[partner(item)] for item in items]]
-    here = [{name: x.to(device) for name, x in states.items()} for states in (condition, backbone.null(len(items)))]
-    teacher = GuidedTeacher(image_generator.denoiser, here[0], here[1], sampling.omega)
+    prompted, empty = (
+        {name: x.to(device) for name, x in states.items()} for states in (condition, backbone.null(len(items)))
+    )
+    unprompted = ConditionedDenoiser(image_generator.denoiser, empty, BASE)
+    omega = torch.full((len(items),), sampling.omega) if sampling.omega else None
+    teacher = replace(unprompted, condition=prompted, null=empty, omega=omega)
     latent, other_seed, few, far = (x.to(device) for x in (latent, other_seed, few, far))
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        return make_groups(teacher, latent, other_seed, few, far, rng).cpu()
+        return make_groups(teacher, unprompted, latent, other_seed, few, far, rng).cpu()
 
 
 def in_few_steps(

@@ -10,7 +10,6 @@ Random numbers are keyed by (seed, purpose, item): a group does not depend on th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import combinations
 
 import torch
@@ -19,10 +18,10 @@ from torch import Tensor
 
 from fewstep.common.errors import nearest_divisor
 from fewstep.common.rng import KeyedRng
-from fewstep.diffusion.denoiser import BASE, Condition, Denoiser
+from fewstep.diffusion.conditioned import ConditionedDenoiser
 from fewstep.diffusion.grid import end_time, previous, training_grid
 from fewstep.diffusion.jump import land
-from fewstep.diffusion.schedule import Estimate, Path, VariancePreserving, expand
+from fewstep.diffusion.schedule import Path, VariancePreserving, expand
 
 MEMBERS = (
     "latent",
@@ -70,46 +69,34 @@ def partner(item: int) -> int:
     return item ^ 1
 
 
-@dataclass(frozen=True)
-class GuidedTeacher:
-    """The teacher with the prompts of some items.
-
-    Attributes:
-        condition, null: text states of the prompts, [B, ...] each, on the device.
-        omega: guidance, 0 for none.
-    """
-
-    denoiser: Denoiser
-    condition: Condition
-    null: Condition
-    omega: float
-
-    def guided(self, x_t: Tensor, t: Tensor) -> Estimate:
-        """Return x0 and eps at x_t under the teacher's guidance."""
-        if self.omega == 0:
-            return self.denoiser.estimate(x_t, t, self.condition, BASE)
-        omega = torch.full((len(x_t),), self.omega)
-        return self.denoiser.guided(x_t, t, self.condition, self.null, omega, BASE)
-
-
 @torch.no_grad()
 def make_groups(
-    teacher: GuidedTeacher, latent: Tensor, other_seed: Tensor, few: Tensor, far: Tensor, rng: KeyedRng
+    teacher: ConditionedDenoiser,
+    unprompted: ConditionedDenoiser,
+    latent: Tensor,
+    other_seed: Tensor,
+    few: Tensor,
+    far: Tensor,
+    rng: KeyedRng,
 ) -> Tensor:
     """Return the members of each group in the order of `MEMBERS`, float32 [B, 12, C, h, w].
 
     Args:
+        teacher: the teacher with the items' prompts and its guidance.
+        unprompted: the teacher with empty prompts.
         latent: the teacher's latents, [B, C, h, w].
         other_seed: latents of the same prompts from other noise.
         few: latents from the same noise in few steps.
         far: latents of other prompts.
         rng: random numbers of the items.
     """
-    members = [latent, other_seed, few, *estimates(teacher, latent, rng), *changes(latent, other_seed, far, rng)]
-    return torch.stack([*members, far], 1).float()
+    estimated, changed = estimates(teacher, unprompted, latent, rng), changes(latent, other_seed, far, rng)
+    return torch.stack([latent, other_seed, few, *estimated, *changed, far], 1).float()
 
 
-def estimates(teacher: GuidedTeacher, latent: Tensor, rng: KeyedRng) -> list[Tensor]:
+def estimates(
+    teacher: ConditionedDenoiser, unprompted: ConditionedDenoiser, latent: Tensor, rng: KeyedRng
+) -> list[Tensor]:
     """Return three one-call estimates of x0 from the noised latent, like those that a student's targets are made of.
 
     1. Guided, at a random t of the grid. 2. Guided, at a random t_n below t, after one guided DDIM step from t to t_n:
@@ -126,10 +113,10 @@ def estimates(teacher: GuidedTeacher, latent: Tensor, rng: KeyedRng) -> list[Ten
         noise = rng.normal(purpose, shape).to(latent.device)
         return expand(path.alpha(time), latent) * latent + expand(path.sigma(time), latent) * noise
 
-    first = teacher.guided(noised(t, "estimate's noise"), t)
-    second = teacher.guided(land(first, path, t_next), t_next)
+    first = teacher.denoise(noised(t, "estimate's noise"), t)
+    second = teacher.denoise(land(first, path, t_next), t_next)
     u = grid[rng.integers("unprompted", 0, len(grid))]
-    third = teacher.denoiser.estimate(noised(u, "unprompted noise"), u, teacher.null, BASE)
+    third = unprompted.denoise(noised(u, "unprompted noise"), u)
     return [first.x0, second.x0, third.x0]
 
 

@@ -15,7 +15,7 @@ from pandas import DataFrame
 from PIL import Image
 
 from fewstep.common.errors import UserError
-from fewstep.common.files import atomic_write
+from fewstep.common.files import write_text
 from fewstep.evaluation.metric import ARROWS, Pictures, check_pictures
 from fewstep_worlds.emoji8.report.claims import TCD, claims
 from fewstep_worlds.emoji8.report.curves import draw_curves, gamma_curves, step_curves
@@ -69,8 +69,7 @@ def write_report(path: Path | str, results: Results, grid: Sequence[GridRow], *,
         scale=as_html(_scale(results)) if results.scale else "",
         identities=[identity for name in results.metrics for identity in results.identities(name)],
     )
-    with atomic_write(path) as part:
-        part.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return Path(path)
 
 

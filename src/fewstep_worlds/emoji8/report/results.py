@@ -11,7 +11,7 @@ from typing import ClassVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from fewstep.common.errors import UserError
-from fewstep.common.files import atomic_write, read_json
+from fewstep.common.files import read_json, write_text
 from fewstep.evaluation.metric import Against, Figure, Group, Identity
 
 FORMAT = "fewstep results 1"
@@ -123,8 +123,7 @@ def save_results(path: Path | str, results: Results) -> None:
     rest = {name: value for name, value in asdict(results).items() if name != "rows"}
     head = json.dumps({"format": FORMAT, **rest}, indent=2, ensure_ascii=False).removesuffix("\n}")
     rows = ",\n".join(json.dumps(asdict(row), ensure_ascii=False) for row in results.rows)
-    with atomic_write(path) as part:
-        part.write_text(f'{head},\n  "rows": [\n{rows}\n  ]\n}}\n', encoding="utf-8")
+    write_text(path, f'{head},\n  "rows": [\n{rows}\n  ]\n}}\n')
 
 
 def load_results(path: Path | str) -> Results:

@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fewstep.common import core_yaml
-from fewstep.common.files import atomic_write, write_json
+from fewstep.common.files import atomic_write, write_json, write_text
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8.config import BenchmarkConfig
 from fewstep_worlds.emoji8.report.claims import TEACHER_STEPS, claims, claims_table
@@ -141,8 +141,9 @@ def benchmark(config: BenchmarkConfig, out: Path) -> Path:
     shared = SharedMetrics.load(out / "features")
     validation = Comparison(emoji8.read_prompts("validation"), out, shared)
     rates = {recipe: choose_rate(config, recipe, validation, out) for recipe in METHODS}
-    with atomic_write(out / "config.yaml") as part:  # only now: a folder with students of another config was refused
-        part.write_text(core_yaml.dump(config.model_dump(mode="json")), encoding="utf-8")
+    write_text(
+        out / "config.yaml", core_yaml.dump(config.model_dump(mode="json"))
+    )  # only now: a folder with students of another config was refused
     best_omega = choose_omega(config, validation, out)
     first = config.seeds[0]
     tuning = Comparison(emoji8.read_prompts("gamma"), out, shared)
@@ -203,7 +204,6 @@ def write_tables(results: Results, out: Path) -> None:
         ("table.md", "\n".join(tables)),
         ("claims.md", claims_table(claims(results))),
     ):
-        with atomic_write(out / name) as part:
-            part.write_text(text, encoding="utf-8")
+        write_text(out / name, text)
     with atomic_write(out / "gamma.webp") as part:
         draw_curves(results, gamma_curves(results), part, "webp", against="gamma")

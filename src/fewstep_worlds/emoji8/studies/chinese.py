@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from fewstep.backbones.teachers import read_teacher
-from fewstep.common.files import atomic_write, write_json
+from fewstep.common.files import write_json, write_text
 from fewstep.common.provenance import commit, hardware
 from fewstep.evaluation.bootstrap import RESAMPLES, centred_interval, counts, mean_figure
 from fewstep.evaluation.metric import Array, Figure
@@ -114,11 +114,8 @@ def _figure(figure: Figure) -> str:
     return f"{figure.value:.3f} [{figure.low:.3f}, {figure.high:.3f}]"
 
 
-def measure_chinese(config: ChineseConfig, out: Path) -> list[Line]:
-    """Train the adapter if none is named, draw, score; writes chinese.json, chinese.md and chinese.webp.
-
-    A stopped run is resumed.
-    """
+def measure_chinese(config: ChineseConfig, out: Path) -> Path:
+    """Train the adapter if none is named, draw, score; return the table's path. A stopped run is resumed."""
     folder, words = read_teacher(), Words.load()
     adapter = Path(config.adapter) if config.adapter else out / "adapter"
     pairs = chinese_pairs(words)
@@ -144,8 +141,7 @@ def measure_chinese(config: ChineseConfig, out: Path) -> list[Line]:
     )
     listed = [f"{a} | {b} | {c}" for a, b, c in zip(*prompts.values(), strict=True)][: config.shown]
     text = "\n\n".join(["# Chinese to image", table(lines), note, "Shown: " + "; ".join(listed)])
-    with atomic_write(out / "chinese.md") as part:
-        part.write_text(text + "\n", encoding="utf-8")
+    write_text(out / "chinese.md", text + "\n")
     figures = [
         {"drawer": x.network, "steps": x.steps, "form": x.form, "agreement": asdict(x.agreement)}
         | ({"ratio": asdict(x.ratio)} if x.ratio else {})
@@ -154,4 +150,4 @@ def measure_chinese(config: ChineseConfig, out: Path) -> list[Line]:
     write_json(out / "chinese.json", {"note": note, "lines": figures})
     rows = [(label, pictures[: config.shown]) for label, pictures in shown]
     save_image(labelled_grid(rows, prompts[FORMS[0]][: config.shown], 1), out / "chinese.webp")
-    return lines
+    return out / "chinese.md"

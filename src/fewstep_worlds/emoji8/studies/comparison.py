@@ -156,7 +156,7 @@ class PictureStore:
 
 @dataclass(frozen=True)
 class SharedMetrics:
-    """Shared parts of all evaluators of a run.
+    """Shared parts of all comparisons of a study.
 
     Attributes:
         gallery: Emoji-8's training pictures.
@@ -180,16 +180,17 @@ class SharedMetrics:
         return cls(Gallery.load(), lite0(folder), agreement())
 
 
-class Evaluator:
-    """The bundled world's metrics for one list of prompts. FD is left out for sets that are too small.
+class Comparison:
+    """Entries sampled and measured on one list of prompts. FD is left out for sets that are too small.
 
     Args:
         prompts: open prompts or captions of Emoji-8; real pictures of the same concepts are the reference.
+        out: folder of the study.
         seed: of the reference and of bootstrap intervals.
     """
 
-    def __init__(self, prompts: Sequence[str], shared: SharedMetrics, seed: int = 0) -> None:
-        self.prompts = list(prompts)
+    def __init__(self, prompts: Sequence[str], out: Path, shared: SharedMetrics, seed: int = 0) -> None:
+        self.store = PictureStore(prompts, out / "pictures")
         self.shared = shared
         self.seed = seed
         self.reference = shared.gallery.reference(prompts, seed)
@@ -197,10 +198,10 @@ class Evaluator:
         self.metrics[1:1] = [shared.agreement, *shared.others]
 
     @cached_property
-    def key(self) -> str:
+    def decides(self) -> str:
         """All that decides a row's figures besides the pictures, as text."""
         real = hashlib.sha256(self.reference.pictures.tobytes()).hexdigest()
-        return json.dumps([[asdict(metric.identity) for metric in self.metrics], self.prompts, self.seed, real])
+        return json.dumps([[asdict(metric.identity) for metric in self.metrics], self.store.prompts, self.seed, real])
 
     def real(self) -> dict[str, Figure]:
         """Return the same figures of real pictures of the same prompts."""
@@ -209,10 +210,10 @@ class Evaluator:
         usable = [metric for metric in self.metrics if metric.identity.against != "teacher"]
         return evaluate_pictures(floor, self.reference.floor_prompts, usable, self.reference, seed=self.seed)
 
-    def row(self, entry: Entry, pictures: np.ndarray, teacher: TeacherPictures) -> Row:
+    def measured(self, entry: Entry, pictures: np.ndarray, teacher: TeacherPictures) -> Row:
         """Measure one entry against real pictures and against the teacher's."""
-        figures = evaluate_pictures(pictures, self.prompts, self.metrics, self.reference, teacher, self.seed)
-        scores = score_pictures(pictures, self.prompts, self.metrics, teacher.same)
+        figures = evaluate_pictures(pictures, self.store.prompts, self.metrics, self.reference, teacher, self.seed)
+        scores = score_pictures(pictures, self.store.prompts, self.metrics, teacher.same)
         sampling = entry.sampling
         return Row(
             method=entry.method,
@@ -227,24 +228,11 @@ class Evaluator:
             commit=commit(),
         )
 
-    def diversity(self, entry: Entry, store: PictureStore) -> dict[str, Figure]:
+    def diversity(self, entry: Entry) -> dict[str, Figure]:
         """Measure the distance between pictures of one prompt from different noise."""
-        features, prompts = self.shared.features, self.prompts[:PROMPTS]
+        features, prompts = self.shared.features, self.store.prompts[:PROMPTS]
         real = real_diversity(self.shared.gallery, features, prompts, self.seed)
-        return diversity(features, store.noises(entry), self.seed, floor=real.value if real else None)
-
-
-class Comparison:
-    """Entries sampled and measured on one list of prompts.
-
-    Args:
-        out: folder of the study.
-        seed: of the reference and of bootstrap intervals.
-    """
-
-    def __init__(self, prompts: Sequence[str], out: Path, shared: SharedMetrics, seed: int = 0) -> None:
-        self.store = PictureStore(prompts, out / "pictures")
-        self.evaluator = Evaluator(prompts, shared, seed)
+        return diversity(features, self.store.noises(entry), self.seed, floor=real.value if real else None)
 
     def measure(self, entry: Entry, teacher: Entry | None = None, *, diverse: bool = False) -> Row:
         """Return the entry's row, sampling and measuring it if it is not stored.
@@ -254,7 +242,7 @@ class Comparison:
             diverse: measure diversity too.
         """
         store = self.store
-        keys = [store.key(entry), store.key(teacher) if teacher else "", self.evaluator.key]
+        keys = [store.key(entry), store.key(teacher) if teacher else "", self.decides]
         known = [*keys, entry.method, entry.note, diverse]
         path = store.folder / f"row-{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:24]}.json"
         if path.is_file():
@@ -264,9 +252,9 @@ class Comparison:
             same = store.pictures(teacher) if entry is not teacher else None
             # of noise that no entry of this seed shares
             end_points = TeacherPictures(same, store.pictures(replace(teacher, seed=teacher.seed + 1)))
-        row = self.evaluator.row(entry, store.pictures(entry), end_points)
+        row = self.measured(entry, store.pictures(entry), end_points)
         if diverse:
-            row = replace(row, figures={**row.figures, **self.evaluator.diversity(entry, store)})
+            row = replace(row, figures={**row.figures, **self.diversity(entry)})
         save_results(path, Results(title=str(row), rows=(row,)))
         return row
 
@@ -298,11 +286,11 @@ class Comparison:
         Args:
             scale: real pictures that figures of detail are scaled by; 0 for no scale.
         """
-        reference, prompts = self.evaluator.reference, self.store.prompts
+        reference, prompts = self.reference, self.store.prompts
         return Results(
             title=title,
             rows=tuple(rows),
-            real=self.evaluator.real(),
+            real=self.real(),
             scale=detail_scale(reference.some(scale)) if scale else {},
             prompts=tuple(prompts),
             settings={

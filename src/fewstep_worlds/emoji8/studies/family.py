@@ -16,7 +16,7 @@ from pathlib import Path
 from fewstep.common.choices import CALLS
 from fewstep.common.config import validate
 from fewstep.common.errors import UserError
-from fewstep.common.files import atomic_write
+from fewstep.common.files import write_text
 from fewstep.diffusion.config import Sampling
 from fewstep.distillation.config import DistillConfig, resolve
 from fewstep.distillation.distill import distill, shared_cache
@@ -160,8 +160,7 @@ def family(config: FamilyConfig, out: Path) -> Path:
     prompts = emoji8.read_prompts("benchmark")[: config.prompts]
     comparison = Comparison(prompts, out, SharedMetrics.load(out / "features"), config.seed)
     omega = students_omega()
-    with atomic_write(out / "prompts.txt") as part:
-        part.write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    write_text(out / "prompts.txt", "\n".join(prompts) + "\n")
     teacher = teacher_entry(omega, TEACHER_STEPS, config.seed)
     rows: list[Row] = []
     for recipe, share in shares.items():
@@ -190,8 +189,7 @@ def family(config: FamilyConfig, out: Path) -> Path:
             *(table1(samplers, names, SAMPLER_STEPS) for names in table_blocks(samplers)),
         ]
     text += ["## Commands\n", commands(shares, out)]
-    with atomic_write(out / "tables.md") as part:
-        part.write_text("\n".join(text), encoding="utf-8")
+    write_text(out / "tables.md", "\n".join(text))
     return out / "tables.md"
 
 

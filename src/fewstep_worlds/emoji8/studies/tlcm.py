@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fewstep.common.config import merge, validate
-from fewstep.common.files import atomic_write
+from fewstep.common.files import write_text
 from fewstep.diffusion.config import Sampling
 from fewstep.diffusion.grid import inference_times
 from fewstep.diffusion.schedule import scaled_linear
@@ -286,6 +286,5 @@ def tlcm(config: TlcmConfig, out: Path) -> Path:
         *(table1(results, names, steps) for names in table_blocks(results, chosen)),
     ]
     text.append(gains(results, compared(config, settings.sampling.gamma), ("agreement", "preference")))
-    with atomic_write(out / f"{name}.md") as part:
-        part.write_text("\n".join(text), encoding="utf-8")
+    write_text(out / f"{name}.md", "\n".join(text))
     return out / f"{name}.md"

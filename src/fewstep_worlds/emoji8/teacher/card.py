@@ -11,7 +11,7 @@ from PIL import Image
 
 from fewstep.backbones.base import Backbone
 from fewstep.common.device import pick_device
-from fewstep.common.files import atomic_write, read_json, write_json
+from fewstep.common.files import read_json, write_json, write_text
 from fewstep.common.rng import generator
 from fewstep.diffusion.config import Sampling
 from fewstep.evaluation.bootstrap import mean_figure
@@ -62,8 +62,7 @@ def teacher_card(pipeline: Path, out: Path, *, n: int, sampling: Sampling) -> di
         for name, f in figures.items()
     ]
     write_json(out / "card.json", {name: asdict(figure) for name, figure in figures.items()})
-    with atomic_write(out / "card.md") as part:
-        part.write_text(markdown(["figure", "value", "95 % interval", "n"], rows, left=4), encoding="utf-8")
+    write_text(out / "card.md", markdown(["figure", "value", "95 % interval", "n"], rows, left=4))
     save_image(sample_grid(image_generator, sampling), out / "samples.webp")
     return figures
 

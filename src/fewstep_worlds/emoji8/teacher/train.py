@@ -74,11 +74,7 @@ def finished_vae(folder: Path) -> Any | None:
 
 
 def check_text(text: Path, width: int) -> None:
-    """Refuse a folder without a text encoder, or with one of another width than the denoiser's.
-
-    Raises:
-        UserError: it is one.
-    """
+    """Refuse a folder without a text encoder, or with one of another width than the denoiser's."""
     config = text / "text_encoder" / "config.json"
     if not config.is_file():
         raise UserError(
@@ -92,11 +88,7 @@ def check_text(text: Path, width: int) -> None:
 
 
 def check_same_vae(ours: Any, given: Any, folder: Path) -> None:
-    """Refuse a given autoencoder where the run folder already holds another.
-
-    Raises:
-        UserError: it does.
-    """
+    """Refuse a given autoencoder where the run folder already holds another."""
     known, named = ours.state_dict(), given.state_dict()
     if known.keys() != named.keys() or any(not torch.equal(known[name], named[name]) for name in known):
         raise UserError(

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from fewstep.backbones.base import load_backbone
 from fewstep.backbones.teachers import teacher_path
-from fewstep.common.files import atomic_write, sha256, write_json
+from fewstep.common.files import sha256, write_json, write_text
 from fewstep.common.provenance import commit, hardware
 from fewstep.evaluation.bootstrap import COVER, RESAMPLES, centred_interval, counts, paired_difference
 from fewstep.evaluation.metric import Array, Figure
@@ -185,8 +185,7 @@ def versatility(config: VersatilityConfig, out: Path) -> Path:
         "is in brackets where the interval of the base's own effect contains 0."
     )
     text = "\n\n".join(["# Versatility", note, tables(cells, tasks, labels)])
-    with atomic_write(out / "table.md") as part:
-        part.write_text(text + "\n", encoding="utf-8")
+    write_text(out / "table.md", text + "\n")
     write_json(out / "cells.json", {"note": note, "cells": [asdict(cell) for cell in cells]})
     save_image(labelled_grid(shown, ["given", *labels], 1), out / "figure.webp")
     return out / "table.md"
