@@ -74,11 +74,7 @@ def omega_of(scale: float, convention: Convention) -> float:
 
 
 def check_device(name: str) -> None:
-    """Refuse an unknown device name; the device itself need not exist.
-
-    Raises:
-        UserError: another name than auto, cpu, cuda.
-    """
+    """Refuse an unknown device name; the device itself need not exist."""
     legal = get_args(DeviceName)
     if name not in legal:
         raise UserError(

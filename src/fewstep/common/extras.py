@@ -15,11 +15,7 @@ METRICS_PACKAGES = ("pandas", "matplotlib", "jinja2", *VALIDATION_PACKAGES)
 
 
 def check_installed(verb: str, packages: Sequence[str] = METRICS_PACKAGES, extra: str = "metrics") -> None:
-    """Refuse a verb whose extra is not installed.
-
-    Raises:
-        UserError: naming the package.
-    """
+    """Refuse a verb whose extra is not installed."""
     from importlib.util import find_spec
 
     for package in packages:

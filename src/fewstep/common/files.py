@@ -1,4 +1,7 @@
-"""Files that are either whole or absent: written aside, then renamed."""
+"""Files that are either whole or absent: written aside, then renamed.
+
+Whatever writes by these functions raises UserError where the place cannot be written to.
+"""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from fewstep.common.errors import UserError
 from fewstep.common.files import write_json
 from fewstep.common.rng import generator
+from fewstep.evaluation.kid import KernelDistance
 from fewstep.evaluation.metric import (
     TO_TEACHER,
     Array,
@@ -16,7 +17,6 @@ from fewstep.evaluation.metric import (
     Identity,
     Metric,
     Pictures,
-    SamePromptsMetric,
     check_pictures,
 )
 from fewstep.evaluation.per_picture import PerPictureMetric
@@ -146,7 +146,7 @@ def evaluate_pictures(
             others.append((own, metric.features(teacher.same, prompts)))
         for identity, against in others:
             features = metric.features(pictures, prompts)
-            if identity is not own and against is not None and isinstance(metric, SamePromptsMetric):
+            if identity is not own and against is not None and isinstance(metric, KernelDistance):
                 figure = metric.reduce_matched(features, against, seed)
             else:
                 figure = metric.reduce(features, against, seed)

@@ -13,8 +13,8 @@ import torch
 from tqdm import tqdm
 
 from fewstep.common.errors import UserError
-from fewstep.common.files import atomic_write
-from fewstep.common.tensors import load_tensors, save_tensors
+from fewstep.common.tensor_cache import keep, kept
+from fewstep.common.tensors import load_tensors
 from fewstep.evaluation.metric import Array, Identity, Pictures, check_pictures
 
 BATCH = 32
@@ -113,18 +113,12 @@ class Features:
         return np.concatenate(parts)
 
     def _read(self, key: str) -> Array | None:
-        if self.folder is None:
-            return None
-        try:
-            features: Array = load_tensors(self.folder / f"{key}.safetensors")["features"].numpy()
-        except (UserError, KeyError):
-            return None  # absent or damaged: it is computed again and replaced
-        return features
+        found = kept(self.folder, key, load_tensors) if self.folder else None
+        return found["features"].numpy() if found and "features" in found else None
 
     def _write(self, key: str, features: Array) -> None:
         if self.folder is not None:
-            with atomic_write(self.folder / f"{key}.safetensors") as part:
-                save_tensors(part, {"features": torch.from_numpy(np.ascontiguousarray(features))})
+            keep(self.folder, key, {"features": torch.from_numpy(np.ascontiguousarray(features))})
 
 
 class SetDistance:
@@ -132,7 +126,7 @@ class SetDistance:
 
     Args:
         identity: with against = "real".
-        fewest: least number of pictures on either side.
+        fewest: least number of pictures on either side; a distance of fewer raises UserError.
     """
 
     def __init__(self, features: Features, identity: Identity, fewest: int) -> None:

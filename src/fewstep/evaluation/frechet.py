@@ -124,20 +124,12 @@ class FrechetDistance(SetDistance):
         self.projection = projection
 
     def distance(self, features: Array, against: Array) -> float:
-        """Return the distance alone, without an interval.
-
-        Raises:
-            UserError: fewer than 500 pictures on either side.
-        """
+        """Return the distance alone, without an interval."""
         against = self.checked(features, against)
         return frechet(*moments(self.projection(features)), *moments(self.projection(against)))
 
     def reduce(self, features: Array, against: Array | None, seed: int) -> Figure:
-        """Return the distance with its interval.
-
-        Raises:
-            UserError: fewer than 500 pictures on either side.
-        """
+        """Return the distance with its interval."""
         ours, theirs = self.projection(features), self.projection(self.checked(features, against))
         value = frechet(*moments(ours), *moments(theirs))
         pairs = zip(

@@ -89,22 +89,14 @@ class KernelDistance(SetDistance):
         self._own_terms: dict[tuple[bytes, str, int | None], Wide] = {}
 
     def distance(self, features: Array, against: Array) -> float:
-        """Return the distance alone, without an interval.
-
-        Raises:
-            UserError: fewer than 10 pictures on either side.
-        """
+        """Return the distance alone, without an interval."""
         against = self.checked(features, against)
         ours, theirs = np.ones((1, len(features))), np.ones((1, len(against)))
         value = within(features, ours) + self._own_term(against, theirs, "", None)
         return float((value - 2 * between(features, against, ours, theirs))[0])
 
     def reduce(self, features: Array, against: Array | None, seed: int) -> Figure:
-        """Return the distance with its interval.
-
-        Raises:
-            UserError: fewer than 10 pictures on either side.
-        """
+        """Return the distance with its interval."""
         against = self.checked(features, against)
         ours = _with_resamples(len(features), seed, "kid")
         theirs = _with_resamples(len(against), seed, "kid against")
@@ -114,7 +106,7 @@ class KernelDistance(SetDistance):
         return Figure(value, *centred_interval(value, values[1:]), len(features))
 
     def reduce_matched(self, features: Array, against: Array, seed: int) -> Figure:
-        """Return the distance of two sets that answer the same prompts in the same order.
+        """Return the distance of two sets that answer the same prompts in the same order, from different noise.
 
         Raises:
             UserError: fewer than 10 pictures on either side, or not as many on both.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -102,14 +102,6 @@ class Metric(Protocol):
         Args:
             against: features of the pictures that `identity.against` names; None for "nothing".
         """
-
-
-@runtime_checkable
-class SamePromptsMetric(Metric, Protocol):
-    """A set distance with its own estimator for two sets of the same prompts, which are not independent samples."""
-
-    def reduce_matched(self, features: Array, against: Array, seed: int) -> Figure:
-        """Return the figure of two sets in the order of the same prompts, from different noise."""
 
 
 def check_pictures(pictures: Pictures, prompts: Sequence[str] | None = None) -> None:

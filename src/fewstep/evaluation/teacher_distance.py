@@ -13,7 +13,13 @@ from fewstep.evaluation.per_picture import PerPictureMetric
 
 
 def pixel_rmse(ours: Array, theirs: Array) -> Array:
-    """Return the root mean squared difference of each pair of pictures, in 8-bit levels, [N, ...] -> float64 [N]."""
+    """Return the root mean squared difference of each pair of pictures, in 8-bit levels, [N, ...] -> float64 [N].
+
+    Raises:
+        UserError: pictures of other sizes.
+    """
+    if ours.shape != theirs.shape:
+        raise UserError(f"pictures are {list(ours.shape[1:])} but the teacher's are {list(theirs.shape[1:])}")
     error = (ours.astype(np.float64) - theirs).reshape(len(ours), -1)
     rmse: Array = np.sqrt(np.square(error).mean(1))
     return rmse
@@ -28,6 +34,9 @@ def cosine_distance(ours: Array, theirs: Array) -> Array:
 class _TeacherDistance(PerPictureMetric):
     """Mean distance between the student's and the teacher's picture of each prompt and noise."""
 
+    distance: staticmethod[[Array, Array], Array]
+    """(ours, theirs), features of N pictures each -> [N]."""
+
     def scores(self, features: Array, against: Array | None) -> Array:
         """Return each pair's distance, [N].
 
@@ -40,15 +49,13 @@ class _TeacherDistance(PerPictureMetric):
                 f"{self.identity.name}: {len(features)} pictures came with {found} of the teacher; "
                 "give one for each, from the same prompt and noise"
             )
-        return self._distance(features, against)
-
-    def _distance(self, ours: Array, theirs: Array) -> Array:
-        raise NotImplementedError
+        return self.distance(features, against)
 
 
 class TeacherPixels(_TeacherDistance):
     """Distance to the teacher in pixels."""
 
+    distance = staticmethod(pixel_rmse)
     identity = Identity(
         name="to teacher: pixels",
         group="teacher",
@@ -63,14 +70,11 @@ class TeacherPixels(_TeacherDistance):
         """Return the pixels, float32 [N, H, W, 3]."""
         return pictures.astype(np.float32)
 
-    def _distance(self, ours: Array, theirs: Array) -> Array:
-        if ours.shape != theirs.shape:
-            raise UserError(f"pictures are {list(ours.shape[1:])} but the teacher's are {list(theirs.shape[1:])}")
-        return pixel_rmse(ours, theirs)
-
 
 class TeacherFeatures(_TeacherDistance):
     """Distance to the teacher in features."""
+
+    distance = staticmethod(cosine_distance)
 
     def __init__(self, features: Features, short: str = "Lite0") -> None:
         self._features = features
@@ -88,6 +92,3 @@ class TeacherFeatures(_TeacherDistance):
     def features(self, pictures: Pictures, prompts: Sequence[str]) -> Array:
         """Return the network's features, [N, D]."""
         return self._features(pictures)
-
-    def _distance(self, ours: Array, theirs: Array) -> Array:
-        return cosine_distance(ours, theirs)

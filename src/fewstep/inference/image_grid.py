@@ -26,11 +26,7 @@ def grid_size(n: int, size: tuple[int, int], columns: int, scale: int) -> tuple[
 
 
 def check_grid_size(n: int, size: tuple[int, int], columns: int, scale: int, path: Path) -> None:
-    """Refuse a grid that its file format cannot hold, before its pictures are drawn.
-
-    Raises:
-        UserError: it is too large.
-    """
+    """Refuse a grid that its file format cannot hold, before its pictures are drawn."""
     width, height = grid_size(n, size, columns, scale)
     longest = LONGEST.get(path.suffix.lower(), MOST)
     if max(width, height) > longest or width * height > MOST:

@@ -29,7 +29,7 @@ from fewstep.methods.config import ConsistencyConfig
 from fewstep.methods.distances import NetworkDistance, distance
 from fewstep.methods.next_points import POINTS, point_calls
 from fewstep.methods.pair import Calls, MicroBatch, Pair
-from fewstep.methods.start_points import STARTS
+from fewstep.methods.start_points import STARTS, StartInputs
 from fewstep.methods.times import draw_times
 from fewstep.training.loss import Loss
 
@@ -50,7 +50,7 @@ def make_pair(config: ConsistencyConfig, denoiser: Denoiser, batch: MicroBatch, 
     teacher = ConditionedDenoiser(denoiser, batch.condition, BASE)
     if config.guidance.convention != "none":
         teacher = replace(teacher, null=batch.null, omega=omega)
-    start = STARTS[config.start](config, batch, times, student, teacher, rng)
+    start = STARTS[config.start](StartInputs(config, batch, times, student, teacher, rng))
     return Pair(config, denoiser, batch, times, omega, student, target, teacher, *start)
 
 

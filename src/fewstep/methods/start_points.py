@@ -30,8 +30,15 @@ class StartPoint(NamedTuple):
     noise: Tensor | None = None
 
 
-StartRule = Callable[[ConsistencyConfig, MicroBatch, PairTimes, JumpFn, ConditionedDenoiser, KeyedRng], StartPoint]
-"""(config, batch, times, the student's jump, teacher, rng) -> x_{t_n+k}."""
+class StartInputs(NamedTuple):
+    """The first fields of a `Pair`, and its random numbers."""
+
+    config: ConsistencyConfig
+    batch: MicroBatch
+    times: PairTimes
+    student: JumpFn
+    teacher: ConditionedDenoiser
+    rng: KeyedRng
 
 
 def noise_purposes(config: ConsistencyConfig) -> list[str]:
@@ -42,31 +49,17 @@ def noise_purposes(config: ConsistencyConfig) -> list[str]:
     return ["noise", *(["sample's start", *returns] if config.start == "student" else [])]
 
 
-def on_data(
-    config: ConsistencyConfig,
-    batch: MicroBatch,
-    times: PairTimes,
-    student: JumpFn,
-    teacher: ConditionedDenoiser,
-    rng: KeyedRng,
-) -> StartPoint:
+def on_data(given: StartInputs) -> StartPoint:
     """Noise the data (LCM, arXiv 2310.04378, algorithm 1)."""
-    path, x_0 = teacher.denoiser.path, batch.data
-    eps = rng.normal("noise", tuple(x_0.shape[1:]))
-    return StartPoint(add_noise(path, x_0, eps, times.t_nk), x_0, path.clean, eps)
+    path, x_0 = given.teacher.denoiser.path, given.batch.data
+    eps = given.rng.normal("noise", tuple(x_0.shape[1:]))
+    return StartPoint(add_noise(path, x_0, eps, given.times.t_nk), x_0, path.clean, eps)
 
 
-def on_trajectory(
-    config: ConsistencyConfig,
-    batch: MicroBatch,
-    times: PairTimes,
-    student: JumpFn,
-    teacher: ConditionedDenoiser,
-    rng: KeyedRng,
-) -> StartPoint:
+def on_trajectory(given: StartInputs) -> StartPoint:
     """Take a point of a stored trajectory of the teacher."""
-    assert batch.stored is not None
-    return StartPoint(batch.stored.point(times.index_nk))
+    assert given.batch.stored is not None
+    return StartPoint(given.batch.stored.point(given.times.index_nk))
 
 
 def pure_noise(path: Path, batch: MicroBatch, rng: KeyedRng, purpose: str) -> Tensor:
@@ -75,22 +68,16 @@ def pure_noise(path: Path, batch: MicroBatch, rng: KeyedRng, purpose: str) -> Te
 
 
 @torch.no_grad()
-def by_rollout(
-    config: ConsistencyConfig,
-    batch: MicroBatch,
-    times: PairTimes,
-    student: JumpFn,
-    teacher: ConditionedDenoiser,
-    rng: KeyedRng,
-) -> StartPoint:
+def by_rollout(given: StartInputs) -> StartPoint:
     """Denoise by L equal guided steps of the teacher from noise (TLCM, arXiv 2406.05768, algorithm 1).
 
     L = M - s for a point in segment s of M (`rollout`). Samples that have arrived are not evaluated again. Every
     micro-batch makes as many calls as the longest roll-out of all, since processes with sharded weights must call
     together; a call that no sample needs has one row.
     """
+    config, times, teacher = given.config, given.times, given.teacher
     path = teacher.denoiser.path
-    x = pure_noise(path, batch, rng, "noise")
+    x = pure_noise(path, given.batch, given.rng, "noise")
     lengths = torch.tensor(config.rollout_steps)
     counts = lengths[times.index_nk]
     longest_first = counts.argsort(descending=True, stable=True)
@@ -110,21 +97,14 @@ def by_rollout(
 
 
 @torch.no_grad()
-def by_student(
-    config: ConsistencyConfig,
-    batch: MicroBatch,
-    times: PairTimes,
-    student: JumpFn,
-    teacher: ConditionedDenoiser,
-    rng: KeyedRng,
-) -> StartPoint:
+def by_student(given: StartInputs) -> StartPoint:
     """Noise the student's own samples of q jumps (TLCM, arXiv 2406.05768, algorithm 2).
 
     Each re-noising draws fresh noise, and so does the finished sample; the paper writes one symbol for all.
     """
-    path = teacher.denoiser.path
+    config, times, rng, path = given.config, given.times, given.rng, given.teacher.denoiser.path
     call_times = [float(t) for t in inference_times(path, config.student_steps, grid=config.grid)]
-    x = pure_noise(path, batch, rng, "sample's start")
+    x = pure_noise(path, given.batch, rng, "sample's start")
     shape = tuple(x.shape[1:])
     returns = iter(range(len(call_times)))
 
@@ -132,14 +112,14 @@ def by_student(
         return rng.normal(f"sample's return {next(returns)}", shape)
 
     end: End = "clean" if config.jump == "skip" else config.end
-    sample = sample_consistency(student, path, x, call_times, end, noise)
+    sample = sample_consistency(given.student, path, x, call_times, end, noise)
     torch.clear_autocast_cache()  # older torch caches the cast weights of these calls, which have no gradient
     clean_at = end_time(path, end)
     x_nk = diffuse(path, sample, torch.full_like(times.t_nk, clean_at), times.t_nk, rng.normal("noise", shape))
     return StartPoint(x_nk, sample, clean_at)
 
 
-STARTS: Mapping[Start, StartRule] = {
+STARTS: Mapping[Start, Callable[[StartInputs], StartPoint]] = {
     "data": on_data,
     "trajectory": on_trajectory,
     "rollout": by_rollout,

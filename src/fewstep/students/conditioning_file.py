@@ -27,11 +27,7 @@ def split_weights(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dic
 
 
 def save_extra_embeddings(folder: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write a student's extra embedding into its folder, fp32; no file for an empty one.
-
-    Raises:
-        UserError: the place cannot be written to.
-    """
+    """Write a student's extra embedding into its folder, fp32; no file for an empty one."""
     if weights:
         with atomic_write(folder / CONDITIONING) as part:
             save_tensors(part, {key: value.float() for key, value in weights.items()}, {"format": "pt"})

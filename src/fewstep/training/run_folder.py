@@ -203,9 +203,6 @@ def check_same_run(
         inputs: fingerprints of the run's inputs by name; None while they are not computed yet.
         whole: whether these are all inputs.
         later: inputs are compared by a later call. Otherwise, without inputs, paths are compared.
-
-    Raises:
-        UserError: naming the first difference.
     """
     path = folder / "config.yaml"
     if not path.exists():

@@ -115,11 +115,7 @@ class Results:
 
 
 def save_results(path: Path | str, results: Results) -> None:
-    """Write results as JSON, one row a line, atomically.
-
-    Raises:
-        UserError: the place cannot be written to.
-    """
+    """Write results as JSON, one row a line, atomically."""
     rest = {name: value for name, value in asdict(results).items() if name != "rows"}
     head = json.dumps({"format": FORMAT, **rest}, indent=2, ensure_ascii=False).removesuffix("\n}")
     rows = ",\n".join(json.dumps(asdict(row), ensure_ascii=False) for row in results.rows)

@@ -113,11 +113,7 @@ def to_input(pictures: Pictures) -> Tensor:
 def save_scorer(
     folder: Path, config: ScorerConfig, weights: dict[str, Tensor], text: SentenceEncoder, notes: dict[str, Any]
 ) -> None:
-    """Write fp16 weights and what identifies them; the folder appears whole or not at all.
-
-    Raises:
-        UserError: the place cannot be written to.
-    """
+    """Write fp16 weights and what identifies them; the folder appears whole or not at all."""
     record = {
         "network": config.model_dump(mode="json"),
         "text": {"name": text.name, "sha256": text.sha256, "width": text.width},

@@ -19,9 +19,9 @@ from tqdm import tqdm
 from fewstep.backbones.pipeline_folder import read_folder
 from fewstep.backbones.teachers import teacher_path
 from fewstep.common.device import pick_device, pick_precision
-from fewstep.common.files import atomic_write, sha256
+from fewstep.common.files import sha256
 from fewstep.common.provenance import commit, hardware
-from fewstep.common.tensors import load_tensors, save_tensors
+from fewstep.common.tensor_cache import cached
 from fewstep.diffusion.config import TEACHER_SAMPLING, Sampling
 from fewstep.evaluation.detail import detail_scale
 from fewstep.evaluation.diversity import NOISES, PROMPTS, diversity
@@ -82,14 +82,10 @@ def student_entries(method: str, lora: Path, sampling: Sampling, steps: Sequence
     return [Entry(method, sampling.model_copy(update={"steps": count}), lora, seed) for count in steps]
 
 
-def stored_pictures(path: Path, draw: Callable[[], np.ndarray]) -> np.ndarray:
-    """Read pictures from a file, or draw and write them."""
-    if path.is_file():
-        stored: np.ndarray = load_tensors(path)["pictures"].numpy()
-        return stored
-    pictures = draw()
-    with atomic_write(path) as part:
-        save_tensors(part, {"pictures": torch.from_numpy(np.ascontiguousarray(pictures))})
+def stored_pictures(folder: Path, key: str, draw: Callable[[], np.ndarray]) -> np.ndarray:
+    """Read the pictures of a key, or draw and store them."""
+    stored = cached(folder, key, lambda: {"pictures": torch.from_numpy(np.ascontiguousarray(draw()))})
+    pictures: np.ndarray = stored["pictures"].numpy()
     return pictures
 
 
@@ -150,8 +146,10 @@ class PictureStore:
         return pictures.reshape(-1, noises, *pictures.shape[1:])
 
     def _stored(self, entry: Entry, kind: str, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
-        path = self.folder / f"{self.key(entry)}{kind}.safetensors"
-        return stored_pictures(path, lambda: self.image_generator(entry.lora).draw(prompts, seeds, entry.sampling))
+        key = f"{self.key(entry)}{kind}"
+        return stored_pictures(
+            self.folder, key, lambda: self.image_generator(entry.lora).draw(prompts, seeds, entry.sampling)
+        )
 
 
 @dataclass(frozen=True)

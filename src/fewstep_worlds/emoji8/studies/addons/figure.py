@@ -115,8 +115,8 @@ def measure(context: Context, names: Sequence[str]) -> tuple[list[Cell], list[tu
                     sheets.append(np.full_like(task.given, 255))
                     continue
                 key = key_of(task, model, context.backbone.folder.identity(), seed)
-                pictures = stored_pictures(folder / f"{key}.safetensors", partial(task.draw, model))
-                plain = stored_pictures(folder / f"{key}-without.safetensors", partial(task.without, model))
+                pictures = stored_pictures(folder, key, partial(task.draw, model))
+                plain = stored_pictures(folder, f"{key}-without", partial(task.without, model))
                 value, without, beside = task.effect(pictures), task.effect(plain), task.beside(pictures)
                 effect = value - without
                 kept = None if base_effect is None else kept_share(effect, base_effect, seed)
