@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from fewstep.common import distributed as processes
 
-if TYPE_CHECKING:
-    from fewstep.backbones.base import Backbone
-
 SHOWN = 3
 """Cut prompts that are printed one by one."""
+
+
+class PromptReader(Protocol):
+    """The part of a backbone that finds lost words."""
+
+    device: torch.device
+
+    def lost_words(self, prompts: Sequence[str]) -> list[str]:
+        """Return the words of each prompt beyond the last token that is read; empty for none."""
+        ...
 
 
 def words_beyond(tokenizer: Any, texts: Sequence[str], length: int) -> list[str]:
@@ -34,7 +41,7 @@ def words_beyond(tokenizer: Any, texts: Sequence[str], length: int) -> list[str]
 class CutPrompts:
     """Counter of the prompts that are cut; keeps the first of them."""
 
-    def __init__(self, reader: Backbone) -> None:
+    def __init__(self, reader: PromptReader) -> None:
         self.reader = reader
         self.count = self.of = 0
         self.first: dict[str, str] = {}
@@ -60,7 +67,7 @@ class CutPrompts:
         return [f"{self.count} of {self.of} {kind}s are longer than the text encoder reads, and are cut", *shown]
 
 
-def print_cut_prompts(reader: Backbone, prompts: Sequence[str]) -> None:
+def print_cut_prompts(reader: PromptReader, prompts: Sequence[str]) -> None:
     """Print which prompts are cut, to stderr."""
     cut = CutPrompts(reader)
     cut(list(dict.fromkeys(prompts)))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, get_args
+from typing import ClassVar, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -68,6 +68,8 @@ class VariancePreserving:
     """
 
     log_alpha_bar: Tensor
+    clean: ClassVar[float] = -1.0
+    least: ClassVar[float] = 0.0
 
     @staticmethod
     def from_betas(betas: Tensor) -> VariancePreserving:
@@ -80,16 +82,6 @@ class VariancePreserving:
         """Build from a scheduler's own table alpha_i^2, [T], for exact parity with it."""
         table = alphas_cumprod.double().log().clamp(min=NO_SIGNAL)
         return VariancePreserving(torch.cat([table.new_zeros(1), table]))
-
-    @property
-    def clean(self) -> float:
-        """The time one noising step before index 0."""
-        return -1.0
-
-    @property
-    def least(self) -> float:
-        """Index 0."""
-        return 0.0
 
     @property
     def noisiest(self) -> float:
@@ -134,21 +126,9 @@ class FlowMatching:
     """
 
     shift: float = 1.0
-
-    @property
-    def clean(self) -> float:
-        """0."""
-        return 0.0
-
-    @property
-    def least(self) -> float:
-        """1/1000, the first of the thousand times that flow networks are trained at."""
-        return 1e-3
-
-    @property
-    def noisiest(self) -> float:
-        """Return 1."""
-        return 1.0
+    clean: ClassVar[float] = 0.0
+    least: ClassVar[float] = 1e-3
+    noisiest: ClassVar[float] = 1.0
 
     def alpha(self, t: Tensor) -> Tensor:
         """Return 1 - sigma, without cancellation near noise."""
@@ -173,11 +153,7 @@ class VarianceExploding:
 
     sigma_max: float = 80.0
     sigma_min: float = 0.002
-
-    @property
-    def clean(self) -> float:
-        """0."""
-        return 0.0
+    clean: ClassVar[float] = 0.0
 
     @property
     def least(self) -> float:
