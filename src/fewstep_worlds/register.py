@@ -24,11 +24,11 @@ PICTURES, CAPTIONS = "emoji8", "captions"
 STUDENTS = ("tcd",)
 
 
-def suite(prompts: Sequence[str], size: int, seed: int, features: Features) -> Suite:
+def suite(prompts: Sequence[str], seed: int, features: Features) -> Suite:
     """Return Emoji-8's metrics and the real pictures of the prompts."""
     from fewstep_worlds.emoji8.metrics import emoji8_suite
 
-    return emoji8_suite(prompts, size, seed, features)
+    return emoji8_suite(prompts, seed, features)
 
 
 def load_scorer(device: torch.device) -> PreferenceScorer:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import fewstep as api
+from fewstep.common.defaults import check_world_size
 from fewstep.common.errors import UserError
 from fewstep.common.files import read_json, write_json
 from fewstep.diffusion.config import TEACHER_SAMPLING
@@ -146,12 +147,12 @@ def test_words_that_are_no_names_are_measured_against_all_pictures() -> None:
     features = Features(Pooled(), progress=False)
     gallery = measures.Gallery.load()
     assert gallery.has_concept("octopus")
-    named = measures.emoji8_suite(["octopus", "tiger", "rocket", "pizza", "crown"] * 2, 64, 0, features)
-    other = measures.emoji8_suite(PROMPTS, 64, 0, features)
+    named = measures.emoji8_suite(["octopus", "tiger", "rocket", "pizza", "crown"] * 2, 0, features)
+    other = measures.emoji8_suite(PROMPTS, 0, features)
     assert (named.real_diversity is None, other.real_diversity is None) == (False, True)
     assert len(other.reference.pictures) == len(gallery.data.pictures) - len(PROMPTS)
     assert 10 <= len(named.reference.pictures) < 40, "of these concepts alone"
     with pytest.raises(UserError, match="6 real pictures to measure against; KID needs at least 10"):
-        measures.emoji8_suite(["octopus", "tiger"] * 5, 64, 0, features)
-    with pytest.raises(UserError, match=r"real left out .* the teacher draws 512"):
-        measures.emoji8_suite(PROMPTS, 512, 0, features)
+        measures.emoji8_suite(["octopus", "tiger"] * 5, 0, features)
+    with pytest.raises(UserError, match="the teacher draws 512"):
+        check_world_size(512, "real")

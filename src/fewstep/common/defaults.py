@@ -47,7 +47,7 @@ class World(Protocol):
     def read_prompts(self, name: str) -> tuple[str, ...]:
         """Return one of its prompt lists; `validation` is the default one of distillations on its data."""
 
-    def suite(self, prompts: Sequence[str], size: int, seed: int, features: Any) -> Any:
+    def suite(self, prompts: Sequence[str], seed: int, features: Any) -> Any:
         """Return the metrics of its pictures and the real pictures that answer the prompts, a `Suite`."""
 
     def load_scorer(self, device: Any) -> Any:

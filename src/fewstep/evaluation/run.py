@@ -99,9 +99,7 @@ def evaluate_folder(
 
     def measure() -> Mapping[str, Figure]:
         features = Features(Lite0Features(), out / "features")
-        suite = (
-            folder_suite(real, n, size, seed, features) if real else world("real").suite(prompts, size, seed, features)
-        )
+        suite = folder_suite(real, n, size, seed, features) if real else world("real").suite(prompts, seed, features)
         figures = evaluate_pictures(pictures, prompts, suite.metrics, suite.reference, ends, seed)
         figures |= with_teacher_floors(figures, prompts, suite.metrics, ends, seed)
         several = noises.reshape(-1, NOISES, *noises.shape[1:])

@@ -237,20 +237,6 @@ def caption_table(records: Sequence[Record], variants: int, seed: int) -> list[l
     return table
 
 
-def check_size(size: int, field: str, instead: str = "give a folder of pictures") -> None:
-    """Refuse a teacher of pictures of another size.
-
-    Args:
-        size: pixels a side of its pictures.
-        field: the setting that selects Emoji-8.
-        instead: the remedy.
-    """
-    if size != SIZE:
-        raise UserError(
-            f"{field} selects Emoji-8, {SIZE} pixels a side, and the teacher draws {size}; {instead}", field=field
-        )
-
-
 def captioned(captions: int, seed: int) -> Captioned:
     """Return the training split with `captions` captions a picture."""
     data = load("train")

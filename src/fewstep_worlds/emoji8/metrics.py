@@ -189,15 +189,14 @@ def metrics(gallery: Gallery, features: Features, n: int) -> list[Metric]:
     return [*standard_suite(features, n, pictures), *white]
 
 
-def emoji8_suite(prompts: Sequence[str], size: int, seed: int, features: Features) -> Suite:
+def emoji8_suite(prompts: Sequence[str], seed: int, features: Features) -> Suite:
     """Return the metrics and the reference of an evaluation on Emoji-8, as in the benchmark.
 
     Prompts that name concepts have pictures of these as reference; other prompts have all pictures.
 
     Raises:
-        UserError: the teacher draws another size, or the prompts have too few real pictures.
+        UserError: the prompts have too few real pictures.
     """
-    emoji8.check_size(size, "real left out")
     gallery = Gallery.load()
     known = all(gallery.has_concept(prompt) for prompt in prompts)
     if known:
