@@ -13,15 +13,13 @@ import torch
 from torch import Tensor
 
 from fewstep.backbones.base import Backbone
-from fewstep.common.errors import UserError
-from fewstep.common.files import read_json
 from fewstep.common.rng import generator
 from fewstep.data.images import Captioned
 from fewstep.data.latents import latent_set
 from fewstep.distillation.run_data import encoders_fingerprint
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.metric import Array, Pictures
-from fewstep.training.run_folder import INPUTS, check_same_run
+from fewstep.training.run_folder import check_same_run
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8.config import AddOnConfig, VersatilityConfig
 from fewstep_worlds.emoji8.scorers.agreement import Agreement
@@ -64,15 +62,7 @@ class Context:
         Raises:
             UserError: it was made with other settings or inputs.
         """
-        run = self.out / "runs" / name
-        check_same_run(run, config)
-        inputs = read_json(run / INPUTS) if (run / INPUTS).is_file() else self.inputs
-        changed = next((key for key, value in self.inputs.items() if inputs.get(key) != value), None)
-        if changed:
-            raise UserError(
-                f"{run} was made with another {changed} ({inputs.get(changed)}, now {self.inputs[changed]}); "
-                "give another --out"
-            )
+        check_same_run(self.out / "runs" / name, config, self.inputs, whole=False)
         return (self.out / name).is_dir()
 
     @property
