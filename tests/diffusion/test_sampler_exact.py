@@ -19,7 +19,6 @@ from fewstep.diffusion.grid import end_time, inference_times
 from fewstep.diffusion.jump import Step, first_order, land, lcm_skip, second_order
 from fewstep.diffusion.samplers import (
     JumpFn,
-    check_gamma,
     diffuse,
     linear_in_noise,
     linear_in_time,
@@ -302,15 +301,6 @@ def test_one_step_draws_no_noise() -> None:
     assert torch.equal(out, estimate.x0)
     out = sample_consistency(jumper(teacher, lcm_skip), VP, x, [999.0], "clean", noise)
     assert float((out - estimate.x0).abs().max()) < 1e-6
-
-
-@pytest.mark.parametrize("gamma", [-0.1, 1.5, math.inf, math.nan])
-def test_gamma_outside_its_range_is_refused(gamma: float) -> None:
-    with pytest.raises(UserError) as error:
-        check_gamma(gamma)
-    assert error.value.field == "gamma"
-    assert check_gamma(0) == 0
-    assert check_gamma(1) == 1
 
 
 def test_a_pictures_noise_does_not_depend_on_its_batch() -> None:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fewstep.common.choices import End, GammaRule, SolverName
-from fewstep.common.errors import UserError
 from fewstep.diffusion.grid import end_time
 from fewstep.diffusion.jump import Denoise, Step
 from fewstep.diffusion.schedule import PURE_NOISE, Path, VarianceExploding, VariancePreserving, expand
@@ -23,17 +22,6 @@ from fewstep.diffusion.solver import SOLVERS, ddim
 Noise = Callable[[], Tensor]
 JumpFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A network's jump: (x_t [B, ...], t [B], s [B]) -> x_s; see `ConditionedDenoiser.jump`."""
-
-
-def check_gamma(gamma: float) -> float:
-    """Return gamma.
-
-    Raises:
-        UserError: it is outside [0, 1].
-    """
-    if not 0 <= gamma <= 1:
-        raise UserError(f"gamma = {gamma} must be within 0 to 1", field="gamma")
-    return gamma
 
 
 def diffuse(path: Path, x_s: Tensor, s: Tensor, t: Tensor, z: Tensor) -> Tensor:

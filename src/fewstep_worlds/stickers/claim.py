@@ -76,11 +76,6 @@ def check(claim: Claim, facts: Facts) -> dict[str, bool]:
     return result
 
 
-def holds(claim: Claim, facts: Facts) -> bool:
-    """Return whether every stated fact holds, and no other sticker is there."""
-    return all(check(claim, facts).values())
-
-
 def relation_between(facts: Facts, first: str, second: str) -> Relation | None:
     """Return where `first` lies as seen from `second`; None if it is not clear, or one of them is not there once."""
     spots = [[(x, y) for concept, x, y in facts.places if concept == wanted] for wanted in (first, second)]
