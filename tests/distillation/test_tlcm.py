@@ -23,7 +23,7 @@ from fewstep.distillation.checks import check_distillation
 from fewstep.distillation.config import DistillConfig, resolve
 from fewstep.inference.generator import load_image_generator
 from fewstep.methods.cost import step_calls
-from fewstep.methods.stratified_times import in_turn
+from fewstep.methods.times import in_turn
 from fewstep.training.student import unique_bytes
 from fewstep_worlds.emoji8 import dataset as emoji8
 from support.interrupt import stopped_in_call

@@ -36,7 +36,7 @@ from fewstep.methods.distribution_matching import (
 from fewstep.methods.pair import HeldTrajectories, MicroBatch, Pair
 from fewstep.methods.reward_loss import other_prompts, reward_loss
 from fewstep.methods.start_points import start_calls
-from fewstep.methods.stratified_times import in_turn
+from fewstep.methods.times import in_turn
 from fewstep.methods.update_plan import FrozenNetworks, PairCache, terms_of
 from fewstep_worlds.plane.mixture import Mixture, one_gaussian, ring, times_of
 from fewstep_worlds.plane.network import PlaneCritic, PlaneNetwork

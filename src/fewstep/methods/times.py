@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -16,7 +17,6 @@ from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.grid import edge_below, end_time, inference_times, previous, training_grid
 from fewstep.diffusion.schedule import Path
 from fewstep.methods.config import ConsistencyConfig
-from fewstep.methods.stratified_times import in_turn
 
 NOWHERE = -2
 """Below every index of a grid, the end point's -1 included."""
@@ -49,10 +49,30 @@ class GridTimes:
         return previous(self.grid, index, 0, self.end)
 
 
+def stride(count: int) -> int:
+    """Return the step between the parts of samples in a row, which visits all `count` parts.
+
+    It is the number coprime to `count` that is nearest to its golden section, so that few samples are well spread.
+    """
+    return min((n for n in range(1, count + 1) if gcd(n, count) == 1), key=lambda n: abs(n - 0.618 * count))
+
+
+def in_turn(rng: KeyedRng, count: int, points: int) -> Tensor:
+    """Draw grid indices of `points` stratified over `count` parts, int64 [B], for roll-outs.
+
+    Processes with sharded weights must call the network equally often, and a compiled network has a graph for each
+    number of rows. Samples therefore take the R parts of the grid in turn: R samples in a row have every length once
+    (where R divides the grid's points), fewer of them well spread lengths. Each training step begins at a random part,
+    so that each sample's index is uniform.
+    """
+    turn = torch.tensor(rng.indices) * stride(count) + rng.shared("part", 0, count)
+    return (turn % count * points + rng.integers("n", 0, points)) // count
+
+
 def draw_times(config: ConsistencyConfig, path: Path, rng: KeyedRng) -> PairTimes:
     """Draw t_{n+k} uniformly over the grid, then t_n, then s.
 
-    t_{n+k} is stratified for roll-outs (`stratified_times`), else independent.
+    t_{n+k} is stratified for roll-outs (`in_turn`), else independent.
 
     t_n lies k points below, or at the lower edge of the segment where fewer are left; with one segment the end point.
     With k_low, k is uniform from it to k or to what is left.
