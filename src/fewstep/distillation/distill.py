@@ -37,7 +37,7 @@ from fewstep.distillation.run_data import CaptionedData, open_data
 from fewstep.distillation.save_student import export_student, starting_weights
 from fewstep.distillation.stages import parts_of
 from fewstep.distillation.synthesis.record import SynthesizedSet
-from fewstep.distillation.validation import make_validation
+from fewstep.distillation.validation import Validation
 from fewstep.methods.update_plan import start_from
 from fewstep.training.checkpoint import read_state
 from fewstep.training.loop import Trained, check_split, train
@@ -199,7 +199,7 @@ def train_run(
             print("\n".join([f"writes to {out}", *estimated.lines()]), file=sys.stderr)
     validate, figures = None, dict[str, float]()
     if config.loop.validate_every:
-        validation = make_validation(run, out, cache)
+        validation = Validation(run, out, cache)
 
         def validate(step: int, weights: dict[str, dict[str, Tensor]]) -> Mapping[str, float]:
             figures.update(validation(step, weights))

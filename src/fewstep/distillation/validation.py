@@ -8,10 +8,9 @@ kept.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +24,6 @@ from fewstep.common.tensor_cache import cached, keep, kept
 from fewstep.common.tensors import load_tensors
 from fewstep.diffusion.config import TEACHER_SAMPLING
 from fewstep.diffusion.denoiser import Condition
-from fewstep.distillation.config import DistillConfig
 from fewstep.distillation.precision import precision_outside
 from fewstep.distillation.prepare import Run
 from fewstep.distillation.run_data import validation_prompts
@@ -43,58 +41,32 @@ SHOWN = 10
 REAL = 1000
 """Number of real pictures for KID."""
 
-Keep = Callable[[Mapping[str, Tensor], Mapping[str, Any]], None]
-
-
-def make_validation(run: Run, out: Path, cache: Path) -> Validation:
-    """Return the validation of a run; the teacher's pictures are drawn if the cache has none yet."""
-    config = run.config
-
-    def keep(weights: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
-        export_student(config, run.backbone, weights, out / "best", notes)
-
-    # at the training size: its pictures are compared with real ones and the teacher's
-    sampling = config.sampling.model_copy(update={"size": None})
-    computed, _ = precision_outside(config, run.backbone.device)
-    image_generator = ImageGenerator(run.backbone, run.denoiser, sampling, "student", computed)
-    data = run.validation_data(max(REAL, config.validation.count))
-    prompts = validation_prompts(config, run.source, [captions[0] for captions in data.captions])
-    real = None if data.pictures is None else data.pictures.read(range(min(REAL, len(data))))
-    return Validation(config, image_generator, run.student.parameters("student"), prompts, real, out, cache, keep)
-
 
 class Validation:
     """Validation of a run: draws and evaluates the student; called by the loop with (step, weights).
 
-    Every process of a launch makes and calls it: they share the drawing, and the main one evaluates and writes.
+    Every process of a launch makes and calls it: they share the drawing, and the main one evaluates and writes. The
+    teacher's pictures are drawn if the cache has none yet. Real pictures are those of the data, else the teacher's own
+    from other noise.
 
     Args:
-        student: draws with the role `student`; the teacher's pictures are computed in its precision.
-        parameters: the student's trainable weights, which take the evaluated weights during a call.
-        prompts: one for each picture.
-        real: pictures for KID, uint8 [N, H, W, 3], at least 10; None for the teacher's own from other noise.
+        out: the run folder; its best/ holds the student of the lowest KID so far.
         cache: folder of the teacher's pictures and their features, which runs share.
-        keep: called with the weights and their figures whenever KID is the best so far.
     """
 
-    def __init__(
-        self,
-        config: DistillConfig,
-        student: ImageGenerator,
-        parameters: Mapping[str, Tensor],
-        prompts: Sequence[str],
-        real: np.ndarray | None,
-        out: Path,
-        cache: Path,
-        keep: Keep,
-    ) -> None:
-        validation = config.validation
-        self.student = student
-        self.parameters = parameters
+    def __init__(self, run: Run, out: Path, cache: Path) -> None:
+        self.config = run.config
+        validation = run.config.validation
+        # at the training size: its pictures are compared with real ones and the teacher's
+        sampling = run.config.sampling.model_copy(update={"size": None})
+        computed, self.narrow = precision_outside(run.config, run.backbone.device)
+        self.student = ImageGenerator(run.backbone, run.denoiser, sampling, "student", computed)
+        self.parameters = run.student.parameters("student")
         self.out = out
         self.cache = cache
-        self.keep = keep
-        self.prompts = list(prompts)
+        data = run.validation_data(max(REAL, validation.count))
+        self.prompts = validation_prompts(run.config, run.source, [captions[0] for captions in data.captions])
+        real = None if data.pictures is None else data.pictures.read(range(min(REAL, len(data))))
         self.seeds = list(range(validation.seed, validation.seed + validation.count))
         self.features = Features(Lite0Features(), progress=False)
         # of the pictures that every run on these data is compared with
@@ -102,11 +74,11 @@ class Validation:
         self.kid = KernelDistance(self.features)
         self.to_teacher = TeacherFeatures(self.features)
         self.condition = main_process_first(self._read_prompts)
-        self.reference = self._teacher_pictures(config, self.seeds)
+        self.reference = self._teacher_pictures(self.seeds)
         other = [seed + validation.count for seed in self.seeds]
-        self.real = self._teacher_pictures(config, other) if real is None else real
+        self.real = self._teacher_pictures(other) if real is None else real
         self.best = self._best_so_far()
-        student.backbone.release_encoders()  # text states are kept; each validation loads the autoencoder
+        run.backbone.release_encoders()  # text states are kept; each validation loads the autoencoder
 
     def _read_prompts(self) -> Condition:
         """Return the prompts' text states, from the cache if it has them."""
@@ -114,15 +86,14 @@ class Validation:
         known = json.dumps([backbone.folder.identity(*backbone.folder.family.readers), self.prompts])
         return cached(self.cache, f"watched-{short_digest(known)}", lambda: dict(backbone.encode(self.prompts)))
 
-    def _teacher_pictures(self, config: DistillConfig, seeds: Sequence[int]) -> np.ndarray:
+    def _teacher_pictures(self, seeds: Sequence[int]) -> np.ndarray:
         """Return the teacher's end points, uint8 [count, H, W, 3], drawn once and kept in the cache."""
         sampling = TEACHER_SAMPLING.model_copy(
-            update={"steps": config.validation.teacher_steps, "omega": config.method.guidance.mean_omega}
+            update={"steps": self.config.validation.teacher_steps, "omega": self.config.method.guidance.mean_omega}
         )
         backbone = self.student.backbone
-        _, narrow = precision_outside(config, backbone.device)
         decides = [backbone.folder.identity(), backbone.latent_shape, sampling.model_dump(), self.prompts, list(seeds)]
-        known = json.dumps([*decides, *([narrow] if narrow else [])])
+        known = json.dumps([*decides, *([self.narrow] if self.narrow else [])])
         key = f"watch-{short_digest(known)}"
 
         found = main_process_first(lambda: kept(self.cache, key, load_tensors))
@@ -171,6 +142,7 @@ class Validation:
         save_image(labelled_grid(rows, self.prompts[:SHOWN]), self.out / "grids" / f"step-{step:08d}.webp")
         if figures["kid"] < self.best:
             self.best = figures["kid"]
-            self.keep(student, {"step": step, **figures})
-            write_json(self.out / "best" / "figures.json", {"step": step, **figures})
+            notes = {"step": step, **figures}
+            export_student(self.config, self.student.backbone, student, self.out / "best", notes)
+            write_json(self.out / "best" / "figures.json", notes)
         return {f"validation/{name}": value for name, value in figures.items()}
