@@ -25,6 +25,7 @@ Weights = Mapping[str, dict[str, Tensor]]
 
 
 def fit(
+    title: str,
     plan: Sequence[Update],
     fetch: Callable[[np.ndarray, KeyedRng], Batch],
     count: int,
@@ -32,15 +33,15 @@ def fit(
     config: Config,
     loop: LoopConfig,
     accelerator: Accelerator,
-    *,
-    title: str,
     inputs: Mapping[str, Any] | None = None,
     evaluate: Callable[[Weights], Mapping[str, float]] | None = None,
+    *,
     quiet: bool = False,
 ) -> Weights:
     """Run an update plan in a run folder, resuming what is there; return the averaged weights.
 
     Args:
+        title: of the run, for its progress bar.
         count: samples, visited in a fresh order each epoch; those of an `ENDLESS` source are visited in order.
         config: what the folder records and a resumed run must repeat.
         inputs: fingerprints of what the training reads, which a resumed run must repeat.

@@ -52,9 +52,7 @@ def learn_base(
 
     network.requires_grad_(True)
     update = Update("base", dict(network.named_parameters()), loss, config.optim)
-    weights = fit(
-        [update], fetch, len(points), out, config, config.loop, make_accelerator("fp32", torch.device("cpu")),
-        title="a diffusion model to start from", quiet=quiet,
-    )  # fmt: skip
+    title, accelerator = "a diffusion model to start from", make_accelerator("fp32", torch.device("cpu"))
+    weights = fit(title, [update], fetch, len(points), out, config, config.loop, accelerator, quiet=quiet)
     network.requires_grad_(False)
     return weights["base"]

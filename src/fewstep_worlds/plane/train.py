@@ -125,11 +125,9 @@ def train_plane(config: PlaneConfig, out: Path, quiet: bool = False, base: Path 
         if start is not None:
             start_from(stage.method, run.student, start)
         points = training_points(run)
-        trained = fit(
-            plane_plan(run, points), fetch, len(points), folder, stage, stage.loop,
-            make_accelerator("fp32", torch.device("cpu")),
-            title=f"playground {stage.recipe}", inputs=inputs, quiet=quiet,
-        )  # fmt: skip
+        plan, accelerator = plane_plan(run, points), make_accelerator("fp32", torch.device("cpu"))
+        title = f"playground {stage.recipe}"
+        trained = fit(title, plan, fetch, len(points), folder, stage, stage.loop, accelerator, inputs, quiet=quiet)
         start = trained["student"]
         copy_role(start, run.student.parameters("student"))
     return replace(run, config=config)

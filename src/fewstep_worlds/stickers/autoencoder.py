@@ -175,10 +175,7 @@ def train_autoencoder(
     ]
     inputs = {"scenes": fingerprint(folder)}
     with SceneWorkers(config.workers, folder=folder) as scenes:
-        weights = fit(
-            plan, fetch, ENDLESS, out, config, config.loop, accelerator,
-            title="autoencoder", inputs=inputs, evaluate=evaluate,
-        )  # fmt: skip
+        weights = fit("autoencoder", plan, fetch, ENDLESS, out, config, config.loop, accelerator, inputs, evaluate)
     vae.load_state_dict(weights["vae"])
     vae.cpu().eval()
     fold_statistics(vae, draw_scenes(REFERENCE_SEED, range(500), folder=folder))

@@ -236,9 +236,6 @@ def train_reader(config: ReaderConfig, out: Path, accelerator: Accelerator, fold
     plan = [Update("reader", dict(reader.named_parameters()), loss, config.optim)]
     inputs = {"scenes": fingerprint(folder)}
     with SceneWorkers(config.workers, READER_SEED, folder) as workers:
-        weights = fit(
-            plan, fetch, ENDLESS, out, config, config.loop, accelerator,
-            title="reader", inputs=inputs, evaluate=evaluate,
-        )  # fmt: skip
+        weights = fit("reader", plan, fetch, ENDLESS, out, config, config.loop, accelerator, inputs, evaluate)
     reader.load_state_dict(weights["reader"])
     return reader.cpu().eval()

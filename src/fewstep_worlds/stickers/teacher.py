@@ -178,9 +178,7 @@ def train_teacher(
         "text": sha256(*sorted(text.rglob("*.safetensors"))),
     }
     with SceneWorkers(config.workers, folder=folder) as workers:
-        weights = fit(
-            plan, fetch, ENDLESS, out, config, config.loop, accelerator,
-            title="denoiser", inputs=inputs, evaluate=evaluate if config.validation_prompts else None,
-        )  # fmt: skip
+        validate = evaluate if config.validation_prompts else None
+        weights = fit("denoiser", plan, fetch, ENDLESS, out, config, config.loop, accelerator, inputs, validate)
     unet.load_state_dict(weights["unet"])
     write_teacher(target, vae.cpu(), unet.cpu().eval(), text, config.omega)

@@ -113,9 +113,9 @@ def train_second_scorer(
 
     inputs = {"features": features.network.weights_sha256, "text encoder": text.sha256}
     plan = [Update("heads", dict(heads.named_parameters()), loss, config.optim)]
+    accelerator = make_accelerator("fp32", torch.device("cpu"))
     weights = fit(
-        plan, fetch, len(data), folder, config, config.loop, make_accelerator("fp32", torch.device("cpu")),
-        title="second scorer", inputs=inputs, quiet=quiet,
-    )  # fmt: skip
+        "second scorer", plan, fetch, len(data), folder, config, config.loop, accelerator, inputs, quiet=quiet
+    )
     heads.load_state_dict(weights["heads"])
     return SecondScorer(heads.eval().requires_grad_(False), features, text)

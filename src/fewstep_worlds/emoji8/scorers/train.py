@@ -222,9 +222,8 @@ def train_scorer(
     }
     plan = [Update("scorer", dict(scorer.named_parameters()), loss, config.optim)]
     trained = fit(
-        plan, fetch, len(data), folder, config, config.loop, accelerator,
-        title="scorer", inputs=inputs, evaluate=evaluate, quiet=quiet,
-    )  # fmt: skip
+        "scorer", plan, fetch, len(data), folder, config, config.loop, accelerator, inputs, evaluate, quiet=quiet
+    )
     weights = {name: tensor.cpu() for name, tensor in trained["scorer"].items()}
     notes: dict[str, Any] = {
         "trained_on": f"Emoji-8, {len(data)} pictures of the training split",

@@ -71,9 +71,6 @@ def train_decoder(
         return {"psnr_heldout": reconstruction_psnr(averaged.cpu().eval(), heldout[:256])}
 
     plan = [Update("decoder", parameters, loss, config.optim)]
-    weights = fit(
-        plan, fetch, len(pictures), folder, config, config.loop, accelerator,
-        title="decoder", inputs=inputs, evaluate=evaluate,
-    )  # fmt: skip
+    weights = fit("decoder", plan, fetch, len(pictures), folder, config, config.loop, accelerator, inputs, evaluate)
     vae.load_state_dict({**vae.state_dict(), **weights["decoder"]})
     return vae.requires_grad_(False).cpu().eval()

@@ -105,9 +105,6 @@ def train_unet(config: UnetConfig, encoders: Encoders, fingerprint: str, folder:
         return {"eps_mse_heldout_pairs": float(torch.cat(parts).mean())}
 
     plan = [Update("unet", dict(unet.named_parameters()), loss, config.optim)]
-    weights = fit(
-        plan, fetch, len(data), folder, config, config.loop, accelerator,
-        title="denoiser", inputs=inputs, evaluate=evaluate,
-    )  # fmt: skip
+    weights = fit("denoiser", plan, fetch, len(data), folder, config, config.loop, accelerator, inputs, evaluate)
     unet.load_state_dict(weights["unet"])
     return unet.eval()

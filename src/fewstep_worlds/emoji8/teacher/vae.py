@@ -51,10 +51,7 @@ def train_vae(
 
     inputs = {"pictures": hashlib.sha256(np.ascontiguousarray(pictures).data).hexdigest()}
     plan = [Update("vae", dict(vae.named_parameters()), loss, config.optim)]
-    weights = fit(
-        plan, fetch, len(pictures), folder, config, config.loop, accelerator,
-        title="autoencoder", inputs=inputs, evaluate=evaluate,
-    )  # fmt: skip
+    weights = fit("autoencoder", plan, fetch, len(pictures), folder, config, config.loop, accelerator, inputs, evaluate)
     vae.load_state_dict(weights["vae"])
     vae.cpu().eval()
     fold_statistics(vae, pictures)

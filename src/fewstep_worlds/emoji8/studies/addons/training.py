@@ -80,10 +80,8 @@ def train_weights(spec: AddOnTraining, weights: Mapping[str, nn.Parameter], pred
 
     plan = [Update("weights", dict(weights), loss, OptimConfig(lr=config.lr, warmup=20, decay="cosine"))]
     loop = LoopConfig(steps=config.steps, batch=config.batch, seed=config.seed, save_every=100, log_every=20)
-    trained = fit(
-        plan, fetch, len(data), out, config, loop, make_accelerator("fp32", torch.device("cpu")),
-        title=spec.name, inputs={**data.inputs, **spec.inputs},
-    )["weights"]  # fmt: skip
+    accelerator, inputs = make_accelerator("fp32", torch.device("cpu")), {**data.inputs, **spec.inputs}
+    trained = fit(spec.name, plan, fetch, len(data), out, config, loop, accelerator, inputs)["weights"]
     with torch.no_grad():
         for name, parameter in weights.items():
             parameter.copy_(trained[name])
