@@ -23,7 +23,8 @@ def save_latent_lpips(folder: Path, network: LatentLPIPS, vae: str, notes: Mappi
     """Write the network and its record atomically.
 
     Args:
-        vae: fingerprint of the autoencoder whose latents it was trained on."""
+        vae: fingerprint of the autoencoder whose latents it was trained on.
+    """
     record = {
         "network": network.config.model_dump(mode="json"),
         "channels": network.channels,
