@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fewstep.backbones.teachers import read_teacher
 from fewstep.common.errors import UserError
 from fewstep.common.files import read_json
 from fewstep.common.rng import KeyedRng
@@ -21,7 +22,6 @@ from fewstep.distillation.batches import fetch_of
 from fewstep.distillation.config import DistillConfig, resolve
 from fewstep.distillation.estimate import count_checks
 from fewstep.distillation.estimate_run import estimate_run
-from fewstep.distillation.prepare import teacher_of
 from fewstep.distillation.run_data import validation_prompts
 from fewstep.distillation.sources import open_source
 from fewstep.training.loss import Loss
@@ -101,7 +101,7 @@ def test_validation_takes_its_prompts_from_the_list_then_from_captions(
     count = "validation.count=16"
 
     def prompts_of(config: DistillConfig, captions: list[str]) -> list[str]:
-        return validation_prompts(config, open_source(config.data, teacher_of(config)), captions)
+        return validation_prompts(config, open_source(config.data, read_teacher(config.teacher)), captions)
 
     listed = resolve("tcd", None, [*tiny_overrides, count, f"validation.prompts={file}"])
     assert prompts_of(listed, ["d", "a", "d", " "]) == [*"abcd"] * 4
