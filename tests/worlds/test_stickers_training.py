@@ -32,7 +32,7 @@ from fewstep_worlds.common.denoiser import make_unet
 from fewstep_worlds.common.pipeline import write_teacher
 from fewstep_worlds.common.text import trim_text
 from fewstep_worlds.stickers import accuracy, autoencoder, reader, reader_report, teacher, teacher_report
-from fewstep_worlds.stickers.claim import Claim, Facts, facts_of, full_claim, holds
+from fewstep_worlds.stickers.claim import Claim, Facts, check, facts_of, full_claim
 from fewstep_worlds.stickers.dataset import REFERENCE_SEED, draw_scenes, make_scenes
 from fewstep_worlds.stickers.grammar import phrases
 from fewstep_worlds.stickers.heldout import KINDS
@@ -164,7 +164,7 @@ def perfect(scenes: list[Scene], sure: float = 30.0) -> dict[str, Tensor]:
 def test_a_perfect_reader_finds_the_facts_of_every_scene() -> None:
     scenes = make_scenes(0, range(400)) + make_scenes(0, range(50), "style")
     for scene, found in zip(scenes, reader.decode(perfect(scenes))):
-        assert holds(full_claim(scene), found)
+        assert all(check(full_claim(scene), found).values())
         wanted = facts_of(scene)
         spots = [sorted(facts.places) for facts in (wanted, found)]
         assert np.allclose([spot[1:] for spot in spots[0]], [spot[1:] for spot in spots[1]], atol=1e-3)
