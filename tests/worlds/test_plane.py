@@ -176,13 +176,13 @@ def test_illegal_settings_are_refused_before_the_training(tmp_path: Path) -> Non
         with pytest.raises(UserError) as error:
             resolve_plane("tcd", words)
         assert error.value.field.startswith(field)
-    with pytest.raises(UserError, match=r"stage '8 segments'.*leaves a segment of 5 points"):
+    with pytest.raises(UserError, match=r"stage '8 segments'.*segment's 5 points"):
         resolve_plane("tscd", ["method.k=6"])
     for words, told in (
         (["method.grid=77", "sampling.grid=77"], "grid = 77 must divide the 1000 training indices"),
         (
             ["method.grid=[9,99]", "sampling.grid=[9,99]", "sampling.steps=2", "steps=[1]"],
-            r"ends below pure noise, .*is \[9\.0, 999\.0\]",
+            r"grid = \[9\.0, 99\.0\] .* end at 999",
         ),
     ):
         with pytest.raises(UserError, match=told):
