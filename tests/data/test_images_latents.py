@@ -402,7 +402,7 @@ def test_the_cache_is_used_and_keyed_by_content(tmp_path: Path) -> None:
 def test_rows_lie_in_many_files_and_none_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two captions a file, the unconditional state last; a cut file is made again."""
     whole = latent_set(captioned(), Counting(), "weights", tmp_path / "whole")
-    monkeypatch.setattr(latents, "SAID", 2)
+    monkeypatch.setattr(latents, "CAPTION_CHUNK", 2)
     monkeypatch.setattr(latents, "CHUNK", 2)
     parted = latent_set(captioned(), Counting(), "weights", tmp_path / "parted")
     assert len(list((tmp_path / "parted").glob("captions-*/*.safetensors"))) == 3

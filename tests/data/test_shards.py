@@ -156,8 +156,8 @@ def test_what_is_no_shard(picture_folder: Path, tmp_path: Path) -> None:
     picture = members_of(picture_folder, range(1))[0]
     plain = tar_of([picture])
     for name, content, words in [
-        ("packed", gzip.compress(plain), "no plain tar that can be read by ranges"),
-        ("cut", plain[:700], "no plain tar"),
+        ("packed", gzip.compress(plain), "not a plain tar, readable by byte ranges"),
+        ("cut", plain[:700], "not a plain tar"),
         ("silent", plain, r"picture part/0000.png of .* has no caption"),
         ("null", tar_of([picture, ("part/0000.json", b'{"caption": null}')]), "has no caption"),
         ("bare", tar_of([("a.txt", b"words")]), "holds no picture"),

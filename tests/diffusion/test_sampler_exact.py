@@ -340,8 +340,9 @@ def test_steps_count_network_calls(solver: SolverName) -> None:
     draw_latents(Denoiser(call, VP, "eps"), {}, {}, sampling, [0, 1], (3,), "teacher")
     assert asked == 6
     if solver == "dpmpp_2s":
-        with pytest.raises(UserError, match=r"steps = 5 network calls .* nearest legal one is 6$"):
+        with pytest.raises(UserError, match="multiple of 2") as error:
             validate(Sampling, {"sampler": solver, "steps": 5})
+        assert error.value.field == "steps"
 
 
 @pytest.mark.parametrize("sampler", ["sss", "lcm", "ddim"])
