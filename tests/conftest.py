@@ -132,3 +132,16 @@ def sticker_sheets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for style in STYLES:
         sheet.save(folder / f"{style}.webp", lossless=True)
     return folder
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the sets of a `matrix` test slow that hold no value of a parameter for the first time."""
+    seen: set[tuple[str, str, int]] = set()
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("matrix"):
+            test = item.nodeid.partition("[")[0]
+            values = {(test, name, index) for name, index in item.callspec.indices.items()}
+            if values <= seen:
+                item.add_marker("slow")
+            seen |= values
