@@ -94,7 +94,10 @@ def settings_of(record: dict[str, Any], steps: int = 0, gamma: float = -1.0) -> 
     times = grid_times(count, own.get("grid", 50), own.get("spacing", "grid"), flow=flow)
     skip = sampler == "lcm" and jump in ("", "skip")
     strength = 1.0 if sampler == "lcm" else float(own.get("gamma", 0.3)) if gamma < 0 else gamma
-    return Settings(times, strength, own.get("gamma_law", "time"), "clean" if skip else own.get("end", "index0"), skip)
+    law = own.get("gamma_law", "time")
+    if law not in ("time", "noise"):
+        raise ValueError(f"gamma_law = {law!r} must be time or noise")
+    return Settings(times, strength, law, "clean" if skip else own.get("end", "index0"), skip)
 
 
 @dataclass(frozen=True)

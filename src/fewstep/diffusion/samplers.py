@@ -37,6 +37,8 @@ def diffuse(path: Path, x_s: Tensor, s: Tensor, t: Tensor, z: Tensor) -> Tensor:
 
 def linear_in_time(path: Path, t_next: Tensor, gamma: float) -> Tensor:
     """Return TCD's landing s = (1 - gamma) t_next (arXiv 2402.19159, algorithm 4), floored on an indexed path."""
+    if gamma == 1:  # clean data lies at t = -1 on an indexed path
+        return torch.full_like(t_next, path.clean)
     s = (1 - gamma) * t_next
     if gamma == 0 or not isinstance(path, VariancePreserving):
         return s
@@ -59,7 +61,10 @@ def linear_in_noise(path: Path, t_next: Tensor, gamma: float) -> Tensor:
 
 
 SSS_RULES: dict[GammaRule, Callable[[Path, Tensor, float], Tensor]] = {"time": linear_in_time, "noise": linear_in_noise}
-"""(path, t_next, gamma) -> the landing s of a jump, before noise brings x back to t_next."""
+"""(path, t_next float64 [B], gamma) -> the landing s <= t_next of a jump, before noise brings x back to t_next.
+
+Times are those of the path. `sss_jumps` raises s to the end point where a rule returns less. gamma = 0 must return t_next.
+"""
 
 
 @dataclass(frozen=True)
@@ -88,14 +93,14 @@ def sss_jumps(
     """Plan strategic stochastic sampling (TCD, arXiv 2402.19159, algorithm 4) over the falling `times`.
 
     Each jump lands at s by a rule of `SSS_RULES`, at or above the end point, and noise brings x up to the next time.
-    gamma = 0 is the deterministic jump to the next time. gamma = 1 lands at the end point and re-noises fully, as
-    multistep consistency sampling does. The last jump lands at the end point, without noise.
+    gamma = 0 is the deterministic jump to the next time. With both bundled rules gamma = 1 lands at the end point and
+    re-noises fully, as multistep consistency sampling does. The last jump lands at the end point, without noise.
     """
     lowest = end_time(path, end)
     jumps = []
     for t, t_next in pairwise(times):
         to = _batch(t_next, rows)
-        s = torch.full_like(to, lowest) if gamma == 1 else SSS_RULES[rule](path, to, gamma).clamp(min=lowest)
+        s = SSS_RULES[rule](path, to, gamma).clamp(min=lowest)
         jumps.append(PlannedJump(_batch(t, rows), s, to if gamma > 0 else None))
     return [*jumps, PlannedJump(_batch(times[-1], rows), _batch(lowest, rows))]
 
