@@ -137,11 +137,11 @@ def sticker_sheets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the sets of a `matrix` test slow that hold no value of a parameter for the first time."""
-    seen: set[tuple[str, str, int]] = set()
+    seen: set[tuple[str, str, str]] = set()
     for item in items:
         if isinstance(item, pytest.Function) and item.get_closest_marker("matrix"):
             test = item.nodeid.partition("[")[0]
-            values = {(test, name, index) for name, index in item.callspec.indices.items()}
+            values = {(test, name, repr(value)) for name, value in item.callspec.params.items()}
             if values <= seen:
                 item.add_marker("slow")
             seen |= values

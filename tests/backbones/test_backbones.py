@@ -144,6 +144,7 @@ def test_pictures_go_through_the_autoencoder(name: str, folders: dict[str, Path]
         torch.testing.assert_close(backbone.to_latents(pictures), (means - shift) * vae.config.scaling_factor)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("name", ["sd, v, zero terminal SNR", "sdxl", "pixart-sigma", "sd3", "flux-dev", "sana"])
 def test_distilled_saved_and_drawn_again(

@@ -238,6 +238,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "number"), [(kind, n) for kind, (count, _) in BENCHES.items() for n in range(count)])
 def test_a_damaged_network_draws_as_in_diffusers_or_is_refused(
     kind: str, number: int, bench_of: Callable[[str], Bench], tmp_path: Path
@@ -384,6 +385,7 @@ def run_damages(root: Path) -> list[Damage]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(RUNS))
 def test_a_damaged_run_ends_as_the_undamaged_one_or_is_refused(
     number: int, stopped: tuple[Path, list[str], bytes], tmp_path: Path

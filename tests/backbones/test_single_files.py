@@ -228,6 +228,7 @@ def test_what_is_not_read_is_refused_by_its_name(what: str) -> None:
     assert "x.safetensors" in str(caught.value)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_file_alone_needs_no_folder_of_configs(
@@ -341,6 +342,7 @@ LAYOUTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("kind", ["sd", "sd3", "sd3 alone"])
 def test_scaled_fp8_weights_are_multiplied_by_their_scales(name: str, kind: str, tmp_path: Path) -> None:
@@ -414,6 +416,7 @@ CHANGES: dict[str, Callable[[Tensors], Tensors]] = {
 }
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", list(CHANGES))
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_what_a_file_lacks_comes_from_the_config_folder(name: str, kind: str, tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def weights_of(folder: Path, rank: int, dtype: torch.dtype = torch.float32, size
     return weights
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("kind", list(PIPELINES))
 @pytest.mark.parametrize("scheduler", [SSSScheduler, ConsistencyScheduler])
 def test_a_pipeline_saved_with_our_scheduler_loads_in_diffusers(kind: str, scheduler: Any, tmp_path: Path) -> None:
@@ -96,6 +97,7 @@ def foreign_code(folder: Path) -> None:
     edit(folder / "model_index.json", safety_checker=["mine", "MyChecker"], feature_extractor=["transformers", "Nope"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [missing, old_name, configs_alone, foreign_code], ids=lambda f: f.__name__)
 def test_every_form_of_a_folder_whose_index_names_more_than_it_holds(change: Any, tmp_path: Path) -> None:
     folder = tiny_pipelines.sd(tmp_path / "pipe" / "tiny")
@@ -176,6 +178,7 @@ def test_folding_is_undone_to_the_last_bit(scale: float) -> None:
     assert torch.equal(unfolded(put.float(), scale), b.float())
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("kind", ["sd", "sd3"])
 def test_a_lora_of_any_floating_type_is_exported_with_its_scale(dtype: torch.dtype, kind: str, tmp_path: Path) -> None:

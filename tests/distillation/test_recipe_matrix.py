@@ -40,6 +40,7 @@ def teachers(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     return found
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("word", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("recipe", rows())
@@ -78,6 +79,7 @@ def test_a_recipe_from_end_to_end(
     assert np.abs(drawn - load_image_generator(teacher).draw(["a red disc"], [3], untaught)).max() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["flow", "ve"])
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("recipe", rows())
@@ -146,6 +148,7 @@ def test_a_recipe_learns_the_exact_jump(recipe: str, tmp_path: Path) -> None:
     assert after.between < 0.95 * before.between
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("path", "prediction"), [("vp", "eps"), ("vp", "x0"), ("vp", "v"), ("flow", "flow")])
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("recipe", rows())

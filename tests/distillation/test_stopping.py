@@ -170,6 +170,7 @@ def student(out: Path) -> bytes:
     return (out / "student" / "pytorch_lora_weights.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_stopped_distillation_goes_on_bit_for_bit(launches: tuple[Path, dict[str, list[int]]]) -> None:
     """Of two stages, stopped in each; the last line names the step that is kept, the next run the one it begins at."""
     folder, codes = launches

@@ -417,6 +417,7 @@ def launches(
     return folder, json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_killed_at_many_instants_it_ends_with_the_same_bytes(launches: tuple[Path, dict[str, Any]]) -> None:
     """After every kind of rename, inside writes, inside the last removal, and at moments of no meaning."""
     folder, record = launches

@@ -122,6 +122,7 @@ def test_the_student_draws_at_two_to_eight_calls(whole: tuple[DistillConfig, Pat
     assert len({picture.tobytes() for picture in drawn.values()}) == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last", [2, 3, 4, 6, 8])
 def test_killed_in_any_stage_it_ends_where_the_uninterrupted_run_ends(
     last: int, whole: tuple[DistillConfig, Path], tmp_path: Path, tiny_cache: Path, monkeypatch: pytest.MonkeyPatch
@@ -141,6 +142,7 @@ def test_killed_in_any_stage_it_ends_where_the_uninterrupted_run_ends(
         assert own == read_json(folder / "evaluations.json"), "counted over both halves"
 
 
+@pytest.mark.slow
 def test_walks_that_were_drawn_beforehand_feed_it(
     words: list[str], prompt_file: Path, tiny_pipeline: Path, tmp_path: Path, tiny_cache: Path
 ) -> None:
@@ -300,6 +302,7 @@ def test_from_stored_points_a_step_makes_no_teacher_call(
         assert float(apart[name].norm()) < 0.01 * float(value.norm()), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe", ["cd", "ct", "ctm", "lcm", "mcm", "pcm", "shortcut", "tcd", "tcd-2", "tcd-s", "tdd", "tscd"]
 )

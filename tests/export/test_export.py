@@ -59,6 +59,7 @@ def students(
     return made
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", MADE)
 def test_what_is_written_is_read_back(

@@ -63,7 +63,7 @@ def linear_in_noise(path: Path, t_next: Tensor, gamma: float) -> Tensor:
 SSS_RULES: dict[GammaRule, Callable[[Path, Tensor, float], Tensor]] = {"time": linear_in_time, "noise": linear_in_noise}
 """(path, t_next float64 [B], gamma) -> the landing s <= t_next of a jump, before noise brings x back to t_next.
 
-Times are those of the path. `sss_jumps` raises s to the end point where a rule returns less. gamma = 0 must return t_next.
+Times are those of the path. `sss_jumps` raises s to the end point where a rule returns less. gamma = 0 returns t_next.
 """
 
 
