@@ -100,6 +100,16 @@ def distilled(tiny_pipeline: Path, tmp_path: Path) -> Path:
 # ---- distill
 
 
+def test_the_last_of_a_repeated_option_counts(refuse: Refuse, tiny_pipeline: Path) -> None:
+    """Scripts add options to a command line; all values of --set count."""
+    error = refuse("distill", "--recipe", "tcd", "--recipe", "nope")
+    assert error.field == "recipe"
+    assert "'nope'" in str(error)
+    words = ("--teacher", "nowhere", "--teacher", str(tiny_pipeline), "-s", "device=cpu", "-s", "loop.steps=0")
+    assert named(refuse("distill", "--recipe", "nope", "--recipe", "tcd", *words)) == "loop.steps"
+    assert named(refuse("distill", *words, "-s", "loop.steps=2", "-s", "device=gpu")) == "device"
+
+
 def test_an_unknown_recipe_names_a_near_one(refuse: Refuse) -> None:
     for near, meant in (("lcmm", "'lcm'"), ("TCD", "'tcd'")):
         error = refuse("distill", "--recipe", near)

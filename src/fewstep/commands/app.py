@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 
-from cyclopts import App, CycloptsError, Group
+from cyclopts import App, CycloptsError, Group, Parameter
 
 import fewstep
 from fewstep.commands.distill import distill, estimate
@@ -44,6 +44,7 @@ app = App(
     help_format="plaintext",
     version=fewstep.__version__,
     group_commands=OTHER,
+    default_parameter=Parameter(allow_repeating=True),  # the last one counts; values of --set add up
     suppress_keyboard_interrupt=False,
     print_error=False,
     exit_on_error=False,
