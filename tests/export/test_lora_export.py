@@ -186,7 +186,7 @@ def test_scales_of_foreign_adapters(adapter: dict[str, Any], scale: float, tmp_p
 @pytest.mark.parametrize(
     ("metadata", "words"),
     [
-        ({"fewstep": []}, "fewstep is no mapping"),
+        ({"fewstep": []}, "fewstep is not a mapping"),
         ({"fewstep": {"sampling": {"steps": 0}}}, "steps = 0 must be at least 1"),
         ({"fewstep": {"sampling": {"stpes": 1}}}, "unknown key stpes; did you mean steps?"),
         ({"lora_adapter_metadata": {"unet.lora_alpha": "much"}}, "has broken metadata"),
