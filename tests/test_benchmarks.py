@@ -20,6 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fewstep.common.compilation import compile_networks
 from support import tiny_pipelines as tiny
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -21,6 +21,7 @@ print('done')
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("said", "policy", "spins"),
     [

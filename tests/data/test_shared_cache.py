@@ -279,6 +279,7 @@ def test_runs_of_older_versions_go_on(place: Path, tmp_path: Path) -> None:
 # ---- memory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "accumulate"), [(10**9, 1), (10**6, 1), (10**6, 10)])
 def test_a_batch_beyond_memory_is_refused_before_the_first_step(
     batch: int, accumulate: int, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -160,6 +160,7 @@ ATTACHED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "words"), ATTACHED.values(), ids=ATTACHED)
 def test_attached_to_a_diffusers_pipeline_it_draws_what_we_draw(
     recipe: str, words: list[str], tiny_overrides: list[str], tiny_cache: Path, tiny_pipeline: Path, tmp_path: Path

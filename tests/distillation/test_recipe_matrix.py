@@ -131,6 +131,7 @@ def test_a_growing_grid_and_ict_weight_resume(
     assert digest(fixed.student.parameters("student")) != digest(whole.student.parameters("student"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", rows())
 def test_a_recipe_learns_the_exact_jump(recipe: str, tmp_path: Path) -> None:
     """In the plane, the error of the jumps that it trains falls.
@@ -208,6 +209,7 @@ OPTIONS: dict[str, list[str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 def test_an_option_goes_from_end_to_end(
     option: str, tiny_overrides: list[str], tiny_cache: Path, tiny_pipeline: Path, tmp_path: Path

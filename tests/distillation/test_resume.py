@@ -116,6 +116,7 @@ def test_another_length_must_not_move_what_the_done_steps_were(
             check_same_run(tmp_path, of_length(after))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_half_precision_learns_what_full_precision_learns(
     kind: str, tiny_overrides: list[str], tiny_cache: Path, tmp_path: Path

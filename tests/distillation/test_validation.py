@@ -222,6 +222,7 @@ def test_weights_of_a_frozen_loss_network_are_no_activations(tiny_overrides: lis
     assert 0 <= kept[1] - kept[0] < 1e5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["tcd", "kd"])
 def test_a_teacher_in_bf16_is_validated_and_rolled_out_in_it(watched: list[str], tmp_path: Path, recipe: str) -> None:
     """Its weights meet no other type; pictures and trajectories of the fp32 teacher are not taken for its own."""

@@ -34,6 +34,7 @@ def prompt_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_a_pipeline_beside_a_folder_and_itself(
     prompt_file: Path, tiny_pipeline: Path, picture_folder: Path, tmp_path: Path
 ) -> None:
@@ -143,6 +144,7 @@ def test_a_student_beside_the_bundled_pictures(
     assert diverse.floor is not None, "of real pictures of one concept"
 
 
+@pytest.mark.slow
 def test_words_that_are_no_names_are_measured_against_all_pictures() -> None:
     features = Features(Pooled(), progress=False)
     gallery = measures.Gallery.load()

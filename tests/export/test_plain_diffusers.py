@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 import fewstep as api
@@ -65,6 +66,7 @@ def test_a_script_without_fewstep_draws_the_same_picture(tiny_pipeline: Path, tm
     assert np.abs(without - ours).mean() > 2  # the LoRA matters
 
 
+@pytest.mark.slow
 def test_the_script_draws_what_fewstep_draws_with_the_bundled_pair(tmp_path: Path) -> None:
     """The unchanged script, from the checkout's root."""
     (tmp_path / "script.py").write_text(guide_script() + AFTER, encoding="utf-8")

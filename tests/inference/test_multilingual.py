@@ -53,6 +53,7 @@ class ToySentence:
 PAIRS = (*map(Pair, TURNED, CAPTIONS), *map(Pair, CAPTIONS, CAPTIONS))
 
 
+@pytest.mark.slow
 def test_chinese_beside_english_by_one_command(tmp_path: Path) -> None:
     """`fewstep chinese` on a sixth of its concepts: the table's figures are those of the drawn pictures."""
     words = ["concepts=20", "noises=1", "steps=2", "teacher_steps=2", "training.loop.steps=2", "shown=3"]

@@ -298,6 +298,7 @@ class Learner(nn.Module):
         return eps + told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [TCD, LCM], ids=["tcd", "lcm"])
 def test_a_student_of_the_exact_teacher_learns_its_flow(config: ConsistencyConfig) -> None:
     """One jump from noise lands far nearer to where the teacher's ODE ends than one step of the teacher."""
@@ -357,6 +358,7 @@ def test_gradients_reach_the_student_alone(target: str, small: list[str], tiny_c
             assert torch.equal(parameter, update.parameters[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["tcd", "lcm"])
 def test_the_loss_falls_in_thirty_steps(recipe: str, small: list[str], tiny_cache: Path, tmp_path: Path) -> None:
     """RankComparison on the same draws before and after, since the loss depends on t far more than on thirty steps."""

@@ -420,6 +420,7 @@ class Wrong(nn.Module):
         return self.mixture.flow(x.double(), t, times_of(0.0, x), steps=8).float() @ self.matrix + self.move
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["matching", "matching by dmd", "nonsaturating", "hinge"])
 def test_alone_it_moves_a_wrong_student_to_the_right_distribution(by: str) -> None:
     """No consistency loss. Three unequal modes, so that every turn shows; the student starts turned, narrowed, moved.

@@ -112,6 +112,7 @@ COMPILER = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "network"), [("aot_eager", unet), pytest.param("inductor", Small, marks=COMPILER)])
 def test_compiled_roles_are_the_eager_ones(backend: str, network: Callable[[], nn.Module]) -> None:
     """To 1e-4, each its own; at one shape one graph a role, and one for the student's gradient."""
@@ -176,6 +177,7 @@ def losses(out: Path) -> list[float]:
     return [json.loads(line)["student/loss"] for line in (out / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_compiled_run_learns_the_same(
     tiny_overrides: list[str], tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,6 +275,7 @@ narrow = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, re
 
 
 @narrow
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["8bit", "4bit", "bf16"])
 def test_a_student_learns_on_a_narrow_base(
     base: str, tiny_overrides: list[str], tiny_cache: Path, tmp_path: Path

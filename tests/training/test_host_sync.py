@@ -135,6 +135,7 @@ def drive(plan: Sequence[Update]) -> tuple[Unwaiting, list[UpdateState]]:
     return seen, running
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "method"), PAIRS)
 def test_nothing_waits_in_a_step(family: str, method: str, backbone_of: Callable[[str], Backbone]) -> None:
     """Forward and backward of every update, teacher and target included, under the real network's own code; and what

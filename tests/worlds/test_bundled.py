@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from fewstep.common.files import read_json
@@ -18,6 +19,7 @@ from fewstep_worlds.emoji8.studies.students import students_omega
 ASKED = 48
 
 
+@pytest.mark.slow
 def test_the_teacher_draws_its_prompts() -> None:
     """A caption fits its own picture better than the next caption does, by far."""
     records = emoji8.load_records("train")

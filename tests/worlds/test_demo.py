@@ -63,6 +63,7 @@ def small_world(tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     return place
 
 
+@pytest.mark.slow
 def test_the_demo_makes_students_a_table_and_a_page_and_goes_on_where_it_was(
     small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +110,7 @@ def forbidden_after_grid(out: Path) -> Any:
     return kept
 
 
+@pytest.mark.slow
 def test_the_benchmark_chooses_measures_and_goes_on_where_it_was(
     small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +162,7 @@ def test_the_benchmark_chooses_measures_and_goes_on_where_it_was(
     assert load_results(out / "results.json").rows == results.rows
 
 
+@pytest.mark.slow
 def test_the_card_holds_a_teachers_settings(small_world: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
     figures = api.teacher_card(out=tmp_path, teacher=str(tiny_pipeline), n=24, steps=2, omega=1.0)
     for kind in ("words of no caption, untrained", "words of no caption that the encoder was trained on"):
@@ -216,6 +219,7 @@ def test_benchmark_settings_that_would_fail_after_hours_are_refused_at_once(
     assert json.loads(BenchmarkConfig().model_dump_json())["seeds"] == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_the_family_spends_alike_and_measures_every_recipe_and_sampler(
     small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

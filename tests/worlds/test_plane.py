@@ -109,6 +109,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PlaneFigures]
     return found
 
 
+@pytest.mark.slow
 def test_recipes_learn_what_they_are_for(trained: dict[str, PlaneFigures]) -> None:
     """A network conditioned on s is far better at one step. Segments have no effect there."""
     at = {name: {steps: figures.best(steps)[1] for steps in (1, 4)} for name, figures in trained.items()}
@@ -128,6 +129,7 @@ FOLLOWERS: dict[str, dict[str, object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", get_args(PathName))
 @pytest.mark.parametrize("name", FOLLOWERS)
 def test_many_small_steps_of_the_exact_network_draw_the_exact_distribution(name: str, path: str) -> None:

@@ -242,6 +242,7 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> Context:
     return Context(config, out, load_backbone(teacher_path("")), agreement().scorer, eye, data)
 
 
+@pytest.mark.slow
 def test_every_row_is_made_drawn_and_measured(small_world: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     """All nine rows on the bundled teacher; what is drawn after was not learned from; kept pictures are not redrawn."""
     context = small_world
