@@ -70,6 +70,7 @@ def theirs(folder: Path, steps: int, guidance: float) -> Tensor:
     return latents
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MADE)
 def test_drawn_in_half_precision(name: str, folders: dict[str, Path]) -> None:
     """Weights and calls are bf16, states between the calls fp32; nearly the same latents, and not the same."""

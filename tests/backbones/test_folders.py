@@ -231,6 +231,7 @@ UNUSUAL: dict[str, tuple[str, Callable[[Path], object]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_unusual_folders_are_drawn_as_diffusers_draws_them(name: str, folder: Callable[[str], Path]) -> None:
     kind, change = UNUSUAL[name]

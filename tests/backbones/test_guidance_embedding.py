@@ -153,6 +153,7 @@ def trained(
     return train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd", "xl"])
 def test_a_full_student_runs_unchanged_in_diffusers(kind: str, trained: Callable[[str], tuple[Path, Path]]) -> None:
     """By the folder's own pipeline class and scheduler, with guidance_scale = 1 + w; and read back here."""
@@ -199,6 +200,7 @@ def test_a_full_student_is_exported_and_read_back(
     np.testing.assert_allclose(drawn_by_diffusers(out, 4, 8.5), wanted, atol=0.6)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_to_the_same_bytes(
     tiny_overrides: list[str], tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

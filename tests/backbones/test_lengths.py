@@ -56,6 +56,7 @@ def test_cut_prompts_are_counted(backbone: Backbone) -> None:
     assert CutPrompts(backbone).lines() == []
 
 
+@pytest.mark.slow
 def test_sampling_and_distilling_report_cut_prompts(
     tiny_pipeline: Path, tiny_overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

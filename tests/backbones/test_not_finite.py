@@ -49,6 +49,7 @@ def spoil(file: Path, key: str, bad: float) -> None:
     save_file(weights, file, {"format": "pt"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", ["nan", "inf"])
 @pytest.mark.parametrize(
     ("component", "end"),
@@ -108,6 +109,7 @@ def test_the_seed_that_is_named_is_the_one_that_failed(tmp_path: Path) -> None:
     assert image_generator.to_pictures(latents[[0, 2]], [7, 9]).dtype == np.uint8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("matrix", ["A", "B"])
 @pytest.mark.parametrize("bad", list(BAD))
 def test_a_lora_that_is_not_finite_is_not_used(bad: str, matrix: str, tmp_path: Path) -> None:

@@ -342,7 +342,7 @@ LAYOUTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.matrix
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("kind", ["sd", "sd3", "sd3 alone"])
 def test_scaled_fp8_weights_are_multiplied_by_their_scales(name: str, kind: str, tmp_path: Path) -> None:
@@ -416,7 +416,7 @@ CHANGES: dict[str, Callable[[Tensors], Tensors]] = {
 }
 
 
-@pytest.mark.matrix
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(CHANGES))
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_what_a_file_lacks_comes_from_the_config_folder(name: str, kind: str, tmp_path: Path) -> None:

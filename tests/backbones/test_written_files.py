@@ -202,6 +202,7 @@ def test_a_lora_of_any_floating_type_is_exported_with_its_scale(dtype: torch.dty
         assert bool(drawn.isfinite().all())
 
 
+@pytest.mark.slow
 def test_an_fp16_folder_is_read_and_its_copies_have_plain_names(tmp_path: Path) -> None:
     """Hubs hold `diffusion_pytorch_model.fp16.safetensors`, some of them alone; sharded ones have an index."""
     folder = tiny_pipelines.sd(tmp_path / "pipe" / "tiny")

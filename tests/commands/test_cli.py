@@ -559,6 +559,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
+@pytest.mark.slow
 def test_refusals_are_light(tiny_pipeline: Path, distilled: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(distilled.read_bytes()[:-1])

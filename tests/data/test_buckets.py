@@ -122,6 +122,7 @@ def test_batches_are_of_one_shape_and_all_are_seen() -> None:
         held[torch.tensor([0, 1])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_run_on_buckets_resumes_and_splits(
     accumulate: int, folders: dict[str, Path], shapes_folder: Path, tmp_path: Path

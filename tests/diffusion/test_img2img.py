@@ -47,6 +47,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_four_steps_are_four_calls_at_any_strength(source: Path, told_times: list[float], tmp_path: Path) -> None:
     read = read_picture(source, 64).astype(float)
     errors = []

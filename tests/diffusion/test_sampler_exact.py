@@ -141,6 +141,7 @@ def run_mixture(gamma: float, tamper: Callable[[Tensor], Tensor] = lambda z: z) 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gamma", GAMMAS)
 def test_sss_with_exact_jump_keeps_a_mixture(fresh: Tensor, gamma: float) -> None:
     """n = 100,000 from the exact p_T, 4 steps; seeded, so it passes or fails for good."""
@@ -245,9 +246,10 @@ def test_gamma_0_is_the_deterministic_jump_and_gamma_1_the_consistency_step() ->
 
 def test_a_landing_floors_to_an_index_and_survives_rounding() -> None:
     whole = torch.arange(1000, dtype=torch.float64)
-    for percent in range(101):
+    for percent in range(100):
         wanted = torch.div((100 - percent) * torch.arange(1000), 100, rounding_mode="floor")
         assert torch.equal(linear_in_time(VP, whole, percent / 100), wanted.double()), percent
+    assert bool((linear_in_time(VP, whole, 1.0) == VP.clean).all()), "the end point is clean data"
     assert linear_in_time(VP, torch.tensor(90.0, dtype=torch.float64), 0.3) == 63, (
         ".7 * 90 is 62.99... in floating point"
     )

@@ -104,6 +104,7 @@ def test_text_states_are_the_encoders_own(make: Callable[..., Synthesis], backbo
     assert torch.equal(found.table["text"], states)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", ["lcm", "none"])
 @pytest.mark.parametrize(("solver", "end"), [("ddim", "index0"), ("heun", "clean")])
 def test_trajectories_of_a_set_equal_those_of_a_run(

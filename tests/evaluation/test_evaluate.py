@@ -124,6 +124,7 @@ def test_a_student_beside_a_folder_and_its_own_teacher(
     assert "pytorch_lora_weights 2 steps" in read_json(tmp_path / "out" / "figures.json")
 
 
+@pytest.mark.slow
 def test_a_student_beside_the_bundled_pictures(
     student: Path, tiny_pipeline: Path, prompt_file: Path, tmp_path: Path
 ) -> None:

@@ -133,6 +133,7 @@ def test_pictures_are_read_as_pillow_enlarges_them(backbone: Lite0Features, gall
     assert np.allclose(exclusive, small, atol=1e-4), "a picture's features depend on that picture alone"
 
 
+@pytest.mark.slow
 def test_kid_rises_with_blur_and_with_noise(backbone: Lite0Features, gallery: Gallery) -> None:
     features = Features(backbone, progress=False)
     kid = KernelDistance(features)

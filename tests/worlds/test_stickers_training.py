@@ -40,6 +40,8 @@ from fewstep_worlds.stickers.prompts import training_prompt
 from fewstep_worlds.stickers.scene import Scene
 from fewstep_worlds.stickers.settings import AutoencoderConfig, ReaderConfig, TeacherConfig
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SOURCES = Path(__file__).resolve().parents[2] / "src" / "fewstep"

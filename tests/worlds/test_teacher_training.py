@@ -35,6 +35,8 @@ from fewstep_worlds.emoji8.teacher import unet as train_unet
 from fewstep_worlds.emoji8.teacher import vae as train_vae
 from support.shapes import COLOURS, SHAPES, draw_shape
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 TINY_VAE = VaeConfig(channels=(8, 8, 8, 8), groups=4, latent_channels=4)
 TINY_UNET = UnetConfig(channels=(16, 32), heads=2, groups=8, latent_channels=4, text_width=32, captions=2)
