@@ -13,10 +13,10 @@ BEFORE_IMPORTS = stopping.install_handlers(stopping.end_at_once)
 import os
 import signal
 import sys
+from importlib import metadata
 
 from cyclopts import App, CycloptsError, Group, Parameter
 
-import fewstep
 from fewstep.commands.distill import distill, estimate
 from fewstep.commands.evaluate import evaluate
 from fewstep.commands.evaluate import report as measured
@@ -42,7 +42,7 @@ app = App(
     "fewstep",
     help="Distil a text-to-image diffusion model into one that needs 2 to 8 network evaluations; sample, measure it.",
     help_format="plaintext",
-    version=fewstep.__version__,
+    version=lambda: metadata.version("fewstep"),
     group_commands=OTHER,
     default_parameter=Parameter(allow_repeating=True),  # the last one counts; values of --set add up
     suppress_keyboard_interrupt=False,
