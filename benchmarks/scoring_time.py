@@ -22,7 +22,7 @@ import numpy as np
 from fewstep.common.provenance import commit, hardware
 from fewstep.evaluation.evaluate import TeacherPictures, evaluate_pictures
 from fewstep_worlds.emoji8 import dataset as emoji8
-from fewstep_worlds.emoji8.studies.comparison import Comparison, SharedMetrics
+from fewstep_worlds.studies.comparison import Comparison, SharedMetrics
 
 
 def noised(pictures: np.ndarray, seed: int) -> np.ndarray:

@@ -50,9 +50,10 @@ def add_commands(app: App, studies: App) -> None:
     from cyclopts import App
 
     from fewstep.commands.verb import add, shown
-    from fewstep_worlds.emoji8 import api
+    from fewstep_worlds.emoji8 import api as emoji8
     from fewstep_worlds.plane.api import playground
     from fewstep_worlds.stickers import api as stickers
+    from fewstep_worlds.studies import api
 
     add(app, api.demo)
     add(studies, playground, show=with_table)
@@ -61,10 +62,10 @@ def add_commands(app: App, studies: App) -> None:
     add(studies, api.tlcm, show=with_table)
     add(studies, api.chinese, show=with_table)
     add(studies, api.versatility, show=with_table)
-    add(studies, api.train_teacher)
-    add(studies, api.train_scorer)
-    add(studies, api.train_reward)
-    add(studies, api.teacher_card, show=api.card_lines)
+    add(studies, emoji8.train_teacher)
+    add(studies, emoji8.train_scorer)
+    add(studies, emoji8.train_reward)
+    add(studies, emoji8.teacher_card, show=emoji8.card_lines)
     scenes = App("stickers", help="Networks of sticker scenes.")
     add(scenes, stickers.autoencoder)
     add(scenes, stickers.reader)
@@ -85,15 +86,16 @@ def configs() -> dict[str, Any]:
     """Return the settings of the worlds' verbs by verb."""
     from fewstep_worlds.emoji8 import config as emoji8
     from fewstep_worlds.plane.settings import PlaneConfig
+    from fewstep_worlds.studies import settings as studies
 
     return {
         "playground": PlaneConfig(),
-        "demo": emoji8.DemoConfig(),
-        "benchmark": emoji8.BenchmarkConfig(),
-        "family": emoji8.FamilyConfig(),
-        "tlcm": emoji8.TlcmConfig(),
-        "chinese": emoji8.ChineseConfig(),
-        "versatility": emoji8.VersatilityConfig(),
+        "demo": studies.DemoConfig(),
+        "benchmark": studies.BenchmarkConfig(),
+        "family": studies.FamilyConfig(),
+        "tlcm": studies.TlcmConfig(),
+        "chinese": studies.ChineseConfig(),
+        "versatility": studies.VersatilityConfig(),
         "train-teacher": emoji8.TeacherConfig(),
         "train-scorer": emoji8.AgreementConfig(),
         "train-reward": emoji8.RewardConfig(),

@@ -27,9 +27,9 @@ from fewstep.commands.renamed import current
 from fewstep.commands.verb import unwrapped
 from fewstep.common.errors import UserError
 from fewstep.common.tensors import load_tensors, save_tensors
-from fewstep_worlds.emoji8 import api
 from fewstep_worlds.emoji8.config import TeacherConfig
 from fewstep_worlds.plane.api import playground
+from fewstep_worlds.studies import api
 
 
 @pytest.fixture(autouse=True)

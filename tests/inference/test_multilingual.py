@@ -25,9 +25,9 @@ from fewstep.inference.multilingual.sentence import UniversalSentence, Vectors
 from fewstep.inference.multilingual.settings import AdapterConfig
 from fewstep.inference.multilingual.train import train_adapter
 from fewstep.training.config import LoopConfig
-from fewstep_worlds.emoji8 import api as world_api
-from fewstep_worlds.emoji8.studies.chinese import ratio_figure
 from fewstep_worlds.emoji8.translations import Words, chinese, chinese_pairs, leaks
+from fewstep_worlds.studies import api as world_api
+from fewstep_worlds.studies.chinese import ratio_figure
 
 CAPTIONS = ("a red disc", "a blue ring", "a green bar", "a yellow square")
 TURNED = ("hong", "lan", "lü", "huang")

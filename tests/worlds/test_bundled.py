@@ -14,7 +14,7 @@ from fewstep.inference.generator import load_image_generator
 from fewstep_worlds.common import location
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8.metrics import agreement
-from fewstep_worlds.emoji8.studies.students import students_omega
+from fewstep_worlds.studies.students import students_omega
 
 ASKED = 48
 

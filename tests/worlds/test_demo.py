@@ -19,17 +19,18 @@ from fewstep.distillation.config import resolve
 from fewstep.methods.cost import step_cost
 from fewstep.methods.recipes import rows
 from fewstep_worlds.common import location
-from fewstep_worlds.emoji8 import api
+from fewstep_worlds.emoji8 import api as emoji8_api
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8 import metrics as measures
-from fewstep_worlds.emoji8.config import BenchmarkConfig, FamilyConfig, ScorerConfig
-from fewstep_worlds.emoji8.report.results import load_results
+from fewstep_worlds.emoji8.config import ScorerConfig
 from fewstep_worlds.emoji8.scorers.agreement import save_scorer
 from fewstep_worlds.emoji8.scorers.network import Scorer
 from fewstep_worlds.emoji8.scorers.text import BertStates
-from fewstep_worlds.emoji8.studies import benchmark, comparison, demo, family
-from fewstep_worlds.emoji8.studies.benchmark import best_by_rank
-from fewstep_worlds.emoji8.studies.students import train_student
+from fewstep_worlds.report.results import load_results
+from fewstep_worlds.studies import api, benchmark, comparison, demo, family
+from fewstep_worlds.studies.benchmark import best_by_rank
+from fewstep_worlds.studies.settings import BenchmarkConfig, FamilyConfig
+from fewstep_worlds.studies.students import train_student
 from support.pooled import Pooled
 
 PICTURES = 160
@@ -90,7 +91,7 @@ def test_the_demo_makes_students_a_table_and_a_page_and_goes_on_where_it_was(
 
     student = out / "tcd" / "student" / "pytorch_lora_weights.safetensors"
     before = student.read_bytes()
-    monkeypatch.setattr("fewstep_worlds.emoji8.studies.comparison.PictureStore.pictures", forbidden_after_grid(out))
+    monkeypatch.setattr("fewstep_worlds.studies.comparison.PictureStore.pictures", forbidden_after_grid(out))
     again = api.demo(out=out, overrides=small)
     assert again == report
     assert student.read_bytes() == before
@@ -99,7 +100,7 @@ def test_the_demo_makes_students_a_table_and_a_page_and_goes_on_where_it_was(
 
 def forbidden_after_grid(out: Path) -> Any:
     """Pictures of a finished demo come from its folder: nothing is drawn anew."""
-    from fewstep_worlds.emoji8.studies.comparison import PictureStore
+    from fewstep_worlds.studies.comparison import PictureStore
 
     plain = PictureStore.pictures
 
@@ -157,14 +158,14 @@ def test_the_benchmark_chooses_measures_and_goes_on_where_it_was(
     assert (out / "gamma.webp").stat().st_size > 1000
     page = report.read_bytes()
 
-    monkeypatch.setattr("fewstep_worlds.emoji8.studies.comparison.PictureStore.pictures", forbidden_after_grid(out))
+    monkeypatch.setattr("fewstep_worlds.studies.comparison.PictureStore.pictures", forbidden_after_grid(out))
     assert api.benchmark(out=out, overrides=small).read_bytes() == page
     assert load_results(out / "results.json").rows == results.rows
 
 
 @pytest.mark.slow
 def test_the_card_holds_a_teachers_settings(small_world: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
-    figures = api.teacher_card(out=tmp_path, teacher=str(tiny_pipeline), n=24, steps=2, omega=1.0)
+    figures = emoji8_api.teacher_card(out=tmp_path, teacher=str(tiny_pipeline), n=24, steps=2, omega=1.0)
     for kind in ("words of no caption, untrained", "words of no caption that the encoder was trained on"):
         by_word = figures[f"{kind}: right concept"]
         by_name = figures[f"{kind}: the same concepts by their captions' names"]
@@ -253,7 +254,7 @@ def test_the_family_spends_alike_and_measures_every_recipe_and_sampler(
     assert f"# ct, guided\nfor n in 1 2 4; do fewstep evaluate {guided}; done" in text
     assert "# tcd-2\nfor n in 2 4; do" in text
     assert "-s gamma_law=noise --steps $n" in text
-    monkeypatch.setattr("fewstep_worlds.emoji8.studies.comparison.PictureStore.pictures", forbidden_after_grid(out))
+    monkeypatch.setattr("fewstep_worlds.studies.comparison.PictureStore.pictures", forbidden_after_grid(out))
     assert api.family(out=out, overrides=words).read_text() == text
 
 

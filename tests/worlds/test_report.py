@@ -14,12 +14,12 @@ from PIL import Image
 
 from fewstep.common.errors import UserError
 from fewstep.evaluation.metric import Figure, Identity
-from fewstep_worlds.emoji8.report.claims import Claim, claims
-from fewstep_worlds.emoji8.report.curves import draw_curves, gamma_curves, step_curves
-from fewstep_worlds.emoji8.report.frame import headline, means, paired, tidy
-from fewstep_worlds.emoji8.report.page import embed_grid, write_report
-from fewstep_worlds.emoji8.report.results import Results, Row, load_results, save_results
-from fewstep_worlds.emoji8.report.tables import gains, step_table, table1
+from fewstep_worlds.report.claims import Claim, claims
+from fewstep_worlds.report.curves import draw_curves, gamma_curves, step_curves
+from fewstep_worlds.report.frame import headline, means, paired, tidy
+from fewstep_worlds.report.page import embed_grid, write_report
+from fewstep_worlds.report.results import Results, Row, load_results, save_results
+from fewstep_worlds.report.tables import gains, step_table, table1
 
 STEPS = (2, 4, 8, 20)
 # Table 1 of arXiv 2402.19159: FID and image complexity.

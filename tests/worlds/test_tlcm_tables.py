@@ -20,12 +20,13 @@ from fewstep.methods.cost import step_cost
 from fewstep.methods.rewards.reward import PreferenceScorer
 from fewstep.training.config import LoopConfig
 from fewstep_worlds.emoji8 import dataset as emoji8
-from fewstep_worlds.emoji8.config import ScorerConfig, SecondScorerConfig, TlcmConfig
+from fewstep_worlds.emoji8.config import ScorerConfig, SecondScorerConfig
 from fewstep_worlds.emoji8.scorers.agreement import save_scorer
 from fewstep_worlds.emoji8.scorers.network import Scorer
 from fewstep_worlds.emoji8.scorers.reward import load_world_scorer
 from fewstep_worlds.emoji8.scorers.second_scorer import train_second_scorer
-from fewstep_worlds.emoji8.studies import tlcm
+from fewstep_worlds.studies import tlcm
+from fewstep_worlds.studies.settings import TlcmConfig
 
 
 class Words:

@@ -17,16 +17,15 @@ from fewstep.common.tensors import save_tensors
 from fewstep.data.images import Captioned, HeldPictures
 from fewstep.data.latents import latent_set
 from fewstep.distillation.run_data import encoders_fingerprint
-from fewstep_worlds.emoji8 import api
 from fewstep_worlds.emoji8 import dataset as emoji8
-from fewstep_worlds.emoji8.config import AddOnConfig, VersatilityConfig
 from fewstep_worlds.emoji8.metrics import agreement, lite0
-from fewstep_worlds.emoji8.studies.addons import image_effects as effects
-from fewstep_worlds.emoji8.studies.addons import tasks as tasks_module
-from fewstep_worlds.emoji8.studies.addons import training
-from fewstep_worlds.emoji8.studies.addons.context import Context
-from fewstep_worlds.emoji8.studies.addons.figure import columns, kept_share, measure, tables
-from fewstep_worlds.emoji8.studies.addons.pipelines import (
+from fewstep_worlds.studies import api
+from fewstep_worlds.studies.addons import image_effects as effects
+from fewstep_worlds.studies.addons import tasks as tasks_module
+from fewstep_worlds.studies.addons import training
+from fewstep_worlds.studies.addons.context import Context
+from fewstep_worlds.studies.addons.figure import columns, kept_share, measure, tables
+from fewstep_worlds.studies.addons.pipelines import (
     Model,
     call_arguments,
     can_draw,
@@ -35,7 +34,8 @@ from fewstep_worlds.emoji8.studies.addons.pipelines import (
     images,
     pipeline,
 )
-from fewstep_worlds.emoji8.studies.addons.tasks import TASKS, people_of
+from fewstep_worlds.studies.addons.tasks import TASKS, people_of
+from fewstep_worlds.studies.settings import AddOnConfig, VersatilityConfig
 from support.shapes import COLOURS, SHAPES, draw_shape
 
 

@@ -10,9 +10,9 @@ import pandas as pd
 from pandas import DataFrame, Series
 
 from fewstep_worlds.common.tables import markdown
-from fewstep_worlds.emoji8.report.frame import headline, means, tidy
-from fewstep_worlds.emoji8.report.results import Results
-from fewstep_worlds.emoji8.report.tables import STEPS
+from fewstep_worlds.report.frame import headline, means, tidy
+from fewstep_worlds.report.results import Results
+from fewstep_worlds.report.tables import STEPS
 
 TCD, LCM, DDIM, EULER, DPMPP, TEACHER = "TCD", "LCM", "DDIM", "Euler", "DPM-Solver++(2S)", "teacher"
 TEACHER_STEPS = 50

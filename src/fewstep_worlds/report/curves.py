@@ -8,10 +8,10 @@ from typing import IO, Any
 from pandas import DataFrame
 
 from fewstep.evaluation.metric import ARROWS
-from fewstep_worlds.emoji8.report.claims import TEACHER, TEACHER_STEPS
-from fewstep_worlds.emoji8.report.frame import compared, means, swept, tidy
-from fewstep_worlds.emoji8.report.results import Results
-from fewstep_worlds.emoji8.report.tables import STEPS, better_of
+from fewstep_worlds.report.claims import TEACHER, TEACHER_STEPS
+from fewstep_worlds.report.frame import compared, means, swept, tidy
+from fewstep_worlds.report.results import Results
+from fewstep_worlds.report.tables import STEPS, better_of
 
 USUAL = ("TCD", "LCM", "DDIM", "Euler", "DPM-Solver++(2S)")
 """Methods that have the same colour in every figure."""

@@ -11,7 +11,7 @@ from pandas import DataFrame
 from fewstep.common.errors import UserError
 from fewstep.evaluation.bootstrap import paired_difference
 from fewstep.evaluation.metric import Figure
-from fewstep_worlds.emoji8.report.results import Results
+from fewstep_worlds.report.results import Results
 
 HEADLINE_GAMMA = 0.2
 """The TCD paper's gamma."""

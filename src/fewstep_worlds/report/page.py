@@ -17,11 +17,11 @@ from PIL import Image
 from fewstep.common.errors import UserError
 from fewstep.common.files import write_text
 from fewstep.evaluation.metric import ARROWS, Pictures, check_pictures
-from fewstep_worlds.emoji8.report.claims import TCD, claims
-from fewstep_worlds.emoji8.report.curves import draw_curves, gamma_curves, step_curves
-from fewstep_worlds.emoji8.report.frame import compared, headline, paired, tidy
-from fewstep_worlds.emoji8.report.results import Results
-from fewstep_worlds.emoji8.report.tables import STEPS, StepTable, better_of, decimals, step_table, table_blocks
+from fewstep_worlds.report.claims import TCD, claims
+from fewstep_worlds.report.curves import draw_curves, gamma_curves, step_curves
+from fewstep_worlds.report.frame import compared, headline, paired, tidy
+from fewstep_worlds.report.results import Results
+from fewstep_worlds.report.tables import STEPS, StepTable, better_of, decimals, step_table, table_blocks
 
 COMMAND = 'fewstep sample "a doggy, fluent 3d style" --steps 4 --out doggy.png'
 LOSSLESS = 1_200_000
@@ -53,7 +53,7 @@ def write_report(path: Path | str, results: Results, grid: Sequence[GridRow], *,
     steps = tuple(n for n in STEPS if n in {row.steps for row in results.rows}) or STEPS
     tables = [step_table(results, names, steps) for names in table_blocks(results)]
     frame = compared(tidy(results))
-    page = resources.files("fewstep_worlds.emoji8.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
+    page = resources.files("fewstep_worlds.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = environment.from_string(page).render(
         results=results,

@@ -11,8 +11,8 @@ from pandas import DataFrame
 
 from fewstep.evaluation.metric import ARROWS
 from fewstep_worlds.common.tables import markdown
-from fewstep_worlds.emoji8.report.frame import compared, means, paired, tidy
-from fewstep_worlds.emoji8.report.results import Results
+from fewstep_worlds.report.frame import compared, means, paired, tidy
+from fewstep_worlds.report.results import Results
 
 STEPS = (2, 4, 8, 20)
 """Network calls at which methods are compared, as in the TCD paper's Table 1."""

@@ -15,13 +15,12 @@ from tqdm import tqdm
 from fewstep.common import core_yaml
 from fewstep.common.files import atomic_write, write_json, write_text
 from fewstep_worlds.emoji8 import dataset as emoji8
-from fewstep_worlds.emoji8.config import BenchmarkConfig
-from fewstep_worlds.emoji8.report.claims import TEACHER_STEPS, claims, claims_table
-from fewstep_worlds.emoji8.report.curves import draw_curves, gamma_curves
-from fewstep_worlds.emoji8.report.page import write_report
-from fewstep_worlds.emoji8.report.results import Results, Row, save_results
-from fewstep_worlds.emoji8.report.tables import STEPS, table1, table_blocks
-from fewstep_worlds.emoji8.studies.comparison import (
+from fewstep_worlds.report.claims import TEACHER_STEPS, claims, claims_table
+from fewstep_worlds.report.curves import draw_curves, gamma_curves
+from fewstep_worlds.report.page import write_report
+from fewstep_worlds.report.results import Results, Row, save_results
+from fewstep_worlds.report.tables import STEPS, table1, table_blocks
+from fewstep_worlds.studies.comparison import (
     Comparison,
     Entry,
     SharedMetrics,
@@ -29,8 +28,9 @@ from fewstep_worlds.emoji8.studies.comparison import (
     student_entries,
     teacher_entry,
 )
-from fewstep_worlds.emoji8.studies.demo import picture_grid
-from fewstep_worlds.emoji8.studies.students import (
+from fewstep_worlds.studies.demo import picture_grid
+from fewstep_worlds.studies.settings import BenchmarkConfig
+from fewstep_worlds.studies.students import (
     METHODS,
     WIDER_SKIP,
     student_config,

@@ -21,12 +21,12 @@ from fewstep.inference.multilingual.adapter import Adapter, SentenceMap, load_ad
 from fewstep.inference.multilingual.train import train_adapter
 from fewstep.students.resolve import resolve_student
 from fewstep_worlds.common.tables import markdown
-from fewstep_worlds.emoji8.config import ChineseConfig
 from fewstep_worlds.emoji8.metrics import agreement
 from fewstep_worlds.emoji8.scorers.agreement import PromptAgreement
-from fewstep_worlds.emoji8.studies.comparison import Entry, PictureStore, teacher_entry
-from fewstep_worlds.emoji8.studies.students import students_omega
 from fewstep_worlds.emoji8.translations import Words, chinese_pairs, with_keywords
+from fewstep_worlds.studies.comparison import Entry, PictureStore, teacher_entry
+from fewstep_worlds.studies.settings import ChineseConfig
+from fewstep_worlds.studies.students import students_omega
 
 FORMS = ("English", "Chinese", "Chinese with keywords")
 """Forms of a prompt, in the order of the rows; the first one uses the teacher's own text encoder."""

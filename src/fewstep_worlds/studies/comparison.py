@@ -30,8 +30,8 @@ from fewstep.evaluation.features import Features
 from fewstep.evaluation.metric import Figure, Metric
 from fewstep.inference.generator import ImageGenerator, load_image_generator
 from fewstep_worlds.emoji8.metrics import Gallery, agreement, lite0, metrics, real_diversity
-from fewstep_worlds.emoji8.report.results import Results, Row, load_results, save_results
 from fewstep_worlds.emoji8.scorers.agreement import PromptAgreement
+from fewstep_worlds.report.results import Results, Row, load_results, save_results
 
 INDEX0_NOTE = "ends at index 0 (sigma = .029), as TCD does; DDIM and Euler end on clean data"
 SOLVER_NAMES = {"euler": "Euler", "ddim": "DDIM", "dpmpp_2s": "DPM-Solver++(2S)"}

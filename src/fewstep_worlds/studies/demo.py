@@ -12,12 +12,11 @@ import numpy as np
 
 from fewstep.evaluation.limits import FD_FEWEST
 from fewstep_worlds.emoji8 import dataset as emoji8
-from fewstep_worlds.emoji8.config import DemoConfig
-from fewstep_worlds.emoji8.report.claims import TEACHER_STEPS
-from fewstep_worlds.emoji8.report.page import write_report
-from fewstep_worlds.emoji8.report.results import save_results
-from fewstep_worlds.emoji8.report.tables import STEPS
-from fewstep_worlds.emoji8.studies.comparison import (
+from fewstep_worlds.report.claims import TEACHER_STEPS
+from fewstep_worlds.report.page import write_report
+from fewstep_worlds.report.results import save_results
+from fewstep_worlds.report.tables import STEPS
+from fewstep_worlds.studies.comparison import (
     Comparison,
     Entry,
     PictureStore,
@@ -26,7 +25,8 @@ from fewstep_worlds.emoji8.studies.comparison import (
     student_entries,
     teacher_entry,
 )
-from fewstep_worlds.emoji8.studies.students import (
+from fewstep_worlds.studies.settings import DemoConfig
+from fewstep_worlds.studies.students import (
     METHODS,
     WIDER_SKIP,
     student_config,

@@ -23,18 +23,18 @@ from fewstep.distillation.distill import distill, shared_cache
 from fewstep.methods.cost import step_cost
 from fewstep_worlds.common.tables import markdown
 from fewstep_worlds.emoji8 import dataset as emoji8
-from fewstep_worlds.emoji8.config import FamilyConfig
-from fewstep_worlds.emoji8.report.claims import TEACHER_STEPS
-from fewstep_worlds.emoji8.report.results import Results, Row, save_results
-from fewstep_worlds.emoji8.report.tables import table1, table_blocks
-from fewstep_worlds.emoji8.studies.comparison import (
+from fewstep_worlds.report.claims import TEACHER_STEPS
+from fewstep_worlds.report.results import Results, Row, save_results
+from fewstep_worlds.report.tables import table1, table_blocks
+from fewstep_worlds.studies.comparison import (
     Comparison,
     Entry,
     SharedMetrics,
     student_entries,
     teacher_entry,
 )
-from fewstep_worlds.emoji8.studies.students import (
+from fewstep_worlds.studies.settings import FamilyConfig
+from fewstep_worlds.studies.students import (
     WIDER_SKIP,
     override_words,
     settings_table,

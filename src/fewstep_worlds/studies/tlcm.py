@@ -30,12 +30,12 @@ from fewstep.methods.cost import step_cost
 from fewstep.training.run_folder import check_same_run
 from fewstep_worlds.common.location import root
 from fewstep_worlds.emoji8 import dataset as emoji8
-from fewstep_worlds.emoji8.config import SecondScorerConfig, TlcmConfig
-from fewstep_worlds.emoji8.report.results import Row, save_results
-from fewstep_worlds.emoji8.report.tables import Place, gains, table1, table_blocks
+from fewstep_worlds.emoji8.config import SecondScorerConfig
 from fewstep_worlds.emoji8.scorers.second_scorer import train_second_scorer
 from fewstep_worlds.emoji8.scorers.text import BertStates
-from fewstep_worlds.emoji8.studies.comparison import (
+from fewstep_worlds.report.results import Row, save_results
+from fewstep_worlds.report.tables import Place, gains, table1, table_blocks
+from fewstep_worlds.studies.comparison import (
     Comparison,
     Entry,
     SharedMetrics,
@@ -43,7 +43,8 @@ from fewstep_worlds.emoji8.studies.comparison import (
     student_entries,
     teacher_entry,
 )
-from fewstep_worlds.emoji8.studies.students import METHODS, override_words, settings_table, student_config
+from fewstep_worlds.studies.settings import TlcmConfig
+from fewstep_worlds.studies.students import METHODS, override_words, settings_table, student_config
 
 RATES = {"lcm": 3e-4, "tcd": 1e-3}
 """The learning rates that the benchmark chose for them on a validation list."""

@@ -21,9 +21,9 @@ from fewstep.evaluation.features import Features
 from fewstep.evaluation.metric import Array, Pictures
 from fewstep.training.run_folder import check_same_run
 from fewstep_worlds.emoji8 import dataset as emoji8
-from fewstep_worlds.emoji8.config import AddOnConfig, VersatilityConfig
 from fewstep_worlds.emoji8.scorers.agreement import Agreement
-from fewstep_worlds.emoji8.studies.addons import training
+from fewstep_worlds.studies.addons import training
+from fewstep_worlds.studies.settings import AddOnConfig, VersatilityConfig
 
 CAPTIONS = 4
 """Captions drawn of each training picture."""

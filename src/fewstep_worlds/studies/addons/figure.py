@@ -25,13 +25,13 @@ from fewstep.evaluation.metric import Array, Figure
 from fewstep.inference.image_grid import labelled_grid, save_image
 from fewstep.students.resolve import student_place
 from fewstep_worlds.common.tables import markdown
-from fewstep_worlds.emoji8.config import VersatilityConfig
 from fewstep_worlds.emoji8.metrics import agreement, lite0
-from fewstep_worlds.emoji8.studies.addons.context import Context
-from fewstep_worlds.emoji8.studies.addons.pipelines import Model, can_draw
-from fewstep_worlds.emoji8.studies.addons.tasks import GAMMAS, PICTURE_TASKS, STRENGTHS, TASKS, Task
-from fewstep_worlds.emoji8.studies.comparison import stored_pictures
-from fewstep_worlds.emoji8.studies.students import students_omega
+from fewstep_worlds.studies.addons.context import Context
+from fewstep_worlds.studies.addons.pipelines import Model, can_draw
+from fewstep_worlds.studies.addons.tasks import GAMMAS, PICTURE_TASKS, STRENGTHS, TASKS, Task
+from fewstep_worlds.studies.comparison import stored_pictures
+from fewstep_worlds.studies.settings import VersatilityConfig
+from fewstep_worlds.studies.students import students_omega
 
 
 @dataclass(frozen=True)

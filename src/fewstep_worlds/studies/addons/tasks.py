@@ -21,11 +21,10 @@ from fewstep.common.tensors import digest
 from fewstep.data.images import Captioned, HeldPictures
 from fewstep.evaluation.metric import Array
 from fewstep_worlds.emoji8 import dataset as emoji8
-from fewstep_worlds.emoji8.config import AddOnConfig
-from fewstep_worlds.emoji8.studies.addons import image_effects as effects
-from fewstep_worlds.emoji8.studies.addons import training
-from fewstep_worlds.emoji8.studies.addons.context import CAPTIONS, Context
-from fewstep_worlds.emoji8.studies.addons.pipelines import (
+from fewstep_worlds.studies.addons import image_effects as effects
+from fewstep_worlds.studies.addons import training
+from fewstep_worlds.studies.addons.context import CAPTIONS, Context
+from fewstep_worlds.studies.addons.pipelines import (
     Model,
     call_arguments,
     draw_from_features,
@@ -33,6 +32,7 @@ from fewstep_worlds.emoji8.studies.addons.pipelines import (
     images,
     pipeline,
 )
+from fewstep_worlds.studies.settings import AddOnConfig
 
 PEOPLE = ("people-body", "smileys-emotion")
 """Groups of concepts that have a skin."""

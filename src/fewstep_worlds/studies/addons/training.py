@@ -25,7 +25,7 @@ from fewstep.training.config import LoopConfig, OptimConfig
 from fewstep.training.loss import Loss
 from fewstep.training.update import Batch, Update
 from fewstep_worlds.common.training import fit
-from fewstep_worlds.emoji8.config import AddOnConfig
+from fewstep_worlds.studies.settings import AddOnConfig
 
 Predict = Callable[[Tensor, Tensor, Tensor, Tensor, KeyedRng], Tensor]
 """(x_t, t int64 [B], text states, numbers of the samples, draws) -> predicted noise."""
