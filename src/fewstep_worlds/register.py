@@ -70,6 +70,8 @@ def add_commands(app: App, studies: App) -> None:
     add(scenes, stickers.autoencoder)
     add(scenes, stickers.reader)
     add(scenes, stickers.reader_report, show=shown)
+    add(scenes, stickers.reward)
+    add(scenes, stickers.reward_report, show=shown)
     add(scenes, stickers.teacher)
     add(scenes, stickers.teacher_report, show=shown)
     studies.command(scenes)

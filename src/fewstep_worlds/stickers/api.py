@@ -73,6 +73,45 @@ def reader_report(*, reader: Path | str, autoencoder: Path | str | None = None, 
 
 
 @checked
+def reward(*, out: Path | str = "runs/stickers/reward", overrides: str | Sequence[str] = ()) -> Path:
+    """Train the preference scorer, which gives a picture a number for a prompt.
+
+    Args:
+        out: run folder; a stopped run is resumed from it.
+        overrides: setting, key=value. May be repeated.
+    """
+    from fewstep_worlds.stickers.settings import RewardConfig
+
+    config = validate(RewardConfig, parse_overrides(overrides, RewardConfig))
+
+    from fewstep.common.accelerator import make_accelerator
+    from fewstep.common.device import pick_device
+    from fewstep_worlds.stickers.reward import save_reward
+    from fewstep_worlds.stickers.reward_training import train_reward, vocabulary
+
+    trained = train_reward(config, Path(out), make_accelerator(config.loop.precision, pick_device("auto")))
+    save_reward(trained, vocabulary(), Path(out) / "final")
+    return Path(out) / "final"
+
+
+@checked
+def reward_report(*, reward: Path | str, n: int = 2000) -> str:
+    """Measure how often a preference scorer prefers the true prompt of an unseen scene to one with a wrong fact.
+
+    Args:
+        reward: folder of a finished preference scorer.
+        n: scenes of each condition: real, of held-out kinds, blurred, noised.
+    """
+    from fewstep.commands.sample import check_positive
+    from fewstep_worlds.stickers.accuracy import as_table
+    from fewstep_worlds.stickers.reward import load_reward
+    from fewstep_worlds.stickers.reward_training import reward_report
+
+    check_positive("n", n)
+    return as_table(reward_report(load_reward(Path(reward)), n))
+
+
+@checked
 def teacher(
     *, target: Path | str, out: Path | str = "runs/stickers/teacher", overrides: str | Sequence[str] = ()
 ) -> Path:

@@ -24,6 +24,7 @@ Result = TypeVar("Result")
 
 TRAINING_SEED = 0
 READER_SEED = 2
+REWARD_SEED = 3
 REFERENCE_SEED = 1
 """Seed of unseen scenes: references of distances, and validation."""
 
@@ -93,15 +94,15 @@ class SceneWorkers:
 
     def pictures(self, indices: Sequence[int] | np.ndarray) -> Picture:
         """Return the pictures of training scenes, uint8 [N, 64, 64, 3]."""
-        return np.concatenate(self._run(draw_training_scenes, indices))
+        return np.concatenate(self.run(draw_training_scenes, indices))
 
     def captioned(self, indices: Sequence[int] | np.ndarray) -> tuple[Picture, list[str]]:
         """Return the pictures of training scenes, uint8 [N, 64, 64, 3], and an English prompt of each."""
-        pictures, prompts = zip(*self._run(draw_captioned, indices), strict=True)
+        pictures, prompts = zip(*self.run(draw_captioned, indices), strict=True)
         return np.concatenate(pictures), [prompt for part in prompts for prompt in part]
 
-    def _run(self, job: Callable[[int, np.ndarray, Path], Result], indices: Sequence[int] | np.ndarray) -> list[Result]:
-        """Return a job's results on equal parts of the indices, in order."""
+    def run(self, job: Callable[[int, np.ndarray, Path], Result], indices: Sequence[int] | np.ndarray) -> list[Result]:
+        """Return the results of a module's function (seed, indices, folder) on equal parts of the indices, in order."""
         parts = [part for part in np.array_split(np.asarray(indices), self._workers or 1) if len(part)]
         if self._pool is None:
             return [job(self.seed, part, self.folder) for part in parts]

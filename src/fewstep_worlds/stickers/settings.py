@@ -61,6 +61,34 @@ class ReaderConfig(Config):
         return self
 
 
+class RewardConfig(Config):
+    """The preference scorer: a network that compares a picture with a prompt."""
+
+    channels: tuple[int, int, int] = Field((32, 64, 96), description="channels at 32x32, 16x16 and 8x8")
+    blocks: tuple[int, int] = Field((2, 2), description="residual blocks at 16x16 and 8x8")
+    groups: int = Field(8, ge=1, description="groups of the group norms")
+    width: int = Field(96, ge=4, multiple_of=4, description="numbers of a word's state")
+    layers: int = Field(2, ge=1, description="layers of the text transformer")
+    queries: int = Field(8, ge=1, description="maps of the picture that a prompt is compared by")
+    hidden: int = Field(64, ge=1, description="hidden numbers of the comparison")
+    others: int = Field(5, ge=0, description="prompts of other scenes that a picture is compared with")
+    damaged: float = Field(0.5, ge=0, le=1, description="share of pictures that are blurred and noised")
+    blur: float = Field(1.5, ge=0, description="largest standard deviation of the blur, in pixels")
+    noise: float = Field(0.25, ge=0, description="largest standard deviation of the noise, pictures being in [-1, 1]")
+    workers: int = Field(1, ge=0, description="processes that draw scenes; 0 for the training process")
+    loop: LoopConfig = LoopConfig(
+        steps=4000, batch=32, save_every=250, validate_every=1000, log_every=50, precision="bf16", seed=3
+    )
+    optim: OptimConfig = OptimConfig(
+        lr=1e-3, betas=(0.9, 0.99), warmup=200, decay="cooldown", ema=0.998, weight_decay=0.02
+    )
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        check_groups(self.channels, self.groups)
+        return self
+
+
 class TeacherConfig(UnetShape):
     """The teacher: an eps-prediction UNet over 16x16 latents with cross-attention to the text states below the top."""
 
