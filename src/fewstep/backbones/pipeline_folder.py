@@ -280,7 +280,7 @@ def read_folder(path: Path | str, field: str = "teacher") -> PipelineFolder:
         check_weights(path / component)
     _check_configs(folder, data)
     check_terminal_snr(folder.config("scheduler"))
-    _ = folder.latent_shape  # an inpainting network, say, is refused here
+    _ = folder.latent_shape  # refuses an inpainting network, for example
     if name == CONSISTENCY and not folder.embeds_guidance:
         raise UserError(
             f"{what} is a {name} whose {folder.network} has no time_cond_proj_dim, the input of its guidance; a "

@@ -15,7 +15,7 @@ from cyclopts import App, Group, Parameter
 from fewstep.common.arguments import argument_types
 
 
-def say(text: str) -> None:
+def print_once(text: str) -> None:
     """Print text, once for all processes of a launch (`torchrun` gives each its RANK)."""
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
@@ -62,7 +62,7 @@ def add(
         else:
             lines = list(show(function(*args, **options), bound.arguments))
         if lines:
-            say("\n".join(lines))
+            print_once("\n".join(lines))
 
     kinds = argument_types(function)
     parameters = [

@@ -1,4 +1,4 @@
-"""Drawing latents by the inference settings that travel with a student."""
+"""Draw latents with the inference settings stored with a student."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def model_card(
     tags = ["text-to-image", "diffusers", "fewstep", *(["lora"] if form in ADAPTERS else [])]
     front += ["tags:", *(f"  - {tag}" for tag in tags)]
     rows = {
-        "method": record.get("method", "not said"),
+        "method": record.get("method", "not recorded"),
         "network calls": sampling["steps"],
         "sampler": sampling["sampler"],
         "gamma": f"{sampling['gamma']:g} (by {sampling['gamma_law']})" if sampling["sampler"] == "sss" else "-",
@@ -93,7 +93,7 @@ def model_card(
         "end point": sampling["end"],
         "guidance": f"omega {guidance.get('omega', 0):g}, diffusers' guidance_scale {guidance.get('scale', 1):g}",
         "prediction, path": f"{record.get('prediction')}, {record.get('path')}",
-        "base": f"{pipeline}, {network} sha256 {str(record.get('base', ''))[:16] or 'not said'}",
+        "base": f"{pipeline}, {network} sha256 {str(record.get('base', ''))[:16] or 'not recorded'}",
     }
     if "rank" in record and form in ADAPTERS:
         rows["rank, alpha"] = f"{record['rank']}, {record['alpha']:g}"
@@ -120,6 +120,6 @@ def model_card(
         "is the pipeline that it was distilled from, whose licence goes on to hold.",
         *(["## In diffusers\n\n" + inside] if (network == "unet" if extra else reader != "fewstep") else []),
         "## By the command\n\n" + _command(form, name, file, prompt),
-        "## All that the file says\n\n```json\n" + json.dumps(record, indent=2, ensure_ascii=False) + "\n```",
+        "## All recorded settings\n\n```json\n" + json.dumps(record, indent=2, ensure_ascii=False) + "\n```",
     ]
     return "\n\n".join(parts) + "\n"

@@ -50,7 +50,7 @@ def _trajectories(axes: Any, run: PlaneRun) -> None:
     points = [scaled(path, teacher.flow(x, t, times_of(float(s), x)), times_of(float(s), x)) for s in stops]
     lines = torch.stack(points)
     axes.plot(lines[:, :, 0].numpy(), lines[:, :, 1].numpy(), color=FAINT, linewidth=0.7, zorder=1)
-    jump = run.jumper(count=len(x))
+    jump = run.jump_fn(count=len(x))
     only_end = run.config.sampling.step_jump in ("skip", "cm_skip")
     shares = [1.0] if only_end else [(i + 1) / STOPS for i in range(STOPS)]
     for share in shares:
@@ -71,7 +71,7 @@ def _errors(axes: Any, run: PlaneRun, measured: PlaneFigures) -> None:
     teacher, path = run.teacher, run.teacher.path
     x = teacher.sample(160, path.noisiest, torch.Generator().manual_seed(4))
     t, s = times_of(path.noisiest, x), times_of(landing_end(run), x)
-    landed, exact = run.jumper(count=len(x))(x.float(), t, s).double(), teacher.flow(x, t, s)
+    landed, exact = run.jump_fn(count=len(x))(x.float(), t, s).double(), teacher.flow(x, t, s)
     both = torch.stack([exact, landed])
     axes.plot(both[:, :, 0].numpy(), both[:, :, 1].numpy(), color=WRONG, linewidth=0.6, zorder=1)
     axes.scatter(exact[:, 0], exact[:, 1], s=6, color=FAINT, zorder=2, linewidths=0)

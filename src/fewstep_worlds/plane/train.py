@@ -51,7 +51,7 @@ class PlaneRun:
     student: Student
     denoiser: Denoiser
 
-    def jumper(self, count: int) -> JumpFn:
+    def jump_fn(self, count: int) -> JumpFn:
         """Return the student's own jump of `count` points."""
         sampling = self.config.sampling
         step = student_step(sampling.step_jump, sampling.r, sampling.form)
@@ -231,7 +231,7 @@ def measure(run: PlaneRun) -> PlaneFigures:
     floor = teacher.energy(teacher.sample(config.shown, end, generator), end)
     x = teacher.sample(config.shown, path.noisiest, generator)
     t, s = times_of(path.noisiest, x), times_of(end, x)
-    jump = run.jumper(count=len(x))
+    jump = run.jump_fn(count=len(x))
 
     def error(x_t: Tensor, t: Tensor, s: Tensor) -> float:
         away = jump(x_t.float(), t, s).double() - teacher.flow(x_t, t, s)

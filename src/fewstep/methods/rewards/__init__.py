@@ -1,1 +1,1 @@
-"""Preference scorers: differentiable numbers that say how well people would like a picture for a prompt."""
+"""Preference scorers: differentiable scores of how well people would like a picture for a prompt."""
