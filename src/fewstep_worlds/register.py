@@ -1,48 +1,37 @@
-"""The bundled world as a `fewstep.common.defaults.World`: Emoji-8, and the verbs of all worlds."""
+"""The bundled world as a `fewstep.common.defaults.World`: that of `root()`, and the verbs of all worlds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from fewstep_worlds.common.location import root
-from fewstep_worlds.emoji8.dataset import SIZE, captioned, captions_alone, read_prompts
+from fewstep.common.errors import UserError
+from fewstep_worlds.common.location import STICKERS, root
 
 if TYPE_CHECKING:
-    import torch
     from cyclopts import App
 
-    from fewstep.evaluation.features import Features
-    from fewstep.evaluation.suite import Suite
-    from fewstep.inference.multilingual.pairs import Pair
-    from fewstep.methods.rewards.reward import PreferenceScorer
 
-__all__ = ["CAPTIONS", "PICTURES", "SIZE", "STUDENTS", "captioned", "captions_alone", "read_prompts", "root"]
+def bundled() -> ModuleType:
+    """Return the module of sticker scenes if `root()` holds their sheets, or else that of Emoji-8."""
+    try:
+        found = (root() / STICKERS).is_dir()
+    except UserError:
+        found = False
+    if found:
+        from fewstep_worlds.stickers import world
 
-PICTURES, CAPTIONS = "emoji8", "captions"
-STUDENTS = ("tcd",)
+        return world
+    from fewstep_worlds.emoji8 import world as emoji8
 
-
-def suite(prompts: Sequence[str], seed: int, features: Features) -> Suite:
-    """Return Emoji-8's metrics and the real pictures of the prompts."""
-    from fewstep_worlds.emoji8.metrics import emoji8_suite
-
-    return emoji8_suite(prompts, seed, features)
+    return emoji8
 
 
-def load_scorer(device: torch.device) -> PreferenceScorer:
-    """Return Emoji-8's preference scorer."""
-    from fewstep_worlds.emoji8.scorers.reward import load_world_scorer, sentence_encoder
-
-    return load_world_scorer(sentence_encoder(), device)
-
-
-def text_pairs() -> tuple[Pair, ...]:
-    """Return Emoji-8's Chinese captions with their English ones."""
-    from fewstep_worlds.emoji8.translations import chinese_pairs
-
-    return chinese_pairs()
+def __getattr__(name: str) -> Any:
+    """Return a member of the bundled world."""
+    return getattr(bundled(), name)
 
 
 def add_commands(app: App, studies: App) -> None:
@@ -88,6 +77,7 @@ def configs() -> dict[str, Any]:
     """Return the settings of the worlds' verbs by verb."""
     from fewstep_worlds.emoji8 import config as emoji8
     from fewstep_worlds.plane.settings import PlaneConfig
+    from fewstep_worlds.stickers import settings as stickers
     from fewstep_worlds.studies import settings as studies
 
     return {
@@ -101,4 +91,7 @@ def configs() -> dict[str, Any]:
         "train-teacher": emoji8.TeacherConfig(),
         "train-scorer": emoji8.AgreementConfig(),
         "train-reward": emoji8.RewardConfig(),
+        "stickers autoencoder": stickers.AutoencoderConfig(),
+        "stickers reader": stickers.ReaderConfig(),
+        "stickers teacher": stickers.TeacherConfig(),
     }

@@ -110,8 +110,23 @@ SCALED = b" scaled to 8 bits"
 """Mark of pictures that older versions read otherwise, by clipping."""
 
 
-PictureSet = HeldPictures | PictureFiles
-"""N pictures of one size; with buckets their own shapes are read apart."""
+class PictureSet(Protocol):
+    """N pictures of one size; with buckets their own shapes are read apart."""
+
+    @property
+    def size(self) -> int:
+        """Pixels a side."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Return some of them, uint8 [n, size, size, 3]."""
+
+    def identities(self) -> list[bytes]:
+        """Return a SHA-256 that identifies each picture."""
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 that identifies the set."""
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ def evaluate_pictures(
                 figure = metric.reduce_matched(features, against, seed)
             else:
                 figure = metric.reduce(features, against, seed)
-            floor = reference.floor_of(metric, figure.n, seed) if reference and identity is own else None
+            floor = reference.floor_of(metric, len(pictures), seed) if reference and identity is own else None
             identity = replace(identity, n=figure.n, seed=seed)
             figures[identity.name] = replace(figure, floor=floor, identity=identity)
     return figures

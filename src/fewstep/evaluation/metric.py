@@ -14,9 +14,9 @@ from fewstep.common.errors import UserError
 Pictures: TypeAlias = npt.NDArray[np.uint8]
 """uint8 RGB [N, H, W, 3]."""
 Array: TypeAlias = npt.NDArray[np.floating[Any]]
-Group = Literal["quality", "teacher", "prompt", "detail"]
+Group = Literal["quality", "teacher", "prompt", "category", "detail"]
 """Question that a metric answers: how good pictures are as a set, how near each is to the teacher's, how well they fit
-their prompts, how much fine structure they have."""
+their prompts, how well those of one category do, how much fine structure they have."""
 Against = Literal["nothing", "real", "teacher"]
 """What the reduction compares with: nothing, a set of real pictures, or the teacher's picture of each prompt."""
 ARROWS = {"lower": " ↓", "higher": " ↑", "neither": ""}

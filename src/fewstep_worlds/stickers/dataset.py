@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -35,8 +36,17 @@ def draw_scenes(seed: int, indices: Iterable[int], split: str = "train", folder:
     Raises:
         UserError: the sprite sheets cannot be read.
     """
+    return draw_all((make_scene(seed, int(index), split) for index in indices), folder)
+
+
+def draw_all(scenes: Iterable[Scene], folder: Path | None = None) -> Picture:
+    """Return the pictures of given scenes, uint8 [N, 64, 64, 3].
+
+    Raises:
+        UserError: the sprite sheets cannot be read.
+    """
     sprites = load_sprites(folder or sprite_folder())
-    pictures = [draw_scene(make_scene(seed, int(index), split), sprites) for index in indices]
+    pictures = [draw_scene(scene, sprites) for scene in scenes]
     return np.stack(pictures) if pictures else np.zeros((0, SIDE, SIDE, 3), np.uint8)
 
 
@@ -76,6 +86,30 @@ def _follow_parent() -> None:
         os._exit(0)
 
     threading.Thread(target=follow, daemon=True).start()
+
+
+@dataclass(frozen=True)
+class ScenePictures:
+    """The first training scenes as a `fewstep.data.images.PictureSet`, drawn when they are used."""
+
+    count: int
+    size: int = SIDE
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, rows: Sequence[int] | np.ndarray) -> Picture:
+        """Return the pictures of some scenes, uint8 [N, 64, 64, 3]."""
+        return draw_scenes(TRAINING_SEED, rows)
+
+    def identities(self) -> list[bytes]:
+        """Return a SHA-256 for each scene, of the sheets and its number."""
+        drawn_from = fingerprint()
+        return [hashlib.sha256(f"{drawn_from} {TRAINING_SEED} {row}".encode()).digest() for row in range(self.count)]
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of the sheets and the number of scenes."""
+        return hashlib.sha256(f"{fingerprint()} {TRAINING_SEED} {self.count}".encode()).hexdigest()
 
 
 class SceneWorkers:

@@ -38,6 +38,8 @@ def training_prompt(scene: Scene, seed: int, index: int, language: LanguageName 
 def unseen_prompts(name: str, n: int, seed: int, language: LanguageName = "english") -> list[Prompt]:
     """Return the first `n` prompts of a set; `seed` is another than that of training scenes.
 
+    Prompts of a kind of held-out pictures state what is held out.
+
     Raises:
         UserError: an unknown set, or one of the other language.
     """
@@ -53,12 +55,19 @@ def unseen_prompts(name: str, n: int, seed: int, language: LanguageName = "engli
         claim = make_claim(scene, rng)
         if name == "synonym" and any(banned.issuperset(CONCEPTS[concept].words) for concept, _ in claim.things):
             continue
+        if name in heldout.KINDS and stated_kinds(claim) != {name}:
+            continue
         if language == "chinese" and _held_out_chinese(claim) != wanted:
             continue
         found.append(Prompt(write(claim, language, rng, banned), claim, scene))
         if len(found) == n:
             break
     return found
+
+
+def stated_kinds(claim: Claim) -> frozenset[str]:
+    """Return which kinds of held-out pictures a claim states."""
+    return heldout.held_out_kinds({concept for concept, _ in claim.things}, claim.style or "", claim.colour or "")
 
 
 def _all_but_held_out() -> frozenset[str]:

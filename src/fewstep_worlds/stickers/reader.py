@@ -46,6 +46,7 @@ SPREAD = 0.8
 PEAK = 0.4
 """Smallest value of a centre."""
 CLASSES: dict[str, tuple[str, ...]] = {"colour": tuple(COLOURS), "pattern": PATTERNS, "style": STYLES}
+WEIGHTS = "reader.safetensors"
 VALIDATION_SCENES = 1000
 """Unseen scenes of a validation."""
 
@@ -186,7 +187,7 @@ def save_reader(reader: Reader, folder: Path) -> None:
     """Write reader.json and reader.safetensors, atomically."""
     with atomic_folder(folder) as part:
         write_json(part / "reader.json", {"channels": reader.config.channels, "blocks": reader.config.blocks})
-        save_tensors(part / "reader.safetensors", {k: v.half().contiguous() for k, v in reader.state_dict().items()})
+        save_tensors(part / WEIGHTS, {k: v.half().contiguous() for k, v in reader.state_dict().items()})
 
 
 def load_reader(folder: Path) -> Reader:
@@ -196,7 +197,7 @@ def load_reader(folder: Path) -> Reader:
         UserError: it cannot be read.
     """
     reader = Reader(validate(ReaderConfig, read_json(folder / "reader.json")))
-    tensors = load_tensors(folder / "reader.safetensors")
+    tensors = load_tensors(folder / WEIGHTS)
     reader.load_state_dict({name: value.float() for name, value in tensors.items()})
     speed_up(reader)
     return reader.eval()

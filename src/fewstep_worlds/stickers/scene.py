@@ -116,21 +116,27 @@ def make_scene(seed: int, index: int, split: str = "train") -> Scene:
     rng = generator(seed, f"stickers {split}", index)
     wanted = frozenset() if split == "train" else frozenset((split,))
     kind, concepts, style, colour = _contents(rng, wanted)
-    pattern = _weighted(rng, PATTERN_SHARES)
+    background = make_background(rng, colour)
+    return Scene(style, background, place(rng, concepts, apart=kind == "relation"))
+
+
+def make_background(rng: np.random.Generator, colour: str, pattern: str | None = None) -> Background:
+    """Return a background of a colour, with the pattern or any."""
+    pattern = pattern or weighted(rng, PATTERN_SHARES)
     angle = float(rng.uniform(0, 360))
     if pattern in ("checks", "dots", "stars"):
         angle = 45.0 * int(rng.integers(2))
-    background = Background(
-        pattern, colour, angle, float(rng.uniform(*_periods(pattern))), (float(rng.random()), float(rng.random()))
-    )
-    return Scene(style, background, _place(rng, concepts, apart=kind == "relation"))
+    period, phase = float(rng.uniform(*_periods(pattern))), (float(rng.random()), float(rng.random()))
+    return Background(pattern, colour, angle, period, phase)
 
 
-def _pick(rng: np.random.Generator, choices: tuple[str, ...]) -> str:
+def pick(rng: np.random.Generator, choices: tuple[str, ...]) -> str:
+    """Return any of the choices."""
     return choices[int(rng.integers(len(choices)))]
 
 
-def _weighted(rng: np.random.Generator, weights: Mapping[Choice, float]) -> Choice:
+def weighted(rng: np.random.Generator, weights: Mapping[Choice, float]) -> Choice:
+    """Return a choice by its probability."""
     return list(weights)[int(np.searchsorted(np.cumsum(list(weights.values())), rng.random(), side="right"))]
 
 
@@ -142,19 +148,19 @@ def _contents(rng: np.random.Generator, wanted: frozenset[str]) -> tuple[str, li
     while True:
         kind, concepts = _concepts(rng)
         for _ in range(STYLE_TRIES):
-            style, colour = _pick(rng, STYLES), _pick(rng, tuple(COLOURS))
+            style, colour = pick(rng, STYLES), pick(rng, tuple(COLOURS))
             if held_out_kinds(set(concepts), style, colour) == wanted:
                 return kind, concepts, style, colour
 
 
 def _concepts(rng: np.random.Generator) -> tuple[str, list[str]]:
     """Return the kind of scene, and the concept of each sticker."""
-    kind = _weighted(rng, KINDS)
+    kind = weighted(rng, KINDS)
     first, second = (NAMES[i] for i in rng.choice(len(NAMES), 2, replace=False))
     if kind == "single":
         return kind, [first]
     if kind == "several":
-        return kind, [first] * _weighted(rng, COUNTS)
+        return kind, [first] * weighted(rng, COUNTS)
     if kind == "relation" or rng.random() < 0.4:
         return kind, [first, second]
     return kind, [first] * int(rng.integers(1, 5)) + [second] * int(rng.integers(1, 5))
@@ -164,7 +170,7 @@ def _periods(pattern: str) -> tuple[float, float]:
     return {"stars": (12.0, 17.0), "dots": (8.0, 14.0)}.get(pattern, (8.0, 16.0))
 
 
-def _place(rng: np.random.Generator, concepts: list[str], apart: bool) -> tuple[Sticker, ...]:
+def place(rng: np.random.Generator, concepts: list[str], apart: bool) -> tuple[Sticker, ...]:
     """Return a sticker of each concept, none on another; `apart` puts the first one clearly beside the second."""
     count = len(concepts)
     low, high = SIZES[count]

@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from fewstep.common.errors import UserError
+from fewstep_worlds.common.location import STICKERS, root
 from fewstep_worlds.stickers.vocabulary import NAMES, STYLES
 
 EDGE = 64
@@ -24,9 +25,9 @@ Sprites = Mapping[tuple[str, str], Mapping[int, Image.Image]]
 
 
 def sprite_folder() -> Path:
-    """Return the folder of the sheets: $FEWSTEP_STICKERS, or else `world/stickers` of the checkout."""
+    """Return the folder of the sheets: $FEWSTEP_STICKERS, or else that of the bundled world."""
     named = os.environ.get(FOLDER_VARIABLE)
-    return Path(named) if named else Path(__file__).resolve().parents[3] / "world" / "stickers"
+    return Path(named) if named else root() / STICKERS
 
 
 @lru_cache(maxsize=2)

@@ -1,0 +1,115 @@
+"""Sticker scenes as a `fewstep.common.defaults.World`, without the verbs. Light: no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from fewstep.common.errors import UserError, did_you_mean
+from fewstep.data.images import Captioned, from_prompts
+from fewstep_worlds.common.location import root
+from fewstep_worlds.stickers.dataset import TRAINING_SEED, ScenePictures
+from fewstep_worlds.stickers.prompts import training_prompt, unseen_prompts
+from fewstep_worlds.stickers.scene import SIDE, make_scene
+
+if TYPE_CHECKING:
+    import torch
+
+    from fewstep.evaluation.features import Features
+    from fewstep.evaluation.suite import Suite
+    from fewstep.inference.multilingual.pairs import Pair
+    from fewstep.methods.rewards.reward import PreferenceScorer
+
+__all__ = ["CAPTIONS", "PICTURES", "SIZE", "STUDENTS", "captioned", "captions_alone", "read_prompts", "root"]
+
+PICTURES, CAPTIONS = "stickers", "captions"
+SIZE = SIDE
+STUDENTS = ("tcd", "lcm", "tlcm")
+SCENES = 2**16
+"""Training scenes of a distillation: no picture is seen twice in 1,024 steps of 64. Their captions take 15 s."""
+TRANSLATED = 20_000
+"""Training scenes with a Chinese and an English sentence, at most."""
+
+
+@dataclass(frozen=True)
+class PromptList:
+    """The first `count` distinct prompts of a set (`prompts.SETS`) from a seed that no training has."""
+
+    set: str
+    count: int
+    seed: int
+
+
+LISTS = {
+    "validation": PromptList("open", 500, 101),
+    "gamma": PromptList("open", 500, 102),
+    "benchmark": PromptList("open", 2500, 103),
+    "heldout-pair": PromptList("pair", 500, 104),
+    "heldout-style": PromptList("concept_style", 500, 105),
+    "heldout-colour": PromptList("concept_colour", 500, 106),
+    "synonym": PromptList("synonym", 500, 107),
+    "style": PromptList("style", 500, 108),
+}
+
+
+@lru_cache(maxsize=1)
+def _caption_table(captions: int, seed: int) -> list[list[str]]:
+    """Return `captions` sentences about each training scene; the first one of seed 0 is the teacher's."""
+    table = []
+    for index in range(SCENES):
+        scene = make_scene(TRAINING_SEED, index)
+        prompts = (training_prompt(scene, seed, index + SCENES * number) for number in range(captions))
+        table.append([prompt.text for prompt in prompts if prompt])
+    return table
+
+
+def captioned(captions: int, seed: int) -> Captioned:
+    """Return the training scenes with `captions` captions each."""
+    return Captioned(ScenePictures(SCENES), _caption_table(captions, seed))
+
+
+def captions_alone(captions: int, seed: int) -> Captioned:
+    """Return the same captions alone."""
+    return from_prompts([caption for row in _caption_table(captions, seed) for caption in row])
+
+
+@lru_cache(maxsize=len(LISTS))
+def read_prompts(name: str) -> tuple[str, ...]:
+    """Return one of the prompt lists.
+
+    Raises:
+        UserError: there is no list of that name.
+    """
+    if name not in LISTS:
+        raise UserError(f"prompt list {name!r} is unknown; give one of {', '.join(LISTS)}{did_you_mean(name, LISTS)}")
+    wanted = LISTS[name]
+    drawn = unseen_prompts(wanted.set, wanted.count + wanted.count // 5, wanted.seed)
+    return tuple(dict.fromkeys(prompt.text for prompt in drawn))[: wanted.count]
+
+
+def suite(prompts: Sequence[str], seed: int, features: Features) -> Suite:
+    """Return the metrics of sticker scenes and real pictures of the prompts."""
+    from fewstep_worlds.stickers.metrics import sticker_suite
+
+    return sticker_suite(prompts, seed, features)
+
+
+def load_scorer(device: torch.device) -> PreferenceScorer:
+    """Return the preference scorer."""
+    raise UserError("method.reward.scorer = 'world': sticker scenes have no preference scorer yet; name one")
+
+
+def text_pairs() -> tuple[Pair, ...]:
+    """Return Chinese sentences about training scenes with the English ones that state the same."""
+    from fewstep.inference.multilingual.pairs import Pair
+
+    pairs = []
+    for index in range(TRANSLATED):
+        scene = make_scene(TRAINING_SEED, index)
+        chinese = training_prompt(scene, TRAINING_SEED, index, "chinese")
+        english = training_prompt(scene, TRAINING_SEED, index)
+        if chinese and english:
+            pairs.append(Pair(chinese.text, english.text))
+    return tuple(pairs)
