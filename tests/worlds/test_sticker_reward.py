@@ -155,6 +155,37 @@ def test_a_run_is_resumed_exactly(sticker_sheets: Path, tmp_path: Path) -> None:
         assert torch.equal(resumed.state_dict()[name], tensor), name
 
 
+def test_accuracy_counts_true_prompts_above_wrong_ones(
+    sticker_sheets: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores that are right but for the first scene's first wrong prompt, and equal for its second."""
+
+    def logits(_: object, pictures: torch.Tensor, choices: list[wrong_claims.Choice]) -> np.ndarray:
+        assert pictures.shape == (20, 3, 64, 64)
+        found = np.tile([1.0, 0, 0, 0, 0, 0, 0], (len(choices), 1))
+        found[0, 1:3] = 2, 1
+        return found
+
+    monkeypatch.setattr(reward_training, "choice_logits", logits)
+    rows = reward_training.reward_report(load_reward(folder), 20, sticker_sheets)
+    assert list(rows) == ["real", *(f"real, held out: {kind}" for kind in KINDS), "blurred", "noised"]
+    for shares in rows.values():
+        assert (shares["all"].right, shares["all"].n) == (118, 120)
+        assert (shares["first"].right, shares["first"].n) == (19, 20)
+        assert sum(share.n for name, share in shares.items() if name.startswith("fact ")) == 120
+    assert (rows["real"]["fact concepts"].right, rows["real"]["fact concepts"].n) == (19, 20)
+
+
+def test_a_choice_is_compared_as_its_prompts_are_scored(sticker_sheets: Path, folder: Path) -> None:
+    scorer = load_reward(folder)
+    drawn, choices = wrong_claims.draw_choices(5, np.arange(5), sticker_sheets)
+    pictures = reward_training.damaged(drawn, 0.0, 0.0)
+    logits = torch.from_numpy(reward_training.choice_logits(scorer, pictures, choices, batch=2))
+    for column in (0, 4):
+        prepared = scorer.prepare([choice.prompts[column] for choice in choices])
+        torch.testing.assert_close(10 * scorer.score(pictures, prepared), logits[:, column])
+
+
 # ---------------------------------------------------------------------------------------------------------- scorer
 
 PROMPTS = ("three frogs on yellow", "a rocket left of a gem stone on blue stripes, twemoji style")

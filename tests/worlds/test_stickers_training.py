@@ -388,6 +388,7 @@ def test_a_teacher_without_its_parts_is_refused(tmp_path: Path) -> None:
     [
         (["autoencoder", "-s", "chanels=[8]"], "chanels"),
         (["reader", "-s", "noise=-1"], "noise"),
+        (["reward", "-s", "width=10"], "width"),
         (["autoencoder", "-s", "groups=7"], "groups"),
         (["teacher", "--target", "new", "-s", "validation_prompts=20"], "validation_prompts"),
     ],

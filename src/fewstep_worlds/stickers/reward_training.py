@@ -131,17 +131,16 @@ def train_reward(
 
 
 @torch.no_grad()
-def choice_scores(scorer: StickerScorer, pictures: Tensor, choices: Sequence[Choice], batch: int = 100) -> np.ndarray:
-    """Return the score of each picture [B, 3, 64, 64] with each prompt of its choice, [B, N]."""
-    rows = []
-    for column in range(len(choices[0].prompts)):
-        prepared = scorer.prepare([choice.prompts[column] for choice in choices])
-        parts = (
-            scorer.score(pictures[start : start + batch], {k: v[start : start + batch] for k, v in prepared.items()})
-            for start in range(0, len(pictures), batch)
-        )
-        rows.append(torch.cat(list(parts)))
-    found: np.ndarray = torch.stack(rows, 1).numpy()
+def choice_logits(scorer: StickerScorer, pictures: Tensor, choices: Sequence[Choice], batch: int = 100) -> np.ndarray:
+    """Return the logit of each picture [B, 3, 64, 64] with each prompt of its choice, [B, N]."""
+    parts = []
+    for start in range(0, len(pictures), batch):
+        own = choices[start : start + batch]
+        prepared = scorer.prepare([prompt for choice in own for prompt in choice.prompts])
+        queries, gates = (prepared[name].view(len(own), -1, *prepared[name].shape[1:]) for name in ("queries", "gates"))
+        cells = scorer.network.pictures(pictures[start : start + batch])
+        parts.append(scorer.network.compare(cells, queries, gates))
+    found: np.ndarray = torch.cat(parts).numpy()
     return found
 
 
@@ -153,7 +152,7 @@ def choice_accuracy(
     blur: float = 0.0,
     noise: float = 0.0,
 ) -> dict[str, Share]:
-    """Return how often the true prompt of an unseen scene has a higher score than a wrong one: `all`, and by fact.
+    """Return how often the true prompt of an unseen scene has a larger logit than a wrong one: `all`, and by fact.
 
     `first` is how often it is higher than all of the scene's wrong prompts.
 
@@ -163,8 +162,8 @@ def choice_accuracy(
         noise: standard deviation of noise in them, pictures being in [-1, 1].
     """
     drawn, choices = draw_choices(REFERENCE_SEED, np.arange(n), folder or sprite_folder(), split)
-    scores = choice_scores(scorer, damaged(drawn, blur, noise), choices)
-    right = np.greater(scores[:, :1], scores[:, 1:])
+    logits = choice_logits(scorer, damaged(drawn, blur, noise), choices)
+    right = np.greater(logits[:, :1], logits[:, 1:])
     facts = np.array([choice.wrong for choice in choices])
     result = {"all": _share(right.ravel()), "first": _share(right.all(1))}
     return result | {f"fact {fact}": _share(right[facts == fact]) for fact in dict.fromkeys(facts.ravel().tolist())}

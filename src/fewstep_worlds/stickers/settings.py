@@ -77,7 +77,7 @@ class RewardConfig(Config):
     noise: float = Field(0.25, ge=0, description="largest standard deviation of the noise, pictures being in [-1, 1]")
     workers: int = Field(1, ge=0, description="processes that draw scenes; 0 for the training process")
     loop: LoopConfig = LoopConfig(
-        steps=4000, batch=32, save_every=250, validate_every=1000, log_every=50, precision="bf16", seed=3
+        steps=8000, batch=32, save_every=250, validate_every=1000, log_every=50, precision="bf16", seed=3
     )
     optim: OptimConfig = OptimConfig(
         lr=1e-3, betas=(0.9, 0.99), warmup=200, decay="cooldown", ema=0.998, weight_decay=0.02
