@@ -19,13 +19,13 @@ from fewstep.diffusion.grid import end_time, inference_times
 from fewstep.diffusion.jump import Step, first_order, land, lcm_skip, second_order
 from fewstep.diffusion.samplers import (
     JumpFn,
+    consistency_jumps,
     diffuse,
+    follow,
     linear_in_noise,
     linear_in_time,
     picture_noise,
-    sample_consistency,
     sample_sde_dpmpp_2m,
-    sample_sss,
     sss_jumps,
 )
 from fewstep.diffusion.schedule import (
@@ -86,7 +86,7 @@ def test_sss_with_exact_jump_keeps_a_gaussians_moments(name: str, gamma: float, 
 
     x = torch.zeros(len(times) + 1, 1, dtype=torch.float64)
     x[1] = 1
-    seen.append(sample_sss(jump, path, x, times, gamma, end, noise, law))
+    seen.append(follow(sss_jumps(path, times, gamma, end, law, len(x)), jump, path, x, noise))
     assert drawn == (len(times) - 1 if gamma > 0 else 0)
 
     def moments(t: float) -> tuple[float, float]:
@@ -136,9 +136,8 @@ def run_mixture(gamma: float, tamper: Callable[[Tensor], Tensor] = lambda z: z) 
     x = teacher.sample(N, 999.0, g)
     times = grid_times(VP, 4)
     jump = exact_jumper(teacher, rk_steps=6)
-    return sample_sss(
-        jump, VP, x, times, gamma, "index0", lambda: tamper(torch.randn(N, 2, generator=g, dtype=torch.float64))
-    )
+    jumps = sss_jumps(VP, times, gamma, "index0", rows=len(x))
+    return follow(jumps, jump, VP, x, lambda: tamper(torch.randn(N, 2, generator=g, dtype=torch.float64)))
 
 
 @pytest.mark.slow
@@ -299,9 +298,9 @@ def test_one_step_draws_no_noise() -> None:
         raise AssertionError("noise after the last step")
 
     estimate = teacher.denoise(x, times_of(999.0, x))
-    out = sample_sss(jumper(teacher, first_order), VP, x, [999.0], 0.5, "clean", noise)
+    out = follow(sss_jumps(VP, [999.0], 0.5, "clean", rows=len(x)), jumper(teacher, first_order), VP, x, noise)
     assert torch.equal(out, estimate.x0)
-    out = sample_consistency(jumper(teacher, lcm_skip), VP, x, [999.0], "clean", noise)
+    out = follow(consistency_jumps(VP, [999.0], "clean", len(x)), jumper(teacher, lcm_skip), VP, x, noise)
     assert float((out - estimate.x0).abs().max()) < 1e-6
 
 
@@ -417,7 +416,8 @@ def test_sss_of_second_order_converges_faster() -> None:
 
     def by(step: Step) -> float:
         def sampler(teacher: Mixture, x: Tensor, times: list[float]) -> Tensor:
-            return sample_sss(jumper(teacher, step), VP, x, times, 0.0, "index0", lambda: x)
+            jumps = sss_jumps(VP, times, 0.0, "index0", rows=len(x))
+            return follow(jumps, jumper(teacher, step), VP, x, lambda: x)
 
         return math.log2(end_error(32, sampler) / end_error(64, sampler))
 
@@ -433,7 +433,8 @@ def test_sss_of_second_order_keeps_a_gaussian(gamma: float, law: GammaRule) -> N
     g = torch.Generator().manual_seed(5)
     x = teacher.sample(20_000, 999.0, g)
     noise = lambda: torch.randn(x.shape, generator=g, dtype=torch.float64)  # noqa: E731
-    out = sample_sss(jumper(teacher, second_order), VP, x, grid_times(VP, 50), gamma, "index0", noise, law)
+    jumps = sss_jumps(VP, grid_times(VP, 50), gamma, "index0", law, len(x))
+    out = follow(jumps, jumper(teacher, second_order), VP, x, noise)
     assert float(out.mean()) == pytest.approx(0.7, abs=0.02)
     assert float(out.std()) == pytest.approx(0.6, abs=0.02)
 

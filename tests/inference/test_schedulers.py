@@ -17,7 +17,7 @@ from fewstep.common.errors import UserError
 from fewstep.diffusion.config import Sampling
 from fewstep.diffusion.grid import inference_times, times_within, training_grid
 from fewstep.diffusion.jump import student_step
-from fewstep.diffusion.samplers import sample_consistency, sample_sss
+from fewstep.diffusion.samplers import consistency_jumps, follow, sss_jumps
 from fewstep.diffusion.schedule import FlowMatching, add_noise, scaled_linear
 from fewstep.inference.generator import load_image_generator
 from fewstep.inference.schedulers.base import FewStepScheduler
@@ -125,9 +125,9 @@ def test_a_flow_is_followed(jump: Jump, gamma: float, end: End, law: GammaRule) 
     generator = torch.Generator().manual_seed(7)
     step, denoise = student_step(jump), three_modes(path).denoise
     times = [float(t) for t in inference_times(path, 4)]
-    wanted = sample_sss(
-        lambda x_t, t, s: step(denoise, path, x_t, t, s), path, x, times, gamma, end,
-        lambda: torch.randn(x.shape, generator=generator, dtype=torch.float64), law,
+    wanted = follow(
+        sss_jumps(path, times, gamma, end, law, len(x)), lambda x_t, t, s: step(denoise, path, x_t, t, s), path, x,
+        lambda: torch.randn(x.shape, generator=generator, dtype=torch.float64),
     )  # fmt: skip
     torch.testing.assert_close(drawn, wanted, rtol=1e-5, atol=1e-5)  # a network is told its time in fp32
     assert len(asked) == 4 * scheduler.order
@@ -142,9 +142,10 @@ def test_consistency_on_a_flow() -> None:
     drawn, _ = driven(scheduler, x, 4, 7)
     generator = torch.Generator().manual_seed(7)
     step, denoise = student_step("first_order"), three_modes(path).denoise
-    wanted = sample_consistency(
-        lambda x_t, t, s: step(denoise, path, x_t, t, s), path, x, [float(t) for t in inference_times(path, 4)],
-        "clean", lambda: torch.randn(x.shape, generator=generator, dtype=torch.float64),
+    wanted = follow(
+        consistency_jumps(path, [float(t) for t in inference_times(path, 4)], "clean", len(x)),
+        lambda x_t, t, s: step(denoise, path, x_t, t, s), path, x,
+        lambda: torch.randn(x.shape, generator=generator, dtype=torch.float64),
     )  # fmt: skip
     torch.testing.assert_close(drawn, wanted, rtol=1e-5, atol=1e-5)
 

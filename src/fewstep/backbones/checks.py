@@ -24,8 +24,7 @@ def check_diffusion(field: str, folder: PipelineFolder) -> None:
         raise UserError(
             f"{field} = {str(folder.path)!r} is a consistency model, whose trajectories no solver follows; give the "
             "diffusion model that it was distilled from (to train it further: student.kind = 'full', student.start = "
-            "its folder, method.extra_conditioning = ['w'])",
-            field=field,
+            "its folder, method.extra_conditioning = ['w'])"
         )
 
 
@@ -38,8 +37,7 @@ def check_guidance(section: str, sampling: Sampling, embedded: bool) -> None:
     if embedded and "w" in sampling.extra_conditioning and sampling.omega:
         raise UserError(
             f"{section}omega = {sampling.omega:g} guides a second time: the network embeds its guidance, {section}w = "
-            f"{sampling.w:g}; use {section}omega = 0",
-            field=f"{section}omega",
+            f"{sampling.w:g}; use {section}omega = 0"
         )
 
 
@@ -56,7 +54,7 @@ def check_times(section: str, sampling: Sampling, folder: PipelineFolder) -> Non
 def check_steps(field: str, steps: int, most: int) -> None:
     """Refuse more steps than the schedule has indices."""
     if steps > most:
-        raise UserError(f"{field} = {steps} must be at most {most}", field=field)
+        raise UserError(f"{field} = {steps} must be at most {most}")
 
 
 def check_trajectory(grid: GridSpec, end: End, folder: PipelineFolder) -> None:
@@ -68,10 +66,10 @@ def check_trajectory(grid: GridSpec, end: End, folder: PipelineFolder) -> None:
     check_grid("grid", grid, folder)
     top = index_count(folder) - 1
     if not isinstance(grid, int) and grid[-1] < top:
-        raise UserError(f"grid = {list(grid)} ends below pure noise, where drawing starts; add {top}", field="grid")
+        raise UserError(f"grid = {list(grid)} ends below pure noise, where drawing starts; add {top}")
     lowest = (top + 1) // grid - 1 if isinstance(grid, int) else grid[0]
     if end == "index0" and lowest <= 0:
-        raise UserError("end = 'index0' is the grid's lowest point already; use 'clean'", field="end")
+        raise UserError("end = 'index0' is the grid's lowest point already; use 'clean'")
 
 
 def index_count(folder: PipelineFolder) -> int:

@@ -164,7 +164,7 @@ class PipelineFolder:
         for side in size:
             check_side(field, side, self.unit)
             if most and side > most:
-                raise UserError(f"{field} = {side} must be at most {most}, the network's largest size", field=field)
+                raise UserError(f"{field} = {side} must be at most {most}, the network's largest size")
 
     @property
     def picture_size(self) -> int:
@@ -241,7 +241,7 @@ def check_side(field: str, size: int, unit: int) -> None:
     """
     if size < unit or size % unit:
         legal = max(unit, round(size / unit) * unit)
-        raise UserError(f"{field} = {size} must be a multiple of {unit}, such as {legal}", field=field)
+        raise UserError(f"{field} = {size} must be a multiple of {unit}, such as {legal}")
 
 
 def read_folder(path: Path | str, field: str = "teacher") -> PipelineFolder:
@@ -259,23 +259,23 @@ def read_folder(path: Path | str, field: str = "teacher") -> PipelineFolder:
     what = f"{field} = {str(path)!r}"
     if not path.is_dir():
         reason = "is a file, not a pipeline folder" if path.exists() else "does not exist"
-        raise UserError(f"{what} {reason}; give a diffusers pipeline folder", field=field)
+        raise UserError(f"{what} {reason}; give a diffusers pipeline folder")
     if not index.is_file():
         inner = sorted([*path.glob(f"*/{index.name}"), *path.glob(f"snapshots/*/{index.name}")])
         more = f"; did you mean {str(inner[0].parent)!r}?" if inner else ""
-        raise UserError(f"{what} is not a diffusers pipeline folder: it holds no {index.name}{more}", field=field)
+        raise UserError(f"{what} is not a diffusers pipeline folder: it holds no {index.name}{more}")
     data = read_mapping(index)
     name = str(data.get("_class_name"))
     if name not in FAMILIES:
         known = f"one of {', '.join(FAMILIES)}{did_you_mean(name, FAMILIES)}"
-        raise UserError(f"{what} is a {name}; it must be {known}", field=field)
+        raise UserError(f"{what} is a {name}; it must be {known}")
     components = {
         key: (value[0], value[1])
         for key, value in data.items()
         if isinstance(value, list) and len(value) == 2 and all(isinstance(word, str) for word in value)
     }
     folder = PipelineFolder(path, name, FAMILIES[name], components)
-    _check_components(folder, what, field)
+    _check_components(folder, what)
     for component in folder.family.weighed:
         check_weights(path / component)
     _check_configs(folder, data)
@@ -284,27 +284,24 @@ def read_folder(path: Path | str, field: str = "teacher") -> PipelineFolder:
     if name == CONSISTENCY and not folder.embeds_guidance:
         raise UserError(
             f"{what} is a {name} whose {folder.network} has no time_cond_proj_dim, the input of its guidance; a "
-            "network without one belongs in a StableDiffusionPipeline",
-            field=field,
+            "network without one belongs in a StableDiffusionPipeline"
         )
     return folder
 
 
-def _check_components(folder: PipelineFolder, what: str, field: str) -> None:
+def _check_components(folder: PipelineFolder, what: str) -> None:
     """Refuse a folder that lacks a component that pictures are drawn with, or has one of another library or class."""
     for component in folder.family.parts:
         if component not in folder.components or not (folder.path / component).is_dir():
-            raise UserError(f"{what} is incomplete: it holds no {component}", field=field)
+            raise UserError(f"{what} is incomplete: it holds no {component}")
         library = folder.components[component][0]
         if library not in LIBRARIES and component != "scheduler":  # of a scheduler the JSON alone is read
             known = " or ".join(LIBRARIES)
-            raise UserError(
-                f"{what} takes its {component} from {library!r}; code that is not of {known} is never run", field=field
-            )
+            raise UserError(f"{what} takes its {component} from {library!r}; code that is not of {known} is never run")
     kind = folder.components[folder.network][1]
     if kind not in folder.family.classes:
         legal = ", ".join(folder.family.classes)
-        raise UserError(f"{what} has a {kind} as its {folder.network}; it must be {legal}", field=field)
+        raise UserError(f"{what} has a {kind} as its {folder.network}; it must be {legal}")
 
 
 def _check_configs(folder: PipelineFolder, index: Mapping[str, Any]) -> None:

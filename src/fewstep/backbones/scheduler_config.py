@@ -58,7 +58,7 @@ def prediction_of(config: Mapping[str, Any], place: str) -> Prediction:
     name = str(config.get("prediction_type") or "epsilon")
     if name not in PREDICTIONS:
         legal = ", ".join(PREDICTIONS) + did_you_mean(name, PREDICTIONS)
-        raise UserError(f"prediction_type = {name!r} of {place} must be one of {legal}", field="prediction_type")
+        raise UserError(f"prediction_type = {name!r} of {place} must be one of {legal}")
     return PREDICTIONS[name]
 
 
@@ -71,8 +71,7 @@ def check_terminal_snr(scheduler: Mapping[str, Any]) -> None:
     if scheduler.get("rescale_betas_zero_snr") and scheduler.get("prediction_type", "epsilon") == "epsilon":
         raise UserError(
             "prediction_type = 'epsilon' with zero terminal SNR (rescale_betas_zero_snr) has no x0 at the noisiest "
-            "time; use 'v_prediction', or rescale_betas_zero_snr = false",
-            field="prediction_type",
+            "time; use 'v_prediction', or rescale_betas_zero_snr = false"
         )
 
 
@@ -199,7 +198,7 @@ def path_of(config: Mapping[str, Any]) -> Path:
     if is_flow(config):
         shift = shift_of(config)
         if shift is not None and not (isinstance(shift, int | float) and shift > 0):
-            raise UserError(f"shift = {shift!r} of a flow's scheduler must be a number above 0", field="shift")
+            raise UserError(f"shift = {shift!r} of a flow's scheduler must be a number above 0")
         return FlowMatching(float(shift or 1.0))
     from diffusers import DDPMScheduler
 

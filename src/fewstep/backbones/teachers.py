@@ -54,13 +54,12 @@ def teacher_folder(named: Path | str, config: Path | str = "") -> Path:
         named = hub_id(str(named))
         place = Path(named)
     if is_pickle(place):
-        raise UserError(f"teacher = {str(named)!r} is a pickle, which is never read; {ADVICE}", field="teacher")
+        raise UserError(f"teacher = {str(named)!r} is a pickle, which is never read; {ADVICE}")
     if place.suffix.lower() in ONE_FILE or is_safetensors(place):
         return convert_single_file(place, Path(config) if config else None)
     if config:
         raise UserError(
-            f"teacher_config = {str(config)!r} is for single-file teachers, and teacher = {str(named)!r} is not one",
-            field="teacher_config",
+            f"teacher_config = {str(config)!r} is for single-file teachers, and teacher = {str(named)!r} is not one"
         )
     if not place.exists() and HUB_ID.fullmatch(str(named)):
         return fetched(str(named))
@@ -180,8 +179,5 @@ def named_teacher(teacher: Path | str, config: Path | str = "") -> str:
         UserError: as `teacher_folder`; a config without a teacher.
     """
     if config and not teacher:
-        raise UserError(
-            f"teacher_config = {str(config)!r} is for a single-file teacher; give --teacher, or remove it",
-            field="teacher_config",
-        )
+        raise UserError(f"teacher_config = {str(config)!r} is for a single-file teacher; give --teacher, or remove it")
     return str(teacher_folder(teacher, config)) if teacher else ""

@@ -62,8 +62,7 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
                 shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:77]}..."
                 raise UserError(
                     f"{name} = {shown} is of type {type(value).__name__}{f' (item {items[0]})' if items else ''}; "
-                    f"{function.__name__} takes {function.__annotations__[name]}",
-                    field=name,
+                    f"{function.__name__} takes {function.__annotations__[name]}"
                 ) from None
             bound.arguments[name] = plain
         return function(*bound.args, **bound.kwargs)

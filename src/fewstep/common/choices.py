@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal, get_args
 
 from fewstep.common.errors import UserError, did_you_mean
@@ -73,10 +74,12 @@ def omega_of(scale: float, convention: Convention) -> float:
     return {"lcm": scale, "imagen": scale - 1.0, "none": 0.0}[convention]
 
 
+def check_choice(field: str, name: str, legal: Collection[str]) -> None:
+    """Refuse a word that is not one of the legal ones."""
+    if name not in legal:
+        raise UserError(f"{field} = {name!r} is not one of {', '.join(legal)}{did_you_mean(name, legal)}")
+
+
 def check_device(name: str) -> None:
     """Refuse an unknown device name; the device itself need not exist."""
-    legal = get_args(DeviceName)
-    if name not in legal:
-        raise UserError(
-            f"device = {name!r} is not one of {', '.join(legal)}{did_you_mean(name, legal)}", field="device"
-        )
+    check_choice("device", name, get_args(DeviceName))

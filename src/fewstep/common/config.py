@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 
 from fewstep.common import core_yaml
-from fewstep.common.errors import UserError, did_you_mean
+from fewstep.common.errors import STATED, UserError, did_you_mean
 from fewstep.common.text import read_text
 
 
@@ -106,7 +106,7 @@ def _merge_named(key: str, items: Sequence[Any], change: Mapping[str, Any]) -> l
             known = f"{key} holds {', '.join(names)}{did_you_mean(str(name), names)}"
             raise UserError(f"{key}.{name}: {known}", field=f"{key}.{name}")
         if not isinstance(own, Mapping):
-            raise UserError(f"{key}.{name} = {own!r} must be a mapping, e.g. {{share: 100}}", field=f"{key}.{name}")
+            raise UserError(f"{key}.{name} = {own!r} must be a mapping, e.g. {{share: 100}}")
     return [merge(item, change.get(name, {})) for name, item in zip(names, items, strict=True)]
 
 
@@ -184,10 +184,6 @@ SHAPES = {
     "string_type": "text",
 }
 """pydantic's error type -> the required kind of value."""
-
-
-STATED = re.compile(r"([a-z_][\w.]*) = ")
-"""A message that opens with its field, as those of a section's own validators do."""
 
 
 def _located(error: ValidationError) -> tuple[str, str]:

@@ -10,8 +10,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from fewstep.common.choices import Precision, check_device
-from fewstep.common.errors import UserError, did_you_mean
+from fewstep.common.choices import Precision, check_choice, check_device
+from fewstep.common.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """A precision's name -> torch's type."""
@@ -27,7 +27,7 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device = 'cuda' is not available on this machine; use 'cpu'", field="device")
+        raise UserError("device = 'cuda' is not available on this machine; use 'cpu'")
     return torch.device(name)
 
 
@@ -40,12 +40,9 @@ def pick_precision(name: str, device: torch.device, field: str = "precision") ->
     Raises:
         UserError: an unknown name, or fp16 on a CPU.
     """
-    legal = get_args(Precision)
-    if name not in legal:
-        words = f"{', '.join(legal)}{did_you_mean(name, legal)}"
-        raise UserError(f"{field} = {name!r} is not one of {words}", field=field)
+    check_choice(field, name, get_args(Precision))
     if name == "fp16" and device.type == "cpu":
-        raise UserError(f"{field} = 'fp16' needs a GPU; use 'bf16'", field=field)
+        raise UserError(f"{field} = 'fp16' needs a GPU; use 'bf16'")
     if name != "auto":
         return cast(Literal["fp32", "bf16", "fp16"], name)
     return "bf16" if device.type == "cuda" or _has_bf16_units() else "fp32"

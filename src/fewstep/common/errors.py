@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+STATED = re.compile(r"([a-z_][\w.]*) = ")
+"""The opening of a message that names the wrong setting first, "field = value reason"."""
 
 
 class UserError(Exception):
@@ -12,12 +16,14 @@ class UserError(Exception):
     The command prints it without a traceback and exits with code 2. Functions that "refuse" something raise it.
 
     Attributes:
-        field: the setting (dotted), argument, option or file that is wrong; empty where no single one is.
+        field: the setting (dotted), argument, option or file that is wrong; empty where no single one is. By default
+            the one that the message opens with.
     """
 
     def __init__(self, message: object, *, field: str = "") -> None:
         super().__init__(message)
-        self.field = field
+        stated = STATED.match(str(message))
+        self.field = field or (stated[1] if stated else "")
 
 
 class NotFiniteError(UserError):

@@ -43,6 +43,11 @@ SYSTEM_FOLDERS = ("__MACOSX", "@eaDir")
 """Folders of operating systems."""
 
 
+def source_error(reason: str) -> UserError:
+    """Return the error of a `data.source` that cannot be used."""
+    return UserError(f"data.source: {reason}", field="data.source")
+
+
 class Matched(NamedTuple):
     """The captioned pictures of a folder or shard.
 
@@ -119,16 +124,15 @@ def match(
             any((posixpath.splitext(name)[0], kind) in beside for kind in TEXTS) for name in named
         )
     elif lacking:
-        raise UserError(_without(lacking, len(pictures), where) + advice, field="data.source")
+        raise source_error(_without(lacking, len(pictures), where) + advice)
     if not captions:
         raise no_picture(where, names, advice)
     empty = [name for name, texts in captions.items() if not any(texts)]
     if empty:
         more = f", nor have {len(empty) - 1} others" if empty[1:] else ""
-        raise UserError(
-            f"data.source: picture {empty[0]} of {where} has an empty caption and no other{more}; write one, or remove "
-            "the picture (data.empty_prompts sets the share of samples under the empty prompt)",
-            field="data.source",
+        raise source_error(
+            f"picture {empty[0]} of {where} has an empty caption and no other{more}; write one, or remove the picture "
+            "(data.empty_prompts sets the share of samples under the empty prompt)"
         )
     left_out["empty captions beside others"] += sum(texts.count("") for texts in captions.values())
     if not lists:
@@ -148,7 +152,7 @@ def no_picture(where: str, names: Sequence[str], advice: str = "") -> UserError:
     if unread and not advice:
         found = ", ".join(f"{count} {kind}" for kind, count in unread.most_common())
         advice = f"; it holds {found} files, which are not read: convert them to PNG or JPEG"
-    return UserError(f"data.source: {where} holds no picture ({', '.join(SUFFIXES)}){advice}", field="data.source")
+    return source_error(f"{where} holds no picture ({', '.join(SUFFIXES)}){advice}")
 
 
 def in_words(left_out: Mapping[str, int]) -> str:
@@ -161,8 +165,8 @@ def _without(lacking: Sequence[str], of: int, where: str) -> str:
     stem = posixpath.splitext(posixpath.basename(lacking[0]))[0]
     more = f", nor have {len(lacking) - 1} others of {of}" if lacking[1:] else ""
     return (
-        f"data.source: picture {lacking[0]} of {where} has no caption{more}: write {stem}.txt or {stem}.json beside "
-        f"it, or a line of {LISTS[0]}"
+        f"picture {lacking[0]} of {where} has no caption{more}: write {stem}.txt or {stem}.json beside it, or a line "
+        f"of {LISTS[0]}"
     )
 
 
@@ -185,9 +189,7 @@ def _beside(
             text = decode(read(name))
             texts = [text.strip()] if kind in TEXTS else _fields(parse_json(text), JSON_FIELDS)
         except (ValueError, OSError) as error:
-            raise UserError(
-                f"data.source: cannot read caption {name} of {where}: {error}", field="data.source"
-            ) from error
+            raise source_error(f"cannot read caption {name} of {where}: {error}") from error
         if texts and any(texts):
             return texts
         found = texts or found
@@ -237,14 +239,11 @@ def _listed(
                 raise ValueError(f"file_name or text is missing, or is no text, among its fields ({fields})")
             found = find(named)
             if found is None:
-                raise UserError(
-                    f"data.source: cannot read picture {named}, which {name} of {where} names: there is no such file",
-                    field="data.source",
-                )
+                raise source_error(f"cannot read {named}, which {name} of {where} names: there is no such file")
             captions.setdefault(found, []).extend(texts)
     except (ValueError, OSError, csv.Error) as error:
         place = f"{where}: {name}, line {number}" if number else f"{where}: {name}"
-        raise UserError(f"{place}: a list needs lines with file_name and text: {error}", field="data.source") from error
+        raise source_error(f"{place}: a list needs lines with file_name and text: {error}") from error
     return captions
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fewstep.common.errors import UserError
-from fewstep.data.captions import LISTS, is_hidden, is_list, is_picture, kind_of, no_picture
+from fewstep.data.captions import LISTS, is_hidden, is_list, is_picture, kind_of, no_picture, source_error
 from fewstep.data.prompts import check_suffix
 
 
@@ -74,8 +74,7 @@ def list_folder(folder: Path) -> FolderFiles:
             continue
         except OSError as error:
             if not place:
-                reason = error.strerror or error
-                raise UserError(f"cannot read folder {folder}: {reason}", field="data.source") from error
+                raise source_error(f"cannot read folder {folder}: {error.strerror or error}") from error
             left_out[f"folders that cannot be read ({error.strerror})"] += 1
             continue
         for entry in entries:
@@ -100,7 +99,7 @@ def check_pictures(source: Path | str) -> None:
         elif "://" in str(source):
             advice = "behind a URL there may be .tar files; unpacked pictures must lie in a folder"
         found = "is not a folder" if folder.exists() else "does not exist"
-        raise UserError(f"data.source = {str(source)!r} {found}; {advice}", field="data.source")
+        raise UserError(f"data.source = {str(source)!r} {found}; {advice}")
     near = (name for _, _, names in os.walk(folder) for name in names)  # ends at the first picture
     if not any(is_picture(name) or is_list(name) for name in near):
         files = list_folder(folder)

@@ -15,8 +15,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from fewstep.common.errors import UserError
-from fewstep.data.captions import in_words, is_picture, match
+from fewstep.data.captions import in_words, is_picture, match, source_error
 from fewstep.data.folder_files import list_folder
 from fewstep.data.pixels import eight_bits, is_deep_png
 
@@ -179,7 +178,7 @@ def _opened(place: Place) -> Iterator[Image.Image]:
     except Exception as error:  # each format raises its own kinds for a broken file
         reason = "it holds no known format" if isinstance(error, UnidentifiedImageError) else str(error)
         reason = " ".join(reason.split()) or type(error).__name__
-        raise UserError(f"cannot read picture {place}: {reason}", field="data.source") from error
+        raise source_error(f"cannot read picture {place}: {reason}") from error
 
 
 @lru_cache(maxsize=1)

@@ -40,12 +40,12 @@ def read_prompts(path: Path | str, field: str = "prompts") -> list[str]:
     try:
         lines = lines_of(read_text(path))
     except OSError as error:
-        raise UserError(f"{field} = {str(path)!r} cannot be read: {error.strerror or error}", field=field) from error
+        raise UserError(f"{field} = {str(path)!r} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
-        raise UserError(f"{field} = {str(path)!r} is {error}", field=field) from error
+        raise UserError(f"{field} = {str(path)!r} is {error}") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise UserError(f"{field} = {str(path)!r} holds no prompt; write one a line", field=field)
+        raise UserError(f"{field} = {str(path)!r} holds no prompt; write one a line")
     return prompts
 
 
@@ -54,7 +54,7 @@ def check_suffix(path: Path | str, field: str) -> None:
     suffix = Path(path).suffix.lower()
     for (kind, advice), suffixes in NO_PROMPTS.items():
         if suffix in suffixes:
-            raise UserError(f"{field} = {str(path)!r} is {kind} ({suffix}); {advice}", field=field)
+            raise UserError(f"{field} = {str(path)!r} is {kind} ({suffix}); {advice}")
 
 
 def is_prompt_file(named: str) -> bool:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from fewstep.common.errors import UserError
 from fewstep.common.files import read_mapping, short_digest, write_json
-from fewstep.data.captions import BESIDE, Matched, is_hidden, is_list, is_picture, kind_of, match
+from fewstep.data.captions import BESIDE, Matched, is_hidden, is_list, is_picture, kind_of, match, source_error
 from fewstep.data.images import SCALED, Captioned, PictureFiles
 from fewstep.data.pixels import HEAD, is_deep_png
 
@@ -73,10 +73,8 @@ class Member:
             files, path = place_of(self.shard)
             found: bytes = files.cat_file(path, start=self.offset, end=self.offset + self.size)
         if len(found) != self.size:
-            raise UserError(
-                f"{self}: read {len(found)} bytes of {self.size}; the shard has changed, or is not served by ranges",
-                field="data.source",
-            )
+            read = f"read {len(found)} bytes of {self.size}"
+            raise source_error(f"{self}: {read}; the shard has changed, or is not served by ranges")
         return found
 
     def identity(self) -> bytes:
@@ -137,7 +135,7 @@ def reached(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"data.source: cannot read {what}: {reason}", field="data.source") from error
+        raise source_error(f"cannot read {what}: {reason}") from error
 
 
 def find_shards(source: str) -> list[str]:
@@ -155,9 +153,9 @@ def find_shards(source: str) -> list[str]:
             elif files.exists(path):
                 found.append(url)
             else:
-                raise UserError(f"data.source = {source!r}: there is no {url}", field="data.source")
+                raise UserError(f"data.source = {source!r}: there is no {url}")
     if not found:
-        raise UserError(f"data.source = {source!r} names no file", field="data.source")
+        raise UserError(f"data.source = {source!r} names no file")
     return found
 
 
@@ -218,10 +216,9 @@ def samples_of(files: Any, path: str, shard: str) -> Listing:
             matched: Matched = match(list(members.found), members.read, members.find, shard)
             samples = [members.sample(name, texts) for name, texts in matched.captions.items()]
     except (tarfile.TarError, ValueError) as error:
-        raise UserError(
-            f"data.source: {shard} is not a plain tar, readable by byte ranges ({error}); use a copy on disk, "
-            "unpacked if it is compressed",
-            field="data.source",
+        raise source_error(
+            f"{shard} is not a plain tar, readable by byte ranges ({error}); use a copy on disk, unpacked if it is "
+            "compressed"
         ) from error
     return Listing(samples, members.left_out | matched.left_out)
 
@@ -254,9 +251,9 @@ class Members:
                     reason = "hidden pictures and folders"
                     self.left_out[reason] = self.left_out.get(reason, 0) + 1
             elif matters and name in self._every:
-                raise UserError(f"data.source: {name} appears twice in {shard}; keep one of them", field="data.source")
+                raise source_error(f"{name} appears twice in {shard}; keep one of them")
             elif matters and member.issparse():
-                raise UserError(f"data.source: {name} of {shard} is sparse; store it whole", field="data.source")
+                raise source_error(f"{name} of {shard} is sparse; store it whole")
             else:
                 self.found[name] = member
                 self._scan(member, name)
@@ -289,10 +286,7 @@ class Members:
                 break
             member = self._every[path]
         if is_picture(name) or kind_of(name) in BESIDE:
-            raise UserError(
-                f"data.source: {name} of {self.shard} is a link to {member.linkname}, which the shard lacks",
-                field="data.source",
-            )
+            raise source_error(f"{name} of {self.shard} is a link to {member.linkname}, which the shard lacks")
         return member
 
     def read(self, name: str) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -60,12 +60,10 @@ class ConditionedDenoiser:
         def pick(condition: Condition) -> Condition:
             return {name: value[index.to(value.device, non_blocking=True)] for name, value in condition.items()}
 
-        return ConditionedDenoiser(
-            self.denoiser,
-            pick(self.condition),
-            self.role,
-            self.extra_conditioning,
-            None if self.w is None else self.w[index],
-            None if self.null is None else pick(self.null),
-            None if self.omega is None else self.omega[index],
+        return replace(
+            self,
+            condition=pick(self.condition),
+            w=None if self.w is None else self.w[index],
+            null=None if self.null is None else pick(self.null),
+            omega=None if self.omega is None else self.omega[index],
         )

@@ -54,9 +54,9 @@ def check_indices(field: str, grid: int | Sequence[float], indices: int) -> None
     if isinstance(grid, int):
         if indices % grid:
             near = nearest_divisor(grid, indices)
-            raise UserError(f"{field} = {grid} must divide the {indices} training indices, e.g. {near}", field=field)
+            raise UserError(f"{field} = {grid} must divide the {indices} training indices, e.g. {near}")
     elif grid[0] < 0 or grid[-1] > indices - 1:
-        raise UserError(f"{field} = {list(grid)} must lie within 0 .. {indices - 1}", field=field)
+        raise UserError(f"{field} = {list(grid)} must lie within 0 .. {indices - 1}")
 
 
 class Guidance(Config):

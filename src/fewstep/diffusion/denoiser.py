@@ -77,8 +77,7 @@ class Denoiser:
         if self.prediction == "eps" and float(self.path.alpha(noisiest)) < PURE_NOISE:
             raise UserError(
                 "prediction = 'eps' has no x0 with zero terminal SNR (alpha = 0 at the noisiest time); use a 'v' "
-                "network, or a schedule without rescale_betas_zero_snr",
-                field="prediction",
+                "network, or a schedule without rescale_betas_zero_snr"
             )
 
     def interpret(self, output: Tensor, x_t: Tensor, t: Tensor) -> Estimate:

@@ -14,11 +14,12 @@ from fewstep.diffusion.denoiser import Condition, Denoiser
 from fewstep.diffusion.grid import times_within
 from fewstep.diffusion.jump import student_step
 from fewstep.diffusion.samplers import (
+    consistency_jumps,
+    follow,
     picture_noise,
-    sample_consistency,
     sample_ode,
     sample_sde_dpmpp_2m,
-    sample_sss,
+    sss_jumps,
     start_size,
 )
 from fewstep.diffusion.schedule import Path, add_noise
@@ -91,9 +92,10 @@ def draw_latents(
         return arrange(drawn) if arrange else drawn
 
     if sampling.sampler == "sss":
-        return sample_sss(jump, path, x, times, sampling.gamma, sampling.end, noise, sampling.gamma_law)
+        jumps = sss_jumps(path, times, sampling.gamma, sampling.end, sampling.gamma_law, len(x))
+        return follow(jumps, jump, path, x, noise)
     if sampling.sampler == "lcm":
-        return sample_consistency(jump, path, x, times, sampling.landing, noise)
+        return follow(consistency_jumps(path, times, sampling.landing, len(x)), jump, path, x, noise)
     if sampling.sampler == "sde_dpmpp_2m":
         return sample_sde_dpmpp_2m(network.denoise, path, x, times, sampling.end, noise)
     return sample_ode(network.denoise, path, x, times, sampling.end, sampling.sampler)

@@ -42,13 +42,13 @@ def training_grid(path: Path, grid: Grid) -> Tensor:
     try:
         rising(grid if isinstance(grid, int) else tuple(grid))
     except ValueError as error:
-        raise UserError(f"grid = {grid} {error}", field="grid") from error
+        raise UserError(f"grid = {grid} {error}") from error
     if isinstance(path, VariancePreserving):
         check_indices("grid", grid, int(path.noisiest) + 1)
     if not isinstance(grid, int):
         if not path.clean < grid[0] or grid[-1] != path.noisiest:
             wanted = f"must lie above {path.clean:g} and end at {path.noisiest:g}, where sampling starts"
-            raise UserError(f"grid = {list(grid)} {wanted}", field="grid")
+            raise UserError(f"grid = {list(grid)} {wanted}")
         return torch.tensor(list(grid), dtype=torch.float64)
     steps = torch.arange(1, grid + 1, dtype=torch.float64)
     if isinstance(path, VariancePreserving):
@@ -124,7 +124,7 @@ def inference_times(path: Path, steps: int, *, grid: Grid = 50, spacing: Spacing
     points = grid_size(grid)
     limit = {"grid": points, "trailing": _indices(path), "tlcm": max(TLCM_TIMES)}[spacing]
     if not 1 <= steps <= limit:
-        raise UserError(f"steps = {steps} must be within 1 to {limit}", field="steps")
+        raise UserError(f"steps = {steps} must be within 1 to {limit}")
     if spacing == "grid":
         falling = training_grid(path, grid).flip(0)
         # floor in integers: floating division would drop a point where i N / steps is whole
@@ -156,7 +156,7 @@ def times_within(path: Path, steps: int, strength: float, *, grid: Grid = 50, sp
         UserError: a strength outside (0, 1], or fewer such points than steps.
     """
     if not 0 < strength <= 1:
-        raise UserError(f"strength = {strength} must be above 0 and at most 1", field="strength")
+        raise UserError(f"strength = {strength} must be above 0 and at most 1")
     if strength == 1:
         return inference_times(path, steps, grid=grid, spacing=spacing)
     every: dict[Spacing, Grid] = {"grid": grid, "trailing": _indices(path), "tlcm": max(TLCM_TIMES)}
@@ -166,7 +166,6 @@ def times_within(path: Path, steps: int, strength: float, *, grid: Grid = 50, sp
         least = float(share_of(path, times)[min(max(steps, 1), len(times)) - 1])
         raise UserError(
             f"steps = {steps} must be within 1 to {len(below)}, the grid's times at strength = {strength}; "
-            f"use a strength of at least {least:.3g}",
-            field="steps",
+            f"use a strength of at least {least:.3g}"
         )
     return below[torch.tensor([i * len(below) // steps for i in range(steps)])]

@@ -94,7 +94,8 @@ def sss_jumps(
 
     Each jump lands at s by a rule of `SSS_RULES`, at or above the end point, and noise brings x up to the next time.
     gamma = 0 is the deterministic jump to the next time. With both bundled rules gamma = 1 lands at the end point and
-    re-noises fully, as multistep consistency sampling does. The last jump lands at the end point, without noise.
+    re-noises fully, as multistep consistency sampling does. The last jump lands at the end point, without noise. With
+    a second-order jump it is the paper's SSS of second order: DPM-Solver++(2S) to s, then noise.
     """
     lowest = end_time(path, end)
     jumps = []
@@ -117,32 +118,11 @@ def consistency_jumps(path: Path, times: Sequence[float], end: End, rows: int = 
     ]
 
 
-def _follow(jumps: Sequence[PlannedJump], jump: JumpFn, path: Path, x: Tensor, noise: Noise) -> Tensor:
+def follow(jumps: Sequence[PlannedJump], jump: JumpFn, path: Path, x: Tensor, noise: Noise) -> Tensor:
+    """Draw by a plan of jumps (`sss_jumps`, `consistency_jumps`) from x at the first jump's time."""
     for planned in jumps:
         x = planned.renoise(path, jump(x, planned.t, planned.s), noise)
     return x
-
-
-def sample_sss(
-    jump: JumpFn,
-    path: Path,
-    x: Tensor,
-    times: Sequence[float],
-    gamma: float,
-    end: End,
-    noise: Noise,
-    rule: GammaRule = "time",
-) -> Tensor:
-    """Draw by SSS from x at times[0], one jump a time.
-
-    With a second-order jump it is the paper's SSS of second order: DPM-Solver++(2S) to s, then noise.
-    """
-    return _follow(sss_jumps(path, times, gamma, end, rule, len(x)), jump, path, x, noise)
-
-
-def sample_consistency(jump: JumpFn, path: Path, x: Tensor, times: Sequence[float], end: End, noise: Noise) -> Tensor:
-    """Draw by multistep consistency sampling from x at times[0] (`consistency_jumps`)."""
-    return _follow(consistency_jumps(path, times, end, len(x)), jump, path, x, noise)
 
 
 def sample_ode(

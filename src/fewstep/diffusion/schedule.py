@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, get_args
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -27,37 +27,6 @@ PURE_NOISE = 1e-6
 """alpha below which x_t counts as pure noise: dividing by alpha does not recover x_0."""
 NO_SIGNAL = math.log(PURE_NOISE**4)
 """log(alpha_t^2) in place of alpha_t = 0 (zero terminal SNR): finite, since it is interpolated."""
-
-
-class Path(Protocol):
-    """A noise path; `clean` and `noisiest` are its two ends, in its own units of time.
-
-    `least` is the least noisy time that networks of the path are trained at: index 0 of an indexed path.
-    """
-
-    @property
-    def clean(self) -> float:
-        """The time of clean data, sigma = 0."""
-
-    @property
-    def least(self) -> float:
-        """The least noisy time that networks are trained at."""
-
-    @property
-    def noisiest(self) -> float:
-        """The time with the most noise."""
-
-    def alpha(self, t: Tensor) -> Tensor:
-        """Return alpha_t."""
-
-    def sigma(self, t: Tensor) -> Tensor:
-        """Return sigma_t."""
-
-    def log_snr(self, t: Tensor) -> Tensor:
-        """Return lambda_t = log(alpha_t / sigma_t)."""
-
-    def time_of(self, log_snr: Tensor) -> Tensor:
-        """Return the time of a given lambda."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +149,13 @@ class VarianceExploding:
     def time_of(self, log_snr: Tensor) -> Tensor:
         """Return the time of a given lambda, e^{-lambda}."""
         return torch.exp(-log_snr.double())
+
+
+Path = VariancePreserving | FlowMatching | VarianceExploding
+"""A noise path; `clean` (sigma = 0) and `noisiest` are its two ends, in its own units of time.
+
+`least` is the least noisy time that networks of the path are trained at: index 0 of an indexed path.
+"""
 
 
 def scaled_linear(start: float = 0.00085, end: float = 0.012, steps: int = 1000) -> VariancePreserving:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 from fewstep.backbones.pipeline_folder import PipelineFolder
-from fewstep.common.errors import UserError, did_you_mean
+from fewstep.common.choices import check_choice
+from fewstep.common.errors import UserError
 
 ExportForm = Literal["diffusers", "peft", "kohya", "merged", "single-file"]
 """diffusers: a LoRA as `load_lora_weights` reads it. peft: as `PeftModel.from_pretrained` does. kohya: as kohya's
@@ -59,12 +60,10 @@ def check_form(
     """
 
     def refuse(reason: str, remedy: str) -> UserError:
-        return UserError(f"form = {form!r} {reason}; use {remedy!r}", field="form")
+        return UserError(f"form = {form!r} {reason}; use {remedy!r}")
 
-    kind = next((legal for legal in FORMS if legal == form), None)
-    if kind is None:
-        message = f"form = {form!r} is not one of {', '.join(FORMS)}{did_you_mean(form, FORMS)}"
-        raise UserError(message, field="form")
+    check_choice("form", form, FORMS)
+    kind = cast(ExportForm, form)
     reader, why = support(kind, folder.family.kind)
     if reader is None:
         raise refuse(f"is not offered for {folder.family.kind}: {why}", "diffusers")

@@ -13,7 +13,7 @@ from fewstep.common.choices import CALLS, CALLS_OF_JUMP, End, Start
 from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.conditioned import ConditionedDenoiser
 from fewstep.diffusion.grid import end_time, inference_times
-from fewstep.diffusion.samplers import JumpFn, diffuse, sample_consistency, start_size
+from fewstep.diffusion.samplers import JumpFn, consistency_jumps, diffuse, follow, start_size
 from fewstep.diffusion.schedule import Path, add_noise
 from fewstep.diffusion.solver import SOLVERS
 from fewstep.methods.config import ConsistencyConfig
@@ -112,7 +112,7 @@ def by_student(given: StartInputs) -> StartPoint:
         return rng.normal(f"sample's return {next(returns)}", shape)
 
     end: End = "clean" if config.jump == "skip" else config.end
-    sample = sample_consistency(given.student, path, x, call_times, end, noise)
+    sample = follow(consistency_jumps(path, call_times, end, len(x)), given.student, path, x, noise)
     torch.clear_autocast_cache()  # older torch caches the cast weights of these calls, which have no gradient
     clean_at = end_time(path, end)
     x_nk = diffuse(path, sample, torch.full_like(times.t_nk, clean_at), times.t_nk, rng.normal("noise", shape))

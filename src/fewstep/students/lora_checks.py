@@ -27,8 +27,7 @@ def check_lora(path: Path | str, folder: PipelineFolder) -> LoraHeader:
     if beside and not (header.file.parent / CONDITIONING).is_file():
         raise UserError(
             f"lora = {str(path)!r} has extra conditioning ({', '.join(beside)}) without its {CONDITIONING}; copy that "
-            "file beside it",
-            field="lora",
+            "file beside it"
         )
     check_fits(header, weights, folder.fingerprint(folder.network) if header.base else "")
     check_noise(header, folder.noise, str(folder.path))
@@ -47,14 +46,13 @@ def check_fits(header: LoraHeader, weights: Mapping[str, Shape], fingerprint: st
         raise UserError(
             f"{name} was trained on another base (sha256 {header.base[:12]}, this one {fingerprint[:12]})"
             f"{header.origin}; give its own as the teacher (a diffusers pipeline takes it on any of its shape: "
-            "docs/results/add-ons.md)",
-            field="lora",
+            "docs/results/add-ons.md)"
         )
     for module, layer in header.layers.items():
         shape, want = weights[f"{module}.weight"], (layer.b[0], *layer.a[1:])
         if _plain(shape) != _plain(want):
             message = f"{name} is for another base: {module} is {shape}, not {want}{header.origin}"
-            raise UserError(message, field="lora")
+            raise UserError(message)
 
 
 def _plain(shape: Shape) -> Shape:
@@ -81,6 +79,6 @@ def check_noise(header: LoraHeader, noise: Mapping[str, Any], place: str) -> Non
         close = isinstance(found, float) and isinstance(value, float) and math.isclose(found, value, rel_tol=1e-6)
         if found != value and not close:
             difference = f"{field} = {found!r}; the scheduler of {place} has {value!r}"
-            raise UserError(f"{name} was trained at {difference}: {remedy}", field="lora")
+            raise UserError(f"{name} was trained at {difference}: {remedy}")
     if difference := noise_difference(header.record, noise):
-        raise UserError(f"{name} was trained at {difference} in {place}; {remedy}", field="lora")
+        raise UserError(f"{name} was trained at {difference} in {place}; {remedy}")

@@ -41,7 +41,7 @@ def find_lora(path: Path) -> Path:
     path = student_of_run(path)
     what = f"lora = {str(path)!r}"
     if (path / "model_index.json").is_file():
-        raise UserError(f"{what} is a whole pipeline; give it as the teacher, with lora = 'none'", field="lora")
+        raise UserError(f"{what} is a whole pipeline; give it as the teacher, with lora = 'none'")
     file = path
     if path.is_dir():
         file = path / (PEFT_FILE if (path / PEFT_FILE).is_file() and not (path / FILE).is_file() else FILE)
@@ -52,11 +52,11 @@ def find_lora(path: Path) -> Path:
         if pickled:
             more = f"; it holds {pickled.name}, a pickle, which is never read: {ADVICE}"
         reason = f"holds no {FILE}" if path.is_dir() else "does not exist"
-        raise UserError(f"{what} {reason}{more}", field="lora")
+        raise UserError(f"{what} {reason}{more}")
     if is_pickle(file):
-        raise UserError(f"{what} is a pickle, which is never read; {ADVICE}", field="lora")
+        raise UserError(f"{what} is a pickle, which is never read; {ADVICE}")
     if file.suffix.lower() not in (".safetensors", ".sft") and not is_safetensors(file):
-        raise UserError(f"{what} is not a .safetensors file; pickled weights are never read", field="lora")
+        raise UserError(f"{what} is not a .safetensors file; pickled weights are never read")
     return file
 
 

@@ -192,7 +192,7 @@ def _rows(module: str, keys: Keys, b: Shape, weights: Mapping[str, Shape], name:
     if keys.share and sum(sizes) != b[0]:
         shared = ", ".join(keys.share)
         message = f"lora = {name!r} is for another base: {keys.B} has {b[0]} rows, {shared} have {sum(sizes)}"
-        raise UserError(message, field="lora")
+        raise UserError(message)
     if keys.swapped:
         return (b[0] // 2, b[0]), (0, b[0] // 2)
     if not keys.share:

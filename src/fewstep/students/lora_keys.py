@@ -141,8 +141,7 @@ def find_keys(keys: Iterable[str], modules: Collection[str], file: Path) -> dict
         if place is None:
             raise UserError(
                 f"lora = {str(file)!r}: {key!r} names no layer of this base; it is for another base, or in a spelling "
-                "that is not read: export it as diffusers, kohya or PEFT write it",
-                field="lora",
+                "that is not read: export it as diffusers, kohya or PEFT write it"
             )
         for module in place.modules:
             share = place.modules if len(place.modules) > 1 else ()

@@ -47,13 +47,11 @@ def student_place(name: Path | str) -> Path:
     if str(name) in BUNDLED_STUDENTS:
         if Path(name).exists():
             place = str(Path(name).resolve())
-            raise UserError(
-                f"lora = {str(name)!r} is a bundled student and also {place!r}; give that whole path", field="lora"
-            )
+            raise UserError(f"lora = {str(name)!r} is a bundled student and also {place!r}; give that whole path")
         return world("lora").root() / "students" / str(name)
     if not Path(name).exists():
         meant = did_you_mean(str(name), BUNDLED_STUDENTS)
-        raise UserError(f"lora = {str(name)!r} is neither a file nor a bundled student{meant}", field="lora")
+        raise UserError(f"lora = {str(name)!r} is neither a file nor a bundled student{meant}")
     return Path(name)
 
 

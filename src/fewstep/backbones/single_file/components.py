@@ -162,7 +162,7 @@ def config_only(place: Path, index: Mapping[str, Any]) -> PipelineFolder:
     named = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2 and value[0]}
     for name in family.parts:
         if name not in named:
-            raise UserError(f"teacher_config = {str(place)!r} names no {name}", field="teacher_config")
+            raise UserError(f"teacher_config = {str(place)!r} names no {name}")
         if name != "scheduler" and named[name][0] not in LIBRARIES:
             raise UserError(
                 f"teacher_config = {str(place)!r} takes its {name} from {named[name][0]!r}, which is never run"

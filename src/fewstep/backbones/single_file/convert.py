@@ -39,8 +39,7 @@ def convert_single_file(file: Path, config: Path | None) -> Path:
     found = str(read_mapping(config / INDEX).get("_class_name")) if (config / INDEX).is_file() else "no pipeline folder"
     if found not in FAMILIES or FAMILIES[found] is not FAMILIES[checkpoint.pipeline]:
         raise UserError(
-            f"teacher_config = {str(config)!r} is {found}; {file.name} needs a folder of a {checkpoint.pipeline}",
-            field="teacher_config",
+            f"teacher_config = {str(config)!r} is {found}; {file.name} needs a folder of a {checkpoint.pipeline}"
         )
     _check_flow(checkpoint, config)
     beside = sorted(path for path in config.rglob("*") if path.is_file())
