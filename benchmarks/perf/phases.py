@@ -15,7 +15,7 @@ import torch
 
 from fewstep.common.config import Config
 from fewstep.diffusion.denoiser import BASE, Call
-from fewstep.training.run_folder import Bar, RunLog
+from fewstep.training.run_folder import RunLog
 from perf.ours import LossOf, Ours, go
 from perf.task import WARM
 from perf.timing import Timed, settled
@@ -91,23 +91,18 @@ class Phases:
 
         class Marking(RunLog):
             @contextmanager
-            def progress(self, done: int, total: int) -> Iterator[Bar]:
+            def progress(self, done: int, total: int) -> Iterator[Any]:
                 with super().progress(done, total) as bar:
-                    yield _Marked(bar, phases)
+                    update = bar.update
+
+                    def marked() -> None:
+                        update()
+                        phases.end()
+
+                    bar.update = marked
+                    yield bar
 
         return Marking(folder, config, **more)
-
-
-class _Marked(Bar):
-    def __init__(self, bar: Bar, phases: Phases) -> None:
-        self._inner, self._phases = bar, phases
-
-    def note(self, figures: Any) -> None:
-        self._inner.note(figures)
-
-    def step(self) -> None:
-        self._inner.step()
-        self._phases.end()
 
 
 def time_phases(ours: Ours) -> dict[str, Timed]:

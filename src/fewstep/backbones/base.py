@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.backbones.autoencoder import at_once, encode_pictures, from_network_scale, to_bytes
-from fewstep.backbones.lengths import words_beyond
-from fewstep.backbones.loading import EnoughError, load_network, load_text, named
+from fewstep.backbones.loading import EnoughError, load_network, load_text, named, words_beyond
 from fewstep.backbones.pipeline_folder import PipelineFolder, read_folder
 from fewstep.backbones.scheduler_config import path_of, prediction_of
 from fewstep.backbones.weight_files import weight_files

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,6 @@ SENTENCEPIECE = (".model",)
 """Vocabularies that the package sentencepiece reads."""
 LIMITLESS = "lambda_min_clipped"
 """The one key that may be infinite."""
-
-
-def defaults_of(name: str) -> Mapping[str, Any]:
-    """Return a class's defaults of the keys that fewstep reads."""
-    every = config_keys.MODELS | config_keys.SCHEDULERS
-    return every[name].read if name in every else {}
 
 
 def check_keys(
@@ -43,31 +37,27 @@ def check_keys(
     for key, (default, legal) in partly.items():
         value = config.get(key, default)
         if legal is not ANY and value not in legal:
-            default_note = "" if key in config else ", its default,"
-            raise UserError(
-                f"{file}: {key} = {_shown(value)}{default_note} is not supported; "
-                f"it must be {' or '.join(map(_shown, legal))}"
-            )
+            which = "" if key in config else "(its default) "
+            raise _wrong(file, key, value, f"{which}is not supported; it must be {' or '.join(map(_shown, legal))}")
     for key, default in keys.read.items():
         kind, value = _kind(default), config.get(key)
         if kind and value is not None and _kind(value) not in (kind, "a whole number" if kind == "a number" else kind):
-            raise UserError(f"{file}: {key} = {_shown(value)} must be {kind}, such as {_shown(default)}")
-    for key, value in _public(config):
+            raise _wrong(file, key, value, f"must be {kind}, such as {_shown(default)}")
+    for key, value in config.items():
+        if key.startswith("_"):  # private to a library
+            continue
         if key not in keys.known and value is not None:
-            raise UserError(
-                f"{file}: {key} = {_shown(value)} is an unknown key that may change what is "
-                "computed; remove it if it does not"
-            )
-        whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
-        if key in config_keys.COUNTS & keys.known and value is not None and not whole:
-            raise UserError(f"{file}: {key} = {_shown(value)} must be a whole number above 0")
+            unknown = "is an unknown key that may change what is computed; remove it if it does not"
+            raise _wrong(file, key, value, unknown)
+        if key in config_keys.COUNTS & keys.known and value is not None and (type(value) is not int or value < 1):
+            raise _wrong(file, key, value, "must be a whole number above 0")
         if key != LIMITLESS and not _finite(value):
-            raise UserError(f"{file}: {key} = {_shown(value)} is not finite; give a finite number")
+            raise _wrong(file, key, value, "is not finite; give a finite number")
 
 
-def _public(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Return the items whose keys are not private to a library."""
-    return ((key, value) for key, value in config.items() if not key.startswith("_"))
+def _wrong(file: Path, key: str, value: Any, reason: str) -> UserError:
+    """Return the error of a key of a config."""
+    return UserError(f"{file}: {key} = {_shown(value)} {reason}")
 
 
 def _kind(value: Any) -> str:
@@ -110,27 +100,20 @@ def check_latents(config: Mapping[str, Any], file: Path) -> None:
     """Refuse an autoencoder's config with a broken scale, or with only one of latents_mean and latents_std."""
     scale = config.get("scaling_factor", 1.0)
     if isinstance(scale, bool) or not isinstance(scale, int | float) or scale == 0:
-        raise UserError(f"{file}: scaling_factor = {_shown(scale)} must be a number other than 0")
+        raise _wrong(file, "scaling_factor", scale, "must be a number other than 0")
     if not isinstance(config.get("shift_factor") or 0.0, int | float):
-        raise UserError(f"{file}: shift_factor = {_shown(config['shift_factor'])} must be a number")
+        raise _wrong(file, "shift_factor", config["shift_factor"], "must be a number")
     mean, deviation = config.get("latents_mean"), config.get("latents_std")
     if mean is None and deviation is None:
         return
     for key, values in (("latents_mean", mean), ("latents_std", deviation)):
         numbers = [value for value in values if isinstance(value, int | float)] if isinstance(values, list) else []
-        if not len(numbers) == config.get("latent_channels") or numbers != values:
-            raise UserError(
-                f"{file}: {key} = {_shown(values)} must be one number for each of the {config.get('latent_channels')} "
-                "latent channels, beside the other of latents_mean and latents_std"
-            )
+        if len(numbers) != config.get("latent_channels") or numbers != values:
+            channels = f"{config.get('latent_channels')} latent channels"
+            both = "beside the other of latents_mean and latents_std"
+            raise _wrong(file, key, values, f"must be one number for each of the {channels}, {both}")
     if not all(value > 0 for value in deviation or ()):
-        raise UserError(f"{file}: latents_std = {_shown(deviation)} must be above 0")
-
-
-def check_encoder(name: str, config: Mapping[str, Any], file: Path) -> None:
-    """Refuse a text encoder's config that is not supported; a class without a table is refused when it is loaded."""
-    if name in config_keys.ENCODERS:
-        check_keys(config_keys.ENCODERS[name], text_part(config), file)
+        raise _wrong(file, "latents_std", deviation, "must be above 0")
 
 
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -169,9 +152,7 @@ def check_tokenizer(name: str, place: Path, config: Mapping[str, Any]) -> None:
     for key in config_keys.TOKENIZER.read.keys() & config.keys():
         length = config[key]
         if length is not None and (isinstance(length, bool) or not isinstance(length, int | float) or length < 1):
-            raise UserError(
-                f"{place / 'tokenizer_config.json'}: {key} = {_shown(length)} must be a number above 0, or null"
-            )
+            raise _wrong(place / "tokenizer_config.json", key, length, "must be a number above 0, or null")
 
 
 def check_merges(place: Path, special: Collection[str]) -> None:
@@ -220,27 +201,18 @@ def check_scheduler(config: Mapping[str, Any], file: Path, pipeline: str) -> Non
         if key == "use_flow_sigmas" and config.get("path") == "flow":
             continue  # one of fewstep's schedulers, made from a flow's solver: `path` has the same meaning
         if config[key] not in (None, config_keys.DECISIVE[key]):
-            raise UserError(
-                f"{file}: a {name} ignores {key} = {_shown(config[key])}; remove it, or use another scheduler"
-            )
+            raise _wrong(file, key, config[key], f"has no effect in a {name}; remove it, or use another scheduler")
     own = {key: value for key, value in config.items() if key not in others}
     check_keys(keys, own, file, config_keys.BY_PIPELINE.get(pipeline, {}).get("scheduler"))
     if name.startswith("FlowMatch") or config.get("path") == "flow":
         return
     predicts_flow, sigmas = config.get("prediction_type") == "flow_prediction", bool(own.get("use_flow_sigmas"))
     if predicts_flow != sigmas:
-        raise UserError(
-            f"{file}: prediction_type = {_shown(config.get('prediction_type'))} with use_flow_sigmas = "
-            f"{_shown(sigmas)} is neither a flow nor a beta schedule; a flow needs 'flow_prediction' and true"
-        )
+        neither = f"with use_flow_sigmas = {_shown(sigmas)} is neither a flow nor a beta schedule"
+        remedy = "a flow needs 'flow_prediction' and true"
+        raise _wrong(file, "prediction_type", config.get("prediction_type"), f"{neither}; {remedy}")
     if sigmas and own.get("num_train_timesteps", 1000) != 1000:
-        raise UserError(f"{file}: num_train_timesteps = {_shown(own['num_train_timesteps'])} of a flow must be 1000")
-
-
-def check_index(pipeline: str, index: Mapping[str, Any], file: Path) -> None:
-    """Refuse a pipeline's index with a key that its class does not take."""
-    named = {key: value for key, value in index.items() if value != [None, None]}
-    check_keys(config_keys.PIPELINES[pipeline], named, file)
+        raise _wrong(file, "num_train_timesteps", own["num_train_timesteps"], "of a flow must be 1000")
 
 
 def check_widths(unet: Mapping[str, Any], encoders: Sequence[Mapping[str, Any]], file: Path) -> None:
@@ -254,16 +226,13 @@ def check_widths(unet: Mapping[str, Any], encoders: Sequence[Mapping[str, Any]],
     wanted, widths = unet.get(key), [text_part(each).get("hidden_size") for each in encoders]
     known = [width for width in widths if isinstance(width, int)]
     if isinstance(wanted, int) and len(known) == len(encoders) and wanted != sum(known):
-        raise UserError(
-            f"{file}: {key} = {wanted} is not the width of the text encoder's states, {' + '.join(map(str, known))}; "
-            "use the text encoders that the UNet was trained with"
-        )
+        states = f"is not the width of the text encoder's states, {' + '.join(map(str, known))}"
+        raise _wrong(file, key, wanted, f"{states}; use the text encoders that the UNet was trained with")
     width, time = unet.get("projection_class_embeddings_input_dim"), unet.get("addition_time_embed_dim")
     pooled = text_part(encoders[-1]).get("projection_dim")
     if unet.get("addition_embed_type") != "text_time" or not (isinstance(time, int) and isinstance(pooled, int)):
         return
     if width != 6 * time + pooled:
-        raise UserError(
-            f"{file}: projection_class_embeddings_input_dim = {width} is not 6 x addition_time_embed_dim + the last "
-            f"text encoder's projection_dim; it must be {6 * time + pooled}"
-        )
+        parts = "6 x addition_time_embed_dim + the last text encoder's projection_dim"
+        remedy = f"it must be {6 * time + pooled}"
+        raise _wrong(file, "projection_class_embeddings_input_dim", width, f"is not {parts}; {remedy}")

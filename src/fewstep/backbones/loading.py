@@ -148,3 +148,18 @@ def _load_pair(
     with loading(str(words)):
         tokenizer.model_max_length = int(min(tokenizer.model_max_length, most))
     return tokenizer, encoder.to(device).eval().requires_grad_(False)
+
+
+def words_beyond(tokenizer: Any, texts: Sequence[str], length: int) -> list[str]:
+    """Return the end of each text beyond its first `length` tokens, special ones counted; empty for none."""
+    texts = list(texts)
+    found = [""] * len(texts)
+    whole = tokenizer(texts, verbose=False)["input_ids"]
+    long = [i for i, ids in enumerate(whole) if len(ids) > length]
+    if not long:
+        return found
+    kept = tokenizer([texts[i] for i in long], truncation=True, max_length=length, verbose=False)["input_ids"]
+    for i, ids in zip(long, kept, strict=True):
+        common = next((n for n, (a, b) in enumerate(zip(whole[i], ids, strict=False)) if a != b), len(ids))
+        found[i] = tokenizer.decode(whole[i][common:], skip_special_tokens=True).strip()
+    return found

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fewstep.backbones import config_keys
 from fewstep.backbones.config_checks import (
-    check_encoder,
-    check_index,
+    check_keys,
     check_latents,
     check_model,
     check_scheduler,
     check_tokenizer,
     check_widths,
-    defaults_of,
+    text_part,
 )
 from fewstep.backbones.families import CONSISTENCY, FAMILIES, Family
 from fewstep.backbones.scheduler_config import check_terminal_snr, with_static_shift
@@ -61,8 +61,9 @@ class PipelineFolder:
     def config(self, component: str) -> dict[str, Any]:
         """Return the config of one component as its class reads it: of the class that the pipeline names, and with
         the class's defaults for what the file lacks of the keys that fewstep reads."""
-        name = self.components[component][1]
-        return {**defaults_of(name), **read_mapping(self.config_file(component)), "_class_name": name}
+        name, known = self.components[component][1], config_keys.MODELS | config_keys.SCHEDULERS
+        defaults = known[name].read if name in known else {}
+        return {**defaults, **read_mapping(self.config_file(component)), "_class_name": name}
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -84,10 +85,8 @@ class PipelineFolder:
                 f"text-to-image network, with in_channels = {channels * self.family.packed}"
             )
         if given != taken and not (self.family.variance and given == 2 * taken):
-            raise UserError(
-                f"{self.config_file(self.network)}: out_channels = {given} is not supported; it must be {taken}, as "
-                "in_channels"
-            )
+            file = self.config_file(self.network)
+            raise UserError(f"{file}: out_channels = {given} is not supported; it must be {taken}, as in_channels")
         return channels, self._side(network), self._side(network)
 
     def _side(self, network: Mapping[str, Any]) -> int:
@@ -307,21 +306,24 @@ def _check_components(folder: PipelineFolder, what: str) -> None:
 def _check_configs(folder: PipelineFolder, index: Mapping[str, Any]) -> None:
     """Refuse a folder with a config key that fewstep does not act on."""
     family, file_of = folder.family, folder.config_file
-    check_index(folder.pipeline, index, folder.path / INDEX)
+    named = {key: value for key, value in index.items() if value != [None, None]}
+    check_keys(config_keys.PIPELINES[folder.pipeline], named, folder.path / INDEX)
     for component in (folder.network, "vae"):
         name, file = folder.components[component][1], file_of(component)
         check_model(name, component, read_mapping(file), file, folder.pipeline)
     check_latents(folder.config("vae"), file_of("vae"))
     for component in family.encoders:
-        check_encoder(folder.components[component][1], read_mapping(file_of(component)), file_of(component))
+        keys = config_keys.ENCODERS.get(folder.components[component][1])
+        if keys:  # a class without a table is refused when it is loaded
+            check_keys(keys, text_part(read_mapping(file_of(component))), file_of(component))
     for component in family.tokenizers:
         file = file_of(component)
         config = read_mapping(file) if file.is_file() else {}
         check_tokenizer(folder.components[component][1], folder.path / component, config)
     own = read_mapping(file_of("scheduler"))
     used = folder.components["scheduler"][1]
-    for named in dict.fromkeys([str(own.get("_class_name", used)), used]):
+    for kind in dict.fromkeys([str(own.get("_class_name", used)), used]):
         # diffusers builds the class of model_index.json; where the two differ, the file was of another scheduler
-        check_scheduler({**own, "_class_name": named}, file_of("scheduler"), folder.pipeline)
+        check_scheduler({**own, "_class_name": kind}, file_of("scheduler"), folder.pipeline)
     if folder.network == "unet":
         check_widths(folder.config("unet"), [folder.config(each) for each in family.encoders], file_of("unet"))

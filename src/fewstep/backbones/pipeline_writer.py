@@ -92,8 +92,9 @@ def loadable_index(folder: PipelineFolder) -> dict[str, Any]:
     for name, (library, kind) in folder.components.items():
         if name in folder.family.parts:
             continue
-        present = _present_class(library, kind)
-        if present is None or not _loadable(folder.path / name):
+        present, place = _present_class(library, kind), folder.path / name
+        network = (place / "config.json").is_file()  # else a processor, which has JSON files alone
+        if present is None or not (weight_files(place) if network else any(place.glob("*.json"))):
             index[name] = [None, None]
             if name == "safety_checker":
                 index["requires_safety_checker"] = False
@@ -127,12 +128,6 @@ def copy_component(source: Path, target: Path) -> None:
     if variant := weight_variant(source):
         for file in target.glob(f"*.{variant}.*"):
             file.replace(file.with_name(file.name.replace(f".{variant}.", ".")))
-
-
-def _loadable(component: Path) -> bool:
-    """Return whether a component has its config, and its weights as safetensors if it is a network."""
-    network = (component / "config.json").is_file()
-    return bool(weight_files(component)) if network else any(component.glob("*.json"))
 
 
 def read_record(pipeline: Path) -> dict[str, Any]:

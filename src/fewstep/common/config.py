@@ -201,11 +201,6 @@ def _located(error: ValidationError) -> tuple[str, str]:
     return f"{place}.{stated[1]}", f"{place}.{message}"
 
 
-def field_of(error: ValidationError) -> str:
-    """Return the dotted name of the first wrong field."""
-    return _located(error)[0]
-
-
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """Return the first error of pydantic as one line: field, value, reason, remedy."""
     first = error.errors()[0]
@@ -249,7 +244,7 @@ def validate(model: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:
     try:
         return model.model_validate(merge(section_defaults(model), data))
     except ValidationError as error:
-        raise UserError(explain(error, model), field=field_of(error)) from error
+        raise UserError(explain(error, model), field=_located(error)[0]) from error
 
 
 def first_difference(old: Any, new: Any, prefix: str = "") -> str:

@@ -45,7 +45,10 @@ def pick_precision(name: str, device: torch.device, field: str = "precision") ->
         raise UserError(f"{field} = 'fp16' needs a GPU; use 'bf16'")
     if name != "auto":
         return cast(Literal["fp32", "bf16", "fp16"], name)
-    return "bf16" if device.type == "cuda" or _has_bf16_units() else "fp32"
+    # without AMX matrix units bf16 is slower than fp32 on a CPU
+    cpuinfo = Path("/proc/cpuinfo")
+    fast = device.type == "cuda" or (cpuinfo.is_file() and "amx_bf16" in cpuinfo.read_text())
+    return "bf16" if fast else "fp32"
 
 
 def pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -75,9 +78,3 @@ def copy_async(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and not tensor.is_cuda:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
-
-
-def _has_bf16_units() -> bool:
-    """Return whether the CPU has AMX matrix units for bf16; without them bf16 is slower than fp32."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.is_file() and "amx_bf16" in cpuinfo.read_text()

@@ -107,10 +107,14 @@ def atomic_folder(path: Path | str, *, keep: bool = False) -> Iterator[Path]:
                     file.chmod(0o644)  # some writers make files that only their owner can read
                     with file.open("rb") as stream:
                         os.fsync(stream.fileno())
-            if keep:
-                _put(part, path)
-            else:
+            if not keep:
                 _swap(part, path)
+                return
+            try:
+                part.rename(path)  # fails where `path` is a folder with content
+            except OSError:
+                if not path.is_dir():
+                    raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -119,15 +123,6 @@ def final_path(path: Path) -> Path:
     """Return the path after the rename of a temporary file of `atomic_write` or inside one of `atomic_folder`."""
     parts = [part[1:].rsplit(".", 2)[0] if re.fullmatch(r"\..+\.[^.]+\.part", part) else part for part in path.parts]
     return Path(*parts)
-
-
-def _put(part: Path, path: Path) -> None:
-    """Rename the folder `part` to `path` unless `path` exists."""
-    try:
-        part.rename(path)  # fails where `path` is a folder with content
-    except OSError:
-        if not path.is_dir():
-            raise
 
 
 def _swap(part: Path, path: Path) -> None:

@@ -132,25 +132,39 @@ class Rows(Protocol):
 
 
 class MappedRows:
-    """Rows of several mapped tensors, concatenated, read from disk when indexed."""
+    """Rows of several mapped tensors, read from disk when indexed.
 
-    def __init__(self, parts: Sequence[MappedTensor]) -> None:
+    Args:
+        numbers: of each part's rows among `count`, int64 [n] each; other rows are not stored. None for consecutive
+            numbers.
+    """
+
+    def __init__(
+        self, parts: Sequence[MappedTensor], numbers: Sequence[np.ndarray] | None = None, count: int = 0
+    ) -> None:
         self._parts = list(parts)
         self._starts = np.cumsum([0, *map(len, parts)])
+        self._count = int(self._starts[-1]) if numbers is None else count
+        self._place: np.ndarray | None = None
+        if numbers is not None:
+            self._place = np.full(count, -1, dtype=np.int64)
+            for start, rows in zip(self._starts, numbers):
+                self._place[rows] = np.arange(start, start + len(rows))
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._count
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all rows, on disk."""
-        return sum(part.nbytes for part in self._parts)
+        """Bytes of the stored rows on disk, each once."""
+        whole, rows = sum(part.nbytes for part in self._parts), max(1, int(self._starts[-1]))
+        return whole if self._place is None else whole // rows * int((self._place >= 0).sum())
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         """Return rows by index, int64 [B] -> [B, ...]; negative indices count from the end.
 
         Raises:
-            IndexError: there is no such row.
+            IndexError: a row does not exist or is not stored.
         """
         return self._read(rows, None)
 
@@ -166,6 +180,10 @@ class MappedRows:
         numbers = np.where(rows.numpy() < 0, rows.numpy() + len(self), rows.numpy())
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self):
             raise IndexError(f"rows {rows.tolist()} are not within {len(self)}")
+        if self._place is not None:
+            given, numbers = numbers, self._place[numbers]
+            if not self._parts or (numbers < 0).any():
+                raise IndexError(f"rows {given[numbers < 0][:4].tolist()} are not stored")
         places = np.searchsorted(self._starts, numbers, side="right") - 1
 
         def read(place: int, here: np.ndarray) -> np.ndarray:

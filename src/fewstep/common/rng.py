@@ -10,9 +10,9 @@ not overlap (2^128 numbers each).
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -103,12 +103,17 @@ def order(seed: int, count: int, start: int, stop: int) -> np.ndarray:
 
     Every epoch is a fresh permutation keyed by (seed, epoch).
     """
+    return endless(partial(_shuffled, seed, count), count, start, stop)
+
+
+def endless(epoch: Callable[[int], np.ndarray], length: int, start: int, stop: int) -> np.ndarray:
+    """Return the items at positions start..stop-1 of the epochs, `length` items each, one after another, int64."""
     positions = np.arange(start, stop)
-    epochs, offsets = positions // count, positions % count
+    epochs, offsets = positions // length, positions % length
     result = np.empty_like(positions)
-    for epoch in np.unique(epochs):
-        chosen = epochs == epoch
-        result[chosen] = _shuffled(seed, count, int(epoch))[offsets[chosen]]
+    for number in np.unique(epochs):
+        chosen = epochs == number
+        result[chosen] = epoch(int(number))[offsets[chosen]]
     return result
 
 

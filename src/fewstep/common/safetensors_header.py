@@ -8,7 +8,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -68,28 +68,23 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, str], dict[str, Entry
         raise UserError(f"{path} is not a whole safetensors file: {error}") from error
 
 
-def read_floats(path: Path, entry: Entry) -> list[float]:
+def read_floats(path: Path, name: str, entry: Entry) -> list[float]:
     """Read a small tensor of floating or whole numbers.
 
     Raises:
         UserError: a dtype without numbers, or a file that is too short.
     """
+    count = math.prod(entry.shape)
     try:
         with path.open("rb") as stream:
-            return _values(stream, entry)
+            stream.seek(entry.start)
+            if entry.dtype == "BF16":  # the upper half of a float32
+                halves = struct.unpack(f"<{count}H", stream.read(2 * count))
+                return [struct.unpack("<f", struct.pack("<I", half << 16))[0] for half in halves]
+            code = f"<{count}{_NUMBERS[entry.dtype]}"
+            return [float(value) for value in struct.unpack(code, stream.read(struct.calcsize(code)))]
     except (*_BROKEN, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error!r}") from error
-
-
-def _values(stream: BinaryIO, entry: Entry) -> list[float]:
-    """Read the numbers of a tensor; may raise any of `_BROKEN`."""
-    stream.seek(entry.start)
-    count = math.prod(entry.shape)
-    if entry.dtype == "BF16":  # the upper half of a float32
-        halves = struct.unpack(f"<{count}H", stream.read(2 * count))
-        return [struct.unpack("<f", struct.pack("<I", half << 16))[0] for half in halves]
-    code = f"<{count}{_NUMBERS[entry.dtype]}"
-    return [float(value) for value in struct.unpack(code, stream.read(struct.calcsize(code)))]
+        raise UserError(f"{path}: {name!r} cannot be read: {error!r}") from error
 
 
 def read_numbers(path: Path, entries: Mapping[str, Entry]) -> dict[str, float]:
@@ -98,18 +93,13 @@ def read_numbers(path: Path, entries: Mapping[str, Entry]) -> dict[str, float]:
     Raises:
         UserError: a tensor of another size, a dtype without numbers, or a number that is not finite.
     """
-    numbers: dict[str, float] = {}
-    with path.open("rb") as stream:
-        for name, entry in entries.items():
-            try:
-                if math.prod(entry.shape) != 1:
-                    raise ValueError(f"its shape is {entry.shape}")
-                (value,) = _values(stream, entry)
-                if not math.isfinite(value):
-                    raise ValueError(f"it is {value}")
-            except _BROKEN as error:
-                raise UserError(f"{path}: {name!r} is not one number: {error}") from error
-            numbers[name] = value
+    numbers = {}
+    for name, entry in entries.items():
+        values = read_floats(path, name, entry) if math.prod(entry.shape) == 1 else []
+        if not values or not math.isfinite(values[0]):
+            found = values[0] if values else f"of shape {entry.shape}"
+            raise UserError(f"{path}: {name!r} is not one finite number: it is {found}")
+        numbers[name] = values[0]
     return numbers
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fewstep.backbones.pipeline_folder import check_side
 from fewstep.common.mapped_tensors import Rows
-from fewstep.common.rng import generator
+from fewstep.common.rng import endless, generator
 from fewstep.data.images import Captioned, PictureFiles, read_cropped, size_of
 
 Shape = tuple[int, int]
@@ -174,12 +174,4 @@ def shape_order(
         ordered: np.ndarray = every[draw.permutation(len(every))].reshape(-1)
         return ordered
 
-    def items(start: int, stop: int) -> np.ndarray:
-        positions = np.arange(start, stop)
-        found = np.empty_like(positions)
-        for number in np.unique(positions // length):
-            chosen = positions // length == number
-            found[chosen] = epoch(int(number))[positions[chosen] % length]
-        return found
-
-    return items
+    return partial(endless, epoch, length)

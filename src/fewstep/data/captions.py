@@ -229,7 +229,11 @@ def _listed(
     captions: dict[str, list[str]] = {}
     number = 0
     try:
-        lines = _json_rows(read(name)) if kind_of(name) == ".jsonl" else _csv_rows(read(name))
+        lines: Iterator[tuple[int, str | dict[str, Any]]]
+        if kind_of(name) == ".jsonl":
+            lines = ((row, line) for row, line in enumerate(lines_of(decode(read(name))), 1) if line.strip())
+        else:
+            lines = _csv_rows(read(name))
         while (line := next(lines, None)) is not None:
             number, line_or_row = line
             row = parse_json(line_or_row) if isinstance(line_or_row, str) else line_or_row
@@ -245,11 +249,6 @@ def _listed(
         place = f"{where}: {name}, line {number}" if number else f"{where}: {name}"
         raise source_error(f"{place}: a list needs lines with file_name and text: {error}") from error
     return captions
-
-
-def _json_rows(held: bytes) -> Iterator[tuple[int, str | dict[str, Any]]]:
-    """Yield the lines of a JSON Lines file that are not empty, numbered from 1."""
-    yield from ((number, line) for number, line in enumerate(lines_of(decode(held)), 1) if line.strip())
 
 
 def _csv_rows(held: bytes) -> Iterator[tuple[int, str | dict[str, Any]]]:

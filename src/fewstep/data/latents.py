@@ -15,12 +15,12 @@ from torch import Tensor
 
 from fewstep.common.device import copy_async
 from fewstep.common.files import short_digest
-from fewstep.common.mapped_tensors import Rows
+from fewstep.common.mapped_tensors import MappedRows, Rows
 from fewstep.common.rng import KeyedRng
 from fewstep.common.run_inputs import PARTS, items
 from fewstep.data.buckets import BucketedFiles, BucketedLatents
 from fewstep.data.images import Captioned, PictureSet
-from fewstep.data.row_store import Batches, StoredRows, fill, lacking, read_rows
+from fewstep.data.row_store import Batches, fill, lacking, read_rows
 
 CHUNK = 512
 """Pictures read and encoded at a time."""
@@ -153,7 +153,7 @@ def encode_pictures(
 
         mine = np.flatnonzero(np.isin(own, chosen))
         fill(place, mine, _batches(pictures, rows, encoders), encode, "encoding pictures", "picture", number)
-        parts.append(read_rows(place, len(own)).get("latents") or StoredRows(len(own), []))
+        parts.append(read_rows(place, len(own)).get("latents") or MappedRows([], [], len(own)))
     return BucketedLatents(parts, groups) if isinstance(pictures, BucketedFiles) else parts[0]
 
 

@@ -63,43 +63,6 @@ class Batches:
         return calls
 
 
-class StoredRows:
-    """Some of `count` rows of one tensor, by number (`mapped_tensors.Rows`)."""
-
-    def __init__(self, count: int, parts: Sequence[tuple[np.ndarray, MappedTensor]]) -> None:
-        self._count = count
-        self._place = np.full(count, -1, dtype=np.int64)
-        start = 0
-        for rows, _ in parts:
-            self._place[rows] = np.arange(start, start + len(rows))
-            start += len(rows)
-        self._held = MappedRows([part for _, part in parts]) if parts else None
-
-    def __len__(self) -> int:
-        return self._count
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the stored rows, each once."""
-        stored = int((self._place >= 0).sum())
-        return 0 if self._held is None else self._held.nbytes // len(self._held) * stored
-
-    def __getitem__(self, rows: Tensor) -> Tensor:
-        """Return rows by number, int64 [B] -> [B, ...]; negative ones count from the end.
-
-        Raises:
-            IndexError: a row does not exist or is not stored.
-        """
-        given = rows.numpy()
-        numbers = np.where(given < 0, given + self._count, given)
-        if len(numbers) and not 0 <= numbers.min() <= numbers.max() < self._count:
-            raise IndexError(f"rows {given.tolist()} are not within {self._count}")
-        place = self._place[numbers]
-        if self._held is None or (len(place) and place.min() < 0):
-            raise IndexError(f"rows {numbers[place < 0][:4].tolist()} are not stored")
-        return self._held[torch.from_numpy(place)]
-
-
 def _parts(place: Path) -> list[tuple[np.ndarray, dict[str, MappedTensor]]]:
     """Return the row numbers and tensors of a store's files; remove broken files."""
     found = []
@@ -176,8 +139,9 @@ def fill(
         keep_rows(place, rows, make(rows.tolist()))
 
 
-def read_rows(place: Path, count: int) -> dict[str, StoredRows]:
+def read_rows(place: Path, count: int) -> dict[str, MappedRows]:
     """Return the tensors of a store, by name."""
     parts = _parts(place)
     names = parts[0][1] if parts else {}
-    return {name: StoredRows(count, [(rows, tensors[name]) for rows, tensors in parts]) for name in names}
+    numbers = [rows for rows, _ in parts]
+    return {name: MappedRows([tensors[name] for _, tensors in parts], numbers, count) for name in names}

@@ -137,7 +137,10 @@ def find_keys(keys: Iterable[str], modules: Collection[str], file: Path) -> dict
     found: dict[str, Keys] = {}
     for key, name, part in [(key, *_read_key(key, file)) for key in keys]:
         prefix = next((prefix for prefix in _FLAT_PREFIXES if name.startswith(prefix)), "")
-        place = flat.get(name.removeprefix(prefix)) if prefix else dotted.get(_plain_name(name))
+        plain = name.removeprefix(prefix)
+        while not prefix and (start := next((start for start in _DOTTED_PREFIXES if plain.startswith(start)), "")):
+            plain = plain.removeprefix(start)
+        place = (flat if prefix else dotted).get(plain)
         if place is None:
             raise UserError(
                 f"lora = {str(file)!r}: {key!r} names no layer of this base; it is for another base, or in a spelling "
@@ -150,13 +153,6 @@ def find_keys(keys: Iterable[str], modules: Collection[str], file: Path) -> dict
                 raise UserError(f"{file} holds the {part} of {module} twice: {getattr(layer, part)!r} and {key!r}")
             setattr(layer, part, key)
     return found
-
-
-def _plain_name(name: str) -> str:
-    """Return a layer's name without its prefixes."""
-    while prefix := next((prefix for prefix in _DOTTED_PREFIXES if name.startswith(prefix)), ""):
-        name = name.removeprefix(prefix)
-    return name
 
 
 @dataclass(frozen=True)

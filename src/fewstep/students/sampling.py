@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from fewstep.backbones.pipeline_folder import PipelineFolder
 from fewstep.backbones.pipeline_writer import read_record
 from fewstep.common.config import validate
 from fewstep.diffusion.config import TEACHER_SAMPLING, Sampling
-
-
-def sampling_of(pipeline: Path) -> Sampling | None:
-    """Return the settings in a pipeline folder's record; None without a record.
-
-    Raises:
-        UserError: the record is broken.
-    """
-    record = read_record(pipeline)
-    return validate(Sampling, record.get("sampling", {})) if record else None
 
 
 def teacher_sampling(folder: PipelineFolder) -> Sampling:
@@ -28,9 +16,10 @@ def teacher_sampling(folder: PipelineFolder) -> Sampling:
     Raises:
         UserError: the record is broken.
     """
-    own = sampling_of(folder.path)
-    if own is not None or not folder.consistency:
-        return own or TEACHER_SAMPLING
+    if record := read_record(folder.path):
+        return validate(Sampling, record.get("sampling", {}))
+    if not folder.consistency:
+        return TEACHER_SAMPLING
     grid = folder.config("scheduler").get("original_inference_steps", 50)
     return validate(Sampling, {"sampler": "lcm", "steps": 4, "omega": 7.5, "grid": grid})
 

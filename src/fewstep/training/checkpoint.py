@@ -60,13 +60,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensor
         elif value.dtype == torch.int64:  # a count that the optimiser keeps as an int
             optimizer.state[parameter][key] = int(value)
         else:
-            kept_there = parameter.device if value.dim() or _counts_there(optimizer) else "cpu"
-            optimizer.state[parameter][key] = value.to(kept_there)
-
-
-def _counts_there(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether an optimiser keeps its step count on the parameters' device, as a fused one does."""
-    return bool(optimizer.param_groups[0].get("fused"))
+            # a fused optimiser keeps its step count on the parameters' device
+            fused = optimizer.param_groups[0].get("fused")
+            optimizer.state[parameter][key] = value.to(parameter.device if value.dim() or fused else "cpu")
 
 
 @torch.no_grad()

@@ -13,22 +13,14 @@ from fewstep.training.config import OptimConfig
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
     """Return fused AdamW, or AdamW with moments in 8 bits (bitsandbytes) for `adamw_8bit`."""
-    chosen = list(parameters)
+    chosen, settings = list(parameters), config.model_dump(include={"lr", "betas", "eps", "weight_decay"})
     if config.kind == "adamw_8bit":
         import bitsandbytes as bnb
 
-        narrow: torch.optim.Optimizer = bnb.optim.AdamW8bit(
-            chosen, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
-        )
+        narrow: torch.optim.Optimizer = bnb.optim.AdamW8bit(chosen, **settings)
         return narrow
-    return torch.optim.AdamW(
-        chosen,
-        lr=config.lr,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-        eps=config.eps,
-        fused=not any(parameter.is_meta for parameter in chosen),  # meta tensors have no fused kernel
-    )
+    fused = not any(parameter.is_meta for parameter in chosen)  # meta tensors have no fused kernel
+    return torch.optim.AdamW(chosen, **settings, fused=fused)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float | None) -> Tensor:

@@ -50,23 +50,6 @@ def record_versions(path: Path) -> None:
         write_json(path, [*before, versions()])
 
 
-class Bar:
-    """Progress bar with the newest loss."""
-
-    def __init__(self, bar: Any) -> None:
-        self._bar = bar
-
-    def note(self, figures: Mapping[str, float]) -> None:
-        """Show the loss of the first update."""
-        name = next((key for key in figures if key.endswith("/loss")), None)
-        if name:
-            self._bar.set_postfix_str(f"loss {figures[name]:.4g}", refresh=False)
-
-    def step(self) -> None:
-        """Count one step."""
-        self._bar.update()
-
-
 class RunLog:
     """Log and lock of a run folder, a context manager. Only the main process writes.
 
@@ -154,7 +137,7 @@ class RunLog:
             self._board.add_scalar(key, value, step)
 
     @contextmanager
-    def progress(self, done: int, total: int) -> Iterator[Bar]:
+    def progress(self, done: int, total: int) -> Iterator[tqdm[Any]]:
         """Yield a progress bar over steps on stderr."""
         if self.main and not self.quiet and 0 < done < total:
             print(f"{self.title} goes on from step {done}", file=sys.stderr)
@@ -168,7 +151,7 @@ class RunLog:
                 mininterval=1.0,
                 dynamic_ncols=True,
             ) as bar:
-                yield Bar(bar)
+                yield bar
         finally:
             if self._board is not None:
                 self._board.close()
@@ -236,9 +219,8 @@ def _without_contents(config: Any, model: type[BaseModel]) -> Any:
         field = model.model_fields.get(name)
         if field is not None and any(isinstance(mark, Content) for mark in field.metadata):
             continue
-        inner = field.annotation if field is not None else None
-        nested = isinstance(inner, type) and issubclass(inner, BaseModel)
-        kept[name] = _without_contents(value, inner) if nested else value  # type: ignore[arg-type]
+        nested = core_yaml.model_of(field.annotation) if field is not None else None
+        kept[name] = _without_contents(value, nested) if nested else value
     return kept
 
 

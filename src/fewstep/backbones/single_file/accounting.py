@@ -8,26 +8,9 @@ from collections.abc import Sequence
 from fewstep.backbones.pipeline_folder import PipelineFolder
 from fewstep.backbones.scheduler_config import sigmas_at
 from fewstep.backbones.single_file.reader import Reader
+from fewstep.backbones.single_file.recognise import TABLES
 from fewstep.common.errors import UserError
 
-_CLIP = "parts of CLIP that draw no pictures"
-_UNUSED = {
-    r"model_ema\..*": "averaged weights",
-    r"first_stage_model\.model_ema\..*": "averaged weights",
-    r"(first_stage_model\.)?loss\..*": "training losses",
-    r"(.*\.)?position_ids": "position numbers",
-    r".*\.logit_scale": "logit scales",
-    r"cond_stage_model\.(transformer\.(vision_model|visual_projection|text_projection)\b.*|text_projection)": _CLIP,
-    r"conditioner\.embedders\.0\.transformer\.text_projection\..*": _CLIP,
-    r"(cond_stage_model|conditioner\.embedders\.1)\.model\.(visual\..*|attn_mask)": _CLIP,
-    r"cond_stage_model\.model\.text_projection": _CLIP,
-    r"(alphas_cumprod_prev|betas|sqrt_.*alphas_cumprod|log_one_minus_alphas_cumprod|sqrt_recipm?1?.*|posterior_.*|"
-    r"sqrt_recip.*|lvlb_weights|logvar|denoiser\.(sigmas|log_sigmas)|model_sampling\..*)": "the noise schedule",
-    r"v_pred|ztsnr": "marks",
-    r"(.*\.)?scaled_fp8": "marks",
-    r"(.*\.)?(scale_input|input_scale)": "scales of inputs",
-}
-"""Pattern of whole names of tensors without effect on pictures -> what they are."""
 _TOLERANCE = 1e-2
 """Largest difference of alpha^2 in a file (often fp16) from the schedule's."""
 
@@ -47,7 +30,7 @@ def account(reader: Reader, folder: PipelineFolder, elsewhere: Sequence[str] = (
         if key == "alphas_cumprod":
             _check_noise(reader, folder)
             continue
-        what = next((what for pattern, what in _UNUSED.items() if re.fullmatch(pattern, key)), None)
+        what = next((what for pattern, what in TABLES["unused"].items() if re.fullmatch(pattern, key)), None)
         if what is None and extra and key.startswith(extra):
             what = "the text encoder's last block, whose states are not used"
         if what is None and key.startswith(tuple(elsewhere)):

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from fewstep.common.choices import Prediction
 from fewstep.common.errors import UserError
 from fewstep.common.safetensors_header import Entry, metadata_record, read_floats, read_safetensors_header
@@ -23,34 +25,7 @@ TRANSFORMERS = {
 """Prefix of a transformer's keys -> its pipeline and class. All else comes from the folder of configs."""
 Version = Literal["sd1", "sd2", "sdxl"]
 
-_OTHERS = {
-    "distilled_guidance_layer.": "Chroma",
-    "txt_in.individual_token_refiner.": "HunyuanVideo",
-    "double_stream_modulation_img.": "Flux 2",
-    "control_model.": "a ControlNet",
-    "input_hint_block.": "a ControlNet",
-    "controlnet_cond_embedding.": "a ControlNet",
-    "edm_mean": "Playground v2.5, whose noise is EDM's",
-    "edm_vpred.": "CosXL, whose noise is EDM's",
-    "clf.": "Stable Cascade",
-}
-"""Prefix of a key, after the denoiser's prefix or without, in checkpoints that are not read -> what they are."""
-_ALONE = {
-    "down_blocks.": "one component of a diffusers folder; give the whole folder",
-    "transformer_blocks.": "one component of a diffusers folder; give the whole folder",
-    "text_model.": "a text encoder alone",
-    "encoder.conv_in.": "an autoencoder alone",
-    "decoder.conv_in.": "an autoencoder alone",
-    "first_stage_model.": "an autoencoder alone",
-}
-"""The same of files without a denoiser that could be read."""
-_CHANNELS = {
-    9: "an inpainting network",
-    8: "a network that edits a picture (InstructPix2Pix)",
-    5: "a depth-to-image network",
-    7: "an upscaler",
-}
-"""Input channels of networks that take more than noisy latents."""
+TABLES: dict[str, dict[Any, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 _WIDTHS: dict[tuple[int, bool], Version] = {(768, False): "sd1", (1024, False): "sd2", (2048, True): "sdxl"}
 """Width of the text states, and whether a vector is embedded beside the time -> version."""
 _REFUSED_WIDTHS = {
@@ -58,13 +33,7 @@ _REFUSED_WIDTHS = {
     (1024, True): "Stable Diffusion 2.x unCLIP or upscaler",
     (768, True): "Stable Diffusion 1.x with a vector embedded beside the time",
 }
-_WORDS: dict[str, Prediction] = {
-    **dict.fromkeys(("epsilon", "eps"), "eps"),
-    **dict.fromkeys(("v", "v_prediction", "vpred"), "v"),
-    **dict.fromkeys(("sample", "x0"), "x0"),
-    **dict.fromkeys(("flow", "flow_prediction", "rectified_flow"), "flow"),
-}
-"""Words for what a network predicts, in metadata of any tool."""
+_WORDS: dict[str, Prediction] = {word: kind for kind, words in TABLES["words"].items() for word in words}
 V_SPREAD = 0.09
 """Threshold for the standard deviation of a late norm's bias: above in 2.x networks of v, below in those of eps."""
 
@@ -130,12 +99,12 @@ def recognise(
     if adapter:
         raise UserError(f"{name} is a LoRA; give it as --lora, and its base as --teacher")
     inner = [key.removeprefix(prefix) for key in entries if key.startswith(prefix)]
-    other = _known(_OTHERS, [*inner, *entries])
+    other = _known(TABLES["others"], [*inner, *entries])
     start = next((start for start in TRANSFORMERS if any(key.startswith(start) for key in inner)), "")
     first = entries.get(f"{prefix}input_blocks.0.0.weight")
     if first is None and not start:
         unknown = f"of an unknown architecture: it holds {min(entries, default='nothing')!r}"
-        other = other or _known(_ALONE, [*inner, *entries]) or unknown
+        other = other or _known(TABLES["alone"], [*inner, *entries]) or unknown
     if other:
         raise UserError(
             f"{name} is {other}; give a checkpoint of Stable Diffusion 1.x, 2.x or XL, or a transformer of Stable "
@@ -144,8 +113,9 @@ def recognise(
     if first is None:
         return Checkpoint(TRANSFORMERS[start][0], prefix, TRANSFORMERS[start][1])
     channels, vector = first.shape[1], f"{prefix}label_emb.0.0.weight" in entries
-    if channels in _CHANNELS:
-        raise UserError(f"{name} is {_CHANNELS[channels]} ({channels} input channels); give a text-to-image one (4)")
+    if channels in TABLES["channels"]:
+        what = TABLES["channels"][channels]
+        raise UserError(f"{name} is {what} ({channels} input channels); give a text-to-image one (4)")
     width = next(
         (entries[key].shape[1] for key in sorted(entries) if re.search(r"input_blocks.*\.attn2\.to_k\.weight$", key)), 0
     )
@@ -197,7 +167,7 @@ def _guess(file: Path, entries: Mapping[str, Entry], prefix: str) -> Prediction:
     key = f"{prefix}output_blocks.11.1.transformer_blocks.0.norm1.bias"
     if key not in entries:
         return "v"
-    values = read_floats(file, entries[key])
+    values = read_floats(file, key, entries[key])
     mean = sum(values) / len(values)
     spread = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
     return "v" if spread > V_SPREAD else "eps"

@@ -9,35 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.backbones.single_file.sd_names import original_names
+from fewstep.backbones.single_file.sd_names import NAMES, original_names
 from fewstep.common.errors import UserError
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
-
-_VAE_PARTS = (
-    (r"down_blocks\.(\d+)\.resnets\.(\d+)", r"down.\1.block.\2"),
-    (r"down_blocks\.(\d+)\.downsamplers\.0\.conv", r"down.\1.downsample.conv"),
-    (r"up_blocks\.(\d+)\.resnets\.(\d+)", r"up.\1.block.\2"),
-    (r"up_blocks\.(\d+)\.upsamplers\.0\.conv", r"up.\1.upsample.conv"),
-    (r"mid_block\.attentions\.0", "mid.attn_1"),
-    (r"conv_shortcut", "nin_shortcut"),
-    (r"conv_norm_out", "norm_out"),
-)
-_VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-_OPEN_CLIP = {
-    "embeddings.position_embedding.weight": "positional_embedding",
-    "embeddings.token_embedding.weight": "token_embedding.weight",
-    "final_layer_norm.weight": "ln_final.weight",
-    "final_layer_norm.bias": "ln_final.bias",
-}
-_OPEN_CLIP_LAYER = {
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-    "self_attn.out_proj": "attn.out_proj",
-}
 
 
 class Place(NamedTuple):
@@ -83,13 +59,13 @@ def vae_keys(names: Iterable[str], prefix: str = VAE) -> dict[str, Place]:
     for name in names:
         new = re.sub(r"up_blocks\.(\d+)\.", lambda m: f"up_blocks.{last - int(m[1])}.", name)
         new = re.sub(r"mid_block\.resnets\.(\d+)", lambda m: f"mid.block_{int(m[1]) + 1}", new)
-        for pattern, instead in _VAE_PARTS:
+        for pattern, instead in NAMES["vae"].items():
             new = re.sub(pattern, instead, new)
         attends = "mid.attn_1" in new
         if attends:
             place, _, rest = new.partition("mid.attn_1.")
             part, _, kind = rest.rpartition(".")
-            new = f"{place}mid.attn_1.{_VAE_ATTENTION[part]}.{kind}"
+            new = f"{place}mid.attn_1.{NAMES['vae_attention'][part]}.{kind}"
         found[name] = Place(f"{prefix}{new}", square=attends)
     return found
 
@@ -109,8 +85,8 @@ def open_clip_keys(names: Iterable[str], prefix: str) -> dict[str, Place]:
     found = {}
     for name in names:
         own = name.removeprefix("text_model.")
-        if own in _OPEN_CLIP:
-            found[name] = Place(f"{prefix}model.{_OPEN_CLIP[own]}")
+        if own in NAMES["open_clip"]:
+            found[name] = Place(f"{prefix}model.{NAMES['open_clip'][own]}")
         elif own == "text_projection.weight":
             found[name] = Place(f"{prefix}model.text_projection", turned=True)
         elif layer := re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", own):
@@ -119,7 +95,7 @@ def open_clip_keys(names: Iterable[str], prefix: str) -> dict[str, Place]:
             if joint := re.fullmatch(r"self_attn\.([qkv])_proj", part):
                 found[name] = Place(f"{place}attn.in_proj_{kind}", third="qkv".index(joint[1]))
             else:
-                found[name] = Place(f"{place}{_OPEN_CLIP_LAYER[part]}.{kind}")
+                found[name] = Place(f"{place}{NAMES['open_clip_layer'][part]}.{kind}")
     return found
 
 

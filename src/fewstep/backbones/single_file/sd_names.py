@@ -4,29 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection
+from pathlib import Path
 
-_ORIGINAL_PLACES = {
-    "conv_in": "input_blocks.0.0",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "mid_block.resnets.0": "middle_block.0",
-    "mid_block.attentions.0": "middle_block.1",
-    "mid_block.resnets.1": "middle_block.2",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
+import yaml
 
-
-_ORIGINAL_RESNET = {
-    "norm1": "in_layers.0",
-    "norm2": "out_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
+NAMES: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+"""Part of a pipeline -> layer of diffusers or transformers -> its name in the original code."""
 
 
 def original_names(modules: Collection[str]) -> dict[str, str]:
@@ -40,7 +23,7 @@ def original_names(modules: Collection[str]) -> dict[str, str]:
     def children(prefix: str) -> range:
         return range(next(i for i in itertools.count() if f"{prefix}.{i}" not in prefixes))
 
-    places = dict(_ORIGINAL_PLACES)
+    places = dict(NAMES["unet"])
     number = 1
     for block in (f"down_blocks.{i}" for i in children("down_blocks")):
         for i in children(f"{block}.resnets"):
@@ -65,7 +48,7 @@ def original_names(modules: Collection[str]) -> dict[str, str]:
         for n in range(len(parts), 0, -1):
             place, rest = places.get(".".join(parts[:n])), ".".join(parts[n:])
             if place is not None:
-                rest = _ORIGINAL_RESNET.get(rest, rest)
+                rest = NAMES["unet_resnet"].get(rest, rest)
                 names[module] = f"{place}.{rest}" if rest else place
                 break
     return names
