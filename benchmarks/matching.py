@@ -3,7 +3,7 @@
     python benchmarks/matching.py --out runs/matching --seeds 0 1 2
 
 A plane with prompts: eight modes on a ring, of which each prompt names two. The guided teacher is exact. A student of
-TLCM's second stage goes on with matching as `CASES` say. Prints a table, one row a case and seed:
+TLCM's second stage goes on with matching by `CASES`. Prints a table, one row a case and seed:
 
 - guidance: rms of the real score's guidance in the gap, omega (c - null), in x0, at three shares of T.
 - wanted, fake: rms of (exact score of where the student lands - real without guidance), from --points landings, and of

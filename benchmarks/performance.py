@@ -56,73 +56,73 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--cache", type=Path, default=Path("runs/performance"), help="folder for random pipelines")
     parser.add_argument("-s", action="append", default=[], help="a further setting of our run: loop.compile=true, ...")
-    asked = parser.parse_args(words)
-    folder = folder_of(asked.network, asked.cache)
-    what = f"{asked.network}, rank {asked.rank}, batch {asked.batch}, {asked.precision}"
-    print(f"commit {commit()}; {hardware()}; {torch.get_num_threads()} threads; {what} {' '.join(asked.s)}")
-    for kind in asked.what:
-        how = (asked.rank, asked.batch, asked.precision, asked.device, asked.cache, asked.rounds, tuple(asked.s))
+    args = parser.parse_args(words)
+    folder = folder_of(args.network, args.cache)
+    what = f"{args.network}, rank {args.rank}, batch {args.batch}, {args.precision}"
+    print(f"commit {commit()}; {hardware()}; {torch.get_num_threads()} threads; {what} {' '.join(args.s)}")
+    for kind in args.what:
+        how = (args.rank, args.batch, args.precision, args.device, args.cache, args.rounds, tuple(args.s))
         KINDS[kind](Task(folder, kind, *how))
 
 
-def tell_steps(task: Task) -> None:
-    """A training step, from stored walks or asking the teacher."""
+def report_steps(task: Task) -> None:
+    """A training step, from stored trajectories or with teacher calls."""
     found, phases = time_steps(task)
     unit = found["F"].median
     table(f"a training step, {task.kind}", found, unit, task.batch)
     parts = [found[name] for name in ("student", "target", "teacher") if name in found]
-    say("ours / sum of its bare parts", [found["ours"]], parts)
-    say("the script / ours", [found["script"]], [found["ours"]])
-    say("the script without encoders / ours", [found["script without encoders"]], [found["ours"]])
+    print_ratio("ours / sum of its bare parts", [found["ours"]], parts)
+    print_ratio("the script / ours", [found["script"]], [found["ours"]])
+    print_ratio("the script without encoders / ours", [found["script without encoders"]], [found["ours"]])
     table(f"our step by phase, {task.kind}, in a pass of its own", phases, unit, None)
 
 
-def tell_sampling(task: Task) -> None:
+def report_sampling(task: Task) -> None:
     """Pictures."""
     found = time_sampling(task)
     table("pictures at 4 steps", found, None, task.batch)
-    say("ours / (calls + decode)", [found["ours"]], [found["calls + decode"]])
-    say("diffusers / ours", [found["diffusers"]], [found["ours"]])
-    say("LoRA, not merged / merged", [found["LoRA, not merged"]], [found["LoRA, merged"]])
+    print_ratio("ours / (calls + decode)", [found["ours"]], [found["calls + decode"]])
+    print_ratio("diffusers / ours", [found["diffusers"]], [found["ours"]])
+    print_ratio("LoRA, not merged / merged", [found["LoRA, not merged"]], [found["LoRA, merged"]])
 
 
-def tell_synthesis(task: Task) -> None:
-    """Sets of latents, and of whole walks."""
+def report_synthesis(task: Task) -> None:
+    """Sets of latents, and of whole trajectories."""
     kinds: tuple[Kind, ...] = get_args(Kind)
     for kind in kinds:
         found = time_synthesis(task, kind)
         table(f"a synthesised set of {kind}", found, None, None)
-        say("guided calls / ours", [found["guided calls"]], [found["ours"]])
+        print_ratio("guided calls / ours", [found["guided calls"]], [found["ours"]])
 
 
-def tell_compiled(task: Task) -> None:
+def report_compiled(task: Task) -> None:
     """How far compiled networks are from eager ones."""
     print("\n## compiled beside eager: largest distance over the largest value\n\n| what | |\n| --- | --- |")
     for name, distance in apart(task).items():
         print(f"| {name} | {distance:.1e} |", flush=True)
 
 
-def tell_memory(task: Task) -> None:
+def report_memory(task: Task) -> None:
     """What a step holds at most."""
     each("GiB that a step holds at most", task, lambda kind, who: exclusive(peak_of, kind, who) / 2**30)
 
 
-def tell_matrix(task: Task) -> None:
+def report_matrix(task: Task) -> None:
     """How much of a step is matrix work."""
     of = "operators' time" if task.device == "cpu" else "wall time"
     each(f"matrix work, share of the {of}", task, lambda kind, who: exclusive(matrix_of, kind, who))
 
 
 KINDS: dict[str, Callable[[Task], None]] = {
-    "stored": tell_steps,
-    "online": tell_steps,
-    "sampling": tell_sampling,
-    "synthesis": tell_synthesis,
-    "memory": tell_memory,
-    "matrix": tell_matrix,
-    "compiled": tell_compiled,
+    "stored": report_steps,
+    "online": report_steps,
+    "sampling": report_sampling,
+    "synthesis": report_synthesis,
+    "memory": report_memory,
+    "matrix": report_matrix,
+    "compiled": report_compiled,
 }
-"""What can be asked for."""
+"""Kinds of timings by name."""
 
 
 def each(title: str, task: Task, figure: Callable[[Task, str], float]) -> None:
@@ -143,7 +143,7 @@ def table(title: str, found: dict[str, Timed], unit: float | None, pictures: int
         print(f"| {name} | {timed.median:.4f} | {low:.4f} to {high:.4f} | {in_f} | {rate} |")
 
 
-def say(name: str, over: list[Timed], under: list[Timed]) -> None:
+def print_ratio(name: str, over: list[Timed], under: list[Timed]) -> None:
     """One ratio as a line."""
     middle, low, high = ratio(over, under)
     print(f"\n{name}: {middle:.3f} ({low:.3f} to {high:.3f})")

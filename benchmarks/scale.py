@@ -38,7 +38,7 @@ class Shape:
         family: its name in `families.FAMILIES`.
         latent: numbers of one latent at the size that is looked at.
         text: numbers of a caption's states.
-        guided: whether the teacher is asked twice for guidance.
+        guided: whether the teacher is evaluated twice for guidance.
     """
 
     network: Callable[[], nn.Module]
@@ -67,8 +67,8 @@ def call_sdxl(network: nn.Module, batch: int) -> Tensor:
     """A batch of 1024 x 1024 pixels."""
     x, text = torch.empty(batch, 4, 128, 128), torch.empty(batch, 77, 2048)
     more = {"text_embeds": torch.empty(batch, 1280), "time_ids": torch.empty(batch, 6)}
-    said: Tensor = network(x, torch.empty(batch), text, added_cond_kwargs=more, return_dict=False)[0]
-    return said
+    output: Tensor = network(x, torch.empty(batch), text, added_cond_kwargs=more, return_dict=False)[0]
+    return output
 
 
 def flux() -> nn.Module:
@@ -80,12 +80,12 @@ def flux() -> nn.Module:
 
 def call_flux(network: nn.Module, batch: int) -> Tensor:
     """A batch of 1024 x 1024 pixels: 4096 tokens beside 512 of the prompt."""
-    said: Tensor = network(
+    output: Tensor = network(
         hidden_states=torch.empty(batch, 4096, 64), timestep=torch.empty(batch), guidance=torch.empty(batch),
         pooled_projections=torch.empty(batch, 768), encoder_hidden_states=torch.empty(batch, 512, 4096),
         txt_ids=torch.empty(512, 3), img_ids=torch.empty(4096, 3), return_dict=False,
     )[0]  # fmt: skip
-    return said
+    return output
 
 
 SHAPES = {
@@ -147,7 +147,7 @@ class Counted:
     Attributes:
         base, adapter: numbers of the frozen network and of an adapter.
         forward, both: operations of a call, and of a call with its backward pass.
-        held: bytes that a step which asks the teacher holds at most beside its weights.
+        held: bytes that a step with teacher calls holds at most beside its weights.
         folded: the same with gradient checkpointing.
     """
 
@@ -163,9 +163,9 @@ def operations(network: nn.Module, shape: Shape, products: Products, *, backward
     """Of one sample's call, with its backward pass or without."""
     before = products.count
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
-        said = shape.call(network, 1)
+        output = shape.call(network, 1)
         if backward:
-            said.backward(torch.empty_like(said))
+            output.backward(torch.empty_like(output))
     return counter.get_total_flops() + products.count - before
 
 
@@ -177,11 +177,11 @@ def step_holds(network: nn.Module, shape: Shape, batch: int) -> int:
     """
     network.zero_grad(set_to_none=True)
     with LiveBytes() as held:
-        said = shape.call(network, batch)
+        output = shape.call(network, batch)
         with torch.no_grad():
             shape.call(network, 2 * batch if shape.guided else batch)
             shape.call(network, batch)
-        said.backward(torch.empty_like(said))
+        output.backward(torch.empty_like(output))
     return held.peak
 
 
@@ -221,11 +221,11 @@ def preferred() -> Preferred:
             if again:
                 recompute_blocks(vae.decoder)
             with LiveBytes() as counted:
-                said = shape.call(network, 1)
+                output = shape.call(network, 1)
                 with torch.no_grad():
                     shape.call(network, 2)
                     shape.call(network, 1)
-                pictures = vae.decode(said.float(), return_dict=False)[0]
+                pictures = vae.decode(output.float(), return_dict=False)[0]
                 seen = frame(pictures, Framing(224))
                 likes = [
                     scorer.vision_model(pixel_values=seen).pooler_output for _ in range(2)
@@ -285,9 +285,9 @@ def fits(memory: float, one: Counted, kept: float, sample: int) -> str:
 
 def budget(name: str, shape: Shape, one: Counted) -> None:
     """Print which micro-batches fit on which GPU, and how long a sample takes there."""
-    asked = 2 if shape.guided else 1
+    evaluations = 2 if shape.guided else 1
     stored = one.both + one.forward
-    online = stored + asked * one.forward
+    online = stored + evaluations * one.forward
     print(f"\n### {name}\n\n| GPU | " + " | ".join(f"{kind}, checkpointing" for kind in BYTES), end="")
     print(" | bf16 | stored | online | online, checkpointing | teacher's samples an hour |")
     print("| --- " * (len(BYTES) + 6) + "|")
@@ -296,13 +296,13 @@ def budget(name: str, shape: Shape, one: Counted) -> None:
         counts.append(fits(memory, one, BYTES["bf16"], one.held))
         speed = REACHED * peak * 1e12
         rates = [speed / stored, speed / online, speed / (online + one.forward)]
-        walks = f"{speed / (50 * asked * one.forward) * 3600:.0f}"
+        trajectories = f"{speed / (50 * evaluations * one.forward) * 3600:.0f}"
         if memory * 1e9 / GIB < ASIDE + 2 * one.base / GIB:  # a synthesis in bf16 keeps its teacher in it
-            walks = "-"
-        told = [f"{rate:.2f}" for rate in rates]
-        if not shape.guided:  # its walks cannot be stored: guidance is told to it
-            told[0] = "-"
-        cells = [*counts, *told, walks]
+            trajectories = "-"
+        speeds = [f"{rate:.2f}" for rate in rates]
+        if not shape.guided:  # its trajectories cannot be stored: guidance is an input
+            speeds[0] = "-"
+        cells = [*counts, *speeds, trajectories]
         print(f"| {gpu}, {memory} GB | " + " | ".join(cells) + " |")
     full, teacher = LEARNS * one.base / 1e9, one.base / 1e9
     print(

@@ -26,7 +26,7 @@ from fewstep_worlds.studies.comparison import Comparison, SharedMetrics
 
 
 def noised(pictures: np.ndarray, seed: int) -> np.ndarray:
-    """Pictures that no cache knows."""
+    """Pictures that are in no cache."""
     noise = np.random.default_rng(seed).normal(0, 4, pictures.shape)
     return (pictures + noise).clip(0, 255).round().astype(np.uint8)
 

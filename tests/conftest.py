@@ -84,7 +84,7 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     unet = make_unet(UnetConfig(channels=(16, 32), heads=2, groups=8, latent_channels=4, text_width=32))
     vae = make_vae(VaeConfig(channels=(8, 8, 8, 8), groups=4, latent_channels=4))
     with torch.no_grad():
-        vae.quant_conv.weight.mul_(4)  # random encoders say little: latents of a usual size
+        vae.quant_conv.weight.mul_(4)  # random encoders give small latents: scale them to a usual size
         unet.conv_out.weight.mul_(8)
     folder = tmp_path_factory.mktemp("pipeline") / "tiny"
     write_teacher(folder, vae, unet, text, omega=7.0)

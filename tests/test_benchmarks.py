@@ -1,4 +1,4 @@
-"""The benchmarks run, and time what they say; what they find is no test's business."""
+"""The benchmarks run and time what they print; the figures are not tested."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.sd(tmp_path_factory.mktemp("tiny") / "sd")
 
 
-def rows(said: str) -> dict[str, list[str]]:
+def rows(text: str) -> dict[str, list[str]]:
     """The first cells of each table, by its title."""
-    tables = re.findall(r"^## (.+)\n\n.+\n.+\n((?:\|.+\n)+)", said, re.MULTILINE)
+    tables = re.findall(r"^## (.+)\n\n.+\n.+\n((?:\|.+\n)+)", text, re.MULTILINE)
     return {title: [line.split("|")[1].strip() for line in body.splitlines()] for title, body in tables}
 
 
-def asked(folder: Path, cache: Path, *kinds: str) -> list[str]:
+def options(folder: Path, cache: Path, *kinds: str) -> list[str]:
     return ["--network", str(folder), "--rank", "2", "--batch", "2", "--rounds", "2", "--cache", str(cache),
             "--what", *kinds]  # fmt: skip
 
@@ -44,19 +44,19 @@ def test_each_kind_prints_its_rows(
 ) -> None:
     monkeypatch.setattr(synthesis, "BATCHES", 2)
     monkeypatch.setattr(synthesis, "FEWEST", 2)
-    told: dict[str, dict[str, Timed]] = {}
+    reported: dict[str, dict[str, Timed]] = {}
     table = performance.table
 
     def telling(title: str, found: dict[str, Timed], *more: Any) -> None:
-        told[title] = found
+        reported[title] = found
         table(title, found, *more)
 
     monkeypatch.setattr(performance, "table", telling)
-    performance.main(asked(folder, tmp_path, "stored", "online", "sampling", "synthesis"))
-    said = capsys.readouterr().out
+    performance.main(options(folder, tmp_path, "stored", "online", "sampling", "synthesis"))
+    text = capsys.readouterr().out
     scripts, phases = ["script", "script without encoders"], ["student, forward", "target"]
     begins, ends = ["waiting for the batch"], ["the rest of the loss", "backward", "clipping, optimiser, log"]
-    assert rows(said) == {
+    assert rows(text) == {
         "a training step, stored": ["ours", "student", "target", "F", *scripts],
         "our step by phase, stored, in a pass of its own": [*begins, *phases, *ends],
         "a training step, online": ["ours", "student", "target", "F", "teacher", *scripts],
@@ -65,44 +65,44 @@ def test_each_kind_prints_its_rows(
         "a synthesised set of latents": ["ours", "guided calls"],
         "a synthesised set of trajectories": ["ours", "guided calls"],
     }
-    printed = re.findall(r"^\| (?!what|---)[^|]+\| (-?[\d.]+) \|", said, re.MULTILINE)
-    assert printed == [f"{timed.median:.4f}" for found in told.values() for timed in found.values()]
+    printed = re.findall(r"^\| (?!what|---)[^|]+\| (-?[\d.]+) \|", text, re.MULTILINE)
+    assert printed == [f"{timed.median:.4f}" for found in reported.values() for timed in found.values()]
     for kind in ("latents", "trajectories"):  # what a sample costs is a difference of two timings: noise has no sign
-        told[f"a synthesised set of {kind}"].pop("ours")
-    assert all(timed.median > 0 for found in told.values() for timed in found.values())
-    assert len(re.findall(r"^.+ / .+: -?[\d.]+ \(", said, re.MULTILINE)) == 11
+        reported[f"a synthesised set of {kind}"].pop("ours")
+    assert all(timed.median > 0 for found in reported.values() for timed in found.values())
+    assert len(re.findall(r"^.+ / .+: -?[\d.]+ \(", text, re.MULTILINE)) == 11
 
 
 def test_what_a_step_holds_and_is_made_of(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process: those of their own are slow to start."""
     monkeypatch.setattr(performance, "exclusive", lambda what, task, who: what(task, who))
-    told: dict[str, dict[str, float]] = {}
+    reported: dict[str, dict[str, float]] = {}
     monkeypatch.setattr(
         performance, "each",
-        lambda title, task, figure: told.setdefault(title, {who: figure(task, who) for who in ("ours", "script")}),
+        lambda title, task, figure: reported.setdefault(title, {who: figure(task, who) for who in ("ours", "script")}),
     )  # fmt: skip
-    performance.main(asked(folder, tmp_path, "memory", "matrix"))
-    held, matrix = told.values()
+    performance.main(options(folder, tmp_path, "memory", "matrix"))
+    held, matrix = reported.values()
     assert all(0.05 < gib < 64 for gib in held.values())
     assert all(0 < share < 1 for share in matrix.values())
 
 
 def test_contenders_are_timed_in_their_own_precision() -> None:
-    """Within a loop's autocast they are not in it, and a weight that it has cast before is cast anew."""
+    """Within a loop's autocast they are not in it, and a weight that it has converted before is converted anew."""
     weight = torch.ones(2, 2, requires_grad=True)
-    said: list[tuple[bool, float]] = []
+    outputs: list[tuple[bool, float]] = []
 
     def contender() -> None:
         about = torch.is_autocast_enabled("cpu")
         with torch.autocast("cpu", torch.bfloat16):
-            said.append((about, float((torch.ones(1, 2) @ weight).sum())))
+            outputs.append((about, float((torch.ones(1, 2) @ weight).sum())))
         with torch.no_grad():
             weight.mul_(3)
 
     with torch.autocast("cpu", torch.bfloat16):
         for _ in range(2):
             in_turn({"contender": contender}, torch.device("cpu"))
-    assert said == [(False, 4.0), (False, 12.0)]
+    assert outputs == [(False, 4.0), (False, 12.0)]
 
 
 def test_the_small_network_has_sds_proportions() -> None:
@@ -148,9 +148,9 @@ def test_the_script_learns_its_adapter_alone(folder: Path, tmp_path: Path, large
 
 
 def test_the_scripts_encoders_have_its_types(folder: Path, tmp_path: Path) -> None:
-    asked = (torch.zeros(1, 3, 16, 16), ["a"])
+    args = (torch.zeros(1, 3, 16, 16), ["a"])
     for place, vae in ((folder, torch.bfloat16), (tiny.sdxl(tmp_path / "sdxl"), torch.float32)):
-        script = LcmScript(place, 2, *asked, precision=torch.bfloat16)
+        script = LcmScript(place, 2, *args, precision=torch.bfloat16)
         assert script.vae.dtype == vae
         assert script.pipe.text_encoder.dtype == torch.bfloat16
         assert script.teacher.dtype == script.unet.dtype == torch.float32
@@ -185,10 +185,10 @@ def test_a_fake_score_beside_the_exact_one(tmp_path: Path, capsys: pytest.Captur
     """Before matching the fake score is the teacher: nothing is tracked and the whole gap is guidance."""
     words = ["--out", str(tmp_path), "--start", "3", "--shorter", "100", "--points", "300", "--omega", "3"]
     matching.main(words)
-    said = capsys.readouterr().out.splitlines()
-    names = [cell.strip() for cell in said[0].strip("| ").split("|")]
+    text = capsys.readouterr().out.splitlines()
+    names = [cell.strip() for cell in text[0].strip("| ").split("|")]
     found = {cells[0]: dict(zip(names[2:], map(float, cells[2:]), strict=True)) for cells in (
-        [cell.strip() for cell in line.strip("| ").split("|")] for line in said[2:])}  # fmt: skip
+        [cell.strip() for cell in line.strip("| ").split("|")] for line in text[2:])}  # fmt: skip
     assert list(found) == ["joined", "before", "now"]
     for share in matching.LEVELS:
         assert (found["joined"][f"fake {share:g}"], found["joined"][f"untracked {share:g}"]) == (0, 1)
@@ -213,9 +213,9 @@ def test_compiled_roles_are_compared_role_by_role(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compile_networks, "__defaults__", ("eager",))  # graphs without a compiler
-    performance.main(asked(folder, tmp_path, "compiled"))
-    said = capsys.readouterr().out
-    found = {name: float(value) for name, value in re.findall(r"^\| ([^|]+?) \| ([\d.e+-]+\d) \|$", said, re.MULTILINE)}
+    performance.main(options(folder, tmp_path, "compiled"))
+    text = capsys.readouterr().out
+    found = {name: float(value) for name, value in re.findall(r"^\| ([^|]+?) \| ([\d.e+-]+\d) \|$", text, re.MULTILINE)}
     roles = ["student", "target", "fake"]
     assert list(found) == [*roles, "teacher", *(f"{role}, gradient" for role in roles), "the two nearest roles, eager"]
     nearest = found.pop("the two nearest roles, eager")

@@ -258,7 +258,7 @@ def minilm() -> Path:
 
 
 def write_encoder(student: BertModel, place: Path) -> None:
-    """Write fp16 shards. The config says float32, the precision in which readers then load them."""
+    """Write fp16 shards. The config has float32, the precision in which readers then load them."""
     student.config.use_attention_mask = True
     for value in student.get_submodule(f"encoder.layer.{len(LAYERS) - 1}.output.LayerNorm").parameters():
         value.data.mul_(SCALE)

@@ -139,7 +139,7 @@ def run_schedulers() -> bool:
     return well
 
 
-def stand_in_tokenizer(folder: Path) -> None:
+def small_tokenizer(folder: Path) -> None:
     """Replace tokenizers of the hub by a small one."""
     sys.path.insert(0, str(ROOT / "tests"))
     from support.tiny_pipelines import clip_tokenizer
@@ -165,13 +165,13 @@ def in_place(ours: Any) -> Any:
     def kept(config: Mapping[str, Any]) -> Any:
         return ours.from_config({key: value for key, value in config.items() if key != "_use_default_values"})
 
-    class Stand:
+    class Fake:
         def __new__(cls, **kwargs: Any) -> Any:
             return kept(LCMScheduler(**kwargs).config)
 
         from_config = staticmethod(kept)
 
-    return Stand
+    return Fake
 
 
 def draw_pictures(module: Any, kind: Any, test: str, scheduler: Any) -> list[np.ndarray]:
@@ -229,7 +229,7 @@ def main() -> None:
     sys.path.insert(0, str(parser.parse_args().checkout))
     well = run_schedulers()
     with tempfile.TemporaryDirectory() as folder:
-        stand_in_tokenizer(Path(folder) / "tokenizer")
+        small_tokenizer(Path(folder) / "tokenizer")
         well = run_pipelines() and well
     sys.exit(0 if well else 1)
 

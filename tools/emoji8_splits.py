@@ -73,7 +73,7 @@ def prompt_lists(concepts: Sequence[Concept], records: Iterable[Record]) -> dict
         else:
             styles[record.split, record.concept].append(record.style)
     names = {concept.codepoint: concept.name for concept in concepts}
-    # The benchmark asks for concepts with several right answers; the other lists take what is left.
+    # The benchmark has concepts with several right answers; the other lists take what is left.
     able = sorted((code for code, have in seen.items() if len(have) >= 3), key=lambda c: rank("benchmark", c))
     chosen = {"benchmark": able[: OPEN_PROMPTS["benchmark"]]}
     rest = sorted(set(seen) - set(chosen["benchmark"]), key=lambda c: rank("open", c))

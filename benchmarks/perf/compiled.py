@@ -22,7 +22,7 @@ def apart(task: Task) -> dict[str, float]:
     student = make_student(backbone, StudentConfig(rank=task.rank), ROLES, 0)
     torch.manual_seed(0)
     with torch.no_grad():
-        for role in ROLES:  # all start as the teacher; each shall say something of its own
+        for role in ROLES:  # all start as the teacher; each gets an output of its own
             for name, weight in student.parameters(role).items():
                 weight.requires_grad_()  # a target learns nothing in training
                 if "lora_B" in name:
@@ -31,7 +31,7 @@ def apart(task: Task) -> dict[str, float]:
     x = torch.randn(task.batch, *backbone.latent_shape).to(backbone.device)
     t = torch.full((task.batch,), 499.0, dtype=torch.float64)
 
-    def said() -> dict[str, Tensor]:
+    def outputs() -> dict[str, Tensor]:
         with torch.no_grad():
             found = {role: student.call(x, t, state, role) for role in (*ROLES, BASE)}
         for role in ROLES:
@@ -42,11 +42,11 @@ def apart(task: Task) -> dict[str, float]:
 
     compile_networks(networks_of(student.roles))
     with eagerly():
-        wanted = said()
-    found = said()
-    told = {name: float((found[name] - value).abs().max() / value.abs().max()) for name, value in wanted.items()}
+        wanted = outputs()
+    found = outputs()
+    differences = {name: float((found[name] - value).abs().max() / value.abs().max()) for name, value in wanted.items()}
     roles = [wanted[role] for role in (*ROLES, BASE)]
-    told["the two nearest roles, eager"] = min(
+    differences["the two nearest roles, eager"] = min(
         float((a - b).abs().max() / a.abs().max()) for i, a in enumerate(roles) for b in roles[:i]
     )
-    return told
+    return differences

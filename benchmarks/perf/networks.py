@@ -67,8 +67,8 @@ def tokenizer_in(place: Path) -> Any:
     (place / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}), encoding="utf-8")
     (place / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
     special = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": END}
-    told = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **special}
-    (place / "tokenizer_config.json").write_text(json.dumps(told), encoding="utf-8")
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **special}
+    (place / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return CLIPTokenizer.from_pretrained(place)
 
 

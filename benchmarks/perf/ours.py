@@ -34,7 +34,7 @@ class Ours:
 
 
 def make_ours(task: Task) -> Ours:
-    """Load what the task asks for."""
+    """Load what the task needs."""
     device = torch.device(task.device)
     accelerator = make_accelerator(task.precision, device)  # type: ignore[arg-type]
     config = resolve("tcd", None, words(task))

@@ -28,8 +28,8 @@ def resident(*, reset: bool = False) -> int:
     """Bytes of main memory that the process held at most since the last reset (Linux)."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
-    told = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+)", told)[1]) * 1024  # type: ignore[index]
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024  # type: ignore[index]
 
 
 At = Mapping[int, Callable[[], None]]

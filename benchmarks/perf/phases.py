@@ -69,18 +69,18 @@ class Phases:
 
         def marked(x: Any, t: Any, condition: Any, role: str) -> Any:
             self.mark(REST)
-            said = call(x, t, condition, role)
+            output = call(x, t, condition, role)
             self.mark(TEACHER if role == BASE else CALLS[torch.is_grad_enabled()])
-            return said
+            return output
 
         return marked
 
     def backward(self, backward: Callable[..., None]) -> Callable[..., None]:
         """The backward pass, marked."""
 
-        def marked(*asked: Any, **more: Any) -> None:
+        def marked(*args: Any, **more: Any) -> None:
             self.mark(REST)
-            backward(*asked, **more)
+            backward(*args, **more)
             self.mark(BACKWARD)
 
         return marked

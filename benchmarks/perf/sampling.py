@@ -84,7 +84,7 @@ def bare(image_generator: ImageGenerator, condition: Condition, parts: list[slic
 
 
 def unmerged(task: Task, place: torch.device, precision: torch.dtype, held: Path) -> tuple[ImageGenerator, Path]:
-    """An artist whose random LoRA stands beside its layers, and a file of that LoRA."""
+    """An image generator whose random LoRA is beside its layers, and a file of that LoRA."""
     backbone = load_backbone(task.folder)
     student = make_student(backbone, StudentConfig(rank=task.rank), (ROLE,), 0)
     weights = student.parameters(ROLE)

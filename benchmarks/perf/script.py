@@ -2,9 +2,9 @@
 
 Read in `train_lcm_distill_lora_sd_wds.py` and `..._sdxl_wds.py` (commit 58eb52c). Two copies of the network, one with
 the adapter; the autoencoder and the text encoders run in every step, the text encoders in the run's precision, the
-autoencoder in it too on SD (on SDXL in fp32), some pictures at a time; the teacher is asked twice, with and without the
-prompt; the target is the student itself without gradient; AdamW and clipping go over all of the network's parameters;
-the loss is read back for the progress bar in every step. Nothing is cached, nothing compiled.
+autoencoder in it too on SD (on SDXL in fp32), some pictures at a time; the teacher is called twice, with and without
+the prompt; the target is the student itself without gradient; AdamW and clipping go over all parameters of the network.
+The loss is read back for the progress bar in every step. Nothing is cached, nothing compiled.
 
 Where it departs from them: they open autocast around the teacher, and on SD around the target, without naming a type,
 which is fp16 on a GPU and bf16 on a CPU whatever the run's own; here all calls are made in the run's precision, the one
@@ -33,7 +33,7 @@ ENCODED = {"StableDiffusionXLPipeline": 8}
 """Pictures that the autoencoder takes at once, by pipeline; 32 elsewhere."""
 
 States = dict[str, Any]
-"""What the network is told of prompts, by its call's own words."""
+"""The network's inputs from prompts, by the names of its arguments."""
 
 
 class LcmScript:
@@ -81,15 +81,15 @@ class LcmScript:
             self.null = self.states([""] * len(self.prompts))
 
     def states(self, prompts: Sequence[str]) -> States:
-        """What the network is told of prompts."""
+        """Encode prompts to the network's inputs."""
         found = self.pipe.encode_prompt(list(prompts), device=self.device, num_images_per_prompt=1,
                                         do_classifier_free_guidance=False)  # fmt: skip
-        told: States = {"encoder_hidden_states": found[0]}
+        condition: States = {"encoder_hidden_states": found[0]}
         if self.large:
             side = float(self.pictures.shape[-1])
             sizes = torch.tensor([side, side, 0, 0, side, side], device=self.device).expand(len(prompts), -1)
-            told["added_cond_kwargs"] = {"text_embeds": found[2], "time_ids": sizes}
-        return told
+            condition["added_cond_kwargs"] = {"text_embeds": found[2], "time_ids": sizes}
+        return condition
 
     def latents(self) -> Tensor:
         """A draw of the pictures' latents."""
@@ -120,16 +120,16 @@ class LcmScript:
         """One optimiser step on what was encoded beforehand."""
         self.learn(*self.kept)
 
-    def data(self, said: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    def data(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """x0 by a prediction of the noise."""
         shaped = (-1, 1, 1, 1)
-        return (x - self.sigma[t].view(shaped) * said) / self.alpha[t].view(shaped)
+        return (x - self.sigma[t].view(shaped) * output) / self.alpha[t].view(shaped)
 
-    def jump(self, said: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    def jump(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """LCM's skip connection."""
         scaled = (SCALING * t).view(-1, 1, 1, 1)
         skip, out = 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25) ** 0.5
-        return skip * x + out * self.data(said, x, t)
+        return skip * x + out * self.data(output, x, t)
 
     def learn(self, x_0: Tensor, states: States) -> None:
         """One optimiser step on latents and states."""

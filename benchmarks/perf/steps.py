@@ -30,8 +30,8 @@ def bare_parts(run: Run, task: Task) -> dict[str, Callable[[], None]]:
 
     def student() -> None:
         with mixed:
-            said = run.student.call(x, t, state, "student")
-        torch.autograd.grad(said.float().square().mean(), weights)
+            output = run.student.call(x, t, state, "student")
+        torch.autograd.grad(output.float().square().mean(), weights)
 
     @torch.no_grad()
     def target() -> None:
@@ -53,7 +53,7 @@ def bare_parts(run: Run, task: Task) -> dict[str, Callable[[], None]]:
 
 
 class Clock:
-    """Stands in the loop's loss: stops the loop's clock, runs the others in turn, and lets the loop go on.
+    """Wrapper of the loop's loss: stops the loop's clock, runs the others in turn, and lets the loop go on.
 
     What the loop does between two losses is a whole step of it: backward, optimiser, logging, the next batch. Reading
     ahead is part of that: a batch is read while the loop's clock runs, or not at all, one for each step.
@@ -69,9 +69,9 @@ class Clock:
     def within(self, fetch: Callable[..., Batch]) -> Callable[..., Batch]:
         """The reading of a batch, once the clock runs; the step that needs the batch waits for its end."""
 
-        def clocked(*asked: Any) -> Batch:
+        def clocked(*args: Any) -> Batch:
             self._reads.acquire()
-            return fetch(*asked)
+            return fetch(*args)
 
         return clocked
 

@@ -17,13 +17,13 @@ from perf.timing import Timed, rounds
 POINTS = 10
 BATCHES = 5
 FEWEST = 5
-"""Rounds at least: what is told is the difference of two timings."""
+"""Fewest rounds: the figure is the difference of two timings."""
 
 
 def time_synthesis(task: Task, kind: Kind) -> dict[str, Timed]:
     """`ours` (a whole set, written), and `guided calls` (as many network calls of the same batches, nothing else).
 
-    What a set asks for once, the teacher's loading above all, is taken off: the time of a set of one batch is
+    The cost that a set has once, mostly the loading of the teacher, is subtracted: the time of a set of one batch is
     subtracted from that of a set of many.
     """
     place, batch = torch.device(task.device), task.batch

@@ -1,4 +1,4 @@
-"""What is timed, and what it is timed on: a pipeline, pictures or walks of noise, a batch, a precision."""
+"""What is timed, and what it is timed on: a pipeline, pictures or trajectories, a batch, a precision."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Task:
 
     Attributes:
         folder: the pipeline.
-        kind: `stored` (the teacher's points and outputs are read) or `online` (it is asked in the step).
+        kind: `stored` (the teacher's points and outputs are read) or `online` (it is called in the step).
         more: further overrides of our run (loop.compile=true, student.base=bf16, ...).
     """
 
@@ -62,7 +62,7 @@ def make_pictures(task: Task) -> tuple[Path, np.ndarray]:
 
 
 def words(task: Task) -> list[str]:
-    """What the run is asked for: TCD with LoRA, from pictures or from walks drawn beforehand."""
+    """Overrides of the run: TCD with LoRA, from pictures or from stored trajectories."""
     common = [
         f"teacher={task.folder}", f"student.rank={task.rank}", f"student.targets=[{','.join(TARGETS)}]",
         "optim.ema=null", f"loop.batch={task.batch}", f"loop.steps={task.rounds + WARM + 1}",
@@ -76,7 +76,7 @@ def words(task: Task) -> list[str]:
     prompts = task.cache / "prompts.txt"
     prompts.parent.mkdir(parents=True, exist_ok=True)
     prompts.write_text("".join(f"picture {i}\n" for i in range(count)), encoding="utf-8")
-    drawn = task.cache / f"walks-{task.folder.name}-{count}"
+    drawn = task.cache / f"trajectories-{task.folder.name}-{count}"
     guidance = ["guidance.convention=lcm", "guidance.low=2", "guidance.high=14"]
     settings = ["grid=4", "end=index0", "dtype=fp32", f"device={task.device}", *guidance]
     synthesize(prompts, out=drawn, teacher=task.folder, kind="trajectories", overrides=settings)

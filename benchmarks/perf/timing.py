@@ -11,7 +11,7 @@ import torch
 
 
 def settled(device: torch.device) -> float:
-    """The time, once the device has done what it was asked."""
+    """Return the time after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -36,10 +36,10 @@ class Timed:
 
 
 def in_turn(contenders: Mapping[str, Callable[[], None]], device: torch.device) -> dict[str, float]:
-    """Seconds of each contender, run once, in its own precision whatever stands about this.
+    """Seconds of each contender, run once, in its own precision whatever the autocast around it.
 
-    An autocast block keeps the weights that it has cast until the outermost one ends: contenders within one would find
-    each other's casts done, and those of a step before.
+    An autocast block keeps the weights that it has converted until the outermost one ends: contenders within one would
+    reuse each other's conversions, and those of a step before.
     """
     found = {}
     for name, run in contenders.items():

@@ -57,13 +57,13 @@ def theirs(folder: Path, steps: int, guidance: float) -> Tensor:
     pipe = getattr(diffusers, kind).from_pretrained(folder, local_files_only=True, **more)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = SSSScheduler.from_config(pipe.scheduler.config, gamma=0.0)
-    asked: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if kind.startswith(("PixArt", "Sana")):
-        asked = {"use_resolution_binning": False, "clean_caption": False}
+        options = {"use_resolution_binning": False, "clean_caption": False}
     size = read_folder(folder).picture_size
     latents: Tensor = pipe(
         PROMPTS, num_inference_steps=steps, guidance_scale=guidance, output_type="latent", height=size, width=size,
-        generator=[torch.Generator("cpu").manual_seed(seed) for seed in SEEDS], **asked,
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in SEEDS], **options,
     ).images  # fmt: skip
     if kind == "FluxPipeline":
         latents = pipe._unpack_latents(latents, size, size, pipe.vae_scale_factor)
@@ -103,7 +103,7 @@ def test_latents_are_those_of_the_pipeline(name: str, folders: dict[str, Path]) 
         wanted = theirs(folders[name], 3, guidance)
         assert float((ours - wanted).abs().max()) < 1e-4 * float(wanted.abs().max()), omega
     plain, other = (
-        image_generator.latents(image_generator.encode([said] * 2), SEEDS, Sampling(steps=2)) for said in PROMPTS
+        image_generator.latents(image_generator.encode([prompt] * 2), SEEDS, Sampling(steps=2)) for prompt in PROMPTS
     )
     assert not torch.allclose(plain, other, rtol=1e-3), "the prompt is read"
 
@@ -119,7 +119,7 @@ def test_features_stop_early_and_follow_the_input(name: str, folders: dict[str, 
     assert all(part.dim() == 4 and len(part) == 2 for part in found)
     (gradient,) = torch.autograd.grad(found[-1].square().sum(), x)
     assert float(gradient.abs().max()) > 0
-    # tokens stand where their points are: a change in one corner shows most there
+    # tokens are in the order of their points: a change in one corner shows most there
     with torch.no_grad():
         moved = x.detach().clone()
         moved[..., :2, :2] += 3.0
@@ -207,7 +207,7 @@ def test_another_network_in_a_known_pipeline_is_refused(folders: dict[str, Path]
 
 
 def test_a_network_that_wants_more_channels_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    """An inpainting network, say."""
+    """For example an inpainting network."""
     folder = tmp_path / "wide"
     shutil.copytree(folders["sdxl"], folder)
     config = json.loads((folder / "unet" / "config.json").read_text())
@@ -225,7 +225,7 @@ def test_every_family_has_its_backbone() -> None:
         assert family.kind == module.rpartition(".")[2]
 
 
-def test_walks_of_a_teacher_without_a_branch_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_trajectories_of_a_teacher_without_a_branch_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     """It embeds its guidance and has no unconditional output, which trajectories need."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red disc\n")

@@ -33,8 +33,8 @@ from fewstep.students.lora_file import FILE as LORA_FILE
 from fewstep.students.lora_header import base_shapes
 from support import tiny_pipelines
 from support.damage import (
+    CAPTIONS,
     NUMBERS,
-    SAID,
     SIDE,
     WRONG,
     Damage,
@@ -84,8 +84,8 @@ def refused(code: int, errors: str) -> bool:
 
 def drawn(out: Path, *words: Path | str) -> np.ndarray | None:
     """The picture that `fewstep sample` draws, int [H, W, 3]; None where it refuses."""
-    asked = ("--device", "cpu", "--scale", "1", "--out", str(out))
-    code, errors = command("sample", PROMPT, *words, *asked)
+    options = ("--device", "cpu", "--scale", "1", "--out", str(out))
+    code, errors = command("sample", PROMPT, *words, *options)
     return None if refused(code, errors) else np.asarray(Image.open(out)).astype(int)
 
 
@@ -266,17 +266,17 @@ def by_pillow(held: bytes) -> np.ndarray:
 
 def check_data(damage: DataDamage, found: Captioned, rows: np.ndarray, files: Files) -> None:
     """Pictures are right, the undamaged ones equal, with their captions; what is missing is counted."""
-    by = {tuple(said): row for said, row in zip(found.captions, rows, strict=True)}
+    by = {tuple(captions): row for captions, row in zip(found.captions, rows, strict=True)}
     assert len(by) == len(found)
     for name in "acd":
-        if (SAID[name],) in by:
-            np.testing.assert_array_equal(by.pop((SAID[name],)), pixels(name))
-    if len(found) < len(SAID):
-        assert found.left_out, "some are missing, and nothing says so"
+        if (CAPTIONS[name],) in by:
+            np.testing.assert_array_equal(by.pop((CAPTIONS[name],)), pixels(name))
+    if len(found) < len(CAPTIONS):
+        assert found.left_out, "some are missing, and none is counted"
     if not by:
         return
-    ((said, seen),) = by.items()
-    assert said == damage.said
+    ((captions, seen),) = by.items()
+    assert captions == damage.captions
     if damage.near:
         wanted = np.asarray(Image.fromarray(pixels("b")).convert("L").convert("RGB")) if damage.grey else pixels("b")
         assert abs(seen.astype(int) - wanted).mean() < 3

@@ -562,9 +562,9 @@ def test_calls_that_fail_name_the_part(folder: Callable[[str], Path], monkeypatc
 
 def test_every_error_of_a_library_is_one_line() -> None:
     for error in (KeyError("x"), IndexError(), AssertionError("a\nb"), OverflowError("int too big"), RuntimeError("r")):
-        with pytest.raises(UserError, match="cannot run the unet") as said, base.named("run", "the unet"):
+        with pytest.raises(UserError, match="cannot run the unet") as caught, base.named("run", "the unet"):
             raise error
-        assert "\n" not in str(said.value)
+        assert "\n" not in str(caught.value)
 
 
 def test_an_autoencoder_that_a_single_file_cannot_hold(folder: Callable[[str], Path], tmp_path: Path) -> None:

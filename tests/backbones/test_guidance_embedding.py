@@ -56,8 +56,8 @@ def drawn_by_diffusers(folder: Path, steps: int, scale: float, seed: int = 5, **
     pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     noise = torch.Generator("cpu").manual_seed(seed)
-    asked = {"num_inference_steps": steps, "guidance_scale": scale, "generator": noise, "output_type": "np", **more}
-    found: np.ndarray = pipe(PROMPT, **asked).images[0] * 255
+    options = {"num_inference_steps": steps, "guidance_scale": scale, "generator": noise, "output_type": "np", **more}
+    found: np.ndarray = pipe(PROMPT, **options).images[0] * 255
     return found
 
 
@@ -80,8 +80,8 @@ def test_a_consistency_model_draws_as_its_own_pipeline(
     assert image_generator.sampling == Sampling(sampler="lcm", steps=4, omega=7.5), "its pipeline's own defaults"
     wanted = drawn_by_diffusers(embedded[kind], steps, scale)
     for how in ({"omega": scale - 1}, {"omega": 0.0, "extra_conditioning": ("w",), "w": scale - 1}):
-        asked = image_generator.sampling.model_copy(update={"steps": steps, **how})
-        np.testing.assert_allclose(image_generator.draw([PROMPT], [5], asked)[0].astype(float), wanted, atol=0.6)
+        changed = image_generator.sampling.model_copy(update={"steps": steps, **how})
+        np.testing.assert_allclose(image_generator.draw([PROMPT], [5], changed)[0].astype(float), wanted, atol=0.6)
     other = image_generator.sampling.model_copy(update={"steps": steps, "omega": scale + 3})
     assert np.abs(image_generator.draw([PROMPT], [5], other)[0] - wanted).max() > 2, "guidance matters"
 
@@ -94,19 +94,19 @@ def test_a_diffusion_model_that_embeds_its_guidance_draws_as_its_own_pipeline(em
     shutil.copytree(embedded["ddim"], place, dirs_exist_ok=True)
     (place / "scheduler" / "scheduler_config.json").write_text(json.dumps(config | {"timestep_spacing": "trailing"}))
     image_generator = load_image_generator(place)
-    asked = image_generator.sampling.model_copy(update={"steps": 4, "omega": 3.0})
+    changed = image_generator.sampling.model_copy(update={"steps": 4, "omega": 3.0})
     assert image_generator.sampling.sampler == "ddim"
     np.testing.assert_allclose(
-        image_generator.draw([PROMPT], [5], asked)[0].astype(float), drawn_by_diffusers(place, 4, 4.0), atol=0.6
+        image_generator.draw([PROMPT], [5], changed)[0].astype(float), drawn_by_diffusers(place, 4, 4.0), atol=0.6
     )
 
 
 def test_the_command_draws_from_a_consistency_model(embedded: dict[str, Path], tmp_path: Path) -> None:
     from PIL import Image
 
-    asked = {"steps": 2, "omega": 6.0}
+    settings = {"steps": 2, "omega": 6.0}
     out = api.sample(
-        PROMPT, out=tmp_path / "a.png", teacher=embedded["lcm"], lora="none", seed=5, settings=asked, scale=1
+        PROMPT, out=tmp_path / "a.png", teacher=embedded["lcm"], lora="none", seed=5, settings=settings, scale=1
     )
     np.testing.assert_allclose(
         np.asarray(Image.open(out), float), drawn_by_diffusers(embedded["lcm"], 2, 7.0), atol=0.6
@@ -275,9 +275,13 @@ def test_training_goes_on_from_released_weights(
     own = load_tensors(next((out / "unet").glob("*.safetensors")))
     for name, value in other.state_dict().items():
         torch.testing.assert_close(own[name], value, atol=1e-6, rtol=0)
-    for start, told, named in ((wide, "[]", "student.start"), (embedded["lcm"], "[w]", "student.start")):
-        changes = [f"student.start={start}", f"method.extra_conditioning={told}", f"sampling.extra_conditioning={told}"]
-        changes += ["sampling.w=null"] if told == "[]" else []
+    for start, extra, named in ((wide, "[]", "student.start"), (embedded["lcm"], "[w]", "student.start")):
+        changes = [
+            f"student.start={start}",
+            f"method.extra_conditioning={extra}",
+            f"sampling.extra_conditioning={extra}",
+        ]
+        changes += ["sampling.w=null"] if extra == "[]" else []
         with pytest.raises(UserError, match=named):
             api.distill("lcm-full", out=tmp_path / "no", teacher=teacher, overrides=[*words, *changes])
 

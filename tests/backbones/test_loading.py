@@ -26,7 +26,7 @@ from fewstep.training.roles import networks_of
 from support import tiny_pipelines
 
 ELSEWHERE = torch.device("meta")
-"""Stand-in for a GPU: tensors on it take no main memory, and cannot be computed with."""
+"""A fake GPU: tensors on it take no main memory, and cannot be computed with."""
 
 
 def facts(network: nn.Module) -> tuple[set[str], set[torch.dtype]]:
@@ -39,10 +39,10 @@ def moves(monkeypatch: pytest.MonkeyPatch, kind: type[nn.Module], network_distan
     seen: list[Any] = []
     bare: Any = kind.to
 
-    def to(self: Any, *asked: Any, **more: Any) -> Any:
-        if ELSEWHERE in (*asked, more.get("device")):
+    def to(self: Any, *args: Any, **more: Any) -> Any:
+        if ELSEWHERE in (*args, more.get("device")):
             seen.append(network_distance(self))
-        return bare(self, *asked, **more)
+        return bare(self, *args, **more)
 
     monkeypatch.setattr(kind, "to", to)
     return seen

@@ -256,9 +256,9 @@ def test_a_file_alone_needs_no_folder_of_configs(
     weights = {key: value.to(dtype) for key, value in whole(folder).items()}
     save_file(weights | extra, file)
     place = teachers.teacher_folder(file)
-    said = capsys.readouterr().err
-    assert "2 tensors of averaged weights" in said
-    assert "predicts eps, by its config" in said
+    printed = capsys.readouterr().err
+    assert "2 tensors of averaged weights" in printed
+    assert "predicts eps, by its config" in printed
     found, wanted = networks(place), networks(folder)
     for part, tensors in wanted.items():
         for name, value in tensors.items():
@@ -327,8 +327,8 @@ def layout(name: str) -> Callable[[str, Tensor], tuple[Tensors, Tensor]]:
         if name == "scale_weight":
             kept |= {f"{layer}.scale_input": torch.tensor(3.0)}
         if "comfy_quant" in name:
-            said = json.dumps({"format": "float8_e5m2" if "e5m2" in name else "float8_e4m3fn"}).encode()
-            kept |= {f"{layer}.comfy_quant": torch.tensor(list(said), dtype=torch.uint8)}
+            mark = json.dumps({"format": "float8_e5m2" if "e5m2" in name else "float8_e4m3fn"}).encode()
+            kept |= {f"{layer}.comfy_quant": torch.tensor(list(mark), dtype=torch.uint8)}
         if name.startswith("bytes"):
             kept[key] = stored.view(torch.uint8)
         return kept, meant
@@ -374,8 +374,8 @@ def test_the_formats_in_the_metadata_are_read(tmp_path: Path) -> None:
     layers = {
         key.removesuffix(".weight"): {"format": "float8_e4m3fn"} for key, x in stored.items() if x.dtype == torch.uint8
     }
-    said = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
-    save_file(stored, tmp_path / "x.safetensors", said)
+    metadata = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+    save_file(stored, tmp_path / "x.safetensors", metadata)
     save_file(meant, tmp_path / "plain.safetensors")
     assert_same(*(teachers.teacher_folder(tmp_path / f"{name}.safetensors", folder) for name in ("x", "plain")))
 
@@ -456,7 +456,7 @@ def test_a_tensor_that_nothing_reads_is_refused_by_name(key: str, kind: str, tmp
     state = dict(load_backbone(folder).network.state_dict())
     weights = whole(folder) if kind == "sd" else in_a_whole(sd3_original(state, 4))
     save_file(weights | {key: torch.zeros(3)}, tmp_path / "x.safetensors")
-    if kind == "sd3" and key.startswith("first_stage_model."):  # the autoencoder comes from the folder, as is said
+    if kind == "sd3" and key.startswith("first_stage_model."):  # of the folder, which is printed
         assert teachers.teacher_folder(tmp_path / "x.safetensors", folder).is_dir()
         return
     with pytest.raises(UserError) as caught:

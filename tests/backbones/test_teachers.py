@@ -70,10 +70,10 @@ def test_several_at_once_take_a_file_apart_once(tmp_path: Path, cache: Path, mon
     file = single_file("sd", folder, tmp_path / "model.safetensors")
     together, made = Barrier(3), []
 
-    def slowly(*asked: Any) -> None:
-        made.append(asked[-1])
+    def slowly(*args: Any) -> None:
+        made.append(args[-1])
         time.sleep(0.3)
-        (asked[-1] / "model_index.json").write_text("{}")
+        (args[-1] / "model_index.json").write_text("{}")
 
     def one(_: int) -> tuple[Path, int]:
         together.wait()
@@ -230,7 +230,7 @@ def test_verbs_take_a_single_file(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert ended.value.code == 0
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     capsys.readouterr()
-    for teacher, told in (
+    for teacher, expected in (
         ([str(file)], "give --teacher-config FOLDER"),
         ([str(tmp_path / "model.ckpt")], "is a pickle"),
         (["nobody/nothing"], "could be fetched from the hub"),
@@ -238,19 +238,19 @@ def test_verbs_take_a_single_file(tmp_path: Path, capsys: pytest.CaptureFixture[
         with pytest.raises(SystemExit) as ended:
             main([*words, "--teacher", *teacher, "--out", str(tmp_path / "c.png")])
         assert ended.value.code == 2
-        said = capsys.readouterr().err.strip()
-        assert told in said
-        assert "\n" not in said
+        printed = capsys.readouterr().err.strip()
+        assert expected in printed
+        assert "\n" not in printed
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"a red disc {i}\n" for i in range(10)))
-    asked = {"synthesize": ["--prompts", str(prompts)], "evaluate": ["--prompt-file", str(prompts)], "distill": []}
-    asked |= {"train-latent-lpips": ["--prompt-file", str(prompts)], "train-adapter": []}
-    for verb, more in asked.items():
+    options = {"synthesize": ["--prompts", str(prompts)], "evaluate": ["--prompt-file", str(prompts)], "distill": []}
+    options |= {"train-latent-lpips": ["--prompt-file", str(prompts)], "train-adapter": []}
+    for verb, more in options.items():
         with pytest.raises(SystemExit) as ended:
             main([verb, "--teacher", str(file), "--out", str(tmp_path / verb), *more])
         assert ended.value.code == 2
         assert "give --teacher-config FOLDER" in capsys.readouterr().err
-    words = ["synthesize", *asked["synthesize"], "-s", "grid=4", "-s", "device=cpu"]
+    words = ["synthesize", *options["synthesize"], "-s", "grid=4", "-s", "device=cpu"]
     for name, teacher in (("a", [str(folder)]), ("b", [str(file), "--teacher-config", str(folder)])):
         with pytest.raises(SystemExit) as ended:
             main([*words, "--teacher", *teacher, "--out", str(tmp_path / name)])
@@ -266,21 +266,21 @@ def test_verbs_take_a_single_file(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_of_a_hub_only_what_is_read_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for the hub: the requests that it gets, and that its folder is the teacher."""
+    """A fake hub: the requests that it gets, and that its folder is the teacher."""
     folder = tiny_pipelines.sd(tmp_path / "tiny")
     import fnmatch
 
     import huggingface_hub
 
-    asked: dict[str, Any] = {}
+    requests: dict[str, Any] = {}
 
     def snapshot(name: str, **settings: Any) -> str:
-        asked.update(settings, name=name)
+        requests.update(settings, name=name)
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     assert teachers.teacher_folder("someone/model@v2") == folder
-    assert (asked["name"], asked["revision"]) == ("someone/model", "v2")
+    assert (requests["name"], requests["revision"]) == ("someone/model", "v2")
     for file, taken in (
         ("unet/diffusion_pytorch_model.safetensors", True),
         ("unet/diffusion_pytorch_model-00001-of-00002.safetensors", True),
@@ -298,4 +298,4 @@ def test_of_a_hub_only_what_is_read_is_taken(tmp_path: Path, monkeypatch: pytest
         ("unet/diffusion_pytorch_model.bin", False),
         ("a.py", False),
     ):
-        assert any(fnmatch.fnmatch(file, pattern) for pattern in asked["allow_patterns"]) == taken, file
+        assert any(fnmatch.fnmatch(file, pattern) for pattern in requests["allow_patterns"]) == taken, file

@@ -186,8 +186,8 @@ def test_a_lora_of_any_floating_type_is_exported_with_its_scale(dtype: torch.dty
     folder = tiny_pipelines.FAMILIES[kind](tmp_path / "tiny")
     component = read_folder(folder).network
     weights = {f"{component}.{name}": value.to(dtype) for name, value in weights_of(folder, 4).items()}
-    said = json.dumps({f"{component}.r": 4, f"{component}.lora_alpha": 3})
-    save_file(weights, tmp_path / "lora.safetensors", {"lora_adapter_metadata": said})
+    metadata = json.dumps({f"{component}.r": 4, f"{component}.lora_alpha": 3})
+    save_file(weights, tmp_path / "lora.safetensors", {"lora_adapter_metadata": metadata})
     out = fewstep.export_as(
         tmp_path / "lora.safetensors", teacher=folder, form="diffusers", out=tmp_path / "out", device="cpu"
     )[0]

@@ -265,9 +265,9 @@ def test_a_full_disk_while_training(
     with pytest.raises(SystemExit) as stop:
         cli.main(words)
     assert stop.value.code == 2
-    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("fewstep: ")]
-    assert len(said) == 1
-    assert "step-00000004: No space left on device; nothing was left there" in said[0]
+    printed = [line for line in capfd.readouterr().err.splitlines() if line.startswith("fewstep: ")]
+    assert len(printed) == 1
+    assert "step-00000004: No space left on device; nothing was left there" in printed[0]
     assert [path.name for path in Path("run/checkpoints").iterdir()] == ["step-00000002"]
     monkeypatch.setattr(checkpoint, "save_tensors", plain)  # room again: the run goes on
     with pytest.raises(SystemExit) as stop:
@@ -293,8 +293,8 @@ def test_a_full_disk_while_a_full_student_is_written(
     with pytest.raises(SystemExit) as stop:
         cli.main(["distill", "--out", "run", *(word for change in changes for word in ("-s", change))])
     assert stop.value.code == 2
-    (said,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("fewstep: ")]
-    assert "No space left on device" in said
+    (printed,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("fewstep: ")]
+    assert "No space left on device" in printed
     assert not Path("run/student").exists()
 
 

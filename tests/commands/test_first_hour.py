@@ -110,10 +110,10 @@ def test_numbers_and_lists_of_numpy_are_taken() -> None:
     ],
 )
 def test_addresses_on_the_hub(address: str, known: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(teachers, "fetched", lambda named: asked.append(named) or Path("here"))
+    requests = []
+    monkeypatch.setattr(teachers, "fetched", lambda named: requests.append(named) or Path("here"))
     assert teachers.teacher_folder(address) == Path("here")
-    assert asked == [known]
+    assert requests == [known]
 
 
 @pytest.mark.parametrize(
@@ -153,9 +153,9 @@ def test_the_hubs_reason_is_reported_whole(cause: Exception, monkeypatch: pytest
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(UserError, match="'owner/name'") as error:
         teachers.fetched("owner/name")
-    said = str(error.value)
-    assert len(said) < 300
-    assert "token" in said if isinstance(cause, GatedRepoError) else said.endswith("It is on fire")
+    message = str(error.value)
+    assert len(message) < 300
+    assert "token" in message if isinstance(cause, GatedRepoError) else message.endswith("It is on fire")
 
 
 def test_a_teacher_that_is_not_there(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_a_full_disk_is_one_line_for_every_writer(write: Callable[[Path], None],
 
 
 def test_other_errors_are_not_the_disks() -> None:
-    for error in (ValueError("a bug"), UserError("[Errno 28] said already"), RuntimeError("size mismatch (3, 4)")):
+    for error in (ValueError("a bug"), UserError("[Errno 28] reported already"), RuntimeError("size mismatch (3, 4)")):
         assert os_reason(error) is None
 
 
@@ -246,7 +246,7 @@ def test_an_export_onto_a_full_disk_is_one_line(
     with pytest.raises(SystemExit) as ended:
         cli.main(["export", str(student), "--teacher", str(teacher), "--form", form, "--out", str(tmp_path / "out")])
     assert ended.value.code == 2
-    (line,) = [said for said in capsys.readouterr().err.splitlines() if said.startswith("fewstep:")]
+    (line,) = [message for message in capsys.readouterr().err.splitlines() if message.startswith("fewstep:")]
     assert "No space left on device" in line
     assert len(line) < 300
     assert not (tmp_path / "out").exists()

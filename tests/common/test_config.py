@@ -300,7 +300,7 @@ def test_layers_of_a_distillation(tmp_path: Path) -> None:
 
 
 def test_a_recipe_named_anywhere_brings_its_method(tmp_path: Path) -> None:
-    """A label alone would say lcm and train tcd."""
+    """A label alone would name lcm and train tcd."""
     assert resolve("tcd", None, ["recipe=lcm"]) == resolve("lcm")
     file = tmp_path / "run.yaml"
     file.write_text("recipe: lcm\nloop: {steps: 3}\n")
@@ -351,7 +351,7 @@ def test_training_and_sampling_share_one_grid() -> None:
         resolve("tcd", None, ["method.end=clean"])
 
 
-def test_changing_one_key_of_a_section_keeps_what_the_defaults_say_of_the_others() -> None:
+def test_changing_one_key_of_a_section_keeps_the_defaults_of_the_others() -> None:
     changed = validate(TeacherConfig, parse_overrides(["unet.loop.steps=12000"]))
     assert changed.unet.loop.steps == 12000
     assert changed.unet.loop.batch == TeacherConfig().unet.loop.batch

@@ -95,14 +95,14 @@ def test_an_epoch_is_shuffled_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_entry_of_a_row_is_read_alone(tmp_path: Path) -> None:
-    walks = torch.arange(2 * 3 * 5.0).reshape(6, 5, 1).half()
+    trajectories = torch.arange(2 * 3 * 5.0).reshape(6, 5, 1).half()
     for number in range(2):
-        save_tensors(tmp_path / f"{number}.safetensors", {"x": walks[3 * number : 3 * number + 3]})
+        save_tensors(tmp_path / f"{number}.safetensors", {"x": trajectories[3 * number : 3 * number + 3]})
     rows = MappedRows([open_tensors(tmp_path / f"{number}.safetensors")["x"] for number in range(2)])
     items, index = torch.tensor([5, 0, 3, -1]), torch.tensor([4, 0, 2, 1])
     found = rows.at(items, index)
     assert found.dtype == torch.float16
-    assert torch.equal(found, walks[items, index])
+    assert torch.equal(found, trajectories[items, index])
     with pytest.raises(IndexError):
         rows.at(items, index + 1)
 
@@ -116,20 +116,20 @@ def test_a_step_reads_only_its_points_of_stored_trajectories(
     numbers = np.array([4, 0, 5])
     held, whole = run.data.latents, MappedRows.__getitem__
     assert isinstance(held, MappedRows)
-    walks = held[torch.from_numpy(numbers)]
+    trajectories = held[torch.from_numpy(numbers)]
     went: list[tuple[tuple[int, ...], torch.dtype]] = []
 
     def sent(tensor: Tensor, device: torch.device) -> Tensor:
         went.append((tuple(tensor.shape), tensor.dtype))
         return tensor.to(device)
 
-    def rows(self: MappedRows, asked: Tensor) -> Tensor:
-        assert self is not held, "whole walks are read"
-        return whole(self, asked)
+    def rows(self: MappedRows, wanted: Tensor) -> Tensor:
+        assert self is not held, "whole trajectories are read"
+        return whole(self, wanted)
 
     monkeypatch.setattr(samples, "copy_async", sent)
     monkeypatch.setattr(MappedRows, "__getitem__", rows)
     stored = samples.fetch_of(run)(numbers, KeyedRng(0, 0, (0, 1, 2)))["sample"].stored
     for index in (stored.times.index_nk, stored.times.index_n):
-        assert torch.equal(stored.point(index), walks[torch.arange(3), index + 1].float())
+        assert torch.equal(stored.point(index), trajectories[torch.arange(3), index + 1].float())
     assert went == [((3, 4, 8, 8), torch.float16)] * 2

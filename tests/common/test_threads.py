@@ -23,7 +23,7 @@ print('done')
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("said", "policy", "spins"),
+    ("settings", "policy", "spins"),
     [
         ({}, "ACTIVE", "1000"),
         ({"GOMP_SPINCOUNT": "77"}, "ACTIVE", "77"),
@@ -31,12 +31,12 @@ print('done')
         ({"OMP_WAIT_POLICY": "active"}, "ACTIVE", "30000000000"),
     ],
 )
-@pytest.mark.skipif(not threads.uses_gnu_openmp(), reason="GNU's OpenMP alone says how often it looks")
-def test_the_runtime_follows_the_environment(said: dict[str, str], policy: str, spins: str) -> None:
+@pytest.mark.skipif(not threads.uses_gnu_openmp(), reason="GNU's OpenMP alone prints its spin count")
+def test_the_runtime_follows_the_environment(settings: dict[str, str], policy: str, spins: str) -> None:
     names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
     around = {name: value for name, value in os.environ.items() if name not in names}
-    told = {**around, **said, "OMP_DISPLAY_ENV": "verbose"}
-    found = subprocess.run([sys.executable, "-c", CHILD], env=told, capture_output=True, text=True, check=True)
+    environment = {**around, **settings, "OMP_DISPLAY_ENV": "verbose"}
+    found = subprocess.run([sys.executable, "-c", CHILD], env=environment, capture_output=True, text=True, check=True)
     assert found.stdout == "done\n"
     shown = dict(
         line.strip().removeprefix("[host] ").split(" = ") for line in found.stderr.splitlines() if " = " in line

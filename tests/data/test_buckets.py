@@ -170,9 +170,7 @@ def test_another_size_is_the_pipelines_own(kind: str, folders: dict[str, Path]) 
 
     folder = folders[kind]
     image_generator = load_image_generator(folder)
-    unit = max(
-        32 if kind == "sana" else 8, image_generator.backbone.folder.unit
-    )  # its pipeline asks for multiples of 32
+    unit = max(32 if kind == "sana" else 8, image_generator.backbone.folder.unit)  # its pipeline needs multiples of 32
     side = image_generator.backbone.picture_size
     size = (2 * side if kind == "sana" else 3 * side // 2 // unit * unit, side)
     sampling = Sampling(steps=2, gamma=0.0, size=size)
@@ -216,7 +214,7 @@ def test_what_is_learned_at_a_size_is_drawn_at_it(
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "reason"),
     [
         (["data.size=100"], r"data\.size = 100 must be a multiple of 16"),
         (["data.buckets=true", "data.source=PROMPTS"], r"data\.buckets.* several shapes"),
@@ -224,10 +222,10 @@ def test_what_is_learned_at_a_size_is_drawn_at_it(
         (["sampling.size=[64,70]"], r"sampling\.size = 70 must be a multiple of 16"),
     ],
 )
-def test_refusals(more: list[str], said: str, folders: dict[str, Path], shapes_folder: Path, tmp_path: Path) -> None:
+def test_refusals(more: list[str], reason: str, folders: dict[str, Path], shapes_folder: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "p.txt"
     prompts.write_text("a red disc\n")
-    asked = [word.replace("PROMPTS", str(prompts)) for word in more]
-    with pytest.raises(UserError, match=said):
-        fewstep.distill("tcd", out=tmp_path / "run", overrides=words(folders["sd"], shapes_folder, *asked))
+    options = [word.replace("PROMPTS", str(prompts)) for word in more]
+    with pytest.raises(UserError, match=reason):
+        fewstep.distill("tcd", out=tmp_path / "run", overrides=words(folders["sd"], shapes_folder, *options))
     assert not (tmp_path / "run").exists()

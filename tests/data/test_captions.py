@@ -35,8 +35,8 @@ def lines(*rows: object) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def named(name: str, *said: str) -> bytes:
-    return lines(*({"file_name": name, "text": text} for text in said))
+def named(name: str, *texts: str) -> bytes:
+    return lines(*({"file_name": name, "text": text} for text in texts))
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> Path:
@@ -107,12 +107,12 @@ def test_captions_belong_to_their_pictures(tmp_path: Path, files: dict[str, byte
 @pytest.mark.parametrize("name", ["a.txt", "a.json", "metadata.jsonl", "metadata.csv"])
 def test_text_of_every_kind_is_read_alike(tmp_path: Path, name: str, encoding: str) -> None:
     """UTF-8, and what has a mark; UTF-16 without one is refused, whatever it holds."""
-    said = "ein Käfer, 圆 🐞"
+    caption = "ein Käfer, 圆 🐞"
     texts = {
-        "a.txt": said,
-        "a.json": json.dumps({"text": said}, ensure_ascii=False),
-        "metadata.jsonl": json.dumps({"file_name": "a.png", "text": said}, ensure_ascii=False) + "\n",
-        "metadata.csv": f'file_name,text\na.png,"{said}"\n',
+        "a.txt": caption,
+        "a.json": json.dumps({"text": caption}, ensure_ascii=False),
+        "metadata.jsonl": json.dumps({"file_name": "a.png", "text": caption}, ensure_ascii=False) + "\n",
+        "metadata.csv": f'file_name,text\na.png,"{caption}"\n',
     }
     files = {"a.png": A, name: texts[name].encode(encoding)}
     if encoding in ("utf-16-le", "utf-16-be"):
@@ -120,7 +120,7 @@ def test_text_of_every_kind_is_read_alike(tmp_path: Path, name: str, encoding: s
             with pytest.raises(UserError, match=name.replace(".", r"\.")):
                 read()
     else:
-        assert list(both(tmp_path, files).captions) == [[said]]
+        assert list(both(tmp_path, files).captions) == [[caption]]
 
 
 LEFT = [

@@ -251,8 +251,8 @@ def test_a_picture_that_is_read_otherwise_is_another(tmp_path: Path) -> None:
         prints.append(PictureFiles((tmp_path / "a.png",), 8).fingerprint() == own)
     assert prints == [False, True]
     members = [Member("x.tar", "v", "a.png", 512, 9, deep) for deep in (True, False)]
-    told = hashlib.sha256(f"{Path('x.tar').resolve()} v a.png 512 9".encode()).digest()
-    assert [member.identity() == told for member in members] == [False, True]
+    expected = hashlib.sha256(f"{Path('x.tar').resolve()} v a.png 512 9".encode()).digest()
+    assert [member.identity() == expected for member in members] == [False, True]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "I;16"])
@@ -394,9 +394,9 @@ def test_the_cache_is_used_and_keyed_by_content(tmp_path: Path) -> None:
         ((captioned(1), "weights 1"), (0, 3)),
         ((Captioned(captioned().pictures, [["new"]] * 3), "weights 1"), (1, 0)),
     ):
-        asked = Counting()
-        latent_set(change[0], asked, change[1], tmp_path)
-        assert (len(asked.prompts), asked.pictures) == counts
+        encoders = Counting()
+        latent_set(change[0], encoders, change[1], tmp_path)
+        assert (len(encoders.prompts), encoders.pictures) == counts
 
 
 def test_rows_lie_in_many_files_and_none_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,9 +419,9 @@ def test_rows_lie_in_many_files_and_none_is_held(tmp_path: Path, monkeypatch: py
         parted.latents[torch.tensor([3])]
     cut = next((tmp_path / "parted").glob("latents-*/00000000-*.safetensors"))
     cut.write_bytes(cut.read_bytes()[:-1])
-    asked = Counting()
-    again = latent_set(captioned(), asked, "weights", tmp_path / "parted")
-    assert (asked.prompts, asked.pictures) == ([], 2)
+    encoders = Counting()
+    again = latent_set(captioned(), encoders, "weights", tmp_path / "parted")
+    assert (encoders.prompts, encoders.pictures) == ([], 2)
     assert torch.equal(again.latents[torch.arange(3)], whole.latents[torch.arange(3)])
 
 

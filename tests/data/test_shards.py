@@ -43,9 +43,9 @@ def members_of(folder: Path, rows: range) -> list[tuple[str, bytes]]:
     for row in rows:
         name, text = lines[row]["file_name"], lines[row]["text"]
         picture = (f"part/{row:04}.png", (folder / name).read_bytes())
-        said = json.dumps({"width": 64, "caption": text if row % 3 else "not this one"}).encode()
+        record = json.dumps({"width": 64, "caption": text if row % 3 else "not this one"}).encode()
         beside = [] if row % 3 else [(f"part/{row:04}.txt", f" {text}\n".encode())]
-        members += [picture, (f"part/{row:04}.json", said), *beside, (f"part/{row:04}.cls", b"7")]
+        members += [picture, (f"part/{row:04}.json", record), *beside, (f"part/{row:04}.cls", b"7")]
         if row % 2:
             members[-3:] = [members[-1], *members[-3:-1]]
     return members
@@ -89,21 +89,21 @@ def test_members_are_listed_once_for_each_version(
     bucket: str, picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = from_shards(find_shards(bucket), 64, tmp_path)
-    asked: list[str] = []
+    requests: list[str] = []
     listing = shards.samples_of
 
     def noted(files: object, path: str, shard: str) -> list[shards.Sample]:
-        asked.append(shard)
+        requests.append(shard)
         return listing(files, path, shard)
 
     monkeypatch.setattr(shards, "samples_of", noted)
     again = from_shards(find_shards(bucket), 64, tmp_path)
-    assert asked == []
+    assert requests == []
     assert again.pictures.fingerprint() == first.pictures.fingerprint()
     other = [(name, content + b" ") for name, content in members_of(picture_folder, range(10, 13))]
     fsspec.filesystem("memory").pipe_file("/emoji/pics-01.tar", tar_of(other))
     changed = from_shards(find_shards(bucket), 64, tmp_path)
-    assert asked == ["memory://emoji/pics-01.tar"]
+    assert requests == ["memory://emoji/pics-01.tar"]
     assert len(changed) == 13
     assert changed.pictures.fingerprint() != first.pictures.fingerprint()
     with pytest.raises(UserError, match=r"the shard has changed|cannot read picture"):
@@ -115,11 +115,11 @@ def test_the_headers_of_a_web_server_version_a_shard(
     fact: str, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The four headers that fsspec hands on from HTTP; a shard of the same size is another one when they change."""
-    memory, told = fsspec.filesystem("memory"), {"name": "x", "size": 5, "type": "file", fact: "first"}
+    memory, entry = fsspec.filesystem("memory"), {"name": "x", "size": 5, "type": "file", fact: "first"}
 
     class Web:
         def info(self, path: str) -> dict[str, object]:
-            return told
+            return entry
 
         def open(self, path: str, mode: str) -> object:
             return memory.open("/emoji/pics-00.tar", mode)
@@ -127,7 +127,7 @@ def test_the_headers_of_a_web_server_version_a_shard(
     monkeypatch.setattr(shards, "place_of", lambda url: (Web(), "/emoji/pics-00.tar"))
     version, samples = shards.listed("https://host/pics.tar", tmp_path)
     assert shards.listed("https://host/pics.tar", tmp_path) == (version, samples)
-    told[fact] = "second"
+    entry[fact] = "second"
     assert shards.listed("https://host/pics.tar", tmp_path) != (version, samples)
     assert len(list(tmp_path.glob("shard-*.json"))) == 2
 

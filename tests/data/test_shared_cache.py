@@ -238,7 +238,7 @@ def renamed(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words", "said"),
+    ("change", "words", "reasons"),
     [
         (caption, [], [r"captions \(1 of 16 changed\)"]),
         (picture, [], [r"pictures \(2 of 16 changed\)"]),
@@ -249,15 +249,15 @@ def renamed(folder: Path) -> None:
     ],
 )
 def test_what_changed_in_the_data_is_named_and_counted(
-    change: Any, words: list[str], said: list[str], place: Path, tmp_path: Path
+    change: Any, words: list[str], reasons: list[str], place: Path, tmp_path: Path
 ) -> None:
     write_pictures(tmp_path / "pics")
     go(tmp_path / "run", place, source=tmp_path / "pics")
     before = (tmp_path / "run" / "config.yaml").read_bytes()
     if change:
         change(tmp_path / "pics")
-    for words_said in said:
-        with pytest.raises(UserError, match=words_said) as error:
+    for reason in reasons:
+        with pytest.raises(UserError, match=reason) as error:
             go(tmp_path / "run", place, *words, source=tmp_path / "pics")
         assert "encoders" not in str(error.value)
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before

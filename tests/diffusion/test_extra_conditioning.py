@@ -34,16 +34,16 @@ def test_sinusoid() -> None:
 
 def test_the_embedding_starts_at_zero_and_depends_on_its_inputs() -> None:
     embedding = ExtraEmbedding(["s", "w"], 8, seed=1)
-    told = {"s": number([19.0, 999.0]), "w": number([2.0, 14.0])}
-    assert torch.equal(embedding(told), torch.zeros(2, 8))
+    extra = {"s": number([19.0, 999.0]), "w": number([2.0, 14.0])}
+    assert torch.equal(embedding(extra), torch.zeros(2, 8))
     with pytest.raises(KeyError, match=r"takes \['s', 'w'\], not \['s'\]"):
-        embedding({"s": told["s"]})
+        embedding({"s": extra["s"]})
     with torch.no_grad():
         for part in embedding.parts.values():
             part[-1].weight.normal_()  # type: ignore[index]
-    plain = embedding(told)
-    for name in told:
-        other = embedding({**told, name: told[name] + 1})
+    plain = embedding(extra)
+    for name in extra:
+        other = embedding({**extra, name: extra[name] + 1})
         assert not torch.allclose(other, plain), name
 
 
@@ -78,10 +78,10 @@ def test_gradients_reach_the_embedding_with_other_roles_between() -> None:
     with torch.no_grad():
         mine["leave.weight"].normal_(generator=torch.Generator().manual_seed(2))
     x, t = torch.randn(B, 2, generator=torch.Generator().manual_seed(0)), torch.full((B,), 499.0, dtype=torch.float64)
-    told = extended({}, s=torch.linspace(0, 400, B, dtype=torch.float64))
-    out = call(x, t, told, "student")
+    extra = extended({}, s=torch.linspace(0, 400, B, dtype=torch.float64))
+    out = call(x, t, extra, "student")
     with torch.no_grad():
-        call(x, t, told, "target")
+        call(x, t, extra, "target")
         call(x, t, {}, BASE)
     out.square().sum().backward()
     grad = mine["extra_conditioning.parts.s.2.weight"].grad
@@ -127,10 +127,10 @@ def test_a_student_with_s_as_input_is_trained_saved_and_sampled(
         from safetensors.torch import load_file, save_file
 
         trained = load_file(tmp_path / kind / "checkpoints" / "step-00000004" / "student.safetensors")
-        told = load_file(folder / CONDITIONING)
-        assert float(told["extra_conditioning.parts.s.2.weight"].abs().max()) > 0
+        extra = load_file(folder / CONDITIONING)
+        assert float(extra["extra_conditioning.parts.s.2.weight"].abs().max()) > 0
         # files of earlier versions name these weights "told.": the student below is read from one
-        old = {name.replace("extra_conditioning.", "told."): value for name, value in told.items()}
+        old = {name.replace("extra_conditioning.", "told."): value for name, value in extra.items()}
         save_file(old, folder / CONDITIONING)
         with torch.no_grad():
             for name, parameter in run.student.parameters("student").items():
@@ -146,14 +146,14 @@ def test_a_student_with_s_as_input_is_trained_saved_and_sampled(
             load_image_generator(out, None) if kind == "full" else load_image_generator(tiny_pipeline, out)
 
 
-TOLD_W = ["method.extra_conditioning=[w]", "sampling.extra_conditioning=[w]", "sampling.w=5.0"]
+EXTRA_W = ["method.extra_conditioning=[w]", "sampling.extra_conditioning=[w]", "sampling.w=5.0"]
 
 
 ATTACHED = {
     "s": ("tcd-s", []),
     "ctm": ("ctm", []),
-    "w": ("tcd", TOLD_W),
-    "lcm": ("lcm", TOLD_W),
+    "w": ("tcd", EXTRA_W),
+    "lcm": ("lcm", EXTRA_W),
     "full": ("tcd-s", ["student.kind=full"]),
     "second": ("tcd-s", ["method.jump=second_order", "sampling.jump=second_order"]),
     "clean": ("tcd-s", ["method.end=clean", "sampling.end=clean"]),
@@ -207,16 +207,16 @@ def test_attached_to_a_diffusers_pipeline_it_draws_what_we_draw(
     image_generator = load_image_generator(folder) if whole else load_image_generator(tiny_pipeline, folder)
     ours = image_generator.draw(["a red disc"], [7])[0].astype(float)
     np.testing.assert_allclose(theirs(), ours, atol=1.01)
-    told = image_generator.sampling.extra_conditioning
-    embedding = read_extra_embeddings(folder, told, pipe.unet.time_embedding.linear_2.out_features)
+    extra = image_generator.sampling.extra_conditioning
+    embedding = read_extra_embeddings(folder, extra, pipe.unet.time_embedding.linear_2.out_features)
     assert embedding is not None
-    assert float(embedding({told[0]: number([499.0])}).abs().max()) > 0
+    assert float(embedding({extra[0]: number([499.0])}).abs().max()) > 0
     if recipe != "lcm":
         other = image_generator.sampling.model_copy(update={"gamma": 0.7})
         assert np.abs(image_generator.draw(["a red disc"], [7], other)[0].astype(float) - ours).max() > 1, (
             "gamma matters"
         )
-    if "w" in told:
+    if "w" in extra:
         other = image_generator.sampling.model_copy(update={"w": 12.0})
         assert np.abs(image_generator.draw(["a red disc"], [7], other)[0].astype(float) - ours).max() > 1, "w matters"
     with pytest.raises(UserError, match="pipe has a student attached already"):

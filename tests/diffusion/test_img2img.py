@@ -27,17 +27,17 @@ STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 
 
 @pytest.fixture
-def told_times(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def network_times(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The times of all network calls."""
-    asked: list[float] = []
+    times: list[float] = []
     plain = StableDiffusion.call
 
     def counted(self: Any, network: Any, x: Any, t: torch.Tensor, condition: Any, **more: Any) -> torch.Tensor:
-        asked.append(float(t[0]))
+        times.append(float(t[0]))
         return plain(self, network, x, t, condition, **more)
 
     monkeypatch.setattr(StableDiffusion, "call", counted)
-    return asked
+    return times
 
 
 @pytest.fixture(scope="module")
@@ -48,18 +48,18 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_four_steps_are_four_calls_at_any_strength(source: Path, told_times: list[float], tmp_path: Path) -> None:
+def test_four_steps_are_four_calls_at_any_strength(source: Path, network_times: list[float], tmp_path: Path) -> None:
     read = read_picture(source, 64).astype(float)
     errors = []
     for strength in STRENGTHS:
-        told_times.clear()
+        network_times.clear()
         path = fewstep.sample(
             "an octopus, noto style", image=source, strength=strength, out=tmp_path / "drawn.png", scale=1, count=8,
             settings={"steps": 4},
         )  # fmt: skip
-        assert len(told_times) == 4
-        assert told_times == sorted(told_times, reverse=True)
-        assert 1000 * strength - 41 < told_times[0] < 1000 * strength
+        assert len(network_times) == 4
+        assert network_times == sorted(network_times, reverse=True)
+        assert 1000 * strength - 41 < network_times[0] < 1000 * strength
         row = np.asarray(Image.open(path).convert("RGB"))
         drawn = [row[4:68, 4 + 68 * i : 68 + 68 * i] for i in range(8)]
         errors.append(float(np.mean([(tile - read) ** 2 for tile in drawn])))

@@ -238,7 +238,7 @@ def test_a_step_from_a_schedule_with_zero_terminal_snr_is_ddim(solver: SolverNam
     found = SOLVERS[solver](denoise, path, x, t, s)
     wanted = -v * float(path.alpha(s[0])) + x * float(path.sigma(s[0]))
     assert torch.allclose(found, wanted, rtol=0, atol=1e-6)
-    # beyond it a network that says the same v everywhere is taken up to 1/alpha_759 = 4.4 at its word
+    # beyond it the output of a network of constant v is amplified up to 1/alpha_759 = 4.4
     assert float(sample_ode(denoise, path, x, [999.0, 759.0], "index0", solver).abs().max()) < 20
 
 
@@ -253,30 +253,30 @@ def test_a_step_from_a_schedule_with_zero_terminal_snr_is_ddim(solver: SolverNam
 )
 def test_network_calls_of_a_run(solver: SolverName, end: str, start: float, calls: int) -> None:
     teacher, x, _ = batch(VP, start, count=2)
-    asked: list[float] = []
+    times: list[float] = []
 
     def denoise(x_t: Tensor, t: Tensor) -> Estimate:
         assert t.dtype == torch.float64
         assert t.shape == (2,)
-        asked.append(float(t[0]))
+        times.append(float(t[0]))
         return teacher.denoise(x_t, t)
 
     sample_ode(denoise, VP, x, [start, 666.0, 333.0], end, solver)  # type: ignore[arg-type]
-    assert len(asked) == calls
-    assert asked == sorted(asked, reverse=True)
+    assert len(times) == calls
+    assert times == sorted(times, reverse=True)
 
 
 def test_dpmpp_2s_evaluates_at_the_middle_in_log_snr() -> None:
     teacher, x, _ = batch(VP, 999.0, count=2)
-    asked: list[Tensor] = []
+    times: list[Tensor] = []
 
     def denoise(x_t: Tensor, t: Tensor) -> Estimate:
-        asked.append(VP.log_snr(t))
+        times.append(VP.log_snr(t))
         return teacher.denoise(x_t, t)
 
     t, s = times_of(999.0, x), times_of(499.0, x)
     dpmpp_2s(denoise, VP, x, t, s)
-    assert torch.allclose(asked[1], (VP.log_snr(t) + VP.log_snr(s)) / 2, rtol=0, atol=1e-9)
+    assert torch.allclose(times[1], (VP.log_snr(t) + VP.log_snr(s)) / 2, rtol=0, atol=1e-9)
 
 
 def test_skip_scalings_are_lcms() -> None:

@@ -316,7 +316,7 @@ def test_a_pictures_noise_does_not_depend_on_its_batch() -> None:
 
 def denoiser(prediction: Prediction = "eps", path: Path = VP) -> Denoiser:
     """A network that returns tanh(x) plus its condition."""
-    return Denoiser(lambda x, t, told, role: torch.tanh(x) + told["text"], path, prediction)
+    return Denoiser(lambda x, t, condition, role: torch.tanh(x) + condition["text"], path, prediction)
 
 
 def test_eps_with_zero_terminal_snr_is_refused() -> None:
@@ -330,16 +330,16 @@ def test_eps_with_zero_terminal_snr_is_refused() -> None:
 
 @pytest.mark.parametrize("solver", ["ddim", "euler", "dpmpp_2s"])
 def test_steps_count_network_calls(solver: SolverName) -> None:
-    asked = 0
+    calls = 0
 
-    def call(x: Tensor, t: Tensor, told: Condition, role: str) -> Tensor:
-        nonlocal asked
-        asked += 1
+    def call(x: Tensor, t: Tensor, condition: Condition, role: str) -> Tensor:
+        nonlocal calls
+        calls += 1
         return torch.tanh(x)
 
     sampling = Sampling(sampler=solver, steps=6)
     draw_latents(Denoiser(call, VP, "eps"), {}, {}, sampling, [0, 1], (3,), "teacher")
-    assert asked == 6
+    assert calls == 6
     if solver == "dpmpp_2s":
         with pytest.raises(UserError, match="multiple of 2") as error:
             validate(Sampling, {"sampler": solver, "steps": 5})
@@ -349,9 +349,9 @@ def test_steps_count_network_calls(solver: SolverName) -> None:
 @pytest.mark.parametrize("sampler", ["sss", "lcm", "ddim"])
 def test_a_latent_does_not_depend_on_its_batch(sampler: SamplerName) -> None:
     sampling = Sampling(sampler=sampler, steps=4, omega=1.5)
-    told, null = {"text": torch.tensor([[0.1], [0.2], [0.3]])}, {"text": torch.zeros(1, 1)}
-    together = draw_latents(denoiser(), told, null, sampling, [4, 5, 6], (7,), "teacher")
-    exclusive = draw_latents(denoiser(), {"text": told["text"][1:2]}, null, sampling, [5], (7,), "teacher")
+    condition, null = {"text": torch.tensor([[0.1], [0.2], [0.3]])}, {"text": torch.zeros(1, 1)}
+    together = draw_latents(denoiser(), condition, null, sampling, [4, 5, 6], (7,), "teacher")
+    exclusive = draw_latents(denoiser(), {"text": condition["text"][1:2]}, null, sampling, [5], (7,), "teacher")
     assert torch.equal(exclusive[0], together[1])
     assert together.dtype == torch.float32
 
@@ -360,15 +360,15 @@ def test_guidance_is_in_the_papers_convention_and_one_call() -> None:
     """output = (1 + omega) output(c) - omega output(null), omega for each sample; conversion in fp32."""
     batches = []
 
-    def call(x: Tensor, t: Tensor, told: Condition, role: str) -> Tensor:
+    def call(x: Tensor, t: Tensor, condition: Condition, role: str) -> Tensor:
         batches.append(len(x))
         assert role == "teacher"
-        return told["text"].bfloat16().expand_as(x)
+        return condition["text"].bfloat16().expand_as(x)
 
     x, t = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([499.0, 999.0])
-    told, null = {"text": torch.tensor([[2.0], [4.0]])}, {"text": torch.tensor([[1.0], [1.0]])}
+    condition, null = {"text": torch.tensor([[2.0], [4.0]])}, {"text": torch.tensor([[1.0], [1.0]])}
     omega = torch.tensor([0.5, 7.0])
-    found = Denoiser(call, VP, "eps").guided(x, t, told, null, omega, "teacher")
+    found = Denoiser(call, VP, "eps").guided(x, t, condition, null, omega, "teacher")
     assert batches == [4]
     assert found.x0.dtype == found.eps.dtype == torch.float32
     assert found.eps[:, 0].tolist() == [1.5 * 2 - 0.5, 8 * 4 - 7]

@@ -4,7 +4,7 @@ The network is the bundled teacher's. "Equal" means to 1e-5 of the largest |late
 why:
 
 - DDIM steps from t to t - 1000 // n. With trailing times that is the next time only where n divides 1000 (1, 2, 4,
-  5, 8, 10, 20 of 1 .. 20); elsewhere x lands at one time and the network is asked at another. Euler keeps to its
+  5, 8, 10, 20 of 1 .. 20); elsewhere x lands at one time and the network is evaluated at another. Euler keeps to its
   list at every count, and Euler in sigma is DDIM on one grid, so the other counts of DDIM are held to that one.
 - Euler's pipeline start is z * init_noise_sigma; with trailing times that is sigma_max z, a vector .99767 long on
   the variance-preserving scale. Every sampler of ours starts from z, so theirs is given the same point.
@@ -29,7 +29,7 @@ from fewstep.diffusion.denoiser import Condition, Denoiser
 from fewstep.diffusion.draw_latents import draw_latents
 from fewstep.diffusion.samplers import picture_noise
 from fewstep.diffusion.schedule import VariancePreserving
-from support.lockstep import Ask, run_together
+from support.lockstep import Network, run_together
 
 TEACHER = Path(__file__).resolve().parents[2] / "world" / "teacher"
 STABLE_DIFFUSION: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -94,7 +94,7 @@ CASES = [
 class Subject:
     """A network under test and its conditions, text [N, ...] and null [1, ...]; one picture for each seed."""
 
-    network: Ask
+    network: Network
     text: Tensor
     null: Tensor
     shape: tuple[int, ...]
@@ -108,21 +108,21 @@ class Subject:
 
         return VariancePreserving.from_alphas_cumprod(DDPMScheduler(**self.betas).alphas_cumprod)
 
-    def ours(self, case: Case) -> Callable[[Ask], Tensor]:
-        def run(ask: Ask) -> Tensor:
-            def call(x: Tensor, t: Tensor, told: Condition, role: str) -> Tensor:
-                return ask(x, t, told["text"])
+    def ours(self, case: Case) -> Callable[[Network], Tensor]:
+        def run(network: Network) -> Tensor:
+            def call(x: Tensor, t: Tensor, condition: Condition, role: str) -> Tensor:
+                return network(x, t, condition["text"])
 
             denoiser = Denoiser(call, self.path, KINDS[self.kind])
-            told, null = {"text": self.text}, {"text": self.null}
-            return draw_latents(denoiser, told, null, case.ours, self.seeds, self.shape, "teacher")
+            condition, null = {"text": self.text}, {"text": self.null}
+            return draw_latents(denoiser, condition, null, case.ours, self.seeds, self.shape, "teacher")
 
         return run
 
-    def theirs(self, case: Case) -> Callable[[Ask], Tensor]:
+    def theirs(self, case: Case) -> Callable[[Network], Tensor]:
         """The loop of a diffusers pipeline, with a list of CPU generators."""
 
-        def run(ask: Ask) -> Tensor:
+        def run(network: Network) -> Tensor:
             import diffusers
             from diffusers.utils.torch_utils import randn_tensor
 
@@ -137,9 +137,9 @@ class Subject:
             null, omega = self.null.expand_as(self.text), case.ours.omega
             for t in scheduler.timesteps:
                 scaled, now = scheduler.scale_model_input(x, t), t.expand(len(x)).double()
-                out = ask(scaled, now, self.text)
+                out = network(scaled, now, self.text)
                 if omega:
-                    without = ask(scaled, now, null)
+                    without = network(scaled, now, null)
                     out = without + (1 + omega) * (out - without)
                 x = scheduler.step(out, t, x, **step).prev_sample
             last: Tensor = x / (scheduler.sigmas[-1] ** 2 + 1) ** 0.5 if exploding else x

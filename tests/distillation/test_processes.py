@@ -65,7 +65,7 @@ def launches(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory
     return folder, json.loads(done.stdout.splitlines()[-1])
 
 
-def said(folder: Path, name: str) -> list[str]:
+def printed(folder: Path, name: str) -> list[str]:
     """The lines of a rank that report an error."""
     return [line for line in (folder / f"{name}.log").read_text().splitlines() if line.startswith("fewstep:")]
 
@@ -193,12 +193,12 @@ def test_split_weights_polish_as_whole_ones_do(launches: tuple[Path, dict[str, l
 def test_sharded_weights_roll_out_as_whole_ones_do(launches: tuple[Path, dict[str, list[int]]]) -> None:
     """TLCM's first stage: processes with roll-outs of different lengths call the sharded network equally often."""
     folder, codes = launches
-    assert codes["walk1"] == [0], (folder / "walk1-0.log").read_text()[-2000:]
-    assert codes["walk2"] == [0, 0], (folder / "walk2-1.log").read_text()[-2000:]
-    assert "split" in did(folder, "walk2-0") & did(folder, "walk2-1")
+    assert codes["rollout1"] == [0], (folder / "rollout1-0.log").read_text()[-2000:]
+    assert codes["rollout2"] == [0, 0], (folder / "rollout2-1.log").read_text()[-2000:]
+    assert "split" in did(folder, "rollout2-0") & did(folder, "rollout2-1")
     one, two = (
         folder / name / "stages" / "1-segments" / "checkpoints" / LAST / "student.safetensors"
-        for name in ("walk1", "walk2")
+        for name in ("rollout1", "rollout2")
     )
     for part, distance in apart(one, two).items():
         assert distance < 2e-3, part
@@ -293,17 +293,17 @@ def test_a_killed_launch_resumes_bit_for_bit(launches: tuple[Path, dict[str, lis
 def test_what_one_process_sees_all_refuse(launches: tuple[Path, dict[str, list[int]]]) -> None:
     folder, codes = launches
     assert codes["spoilt"] == [2, 2]
-    told = [said(folder, f"spoilt-{rank}") for rank in (0, 1)]
-    assert told[0] == told[1]
-    assert "student/extra is not finite at step 2" in told[0][0]
+    errors = [printed(folder, f"spoilt-{rank}") for rank in (0, 1)]
+    assert errors[0] == errors[1]
+    assert "student/extra is not finite at step 2" in errors[0][0]
     assert [path.name for path in (folder / "spoilt" / "checkpoints").iterdir()] == ["step-00000001"]
 
 
 def test_when_the_main_process_fails_alone_the_others_end_too(launches: tuple[Path, dict[str, list[int]]]) -> None:
     folder, codes = launches
     assert codes["failed"] == [2, 2]
-    assert "the disk is full" in said(folder, "failed-0")[0]
-    assert "another process of this launch failed" in said(folder, "failed-1")[0]
+    assert "the disk is full" in printed(folder, "failed-0")[0]
+    assert "another process of this launch failed" in printed(folder, "failed-1")[0]
 
 
 def test_two_processes_measure_what_one_does(launches: tuple[Path, dict[str, list[int]]]) -> None:

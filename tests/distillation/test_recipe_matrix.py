@@ -195,8 +195,8 @@ OPTIONS: dict[str, list[str]] = {
     "own points": ["method.grid=[99,299,499,999]", "sampling.grid=[99,299,499,999]"],
     "no guidance": ["method.guidance.convention=none", "data.empty_prompts=0.3"],
     "imagen": ["method.guidance.convention=imagen"],
-    "told w": ["method.extra_conditioning=[w]", "sampling.extra_conditioning=[w]", "sampling.w=5"],
-    "told both": ["method.extra_conditioning=[s,w]", "sampling.extra_conditioning=[s,w]", "sampling.w=5"],
+    "extra w": ["method.extra_conditioning=[w]", "sampling.extra_conditioning=[w]", "sampling.w=5"],
+    "extra both": ["method.extra_conditioning=[s,w]", "sampling.extra_conditioning=[s,w]", "sampling.w=5"],
     "moving average": ["method.target=ema"],
     "critic": ["method.adversarial.weight=0.1", "method.adversarial.real=target", "method.adversarial.r1=0.1"],
     "non-saturating critic": [

@@ -144,10 +144,10 @@ def test_a_signal_during_the_imports_is_one_line(number: int, delay: float) -> N
         process.stdout.readline()
         time.sleep(delay)
         process.send_signal(number)
-        _, said = process.communicate(timeout=60)
+        _, output = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert len(said.strip().splitlines()) == 1
-    assert "again" not in said  # nothing of it can go on
+    assert len(output.strip().splitlines()) == 1
+    assert "again" not in output  # nothing of it can go on
 
 
 @pytest.fixture(scope="module")
@@ -175,13 +175,13 @@ def test_a_stopped_distillation_goes_on_bit_for_bit(launches: tuple[Path, dict[s
     """Of two stages, stopped in each; the last line names the step that is kept, the next run the one it begins at."""
     folder, codes = launches
     assert [codes[name] for name in ("whole", "cut-1", "cut-2", "cut-3")] == [[0], [130], [143], [0]]
-    said = [(folder / f"cut-{number}-0.log").read_text() for number in (1, 2, 3)]
-    kept = [int(re.findall(r"checkpoint at step (\d+)", text.splitlines()[-1])[-1]) for text in said[:2]]
+    output = [(folder / f"cut-{number}-0.log").read_text() for number in (1, 2, 3)]
+    kept = [int(re.findall(r"checkpoint at step (\d+)", text.splitlines()[-1])[-1]) for text in output[:2]]
     assert kept[0] >= 3
     assert kept[1] >= 5
-    assert f"goes on from step {kept[0]}" in said[1]
-    assert f"goes on from step {kept[1]}" in said[2]
-    assert not any("Traceback" in text for text in said)
+    assert f"goes on from step {kept[0]}" in output[1]
+    assert f"goes on from step {kept[1]}" in output[2]
+    assert not any("Traceback" in text for text in output)
     assert student(folder / "whole") == student(folder / "cut")
     for stage in ("1-one", "2-two"):
         parts = [folder / name / "stages" / stage for name in ("whole", "cut")]
@@ -192,8 +192,8 @@ def test_a_stopped_distillation_goes_on_bit_for_bit(launches: tuple[Path, dict[s
 def test_a_launch_is_estimated_before_it_encodes(launches: tuple[Path, dict[str, list[int]]]) -> None:
     folder, codes = launches
     assert codes["announced"] == [0, 0], (folder / "announced-1.log").read_text()[-2000:]
-    said = [(folder / f"announced-{rank}.log").read_text() for rank in (0, 1)]
-    assert [text.count("time     ") for text in said] == [1, 0]
+    output = [(folder / f"announced-{rank}.log").read_text() for rank in (0, 1)]
+    assert [text.count("time     ") for text in output] == [1, 0]
     assert not (folder / "announced" / "cache" / "estimate").exists()
 
 
@@ -202,10 +202,10 @@ def test_all_processes_stop_at_the_same_step(launches: tuple[Path, dict[str, lis
     folder, codes = launches
     assert codes["both"] == codes["halved-2"] == [0, 0]
     assert codes["halved-1"] == [143, 143]
-    said = [(folder / f"halved-1-{rank}.log").read_text() for rank in (0, 1)]
-    kept = int(re.findall(r"checkpoint at step (\d+)", said[0])[-1])
+    output = [(folder / f"halved-1-{rank}.log").read_text() for rank in (0, 1)]
+    kept = int(re.findall(r"checkpoint at step (\d+)", output[0])[-1])
     assert 3 <= kept < 60
-    assert "checkpoint at" not in said[1]
+    assert "checkpoint at" not in output[1]
     assert f"goes on from step {kept}" in (folder / "halved-2-0.log").read_text()
     assert student(folder / "both") == student(folder / "halved")
     assert without_time(folder / "both") == without_time(folder / "halved")

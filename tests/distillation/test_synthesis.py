@@ -37,12 +37,12 @@ from fewstep.methods.config import ConsistencyConfig
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 
 PROMPTS = ["a red disc", "a blue ring", "a red disc", "a green bar"]
-WALKS = ["each=2", "grid=5", "shard=3", "batch=2", "guidance.low=1", "empty_prompts=0.3", "device=cpu", "seed=3"]
+TRAJECTORIES = ["each=2", "grid=5", "shard=3", "batch=2", "guidance.low=1", "empty_prompts=0.3", "device=cpu", "seed=3"]
 
 
 @pytest.fixture(scope="module")
 def prompt_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("prompts") / "asked.txt"
+    path = tmp_path_factory.mktemp("prompts") / "requested.txt"
     path.write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
     return path
 
@@ -57,7 +57,7 @@ def make(tiny_pipeline: Path, prompt_file: Path, tmp_path: Path) -> Callable[...
     """Draw a set and read it."""
 
     def run(*overrides: str, out: str = "set", kind: str = "trajectories") -> Synthesis:
-        words = [*WALKS, *overrides]
+        words = [*TRAJECTORIES, *overrides]
         folder = fewstep.synthesize(prompt_file, out=tmp_path / out, teacher=tiny_pipeline, kind=kind, overrides=words)
         return fewstep.read_synthesis(folder)
 
@@ -117,10 +117,10 @@ def test_trajectories_of_a_set_equal_those_of_a_run(
     )
     for batch in ([0, 1], [2], [3, 4], [5], [6, 7]):
         items = torch.tensor(batch)
-        said, unsaid = conditions(found, items)
+        condition, null_condition = conditions(found, items)
         noise, _ = picture_noise(found.seeds(items).tolist(), backbone.latent_shape)
         points = teacher_ode(method, image_generator_of(backbone).denoiser).points(
-            said, unsaid, found.omega(items), noise
+            condition, null_condition, found.omega(items), noise
         )
         for index in range(6):
             assert torch.equal(found.points(items, index), points[:, index]), (batch, index)
@@ -137,11 +137,11 @@ def test_latents_are_what_sampling_draws(
     calls = 2 if solver != "ddim" else 1
     sampling = Sampling(sampler=solver, steps=5 * calls, omega=1, grid=5, end=end)  # type: ignore[arg-type]
     items = torch.tensor([3, 4])
-    said, _ = conditions(found, items)
+    condition, _ = conditions(found, items)
     null = {"text": found.table["text"][-1:].float()}
     seeds = found.seeds(items).tolist()
     drawn = draw_latents(
-        image_generator_of(backbone).denoiser, said, null, sampling, seeds, backbone.latent_shape, "base"
+        image_generator_of(backbone).denoiser, condition, null, sampling, seeds, backbone.latent_shape, "base"
     )
     assert torch.equal(found.latents(items), drawn)
     assert torch.equal(make(*words, out="whole").latents(range(8)), found.latents(range(8)))
@@ -169,25 +169,25 @@ def test_a_stored_step_under_another_omega_is_the_online_one(
     items, index = torch.tensor([6, 1, 4]), torch.tensor([5, 1, 3])
     omega = torch.tensor([0.0, 11.5, 3.25], dtype=torch.float64)
     t, s = found.times[index], found.times[index - 1]
-    said, unsaid = conditions(found, items)
+    condition, null_condition = conditions(found, items)
     x_t = found.points(items, index)
-    online = denoiser.guided(x_t, t, said, unsaid, omega, "base")
+    online = denoiser.guided(x_t, t, condition, null_condition, omega, "base")
     x_s = ddim(lambda x, when: online, denoiser.path, x_t, t, s)
     with_prompt, without = found.predictions(items, index)
     stored = step_from_stored(denoiser.path, found.plan.prediction, x_t, with_prompt, without, omega, t, s)
     torch.testing.assert_close(stored, x_s, rtol=0, atol=1e-6 * float(x_s.abs().max()) + 1e-6)
     assert float((guided_output(with_prompt, without, omega) - online.eps).norm()) < 1e-5 * float(online.eps.norm())
-    # under its own guidance it is the walk's next point
+    # under its own guidance it is the next point of the trajectory
     own = step_from_stored(denoiser.path, "eps", x_t, with_prompt, without, found.omega(items), t, s)
     torch.testing.assert_close(own, found.points(items, index - 1), rtol=1e-6, atol=1e-6)
     assert float((stored - own).abs().max()) > 1e-3
     if guidance == "none":  # its two outputs are of two calls
         return
-    items, omega = torch.tensor([3, 4]), torch.tensor([9.0, 0.5], dtype=torch.float64)  # a batch of the walk
-    said, unsaid = conditions(found, items)
+    items, omega = torch.tensor([3, 4]), torch.tensor([9.0, 0.5], dtype=torch.float64)  # a batch of the trajectory
+    condition, null_condition = conditions(found, items)
     t = found.times[[4, 4]]
     x_t = found.points(items, 4)
-    online = denoiser.guided(x_t, t, said, unsaid, omega, "base")
+    online = denoiser.guided(x_t, t, condition, null_condition, omega, "base")
     assert torch.equal(guided_output(*found.predictions(items, 4), omega), online.eps)
     stored = step_from_stored(denoiser.path, "eps", x_t, *found.predictions(items, 4), omega, t, found.times[[0, 2]])
     assert torch.equal(stored, ddim(lambda x, when: online, denoiser.path, x_t, t, found.times[[0, 2]]))
@@ -203,12 +203,12 @@ def test_half_precision_rounds_and_no_more(make: Callable[..., Synthesis]) -> No
 def test_the_cost_is_what_is_paid(
     make: Callable[..., Synthesis], tiny_pipeline: Path, prompt_file: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    asked = 0
+    calls = 0
     plain = StableDiffusion.call
 
     def counting(self: Any, network: Any, x: torch.Tensor, *more: Any, **options: Any) -> torch.Tensor:
-        nonlocal asked
-        asked += len(x)
+        nonlocal calls
+        calls += len(x)
         return plain(self, network, x, *more, **options)
 
     monkeypatch.setattr(StableDiffusion, "call", counting)
@@ -221,15 +221,15 @@ def test_the_cost_is_what_is_paid(
     ]
     for number, (kind, solver, end, guidance, evaluations) in enumerate(cases):
         convention, *scale = guidance.split()
-        words = [*WALKS, f"solver={solver}", f"end={end}", f"guidance.convention={convention}"]
+        words = [*TRAJECTORIES, f"solver={solver}", f"end={end}", f"guidance.convention={convention}"]
         words += [f"guidance.{side}={value}" for value in scale for side in ("low", "high")]
         out = tmp_path / str(number)
         cost = fewstep.synthesis_cost(prompt_file, out=out, teacher=tiny_pipeline, kind=kind, overrides=words)
         assert (cost.samples, cost.shards, cost.evaluations) == (8, 3, evaluations)
         assert not out.exists()
-        asked = 0
+        calls = 0
         fewstep.synthesize(prompt_file, out=out, teacher=tiny_pipeline, kind=kind, overrides=words)
-        assert asked == 8 * evaluations, cases[number]
+        assert calls == 8 * evaluations, cases[number]
         files = [path.stat().st_size for path in out.glob("shard-*")]
         assert 0 < sum(files) - 8 * cost.sample_bytes < 3 * 1024, "headers"
 
@@ -335,9 +335,9 @@ def test_broken_files_are_noticed_and_made_again(
     (found.folder / "conditions.safetensors").write_bytes(b"")
     capfd.readouterr()
     make(kind="latents")
-    told = capfd.readouterr().err
-    assert "shard-00001.safetensors is broken or unfinished" in told
-    assert "there    1 of 3 shards already" in told
+    printed = capfd.readouterr().err
+    assert "shard-00001.safetensors is broken or unfinished" in printed
+    assert "there    1 of 3 shards already" in printed
     assert contents(found.folder) == before
 
 
@@ -406,7 +406,7 @@ def launches(
     """Every launch of `synthesis_harness`: the folder, and its report."""
     folder = tmp_path_factory.mktemp("launches")
     words = ["--prompts", str(prompt_file), "--teacher", str(tiny_pipeline), "--kind", "trajectories"]
-    settings = [word for setting in [*WALKS, "shard=2"] for word in ("-s", setting)]
+    settings = [word for setting in [*TRAJECTORIES, "shard=2"] for word in ("-s", setting)]
     done = subprocess.run(
         [sys.executable, str(SUPPORT / "synthesis_harness.py"), str(folder), *words, *settings],
         capture_output=True,
@@ -518,16 +518,16 @@ def test_another_set_is_refused(
     make: Callable[..., Synthesis], refused: Callable[..., str], tiny_pipeline: Path, tmp_path: Path
 ) -> None:
     make(kind="latents")
-    assert "holds a set with another settings.seed (3, now 5)" in refused(*WALKS, "seed=5", out="set")
-    assert "another settings.guidance.high (7.0, now 9.0)" in refused(*WALKS, "guidance.high=9", out="set")
+    assert "holds a set with another settings.seed (3, now 5)" in refused(*TRAJECTORIES, "seed=5", out="set")
+    assert "another settings.guidance.high (7.0, now 9.0)" in refused(*TRAJECTORIES, "guidance.high=9", out="set")
     fewer = tmp_path / "fewer.txt"
     fewer.write_text("\n".join(PROMPTS[::-1]))
-    assert "holds a set with another prompts (" in refused(*WALKS, prompts=fewer, out="set")
+    assert "holds a set with another prompts (" in refused(*TRAJECTORIES, prompts=fewer, out="set")
     shutil.copytree(tiny_pipeline, tmp_path / "elsewhere")
     change = tmp_path / "elsewhere" / "scheduler" / "scheduler_config.json"
     write_json(change, {**read_json(change), "beta_end": 0.013})
-    assert "another teacher (" in refused(*WALKS, teacher=tmp_path / "elsewhere", out="set")
-    assert "another precision ('fp32', now 'bf16')" in refused(*WALKS, "precision=bf16", out="set")
+    assert "another teacher (" in refused(*TRAJECTORIES, teacher=tmp_path / "elsewhere", out="set")
+    assert "another precision ('fp32', now 'bf16')" in refused(*TRAJECTORIES, "precision=bf16", out="set")
 
 
 def test_the_teacher_is_kept_in_the_type_it_computes_in(
@@ -552,7 +552,7 @@ def test_the_teacher_is_kept_in_the_type_it_computes_in(
         assert manifest["plan"].pop("weights") == name
         write_json(found.folder / "synthesis.json", manifest)
     make("precision=fp32", kind="latents", out="fp32")
-    assert "another weights ('fp32', now 'bf16')" in refused(*WALKS, "precision=bf16", out="bf16")
+    assert "another weights ('fp32', now 'bf16')" in refused(*TRAJECTORIES, "precision=bf16", out="bf16")
 
 
 def test_files_of_others_are_not_written_over(refused: Callable[..., str], tmp_path: Path) -> None:

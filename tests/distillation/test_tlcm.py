@@ -143,17 +143,21 @@ def test_killed_in_any_stage_it_ends_where_the_uninterrupted_run_ends(
 
 
 @pytest.mark.slow
-def test_walks_that_were_drawn_beforehand_feed_it(
+def test_stored_trajectories_feed_it(
     words: list[str], prompt_file: Path, tiny_pipeline: Path, tmp_path: Path, tiny_cache: Path
 ) -> None:
     """The commands of docs/guide/synthesis.md: the first stage makes no teacher calls, the others are unchanged."""
     drawn = ["grid=40", "each=2", "shard=8", "guidance.low=2", "guidance.high=4", "device=cpu"]
-    walks = synthesize(
-        prompt_file, out=tmp_path / "walks", teacher=tiny_pipeline, kind="trajectories", overrides=[*drawn, "end=clean"]
+    trajectories = synthesize(
+        prompt_file,
+        out=tmp_path / "trajectories",
+        teacher=tiny_pipeline,
+        kind="trajectories",
+        overrides=[*drawn, "end=clean"],
     )
     own = "stages.segments.method"
-    told = [f"{own}.start=trajectory", f"{own}.point=stored", f"{own}.grid=40", f"{own}.k=1"]
-    config = resolve("tlcm", None, [*words, f"data.source={walks}", *told])
+    settings = [f"{own}.start=trajectory", f"{own}.point=stored", f"{own}.grid=40", f"{own}.k=1"]
+    config = resolve("tlcm", None, [*words, f"data.source={trajectories}", *settings])
     distillation.distill(config, tmp_path / "run", cache=tiny_cache, quiet=True)
     first, second, *_ = sorted((tmp_path / "run" / "stages").iterdir())
     assert read_json(first / "evaluations.json")["a_sample_and_step"] == {"student": 2}
@@ -172,8 +176,8 @@ def test_evaluations_are_counted_and_as_stated(whole: tuple[DistillConfig, Path]
             rows = 0
             for step in range(loop.steps):
                 rng = KeyedRng(loop.seed, step, tuple(range(step * loop.batch, (step + 1) * loop.batch)))
-                walked = lengths[in_turn(rng, 8, 1000)]
-                rows += sum(max(1, int((walked > number).sum())) for number in range(8))
+                left = lengths[in_turn(rng, 8, 1000)]
+                rows += sum(max(1, int((left > number).sum())) for number in range(8))
             steps = rows / (loop.steps * loop.batch)
             assert steps == pytest.approx(4.5, abs=0.8)
             assert counted == {"student": 2, "teacher": pytest.approx(2 * steps + 2)}
@@ -343,13 +347,13 @@ def test_latents_of_a_set_are_data(tiny_pipeline: Path, prompt_file: Path, tmp_p
 
 def test_a_set_is_of_one_size(tiny_pipeline: Path, prompt_file: Path, tmp_path: Path) -> None:
     folder = synthesize(prompt_file, out=tmp_path / "set", teacher=tiny_pipeline, overrides=["grid=2"])
-    asked = [f"teacher={tiny_pipeline}", f"data.source={folder}", "loop.validate_every=null"]
+    common = [f"teacher={tiny_pipeline}", f"data.source={folder}", "loop.validate_every=null"]
     size = read_folder(tiny_pipeline).picture_size
-    config = resolve("tcd", None, [*asked, f"data.size={2 * size}"])
+    config = resolve("tcd", None, [*common, f"data.size={2 * size}"])
     with pytest.raises(UserError, match=rf"use {size}") as refused:
         check_distillation(config, read_folder(tiny_pipeline))
     assert refused.value.field == "data.size"
-    check_distillation(resolve("tcd", None, [*asked, f"data.size={size}"]), read_folder(tiny_pipeline))
+    check_distillation(resolve("tcd", None, [*common, f"data.size={size}"]), read_folder(tiny_pipeline))
 
 
 def test_what_prompts_alone_cannot_do_is_refused(words: list[str], tiny_pipeline: Path, prompt_file: Path) -> None:
@@ -374,7 +378,7 @@ def test_r1_is_taken_beside_fused_attention(tiny_pipeline: Path) -> None:
     backbone = load_backbone(tiny_pipeline)
     text = {"text": torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(0))}
     critic = FeatureCritic(lambda x, t, c: backbone.features(backbone.network, x, t, c), backbone.feature_channels)
-    with torch.no_grad():  # fresh heads say nothing, and have no slope
+    with torch.no_grad():  # fresh heads return 0, with zero gradient
         for head in critic.heads:
             head[-1].weight.normal_(generator=torch.Generator().manual_seed(1))
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
@@ -403,10 +407,10 @@ def test_stages_and_seeds_share_one_distance(tiny_pipeline: Path, monkeypatch: p
     from fewstep.distillation.frozen_networks import latent_lpips_folder
     from fewstep.methods.latent_lpips import train
 
-    asked = []
+    requests = []
 
     def make(config: Any, backbone: Any, prompts: Any, place: Path) -> Path:
-        asked.append((config, tuple(prompts), place))
+        requests.append((config, tuple(prompts), place))
         return place
 
     monkeypatch.setattr(train, "make_latent_lpips", make)
@@ -417,10 +421,10 @@ def test_stages_and_seeds_share_one_distance(tiny_pipeline: Path, monkeypatch: p
         for stage in config.each_stage():
             source = WorldData(world(), pictures=False)
             latent_lpips_folder(stage, source, backbone, [f"captions of {stage.loop.seed}"], Path("cache"))
-    drawn = sorted({said for row in emoji8.captions_alone(2, 0).captions for said in row})
-    assert len(asked) == 6  # of four stages one asks for no consistency
-    assert {said for _, said, _ in asked} == {tuple(drawn)}
-    assert len({place for _, _, place in asked}) == 1
+    drawn = sorted({caption for row in emoji8.captions_alone(2, 0).captions for caption in row})
+    assert len(requests) == 6  # of four stages one has no consistency loss
+    assert {caption for _, caption, _ in requests} == {tuple(drawn)}
+    assert len({place for _, _, place in requests}) == 1
     latent_lpips_folder(config, PromptFile(("a prompt",)), backbone, ["a prompt"], Path("cache"))
-    assert asked[-1][1] == ("a prompt",)
-    assert asked[-1][2] != asked[0][2]
+    assert requests[-1][1] == ("a prompt",)
+    assert requests[-1][2] != requests[0][2]

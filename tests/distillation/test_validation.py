@@ -119,7 +119,7 @@ def test_every_stage_watches_the_same_prompts(tiny_overrides: list[str], tiny_ca
     for seed, watching in ((1, 5), (2, 5), (1, 6)):
         words = [*tiny_overrides, f"loop.seed={seed}", f"validation.seed={watching}"]
         run = distillation.prepare(resolve("tcd", None, words), tiny_cache, torch.device("cpu"))
-        chosen.append([said[0] for said in run.validation_data(8).captions])
+        chosen.append([row[0] for row in run.validation_data(8).captions])
     assert chosen[0] == chosen[1]
     assert chosen[0] != chosen[2]
 

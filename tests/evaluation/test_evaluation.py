@@ -309,7 +309,7 @@ def test_webp_bytes_measure_a_lossless_file() -> None:
     assert webp_bytes(noise)[0] > 64 * 64 * 3 * 0.95
 
 
-def test_noise_and_blur_are_what_they_say() -> None:
+def test_noise_and_blur_by_known_pictures() -> None:
     grey = np.full((4, 64, 64, 3), 128, np.uint8)
     assert noised(grey, 5, 0).astype(float).std() == pytest.approx(5, rel=0.03)
     assert (noised(grey, 5, 0) == noised(grey, 5, 0)).all()

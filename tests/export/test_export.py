@@ -90,11 +90,11 @@ def test_what_is_written_is_read_back(
     assert ("```python" in card) == (found.reader != "fewstep")
     if found.reader != "fewstep":
         monkeypatch.chdir(tmp_path)
-        said = card.partition("```python\n")[2].partition("```")[0].replace('"BASE"', repr(str(base)))
+        code = card.partition("```python\n")[2].partition("```")[0].replace('"BASE"', repr(str(base)))
         if name.startswith("pixart"):  # of a size that no real one has
-            said = said.replace("**fewstep", "use_resolution_binning=False, height=64, width=64, **fewstep")
+            code = code.replace("**fewstep", "use_resolution_binning=False, height=64, width=64, **fewstep")
         variables: dict[str, Any] = {}
-        exec(said, variables)  # the card's own lines
+        exec(code, variables)  # the card's own lines
         assert variables["picture"].size[0] >= 16
     assert (tmp_path / "made" / "pictures.webp").stat().st_size > 100
     assert place.exists()
@@ -162,8 +162,8 @@ def test_a_wrong_part_of_a_whole_pipeline_is_found_out(
     plain_file, plain_folder = exporting.checkpoint_weights, exporting.write_pipeline
     wrong = ""
 
-    def one_file(*asked: Any, **more: Any) -> dict[str, torch.Tensor]:
-        weights = plain_file(*asked, **more)
+    def one_file(*args: Any, **more: Any) -> dict[str, torch.Tensor]:
+        weights = plain_file(*args, **more)
         name = next(name for name in weights if wrong in name and name.endswith("bias"))
         return {**weights, name: weights[name] + 1e-6}
 
@@ -203,9 +203,11 @@ def test_a_scale_that_the_metadata_holds_goes_into_the_matrices(
 ) -> None:
     """By ComfyUI's rule, no `.alpha` key means scale 1: B A of the file is the whole change."""
     folder = read_folder(folders[name])
-    said = {f"{folder.network}.r": 2, f"{folder.network}.lora_alpha": 3}
+    metadata = {f"{folder.network}.r": 2, f"{folder.network}.lora_alpha": 3}
     save_file(
-        load_file(students[name, "lora"]), tmp_path / "scaled.safetensors", {"lora_adapter_metadata": json.dumps(said)}
+        load_file(students[name, "lora"]),
+        tmp_path / "scaled.safetensors",
+        {"lora_adapter_metadata": json.dumps(metadata)},
     )
     path, _ = export_as(tmp_path / "scaled.safetensors", out=tmp_path / "made", teacher=folders[name], check=False)
     header = check_lora(tmp_path / "scaled.safetensors", folder)
@@ -253,11 +255,11 @@ def test_settings_are_read_back_from_every_form(
     """`fewstep sample` draws the same from the student and from each of its exports."""
     monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
     base, student = folders["sd"], students["sd", "lora"]
-    asked = ["a red disc", "--seed", "3", "--device", "cpu", "--scale", "1"]
+    shared = ["a red disc", "--seed", "3", "--device", "cpu", "--scale", "1"]
 
     def drawn(*words: str) -> bytes:
         with pytest.raises(SystemExit) as left:
-            cli.main(["sample", *asked, *words, "--out", str(tmp_path / "drawn.png")])
+            cli.main(["sample", *shared, *words, "--out", str(tmp_path / "drawn.png")])
         assert left.value.code == 0
         return (tmp_path / "drawn.png").read_bytes()
 
@@ -266,12 +268,12 @@ def test_settings_are_read_back_from_every_form(
     for form in FORMS:
         path, _ = export_as(student, form, out=tmp_path / form, teacher=base, check=False)
         if form == "merged":
-            told = ["--teacher", str(path), "--lora", "none"]
+            options = ["--teacher", str(path), "--lora", "none"]
         elif form == "single-file":
-            told = ["--teacher", str(path), "--teacher-config", str(base), "--lora", "none"]
+            options = ["--teacher", str(path), "--teacher-config", str(base), "--lora", "none"]
         else:
-            told = ["--teacher", str(base), "--lora", str(path)]
-        assert drawn(*told) == wanted, form
+            options = ["--teacher", str(base), "--lora", str(path)]
+        assert drawn(*options) == wanted, form
 
 
 def test_a_student_with_the_landing_as_input(folders: dict[str, Path], picture_folder: Path, tmp_path: Path) -> None:
@@ -295,7 +297,7 @@ def test_a_student_with_the_landing_as_input(folders: dict[str, Path], picture_f
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "reason"),
     [
         (["tcd", "--form", "kohja"], "did you mean 'kohya'?"),
         (["tcd", "--form", "single-file"], "holds CLIP text encoders, the text_encoder is a BertModel"),
@@ -306,7 +308,7 @@ def test_a_student_with_the_landing_as_input(folders: dict[str, Path], picture_f
         (["tcd", "--out", "TAKEN"], "which would be lost; give a new folder"),
     ],
 )  # fmt: skip
-def test_refusals(words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusals(words: list[str], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("years of work")
     given = {"TAKEN": str(tmp_path / "taken"), "WHOLE": str(_teacher())}
@@ -316,9 +318,9 @@ def test_refusals(words: list[str], said: str, tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(SystemExit) as left:
         cli.main(["export", *words])
     assert left.value.code == 2
-    told = capsys.readouterr().err
-    assert said in told
-    assert told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert reason in printed
+    assert printed.count("\n") == 1
     assert not (tmp_path / "new").exists()
     assert (tmp_path / "taken" / "thesis.txt").read_text() == "years of work"
 
@@ -343,7 +345,7 @@ def test_mismatched_parts_are_one_line(
     new = ["--out", str(tmp_path / "new")]
     drawn = ["--out", str(tmp_path / "new.png")]
     data = ["-s", f"data.source={picture_folder}"]
-    for words, said in (
+    for words, reason in (
         (["sample", "a", "--lora", lora, "--teacher", str(other), *drawn], "is for another base"),
         (["sample", "a", "--lora", lora, "--teacher", str(fitting), *drawn], "was trained on another base (sha256"),
         (["export", lora, "--teacher", str(other), *new], "is for another base"),
@@ -354,10 +356,10 @@ def test_mismatched_parts_are_one_line(
     ):
         with pytest.raises(SystemExit) as left:
             cli.main(words)
-        told = capsys.readouterr().err
+        printed = capsys.readouterr().err
         assert left.value.code == 2, words
-        assert said in told
-        assert told.count("\n") == 1
+        assert reason in printed
+        assert printed.count("\n") == 1
         assert not (tmp_path / "new").exists()
         assert not (tmp_path / "new.png").exists()
 

@@ -216,7 +216,7 @@ def test_broken_shapes_are_refused(tmp_path: Path) -> None:
         header_of(file)
 
 
-def test_headers_say_what_files_hold(tmp_path: Path) -> None:
+def test_headers_describe_the_files(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     tensors = {"a": torch.zeros(2, 3), "b": torch.zeros((), dtype=torch.int64), "c": torch.zeros(0, 4)}
     save_tensors(file, tensors, {"z": "1", "é": "2", "a": "3"})

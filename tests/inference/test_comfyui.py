@@ -1,6 +1,6 @@
 """The ComfyUI node's sampler, in ComfyUI's own scale, beside ours: the same calls, noise and latents.
 
-The node was run in ComfyUI itself, too; docs/guide/comfyui.md says how, and what came of it.
+The node was run in ComfyUI itself, too; docs/guide/comfyui.md describes how, with the results.
 """
 
 from __future__ import annotations
@@ -75,10 +75,10 @@ SAMPLINGS = [
 def test_latents_are_ours(node: ModuleType, name: str, sampling: Sampling) -> None:
     path, held = PATHS[name]
     mixture = ring(path)
-    asked: list[float] = []
+    calls: list[float] = []
 
     def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
-        asked.append(float(t[0]))
+        calls.append(float(t[0]))
         return mixture.denoise(x.double(), t).x0
 
     seed, flow = 11, name == "flow"
@@ -106,7 +106,7 @@ def test_latents_are_ours(node: ModuleType, name: str, sampling: Sampling) -> No
     handed = scale.handed_back(drawn, end)
     shown = handed / (1 - end) if flow else handed  # ComfyUI's inverse_noise_scaling
     assert float((shown - ours).abs().max()) < 2e-4
-    assert seen == list(range(len(asked)))
+    assert seen == list(range(len(calls)))
 
 
 def test_what_it_does_not_have_is_refused(node: ModuleType, tmp_path: Path) -> None:

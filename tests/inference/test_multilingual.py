@@ -63,7 +63,7 @@ def test_chinese_beside_english_by_one_command(tmp_path: Path) -> None:
     assert len(lines) == 6
     for drawer in ("student", "teacher"):
         english, own = lines[drawer, "English"], lines[drawer, "Chinese"]
-        assert english["agreement"]["value"] > 0.5, "asked in English it draws what is asked for"
+        assert english["agreement"]["value"] > 0.5, "an English prompt gives its picture"
         assert own["agreement"]["value"] > 0.25, "and mostly so in Chinese; strangers are below .1"
         assert own["ratio"]["value"] == pytest.approx(own["agreement"]["value"] / english["agreement"]["value"])
         assert own["ratio"]["low"] < own["ratio"]["value"] < own["ratio"]["high"]
@@ -104,8 +104,8 @@ def test_states_are_those_of_captions_mixed_by_likeness(trained: Path, tiny_pipe
     adapter = load_adapter(trained, folder, ToySentence())
     image_generator = load_image_generator(tiny_pipeline)
     own = image_generator.backbone.encode(CAPTIONS)["text"]
-    said = adapter.encode(TURNED, image_generator.backbone.encode)["text"]
-    torch.testing.assert_close(said, own, atol=1e-5, rtol=0)
+    states = adapter.encode(TURNED, image_generator.backbone.encode)["text"]
+    torch.testing.assert_close(states, own, atol=1e-5, rtol=0)
     mixed = replace(adapter, config=adapter.config.model_copy(update={"mixed": 3, "temperature": 0.2}))
     q = adapter.network(torch.from_numpy(adapter.sentence(["lan"])))[0]
     best, rows = (adapter.keys @ q).topk(3)
@@ -240,7 +240,7 @@ def test_the_sentence_encoder_finds_english_from_chinese() -> None:
     vectors = sentence(["章鱼", "狗", "火车", "苹果", "雨伞"])
     assert (vectors @ sentence(names).T).argmax(1).tolist() == [0, 1, 2, 3, 4]
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
-    np.testing.assert_array_equal(vectors[1:2], sentence(["狗"]))  # whatever stands beside it
+    np.testing.assert_array_equal(vectors[1:2], sentence(["狗"]))  # whatever is beside it
 
 
 def test_the_ratio_and_its_interval() -> None:

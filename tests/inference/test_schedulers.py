@@ -99,14 +99,14 @@ def driven(scheduler: FewStepScheduler, x: Tensor, steps: int, seed: int) -> tup
     path = FlowMatching(3.0)
     scheduler.set_timesteps(steps)
     generator = torch.Generator().manual_seed(seed)
-    asked = []
+    calls = []
     for t in scheduler.timesteps:
-        asked.append(float(t))
+        calls.append(float(t))
         sigma = torch.full((len(x),), float(t) / 1000, dtype=torch.float64)
         own = sigma / (3.0 - 2.0 * sigma)
-        said = three_modes(path).denoise(x.double(), own)
-        x = scheduler.step(said.eps - said.x0, t, x.double(), generator).prev_sample
-    return x, asked
+        estimate = three_modes(path).denoise(x.double(), own)
+        x = scheduler.step(estimate.eps - estimate.x0, t, x.double(), generator).prev_sample
+    return x, calls
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_a_flow_is_followed(jump: Jump, gamma: float, end: End, law: GammaRule) 
     path = FlowMatching(3.0)
     x = torch.randn(64, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     scheduler = SSSScheduler(path="flow", shift=3.0, jump=jump, gamma=gamma, gamma_law=law, end=end)
-    drawn, asked = driven(scheduler, x, 4, 7)
+    drawn, calls = driven(scheduler, x, 4, 7)
     generator = torch.Generator().manual_seed(7)
     step, denoise = student_step(jump), three_modes(path).denoise
     times = [float(t) for t in inference_times(path, 4)]
@@ -129,10 +129,10 @@ def test_a_flow_is_followed(jump: Jump, gamma: float, end: End, law: GammaRule) 
         sss_jumps(path, times, gamma, end, law, len(x)), lambda x_t, t, s: step(denoise, path, x_t, t, s), path, x,
         lambda: torch.randn(x.shape, generator=generator, dtype=torch.float64),
     )  # fmt: skip
-    torch.testing.assert_close(drawn, wanted, rtol=1e-5, atol=1e-5)  # a network is told its time in fp32
-    assert len(asked) == 4 * scheduler.order
+    torch.testing.assert_close(drawn, wanted, rtol=1e-5, atol=1e-5)  # the network takes its time in fp32
+    assert len(calls) == 4 * scheduler.order
     sigmas = [1000 * float(path.sigma(torch.tensor(t))) for t in times]
-    assert asked[:: scheduler.order] == pytest.approx(sigmas)
+    assert calls[:: scheduler.order] == pytest.approx(sigmas)
 
 
 def test_consistency_on_a_flow() -> None:
@@ -209,7 +209,7 @@ def test_a_shift_by_the_size_of_the_picture() -> None:
     scheduler.set_timesteps(4, sigmas=torch.tensor([1.0, 0.75, 0.5, 0.25]), mu=1.0)
     assert scheduler.timesteps.tolist() == pytest.approx(wanted.tolist())
     foreign = [1.0, 0.9, 0.1]
-    for asked, words in (
+    for options, words in (
         ({"sigmas": foreign}, "sigmas"),
         ({"num_inference_steps": 4, "sigmas": foreign}, "sigmas"),
         ({"timesteps": [999.0, 500.0, 100.0], "sigmas": foreign}, "cannot be set"),
@@ -218,7 +218,7 @@ def test_a_shift_by_the_size_of_the_picture() -> None:
         ({"timesteps": [999.0, 500.0], "sigmas": [1.0, 0.5]}, "give either num_inference_steps or timesteps"),
     ):
         with pytest.raises(SchedulerError, match=words):
-            scheduler.set_timesteps(**asked, mu=1.0)
+            scheduler.set_timesteps(**options, mu=1.0)
 
 
 @pytest.mark.parametrize("strength", [0.25, 0.5, 0.75, 0.9, 1.0])
@@ -231,9 +231,9 @@ def test_image_to_image_of_flows_makes_all_calls(family: str, strength: float, f
     pipe = getattr(diffusers, kind).from_pretrained(flows[family], local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = SSSScheduler.from_config(pipe.scheduler.config, gamma=0.0)
-    asked: list[float] = []
+    calls: list[float] = []
     pipe.transformer.register_forward_pre_hook(
-        lambda _, args, told: asked.append(float(told["timestep"][0])), with_kwargs=True
+        lambda _, args, kwargs: calls.append(float(kwargs["timestep"][0])), with_kwargs=True
     )
     picture = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     sized = {"height": 64, "width": 64}
@@ -242,7 +242,7 @@ def test_image_to_image_of_flows_makes_all_calls(family: str, strength: float, f
         generator=generators(), output_type="latent", **sized,
     ).images  # fmt: skip
     assert torch.isfinite(drawn).all()
-    assert len(asked) == 4
+    assert len(calls) == 4
 
 
 @pytest.fixture(scope="module")
@@ -255,8 +255,8 @@ def test_image_to_image_makes_all_calls(strength: float, tiny_pipeline: Path) ->
     """Plain diffusers drops steps: ceil(4 / strength) of them leave 4 calls, at times that students are trained on."""
     pipe = pipeline(tiny_pipeline, "StableDiffusionImg2ImgPipeline")
     pipe.scheduler = SSSScheduler.from_config(pipe.scheduler.config, gamma=0.0)
-    asked = []
-    pipe.unet.register_forward_pre_hook(lambda _, args: asked.append(float(args[1])))
+    calls = []
+    pipe.unet.register_forward_pre_hook(lambda _, args: calls.append(float(args[1])))
     picture = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     steps = math.ceil(4 / strength)
     drawn = pipe(
@@ -264,9 +264,9 @@ def test_image_to_image_makes_all_calls(strength: float, tiny_pipeline: Path) ->
         generator=generators(), output_type="latent",
     ).images  # fmt: skip
     assert torch.isfinite(drawn).all()
-    assert len(asked) == 4
-    assert set(asked) <= set(training_grid(scaled_linear(), 50).tolist())
-    assert asked[0] < 1000 * strength + 20  # within a step of the grid
+    assert len(calls) == 4
+    assert set(calls) <= set(training_grid(scaled_linear(), 50).tolist())
+    assert calls[0] < 1000 * strength + 20  # within a step of the grid
     own = SSSScheduler.from_config(pipe.scheduler.config)
     own.set_timesteps(4, strength=strength)
     assert len(own.timesteps) == 4
@@ -280,16 +280,16 @@ def test_a_drawing_split_over_two_pipelines(scheduler: type[FewStepScheduler], s
     first = pipeline(tiny_pipelines.sdxl(tmp_path / "sdxl"), "StableDiffusionXLPipeline")
     second = type_of("StableDiffusionXLImg2ImgPipeline")(**first.components)
     second.set_progress_bar_config(disable=True)
-    asked = {"num_inference_steps": 4, "guidance_scale": 0, "output_type": "latent"}
+    options = {"num_inference_steps": 4, "guidance_scale": 0, "output_type": "latent"}
 
     def split(jump: str) -> tuple[Tensor, Tensor]:
         more = {"gamma": 0.0} if scheduler is SSSScheduler else {}
         for pipe in (first, second):
             pipe.scheduler = scheduler.from_config(first.scheduler.config, jump=jump, **more)
-        whole = first(PROMPTS, generator=generators(), **asked).images
+        whole = first(PROMPTS, generator=generators(), **options).images
         noise = generators()  # handed on: of consistency sampling each jump draws more of it
-        half = first(PROMPTS, generator=noise, denoising_end=share, **asked).images
-        both = second(PROMPTS, image=half, generator=noise, denoising_start=share, **asked).images
+        half = first(PROMPTS, generator=noise, denoising_end=share, **options).images
+        both = second(PROMPTS, image=half, generator=noise, denoising_start=share, **options).images
         return whole, both
 
     torch.testing.assert_close(*split("first_order"))
@@ -340,11 +340,11 @@ def test_a_shift_by_size_is_the_pipelines(kind: str) -> None:
         own.set_timesteps(4, mu=mu)
         torch.testing.assert_close(own.timesteps, theirs.timesteps, rtol=1e-5, atol=0)
     kept = own.timesteps
-    for asked in ({"num_inference_steps": 4}, {"timesteps": [999.0, 500.0]}, {"sigmas": [1.0, 0.5]}):
+    for options in ({"num_inference_steps": 4}, {"timesteps": [999.0, 500.0]}, {"sigmas": [1.0, 0.5]}):
         with pytest.raises(
             SchedulerError, match=r"mu = None, but use_dynamic_shifting = True .* fewstep\.scheduler_for"
         ):
-            own.set_timesteps(**asked)
+            own.set_timesteps(**options)
     assert own.timesteps is kept, "a refusal changes nothing"
     settles = SSSScheduler.from_config(with_static_shift(theirs.config, 1024))
     settles.set_timesteps(4, mu=3.0)
@@ -360,10 +360,10 @@ def test_a_shift_survives_a_solver_in_between(solver: str) -> None:
     flow = SSSScheduler(path="flow", prediction_type="flow_prediction", shift=3.0)
     between = getattr(diffusers, solver).from_config(flow.config)
     assert SSSScheduler.from_config(between.config).config["shift"] == 3.0
-    said = getattr(diffusers, solver)(flow_shift=5.0, use_flow_sigmas=True, prediction_type="flow_prediction")
-    assert SSSScheduler.from_config(said.config).config["shift"] == 5.0
-    chosen = SSSScheduler.from_config(said.config, shift=2.0)
-    assert SSSScheduler.from_config(chosen.config).config["shift"] == 2.0, "what it took over is not asked again"
+    theirs = getattr(diffusers, solver)(flow_shift=5.0, use_flow_sigmas=True, prediction_type="flow_prediction")
+    assert SSSScheduler.from_config(theirs.config).config["shift"] == 5.0
+    chosen = SSSScheduler.from_config(theirs.config, shift=2.0)
+    assert SSSScheduler.from_config(chosen.config).config["shift"] == 2.0, "what it took over is not calls again"
     assert path_of(between.config) == FlowMatching(3.0)
 
 

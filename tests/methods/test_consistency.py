@@ -77,7 +77,7 @@ def test_times_are_uniform() -> None:
 def test_a_wider_skip_and_the_end_rule() -> None:
     times = draw_times(ConsistencyConfig(k=3), PATH, rng(5_000))
     assert (times.t_nk - times.t_n)[times.t_nk > 59].unique().tolist() == [60.0]
-    assert times.t_nk.unique().tolist() == [20.0 * i - 1 for i in range(1, 51)], "every time that sampling asks for"
+    assert times.t_nk.unique().tolist() == [20.0 * i - 1 for i in range(1, 51)], "every time that sampling needs"
     assert times.t_n[times.t_nk <= 59].unique().tolist() == [0.0], "the grid ends there"
     assert times.s[times.t_nk <= 59].unique().tolist() == [0.0]
     assert times.s[times.t_nk == 119].unique().tolist() == [0.0, 19.0, 39.0, 59.0]
@@ -214,7 +214,7 @@ def exact_network(mixture: Mixture, times: Any) -> Any:
     return call
 
 
-def told_as(prediction: Prediction, network: Any) -> Any:
+def predicting(prediction: Prediction, network: Any) -> Any:
     """An eps network's output in another parametrisation."""
 
     def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
@@ -233,7 +233,7 @@ def test_the_exact_jump_has_no_loss(config: ConsistencyConfig, prediction: Predi
     count = 256
     keyed = rng(count)
     times = draw_times(config, PATH, keyed)
-    denoiser = Denoiser(told_as(prediction, exact_network(mixture, times)), PATH, prediction)
+    denoiser = Denoiser(predicting(prediction, exact_network(mixture, times)), PATH, prediction)
     x_0 = mixture.sample(count, -1.0, torch.Generator().manual_seed(1))
     text = {"text": torch.zeros(count, 1)}
     unguided = config.model_copy(update={"guidance": Guidance(low=0, high=0)})
@@ -294,8 +294,8 @@ class Learner(nn.Module):
         if role == BASE:
             return eps
         angles = (t[:, None] + 1) / 1000 * torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0], dtype=torch.float64)
-        told: Tensor = self.correct(torch.cat([x, angles.sin(), angles.cos()], 1))
-        return eps + told
+        correction: Tensor = self.correct(torch.cat([x, angles.sin(), angles.cos()], 1))
+        return eps + correction
 
 
 @pytest.mark.slow
@@ -398,30 +398,30 @@ def test_the_loss_falls_in_thirty_steps(recipe: str, small: list[str], tiny_cach
         ({"convention": "lcm", "low": 0.0, "high": 0.0}, 0.0, 1),
         ({"convention": "imagen", "low": 1.0, "high": 1.0}, 0.0, 1),
         ({"convention": "none"}, 0.0, 1),
-        ({"convention": "imagen", "low": 3.0, "high": 3.0}, 0.5, 2),  # asked twice for one answer
+        ({"convention": "imagen", "low": 3.0, "high": 3.0}, 0.5, 2),  # two calls for one output
     ],
 )
 def test_what_a_teachers_call_costs_is_what_is_stated(guidance: dict[str, Any], empty: float, teacher: int) -> None:
     """The unconditional half of a call is skipped for all samples or for none, in whichever batch."""
     config = validate(ConsistencyConfig, {"grid": 8, "k": 1, "guidance": guidance})
     assert step_calls(config)["teacher"] == teacher
-    asked, said = [], torch.tensor([[1.0], [2.0], [3.0], [4.0]])
+    calls, outputs = [], torch.tensor([[1.0], [2.0], [3.0], [4.0]])
 
     def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
         if role == BASE:
-            asked.append(len(x))
+            calls.append(len(x))
         return x * condition["text"]
 
     for step in range(3):
         keyed = KeyedRng(0, step, (0, 1, 2, 3))
         dropped = keyed.chance("empty prompt", empty)
-        text = torch.where(dropped[:, None], 0.0, said)
+        text = torch.where(dropped[:, None], 0.0, outputs)
         sample = MicroBatch(torch.ones(4, 1), {"text": text}, {"text": torch.zeros(4, 1)})
         pair = make_pair(config, Denoiser(call, PATH, "eps"), sample, keyed)
         target_landing(pair)
         found = pair.teacher.denoise(torch.ones(4, 1), torch.full((4,), 499.0, dtype=torch.float64))
         assert not found.eps[dropped].any(), "guided or not, the empty prompt's own answer"
-    assert set(asked) == {4 * teacher}
+    assert set(calls) == {4 * teacher}
 
 
 def test_without_guidance_the_unconditional_branch_is_not_evaluated() -> None:

@@ -181,7 +181,7 @@ def test_the_denoising_loss_wants_the_posterior_mean() -> None:
     theta = torch.zeros(2, dtype=torch.float64, requires_grad=True)
 
     def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
-        assert torch.equal(condition["s"], t), "asked at s = t"
+        assert torch.equal(condition["s"], t), "called at s = t"
         return mixture.denoise(x, t).x0 + theta
 
     from fewstep.methods.denoising import denoising_loss
@@ -221,9 +221,9 @@ def test_a_gan_alone_moves_a_wrong_student_to_the_right_distribution() -> None:
     )
 
     def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
-        said = mixture.flow(x.double(), t, times_of(0.0, x)).float()  # the exact end point, bent
+        end_point = mixture.flow(x.double(), t, times_of(0.0, x)).float()  # the exact end point, bent
         middle = mixture.means[0].float()
-        return middle + (said - middle) * narrow.exp() + wrong
+        return middle + (end_point - middle) * narrow.exp() + wrong
 
     denoiser, critic = Denoiser(call, path, "x0"), PlaneCritic(64, seed=2)
     student = torch.optim.Adam([wrong, narrow], lr=0.02, betas=(0.0, 0.99))
@@ -304,7 +304,7 @@ def test_segments_land_on_their_lower_edge() -> None:
 
 @pytest.mark.parametrize("name", PATHS)
 def test_tdd_stays_in_its_segment_and_reaches_as_far_on_every_path(name: str) -> None:
-    """Reach is counted in points of the grid: on EDM's, times say nothing of how far they are."""
+    """Reach is counted in points of the grid: on EDM's, times do not give the distance."""
     path = PATHS[name]
     method = method_of("tdd", segments=5, spread=0.0)
     times = draw_times(method, path, KeyedRng(3, 0, tuple(range(4000))))
@@ -315,8 +315,8 @@ def test_tdd_stays_in_its_segment_and_reaches_as_far_on_every_path(name: str) ->
     whole = draw_times(method_of("tdd", spread=0.0), path, KeyedRng(3, 0, tuple(range(4000))))
     from_noise = whole.index_nk == 49
     landed = torch.searchsorted(grid, whole.s[from_noise])
-    asked = {49 - i * 50 // steps for steps in range(4, 9) for i in range(1, steps)}
-    assert set(landed.tolist()) == {index for index in asked if 48 - 13 <= index <= 48}
+    sampled_times = {49 - i * 50 // steps for steps in range(4, 9) for i in range(1, steps)}
+    assert set(landed.tolist()) == {index for index in sampled_times if 48 - 13 <= index <= 48}
 
 
 def test_differences_are_divided_by_the_pull() -> None:
@@ -458,7 +458,7 @@ def test_a_critic_sees_its_segment_alone() -> None:
 
 
 def tdd_landing(
-    grid: list[float], end: float, asked: list[float], index: int, method: ConsistencyConfig, u: float, v: float
+    grid: list[float], end: float, sampled_times: list[float], index: int, method: ConsistencyConfig, u: float, v: float
 ) -> float:
     """Where TDD lands from grid[index], in plain numbers, from uniform draws u (of the time) and v (of gamma)."""
     width = len(grid) // method.segments
@@ -468,7 +468,7 @@ def tdd_landing(
     def at(place: int) -> float:
         return end if place < 0 else grid[place]
 
-    places = [edge, *(place for place in map(grid.index, sorted(set(asked))) if edge < place <= below)]
+    places = [edge, *(place for place in map(grid.index, sorted(set(sampled_times))) if edge < place <= below)]
     near = [place for place in places if place >= below - method.reach * len(grid) or place == max(places)]
     place = near[int(u * len(near))]
     return at(edge) if place == edge else max(at(edge), (1 - v * method.spread) * at(place))
@@ -487,10 +487,10 @@ def test_tdd_lands_where_sampling_does(name: str, grid: Any, end: Any, segments:
     rng = KeyedRng(3, 0, tuple(range(3000)))
     times = draw_times(method, path, rng)
     points, lowest = training_grid(path, grid).tolist(), end_time(path, end)
-    asked = [t for steps in (4, 5) for t in inference_times(path, steps, grid=grid).tolist()]
+    sampled_times = [t for steps in (4, 5) for t in inference_times(path, steps, grid=grid).tolist()]
     u, v = rng.uniform("s").tolist(), rng.uniform("spread").tolist()
     numbers = zip(times.index_nk.tolist(), u, v, strict=True)
-    wanted = [tdd_landing(points, lowest, asked, index, method, a, b) for index, a, b in numbers]
+    wanted = [tdd_landing(points, lowest, sampled_times, index, method, a, b) for index, a, b in numbers]
     assert times.s.tolist() == pytest.approx(wanted, rel=1e-12, abs=1e-12)
     assert bool((times.s <= times.t_n).all())
     assert bool((times.s >= lowest).all())
@@ -599,8 +599,8 @@ def test_network_calls_match_the_recipe(recipe: str) -> None:
     def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
         who = role if role == "teacher" or (torch.is_grad_enabled() and role == "student") else "target"
         seen[who] += len(x)
-        told = {"s", "w"} & condition.keys()
-        assert told == (set() if role == "teacher" else set(method.extra_conditioning))
+        extra = {"s", "w"} & condition.keys()
+        assert extra == (set() if role == "teacher" else set(method.extra_conditioning))
         return torch.zeros_like(x)
 
     sample = batch_for(method, mixture, 8)
@@ -627,7 +627,7 @@ def test_network_calls_match_the_recipe(recipe: str) -> None:
 def test_cost_counts_a_backward_as_two() -> None:
     """Worked out by hand: what equal training costs are made of."""
     wanted = {"tcd": 1 + 1 + 2 + 2, "tcd-2": 2 + 2 + 2 + 4, "kd": 1 + 2, "ct": 1 + 1 + 2, "cd": 1 + 1 + 4 + 2}
-    # PCM: as TCD, and the critic's features with gradient; its own step asks for both jumps, two teachers, two features
+    # PCM: as TCD, and the critic's features with gradient; its own step needs both jumps, two teachers, two features
     wanted["pcm"] = 6 + 3 + (1 + 1 + 2 + 2)
     # CTM: two calls of the student, three Heun steps, one jump of the target, two pushes of which one with gradient,
     # features; its critic sees data and where the student's jump is pushed to; both in a quarter of the steps

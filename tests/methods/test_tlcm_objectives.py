@@ -86,11 +86,11 @@ def test_a_roll_out_is_the_teachers_trajectory(name: str) -> None:
     """Each sample as if alone, in equal steps of time from pure noise; only unfinished samples are evaluated."""
     path, count = PATHS[name], 40
     mixture = gaussian(path)
-    asked = 0
+    calls = 0
 
     def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
-        nonlocal asked
-        asked += len(x)
+        nonlocal calls
+        calls += len(x)
         assert role == "teacher"
         return mixture.denoise(x.double(), t).x0
 
@@ -98,7 +98,7 @@ def test_a_roll_out_is_the_teachers_trajectory(name: str) -> None:
     method = method_of(grid=40, segments=8, rollout=8)
     pair = make_pair(method, denoiser, sample_of(count), drawn(count))
     counts = torch.tensor(method.rollout_steps)[pair.times.index_nk]
-    assert asked == int(counts.sum())
+    assert calls == int(counts.sum())
     assert {1, 8} <= set(counts.tolist())
     noise = drawn(count).normal("noise", (2,)) * start_size(path)
     for i in range(count):
@@ -172,11 +172,11 @@ def test_a_roll_out_is_guided_as_the_next_step_is() -> None:
     for role, texts in seen:
         half = len(texts) // 2
         assert role == "teacher"
-        assert all(said > 0 for said in texts[:half])
+        assert all(value > 0 for value in texts[:half])
         assert texts[half:] == [0.0] * half
     counts = torch.tensor(method.rollout_steps)[pair.times.index_nk]
-    times_told = [sum(value in texts for _, texts in seen) for value in text[:, 0].tolist()]
-    assert times_told == counts.tolist()
+    repeats = [sum(value in texts for _, texts in seen) for value in text[:, 0].tolist()]
+    assert repeats == counts.tolist()
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -215,12 +215,14 @@ def test_a_step_by_stored_outputs_is_the_teachers_own() -> None:
         return torch.tanh(x) * 0.3 + condition["text"]
 
     denoiser, grid = Denoiser(call, path, "eps"), training_grid(path, n)
-    said = [
-        torch.stack([call(points[:, i + 1], times_of(float(t), points[:, 0]), told, "") for i, t in enumerate(grid)], 1)
-        for told in (text, none)
+    outputs = [
+        torch.stack(
+            [call(points[:, i + 1], times_of(float(t), points[:, 0]), condition, "") for i, t in enumerate(grid)], 1
+        )
+        for condition in (text, none)
     ]
     guidance = {"convention": "lcm", "low": 1.0, "high": 5.0}
-    held = HeldTrajectories(points, (said[0], said[1]))
+    held = HeldTrajectories(points, (outputs[0], outputs[1]))
     sample = MicroBatch(points[:, 0], text, none, torch.full((count,), 9.0, dtype=torch.float64), held)
     found = {}
     for point in ("stored", "solver"):
@@ -329,19 +331,19 @@ def test_where_the_fake_score_is_the_students_and_that_the_teachers_only_guidanc
 def test_the_fake_score_is_fitted_to_landings_or_to_the_students_own_samples(end: Any) -> None:
     """A student whose x0 is the time of the call lands at t_{n+k}, and its samples end at their last time."""
     path, count = PATHS["vp"], 16
-    asked: list[float] = []
+    calls: list[float] = []
 
     def call(x: Tensor, t: Tensor, condition: Any, role: str) -> Tensor:
-        asked.extend(t.tolist())
+        calls.extend(t.tolist())
         return t[:, None].expand(-1, 2).float()
 
     found = {}
     for fit in ("landing", "sample"):
         method = method_of(start="student", end=end, matching={"weight": 1.0, "fit": fit})
         pair, _ = pair_from(method, Denoiser(call, path, "x0"), count, 0)
-        before = len(asked)
+        before = len(calls)
         points, at = fake_points(method.matching, pair)
-        assert len(asked) - before == count * fake_calls(method).get("student", 0)
+        assert len(calls) - before == count * fake_calls(method).get("student", 0)
         assert at.tolist() == [path.clean if end == "clean" else 0.0] * count
         found[fit] = points
     if end == "clean":
@@ -524,9 +526,9 @@ def test_the_two_sided_hinge() -> None:
     x0 = torch.tensor([2.0, 5.0, 2.0, 2.0], requires_grad=True)
     prompts = torch.tensor([0, 1, 2, 3])  # of three: the last sample has none
 
-    def reward(x: Tensor, asked: Any) -> list[Tensor]:
-        assert asked[0].tolist() == [0, 1, 2, 0]
-        assert all(a != b for a, b in zip(asked[0][:3].tolist(), asked[1][:3].tolist()))
+    def reward(x: Tensor, chosen: Any) -> list[Tensor]:
+        assert chosen[0].tolist() == [0, 1, 2, 0]
+        assert all(a != b for a, b in zip(chosen[0][:3].tolist(), chosen[1][:3].tolist()))
         return [x, x / 2 + 1]
 
     loss = reward_loss(config, reward, x0, prompts, 3, drawn(4))
@@ -546,7 +548,7 @@ def test_a_wrong_prompt_is_another_one_and_any_of_them() -> None:
         assert sorted(others.tolist())[1] > 120, "all others alike"
 
 
-# ---- what cannot be asked
+# ---- what is refused
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,7 @@ def test_alpha_is_a_number_in_the_file(
 def test_diffusers_draws_the_same(name: str, folder: PipelineFolder, matrices: Matrices, tmp_path: Path) -> None:
     """Every spelling that `load_lora_weights` reads into this UNet.
 
-    Alphas that differ stand in layers outside attention: diffusers 0.42 gives attention layers the commonest one.
+    Alphas that differ are in layers outside attention: diffusers 0.42 gives attention layers the commonest one.
     """
     from diffusers import StableDiffusionPipeline
 

@@ -85,7 +85,7 @@ def test_the_metadata_of_a_file(folders: dict[str, Path], picture_folder: Path, 
     assert (record["sampling"]["steps"], record["sampling"]["gamma"], record["sampling"]["end"]) == (4, 0.2, "index0")
     assert fewstep.call_settings(student) == {"num_inference_steps": 4, "guidance_scale": 3.5}
     scheduler = fewstep.scheduler_for(student, {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
-    scheduler.set_timesteps(4, mu=1.15)  # as a pipeline says it of another size: the student's times stay
+    scheduler.set_timesteps(4, mu=1.15)  # as a pipeline passes it at another size: the student's times stay
     assert scheduler.timesteps.tolist() == pytest.approx(shifted, abs=1e-3)
     assert fewstep.scheduler_for(student, scheduler.config, gamma=0.0).config["gamma"] == 0.0
 
@@ -141,7 +141,7 @@ def test_zero_terminal_snr_on_one_side_alone_is_refused(zero: bool, picture_fold
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=f"was trained at {words}"):
         check_lora(student, read_folder(folder))
-    # files of before do not say, and are taken at their word
+    # earlier files lack it, and are accepted
     older = {**metadata, "fewstep": json.dumps({key: value for key, value in record.items() if key != "sigmas"})}
     save_file(load_file(file), file, older)
     fewstep.scheduler_for(student, other)

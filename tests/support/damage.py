@@ -1,6 +1,6 @@
 """Damaged and odd inputs, made by seeded generators. Not a test.
 
-A `Damage` changes a copy of an input in place. Every generator yields all that it knows for a file; `some` draws as
+A `Damage` changes a copy of an input in place. Every generator yields all its damages of a file; `some` draws as
 many as a test has time for, always the same ones.
 """
 
@@ -313,7 +313,7 @@ WEIGHTS: dict[str, Callable[[bytes], bytes]] = {
     "no metadata": _header(lambda header: {k: v for k, v in header.items() if k != "__metadata__"}),
     "metadata of another tool": _header(lambda header: {**header, "__metadata__": {"format": "tf"}}),
     "metadata of numbers": _header(lambda header: {**header, "__metadata__": {"format": 3}}),
-    "a type that nobody knows": _first(lambda entry: {**entry, "dtype": "F7"}),
+    "an unknown type": _first(lambda entry: {**entry, "dtype": "F7"}),
     "a negative shape": _first(lambda entry: {**entry, "shape": [-1]}),
     "a shape of texts": _first(lambda entry: {**entry, "shape": ["8"]}),
     "places that overlap": _first(lambda entry: {**entry, "data_offsets": [0, 10**9]}),
@@ -481,7 +481,7 @@ NOTES: dict[str, dict[str, str]] = {
     "a record of another prediction": {"fewstep": json.dumps({"prediction": "v"})},
     "kohya's words": {"ss_network_alpha": "2", "ss_network_dim": "4"},
 }
-"""What the head of a LoRA file may say of it."""
+"""Damages of a LoRA file's header."""
 
 
 def lora_damages(place: str) -> Iterator[Damage]:
@@ -510,7 +510,7 @@ def lora_damages(place: str) -> Iterator[Damage]:
 
 Files = dict[str, bytes]
 """Names below the top of a folder or shard -> what the files hold."""
-SAID = {
+CAPTIONS = {
     name: f"a {word} ring number {i}" for i, (name, word) in enumerate(zip("abcd", ("red", "green", "blue", "grey")))
 }
 """Captions of the undamaged pictures, by their names."""
@@ -538,16 +538,16 @@ def picture(array: np.ndarray, form: str = "PNG", mode: str = "RGB", **more: Any
 def undamaged() -> Files:
     """Four pictures with captions beside them."""
     found: Files = {}
-    for name, said in SAID.items():
-        found |= {f"{name}.png": picture(pixels(name)), f"{name}.txt": f"{said}\n".encode()}
+    for name, captions in CAPTIONS.items():
+        found |= {f"{name}.png": picture(pixels(name)), f"{name}.txt": f"{captions}\n".encode()}
     return found
 
 
 def _listing(**rows: Any) -> bytes:
     """A metadata.jsonl of the four pictures, whose row for b is another one, or text."""
     lines = []
-    for name, said in SAID.items():
-        row = rows.get(name, {"file_name": f"{name}.png", "text": said})
+    for name, captions in CAPTIONS.items():
+        row = rows.get(name, {"file_name": f"{name}.png", "text": captions})
         lines.append(row if isinstance(row, str) else json.dumps(row))
     return "".join(f"{line}\n" for line in lines).encode()
 
@@ -557,14 +557,14 @@ class DataDamage:
     """A change of some pictures and captions: of picture b or its caption, or of how all are named.
 
     Attributes:
-        said: the captions of b that are right; None where there are none.
+        captions: those of b that are right; None where there are none.
         near: whether b's pixels must be near the undamaged ones; else those that Pillow reads.
         grey: whether they are in shades of grey.
     """
 
     name: str
     change: Callable[[Files], Files]
-    said: tuple[str, ...] | None = (SAID["b"],)
+    captions: tuple[str, ...] | None = (CAPTIONS["b"],)
     near: bool = True
     grey: bool = False
 
@@ -699,7 +699,7 @@ PICTURES: dict[str, DataDamage] = {
             DataDamage(
                 f"a caption: {name}",
                 _seen(change, "b.txt"),
-                _caption(change(f"{SAID['b']}\n".encode())),
+                _caption(change(f"{CAPTIONS['b']}\n".encode())),
             )
             for name, change in BYTES.items()
         ),
@@ -707,38 +707,40 @@ PICTURES: dict[str, DataDamage] = {
             DataDamage(
                 f"a JSON caption: {name}",
                 lambda held, row=row: _with(held, "b.txt") | {"b.json": json.dumps(row).encode()},
-                said,
+                captions,
             )
-            for name, row, said in (
-                ("caption", {"caption": SAID["b"]}, (SAID["b"],)),
-                ("text", {"text": f" {SAID['b']} "}, (SAID["b"],)),
-                ("several", {"captions": [SAID["b"], "b"]}, (SAID["b"], "b")),
+            for name, row, captions in (
+                ("caption", {"caption": CAPTIONS["b"]}, (CAPTIONS["b"],)),
+                ("text", {"text": f" {CAPTIONS['b']} "}, (CAPTIONS["b"],)),
+                ("several", {"captions": [CAPTIONS["b"], "b"]}, (CAPTIONS["b"], "b")),
                 ("a number", {"caption": 3}, None),
                 ("nothing", {"caption": None}, None),
                 ("no text", {"label": "b"}, None),
-                ("a list", [SAID["b"]], (SAID["b"],)),
+                ("a list", [CAPTIONS["b"]], (CAPTIONS["b"],)),
             )
         ),
     ]
 }
 
 
-def _listed(name: str, row: Any, said: tuple[str, ...] | None = (SAID["b"],), **more: Any) -> DataDamage:
+def _listed(name: str, row: Any, captions: tuple[str, ...] | None = (CAPTIONS["b"],), **more: Any) -> DataDamage:
     """The four pictures by a list, whose line for b is this one."""
 
     def change(held: Files) -> Files:
         kept = {file: data for file, data in held.items() if not file.endswith(".txt")}
         return kept | {"metadata.jsonl": _listing(b=row)} | more.get("files", {})
 
-    return DataDamage(f"a list: {name}", change, said)
+    return DataDamage(f"a list: {name}", change, captions)
 
 
-B = {"file_name": "b.png", "text": SAID["b"]}
+B = {"file_name": "b.png", "text": CAPTIONS["b"]}
 LISTED = [
     _listed("as it should be", B),
     _listed("other keys too", {**B, "width": 64, "tags": ["x"], "conditions": {"a": 1}}),
-    _listed("several lines for one picture", json.dumps(B) + "\n" + json.dumps({**B, "text": "b"}), (SAID["b"], "b")),
-    _listed("several texts", {"file_name": "b.png", "text": [SAID["b"], "b"]}, (SAID["b"], "b")),
+    _listed(
+        "several lines for one picture", json.dumps(B) + "\n" + json.dumps({**B, "text": "b"}), (CAPTIONS["b"], "b")
+    ),
+    _listed("several texts", {"file_name": "b.png", "text": [CAPTIONS["b"], "b"]}, (CAPTIONS["b"], "b")),
     _listed("a blank line", json.dumps(B) + "\n\n"),
     _listed("a text of several lines", {**B, "text": "one\ntwo"}, ("one\ntwo",)),
     _listed(
@@ -751,7 +753,7 @@ LISTED = [
     _listed("null for text", {**B, "text": None}, None),
     _listed("a number for text", {**B, "text": 3}, None),
     _listed("a mapping for text", {**B, "text": {"en": "b"}}, None),
-    _listed("no name", {"text": SAID["b"]}, None),
+    _listed("no name", {"text": CAPTIONS["b"]}, None),
     _listed("a number for a name", {**B, "file_name": 3}, None),
     _listed("a name that is nowhere", {**B, "file_name": "e.png"}, None),
     _listed("a name with a dot", {**B, "file_name": "./b.png"}),
@@ -773,7 +775,7 @@ WHOLE_LISTS = [
         lambda held, change=change: (
             {k: v for k, v in held.items() if not k.endswith(".txt")} | {"metadata.jsonl": change(_listing())}
         ),
-        (SAID["b"],),
+        (CAPTIONS["b"],),
     )
     for name, change in BYTES.items()
     if "flipped" not in name and name != "Latin-1"

@@ -1,7 +1,7 @@
-"""Many sampling runs side by side, their network calls answered in one batch. Not a test.
+"""Many sampling runs side by side, their network calls joined to one batch. Not a test.
 
-A small network costs as much for one picture as for ten. Every run is a thread that asks and waits; when all that
-still run have asked, their questions are put to the network together.
+A small network costs as much for one picture as for ten. Every run is a thread that waits in its call of the
+network; when all that still run wait, their inputs go through the network as one batch.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-Ask = Callable[[Tensor, Tensor, Tensor], Tensor]
+Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 """network(x [B, ...], t [B], text [B, ...]) -> output [B, ...]."""
 
 
-def run_together(runs: Sequence[Callable[[Ask], Tensor]], network: Ask) -> list[Tensor]:
+def run_together(runs: Sequence[Callable[[Network], Tensor]], network: Network) -> list[Tensor]:
     """Each run's result, in order; the first error of a run is raised here."""
     turn = threading.Condition()
     questions: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
@@ -25,7 +25,7 @@ def run_together(runs: Sequence[Callable[[Ask], Tensor]], network: Ask) -> list[
     errors: dict[int, BaseException] = {}
 
     def work(index: int) -> None:
-        def ask(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        def call(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
             with turn:
                 questions[index] = (x, t, text)
                 turn.notify_all()
@@ -33,7 +33,7 @@ def run_together(runs: Sequence[Callable[[Ask], Tensor]], network: Ask) -> list[
                 return answers.pop(index)
 
         try:
-            results[index] = runs[index](ask)
+            results[index] = runs[index](call)
         except BaseException as error:
             errors[index] = error
         with turn:
@@ -50,10 +50,10 @@ def run_together(runs: Sequence[Callable[[Ask], Tensor]], network: Ask) -> list[
             if not questions:
                 break
             order = sorted(questions)
-            asked = [questions.pop(index) for index in order]
-            batch = [torch.cat(parts) for parts in zip(*asked, strict=True)]
+            inputs = [questions.pop(index) for index in order]
+            batch = [torch.cat(parts) for parts in zip(*inputs, strict=True)]
             with torch.no_grad():
                 output = network(*batch)
-            answers.update(zip(order, output.split([len(x) for x, _, _ in asked]), strict=True))
+            answers.update(zip(order, output.split([len(x) for x, _, _ in inputs]), strict=True))
             turn.notify_all()
     return [results[i] for i in range(len(runs))]

@@ -2,9 +2,9 @@
 
 Usage: python process_harness.py FOLDER OVERRIDE...
 
-Each launch is what `torchrun` makes: one process a rank, told its place by environment variables. Prints a JSON
-record: the exit codes of each launch, by rank. Beside the run folders stand, for each launch, NAME-RANK.log (what
-the rank said) and NAME-RANK.did (what it did that costs time or writes).
+Each launch is what `torchrun` makes: one process a rank, which gets its place from environment variables. Prints a JSON
+record: the exit codes of each launch, by rank. Beside the run folders are, for each launch, NAME-RANK.log (what
+the rank printed) and NAME-RANK.did (what it did that costs time or writes).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ POLISH = (
 )
 """TLCM's last stage, alone: three updates of different rhythm, on points that the student draws itself."""
 
-WALK = "[{name: segments, share: 1, method: {grid: 40, k: 2, rollout: 8, distance: l2, weight: none}}]"
+ROLLOUT = "[{name: segments, share: 1, method: {grid: 40, k: 2, rollout: 8, distance: l2, weight: none}}]"
 """TLCM's first stage, alone: roll-outs of different lengths, whose calls have different rows."""
 
 
@@ -109,7 +109,7 @@ def enter(rank: int, size: int, port: int, did: Path) -> None:
     os.environ["FEWSTEP_CACHE"] = str(did.parent / did.stem.split("-")[0] / "cache")
     validation.Lite0Features = measuring.Lite0Features = Pooled  # type: ignore[assignment,misc]
     trajectory_cache.SHARD, trajectory_cache.MOST_LATENT_POINTS = 4, 2 * 8 * 8  # several files, of several parts
-    if did.name.startswith("wide"):  # whose loss asks all processes
+    if did.name.startswith("wide"):  # whose loss is a collective
         distillation.estimate = ESTIMATE
     lay_out = preparation.lay_out
 
@@ -195,7 +195,7 @@ def run(folder: Path, overrides: list[str]) -> dict[str, list[int | None]]:
     buckets = [word for change in wide for word in ("-s", change)]
     changed = ["loop.validate_every=null", f"data.source={exclusive}", f"stages={POLISH}"]
     polish = [word for change in changed for word in ("-s", change)]
-    walk = [*polish[:-1], f"stages={WALK}"]
+    rollout = [*polish[:-1], f"stages={ROLLOUT}"]
     split = ["-s", "loop.shard=true"]
     long = ["-s", "loop.steps=20", "-s", "loop.validate_every=null", "-s", "optim.lr=1e-4"]
     full = ["-s", "student.kind=full", "-s", "student.rank=64", "-s", "loop.validate_every=null", "-s", "optim.lr=1e-5"]
@@ -229,8 +229,8 @@ def run(folder: Path, overrides: list[str]) -> dict[str, list[int | None]]:
         "joined": start("joined", 2, second_process_killed),
         "joined-resumed": start("joined-resumed", 2, None, *split, "-s", "loop.accumulate=2"),
         "tlcm3": start("tlcm3", 2, None, *split, *polish, recipe="tlcm"),
-        "walk1": start("walk1", 1, None, *walk, recipe="tlcm"),
-        "walk2": start("walk2", 2, None, *split, *walk, recipe="tlcm"),
+        "rollout1": start("rollout1", 1, None, *rollout, recipe="tlcm"),
+        "rollout2": start("rollout2", 2, None, *split, *rollout, recipe="tlcm"),
         # the halves that two processes take: another split would round otherwise, and Adam's first steps show it
         "kd1": start("kd1", 1, None, *kept, "-s", "loop.accumulate=2", recipe="kd"),
         "kd2": start("kd2", 2, None, *kept, recipe="kd"),

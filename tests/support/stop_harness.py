@@ -3,7 +3,7 @@
 Usage: python stop_harness.py FOLDER WORD...
 
 Imports are paid for once, as in kill_harness. Prints a JSON record: the exit codes by launch and rank. Beside the run
-folders stand NAME-RANK.log, what each process printed.
+folders are NAME-RANK.log, what each process printed.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def kl_vae(channels: int = 4, *, shift: float | None = None, scale: float = 0.18
 
 
 def save(pipe: Any, folder: Path) -> Path:
-    """Write it as real folders are: the networks' last layers say something."""
+    """Write it as real folders are: the networks' last layers are not zero."""
     network = getattr(pipe, "unet", None) or pipe.transformer
     last = network.conv_out if hasattr(network, "conv_out") else network.proj_out
     with torch.no_grad():

@@ -67,7 +67,7 @@ def unet() -> nn.Module:
 
 
 def make_roles(network: nn.Module) -> AdapterRoles:
-    """Two adapters that say something from the start."""
+    """Two adapters whose outputs are not zero from the start."""
     network.requires_grad_(False)
     for number, role in enumerate(("student", "fake")):
         add_adapter(network, role, 2, 2, ["to_q", "conv1"], number)
@@ -79,7 +79,7 @@ def make_roles(network: nn.Module) -> AdapterRoles:
     return roles
 
 
-def said(roles: AdapterRoles) -> dict[str, list[Tensor]]:
+def outputs(roles: AdapterRoles) -> dict[str, list[Tensor]]:
     """Each role's outputs, twice in turn; the student's gradients too, others called between forward and backward."""
     generator = torch.Generator().manual_seed(1)
     x, states = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 3, 8, generator=generator)
@@ -121,11 +121,11 @@ def test_compiled_roles_are_the_eager_ones(backend: str, network: Callable[[], n
     torch._dynamo.reset()
     torch.manual_seed(0)
     roles = make_roles(network())
-    wanted = said(roles)
+    wanted = outputs(roles)
     counter = CompileCounterWithBackend(backend)
     compile_networks([roles.network], counter)
     try:
-        found = said(roles)
+        found = outputs(roles)
         assert counter.frame_count == len(GRAPHS)
         for name, tensors in wanted.items():
             for a, b in zip(tensors, found[name], strict=True):
@@ -226,22 +226,22 @@ def test_pictures_are_drawn_in_batches_of_the_given_size(tiny_pipeline: Path) ->
     drawn, sizes = [], []
     for batch in (None, 2):
         image_generator = drawing.load_image_generator(tiny_pipeline, batch=batch)
-        asked: list[int] = []
+        calls: list[int] = []
 
-        def call(x: Tensor, *rest: Any, plain: Any = image_generator.denoiser.call, asked: list[int] = asked) -> Tensor:
-            asked.append(len(x))
+        def call(x: Tensor, *rest: Any, plain: Any = image_generator.denoiser.call, calls: list[int] = calls) -> Tensor:
+            calls.append(len(x))
             found: Tensor = plain(x, *rest)
             return found
 
         image_generator = replace(image_generator, denoiser=replace(image_generator.denoiser, call=call))
         drawn.append(image_generator.latents(image_generator.encode(prompts), range(5), sampling))
-        sizes.append(asked)
+        sizes.append(calls)
     assert sizes == [[5], [2, 2, 1]]
     assert float((drawn[0] - drawn[1]).abs().max()) < 1e-4 * float(drawn[0].abs().max())
 
 
 def test_every_bucket_has_graphs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """None is left to run eagerly because there are many: the compiler would not say so."""
+    """None is left to run eagerly because there are many: the compiler would not report it."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch._dynamo.reset()
@@ -260,15 +260,15 @@ def test_every_bucket_has_graphs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_run_in_buckets_is_compiled_for_all_of_them(
     tiny_overrides: list[str], tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr(preparation, "compile_networks", lambda networks, *, shapes: asked.append(shapes))
+    calls: list[int] = []
+    monkeypatch.setattr(preparation, "compile_networks", lambda networks, *, shapes: calls.append(shapes))
     for i, size in enumerate([(96, 64), (64, 96), (64, 64)] * 4):
         Image.new("RGB", size, "red").save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text("a red bar\n")
     wide = [f"data.source={tmp_path}", "data.buckets=true", "data.size=64"]
     for words in ([], wide):
         prepare(resolve("tcd", None, [*tiny_overrides, "loop.compile=true", *words]), tiny_cache, torch.device("cpu"))
-    assert asked == [1, 3]
+    assert calls == [1, 3]
 
 
 narrow = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="extra `quantize` is missing")
@@ -358,7 +358,7 @@ def test_narrow_moments_resume_bit_for_bit(tiny_overrides: list[str], tiny_cache
 def test_the_teacher_computes_in_a_type_of_its_own(
     tiny_overrides: list[str], tiny_cache: Path, student: str, teacher: str
 ) -> None:
-    """Its layers say what they say in that type alone; the student's and the target's stay in the loop's."""
+    """Its layers compute in that type alone; the student's and the target's stay in the loop's."""
     words = [*tiny_overrides, f"loop.precision={student}", f"student.teacher_precision={teacher}"]
     run = prepare(resolve("tcd", None, words), tiny_cache, torch.device("cpu"))
     network: Any = run.backbone.network
@@ -369,17 +369,17 @@ def test_the_teacher_computes_in_a_type_of_its_own(
     with torch.autocast("cpu", torch.bfloat16, enabled=student == "bf16"):
         run.counted.call(x, t, condition, "student").float().sum().backward()
         with torch.no_grad():
-            said = run.counted.call(x, t, condition, "teacher")
+            output = run.counted.call(x, t, condition, "teacher")
             run.counted.call(x, t, condition, "student")
     types = {"fp32": torch.float32, "bf16": torch.bfloat16}
     assert seen == [types[student], types[teacher], types[student]]
     assert run.nfe_counter == {"student": 4, "teacher": 2}
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=teacher == "bf16"):
-        assert torch.equal(said, run.student.call(x, t, condition, "teacher"))
+        assert torch.equal(output, run.student.call(x, t, condition, "teacher"))
 
 
 @pytest.mark.parametrize(
-    ("words", "told", "legal"),
+    ("words", "reason", "legal"),
     [
         (["student.base=bf16"], "loop.precision = 'fp32' does not go with student.base = 'bf16'", "bf16"),
         (
@@ -403,11 +403,11 @@ def test_the_teacher_computes_in_a_type_of_its_own(
         (["loop.shard=true", "student.teacher_precision=bf16"], "student.teacher_precision = 'bf16' does not", "None"),
     ],
 )
-def test_what_does_not_go_together_is_refused(words: list[str], told: str, legal: str) -> None:
+def test_what_does_not_go_together_is_refused(words: list[str], reason: str, legal: str) -> None:
     with pytest.raises(UserError) as refusal:
         resolve("tcd", None, words)
-    said = str(refusal.value)
-    assert told in said
-    assert "\n" not in said
-    assert refusal.value.field == told.split(" = ")[0]
-    assert re.search(rf"(use|did you mean) '?{legal}'?\??$", said), said
+    message = str(refusal.value)
+    assert reason in message
+    assert "\n" not in message
+    assert refusal.value.field == reason.split(" = ")[0]
+    assert re.search(rf"(use|did you mean) '?{legal}'?\??$", message), message

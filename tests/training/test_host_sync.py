@@ -1,6 +1,6 @@
 """No host waits for its device in a training step: nothing is read back, nothing is handed over by a blocking copy.
 
-Networks stand on torch's `meta` device, in a GPU's place: what crosses over to it is seen here on any machine.
+Networks are on torch's `meta` device in place of a GPU: copies to it are visible on any machine.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def method_of(**changes: Any) -> ConsistencyConfig:
 
 METHODS = {
     "on data": {"extra_conditioning": ["s"], "target": "ema"},
-    "walks": {"start": "rollout", "rollout": 2},
+    "rollouts": {"start": "rollout", "rollout": 2},
     "polish": {"start": "student", "student_steps": 2, "matching": {"weight": 1.0, "normaliser": "score"}},
 }
 
@@ -142,14 +142,14 @@ def test_nothing_waits_in_a_step(family: str, method: str, backbone_of: Callable
     the loop does with them: notes and bins, clipping, the optimiser, averages and followers."""
     backbone = backbone_of(family)
     config = method_of(**METHODS[method])
-    told = {name: value.to(META) for name, value in backbone.encode(["a red disc", "blue"]).items()}
+    condition = {name: value.to(META) for name, value in backbone.encode(["a red disc", "blue"]).items()}
     null = {name: value.to(META) for name, value in backbone.null(2).items()}
     backbone.network = backbone.fresh_network()
     student = make_student(backbone, StudentConfig(rank=2), roles_of(config), 0, config.extra_conditioning)
     for module in [backbone.network, *student.extra_conditioning.values()]:
         module.to(META)
     denoiser = Denoiser(student.call, backbone.path, backbone.prediction, backbone.embedded_guidance)
-    sample = MicroBatch(torch.zeros(2, *backbone.latent_shape, device=META), told, null)
+    sample = MicroBatch(torch.zeros(2, *backbone.latent_shape, device=META), condition, null)
 
     def ahead(batch: Batch, rng: KeyedRng) -> MicroBatch:
         for purpose in noise_purposes(config):
@@ -204,7 +204,7 @@ def test_noise_is_drawn_by_who_reads_ahead(start: str) -> None:
 
 def test_one_unconditional_row_is_read_for_any_batch() -> None:
     """And text goes over as it is kept: it is widened there."""
-    asked: list[int] = []
+    calls: list[int] = []
 
     class Counted:
         nbytes = 0
@@ -213,13 +213,13 @@ def test_one_unconditional_row_is_read_for_any_batch() -> None:
             return 3
 
         def __getitem__(self, rows: Tensor) -> Tensor:
-            asked.append(len(rows))
+            calls.append(len(rows))
             return torch.arange(3, dtype=torch.float16)[rows][:, None].expand(-1, 4)
 
     rows: Rows = Counted()
     data = LatentSet(torch.zeros(2, 1), {"text": rows}, torch.zeros(2, 1, dtype=torch.int64), "key")
     null = data.null(5, torch.device("cpu"))["text"]
-    assert asked == [1]
+    assert calls == [1]
     assert null.tolist() == [[2.0] * 4] * 5
 
     class Narrow(TorchDispatchMode):

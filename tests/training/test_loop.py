@@ -388,7 +388,7 @@ def test_a_run_folder_keeps_to_one_config(tmp_path: Path) -> None:
         RunLog(tmp_path, config, title="test", quiet=True)
 
     log()
-    log(lr=1e-4)  # the default, said; steps and save_every are free
+    log(lr=1e-4)  # the default, given; steps and save_every are free
     with pytest.raises(UserError, match=r"another optim.lr \(0.0001, now 0.001\)"):
         log(lr=1e-3)
     file = tmp_path / "config.yaml"

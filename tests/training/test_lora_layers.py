@@ -1,4 +1,4 @@
-"""Joined LoRA layers say and learn what PEFT's own do."""
+"""Fused LoRA layers have the outputs and gradients of PEFT's own."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def pair(layout: torch.memory_format, dtype: torch.dtype = torch.float32) -> tup
     return peft, AdapterRoles(own), x
 
 
-def said(roles: AdapterRoles, x: Tensor, role: str) -> Tensor:
+def output(roles: AdapterRoles, x: Tensor, role: str) -> Tensor:
     with roles.use(role) as network:
         out: Tensor = network(x)
         return out
@@ -61,15 +61,15 @@ def said(roles: AdapterRoles, x: Tensor, role: str) -> Tensor:
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("role", ["teacher", "student", "target"])
-def test_they_say_and_learn_what_pefts_own_do(layout: torch.memory_format, role: str) -> None:
+def test_outputs_and_gradients_are_those_of_pefts_own(layout: torch.memory_format, role: str) -> None:
     peft, own, x = pair(layout, torch.float64)
     x.requires_grad_()
     found: list[list[Tensor]] = []
     for roles in (peft, own):
-        out = said(roles, x, role)
+        out = output(roles, x, role)
         weights = list(roles.parameters(role).values()) if role != "teacher" else []
         with torch.no_grad():
-            torch.testing.assert_close(said(roles, x, role), out.detach(), rtol=1e-12, atol=1e-13)
+            torch.testing.assert_close(output(roles, x, role), out.detach(), rtol=1e-12, atol=1e-13)
         found.append([out.detach(), *torch.autograd.grad(out.square().sum(), [x, *weights])])
     assert len(found[0]) == (14 if role != "teacher" else 2)
     for theirs, ours in zip(*found, strict=True):
@@ -81,8 +81,8 @@ def test_one_operation_adds_in_channels_last(monkeypatch: pytest.MonkeyPatch, ro
     _, own, x = pair(torch.channels_last)
     seen = []
     add = lora_layers._add
-    monkeypatch.setattr(lora_layers, "_add", lambda *asked: seen.append(add(*asked)) or seen[-1])
-    said(own, x, role)
+    monkeypatch.setattr(lora_layers, "_add", lambda *args: seen.append(add(*args)) or seen[-1])
+    output(own, x, role)
     assert len(seen) == joined
 
 
@@ -105,8 +105,8 @@ def test_roles_differ_and_nothing_is_overwritten() -> None:
     given = x.clone()
     before = {name: weight.clone() for name, weight in own.network.named_parameters()}
     with torch.no_grad():  # where sums are made in place
-        first = [said(own, x, role) for role in ("teacher", "student", "target")]
-        again = [said(own, x, role) for role in ("teacher", "student", "target")]
+        first = [output(own, x, role) for role in ("teacher", "student", "target")]
+        again = [output(own, x, role) for role in ("teacher", "student", "target")]
     assert (first[1] - first[0]).abs().max() > 0.1
     assert (first[2] - first[1]).abs().max() > 0.01
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -117,9 +117,9 @@ def test_roles_differ_and_nothing_is_overwritten() -> None:
 @pytest.mark.parametrize("grad", [True, False])
 def test_under_autocast_they_are_as_near_to_fp32_as_pefts_own(grad: bool) -> None:
     peft, own, x = pair(torch.channels_last)
-    exact = said(peft, x, "student").detach()
+    exact = output(peft, x, "student").detach()
     with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
-        ours, theirs = said(own, x, "student"), said(peft, x, "student")
+        ours, theirs = output(own, x, "student"), output(peft, x, "student")
     assert ours.dtype == theirs.dtype == torch.bfloat16
     assert 0 < (ours.float() - exact).norm() <= 2 * (theirs.float() - exact).norm()
 
@@ -130,7 +130,7 @@ def test_a_base_in_half_precision_keeps_pefts_casts() -> None:
         for name, weight in roles.network.named_parameters():
             if "lora_" not in name:
                 weight.data = weight.data.bfloat16()
-    assert torch.equal(said(own, x.bfloat16(), "student"), said(peft, x.bfloat16(), "student"))
+    assert torch.equal(output(own, x.bfloat16(), "student"), output(peft, x.bfloat16(), "student"))
 
 
 def kinds(network: nn.Module) -> dict[str, str]:

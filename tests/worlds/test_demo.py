@@ -174,7 +174,7 @@ def test_the_card_holds_a_teachers_settings(small_world: Path, tiny_pipeline: Pa
         assert (by_word.n, by_name.n) == (100, 100)
     assert figures["held-out (concept, family) pairs: right concept"].n == len(emoji8.load_records("heldout-pair"))
     white = next(figures[key] for key in figures if key.endswith(", real pictures"))
-    assert white.value > 0.95, "real emoji stand on white"
+    assert white.value > 0.95, "real emoji are on white"
     assert figures["autoencoder, PSNR on held-out concepts (dB)"].value < 15, "a random autoencoder restores nothing"
     assert len((tmp_path / "card.md").read_text().splitlines()) == 2 + len(figures)
     with Image.open(tmp_path / "samples.webp") as sheet:

@@ -173,13 +173,13 @@ def test_own_words_occur_in_no_caption(world: Emoji8, file: str) -> None:
     synonyms = own_words(file)
     assert len(synonyms) == len({s["word"] for s in synonyms}) == len({s["concept"] for s in synonyms}) == 100
     pieces = {piece.lower() for r in world.records for piece in all_fixed_captions(r)}
-    said = set().union(*map(words, pieces))
+    taken = set().union(*map(words, pieces))
     names = {r.concept: r.name for r in world.records if r.split == "train"}
     for synonym in synonyms:
         assert names[synonym["concept"]] == synonym["name"]
         assert synonym["word"] not in pieces
-        assert not words(synonym["word"]) & said, synonym
-        assert not {word + "s" for word in words(synonym["word"])} & said, synonym
+        assert not words(synonym["word"]) & taken, synonym
+        assert not {word + "s" for word in words(synonym["word"])} & taken, synonym
 
 
 def test_captions(world: Emoji8) -> None:

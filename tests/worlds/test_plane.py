@@ -180,14 +180,14 @@ def test_illegal_settings_are_refused_before_the_training(tmp_path: Path) -> Non
         assert error.value.field.startswith(field)
     with pytest.raises(UserError, match=r"stage '8 segments'.*segment's 5 points"):
         resolve_plane("tscd", ["method.k=6"])
-    for words, told in (
+    for words, message in (
         (["method.grid=77", "sampling.grid=77"], "grid = 77 must divide the 1000 training indices"),
         (
             ["method.grid=[9,99]", "sampling.grid=[9,99]", "sampling.steps=2", "steps=[1]"],
             r"grid = \[9\.0, 99\.0\] .* end at 999",
         ),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             play_all([resolve_plane("tcd", words)], tmp_path / "out", quiet=True)
     assert not (tmp_path / "out").exists()
 

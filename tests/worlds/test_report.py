@@ -344,7 +344,7 @@ def test_methods_are_compared_by_their_distance_to_the_teacher_too() -> None:
     }
 
 
-def test_claims_fail_where_figures_say_so() -> None:
+def test_claims_fail_by_their_figures() -> None:
     results = changed(planted(), "TCD", "FD-Lite0", {4: 15.5, 8: 14.4, 20: 18.0})
     found = claims(results)
     assert claim(found, "TCD at 4 calls", "LCM at 4").held is False
@@ -369,7 +369,7 @@ def test_claims_fail_where_figures_say_so() -> None:
     assert claim(claims(beyond), "equals DDIM").held is False
 
 
-def test_claims_say_what_is_missing() -> None:
+def test_claims_name_what_is_missing() -> None:
     found = claims(without(without(planted(), "LCM", 20), "teacher"))
     missing = claim(found, "TCD at 20 calls", "LCM at 20")
     assert (missing.held, missing.figures, missing.note) == (None, {}, "no FD-Lite0 of LCM at 20")
@@ -396,7 +396,7 @@ def test_claims_use_kid_where_there_is_no_fd() -> None:
     assert claim(claims(zero), "twice").held is None  # a squared distance at or below 0 has no rise in %
 
 
-def test_claims_say_when_intervals_overlap() -> None:
+def test_claims_name_overlapping_intervals() -> None:
     near = changed(planted(), "LCM", "FD-Lite0", {4: 12.69})
     assert claim(claims(near), "TCD at 4 calls", "LCM at 4").note == "the intervals overlap"
     assert claim(claims(planted()), "TCD at 4 calls", "LCM at 4").note == ""

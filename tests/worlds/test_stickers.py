@@ -226,7 +226,7 @@ def test_sentences_are_read_back(language: str) -> None:
         ("纯蓝色背景上，一枚火箭在一颗宝石左边", Claim((("rocket", 1), ("gem stone", 1)), "left", "blue", "plain")),
     ],
 )
-def test_sentences_mean_what_they_say(text: str, claim: Claim) -> None:
+def test_sentences_have_their_meaning(text: str, claim: Claim) -> None:
     assert read(text, "chinese" if ord(text[0]) > 127 else "english") == claim
 
 

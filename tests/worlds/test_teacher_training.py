@@ -69,10 +69,10 @@ class Answering:
 
     def __init__(self, eps: Tensor, error: Tensor) -> None:
         self.answer = (eps + error).requires_grad_(True)
-        self.asked: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.given: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def __call__(self, x: Tensor, t: Tensor, states: Tensor, return_dict: bool = True) -> tuple[Tensor]:
-        self.asked.append((x, t, states))
+        self.given.append((x, t, states))
         return (self.answer,)
 
 
@@ -87,11 +87,11 @@ def test_the_true_noise_has_zero_loss_and_the_network_is_called_at_x_t() -> None
     network = Answering(eps, torch.zeros(3, 1, 1, 1))
     loss = denoiser.eps_loss(network, scaled_linear(), x_0, states, t, eps, 5.0)
     assert loss.value.item() == 0
-    ((x_t, asked_t, asked_states),) = network.asked
+    ((x_t, given_t, given_states),) = network.given
     abar = torch.from_numpy(alpha_bars())[t].view(3, 1, 1, 1)
     torch.testing.assert_close(x_t.double(), abar.sqrt() * x_0 + (1 - abar).sqrt() * eps, rtol=0, atol=1e-6)
-    assert torch.equal(asked_t, t)
-    assert torch.equal(asked_states, states)
+    assert torch.equal(given_t, t)
+    assert torch.equal(given_states, states)
 
 
 @pytest.mark.parametrize("gamma", [0.3, 5.0, 1e9])
@@ -444,10 +444,10 @@ class Painting:
 
     def __init__(self, picture: Tensor) -> None:
         self.picture = picture.requires_grad_(True)
-        self.asked: Tensor | None = None
+        self.given: Tensor | None = None
 
     def decode(self, latents: Tensor) -> Any:
-        self.asked = latents
+        self.given = latents
         return SimpleNamespace(sample=self.picture)
 
 
@@ -467,8 +467,8 @@ def test_decoder_loss_compares_pixels_and_slopes_from_noisy_latents() -> None:
     assert loss(torch.zeros_like(real)) == pytest.approx(0.5 + 2.0 / 7)
     vae = Painting(real.clone())
     train_decoder.decoder_loss(vae, config, latents, real, rng)
-    assert vae.asked is not None
-    level = (vae.asked - latents).flatten(1) / rng.normal("latent noise", (4, 1, 1)).flatten(1)
+    assert vae.given is not None
+    level = (vae.given - latents).flatten(1) / rng.normal("latent noise", (4, 1, 1)).flatten(1)
     expected = 0.5 * rng.uniform("level")
     assert torch.allclose(level.double(), expected[:, None].expand_as(level), atol=1e-5)
     assert 0 < float(level.min()) < float(level.max()) < 0.5

@@ -267,11 +267,11 @@ def test_prompts_are_prepared_once_or_on_demand(monkeypatch: pytest.MonkeyPatch)
     """The same scores either way; a set that does not fit into memory is prepared batch by batch."""
     from fewstep.distillation import reward as reward
 
-    asked: list[list[str]] = []
+    requests: list[list[str]] = []
 
     class Scorer:
         def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-            asked.append(list(prompts))
+            requests.append(list(prompts))
             return {"n": torch.tensor([[float(len(prompt))] for prompt in prompts])}
 
         def score(self, pictures: Tensor, prepared: Any) -> Tensor:
@@ -283,13 +283,13 @@ def test_prompts_are_prepared_once_or_on_demand(monkeypatch: pytest.MonkeyPatch)
     which = (torch.tensor([0, 2]), torch.tensor([1, 1]))
     whole, count = reward.make_reward(backbone, Scorer(), prompts)  # type: ignore[arg-type]
     assert count == 3
-    assert asked == [["a"], prompts]
+    assert requests == [["a"], prompts]
     found = [scores.tolist() for scores in whole(x0, which)]
     assert found == [[2.0, 8.0], [4.0, 4.0]]
     monkeypatch.setattr(reward, "MOST_HELD", 8)
-    asked.clear()
+    requests.clear()
     lazy, _ = reward.make_reward(backbone, Scorer(), prompts)  # type: ignore[arg-type]
     assert [scores.tolist() for scores in lazy(x0, which)] == found
-    assert asked == [["a"], ["a", "cccc"], ["bb", "bb"]]
+    assert requests == [["a"], ["a", "cccc"], ["bb", "bb"]]
     with pytest.raises(UserError, match="at least 2"):
         reward.make_reward(backbone, Scorer(), ["a"])  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Add-ons on students: what the measures say by hand, and that each add-on is trained, written and read back."""
+"""Add-ons on students: the measures by hand, and that each add-on is trained, written and read back."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_every_add_on_is_read_back_and_changes_the_picture(lesson_of: Any, tiny_
     assert (own[1] != other[1]).any(), "the picture that is shown counts"
 
 
-def test_a_projection_starts_from_what_captions_say() -> None:
+def test_a_projection_starts_from_the_captions() -> None:
     """Through the layer norm that it ends in, it gives the tokens of captions that are linear in features."""
     from diffusers.models.embeddings import ImageProjection
 

@@ -181,9 +181,11 @@ def test_the_gallery_measures_the_right_concept_and_copies(gallery: Gallery) -> 
     assert found.right_concept_without_own.value == pytest.approx(3 / 4)
     assert found.own is not None
     assert (found.own.value, found.own.n) == (pytest.approx(2 / 3), 3), "the dog drawn is not the noto dog"
-    said = gallery.neighbours(features(table), pictures, ["kitty", "puss", "hound", "hound"], ["cat"] * 2 + ["dog"] * 2)
-    assert said.right_concept.value == pytest.approx(3 / 4)
-    assert said.own is None
+    result = gallery.neighbours(
+        features(table), pictures, ["kitty", "puss", "hound", "hound"], ["cat"] * 2 + ["dog"] * 2
+    )
+    assert result.right_concept.value == pytest.approx(3 / 4)
+    assert result.own is None
 
 
 def test_neighbours_in_blocks_are_those_of_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
