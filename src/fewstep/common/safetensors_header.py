@@ -97,8 +97,8 @@ def read_numbers(path: Path, entries: Mapping[str, Entry]) -> dict[str, float]:
     for name, entry in entries.items():
         values = read_floats(path, name, entry) if math.prod(entry.shape) == 1 else []
         if not values or not math.isfinite(values[0]):
-            found = values[0] if values else f"of shape {entry.shape}"
-            raise UserError(f"{path}: {name!r} is not one finite number: it is {found}")
+            reason = f"it is {values[0]}" if values else f"its shape is {entry.shape}"
+            raise UserError(f"{path}: {name!r} is not one number: {reason}")
         numbers[name] = values[0]
     return numbers
 
