@@ -21,7 +21,7 @@ from fewstep.diffusion.config import Sampling
 from fewstep.distillation.save_student import starting_weights
 from fewstep.export.formats import FORMS
 from fewstep.inference.schedulers.few_step import ConsistencyScheduler, SSSScheduler
-from fewstep.students.lora import folded, merge_lora, read_lora, save_lora, unfolded
+from fewstep.students.lora import folded, merge_lora, save_lora, unfolded
 from fewstep.students.lora_checks import check_lora
 from fewstep.students.lora_header import base_shapes
 from fewstep.training.config import StudentConfig
@@ -143,7 +143,7 @@ def test_a_reader_that_ignores_metadata_applies_the_whole_scale(alpha: float, ki
     merged = []
     for place in (file, tmp_path / "bare.safetensors"):
         network = load_backbone(folder).network
-        merge_lora(network, read_lora(check_lora(place, read_folder(folder))))
+        merge_lora(network, check_lora(place, read_folder(folder)))
         merged.append(network.state_dict())
     for name, value in merged[0].items():
         assert torch.equal(value, merged[1][name])

@@ -17,6 +17,7 @@ from PIL import Image, ImageCms
 from torch import Tensor
 
 from fewstep.common.errors import UserError
+from fewstep.common.mapped_tensors import MappedRows
 from fewstep.common.rng import KeyedRng
 from fewstep.common.tensor_cache import cached
 from fewstep.data import latents
@@ -32,7 +33,7 @@ from fewstep.data.images import (
 )
 from fewstep.data.latents import LatentSet, Wanted, latent_set
 from fewstep.data.prompts import read_prompts
-from fewstep.data.row_store import Batches, StoredRows
+from fewstep.data.row_store import Batches
 from fewstep.data.shards import Member
 from support.shapes import COLOURS, draw_shape
 
@@ -412,9 +413,8 @@ def test_rows_lie_in_many_files_and_none_is_held(tmp_path: Path, monkeypatch: py
     assert torch.equal(parted.table["text"][torch.tensor([-1])], parted.table["text"][torch.tensor([4])])
     assert parted.captions == whole.captions == 4
     assert torch.equal(parted.latents[torch.tensor([2, 0])], whole.latents[torch.tensor([2, 0])])
-    assert isinstance(parted.latents, StoredRows)
-    assert parted.latents._held is not None
-    assert all(isinstance(part.array().base, np.ndarray) for part in parted.latents._held._parts)  # of the file
+    assert isinstance(parted.latents, MappedRows)
+    assert all(isinstance(part.array().base, np.ndarray) for part in parted.latents._parts)  # of the file
     with pytest.raises(IndexError, match=r"rows \[3\] are not within 3"):
         parted.latents[torch.tensor([3])]
     cut = next((tmp_path / "parted").glob("latents-*/00000000-*.safetensors"))

@@ -21,7 +21,7 @@ from fewstep.backbones.pipeline_folder import PipelineFolder, read_folder
 from fewstep.backbones.single_file.sd_names import original_names
 from fewstep.common.errors import UserError
 from fewstep.common.safetensors_header import read_numbers, read_safetensors_header
-from fewstep.students.lora import merge_lora, read_lora
+from fewstep.students.lora import merge_lora
 from fewstep.students.lora_checks import check_lora
 from fewstep.students.lora_header import base_shapes
 from support import tiny_pipelines
@@ -131,7 +131,7 @@ def alphas(spelling: Spelling, modules: Iterable[str], value: Tensor) -> dict[st
 
 def merged(file: Path, folder: PipelineFolder) -> nn.Module:
     network = load_backbone(folder.path).network
-    merge_lora(network, read_lora(check_lora(file, folder)))
+    merge_lora(network, check_lora(file, folder))
     return network
 
 
@@ -354,7 +354,7 @@ def test_layers_that_the_original_code_holds_in_one(
             expected[f"{module}.weight"] = before[f"{module}.weight"] + part
     save_file(tensors, tmp_path / "lora.safetensors")
     network = load_backbone(folder.path).network
-    merge_lora(network, read_lora(check_lora(tmp_path / "lora.safetensors", folder)))
+    merge_lora(network, check_lora(tmp_path / "lora.safetensors", folder))
     assert_same(dict(network.state_dict()), expected)
 
 
@@ -367,7 +367,7 @@ def test_swapped_halves(tmp_path: Path) -> None:
     file = tmp_path / "lora.safetensors"
     key = "diffusion_model.final_layer.adaLN_modulation.1"
     save_file({f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}, file)
-    merge_lora(network, read_lora(check_lora(file, folder)))
+    merge_lora(network, check_lora(file, folder))
     shift, scale = (b @ a).chunk(2)
     torch.testing.assert_close(network.state_dict()["norm_out.linear.weight"], before + torch.cat([scale, shift]))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -203,20 +203,18 @@ class Backbone(ABC):
         # a plain copy would wait for the device
         return index_of(self.path, t).clamp(min=0).float().to(x.device, non_blocking=True)
 
-    def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition, *, residuals: Any = None) -> Tensor:
+    def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Call the network once: x [B, C, H, W], t float64 [B] in the path's time -> output like x.
 
         Raises:
             UserError: the network takes no such latents or conditions.
         """
         with named("run", self._parts(self.folder.network)):
-            return self._call(network, x, t, condition, residuals or {})
+            return self._call(network, x, t, condition)
 
     @abstractmethod
-    def _call(
-        self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition, residuals: Mapping[str, Any]
-    ) -> Tensor:
-        """Call the network once, as `call`; `residuals` are further arguments of it."""
+    def _call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Call the network once, as `call`."""
 
     def _parts(self, *components: str) -> str:
         """Name components in errors."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,9 +31,7 @@ class Flux(TransformerBackbone):
         text, pooled, _ = pipe.encode_prompt(prompts, prompt_2=None, device=self.device)
         return {"text": text, "pooled": pooled}
 
-    def _call(
-        self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition, residuals: Mapping[str, Any]
-    ) -> Tensor:
+    def _call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Call the transformer once, on packed latents; unpack its output."""
         height, width = x.shape[-2] // 2, x.shape[-1] // 2
         guidance = None
@@ -53,7 +50,6 @@ class Flux(TransformerBackbone):
             txt_ids=x.new_zeros(condition["text"].shape[1], 3),
             img_ids=token_positions(height, width, x.device, x.dtype),
             return_dict=False,
-            **residuals,
         )[0]
         return unpack(out, height, width)
 

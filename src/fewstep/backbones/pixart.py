@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,9 +22,7 @@ class PixArt(TransformerBackbone):
         text, mask, _, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, device=self.device)
         return {"text": text, "mask": mask}
 
-    def _call(
-        self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition, residuals: Mapping[str, Any]
-    ) -> Tensor:
+    def _call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Call the transformer once; large alpha networks take the picture's size too."""
         sizes: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if getattr(network, "use_additional_conditions", False):
@@ -42,6 +39,5 @@ class PixArt(TransformerBackbone):
             timestep=self.timesteps(x, t),
             added_cond_kwargs=sizes,
             return_dict=False,
-            **residuals,
         )[0]
         return out[:, : x.shape[1]]

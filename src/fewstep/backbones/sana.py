@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -56,9 +56,7 @@ class Sana(TransformerBackbone):
             )  # fmt: skip
         return {"text": found[2].float().cpu(), "mask": found[3].float().cpu()}
 
-    def _call(
-        self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition, residuals: Mapping[str, Any]
-    ) -> Tensor:
+    def _call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Call the transformer once."""
         scale = float(getattr(network.config, "timestep_scale", 1.0))  # type: ignore[arg-type]
         out: Tensor = network(
@@ -67,6 +65,5 @@ class Sana(TransformerBackbone):
             encoder_attention_mask=condition["mask"],
             timestep=self.timesteps(x, t) * scale,
             return_dict=False,
-            **residuals,
         )[0]
         return out[:, : x.shape[1]]  # a variance may follow

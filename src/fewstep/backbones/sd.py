@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,12 +30,10 @@ class StableDiffusion(UNetBackbone):
         ((tokenizer, encoder),) = self._load_text()
         return {"text": encode_text(tokenizer, encoder, prompts, self.device, batch)}
 
-    def _call(
-        self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition, residuals: Mapping[str, Any]
-    ) -> Tensor:
+    def _call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Call the UNet once."""
-        more = {"timestep_cond": guidance_input(network, x, condition), **residuals}
-        out: Tensor = network(x, self.timesteps(x, t), condition["text"], return_dict=False, **more)[0]
+        w = guidance_input(network, x, condition)
+        out: Tensor = network(x, self.timesteps(x, t), condition["text"], timestep_cond=w, return_dict=False)[0]
         return out
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,9 +23,7 @@ class StableDiffusion3(TransformerBackbone):
         )
         return {"text": text, "pooled": pooled}
 
-    def _call(
-        self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition, residuals: Mapping[str, Any]
-    ) -> Tensor:
+    def _call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Call the transformer once."""
         out: Tensor = network(
             hidden_states=x,
@@ -34,6 +31,5 @@ class StableDiffusion3(TransformerBackbone):
             encoder_hidden_states=condition["text"],
             pooled_projections=condition["pooled"],
             return_dict=False,
-            **residuals,
         )[0]
         return out

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,17 +41,15 @@ class StableDiffusionXL(UNetBackbone):
             return {name: torch.zeros_like(value) for name, value in empty.items()}
         return empty
 
-    def _call(
-        self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition, residuals: Mapping[str, Any]
-    ) -> Tensor:
+    def _call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Call the UNet once, with the latent's own size as original and target size, and no crop."""
         height, width = (side * self.folder.scale for side in x.shape[-2:])
         sizes = x.new_zeros(len(x), 6)  # made on the device: a copy of the CPU's numbers would wait for it
         sizes[:, 0::4].fill_(height)
         sizes[:, 1::4].fill_(width)
         added = {"text_embeds": condition["pooled"], "time_ids": sizes}
-        more = {"timestep_cond": guidance_input(network, x, condition), **residuals}
+        w = guidance_input(network, x, condition)
         out: Tensor = network(
-            x, self.timesteps(x, t), condition["text"], added_cond_kwargs=added, return_dict=False, **more
+            x, self.timesteps(x, t), condition["text"], added_cond_kwargs=added, timestep_cond=w, return_dict=False
         )[0]
         return out

@@ -17,7 +17,7 @@ from fewstep.common.files import atomic_folder
 from fewstep.distillation.config import DistillConfig
 from fewstep.students.conditioning_file import extra_embedding_weights, save_extra_embeddings, split_weights
 from fewstep.students.inference_settings import inference_record
-from fewstep.students.lora import read_lora, save_lora, trained_scale, unfolded
+from fewstep.students.lora import save_lora, stored_matrices, trained_scale, unfolded
 from fewstep.students.lora_header import LoraHeader
 from fewstep.training.config import StudentConfig
 
@@ -78,11 +78,11 @@ def starting_weights(config: StudentConfig, start: LoraHeader | PipelineFolder) 
     if isinstance(start, PipelineFolder):
         place, weights = start.path, dict(open_backbone(start).network.state_dict())
     else:
-        place, lora = start.file, read_lora(start)
-        scale, trained = config.lora_alpha / config.rank, trained_scale(lora.header)
-        weights = {f"{name}.lora_A.weight": a for name, a in lora.down.items()}
-        for name, b in lora.up.items():
-            own = lora.header.layers[name].scale
-            plain = b if trained is None else unfolded(b, trained)
+        place, weights = start.file, {}
+        scale, trained = config.lora_alpha / config.rank, trained_scale(start)
+        for name, (a, b) in stored_matrices(start).items():
+            own = start.layers[name].scale
+            plain = b.float() if trained is None else unfolded(b.float(), trained)
+            weights[f"{name}.lora_A.weight"] = a.float()
             weights[f"{name}.lora_B.weight"] = plain * ((trained or own) / scale)
     return {**weights, **extra_embedding_weights(place)}

@@ -18,21 +18,22 @@ from fewstep.backbones.single_file.sd_names import original_names
 from fewstep.common.files import write_json
 from fewstep.common.safetensors_header import Shape
 from fewstep.common.tensors import save_tensors
-from fewstep.students.lora import Lora, folded, stored_matrices
+from fewstep.students.lora import folded, stored_matrices
 from fewstep.students.lora_file import FILE, METADATA, PEFT_CONFIG, PEFT_FILE
+from fewstep.students.lora_header import LoraHeader
 from fewstep.students.lora_keys import PEFT_PREFIX
 
 KOHYA_PREFIX = "lora_unet_"
 
 
-def matrices(lora: Lora, shapes: Mapping[str, Shape]) -> dict[str, tuple[Tensor, Tensor]]:
+def matrices(lora: LoraHeader, shapes: Mapping[str, Shape]) -> dict[str, tuple[Tensor, Tensor]]:
     """Return A and B of every layer in their own dtype, with as many axes as the base's weight."""
 
     def shaped(x: Tensor, dims: int) -> Tensor:  # trainers write 1 x 1 convolutions as matrices, too
         return x.reshape(*x.shape, *[1] * (dims - x.dim())) if x.dim() < dims else x
 
     found = {}
-    for name, (a, b) in stored_matrices(lora.header).items():
+    for name, (a, b) in stored_matrices(lora).items():
         dims = len(shapes[f"{name}.weight"])
         found[name] = shaped(a, dims), shaped(b, dims)
     return found
@@ -53,17 +54,17 @@ def targets_of(layers: Collection[str], every: Collection[str], usual: Sequence[
     return "|".join(re.escape(name) for name in sorted(layers))
 
 
-def adapter_config(lora: Lora, every: Collection[str], usual: Sequence[str]) -> dict[str, Any]:
+def adapter_config(lora: LoraHeader, every: Collection[str], usual: Sequence[str]) -> dict[str, Any]:
     """Return PEFT's config of an adapter: the most common rank and alpha, and those of the other layers by name."""
-    ranks = {name: layer.a[0] for name, layer in lora.header.layers.items()}
-    alphas = {name: layer.scale * layer.a[0] for name, layer in lora.header.layers.items()}
+    ranks = {name: layer.a[0] for name, layer in lora.layers.items()}
+    alphas = {name: layer.scale * layer.a[0] for name, layer in lora.layers.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     return {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": _plain(alpha),
-        "target_modules": targets_of(lora.header.layers, every, usual),
+        "target_modules": targets_of(lora.layers, every, usual),
         "rank_pattern": {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {f"^{re.escape(name)}": _plain(a) for name, a in alphas.items() if a != alpha},
     }
@@ -77,7 +78,7 @@ Pairs = Mapping[str, tuple[Tensor, Tensor]]
 
 
 def write_diffusers(
-    folder: Path, lora: Lora, pairs: Pairs, config: Mapping[str, Any], component: str, record: str
+    folder: Path, lora: LoraHeader, pairs: Pairs, config: Mapping[str, Any], component: str, record: str
 ) -> Path:
     """Write the form that diffusers' `load_lora_weights` reads, with its metadata; return the file.
 
@@ -88,7 +89,7 @@ def write_diffusers(
     config = {**config, "lora_alpha": config["r"], "alpha_pattern": dict(config["rank_pattern"])}
     for name, (a, b) in pairs.items():
         tensors[f"{component}.{name}.lora_A.weight"] = a
-        tensors[f"{component}.{name}.lora_B.weight"] = folded(b, lora.header.layers[name].scale)
+        tensors[f"{component}.{name}.lora_B.weight"] = folded(b, lora.layers[name].scale)
     adapter = {f"{component}.{key}": value for key, value in config.items()}
     save_tensors(folder / FILE, tensors, {"format": "pt", METADATA: json.dumps(adapter), "fewstep": record})
     return folder / FILE
@@ -112,14 +113,14 @@ def kohya_names(layers: Collection[str], every: Collection[str], family: str) ->
 
 
 def write_kohya(
-    file: Path, lora: Lora, pairs: Pairs, config: Mapping[str, Any], names: Mapping[str, str], record: str
+    file: Path, lora: LoraHeader, pairs: Pairs, config: Mapping[str, Any], names: Mapping[str, str], record: str
 ) -> Path:
     """Write kohya's form, with down, up and alpha for every layer; return the file."""
     import torch
 
     tensors = {}
     for name, (a, b) in pairs.items():
-        key, layer = names[name], lora.header.layers[name]
+        key, layer = names[name], lora.layers[name]
         tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = a, b
         tensors[f"{key}.alpha"] = torch.tensor(layer.scale * layer.a[0], dtype=torch.float32)
     metadata = {

@@ -26,7 +26,6 @@ from fewstep.inference.generator import ImageGenerator, load_image_generator
 from fewstep.inference.image_grid import image_grid, save_image
 from fewstep.students.conditioning_file import extra_embedding_weights, save_extra_embeddings
 from fewstep.students.inference_settings import inference_record
-from fewstep.students.lora import read_lora
 from fewstep.students.lora_header import LoraHeader, base_shapes
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -157,12 +156,12 @@ def write(
         save_tensors(place / f"{name}.safetensors", tensors, {"format": "pt", "fewstep": text})
         return f"{name}.safetensors"
     assert student.lora is not None
-    lora, shapes = read_lora(student.lora), base_shapes(folder)
+    lora, shapes = student.lora, base_shapes(folder)
     every = [key.removesuffix(".weight") for key, size in shapes.items() if key.endswith(".weight") and size[1:]]
     config, pairs = adapter_config(lora, every, folder.family.targets), matrices(lora, shapes)
     if form == "diffusers":
         return write_diffusers(place, lora, pairs, config, folder.network, text).name
     if form == "peft":
         return write_peft(place, pairs, config, text).name
-    names = kohya_names(lora.header.layers, every, folder.family.kind)
+    names = kohya_names(lora.layers, every, folder.family.kind)
     return write_kohya(place / f"{name}.safetensors", lora, pairs, config, names, text).name

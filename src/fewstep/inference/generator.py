@@ -24,7 +24,7 @@ from fewstep.diffusion.draw_latents import Source, draw_latents
 from fewstep.diffusion.time_conditioning import ExtraEmbedding, ExtraEmbeddingHook, split_extra
 from fewstep.inference.multilingual.adapter import Adapter, load_adapter
 from fewstep.students.conditioning_file import read_extra_embeddings
-from fewstep.students.lora import merge_lora, read_lora
+from fewstep.students.lora import merge_lora
 from fewstep.students.lora_checks import check_lora
 from fewstep.students.lora_header import LoraHeader
 from fewstep.students.sampling import teacher_sampling
@@ -249,7 +249,7 @@ def load_image_generator(
         sampling, place = teacher_sampling(folder), folder.path
     else:
         sampling, place = student.sampling or Sampling(), student.file
-        merge_lora(backbone.network, read_lora(student))
+        merge_lora(backbone.network, student)
     if precision != torch.float32:
         backbone.network.to(precision)  # still in main memory: the device may lack the room for fp32
     backbone.to_device()

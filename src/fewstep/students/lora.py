@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +21,6 @@ from fewstep.common.tensors import check_finite, load_tensors, save_tensors
 from fewstep.diffusion.config import Sampling
 from fewstep.students.lora_file import FILE, METADATA
 from fewstep.students.lora_header import LoraHeader
-
-
-@dataclass(frozen=True)
-class Lora:
-    """A LoRA file in memory.
-
-    Attributes:
-        header: its layers, scales, base and inference settings.
-        down, up: module name in the base -> A [r, in, ...] and B [out, r, ...], fp32.
-    """
-
-    header: LoraHeader
-    down: dict[str, Tensor]
-    up: dict[str, Tensor]
 
 
 def save_lora(
@@ -109,19 +94,11 @@ def unfolded(b: Tensor, scale: float) -> Tensor:
     return torch.where((rounded - plain).abs() <= plain.abs() * 2**-22, rounded, plain)
 
 
-def read_lora(header: LoraHeader) -> Lora:
-    """Read the weights of a LoRA with a checked header (`lora_checks.check_lora`).
-
-    Raises:
-        UserError: the file is broken, or a number in it is not finite.
-    """
-    pairs = stored_matrices(header)
-    down, up = ({name: pair[i].float() for name, pair in pairs.items()} for i in (0, 1))
-    return Lora(header, down, up)
-
-
 def stored_matrices(header: LoraHeader) -> dict[str, tuple[Tensor, Tensor]]:
-    """Read A and B of every layer in the file's own dtype.
+    """Read A [r, in, ...] and B [out, r, ...] of every layer in the file's own dtype, by the base's module names.
+
+    Args:
+        header: a checked one (`lora_checks.check_lora`).
 
     Raises:
         UserError: the file is broken, or a number in it is not finite.
@@ -137,10 +114,14 @@ def stored_matrices(header: LoraHeader) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 @torch.no_grad()
-def merge_lora(network: nn.Module, lora: Lora) -> None:
-    """Add scale * B A to the weights of the layers, in place: sampling then costs nothing extra."""
+def merge_lora(network: nn.Module, header: LoraHeader) -> None:
+    """Add scale * B A, computed in fp32, to the weights of the layers, in place: sampling then costs nothing extra.
+
+    Raises:
+        UserError: as `stored_matrices`.
+    """
     modules = dict(network.named_modules())
-    for name, a in lora.down.items():
+    for name, (a, b) in stored_matrices(header).items():
         weight: Any = modules[name].weight
-        delta = lora.up[name].flatten(1) @ a.flatten(1)
-        weight += (lora.header.layers[name].scale * delta).reshape(weight.shape).to(weight)
+        delta = b.float().flatten(1) @ a.float().flatten(1)
+        weight += (header.layers[name].scale * delta).reshape(weight.shape).to(weight)
