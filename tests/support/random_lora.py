@@ -6,10 +6,12 @@ from pathlib import Path
 
 import torch
 
-from fewstep.backbones.families import UNET_TARGETS
+from fewstep.backbones.families import FAMILIES
 from fewstep.backbones.pipeline_folder import read_folder
 from fewstep.diffusion.config import Sampling
 from fewstep.students.lora import save_lora
+
+TARGETS = list(FAMILIES["StableDiffusionPipeline"].targets)
 
 
 def random_lora(pipeline: Path, out: Path) -> Path:
@@ -21,7 +23,7 @@ def random_lora(pipeline: Path, out: Path) -> Path:
     weights = {}
     for name, module in network.named_modules():
         weight = getattr(module, "weight", None)
-        if weight is None or not any(name == t or name.endswith(f".{t}") for t in list(UNET_TARGETS)):
+        if weight is None or not any(name == t or name.endswith(f".{t}") for t in TARGETS):
             continue
         kernel = tuple(weight.shape[2:])
         weights[f"{name}.lora_A.weight"] = torch.randn((4, weight.shape[1], *kernel), generator=generator) * 0.1
@@ -29,6 +31,4 @@ def random_lora(pipeline: Path, out: Path) -> Path:
         weights[f"{name}.lora_B.weight"] = torch.randn((weight.shape[0], 4, *one), generator=generator) * 0.1
     sampling = Sampling(sampler="sss", steps=4, gamma=0.3, end="index0")
     base = read_folder(pipeline).fingerprint("unet")
-    return save_lora(
-        out, weights, rank=4, alpha=4.0, targets=list(UNET_TARGETS), base=base, sampling=sampling, notes={}
-    )
+    return save_lora(out, weights, rank=4, alpha=4.0, targets=TARGETS, base=base, sampling=sampling, notes={})

@@ -1,36 +1,31 @@
 """Which pretrained pipelines are supported, and what each is made of. Light: read before torch is imported.
 
-A family is a row here and one small module in `fewstep.backbones`; see `docs/guide/adding-a-backbone.md`.
+A family is an entry of families.yaml and one small module in `fewstep.backbones`; see
+`docs/guide/adding-a-backbone.md`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-UNET_TARGETS = (
-    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
-    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
-)
-"""The layers of a UNet that LCM-LoRA, TCD and TLCM adapt (suffixes of module names)."""
+import yaml
+from pydantic import ConfigDict, TypeAdapter
+from pydantic.dataclasses import dataclass
+
 GUIDANCE_KEY = "time_embedding.cond_proj.weight"
 """The weight of a UNet's guidance embedding, diffusers' `time_cond_proj_dim`."""
 GUIDANCE_WIDTH = 256
 """Width of the sinusoid of omega in students that have one: LCM's."""
-ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
-"""The layers of a diffusion transformer that are adapted: attention and what follows it."""
-JOINT_TARGETS = (
-    *ATTENTION_TARGETS,
-    *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context.net.0.proj", "ff_context.net.2"),
-)
-"""The same where pictures and prompts go through one attention, each with layers of its own."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Family:
     """One kind of pipeline folder.
 
     Attributes:
         kind: its name here.
+        pipelines: its classes of pipelines in diffusers.
         backbone: where its class is, MODULE:CLASS.
         network: the denoiser's component.
         encoders: the text encoders; each has a tokenizer of the same number.
@@ -42,6 +37,7 @@ class Family:
     """
 
     kind: str
+    pipelines: tuple[str, ...]
     backbone: str
     network: str
     encoders: tuple[str, ...]
@@ -72,69 +68,9 @@ class Family:
         return (*self.encoders, *self.tokenizers)
 
 
-SD = Family(
-    kind="sd",
-    backbone="fewstep.backbones.sd:StableDiffusion",
-    network="unet",
-    encoders=("text_encoder",),
-    targets=UNET_TARGETS,
-    classes=("UNet2DConditionModel",),
-)
-SDXL = Family(
-    kind="sdxl",
-    backbone="fewstep.backbones.sdxl:StableDiffusionXL",
-    network="unet",
-    encoders=("text_encoder", "text_encoder_2"),
-    targets=UNET_TARGETS,
-    classes=("UNet2DConditionModel",),
-)
-PIXART = Family(
-    kind="pixart",
-    backbone="fewstep.backbones.pixart:PixArt",
-    network="transformer",
-    encoders=("text_encoder",),
-    targets=ATTENTION_TARGETS,
-    classes=("PixArtTransformer2DModel", "Transformer2DModel"),
-    variance=True,
-)
-SD3 = Family(
-    kind="sd3",
-    backbone="fewstep.backbones.sd3:StableDiffusion3",
-    network="transformer",
-    encoders=("text_encoder", "text_encoder_2", "text_encoder_3"),
-    targets=JOINT_TARGETS,
-    classes=("SD3Transformer2DModel",),
-)
-FLUX = Family(
-    kind="flux",
-    backbone="fewstep.backbones.flux:Flux",
-    network="transformer",
-    encoders=("text_encoder", "text_encoder_2"),
-    targets=(*JOINT_TARGETS, "proj_mlp", "proj_out"),
-    classes=("FluxTransformer2DModel",),
-    sample_size=128,
-    packed=4,
-)
-SANA = Family(
-    kind="sana",
-    backbone="fewstep.backbones.sana:Sana",
-    network="transformer",
-    encoders=("text_encoder",),
-    targets=("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point"),
-    classes=("SanaTransformer2DModel",),
-    variance=True,
-)
-
+_ROWS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+_EVERY = [TypeAdapter(Family).validate_python({"kind": kind, **row}) for kind, row in _ROWS.items()]
+FAMILIES = {pipeline: family for family in _EVERY for pipeline in family.pipelines}
+"""Pipeline class -> family."""
 CONSISTENCY = "LatentConsistencyModelPipeline"
 """Stable Diffusion's parts around a UNet that embeds its guidance."""
-FAMILIES = {
-    "StableDiffusionPipeline": SD,
-    CONSISTENCY: SD,
-    "StableDiffusionXLPipeline": SDXL,
-    "PixArtAlphaPipeline": PIXART,
-    "PixArtSigmaPipeline": PIXART,
-    "StableDiffusion3Pipeline": SD3,
-    "FluxPipeline": FLUX,
-    "SanaPipeline": SANA,
-}
-"""Pipeline class -> family."""

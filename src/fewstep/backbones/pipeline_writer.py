@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fewstep.backbones.families import CONSISTENCY, SD
+from fewstep.backbones.families import CONSISTENCY
 from fewstep.backbones.pipeline_folder import INDEX, LIBRARIES, PipelineFolder
 from fewstep.backbones.scheduler_config import BETAS, is_flow
 from fewstep.backbones.weight_files import weight_files, weight_variant
@@ -76,7 +76,7 @@ def _as_consistency(folder: PipelineFolder, record: Mapping[str, Any], place: Pa
         made = LCMScheduler(**noise, original_inference_steps=sampling.grid)
         shutil.rmtree(place / "scheduler", ignore_errors=True)
         made.save_config(place / "scheduler")
-        named = {"_class_name": CONSISTENCY} if folder.family is SD else {}
+        named = {"_class_name": CONSISTENCY} if folder.family.kind == "sd" else {}
         return {"scheduler": ["diffusers", "LCMScheduler"], **named}
     return {}
 

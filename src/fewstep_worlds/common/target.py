@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fewstep.backbones.families import SD
+from fewstep.backbones.families import FAMILIES
 from fewstep.backbones.pipeline_writer import RECORD
 from fewstep.common.errors import UserError
 
-PIPELINE = {*SD.parts, "model_index.json", RECORD}
+PIPELINE = {*FAMILIES["StableDiffusionPipeline"].parts, "model_index.json", RECORD}
 """Entries of a pipeline folder, which may be replaced."""
 RUN_PARTS = ("vae", "unet", "decoder")
 """Folders of a teacher's training."""
