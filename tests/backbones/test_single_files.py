@@ -17,9 +17,9 @@ from torch import Tensor
 
 from fewstep.backbones import teachers
 from fewstep.backbones.base import load_backbone
-from fewstep.backbones.pipeline_folder import read_folder
+from fewstep.backbones.pipeline_folder import folder_of, read_folder
 from fewstep.backbones.single_file import known_configs, recognise, vocabulary
-from fewstep.backbones.single_file.components import checkpoint_places, config_only, network_of
+from fewstep.backbones.single_file.components import checkpoint_places, network_of
 from fewstep.backbones.single_file.known_configs import configs
 from fewstep.backbones.single_file.recognise import Checkpoint
 from fewstep.backbones.single_file.sd_checkpoint import checkpoint_weights, to_original, unet_keys
@@ -87,7 +87,7 @@ def known(version: Any, prediction: Any, place: Path) -> tuple[Any, dict[str, An
     for name, data in configs(version, prediction).items():
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).write_text(json.dumps(data), encoding="utf-8")
-    folder = config_only(place, configs(version, prediction)["model_index.json"])
+    folder = folder_of(place, configs(version, prediction)["model_index.json"], "config")
     return folder, {part: network_of(folder, part) for part in folder.family.weighed}
 
 

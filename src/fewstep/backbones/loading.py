@@ -118,36 +118,29 @@ def load_text(
     transformers.utils.logging.disable_progress_bar()  # its bars would appear between ours and in errors
     pairs = list(zip(folder.family.tokenizers, folder.family.encoders, strict=True))
     # all classes are checked before anything is loaded
-    classes = [
-        (text_class(folder, tokenizer, tokenizers), text_class(folder, encoder, encoders))
-        for tokenizer, encoder in pairs
-    ]
-    return [_load_pair(folder, names, kinds, device) for names, kinds in zip(pairs, classes, strict=True)]
-
-
-def _load_pair(
-    folder: PipelineFolder, names: tuple[str, str], kinds: tuple[Any, Any], device: torch.device
-) -> tuple[Any, Any]:
-    words, place = (folder.path / name for name in names)
-    with loading(str(words)):
-        tokenizer = kinds[0].from_pretrained(words, local_files_only=True)
-        check_merges(words, tokenizer.all_special_tokens)
-    with loading(str(place)):
-        encoder, info = kinds[1].from_pretrained(
-            place,
-            local_files_only=True,
-            use_safetensors=True,
-            variant=weight_variant(place),
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    missing = [key for key in info["missing_keys"] if not key.startswith(UNUSED)]
-    _refuse(missing, str(place), "its files hold no {}", "give the whole pipeline folder")
-    # a tokenizer that names no length has one of 1e30
-    most = getattr(encoder.config, "max_position_embeddings", tokenizer.model_max_length)
-    with loading(str(words)):
-        tokenizer.model_max_length = int(min(tokenizer.model_max_length, most))
-    return tokenizer, encoder.to(device).eval().requires_grad_(False)
+    classes = [(text_class(folder, words, tokenizers), text_class(folder, place, encoders)) for words, place in pairs]
+    found = []
+    for (words, place), kinds in zip(((folder.path / a, folder.path / b) for a, b in pairs), classes, strict=True):
+        with loading(str(words)):
+            tokenizer = kinds[0].from_pretrained(words, local_files_only=True)
+            check_merges(words, tokenizer.all_special_tokens)
+        with loading(str(place)):
+            encoder, info = kinds[1].from_pretrained(
+                place,
+                local_files_only=True,
+                use_safetensors=True,
+                variant=weight_variant(place),
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+        missing = [key for key in info["missing_keys"] if not key.startswith(UNUSED)]
+        _refuse(missing, str(place), "its files hold no {}", "give the whole pipeline folder")
+        # a tokenizer that names no length has one of 1e30
+        most = getattr(encoder.config, "max_position_embeddings", tokenizer.model_max_length)
+        with loading(str(words)):
+            tokenizer.model_max_length = int(min(tokenizer.model_max_length, most))
+        found.append((tokenizer, encoder.to(device).eval().requires_grad_(False)))
+    return found
 
 
 def words_beyond(tokenizer: Any, texts: Sequence[str], length: int) -> list[str]:

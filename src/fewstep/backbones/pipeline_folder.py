@@ -268,13 +268,14 @@ def read_folder(path: Path | str, field: str = "teacher") -> PipelineFolder:
     if name not in FAMILIES:
         known = f"one of {', '.join(FAMILIES)}{did_you_mean(name, FAMILIES)}"
         raise UserError(f"{what} is a {name}; it must be {known}")
-    components = {
-        key: (value[0], value[1])
-        for key, value in data.items()
-        if isinstance(value, list) and len(value) == 2 and all(isinstance(word, str) for word in value)
-    }
-    folder = PipelineFolder(path, name, FAMILIES[name], components)
-    _check_components(folder, what)
+    folder = folder_of(path, data, what)
+    kind = folder.components[folder.network][1]
+    if kind not in folder.family.classes:
+        legal = ", ".join(folder.family.classes)
+        raise UserError(f"{what} has a {kind} as its {folder.network}; it must be {legal}")
+    lacking = next((component for component in folder.family.parts if not (path / component).is_dir()), None)
+    if lacking:
+        raise UserError(f"{what} is incomplete: it holds no {lacking}")
     for component in folder.family.weighed:
         check_weights(path / component)
     _check_configs(folder, data)
@@ -288,19 +289,29 @@ def read_folder(path: Path | str, field: str = "teacher") -> PipelineFolder:
     return folder
 
 
-def _check_components(folder: PipelineFolder, what: str) -> None:
-    """Refuse a folder that lacks a component that pictures are drawn with, or has one of another library or class."""
-    for component in folder.family.parts:
-        if component not in folder.components or not (folder.path / component).is_dir():
+def folder_of(path: Path, index: Mapping[str, Any], what: str) -> PipelineFolder:
+    """Return a pipeline folder by its model_index.json; its files are not checked.
+
+    Args:
+        what: names the folder in errors.
+
+    Raises:
+        UserError: the index lacks a component that pictures are drawn with, or takes one from another library.
+    """
+    name = str(index["_class_name"])
+    components = {
+        key: (value[0], value[1])
+        for key, value in index.items()
+        if isinstance(value, list) and len(value) == 2 and all(isinstance(word, str) for word in value)
+    }
+    for component in FAMILIES[name].parts:
+        if component not in components:
             raise UserError(f"{what} is incomplete: it holds no {component}")
-        library = folder.components[component][0]
+        library = components[component][0]
         if library not in LIBRARIES and component != "scheduler":  # of a scheduler the JSON alone is read
             known = " or ".join(LIBRARIES)
             raise UserError(f"{what} takes its {component} from {library!r}; code that is not of {known} is never run")
-    kind = folder.components[folder.network][1]
-    if kind not in folder.family.classes:
-        legal = ", ".join(folder.family.classes)
-        raise UserError(f"{what} has a {kind} as its {folder.network}; it must be {legal}")
+    return PipelineFolder(path, name, FAMILIES[name], components)
 
 
 def _check_configs(folder: PipelineFolder, index: Mapping[str, Any]) -> None:

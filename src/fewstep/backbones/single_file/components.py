@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.backbones.families import FAMILIES
 from fewstep.backbones.loading import loading
-from fewstep.backbones.pipeline_folder import INDEX, LIBRARIES, PipelineFolder
+from fewstep.backbones.pipeline_folder import INDEX, PipelineFolder, folder_of
 from fewstep.backbones.pipeline_writer import copy_component, copy_licences
 from fewstep.backbones.scheduler_config import prediction_of
 from fewstep.backbones.single_file.accounting import account
@@ -120,7 +119,7 @@ def write_components(checkpoint: Checkpoint, config: Path, part: Path) -> list[s
         UserError: a checkpoint that does not fit its config, or has tensors that nothing reads.
     """
     index = read_mapping(config / INDEX)
-    folder = config_only(config, index)
+    folder = folder_of(config, index, f"teacher_config = {str(config)!r}")  # may hold configs and tokenizers alone
     lines = []
     with Reader(checkpoint.file, checkpoint.metadata, checkpoint.entries) as reader:
         if checkpoint.transformer:
@@ -150,24 +149,6 @@ def write_components(checkpoint: Checkpoint, config: Path, part: Path) -> list[s
     if checkpoint.version and not checkpoint.transformer:
         lines.insert(0, _read_as(checkpoint, folder))
     return lines
-
-
-def config_only(place: Path, index: Mapping[str, Any]) -> PipelineFolder:
-    """Return a folder that may hold only configs and tokenizers.
-
-    Raises:
-        UserError: a component that is missing, or of code of its own.
-    """
-    family = FAMILIES[str(index["_class_name"])]
-    named = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2 and value[0]}
-    for name in family.parts:
-        if name not in named:
-            raise UserError(f"teacher_config = {str(place)!r} names no {name}")
-        if name != "scheduler" and named[name][0] not in LIBRARIES:
-            raise UserError(
-                f"teacher_config = {str(place)!r} takes its {name} from {named[name][0]!r}, which is never run"
-            )
-    return PipelineFolder(place, str(index["_class_name"]), family, {name: (a, b) for name, (a, b) in named.items()})
 
 
 def _stable_diffusion(folder: PipelineFolder, reader: Reader, checkpoint: Checkpoint) -> dict[str, nn.Module]:
