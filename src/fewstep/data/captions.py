@@ -13,22 +13,19 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache
 from io import StringIO
+from pathlib import Path
 from typing import Any, NamedTuple
 from unicodedata import normalize
+
+import yaml
 
 from fewstep.common.errors import UserError
 from fewstep.common.text import decode, lines_of, parse_json
 
-SUFFIXES = (
-    *(".png", ".webp", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jfif", ".jpe", ".apng", ".mpo"),
-    *(".jp2", ".j2k", ".jpx", ".jpf", ".dib", ".tga", ".qoi", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
-)
-"""Suffixes of pictures; of an animated picture or one with several pages the first is read."""
-UNREAD = (
-    *(".heic", ".heif", ".jxl", ".svg", ".exr", ".hdr", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".ico", ".pdf"),
-    *(".mp4", ".webm", ".mov", ".mkv", ".avi", ".npy", ".npz"),
-)
-"""Suffixes of pictures that are not read; they are counted."""
+KINDS: dict[str, list[Any]] = yaml.safe_load(Path(__file__).with_name("file_kinds.yaml").read_text(encoding="utf-8"))
+"""Kinds of files by their suffixes."""
+SUFFIXES: Sequence[str] = KINDS["pictures"]
+"""Suffixes of pictures."""
 LISTS = ("metadata.jsonl", "metadata.csv")
 """Lists of pictures with captions in the Hugging Face form; the first that exists is used."""
 TEXTS = (".txt", ".caption")
@@ -138,7 +135,7 @@ def match(
     if not lists:
         left_out["text files without a picture"] += sum(kind in TEXTS and stem not in used for stem, kind in beside)
     for name in names:
-        if kind_of(name) in UNREAD:
+        if kind_of(name) in KINDS["unread"]:
             left_out[f"{kind_of(name)} files, which are not read"] += 1
         elif is_list(posixpath.basename(name)) and not is_list(name):
             left_out["lists in folders below"] += 1
@@ -148,7 +145,7 @@ def match(
 
 def no_picture(where: str, names: Sequence[str], advice: str = "") -> UserError:
     """Return the error of a folder or shard without pictures that can be read."""
-    unread = Counter(kind_of(name) for name in names if kind_of(name) in UNREAD)
+    unread = Counter(kind_of(name) for name in names if kind_of(name) in KINDS["unread"])
     if unread and not advice:
         found = ", ".join(f"{count} {kind}" for kind, count in unread.most_common())
         advice = f"; it holds {found} files, which are not read: convert them to PNG or JPEG"

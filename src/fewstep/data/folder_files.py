@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fewstep.common.errors import UserError
-from fewstep.data.captions import LISTS, is_hidden, is_list, is_picture, kind_of, no_picture, source_error
+from fewstep.data.captions import KINDS, LISTS, is_hidden, is_list, is_picture, kind_of, no_picture, source_error
 from fewstep.data.prompts import check_suffix
 
 
@@ -47,10 +47,10 @@ class FolderFiles(NamedTuple):
         if tars:
             place = self.folder / os.path.dirname(tars[0])
             return f"; it holds {len(tars)} tar shards: give data.source={place}/*.tar"
-        for kinds, advice in PACKED:
-            found = [name for name in self.names if name.lower().endswith(kinds)]
+        for packed in KINDS["packed"]:
+            found = [name for name in self.names if name.lower().endswith(tuple(packed["suffixes"]))]
             if found:
-                return f"; it holds {found[0]}{f' and {len(found) - 1} more' if found[1:] else ''}: {advice}"
+                return f"; it holds {found[0]}{f' and {len(found) - 1} more' if found[1:] else ''}: {packed['remedy']}"
         return ""
 
 
@@ -105,13 +105,3 @@ def check_pictures(source: Path | str) -> None:
         files = list_folder(folder)
         if not any(map(is_picture, files.names)):
             raise no_picture(str(folder), files.names, files.advice())
-
-
-PACKED = (
-    (
-        (".parquet", ".arrow"),
-        "tables of pictures are not read; write them out as pictures with a metadata.jsonl, or as plain .tar shards",
-    ),
-    ((".zip", ".tar.gz", ".tgz", ".7z", ".rar", ".tar.zst", ".tar.xz", ".tar.bz2"), "unpack it"),
-)
-"""Suffixes of packed pictures, and the remedy."""

@@ -7,24 +7,7 @@ from pathlib import Path
 
 from fewstep.common.errors import UserError
 from fewstep.common.text import lines_of, read_text
-from fewstep.data.captions import SUFFIXES
-
-ONE_A_LINE = "write one prompt a line into a .txt file"
-NO_PROMPTS = {
-    ("a table, not a list of prompts", ONE_A_LINE): (
-        *(".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".yaml", ".yml", ".toml", ".xml", ".html"),
-        *(".parquet", ".arrow", ".feather", ".xlsx", ".xls", ".ods", ".db", ".sqlite", ".mdb"),
-    ),
-    ("a document, not plain text", ONE_A_LINE): (".pdf", ".doc", ".docx", ".odt", ".rtf"),
-    ("a packed archive", "unpack it, or give shards as plain .tar files"): (
-        *(".gz", ".tgz", ".zip", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".7z", ".rar"),
-    ),
-    ("one picture", "give the folder that it lies in, or a text file"): SUFFIXES,
-    ("a file of arrays or weights", "give a folder of pictures, or a text file"): (
-        *(".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".npy", ".npz", ".h5", ".hdf5", ".pkl", ".pickle"),
-    ),
-}
-"""Files that are no list of prompts: (kind, remedy) -> suffixes."""
+from fewstep.data.captions import KINDS, SUFFIXES
 
 
 def read_prompts(path: Path | str, field: str = "prompts") -> list[str]:
@@ -52,9 +35,10 @@ def read_prompts(path: Path | str, field: str = "prompts") -> list[str]:
 def check_suffix(path: Path | str, field: str) -> None:
     """Refuse a file that is no list of prompts, by its suffix."""
     suffix = Path(path).suffix.lower()
-    for (kind, advice), suffixes in NO_PROMPTS.items():
-        if suffix in suffixes:
-            raise UserError(f"{field} = {str(path)!r} is {kind} ({suffix}); {advice}")
+    picture = {"kind": "one picture", "remedy": "give the folder that it lies in, or a text file", "suffixes": SUFFIXES}
+    for each in [*KINDS["no_prompts"], picture]:
+        if suffix in each["suffixes"]:
+            raise UserError(f"{field} = {str(path)!r} is {each['kind']} ({suffix}); {each['remedy']}")
 
 
 def is_prompt_file(named: str) -> bool:
