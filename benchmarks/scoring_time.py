@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
+from fewstep.common.defaults import world
 from fewstep.common.provenance import commit, hardware
 from fewstep.evaluation.evaluate import TeacherPictures, evaluate_pictures
-from fewstep_worlds.emoji8 import dataset as emoji8
-from fewstep_worlds.studies.comparison import Comparison, SharedMetrics
+from fewstep_worlds.studies.comparison import Comparison
 
 
 def noised(pictures: np.ndarray, seed: int) -> np.ndarray:
@@ -34,9 +34,9 @@ def noised(pictures: np.ndarray, seed: int) -> np.ndarray:
 def main() -> None:
     """Score three sets and print the median."""
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
-    prompts = emoji8.read_prompts("benchmark")[:count]
+    prompts = world().read_prompts("benchmark")[:count]
     with tempfile.TemporaryDirectory() as cache:
-        judge = Comparison(prompts, Path(cache), SharedMetrics.load(Path(cache)))
+        judge = Comparison(prompts, Path(cache))
         real = judge.reference.some(count)
         teacher = TeacherPictures(noised(real, 1), noised(real, 2))
         evaluate_pictures(teacher.same, prompts, judge.metrics, judge.reference, teacher)

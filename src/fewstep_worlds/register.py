@@ -44,9 +44,9 @@ def add_commands(app: App, studies: App) -> None:
     from fewstep_worlds.stickers import api as stickers
     from fewstep_worlds.studies import api
 
-    add(app, api.demo)
+    add(app, api.demo, show=api.with_report)
     add(studies, playground, show=with_table)
-    add(studies, api.benchmark)
+    add(studies, api.benchmark, show=api.with_report)
     add(studies, api.family)
     add(studies, api.tlcm, show=with_table)
     add(studies, api.chinese, show=with_table)

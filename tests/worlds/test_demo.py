@@ -7,6 +7,7 @@ import os
 import shlex
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,10 @@ import torch
 from PIL import Image
 
 from fewstep.common.errors import UserError
+from fewstep.diffusion.config import Sampling
 from fewstep.distillation.config import resolve
+from fewstep.evaluation.evaluate import TeacherPictures, evaluate_pictures
+from fewstep.evaluation.features import Features
 from fewstep.methods.cost import step_cost
 from fewstep.methods.recipes import rows
 from fewstep_worlds.common import location
@@ -26,10 +30,12 @@ from fewstep_worlds.emoji8.config import ScorerConfig
 from fewstep_worlds.emoji8.scorers.agreement import save_scorer
 from fewstep_worlds.emoji8.scorers.network import Scorer
 from fewstep_worlds.emoji8.scorers.text import BertStates
+from fewstep_worlds.register import bundled
 from fewstep_worlds.report.results import load_results
 from fewstep_worlds.studies import api, benchmark, comparison, demo, family
 from fewstep_worlds.studies.benchmark import best_by_rank
 from fewstep_worlds.studies.settings import BenchmarkConfig, FamilyConfig
+from fewstep_worlds.studies.sheets import spread_rows
 from fewstep_worlds.studies.students import train_student
 from support.pooled import Pooled
 
@@ -60,7 +66,7 @@ def small_world(tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     few = emoji8.Emoji8(whole.pictures[rows], tuple(whole.records[row] for row in rows))
     load = emoji8.load
     monkeypatch.setattr(emoji8, "load", lambda split="train": few if split == "train" else load(split))
-    monkeypatch.setattr(measures, "Lite0Features", Pooled)
+    monkeypatch.setattr(comparison, "Lite0Features", Pooled)
     return place
 
 
@@ -77,13 +83,13 @@ def test_the_demo_makes_students_a_table_and_a_page_and_goes_on_where_it_was(
     report = api.demo(out=out, overrides=small)
     results = load_results(out / "results.json")
     rows = {(row.method, row.steps): row for row in results.rows}
-    methods = ("Euler", "DDIM", "DPM-Solver++(2S)", "LCM", "TCD")
-    assert set(rows) == {("teacher", TEACHER_STEPS), *((method, steps) for method in methods for steps in (2, 4))}
+    methods = ("DDIM", "DPM-Solver++(2S)", "LCM", "TCD")
+    both = {(method, steps) for method in methods for steps in (2, 4)}
+    assert set(rows) == {("teacher", TEACHER_STEPS), *both, ("DDIM", 1), ("DPM-Solver++(2S)", 1)}
     assert all(len(scores) == 100 for row in rows.values() for scores in row.scores.values())
-    # on one grid Euler in sigma is DDIM: the same pictures, to the rounding of bf16 networks
-    for steps in (2, 4):
-        ours, theirs = rows["Euler", steps].scores, rows["DDIM", steps].scores
-        assert all(np.mean(ours[name]) == pytest.approx(np.mean(theirs[name]), rel=0.02) for name in ours)
+    costs = {method: rows[method, 2].nfe for method in methods}
+    assert costs == {"DDIM": 4, "DPM-Solver++(2S)": 8, "LCM": 2, "TCD": 2}
+    assert rows["DPM-Solver++(2S)", 1].nfe == 4
     assert rows["TCD", 4].figures != rows["LCM", 4].figures
     page = report.read_text(encoding="utf-8")
     assert str(out / "tcd" / "student") in page
@@ -118,7 +124,7 @@ def test_the_benchmark_chooses_measures_and_goes_on_where_it_was(
     """Every stage, small: rates, guidance and gammas are chosen, two seeds measured, tables and page written."""
     whole = emoji8.read_prompts("benchmark")
     lists = {"validation": whole[:40], "gamma": whole[30:70], "benchmark": whole[60:100]}
-    monkeypatch.setattr(emoji8, "read_prompts", lambda name: lists[name])
+    monkeypatch.setattr(bundled(), "read_prompts", lambda name: lists[name])
     monkeypatch.setattr(benchmark, "STEPS", (2, 4))
     monkeypatch.setattr(benchmark, "TEACHER_STEPS", TEACHER_STEPS)
     monkeypatch.setattr(benchmark, "GAMMAS", (0.0, 0.2, 1.0))
@@ -128,13 +134,13 @@ def test_the_benchmark_chooses_measures_and_goes_on_where_it_was(
     report = api.benchmark(out=out, overrides=small)
     results = load_results(out / "results.json")
     chosen = {file.stem: json.loads(file.read_text()) for file in out.glob("*-*.json")}
-    assert set(chosen) == {"rate-lcm", "rate-tcd", "omega-teacher", "gamma-2", "gamma-4"}
+    assert set(chosen) == {"rate-lcm", "rate-tcd", "rate-tcd-2", "rate-tcd-s", "omega-teacher", "gamma-2", "gamma-4"}
     for record in chosen.values():
         assert record["chosen"] == best_by_rank(record["kid"])
         assert record["n"] == 40
     students = {path.name for path in (out / "students").iterdir()}
-    assert {f"{recipe}-{rate:g}-0" for recipe in ("lcm", "tcd") for rate in (1e-3, 3e-2)} < students
-    rates = {recipe: float(chosen[f"rate-{recipe}"]["chosen"]) for recipe in ("lcm", "tcd")}
+    assert {f"{recipe}-{rate:g}-0" for recipe in benchmark.RECIPES for rate in (1e-3, 3e-2)} < students
+    rates = {recipe: float(chosen[f"rate-{recipe}"]["chosen"]) for recipe in benchmark.RECIPES}
     assert {name for name in students if name.endswith("-1")} == {f"{r}-{rate:g}-1" for r, rate in rates.items()}
 
     rows = {(row.method, row.steps, row.gamma, row.omega, row.seed): row for row in results.rows}
@@ -144,6 +150,8 @@ def test_the_benchmark_chooses_measures_and_goes_on_where_it_was(
         for steps in (2, 4):
             assert ("TCD", steps, 0.2, None, seed) in rows
             assert ("TCD, tuned gamma", steps, tuned[steps], None, seed) in rows
+        assert ("TCF(S+)", 4, 0.2, None, seed) in rows
+        assert {steps for method, steps, *_, own in rows if (method, own) == ("TCF(2)", seed)} == {2, 4}
     assert {gamma for method, _, gamma, _, _ in rows if method == "TCD, gamma sweep"} == {0.0, 0.2, 1.0}
     assert rows["TCD", 4, 0.2, None, 0].figures == {
         **rows["TCD, gamma sweep", 4, 0.2, None, 0].figures,
@@ -200,6 +208,55 @@ def test_a_longer_student_does_not_resume_a_finished_one(small_world: Path, tmp_
         train_student("lcm", *place, steps=3, **settings)
 
 
+@pytest.mark.parametrize(
+    ("sampler", "omega", "steps", "nfe_a_step"),
+    [
+        ("ddim", 2.0, [1, 2, 4, 8, 10, 20], 2),
+        ("dpmpp_2s", 2.0, [1, 2, 4, 5, 8, 20], 4),
+        ("ddim", 0.0, [2, 4, 8, 20], 1),
+        ("sss", 0.0, [2, 4, 8, 20], 1),
+    ],
+)
+def test_entries_have_each_count_of_evaluations_and_of_steps(
+    sampler: Any, omega: float, steps: list[int], nfe_a_step: int
+) -> None:
+    entries = comparison.entries_at((2, 4, 8, 20), comparison.Entry("m", Sampling(sampler=sampler, omega=omega)))
+    assert [entry.steps for entry in entries] == steps
+    assert [entry.count("nfe") for entry in entries] == [nfe_a_step * n for n in steps]
+    calls = nfe_a_step // 2 if omega else nfe_a_step
+    assert [entry.sampling.steps for entry in entries] == [calls * n for n in steps]
+
+
+def test_figures_are_those_of_the_worlds_suite(small_world: Path, tmp_path: Path) -> None:
+    """On Emoji-8: real pictures of the prompts' concepts, the standard metrics, white backgrounds, and agreement."""
+    prompts = emoji8.read_prompts("benchmark")[:40]
+    study = comparison.Comparison(prompts, tmp_path / "study")
+    pictures = emoji8.load("heldout-pair").pictures[:40]
+    row = study.measured(comparison.teacher_entry(2.0, 4, 0), pictures, TeacherPictures())
+    gallery = measures.Gallery.load()
+    features = Features(Pooled(), tmp_path / "other")
+    metrics = [*measures.metrics(gallery, features, 40), measures.agreement()]
+    expected = evaluate_pictures(pictures, prompts, metrics, gallery.reference(prompts))
+    assert row.figures == expected
+    assert "agreement" in expected
+    assert study.suite.real_diversity == measures.real_diversity(gallery, features, prompts).value
+
+
+def test_shown_prompts_come_from_each_category_in_turn() -> None:
+    def metric(name: str, group: str, own: list[int]) -> Any:
+        identity = SimpleNamespace(name=name, group=group)
+        return SimpleNamespace(
+            identity=identity, features=lambda pictures, prompts: np.where(np.isin(np.arange(8), own), 1.0, np.nan)
+        )
+
+    categories = [metric("single", "category", [0, 1, 2]), metric("two", "category", [2, 6])]
+    store = SimpleNamespace(prompts=[f"prompt {i}" for i in range(8)])
+    study: Any = SimpleNamespace(store=store, metrics=[metric("accuracy", "prompt", []), *categories])
+    assert spread_rows(study, np.zeros(8), 4) == [0, 2, 1, 6]
+    study.metrics = study.metrics[:1]
+    assert spread_rows(study, np.zeros(8), 3) == [0, 1, 2]
+
+
 def test_a_choice_is_not_ruled_by_the_column_with_the_largest_figures() -> None:
     kids = {"a": [1.00, 0.030, 0.010, 0.012], "b": [1.05, 0.010, 0.004, 0.003], "c": [0.99, 0.050, 0.040, 0.050]}
     assert best_by_rank(kids) == "b"
@@ -225,7 +282,7 @@ def test_the_family_spends_alike_and_measures_every_recipe_and_sampler(
     small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = emoji8.read_prompts("benchmark")
-    monkeypatch.setattr(emoji8, "read_prompts", lambda name: whole[:40])
+    monkeypatch.setattr(bundled(), "read_prompts", lambda name: whole[:40])
     monkeypatch.setattr(family, "STEPS", (1, 2, 4))
     monkeypatch.setattr(family, "SAMPLER_STEPS", (4,))
     monkeypatch.setattr(family, "TEACHER_STEPS", TEACHER_STEPS)
@@ -236,8 +293,10 @@ def test_the_family_spends_alike_and_measures_every_recipe_and_sampler(
     found = {(row.method, row.steps) for row in rows}
     both = ("tcd", "kd", "ct", "ct, guided")
     assert found == {
-        ("teacher", TEACHER_STEPS), ("tcd-2", 2), ("tcd-2", 4), *((name, steps) for name in both for steps in (1, 2, 4))
+        ("teacher", TEACHER_STEPS), *((name, steps) for name in ("tcd-2", *both) for steps in (1, 2, 4))
     }  # fmt: skip
+    costs = {method: {row.nfe_a_step for row in rows if row.method == method} for method, _ in found}
+    assert costs == {"teacher": {2}, "tcd": {1}, "tcd-2": {2}, "kd": {1}, "ct": {1}, "ct, guided": {2}}
     by = {(row.method, row.steps): row for row in rows}
     assert by["ct", 4].figures != by["ct, guided", 4].figures
     sampled = {row.method: row for row in load_results(out / "samplers.json").rows}
@@ -252,7 +311,7 @@ def test_the_family_spends_alike_and_measures_every_recipe_and_sampler(
     lora = out / "ct" / "student"
     guided = f"--prompt-file {out / 'prompts.txt'} --lora {lora} -s omega=2.0 --steps $n --out {out}/rows/ct-guided-$n"
     assert f"# ct, guided\nfor n in 1 2 4; do fewstep evaluate {guided}; done" in text
-    assert "# tcd-2\nfor n in 2 4; do" in text
+    assert "# tcd-2\nfor n in 2 4 8; do" in text
     assert "-s gamma_law=noise --steps $n" in text
     monkeypatch.setattr("fewstep_worlds.studies.comparison.PictureStore.pictures", forbidden_after_grid(out))
     assert api.family(out=out, overrides=words).read_text() == text

@@ -1,4 +1,4 @@
-"""The bundled world's side of TLCM: the students of its tables, the reward, the second scorer."""
+"""The bundled world's side of TLCM: the students of its tables, and the reward."""
 
 from __future__ import annotations
 
@@ -18,14 +18,12 @@ from fewstep.common.errors import UserError
 from fewstep.distillation.config import DistillConfig
 from fewstep.methods.cost import step_cost
 from fewstep.methods.rewards.reward import PreferenceScorer
-from fewstep.training.config import LoopConfig
-from fewstep_worlds.emoji8 import dataset as emoji8
-from fewstep_worlds.emoji8.config import ScorerConfig, SecondScorerConfig
+from fewstep_worlds.emoji8.config import ScorerConfig
 from fewstep_worlds.emoji8.scorers.agreement import save_scorer
 from fewstep_worlds.emoji8.scorers.network import Scorer
 from fewstep_worlds.emoji8.scorers.reward import load_world_scorer
-from fewstep_worlds.emoji8.scorers.second_scorer import train_second_scorer
 from fewstep_worlds.studies import tlcm
+from fewstep_worlds.studies.preference import Preference
 from fewstep_worlds.studies.settings import TlcmConfig
 
 
@@ -154,7 +152,7 @@ def test_a_table_has_its_rows(records: Any) -> None:
     drawn = [(entry.method, entry.sampling.steps) for entry in tlcm.entries_of(config, 1, records.students)]
     assert drawn == [
         *((name, n) for name in ("TLCM", "TLCM without preference") for n in (2, 3)), ("TLCM, the paper's times", 3),
-        ("LCM", 4), ("TCD", 4), ("TCD, gamma 1", 4), ("DDIM", 3), ("DDIM", 4),
+        ("LCM", 4), ("TCD", 4), ("TCD, gamma 1", 4), ("DDIM", 2), ("DDIM", 3), ("DDIM", 4),
     ]  # fmt: skip
     spacing = {entry.method: entry.sampling.spacing for entry in tlcm.entries_of(config, 1, records.students)}
     assert (spacing["TLCM"], spacing["TLCM, the paper's times"]) == ("grid", "tlcm"), "at 2 calls both lists are one"
@@ -230,37 +228,14 @@ def test_the_worlds_scorer_can_be_followed(tmp_path: Path) -> None:
     white = torch.full((2, 3, 64, 64), 1.5, requires_grad=True)
     (none,) = torch.autograd.grad(scorer.score(white, prompts).sum(), white)
     assert float(none.abs().max()) == 0
+    pictures = np.random.default_rng(2).integers(0, 255, (300, 64, 64, 3), dtype=np.uint8)
+    texts = ["a red disc" if i % 3 else "a blue ring" for i in range(300)]
+    found = Preference(scorer).features(pictures, texts)
+    last = torch.from_numpy(pictures[299:]).permute(0, 3, 1, 2) / 127.5 - 1
+    assert found[299] == pytest.approx(float(scorer.score(last, scorer.prepare(texts[299:])).detach()), abs=1e-5)
+    assert found.shape == (300,)
     large = scorer.score(torch.nn.functional.interpolate(x.detach(), scale_factor=2), prompts)
     assert large.shape == (2,)
-
-
-def test_a_second_scorer_learns_which_prompts_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On eight concepts: own prompts score above others, and a second run reads the same heads back."""
-    whole = emoji8.load("train")
-    names = sorted({record.name for record in whole.records})[:8]
-    rows = [i for i, record in enumerate(whole.records) if record.name in names]
-    few = emoji8.Emoji8(whole.pictures[rows], tuple(whole.records[i] for i in rows))
-    monkeypatch.setattr(emoji8, "load", lambda split="train": few)
-    network = SimpleNamespace(name="thumbnails", weights_sha256="1" * 64, licence="none", input="8x8")
-
-    class Thumbnails:
-        def __init__(self) -> None:
-            self.network = network
-
-        def __call__(self, pictures: np.ndarray) -> np.ndarray:
-            small = pictures.reshape(len(pictures), 16, 4, 16, 4, 3).mean((2, 4)).reshape(len(pictures), -1) / 127.5 - 1
-            return np.pad(small, ((0, 0), (0, 1280 - small.shape[1]))).astype(np.float32)
-
-    config = SecondScorerConfig(width=16, captions=4, loop=LoopConfig(steps=60, batch=16, save_every=60))
-    features: Any = Thumbnails()
-    scorer = train_second_scorer(config, features, Words(), tmp_path / "run", quiet=True)
-    own = [record.name for record in few.records]
-    right = scorer.features(few.pictures, own)
-    wrong = scorer.features(few.pictures, [names[(names.index(name) + 3) % 8] for name in own])
-    assert right.mean() > wrong.mean() + 0.3
-    again = train_second_scorer(config, features, Words(), tmp_path / "run", quiet=True)
-    assert again.identity == scorer.identity
-    np.testing.assert_array_equal(again.features(few.pictures, own), right)
 
 
 def test_prompts_are_prepared_once_or_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,12 +93,3 @@ class RewardConfig(AgreementConfig):
     loop: LoopConfig = LoopConfig(
         steps=800, batch=256, save_every=100, validate_every=200, log_every=10, precision="bf16", seed=11
     )
-
-
-class SecondScorerConfig(Config):
-    """Training of the second scorer's heads."""
-
-    width: int = Field(default=128, ge=1, description="width of the common space")
-    captions: int = Field(default=12, ge=1, description="captions drawn once for each picture")
-    loop: LoopConfig = LoopConfig(steps=600, batch=512, save_every=200, log_every=50, seed=23)
-    optim: OptimConfig = OptimConfig(lr=2e-3, warmup=30, decay="cosine", ema=0.99, weight_decay=0.1)

@@ -8,9 +8,9 @@ from typing import IO, Any
 from pandas import DataFrame
 
 from fewstep.evaluation.metric import ARROWS
-from fewstep_worlds.report.claims import TEACHER, TEACHER_STEPS
+from fewstep_worlds.report.claims import COMPLEXITY, TEACHER, TEACHER_STEPS
 from fewstep_worlds.report.frame import compared, means, swept, tidy
-from fewstep_worlds.report.results import Results
+from fewstep_worlds.report.results import By, Results
 from fewstep_worlds.report.tables import STEPS, better_of
 
 USUAL = ("TCD", "LCM", "DDIM", "Euler", "DPM-Solver++(2S)")
@@ -27,23 +27,23 @@ INK, GRID = "#333333", "#e0e0e0"
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "fewstep", "font.family": "DejaVu Sans"}
 
 
-def step_curves(results: Results) -> DataFrame:
-    """Return the points of figures against network calls: metric, series, x, value, low, high.
+def step_curves(results: Results, by: By) -> DataFrame:
+    """Return the points of figures against a count: metric, series, x, value, low, high.
 
     The teacher at its full steps is a reference line, not a curve.
     """
-    table = means(compared(tidy(results))).reset_index()
+    table = means(compared(tidy(results, by))).reset_index()
     few = table.groupby("label").steps.transform("min") < TEACHER_STEPS
-    return table[few].rename(columns={"label": "series", "steps": "x"})
+    return table[few & table["count"].isin(STEPS)].rename(columns={"label": "series", "count": "x"})
 
 
 def gamma_curves(results: Results) -> DataFrame:
-    """Return the points of FD, KID and detail against gamma, a series a step count; empty without a sweep."""
-    frame = tidy(results)
+    """Return the points of FD, KID, complexity and prompts against gamma, a series a step count."""
+    frame = tidy(results, "steps")
     table = means(frame[frame.method == swept(frame)]).reset_index()
-    shown = [*results.of("quality", "real"), *results.of("detail")]
+    shown = [*results.of("quality", "real"), *results.of("prompt"), COMPLEXITY]
     table = table[table.metric.isin(shown) & table.steps.isin(STEPS)].sort_values(["steps", "gamma"])
-    return table.assign(series=[f"{steps} calls" for steps in table.steps], x=table.gamma)
+    return table.assign(series=[f"{steps} steps" for steps in table.steps], x=table.gamma)
 
 
 def draw_curves(
@@ -56,7 +56,7 @@ def draw_curves(
         place: where the picture is written.
         kind: "svg", "png" or "webp".
         columns: panels beside each other.
-        against: name of the horizontal axis; "network calls" is logarithmic and has the teacher's figure as a line.
+        against: name of the horizontal axis; all but "gamma" are logarithmic and have the teacher's figure as a line.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -67,8 +67,8 @@ def draw_curves(
     with rc_context(STYLE):
         canvas: Any = Figure(figsize=(4.6 * columns, 3.2 * rows), layout="constrained")
         axes = canvas.subplots(rows, columns, squeeze=False).ravel()
-        by_steps = against == "network calls"
-        frame = tidy(results)
+        by_steps = against != "gamma"
+        frame = tidy(results, "steps")
         ends = frame[(frame.method == TEACHER) & (frame.steps == TEACHER_STEPS)]
         teacher = ends.groupby("metric").value.mean() if by_steps else {}
         names = points.series.drop_duplicates().tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -11,21 +12,24 @@ from pandas import DataFrame
 from fewstep.common.errors import UserError
 from fewstep.evaluation.bootstrap import paired_difference
 from fewstep.evaluation.metric import Figure
-from fewstep_worlds.report.results import Results
+from fewstep_worlds.report.results import By, Results
 
 HEADLINE_GAMMA = 0.2
 """The TCD paper's gamma."""
 SWEEP = 3
-"""Gammas at one step count that make a sweep. A sweep has a figure of its own and is left out of tables."""
-SETTINGS = ["method", "steps", "seed", "gamma", "omega", "calls_note", "note"]
+"""Gammas at one count that make a sweep. A sweep has a figure of its own and is left out of tables."""
+SETTINGS = ["method", "steps", "nfe", "seed", "gamma", "omega", "note"]
 FIGURE = ["value", "low", "high", "n", "identity"]
 
 
-def tidy(results: Results) -> DataFrame:
-    """Return a row for each figure: `SETTINGS`, label, metric, `FIGURE`, and the scores of the prompts.
+def tidy(results: Results, by: By) -> DataFrame:
+    """Return a row for each figure: `SETTINGS`, label, count, metric, `FIGURE`, and the scores of the prompts.
 
-    The label is the method, with gamma or omega where a method has several at one step count. Rows of a method are
-    consecutive, in the order of the results.
+    The label is the method, with gamma or omega where a method has several at one count of either kind. Rows of a
+    method are consecutive, in the order of the results.
+
+    Args:
+        by: what the count is.
     """
     methods = list(dict.fromkeys(row.method for row in results.rows))
     records = [
@@ -37,21 +41,24 @@ def tidy(results: Results) -> DataFrame:
     frame = DataFrame(records, columns=[*SETTINGS, "metric", *FIGURE, "scores"])
     frame = frame.astype(dict.fromkeys(("gamma", "omega", "value", "low", "high"), float))
     frame["label"] = frame.method
+    frame["count"] = frame[by]
     for name, sign in (("gamma", "γ"), ("omega", "ω")):
-        varied = (frame.groupby(["method", "steps"])[name].nunique(dropna=False) > 1).groupby("method").any()
-        shown = frame.method.isin(varied.index[varied])
+        several = [
+            frame.groupby(["method", kind])[name].transform("nunique", dropna=False) > 1 for kind in get_args(By)
+        ]
+        shown = frame.method.isin(frame.method[several[0] | several[1]])
         frame.loc[shown, "label"] += [f", {sign} = {'none' if pd.isna(x) else f'{x:g}'}" for x in frame[name][shown]]
     return frame
 
 
 def means(frame: DataFrame) -> DataFrame:
-    """Return mean, spread and interval over seeds, indexed by (label, metric, steps).
+    """Return mean, spread and interval over seeds, indexed by (label, metric, count).
 
     The spread is the standard deviation over seeds (n - 1), NaN for one seed. The interval is mean -+ spread; for one
     seed it is the bootstrap interval over pictures.
     """
-    groups = frame.groupby(["label", "metric", "steps"], sort=False)
-    columns = {name: (name, "first") for name in ("method", "gamma", "low", "high")}
+    groups = frame.groupby(["label", "metric", "count"], sort=False)
+    columns = {name: (name, "first") for name in ("method", "steps", "nfe", "gamma", "low", "high")}
     found = groups.agg(**columns, spread=("value", "std"), value=("value", "mean"))
     several = found.spread.notna()
     found["low"] = found.low.mask(several, found.value - found.spread)
@@ -60,8 +67,8 @@ def means(frame: DataFrame) -> DataFrame:
 
 
 def swept(frame: DataFrame) -> str | None:
-    """Return the method that was measured at `SWEEP` gammas or more at one step count, None if none was."""
-    gammas = frame.groupby(["method", "steps"], sort=False).gamma.nunique()
+    """Return the method that was measured at `SWEEP` gammas or more at one count, None if none was."""
+    gammas = frame.groupby(["method", "count"], sort=False).gamma.nunique()
     return next((method for method, _ in gammas.index[gammas >= SWEEP]), None)
 
 
@@ -83,14 +90,14 @@ def headline(frame: DataFrame, method: str) -> str | None:
 
 
 def paired(
-    frame: DataFrame, ours: str, theirs: str, metric: str, steps: int, their_steps: int | None = None
+    frame: DataFrame, ours: str, theirs: str, metric: str, count: int, their_count: int | None = None
 ) -> Figure | None:
     """Return the mean of ours - theirs over prompts, with its bootstrap interval over prompts.
 
     Each prompt's score is first averaged over the seeds that both labels have.
 
     Args:
-        their_steps: network calls of theirs; None for `steps`.
+        their_count: count of theirs; None for the same.
 
     Returns:
         None where the two share no seed with scores.
@@ -100,18 +107,17 @@ def paired(
     """
     scored = frame[(frame.metric == metric) & frame.scores.notna()]
     sides = [
-        scored[(scored.label == label) & (scored.steps == count)].set_index("seed")
-        for label, count in ((ours, steps), (theirs, their_steps or steps))
+        scored[(scored.label == label) & (scored["count"] == number)].set_index("seed")
+        for label, number in ((ours, count), (theirs, their_count or count))
     ]
     seeds = sorted(set(sides[0].index) & set(sides[1].index))
     if not seeds:
         return None
     scores = [[side.scores[seed] for seed in seeds] for side in sides]
-    counts = sorted({len(own) for side in scores for own in side})
-    if len(counts) > 1:
+    lengths = sorted({len(own) for side in scores for own in side})
+    if len(lengths) > 1:
         raise UserError(
-            f"{metric} of {ours} and {theirs} at {steps} calls has scores of {counts} prompts; give both the same "
-            "prompts"
+            f"{metric} of {ours} and {theirs} at {count} has scores of {lengths} prompts; give both the same prompts"
         )
     difference = paired_difference(np.mean(scores[0], axis=0), np.mean(scores[1], axis=0), 0)
     return replace(difference, identity=sides[0].identity.iloc[0])

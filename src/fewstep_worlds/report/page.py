@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,55 +18,103 @@ from PIL import Image
 from fewstep.common.errors import UserError
 from fewstep.common.files import write_text
 from fewstep.evaluation.metric import ARROWS, Pictures, check_pictures
-from fewstep_worlds.report.claims import TCD, claims
+from fewstep_worlds.report.claims import CLOSED, TCD, claims
 from fewstep_worlds.report.curves import draw_curves, gamma_curves, step_curves
 from fewstep_worlds.report.frame import compared, headline, paired, tidy
 from fewstep_worlds.report.results import Results
-from fewstep_worlds.report.tables import STEPS, StepTable, better_of, decimals, step_table, table_blocks
+from fewstep_worlds.report.tables import (
+    STEPS,
+    WORDS,
+    StepTable,
+    better_of,
+    decimals,
+    step_table,
+    table_blocks,
+)
 
-COMMAND = 'fewstep sample "a doggy, fluent 3d style" --steps 4 --out doggy.png'
 LOSSLESS = 1_200_000
 """Bytes of pictures up to which the grid is lossless."""
 QUALITY = 88
 """WebP quality of a larger grid."""
 
-GridRow = tuple[str, Pictures]
-"""A row's name and its pictures, uint8 [P, H, W, 3]."""
+
+@dataclass(frozen=True)
+class Column:
+    """A network's pictures in a sheet.
+
+    Attributes:
+        method: its name.
+        cost: steps and network evaluations of a picture.
+        pictures: uint8 [P, H, W, 3].
+    """
+
+    method: str
+    cost: str
+    pictures: Pictures
 
 
-def write_report(path: Path | str, results: Results, grid: Sequence[GridRow], *, command: str = COMMAND) -> Path:
+@dataclass(frozen=True)
+class Sheet:
+    """Pictures of the same prompts and noise: a row a prompt, a column a network.
+
+    Raises:
+        UserError: a column has not one picture a prompt.
+    """
+
+    title: str
+    prompts: Sequence[str]
+    columns: Sequence[Column]
+
+    def __post_init__(self) -> None:
+        for column in self.columns:
+            check_pictures(column.pictures)
+            if len(column.pictures) != len(self.prompts):
+                raise UserError(
+                    f"column {column.method!r} of a sheet has {len(column.pictures)} pictures for "
+                    f"{len(self.prompts)} prompts"
+                )
+
+    def rows(self) -> list[tuple[str, list[str]]]:
+        """Return each prompt with its pictures as data URLs."""
+        by_column = embed_grid([column.pictures for column in self.columns])
+        return [(prompt, [urls[i] for urls in by_column]) for i, prompt in enumerate(self.prompts)]
+
+
+def write_report(
+    path: Path | str, results: Results, sheets: Sequence[Sheet], *, command: str = "", closed: float = CLOSED
+) -> Path:
     """Write the report. It loads no network, no script and no other file.
 
     Args:
-        grid: pictures of the first prompts from the same noise, a row each: the teacher at 50 calls, methods at 4.
-        command: how to sample with a prompt of one's own.
+        sheets: the first one is shown at the top, large.
+        command: how to draw a prompt of one's own; empty to leave it out.
+        closed: as for `claims`.
 
     Raises:
-        UserError: the grid's rows differ in length, or the place cannot be written to.
+        UserError: the place cannot be written to.
     """
     from jinja2 import Environment, StrictUndefined
 
-    count = len(grid[0][1]) if grid else 0
-    for name, pictures in grid:
-        check_pictures(pictures)
-        if len(pictures) != count:
-            raise UserError(f"row {name!r} of the grid has {len(pictures)} pictures for {count} prompts")
     steps = tuple(n for n in STEPS if n in {row.steps for row in results.rows}) or STEPS
-    tables = [step_table(results, names, steps) for names in table_blocks(results)]
-    frame = compared(tidy(results))
+    blocks = table_blocks(results)
+    tables = {
+        by: [(_step_cells(table), as_html(table.references), table.notes) for table in parts]
+        for by in WORDS
+        for parts in [[step_table(results, names, steps, by) for names in blocks]]
+    }
+    frame = compared(tidy(results, "nfe"))
     page = resources.files("fewstep_worlds.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = environment.from_string(page).render(
         results=results,
-        columns=results.prompts[:count],
-        grid=[(name, urls) for (name, _), urls in zip(grid, embed_grid([p for _, p in grid]))],
+        sheets=[(sheet, sheet.rows()) for sheet in sheets],
         command=command,
-        tables=[(_step_cells(table), as_html(table.references), table.notes) for table in tables],
+        tables=tables,
         notes=_row_notes(frame),
-        curves=_embedded(results, step_curves(results), "network calls"),
+        curves={by: _embedded(results, step_curves(results, by), word) for by, word in WORDS.items()},
         sweep=_embedded(results, gamma_curves(results), "gamma"),
         comparisons=_comparisons(results, frame, steps),
-        claims=claims(results),
+        claims=claims(results, closed),
         scale=as_html(_scale(results)) if results.scale else "",
         identities=[identity for name in results.metrics for identity in results.identities(name)],
     )
@@ -110,7 +159,7 @@ def _step_cells(table: StepTable) -> Any:
 
 
 def _comparisons(results: Results, frame: DataFrame, steps: Sequence[int]) -> list[tuple[str, Any]]:
-    """Return titles and tables of TCD minus each other method, LCM first, prompt by prompt at equal calls."""
+    """Return titles and tables of TCD minus each other method, LCM first, prompt by prompt at equal NFE."""
     ours = headline(frame, TCD)
     if ours is None:
         return []
@@ -123,7 +172,7 @@ def _comparisons(results: Results, frame: DataFrame, steps: Sequence[int]) -> li
                   if name in set(scored.metric[scored.label == theirs])]  # fmt: skip
         rows = {name + ARROWS[better_of(results, name)]: _differences(results, frame, ours, theirs, name, steps)
                 for name in shared}  # fmt: skip
-        table = DataFrame(rows, index=list(steps)).T.rename_axis(columns="network calls")
+        table = DataFrame(rows, index=list(steps)).T.rename_axis(columns=WORDS["nfe"])
         table = table[(table != "").any(axis=1)]
         if len(table):
             found.append((f"{ours} minus {theirs}", as_html(table)))
@@ -165,12 +214,11 @@ def _scale(results: Results) -> DataFrame:
 def _row_notes(frame: DataFrame) -> list[str]:
     """Return every distinct note with the rows it belongs to; a label alone means all of its step counts."""
     every = frame.groupby("label").steps.nunique()
-    notes = frame.melt(["label", "steps"], ["calls_note", "note"], value_name="text").query("text != ''")
     found = []
-    for text, rows in notes.groupby("text", sort=False):
+    for text, rows in frame[frame.note != ""].groupby("note", sort=False):
         names = []
         for label, own in rows.groupby("label", sort=False).steps:
             counts = sorted(set(own))
-            names.append(label if len(counts) == every[label] else f"{label} at {', '.join(map(str, counts))} calls")
+            names.append(label if len(counts) == every[label] else f"{label} at {', '.join(map(str, counts))} steps")
         found.append(f"{', '.join(names)}: {text}")
     return found

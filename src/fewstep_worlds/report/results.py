@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -14,7 +14,9 @@ from fewstep.common.errors import UserError
 from fewstep.common.files import read_json, write_text
 from fewstep.evaluation.metric import Against, Figure, Group, Identity
 
-FORMAT = "fewstep results 1"
+FORMAT = "fewstep results 2"
+By = Literal["nfe", "steps"]
+"""Count that rows are compared at: network evaluations, the cost of a picture, or steps, which papers count."""
 
 
 @dataclass(frozen=True)
@@ -23,14 +25,14 @@ class Row:
 
     Attributes:
         method: "TCD", "LCM", "DDIM", "Euler", "DPM-Solver++(2S)", "teacher", or any other name.
-        steps: network calls a picture; a guided call counts once.
+        steps: steps of the sampler a picture.
         seed: of the noise.
         figures: by metric.
+        nfe_a_step: network evaluations of a step: 2 if it is guided, twice as many if its sampler makes two calls.
         gamma: stochasticity of sampling, None where the method has none.
         omega: guidance in the papers' convention, None where the method is not guided.
         scores: a number a prompt by metric, all rows in the same order of prompts: for paired comparisons.
-        calls_note: what a call costs where it is not one evaluation of the network.
-        note: anything else that a reader must know.
+        note: what a reader must know.
         commit: of the code that drew and measured it.
     """
 
@@ -40,15 +42,20 @@ class Row:
     steps: int
     seed: int
     figures: dict[str, Figure]
+    nfe_a_step: int = 1
     gamma: float | None = None
     omega: float | None = None
     scores: dict[str, list[float]] = field(default_factory=dict)
-    calls_note: str = ""
     note: str = ""
     commit: str = ""
 
+    @property
+    def nfe(self) -> int:
+        """Network evaluations a picture."""
+        return self.steps * self.nfe_a_step
+
     def __str__(self) -> str:
-        parts = [f"{self.method} at {self.steps} calls", f"seed {self.seed}"]
+        parts = [f"{self.method} at {self.steps} steps", f"seed {self.seed}"]
         parts += [f"gamma {self.gamma:g}"] if self.gamma is not None else []
         parts += [f"omega {self.omega:g}"] if self.omega is not None else []
         return ", ".join(parts)

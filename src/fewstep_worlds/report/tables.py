@@ -12,24 +12,27 @@ from pandas import DataFrame
 from fewstep.evaluation.metric import ARROWS
 from fewstep_worlds.common.tables import markdown
 from fewstep_worlds.report.frame import compared, means, paired, tidy
-from fewstep_worlds.report.results import Results
+from fewstep_worlds.report.results import By, Results
 
 STEPS = (2, 4, 8, 20)
-"""Network calls at which methods are compared, as in the TCD paper's Table 1."""
+"""Counts at which methods are compared, as in the TCD paper's Table 1."""
+WORDS: dict[By, str] = {"nfe": "NFE", "steps": "steps"}
 BLOCKS = 4
 """Metrics beside each other in one table."""
+WIDTH = 100
+"""Columns of a terminal."""
 
 Place = tuple[str, int]
-"""A method's name and its network calls."""
+"""A method's name and its steps."""
 
 
 class StepTable(NamedTuple):
-    """Table 1's shape: a row a method, a block of columns a metric, a column a step count.
+    """Table 1's shape: a row a method, a block of columns a metric, a column a count.
 
     Attributes:
         cells: means over seeds as text, with the spread; empty where nothing was measured.
         best: bool, like `cells`: no other method prints a better mean in the column.
-        references: rows beside them, a column a metric: more network calls than `cells` has, and real pictures.
+        references: rows beside them, a column a metric: methods without a cell, and real pictures.
         notes: what each metric is and how many pictures it rests on.
     """
 
@@ -39,16 +42,16 @@ class StepTable(NamedTuple):
     notes: list[str]
 
 
-def step_table(results: Results, metrics: Sequence[str], steps: Sequence[int] = STEPS) -> StepTable:
+def step_table(results: Results, metrics: Sequence[str], counts: Sequence[int] = STEPS, by: By = "nfe") -> StepTable:
     """Arrange the means over seeds of some metrics."""
-    frame = compared(tidy(results))
+    frame = compared(tidy(results, by))
     found = means(frame)
-    labels = [label for label, own in frame.groupby("label", sort=False).steps if set(own) & set(steps)]
+    labels = [label for label, own in frame.groupby("label", sort=False)["count"] if set(own) & set(counts)]
     blocks = {
         metric + ARROWS[better_of(results, metric)]: _block(
             found[found.index.get_level_values("metric") == metric].droplevel("metric"),
             labels,
-            steps,
+            counts,
             better_of(results, metric),
             results.floor(metric),
         )
@@ -59,18 +62,18 @@ def step_table(results: Results, metrics: Sequence[str], steps: Sequence[int] = 
     notes = [note for metric in metrics for note in _notes(results, frame, metric)]
     if frame.seed.nunique() > 1:
         notes.append("Mean over seeds ± standard deviation over seeds.")
-    cells = cells.rename_axis(columns=[None, "network calls"])
+    cells = cells.rename_axis(columns=[None, WORDS[by]])
     return StepTable(cells, best, references[(references != "").any(axis=1)], notes)
 
 
 def _block(
-    own: DataFrame, labels: Sequence[str], steps: Sequence[int], better: str, floor: float | None
+    own: DataFrame, labels: Sequence[str], counts: Sequence[int], better: str, floor: float | None
 ) -> tuple[DataFrame, DataFrame, dict[str, str]]:
-    """Return cells, best and references of one metric, whose means are indexed by (label, steps)."""
-    beyond = own[own.index.get_level_values("steps") > max(steps)]
-    values = own.value.unstack("steps").reindex(index=labels, columns=steps)
-    spreads = own.spread.unstack("steps").reindex(index=labels, columns=steps)
-    places = decimals([*values.to_numpy().ravel(), *beyond.value])
+    """Return cells, best and references of one metric, whose means are indexed by (label, count)."""
+    beside = own[~own.index.get_level_values("label").isin(labels)]
+    values = own.value.unstack("count").reindex(index=labels, columns=counts)
+    spreads = own.spread.unstack("count").reindex(index=labels, columns=counts)
+    places = decimals([*values.to_numpy().ravel(), *beside.value])
     if any(round(spread, places) == 0 for spread in own.spread if spread > 0):
         places += 1
 
@@ -84,20 +87,42 @@ def _block(
     text = values.map(printed).astype(object)
     best = text.eq(extreme.map(printed)) & values.notna() if extreme is not None else text.eq(None)
     references = {
-        f"{label}, {count} calls": printed(row.value) + spread(row.spread) for (label, count), row in beyond.iterrows()
+        f"{label}, {row.steps} steps ({row.nfe} NFE)": printed(row.value) + spread(row.spread)
+        for (label, _), row in beside.iterrows()
     }
     return text + spreads.map(spread).astype(object), best, references | {"real pictures": printed(floor)}
 
 
-def table1(results: Results, metrics: Sequence[str], steps: Sequence[int] = STEPS) -> str:
+def table1(results: Results, metrics: Sequence[str], counts: Sequence[int] = STEPS, by: By = "nfe") -> str:
     """Return the table as Markdown, the best figure of each column in bold, with a line on each metric."""
-    table = step_table(results, metrics, steps)
+    table = step_table(results, metrics, counts, by)
     bold = table.cells.mask(table.best, "**" + table.cells + "**")
-    head = [f"{metric}: {count}" if count == steps[0] else f"{count}" for metric, count in bold.columns]
-    text = markdown(["calls", *head], bold.itertuples(name=None))
+    head = [f"{metric}: {count}" if count == counts[0] else f"{count}" for metric, count in bold.columns]
+    text = markdown([WORDS[by], *head], bold.itertuples(name=None))
     if len(table.references):
         text += "\n" + markdown(["beside them", *table.references.columns], table.references.itertuples(name=None))
     return text + "\n" + "".join(f"- {note}\n" for note in table.notes)
+
+
+def tables(results: Results, counts: Sequence[int] = STEPS, metrics: Sequence[str] | None = None) -> str:
+    """Return the tables of all metrics as Markdown, by network evaluations, then by steps unless these are the same."""
+    blocks = table_blocks(results, metrics)
+    both = [[table1(results, names, counts, by) for names in blocks] for by in WORDS]
+    if all(row.nfe_a_step == 1 or row.steps > max(counts) for row in results.rows):
+        both.pop()
+    return "\n".join(text for texts in both for text in texts)
+
+
+def terminal_table(results: Results, counts: Sequence[int] = STEPS) -> str:
+    """Return the first metrics' tables by network evaluations as plain text of at most `WIDTH` columns."""
+    names = default_metrics(results)
+    texts = []
+    for metrics in (names[:2], names[2:]):
+        if metrics:
+            table = step_table(results, metrics, counts)
+            parts = (table.cells.rename_axis(index=None), table.references)
+            texts += [part.to_string(line_width=WIDTH) for part in parts if len(part)]
+    return "\n\n".join(texts)
 
 
 def table_blocks(results: Results, metrics: Sequence[str] | None = None) -> list[tuple[str, ...]]:
@@ -121,7 +146,7 @@ def gains(results: Results, pairs: Sequence[tuple[Place, Place]], metrics: Seque
     Args:
         pairs: (ours, theirs); a pair of which a row is missing is left out.
     """
-    frame = tidy(results)
+    frame = tidy(results, "steps")
     rows = []
     for (method, steps), (other, their_steps) in pairs:
         ours, theirs = (

@@ -6,8 +6,9 @@ the installation does not allow it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fewstep.common.arguments import checked, with_options
 from fewstep.common.config import ConfigT, parse_overrides, validate
@@ -35,7 +36,7 @@ def demo(*, out: Path | str = "demo", overrides: str | Sequence[str] = ()) -> Pa
 
 @checked
 def benchmark(*, out: Path | str = "runs/benchmark", overrides: str | Sequence[str] = ()) -> Path:
-    """Reproduce the TCD paper's Table 1 and gamma figures on the bundled world, three seeds. Takes hours on a CPU.
+    """Reproduce the TCD paper's tables and gamma figures on the bundled world, three seeds. Takes hours on a CPU.
 
     Args:
         out: folder; a stopped benchmark is resumed from it.
@@ -146,6 +147,14 @@ def versatility(*, out: Path | str = "runs/versatility", overrides: str | Sequen
     from fewstep_worlds.studies.addons.figure import versatility
 
     return _run(versatility, config, out)
+
+
+def with_report(path: Path, arguments: Mapping[str, Any]) -> list[str]:
+    """Return the lines that a study with a report prints: its first table, and where the report is."""
+    from fewstep_worlds.report.results import load_results
+    from fewstep_worlds.report.tables import terminal_table
+
+    return [terminal_table(load_results(path.with_name("results.json"))), f"wrote {path}"]
 
 
 def _checked(

@@ -1,8 +1,8 @@
-"""`fewstep world benchmark`: the TCD paper's Table 1 and gamma figures on the bundled world, start to end.
+"""`fewstep world benchmark`: the TCD paper's tables and gamma figures on the bundled world, start to end.
 
-LCM and TCD train on the same samples in the same order with the same batch, rank and guidance, each at the best of the
-same learning rates on a validation list. Teacher rows use the students' mean guidance and the teacher's own best. The
-results of every stage are stored, so a stopped benchmark is resumed.
+LCM, TCD and its other parameterisations train on the same samples in the same order with the same batch, rank and
+guidance, each at the best of the same learning rates on a validation list. Teacher rows use the students' mean guidance
+and the teacher's own best. The results of every stage are stored, so a stopped benchmark is resumed.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fewstep.common import core_yaml
+from fewstep.common.defaults import world
 from fewstep.common.files import atomic_write, write_json, write_text
-from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.report.claims import TEACHER_STEPS, claims, claims_table
 from fewstep_worlds.report.curves import draw_curves, gamma_curves
 from fewstep_worlds.report.page import write_report
-from fewstep_worlds.report.results import Results, Row, save_results
-from fewstep_worlds.report.tables import STEPS, table1, table_blocks
+from fewstep_worlds.report.results import Row, save_results
+from fewstep_worlds.report.tables import STEPS, tables
 from fewstep_worlds.studies.comparison import (
     Comparison,
     Entry,
-    SharedMetrics,
     solver_entries,
     student_entries,
     teacher_entry,
 )
-from fewstep_worlds.studies.demo import picture_grid
 from fewstep_worlds.studies.settings import BenchmarkConfig
+from fewstep_worlds.studies.sheets import COUNT, sheets
 from fewstep_worlds.studies.students import (
     METHODS,
+    PARAMETERISATIONS,
     WIDER_SKIP,
     student_config,
     student_sampling,
@@ -40,6 +40,7 @@ from fewstep_worlds.studies.students import (
 )
 
 GAMMAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+RECIPES = {**METHODS, **PARAMETERISATIONS}
 CHOOSING = 99
 """Seed of the noise for choosing rates, guidance and gammas; no result uses it."""
 
@@ -89,7 +90,7 @@ def choose_rate(config: BenchmarkConfig, recipe: str, validation: Comparison, ou
     sampling = student_sampling(recipe, config.gamma)
     candidates = {
         str(rate): student_entries(
-            METHODS[recipe], train(config, recipe, rate, config.seeds[0], out), sampling, STEPS, CHOOSING
+            RECIPES[recipe], train(config, recipe, rate, config.seeds[0], out), sampling, STEPS, CHOOSING
         )
         for rate in config.rates
     }
@@ -117,10 +118,11 @@ def choose_gammas(student: Path, tuning: Comparison, out: Path) -> dict[int, flo
 def headline_entries(
     config: BenchmarkConfig, students: Mapping[str, Path], gammas: Mapping[int, float], omega: float, seed: int
 ) -> list[Entry]:
-    """Return Table 1 at one seed: solvers on the teacher, both students, and TCD with its tuned gammas."""
+    """Return Tables 1 and 2 at one seed: solvers on the teacher, all students, and TCD with its tuned gammas."""
     entries = solver_entries(omega, STEPS, seed)
-    for recipe, method in METHODS.items():
-        entries += student_entries(method, students[recipe], student_sampling(recipe, config.gamma), STEPS, seed)
+    for recipe, method in RECIPES.items():
+        counts = STEPS if recipe in METHODS else [COUNT]
+        entries += student_entries(method, students[recipe], student_sampling(recipe, config.gamma), counts, seed)
     for steps in STEPS:
         tuned = student_sampling("tcd", gammas[steps])
         entries += student_entries("TCD, tuned gamma", students["tcd"], tuned, [steps], seed)
@@ -138,22 +140,21 @@ def sweep_entries(student: Path, seed: int) -> list[Entry]:
 
 def benchmark(config: BenchmarkConfig, out: Path) -> Path:
     """Run every stage that is not done yet; return the report's path."""
-    shared = SharedMetrics.load(out / "features")
-    validation = Comparison(emoji8.read_prompts("validation"), out, shared)
-    rates = {recipe: choose_rate(config, recipe, validation, out) for recipe in METHODS}
+    validation = Comparison(world().read_prompts("validation"), out)
+    rates = {recipe: choose_rate(config, recipe, validation, out) for recipe in RECIPES}
     write_text(
         out / "config.yaml", core_yaml.dump(config.model_dump(mode="json"))
     )  # only now: a folder with students of another config was refused
     best_omega = choose_omega(config, validation, out)
     first = config.seeds[0]
-    tuning = Comparison(emoji8.read_prompts("gamma"), out, shared)
+    tuning = Comparison(world().read_prompts("gamma"), out)
     gammas = choose_gammas(train(config, "tcd", rates["tcd"], first, out), tuning, out)
 
-    final = Comparison(emoji8.read_prompts("benchmark")[: config.prompts], out, shared)
+    final = Comparison(world().read_prompts("benchmark")[: config.prompts], out)
     mean_omega = students_omega()
     rows: list[Row] = []
     for seed in config.seeds:
-        students = {recipe: train(config, recipe, rates[recipe], seed, out) for recipe in METHODS}
+        students = {recipe: train(config, recipe, rates[recipe], seed, out) for recipe in RECIPES}
         teacher = teacher_entry(mean_omega, TEACHER_STEPS, seed)
         entries = headline_entries(config, students, gammas, mean_omega, seed)
         if best_omega != mean_omega:
@@ -161,20 +162,20 @@ def benchmark(config: BenchmarkConfig, out: Path) -> Path:
             entries += solver_entries(best_omega, STEPS, seed)
         diverse: list[Entry] = []
         if seed == first:
-            diverse = [teacher, *(entry for entry in entries if entry.sampling.steps == 4)]
+            diverse = [teacher, *(entry for entry in entries if entry.count("nfe") == COUNT)]
+            shown = sheets(final, teacher, entries, config.shown)
             entries += sweep_entries(students["tcd"], seed)
-            shown = [(_shown_name(entry, mean_omega), entry) for entry in diverse]
         rows += final.measure_all(teacher, entries, diverse)
     own = student_config("tcd")
     results = final.results(
-        "fewstep benchmark: Table 1 on the bundled world",
+        "fewstep benchmark: the TCD paper's tables on the bundled world",
         rows,
         f"fewstep world benchmark --out {out}",
         {
             "seeds": ", ".join(map(str, config.seeds)),
             "training": f"{config.steps * config.batch} samples a student, batch {config.batch}; "
             f"the teacher's step skips k = {own.method.k} of {own.method.grid} grid points",
-            "learning rates": ", ".join(f"{METHODS[r]} {rate:g}" for r, rate in rates.items())
+            "learning rates": ", ".join(f"{RECIPES[r]} {rate:g}" for r, rate in rates.items())
             + f", each the best of {', '.join(f'{rate:g}' for rate in config.rates)} for validation",
             "students": f"LoRA of rank {own.student.rank}, guidance omega {own.method.guidance.low:g} to "
             f"{own.method.guidance.high:g} in training, averaged weights",
@@ -187,23 +188,8 @@ def benchmark(config: BenchmarkConfig, out: Path) -> Path:
         scale=1000,
     )
     save_results(out / "results.json", results)
-    write_tables(results, out)
-    return write_report(out / "report.html", results, picture_grid(final.store, shown, config.shown))
-
-
-def _shown_name(entry: Entry, usual_omega: float) -> str:
-    omega = entry.sampling.omega
-    guided = f", omega {omega:g}" if omega not in (0, usual_omega) and "omega" not in entry.method else ""
-    return f"{entry.method}, {entry.sampling.steps} steps{guided}"
-
-
-def write_tables(results: Results, out: Path) -> None:
-    """Write Table 1 and the claims as Markdown, and the gamma sweep as a picture."""
-    tables = [table1(results, names) for names in table_blocks(results)]
-    for name, text in (
-        ("table.md", "\n".join(tables)),
-        ("claims.md", claims_table(claims(results))),
-    ):
-        write_text(out / name, text)
+    write_text(out / "table.md", tables(results))
+    write_text(out / "claims.md", claims_table(claims(results)))
     with atomic_write(out / "gamma.webp") as part:
         draw_curves(results, gamma_curves(results), part, "webp", against="gamma")
+    return write_report(out / "report.html", results, shown)

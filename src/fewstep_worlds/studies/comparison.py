@@ -1,4 +1,4 @@
-"""Teacher, solvers and students measured on the same prompts and noise, for all studies.
+"""Teacher, solvers and students measured on the same prompts and noise, for all studies and worlds.
 
 Pictures and rows are stored under a hash of all that decides them, so that a stopped study is resumed.
 """
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from fewstep.backbones.pipeline_folder import read_folder
 from fewstep.backbones.teachers import teacher_path
+from fewstep.common.defaults import world
 from fewstep.common.device import pick_device, pick_precision
 from fewstep.common.files import sha256
 from fewstep.common.provenance import commit, hardware
@@ -27,11 +28,10 @@ from fewstep.evaluation.detail import detail_scale
 from fewstep.evaluation.diversity import NOISES, PROMPTS, diversity
 from fewstep.evaluation.evaluate import TeacherPictures, evaluate_pictures, score_pictures
 from fewstep.evaluation.features import Features
+from fewstep.evaluation.lite0 import Lite0Features
 from fewstep.evaluation.metric import Figure, Metric
 from fewstep.inference.generator import ImageGenerator, load_image_generator
-from fewstep_worlds.emoji8.metrics import Gallery, agreement, lite0, metrics, real_diversity
-from fewstep_worlds.emoji8.scorers.agreement import PromptAgreement
-from fewstep_worlds.report.results import Results, Row, load_results, save_results
+from fewstep_worlds.report.results import By, Results, Row, load_results, save_results
 
 INDEX0_NOTE = "ends at index 0 (sigma = .029), as TCD does; DDIM and Euler end on clean data"
 SOLVER_NAMES = {"euler": "Euler", "ddim": "DDIM", "dpmpp_2s": "DPM-Solver++(2S)"}
@@ -43,7 +43,7 @@ class Entry:
 
     Attributes:
         method: its name in tables.
-        sampling: steps, gamma, guidance.
+        sampling: network calls, gamma, guidance.
         lora: the student, None for the teacher.
         seed: of the student's training, and of the noise.
     """
@@ -54,6 +54,20 @@ class Entry:
     seed: int = 0
     note: str = ""
 
+    @property
+    def steps(self) -> int:
+        """Steps of the sampler, each of one network call or two."""
+        return self.sampling.steps // self.sampling.calls_a_step
+
+    @property
+    def nfe_a_step(self) -> int:
+        """Network evaluations of a step: two for a guided call."""
+        return self.sampling.calls_a_step * (2 if self.sampling.omega else 1)
+
+    def count(self, by: By) -> int:
+        """Return the steps or the network evaluations."""
+        return self.steps * (self.nfe_a_step if by == "nfe" else 1)
+
 
 def teacher_entry(omega: float, steps: int, seed: int, name: str = "teacher") -> Entry:
     """Return the teacher's converged end points: guided DDIM."""
@@ -61,25 +75,31 @@ def teacher_entry(omega: float, steps: int, seed: int, name: str = "teacher") ->
     return Entry(name, sampling, seed=seed)
 
 
+def entries_at(counts: Sequence[int], entry: Entry) -> list[Entry]:
+    """Return an entry at so many network evaluations, and at so many steps, where its sampler has them."""
+    calls, step = entry.sampling.calls_a_step, entry.nfe_a_step
+    steps = {*counts, *(count // step for count in counts if count % step == 0)}
+    return [replace(entry, sampling=entry.sampling.model_copy(update={"steps": calls * n})) for n in sorted(steps)]
+
+
 def solver_entries(
-    omega: float, steps: Sequence[int], seed: int, solvers: Mapping[str, str] = SOLVER_NAMES
+    omega: float, counts: Sequence[int], seed: int, solvers: Mapping[str, str] = SOLVER_NAMES
 ) -> list[Entry]:
-    """Return solvers on the teacher, at equal calls (a guided call counts once).
+    """Return solvers on the teacher, at so many network evaluations and at so many steps.
 
     All use times of the students' grid. The two-call solver ends at the least noisy index, where its mid-point exists.
     """
     entries = []
     for solver, name in solvers.items():
         end, note = ("index0", INDEX0_NOTE) if solver == "dpmpp_2s" else ("clean", "")
-        for count in steps:
-            settings = {"sampler": solver, "steps": count, "omega": omega, "spacing": "grid", "end": end}
-            entries.append(Entry(name, Sampling.model_validate(settings), seed=seed, note=note))
+        settings = {"sampler": solver, "steps": 4, "omega": omega, "spacing": "grid", "end": end}
+        entries += entries_at(counts, Entry(name, Sampling.model_validate(settings), seed=seed, note=note))
     return entries
 
 
-def student_entries(method: str, lora: Path, sampling: Sampling, steps: Sequence[int], seed: int) -> list[Entry]:
-    """Return a student at several step counts."""
-    return [Entry(method, sampling.model_copy(update={"steps": count}), lora, seed) for count in steps]
+def student_entries(method: str, lora: Path, sampling: Sampling, counts: Sequence[int], seed: int) -> list[Entry]:
+    """Return a student at so many network evaluations and at so many steps."""
+    return entries_at(counts, Entry(method, sampling, lora, seed))
 
 
 def stored_pictures(folder: Path, key: str, draw: Callable[[], np.ndarray]) -> np.ndarray:
@@ -152,48 +172,25 @@ class PictureStore:
         )
 
 
-@dataclass(frozen=True)
-class SharedMetrics:
-    """Shared parts of all comparisons of a study.
-
-    Attributes:
-        gallery: Emoji-8's training pictures.
-        features: Lite0's features of pictures, cached in the run's folder.
-        agreement: the prompt-agreement metric.
-        others: further metrics.
-    """
-
-    gallery: Gallery
-    features: Features
-    agreement: PromptAgreement
-    others: tuple[Metric, ...] = ()
-
-    @classmethod
-    def load(cls, folder: Path) -> SharedMetrics:
-        """Read those of the bundled world; `folder` caches features of pictures between processes.
-
-        Raises:
-            UserError: a part of the bundled world is missing or damaged.
-        """
-        return cls(Gallery.load(), lite0(folder), agreement())
-
-
 class Comparison:
-    """Entries sampled and measured on one list of prompts. FD is left out for sets that are too small.
+    """Entries sampled and measured on one list of prompts, by the world's own metrics.
 
     Args:
-        prompts: open prompts or captions of Emoji-8; real pictures of the same concepts are the reference.
+        prompts: that the world has real pictures of.
         out: folder of the study.
         seed: of the reference and of bootstrap intervals.
+        others: further metrics.
+
+    Raises:
+        UserError: a part of the bundled world is missing or damaged.
     """
 
-    def __init__(self, prompts: Sequence[str], out: Path, shared: SharedMetrics, seed: int = 0) -> None:
+    def __init__(self, prompts: Sequence[str], out: Path, seed: int = 0, others: Sequence[Metric] = ()) -> None:
         self.store = PictureStore(prompts, out / "pictures")
-        self.shared = shared
         self.seed = seed
-        self.reference = shared.gallery.reference(prompts, seed)
-        self.metrics: list[Metric] = metrics(shared.gallery, shared.features, len(prompts))
-        self.metrics[1:1] = [shared.agreement, *shared.others]
+        self.suite = world().suite(prompts, seed, Features(Lite0Features(), out / "features"))
+        self.reference = self.suite.reference
+        self.metrics: list[Metric] = [*self.suite.metrics, *others]
 
     @cached_property
     def decides(self) -> str:
@@ -204,7 +201,8 @@ class Comparison:
     def real(self) -> dict[str, Figure]:
         """Return the same figures of real pictures of the same prompts."""
         floor = self.reference.floor
-        assert floor is not None
+        if floor is None:
+            return {}
         usable = [metric for metric in self.metrics if metric.identity.against != "teacher"]
         return evaluate_pictures(floor, self.reference.floor_prompts, usable, self.reference, seed=self.seed)
 
@@ -215,22 +213,20 @@ class Comparison:
         sampling = entry.sampling
         return Row(
             method=entry.method,
-            steps=sampling.steps,
+            steps=entry.steps,
+            nfe_a_step=entry.nfe_a_step,
             gamma=sampling.gamma if sampling.sampler == "sss" else None,
             omega=sampling.omega or None,
             seed=entry.seed,
             figures=figures,
             scores={name: [float(value) for value in values] for name, values in scores.items()},
-            calls_note="two evaluations of the network a call (with and without the prompt)" if sampling.omega else "",
             note=entry.note,
             commit=commit(),
         )
 
     def diversity(self, entry: Entry) -> dict[str, Figure]:
         """Measure the distance between pictures of one prompt from different noise."""
-        features, prompts = self.shared.features, self.store.prompts[:PROMPTS]
-        real = real_diversity(self.shared.gallery, features, prompts, self.seed)
-        return diversity(features, self.store.noises(entry), self.seed, floor=real.value if real else None)
+        return diversity(self.suite.features, self.store.noises(entry), self.seed, floor=self.suite.real_diversity)
 
     def measure(self, entry: Entry, teacher: Entry | None = None, *, diverse: bool = False) -> Row:
         """Return the entry's row, sampling and measuring it if it is not stored.
@@ -265,7 +261,7 @@ class Comparison:
         rows = []
         with tqdm(total=1 + len(entries), desc=f"comparison, seed {teacher.seed}", unit="row") as bar:
             for entry in [teacher, *entries]:
-                bar.set_postfix_str(f"{entry.method} {entry.sampling.steps}")
+                bar.set_postfix_str(f"{entry.method} {entry.steps}")
                 rows.append(self.measure(entry, teacher, diverse=entry in diverse))
                 bar.update()
         return rows
@@ -295,7 +291,7 @@ class Comparison:
                 "command": command,
                 "commit": ", ".join(sorted({row.commit for row in rows})),
                 "hardware": hardware(),
-                "prompts": f"{len(prompts)} open prompts (no style: several right pictures each)",
+                "prompts": f"{len(prompts)}, one picture of each",
                 **settings,
                 "precision": f"networks in {str(self.store.precision).removeprefix('torch.')}, all rows alike",
             },

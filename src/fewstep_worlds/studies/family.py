@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fewstep.common.choices import CALLS
 from fewstep.common.config import validate
+from fewstep.common.defaults import world
 from fewstep.common.errors import UserError
 from fewstep.common.files import write_text
 from fewstep.diffusion.config import Sampling
@@ -22,14 +23,13 @@ from fewstep.distillation.config import DistillConfig, resolve
 from fewstep.distillation.distill import distill, shared_cache
 from fewstep.methods.cost import step_cost
 from fewstep_worlds.common.tables import markdown
-from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.report.claims import TEACHER_STEPS
 from fewstep_worlds.report.results import Results, Row, save_results
-from fewstep_worlds.report.tables import table1, table_blocks
+from fewstep_worlds.report.tables import tables
 from fewstep_worlds.studies.comparison import (
     Comparison,
     Entry,
-    SharedMetrics,
+    entries_at,
     student_entries,
     teacher_entry,
 )
@@ -43,9 +43,9 @@ from fewstep_worlds.studies.students import (
 )
 
 STEPS = (1, 2, 4, 8, 20)
-"""Network calls at which recipes are compared."""
+"""Counts at which recipes are compared."""
 SAMPLER_STEPS = (4, 8, 20)
-"""Network calls at which samplers are compared."""
+"""Counts at which samplers are compared."""
 TSCD_STAGES = ", ".join(
     f"{{name: {m} segment{'s' if m > 1 else ''}, share: 0.25, method: {{segments: {m}, k: {8 // m}}}}}"
     for m in (8, 4, 2, 1)
@@ -135,30 +135,30 @@ def share_of_budget(config: FamilyConfig, recipe: str) -> Share:
 def recipe_entries(recipe: str, student: Path, omega: float, seed: int) -> list[Entry]:
     """Return a student under its recipe's sampler; one trained without guidance is also sampled with it."""
     config = resolve(recipe)
-    sampling = config.sampling
-    counts = [count for count in STEPS if count % sampling.calls_a_step == 0]
-    entries = student_entries(recipe, student, sampling, counts, seed)
+    entries = student_entries(recipe, student, config.sampling, STEPS, seed)
     if config.method.guidance.convention == "none":
-        guided = sampling.model_copy(update={"omega": omega})
-        entries += student_entries(f"{recipe}, guided", student, guided, counts, seed)
+        guided = config.sampling.model_copy(update={"omega": omega})
+        entries += student_entries(f"{recipe}, guided", student, guided, STEPS, seed)
     return entries
 
 
 def sampler_entries(student: Path, seed: int) -> list[Entry]:
-    """Return one TCF(1) student under every sampler of the family, at equal network calls."""
+    """Return one TCF(1) student under every sampler of the family."""
     own = resolve("tcd").sampling.model_dump()
     return [
-        Entry(name, validate(Sampling, own | dict(changes) | {"steps": steps}), student, seed)
+        entry
         for name, changes in SAMPLERS.items()
-        for steps in SAMPLER_STEPS
+        for entry in entries_at(
+            SAMPLER_STEPS, Entry(name, validate(Sampling, own | dict(changes) | {"steps": 4}), student, seed)
+        )
     ]
 
 
 def family(config: FamilyConfig, out: Path) -> Path:
     """Distil, sample and measure; write results.json and tables.md, and return the tables' path."""
     shares = {recipe: share_of_budget(config, recipe) for recipe in config.chosen}
-    prompts = emoji8.read_prompts("benchmark")[: config.prompts]
-    comparison = Comparison(prompts, out, SharedMetrics.load(out / "features"), config.seed)
+    prompts = world().read_prompts("benchmark")[: config.prompts]
+    comparison = Comparison(prompts, out, config.seed)
     omega = students_omega()
     write_text(out / "prompts.txt", "\n".join(prompts) + "\n")
     teacher = teacher_entry(omega, TEACHER_STEPS, config.seed)
@@ -180,14 +180,11 @@ def family(config: FamilyConfig, out: Path) -> Path:
         [WIDER_SKIP],
     )
     save_results(out / "results.json", results)
-    text = [settings_table(results.settings), *(table1(results, names, STEPS) for names in table_blocks(results))]
+    text = [settings_table(results.settings), tables(results, STEPS)]
     if "tcd" in shares:
         samplers = Results(title="Samplers of one TCF(1) student", rows=tuple(by_sampler), real=results.real)
         save_results(out / "samplers.json", samplers)
-        text += [
-            f"## {samplers.title}\n",
-            *(table1(samplers, names, SAMPLER_STEPS) for names in table_blocks(samplers)),
-        ]
+        text += [f"## {samplers.title}\n", tables(samplers, SAMPLER_STEPS)]
     text += ["## Commands\n", commands(shares, out)]
     write_text(out / "tables.md", "\n".join(text))
     return out / "tables.md"

@@ -23,9 +23,9 @@ class DemoConfig(Config):
     steps: int = Field(80, ge=1, description="optimiser steps of each student")
     batch: int = Field(64, ge=1, description="samples a step")
     lr: float = Field(1e-3, gt=0, description="learning rate of both students")
-    prompts: int = Field(100, ge=100, le=1000, description="open prompts drawn and measured")
+    prompts: int = Field(100, ge=100, description="prompts drawn and measured, at most those of the world's list")
     gamma: float = Field(0.2, ge=0, le=1, description="TCD's gamma at every step count")
-    shown: int = Field(10, ge=1, description="prompts in the picture grid")
+    shown: int = Field(8, ge=1, description="prompts in the sheets of pictures")
     seed: Seed = Field(0, description="seed of training and of the noise, 0 to 89")
 
 
@@ -79,7 +79,7 @@ class FamilyConfig(Config):
     evaluations: int = Field(60_000, ge=5_000, description="network evaluations that each student's training may take")
     batch: int = Field(64, ge=1, description="samples a step")
     lr: float = Field(1e-3, gt=0, description="learning rate of every student")
-    prompts: int = Field(500, ge=500, le=1000, description="open prompts drawn and measured")
+    prompts: int = Field(500, ge=500, description="prompts drawn and measured, at most those of the world's list")
     seed: Seed = Field(0, description="seed of training and of the noise, 0 to 89")
 
     @model_validator(mode="after")
@@ -103,8 +103,8 @@ class TlcmConfig(Config):
 
     table: Literal[1, 2, 3] = Field(1, description="1: beside the teacher, LCM, TCD; 2: each ingredient; 3: p")
     seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1, description="seeds of training and noise, 0 to 89")
-    prompts: int = Field(1000, ge=500, le=1000, description="open prompts drawn and measured")
-    steps: tuple[int, ...] = Field((2, 3, 4, 5, 6, 8), min_length=1, description="network calls of Table 1")
+    prompts: int = Field(1000, ge=500, description="prompts drawn and measured, at most those of the world's list")
+    steps: tuple[int, ...] = Field((2, 3, 4, 5, 6, 8), min_length=1, description="steps of Table 1")
     p: tuple[int, ...] = Field((1, 2, 3, 4), min_length=1, description="teacher steps of Table 3")
     teacher_steps: int = Field(25, ge=1, description="steps of the teacher beside them")
 
@@ -129,12 +129,12 @@ class BenchmarkConfig(Config):
         (3e-4, 1e-3, 3e-3), min_length=1, description="learning rates tried for both methods"
     )
     seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1, description="seeds of training and noise, 0 to 89")
-    prompts: int = Field(1000, ge=500, le=1000, description="open prompts drawn and measured")
+    prompts: int = Field(2000, ge=500, description="prompts drawn and measured, at most those of the world's list")
     omegas: tuple[Omega, ...] = Field(
         (1.0, 2.0, 3.0, 5.0, 8.0), min_length=1, description="guidance tried for the teacher"
     )
     gamma: float = Field(0.2, ge=0, le=1, description="TCD's gamma of the headline, at every step count")
-    shown: int = Field(12, ge=1, description="prompts in the picture grid")
+    shown: int = Field(8, ge=1, description="prompts in the sheets of pictures")
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fewstep.common.config import Config
+from fewstep.common.defaults import world
 from fewstep.diffusion.config import Sampling
 from fewstep.distillation import distill as distillation
 from fewstep.distillation.config import DistillConfig, resolve
-from fewstep_worlds.common.location import root
 from fewstep_worlds.common.tables import markdown
 
 WIDER_SKIP = (
@@ -19,11 +19,13 @@ WIDER_SKIP = (
 """Caveat of every report of these students beside the papers' claims."""
 METHODS = {"lcm": "LCM", "tcd": "TCD"}
 """Recipe -> name in tables."""
+PARAMETERISATIONS = {"tcd-2": "TCF(2)", "tcd-s": "TCF(S+)"}
+"""The same for the TCD paper's Table 2, beside TCF(1), which is TCD's."""
 
 
 def shared_settings() -> Path:
     """Return the YAML file of the settings shared by all recipes on the bundled world."""
-    return root() / "distill.yaml"
+    return world().root() / "distill.yaml"
 
 
 def student_config(recipe: str, overrides: Sequence[str] = ()) -> DistillConfig:

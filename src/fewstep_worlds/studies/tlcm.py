@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from fewstep.common.config import merge, validate
+from fewstep.common.defaults import world
+from fewstep.common.device import pick_device
 from fewstep.common.files import write_text
 from fewstep.diffusion.config import Sampling
 from fewstep.diffusion.grid import inference_times
@@ -28,29 +30,23 @@ from fewstep.distillation.distill import distill, shared_cache
 from fewstep.distillation.stages import slug
 from fewstep.methods.cost import step_cost
 from fewstep.training.run_folder import check_same_run
-from fewstep_worlds.common.location import root
-from fewstep_worlds.emoji8 import dataset as emoji8
-from fewstep_worlds.emoji8.config import SecondScorerConfig
-from fewstep_worlds.emoji8.scorers.second_scorer import train_second_scorer
-from fewstep_worlds.emoji8.scorers.text import BertStates
+from fewstep_worlds.report.claims import COMPLEXITY
 from fewstep_worlds.report.results import Row, save_results
-from fewstep_worlds.report.tables import Place, gains, table1, table_blocks
+from fewstep_worlds.report.tables import Place, gains, tables
 from fewstep_worlds.studies.comparison import (
     Comparison,
     Entry,
-    SharedMetrics,
     solver_entries,
     student_entries,
     teacher_entry,
 )
+from fewstep_worlds.studies.preference import Preference
 from fewstep_worlds.studies.settings import TlcmConfig
 from fewstep_worlds.studies.students import METHODS, override_words, settings_table, student_config
 
 RATES = {"lcm": 3e-4, "tcd": 1e-3}
 """The learning rates that the benchmark chose for them on a validation list."""
 FINAL = "TLCM"
-FIRST_COLUMNS = ("agreement", "preference", "FD-Lite0", "KID-Lite0", "detail: edges")
-"""The metrics of the paper's tables."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +189,7 @@ class Students:
 
 def tlcm_settings() -> DistillConfig:
     """Return TLCM's settings on the bundled world, without validation: finished students are measured."""
-    return resolve("tlcm", root() / "tlcm.yaml", ["loop.validate_every=null"])
+    return resolve("tlcm", world().root() / "tlcm.yaml", ["loop.validate_every=null"])
 
 
 def times_of(sampling: Sampling, steps: int) -> Tensor:
@@ -254,10 +250,8 @@ def compared(config: TlcmConfig, gamma: float) -> list[tuple[Place, Place]]:
 def tlcm(config: TlcmConfig, out: Path) -> Path:
     """Train, sample and measure a table; write it, and return its path."""
     settings = tlcm_settings()
-    prompts = emoji8.read_prompts("benchmark")[: config.prompts]
-    shared = SharedMetrics.load(out / "features")
-    scorer = train_second_scorer(SecondScorerConfig(), shared.features, BertStates(root() / "teacher"), out / "opinion")
-    comparison = Comparison(prompts, out, replace(shared, others=(scorer,)))
+    prompts = world().read_prompts("benchmark")[: config.prompts]
+    comparison = Comparison(prompts, out, others=[Preference(world().load_scorer(pick_device("auto")))])
     omega = settings.method.guidance.mean_omega
     rows: list[Row] = []
     for seed in config.seeds:
@@ -281,11 +275,11 @@ def tlcm(config: TlcmConfig, out: Path) -> Path:
     name = f"table-{config.table}"
     save_results(out / f"{name}.json", results)
     steps = config.steps if config.table == 1 else (4,)
-    chosen = [metric for metric in FIRST_COLUMNS if metric in results.metrics]
+    scored = results.of("prompt")
     text = [
         settings_table(results.settings),
-        *(table1(results, names, steps) for names in table_blocks(results, chosen)),
+        tables(results, steps, [*scored, *results.of("quality", "real"), COMPLEXITY]),  # the paper's columns
+        gains(results, compared(config, settings.sampling.gamma), scored),
     ]
-    text.append(gains(results, compared(config, settings.sampling.gamma), ("agreement", "preference")))
     write_text(out / f"{name}.md", "\n".join(text))
     return out / f"{name}.md"
