@@ -308,11 +308,6 @@ def test_the_family_spends_alike_and_measures_every_recipe_and_sampler(
     assert "| kd | 20 | 3 | 4900 |" in text, "25 guided trajectories of 50 points, and 20 steps of 40"
     assert "| tcd | 20 | 6 | 4800 |" in text
     assert f"fewstep family --out {out} -s 'recipes=[tcd, tcd-2, ct, kd]' -s evaluations=5000 -s batch=40" in text
-    lora = out / "ct" / "student"
-    guided = f"--prompt-file {out / 'prompts.txt'} --lora {lora} -s omega=2.0 --steps $n --out {out}/rows/ct-guided-$n"
-    assert f"# ct, guided\nfor n in 1 2 4; do fewstep evaluate {guided}; done" in text
-    assert "# tcd-2\nfor n in 2 4 8; do" in text
-    assert "-s gamma_law=noise --steps $n" in text
     monkeypatch.setattr("fewstep_worlds.studies.comparison.PictureStore.pictures", forbidden_after_grid(out))
     assert api.family(out=out, overrides=words).read_text() == text
 

@@ -184,7 +184,7 @@ def test_nothing_is_fetched(page: Page) -> None:
 
 def test_page_shows_everything(page: Page) -> None:
     assert page.tags.count("img") == 4 + 3  # the sheet; figures against NFE, steps and gamma
-    for text in ("12.68", "TCD minus LCM", "✓ held", "5.0", "levels/pixel"):
+    for text in ("12.68", "TCD at 4 - LCM at 4", "✓ held", "5.0", "levels/pixel"):
         assert text in page.text
     assert "DPM-Solver++(2S): ends elsewhere" in page.text
     assert len(page.raw) < 3_000_000
@@ -347,10 +347,12 @@ def test_a_gain_is_between_prompts_and_shown_for_each_seed() -> None:
         own = rng.normal(0, 0.01, len(prompts))
         rows += [row("new", 3, seed, prompts + shift + own - own.mean()), row("old", 25, seed, prompts)]
     rows.append(row("new", 3, 2, prompts + 9))  # a seed that the other lacks
-    found = gains(Results("", tuple(rows)), [(("new", 3), ("old", 25)), (("new", 3), ("gone", 4))], ["agreement"])
-    _, _, line = found.strip().split("\n")
-    assert line.startswith("| new 3 - old 25 | +0.0100 ± 0.000")
-    assert line.endswith("(+0.0080, +0.0120) |")
+    frame = tidy(Results("", tuple(rows)), "steps")
+    found = gains(frame, [(("new", 3), ("old", 25)), (("new", 3), ("gone", 4))], ["agreement"])
+    assert list(found.index) == ["new at 3 - old at 25"]
+    (text,) = found.agreement
+    assert text.startswith("+0.0100 ± 0.000")
+    assert text.endswith("(+0.0080, +0.0120)")
 
 
 def test_claims_hold_on_the_papers_own_table() -> None:

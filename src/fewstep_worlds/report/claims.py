@@ -55,7 +55,7 @@ class Claim:
     @property
     def evidence(self) -> str:
         """Figures and note as text."""
-        figures = ", ".join(f"{name}: {_number(value)}" for name, value in self.figures.items())
+        figures = ", ".join(f"{name}: {value:.4g}" for name, value in self.figures.items())
         return "; ".join(part for part in (figures, self.note) if part)
 
 
@@ -107,7 +107,7 @@ def claims(results: Results, closed: float = CLOSED) -> list[Claim]:
         closed: share of the gap from DDIM to the teacher that TCD is expected to close at 4 network evaluations.
     """
     of = Figures(results)
-    return [*_beside_lcm(of), *_beside_solvers(of), *_beside_teacher(of, closed), *_ablations(of)]
+    return [*_beside_teacher(of, closed), *_beside_lcm(of), *_beside_solvers(of), *_ablations(of)]
 
 
 def _beside_lcm(of: Figures) -> Iterator[Claim]:
@@ -228,10 +228,3 @@ def _closes(sign: int, least: float) -> Check:
 
 def _first_is_worse(first: Series, *others: Series) -> tuple[bool | None, str]:
     return _beyond(1)(first, min(others, key=lambda row: row.value))
-
-
-def _number(value: float) -> str:
-    """Return a value with three significant digits or more, without exponents for ordinary sizes."""
-    if value and abs(value) < 0.1:
-        return f"{value:.5f}"
-    return f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}" if abs(value) < 1000 else f"{value:.0f}"

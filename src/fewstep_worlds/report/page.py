@@ -17,17 +17,17 @@ from PIL import Image
 
 from fewstep.common.errors import UserError
 from fewstep.common.files import write_text
-from fewstep.evaluation.metric import ARROWS, Pictures, check_pictures
+from fewstep.evaluation.metric import Pictures, check_pictures
 from fewstep_worlds.report.claims import CLOSED, TCD, claims
 from fewstep_worlds.report.curves import draw_curves, gamma_curves, step_curves
-from fewstep_worlds.report.frame import compared, headline, paired, tidy
+from fewstep_worlds.report.frame import compared, headline, tidy
 from fewstep_worlds.report.results import Results
 from fewstep_worlds.report.tables import (
     STEPS,
     WORDS,
     StepTable,
-    better_of,
     decimals,
+    gains,
     step_table,
     table_blocks,
 )
@@ -113,7 +113,7 @@ def write_report(
         notes=_row_notes(frame),
         curves={by: _embedded(results, step_curves(results, by), word) for by, word in WORDS.items()},
         sweep=_embedded(results, gamma_curves(results), "gamma"),
-        comparisons=_comparisons(results, frame, steps),
+        differences=_differences(results, frame, steps),
         claims=claims(results, closed),
         scale=as_html(_scale(results)) if results.scale else "",
         identities=[identity for name in results.metrics for identity in results.identities(name)],
@@ -158,51 +158,14 @@ def _step_cells(table: StepTable) -> Any:
     return as_html(table.cells.mask(table.best, "<b>" + table.cells + "</b>"))
 
 
-def _comparisons(results: Results, frame: DataFrame, steps: Sequence[int]) -> list[tuple[str, Any]]:
-    """Return titles and tables of TCD minus each other method, LCM first, prompt by prompt at equal NFE."""
-    ours = headline(frame, TCD)
-    if ours is None:
-        return []
-    scored = frame[frame.scores.notna()]
-    methods = scored.drop_duplicates("label").set_index("label").method
+def _differences(results: Results, frame: DataFrame, counts: Sequence[int]) -> Any:
+    """Return the table of TCD minus each other method prompt by prompt, LCM first; empty where TCD has no scores."""
+    ours = str(headline(frame, TCD))
+    methods = frame[frame.scores.notna()].drop_duplicates("label").set_index("label").method
     others = sorted((label for label in methods.index if label != ours), key=lambda label: methods[label] != "LCM")
-    found = []
-    for theirs in others:
-        shared = [name for name in scored.metric[scored.label == ours].unique()
-                  if name in set(scored.metric[scored.label == theirs])]  # fmt: skip
-        rows = {name + ARROWS[better_of(results, name)]: _differences(results, frame, ours, theirs, name, steps)
-                for name in shared}  # fmt: skip
-        table = DataFrame(rows, index=list(steps)).T.rename_axis(columns=WORDS["nfe"])
-        table = table[(table != "").any(axis=1)]
-        if len(table):
-            found.append((f"{ours} minus {theirs}", as_html(table)))
-    return found
-
-
-def _differences(
-    results: Results, frame: DataFrame, ours: str, theirs: str, metric: str, steps: Sequence[int]
-) -> list[str]:
-    """Return the mean difference with its interval at each step count, coloured where the interval excludes 0."""
-    figures = [paired(frame, ours, theirs, metric, count) for count in steps]
-    widths = [f.high - f.low for f in figures if f and f.low is not None and f.high is not None]
-    places = decimals(widths or [f.value for f in figures if f], 2)
-    better = better_of(results, metric)
-    cells = []
-    for figure in figures:
-        text = _signed(figure.value, places) if figure else ""
-        if figure and figure.low is not None and figure.high is not None:
-            verdict = ""
-            if better != "neither" and (figure.low > 0 or figure.high < 0):
-                verdict = "good" if (figure.low > 0) == (better == "higher") else "bad"
-            interval = f"{_signed(figure.low, places)} to {_signed(figure.high, places)}"
-            text = f'<span class="{verdict}">{text}<small>{interval}</small></span>'
-        cells.append(text)
-    return cells
-
-
-def _signed(value: float, places: int) -> str:
-    text = f"{value:+.{places}f}"
-    return text.replace("-", "−") if float(text) else text[1:]
+    pairs = [((ours, count), (theirs, count)) for theirs in others for count in counts]
+    table = gains(frame, pairs, results.of("prompt") + results.of("teacher"))
+    return as_html(table) if table.size else ""
 
 
 def _scale(results: Results) -> DataFrame:
@@ -212,13 +175,6 @@ def _scale(results: Results) -> DataFrame:
 
 
 def _row_notes(frame: DataFrame) -> list[str]:
-    """Return every distinct note with the rows it belongs to; a label alone means all of its step counts."""
-    every = frame.groupby("label").steps.nunique()
-    found = []
-    for text, rows in frame[frame.note != ""].groupby("note", sort=False):
-        names = []
-        for label, own in rows.groupby("label", sort=False).steps:
-            counts = sorted(set(own))
-            names.append(label if len(counts) == every[label] else f"{label} at {', '.join(map(str, counts))} steps")
-        found.append(f"{', '.join(names)}: {text}")
-    return found
+    """Return every distinct note with the methods it belongs to."""
+    notes = frame[frame.note != ""].groupby("note", sort=False).label.unique()
+    return [f"{', '.join(labels)}: {note}" for note, labels in notes.items()]

@@ -23,7 +23,7 @@ WIDTH = 100
 """Columns of a terminal."""
 
 Place = tuple[str, int]
-"""A method's name and its steps."""
+"""A label or a method, and its count."""
 
 
 class StepTable(NamedTuple):
@@ -140,24 +140,18 @@ def default_metrics(results: Results) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*wanted, *others]))[:BLOCKS]
 
 
-def gains(results: Results, pairs: Sequence[tuple[Place, Place]], metrics: Sequence[str]) -> str:
-    """Return differences of metrics that score each prompt, as Markdown: mean with its 95 % interval, each seed's.
+def gains(frame: DataFrame, pairs: Sequence[tuple[Place, Place]], metrics: Sequence[str]) -> DataFrame:
+    """Return differences of metrics that score each prompt: the mean with its 95 % interval, each seed's.
 
     Args:
-        pairs: (ours, theirs); a pair of which a row is missing is left out.
+        frame: of `tidy`.
+        pairs: (ours, theirs), each a label or a method, and its count; a pair without scores is left out.
     """
-    frame = tidy(results, "steps")
-    rows = []
-    for (method, steps), (other, their_steps) in pairs:
-        ours, theirs = (
-            next(iter(frame.label[(frame.method == name) & (frame.steps == count)]), None)
-            for name, count in ((method, steps), (other, their_steps))
-        )
-        if ours and theirs:
-            cells = [_gain(frame, (ours, steps), (theirs, their_steps), metric) for metric in metrics]
-            rows.append([f"{method} {steps} - {other} {their_steps}", *cells])
-    head = ["prompt by prompt, 95 % intervals over prompts (by seed)", *metrics]
-    return markdown(head, rows, len(head))
+    rows = {}
+    for (ours, count), (theirs, their_count) in pairs:
+        cells = {metric: _gain(frame, (ours, count), (theirs, their_count), metric) for metric in metrics}
+        rows[f"{ours} at {count} - {theirs} at {their_count}"] = {name: text for name, text in cells.items() if text}
+    return DataFrame({row: cells for row, cells in rows.items() if cells}).T.fillna("")
 
 
 def better_of(results: Results, metric: str) -> str:
@@ -172,15 +166,19 @@ def decimals(values: Sequence[float], digits: int = 3) -> int:
 
 
 def _gain(frame: DataFrame, ours: Place, theirs: Place, metric: str) -> str:
-    figure = paired(frame, ours[0], theirs[0], metric, ours[1], theirs[1])
+    sides = []
+    for name, count in (ours, theirs):
+        own = frame[((frame.label == name) | (frame.method == name)) & (frame["count"] == count)]
+        sides.append(own[(own.label == own.label.iloc[0]) & (own.metric == metric)] if len(own) else own)
+    if not all(len(side) for side in sides):
+        return ""
+    figure = paired(frame, sides[0].label.iloc[0], sides[1].label.iloc[0], metric, ours[1], theirs[1])
     if figure is None or figure.low is None or figure.high is None:
         return ""
-    left, right = (
-        frame[(frame.label == label) & (frame.steps == steps) & (frame.metric == metric)].set_index("seed").value
-        for label, steps in (ours, theirs)
-    )
-    by_seed = ", ".join(f"{gain:+.4f}" for gain in (left - right).dropna().sort_index())
-    return f"{figure.value:+.4f} ± {abs(figure.high - figure.low) / 2:.4f} ({by_seed})"
+    left, right = (side.set_index("seed").value for side in sides)
+    by_seed = [f"{gain:+.4f}" for gain in (left - right).dropna().sort_index()]
+    text = f"{figure.value:+.4f} ± {abs(figure.high - figure.low) / 2:.4f}"
+    return f"{text} ({', '.join(by_seed)})" if len(by_seed) > 1 else text
 
 
 def _notes(results: Results, frame: DataFrame, metric: str) -> list[str]:

@@ -7,9 +7,8 @@ evaluations of their solver. All samplers are then compared on one student. A st
 from __future__ import annotations
 
 import math
-import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,7 +159,6 @@ def family(config: FamilyConfig, out: Path) -> Path:
     prompts = world().read_prompts("benchmark")[: config.prompts]
     comparison = Comparison(prompts, out, config.seed)
     omega = students_omega()
-    write_text(out / "prompts.txt", "\n".join(prompts) + "\n")
     teacher = teacher_entry(omega, TEACHER_STEPS, config.seed)
     rows: list[Row] = []
     for recipe, share in shares.items():
@@ -191,36 +189,12 @@ def family(config: FamilyConfig, out: Path) -> Path:
 
 
 def commands(shares: Mapping[str, Share], out: Path) -> str:
-    """Return what each student cost and the commands that train it and measure its rows, as Markdown."""
+    """Return what each student cost and the command that trains it, as Markdown."""
     costs = [
         (recipe, f"{share.config.loop.steps}", f"{step_cost(share.config.method):g}", f"{share.evaluations}")
         for recipe, share in shares.items()
     ]
     lines = [markdown(["recipe", "steps", "evaluations a sample", "evaluations in all"], costs).rstrip()]
-    lines += ["", "```sh", "# the students"]
+    lines += ["", "```sh"]
     lines += [share.command(recipe, out / recipe) for recipe, share in shares.items()]
-    omega = students_omega()
-    for recipe in shares:
-        student = out / recipe / "student"
-        lines += ["", *_row_commands(recipe_entries(recipe, student, omega, 0), resolve(recipe).sampling, out)]
-    if "tcd" in shares:
-        student = out / "tcd" / "student"
-        lines += ["", *_row_commands(sampler_entries(student, 0), resolve("tcd").sampling, out)]
     return "\n".join([*lines, "```"]) + "\n"
-
-
-def _row_commands(entries: Sequence[Entry], own: Sampling, out: Path) -> list[str]:
-    """Return a shell loop over the columns of each row."""
-    rows: dict[str, list[Entry]] = {}
-    for entry in entries:
-        rows.setdefault(entry.method, []).append(entry)
-    lines = []
-    for name, row in rows.items():
-        given, usual = row[0].sampling.model_dump(mode="json"), own.model_dump(mode="json")
-        changed = [f"{key}={value}" for key, value in given.items() if key != "steps" and value != usual[key]]
-        words = ["fewstep", "evaluate", "--prompt-file", str(out / "prompts.txt"), "--lora", str(row[0].lora)]
-        words += [word for change in changed for word in ("-s", change)]
-        counts = " ".join(str(entry.sampling.steps) for entry in row)
-        place = shlex.quote(str(out / "rows" / re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")))
-        lines.append(f"# {name}\nfor n in {counts}; do {shlex.join(words)} --steps $n --out {place}-$n; done")
-    return lines

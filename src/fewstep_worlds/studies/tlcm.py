@@ -30,7 +30,9 @@ from fewstep.distillation.distill import distill, shared_cache
 from fewstep.distillation.stages import slug
 from fewstep.methods.cost import step_cost
 from fewstep.training.run_folder import check_same_run
+from fewstep_worlds.common.tables import markdown
 from fewstep_worlds.report.claims import COMPLEXITY
+from fewstep_worlds.report.frame import tidy
 from fewstep_worlds.report.results import Row, save_results
 from fewstep_worlds.report.tables import Place, gains, tables
 from fewstep_worlds.studies.comparison import (
@@ -276,10 +278,12 @@ def tlcm(config: TlcmConfig, out: Path) -> Path:
     save_results(out / f"{name}.json", results)
     steps = config.steps if config.table == 1 else (4,)
     scored = results.of("prompt")
+    differences = gains(tidy(results, "steps"), compared(config, settings.sampling.gamma), scored)
+    head = ["prompt by prompt, 95 % intervals over prompts (by seed)", *differences.columns]
     text = [
         settings_table(results.settings),
         tables(results, steps, [*scored, *results.of("quality", "real"), COMPLEXITY]),  # the paper's columns
-        gains(results, compared(config, settings.sampling.gamma), scored),
+        markdown(head, differences.itertuples(name=None), len(head)),
     ]
     write_text(out / f"{name}.md", "\n".join(text))
     return out / f"{name}.md"
