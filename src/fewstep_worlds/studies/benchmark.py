@@ -48,16 +48,8 @@ CHOOSING = 99
 def train(config: BenchmarkConfig, recipe: str, rate: float, seed: int, out: Path) -> Path:
     """Train one student, or return the finished one."""
     folder = out / "students" / f"{recipe}-{rate:g}-{seed}"
-    return train_student(
-        recipe,
-        folder,
-        out / "cache",
-        steps=config.steps,
-        batch=config.batch,
-        lr=rate,
-        seed=seed,
-        save_every=100,
-    )
+    lengths = {"steps": config.steps, "batch": config.batch, "save_every": 100}
+    return train_student(recipe, folder, out / "cache", lr=rate, seed=seed, **lengths)
 
 
 def choose(comparison: Comparison, out: Path, name: str, candidates: Mapping[str, Sequence[Entry]]) -> str:
@@ -97,24 +89,6 @@ def choose_rate(config: BenchmarkConfig, recipe: str, validation: Comparison, ou
     return float(choose(validation, out, f"rate-{recipe}", candidates))
 
 
-def choose_omega(config: BenchmarkConfig, validation: Comparison, out: Path) -> float:
-    """Return the teacher's own best guidance, at its end points."""
-    candidates = {str(omega): [teacher_entry(omega, TEACHER_STEPS, CHOOSING)] for omega in config.omegas}
-    return float(choose(validation, out, "omega-teacher", candidates))
-
-
-def choose_gammas(student: Path, tuning: Comparison, out: Path) -> dict[int, float]:
-    """Return TCD's best gamma at each step count."""
-    chosen = {}
-    for steps in STEPS:
-        candidates = {
-            str(gamma): student_entries("TCD", student, student_sampling("tcd", gamma), [steps], CHOOSING)
-            for gamma in GAMMAS
-        }
-        chosen[steps] = float(choose(tuning, out, f"gamma-{steps}", candidates))
-    return chosen
-
-
 def headline_entries(
     config: BenchmarkConfig, students: Mapping[str, Path], gammas: Mapping[int, float], omega: float, seed: int
 ) -> list[Entry]:
@@ -129,15 +103,6 @@ def headline_entries(
     return entries
 
 
-def sweep_entries(student: Path, seed: int) -> list[Entry]:
-    """Return the paper's Figures 5 and 6: every gamma at every step count."""
-    return [
-        entry
-        for gamma in GAMMAS
-        for entry in student_entries("TCD, gamma sweep", student, student_sampling("tcd", gamma), STEPS, seed)
-    ]
-
-
 def benchmark(config: BenchmarkConfig, out: Path) -> Path:
     """Run every stage that is not done yet; return the report's path."""
     validation = Comparison(world().read_prompts("validation"), out)
@@ -145,11 +110,20 @@ def benchmark(config: BenchmarkConfig, out: Path) -> Path:
     write_text(
         out / "config.yaml", core_yaml.dump(config.model_dump(mode="json"))
     )  # only now: a folder with students of another config was refused
-    best_omega = choose_omega(config, validation, out)
+    ends = {str(omega): [teacher_entry(omega, TEACHER_STEPS, CHOOSING)] for omega in config.omegas}
+    best_omega = float(choose(validation, out, "omega-teacher", ends))
     first = config.seeds[0]
-    tuning = Comparison(world().read_prompts("gamma"), out)
-    gammas = choose_gammas(train(config, "tcd", rates["tcd"], first, out), tuning, out)
+    tcd = train(config, "tcd", rates["tcd"], first, out)
 
+    def at_gammas(name: str, counts: Sequence[int], seed: int) -> dict[str, list[Entry]]:
+        return {
+            str(gamma): student_entries(name, tcd, student_sampling("tcd", gamma), counts, seed) for gamma in GAMMAS
+        }
+
+    tuning = Comparison(world().read_prompts("gamma"), out)
+    gammas = {
+        steps: float(choose(tuning, out, f"gamma-{steps}", at_gammas("TCD", [steps], CHOOSING))) for steps in STEPS
+    }
     final = Comparison(world().read_prompts("benchmark")[: config.prompts], out)
     mean_omega = students_omega()
     rows: list[Row] = []
@@ -164,7 +138,7 @@ def benchmark(config: BenchmarkConfig, out: Path) -> Path:
         if seed == first:
             diverse = [teacher, *(entry for entry in entries if entry.count("nfe") == COUNT)]
             shown = sheets(final, teacher, entries, config.shown)
-            entries += sweep_entries(students["tcd"], seed)
+            entries += [entry for own in at_gammas("TCD, gamma sweep", STEPS, seed).values() for entry in own]
         rows += final.measure_all(teacher, entries, diverse)
     own = student_config("tcd")
     results = final.results(
