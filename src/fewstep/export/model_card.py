@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from fewstep.backbones.families import CONSISTENCY
 from fewstep.export.formats import ADAPTERS, ExportForm, Reader
@@ -12,48 +15,7 @@ from fewstep.export.formats import ADAPTERS, ExportForm, Reader
 PICTURES = "pictures.webp"
 CARD = "README.md"
 
-_DIFFUSERS = """\
-```python
-import diffusers
-import fewstep
-
-{load}
-pipe.scheduler = fewstep.scheduler_for("{place}", pipe.scheduler.config)
-picture = pipe("{prompt}", **fewstep.call_settings("{place}")).images[0]
-```"""
-
-
-def _loading(form: ExportForm, pipeline: str, network: str, place: str, file: str) -> str:
-    """Return the lines of Python that build `pipe`."""
-    whole = f'pipe = diffusers.{pipeline}.from_pretrained("BASE")'
-    if form == "merged":
-        return f'pipe = diffusers.{pipeline}.from_pretrained("{place}")'
-    if form == "single-file":
-        return f'pipe = diffusers.{pipeline}.from_single_file("{place}/{file}", config="BASE")'
-    if form == "peft":
-        return f'{whole}\npipe.{network} = peft.PeftModel.from_pretrained(pipe.{network}, "{place}").merge_and_unload()'
-    return f'{whole}\npipe.load_lora_weights("{place}", weight_name="{file}")'
-
-
-def _attach_code(place: str, prompt: str, pipeline: str, form: ExportForm, steps: int) -> str:
-    """Return the code that draws with a student with extra conditioning."""
-    base = place if form == "merged" else "BASE"
-    return (
-        "```python\nimport diffusers\nimport fewstep\n\n"
-        f'pipe = diffusers.{pipeline}.from_pretrained("{base}")\nfewstep.attach(pipe, "{place}")\n'
-        f'picture = pipe("{prompt}", num_inference_steps={steps}, guidance_scale=0).images[0]\n```'
-    )
-
-
-def _command(form: ExportForm, place: str, file: str, prompt: str) -> str:
-    """Return the command that draws with it."""
-    if form == "merged":
-        named = f"--teacher {place} --lora none"
-    elif form == "single-file":
-        named = f"--teacher {place}/{file} --teacher-config BASE --lora none"
-    else:
-        named = f"--teacher BASE --lora {place}/{file}"
-    return f'```bash\nfewstep sample "{prompt}" {named}\n```'
+_TEXT: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 
 def model_card(
@@ -80,9 +42,7 @@ def model_card(
     sampling: Mapping[str, Any] = record["sampling"]
     guidance = record.get("guidance", {})
     kind = "LoRA" if form in ADAPTERS else "model"
-    front = ["library_name: diffusers", "pipeline_tag: text-to-image"]
     tags = ["text-to-image", "diffusers", "fewstep", *(["lora"] if form in ADAPTERS else [])]
-    front += ["tags:", *(f"  - {tag}" for tag in tags)]
     rows = {
         "method": record.get("method", "not recorded"),
         "network calls": sampling["steps"],
@@ -98,28 +58,26 @@ def model_card(
     if "rank" in record and form in ADAPTERS:
         rows["rank, alpha"] = f"{record['rank']}, {record['alpha']:g}"
     extra = [name for name in sampling.get("extra_conditioning") or () if name != "w" or not guidance.get("embedded")]
-    prompt = prompts[0].replace('"', "'")
-    inside = _attach_code(name, prompt, pipeline, form, sampling["steps"]) if extra else None
-    if inside is None:
-        load = _loading(form, pipeline, network, name, file)
-        inside = _DIFFUSERS.format(load=load, place=f"{name}/{file}" if file else name, prompt=prompt)
-        if pipeline == CONSISTENCY and form == "merged":  # the folder's own scheduler is the student's
-            inside = "".join(line for line in inside.splitlines(True) if "pipe.scheduler = " not in line)
-        if form == "peft":
-            inside = inside.replace("import fewstep\n", "import fewstep\nimport peft\n")
     table = ["| setting | value |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows.items())]
-    shown = "; ".join(f"{prompt} (seed {seed})" for prompt, seed in zip(prompts, seeds, strict=True))
-    parts = [
-        "---\n" + "\n".join(front) + "\n---",
-        f"# {name}",
-        f"A {kind} that draws in {sampling['steps']} network calls, distilled from a {pipeline} by fewstep.",
-        f"![pictures]({PICTURES})",
-        f"Drawn with the settings below, from left to right: {shown}.",
-        "\n".join(table),
-        "The scheduler's times, its gamma and the guidance are the student's own: with others it draws worse. `BASE` "
-        "is the pipeline that it was distilled from, whose licence goes on to hold.",
-        *(["## In diffusers\n\n" + inside] if (network == "unet" if extra else reader != "fewstep") else []),
-        "## By the command\n\n" + _command(form, name, file, prompt),
-        "## All recorded settings\n\n```json\n" + json.dumps(record, indent=2, ensure_ascii=False) + "\n```",
-    ]
-    return "\n\n".join(parts) + "\n"
+    words: dict[str, Any] = {
+        **{"name": name, "kind": kind, "pipeline": pipeline, "network": network, "file": file, "pictures": PICTURES},
+        "place": f"{name}/{file}" if file else name,
+        "base": name if form == "merged" else "BASE",
+        "steps": sampling["steps"],
+        "prompt": prompts[0].replace('"', "'"),
+        "tags": "\n".join(f"  - {tag}" for tag in tags),
+        "shown": "; ".join(f"{prompt} (seed {seed})" for prompt, seed in zip(prompts, seeds, strict=True)),
+        "table": "\n".join(table),
+        "record": json.dumps(record, indent=2, ensure_ascii=False),
+        "diffusers": "",
+    }
+    words["arguments"] = _TEXT["arguments"][form].format_map(words)
+    words["load"] = _TEXT["load"][form].format_map(words)
+    if network == "unet" if extra else reader != "fewstep":
+        own = "consistency" if pipeline == CONSISTENCY and form == "merged" else "other"
+        code = _TEXT["code"]["extra" if extra else own].format_map(words)
+        words["diffusers"] = _TEXT["diffusers"].format(
+            code=f"import peft\n{code}" if form == "peft" and not extra else code
+        )
+    text: str = _TEXT["card"].format_map(words)
+    return text
