@@ -27,7 +27,7 @@ from fewstep.distillation import distill as distillation
 from fewstep.distillation.config import resolve
 from fewstep.inference.generator import load_image_generator
 from fewstep.students.lora_file import CONDITIONING
-from fewstep.students.sampling import teacher_sampling
+from fewstep.students.resolve import teacher_sampling
 from fewstep.training.config import StudentConfig
 from fewstep.training.student import make_student
 from support.interrupt import stopped_in_call

@@ -19,8 +19,7 @@ from fewstep.backbones.sd import StableDiffusion
 from fewstep.common.errors import UserError
 from fewstep.common.rng import KeyedRng, order
 from fewstep.data.images import Captioned, HeldPictures
-from fewstep.data.latents import identify
-from fewstep.data.visits import used
+from fewstep.data.latents import identify, used
 from fewstep.distillation import distill as distillation
 from fewstep.distillation import estimate as cost
 from fewstep.distillation import prepare as preparation

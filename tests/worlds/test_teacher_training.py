@@ -508,7 +508,7 @@ def test_a_teacher_from_start_to_end_stopped_between_its_parts(
     """What is done is not done again, the folder comes out the same, and diffusers draws with it."""
     from diffusers import StableDiffusionPipeline
 
-    from fewstep.students.sampling import teacher_sampling
+    from fewstep.students.resolve import teacher_sampling
 
     loop = LoopConfig(steps=2, batch=4, save_every=1, precision="fp32")
     config = TeacherConfig(

@@ -13,8 +13,7 @@ from fewstep.backbones.families import FAMILIES
 from fewstep.backbones.pipeline_folder import INDEX, SETTINGS, PipelineFolder, read_folder
 from fewstep.backbones.pipeline_writer import LICENCES
 from fewstep.backbones.single_file.convert import cache_folder, convert_single_file
-from fewstep.backbones.unsafe_weights import ADVICE, is_pickle
-from fewstep.backbones.weight_files import VARIANTS, weight_files
+from fewstep.backbones.weight_files import ADVICE, VARIANTS, is_pickle, weight_files
 from fewstep.common.defaults import world
 from fewstep.common.errors import UserError
 from fewstep.common.files import read_mapping

@@ -7,13 +7,18 @@ from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
-from fewstep.backbones.unsafe_weights import ADVICE, first_pickle
 from fewstep.common.errors import UserError
 from fewstep.common.files import read_mapping, sha256
-from fewstep.common.safetensors_header import read_safetensors_header
+from fewstep.common.safetensors_header import is_safetensors, read_safetensors_header
 
 ADAPTER = re.compile(r"(^|\.)(base_layer|lora_[A-Za-z_]+)\.")
 """In the names of weights that were saved with an adapter on (PEFT's, and diffusers' own before it)."""
+PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
+ADVICE = (
+    "where you trust it, load it and save it with save_pretrained(..., safe_serialization=True), or with "
+    "torch.load(..., weights_only=True) and safetensors.torch.save_file"
+)
+"""How to convert pickled weights, which are never read (loading one may run any code), for errors."""
 VARIANTS = ("", "fp16", "bf16")
 """Variants of weight files that are read, the plain names first: "fp16" is that of `model.fp16.safetensors`."""
 
@@ -94,3 +99,13 @@ def digest_of(files: Iterable[Path]) -> str:
 def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
     """Hash files once for each size and time of change: weights are gigabytes."""
     return sha256(*(file for file, _, _ in files))
+
+
+def is_pickle(path: Path) -> bool:
+    """Return whether a file is a pickle by its name, and no renamed safetensors file."""
+    return path.suffix.lower() in PICKLES and not is_safetensors(path)
+
+
+def first_pickle(paths: Iterable[Path]) -> Path | None:
+    """Return the first pickle among files, model weights before others; None without any."""
+    return min(filter(is_pickle, paths), key=lambda path: ("model" not in path.name, path.name), default=None)

@@ -83,8 +83,7 @@ def evaluate(
     from fewstep.common.files import check_writable
     from fewstep.data.prompts import read_prompts
     from fewstep.diffusion.config import Sampling
-    from fewstep.students.resolve import resolve_student
-    from fewstep.students.sampling import end_point_sampling
+    from fewstep.students.resolve import end_point_sampling, resolve_student
 
     check_device(device)
     check_positive("batch", batch)

@@ -15,15 +15,9 @@ def commit() -> str:
     here = Path(__file__).resolve().parents[3]
     if not (here / ".git").exists():
         return "not a checkout"
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-
+    words = ["git", "-C", str(here), "describe", "--always", "--exclude=*", "--dirty= with changes"]
     try:
-        changed = " with changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-        return git("rev-parse", "--short", "HEAD") + changed
+        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 

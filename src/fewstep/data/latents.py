@@ -231,6 +231,29 @@ def identify(data: Captioned, fingerprint: str) -> DataIdentity:
     )
 
 
+def used(
+    identity: DataIdentity, visits: Callable[[int, int], np.ndarray], steps: range, batch: int, seed: int, empty: float
+) -> Wanted:
+    """Return the pictures and captions that some steps use, or all if that saves little.
+
+    Args:
+        visits: (start, stop) -> the items at these positions of the order of visits.
+        batch: samples a step, over all processes.
+        empty: share of samples that are trained with the empty prompt.
+    """
+    samples, count = len(steps) * batch, len(identity.prompts)
+    if samples >= 2 * max(len(identity.rows), count):
+        return Wanted()
+    pictures, captions = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+    for step in steps:
+        items = visits(step * batch, (step + 1) * batch)
+        rng = KeyedRng(seed, step, tuple(range(step * batch, (step + 1) * batch)))
+        pictures.append(items)
+        captions.append(drawn_captions(identity.rows, count, torch.from_numpy(items), rng, empty).numpy())
+    used_captions = np.unique(np.concatenate(captions))
+    return Wanted(np.unique(np.concatenate(pictures)), used_captions[used_captions < count])
+
+
 def lacking_pictures(data: Captioned, identity: DataIdentity, cache: Path, wanted: np.ndarray | None) -> int:
     """Count the wanted pictures that are not encoded yet."""
     if data.pictures is None:

@@ -31,10 +31,10 @@ from fewstep.data.latents import (
     lacking_captions,
     lacking_pictures,
     latent_set,
+    used,
 )
 from fewstep.data.prompts import is_prompt_file
 from fewstep.data.sources import CaptionedSource, WorldData, read_captioned, read_named_prompts
-from fewstep.data.visits import used
 from fewstep.distillation.config import DistillConfig
 from fewstep.distillation.sources import Source
 from fewstep.distillation.synthesis.dataset import training_set

@@ -27,7 +27,7 @@ from fewstep.students.conditioning_file import read_extra_embeddings
 from fewstep.students.lora import merge_lora
 from fewstep.students.lora_checks import check_lora
 from fewstep.students.lora_header import LoraHeader
-from fewstep.students.sampling import teacher_sampling
+from fewstep.students.resolve import teacher_sampling
 
 MOST_LATENT_POINTS = 2**16
 """Latent points (height x width) of a batch by default: 16 pictures of Stable Diffusion at 512 x 512, or 4 of SDXL."""

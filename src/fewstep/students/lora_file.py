@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fewstep.backbones.unsafe_weights import ADVICE, first_pickle, is_pickle
+from fewstep.backbones.weight_files import ADVICE, first_pickle, is_pickle
 from fewstep.common.errors import UserError
 from fewstep.common.safetensors_header import is_safetensors, metadata_record, read_safetensors_header
 

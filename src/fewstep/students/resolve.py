@@ -13,10 +13,9 @@ from fewstep.backbones.teachers import teacher_path
 from fewstep.common.config import validate
 from fewstep.common.defaults import world
 from fewstep.common.errors import UserError, did_you_mean
-from fewstep.diffusion.config import Guidance, Sampling
+from fewstep.diffusion.config import TEACHER_SAMPLING, Guidance, Sampling
 from fewstep.students.lora_checks import check_lora
 from fewstep.students.lora_header import LoraHeader
-from fewstep.students.sampling import teacher_sampling
 
 BUNDLED_STUDENTS = ("tcd",)
 AUTO = "auto"
@@ -91,3 +90,31 @@ def resolve_student(folder: PipelineFolder, lora: Path | str | None, changes: Ma
     check_sampling(sampling, folder)
     seen = record.get("guidance_seen")
     return ResolvedStudent(header, sampling, validate(Guidance, seen).mean_omega if isinstance(seen, dict) else None)
+
+
+def teacher_sampling(folder: PipelineFolder) -> Sampling:
+    """Return how a teacher is sampled: by its folder's record, else by `TEACHER_SAMPLING`.
+
+    A consistency model without a record is sampled as diffusers' LatentConsistencyModelPipeline does by default.
+
+    Raises:
+        UserError: the record is broken.
+    """
+    if record := read_record(folder.path):
+        return validate(Sampling, record.get("sampling", {}))
+    if not folder.consistency:
+        return TEACHER_SAMPLING
+    grid = folder.config("scheduler").get("original_inference_steps", 50)
+    return validate(Sampling, {"sampler": "lcm", "steps": 4, "omega": 7.5, "grid": grid})
+
+
+def end_point_sampling(folder: PipelineFolder) -> Sampling:
+    """Return how end points of a teacher are drawn: by `teacher_sampling`, unless those are a student's few steps.
+
+    Raises:
+        UserError: the record is broken.
+    """
+    own = teacher_sampling(folder)
+    if own.sampler == "lcm" and folder.consistency:  # no solver follows its trajectories
+        return own
+    return TEACHER_SAMPLING if own.sampler in ("sss", "lcm") else own

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from tqdm import tqdm
@@ -50,7 +50,7 @@ def record_versions(path: Path) -> None:
         write_json(path, [*before, versions()])
 
 
-class RunLog:
+class RunLog(ExitStack):
     """Log and lock of a run folder, a context manager. Only the main process writes.
 
     Args:
@@ -70,40 +70,23 @@ class RunLog:
         main: bool = True,
         quiet: bool = False,
     ) -> None:
+        super().__init__()
         self.folder = folder
         self.title = title
         self.main = main
         self.quiet = quiet
         self._board: Any = None
-        self._held = ExitStack()
         if not main:
             return
-        self._held.enter_context(hold_folder(folder))
-        try:
-            self._open(config, inputs)
-        except BaseException:
-            self.close()
-            raise
-
-    def _open(self, config: Config, inputs: Mapping[str, Any] | None) -> None:
-        folder = self.folder
-        resolved = config.model_dump(mode="json")
-        check_same_run(folder, config, inputs, later=True)
-        sweep(folder)
-        write_text(folder / "config.yaml", core_yaml.dump(resolved))
-        record_versions(folder / "versions.json")
-        if inputs is not None:
-            write_json(folder / INPUTS, dict(inputs))
-
-    def close(self) -> None:
-        """Release the folder."""
-        self._held.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._held.__exit__(*error)
+        with ExitStack() as opening:  # releases the folder if it cannot be opened
+            opening.enter_context(hold_folder(folder))
+            check_same_run(folder, config, inputs, later=True)
+            sweep(folder)
+            write_text(folder / "config.yaml", core_yaml.dump(config.model_dump(mode="json")))
+            record_versions(folder / "versions.json")
+            if inputs is not None:
+                write_json(folder / INPUTS, dict(inputs))
+            self.push(opening.pop_all())
 
     @property
     def _log(self) -> Path:

@@ -119,7 +119,7 @@ def teacher_card(
     from fewstep.commands.sample import check_positive
     from fewstep.common.files import check_writable
     from fewstep.diffusion.config import Sampling
-    from fewstep.students.sampling import teacher_sampling
+    from fewstep.students.resolve import teacher_sampling
 
     folder = read_teacher(teacher)
     own = teacher_sampling(folder)

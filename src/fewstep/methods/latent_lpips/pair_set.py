@@ -27,7 +27,7 @@ from fewstep.inference.generator import ImageGenerator, image_generator_of
 from fewstep.methods.latent_lpips.pairs import FEW, MEMBERS, PAIRS, make_groups, partner
 from fewstep.methods.latent_lpips.pixel_features import Decode, PixelFeatures, decoder, pair_distances
 from fewstep.methods.latent_lpips.settings import PairConfig, check_prompts
-from fewstep.students.sampling import teacher_sampling
+from fewstep.students.resolve import teacher_sampling
 
 SHARD = 16
 """Groups per shard; even, so that partners are in one shard."""

@@ -7,8 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from fewstep.backbones.unsafe_weights import first_pickle
-from fewstep.backbones.weight_files import weight_files
+from fewstep.backbones.weight_files import first_pickle, weight_files
 from fewstep.common.errors import UserError, did_you_mean
 from fewstep.common.files import read_mapping
 from fewstep.common.safetensors_header import read_safetensors_header
