@@ -15,8 +15,8 @@ import torch
 import fewstep as api
 from fewstep.backbones.base import open_backbone
 from fewstep.backbones.families import GUIDANCE_KEY
-from fewstep.backbones.guidance import guidance_sinusoid
 from fewstep.backbones.pipeline_folder import read_folder
+from fewstep.backbones.unet import guidance_sinusoid
 from fewstep.commands.export import export_as
 from fewstep.commands.synthesize import synthesize
 from fewstep.common.errors import UserError

@@ -18,11 +18,10 @@ from fewstep.common.rng import KeyedRng
 from fewstep.common.tensors import load_tensors
 from fewstep.diffusion.time_conditioning import EXTRA_PREFIX
 from fewstep.training import checkpoint
-from fewstep.training.config import LoopConfig, OptimConfig
+from fewstep.training.config import LoopConfig, OptimConfig, learning_rate
 from fewstep.training.ema import Ema
 from fewstep.training.loop import train
 from fewstep.training.loss import Loss
-from fewstep.training.lr_schedule import learning_rate
 from fewstep.training.optim import clip_gradients, make_optimizer
 from fewstep.training.run_folder import RunLog, checkpoints
 from fewstep.training.update import Batch, EmaTarget, Update

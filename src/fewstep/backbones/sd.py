@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.backbones.guidance import guidance_input
-from fewstep.backbones.unet import UNetBackbone, padded_tokens
+from fewstep.backbones.unet import UNetBackbone, guidance_input, padded_tokens
 from fewstep.diffusion.denoiser import Condition
 
 

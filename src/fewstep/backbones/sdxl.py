@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fewstep.backbones.guidance import guidance_input
-from fewstep.backbones.unet import UNetBackbone, padded_tokens
+from fewstep.backbones.unet import UNetBackbone, guidance_input, padded_tokens
 from fewstep.common.files import read_mapping
 from fewstep.diffusion.denoiser import Condition
 

@@ -2,7 +2,7 @@
 
 An extra embedding is added to the network's time embedding: a sinusoid, a hidden layer, and a last layer that starts at
 zero. Its weights are kept beside a LoRA or a full network, one set a role; the frozen teacher has none. A fully trained
-UNet takes w by an input of its own instead, diffusers' `time_cond_proj` (`backbones.guidance`).
+UNet takes w by an input of its own instead, diffusers' `time_cond_proj` (`backbones.unet`).
 """
 
 from __future__ import annotations

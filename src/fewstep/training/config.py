@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -9,6 +10,9 @@ from pydantic import Field, model_validator
 from fewstep.common.choices import BaseFormat, Precision
 from fewstep.common.config import Config
 from fewstep.common.run_inputs import Content
+
+COOLDOWN = 0.2
+"""Share of the steps over which the `cooldown` schedule falls to 0."""
 
 
 def check_batch(batch: int, accumulate: int, processes: int = 1) -> None:
@@ -90,3 +94,17 @@ class StudentConfig(Config):
     def lora_alpha(self) -> float:
         """LoRA's alpha; the scale is alpha / rank."""
         return self.alpha if self.alpha is not None else float(self.rank)
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """Return the rate of update number `step` (0-based) out of `steps`."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    share = (step - config.warmup) / max(1, steps - config.warmup)
+    if config.decay == "cosine":
+        return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+    if config.decay == "linear":
+        return config.lr * max(0.0, 1 - share)
+    if config.decay == "cooldown":
+        return config.lr * min(1.0, max(0.0, 1 - share) / COOLDOWN)
+    return config.lr

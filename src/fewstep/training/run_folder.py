@@ -21,7 +21,7 @@ from fewstep.common.config import Config, first_difference, read_yaml
 from fewstep.common.errors import UserError
 from fewstep.common.files import hold_folder, read_json, read_mapping, sweep, write_json, write_text
 from fewstep.common.run_inputs import Content, difference
-from fewstep.training.lr_schedule import learning_rate
+from fewstep.training.config import learning_rate
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
 """Name of a checkpoint's folder."""

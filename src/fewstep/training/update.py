@@ -17,11 +17,10 @@ from fewstep.common.sharding import full_on_main, full_tensor, is_sharded
 from fewstep.common.tensors import load_tensors
 from fewstep.diffusion.time_conditioning import current_names
 from fewstep.training import checkpoint
-from fewstep.training.config import OptimConfig
+from fewstep.training.config import OptimConfig, learning_rate
 from fewstep.training.ema import Ema
 from fewstep.training.log_means import LogMeans
 from fewstep.training.loss import Loss
-from fewstep.training.lr_schedule import learning_rate
 from fewstep.training.optim import clip_gradients, make_optimizer
 
 Batch = Mapping[str, Any]
