@@ -100,9 +100,7 @@ def load_records(split: str | tuple[str, ...] = "train") -> tuple[Record, ...]:
     wanted = (split,) if isinstance(split, str) else split
     for one in wanted:
         if one not in SPLITS:
-            raise UserError(
-                f"split = {one!r} is not one of {', '.join(SPLITS)}{did_you_mean(one, SPLITS)}", field="split"
-            )
+            raise UserError(f"split = {one!r} is not one of {', '.join(SPLITS)}{did_you_mean(one, SPLITS)}")
     place = folder()
     with _reading(place / "sources.json") as path:
         sources: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))

@@ -165,7 +165,7 @@ def teacher_report(
     from fewstep_worlds.stickers.teacher_report import SamplingSettings, teacher_report
 
     if n < FD_FEWEST:
-        raise UserError(f"n = {n} must be at least {FD_FEWEST}", field="n")
+        raise UserError(f"n = {n} must be at least {FD_FEWEST}")
     settings = [SamplingSettings(count, guidance) for count in steps for guidance in omega]
     rows = teacher_report(Path(pipeline), load_reader(Path(reader)), settings, n, prompts)
     distances = (

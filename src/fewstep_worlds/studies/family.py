@@ -123,8 +123,7 @@ def share_of_budget(config: FamilyConfig, recipe: str) -> Share:
     if steps < 1:
         raise UserError(
             f"evaluations = {config.evaluations} does not pay for a step of {recipe}; "
-            f"give at least {config.evaluations - left + math.ceil(a_step)}",
-            field="evaluations",
+            f"give at least {config.evaluations - left + math.ceil(a_step)}"
         )
     own += [f"loop.steps={steps}", f"loop.batch={config.batch}", f"loop.seed={config.seed}", f"optim.lr={config.lr}"]
     own.append("loop.validate_every=null")  # finished students are measured

@@ -77,14 +77,10 @@ def check_text(text: Path, width: int) -> None:
     """Refuse a folder without a text encoder, or with one of another width than the denoiser's."""
     config = text / "text_encoder" / "config.json"
     if not config.is_file():
-        raise UserError(
-            f"text = {str(text)!r} holds no text_encoder/; the bundled one is in world/teacher", field="text"
-        )
+        raise UserError(f"text = {str(text)!r} holds no text_encoder/; the bundled one is in world/teacher")
     theirs = read_json(config).get("hidden_size")
     if theirs != width:
-        raise UserError(
-            f"unet.text_width = {width} is not the text encoder's width; use {theirs}", field="unet.text_width"
-        )
+        raise UserError(f"unet.text_width = {width} is not the text encoder's width; use {theirs}")
 
 
 def check_same_vae(ours: Any, given: Any, folder: Path) -> None:

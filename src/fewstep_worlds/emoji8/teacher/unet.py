@@ -46,8 +46,7 @@ def load_start(pipeline: Path, unet: Any) -> dict[str, Tensor]:
         name = next(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name))
         raise UserError(
             f"unet.start = {str(pipeline)!r} is a denoiser of another shape: "
-            f"{name} is {theirs.get(name)}, not {ours.get(name)}",
-            field="unet.start",
+            f"{name} is {theirs.get(name)}, not {ours.get(name)}"
         )
     return weights
 
