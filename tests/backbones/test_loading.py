@@ -109,7 +109,7 @@ def test_a_synthesis_lets_its_encoders_go_first(
 ) -> None:
     held: list[bool] = []
     bare = Backbone.to_device
-    monkeypatch.setattr(Backbone, "to_device", lambda self: held.append(self._readers is not None) or bare(self))
+    monkeypatch.setattr(Backbone, "to_device", lambda self: held.append("readers" in vars(self)) or bare(self))
     words = ["grid=2", "batch=2", "shard=2", "device=cpu"]
     synthesize(resolve_synthesis(words, tiny_pipeline), ["red", "green"], tmp_path / "set", quiet=True)
     assert held == [False]

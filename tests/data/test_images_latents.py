@@ -27,7 +27,6 @@ from fewstep.data.images import (
     HeldPictures,
     PictureFiles,
     from_folder,
-    read_cropped,
     read_picture,
     size_of,
 )
@@ -297,7 +296,7 @@ def test_every_orientation_is_turned_upright(tmp_path: Path, suffix: str, turned
     more = {"tiffinfo": {274: turned}} if suffix == "tif" else {"exif": exif}
     Image.fromarray(np.ascontiguousarray(stored)).convert("RGB").save(place, **more)
     assert size_of(place) == (32, 48)
-    found = read_cropped(place, 32, 48)
+    found = read_picture(place, 32, 48)
     assert found.shape == (48, 32, 3)
     corners = [found[y, x].mean() > 127 for y, x in ((4, 4), (4, 28), (44, 4), (44, 28))]
     assert corners == [True, False, False, False]

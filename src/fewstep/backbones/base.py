@@ -9,6 +9,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,6 @@ class Backbone(ABC):
         self.picture_size = folder.picture_size
         self.targets = list(folder.family.targets)
         self.network: nn.Module = load_network(folder, folder.network, dtype)
-        self._readers: list[tuple[Any, Any]] | None = None
-        self._vae: Any = None
 
     def resize(self, size: int | None) -> None:
         """Set the size of pictures, pixels a side, that are drawn and learned; None for the trained one.
@@ -129,32 +128,29 @@ class Backbone(ABC):
         network: nn.Module = load_network(self.folder, self.folder.network).to(self.device)
         return network
 
-    @property
+    @cached_property
     def vae(self) -> Any:
         """The autoencoder, loaded at first use."""
-        if self._vae is None:
-            self._vae = load_network(self.folder, "vae").to(self.device, memory_format=torch.channels_last)
-        return self._vae
+        return load_network(self.folder, "vae").to(self.device, memory_format=torch.channels_last)
 
-    def _load_text(self) -> list[tuple[Any, Any]]:
-        """Return the tokenizers and text encoders in order, loaded at first use."""
-        if self._readers is None:
-            self._readers = load_text(self.folder, self.device, self.tokenizer_classes, self.text_classes)
-        return self._readers
+    @cached_property
+    def readers(self) -> list[tuple[Any, Any]]:
+        """The tokenizers and text encoders in order, loaded at first use."""
+        return load_text(self.folder, self.device, self.tokenizer_classes, self.text_classes)
 
     @property
     def text_encoders(self) -> list[Any]:
         """The text encoders, in order."""
-        return [encoder for _, encoder in self._load_text()]
+        return [encoder for _, encoder in self.readers]
 
     def load_encoders(self) -> None:
         """Load the text encoders and the autoencoder now, so that broken ones are refused before long work."""
-        self._load_text()
-        _ = self.vae
+        _ = self.readers, self.vae
 
     def release_encoders(self) -> None:
         """Drop the text encoders and the autoencoder from memory; the next use loads them again."""
-        self._readers = self._vae = None
+        for name in ("readers", "vae"):
+            vars(self).pop(name, None)
 
     def encode(self, prompts: Sequence[str], batch: int | None = None) -> Condition:
         """Encode prompts as the pipeline does, fp32 [N, ...] each on the CPU.
@@ -165,7 +161,7 @@ class Backbone(ABC):
         Raises:
             UserError: tokenizers and text encoders do not fit each other.
         """
-        self._load_text()
+        _ = self.readers  # errors of loading have texts of their own
         with named("read prompts by", self._parts(*self.folder.family.readers)):
             return self._encode(prompts, batch or self.prompts_at_once)
 
@@ -175,7 +171,7 @@ class Backbone(ABC):
 
     def lost_words(self, prompts: Sequence[str]) -> list[str]:
         """Return the words of each prompt beyond what every text encoder reads; empty for none."""
-        readers = self._load_text()
+        readers = self.readers
         with named("read prompts by", self._parts(*self.folder.family.readers)):
             texts, lengths = self.tokenizer_input(prompts), self.lengths()
             pairs = zip(readers, lengths, strict=True)
@@ -188,7 +184,7 @@ class Backbone(ABC):
 
     def lengths(self) -> list[int]:
         """Return how many tokens of a prompt each text encoder reads, special ones counted."""
-        return [int(tokenizer.model_max_length) for tokenizer, _ in self._load_text()]
+        return [int(tokenizer.model_max_length) for tokenizer, _ in self.readers]
 
     def null(self, count: int) -> Condition:
         """Return the condition of the unconditional branch, `count` rows."""

@@ -44,7 +44,7 @@ class Sana(TransformerBackbone):
     def lengths(self) -> list[int]:
         """Return the number of tokens of the instruction and of the prompt together."""
         (most,) = super().lengths()
-        ((tokenizer, _),) = self._load_text()
+        ((tokenizer, _),) = self.readers
         return [len(tokenizer.encode("\n".join(self.instruction))) + most - 2 if self.instruction else most]
 
     def null_row(self) -> Condition:

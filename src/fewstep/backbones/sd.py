@@ -26,7 +26,7 @@ class StableDiffusion(UNetBackbone):
 
     def _encode(self, prompts: Sequence[str], batch: int) -> Condition:
         """Encode prompts to the text encoder's states."""
-        ((tokenizer, encoder),) = self._load_text()
+        ((tokenizer, encoder),) = self.readers
         return {"text": encode_text(tokenizer, encoder, prompts, self.device, batch)}
 
     def _call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:

@@ -21,7 +21,7 @@ class StableDiffusionXL(UNetBackbone):
     @torch.no_grad()
     def _encode(self, prompts: Sequence[str], batch: int) -> Condition:
         """Encode prompts to both encoders' penultimate states, side by side, and the second's projected summary."""
-        readers, parts = self._load_text(), []
+        readers, parts = self.readers, []
         for start in range(0, len(prompts), batch):
             some = prompts[start : start + batch]
             found = [

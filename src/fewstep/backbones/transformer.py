@@ -33,7 +33,7 @@ class TransformerBackbone(Backbone):
         kind = getattr(diffusers, self.folder.pipeline)
         wanted = [p for p in inspect.signature(kind.__init__).parameters.values() if p.name != "self"]
         parts: dict[str, Any] = {p.name: None for p in wanted if p.default is inspect.Parameter.empty}
-        for names, loaded in zip(zip(family.tokenizers, family.encoders, strict=True), self._load_text(), strict=True):
+        for names, loaded in zip(zip(family.tokenizers, family.encoders, strict=True), self.readers, strict=True):
             parts |= dict(zip(names, loaded, strict=True))
         level = diffusers.utils.logging.get_verbosity()
         diffusers.utils.logging.set_verbosity_error()  # each prompt that an encoder cuts; `lost_words` counts them
@@ -49,7 +49,7 @@ class TransformerBackbone(Backbone):
 
         given = inspect.signature(getattr(diffusers, self.folder.pipeline).encode_prompt).parameters
         most = int(given["max_sequence_length"].default)
-        readers = [tokenizer for tokenizer, _ in self._load_text()]
+        readers = [tokenizer for tokenizer, _ in self.readers]
         return [int(each.model_max_length) if "CLIP" in type(each).__name__ else most for each in readers]
 
     def _encode(self, prompts: Sequence[str], batch: int) -> Condition:

@@ -80,7 +80,7 @@ def sample(
     from fewstep.backbones.teachers import read_teacher
     from fewstep.common.choices import check_device
     from fewstep.common.files import check_writable
-    from fewstep.data.images import read_cropped
+    from fewstep.data.images import read_picture
     from fewstep.data.prompts import read_prompts
     from fewstep.inference.image_grid import check_grid_size, image_grid, save_image
     from fewstep.students.resolve import resolve_student
@@ -107,7 +107,7 @@ def sample(
     factor = scale or max(1, 256 // width)
     columns = count if len(texts) > 1 else min(count, 8)
     check_grid_size(count * len(texts), (width, height), columns, factor, path)
-    begun = None if image is None else read_cropped(Path(image), width, height)
+    begun = None if image is None else read_picture(Path(image), width, height)
     if adapter is not None:
         from fewstep.inference.multilingual.record import read_adapter
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from fewstep.backbones.pipeline_folder import check_side
 from fewstep.common.mapped_tensors import Rows
 from fewstep.common.rng import endless, generator
-from fewstep.data.images import Captioned, PictureFiles, read_cropped, size_of
+from fewstep.data.images import Captioned, PictureFiles, read_picture, size_of
 
 Shape = tuple[int, int]
 """(width, height) in pixels."""
@@ -67,7 +67,7 @@ class BucketedFiles(PictureFiles):
             UserError: a picture is broken.
         """
         with ThreadPoolExecutor() as pool:
-            read = pool.map(lambda row: read_cropped(self.files[int(row)], *self.shapes[self.of[int(row)]]), rows)
+            read = pool.map(lambda row: read_picture(self.files[int(row)], *self.shapes[self.of[int(row)]]), rows)
             return np.stack(list(read))
 
     def groups(self) -> list[list[int]]:

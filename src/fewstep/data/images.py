@@ -189,21 +189,16 @@ def _formats() -> list[str]:
     return [name for name in Image.OPEN if name != "EPS"]
 
 
-def read_picture(place: Place, size: int) -> np.ndarray:
-    """Read a picture as uint8 [size, size, 3]: transparent parts on white, centre crop, Lanczos.
-
-    Raises:
-        UserError: not a readable picture.
-    """
-    return read_cropped(place, size, size)
-
-
-def read_cropped(place: Place, width: int, height: int) -> np.ndarray:
+def read_picture(place: Place, width: int, height: int | None = None) -> np.ndarray:
     """Read a picture as uint8 [height, width, 3]: transparent parts on white, the largest centre crop, Lanczos.
 
+    Args:
+        height: None for the width.
+
     Raises:
         UserError: not a readable picture.
     """
+    height = width if height is None else height
     with _opened(place) as image:
         upright = eight_bits(ImageOps.exif_transpose(image), image)
         # pictures without transparency get none: Pillow would invent it for LAB
