@@ -58,7 +58,7 @@ class StickerScorer:
 
     @torch.no_grad()
     def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Return queries [K, Q, C + 1] and gates [K, 3, hidden] of prompts.
+        """Return what `Words` returns of prompts, each of `LENGTH` words.
 
         Raises:
             UserError: a prompt has no known word.
@@ -83,13 +83,13 @@ class StickerScorer:
         """
         if pictures.dim() != 4 or pictures.shape[1] != 3:
             raise ValueError(f"pictures are {list(pictures.shape)}, not [B, 3, H, W]")
-        check_rows(pictures, prepared, ("queries", "gates"))
+        check_rows(pictures, prepared, ("queries", "states", "words"))
         x = pictures.float().clamp(-1, 1)
         if x.shape[2:] != (SIDE, SIDE):
             x = F.interpolate(x, (SIDE, SIDE), mode="bicubic", antialias=True).clamp(-1, 1)
         cells = self.network.pictures(x.contiguous(memory_format=torch.channels_last))
-        queries, gates = (prepared[name].to(cells, non_blocking=True)[:, None] for name in ("queries", "gates"))
-        return self.network.compare(cells, queries, gates)[:, 0] / UNIT
+        own = {name: rows.to(cells.device, non_blocking=True)[:, None] for name, rows in prepared.items()}
+        return self.network.compare(cells, own)[:, 0] / UNIT
 
 
 def _parameters(network: RewardNetwork) -> int:

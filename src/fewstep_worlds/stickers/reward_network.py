@@ -1,10 +1,11 @@
-"""The network of the preference scorer: a prompt becomes queries of a picture's cells, and their answers are compared.
+"""The network of the preference scorer: each word of a prompt queries a picture's cells, and the answers are compared.
 
 It shares no weights, loss or seed with the reader, and no text with the teacher: it has its own words and transformer.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -21,7 +22,7 @@ LENGTH = 24
 """Words of a prompt; the longest sentence of the grammar has fewer."""
 HEADS = 4
 ANSWERS = 6
-"""Numbers of a query's answer."""
+"""Numbers of a word's answer."""
 WORD = re.compile(r"[a-z0-9-]+|,")
 
 
@@ -89,82 +90,88 @@ class TextLayer(nn.Module):
         )
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Return states of the shape of x, [K, L, width]; `mask` [K, 1, 1, L] is -inf where no word is."""
+        """Return states of the shape of x, [K, L, width]; `mask` is what `missing` returns."""
         parts = self.attention(self.norm(x)).unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
         query, key, value = parts.unbind(0)
         weights = (query @ key.mT * query.shape[-1] ** -0.5 + mask).softmax(-1)
-        x = x + self.out((weights @ value).transpose(1, 2).flatten(2))
+        x = x + self.out((weights.to(value) @ value).transpose(1, 2).flatten(2))
         result: Tensor = x + self.words(x)
         return result
 
 
-class TextQueries(nn.Module):
-    """Word numbers [K, L] -> `queries` [K, Q, C + 1] of cells, and `gates` [K, 3, hidden] of their comparison."""
+class Words(nn.Module):
+    """Word numbers [K, L] -> `queries` of cells [K, L, C + 1], `states` [K, L, width] and the numbers as `words`."""
 
     def __init__(self, config: RewardConfig, words: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(words + 1, config.width, padding_idx=0)
-        self.place = nn.Parameter(0.1 * torch.randn(LENGTH, config.width))
-        self.layers = nn.ModuleList(TextLayer(config.width) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.width)
-        self.slots = nn.Parameter(torch.randn(config.queries, config.width))
-        self.queries = nn.Linear(config.width, config.channels[1] + 1)
-        self.own = nn.Parameter(torch.zeros(config.queries, config.channels[1] + 1))
-        self.gates = nn.Linear(config.queries * config.width, 3 * config.hidden)
-        nn.init.constant_(self.own[:, -1], -3.0)  # a thing fills few cells
+        width = config.width
+        self.embedding = nn.Embedding(words + 1, width, padding_idx=0)
+        self.near = nn.Conv1d(width, width, 3, padding=1)
+        self.place = nn.Parameter(0.3 * torch.randn(LENGTH, width))
+        self.layers = nn.ModuleList(TextLayer(width) for _ in range(config.layers[0]))
+        self.norm = nn.LayerNorm(width)
+        self.queries = nn.Linear(width, config.channels[1] + 1)
 
     def forward(self, numbers: Tensor) -> dict[str, Tensor]:
         """Return the outputs that the class describes."""
-        mask = torch.zeros(numbers.shape, device=numbers.device).masked_fill(numbers == 0, -1e4)[:, None, None]
-        states = self.embedding(numbers) + self.place[: numbers.shape[1]]
+        states = self.embedding(numbers)
+        states = states + self.near(states.mT).mT + self.place[: numbers.shape[1]]
         for layer in self.layers:
-            states = layer(states, mask)
-        states = self.norm(states)
-        weights = (self.slots @ states.mT * states.shape[-1] ** -0.5 + mask[:, 0]).softmax(-1)
-        slots = weights @ states
-        return {"queries": self.queries(slots) + self.own, "gates": self.gates(slots.flatten(1)).unflatten(1, (3, -1))}
+            states = layer(states, missing(numbers))
+        return {"queries": self.queries(self.norm(states)), "states": states, "words": numbers}
 
 
 class RewardNetwork(nn.Module):
-    """Logit that a prompt is true of a picture, from cells and queries.
+    """Logit that a prompt is true of a picture.
 
-    A query's answer is read from its map of the cells, q f / sqrt(C) + b: its mean, its soft maximum, the sum of its
-    sigmoids (a count), and their centre and spread.
+    Each word has a map of the cells, q f / sqrt(C) + b, whose answer is its mean, its soft maximum, the sum of its
+    sigmoids (a count), and their centre and spread. A transformer compares the answers, and the logit is a sum of what
+    each word contributes.
     """
 
     def __init__(self, config: RewardConfig, words: int) -> None:
         super().__init__()
         self.config = config
         self.pictures = PictureCells(config)
-        self.text = TextQueries(config, words)
-        self.first = nn.Linear(config.queries * ANSWERS, config.hidden)
-        self.second = nn.Linear(config.hidden, config.hidden)
-        self.last = nn.Linear(config.hidden, 1)
+        self.text = Words(config, words)
+        self.answers = nn.Linear(ANSWERS, config.width)
+        self.layers = nn.ModuleList(TextLayer(config.width) for _ in range(config.layers[1]))
+        self.last = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, 1))
+        nn.init.normal_(self.last[1].weight, std=0.02)  # type: ignore[arg-type]
         side = torch.linspace(-1, 1, CELLS)
         places = torch.stack([side.repeat(CELLS), side.repeat_interleave(CELLS)], 1)
         self.register_buffer("places", places, persistent=False)
         self.places: Tensor
 
-    def compare(self, cells: Tensor, queries: Tensor, gates: Tensor) -> Tensor:
-        """Return logits, [B, N].
+    def compare(self, cells: Tensor, prompts: Mapping[str, Tensor]) -> Tensor:
+        """Return logits, float32 [B, N].
 
         Args:
             cells: [B, 256, C].
-            queries: [B, N, Q, C + 1], of N prompts a picture.
-            gates: [B, N, 3, hidden].
+            prompts: what `Words` returns, of N prompts a picture: [B, N, L, C + 1], [B, N, L, width], [B, N, L].
         """
-        b, n, q, _ = queries.shape
-        weight, bias = queries[..., :-1].flatten(1, 2), queries[..., -1].flatten(1, 2)
-        maps = weight @ cells.mT * weight.shape[-1] ** -0.5 + bias[..., None]
-        shares = maps.sigmoid()
+        states, words = prompts["states"].flatten(0, 1), prompts["words"]
+        with torch.autocast(cells.device.type, enabled=False):
+            answers = self.read(cells.float(), prompts["queries"].float().flatten(1, 2))
+        states = states + self.answers(answers).view(states.shape)
+        for layer in self.layers:
+            states = layer(states, missing(words.flatten(0, 1)))
+        result: Tensor = (self.last(states).float().view(words.shape) * (words > 0)).sum(-1)
+        return result
+
+    def read(self, cells: Tensor, queries: Tensor) -> Tensor:
+        """Return the answers [B, M, ANSWERS] of cells [B, 256, C] to queries [B, M, C + 1]."""
+        maps = queries[..., :-1] @ cells.mT * cells.shape[-1] ** -0.5 + queries[..., -1:]
+        shares = (maps - 3).sigmoid()  # a thing fills few cells
         count = shares.sum(-1, keepdim=True)
         centre = shares @ self.places / (count + 0.1)
         spread = shares @ self.places.square().sum(1, keepdim=True) / (count + 0.1) - centre.square().sum(
             -1, keepdim=True
         )
-        most = maps.logsumexp(-1, keepdim=True) - 4
-        answers = torch.cat([maps.mean(-1, keepdim=True), most, count / 16, centre, spread], -1).view(b, n, q * ANSWERS)
-        scale, shift, other = gates.unbind(2)
-        hidden = F.silu(self.first(answers) * (1 + scale) + shift)
-        result: Tensor = self.last(F.silu(self.second(hidden) + other))[..., 0]
-        return result
+        most = maps.logsumexp(-1, keepdim=True) - math.log(CELLS**2)
+        return torch.cat([maps.mean(-1, keepdim=True), most, count / CELLS, centre, spread], -1)
+
+
+def missing(words: Tensor) -> Tensor:
+    """Return what is added to the attention to word numbers [K, L]: [K, 1, 1, L], 0, or -1e4 where no word is."""
+    return torch.zeros(words.shape, device=words.device).masked_fill(words == 0, -1e4)[:, None, None]

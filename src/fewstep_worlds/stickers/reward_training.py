@@ -112,9 +112,8 @@ def train_reward(
     def loss(batch: Batch, _: KeyedRng) -> Loss:
         cells = network.pictures(batch["pictures"].contiguous(memory_format=torch.channels_last))
         prompts = network.text(batch["words"])
-        with torch.autocast(device.type, enabled=False):
-            queries, gates = (prompts[name].float()[batch["columns"]] for name in ("queries", "gates"))
-            return choice_loss(network.compare(cells.float(), queries, gates), batch["true"])
+        compared = {name: rows[batch["columns"]] for name, rows in prompts.items()}
+        return choice_loss(network.compare(cells, compared), batch["true"])
 
     def evaluate(weights: Weights) -> dict[str, float]:
         averaged = RewardNetwork(config, len(words))
@@ -137,9 +136,9 @@ def choice_logits(scorer: StickerScorer, pictures: Tensor, choices: Sequence[Cho
     for start in range(0, len(pictures), batch):
         own = choices[start : start + batch]
         prepared = scorer.prepare([prompt for choice in own for prompt in choice.prompts])
-        queries, gates = (prepared[name].view(len(own), -1, *prepared[name].shape[1:]) for name in ("queries", "gates"))
+        prompts = {name: rows.view(len(own), -1, *rows.shape[1:]) for name, rows in prepared.items()}
         cells = scorer.network.pictures(pictures[start : start + batch])
-        parts.append(scorer.network.compare(cells, queries, gates))
+        parts.append(scorer.network.compare(cells, prompts))
     found: np.ndarray = torch.cat(parts).numpy()
     return found
 
