@@ -15,9 +15,8 @@ import pandas as pd
 from pandas import DataFrame
 from PIL import Image
 
-from fewstep.common.errors import UserError
 from fewstep.common.files import write_text
-from fewstep.evaluation.metric import Pictures, check_pictures
+from fewstep.evaluation.metric import Pictures
 from fewstep_worlds.report.claims import CLOSED, TCD, claims
 from fewstep_worlds.report.curves import draw_curves, gamma_curves, step_curves
 from fewstep_worlds.report.frame import compared, headline, tidy
@@ -31,11 +30,6 @@ from fewstep_worlds.report.tables import (
     step_table,
     table_blocks,
 )
-
-LOSSLESS = 1_200_000
-"""Bytes of pictures up to which the grid is lossless."""
-QUALITY = 88
-"""WebP quality of a larger grid."""
 
 
 @dataclass(frozen=True)
@@ -55,29 +49,16 @@ class Column:
 
 @dataclass(frozen=True)
 class Sheet:
-    """Pictures of the same prompts and noise: a row a prompt, a column a network.
-
-    Raises:
-        UserError: a column has not one picture a prompt.
-    """
+    """Pictures of the same prompts and noise: a row a prompt, a column a network."""
 
     title: str
     prompts: Sequence[str]
     columns: Sequence[Column]
 
-    def __post_init__(self) -> None:
-        for column in self.columns:
-            check_pictures(column.pictures)
-            if len(column.pictures) != len(self.prompts):
-                raise UserError(
-                    f"column {column.method!r} of a sheet has {len(column.pictures)} pictures for "
-                    f"{len(self.prompts)} prompts"
-                )
-
     def rows(self) -> list[tuple[str, list[str]]]:
-        """Return each prompt with its pictures as data URLs."""
-        by_column = embed_grid([column.pictures for column in self.columns])
-        return [(prompt, [urls[i] for urls in by_column]) for i, prompt in enumerate(self.prompts)]
+        """Return each prompt with its pictures as data URLs of lossless WebP."""
+        rows = zip(self.prompts, *(column.pictures for column in self.columns), strict=True)
+        return [(prompt, [_url(picture) for picture in pictures]) for prompt, *pictures in rows]
 
 
 def write_report(
@@ -97,11 +78,7 @@ def write_report(
 
     steps = tuple(n for n in STEPS if n in {row.steps for row in results.rows}) or STEPS
     blocks = table_blocks(results)
-    tables = {
-        by: [(_step_cells(table), as_html(table.references), table.notes) for table in parts]
-        for by in WORDS
-        for parts in [[step_table(results, names, steps, by) for names in blocks]]
-    }
+    tables = {by: [_html_table(step_table(results, names, steps, by)) for names in blocks] for by in WORDS}
     frame = compared(tidy(results, "nfe"))
     page = resources.files("fewstep_worlds.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -131,18 +108,10 @@ def as_html(cells: DataFrame) -> Any:
         return Markup(shown.to_html(escape=False, classes="figures", border=0))
 
 
-def embed_grid(rows: Sequence[Pictures], limit: int = LOSSLESS) -> list[list[str]]:
-    """Return every picture as a data URL of WebP, lossless while all of them together fit into `limit` bytes."""
-    files = [[_webp(picture, lossless=True) for picture in pictures] for pictures in rows]
-    if sum(len(data) for row in files for data in row) > limit:
-        files = [[_webp(picture, lossless=False) for picture in pictures] for pictures in rows]
-    return [["data:image/webp;base64," + base64.b64encode(data).decode() for data in row] for row in files]
-
-
-def _webp(picture: np.ndarray, *, lossless: bool) -> bytes:
+def _url(picture: np.ndarray) -> str:
     stream = io.BytesIO()
-    Image.fromarray(picture).save(stream, "WEBP", lossless=lossless, quality=60 if lossless else QUALITY, method=4)
-    return stream.getvalue()
+    Image.fromarray(picture).save(stream, "WEBP", lossless=True, quality=60, method=4)
+    return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
 def _embedded(results: Results, points: DataFrame, against: str) -> str:
@@ -154,8 +123,9 @@ def _embedded(results: Results, points: DataFrame, against: str) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-def _step_cells(table: StepTable) -> Any:
-    return as_html(table.cells.mask(table.best, "<b>" + table.cells + "</b>"))
+def _html_table(table: StepTable) -> tuple[Any, Any, list[str]]:
+    cells = as_html(table.cells.mask(table.best, "<b>" + table.cells + "</b>"))
+    return cells, as_html(table.references), table.notes
 
 
 def _differences(results: Results, frame: DataFrame, counts: Sequence[int]) -> Any:
