@@ -112,48 +112,42 @@ def check_export(
         lora: the student's header; None for a whole pipeline.
         ours: the student's latents of the prompts and seeds, under `export.sampling`.
     """
-    whole = export.form not in ADAPTERS
-    dtype, wanted, written = torch.float32, dict[str, Tensor](), len(lora.layers) if lora else 0
-    if whole:
-        dtype = next(student.backbone.network.parameters()).dtype
-        wanted = tensors_of(parts_of(student.backbone))
-        if export.form == "single-file":  # has one dtype for all
-            wanted = {name: value.to(dtype) for name, value in wanted.items()}
-        written = len(wanted)
-    theirs, loaded, corner = drawn_again(export, wanted, ours, prompts, seeds)
-    pairs = [(theirs, ours), *([] if corner is None else [(corner, decoded(student.backbone.vae, ours))])]
-    apart = torch.stack([(found - own).abs().max() / own.abs().max() for found, own in pairs])
-    return Checked(export.reader, written, loaded, float(apart.max()), CLOSE[dtype], whole)
+    theirs, layers, parts = drawn_again(export, prompts, seeds)
+    if lora is not None and export.form in ADAPTERS:
+        return Checked(export.reader, len(lora.layers), layers, float(_apart(theirs, ours)), CLOSE[torch.float32])
+    dtype = next(student.backbone.network.parameters()).dtype
+    wanted, own = tensors_of(parts_of(student.backbone)), tensors_of(parts)
+    if export.form == "single-file":  # has one dtype for all
+        wanted = {name: value.to(dtype) for name, value in wanted.items()}
+    equal = sum(name in own and torch.equal(own[name], value.to(own[name])) for name, value in wanted.items())
+    corner = _apart(decoded(parts["vae"], ours), decoded(student.backbone.vae, ours))
+    apart = float(torch.maximum(_apart(theirs, ours), corner))
+    return Checked(export.reader, len(wanted), equal, apart, CLOSE[dtype], whole=True)
+
+
+def _apart(found: Tensor, own: Tensor) -> Tensor:
+    """Return the largest difference as a share of the largest number."""
+    return (found - own).abs().max() / own.abs().max()
 
 
 def drawn_again(
-    export: Export, wanted: Mapping[str, Tensor], ours: Tensor, prompts: Sequence[str], seeds: Sequence[int]
-) -> tuple[Tensor, int, Tensor | None]:
+    export: Export, prompts: Sequence[str], seeds: Sequence[int]
+) -> tuple[Tensor, int, Mapping[str, nn.Module]]:
     """Draw with an export as its users do.
 
-    Args:
-        wanted: the tensors of the whole pipeline, for forms that hold one.
-        ours: the latents to decode.
-
     Returns:
-        latents, number of layers or tensors read, and the decoded corner if the form has an autoencoder.
+        latents, number of layers with an adapter, and the networks by their components' names.
     """
-    whole = export.form not in ADAPTERS
     if export.reader == "fewstep":
+        whole = export.form not in ADAPTERS
         header = None if whole else check_lora(export.place, export.folder)
         generator = load_image_generator(export.place if whole else export.folder, header, export.device)
         latents = generator.latents(generator.encode(prompts), seeds, export.sampling)
-        if header:
-            return latents, len(header.layers), None
-        loaded = equal_tensors(parts_of(generator.backbone), wanted)
-        return latents, loaded, decoded(generator.backbone.vae, ours)
+        return latents, len(header.layers) if header else 0, parts_of(generator.backbone)
     with loading(str(export.place)):
         pipe = _read(export).to(export.device)
     network = getattr(pipe, export.folder.network)
-    if whole:
-        loaded = equal_tensors({part: getattr(pipe, part) for part in export.folder.family.weighed}, wanted)
-    else:
-        loaded = sum(1 for module in network.modules() if len(getattr(module, "lora_A", ())))
+    layers = sum(1 for module in network.modules() if len(getattr(module, "lora_A", ())))
     if export.form == "peft":
         setattr(pipe, export.folder.network, network.merge_and_unload())
     if export.folder.pipeline == CONSISTENCY:  # it takes its own scheduler alone
@@ -163,8 +157,8 @@ def drawn_again(
     else:
         pipe.scheduler = SSSScheduler.from_config(pipe.scheduler.config, gamma=0.0)
         settings = {**call_settings(export.place), "num_inference_steps": export.sampling.steps}
-    latents = pipeline_latents(pipe, export.folder, prompts, seeds, settings)
-    return latents, loaded, decoded(pipe.vae, ours) if whole else None
+    parts = {part: getattr(pipe, part) for part in export.folder.family.weighed}
+    return pipeline_latents(pipe, export.folder, prompts, seeds, settings), layers, parts
 
 
 def _read(export: Export) -> Any:
@@ -249,12 +243,6 @@ def tensors_of(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         for name, value in network.state_dict().items()
         if not name.startswith(UNUSED)
     }
-
-
-def equal_tensors(parts: Mapping[str, nn.Module], wanted: Mapping[str, Tensor]) -> int:
-    """Count the tensors of a pipeline's networks that equal those written."""
-    own = tensors_of(parts)
-    return sum(1 for name, value in wanted.items() if name in own and torch.equal(own[name], value.to(own[name])))
 
 
 @torch.no_grad()
