@@ -108,10 +108,10 @@ class PipelineFolder:
                 f"{self.config_file(self.network)}: sample_size = {network.get('sample_size')!r} is not a size; "
                 f"give the latent points a side, 64 for pictures of {64 * self.scale} pixels"
             )
-        # diffusers reads the oldest configs so: their sample_size was a default that meant nothing
-        if self.family.kind == "sd" and size < 64 and _version(network) < (0, 9):
-            return 64
-        return size
+        # diffusers before 0.9 wrote a default sample_size that meant nothing; such configs are read as 64 there too
+        found = re.match(r"(\d+)\.(\d+)", str(network.get("_diffusers_version", "")))
+        early = found is not None and (int(found[1]), int(found[2])) < (0, 9)
+        return 64 if self.family.kind == "sd" and size < 64 and early else size
 
     @property
     def noise(self) -> dict[str, Any]:
@@ -224,12 +224,6 @@ class PipelineFolder:
             for place in places
             for file in [*weight_files(place), *(own for end in SETTINGS for own in sorted(place.glob(end)))]
         )
-
-
-def _version(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the version (major, minor) of diffusers that wrote a config; (1, 0) where it is not named."""
-    found = re.match(r"(\d+)\.(\d+)", str(config.get("_diffusers_version", "")))
-    return tuple(map(int, found.groups())) if found else (1, 0)
 
 
 def check_side(field: str, size: int, unit: int) -> None:

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, get_args
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fewstep.common.choices import Prediction
 
-PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
 PURE_NOISE = 1e-6
 """alpha below which x_t counts as pure noise: dividing by alpha does not recover x_0."""
 NO_SIGNAL = math.log(PURE_NOISE**4)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,27 +28,23 @@ _OLD_TEXT = re.compile(
 """CLIP's keys in their oldest spelling, without `text_model.`."""
 
 
-class Reader:
-    """Open checkpoint that records which of its tensors were read."""
+class Reader(ExitStack):
+    """Open checkpoint, a context manager, that records which of its tensors were read.
+
+    Raises:
+        UserError: a broken file.
+    """
 
     def __init__(self, file: Path, metadata: Mapping[str, str], entries: Mapping[str, Entry]) -> None:
+        super().__init__()
         self.file, self.entries = file, entries
         self.names = {_OLD_TEXT.sub(r"\1.transformer.text_model.", key): key for key in entries}
         self.formats = formats_of(metadata, file)
         self.read: set[str] = set()
-
-    def __enter__(self) -> Self:
         try:
-            stream: Any = safe_open(self.file, "pt")
+            self._stream: Any = self.enter_context(safe_open(file, "pt"))
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{self.file} is not a whole safetensors file: {error}") from error
-        self._stream = stream.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stream.__exit__(kind, error, trace)
+            raise UserError(f"{file} is not a whole safetensors file: {error}") from error
 
     def __contains__(self, name: str) -> bool:
         return name in self.names
