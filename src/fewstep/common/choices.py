@@ -18,17 +18,17 @@ Prediction = Literal["eps", "x0", "v", "flow"]
 End = Literal["clean", "index0"]
 """Where sampling ends: true clean data, or the least noisy index of the network (sigma = .029 on SD's schedule)."""
 Spacing = Literal["grid", "trailing", "tlcm"]
-"""How inference times are taken; see `grid.inference_times`."""
+"""How inference times are taken; see `diffusion.grid.inference_times`."""
 SolverName = Literal["ddim", "euler", "heun", "dpm_2", "dpmpp_2s"]
-"""One step of the probability-flow ODE; see `solver`."""
+"""One step of the probability-flow ODE; see `diffusion.solver`."""
 SamplerName = Literal["sss", "lcm", "ddim", "euler", "heun", "dpm_2", "dpmpp_2s", "sde_dpmpp_2m"]
-"""How pictures are drawn; see `sampler`."""
+"""How pictures are drawn; see `diffusion.samplers`."""
 GammaRule = Literal["time", "noise"]
 """What gamma is linear in: time, s = (1 - gamma) t (TCD), or the fresh noise's standard deviation (CTM)."""
 Convention = Literal["lcm", "imagen", "none"]
 """Guidance: omega in (1 + omega) eps(c) - omega eps(null), Imagen's scale 1 + omega, or no guidance at all."""
 Jump = Literal["skip", "cm_skip", "first_order", "second_order"]
-"""The student's jump; see `jump`."""
+"""The student's jump; see `diffusion.jump`."""
 Form = Literal["x0", "eps"]
 """What a second-order jump blends: data or noise predictions."""
 ExtraCondition = Literal["s", "w"]

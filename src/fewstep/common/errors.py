@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read."""
+"""Errors in the user's input."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def install_handlers(handler: Any) -> dict[int, Any]:
 
 
 def restore_handlers(handlers: dict[int, Any]) -> None:
-    """Set the handlers that `installed` returned."""
+    """Set the handlers that `install_handlers` returned."""
     for number, handler in handlers.items():
         signal.signal(number, handler)
 

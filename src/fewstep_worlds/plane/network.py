@@ -56,7 +56,7 @@ class PlaneNetwork(nn.Module):
 
 
 class PlaneHost:
-    """The host of roles in the plane (`role_layout.Host`)."""
+    """The host of roles in the plane (`training.student.Host`)."""
 
     targets = ("time_embedding.0", "time_embedding.2", "enter", "middle.1", "middle.3", "leave")
     """Layers that a LoRA adapts."""
