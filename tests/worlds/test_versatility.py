@@ -1,95 +1,198 @@
-"""Add-ons on students: the measures by hand, and that each add-on is trained, written and read back."""
+"""Add-ons on students: measures on constructed pictures, and each add-on trained, written, read back and drawn with."""
 
 from __future__ import annotations
 
 import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageDraw
 
+from conftest import write_text_encoder
 from fewstep.backbones.base import load_backbone
-from fewstep.backbones.teachers import teacher_path
 from fewstep.common.errors import UserError
 from fewstep.common.tensors import save_tensors
-from fewstep.data.images import Captioned, HeldPictures
-from fewstep.data.latents import latent_set
-from fewstep.distillation.run_data import encoders_fingerprint
-from fewstep_worlds.emoji8 import dataset as emoji8
-from fewstep_worlds.emoji8.metrics import agreement, lite0
+from fewstep_worlds.common.autoencoder import make_vae, to_tensor
+from fewstep_worlds.common.denoiser import make_unet
+from fewstep_worlds.common.location import root
+from fewstep_worlds.common.pipeline import write_teacher
+from fewstep_worlds.stickers.claim import Facts, facts_of
+from fewstep_worlds.stickers.heldout import held_out_kinds
+from fewstep_worlds.stickers.reader import Reader, save_reader
+from fewstep_worlds.stickers.reward import save_reward
+from fewstep_worlds.stickers.reward_network import RewardNetwork
+from fewstep_worlds.stickers.scene import SIDE
+from fewstep_worlds.stickers.settings import AutoencoderConfig, ReaderConfig, RewardConfig, TeacherConfig
+from fewstep_worlds.stickers.vocabulary import HELD_OUT_STYLE, NAMES, STYLES
 from fewstep_worlds.studies import api
-from fewstep_worlds.studies.addons import image_effects as effects
+from fewstep_worlds.studies.addons import measures, scenes, training
 from fewstep_worlds.studies.addons import tasks as tasks_module
-from fewstep_worlds.studies.addons import training
-from fewstep_worlds.studies.addons.context import Context
-from fewstep_worlds.studies.addons.figure import columns, kept_share, measure, tables
-from fewstep_worlds.studies.addons.pipelines import (
-    Model,
-    call_arguments,
-    can_draw,
-    draw_from_features,
-    draw_pictures,
-    images,
-    pipeline,
-)
-from fewstep_worlds.studies.addons.tasks import TASKS, people_of
+from fewstep_worlds.studies.addons.figure import kept_share, kept_text, measure_task, table
+from fewstep_worlds.studies.addons.ip_adapter import TOKENS, initial_projection
+from fewstep_worlds.studies.addons.pipelines import Model, call_arguments, can_draw, draw_pictures, images, pipeline
+from fewstep_worlds.studies.addons.tasks import TASKS, Study, Task, bare
 from fewstep_worlds.studies.settings import AddOnConfig, VersatilityConfig
-from support.shapes import COLOURS, SHAPES, draw_shape
+from support.random_lora import random_lora
+from support.shapes import draw_shape
+
+# ---------------------------------------------------------------------------------------------------- pictures alone
 
 
-def solid(*colours: tuple[int, int, int], size: int = 16) -> np.ndarray:
-    """A square of each colour on white."""
-    pictures = np.full((len(colours), size, size, 3), 255, np.uint8)
-    for picture, colour in zip(pictures, colours, strict=True):
-        picture[4:12, 4:12] = colour
-    return pictures
-
-
-def test_skins_are_painted_and_distinguished() -> None:
-    yellow = solid((255, 204, 60), (255, 190, 50), (40, 70, 220))
-    assert effects.skin(yellow).sum((1, 2)).tolist() == [64, 64, 0]
-    names = list(effects.TONES)
-    for tone in names:
-        painted = effects.with_tone(yellow, tone)
-        assert (painted[2] == yellow[2]).all(), "what is no skin stays"
-        assert np.abs(painted[0, 8, 8].astype(int) - effects.TONES[tone]).max() <= 1
-        assert effects.tone_share(painted[:1], [tone]).tolist() == [1.0]
-        other = names[(names.index(tone) + 1) % 3]
-        assert effects.tone_share(painted[:1], [other]).tolist() == [0.0]
-    assert effects.tone_share(yellow, [names[0]] * 3).tolist() == [0.0, 0.0, 0.0]
-
-
-def test_blueprints_edges_and_outlines() -> None:
+def test_edges_lie_between_levels_and_are_compared_with_slack() -> None:
     pictures = np.stack([draw_shape("red", "disc"), draw_shape("blue", "bar")])
-    painted = effects.blueprint(pictures)
-    assert tuple(painted[0, 0, 0]) == effects.BLUE
-    assert tuple(painted[0, 32, 32]) == effects.SHADE
-    assert (effects.blueprint_share(painted) > 0.8).all()
-    assert (effects.blueprint_share(pictures)[0], effects.ink(pictures)[0, 32, 32]) == (0.0, True)
-    outline = effects.edges(pictures)
+    outline = measures.edges(pictures)
     assert outline[0, 32, 32] < 1e-6
     assert outline[0, 32, 31 - 22] == 1
-    np.testing.assert_allclose(effects.edge_likeness(pictures, outline), 1, atol=1e-6)
-    assert (effects.edge_likeness(pictures[::-1], outline) < 0.6).all()
-    moved = np.roll(pictures, 1, axis=2)
-    assert (effects.edge_likeness(moved, outline) > 0.8).all(), "a pixel aside is still the same edge"
-    masks = effects.ink(solid((0, 0, 0)))
-    half = solid((0, 0, 0))
-    half[:, :8] = 255
-    assert effects.overlap(half, masks).tolist() == [0.5]
-    small = effects.blurred(pictures, 4)
-    assert small.shape == pictures.shape
-    likeness = effects.edge_likeness(small, outline)
-    assert ((likeness > 0.5) & (likeness < 0.98)).all(), "softer, of the same thing"
-    assert effects.detail_likeness(small, small, pictures).tolist() == [0.0, 0.0], "nothing was added"
-    np.testing.assert_allclose(effects.detail_likeness(pictures, small, pictures), 1)
-    halfway = ((small.astype(float) + pictures) / 2).round().astype(np.uint8)
-    assert (effects.detail_likeness(halfway, small, pictures) > 0.98).all(), "the right detail, too faint"
-    assert (effects.detail_likeness(pictures[::-1], small, pictures) < 0.5).all(), "another picture's"
-    assert effects.closeness(pictures, pictures).tolist() == [1.0, 1.0]
-    assert effects.closeness(np.zeros_like(half), np.full_like(half, 51)).tolist() == [0.8]
+    np.testing.assert_allclose(measures.edge_likeness(pictures, outline), 1, atol=1e-6)
+    assert (measures.edge_likeness(pictures[::-1], outline) < 0.6).all()
+    assert (measures.edge_likeness(np.roll(pictures, 1, axis=2), outline) > 0.8).all(), "a pixel aside is the same edge"
+    ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[:, None, None], (1, 64, 64, 3))
+    np.testing.assert_allclose(measures.edges(ramp)[0, 1:-1], 8 / 255, rtol=1e-5)
+    np.testing.assert_allclose(measures.edges(ramp.swapaxes(1, 2)), measures.edges(ramp).swapaxes(1, 2), rtol=1e-5)
+
+
+def test_detail_is_right_in_so_far_as_it_is_what_was_lost() -> None:
+    pictures = np.stack([draw_shape("red", "disc"), draw_shape("blue", "bar")])
+    rough = measures.blurred(pictures, 4)
+    assert measures.detail_likeness(rough, rough, pictures).tolist() == [0.0, 0.0]
+    np.testing.assert_allclose(measures.detail_likeness(pictures, rough, pictures), 1)
+    halfway = ((rough.astype(float) + pictures) / 2).round().astype(np.uint8)
+    assert (measures.detail_likeness(halfway, rough, pictures) > 0.98).all(), "the right detail, too faint"
+    assert (measures.detail_likeness(pictures[::-1], rough, pictures) < 0.5).all(), "another picture's"
+
+
+def test_distances_and_what_is_kept_outside_a_mask() -> None:
+    black, grey = np.zeros((1, 4, 4, 3), np.uint8), np.full((1, 4, 4, 3), 51, np.uint8)
+    assert measures.distance(black, grey).tolist() == [0.2]
+    mask = np.zeros((1, 4, 4), bool)
+    mask[:, :, 2:] = True
+    half = np.where(mask[..., None], grey, black)
+    assert measures.kept(half, black, mask).tolist() == [1.0]
+    assert measures.kept(half, black, ~mask).tolist() == [0.8]
+
+
+# ------------------------------------------------------------------------------------------------------------ scenes
+
+
+def test_arranged_scenes_have_their_arrangement_and_others_seldom_do() -> None:
+    for index in range(150):
+        prompt = scenes.make_prompt("arranged", 3, index)
+        stickers = prompt.scene.stickers
+        name = prompt.text.rpartition(", in a ")[2]
+        assert scenes.arrangement([(s.x, s.y) for s in stickers]) == name
+        assert prompt.claim.things == ((stickers[0].concept, len(stickers)),)
+        for number, one in enumerate(stickers):
+            assert one.size / 2 <= min(one.x, one.y)
+            assert max(one.x, one.y) <= SIDE - one.size / 2
+            assert all(math.hypot(one.x - s.x, one.y - s.y) >= one.size for s in stickers[:number])
+        background = prompt.scene.background
+        assert not held_out_kinds(set(prompt.scene.counts), prompt.scene.style, background.colour)
+    others = [scenes.make_prompt("open", 3, index).scene.stickers for index in range(1000)]
+    found = [scenes.arrangement([(s.x, s.y) for s in some]) for some in others if len(some) >= 3]
+    assert sum(name is not None for name in found) < 0.03 * len(found)
+
+
+def test_prompts_of_the_held_out_style_state_it() -> None:
+    for index in range(30):
+        prompt = scenes.make_prompt("style", 3, index)
+        assert prompt.claim.style == prompt.scene.style == HELD_OUT_STYLE
+        assert HELD_OUT_STYLE in prompt.text
+
+
+def moved(facts: Facts, by: float) -> Facts:
+    """The same stickers elsewhere."""
+    return replace(facts, places=tuple((concept, x + by, y) for concept, x, y in facts.places))
+
+
+def renamed(facts: Facts) -> Facts:
+    """Stickers of other concepts at the same places."""
+    other = {name: NAMES[(number + 7) % len(NAMES)] for number, name in enumerate(NAMES)}
+    return replace(facts, places=tuple((other[concept], x, y) for concept, x, y in facts.places))
+
+
+@pytest.mark.parametrize("kind", ["open", "style", "arranged"])
+def test_measures_are_1_for_the_scene_itself_and_0_for_others(kind: scenes.Kind) -> None:
+    for prompt in scenes.unseen_prompts(kind, 20):
+        facts = facts_of(prompt.scene)
+        seen = replace(facts, style=STYLES[0]) if kind == "style" else facts  # what a reader without that style finds
+        empty = replace(facts, places=())
+        assert scenes.agrees(seen, prompt) == 1
+        assert scenes.agrees(renamed(facts), prompt) == 0
+        assert scenes.same_places(moved(renamed(facts), 5), prompt) == 1
+        assert scenes.same_places(moved(facts, 100), prompt) == scenes.same_places(empty, prompt) == 0
+        assert scenes.same_stickers(moved(facts, 100), prompt) == 1
+        assert scenes.same_stickers(renamed(facts), prompt) == scenes.same_stickers(empty, prompt) == 0
+        if kind == "arranged":
+            assert scenes.is_arranged(facts, prompt) == 1
+            squeezed = replace(facts, places=tuple((name, x / 20, y / 20) for name, x, y in facts.places))
+            assert scenes.is_arranged(renamed(facts), prompt) == scenes.is_arranged(squeezed, prompt) == 0
+
+
+def test_half_the_stickers_count_half() -> None:
+    prompt = next(p for p in scenes.unseen_prompts("open", 99) if tuple(p.scene.counts.values()) == (4,))
+    facts = facts_of(prompt.scene)
+    one = replace(facts, places=facts.places[:1])
+    assert scenes.same_stickers(one, prompt) == pytest.approx(2 / 5)
+    assert scenes.same_places(replace(facts, places=(*facts.places, ("cat", 500.0, 0.0))), prompt) == 8 / 9
+
+
+@pytest.fixture
+def sheets(sticker_sheets: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The sheets that scenes are drawn from."""
+    monkeypatch.setenv("FEWSTEP_STICKERS", str(sticker_sheets))
+    return sticker_sheets
+
+
+def test_silhouettes_cover_the_stickers(sheets: Path) -> None:
+    prompts = scenes.unseen_prompts("open", 20)
+    pictures = scenes.pictures_of(prompts)
+    for prompt, picture, covered in zip(prompts, pictures, scenes.silhouettes(pictures, prompts), strict=True):
+        sizes = [sticker.size for sticker in prompt.scene.stickers]  # of discs, whose rims are a blurred pixel
+        assert sum(math.pi / 4 * size**2 for size in sizes) < covered.sum()
+        assert covered.sum() < sum(math.pi / 4 * (size + 3) ** 2 for size in sizes)
+        assert (picture[~covered] > 60).all()
+
+
+def test_incomplete_pictures_lack_what_their_mask_covers(sheets: Path) -> None:
+    prompts, given, masks = scenes.incomplete(20)
+    changed = (given != scenes.pictures_of(prompts)).any(3)
+    assert changed.any((1, 2)).all()
+    assert not (changed & ~masks).any()
+    cells = masks.reshape(-1, 16, 4, 16, 4)
+    assert (cells.all((2, 4)) == cells.any((2, 4))).all()
+    for prompt in prompts:
+        first = replace(facts_of(prompt.scene), places=facts_of(prompt.scene).places[:1])
+        assert (scenes.agrees(facts_of(prompt.scene), prompt), scenes.agrees(first, prompt)) == (1, 0)
+
+
+@pytest.mark.slow
+def test_a_style_reader_recognises_the_held_out_style(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, style in enumerate(STYLES):
+        sheet = Image.new("RGBA", (512, 512))
+        ImageDraw.Draw(sheet).rectangle((0, 0, 511, 511), fill=(80 * number, 0, 240 - 80 * number, 255))
+        sheet.save(tmp_path / f"{style}.webp", lossless=True)
+    monkeypatch.setenv("FEWSTEP_STICKERS", str(tmp_path))
+    reader = tiny_reader()
+    config = AddOnConfig(steps=60, batch=16, lr=1e-2)
+    trained = scenes.train_style_reader(reader, config, tmp_path / "run")
+    prompts = [scenes.make_prompt(kind, 1, index) for index in range(40) for kind in ("open", "style")]
+    pictures = scenes.pictures_of(prompts)
+    assert scenes.by_reader(trained, scenes.same_style, prompts)(pictures).mean() > 0.8
+    x = to_tensor(pictures)
+    heat = reader(x)["heat"]
+    torch.testing.assert_close(heat, tiny_reader()(x)["heat"])  # the other one stays
+    again = scenes.train_style_reader(reader, config, tmp_path / "run")
+    torch.testing.assert_close(again(x)["style"], trained(x)["style"])
+
+
+# ------------------------------------------------------------------------------------------------------------ figures
 
 
 def test_the_share_that_is_kept() -> None:
@@ -98,10 +201,7 @@ def test_the_share_that_is_kept() -> None:
     base = rng.normal(1, 0.1, 50)
     kept = kept_share(0.9 * base, base, 0)
     assert kept is not None
-    assert kept.value == pytest.approx(0.9)
-    assert kept.low is not None
-    assert kept.high is not None
-    assert kept.low == pytest.approx(0.9)
+    assert (kept.low, kept.value) == (pytest.approx(0.9), pytest.approx(0.9))
     for seed in (26, 137, 228):  # a base whose own effect is hardly one: some resamples' shares are far off
         faint, own = (np.random.default_rng(start + seed).normal(0.06, 0.28, 96) for start in (0, 1000))
         kept = kept_share(own, faint, 0)
@@ -128,75 +228,149 @@ def test_calls_below_a_strength(tmp_path: Path) -> None:
     assert can_draw(Model("TCD", place["grid"], 4), 0.3)
 
 
-@pytest.fixture(scope="module")
-def lesson_of(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Lessons of two steps on 16 pictures."""
-    backbone = load_backbone(tiny_pipeline)
-    pictures = np.stack([draw_shape(colour, shape) for colour in COLOURS for shape in SHAPES])
-    captions = [[f"a {colour} {shape}"] for colour in COLOURS for shape in SHAPES]
-    cache = tmp_path_factory.mktemp("cache")
-    data = latent_set(
-        Captioned(HeldPictures(pictures), captions), backbone, encoders_fingerprint(backbone.folder), cache
+class Painter:
+    """A study whose models paint plain grey levels: (with the add-on, without it)."""
+
+    config = VersatilityConfig()
+
+    def __init__(self, out: Path, levels: dict[str, tuple[int, int]], base: Any) -> None:
+        self.out, self.levels, self.base, self.drawn = out, levels, base, 0
+
+    def draw(self, task: Task, model: Model) -> np.ndarray:
+        self.drawn += 1
+        level = self.levels[model.name][not task.name]
+        return np.full((8, 4, 4, 3), level, np.uint8) + np.arange(8, dtype=np.uint8)[:, None, None, None]
+
+
+def test_a_row_is_measured_against_the_base_and_its_pictures_are_kept(tmp_path: Path, teacher: Path) -> None:
+    lora = random_lora(teacher, tmp_path / "student")
+    study: Any = Painter(tmp_path, {"base": (100, 40), "TCD": (90, 45)}, load_backbone(teacher))
+    level: Callable[[np.ndarray], np.ndarray] = lambda pictures: pictures.mean((1, 2, 3))  # noqa: E731
+    task = Task(
+        "add-on", scenes.unseen_prompts("open", 8), np.zeros((8, 4, 4, 3), np.uint8), ("a", level), ("b", level)
     )
-
-    def make(name: str, steps: int = 2) -> training.AddOnTraining:
-        return training.AddOnTraining(name, data, AddOnConfig(steps=steps, batch=4, lr=1e-2), {})
-
-    return backbone, pictures, make
-
-
-def test_every_add_on_is_read_back_and_changes_the_picture(lesson_of: Any, tiny_pipeline: Path, tmp_path: Path) -> None:
-    """By its own loader, in diffusers' own pipelines; with the base, two steps."""
-    from diffusers import ControlNetModel
-
-    backbone, pictures, make = lesson_of
-    model, prompts = Model("base", None, 2, 2.0), ["a red disc", "a blue bar"]
-    plain_pipe = pipeline("StableDiffusionPipeline", tiny_pipeline, model)
-    plain = draw_pictures(plain_pipe, prompts, 0, {}, **call_arguments(model))
-
-    def differs(made: np.ndarray) -> bool:
-        return bool((np.abs(made.astype(int) - plain.astype(int)).max((1, 2, 3)) > 2).all())
-
-    pipe = pipeline("StableDiffusionPipeline", tiny_pipeline, model)
-    training.fine_tune(make("tuned"), backbone.fresh_network(), pipe, tmp_path / "r1", tmp_path / "tuned")
-    tuned = pipeline("StableDiffusionPipeline", tmp_path / "tuned", model)
-    assert differs(draw_pictures(tuned, prompts, 0, {}, **call_arguments(model)))
-
-    training.train_style(make("style", 6), backbone.fresh_network(), tmp_path / "r2", tmp_path / "style")
-    pipe = pipeline("StableDiffusionPipeline", tiny_pipeline, model)
-    pipe.load_lora_weights(str(tmp_path / "style"), adapter_name="style")
-    assert differs(draw_pictures(pipe, prompts, 0, {}, **call_arguments(model)))
-
-    maps = torch.from_numpy(effects.edges(pictures)).half()[:, None].expand(-1, 3, -1, -1)
-    training.train_controlnet(make("edges", 6), backbone.fresh_network(), maps, tmp_path / "r3", tmp_path / "edges")
-    controlnet = ControlNetModel.from_pretrained(tmp_path / "edges")
-    pipe = pipeline("StableDiffusionControlNetPipeline", tiny_pipeline, model, {"controlnet": controlnet})
-    shown = images((maps[:2, 0].float().numpy()[..., None] * 255).repeat(3, 3).astype(np.uint8))
-    assert differs(draw_pictures(pipe, prompts, 0, {"image": shown}, **call_arguments(model)))
-
-    seen = torch.randn(16, 24, generator=torch.Generator().manual_seed(0))
-    place = tmp_path / "picture"
-    project = training.initial_projection(seen, torch.randn(16, 6, 32, generator=torch.Generator().manual_seed(1)))
-    training.train_ip_adapter(make("picture", 6), backbone.fresh_network(), seen, project, tmp_path / "r4", place)
-    pipe = pipeline("StableDiffusionPipeline", tiny_pipeline, model)
-    pipe.load_ip_adapter([training.read_ip_adapter(place)], subfolder="", weight_name="", image_encoder_folder=None)
-    arguments = call_arguments(model)
-    own, other = (draw_from_features(pipe, prompts, seen[rows], 0, **arguments) for rows in ([0, 1], [0, 2]))
-    assert differs(own)
-    assert (own[0] == other[0]).all(), "each follows its own picture"
-    assert (own[1] != other[1]).any(), "the picture that is shown counts"
+    models = [Model("base", None, 4), Model("TCD", lora, 2)]
+    cells, sheets = measure_task(study, task, models)
+    base, student = cells
+    assert (base.value - base.without, student.value - student.without) == (60, 45)
+    assert (base.kept, base.distance) == (None, None)
+    assert student.kept is not None
+    assert student.kept.value == pytest.approx(0.75)
+    assert (student.distance, student.distance_without) == (pytest.approx(10 / 255), pytest.approx(5 / 255))
+    assert student.change.value == pytest.approx(45)
+    assert [int(sheet[0, 0, 0, 0]) for sheet in sheets] == [100, 90]
+    text = table(cells, task, np.full((8, 4, 4, 3), 7, np.uint8))
+    assert "| real scenes | 7.000 |" in text
+    assert f"| TCD 2 | {student.without:.3f} to {student.value:.3f} | {kept_text(student)} |" in text
+    drawn = study.drawn
+    again, _ = measure_task(study, task, models)
+    assert (again, study.drawn) == (cells, drawn)
+    other = replace(task, prompts=task.prompts[::-1])
+    measure_task(study, other, models)
+    assert study.drawn == 2 * drawn
+    given, _ = measure_task(study, replace(task, from_given=True), models)
+    assert given[1].distance_without is None
 
 
-def test_a_projection_starts_from_the_captions() -> None:
+# --------------------------------------------------------------------------------------- trained, read back and drawn
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher of sticker scenes' classes with random weights: 64x64 pictures, 16x16x4 latents."""
+    folder = tmp_path_factory.mktemp("addons")
+    write_text_encoder(folder / "text")
+    torch.manual_seed(1)
+    unet = make_unet(TeacherConfig(channels=(16, 32, 32), heads=2, groups=8), 4, 16, 32, plain=1)
+    vae = make_vae(AutoencoderConfig(channels=(8, 8, 8), groups=4))
+    with torch.no_grad():
+        unet.conv_out.weight.mul_(8)
+        vae.quant_conv.weight[:4].mul_(4)
+        vae.quant_conv.weight[4:].zero_()
+        vae.quant_conv.bias[4:].fill_(-30)  # a posterior without noise
+    write_teacher(folder / "teacher", vae, unet, folder / "text", omega=2.0)
+    return folder / "teacher"
+
+
+def tiny_reader() -> Reader:
+    torch.manual_seed(0)
+    return Reader(ReaderConfig(channels=(8, 8, 8), blocks=(1, 1, 1))).eval()
+
+
+def encoder() -> Callable[[np.ndarray], torch.Tensor]:
+    """A picture's levels in 4 x 4 blocks."""
+    return lambda pictures: torch.from_numpy(pictures.reshape(-1, 4, 16, 4, 16, 3).mean((2, 4)).reshape(-1, 48)).float()
+
+
+ADD_ONS = ("community", "style", "edges", "shapes", "picture")
+
+
+@pytest.fixture
+def study(teacher: Path, sheets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
+    """Add-ons of a few steps, measured by a random reader."""
+    monkeypatch.setattr(tasks_module, "FITTED", 16)
+    lessons: Any = dict.fromkeys((*ADD_ONS, "style_reader"), AddOnConfig(steps=6, batch=4, lr=1e-2))
+    config = VersatilityConfig(steps=(2,), base_steps=2, prompts=8, **lessons)
+    return Study(config, tmp_path / "study", load_backbone(teacher), tiny_reader(), encoder())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_changes_what_base_and_student_draw(study: Study, teacher: Path, name: str) -> None:
+    """The add-on is trained on the base alone, read back by its own loader, and drawn with in diffusers' pipelines."""
+    lora = random_lora(teacher, study.out / "student")
+    task = TASKS[name](study)
+    for model in (Model("base", None, 2, 3.0), Model("TCD", lora, 2)):
+        pictures = study.draw(task, model)
+        plain = task.given if task.from_given else study.draw(bare(task), model)
+        assert pictures.shape == plain.shape == (8, 64, 64, 3)
+        assert (np.abs(pictures.astype(int) - plain).max((1, 2, 3)) > 2).all()
+        np.testing.assert_array_equal(study.draw(task, model), pictures)
+        assert task.effect[1](pictures).shape == task.beside[1](pictures).shape == (8,)
+    if name in ADD_ONS:
+        changed = replace(study, config=study.config.model_copy(update={name: AddOnConfig(steps=7)}))
+        with pytest.raises(UserError, match="steps"):
+            TASKS[name](changed)
+
+
+def test_inpainting_leaves_what_is_outside_the_mask(study: Study, teacher: Path) -> None:
+    task = TASKS["inpainting"](study)
+    _, given, masks = scenes.incomplete(8)
+    lora = random_lora(teacher, study.out / "student")
+    for model in (Model("base", None, 2, 3.0), Model("TCD", lora, 2)):
+        pipe = pipeline(task.kind, teacher, model)
+        call = call_arguments(model) | {"image": images(given), "mask_image": images(masks), "strength": 1.0}
+        latents = pipe([prompt.text for prompt in task.prompts], output_type="latent", **call).images
+        apart = (latents - study.base.to_latents(given)).abs().amax(1).detach().numpy()
+        hole = masks[:, ::4, ::4]
+        assert apart[~hole].max() < 1e-3 < apart[hole].mean()
+        drawn = task.beside[1](study.draw(task, model))
+        assert (drawn > task.beside[1](study.restore(given)) - 0.1).all()
+
+
+@pytest.mark.slow
+def test_pictures_of_an_ip_adapter_follow_their_own_features(study: Study, teacher: Path) -> None:
+    task = TASKS["picture"](study)
+    assert task.features is not None
+    for scale in (1.0, 2.0):
+        pipe = pipeline(task.kind, teacher, Model("base", None, 2, scale))
+        task.load(pipe)
+        call = call_arguments(Model("base", None, 2, scale))
+        own, other = (draw_pictures(pipe, ["", ""], 0, {}, task.features[rows], **call) for rows in ([0, 1], [0, 2]))
+        np.testing.assert_array_equal(own[0], other[0])
+        assert np.abs(own[1].astype(int) - other[1]).max() > 2
+
+
+def test_a_projection_starts_from_what_captions_state() -> None:
     """Through the layer norm that it ends in, it gives the tokens of captions that are linear in features."""
     from diffusers.models.embeddings import ImageProjection
 
     generator = torch.Generator().manual_seed(0)
     seen = torch.randn(400, 12, generator=generator)
-    tokens = torch.nn.functional.layer_norm(torch.randn(400, 4, 12, generator=generator) * 0 + seen[:, None], (12,))
+    tokens = torch.nn.functional.layer_norm(seen[:, None].expand(-1, 4, -1), (12,))
     states = 0.5 + tokens * torch.linspace(0.5, 2, 12)
-    found = training.initial_projection(seen, states, ridge=1e-3)
-    network = ImageProjection(12, 12, training.TOKENS)
+    found = initial_projection(seen, states, ridge=1e-3)
+    network = ImageProjection(12, 12, TOKENS)
     own = {"proj": "image_embeds", "norm": "norm"}
     network.load_state_dict({f"{own[n.split('.')[0]]}.{n.split('.')[1]}": value for n, value in found.items()})
     with torch.no_grad():
@@ -204,90 +378,66 @@ def test_a_projection_starts_from_the_captions() -> None:
     assert float((made - states).square().mean()) < 0.02 * float(states.var())
 
 
-def test_a_stopped_lesson_goes_on(lesson_of: Any, tmp_path: Path) -> None:
+def test_a_stopped_training_is_resumed(study: Study, tmp_path: Path) -> None:
     """Stopped after its last step, before it was written: the same bytes."""
-    backbone, _, make = lesson_of
-    spec = make("style", 4)
 
-    def run(name: str) -> None:
-        training.train_style(spec, backbone.fresh_network(), tmp_path / name, tmp_path / f"{name}-out")
+    def run(name: str) -> Path:
+        return replace(study, out=tmp_path / name).made("style", "style", training.train_lora)
 
-    run("whole")
+    def stop(place: Path) -> Any:
+        raise KeyboardInterrupt
+
+    whole = run("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "atomic_folder", _stop)
+        patch.setattr(training, "atomic_folder", stop)
         with pytest.raises(KeyboardInterrupt):
             run("cut")
-    assert not (tmp_path / "cut-out").exists()
-    run("cut")
-    files = [next((tmp_path / f"{name}-out").glob("*.safetensors")).read_bytes() for name in ("whole", "cut")]
+    assert not (tmp_path / "cut" / "style").exists()
+    files = [next(place.glob("*.safetensors")).read_bytes() for place in (whole, run("cut"))]
     assert files[0] == files[1]
 
 
-def _stop(place: Path) -> Any:
-    raise KeyboardInterrupt
+# ------------------------------------------------------------------------------------------------------------ the verb
 
 
-@pytest.fixture(scope="module")
-def small_world(tmp_path_factory: pytest.TempPathFactory) -> Context:
-    """The bundled teacher and a part of Emoji-8; add-ons of a single step."""
-    world = emoji8.load("train")
-    people = people_of(world)[:40]
-    part = np.unique(np.concatenate([people, np.arange(0, len(world), 60)]))
-    data = emoji8.Emoji8(world.pictures[part], tuple(world.records[row] for row in part))
-    spec = AddOnConfig(steps=1, batch=4, lr=1e-3)
-    lessons = dict.fromkeys(("community", "style", "edges", "shapes", "picture"), spec)
-    config = VersatilityConfig(steps=(2,), base_steps=2, prompts=8, shown=1, pictures=16, **lessons)
-    out = tmp_path_factory.mktemp("versatility")
-    eye = lite0(out / "features", progress=False)
-    return Context(config, out, load_backbone(teacher_path("")), agreement().scorer, eye, data)
+@pytest.fixture
+def tiny_world(teacher: Path, sheets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A world folder of sticker scenes with a student."""
+    world = tmp_path / "world"
+    shutil.copytree(teacher, world / "teacher")
+    shutil.copytree(sheets, world / "stickers")
+    shutil.copy(root() / "distill.yaml", world / "distill.yaml")
+    random_lora(teacher, world / "students" / "tcd")
+    save_reader(tiny_reader(), world / "reader")
+    save_reward(RewardNetwork(RewardConfig(channels=(8, 8, 8), blocks=(1, 1)), 2), ("cat", "dog"), world / "reward")
+    monkeypatch.setenv("FEWSTEP_WORLD", str(world))
+    return world
 
 
 @pytest.mark.slow
-def test_every_row_is_made_drawn_and_measured(small_world: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All nine rows on the bundled teacher; what is drawn after was not learned from; kept pictures are not redrawn."""
-    context = small_world
-    cells, shown, tasks = measure(context, list(TASKS))
-    found = {(cell.task, cell.model): cell for cell in cells}
-    labels = [model.label for model in columns(context.config)]
-    assert labels == ["base 2", "TCD 2"]
-    assert set(found) == {(name, label) for name in TASKS for label in labels}
-    assert len(shown) == len(TASKS)
-    apart = {record.id for record in emoji8.load("heldout-pair").records}
-    assert {record.id for record in context.shown.records} == apart
-    assert not {record.id for record in context.data.records} & apart
-    people = {context.shown.records[row].name for row in people_of(context.shown)}
-    assert all(prompt.rsplit(", ", 1)[0] in people for prompt in tasks["community"].prompts)
-    shown_pictures = {picture.tobytes() for picture in context.shown.pictures}
-    for name in ("picture", "img2img", "style transfer"):
-        assert {picture.tobytes() for picture in tasks[name].given} <= shown_pictures
-    own, student = found["edges", "base 2"], found["edges", "TCD 2"]
-    assert own.without != student.without, "each is measured beside its own pictures without the add-on"
-    # what is there before is the same for all: half a picture fits its name badly, and both draw the rest
-    assert found["inpainting", "base 2"].without == found["inpainting", "TCD 2"].without
-    assert found["inpainting", "TCD 2"].value > found["inpainting", "TCD 2"].without
-    assert found["img2img", "base 2"].value > found["img2img", "base 2"].without + 0.05
-    for model in columns(context.config):
-        plain = float(tasks["img2img"].beside(tasks["img2img"].without(model)).mean())
-        cell = found["img2img", model.label]
-        assert cell.change.value == pytest.approx(cell.beside - plain)
-    text = tables(cells, tasks, labels)
-    share = found["img2img", "TCD 2"].kept
-    assert share is not None
-    effects = [found["img2img", label].value - found["img2img", label].without for label in labels]
-    assert share.value == pytest.approx(effects[1] / effects[0])
-    assert f"| img2img | {tasks['img2img'].effect_name} | ({effects[0]:+.3f}) | {share.value:.2f} [" in text
-
-    def drawing(*_: Any, **__: Any) -> None:
-        raise AssertionError("drawn again")
-
-    monkeypatch.setattr(tasks_module, "draw_pictures", drawing)
-    again, _, _ = measure(context, list(TASKS))
-    assert again == cells
+def test_the_verb_writes_a_table_and_a_figure(
+    tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks_module, "FITTED", 16)
+    lessons = [f"{name}.{word}" for name in (*ADD_ONS, "style_reader") for word in ("steps=1", "batch=2")]
+    out = tmp_path / "out"
+    path = api.versatility(out=out, overrides=["steps=[2]", "base_steps=2", "prompts=8", "shown=1", *lessons])
+    cells = json.loads((out / "cells.json").read_text())["cells"]
+    assert len(cells) == 2 * len(TASKS)
+    assert {cell["model"] for cell in cells} == {"base 2", "TCD 2"}
+    assert path.read_text().count("| TCD 2 |") == len(TASKS)
+    with Image.open(out / "figure.webp") as figure:
+        assert figure.height > len(TASKS) * SIDE
 
 
-def test_students_that_no_pipeline_draws_are_refused_first(tmp_path: Path) -> None:
+def test_what_cannot_be_measured_is_refused_first(
+    tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match="steps = 60"):
         api.versatility(out=tmp_path / "v", overrides=["steps=[60]"])
     with pytest.raises(UserError, match="is neither a file nor a bundled student"):
         api.versatility(out=tmp_path / "v", overrides=["tlcm=nowhere"])
+    shutil.rmtree(tiny_world / "reader")
+    with pytest.raises(UserError, match="reader/"):
+        api.versatility(out=tmp_path / "v")
     assert not (tmp_path / "v").exists()

@@ -119,7 +119,8 @@ def chinese(*, out: Path | str = "runs/chinese", overrides: str | Sequence[str] 
 def versatility(*, out: Path | str = "runs/versatility", overrides: str | Sequence[str] = ()) -> Path:
     """Measure students with a community checkpoint, a style LoRA, ControlNets, an IP-Adapter, img2img and inpainting.
 
-    Each add-on is made on the base, and then used with students that never saw it. Takes hours on a CPU.
+    Each add-on is made on the base, and then used with students that never saw it. Needs sticker scenes. Takes hours on
+    a CPU.
 
     Example: fewstep world versatility -s tlcm=runs/tlcm/student
 
@@ -129,6 +130,7 @@ def versatility(*, out: Path | str = "runs/versatility", overrides: str | Sequen
     """
     from fewstep.backbones.teachers import read_teacher
     from fewstep.students.resolve import resolve_student
+    from fewstep_worlds.common.location import root
     from fewstep_worlds.studies.settings import VersatilityConfig
 
     config = _checked("versatility", VersatilityConfig, overrides, out)
@@ -144,6 +146,13 @@ def versatility(*, out: Path | str = "runs/versatility", overrides: str | Sequen
                     "TLCM student",
                     field=field,
                 )
+    for part in ("reader", "reward"):
+        if not (root() / part).is_dir():
+            raise UserError(
+                f"world = {str(root())!r} has no {part}/, which the study needs; set FEWSTEP_WORLD to the folder of "
+                "sticker scenes",
+                field="world",
+            )
     from fewstep_worlds.studies.addons.figure import versatility
 
     return _run(versatility, config, out)

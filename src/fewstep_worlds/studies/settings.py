@@ -10,6 +10,7 @@ from fewstep.common.config import Config
 from fewstep.common.errors import did_you_mean
 from fewstep.inference.multilingual.settings import AdapterConfig
 from fewstep.methods.recipes import rows
+from fewstep.training.config import LoopConfig, OptimConfig
 
 Rate = Annotated[float, Field(gt=0)]
 Omega = Annotated[float, Field(ge=0)]
@@ -51,24 +52,34 @@ class AddOnConfig(Config):
     lr: float = Field(3e-4, gt=0, description="learning rate")
     seed: Seed = Field(0, description="seed of the training, 0 to 89")
 
+    @property
+    def loop(self) -> LoopConfig:
+        """The loop of the training."""
+        return LoopConfig(
+            steps=self.steps, batch=self.batch, seed=self.seed, save_every=100, log_every=20, precision="auto"
+        )
+
+    @property
+    def optim(self) -> OptimConfig:
+        """The optimiser of the training."""
+        return OptimConfig(lr=self.lr, warmup=20, decay="cosine")
+
 
 class VersatilityConfig(Config):
     """Settings of the add-ons study: students that were not trained on them."""
 
     tcd: str = Field("tcd", description="TCD student: tcd (bundled), a LoRA file or folder")
-    tlcm: str = Field("", description="TLCM student, a LoRA file or folder; empty to leave it out")
+    tlcm: str = Field("", description="TLCM student: tlcm (bundled), a LoRA file or folder; empty to leave it out")
     steps: tuple[int, ...] = Field((2, 4, 8), description="network calls of the students")
     base_steps: int = Field(25, ge=1, description="steps of the base, guided DDIM")
-    prompts: int = Field(96, ge=8, le=100, description="pictures drawn and measured with each")
+    prompts: int = Field(96, ge=8, description="pictures drawn and measured with each")
     shown: int = Field(2, ge=1, le=8, description="pictures of each in the figure")
-    pictures: int = Field(
-        3000, ge=16, description="training pictures that an add-on learns from, at most; the IP-Adapter has all"
-    )
-    community: AddOnConfig = Field(AddOnConfig(steps=1500, lr=2e-4), description="the fine-tuned checkpoint")
-    style: AddOnConfig = Field(AddOnConfig(steps=1200, lr=1e-3), description="the style LoRA")
-    edges: AddOnConfig = Field(AddOnConfig(steps=1500, lr=5e-4), description="the ControlNet on edges")
-    shapes: AddOnConfig = Field(AddOnConfig(steps=1500, lr=5e-4), description="the ControlNet on silhouettes")
-    picture: AddOnConfig = Field(AddOnConfig(steps=1500, lr=2e-4), description="the IP-Adapter")
+    community: AddOnConfig = Field(AddOnConfig(lr=2e-4), description="the fine-tuned checkpoint")
+    style: AddOnConfig = Field(AddOnConfig(lr=1e-3), description="the style LoRA")
+    edges: AddOnConfig = Field(AddOnConfig(steps=350, lr=5e-4), description="the ControlNet on edges")
+    shapes: AddOnConfig = Field(AddOnConfig(steps=350, lr=5e-4), description="the ControlNet on silhouettes")
+    picture: AddOnConfig = Field(AddOnConfig(lr=5e-4), description="the IP-Adapter")
+    style_reader: AddOnConfig = Field(AddOnConfig(steps=300), description="the reader of the held-out style")
     seed: Seed = Field(0, description="seed of the noise, 0 to 89")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,17 +18,19 @@ from tqdm import tqdm
 
 from fewstep.backbones.base import load_backbone
 from fewstep.backbones.teachers import teacher_path
+from fewstep.common.device import pick_device
 from fewstep.common.files import sha256, write_json, write_text
 from fewstep.common.provenance import commit, hardware
 from fewstep.evaluation.bootstrap import COVER, RESAMPLES, centred_interval, counts, paired_difference
 from fewstep.evaluation.metric import Array, Figure
 from fewstep.inference.image_grid import labelled_grid, save_image
 from fewstep.students.resolve import student_place
+from fewstep_worlds.common.location import root
 from fewstep_worlds.common.tables import markdown
-from fewstep_worlds.emoji8.metrics import agreement, lite0
-from fewstep_worlds.studies.addons.context import Context
+from fewstep_worlds.studies.addons import measures
 from fewstep_worlds.studies.addons.pipelines import Model, can_draw
-from fewstep_worlds.studies.addons.tasks import GAMMAS, PICTURE_TASKS, STRENGTHS, TASKS, Task
+from fewstep_worlds.studies.addons.scenes import load_encoder, load_reader, pictures_of
+from fewstep_worlds.studies.addons.tasks import TASKS, Study, Task, bare
 from fewstep_worlds.studies.comparison import stored_pictures
 from fewstep_worlds.studies.settings import VersatilityConfig
 from fewstep_worlds.studies.students import students_omega
@@ -36,14 +38,16 @@ from fewstep_worlds.studies.students import students_omega
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of the table.
+    """One sampler with one add-on.
 
     Attributes:
-        task, model: row and column.
+        task, model: their names.
         value, without: mean of the effect's measure, with the add-on and without it.
         kept: (value - without) over the base's, with its interval over prompts; None for the base itself.
         beside: mean of the side effect's measure, with the add-on.
         change: its change from without the add-on, with its interval over prompts.
+        distance: mean distance to the base's pictures with the add-on; None for the base itself.
+        distance_without: the same of pictures without it; None for the base and where the given picture is meant.
     """
 
     task: str
@@ -53,6 +57,8 @@ class Cell:
     kept: Figure | None
     beside: float
     change: Figure
+    distance: float | None
+    distance_without: float | None
 
 
 def columns(config: VersatilityConfig) -> list[Model]:
@@ -91,101 +97,100 @@ def weights_in(place: Path | None) -> str:
 def key_of(task: Task, model: Model, base: str, seed: int) -> str:
     """Return a hash of all that decides the pictures of a cell; `base` is the pipeline's identity."""
     given = hashlib.sha256(task.given.tobytes()).hexdigest()
-    made = [base, weights_in(model.lora), weights_in(task.add_on), given, STRENGTHS.get(task.name, 1.0)]
-    if model.lora is not None:
-        made.append(GAMMAS.get(task.name))
-    known = [task.name, list(task.prompts), model.steps, model.scale, seed, *made]
+    made = [base, weights_in(model.lora), weights_in(task.add_on), given, task.kind, task.strength]
+    known = [[prompt.text for prompt in task.prompts], model.steps, model.scale, seed, *made]
+    known += [task.gamma] if model.lora else []
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:20]
 
 
-def measure(context: Context, names: Sequence[str]) -> tuple[list[Cell], list[tuple[str, np.ndarray]], dict[str, Task]]:
-    """Make the add-ons, sample and measure every row; return cells, the figure's rows and the tasks."""
-    models, folder, seed = columns(context.config), context.out / "pictures", context.config.seed
-    cells, shown, tasks = [], [], {}
-    with tqdm(total=len(names) * len(models), desc="versatility", unit="cell") as bar:
-        for name in names:
-            bar.set_postfix_str(f"{name}: making")
-            task = tasks[name] = TASKS[name](context)
-            sheets = [task.given]
-            base_effect: Array | None = None
-            for model in models:
-                bar.set_postfix_str(f"{name}: {model.label}")
-                bar.update()
-                if not can_draw(model, STRENGTHS.get(name, 1.0)):
-                    sheets.append(np.full_like(task.given, 255))
-                    continue
-                key = key_of(task, model, context.backbone.folder.identity(), seed)
-                pictures = stored_pictures(folder, key, partial(task.draw, model))
-                plain = stored_pictures(folder, f"{key}-without", partial(task.without, model))
-                value, without, beside = task.effect(pictures), task.effect(plain), task.beside(pictures)
-                effect = value - without
-                kept = None if base_effect is None else kept_share(effect, base_effect, seed)
-                base_effect = effect if base_effect is None else base_effect
-                change = paired_difference(beside, task.beside(plain), seed)
-                means = [float(x.mean()) for x in (value, without, beside)]
-                cells.append(Cell(name, model.label, means[0], means[1], kept, means[2], change))
-                sheets.append(pictures)
-            for i in range(context.config.shown):
-                label = f"{task.name}" if i == 0 else str(task.prompts[i])[:24]
-                shown.append((label, np.stack([sheet[i] for sheet in sheets])))
-    return cells, shown, tasks
+def measure_task(study: Study, task: Task, models: Sequence[Model]) -> tuple[list[Cell], list[np.ndarray]]:
+    """Sample and measure a row; return its cells, and the pictures of all models (white where one cannot draw)."""
+    seed, base = study.config.seed, study.base.folder.identity()
+
+    def drawn(task: Task, model: Model) -> np.ndarray:
+        return stored_pictures(
+            study.out / "pictures", key_of(task, model, base, seed), partial(study.draw, task, model)
+        )
+
+    cells: list[Cell] = []
+    sheets: list[np.ndarray] = []
+    first: tuple[Model, np.ndarray, np.ndarray, Array] | None = None
+    for model in models:
+        if not can_draw(model, task.strength or 1.0):
+            sheets.append(np.full_like(task.given, 255))
+            continue
+        pictures = drawn(task, model)
+        plain = task.given if task.from_given else drawn(bare(task), model)
+        value, without, beside = task.effect[1](pictures), task.effect[1](plain), task.beside[1](pictures)
+        effect, change = value - without, paired_difference(beside, task.beside[1](plain), seed)
+        first = first or (model, pictures, plain, effect)
+        of_student = model is not first[0]
+        cells.append(
+            Cell(
+                task.name,
+                model.label,
+                float(value.mean()),
+                float(without.mean()),
+                kept_share(effect, first[3], seed) if of_student else None,
+                float(beside.mean()),
+                change,
+                float(measures.distance(pictures, first[1]).mean()) if of_student else None,
+                float(measures.distance(plain, first[2]).mean()) if of_student and not task.from_given else None,
+            )
+        )
+        sheets.append(pictures)
+    return cells, sheets
+
+
+def interval(figure: Figure, form: str) -> str:
+    """Return a figure with its interval."""
+    return f"{figure.value:{form}} [{figure.low:{form}}, {figure.high:{form}}]"
 
 
 def kept_text(cell: Cell) -> str:
     """Return a student's share with its interval; in brackets the effect itself, where there is no share."""
-    if cell.kept is None:
-        return f"({cell.value - cell.without:+.3f})"
-    return f"{cell.kept.value:.2f} [{cell.kept.low:.2f}, {cell.kept.high:.2f}]"
+    return f"({cell.value - cell.without:+.3f})" if cell.kept is None else interval(cell.kept, ".2f")
 
 
-def tables(cells: Sequence[Cell], tasks: Mapping[str, Task], labels: Sequence[str]) -> str:
-    """Return all three tables with their captions, as Markdown."""
-    by_place = {(cell.task, cell.model): cell for cell in cells}
+def table(cells: Sequence[Cell], task: Task, real: np.ndarray) -> str:
+    """Return a task's cells as Markdown, below the measures of the prompts' `real` scenes."""
+    effect, beside = (f"{measure(real).mean():.3f}" for _, measure in (task.effect, task.beside))
+    rows = [["real scenes", effect, "", beside, ""]]
+    for cell in cells:
+        distance = "" if cell.distance is None else f"{cell.distance:.3f}"
+        distance += "" if cell.distance_without is None else f" ({cell.distance_without:.3f})"
+        beside = f"{cell.beside:.3f}, {interval(cell.change, '+.3f')}"
+        rows.append([cell.model, f"{cell.without:.3f} to {cell.value:.3f}", kept_text(cell), beside, distance])
+    return markdown([task.name, task.effect[0], "share kept", task.beside[0], "distance to base"], rows).rstrip()
 
-    def table(measures: Callable[[Task], str], text: Callable[[Cell], str]) -> str:
-        rows = [
-            [task.name, measures(task)]
-            + [text(by_place[name, label]) if (name, label) in by_place else "-" for label in labels]
-            for name, task in tasks.items()
-        ]
-        return markdown(["add-on", "", *labels], rows, left=2 + len(labels)).rstrip()
 
-    def effect_text(cell: Cell) -> str:
-        return f"{cell.without:.3f} to {cell.value:.3f}"
-
-    def beside_text(cell: Cell) -> str:
-        change = cell.change
-        return f"{cell.beside:.3f}, {change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"
-
-    parts = [
-        "Share of the base's effect that a student keeps, with 95 % intervals over prompts. In brackets: the effect.",
-        table(lambda task: task.effect_name, kept_text),
-        "The measure without the add-on and with it.",
-        table(lambda task: task.effect_name, effect_text),
-        "Side effect: its measure with the add-on, and the change from without it.",
-        table(lambda task: task.beside_name, beside_text),
-    ]
-    return "\n\n".join(parts)
+NOTE = """The base's add-ons with students that never saw them, in plain diffusers pipelines; scenes that nothing was
+trained on, the same prompts and noise for all samplers. By column: the effect's measure without the add-on and with it;
+the share of the base's effect that a student keeps, with 95 % intervals over prompts (in brackets the effect itself,
+where there is no base to compare with or its interval contains 0); the side effect's measure with the add-on and its
+change; the mean absolute difference from the base's pictures (in brackets the same without the add-on). Real scenes
+have passed the base's autoencoder. Inpainting and super-resolution are compared with the given picture. Samplers are
+left out that have fewer times below a strength than calls; super-resolution has gamma 0."""
 
 
 def versatility(config: VersatilityConfig, out: Path) -> Path:
     """Make the add-ons, sample and measure; write table.md, cells.json and figure.webp, and return the tables' path."""
-    context = Context(
-        config, out, load_backbone(teacher_path("")), agreement().scorer, lite0(out / "features", progress=False)
-    )
-    cells, shown, tasks = measure(context, list(TASKS))
-    labels = [model.label for model in columns(config)]
-    gammas = ", ".join(f"gamma {gamma:g} for {name}" for name, gamma in GAMMAS.items())
-    note = (
-        f"`fewstep world versatility` at commit {commit()}, {hardware()}; n = {config.prompts} prompts each, seed "
-        f"{config.seed}, the same prompts and noise in a row; students with their own settings, but {gammas}. The "
-        "effect is the measure with the add-on minus the measure without it; for "
-        f"{', '.join(PICTURE_TASKS)}, minus that of the given picture. Given pictures are held out from the base, the "
-        "students and the add-ons. A cell is empty where a strength leaves fewer times than calls. A student's effect "
-        "is in brackets where the interval of the base's own effect contains 0."
-    )
-    text = "\n\n".join(["# Versatility", note, tables(cells, tasks, labels)])
-    write_text(out / "table.md", text + "\n")
-    write_json(out / "cells.json", {"note": note, "cells": [asdict(cell) for cell in cells]})
-    save_image(labelled_grid(shown, ["given", *labels], 1), out / "figure.webp")
+    device = pick_device("auto")
+    reader, base = load_reader(root() / "reader").to(device), load_backbone(teacher_path(""), device)
+    study, models = Study(config, out, base, reader, load_encoder(device)), columns(config)
+    cells, shown, tables = [], [], []
+    with tqdm(TASKS.items(), desc="versatility", unit="add-on") as bar:
+        for name, make in bar:
+            bar.set_postfix_str(name)
+            task = make(study)
+            own, sheets = measure_task(study, task, models)
+            cells += own
+            tables.append(table(own, task, study.restore(pictures_of(task.prompts))))
+            for i in range(config.shown):
+                label = task.name if i == 0 else task.prompts[i].text[:24]
+                shown.append((label, np.stack([sheet[i] for sheet in (task.given, *sheets)])))
+    run = f"Commit {commit()}, {hardware()}; n = {config.prompts} prompts, seed {config.seed}."
+    write_text(out / "table.md", "\n\n".join(["# Versatility", f"{' '.join(NOTE.split())} {run}", *tables]) + "\n")
+    write_json(out / "cells.json", {"run": run, "cells": [asdict(cell) for cell in cells]})
+    save_image(labelled_grid(shown, ["given", *(model.label for model in models)], 1), out / "figure.webp")
     return out / "table.md"

@@ -16,7 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep.backbones.loading import loading
+from fewstep.common.device import pick_device
 from fewstep.diffusion.grid import TLCM_TIMES
+from fewstep.evaluation.metric import Pictures
 from fewstep.inference.pipeline import call_settings, sampling_of_student, scheduler_for
 from fewstep.students.lora_file import FILE
 
@@ -44,31 +46,30 @@ class Model:
         return f"{self.name} {self.steps}"
 
 
-def pipeline(
-    kind: str, folder: Path, model: Model, parts: Mapping[str, Any] | None = None, gamma: float | None = None
-) -> Any:
+def pipeline(kind: str, folder: Path, model: Model | None, gamma: float | None = None, **parts: Any) -> Any:
     """Return a diffusers pipeline with the student's LoRA and scheduler, or with DDIM.
 
     Args:
         kind: of pipeline, by its class name.
         folder: the checkpoint.
-        parts: further components, such as ControlNets.
+        model: None for the folder's own scheduler.
         gamma: of a student's sampler; None for the student's own.
+        parts: components that replace or extend the folder's.
     """
     import diffusers
 
     with loading(str(folder)), redirect_stderr(StringIO()):  # its warnings about the classes do not apply
         pipe = getattr(diffusers, kind).from_pretrained(
-            folder, safety_checker=None, local_files_only=True, use_safetensors=True, **(parts or {})
+            folder, safety_checker=None, local_files_only=True, use_safetensors=True, **parts
         )
     pipe.set_progress_bar_config(disable=True)
-    if model.lora is None:
+    if model and model.lora is None:
         pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
-    else:
+    elif model and model.lora:
         place = model.lora / FILE if model.lora.is_dir() else model.lora
         pipe.load_lora_weights(str(place.parent), weight_name=place.name, adapter_name="student")
         pipe.scheduler = scheduler_for(model.lora, pipe.scheduler.config, gamma)
-    return pipe
+    return pipe.to(pick_device("auto"))
 
 
 def call_arguments(model: Model, strength: float = 1.0) -> dict[str, Any]:
@@ -88,43 +89,35 @@ def can_draw(model: Model, strength: float) -> bool:
 
 
 def draw_pictures(
-    pipe: Any, prompts: Sequence[str], seed: int, rows: Mapping[str, Sequence[Any]], **more: Any
-) -> np.ndarray:
+    pipe: Any,
+    prompts: Sequence[str],
+    seed: int,
+    rows: Mapping[str, Sequence[Any]],
+    features: Tensor | None = None,
+    **more: Any,
+) -> Pictures:
     """Draw one picture a prompt, uint8 [N, H, W, 3], each from its own generator.
 
     Args:
         rows: arguments with a row for each prompt (source pictures, masks, ControlNet maps).
+        features: of an IP-Adapter, [N, width]; a guided call has zeros for its unconditional branch.
         more: arguments that are shared.
     """
     parts = []
-    for start in range(0, len(prompts), BATCH):
-        part = slice(start, start + BATCH)
+    size = BATCH if features is None else 1  # a pipeline conditions each picture of a call on the features of all
+    for start in range(0, len(prompts), size):
+        part = slice(start, start + size)
         generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(start, start + len(prompts[part]))]
-        own = {name: list(values[part]) for name, values in rows.items()}
+        own: dict[str, Any] = {name: list(values[part]) for name, values in rows.items()}
+        if features is not None:
+            seen = features[part, None]
+            both = torch.cat([torch.zeros_like(seen), seen]) if more["guidance_scale"] > 1 else seen
+            own["ip_adapter_image_embeds"] = [both]
         drawn = pipe(list(prompts[part]), generator=generators, output_type="np", **own, **more).images
         parts.append((drawn * 255).round().astype(np.uint8))
     return np.concatenate(parts)
 
 
 def images(pictures: np.ndarray) -> list[Image.Image]:
-    """Return pictures as PIL images."""
+    """Return pictures, or maps of bool [N, H, W], as PIL images."""
     return [Image.fromarray(picture) for picture in pictures]
-
-
-def draw_from_features(
-    pipe: Any, prompts: Sequence[str], features: Tensor, seed: int, *, guidance_scale: float, **more: Any
-) -> np.ndarray:
-    """Draw with an IP-Adapter, each picture from its own features.
-
-    One call a picture: all `ip_adapter_image_embeds` of a call apply to each of its pictures.
-
-    Args:
-        features: [N, width]; a guided call has zeros in front for its unconditional branch.
-    """
-    parts = []
-    for i, (prompt, row) in enumerate(zip(prompts, features, strict=True)):
-        own = row[None, None]
-        embeddings = torch.cat([torch.zeros_like(own), own]) if guidance_scale > 1 else own
-        settings = {"guidance_scale": guidance_scale, "ip_adapter_image_embeds": [embeddings], **more}
-        parts.append(draw_pictures(pipe, [prompt], seed + i, {}, **settings))
-    return np.concatenate(parts)

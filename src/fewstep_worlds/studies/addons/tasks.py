@@ -9,43 +9,42 @@ well.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from fewstep.backbones.base import Backbone
 from fewstep.common.tensors import digest
-from fewstep.data.images import Captioned, HeldPictures
-from fewstep.evaluation.metric import Array
-from fewstep_worlds.emoji8 import dataset as emoji8
-from fewstep_worlds.studies.addons import image_effects as effects
-from fewstep_worlds.studies.addons import training
-from fewstep_worlds.studies.addons.context import CAPTIONS, Context
-from fewstep_worlds.studies.addons.pipelines import (
-    Model,
-    call_arguments,
-    draw_from_features,
-    draw_pictures,
-    images,
-    pipeline,
+from fewstep.evaluation.metric import Array, Pictures
+from fewstep.training.run_folder import check_same_run
+from fewstep_worlds.studies.addons import measures, scenes
+from fewstep_worlds.studies.addons.ip_adapter import initial_projection, read_ip_adapter, train_ip_adapter
+from fewstep_worlds.studies.addons.pipelines import Model, call_arguments, draw_pictures, images, pipeline
+from fewstep_worlds.studies.addons.scenes import Kind, Prompt
+from fewstep_worlds.studies.addons.training import (
+    AddOnTraining,
+    Examples,
+    train_checkpoint,
+    train_controlnet,
+    train_lora,
 )
-from fewstep_worlds.studies.settings import AddOnConfig
+from fewstep_worlds.studies.settings import VersatilityConfig
 
-PEOPLE = ("people-body", "smileys-emotion")
-"""Groups of concepts that have a skin."""
-SKIN = 0.08
-"""Least share of skin pixels in a picture of skin."""
-STRENGTHS = {"img2img": 0.5, "style transfer": 0.75, "super-resolution": 0.3}
-GAMMAS = {"super-resolution": 0.0}
-"""Students' gamma where it is not their own. Without added noise the given picture is preserved."""
-PICTURE_TASKS = ("inpainting", "style transfer", "super-resolution")
-"""Tasks whose effect is relative to the given picture."""
-NEW_STYLE = "fluent 3d style"
+EMPTY = 0.1
+"""Share of empty prompts in training, for guidance."""
+ALONE = 0.9
+"""The same where the picture is the condition."""
+FITTED = 1000
+"""Pictures that features are centred by and an IP-Adapter's first projection is fitted to."""
+ACCURACY = "scene accuracy"
 
-Sampler = Callable[[Model], np.ndarray]
+NamedMeasure = tuple[str, Callable[[Pictures], Array]]
+Maps = Callable[[Pictures, Sequence[Prompt]], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -54,293 +53,244 @@ class Task:
 
     Attributes:
         name: of the row.
-        effect_name: the effect's measure.
-        beside_name: the side effect's measure.
+        prompts: of its pictures.
         given: source or target pictures, for the figure.
-        draw: model -> pictures, with the add-on.
-        without: model -> pictures without it, or the given ones.
-        effect: pictures -> a number each.
-        beside: pictures -> a number each.
+        effect, beside: names and measures of the effect and of the side effect.
         add_on: its file or folder; None for a use of the base alone.
+        kind, parts, load: class of the pipeline, its components beside the base's, and how the add-on is loaded.
+        checkpoint: pipeline folder in place of the base's.
+        rows, features: as in `draw_pictures`.
+        strength: of img2img and inpainting pipelines.
+        gamma: of students; None for their own.
+        from_given: whether the effect is relative to the given pictures, not to pictures without the add-on.
     """
 
     name: str
-    effect_name: str
-    beside_name: str
-    given: np.ndarray
-    prompts: Sequence[str]
-    draw: Sampler
-    without: Sampler
-    effect: Callable[[np.ndarray], Array]
-    beside: Callable[[np.ndarray], Array]
+    prompts: Sequence[Prompt]
+    given: Pictures
+    effect: NamedMeasure
+    beside: NamedMeasure
     add_on: Path | None = None
+    kind: str = "StableDiffusionPipeline"
+    parts: Mapping[str, Any] = field(default_factory=dict)
+    load: Callable[[Any], None] = lambda pipe: None
+    checkpoint: Path | None = None
+    rows: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    features: Tensor | None = None
+    strength: float | None = None
+    gamma: float | None = None
+    from_given: bool = False
 
 
-AGREEMENT = "agreement with the prompt"
-OVERLAP = "overlap with the picture's silhouette"
+@dataclass(frozen=True)
+class Study:
+    """What all tasks share.
 
-
-def sample(
-    context: Context,
-    model: Model,
-    pipe: Any,
-    prompts: Sequence[str],
-    rows: Mapping[str, Sequence[Any]] = MappingProxyType({}),
-    strength: float | None = None,
-    **more: Any,
-) -> np.ndarray:
-    """Draw a task's prompts with the model's settings.
-
-    Args:
-        rows: arguments of the pipeline with a row for each prompt.
-        strength: of img2img and inpainting pipelines.
-        more: further arguments.
+    Attributes:
+        out: folder of runs and finished add-ons.
+        reader: network that finds the facts of pictures; it trains nothing here.
+        features: pictures -> features [N, width], the IP-Adapter's input.
     """
-    given = call_arguments(model, strength or 1.0) | ({} if strength is None else {"strength": strength}) | more
-    return draw_pictures(pipe, prompts, context.config.seed, rows, **given)
+
+    config: VersatilityConfig
+    out: Path
+    base: Backbone
+    reader: scenes.Reader
+    features: Callable[[Pictures], Tensor]
+
+    @cached_property
+    def _level(self) -> tuple[Tensor, Tensor]:
+        """Mean of the features of training pictures, and their deviation from it."""
+        raw = self.features(scenes.pictures_of(scenes.training_prompts("open", range(FITTED))))
+        return raw.mean(0), (raw - raw.mean(0)).std()
+
+    def encoded(self, pictures: Pictures) -> Tensor:
+        """Return features of pictures minus the mean of training pictures', at unit size on average, [N, width]."""
+        mean, spread = self._level
+        return (self.features(pictures) - mean) / spread
+
+    def restore(self, pictures: Pictures) -> Pictures:
+        """Return pictures through the base's autoencoder."""
+        return self.base.to_pictures(self.base.to_latents(pictures))
+
+    def draw(self, task: Task, model: Model) -> Pictures:
+        """Draw a task's pictures."""
+        folder = task.checkpoint or self.base.folder.path
+        pipe = pipeline(task.kind, folder, model, task.gamma, **task.parts)
+        task.load(pipe)
+        call = call_arguments(model, task.strength or 1.0)
+        call |= {} if task.strength is None else {"strength": task.strength}
+        texts = [prompt.text for prompt in task.prompts]
+        return draw_pictures(pipe, texts, self.config.seed, task.rows, task.features, **call)
+
+    def made(
+        self,
+        name: str,
+        kind: Kind,
+        train: Callable[[AddOnTraining, Path], None],
+        condition: Callable[[Pictures, Sequence[Prompt]], Tensor] = lambda pictures, _: torch.zeros(len(pictures), 0),
+        empty: float = EMPTY,
+    ) -> Path:
+        """Return the place of a finished add-on, trained now on scenes of a kind if it is not.
+
+        Args:
+            condition: (pictures, prompts) -> what the add-on gets beside the prompt.
+            empty: share of empty prompts.
+
+        Raises:
+            UserError: its run folder holds a training with other settings or inputs.
+        """
+
+        def examples(items: np.ndarray) -> Examples:
+            prompts = scenes.training_prompts(kind, items.tolist())
+            pictures = scenes.pictures_of(prompts)
+            return pictures, [prompt.text for prompt in prompts], condition(pictures, prompts)
+
+        pictures, texts, shown = examples(np.arange(16))
+        first = digest({"pictures": torch.from_numpy(pictures), "condition": shown})
+        inputs = {"base": self.base.folder.fingerprint("unet"), "examples": f"{first} {texts}"}
+        place, run, config = self.out / name, self.out / "runs" / name, getattr(self.config, name)
+        check_same_run(run, config, inputs, whole=False)
+        if not place.is_dir():
+            train(AddOnTraining(self.base, config, examples, run, inputs, empty), place)
+        return place
+
+    def by_reader(self, name: str, measure: scenes.Measure, prompts: Sequence[Prompt]) -> NamedMeasure:
+        """Return a measure by the reader with its name in tables."""
+        return name, scenes.by_reader(self.reader, measure, prompts)
+
+    def task(self, name: str, prompts: Sequence[Prompt], effect: NamedMeasure, **fields: Any) -> Task:
+        """Return a task. Unless `fields` has others, the prompts' scenes are given and scene accuracy is beside."""
+        usual: dict[str, Any] = {
+            "given": scenes.pictures_of(prompts),
+            "beside": self.by_reader(ACCURACY, scenes.agrees, prompts),
+        }
+        return Task(name, prompts, effect=effect, **(usual | fields))
+
+    def prompts(self, kind: Kind = "open") -> list[Prompt]:
+        """Return prompts about unseen scenes of a kind."""
+        return scenes.unseen_prompts(kind, self.config.prompts)
 
 
-def draw_without(context: Context, prompts: Sequence[str]) -> Sampler:
-    """Return a function that samples the base without an add-on."""
-
-    def draw(model: Model) -> np.ndarray:
-        pipe = pipeline("StableDiffusionPipeline", context.folder, model)
-        return sample(context, model, pipe, prompts)
-
-    return draw
+def bare(task: Task) -> Task:
+    """Return a task without its add-on: plain sampling of its prompts."""
+    return Task("", task.prompts, task.given[:0], task.effect, task.beside)
 
 
-def people_of(world: emoji8.Emoji8) -> list[int]:
-    """Return the pictures of people and faces with visible skin."""
-    share = effects.skin(world.pictures).mean((1, 2))
-    return [row for row, record in enumerate(world.records) if share[row] >= SKIN and record.group in PEOPLE]
+def community(study: Study) -> Task:
+    """Make a checkpoint fine-tuned on arrangements (rows, columns, rings), which are new to the base."""
+    place, prompts = study.made("community", "arranged", train_checkpoint), study.prompts("arranged")
+    effect = study.by_reader("stated arrangement", scenes.is_arranged, prompts)
+    return study.task("community checkpoint", prompts, effect, checkpoint=place, add_on=place)
 
 
-def community(context: Context) -> Task:
-    """Make a checkpoint fine-tuned on people with skin tones, which are new to the base."""
-    people = people_of(context.data)
-    place, run = context.out / "community", context.out / "runs" / "community"
-    tones = list(effects.TONES)
-    some = context.training_rows("community", people, 1 + len(tones))
-    if not context.is_made("community", context.config.community):
-        own = context.data.pictures[some]
-        pictures = [own, *(effects.with_tone(own, tone) for tone in tones)]
-        captions = context.own_captions(some, context.config.community.seed)
-        captions += [[f"{context.data.records[row].name}, {tone}"] * CAPTIONS for tone in tones for row in some]
-        source = Captioned(HeldPictures(np.concatenate(pictures)), captions)
-        spec = context.training_spec("community checkpoint", source, context.config.community, training.EMPTY)
-        pipe = pipeline("StableDiffusionPipeline", context.folder, Model("base", None, 1))
-        training.fine_tune(spec, context.unet(), pipe, run, place)
-    rows = context.rows("community", people_of(context.shown))
-    wanted = [tones[i % len(tones)] for i in range(len(rows))]
-    prompts = [f"{name}, {tone}" for name, tone in zip(context.names(rows), wanted, strict=True)]
-    own = context.shown.pictures
-    given = np.concatenate([effects.with_tone(own[[row]], tone) for row, tone in zip(rows, wanted, strict=True)])
+def style(study: Study) -> Task:
+    """Make a LoRA of the held-out style."""
+    place, prompts = study.made("style", "style", train_lora), study.prompts("style")
 
-    def draw(model: Model) -> np.ndarray:
-        return sample(context, model, pipeline("StableDiffusionPipeline", place, model), prompts)
-
-    return Task(
-        "community checkpoint", "share with the requested skin tone", AGREEMENT, given, prompts, draw,
-        draw_without(context, prompts), lambda pictures: effects.tone_share(pictures, wanted),
-        context.agreement_with(context.names(rows)), place,
-    )  # fmt: skip
-
-
-def style(context: Context) -> Task:
-    """Make a style LoRA: blueprints."""
-    place, run = context.out / "style", context.out / "runs" / "style"
-    some = context.training_rows("style")
-    if not context.is_made("style", context.config.style):
-        own = context.own_captions(some, context.config.style.seed)
-        captions = [[f"{caption}, blueprint style" for caption in row] for row in own]
-        source = Captioned(HeldPictures(effects.blueprint(context.data.pictures[some])), captions)
-        spec = context.training_spec("style LoRA", source, context.config.style, training.EMPTY)
-        training.train_style(spec, context.unet(), run, place)
-    rows = context.rows("style")
-    prompts = [f"{name}, blueprint style" for name in context.names(rows)]
-
-    def draw(model: Model) -> np.ndarray:
-        pipe = pipeline("StableDiffusionPipeline", context.folder, model)
+    def load(pipe: Any) -> None:
         pipe.load_lora_weights(str(place), adapter_name="style")
-        pipe.set_adapters([name for name in ("student", "style") if name != "student" or model.lora is not None])
-        return sample(context, model, pipe, prompts)
+        pipe.set_adapters(pipe.get_list_adapters()["unet"])
 
-    given = effects.blueprint(context.shown.pictures[rows])
-    return Task(
-        "style LoRA", "share of blueprint blue", AGREEMENT, given, prompts, draw, draw_without(context, prompts),
-        effects.blueprint_share, context.agreement_with(context.names(rows)), place,
-    )  # fmt: skip
+    reader = scenes.train_style_reader(study.reader, study.config.style_reader, study.out / "runs" / "style-reader")
+    effect = "read as the style", scenes.by_reader(reader, scenes.same_style, prompts)
+    return study.task("style LoRA", prompts, effect, load=load, add_on=place)
 
 
-def make_controlnet(context: Context, name: str, maps: Callable[[np.ndarray], np.ndarray], config: AddOnConfig) -> Path:
-    """Make a ControlNet on maps of pictures, [N, H, W] in [0, 1]; return its folder."""
-    place, run = context.out / name, context.out / "runs" / name
-    some = context.training_rows("controlnet")
-    if not context.is_made(name, config):
-        drawn_maps = maps(context.data.pictures[some]).astype(np.float32)
-        control = torch.from_numpy(drawn_maps).half()[:, None].expand(-1, 3, -1, -1)
-        source = Captioned(HeldPictures(context.data.pictures[some]), context.own_captions(some, config.seed))
-        spec = context.training_spec(
-            f"ControlNet, {name}", source, config, training.EMPTY, maps=digest({"maps": control[:64]})
-        )
-        training.train_controlnet(spec, context.unet(), control, run, place)
-    return place
-
-
-def control_task(
-    context: Context,
-    title: str,
-    place: Path,
-    rows: Sequence[int],
-    maps: np.ndarray,
-    effect_name: str,
-    effect: Callable[[np.ndarray], Array],
-) -> Task:
-    """Return the row of a ControlNet on maps of the pictures `rows`."""
+def controlnet(study: Study, name: str, maps_of: Maps, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Make a ControlNet on maps [N, H, W] in [0, 1] of pictures and prompts; return its fields of a task."""
     from diffusers import ControlNetModel
 
-    given = np.repeat((maps * 255).round().astype(np.uint8)[..., None], 3, axis=3)
-    prompts = context.names(rows)
+    def condition(pictures: Pictures, prompts: Sequence[Prompt]) -> Tensor:
+        return torch.from_numpy(maps_of(pictures, prompts).astype(np.float32))[:, None].expand(-1, 3, -1, -1)
 
-    def draw(model: Model) -> np.ndarray:
-        controlnet = ControlNetModel.from_pretrained(place, use_safetensors=True)
-        pipe = pipeline("StableDiffusionControlNetPipeline", context.folder, model, {"controlnet": controlnet})
-        return sample(context, model, pipe, prompts, {"image": images(given)})
-
-    return Task(
-        title, effect_name, AGREEMENT, given, prompts, draw, draw_without(context, prompts), effect,
-        context.agreement_with(prompts), place,
-    )  # fmt: skip
+    place = study.made(name, "open", train_controlnet, condition)
+    maps = maps_of(scenes.pictures_of(prompts), prompts)
+    given = np.repeat((maps * 255.0).round().astype(np.uint8)[..., None], 3, axis=3)
+    parts = {"controlnet": ControlNetModel.from_pretrained(place, use_safetensors=True)}
+    kind, rows = "StableDiffusionControlNetPipeline", {"image": images(given)}
+    return {"kind": kind, "parts": parts, "rows": rows, "given": given, "add_on": place}
 
 
-def edge_control(context: Context) -> Task:
+def edges(study: Study) -> Task:
     """Make a ControlNet on edges."""
-    place, rows = make_controlnet(context, "edges", effects.edges, context.config.edges), context.rows("edges")
-    maps = effects.edges(context.shown.pictures[rows])
-    return control_task(
-        context, "ControlNet, edges", place, rows, maps, "correlation of edges",
-        lambda pictures: effects.edge_likeness(pictures, maps),
+    prompts = study.prompts()
+    maps = measures.edges(scenes.pictures_of(prompts))
+    effect = "correlation of edges", lambda pictures: measures.edge_likeness(pictures, maps)
+    fields = controlnet(study, "edges", lambda pictures, _: measures.edges(pictures), prompts)
+    return study.task("ControlNet, edges", prompts, effect, **fields)
+
+
+def shapes(study: Study) -> Task:
+    """Make a ControlNet on the silhouettes of stickers."""
+    prompts = study.prompts()
+    effect = study.by_reader("stickers in place", scenes.same_places, prompts)
+    fields = controlnet(study, "shapes", scenes.silhouettes, prompts)
+    return study.task("ControlNet, silhouettes", prompts, effect, **fields)
+
+
+def picture(study: Study) -> Task:
+    """Make an IP-Adapter on the preference scorer's features, used with an empty prompt."""
+
+    def train(spec: AddOnTraining, place: Path) -> None:
+        fitted = scenes.training_prompts("open", range(FITTED))
+        states = study.base.encode([scenes.in_words(prompt.scene) for prompt in fitted])["text"]
+        train_ip_adapter(spec, place, initial_projection(study.encoded(scenes.pictures_of(fitted)), states))
+
+    place = study.made("picture", "open", train, lambda pictures, _: study.encoded(pictures), ALONE)
+    prompts = [replace(prompt, text="") for prompt in study.prompts()]
+
+    def load(pipe: Any) -> None:
+        pipe.load_ip_adapter([read_ip_adapter(place)], subfolder="", weight_name="", image_encoder_folder=None)
+
+    effect = study.by_reader("stickers in common", scenes.same_stickers, prompts)
+    features = study.encoded(scenes.pictures_of(prompts))
+    return study.task("IP-Adapter", prompts, effect, load=load, features=features, add_on=place)
+
+
+IMG2IMG = "StableDiffusionImg2ImgPipeline"
+
+
+def img2img(study: Study) -> Task:
+    """Redraw a picture by a prompt about it; its stickers should stay in place."""
+    prompts = study.prompts()
+    rows = {"image": images(scenes.pictures_of(prompts))}
+    effect = study.by_reader("stickers in place", scenes.same_places, prompts)
+    return study.task("img2img", prompts, effect, kind=IMG2IMG, rows=rows, strength=0.5)
+
+
+def inpainting(study: Study) -> Task:
+    """Draw the missing one of two stickers; the other and the background should stay."""
+    prompts, given, masks = scenes.incomplete(study.config.prompts)
+    return study.task(
+        "inpainting", prompts, study.by_reader(ACCURACY, scenes.agrees, prompts),
+        beside=("closeness outside the mask", lambda pictures: measures.kept(pictures, given, masks)),
+        kind="StableDiffusionInpaintPipeline", rows={"image": images(given), "mask_image": images(masks)},
+        strength=1.0, given=given, from_given=True,
     )  # fmt: skip
 
 
-def shape_control(context: Context) -> Task:
-    """Make a ControlNet on silhouettes."""
-    place, rows = make_controlnet(context, "shapes", effects.ink, context.config.shapes), context.rows("shapes")
-    masks = effects.ink(context.shown.pictures[rows])
-    return control_task(
-        context, "ControlNet, silhouettes", place, rows, masks.astype(np.float32), "overlap of silhouettes",
-        lambda pictures: effects.overlap(pictures, masks),
-    )  # fmt: skip
-
-
-def picture_prompt(context: Context) -> Task:
-    """Make an IP-Adapter on Lite0's features, used with an empty prompt."""
-    place, run = context.out / "picture", context.out / "runs" / "picture"
-    config = context.config.picture
-    if not context.is_made("picture", config):
-        # all pictures: with fewer it overfits and ignores unseen ones
-        captions = context.own_captions(range(len(context.data)), config.seed)
-        source = Captioned(HeldPictures(context.data.pictures), captions)
-        fingerprint = digest({"features": context.picture_features[:64]})
-        spec = context.training_spec("IP-Adapter", source, config, training.ALONE, features=fingerprint)
-        project = training.initial_projection(context.picture_features, context.states())
-        training.train_ip_adapter(spec, context.unet(), context.picture_features, project, run, place)
-    rows = context.rows("picture")
-    prompts = [""] * len(rows)
-    given = context.shown.pictures[rows]
-    features = context.features_of(given)
-
-    def draw(model: Model) -> np.ndarray:
-        pipe = pipeline("StableDiffusionPipeline", context.folder, model)
-        pipe.load_ip_adapter([training.read_ip_adapter(place)], subfolder="", weight_name="", image_encoder_folder=None)
-        return draw_from_features(pipe, prompts, features, context.config.seed, **call_arguments(model))
-
-    return Task(
-        "IP-Adapter", "likeness to the picture, less that to others", "agreement with the picture's name", given,
-        prompts, draw, draw_without(context, prompts), lambda pictures: context.likeness(pictures, given),
-        context.agreement_with(context.names(rows)), place,
-    )  # fmt: skip
-
-
-def from_picture(context: Context, name: str, given: np.ndarray, prompts: Sequence[str]) -> Sampler:
-    """Return a function that samples by diffusers' img2img at the task's strength."""
-
-    def draw(model: Model) -> np.ndarray:
-        pipe = pipeline("StableDiffusionImg2ImgPipeline", context.folder, model, gamma=GAMMAS.get(name))
-        return sample(context, model, pipe, prompts, {"image": images(given)}, strength=STRENGTHS[name])
-
-    return draw
-
-
-def img2img(context: Context) -> Task:
-    """Redraw a picture of the same concept; the outline should stay."""
-    rows = context.rows("img2img")
-    given, prompts = context.shown.pictures[rows], context.names(rows)
-    return Task(
-        "img2img", OVERLAP, AGREEMENT, given, prompts, from_picture(context, "img2img", given, prompts),
-        draw_without(context, prompts), lambda pictures: effects.overlap(pictures, effects.ink(given)),
-        context.agreement_with(prompts),
-    )  # fmt: skip
-
-
-def style_transfer(context: Context) -> Task:
-    """Redraw a picture in another style."""
-    flat = [row for row, record in enumerate(context.shown.records) if record.style in ("noto", "twemoji", "emojione")]
-    rows = context.rows("style transfer", flat)
-    given = context.shown.pictures[rows]
-    prompts = [f"{name}, {NEW_STYLE}" for name in context.names(rows)]
-    return Task(
-        "style transfer", f"share read as {NEW_STYLE}", OVERLAP, given, prompts,
-        from_picture(context, "style transfer", given, prompts), lambda model: given,
-        lambda pictures: context.style_rate(pictures, NEW_STYLE),
-        lambda pictures: effects.overlap(pictures, effects.ink(given)),
-    )  # fmt: skip
-
-
-def super_resolution(context: Context) -> Task:
+def super_resolution(study: Study) -> Task:
     """Redraw a picture of 16 x 16 pixels at 64 x 64; the added detail should be right."""
-    rows = context.rows("super-resolution")
-    sharp, prompts = context.shown.pictures[rows], context.names(rows)
-    given = effects.blurred(sharp)
-    return Task(
-        "super-resolution", "correlation of what is added with what was lost", AGREEMENT, given, prompts,
-        from_picture(context, "super-resolution", given, prompts), lambda model: given,
-        lambda pictures: effects.detail_likeness(pictures, given, sharp), context.agreement_with(prompts),
+    prompts = study.prompts()
+    sharp = scenes.pictures_of(prompts)
+    given = measures.blurred(sharp)
+    effect = "right detail", lambda pictures: measures.detail_likeness(pictures, given, sharp)
+    return study.task(
+        "super-resolution", prompts, effect,
+        kind=IMG2IMG, rows={"image": images(given)}, strength=0.3,
+        gamma=0.0,  # without added noise the given picture is preserved
+        given=given, from_given=True,
     )  # fmt: skip
 
 
-def inpainting(context: Context) -> Task:
-    """Complete half of a picture."""
-    rows = context.rows("inpainting")
-    whole, prompts = context.shown.pictures[rows], context.names(rows)
-    half = whole.shape[2] // 2
-    given = whole.copy()
-    given[:, :, half:] = 255
-    mask = np.zeros(whole.shape, np.uint8)
-    mask[:, :, half:] = 255
-
-    def draw(model: Model) -> np.ndarray:
-        pipe = pipeline("StableDiffusionInpaintPipeline", context.folder, model)
-        pipe.unet.register_to_config(in_channels=4)  # expected of a text-to-image network; here 16
-        sources = {"image": images(given), "mask_image": images(mask)}
-        return sample(context, model, pipe, prompts, sources, strength=1.0, height=64, width=64)
-
-    return Task(
-        "inpainting", AGREEMENT, "closeness of the half that is given", given, prompts, draw,
-        lambda model: given, context.agreement_with(prompts),
-        lambda pictures: effects.closeness(pictures[:, :, :half], given[:, :, :half]),
-    )  # fmt: skip
-
-
-TASKS: Mapping[str, Callable[[Context], Task]] = {
+TASKS: Mapping[str, Callable[[Study], Task]] = {
     "community": community,
     "style": style,
-    "edges": edge_control,
-    "shapes": shape_control,
-    "picture": picture_prompt,
+    "edges": edges,
+    "shapes": shapes,
+    "picture": picture,
     "img2img": img2img,
     "inpainting": inpainting,
-    "style transfer": style_transfer,
     "super-resolution": super_resolution,
 }
