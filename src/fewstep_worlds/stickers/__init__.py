@@ -7,6 +7,10 @@
 - `claim`: what a prompt states, and whether a scene agrees
 - `grammar`: claims to sentences and back
 - `heldout`: facts and words that are held out of training
+- `prompts`: sentences about scenes, and sets of unseen ones
+- `matching`: scenes that agree with a claim
 - `dataset`: pictures and prompts of whole index ranges
+- `metrics`: scene accuracy, and the suite of an evaluation
+- `world`: all of it as the bundled world
 - `autoencoder`, `reader`, `teacher`: what is trained on them
 """

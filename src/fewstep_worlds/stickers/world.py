@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from fewstep.common.errors import UserError, did_you_mean
 from fewstep.data.images import Captioned, from_prompts
@@ -54,28 +54,40 @@ LISTS = {
 }
 
 
-@lru_cache(maxsize=1)
-def _caption_table(captions: int, seed: int) -> list[list[str]]:
-    """Return `captions` sentences about each training scene; the first one of seed 0 is the teacher's."""
-    table = []
-    for index in range(SCENES):
-        scene = make_scene(TRAINING_SEED, index)
-        prompts = (training_prompt(scene, seed, index + SCENES * number) for number in range(captions))
-        table.append([prompt.text for prompt in prompts if prompt])
-    return table
+@dataclass(frozen=True)
+class SceneCaptions(Sequence[tuple[str, ...]]):
+    """Sentences about each training scene, written when they are used; the first ones of seed 0 are the teacher's."""
+
+    each: int
+    seed: int
+
+    def __len__(self) -> int:
+        return SCENES
+
+    def __getitem__(self, row: Any) -> Any:
+        if not 0 <= row < SCENES:
+            raise IndexError(row)
+        return _captions(row, self.each, self.seed)
+
+
+@cache
+def _captions(index: int, count: int, seed: int) -> tuple[str, ...]:
+    scene = make_scene(TRAINING_SEED, index)
+    prompts = (training_prompt(scene, seed, index + SCENES * number) for number in range(count))
+    return tuple(prompt.text for prompt in prompts if prompt)
 
 
 def captioned(captions: int, seed: int) -> Captioned:
     """Return the training scenes with `captions` captions each."""
-    return Captioned(ScenePictures(SCENES), _caption_table(captions, seed))
+    return Captioned(ScenePictures(SCENES), SceneCaptions(captions, seed))
 
 
 def captions_alone(captions: int, seed: int) -> Captioned:
     """Return the same captions alone."""
-    return from_prompts([caption for row in _caption_table(captions, seed) for caption in row])
+    return from_prompts([caption for row in SceneCaptions(captions, seed) for caption in row])
 
 
-@lru_cache(maxsize=len(LISTS))
+@cache
 def read_prompts(name: str) -> tuple[str, ...]:
     """Return one of the prompt lists.
 
