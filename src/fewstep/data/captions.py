@@ -240,7 +240,7 @@ def _listed(
                 raise ValueError(f"file_name or text is missing, or is no text, among its fields ({fields})")
             found = find(named)
             if found is None:
-                raise source_error(f"cannot read {named}, which {name} of {where} names: there is no such file")
+                raise source_error(f"cannot read picture {named}, which {name} of {where} names: there is no such file")
             captions.setdefault(found, []).extend(texts)
     except (ValueError, OSError, csv.Error) as error:
         place = f"{where}: {name}, line {number}" if number else f"{where}: {name}"
