@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fewstep.backbones.families import FAMILIES
+from fewstep.common.text import read_table
 
 Partly = tuple[Any, Sequence[Any]]
 """A key's default, and the values that are implemented."""
@@ -54,8 +52,7 @@ def _keys(row: Mapping[str, Any], built: Sequence[str] = (), harmless: Sequence[
     )
 
 
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_TABLE: dict[str, Any] = yaml.load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"), _LOADER)
+_TABLE: dict[str, Any] = read_table(__file__)
 
 PIPELINES = {name: _keys(row, built=FAMILIES[name].parts) for name, row in _TABLE["pipelines"].items()}
 MODELS = {name: _keys(row) for name, row in _TABLE["models"].items()}

@@ -6,12 +6,12 @@ A family is an entry of families.yaml and one small module in `fewstep.backbones
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ConfigDict, TypeAdapter
 from pydantic.dataclasses import dataclass
+
+from fewstep.common.text import read_table
 
 GUIDANCE_KEY = "time_embedding.cond_proj.weight"
 """The weight of a UNet's guidance embedding, diffusers' `time_cond_proj_dim`."""
@@ -68,7 +68,7 @@ class Family:
         return (*self.encoders, *self.tokenizers)
 
 
-_ROWS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+_ROWS: dict[str, dict[str, Any]] = read_table(__file__)
 _EVERY = [TypeAdapter(Family).validate_python({"kind": kind, **row}) for kind, row in _ROWS.items()]
 FAMILIES = {pipeline: family for family in _EVERY for pipeline in family.pipelines}
 """Pipeline class -> family."""

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 MARK = "\ufeff"
 """The byte order mark, as a character."""
 MARKED = (
@@ -71,6 +73,17 @@ def parse_json(text: str) -> Any:
     except UnicodeEncodeError as error:
         raise ValueError(f"\\u{ord(error.object[error.start]):04x} is half of a character") from error
     return value
+
+
+def read_table(module: str, name: str = "") -> Any:
+    """Return the YAML table beside a module.
+
+    Args:
+        module: the module's `__file__`.
+        name: of the table's file; empty for that of the module.
+    """
+    file = Path(module).with_name(name) if name else Path(module).with_suffix(".yaml")
+    return yaml.load(file.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

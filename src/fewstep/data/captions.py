@@ -13,16 +13,13 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache
 from io import StringIO
-from pathlib import Path
 from typing import Any, NamedTuple
 from unicodedata import normalize
 
-import yaml
-
 from fewstep.common.errors import UserError
-from fewstep.common.text import decode, lines_of, parse_json
+from fewstep.common.text import decode, lines_of, parse_json, read_table
 
-KINDS: dict[str, list[Any]] = yaml.safe_load(Path(__file__).with_name("file_kinds.yaml").read_text(encoding="utf-8"))
+KINDS: dict[str, list[Any]] = read_table(__file__, "file_kinds.yaml")
 """Kinds of files by their suffixes."""
 SUFFIXES: Sequence[str] = KINDS["pictures"]
 """Suffixes of pictures."""

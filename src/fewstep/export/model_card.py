@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fewstep.backbones.families import CONSISTENCY
+from fewstep.common.text import read_table
 from fewstep.export.formats import ADAPTERS, ExportForm, Reader
 
 PICTURES = "pictures.webp"
 CARD = "README.md"
 
-_TEXT: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+_TEXT: dict[str, Any] = read_table(__file__)
 
 
 def model_card(

@@ -36,10 +36,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import yaml
-
 from fewstep.backbones.single_file.sd_names import original_names
 from fewstep.common.errors import UserError
+from fewstep.common.text import read_table
 
 Part = Literal["A", "B", "alpha"]
 
@@ -80,7 +79,7 @@ _OTHER_ADAPTERS = {
 }
 
 
-def _read_layers(file: Path) -> dict[str, dict[str, tuple[str, ...]]]:
+def _read_layers() -> dict[str, dict[str, tuple[str, ...]]]:
     """Return family -> layer of the original code -> layers of diffusers that hold it, in the order of its rows."""
     return {
         family: {
@@ -88,11 +87,11 @@ def _read_layers(file: Path) -> dict[str, dict[str, tuple[str, ...]]]:
             for table in tables
             for name, layers in table["layers"].items()
         }
-        for family, tables in yaml.safe_load(file.read_text(encoding="utf-8")).items()
+        for family, tables in read_table(__file__, "original_layers.yaml").items()
     }
 
 
-_LAYERS = _read_layers(Path(__file__).with_name("original_layers.yaml"))
+_LAYERS = _read_layers()
 
 
 @dataclass

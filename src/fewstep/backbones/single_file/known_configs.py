@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fewstep.backbones.single_file.recognise import Version
 from fewstep.common.choices import Prediction
 from fewstep.common.files import atomic_folder, file_lock, short_digest, write_json
+from fewstep.common.text import read_table
 
 
 def configs(version: Version, prediction: Prediction) -> dict[str, dict[str, Any]]:
@@ -18,8 +17,7 @@ def configs(version: Version, prediction: Prediction) -> dict[str, dict[str, Any
 
     Networks of 2.x were trained on 768 pixels a side to predict v, and on 512 to predict eps.
     """
-    text = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
-    files: dict[str, dict[str, Any]] = yaml.safe_load(text)[version]
+    files: dict[str, dict[str, Any]] = read_table(__file__)[version]
     if prediction == "v":
         files["scheduler/scheduler_config.json"]["prediction_type"] = "v_prediction"
     if version == "sd2" and prediction == "v":

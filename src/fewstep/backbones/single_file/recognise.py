@@ -10,11 +10,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from fewstep.common.choices import Prediction
 from fewstep.common.errors import UserError
 from fewstep.common.safetensors_header import Entry, metadata_record, read_floats, read_safetensors_header
+from fewstep.common.text import read_table
 
 UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
 """Prefixes of the denoiser's keys: in a whole checkpoint, in ComfyUI's own files, in a denoiser alone."""
@@ -25,7 +24,7 @@ TRANSFORMERS = {
 """Prefix of a transformer's keys -> its pipeline and class. All else comes from the folder of configs."""
 Version = Literal["sd1", "sd2", "sdxl"]
 
-TABLES: dict[str, dict[Any, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+TABLES: dict[str, dict[Any, Any]] = read_table(__file__)
 _WIDTHS: dict[tuple[int, bool], Version] = {(768, False): "sd1", (1024, False): "sd2", (2048, True): "sdxl"}
 """Width of the text states, and whether a vector is embedded beside the time -> version."""
 _REFUSED_WIDTHS = {

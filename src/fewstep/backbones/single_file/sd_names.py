@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection
-from pathlib import Path
 
-import yaml
+from fewstep.common.text import read_table
 
-NAMES: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+NAMES: dict[str, dict[str, str]] = read_table(__file__)
 """Part of a pipeline -> layer of diffusers or transformers -> its name in the original code."""
 
 
