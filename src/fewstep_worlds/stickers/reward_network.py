@@ -107,7 +107,9 @@ class Words(nn.Module):
         width = config.width
         self.embedding = nn.Embedding(words + 1, width, padding_idx=0)
         self.near = nn.Conv1d(width, width, 3, padding=1)
-        self.place = nn.Parameter(0.3 * torch.randn(LENGTH, width))
+        self.place = nn.Parameter(0.05 * torch.randn(LENGTH, width))
+        with torch.no_grad():
+            self.embedding.weight *= 0.1  # a rare word's vector is updated rarely
         self.layers = nn.ModuleList(TextLayer(width) for _ in range(config.layers[0]))
         self.norm = nn.LayerNorm(width)
         self.queries = nn.Linear(width, config.channels[1] + 1)

@@ -78,7 +78,7 @@ class RewardConfig(Config):
         steps=8000, batch=32, save_every=250, validate_every=1000, log_every=50, precision="bf16", seed=3
     )
     optim: OptimConfig = OptimConfig(
-        lr=1e-3, betas=(0.9, 0.99), warmup=200, decay="cooldown", ema=0.998, weight_decay=0.02
+        lr=1.5e-3, betas=(0.9, 0.99), warmup=200, decay="cooldown", ema=0.998, weight_decay=0.02
     )
 
     @model_validator(mode="after")

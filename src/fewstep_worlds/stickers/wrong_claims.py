@@ -10,7 +10,7 @@ import numpy as np
 
 from fewstep.common.rng import generator
 from fewstep_worlds.stickers import heldout
-from fewstep_worlds.stickers.claim import OPPOSITE, Claim, check, facts_of, full_claim, make_claim
+from fewstep_worlds.stickers.claim import OPPOSITE, Claim, check, facts_of, make_claim
 from fewstep_worlds.stickers.dataset import draw_scenes
 from fewstep_worlds.stickers.draw import Picture
 from fewstep_worlds.stickers.grammar import write
@@ -56,11 +56,11 @@ def _count(kinds: int, rng: np.random.Generator) -> int:
 
 
 def _counts(claim: Claim, rng: np.random.Generator) -> Claim:
-    """Exchange a count, half of the time for a neighbouring one."""
+    """Exchange a count, half of the time for a neighbouring one; "several" for one."""
     things, most = list(claim.things), MOST if len(claim.things) == 1 else MOST_OF_TWO
     number = int(rng.integers(len(things)))
     concept, count = things[number]
-    new = _count(len(things), rng)
+    new = _count(len(things), rng) if count else 1
     if count and rng.random() < 0.5:
         new = min(max(count + (1 if rng.random() < 0.5 else -1), 1), most)
     things[number] = (concept, new)
@@ -91,13 +91,15 @@ FACTS: dict[str, Callable[[Claim, np.random.Generator], Claim]] = {
 def wrong_claim(
     claim: Claim, scene: Scene, fact: str, rng: np.random.Generator, held_out: Collection[str] = ()
 ) -> Claim | None:
-    """Return a false claim that differs from a true one in one fact, or states one more; None if there is none.
+    """Return a false claim that differs from a true one in one stated fact; None if there is none.
+
+    A fact that is left open stays open, so that sentences that state more are not the false ones.
 
     Args:
         held_out: kinds of `heldout.KINDS` that the false claim may belong to. In training there are none, so that what
             is held out is not learnt to be false.
     """
-    if fact == "relation" and not full_claim(scene).relation:
+    if not getattr(claim, fact, True):
         return None
     facts = facts_of(scene)
     for _ in range(TRIES):
@@ -110,13 +112,14 @@ def wrong_claim(
 
 
 def make_choice(scene: Scene, rng: np.random.Generator, held_out: Collection[str] = ()) -> Choice:
-    """Return a true prompt of a scene and one wrong prompt a fact; a fact without one is replaced by the count."""
+    """Return a true prompt of a scene and one wrong prompt a fact; where a fact has none, of concepts or count."""
     claim = make_claim(scene, rng)
     claims, wrong = [claim], []
     for fact in FACTS:
         found, named = wrong_claim(claim, scene, fact, rng, held_out), fact
         while found is None:
-            found, named = wrong_claim(claim, scene, "count", rng, held_out), "count"
+            named = "concepts" if rng.random() < 0.5 else "count"
+            found = wrong_claim(claim, scene, named, rng, held_out)
         claims.append(found)
         wrong.append(named)
     prompts = tuple(write(one, "english", rng, heldout.synonyms()) for one in claims)
