@@ -24,18 +24,16 @@ from fewstep.distillation.config import resolve
 from fewstep.methods.adversarial import discriminate, generator_loss
 from fewstep.methods.config import AdversarialConfig, ConsistencyConfig
 from fewstep.methods.consistency import compared_at, consistency_loss, critic_loss, make_pair, student_landing
-from fewstep.methods.cost import step_calls
+from fewstep.methods.cost import fake_calls, start_calls, step_calls
 from fewstep.methods.distribution_matching import (
     NORMALISERS,
     drawn_noise,
-    fake_calls,
     fake_loss,
     fake_points,
     matching_loss,
 )
 from fewstep.methods.pair import HeldTrajectories, MicroBatch, Pair
 from fewstep.methods.reward_loss import other_prompts, reward_loss
-from fewstep.methods.start_points import start_calls
 from fewstep.methods.times import in_turn
 from fewstep.methods.update_plan import FrozenNetworks, PairCache, terms_of
 from fewstep_worlds.plane.mixture import Mixture, one_gaussian, ring, times_of

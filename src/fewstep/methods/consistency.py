@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.common.choices import CALLS_OF_JUMP
 from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.conditioned import ConditionedDenoiser
 from fewstep.diffusion.denoiser import BASE, Denoiser
@@ -27,8 +26,8 @@ from fewstep.diffusion.schedule import share_of
 from fewstep.methods.adversarial import ANY_RATIO, Critic, discriminate, gradient_ratio, noised_for_critic
 from fewstep.methods.config import ConsistencyConfig
 from fewstep.methods.distances import NetworkDistance, distance
-from fewstep.methods.next_points import POINTS, point_calls
-from fewstep.methods.pair import Calls, MicroBatch, Pair
+from fewstep.methods.next_points import POINTS
+from fewstep.methods.pair import MicroBatch, Pair
 from fewstep.methods.start_points import STARTS, StartInputs
 from fewstep.methods.times import draw_times
 from fewstep.training.loss import Loss
@@ -75,19 +74,6 @@ def target_landing(pair: Pair) -> Tensor:
     """Return sg f_target(x_{t_n}, t_n -> s) as it is compared; x_{t_n} itself where s = t_n."""
     x_n = POINTS[pair.config.point](pair)
     return _compared(pair, x_n if pair.config.s == "next" else pair.target(x_n, pair.times.t_n, pair.times.s))
-
-
-def landing_calls(config: ConsistencyConfig) -> Calls:
-    """Return the calls of `student_landing`."""
-    jump = CALLS_OF_JUMP[config.jump]
-    return {"student": jump, "target": jump if config.compare == "end" else 0}
-
-
-def target_calls(config: ConsistencyConfig) -> Calls:
-    """Return the calls of `target_landing`."""
-    jumps = (config.s != "next") + (config.compare == "end")
-    point = point_calls(config)
-    return {"target": point["target"] + jumps * CALLS_OF_JUMP[config.jump], "teacher": point["teacher"]}
 
 
 class Term(NamedTuple):

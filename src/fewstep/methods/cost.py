@@ -1,16 +1,15 @@
-"""The cost of a method's step in network evaluations of one sample, summed over its parts.
+"""The cost of a method's step in network evaluations of one sample, summed over its parts. Light: no torch.
 
-Each part's calls are stated beside its rule. Tests compare them with the calls that `nfe_counter` counts in training.
+A rule that calls a network has its calls here. Tests compare them with the calls that `nfe_counter` counts in training.
 """
 
 from __future__ import annotations
 
-from fewstep.common.choices import CALLS_OF_JUMP
+from fewstep.common.choices import CALLS, CALLS_OF_JUMP
 from fewstep.methods.config import ConsistencyConfig
-from fewstep.methods.consistency import landing_calls, target_calls
-from fewstep.methods.distribution_matching import fake_calls, matching_calls
-from fewstep.methods.pair import Calls
-from fewstep.methods.start_points import start_calls
+
+Calls = dict[str, float]
+"""Network evaluations of one sample by role; the teacher's include the unconditional branch."""
 
 
 def add(*parts: Calls) -> Calls:
@@ -19,20 +18,55 @@ def add(*parts: Calls) -> Calls:
     return {role: sum(calls.get(role, 0) for calls in parts) for role in roles}
 
 
+def start_calls(config: ConsistencyConfig) -> Calls:
+    """Return the calls of a rule in `start_points.STARTS`, made once for all updates of a step.
+
+    A roll-out of R steps makes (R + 1)/2 on average, a little more in micro-batches of less than R samples.
+    """
+    if config.start == "rollout":
+        steps = sum(config.rollout_steps) / config.points
+        return {"teacher": steps * CALLS[config.solver] * config.guidance.branches}
+    if config.start == "student":
+        return {"student": config.student_steps * CALLS_OF_JUMP[config.jump]}
+    return {}
+
+
+def landing_calls(config: ConsistencyConfig) -> Calls:
+    """Return the calls of `consistency.student_landing`."""
+    jump = CALLS_OF_JUMP[config.jump]
+    return {"student": jump, "target": jump if config.compare == "end" else 0}
+
+
+def target_calls(config: ConsistencyConfig) -> Calls:
+    """Return the calls of `consistency.target_landing`, with those of x_{t_n} by `next_points.POINTS`."""
+    jumps = (config.s != "next") + (config.compare == "end") + (config.point == "self")
+    solves = config.point in ("solver", "self")
+    teacher = config.substeps * CALLS[config.solver] * config.guidance.branches if solves else 0
+    return {"target": jumps * CALLS_OF_JUMP[config.jump], "teacher": teacher}
+
+
 def student_calls(config: ConsistencyConfig) -> Calls:
     """Return the calls of the student's update without the start, once the critic's term is in.
 
     `features` counts evaluations of a frozen network's features, by a critic or the distance.
     """
+    matching = {"teacher": 1 if config.matching.omega == 0 else config.guidance.branches, "fake": 1}
     by_distance = bool(config.consistency) and config.distance == "features"
     features = bool(config.adversarial.weight) + 2 * by_distance
     return add(
         landing_calls(config),
         {"student": 1} if config.denoising else {},
-        matching_calls(config) if config.matching.weight else {},
+        matching if config.matching.weight else {},
         {"features": features} if features else {},
         target_calls(config) if config.consistency else {},
     )
+
+
+def fake_calls(config: ConsistencyConfig) -> Calls:
+    """Return the calls of the fake score's update: `distribution_matching.fake_points` and `fake_loss`."""
+    if not config.matching.weight:
+        return {}
+    return {"fake": 1, **(landing_calls(config) if config.matching.fit == "landing" else {})}
 
 
 def critic_calls(config: ConsistencyConfig) -> Calls:
@@ -43,25 +77,18 @@ def critic_calls(config: ConsistencyConfig) -> Calls:
     return add(landing_calls(config), jumps, {"features": 2})
 
 
-def critic_waits(config: ConsistencyConfig) -> float:
+def critic_start(config: ConsistencyConfig) -> float:
     """Return the share of the steps before the critic starts; 0 without one."""
     return config.adversarial.start if config.adversarial.weight else 0.0
 
 
-def with_gradient(config: ConsistencyConfig) -> float:
-    """Return the mean number of calls of the student's update that have a backward pass."""
-    jumps = CALLS_OF_JUMP[config.jump] * (1 + (config.compare == "end"))
-    features = bool(config.adversarial.weight) - critic_waits(config)
-    return jumps + bool(config.denoising) + features + bool(config.consistency and config.distance == "features")
-
-
 def step_calls(config: ConsistencyConfig) -> Calls:
     """Return the calls of a step by role: the start once, each update at its own rhythm."""
-    before_critic: Calls = {"features": -critic_waits(config)}
+    before_critic: Calls = {"features": -critic_start(config)}
     updates = (
         (add(student_calls(config), before_critic), config.student_every),
         (fake_calls(config), 1),
-        (critic_calls(config), config.adversarial.every / (1 - critic_waits(config))),
+        (critic_calls(config), config.adversarial.every / (1 - critic_start(config))),
     )
     rates = ({role: count / every for role, count in calls.items()} for calls, every in updates)
     return {role: count for role, count in add(start_calls(config), *rates).items() if count}
@@ -69,7 +96,10 @@ def step_calls(config: ConsistencyConfig) -> Calls:
 
 def step_cost(config: ConsistencyConfig) -> float:
     """Return all network evaluations of one sample and step; a backward pass counts as two."""
-    backward = with_gradient(config) / config.student_every
+    jumps = CALLS_OF_JUMP[config.jump] * (1 + (config.compare == "end"))
+    features = bool(config.adversarial.weight) - critic_start(config)
+    features += bool(config.consistency and config.distance == "features")
+    backward = (jumps + bool(config.denoising) + features) / config.student_every
     r1 = config.adversarial.r1 > 0 and bool(config.adversarial.weight)
     backward += bool(config.matching.weight) + r1 / config.adversarial.every
     return sum(step_calls(config).values()) + 2 * backward

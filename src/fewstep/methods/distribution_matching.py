@@ -18,9 +18,9 @@ from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.conditioned import ConditionedDenoiser
 from fewstep.diffusion.denoiser import FAKE
 from fewstep.diffusion.schedule import Path, add_noise, expand, share_of, target_of
-from fewstep.methods.config import ConsistencyConfig, MatchingConfig
-from fewstep.methods.consistency import compared_at, landing_calls, student_landing
-from fewstep.methods.pair import Calls, Pair
+from fewstep.methods.config import MatchingConfig
+from fewstep.methods.consistency import compared_at, student_landing
+from fewstep.methods.pair import Pair
 from fewstep.training.loss import Loss
 
 MIN_GAP = 1e-6
@@ -81,11 +81,6 @@ def matching_loss(config: MatchingConfig, pair: Pair, landed: Tensor, at: Tensor
     return 0.5 * (x0 - aim).square().flatten(1).mean(1)
 
 
-def matching_calls(config: ConsistencyConfig) -> Calls:
-    """Return the calls of `matching_loss`."""
-    return {"teacher": 1 if config.matching.omega == 0 else config.guidance.branches, "fake": 1}
-
-
 @torch.no_grad()
 def fake_points(config: MatchingConfig, pair: Pair) -> tuple[Tensor, Tensor]:
     """Return the points that the fake score is fitted to, [B, ...], and their times, float64 [B].
@@ -115,10 +110,3 @@ def fake_loss(config: MatchingConfig, pair: Pair, landed: Tensor, at: Tensor, rn
     wanted = target_of(denoiser.prediction, x0, eps, expand(path.alpha(t), x0), expand(path.sigma(t), x0))
     per_sample = (output.to(x0.dtype) - wanted).square().flatten(1).mean(1)
     return Loss(per_sample.mean(), per_sample.detach(), share_of(path, t))
-
-
-def fake_calls(config: ConsistencyConfig) -> Calls:
-    """Return the calls of the fake score's update: `fake_points` and `fake_loss`."""
-    if not config.matching.weight:
-        return {}
-    return {"fake": 1, **(landing_calls(config) if config.matching.fit == "landing" else {})}

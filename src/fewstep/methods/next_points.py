@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from fewstep.common.choices import CALLS, CALLS_OF_JUMP, Point
+from fewstep.common.choices import Point
 from fewstep.diffusion.grid import between
 from fewstep.diffusion.schedule import add_noise, expand
 from fewstep.diffusion.solver import SOLVERS, integrate, step_from_stored
-from fewstep.methods.config import ConsistencyConfig
-from fewstep.methods.pair import Calls, Pair
+from fewstep.methods.pair import Pair
 
 
 def by_solver(pair: Pair) -> Tensor:
@@ -55,10 +54,3 @@ def by_stored(pair: Pair) -> Tensor:
 Points = Mapping[Point, Callable[[Pair], Tensor]]
 POINTS: Points = {"solver": by_solver, "path": on_path, "self": by_itself, "stored": by_stored}
 """Rules of x_{t_n}; called without gradient."""
-
-
-def point_calls(config: ConsistencyConfig) -> Calls:
-    """Return the calls of x_{t_n}."""
-    solves = config.point in ("solver", "self")
-    teacher = config.substeps * CALLS[config.solver] * config.guidance.branches if solves else 0
-    return {"target": CALLS_OF_JUMP[config.jump] if config.point == "self" else 0, "teacher": teacher}

@@ -14,10 +14,6 @@ from fewstep.diffusion.samplers import JumpFn
 from fewstep.methods.config import ConsistencyConfig
 from fewstep.methods.times import PairTimes
 
-Calls = dict[str, float]
-"""Network evaluations of one sample by role; the teacher's include the unconditional branch."""
-
-
 class StoredTrajectories(Protocol):
     """A trajectory of the teacher for each sample of a micro-batch, in memory or on disk."""
 

@@ -1,5 +1,5 @@
 """Where a pair starts: x_{t_n+k} on noised data, on a stored trajectory, by the teacher's steps from noise, or on the
-student's own samples. Each rule has its cost beside it."""
+student's own samples."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.common.choices import CALLS, CALLS_OF_JUMP, End, Start
+from fewstep.common.choices import End, Start
 from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.conditioned import ConditionedDenoiser
 from fewstep.diffusion.grid import end_time, inference_times
@@ -17,7 +17,7 @@ from fewstep.diffusion.samplers import JumpFn, consistency_jumps, diffuse, follo
 from fewstep.diffusion.schedule import Path, add_noise
 from fewstep.diffusion.solver import SOLVERS
 from fewstep.methods.config import ConsistencyConfig
-from fewstep.methods.pair import Calls, MicroBatch
+from fewstep.methods.pair import MicroBatch
 from fewstep.methods.times import PairTimes
 
 
@@ -125,16 +125,3 @@ STARTS: Mapping[Start, Callable[[StartInputs], StartPoint]] = {
     "rollout": by_rollout,
     "student": by_student,
 }
-
-
-def start_calls(config: ConsistencyConfig) -> Calls:
-    """Return the calls of a start, made once for all updates of a step.
-
-    A roll-out of R steps makes (R + 1)/2 on average, a little more in micro-batches of less than R samples.
-    """
-    if config.start == "rollout":
-        steps = sum(config.rollout_steps) / config.points
-        return {"teacher": steps * CALLS[config.solver] * config.guidance.branches}
-    if config.start == "student":
-        return {"student": config.student_steps * CALLS_OF_JUMP[config.jump]}
-    return {}
