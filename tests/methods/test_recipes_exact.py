@@ -23,7 +23,7 @@ from fewstep.methods import next_points as points
 from fewstep.methods.config import AdversarialConfig, ConsistencyConfig
 from fewstep.methods.consistency import consistency_loss, critic_loss, make_pair
 from fewstep.methods.cost import critic_calls, step_cost, student_calls
-from fewstep.methods.pair import HeldTrajectories, MicroBatch
+from fewstep.methods.pair import MicroBatch, StoredPoints
 from fewstep.methods.recipes import names, rows
 from fewstep.methods.times import draw_times
 from fewstep.methods.update_plan import FrozenNetworks, terms_of
@@ -44,9 +44,9 @@ def method_of(recipe: str, **changes: Any) -> ConsistencyConfig:
     return resolve(recipe).method.model_copy(update=bare | changes)
 
 
-def batch_for(method: ConsistencyConfig, mixture: Mixture, count: int = COUNT) -> MicroBatch:
+def batch_for(method: ConsistencyConfig, mixture: Mixture, rng: KeyedRng) -> MicroBatch:
     """Data, or exact trajectories where the recipe stores them."""
-    path = mixture.path
+    path, count = mixture.path, len(rng.indices)
     generator = torch.Generator().manual_seed(1)
     if method.start == "data":
         return MicroBatch(mixture.sample(count, path.clean, generator), {}, {})
@@ -54,8 +54,8 @@ def batch_for(method: ConsistencyConfig, mixture: Mixture, count: int = COUNT) -
     x = mixture.sample(count, float(times[-1]), generator)
     top = times_of(float(times[-1]), x)
     points = [mixture.flow(x, top, times_of(float(t), x)) for t in times]
-    held = HeldTrajectories(torch.stack(points, 1))
-    return MicroBatch(held.points[:, 0], {}, {}, torch.zeros(count, dtype=torch.float64), held)
+    stored = StoredPoints.of(torch.stack(points, 1), draw_times(method, path, rng))
+    return MicroBatch(points[0], {}, {}, torch.zeros(count, dtype=torch.float64), stored)
 
 
 def bend(t: Tensor, s: Tensor, path: Path) -> Tensor:
@@ -80,7 +80,7 @@ def exact_everywhere(monkeypatch: pytest.MonkeyPatch, mixture: Mixture, theta: T
 def loss_and_gradient(method: ConsistencyConfig, mixture: Mixture, theta: Tensor) -> tuple[float, float]:
     denoiser = Denoiser(lambda x, *_: x, mixture.path, "x0")
     rng = KeyedRng(5, 0, tuple(range(COUNT)))
-    loss = consistency_loss(make_pair(method, denoiser, batch_for(method, mixture), rng), rng).value
+    loss = consistency_loss(make_pair(method, denoiser, batch_for(method, mixture, rng), rng), rng).value
     (slope,) = torch.autograd.grad(loss, theta)
     return float(loss.detach()), float(slope.abs().max())
 
@@ -603,10 +603,10 @@ def test_network_calls_match_the_recipe(recipe: str) -> None:
         assert extra == (set() if role == "teacher" else set(method.extra_conditioning))
         return torch.zeros_like(x)
 
-    sample = batch_for(method, mixture, 8)
+    rng = KeyedRng(5, 0, tuple(range(8)))
+    sample = batch_for(method, mixture, rng)
     text = {"text": torch.zeros(8, 1)}
     sample = replace(sample, data=sample.data.float(), condition=text, null=text)
-    rng = KeyedRng(5, 0, tuple(range(8)))
     none: Counted = dict.fromkeys(seen, 0)
 
     def critic(x: Tensor, t: Tensor, condition: Any) -> Tensor:

@@ -32,9 +32,9 @@ from fewstep.methods.distribution_matching import (
     fake_points,
     matching_loss,
 )
-from fewstep.methods.pair import HeldTrajectories, MicroBatch, Pair
+from fewstep.methods.pair import MicroBatch, Pair, StoredPoints
 from fewstep.methods.reward_loss import other_prompts, reward_loss
-from fewstep.methods.times import in_turn
+from fewstep.methods.times import draw_times, in_turn
 from fewstep.methods.update_plan import FrozenNetworks, PairCache, terms_of
 from fewstep_worlds.plane.mixture import Mixture, one_gaussian, ring, times_of
 from fewstep_worlds.plane.network import PlaneCritic, PlaneNetwork
@@ -220,13 +220,12 @@ def test_a_step_by_stored_outputs_is_the_teachers_own() -> None:
         for condition in (text, none)
     ]
     guidance = {"convention": "lcm", "low": 1.0, "high": 5.0}
-    held = HeldTrajectories(points, (outputs[0], outputs[1]))
-    sample = MicroBatch(points[:, 0], text, none, torch.full((count,), 9.0, dtype=torch.float64), held)
     found = {}
     for point in ("stored", "solver"):
         calls = 0
         method = method_of(start="trajectory", point=point, guidance=guidance, k=3)
-        pair = make_pair(method, denoiser, replace(sample, omega=None), drawn(count))
+        stored = StoredPoints.of(points, draw_times(method, path, drawn(count)), (outputs[0], outputs[1]))
+        pair = make_pair(method, denoiser, MicroBatch(points[:, 0], text, none, None, stored), drawn(count))
         from fewstep.methods.next_points import POINTS
 
         found[point] = POINTS[point](pair)  # type: ignore[index]

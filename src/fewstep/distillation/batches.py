@@ -6,7 +6,6 @@ Random numbers are keyed (`rng`), so that what is drawn here equals what the los
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,45 +16,15 @@ from fewstep.common.rng import KeyedRng
 from fewstep.distillation.prepare import Run
 from fewstep.distillation.trajectory import Trajectories
 from fewstep.methods.config import ConsistencyConfig
-from fewstep.methods.pair import MicroBatch
+from fewstep.methods.pair import MicroBatch, StoredPoints
 from fewstep.methods.start_points import noise_purposes
 from fewstep.methods.times import PairTimes, draw_times
 from fewstep.training.update import Batch
 
 
-@dataclass(frozen=True)
-class PrefetchedPoints:
-    """The stored points that a pair uses (`methods.pair.StoredTrajectories`), on the device.
-
-    Attributes:
-        times: of the pair.
-        x_nk, x_n: the points at t_{n+k} and t_n; None if the recipe does not use the second.
-        outputs_nk: the network's outputs at t_{n+k}, with and without the prompt; None if the recipe uses none.
-    """
-
-    times: PairTimes
-    x_nk: Tensor
-    x_n: Tensor | None
-    outputs_nk: tuple[Tensor, Tensor] | None
-
-    def point(self, index: Tensor) -> Tensor:
-        """Return x at one of the pair's two times, named by its own tensor of indices."""
-        if index is self.times.index_nk:
-            return self.x_nk
-        assert index is self.times.index_n
-        assert self.x_n is not None
-        return self.x_n
-
-    def outputs(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the network's outputs at t_{n+k}."""
-        assert index is self.times.index_nk
-        assert self.outputs_nk is not None
-        return self.outputs_nk
-
-
 def prefetch(
     stored: Trajectories, items: Tensor, method: ConsistencyConfig, times: PairTimes, device: torch.device
-) -> PrefetchedPoints:
+) -> StoredPoints:
     """Read the stored points of samples that the recipe uses at a pair's times."""
 
     def there(tensor: Tensor) -> Tensor:
@@ -67,7 +36,7 @@ def prefetch(
         assert stored.outputs is not None
         with_prompt, without_prompt = (there(rows.at(items, times.index_nk)) for rows in stored.outputs)
         outputs = with_prompt, without_prompt
-    return PrefetchedPoints(times, there(stored.point(items, times.index_nk)), x_n, outputs)
+    return StoredPoints(times, there(stored.point(items, times.index_nk)), x_n, outputs)
 
 
 def fetch_of(run: Run) -> Callable[[np.ndarray, KeyedRng], Batch]:
@@ -89,7 +58,7 @@ def fetch_of(run: Run) -> Callable[[np.ndarray, KeyedRng], Batch]:
             data = stored.x_nk  # for its shape alone, unless the recipe denoises end points
             if method.denoising:
                 data = copy_async(trajectories.point(numbers, torch.full_like(numbers, -1)), device).float()
-            return {"sample": MicroBatch(data, states, null, trajectories.omega[numbers], stored, prompts, times)}
+            return {"sample": MicroBatch(data, states, null, trajectories.omega[numbers], stored, prompts)}
         data = copy_async(run.data.latents[numbers], device).float()
         for purpose in noise_purposes(method):
             rng.draw_ahead(purpose, tuple(data.shape[1:]))

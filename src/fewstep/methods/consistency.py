@@ -35,7 +35,7 @@ from fewstep.training.loss import Loss
 
 def make_pair(config: ConsistencyConfig, denoiser: Denoiser, batch: MicroBatch, rng: KeyedRng) -> Pair:
     """Draw times and guidance of a micro-batch and compute x_{t_n+k}."""
-    times = batch.times or draw_times(config, denoiser.path, rng)
+    times = batch.stored.times if batch.stored else draw_times(config, denoiser.path, rng)
     omega = rng.uniform("omega", *config.guidance.omegas)
     if batch.omega is not None and config.point != "stored":  # stored outputs can be guided by any omega
         omega = batch.omega

@@ -50,7 +50,7 @@ def student_calls(config: ConsistencyConfig) -> Calls:
 
     `features` counts evaluations of a frozen network's features, by a critic or the distance.
     """
-    matching = {"teacher": 1 if config.matching.omega == 0 else config.guidance.branches, "fake": 1}
+    matching: Calls = {"teacher": 1 if config.matching.omega == 0 else config.guidance.branches, "fake": 1}
     by_distance = bool(config.consistency) and config.distance == "features"
     features = bool(config.adversarial.weight) + 2 * by_distance
     return add(

@@ -24,7 +24,8 @@ def by_solver(pair: Pair) -> Tensor:
 def on_path(pair: Pair) -> Tensor:
     """Take a point of the path: the same noise on the data (CT, arXiv 2303.01469, eq 10), or the stored one (KD)."""
     if pair.batch.stored is not None:
-        return pair.batch.stored.point(pair.times.index_n)
+        assert pair.batch.stored.x_n is not None
+        return pair.batch.stored.x_n
     assert pair.clean is not None
     assert pair.noise is not None
     return add_noise(pair.denoiser.path, pair.clean, pair.noise, pair.times.t_n)
@@ -44,7 +45,8 @@ def by_stored(pair: Pair) -> Tensor:
     """Make one DDIM step by the teacher's stored outputs at x_{t_n+k}, under any omega: no network call."""
     stored, times, denoiser = pair.batch.stored, pair.times, pair.denoiser
     assert stored is not None
-    with_prompt, without_prompt = stored.outputs(times.index_nk)
+    assert stored.outputs_nk is not None
+    with_prompt, without_prompt = stored.outputs_nk
     omega = pair.omega if pair.config.guidance.convention != "none" else torch.zeros_like(pair.omega)
     return step_from_stored(
         denoiser.path, denoiser.prediction, pair.x_nk, with_prompt, without_prompt, omega, times.t_nk, times.t_n

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,38 +13,33 @@ from fewstep.diffusion.samplers import JumpFn
 from fewstep.methods.config import ConsistencyConfig
 from fewstep.methods.times import PairTimes
 
-class StoredTrajectories(Protocol):
-    """A trajectory of the teacher for each sample of a micro-batch, in memory or on disk."""
-
-    def point(self, index: Tensor) -> Tensor:
-        """Return x at those times of the training grid, int64 [B] -> [B, ...]; -1 is the end point."""
-        ...
-
-    def outputs(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the teacher's outputs there, with and without the prompt, [B, ...] each."""
-        ...
-
 
 @dataclass(frozen=True)
-class HeldTrajectories:
-    """Trajectories in memory: the end point first, then the points at the grid's rising times, [B, N + 1, ...].
+class StoredPoints:
+    """The points of stored trajectories of the teacher that a pair uses.
 
     Attributes:
-        network_outputs: at the grid's times, with and without the prompt, [B, N, ...] each; None where not stored.
+        times: of the pair.
+        x_nk, x_n: the points at t_{n+k} and t_n, [B, ...]; x_n is None if the recipe does not use it.
+        outputs_nk: the teacher's outputs at t_{n+k}, with and without the prompt, [B, ...] each; None if not used.
     """
 
-    points: Tensor
-    network_outputs: tuple[Tensor, Tensor] | None = None
+    times: PairTimes
+    x_nk: Tensor
+    x_n: Tensor | None = None
+    outputs_nk: tuple[Tensor, Tensor] | None = None
 
-    def point(self, index: Tensor) -> Tensor:
-        """Return x at those times."""
-        return self.points[torch.arange(len(index)), index + 1]
+    @classmethod
+    def of(cls, points: Tensor, times: PairTimes, outputs: tuple[Tensor, Tensor] | None = None) -> StoredPoints:
+        """Take those of whole trajectories in memory.
 
-    def outputs(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the teacher's outputs at those times."""
-        assert self.network_outputs is not None
-        rows = torch.arange(len(index))
-        return self.network_outputs[0][rows, index], self.network_outputs[1][rows, index]
+        Args:
+            points: the end point first, then those at the grid's rising times, [B, N + 1, ...].
+            outputs: at the grid's times, [B, N, ...] each.
+        """
+        rows, nk = torch.arange(len(points)), times.index_nk
+        outputs_nk = outputs and (outputs[0][rows, nk], outputs[1][rows, nk])
+        return cls(times, points[rows, nk + 1], points[rows, times.index_n + 1], outputs_nk)
 
 
 @dataclass(frozen=True)
@@ -56,18 +50,16 @@ class MicroBatch:
         data: clean latents x_0, fp32 [B, ...]; of starts without data only the shape is used.
         condition, null: inputs of the network with and without the prompt, [B, ...] each.
         omega: guidance that the stored trajectories were drawn with, [B]; None for data.
-        stored: those trajectories.
+        stored: points of those trajectories.
         prompts: number of each sample's prompt, int64 [B]; the count of prompts means the empty one.
-        times: drawn already, where `stored` was read for them; else None.
     """
 
     data: Tensor
     condition: Condition
     null: Condition
     omega: Tensor | None = None
-    stored: StoredTrajectories | None = None
+    stored: StoredPoints | None = None
     prompts: Tensor | None = None
-    times: PairTimes | None = None
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def on_data(given: StartInputs) -> StartPoint:
 def on_trajectory(given: StartInputs) -> StartPoint:
     """Take a point of a stored trajectory of the teacher."""
     assert given.batch.stored is not None
-    return StartPoint(given.batch.stored.point(given.times.index_nk))
+    return StartPoint(given.batch.stored.x_nk)
 
 
 def pure_noise(path: Path, batch: MicroBatch, rng: KeyedRng, purpose: str) -> Tensor:

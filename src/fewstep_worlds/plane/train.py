@@ -23,7 +23,7 @@ from fewstep.diffusion.samplers import JumpFn
 from fewstep.diffusion.schedule import FlowMatching, VarianceExploding, scaled_linear
 from fewstep.diffusion.schedule import Path as NoisePath
 from fewstep.distillation.stages import parts_of
-from fewstep.methods.pair import HeldTrajectories, MicroBatch
+from fewstep.methods.pair import MicroBatch, StoredPoints
 from fewstep.methods.times import draw_times
 from fewstep.methods.update_plan import FrozenNetworks, make_update_plan, roles_of, start_from
 from fewstep.training.roles import copy_role
@@ -141,7 +141,8 @@ def plane_plan(run: PlaneRun, points: Tensor) -> list[Update]:
         x = points[torch.from_numpy(batch["items"])]
         if config.method.start != "trajectory":
             return MicroBatch(x, {}, {})
-        return MicroBatch(x[:, 0], {}, {}, torch.zeros(len(x), dtype=torch.float64), HeldTrajectories(x))
+        stored = StoredPoints.of(x, draw_times(config.method, run.denoiser.path, rng))
+        return MicroBatch(x[:, 0], {}, {}, torch.zeros(len(x), dtype=torch.float64), stored)
 
     critic = PlaneCritic(config.width, config.loop.seed) if config.method.adversarial.weight else None
     return make_update_plan(
