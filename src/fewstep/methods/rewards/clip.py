@@ -7,17 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewstep.common.errors import UserError
 from fewstep.common.files import read_mapping, sha256
 from fewstep.methods.rewards.licences import CLIP
-from fewstep.methods.rewards.preprocess import CLIP_MEAN, CLIP_STD, Framing, frame
+from fewstep.methods.rewards.preprocess import CLIP_MEAN, CLIP_STD, Framing
 from fewstep.methods.rewards.registry import ScorerFiles
 from fewstep.methods.rewards.reward import ScorerIdentity
-from fewstep.methods.rewards.tokenize import check_rows, in_batches, load_tokenizer, token_ids
-from fewstep.methods.rewards.weights import load_frozen, loading
+from fewstep.methods.rewards.scorer import Scorer, load_frozen, load_tokenizer, loading, unit
 
 HUNDRED = 100.0
 """Cosines are reported in per cent."""
@@ -26,44 +24,27 @@ _BICUBIC = 3
 
 
 @dataclass(eq=False)
-class CosineScorer:
-    """scale * cos(picture, prompt), of a CLIPModel's embeddings.
+class CosineScorer(Scorer):
+    """scale * cos(picture, prompt), of a CLIPModel's embeddings; a prompt is {"text": unit vector [D]}.
 
     Attributes:
         network: transformers' CLIPModel, frozen.
         scale: factor of the cosine; None for exp(logit scale), as trained.
     """
 
-    network: Any
-    tokenizer: Any
-    framing: Framing
     scale: float | None
-    identity: ScorerIdentity
 
-    def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Encode K prompts to {"text": unit vectors [K, D]} on the CPU."""
-        return in_batches(self._encode, prompts)
-
-    def _encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        config = self.network.config.text_config
-        ids, _ = token_ids(self.tokenizer, prompts, config.max_position_embeddings)
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Encode K prompts to {"text": unit vectors [K, D]}."""
+        ids, _ = self.token_ids(prompts)
         pooled = self.network.text_model(input_ids=ids.to(self.network.device)).pooler_output
         return {"text": unit(self.network.text_projection(pooled))}
 
-    def score(self, pictures: Tensor, prepared: Mapping[str, Tensor]) -> Tensor:
-        """Score [B, 3, H, W] in [-1, 1] with {"text": [B, D]}, [B]; see `PreferenceScorer.score`."""
-        check_rows(pictures, prepared, ("text",))
-        pixels = frame(pictures, self.framing).to(self.network.device, self.network.dtype)
-        pooled = self.network.vision_model(pixel_values=pixels).pooler_output
-        picture = unit(self.network.visual_projection(pooled))
+    def compare(self, pixels: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+        """Return scores [B]."""
+        picture = unit(self.network.visual_projection(self.network.vision_model(pixel_values=pixels).pooler_output))
         scale = self.network.logit_scale.exp() if self.scale is None else self.scale
-        return scale * (picture * prepared["text"].to(picture, non_blocking=True)).sum(-1)
-
-
-def unit(embedding: Tensor) -> Tensor:
-    """Scale vectors to length 1, in at least fp32."""
-    wide = embedding if embedding.dtype == torch.float64 else embedding.float()
-    return F.normalize(wide, dim=-1)
+        return scale * (picture * rows["text"].to(picture)).sum(-1)
 
 
 def load(files: ScorerFiles, device: torch.device, dtype: torch.dtype) -> CosineScorer:
@@ -93,7 +74,16 @@ def load_clip_folder(
     network = load_frozen(lambda: clip_network(config), files, dtype, device)
     tokenizer = clip_tokenizer(files, config)
     framing = read_framing(files, config) if fit == "crop" else Framing(config.vision_config.image_size, "pad")
-    return CosineScorer(network, tokenizer, framing, scale, identity_of(identity, files, config, framing))
+    return cosine_scorer(network, tokenizer, framing, scale, identity, files)
+
+
+def cosine_scorer(
+    network: Any, tokenizer: Any, framing: Framing, scale: float | None, published: ScorerIdentity, files: ScorerFiles
+) -> CosineScorer:
+    """Return the scorer of a loaded CLIPModel."""
+    length = network.config.text_config.max_position_embeddings
+    identity = identity_of(published, files, network.config, framing)
+    return CosineScorer(network, tokenizer, length, framing, identity, scale)
 
 
 def clip_network(config: Any) -> nn.Module:

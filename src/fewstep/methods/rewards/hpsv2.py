@@ -8,12 +8,11 @@ import torch
 
 from fewstep.common.errors import UserError
 from fewstep.common.safetensors_header import read_safetensors_header
-from fewstep.methods.rewards.clip import HUNDRED, CosineScorer, clip_network, identity_of, load_clip_folder
+from fewstep.methods.rewards.clip import HUNDRED, CosineScorer, clip_network, cosine_scorer, load_clip_folder
 from fewstep.methods.rewards.licences import HPSV2
 from fewstep.methods.rewards.preprocess import Framing
 from fewstep.methods.rewards.registry import ScorerFiles
-from fewstep.methods.rewards.tokenize import load_tokenizer
-from fewstep.methods.rewards.weights import State, load_frozen, loading, rename_keys
+from fewstep.methods.rewards.scorer import State, load_frozen, load_tokenizer, loading, rename_keys
 
 VIT_H_14 = {
     "embed_dim": 1024,
@@ -59,7 +58,7 @@ def load(files: ScorerFiles, device: torch.device, dtype: torch.dtype) -> Cosine
         config = clip_config_of(model, tokenizer)
     network = load_frozen(lambda: clip_network(config), files, dtype, device, clip_state, unused="^attn_mask$")
     framing = Framing(config.vision_config.image_size, "pad")
-    return CosineScorer(network, tokenizer, framing, HUNDRED, identity_of(HPSV2, files, config, framing))
+    return cosine_scorer(network, tokenizer, framing, HUNDRED, HPSV2, files)
 
 
 def _check_width(files: ScorerFiles) -> None:

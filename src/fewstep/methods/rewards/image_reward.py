@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -15,11 +16,9 @@ from torch import Tensor, nn
 from fewstep.common.files import sha256
 from fewstep.common.safetensors_header import read_safetensors_header
 from fewstep.methods.rewards.licences import IMAGE_REWARD
-from fewstep.methods.rewards.preprocess import Framing, frame
+from fewstep.methods.rewards.preprocess import Framing
 from fewstep.methods.rewards.registry import ScorerFiles
-from fewstep.methods.rewards.reward import ScorerIdentity
-from fewstep.methods.rewards.tokenize import check_rows, in_batches, load_tokenizer, token_ids
-from fewstep.methods.rewards.weights import load_frozen, loading, rename_keys
+from fewstep.methods.rewards.scorer import Scorer, load_frozen, load_tokenizer, loading, rename_keys
 
 MEAN, DEVIATION = 0.16717362830052426, 1.0333394966054072
 """Constants of the published code: the reward is (output - MEAN)/DEVIATION."""
@@ -70,29 +69,21 @@ class RewardNetwork(nn.Module):
         return output.squeeze(-1)
 
 
-@dataclass(eq=False)
-class ImageRewardScorer:
-    """(head(text encoder's first state | picture) - MEAN)/DEVIATION (Xu et al. 2023)."""
+class ImageRewardScorer(Scorer):
+    """(head(text encoder's first state | picture) - MEAN)/DEVIATION (Xu et al. 2023).
 
-    network: RewardNetwork
-    tokenizer: Any
-    framing: Framing
-    identity: ScorerIdentity
+    A prompt is {"ids", "mask"}, int64 [35] each; the text encoder needs the picture too.
+    """
 
-    def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Return {"ids", "mask"} of K prompts, int64 [K, 35]; the text encoder needs the picture too."""
-        return in_batches(self._tokens, prompts)
+    rows = ("ids", "mask")
 
-    def _tokens(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        return dict(zip(("ids", "mask"), token_ids(self.tokenizer, prompts, LENGTH), strict=True))
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Return {"ids", "mask"} of K prompts, int64 [K, 35]."""
+        return dict(zip(self.rows, self.token_ids(prompts), strict=True))
 
-    def score(self, pictures: Tensor, prepared: Mapping[str, Tensor]) -> Tensor:
-        """Score [B, 3, H, W] in [-1, 1] with rows of `prepare`, [B]; see `PreferenceScorer.score`."""
-        check_rows(pictures, prepared, ("ids", "mask"))
-        vision = self.network.vision
-        pixels = frame(pictures, self.framing).to(vision.device, vision.dtype)
-        ids, mask = (prepared[key].to(vision.device, non_blocking=True) for key in ("ids", "mask"))
-        output: Tensor = self.network(pixels, ids, mask)
+    def compare(self, pixels: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+        """Return scores [B]."""
+        output: Tensor = self.network(pixels, rows["ids"], rows["mask"])
         return (output - MEAN) / DEVIATION
 
 
@@ -109,14 +100,8 @@ def load(files: ScorerFiles, device: torch.device, dtype: torch.dtype) -> ImageR
         # The picture's width takes the place of the file's encoder_width, as in the published code.
         sizes = {key: files.config[key] for key in _TEXT_SIZES}
         text = BlipTextConfig(**sizes, encoder_hidden_size=vision.hidden_size, is_decoder=True)
-    network = load_frozen(
-        lambda: RewardNetwork(vision, text, widths),
-        files,
-        dtype,
-        device,
-        lambda state: rename_keys(state, _RULES),
-        _UNUSED,
-    )
+    convert = partial(rename_keys, rules=_RULES)
+    network = load_frozen(lambda: RewardNetwork(vision, text, widths), files, dtype, device, convert, _UNUSED)
     network.head.to(dtype if dtype == torch.float64 else torch.float32)
     tokenizer = load_tokenizer(files.folder, "bert", text.vocab_size)
     framing = Framing(vision.image_size)
@@ -125,7 +110,7 @@ def load(files: ScorerFiles, device: torch.device, dtype: torch.dtype) -> ImageR
         f"of {text.num_hidden_layers} x {text.hidden_size} with cross attention, head {' '.join(map(str, widths))}"
     )
     identity = replace(IMAGE_REWARD, backbone=backbone, weights_sha256=sha256(*files.weights), input=str(framing))
-    return ImageRewardScorer(network, tokenizer, framing, identity)
+    return ImageRewardScorer(network, tokenizer, LENGTH, framing, identity)
 
 
 def _sizes(files: ScorerFiles) -> tuple[Any, list[int]]:

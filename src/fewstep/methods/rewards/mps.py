@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,13 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewstep.common.safetensors_header import read_safetensors_header
-from fewstep.methods.rewards.clip import clip_config, clip_network, clip_tokenizer, identity_of, read_framing, unit
+from fewstep.methods.rewards.clip import clip_config, clip_network, clip_tokenizer, identity_of, read_framing
 from fewstep.methods.rewards.licences import MPS
-from fewstep.methods.rewards.preprocess import Framing, frame
 from fewstep.methods.rewards.registry import ScorerFiles
-from fewstep.methods.rewards.reward import ScorerIdentity
-from fewstep.methods.rewards.tokenize import check_rows, in_batches, token_ids
-from fewstep.methods.rewards.weights import load_frozen, loading, rename_keys
+from fewstep.methods.rewards.scorer import Scorer, load_frozen, loading, rename_keys, unit
 
 OVERALL = (
     "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, "
@@ -144,44 +142,31 @@ class MpsNetwork(nn.Module):
 
 
 @dataclass(eq=False)
-class MpsScorer:
+class MpsScorer(Scorer):
     """exp(logit scale) * cos(prompt, picture's first token after the cross model) (Zhang et al. 2024).
+
+    A prompt is {"words": [77, D], "mask": bool [77], "text": unit vector [D]}: at CLIP-H's width 312 KiB in fp32.
+    Padding is among the words, as in training.
 
     Attributes:
         condition: words of the rated aspect; `OVERALL` for the published weights.
     """
 
-    network: MpsNetwork
-    tokenizer: Any
-    framing: Framing
-    identity: ScorerIdentity
+    rows = ("words", "mask", "text")
     condition: str = OVERALL
 
-    def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Encode K prompts to {"words": [K, 77, D], "mask": bool [K, 77], "text": unit vectors [K, D]} on the CPU.
-
-        At CLIP-H's width that is 312 KiB a prompt in fp32. Padding is among the words, as in training.
-        """
-        return in_batches(self._encode, prompts)
-
-    def _encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        clip: Any = self.network.clip
-        length = clip.config.text_config.max_position_embeddings
-        ids, _ = token_ids(self.tokenizer, [self.condition, *prompts], length)
-        words, ends = self.network.words(ids.to(clip.device))
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Encode K prompts to {"words": [K, 77, D], "mask": bool [K, 77], "text": unit vectors [K, D]}."""
+        ids, _ = self.token_ids([self.condition, *prompts])
+        words, ends = self.network.words(ids.to(self.network.clip.device))
         similarity = (words[1:] @ words[0].T).amax(-1)
         mask = similarity / similarity.amax(-1, keepdim=True) > THRESHOLD
         return {"words": words[1:], "mask": mask, "text": unit(ends[1:])}
 
-    def score(self, pictures: Tensor, prepared: Mapping[str, Tensor]) -> Tensor:
-        """Score [B, 3, H, W] in [-1, 1] with rows of `prepare`, [B]; see `PreferenceScorer.score`."""
-        check_rows(pictures, prepared, ("words", "mask", "text"))
-        clip: Any = self.network.clip
-        pixels = frame(pictures, self.framing).to(clip.device, clip.dtype)
-        words = prepared["words"].to(pixels, non_blocking=True)
-        picture = unit(self.network(pixels, words, prepared["mask"].to(pixels.device, non_blocking=True)))
-        cosine = (picture * prepared["text"].to(picture, non_blocking=True)).sum(-1)
-        scored: Tensor = clip.logit_scale.exp() * cosine
+    def compare(self, pixels: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+        """Return scores [B]."""
+        picture = unit(self.network(pixels, rows["words"].to(pixels), rows["mask"]))
+        scored: Tensor = self.network.clip.logit_scale.exp() * (picture * rows["text"].to(picture)).sum(-1)
         return scored
 
 
@@ -193,18 +178,13 @@ def load(files: ScorerFiles, device: torch.device, dtype: torch.dtype) -> MpsSco
     """
     config = clip_config(files)
     layers, sizes = _cross_sizes(files)
-    network = load_frozen(
-        lambda: MpsNetwork(config, layers, sizes),
-        files,
-        dtype,
-        device,
-        lambda state: rename_keys(state, _RULES),
-        _UNUSED,
-    )
+    convert = partial(rename_keys, rules=_RULES)
+    network = load_frozen(lambda: MpsNetwork(config, layers, sizes), files, dtype, device, convert, _UNUSED)
     framing = read_framing(files, config)
     more = f", cross model of {layers} x {sizes[0]}, {sizes[1]} heads"
     identity = identity_of(MPS, files, config, framing, more)
-    return MpsScorer(network, clip_tokenizer(files, config), framing, identity)
+    length = config.text_config.max_position_embeddings
+    return MpsScorer(network, clip_tokenizer(files, config), length, framing, identity)
 
 
 def _cross_sizes(files: ScorerFiles) -> tuple[int, tuple[int, int, int, int]]:

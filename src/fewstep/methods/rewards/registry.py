@@ -11,8 +11,7 @@ from fewstep.backbones.weight_files import first_pickle, weight_files
 from fewstep.common.errors import UserError, did_you_mean
 from fewstep.common.files import read_mapping
 from fewstep.common.safetensors_header import read_safetensors_header
-from fewstep.methods.rewards import licences
-from fewstep.methods.rewards.reward import PreferenceScorer, ScorerIdentity
+from fewstep.methods.rewards.reward import PreferenceScorer
 
 if TYPE_CHECKING:
     import torch
@@ -73,25 +72,14 @@ class ScorerFiles:
     is_clip_folder: bool
 
 
-@dataclass(frozen=True)
-class ScorerEntry:
-    """One scorer: its published facts, its folder's layout, and the module whose `load` builds it."""
-
-    identity: ScorerIdentity
-    layout: FolderLayout
-    module: str
-
-
 SCORERS = {
-    entry.identity.name: entry
-    for entry in (
-        ScorerEntry(licences.CLIP, CLIP_FOLDER, "clip"),
-        ScorerEntry(licences.PICKSCORE, CLIP_FOLDER, "pickscore"),
-        ScorerEntry(licences.HPSV2, HPSV2_FOLDER, "hpsv2"),
-        ScorerEntry(licences.IMAGE_REWARD, IMAGE_REWARD_FOLDER, "image_reward"),
-        ScorerEntry(licences.MPS, MPS_FOLDER, "mps"),
-    )
+    "clip": CLIP_FOLDER,
+    "pickscore": CLIP_FOLDER,
+    "hpsv2": HPSV2_FOLDER,
+    "image_reward": IMAGE_REWARD_FOLDER,
+    "mps": MPS_FOLDER,
 }
+"""The layout of each scorer's folder; the module of the same name builds the scorer by its `load`."""
 
 
 def find_files(folder: Path, name: str, layout: FolderLayout) -> ScorerFiles:
@@ -117,7 +105,7 @@ def find_files(folder: Path, name: str, layout: FolderLayout) -> ScorerFiles:
         raise refuse(f"holds {weights[0].name} and {weights[1].name}, of which one must be removed")
     keys = {key for file in weights for key in read_safetensors_header(file)[1]}
     if layout.mark not in keys:
-        others = [f"; its keys are those of {other!r}" for other, entry in SCORERS.items() if entry.layout.mark in keys]
+        others = [f"; its keys are those of {other!r}" for other, entry in SCORERS.items() if entry.mark in keys]
         raise refuse(f"is not of {name!r}: {weights[0].name} holds no {layout.mark!r}{''.join(others[:1])}")
     config: dict[str, Any] = {}
     if (folder / layout.config).is_file():
@@ -142,7 +130,7 @@ def check_scorer(name: str, folder: Path | str) -> ScorerFiles:
         raise UserError(
             f"scorer = {name!r} must be one of {', '.join(SCORERS)}{did_you_mean(name, SCORERS)}", field="scorer"
         )
-    return find_files(Path(folder), name, SCORERS[name].layout)
+    return find_files(Path(folder), name, SCORERS[name])
 
 
 def load_scorer(
@@ -171,5 +159,5 @@ def load_scorer(
 
     from fewstep.common.device import DTYPES
 
-    module = import_module(f"fewstep.methods.rewards.{SCORERS[name].module}")
+    module = import_module(f"fewstep.methods.rewards.{name}")
     return cast(PreferenceScorer, module.load(files, torch.device(device), DTYPES[precision]))
