@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fewstep.common.arguments import checked, with_options
+from fewstep.common.arguments import arguments_of, checked, with_options
 
 if TYPE_CHECKING:
     from fewstep.distillation.checks import Inputs
@@ -52,55 +52,28 @@ def distill(
     Raises:
         UserError: anything wrong, before any long work.
     """
-    place = _run_folder(recipe, out)
-    options = (teacher, teacher_config, config, prompt_file, device, precision, overrides)
-    settings, inputs = _settings(recipe, place, *options)
+    settings, inputs, place = _settings(**locals())
     from fewstep.distillation import distill as distillation
 
     return distillation.distill(settings, place, inputs=inputs)
 
 
 @checked
-def estimate(
-    recipe: str = "tcd",
-    *,
-    out: Path | str | None = None,
-    teacher: Path | str = "",
-    teacher_config: Path | str = "",
-    config: Path | str | None = None,
-    prompt_file: Path | str | None = None,
-    device: str | None = None,
-    precision: str | None = None,
-    overrides: str | Sequence[str] = (),
-) -> list[Estimated]:
+@arguments_of(distill)
+def estimate(**options: Any) -> list[Estimated]:
     """Estimate time and memory of `distill` with the same arguments, stage by stage; write nothing.
 
     Raises:
         UserError: as `distill`.
     """
-    options = (teacher, teacher_config, config, prompt_file, device, precision, overrides)
-    settings, inputs = _settings(recipe, _run_folder(recipe, out), *options)
+    settings, inputs, _ = _settings(**options)
     from fewstep.distillation.estimate_run import estimate_run
 
     return estimate_run(settings, inputs)
 
 
-def _run_folder(recipe: str, out: Path | str | None) -> Path:
-    return Path(out) if out else Path("runs") / Path(recipe).stem
-
-
-def _settings(
-    recipe: str,
-    out: Path,
-    teacher: Path | str,
-    teacher_config: Path | str,
-    config: Path | str | None,
-    prompt_file: Path | str | None,
-    device: str | None,
-    precision: str | None,
-    overrides: str | Sequence[str],
-) -> tuple[DistillConfig, Inputs]:
-    """Resolve and check the settings of a distillation, and what they name.
+def _settings(*, recipe: str, out: Path | str | None, **options: Any) -> tuple[DistillConfig, Inputs, Path]:
+    """Resolve and check the settings of a distillation, what they name, and its run folder.
 
     Raises:
         UserError: a setting, the teacher, the data, the run folder or the installation does not allow it.
@@ -112,16 +85,18 @@ def _settings(
     from fewstep.distillation.config import resolve
     from fewstep.training.run_folder import check_same_run
 
-    options = {"data.source": prompt_file, "device": device, "loop.precision": precision}
-    changes = with_options(overrides, options)
-    settings = resolve(recipe, config, changes, named_teacher(teacher, teacher_config))
+    names = {"data.source": "prompt_file", "device": "device", "loop.precision": "precision"}
+    changes = with_options(options["overrides"], {key: options[name] for key, name in names.items()})
+    teacher = named_teacher(options["teacher"], options["teacher_config"])
+    settings = resolve(recipe, options["config"], changes, teacher)
     inputs = check_distillation(settings, read_teacher(settings.teacher))
-    check_writable(out)
-    check_same_run(out, settings, later=True)
+    place = Path(out) if out else Path("runs") / Path(recipe).stem
+    check_writable(place)
+    check_same_run(place, settings, later=True)
     stages = settings.each_stage()
     if any(stage.loop.validate_every for stage in stages):
         check_installed("distill with loop.validate_every", VALIDATION_PACKAGES)
     quantized = [word for stage in stages for word in (stage.student.base, stage.optim.kind) if word.endswith("bit")]
     if quantized:
         check_installed(f"distill with {quantized[0]}", ["bitsandbytes"], "quantize")
-    return settings, inputs
+    return settings, inputs, place

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fewstep.common.arguments import checked, with_options
+from fewstep.common.arguments import arguments_of, checked, with_options
 
 if TYPE_CHECKING:
     from fewstep.backbones.pipeline_folder import PipelineFolder
@@ -51,24 +51,15 @@ def synthesize(
     Raises:
         UserError: anything wrong, before any long work.
     """
-    settings, prompts, folder = _settings(prompt_file, out, teacher, teacher_config, kind, device, precision, overrides)
+    settings, prompts, folder = _settings(**locals())
     from fewstep.distillation.synthesis.synthesize import synthesize as draw
 
     return draw(settings, prompts, Path(out), teacher=folder)
 
 
 @checked
-def synthesis_cost(
-    prompt_file: Path | str,
-    *,
-    out: Path | str,
-    teacher: Path | str = "",
-    teacher_config: Path | str = "",
-    kind: str | None = None,
-    device: str | None = None,
-    precision: str | None = None,
-    overrides: str | Sequence[str] = (),
-) -> SynthesisCost:
+@arguments_of(synthesize)
+def synthesis_cost(**options: Any) -> SynthesisCost:
     """Estimate samples, network evaluations and disk of `synthesize` with the same arguments; write nothing.
 
     Raises:
@@ -76,18 +67,11 @@ def synthesis_cost(
     """
     from fewstep.distillation.synthesis.planning import cost_of
 
-    return cost_of(*_settings(prompt_file, out, teacher, teacher_config, kind, device, precision, overrides))
+    return cost_of(*_settings(**options))
 
 
 def _settings(
-    prompt_file: Path | str,
-    out: Path | str,
-    teacher: Path | str,
-    teacher_config: Path | str,
-    kind: str | None,
-    device: str | None,
-    precision: str | None,
-    overrides: str | Sequence[str],
+    *, prompt_file: Path | str, out: Path | str, kind: str | None, **options: Any
 ) -> tuple[SynthesisConfig, list[str], PipelineFolder]:
     """Resolve and check a synthesis: its settings, prompts and teacher.
 
@@ -99,8 +83,8 @@ def _settings(
     from fewstep.distillation.synthesis.planning import check_synthesis
     from fewstep.distillation.synthesis.settings import resolve_synthesis
 
-    changes = with_options(overrides, {"device": device, "precision": precision})
-    settings = resolve_synthesis(changes, named_teacher(teacher, teacher_config), kind)
+    changes = with_options(options["overrides"], {name: options[name] for name in ("device", "precision")})
+    settings = resolve_synthesis(changes, named_teacher(options["teacher"], options["teacher_config"]), kind)
     prompts = read_prompts(prompt_file, "prompt_file")
     folder = read_teacher(settings.teacher)
     check_synthesis(settings, prompts, folder, Path(out))

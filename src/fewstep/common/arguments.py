@@ -70,6 +70,25 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
+def arguments_of(like: Callable[P, Any]) -> Callable[[Callable[..., T]], Callable[P, T]]:
+    """Give a function of keyword arguments the arguments of another function, with their types and defaults."""
+    signature = inspect.signature(like)
+
+    def decorate(function: Callable[..., T]) -> Callable[P, T]:
+        @wraps(function)
+        def call(*args: P.args, **options: P.kwargs) -> T:
+            bound = signature.bind(*args, **options)
+            bound.apply_defaults()
+            return function(**bound.arguments)
+
+        result = function.__annotations__["return"]
+        call.__signature__ = signature.replace(return_annotation=result)  # type: ignore[attr-defined]
+        call.__annotations__ = {**like.__annotations__, "return": result}
+        return call
+
+    return decorate
+
+
 def with_options(overrides: str | Sequence[str], options: Mapping[str, Any]) -> list[str]:
     """Return overrides (`key=value`) that set the options which are given, then `overrides` over them."""
     given = [f"{key}={value}" for key, value in options.items() if value is not None]
