@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from fewstep.backbones.base import Backbone
 from fewstep.common.defaults import world
@@ -18,45 +17,32 @@ from fewstep.distillation.config import DistillConfig
 from fewstep.distillation.reward import make_reward
 from fewstep.distillation.sources import Source
 from fewstep.methods.latent_lpips.settings import LatentLpipsTrainConfig
-from fewstep.methods.reward_loss import Reward
 from fewstep.methods.rewards.reward import PreferenceScorer
+from fewstep.methods.update_plan import FrozenNetworks
 
 
-class LossNetworks(NamedTuple):
-    """The frozen networks of a recipe's loss; None where it has none.
-
-    Attributes:
-        latent_lpips: a distance between latents.
-        reward: scores of latents with prompts, and the number of prompts.
-        inputs: their fingerprints, among the run's inputs.
-    """
-
-    latent_lpips: Callable[[Tensor, Tensor], Tensor] | None
-    reward: tuple[Reward, int] | None
-    inputs: dict[str, str]
-
-
-def load_loss_networks(
+def load_frozen_networks(
     config: DistillConfig, backbone: Backbone, prompts: Sequence[str], latent_lpips: Path | None
-) -> LossNetworks:
-    """Load the frozen networks of a recipe's loss.
+) -> tuple[FrozenNetworks, dict[str, str]]:
+    """Load the frozen networks of a recipe beside its teacher; return them and their fingerprints.
 
     Args:
         prompts: the distinct ones of the data.
         latent_lpips: folder of the distance between latents, if the recipe uses one.
     """
-    distance, reward, inputs = None, None, {}
+    frozen, inputs = FrozenNetworks(), {}
     if latent_lpips is not None:
         from fewstep.methods.latent_lpips.record import WEIGHTS, load_latent_lpips
 
         vae = backbone.folder.identity("vae")
-        distance = load_latent_lpips(latent_lpips, backbone.latent_shape[0], vae, backbone.device)
+        network = load_latent_lpips(latent_lpips, backbone.latent_shape[0], vae, backbone.device)
+        frozen = replace(frozen, distance=lambda landed, wanted, at, condition: network(landed, wanted))
         inputs["perceptual distance"] = sha256(latent_lpips / WEIGHTS)
     if config.method.reward.weight:
         scorer = load_named_scorer(config.method.reward.scorer, backbone.device)
-        reward = make_reward(backbone, scorer, prompts)
+        frozen = replace(frozen, reward=make_reward(backbone, scorer, prompts))
         inputs["scorer"] = scorer.identity.weights_sha256
-    return LossNetworks(distance, reward, inputs)
+    return frozen, inputs
 
 
 def latent_lpips_folder(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from fewstep.data.sources import WorldData, read_captioned
 from fewstep.diffusion.denoiser import BASE, Condition, Denoiser, computed_in
 from fewstep.distillation.checks import Inputs, read_inputs
 from fewstep.distillation.config import DistillConfig
-from fewstep.distillation.frozen_networks import LossNetworks, latent_lpips_folder, load_loss_networks
+from fewstep.distillation.frozen_networks import latent_lpips_folder, load_frozen_networks
 from fewstep.distillation.nfe_counter import NfeCounter
 from fewstep.distillation.run_data import CaptionedData, EncodedData, encode_set, open_data, validation_inputs
 from fewstep.distillation.sources import Source
@@ -32,6 +33,7 @@ from fewstep.distillation.synthesis.record import SynthesizedSet
 from fewstep.distillation.trajectory import Trajectories
 from fewstep.distillation.trajectory_cache import cached_trajectories
 from fewstep.methods.discriminator import FeatureCritic
+from fewstep.methods.distances import network_distance_of
 from fewstep.methods.update_plan import FrozenNetworks, make_update_plan, roles_of
 from fewstep.training.roles import networks_of
 from fewstep.training.student import Student, make_student
@@ -50,7 +52,8 @@ class Run:
         student: all roles on the teacher's weights.
         denoiser: evaluates them, uncounted.
         nfe_counter: counts the training's network evaluations.
-        loss_networks: frozen networks of the loss beside the teacher.
+        frozen: frozen networks of the loss beside the teacher.
+        frozen_inputs: their fingerprints, among the run's inputs.
     """
 
     config: DistillConfig
@@ -62,7 +65,8 @@ class Run:
     student: Student
     denoiser: Denoiser
     nfe_counter: NfeCounter
-    loss_networks: LossNetworks
+    frozen: FrozenNetworks
+    frozen_inputs: Mapping[str, str]
 
     @property
     def counted(self) -> Denoiser:
@@ -80,20 +84,19 @@ class Run:
 
     def update_plan(self) -> list[Update]:
         """Return the updates of a step on the samples of `batches.fetch_of`."""
-        config, critic = self.config, None
-        if config.method.adversarial.weight:
-            critic = FeatureCritic(self.features, self.backbone.feature_channels, seed=config.loop.seed)
-            critic.to(self.backbone.device)
-        frozen = FrozenNetworks(self.features, self.loss_networks.latent_lpips, critic, self.loss_networks.reward)
-        return make_update_plan(
-            config.method, config.optim, self.student, self.counted, lambda batch, rng: batch["sample"], frozen
-        )
+        method, optim, frozen = self.config.method, self.config.optim, self.frozen
+        if method.distance == "features":
+            frozen = replace(frozen, distance=network_distance_of(self.features))
+        if method.adversarial.weight:
+            critic = FeatureCritic(self.features, self.backbone.feature_channels, seed=self.config.loop.seed)
+            frozen = replace(frozen, critic=critic.to(self.backbone.device))
+        return make_update_plan(method, optim, self.student, self.counted, lambda batch, _: batch["sample"], frozen)
 
     @property
     def inputs(self) -> dict[str, Any]:
         """Fingerprints of its inputs: a run is resumed on the same ones only."""
         own = {"teacher": self.backbone.folder.denoising, **self.data.inputs, **validation_inputs(self.config)}
-        return own | self.loss_networks.inputs
+        return {**own, **self.frozen_inputs}
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -238,5 +241,5 @@ def lay_out(config: DistillConfig, backbone: Backbone, encoded: EncodedData, lat
         shapes = len(data.latents.parts) if isinstance(data.latents, BucketedLatents) else 1
         compile_networks(networks_of(student.roles), shapes=shapes)
     denoiser = Denoiser(student.call, backbone.path, backbone.prediction, backbone.embedded_guidance)
-    frozen = load_loss_networks(config, backbone, data.prompts, latent_lpips)
-    return Run(config, backbone, source, captioned, data, trajectories, student, denoiser, NfeCounter(), frozen)
+    frozen = load_frozen_networks(config, backbone, data.prompts, latent_lpips)
+    return Run(config, backbone, source, captioned, data, trajectories, student, denoiser, NfeCounter(), *frozen)

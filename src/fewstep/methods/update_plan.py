@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from fewstep.common.rng import KeyedRng
-from fewstep.diffusion.denoiser import FAKE, Condition, Denoiser
+from fewstep.diffusion.denoiser import FAKE, Denoiser
 from fewstep.methods.adversarial import generator_loss, noised_for_critic
 from fewstep.methods.config import ConsistencyConfig
 from fewstep.methods.consistency import Term, consistency_loss, critic_loss, make_pair
 from fewstep.methods.denoising import denoising_loss
-from fewstep.methods.distances import FeaturesOf, NetworkDistance, network_distance_of
+from fewstep.methods.distances import NetworkDistance
 from fewstep.methods.distribution_matching import as_data, fake_loss, fake_points, matching_loss
 from fewstep.methods.pair import MicroBatch, Pair
 from fewstep.methods.reward_loss import Reward, reward_loss
@@ -46,29 +46,14 @@ class FrozenNetworks:
     """The frozen networks that a recipe needs, and its critic; None where it needs none.
 
     Attributes:
-        features: of the teacher, with gradient to their input.
-        latent_lpips: (landed, wanted) -> distance [B].
+        distance: the recipe's distance by a frozen network.
         critic: the discriminator of the adversarial term.
         reward: scores of pictures with prompts, and the number of prompts.
     """
 
-    features: FeaturesOf | None = None
-    latent_lpips: Callable[[Tensor, Tensor], Tensor] | None = None
+    distance: NetworkDistance | None = None
     critic: nn.Module | None = None
     reward: tuple[Reward, int] | None = None
-
-    def network_distance(self, method: ConsistencyConfig) -> NetworkDistance | None:
-        """Return the recipe's distance by a frozen network, if it names one."""
-        if method.distance == "features" and self.features is not None:
-            return network_distance_of(self.features)
-        if method.distance == "latent_lpips" and self.latent_lpips is not None:
-            latent_lpips = self.latent_lpips
-
-            def network_distance(landed: Tensor, wanted: Tensor, at: Tensor, condition: Condition) -> Tensor:
-                return latent_lpips(landed, wanted)
-
-            return network_distance
-        return None
 
 
 def terms_of(method: ConsistencyConfig, frozen_networks: FrozenNetworks) -> list[Term]:
@@ -134,11 +119,10 @@ def make_update_plan(
     """Return the student's update, and those of a fake score and a critic where the recipe has them."""
     frozen_networks = frozen_networks or FrozenNetworks()
     pairs = PairCache(method, denoiser, micro_batch_of)
-    terms, network_distance = terms_of(method, frozen_networks), frozen_networks.network_distance(method)
-    outlet = student.outlet("student")
+    terms, outlet = terms_of(method, frozen_networks), student.outlet("student")
 
     def student_loss(batch: Batch, rng: KeyedRng) -> Loss:
-        return consistency_loss(pairs.pair(batch, rng), rng, terms, network_distance, outlet)
+        return consistency_loss(pairs.pair(batch, rng), rng, terms, frozen_networks.distance, outlet)
 
     ema_target = EmaTarget(student.parameters("target"), method.target_decay) if method.target == "ema" else None
     plan = [Update("student", student.parameters("student"), student_loss, optim, method.student_every, ema_target)]
