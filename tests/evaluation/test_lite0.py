@@ -41,27 +41,28 @@ def unfolded(weights: dict[str, Tensor], x: Tensor) -> Tensor:
     """The network as the package's names spell it: convolution, batch norm, ReLU6."""
     for block in layout():
         start = x
-        for layer in block.layers:
-            x = same_padding(x, layer.kernel, layer.stride)
-            groups = layer.inside if layer.depthwise else 1
-            x = F.conv2d(x, weights[f"{layer.conv}.weight"], None, layer.stride, groups=groups)
+        for layer in block:
+            weight = weights[f"{layer.conv}.weight"]
+            x = same_padding(x, weight.shape[-1], layer.stride)
+            groups = len(weight) if "depthwise" in layer.conv else 1
+            x = F.conv2d(x, weight, None, layer.stride, groups=groups)
             mean, var, scale, bias = (
                 weights[f"{layer.norm}.{n}"] for n in ("running_mean", "running_var", "weight", "bias")
             )
             x = F.batch_norm(x, mean, var, scale, bias, training=False, eps=1e-3)
             x = F.relu6(x) if layer.relu else x
-        x = x + start if block.residual else x
+        x = x + start if x.shape == start.shape else x
     return x.mean((2, 3))
 
 
 def test_folding_changes_nothing_and_every_weight_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(lite0_weights.CACHE, str(tmp_path))
     weights = lite0_weights.load_weights()
-    used = {f"{layer.conv}.weight" for block in layout() for layer in block.layers}
+    used = {f"{layer.conv}.weight" for block in layout() for layer in block}
     used |= {
         f"{layer.norm}.{n}"
         for block in layout()
-        for layer in block.layers
+        for layer in block
         for n in ("running_mean", "running_var", "weight", "bias")
     }
     assert used == set(weights)

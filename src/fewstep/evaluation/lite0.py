@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,81 +21,43 @@ from fewstep.evaluation.metric import Array, Pictures
 
 SIZE = 128
 """Edge of the network's input in pixels."""
-WIDTH = 1280
 EPS = 1e-3
-STAGES = (
-    # repeats, kernel, stride, expansion, in, out
-    (1, 3, 1, 1, 32, 16),
-    (2, 3, 2, 6, 16, 24),
-    (2, 5, 2, 6, 24, 40),
-    (3, 3, 2, 6, 40, 80),
-    (3, 5, 1, 6, 80, 112),
-    (4, 5, 2, 6, 112, 192),
-    (1, 3, 1, 6, 192, 320),
-)
+STAGES = ((1, 1), (2, 2), (2, 2), (3, 2), (3, 1), (4, 2), (1, 1))
+"""Number of blocks of each stage, and the stride of its first block."""
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A convolution, the batch norm after it, and whether ReLU6 follows."""
+class Layer(NamedTuple):
+    """A convolution and the batch norm after it, by their names in the package, and whether ReLU6 follows."""
 
     conv: str
     norm: str
-    inside: int
-    outside: int
-    kernel: int
     stride: int = 1
-    depthwise: bool = False
     relu: bool = True
 
 
-@dataclass(frozen=True)
-class Block:
-    """A sequence of layers; `residual` adds the block's input to its output."""
-
-    layers: tuple[Layer, ...]
-    residual: bool
-
-
-def layout() -> list[Block]:
-    """Return the network's blocks in order."""
-    blocks = [Block((Layer("_conv_stem", "_bn0", 3, 32, 3, 2),), False)]
-    number = 0
-    for repeats, kernel, first_stride, expansion, first_in, out in STAGES:
-        for repeat in range(repeats):
-            inside = first_in if repeat == 0 else out
-            stride = first_stride if repeat == 0 else 1
-            middle = inside * expansion
-            at = f"_blocks.{number}."
-            layers = [
-                Layer(at + "_depthwise_conv", at + "_bn1", middle, middle, kernel, stride, depthwise=True),
-                Layer(at + "_project_conv", at + "_bn2", middle, out, 1, relu=False),
-            ]
-            if expansion > 1:
-                layers.insert(0, Layer(at + "_expand_conv", at + "_bn0", inside, middle, 1))
-            blocks.append(Block(tuple(layers), stride == 1 and inside == out))
-            number += 1
-    blocks.append(Block((Layer("_conv_head", "_bn1", 320, WIDTH, 1),), False))
-    return blocks
+def layout() -> list[list[Layer]]:
+    """Return the layers of each block, in order: the stem, the inverted residuals and the head."""
+    blocks = [[Layer("_conv_stem", "_bn0", 2)]]
+    strides = [stride if first else 1 for count, stride in STAGES for first in (True, *[False] * (count - 1))]
+    for number, stride in enumerate(strides):
+        at = f"_blocks.{number}."
+        expand = [Layer(f"{at}_expand_conv", f"{at}_bn0")] if number else []
+        depthwise = Layer(f"{at}_depthwise_conv", f"{at}_bn1", stride)
+        blocks.append([*expand, depthwise, Layer(f"{at}_project_conv", f"{at}_bn2", relu=False)])
+    return [*blocks, [Layer("_conv_head", "_bn1")]]
 
 
 class Lite0(nn.Module):
-    """The folded network. Input float [B, 3, H, W] = (rgb255 - 127) / 128, output float [B, 1280]."""
+    """The folded network. Input float [B, 3, H, W] = (rgb255 - 127) / 128, output float [B, 1280].
 
-    def __init__(self) -> None:
+    Args:
+        weights: named as in the package.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.plan = layout()
-        convs = {}
-        for layer in (layer for block in self.plan for layer in block.layers):
-            convs[key(layer.conv)] = nn.Conv2d(
-                layer.inside,
-                layer.outside,
-                layer.kernel,
-                layer.stride,
-                padding=layer.kernel // 2 if layer.stride == 1 else 0,
-                groups=layer.inside if layer.depthwise else 1,
-            )
-        self.convs = nn.ModuleDict(convs)
+        self.convs = nn.ModuleList(nn.ModuleList(folded(layer, weights) for layer in block) for block in self.plan)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return features [B, 1280] of pictures [B, 3, H, W]."""
@@ -104,20 +66,16 @@ class Lite0(nn.Module):
 
     def blocks(self, x: Tensor) -> Iterator[Tensor]:
         """Yield each block's output for [B, 3, H, W]; later blocks are not computed until they are needed."""
-        for block in self.plan:
+        stages: Any = self.convs
+        for block, convs in zip(self.plan, stages, strict=True):
             start = x
-            for layer in block.layers:
-                x = same_padding(x, layer.kernel, layer.stride) if layer.stride > 1 else x
-                x = self.convs[key(layer.conv)](x)
+            for layer, conv in zip(block, convs, strict=True):
+                x = same_padding(x, conv.kernel_size[0], layer.stride) if layer.stride > 1 else x
+                x = conv(x)
                 x = F.relu6(x, inplace=True) if layer.relu else x
-            if block.residual:
+            if x.shape == start.shape:  # all blocks but the first of each stage
                 x = x + start
             yield x
-
-
-def key(name: str) -> str:
-    """Return a layer's name without the dots that torch forbids in a module's name."""
-    return name.replace(".", "/")
 
 
 def same_padding(x: Tensor, kernel: int, stride: int) -> Tensor:
@@ -126,24 +84,25 @@ def same_padding(x: Tensor, kernel: int, stride: int) -> Tensor:
     return F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
 
 
-def fold(layer: Layer, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the weight and bias of a convolution with its batch norm folded in."""
+def folded(layer: Layer, weights: Mapping[str, Tensor]) -> nn.Conv2d:
+    """Return a convolution with its batch norm folded in; a depthwise one has matrices of one channel."""
     norm = {
         name: weights[f"{layer.norm}.{name}"].double() for name in ("weight", "bias", "running_mean", "running_var")
     }
     scale = norm["weight"] / (norm["running_var"] + EPS).sqrt()
     weight = weights[f"{layer.conv}.weight"].double() * scale[:, None, None, None]
-    return weight.float(), (norm["bias"] - norm["running_mean"] * scale).float()
+    outside, inside, kernel, _ = weight.shape
+    groups = outside if inside == 1 else 1
+    padding = kernel // 2 if layer.stride == 1 else 0
+    conv = nn.Conv2d(inside * groups, outside, kernel, layer.stride, padding, groups=groups)
+    bias = norm["bias"] - norm["running_mean"] * scale
+    conv.load_state_dict({"weight": weight.float(), "bias": bias.float()})
+    return conv
 
 
-@torch.no_grad()
 def make_lite0(weights: Mapping[str, Tensor]) -> Lite0:
-    """Build the network from `weights`, named as in the package."""
-    network = Lite0()
-    for layer in (layer for block in network.plan for layer in block.layers):
-        weight, bias = fold(layer, weights)
-        network.convs[key(layer.conv)].load_state_dict({"weight": weight, "bias": bias})
-    network.eval().requires_grad_(False)
+    """Build the network from `weights`, named as in the package, frozen and in eval mode."""
+    network = Lite0(weights).eval().requires_grad_(False)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
 
