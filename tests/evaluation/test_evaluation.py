@@ -214,7 +214,7 @@ def test_kid_of_answers_to_the_same_prompts_is_unbiased() -> None:
     for _ in range(200):
         prompts = rng.normal(size=(40, 8))
         x, y = (prompts + 0.3 * rng.normal(size=(40, 8)) for _ in range(2))
-        matched.append(metric.reduce_matched(x, y, 0).value)
+        matched.append(metric.reduce(x, y, 0, matched=True).value)
         plain.append(metric.distance(x, y))
     error = np.std(matched) / np.sqrt(len(matched))
     assert abs(np.mean(matched)) < 3 * error

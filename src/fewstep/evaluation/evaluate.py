@@ -147,7 +147,7 @@ def evaluate_pictures(
         for identity, against in others:
             features = metric.features(pictures, prompts)
             if identity is not own and against is not None and isinstance(metric, KernelDistance):
-                figure = metric.reduce_matched(features, against, seed)
+                figure = metric.reduce(features, against, seed, matched=True)
             else:
                 figure = metric.reduce(features, against, seed)
             floor = reference.floor_of(metric, len(pictures), seed) if reference and identity is own else None

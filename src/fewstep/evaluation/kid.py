@@ -95,28 +95,24 @@ class KernelDistance(SetDistance):
         value = within(features, ours) + self._own_term(against, theirs, "", None)
         return float((value - 2 * between(features, against, ours, theirs))[0])
 
-    def reduce(self, features: Array, against: Array | None, seed: int) -> Figure:
-        """Return the distance with its interval."""
-        against = self.checked(features, against)
-        ours = _with_resamples(len(features), seed, "kid")
-        theirs = _with_resamples(len(against), seed, "kid against")
-        values = within(features, ours) + self._own_term(against, theirs, "kid against", seed)
-        values -= 2 * between(features, against, ours, theirs)
-        value = float(values[0])
-        return Figure(value, *centred_interval(value, values[1:]), len(features))
+    def reduce(self, features: Array, against: Array | None, seed: int, *, matched: bool = False) -> Figure:
+        """Return the distance with its interval.
 
-    def reduce_matched(self, features: Array, against: Array, seed: int) -> Figure:
-        """Return the distance of two sets that answer the same prompts in the same order, from different noise.
+        Args:
+            matched: both sets answer the same prompts in the same order, from different noise.
 
         Raises:
-            UserError: fewer than 10 pictures on either side, or not as many on both.
+            UserError: fewer than 10 pictures on either side, or matched sets of different sizes.
         """
         against = self.checked(features, against)
-        if len(features) != len(against):
+        if matched and len(features) != len(against):
             raise UserError(f"{len(features)} and {len(against)} pictures cannot answer the same prompts")
-        prompts = _with_resamples(len(features), seed, "kid")
-        values = within(features, prompts) + self._own_term(against, prompts, "kid", seed)
-        values -= 2 * between_matched(features, against, prompts)
+        purpose = "kid" if matched else "kid against"
+        ours = _with_resamples(len(features), seed, "kid")
+        theirs = ours if matched else _with_resamples(len(against), seed, purpose)
+        values = within(features, ours) + self._own_term(against, theirs, purpose, seed)
+        cross = between_matched(features, against, ours) if matched else between(features, against, ours, theirs)
+        values -= 2 * cross
         value = float(values[0])
         return Figure(value, *centred_interval(value, values[1:]), len(features))
 

