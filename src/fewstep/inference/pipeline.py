@@ -7,7 +7,7 @@ picture = pipe("an octopus", **fewstep.call_settings("runs/tcd/student")).images
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,35 +116,25 @@ def make_scheduler(
             f"student = {student!r} is sampled with {sampling.sampler!r}, a solver; use diffusers' scheduler of it",
             field="student",
         )
-    _check_noise(made, record, sampling.steps // sampling.calls_a_step, student)
-    return made
-
-
-def _check_noise(scheduler: FewStepScheduler, record: Mapping[str, Any], count: int, student: str) -> None:
-    """Refuse a scheduler whose prediction, path, times or noise levels differ from those in a student's file."""
-    difference = _difference(scheduler, record, count)
-    if difference:
+    for difference in _differences(made, record, sampling.steps // sampling.calls_a_step):
         raise UserError(
             f"student = {student!r} has {difference}; use the scheduler of the student's own base", field="student"
         )
+    return made
 
 
-def _difference(scheduler: FewStepScheduler, record: Mapping[str, Any], count: int) -> str | None:
-    """Return what differs, with both values; None where nothing does."""
+def _differences(scheduler: FewStepScheduler, record: Mapping[str, Any], count: int) -> Iterator[str]:
+    """Yield how prediction, path, times and noise levels differ from those in a student's file, with both values."""
     for field, value in (("prediction", scheduler.prediction), ("path", scheduler.config["path"])):
         if record.get(field, value) != value:
-            return f"{field} = {record[field]!r}, the pipeline's scheduler {value!r}"
-    if "times" not in record:
-        return None
-    scheduler.set_timesteps(count)
-    times, own = [float(t) for t in scheduler.timesteps[:: scheduler.order]], record["times"]
-    if len(own) != len(times) or max(abs(a - b) for a, b in zip(own, times)) > TIME_TOLERANCE:
-        return f"times {_listed(own)}, the pipeline's scheduler {_listed(times)}"
-    return noise_difference(record, scheduler.config)
-
-
-def _listed(times: Sequence[float]) -> str:
-    return ", ".join(f"{t:g}" for t in times)
+            yield f"{field} = {record[field]!r}, the pipeline's scheduler {value!r}"
+    if "times" in record:
+        scheduler.set_timesteps(count)
+        times, own = [float(t) for t in scheduler.timesteps[:: scheduler.order]], record["times"]
+        if len(own) != len(times) or max(abs(a - b) for a, b in zip(own, times)) > TIME_TOLERANCE:
+            listed, theirs = (", ".join(f"{t:g}" for t in some) for some in (own, times))
+            yield f"times {listed}, the pipeline's scheduler {theirs}"
+        yield from filter(None, [noise_difference(record, scheduler.config)])
 
 
 @checked

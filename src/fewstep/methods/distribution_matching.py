@@ -7,7 +7,6 @@ arXiv 2311.18828, eq 7; DMD2, 2405.14867; TLCM, 2406.05768, section 3.3).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -37,27 +36,21 @@ def as_data(path: Path, landed: Tensor, at: Tensor) -> Tensor:
     return landed / expand(path.alpha(at), landed)
 
 
-def _by_dmd(path: Path, t: Tensor, x0: Tensor, real: Tensor) -> Tensor:
-    """Return 1 / mean |x0 - real x0| of each sample (DMD, eq 8)."""
-    return 1 / (x0 - real).abs().flatten(1).mean(1).clamp(min=MIN_GAP)
+def gap_factor(normaliser: Normaliser, path: Path, t: Tensor, x0: Tensor, real: Tensor) -> Tensor:
+    """Return the factor of the gap of two x0, [B].
 
+    dmd: 1 / mean |x0 - real x0| of each sample (DMD, eq 8). score: (alpha/sigma)^2, which turns the gap of x0 into that
+    of the scores times alpha, the gradient of KL. none: 1.
 
-def _by_score(path: Path, t: Tensor, x0: Tensor, real: Tensor) -> Tensor:
-    """Return (alpha/sigma)^2, which turns the gap of x0 into that of the scores times alpha, the gradient of KL."""
-    return (path.alpha(t) / path.sigma(t)).square().to(x0.device, x0.dtype, non_blocking=True)
-
-
-def _unnormalised(path: Path, t: Tensor, x0: Tensor, real: Tensor) -> Tensor:
-    """Return ones."""
+    Args:
+        x0: the student's samples, [B, ...].
+        real: the teacher's x0, [B, ...].
+    """
+    if normaliser == "dmd":
+        return 1 / (x0 - real).abs().flatten(1).mean(1).clamp(min=MIN_GAP)
+    if normaliser == "score":
+        return (path.alpha(t) / path.sigma(t)).square().to(x0.device, x0.dtype, non_blocking=True)
     return torch.ones(len(x0), device=x0.device, dtype=x0.dtype)
-
-
-NORMALISERS: Mapping[Normaliser, Callable[[Path, Tensor, Tensor, Tensor], Tensor]] = {
-    "dmd": _by_dmd,
-    "score": _by_score,
-    "none": _unnormalised,
-}
-"""(path, t, x0 [B, ...], the teacher's x0 [B, ...]) -> factor of the gap, [B]."""
 
 
 @torch.no_grad()
@@ -71,7 +64,7 @@ def score_gap(config: MatchingConfig, pair: Pair, x0: Tensor, rng: KeyedRng) -> 
         teacher = replace(teacher, omega=torch.full_like(teacher.omega, config.omega))
     real = teacher.denoise(x_t, t).x0
     fake = ConditionedDenoiser(pair.denoiser, pair.batch.condition, FAKE).denoise(x_t, t).x0
-    return expand(NORMALISERS[config.normaliser](path, t, x0, real), x0) * (fake - real)
+    return expand(gap_factor(config.normaliser, path, t, x0, real), x0) * (fake - real)
 
 
 def matching_loss(config: MatchingConfig, pair: Pair, landed: Tensor, at: Tensor, rng: KeyedRng) -> Tensor:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from fewstep.backbones.scheduler_config import PREDICTIONS, adopted_settings, check_terminal_snr, path_of
+from fewstep.common.choices import End, Form, GammaRule, Spacing
 from fewstep.common.errors import UserError
 from fewstep.diffusion.grid import times_below, times_within
 from fewstep.diffusion.jump import Step, student_step
@@ -41,6 +42,7 @@ from fewstep.inference.schedulers.checks import (
     check_count,
     check_origin,
     check_strength,
+    check_word,
     count_of_sigmas,
     scheduler_errors,
 )
@@ -52,6 +54,13 @@ COMPATIBLE = [
     *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "KDPM2DiscreteScheduler"),
 ]
 """diffusers' schedulers of the same noise: a pipeline may exchange any of them for ours, and back."""
+
+
+WORDS: Mapping[str, Sequence[str]] = {
+    **{"gamma_law": get_args(GammaRule), "path": ("vp", "flow"), "prediction_type": tuple(PREDICTIONS)},
+    **{"spacing": get_args(Spacing), "end": get_args(End), "form": get_args(Form)},
+}
+"""Legal words of the settings."""
 
 
 @dataclass
@@ -71,15 +80,27 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """Base class of our schedulers.
 
     Attributes:
+        step_index: index in `timesteps` of the next network call; None before the first.
+        begin_index: index in `timesteps` that the pipeline begins at, if it has set one.
         generator: generator (or one per picture) of the noise between jumps, for pipelines that pass none to `step`:
             Stable Diffusion 3, Flux and SANA.
     """
 
     _compatibles = COMPATIBLE
 
-    def _start(self) -> None:
-        """Set up from the config; the last call of a scheduler's __init__."""
+    def _start(self, jumps: Sequence[str]) -> None:
+        """Set up from the config; the last call of a scheduler's __init__.
+
+        Args:
+            jumps: legal words of the setting `jump`.
+
+        Raises:
+            ValueError: an illegal word.
+        """
         config = dict(self.config)
+        for field, legal in {**WORDS, "jump": jumps}.items():
+            if field in config:
+                check_word(field, config[field], legal)
         with scheduler_errors():
             check_terminal_snr(config)
             self.noise_path: Path = path_of(config if config["path"] == "vp" else {**config, "use_flow_sigmas": True})
@@ -104,8 +125,8 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def _reset(self) -> None:
         """Drop the state of the current drawing."""
-        self._step_index: int | None = None
-        self._begin_index: int | None = None
+        self.step_index: int | None = None
+        self.begin_index: int | None = None
         self._outputs: list[Estimate] = []
         self._jump_start: Tensor | None = None
 
@@ -122,16 +143,6 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             config = {key: value for key, value in config.items() if key != "flow_shift"}  # ours is `shift`
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
-    @property
-    def step_index(self) -> int | None:
-        """Index in `timesteps` of the next network call; None before the first."""
-        return self._step_index
-
-    @property
-    def begin_index(self) -> int | None:
-        """Index in `timesteps` that the pipeline begins at, if it has set one."""
-        return self._begin_index
-
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Begin at an index of `timesteps`, as image-to-image pipelines do.
 
@@ -140,7 +151,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """
         if self.num_inference_steps is not None:
             self._check_begin(begin_index)
-        self._begin_index = begin_index
+        self.begin_index = begin_index
 
     def _check_begin(self, place: int) -> None:
         """Refuse an index of `timesteps` at which no jump begins.
@@ -277,9 +288,9 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             raise SchedulerError(
                 "num_inference_steps is not set; call set_timesteps first", field="num_inference_steps"
             )
-        place = self._step_index
+        place = self.step_index
         if place is None:
-            place = self._place(timestep) if self._begin_index is None else self._begin_index
+            place = self._place(timestep) if self.begin_index is None else self.begin_index
             self._check_begin(place)
         if place >= len(self.timesteps):
             done = len(self.timesteps)
@@ -314,7 +325,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         Raises:
             ValueError: no times are set, or this is none of them.
         """
-        place = self._step_index = self._current(timestep)
+        place = self.step_index = self._current(timestep)
         jump = self._jumps[place // self.order]
         x = sample.to(torch.promote_types(sample.dtype, torch.float32))
         if place % self.order == 0 or self._jump_start is None:
@@ -332,7 +343,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             drawn_from = self.generator if generator is None else generator
             like = {"device": x.device, "dtype": x.dtype}
             x = jump.renoise(self.noise_path, x, lambda: randn_tensor(sample.shape, generator=drawn_from, **like))
-        self._step_index = place + 1
+        self.step_index = place + 1
         drawn, seen = x.to(sample.dtype), estimate.x0.to(sample.dtype)
         return FewStepOutput(drawn, seen) if return_dict else (drawn, seen)
 

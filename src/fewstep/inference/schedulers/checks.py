@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Real
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
-from fewstep.backbones.scheduler_config import PREDICTIONS
-from fewstep.common.choices import End, Form, Spacing
 from fewstep.common.errors import UserError, did_you_mean
 
 
@@ -88,15 +86,6 @@ def count_of_sigmas(sigmas: Sequence[float], count: int | None) -> int:
             f"num_inference_steps = {count!r} is not the number of sigmas; use {n}", field="num_inference_steps"
         )
     return n
-
-
-def check_common(path: str, prediction_type: str, spacing: str, end: str, form: str) -> None:
-    """Refuse illegal words among the settings that all schedulers share."""
-    check_word("path", path, ("vp", "flow"))
-    check_word("prediction_type", prediction_type, tuple(PREDICTIONS))
-    check_word("spacing", spacing, get_args(Spacing))
-    check_word("end", end, get_args(End))
-    check_word("form", form, get_args(Form))
 
 
 def check_origin(original_inference_steps: int, grid: int | Sequence[float]) -> None:

@@ -17,10 +17,10 @@ from diffusers.configuration_utils import register_to_config
 # diffusers finds the loader of a saved component by the base classes in the component's own module
 from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
 
-from fewstep.common.choices import End, GammaRule, Jump
+from fewstep.common.choices import End, Jump
 from fewstep.diffusion.samplers import PlannedJump, consistency_jumps, sss_jumps
 from fewstep.inference.schedulers.base import FewStepScheduler
-from fewstep.inference.schedulers.checks import check_common, check_number, check_word
+from fewstep.inference.schedulers.checks import check_number
 
 LEAST_R = 0.01
 """Least distance of a second-order jump's mid-point from t, as a share of the jump."""
@@ -68,10 +68,7 @@ class SSSScheduler(FewStepScheduler):
     ) -> None:
         # plain numbers: a config is written as JSON
         self.register_to_config(gamma=check_number("gamma", gamma, 0.0, 1.0), r=check_number("r", r, LEAST_R, 1.0))
-        check_word("gamma_law", gamma_law, get_args(GammaRule))
-        check_word("jump", jump, ("first_order", "second_order"))
-        check_common(path, prediction_type, spacing, end, form)
-        self._start()
+        self._start(("first_order", "second_order"))
 
     def _plan(self, times: Sequence[float]) -> list[PlannedJump]:
         config = self.config
@@ -109,9 +106,7 @@ class ConsistencyScheduler(FewStepScheduler):
         end: str = "clean",
     ) -> None:
         self.register_to_config(r=check_number("r", r, LEAST_R, 1.0))
-        check_word("jump", jump, get_args(Jump))
-        check_common(path, prediction_type, spacing, end, form)
-        self._start()
+        self._start(get_args(Jump))
 
     def _plan(self, times: Sequence[float]) -> list[PlannedJump]:
         end: End = "clean" if self.config["jump"] == "skip" else self.config["end"]
