@@ -30,7 +30,7 @@ from fewstep.distillation.synthesis.planning import sample_bytes
 from fewstep.distillation.synthesis.reader import Synthesis
 from fewstep.distillation.synthesis.record import open_set
 from fewstep.distillation.synthesis.settings import resolve_synthesis
-from fewstep.distillation.trajectory_cache import teacher_ode
+from fewstep.distillation.trajectory import teacher_ode
 from fewstep.inference.generator import image_generator_of
 from fewstep.methods.config import ConsistencyConfig
 

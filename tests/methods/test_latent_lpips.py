@@ -27,13 +27,11 @@ from fewstep.methods.distances import feature_distance
 from fewstep.methods.latent_lpips import network as networks
 from fewstep.methods.latent_lpips import pair_set as pair_sets
 from fewstep.methods.latent_lpips import train as training
-from fewstep.methods.latent_lpips.figure import draw_figure
-from fewstep.methods.latent_lpips.network import LatentLPIPS, calibrate, group_distances
+from fewstep.methods.latent_lpips.network import LatentLPIPS, calibrate, group_distances, load_latent_lpips
 from fewstep.methods.latent_lpips.pair_set import PairSet, distinct_prompts, draw_groups, split
 from fewstep.methods.latent_lpips.pairs import KINDS, MEMBERS, PAIRS, changes, estimate_times, partner, patches, shifted
 from fewstep.methods.latent_lpips.pixel_features import Lite0Stages, decoder, pair_distances
-from fewstep.methods.latent_lpips.rank_comparison import ENDS, compare_distances, rank_correlation
-from fewstep.methods.latent_lpips.record import load_latent_lpips
+from fewstep.methods.latent_lpips.rank_comparison import ENDS, compare_distances, draw_figure, rank_correlation
 from fewstep.methods.latent_lpips.settings import LatentLpipsTrainConfig, NetworkConfig, PairConfig
 from fewstep.methods.latent_lpips.train import fit, log_error, make_latent_lpips, pair_weights
 from fewstep.training.run_folder import RunLog, checkpoints

@@ -27,7 +27,7 @@ from fewstep.backbones.sd import StableDiffusion
 from fewstep.common.errors import UserError
 from fewstep.distillation import distill as distillation
 from fewstep.distillation import prepare as preparation
-from fewstep.distillation import trajectory_cache
+from fewstep.distillation import trajectory
 from fewstep.distillation import validation as validation
 from fewstep.evaluation import run as measuring
 from fewstep.inference.generator import ImageGenerator
@@ -108,7 +108,7 @@ def enter(rank: int, size: int, port: int, did: Path) -> None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ["FEWSTEP_CACHE"] = str(did.parent / did.stem.split("-")[0] / "cache")
     validation.Lite0Features = measuring.Lite0Features = Pooled  # type: ignore[assignment,misc]
-    trajectory_cache.SHARD, trajectory_cache.MOST_LATENT_POINTS = 4, 2 * 8 * 8  # several files, of several parts
+    trajectory.SHARD, trajectory.MOST_LATENT_POINTS = 4, 2 * 8 * 8  # several files, of several parts
     if did.name.startswith("wide"):  # whose loss is a collective
         distillation.estimate = ESTIMATE
     lay_out = preparation.lay_out

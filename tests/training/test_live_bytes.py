@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fewstep.backbones.recompute import recompute_blocks
-from fewstep.distillation import reward as reward
+from fewstep.distillation import frozen_networks as reward
 from fewstep.distillation.estimate import gradients_dropped
 from fewstep.training.live_bytes import LiveBytes
 

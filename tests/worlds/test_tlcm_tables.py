@@ -240,7 +240,7 @@ def test_the_worlds_scorer_can_be_followed(tmp_path: Path) -> None:
 
 def test_prompts_are_prepared_once_or_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same scores either way; a set that does not fit into memory is prepared batch by batch."""
-    from fewstep.distillation import reward as reward
+    from fewstep.distillation import frozen_networks as reward
 
     requests: list[list[str]] = []
 

@@ -88,7 +88,7 @@ def train_perceptual(*, prompts: Path | str | None = None, **options: Any) -> Pa
 
 def rank_correlations(folder: Path, arguments: Mapping[str, Any]) -> list[str]:
     """Return the lines that `train-latent-lpips` prints: agreement with pixel features on held-out pairs."""
-    from fewstep.methods.latent_lpips.record import read_record
+    from fewstep.methods.latent_lpips.network import read_record
 
     heldout = read_record(folder)["heldout"]
     return [

@@ -30,9 +30,8 @@ from fewstep.distillation.nfe_counter import NfeCounter
 from fewstep.distillation.run_data import CaptionedData, EncodedData, encode_set, open_data, validation_inputs
 from fewstep.distillation.sources import Source
 from fewstep.distillation.synthesis.record import SynthesizedSet
-from fewstep.distillation.trajectory import Trajectories
-from fewstep.distillation.trajectory_cache import cached_trajectories
-from fewstep.methods.discriminator import FeatureCritic
+from fewstep.distillation.trajectory import Trajectories, cached_trajectories
+from fewstep.methods.adversarial import FeatureCritic
 from fewstep.methods.distances import network_distance_of
 from fewstep.methods.update_plan import FrozenNetworks, make_update_plan, roles_of
 from fewstep.training.roles import networks_of

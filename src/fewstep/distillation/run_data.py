@@ -37,10 +37,9 @@ from fewstep.data.prompts import is_prompt_file
 from fewstep.data.sources import CaptionedSource, WorldData, read_captioned, read_named_prompts
 from fewstep.distillation.config import DistillConfig
 from fewstep.distillation.sources import Source
-from fewstep.distillation.synthesis.dataset import training_set
+from fewstep.distillation.synthesis.reader import training_set
 from fewstep.distillation.synthesis.record import SynthesizedSet
-from fewstep.distillation.trajectory import Trajectories
-from fewstep.distillation.trajectory_cache import drawn_prompts
+from fewstep.distillation.trajectory import Trajectories, drawn_prompts
 from fewstep.evaluation.limits import KID_FEWEST
 
 

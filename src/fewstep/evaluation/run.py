@@ -17,11 +17,17 @@ from fewstep.data.images import read_picture
 from fewstep.diffusion.config import Sampling
 from fewstep.evaluation.detail import detail_scale
 from fewstep.evaluation.diversity import NOISES, PROMPTS, diversity
-from fewstep.evaluation.evaluate import Reference, TeacherPictures, evaluate_pictures, save_figures
+from fewstep.evaluation.evaluate import (
+    Reference,
+    Suite,
+    TeacherPictures,
+    evaluate_pictures,
+    save_figures,
+    standard_suite,
+)
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.lite0 import Lite0Features
 from fewstep.evaluation.metric import Figure, Metric
-from fewstep.evaluation.suite import Suite, standard_suite
 from fewstep.inference.generator import load_image_generator
 from fewstep.students.lora_header import LoraHeader
 

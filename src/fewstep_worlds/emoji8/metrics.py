@@ -14,11 +14,10 @@ from fewstep.common.errors import UserError
 from fewstep.common.rng import generator
 from fewstep.evaluation.bootstrap import mean_figure
 from fewstep.evaluation.diversity import PROMPTS, pairwise_distance
-from fewstep.evaluation.evaluate import Reference
+from fewstep.evaluation.evaluate import Reference, Suite, standard_suite
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.lite0 import Lite0Features
 from fewstep.evaluation.metric import Array, Figure, Metric, Pictures
-from fewstep.evaluation.suite import Suite, standard_suite
 from fewstep_worlds.common.location import root
 from fewstep_worlds.emoji8 import dataset as emoji8
 from fewstep_worlds.emoji8.neighbours import NONE, Neighbours, neighbour_shares

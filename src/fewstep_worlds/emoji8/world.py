@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from fewstep.evaluation.features import Features
-    from fewstep.evaluation.suite import Suite
+    from fewstep.evaluation.evaluate import Suite
     from fewstep.inference.multilingual.pairs import Pair
     from fewstep.methods.rewards.reward import PreferenceScorer
 

@@ -1,4 +1,4 @@
-"""Train a recipe in the plane and measure the student against the exact teacher."""
+"""Train a diffusion model in the plane and students of it by any recipe; measure them against the exact teacher."""
 
 from __future__ import annotations
 
@@ -20,20 +20,57 @@ from fewstep.diffusion.draw_latents import draw_latents
 from fewstep.diffusion.grid import end_time, inference_times, training_grid
 from fewstep.diffusion.jump import student_step
 from fewstep.diffusion.samplers import JumpFn
-from fewstep.diffusion.schedule import FlowMatching, VarianceExploding, scaled_linear
+from fewstep.diffusion.schedule import FlowMatching, VarianceExploding, add_noise, expand, scaled_linear
 from fewstep.diffusion.schedule import Path as NoisePath
 from fewstep.distillation.stages import parts_of
+from fewstep.methods.denoising import edm_weight
 from fewstep.methods.pair import MicroBatch, StoredPoints
 from fewstep.methods.times import draw_times
 from fewstep.methods.update_plan import FrozenNetworks, make_update_plan, roles_of, start_from
+from fewstep.training.loss import Loss
 from fewstep.training.roles import copy_role
 from fewstep.training.student import Student, make_student
 from fewstep.training.update import Batch, Update
 from fewstep_worlds.common.training import fit
-from fewstep_worlds.plane.base import learn_base
 from fewstep_worlds.plane.mixture import Mixture, one_gaussian, ring, times_of
 from fewstep_worlds.plane.network import PlaneCritic, PlaneHost, PlaneNetwork, exact_output
-from fewstep_worlds.plane.settings import PathName, PlaneConfig
+from fewstep_worlds.plane.settings import BaseConfig, PathName, PlaneConfig
+
+TIMES = 1000
+"""Points of its training grid: all indices of Stable Diffusion's path."""
+
+
+def learn_base(
+    config: BaseConfig, network: PlaneNetwork, data: Mixture, out: Path, quiet: bool = False
+) -> Mapping[str, Tensor]:
+    """Train `network` to denoise draws from `data`, resuming what `out` holds; return the averaged weights.
+
+    The target is the exact teacher's output at each noised point. It is the mean of the usual denoising target, so the
+    minimum is the same and the gradient less noisy. The loss is the squared error of the network's output; an error of
+    x0 has EDM's weight, because x0 is easy at little noise.
+    """
+    path = data.path
+    points = data.sample(config.count, path.clean, torch.Generator().manual_seed(config.loop.seed)).float()
+    grid = training_grid(path, TIMES)
+
+    def loss(batch: Batch, rng: KeyedRng) -> Loss:
+        x_0, eps = batch["points"], rng.normal("noise", (2,))
+        t = grid[rng.integers("t", 0, len(grid))]
+        x_t = add_noise(path, x_0, eps, t)
+        error = (network(x_t, t) - exact_output(data, config.prediction, x_t, t)).square().mean(1)
+        if config.prediction == "x0":
+            error = expand(edm_weight(path, t, sigma_data=1.0), error) * error
+        return Loss(error.mean(), error.detach(), None, {})
+
+    def fetch(items: np.ndarray, _: KeyedRng) -> Batch:
+        return {"points": points[torch.from_numpy(items)]}
+
+    network.requires_grad_(True)
+    update = Update("base", dict(network.named_parameters()), loss, config.optim)
+    title, accelerator = "a diffusion model to start from", make_accelerator("fp32", torch.device("cpu"))
+    weights = fit(title, [update], fetch, len(points), out, config, config.loop, accelerator, quiet=quiet)
+    network.requires_grad_(False)
+    return weights["base"]
 
 
 def noise_path(name: PathName) -> NoisePath:

@@ -17,7 +17,7 @@ from fewstep.evaluation.evaluate import Reference
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.metric import Array, Figure, Identity, Metric, Pictures, check_pictures
 from fewstep.evaluation.per_picture import PerPictureMetric
-from fewstep.evaluation.suite import Suite, standard_suite
+from fewstep.evaluation.evaluate import Suite, standard_suite
 from fewstep_worlds.common.location import root
 from fewstep_worlds.stickers.claim import Claim, Facts, check
 from fewstep_worlds.stickers.dataset import REFERENCE_SEED, draw_all, draw_scenes
