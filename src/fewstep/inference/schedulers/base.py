@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,6 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from fewstep.backbones.scheduler_config import PREDICTIONS, adopted_settings, check_terminal_snr, path_of
-from fewstep.common.choices import End, Form, GammaRule, Spacing
 from fewstep.common.errors import UserError
 from fewstep.diffusion.grid import times_below, times_within
 from fewstep.diffusion.jump import Step, student_step
@@ -42,7 +41,7 @@ from fewstep.inference.schedulers.checks import (
     check_count,
     check_origin,
     check_strength,
-    check_word,
+    check_words,
     count_of_sigmas,
     scheduler_errors,
 )
@@ -54,13 +53,6 @@ COMPATIBLE = [
     *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "KDPM2DiscreteScheduler"),
 ]
 """diffusers' schedulers of the same noise: a pipeline may exchange any of them for ours, and back."""
-
-
-WORDS: Mapping[str, Sequence[str]] = {
-    **{"gamma_law": get_args(GammaRule), "path": ("vp", "flow"), "prediction_type": tuple(PREDICTIONS)},
-    **{"spacing": get_args(Spacing), "end": get_args(End), "form": get_args(Form)},
-}
-"""Legal words of the settings."""
 
 
 @dataclass
@@ -98,9 +90,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             ValueError: an illegal word.
         """
         config = dict(self.config)
-        for field, legal in {**WORDS, "jump": jumps}.items():
-            if field in config:
-                check_word(field, config[field], legal)
+        check_words(config, jumps)
         with scheduler_errors():
             check_terminal_snr(config)
             self.noise_path: Path = path_of(config if config["path"] == "vp" else {**config, "use_flow_sigmas": True})

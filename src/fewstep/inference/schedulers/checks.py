@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
+from fewstep.backbones.scheduler_config import PREDICTIONS
+from fewstep.common.choices import End, Form, GammaRule, Spacing
 from fewstep.common.errors import UserError, did_you_mean
 
 
@@ -25,12 +27,18 @@ def scheduler_errors() -> Iterator[None]:
         raise SchedulerError(str(error), field=error.field) from None
 
 
-def check_word(field: str, value: str, legal: Sequence[str]) -> None:
-    """Refuse a word that is not one of the legal ones."""
-    if value not in legal:
-        raise SchedulerError(
-            f"{field} = {value!r} is not one of {', '.join(legal)}{did_you_mean(str(value), legal)}", field=field
-        )
+def check_words(config: Mapping[str, Any], jumps: Sequence[str]) -> None:
+    """Refuse illegal words in the settings of a scheduler, whose `jump` is one of `jumps`."""
+    legal: dict[str, Sequence[str]] = {
+        **{"gamma_law": get_args(GammaRule), "jump": jumps, "path": ("vp", "flow"), "prediction_type": [*PREDICTIONS]},
+        **{"spacing": get_args(Spacing), "end": get_args(End), "form": get_args(Form)},
+    }
+    for field, words in legal.items():
+        value = config.get(field, words[0])
+        if value not in words:
+            raise SchedulerError(
+                f"{field} = {value!r} is not one of {', '.join(words)}{did_you_mean(str(value), words)}", field=field
+            )
 
 
 def _real(field: str, value: Any) -> float:
