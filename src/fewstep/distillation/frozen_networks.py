@@ -23,7 +23,7 @@ from fewstep.data.sources import WorldData
 from fewstep.distillation.config import DistillConfig
 from fewstep.distillation.sources import Source
 from fewstep.methods.latent_lpips.settings import LatentLpipsTrainConfig
-from fewstep.methods.reward_loss import Reward
+from fewstep.methods.terms import Reward
 from fewstep.methods.rewards.reward import PreferenceScorer
 from fewstep.methods.update_plan import FrozenNetworks
 

@@ -16,7 +16,7 @@ from fewstep.methods.denoising import denoising_loss
 from fewstep.methods.distances import NetworkDistance
 from fewstep.methods.distribution_matching import as_data, fake_loss, fake_points, matching_loss
 from fewstep.methods.pair import MicroBatch, Pair
-from fewstep.methods.reward_loss import Reward, reward_loss
+from fewstep.methods.terms import Reward, reward_loss
 from fewstep.training.config import OptimConfig
 from fewstep.training.loss import Loss
 from fewstep.training.roles import copy_role
