@@ -25,8 +25,8 @@ from fewstep.methods.consistency import consistency_loss, critic_loss, make_pair
 from fewstep.methods.cost import critic_calls, step_cost, student_calls
 from fewstep.methods.pair import MicroBatch, StoredPoints
 from fewstep.methods.recipes import names, rows
+from fewstep.methods.terms import FrozenNetworks, terms_of
 from fewstep.methods.times import draw_times
-from fewstep.methods.update_plan import FrozenNetworks, terms_of
 from support.exact import Mixture, gaussian, three_modes, times_of
 
 PATHS: dict[str, Path] = {"vp": scaled_linear(), "flow": FlowMatching(), "ve": VarianceExploding()}
@@ -184,7 +184,7 @@ def test_the_denoising_loss_wants_the_posterior_mean() -> None:
         assert torch.equal(condition["s"], t), "called at s = t"
         return mixture.denoise(x, t).x0 + theta
 
-    from fewstep.methods.denoising import denoising_loss
+    from fewstep.methods.terms import denoising_loss
 
     x_0, eps = mirrored_pairs(mixture, 499.0, 500)
     rng = Mirrored(eps, KeyedRng(0, 0, tuple(range(len(x_0)))))

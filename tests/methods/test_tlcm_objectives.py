@@ -34,9 +34,9 @@ from fewstep.methods.distribution_matching import (
     matching_loss,
 )
 from fewstep.methods.pair import MicroBatch, Pair, StoredPoints
-from fewstep.methods.terms import other_prompts, reward_loss
+from fewstep.methods.terms import FrozenNetworks, other_prompts, reward_loss, terms_of
 from fewstep.methods.times import draw_times, in_turn
-from fewstep.methods.update_plan import FrozenNetworks, PairCache, terms_of
+from fewstep.methods.update_plan import PairCache
 from fewstep_worlds.plane.mixture import Mixture, one_gaussian, ring, times_of
 from fewstep_worlds.plane.network import PlaneCritic, PlaneNetwork
 

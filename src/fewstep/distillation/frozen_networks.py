@@ -23,9 +23,8 @@ from fewstep.data.sources import WorldData
 from fewstep.distillation.config import DistillConfig
 from fewstep.distillation.sources import Source
 from fewstep.methods.latent_lpips.settings import LatentLpipsTrainConfig
-from fewstep.methods.terms import Reward
 from fewstep.methods.rewards.reward import PreferenceScorer
-from fewstep.methods.update_plan import FrozenNetworks
+from fewstep.methods.terms import FrozenNetworks, Reward
 
 MOST_HELD = 2**30
 """Bytes of prepared prompts that are kept in memory; more are prepared batch by batch."""

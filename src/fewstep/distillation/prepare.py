@@ -33,7 +33,8 @@ from fewstep.distillation.synthesis.record import SynthesizedSet
 from fewstep.distillation.trajectory import Trajectories, cached_trajectories
 from fewstep.methods.adversarial import FeatureCritic
 from fewstep.methods.distances import network_distance_of
-from fewstep.methods.update_plan import FrozenNetworks, make_update_plan, roles_of
+from fewstep.methods.terms import FrozenNetworks
+from fewstep.methods.update_plan import make_update_plan, roles_of
 from fewstep.training.roles import networks_of
 from fewstep.training.student import Student, make_student
 from fewstep.training.update import Update

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.denoiser import FAKE, Denoiser
-from fewstep.methods.adversarial import generator_loss, noised_for_critic
 from fewstep.methods.config import ConsistencyConfig
-from fewstep.methods.consistency import Term, consistency_loss, critic_loss, make_pair
-from fewstep.methods.denoising import denoising_loss
-from fewstep.methods.distances import NetworkDistance
-from fewstep.methods.distribution_matching import as_data, fake_loss, fake_points, matching_loss
+from fewstep.methods.consistency import consistency_loss, critic_loss, make_pair
+from fewstep.methods.distribution_matching import fake_loss, fake_points
 from fewstep.methods.pair import MicroBatch, Pair
-from fewstep.methods.terms import Reward, reward_loss
+from fewstep.methods.terms import FrozenNetworks, terms_of
 from fewstep.training.config import OptimConfig
 from fewstep.training.loss import Loss
 from fewstep.training.roles import copy_role
@@ -39,56 +35,6 @@ def start_from(method: ConsistencyConfig, student: Student, weights: Mapping[str
     for role in roles_of(method):
         if role != FAKE:
             copy_role(weights, student.parameters(role))
-
-
-@dataclass(frozen=True)
-class FrozenNetworks:
-    """The frozen networks that a recipe needs, and its critic; None where it needs none.
-
-    Attributes:
-        distance: the recipe's distance by a frozen network.
-        critic: the discriminator of the adversarial term.
-        reward: scores of pictures with prompts, and the number of prompts.
-    """
-
-    distance: NetworkDistance | None = None
-    critic: nn.Module | None = None
-    reward: tuple[Reward, int] | None = None
-
-
-def terms_of(method: ConsistencyConfig, frozen_networks: FrozenNetworks) -> list[Term]:
-    """Return the terms beside the consistency loss."""
-    terms = []
-    if method.denoising:
-
-        def denoising(pair: Pair, landing: Tensor, at: Tensor, rng: KeyedRng) -> Tensor:
-            return denoising_loss(method, pair.denoiser, pair.batch.data, pair.batch.condition, rng)
-
-        terms.append(Term("denoising", method.denoising, denoising))
-    critic, config = frozen_networks.critic, method.adversarial
-    if config.weight and critic is not None:
-
-        def adversarial(pair: Pair, landing: Tensor, at: Tensor, rng: KeyedRng) -> Tensor:
-            x, t = noised_for_critic(config, pair.denoiser.path, landing, at, pair.times.top, rng, "fake")
-            return generator_loss(config, critic(x, t, pair.batch.condition))
-
-        terms.append(Term("adversarial", config.weight, adversarial, config.start, config.clip))
-    if method.matching.weight:
-
-        def matching(pair: Pair, landing: Tensor, at: Tensor, rng: KeyedRng) -> Tensor:
-            return matching_loss(method.matching, pair, landing, at, rng)
-
-        terms.append(Term("matching", method.matching.weight, matching))
-    if method.reward.weight and frozen_networks.reward is not None:
-        score, count = frozen_networks.reward
-
-        def reward(pair: Pair, landing: Tensor, at: Tensor, rng: KeyedRng) -> Tensor:
-            assert pair.batch.prompts is not None
-            x0 = as_data(pair.denoiser.path, landing, at)
-            return reward_loss(method.reward, score, x0, pair.batch.prompts, count, rng)
-
-        terms.append(Term("reward", method.reward.weight, reward))
-    return terms
 
 
 class PairCache:

@@ -23,10 +23,10 @@ from fewstep.diffusion.samplers import JumpFn
 from fewstep.diffusion.schedule import FlowMatching, VarianceExploding, add_noise, expand, scaled_linear
 from fewstep.diffusion.schedule import Path as NoisePath
 from fewstep.distillation.stages import parts_of
-from fewstep.methods.denoising import edm_weight
 from fewstep.methods.pair import MicroBatch, StoredPoints
+from fewstep.methods.terms import FrozenNetworks, edm_weight
 from fewstep.methods.times import draw_times
-from fewstep.methods.update_plan import FrozenNetworks, make_update_plan, roles_of, start_from
+from fewstep.methods.update_plan import make_update_plan, roles_of, start_from
 from fewstep.training.loss import Loss
 from fewstep.training.roles import copy_role
 from fewstep.training.student import Student, make_student
