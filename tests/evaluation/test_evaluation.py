@@ -124,8 +124,8 @@ def test_projection_keeps_the_largest_directions() -> None:
 
 def test_fd_is_refused_below_500_and_has_an_identity(real: emoji8.Emoji8, coarse: Features) -> None:
     features = coarse(some(real, 1200))
-    metric = FrechetDistance(coarse, Projection.fit(features), "Coarse")
-    with pytest.raises(UserError, match=r"FD-Coarse of 499 pictures .* at least 500"):
+    metric = FrechetDistance(coarse, Projection.fit(features))
+    with pytest.raises(UserError, match=r"FD-Lite0 of 499 pictures .* at least 500"):
         metric.distance(features[:499], features[500:])
     with pytest.raises(UserError, match="499 pictures to measure against"):
         metric.reduce(features[:600], features[:499], 0)

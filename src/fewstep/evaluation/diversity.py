@@ -32,7 +32,7 @@ def pairwise_distance(features: Array) -> Array:
 
 
 def diversity(
-    features: Features, pictures: Pictures, seed: int = 0, *, floor: float | None = None, short: str = "Lite0"
+    features: Features, pictures: Pictures, seed: int = 0, *, floor: float | None = None
 ) -> dict[str, Figure]:
     """Return the mean over prompts of `pairwise_distance`, its interval over prompts, under its name.
 
@@ -41,7 +41,6 @@ def diversity(
         pictures: uint8 [P, k, H, W, 3], k noises per prompt.
         seed: of the bootstrap.
         floor: the diversity of real pictures, if known.
-        short: the network's short name.
 
     Raises:
         UserError: another shape, or a single picture per prompt.
@@ -52,7 +51,7 @@ def diversity(
     found = features(pictures.reshape(p * k, *pictures.shape[2:]))
     figure = mean_figure(pairwise_distance(found.reshape(p, k, -1)), seed, "diversity")
     identity = Identity(
-        name=f"diversity-{short}",
+        name="diversity-Lite0",
         group="quality",
         measures="mean feature distance between pictures of one prompt from different noise",
         better="neither",

@@ -102,12 +102,11 @@ class FrechetDistance(SetDistance):
     Args:
         features: of the network.
         projection: fitted on real pictures; the same for all figures that are to be compared.
-        short: the network's short name.
     """
 
-    def __init__(self, features: Features, projection: Projection, short: str = "Lite0") -> None:
+    def __init__(self, features: Features, projection: Projection) -> None:
         identity = Identity(
-            name=f"FD-{short}",
+            name="FD-Lite0",
             group="quality",
             against="real",
             measures="Frechet distance between the features of two picture sets",

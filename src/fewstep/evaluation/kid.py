@@ -6,8 +6,6 @@ has the least variance on small sets and is unbiased too.
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 import numpy.typing as npt
 
@@ -18,8 +16,6 @@ from fewstep.evaluation.limits import KID_FEWEST
 from fewstep.evaluation.metric import Array, Figure, Identity
 
 RESAMPLES = 200
-KEPT = 4
-"""Sets measured against whose own term is cached."""
 ROWS = 1024
 """Rows of the kernel matrix held at a time."""
 
@@ -70,9 +66,9 @@ def between_matched(x: Array, y: Array, weights: Wide) -> Wide:
 class KernelDistance(SetDistance):
     """KID of pictures from a set of others, through one network."""
 
-    def __init__(self, features: Features, short: str = "Lite0") -> None:
+    def __init__(self, features: Features) -> None:
         identity = Identity(
-            name=f"KID-{short}",
+            name="KID-Lite0",
             group="quality",
             against="real",
             measures="squared kernel distance between the features of two picture sets",
@@ -86,13 +82,12 @@ class KernelDistance(SetDistance):
             **features.identity_fields,
         )
         super().__init__(features, identity, KID_FEWEST)
-        self._own_terms: dict[tuple[bytes, str, int | None], Wide] = {}
 
     def distance(self, features: Array, against: Array) -> float:
         """Return the distance alone, without an interval."""
         against = self.checked(features, against)
         ours, theirs = np.ones((1, len(features))), np.ones((1, len(against)))
-        value = within(features, ours) + self._own_term(against, theirs, "", None)
+        value = within(features, ours) + within(against, theirs)
         return float((value - 2 * between(features, against, ours, theirs))[0])
 
     def reduce(self, features: Array, against: Array | None, seed: int, *, matched: bool = False) -> Figure:
@@ -107,23 +102,13 @@ class KernelDistance(SetDistance):
         against = self.checked(features, against)
         if matched and len(features) != len(against):
             raise UserError(f"{len(features)} and {len(against)} pictures cannot answer the same prompts")
-        purpose = "kid" if matched else "kid against"
         ours = _with_resamples(len(features), seed, "kid")
-        theirs = ours if matched else _with_resamples(len(against), seed, purpose)
-        values = within(features, ours) + self._own_term(against, theirs, purpose, seed)
+        theirs = ours if matched else _with_resamples(len(against), seed, "kid against")
+        values = within(features, ours) + within(against, theirs)
         cross = between_matched(features, against, ours) if matched else between(features, against, ours, theirs)
         values -= 2 * cross
         value = float(values[0])
         return Figure(value, *centred_interval(value, values[1:]), len(features))
-
-    def _own_term(self, against: Array, weights: Wide, purpose: str, seed: int | None) -> Wide:
-        """Return the other set's own term, cached: it is the same for all sets that are measured against it."""
-        key = (hashlib.sha256(np.ascontiguousarray(against).data).digest(), purpose, seed)
-        if key not in self._own_terms:
-            if len(self._own_terms) >= KEPT:
-                self._own_terms.pop(next(iter(self._own_terms)))
-            self._own_terms[key] = within(against, weights)
-        return self._own_terms[key]
 
 
 def _with_resamples(n: int, seed: int, purpose: str) -> Wide:

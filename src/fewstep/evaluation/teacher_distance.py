@@ -76,10 +76,10 @@ class TeacherFeatures(_TeacherDistance):
 
     distance = staticmethod(cosine_distance)
 
-    def __init__(self, features: Features, short: str = "Lite0") -> None:
+    def __init__(self, features: Features) -> None:
         self._features = features
         self.identity = Identity(
-            name=f"to teacher: {short}",
+            name="to teacher: Lite0",
             group="teacher",
             against="teacher",
             measures="feature distance from the teacher's end point from the same noise",
