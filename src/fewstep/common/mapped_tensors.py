@@ -70,13 +70,13 @@ def open_tensors(path: Path) -> dict[str, MappedTensor]:
     return {name: MappedTensor(path, version, entry) for name, entry in entries.items()}
 
 
-def map_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Return the tensors of a file, memory-mapped for good, copy on write.
+def map_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file, memory-mapped for good, copy on write: processes share the pages.
 
     Raises:
         UserError: missing, truncated or of another format.
     """
-    return {name: tensor.array() for name, tensor in open_tensors(path).items()}
+    return {name: torch.from_numpy(tensor.array()) for name, tensor in open_tensors(path).items()}
 
 
 def write_rows(path: Path, count: int, parts: Iterable[Mapping[str, Tensor]]) -> None:

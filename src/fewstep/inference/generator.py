@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -154,44 +154,37 @@ class ImageGenerator:
         source: Source | None = None,
     ) -> np.ndarray:
         """Draw one picture per (prompt, seed), see `pictures`; each process encodes its own prompts."""
-        rows = local_rows(len(seeds))
-        condition = self.encode([prompts[row] for row in rows])
-        return self._draw_rows(condition, rows, seeds, sampling or self.sampling, title="drawing", source=source)
+
+        def encode(rows: Sequence[int]) -> Condition:
+            return self.encode([prompts[row] for row in rows])
+
+        return self._draw(encode, seeds, sampling or self.sampling, "drawing", source)
 
     def pictures(
-        self,
-        condition: Condition,
-        seeds: Sequence[int],
-        sampling: Sampling,
-        *,
-        title: str | None = None,
-        source: Source | None = None,
+        self, condition: Condition, seeds: Sequence[int], sampling: Sampling, *, title: str | None = None
     ) -> np.ndarray:
         """Draw and decode one picture per seed, uint8 [N, H, W, 3]; arguments as of `latents`.
 
         The processes of a launch share the pictures out (a collective). The main process returns all, the others
         [0, H, W, 3].
         """
-        rows = local_rows(len(seeds))
-        own = {name: value[rows] for name, value in condition.items()}
-        return self._draw_rows(own, rows, seeds, sampling, title=title, source=source)
+        return self._draw(lambda rows: {k: v[rows] for k, v in condition.items()}, seeds, sampling, title, None)
 
-    def _draw_rows(
+    def _draw(
         self,
-        own: Condition,
-        rows: Sequence[int],
+        encode: Callable[[list[int]], Condition],
         seeds: Sequence[int],
         sampling: Sampling,
-        *,
         title: str | None,
         source: Source | None,
     ) -> np.ndarray:
-        """Draw the rows of this process, whose condition is `own`, and gather the pictures of all."""
-        own_seeds = [seeds[row] for row in rows]
-        latents = self.latents(own, own_seeds, sampling, title=title, source=_rows_of(source, rows))
+        """Draw the rows of this process, whose condition `encode` returns, and gather the pictures of all."""
+        rows = local_rows(len(seeds))
+        own = [seeds[row] for row in rows]
+        latents = self.latents(encode(rows), own, sampling, title=title, source=_rows_of(source, rows))
         with fail_together():
-            self._check_finite(latents, own_seeds, "latent")
-            drawn = self.to_pictures(latents, own_seeds)
+            self._check_finite(latents, own, "latent")
+            drawn = self.to_pictures(latents, own)
         return gather_to_main(torch.from_numpy(drawn), len(seeds)).numpy()
 
 

@@ -104,17 +104,15 @@ def implied_x0(pair: Pair, landed: Tensor, derivative: Tensor) -> Tensor:
     return _inverse(derivative, landed) * (landed - kept)
 
 
-def noise_level(path: Path, t: Tensor) -> Tensor:
-    """Return the noise level that `weight: step` measures steps in, float64, the shape of t.
-
-    sigma on variance exploding and flow paths, sigma/alpha on indexed ones.
-    """
-    return path.sigma(t) / path.alpha(t) if isinstance(path, VariancePreserving) else path.sigma(t)
-
-
 def step_weight(path: Path, t_nk: Tensor, t_n: Tensor) -> Tensor:
-    """Return iCT's weight 1/(t_{n+1} - t_n) in noise levels (arXiv 2310.14189, table 1), float64 [B]; 0 for no step."""
-    width = noise_level(path, t_nk) - noise_level(path, t_n)
+    """Return iCT's weight 1/(t_{n+1} - t_n) in noise levels (arXiv 2310.14189, table 1), float64 [B]; 0 for no step.
+
+    The noise level is sigma on variance exploding and flow paths, sigma/alpha on indexed ones.
+    """
+    above, below = (
+        path.sigma(t) / path.alpha(t) if isinstance(path, VariancePreserving) else path.sigma(t) for t in (t_nk, t_n)
+    )
+    width = above - below
     return torch.where(width > 0, 1 / width, 0.0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import shutil
 from collections.abc import Sequence
@@ -18,7 +19,6 @@ from fewstep.distillation.synthesis.record import (
     MANIFEST,
     PROMPTS,
     layout,
-    prompts_digest,
     read_plan,
     refuse_other,
     shard_name,
@@ -92,8 +92,9 @@ def fingerprints(folder: PipelineFolder) -> dict[str, str]:
 
 
 def prompt_entries(lines: Sequence[str]) -> dict[str, Any]:
-    """Return the entries of a plan that identify the prompts."""
-    return {"lines": len(lines), "distinct": len(set(lines)), "prompts": prompts_digest(lines)}
+    """Return the entries of a plan that identify the prompts, by the SHA-256 of all, one a line, in their order."""
+    digest = hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
+    return {"lines": len(lines), "distinct": len(set(lines)), "prompts": digest}
 
 
 def check_synthesis(config: SynthesisConfig, lines: Sequence[str], folder: PipelineFolder, out: Path) -> None:

@@ -62,7 +62,7 @@ class Synthesis:
     @cached_property
     def table(self) -> dict[str, Tensor]:
         """Text states of the distinct prompts and, last, the unconditional one, fp16 [K + 1, ...], mapped from disk."""
-        return {name: torch.from_numpy(array) for name, array in map_tensors(self.folder / CONDITIONS).items()}
+        return map_tensors(self.folder / CONDITIONS)
 
     @cached_property
     def _shards(self) -> list[dict[str, MappedTensor]]:

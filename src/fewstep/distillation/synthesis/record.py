@@ -6,8 +6,7 @@ A set is a folder. While it is drawn, `unfinished/` holds the plan and a record 
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,11 +136,6 @@ def layout(settings: DrawnSettings, shape: Shape, count: int) -> dict[str, tuple
 def shard_name(number: int) -> str:
     """Return the name of a shard's file."""
     return f"shard-{number:05d}.safetensors"
-
-
-def prompts_digest(lines: Sequence[str]) -> str:
-    """Return the SHA-256 of prompts, one a line, in their order."""
-    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
 
 
 def is_whole(folder: Path, record: FileRecord | None) -> bool:

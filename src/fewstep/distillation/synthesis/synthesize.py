@@ -23,7 +23,6 @@ from fewstep.common import distributed as processes
 from fewstep.common.accelerator import make_accelerator
 from fewstep.common.device import DTYPES, pick_device, pick_precision
 from fewstep.common.distributed import fail_together, is_main, main_process_first, print_once
-from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_folder, atomic_write, hold_folder, remove_folder, sweep, write_json, write_text
 from fewstep.common.mapped_tensors import map_tensors, write_rows
 from fewstep.diffusion.denoiser import Condition
@@ -94,10 +93,8 @@ def synthesize(
         UserError: the folder holds another set or is in use, the teacher cannot be read, or a number is not finite.
     """
     device = pick_device(config.device)
-    if config.precision == "fp16" and device.type == "cpu":
-        raise UserError("precision = 'fp16' needs a GPU; use 'bf16'", field="precision")
+    kept = DTYPES[pick_precision(config.precision, device)]
     accelerator = make_accelerator(config.precision, device)
-    kept = DTYPES[pick_precision(config.precision, accelerator.device)]
     backbone = open_backbone(teacher or read_teacher(config.teacher), accelerator.device, kept)
     plan, distinct = make_plan(config, lines, backbone), list(dict.fromkeys(lines))
     silent = quiet or not is_main()
@@ -201,7 +198,7 @@ def _conditions(out: Path, plan: Plan, distinct: Sequence[str], backbone: Backbo
     """
     path = out / CONDITIONS
     if _text_is_whole(out, read_records(out, plan)):
-        return _read_table(path)
+        return map_tensors(path)
     write_text(out / PROMPTS, "".join(f"{prompt}\n" for prompt in distinct))
     write_record(out, out / PROMPTS)
 
@@ -220,12 +217,7 @@ def _conditions(out: Path, plan: Plan, distinct: Sequence[str], backbone: Backbo
     with atomic_write(path) as part:
         write_rows(part, len(distinct) + 1, ({k: v.half() for k, v in states.items()} for states in parts()))
     write_record(out, path)
-    return _read_table(path)
-
-
-def _read_table(path: Path) -> dict[str, Tensor]:
-    """Return text states mapped from disk: they need no memory of their own, and processes share the pages."""
-    return {name: torch.from_numpy(states) for name, states in map_tensors(path).items()}
+    return map_tensors(path)
 
 
 def _summary(out: Path, plan: Plan, cost: SynthesisCost, missing: Sequence[int]) -> list[str]:
