@@ -222,7 +222,7 @@ def test_kid_of_answers_to_the_same_prompts_is_unbiased() -> None:
     shifted = metric.reduce_matched(x + 0.5, y, 0)
     assert shifted.low is not None
     assert shifted.low > 0
-    with pytest.raises(UserError, match="40 and 30 pictures cannot answer the same prompts"):
+    with pytest.raises(UserError, match="40 and 30 pictures cannot have the same prompts"):
         metric.reduce_matched(x, y[:30], 0)
 
 

@@ -157,7 +157,7 @@ def announce(config: DistillConfig, inputs: Inputs, folder: Path, cache: Path, d
     lacking = data.lacking(cache) if data else (0, 0)
     if not data or not any_process(sum(lacking) > 0):
         return False
-    place = folder / "cache" / "estimate"  # which all processes of the launch see
+    place = folder / "cache" / "estimate"  # which all processes of the launch can read
     estimated = estimate_stage(config, inputs, data.captioned, lacking, place)
     estimated = replace(estimated, data="")  # printed when the data are encoded
     gc.collect()

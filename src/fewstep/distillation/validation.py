@@ -114,7 +114,7 @@ class Validation:
             return float("inf")
         best = read_mapping(path).get("kid")
         if not isinstance(best, int | float):
-            raise UserError(f"{path} has kid = {best!r}, which must be a number; remove the folder to validate anew")
+            raise UserError(f"{path} has kid = {best!r}, which must be a number; remove the folder to validate again")
         return float(best)
 
     @torch.no_grad()

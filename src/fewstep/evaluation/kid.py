@@ -94,14 +94,14 @@ class KernelDistance(SetDistance):
         """Return the distance with its interval.
 
         Args:
-            matched: both sets answer the same prompts in the same order, from different noise.
+            matched: both sets have the same prompts in the same order, and different noise.
 
         Raises:
             UserError: fewer than 10 pictures on either side, or matched sets of different sizes.
         """
         against = self.checked(features, against)
         if matched and len(features) != len(against):
-            raise UserError(f"{len(features)} and {len(against)} pictures cannot answer the same prompts")
+            raise UserError(f"{len(features)} and {len(against)} pictures cannot have the same prompts")
         ours = _with_resamples(len(features), seed, "kid")
         theirs = ours if matched else _with_resamples(len(against), seed, "kid against")
         values = within(features, ours) + within(against, theirs)

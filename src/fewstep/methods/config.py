@@ -166,7 +166,7 @@ class ConsistencyConfig(Config):
     target: Target = Field("self", description="self (the student under stop-gradient) or ema")
     target_decay: float = Field(0.95, gt=0, lt=1, description="decay of the ema target")
     compare: Compare = Field(
-        "landing", description="where jumps are compared: landing, or end (the target carries both on to it)"
+        "landing", description="where jumps are compared: landing, or end (the target continues both to it)"
     )
     distance: DistanceName = Field("l2", description="l2, huber (element-wise), huber_norm, features, latent_lpips")
     huber_c: float = Field(1e-3, gt=0, description="c of huber; huber_norm takes c times the root of the dimension")

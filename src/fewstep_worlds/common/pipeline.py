@@ -59,7 +59,8 @@ def save_sharded(folder: Path, module: Any, stem: str = "diffusion_pytorch_model
 def write_teacher(folder: Path, vae: Any, unet: Any, text: Path, omega: float) -> None:
     """Write the whole pipeline folder, atomically: what `StableDiffusionPipeline.from_pretrained` reads.
 
-    `omega` is the guidance that the teacher brings along in its record.
+    Args:
+        omega: guidance in the teacher's record.
     """
     with atomic_folder(folder) as part:
         for component in ("text_encoder", "tokenizer"):

@@ -143,7 +143,7 @@ class Synthesis:
             for record in records:
                 if not is_whole(self.folder, record):
                     raise UserError(
-                        f"{self.folder / record.file} is broken; run its `fewstep synthesize` again to mend it"
+                        f"{self.folder / record.file} is broken; run its `fewstep synthesize` again to repair it"
                     )
                 bar.update(record.bytes)
 

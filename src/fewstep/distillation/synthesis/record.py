@@ -241,7 +241,7 @@ def open_set(folder: Path) -> SynthesizedSet:
         size = path.stat().st_size if path.is_file() else None
         if size != record.bytes:
             found = "is missing" if size is None else f"has {size} bytes, not {record.bytes}"
-            raise UserError(f"{path} {found}; run its `fewstep synthesize` again to mend it")
+            raise UserError(f"{path} {found}; run its `fewstep synthesize` again to repair it")
     for record in manifest.shards:
         _, entries = read_safetensors_header(folder / record.file)
         if {name: (e.dtype, e.shape) for name, e in entries.items()} != manifest.plan.layout(record.samples):
