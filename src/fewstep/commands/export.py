@@ -57,14 +57,14 @@ def export_as(
     """
     from fewstep.backbones.pipeline_folder import read_folder
     from fewstep.backbones.teachers import read_teacher
-    from fewstep.common.choices import check_device
+    from fewstep.common.choices import check_choice, check_device
     from fewstep.common.files import check_writable
     from fewstep.export.formats import ADAPTERS, check_form
     from fewstep.students.resolve import resolve_student
 
     check_device(device)
-    if precision not in (None, "fp32", "fp16", "bf16"):
-        raise UserError(f"precision = {precision!r} is not one of fp32, fp16, bf16", field="precision")
+    if precision is not None:
+        check_choice("precision", precision, ("fp32", "fp16", "bf16"))
     whole = (Path(student) / "model_index.json").is_file()
     if whole and (teacher or teacher_config):
         field = "teacher" if teacher else "teacher_config"

@@ -15,8 +15,8 @@ Pictures: TypeAlias = npt.NDArray[np.uint8]
 """uint8 RGB [N, H, W, 3]."""
 Array: TypeAlias = npt.NDArray[np.floating[Any]]
 Group = Literal["quality", "teacher", "prompt", "category", "detail"]
-"""Question that a metric answers: how good pictures are as a set, how near each is to the teacher's, how well they fit
-their prompts, how well those of one category do, how much fine structure they have."""
+"""What a metric measures: quality of the set, distance to the teacher's pictures, fit to prompts, of all or of one
+category, fine structure."""
 Against = Literal["nothing", "real", "teacher"]
 """What the reduction compares with: nothing, a set of real pictures, or the teacher's picture of each prompt."""
 ARROWS = {"lower": " ↓", "higher": " ↑", "neither": ""}

@@ -11,8 +11,8 @@ from fewstep_worlds.emoji8.dataset import SIZE, captioned, captions_alone, read_
 if TYPE_CHECKING:
     import torch
 
-    from fewstep.evaluation.features import Features
     from fewstep.evaluation.evaluate import Suite
+    from fewstep.evaluation.features import Features
     from fewstep.inference.multilingual.pairs import Pair
     from fewstep.methods.rewards.reward import PreferenceScorer
 

@@ -13,11 +13,10 @@ from fewstep.common.errors import UserError
 from fewstep.common.files import sha256
 from fewstep.evaluation.bootstrap import mean_figure
 from fewstep.evaluation.diversity import NOISES, PROMPTS, pairwise_distance
-from fewstep.evaluation.evaluate import Reference
+from fewstep.evaluation.evaluate import Reference, Suite, standard_suite
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.metric import Array, Figure, Identity, Metric, Pictures, check_pictures
 from fewstep.evaluation.per_picture import PerPictureMetric
-from fewstep.evaluation.evaluate import Suite, standard_suite
 from fewstep_worlds.common.location import root
 from fewstep_worlds.stickers.claim import Claim, Facts, check
 from fewstep_worlds.stickers.dataset import REFERENCE_SEED, draw_all, draw_scenes

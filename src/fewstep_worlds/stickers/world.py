@@ -17,8 +17,8 @@ from fewstep_worlds.stickers.scene import SIDE, make_scene
 if TYPE_CHECKING:
     import torch
 
-    from fewstep.evaluation.features import Features
     from fewstep.evaluation.evaluate import Suite
+    from fewstep.evaluation.features import Features
     from fewstep.inference.multilingual.pairs import Pair
     from fewstep.methods.rewards.reward import PreferenceScorer
 

@@ -10,8 +10,8 @@ from typing import Any, get_args
 import numpy as np
 
 from fewstep.backbones.scheduler_config import PREDICTIONS
-from fewstep.common.choices import End, Form, GammaRule, Spacing
-from fewstep.common.errors import UserError, did_you_mean
+from fewstep.common.choices import End, Form, GammaRule, Spacing, check_choice
+from fewstep.common.errors import UserError
 
 
 class SchedulerError(UserError, ValueError):
@@ -33,12 +33,9 @@ def check_words(config: Mapping[str, Any], jumps: Sequence[str]) -> None:
         **{"gamma_law": get_args(GammaRule), "jump": jumps, "path": ("vp", "flow"), "prediction_type": [*PREDICTIONS]},
         **{"spacing": get_args(Spacing), "end": get_args(End), "form": get_args(Form)},
     }
-    for field, words in legal.items():
-        value = config.get(field, words[0])
-        if value not in words:
-            raise SchedulerError(
-                f"{field} = {value!r} is not one of {', '.join(words)}{did_you_mean(str(value), words)}", field=field
-            )
+    with scheduler_errors():
+        for field, words in legal.items():
+            check_choice(field, str(config.get(field, words[0])), words)
 
 
 def _real(field: str, value: Any) -> float:

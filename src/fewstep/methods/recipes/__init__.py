@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from fewstep.common.choices import check_choice
 from fewstep.common.config import read_yaml
-from fewstep.common.errors import UserError, did_you_mean
 
 
 def names() -> list[str]:
@@ -54,8 +54,5 @@ def _read(name: str, model: type[BaseModel] | None = None) -> dict[str, Any]:
     """Return everything in a recipe's file."""
     if name.endswith((".yaml", ".yml")):
         return read_yaml(Path(name), model)
-    if name not in names():
-        known = names()
-        message = f"recipe = {name!r} is not one of {', '.join(known)}{did_you_mean(name, known)}"
-        raise UserError(message, field="recipe")
+    check_choice("recipe", name, names())
     return read_yaml(Path(str(resources.files(__name__) / f"{name}.yaml")), model)

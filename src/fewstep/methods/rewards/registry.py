@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from fewstep.backbones.weight_files import first_pickle, weight_files
-from fewstep.common.errors import UserError, did_you_mean
+from fewstep.common.choices import check_choice
+from fewstep.common.errors import UserError
 from fewstep.common.files import read_mapping
 from fewstep.common.safetensors_header import read_safetensors_header
 from fewstep.methods.rewards.reward import PreferenceScorer
@@ -126,10 +127,7 @@ def check_scorer(name: str, folder: Path | str) -> ScorerFiles:
     Raises:
         UserError: an unknown name, or a folder that lacks a file or holds another scorer's.
     """
-    if name not in SCORERS:
-        raise UserError(
-            f"scorer = {name!r} must be one of {', '.join(SCORERS)}{did_you_mean(name, SCORERS)}", field="scorer"
-        )
+    check_choice("scorer", name, SCORERS)
     return find_files(Path(folder), name, SCORERS[name])
 
 
@@ -151,10 +149,7 @@ def load_scorer(
         UserError: as `check_scorer`, another precision, or weights with missing or unknown keys or other shapes.
     """
     files = check_scorer(name, folder)
-    if precision not in get_args(ScorerPrecision):
-        raise UserError(
-            f"precision = {precision!r} must be one of {', '.join(get_args(ScorerPrecision))}", field="precision"
-        )
+    check_choice("precision", precision, get_args(ScorerPrecision))
     import torch
 
     from fewstep.common.device import DTYPES
