@@ -29,7 +29,7 @@ def recipes(*, settings: bool = False) -> str:
 
 def table() -> Iterator[str]:
     """Yield the lines of the table of recipes."""
-    from fewstep.distillation.config import resolve
+    from fewstep.distillation.config import DistillConfig, resolve
     from fewstep.methods.cost import step_calls
     from fewstep.methods.recipes import describe, names
 
@@ -39,7 +39,7 @@ def table() -> Iterator[str]:
         stages = config.each_stage()
         calls = sum(stage.loop.steps * sum(step_calls(stage.method).values()) for stage in stages)
         cost = calls / sum(stage.loop.steps for stage in stages)
-        about = describe(name)
+        about = describe(name, DistillConfig)
         yield f"{name:<10}{config.sampling.steps:>5}{cost:>6.3g}  {about['paper']:<12}{about['about']}"
 
 

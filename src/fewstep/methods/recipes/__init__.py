@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -32,9 +34,9 @@ ABOUT = ("paper", "about")
 """Keys of a recipe that describe it: arXiv number, and what it is good for."""
 
 
-def describe(name: str) -> dict[str, str]:
+def describe(name: str, model: type[BaseModel] | None = None) -> dict[str, str]:
     """Return the description of a bundled recipe or YAML file, by the keys of `ABOUT`; an empty string for none."""
-    data = _read(name)
+    data = _read(name, model)
     return {key: str(data.get(key, "")) for key in ABOUT}
 
 
@@ -50,9 +52,15 @@ def read_recipe(name: str, model: type[BaseModel] | None = None) -> dict[str, An
     return {key: value for key, value in _read(name, model).items() if key not in ABOUT}
 
 
-def _read(name: str, model: type[BaseModel] | None = None) -> dict[str, Any]:
+def _read(name: str, model: type[BaseModel] | None = None) -> Mapping[str, Any]:
     """Return everything in a recipe's file."""
     if name.endswith((".yaml", ".yml")):
         return read_yaml(Path(name), model)
     check_choice("recipe", name, names())
+    return _bundled(name, model)
+
+
+@cache
+def _bundled(name: str, model: type[BaseModel] | None) -> Mapping[str, Any]:
+    """Return everything in a bundled recipe's file."""
     return read_yaml(Path(str(resources.files(__name__) / f"{name}.yaml")), model)
