@@ -101,12 +101,11 @@ def evaluate(
     base = other or folder
     size = chosen.sampling.size
     if size and size[0] != size[1]:
-        raise UserError(f"size = {list(size)} must be square in evaluations; use {size[0]}", field="size")
+        raise UserError(f"size = {list(size)} must be square in evaluations; use {size[0]}")
     width, seen = size[0] if size else folder.picture_size, size[0] if size else base.picture_size
     if seen != width:
         raise UserError(
-            f"reference = {str(base.path)!r} draws {seen} pixels a side, the student {width}; use its teacher",
-            field="reference",
+            f"reference = {str(base.path)!r} draws {seen} pixels a side, the student {width}; use its teacher"
         )
     if real is None:
         check_world_size(width, "real")

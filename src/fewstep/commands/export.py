@@ -70,27 +70,22 @@ def export_as(
         field = "teacher" if teacher else "teacher_config"
         raise UserError(
             f"{field} = {str(teacher or teacher_config)!r} has no effect: student = {str(student)!r} is a whole "
-            "pipeline; remove it",
-            field=field,
+            "pipeline; remove it"
         )
     folder = read_folder(student, "student") if whole else read_teacher(teacher, teacher_config)
     chosen = resolve_student(folder, None if whole else student, {})
     if not whole and chosen.lora is None:
-        raise UserError(
-            f"student = {str(student)!r} is the teacher itself; give a LoRA, or a whole student's folder",
-            field="student",
-        )
+        raise UserError(f"student = {str(student)!r} is the teacher itself; give a LoRA, or a whole student's folder")
     extra = folder.extra_inputs(chosen.sampling.extra_conditioning)
     kind, reader = check_form(form, folder, lora=not whole, extra_conditioning=extra)
     if precision and kind in ADAPTERS:
         raise UserError(
-            f"precision = {precision!r} has no effect with form = {kind!r}: a LoRA keeps its own; remove it",
-            field="precision",
+            f"precision = {precision!r} has no effect with form = {kind!r}: a LoRA keeps its own; remove it"
         )
     place = Path(out)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         held = min(item.name for item in place.iterdir()) if place.is_dir() else "a file"
-        raise UserError(f"out = {str(place)!r} holds {held}, which would be lost; give a new folder", field="out")
+        raise UserError(f"out = {str(place)!r} holds {held}, which would be lost; give a new folder")
     check_writable(place.parent)
     from fewstep.common.device import pick_device
     from fewstep.export.export import Student, export

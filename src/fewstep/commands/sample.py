@@ -91,14 +91,14 @@ def sample(
         raise UserError('prompts is empty; give at least one, e.g. "a doggy, fluent 3d style"', field="prompts")
     path = Path(out)
     if path.suffix.lower() not in (".png", ".webp"):
-        raise UserError(f"out = {str(path)!r} must end in .png or .webp; use {path.stem + '.png'!r}", field="out")
+        raise UserError(f"out = {str(path)!r} must end in .png or .webp; use {path.stem + '.png'!r}")
     if path.is_dir():
-        raise UserError(f"out = {str(path)!r} is a folder; use {str(path / 'sample.png')!r}", field="out")
+        raise UserError(f"out = {str(path)!r} is a folder; use {str(path / 'sample.png')!r}")
     for name, value in (("count", count), ("scale", scale), ("batch", batch)):
         check_positive(name, value)
     check_seed(seed, count * len(texts))
     if strength is not None and image is None:
-        raise UserError(f"strength = {strength} has no effect without an image; give --image", field="strength")
+        raise UserError(f"strength = {strength} has no effect without an image; give --image")
     check_device(device)
     folder = read_teacher(teacher, teacher_config)
     changes = sampling_changes(settings, steps=steps, gamma=gamma, omega=omega, sampler=sampler)
@@ -151,11 +151,11 @@ def sampling_changes(settings: Mapping[str, Any] | str | Sequence[str] | None, *
 def check_positive(field: str, value: int | None) -> None:
     """Raise where a count is below 1; None is allowed."""
     if value is not None and value < 1:
-        raise UserError(f"{field} = {value} must be at least 1", field=field)
+        raise UserError(f"{field} = {value} must be at least 1")
 
 
 def check_seed(seed: int, count: int) -> None:
     """Raise where the seeds of `count` pictures do not fit into 63 bits."""
     most = 2**63 - 1 - count
     if not 0 <= seed <= most:
-        raise UserError(f"seed = {seed} must be {'at least 0' if seed < 0 else f'at most {most}'}", field="seed")
+        raise UserError(f"seed = {seed} must be {'at least 0' if seed < 0 else f'at most {most}'}")

@@ -101,23 +101,18 @@ def _check_source(config: DistillConfig, source: Source, folder: PipelineFolder)
     """Refuse a set of another size, and buckets of pictures that have one size."""
     if isinstance(source, SynthesizedSet) and config.data.size not in (None, folder.picture_size):
         raise UserError(
-            f"data.size = {config.data.size} is not that of the set in data.source; use {folder.picture_size}",
-            field="data.size",
+            f"data.size = {config.data.size} is not that of the set in data.source; use {folder.picture_size}"
         )
     if not config.data.buckets:
         return
     if not isinstance(source, ImageFolder | Shards):
         raise UserError(
             f"data.buckets = True needs pictures of several shapes, data.source = {config.data.source!r} has none; "
-            "use False, or a folder of pictures",
-            field="data.buckets",
+            "use False, or a folder of pictures"
         )
     for stage in config.each_stage():
         if stage.method.start != "data":
-            raise UserError(
-                f"data.buckets = True needs method.start = 'data', not {stage.method.start!r}; use False",
-                field="data.buckets",
-            )
+            raise UserError(f"data.buckets = True needs method.start = 'data', not {stage.method.start!r}; use False")
 
 
 def _check_start_of_pairs(named: str, source: Source, method: ConsistencyConfig) -> None:
@@ -138,8 +133,7 @@ def _check_start_of_pairs(named: str, source: Source, method: ConsistencyConfig)
     elif method.point == "stored":
         raise UserError(
             f"method.point = 'stored' needs network outputs, which data.source = {named!r} does not hold; use a folder "
-            "of `fewstep synthesize --kind trajectories`",
-            field="method.point",
+            "of `fewstep synthesize --kind trajectories`"
         )
     elif method.start == "data" and not source.pictures:
         raise UserError(
@@ -201,15 +195,13 @@ def check_start(
     if set(own) - set(conditioning):
         raise UserError(
             f"method.extra_conditioning = {list(conditioning)} differs from that of student.start = {config.start!r}; "
-            f"use {sorted(own)}",
-            field="method.extra_conditioning",
+            f"use {sorted(own)}"
         )
     trained = config.targets or folder.family.targets
     for module, layer in header.layers.items():
         if layer.a[0] != config.rank:
             raise UserError(
-                f"student.rank = {config.rank} differs from that of student.start = {config.start!r}; use {layer.a[0]}",
-                field="student.rank",
+                f"student.rank = {config.rank} differs from that of student.start = {config.start!r}; use {layer.a[0]}"
             )
         if not any(module == target or module.endswith(f".{target}") for target in trained):
             raise UserError(
@@ -233,8 +225,7 @@ def _check_full_start(start: str, folder: PipelineFolder, conditioning: Sequence
         remedy = "method.extra_conditioning = ['w']" if lacks_w else "a student of this teacher"
         raise UserError(
             f"student.start = {start!r} has another network than the teacher: {wrong} is {found.get(wrong)}, not "
-            f"{own.get(wrong)}; use {remedy}",
-            field="student.start",
+            f"{own.get(wrong)}; use {remedy}"
         )
     file = other.path / CONDITIONING
     keys = read_safetensors_header(file)[1] if file.is_file() else ()

@@ -186,8 +186,7 @@ def check_adapters(config: DistillConfig, backbone: Backbone) -> None:
     if rank * a_rank > free:
         raise UserError(
             f"student.rank = {rank} makes adapters of {rank * a_rank / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are "
-            f"free; must be at most {max(1, int(free / a_rank))}",
-            field="student.rank",
+            f"free; must be at most {max(1, int(free / a_rank))}"
         )
 
 
@@ -201,11 +200,10 @@ def _pick_precision(config: DistillConfig, device: torch.device) -> str:
     if config.student.base == "bf16" and precision == "fp32":
         raise UserError(
             f"loop.precision = {config.loop.precision!r} is fp32 on {device.type}, student.base = 'bf16' needs bf16; "
-            "use 'bf16'",
-            field="loop.precision",
+            "use 'bf16'"
         )
     if config.student.teacher_precision == "fp16" and device.type == "cpu":
-        raise UserError("student.teacher_precision = 'fp16' needs a GPU; use 'bf16'", field="student.teacher_precision")
+        raise UserError("student.teacher_precision = 'fp16' needs a GPU; use 'bf16'")
     return precision
 
 

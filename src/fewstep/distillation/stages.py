@@ -73,9 +73,7 @@ def split_steps(steps: int, shares: Sequence[float]) -> list[int]:
     if min(result) < 1:
         enough = round(2 * sum(shares) / min(shares)) + 1  # the smallest stage then has two
         legal = next(count for count in range(steps + 1, enough + 1) if min(_split(count, shares)) > 0)
-        raise UserError(
-            f"loop.steps = {steps} leaves a stage without steps; must be at least {legal}", field="loop.steps"
-        )
+        raise UserError(f"loop.steps = {steps} leaves a stage without steps; must be at least {legal}")
     return result
 
 

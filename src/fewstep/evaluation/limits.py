@@ -24,14 +24,11 @@ def find_real(folder: Path) -> list[Path]:
     from fewstep.data.images import find_pictures
 
     if not folder.is_dir():
-        raise UserError(
-            f"real = {str(folder)!r} is not a folder; leave it out for the bundled world's pictures", field="real"
-        )
+        raise UserError(f"real = {str(folder)!r} is not a folder; leave it out for the bundled world's pictures")
     files = find_pictures(folder)
     if len(files) < KID_FEWEST:
         raise UserError(
             f"real = {str(folder)!r} holds {len(files)} pictures ({', '.join(SUFFIXES)}); "
-            f"KID needs at least {KID_FEWEST}",
-            field="real",
+            f"KID needs at least {KID_FEWEST}"
         )
     return files

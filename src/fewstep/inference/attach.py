@@ -93,8 +93,7 @@ def attach(pipe: Any, student: Path | str, *, gamma: float | None = None) -> Any
     if not extra:
         raise UserError(
             f"student = {str(student)!r} has no extra conditioning; use it in plain diffusers with "
-            "fewstep.scheduler_for",
-            field="student",
+            "fewstep.scheduler_for"
         )
     scheduler = make_scheduler(record, pipe.scheduler.config, gamma, str(student), sss=AttachedScheduler)
     file = place if header is None else header.file

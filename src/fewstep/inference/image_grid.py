@@ -33,8 +33,7 @@ def check_grid_size(n: int, size: tuple[int, int], columns: int, scale: int, pat
         limit = f"{longest} a side" if max(width, height) > longest else f"{MOST} in all"
         raise UserError(
             f"out = {str(path)!r}: a grid of {n} pictures has {width}x{height} pixels, but {path.suffix} files at most "
-            f"{limit}; draw fewer pictures, use a smaller scale, or write a .png file",
-            field="out",
+            f"{limit}; draw fewer pictures, use a smaller scale, or write a .png file"
         )
 
 
@@ -73,9 +72,7 @@ def save_image(image: Image.Image, path: Path) -> Path:
     """
     kinds = {".png": "PNG", ".webp": "WEBP"}
     if path.suffix.lower() not in kinds:
-        raise UserError(
-            f"out = {str(path)!r} must end in .png or .webp; use {path.with_suffix('.png').name!r}", field="out"
-        )
+        raise UserError(f"out = {str(path)!r} must end in .png or .webp; use {path.with_suffix('.png').name!r}")
     with atomic_write(path) as part:
         image.save(part, format=kinds[path.suffix.lower()], lossless=True)  # a PNG is so in any case
     return path

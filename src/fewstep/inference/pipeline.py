@@ -34,10 +34,7 @@ def student_record(student: Path | str) -> dict[str, Any]:
     place = student_of_run(Path(student))
     record = read_record(place) if (place / "model_index.json").is_file() else read_lora_record(place)
     if not isinstance(record.get("sampling"), dict):
-        raise UserError(
-            f"student = {str(student)!r} has no settings in its metadata; use a student that fewstep wrote",
-            field="student",
-        )
+        raise UserError(f"student = {str(student)!r} has no settings in its metadata; use a student that fewstep wrote")
     return record
 
 
@@ -70,8 +67,7 @@ def scheduler_for(student: Path | str, config: Mapping[str, Any], gamma: float |
     extra = [name for name in sampling.extra_conditioning if name != "w" or not embedded]
     if extra:
         raise UserError(
-            f"student = {str(student)!r} is conditioned on {', '.join(extra)}; call fewstep.attach(pipe, student)",
-            field="student",
+            f"student = {str(student)!r} is conditioned on {', '.join(extra)}; call fewstep.attach(pipe, student)"
         )
     return make_scheduler(record, config, gamma, str(student))
 
@@ -102,8 +98,7 @@ def make_scheduler(
         shared |= {"shift": float(record["shift"]), "use_dynamic_shifting": False}
     if gamma is not None and sampling.sampler != "sss":
         raise UserError(
-            f"gamma = {gamma} has no effect with sampler = {sampling.sampler!r} of student = {student!r}; remove it",
-            field="gamma",
+            f"gamma = {gamma} has no effect with sampler = {sampling.sampler!r} of student = {student!r}; remove it"
         )
     made: FewStepScheduler
     if sampling.sampler == "sss":
@@ -113,13 +108,10 @@ def make_scheduler(
         made = ConsistencyScheduler.from_config(config, **shared)
     else:
         raise UserError(
-            f"student = {student!r} is sampled with {sampling.sampler!r}, a solver; use diffusers' scheduler of it",
-            field="student",
+            f"student = {student!r} is sampled with {sampling.sampler!r}, a solver; use diffusers' scheduler of it"
         )
     for difference in _differences(made, record, sampling.steps // sampling.calls_a_step):
-        raise UserError(
-            f"student = {student!r} has {difference}; use the scheduler of the student's own base", field="student"
-        )
+        raise UserError(f"student = {student!r} has {difference}; use the scheduler of the student's own base")
     return made
 
 

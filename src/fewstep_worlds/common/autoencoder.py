@@ -40,17 +40,14 @@ def load_vae(folder: Path) -> Any:
     from diffusers import AutoencoderKL
 
     if not (folder / "config.json").is_file():
-        raise UserError(
-            f"autoencoder = {str(folder)!r} holds no config.json; give the folder of an AutoencoderKL",
-            field="autoencoder",
-        )
+        raise UserError(f"autoencoder = {str(folder)!r} holds no config.json; give the folder of an AutoencoderKL")
     try:
         return AutoencoderKL.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32
         ).eval()
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"autoencoder = {str(folder)!r} cannot be loaded: {reason}", field="autoencoder") from error
+        raise UserError(f"autoencoder = {str(folder)!r} cannot be loaded: {reason}") from error
 
 
 def to_tensor(pictures: np.ndarray) -> Tensor:

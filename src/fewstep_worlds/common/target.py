@@ -27,10 +27,8 @@ def check_target(target: Path, out: Path) -> None:
     place, run = target.resolve(), out.resolve()
     advice = f"use {str(out / 'pipeline')!r}"
     if place in (run, *run.parents) or any(run / part in (place, *place.parents) for part in RUN_PARTS):
-        raise UserError(f"target = {str(target)!r} belongs to the run in {out}; {advice}", field="target")
+        raise UserError(f"target = {str(target)!r} belongs to the run in {out}; {advice}")
     held = sorted(item.name for item in place.iterdir()) if place.is_dir() else [place.name] * place.exists()
     others = [name for name in held if name not in PIPELINE]
     if others or (held and "model_index.json" not in held):
-        raise UserError(
-            f"target = {str(target)!r} holds {(others or held)[0]}, which would be lost; {advice}", field="target"
-        )
+        raise UserError(f"target = {str(target)!r} holds {(others or held)[0]}, which would be lost; {advice}")

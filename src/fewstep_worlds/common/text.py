@@ -43,9 +43,7 @@ def trim_text(source: Path, target: Path, phrases: Sequence[str], tokens: int) -
 
     for file in (source / "text_encoder" / "config.json", source / "tokenizer" / "tokenizer.json"):
         if not file.is_file():
-            raise UserError(
-                f"text = {str(source)!r} lacks {file.relative_to(source)}; give the folder of a pipeline", field="text"
-            )
+            raise UserError(f"text = {str(source)!r} lacks {file.relative_to(source)}; give the folder of a pipeline")
     full = Tokenizer.from_file(str(source / "tokenizer" / "tokenizer.json"))
     ids = full.get_vocab()
     used = {piece for encoding in full.encode_batch(list(phrases)) for piece in encoding.tokens}

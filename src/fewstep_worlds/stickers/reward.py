@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from fewstep.methods.rewards.tokenize import check_rows, in_batches
 from torch import Tensor
 
 from fewstep.common.config import validate
@@ -16,6 +15,7 @@ from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_folder, read_json, sha256, write_json
 from fewstep.common.tensors import load_tensors, save_tensors
 from fewstep.methods.rewards.reward import ScorerIdentity
+from fewstep.methods.rewards.scorer import check_rows, in_batches
 from fewstep_worlds.common.location import root
 from fewstep_worlds.stickers.reward_network import RewardNetwork, word_numbers
 from fewstep_worlds.stickers.scene import SIDE

@@ -109,8 +109,7 @@ def check_synthesis(config: SynthesisConfig, lines: Sequence[str], folder: Pipel
     if config.kind == "trajectories" and folder.takes_guidance:
         raise UserError(
             f"kind = 'trajectories' needs outputs without a prompt, {folder.path} has no unconditional branch; use "
-            "'latents'",
-            field="kind",
+            "'latents'"
         )
     check_writable(out)
     held = read_plan(out)
@@ -127,7 +126,7 @@ def check_free(out: Path) -> None:
     """Refuse a folder without a set that holds files of the same names: they would be lost."""
     for name in (PROMPTS, CONDITIONS, MANIFEST, shard_name(0)):
         if (out / name).exists():
-            raise UserError(f"out = {str(out)!r} holds {name}, which would be lost; use a new folder", field="out")
+            raise UserError(f"out = {str(out)!r} holds {name}, which would be lost; use a new folder")
 
 
 def _check_room(cost: SynthesisCost, out: Path) -> None:

@@ -197,8 +197,7 @@ def training_set(
     elif method.start == "data" and drawn.end != "clean":
         raise UserError(
             f"data.source = {str(files.folder)!r} holds end points that are not clean (end = {drawn.end!r}), "
-            "method.start = 'data' needs clean data; use a set of end = 'clean'",
-            field="data.source",
+            "method.start = 'data' needs clean data; use a set of end = 'clean'"
         )
     rows: Tensor = synthesis.rows(range(len(synthesis)))[:, None]
     key = f"synthesis {synthesis.key}"

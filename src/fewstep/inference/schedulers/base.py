@@ -152,8 +152,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if place < 0 or place % self.order:
             raise SchedulerError(
                 f"begin_index = {place} must be a multiple of {self.order}, the network calls of a jump; draw with one "
-                "pipeline, or split the drawing between two with jump = 'first_order'",
-                field="begin_index",
+                "pipeline, or split the drawing between two with jump = 'first_order'"
             )
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
@@ -194,8 +193,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if sized and mu is None:
             raise SchedulerError(
                 "mu = None, but use_dynamic_shifting = True needs the shift for the picture's size; give mu, or use a "
-                "student's own shift by fewstep.scheduler_for",
-                field="mu",
+                "student's own shift by fewstep.scheduler_for"
             )
         check_strength(strength)
         self.noise_path = self._own_path  # drop the mu of another picture
@@ -231,14 +229,14 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         total = int(self.config["num_train_timesteps"])
         most = total if isinstance(self.noise_path, FlowMatching) else total - 1
         if not given or any(b >= a for a, b in pairwise(given)):
-            raise UserError(f"timesteps = {given} must be falling", field="timesteps")
+            raise UserError(f"timesteps = {given} must be falling")
         if given[0] > most or given[-1] < 0:
-            raise UserError(f"timesteps = {given} leave the range 0 to {most}", field="timesteps")
+            raise UserError(f"timesteps = {given} leave the range 0 to {most}")
         every = self._path_time(torch.tensor(given, dtype=torch.float64))
         times = times_below(self.noise_path, every, strength)
         if not len(times):
             least = math.ceil(1000 * float(share_of(self.noise_path, every).min()) - 1e-6) / 1000
-            raise UserError(f"strength = {strength} is below all timesteps; use {least:g} or more", field="strength")
+            raise UserError(f"strength = {strength} is below all timesteps; use {least:g} or more")
         return times
 
     def _plan(self, times: Sequence[float]) -> list[PlannedJump]:
@@ -265,7 +263,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         place = int(found.argmin())
         if float(found[place]) > 1e-3:
             times = ", ".join(f"{float(t):g}" for t in self.timesteps)
-            raise SchedulerError(f"timestep = {float(timestep):g} is none of the times {times}", field="timestep")
+            raise SchedulerError(f"timestep = {float(timestep):g} is none of the times {times}")
         return place
 
     def _current(self, timestep: Any) -> int:

@@ -41,7 +41,7 @@ def check_words(config: Mapping[str, Any], jumps: Sequence[str]) -> None:
 def _real(field: str, value: Any) -> float:
     """Return a number of Python or numpy, or a tensor of a whole number, as a float."""
     if isinstance(value, bool) or not (isinstance(value, Real) or hasattr(value, "__index__")):
-        raise SchedulerError(f"{field} = {value!r} must be a number, not a {type(value).__name__}", field=field)
+        raise SchedulerError(f"{field} = {value!r} must be a number, not a {type(value).__name__}")
     return float(value)
 
 
@@ -49,21 +49,21 @@ def check_number(field: str, value: object, low: float, high: float) -> float:
     """Return a number as a float; refuse one outside [low, high]."""
     number = _real(field, value)
     if not low <= number <= high:
-        raise SchedulerError(f"{field} = {value!r} must be at least {low:g} and at most {high:g}", field=field)
+        raise SchedulerError(f"{field} = {value!r} must be at least {low:g} and at most {high:g}")
     return number
 
 
 def check_strength(strength: object) -> None:
     """Refuse a share of the noise to begin at that is outside (0, 1]."""
     if not 0 < _real("strength", strength) <= 1:
-        raise SchedulerError(f"strength = {strength} must be above 0 and at most 1", field="strength")
+        raise SchedulerError(f"strength = {strength} must be above 0 and at most 1")
 
 
 def check_count(count: object) -> int:
     """Return a number of jumps as an int; refuse one that is not whole."""
     number = _real("num_inference_steps", count)
     if not number.is_integer():
-        raise SchedulerError(f"num_inference_steps = {count!r} must be a whole number", field="num_inference_steps")
+        raise SchedulerError(f"num_inference_steps = {count!r} must be a whole number")
     return int(number)
 
 
@@ -83,13 +83,10 @@ def count_of_sigmas(sigmas: Sequence[float], count: int | None) -> int:
     if not n or not np.allclose(given, np.linspace(1.0, 1 / n, n), atol=1e-6):
         shown = f"{', '.join(f'{sigma:g}' for sigma in given[:4])}{', ...' * (n > 4)}" if n else repr(sigmas)
         raise SchedulerError(
-            f"sigmas = {shown} cannot be set, as a student has times of its own; give num_inference_steps",
-            field="sigmas",
+            f"sigmas = {shown} cannot be set, as a student has times of its own; give num_inference_steps"
         )
     if count not in (None, n):
-        raise SchedulerError(
-            f"num_inference_steps = {count!r} is not the number of sigmas; use {n}", field="num_inference_steps"
-        )
+        raise SchedulerError(f"num_inference_steps = {count!r} is not the number of sigmas; use {n}")
     return n
 
 
@@ -98,6 +95,5 @@ def check_origin(original_inference_steps: int, grid: int | Sequence[float]) -> 
     points = grid if isinstance(grid, int) else len(grid)
     if original_inference_steps != points:
         raise SchedulerError(
-            f"original_inference_steps = {original_inference_steps} differs from this scheduler's grid; use {points}",
-            field="original_inference_steps",
+            f"original_inference_steps = {original_inference_steps} differs from this scheduler's grid; use {points}"
         )

@@ -195,8 +195,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     """
     if not (folder / RECORD).is_file():
         raise UserError(
-            f"latent_lpips.folder = {str(folder)!r} holds no {RECORD}; train one by `fewstep train-latent-lpips`",
-            field="latent_lpips.folder",
+            f"latent_lpips.folder = {str(folder)!r} holds no {RECORD}; train one by `fewstep train-latent-lpips`"
         )
     return read_mapping(folder / RECORD)
 
@@ -227,8 +226,7 @@ def load_latent_lpips(
         theirs, ours = f"{known} channels, {vae[:16]}", f"{channels} channels, {vae_fingerprint[:16]}"
         raise UserError(
             f"latent_lpips.folder = {str(folder)!r} is for latents of another autoencoder ({theirs}), not of this "
-            f"teacher's ({ours}); leave it out to train one for this teacher",
-            field="latent_lpips.folder",
+            f"teacher's ({ours}); leave it out to train one for this teacher"
         )
     path = folder / WEIGHTS
     network = LatentLPIPS(config, channels)

@@ -49,29 +49,13 @@ class Scorer(ABC):
     def compare(self, pixels: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
         """Return scores [B] of framed pictures, in the network's dtype, with rows of `encode`; all on one device."""
 
-    @torch.no_grad()
     def prepare(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Encode prompts in batches, on the CPU; see `PreferenceScorer.prepare`.
-
-        Raises:
-            ValueError: no prompts.
-        """
-        if not prompts:
-            raise ValueError("there are no prompts to prepare")
-        parts = [self.encode(prompts[start : start + BATCH]) for start in range(0, len(prompts), BATCH)]
-        return {key: torch.cat([part[key].cpu() for part in parts]) for key in parts[0]}
+        """Encode prompts in batches, on the CPU; see `PreferenceScorer.prepare`."""
+        return in_batches(self.encode, prompts)
 
     def score(self, pictures: Tensor, prepared: Mapping[str, Tensor]) -> Tensor:
-        """Score [B, 3, H, W] in [-1, 1] with rows of `prepare`, [B]; see `PreferenceScorer.score`.
-
-        Raises:
-            ValueError: other keys or another number of rows.
-        """
-        if set(prepared) != set(self.rows):
-            raise ValueError(f"prepared prompts hold {sorted(prepared)}, this scorer's hold {sorted(self.rows)}")
-        counts = {key: len(value) for key, value in prepared.items()}
-        if set(counts.values()) != {len(pictures)}:
-            raise ValueError(f"{len(pictures)} pictures came with rows of prompts {counts}; give one row per picture")
+        """Score [B, 3, H, W] in [-1, 1] with rows of `prepare`, [B]; see `PreferenceScorer.score`."""
+        check_rows(pictures, prepared, self.rows)
         first = next(self.network.parameters())
         pixels = frame(pictures, self.framing).to(first.device, first.dtype)
         return self.compare(pixels, {k: value.to(first.device, non_blocking=True) for k, value in prepared.items()})
@@ -85,6 +69,32 @@ class Scorer(ABC):
             list(prompts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
         )
         return tokens.input_ids, tokens.attention_mask
+
+
+@torch.no_grad()
+def in_batches(encode: Callable[[Sequence[str]], dict[str, Tensor]], prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Encode prompts in batches and concatenate the results on the CPU.
+
+    Raises:
+        ValueError: no prompts.
+    """
+    if not prompts:
+        raise ValueError("there are no prompts to prepare")
+    parts = [encode(prompts[start : start + BATCH]) for start in range(0, len(prompts), BATCH)]
+    return {key: torch.cat([part[key].cpu() for part in parts]) for key in parts[0]}
+
+
+def check_rows(pictures: Tensor, prepared: Mapping[str, Tensor], wanted: tuple[str, ...]) -> None:
+    """Raise unless there is one prepared row per picture.
+
+    Raises:
+        ValueError: other keys or another number of rows.
+    """
+    if set(prepared) != set(wanted):
+        raise ValueError(f"prepared prompts hold {sorted(prepared)}, this scorer's hold {sorted(wanted)}")
+    rows = {key: len(value) for key, value in prepared.items()}
+    if set(rows.values()) != {len(pictures)}:
+        raise ValueError(f"{len(pictures)} pictures came with rows of prompts {rows}; give one row per picture")
 
 
 def unit(embedding: Tensor) -> Tensor:
