@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -30,12 +31,6 @@ from fewstep.common.config import Config
 from fewstep.common.errors import nearest_divisor
 from fewstep.common.run_inputs import Content
 from fewstep.diffusion.config import GridSpec, Guidance, grid_size
-
-
-def refuse(wrong: bool, message: str) -> None:
-    """Raise the ValueError of a cross-check where it fails; the message begins with the field."""
-    if wrong:
-        raise ValueError(message)
 
 
 class AdversarialConfig(Config):
@@ -68,7 +63,8 @@ class AdversarialConfig(Config):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         low, high = self.clip
-        refuse(not 0 <= low <= high, f"clip = [{low:g}, {high:g}] must be two numbers from 0, rising")
+        if not 0 <= low <= high:
+            raise ValueError(f"clip = [{low:g}, {high:g}] must be two numbers from 0, rising")
         return self
 
 
@@ -95,7 +91,8 @@ class MatchingConfig(Config):
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        refuse(self.high < self.low, f"high = {self.high:g} must be at least low = {self.low:g}")
+        if self.high < self.low:
+            raise ValueError(f"high = {self.high:g} must be at least low = {self.low:g}")
         return self
 
 
@@ -116,8 +113,8 @@ class RewardConfig(Config):
 
     @model_validator(mode="after")
     def _on_its_scale(self) -> Self:
-        unknown = bool(self.weight) and math.isnan(self.aim)
-        refuse(unknown, f"s0 = None has no default for scorer = {self.scorer!r}; set a score on its scale")
+        if self.weight and math.isnan(self.aim):
+            raise ValueError(f"s0 = None has no default for scorer = {self.scorer!r}; set a score on its scale")
         return self
 
 
@@ -192,138 +189,122 @@ class ConsistencyConfig(Config):
         return "latent_lpips" if value == "perceptual" else value
 
     @model_validator(mode="after")
-    def _check_grid(self) -> Self:
+    def _consistent(self) -> Self:
+        """Refuse the first conflict of settings, a message that begins with the field."""
+        checks = (self._grid_conflicts, self._jump_conflicts, self._points_conflicts, self._terms_conflicts)
+        for conflict in (message for check in checks for message in check()):
+            raise ValueError(conflict)
+        return self
+
+    def _grid_conflicts(self) -> Iterator[str]:
         count, width = self.points, self.points // self.segments
         low, high = self.inference_steps
-        refuse(count < 2, f"grid = {self.grid} must have at least 2 points")
-        refuse(self.k >= count, f"k = {self.k} must be below the grid's {count} points")
-        refuse(self.k_low is not None and self.k_low > self.k, f"k_low = {self.k_low} must be at most k = {self.k}")
+        if count < 2:
+            yield f"grid = {self.grid} must have at least 2 points"
+        if self.k >= count:
+            yield f"k = {self.k} must be below the grid's {count} points"
+        if self.k_low is not None and self.k_low > self.k:
+            yield f"k_low = {self.k_low} must be at most k = {self.k}"
         divided = f"segments = {self.segments} must divide the grid's {count} points"
-        refuse(count % self.segments != 0, f"{divided}, e.g. {nearest_divisor(self.segments, count)}")
-        refuse(self.segments > 1 and self.k > width, f"k = {self.k} must be at most a segment's {width} points")
-        refuse(
-            self.s == "inference" and not 1 <= low <= high <= count,
-            f"inference_steps = [{low}, {high}] must rise within 1 to the grid's {count} points",
-        )
-        refuse(
-            self.start == "student" and self.student_steps > count,
-            f"student_steps = {self.student_steps} must be at most the grid's {count} points",
-        )
+        if count % self.segments != 0:
+            yield f"{divided}, e.g. {nearest_divisor(self.segments, count)}"
+        if self.segments > 1 and self.k > width:
+            yield f"k = {self.k} must be at most a segment's {width} points"
+        if self.s == "inference" and not 1 <= low <= high <= count:
+            yield f"inference_steps = [{low}, {high}] must rise within 1 to the grid's {count} points"
+        if self.start == "student" and self.student_steps > count:
+            yield f"student_steps = {self.student_steps} must be at most the grid's {count} points"
         if self.grid_start is not None:
             doublings = [count >> i for i in range(count.bit_length()) if count % (1 << i) == 0]
             near = min(doublings, key=lambda points: abs(points - (self.grid_start or 0)))
             growing = f"grid_start = {self.grid_start}"
-            refuse(self.grid_start != near, f"{growing} must come to grid = {count} by doubling, e.g. {near}")
+            if self.grid_start != near:
+                yield f"{growing} must come to grid = {count} by doubling, e.g. {near}"
             for field, value in (("start", self.start), ("point", self.point)):
-                whole = value in ("rollout", "self")  # both count steps between neighbours of the whole grid
-                refuse(whole, f"{growing} cannot be used with {field} = {value!r}, which needs the whole grid")
-        return self
+                if value in ("rollout", "self"):  # both count steps between neighbours of the whole grid
+                    yield f"{growing} cannot be used with {field} = {value!r}, which needs the whole grid"
 
-    @model_validator(mode="after")
-    def _check_jump(self) -> Self:
+    def _jump_conflicts(self) -> Iterator[str]:
         jump, skips = f"jump = {self.jump!r}", self.jump in ("skip", "cm_skip")
         anywhere = self.s != "edge" or self.segments != 1
-        refuse(skips and anywhere, f"{jump} only reaches the end point; use s = 'edge' and segments = 1")
-        refuse(
-            skips and "s" in self.extra_conditioning,
-            f"extra_conditioning = 's' has no effect with {jump}, which lands at the end point; remove it",
-        )
-        refuse(
-            self.jump == "second_order" and self.end == "clean",
-            f"{jump} has no mid-point onto clean data (sigma = 0); use end = 'index0'",
-        )
-        refuse(
-            self.weight not in ("none", "step") and self.jump != "first_order",
-            f"weight = {self.weight!r} is the derivative of a first-order jump; use 'none' with {jump}",
-        )
-        refuse(
-            self.weight not in ("none", "step") and self.compare != "landing",
-            f"weight = {self.weight!r} is a landing's derivative; use 'none' with compare = {self.compare!r}",
-        )
-        networks = self.distance == "features" or (self.distance == "latent_lpips" and self.weight != "x0")
-        refuse(
-            self.weight not in ("none", "step") and networks,
-            f"weight = {self.weight!r} cannot be used with distance = {self.distance!r}; use 'none'",
-        )
-        return self
+        if skips and anywhere:
+            yield f"{jump} only reaches the end point; use s = 'edge' and segments = 1"
+        if skips and "s" in self.extra_conditioning:
+            yield f"extra_conditioning = 's' has no effect with {jump}, which lands at the end point; remove it"
+        if self.jump == "second_order" and self.end == "clean":
+            yield f"{jump} has no mid-point onto clean data (sigma = 0); use end = 'index0'"
+        if self.weight in ("none", "step"):
+            return
+        if self.jump != "first_order":
+            yield f"weight = {self.weight!r} is the derivative of a first-order jump; use 'none' with {jump}"
+        if self.compare != "landing":
+            yield f"weight = {self.weight!r} is a landing's derivative; use 'none' with compare = {self.compare!r}"
+        if self.distance == "features" or (self.distance == "latent_lpips" and self.weight != "x0"):
+            yield f"weight = {self.weight!r} cannot be used with distance = {self.distance!r}; use 'none'"
 
-    @model_validator(mode="after")
-    def _check_points(self) -> Self:
+    def _points_conflicts(self) -> Iterator[str]:
         point, start, width = f"point = {self.point!r}", f"start = {self.start!r}", self.points // self.segments
-        if self.point == "self":
-            refuse(
-                self.jump in ("skip", "cm_skip"),
-                f"{point} jumps to t_n, which jump = {self.jump!r} does not reach",
-            )
-            # times fewer points above a segment's edge than k_low would never have a gradient
-            refuse(self.k > 1 and self.k_low != 1, f"k_low = {self.k_low} must be 1 with {point}")
-            refuse(1 < self.k >= width, f"k = {self.k} must be below a segment's {width} points with {point}")
-        refuse(
-            self.point == "stored" and (self.start, self.solver, self.substeps) != ("trajectory", "ddim", 1),
-            f"{point} is one ddim step by stored outputs; use start = 'trajectory', solver = 'ddim', substeps = 1",
-        )
-        if self.point == "path":
-            refuse(self.start in ("rollout", "student"), f"{point} has no path with {start}; use 'solver'")
-            refuse(self.substeps > 1, f"substeps = {self.substeps} has no effect with {point}; remove it")
-            refuse(
-                self.start == "data" and self.guidance.convention != "none",
-                f"guidance.convention = {self.guidance.convention!r} has no teacher to guide with {point}; use 'none'",
-            )
-        refuse(
-            self.s == "next" and (self.start, self.point) != ("trajectory", "path"),
-            "s = 'next' regresses onto stored points; use start = 'trajectory' and point = 'path'",
-        )
-        refuse(
-            self.compare == "end" and self.target != "ema",
-            f"compare = 'end' needs a frozen target, not target = {self.target!r}; use 'ema'",
-        )
         guides = self.guidance.convention != "none"
-        refuse(
-            "w" in self.extra_conditioning and not guides,
-            "extra_conditioning = 'w' has no effect without guidance; remove it",
-        )
-        return self
+        if self.point == "self":
+            if self.jump in ("skip", "cm_skip"):
+                yield f"{point} jumps to t_n, which jump = {self.jump!r} does not reach"
+            # times fewer points above a segment's edge than k_low would never have a gradient
+            if self.k > 1 and self.k_low != 1:
+                yield f"k_low = {self.k_low} must be 1 with {point}"
+            if 1 < self.k >= width:
+                yield f"k = {self.k} must be below a segment's {width} points with {point}"
+        if self.point == "stored" and (self.start, self.solver, self.substeps) != ("trajectory", "ddim", 1):
+            yield f"{point} is one ddim step by stored outputs; use start = 'trajectory', solver = 'ddim', substeps = 1"
+        if self.point == "path":
+            if self.start in ("rollout", "student"):
+                yield f"{point} has no path with {start}; use 'solver'"
+            if self.substeps > 1:
+                yield f"substeps = {self.substeps} has no effect with {point}; remove it"
+            if self.start == "data" and guides:
+                convention = f"guidance.convention = {self.guidance.convention!r}"
+                yield f"{convention} has no teacher to guide with {point}; use 'none'"
+        if self.s == "next" and (self.start, self.point) != ("trajectory", "path"):
+            yield "s = 'next' regresses onto stored points; use start = 'trajectory' and point = 'path'"
+        if self.compare == "end" and self.target != "ema":
+            yield f"compare = 'end' needs a frozen target, not target = {self.target!r}; use 'ema'"
+        if "w" in self.extra_conditioning and not guides:
+            yield "extra_conditioning = 'w' has no effect without guidance; remove it"
 
-    @model_validator(mode="after")
-    def _check_terms(self) -> Self:
+    def _terms_conflicts(self) -> Iterator[str]:
         critic, matching, start = self.adversarial, self.matching, f"start = {self.start!r}"
         guides = self.guidance.convention != "none"
         lasting = bool(self.denoising or matching.weight or self.reward.weight)
         others = lasting or bool(critic.weight)
-        refuse(not self.consistency and not others, "consistency = 0 leaves no loss without another term")
-        refuse(
-            bool(critic.weight and critic.start) and not (self.consistency or lasting),
-            f"adversarial.start = {critic.start:g} leaves no loss before it with consistency = 0; use 0",
-        )
+        if not self.consistency and not others:
+            yield "consistency = 0 leaves no loss without another term"
+        if critic.weight and critic.start and not (self.consistency or lasting):
+            yield f"adversarial.start = {critic.start:g} leaves no loss before it with consistency = 0; use 0"
         balanced = self.balance == "gradient"
-        refuse(balanced and not others, "balance = 'gradient' needs another term; use 'fixed'")
-        refuse(balanced and not self.consistency, "balance = 'gradient' needs consistency above 0; use 'fixed'")
+        if balanced and not others:
+            yield "balance = 'gradient' needs another term; use 'fixed'"
+        if balanced and not self.consistency:
+            yield "balance = 'gradient' needs consistency above 0; use 'fixed'"
         if self.denoising:
             denoising = f"denoising = {self.denoising:g}"
-            refuse(guides, f"{denoising} fits the data, which has no guidance; use guidance.convention = 'none'")
-            refuse("s" not in self.extra_conditioning, f"{denoising} needs extra_conditioning = ['s'], for s = t")
-            refuse(self.start != "data", f"{denoising} needs data, which {start} does not have; use 0")
+            if guides:
+                yield f"{denoising} fits the data, which has no guidance; use guidance.convention = 'none'"
+            if "s" not in self.extra_conditioning:
+                yield f"{denoising} needs extra_conditioning = ['s'], for s = t"
+            if self.start != "data":
+                yield f"{denoising} needs data, which {start} does not have; use 0"
         if critic.weight and critic.real == "data":
             real = "adversarial.real = 'data'"
-            refuse(
-                critic.noise == 0 and not self.compares_at_end,
-                f"{real} needs adversarial.noise, or jumps compared at the end point; use 'target'",
-            )
-            refuse(self.start in ("trajectory", "rollout"), f"{real} cannot be used with {start}; use 'target'")
+            if critic.noise == 0 and not self.compares_at_end:
+                yield f"{real} needs adversarial.noise, or jumps compared at the end point; use 'target'"
+            if self.start in ("trajectory", "rollout"):
+                yield f"{real} cannot be used with {start}; use 'target'"
         for name, weight in (("reward", self.reward.weight), ("matching", matching.weight)):
-            refuse(
-                bool(weight) and not self.compares_at_end,
-                f"{name}.weight = {weight:g} needs jumps to the end point; use s = 'edge' and segments = 1",
-            )
-        refuse(
-            bool(matching.weight) and matching.fit == "sample" and self.start != "student",
-            f"matching.fit = 'sample' needs start = 'student', not {start}; use 'landing'",
-        )
-        refuse(
-            bool(matching.weight and matching.omega) and not guides,
-            f"matching.omega = {matching.omega} needs guidance.convention other than 'none'; use 0",
-        )
-        return self
+            if weight and not self.compares_at_end:
+                yield f"{name}.weight = {weight:g} needs jumps to the end point; use s = 'edge' and segments = 1"
+        if matching.weight and matching.fit == "sample" and self.start != "student":
+            yield f"matching.fit = 'sample' needs start = 'student', not {start}; use 'landing'"
+        if matching.weight and matching.omega and not guides:
+            yield f"matching.omega = {matching.omega} needs guidance.convention other than 'none'; use 0"
 
     @property
     def points(self) -> int:
