@@ -22,7 +22,6 @@ from fewstep.common.errors import UserError
 from fewstep.common.files import read_json, write_json
 from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.schedule import VariancePreserving
-from fewstep.evaluation import lite0_weights
 from fewstep.methods.distances import feature_distance
 from fewstep.methods.latent_lpips import network as networks
 from fewstep.methods.latent_lpips import pair_set as pair_sets
@@ -144,7 +143,7 @@ def test_the_pixel_distance_by_hand() -> None:
 def test_lite0_is_read_before_the_layers_that_fd_and_kid_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_pipeline: Path
 ) -> None:
-    monkeypatch.setenv(lite0_weights.CACHE, str(tmp_path))
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path))
     pixel = Lite0Stages()
     x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     maps = pixel(x)
