@@ -13,7 +13,7 @@ from fewstep.common.config import Config, merge, parse_overrides, read_yaml, val
 from fewstep.common.run_inputs import Content
 from fewstep.data.config import DataConfig
 from fewstep.diffusion.config import GridSpec, Sampling
-from fewstep.distillation.stages import Stage, stage_configs
+from fewstep.distillation.stages import Stage, StagedConfig
 from fewstep.methods.config import ConsistencyConfig
 from fewstep.methods.latent_lpips.settings import LatentLpipsTrainConfig
 from fewstep.methods.recipes import read_recipe
@@ -39,7 +39,7 @@ class LatentLpipsConfig(LatentLpipsTrainConfig):
     )
 
 
-class DistillConfig(Config):
+class DistillConfig(StagedConfig):
     """All settings of a distillation run."""
 
     renamed = {"watch": "validation", "perceptual": "latent_lpips"}  # noqa: RUF012  (a class variable of the base)
@@ -66,10 +66,6 @@ class DistillConfig(Config):
         """Check the config of each stage."""
         self.each_stage()
         return self
-
-    def each_stage(self) -> list[DistillConfig]:
-        """Return the configs of its stages; itself without stages."""
-        return stage_configs(self, self.stages, self.loop.steps) if self.stages else [self]
 
     @model_validator(mode="before")
     @classmethod

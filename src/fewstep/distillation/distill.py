@@ -35,7 +35,6 @@ from fewstep.distillation.nfe_counter import in_words
 from fewstep.distillation.prepare import Run, prepare
 from fewstep.distillation.run_data import CaptionedData, open_data
 from fewstep.distillation.save_student import export_student, starting_weights
-from fewstep.distillation.stages import parts_of
 from fewstep.distillation.synthesis.record import SynthesizedSet
 from fewstep.distillation.validation import Validation
 from fewstep.methods.update_plan import start_from
@@ -83,8 +82,9 @@ def distill(
                 for part in ("student", "cache"):
                     sweep(out / part)
                 sweep(shared, LEFT_BEHIND)
-        parts = parts_of(config, config.stages, config.loop.steps, out)
-        data = open_checked(parts[0].config, inputs, parts[0].folder, shared)  # refused before anything is written
+        parts = config.runs(out)
+        (_, folder, stage), *_ = parts
+        data = open_checked(stage, inputs, folder, shared)  # refused before anything is written
         if config.stages:
             with fail_together():
                 held.enter_context(RunLog(out, config, title=config.recipe, main=main, quiet=True))

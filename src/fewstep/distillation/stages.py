@@ -7,12 +7,15 @@ import re
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import BaseModel, Field, field_validator
 
 from fewstep.common.config import Config, merge, validate
 from fewstep.common.errors import UserError
+
+if TYPE_CHECKING:
+    from fewstep.training.config import LoopConfig
 
 
 class Stage(Config):
@@ -34,28 +37,52 @@ class Stage(Config):
         return loop
 
 
-ConfigT = TypeVar("ConfigT", bound=Config)
+class StagedConfig(Config):
+    """A config with a list of stages."""
 
+    if TYPE_CHECKING:  # fields of the subclasses, in their own order
+        loop: LoopConfig
+        stages: tuple[Stage, ...]
 
-class Part(NamedTuple, Generic[ConfigT]):
-    """One run of a list of stages: its name (empty without stages), its folder, its whole config."""
+    def each_stage(self) -> list[Self]:
+        """Return the whole config of each stage; itself without stages.
 
-    name: str
-    folder: Path
-    config: ConfigT
+        Raises:
+            UserError: a change names no setting, or is illegal beside the others.
+        """
+        if not self.stages:
+            return [self]
+        result = []
+        plain = BaseModel.model_dump(self)
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UserError(f"stages has two named {twice!r}; names must differ", field="stages")
+        lengths = split_steps(self.loop.steps, [stage.share for stage in self.stages])
+        for number, (stage, steps) in enumerate(zip(self.stages, lengths, strict=True)):
+            changes = {
+                "method": stage.method,
+                "optim": stage.optim,
+                "sampling": stage.sampling,
+                "loop": {"seed": stage_seed(self.loop.seed, number), **stage.loop, "steps": steps},
+                "stages": (),
+            }
+            try:
+                result.append(validate(type(self), merge(plain, changes)))
+            except UserError as error:
+                raise UserError(f"stage {stage.name!r}: {error}", field=error.field) from error
+        return result
 
+    def runs(self, out: Path) -> list[tuple[str, Path, Self]]:
+        """Return the runs of the stages: name, folder and whole config of each; without stages one run in `out`.
 
-def parts_of(config: ConfigT, stages: Sequence[Stage], steps: int, out: Path) -> list[Part[ConfigT]]:
-    """Return the runs of a config, each with a folder of its own; a config without stages is one run in `out`.
-
-    Raises:
-        UserError: as `stage_configs`.
-    """
-    if not stages:
-        return [Part("", out, config)]
-    places = [out / "stages" / slug(number + 1, stage.name) for number, stage in enumerate(stages)]
-    configs = stage_configs(config, stages, steps)
-    return [Part(stage.name, place, own) for stage, place, own in zip(stages, places, configs, strict=True)]
+        Raises:
+            UserError: as `each_stage`.
+        """
+        if not self.stages:
+            return [("", out, self)]
+        places = [out / "stages" / slug(number, stage.name) for number, stage in enumerate(self.stages, 1)]
+        return list(zip((stage.name for stage in self.stages), places, self.each_stage(), strict=True))
 
 
 def slug(number: int, name: str) -> str:
@@ -88,30 +115,3 @@ def stage_seed(seed: int, number: int) -> int:
         return seed
     digest = hashlib.sha256(f"{seed} stage {number}".encode()).digest()
     return int.from_bytes(digest[:7], "big")
-
-
-def stage_configs(config: ConfigT, stages: Sequence[Stage], steps: int) -> list[ConfigT]:
-    """Return the whole config of each stage.
-
-    Raises:
-        UserError: a change names no setting, or is illegal beside the others.
-    """
-    result = []
-    plain = BaseModel.model_dump(config)
-    names = [stage.name for stage in stages]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"stages has two named {twice!r}; names must differ", field="stages")
-    for number, (stage, own) in enumerate(zip(stages, split_steps(steps, [s.share for s in stages]), strict=True)):
-        changes = {
-            "method": stage.method,
-            "optim": stage.optim,
-            "sampling": stage.sampling,
-            "loop": {"seed": stage_seed(plain["loop"]["seed"], number), **stage.loop, "steps": own},
-            "stages": (),
-        }
-        try:
-            result.append(validate(type(config), merge(plain, changes)))
-        except UserError as error:
-            raise UserError(f"stage {stage.name!r}: {error}", field=error.field) from error
-    return result

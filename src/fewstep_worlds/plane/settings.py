@@ -11,7 +11,7 @@ from fewstep.common.choices import Prediction
 from fewstep.common.config import Config, merge, parse_overrides, validate
 from fewstep.diffusion.config import Guidance, Sampling
 from fewstep.distillation.config import check_grown, check_trained
-from fewstep.distillation.stages import Stage, stage_configs
+from fewstep.distillation.stages import Stage, StagedConfig
 from fewstep.methods.config import ConsistencyConfig
 from fewstep.methods.recipes import read_recipe
 from fewstep.training.config import LoopConfig, OptimConfig, StudentConfig
@@ -22,7 +22,7 @@ PathName = Literal["vp", "flow", "ve"]
 """Noise paths: Stable Diffusion's, rectified flow, EDM."""
 
 
-class PlaneConfig(Config):
+class PlaneConfig(StagedConfig):
     """A training of one recipe in the plane."""
 
     recipe: str = Field("tcd", description="name of the method's recipe")
@@ -91,10 +91,6 @@ class PlaneConfig(Config):
         return BaseConfig(
             path=self.path, prediction=self.prediction_type, width=self.width, count=self.count, loop=loop
         )
-
-    def each_stage(self) -> list[PlaneConfig]:
-        """Return the configs of the stages; the config itself where there are none."""
-        return stage_configs(self, self.stages, self.loop.steps) if self.stages else [self]
 
 
 class BaseConfig(Config):

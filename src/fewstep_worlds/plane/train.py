@@ -22,7 +22,6 @@ from fewstep.diffusion.jump import student_step
 from fewstep.diffusion.samplers import JumpFn
 from fewstep.diffusion.schedule import FlowMatching, VarianceExploding, add_noise, expand, scaled_linear
 from fewstep.diffusion.schedule import Path as NoisePath
-from fewstep.distillation.stages import parts_of
 from fewstep.methods.pair import MicroBatch, StoredPoints
 from fewstep.methods.terms import FrozenNetworks, edm_weight
 from fewstep.methods.times import draw_times
@@ -157,7 +156,7 @@ def train_plane(config: PlaneConfig, out: Path, quiet: bool = False, base: Path 
     weights = learned_base(config, base or out / "base", quiet)
     inputs = {} if weights is None else {"base": digest(weights)}
     start: Mapping[str, Tensor] | None = None
-    for _, folder, stage in parts_of(config, config.stages, config.loop.steps, out):
+    for _, folder, stage in config.runs(out):
         run = set_up(stage, weights)
         if start is not None:
             start_from(stage.method, run.student, start)
