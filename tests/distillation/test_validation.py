@@ -18,7 +18,6 @@ from fewstep.common.files import read_json
 from fewstep.common.rng import KeyedRng
 from fewstep.distillation import distill as distillation
 from fewstep.distillation import validation as validation
-from fewstep.distillation.batches import fetch_of
 from fewstep.distillation.config import DistillConfig, resolve
 from fewstep.distillation.estimate import count_checks
 from fewstep.distillation.estimate_run import estimate_run
@@ -196,7 +195,7 @@ def test_an_estimate_leaves_the_student_alone(tiny_overrides: list[str], tiny_ca
     run = distillation.prepare(config, tiny_cache, torch.device("cpu"))
     plan = run.update_plan()
     before = {name: p.detach().clone() for name, p in plan[0].parameters.items()}
-    estimate(plan, fetch_of(run), run.data, config, run.networks)
+    estimate(run, plan)
     for name, parameter in plan[0].parameters.items():
         assert torch.equal(parameter, before[name])
         assert parameter.grad is None
@@ -215,10 +214,7 @@ def test_weights_of_a_frozen_loss_network_are_no_activations(tiny_overrides: lis
         value = update.loss(batch, rng).value
         return Loss(frozen(value.expand(2000)).sum())
 
-    kept = [
-        estimate([plan], fetch_of(run), run.data, config, run.networks).saved_bytes
-        for plan in (update, replace(update, loss=looked))
-    ]
+    kept = [estimate(run, [plan]).saved_bytes for plan in (update, replace(update, loss=looked))]
     assert 0 <= kept[1] - kept[0] < 1e5
 
 

@@ -193,7 +193,7 @@ def train_run(
     held = run.data.latents
     visits = held.order(config.loop.seed, config.loop.batch) if isinstance(held, BucketedLatents) else None
     if before < config.loop.steps and (loud or joint) and not announced:
-        estimated = estimate(plan, fetch_of(run), run.data, config, run.networks, before, visits)
+        estimated = estimate(run, plan, before, visits)
         estimated.check()
         if loud:
             print("\n".join([f"writes to {out}", *estimated.lines()]), file=sys.stderr)

@@ -20,13 +20,14 @@ from fewstep.common.errors import UserError
 from fewstep.common.mapped_tensors import Rows
 from fewstep.common.rng import KeyedRng, order
 from fewstep.common.sharding import is_sharded
-from fewstep.data.latents import LatentSet
+from fewstep.distillation.batches import fetch_of
 from fewstep.distillation.config import DistillConfig
 from fewstep.distillation.nfe_counter import in_words
+from fewstep.distillation.prepare import Run
 from fewstep.methods.cost import step_calls, step_cost
 from fewstep.training.live_bytes import LiveBytes
 from fewstep.training.student import unique_bytes
-from fewstep.training.update import Batch, Update
+from fewstep.training.update import Update
 
 TIMED = 16
 """Samples of the timed step if a whole micro-batch does not fit: the run is refused, and its time is a hint."""
@@ -159,15 +160,9 @@ def gradients_dropped(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 def estimate(
-    plan: Sequence[Update],
-    fetch: Callable[[np.ndarray, KeyedRng], Batch],
-    data: LatentSet,
-    config: DistillConfig,
-    networks: Sequence[nn.Module],
-    done: int = 0,
-    visits: Callable[[int, int], np.ndarray] | None = None,
+    run: Run, plan: Sequence[Update], done: int = 0, visits: Callable[[int, int], np.ndarray] | None = None
 ) -> Estimated:
-    """Count the memory of a step of the plan and time another; no optimiser step is taken.
+    """Count the memory of a step of the run's plan and time another; no optimiser step is taken.
 
     Steps of one and two samples come first. If a micro-batch would not fit into memory, a few samples are timed and
     the rest is extrapolated.
@@ -176,14 +171,14 @@ def estimate(
         done: steps that are made already; the next two are run.
         visits: as `training.loop.train`.
     """
-    loop = config.loop
+    config, loop, data, networks, fetch = run.config, run.config.loop, run.data, run.networks, fetch_of(run)
     own = max(1, loop.batch // processes.world_size())
     micro = max(1, own // loop.accumulate)
     device = next(networks[0].parameters()).device
     on_gpu = device.type == "cuda"
     visited = visits or partial(order, loop.seed, len(data.latents))
 
-    def run(step: int, samples: int, counting: bool = False) -> tuple[float, int]:
+    def measured(step: int, samples: int, counting: bool = False) -> tuple[float, int]:
         """Return the seconds of a step of so many samples and its peak bytes."""
         start = min(done + step, loop.steps - 1) * loop.batch + processes.rank() * micro
         rng = KeyedRng(loop.seed, start // loop.batch, tuple(range(start, start + samples)), device)
@@ -212,15 +207,15 @@ def estimate(
     samples, free, most = micro, free_memory(device), 0
     one = more = 0
     if micro > 2:
-        one = run(0, 1, counting=True)[1]
-        more = max(run(0, 2, counting=True)[1] - one, 1)
+        one = measured(0, 1, counting=True)[1]
+        more = max(measured(0, 2, counting=True)[1] - one, 1)
         most = max(1, 1 + int((free * MOST_FILLED - one) / more))
         samples = micro if micro <= most else min(max(1, most // 4), TIMED)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    activations = run(0, samples, counting=True)[1]
+    activations = measured(0, samples, counting=True)[1]
     for step in range(1, 2 + loop.compile):  # the first one compiles
-        spent = run(step, samples)[0] * micro / samples
+        spent = measured(step, samples)[0] * micro / samples
     too_large = ""
     if samples < micro:
         activations = one + more * (micro - 1)

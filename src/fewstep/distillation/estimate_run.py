@@ -11,7 +11,6 @@ from pathlib import Path
 from fewstep.common.device import pick_device
 from fewstep.data.images import Captioned
 from fewstep.data.latents import latent_set
-from fewstep.distillation.batches import fetch_of
 from fewstep.distillation.checks import Inputs, read_inputs
 from fewstep.distillation.config import DistillConfig
 from fewstep.distillation.estimate import Estimated, estimate, kept_bytes
@@ -60,7 +59,7 @@ def estimate_stage(
     latent_lpips = latent_lpips_folder(config, source, backbone, (), Path())  # a named one, or none
     if isinstance(source, SynthesizedSet):
         run = lay_out(config, backbone, encode_set(config, source, backbone), latent_lpips)
-        return estimate(run.update_plan(), fetch_of(run), run.data, config, run.networks)
+        return estimate(run, run.update_plan())
     with nullcontext(place) if place else tempfile.TemporaryDirectory() as cache:
         every = captioned or find_captioned(config, source, backbone.folder, Path(cache))
         backbone.load_encoders()
@@ -78,7 +77,7 @@ def estimate_stage(
             started = time.perf_counter()
             run, share = with_trajectories(run, Path(cache)), config.data.trajectories / drawn
             encoding += (time.perf_counter() - started) * share
-        estimated = estimate(run.update_plan(), fetch_of(run), run.data, config, run.networks)
+        estimated = estimate(run, run.update_plan())
     text_states = sum(kept_bytes(rows) for rows in run.data.table.values())
     held = share * kept_bytes(run.data.latents) + captions_share * text_states
     return replace(estimated, encoding_seconds=encoding, data_bytes=round(held), data=every.line())
