@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,21 +121,19 @@ def evaluate(
     place = pick_device(device)
     dtype = pick_compute_dtype(precision, place)
     from fewstep.common.accelerator import make_accelerator
-    from fewstep.evaluation.run import evaluate_folder
+    from fewstep.evaluation.run import evaluate_generator
+    from fewstep.inference.generator import load_image_generator
 
-    return evaluate_folder(
-        folder,
+    where = make_accelerator("fp32", place).device
+    load = partial(load_image_generator, device=where, precision=dtype, compiled=compile, batch=batch)
+    return evaluate_generator(
+        load(folder, chosen.lora),
         prompts,
-        lora=chosen.lora,
+        name=chosen.lora.path.stem if chosen.lora else folder.path.name,
         real=real_files,
         sampling=chosen.sampling,
-        reference=other,
-        reference_sampling=drawn,
+        reference=(load(other), drawn) if other else None,
         seed=seed,
-        device=make_accelerator("fp32", place).device,
-        precision=dtype,
-        compiled=compile,
-        batch=batch,
         out=Path(out),
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,7 +60,7 @@ class Features:
         self.network = network
         self.folder = folder
         self.progress = progress
-        self._memory: OrderedDict[str, Array] = OrderedDict()
+        self._memory: dict[str, Array] = {}
 
     @property
     def identity_fields(self) -> dict[str, Any]:
@@ -82,17 +81,18 @@ class Features:
         """
         check_pictures(pictures)
         key = self._key(pictures)
-        found = self._memory.get(key)
-        if found is None:
-            found = self._read(key)
+        found = self._memory.pop(key, None)
+        if found is None and self.folder:
+            stored = kept(self.folder, key, load_tensors) or {}
+            found = stored["features"].numpy() if "features" in stored else None
         if found is None or len(found) != len(pictures):
             found = self._compute(pictures)
-            self._write(key, found)
+            if self.folder:
+                keep(self.folder, key, {"features": torch.from_numpy(np.ascontiguousarray(found))})
         found.flags.writeable = False
-        self._memory[key] = found
-        self._memory.move_to_end(key)
+        self._memory[key] = found  # the newest last
         while len(self._memory) > KEPT:
-            self._memory.popitem(last=False)
+            self._memory.pop(next(iter(self._memory)))
         return found
 
     def _key(self, pictures: Pictures) -> str:
@@ -111,14 +111,6 @@ class Features:
                 parts.append(self.network(pictures[start : start + BATCH]))
                 bar.update(len(parts[-1]))
         return np.concatenate(parts)
-
-    def _read(self, key: str) -> Array | None:
-        found = kept(self.folder, key, load_tensors) if self.folder else None
-        return found["features"].numpy() if found and "features" in found else None
-
-    def _write(self, key: str, features: Array) -> None:
-        if self.folder is not None:
-            keep(self.folder, key, {"features": torch.from_numpy(np.ascontiguousarray(features))})
 
 
 class SetDistance:

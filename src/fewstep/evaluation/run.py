@@ -7,10 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from fewstep.backbones.lengths import print_cut_prompts
-from fewstep.backbones.pipeline_folder import PipelineFolder
 from fewstep.common.defaults import world
 from fewstep.common.distributed import on_main_process
 from fewstep.data.images import read_picture
@@ -28,8 +26,7 @@ from fewstep.evaluation.evaluate import (
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.lite0 import Lite0Features
 from fewstep.evaluation.metric import Figure, Metric
-from fewstep.inference.generator import load_image_generator
-from fewstep.students.lora_header import LoraHeader
+from fewstep.inference.generator import ImageGenerator
 
 SCALED = 512
 """Real pictures that are blurred and noised for the scale of detail."""
@@ -58,50 +55,37 @@ def with_teacher_floors(
     return {name: replace(figures[name], floor=floor.value) for name, floor in own.items()}
 
 
-def evaluate_folder(
-    teacher: PipelineFolder,
+def evaluate_generator(
+    generator: ImageGenerator,
     prompts: Sequence[str],
     *,
-    lora: LoraHeader | None,
+    name: str,
     real: Sequence[Path] | None,
     sampling: Sampling,
-    reference: PipelineFolder | None,
-    reference_sampling: Sampling,
+    reference: tuple[ImageGenerator, Sampling] | None,
     seed: int,
-    device: torch.device,
-    precision: torch.dtype,
-    compiled: bool,
-    batch: int | None,
     out: Path,
 ) -> Mapping[str, Figure]:
-    """Measure a pipeline folder or a LoRA on it; write figures.json and return the figures by name.
+    """Measure a teacher or a student; write figures.json and return the figures by name.
 
     The processes of a launch share the generation; the main one measures, and the others return nothing. FD needs at
     least 500 pictures on both sides and is left out below.
 
     Args:
-        teacher: pipeline folder that generates.
-        lora: a student on it, or None.
+        name: of the teacher or student in figures.json.
         real: files of real pictures; None for the bundled world's.
-        reference: pipeline folder whose end points from the same noise are compared with; None for none.
-        reference_sampling: its sampling settings.
-        precision: type of the denoisers' weights and computations.
-        compiled: compile them.
-        batch: pictures generated at once; None for a number that fits a small GPU.
+        reference: teacher whose end points from the same noise are compared with, and its sampling; None for none.
         out: folder for figures.json.
     """
-    image_generator = load_image_generator(teacher, lora, device, precision=precision, compiled=compiled, batch=batch)
-    print_cut_prompts(image_generator.backbone, prompts)
-    n, size = len(prompts), sampling.size[0] if sampling.size else image_generator.backbone.picture_size
+    print_cut_prompts(generator.backbone, prompts)
+    n, size = len(prompts), sampling.size[0] if sampling.size else generator.backbone.picture_size
     ends = TeacherPictures()
     if reference is not None:
-        other = load_image_generator(reference, None, device, precision=precision, compiled=compiled, batch=batch)
-        ends = TeacherPictures(
-            *(other.draw(prompts, range(first, first + n), reference_sampling) for first in (seed, seed + n))
-        )
-    pictures = image_generator.draw(prompts, range(seed, seed + n), sampling)
+        other, theirs = reference
+        ends = TeacherPictures(*(other.draw(prompts, range(first, first + n), theirs) for first in (seed, seed + n)))
+    pictures = generator.draw(prompts, range(seed, seed + n), sampling)
     repeated = [prompt for prompt in prompts[:PROMPTS] for _ in range(NOISES)]
-    noises = image_generator.draw(repeated, range(seed, seed + len(repeated)), sampling)
+    noises = generator.draw(repeated, range(seed, seed + len(repeated)), sampling)
 
     def measure() -> Mapping[str, Figure]:
         features = Features(Lite0Features(), out / "features")
@@ -110,9 +94,8 @@ def evaluate_folder(
         figures |= with_teacher_floors(figures, prompts, suite.metrics, ends, seed)
         several = noises.reshape(-1, NOISES, *noises.shape[1:])
         figures |= diversity(features, several, seed, floor=suite.real_diversity)
-        name = f"{lora.path.stem if lora else teacher.path.name} {sampling.steps} steps"
         scale = detail_scale(suite.reference.some(SCALED, seed), seed)
-        save_figures(out / "figures.json", {name: figures, **scale})
+        save_figures(out / "figures.json", {f"{name} {sampling.steps} steps": figures, **scale})
         return figures
 
     return on_main_process(measure)()
