@@ -21,7 +21,7 @@ from fewstep.common.files import read_mapping
 from fewstep.diffusion.config import Sampling
 from fewstep.export.formats import ADAPTERS, ExportForm, Reader
 from fewstep.inference.generator import ImageGenerator, load_image_generator
-from fewstep.inference.pipeline import call_settings, sampling_of_student, scheduler_for
+from fewstep.inference.pipeline import call_settings, read_student, scheduler_for
 from fewstep.inference.schedulers.few_step import SSSScheduler
 from fewstep.students.lora_checks import check_lora
 from fewstep.students.lora_header import LoraHeader
@@ -152,7 +152,7 @@ def drawn_again(
         setattr(pipe, export.folder.network, network.merge_and_unload())
     if export.folder.pipeline == CONSISTENCY:  # it takes its own scheduler alone
         settings = call_settings(export.place)
-    elif export.sampling == sampling_of_student(export.place):
+    elif export.sampling == read_student(export.place)[1]:
         pipe.scheduler, settings = scheduler_for(export.place, pipe.scheduler.config), call_settings(export.place)
     else:
         pipe.scheduler = SSSScheduler.from_config(pipe.scheduler.config, gamma=0.0)

@@ -16,11 +16,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMix
 from torch import Tensor
 
 from fewstep.common.arguments import checked
-from fewstep.common.config import validate
 from fewstep.common.errors import UserError
-from fewstep.diffusion.config import Sampling
 from fewstep.diffusion.time_conditioning import ExtraEmbedding, ExtraEmbeddingHook
-from fewstep.inference.pipeline import make_scheduler, student_record
+from fewstep.inference.pipeline import make_scheduler, read_student
 from fewstep.inference.schedulers.few_step import SSSScheduler
 from fewstep.students.conditioning_file import read_extra_embeddings
 from fewstep.students.lora_checks import check_fits
@@ -85,8 +83,7 @@ def attach(pipe: Any, student: Path | str, *, gamma: float | None = None) -> Any
     if hasattr(pipe, "_fewstep_hook"):
         raise UserError("pipe has a student attached already; load a fresh pipeline for another one", field="pipe")
     place = student_of_run(Path(student))
-    header, record = _read_lora(pipe, place), student_record(place)
-    sampling = validate(Sampling, record["sampling"])
+    header, (record, sampling) = _read_lora(pipe, place), read_student(place)
     # the pipeline itself passes w, from its guidance_scale, to a UNet that embeds it
     embedded = pipe.unet.config.time_cond_proj_dim is not None
     extra = tuple(name for name in sampling.extra_conditioning if name != "w" or not embedded)
@@ -95,7 +92,7 @@ def attach(pipe: Any, student: Path | str, *, gamma: float | None = None) -> Any
             f"student = {str(student)!r} has no extra conditioning; use it in plain diffusers with "
             "fewstep.scheduler_for"
         )
-    scheduler = make_scheduler(record, pipe.scheduler.config, gamma, str(student), sss=AttachedScheduler)
+    scheduler = make_scheduler(record, sampling, pipe.scheduler.config, gamma, str(student), sss=AttachedScheduler)
     file = place if header is None else header.file
     embedding = read_extra_embeddings(file, extra, int(pipe.unet.time_embedding.linear_2.out_features))
     assert embedding is not None

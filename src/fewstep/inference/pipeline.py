@@ -25,8 +25,8 @@ TIME_TOLERANCE = 0.01
 """Largest difference of a time to the one in a student's file, on the network's scale (0 to 1000): rounding."""
 
 
-def student_record(student: Path | str) -> dict[str, Any]:
-    """Return the record in a student's metadata: of a LoRA file, its folder, or a whole pipeline folder.
+def read_student(student: Path | str) -> tuple[dict[str, Any], Sampling]:
+    """Return the record and sampling settings of a student: a LoRA file, its folder, or a whole pipeline folder.
 
     Raises:
         UserError: no such file, or one without settings.
@@ -35,16 +35,7 @@ def student_record(student: Path | str) -> dict[str, Any]:
     record = read_record(place) if (place / "model_index.json").is_file() else read_lora_record(place)
     if not isinstance(record.get("sampling"), dict):
         raise UserError(f"student = {str(student)!r} has no settings in its metadata; use a student that fewstep wrote")
-    return record
-
-
-def sampling_of_student(student: Path | str) -> Sampling:
-    """Return the inference settings of a student.
-
-    Raises:
-        UserError: as `student_record`.
-    """
-    return validate(Sampling, student_record(student)["sampling"])
+    return record, validate(Sampling, record["sampling"])
 
 
 @checked
@@ -61,19 +52,19 @@ def scheduler_for(student: Path | str, config: Mapping[str, Any], gamma: float |
         UserError: no settings, or those of a solver, whose scheduler is diffusers' own; a gamma for a sampler without
             one; or a config of another noise than the student was trained on.
     """
-    record = student_record(student)
-    sampling = validate(Sampling, record["sampling"])
+    record, sampling = read_student(student)
     embedded = bool((record.get("guidance") or {}).get("embedded"))  # as the pipeline's guidance_scale
     extra = [name for name in sampling.extra_conditioning if name != "w" or not embedded]
     if extra:
         raise UserError(
             f"student = {str(student)!r} is conditioned on {', '.join(extra)}; call fewstep.attach(pipe, student)"
         )
-    return make_scheduler(record, config, gamma, str(student))
+    return make_scheduler(record, sampling, config, gamma, str(student))
 
 
 def make_scheduler(
     record: Mapping[str, Any],
+    sampling: Sampling,
     config: Mapping[str, Any],
     gamma: float | None,
     student: str,
@@ -85,7 +76,6 @@ def make_scheduler(
         student: its name in messages.
         sss: class of a scheduler with gamma.
     """
-    sampling = validate(Sampling, record["sampling"])
     shared: dict[str, Any] = {
         "grid": sampling.grid,
         "spacing": sampling.spacing,
@@ -136,8 +126,7 @@ def call_settings(student: Path | str) -> dict[str, Any]:
     Raises:
         UserError: no settings.
     """
-    record = student_record(student)
-    sampling = validate(Sampling, record["sampling"])
+    record, sampling = read_student(student)
     scale = (record.get("guidance") or {}).get("scale", 1.0 + sampling.omega)
     sized = {"width": sampling.size[0], "height": sampling.size[1]} if sampling.size else {}
     return {"num_inference_steps": sampling.steps // sampling.calls_a_step, "guidance_scale": float(scale), **sized}

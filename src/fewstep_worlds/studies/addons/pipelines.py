@@ -19,7 +19,7 @@ from fewstep.backbones.loading import loading
 from fewstep.common.device import pick_device
 from fewstep.diffusion.grid import TLCM_TIMES
 from fewstep.evaluation.metric import Pictures
-from fewstep.inference.pipeline import call_settings, sampling_of_student, scheduler_for
+from fewstep.inference.pipeline import call_settings, read_student, scheduler_for
 from fewstep.students.lora_file import FILE
 
 BATCH = 32
@@ -82,7 +82,7 @@ def can_draw(model: Model, strength: float) -> bool:
     """Return whether the student's times allow as many calls below a strength (TLCM has 8 times in all)."""
     if model.lora is None or strength == 1:
         return True
-    own = sampling_of_student(model.lora)
+    _, own = read_student(model.lora)
     points = own.grid if isinstance(own.grid, int) else len(own.grid)
     most = {"tlcm": max(TLCM_TIMES), "grid": points}.get(own.spacing, math.inf)
     return math.ceil(model.steps / strength) <= most
