@@ -32,7 +32,6 @@ from fewstep.methods.rewards.registry import check_scorer
 from fewstep.students.lora_checks import check_lora
 from fewstep.students.lora_file import CONDITIONING, student_of_run
 from fewstep.students.lora_header import LoraHeader, base_shapes
-from fewstep.training.config import StudentConfig
 
 
 class Inputs(NamedTuple):
@@ -52,16 +51,10 @@ def read_inputs(config: DistillConfig) -> Inputs:
     """Read and check the inputs of a distillation.
 
     Raises:
-        UserError: as `read_teacher`, `open_source` and `check_start`.
+        UserError: as `read_teacher`, `open_source` and `read_start`.
     """
     teacher = read_teacher(config.teacher)
-    return Inputs(teacher, open_source(config.data, teacher), _start(config, teacher))
-
-
-def _start(config: DistillConfig, teacher: PipelineFolder) -> LoraHeader | PipelineFolder | None:
-    if not config.student.start:
-        return None
-    return check_start(config.student, teacher, config.each_stage()[0].method.extra_conditioning)
+    return Inputs(teacher, open_source(config.data, teacher), read_start(config, teacher))
 
 
 def check_distillation(config: DistillConfig, folder: PipelineFolder) -> Inputs:
@@ -84,7 +77,7 @@ def check_distillation(config: DistillConfig, folder: PipelineFolder) -> Inputs:
     embedded = folder.embeds_guidance or (config.student.kind == "full" and folder.network == "unet")
     if config.student.kind == "lora" and config.student.targets:
         _check_targets(config.student.targets, folder)
-    start = _start(config, folder)
+    start = read_start(config, folder)
     for stage in stages:
         if stage.loop.validate_every:
             if stage.validation.prompts:
@@ -175,19 +168,20 @@ def _check_targets(targets: Sequence[str], folder: PipelineFolder) -> None:
             )
 
 
-def check_start(
-    config: StudentConfig, folder: PipelineFolder, conditioning: Sequence[str]
-) -> LoraHeader | PipelineFolder:
-    """Read the headers of the student that a run starts from; refuse one that it cannot start from.
+def read_start(run: DistillConfig, folder: PipelineFolder) -> LoraHeader | PipelineFolder | None:
+    """Read the headers of the student that a run starts from, if any; refuse one that it cannot start from.
 
     Args:
         folder: the teacher's.
-        conditioning: the run's `method.extra_conditioning`.
 
     Raises:
         UserError: no student, of another base or architecture, of another rank, with other extra conditioning, or
             with layers that are not trained.
     """
+    config = run.student
+    if not config.start:
+        return None
+    conditioning = run.each_stage()[0].method.extra_conditioning
     if config.kind == "full":
         return _check_full_start(str(student_of_run(Path(config.start))), folder, conditioning)
     header = check_lora(config.start, folder)
