@@ -15,10 +15,10 @@ from torch import nn
 from fewstep.backbones.base import Backbone, load_backbone, open_backbone
 from fewstep.backbones.pipeline_folder import read_folder
 from fewstep.data.latents import latent_set
+from fewstep.distillation.checks import open_source
 from fewstep.distillation.config import resolve
 from fewstep.distillation.prepare import lay_out, load_teacher
 from fewstep.distillation.run_data import EncodedData, encoders_fingerprint, find_captioned
-from fewstep.distillation.sources import open_source
 from fewstep.distillation.synthesis.settings import resolve_synthesis
 from fewstep.distillation.synthesis.synthesize import synthesize
 from fewstep.inference.generator import load_image_generator

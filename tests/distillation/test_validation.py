@@ -18,11 +18,11 @@ from fewstep.common.files import read_json
 from fewstep.common.rng import KeyedRng
 from fewstep.distillation import distill as distillation
 from fewstep.distillation import validation as validation
+from fewstep.distillation.checks import open_source
 from fewstep.distillation.config import DistillConfig, resolve
 from fewstep.distillation.estimate import count_checks
 from fewstep.distillation.estimate_run import estimate_run
 from fewstep.distillation.run_data import validation_prompts
-from fewstep.distillation.sources import open_source
 from fewstep.training.loss import Loss
 from fewstep.training.update import Batch
 from fewstep_worlds.emoji8 import dataset as emoji8

@@ -1,6 +1,6 @@
 """The sources of training pictures and prompts that `data.source` names, parsed and checked once. Light: no torch.
 
-Synthesised sets, which hold latents, are the one other source (`fewstep.distillation.sources`).
+Synthesised sets, which hold latents, are the one other source (`fewstep.distillation.checks`).
 """
 
 from __future__ import annotations

@@ -22,16 +22,30 @@ from fewstep.common.errors import UserError, did_you_mean
 from fewstep.common.extras import VALIDATION_PACKAGES, check_installed
 from fewstep.common.files import read_mapping
 from fewstep.common.safetensors_header import read_safetensors_header
-from fewstep.data.sources import ImageFolder, Shards, read_named_prompts
+from fewstep.data.config import DataConfig
+from fewstep.data.sources import CaptionedSource, ImageFolder, Shards, open_captioned, read_named_prompts
 from fewstep.distillation.config import DistillConfig
-from fewstep.distillation.sources import Source, open_source
-from fewstep.distillation.synthesis.record import SynthesizedSet
+from fewstep.distillation.synthesis.record import SynthesizedSet, is_synthesis, open_set
 from fewstep.inference.multilingual.settings import PACKAGES
 from fewstep.methods.config import ConsistencyConfig
 from fewstep.methods.rewards.registry import check_scorer
 from fewstep.students.lora_checks import check_lora
 from fewstep.students.lora_file import CONDITIONING, student_of_run
 from fewstep.students.lora_header import LoraHeader, base_shapes
+
+Source = CaptionedSource | SynthesizedSet
+
+
+def open_source(config: DataConfig, teacher: PipelineFolder) -> Source:
+    """Parse and check `data.source`, for pictures of `data.size` or of the teacher's own size.
+
+    Raises:
+        UserError: as `open_captioned`, or as `open_set` for a synthesised set.
+    """
+    folder = Path(config.source)
+    if is_synthesis(folder):
+        return open_set(folder)
+    return open_captioned(config.source, config.size or teacher.picture_size)
 
 
 class Inputs(NamedTuple):

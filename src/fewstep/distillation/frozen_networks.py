@@ -20,8 +20,8 @@ from fewstep.common.defaults import world
 from fewstep.common.errors import UserError
 from fewstep.common.files import sha256, short_digest
 from fewstep.data.sources import WorldData
+from fewstep.distillation.checks import Source
 from fewstep.distillation.config import DistillConfig
-from fewstep.distillation.sources import Source
 from fewstep.methods.latent_lpips.settings import LatentLpipsTrainConfig
 from fewstep.methods.rewards.reward import PreferenceScorer
 from fewstep.methods.terms import FrozenNetworks, Reward

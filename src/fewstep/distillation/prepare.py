@@ -23,12 +23,11 @@ from fewstep.data.images import Captioned
 from fewstep.data.latents import LatentSet
 from fewstep.data.sources import WorldData, read_captioned
 from fewstep.diffusion.denoiser import BASE, Condition, Denoiser, computed_in
-from fewstep.distillation.checks import Inputs, read_inputs
+from fewstep.distillation.checks import Inputs, Source, read_inputs
 from fewstep.distillation.config import DistillConfig
 from fewstep.distillation.frozen_networks import latent_lpips_folder, load_frozen_networks
 from fewstep.distillation.nfe_counter import NfeCounter
 from fewstep.distillation.run_data import CaptionedData, EncodedData, encode_set, open_data, validation_inputs
-from fewstep.distillation.sources import Source
 from fewstep.distillation.synthesis.record import SynthesizedSet
 from fewstep.distillation.trajectory import Trajectories, cached_trajectories
 from fewstep.methods.adversarial import FeatureCritic

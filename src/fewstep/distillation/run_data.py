@@ -35,8 +35,8 @@ from fewstep.data.latents import (
 )
 from fewstep.data.prompts import is_prompt_file
 from fewstep.data.sources import CaptionedSource, WorldData, read_captioned, read_named_prompts
+from fewstep.distillation.checks import Source
 from fewstep.distillation.config import DistillConfig
-from fewstep.distillation.sources import Source
 from fewstep.distillation.synthesis.reader import training_set
 from fewstep.distillation.synthesis.record import SynthesizedSet
 from fewstep.distillation.trajectory import Trajectories, drawn_prompts

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from fewstep.methods.rewards.clip import CosineScorer, load_clip_folder
-from fewstep.methods.rewards.licences import PICKSCORE
 from fewstep.methods.rewards.registry import ScorerFiles
+from fewstep.methods.rewards.reward import PICKSCORE
 
 
 def load(files: ScorerFiles, device: torch.device, dtype: torch.dtype) -> CosineScorer:
