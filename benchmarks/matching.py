@@ -185,12 +185,10 @@ def learn(room: Room, out: Path) -> Trained:
     case = room.case
     first = OptimConfig(lr=case.lr, decay="cosine", ema=0.99)
     optim = OptimConfig(lr=case.lr) if case.matching else first
-    plan = make_update_plan(
-        case.method, optim, room.student, room.denoiser, lambda batch, rng: sample_of(batch["items"])
-    )
+    plan = make_update_plan(case.method, optim, room.student, room.denoiser)
 
     def fetch(items: np.ndarray, rng: KeyedRng) -> Batch:
-        return {"items": items}
+        return {"sample": sample_of(items)}
 
     with RunLog(out, case, title=case.name, quiet=True) as log:
         return train(plan, fetch, 2**20, case.loop, log, make_accelerator("fp32", torch.device("cpu")))

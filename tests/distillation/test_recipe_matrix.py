@@ -18,7 +18,7 @@ from fewstep.distillation.config import resolve
 from fewstep.inference.generator import ImageGenerator, load_image_generator
 from fewstep.methods.recipes import rows
 from fewstep_worlds.plane.settings import resolve_plane
-from fewstep_worlds.plane.train import PlaneRun, measure, plane_plan, set_up, train_plane, training_points
+from fewstep_worlds.plane.train import PlaneRun, fetch_of, measure, plane_plan, set_up, train_plane, training_points
 from support.interrupt import stopped_in_call
 
 SMALL = [
@@ -163,12 +163,12 @@ def test_the_loss_of_one_batch_falls(recipe: str, kind: str, path: str, predicti
         "method.target=ema", "method.balance=fixed",
     ]  # fmt: skip
     play = set_up(resolve_plane(recipe, words).each_stage()[0])
-    update = plane_plan(play, training_points(play))[0]
-    batch = {"items": np.arange(64)}
+    update, fetch = plane_plan(play)[0], fetch_of(play, training_points(play))
     optimiser = torch.optim.Adam(update.parameters.values(), lr=1e-3)
     losses = []
     for _ in range(60):
-        loss = update.loss(batch, KeyedRng(0, 0, tuple(range(64))))
+        rng = KeyedRng(0, 0, tuple(range(64)))
+        loss = update.loss(fetch(np.arange(64), rng), rng)
         losses.append(float(loss.per_sample.mean()))
         optimiser.zero_grad()
         loss.value.backward()

@@ -355,7 +355,7 @@ def test_differences_are_divided_by_the_pull() -> None:
 def test_terms_are_balanced_at_the_last_layer(kind: str, clip: tuple[float, float]) -> None:
     """CTM's factors |g_consistency| / (|g_term| + 1e-4) at the student's outlet; the critic's alone has a clip."""
     from fewstep_worlds.plane.settings import resolve_plane
-    from fewstep_worlds.plane.train import plane_plan, set_up, training_points
+    from fewstep_worlds.plane.train import fetch_of, plane_plan, set_up, training_points
 
     words = ["base=exact", f"student.kind={kind}", "width=16", "count=200"]
     words.append(f"method.adversarial.clip=[{clip[0]},{clip[1]}]")
@@ -368,7 +368,8 @@ def test_terms_are_balanced_at_the_last_layer(kind: str, clip: tuple[float, floa
         with torch.no_grad():  # away from the start, where the student is the teacher and has no gradient
             for parameter in play.student.parameters("student").values():
                 parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-        loss = plane_plan(play, training_points(play))[0].loss({"items": torch.arange(64).numpy()}, AT_THE_END)
+        batch = fetch_of(play, training_points(play))(torch.arange(64).numpy(), AT_THE_END)
+        loss = plane_plan(play)[0].loss(batch, AT_THE_END)
         return torch.autograd.grad(loss.value, outlet)[0]
 
     own = slope(*without.values(), "method.balance=fixed")
@@ -410,7 +411,7 @@ def test_the_critic_starts_at_its_share_of_the_run() -> None:
     recipe has the released clip, and the start is a share: a run of any length comes to it.
     """
     from fewstep_worlds.plane.settings import resolve_plane
-    from fewstep_worlds.plane.train import plane_plan, set_up, training_points
+    from fewstep_worlds.plane.train import fetch_of, plane_plan, set_up, training_points
 
     adversarial = resolve("ctm").method.adversarial
     assert adversarial.clip == (0.01, 10.0)
@@ -420,10 +421,10 @@ def test_the_critic_starts_at_its_share_of_the_run() -> None:
     def loss_at(step: int, steps: int, *more: str) -> tuple[Tensor, set[str]]:
         words = ["base=exact", "width=16", "count=200", "method.adversarial.start=0.3", *more]
         play = set_up(resolve_plane("ctm", words))
-        updates = plane_plan(play, training_points(play))
+        updates = plane_plan(play)
         rng = KeyedRng(0, step, tuple(range(16)), steps=steps)
         due = {update.name for update in updates if update.due(step, steps)}
-        loss = updates[0].loss({"items": torch.arange(16).numpy()}, rng)
+        loss = updates[0].loss(fetch_of(play, training_points(play))(torch.arange(16).numpy(), rng), rng)
         assert ("critic" in due) == ("adversarial" in loss.scalars)
         return loss.value.detach(), set(loss.scalars)
 

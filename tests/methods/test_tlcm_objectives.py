@@ -243,11 +243,11 @@ def test_a_pair_is_made_once_for_all_updates_of_a_micro_batch() -> None:
         calls += 1
         return x
 
-    stage = PairCache(method_of(rollout=1), Denoiser(call, PATHS["flow"], "x0"), lambda batch, rng: sample_of(4))
-    first = drawn(4)
-    assert stage.pair({}, first) is stage.pair({}, first)
+    stage = PairCache(method_of(rollout=1), Denoiser(call, PATHS["flow"], "x0"))
+    first, batch = drawn(4), {"sample": sample_of(4)}
+    assert stage.pair(batch, first) is stage.pair(batch, first)
     assert calls == 1
-    assert stage.pair({}, drawn(4, 1)) is not stage.pair({}, first)
+    assert stage.pair(batch, drawn(4, 1)) is not stage.pair(batch, first)
 
 
 # ---- distribution matching

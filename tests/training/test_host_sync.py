@@ -117,16 +117,19 @@ class Meta:
         torch.autograd.backward(loss, **options)
 
 
-def drive(plan: Sequence[Update]) -> tuple[Unwaiting, list[UpdateState]]:
+def drive(
+    plan: Sequence[Update], fetch: Callable[[KeyedRng], Batch] = lambda _: {}
+) -> tuple[Unwaiting, list[UpdateState]]:
     """One step of a plan in the loop's own hands, in two micro-batches, with an average: nothing waits in it."""
     exclusive: Any = Meta()
     running = [UpdateState(update, META) for update in plan]
     with unwaiting() as seen:
         for part in range(2):
             rng = KeyedRng(0, 0, (2 * part, 2 * part + 1), META)
+            batch = fetch(rng)
             for r in running:
                 others = [p for other in running if other is not r for p in other.parameters]
-                r.backward({}, rng, exclusive, 2, others)
+                r.backward(batch, rng, exclusive, 2, others)
             assert not rng._ahead, "what a start draws is what is drawn ahead for it"
         learning = [any(p.grad is not None for p in r.parameters) for r in running]
         for r in running:
@@ -151,13 +154,13 @@ def test_nothing_waits_in_a_step(family: str, method: str, backbone_of: Callable
     denoiser = Denoiser(student.call, backbone.path, backbone.prediction, backbone.embedded_guidance)
     sample = MicroBatch(torch.zeros(2, *backbone.latent_shape, device=META), condition, null)
 
-    def ahead(batch: Batch, rng: KeyedRng) -> MicroBatch:
+    def fetch(rng: KeyedRng) -> Batch:
         for purpose in noise_purposes(config):
             rng.draw_ahead(purpose, backbone.latent_shape)
-        return sample
+        return {"sample": sample}
 
-    plan = make_update_plan(config, OptimConfig(ema=0.9, clip=1.0), student, denoiser, ahead)
-    seen, running = drive(plan)
+    plan = make_update_plan(config, OptimConfig(ema=0.9, clip=1.0), student, denoiser)
+    seen, running = drive(plan, fetch)
     assert seen.crossed > 0, "noise, times and coefficients do"
     assert set(running[0].averages) == ({"ema", "follower"} if config.target == "ema" else {"ema"})
     assert all(average.updates == 1 for r in running for average in r.averages.values())

@@ -89,7 +89,7 @@ class Run:
         if method.adversarial.weight:
             critic = FeatureCritic(self.features, self.backbone.feature_channels, seed=self.config.loop.seed)
             frozen = replace(frozen, critic=critic.to(self.backbone.device))
-        return make_update_plan(method, optim, self.student, self.counted, lambda batch, _: batch["sample"], frozen)
+        return make_update_plan(method, optim, self.student, self.counted, frozen)
 
     @property
     def inputs(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -11,16 +11,13 @@ from fewstep.diffusion.denoiser import FAKE, Denoiser
 from fewstep.methods.config import ConsistencyConfig
 from fewstep.methods.consistency import consistency_loss, critic_loss, make_pair
 from fewstep.methods.distribution_matching import fake_loss, fake_points
-from fewstep.methods.pair import MicroBatch, Pair
+from fewstep.methods.pair import Pair
 from fewstep.methods.terms import FrozenNetworks, terms_of
 from fewstep.training.config import OptimConfig
 from fewstep.training.loss import Loss
 from fewstep.training.roles import copy_role
 from fewstep.training.student import Student
 from fewstep.training.update import Batch, EmaTarget, Update
-
-MicroBatchOf = Callable[[Batch, KeyedRng], MicroBatch]
-"""(the loop's batch, rng) -> the micro-batch that the losses take."""
 
 
 def roles_of(method: ConsistencyConfig) -> tuple[str, ...]:
@@ -43,14 +40,14 @@ class PairCache:
     All updates of a step take their gradients at the weights of its start, and x_{t_n+k} may take many network calls.
     """
 
-    def __init__(self, method: ConsistencyConfig, denoiser: Denoiser, micro_batch_of: MicroBatchOf) -> None:
-        self._method, self._denoiser, self._micro_batch_of = method, denoiser, micro_batch_of
+    def __init__(self, method: ConsistencyConfig, denoiser: Denoiser) -> None:
+        self._method, self._denoiser = method, denoiser
         self._held: tuple[KeyedRng, Pair] | None = None
 
     def pair(self, batch: Batch, rng: KeyedRng) -> Pair:
-        """Return the pair of this micro-batch, which its `rng` object identifies."""
+        """Return the pair of a micro-batch, batch["sample"], which its `rng` object identifies."""
         if self._held is None or self._held[0] is not rng:
-            self._held = rng, make_pair(self._method, self._denoiser, self._micro_batch_of(batch, rng), rng)
+            self._held = rng, make_pair(self._method, self._denoiser, batch["sample"], rng)
         return self._held[1]
 
 
@@ -59,12 +56,14 @@ def make_update_plan(
     optim: OptimConfig,
     student: Student,
     denoiser: Denoiser,
-    micro_batch_of: MicroBatchOf,
     frozen_networks: FrozenNetworks | None = None,
 ) -> list[Update]:
-    """Return the student's update, and those of a fake score and a critic where the recipe has them."""
+    """Return the student's update, and those of a fake score and a critic where the recipe has them.
+
+    Their batches hold a `MicroBatch` as "sample".
+    """
     frozen_networks = frozen_networks or FrozenNetworks()
-    pairs = PairCache(method, denoiser, micro_batch_of)
+    pairs = PairCache(method, denoiser)
     terms, outlet = terms_of(method, frozen_networks), student.outlet("student")
 
     def student_loss(batch: Batch, rng: KeyedRng) -> Loss:

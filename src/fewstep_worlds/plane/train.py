@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -161,7 +161,7 @@ def train_plane(config: PlaneConfig, out: Path, quiet: bool = False, base: Path 
         if start is not None:
             start_from(stage.method, run.student, start)
         points = training_points(run)
-        plan, accelerator = plane_plan(run, points), make_accelerator("fp32", torch.device("cpu"))
+        plan, fetch, accelerator = plane_plan(run), fetch_of(run, points), make_accelerator("fp32", torch.device("cpu"))
         title = f"playground {stage.recipe}"
         trained = fit(title, plan, fetch, len(points), folder, stage, stage.loop, accelerator, inputs, quiet=quiet)
         start = trained["student"]
@@ -169,26 +169,26 @@ def train_plane(config: PlaneConfig, out: Path, quiet: bool = False, base: Path 
     return replace(run, config=config)
 
 
-def plane_plan(run: PlaneRun, points: Tensor) -> list[Update]:
-    """Return the update plan of the recipe on batches of item numbers of the training points."""
+def plane_plan(run: PlaneRun) -> list[Update]:
+    """Return the update plan of the recipe, on batches of `fetch_of`."""
     config = run.config
-
-    def micro_batch(batch: Batch, rng: KeyedRng) -> MicroBatch:
-        x = points[torch.from_numpy(batch["items"])]
-        if config.method.start != "trajectory":
-            return MicroBatch(x, {}, {})
-        stored = StoredPoints.of(x, draw_times(config.method, run.denoiser.path, rng))
-        return MicroBatch(x[:, 0], {}, {}, torch.zeros(len(x), dtype=torch.float64), stored)
-
     critic = PlaneCritic(config.width, config.loop.seed) if config.method.adversarial.weight else None
-    return make_update_plan(
-        config.method, config.optim, run.student, run.denoiser, micro_batch, FrozenNetworks(critic=critic)
-    )
+    frozen = FrozenNetworks(critic=critic)
+    return make_update_plan(config.method, config.optim, run.student, run.denoiser, frozen)
 
 
-def fetch(items: np.ndarray, _: KeyedRng) -> Batch:
-    """Return the item numbers as the batch; the loss indexes the points."""
-    return {"items": items}
+def fetch_of(run: PlaneRun, points: Tensor) -> Callable[[np.ndarray, KeyedRng], Batch]:
+    """Return the function that takes a micro-batch of the training points."""
+    method, path = run.config.method, run.denoiser.path
+
+    def fetch(items: np.ndarray, rng: KeyedRng) -> Batch:
+        x = points[torch.from_numpy(items)]
+        if method.start != "trajectory":
+            return {"sample": MicroBatch(x, {}, {})}
+        stored = StoredPoints.of(x, draw_times(method, path, rng))
+        return {"sample": MicroBatch(x[:, 0], {}, {}, torch.zeros(len(x), dtype=torch.float64), stored)}
+
+    return fetch
 
 
 def check_run(config: PlaneConfig) -> None:
