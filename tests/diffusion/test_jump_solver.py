@@ -69,6 +69,13 @@ def global_order(solver: SolverName, path: Path, start: float, stop: float, coun
     return -slope([float(n) for n in counts], errors)
 
 
+def cdf(mixture: Mixture, x: Tensor, t: Tensor) -> Tensor:
+    """P(X_t <= x) of a one-dimensional mixture, x [B, 1] -> [B]; the PF-ODE keeps it constant."""
+    alpha, sigma = mixture.path.alpha(t)[:, None], mixture.path.sigma(t)[:, None]
+    std = (alpha.square() * mixture.stds.square() + sigma.square()).sqrt()
+    return (mixture.weights * torch.special.ndtr((x - alpha * mixture.means[:, 0]) / std)).sum(1)
+
+
 def test_exact_flow_agrees_with_the_closed_forms() -> None:
     """The ruler itself: numeric flow against the formula of one Gaussian, and quantiles on the line."""
     for path in PATHS.values():
@@ -80,7 +87,7 @@ def test_exact_flow_agrees_with_the_closed_forms() -> None:
         line = two_modes_line(path)
         x = line.sample(500, path.noisiest, torch.Generator().manual_seed(1))
         t, s = times_of(path.noisiest, x), times_of(path.clean, x)
-        assert float((line.cdf(line.flow(x, t, s, steps=256), s) - line.cdf(x, t)).abs().max()) < 1e-8
+        assert float((cdf(line, line.flow(x, t, s, steps=256), s) - cdf(line, x, t)).abs().max()) < 1e-8
 
 
 def test_exact_teacher_is_the_score() -> None:

@@ -89,13 +89,6 @@ class Mixture:
         noised: Tensor = expand(self.path.alpha(now), x_0) * x_0 + expand(self.path.sigma(now), x_0) * eps
         return noised
 
-    def cdf(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return P(X_t <= x) of a one-dimensional mixture, x [B, 1] -> [B]; the PF-ODE keeps it constant."""
-        alpha, sigma = self.path.alpha(t)[:, None], self.path.sigma(t)[:, None]
-        std = (alpha.square() * self.stds.square() + sigma.square()).sqrt()
-        below: Tensor = torch.special.ndtr((x - alpha * self.means[:, 0]) / std)
-        return (self.weights * below).sum(1)
-
     def energy(self, x: Tensor, t: float) -> float:
         """Return the squared energy distance between the points x [N, 2] and the marginal p_t.
 

@@ -19,15 +19,13 @@ def names() -> list[str]:
     return sorted(p.name[:-5] for p in resources.files(__name__).iterdir() if p.name.endswith(".yaml"))
 
 
-LISTS = ("tlcm",)
-"""Recipes that run several objectives one after another, from prompts alone."""
-WHOLE = ("lcm-full",)
-"""Recipes of full training alone: `lcm` again, with guidance as an input of the network."""
+NO_ROWS = ("tlcm", "lcm-full")
+"""Recipes that are no row of the table: a list of objectives, and `lcm` for full training with guidance as an input."""
 
 
 def rows() -> list[str]:
     """Return the names of the bundled recipes that are rows of the table."""
-    return [name for name in names() if name not in (*LISTS, *WHOLE)]
+    return [name for name in names() if name not in NO_ROWS]
 
 
 ABOUT = ("paper", "about")
