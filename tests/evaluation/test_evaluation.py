@@ -219,11 +219,11 @@ def test_kid_of_answers_to_the_same_prompts_is_unbiased() -> None:
     error = np.std(matched) / np.sqrt(len(matched))
     assert abs(np.mean(matched)) < 3 * error
     assert np.mean(plain) < -10 * error, "pairs of one prompt would lower it"
-    shifted = metric.reduce_matched(x + 0.5, y, 0)
+    shifted = metric.reduce(x + 0.5, y, 0, matched=True)
     assert shifted.low is not None
     assert shifted.low > 0
     with pytest.raises(UserError, match="40 and 30 pictures cannot have the same prompts"):
-        metric.reduce_matched(x, y[:30], 0)
+        metric.reduce(x, y[:30], 0, matched=True)
 
 
 def test_kid_interval_covers_the_true_distance() -> None:
@@ -462,7 +462,7 @@ def test_evaluate_puts_everything_beside_each_figure(real: emoji8.Emoji8, coarse
     assert figures["redness"].floor == pytest.approx(reference.floor[:600, :, :, 0].mean())
     floor = metrics[1].distance(coarse(reference.floor[:600]), coarse(reference.pictures))  # type: ignore[union-attr]
     assert figures[kid].floor == pytest.approx(floor)
-    to_teacher = metrics[1].reduce_matched(coarse(pictures), coarse(reference.floor), 5)  # type: ignore[union-attr]
+    to_teacher = metrics[1].reduce(coarse(pictures), coarse(reference.floor), 5, matched=True)  # type: ignore[call-arg]
     assert figures[kid + TO_TEACHER] == replace(to_teacher, identity=figures[kid + TO_TEACHER].identity), (
         "sets are compared with those of other noise"
     )
