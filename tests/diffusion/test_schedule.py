@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,7 +13,6 @@ from fewstep.common.choices import Prediction
 from fewstep.common.errors import UserError
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.schedule import (
-    PREDICTIONS,
     PURE_NOISE,
     FlowMatching,
     Path,
@@ -145,7 +144,7 @@ def test_index_0_is_not_clean_in_any_precision() -> None:
         assert path.log_snr(t).dtype == path.alpha(t).dtype == torch.float64
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", get_args(Prediction))
 @pytest.mark.parametrize("name", PATHS)
 def test_output_means_what_it_was_made_from(name: str, prediction: Prediction) -> None:
     path = PATHS[name]
@@ -163,7 +162,7 @@ def test_output_means_what_it_was_made_from(name: str, prediction: Prediction) -
     assert float((alpha * found.x0 + sigma * found.eps - x_t).abs().max() / x_t.abs().max()) < 1e-12
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", get_args(Prediction))
 @pytest.mark.parametrize("name", PATHS)
 def test_clean_data_stay_for_every_network_output(name: str, prediction: Prediction) -> None:
     path = PATHS[name]
