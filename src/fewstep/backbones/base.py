@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from fewstep.backbones.autoencoder import at_once, encode_pictures, from_network_scale, to_bytes
@@ -23,7 +24,7 @@ from fewstep.backbones.pipeline_folder import PipelineFolder, read_folder
 from fewstep.backbones.scheduler_config import path_of, prediction_of
 from fewstep.backbones.weight_files import weight_files
 from fewstep.common.errors import NotFiniteError, UserError
-from fewstep.common.tensors import first_not_finite
+from fewstep.common.tensors import finite
 from fewstep.diffusion.denoiser import Condition
 from fewstep.diffusion.schedule import index_of
 
@@ -279,8 +280,12 @@ class Backbone(ABC):
 
 def bad_weights(folder: PipelineFolder) -> str:
     """Return a message that names a pipeline's weight file with a number that is not finite; "" if all are finite."""
-    found = first_not_finite(file for part in folder.family.weighed for file in weight_files(folder.path / part))
-    return f"{found[0]} holds numbers that are not finite, in {found[1]}; fetch it again" if found else ""
+    for file in (file for part in folder.family.weighed for file in weight_files(folder.path / part)):
+        with safe_open(file, "pt") as stream:
+            for name in stream.keys():  # noqa: SIM118, it is no mapping
+                if not finite(stream.get_tensor(name)):
+                    return f"{file} holds numbers that are not finite, in {name}; fetch it again"
+    return ""
 
 
 @contextmanager

@@ -150,13 +150,15 @@ def _reason(error: BaseException) -> str:
     return known or re.split(r"(?<=[a-z)])\. ", " ".join(str(error).split()))[0] or type(error).__name__
 
 
-def teacher_path(named: str | Path) -> Path:
-    """Return a teacher's pipeline folder; the bundled one for "".
+def teacher_path(named: Path | str, config: Path | str = "") -> Path:
+    """Return a teacher's pipeline folder, converted or fetched first; the bundled one for "".
 
     Raises:
-        UserError: as `teacher_folder`.
+        UserError: as `teacher_folder`; a config without a teacher.
     """
-    return teacher_folder(named) if named else world("teacher").root() / "teacher"
+    if config and not named:
+        raise UserError(f"teacher_config = {str(config)!r} is for a single-file teacher; give --teacher, or remove it")
+    return teacher_folder(named, config) if named else world("teacher").root() / "teacher"
 
 
 def read_teacher(teacher: Path | str = "", config: Path | str = "") -> PipelineFolder:
@@ -166,17 +168,11 @@ def read_teacher(teacher: Path | str = "", config: Path | str = "") -> PipelineF
         teacher, config: as `teacher_folder`.
 
     Raises:
-        UserError: as `named_teacher`, `teacher_path` and `pipeline_folder.read_folder`.
+        UserError: as `teacher_path` and `pipeline_folder.read_folder`.
     """
-    return read_folder(teacher_path(named_teacher(teacher, config)))
+    return read_folder(teacher_path(teacher, config))
 
 
 def named_teacher(teacher: Path | str, config: Path | str = "") -> str:
-    """Return a teacher's folder as settings name it, converted or fetched first; "" for the bundled one.
-
-    Raises:
-        UserError: as `teacher_folder`; a config without a teacher.
-    """
-    if config and not teacher:
-        raise UserError(f"teacher_config = {str(config)!r} is for a single-file teacher; give --teacher, or remove it")
-    return str(teacher_folder(teacher, config)) if teacher else ""
+    """Return a teacher's folder as settings name it, see `teacher_path`; "" for the bundled one."""
+    return str(teacher_path(teacher, config)) if teacher or config else ""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -41,16 +41,6 @@ def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
         if not finite(tensor):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise NotFiniteError(f"{what}: {name} ({kind}) holds numbers that are not finite")
-
-
-def first_not_finite(files: Iterable[Path]) -> tuple[Path, str] | None:
-    """Return the first safetensors file, and in it the first tensor, with a number that is not finite."""
-    for file in files:
-        with safe_open(file, "pt") as stream:
-            for name in stream.keys():  # noqa: SIM118, it is no mapping
-                if not finite(stream.get_tensor(name)):
-                    return file, name
-    return None
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
