@@ -119,16 +119,13 @@ class Rows(Protocol):
 
     def __len__(self) -> int:
         """Return the number of rows."""
-        ...
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         """Return rows by index, int64 [B] -> [B, ...]."""
-        ...
 
     @property
     def nbytes(self) -> int:
         """Bytes of all rows."""
-        ...
 
 
 class MappedRows:

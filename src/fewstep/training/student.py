@@ -27,33 +27,26 @@ class Host(Protocol):
     @property
     def targets(self) -> Sequence[str]:
         """Suffixes of the names of the layers that a LoRA adapts."""
-        ...
 
     @property
     def outlets(self) -> Sequence[str]:
         """Prefixes of the names of the network's last layers, the very last one first."""
-        ...
 
     def call(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Call the network."""
-        ...
 
     def time_embedding(self, network: nn.Module) -> nn.Module:
         """Return the time embedding of a network, whose output is [B, width]."""
-        ...
 
     @property
     def time_width(self) -> int:
         """Width of the time embedding's output."""
-        ...
 
     def embeds_guidance(self, network: nn.Module) -> bool:
         """Return whether a network embeds the guidance w by a layer of its own."""
-        ...
 
     def add_guidance_embedding(self, network: nn.Module) -> None:
         """Add such a layer, of zeros, to a network whose class supports one and that has none."""
-        ...
 
 
 @dataclass(frozen=True)
