@@ -120,8 +120,7 @@ def parse(text: str, annotation: Any = None) -> Any:
 
 def dump(data: Any) -> str:
     """Return a mapping as YAML that `load` and readers of YAML 1.1 read alike."""
-    text: str = yaml.dump(data, Dumper=CoreDumper, sort_keys=False, allow_unicode=True)
-    return text
+    return yaml.dump(data, Dumper=CoreDumper, sort_keys=False, allow_unicode=True)
 
 
 def is_text(annotation: Any) -> bool:

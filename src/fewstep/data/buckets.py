@@ -171,7 +171,6 @@ def shape_order(
             short = -len(shuffled) % batch
             batches.append(np.resize(shuffled, len(shuffled) + short).reshape(-1, batch))
         every = np.concatenate(batches)
-        ordered: np.ndarray = every[draw.permutation(len(every))].reshape(-1)
-        return ordered
+        return every[draw.permutation(len(every))].reshape(-1)
 
     return partial(endless, epoch, length)

@@ -36,8 +36,7 @@ class HeldPictures:
 
     def read(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return some of them."""
-        chosen: np.ndarray = self.array[np.asarray(rows, dtype=np.int64)]
-        return chosen
+        return self.array[np.asarray(rows, dtype=np.int64)]
 
     def identities(self) -> list[bytes]:
         """Return the SHA-256 of each picture's pixels."""
