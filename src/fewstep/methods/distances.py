@@ -46,16 +46,17 @@ def huber_norm(gap: Tensor, c: float) -> Tensor:
     return result
 
 
+def unit(x: Tensor) -> Tensor:
+    """Scale a map's vectors over the channels to length 1, [B, C, ...]; zeros stay zero."""
+    return x / (x.square().sum(1, keepdim=True) + 1e-10).sqrt()
+
+
 def feature_distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """Return LPIPS's distance without its learned weights (arXiv 1801.03924, eq 1), [B].
 
     Each map's vectors are normalised over the channels. Squared differences are summed over the channels, averaged over
     the places and summed over the maps.
     """
-
-    def unit(x: Tensor) -> Tensor:
-        return x / (x.square().sum(1, keepdim=True) + 1e-10).sqrt()
-
     parts = [(unit(x) - unit(y)).square().sum(1).flatten(1).mean(1) for x, y in zip(a, b, strict=True)]
     return torch.stack(parts).sum(0)
 

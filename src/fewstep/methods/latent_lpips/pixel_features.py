@@ -13,6 +13,7 @@ from torch import Tensor
 from fewstep.evaluation.features import NetworkIdentity
 from fewstep.evaluation.lite0 import SIZE, make_lite0
 from fewstep.evaluation.lite0_weights import CONVERTED_SHA256, LICENCE, load_weights
+from fewstep.methods.distances import unit
 
 LARGEST = 256
 """Edge of the network's largest input; larger pictures are resized to it."""
@@ -72,11 +73,6 @@ def decoder(backbone: Any) -> Decode:
         return torch.cat([(decoded.float() * 0.5 + 0.5).clamp(0, 1) for decoded in parts])
 
     return decode
-
-
-def unit(x: Tensor) -> Tensor:
-    """Scale a map's vectors over the channels to length 1, [B, C, ...]; zeros stay zero."""
-    return x / (x.square().sum(1, keepdim=True) + 1e-10).sqrt()
 
 
 def pair_distances(maps: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> Tensor:
