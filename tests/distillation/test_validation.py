@@ -20,7 +20,7 @@ from fewstep.distillation import distill as distillation
 from fewstep.distillation import validation as validation
 from fewstep.distillation.checks import open_source
 from fewstep.distillation.config import DistillConfig, resolve
-from fewstep.distillation.estimate import count_checks
+from fewstep.distillation.estimate import validation_cost
 from fewstep.distillation.estimate_run import estimate_run
 from fewstep.distillation.run_data import validation_prompts
 from fewstep.training.loss import Loss
@@ -170,13 +170,13 @@ def test_the_estimate_of_stored_trajectories(tiny_overrides: list[str]) -> None:
 def test_checks_are_counted_and_timed_like_the_steps() -> None:
     """1,000 steps, a check every 400: 3 of them; the teacher's 50 guided steps once."""
     words = ["loop.steps=1000", "loop.validate_every=400", "loop.batch=32", "validation.count=100", "sampling.steps=4"]
-    checks = count_checks(resolve("tcd", None, words), 1.0)
+    checks = validation_cost(resolve("tcd", None, words), 1.0)
     assert checks is not None
     assert (checks.first, checks.each, checks.count) == (10_000, 400, 3)
     # a step: teacher 2, target 1, student 1 and its backward pass 2
     assert checks.seconds == pytest.approx((10_000 + 3 * 400) / (32 * 6))
     assert "10000 network evaluations once for the teacher's pictures, 400 at each of 3 checks" in checks.line()
-    assert count_checks(resolve("tcd", None, ["loop.validate_every=null"]), 1.0) is None
+    assert validation_cost(resolve("tcd", None, ["loop.validate_every=null"]), 1.0) is None
 
 
 def test_the_encoders_are_not_kept_for_validation(watched: list[str], tiny_cache: Path, tmp_path: Path) -> None:

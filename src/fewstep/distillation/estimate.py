@@ -34,7 +34,7 @@ TIMED = 16
 
 
 @dataclass(frozen=True)
-class Checks:
+class ValidationCost:
     """The cost of a run's validation.
 
     Attributes:
@@ -58,7 +58,7 @@ class Checks:
         )
 
 
-def count_checks(config: DistillConfig, seconds_per_step: float) -> Checks | None:
+def validation_cost(config: DistillConfig, seconds_per_step: float) -> ValidationCost | None:
     """Return the cost of validation; None if the run has none."""
     every = config.loop.validate_every
     if not every:
@@ -68,7 +68,7 @@ def count_checks(config: DistillConfig, seconds_per_step: float) -> Checks | Non
     each = pictures * sampling.steps * (2 if sampling.omega > 0 else 1)
     count = math.ceil(config.loop.steps / every)
     evaluations = config.loop.batch / processes.world_size() * step_cost(config.method)
-    return Checks(first, each, count, (first + count * each) * seconds_per_step / evaluations)
+    return ValidationCost(first, each, count, (first + count * each) * seconds_per_step / evaluations)
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Estimated:
         saved_bytes: the peak of a micro-batch's activations, recomputed ones included, without weights and gradients.
         peak_bytes: the peak of a step on the GPU, activations included; None on the CPU.
         encoding_seconds: of pictures and captions, before the first step; 0 if all are encoded.
-        checks: cost of validation; None if there is none.
+        validation: cost of validation; None if there is none.
         too_large: why a step does not fit into this machine's memory, and what fits; empty if it fits.
         name: of the stage; empty for a run without stages.
         data: a line on what is used of the source and what is left out; empty if unknown.
@@ -104,7 +104,7 @@ class Estimated:
     saved_bytes: int = 0
     peak_bytes: int | None = None
     encoding_seconds: float = 0.0
-    checks: Checks | None = None
+    validation: ValidationCost | None = None
     too_large: str = ""
     name: str = ""
     data: str = ""
@@ -130,7 +130,7 @@ class Estimated:
             f"optimiser and averages, {self.saved_bytes / 2**20:.0f} MiB activations{peak}",
             f"disk     {self.data_bytes / 2**20:.0f} MiB latents and text states, read as they are needed",
             f"calls    network evaluations a sample and step: {in_words(self.calls)}",
-            *([self.checks.line()] if self.checks else []),
+            *([self.validation.line()] if self.validation else []),
             *([f"too much {self.too_large}"] if self.too_large else []),
         ]
 
@@ -240,6 +240,6 @@ def estimate(
         step_calls(config.method),
         activations,
         torch.cuda.max_memory_allocated(device) if on_gpu else None,
-        checks=count_checks(config, spent),
+        validation=validation_cost(config, spent),
         too_large=too_large,
     )
