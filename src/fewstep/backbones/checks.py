@@ -18,11 +18,11 @@ def check_sampling(sampling: Sampling, folder: PipelineFolder) -> None:
     check_guidance("", sampling, folder.embeds_guidance)
 
 
-def check_diffusion(field: str, folder: PipelineFolder) -> None:
+def check_diffusion(folder: PipelineFolder) -> None:
     """Refuse a consistency model in the place of a diffusion model: no solver follows its trajectories."""
     if folder.consistency:
         raise UserError(
-            f"{field} = {str(folder.path)!r} is a consistency model, whose trajectories no solver follows; give the "
+            f"teacher = {str(folder.path)!r} is a consistency model, whose trajectories no solver follows; give the "
             "diffusion model that it was distilled from (to train it further: student.kind = 'full', student.start = "
             "its folder, method.extra_conditioning = ['w'])"
         )

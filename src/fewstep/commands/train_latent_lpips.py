@@ -66,7 +66,7 @@ def train_latent_lpips(
         prompts = [row[0] for row in world("prompt_file").captions_alone(1, 0).captions]
     check_prompts(prompts)
     folder = read_teacher(teacher, teacher_config)
-    check_diffusion("teacher", folder)
+    check_diffusion(folder)
     check_writable(Path(out))
     check_same_run(Path(out), config)
     check_installed("train-latent-lpips", VALIDATION_PACKAGES)

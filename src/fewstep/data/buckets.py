@@ -28,7 +28,7 @@ WIDEST = 2.0
 """The largest aspect ratio of a bucket."""
 
 
-def bucket_shapes(size: int, unit: int, widest: float = WIDEST) -> list[Shape]:
+def bucket_shapes(size: int, unit: int) -> list[Shape]:
     """Return shapes of about size x size pixels, sides multiples of `unit`, from the tallest to the widest.
 
     Raises:
@@ -36,9 +36,9 @@ def bucket_shapes(size: int, unit: int, widest: float = WIDEST) -> list[Shape]:
     """
     check_side("data.size", size, unit)
     shapes = set()
-    for width in range(unit, int(size * math.sqrt(widest)) + unit, unit):
+    for width in range(unit, int(size * math.sqrt(WIDEST)) + unit, unit):
         height = max(unit, round(size * size / width / unit) * unit)
-        if max(width / height, height / width) <= widest:
+        if max(width / height, height / width) <= WIDEST:
             shapes |= {(width, height), (height, width)}
     return sorted(shapes, key=lambda shape: (shape[0] / shape[1], shape))
 

@@ -108,13 +108,12 @@ def read_captioned(source: CaptionedSource, size: int, captions: int, seed: int,
     return captioned
 
 
-def read_named_prompts(named: str, field: str) -> tuple[str, ...]:
-    """Read a prompt file, or one of the bundled world's lists.
-
-    Args:
-        field: the setting that names it, for errors.
+def read_named_prompts(named: str) -> tuple[str, ...]:
+    """Read `validation.prompts`: a prompt file, or one of the bundled world's lists.
 
     Raises:
         UserError: there is no such list, or the file holds no prompt.
     """
-    return tuple(read_prompts(named, field)) if is_prompt_file(named) else world(field).read_prompts(named)
+    if is_prompt_file(named):
+        return tuple(read_prompts(named, "validation.prompts"))
+    return world("validation.prompts").read_prompts(named)

@@ -80,7 +80,7 @@ def check_distillation(config: DistillConfig, folder: PipelineFolder) -> Inputs:
     Raises:
         UserError: no such data or validation prompts, a grid off the teacher's schedule, no such layers.
     """
-    check_diffusion("teacher", folder)
+    check_diffusion(folder)
     stages = config.each_stage()
     if config.data.size:
         folder.check_size("data.size", (config.data.size, config.data.size))
@@ -95,7 +95,7 @@ def check_distillation(config: DistillConfig, folder: PipelineFolder) -> Inputs:
     for stage in stages:
         if stage.loop.validate_every:
             if stage.validation.prompts:
-                read_named_prompts(stage.validation.prompts, "validation.prompts")
+                read_named_prompts(stage.validation.prompts)
             check_steps("validation.teacher_steps", stage.validation.teacher_steps, index_count(folder))
         check_grid("method.grid", stage.method.grid, folder)
         check_times("sampling.", stage.sampling, folder)

@@ -184,7 +184,7 @@ def validation_inputs(config: DistillConfig) -> dict[str, str]:
     named = config.validation.prompts
     if not (config.loop.validate_every and named and is_prompt_file(named)):
         return {}
-    prompts = json.dumps(list(read_named_prompts(named, "validation.prompts")))
+    prompts = json.dumps(list(read_named_prompts(named)))
     return {"watched prompts": hashlib.sha256(prompts.encode()).hexdigest()}
 
 
@@ -194,6 +194,6 @@ def validation_prompts(config: DistillConfig, source: Source, captions: Sequence
     If no list is named, the bundled world's data come with one, and other data have their captions alone.
     """
     named = config.validation.prompts or ("validation" if isinstance(source, WorldData) else "")
-    listed = read_named_prompts(named, "validation.prompts") if named else ()
+    listed = read_named_prompts(named) if named else ()
     pool = [*listed, *dict.fromkeys(caption for caption in captions if caption.strip() and caption not in listed)]
     return [pool[i % len(pool)] for i in range(config.validation.count)]

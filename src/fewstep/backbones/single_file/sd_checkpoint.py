@@ -48,7 +48,7 @@ def unet_keys(names: Iterable[str], prefix: str = UNET) -> dict[str, Place]:
     return {name: Place(f"{prefix}{modules[module]}.{kind}") for name, (module, _, kind) in split.items()}
 
 
-def vae_keys(names: Iterable[str], prefix: str = VAE) -> dict[str, Place]:
+def vae_keys(names: Iterable[str]) -> dict[str, Place]:
     """Return the places of an AutoencoderKL's tensors.
 
     In the original code up blocks are counted from the other end, and attention consists of 1 x 1 convolutions.
@@ -66,7 +66,7 @@ def vae_keys(names: Iterable[str], prefix: str = VAE) -> dict[str, Place]:
             place, _, rest = new.partition("mid.attn_1.")
             part, _, kind = rest.rpartition(".")
             new = f"{place}mid.attn_1.{NAMES['vae_attention'][part]}.{kind}"
-        found[name] = Place(f"{prefix}{new}", square=attends)
+        found[name] = Place(f"{VAE}{new}", square=attends)
     return found
 
 

@@ -104,7 +104,7 @@ def check_synthesis(config: SynthesisConfig, lines: Sequence[str], folder: Pipel
         UserError: times off the teacher's schedule, trajectories of a teacher without an unconditional branch, a folder
             that cannot be written to, that holds another set or other files of the same names, or that has no room.
     """
-    check_diffusion("teacher", folder)
+    check_diffusion(folder)
     check_trajectory(config.grid, config.end, folder)
     if config.kind == "trajectories" and folder.takes_guidance:
         raise UserError(
