@@ -24,7 +24,7 @@ from fewstep.diffusion.conditioned import ConditionedDenoiser
 from fewstep.diffusion.config import Sampling
 from fewstep.diffusion.denoiser import BASE, Condition
 from fewstep.inference.generator import ImageGenerator, image_generator_of
-from fewstep.methods.latent_lpips.pairs import FEW, MEMBERS, PAIRS, make_groups, partner
+from fewstep.methods.latent_lpips.pairs import FEW, MEMBERS, PAIRS, changes, estimates, partner
 from fewstep.methods.latent_lpips.pixel_features import Decode, PixelFeatures, decoder, pair_distances
 from fewstep.methods.latent_lpips.settings import PairConfig, check_prompts
 from fewstep.students.resolve import teacher_sampling
@@ -170,7 +170,8 @@ def draw_groups(config: PairConfig, backbone: Backbone, prompts: Sequence[str], 
     teacher = replace(unprompted, condition=prompted, null=empty, omega=omega)
     latent, other_seed, few, far = (x.to(device) for x in (latent, other_seed, few, far))
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        return make_groups(teacher, unprompted, latent, other_seed, few, far, rng).cpu()
+        estimated, changed = estimates(teacher, unprompted, latent, rng), changes(latent, other_seed, far, rng)
+        return torch.stack([latent, other_seed, few, *estimated, *changed, far], 1).float().cpu()  # as in MEMBERS
 
 
 def in_few_steps(

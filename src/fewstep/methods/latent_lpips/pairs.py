@@ -69,31 +69,6 @@ def partner(item: int) -> int:
     return item ^ 1
 
 
-@torch.no_grad()
-def make_groups(
-    teacher: ConditionedDenoiser,
-    unprompted: ConditionedDenoiser,
-    latent: Tensor,
-    other_seed: Tensor,
-    few: Tensor,
-    far: Tensor,
-    rng: KeyedRng,
-) -> Tensor:
-    """Return the members of each group in the order of `MEMBERS`, float32 [B, 12, C, h, w].
-
-    Args:
-        teacher: the teacher with the items' prompts and its guidance.
-        unprompted: the teacher with empty prompts.
-        latent: the teacher's latents, [B, C, h, w].
-        other_seed: latents of the same prompts from other noise.
-        few: latents from the same noise in few steps.
-        far: latents of other prompts.
-        rng: random numbers of the items.
-    """
-    estimated, changed = estimates(teacher, unprompted, latent, rng), changes(latent, other_seed, far, rng)
-    return torch.stack([latent, other_seed, few, *estimated, *changed, far], 1).float()
-
-
 def estimates(
     teacher: ConditionedDenoiser, unprompted: ConditionedDenoiser, latent: Tensor, rng: KeyedRng
 ) -> list[Tensor]:
