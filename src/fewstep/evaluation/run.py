@@ -25,7 +25,7 @@ from fewstep.evaluation.evaluate import (
 )
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.lite0 import Lite0Features
-from fewstep.evaluation.metric import Figure, Metric
+from fewstep.evaluation.metric import Figure
 from fewstep.inference.generator import ImageGenerator
 
 SCALED = 512
@@ -38,21 +38,6 @@ def folder_suite(files: Sequence[Path], n: int, size: int, seed: int, features: 
     reference = Reference.split(pool, n, seed) if len(pool) > 2 * n else Reference(pool)
     real = reference.pictures
     return Suite(reference, standard_suite(features, min(n, len(real)), real), features)
-
-
-def with_teacher_floors(
-    figures: Mapping[str, Figure],
-    prompts: Sequence[str],
-    metrics: Sequence[Metric],
-    teacher: TeacherPictures,
-    seed: int,
-) -> dict[str, Figure]:
-    """Return the set distances to the teacher, each with the teacher's own figure from other noise as its floor."""
-    if teacher.same is None:
-        return {}
-    sets = [metric for metric in metrics if metric.identity.against == "real"]
-    own = evaluate_pictures(teacher.same, prompts, sets, None, TeacherPictures(other=teacher.other), seed)
-    return {name: replace(figures[name], floor=floor.value) for name, floor in own.items()}
 
 
 def evaluate_generator(
@@ -91,7 +76,10 @@ def evaluate_generator(
         features = Features(Lite0Features(), out / "features")
         suite = folder_suite(real, n, size, seed, features) if real else world("real").suite(prompts, seed, features)
         figures = evaluate_pictures(pictures, prompts, suite.metrics, suite.reference, ends, seed)
-        figures |= with_teacher_floors(figures, prompts, suite.metrics, ends, seed)
+        if ends.same is not None:  # the floor of a set's distance to the teacher: the teacher's own, from other noise
+            sets = [metric for metric in suite.metrics if metric.identity.against == "real"]
+            own = evaluate_pictures(ends.same, prompts, sets, None, TeacherPictures(other=ends.other), seed)
+            figures |= {metric: replace(figures[metric], floor=floor.value) for metric, floor in own.items()}
         several = noises.reshape(-1, NOISES, *noises.shape[1:])
         figures |= diversity(features, several, seed, floor=suite.real_diversity)
         scale = detail_scale(suite.reference.some(SCALED, seed), seed)
