@@ -151,12 +151,6 @@ SHARD = 128
 """Trajectories in a file."""
 
 
-def method_key(method: ConsistencyConfig) -> str:
-    """Return the settings of a recipe that decide its trajectories, as JSON."""
-    used = {"grid", "end", "solver", "guidance"}
-    return json.dumps(method.model_dump(mode="json", include=used), sort_keys=True)
-
-
 def teacher_ode(method: ConsistencyConfig, denoiser: Denoiser) -> TeacherOde:
     """Return the teacher's guided ODE down the whole grid of a recipe, by its solver."""
     path = denoiser.path
@@ -194,7 +188,8 @@ def cached_trajectories(
     rows, omega = drawn_prompts(config, data.captions)
     computed, narrow = precision_outside(config, device)
     ode = teacher_ode(method, replace(denoiser, call=computed_in(denoiser.call, BASE, computed)))
-    decides = [backbone.folder.denoising, data.key, method_key(method), seed, config.data.empty_prompts]
+    used = method.model_dump(mode="json", include={"grid", "end", "solver", "guidance"})
+    decides = [backbone.folder.denoising, data.key, json.dumps(used, sort_keys=True), seed, config.data.empty_prompts]
     known = " ".join(map(str, [*decides, backbone.latent_shape, *([narrow] if narrow else [])]))
     digest = short_digest(known)
     _, height, width = backbone.latent_shape

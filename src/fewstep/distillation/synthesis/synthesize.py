@@ -28,7 +28,7 @@ from fewstep.common.mapped_tensors import map_tensors, write_rows
 from fewstep.diffusion.denoiser import Condition
 from fewstep.diffusion.grid import end_time, training_grid
 from fewstep.diffusion.samplers import step_between
-from fewstep.distillation.synthesis.planning import SynthesisCost, check_free, cost_of, fingerprints, prompt_entries
+from fewstep.distillation.synthesis.planning import check_free, cost_of, fingerprints, prompt_entries
 from fewstep.distillation.synthesis.record import (
     CONDITIONS,
     MANIFEST,
@@ -111,7 +111,10 @@ def synthesize(
         backbone.release_encoders()
         backbone.to_device()
         if not silent:
-            print("\n".join(_summary(out, plan, cost_of(config, lines, backbone.folder), missing)), file=sys.stderr)
+            there = plan.shards - len(missing)
+            cost = [*cost_of(config, lines, backbone.folder).lines()]
+            cost += [f"there    {there} of {plan.shards} shards already"] if there else []
+            print("\n".join([f"writes to {out}", *cost]), file=sys.stderr)
         number = {prompt: row for row, prompt in enumerate(distinct)}
         denoiser, settings = image_generator_of(backbone).denoiser, plan.settings
         step = partial(step_between, denoiser.path, solver=settings.solver)
@@ -218,16 +221,6 @@ def _conditions(out: Path, plan: Plan, distinct: Sequence[str], backbone: Backbo
         write_rows(part, len(distinct) + 1, ({k: v.half() for k, v in states.items()} for states in parts()))
     write_record(out, path)
     return map_tensors(path)
-
-
-def _summary(out: Path, plan: Plan, cost: SynthesisCost, missing: Sequence[int]) -> list[str]:
-    """Return lines on what is written where, and how much of it exists."""
-    there = plan.shards - len(missing)
-    return [
-        f"writes to {out}",
-        *cost.lines(),
-        *([f"there    {there} of {plan.shards} shards already"] if there else []),
-    ]
 
 
 def _draw(maker: ShardMaker, out: Path, missing: Sequence[int], silent: bool) -> None:

@@ -45,7 +45,7 @@ from fewstep.inference.schedulers.checks import (
     count_of_sigmas,
     scheduler_errors,
 )
-from fewstep.inference.schedulers.replay import ReplayError, as_batch, replay_outputs, replayed_times
+from fewstep.inference.schedulers.replay import ReplayError, replay_outputs, replayed_times
 
 COMPATIBLE = [
     *("TCDScheduler", "LCMScheduler", "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "UniPCMultistepScheduler"),
@@ -318,7 +318,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         x = sample.to(torch.promote_types(sample.dtype, torch.float32))
         if place % self.order == 0 or self._jump_start is None:
             self._jump_start, self._outputs = x, []
-        now = as_batch(self._call_times[place])
+        now = torch.tensor([self._call_times[place]], dtype=torch.float64)
         alpha, sigma = expand(self.noise_path.alpha(now), x), expand(self.noise_path.sigma(now), x)
         estimate = interpret(self.prediction, model_output.to(x.dtype), x, alpha, sigma)
         self._outputs.append(estimate)

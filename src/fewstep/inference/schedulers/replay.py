@@ -14,11 +14,6 @@ from fewstep.diffusion.jump import Denoise, Step
 from fewstep.diffusion.schedule import Estimate, Path
 
 
-def as_batch(t: float) -> Tensor:
-    """Return a time as a batch of one, float64 [1]."""
-    return torch.tensor([t], dtype=torch.float64)
-
-
 class ReplayError(Exception):
     """A jump needs a further network call: at x, time t."""
 
