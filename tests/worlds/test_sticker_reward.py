@@ -25,9 +25,10 @@ from fewstep_worlds.stickers.settings import RewardConfig
 
 CPU = torch.device("cpu")
 TINY = RewardConfig(
-    channels=(8, 8, 8),
+    channels=(8, 16, 16),
     blocks=(1, 1),
-    width=16,
+    groups=2,
+    width=32,
     layers=(1, 1),
     others=1,
     workers=0,
@@ -131,7 +132,7 @@ def test_training_teaches_the_colours_of_backgrounds(
     facts = {name: change for name, change in wrong_claims.FACTS.items() if name == "colour"}
     monkeypatch.setattr(wrong_claims, "FACTS", facts)
     monkeypatch.setattr(wrong_claims, "make_claim", lambda scene, _: full_claim(scene))
-    loop = LoopConfig(steps=150, batch=24, log_every=10)
+    loop = LoopConfig(steps=100, batch=24, log_every=10)
     optim = OptimConfig(lr=5e-3, betas=(0.9, 0.99), warmup=10)
     config = TINY.model_copy(update={"loop": loop, "optim": optim, "damaged": 0.0})
     network = reward_training.train_reward(config, tmp_path, make_accelerator("fp32", CPU), sticker_sheets)

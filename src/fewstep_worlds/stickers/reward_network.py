@@ -107,9 +107,7 @@ class Words(nn.Module):
         width = config.width
         self.embedding = nn.Embedding(words + 1, width, padding_idx=0)
         self.near = nn.Conv1d(width, width, 3, padding=1)
-        self.place = nn.Parameter(0.05 * torch.randn(LENGTH, width))
-        with torch.no_grad():
-            self.embedding.weight *= 0.1  # a rare word's vector is updated rarely
+        self.place = nn.Parameter(0.3 * torch.randn(LENGTH, width))
         self.layers = nn.ModuleList(TextLayer(width) for _ in range(config.layers[0]))
         self.norm = nn.LayerNorm(width)
         self.queries = nn.Linear(width, config.channels[1] + 1)
@@ -128,7 +126,7 @@ class RewardNetwork(nn.Module):
 
     Each word has a map of the cells, q f / sqrt(C) + b, whose answer is its mean, its soft maximum, the sum of its
     sigmoids (a count), and their centre and spread. A transformer compares the answers, and the logit is a sum of what
-    each word contributes.
+    each word contributes, directly and through the transformer.
     """
 
     def __init__(self, config: RewardConfig, words: int) -> None:
@@ -140,6 +138,8 @@ class RewardNetwork(nn.Module):
         self.layers = nn.ModuleList(TextLayer(config.width) for _ in range(config.layers[1]))
         self.last = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, 1))
         nn.init.normal_(self.last[1].weight, std=0.02)  # type: ignore[arg-type]
+        # without a direct path from a word's answer to the logit, training does not leave its first plateau
+        self.direct = nn.Parameter(torch.tensor([0.3, 0.3, 0.0, 0.0, 0.0, 0.0]))
         side = torch.linspace(-1, 1, CELLS)
         places = torch.stack([side.repeat(CELLS), side.repeat_interleave(CELLS)], 1)
         self.register_buffer("places", places, persistent=False)
@@ -158,7 +158,8 @@ class RewardNetwork(nn.Module):
         states = states + self.answers(answers).view(states.shape)
         for layer in self.layers:
             states = layer(states, missing(words.flatten(0, 1)))
-        result: Tensor = (self.last(states).float().view(words.shape) * (words > 0)).sum(-1)
+        parts = self.last(states).float().view(words.shape) + (answers @ self.direct).view(words.shape)
+        result: Tensor = (parts * (words > 0)).sum(-1)
         return result
 
     def read(self, cells: Tensor, queries: Tensor) -> Tensor:

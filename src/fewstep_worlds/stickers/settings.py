@@ -66,7 +66,7 @@ class RewardConfig(Config):
 
     channels: tuple[int, int, int] = Field((32, 64, 96), description="channels at 32x32, 16x16 and 8x8")
     blocks: tuple[int, int] = Field((2, 2), description="residual blocks at 16x16 and 8x8")
-    groups: int = Field(8, ge=1, description="groups of the group norms")
+    groups: int = Field(4, ge=1, description="groups of the group norms")
     width: int = Field(96, ge=4, multiple_of=4, description="numbers of a word's state")
     layers: tuple[int, int] = Field((2, 1), description="layers of the transformer before and after words query cells")
     others: int = Field(5, ge=0, description="prompts of other scenes that a picture is compared with")
