@@ -33,43 +33,10 @@ from fewstep.training.update import Batch, Update
 from fewstep_worlds.common.training import fit
 from fewstep_worlds.plane.mixture import Mixture, one_gaussian, ring, times_of
 from fewstep_worlds.plane.network import PlaneCritic, PlaneHost, PlaneNetwork, exact_output
-from fewstep_worlds.plane.settings import BaseConfig, PathName, PlaneConfig
+from fewstep_worlds.plane.settings import PathName, PlaneConfig
 
 TIMES = 1000
-"""Points of its training grid: all indices of Stable Diffusion's path."""
-
-
-def learn_base(
-    config: BaseConfig, network: PlaneNetwork, data: Mixture, out: Path, quiet: bool = False
-) -> Mapping[str, Tensor]:
-    """Train `network` to denoise draws from `data`, resuming what `out` holds; return the averaged weights.
-
-    The target is the exact teacher's output at each noised point. It is the mean of the usual denoising target, so the
-    minimum is the same and the gradient less noisy. The loss is the squared error of the network's output; an error of
-    x0 has EDM's weight, because x0 is easy at little noise.
-    """
-    path = data.path
-    points = data.sample(config.count, path.clean, torch.Generator().manual_seed(config.loop.seed)).float()
-    grid = training_grid(path, TIMES)
-
-    def loss(batch: Batch, rng: KeyedRng) -> Loss:
-        x_0, eps = batch["points"], rng.normal("noise", (2,))
-        t = grid[rng.integers("t", 0, len(grid))]
-        x_t = add_noise(path, x_0, eps, t)
-        error = (network(x_t, t) - exact_output(data, config.prediction, x_t, t)).square().mean(1)
-        if config.prediction == "x0":
-            error = expand(edm_weight(path, t, sigma_data=1.0), error) * error
-        return Loss(error.mean(), error.detach(), None, {})
-
-    def fetch(items: np.ndarray, _: KeyedRng) -> Batch:
-        return {"points": points[torch.from_numpy(items)]}
-
-    network.requires_grad_(True)
-    update = Update("base", dict(network.named_parameters()), loss, config.optim)
-    title, accelerator = "a diffusion model to start from", make_accelerator("fp32", torch.device("cpu"))
-    weights = fit(title, [update], fetch, len(points), out, config, config.loop, accelerator, quiet=quiet)
-    network.requires_grad_(False)
-    return weights["base"]
+"""Points of the learned base's training grid: all indices of Stable Diffusion's path."""
 
 
 def noise_path(name: PathName) -> NoisePath:
@@ -124,11 +91,37 @@ def set_up(config: PlaneConfig, base: Mapping[str, Tensor] | None = None) -> Pla
 
 
 def learned_base(config: PlaneConfig, out: Path, quiet: bool = False) -> Mapping[str, Tensor] | None:
-    """Return the weights of the learned base; None where students start as the exact teacher."""
+    """Train a network to denoise the data, resuming what `out` holds, and return its averaged weights.
+
+    The target is the exact teacher's output at each noised point. It is the mean of the usual denoising target, so the
+    minimum is the same and the gradient less noisy. The loss is the squared error of the network's output; an error of
+    x0 has EDM's weight, because x0 is easy at little noise.
+
+    Returns:
+        None where students start as the exact teacher.
+    """
     if config.base == "exact":
         return None
-    teacher = ring(noise_path(config.path))
-    return learn_base(config.base_config, fresh_network(config, teacher), teacher, out, quiet)
+    base, data = config.base_config, ring(noise_path(config.path))
+    network, path = fresh_network(config, data), data.path
+    points = data.sample(base.count, path.clean, torch.Generator().manual_seed(base.loop.seed)).float()
+    grid = training_grid(path, TIMES)
+
+    def loss(batch: Batch, rng: KeyedRng) -> Loss:
+        x_0, eps = batch["points"], rng.normal("noise", (2,))
+        t = grid[rng.integers("t", 0, len(grid))]
+        x_t = add_noise(path, x_0, eps, t)
+        error = (network(x_t, t) - exact_output(data, base.prediction, x_t, t)).square().mean(1)
+        if base.prediction == "x0":
+            error = expand(edm_weight(path, t, sigma_data=1.0), error) * error
+        return Loss(error.mean(), error.detach(), None, {})
+
+    def fetch(items: np.ndarray, _: KeyedRng) -> Batch:
+        return {"points": points[torch.from_numpy(items)]}
+
+    update = Update("base", dict(network.named_parameters()), loss, base.optim)
+    title, accelerator = "a diffusion model to start from", make_accelerator("fp32", torch.device("cpu"))
+    return fit(title, [update], fetch, len(points), out, base, base.loop, accelerator, quiet=quiet)["base"]
 
 
 def training_points(run: PlaneRun) -> Tensor:
