@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,69 +16,45 @@ import torch
 import fewstep as api
 from fewstep.backbones.pipeline_folder import read_folder
 from fewstep.common.errors import UserError
-from fewstep.common.rng import generator
+from fewstep.common.rng import KeyedRng, generator
 from fewstep.evaluation.metric import Array
 from fewstep.inference.generator import load_image_generator
-from fewstep.inference.multilingual.adapter import Adapter, SentenceMap, load_adapter
+from fewstep.inference.multilingual.adapter import load_adapter
+from fewstep.inference.multilingual.network import StateMap
 from fewstep.inference.multilingual.pairs import Pair, read_pairs
 from fewstep.inference.multilingual.record import RECORD, WEIGHTS
-from fewstep.inference.multilingual.sentence import UniversalSentence, Vectors
+from fewstep.inference.multilingual.sentence import UniversalSentence, Vectors, piece_vectors, windows
 from fewstep.inference.multilingual.settings import AdapterConfig
-from fewstep.inference.multilingual.train import train_adapter
+from fewstep.inference.multilingual.train import output_error, train_adapter
 from fewstep.training.config import LoopConfig
 from fewstep_worlds.emoji8.translations import Words, chinese, chinese_pairs, leaks
-from fewstep_worlds.studies import api as world_api
+from fewstep_worlds.stickers import heldout
+from fewstep_worlds.stickers.grammar import read
+from fewstep_worlds.stickers.parallel import SETS, ScenePairs, unseen_pairs
+from fewstep_worlds.stickers.vocabulary import CONCEPTS
+from fewstep_worlds.studies import api as studies_api
 from fewstep_worlds.studies.chinese import ratio_figure
 
 CAPTIONS = ("a red disc", "a blue ring", "a green bar", "a yellow square")
-TURNED = ("hong", "lan", "lü", "huang")
+OTHERS = ("hong yuan", "lan huan", "lü tiao", "huang fang")
+PAIRS = tuple(map(Pair, OTHERS, CAPTIONS))
 WIDTH = 16
 
 
 class ToySentence:
-    """English captions along axes; each word of the other language along the next one's axis: wrong until learned."""
+    """A random unit vector for each text."""
 
     name, sha256, width = "toy", "0" * 64, WIDTH
 
     def __call__(self, texts: Sequence[str]) -> Vectors:
-        vectors = np.zeros((len(texts), WIDTH), np.float32)
-        for row, text in enumerate(texts):
-            if text in CAPTIONS:
-                vectors[row, CAPTIONS.index(text)] = 1
-            else:
-                number = TURNED.index(text)
-                vectors[row, [(number + 1) % 4, 4 + number]] = (0.8, 0.6)
-        return vectors
-
-
-PAIRS = (*map(Pair, TURNED, CAPTIONS), *map(Pair, CAPTIONS, CAPTIONS))
-
-
-@pytest.mark.slow
-def test_chinese_beside_english_by_one_command(tmp_path: Path) -> None:
-    """`fewstep chinese` on a sixth of its concepts: the table's figures are those of the drawn pictures."""
-    words = ["concepts=20", "noises=1", "steps=2", "teacher_steps=2", "training.loop.steps=2", "shown=3"]
-    table = world_api.chinese(out=tmp_path, overrides=words)
-    found = json.loads((tmp_path / "chinese.json").read_text(encoding="utf-8"))
-    lines = {(line["drawer"], line["form"]): line for line in found["lines"]}
-    assert len(lines) == 6
-    for drawer in ("student", "teacher"):
-        english, own = lines[drawer, "English"], lines[drawer, "Chinese"]
-        assert english["agreement"]["value"] > 0.5, "an English prompt gives its picture"
-        assert own["agreement"]["value"] > 0.25, "and mostly so in Chinese; strangers are below .1"
-        assert own["ratio"]["value"] == pytest.approx(own["agreement"]["value"] / english["agreement"]["value"])
-        assert own["ratio"]["low"] < own["ratio"]["value"] < own["ratio"]["high"]
-        assert "ratio" not in english
-    assert "of 20." in found["note"]
-    assert found["note"] in table.read_text(encoding="utf-8")
-    before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "pictures").iterdir()}
-    world_api.chinese(out=tmp_path, overrides=words)
-    assert before == {file.name: file.stat().st_mtime_ns for file in (tmp_path / "pictures").iterdir()}, "kept"
+        rows = [generator(zlib.crc32(text.encode()), "toy").standard_normal(WIDTH) for text in texts]
+        return np.array([row / np.linalg.norm(row) for row in rows], np.float32)
 
 
 def config(**changes: object) -> AdapterConfig:
-    plain = AdapterConfig(anchor=0.001, noise=0.1, loop=LoopConfig(steps=60, batch=8, save_every=20, log_every=10))
-    return plain.model_copy(update={"optim": plain.optim.model_copy(update={"lr": 2e-2}), **changes})
+    loop = LoopConfig(steps=150, batch=4, save_every=50, log_every=50, precision="fp32")
+    plain = AdapterConfig(window=2, width=32, layers=1, output_batch=2, jumps=2, loop=loop)
+    return plain.model_copy(update={"optim": plain.optim.model_copy(update={"lr": 1e-2, "warmup": 5}), **changes})
 
 
 @pytest.fixture(scope="module")
@@ -87,76 +64,129 @@ def trained(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return out / "adapter"
 
 
-def found(adapter: Adapter, prompts: Sequence[str]) -> list[str]:
-    return [adapter.captions[int(row)] for row in adapter.shares(prompts)[0][:, 0]]
-
-
-def test_pairs_are_learned_and_english_stays(trained: Path, tiny_pipeline: Path) -> None:
+def test_the_states_of_a_closed_set_are_recovered(trained: Path, tiny_pipeline: Path) -> None:
     adapter = load_adapter(trained, read_folder(tiny_pipeline), ToySentence())
-    before = replace(adapter, network=SentenceMap(WIDTH))
-    assert found(before, TURNED) == [*CAPTIONS[1:], CAPTIONS[0]]
-    assert found(adapter, TURNED) == list(CAPTIONS)
-    assert found(adapter, CAPTIONS) == list(CAPTIONS)
+    english = load_image_generator(tiny_pipeline).backbone.encode(CAPTIONS)
+    with torch.no_grad():
+        left = float(adapter.network.error(adapter.encode(OTHERS), english))
+        wrong = float(adapter.network.error(adapter.encode(OTHERS[::-1]), english))
+    assert left < 0.01 < 0.5 < wrong
 
 
-def test_states_are_those_of_captions_mixed_by_likeness(trained: Path, tiny_pipeline: Path) -> None:
-    folder = read_folder(tiny_pipeline)
-    adapter = load_adapter(trained, folder, ToySentence())
-    image_generator = load_image_generator(tiny_pipeline)
-    own = image_generator.backbone.encode(CAPTIONS)["text"]
-    states = adapter.encode(TURNED, image_generator.backbone.encode)["text"]
-    torch.testing.assert_close(states, own, atol=1e-5, rtol=0)
-    mixed = replace(adapter, config=adapter.config.model_copy(update={"mixed": 3, "temperature": 0.2}))
-    q = adapter.network(torch.from_numpy(adapter.sentence(["lan"])))[0]
-    best, rows = (adapter.keys @ q).topk(3)
-    weights = (best / 0.2).softmax(0)
-    by_hand = sum(w * own[CAPTIONS.index(adapter.captions[int(r)])] for w, r in zip(weights, rows, strict=True))
-    assert 0.01 < weights[1] < weights[0] < 1
-    torch.testing.assert_close(
-        mixed.encode(["lan"], image_generator.backbone.encode)["text"][0], by_hand, atol=1e-5, rtol=0
-    )
-
-
-def test_drawing_with_an_adapter_is_drawing_with_its_states(trained: Path, tiny_pipeline: Path) -> None:
+def test_a_picture_of_exactly_mapped_states_is_that_of_the_english_prompt(trained: Path, tiny_pipeline: Path) -> None:
     plain = load_image_generator(tiny_pipeline)
-    image_generator = replace(plain, adapter=load_adapter(trained, read_folder(tiny_pipeline), ToySentence()))
+    adapter = load_adapter(trained, read_folder(tiny_pipeline), ToySentence())
+    states = plain.backbone.encode(CAPTIONS[:1])["text"]
+    with torch.no_grad():
+        for parameter in adapter.network.leave.parameters():
+            parameter.zero_()
+    adapter.network.get_buffer("mean_text").copy_(states[0])
+    mapped = replace(plain, adapter=adapter)
     sampling = plain.sampling.model_copy(update={"steps": 2, "omega": 2.0})  # guided: the null prompt is the teacher's
-    pictures = image_generator.draw(["lan", "hong"], [3, 4], sampling)
-    states = image_generator.encode(["lan", "hong"])
-    by_hand = plain.backbone.to_pictures(plain.latents(states, [3, 4], sampling))
-    np.testing.assert_array_equal(pictures, by_hand)
-    assert (pictures != image_generator.draw(["hong", "lan"], [3, 4], sampling)).any()
+    pictures = mapped.draw(["hong"], [3], sampling)
+    np.testing.assert_array_equal(pictures, plain.draw(CAPTIONS[:1], [3], sampling))
+    assert (pictures != plain.draw(CAPTIONS[1:2], [3], sampling)).any()
 
 
-def test_a_resumed_adapter_equals_an_uninterrupted_one(trained: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
+def test_a_loaded_adapter_is_the_trained_one(tiny_pipeline: Path, tmp_path: Path) -> None:
+    folder, short = read_folder(tiny_pipeline), config(loop=LoopConfig(steps=3, batch=4, precision="fp32"))
+    made = train_adapter(short, folder, PAIRS, tmp_path, sentence=ToySentence(), quiet=True)
+    loaded = load_adapter(tmp_path / "adapter", folder, ToySentence())
+    assert torch.equal(made.encode(OTHERS)["text"], loaded.encode(OTHERS)["text"])
+
+
+def test_the_output_error_is_a_share_of_the_prompts_effect(tiny_pipeline: Path) -> None:
+    drawer = load_image_generator(tiny_pipeline)
+    english, null, rng = drawer.backbone.encode(CAPTIONS[:2]), drawer.backbone.null(2), KeyedRng(0, 0, (0, 1, 2))
+    mapped = {"text": null["text"].clone().requires_grad_()}
+    error = output_error(drawer, english, mapped, null, 2, rng)
+    error.backward()
+    assert float(error.detach()) == pytest.approx(1, rel=1e-5)
+    assert float(output_error(drawer, english, english, null, 2, rng)) == 0
+    assert mapped["text"].grad is not None
+    assert mapped["text"].grad.abs().max() > 0
+    assert all(weight.grad is None for weight in drawer.backbone.network.parameters())
+
+
+def test_the_output_alone_trains_an_adapter(tiny_pipeline: Path, tmp_path: Path) -> None:
     folder = read_folder(tiny_pipeline)
+    loop = LoopConfig(steps=40, batch=4, log_every=10, precision="fp32")
+    train_adapter(config(output_share=1.0, output_batch=4, loop=loop), folder, PAIRS, tmp_path, sentence=ToySentence())
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    errors = [line["adapter/outputs"] for line in lines if "adapter/outputs" in line]
+    assert errors[-1] < 0.7 * errors[0]
+
+
+def test_a_resumed_adapter_equals_an_uninterrupted_one(
+    tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, mixed = read_folder(tiny_pipeline), config(output_share=0.5)
+    mixed = mixed.model_copy(update={"loop": LoopConfig(steps=6, batch=4, save_every=2, precision="fp32")})
+    train_adapter(mixed, folder, PAIRS, tmp_path / "whole", sentence=ToySentence(), quiet=True)
 
     class StopError(Exception):
         pass
 
     import fewstep.inference.multilingual.train as module
 
-    calls, plain = 0, module.adapter_loss
+    calls = 0
 
     def stopping(*args: object) -> object:
         nonlocal calls
         calls += 1
-        if calls == 47:
+        if calls == 4:
             raise StopError
-        return plain(*args)  # type: ignore[arg-type]
+        return output_error(*args)  # type: ignore[arg-type]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "adapter_loss", stopping)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "output_error", stopping)
         with pytest.raises(StopError):
-            train_adapter(config(), folder, PAIRS, tmp_path, sentence=ToySentence(), quiet=True)
-    assert not (tmp_path / "adapter").exists()
-    train_adapter(config(), folder, PAIRS, tmp_path, sentence=ToySentence(), quiet=True)
-    assert (tmp_path / "adapter" / WEIGHTS).read_bytes() == (trained / WEIGHTS).read_bytes()
+            train_adapter(mixed, folder, PAIRS, tmp_path / "cut", sentence=ToySentence(), quiet=True)
+    assert not (tmp_path / "cut" / "adapter").exists()
+    train_adapter(mixed, folder, PAIRS, tmp_path / "cut", sentence=ToySentence(), quiet=True)
+    whole, cut = (tmp_path / run / "adapter" / WEIGHTS for run in ("whole", "cut"))
+    assert whole.read_bytes() == cut.read_bytes()
     with pytest.raises(UserError, match="another pairs"):
-        train_adapter(config(), folder, PAIRS[:5], tmp_path, sentence=ToySentence(), quiet=True)
+        train_adapter(mixed, folder, PAIRS[:3], tmp_path / "cut", sentence=ToySentence(), quiet=True)
 
 
-def test_another_teacher_and_damaged_folders_are_refused(trained: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
+def test_errors_count_the_tokens_of_the_mask_in_units_of_the_variance() -> None:
+    torch.manual_seed(0)
+    shapes = {"text": (5, 8), "pooled": (6,), "mask": (5,)}
+    english = {"text": torch.randn(50, 5, 8) * 3 + 7, "pooled": torch.randn(50, 6), "mask": torch.ones(50, 5)}
+    network = StateMap(config(), WIDTH, shapes)
+    network.fit_units(english)
+    sure = torch.full((50, 5), 50.0)  # logits of a mask of ones
+    mean = {"text": english["text"].mean(0).expand(50, 5, 8), "pooled": english["pooled"].mean(0).expand(50, 6)}
+    assert float(network.error({**english, "mask": sure}, english)) == pytest.approx(0, abs=1e-6)
+    assert float(network.error({**mean, "mask": sure}, english)) == pytest.approx(2 / 3, rel=1e-4)
+    english["mask"][:, 3:] = 0
+    wrong = {**english, "text": english["text"].clone(), "mask": (english["mask"] - 0.5) * 100}
+    wrong["text"][:, 3:] += 5
+    assert float(network.error(wrong, english)) == pytest.approx(0, abs=1e-6)
+    outputs = network(torch.randn(2, 3, 2, WIDTH), torch.zeros(2, 3, dtype=torch.bool))
+    assert {name: tuple(value.shape) for name, value in outputs.items()} == {n: (2, *s) for n, s in shapes.items()}
+
+
+def test_windows_begin_at_words_and_unspaced_characters() -> None:
+    assert windows("两只cat, ok", 2) == [["两", "两只"], ["只", "只cat"], ["cat", "cat,"], [",", ", ok"], ["ok", "ok"]]
+    assert windows("", 2) == [["", ""]]
+
+
+def test_vectors_of_a_text_do_not_depend_on_longer_ones_beside_it() -> None:
+    vectors, padding = piece_vectors(ToySentence(), ["lan", "hong lan huang"], 2)
+    alone, _ = piece_vectors(ToySentence(), ["lan"], 2)
+    assert vectors.shape == (2, 3, 2, WIDTH)
+    assert torch.equal(vectors[0, :1], alone[0])
+    assert padding.tolist() == [[False, True, True], [False] * 3]
+    torch.manual_seed(0)
+    network = StateMap(config(), WIDTH, {"text": (4, 8)}).eval()
+    with torch.no_grad():
+        padded = network(vectors, padding)["text"][0]
+        torch.testing.assert_close(padded, network(alone, padding[:1, :1])["text"][0], atol=1e-5, rtol=0)
+
+
+def test_other_and_damaged_adapters_are_refused(trained: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(tiny_pipeline, other)
     words = other / "tokenizer" / "vocab.txt"
@@ -170,10 +200,50 @@ def test_another_teacher_and_damaged_folders_are_refused(trained: Path, tiny_pip
     broken = tmp_path / "broken"
     shutil.copytree(trained, broken)
     record = json.loads((broken / RECORD).read_text())
-    record["weights_sha256"] = "1" * 64
-    (broken / RECORD).write_text(json.dumps(record))
+    (broken / RECORD).write_text(json.dumps({**record, "weights_sha256": "1" * 64}))
     with pytest.raises(UserError, match="is not the file"):
         load_adapter(broken, read_folder(tiny_pipeline), ToySentence())
+    del record["shapes"]
+    (broken / RECORD).write_text(json.dumps({**record, "captions": ["a red disc"]}))
+    with pytest.raises(UserError, match="train a new one with fewstep train-adapter"):
+        load_adapter(broken, read_folder(tiny_pipeline), ToySentence())
+
+
+def test_scene_pairs_agree_and_hold_nothing_held_out() -> None:
+    pairs = ScenePairs(count=400)
+    chinese_words = {word for name in heldout.chinese_concepts() for word in CONCEPTS[name].chinese}
+    sources = [pairs[index].source for index in range(400)]
+    assert [pairs[index] for index in (7, 3)] == [ScenePairs(count=400)[index] for index in (7, 3)]
+    for index in range(400):
+        source, target = pairs[index]
+        language = "english" if source.isascii() else "chinese"
+        claim = read(source, language)
+        assert claim == read(target, "english")
+        if language == "chinese":
+            assert not any(concept in heldout.chinese_concepts() for concept, _ in claim.things)
+            assert not {(concept, claim.colour) for concept, _ in claim.things} & heldout.chinese_colours()
+    assert 0.5 < sum(not source.isascii() for source in sources) / 400 < 0.75
+    nouns = unseen_pairs("held-out nouns", 20)
+    assert all(any(word in pair.source for word in chinese_words) for pair in nouns)
+    for name in list(SETS)[1:]:
+        assert not {pair.source for pair in unseen_pairs(name, 20)} & set(sources)
+
+
+@pytest.mark.slow
+def test_chinese_beside_english_by_one_command(tmp_path: Path) -> None:
+    """`fewstep world chinese` on a part of its prompts: figures are those of the drawn pictures, which are kept."""
+    words = ["prompts=20", "steps=2", "teacher_steps=2", "training.loop.steps=2", "shown=3"]
+    table = studies_api.chinese(out=tmp_path, overrides=words)
+    found = json.loads((tmp_path / "chinese.json").read_text(encoding="utf-8"))
+    for line in found["lines"]:
+        ratio = line["ratio"]
+        assert line["english"]["n"] == line["chinese"]["n"] == 20
+        assert ratio["value"] == pytest.approx(line["chinese"]["value"] / line["english"]["value"])
+        assert ratio["low"] < ratio["value"] < ratio["high"]
+    assert found["note"] in table.read_text(encoding="utf-8")
+    before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "pictures").iterdir()}
+    studies_api.chinese(out=tmp_path, overrides=words)
+    assert before == {file.name: file.stat().st_mtime_ns for file in (tmp_path / "pictures").iterdir()}, "kept"
 
 
 def test_nothing_held_out_is_in_a_pair() -> None:
@@ -240,7 +310,7 @@ def test_the_sentence_encoder_finds_english_from_chinese() -> None:
     vectors = sentence(["章鱼", "狗", "火车", "苹果", "雨伞"])
     assert (vectors @ sentence(names).T).argmax(1).tolist() == [0, 1, 2, 3, 4]
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
-    np.testing.assert_array_equal(vectors[1:2], sentence(["狗"]))  # whatever is beside it
+    np.testing.assert_array_equal(vectors[1:2], sentence(["狗"]))  # whatever stands beside it
 
 
 def test_the_ratio_and_its_interval() -> None:

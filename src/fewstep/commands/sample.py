@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,10 +127,7 @@ def sample(
     if begun is not None:  # refused before weights are loaded
         call_times(sampling, path_of(folder.noise), share)
     generator = load_image_generator(folder, student, place, adapter, dtype, compiled=compile, batch=batch)
-    if generator.adapter is not None:
-        for prompt, (caption, likeness) in zip(texts, generator.adapter.readings(texts), strict=True):
-            print(f"{prompt!r} is read as {caption!r}, likeness {likeness:.2f}", file=sys.stderr)
-    else:
+    if generator.adapter is None:
         print_cut_prompts(generator.backbone, texts)
     source = None if begun is None else Source(generator.backbone.to_latents(begun[None]), share)
     repeated = [prompt for prompt in texts for _ in range(count)]

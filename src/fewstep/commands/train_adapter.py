@@ -1,4 +1,4 @@
-"""`fewstep train-adapter`: train an adapter from a multilingual sentence encoder to a teacher's token states."""
+"""`fewstep train-adapter`: train an adapter from multilingual sentence vectors to a teacher's token states."""
 
 from __future__ import annotations
 
@@ -15,19 +15,23 @@ def train_adapter(
     pairs: Path | str | None = None,
     teacher: Path | str = "",
     teacher_config: Path | str = "",
+    device: str = "auto",
     overrides: str | Sequence[str] = (),
 ) -> Path:
-    """Train an adapter, from text pairs alone, that lets a teacher and its students read other languages.
+    """Train an adapter for prompts in other languages, for a teacher and its students, from text pairs alone.
 
     Example: fewstep train-adapter --out runs/adapter; fewstep sample --adapter runs/adapter/adapter --steps 3 章鱼
+
+    Example: fewstep train-adapter --pairs pairs.tsv -s output_share=.5 -s loop.steps=5000
 
     Args:
         out: run folder; a stopped run is resumed from it.
         pairs: text pairs, .tsv (text, tab, the same text in English) or .jsonl; if omitted, the bundled world's
-            Chinese captions.
+            pairs.
         teacher: pipeline folder, single-file checkpoint or hub id; if omitted, the bundled teacher.
         teacher_config: pipeline folder with the configs of a single-file teacher.
-        overrides: setting, key=value, e.g. loop.steps=800. May be repeated.
+        device: auto, cpu or cuda.
+        overrides: setting, key=value, e.g. output_share=.5. May be repeated.
 
     Returns:
         The adapter's folder, `out`/adapter.
@@ -36,6 +40,7 @@ def train_adapter(
         UserError: anything wrong, before any long work.
     """
     from fewstep.backbones.teachers import read_teacher
+    from fewstep.common.choices import check_device
     from fewstep.common.config import parse_overrides, validate
     from fewstep.common.defaults import world
     from fewstep.common.extras import check_installed
@@ -45,12 +50,14 @@ def train_adapter(
     from fewstep.training.run_folder import check_same_run
 
     config = validate(AdapterConfig, parse_overrides(overrides, AdapterConfig))
+    check_device(device)
     folder = read_teacher(teacher, teacher_config)
     found = world("pairs").text_pairs() if pairs is None else read_pairs(pairs)
     check_writable(Path(out))
     check_same_run(Path(out), config)
     check_installed("train-adapter", PACKAGES, extra="multilingual")
+    from fewstep.common.device import pick_device
     from fewstep.inference.multilingual.train import train_adapter
 
-    train_adapter(config, folder, found, Path(out))
+    train_adapter(config, folder, found, Path(out), device=pick_device(device))
     return Path(out) / "adapter"

@@ -54,7 +54,10 @@ class World(Protocol):
         """Return its preference scorer, a `PreferenceScorer`."""
 
     def text_pairs(self) -> Any:
-        """Return pairs of the same text in two languages, for `train-adapter`."""
+        """Return pairs of a text in any language and the same in English, `Pairs`, for `train-adapter`."""
+
+    def parallel_prompts(self, count: int) -> Any:
+        """Return sets of up to `count` such pairs by name, whose texts are in no pair of `text_pairs`."""
 
     def add_commands(self, app: Any, studies: Any) -> None:
         """Add its verbs to the command and to `fewstep world`, each a `cyclopts.App`."""

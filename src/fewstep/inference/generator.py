@@ -64,8 +64,7 @@ class ImageGenerator:
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Encode prompts, on the CPU."""
-        encode = self.backbone.encode
-        return encode(prompts) if self.adapter is None else self.adapter.encode(prompts, encode)
+        return self.backbone.encode(prompts) if self.adapter is None else self.adapter.encode(prompts)
 
     def latents(
         self,

@@ -52,10 +52,11 @@ class Language:
     styles: Mapping[str, str]
 
 
-def write(claim: Claim, language: LanguageName, rng: np.random.Generator, without: Collection[str] = ()) -> str:
+def write(claim: Claim, language: LanguageName, rng: np.random.Generator | None, without: Collection[str] = ()) -> str:
     """Return a sentence that states the claim and nothing else.
 
     Args:
+        rng: of the choice of words; None for the usual ones.
         without: words that are not used for a concept.
     """
     phrases = _inverse(language)
@@ -118,9 +119,9 @@ def _longest(phrases: Iterator[str]) -> str:
     return max(phrases, key=len, default="")
 
 
-def _pick(rng: np.random.Generator, phrases: list[Meaning]) -> Meaning:
-    """Return the first phrase half of the time, or else any of the others."""
-    if len(phrases) == 1 or rng.random() < USUAL:
+def _pick(rng: np.random.Generator | None, phrases: list[Meaning]) -> Meaning:
+    """Return the first phrase half of the time, or else any of the others; always the first one without `rng`."""
+    if rng is None or len(phrases) == 1 or rng.random() < USUAL:
         return phrases[0]
     return phrases[1 + int(rng.integers(len(phrases) - 1))]
 

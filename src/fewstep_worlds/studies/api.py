@@ -92,7 +92,7 @@ def tlcm(*, table: int = 1, out: Path | str = "runs/tables", overrides: str | Se
 
 @checked
 def chinese(*, out: Path | str = "runs/chinese", overrides: str | Sequence[str] = ()) -> Path:
-    """Draw concepts whose Chinese the adapter never saw, from English and Chinese prompts, and score both.
+    """Draw the same claims from English prompts and from Chinese ones outside the adapter's training, and score both.
 
     Example: fewstep world chinese -s lora=runs/tlcm/student -s steps=3
 

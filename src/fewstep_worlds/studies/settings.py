@@ -35,11 +35,10 @@ class ChineseConfig(Config):
 
     adapter: str = Field("", description="folder of an adapter; empty to train one from the bundled world's text pairs")
     lora: str = Field("tcd", description="student: tcd (bundled), a LoRA file or folder")
-    steps: int = Field(3, ge=1, description="network calls of the student")
+    steps: int = Field(4, ge=1, description="network calls of the student")
     teacher_steps: int = Field(25, ge=1, description="steps of the teacher, guided DDIM")
-    concepts: int = Field(120, ge=20, le=120, description="concepts of the prompts, whose Chinese is held out")
-    noises: int = Field(4, ge=1, description="pictures of each, from different noise")
-    shown: int = Field(12, ge=1, description="concepts in the picture grid")
+    prompts: int = Field(500, ge=20, description="prompts of each set, at most")
+    shown: int = Field(8, ge=1, description="prompts in the picture grids")
     training: AdapterConfig = Field(AdapterConfig(), description="how an adapter is trained, where none is named")
     seed: Seed = Field(0, description="seed of the noise, 0 to 89")
 

