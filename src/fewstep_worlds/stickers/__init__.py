@@ -6,6 +6,7 @@
 - `draw`: a scene as a picture
 - `claim`: what a prompt states, and whether a scene agrees
 - `grammar`: claims to sentences and back
+- `parallel`: text pairs of Chinese and English sentences
 - `heldout`: facts and words that are held out of training
 - `prompts`: sentences about scenes, and sets of unseen ones
 - `matching`: scenes that agree with a claim
