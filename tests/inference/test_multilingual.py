@@ -30,7 +30,7 @@ from fewstep.training.config import LoopConfig
 from fewstep_worlds.emoji8.translations import Words, chinese, chinese_pairs, leaks
 from fewstep_worlds.stickers import heldout
 from fewstep_worlds.stickers.grammar import read
-from fewstep_worlds.stickers.parallel import SETS, ScenePairs, unseen_pairs
+from fewstep_worlds.stickers.parallel import ScenePairs, held_out_pairs
 from fewstep_worlds.stickers.vocabulary import CONCEPTS
 from fewstep_worlds.studies import api as studies_api
 from fewstep_worlds.studies.chinese import ratio_figure
@@ -223,10 +223,11 @@ def test_scene_pairs_agree_and_hold_nothing_held_out() -> None:
             assert not any(concept in heldout.chinese_concepts() for concept, _ in claim.things)
             assert not {(concept, claim.colour) for concept, _ in claim.things} & heldout.chinese_colours()
     assert 0.5 < sum(not source.isascii() for source in sources) / 400 < 0.75
-    nouns = unseen_pairs("held-out nouns", 20)
-    assert all(any(word in pair.source for word in chinese_words) for pair in nouns)
-    for name in list(SETS)[1:]:
-        assert not {pair.source for pair in unseen_pairs(name, 20)} & set(sources)
+    held = held_out_pairs(20)
+    assert all(any(word in pair.source for word in chinese_words) for pair in held["held-out nouns"])
+    for pair in held["held-out combinations"]:
+        claim = read(pair.target, "english")
+        assert {(concept, claim.colour) for concept, _ in claim.things} & heldout.chinese_colours()
 
 
 @pytest.mark.slow

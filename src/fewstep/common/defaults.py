@@ -56,8 +56,8 @@ class World(Protocol):
     def text_pairs(self) -> Any:
         """Return pairs of a text in any language and the same in English, `Pairs`, for `train-adapter`."""
 
-    def parallel_prompts(self, count: int) -> Any:
-        """Return sets of up to `count` such pairs by name, whose texts are in no pair of `text_pairs`."""
+    def held_out_pairs(self, count: int) -> Any:
+        """Return sets of such pairs by name, at most `count` each, to measure what `text_pairs` leaves out."""
 
     def add_commands(self, app: Any, studies: Any) -> None:
         """Add its verbs to the command and to `fewstep world`, each a `cyclopts.App`."""

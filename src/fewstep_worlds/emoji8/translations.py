@@ -97,3 +97,12 @@ def chinese_pairs(words: Words | None = None, seed: int = 0) -> tuple[Pair, ...]
         found += [Pair(text, record.name) for text in texts]
     english = (*words.train, *words.test, *words.validation)
     return tuple(dict.fromkeys([*found, *(Pair(record.name, record.name) for record in english)]))
+
+
+def held_out_pairs(count: int) -> dict[str, list[Pair]]:
+    """Return the first test concepts, at most `count`: Chinese names, and names with keywords."""
+    test = Words.load().test[:count]
+    return {
+        "names": [Pair(record.name_zh, record.name) for record in test],
+        "names with keywords": [Pair(with_keywords(record, record.keywords_zh), record.name) for record in test],
+    }

@@ -49,7 +49,10 @@ class ScenePairs:
         return Pair(source.text, write(source.claim, "english", None))
 
 
-def unseen_pairs(name: str, count: int) -> list[Pair]:
-    """Return pairs of a set (`SETS`) whose Chinese is in no training pair."""
-    prompts = unseen_prompts(SETS[name], count, TEST_SEED, "chinese")
-    return [Pair(prompt.text, write(prompt.claim, "english", None)) for prompt in prompts]
+def held_out_pairs(count: int) -> dict[str, list[Pair]]:
+    """Return `count` pairs of each of `SETS`."""
+    sets = {name: unseen_prompts(of, count, TEST_SEED, "chinese") for name, of in SETS.items()}
+    return {
+        name: [Pair(prompt.text, write(prompt.claim, "english", None)) for prompt in prompts]
+        for name, prompts in sets.items()
+    }

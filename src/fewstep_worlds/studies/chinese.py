@@ -99,7 +99,7 @@ def measure_chinese(config: ChineseConfig, out: Path) -> Path:
     guidance = students_omega() if omega is None else omega
     entries = [Entry(name, sampling, place, config.seed), teacher_entry(guidance, config.teacher_steps, config.seed)]
     lines, listed = [], []
-    for title, pairs in own.parallel_prompts(config.prompts).items():
+    for title, pairs in own.held_out_pairs(config.prompts).items():
         rows: list[tuple[str, np.ndarray]] = []
         for entry in entries:
             line, shown = measure(entry, title, pairs, config, adapter, out)
