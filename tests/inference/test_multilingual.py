@@ -30,8 +30,9 @@ from fewstep.training.config import LoopConfig
 from fewstep_worlds.emoji8.translations import Words, chinese, chinese_pairs, leaks
 from fewstep_worlds.stickers import heldout
 from fewstep_worlds.stickers.grammar import read
-from fewstep_worlds.stickers.parallel import ScenePairs, held_out_pairs
+from fewstep_worlds.stickers.parallel import ScenePairs
 from fewstep_worlds.stickers.vocabulary import CONCEPTS
+from fewstep_worlds.stickers.world import held_out_pairs, text_pairs
 from fewstep_worlds.studies import api as studies_api
 from fewstep_worlds.studies.chinese import ratio_figure
 
@@ -210,10 +211,10 @@ def test_other_and_damaged_adapters_are_refused(trained: Path, tiny_pipeline: Pa
 
 
 def test_scene_pairs_agree_and_hold_nothing_held_out() -> None:
-    pairs = ScenePairs(count=400)
+    pairs = text_pairs()
     chinese_words = {word for name in heldout.chinese_concepts() for word in CONCEPTS[name].chinese}
     sources = [pairs[index].source for index in range(400)]
-    assert [pairs[index] for index in (7, 3)] == [ScenePairs(count=400)[index] for index in (7, 3)]
+    assert [pairs[index] for index in (7, 3)] == [ScenePairs()[index] for index in (7, 3)]
     for index in range(400):
         source, target = pairs[index]
         language = "english" if source.isascii() else "chinese"
@@ -311,7 +312,7 @@ def test_the_sentence_encoder_finds_english_from_chinese() -> None:
     vectors = sentence(["章鱼", "狗", "火车", "苹果", "雨伞"])
     assert (vectors @ sentence(names).T).argmax(1).tolist() == [0, 1, 2, 3, 4]
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
-    np.testing.assert_array_equal(vectors[1:2], sentence(["狗"]))  # whatever stands beside it
+    np.testing.assert_array_equal(vectors[1:2], sentence(["狗"]))  # whatever is beside it
 
 
 def test_the_ratio_and_its_interval() -> None:

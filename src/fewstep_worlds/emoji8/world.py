@@ -41,3 +41,10 @@ def text_pairs() -> tuple[Pair, ...]:
     from fewstep_worlds.emoji8.translations import chinese_pairs
 
     return chinese_pairs()
+
+
+def held_out_pairs(count: int) -> dict[str, list[Pair]]:
+    """Return held-out concepts by their Chinese names, alone and with keywords, `count` at most."""
+    from fewstep_worlds.emoji8.translations import held_out_pairs
+
+    return held_out_pairs(count)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from fewstep.evaluation.evaluate import Suite
     from fewstep.evaluation.features import Features
-    from fewstep.inference.multilingual.pairs import Pair
+    from fewstep.inference.multilingual.pairs import Pair, Pairs
     from fewstep.methods.rewards.reward import PreferenceScorer
 
 __all__ = ["CAPTIONS", "PICTURES", "SIZE", "STUDENTS", "captioned", "captions_alone", "read_prompts", "root"]
@@ -29,8 +29,6 @@ SIZE = SIDE
 STUDENTS = ("tcd", "lcm", "tlcm")
 SCENES = 2**16
 """Training scenes of a distillation: no picture is seen twice in 1,024 steps of 64. Their captions take 15 s."""
-TRANSLATED = 20_000
-"""Training scenes with a Chinese and an English sentence, at most."""
 
 
 @dataclass(frozen=True)
@@ -113,15 +111,15 @@ def load_scorer(device: torch.device) -> PreferenceScorer:
     raise UserError("method.reward.scorer = 'world': sticker scenes have no preference scorer yet; name one")
 
 
-def text_pairs() -> tuple[Pair, ...]:
-    """Return Chinese sentences about training scenes with the English ones that state the same."""
-    from fewstep.inference.multilingual.pairs import Pair
+def text_pairs() -> Pairs:
+    """Return sentences about training scenes, most of them in Chinese, with the usual English ones of the same claims."""
+    from fewstep_worlds.stickers.parallel import ScenePairs
 
-    pairs = []
-    for index in range(TRANSLATED):
-        scene = make_scene(TRAINING_SEED, index)
-        chinese = training_prompt(scene, TRAINING_SEED, index, "chinese")
-        english = training_prompt(scene, TRAINING_SEED, index)
-        if chinese and english:
-            pairs.append(Pair(chinese.text, english.text))
-    return tuple(pairs)
+    return ScenePairs()
+
+
+def held_out_pairs(count: int) -> dict[str, list[Pair]]:
+    """Return new sentences, held-out combinations and held-out nouns, `count` of each."""
+    from fewstep_worlds.stickers.parallel import held_out_pairs
+
+    return held_out_pairs(count)
