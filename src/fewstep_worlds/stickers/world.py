@@ -112,7 +112,7 @@ def load_scorer(device: torch.device) -> PreferenceScorer:
 
 
 def text_pairs() -> Pairs:
-    """Return sentences about training scenes, most of them in Chinese, with the usual English ones of the same claims."""
+    """Return sentences about training scenes, mostly Chinese, with the usual English ones of the same claims."""
     from fewstep_worlds.stickers.parallel import ScenePairs
 
     return ScenePairs()
