@@ -22,8 +22,6 @@ LEAST = 1e-4
 class StateMap(nn.Module):
     """Transformer with a learned query for each token of a condition, and one for an entry without tokens.
 
-    All windows have one projection, so that a word is found again whatever number of pieces it has in a language.
-
     Args:
         vectors: width of a sentence vector.
         shapes: shape of each entry of the condition for one prompt: [tokens, width], [width], or [tokens] of a mask.
@@ -37,8 +35,7 @@ class StateMap(nn.Module):
         options: dict[str, Any] = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
         encoder = nn.TransformerEncoderLayer(width, HEADS, 2 * width, **options)
         decoder = nn.TransformerDecoderLayer(width, HEADS, 2 * width, **options)
-        self.enter = nn.Linear(vectors, width)
-        self.windows = nn.Parameter(0.1 * torch.randn(config.window, width))
+        self.enter = nn.Linear(config.window * vectors, width)
         self.encoder = nn.TransformerEncoder(encoder, config.layers, enable_nested_tensor=False)
         self.decoder = nn.TransformerDecoder(decoder, config.layers, nn.LayerNorm(width))
         self.queries = nn.Parameter(torch.randn(sum(self.rows), width))
@@ -63,11 +60,10 @@ class StateMap(nn.Module):
         Args:
             padding: True behind the last piece of a prompt, bool [B, pieces].
         """
-        _, length, count, width = vectors.shape
-        entered = self.enter(vectors * math.sqrt(width)) + self.windows
-        entered = entered + positions(length, entered.shape[-1]).to(vectors)[:, None]
-        padding = padding.repeat_interleave(count, dim=1)
-        memory = self.encoder(entered.flatten(1, 2), src_key_padding_mask=padding)
+        pieces, width = vectors.shape[1], self.queries.shape[1]
+        unit = vectors.flatten(2) * math.sqrt(vectors.shape[3])  # entries of about 1
+        entered = self.enter(unit) + positions(pieces, width).to(vectors)
+        memory = self.encoder(entered, src_key_padding_mask=padding)
         queries = self.queries.expand(len(vectors), -1, -1)
         found = self.decoder(queries, memory, memory_key_padding_mask=padding).split(self.rows, dim=1)
         outputs = {}
