@@ -575,8 +575,8 @@ def test_refusals_are_light(tiny_pipeline: Path, distilled: Path, tmp_path: Path
         ("sample", "a disc", *teacher, "--lora", str(distilled), "--device", "gpu"),
         ("sample", "一只狗", *teacher, "--lora", str(distilled), "--adapter", str(tmp_path)),
         ("train-adapter", *teacher, "--pairs", str(cut)),
-        ("train-adapter", *teacher, "-s", "mixed=0"),
-        ("world", "chinese", "-s", "concepts=121"),
+        ("train-adapter", *teacher, "-s", "window=0"),
+        ("world", "chinese", "-s", "prompts=19"),
     ):
         done = command(*arguments)
         assert done.returncode == 2
