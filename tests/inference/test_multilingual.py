@@ -102,8 +102,8 @@ def test_the_output_error_is_a_share_of_the_prompts_effect(tiny_pipeline: Path) 
     mapped = {"text": null["text"].clone().requires_grad_()}
     error = output_error(drawer, english, mapped, null, 2, rng)
     error.backward()
-    assert float(error.detach()) == pytest.approx(1, rel=1e-5)
-    assert float(output_error(drawer, english, english, null, 2, rng)) == 0
+    assert float(error.detach()) == pytest.approx(1, rel=1e-2)
+    assert float(output_error(drawer, english, english, null, 2, rng)) == pytest.approx(0, abs=1e-4)
     assert mapped["text"].grad is not None
     assert mapped["text"].grad.abs().max() > 0
     assert all(weight.grad is None for weight in drawer.backbone.network.parameters())
