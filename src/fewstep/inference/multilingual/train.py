@@ -23,7 +23,7 @@ from fewstep.inference.multilingual.pairs import Pairs, fingerprint
 from fewstep.inference.multilingual.record import text_side
 from fewstep.inference.multilingual.sentence import SentenceEncoder, UniversalSentence, piece_vectors
 from fewstep.inference.multilingual.settings import AdapterConfig
-from fewstep.students.sampling import end_point_sampling
+from fewstep.students.resolve import end_point_sampling
 from fewstep.training.loop import train
 from fewstep.training.loss import Loss
 from fewstep.training.run_folder import RunLog
