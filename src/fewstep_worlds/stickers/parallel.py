@@ -1,8 +1,9 @@
 """Text pairs of sticker scenes: sentences in Chinese and English with one English sentence of the same claim.
 
 The English sentence has the usual words, so that a claim has one target: the mean of the states of several sentences
-is the states of none. A quarter of the sources is English. Their words, of held-out Chinese concepts too, let an
-adapter map Chinese words that it has never seen, as far as the sentence encoder has aligned the two languages.
+is the states of none. Where the Chinese of a claim is held out, which is so for two claims of five, the source is an
+English sentence. Its words let an adapter map Chinese words that it has never seen, as far as the sentence encoder has
+aligned the two languages.
 """
 
 from __future__ import annotations
@@ -23,16 +24,11 @@ SETS = {
     "held-out nouns": "chinese_concept",
 }
 """Name of a set of test pairs -> set of prompts."""
-ENGLISH_EVERY = 4
-"""One pair of so many has an English source."""
 
 
 @dataclass(frozen=True)
 class ScenePairs:
-    """Pairs about the first training scenes, as a function of (seed, index).
-
-    A pair whose Chinese is held out has an English source too.
-    """
+    """Pairs about the first training scenes, as a function of (seed, index)."""
 
     seed: int = TRAINING_SEED
     count: int = 2**20
@@ -43,8 +39,7 @@ class ScenePairs:
     def __getitem__(self, index: int) -> Pair:
         """Return pair `index`, below `count`."""
         scene = make_scene(self.seed, index)
-        chinese = training_prompt(scene, self.seed, index, "chinese") if index % ENGLISH_EVERY else None
-        source = chinese or training_prompt(scene, self.seed, index)
+        source = training_prompt(scene, self.seed, index, "chinese") or training_prompt(scene, self.seed, index)
         assert source is not None  # English prompts are never left out
         return Pair(source.text, write(source.claim, "english", None))
 
