@@ -72,7 +72,7 @@ def measure(
         figures.append(replace(mean_figure(scores[-1], config.seed), identity=metric.identity))
         shown.append((f"{entry.method} {entry.sampling.steps}, {language}", pictures[: config.shown]))
     ratio = ratio_figure(scores[1], scores[0], config.seed)
-    return Line(entry.method, entry.sampling.steps, name, *figures, ratio), shown
+    return Line(entry.method, entry.sampling.steps, name, figures[0], figures[1], ratio), shown
 
 
 def table(lines: Sequence[Line]) -> str:

@@ -118,7 +118,7 @@ def piece_vectors(sentence: SentenceEncoder, texts: Sequence[str], longest: int)
     """
     pieces = [windows(text, longest) for text in texts]
     lengths = [len(text) for text in pieces]
-    vectors = torch.from_numpy(sentence([run for text in pieces for runs in text for run in runs]))
-    parts = vectors.reshape(-1, longest, sentence.width).split(lengths)
+    vectors = sentence([run for text in pieces for runs in text for run in runs])
+    parts = np.split(vectors.reshape(-1, longest, sentence.width), np.cumsum(lengths)[:-1])
     padding = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]
-    return pad_sequence(list(parts), batch_first=True), padding
+    return pad_sequence([torch.from_numpy(part) for part in parts], batch_first=True), padding

@@ -108,7 +108,7 @@ def train_adapter(
         chosen = [pairs[item] for item in items.tolist()]
         vectors, padding = piece_vectors(sentence, [pair.source for pair in chosen], config.window)
         english = encode([pair.target for pair in chosen])
-        return {"vectors": vectors.to(accelerator.device), "padding": padding.to(accelerator.device)} | english
+        return {"vectors": vectors.to(accelerator.device), "padding": padding.to(accelerator.device), **english}
 
     def loss(batch: Batch, rng: KeyedRng) -> Loss:
         english = {name: batch[name] for name in shapes}
