@@ -97,16 +97,16 @@ def test_a_loaded_adapter_is_the_trained_one(tiny_pipeline: Path, tmp_path: Path
 
 
 def test_the_output_error_is_a_share_of_the_prompts_effect(tiny_pipeline: Path) -> None:
-    drawer = load_image_generator(tiny_pipeline)
-    english, null, rng = drawer.backbone.encode(CAPTIONS[:2]), drawer.backbone.null(2), KeyedRng(0, 0, (0, 1, 2))
+    teacher = load_image_generator(tiny_pipeline).backbone
+    english, null, rng = teacher.encode(CAPTIONS[:2]), teacher.null(2), KeyedRng(0, 0, (0, 1, 2))
     mapped = {"text": null["text"].clone().requires_grad_()}
-    error = output_error(drawer, english, mapped, null, 2, rng)
+    error = output_error(teacher, 2.0, english, mapped, null, 2, rng)
     error.backward()
     assert float(error.detach()) == pytest.approx(1, rel=1e-2)
-    assert float(output_error(drawer, english, english, null, 2, rng)) == pytest.approx(0, abs=1e-4)
+    assert float(output_error(teacher, 2.0, english, english, null, 2, rng)) == pytest.approx(0, abs=1e-4)
     assert mapped["text"].grad is not None
     assert mapped["text"].grad.abs().max() > 0
-    assert all(weight.grad is None for weight in drawer.backbone.network.parameters())
+    assert all(weight.grad is None for weight in teacher.network.parameters())
 
 
 def test_the_output_alone_trains_an_adapter(tiny_pipeline: Path, tmp_path: Path) -> None:

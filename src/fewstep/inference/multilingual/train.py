@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.backbones.base import open_backbone
+from fewstep.backbones.base import Backbone, open_backbone
 from fewstep.backbones.pipeline_folder import PipelineFolder
 from fewstep.common.accelerator import make_accelerator
 from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.conditioned import ConditionedDenoiser
-from fewstep.diffusion.denoiser import BASE, Condition, join
+from fewstep.diffusion.denoiser import BASE, Condition, Denoiser, join
 from fewstep.diffusion.samplers import start_size
 from fewstep.diffusion.solver import ddim, integrate
-from fewstep.inference.generator import ImageGenerator, image_generator_of
 from fewstep.inference.multilingual.adapter import Adapter, save_adapter
 from fewstep.inference.multilingual.network import MASK, StateMap
 from fewstep.inference.multilingual.pairs import Pairs, fingerprint
@@ -34,7 +34,13 @@ UNITS = 512
 
 
 def output_error(
-    generator: ImageGenerator, english: Condition, mapped: Condition, null: Condition, jumps: int, rng: KeyedRng
+    backbone: Backbone,
+    omega: float,
+    english: Condition,
+    mapped: Condition,
+    null: Condition,
+    jumps: int,
+    rng: KeyedRng,
 ) -> Tensor:
     """Return the error of the teacher's eps under mapped states, as a share of what the prompt changes in it.
 
@@ -43,17 +49,22 @@ def output_error(
     are needed: `jumps` guided DDIM steps under the English states, from noise to a time that is uniform on the path.
 
     Args:
+        omega: guidance of these steps.
         english, mapped, null: conditions of n prompts.
         rng: random numbers of n or more samples; the first n are used.
     """
-    denoiser, path, sampling = generator.denoiser, generator.denoiser.path, generator.sampling
-    n = len(next(iter(english.values())))
-    x = rng.normal("noise", generator.backbone.latent_shape)[:n] * start_size(path)
+
+    def call(x: Tensor, t: Tensor, condition: Condition, _: str) -> Tensor:
+        return backbone.call(backbone.network, x, t, condition)
+
+    path, n = backbone.path, len(next(iter(english.values())))
+    denoiser = Denoiser(call, path, backbone.prediction, backbone.embedded_guidance)
+    x = rng.normal("noise", backbone.latent_shape)[:n] * start_size(path)
     t = rng.uniform("time", path.least, path.noisiest)[:n]
     times = torch.stack([path.noisiest + (t - path.noisiest) * jump / jumps for jump in range(jumps + 1)])
-    guided = sampling.omega > 0
-    omega = torch.full((n,), sampling.omega) if guided else None
-    teacher = ConditionedDenoiser(denoiser, english, BASE, null=null if guided else None, omega=omega)
+    teacher = ConditionedDenoiser(denoiser, english, BASE)
+    if omega:
+        teacher = replace(teacher, null=null, omega=torch.full((n,), omega))
     with torch.no_grad():
         x = integrate(ddim, teacher.denoise, path, x, times)
         both = denoiser.estimate(torch.cat([x, x]), torch.cat([t, t]), join(english, null), BASE).eps
@@ -91,7 +102,7 @@ def train_adapter(
     backbone = open_backbone(folder, accelerator.device)
     if config.output_share:
         backbone.to_device()
-    generator = image_generator_of(backbone, end_point_sampling(folder))
+    omega = end_point_sampling(folder).omega
 
     def encode(texts: list[str]) -> Condition:
         return {name: value.to(accelerator.device) for name, value in backbone.encode(texts).items()}
@@ -119,7 +130,7 @@ def train_adapter(
         n = min(config.output_batch, len(batch["vectors"]))
         first, empty = ({name: value[:n] for name, value in of.items()} for of in (english, null))
         mapped = {name: first[name] if name == MASK else value[:n] for name, value in outputs.items()}
-        error = output_error(generator, first, mapped, empty, config.jumps, rng)
+        error = output_error(backbone, omega, first, mapped, empty, config.jumps, rng)
         share = config.output_share
         return Loss(share * error + (1 - share) * states, scalars={"states": states, "outputs": error})
 
