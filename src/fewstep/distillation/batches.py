@@ -55,10 +55,8 @@ def fetch_of(run: Run) -> Callable[[np.ndarray, KeyedRng], Batch]:
         if trajectories:
             times = draw_times(method, run.backbone.path, rng)
             stored = prefetch(trajectories, numbers, method, times, device)
-            data = stored.x_nk  # for its shape alone, unless the recipe denoises end points
-            if method.denoising:
-                data = copy_async(trajectories.point(numbers, torch.full_like(numbers, -1)), device).float()
-            return {"sample": MicroBatch(data, states, null, trajectories.omega[numbers], stored, prompts)}
+            omega = trajectories.omega[numbers]
+            return {"sample": MicroBatch(stored.x_nk, states, null, omega, stored, prompts)}  # data: for its shape
         data = copy_async(run.data.latents[numbers], device).float()
         for purpose in noise_purposes(method):
             rng.draw_ahead(purpose, tuple(data.shape[1:]))
