@@ -52,7 +52,17 @@ def distill(
     Raises:
         UserError: anything wrong, before any long work.
     """
-    settings, inputs, place = _settings(**locals())
+    settings, inputs, place = _settings(
+        recipe=recipe,
+        out=out,
+        teacher=teacher,
+        teacher_config=teacher_config,
+        config=config,
+        prompt_file=prompt_file,
+        device=device,
+        precision=precision,
+        overrides=overrides,
+    )
     from fewstep.distillation import distill as distillation
 
     return distillation.distill(settings, place, inputs=inputs)
@@ -72,7 +82,18 @@ def estimate(**options: Any) -> list[Estimated]:
     return estimate_run(settings, inputs)
 
 
-def _settings(*, recipe: str, out: Path | str | None, **options: Any) -> tuple[DistillConfig, Inputs, Path]:
+def _settings(
+    *,
+    recipe: str,
+    out: Path | str | None,
+    teacher: Path | str,
+    teacher_config: Path | str,
+    config: Path | str | None,
+    prompt_file: Path | str | None,
+    device: str | None,
+    precision: str | None,
+    overrides: str | Sequence[str],
+) -> tuple[DistillConfig, Inputs, Path]:
     """Resolve and check the settings of a distillation, what they name, and its run folder.
 
     Raises:
@@ -85,10 +106,8 @@ def _settings(*, recipe: str, out: Path | str | None, **options: Any) -> tuple[D
     from fewstep.distillation.config import resolve
     from fewstep.training.run_folder import check_same_run
 
-    names = {"data.source": "prompt_file", "device": "device", "loop.precision": "precision"}
-    changes = with_options(options["overrides"], {key: options[name] for key, name in names.items()})
-    teacher = named_teacher(options["teacher"], options["teacher_config"])
-    settings = resolve(recipe, options["config"], changes, teacher)
+    changes = with_options(overrides, {"data.source": prompt_file, "device": device, "loop.precision": precision})
+    settings = resolve(recipe, config, changes, named_teacher(teacher, teacher_config))
     inputs = check_distillation(settings, read_teacher(settings.teacher))
     place = Path(out) if out else Path("runs") / Path(recipe).stem
     check_writable(place)

@@ -51,7 +51,16 @@ def synthesize(
     Raises:
         UserError: anything wrong, before any long work.
     """
-    settings, prompts, folder = _settings(**locals())
+    settings, prompts, folder = _settings(
+        prompt_file=prompt_file,
+        out=out,
+        teacher=teacher,
+        teacher_config=teacher_config,
+        kind=kind,
+        device=device,
+        precision=precision,
+        overrides=overrides,
+    )
     from fewstep.distillation.synthesis.synthesize import synthesize as draw
 
     return draw(settings, prompts, Path(out), teacher=folder)
@@ -71,7 +80,15 @@ def synthesis_cost(**options: Any) -> SynthesisCost:
 
 
 def _settings(
-    *, prompt_file: Path | str, out: Path | str, kind: str | None, **options: Any
+    *,
+    prompt_file: Path | str,
+    out: Path | str,
+    teacher: Path | str,
+    teacher_config: Path | str,
+    kind: str | None,
+    device: str | None,
+    precision: str | None,
+    overrides: str | Sequence[str],
 ) -> tuple[SynthesisConfig, list[str], PipelineFolder]:
     """Resolve and check a synthesis: its settings, prompts and teacher.
 
@@ -83,8 +100,8 @@ def _settings(
     from fewstep.distillation.synthesis.planning import check_synthesis
     from fewstep.distillation.synthesis.settings import resolve_synthesis
 
-    changes = with_options(options["overrides"], {name: options[name] for name in ("device", "precision")})
-    settings = resolve_synthesis(changes, named_teacher(options["teacher"], options["teacher_config"]), kind)
+    changes = with_options(overrides, {"device": device, "precision": precision})
+    settings = resolve_synthesis(changes, named_teacher(teacher, teacher_config), kind)
     prompts = read_prompts(prompt_file, "prompt_file")
     folder = read_teacher(settings.teacher)
     check_synthesis(settings, prompts, folder, Path(out))
