@@ -319,7 +319,9 @@ def test_the_ratio_and_its_interval() -> None:
     draw = generator(0, "test")
     theirs: Array = 0.6 + 0.1 * draw.standard_normal(400)
     ours: Array = 0.8 * theirs + 0.05 * draw.standard_normal(400)
+    assert ratio_figure(ours, np.zeros(400), 0) is None
     figure = ratio_figure(ours, theirs, 0)
+    assert figure is not None
     assert figure.low is not None
     assert figure.high is not None
     assert figure.low < 0.8 < figure.high

@@ -39,7 +39,7 @@ class Line:
         steps: network calls.
         prompts: set of prompts.
         english, chinese: mean score of the pictures of the prompts in each language.
-        ratio: of Chinese to English, resampled by prompts.
+        ratio: of Chinese to English, resampled by prompts; None where the English score is 0.
     """
 
     network: str
@@ -47,13 +47,19 @@ class Line:
     prompts: str
     english: Figure
     chinese: Figure
-    ratio: Figure
+    ratio: Figure | None
 
 
-def ratio_figure(ours: Array, theirs: Array, seed: int) -> Figure:
-    """Return mean(ours) / mean(theirs) of the same N prompts, with its interval over draws of N prompts."""
+def ratio_figure(ours: Array, theirs: Array, seed: int) -> Figure | None:
+    """Return mean(ours) / mean(theirs) of the same N prompts, with its interval over draws of N prompts.
+
+    None where mean(theirs) is 0; draws where it is 0 do not count.
+    """
+    if not theirs.mean():
+        return None
     value = float(ours.mean() / theirs.mean())
     drawn = counts(len(ours), RESAMPLES, seed, "ratio")
+    drawn = drawn[drawn @ theirs != 0]
     return Figure(value, *centred_interval(value, (drawn @ ours) / (drawn @ theirs)), len(ours))
 
 
@@ -84,8 +90,8 @@ def table(lines: Sequence[Line]) -> str:
     return markdown(["network", "steps", "prompts", "English", "Chinese", "ratio"], rows, left=3).rstrip()
 
 
-def _cell(figure: Figure) -> str:
-    return f"{figure.value:.3f} [{figure.low:.3f}, {figure.high:.3f}]"
+def _cell(figure: Figure | None) -> str:
+    return "" if figure is None else f"{figure.value:.3f} [{figure.low:.3f}, {figure.high:.3f}]"
 
 
 def measure_chinese(config: ChineseConfig, out: Path) -> Path:
