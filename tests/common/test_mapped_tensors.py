@@ -130,6 +130,6 @@ def test_a_step_reads_only_its_points_of_stored_trajectories(
     monkeypatch.setattr(samples, "copy_async", sent)
     monkeypatch.setattr(MappedRows, "__getitem__", rows)
     stored = samples.fetch_of(run)(numbers, KeyedRng(0, 0, (0, 1, 2)))["sample"].stored
-    for index in (stored.times.index_nk, stored.times.index_n):
-        assert torch.equal(stored.point(index), trajectories[torch.arange(3), index + 1].float())
+    for index, point in ((stored.times.index_nk, stored.x_nk), (stored.times.index_n, stored.x_n)):
+        assert torch.equal(point, trajectories[torch.arange(3), index + 1].float())
     assert went == [((3, 4, 8, 8), torch.float16)] * 2
