@@ -180,7 +180,7 @@ def test_a_style_reader_recognises_the_held_out_style(tmp_path: Path, monkeypatc
         sheet.save(tmp_path / f"{style}.webp", lossless=True)
     monkeypatch.setenv("FEWSTEP_STICKERS", str(tmp_path))
     reader = tiny_reader()
-    config = AddOnConfig(steps=60, batch=16, lr=1e-2)
+    config = AddOnConfig(steps=240, batch=16, lr=1e-2)
     trained = scenes.train_style_reader(reader, config, tmp_path / "run")
     prompts = [scenes.make_prompt(kind, 1, index) for index in range(40) for kind in ("open", "style")]
     pictures = scenes.pictures_of(prompts)

@@ -17,7 +17,6 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fewstep.common.accelerator import make_accelerator
@@ -34,7 +33,7 @@ from fewstep_worlds.stickers.dataset import fingerprint
 from fewstep_worlds.stickers.draw import draw_background, draw_scene
 from fewstep_worlds.stickers.grammar import write
 from fewstep_worlds.stickers.prompts import Prompt, training_prompt
-from fewstep_worlds.stickers.reader import Reader, damage, load_reader, read_pictures
+from fewstep_worlds.stickers.reader import Reader, damage, load_reader, make_targets, read_pictures, reader_loss
 from fewstep_worlds.stickers.reward import load_world_scorer
 from fewstep_worlds.stickers.scene import SIDE, Scene, make_scene
 from fewstep_worlds.stickers.sprites import load_sprites, sprite_folder
@@ -204,28 +203,28 @@ def by_reader(reader: Reader, measure: Measure, prompts: Sequence[Prompt]) -> Ca
 
 
 def train_style_reader(reader: Reader, config: AddOnConfig, run: Path) -> Reader:
-    """Return the reader, trained further to recognise the styles with the held-out one, which it never saw.
+    """Return the reader, trained further on scenes of all styles: it never saw the held-out one, nor stickers in it.
 
     Raises:
         UserError: the run folder holds a training with other settings or inputs.
     """
     trained, device = copy.deepcopy(reader), reader.heat.weight.device
-    weights = {name: p for name, p in trained.named_parameters() if not name.startswith(("heat", "offset"))}
 
     def fetch(items: np.ndarray, rng: KeyedRng) -> Batch:
         of = [make_scene(TRAINING, index, "train" if index % len(STYLES) else "style") for index in items.tolist()]
         blur, noise = (rng.uniform(name, 0, most).float() for name, most in DAMAGE.items())
         pictures = damage(to_tensor(draw(of)), blur, noise, rng.normal("pixels", (3, SIDE, SIDE)).cpu())
-        styles = torch.tensor([STYLES.index(scene.style) for scene in of])
-        return {"pictures": pictures.to(device), "styles": styles.to(device)}
+        batch = {"pictures": pictures, **make_targets(of)}
+        return {name: tensor.to(device) for name, tensor in batch.items()}
 
     def loss(batch: Batch, _: KeyedRng) -> Loss:
-        return Loss(F.cross_entropy(trained(batch["pictures"])["style"].float(), batch["styles"]))
+        return reader_loss(trained(batch["pictures"]), batch)
 
-    plan, accelerator = [Update("style", weights, loss, config.optim)], make_accelerator(config.loop.precision, device)
+    plan = [Update("reader", dict(trained.named_parameters()), loss, config.optim)]
+    accelerator = make_accelerator(config.loop.precision, device)
     inputs = {"reader": digest(reader.state_dict()), "scenes": fingerprint()}
     fitted = fit(run.name, plan, fetch, ENDLESS, run, config, config.loop, accelerator, inputs)
-    trained.load_state_dict(trained.state_dict() | fitted["style"])
+    trained.load_state_dict(fitted["reader"])
     return trained.eval()
 
 

@@ -194,7 +194,8 @@ def style(study: Study) -> Task:
 
     reader = scenes.train_style_reader(study.reader, study.config.style_reader, study.out / "runs" / "style-reader")
     effect = "read as the style", scenes.by_reader(reader, scenes.same_style, prompts)
-    return study.task("style LoRA", prompts, effect, load=load, add_on=place)
+    beside = ACCURACY, scenes.by_reader(reader, scenes.agrees, prompts)
+    return study.task("style LoRA", prompts, effect, beside=beside, load=load, add_on=place)
 
 
 def controlnet(study: Study, name: str, maps_of: Maps, prompts: Sequence[Prompt]) -> dict[str, Any]:
