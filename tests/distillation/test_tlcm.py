@@ -195,7 +195,7 @@ def test_base_weights_are_stored_once_for_four_roles(words: list[str], tiny_cach
     exclusive = unique_bytes(run.backbone.fresh_network())
     assert unique_bytes(network) == exclusive + sum(sizes)
     assert sizes[0] == sizes[1] > 0
-    estimated = distillation.estimate(run.update_plan(), fetch_of(run), run.data, config, run.networks)
+    estimated = distillation.estimate(run, run.update_plan())
     assert estimated.base_bytes == exclusive
     assert list(estimated.trained) == ["student", "fake", "critic"]
     assert estimated.trained["student"] == sizes[0]
