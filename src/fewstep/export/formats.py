@@ -37,7 +37,7 @@ _KOHYA = {
 def support(form: ExportForm, family: str) -> Support:
     """Return the support of a form for a family of pipelines."""
     if form == "kohya":
-        return _KOHYA.get(family, Support(None, "no trainer or interface reads kohya's names for it"))
+        return _KOHYA.get(family, Support(None, "fewstep has no table of kohya's names for it"))
     if form == "single-file" and family not in ("sd", "sdxl"):
         return Support(None, "diffusers and ComfyUI hold it as a folder, or as its transformer alone")
     if form == "diffusers" and family == "pixart":
