@@ -36,7 +36,6 @@ def test_the_demo_runs_on_sticker_scenes(
     monkeypatch.setenv(location.ENVIRONMENT, str(place))
     monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
     monkeypatch.setattr(world, "SCENES", 40)
-    world._caption_table.cache_clear()
     monkeypatch.setattr(comparison, "Lite0Features", Pooled)
     monkeypatch.setattr(demo, "STEPS", (2, 4))
     monkeypatch.setattr(demo, "TEACHER_STEPS", 6)
@@ -54,4 +53,3 @@ def test_the_demo_runs_on_sticker_scenes(
         assert in_category(category, claim_of(results.prompts[row]))
     page = report.read_text(encoding="utf-8")
     assert page.index(results.prompts[rows[0]]) < page.index("Before you read the figures")
-    world._caption_table.cache_clear()
