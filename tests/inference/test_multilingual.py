@@ -109,6 +109,7 @@ def test_the_output_error_is_a_share_of_the_prompts_effect(tiny_pipeline: Path) 
     assert all(weight.grad is None for weight in teacher.network.parameters())
 
 
+@pytest.mark.slow
 def test_the_output_alone_trains_an_adapter(tiny_pipeline: Path, tmp_path: Path) -> None:
     folder = read_folder(tiny_pipeline)
     loop = LoopConfig(steps=40, batch=4, log_every=10, precision="fp32")

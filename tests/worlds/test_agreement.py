@@ -140,6 +140,7 @@ def test_captions_of_the_whole_split_are_shared_where_they_are_true() -> None:
 # --------------------------------------------------------------------------------------------- training
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_pictures_find_their_names(trained: Path, toy: emoji8.Emoji8) -> None:
     lines = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
     losses = [line["scorer/loss"] for line in lines if "scorer/loss" in line]

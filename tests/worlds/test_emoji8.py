@@ -115,6 +115,7 @@ def test_pictures_are_drawings_on_white(world: Emoji8) -> None:
     assert (rim == 255).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_colours_are_the_recorded_levels(world: Emoji8) -> None:
     used = np.flatnonzero(np.bincount(world.pictures.ravel(), minlength=256))
     assert used.tolist() == [0, *range(7, 256, 8)]

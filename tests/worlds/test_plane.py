@@ -143,6 +143,7 @@ def test_many_small_steps_of_the_exact_network_draw_the_exact_distribution(name:
     assert few > 1.7 * energy
 
 
+@pytest.mark.slow
 def test_a_learned_base_is_near_the_exact_teacher(tmp_path: Path) -> None:
     """It samples as the teacher does, and is not it; a student in the plane is still trained by the exact one."""
     config = resolve_plane("tcd", ["base_steps=600", "width=64", "shown=1000"])

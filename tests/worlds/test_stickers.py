@@ -40,6 +40,7 @@ def test_a_scene_is_a_function_of_seed_index_and_split(sticker_sheets: Path) -> 
     np.testing.assert_array_equal(backwards[::-1], draw_scenes(3, [4, 5], folder=sticker_sheets))
 
 
+@pytest.mark.slow
 def test_workers_draw_what_one_process_draws(sticker_sheets: Path) -> None:
     with SceneWorkers(2, seed=3, folder=sticker_sheets) as scenes:
         np.testing.assert_array_equal(
@@ -276,6 +277,7 @@ def test_training_scenes_hold_nothing_that_is_held_out() -> None:
         make_scene(0, 0, "test")
 
 
+@pytest.mark.slow
 def test_concepts_of_training_scenes_are_equally_frequent() -> None:
     shown = Counter(concept for scene in make_scenes(0, range(6400)) for concept in scene.counts)
     assert set(shown) == set(NAMES)
