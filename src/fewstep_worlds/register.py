@@ -93,5 +93,6 @@ def configs() -> dict[str, Any]:
         "train-reward": emoji8.RewardConfig(),
         "stickers autoencoder": stickers.AutoencoderConfig(),
         "stickers reader": stickers.ReaderConfig(),
+        "stickers reward": stickers.RewardConfig(),
         "stickers teacher": stickers.TeacherConfig(),
     }

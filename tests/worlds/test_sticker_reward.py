@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,12 +15,13 @@ import torch
 from fewstep.common.accelerator import make_accelerator
 from fewstep.common.errors import UserError
 from fewstep.training.config import LoopConfig, OptimConfig
-from fewstep_worlds.stickers import reward_training, wrong_claims
+from fewstep_worlds.common import location
+from fewstep_worlds.stickers import reward_training, world, wrong_claims
 from fewstep_worlds.stickers.claim import check, facts_of, full_claim, make_claim
 from fewstep_worlds.stickers.dataset import make_scenes
 from fewstep_worlds.stickers.grammar import read
 from fewstep_worlds.stickers.heldout import KINDS, held_out_kinds
-from fewstep_worlds.stickers.reward import StickerScorer, load_reward, load_world_scorer, save_reward
+from fewstep_worlds.stickers.reward import StickerScorer, load_reward, save_reward
 from fewstep_worlds.stickers.reward_network import LENGTH, RewardNetwork, word_numbers, words_of
 from fewstep_worlds.stickers.settings import RewardConfig
 
@@ -197,13 +199,14 @@ PROMPTS = ("three frogs on yellow", "a rocket left of a gem stone on blue stripe
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     words = reward_training.vocabulary()
-    place = tmp_path_factory.mktemp("reward") / "final"
+    place = tmp_path_factory.mktemp("world") / "reward"
     save_reward(RewardNetwork(TINY, len(words)), words, place)
     return place
 
 
-def test_a_saved_scorer_scores_alike(folder: Path, tmp_path: Path) -> None:
-    scorer = load_world_scorer(CPU, folder)
+def test_a_saved_scorer_scores_alike(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(location.ENVIRONMENT, str(folder.parent))
+    scorer: Any = world.load_scorer(CPU)
     save_reward(scorer.network, scorer.words, tmp_path / "again")
     again = load_reward(tmp_path / "again")
     assert again.identity == scorer.identity

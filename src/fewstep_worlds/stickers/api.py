@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fewstep.common.arguments import checked
 from fewstep.common.config import parse_overrides, validate
 from fewstep.common.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from fewstep.training.config import LoopConfig
 
 
 @checked
@@ -22,11 +28,9 @@ def autoencoder(*, out: Path | str = "runs/stickers/autoencoder", overrides: str
 
     config = validate(AutoencoderConfig, parse_overrides(overrides, AutoencoderConfig))
 
-    from fewstep.common.accelerator import make_accelerator
-    from fewstep.common.device import pick_device
     from fewstep_worlds.stickers.autoencoder import train_autoencoder
 
-    vae = train_autoencoder(config, Path(out), make_accelerator(config.loop.precision, pick_device("auto")))
+    vae = train_autoencoder(config, Path(out), _accelerator(config.loop))
     vae.save_pretrained(Path(out) / "final")
     return Path(out) / "final"
 
@@ -43,11 +47,9 @@ def reader(*, out: Path | str = "runs/stickers/reader", overrides: str | Sequenc
 
     config = validate(ReaderConfig, parse_overrides(overrides, ReaderConfig))
 
-    from fewstep.common.accelerator import make_accelerator
-    from fewstep.common.device import pick_device
     from fewstep_worlds.stickers.reader import save_reader, train_reader
 
-    trained = train_reader(config, Path(out), make_accelerator(config.loop.precision, pick_device("auto")))
+    trained = train_reader(config, Path(out), _accelerator(config.loop))
     save_reader(trained, Path(out) / "final")
     return Path(out) / "final"
 
@@ -84,12 +86,10 @@ def reward(*, out: Path | str = "runs/stickers/reward", overrides: str | Sequenc
 
     config = validate(RewardConfig, parse_overrides(overrides, RewardConfig))
 
-    from fewstep.common.accelerator import make_accelerator
-    from fewstep.common.device import pick_device
     from fewstep_worlds.stickers.reward import save_reward
     from fewstep_worlds.stickers.reward_training import train_reward, vocabulary
 
-    trained = train_reward(config, Path(out), make_accelerator(config.loop.precision, pick_device("auto")))
+    trained = train_reward(config, Path(out), _accelerator(config.loop))
     save_reward(trained, vocabulary(), Path(out) / "final")
     return Path(out) / "final"
 
@@ -128,12 +128,9 @@ def teacher(
     config = validate(TeacherConfig, parse_overrides(overrides, TeacherConfig))
     check_target(Path(target), Path(out))
 
-    from fewstep.common.accelerator import make_accelerator
-    from fewstep.common.device import pick_device
     from fewstep_worlds.stickers.teacher import train_teacher
 
-    accelerator = make_accelerator(config.loop.precision, pick_device("auto"))
-    train_teacher(config, Path(out), Path(target), accelerator)
+    train_teacher(config, Path(out), Path(target), _accelerator(config.loop))
     return Path(target)
 
 
@@ -173,3 +170,11 @@ def teacher_report(
         for name, row in rows.items()
     )
     return "\n".join([as_table({name: row.shares for name, row in rows.items()}), *distances])
+
+
+def _accelerator(loop: LoopConfig) -> Accelerator:
+    """Return the accelerator of a training, on the GPU where there is one."""
+    from fewstep.common.accelerator import make_accelerator
+    from fewstep.common.device import pick_device
+
+    return make_accelerator(loop.precision, pick_device("auto"))

@@ -130,12 +130,12 @@ def load_reward(folder: Path) -> StickerScorer:
     return StickerScorer(network, words, digest)
 
 
-def load_world_scorer(device: torch.device, folder: Path | None = None) -> StickerScorer:
-    """Return the world's scorer, or the one in `folder`.
+def load_world_scorer(device: torch.device) -> StickerScorer:
+    """Return the bundled world's scorer.
 
     Raises:
         UserError: a part is missing, damaged or of another scorer.
     """
-    scorer = load_reward(folder or root() / "reward")
+    scorer = load_reward(root() / "reward")
     scorer.network.to(device)
     return scorer

@@ -108,7 +108,9 @@ def suite(prompts: Sequence[str], seed: int, features: Features) -> Suite:
 
 def load_scorer(device: torch.device) -> PreferenceScorer:
     """Return the preference scorer."""
-    raise UserError("method.reward.scorer = 'world': sticker scenes have no preference scorer yet; name one")
+    from fewstep_worlds.stickers.reward import load_world_scorer
+
+    return load_world_scorer(device)
 
 
 def text_pairs() -> Pairs:
