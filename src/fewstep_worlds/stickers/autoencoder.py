@@ -23,7 +23,7 @@ from fewstep.evaluation.lite0 import Lite0, Lite0Features, make_lite0
 from fewstep.evaluation.lite0_weights import load_weights
 from fewstep.training.loss import Loss
 from fewstep.training.update import Batch, Update
-from fewstep_worlds.common.autoencoder import fold_statistics, make_vae, psnr, reconstruct, restore, to_tensor
+from fewstep_worlds.common.autoencoder import fold_statistics, load_vae, make_vae, psnr, reconstruct, restore, to_tensor
 from fewstep_worlds.common.training import ENDLESS, Weights, fit
 from fewstep_worlds.stickers.dataset import REFERENCE_SEED, SceneWorkers, draw_scenes, fingerprint
 from fewstep_worlds.stickers.settings import AutoencoderConfig
@@ -97,10 +97,11 @@ class AutoencoderLosses:
         self._restored = restored.detach()
         error = restored - pictures
         squared = error.square().mean()
-        perceptual = perceptual_distance(self.network, restored, pictures)
         value = squared + config.l1 * error.abs().mean() + config.slopes * slope_error(error)
-        value = value + config.perceptual * perceptual
-        scalars = {"mse": squared, "perceptual": perceptual, "kl": kl}
+        scalars = {"mse": squared, "kl": kl}
+        if config.perceptual:
+            scalars["perceptual"] = perceptual_distance(self.network, restored, pictures)
+            value = value + config.perceptual * scalars["perceptual"]
         if rng.step >= config.critic_from and config.critic_share:
             # both gradients are taken at the pictures, so that each network has one backward pass
             (own,) = torch.autograd.grad(value, restored)
@@ -151,6 +152,11 @@ def train_autoencoder(
     """
     torch.manual_seed(config.loop.seed)
     vae, critic = make_vae(config), make_critic(config.critic_channels)
+    if config.encoder:
+        vae.load_state_dict(load_vae(Path(config.encoder)).state_dict())
+        for part in (vae.encoder, vae.quant_conv):
+            part.requires_grad_(False)
+    trained = {name: weight for name, weight in vae.named_parameters() if weight.requires_grad}
     network = make_lite0(load_weights()).to(accelerator.device)
     for part in (vae, critic):
         speed_up(part)
@@ -162,21 +168,21 @@ def train_autoencoder(
         nonlocal metrics
         metrics = metrics or AutoencoderMetrics(folder, out / "features")
         averaged = make_vae(config)
-        averaged.load_state_dict({name: value.cpu() for name, value in weights["vae"].items()})
+        averaged.load_state_dict(vae.state_dict() | {name: value.cpu() for name, value in weights["vae"].items()})
         speed_up(averaged)
         return metrics(averaged.eval())
 
     def fetch(items: np.ndarray, _: KeyedRng) -> Batch:
         return {"pictures": to_tensor(scenes.pictures(items)).to(accelerator.device)}
 
-    plan = [
-        Update("vae", dict(vae.named_parameters()), losses.of_vae, config.optim),
-        Update("critic", dict(critic.named_parameters()), losses.of_critic, config.critic_optim),
-    ]
+    plan = [Update("vae", trained, losses.of_vae, config.optim)]
+    if config.critic_share:
+        plan.append(Update("critic", dict(critic.named_parameters()), losses.of_critic, config.critic_optim))
     inputs = {"scenes": fingerprint(folder)}
     with SceneWorkers(config.workers, folder=folder) as scenes:
         weights = fit("autoencoder", plan, fetch, ENDLESS, out, config, config.loop, accelerator, inputs, evaluate)
-    vae.load_state_dict(weights["vae"])
+    vae.load_state_dict(vae.state_dict() | weights["vae"])
     vae.cpu().eval()
-    fold_statistics(vae, draw_scenes(REFERENCE_SEED, range(500), folder=folder))
+    if not config.encoder:
+        fold_statistics(vae, draw_scenes(REFERENCE_SEED, range(500), folder=folder))
     return vae

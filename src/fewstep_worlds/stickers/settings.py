@@ -16,6 +16,9 @@ from fewstep_worlds.common.settings import AutoencoderShape, UnetShape, check_gr
 class AutoencoderConfig(AutoencoderShape):
     """The teacher's autoencoder: 64x64 pictures to 16x16 latents of 4 channels."""
 
+    encoder: str = Field(
+        "", description="folder of a finished AutoencoderKL of this shape whose encoder is kept; its decoder is trained"
+    )
     channels: tuple[int, ...] = Field((32, 64, 96), description="channels at each resolution")
     latent_channels: int = Field(4, ge=1, description="channels of a latent")
     groups: int = Field(8, ge=1, description="groups of the group norms")
