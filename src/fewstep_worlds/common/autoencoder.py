@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fewstep.common.errors import UserError
 from fewstep.common.rng import KeyedRng
+from fewstep_worlds.common.networks import load_network
 from fewstep_worlds.common.settings import AutoencoderShape
 
 
@@ -39,15 +39,7 @@ def load_vae(folder: Path) -> Any:
     """
     from diffusers import AutoencoderKL
 
-    if not (folder / "config.json").is_file():
-        raise UserError(f"autoencoder = {str(folder)!r} holds no config.json; give the folder of an AutoencoderKL")
-    try:
-        return AutoencoderKL.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32
-        ).eval()
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"autoencoder = {str(folder)!r} cannot be loaded: {reason}") from error
+    return load_network(AutoencoderKL, folder, "autoencoder")
 
 
 def to_tensor(pictures: np.ndarray) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from fewstep.diffusion.schedule import VariancePreserving, add_noise
 from fewstep.training.loss import Loss
+from fewstep_worlds.common.networks import load_network
 from fewstep_worlds.common.settings import UnetShape
 
 
@@ -35,6 +37,17 @@ def make_unet(shape: UnetShape, latent_channels: int, side: int, text_width: int
         attention_head_dim=shape.heads,
         norm_num_groups=shape.groups,
     )
+
+
+def load_unet(folder: Path) -> Any:
+    """Return the `UNet2DConditionModel` of a folder, fp32, in evaluation mode.
+
+    Raises:
+        UserError: the folder holds none.
+    """
+    from diffusers import UNet2DConditionModel
+
+    return load_network(UNet2DConditionModel, folder, "unet")
 
 
 def eps_loss(

@@ -24,6 +24,7 @@ from fewstep.evaluation.lite0_weights import load_weights
 from fewstep.training.loss import Loss
 from fewstep.training.update import Batch, Update
 from fewstep_worlds.common.autoencoder import fold_statistics, load_vae, make_vae, psnr, reconstruct, restore, to_tensor
+from fewstep_worlds.common.networks import copy_weights
 from fewstep_worlds.common.training import ENDLESS, Weights, fit
 from fewstep_worlds.stickers.dataset import REFERENCE_SEED, SceneWorkers, draw_scenes, fingerprint
 from fewstep_worlds.stickers.settings import AutoencoderConfig
@@ -153,7 +154,7 @@ def train_autoencoder(
     torch.manual_seed(config.loop.seed)
     vae, critic = make_vae(config), make_critic(config.critic_channels)
     if config.encoder:
-        vae.load_state_dict(load_vae(Path(config.encoder)).state_dict())
+        copy_weights(load_vae(Path(config.encoder)), vae, "encoder")
         for part in (vae.encoder, vae.quant_conv):
             part.requires_grad_(False)
     trained = {name: weight for name, weight in vae.named_parameters() if weight.requires_grad}

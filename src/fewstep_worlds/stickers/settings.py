@@ -98,6 +98,8 @@ class TeacherConfig(UnetShape):
     autoencoder: str = Field("", description="folder of the finished AutoencoderKL")
     text: str = Field("", description="folder with the text_encoder/ and tokenizer/ to trim; empty for the bundled")
     reader: str = Field("", description="folder of a reader that measures validation samples; empty for none")
+    unet: str = Field("", description="folder of a UNet of this shape to go on from; empty for a fresh one")
+    first_scene: int = Field(0, ge=0, description="number of the first scene: above those that the UNet was trained on")
     channels: tuple[int, ...] = Field((64, 128, 128), description="channels at each resolution; the first has no text")
     omega: float = Field(2.0, ge=0, description="default guidance of the teacher, in the papers' convention")
     validation_prompts: int = Field(500, ge=0, description="unseen prompts of a validation; 0 for none")

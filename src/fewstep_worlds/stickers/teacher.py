@@ -20,8 +20,9 @@ from fewstep.diffusion.schedule import scaled_linear
 from fewstep.training.loss import Loss
 from fewstep.training.update import Batch, Update
 from fewstep_worlds.common.autoencoder import load_vae, to_pictures, to_tensor
-from fewstep_worlds.common.denoiser import eps_loss, make_unet
+from fewstep_worlds.common.denoiser import eps_loss, load_unet, make_unet
 from fewstep_worlds.common.location import root
+from fewstep_worlds.common.networks import copy_weights
 from fewstep_worlds.common.pipeline import SCHEDULER, write_teacher
 from fewstep_worlds.common.text import load_text_encoder, trim_text
 from fewstep_worlds.common.training import ENDLESS, Weights, fit
@@ -146,12 +147,14 @@ def train_teacher(
 
     torch.manual_seed(config.loop.seed)
     unet = make()
+    if config.unet:
+        copy_weights(load_unet(Path(config.unet)), unet, "unet")
     path = scaled_linear()
     total = int(path.noisiest) + 1
     metrics: TeacherMetrics | None = None
 
     def fetch(items: np.ndarray, rng: KeyedRng) -> Batch:
-        pictures, prompts = workers.captioned(items)
+        pictures, prompts = workers.captioned(items + config.first_scene)
         empty = rng.chance("empty prompt", config.prompt_dropout).tolist()
         texts = ["" if dropped else prompt for prompt, dropped in zip(prompts, empty, strict=True)]
         with accelerator.autocast():
@@ -176,6 +179,7 @@ def train_teacher(
         "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
         "autoencoder": sha256(*sorted(Path(config.autoencoder).glob("*.safetensors"))),
         "text": sha256(*sorted(text.rglob("*.safetensors"))),
+        **({"unet": sha256(*sorted(Path(config.unet).glob("*.safetensors")))} if config.unet else {}),
     }
     with SceneWorkers(config.workers, folder=folder) as workers:
         validate = evaluate if config.validation_prompts else None
