@@ -27,14 +27,16 @@ def load_text_encoder(folder: Path) -> tuple[Any, Any]:
     return tokenizer, encoder.eval().requires_grad_(False)
 
 
-def trim_text(source: Path, target: Path, phrases: Sequence[str], tokens: int) -> None:
+def trim_text(source: Path, target: Path, phrases: Sequence[str], tokens: int, layers: int | None = None) -> None:
     """Write `target`/text_encoder and `target`/tokenizer: those of `source` with the word pieces of some phrases.
 
-    Single characters are kept too, so that other words are spelt. States of a sentence do not change.
+    Single characters are kept too, so that other words are spelt. States of a sentence do not change, apart from those
+    that layers are left out of.
 
     Args:
         source: folder with the text_encoder/ and tokenizer/ of a BertModel with a WordPiece vocabulary.
         tokens: largest number of tokens of a prompt, [CLS] and [SEP] included.
+        layers: how many of the encoder's first layers are kept; None for all.
 
     Raises:
         UserError: `source` lacks one of them.
@@ -50,6 +52,9 @@ def trim_text(source: Path, target: Path, phrases: Sequence[str], tokens: int) -
     used |= {token.content for token in full.get_added_tokens_decoder().values()}
     pieces = sorted((p for p in ids if p in used or len(p.removeprefix("##")) == 1), key=ids.__getitem__)
     _, encoder = load_text_encoder(source)
+    if layers is not None:
+        encoder.encoder.layer = encoder.encoder.layer[:layers]
+        encoder.config.num_hidden_layers = len(encoder.encoder.layer)
     state = {name: value.half().contiguous() for name, value in encoder.state_dict().items()}
     state[EMBEDDING] = state[EMBEDDING][[ids[piece] for piece in pieces]].contiguous()
     encoder.config.vocab_size = len(pieces)

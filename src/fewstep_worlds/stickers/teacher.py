@@ -135,7 +135,7 @@ def train_teacher(
     vae = load_vae(Path(config.autoencoder))
     text = out / "text"
     if not text.is_dir():
-        trim_text(Path(config.text) if config.text else root() / "teacher", text, phrases(), TOKENS)
+        trim_text(Path(config.text) if config.text else root() / "teacher", text, phrases(), TOKENS, config.text_layers)
     device = accelerator.device
     encoders = Encoders(vae, text, device)
     shape = (vae.config.latent_channels, SIDE // 2 ** (len(vae.config.block_out_channels) - 1))
