@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.backbones.families import FAMILIES
 from fewstep.backbones.recompute import recompute_blocks
-from fewstep.methods.rewards.preprocess import Framing, frame
+from fewstep.scorers.preprocess import Framing, frame
 from fewstep.training.live_bytes import LiveBytes
 from fewstep.training.roles import add_adapter
 

@@ -28,7 +28,7 @@ from fewstep.distillation.config import DistillConfig
 from fewstep.distillation.synthesis.record import SynthesizedSet, is_synthesis, open_set
 from fewstep.inference.multilingual.settings import PACKAGES
 from fewstep.methods.config import ConsistencyConfig
-from fewstep.methods.rewards.registry import check_scorer
+from fewstep.scorers.registry import check_scorer
 from fewstep.students.lora_checks import check_lora
 from fewstep.students.lora_file import CONDITIONING, student_of_run
 from fewstep.students.lora_header import LoraHeader, base_shapes

@@ -23,8 +23,8 @@ from fewstep.data.sources import WorldData
 from fewstep.distillation.checks import Source
 from fewstep.distillation.config import DistillConfig
 from fewstep.methods.latent_lpips.settings import LatentLpipsTrainConfig
-from fewstep.methods.rewards.reward import PreferenceScorer
 from fewstep.methods.terms import FrozenNetworks, Reward
+from fewstep.scorers.reward import PreferenceScorer
 
 MOST_HELD = 2**30
 """Bytes of prepared prompts that are kept in memory; more are prepared batch by batch."""
@@ -145,7 +145,7 @@ def load_named_scorer(named: str, device: torch.device) -> PreferenceScorer:
     if named == "world":
         scorer: PreferenceScorer = world("method.reward.scorer").load_scorer(device)
         return scorer
-    from fewstep.methods.rewards.registry import load_scorer
+    from fewstep.scorers.registry import load_scorer
 
     name, _, folder = named.partition(":")
     return load_scorer(name, Path(folder), device)

@@ -1,1 +1,1 @@
-"""Preference scorers: differentiable scores of how well people would like a picture for a prompt."""
+"""The former place of `fewstep.scorers`, for imports that have not moved yet."""

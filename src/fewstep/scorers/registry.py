@@ -12,7 +12,7 @@ from fewstep.common.choices import check_choice
 from fewstep.common.errors import UserError
 from fewstep.common.files import read_mapping
 from fewstep.common.safetensors_header import read_safetensors_header
-from fewstep.methods.rewards.reward import PreferenceScorer
+from fewstep.scorers.reward import PreferenceScorer
 
 if TYPE_CHECKING:
     import torch
@@ -154,5 +154,5 @@ def load_scorer(
 
     from fewstep.common.device import DTYPES
 
-    module = import_module(f"fewstep.methods.rewards.{name}")
+    module = import_module(f"fewstep.scorers.{name}")
     return cast(PreferenceScorer, module.load(files, torch.device(device), DTYPES[precision]))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fewstep.methods.rewards.clip import CosineScorer, load_clip_folder
-from fewstep.methods.rewards.registry import ScorerFiles
-from fewstep.methods.rewards.reward import PICKSCORE
+from fewstep.scorers.clip import CosineScorer, load_clip_folder
+from fewstep.scorers.registry import ScorerFiles
+from fewstep.scorers.reward import PICKSCORE
 
 
 def load(files: ScorerFiles, device: torch.device, dtype: torch.dtype) -> CosineScorer:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from fewstep.common.errors import UserError
 from fewstep.common.files import read_mapping, sha256
-from fewstep.methods.rewards.preprocess import CLIP_MEAN, CLIP_STD, Framing
-from fewstep.methods.rewards.registry import ScorerFiles
-from fewstep.methods.rewards.reward import CLIP, ScorerIdentity
-from fewstep.methods.rewards.scorer import Scorer, load_frozen, load_tokenizer, loading, unit
+from fewstep.scorers.preprocess import CLIP_MEAN, CLIP_STD, Framing
+from fewstep.scorers.registry import ScorerFiles
+from fewstep.scorers.reward import CLIP, ScorerIdentity
+from fewstep.scorers.scorer import Scorer, load_frozen, load_tokenizer, loading, unit
 
 HUNDRED = 100.0
 """Cosines are reported in per cent."""

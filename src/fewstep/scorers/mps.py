@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewstep.common.safetensors_header import read_safetensors_header
-from fewstep.methods.rewards.clip import clip_config, clip_network, clip_tokenizer, identity_of, read_framing
-from fewstep.methods.rewards.registry import ScorerFiles
-from fewstep.methods.rewards.reward import MPS
-from fewstep.methods.rewards.scorer import Scorer, load_frozen, loading, rename_keys, unit
+from fewstep.scorers.clip import clip_config, clip_network, clip_tokenizer, identity_of, read_framing
+from fewstep.scorers.registry import ScorerFiles
+from fewstep.scorers.reward import MPS
+from fewstep.scorers.scorer import Scorer, load_frozen, loading, rename_keys, unit
 
 OVERALL = (
     "light, color, clarity, tone, style, ambiance, artistry, shape, face, hair, hands, limbs, structure, instance, "

@@ -8,11 +8,11 @@ import torch
 
 from fewstep.common.errors import UserError
 from fewstep.common.safetensors_header import read_safetensors_header
-from fewstep.methods.rewards.clip import HUNDRED, CosineScorer, clip_network, cosine_scorer, load_clip_folder
-from fewstep.methods.rewards.preprocess import Framing
-from fewstep.methods.rewards.registry import ScorerFiles
-from fewstep.methods.rewards.reward import HPSV2
-from fewstep.methods.rewards.scorer import State, load_frozen, load_tokenizer, loading, rename_keys
+from fewstep.scorers.clip import HUNDRED, CosineScorer, clip_network, cosine_scorer, load_clip_folder
+from fewstep.scorers.preprocess import Framing
+from fewstep.scorers.registry import ScorerFiles
+from fewstep.scorers.reward import HPSV2
+from fewstep.scorers.scorer import State, load_frozen, load_tokenizer, loading, rename_keys
 
 VIT_H_14 = {
     "embed_dim": 1024,

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from fewstep.common.errors import UserError
 from fewstep.common.files import sha256
-from fewstep.methods.rewards.preprocess import CLIP_MEAN, CLIP_STD, Framing, frame
-from fewstep.methods.rewards.registry import SCORERS, check_scorer, load_scorer
-from fewstep.methods.rewards.reward import PreferenceScorer
+from fewstep.scorers.preprocess import CLIP_MEAN, CLIP_STD, Framing, frame
+from fewstep.scorers.registry import SCORERS, check_scorer, load_scorer
+from fewstep.scorers.reward import PreferenceScorer
 from support import scorer_references as reference
 
 PROMPTS = ["a red disc", "blue square, on white"]
@@ -105,7 +105,7 @@ def test_hpsv2_without_a_config_is_vit_h_14() -> None:
     """Every key of the published checkpoint is read; its parameters are as many as open_clip lists, 986.11 million."""
     from transformers import CLIPModel
 
-    from fewstep.methods.rewards.hpsv2 import VIT_H_14, clip_config_of, clip_state
+    from fewstep.scorers.hpsv2 import VIT_H_14, clip_config_of, clip_state
 
     class Tokenizer:
         bos_token_id, eos_token_id, pad_token_id = 49406, 49407, 0
@@ -424,7 +424,7 @@ def test_other_mistakes_are_named(folders: dict[str, Path], tmp_path: Path) -> N
 def test_refusing_needs_no_torch(folders: dict[str, Path]) -> None:
     program = (
         "import sys\n"
-        "from fewstep.methods.rewards.registry import SCORERS, check_scorer\n"
+        "from fewstep.scorers.registry import SCORERS, check_scorer\n"
         f"for name, folder in { ({name: str(folder) for name, folder in folders.items()})!r}.items():\n"
         "    check_scorer(name, folder)\n"
         "assert not {'torch', 'transformers', 'diffusers'} & sys.modules.keys()\n"

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from fewstep.common.files import sha256
 from fewstep.common.safetensors_header import read_safetensors_header
-from fewstep.methods.rewards.preprocess import Framing
-from fewstep.methods.rewards.registry import ScorerFiles
-from fewstep.methods.rewards.reward import IMAGE_REWARD
-from fewstep.methods.rewards.scorer import Scorer, load_frozen, load_tokenizer, loading, rename_keys
+from fewstep.scorers.preprocess import Framing
+from fewstep.scorers.registry import ScorerFiles
+from fewstep.scorers.reward import IMAGE_REWARD
+from fewstep.scorers.scorer import Scorer, load_frozen, load_tokenizer, loading, rename_keys
 
 MEAN, DEVIATION = 0.16717362830052426, 1.0333394966054072
 """Constants of the published code: the reward is (output - MEAN)/DEVIATION."""
