@@ -27,6 +27,8 @@ if TYPE_CHECKING:  # type checkers and editors see the names; `import fewstep` s
     from fewstep.inference.pipeline import scheduler_for as scheduler_for
     from fewstep.inference.schedulers.few_step import ConsistencyScheduler as ConsistencyScheduler
     from fewstep.inference.schedulers.few_step import SSSScheduler as SSSScheduler
+    from fewstep.inference.text_to_image import TextToImage as TextToImage
+    from fewstep.inference.text_to_image import load as load
 
 __version__ = "0.1.0"
 install()
@@ -34,6 +36,7 @@ install()
 _MODULES = {
     "ConsistencyScheduler": "inference.schedulers.few_step",
     "SSSScheduler": "inference.schedulers.few_step",
+    "TextToImage": "inference.text_to_image",
     "UserError": "common.errors",
     "attach": "inference.attach",
     "call_settings": "inference.pipeline",
@@ -41,6 +44,7 @@ _MODULES = {
     "estimate": "commands.distill",
     "evaluate": "commands.evaluate",
     "export_as": "commands.export",
+    "load": "inference.text_to_image",
     "read_synthesis": "commands.synthesize",
     "sample": "commands.sample",
     "scheduler_for": "inference.pipeline",

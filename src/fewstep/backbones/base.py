@@ -148,6 +148,10 @@ class Backbone(ABC):
         """Load the text encoders and the autoencoder now, so that broken ones are refused before long work."""
         _ = self.readers, self.vae
 
+    def share_encoders(self, other: Backbone) -> None:
+        """Use the text encoders and the autoencoder that another backbone of the same folder has loaded."""
+        vars(self).update({name: part for name, part in vars(other).items() if name in ("readers", "vae")})
+
     def release_encoders(self) -> None:
         """Drop the text encoders and the autoencoder from memory; the next use loads them again."""
         for name in ("readers", "vae"):

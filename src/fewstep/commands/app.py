@@ -28,7 +28,8 @@ from fewstep.commands.sample import sample
 from fewstep.commands.synthesize import synthesis_cost, synthesize
 from fewstep.commands.train_adapter import train_adapter
 from fewstep.commands.train_latent_lpips import rank_correlations, train_latent_lpips
-from fewstep.commands.verb import add, shown
+from fewstep.commands.verb import add, nothing, shown
+from fewstep.commands.web_app import app as web_app
 from fewstep.common.defaults import installed_world
 from fewstep.common.errors import UserError
 from fewstep.common.files import os_reason
@@ -55,6 +56,7 @@ add(app, synthesize, DISTIL, estimate=synthesis_cost)
 add(app, train_latent_lpips, DISTIL, show=rank_correlations)
 add(app, train_adapter, DISTIL)
 add(app, sample, USE)
+add(app, web_app, USE, show=nothing)
 add(app, export_as, USE, name="export", show=exported)
 add(app, evaluate, EVALUATE, show=measured)
 add(app, recipes, OTHER, show=shown)

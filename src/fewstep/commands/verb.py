@@ -31,6 +31,11 @@ def shown(result: Any, arguments: Mapping[str, Any]) -> list[str]:
     return [str(result)]
 
 
+def nothing(result: Any, arguments: Mapping[str, Any]) -> list[str]:
+    """Return no lines, of a verb that prints by itself."""
+    return []
+
+
 def add(
     app: App,
     function: Callable[..., Any],

@@ -151,13 +151,15 @@ class ImageGenerator:
         seeds: Sequence[int],
         sampling: Sampling | None = None,
         source: Source | None = None,
+        *,
+        title: str | None = "drawing",
     ) -> np.ndarray:
         """Draw one picture per (prompt, seed), see `pictures`; each process encodes its own prompts."""
 
         def encode(rows: Sequence[int]) -> Condition:
             return self.encode([prompts[row] for row in rows])
 
-        return self._draw(encode, seeds, sampling or self.sampling, "drawing", source)
+        return self._draw(encode, seeds, sampling or self.sampling, title, source)
 
     def pictures(
         self, condition: Condition, seeds: Sequence[int], sampling: Sampling, *, title: str | None = None
@@ -218,6 +220,7 @@ def load_image_generator(
     *,
     compiled: bool = False,
     batch: int | None = None,
+    encoders: Backbone | None = None,
 ) -> ImageGenerator:
     """Load a pipeline folder and merge a student's LoRA into it.
 
@@ -228,6 +231,7 @@ def load_image_generator(
         precision: dtype of the denoiser's weights and calls, after the LoRA is merged.
         compiled: compile the denoiser for the shape of the first batch.
         batch: pictures drawn at once; None for what a small GPU has room for.
+        encoders: loaded backbone of the same folder, whose text encoders and autoencoder are used.
 
     Raises:
         UserError: not a pipeline, not a LoRA, or a LoRA or adapter of another base.
@@ -236,6 +240,8 @@ def load_image_generator(
     language = load_adapter(adapter, folder) if adapter is not None else None
     student = check_lora(lora, folder) if isinstance(lora, Path | str) else lora
     backbone = open_backbone(folder, device)
+    if encoders is not None:
+        backbone.share_encoders(encoders)
     backbone.load_encoders()
     if student is None:
         sampling, place = teacher_sampling(folder), folder.path

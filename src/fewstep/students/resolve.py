@@ -81,6 +81,20 @@ def resolve_student(folder: PipelineFolder, lora: Path | str | None, changes: Ma
         own, record = teacher_sampling(folder), read_record(folder.path)
     else:
         own, record = header.sampling or Sampling(), header.record
+    sampling = changed_sampling(own, changes, folder)
+    seen = record.get("guidance_seen")
+    return ResolvedStudent(header, sampling, validate(Guidance, seen).mean_omega if isinstance(seen, dict) else None)
+
+
+def changed_sampling(own: Sampling, changes: Mapping[str, Any], folder: PipelineFolder) -> Sampling:
+    """Return sampling settings with changes, checked against the pipeline.
+
+    Args:
+        changes: None values are ignored.
+
+    Raises:
+        UserError: settings out of range, or that the pipeline cannot be sampled with.
+    """
     given = {key: value for key, value in changes.items() if value is not None}
     sampling = validate(Sampling, own.model_dump() | given)
     if "gamma" in given and sampling.sampler != "sss":
@@ -88,8 +102,7 @@ def resolve_student(folder: PipelineFolder, lora: Path | str | None, changes: Ma
             f"gamma has no effect with sampler = {sampling.sampler!r}; remove it, or set sampler = 'sss'", field="gamma"
         )
     check_sampling(sampling, folder)
-    seen = record.get("guidance_seen")
-    return ResolvedStudent(header, sampling, validate(Guidance, seen).mean_omega if isinstance(seen, dict) else None)
+    return sampling
 
 
 def teacher_sampling(folder: PipelineFolder) -> Sampling:
