@@ -17,7 +17,8 @@ from torch import Tensor
 from fewstep.common import mapped_tensors as mapped
 from fewstep.common import rng as rng
 from fewstep.common.mapped_tensors import MappedRows, map_tensors, open_tensors, write_rows
-from fewstep.common.rng import KeyedRng, generator, order
+from fewstep.common.random_streams import generator
+from fewstep.common.rng import KeyedRng, order
 from fewstep.common.tensors import save_tensors
 from fewstep.distillation import batches as samples
 from fewstep.distillation import prepare as preparation

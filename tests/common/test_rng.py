@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.common.rng import KeyedRng, generator, order
+from fewstep.common.random_streams import generator
+from fewstep.common.rng import KeyedRng, order
 
 
 def everything(rng: KeyedRng) -> dict[str, Tensor]:

@@ -16,7 +16,8 @@ import torch
 import fewstep as api
 from fewstep.backbones.pipeline_folder import read_folder
 from fewstep.common.errors import UserError
-from fewstep.common.rng import KeyedRng, generator
+from fewstep.common.random_streams import generator
+from fewstep.common.rng import KeyedRng
 from fewstep.evaluation.metric import Array
 from fewstep.inference.generator import load_image_generator
 from fewstep.inference.multilingual.adapter import load_adapter

@@ -2,14 +2,10 @@
 
 They do not depend on the rank, the world size, the micro-batch or earlier draws. A resumed run therefore repeats an
 uninterrupted one, and any number of processes draws the same numbers.
-
-Philox is counter-based: the key holds (seed, purpose), the counter starts at (0, 0, sample, step), so that streams do
-not overlap (2^128 numbers each).
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -19,18 +15,12 @@ import torch
 from torch import Tensor
 
 from fewstep.common.device import copy_async
+from fewstep.common.random_streams import generator
 
 CPU = torch.device("cpu")
 
 NoiseKey = tuple[str, tuple[int, ...]]
 """Purpose and shape of a row."""
-
-
-def generator(seed: int, purpose: str, sample: int = 0, step: int = 0) -> np.random.Generator:
-    """Return the generator of one (seed, purpose, sample, step)."""
-    key = np.array([seed, zlib.crc32(purpose.encode())], dtype=np.uint64)
-    counter = np.array([0, 0, sample, step], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from fewstep.backbones.pipeline_folder import check_side
 from fewstep.common.mapped_tensors import Rows
-from fewstep.common.rng import endless, generator
+from fewstep.common.random_streams import generator
+from fewstep.common.rng import endless
 from fewstep.data.images import Captioned, PictureFiles, read_picture, size_of
 
 Shape = tuple[int, int]

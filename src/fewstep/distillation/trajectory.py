@@ -24,7 +24,7 @@ from fewstep.common.distributed import any_process, gather_to_main, main_process
 from fewstep.common.errors import UserError
 from fewstep.common.files import short_digest
 from fewstep.common.mapped_tensors import MappedRows, MappedTensor, open_tensors
-from fewstep.common.rng import generator
+from fewstep.common.random_streams import generator
 from fewstep.common.tensor_cache import keep, kept
 from fewstep.data.latents import LatentSet
 from fewstep.diffusion.conditioned import ConditionedDenoiser

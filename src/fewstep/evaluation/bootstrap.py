@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fewstep.common.errors import UserError
-from fewstep.common.rng import generator
+from fewstep.common.random_streams import generator
 from fewstep.evaluation.metric import Array, Figure
 
 RESAMPLES = 1000

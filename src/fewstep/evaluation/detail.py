@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageFilter
 
-from fewstep.common.rng import generator
+from fewstep.common.random_streams import generator
 from fewstep.evaluation.metric import Array, Figure, Identity, Pictures, check_pictures
 from fewstep.evaluation.per_picture import PerPictureMetric
 

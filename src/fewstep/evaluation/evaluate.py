@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fewstep.common.errors import UserError
 from fewstep.common.files import write_json
-from fewstep.common.rng import generator
+from fewstep.common.random_streams import generator
 from fewstep.evaluation.detail import EdgeDensity, WebpBytes
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.frechet import FrechetDistance, Projection

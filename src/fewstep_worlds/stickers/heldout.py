@@ -10,7 +10,7 @@ from functools import cache
 from itertools import combinations, product
 from typing import TypeVar
 
-from fewstep.common.rng import generator
+from fewstep.common.random_streams import generator
 from fewstep_worlds.stickers.vocabulary import COLOURS, CONCEPTS, HELD_OUT_STYLE, NAMES, STYLES
 
 T = TypeVar("T")

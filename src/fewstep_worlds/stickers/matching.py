@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fewstep.common.rng import generator
+from fewstep.common.random_streams import generator
 from fewstep_worlds.stickers.claim import Claim, check, facts_of
 from fewstep_worlds.stickers.heldout import held_out_kinds
 from fewstep_worlds.stickers.prompts import stated_kinds

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from fewstep.common.errors import UserError
-from fewstep.common.rng import generator
+from fewstep.common.random_streams import generator
 from fewstep_worlds.stickers import heldout
 from fewstep_worlds.stickers.claim import Claim, make_claim
 from fewstep_worlds.stickers.grammar import LanguageName, write

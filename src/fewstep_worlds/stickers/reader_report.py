@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fewstep.common.rng import generator
+from fewstep.common.random_streams import generator
 from fewstep_worlds.common.autoencoder import restore, to_pictures, to_tensor
 from fewstep_worlds.stickers.accuracy import Share, scene_accuracy
 from fewstep_worlds.stickers.claim import full_claim

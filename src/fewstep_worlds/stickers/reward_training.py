@@ -15,7 +15,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from fewstep.common.cpu_kernels import speed_up
-from fewstep.common.rng import KeyedRng, generator
+from fewstep.common.random_streams import generator
+from fewstep.common.rng import KeyedRng
 from fewstep.training.loss import Loss
 from fewstep.training.update import Batch, Update
 from fewstep_worlds.common.autoencoder import to_tensor

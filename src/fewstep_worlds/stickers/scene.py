@@ -10,7 +10,7 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from fewstep.common.errors import UserError
-from fewstep.common.rng import generator
+from fewstep.common.random_streams import generator
 from fewstep_worlds.stickers.heldout import KINDS as HELD_OUT
 from fewstep_worlds.stickers.heldout import held_out_kinds
 from fewstep_worlds.stickers.vocabulary import COLOURS, NAMES, STYLES

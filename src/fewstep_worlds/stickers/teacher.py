@@ -15,7 +15,8 @@ from torch import Tensor
 from fewstep.backbones.sd import encode_text
 from fewstep.common.cpu_kernels import speed_up
 from fewstep.common.files import sha256
-from fewstep.common.rng import KeyedRng, generator
+from fewstep.common.random_streams import generator
+from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.schedule import scaled_linear
 from fewstep.training.loss import Loss
 from fewstep.training.update import Batch, Update

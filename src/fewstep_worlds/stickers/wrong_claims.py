@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fewstep.common.rng import generator
+from fewstep.common.random_streams import generator
 from fewstep_worlds.stickers import heldout
 from fewstep_worlds.stickers.claim import OPPOSITE, Claim, check, facts_of, make_claim
 from fewstep_worlds.stickers.dataset import draw_scenes

@@ -18,7 +18,8 @@ from tqdm import tqdm
 from fewstep.backbones.base import Backbone
 from fewstep.common.device import DTYPES, pick_precision
 from fewstep.common.distributed import main_process_first
-from fewstep.common.rng import KeyedRng, generator
+from fewstep.common.random_streams import generator
+from fewstep.common.rng import KeyedRng
 from fewstep.common.tensor_cache import cached
 from fewstep.diffusion.conditioned import ConditionedDenoiser
 from fewstep.diffusion.config import Sampling

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from fewstep.common.accelerator import make_accelerator
-from fewstep.common.rng import KeyedRng, generator
+from fewstep.common.random_streams import generator
+from fewstep.common.rng import KeyedRng
 from fewstep.common.tensors import digest
 from fewstep.evaluation.metric import Array, Pictures
 from fewstep.training.loss import Loss
