@@ -1,37 +1,20 @@
-"""The bundled world as a `fewstep.common.defaults.World`: that of `root()`, and the verbs of all worlds."""
+"""The bundled world as a `fewstep.common.defaults.World`: sticker scenes, and the verbs of all worlds."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
-
-from fewstep.common.errors import UserError
-from fewstep_worlds.common.location import STICKERS, root
 
 if TYPE_CHECKING:
     from cyclopts import App
 
 
-def bundled() -> ModuleType:
-    """Return the module of sticker scenes if `root()` holds their sheets, or else that of Emoji-8."""
-    try:
-        found = (root() / STICKERS).is_dir()
-    except UserError:
-        found = False
-    if found:
-        from fewstep_worlds.stickers import world
-
-        return world
-    from fewstep_worlds.emoji8 import world as emoji8
-
-    return emoji8
-
-
 def __getattr__(name: str) -> Any:
     """Return a member of the bundled world."""
-    return getattr(bundled(), name)
+    from fewstep_worlds.stickers import world
+
+    return getattr(world, name)
 
 
 def add_commands(app: App, studies: App) -> None:
@@ -39,7 +22,6 @@ def add_commands(app: App, studies: App) -> None:
     from cyclopts import App
 
     from fewstep.commands.verb import add, shown
-    from fewstep_worlds.emoji8 import api as emoji8
     from fewstep_worlds.plane.api import playground
     from fewstep_worlds.stickers import api as stickers
     from fewstep_worlds.studies import api
@@ -51,10 +33,6 @@ def add_commands(app: App, studies: App) -> None:
     add(studies, api.tlcm, show=with_table)
     add(studies, api.chinese, show=with_table)
     add(studies, api.versatility, show=with_table)
-    add(studies, emoji8.train_teacher)
-    add(studies, emoji8.train_scorer)
-    add(studies, emoji8.train_reward)
-    add(studies, emoji8.teacher_card, show=emoji8.card_lines)
     scenes = App("stickers", help="Networks of sticker scenes.")
     add(scenes, stickers.autoencoder)
     add(scenes, stickers.reader)
@@ -75,7 +53,6 @@ def with_table(path: Path, arguments: Mapping[str, Any]) -> list[str]:
 
 def configs() -> dict[str, Any]:
     """Return the settings of the worlds' verbs by verb."""
-    from fewstep_worlds.emoji8 import config as emoji8
     from fewstep_worlds.plane.settings import PlaneConfig
     from fewstep_worlds.stickers import settings as stickers
     from fewstep_worlds.studies import settings as studies
@@ -88,9 +65,6 @@ def configs() -> dict[str, Any]:
         "tlcm": studies.TlcmConfig(),
         "chinese": studies.ChineseConfig(),
         "versatility": studies.VersatilityConfig(),
-        "train-teacher": emoji8.TeacherConfig(),
-        "train-scorer": emoji8.AgreementConfig(),
-        "train-reward": emoji8.RewardConfig(),
         "stickers autoencoder": stickers.AutoencoderConfig(),
         "stickers reader": stickers.ReaderConfig(),
         "stickers reward": stickers.RewardConfig(),

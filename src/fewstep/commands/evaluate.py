@@ -40,7 +40,7 @@ def evaluate(
 ) -> Mapping[str, Figure]:
     """Measure a student or a teacher: FD, KID, detail, distance to the teacher.
 
-    Draws one picture for each prompt. In the bundled world prompt agreement is measured too. The processes of a launch
+    Draws one picture for each prompt. In the bundled world the prompts are checked too. The processes of a launch
     share the drawing; the main one measures and writes.
 
     Example: fewstep evaluate --prompt-file prompts.txt --lora runs/tcd/student --steps 4
@@ -158,7 +158,7 @@ def report(figures: Mapping[str, Figure], arguments: Mapping[str, Any]) -> Itera
     elif fd.n < FD_ADVISED:
         yield f"FD-Lite0: biased below {FD_ADVISED} pictures; compare it at equal numbers only"
     if arguments["real"] is not None:
-        yield "agreement: omitted, its scorer is for the bundled world's pictures"
+        yield "prompt metrics: omitted, they are for the bundled world's pictures"
     if all(figure.floor is None or figure.is_of("quality", "teacher") for figure in figures.values()):
         yield "floors: omitted, they need more than twice as many real pictures as there are prompts"
     yield f"wrote {Path(arguments['out']) / 'figures.json'}"

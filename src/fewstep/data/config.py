@@ -17,7 +17,7 @@ class DataConfig(Config):
     source: Annotated[str, Content("data")] = Field(
         default_factory=default_source,
         description="a folder of captioned pictures, webdataset shards (.tar files, by paths or URLs), or the bundled "
-        "world's pictures (emoji8); without pictures: a prompt file, the bundled world's captions (captions), or a "
+        "world's pictures (stickers); without pictures: a prompt file, the bundled world's captions (captions), or a "
         "folder that `fewstep synthesize` wrote",
     )
     captions: int = Field(12, ge=1, description="captions a picture that the bundled world draws")

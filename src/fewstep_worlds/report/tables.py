@@ -133,7 +133,7 @@ def table_blocks(results: Results, metrics: Sequence[str] | None = None) -> list
 
 
 def default_metrics(results: Results) -> tuple[str, ...]:
-    """Return up to four metrics: distance to real pictures, agreement, detail, distance to the teacher, then others."""
+    """Return up to four metrics: distance to real pictures, prompt, detail, distance to the teacher, then others."""
     groups = [results.of("quality", "real"), results.of("prompt"), results.of("detail"), results.of("teacher")]
     wanted = [name for names in groups for name in names[:1]]
     others = [name for name in results.metrics if name not in results.of("quality", "teacher")]

@@ -119,8 +119,7 @@ def chinese(*, out: Path | str = "runs/chinese", overrides: str | Sequence[str] 
 def versatility(*, out: Path | str = "runs/versatility", overrides: str | Sequence[str] = ()) -> Path:
     """Measure students with a community checkpoint, a style LoRA, ControlNets, an IP-Adapter, img2img and inpainting.
 
-    Each add-on is made on the base, and then used with students that never saw it. Needs sticker scenes. Takes hours on
-    a CPU.
+    Each add-on is made on the base, and then used with students that never saw it. Takes hours on a CPU.
 
     Example: fewstep world versatility -s tlcm=runs/tlcm/student
 
@@ -149,8 +148,8 @@ def versatility(*, out: Path | str = "runs/versatility", overrides: str | Sequen
     for part in ("reader", "reward"):
         if not (root() / part).is_dir():
             raise UserError(
-                f"world = {str(root())!r} has no {part}/, which the study needs; set FEWSTEP_WORLD to the folder of "
-                "sticker scenes",
+                f"world = {str(root())!r} has no {part}/, which the study needs; set FEWSTEP_WORLD to the "
+                "world/ folder of a fewstep checkout",
                 field="world",
             )
     from fewstep_worlds.studies.addons.figure import versatility

@@ -1,1 +1,0 @@
-"""The bundled default world: the Emoji-8 pictures and the models trained on them."""
