@@ -16,14 +16,14 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 import fewstep
+from fewstep.common.defaults import world
 
-PROMPTS = Path(__file__).resolve().parents[1] / "world" / "emoji8" / "prompts" / "validation.txt"
 ROWS: tuple[tuple[str, str | None, dict[str, object]], ...] = (
     ("teacher, 2 steps\n4 evaluations", None, {"sampler": "ddim", "steps": 2, "omega": 2.0}),
     ("TCD student, 4 steps\n4 evaluations", "tcd", {"steps": 4}),
     ("teacher, 50 steps\n100 evaluations", None, {"sampler": "ddim", "steps": 50, "omega": 2.0}),
 )
-COLUMNS, TILE, MARGIN, HEAD, GAP = 8, 96, 150, 36, 4
+COLUMNS, TILE, MARGIN, HEAD, GAP = 8, 96, 150, 104, 4
 
 
 def draw_row(prompts: list[str], lora: str | None, settings: dict[str, object]) -> list[Image.Image]:
@@ -42,10 +42,10 @@ def compose(prompts: list[str], rows: list[list[Image.Image]]) -> Image.Image:
     """Return the rows with a name on the left and the prompts above."""
     width, height = MARGIN + COLUMNS * (TILE + GAP), HEAD + len(rows) * (TILE + GAP)
     canvas = Image.new("RGB", (width, height), "white")
-    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
+    pen, font, small = ImageDraw.Draw(canvas), ImageFont.load_default(13), ImageFont.load_default(11)
     for i, prompt in enumerate(prompts):
         centre = (MARGIN + (i + 0.5) * (TILE + GAP), HEAD / 2)
-        pen.multiline_text(centre, textwrap.fill(prompt, 13), "black", font, anchor="mm", align="center", spacing=2)
+        pen.multiline_text(centre, textwrap.fill(prompt, 16), "black", small, anchor="mm", align="center", spacing=2)
     for j, ((name, _, _), tiles) in enumerate(zip(ROWS, rows, strict=True)):
         top = HEAD + j * (TILE + GAP)
         pen.multiline_text((8, top + TILE / 2), name, "black", font, anchor="lm", spacing=5)
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/assets/first-screen.webp"))
     parser.add_argument("--quality", type=int, default=65, help="of the WebP file, 0 to 100")
     options = parser.parse_args()
-    prompts = PROMPTS.read_text(encoding="utf-8").splitlines()[:COLUMNS]
+    prompts = list(world().read_prompts("validation")[:COLUMNS])
     picture = compose(prompts, [draw_row(prompts, lora, settings) for _, lora, settings in ROWS])
     picture.save(options.out, quality=options.quality, method=6)
     print(f"{options.out}: {picture.width} x {picture.height}, {options.out.stat().st_size / 1024:.0f} KiB")

@@ -30,8 +30,8 @@ def load_text_encoder(folder: Path) -> tuple[Any, Any]:
 def trim_text(source: Path, target: Path, phrases: Sequence[str], tokens: int, layers: int | None = None) -> None:
     """Write `target`/text_encoder and `target`/tokenizer: those of `source` with the word pieces of some phrases.
 
-    Single characters are kept too, so that other words are spelt. States of a sentence do not change, apart from those
-    that layers are left out of.
+    Single ASCII characters are kept too, so that other words are spelt. States of a sentence do not change, apart from
+    those that layers are left out of.
 
     Args:
         source: folder with the text_encoder/ and tokenizer/ of a BertModel with a WordPiece vocabulary.
@@ -50,7 +50,8 @@ def trim_text(source: Path, target: Path, phrases: Sequence[str], tokens: int, l
     ids = full.get_vocab()
     used = {piece for encoding in full.encode_batch(list(phrases)) for piece in encoding.tokens}
     used |= {token.content for token in full.get_added_tokens_decoder().values()}
-    pieces = sorted((p for p in ids if p in used or len(p.removeprefix("##")) == 1), key=ids.__getitem__)
+    letters = {piece for piece in ids if piece.isascii() and len(piece.removeprefix("##")) == 1}
+    pieces = sorted((piece for piece in ids if piece in used | letters), key=ids.__getitem__)
     _, encoder = load_text_encoder(source)
     if layers is not None:
         encoder.encoder.layer = encoder.encoder.layer[:layers]
