@@ -26,7 +26,6 @@ from fewstep.data.config import DataConfig
 from fewstep.data.sources import CaptionedSource, ImageFolder, Shards, open_captioned, read_named_prompts
 from fewstep.distillation.config import DistillConfig
 from fewstep.distillation.synthesis.record import SynthesizedSet, is_synthesis, open_set
-from fewstep.inference.multilingual.settings import PACKAGES
 from fewstep.methods.config import ConsistencyConfig
 from fewstep.scorers.registry import check_scorer
 from fewstep.students.lora_checks import check_lora
@@ -161,7 +160,6 @@ def _check_loss_networks(config: DistillConfig, folder: PipelineFolder) -> None:
         return
     if reward.scorer == "world":
         check_world_size(folder.picture_size, "method.reward.scorer = 'world'", "name a scorer, NAME:FOLDER")
-        check_installed("method.reward.scorer = 'world'", PACKAGES, "multilingual")
         return
     name, _, place = reward.scorer.partition(":")
     check_scorer(name, Path(place))

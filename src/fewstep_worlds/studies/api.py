@@ -83,7 +83,7 @@ def tlcm(*, table: int = 1, out: Path | str = "runs/tables", overrides: str | Se
     from fewstep.distillation.checks import check_distillation
     from fewstep_worlds.studies.settings import TlcmConfig
 
-    config = _checked("tlcm", TlcmConfig, with_options(overrides, {"table": table}), out, multilingual=True)
+    config = _checked("tlcm", TlcmConfig, with_options(overrides, {"table": table}), out)
     from fewstep_worlds.studies.tlcm import tlcm, tlcm_settings
 
     check_distillation(tlcm_settings(), read_teacher(""))
@@ -102,10 +102,12 @@ def chinese(*, out: Path | str = "runs/chinese", overrides: str | Sequence[str] 
     """
     from fewstep.backbones.teachers import read_teacher
     from fewstep.inference.multilingual.record import read_adapter
+    from fewstep.inference.multilingual.settings import PACKAGES
     from fewstep.students.resolve import resolve_student
     from fewstep_worlds.studies.settings import ChineseConfig
 
-    config = _checked("chinese", ChineseConfig, overrides, out, multilingual=True)
+    config = _checked("chinese", ChineseConfig, overrides, out)
+    check_installed("chinese", PACKAGES, "multilingual")
     folder = read_teacher("")
     resolve_student(folder, config.lora, {"steps": config.steps})
     if config.adapter:
@@ -165,20 +167,15 @@ def with_report(path: Path, arguments: Mapping[str, Any]) -> list[str]:
     return [terminal_table(load_results(path.with_name("results.json"))), f"wrote {path}"]
 
 
-def _checked(
-    verb: str, model: type[ConfigT], overrides: str | Sequence[str], out: Path | str, *, multilingual: bool = False
-) -> ConfigT:
+def _checked(verb: str, model: type[ConfigT], overrides: str | Sequence[str], out: Path | str) -> ConfigT:
     """Resolve and check the settings of a study of the bundled world."""
     from fewstep.backbones.teachers import read_teacher
     from fewstep.common.files import check_writable
-    from fewstep.inference.multilingual.settings import PACKAGES
 
     config = validate(model, parse_overrides(overrides, model))
     read_teacher("")
     check_writable(Path(out))
     check_installed(verb)
-    if multilingual:
-        check_installed(verb, PACKAGES, "multilingual")
     return config
 
 
