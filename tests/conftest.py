@@ -79,15 +79,15 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     from fewstep_worlds.common.autoencoder import make_vae
+    from fewstep_worlds.common.denoiser import make_unet
     from fewstep_worlds.common.pipeline import write_teacher
-    from fewstep_worlds.emoji8.config import UnetConfig, VaeConfig
-    from fewstep_worlds.emoji8.teacher.unet import make_unet
+    from fewstep_worlds.common.settings import AutoencoderShape, UnetShape
 
     text = tmp_path_factory.mktemp("text")
     write_text_encoder(text)
     torch.manual_seed(1)
-    unet = make_unet(UnetConfig(channels=(16, 32), heads=2, groups=8, latent_channels=4, text_width=32))
-    vae = make_vae(VaeConfig(channels=(8, 8, 8, 8), groups=4, latent_channels=4))
+    unet = make_unet(UnetShape(channels=(16, 32), heads=2, groups=8), 4, 8, 32)
+    vae = make_vae(AutoencoderShape(channels=(8, 8, 8, 8), groups=4, latent_channels=4))
     with torch.no_grad():
         vae.quant_conv.weight.mul_(4)  # random encoders give small latents: scale them to a usual size
         unet.conv_out.weight.mul_(8)

@@ -15,6 +15,7 @@ import fewstep
 from fewstep.commands import app as cli
 from fewstep.common.errors import UserError
 from fewstep.common.files import read_json, write_json
+from fewstep_worlds.common.location import root
 
 
 def picture(path: Path) -> np.ndarray:
@@ -61,9 +62,8 @@ def test_one_word_or_several(tiny_pipeline: Path, tmp_path: Path) -> None:
 
 
 def test_the_bundled_teacher_by_its_path_has_its_student(tmp_path: Path) -> None:
-    world = Path(__file__).resolve().parents[2] / "world" / "teacher"
-    first = fewstep.sample("octopus", out=tmp_path / "a.png", device="cpu")
-    second = fewstep.sample("octopus", out=tmp_path / "b.png", teacher=world, device="cpu")
+    first = fewstep.sample("an octopus", out=tmp_path / "a.png", device="cpu")
+    second = fewstep.sample("an octopus", out=tmp_path / "b.png", teacher=root() / "teacher", device="cpu")
     np.testing.assert_array_equal(picture(first), picture(second))
 
 
@@ -79,7 +79,7 @@ def test_bundled_pictures_for_a_teacher_of_another_size(tiny_pipeline: Path, tmp
     large = tmp_path / "large"
     shutil.copytree(tiny_pipeline, large)
     write_json(large / "unet" / "config.json", {**read_json(large / "unet" / "config.json"), "sample_size": 64})
-    with pytest.raises(UserError, match=r"data\.source = 'emoji8'.* 64 .* 512"):
+    with pytest.raises(UserError, match=r"data\.source = 'stickers'.* 64 .* 512"):
         fewstep.estimate("tcd", out=tmp_path / "run", teacher=large)
 
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from cyclopts import App
 
 import fewstep
@@ -27,7 +26,6 @@ from fewstep.commands.renamed import current
 from fewstep.commands.verb import unwrapped
 from fewstep.common.errors import UserError
 from fewstep.common.tensors import load_tensors, save_tensors
-from fewstep_worlds.emoji8.config import TeacherConfig
 from fewstep_worlds.plane.api import playground
 from fewstep_worlds.studies import api
 
@@ -490,29 +488,23 @@ def test_evaluate_refuses_before_it_draws(refuse: Refuse, tiny_pipeline: Path, d
 @pytest.mark.parametrize(
     ("override", "field"),
     [
-        ("unet.loop.step=1", "unet.loop.step"),
-        ("vae.latent_channels=8", "unet.latent_channels"),
-        ("unet.groups=48", "unet.groups"),
-        ("unet.start=nowhere", "unet.start"),
-        ("unet.text_width=64", "unet.text_width"),
+        ("loop.step=1", "loop.step"),
+        ("groups=48", "groups"),
+        ("autoencoder=nowhere", "autoencoder"),
+        ("text=nowhere", "text"),
     ],
 )
-@pytest.mark.parametrize("verb", [("world", "train-teacher"), ("train-teacher",)])
-def test_train_teacher_refuses_before_it_trains(
-    refuse: Refuse, verb: tuple[str, ...], override: str, field: str
+def test_training_a_teacher_refuses_before_it_trains(
+    refuse: Refuse, tiny_pipeline: Path, override: str, field: str
 ) -> None:
-    assert named(refuse(*verb, "-s", override)) == field
+    finished = f"autoencoder={tiny_pipeline / 'vae'}"
+    words = ("world", "stickers", "teacher", "--target", "pipeline", "-s", finished, "-s", override)
+    assert named(refuse(*words)) == field
 
 
-def test_train_teacher_refuses_other_settings_of_a_part_that_is_done(refuse: Refuse, tmp_path: Path) -> None:
-    folder = tmp_path / "teacher" / "vae"
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(TeacherConfig().vae.model_dump(mode="json")))
-    error = refuse("world", "train-teacher", "--out", str(tmp_path / "teacher"), "-s", "vae.beta=1e-3")
-    assert "another beta" in str(error)
-
-
-def test_train_teacher_replaces_nothing_but_a_pipeline(refuse: Refuse, tiny_pipeline: Path, tmp_path: Path) -> None:
+def test_training_a_teacher_replaces_nothing_but_a_pipeline(
+    refuse: Refuse, tiny_pipeline: Path, tmp_path: Path
+) -> None:
     out, runs = tmp_path / "runs" / "teacher", tmp_path / "runs"
     (runs / "other").mkdir(parents=True)
     file = tmp_path / "notes"
@@ -531,7 +523,7 @@ def test_train_teacher_replaces_nothing_but_a_pipeline(refuse: Refuse, tiny_pipe
         (card, "README.md"),
         (half, "unet"),
     ):
-        assert word in str(refuse("world", "train-teacher", "--out", str(out), "--target", str(target)))
+        assert word in str(refuse("world", "stickers", "teacher", "--out", str(out), "--target", str(target)))
     assert file.read_text() == "mine"
 
 
@@ -599,7 +591,7 @@ def test_help_is_light() -> None:
         assert done.returncode == 0
         for group in ("Distil", "Use", "Evaluate", "Data and other"):
             assert group in done.stdout
-        for old in ("train-perceptual", "benchmark", "train-teacher"):
+        for old in ("train-perceptual", "benchmark", "playground"):
             assert old not in done.stdout
     assert command("--version").stdout == fewstep.__version__
 
@@ -615,10 +607,7 @@ VERBS = {
     "recipes",
     "demo",
 }
-STUDIES = {
-    *("playground", "benchmark", "family", "tlcm", "chinese", "versatility"),
-    *("train-teacher", "train-scorer", "train-reward", "teacher-card", "stickers"),
-}
+STUDIES = {"playground", "benchmark", "family", "tlcm", "chinese", "versatility", "stickers"}
 
 
 def verbs(app: App) -> set[str]:
@@ -677,7 +666,7 @@ def test_old_verbs_and_options_are_read() -> None:
         ("distill --config . --dry-run", "distill --teacher-config . --dry-run"),
         ("export tcd --prompt a --prompt b", "export tcd --prompts a --prompts b"),
         ("benchmark --out b", "world benchmark --out b"),
-        ("train-teacher --config c", "world train-teacher --config c"),
+        ("family -s steps=1", "world family -s steps=1"),
         ("demo", "demo"),
         ("--help", "--help"),
         ("", ""),
@@ -702,7 +691,7 @@ def test_recipes_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         cli.main(["recipes", "--settings"])
     out = capsys.readouterr().out
-    for shown in ("loop.validate_every = 500:", "vae.loop.steps = 2800:", "unet.optim.lr = 0.0005:", "method.k = 1:"):
+    for shown in ("loop.validate_every = 500:", "loop.steps = 20000:", "critic_optim.lr = 0.0002:", "method.k = 1:"):
         assert f"  {shown}" in out, "a section's own default, not its class's"
     sections = {key.rpartition(".")[0] for key in dotted_keys(DistillConfig)}
     for key in dotted_keys(DistillConfig):

@@ -168,7 +168,7 @@ def test_a_teacher_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_the_checkout_in_place_of_its_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "world" / "emoji8").mkdir(parents=True)
+    (tmp_path / "world" / location.STICKERS).mkdir(parents=True)
     monkeypatch.setenv(location.ENVIRONMENT, str(tmp_path))
     with pytest.raises(UserError, match=str(tmp_path / "world")):
         location.root()

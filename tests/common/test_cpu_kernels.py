@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from fewstep.common.cpu_kernels import speed_up
 from fewstep.distillation.config import resolve
 from fewstep.distillation.prepare import prepare
-from fewstep_worlds.emoji8.config import UnetConfig, VaeConfig
-from fewstep_worlds.emoji8.teacher.unet import make_unet
-from fewstep_worlds.emoji8.teacher.vae import make_vae
+from fewstep_worlds.common.autoencoder import make_vae
+from fewstep_worlds.common.denoiser import make_unet
+from fewstep_worlds.common.settings import AutoencoderShape, UnetShape
 
 
 def generator(seed: int) -> torch.Generator:
@@ -29,7 +29,7 @@ def processors(network: nn.Module) -> set[type]:
 
 def tiny_unet() -> nn.Module:
     torch.manual_seed(12)
-    network: nn.Module = make_unet(UnetConfig(channels=(16, 32), heads=2, groups=8, latent_channels=4, text_width=32))
+    network: nn.Module = make_unet(UnetShape(channels=(16, 32), heads=2, groups=8), 4, 8, 32)
     return varied(network)
 
 
@@ -80,7 +80,7 @@ def test_a_faster_unet_is_the_same_unet() -> None:
 
 def test_a_faster_autoencoder_is_the_same_autoencoder() -> None:
     torch.manual_seed(14)
-    plain = varied(make_vae(VaeConfig(channels=(8, 8, 8, 8), groups=4, latent_channels=4)))
+    plain = varied(make_vae(AutoencoderShape(channels=(8, 8, 8, 8), groups=4, latent_channels=4)))
     swift = copy.deepcopy(plain)
     speed_up(swift)
     pictures = torch.randn(2, 3, 64, 64, generator=generator(15))

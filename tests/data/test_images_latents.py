@@ -550,12 +550,3 @@ def test_a_caption_depends_on_its_sample_alone(tmp_path: Path) -> None:
     whole = data.condition(items, KeyedRng(1, 4, (8, 9, 10, 11)), 0.3, CPU)["text"]
     half = data.condition(items[2:], KeyedRng(1, 4, (10, 11)), 0.3, CPU)["text"]
     assert torch.equal(whole[2:], half)
-
-
-def test_the_bundled_set_has_its_captions() -> None:
-    from fewstep_worlds.emoji8 import dataset as emoji8
-
-    data = emoji8.captioned(3, 0)
-    assert data.pictures.read([0]).shape == (1, 64, 64, 3)
-    assert len(data.captions) == len(data.pictures) > 1000
-    assert {len(row) for row in data.captions} == {3}

@@ -12,7 +12,6 @@ from PIL import Image
 
 import fewstep
 from fewstep.backbones.sd import StableDiffusion
-from fewstep.backbones.teachers import teacher_path
 from fewstep.common.errors import UserError
 from fewstep.data.images import read_picture
 from fewstep.diffusion.config import Sampling
@@ -20,8 +19,8 @@ from fewstep.diffusion.draw_latents import Source
 from fewstep.diffusion.samplers import picture_noise
 from fewstep.diffusion.schedule import add_noise
 from fewstep.inference.generator import load_image_generator
-from fewstep_worlds.common.location import root
-from fewstep_worlds.emoji8 import dataset as emoji8
+from fewstep_worlds.stickers.dataset import TRAINING_SEED, draw_scenes
+from support.random_lora import random_lora
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 
@@ -43,7 +42,7 @@ def network_times(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("source") / "source.png"
-    Image.fromarray(emoji8.load("train").pictures[3]).save(file)
+    Image.fromarray(draw_scenes(TRAINING_SEED, [3])[0]).save(file)
     return file
 
 
@@ -67,9 +66,9 @@ def test_four_steps_are_four_calls_at_any_strength(source: Path, network_times: 
     assert errors[0] < 0.5 * errors[-1]
 
 
-def test_it_begins_at_the_noised_picture(source: Path) -> None:
+def test_it_begins_at_the_noised_picture(source: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
     """The first call sees alpha x_0 + sigma z of the picture's own latent and the seed's noise."""
-    image_generator = load_image_generator(teacher_path(""), root() / "students" / "tcd")
+    image_generator = load_image_generator(tiny_pipeline, random_lora(tiny_pipeline, tmp_path / "student"))
     latent = image_generator.backbone.to_latents(read_picture(source, 64)[None])
     seen: list[torch.Tensor] = []
     plain = image_generator.backbone.call
@@ -80,7 +79,7 @@ def test_it_begins_at_the_noised_picture(source: Path) -> None:
 
     image_generator.backbone.call = watched  # type: ignore[method-assign]
     sampling = Sampling(steps=2, gamma=0.0)
-    condition = image_generator.encode(["a cat"] * 3)
+    condition = image_generator.encode(["a red disc"] * 3)
     drawn = image_generator.latents(condition, [5, 6, 7], sampling, source=Source(latent, 0.5))
     z, _ = picture_noise([5, 6, 7], image_generator.backbone.latent_shape)
     wanted = add_noise(image_generator.backbone.path, latent.expand_as(z), z, torch.tensor([499.0]))

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,9 +28,10 @@ from fewstep.diffusion.denoiser import Condition, Denoiser
 from fewstep.diffusion.draw_latents import draw_latents
 from fewstep.diffusion.samplers import picture_noise
 from fewstep.diffusion.schedule import VariancePreserving
+from fewstep_worlds.common.location import root
 from support.lockstep import Network, run_together
 
-TEACHER = Path(__file__).resolve().parents[2] / "world" / "teacher"
+TEACHER = root() / "teacher"
 STABLE_DIFFUSION: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 KINDS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 COUNTS = range(1, 21)
@@ -152,7 +152,7 @@ def bundled() -> Subject:
     from fewstep.backbones.base import load_backbone
 
     backbone = load_backbone(TEACHER)
-    text, null = backbone.encode(["a doggy, fluent 3d style"])["text"], backbone.null(1)["text"]
+    text, null = backbone.encode(["a doggy, fluent style"])["text"], backbone.null(1)["text"]
     backbone.release_encoders()
     config = json.loads((TEACHER / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     kind = {ours: theirs for theirs, ours in KINDS.items()}[backbone.prediction]

@@ -25,7 +25,7 @@ from fewstep.inference.generator import load_image_generator
 from fewstep.methods.cost import step_calls
 from fewstep.methods.times import in_turn
 from fewstep.training.student import unique_bytes
-from fewstep_worlds.emoji8 import dataset as emoji8
+from fewstep_worlds.stickers import dataset as stickers
 from support.interrupt import stopped_in_call
 from support.scorer_references import write_clip
 
@@ -92,8 +92,8 @@ def test_no_picture_is_opened(
         (PIL.Image, "open"),
         (pictures, "read_picture"),
         (pictures, "from_folder"),
-        (emoji8, "load"),
-        (emoji8, "read_sheet"),
+        (stickers, "draw_all"),
+        (stickers, "load_sprites"),
     ):
         monkeypatch.setattr(place, name, barred)
     watched = [*words, "loop.validate_every=100", "validation.count=16", "validation.teacher_steps=2"]
@@ -398,10 +398,10 @@ def test_r1_is_taken_beside_fused_attention(tiny_pipeline: Path) -> None:
 
 
 def test_stages_and_seeds_share_one_distance(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Emoji-8's captions are drawn anew for each; the distance is trained once, and not for a stage without it."""
+    """A world's captions are drawn anew for each; the distance is trained once, and not for a stage without it."""
     from types import SimpleNamespace
 
-    from fewstep.common.defaults import world
+    from fewstep.data.images import from_prompts
     from fewstep.data.sources import PromptFile, WorldData
     from fewstep.distillation.frozen_networks import latent_lpips_folder
     from fewstep.methods.latent_lpips import train
@@ -414,15 +414,19 @@ def test_stages_and_seeds_share_one_distance(tiny_pipeline: Path, monkeypatch: p
 
     monkeypatch.setattr(train, "make_latent_lpips", make)
     backbone: Any = SimpleNamespace(folder=SimpleNamespace(identity=lambda: "teacher"))
+
+    def captions_alone(captions: int, seed: int) -> Any:
+        return from_prompts([f"caption {number} of seed {seed}" for number in range(captions)])
+
+    world: Any = SimpleNamespace(captions_alone=captions_alone)
     for seed in (0, 3):
         words = ["data.source=captions", "data.captions=2", f"loop.seed={seed}", "stages.matching.method.consistency=0"]
         config = resolve("tlcm", None, words)
         for stage in config.each_stage():
-            source = WorldData(world(), pictures=False)
+            source = WorldData(world, pictures=False)
             latent_lpips_folder(stage, source, backbone, [f"captions of {stage.loop.seed}"], Path("cache"))
-    drawn = sorted({caption for row in emoji8.captions_alone(2, 0).captions for caption in row})
     assert len(requests) == 6  # of four stages one has no consistency loss
-    assert {caption for _, caption, _ in requests} == {tuple(drawn)}
+    assert {captions for _, captions, _ in requests} == {("caption 0 of seed 0", "caption 1 of seed 0")}
     assert len({place for _, _, place in requests}) == 1
     latent_lpips_folder(config, PromptFile(("a prompt",)), backbone, ["a prompt"], Path("cache"))
     assert requests[-1][1] == ("a prompt",)

@@ -25,7 +25,7 @@ from fewstep.distillation.estimate_run import estimate_run
 from fewstep.distillation.run_data import validation_prompts
 from fewstep.training.loss import Loss
 from fewstep.training.update import Batch
-from fewstep_worlds.emoji8 import dataset as emoji8
+from fewstep_worlds.stickers.world import LISTS, read_prompts
 from support.pooled import Pooled
 
 
@@ -106,10 +106,11 @@ def test_validation_takes_its_prompts_from_the_list_then_from_captions(
     assert prompts_of(listed, ["d", "a", "d", " "]) == [*"abcd"] * 4
     own = resolve("tcd", None, [*tiny_overrides, count])
     assert prompts_of(own, ["d", "e"]) == [*"de"] * 8
-    bundled = resolve("tcd", None, ["validation.count=160"])
+    listed_count = LISTS["validation"].count
+    bundled = resolve("tcd", None, [f"validation.count={listed_count + 10}"])
     prompts = prompts_of(bundled, [f"caption {i}" for i in range(20)])
-    assert prompts[:150] == list(emoji8.read_prompts("validation"))
-    assert prompts[150:] == [f"caption {i}" for i in range(10)]
+    assert prompts[:listed_count] == list(read_prompts("validation"))
+    assert prompts[listed_count:] == [f"caption {i}" for i in range(10)]
 
 
 def test_every_stage_watches_the_same_prompts(tiny_overrides: list[str], tiny_cache: Path) -> None:
