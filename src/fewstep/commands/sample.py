@@ -39,9 +39,9 @@ def sample(
 
     Writes one picture, or a grid of them with a row for each prompt.
 
-    Example: fewstep sample "a doggy, fluent 3d style" --steps 4 --out doggy.png
+    Example: fewstep sample "three frogs on yellow" --steps 4 --out frogs.png
 
-    Example: fewstep sample "a doggy, noto style" --image doggy.png --strength 0.7 --out noto.png
+    Example: fewstep sample "three frogs, noto style" --image frogs.png --strength 0.7 --out noto.png
 
     Args:
         prompts: text to draw, one or several.
@@ -87,7 +87,7 @@ def sample(
     named = [prompts] if isinstance(prompts, str) else prompts
     texts = [*named, *(read_prompts(prompt_file, "prompt_file") if prompt_file else [])]
     if not texts or any(not prompt.strip() for prompt in texts):
-        raise UserError('prompts is empty; give at least one, e.g. "a doggy, fluent 3d style"', field="prompts")
+        raise UserError('prompts is empty; give at least one, e.g. "three frogs on yellow"', field="prompts")
     path = Path(out)
     if path.suffix.lower() not in (".png", ".webp"):
         raise UserError(f"out = {str(path)!r} must end in .png or .webp; use {path.stem + '.png'!r}")
