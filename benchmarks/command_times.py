@@ -35,8 +35,8 @@ def seconds(command: list[str], code: int = 0) -> float:
 def main() -> None:
     """Print a Markdown table."""
     with tempfile.TemporaryDirectory() as folder:
-        out = str(Path(folder) / "doggy.png")
-        sample = [*FEWSTEP, "sample", "a doggy, fluent 3d style", "--steps", "4", "--out", out]
+        out = str(Path(folder) / "frogs.png")
+        sample = [*FEWSTEP, "sample", "three frogs on yellow", "--steps", "4", "--out", out]
         lines = {
             "`--help`": seconds([*FEWSTEP, "--help"]),
             "`distill --help`": seconds([*FEWSTEP, "distill", "--help"]),
