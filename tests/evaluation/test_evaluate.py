@@ -10,19 +10,20 @@ import numpy as np
 import pytest
 
 import fewstep as api
-from fewstep.common.defaults import check_world_size
+from fewstep.backbones.pipeline_writer import RECORD
 from fewstep.common.errors import UserError
 from fewstep.common.files import read_json, write_json
 from fewstep.diffusion.config import TEACHER_SAMPLING
 from fewstep.evaluation import run as measuring
 from fewstep.evaluation.detail import edge_density
-from fewstep.evaluation.features import Features
 from fewstep.evaluation.teacher_distance import pixel_rmse
 from fewstep.inference.generator import ImageGenerator, load_image_generator
-from fewstep_worlds.emoji8 import metrics as measures
+from fewstep_worlds.stickers.world import read_prompts
 from support.pooled import Pooled
 
 PROMPTS = [f"a {colour} {shape}" for colour in ("red", "green", "blue") for shape in ("disc", "ring", "bar", "square")]
+STEPS = 6
+"""Of the teacher's end points."""
 FEW: dict[str, Any] = {"steps": 2, "omega": 1.0}
 
 
@@ -34,17 +35,28 @@ def prompt_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
+@pytest.fixture
+def teacher(tiny_pipeline: Path, tmp_path: Path) -> Path:
+    """The tiny pipeline with end points of few steps."""
+    folder = tmp_path / "tiny"
+    shutil.copytree(tiny_pipeline, folder)
+    record = read_json(folder / RECORD)
+    record["sampling"]["steps"] = STEPS
+    write_json(folder / RECORD, record)
+    return folder
+
+
 @pytest.mark.slow
 def test_a_pipeline_beside_a_folder_and_itself(
-    prompt_file: Path, tiny_pipeline: Path, picture_folder: Path, tmp_path: Path
+    prompt_file: Path, teacher: Path, picture_folder: Path, tmp_path: Path
 ) -> None:
     figures = api.evaluate(
-        prompt_file=prompt_file, out=tmp_path / "out", lora=None, teacher=str(tiny_pipeline), real=picture_folder,
-        reference=tiny_pipeline, reference_omega=1.0, seed=3, device="cpu",
-        settings=FEW | {"steps": TEACHER_SAMPLING.steps},
+        prompt_file=prompt_file, out=tmp_path / "out", lora=None, teacher=str(teacher), real=picture_folder,
+        reference=teacher, reference_omega=1.0, seed=3, device="cpu",
+        settings=FEW | {"steps": STEPS},
     )  # fmt: skip
-    sampling = TEACHER_SAMPLING.model_copy(update={"omega": 1.0})
-    pictures = load_image_generator(tiny_pipeline).draw(PROMPTS, range(3, 15), sampling)
+    sampling = TEACHER_SAMPLING.model_copy(update={"omega": 1.0, "steps": STEPS})
+    pictures = load_image_generator(teacher).draw(PROMPTS, range(3, 15), sampling)
     assert figures["detail: edges"].value == pytest.approx(edge_density(pictures).mean())
     assert figures["detail: edges"].n == len(PROMPTS)
     assert figures["to teacher: pixels"].value == 0, "the same pipeline, settings and noise"
@@ -52,7 +64,7 @@ def test_a_pipeline_beside_a_folder_and_itself(
     assert figures["diversity-Lite0"].n == len(PROMPTS)
     assert not [name for name in figures if name.startswith("FD")], "too few pictures"
     written = read_json(tmp_path / "out" / "figures.json")
-    assert written["tiny 50 steps"]["detail: edges"]["value"] == figures["detail: edges"].value
+    assert written["tiny 6 steps"]["detail: edges"]["value"] == figures["detail: edges"].value
     scale = [written[name]["detail: edges"]["value"] for name in ("blurred, radius 1", "real", "noised, sigma 10")]
     assert scale == sorted(scale)
 
@@ -104,58 +116,42 @@ def student(tiny_overrides: list[str], tiny_cache: Path, tmp_path_factory: pytes
 
 
 def test_a_student_beside_a_folder_and_its_own_teacher(
-    prompt_file: Path, student: Path, tiny_pipeline: Path, picture_folder: Path, tmp_path: Path
+    prompt_file: Path, student: Path, teacher: Path, picture_folder: Path, tmp_path: Path
 ) -> None:
     """Nothing named but the LoRA: its own settings, its teacher's end points at the guidance it was trained with."""
     figures = api.evaluate(
-        prompt_file=prompt_file, out=tmp_path / "out", lora=student, teacher=tiny_pipeline, real=picture_folder,
+        prompt_file=prompt_file, out=tmp_path / "out", lora=student, teacher=teacher, real=picture_folder,
         device="cpu", settings={"steps": 2, "gamma": 0.0},
     )  # fmt: skip
-    image_generator = load_image_generator(tiny_pipeline, student)
+    image_generator = load_image_generator(teacher, student)
     seeds = range(len(PROMPTS))
     drawn = image_generator.draw(PROMPTS, seeds, image_generator.sampling.model_copy(update={"steps": 2, "gamma": 0.0}))
     assert figures["detail: edges"].value == pytest.approx(edge_density(drawn).mean())
-    end = load_image_generator(tiny_pipeline).draw(PROMPTS, seeds, TEACHER_SAMPLING.model_copy(update={"omega": 1.5}))
+    end = load_image_generator(teacher).draw(
+        PROMPTS, seeds, TEACHER_SAMPLING.model_copy(update={"omega": 1.5, "steps": STEPS})
+    )
     assert figures["to teacher: pixels"].value == pytest.approx(pixel_rmse(drawn, end).mean())
     own, floor = figures["KID-Lite0 (to teacher)"], figures["KID-Lite0 (to teacher)"].floor
     assert floor is not None, "the teacher itself, from other noise"
     assert floor < own.value
-    assert "agreement" not in figures
+    assert not [name for name in figures if name.startswith("scene accuracy")], "of a folder, not of the world"
     assert "pytorch_lora_weights 2 steps" in read_json(tmp_path / "out" / "figures.json")
 
 
 @pytest.mark.slow
-def test_a_student_beside_the_bundled_pictures(
-    student: Path, tiny_pipeline: Path, prompt_file: Path, tmp_path: Path
-) -> None:
-    """Names of concepts are measured against pictures of these, and their agreement."""
-    names = ["octopus", "red apple", "rocket", "pizza", "automobile", "tiger", "banana", "sun", "crown", "airplane"]
-    file = tmp_path / "names.txt"
-    file.write_text("\n".join(names) + "\n", encoding="utf-8")
+def test_a_student_beside_the_bundled_pictures(student: Path, teacher: Path, tmp_path: Path) -> None:
+    """Sentences about sticker scenes are measured against real pictures of these, and their accuracy."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(read_prompts("gamma")[:16]) + "\n", encoding="utf-8")
     figures = api.evaluate(
-        prompt_file=file, out=tmp_path / "out", lora=student, teacher=tiny_pipeline, device="cpu", settings={"steps": 1}
+        prompt_file=file, out=tmp_path / "out", lora=student, teacher=teacher, device="cpu", settings={"steps": 1}
     )
-    agreed = figures["agreement"]
-    assert agreed.floor is not None
-    assert agreed.floor > agreed.value + 0.1, "random weights draw nothing"
+    accuracy = figures["scene accuracy"]
+    assert (accuracy.n, accuracy.value) == (16, 0), "random weights draw nothing"
+    assert accuracy.floor is not None
     kid = figures["KID-Lite0"]
     assert kid.floor is not None
     assert kid.value > 10 * abs(kid.floor)
     diverse = figures["diversity-Lite0"]
-    assert diverse.floor is not None, "of real pictures of one concept"
-
-
-@pytest.mark.slow
-def test_words_that_are_no_names_are_measured_against_all_pictures() -> None:
-    features = Features(Pooled(), progress=False)
-    gallery = measures.Gallery.load()
-    assert gallery.has_concept("octopus")
-    named = measures.emoji8_suite(["octopus", "tiger", "rocket", "pizza", "crown"] * 2, 0, features)
-    other = measures.emoji8_suite(PROMPTS, 0, features)
-    assert (named.real_diversity is None, other.real_diversity is None) == (False, True)
-    assert len(other.reference.pictures) == len(gallery.data.pictures) - len(PROMPTS)
-    assert 10 <= len(named.reference.pictures) < 40, "of these concepts alone"
-    with pytest.raises(UserError, match="6 real pictures to measure against; KID needs at least 10"):
-        measures.emoji8_suite(["octopus", "tiger"] * 5, 0, features)
-    with pytest.raises(UserError, match="the teacher draws 512"):
-        check_world_size(512, "real")
+    assert diverse.floor is not None, "of real pictures of one prompt"
+    assert diverse.value < diverse.floor

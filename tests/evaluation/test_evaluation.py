@@ -25,19 +25,19 @@ from fewstep.evaluation.detail import (
 from fewstep.evaluation.diversity import diversity, pairwise_distance
 from fewstep.evaluation.evaluate import (
     Reference,
+    Suite,
     TeacherPictures,
     evaluate_pictures,
     save_figures,
     score_pictures,
+    standard_suite,
 )
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.frechet import FrechetDistance, Projection, frechet, moments
 from fewstep.evaluation.kid import KernelDistance, between, within
 from fewstep.evaluation.metric import TO_TEACHER, Array, Figure, Identity, Pictures, check_pictures
 from fewstep.evaluation.teacher_distance import TeacherFeatures, TeacherPixels, cosine_distance, pixel_rmse
-from fewstep_worlds.emoji8 import dataset as emoji8
-from fewstep_worlds.emoji8.neighbours import neighbour_shares
-from fewstep_worlds.emoji8.whiteness import BackgroundLevel, WhiteShare, background, background_by_prompt
+from fewstep_worlds.stickers.dataset import draw_scenes
 
 
 class Coarse:
@@ -57,8 +57,9 @@ class Coarse:
 
 
 @pytest.fixture(scope="module")
-def real() -> emoji8.Emoji8:
-    return emoji8.load("train")
+def real() -> Pictures:
+    """Sticker scenes."""
+    return draw_scenes(1, range(1600))
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +67,8 @@ def coarse() -> Features:
     return Features(Coarse(), progress=False)
 
 
-def some(real: emoji8.Emoji8, n: int, seed: int = 0) -> Pictures:
-    return real.pictures[np.random.default_rng(seed).permutation(len(real))[:n]]
+def some(real: Pictures, n: int, seed: int = 0) -> Pictures:
+    return real[np.random.default_rng(seed).permutation(len(real))[:n]]
 
 
 # ---------------------------------------------------------------------------------------------------- FD
@@ -122,7 +123,7 @@ def test_projection_keeps_the_largest_directions() -> None:
         Projection.fit(x[:64])
 
 
-def test_fd_is_refused_below_500_and_has_an_identity(real: emoji8.Emoji8, coarse: Features) -> None:
+def test_fd_is_refused_below_500_and_has_an_identity(real: Pictures, coarse: Features) -> None:
     features = coarse(some(real, 1200))
     metric = FrechetDistance(coarse, Projection.fit(features))
     with pytest.raises(UserError, match=r"FD-Lite0 of 499 pictures .* at least 500"):
@@ -140,7 +141,7 @@ def test_fd_is_refused_below_500_and_has_an_identity(real: emoji8.Emoji8, coarse
     assert metric.projection.sha256[:16] in metric.identity.reduction
 
 
-def test_fd_and_kid_show_blur_noise_and_mode_drop(real: emoji8.Emoji8, coarse: Features) -> None:
+def test_fd_and_kid_show_blur_noise_and_mode_drop(real: Pictures, coarse: Features) -> None:
     pictures = some(real, 1500)
     ours, rest = pictures[:500], coarse(pictures[500:])
     kid = KernelDistance(coarse)
@@ -278,7 +279,7 @@ def test_pairing_sees_what_separate_intervals_hide() -> None:
         paired_difference(ours, theirs[1:], 0)
 
 
-# ------------------------------------------------------------------------------------- detail, whiteness
+# ------------------------------------------------------------------------------------------------ detail
 
 
 def ramp(step: int) -> Pictures:
@@ -293,7 +294,7 @@ def test_edge_density_of_known_pictures() -> None:
     assert edge_density(ramp(3).swapaxes(1, 2))[0] == pytest.approx(3), "down as across"
 
 
-def test_detail_scale_orders_copies(real: emoji8.Emoji8) -> None:
+def test_detail_scale_orders_copies(real: Pictures) -> None:
     scale = detail_scale(some(real, 60))
     edges = {name: figures[EdgeDensity.identity.name].value for name, figures in scale.items()}
     order = ["blurred, radius 1", "blurred, radius 0.5", "real", "noised, sigma 5", "noised, sigma 10"]
@@ -316,35 +317,10 @@ def test_noise_and_blur_by_known_pictures() -> None:
     assert (blurred(grey, 1.0) == grey).all()
 
 
-def test_whiteness_of_planted_borders(real: emoji8.Emoji8) -> None:
-    pictures = np.zeros((20, 64, 64, 3), np.uint8)
-    pictures[:, :, :2] = 255
-    pictures[0, 0, 0] = 0  # 1 of 20 is not white there: 95 % still are
-    everywhere = background(pictures)
-    assert everywhere.sum() == 128
-    assert everywhere[:, :2].all()
-    hazy = pictures.copy()
-    hazy[1:] = np.where(pictures[1:] == 255, 245, 0)
-    share, level = WhiteShare(everywhere), BackgroundLevel(everywhere)
-    prompts = [""] * 20
-    assert share.features(pictures, prompts)[1:].tolist() == [1.0] * 19
-    assert share.features(hazy, prompts)[1:].tolist() == [0.0] * 19
-    assert level.features(hazy, prompts)[1:] == pytest.approx(245)
-    by_prompt = background_by_prompt(pictures, [["a"], *[["b"]] * 19])
-    assert by_prompt["a"].sum() == 127
-    assert by_prompt["b"].sum() == 128
-    by_prompt["none"] = np.zeros((64, 64), bool)
-    one = WhiteShare(everywhere, by_prompt).features(pictures[[0, 0, 0]], ["a", "b", "none"])
-    assert one.tolist() == [1.0, 127 / 128, 127 / 128]
-    with pytest.raises(UserError, match="no white border"):
-        WhiteShare(np.zeros((64, 64), bool))
-    assert background(real.pictures).sum() > 50
+# -------------------------------------------------------------------------------------- diversity, teacher
 
 
-# --------------------------------------------------------------------------- diversity, neighbours, teacher
-
-
-def test_diversity_of_known_sets(coarse: Features, real: emoji8.Emoji8) -> None:
+def test_diversity_of_known_sets(coarse: Features, real: Pictures) -> None:
     rng = np.random.default_rng(11)
     same = np.repeat(rng.normal(size=(3, 1, 7)), 5, axis=1)
     assert pairwise_distance(same) == pytest.approx(0, abs=1e-12)
@@ -363,28 +339,7 @@ def test_diversity_of_known_sets(coarse: Features, real: emoji8.Emoji8) -> None:
     assert diversity(coarse, np.repeat(pictures[:, :1], 4, axis=1))[name].value < 1e-6 < figure.value
 
 
-def test_neighbours_on_planted_features() -> None:
-    gallery = np.eye(4)
-    shown = ["cat", "cat", "dog", "cow"]
-    near = np.array([[1, 0.9, 0, 0], [0, 0, 0.8, 1], [0.1, 0, 0.2, 1]])
-    found = neighbour_shares(near, ["cat", "dog", "cow"], gallery, shown, np.array([0, -1, 3]))
-    assert found.nearest.tolist() == [0, 3, 3]
-    assert found.right_concept.value == pytest.approx(2 / 3)
-    # Without their own: the cat's next is the other cat; the cow's next is the dog.
-    assert found.right_concept_without_own.value == pytest.approx(1 / 3)
-    assert found.own is not None
-    assert found.own.value == 1
-    assert found.own.n == 2
-    both = neighbour_shares(near[:1], ["cat"], gallery, shown, np.array([[0, 1]]))
-    assert both.right_concept_without_own.value == 0
-    assert neighbour_shares(near, ["cat", "dog", "cow"], gallery, shown).own is None
-    scaled = neighbour_shares(9 * near, ["cat", "dog", "cow"], 0.1 * gallery, shown)
-    assert scaled.nearest.tolist() == [0, 3, 3], "the cosine ignores lengths"
-    with pytest.raises(UserError, match="own must be rows of the gallery"):
-        neighbour_shares(near, ["cat", "dog", "cow"], gallery, shown, np.array([4, 0, 0]))
-
-
-def test_distance_to_teacher_is_paired(coarse: Features, real: emoji8.Emoji8) -> None:
+def test_distance_to_teacher_is_paired(coarse: Features, real: Pictures) -> None:
     ours = np.zeros((2, 8, 8, 3), np.uint8)
     theirs = ours.copy()
     theirs[1] = 10
@@ -403,7 +358,7 @@ def test_distance_to_teacher_is_paired(coarse: Features, real: emoji8.Emoji8) ->
 # ---------------------------------------------------------------------------------------------- evaluate
 
 
-def test_features_are_computed_once_and_survive_on_disk(tmp_path: Path, real: emoji8.Emoji8) -> None:
+def test_features_are_computed_once_and_survive_on_disk(tmp_path: Path, real: Pictures) -> None:
     pictures = some(real, 40)
     backbone = Coarse()
     features = Features(backbone, tmp_path)
@@ -440,7 +395,7 @@ class Redness:
         return mean_figure(features, seed)
 
 
-def test_evaluate_puts_everything_beside_each_figure(real: emoji8.Emoji8, coarse: Features, tmp_path: Path) -> None:
+def test_evaluate_puts_everything_beside_each_figure(real: Pictures, coarse: Features, tmp_path: Path) -> None:
     pictures, prompts = some(real, 600), ["x"] * 600
     reference = Reference.split(some(real, 1300, 2), 600, seed=1)
     assert len(reference.pictures) == 700
@@ -484,7 +439,17 @@ def test_evaluate_puts_everything_beside_each_figure(real: emoji8.Emoji8, coarse
         evaluate_pictures(pictures, prompts[1:], metrics, reference)  # type: ignore[arg-type]
 
 
-def test_scores_pair_methods_by_prompt(real: emoji8.Emoji8, coarse: Features) -> None:
+def test_small_sets_have_no_fd_and_tiny_ones_no_suite(real: Pictures, coarse: Features) -> None:
+    small, large = ({metric.identity.name for metric in standard_suite(coarse, n, real)} for n in (499, 500))
+    assert large - small == {"FD-Lite0"}
+    assert "KID-Lite0" in small
+    metrics = standard_suite(coarse, 10, real)
+    assert Suite(Reference(real[:10]), metrics, coarse).metrics == metrics
+    with pytest.raises(UserError, match="9 real pictures"):
+        Suite(Reference(real[:9]), metrics, coarse)
+
+
+def test_scores_pair_methods_by_prompt(real: Pictures, coarse: Features) -> None:
     teacher = some(real, 50)
     prompts = ["x"] * 50
     metrics = [TeacherPixels(), TeacherFeatures(coarse), EdgeDensity()]
@@ -499,7 +464,7 @@ def test_scores_pair_methods_by_prompt(real: emoji8.Emoji8, coarse: Features) ->
     assert set(score_pictures(teacher, prompts, metrics)) == {"detail: edges"}
 
 
-def test_metrics_are_selected_by_group_and_reference(real: emoji8.Emoji8, coarse: Features) -> None:
+def test_metrics_are_selected_by_group_and_reference(real: Pictures, coarse: Features) -> None:
     """Set distances to real and to the teacher's pictures differ in `against`; older files lack both fields."""
     pictures = some(real, 20)
     metrics = [KernelDistance(coarse), TeacherPixels(), EdgeDensity()]
@@ -530,15 +495,12 @@ def test_what_is_no_picture_set_is_refused() -> None:
         check_pictures(np.zeros((0, 8, 8, 3), np.uint8))
 
 
-def test_some_real_pictures_are_drawn_from_all_of_them(real: emoji8.Emoji8) -> None:
-    """A set's order is one style after another: its first pictures are one style's."""
-    styles = [record.style for record in real.records]
-    assert len(set(styles[:500])) == 1
-    row = {picture.tobytes(): number for number, picture in enumerate(real.pictures)}
-    reference = Reference(real.pictures)
-    chosen = [styles[row[picture.tobytes()]] for picture in reference.some(500)]
-    for style in set(styles):
-        share, whole = chosen.count(style) / 500, styles.count(style) / len(styles)
-        assert abs(share - whole) < 0.06, style
+def test_some_real_pictures_are_drawn_from_all_of_them() -> None:
+    """A folder is often sorted: its first pictures are one style's."""
+    styles = np.repeat(np.arange(4, dtype=np.uint8), (1000, 500, 300, 200))
+    reference = Reference(styles[:, None, None, None] * np.ones((8, 8, 3), np.uint8))
+    chosen = reference.some(500)[:, 0, 0, 0]
+    for style in range(4):
+        assert abs((chosen == style).mean() - (styles == style).mean()) < 0.06
     assert not np.array_equal(reference.some(500, seed=1), reference.some(500))
-    assert len(Reference(real.pictures[:7]).some(500)) == 7
+    assert len(Reference(reference.pictures[:7]).some(500)) == 7

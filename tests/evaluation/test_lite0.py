@@ -21,8 +21,7 @@ from fewstep.evaluation.detail import blurred, noised
 from fewstep.evaluation.features import Features
 from fewstep.evaluation.kid import KernelDistance
 from fewstep.evaluation.lite0 import Lite0Features, layout, make_lite0, same_padding
-from fewstep_worlds.emoji8 import dataset as emoji8
-from fewstep_worlds.emoji8.metrics import Gallery, metrics
+from fewstep_worlds.stickers.dataset import draw_scenes
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +29,6 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Lite0Features:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEWSTEP_CACHE", str(tmp_path_factory.mktemp("cache")))
         return Lite0Features()
-
-
-@pytest.fixture(scope="module")
-def gallery() -> Gallery:
-    return Gallery.load()
 
 
 def unfolded(weights: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -87,24 +81,14 @@ OF_CURVES = """
     1.8411 0.2336 0 0.0171 0 0 0 0 0 0.3382 2.4127 2.9805 0.9672 0 0 0.2936
     0 0 0 0.0682 2.1224 0 0 2.2974 0.1040 0.3551 0 0.8818 0 0 0.0645 0
 """
-OF_AN_OCTOPUS = """
-    0 0.9254 0 0 0.9012 3.5492 0 0.3926 0.3836 0.9581 1.0965 1.6960 0 0 0 0.1982
-    0 0 0 0 0 0 0.2921 0 0 0 0 0 0 0 0 0.3854
-"""
 
 
-def test_features_are_those_of_another_implementation(backbone: Lite0Features, gallery: Gallery) -> None:
-    """A picture of the network's own size, and an emoji that is enlarged to it (there by Pillow)."""
+def test_features_are_those_of_another_implementation(backbone: Lite0Features) -> None:
     y, x = np.mgrid[:128, :128]
     curves = np.stack([3 * x + 2 * y, x * y, x * x // 16 + 5 * y], -1).astype(np.uint8)
-    octopus = next(row for row, record in enumerate(gallery.data.records) if record.id == "noto/1f419")
-    for picture, golden, total, tolerance in (
-        (curves, OF_CURVES, 477.526, 5e-4),
-        (gallery.data.pictures[octopus], OF_AN_OCTOPUS, 376.585, 5e-3),
-    ):
-        found = backbone(picture[None])[0]
-        assert np.abs(found[::EVERY] - np.array(golden.split(), float)).max() < tolerance
-        assert float(found.sum(dtype=np.float64)) == pytest.approx(total, rel=tolerance)
+    found = backbone(curves[None])[0]
+    assert np.abs(found[::EVERY] - np.array(OF_CURVES.split(), float)).max() < 5e-4
+    assert float(found.sum(dtype=np.float64)) == pytest.approx(477.526, rel=5e-4)
 
 
 def test_a_photograph_of_an_officer_is_classified_as_one(backbone: Lite0Features) -> None:
@@ -121,8 +105,8 @@ def test_a_photograph_of_an_officer_is_classified_as_one(backbone: Lite0Features
     assert float(chances[military_uniform]) == pytest.approx(0.463, abs=0.02)
 
 
-def test_pictures_are_read_as_pillow_enlarges_them(backbone: Lite0Features, gallery: Gallery) -> None:
-    pictures = gallery.data.pictures[:8]
+def test_pictures_are_read_as_pillow_enlarges_them(backbone: Lite0Features) -> None:
+    pictures = draw_scenes(1, range(8))
     large = [np.asarray(Image.fromarray(p).resize((128, 128), Image.Resampling.BICUBIC)) for p in pictures]
     small, enlarged = backbone(pictures), backbone(np.stack(large))
     assert small.shape == (8, 1280)
@@ -135,10 +119,10 @@ def test_pictures_are_read_as_pillow_enlarges_them(backbone: Lite0Features, gall
 
 
 @pytest.mark.slow
-def test_kid_rises_with_blur_and_with_noise(backbone: Lite0Features, gallery: Gallery) -> None:
+def test_kid_rises_with_blur_and_with_noise(backbone: Lite0Features) -> None:
     features = Features(backbone, progress=False)
     kid = KernelDistance(features)
-    chosen = gallery.data.pictures[np.random.default_rng(0).permutation(len(gallery.data))]
+    chosen = draw_scenes(1, range(240))
     ours, rest = chosen[:80], features(chosen[80:240])
     clean = kid.distance(features(ours), rest)
     soft = [kid.distance(features(blurred(ours, radius)), rest) for radius in (1.0, 2.0)]
@@ -190,56 +174,3 @@ def test_a_foreign_file_is_never_opened(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(UserError, match="has sha256"):
         lite0_weights.load_weights()
     assert not (tmp_path / "opened").exists()
-
-
-# --------------------------------------------------------------------------------------- the bundled world
-
-
-def test_the_gallery_maps_prompts_to_concepts(gallery: Gallery) -> None:
-    assert gallery.concept_of("octopus") == "octopus"
-    assert gallery.concept_of("octopus, fluent 3d style") == "octopus"
-    assert gallery.concept_of("family: man, girl, boy, noto style") == "family: man, girl, boy"
-    with pytest.raises(UserError, match="'sea, animal' names no Emoji-8 concept"):
-        gallery.concept_of("sea, animal")
-    own = gallery.own_rows(["octopus", "octopus, noto style", "pizza, fluent 3d style"])
-    assert [own[0], own[2]] == [-1, -1], "an open prompt and a held-out pair have no picture of their own"
-    record = gallery.data.records[own[1]]
-    assert (record.name, record.style) == ("octopus", "noto")
-
-
-def test_reference_sets_one_picture_of_each_prompt_aside(gallery: Gallery) -> None:
-    prompts = ["octopus", "octopus", "wolf, twemoji style", "game die"]
-    reference = gallery.reference(prompts)
-    assert reference.floor is not None
-    assert len(reference.floor) == 4
-    aside = gallery.matched(prompts)
-    assert len(set(aside)) == 4, "a repeated prompt gets another picture"
-    assert [gallery.concepts[i] for i in aside] == ["octopus", "octopus", "wolf", "game die"]
-    assert gallery.data.records[aside[2]].style == "twemoji"
-    kept = {p.tobytes() for p in reference.pictures}
-    assert not kept & {gallery.data.pictures[i].tobytes() for i in aside}
-    rows = [i for i, concept in enumerate(gallery.concepts) if concept in ("octopus", "wolf", "game die")]
-    assert len(reference.pictures) == len(rows) - 4
-    assert (gallery.matched(prompts, seed=1) != aside).any()
-
-
-def test_bundled_prompt_lists_all_have_pictures(gallery: Gallery) -> None:
-    for name in ("benchmark", "validation", "gamma"):
-        prompts = emoji8.read_prompts(name)
-        rows = gallery.matched(prompts)
-        assert [gallery.concepts[i] for i in rows] == list(prompts)
-
-
-def test_the_bundled_list_leaves_fd_out_of_small_runs(gallery: Gallery, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Colours:
-        name, weights_sha256, licence, input = "mean colour grid", "none", "none", "as given"
-
-        def __call__(self, pictures: np.ndarray) -> np.ndarray:
-            cells = pictures[:, ::8, ::8].reshape(len(pictures), -1)
-            return cells.astype(np.float32) / np.float32(255)
-
-    features = Features(Colours(), progress=False)
-    small = {metric.identity.name for metric in metrics(gallery, features, 100)}
-    large = {metric.identity.name for metric in metrics(gallery, features, 500)}
-    assert large - small == {"FD-Lite0"}
-    assert "KID-Lite0" in small

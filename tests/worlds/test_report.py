@@ -42,7 +42,7 @@ DETAIL = {
 EVIL = "<script>alert(\"x\")</script> & 'quotes'"
 IDENTITIES = {
     "FD-Lite0": Identity("FD-Lite0", "distance of features", "lower", "", "Frechet", "quality", "real", n=1000, seed=0),
-    "agreement": Identity("agreement", "fit to the prompt", "higher", "cosine", "mean", "prompt", n=1000, seed=0),
+    "accuracy": Identity("accuracy", "fit to the prompt", "higher", "", "mean", "prompt", n=1000, seed=0),
     "detail: edges": Identity("detail: edges", "gradient", "neither", "levels/pixel", "mean", "detail", n=1000, seed=0),
 }
 
@@ -63,13 +63,13 @@ def planted(seeds: tuple[int, ...] = (0,), prompts: int = 6) -> Results:
                         seed,
                         {
                             "FD-Lite0": figure("FD-Lite0", fd + 0.1 * seed),
-                            "agreement": figure("agreement", 0.9 - fd / 1000),
+                            "accuracy": figure("accuracy", 0.9 - fd / 1000),
                             "detail: edges": figure("detail: edges", edges),
                         },
                         gamma=0.2 if method == "TCD" else None,
                         omega=None if method in ("TCD", "LCM") else 8.0,
                         nfe_a_step={"TCD": 1, "LCM": 1, "DPM-Solver++(2S)": 4}.get(method, 2),
-                        scores={"agreement": [0.9 - fd / 1000 + 0.01 * i for i in range(prompts)]},
+                        scores={"accuracy": [0.9 - fd / 1000 + 0.01 * i for i in range(prompts)]},
                         note="ends elsewhere" if method == "DPM-Solver++(2S)" else "",
                     )
                 )
@@ -214,9 +214,9 @@ def cells(results: Results, metric: str = "FD-Lite0 ↓") -> dict[tuple[str, int
 
 
 def test_table_has_the_papers_shape() -> None:
-    table = step_table(planted(), ["FD-Lite0", "agreement", "detail: edges"], STEPS, "steps")
+    table = step_table(planted(), ["FD-Lite0", "accuracy", "detail: edges"], STEPS, "steps")
     assert list(table.cells.index) == list(FD)
-    assert list(table.cells.columns) == [(m, s) for m in ("FD-Lite0 ↓", "agreement ↑", "detail: edges") for s in STEPS]
+    assert list(table.cells.columns) == [(m, s) for m in ("FD-Lite0 ↓", "accuracy ↑", "detail: edges") for s in STEPS]
     assert list(table.best.loc["TCD"]) == [True, True, False, False] + [True, True, False, False] + [False] * 4
     assert not table.best.loc["LCM"].any()
     assert table.references["FD-Lite0 ↓"].to_dict() == {
@@ -309,26 +309,26 @@ def test_a_sweep_is_no_part_of_the_table() -> None:
 
 
 def test_paired_difference_is_taken_prompt_by_prompt() -> None:
-    mean = {"agreement": Figure(1.0, None, None, 3)}
-    a = Row("A", 4, 0, mean, scores={"agreement": [1.0, 2.0, 3.0]})
-    b = Row("B", 4, 0, mean, scores={"agreement": [0.5, 1.5, 2.5]})
-    short = Row("C", 4, 0, mean, scores={"agreement": [1.0]})
+    mean = {"accuracy": Figure(1.0, None, None, 3)}
+    a = Row("A", 4, 0, mean, scores={"accuracy": [1.0, 2.0, 3.0]})
+    b = Row("B", 4, 0, mean, scores={"accuracy": [0.5, 1.5, 2.5]})
+    short = Row("C", 4, 0, mean, scores={"accuracy": [1.0]})
     frame = tidy(Results("t", (a, b, replace(a, seed=1), replace(b, seed=2), short)), "steps")
-    difference = paired(frame, "A", "B", "agreement", 4)
+    difference = paired(frame, "A", "B", "accuracy", 4)
     assert difference is not None
     assert (difference.value, difference.low, difference.high) == pytest.approx((0.5, 0.5, 0.5))
-    assert paired(frame, "A", "B", "agreement", 8) is None
+    assert paired(frame, "A", "B", "accuracy", 8) is None
     assert paired(frame, "A", "B", "another", 4) is None
     with pytest.raises(UserError, match=r"scores of \[1, 3\] prompts"):
-        paired(frame, "A", "C", "agreement", 4)
+        paired(frame, "A", "C", "accuracy", 4)
 
 
 def test_a_gain_is_between_prompts_and_shown_for_each_seed() -> None:
     """What prompts share cancels: a shift of .01 shows among prompts that differ by .3, at other calls too."""
 
     def row(method: str, steps: int, seed: int, scores: np.ndarray) -> Row:
-        mean = {"agreement": Figure(float(scores.mean()), None, None, len(scores))}
-        return Row(method, steps, seed, mean, scores={"agreement": scores.tolist()})
+        mean = {"accuracy": Figure(float(scores.mean()), None, None, len(scores))}
+        return Row(method, steps, seed, mean, scores={"accuracy": scores.tolist()})
 
     rng = np.random.default_rng(0)
     prompts = rng.normal(0.5, 0.3, 400)
@@ -338,9 +338,9 @@ def test_a_gain_is_between_prompts_and_shown_for_each_seed() -> None:
         rows += [row("new", 3, seed, prompts + shift + own - own.mean()), row("old", 25, seed, prompts)]
     rows.append(row("new", 3, 2, prompts + 9))  # a seed that the other lacks
     frame = tidy(Results("", tuple(rows)), "steps")
-    found = gains(frame, [(("new", 3), ("old", 25)), (("new", 3), ("gone", 4))], ["agreement"])
+    found = gains(frame, [(("new", 3), ("old", 25)), (("new", 3), ("gone", 4))], ["accuracy"])
     assert list(found.index) == ["new at 3 - old at 25"]
-    (text,) = found.agreement
+    (text,) = found.accuracy
     assert text.startswith("+0.0100 ± 0.000")
     assert text.endswith("(+0.0080, +0.0120)")
 
@@ -355,13 +355,13 @@ def test_claims_hold_on_the_papers_own_table() -> None:
     assert claim(found, own, "DDIM at 4 steps", "FD").figures["DDIM at 4 steps"] == 44.31
     assert claim(found, "TCD at 4 NFE", "DDIM at 4 NFE", "FD").figures["DDIM at 4 NFE"] == 104.73
     assert claim(found, "twice").note == "LCM +21 %, TCD +7 %"
-    # the teacher has no agreement, DPM-Solver++(2S) no step of 4 evaluations
+    # the teacher has no accuracy, DPM-Solver++(2S) no step of 4 evaluations
     assert len(undecided) == 4
     assert all("DPM-Solver++(2S) at 4 NFE" in text or "teacher" in text for text in undecided)
 
 
 def test_complexity_is_claimed_of_one_figure_only() -> None:
-    """Other figures of detail, as white backgrounds, are no image complexity."""
+    """Other figures of detail are no image complexity."""
 
     def add(row: Row) -> Row:
         other = replace(figure("detail: edges", 1.0), identity=replace(IDENTITIES["detail: edges"], name="white"))
@@ -428,8 +428,8 @@ def test_claims_fail_by_their_figures() -> None:
     best = replace(planted().rows[-1], method="teacher, omega 3", figures={"FD-Lite0": figure("FD-Lite0", 12.0)})
     teachers = replace(planted(), rows=(*planted().rows, best))
     assert claim(claims(teachers), "teacher, omega 3 at 50", "FD").held is False  # 13.64 is 14 % above its 12
-    worse = changed(planted(), "TCD", "agreement", {20: 0.5})
-    assert claim(claims(worse), "TCD's agreement does not fall").held is False
+    worse = changed(planted(), "TCD", "accuracy", {20: 0.5})
+    assert claim(claims(worse), "TCD's accuracy does not fall").held is False
     falling = changed(planted(), "TCD", "detail: edges", {20: 4.5})
     assert claim(claims(falling), "TCD's detail: edges rises").held is False
     assert claim(claims(falling), "more detail: edges than DPM").held is False
@@ -518,7 +518,7 @@ def test_curves_hold_the_figures() -> None:
     assert gamma_curves(planted()).empty
 
 
-@pytest.mark.parametrize("kind", ["svg", "png", "webp"])
+@pytest.mark.parametrize("kind", ["svg", "webp"])
 def test_curves_are_drawn(tmp_path: Path, kind: str) -> None:
     for against, points in (("NFE", step_curves(planted(), "nfe")), ("gamma", gamma_curves(sweep()))):
         path = tmp_path / f"{against}.{kind}"

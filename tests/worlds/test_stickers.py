@@ -21,7 +21,9 @@ from fewstep_worlds.stickers.claim import OPPOSITE, Claim, Facts, check, facts_o
 from fewstep_worlds.stickers.dataset import SceneWorkers, draw_scenes, make_scenes
 from fewstep_worlds.stickers.draw import SHADE, draw_background, draw_scene
 from fewstep_worlds.stickers.grammar import languages, plural, read, write
-from fewstep_worlds.stickers.prompts import SETS, training_prompt, unseen_prompts
+from fewstep_worlds.stickers.matching import is_possible, matching_scene
+from fewstep_worlds.stickers.metrics import are_known
+from fewstep_worlds.stickers.prompts import SETS, stated_kinds, training_prompt, unseen_prompts
 from fewstep_worlds.stickers.scene import MOST, SIDE, Background, Scene, Sticker, make_scene, relation
 from fewstep_worlds.stickers.sprites import EDGE, load_sprites
 from fewstep_worlds.stickers.vocabulary import COLOURS, CONCEPTS, HELD_OUT_STYLE, NAMES, PATTERNS
@@ -48,6 +50,7 @@ def test_workers_draw_what_one_process_draws(sticker_sheets: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_workers_end_when_their_process_is_killed(sticker_sheets: Path) -> None:
     code = (
         "import multiprocessing, os, signal, sys; from pathlib import Path\n"
@@ -327,3 +330,33 @@ def test_sets_of_another_language_are_refused() -> None:
     for name, language in (("synonym", "chinese"), ("chinese_concept", "english"), ("pairs", "english")):
         with pytest.raises(UserError, match=name):
             unseen_prompts(name, 1, seed=1, language=language)
+
+
+# -------------------------------------------------------------------------------------------------- matching scenes
+
+
+def test_matching_scenes_agree_with_their_claim() -> None:
+    rng = np.random.default_rng(0)
+    for split in ("train", *heldout.KINDS):
+        for index, scene in enumerate(make_scenes(1, range(60), split)):
+            claim = make_claim(scene, rng)
+            found = matching_scene(claim, 5, index)
+            assert all(check(claim, facts_of(found)).values()), claim
+            assert found == matching_scene(claim, 5, index) != matching_scene(claim, 5, index + 1)
+            kinds = heldout.held_out_kinds(set(found.counts), found.style, found.background.colour)
+            assert kinds == stated_kinds(claim)
+
+
+def test_matching_scenes_leave_open_what_the_claim_does() -> None:
+    scenes = [matching_scene(Claim((("frog", None), ("star", 6))), 5, index) for index in range(100)]
+    assert {scene.counts["frog"] for scene in scenes} == {2, 3}
+    assert len({scene.background.pattern for scene in scenes}) == 6
+    assert len({scene.style for scene in scenes}) > 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "possible"),
+    [("five frogs and 4 stars", True), ("five frogs and five stars", False), ("a frog left of a froggy", False)],
+)
+def test_claims_that_no_scene_agrees_with(prompt: str, possible: bool) -> None:
+    assert is_possible(read(prompt, "english")) == are_known([prompt]) == possible

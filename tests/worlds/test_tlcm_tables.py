@@ -1,4 +1,4 @@
-"""The bundled world's side of TLCM: the students of its tables, and the reward."""
+"""TLCM's tables: their students and rows on the bundled settings, and a whole table on a tiny world."""
 
 from __future__ import annotations
 
@@ -17,30 +17,10 @@ from fewstep.common.config import validate
 from fewstep.common.errors import UserError
 from fewstep.distillation.config import DistillConfig
 from fewstep.methods.cost import step_cost
-from fewstep.methods.rewards.reward import PreferenceScorer
-from fewstep_worlds.emoji8.config import ScorerConfig
-from fewstep_worlds.emoji8.scorers.agreement import save_scorer
-from fewstep_worlds.emoji8.scorers.network import Scorer
-from fewstep_worlds.emoji8.scorers.reward import load_world_scorer
-from fewstep_worlds.studies import tlcm
-from fewstep_worlds.studies.preference import Preference
+from fewstep_worlds.report.results import load_results
+from fewstep_worlds.studies import api, tlcm
 from fewstep_worlds.studies.settings import TlcmConfig
-
-
-class Words:
-    """A text side of hashed words."""
-
-    name, sha256, width = "hashed words", "0" * 64, 32
-
-    def __call__(self, prompts: Sequence[str]) -> Tensor:
-        rows = []
-        for prompt in prompts:
-            row = np.zeros(self.width, np.float32)
-            for word in prompt.replace(",", " ").split():
-                row += np.random.default_rng(sum(map(ord, word)) * 7919 + len(word)).standard_normal(self.width)
-            rows.append(row / max(np.linalg.norm(row), 1e-6))
-        return torch.from_numpy(np.array(rows, np.float32))
-
+from support.sticker_world import PROMPTS
 
 # ---- the tables' students
 
@@ -55,7 +35,9 @@ def records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         return out / "student" / "pytorch_lora_weights.safetensors"
 
     monkeypatch.setattr(tlcm, "distill", distill)
-    return SimpleNamespace(students=tlcm.Students(tlcm.tlcm_settings(), 2, tmp_path / "seed-2"), made=made)
+    settings = tlcm.tlcm_settings()
+    settings = settings.model_copy(update={"sampling": settings.sampling.model_copy(update={"spacing": "grid"})})
+    return SimpleNamespace(students=tlcm.Students(settings, 2, tmp_path / "seed-2"), made=made)
 
 
 def test_rows_of_the_ablation_add_one_ingredient_each(records: Any) -> None:
@@ -93,7 +75,8 @@ def test_rows_of_the_ablation_add_one_ingredient_each(records: Any) -> None:
     unused = {name: getattr(before, name) for name in ("matching", "adversarial")}
     assert control.method.model_copy(update=unused) == before, "as the stage before"
     updates = [config.loop.steps // config.method.student_every for config in (control, matched)]
-    assert updates == [40, 40], "and as many of the student's own as with matching, whose every second is the fake's"
+    own = whole.each_stage()[3]
+    assert updates == [own.loop.steps // own.method.student_every] * 2, "as many of the student's as with matching"
     seeds = [stage.loop.seed for stage in whole.each_stage()]
     assert seeds[0] == whole.loop.seed == 2
     assert [made[f"0-{name}"].loop.seed for name in ("lcd-single-step-z", "lcd-over-all-times", "matching")] == [
@@ -122,13 +105,13 @@ def test_rows_of_the_teachers_steps_differ_in_them_alone(records: Any) -> None:
 
 def test_lcm_and_tcd_take_as_many_evaluations(records: Any) -> None:
     """As many whole steps as TLCM's evaluations pay for."""
-    for recipe, lr in (("lcm", 3e-4), ("tcd", 1e-3)):
+    for recipe, lr in tlcm.RATES.items():
         records.students.student(recipe)
         config = records.made[recipe]
         a_step = step_cost(config.method) * config.loop.batch
         assert 0 <= records.students.evaluations - config.loop.steps * a_step < a_step
         assert config.optim.lr == lr
-        assert config.data.source == "emoji8"
+        assert config.data.source == "stickers"
     assert records.students.config.data.source == "captions"
 
 
@@ -205,37 +188,44 @@ def test_illegal_tables_are_refused(changes: dict[str, Any], field: str) -> None
     assert error.value.field == field
 
 
-# ---- scorers
+# ---- a whole table
+
+TINY = """
+method: {k: 60, guidance: {convention: imagen, low: 3.0, high: 3.0}}
+student: {rank: 2, alpha: 2, targets: [to_q, conv1]}
+data: {captions: 1}
+loop: {steps: 8, batch: 2, precision: fp32}
+latent_lpips: {network: {widths: [8], blocks: [1]}, pairs: {groups: 16, steps: 2}, loop: {steps: 2, batch: 4}}
+stages:
+  - {name: segments, share: 2, sampling: {steps: 8, gamma: 0.0}}
+  - name: joined
+    share: 2
+    method: &joined {grid: 8, k: 1, substeps: 3, segments: 1, start: student, student_steps: 4, weight: none}
+  - {name: preference, share: 2, method: {<<: *joined, reward: {weight: 1.0}}}
+  - {name: matching, share: 2, method: {<<: *joined, reward: {weight: 1.0}, matching: {weight: 1.0, every: 2}}}
+"""
 
 
-def test_the_worlds_scorer_can_be_followed(tmp_path: Path) -> None:
-    """Its score is the trained cosine, and its gradient raises it; colours beyond white earn nothing."""
-    config = ScorerConfig(channels=(16, 16, 16), blocks=(1, 1, 1), hidden=16, width=8)
-    torch.manual_seed(0)
-    trained = Scorer(config, Words.width)
-    save_scorer(tmp_path / "reward", config, dict(trained.state_dict()), Words(), {})
-    scorer = load_world_scorer(Words(), torch.device("cpu"), tmp_path / "reward")
-    assert isinstance(scorer, PreferenceScorer)
-    prompts = scorer.prepare(["a red disc", "a blue ring"])
-    assert all(getattr(scorer.identity, name) for name in ("name", "backbone", "licence", "commercial", "span"))
-    x = (torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 1.6 - 0.8).requires_grad_()
-    before = scorer.score(x, prompts)
-    seen = scorer.trained.scorer.embed_pictures(x.detach())
-    torch.testing.assert_close(before.detach(), (seen * prompts["text"]).sum(1))
-    (slope,) = torch.autograd.grad(before.sum(), x)
-    after = scorer.score(x.detach() + 0.05 * slope / slope.abs().max(), prompts)
-    assert bool((after > before.detach()).all())
-    white = torch.full((2, 3, 64, 64), 1.5, requires_grad=True)
-    (none,) = torch.autograd.grad(scorer.score(white, prompts).sum(), white)
-    assert float(none.abs().max()) == 0
-    pictures = np.random.default_rng(2).integers(0, 255, (300, 64, 64, 3), dtype=np.uint8)
-    texts = ["a red disc" if i % 3 else "a blue ring" for i in range(300)]
-    found = Preference(scorer).features(pictures, texts)
-    last = torch.from_numpy(pictures[299:]).permute(0, 3, 1, 2) / 127.5 - 1
-    assert found[299] == pytest.approx(float(scorer.score(last, scorer.prepare(texts[299:])).detach()), abs=1e-5)
-    assert found.shape == (300,)
-    large = scorer.score(torch.nn.functional.interpolate(x.detach(), scale_factor=2), prompts)
-    assert large.shape == (2,)
+@pytest.mark.slow
+def test_a_table_is_trained_measured_and_resumed(
+    small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (small_world / "tlcm.yaml").write_text(TINY, encoding="utf-8")
+    words = ["seeds=[0]", "p=[1, 3]", "teacher_steps=4"]
+    table = api.tlcm(table=3, out=tmp_path / "tables", overrides=words)
+    results = load_results(tmp_path / "tables" / "table-3.json")
+    rows = {(row.method, row.steps): row for row in results.rows}
+    assert set(rows) == {("teacher", 4), ("p = 1", 4), ("p = 3", 4)}
+    assert results.of("prompt") == ["scene accuracy", "preference"]
+    assert all(len(row.scores["preference"]) == PROMPTS for row in results.rows)
+    scores = [np.array(rows[f"p = {p}", 4].scores["preference"]) for p in (3, 1)]
+    text = table.read_text(encoding="utf-8")
+    assert f"{(scores[0] - scores[1]).mean():+.4f}" in text, "the difference between the rows, prompt by prompt"
+    monkeypatch.setattr(tlcm, "distill", lambda *_, **__: pytest.fail("trained again"))
+    assert api.tlcm(table=3, out=tmp_path / "tables", overrides=words).read_text(encoding="utf-8") == text
+
+
+# ---- prompts of the reward
 
 
 def test_prompts_are_prepared_once_or_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:

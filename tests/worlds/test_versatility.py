@@ -21,15 +21,11 @@ from fewstep.common.errors import UserError
 from fewstep.common.tensors import save_tensors
 from fewstep_worlds.common.autoencoder import make_vae, to_tensor
 from fewstep_worlds.common.denoiser import make_unet
-from fewstep_worlds.common.location import root
 from fewstep_worlds.common.pipeline import write_teacher
 from fewstep_worlds.stickers.claim import Facts, facts_of
 from fewstep_worlds.stickers.heldout import held_out_kinds
-from fewstep_worlds.stickers.reader import Reader, save_reader
-from fewstep_worlds.stickers.reward import save_reward
-from fewstep_worlds.stickers.reward_network import RewardNetwork
 from fewstep_worlds.stickers.scene import SIDE
-from fewstep_worlds.stickers.settings import AutoencoderConfig, ReaderConfig, RewardConfig, TeacherConfig
+from fewstep_worlds.stickers.settings import AutoencoderConfig, TeacherConfig
 from fewstep_worlds.stickers.vocabulary import HELD_OUT_STYLE, NAMES, STYLES
 from fewstep_worlds.studies import api
 from fewstep_worlds.studies.addons import measures, scenes, training
@@ -41,6 +37,7 @@ from fewstep_worlds.studies.addons.tasks import TASKS, Study, Task, bare
 from fewstep_worlds.studies.settings import AddOnConfig, VersatilityConfig
 from support.random_lora import random_lora
 from support.shapes import draw_shape
+from support.sticker_world import make_world, tiny_reader
 
 # ---------------------------------------------------------------------------------------------------- pictures alone
 
@@ -292,11 +289,6 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "teacher"
 
 
-def tiny_reader() -> Reader:
-    torch.manual_seed(0)
-    return Reader(ReaderConfig(channels=(8, 8, 8), blocks=(1, 1, 1))).eval()
-
-
 def encoder() -> Callable[[np.ndarray], torch.Tensor]:
     """A picture's levels in 4 x 4 blocks."""
     return lambda pictures: torch.from_numpy(pictures.reshape(-1, 4, 16, 4, 16, 3).mean((2, 4)).reshape(-1, 48)).float()
@@ -403,13 +395,8 @@ def test_a_stopped_training_is_resumed(study: Study, tmp_path: Path) -> None:
 @pytest.fixture
 def tiny_world(teacher: Path, sheets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A world folder of sticker scenes with a student."""
-    world = tmp_path / "world"
-    shutil.copytree(teacher, world / "teacher")
-    shutil.copytree(sheets, world / "stickers")
-    shutil.copy(root() / "distill.yaml", world / "distill.yaml")
+    world = make_world(tmp_path / "world", sheets, teacher)
     random_lora(teacher, world / "students" / "tcd")
-    save_reader(tiny_reader(), world / "reader")
-    save_reward(RewardNetwork(RewardConfig(channels=(8, 8, 8), blocks=(1, 1)), 2), ("cat", "dog"), world / "reward")
     monkeypatch.setenv("FEWSTEP_WORLD", str(world))
     return world
 

@@ -1,248 +1,176 @@
-"""Measuring on Emoji-8: which real pictures match a prompt, are its reference, or are nearest to a picture."""
+"""Measuring on sticker scenes: scene accuracy and its categories, real pictures of prompts, the suite."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from fewstep.common.errors import UserError
+from fewstep.common.files import sha256
+from fewstep.evaluation.evaluate import evaluate_pictures, score_pictures
 from fewstep.evaluation.features import Features
-from fewstep.evaluation.metric import Array, Pictures
-from fewstep_worlds.emoji8 import dataset as emoji8
-from fewstep_worlds.emoji8 import neighbours
-from fewstep_worlds.emoji8.dataset import Emoji8, Record
-from fewstep_worlds.emoji8.metrics import Gallery, metrics, real_diversity
-from fewstep_worlds.emoji8.whiteness import Whiteness
+from fewstep_worlds.common.autoencoder import make_vae
+from fewstep_worlds.stickers import accuracy, metrics, reader_report, world
+from fewstep_worlds.stickers.claim import Claim, Facts, facts_of
+from fewstep_worlds.stickers.dataset import REFERENCE_SEED, draw_all, draw_scenes, make_scenes
+from fewstep_worlds.stickers.heldout import KINDS
+from fewstep_worlds.stickers.reader import read_pictures, save_reader
+from fewstep_worlds.stickers.scene import Scene
+from fewstep_worlds.stickers.settings import AutoencoderConfig
+from support.pooled import Pooled
+from support.sticker_world import tiny_reader
 
-FAMILY = "family: man, girl"
-TRAINED = (
-    ("cat", "noto"),
-    ("cat", "twemoji"),
-    ("dog", "noto"),
-    ("cat", "fxemoji"),
-    ("dog", "fluent-3d"),
-    (FAMILY, "noto"),
+# --------------------------------------------------------------------------------------------------- scene accuracy
+
+
+class ByPixels:
+    """A reader that recalls the facts of the pictures that it was made for."""
+
+    def __init__(self, pictures: np.ndarray, facts: Sequence[Facts]) -> None:
+        self.known = {picture.tobytes(): fact for picture, fact in zip(pictures, facts, strict=True)}
+
+    def __call__(self, pictures: np.ndarray) -> list[Facts]:
+        return [self.known[picture.tobytes()] for picture in pictures]
+
+    identity = metrics.SceneReader.identity
+    sha256 = "0" * 64
+
+
+PROMPTS = ("a frog", "three frogs on blue", "a frog and two stars, noto style", "a frog left of a star on stripes")
+BACKGROUND = ("blue", "plain", "noto")
+FROG, STAR = ("frog", 10.0, 30.0), ("star", 50.0, 30.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        ({}, {}),
+        ({1: Facts((FROG,) * 2, *BACKGROUND)}, {"": 3 / 4, ", counting": 0.0}),
+        ({1: Facts((FROG,) * 3, "red", "plain", "noto")}, {"": 3 / 4, ", counting": 0.0, ", background": 1 / 2}),
+        ({2: Facts((FROG, STAR, STAR), "red", "plain", "fluent")}, {"": 3 / 4, ", two": 0.0, ", style": 0.0}),
+        ({0: Facts((STAR,), *BACKGROUND)}, {"": 3 / 4, ", single": 0.0}),
+        (
+            {0: Facts((), *BACKGROUND), 3: Facts((("frog", 60.0, 30.0), STAR), "blue", "stripes", "noto")},
+            {"": 2 / 4, ", single": 0.0, ", position": 0.0},
+        ),
+    ],
 )
-HELD_OUT = (("cat", "emojione"), ("cow", "noto"))
-ROWS = {name: [row for row, (shown, _) in enumerate(TRAINED) if shown == name] for name in ("cat", "dog", FAMILY)}
-
-
-def marked(marks: list[int]) -> Pictures:
-    """White pictures with a square in the middle whose level is their number."""
-    pictures = np.full((len(marks), 64, 64, 3), 255, np.uint8)
-    pictures[:, 20:44, 20:44] = np.array(marks, np.uint8)[:, None, None, None]
-    return pictures
-
-
-def marks(pictures: Pictures) -> list[int]:
-    found: list[int] = pictures[:, 32, 32, 0].tolist()
-    return found
-
-
-class Table:
-    """A backbone that looks up a picture's mark."""
-
-    name, weights_sha256, licence, input = "table of marks", "none", "none", "as given"
-
-    def __init__(self, rows: Array) -> None:
-        self.rows = rows
-
-    def __call__(self, pictures: Pictures) -> Array:
-        return self.rows[marks(pictures)]
-
-
-def features(rows: list[list[float]]) -> Features:
-    return Features(Table(np.array(rows, np.float32)), progress=False)
-
-
-@pytest.fixture
-def gallery(monkeypatch: pytest.MonkeyPatch) -> Gallery:
-    """Six training pictures, row r marked r; a held-out pair and a held-out concept are known by name alone."""
-    like = emoji8.load_records("train")[0]
-    records = [replace(like, name=name, style=style) for name, style in TRAINED + HELD_OUT]
-
-    def load_records(split: str | tuple[str, ...] = "train") -> tuple[Record, ...]:
-        return tuple(records) if isinstance(split, tuple) else tuple(records[: len(TRAINED)])
-
-    monkeypatch.setattr(emoji8, "load_records", load_records)
-    return Gallery(Emoji8(marked(list(range(len(TRAINED)))), tuple(records[: len(TRAINED)])))
-
-
-# --------------------------------------------------------------------------------------- matched pictures
-
-
-def test_prompts_are_taken_apart_at_the_style_alone(gallery: Gallery) -> None:
-    assert gallery.concept_of(FAMILY) == FAMILY
-    assert gallery.concept_of(f"{FAMILY}, fluent 3d style") == FAMILY
-    assert gallery.concept_of("cow, noto v1 style") == "cow"
-    for prompt in ("family: man", "cat, dog", "cat, oil style", "cat,noto style", "a cat", ""):
-        assert not gallery.has_concept(prompt)
-        with pytest.raises(UserError, match="names no Emoji-8 concept"):
-            gallery.concept_of(prompt)
-
-
-def test_a_repeated_prompt_gets_a_fresh_picture_while_any_is_left(gallery: Gallery) -> None:
-    for seed in range(20):
-        rows = gallery.matched(["cat"] * 7 + ["dog"] * 2, seed).tolist()
-        assert sorted(rows[:3]) == sorted(rows[3:6]) == ROWS["cat"]
-        assert rows[6] in ROWS["cat"]
-        assert sorted(rows[7:]) == ROWS["dog"]
-
-
-def test_prompts_take_turns_without_taking_from_each_other(gallery: Gallery) -> None:
-    """A queue for each prompt, wherever it is in the list."""
-    prompts = ["cat", "dog", "cat", "dog", "cat"]
-    for seed in range(20):
-        rows = gallery.matched(prompts, seed)
-        assert sorted(rows[::2].tolist()) == ROWS["cat"]
-        assert sorted(rows[1::2].tolist()) == ROWS["dog"]
-
-
-def test_a_style_names_its_own_picture_and_a_held_out_pair_a_sibling(gallery: Gallery) -> None:
-    drawn = Counter()
-    for seed in range(60):
-        own, sibling = gallery.matched(["cat, twemoji style", "cat, emojione style"], seed).tolist()
-        assert TRAINED[own] == ("cat", "twemoji")
-        drawn[sibling] += 1
-    assert set(drawn) == set(ROWS["cat"])
-
-
-def test_a_held_out_concept_gets_any_picture(gallery: Gallery) -> None:
-    assert sorted(gallery.matched(["cow"] * 6)) == list(range(6))
-
-
-def test_matching_is_fair_and_decided_by_the_seed(gallery: Gallery) -> None:
-    prompts = ["cat"] * 3 + ["dog"] * 2
-    first = Counter(int(gallery.matched(prompts, seed)[0]) for seed in range(300))
-    assert set(first) == set(ROWS["cat"])
-    assert all(70 <= count <= 130 for count in first.values()), "100 each, standard deviation 8"
-    for seed in (0, 7):
-        assert gallery.matched(prompts, seed).tolist() == gallery.matched(prompts, seed).tolist()
-    assert len({tuple(gallery.matched(prompts, seed)) for seed in range(100)}) == 12, "3! orders of cats, 2! of dogs"
-
-
-# -------------------------------------------------------------------------------------------- references
-
-
-def test_a_reference_holds_the_prompts_concepts_and_nothing_set_aside(gallery: Gallery) -> None:
-    for seed in range(10):
-        reference = gallery.reference(["cat", f"{FAMILY}, noto style"], seed)
-        assert reference.floor is not None
-        aside = marks(reference.floor)
-        assert aside[0] in ROWS["cat"]
-        assert aside[1] == ROWS[FAMILY][0]
-        assert marks(reference.pictures) == [row for row in ROWS["cat"] if row != aside[0]], "no dog"
-        assert reference.floor_prompts == ("cat", f"{FAMILY}, noto style")
-        again = gallery.reference(["cat", f"{FAMILY}, noto style"], seed)
-        assert np.array_equal(again.pictures, reference.pictures)
-        assert again.floor is not None
-        assert np.array_equal(again.floor, reference.floor)
-
-
-def test_a_repeated_prompt_sets_several_aside_and_counts_its_concept_once(gallery: Gallery) -> None:
-    reference = gallery.reference(["cat", "cat", "dog, noto style"])
-    assert reference.floor is not None
-    aside = marks(reference.floor)
-    assert len(set(aside)) == 3
-    assert sorted(aside + marks(reference.pictures)) == sorted(ROWS["cat"] + ROWS["dog"])
-
-
-def test_a_reference_without_pictures_is_refused(gallery: Gallery) -> None:
-    for prompts in ([FAMILY], ["dog", "dog"], ["cow"]):
-        with pytest.raises(UserError, match=rf"concepts of {len(prompts)} prompts have no further real pictures"):
-            gallery.reference(prompts)
-    with pytest.raises(UserError, match="'unicorn' names no Emoji-8 concept"):
-        gallery.reference(["cat", "unicorn"])
-
-
-# -------------------------------------------------------------------------------------------- neighbours
-
-
-def test_the_gallery_measures_the_right_concept_and_copies(gallery: Gallery) -> None:
-    """Cats point along the first axes, dogs along the next; 6 is a picture between cat 0, cat 3 and dog 2."""
-    table = [
-        [1, 0, 0, 0, 0.0],
-        [0, 1, 0, 0, 0],
-        [0, 0, 1, 0, 0],
-        [0.9, 0.2, 0, 0, 0],
-        [0, 0, 0, 1, 0],
-        [0, 0, 0.1, 0, 1],
-        [1, 0, 0.8, 0, 0],
+def test_scene_accuracy_in_all_and_by_category(change: dict[int, Facts], wrong: dict[str, float]) -> None:
+    facts = [
+        Facts((FROG,), *BACKGROUND),
+        Facts((FROG,) * 3, *BACKGROUND),
+        Facts((FROG, STAR, STAR), *BACKGROUND),
+        Facts((FROG, STAR), "blue", "stripes", "noto"),
     ]
-    pictures = marked([0, 1, 4, 6])
-    prompts = ["cat, noto style", "cat, twemoji style", "dog, noto style", "dog"]
-    found = gallery.neighbours(features(table), pictures, prompts)
-    assert found.nearest.tolist() == [0, 1, 4, 0]
-    assert found.right_concept.value == pytest.approx(3 / 4), "a cat is nearest to what should be a dog"
-    # Own pictures: 0, 1, 2, none. Without them: 0 -> cat 3; 1 -> cat 3 (its only overlap); 4, 6 as before.
-    assert found.right_concept_without_own.value == pytest.approx(3 / 4)
-    assert found.own is not None
-    assert (found.own.value, found.own.n) == (pytest.approx(2 / 3), 3), "the dog drawn is not the noto dog"
-    result = gallery.neighbours(
-        features(table), pictures, ["kitty", "puss", "hound", "hound"], ["cat"] * 2 + ["dog"] * 2
-    )
-    assert result.right_concept.value == pytest.approx(3 / 4)
-    assert result.own is None
+    pictures = np.arange(4, dtype=np.uint8)[:, None, None, None] * np.ones((1, 64, 64, 3), np.uint8)
+    reader: Any = ByPixels(pictures, [change.get(number, fact) for number, fact in enumerate(facts)])
+    measured = metrics.accuracies(reader, PROMPTS)
+    figures = evaluate_pictures(pictures, PROMPTS, measured)
+    names = ("", ", single", ", counting", ", two", ", position", ", background", ", style")
+    assert {name: figures[f"scene accuracy{name}"].value for name in names} == dict.fromkeys(names, 1.0) | wrong
+    counts = [figures[f"scene accuracy{name}"].n for name in names]
+    assert counts == [4, 1, 1, 1, 1, 2, 1]
+    scores = score_pictures(pictures, PROMPTS, measured)
+    np.testing.assert_array_equal(scores["scene accuracy"], [number not in change for number in range(4)])
+    assert [figure.is_of("prompt") for figure in figures.values()] == [True] + [False] * 6
 
 
-def test_neighbours_in_blocks_are_those_of_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Own pictures are left out in every block; a brute search over float64 cosines is right."""
-    draw = np.random.default_rng(0)
-    ours, real = draw.normal(size=(10, 4)), draw.normal(size=(15, 4))
-    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (ours, real)]
-    cosine = unit[0] @ unit[1].T
-    order = np.argsort(-cosine, axis=1)
-    left_out = np.stack([order[:, 0], np.where(np.arange(10) % 2, order[:, 1], neighbours.NONE)], axis=1)
-    expected = np.where(np.arange(10) % 2, order[:, 2], order[:, 1])
-    for block in (3, 10, 1024):
-        monkeypatch.setattr(neighbours, "ROWS", block)
-        assert neighbours.nearest(ours, real).tolist() == order[:, 0].tolist()
-        assert neighbours.nearest(ours, real, left_out).tolist() == expected.tolist()
+def test_figures_of_another_reader_do_not_compare(small_world: Path) -> None:
+    reader = metrics.SceneReader(small_world / "reader")
+    assert reader.sha256 == sha256(small_world / "reader" / "reader.safetensors")
+    save_reader(tiny_reader(seed=1), small_world / "other")
+    other = metrics.SceneReader(small_world / "other")
+    for one, two in zip(metrics.accuracies(reader, PROMPTS), metrics.accuracies(other, PROMPTS), strict=True):
+        assert replace(one.identity, weights_sha256=None) == replace(two.identity, weights_sha256=None)
+        assert one.identity != two.identity
+    pictures = draw_scenes(1, range(3))
+    assert reader(pictures) == read_pictures(reader.reader, pictures)
+    with pytest.raises(UserError, match="64x64"):
+        reader(pictures[:, :32])
 
 
-# ---------------------------------------------------------------------------------------------- diversity
+def test_scene_accuracy_counts_pictures_whose_every_stated_fact_is_found() -> None:
+    facts = Facts((("frog", 10.0, 10.0), ("star", 50.0, 12.0)), "blue", "dots", "noto")
+    frog_and_star = (("frog", 1), ("star", 1))
+    claims = [
+        Claim(frog_and_star, "left"),
+        Claim(frog_and_star, "right"),
+        Claim(frog_and_star, colour="blue", style="fluent"),
+        Claim((("frog", 1),), colour="blue"),
+    ]
+    shares = accuracy.scene_accuracy([facts] * 4, claims)
+    assert {name: (share.right, share.n) for name, share in shares.items()} == {
+        "all": (1, 4), "relation": (1, 2), "two": (0, 1), "single": (0, 1), "fact concepts": (3, 4),
+        "fact count": (4, 4), "fact relation": (1, 2), "fact colour": (2, 2), "fact style": (0, 1),
+    }  # fmt: skip
 
 
-def test_real_diversity_is_that_of_a_prompts_answers(gallery: Gallery) -> None:
-    """Cats: cosines 0, .6, .8 between the three; dogs: -1. Styles and single answers do not count."""
-    table = [[1, 0, 0.0], [0, 1, 0], [0, 0, 2], [0.6, 0.8, 0], [0, 0, -5], [1, 1, 1]]
-    prompts = ["cat", "dog", "dog, noto style", FAMILY, "cow", "unknown"]
-    figure = real_diversity(gallery, features(table), prompts)
-    assert figure is not None
-    cats, dogs = 1 - (0 + 0.6 + 0.8) / 3, 2
-    assert figure.n == 2
-    assert figure.value == pytest.approx((cats + dogs) / 2, abs=1e-6)
-    assert real_diversity(gallery, features(table), ["dog, noto style", FAMILY, "cow"]) is None
-    alike = [[1, 2, 3.0]] * 6
-    same = real_diversity(gallery, features(alike), ["cat", "dog"])
-    assert same is not None
-    assert same.value == pytest.approx(0, abs=1e-6)
+def test_intervals_are_wilsons() -> None:
+    for right, n in ((0, 20), (19, 20), (20, 20), (970, 1000)):
+        found = scipy.stats.binomtest(right, n).proportion_ci(method="wilson")
+        assert accuracy.Share(right, n).interval == pytest.approx((found.low, found.high), abs=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------- whiteness
+def test_a_reader_is_reported_under_every_condition(sticker_sheets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader that is right on undamaged scenes and finds another scene in all others."""
+    scenes = {name: make_scenes(REFERENCE_SEED, range(6), name) for name in ("train", *KINDS)}
+    known = {draw_scenes(REFERENCE_SEED, range(6), name, sticker_sheets).tobytes(): of for name, of in scenes.items()}
+
+    def read(_: object, pictures: np.ndarray) -> list[Facts]:
+        return [facts_of(scene) for scene in known.get(pictures.tobytes(), scenes["pair"])]
+
+    monkeypatch.setattr(reader_report, "read_pictures", read)
+    vae = make_vae(AutoencoderConfig(channels=(8, 8, 8))).eval()
+    rows = reader_report.reader_report(tiny_reader(), 6, vae, sticker_sheets)
+    right = {name: shares["all"].right for name, shares in rows.items()}
+    assert [right.pop(name) for name in ("blurred", "noised", "autoencoded")] == [0, 0, 0]
+    assert list(right.values()) == [6] * (1 + len(KINDS))
+    assert len(accuracy.as_table(rows).splitlines()) == 2 + len(rows)
 
 
-def test_whiteness_compares_with_the_background_of_the_prompts_pictures(gallery: Gallery) -> None:
-    """A border of 496 pixels. The twemoji cat is dark in 8 of them: no other cat's style has fewer."""
-    pictures = gallery.data.pictures.copy()
-    pictures[1, 0, :8] = 0
-    world = Gallery(Emoji8(pictures, gallery.data.records))
-    chosen = metrics(world, features([[1.0, 0]] * 6), 10)
-    share, level = (
-        next(m for m in chosen if isinstance(m, Whiteness) and m.identity.name.endswith(kind))
-        for kind in ("white", "level")
-    )
-    clean, painted = marked([0]), marked([0])
-    painted[0, 0, :62] = 100
-    prompts = ["cat", "cat, noto style", "cat, twemoji style", "dog"]
-    assert share.features(np.repeat(clean, 4, axis=0), prompts).tolist() == [1, 1, 1, 1]
-    assert level.features(np.repeat(clean, 4, axis=0), prompts).tolist() == [255] * 4
-    seen = share.features(np.repeat(painted, 4, axis=0), prompts)
-    assert seen == pytest.approx([1 - 54 / 488, 1 - 62 / 496, 1 - 54 / 488, 1 - 62 / 496])
-    grey = level.features(np.repeat(painted, 4, axis=0), prompts)
-    assert grey == pytest.approx(255 - 155 * (1 - seen))
-    # a prompt of no picture: where 95 % of all six are white, which leaves the 8 out
-    assert share.features(painted, ["cow"]) == pytest.approx([1 - 54 / 488])
+# ----------------------------------------------------------------------------------------------------------- suite
+
+
+@pytest.mark.usefixtures("small_world")
+def test_the_suite_measures_against_real_pictures_of_the_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[np.ndarray, Scene]] = []
+
+    def draw(scenes: Any, folder: Path | None = None) -> np.ndarray:
+        scenes = list(scenes)
+        pictures = draw_all(scenes, folder)
+        drawn.extend(zip(pictures, scenes, strict=True))
+        return pictures
+
+    monkeypatch.setattr(metrics, "draw_all", draw)
+    prompts = world.read_prompts("benchmark")[:20]
+    found = world.suite(prompts, 0, Features(Pooled(), progress=False))
+    reader: Any = ByPixels(np.stack([picture for picture, _ in drawn]), [facts_of(scene) for _, scene in drawn])
+    assert len(found.reference.pictures) == 80
+    for first in range(0, 80, 20):
+        right = metrics.SceneAccuracy(reader).features(found.reference.pictures[first : first + 20], prompts)
+        assert right.all()
+    assert found.reference.floor is not None
+    assert metrics.SceneAccuracy(reader).features(found.reference.floor, found.reference.floor_prompts).all()
+    together = np.concatenate([found.reference.floor, found.reference.pictures])
+    assert len(np.unique(together.reshape(100, -1), axis=0)) == 100
+    figures = evaluate_pictures(found.reference.floor, prompts, found.metrics, found.reference)
+    assert figures["scene accuracy"].floor == figures["scene accuracy"].value
+    low, high = figures["KID-Lite0"].low, figures["KID-Lite0"].high
+    assert low is not None
+    assert high is not None
+    assert low < 0 < high
+    assert found.real_diversity is not None
+    assert 0 < found.real_diversity < 1
+
+
+@pytest.mark.usefixtures("small_world")
+def test_other_prompts_have_no_scene_accuracy() -> None:
+    found = world.suite(["a unicorn", *world.read_prompts("gamma")[:19]], 0, Features(Pooled(), progress=False))
+    assert not [metric for metric in found.metrics if metric.identity.group in ("prompt", "category")]
+    assert len(found.reference.pictures) == 80

@@ -16,6 +16,7 @@ from fewstep.common.accelerator import make_accelerator
 from fewstep.common.errors import UserError
 from fewstep.training.config import LoopConfig, OptimConfig
 from fewstep_worlds.common import location
+from fewstep_worlds.common.autoencoder import to_tensor
 from fewstep_worlds.stickers import reward_training, world, wrong_claims
 from fewstep_worlds.stickers.claim import check, facts_of, full_claim, make_claim
 from fewstep_worlds.stickers.dataset import make_scenes
@@ -24,6 +25,7 @@ from fewstep_worlds.stickers.heldout import KINDS, held_out_kinds
 from fewstep_worlds.stickers.reward import StickerScorer, load_reward, save_reward
 from fewstep_worlds.stickers.reward_network import LENGTH, RewardNetwork, word_numbers, words_of
 from fewstep_worlds.stickers.settings import RewardConfig
+from fewstep_worlds.studies import preference
 
 CPU = torch.device("cpu")
 TINY = RewardConfig(
@@ -231,6 +233,21 @@ def test_the_gradient_reaches_every_pixel(folder: Path) -> None:
     assert pictures.grad is not None
     slope = (scores[0] - scores[1]).item() / 2e-2
     assert slope == pytest.approx((pictures.grad * step).sum().item(), rel=0.05)
+    beyond_white = torch.full((1, 3, 64, 64), 1.5, requires_grad=True)
+    scorer.score(beyond_white, scorer.prepare(PROMPTS[:1])).sum().backward()
+    assert beyond_white.grad is not None
+    assert float(beyond_white.grad.abs().max()) == 0
+
+
+def test_the_metric_scores_each_picture_with_its_own_prompt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preference, "BATCH", 2)
+    scorer = load_reward(folder)
+    metric = preference.Preference(scorer)
+    pictures = np.random.default_rng(2).integers(0, 255, (5, 64, 64, 3), dtype=np.uint8)
+    texts = [PROMPTS[number // 3] for number in range(5)]
+    alone = [scorer.score(to_tensor(p[None]), scorer.prepare([text])).item() for p, text in zip(pictures, texts)]
+    assert metric.features(pictures, texts) == pytest.approx(alone, abs=1e-5)
+    assert metric.identity.weights_sha256 == scorer.identity.weights_sha256
 
 
 def test_only_the_prompts_that_are_given_are_scored(folder: Path) -> None:

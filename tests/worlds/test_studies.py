@@ -1,10 +1,10 @@
-"""The demo from end to end on a tiny teacher in a small world: stages, resume, the page's text."""
+"""Demo, benchmark, family and Chinese prompts, from end to end on a tiny teacher in a small world of sticker scenes."""
 
 from __future__ import annotations
 
 import json
-import os
 import shlex
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,62 +12,33 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 
 from fewstep.common.errors import UserError
 from fewstep.diffusion.config import Sampling
 from fewstep.distillation.config import resolve
 from fewstep.evaluation.evaluate import TeacherPictures, evaluate_pictures
 from fewstep.evaluation.features import Features
+from fewstep.evaluation.metric import Array, Pictures
+from fewstep.inference.generator import load_image_generator
 from fewstep.methods.cost import step_cost
 from fewstep.methods.recipes import rows
 from fewstep_worlds.common import location
-from fewstep_worlds.emoji8 import api as emoji8_api
-from fewstep_worlds.emoji8 import dataset as emoji8
-from fewstep_worlds.emoji8 import metrics as measures
-from fewstep_worlds.emoji8.config import ScorerConfig
-from fewstep_worlds.emoji8.scorers.agreement import save_scorer
-from fewstep_worlds.emoji8.scorers.network import Scorer
-from fewstep_worlds.emoji8.scorers.text import BertStates
-from fewstep_worlds.register import bundled
+from fewstep_worlds.report.claims import claims
 from fewstep_worlds.report.results import load_results
-from fewstep_worlds.studies import api, benchmark, comparison, demo, family
+from fewstep_worlds.stickers import metrics, world
+from fewstep_worlds.stickers.dataset import draw_scenes
+from fewstep_worlds.studies import api, benchmark, comparison, demo, family, sheets
 from fewstep_worlds.studies.benchmark import best_by_rank
 from fewstep_worlds.studies.settings import BenchmarkConfig, FamilyConfig
 from fewstep_worlds.studies.sheets import spread_rows
 from fewstep_worlds.studies.students import train_student
 from support.pooled import Pooled
+from support.random_lora import random_lora
+from support.sticker_world import PROMPTS
 
-PICTURES = 160
-"""Training pictures of the small world."""
 TEACHER_STEPS = 6
 """Of its teacher, which is drawn often."""
-
-
-@pytest.fixture
-def small_world(tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The bundled world with a tiny random teacher and scorer, and few pictures."""
-    place = tmp_path / "world"
-    place.mkdir()
-    (place / "emoji8").symlink_to(location.root() / "emoji8")
-    (place / "teacher").symlink_to(tiny_pipeline)
-    (place / "distill.yaml").write_text(
-        "method: {guidance: {low: 1.0, high: 3.0}}\nstudent: {rank: 2, targets: [to_q, conv1]}\ndata: {captions: 1}\n"
-    )
-    monkeypatch.setenv(location.ENVIRONMENT, str(place))
-    config = ScorerConfig(channels=(8, 8, 8), blocks=(1, 1, 1), groups=4, hidden=8, width=8)
-    text = BertStates(tiny_pipeline)
-    torch.manual_seed(0)
-    save_scorer(place / "scorer", config, Scorer(config, text.width).state_dict(), text, {})
-    whole = emoji8.load("train")
-    wanted = set(emoji8.read_prompts("benchmark")[:100])
-    rows = [row for row, record in enumerate(whole.records) if record.name in wanted][::6][:PICTURES]
-    few = emoji8.Emoji8(whole.pictures[rows], tuple(whole.records[row] for row in rows))
-    load = emoji8.load
-    monkeypatch.setattr(emoji8, "load", lambda split="train": few if split == "train" else load(split))
-    monkeypatch.setattr(comparison, "Lite0Features", Pooled)
-    return place
+CATEGORIES = ("single", "counting", "two", "position", "background", "style")
 
 
 @pytest.mark.slow
@@ -75,22 +46,28 @@ def test_the_demo_makes_students_a_table_and_a_page_and_goes_on_where_it_was(
     small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "demo"
-    small = ["steps=2", "batch=2", "prompts=100", "shown=3"]
+    small = ["steps=2", "batch=2", "shown=6"]
     assert demo.STEPS == (2, 4, 8, 20)
     assert demo.TEACHER_STEPS == 50
     monkeypatch.setattr(demo, "STEPS", (2, 4))
     monkeypatch.setattr(demo, "TEACHER_STEPS", TEACHER_STEPS)
+    shown: list[int] = []
+    monkeypatch.setattr(sheets, "spread_rows", lambda *given: shown.extend(spread_rows(*given)) or shown)
     report = api.demo(out=out, overrides=small)
     results = load_results(out / "results.json")
     rows = {(row.method, row.steps): row for row in results.rows}
     methods = ("DDIM", "DPM-Solver++(2S)", "LCM", "TCD")
     both = {(method, steps) for method in methods for steps in (2, 4)}
     assert set(rows) == {("teacher", TEACHER_STEPS), *both, ("DDIM", 1), ("DPM-Solver++(2S)", 1)}
-    assert all(len(scores) == 100 for row in rows.values() for scores in row.scores.values())
+    assert all(len(scores) == PROMPTS for row in rows.values() for scores in row.scores.values())
     costs = {method: rows[method, 2].nfe for method in methods}
     assert costs == {"DDIM": 4, "DPM-Solver++(2S)": 8, "LCM": 2, "TCD": 2}
     assert rows["DPM-Solver++(2S)", 1].nfe == 4
     assert rows["TCD", 4].figures != rows["LCM", 4].figures
+    assert results.of("prompt") == ["scene accuracy"]
+    assert results.of("category") == [f"scene accuracy, {category}" for category in CATEGORIES]
+    for category, row in zip(CATEGORIES, shown, strict=True):
+        assert metrics.in_category(category, metrics.claim_of(results.prompts[row]))
     page = report.read_text(encoding="utf-8")
     assert str(out / "tcd" / "student") in page
     assert "http://" not in page.replace("http://www.w3.org", "")
@@ -122,9 +99,6 @@ def test_the_benchmark_chooses_measures_and_goes_on_where_it_was(
     small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every stage, small: rates, guidance and gammas are chosen, two seeds measured, tables and page written."""
-    whole = emoji8.read_prompts("benchmark")
-    lists = {"validation": whole[:40], "gamma": whole[30:70], "benchmark": whole[60:100]}
-    monkeypatch.setattr(bundled(), "read_prompts", lambda name: lists[name])
     monkeypatch.setattr(benchmark, "STEPS", (2, 4))
     monkeypatch.setattr(benchmark, "TEACHER_STEPS", TEACHER_STEPS)
     monkeypatch.setattr(benchmark, "GAMMAS", (0.0, 0.2, 1.0))
@@ -137,7 +111,7 @@ def test_the_benchmark_chooses_measures_and_goes_on_where_it_was(
     assert set(chosen) == {"rate-lcm", "rate-tcd", "rate-tcd-2", "rate-tcd-s", "omega-teacher", "gamma-2", "gamma-4"}
     for record in chosen.values():
         assert record["chosen"] == best_by_rank(record["kid"])
-        assert record["n"] == 40
+        assert record["n"] == PROMPTS
     students = {path.name for path in (out / "students").iterdir()}
     assert {f"{recipe}-{rate:g}-0" for recipe in benchmark.RECIPES for rate in (1e-3, 3e-2)} < students
     rates = {recipe: float(chosen[f"rate-{recipe}"]["chosen"]) for recipe in benchmark.RECIPES}
@@ -162,7 +136,7 @@ def test_the_benchmark_chooses_measures_and_goes_on_where_it_was(
     assert "to teacher: pixels" not in teacher.figures
     assert "KID-Lite0 (to teacher)" in teacher.figures, "what a perfect student would get"
     assert "| TCD |" in (out / "table.md").read_text().replace("**", "")
-    assert "is better than" in (out / "claims.md").read_text()
+    assert len((out / "claims.md").read_text().splitlines()) == 2 + len(claims(results))
     assert (out / "gamma.webp").stat().st_size > 1000
     page = report.read_bytes()
 
@@ -171,29 +145,10 @@ def test_the_benchmark_chooses_measures_and_goes_on_where_it_was(
     assert load_results(out / "results.json").rows == results.rows
 
 
-@pytest.mark.slow
-def test_the_card_holds_a_teachers_settings(small_world: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
-    figures = emoji8_api.teacher_card(out=tmp_path, teacher=str(tiny_pipeline), n=24, steps=2, omega=1.0)
-    for kind in ("words of no caption, untrained", "words of no caption that the encoder was trained on"):
-        by_word = figures[f"{kind}: right concept"]
-        by_name = figures[f"{kind}: the same concepts by their captions' names"]
-        share = figures[f"{kind}, as a share of the captioned rate"].value
-        assert share == pytest.approx(by_word.value / by_name.value if by_name.value else 0)
-        assert (by_word.n, by_name.n) == (100, 100)
-    assert figures["held-out (concept, family) pairs: right concept"].n == len(emoji8.load_records("heldout-pair"))
-    white = next(figures[key] for key in figures if key.endswith(", real pictures"))
-    assert white.value > 0.95, "real emoji are on white"
-    assert figures["autoencoder, PSNR on held-out concepts (dB)"].value < 15, "a random autoencoder restores nothing"
-    assert len((tmp_path / "card.md").read_text().splitlines()) == 2 + len(figures)
-    with Image.open(tmp_path / "samples.webp") as sheet:
-        assert sheet.width > 10 * 64
-
-
 def test_the_demo_names_missing_parts_before_it_trains(small_world: Path, tmp_path: Path) -> None:
-    for file in (small_world / "scorer").iterdir():
-        os.unlink(file)
-    with pytest.raises(UserError, match="scorer"):
-        api.demo(out=tmp_path / "demo", overrides=["steps=2", "batch=2", "prompts=100"])
+    shutil.rmtree(small_world / "reader")
+    with pytest.raises(UserError, match="reader"):
+        api.demo(out=tmp_path / "demo", overrides=["steps=2", "batch=2"])
     assert not (tmp_path / "demo" / "lcm").exists()
 
 
@@ -228,18 +183,14 @@ def test_entries_have_each_count_of_evaluations_and_of_steps(
 
 
 def test_figures_are_those_of_the_worlds_suite(small_world: Path, tmp_path: Path) -> None:
-    """On Emoji-8: real pictures of the prompts' concepts, the standard metrics, white backgrounds, and agreement."""
-    prompts = emoji8.read_prompts("benchmark")[:40]
+    prompts = world.read_prompts("benchmark")
     study = comparison.Comparison(prompts, tmp_path / "study")
-    pictures = emoji8.load("heldout-pair").pictures[:40]
+    pictures = draw_scenes(7, range(PROMPTS))
     row = study.measured(comparison.teacher_entry(2.0, 4, 0), pictures, TeacherPictures())
-    gallery = measures.Gallery.load()
-    features = Features(Pooled(), tmp_path / "other")
-    metrics = [*measures.metrics(gallery, features, 40), measures.agreement()]
-    expected = evaluate_pictures(pictures, prompts, metrics, gallery.reference(prompts))
-    assert row.figures == expected
-    assert "agreement" in expected
-    assert study.suite.real_diversity == measures.real_diversity(gallery, features, prompts).value
+    suite = world.suite(prompts, 0, Features(Pooled(), tmp_path / "other"))
+    assert row.figures == evaluate_pictures(pictures, prompts, suite.metrics, suite.reference)
+    assert {"scene accuracy", "scene accuracy, counting", "KID-Lite0"} < row.figures.keys()
+    assert study.suite.real_diversity == suite.real_diversity
 
 
 def test_shown_prompts_come_from_each_category_in_turn() -> None:
@@ -281,8 +232,6 @@ def test_benchmark_settings_that_would_fail_after_hours_are_refused_at_once(
 def test_the_family_spends_alike_and_measures_every_recipe_and_sampler(
     small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = emoji8.read_prompts("benchmark")
-    monkeypatch.setattr(bundled(), "read_prompts", lambda name: whole[:40])
     monkeypatch.setattr(family, "STEPS", (1, 2, 4))
     monkeypatch.setattr(family, "SAMPLER_STEPS", (4,))
     monkeypatch.setattr(family, "TEACHER_STEPS", TEACHER_STEPS)
@@ -333,3 +282,42 @@ def test_a_budget_that_pays_for_no_step_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError) as error:
             api.family(out=tmp_path / "no", overrides=words)
         assert error.value.field == field
+
+
+# ---------------------------------------------------------------------------------------------------- Chinese prompts
+
+
+@pytest.mark.slow
+def test_chinese_prompts_are_drawn_beside_english_ones(
+    small_world: Path, tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores are those of pictures from the same noise, by the adapter and by the teacher's text encoder."""
+
+    def brightness(self: Any, pictures: Pictures, prompts: Any) -> Array:
+        return pictures.mean((1, 2, 3))
+
+    monkeypatch.setattr(metrics.SceneAccuracy, "features", brightness)
+    lora = random_lora(tiny_pipeline, small_world / "students" / "tcd")
+    training = ["training.loop.steps=2", "training.loop.batch=4", "training.width=16", "training.layers=1"]
+    words = ["prompts=20", "steps=2", "teacher_steps=2", "shown=3", *training]
+    out = tmp_path / "chinese"
+    table = api.chinese(out=out, overrides=words)
+    lines = json.loads((out / "chinese.json").read_text(encoding="utf-8"))["lines"]
+    sets = world.held_out_pairs(20)
+    assert [(line["prompts"], line["network"]) for line in lines] == [
+        (name, network) for name in sets for network in ("student", "teacher")
+    ]
+    pairs = sets[lines[0]["prompts"]]
+    student = load_image_generator(tiny_pipeline, lora)
+    sampling = student.sampling.model_copy(update={"steps": 2})
+    drawn = student.draw([pair.target for pair in pairs], range(20), sampling)
+    assert lines[0]["english"]["value"] == pytest.approx(drawn.mean(), rel=0.01)  # networks there may be in bf16
+    for line in lines:
+        english, ratio = line["english"]["value"], line["ratio"]
+        assert line["chinese"]["value"] != english
+        assert ratio["value"] == pytest.approx(line["chinese"]["value"] / english)
+        assert ratio["low"] < ratio["value"] < ratio["high"]
+        assert line["english"]["n"] == line["chinese"]["n"] == 20
+    before = table.read_bytes()
+    monkeypatch.setattr("fewstep_worlds.studies.comparison.PictureStore.pictures", forbidden_after_grid(out))
+    assert api.chinese(out=out, overrides=words).read_bytes() == before
