@@ -606,6 +606,7 @@ VERBS = {
     "evaluate",
     "recipes",
     "demo",
+    "app",
 }
 STUDIES = {"playground", "benchmark", "family", "tlcm", "chinese", "versatility", "stickers"}
 
@@ -633,7 +634,7 @@ def test_every_verb_explains_every_option(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_options_are_the_parameters_of_the_public_function(capsys: pytest.CaptureFixture[str]) -> None:
-    for verb in VERBS - {"recipes", "demo", "export"}:
+    for verb in VERBS - {"recipes", "demo", "export", "app"}:
         parameters = set(inspect.signature(getattr(fewstep, verb.replace("-", "_"))).parameters)
         options = {argument.name for argument in cli.app[verb].assemble_argument_collection()} - {"--dry-run"}
         names = {"--set" if name in ("overrides", "settings") else f"--{name.replace('_', '-')}" for name in parameters}
@@ -642,7 +643,8 @@ def test_options_are_the_parameters_of_the_public_function(capsys: pytest.Captur
 
 def test_examples_of_the_help_are_command_lines() -> None:
     seen = 0
-    for function in (api.demo, api.family, api.tlcm, api.chinese, api.versatility, playground, *map(public, VERBS)):
+    described = map(public, VERBS - {"app"})
+    for function in (api.demo, api.family, api.tlcm, api.chinese, api.versatility, playground, *described):
         for line in re.findall(r"^Example: fewstep (.*)$", unwrapped(inspect.getdoc(function) or ""), re.M):
             seen += 1
             for part in line.split(";"):

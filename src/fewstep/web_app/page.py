@@ -247,7 +247,7 @@ def build(models: Models, kept: Path, teacher: str, lora: str, prompt: str) -> g
             with gr.Column(scale=2, min_width=320):
                 text = gr.Textbox(prompt, label="prompt", lines=2, autofocus=True, elem_id="prompt")
                 base = gr.Dropdown(
-                    [("bundled teacher" if not teacher else teacher, teacher)],
+                    [(teacher or "bundled teacher", teacher)],
                     value=teacher,
                     label="teacher",
                     elem_id="teacher",

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from fewstep.backbones.pipeline_folder import PipelineFolder
 from fewstep.backbones.scheduler_config import is_flow
-from fewstep.common.errors import UserError
 from fewstep.diffusion.config import Sampling
 from fewstep.inference.pipeline import call_settings
 from fewstep.students.lora_header import LoraHeader
