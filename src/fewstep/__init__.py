@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # type checkers and editors see the names; `import fewstep` s
     from fewstep.commands.train_adapter import train_adapter as train_adapter
     from fewstep.commands.train_latent_lpips import train_latent_lpips as train_latent_lpips
     from fewstep.commands.train_latent_lpips import train_perceptual as train_perceptual
+    from fewstep.commands.web_app import app as app
     from fewstep.common.errors import UserError as UserError
     from fewstep.inference.attach import attach as attach
     from fewstep.inference.pipeline import call_settings as call_settings
@@ -38,6 +39,7 @@ _MODULES = {
     "SSSScheduler": "inference.schedulers.few_step",
     "TextToImage": "inference.text_to_image",
     "UserError": "common.errors",
+    "app": "commands.web_app",
     "attach": "inference.attach",
     "call_settings": "inference.pipeline",
     "distill": "commands.distill",

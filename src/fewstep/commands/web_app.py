@@ -46,10 +46,10 @@ def app(
 
     check_installed("fewstep app", ("gradio",), "app")
     check_writable(out)
-    from fewstep.web_app.folders import Folders
     from fewstep.web_app.models import Models
     from fewstep.web_app.server import serve
 
+    first = str(teacher), str(lora)
     places = [folders] if isinstance(folders, str) else folders
-    models = Models(Folders(places, [str(teacher), str(lora)]), str(teacher_config), device, precision)
-    serve(models, Path(out).resolve(), str(teacher), str(lora), host, port)
+    models = Models(places, first, teacher_config=str(teacher_config), device=device, precision=precision)
+    serve(models, Path(out).resolve(), *first, host, port)

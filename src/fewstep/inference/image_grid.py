@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 
 from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_write
 
 GAP = 4
 """Pixels between the pictures of a grid."""
-LONGEST = {".webp": 16383, ".png": 2**20}
-"""Largest side of a file in pixels: WebP's own limit, and more than PNG viewers show."""
+LONGEST = {".webp": 16383, ".jpg": 65535, ".jpeg": 65535, ".png": 2**20}
+"""Largest side of a file in pixels: WebP's and JPEG's own limits, and more than PNG viewers show."""
+KINDS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
+"""Suffix -> format, as Pillow names it."""
 MOST = 2**29
 """Largest number of pixels of a grid: 2 GiB in memory."""
 
@@ -64,15 +68,29 @@ def labelled_grid(rows: Sequence[tuple[str, np.ndarray]], labels: Sequence[str],
     return canvas
 
 
-def save_image(image: Image.Image, path: Path) -> Path:
-    """Write a picture (PNG or WebP by its suffix), atomically.
+def check_picture_file(path: Path) -> None:
+    """Refuse a file that ends like no picture that is written."""
+    if path.suffix.lower() not in KINDS:
+        near = path.with_suffix(".png").name
+        raise UserError(f"out = {str(path)!r} must end in .png, .jpg or .webp, or name a folder; use {near!r}")
+
+
+def save_image(image: Image.Image, path: Path, text: Mapping[str, str] | None = None) -> Path:
+    """Write a picture (PNG, JPEG or lossless WebP by its suffix), atomically.
+
+    Args:
+        text: entries of a PNG; left out of other formats.
 
     Raises:
         UserError: another suffix, or the file cannot be written.
     """
-    kinds = {".png": "PNG", ".webp": "WEBP"}
-    if path.suffix.lower() not in kinds:
-        raise UserError(f"out = {str(path)!r} must end in .png or .webp; use {path.with_suffix('.png').name!r}")
+    check_picture_file(path)
+    kind = KINDS[path.suffix.lower()]
+    options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {"quality": 95} if kind == "JPEG" else {}
+    if kind == "PNG" and text:
+        options["pnginfo"] = PngInfo()
+        for name, value in text.items():
+            options["pnginfo"].add_itxt(name, value)
     with atomic_write(path) as part:
-        image.save(part, format=kinds[path.suffix.lower()], lossless=True)  # a PNG is so in any case
+        image.save(part, format=kind, **options)
     return path

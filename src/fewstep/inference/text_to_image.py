@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from fewstep.backbones.pipeline_folder import PipelineFolder
 from fewstep.backbones.teachers import read_teacher
 from fewstep.common.arguments import checked
 from fewstep.common.device import pick_compute_dtype, pick_device
@@ -17,6 +18,7 @@ from fewstep.common.errors import UserError
 from fewstep.diffusion.config import Sampling
 from fewstep.diffusion.denoiser import Condition, Denoiser
 from fewstep.inference.generator import ImageGenerator, default_batch, load_image_generator
+from fewstep.students.lora_header import LoraHeader
 from fewstep.students.resolve import AUTO, changed_sampling, resolve_student
 
 OnCall = Callable[[int, int], object]
@@ -133,6 +135,38 @@ class TextToImage:
             batches = -(-len(texts) // (generator.batch or default_batch(height, width)))
             generator = replace(generator, denoiser=_counting(generator.denoiser, on_call, sampling.steps * batches))
         return [Image.fromarray(each) for each in generator.draw(texts, numbers, sampling, title=None)]
+
+
+class LoadedModels:
+    """Students of one teacher at a time, loaded when they are first wanted; the newest few stay in memory.
+
+    Args:
+        most: number of networks in memory.
+        options: arguments of `load` beside the teacher and the student.
+    """
+
+    def __init__(self, most: int = 3, **options: Any) -> None:
+        self.most = most
+        self.options = options
+        self._loaded: dict[tuple[Path, Path | None, float], TextToImage] = {}
+
+    def get(self, folder: PipelineFolder, student: LoraHeader | None) -> TextToImage:
+        """Return a student, None for the teacher itself; a file that has changed since is read again.
+
+        Raises:
+            UserError: as `load`.
+        """
+        changed = student.file.stat().st_mtime if student else 0.0
+        key = (folder.path, student.file if student else None, changed)
+        model = self._loaded.pop(key, None)
+        if model is None:
+            alike = next((other for place, other in self._loaded.items() if place[0] == folder.path), None)
+            kept = list(self._loaded.items())[1 - self.most :] if alike and self.most > 1 else []
+            self._loaded = dict(kept)
+            lora = student.path if student else None
+            model = alike.with_lora(lora) if alike else load(folder.path, lora, **self.options)
+        self._loaded[key] = model  # at the end: the newest
+        return model
 
 
 def _paired(prompts: list[str], seeds: int | Sequence[int]) -> tuple[list[str], list[int]]:

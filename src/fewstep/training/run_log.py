@@ -65,7 +65,7 @@ def read_run(folder: Path) -> Run:
             times.append((step, float(figures["time"])))
     if len(times) > 1 and times[-1][0] > (begun := times[max(0, len(times) - 10)])[0]:
         run.rate = (times[-1][1] - begun[1]) / (times[-1][0] - begun[0])
-    run.losses = run.losses[:: 1 + len(run.losses) // MOST_POINTS]
+    run.losses = run.losses[:: -(1 + len(run.losses) // MOST_POINTS)][::-1]  # the newest stays
     run.grid = max((folder / "grids").glob("step-*.webp"), default=None)
     with suppress(UserError):
         run.best = dict(read_json(folder / "best" / "figures.json"))

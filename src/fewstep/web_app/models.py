@@ -1,32 +1,34 @@
-"""Loaded models of the page: one drawing at a time, the newest few networks in memory."""
+"""What the page draws with: models below the folders that were named at start, and one queue."""
 
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from fewstep.backbones.pipeline_folder import PipelineFolder
+from fewstep.backbones.pipeline_folder import PipelineFolder, read_folder
 from fewstep.backbones.teachers import read_teacher, teacher_name
-from fewstep.diffusion.config import Sampling
+from fewstep.common.defaults import installed_world
+from fewstep.common.errors import UserError
 from fewstep.inference.picture_files import picture_settings, student_name
-from fewstep.inference.text_to_image import TextToImage, load
-from fewstep.students.resolve import AUTO, ResolvedStudent, resolve_student
-from fewstep.web_app.folders import Folders
+from fewstep.inference.snippets import as_code, as_command
+from fewstep.inference.text_to_image import LoadedModels
+from fewstep.students.find import find_models
+from fewstep.students.resolve import AUTO, NONE, ResolvedStudent, resolve_student
 
-KEPT = 3
-"""Networks that stay in memory."""
+Choice = tuple[str, str]
+"""(label, value) of a menu's entry."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a person asks for: models by name, a prompt, and settings, None for the model's own."""
+    """What a person asks for: a prompt, models by name, and settings; None for the model's own."""
 
     prompt: str
     teacher: str = ""
@@ -46,31 +48,91 @@ class Request:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A picture.
-
-    Attributes:
-        evaluations: of the network, a guided call counts two.
-        text: entries of its PNG.
-    """
+    """A picture; `evaluations` of the network, a guided call counts two; `text` are the entries of its PNG."""
 
     request: Request
     picture: Image.Image
     seconds: float
     evaluations: int
-    sampling: Sampling
     text: dict[str, str]
 
 
 class Models:
-    """Teachers and students, loaded when they are first drawn with."""
+    """Teachers and students, loaded when they are first drawn with.
 
-    def __init__(self, folders: Folders, teacher_config: str = "", device: str = "auto", precision: str = "fp32"):
-        self.folders = folders
+    Args:
+        places: folders; files outside of them are refused, except `named`, which were named at start.
+        teacher_config: pipeline folder with the configs of single-file teachers.
+        options: other arguments of `fewstep.load`.
+
+    Attributes:
+        closed: set it to end what is being drawn, as the process waits for it.
+
+    Raises:
+        UserError: a place that is no folder.
+    """
+
+    def __init__(
+        self,
+        places: Sequence[Path | str],
+        named: Sequence[str] = (),
+        *,
+        teacher_config: str = "",
+        **options: Any,
+    ) -> None:
+        self.places = [Path(place).resolve() for place in places]
+        for place in self.places:
+            if not place.is_dir():
+                raise UserError(f"folders has {str(place)!r}, which is no folder; name another", field="folders")
+        world = installed_world()
+        self.bundled = (world.root() / "teacher").resolve() if world else None
+        self.bundled_students = tuple(world.STUDENTS) if world else ()
+        self.allowed = {"", AUTO, NONE, *self.bundled_students, *named}
         self.teacher_config = teacher_config
-        self.options = {"device": device, "precision": precision}
-        self._loaded: OrderedDict[tuple[str, str, float], TextToImage] = OrderedDict()
-        # one queue for all visitors, first come, first served; and one thread, as torch keeps threads for each
+        self.closed = False
+        # read once: reading takes as long as a network call
+        self._read_teacher = cache(lambda named: read_teacher(named, teacher_config if Path(named).is_file() else ""))
+        self._read_student = cache(lambda place, named, changed: resolve_student(read_folder(place), named, {}))
+        self._loaded = LoadedModels(**options)
+        # one queue for all visitors, and one thread, since torch keeps further threads for each that computes
         self._queue = ThreadPoolExecutor(1)
+
+    def check(self, field: str, named: str) -> str:
+        """Return what a person chose or typed: a path below the folders, or a name that is allowed.
+
+        Raises:
+            UserError: a path outside of the folders, links followed, or a missing one.
+        """
+        if named in self.allowed:
+            return named
+        path = Path(named).resolve()
+        if not any(path.is_relative_to(place) for place in self.places):
+            known = ", ".join(map(str, self.places))
+            raise UserError(f"{field} = {named!r} lies outside of {known}; name its folder when the page is started")
+        if not path.exists():
+            raise UserError(f"{field} = {named!r} does not exist; choose one of the menu")
+        return str(path)
+
+    def menus(self, teacher: PipelineFolder) -> tuple[list[Choice], list[Choice], list[Choice]]:
+        """Return what there is to choose: teachers, students of a teacher, and runs, the newest one first."""
+        found = list(find_models(self.places))
+        base = teacher.fingerprint(teacher.network)
+        own = self.bundled_students if teacher.path.resolve() == self.bundled else ()
+        bundled = [("bundled teacher", "")] if self.bundled else []
+        runs = [each.path for each in found if each.kind == "run"]
+        runs.sort(key=lambda path: (path / "log.jsonl").stat().st_mtime, reverse=True)
+        return (
+            [*bundled, *(self._labelled(each.path) for each in found if each.kind == "teacher")],
+            [("the teacher itself", NONE)]
+            + [(f"bundled {name}", name) for name in own]
+            + [self._labelled(each.path) for each in found if each.kind == "lora" and each.base in ("", base)],
+            [self._labelled(path) for path in runs],
+        )
+
+    def _labelled(self, path: Path) -> Choice:
+        """Return the entry of a path, labelled by the part below its folder."""
+        inner = next(path.relative_to(place) for place in self.places if path.is_relative_to(place))
+        return str(inner) if inner.parts else path.name, str(path)
 
     def teacher(self, named: str) -> PipelineFolder:
         """Read a teacher's folder.
@@ -78,8 +140,7 @@ class Models:
         Raises:
             UserError: outside of the folders, or no teacher.
         """
-        named = self.folders.check("teacher", named)
-        return read_teacher(named, self.teacher_config if Path(named).is_file() else "")
+        return self._read_teacher(self.check("teacher", named))
 
     def student(self, teacher: PipelineFolder, lora: str) -> ResolvedStudent:
         """Resolve a student with its own settings.
@@ -87,11 +148,30 @@ class Models:
         Raises:
             UserError: outside of the folders, or no student of this teacher.
         """
-        return resolve_student(teacher, self.folders.check("lora", lora), {})
+        named = self.check("lora", lora)
+        changed = Path(named).stat().st_mtime if Path(named).exists() else 0.0
+        return self._read_student(teacher.path, named, changed)
+
+    def as_text(self, request: Request) -> tuple[str, str]:
+        """Return a request as a command, and as code for diffusers."""
+        folder = self.teacher(request.teacher)
+        student, own, _ = self.student(folder, request.lora)
+        config = self.teacher_config if Path(request.teacher).is_file() else ""
+        place: Path | str = student.path if student else NONE
+        what = request.prompt, request.seed, request.settings
+        return (
+            as_command(*what, teacher=request.teacher, student=place, teacher_config=config),
+            as_code(*what, folder=folder, student=student, sampling=own.model_copy(update=request.settings)),
+        )
 
     def preload(self, teacher: str, lora: str) -> None:
-        """Load a model in the background."""
-        self._queue.submit(self._model, teacher, lora)
+        """Load a model in the background.
+
+        Raises:
+            UserError: as `teacher` and `student`.
+        """
+        folder = self.teacher(teacher)
+        self._queue.submit(self._loaded.get, folder, self.student(folder, lora).lora)
 
     def draw(self, request: Request, on_call: Callable[[], object] | None = None) -> Drawn:
         """Draw a picture, after those that were asked for before.
@@ -110,33 +190,18 @@ class Models:
         def count(done: int, _: int) -> None:
             nonlocal calls
             calls = done
+            if self.closed:
+                raise InterruptedError
             if on_call is not None:
                 on_call()
 
-        model = self._model(request.teacher, request.lora)
+        folder = self.teacher(request.teacher)
+        model = self._loaded.get(folder, self.student(folder, request.lora).lora)
         begun = time.perf_counter()
         (picture,) = model.draw(request.prompt, request.seed, **request.settings, on_call=count)
         seconds = time.perf_counter() - begun
-        sampling, backbone = model.sampling_with(**request.settings), model.generator.backbone
-        guided = sampling.omega > 0 and not backbone.embedded_guidance
-        file = model.generator.lora
-        names = {"teacher": teacher_name(backbone.folder.path), "student": student_name(file) if file else ""}
+        sampling, file = model.sampling_with(**request.settings), model.generator.lora
+        guided = sampling.omega > 0 and not folder.takes_guidance
+        names = {"teacher": teacher_name(folder.path), "student": student_name(file) if file else ""}
         text = picture_settings(request.prompt, request.seed, sampling, picture.size, **names)
-        return Drawn(request, picture, seconds, calls * (1 + guided), sampling, text)
-
-    def _model(self, teacher: str, lora: str) -> TextToImage:
-        """Return a loaded model; the network that was used the longest ago is dropped for it."""
-        folder = self.teacher(teacher)
-        student = self.student(folder, lora).lora
-        changed = student.file.stat().st_mtime if student else 0.0  # a run writes a better student to the same file
-        key = (str(folder.path), str(student.file) if student else "", changed)
-        if key not in self._loaded:
-            alike = next((model for (path, _, _), model in self._loaded.items() if path == key[0]), None)
-            if alike is None:
-                self._loaded.clear()  # another teacher's networks
-            while len(self._loaded) >= KEPT:
-                self._loaded.popitem(last=False)
-            place = student.path if student else None
-            self._loaded[key] = alike.with_lora(place) if alike else load(folder.path, place, **self.options)
-        self._loaded.move_to_end(key)
-        return self._loaded[key]
+        return Drawn(request, picture, seconds, calls * (1 + guided), text)

@@ -8,10 +8,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-# before gradio is imported: no reports, no search for newer versions, pictures in a folder of its own
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="fewstep-app-")
-
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
@@ -28,23 +24,6 @@ POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; object-src 'none'; frame-ancestors 'none'"
 )
-
-
-class ContentPolicy:
-    """Middleware that sends `POLICY` with each answer."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer a request."""
-
-        async def with_policy(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (b"content-security-policy", POLICY.encode())]
-            await send(message)
-
-        await self.app(scope, receive, with_policy)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -73,20 +52,18 @@ def make_server(blocks: gr.Blocks, host: str, kept: Path) -> uvicorn.Server:
         kept: folder of the gallery, whose files are served as they are.
     """
     gr.set_static_paths([kept])
-    # a name that other sites point at this machine is refused
-    hosts = LOOPBACK if host in LOOPBACK else ["*"]
-    guards = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(ContentPolicy)]
-    app = gr.mount_gradio_app(
-        FastAPI(middleware=guards, openapi_url=None),
-        blocks,
-        path="/",
-        footer_links=[],
-        run_history=False,
-        max_file_size=1,  # nothing is uploaded
-        theme=THEME,
-        css=CSS,
-    )
-    return uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    hosts = LOOPBACK if host in LOOPBACK else ["*"]  # a name of another site that leads to this machine is refused
+
+    async def with_policy(request: Any, answer: Any) -> Any:
+        response = await answer(request)
+        response.headers["content-security-policy"] = POLICY
+        return response
+
+    site = FastAPI(middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)], openapi_url=None)
+    site.middleware("http")(with_policy)
+    options: dict[str, Any] = {"footer_links": [], "run_history": False, "theme": THEME, "css": CSS}
+    gr.mount_gradio_app(site, blocks, path="/", max_file_size=1, **options)  # nothing is uploaded
+    return uvicorn.Server(uvicorn.Config(site, log_level="critical", timeout_graceful_shutdown=1))
 
 
 def serve(models: Models, kept: Path, teacher: str, lora: str, host: str, port: int) -> None:
@@ -95,13 +72,15 @@ def serve(models: Models, kept: Path, teacher: str, lora: str, host: str, port: 
     Raises:
         UserError: no such teacher or student, or as `listen`.
     """
-    folder = models.teacher(teacher)
-    models.student(folder, lora)
-    world = installed_world()
-    own = world is not None and folder.path.resolve() == (world.root() / "teacher").resolve()
-    prompt = world.read_prompts("validation")[0] if world and own else ""
-    place = listen(host, port)
     models.preload(teacher, lora)
-    server = make_server(build(models, kept, teacher, lora, prompt), host, kept)
-    print("http://{}:{}  (Ctrl-C ends it)".format(*place.getsockname()), flush=True)
-    server.run(sockets=[place])
+    world = installed_world()
+    own = models.teacher(teacher).path.resolve() == models.bundled
+    prompt = world.read_prompts("validation")[0] if world and own else ""
+    with tempfile.TemporaryDirectory(prefix="fewstep-app-") as cache, listen(host, port) as place:
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": cache}
+        server = make_server(build(models, kept, teacher, lora, prompt), host, kept)
+        print("http://{}:{}  (Ctrl-C ends it)".format(*place.getsockname()), flush=True)
+        try:
+            server.run(sockets=[place])
+        finally:
+            models.closed = True
