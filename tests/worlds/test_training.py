@@ -294,7 +294,7 @@ def test_the_decoder_learns_and_a_given_encoder_stays(sticker_sheets: Path, tmp_
         stays = name.startswith(("encoder.", "quant_conv."))
         assert torch.equal(tensor, given.state_dict()[name]) == stays, name
     pictures = draw_scenes(9, range(30), folder=sticker_sheets)
-    assert reconstruction_psnr(trained, pictures) > reconstruction_psnr(given, pictures) + 3
+    assert reconstruction_psnr(trained, pictures) > reconstruction_psnr(given, pictures) + 1
 
 
 # ------------------------------------------------------------------------------------- folded statistics
