@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from fewstep.common.errors import UserError
-from fewstep.common.files import write_json
+from fewstep.common.files import short_digest, write_json
 from fewstep.common.random_streams import generator
 from fewstep.evaluation.detail import EdgeDensity, WebpBytes
 from fewstep.evaluation.features import Features
@@ -87,11 +87,15 @@ class Reference:
     def floor_of(self, metric: Metric, n: int, seed: int) -> float | None:
         """Return the figure of n of the set-aside pictures, computed once per metric; None where there is none.
 
+        A fit to prompts has none where the set-aside pictures have no prompts.
+
         Raises:
             UserError: fewer than n pictures were set aside.
         """
         identity = metric.identity
         if self.floor is None or identity.against == "teacher":
+            return None
+        if identity.group == "prompt" and not any(self.floor_prompts):
             return None
         if len(self.floor) < n:
             raise UserError(f"{n} pictures need as many real ones set aside for the floor, not {len(self.floor)}")
@@ -156,7 +160,7 @@ def evaluate_pictures(
             else:
                 figure = metric.reduce(features, against, seed)
             floor = reference.floor_of(metric, len(pictures), seed) if reference and identity is own else None
-            identity = replace(identity, n=figure.n, seed=seed)
+            identity = replace(identity, n=figure.n, seed=seed, prompts_sha256=short_digest("\n".join(prompts)))
             figures[identity.name] = replace(figure, floor=floor, identity=identity)
     return figures
 

@@ -43,6 +43,8 @@ class Identity:
         input: size and resizing of the network's input.
         n: pictures measured; None until measured.
         seed: of the reduction's random numbers (bootstrap, floor).
+        split: names of the prompts and of the real pictures, as the user calls them.
+        prompts_sha256: first 16 digits of the SHA-256 of the prompts, one a line.
     """
 
     name: str
@@ -59,6 +61,15 @@ class Identity:
     input: str = "8-bit RGB as given"
     n: int | None = None
     seed: int | None = None
+    split: str | None = None
+    prompts_sha256: str | None = None
+
+    def line(self) -> str:
+        """Return what decides the figure, as one line."""
+        parts = [self.backbone, f"weights {self.weights_sha256[:16]}" if self.weights_sha256 else "", self.input]
+        parts += [self.reduction, f"n = {self.n}", f"split: {self.split}" if self.split else ""]
+        parts += [f"prompts {self.prompts_sha256}" if self.prompts_sha256 else ""]
+        return f"{self.name}: {'; '.join(part for part in parts if part)}"
 
 
 @dataclass(frozen=True)
