@@ -32,7 +32,12 @@ def pairwise_distance(features: Array) -> Array:
 
 
 def diversity(
-    features: Features, pictures: Pictures, seed: int = 0, *, floor: float | None = None
+    features: Features,
+    pictures: Pictures,
+    seed: int = 0,
+    *,
+    floor: float | None = None,
+    name: str = "diversity-Lite0",
 ) -> dict[str, Figure]:
     """Return the mean over prompts of `pairwise_distance`, its interval over prompts, under its name.
 
@@ -41,6 +46,7 @@ def diversity(
         pictures: uint8 [P, k, H, W, 3], k noises per prompt.
         seed: of the bootstrap.
         floor: the diversity of real pictures, if known.
+        name: of the figure, which names the network.
 
     Raises:
         UserError: another shape, or a single picture per prompt.
@@ -51,7 +57,7 @@ def diversity(
     found = features(pictures.reshape(p * k, *pictures.shape[2:]))
     figure = mean_figure(pairwise_distance(found.reshape(p, k, -1)), seed, "diversity")
     identity = Identity(
-        name="diversity-Lite0",
+        name=name,
         group="quality",
         measures="mean feature distance between pictures of one prompt from different noise",
         better="neither",

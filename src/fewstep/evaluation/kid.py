@@ -66,9 +66,9 @@ def between_matched(x: Array, y: Array, weights: Wide) -> Wide:
 class KernelDistance(SetDistance):
     """KID of pictures from a set of others, through one network."""
 
-    def __init__(self, features: Features) -> None:
+    def __init__(self, features: Features, name: str = "KID-Lite0") -> None:
         identity = Identity(
-            name="KID-Lite0",
+            name=name,
             group="quality",
             against="real",
             measures="squared kernel distance between the features of two picture sets",
