@@ -8,11 +8,13 @@ STAMP := $(VENV)/.installed
 
 install: $(STAMP)
 
-# torch first and alone: whatever build the index offers (the CPU's is enough) stays, and nothing pulls another in
+# torch first and alone: whatever build the index offers (the CPU's is enough) stays, and nothing pulls another in;
+# torch-fidelity without torchvision, whose builds do not load beside every build of torch
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[metrics,multilingual,quantize,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps torch-fidelity
 	touch $(STAMP)
 
 demo: $(STAMP)

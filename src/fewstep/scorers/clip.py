@@ -39,9 +39,14 @@ class CosineScorer(Scorer):
         pooled = self.network.text_model(input_ids=ids.to(self.network.device)).pooler_output
         return {"text": unit(self.network.text_projection(pooled))}
 
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Return the embeddings of framed pictures, [B, D], not yet of length 1."""
+        embedding: Tensor = self.network.visual_projection(self.network.vision_model(pixel_values=pixels).pooler_output)
+        return embedding
+
     def compare(self, pixels: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
         """Return scores [B]."""
-        picture = unit(self.network.visual_projection(self.network.vision_model(pixel_values=pixels).pooler_output))
+        picture = unit(self.embed(pixels))
         scale = self.network.logit_scale.exp() if self.scale is None else self.scale
         return scale * (picture * rows["text"].to(picture)).sum(-1)
 

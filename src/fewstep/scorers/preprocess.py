@@ -53,7 +53,7 @@ def frame(pictures: Tensor, framing: Framing) -> Tensor:
     x = pictures if pictures.dtype == torch.float64 else pictures.float()
     x = (x.clamp(-1, 1) + 1) / 2
     size = framing.size
-    height, width = _resized(x.shape[-2], x.shape[-1], framing)
+    height, width = resized_size(x.shape[-2], x.shape[-1], framing)
     for target in ((x.shape[-2], width), (height, width)):  # rows first, then columns, as PIL does it
         if target != tuple(x.shape[-2:]):
             x = F.interpolate(x, target, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
@@ -68,7 +68,7 @@ def frame(pictures: Tensor, framing: Framing) -> Tensor:
     return torch.stack([(channel - mean) / std for channel, mean, std in channels], 1)
 
 
-def _resized(height: int, width: int, framing: Framing) -> tuple[int, int]:
+def resized_size(height: int, width: int, framing: Framing) -> tuple[int, int]:
     """Return the size before cropping or padding; the other side is rounded down ("crop") or to nearest ("pad")."""
     short, long = min(height, width), max(height, width)
     if framing.fit == "crop":

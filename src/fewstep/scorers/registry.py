@@ -35,15 +35,17 @@ class FolderLayout:
 
     Attributes:
         mark: a key of its checkpoint that other scorers' checkpoints lack.
-        config: JSON file of the networks' sizes.
+        config: JSON file of the networks' sizes; empty where the weights' shapes state them.
         config_needed: whether the folder must hold it.
-        tokenizer: key of `TOKENIZERS`.
+        tokenizer: key of `TOKENIZERS`; empty for a network that reads no prompt.
+        guide: page that describes the folder.
     """
 
     mark: str
-    config: str
+    config: str = ""
     config_needed: bool = True
     tokenizer: str = "clip"
+    guide: str = GUIDE
 
 
 CLIP_FOLDER = FolderLayout("vision_model.embeddings.class_embedding", "config.json")
@@ -91,7 +93,7 @@ def find_files(folder: Path, name: str, layout: FolderLayout) -> ScorerFiles:
     """
 
     def refuse(reason: str) -> UserError:
-        return UserError(f"{name} folder {str(folder)!r} {reason}; see {GUIDE}", field=str(folder))
+        return UserError(f"{name} folder {str(folder)!r} {reason}; see {layout.guide}", field=str(folder))
 
     if not folder.is_dir():
         raise refuse("does not exist")
@@ -109,13 +111,13 @@ def find_files(folder: Path, name: str, layout: FolderLayout) -> ScorerFiles:
         others = [f"; its keys are those of {other!r}" for other, entry in SCORERS.items() if entry.mark in keys]
         raise refuse(f"is not of {name!r}: {weights[0].name} holds no {layout.mark!r}{''.join(others[:1])}")
     config: dict[str, Any] = {}
-    if (folder / layout.config).is_file():
+    if layout.config and (folder / layout.config).is_file():
         config = read_mapping(folder / layout.config)
-    elif layout.config_needed:
+    elif layout.config and layout.config_needed:
         raise refuse(f"holds no {layout.config}")
     if layout.config == CLIP_FOLDER.config and config.get("model_type") != "clip":
         raise refuse(f"has {layout.config} with model_type {config.get('model_type')!r}, which must be 'clip'")
-    sets = TOKENIZERS[layout.tokenizer]
+    sets = TOKENIZERS[layout.tokenizer] if layout.tokenizer else ((),)
     if not any(all((folder / file).is_file() for file in files) for files in sets):
         raise refuse(f"holds no tokenizer ({' or '.join(' and '.join(files) for files in sets)})")
     return ScorerFiles(folder, tuple(weights), config, layout is CLIP_FOLDER)
