@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fewstep.commands.sample import check_positive, check_seed, sampling_changes
 from fewstep.common.arguments import checked
@@ -14,6 +15,9 @@ from fewstep.evaluation.limits import FD_ADVISED, KID_FEWEST, find_real
 
 if TYPE_CHECKING:
     from fewstep.evaluation.metric import Figure
+    from fewstep.evaluation.standard.registry import Chosen
+
+T = TypeVar("T")
 
 
 @checked
@@ -26,8 +30,12 @@ def evaluate(
     real: Path | str | None = None,
     reference: Path | str | None = None,
     reference_omega: float | None = None,
-    steps: int | None = None,
-    gamma: float | None = None,
+    suite: str | None = None,
+    metrics: str | Sequence[str] = (),
+    weights: Path | str | None = None,
+    split: str = "",
+    steps: int | Sequence[int] | None = None,
+    gamma: float | Sequence[float] | None = None,
     omega: float | None = None,
     sampler: str | None = None,
     seed: int = 0,
@@ -37,13 +45,15 @@ def evaluate(
     batch: int | None = None,
     out: Path | str = "runs/evaluation",
     settings: Mapping[str, Any] | str | Sequence[str] | None = None,
-) -> Mapping[str, Figure]:
-    """Measure a student or a teacher: FD, KID, detail, distance to the teacher.
+) -> Mapping[str, Figure] | Mapping[str, Mapping[str, Figure]]:
+    """Measure a student or a teacher: FD, KID, detail, distance to the teacher, or the metrics that papers print.
 
     Draws one picture for each prompt. In the bundled world the prompts are checked too. The processes of a launch
-    share the drawing; the main one measures and writes.
+    share the drawing; the main one measures and writes. Several steps or gammas give a table and curves.
 
     Example: fewstep evaluate --prompt-file prompts.txt --lora runs/tcd/student --steps 4
+
+    Example: fewstep evaluate --prompt-file coco.txt --real coco --suite tcd --lora student --teacher sdxl --steps 2 4 8
 
     Args:
         prompt_file: text file, one prompt a line; FD needs at least 500.
@@ -56,8 +66,12 @@ def evaluate(
             of a LoRA.
         reference_omega: guidance of the reference; if omitted, the mean that the student was trained with, or the
             reference's own.
-        steps: network evaluations of a picture.
-        gamma: stochasticity of sampler sss, 0 to 1.
+        suite: columns of a paper's table, tcd, tlcm or sdxl, in place of the usual metrics.
+        metrics: further standard metrics, such as fid, fid_teacher or clip:FOLDER; docs/guide/metrics.md lists them.
+        weights: folder of the networks' folders; if omitted, weights in the cache, then the hub.
+        split: name of the prompts and real pictures for the record, such as coco2017-val; if omitted, the files' names.
+        steps: network evaluations of a picture, one or several.
+        gamma: stochasticity of sampler sss, 0 to 1, one or several.
         omega: guidance in the papers' convention, diffusers' guidance_scale less 1; 0 for students.
         sampler: sss, lcm, ddim, euler, heun, dpm_2, dpmpp_2s or sde_dpmpp_2m.
         seed: seed of the first picture, and of the bootstrap; each further picture adds 1.
@@ -65,11 +79,11 @@ def evaluate(
         precision: precision of the denoisers, the reference's too, auto, fp32, bf16 or fp16.
         compile: compile the denoisers; takes minutes, pays for many pictures.
         batch: pictures drawn at once; if omitted, as in sample.
-        out: folder for figures.json.
+        out: folder for figures.json, and for table.md and curves.png.
         settings: other sampling setting, key=value, e.g. jump=second_order. May be repeated; in Python also a mapping.
 
     Returns:
-        The figures by name; empty in all but the main process of a launch.
+        The figures by name, of several settings by setting and name; empty in all but the main process of a launch.
 
     Raises:
         UserError: anything wrong, before any long work.
@@ -80,27 +94,28 @@ def evaluate(
     from fewstep.common.choices import check_device
     from fewstep.common.config import validate
     from fewstep.common.defaults import check_world_size
-    from fewstep.common.extras import check_installed
     from fewstep.common.files import check_writable
     from fewstep.data.prompts import read_prompts
     from fewstep.diffusion.config import Sampling
+    from fewstep.evaluation.standard.registry import choose
     from fewstep.students.resolve import end_point_sampling, resolve_student
 
     check_device(device)
     check_positive("batch", batch)
     prompts = read_prompts(prompt_file, "prompt_file")
-    if len(prompts) < KID_FEWEST:
-        raise UserError(
-            f"prompt_file holds {len(prompts)} prompts; KID needs at least {KID_FEWEST} pictures", field="prompt_file"
-        )
+    chosen = choose(suite, [metrics] if isinstance(metrics, str) else metrics, Path(weights) if weights else None)
     real_files = None if real is None else find_real(Path(real))
+    check_count(len(prompts), real_files, chosen)
     check_seed(seed, 8 * len(prompts))
     folder = read_teacher(teacher, teacher_config)
-    changes = sampling_changes(settings, steps=steps, gamma=gamma, omega=omega, sampler=sampler)
-    chosen = resolve_student(folder, lora, changes)
-    other = read_folder(reference, "reference") if reference else (folder if chosen.lora else None)
+    students = [
+        resolve_student(folder, lora, sampling_changes(settings, steps=n, gamma=g, omega=omega, sampler=sampler))
+        for n, g in product(several(steps), several(gamma))
+    ]
+    student = students[0]
+    other = read_folder(reference, "reference") if reference else (folder if student.lora else None)
     base = other or folder
-    size = chosen.sampling.size
+    size = student.sampling.size
     if size and size[0] != size[1]:
         raise UserError(f"size = {list(size)} must be square in evaluations; use {size[0]}")
     width, seen = size[0] if size else folder.picture_size, size[0] if size else base.picture_size
@@ -108,14 +123,15 @@ def evaluate(
         raise UserError(
             f"reference = {str(base.path)!r} draws {seen} pixels a side, the student {width}; use its teacher"
         )
-    if real is None:
+    check_chosen(chosen, width, other is not None)
+    if real is None and (not chosen or any(each.to_real for each in chosen)):
         check_world_size(width, "real")
     own = end_point_sampling(base)
-    guidance = reference_omega if reference_omega is not None else chosen.omega_seen
+    guidance = reference_omega if reference_omega is not None else student.omega_seen
     drawn = validate(Sampling, own.model_dump() | {"size": size} | ({} if guidance is None else {"omega": guidance}))
     check_sampling(drawn, base)
     check_writable(Path(out))
-    check_installed("evaluate")
+    check_packages(chosen, real is None, len(students) > 1)
     from fewstep.common.device import pick_compute_dtype, pick_device
 
     place = pick_device(device)
@@ -126,16 +142,64 @@ def evaluate(
 
     where = make_accelerator("fp32", place).device
     load = partial(load_image_generator, device=where, precision=dtype, compiled=compile, batch=batch)
-    return evaluate_generator(
-        load(folder, chosen.lora),
+    drawn_too = other is not None and (not chosen or any(each.to_teacher for each in chosen))
+    rows = evaluate_generator(
+        load(folder, student.lora),
         prompts,
-        name=chosen.lora.path.stem if chosen.lora else folder.path.name,
+        name=student.lora.path.stem if student.lora else folder.path.name,
         real=real_files,
-        sampling=chosen.sampling,
-        reference=(load(other), drawn) if other else None,
+        samplings=[each.sampling for each in students],
+        reference=(load(other), drawn) if other and drawn_too else None,
         seed=seed,
         out=Path(out),
+        chosen=chosen,
+        split=split or " and ".join([Path(prompt_file).name, *([Path(real).name] if real else [])]),
     )
+    return rows if len(students) > 1 else next(iter(rows.values()), {})
+
+
+def several(value: T | Sequence[T] | None) -> Sequence[T | None]:
+    """Return one setting, or several, as a sequence; None for the student's own."""
+    return value if isinstance(value, Sequence) and not isinstance(value, str) and value else [value]  # type: ignore[list-item]
+
+
+def check_count(prompts: int, real: Sequence[Path] | None, chosen: Sequence[Chosen]) -> None:
+    """Refuse fewer prompts, or fewer real pictures, than a metric needs pictures."""
+    from fewstep.evaluation.standard.registry import fewest_pictures
+
+    fewest, name = fewest_pictures(chosen) if chosen else (KID_FEWEST, "KID")
+    if prompts < fewest:
+        raise UserError(
+            f"prompt_file holds {prompts} prompts; {name} needs at least {fewest} pictures", field="prompt_file"
+        )
+    fewest, name = fewest_pictures(each for each in chosen if each.to_real)
+    if real is not None and len(real) < fewest:
+        raise UserError(f"real holds {len(real)} pictures; {name} needs at least {fewest}", field="real")
+
+
+def check_chosen(chosen: Sequence[Chosen], side: int, teacher: bool) -> None:
+    """Refuse metrics of pictures that are too small, or of a teacher where there is none."""
+    from fewstep.evaluation.standard.registry import TEACHER
+
+    for each in chosen:
+        if side < each.metric.smallest:
+            raise UserError(
+                f"metrics = {each.name!r} needs pictures of {each.metric.smallest} pixels a side, not {side}; use 'fid'"
+            )
+        if each.to_teacher and not teacher:
+            raise UserError(f"metrics = {each.name + TEACHER!r} compares with a teacher; give --lora or --reference")
+
+
+def check_packages(chosen: Sequence[Chosen], bundled: bool, sweep: bool) -> None:
+    """Refuse metrics, and curves, whose packages are not installed."""
+    from fewstep.common.extras import INCEPTION_PACKAGES, check_installed
+
+    if not chosen or (bundled and any(each.to_real for each in chosen)):
+        check_installed("evaluate")
+    elif sweep:
+        check_installed("curves", ("matplotlib",))
+    if any("inception" in each.models for each in chosen):
+        check_installed("FID", INCEPTION_PACKAGES, "fidelity")
 
 
 def figure_lines(figures: Mapping[str, Figure]) -> Iterator[str]:
@@ -147,10 +211,23 @@ def figure_lines(figures: Mapping[str, Figure]) -> Iterator[str]:
         yield f"{name}: {figure.value:.4g}{interval} (n = {figure.n}{floor})"
 
 
-def report(figures: Mapping[str, Figure], arguments: Mapping[str, Any]) -> Iterator[str]:
+def report(found: Mapping[str, Any], arguments: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines that `evaluate` prints: the figures, why some are missing, and the file."""
-    if not figures:  # another process of this launch has them
+    if not found:  # another process of this launch has them
         return
+    out = Path(arguments["out"])
+    several_settings = any(isinstance(value, Mapping) for value in found.values())
+    if several_settings or arguments["suite"] or arguments["metrics"]:
+        from fewstep.evaluation.sweep import TABLE
+
+        yield (out / TABLE).read_text(encoding="utf-8").rstrip()
+    else:
+        yield from usual_report(found, arguments)
+    yield f"wrote {out / 'figures.json'}"
+
+
+def usual_report(figures: Mapping[str, Figure], arguments: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the figures of the usual metrics in one setting, and why some are missing."""
     yield from figure_lines(figures)
     fd = figures.get("FD-Lite0")
     if fd is None:
@@ -161,4 +238,3 @@ def report(figures: Mapping[str, Figure], arguments: Mapping[str, Any]) -> Itera
         yield "prompt metrics: omitted, they are for the bundled world's pictures"
     if all(figure.floor is None or figure.is_of("quality", "teacher") for figure in figures.values()):
         yield "floors: omitted, they need more than twice as many real pictures as there are prompts"
-    yield f"wrote {Path(arguments['out']) / 'figures.json'}"

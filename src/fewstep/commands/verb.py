@@ -87,6 +87,7 @@ def option(name: str, kind: Any, default: Any) -> Any:
     """Return the annotation of a command's option; paths stay text (`Path` would change a hub id's slashes)."""
     members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     items = [get_args(member)[0] for member in members if get_origin(member) is Sequence]
+    numbers = bool(items) and items[0] in (int, float)
     if items:
         members = (list[items[0]], *(member for member in members if member is type(None)))  # type: ignore[valid-type]
     elif str in members:
@@ -97,7 +98,8 @@ def option(name: str, kind: Any, default: Any) -> Any:
             name=("--set", "-s") if items and name in ("overrides", "settings") else None,
             negative=None if default is True else (),
             show_default=_default if default not in (None, "", ()) and default is not False else False,
-            converter=_whole_number if int in members else None,
+            converter=_whole_numbers if items[:1] == [int] else _whole_number if int in members else None,
+            consume_multiple=numbers or None,
         ),
     ]
 
@@ -116,6 +118,11 @@ def _whole_number(kind: Any, tokens: Sequence[Any]) -> int:
         return int(tokens[0].value)
     except ValueError:
         raise ValueError(f"{tokens[0].value!r} is not an integer") from None
+
+
+def _whole_numbers(kind: Any, tokens: Sequence[Any]) -> list[int]:
+    """Convert the texts of an option of several integers."""
+    return [_whole_number(int, [token]) for token in tokens]
 
 
 def unwrapped(doc: str) -> str:
