@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # type checkers and editors see the names; `import fewstep` s
 
     from fewstep.commands.distill import distill as distill
     from fewstep.commands.distill import estimate as estimate
+    from fewstep.commands.draw_folder import draw_folder as draw_folder
     from fewstep.commands.evaluate import evaluate as evaluate
     from fewstep.commands.export import export_as as export_as
     from fewstep.commands.sample import sample as sample
@@ -43,6 +44,7 @@ _MODULES = {
     "attach": "inference.attach",
     "call_settings": "inference.pipeline",
     "distill": "commands.distill",
+    "draw_folder": "commands.draw_folder",
     "estimate": "commands.distill",
     "evaluate": "commands.evaluate",
     "export_as": "commands.export",

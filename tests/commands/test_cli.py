@@ -604,6 +604,7 @@ VERBS = {
     "sample",
     "export",
     "evaluate",
+    "draw-folder",
     "recipes",
     "demo",
     "app",
@@ -654,10 +655,8 @@ def test_examples_of_the_help_are_command_lines() -> None:
 
 
 def public(verb: str) -> Any:
-    return recipes if verb == "recipes" else api.demo if verb == "demo" else getattr(fewstep, PUBLIC.get(verb, verb))
-
-
-PUBLIC = {"export": "export_as", "train-latent-lpips": "train_latent_lpips", "train-adapter": "train_adapter"}
+    named = "export_as" if verb == "export" else verb.replace("-", "_")
+    return recipes if verb == "recipes" else api.demo if verb == "demo" else getattr(fewstep, named)
 
 
 def test_old_verbs_and_options_are_read() -> None:

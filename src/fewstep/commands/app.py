@@ -18,6 +18,7 @@ from importlib import metadata
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from fewstep.commands.distill import distill, estimate
+from fewstep.commands.draw_folder import draw_folder
 from fewstep.commands.evaluate import evaluate
 from fewstep.commands.evaluate import report as measured
 from fewstep.commands.export import export_as
@@ -59,6 +60,7 @@ add(app, sample, USE)
 add(app, web_app, USE, show=nothing)
 add(app, export_as, USE, name="export", show=exported)
 add(app, evaluate, EVALUATE, show=measured)
+add(app, draw_folder, EVALUATE)
 add(app, recipes, OTHER, show=shown)
 bundled = installed_world()
 studies = App("world", help="Studies and trainings of the bundled world.", group=OTHER, group_commands="Commands")
