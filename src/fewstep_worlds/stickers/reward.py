@@ -14,8 +14,8 @@ from fewstep.common.config import validate
 from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_folder, read_json, sha256, write_json
 from fewstep.common.tensors import load_tensors, save_tensors
-from fewstep.methods.rewards.reward import ScorerIdentity
-from fewstep.methods.rewards.scorer import check_rows, in_batches
+from fewstep.scorers.reward import ScorerIdentity
+from fewstep.scorers.scorer import check_rows, in_batches
 from fewstep_worlds.common.location import root
 from fewstep_worlds.stickers.reward_network import RewardNetwork, word_numbers
 from fewstep_worlds.stickers.scene import SIDE

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fewstep.evaluation.evaluate import Suite
     from fewstep.evaluation.features import Features
     from fewstep.inference.multilingual.pairs import Pair, Pairs
-    from fewstep.methods.rewards.reward import PreferenceScorer
+    from fewstep.scorers.reward import PreferenceScorer
 
 __all__ = ["CAPTIONS", "PICTURES", "SIZE", "STUDENTS", "captioned", "captions_alone", "read_prompts", "root"]
 

@@ -9,7 +9,7 @@ import torch
 
 from fewstep.evaluation.metric import Array, Identity, Pictures
 from fewstep.evaluation.per_picture import PerPictureMetric
-from fewstep.methods.rewards.reward import PreferenceScorer
+from fewstep.scorers.reward import PreferenceScorer
 
 BATCH = 256
 
