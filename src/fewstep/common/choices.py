@@ -36,6 +36,8 @@ ExtraCondition = Literal["s", "w"]
 Start = Literal["data", "trajectory", "rollout", "student"]
 """Where x_{t_n+k} comes from: noised data, a stored trajectory of the teacher, a few of its steps from noise, or the
 student's own samples, noised."""
+Follow = Literal["teacher", "start"]
+"""Whose steps lead from x_{t_n+k} to x_{t_n}: the teacher's, or those of the student that a run starts from."""
 Point = Literal["solver", "path", "self", "stored"]
 """Where x_{t_n} comes from: the teacher's solver, the same path (the same noise on the data; the stored point), the
 target's own jump (shortcut models), or a step by the teacher's stored outputs."""

@@ -21,6 +21,9 @@ BASE = "teacher"
 FAKE = "fake"
 """The role of the fake score (distribution matching). It starts as the teacher."""
 
+START = "start"
+"""The role of a frozen copy of the student that a run starts from, whose jumps may be followed."""
+
 Condition = Mapping[str, Tensor]
 """A network's inputs beside x and t, by name; every tensor is [B, ...]."""
 

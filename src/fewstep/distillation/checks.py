@@ -16,7 +16,10 @@ from fewstep.backbones.checks import (
 )
 from fewstep.backbones.families import GUIDANCE_KEY, GUIDANCE_WIDTH
 from fewstep.backbones.pipeline_folder import PipelineFolder, read_folder
+from fewstep.backbones.pipeline_writer import read_record
 from fewstep.backbones.teachers import read_teacher
+from fewstep.common.choices import End, ExtraCondition, Jump
+from fewstep.common.config import validate
 from fewstep.common.defaults import check_world_size
 from fewstep.common.errors import UserError, did_you_mean
 from fewstep.common.extras import VALIDATION_PACKAGES, check_installed
@@ -24,7 +27,8 @@ from fewstep.common.files import read_mapping
 from fewstep.common.safetensors_header import read_safetensors_header
 from fewstep.data.config import DataConfig
 from fewstep.data.sources import CaptionedSource, ImageFolder, Shards, open_captioned, read_named_prompts
-from fewstep.distillation.config import DistillConfig
+from fewstep.diffusion.config import GridSpec, Sampling
+from fewstep.distillation.config import DistillConfig, within
 from fewstep.distillation.synthesis.record import SynthesizedSet, is_synthesis, open_set
 from fewstep.methods.config import ConsistencyConfig
 from fewstep.scorers.registry import check_scorer
@@ -91,6 +95,8 @@ def check_distillation(config: DistillConfig, folder: PipelineFolder) -> Inputs:
     if config.student.kind == "lora" and config.student.targets:
         _check_targets(config.student.targets, folder)
     start = read_start(config, folder)
+    check_followed(stages, start)
+    check_beside(config.validation.beside, folder)
     for stage in stages:
         if stage.loop.validate_every:
             if stage.validation.prompts:
@@ -183,12 +189,14 @@ def _check_targets(targets: Sequence[str], folder: PipelineFolder) -> None:
 def read_start(run: DistillConfig, folder: PipelineFolder) -> LoraHeader | PipelineFolder | None:
     """Read the headers of the student that a run starts from, if any; refuse one that it cannot start from.
 
+    A student of another base of the same shapes is a legal start: it is trained on.
+
     Args:
         folder: the teacher's.
 
     Raises:
-        UserError: no student, of another base or architecture, of another rank, with other extra conditioning, or
-            with layers that are not trained.
+        UserError: no student, of another architecture, of another rank, with other extra conditioning, or with layers
+            that are not trained.
     """
     config = run.student
     if not config.start:
@@ -196,7 +204,7 @@ def read_start(run: DistillConfig, folder: PipelineFolder) -> LoraHeader | Pipel
     conditioning = run.each_stage()[0].method.extra_conditioning
     if config.kind == "full":
         return _check_full_start(str(student_of_run(Path(config.start))), folder, conditioning)
-    header = check_lora(config.start, folder)
+    header = check_lora(config.start, folder, same_base=False)
     own = header.sampling.extra_conditioning if header.sampling else ()
     if set(own) - set(conditioning):
         raise UserError(
@@ -216,6 +224,73 @@ def read_start(run: DistillConfig, folder: PipelineFolder) -> LoraHeader | Pipel
                 field="student.targets",
             )
     return header
+
+
+def check_beside(named: str, folder: PipelineFolder) -> None:
+    """Refuse a student that a trained adapter cannot be drawn beside; an empty name means none.
+
+    Args:
+        folder: the teacher's.
+
+    Raises:
+        UserError: as `check_lora`; or a student with inputs of its own.
+    """
+    header = check_lora(named, folder) if named else None
+    if header and header.sampling and header.sampling.extra_conditioning:
+        extra = ", ".join(header.sampling.extra_conditioning)
+        raise UserError(f"validation.beside = {named!r} has inputs of its own ({extra}); name a student without")
+
+
+class Learned(NamedTuple):
+    """What a student has learned: its jump, the grid of its times, its end point and extra inputs."""
+
+    jump: Jump
+    grid: GridSpec
+    end: End
+    extra_conditioning: Sequence[ExtraCondition]
+
+
+def learned_by(start: LoraHeader | PipelineFolder) -> Learned | None:
+    """Return what a student has learned, by its record; None for one without a record."""
+    if isinstance(start, LoraHeader):
+        sampling = start.sampling
+    else:
+        held = read_record(start.path).get("sampling")
+        sampling = validate(Sampling, held) if isinstance(held, dict) else None
+    if sampling is None:
+        return None
+    grid: GridSpec = 8 if sampling.spacing == "tlcm" else sampling.grid
+    return Learned(sampling.step_jump, grid, sampling.end, sampling.extra_conditioning)
+
+
+def check_followed(stages: Sequence[DistillConfig], start: LoraHeader | PipelineFolder | None) -> None:
+    """Refuse to follow a student by jumps that it has not learned.
+
+    Args:
+        stages: whole configs; each starts from the student of the one before.
+        start: the student that the first one starts from.
+
+    Raises:
+        UserError: there is none, or its jumps, times, end point or inputs are others.
+    """
+    before = learned_by(start) if start else None
+    for number, stage in enumerate(stages):
+        method, follow = stage.method, "method.follow = 'start'"
+        if method.follow == "start":
+            if start is None and number == 0:
+                raise UserError(f"{follow} needs a finished student; name it as student.start", field="student.start")
+            if before is not None:
+                if before.jump != "first_order":
+                    raise UserError(f"{follow} needs a student that lands at t_n, and its jump is {before.jump!r}")
+                if before.extra_conditioning:
+                    raise UserError(f"{follow} has no inputs for a student with {', '.join(before.extra_conditioning)}")
+                if not within(method.grid, before.grid, nested=True):
+                    raise UserError(
+                        f"method.grid = {method.grid} has times that the student has not learned; use {before.grid}"
+                    )
+                if method.end != before.end:
+                    raise UserError(f"method.end = {method.end!r} is not the student's end point; use {before.end!r}")
+        before = Learned(method.jump, method.grid, method.end, method.extra_conditioning)
 
 
 def _check_full_start(start: str, folder: PipelineFolder, conditioning: Sequence[str]) -> PipelineFolder:

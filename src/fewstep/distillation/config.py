@@ -16,7 +16,7 @@ from fewstep.diffusion.config import GridSpec, Sampling
 from fewstep.distillation.stages import Stage, StagedConfig
 from fewstep.methods.config import ConsistencyConfig
 from fewstep.methods.latent_lpips.settings import LatentLpipsTrainConfig
-from fewstep.methods.recipes import read_recipe
+from fewstep.methods.recipes import read_recipe, recipe_name
 from fewstep.training.config import LoopConfig, OptimConfig, StudentConfig
 
 
@@ -28,6 +28,9 @@ class ValidationConfig(Config):
     )
     count: int = Field(256, ge=16, description="pictures drawn at each validation")
     seed: int = Field(1234, ge=0, le=2**62, description="seed of the first picture; the others count up")
+    beside: Annotated[str, Content("beside")] = Field(
+        "", description="a finished student, whose LoRA is added and whose settings are used to draw; empty for none"
+    )
     teacher_steps: int = Field(50, ge=1, description="steps of the teacher's end points")
 
 
@@ -94,6 +97,11 @@ class DistillConfig(StagedConfig):
             if wrong:
                 raise ValueError(f"{setting} does not go with {other}; use {remedy!r}")
 
+        beside = f"validation.beside = {self.validation.beside!r}"
+        if self.validation.beside:
+            refuse(self.student.base in ("8bit", "4bit"), f"student.base = {self.student.base!r}", beside, "bf16")
+            refuse(loop.shard, "loop.shard = True", beside, False)
+            refuse(self.student.kind == "full", "student.kind = 'full'", beside, "lora")
         narrow = self.student.base == "bf16" and loop.precision == "fp32"
         refuse(narrow, "loop.precision = 'fp32'", "student.base = 'bf16'", "bf16")
         precision = self.student.teacher_precision
@@ -131,7 +139,7 @@ def check_trained(method: ConsistencyConfig, sampling: Sampling, path: str = "vp
         raise ValueError(f"sampling.spacing = {sampling.spacing!r} has times that are not trained; use 'grid'")
     nested = path != "ve" and method.s != "inference"  # else a coarser grid has times that the finer one lacks
     sampled: GridSpec = 8 if sampling.spacing == "tlcm" else sampling.grid
-    if not _within(sampled, method.grid, nested):
+    if not within(sampled, method.grid, nested):
         named = "sampling.spacing = 'tlcm'" if sampling.spacing == "tlcm" else f"sampling.grid = {sampling.grid}"
         legal = "'grid'" if sampling.spacing == "tlcm" else method.grid
         raise ValueError(f"{named} has times that method.grid = {method.grid} does not train; use {legal}")
@@ -145,6 +153,21 @@ def check_trained(method: ConsistencyConfig, sampling: Sampling, path: str = "vp
             raise ValueError(
                 f"sampling.{field} = {value!r} is not the {NAMES.get(field, field)} that is trained; use {trained!r}"
             )
+
+
+def guided_at(omega: float, recipe: DistillConfig) -> dict[str, Any]:
+    """Return the changes to a recipe for a teacher that is sampled at `omega`.
+
+    A range of guidance becomes omega / 2 to 3 omega / 2, whose mean is omega; a single value becomes omega. A recipe
+    that trains without guidance and samples with it, samples at omega.
+    """
+    own = recipe.method.guidance
+    if not own.guides:
+        return {"sampling": {"omega": omega}} if recipe.sampling.omega else {}
+    width = 0.0 if own.low == own.high else 0.5
+    plus = 1.0 if own.convention == "imagen" else 0.0
+    guidance = {"low": omega * (1 - width) + plus, "high": omega * (1 + width) + plus}
+    return {"method": {"guidance": guidance}, **({"sampling": {"w": omega}} if recipe.sampling.w is not None else {})}
 
 
 NAMES = {"end": "end point"}
@@ -163,7 +186,7 @@ def check_grown(method: ConsistencyConfig, loop: LoopConfig) -> None:
         )
 
 
-def _within(sampled: GridSpec, trained: GridSpec, nested: bool) -> bool:
+def within(sampled: GridSpec, trained: GridSpec, nested: bool) -> bool:
     """Return whether one grid's times are in the other; `nested`: a grid of N points holds those of N's divisors."""
     if isinstance(sampled, int) and isinstance(trained, int):
         return trained % sampled == 0 if nested else trained == sampled
@@ -175,8 +198,12 @@ def resolve(
     config: str | Path | None = None,
     overrides: str | Sequence[str] = (),
     teacher: str | Path = "",
+    omega: float | None = None,
 ) -> DistillConfig:
     """Merge a recipe, a YAML file over it, dotted overrides over both, and the teacher if one is named.
+
+    Args:
+        omega: the teacher's own guidance, for `guided_at` where no method.guidance is given; None for the recipe's.
 
     Raises:
         UserError: unknown recipe or key, or an illegal value.
@@ -186,6 +213,8 @@ def resolve(
         changes["teacher"] = str(teacher)
     if config is not None:
         changes = merge(read_yaml(config, DistillConfig), changes)
-    recipe = str(changes.get("recipe", recipe))  # a recipe named there replaces the argument's
+    recipe = recipe_name(str(changes.get("recipe", recipe)))  # a recipe named there replaces the argument's
     data = merge({"recipe": recipe}, read_recipe(recipe, DistillConfig))
+    if omega is not None and "guidance" not in changes.get("method", {}):
+        data = merge(data, guided_at(omega, validate(DistillConfig, data)))
     return validate(DistillConfig, merge(data, {**changes, "recipe": recipe}))

@@ -18,6 +18,7 @@ from fewstep.backbones.lengths import CutPrompts
 from fewstep.backbones.pipeline_folder import PipelineFolder
 from fewstep.common.distributed import print_once
 from fewstep.common.errors import UserError
+from fewstep.common.files import sha256
 from fewstep.common.rng import order
 from fewstep.common.run_inputs import PARTS
 from fewstep.data.buckets import BucketedFiles, bucketed, shape_order
@@ -41,6 +42,7 @@ from fewstep.distillation.synthesis.reader import training_set
 from fewstep.distillation.synthesis.record import SynthesizedSet
 from fewstep.distillation.trajectory import Trajectories, drawn_prompts
 from fewstep.evaluation.limits import KID_FEWEST
+from fewstep.students.lora_file import find_lora
 
 
 class EncodedData(NamedTuple):
@@ -132,7 +134,7 @@ def open_data(
         UserError: as `find_captioned`; or an encoder's files cannot be read.
     """
     captioned = find_captioned(config, source, folder, cache)
-    of = identify(captioned, encoders_fingerprint(folder))
+    of = identify(captioned, encoders_fingerprint(config, folder))
     inputs: dict[str, Any] = {"teacher": folder.denoising, PARTS: dict(of.parts), **validation_inputs(config)}
     if config.method.start != "trajectory":
         inputs["data"] = of.key
@@ -174,18 +176,22 @@ def find_captioned(config: DistillConfig, source: CaptionedSource, folder: Pipel
     return bucketed(captioned, size, folder.unit, config.loop.batch) if config.data.buckets else captioned
 
 
-def encoders_fingerprint(folder: PipelineFolder) -> str:
+def encoders_fingerprint(config: DistillConfig, folder: PipelineFolder) -> str:
     """Return the fingerprint of what makes latents and text states."""
-    return folder.identity("vae", *folder.family.readers)
+    narrow = "" if config.data.encoder_precision == "fp32" else f" {config.data.encoder_precision}"
+    return folder.identity("vae", *folder.family.readers) + narrow
 
 
 def validation_inputs(config: DistillConfig) -> dict[str, str]:
-    """Return the fingerprint of the validation's prompt file, if there is one."""
-    named = config.validation.prompts
-    if not (config.loop.validate_every and named and is_prompt_file(named)):
+    """Return the fingerprints of the validation's prompt file and of the student beside, where there are such."""
+    named, beside = config.validation.prompts, config.validation.beside
+    if not config.loop.validate_every:
         return {}
-    prompts = json.dumps(list(read_named_prompts(named)))
-    return {"watched prompts": hashlib.sha256(prompts.encode()).hexdigest()}
+    found = {"beside": sha256(find_lora(Path(beside)))} if beside else {}
+    if named and is_prompt_file(named):
+        prompts = json.dumps(list(read_named_prompts(named)))
+        found["watched prompts"] = hashlib.sha256(prompts.encode()).hexdigest()
+    return found
 
 
 def validation_prompts(config: DistillConfig, source: Source, captions: Sequence[str]) -> list[str]:

@@ -22,7 +22,7 @@ from fewstep.common.errors import UserError
 from fewstep.common.files import read_mapping, short_digest, write_json
 from fewstep.common.tensor_cache import cached, keep, kept
 from fewstep.common.tensors import load_tensors
-from fewstep.diffusion.config import TEACHER_SAMPLING
+from fewstep.diffusion.config import TEACHER_SAMPLING, Sampling
 from fewstep.diffusion.denoiser import Condition
 from fewstep.distillation.precision import precision_outside
 from fewstep.distillation.prepare import Run
@@ -34,6 +34,8 @@ from fewstep.evaluation.lite0 import Lite0Features
 from fewstep.evaluation.teacher_distance import TeacherFeatures
 from fewstep.inference.generator import ImageGenerator, image_generator_of
 from fewstep.inference.image_grid import labelled_grid, save_image
+from fewstep.students.lora import lora_added
+from fewstep.students.lora_checks import check_lora
 from fewstep.training.roles import copy_role
 
 SHOWN = 10
@@ -58,7 +60,10 @@ class Validation:
         self.config = run.config
         validation = run.config.validation
         # at the training size: its pictures are compared with real ones and the teacher's
-        sampling = run.config.sampling.model_copy(update={"size": None})
+        beside = run.config.validation.beside
+        self.beside = check_lora(beside, run.backbone.folder) if beside else None
+        own = (self.beside.sampling or Sampling()) if self.beside else run.config.sampling
+        sampling = own.model_copy(update={"size": None})
         computed, self.narrow = precision_outside(run.config, run.backbone.device)
         self.student = ImageGenerator(run.backbone, run.denoiser, sampling, "student", computed)
         self.parameters = run.student.parameters("student")
@@ -83,14 +88,14 @@ class Validation:
     def _read_prompts(self) -> Condition:
         """Return the prompts' text states, from the cache if it has them."""
         backbone = self.student.backbone
-        known = json.dumps([backbone.folder.identity(*backbone.folder.family.readers), self.prompts])
+        narrow = [] if backbone.text_dtype == torch.float32 else [str(backbone.text_dtype)]
+        known = json.dumps([backbone.folder.identity(*backbone.folder.family.readers), self.prompts, *narrow])
         return cached(self.cache, f"watched-{short_digest(known)}", lambda: dict(backbone.encode(self.prompts)))
 
     def _teacher_pictures(self, seeds: Sequence[int]) -> np.ndarray:
         """Return the teacher's end points, uint8 [count, H, W, 3], drawn once and kept in the cache."""
-        sampling = TEACHER_SAMPLING.model_copy(
-            update={"steps": self.config.validation.teacher_steps, "omega": self.config.method.guidance.mean_omega}
-        )
+        omega = self.config.method.guidance.mean_omega or self.config.sampling.omega
+        sampling = TEACHER_SAMPLING.model_copy(update={"steps": self.config.validation.teacher_steps, "omega": omega})
         backbone = self.student.backbone
         decides = [backbone.folder.identity(), backbone.latent_shape, sampling.model_dump(), self.prompts, list(seeds)]
         known = json.dumps([*decides, *([self.narrow] if self.narrow else [])])
@@ -124,7 +129,7 @@ class Validation:
         own = {name: value.detach().clone() for name, value in self.parameters.items()}
         try:
             copy_role(student, self.parameters)
-            with eagerly():
+            with eagerly(), lora_added(self.student.backbone.network, self.beside):
                 pictures = self.student.pictures(self.condition, self.seeds, self.student.sampling)
         finally:
             copy_role(own, self.parameters)

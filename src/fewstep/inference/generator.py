@@ -49,6 +49,7 @@ class ImageGenerator:
         adapter: encodes prompts of other languages in place of the text encoder; the null prompt stays the teacher's.
         batch: pictures drawn at once; None for what a small GPU has room for.
         lora: file of the merged LoRA, if any.
+        negative: prompt of the unconditional branch; empty for the pipeline's own.
         filled: pad the last batch by repeating its last picture, as a compiled network has one graph.
     """
 
@@ -61,6 +62,7 @@ class ImageGenerator:
     batch: int | None = None
     lora: Path | None = None
     filled: bool = False
+    negative: str = ""
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Encode prompts, on the CPU."""
@@ -86,7 +88,9 @@ class ImageGenerator:
             UserError: a latent is not finite.
         """
         device = self.backbone.device
-        null = self.backbone.null(1) if sampling.omega > 0 else {}
+        null: Condition = {}
+        if sampling.omega > 0:
+            null = self.encode([self.negative]) if self.negative else self.backbone.null(1)
         null = {name: value.to(device) for name, value in null.items()}
         shape = self.backbone.shape_of(sampling.size)
         _, height, width = shape
@@ -221,6 +225,8 @@ def load_image_generator(
     compiled: bool = False,
     batch: int | None = None,
     encoders: Backbone | None = None,
+    style: LoraHeader | None = None,
+    style_scale: float = 1.0,
 ) -> ImageGenerator:
     """Load a pipeline folder and merge a student's LoRA into it.
 
@@ -232,6 +238,7 @@ def load_image_generator(
         compiled: compile the denoiser for the shape of the first batch.
         batch: pictures drawn at once; None for what a small GPU has room for.
         encoders: loaded backbone of the same folder, whose text encoders and autoencoder are used.
+        style: another LoRA, merged at `style_scale` times its own scale.
 
     Raises:
         UserError: not a pipeline, not a LoRA, or a LoRA or adapter of another base.
@@ -248,6 +255,8 @@ def load_image_generator(
     else:
         sampling, place = student.sampling or Sampling(), student.file
         merge_lora(backbone.network, student)
+    if style is not None:
+        merge_lora(backbone.network, style, style_scale)
     if precision != torch.float32:
         backbone.network.to(precision)  # still in main memory: the device may lack the room for fp32
     backbone.to_device()

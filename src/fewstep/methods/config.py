@@ -17,6 +17,7 @@ from fewstep.common.choices import (
     DistanceName,
     End,
     ExtraCondition,
+    Follow,
     Form,
     Jump,
     Normaliser,
@@ -152,6 +153,11 @@ class ConsistencyConfig(Config):
     rollout: int = Field(8, ge=1, description="R, teacher steps from noise to clean, where start = rollout")
     student_steps: int = Field(4, ge=1, description="q, jumps of each of the student's samples, where start = student")
     point: Point = Field("solver", description="where x_{t_n} comes from: solver, path, self (own jump), stored")
+    follow: Follow = Field(
+        "teacher",
+        description="whose steps lead to t_n: teacher, or start (the student that the run or stage starts from, frozen "
+        "and unguided; its jumps may be long)",
+    )
     jump: Jump = Field("first_order", description="skip (LCM's), cm_skip (CM's), first_order, second_order")
     r: float = Field(0.5, gt=0, le=1, description="mid-point of second_order, as a share of the step in log-SNR")
     form: Form = Field("x0", description="what second_order blends: x0 or eps predictions")
@@ -179,7 +185,9 @@ class ConsistencyConfig(Config):
     adversarial: AdversarialConfig = Field(AdversarialConfig(), description="a critic beside it")
     matching: MatchingConfig = Field(MatchingConfig(), description="distribution matching beside it")
     reward: RewardConfig = Field(RewardConfig(), description="a reward beside it")
-    denoising: float = Field(0.0, ge=0, description="weight of the denoising loss, CTM's second term")
+    denoising: float = Field(
+        0.0, ge=0, description="weight of the denoising loss: CTM's second term, or plain fine-tuning on its own"
+    )
     end: End = Field("index0", description="the end point: clean (sigma = 0) or index0 (sigma = .029 on SD's path)")
 
     @field_validator("distance", mode="before")
@@ -263,12 +271,24 @@ class ConsistencyConfig(Config):
             if self.start == "data" and guides:
                 convention = f"guidance.convention = {self.guidance.convention!r}"
                 yield f"{convention} has no teacher to guide with {point}; use 'none'"
+        yield from self._follow_conflicts()
         if self.s == "next" and (self.start, self.point) != ("trajectory", "path"):
             yield "s = 'next' regresses onto stored points; use start = 'trajectory' and point = 'path'"
         if self.compare == "end" and self.target != "ema":
             yield f"compare = 'end' needs a frozen target, not target = {self.target!r}; use 'ema'"
         if "w" in self.extra_conditioning and not guides:
             yield "extra_conditioning = 'w' has no effect without guidance; remove it"
+
+    def _follow_conflicts(self) -> Iterator[str]:
+        if self.follow == "teacher":
+            return
+        follow = "follow = 'start'"
+        if (self.jump, self.solver) != ("first_order", "ddim"):
+            yield f"{follow} makes jumps of a student; use jump = 'first_order' and solver = 'ddim'"
+        if self.start == "trajectory" or self.point == "path":
+            yield f"{follow} has no effect with start = {self.start!r} and point = {self.point!r}; use 'teacher'"
+        if self.extra_conditioning:
+            yield f"{follow} has no inputs of extra_conditioning = {list(self.extra_conditioning)}; remove them"
 
     def _terms_conflicts(self) -> Iterator[str]:
         critic, matching, start = self.adversarial, self.matching, f"start = {self.start!r}"
@@ -288,7 +308,7 @@ class ConsistencyConfig(Config):
             denoising = f"denoising = {self.denoising:g}"
             if guides:
                 yield f"{denoising} fits the data, which has no guidance; use guidance.convention = 'none'"
-            if "s" not in self.extra_conditioning:
+            if "s" not in self.extra_conditioning and not self.fine_tunes:
                 yield f"{denoising} needs extra_conditioning = ['s'], for s = t"
             if self.start != "data":
                 yield f"{denoising} needs data, which {start} does not have; use 0"
@@ -305,6 +325,12 @@ class ConsistencyConfig(Config):
             yield f"matching.fit = 'sample' needs start = 'student', not {start}; use 'landing'"
         if matching.weight and matching.omega and not guides:
             yield f"matching.omega = {matching.omega} needs guidance.convention other than 'none'; use 0"
+
+    @property
+    def fine_tunes(self) -> bool:
+        """Whether the denoising loss is the only one: the diffusion model itself is trained, and no jump."""
+        others = (self.consistency, self.adversarial.weight, self.matching.weight, self.reward.weight)
+        return bool(self.denoising) and not any(others)
 
     @property
     def points(self) -> int:

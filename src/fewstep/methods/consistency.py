@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.conditioned import ConditionedDenoiser
-from fewstep.diffusion.denoiser import BASE, Denoiser
+from fewstep.diffusion.denoiser import BASE, START, Denoiser
 from fewstep.diffusion.grid import end_time
 from fewstep.diffusion.jump import student_step
 from fewstep.diffusion.samplers import JumpFn
@@ -49,8 +49,9 @@ def make_pair(config: ConsistencyConfig, denoiser: Denoiser, batch: MicroBatch, 
     teacher = ConditionedDenoiser(denoiser, batch.condition, BASE)
     if config.guidance.convention != "none":
         teacher = replace(teacher, null=batch.null, omega=omega)
-    start = STARTS[config.start](StartInputs(config, batch, times, student, teacher, rng))
-    return Pair(config, denoiser, batch, times, omega, student, target, teacher, *start)
+    followed = ConditionedDenoiser(denoiser, batch.condition, START) if config.follow == "start" else teacher
+    start = STARTS[config.start](StartInputs(config, batch, times, student, followed, rng))
+    return Pair(config, denoiser, batch, times, omega, student, target, teacher, followed, *start)
 
 
 def compared_at(pair: Pair) -> Tensor:

@@ -25,14 +25,22 @@ def start_calls(config: ConsistencyConfig) -> Calls:
     """
     if config.start == "rollout":
         steps = sum(config.rollout_steps) / config.points
-        return {"teacher": steps * CALLS[config.solver] * config.guidance.branches}
+        return followed_calls(config, steps)
     if config.start == "student":
         return {"student": config.student_steps * CALLS_OF_JUMP[config.jump]}
     return {}
 
 
+def followed_calls(config: ConsistencyConfig, steps: float) -> Calls:
+    """Return the calls of so many steps of what is followed: the guided teacher, or another student."""
+    branches = config.guidance.branches if config.follow == "teacher" else 1
+    return {config.follow: steps * CALLS[config.solver] * branches}
+
+
 def landing_calls(config: ConsistencyConfig) -> Calls:
-    """Return the calls of `consistency.student_landing`."""
+    """Return the calls of `consistency.student_landing`; fine-tuning makes no jump."""
+    if config.fine_tunes:
+        return {}
     jump = CALLS_OF_JUMP[config.jump]
     return {"student": jump, "target": jump if config.compare == "end" else 0}
 
@@ -41,8 +49,8 @@ def target_calls(config: ConsistencyConfig) -> Calls:
     """Return the calls of `consistency.target_landing`, with those of x_{t_n} by `next_points.POINTS`."""
     jumps = (config.s != "next") + (config.compare == "end") + (config.point == "self")
     solves = config.point in ("solver", "self")
-    teacher = config.substeps * CALLS[config.solver] * config.guidance.branches if solves else 0
-    return {"target": jumps * CALLS_OF_JUMP[config.jump], "teacher": teacher}
+    followed = followed_calls(config, config.substeps if solves else 0)
+    return {"target": jumps * CALLS_OF_JUMP[config.jump], **followed}
 
 
 def student_calls(config: ConsistencyConfig) -> Calls:
@@ -96,7 +104,7 @@ def step_calls(config: ConsistencyConfig) -> Calls:
 
 def step_cost(config: ConsistencyConfig) -> float:
     """Return all network evaluations of one sample and step; a backward pass counts as two."""
-    jumps = CALLS_OF_JUMP[config.jump] * (1 + (config.compare == "end"))
+    jumps = 0 if config.fine_tunes else CALLS_OF_JUMP[config.jump] * (1 + (config.compare == "end"))
     features = bool(config.adversarial.weight) - critic_start(config)
     features += bool(config.consistency and config.distance == "features")
     backward = (jumps + bool(config.denoising) + features) / config.student_every

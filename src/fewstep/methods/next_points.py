@@ -15,10 +15,14 @@ from fewstep.methods.pair import Pair
 
 
 def by_solver(pair: Pair) -> Tensor:
-    """Integrate from x_{t_n+k} by the frozen teacher's solver (LCM, arXiv 2310.04378, algorithm 1)."""
+    """Integrate from x_{t_n+k} by the frozen teacher's solver (LCM, arXiv 2310.04378, algorithm 1).
+
+    A student that is followed jumps instead (progressive distillation, arXiv 2202.00512): its first-order jump is a
+    DDIM step.
+    """
     config, times, path = pair.config, pair.times, pair.denoiser.path
     steps = between(path, times.t_nk, times.t_n, config.substeps)
-    return integrate(SOLVERS[config.solver], pair.teacher.denoise, path, pair.x_nk, steps)
+    return integrate(SOLVERS[config.solver], pair.followed.denoise, path, pair.x_nk, steps)
 
 
 def on_path(pair: Pair) -> Tensor:

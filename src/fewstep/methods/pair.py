@@ -71,6 +71,7 @@ class Pair:
         student: the student's jump, with gradient.
         target: the target's jump.
         teacher: the frozen teacher, guided by omega unless the recipe has no guidance.
+        followed: whose steps lead from t_{n+k} to t_n, the teacher or another frozen student.
         x_nk: x_{t_n+k}, where both jumps start, [B, ...].
         clean, clean_at: data or samples that x_nk was noised from, [B, ...], and their time; None where there are none.
         noise: eps of noised data, [B, ...]; else None.
@@ -84,6 +85,7 @@ class Pair:
     student: JumpFn
     target: JumpFn
     teacher: ConditionedDenoiser
+    followed: ConditionedDenoiser
     x_nk: Tensor
     clean: Tensor | None = None
     clean_at: float | None = None

@@ -37,7 +37,7 @@ class StartInputs(NamedTuple):
     batch: MicroBatch
     times: PairTimes
     student: JumpFn
-    teacher: ConditionedDenoiser
+    followed: ConditionedDenoiser
     rng: KeyedRng
 
 
@@ -51,7 +51,7 @@ def noise_purposes(config: ConsistencyConfig) -> list[str]:
 
 def on_data(given: StartInputs) -> StartPoint:
     """Noise the data (LCM, arXiv 2310.04378, algorithm 1)."""
-    path, x_0 = given.teacher.denoiser.path, given.batch.data
+    path, x_0 = given.followed.denoiser.path, given.batch.data
     eps = given.rng.normal("noise", tuple(x_0.shape[1:]))
     return StartPoint(add_noise(path, x_0, eps, given.times.t_nk), x_0, path.clean, eps)
 
@@ -75,8 +75,8 @@ def by_rollout(given: StartInputs) -> StartPoint:
     micro-batch makes as many calls as the longest roll-out of all, since processes with sharded weights must call
     together; a call that no sample needs has one row.
     """
-    config, times, teacher = given.config, given.times, given.teacher
-    path = teacher.denoiser.path
+    config, times, followed = given.config, given.times, given.followed
+    path = followed.denoiser.path
     x = pure_noise(path, given.batch, given.rng, "noise")
     lengths = torch.tensor(config.rollout_steps)
     counts = lengths[times.index_nk]
@@ -91,7 +91,7 @@ def by_rollout(given: StartInputs) -> StartPoint:
         t = torch.where(left > 0, top[rows] + number * width[rows], times.t_nk[rows])
         s = torch.where(left > 1, top[rows] + (number + 1) * width[rows], times.t_nk[rows])
         on_device = rows.to(x.device, non_blocking=True)
-        x_s = step(teacher.rows(rows).denoise, path, x[on_device], t, s)
+        x_s = step(followed.rows(rows).denoise, path, x[on_device], t, s)
         x = x.index_copy(0, on_device[:active], x_s[:active].to(x.dtype))
     return StartPoint(x)
 
@@ -102,7 +102,7 @@ def by_student(given: StartInputs) -> StartPoint:
 
     Each re-noising draws fresh noise, and so does the finished sample; the paper writes one symbol for all.
     """
-    config, times, rng, path = given.config, given.times, given.rng, given.teacher.denoiser.path
+    config, times, rng, path = given.config, given.times, given.rng, given.followed.denoiser.path
     call_times = [float(t) for t in inference_times(path, config.student_steps, grid=config.grid)]
     x = pure_noise(path, given.batch, rng, "sample's start")
     shape = tuple(x.shape[1:])

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.denoiser import Condition, Denoiser, extended
 from fewstep.diffusion.grid import training_grid
-from fewstep.diffusion.schedule import Path, add_noise, expand, index_of
+from fewstep.diffusion.schedule import Path, add_noise, expand, index_of, share_of
 from fewstep.methods.adversarial import generator_loss, noised_for_critic
 from fewstep.methods.config import ConsistencyConfig, RewardConfig
 from fewstep.methods.consistency import Term
 from fewstep.methods.distances import NetworkDistance
 from fewstep.methods.distribution_matching import as_data, matching_loss
 from fewstep.methods.pair import Pair
+from fewstep.training.loss import Loss
 
 Reward = Callable[[Tensor, Sequence[Tensor]], Sequence[Tensor]]
 """(clean latents x_0 [B, ...], several prompts for each: int64 [B] tensors of prompt numbers) -> scores with each, [B]
@@ -60,23 +61,35 @@ def edm_weight(path: Path, t: Tensor, sigma_data: float = 0.5) -> Tensor:
     return 1 / sigma_data**2 + 1 / rho2
 
 
+def denoising_times(config: ConsistencyConfig, path: Path, rng: KeyedRng) -> Tensor:
+    """Draw the times of the denoising loss, uniformly over the training grid, float64 [B]."""
+    grid = training_grid(path, config.grid)
+    return grid[rng.integers("denoising t", 0, len(grid))]
+
+
 def denoising_loss(
     config: ConsistencyConfig, denoiser: Denoiser, x_0: Tensor, condition: Condition, rng: KeyedRng
 ) -> Tensor:
-    """Return the weighted squared error of the student's x0 at times of the training grid, [B]; one student call.
+    """Return the weighted squared error of the student's x0 at `denoising_times`, [B]; one student call.
 
     Its minimiser is E[x0 | x_t]: the diffusion model itself, at s = t, where a jump's slope is the PF-ODE's.
     """
-    grid = training_grid(denoiser.path, config.grid)
-    t = grid[rng.integers("denoising t", 0, len(grid))]
+    t = denoising_times(config, denoiser.path, rng)
     eps = rng.normal("denoising noise", tuple(x_0.shape[1:]))
     x_t = add_noise(denoiser.path, x_0, eps, t)
-    extra = extended(
-        condition, s=index_of(denoiser.path, t), w=torch.zeros_like(t) if "w" in config.extra_conditioning else None
-    )
+    inputs = {"s": index_of(denoiser.path, t), "w": torch.zeros_like(t)}
+    extra = extended(condition, **{name: inputs[name] for name in config.extra_conditioning})
     found = denoiser.estimate(x_t, t, extra, "student").x0
     error = (found - x_0).square().flatten(1).mean(1)
     return expand(edm_weight(denoiser.path, t), error) * error
+
+
+def fine_tuning_loss(
+    config: ConsistencyConfig, denoiser: Denoiser, x_0: Tensor, condition: Condition, rng: KeyedRng
+) -> Loss:
+    """Return the denoising loss alone, for recipes that train the diffusion model itself."""
+    error = config.denoising * denoising_loss(config, denoiser, x_0, condition, rng)
+    return Loss(error.mean(), error.detach(), share_of(denoiser.path, denoising_times(config, denoiser.path, rng)))
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from fewstep.common.rng import KeyedRng
-from fewstep.diffusion.denoiser import FAKE, Denoiser
+from fewstep.diffusion.denoiser import FAKE, START, Denoiser
 from fewstep.methods.config import ConsistencyConfig
 from fewstep.methods.consistency import consistency_loss, critic_loss, make_pair
 from fewstep.methods.distribution_matching import fake_loss, fake_points
 from fewstep.methods.pair import Pair
-from fewstep.methods.terms import FrozenNetworks, terms_of
+from fewstep.methods.terms import FrozenNetworks, fine_tuning_loss, terms_of
 from fewstep.training.config import OptimConfig
 from fewstep.training.loss import Loss
 from fewstep.training.roles import copy_role
@@ -23,12 +23,13 @@ from fewstep.training.update import Batch, EmaTarget, Update
 def roles_of(method: ConsistencyConfig) -> tuple[str, ...]:
     """Return the roles that a recipe needs beside the teacher, the student first."""
     target = ("target",) if method.target == "ema" else ()
+    start = (START,) if method.follow == "start" else ()
     fake = (FAKE,) if method.matching.weight else ()
-    return ("student", *target, *fake)
+    return ("student", *target, *start, *fake)
 
 
 def start_from(method: ConsistencyConfig, student: Student, weights: Mapping[str, Tensor]) -> None:
-    """Copy a student's weights into the student and its target. The fake score starts as the teacher."""
+    """Copy a student's weights into all roles that start as it. The fake score starts as the teacher."""
     for role in roles_of(method):
         if role != FAKE:
             copy_role(weights, student.parameters(role))
@@ -67,6 +68,9 @@ def make_update_plan(
     terms, outlet = terms_of(method, frozen_networks), student.outlet("student")
 
     def student_loss(batch: Batch, rng: KeyedRng) -> Loss:
+        if method.fine_tunes:
+            sample = batch["sample"]
+            return fine_tuning_loss(method, denoiser, sample.data, sample.condition, rng)
         return consistency_loss(pairs.pair(batch, rng), rng, terms, frozen_networks.distance, outlet)
 
     ema_target = EmaTarget(student.parameters("target"), method.target_decay) if method.target == "ema" else None

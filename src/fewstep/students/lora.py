@@ -9,7 +9,8 @@ A scale alpha / rank other than 1 is folded into B, since readers that ignore th
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +115,8 @@ def stored_matrices(header: LoraHeader) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 @torch.no_grad()
-def merge_lora(network: nn.Module, header: LoraHeader) -> None:
-    """Add scale * B A, computed in fp32, to the weights of the layers, in place: sampling then costs nothing extra.
+def merge_lora(network: nn.Module, header: LoraHeader, strength: float = 1.0) -> None:
+    """Add strength * scale * B A, computed in fp32, to the weights of the layers, in place: sampling costs no more.
 
     Raises:
         UserError: as `stored_matrices`.
@@ -124,4 +125,24 @@ def merge_lora(network: nn.Module, header: LoraHeader) -> None:
     for name, (a, b) in stored_matrices(header).items():
         weight: Any = modules[name].weight
         delta = b.float().flatten(1) @ a.float().flatten(1)
-        weight += (header.layers[name].scale * delta).reshape(weight.shape).to(weight)
+        weight += (strength * header.layers[name].scale * delta).reshape(weight.shape).to(weight)
+
+
+@contextmanager
+def lora_added(network: nn.Module, header: LoraHeader | None) -> Iterator[None]:
+    """Merge a LoRA inside the block; the weights are the same bits afterwards. None changes nothing.
+
+    Raises:
+        UserError: as `stored_matrices`.
+    """
+    modules = dict(network.named_modules())
+    weights: dict[str, Any] = {name: modules[name].weight for name in (header.layers if header else ())}
+    before = {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
+    try:
+        if header:
+            merge_lora(network, header)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(before[name])

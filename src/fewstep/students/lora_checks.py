@@ -15,8 +15,11 @@ from fewstep.students.lora_file import CONDITIONING
 from fewstep.students.lora_header import LoraHeader, base_shapes, read_header
 
 
-def check_lora(path: Path | str, folder: PipelineFolder) -> LoraHeader:
+def check_lora(path: Path | str, folder: PipelineFolder, *, same_base: bool = True) -> LoraHeader:
     """Read a LoRA's header and refuse it if it does not belong to the pipeline folder; takes milliseconds.
+
+    Args:
+        same_base: refuse a LoRA of another base of the same shapes, too.
 
     Raises:
         UserError: as `read_header`, `check_fits` and `check_noise`; or its extra embedding is missing.
@@ -29,7 +32,8 @@ def check_lora(path: Path | str, folder: PipelineFolder) -> LoraHeader:
             f"lora = {str(path)!r} has extra conditioning ({', '.join(beside)}) without its {CONDITIONING}; copy that "
             "file beside it"
         )
-    check_fits(header, weights, folder.fingerprint(folder.network) if header.base else "")
+    own = folder.fingerprint(folder.network) if header.base and same_base else header.base
+    check_fits(header, weights, own)
     check_noise(header, folder.noise, str(folder.path))
     return header
 

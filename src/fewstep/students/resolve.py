@@ -54,7 +54,7 @@ def student_place(name: Path | str) -> Path:
     return Path(name)
 
 
-def _named_student(lora: Path | str | None, folder: PipelineFolder) -> Path | str | None:
+def named_student(lora: Path | str | None, folder: PipelineFolder) -> Path | str | None:
     """Return the student that `auto` means for a teacher, None for the teacher itself; other names as given."""
     if lora != AUTO:
         return None if lora == NONE else lora
@@ -75,7 +75,7 @@ def resolve_student(folder: PipelineFolder, lora: Path | str | None, changes: Ma
     Raises:
         UserError: no such student, one of another teacher, or settings that it cannot be sampled with.
     """
-    named = _named_student(lora, folder)
+    named = named_student(lora, folder)
     header = check_lora(student_place(named), folder) if named is not None else None
     if header is None:
         own, record = teacher_sampling(folder), read_record(folder.path)
@@ -119,6 +119,15 @@ def teacher_sampling(folder: PipelineFolder) -> Sampling:
         return TEACHER_SAMPLING
     grid = folder.config("scheduler").get("original_inference_steps", 50)
     return validate(Sampling, {"sampler": "lcm", "steps": 4, "omega": 7.5, "grid": grid})
+
+
+def own_omega(folder: PipelineFolder) -> float | None:
+    """Return the guidance that a teacher's folder records for itself; None without a record or without guidance.
+
+    Raises:
+        UserError: the record is broken.
+    """
+    return (teacher_sampling(folder).omega or None) if read_record(folder.path) else None
 
 
 def end_point_sampling(folder: PipelineFolder) -> Sampling:

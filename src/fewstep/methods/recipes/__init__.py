@@ -19,13 +19,19 @@ def names() -> list[str]:
     return sorted(p.name[:-5] for p in resources.files(__name__).iterdir() if p.name.endswith(".yaml"))
 
 
-NO_ROWS = ("tlcm", "lcm-full")
-"""Recipes that are no row of the table: a list of objectives, and `lcm` for full training with guidance as an input."""
+NO_ROWS = ("tlcm", "lcm-full", "style")
+"""Recipes that are no row of the table: a list of objectives, `lcm` for full training with guidance as an input, and
+the training of a style, which distils nothing."""
 
 
 def rows() -> list[str]:
     """Return the names of the bundled recipes that are rows of the table."""
     return [name for name in names() if name not in NO_ROWS]
+
+
+def recipe_name(name: str) -> str:
+    """Return a recipe's name as it is listed: bundled names are read in any case, paths of YAML files as they are."""
+    return name if name.endswith((".yaml", ".yml")) else name.lower()
 
 
 ABOUT = ("paper", "about")
@@ -52,6 +58,7 @@ def read_recipe(name: str, model: type[BaseModel] | None = None) -> dict[str, An
 
 def _read(name: str, model: type[BaseModel] | None = None) -> Mapping[str, Any]:
     """Return everything in a recipe's file."""
+    name = recipe_name(name)
     if name.endswith((".yaml", ".yml")):
         return read_yaml(Path(name), model)
     check_choice("recipe", name, names())
