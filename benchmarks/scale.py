@@ -71,6 +71,23 @@ def call_sdxl(network: nn.Module, batch: int) -> Tensor:
     return output
 
 
+def sd3() -> nn.Module:
+    """Stable Diffusion 3 medium's transformer."""
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel(
+        sample_size=128, num_layers=24, num_attention_heads=24, attention_head_dim=64, joint_attention_dim=4096,
+        caption_projection_dim=1536, pooled_projection_dim=2048, pos_embed_max_size=192,
+    )  # fmt: skip
+
+
+def call_sd3(network: nn.Module, batch: int) -> Tensor:
+    """A batch of 1024 x 1024 pixels: 4096 tokens beside 333 of the prompt."""
+    x, text = torch.empty(batch, 16, 128, 128), torch.empty(batch, 333, 4096)
+    output: Tensor = network(x, text, torch.empty(batch, 2048), torch.empty(batch), return_dict=False)[0]
+    return output
+
+
 def flux() -> nn.Module:
     """Flux dev's transformer."""
     from diffusers import FluxTransformer2DModel
@@ -91,6 +108,7 @@ def call_flux(network: nn.Module, batch: int) -> Tensor:
 SHAPES = {
     "SD 1.5": Shape(sd15, call_sd15, "StableDiffusionPipeline", 4 * 64 * 64, 77 * 768, True),
     "SDXL": Shape(xl_unet, call_sdxl, "StableDiffusionXLPipeline", 4 * 128 * 128, 77 * 2048 + 1280, True),
+    "SD 3": Shape(sd3, call_sd3, "StableDiffusion3Pipeline", 16 * 128 * 128, 333 * 4096 + 2048, True),
     "Flux dev": Shape(flux, call_flux, "FluxPipeline", 16 * 128 * 128, 512 * 4096 + 768, False),
 }
 

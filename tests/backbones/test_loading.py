@@ -79,7 +79,9 @@ def test_roles_come_after_the_encoders_have_gone(
     assert bool(wide) == (not words or "bf16" not in words[0])  # never whole in fp32, not even in main memory
     source: Any = open_source(config.data, backbone.folder)
     captioned = find_captioned(config, source, backbone.folder, tiny_cache)
-    data = latent_set(captioned, backbone, encoders_fingerprint(backbone.folder), tiny_cache, backbone.latent_shape)
+    data = latent_set(
+        captioned, backbone, encoders_fingerprint(config, backbone.folder), tiny_cache, backbone.latent_shape
+    )
     encoders = [weakref.ref(encoder) for encoder in [*backbone.text_encoders, backbone.vae]]
 
     def network_distance(network: nn.Module) -> tuple[bool, set[torch.dtype]]:

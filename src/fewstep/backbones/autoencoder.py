@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fewstep.common.tensors import check_finite
 
-MOST_PIXELS = 2**21
-"""Pixels that the autoencoder takes at once: 8 pictures of 512 x 512, about 1 GB for each of its widest activations."""
+MOST_PIXELS = 2**20
+"""Pixels that the autoencoder takes at once: 4 pictures of 512 x 512, 1 GiB for each of its widest activations."""
 
 
 def to_bytes(decoded: Tensor) -> np.ndarray:

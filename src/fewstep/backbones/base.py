@@ -72,6 +72,8 @@ class Backbone(ABC):
     layout: torch.memory_format = torch.contiguous_format
     """Memory format of the network's convolutions, and of their inputs."""
     prompts_at_once = 256
+    text_dtype = torch.float32
+    """Type of the text encoders."""
     text_classes: Sequence[str] = ()
     """Classes that a text encoder may be of; empty for any of transformers."""
     tokenizer_classes: Sequence[str] = ()
@@ -137,7 +139,7 @@ class Backbone(ABC):
     @cached_property
     def readers(self) -> list[tuple[Any, Any]]:
         """The tokenizers and text encoders in order, loaded at first use."""
-        return load_text(self.folder, self.device, self.tokenizer_classes, self.text_classes)
+        return load_text(self.folder, self.device, self.tokenizer_classes, self.text_classes, self.text_dtype)
 
     @property
     def text_encoders(self) -> list[Any]:

@@ -103,11 +103,16 @@ def text_class(folder: PipelineFolder, component: str, legal: Sequence[str]) -> 
 
 
 def load_text(
-    folder: PipelineFolder, device: torch.device, tokenizers: Sequence[str], encoders: Sequence[str]
+    folder: PipelineFolder,
+    device: torch.device,
+    tokenizers: Sequence[str],
+    encoders: Sequence[str],
+    dtype: torch.dtype = torch.float32,
 ) -> list[tuple[Any, Any]]:
-    """Load the pairs of tokenizer and text encoder, in the family's order; encoders fp32, on the device.
+    """Load the pairs of tokenizer and text encoder, in the family's order; encoders on the device.
 
     Args:
+        dtype: of the encoders.
         tokenizers, encoders: names of classes that they may be of; empty for any of transformers.
 
     Raises:
@@ -130,7 +135,7 @@ def load_text(
                 local_files_only=True,
                 use_safetensors=True,
                 variant=weight_variant(place),
-                dtype=torch.float32,
+                dtype=dtype,
                 output_loading_info=True,
             )
         missing = [key for key in info["missing_keys"] if not key.startswith(UNUSED)]

@@ -64,7 +64,9 @@ def estimate_stage(
         every = captioned or find_captioned(config, source, backbone.folder, Path(cache))
         backbone.load_encoders()
         few = every.take(range(min(max(2, config.loop.batch), len(every), FEW)))
-        fingerprint = encoders_fingerprint(backbone.folder)  # before the clock: hashed once for any number of pictures
+        fingerprint = encoders_fingerprint(
+            config, backbone.folder
+        )  # before the clock: hashed once for any number of pictures
         started = time.perf_counter()
         data = latent_set(few, backbone, fingerprint, Path(cache), backbone.latent_shape)
         needed = min(len(every), config.loop.steps * config.loop.batch) if lacking is None else max(lacking)
