@@ -8,8 +8,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import yaml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fewstep import export_as
@@ -90,14 +93,75 @@ def test_what_is_written_is_read_back(
     assert ("```python" in card) == (found.reader != "fewstep")
     if found.reader != "fewstep":
         monkeypatch.chdir(tmp_path)
-        code = card.partition("```python\n")[2].partition("```")[0].replace('"BASE"', repr(str(base)))
-        if name.startswith("pixart"):  # of a size that no real one has
-            code = code.replace("**fewstep", "use_resolution_binning=False, height=64, width=64, **fewstep")
-        variables: dict[str, Any] = {}
-        exec(code, variables)  # the card's own lines
-        assert variables["picture"].size[0] >= 16
+        drawn = [by_card(code, base, name) for code in re.findall(r"```python\n(.*?)```", card, re.S)]
+        assert len(drawn) == (1 if name.startswith(("sd3", "flux", "sana")) else 2), "diffusers has no gamma on a flow"
+        assert drawn[0].shape[0] >= 16
+        assert np.abs(drawn[0] - drawn[-1]).max() <= 1, "diffusers' own scheduler makes the same jumps"
     assert (tmp_path / "made" / "pictures.webp").stat().st_size > 100
     assert place.exists()
+
+
+def by_card(code: str, base: Path, name: str) -> np.ndarray:
+    """Return the picture of a card's own lines, from seed 3."""
+    code = code.replace('"BASE"', repr(str(base)))
+    more = "use_resolution_binning=False, height=64, width=64, " if name.startswith("pixart") else ""  # no real size
+    assert code.count('pipe("') == 1
+    code = code.replace('pipe("', f'pipe({more}generator=torch.Generator().manual_seed(3), prompt="')
+    variables: dict[str, Any] = {"torch": torch}
+    exec(code, variables)
+    return np.asarray(variables["picture"]).astype(int)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_eulers_scheduler_draws_a_flow_student_at_gamma_0(
+    name: str, folders: dict[str, Path], picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [
+        f"teacher={folders[name]}", f"data.source={picture_folder}", "device=cpu", "student.rank=2", "loop.steps=1",
+        "loop.batch=2", "loop.validate_every=null", "sampling.gamma=0", "sampling.steps=3", "optim.lr=0.1",
+    ]  # fmt: skip
+    student = distillation.distill(resolve("tcd", None, words), tmp_path / "run", quiet=True)
+    export_as(student, out=tmp_path / "made", teacher=folders[name], prompts=["a red disc"])
+    monkeypatch.chdir(tmp_path)
+    card = (tmp_path / "made" / "README.md").read_text(encoding="utf-8")
+    plain, ours = (by_card(code, folders[name], name) for code in re.findall(r"```python\n(.*?)```", card, re.S))
+    assert np.abs(plain - ours).max() <= 2
+    assert ours.std() > 3
+
+
+def front_of(card: Path) -> dict[str, Any]:
+    front: dict[str, Any] = yaml.safe_load(card.read_text(encoding="utf-8").split("---\n")[1])
+    return front
+
+
+def test_the_front_matter_names_base_and_licence(
+    folders: dict[str, Path], students: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    """By the base's own card, unless others are given; and the facts of the training."""
+    from huggingface_hub import ModelCard
+
+    base, student = tmp_path / "base", students["sd", "lora"]
+    shutil.copytree(folders["sd"], base)
+    words: dict[str, Any] = {"teacher": base, "prompts": ["a red disc"], "check": False}
+    export_as(student, out=tmp_path / "none", **words)
+    (base / "README.md").write_text("---\nlicense: openrail++\ntags: [a]\n---\n# Base\n")
+    export_as(student, out=tmp_path / "own", base_model="owner/base", **words)
+    export_as(student, "merged", out=tmp_path / "given", base_model="owner/base", license="mit", **words)
+    none, own, given = (front_of(tmp_path / name / "README.md") for name in ("none", "own", "given"))
+    assert none["license"] == "other"
+    assert "base_model" not in none
+    assert (own["base_model"], own["base_model_relation"], own["license"]) == ("owner/base", "adapter", "openrail++")
+    assert (given["base_model_relation"], given["license"]) == ("finetune", "mit")
+    assert own["library_name"] == "diffusers"
+    assert own["pipeline_tag"] == "text-to-image"
+    assert {"lora", "tcd"} <= set(own["tags"])
+    assert "lora" not in given["tags"]
+    loaded = ModelCard.load(tmp_path / "own" / "README.md")
+    assert loaded.data.base_model == "owner/base"
+    assert 'from_pretrained("owner/base")' in loaded.text
+    facts = dict(re.findall(r"^\| (.*?) \| (.*?) \|$", loaded.text.partition("## Training")[2], re.M))
+    assert (facts["optimiser steps"], facts["batch"], facts["learning rate"]) == ("3", "2", "0.01")
+    assert facts["guidance of the teacher"] == "2 to 14 (lcm)"
 
 
 @pytest.mark.parametrize(
@@ -261,7 +325,8 @@ def test_settings_are_read_back_from_every_form(
         with pytest.raises(SystemExit) as left:
             cli.main(["sample", *shared, *words, "--out", str(tmp_path / "drawn.png")])
         assert left.value.code == 0
-        return (tmp_path / "drawn.png").read_bytes()
+        with Image.open(tmp_path / "drawn.png") as picture:
+            return picture.tobytes()
 
     wanted = drawn("--teacher", str(base), "--lora", str(student.parent))
     assert wanted != drawn("--teacher", str(base), "--lora", "none", "--steps", "2", "--sampler", "sss", "--omega", "0")

@@ -110,14 +110,19 @@ def fetched(named: str) -> Path:
 
     name, _, revision = named.partition("@")
     try:
-        place = Path(snapshot_download(name, revision=revision or None, allow_patterns=[INDEX, *LICENCES]))
+        place = Path(snapshot_download(name, revision=revision or None, allow_patterns=[INDEX, "README.md", *LICENCES]))
         if not (place / INDEX).is_file():
             raise FileNotFoundError(f"it holds no {INDEX}")
         kind = str(read_mapping(place / INDEX).get("_class_name"))
         if kind not in FAMILIES:
             return place  # refused by its class when it is read, before its weights are fetched
         family = FAMILIES[kind]
-        wanted = [INDEX, *LICENCES, *(f"{part}/{pattern}" for part in family.parts for pattern in SETTINGS)]
+        wanted = [
+            INDEX,
+            "README.md",
+            *LICENCES,
+            *(f"{part}/{pattern}" for part in family.parts for pattern in SETTINGS),
+        ]
         lacking = list(family.weighed)
         for variant in VARIANTS:
             wanted += [f"{part}/{pattern}" for part in lacking for pattern in WEIGHTS[variant]]

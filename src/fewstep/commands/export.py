@@ -30,10 +30,16 @@ def export_as(
     seed: int = 0,
     check: bool = True,
     device: str = "auto",
+    base_model: str = "",
+    license: str = "",
+    push: str | None = None,
+    private: bool = False,
 ) -> tuple[Path, Checked | None]:
     """Write a student in the form that another tool reads, with a model card, and verify that it is read back.
 
     Example: fewstep export runs/tcd/student --form kohya --out exports/octopus-tcd
+
+    Example: fewstep export runs/sd/student --teacher owner/base --out exports/fast --push me/fast --license openrail++
 
     Args:
         student: LoRA file or folder, a bundled student by name (tcd), or the folder of a whole pipeline.
@@ -47,19 +53,25 @@ def export_as(
         seed: seed of the first picture; each further picture adds 1.
         check: read the file back as its users will, draw, and compare.
         device: auto, cpu or cuda.
+        base_model: owner/name of the base on a hub, for the card; if omitted, the teacher's, where it has one.
+        license: licence of the export, as a hub names it; if omitted, that in the base's own card, else other.
+        push: owner/name of a model repository on the Hugging Face hub that the folder is uploaded to; needs a token.
+        private: make the repository private, if there is none yet.
 
     Returns:
         The file, or the folder of a whole pipeline; the result of reading it back.
 
     Raises:
-        UserError: no such student or form, a form that cannot hold it, a folder that is not empty; or the file that was
-            read back differs from the student.
+        UserError: no such student or form, a form that cannot hold it, a folder that is not empty, a hub that refuses
+            the upload; or the file that was read back differs from the student.
     """
     from fewstep.backbones.pipeline_folder import read_folder
-    from fewstep.backbones.teachers import read_teacher
+    from fewstep.backbones.teachers import HUB_ID, read_teacher
     from fewstep.common.choices import check_choice, check_device
     from fewstep.common.files import check_writable
     from fewstep.export.formats import ADAPTERS, check_form
+    from fewstep.export.push import check_push
+    from fewstep.export.push import push as upload
     from fewstep.students.resolve import resolve_student
 
     check_device(device)
@@ -87,10 +99,16 @@ def export_as(
         held = min(item.name for item in place.iterdir()) if place.is_dir() else "a file"
         raise UserError(f"out = {str(place)!r} holds {held}, which would be lost; give a new folder")
     check_writable(place.parent)
+    if base_model and not HUB_ID.fullmatch(base_model):
+        raise UserError(f"base_model = {base_model!r} is not owner/name of a hub; give that, or remove it")
+    if private and push is None:
+        raise UserError("private = True has no effect without push; remove it")
+    if push is not None:
+        check_push(push)
     from fewstep.common.device import pick_device
     from fewstep.export.export import Student, export
 
-    return export(
+    made = export(
         Student(folder, chosen.lora),
         kind,
         reader,
@@ -100,10 +118,17 @@ def export_as(
         seed=seed,
         check=check,
         device=pick_device(device),
+        base_model=base_model,
+        licence=license,
+        repo=push or "",
     )
+    if push is not None:
+        upload(place, push, private=private)
+    return made
 
 
 def report(result: tuple[Path, Checked | None], arguments: Mapping[str, Any]) -> list[str]:
     """Return the lines that `export` prints: the result of reading back, and the file."""
     path, verified = result
-    return [*([] if verified is None else [verified.line]), f"wrote {path}"]
+    pushed = [f"uploaded to {arguments['push']}"] if arguments["push"] else []
+    return [*([] if verified is None else [verified.line]), f"wrote {path}", *pushed]

@@ -36,6 +36,7 @@ def export_student(
     """
     base = backbone.folder.fingerprint(backbone.folder.network)
     notes = {"method": config.recipe, "guidance_seen": config.method.guidance.model_dump(), **notes}
+    notes["training"] = training_facts(config)
     if config.teacher:
         notes["teacher"] = teacher_name(Path(config.teacher))
     own, embeddings = split_weights(weights)
@@ -65,6 +66,19 @@ def export_student(
         write_pipeline(part, backbone.folder, network, record)
         save_extra_embeddings(part, embeddings)
     return target
+
+
+def training_facts(config: DistillConfig) -> dict[str, Any]:
+    """Return the facts of a training for a model card; None where one does not apply."""
+    return {
+        "batch": config.loop.batch,
+        "learning rate": config.optim.lr,
+        "precision": config.loop.precision,
+        "teacher's weights": config.student.base,
+        "size of pictures": config.data.size,
+        "follows": "a student" if config.method.follow == "start" else None,
+        "seed": config.loop.seed,
+    }
 
 
 def starting_weights(config: StudentConfig, start: LoraHeader | PipelineFolder) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from fewstep.common.safetensors_header import read_safetensors_header
 from fewstep.common.tensors import save_tensors
 from fewstep.export.adapters import adapter_config, kohya_names, matrices, write_diffusers, write_kohya, write_peft
 from fewstep.export.formats import ADAPTERS, ExportForm, Reader
-from fewstep.export.model_card import CARD, PICTURES, model_card
+from fewstep.export.model_card import CARD, PICTURES, model_card, origin_of
 from fewstep.export.verify import Checked, Export, check_export, provable
 from fewstep.inference.generator import ImageGenerator, load_image_generator
 from fewstep.inference.image_grid import image_grid, save_image
@@ -73,6 +73,9 @@ def export(
     seed: int = 0,
     check: bool = True,
     device: torch.device | str = "cpu",
+    base_model: str = "",
+    licence: str = "",
+    repo: str = "",
 ) -> tuple[Path, Checked | None]:
     """Write a student in a form into the folder `out`, with a model card and pictures; nothing is left on failure.
 
@@ -82,6 +85,8 @@ def export(
             denoiser alone, `single-file` all networks. A LoRA keeps its own.
         prompts: of the card's pictures and of the check.
         check: read the export back as its users do, draw, and compare with the student.
+        base_model, licence: of the card's front matter, see `model_card.origin_of`.
+        repo: owner/name that it is uploaded to, for the card; empty for none.
 
     Returns:
         the file, or the folder of a whole pipeline; and the result of reading it back.
@@ -122,6 +127,8 @@ def export(
             file=file,
             prompts=prompts,
             seeds=seeds,
+            origin=origin_of(student.folder, record, base_model, licence),
+            repo=repo,
         )
         (part / CARD).write_text(text, encoding="utf-8")
     return (out / file if file else out), checked
