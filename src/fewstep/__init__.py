@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # type checkers and editors see the names; `import fewstep` s
     from fewstep.commands.draw_folder import draw_folder as draw_folder
     from fewstep.commands.evaluate import evaluate as evaluate
     from fewstep.commands.export import export_as as export_as
+    from fewstep.commands.init import init as init
     from fewstep.commands.sample import sample as sample
     from fewstep.commands.synthesize import read_synthesis as read_synthesis
     from fewstep.commands.synthesize import synthesis_cost as synthesis_cost
@@ -22,6 +23,8 @@ if TYPE_CHECKING:  # type checkers and editors see the names; `import fewstep` s
     from fewstep.commands.train_adapter import train_adapter as train_adapter
     from fewstep.commands.train_latent_lpips import train_latent_lpips as train_latent_lpips
     from fewstep.commands.train_latent_lpips import train_perceptual as train_perceptual
+    from fewstep.commands.train_style import style_cost as style_cost
+    from fewstep.commands.train_style import train_style as train_style
     from fewstep.commands.web_app import app as app
     from fewstep.common.errors import UserError as UserError
     from fewstep.inference.attach import attach as attach
@@ -49,14 +52,17 @@ _MODULES = {
     "evaluate": "commands.evaluate",
     "export_as": "commands.export",
     "load": "inference.text_to_image",
+    "init": "commands.init",
     "read_synthesis": "commands.synthesize",
     "sample": "commands.sample",
     "scheduler_for": "inference.pipeline",
+    "style_cost": "commands.train_style",
     "synthesis_cost": "commands.synthesize",
     "synthesize": "commands.synthesize",
     "train_adapter": "commands.train_adapter",
     "train_latent_lpips": "commands.train_latent_lpips",
     "train_perceptual": "commands.train_latent_lpips",
+    "train_style": "commands.train_style",
 }
 """Public name -> the module of this package that defines it, imported on first access."""
 __all__ = [name for name in _MODULES if name != "train_perceptual"]  # an old name

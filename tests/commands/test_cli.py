@@ -109,7 +109,7 @@ def test_the_last_of_a_repeated_option_counts(refuse: Refuse, tiny_pipeline: Pat
 
 
 def test_an_unknown_recipe_names_a_near_one(refuse: Refuse) -> None:
-    for near, meant in (("lcmm", "'lcm'"), ("TCD", "'tcd'")):
+    for near, meant in (("lcmm", "'lcm'"), ("TLCMM", "'tlcm'")):
         error = refuse("distill", "--recipe", near)
         assert error.field == "recipe"
         assert str(error).endswith(f"did you mean {meant}?")
@@ -238,7 +238,7 @@ def test_a_run_folder_of_another_config(refuse: Refuse, tiny_overrides: list[str
     from fewstep.distillation.config import resolve
     from fewstep.training.run_folder import RunLog
 
-    RunLog(Path("run"), resolve("tcd", None, tiny_overrides), title="x", quiet=True)
+    RunLog(Path("run"), resolve("tcd", None, tiny_overrides, omega=7.0), title="x", quiet=True)
     words = [word for override in [*tiny_overrides, "optim.lr=0.5"] for word in ("-s", override)]
     assert "optim.lr (0.001, now 0.5)" in str(refuse("distill", "--out", "run", *words))
 
@@ -351,7 +351,13 @@ def test_prompts_that_are_not_there(refuse: Refuse, tmp_path: Path) -> None:
         (("--precision", "fp8"), "precision"),
         (("--strength", "0.5"), "strength"),
         (("--out", "picture.gif"), "out"),
-        (("--out", "picture"), "out"),
+        (("--out", "v1.5"), "out"),
+        (("--format", "gif", "--out", "pictures"), "format"),
+        (("--width", "60"), "width"),
+        (("--height", "0"), "height"),
+        (("--guidance-scale", "-1"), "guidance_scale"),
+        (("--guidance-scale", "2", "--omega", "1"), "guidance_scale"),
+        (("--negative-prompt", "blue"), "negative_prompt"),
         (("--lora", "tdc"), "lora"),
         (("-s", "size=large"), "size"),
         (("--seed", "1", "--seed"), "seed"),
@@ -385,12 +391,6 @@ def test_teacher_sampling_has_its_own_range(refuse: Refuse, tiny_pipeline: Path)
     with pytest.raises(SystemExit) as stop:
         cli.main(["sample", "a disc", *teacher, "--steps", "51", "--out", "t.png"])
     assert stop.value.code == 0
-
-
-def test_out_is_a_folder(refuse: Refuse, tiny_pipeline: Path, distilled: Path) -> None:
-    Path("a.png").mkdir()
-    teacher = ("--teacher", str(tiny_pipeline), "--lora", str(distilled))
-    assert refuse("sample", "a disc", *teacher, "--out", "a.png").field == "out"
 
 
 def test_loras_that_are_none(refuse: Refuse, tiny_pipeline: Path, distilled: Path, tmp_path: Path) -> None:
@@ -597,10 +597,12 @@ def test_help_is_light() -> None:
 
 
 VERBS = {
+    "init",
     "distill",
     "synthesize",
     "train-latent-lpips",
     "train-adapter",
+    "train-style",
     "sample",
     "export",
     "evaluate",
@@ -744,3 +746,57 @@ def test_a_whole_slice(tiny_overrides: list[str], capsys: pytest.CaptureFixture[
 
         assert "wrote a.png" in out
         assert Image.open("a.png").size == size
+
+
+def test_recipes_are_named_in_any_case() -> None:
+    from fewstep.distillation.config import resolve
+
+    assert resolve("TCD") == resolve("tcd")
+    assert resolve("tcd", None, ["recipe=LCM"]) == resolve("lcm")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "omegas", "w"),
+    [("tcd", (1.0, 3.0), None), ("tlcm", (2.0, 2.0), None), ("lcm-full", (1.0, 3.0), 2.0), ("ctm", (0.0, 0.0), None)],
+)
+def test_a_teachers_own_guidance_replaces_the_recipes(
+    recipe: str, omegas: tuple[float, float], w: float | None
+) -> None:
+    from fewstep.distillation.config import resolve
+
+    config = resolve(recipe, omega=2.0)
+    guides = config.method.guidance.guides
+    assert (config.method.guidance.omegas if guides else (0.0, 0.0)) == omegas
+    assert config.sampling.w == w
+    named = ["method.guidance.high=20"]
+    assert resolve("tcd", None, named, omega=2.0) == resolve("tcd", None, named), "not where one is named"
+
+
+def test_a_plain_distillation_takes_the_guidance_in_the_teachers_folder(
+    tiny_pipeline: Path, picture_folder: Path
+) -> None:
+    from fewstep.commands.distill import _settings
+
+    words = ["device=cpu", f"data.source={picture_folder}", "loop.validate_every=null"]
+    none = dict.fromkeys(("config", "prompt_file", "device", "precision"))
+    settings, _, place = _settings(
+        recipe="TCD", out=None, teacher=tiny_pipeline, teacher_config="", overrides=words, **none
+    )
+    assert settings.method.guidance.omegas == (3.5, 10.5), "its fewstep.json has omega 7"
+    assert place == Path("runs/tcd")
+
+
+def test_completion_knows_the_verbs(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fewstep", "--install-completion", "--shell", "bash"],
+        env={**os.environ, "HOME": str(tmp_path), "SHELL": "/bin/bash"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    scripts = [path for path in tmp_path.rglob("*fewstep*") if path.is_file()]
+    assert len(scripts) == 1
+    script = scripts[0].read_text()
+    for word in ("distill", "sample", "--prompt-file", "--gamma"):
+        assert word in script

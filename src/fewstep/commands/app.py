@@ -23,12 +23,14 @@ from fewstep.commands.evaluate import evaluate
 from fewstep.commands.evaluate import report as measured
 from fewstep.commands.export import export_as
 from fewstep.commands.export import report as exported
+from fewstep.commands.init import init, next_steps
 from fewstep.commands.recipes import recipes
 from fewstep.commands.renamed import current
 from fewstep.commands.sample import sample
 from fewstep.commands.synthesize import synthesis_cost, synthesize
 from fewstep.commands.train_adapter import train_adapter
 from fewstep.commands.train_latent_lpips import rank_correlations, train_latent_lpips
+from fewstep.commands.train_style import style_cost, train_style
 from fewstep.commands.verb import add, nothing, shown
 from fewstep.commands.web_app import app as web_app
 from fewstep.common.defaults import installed_world
@@ -52,16 +54,19 @@ app = App(
     exit_on_error=False,
     result_action="return_value",
 )
+add(app, init, DISTIL, show=next_steps)
 add(app, distill, DISTIL, estimate=estimate)
 add(app, synthesize, DISTIL, estimate=synthesis_cost)
 add(app, train_latent_lpips, DISTIL, show=rank_correlations)
 add(app, train_adapter, DISTIL)
+add(app, train_style, DISTIL, estimate=style_cost)
 add(app, sample, USE)
 add(app, web_app, USE, show=nothing)
 add(app, export_as, USE, name="export", show=exported)
 add(app, evaluate, EVALUATE, show=measured)
 add(app, draw_folder, EVALUATE)
 add(app, recipes, OTHER, show=shown)
+app.register_install_completion_command(group=OTHER, help="Install completion of verbs and options in this shell.")
 bundled = installed_world()
 studies = App("world", help="Studies and trainings of the bundled world.", group=OTHER, group_commands="Commands")
 if bundled is not None:

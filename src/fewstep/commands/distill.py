@@ -38,7 +38,7 @@ def distill(
         recipe: bundled recipe (see `fewstep recipes`) or a YAML file.
         out: run folder, runs/<recipe> if omitted; a stopped run is resumed from it.
         teacher: pipeline folder, single-file checkpoint or hub id; if omitted, the one in the settings, else the
-            bundled teacher.
+            bundled teacher. Where its folder records a guidance (fewstep.json), that replaces the recipe's.
         teacher_config: pipeline folder with the configs of a single-file teacher.
         config: YAML file laid over the recipe.
         prompt_file: text file, one prompt a line, for recipes that need no pictures (tlcm); sets data.source.
@@ -104,12 +104,16 @@ def _settings(
     from fewstep.common.files import check_writable
     from fewstep.distillation.checks import check_distillation
     from fewstep.distillation.config import resolve
+    from fewstep.students.resolve import own_omega
     from fewstep.training.run_folder import check_same_run
 
     changes = with_options(overrides, {"data.source": prompt_file, "device": device, "loop.precision": precision})
-    settings = resolve(recipe, config, changes, named_teacher(teacher, teacher_config))
-    inputs = check_distillation(settings, read_teacher(settings.teacher))
-    place = Path(out) if out else Path("runs") / Path(recipe).stem
+    named = named_teacher(teacher, teacher_config)
+    settings = resolve(recipe, config, changes, named)
+    folder = read_teacher(settings.teacher)
+    settings = resolve(recipe, config, changes, named, own_omega(folder))
+    inputs = check_distillation(settings, folder)
+    place = Path(out) if out else Path("runs") / Path(settings.recipe).stem
     check_writable(place)
     check_same_run(place, settings, later=True)
     stages = settings.each_stage()

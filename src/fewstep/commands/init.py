@@ -14,7 +14,7 @@ from fewstep.common.errors import UserError
 def init(
     *,
     model: str,
-    memory: int,
+    memory: int = 24,
     pictures: Path | str | None = None,
     prompt_file: Path | str | None = None,
     teacher: Path | str = "",

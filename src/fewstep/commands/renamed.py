@@ -13,7 +13,7 @@ OPTIONS = {
     "train-latent-lpips": {"--prompts": "--prompt-file", "--config": "--teacher-config"},
     "train-adapter": {"--config": "--teacher-config"},
     "sample": {"--config": "--teacher-config"},
-    "evaluate": {"--config": "--teacher-config"},
+    "evaluate": {"--prompts": "--prompt-file", "--config": "--teacher-config"},
     "export": {"--prompt": "--prompts", "--config": "--teacher-config"},
 }
 """Verb -> old name of an option -> its name. A folder after `distill --config` is a --teacher-config too."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,22 @@ def sample(
     *,
     prompt_file: Path | str | None = None,
     lora: Path | str | None = "auto",
+    style: Path | str | None = None,
+    style_scale: float | None = None,
     teacher: Path | str = "",
     teacher_config: Path | str = "",
     steps: int | None = None,
     gamma: float | None = None,
     omega: float | None = None,
+    guidance_scale: float | None = None,
+    negative_prompt: str = "",
+    width: int | None = None,
+    height: int | None = None,
     sampler: str | None = None,
     seed: int = 0,
     count: int = 1,
     out: Path | str = "sample.png",
+    format: str = "png",
     scale: int | None = None,
     device: str = "auto",
     precision: str = "fp32",
@@ -37,9 +45,12 @@ def sample(
 ) -> Path:
     """Draw pictures from prompts, with the sampling settings stored in the student.
 
-    Writes one picture, or a grid of them with a row for each prompt.
+    Writes one picture, a grid of them with a row for each prompt, or a folder of numbered pictures. A PNG holds prompt,
+    seed and settings; a folder's numbers go on after those that it holds.
 
     Example: fewstep sample "three frogs on yellow" --steps 4 --out frogs.png
+
+    Example: fewstep sample "three frogs on yellow" --count 100 --out frogs/
 
     Example: fewstep sample "three frogs, noto style" --image frogs.png --strength 0.7 --out noto.png
 
@@ -48,16 +59,25 @@ def sample(
         prompt_file: text file of further prompts, one a line.
         lora: student: a bundled student by name (tcd), a LoRA file or folder, or none for the teacher itself; auto is
             tcd for the bundled teacher and none for any other.
+        style: LoRA beside the student's, such as train-style or another trainer wrote for the same teacher.
+        style_scale: factor of the style; 1 if omitted.
         teacher: pipeline folder, single-file checkpoint or hub id; if omitted, the bundled teacher.
         teacher_config: pipeline folder with the configs of a single-file teacher.
         steps: network evaluations of a picture.
         gamma: stochasticity of sampler sss, 0 to 1.
         omega: guidance in the papers' convention, diffusers' guidance_scale less 1; 0 for students.
+        guidance_scale: the same as diffusers counts it, omega + 1; up to 1 for none.
+        negative_prompt: text that guidance leads away from; needs guidance.
+        width: pixels; if omitted, the student's or the trained size. A multiple of 8, or of 16 in some families.
+        height: pixels, likewise.
         sampler: sss, lcm, ddim, euler, heun, dpm_2, dpmpp_2s or sde_dpmpp_2m.
         seed: seed of the first picture; each further picture adds 1.
         count: pictures of each prompt.
-        out: picture file to write, .png or .webp.
-        scale: integer factor of enlargement; if omitted, small pictures are enlarged to 256 pixels.
+        out: picture file to write, .png, .jpg or .webp; any other name without a suffix, or a folder that exists, for
+            numbered pictures.
+        format: of numbered pictures, png, jpg or webp.
+        scale: integer factor of enlargement; if omitted, small pictures are enlarged to 256 pixels, but not in
+            folders.
         device: auto, cpu or cuda.
         precision: precision of the denoiser, auto, fp32, bf16 or fp16.
         compile: compile the denoiser; takes minutes, pays for many pictures.
@@ -70,18 +90,20 @@ def sample(
             also a mapping.
 
     Returns:
-        The picture file.
+        The picture file or folder.
 
     Raises:
-        UserError: no prompt, a setting out of range, a LoRA or adapter of another base, an unwritable place, an
+        UserError: no prompt, a setting out of range, a LoRA, style or adapter of another base, an unwritable place, an
             unreadable picture, or a strength below which the grid has fewer times than steps.
     """
     from fewstep.backbones.teachers import read_teacher
-    from fewstep.common.choices import check_device
+    from fewstep.common.choices import check_choice, check_device
     from fewstep.common.files import check_writable
     from fewstep.data.images import read_picture
     from fewstep.data.prompts import read_prompts
-    from fewstep.inference.image_grid import check_grid_size, image_grid, save_image
+    from fewstep.inference.image_grid import check_grid_size, check_picture_file, image_grid, save_image
+    from fewstep.inference.picture_files import FORMATS, next_number, numbered, picture_settings, student_name
+    from fewstep.students.lora_checks import check_lora
     from fewstep.students.resolve import resolve_student
 
     named = [prompts] if isinstance(prompts, str) else prompts
@@ -89,29 +111,43 @@ def sample(
     if not texts or any(not prompt.strip() for prompt in texts):
         raise UserError('prompts is empty; give at least one, e.g. "three frogs on yellow"', field="prompts")
     path = Path(out)
-    if path.suffix.lower() not in (".png", ".webp"):
-        raise UserError(f"out = {str(path)!r} must end in .png or .webp; use {path.stem + '.png'!r}")
-    if path.is_dir():
-        raise UserError(f"out = {str(path)!r} is a folder; use {str(path / 'sample.png')!r}")
+    in_folder = path.is_dir() or not path.suffix or str(out).endswith("/")
+    if not in_folder:
+        check_picture_file(path)
+    check_choice("format", format, FORMATS)
     for name, value in (("count", count), ("scale", scale), ("batch", batch)):
         check_positive(name, value)
     check_seed(seed, count * len(texts))
+    omega = omega_given(omega, guidance_scale)
     if strength is not None and image is None:
         raise UserError(f"strength = {strength} has no effect without an image; give --image")
     check_device(device)
     folder = read_teacher(teacher, teacher_config)
+    for name, side in (("width", width), ("height", height)):
+        if side is not None:
+            folder.check_size(name, (side, side))
     changes = sampling_changes(settings, steps=steps, gamma=gamma, omega=omega, sampler=sampler)
     student, sampling, _ = resolve_student(folder, lora, changes)
-    width, height = sampling.size or (folder.picture_size, folder.picture_size)
-    factor = scale or max(1, 256 // width)
+    beside = None if style is None else check_lora(style, folder)
+    if style_scale is not None and beside is None:
+        raise UserError(f"style_scale = {style_scale:g} has no effect without a style; give --style")
+    size = sampling.size or (folder.picture_size, folder.picture_size)
+    if width or height:
+        size = (width or size[0], height or size[1])
+        sampling = sampling.model_copy(update={"size": size})
+    if negative_prompt and (folder.takes_guidance or not sampling.omega):
+        reason = "a network that takes guidance as an input" if folder.takes_guidance else "omega = 0"
+        raise UserError(f"negative_prompt has no effect with {reason}; remove it", field="negative_prompt")
+    factor = scale or (1 if in_folder else max(1, 256 // size[0]))
     columns = count if len(texts) > 1 else min(count, 8)
-    check_grid_size(count * len(texts), (width, height), columns, factor, path)
-    begun = None if image is None else read_picture(Path(image), width, height)
+    if not in_folder:
+        check_grid_size(count * len(texts), size, columns, factor, path)
+    begun = None if image is None else read_picture(Path(image), *size)
     if adapter is not None:
         from fewstep.inference.multilingual.record import read_adapter
 
         read_adapter(adapter, folder)
-    check_writable(path.parent)
+    check_writable(path if in_folder else path.parent)
     from fewstep.common.device import pick_compute_dtype, pick_device
 
     place = pick_device(device)
@@ -120,19 +156,68 @@ def sample(
 
     from fewstep.backbones.lengths import print_cut_prompts
     from fewstep.backbones.scheduler_config import path_of
+    from fewstep.backbones.teachers import teacher_name
     from fewstep.diffusion.draw_latents import Source, call_times
     from fewstep.inference.generator import load_image_generator
 
     share = 0.5 if strength is None else strength
     if begun is not None:  # refused before weights are loaded
         call_times(sampling, path_of(folder.noise), share)
-    generator = load_image_generator(folder, student, place, adapter, dtype, compiled=compile, batch=batch)
+    generator = load_image_generator(
+        folder,
+        student,
+        place,
+        adapter,
+        dtype,
+        compiled=compile,
+        batch=batch,
+        style=beside,
+        style_scale=1.0 if style_scale is None else style_scale,
+    )
+    generator = replace(generator, negative=negative_prompt)
     if generator.adapter is None:
         print_cut_prompts(generator.backbone, texts)
     source = None if begun is None else Source(generator.backbone.to_latents(begun[None]), share)
     repeated = [prompt for prompt in texts for _ in range(count)]
-    pictures: np.ndarray = generator.draw(repeated, range(seed, seed + len(repeated)), sampling, source)
-    return save_image(image_grid(pictures, columns, factor), path)
+    names = {"student": student_name(student.path) if student else "", "teacher": teacher_name(folder.path)}
+
+    def text_of(number: int) -> Mapping[str, str]:
+        return picture_settings(repeated[number], seed + number, sampling, size, negative=negative_prompt, **names)
+
+    def drawn(numbers: range) -> np.ndarray:
+        prompts = [repeated[number] for number in numbers]
+        pictures: np.ndarray = generator.draw(prompts, [seed + number for number in numbers], sampling, source)
+        return pictures
+
+    if not in_folder:
+        text = text_of(0) if len(repeated) == 1 else {}
+        return save_image(image_grid(drawn(range(len(repeated))), columns, factor), path, text)
+    first = next_number(path)
+    at_once = len(repeated) if compile else AT_ONCE  # a compiled network has one batch size
+    for start in range(0, len(repeated), at_once):  # written as they are drawn: a stopped command keeps them
+        numbers = range(start, min(start + at_once, len(repeated)))
+        for number, picture in zip(numbers, drawn(numbers)):
+            save_image(image_grid(picture[None], 1, factor), numbered(path, first + number, format), text_of(number))
+    return path
+
+
+AT_ONCE = 64
+"""Pictures of a folder that are drawn before they are written."""
+
+
+def omega_given(omega: float | None, guidance_scale: float | None) -> float | None:
+    """Return omega by either option; None for neither.
+
+    Raises:
+        UserError: both are given, or a scale below 0.
+    """
+    if guidance_scale is None:
+        return omega
+    if omega is not None:
+        raise UserError(f"guidance_scale = {guidance_scale:g} and omega = {omega:g} are one setting; remove one")
+    if not guidance_scale >= 0:
+        raise UserError(f"guidance_scale = {guidance_scale:g} must be at least 0")
+    return max(0.0, guidance_scale - 1)
 
 
 def sampling_changes(settings: Mapping[str, Any] | str | Sequence[str] | None, **options: object) -> Mapping[str, Any]:

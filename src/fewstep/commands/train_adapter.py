@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fewstep.common.arguments import checked
+from fewstep.common.arguments import checked, with_options
 
 
 @checked
@@ -16,6 +16,7 @@ def train_adapter(
     teacher: Path | str = "",
     teacher_config: Path | str = "",
     device: str = "auto",
+    precision: str | None = None,
     overrides: str | Sequence[str] = (),
 ) -> Path:
     """Train an adapter for prompts in other languages, for a teacher and its students, from text pairs alone.
@@ -31,6 +32,7 @@ def train_adapter(
         teacher: pipeline folder, single-file checkpoint or hub id; if omitted, the bundled teacher.
         teacher_config: pipeline folder with the configs of a single-file teacher.
         device: auto, cpu or cuda.
+        precision: precision of training, auto, fp32, bf16 or fp16; sets loop.precision.
         overrides: setting, key=value, e.g. output_share=.5. May be repeated.
 
     Returns:
@@ -49,7 +51,8 @@ def train_adapter(
     from fewstep.inference.multilingual.settings import PACKAGES, AdapterConfig
     from fewstep.training.run_folder import check_same_run
 
-    config = validate(AdapterConfig, parse_overrides(overrides, AdapterConfig))
+    changes = with_options(overrides, {"loop.precision": precision})
+    config = validate(AdapterConfig, parse_overrides(changes, AdapterConfig))
     check_device(device)
     folder = read_teacher(teacher, teacher_config)
     found = world("pairs").text_pairs() if pairs is None else read_pairs(pairs)
