@@ -56,9 +56,12 @@ class LoopConfig(Config):
 
 
 class OptimConfig(Config):
-    """AdamW and its learning-rate schedule."""
+    """The optimiser and its learning-rate schedule."""
 
-    kind: Literal["adamw", "adamw_8bit"] = Field("adamw", description="adamw, or with moments in 8 bits (bitsandbytes)")
+    kind: Literal["adamw", "adamw_8bit", "muon"] = Field(
+        "adamw",
+        description="adamw; adamw_8bit (moments in 8 bits, bitsandbytes); muon (matrices by orthogonalised momentum)",
+    )
     lr: float = Field(1e-4, gt=0, description="peak learning rate")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's moment decays")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")

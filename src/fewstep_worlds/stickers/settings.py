@@ -110,7 +110,7 @@ class TeacherConfig(UnetShape):
         steps=60_000, batch=64, save_every=500, validate_every=4000, log_every=50, precision="bf16", keep=2
     )
     optim: OptimConfig = OptimConfig(
-        lr=1e-3, betas=(0.9, 0.99), warmup=300, decay="cooldown", ema=0.9995, weight_decay=0.01
+        kind="muon", lr=1e-3, betas=(0.9, 0.99), warmup=100, decay="cooldown", ema=0.998, weight_decay=0.01
     )
 
     @model_validator(mode="after")
