@@ -520,10 +520,18 @@ def test_a_teacher_goes_on_from_another_ones_weights(
         seen.extend(indices)
         return captioned(self, indices)
 
+    batches: list[list[Any]] = []
+    eps_loss = teacher.eps_loss
+
+    def recorded_loss(*args: Any) -> Any:
+        batches.append([args[number].detach() for number in (2, 4, 5)])
+        return eps_loss(*args)
+
     monkeypatch.setattr(SceneWorkers, "captioned", recorded)
+    monkeypatch.setattr(teacher, "eps_loss", recorded_loss)
     tiny_vae().save_pretrained(tmp_path / "vae")
     words = {"autoencoder": str(tmp_path / "vae"), "workers": 0, "validation_prompts": 0, "first_scene": 70}
-    loop, optim = LoopConfig(steps=1, batch=2), OptimConfig(lr=1e-12)
+    loop, optim = LoopConfig(steps=1, batch=4), OptimConfig(lr=1e-12)
     shape = {"channels": (8, 16), "heads": 2, "groups": 4}
     config = TeacherConfig.model_validate(
         {**words, **shape, "unet": str(tmp_path / "unet"), "loop": loop, "optim": optim}
@@ -534,6 +542,11 @@ def test_a_teacher_goes_on_from_another_ones_weights(
     accelerator = make_accelerator("fp32", CPU)
     teacher.train_teacher(config, tmp_path / "run", tmp_path / "new", accelerator, sticker_sheets)
     assert seen == [70, 71]
+    ((latents, t, eps),) = batches  # each scene twice, at two noise levels
+    assert torch.equal(latents[0], latents[1])
+    assert not torch.equal(latents[1], latents[2])
+    assert len(set(t.tolist())) == 4
+    assert not torch.equal(eps[0], eps[1])
     for name, tensor in load_file(tmp_path / "new" / "unet" / WEIGHTS).items():
         torch.testing.assert_close(tensor.float(), given.state_dict()[name], rtol=1e-3, atol=1e-6)
     other = config.model_copy(update={"channels": (8, 8)})

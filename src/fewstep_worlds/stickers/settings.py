@@ -102,6 +102,7 @@ class TeacherConfig(UnetShape):
     unet: str = Field("", description="folder of a UNet of this shape to go on from; empty for a fresh one")
     first_scene: int = Field(0, ge=0, description="number of the first scene: above those that the UNet was trained on")
     channels: tuple[int, ...] = Field((64, 128, 128), description="channels at each resolution; the first has no text")
+    noises: int = Field(2, ge=1, description="samples of a scene, each with its own noise level and noise")
     omega: float = Field(2.0, ge=0, description="default guidance of the teacher, in the papers' convention")
     validation_prompts: int = Field(500, ge=0, description="unseen prompts of a validation; 0 for none")
     validation_steps: int = Field(25, ge=1, description="steps of guided DDIM of validation samples")

@@ -155,11 +155,12 @@ def train_teacher(
     metrics: TeacherMetrics | None = None
 
     def fetch(items: np.ndarray, rng: KeyedRng) -> Batch:
-        pictures, prompts = workers.captioned(items + config.first_scene)
-        empty = rng.chance("empty prompt", config.prompt_dropout).tolist()
-        texts = ["" if dropped else prompt for prompt, dropped in zip(prompts, empty, strict=True)]
+        scenes, which = np.unique(items // config.noises, return_inverse=True)
+        pictures, prompts = workers.captioned(scenes + config.first_scene)
+        empty = rng.chance("empty prompt", config.prompt_dropout).cpu().numpy()
         with accelerator.autocast():
-            return {"latents": encoders.latents(pictures), "states": encoders.states(texts).float()}
+            latents, states = encoders.latents(pictures), encoders.states([*prompts, ""]).float()
+        return {"latents": latents[which], "states": states[np.where(empty, len(prompts), which)]}
 
     def loss(batch: Batch, rng: KeyedRng) -> Loss:
         latents = batch["latents"]
