@@ -33,7 +33,6 @@ from fewstep_worlds.stickers.grammar import read
 from fewstep_worlds.stickers.parallel import ScenePairs
 from fewstep_worlds.stickers.vocabulary import CONCEPTS
 from fewstep_worlds.stickers.world import held_out_pairs, text_pairs
-from fewstep_worlds.studies import api as studies_api
 from fewstep_worlds.studies.chinese import ratio_figure
 
 CAPTIONS = ("a red disc", "a blue ring", "a green bar", "a yellow square")
@@ -230,25 +229,6 @@ def test_scene_pairs_agree_and_hold_nothing_held_out() -> None:
     for pair in held["held-out combinations"]:
         claim = read(pair.target, "english")
         assert {(concept, claim.colour) for concept, _ in claim.things} & heldout.chinese_colours()
-
-
-@pytest.mark.slow
-def test_chinese_beside_english_by_one_command(tmp_path: Path) -> None:
-    """`fewstep world chinese` on a part of its prompts: figures are those of the drawn pictures, which are kept."""
-    words = ["prompts=20", "steps=2", "teacher_steps=2", "training.loop.steps=2", "shown=3"]
-    table = studies_api.chinese(out=tmp_path, overrides=words)
-    found = json.loads((tmp_path / "chinese.json").read_text(encoding="utf-8"))
-    for line in found["lines"]:
-        ratio, english = line["ratio"], line["english"]["value"]
-        assert line["english"]["n"] == line["chinese"]["n"] == 20
-        assert (ratio is None) == (english == 0)
-        if ratio:
-            assert ratio["value"] == pytest.approx(line["chinese"]["value"] / english)
-            assert ratio["low"] <= ratio["value"] <= ratio["high"]
-    assert found["note"] in table.read_text(encoding="utf-8")
-    before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "pictures").iterdir()}
-    studies_api.chinese(out=tmp_path, overrides=words)
-    assert before == {file.name: file.stat().st_mtime_ns for file in (tmp_path / "pictures").iterdir()}, "kept"
 
 
 @pytest.mark.parametrize(
