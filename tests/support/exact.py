@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.schedule import Path
 from fewstep_worlds.plane.mixture import Mixture, times_of
 
-__all__ = ["Mixture", "gaussian", "three_modes", "times_of", "two_modes_line"]
+__all__ = ["Mixture", "Wide", "gaussian", "three_modes", "times_of", "two_modes_line"]
+
+
+class Wide(KeyedRng):
+    """The same noise in float64."""
+
+    def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
+        return super().normal(purpose, shape).double()
 
 
 def gaussian(path: Path, mean: tuple[float, ...] = (0.7, -0.4), std: float = 0.6) -> Mixture:

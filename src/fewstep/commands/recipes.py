@@ -33,14 +33,14 @@ def table() -> Iterator[str]:
     from fewstep.methods.cost import step_calls
     from fewstep.methods.recipes import describe, names
 
-    yield f"{'recipe':<10}{'steps':>5}{'cost':>6}  {'paper':<12}good for"
+    yield f"{'recipe':<14}{'steps':>5}{'cost':>6}  {'paper':<12}good for"
     for name in names():
         config = resolve(name)
         stages = config.each_stage()
         calls = sum(stage.loop.steps * sum(step_calls(stage.method).values()) for stage in stages)
         cost = calls / sum(stage.loop.steps for stage in stages)
         about = describe(name, DistillConfig)
-        yield f"{name:<10}{config.sampling.steps:>5}{cost:>6.3g}  {about['paper']:<12}{about['about']}"
+        yield f"{name:<14}{config.sampling.steps:>5}{cost:>6.3g}  {about['paper']:<12}{about['about']}"
 
 
 def setting_lines() -> Iterator[str]:

@@ -33,9 +33,9 @@ Form = Literal["x0", "eps"]
 """What a second-order jump blends: data or noise predictions."""
 ExtraCondition = Literal["s", "w"]
 """Inputs of a network beside x_t, t and the prompt: the landing s, and the guidance omega."""
-Start = Literal["data", "trajectory", "rollout", "student"]
-"""Where x_{t_n+k} comes from: noised data, a stored trajectory of the teacher, a few of its steps from noise, or the
-student's own samples, noised."""
+Start = Literal["data", "trajectory", "rollout", "student", "simulation", "noise"]
+"""Where x_{t_n+k} comes from: noised data, a stored trajectory of the teacher, a few of its steps from noise, the
+student's own samples, noised, the student's own steps from noise, down to t_{n+k}, or pure noise alone."""
 Follow = Literal["teacher", "start"]
 """Whose steps lead from x_{t_n+k} to x_{t_n}: the teacher's, or those of the student that a run starts from."""
 Point = Literal["solver", "path", "self", "stored"]
@@ -47,13 +47,17 @@ Compare = Literal["landing", "end"]
 """Where two jumps are compared: where they land, or pushed on to the end point by the target."""
 AdversarialKind = Literal["hinge", "nonsaturating"]
 """The adversarial losses; see `methods.adversarial`."""
-Weight = Literal["none", "eps", "x0", "v", "step"]
-"""Differences are divided by the landing's derivative with respect to eps (x0, v); or the loss by the step's width in
-noise level (iCT)."""
+Weight = Literal["none", "eps", "x0", "v", "velocity", "step"]
+"""Differences are divided by the landing's derivative with respect to eps (x0, v, the velocity eps - x0 of a flow); or
+the loss by the step's width in noise level (iCT)."""
 Target = Literal["self", "ema"]
 """Weights of the target: the student's own under stop-gradient, or their moving average."""
 Normaliser = Literal["dmd", "score", "none"]
 """Divisor of the gap of two scores; see `methods.distribution_matching`."""
+Levels = Literal["all", "jump"]
+"""Noise levels at which scores are compared: all, or those that the jump crosses, from s to t_{n+k}."""
+Matched = Literal["landing", "simulation"]
+"""What is matched: the jump's landing, or the end of the student's own steps from noise."""
 DistanceName = Literal["l2", "huber", "huber_norm", "features", "latent_lpips"]
 """Distance of two landings; see `methods.distances`."""
 

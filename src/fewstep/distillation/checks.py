@@ -152,6 +152,11 @@ def _check_start_of_pairs(named: str, source: Source, method: ConsistencyConfig)
             f"data.source = {named!r} has prompts alone, method.start = 'data' needs pictures; use 'rollout'",
             field="method.start",
         )
+    elif method.start in ("simulation", "noise") and method.adversarial.reads_data and not source.pictures:
+        raise UserError(
+            f"data.source = {named!r} has prompts alone, method.adversarial.real = 'data' needs pictures; use weight 0",
+            field="method.adversarial.weight",
+        )
 
 
 def _check_loss_networks(config: DistillConfig, folder: PipelineFolder) -> None:
@@ -161,14 +166,14 @@ def _check_loss_networks(config: DistillConfig, folder: PipelineFolder) -> None:
             read_mapping(Path(config.latent_lpips.folder) / "perceptual.json")
         else:
             check_installed("method.distance = 'latent_lpips'", VALIDATION_PACKAGES)
-    reward = config.method.reward
-    if not reward.weight:
-        return
-    if reward.scorer == "world":
-        check_world_size(folder.picture_size, "method.reward.scorer = 'world'", "name a scorer, NAME:FOLDER")
-        return
-    name, _, place = reward.scorer.partition(":")
-    check_scorer(name, Path(place))
+    held_out = config.validation.scorer if config.loop.validate_every else ""
+    trained = config.method.reward.scorer if config.method.reward.weight else ""
+    for field, named in (("method.reward.scorer", trained), ("validation.scorer", held_out)):
+        name, _, place = named.partition(":")
+        if named == "world":
+            check_world_size(folder.picture_size, f"{field} = 'world'", "name a scorer, NAME:FOLDER")
+        elif named:
+            check_scorer(name, Path(place))
 
 
 def _check_targets(targets: Sequence[str], folder: PipelineFolder) -> None:

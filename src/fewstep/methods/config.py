@@ -20,6 +20,8 @@ from fewstep.common.choices import (
     Follow,
     Form,
     Jump,
+    Levels,
+    Matched,
     Normaliser,
     Point,
     SolverName,
@@ -61,6 +63,11 @@ class AdversarialConfig(Config):
     lr: float = Field(1e-4, gt=0, description="the critic's learning rate")
     every: int = Field(1, ge=1, description="steps for one update of the critic")
 
+    @property
+    def reads_data(self) -> bool:
+        """Whether the critic is trained on data."""
+        return bool(self.weight) and self.real == "data"
+
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         low, high = self.clip
@@ -79,8 +86,22 @@ class MatchingConfig(Config):
     )
     low: float = Field(0.02, ge=0, le=1, description="least noise at which scores are compared, as a share of T")
     high: float = Field(0.98, ge=0, le=1, description="most noise, as a share of T")
+    levels: Levels = Field(
+        "all", description="noise levels of the gap: all, or jump (those that the jump crosses, from s to t_{n+k}; TDM)"
+    )
     omega: float | None = Field(
         None, ge=0, description="guidance of the real score; null for the guidance of the teacher's step"
+    )
+    guidance_levels: Levels | None = Field(
+        None, description="noise levels of guidance as a term of its own (Decoupled DMD); null for a guided real score"
+    )
+    matched: Matched = Field(
+        "landing",
+        description="what is matched: landing, or simulation (the end of student_steps jumps, where start = noise; the "
+        "first one has no gradient; DP-DMD)",
+    )
+    distance: Literal["l2", "huber_norm"] = Field(
+        "l2", description="l2, whose gradient is the gap, or huber_norm (TDM), whose gradient has its direction"
     )
     fit: Literal["landing", "sample"] = Field(
         "landing",
@@ -119,6 +140,9 @@ class RewardConfig(Config):
         return self
 
 
+REGRESSED = (("trajectory", "path"), ("simulation", "solver"), ("noise", "solver"))
+"""Starts and next points of s = next."""
+TO_THE_END = "needs jumps to the end point; use s = 'edge' and segments = 1"
 DEFAULT_S0 = {"world": 1.0, "mps": 16.0}
 """s0 by scorer: a cosine of 1, which is never reached, and TLCM's (arXiv 2406.05768, section 3.3)."""
 
@@ -148,10 +172,17 @@ class ConsistencyConfig(Config):
     start: Start = Field(
         "data",
         description="where x_{t_n+k} comes from: data (noised), trajectory (the teacher's, stored), rollout (its steps "
-        "from noise), student (own samples, noised)",
+        "from noise), student (own samples, noised), simulation (the student's steps from noise through the grid), "
+        "noise",
     )
     rollout: int = Field(8, ge=1, description="R, teacher steps from noise to clean, where start = rollout")
     student_steps: int = Field(4, ge=1, description="q, jumps of each of the student's samples, where start = student")
+    student_gamma: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="gamma of the student's steps, where start = simulation; 1 re-noises from the end point",
+    )
     point: Point = Field("solver", description="where x_{t_n} comes from: solver, path, self (own jump), stored")
     follow: Follow = Field(
         "teacher",
@@ -175,8 +206,8 @@ class ConsistencyConfig(Config):
     huber_c: float = Field(1e-3, gt=0, description="c of huber; huber_norm takes c times the root of the dimension")
     weight: Weight = Field(
         "none",
-        description="divide the difference by the landing's derivative w.r.t. eps, x0 or v; step: divide the loss by "
-        "the step's width in noise level (iCT)",
+        description="divide the difference by the landing's derivative w.r.t. eps, x0, v or velocity; step: divide the "
+        "loss by the step's width in noise level (iCT)",
     )
     balance: Literal["fixed", "gradient"] = Field(
         "fixed", description="gradient: scale the other terms to the gradient norm of the consistency loss (CTM)"
@@ -220,7 +251,7 @@ class ConsistencyConfig(Config):
             yield f"k = {self.k} must be at most a segment's {width} points"
         if self.s == "inference" and not 1 <= low <= high <= count:
             yield f"inference_steps = [{low}, {high}] must rise within 1 to the grid's {count} points"
-        if self.start == "student" and self.student_steps > count:
+        if (self.start == "student" or self.matching.matched == "simulation") and self.student_steps > count:
             yield f"student_steps = {self.student_steps} must be at most the grid's {count} points"
         if self.grid_start is not None:
             doublings = [count >> i for i in range(count.bit_length()) if count % (1 << i) == 0]
@@ -229,7 +260,7 @@ class ConsistencyConfig(Config):
             if self.grid_start != near:
                 yield f"{growing} must come to grid = {count} by doubling, e.g. {near}"
             for field, value in (("start", self.start), ("point", self.point)):
-                if value in ("rollout", "self"):  # both count steps between neighbours of the whole grid
+                if value in ("rollout", "simulation", "self"):  # they count steps between neighbours of the whole grid
                     yield f"{growing} cannot be used with {field} = {value!r}, which needs the whole grid"
 
     def _jump_conflicts(self) -> Iterator[str]:
@@ -264,7 +295,7 @@ class ConsistencyConfig(Config):
         if self.point == "stored" and (self.start, self.solver, self.substeps) != ("trajectory", "ddim", 1):
             yield f"{point} is one ddim step by stored outputs; use start = 'trajectory', solver = 'ddim', substeps = 1"
         if self.point == "path":
-            if self.start in ("rollout", "student"):
+            if self.start not in ("data", "trajectory"):
                 yield f"{point} has no path with {start}; use 'solver'"
             if self.substeps > 1:
                 yield f"substeps = {self.substeps} has no effect with {point}; remove it"
@@ -272,8 +303,10 @@ class ConsistencyConfig(Config):
                 convention = f"guidance.convention = {self.guidance.convention!r}"
                 yield f"{convention} has no teacher to guide with {point}; use 'none'"
         yield from self._follow_conflicts()
-        if self.s == "next" and (self.start, self.point) != ("trajectory", "path"):
-            yield "s = 'next' regresses onto stored points; use start = 'trajectory' and point = 'path'"
+        if self.s == "next" and (self.start, self.point) not in REGRESSED:
+            yield f"s = 'next' has no x_{{t_n}} to regress onto with {start}, {point}; use 'trajectory', 'path'"
+        if self.start == "simulation" and self.student_gamma < 1 and self.jump in ("skip", "cm_skip"):
+            yield f"{start} lands between, which jump = {self.jump!r} does not reach; use student_gamma = 1"
         if self.compare == "end" and self.target != "ema":
             yield f"compare = 'end' needs a frozen target, not target = {self.target!r}; use 'ema'"
         if "w" in self.extra_conditioning and not guides:
@@ -318,12 +351,22 @@ class ConsistencyConfig(Config):
                 yield f"{real} needs adversarial.noise, or jumps compared at the end point; use 'target'"
             if self.start in ("trajectory", "rollout"):
                 yield f"{real} cannot be used with {start}; use 'target'"
-        for name, weight in (("reward", self.reward.weight), ("matching", matching.weight)):
-            if weight and not self.compares_at_end:
-                yield f"{name}.weight = {weight:g} needs jumps to the end point; use s = 'edge' and segments = 1"
-        if matching.weight and matching.fit == "sample" and self.start != "student":
+        if self.reward.weight and not self.compares_at_end:
+            yield f"reward.weight = {self.reward.weight:g} {TO_THE_END}"
+        yield from self._matching_conflicts()
+
+    def _matching_conflicts(self) -> Iterator[str]:
+        matching, start = self.matching, f"start = {self.start!r}"
+        if not matching.weight:
+            return
+        simulates = matching.matched == "simulation"
+        if simulates and (self.start != "noise" or self.jump in ("skip", "cm_skip") or self.student_steps < 2):
+            yield "matching.matched = 'simulation' needs start = 'noise', jumps to any s and 2 student_steps or more"
+        if not simulates and not self.compares_at_end and (matching.levels, self.jump) != ("jump", "first_order"):
+            yield f"matching.weight = {matching.weight:g} {TO_THE_END}"
+        if matching.fit == "sample" and self.start != "student":
             yield f"matching.fit = 'sample' needs start = 'student', not {start}; use 'landing'"
-        if matching.weight and matching.omega and not guides:
+        if matching.omega and self.guidance.convention == "none":
             yield f"matching.omega = {matching.omega} needs guidance.convention other than 'none'; use 0"
 
     @property
@@ -374,3 +417,8 @@ class ConsistencyConfig(Config):
     def compares_at_end(self) -> bool:
         """Whether jumps are compared at the end point, as terms on clean pictures need."""
         return self.compare == "end" or (self.s == "edge" and self.segments == 1)
+
+    @property
+    def matches_at_end(self) -> bool:
+        """Whether what is matched lies at the end point."""
+        return self.compares_at_end or self.matching.matched == "simulation"

@@ -21,7 +21,6 @@ from fewstep.diffusion.conditioned import ConditionedDenoiser
 from fewstep.diffusion.denoiser import BASE, START, Denoiser
 from fewstep.diffusion.grid import end_time
 from fewstep.diffusion.jump import student_step
-from fewstep.diffusion.samplers import JumpFn
 from fewstep.diffusion.schedule import share_of
 from fewstep.methods.adversarial import ANY_RATIO, Critic, discriminate, gradient_ratio, noised_for_critic
 from fewstep.methods.config import ConsistencyConfig
@@ -41,16 +40,16 @@ def make_pair(config: ConsistencyConfig, denoiser: Denoiser, batch: MicroBatch, 
         omega = batch.omega
     step = student_step(config.jump, config.r, config.form)
 
-    def jump_of(role: str) -> JumpFn:
-        return ConditionedDenoiser(denoiser, batch.condition, role, config.extra_conditioning, w=omega).jump(step)
+    def role(name: str) -> ConditionedDenoiser:
+        return ConditionedDenoiser(denoiser, batch.condition, name, config.extra_conditioning, w=omega)
 
-    student = jump_of("student")
-    target = jump_of("target" if config.target == "ema" else "student")
+    student, target = (role(name).jump(step) for name in ("student", "target" if config.target == "ema" else "student"))
     teacher = ConditionedDenoiser(denoiser, batch.condition, BASE)
     if config.guidance.convention != "none":
         teacher = replace(teacher, null=batch.null, omega=omega)
     followed = ConditionedDenoiser(denoiser, batch.condition, START) if config.follow == "start" else teacher
-    start = STARTS[config.start](StartInputs(config, batch, times, student, followed, rng))
+    student_of = lambda rows: role("student").rows(rows).jump(step)  # noqa: E731
+    start = STARTS[config.start](StartInputs(config, batch, times, student, student_of, followed, rng))
     return Pair(config, denoiser, batch, times, omega, student, target, teacher, followed, *start)
 
 

@@ -21,13 +21,16 @@ def add(*parts: Calls) -> Calls:
 def start_calls(config: ConsistencyConfig) -> Calls:
     """Return the calls of a rule in `start_points.STARTS`, made once for all updates of a step.
 
-    A roll-out of R steps makes (R + 1)/2 on average, a little more in micro-batches of less than R samples.
+    A roll-out of R steps makes (R + 1)/2 on average, a simulation on N points (N - 1)/2, both a little more in
+    micro-batches of less samples.
     """
     if config.start == "rollout":
         steps = sum(config.rollout_steps) / config.points
         return followed_calls(config, steps)
     if config.start == "student":
         return {"student": config.student_steps * CALLS_OF_JUMP[config.jump]}
+    if config.start == "simulation":
+        return {"student": (config.points - 1) / 2 * CALLS_OF_JUMP[config.jump]}
     return {}
 
 
@@ -53,12 +56,21 @@ def target_calls(config: ConsistencyConfig) -> Calls:
     return {"target": jumps * CALLS_OF_JUMP[config.jump], **followed}
 
 
+def simulated_calls(config: ConsistencyConfig) -> Calls:
+    """Return the calls of `distribution_matching.simulated_end`, if it is matched."""
+    simulates = config.matching.matched == "simulation"
+    return {"student": config.student_steps * CALLS_OF_JUMP[config.jump]} if simulates else {}
+
+
 def student_calls(config: ConsistencyConfig) -> Calls:
     """Return the calls of the student's update without the start, once the critic's term is in.
 
     `features` counts evaluations of a frozen network's features, by a critic or the distance.
     """
-    matching: Calls = {"teacher": 1 if config.matching.omega == 0 else config.guidance.branches, "fake": 1}
+    real = 1 if config.matching.omega == 0 else config.guidance.branches
+    if config.matching.guidance_levels and config.guidance.convention != "none":
+        real += 2  # the real score without guidance, there and at the level of the gap
+    matching = add({"teacher": real, "fake": 1}, simulated_calls(config))
     by_distance = bool(config.consistency) and config.distance == "features"
     features = bool(config.adversarial.weight) + 2 * by_distance
     return add(
@@ -74,7 +86,10 @@ def fake_calls(config: ConsistencyConfig) -> Calls:
     """Return the calls of the fake score's update: `distribution_matching.fake_points` and `fake_loss`."""
     if not config.matching.weight:
         return {}
-    return {"fake": 1, **(landing_calls(config) if config.matching.fit == "landing" else {})}
+    return {
+        "fake": 1,
+        **((simulated_calls(config) or landing_calls(config)) if config.matching.fit == "landing" else {}),
+    }
 
 
 def critic_calls(config: ConsistencyConfig) -> Calls:
@@ -107,6 +122,7 @@ def step_cost(config: ConsistencyConfig) -> float:
     jumps = 0 if config.fine_tunes else CALLS_OF_JUMP[config.jump] * (1 + (config.compare == "end"))
     features = bool(config.adversarial.weight) - critic_start(config)
     features += bool(config.consistency and config.distance == "features")
+    jumps += max(int(simulated_calls(config).get("student", 0)) - CALLS_OF_JUMP[config.jump], 0)
     backward = (jumps + bool(config.denoising) + features) / config.student_every
     r1 = config.adversarial.r1 > 0 and bool(config.adversarial.weight)
     backward += bool(config.matching.weight) + r1 / config.adversarial.every

@@ -74,12 +74,12 @@ def network_distance_of(features: FeaturesOf) -> NetworkDistance:
 
 
 def landing_derivative(weight: Weight, path: Path, t: Tensor, s: Tensor) -> Tensor | None:
-    """Return the derivative of a first-order jump's landing x_s by eps, x0 or v at t, float64 [B]; None for `none`.
+    """Return the derivative of a first-order jump's landing x_s by an output at t, float64 [B]; None for `none`.
 
     |df/deps| = alpha_s sigma_t/alpha_t - sigma_s, |df/dx0| = alpha_s - sigma_s alpha_t/sigma_t. Their squares differ by
     four orders of magnitude over a batch: differences divided by them weigh all pairs alike. `v` is x0's divided by
-    sqrt(SNR + 1), the weight of v-prediction (MCM, arXiv 2403.06807). It is infinite for eps from pure noise
-    (alpha_t = 0), so that such a sample has weight 0.
+    sqrt(SNR + 1), the weight of v-prediction (MCM, arXiv 2403.06807); `velocity` is that by eps - x0, on a flow t - s.
+    It is infinite for eps from pure noise (alpha_t = 0), so that such a sample has weight 0.
     """
     if weight in ("none", "step"):
         return None
@@ -87,6 +87,8 @@ def landing_derivative(weight: Weight, path: Path, t: Tensor, s: Tensor) -> Tens
     if weight == "eps":
         return alpha_s * sigma_t / alpha_t - sigma_s
     by_x0 = alpha_s - sigma_s * alpha_t / sigma_t
+    if weight == "velocity":
+        return by_x0 * sigma_t / (alpha_t + sigma_t)
     return by_x0 if weight == "x0" else by_x0 / ((alpha_t / sigma_t).square() + 1).sqrt()
 
 
@@ -122,8 +124,8 @@ def distance(
 ) -> Tensor:
     """Return the recipe's weighted distance between points [B, ...] at the times `at`, [B].
 
-    The weights eps, x0 and v divide the difference by the landing's derivative; a frozen network then takes the x0 that
-    both landings imply. The weight `step` multiplies the distance (`step_weight`).
+    Weights by an output (eps, x0, v, velocity) divide the difference by the landing's derivative; a frozen network then
+    takes the x0 that both landings imply. The weight `step` multiplies the distance (`step_weight`).
 
     Raises:
         UserError: the distance needs a frozen network, and there is none.

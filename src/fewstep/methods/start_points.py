@@ -1,5 +1,5 @@
-"""Where a pair starts: x_{t_n+k} on noised data, on a stored trajectory, by the teacher's steps from noise, or on the
-student's own samples."""
+"""Where a pair starts: x_{t_n+k} on noised data, on a stored trajectory, by the teacher's steps from noise, on the
+student's own samples, by its steps from noise, or at noise itself."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from fewstep.common.choices import End, Start
 from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.conditioned import ConditionedDenoiser
-from fewstep.diffusion.grid import end_time, inference_times
-from fewstep.diffusion.samplers import JumpFn, consistency_jumps, diffuse, follow, start_size
+from fewstep.diffusion.grid import end_time, inference_times, training_grid
+from fewstep.diffusion.samplers import JumpFn, consistency_jumps, diffuse, follow, sss_jumps, start_size
 from fewstep.diffusion.schedule import Path, add_noise
 from fewstep.diffusion.solver import SOLVERS
 from fewstep.methods.config import ConsistencyConfig
@@ -31,12 +31,17 @@ class StartPoint(NamedTuple):
 
 
 class StartInputs(NamedTuple):
-    """The first fields of a `Pair`, and its random numbers."""
+    """The first fields of a `Pair`, and its random numbers.
+
+    Attributes:
+        student_of: the student's jump for some rows of the batch, int64 [b] on the CPU.
+    """
 
     config: ConsistencyConfig
     batch: MicroBatch
     times: PairTimes
     student: JumpFn
+    student_of: Callable[[Tensor], JumpFn]
     followed: ConditionedDenoiser
     rng: KeyedRng
 
@@ -46,7 +51,9 @@ def noise_purposes(config: ConsistencyConfig) -> list[str]:
     if config.start == "trajectory":
         return []
     returns = [f"sample's return {i}" for i in range(config.student_steps - 1)]
-    return ["noise", *(["sample's start", *returns] if config.start == "student" else [])]
+    simulates = config.start == "simulation" and config.student_gamma > 0
+    simulated = [f"simulation's return {i}" for i in range(config.points - 1)] if simulates else []
+    return ["noise", *(["sample's start", *returns] if config.start == "student" else []), *simulated]
 
 
 def on_data(given: StartInputs) -> StartPoint:
@@ -119,9 +126,44 @@ def by_student(given: StartInputs) -> StartPoint:
     return StartPoint(x_nk, sample, clean_at)
 
 
+@torch.no_grad()
+def by_simulation(given: StartInputs) -> StartPoint:
+    """Sample by the student's jumps from noise through the grid's points, down to t_{n+k}, by SSS of `student_gamma`.
+
+    Gamma 1 is the backward simulation of DMD2 (arXiv 2405.14867, section 4.5), gamma 0 the student's ODE (SMD, TDM).
+    Samples that have arrived are not evaluated again; calls are as many in every micro-batch (`by_rollout`).
+    """
+    config, times, rng, path = given.config, given.times, given.rng, given.followed.denoiser.path
+    x = pure_noise(path, given.batch, rng, "noise")
+    counts = config.points - 1 - times.index_nk
+    longest_first = counts.argsort(descending=True, stable=True)
+    falling = training_grid(path, config.grid).flip(0).tolist()
+    end: End = "clean" if config.jump == "skip" else config.end
+    for number, planned in enumerate(sss_jumps(path, falling, config.student_gamma, end, rows=len(x))[:-1]):
+        active = int((counts > number).sum())
+        rows = longest_first[: max(active, 1)]
+        on_device = rows.to(x.device, non_blocking=True)
+        s = planned.s[rows]
+        x_s = given.student_of(rows)(x[on_device], planned.t[rows], s)
+        if planned.noise_to is not None:
+            z = rng.normal(f"simulation's return {number}", tuple(x.shape[1:]))[on_device]
+            x_s = diffuse(path, x_s, s, planned.noise_to[rows], z)
+        x = x.index_copy(0, on_device[:active], x_s[:active].to(x.dtype))
+    torch.clear_autocast_cache()  # as in `by_student`
+    return StartPoint(x, given.batch.data, path.clean)
+
+
+def at_noise(given: StartInputs) -> StartPoint:
+    """Start where sampling does."""
+    path, batch = given.followed.denoiser.path, given.batch
+    return StartPoint(pure_noise(path, batch, given.rng, "noise"), batch.data, path.clean)
+
+
 STARTS: Mapping[Start, Callable[[StartInputs], StartPoint]] = {
     "data": on_data,
     "trajectory": on_trajectory,
     "rollout": by_rollout,
     "student": by_student,
+    "simulation": by_simulation,
+    "noise": at_noise,
 }

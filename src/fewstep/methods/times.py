@@ -58,7 +58,7 @@ def stride(count: int) -> int:
 
 
 def in_turn(rng: KeyedRng, count: int, points: int) -> Tensor:
-    """Draw grid indices of `points` stratified over `count` parts, int64 [B], for roll-outs.
+    """Draw grid indices of `points` stratified over `count` parts, int64 [B], for roll-outs and simulations.
 
     Processes with sharded weights must call the network equally often, and a compiled network has a graph for each
     number of rows. Samples therefore take the R parts of the grid in turn: R samples in a row have every length once
@@ -70,9 +70,9 @@ def in_turn(rng: KeyedRng, count: int, points: int) -> Tensor:
 
 
 def draw_times(config: ConsistencyConfig, path: Path, rng: KeyedRng) -> PairTimes:
-    """Draw t_{n+k} uniformly over the grid, then t_n, then s.
+    """Draw t_{n+k} uniformly over the grid, then t_n, then s. Where start = noise, t_{n+k} is the noisiest time.
 
-    t_{n+k} is stratified for roll-outs (`in_turn`), else independent.
+    t_{n+k} is stratified for roll-outs and simulations (`in_turn`), else independent.
 
     t_n lies k points below, or at the lower edge of the segment where fewer are left; with one segment the end point.
     With k_low, k is uniform from it to k or to what is left.
@@ -82,8 +82,10 @@ def draw_times(config: ConsistencyConfig, path: Path, rng: KeyedRng) -> PairTime
     """
     grid = training_grid(path, config.grid)
     apart = len(grid) // config.points_at(rng.step, rng.steps)
-    if config.start == "rollout":
-        index = in_turn(rng, config.rollout, len(grid))
+    if config.start in ("rollout", "simulation"):
+        index = in_turn(rng, config.rollout if config.start == "rollout" else len(grid), len(grid))
+    elif config.start == "noise":
+        index = torch.full((len(rng.indices),), len(grid) - 1)
     else:
         index = (rng.integers("n", 0, len(grid) // apart) + 1) * apart - 1
     edge = edge_below(index, len(grid), config.segments)
@@ -147,7 +149,7 @@ def _inference(
 def _next(
     config: ConsistencyConfig, path: Path, grid_times: GridTimes, edge: Tensor, below: Tensor, rng: KeyedRng
 ) -> Tensor:
-    """Return t_n itself: the next point is regressed onto (KD)."""
+    """Return t_n itself: the next point is regressed onto (KD, SMD, DP-DMD)."""
     return grid_times.at(below)
 
 
