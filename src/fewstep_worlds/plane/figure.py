@@ -89,6 +89,11 @@ def _samples(axes: Any, run: PlaneRun, measured: PlaneFigures, steps: int) -> No
     _frame(axes, f"{steps} step{'s' if steps > 1 else ''}{setting}: {energy:.4f}")
 
 
+def step_counts(runs: Sequence[tuple[PlaneRun, PlaneFigures]]) -> list[int]:
+    """Return the step counts that any of the runs is measured at, rising."""
+    return sorted({count for run, _ in runs for count in run.config.steps})
+
+
 def draw_figure(runs: Sequence[tuple[PlaneRun, PlaneFigures]], path: Path) -> Path:
     """Draw one row a student: its jumps, its errors, and its samples at each measured step count."""
     import matplotlib
@@ -96,7 +101,8 @@ def draw_figure(runs: Sequence[tuple[PlaneRun, PlaneFigures]], path: Path) -> Pa
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    columns = 2 + len(runs[0][0].config.steps)
+    steps = step_counts(runs)
+    columns = 2 + len(steps)
     figure, rows = pyplot.subplots(
         len(runs), columns, figsize=(2.3 * columns, 2.65 * len(runs) + 0.5), squeeze=False, layout="constrained"
     )
@@ -104,8 +110,11 @@ def draw_figure(runs: Sequence[tuple[PlaneRun, PlaneFigures]], path: Path) -> Pa
         _trajectories(axes[0], run)
         axes[0].set_ylabel(run.config.recipe, fontsize=13, color=INK)
         _errors(axes[1], run, measured)
-        for place, steps in zip(axes[2:], run.config.steps, strict=True):
-            _samples(place, run, measured, steps)
+        for place, count in zip(axes[2:], steps, strict=True):
+            if count in run.config.steps:
+                _samples(place, run, measured, count)
+            else:
+                place.set_axis_off()
     floor = runs[0][1].floor
     figure.suptitle(
         f"Squared energy distance to the exact end marginal (exact samples of as many points: {floor:.4f})",
@@ -119,15 +128,17 @@ def draw_figure(runs: Sequence[tuple[PlaneRun, PlaneFigures]], path: Path) -> Pa
 
 
 def table(runs: Sequence[tuple[PlaneRun, PlaneFigures]]) -> str:
-    """Return the figures of every gamma, the jump errors and the calls of a training step, as Markdown."""
-    steps = runs[0][0].config.steps
+    """Return the figures of every gamma, recall in brackets, the jump errors and the calls of a training step."""
+    steps = step_counts(runs)
     columns = [f"{n} step{'s' if n > 1 else ''}" for n in steps]
     rows = []
     for run, figures in runs:
         calls = step_calls(run.config.method)
-        cost = " + ".join(f"{calls.get(role, 0):g}" for role in ("student", "target", "teacher"))
+        roles = ("student", "target", "teacher", *(("fake",) if "fake" in calls else ()))
+        cost = " + ".join(f"{calls.get(role, 0):.3g}" for role in roles)
         for gamma in figures.gammas:
-            cells = [f"{figures.energy[n, gamma]:.4f}" for n in steps]
+            at = {n: (figures.energy[n, gamma], figures.recall[n, gamma]) for n in run.config.steps}
+            cells = ["{:.4f} ({:.2g})".format(*at[n]) if n in at else "" for n in steps]
             errors = [f"{figures.to_end:.3f}", f"{figures.between:.3f}", cost]
             rows.append([run.config.recipe, "" if gamma is None else f"{gamma:g}", *cells, *errors])
     return markdown(["recipe", "gamma", *columns, "one jump to the end", "trained jumps", "calls a step"], rows, left=2)

@@ -106,6 +106,18 @@ class Mixture:
         own = torch.pdist(x).mean()
         return float(2 * to_marginal - own - within)
 
+    def recall(self, x: Tensor, t: float) -> float:
+        """Return the share of the modes that have at least half of their weight of the points x [N, D], drawn from p_t.
+
+        A point counts for the nearest mode, within three of its standard deviations at t.
+        """
+        now = times_of(t, x[:1])
+        alpha, var = float(self.path.alpha(now)), float(self.path.sigma(now)) ** 2
+        away = torch.cdist(x, alpha * self.means) / ((alpha * self.stds).square() + var).sqrt()
+        nearest, kind = away.min(1)
+        found = torch.bincount(kind[nearest < 3], minlength=len(self.weights)) / len(x)
+        return float((found >= self.weights / 2).double().mean())
+
 
 def one_gaussian(mixture: Mixture) -> Mixture:
     """Return the round Gaussian of a mixture's mean and variance."""

@@ -50,6 +50,12 @@ class PlaneConfig(StagedConfig):
     gammas: tuple[float, ...] = Field((0.0, 0.2, 0.5), description="gammas that are measured, for the sampler sss")
     shown: int = Field(4000, ge=100, description="samples of each figure")
 
+    @classmethod
+    def parts_of(cls, recipe: str) -> dict[str, Any]:
+        """Return what a stage takes of a recipe, with the plane's changes; the optimiser stays the plane's."""
+        parts = super().parts_of(recipe)
+        return {"method": merge(parts["method"], PLANE_CHANGES), "sampling": parts["sampling"]}
+
     @model_validator(mode="after")
     def _playable(self) -> Self:
         for stage in self.each_stage():
@@ -104,8 +110,12 @@ class BaseConfig(Config):
     optim: OptimConfig = OptimConfig(lr=2e-3, warmup=50, decay="linear", ema=0.99)
 
 
-PLANE_CHANGES: dict[str, object] = {"guidance": {"convention": "none"}, "target_decay": 0.95}
-"""Changes to every recipe: the plane has no prompts, and a run of a minute needs a faster EMA target."""
+PLANE_CHANGES: dict[str, object] = {
+    "guidance": {"convention": "none"},
+    "target_decay": 0.95,
+    "matching": {"lr": 1e-3},
+}
+"""Changes to every recipe: the plane has no prompts, and a run of a minute needs a faster EMA target and fake score."""
 
 
 def resolve_plane(recipe: str, overrides: str | Sequence[str] = ()) -> PlaneConfig:
@@ -121,4 +131,16 @@ def resolve_plane(recipe: str, overrides: str | Sequence[str] = ()) -> PlaneConf
         "recipe": recipe,
         **{key: given[key] for key in ("method", "sampling", "stages") if key in given},
     }
-    return validate(PlaneConfig, merge(merge(data, {"method": PLANE_CHANGES}), {**changes, "recipe": recipe}))
+    config = merge(merge(data, {"method": PLANE_CHANGES}), {**changes, "recipe": recipe})
+    return validate(PlaneConfig, {**_measured(config), **config})
+
+
+def _measured(config: dict[str, Any]) -> dict[str, Any]:
+    """Return default step counts on a recipe's grid, and the gamma of a student that simulates: it has no other."""
+    method, sampling = config.get("method", {}), config.get("sampling", {})
+    grid = sampling.get("grid", Sampling().grid)
+    points = grid if isinstance(grid, int) else len(grid)
+    found: dict[str, Any] = {"steps": [n for n in PlaneConfig.model_fields["steps"].default if n <= points]}
+    if method.get("start") in ("simulation", "noise") and "gamma" in sampling:
+        found["gammas"] = [sampling["gamma"]]
+    return found

@@ -209,12 +209,14 @@ class PlaneFigures:
     Attributes:
         energy: (steps, gamma) -> squared energy distance of samples to the exact marginal of the end point; gamma is
             None where the sampler has none.
+        recall: (steps, gamma) -> share of the modes that have at least half of their weight of the samples.
         floor: the same distance of as many exact samples.
         to_end: rms error of one jump from noise to the end point.
         between: rms error of jumps between drawn times, to the recipe's landings.
     """
 
     energy: dict[tuple[int, float | None], float]
+    recall: dict[tuple[int, float | None], float]
     floor: float
     to_end: float
     between: float
@@ -226,7 +228,10 @@ class PlaneFigures:
 
     def record(self) -> dict[str, Any]:
         """Return the figures for JSON."""
-        rows = [{"steps": n, "gamma": gamma, "energy": value} for (n, gamma), value in self.energy.items()]
+        rows = [
+            {"steps": n, "gamma": gamma, "energy": value, "recall": self.recall[n, gamma]}
+            for (n, gamma), value in self.energy.items()
+        ]
         return {"energy": rows, "floor": self.floor, "to_end": self.to_end, "between": self.between}
 
     def best(self, steps: int) -> tuple[float | None, float]:
@@ -252,11 +257,12 @@ def measure(run: PlaneRun) -> PlaneFigures:
     config, teacher, path = run.config, run.teacher, run.teacher.path
     end = landing_end(run)
     gammas: tuple[float | None, ...] = config.gammas if config.sampling.sampler == "sss" else (None,)
-    energy = {
-        (steps, gamma): teacher.energy(draw_points(run, steps * config.sampling.calls_a_step, gamma), end)
+    samples = {
+        (steps, gamma): draw_points(run, steps * config.sampling.calls_a_step, gamma)
         for steps in config.steps
         for gamma in gammas
     }
+    energy, recall = ({key: f(x, end) for key, x in samples.items()} for f in (teacher.energy, teacher.recall))
     generator = torch.Generator().manual_seed(config.loop.seed + 1)
     floor = teacher.energy(teacher.sample(config.shown, end, generator), end)
     x = teacher.sample(config.shown, path.noisiest, generator)
@@ -269,4 +275,4 @@ def measure(run: PlaneRun) -> PlaneFigures:
 
     times = draw_times(config.method, path, KeyedRng(config.loop.seed + 2, 0, tuple(range(len(x)))))
     along = teacher.flow(x, t, times.t_nk)
-    return PlaneFigures(energy, floor, error(x, t, s), error(along, times.t_nk, times.s))
+    return PlaneFigures(energy, recall, floor, error(x, t, s), error(along, times.t_nk, times.s))
