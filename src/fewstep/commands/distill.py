@@ -35,13 +35,15 @@ def distill(
     Example: fewstep distill --recipe tcd --config world/distill.yaml --out runs/tcd -s loop.steps=300 -s optim.lr=1e-3
 
     Args:
-        recipe: bundled recipe (see `fewstep recipes`) or a YAML file.
+        recipe: bundled recipe (see `fewstep recipes`) or a YAML file; several, comma-separated, follow each other in
+            stages, e.g. tcd,dmd2.
         out: run folder, runs/<recipe> if omitted; a stopped run is resumed from it.
         teacher: pipeline folder, single-file checkpoint or hub id; if omitted, the one in the settings, else the
             bundled teacher. Where its folder records a guidance (fewstep.json), that replaces the recipe's.
         teacher_config: pipeline folder with the configs of a single-file teacher.
         config: YAML file laid over the recipe.
-        prompt_file: text file, one prompt a line, for recipes that need no pictures (tlcm); sets data.source.
+        prompt_file: text file, one prompt a line, for recipes that need no pictures (smd, dmd2, tlcm, ...);
+            sets data.source.
         device: auto, cpu or cuda; sets device.
         precision: precision of training, auto, fp32, bf16 or fp16; sets loop.precision.
         overrides: setting laid over recipe and config, key=value, e.g. optim.lr=3e-4. May be repeated.
@@ -113,7 +115,7 @@ def _settings(
     folder = read_teacher(settings.teacher)
     settings = resolve(recipe, config, changes, named, own_omega(folder))
     inputs = check_distillation(settings, folder)
-    place = Path(out) if out else Path("runs") / Path(settings.recipe).stem
+    place = Path(out) if out else Path("runs") / Path(settings.recipe).stem.replace(",", "-")
     check_writable(place)
     check_same_run(place, settings, later=True)
     stages = settings.each_stage()

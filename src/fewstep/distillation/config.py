@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from fewstep.common.choices import DeviceName
 from fewstep.common.config import Config, merge, parse_overrides, read_yaml, validate
+from fewstep.common.errors import UserError
 from fewstep.common.run_inputs import Content
 from fewstep.data.config import DataConfig
 from fewstep.diffusion.config import GridSpec, Sampling
@@ -32,6 +33,9 @@ class ValidationConfig(Config):
         "", description="a finished student, whose LoRA is added and whose settings are used to draw; empty for none"
     )
     teacher_steps: int = Field(50, ge=1, description="steps of the teacher's end points")
+    scorer: Annotated[str, Content("held-out scorer")] = Field(
+        "", description="a scorer that the training does not see, whose mean is reported: world or NAME:FOLDER"
+    )
 
 
 class LatentLpipsConfig(LatentLpipsTrainConfig):
@@ -47,7 +51,7 @@ class DistillConfig(StagedConfig):
 
     renamed = {"watch": "validation", "perceptual": "latent_lpips"}  # noqa: RUF012  (a class variable of the base)
 
-    recipe: str = Field("tcd", description="name of the method's recipe")
+    recipe: str = Field("tcd", description="name of the method's recipe; several, comma-separated, follow each other")
     teacher: Annotated[str, Content("teacher")] = Field(
         "", description="pipeline folder; empty for the bundled teacher"
     )
@@ -87,6 +91,9 @@ class DistillConfig(StagedConfig):
         check_trained(self.method, self.sampling)
         check_grown(self.method, self.loop)
         self._check_engine()
+        reward = self.method.reward
+        if reward.weight and reward.scorer == self.validation.scorer:
+            raise ValueError(f"validation.scorer = {reward.scorer!r} is the reward that is trained; name another one")
         return self
 
     def _check_engine(self) -> None:
@@ -213,8 +220,33 @@ def resolve(
         changes["teacher"] = str(teacher)
     if config is not None:
         changes = merge(read_yaml(config, DistillConfig), changes)
-    recipe = recipe_name(str(changes.get("recipe", recipe)))  # a recipe named there replaces the argument's
-    data = merge({"recipe": recipe}, read_recipe(recipe, DistillConfig))
+    named = str(changes.get("recipe", recipe))  # a recipe named there replaces the argument's
+    names = [recipe_name(name.strip()) for name in named.split(",")]
+    data = chained(names)
+    for part, keys in {key: set(changes.get(key, {})) - {"size"} for key in ("method", "sampling")}.items():
+        if names[1:] and keys:
+            key = min(keys)
+            remedy = f"use stages.{names[-1]}.{part}.{key}"
+            raise UserError(f"{part}.{key} has no effect with several recipes; {remedy}", field=f"{part}.{key}")
     if omega is not None and "guidance" not in changes.get("method", {}):
-        data = merge(data, guided_at(omega, validate(DistillConfig, data)))
-    return validate(DistillConfig, merge(data, {**changes, "recipe": recipe}))
+        data = merge(data, guided_at(omega, validate(DistillConfig, {**data, "stages": ()} if names[1:] else data)))
+        for stage in data["stages"] if names[1:] else ():
+            stage["method"] = guided_at(omega, resolve(stage["recipe"])).get("method", {})
+    return validate(DistillConfig, merge(data, {**changes, "recipe": ",".join(names)}))
+
+
+def chained(names: Sequence[str]) -> dict[str, Any]:
+    """Return the settings of recipes that follow each other, each from the student of the one before, in equal shares.
+
+    Method and sampling outside of the stages are the last one's, all else the first one's. A single recipe keeps
+    stages of its own.
+
+    Raises:
+        UserError: no such recipe.
+    """
+    first, last = (read_recipe(name, DistillConfig) for name in (names[0], names[-1]))
+    if len(names) == 1:
+        return {"recipe": names[0], **first}
+    own: dict[str, Any] = {key: last[key] for key in ("method", "sampling") if key in last}
+    stages = [{"name": name, "recipe": name, "share": 1.0, "method": {}} for name in names]
+    return {**first, **own, "recipe": ",".join(names), "stages": stages}

@@ -197,6 +197,8 @@ def train_run(
         estimated.check()
         if loud:
             print("\n".join([f"writes to {out}", *estimated.lines()]), file=sys.stderr)
+    if loud and config.method.reward.weight and config.loop.validate_every and not config.validation.scorer:
+        print(f"{log.title}: no scorer checks the trained one; name one by validation.scorer", file=sys.stderr)
     validate, figures = None, dict[str, float]()
     if config.loop.validate_every:
         validation = Validation(run, out, cache)

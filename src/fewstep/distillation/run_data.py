@@ -42,6 +42,7 @@ from fewstep.distillation.synthesis.reader import training_set
 from fewstep.distillation.synthesis.record import SynthesizedSet
 from fewstep.distillation.trajectory import Trajectories, drawn_prompts
 from fewstep.evaluation.limits import KID_FEWEST
+from fewstep.scorers.registry import check_scorer
 from fewstep.students.lora_file import find_lora
 
 
@@ -183,11 +184,14 @@ def encoders_fingerprint(config: DistillConfig, folder: PipelineFolder) -> str:
 
 
 def validation_inputs(config: DistillConfig) -> dict[str, str]:
-    """Return the fingerprints of the validation's prompt file and of the student beside, where there are such."""
+    """Return the fingerprints of the validation's prompt file, student beside and scorer, where there are such."""
     named, beside = config.validation.prompts, config.validation.beside
     if not config.loop.validate_every:
         return {}
     found = {"beside": sha256(find_lora(Path(beside)))} if beside else {}
+    name, _, place = config.validation.scorer.partition(":")
+    if place:
+        found["held-out scorer"] = " ".join(sha256(file) for file in check_scorer(name, Path(place)).weights)
     if named and is_prompt_file(named):
         prompts = json.dumps(list(read_named_prompts(named)))
         found["watched prompts"] = hashlib.sha256(prompts.encode()).hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -13,8 +13,10 @@ from pydantic import BaseModel, Field, field_validator
 
 from fewstep.common.config import Config, merge, validate
 from fewstep.common.errors import UserError
+from fewstep.methods.recipes import read_recipe
 
 if TYPE_CHECKING:
+    from fewstep.methods.config import ConsistencyConfig
     from fewstep.training.config import LoopConfig
 
 
@@ -22,6 +24,9 @@ class Stage(Config):
     """One stage: its share of the steps, and its changes to the recipe."""
 
     name: str = Field(min_length=1, description="name in logs and folders")
+    recipe: str = Field(
+        "", description="recipe whose method, sampling and optimiser replace the run's; empty for the run's own"
+    )
     share: float = Field(gt=0, description="share of loop.steps, relative to the other stages' shares")
     method: dict[str, Any] = Field(default_factory=dict, description="changes to the method")
     optim: dict[str, Any] = Field(default_factory=dict, description="changes to the optimiser")
@@ -42,13 +47,27 @@ class StagedConfig(Config):
 
     if TYPE_CHECKING:  # fields of the subclasses, in their own order
         loop: LoopConfig
+        method: ConsistencyConfig
         stages: tuple[Stage, ...]
+
+    @classmethod
+    def parts_of(cls, recipe: str) -> dict[str, Any]:
+        """Return what a stage takes of a recipe that it names: method, sampling, and the optimiser where it has one.
+
+        Raises:
+            UserError: no such recipe, or one with stages of its own.
+        """
+        given = read_recipe(recipe, cls)
+        if given.get("stages"):
+            raise UserError(f"stages.recipe = {recipe!r} has stages of its own; name a recipe without", field="stages")
+        return {key: given[key] for key in ("method", "sampling", "optim") if key in given}
 
     def each_stage(self) -> list[Self]:
         """Return the whole config of each stage; itself without stages.
 
         Raises:
-            UserError: a change names no setting, or is illegal beside the others.
+            UserError: a change names no setting, or is illegal beside the others; or a stage lacks an extra input of
+                the student that it starts from.
         """
         if not self.stages:
             return [self]
@@ -68,10 +87,28 @@ class StagedConfig(Config):
                 "stages": (),
             }
             try:
-                result.append(validate(type(self), merge(plain, changes)))
+                base = {**plain, **self._replaced(plain, stage.recipe)} if stage.recipe else plain
+                result.append(validate(type(self), merge(base, changes)))
             except UserError as error:
                 raise UserError(f"stage {stage.name!r}: {error}", field=error.field) from error
+        for before, after in pairwise(result):
+            own, kept = (config.method.extra_conditioning for config in (before, after))
+            if set(own) - set(kept):
+                raise UserError(
+                    f"stages: method.extra_conditioning = {list(kept)} follows a student with {list(own)}; use these",
+                    field="stages",
+                )
         return result
+
+    def _replaced(self, plain: Mapping[str, Any], recipe: str) -> dict[str, Any]:
+        """Return a recipe's parts in place of the run's; the pictures' size and the optimiser's other settings stay."""
+        parts = self.parts_of(recipe)
+        size = {"size": plain["sampling"]["size"]}
+        return {
+            **parts,
+            "sampling": {**parts.get("sampling", {}), **size},
+            "optim": {**plain["optim"], **parts.get("optim", {})},
+        }
 
     def runs(self, out: Path) -> list[tuple[str, Path, Self]]:
         """Return the runs of the stages: name, folder and whole config of each; without stages one run in `out`.

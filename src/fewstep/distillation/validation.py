@@ -24,6 +24,7 @@ from fewstep.common.tensor_cache import cached, keep, kept
 from fewstep.common.tensors import load_tensors
 from fewstep.diffusion.config import TEACHER_SAMPLING, Sampling
 from fewstep.diffusion.denoiser import Condition
+from fewstep.distillation.frozen_networks import load_named_scorer
 from fewstep.distillation.precision import precision_outside
 from fewstep.distillation.prepare import Run
 from fewstep.distillation.run_data import validation_prompts
@@ -34,6 +35,7 @@ from fewstep.evaluation.lite0 import Lite0Features
 from fewstep.evaluation.teacher_distance import TeacherFeatures
 from fewstep.inference.generator import ImageGenerator, image_generator_of
 from fewstep.inference.image_grid import labelled_grid, save_image
+from fewstep.scorers.reward import PreferenceScorer
 from fewstep.students.lora import lora_added
 from fewstep.students.lora_checks import check_lora
 from fewstep.training.roles import copy_role
@@ -42,6 +44,18 @@ SHOWN = 10
 """Number of prompts in the grid."""
 REAL = 1000
 """Number of real pictures for KID."""
+SCORED = 32
+"""Pictures that the held-out scorer takes at once."""
+
+
+@torch.no_grad()
+def mean_score(scorer: PreferenceScorer, pictures: np.ndarray, prompts: Sequence[str]) -> float:
+    """Return a scorer's mean over pictures, uint8 [N, H, W, 3], each with its prompt."""
+    found = []
+    for start in range(0, len(pictures), SCORED):
+        part = torch.from_numpy(pictures[start : start + SCORED]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        found.append(scorer.score(part, scorer.prepare(prompts[start : start + SCORED])))
+    return float(torch.cat(found).mean())
 
 
 class Validation:
@@ -78,6 +92,7 @@ class Validation:
         self.kept_features = Features(self.features.network, cache / "features", progress=False)
         self.kid = KernelDistance(self.features)
         self.to_teacher = TeacherFeatures(self.features)
+        self.held_out = load_named_scorer(validation.scorer, torch.device("cpu")) if validation.scorer else None
         self.condition = main_process_first(self._read_prompts)
         self.reference = self._teacher_pictures(self.seeds)
         other = [seed + validation.count for seed in self.seeds]
@@ -143,6 +158,8 @@ class Validation:
             "kid": self.kid.distance(drawn, real),
             "to_teacher": float(self.to_teacher.scores(drawn, teacher).mean()),
         }
+        if self.held_out is not None:
+            figures["held_out"] = mean_score(self.held_out, pictures, self.prompts)
         rows = [(f"step {step}", pictures[:SHOWN]), ("teacher", self.reference[:SHOWN])]
         save_image(labelled_grid(rows, self.prompts[:SHOWN]), self.out / "grids" / f"step-{step:08d}.webp")
         if figures["kid"] < self.best:
