@@ -20,7 +20,7 @@ from fewstep.diffusion.schedule import FlowMatching, Path, VarianceExploding, ex
 from fewstep.distillation.config import resolve
 from fewstep.methods import consistency
 from fewstep.methods import next_points as points
-from fewstep.methods.config import AdversarialConfig, ConsistencyConfig
+from fewstep.methods.config import AdversarialConfig, ConsistencyConfig, TangentConfig
 from fewstep.methods.consistency import consistency_loss, critic_loss, make_pair
 from fewstep.methods.cost import critic_calls, start_calls, step_cost, student_calls
 from fewstep.methods.pair import MicroBatch, StoredPoints
@@ -34,7 +34,9 @@ COUNT = 200
 AT_THE_END = KeyedRng(0, 0, tuple(range(64)))
 """Outside of a run, where every term is in."""
 NO_GUIDANCE = Guidance(convention="none")
-TAUGHT = [name for name in rows() if name != "ct" and resolve(name).method.consistency]
+LIMITS = [name for name in rows() if resolve(name).method.continuous]
+"""Recipes in continuous time; `test_tangent` has their fixed points."""
+TAUGHT = [name for name in rows() if name not in ("ct", *LIMITS) and resolve(name).method.consistency]
 """Recipes whose next point lies on the teacher's path; CT's lies on it on average alone, others match laws."""
 
 
@@ -252,11 +254,11 @@ def test_times_of_every_recipe(recipe: str) -> None:
     """t_{n+k} on every point of the grid; s <= t_n < t_{n+k}, none of them below the segment's edge."""
     method = method_of(recipe)
     path = PATHS["vp"]
-    times = draw_times(method, path, KeyedRng(3, 0, tuple(range(6000))))
+    times = draw_times(method, path, KeyedRng(3, 0, tuple(range(max(6000, 12 * method.points)))))
     grid = training_grid(path, method.grid)
     end = end_time(path, method.end)
     assert torch.equal(times.t_nk.unique(), grid[-1:] if method.start == "noise" else grid)
-    assert bool((times.t_n < times.t_nk).all())
+    assert bool((times.t_n == times.t_nk if method.continuous else times.t_n < times.t_nk).all())
     assert bool((times.s <= times.t_n).all())
     assert bool((times.s >= end).all())
     width = len(grid) // method.segments
@@ -265,7 +267,8 @@ def test_times_of_every_recipe(recipe: str) -> None:
     assert bool((times.s >= edge).all())
     assert torch.equal(times.t_nk, grid[times.index_nk])
     grid_times = torch.cat([grid.new_tensor([end]), grid])
-    below = torch.maximum(times.index_nk - method.k, times.index_nk // width * width - 1)
+    k = 0 if method.continuous else method.k
+    below = torch.maximum(times.index_nk - k, times.index_nk // width * width - 1)
     assert bool((times.t_n >= grid_times[below + 1]).all())
     if method.k_low is None:
         assert torch.equal(times.t_n, grid_times[below + 1])
@@ -593,7 +596,8 @@ Counted = dict[str, int]
 @pytest.mark.parametrize("recipe", [name for name in rows() if not resolve(name).method.matching.weight])
 def test_network_calls_match_the_recipe(recipe: str) -> None:
     """`calls` is what estimates and docs are made from: counted here by the network itself, in samples of the batch."""
-    method = resolve(recipe).method.model_copy(update={"balance": "fixed"})  # this network has no gradient
+    plain = {"balance": "fixed", "tangent": TangentConfig(derivative="finite")}  # this network has no derivative
+    method = resolve(recipe).method.model_copy(update=plain)
     seen: Counted = {"student": 0, "target": 0, "teacher": 0, "features": 0}
     mixture = gaussian(PATHS["vp"])
 

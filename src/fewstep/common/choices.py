@@ -38,18 +38,23 @@ Start = Literal["data", "trajectory", "rollout", "student", "simulation", "noise
 student's own samples, noised, the student's own steps from noise, down to t_{n+k}, or pure noise alone."""
 Follow = Literal["teacher", "start"]
 """Whose steps lead from x_{t_n+k} to x_{t_n}: the teacher's, or those of the student that a run starts from."""
-Point = Literal["solver", "path", "self", "stored"]
+Point = Literal["solver", "path", "self", "stored", "eulerian", "lagrangian"]
 """Where x_{t_n} comes from: the teacher's solver, the same path (the same noise on the data; the stored point), the
-target's own jump (shortcut models), or a step by the teacher's stored outputs."""
+target's own jump (shortcut models), or a step by the teacher's stored outputs. The last two are limits of neighbours:
+t_n -> t_{n+k} by the teacher's step, and t_n -> s by the student's own jump; see `methods.tangent`."""
+Coordinates = Literal["linear", "trig"]
+"""Coordinates of the limits: rectified flow's (velocity eps - x0), or TrigFlow's (v)."""
+Derivative = Literal["auto", "forward", "finite"]
+"""How the limits differentiate a network: forward mode, finite differences, or what its operations allow."""
 SRule = Literal["edge", "uniform", "inference", "next"]
 """Where jumps land in training; see `methods.times`."""
 Compare = Literal["landing", "end"]
 """Where two jumps are compared: where they land, or pushed on to the end point by the target."""
 AdversarialKind = Literal["hinge", "nonsaturating"]
 """The adversarial losses; see `methods.adversarial`."""
-Weight = Literal["none", "eps", "x0", "v", "velocity", "step"]
+Weight = Literal["none", "eps", "x0", "v", "velocity", "step", "learned"]
 """Differences are divided by the landing's derivative with respect to eps (x0, v, the velocity eps - x0 of a flow); or
-the loss by the step's width in noise level (iCT)."""
+the loss by the step's width in noise level (iCT), or by its own mean at each time, which is learned (sCM)."""
 Target = Literal["self", "ema"]
 """Weights of the target: the student's own under stop-gradient, or their moving average."""
 Normaliser = Literal["dmd", "score", "none"]
@@ -58,7 +63,7 @@ Levels = Literal["all", "jump"]
 """Noise levels at which scores are compared: all, or those that the jump crosses, from s to t_{n+k}."""
 Matched = Literal["landing", "simulation"]
 """What is matched: the jump's landing, or the end of the student's own steps from noise."""
-DistanceName = Literal["l2", "huber", "huber_norm", "features", "latent_lpips"]
+DistanceName = Literal["l2", "huber", "huber_norm", "normalised", "adaptive", "features", "latent_lpips"]
 """Distance of two landings; see `methods.distances`."""
 
 CALLS: dict[str, int] = {

@@ -118,6 +118,13 @@ class DistillConfig(StagedConfig):
         # recomputed blocks do not use the attention with a second derivative, which R1 needs
         again = bool(critic.weight and critic.r1) and self.student.checkpointing
         refuse(again, "student.checkpointing = True", f"method.adversarial.r1 = {critic.r1}", False)
+        if self.method.continuous:
+            limit = f"method.point = {self.method.point!r}"  # a derivative is computed in fp32
+            refuse(self.student.base != "fp32", f"student.base = {self.student.base!r}", limit, "fp32")
+            if self.method.tangent.derivative != "finite":
+                derivative = f"method.tangent.derivative = {self.method.tangent.derivative!r}"
+                refuse(loop.shard, derivative, "loop.shard = True", "finite")
+                refuse(loop.compile, derivative, "loop.compile = True", "finite")
         if loop.shard:
             split = "loop.shard = True"
             refuse(loop.compile, "loop.compile = True", split, False)

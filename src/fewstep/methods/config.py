@@ -14,6 +14,8 @@ from pydantic import Field, field_validator, model_validator
 from fewstep.common.choices import (
     AdversarialKind,
     Compare,
+    Coordinates,
+    Derivative,
     DistanceName,
     End,
     ExtraCondition,
@@ -140,6 +142,24 @@ class RewardConfig(Config):
         return self
 
 
+class TangentConfig(Config):
+    """The limits of a pair, where point = eulerian or lagrangian."""
+
+    coordinates: Coordinates = Field(
+        "linear", description="linear (eps - x0 on a straight path) or trig (v on TrigFlow's circle)"
+    )
+    warmup: float = Field(0.0, ge=0, le=1, description="share of the run's steps over which the derivative comes in")
+    most: float = Field(1.0, ge=0, le=1, description="weight of the derivative after the warm-up (AYF: .99)")
+    derivative: Derivative = Field(
+        "auto",
+        description="forward (forward mode; attention by the math kernel), finite (central differences), or auto: "
+        "forward mode where every operation of the network has it, which fused attention has not",
+    )
+    width: float = Field(
+        0.001, gt=0, le=0.1, description="half of a finite difference's width, in the coordinates' time"
+    )
+
+
 REGRESSED = (("trajectory", "path"), ("simulation", "solver"), ("noise", "solver"))
 """Starts and next points of s = next."""
 TO_THE_END = "needs jumps to the end point; use s = 'edge' and segments = 1"
@@ -165,6 +185,9 @@ class ConsistencyConfig(Config):
     segments: int = Field(1, ge=1, description="M, segments of the grid; jumps stay inside one")
     s: SRule = Field("uniform", description="where jumps land: a rule of methods/times.py")
     inference_steps: tuple[int, int] = Field((4, 8), description="step counts whose times s = inference draws from")
+    anchor: float = Field(
+        0.0, ge=0, le=1, description="share of the samples of s = uniform with s = t_n, where the teacher is matched"
+    )
     reach: float = Field(
         0.26, gt=0, le=1, description="largest distance of s = inference below t_n, as a share of the grid"
     )
@@ -183,7 +206,12 @@ class ConsistencyConfig(Config):
         le=1,
         description="gamma of the student's steps, where start = simulation; 1 re-noises from the end point",
     )
-    point: Point = Field("solver", description="where x_{t_n} comes from: solver, path, self (own jump), stored")
+    point: Point = Field(
+        "solver",
+        description="where x_{t_n} comes from: solver, path, self (own jump), stored; or a limit, in which k has no "
+        "effect: eulerian (t_n -> t_{n+k} by the teacher) or lagrangian (t_n -> s by own jump)",
+    )
+    tangent: TangentConfig = Field(TangentConfig(), description="the limits")
     follow: Follow = Field(
         "teacher",
         description="whose steps lead to t_n: teacher, or start (the student that the run or stage starts from, frozen "
@@ -202,12 +230,21 @@ class ConsistencyConfig(Config):
     compare: Compare = Field(
         "landing", description="where jumps are compared: landing, or end (the target continues both to it)"
     )
-    distance: DistanceName = Field("l2", description="l2, huber (element-wise), huber_norm, features, latent_lpips")
-    huber_c: float = Field(1e-3, gt=0, description="c of huber; huber_norm takes c times the root of the dimension")
+    distance: DistanceName = Field(
+        "l2",
+        description="l2, huber (element-wise), huber_norm, normalised (sCM's tangent), adaptive (MeanFlow's), "
+        "features, latent_lpips",
+    )
+    huber_c: float = Field(
+        1e-3,
+        gt=0,
+        description="c of huber, normalised and adaptive; huber_norm takes c times the root of the dimension",
+    )
+    adaptive_power: float = Field(0.5, ge=0, le=1, description="p of adaptive: its weight is 1/(|gap|^2 + c)^p")
     weight: Weight = Field(
         "none",
         description="divide the difference by the landing's derivative w.r.t. eps, x0, v or velocity; step: divide the "
-        "loss by the step's width in noise level (iCT)",
+        "loss by the step's width in noise level (iCT); learned: by its mean at each time (sCM)",
     )
     balance: Literal["fixed", "gradient"] = Field(
         "fixed", description="gradient: scale the other terms to the gradient norm of the consistency loss (CTM)"
@@ -230,7 +267,10 @@ class ConsistencyConfig(Config):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         """Refuse the first conflict of settings, a message that begins with the field."""
-        checks = (self._grid_conflicts, self._jump_conflicts, self._points_conflicts, self._terms_conflicts)
+        checks = (
+            *(self._grid_conflicts, self._jump_conflicts, self._points_conflicts, self._limit_conflicts),
+            self._terms_conflicts,
+        )
         for conflict in (message for check in checks for message in check()):
             raise ValueError(conflict)
         return self
@@ -272,7 +312,7 @@ class ConsistencyConfig(Config):
             yield f"extra_conditioning = 's' has no effect with {jump}, which lands at the end point; remove it"
         if self.jump == "second_order" and self.end == "clean":
             yield f"{jump} has no mid-point onto clean data (sigma = 0); use end = 'index0'"
-        if self.weight in ("none", "step"):
+        if self.weight in ("none", "step", "learned"):
             return
         if self.jump != "first_order":
             yield f"weight = {self.weight!r} is the derivative of a first-order jump; use 'none' with {jump}"
@@ -322,6 +362,27 @@ class ConsistencyConfig(Config):
             yield f"{follow} has no effect with start = {self.start!r} and point = {self.point!r}; use 'teacher'"
         if self.extra_conditioning:
             yield f"{follow} has no inputs of extra_conditioning = {list(self.extra_conditioning)}; remove them"
+
+    def _limit_conflicts(self) -> Iterator[str]:
+        if self.anchor and self.s != "uniform":
+            yield f"anchor = {self.anchor:g} has no effect with s = {self.s!r}; use 0"
+        if not self.continuous:
+            return
+        point = f"with point = {self.point!r}"
+        if self.start == "trajectory":
+            yield f"start = 'trajectory' has no limit {point}; use 'data'"
+        for field, only in (
+            *(("jump", "first_order"), ("compare", "landing"), ("target", "self"), ("follow", "teacher")),
+            ("substeps", 1),
+        ):
+            if getattr(self, field) != only:
+                yield f"{field} = {getattr(self, field)!r} cannot be used {point}; use {only!r}"
+        if self.weight not in ("none", "learned"):
+            yield f"weight = {self.weight!r} cannot be used {point}, which compares outputs; use 'learned'"
+        if self.distance in ("features", "latent_lpips"):
+            yield f"distance = {self.distance!r} cannot be used {point}, which compares outputs; use 'l2'"
+        if self.point == "lagrangian" and self.end == "clean":
+            yield f"end = 'clean' is no time of the teacher, which is called where jumps land {point}; use 'index0'"
 
     def _terms_conflicts(self) -> Iterator[str]:
         critic, matching, start = self.adversarial, self.matching, f"start = {self.start!r}"
@@ -374,6 +435,11 @@ class ConsistencyConfig(Config):
         """Whether the denoising loss is the only one: the diffusion model itself is trained, and no jump."""
         others = (self.consistency, self.adversarial.weight, self.matching.weight, self.reward.weight)
         return bool(self.denoising) and not any(others)
+
+    @property
+    def continuous(self) -> bool:
+        """Whether the two jumps of a pair start infinitely near each other, or land so."""
+        return self.point in ("eulerian", "lagrangian")
 
     @property
     def points(self) -> int:

@@ -24,10 +24,11 @@ from fewstep.diffusion.jump import student_step
 from fewstep.diffusion.schedule import share_of
 from fewstep.methods.adversarial import ANY_RATIO, Critic, discriminate, gradient_ratio, noised_for_critic
 from fewstep.methods.config import ConsistencyConfig
-from fewstep.methods.distances import NetworkDistance, distance
+from fewstep.methods.distances import NetworkDistance, Weigh, distance
 from fewstep.methods.next_points import POINTS
 from fewstep.methods.pair import MicroBatch, Pair
 from fewstep.methods.start_points import STARTS, StartInputs
+from fewstep.methods.tangent import limit_outputs
 from fewstep.methods.times import draw_times
 from fewstep.training.loss import Loss
 
@@ -100,22 +101,30 @@ def consistency_loss(
     terms: Sequence[Term] = (),
     network_distance: NetworkDistance | None = None,
     outlet: Tensor | None = None,
+    weigh: Weigh | None = None,
 ) -> Loss:
     """Return the loss of one micro-batch, with the recipe's further terms.
 
     Args:
         network_distance: of recipes whose distance is a frozen network's.
         outlet: the student's last trained weight, where the gradients of the terms are balanced.
+        weigh: (loss of each sample [B], times [B] as shares of the path) -> the loss with its learned weight.
     """
     config = pair.config
     # The student comes first: autocast of older torch caches the cast weights of the first call, and those of a call
     # without gradient would leave the student without one.
-    landing, at = student_landing(pair), compared_at(pair)
+    at, t_share = compared_at(pair), share_of(pair.denoiser.path, pair.times.t_nk)
+    if config.continuous:
+        landing, output, wanted = limit_outputs(pair, rng)
+    else:
+        landing = output = student_landing(pair)
+        wanted = target_landing(pair) if config.consistency else landing
     scalars: dict[str, Tensor] = {}
     per_sample = landing.new_zeros(len(landing))
     if config.consistency:
-        own = distance(pair, landing, target_landing(pair), at, network_distance)
+        own = distance(pair, output, wanted, at, network_distance)
         scalars["consistency"] = own.detach().mean()
+        own = weigh(own, t_share) if weigh else own
         per_sample = config.consistency * own
     for term in terms:
         if not rng.reached(term.start):
@@ -125,7 +134,6 @@ def consistency_loss(
         if config.balance == "gradient" and outlet is not None:
             value = gradient_ratio(own, value, outlet, term.clip) * value
         per_sample = per_sample + term.weight * value
-    t_share = share_of(pair.denoiser.path, pair.times.t_nk)
     return Loss(per_sample.mean(), per_sample.detach(), t_share, scalars if terms else {})
 
 

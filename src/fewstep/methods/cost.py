@@ -49,7 +49,13 @@ def landing_calls(config: ConsistencyConfig) -> Calls:
 
 
 def target_calls(config: ConsistencyConfig) -> Calls:
-    """Return the calls of `consistency.target_landing`, with those of x_{t_n} by `next_points.POINTS`."""
+    """Return the calls of `consistency.target_landing`, with those of x_{t_n} by `next_points.POINTS`.
+
+    A limit has those of `tangent.limit_outputs` instead: the derivative takes two, as differences; a call in forward
+    mode computes as much.
+    """
+    if config.continuous:
+        return {"target": 2, "teacher": config.guidance.branches}
     jumps = (config.s != "next") + (config.compare == "end") + (config.point == "self")
     solves = config.point in ("solver", "self")
     followed = followed_calls(config, config.substeps if solves else 0)

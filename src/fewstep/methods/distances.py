@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.common.choices import Weight
 from fewstep.common.errors import UserError
 from fewstep.diffusion.denoiser import Condition
 from fewstep.diffusion.schedule import Path, VariancePreserving, expand
+from fewstep.diffusion.time_conditioning import WIDTH, sinusoid
 from fewstep.methods.pair import Pair
 
 MIN_DERIVATIVE = 1e-6
 """Below it a jump moves nothing and the difference of two landings is rounding."""
 FeaturesOf = Callable[[Tensor, Tensor, Condition], Sequence[Tensor]]
 """(x [B, ...], times [B], condition) -> feature maps [B, C, ...] of a frozen network, with gradient to x."""
+Weigh = Callable[[Tensor, Tensor], Tensor]
+"""(loss of each sample [B], its times as shares of the path, float64 [B]) -> the weighted loss [B]."""
 NetworkDistance = Callable[[Tensor, Tensor, Tensor, Condition], Tensor]
 """A distance by a frozen network: (landed, wanted [B, ...], times [B], condition) -> [B], with gradient to landed."""
 
@@ -44,6 +48,27 @@ def huber_norm(gap: Tensor, c: float) -> Tensor:
     length: Tensor = (flat.square().sum(1) + wide * wide).sqrt()
     result: Tensor = length - wide
     return result
+
+
+def normalised(gap: Tensor, c: float) -> Tensor:
+    """Return sCM's squared error with the target's gap scaled to length 1, |gap/(rms + c)|^2 (arXiv 2410.11081), [B].
+
+    The scale is a constant of the gradient, 2 gap/(rms + c), which is bounded for large gaps. rms is that of a sample,
+    as released, so that c does not depend on the dimension.
+    """
+    still = gap.detach()
+    rms = still.square().flatten(1).mean(1).sqrt()
+    return l2(gap - still + still / expand(rms + c, gap))
+
+
+def adaptive(gap: Tensor, c: float, power: float) -> Tensor:
+    """Return MeanFlow's adaptive squared error |gap|^2/sg(|gap|^2 + c)^p of whole samples (arXiv 2505.13447), [B].
+
+    Equation 22. p = 1 weighs samples by 1/|gap|^2, so that small gaps have the largest gradient; with p = 1/2 all have
+    the same.
+    """
+    square = gap.square().flatten(1).sum(1)
+    return square / (square.detach() + c) ** power
 
 
 def unit(x: Tensor) -> Tensor:
@@ -81,7 +106,7 @@ def landing_derivative(weight: Weight, path: Path, t: Tensor, s: Tensor) -> Tens
     sqrt(SNR + 1), the weight of v-prediction (MCM, arXiv 2403.06807); `velocity` is that by eps - x0, on a flow t - s.
     It is infinite for eps from pure noise (alpha_t = 0), so that such a sample has weight 0.
     """
-    if weight in ("none", "step"):
+    if weight in ("none", "step", "learned"):
         return None
     alpha_t, sigma_t, alpha_s, sigma_s = (part(when) for when in (t, s) for part in (path.alpha, path.sigma))
     if weight == "eps":
@@ -119,6 +144,27 @@ def step_weight(path: Path, t_nk: Tensor, t_n: Tensor) -> Tensor:
     return torch.where(width > 0, 1 / width, 0.0)
 
 
+class LearnedWeight(nn.Module):
+    """sCM's adaptive weight e^w of the loss L, by w(t) that minimises e^w L - w (arXiv 2410.11081, eq 8; EDM2).
+
+    Its minimum is e^-w = E[L | t]: each time weighs alike. w is linear in a sinusoid of the time, and 0 at first.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, 1)
+        nn.init.zeros_(self.layer.weight)
+        nn.init.zeros_(self.layer.bias)
+
+    def forward(self, loss: Tensor, t_share: Tensor) -> Tensor:
+        """Return e^w L - w, [B]."""
+        with torch.autocast(loss.device.type, enabled=False):
+            times = (1000 * t_share).to(self.layer.weight.device, non_blocking=True)
+            w = self.layer(sinusoid(times))[:, 0].to(loss.dtype)
+        weighted: Tensor = w.exp() * loss - w
+        return weighted
+
+
 def distance(
     pair: Pair, landed: Tensor, wanted: Tensor, at: Tensor, network_distance: NetworkDistance | None = None
 ) -> Tensor:
@@ -143,10 +189,11 @@ def distance(
         gap = landed - wanted
         if derivative is not None:
             gap = _inverse(derivative, gap) * gap
-        if config.distance == "huber":
-            found = huber(gap, config.huber_c)
-        else:
-            found = huber_norm(gap, config.huber_c) if config.distance == "huber_norm" else l2(gap)
+        scaled: dict[str, Callable[[Tensor, float], Tensor]] = {
+            **{"huber": huber, "huber_norm": huber_norm, "normalised": normalised},
+            "adaptive": partial(adaptive, power=config.adaptive_power),
+        }
+        found = scaled[config.distance](gap, config.huber_c) if config.distance in scaled else l2(gap)
     if config.weight != "step":
         return found
     return expand(step_weight(path, times.t_nk, times.t_n), found) * found

@@ -75,7 +75,7 @@ def draw_times(config: ConsistencyConfig, path: Path, rng: KeyedRng) -> PairTime
     t_{n+k} is stratified for roll-outs and simulations (`in_turn`), else independent.
 
     t_n lies k points below, or at the lower edge of the segment where fewer are left; with one segment the end point.
-    With k_low, k is uniform from it to k or to what is left.
+    With k_low, k is uniform from it to k or to what is left. In a limit t_n is t_{n+k}.
 
     While the grid grows (`config.grid_start`), only every m-th point from the noisiest down is used, and k counts
     these: the times of a coarse grid are times of the last one.
@@ -95,6 +95,8 @@ def draw_times(config: ConsistencyConfig, path: Path, rng: KeyedRng) -> PairTime
         most = torch.minimum(k, left)
         least = most.clamp(max=config.k_low)
         k = least + (rng.uniform("k") * (most - least + 1)).long()
+    if config.continuous:
+        k = torch.zeros_like(index)
     grid_times = GridTimes(grid, end_time(path, config.end))
     below = torch.maximum(index - k * apart, edge)
     s = S_RULES[config.s](config, path, grid_times, edge, below, rng)
@@ -115,9 +117,10 @@ def _uniform(
     """Draw uniformly from the grid's points from the edge to t_n, both included (TCD, CTM; TSCD).
 
     At s = t_n the target is the solver's own point, which rules out the collapsed solution; at the end point the term
-    is LCM's.
+    is LCM's. A share `anchor` of the samples lands there (MeanFlow, arXiv 2505.13447, section 4.3: r = t).
     """
-    return grid_times.at(edge + (rng.uniform("s") * (below - edge + 1).double()).long())
+    place = edge + (rng.uniform("s") * (below - edge + 1).double()).long()
+    return grid_times.at(torch.where(rng.chance("anchor", config.anchor), below, place) if config.anchor else place)
 
 
 def _inference(

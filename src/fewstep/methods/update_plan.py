@@ -10,6 +10,7 @@ from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.denoiser import FAKE, START, Denoiser
 from fewstep.methods.config import ConsistencyConfig
 from fewstep.methods.consistency import consistency_loss, critic_loss, make_pair
+from fewstep.methods.distances import LearnedWeight
 from fewstep.methods.distribution_matching import fake_loss, fake_points
 from fewstep.methods.pair import Pair
 from fewstep.methods.terms import FrozenNetworks, fine_tuning_loss, terms_of
@@ -52,6 +53,25 @@ class PairCache:
         return self._held[1]
 
 
+class WeightedLoss:
+    """The loss of a micro-batch with its learned weight, whose own update takes the loss of the student's."""
+
+    def __init__(self, weight: LearnedWeight) -> None:
+        self.weight = weight
+        self._held: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, loss: Tensor, t_share: Tensor) -> Tensor:
+        """Return the student's loss, [B]."""
+        self._held = loss.detach(), t_share
+        return self.weight(loss, t_share)  # type: ignore[no-any-return]
+
+    def own_loss(self, batch: Batch, rng: KeyedRng) -> Loss:
+        """Return the weight's loss on the micro-batch of the last call."""
+        assert self._held is not None, "the student's update comes first"
+        per_sample = self.weight(*self._held)
+        return Loss(per_sample.mean(), per_sample.detach(), self._held[1])
+
+
 def make_update_plan(
     method: ConsistencyConfig,
     optim: OptimConfig,
@@ -66,15 +86,21 @@ def make_update_plan(
     frozen_networks = frozen_networks or FrozenNetworks()
     pairs = PairCache(method, denoiser)
     terms, outlet = terms_of(method, frozen_networks), student.outlet("student")
+    parameters = student.parameters("student")
+    weigh = WeightedLoss(LearnedWeight()) if method.weight == "learned" else None
 
     def student_loss(batch: Batch, rng: KeyedRng) -> Loss:
         if method.fine_tunes:
             sample = batch["sample"]
             return fine_tuning_loss(method, denoiser, sample.data, sample.condition, rng)
-        return consistency_loss(pairs.pair(batch, rng), rng, terms, frozen_networks.distance, outlet)
+        return consistency_loss(pairs.pair(batch, rng), rng, terms, frozen_networks.distance, outlet, weigh)
 
     ema_target = EmaTarget(student.parameters("target"), method.target_decay) if method.target == "ema" else None
-    plan = [Update("student", student.parameters("student"), student_loss, optim, method.student_every, ema_target)]
+    plan = [Update("student", parameters, student_loss, optim, method.student_every, ema_target)]
+    if weigh:
+        weigh.weight.to(next(iter(parameters.values())).device)
+        weights = dict(weigh.weight.named_parameters())
+        plan.append(Update("weight", weights, weigh.own_loss, OptimConfig(lr=1e-3), method.student_every))
     if method.matching.weight:
 
         def fake_score_loss(batch: Batch, rng: KeyedRng) -> Loss:
