@@ -28,7 +28,9 @@ if TYPE_CHECKING:  # type checkers and editors see the names; `import fewstep` s
     from fewstep.commands.web_app import app as app
     from fewstep.common.errors import UserError as UserError
     from fewstep.inference.attach import attach as attach
+    from fewstep.inference.negative_guidance import lead_away as lead_away
     from fewstep.inference.pipeline import call_settings as call_settings
+    from fewstep.inference.pipeline import flow_map_scheduler_for as flow_map_scheduler_for
     from fewstep.inference.pipeline import scheduler_for as scheduler_for
     from fewstep.inference.schedulers.few_step import ConsistencyScheduler as ConsistencyScheduler
     from fewstep.inference.schedulers.few_step import SSSScheduler as SSSScheduler
@@ -51,7 +53,9 @@ _MODULES = {
     "estimate": "commands.distill",
     "evaluate": "commands.evaluate",
     "export_as": "commands.export",
+    "lead_away": "inference.negative_guidance",
     "load": "inference.text_to_image",
+    "flow_map_scheduler_for": "inference.pipeline",
     "init": "commands.init",
     "read_synthesis": "commands.synthesize",
     "sample": "commands.sample",

@@ -357,7 +357,7 @@ def test_prompts_that_are_not_there(refuse: Refuse, tmp_path: Path) -> None:
         (("--height", "0"), "height"),
         (("--guidance-scale", "-1"), "guidance_scale"),
         (("--guidance-scale", "2", "--omega", "1"), "guidance_scale"),
-        (("--negative-prompt", "blue"), "negative_prompt"),
+        (("--negative-prompt", "blue", "--compile"), "negative_prompt"),
         (("--lora", "tdc"), "lora"),
         (("-s", "size=large"), "size"),
         (("--seed", "1", "--seed"), "seed"),

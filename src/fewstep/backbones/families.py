@@ -34,6 +34,7 @@ class Family:
         sample_size: latent points a side at the trained size, for networks whose config lacks it.
         packed: latent points that the network takes as one, in its channels.
         variance: whether the network may output a variance too, as a second half of its channels.
+        cross_attention: whether its blocks attend to the prompt apart from the picture (`attn2` in diffusers).
     """
 
     kind: str
@@ -46,6 +47,7 @@ class Family:
     sample_size: int = 0
     packed: int = 1
     variance: bool = False
+    cross_attention: bool = False
 
     @property
     def tokenizers(self) -> tuple[str, ...]:

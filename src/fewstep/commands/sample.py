@@ -67,7 +67,7 @@ def sample(
         gamma: stochasticity of sampler sss, 0 to 1.
         omega: guidance in the papers' convention, diffusers' guidance_scale less 1; 0 for students.
         guidance_scale: the same as diffusers counts it, omega + 1; up to 1 for none.
-        negative_prompt: text that guidance leads away from; needs guidance.
+        negative_prompt: text to lead away from: by guidance, or without it in the network's cross-attention.
         width: pixels; if omitted, the student's or the trained size. A multiple of 8, or of 16 in some families.
         height: pixels, likewise.
         sampler: sss, lcm, ddim, euler, heun, dpm_2, dpmpp_2s or sde_dpmpp_2m.
@@ -135,8 +135,14 @@ def sample(
     if width or height:
         size = (width or size[0], height or size[1])
         sampling = sampling.model_copy(update={"size": size})
-    if negative_prompt and (folder.takes_guidance or not sampling.omega):
-        reason = "a network that takes guidance as an input" if folder.takes_guidance else "omega = 0"
+    if negative_prompt and not sampling.omega and compile:
+        raise UserError(
+            "negative_prompt without guidance does not go with compile; remove one", field="negative_prompt"
+        )
+    if negative_prompt and (folder.takes_guidance or not (sampling.omega or folder.family.cross_attention)):
+        reason = (
+            "a network that takes guidance as an input" if folder.takes_guidance else "no cross-attention, omega = 0"
+        )
         raise UserError(f"negative_prompt has no effect with {reason}; remove it", field="negative_prompt")
     factor = scale or (1 if in_folder else max(1, 256 // size[0]))
     columns = count if len(texts) > 1 else min(count, 8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from fewstep.diffusion.denoiser import BASE, Condition, Denoiser
 from fewstep.diffusion.draw_latents import Source, draw_latents
 from fewstep.diffusion.time_conditioning import ExtraEmbedding, ExtraEmbeddingHook, split_extra
 from fewstep.inference.multilingual.adapter import Adapter, load_adapter
+from fewstep.inference.negative_guidance import leading_away
 from fewstep.students.conditioning_file import read_extra_embeddings
 from fewstep.students.lora import merge_lora
 from fewstep.students.lora_checks import check_lora
@@ -49,7 +51,8 @@ class ImageGenerator:
         adapter: encodes prompts of other languages in place of the text encoder; the null prompt stays the teacher's.
         batch: pictures drawn at once; None for what a small GPU has room for.
         lora: file of the merged LoRA, if any.
-        negative: prompt of the unconditional branch; empty for the pipeline's own.
+        negative: prompt that pictures are led away from: by guidance, of the unconditional branch, else by attention
+            (`negative_guidance`); empty for the pipeline's own null prompt.
         filled: pad the last batch by repeating its last picture, as a compiled network has one graph.
     """
 
@@ -97,7 +100,8 @@ class ImageGenerator:
         batch = self.batch or default_batch(height, width)
         parts = []
         silent = title is None or len(seeds) <= batch or not is_main()
-        with tqdm(total=len(seeds), desc=title, unit="picture", leave=False, disable=silent) as bar:
+        bar = tqdm(total=len(seeds), desc=title, unit="picture", leave=False, disable=silent)
+        with bar, self._led_away(sampling, shape):
             for start in range(0, len(seeds), batch):
                 count = min(batch, len(seeds) - start)
                 padded = batch if self.filled and start else count
@@ -121,6 +125,20 @@ class ImageGenerator:
                     self._check_finite(parts[-1], seeds[start : start + count], "latent")
                 bar.update(len(drawn))
         return torch.cat(parts)
+
+    def _led_away(self, sampling: Sampling, shape: tuple[int, ...]) -> AbstractContextManager[None]:
+        """Return the context in which the network is led away from the negative prompt without guidance."""
+        if not self.negative or sampling.omega:
+            return nullcontext()
+        device, network = self.backbone.device, self.backbone.network
+        x, t = torch.zeros((1, *shape), device=device), torch.tensor([self.backbone.path.noisiest]).double()
+
+        def run() -> Tensor:
+            away = {name: value.to(device) for name, value in self.encode([self.negative]).items()}
+            with torch.autocast(device.type, self.precision, enabled=self.precision != torch.float32):
+                return self.backbone.call(network, x, t, away)
+
+        return leading_away(network, run)
 
     def to_pictures(self, latents: Tensor, seeds: Sequence[int]) -> np.ndarray:
         """Decode latents, one per seed, to uint8 [N, H, W, 3].

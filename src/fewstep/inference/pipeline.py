@@ -62,6 +62,38 @@ def scheduler_for(student: Path | str, config: Mapping[str, Any], gamma: float |
     return make_scheduler(record, sampling, config, gamma, str(student))
 
 
+@checked
+def flow_map_scheduler_for(student: Path | str) -> Any:
+    """Return diffusers' FlowMapEulerDiscreteScheduler for a flow student that is conditioned on its landing s.
+
+    Set it after `fewstep.attach(pipe, student)`, which gives the network the scheduler's next sigma as s. Its times are
+    the student's where the number of steps divides the training grid.
+
+    Raises:
+        UserError: a student of another path, without s, or that is sampled otherwise than by deterministic first-order
+            jumps down to clean data.
+    """
+    from diffusers import FlowMapEulerDiscreteScheduler
+
+    record, sampling = read_student(student)
+    wanted = {
+        "path": (record.get("path"), "flow"),
+        "extra_conditioning": ("s" in sampling.extra_conditioning, True),
+        "sampler": (sampling.sampler, "sss"),
+        "jump": (sampling.step_jump, "first_order"),
+        "gamma": (sampling.gamma, 0.0),
+        "end": (sampling.end, "clean"),
+        "spacing": (sampling.spacing, "grid"),
+    }
+    for name, (value, needed) in wanted.items():
+        if value != needed:
+            raise UserError(
+                f"student = {str(student)!r} has {name} = {value!r}, which a flow map's Euler scheduler cannot sample; "
+                "use the scheduler that fewstep.attach sets"
+            )
+    return FlowMapEulerDiscreteScheduler(shift=float(record.get("shift", 1.0)))
+
+
 def make_scheduler(
     record: Mapping[str, Any],
     sampling: Sampling,

@@ -287,8 +287,14 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             )
         return place
 
-    def landing(self, timestep: Any) -> float:
-        """Return the landing s of the jump that the due network call belongs to, on the scale of `timesteps`."""
+    def landing(self, timestep: Any = None) -> float:
+        """Return the landing s of the jump that the due network call belongs to, on the scale of `timesteps`.
+
+        Args:
+            timestep: of the call; None where a pipeline scales it, which begins at `begin_index` or the first time.
+        """
+        if timestep is None:
+            timestep = self.timesteps[self.begin_index or 0]
         s = self._jumps[self._current(timestep) // self.order].s
         return float(index_of(self.noise_path, s, self.config["num_train_timesteps"]))
 
