@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -111,3 +113,57 @@ def test_networks_without_cross_attention_are_refused(family: str, tmp_path: Pat
     with pytest.raises(UserError) as error:
         NegativeGuidance(load_image_generator(folder).backbone.network)
     assert error.value.field == "negative_prompt"
+
+
+class ComfyModel:
+    """ComfyUI's model with one block, which calls patches in its order (`BasicTransformerBlock`)."""
+
+    def __init__(self, attention: Any) -> None:
+        self.attention = attention
+        self.patch: Any = None
+        self.replace: dict[tuple[str, int], Any] = {}
+
+    def get_model_object(self, name: str) -> Any:
+        return SimpleNamespace(input_blocks=[0, 1], output_blocks=[0])
+
+    def clone(self) -> ComfyModel:
+        return ComfyModel(self.attention)
+
+    def set_model_attn2_patch(self, patch: Any) -> None:
+        self.patch = patch
+
+    def set_model_attn2_replace(self, patch: Any, name: str, number: int) -> None:
+        self.replace[name, number] = patch
+
+    def run(self, x: Tensor, text: Tensor, kinds: list[int]) -> Tensor:
+        options = {"n_heads": self.attention.heads, "cond_or_uncond": kinds}
+        n, context, value = self.patch(x, text, text, options)
+        q, k, v = self.attention.to_q(n), self.attention.to_k(context), self.attention.to_v(value)
+        out: Tensor = self.attention.to_out[0](self.replace["input", 1](q, k, v, options))
+        return out
+
+
+def test_the_node_does_the_same_at_cfg_1() -> None:
+    """With a negative prompt of another length; with unconditional rows in the batch it does nothing."""
+    from diffusers.models.attention_processor import Attention
+
+    file = Path(__file__).parents[2] / "comfyui" / "negative_guidance.py"
+    spec = importlib.util.spec_from_file_location("negative_node", file)
+    assert spec is not None
+    assert spec.loader is not None
+    node: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(node)
+    torch.manual_seed(0)
+    block = torch.nn.Module()
+    block.attn2 = Attention(query_dim=8, cross_attention_dim=6, heads=2, dim_head=4)  # type: ignore[assignment]
+    x, text, other = torch.randn(3, 5, 8), torch.randn(3, 6, 6), torch.randn(1, 3, 6)
+    with torch.no_grad():
+        plain = block.attn2(x, encoder_hidden_states=text)
+        (model,) = node.FewStepNegative().lead(ComfyModel(block.attn2), [[other, {}]], 4.0, 1.2, 0.4)
+        guided = NegativeGuidance(block, AttentionGuidance(4.0, 1.2, 0.4))
+        guided.keep(lambda: block.attn2(x, encoder_hidden_states=other.repeat(3, 2, 1)))
+        torch.testing.assert_close(model.run(x, text, [0]), block.attn2(x, encoder_hidden_states=text))
+        torch.testing.assert_close(model.run(x, text, [0, 1]), plain)
+    assert set(model.replace) == {("input", 0), ("input", 1), ("middle", 0), ("output", 0)}
+    with pytest.raises(ValueError, match="cfg above 1"):
+        node.led_away(SimpleNamespace(get_model_object=lambda name: object()), other, 1.0, 2.5, 0.5)
