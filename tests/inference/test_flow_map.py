@@ -55,6 +55,9 @@ def test_it_draws_what_we_draw(family: str, tmp_path: Path, picture_folder: Path
     pipe._fewstep_hook.close()
     theirs, ours = drawn(scheduler, 4)
     assert np.abs(theirs - ours).max() > 1e-3 * np.abs(ours).max(), "s matters"
+    file, _ = fewstep.export_as(student, "diffusers", out=tmp_path / "export", teacher=teacher)
+    assert 'fewstep.flow_map_scheduler_for("export")' in (file.parent / "README.md").read_text(encoding="utf-8")
+    assert fewstep.flow_map_scheduler_for(file.parent).config.shift == scheduler.config.shift
 
 
 def test_other_students_are_refused(tiny_overrides: list[str], tiny_cache: Path, tmp_path: Path) -> None:

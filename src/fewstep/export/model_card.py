@@ -15,6 +15,7 @@ from fewstep.backbones.pipeline_folder import PipelineFolder
 from fewstep.backbones.teachers import HUB_ID, teacher_name
 from fewstep.common.text import read_table, read_text
 from fewstep.export.formats import ADAPTERS, ExportForm, Reader
+from fewstep.students.inference_settings import beside_flow_map
 
 PICTURES = "pictures.webp"
 CARD = "README.md"
@@ -182,8 +183,9 @@ def model_card(
     if scheduler and reader != "fewstep" and pipeline != CONSISTENCY:
         code = _TEXT["schedulers"][scheduler].format_map(words)
         words["plain"] = _TEXT["plain"].format(code=f"{imported}{code}")
-    if network == "unet" if extra else reader != "fewstep":
+    if extra or reader != "fewstep":
         own = "consistency" if pipeline == CONSISTENCY and form == "merged" else "other"
+        words["flow_map"] = "" if beside_flow_map(record) else _TEXT["code"]["flow_map"].format_map(words)
         code = _TEXT["code"]["extra" if extra else own].format_map(words)
         words["diffusers"] = _TEXT["diffusers"].format(code=f"{imported}{code}")
     text: str = _TEXT["card"].format_map(words)

@@ -19,6 +19,7 @@ from fewstep.common.errors import UserError
 from fewstep.diffusion.config import Sampling
 from fewstep.inference.schedulers.base import FewStepScheduler
 from fewstep.inference.schedulers.few_step import ConsistencyScheduler, SSSScheduler
+from fewstep.students.inference_settings import beside_flow_map
 from fewstep.students.lora_file import read_lora_record, student_of_run
 
 TIME_TOLERANCE = 0.01
@@ -75,22 +76,13 @@ def flow_map_scheduler_for(student: Path | str) -> Any:
     """
     from diffusers import FlowMapEulerDiscreteScheduler
 
-    record, sampling = read_student(student)
-    wanted = {
-        "path": (record.get("path"), "flow"),
-        "extra_conditioning": ("s" in sampling.extra_conditioning, True),
-        "sampler": (sampling.sampler, "sss"),
-        "jump": (sampling.step_jump, "first_order"),
-        "gamma": (sampling.gamma, 0.0),
-        "end": (sampling.end, "clean"),
-        "spacing": (sampling.spacing, "grid"),
-    }
-    for name, (value, needed) in wanted.items():
-        if value != needed:
-            raise UserError(
-                f"student = {str(student)!r} has {name} = {value!r}, which a flow map's Euler scheduler cannot sample; "
-                "use the scheduler that fewstep.attach sets"
-            )
+    record, _ = read_student(student)
+    if beside := beside_flow_map(record):
+        name, value = beside
+        raise UserError(
+            f"student = {str(student)!r} has {name} = {value!r}, which a flow map's Euler scheduler cannot sample; use "
+            "the scheduler that fewstep.attach sets"
+        )
     return FlowMapEulerDiscreteScheduler(shift=float(record.get("shift", 1.0)))
 
 

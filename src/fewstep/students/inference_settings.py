@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fewstep.diffusion.config import Sampling
@@ -46,3 +47,22 @@ def inference_record(backbone: Backbone, sampling: Sampling, network: nn.Module 
         "sigmas": [round(float(sigma), 12) for sigma in backbone.path.sigma(times)],
         "guidance": guidance,
     }
+
+
+def beside_flow_map(record: Mapping[str, Any]) -> tuple[str, Any] | None:
+    """Return the first setting, and its value, by which a student is no flow map as diffusers samples it; else None.
+
+    A flow map is conditioned on its landing s on a flow, and sampled by deterministic first-order jumps to clean data.
+    """
+    own: Mapping[str, Any] = record["sampling"]
+    extra = own.get("extra_conditioning") or ()
+    wanted: dict[str, tuple[Any, Any]] = {
+        "path": (record.get("path"), "flow"),
+        "extra_conditioning": (list(extra), ["s"]),
+        "sampler": (own.get("sampler", "sss"), "sss"),
+        "jump": (own.get("jump") or "first_order", "first_order"),
+        "gamma": (own.get("gamma", 0.3), 0),
+        "end": (own.get("end", "index0"), "clean"),
+        "spacing": (own.get("spacing", "grid"), "grid"),
+    }
+    return next(((name, value) for name, (value, needed) in wanted.items() if value != needed), None)
