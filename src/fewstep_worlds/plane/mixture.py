@@ -107,15 +107,9 @@ class Mixture:
         return float(2 * to_marginal - own - within)
 
     def recall(self, x: Tensor, t: float) -> float:
-        """Return the share of the modes that have at least half of their weight of the points x [N, D], drawn from p_t.
-
-        A point counts for the nearest mode, within three of its standard deviations at t.
-        """
-        now = times_of(t, x[:1])
-        alpha, var = float(self.path.alpha(now)), float(self.path.sigma(now)) ** 2
-        away = torch.cdist(x, alpha * self.means) / ((alpha * self.stds).square() + var).sqrt()
-        nearest, kind = away.min(1)
-        found = torch.bincount(kind[nearest < 3], minlength=len(self.weights)) / len(x)
+        """Return the share of the modes that are nearest to half of their weight of the points x [N, D] or more."""
+        kind = torch.cdist(x, float(self.path.alpha(times_of(t, x[:1]))) * self.means).argmin(1)
+        found = torch.bincount(kind, minlength=len(self.weights)) / len(x)
         return float((found >= self.weights / 2).double().mean())
 
 

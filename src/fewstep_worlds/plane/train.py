@@ -209,7 +209,7 @@ class PlaneFigures:
     Attributes:
         energy: (steps, gamma) -> squared energy distance of samples to the exact marginal of the end point; gamma is
             None where the sampler has none.
-        recall: (steps, gamma) -> share of the modes that have at least half of their weight of the samples.
+        recall: (steps, gamma) -> share of the modes that are nearest to at least half of their weight of the samples.
         floor: the same distance of as many exact samples.
         to_end: rms error of one jump from noise to the end point.
         between: rms error of jumps between drawn times, to the recipe's landings.
