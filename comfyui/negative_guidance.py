@@ -1,6 +1,6 @@
-"""A ComfyUI node: a negative prompt at cfg 1, by normalised attention guidance (NAG, arXiv 2505.21179).
+"""A negative prompt at cfg 1, by normalised attention guidance (NAG, arXiv 2505.21179); needs torch alone.
 
-Copy this file into `custom_nodes`. It needs torch alone, and models with a UNet (Stable Diffusion 1.x, 2.x, XL).
+For models with a UNet (Stable Diffusion 1.x, 2.x, XL).
 """
 
 from __future__ import annotations
@@ -61,30 +61,3 @@ def led_away(model: Any, negative: Tensor, scale: float, tau: float, alpha: floa
         for number in range(count):
             made.set_model_attn2_replace(attend, name, number)
     return made
-
-
-class FewStepNegative:
-    """A model to one that is led away from a negative prompt at cfg 1."""
-
-    RETURN_TYPES = ("MODEL",)
-    FUNCTION = "lead"
-    CATEGORY = "sampling/custom_sampling"
-    DESCRIPTION = "Leads a few-step student away from a negative prompt at cfg 1 (normalised attention guidance)."
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802  (ComfyUI's name)
-        """Describe the inputs to ComfyUI."""
-
-        def number(default: float, most: float) -> tuple[str, dict[str, float]]:
-            return "FLOAT", {"default": default, "min": 0.0, "max": most, "step": 0.05}
-
-        numbers = {"scale": number(3.0, 50.0), "tau": number(2.5, 10.0), "alpha": number(0.5, 1.0)}
-        return {"required": {"model": ("MODEL",), "negative": ("CONDITIONING",), **numbers}}
-
-    def lead(self, model: Any, negative: Any, scale: float, tau: float, alpha: float) -> tuple[Any]:
-        """Return the model."""
-        return (led_away(model, negative[0][0], scale, tau, alpha),)
-
-
-NODE_CLASS_MAPPINGS = {"FewStepNegative": FewStepNegative}
-NODE_DISPLAY_NAME_MAPPINGS = {"FewStepNegative": "fewstep negative prompt"}

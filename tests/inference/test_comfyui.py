@@ -1,13 +1,16 @@
 """The ComfyUI node's sampler, in ComfyUI's own scale, beside ours: the same calls, noise and latents.
 
-The node was run in ComfyUI itself, too; docs/guide/comfyui.md describes how, with the results.
+The pack is run in ComfyUI itself by `tools/comfyui_check.py`; docs/guide/comfyui.md has the results.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import math
+import re
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -16,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fewstep.backbones.flux import Flux
 from fewstep.diffusion.config import Sampling
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.draw_latents import draw_latents
@@ -29,12 +33,12 @@ FOLDER = Path(__file__).parents[2] / "comfyui"
 
 @pytest.fixture(scope="module")
 def node() -> ModuleType:
-    """The file as ComfyUI loads it: alone, by its path."""
-    spec = importlib.util.spec_from_file_location("fewstep_student", FOLDER / "fewstep_student.py")
+    """The pack's sampling, alone, by its path: it imports nothing of fewstep."""
+    spec = importlib.util.spec_from_file_location("comfyui_sampling", FOLDER / "sampling.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["fewstep_student"] = module
+    sys.modules["comfyui_sampling"] = module
     spec.loader.exec_module(module)
     return module
 
@@ -54,9 +58,16 @@ class ModelSamplingDiscreteFlow:
     shift = 3.0
 
 
+class ModelSamplingFlux:
+    """ComfyUI's Flux, whose `shift` is mu."""
+
+    shift = 1.15
+
+
 PATHS: dict[str, tuple[NoisePath, Any]] = {
     "vp": (scaled_linear(), ModelSamplingDiscrete(scaled_linear())),
     "flow": (FlowMatching(3.0), ModelSamplingDiscreteFlow()),
+    "flux": (FlowMatching(math.exp(1.15)), ModelSamplingFlux()),
 }
 SAMPLINGS = [
     Sampling(steps=4, gamma=0.3),
@@ -81,10 +92,10 @@ def test_latents_are_ours(node: ModuleType, name: str, sampling: Sampling) -> No
         calls.append(float(t[0]))
         return mixture.denoise(x.double(), t).x0
 
-    seed, flow = 11, name == "flow"
+    seed, flow = 11, name != "vp"
     ours = draw_latents(Denoiser(call, path, "x0"), {}, {}, sampling, [seed], (2,), "student")
     scale = node.scale_of(held)
-    plan = node.settings_of({"sampling": sampling.model_dump(mode="json"), "path": name})
+    plan = node.settings_of({"sampling": sampling.model_dump(mode="json"), "path": "flow" if flow else "vp"})
     own = torch.tensor(plan.times, dtype=torch.float64) / (1000 if flow else 1)
     count = sampling.steps // sampling.calls_a_step
     wanted = inference_times(path, count, grid=sampling.grid, spacing=sampling.spacing)
@@ -117,6 +128,8 @@ def test_what_it_does_not_have_is_refused(node: ModuleType, tmp_path: Path) -> N
     ):
         with pytest.raises(ValueError, match=words):
             node.settings_of({"sampling": own})
+    with pytest.raises(ValueError, match="embeds w"):
+        node.settings_of({"sampling": {}, "guidance": {"embedded": True}})
     with pytest.raises(ValueError, match="steps = 9 must be from 1 to 8"):
         node.settings_of({"sampling": {"spacing": "tlcm"}}, steps=9)
     with pytest.raises(ValueError, match="steps = 60 must be from 1 to 50"):
@@ -140,7 +153,7 @@ def test_a_model_of_another_kind_is_refused(node: ModuleType) -> None:
         "eps": type("A", (ModelSamplingDiscrete, EPS), {}),
         "v": type("B", (ModelSamplingDiscrete, V_PREDICTION), {}),
     }
-    made["flow"] = type("C", (ModelSamplingDiscreteFlow, CONST), {})
+    made["flow"] = type("C", (ModelSamplingFlux, CONST), {})
     for wanted in made:
         for kind, built in made.items():
             held = built.__new__(built)
@@ -156,12 +169,81 @@ def test_the_node_repeats_our_times(node: ModuleType) -> None:
     assert node.TLCM_TIMES == TLCM_TIMES
 
 
-def test_the_workflow_names_the_node(node: ModuleType) -> None:
-    flow = json.loads((FOLDER / "tcd_workflow_api.json").read_text(encoding="utf-8"))
-    by_kind = {part["class_type"]: (number, part["inputs"]) for number, part in flow.items()}
-    student, _ = by_kind["FewStepStudent"]
-    assert "FewStepStudent" in node.NODE_CLASS_MAPPINGS
-    names = node.FewStepStudent.RETURN_NAMES
-    custom = by_kind["SamplerCustom"][1]
-    wired = {name: custom[name] for name in names}
-    assert wired == {name: [student, place] for place, name in enumerate(names)}
+def test_a_flow_has_the_shift_of_its_training(node: ModuleType) -> None:
+    """At every size: the shift of ComfyUI's model, which follows the picture's, moves no call."""
+    of_model, of_student = node.scale_of(ModelSamplingFlux()), node.scale_of(ModelSamplingFlux(), 2.0)
+    assert of_model.sigma_of(500.0) == pytest.approx(math.exp(1.15) / (1 + math.exp(1.15)))
+    assert of_student.sigma_of(500.0) == pytest.approx(2 / 3)
+
+
+def test_noise_of_flux_is_packed(node: ModuleType) -> None:
+    """Each step's, not the first."""
+    x = torch.zeros(1, 3, 4, 6)
+    noise = node.noise_after_the_first(x, 5, packed=True)
+    generator = torch.Generator().manual_seed(5)
+    torch.randn(x.shape, generator=generator)
+    for _ in range(2):
+        drawn = torch.randn(x.shape, generator=generator)
+        assert torch.equal(noise(), Flux.arranged(Flux.__new__(Flux), drawn))
+
+
+def test_guidance_as_an_input_is_no_cfg(node: ModuleType) -> None:
+    assert node.guidance_of({"guidance": {"scale": 3.5, "told": True}}) == (1.0, 3.5)
+    assert node.guidance_of({"guidance": {"scale": 7.5, "told": False}}) == (7.5, 1.0)
+    assert node.guidance_of({}) == (1.0, 1.0)
+
+
+WORKFLOWS = sorted(path.stem for path in (FOLDER / "api_workflows").iterdir())
+
+
+def read(folder: str, name: str) -> Any:
+    return json.loads((FOLDER / folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def as_api(graph: dict[str, Any]) -> dict[str, Any]:
+    """A workflow of the canvas in the form that ComfyUI's server takes."""
+    sources = {number: [str(source), slot] for number, source, slot, *_ in graph["links"]}
+    api = {}
+    for part in (node for node in graph["nodes"] if node["type"] != "MarkdownNote"):
+        values, inputs = list(part["widgets_values"]), {}
+        for entry in part["inputs"]:
+            own = values.pop(0) if "widget" in entry else None
+            if values[:1] == ["fixed"]:  # "control after generate", of a seed
+                values.pop(0)
+            inputs[entry["name"]] = sources[entry["link"]] if entry["link"] is not None else own
+        assert not values
+        api[str(part["id"])] = {"class_type": part["type"], "inputs": inputs}
+    return api
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_both_forms_of_a_workflow_are_equal(name: str) -> None:
+    graph = read("example_workflows", name)
+    assert as_api(graph) == read("api_workflows", name)
+    slots = {node["id"]: node for node in graph["nodes"]}
+    for number, source, slot, target, entry, kind in graph["links"]:
+        out, into = slots[source]["outputs"][slot], slots[target]["inputs"][entry]
+        assert number in out["links"]
+        assert into["link"] == number
+        assert out["type"] == into["type"] == kind
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_workflows_take_all_that_the_node_returns(name: str) -> None:
+    graph, flow = read("example_workflows", name), read("api_workflows", name)
+    by_kind = {part["class_type"]: part["inputs"] for part in flow.values()}
+    own = next(part for part in graph["nodes"] if part["type"] == "FewStepStudent")
+    outputs = {entry["name"]: [str(own["id"]), slot] for slot, entry in enumerate(own["outputs"])}
+    taken = ("model", "sampler", "sigmas", "cfg")
+    assert {each: by_kind["SamplerCustom"][each] for each in taken} == {each: outputs[each] for each in taken}
+    if name == "flux":
+        assert by_kind["FluxGuidance"]["guidance"] == outputs["guidance"]
+
+
+def test_the_pack_has_what_the_registry_requires() -> None:
+    facts = tomllib.loads((FOLDER / "pyproject.toml").read_text(encoding="utf-8"))
+    package = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    assert re.fullmatch(r"[a-z](?:[a-z0-9]|[-_.](?=[a-z0-9])){1,98}", facts["project"]["name"])
+    assert facts["project"]["version"] == package["project"]["version"]
+    assert "Repository" in facts["project"]["urls"]
+    assert "PublisherId" in facts["tool"]["comfy"]

@@ -159,7 +159,7 @@ def test_the_node_does_the_same_at_cfg_1() -> None:
     x, text, other = torch.randn(3, 5, 8), torch.randn(3, 6, 6), torch.randn(1, 3, 6)
     with torch.no_grad():
         plain = block.attn2(x, encoder_hidden_states=text)
-        (model,) = node.FewStepNegative().lead(ComfyModel(block.attn2), [[other, {}]], 4.0, 1.2, 0.4)
+        model = node.led_away(ComfyModel(block.attn2), other, 4.0, 1.2, 0.4)
         guided = NegativeGuidance(block, AttentionGuidance(4.0, 1.2, 0.4))
         guided.keep(lambda: block.attn2(x, encoder_hidden_states=other.repeat(3, 2, 1)))
         torch.testing.assert_close(model.run(x, text, [0]), block.attn2(x, encoder_hidden_states=text))

@@ -1,8 +1,4 @@
-"""A few-step student in ComfyUI: LoRA, times, sampler and gamma, read from the student's file.
-
-Copy this file into ComfyUI's `custom_nodes` folder, and a student (`fewstep export --form kohya`) into `models/loras`.
-The node `fewstep student` takes a model and a LoRA, and returns the model with the LoRA, a sampler and sigmas for
-`SamplerCustom`, and the guidance for its cfg. fewstep need not be installed.
+"""A student's settings, read from its file, and its sampler; needs torch alone.
 
 The sampler is strategic stochastic sampling (TCD, arXiv 2402.19159, algorithm 4) in ComfyUI's own scale. There a model
 of discrete times is x = x0 + sigma z, one of a flow x = (1 - sigma) x0 + sigma z; a jump lands at
@@ -82,12 +78,12 @@ def settings_of(record: dict[str, Any], steps: int = 0, gamma: float = -1.0) -> 
     """
     own = record.get("sampling", {})
     sampler, jump = own.get("sampler", "sss"), own.get("jump") or ""
-    if sampler not in ("sss", "lcm") or jump in ("second_order", "cm_skip") or own.get("extra_conditioning"):
-        how = (
-            f"sampler {sampler}"
-            + (f", jump {jump}" if jump else "")
-            + (", extra conditioning" if own.get("extra_conditioning") else "")
-        )
+    embedded = bool(record.get("guidance", {}).get("embedded"))
+    extra = bool(own.get("extra_conditioning"))
+    if sampler not in ("sss", "lcm") or jump in ("second_order", "cm_skip") or extra or embedded:
+        parts = [f"sampler {sampler}"]
+        parts += [f"jump {jump}"] * bool(jump) + ["extra conditioning"] * extra + ["a UNet that embeds w"] * embedded
+        how = ", ".join(parts)
         raise ValueError(f"this student needs {how}, which ComfyUI lacks; draw with `fewstep sample`")
     flow = record.get("path") == "flow"
     count = steps or int(own.get("steps", 4))
@@ -172,30 +168,58 @@ def sample(
     return x if scale.flow else x / math.sqrt(1 + end**2)
 
 
-def noise_after_the_first(x: torch.Tensor, seed: int) -> Callable[[], torch.Tensor]:
-    """Return a function for each step's noise: the numbers of a CPU generator after those of the initial latent."""
+def unpacked(noise: torch.Tensor) -> torch.Tensor:
+    """Rearrange noise [B, C, 2h, 2w] that was drawn as Flux's pipeline draws a step's: tokens of 2 x 2 points."""
+    b, c, height, width = noise.shape
+    tokens = noise.reshape(b, height // 2, width // 2, c, 2, 2)
+    return tokens.permute(0, 3, 1, 4, 2, 5).reshape(noise.shape)
+
+
+def noise_after_the_first(x: torch.Tensor, seed: int, *, packed: bool = False) -> Callable[[], torch.Tensor]:
+    """Return a function for each step's noise: the numbers of a CPU generator after those of the initial latent.
+
+    Args:
+        packed: rearrange each step's noise as Flux's latents are packed.
+    """
     generator = torch.Generator("cpu").manual_seed(seed)
     torch.randn(x.shape, generator=generator)
-    return lambda: torch.randn(x.shape, generator=generator).to(x)
+
+    def noise() -> torch.Tensor:
+        drawn = torch.randn(x.shape, generator=generator)
+        return (unpacked(drawn) if packed else drawn).to(x)
+
+    return noise
 
 
-def scale_of(model_sampling: Any) -> Scale:
+def scale_of(model_sampling: Any, shift: float | None = None) -> Scale:
     """Return the path of a loaded model.
+
+    Args:
+        shift: of a flow, from the student's file: a student has the times of its training at every size of pictures.
+            None for the model's own, which of Flux follows from the picture's size (ModelSamplingFlux).
 
     Raises:
         ValueError: neither discrete times nor a flow with a shift.
     """
     kinds = {kind.__name__ for kind in type(model_sampling).__mro__}
-    if "ModelSamplingDiscreteFlow" in kinds:
-        shift = float(model_sampling.shift)
+    if kinds & {"ModelSamplingDiscreteFlow", "ModelSamplingFlux"}:
+        own = float(model_sampling.shift)
+        factor = shift or (math.exp(own) if "ModelSamplingFlux" in kinds else own)
 
         def shifted(t: float) -> float:
-            return shift * (t / TOTAL) / (1 + (shift - 1) * (t / TOTAL))
+            return factor * (t / TOTAL) / (1 + (factor - 1) * (t / TOTAL))
 
         return Scale(shifted, True)
     if "ModelSamplingDiscrete" in kinds:
         return Scale(lambda t: float(model_sampling.sigma(torch.tensor(float(t)))), False)
     raise ValueError(f"{type(model_sampling).__name__} has neither discrete times nor a flow with a shift")
+
+
+def guidance_of(record: dict[str, Any]) -> tuple[float, float]:
+    """Return the cfg of a student, and its guidance as an input of the network (Flux dev; 1 elsewhere)."""
+    own = record.get("guidance", {})
+    scale = float(own.get("scale", 1.0))
+    return (1.0, scale) if own.get("told") else (scale, 1.0)
 
 
 def check_model(record: dict[str, Any], model_sampling: Any) -> None:
@@ -226,72 +250,3 @@ def read_record(path: str) -> dict[str, Any]:
         raise ValueError(f"{path} has no settings in its metadata; use a file that `fewstep export` wrote")
     record: dict[str, Any] = json.loads(text)
     return record
-
-
-class FewStepStudent:
-    """The node: a model and a student's LoRA to the student with its sampler, sigmas and cfg."""
-
-    CATEGORY = "sampling/custom_sampling"
-    RETURN_TYPES = ("MODEL", "SAMPLER", "SIGMAS", "FLOAT")
-    RETURN_NAMES = ("model", "sampler", "sigmas", "cfg")
-    FUNCTION = "load"
-    DESCRIPTION = "A few-step student with the times, sampler and gamma of its own file."
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802  (ComfyUI's own name)
-        """ComfyUI's description of the inputs."""
-        import folder_paths
-
-        return {
-            "required": {
-                "model": ("MODEL",),
-                "lora_name": (folder_paths.get_filename_list("loras"),),
-                "strength": ("FLOAT", {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.01}),
-                "steps": (
-                    "INT",
-                    {"default": 0, "min": 0, "max": 50, "tooltip": "Network calls; 0 for the student's own."},
-                ),
-                "gamma": (
-                    "FLOAT",
-                    {"default": -1.0, "min": -1.0, "max": 1.0, "step": 0.05, "tooltip": "-1 for the student's own."},
-                ),
-            }
-        }
-
-    def load(
-        self, model: Any, lora_name: str, strength: float, steps: int, gamma: float
-    ) -> tuple[Any, Any, Any, float]:
-        """Apply the LoRA, and make the sampler and the sigmas."""
-        import comfy.samplers
-        import comfy.sd
-        import comfy.utils
-        import folder_paths
-
-        path = folder_paths.get_full_path_or_raise("loras", lora_name)
-        record = read_record(path)
-        held = model.get_model_object("model_sampling")
-        check_model(record, held)
-        settings, scale = settings_of(record, steps, gamma), scale_of(held)
-        weights = comfy.utils.load_torch_file(path, safe_load=True)
-        student, _ = comfy.sd.load_lora_for_models(model, None, weights, strength, 0)
-
-        def function(net: Any, x: Any, sigmas: Any, extra_args: Any = None, callback: Any = None, **_: Any) -> Any:
-            more = extra_args or {}
-            ones = x.new_ones([len(x)])
-
-            def report(i: int, now: torch.Tensor, x0: torch.Tensor) -> None:
-                if callback is not None:
-                    callback({"x": now, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": x0})
-
-            noise = noise_after_the_first(x, int(more.get("seed") or 0))
-            drawn = sample(lambda y, sigma: net(y, sigma * ones, **more), x, settings, scale, noise, report)
-            return scale.handed_back(drawn, scale.lowest(settings.end))
-
-        sigmas = torch.tensor([*(scale.sigma_of(t) for t in settings.times), scale.lowest(settings.end)])
-        own = record.get("guidance", {})
-        guidance = 1.0 if own.get("extra_conditioning") else float(own.get("scale", 1.0))
-        return student, comfy.samplers.KSAMPLER(function), sigmas, guidance
-
-
-NODE_CLASS_MAPPINGS = {"FewStepStudent": FewStepStudent}
-NODE_DISPLAY_NAME_MAPPINGS = {"FewStepStudent": "fewstep student"}
