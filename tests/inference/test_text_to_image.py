@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 import fewstep
 from fewstep.common.errors import UserError
+from fewstep.inference.picture_files import read_settings
 from support.random_lora import random_lora
 
 
@@ -53,6 +55,20 @@ def test_sizes_and_settings(tiny_pipeline: Path, lora: Path) -> None:
     (wide,) = model.draw("a red disc", size=(96, 64), steps=1)
     assert wide.size == (96, 64)
     assert wide.mode == "RGB"
+
+
+def test_png_text_equals_that_of_the_command(tiny_pipeline: Path, lora: Path, tmp_path: Path) -> None:
+    model = fewstep.load(tiny_pipeline, lora, device="cpu")
+    file = tmp_path / "picture.png"
+    changes = {"steps": 2, "gamma": 0.6, "settings": {"size": "96x64"}}
+    fewstep.sample("three frogs", out=file, scale=1, device="cpu", teacher=tiny_pipeline, lora=lora, seed=5, **changes)
+    text = model.png_text("three frogs", 5, steps=2, gamma=0.6, size=(96, 64))
+    assert read_settings(file) == json.loads(text["fewstep"])
+    with Image.open(file) as picture:
+        assert picture.text["parameters"] == text["parameters"]
+    Image.new("RGB", (8, 8)).save(tmp_path / "other.png")
+    with pytest.raises(UserError):
+        read_settings(tmp_path / "other.png")
 
 
 def test_seeds_belong_to_pictures(tiny_pipeline: Path) -> None:

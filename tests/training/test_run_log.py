@@ -39,6 +39,7 @@ def test_curves_rate_grid_and_best(tmp_path: Path) -> None:
     run = read_run(place)
     assert run.grid == place / "grids" / "step-00000100.webp"
     assert run.best == {"step": 5, "kid": 0.25}
+    assert [each in run.state for each in ("5 of 100", "2.00 s", "kid 0.25")] == [True] * 3
 
 
 def test_a_run_that_has_just_begun(tmp_path: Path) -> None:

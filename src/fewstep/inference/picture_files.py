@@ -8,6 +8,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from fewstep.common.errors import UserError
 from fewstep.diffusion.config import Sampling
 from fewstep.students.lora_file import FILE
 
@@ -62,6 +65,19 @@ def picture_settings(
     lines.append(", ".join(f"{name}: {value}" for name, value in pairs.items()))
     whole = json.dumps(record | {"sampling": sampling.model_dump(mode="json")}, ensure_ascii=False)
     return {"parameters": "\n".join(lines), "fewstep": whole}
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the settings inside a PNG that `picture_settings` are in.
+
+    Raises:
+        UserError: it has none.
+    """
+    with Image.open(path) as picture:
+        text = getattr(picture, "text", {}).get("fewstep")
+    if text is None:
+        raise UserError(f"{path} has no settings inside; choose a PNG that fewstep wrote")
+    return dict(json.loads(text))
 
 
 def next_number(folder: Path) -> int:

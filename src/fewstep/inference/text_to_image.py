@@ -11,13 +11,14 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep.backbones.pipeline_folder import PipelineFolder
-from fewstep.backbones.teachers import read_teacher
+from fewstep.backbones.teachers import read_teacher, teacher_name
 from fewstep.common.arguments import checked
 from fewstep.common.device import pick_compute_dtype, pick_device
 from fewstep.common.errors import UserError
 from fewstep.diffusion.config import Sampling
 from fewstep.diffusion.denoiser import Condition, Denoiser
 from fewstep.inference.generator import ImageGenerator, default_batch, load_image_generator
+from fewstep.inference.picture_files import picture_settings, student_name
 from fewstep.students.lora_header import LoraHeader
 from fewstep.students.resolve import AUTO, changed_sampling, resolve_student
 
@@ -88,6 +89,17 @@ class TextToImage:
         """
         named = {"steps": steps, "gamma": gamma, "omega": omega, "sampler": sampler, "size": size}
         return changed_sampling(self.sampling, {**named, **(settings or {})}, self.generator.backbone.folder)
+
+    def png_text(self, prompt: str, seed: int, **changes: Any) -> dict[str, str]:
+        """Return the text entries of a picture's PNG.
+
+        Args:
+            changes: of the sampling settings, as of `sampling_with`.
+        """
+        sampling, lora = self.sampling_with(**changes), self.generator.lora
+        names = {"teacher": teacher_name(self.generator.backbone.folder.path)}
+        names |= {"student": student_name(lora)} if lora else {}
+        return picture_settings(prompt, seed, sampling, sampling.size or self.size, **names)
 
     @checked
     def draw(

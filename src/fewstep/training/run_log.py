@@ -39,6 +39,13 @@ class Run:
     teacher: str = ""
 
     @property
+    def state(self) -> str:
+        """The step, the rate and the best student's figures in a line."""
+        best = "; best: " + ", ".join(f"{name} {value:.4g}" for name, value in self.best.items()) if self.best else ""
+        rate = f", {self.rate:.2f} s a step" if self.rate else ""
+        return f"step {self.step} of {self.steps}{rate}{best}"
+
+    @property
     def students(self) -> list[Path]:
         """Folders of the students that can be drawn with: the best so far, and the finished one."""
         return [place for place in (self.folder / "best", self.folder / "student") if any(place.glob("*.safetensors"))]
