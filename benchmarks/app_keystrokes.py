@@ -26,7 +26,8 @@ from fewstep.web_app.models import Drawn, Models, Request
 from fewstep.web_app.page import build
 from support.page import WATCH, Visitor, chromium, served
 
-WORDS = "an octopus, a red disc and a blue ring on white, "
+WORDS = "three frogs on yellow, a rocket left of a gem stone, "
+LAST = "two sailboats on red checks"
 
 
 @dataclass
@@ -60,34 +61,37 @@ class Failing:
         self.figures = figures
         self.calls = itertools.count(1)
 
-    def draw(self, request: Request, on_call: Any = None) -> Drawn:
+    def draw(self, request: Request, *rest: Any) -> Drawn:
         """Draw, or fail."""
         call = next(self.calls)
         if self.every and call % self.every == 0:
             self.figures.failed += 1
             raise (RuntimeError if call % (2 * self.every) else UserError)("injected")
-        drawn = self.draw_right(request, on_call)
+        drawn = self.draw_right(request, *rest)
         self.figures.drawn += 1
         self.figures.computing.append(1000 * drawn.seconds)
         return drawn
 
 
-def type_keys(models: Models, teacher: str, lora: str, kept: Path, keys: int, pause: float, every: int) -> Figures:
+def type_keys(
+    models: Models, teacher: str, lora: str, kept: Path, keys: int, pause: float, every: int, singles: int = 20
+) -> Figures:
     """Type single keys for their latency, then `keys` of them in a row.
 
     Args:
         pause: seconds between keys.
         every: which drawings fail; 0 for none.
+        singles: keys whose latency is measured, each after the picture of the one before.
     """
     figures, process = Figures(), psutil.Process()
     with served(build(models, kept, teacher, lora, ""), kept) as address, chromium() as driver:
         visitor = Visitor(driver, address)
-        visitor.type("a")
+        visitor.type(WORDS[0])
         visitor.wait(lambda: "evaluations" in visitor.text("status"))
         driver.execute_script(WATCH)
         failing = Failing(models, 0, figures)
         models.draw = failing.draw  # type: ignore[method-assign]
-        for letter in WORDS[1:21]:
+        for letter in WORDS.replace(" ", "")[1 : singles + 1]:  # a space at the end changes no picture
             before = len(driver.execute_script("return window.shown"))
             visitor.type(letter)
             visitor.wait(lambda before=before: len(driver.execute_script("return window.shown")) == before + 2)
@@ -103,9 +107,8 @@ def type_keys(models: Models, teacher: str, lora: str, kept: Path, keys: int, pa
             visitor.type(WORDS[number % len(WORDS)])
             time.sleep(pause)
         failing.every = 0
-        visitor.type("!")
-        prompt = visitor.find("#prompt textarea").get_attribute("value")
-        expected = failing.draw_right(Request(prompt, teacher, lora, 0, *shown_settings(visitor))).picture
+        visitor.type(LAST, clear=True)
+        expected = failing.draw_right(Request(LAST, teacher, lora, 0, *shown_settings(visitor))).picture
         visitor.wait(lambda: visitor.shows(expected))
         figures.right = True
         events = driver.execute_script("return window.shown")

@@ -34,7 +34,7 @@ def models(place: Path) -> Models:
 
 
 def asked(place: Path, **changes: object) -> Request:
-    first = Request("a red disc", str(place / "teacher"), str(place / "first"), seed=4, steps=2)
+    first = Request("three frogs", str(place / "teacher"), str(place / "first"), seed=4, steps=2)
     return replace(first, **changes)
 
 
@@ -79,13 +79,13 @@ def test_menus_offer_what_fits(models: Models, place: Path) -> None:
 def test_pictures_settings_and_times(models: Models, place: Path) -> None:
     drawn = models.draw(asked(place, gamma=0.9))
     (expected,) = fewstep.load(place / "teacher", place / "first", device="cpu").draw(
-        "a red disc", 4, steps=2, gamma=0.9
+        "three frogs", 4, steps=2, gamma=0.9
     )
     np.testing.assert_array_equal(np.asarray(drawn.picture), np.asarray(expected))
     assert drawn.evaluations == 2
     assert drawn.seconds > 0
     inside = json.loads(drawn.text["fewstep"])
-    assert (inside["prompt"], inside["seed"], inside["sampling"]["gamma"]) == ("a red disc", 4, 0.9)
+    assert (inside["prompt"], inside["seed"], inside["sampling"]["gamma"]) == ("three frogs", 4, 0.9)
     teacher = models.draw(asked(place, lora="none", omega=3.0))
     assert teacher.evaluations == 4, "guided calls count two"
     assert (np.asarray(teacher.picture) != np.asarray(expected)).any()

@@ -13,10 +13,9 @@ from typing import Any
 from PIL import Image
 
 from fewstep.backbones.pipeline_folder import PipelineFolder, read_folder
-from fewstep.backbones.teachers import read_teacher, teacher_name
+from fewstep.backbones.teachers import read_teacher
 from fewstep.common.defaults import installed_world
 from fewstep.common.errors import UserError
-from fewstep.inference.picture_files import picture_settings, student_name
 from fewstep.inference.snippets import as_code, as_command
 from fewstep.inference.text_to_image import LoadedModels
 from fewstep.students.find import find_models
@@ -24,6 +23,8 @@ from fewstep.students.resolve import AUTO, NONE, ResolvedStudent, resolve_studen
 
 Choice = tuple[str, str]
 """(label, value) of a menu's entry."""
+KINDS = "teacher", "lora", "run"
+"""What the menus offer."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Request:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that are given."""
-        named = {name: getattr(self, name) for name in ("steps", "gamma", "omega", "size")}
-        return {name: value for name, value in named.items() if value is not None}
+        named = "steps", "gamma", "omega", "size"
+        return {name: value for name in named if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,7 @@ class Models:
     """
 
     def __init__(
-        self,
-        places: Sequence[Path | str],
-        named: Sequence[str] = (),
-        *,
-        teacher_config: str = "",
-        **options: Any,
+        self, places: Sequence[Path | str], named: Sequence[str] = (), *, teacher_config: str = "", **options: Any
     ) -> None:
         self.places = [Path(place).resolve() for place in places]
         for place in self.places:
@@ -107,27 +103,20 @@ class Models:
             return named
         path = Path(named).resolve()
         if not any(path.is_relative_to(place) for place in self.places):
-            known = ", ".join(map(str, self.places))
-            raise UserError(f"{field} = {named!r} lies outside of {known}; name its folder when the page is started")
+            raise UserError(f"{field} = {named!r} lies outside of the page's folders; name its folder at the start")
         if not path.exists():
             raise UserError(f"{field} = {named!r} does not exist; choose one of the menu")
         return str(path)
 
     def menus(self, teacher: PipelineFolder) -> tuple[list[Choice], list[Choice], list[Choice]]:
         """Return what there is to choose: teachers, students of a teacher, and runs, the newest one first."""
-        found = list(find_models(self.places))
         base = teacher.fingerprint(teacher.network)
-        own = self.bundled_students if teacher.path.resolve() == self.bundled else ()
+        found = [one for one in find_models(self.places) if one.base in ("", base)]
+        own = [(f"bundled {name}", name) for name in self.bundled_students if teacher.path.resolve() == self.bundled]
         bundled = [("bundled teacher", "")] if self.bundled else []
-        runs = [each.path for each in found if each.kind == "run"]
-        runs.sort(key=lambda path: (path / "log.jsonl").stat().st_mtime, reverse=True)
-        return (
-            [*bundled, *(self._labelled(each.path) for each in found if each.kind == "teacher")],
-            [("the teacher itself", NONE)]
-            + [(f"bundled {name}", name) for name in own]
-            + [self._labelled(each.path) for each in found if each.kind == "lora" and each.base in ("", base)],
-            [self._labelled(path) for path in runs],
-        )
+        teachers, students, runs = ([self._labelled(one.path) for one in found if one.kind == kind] for kind in KINDS)
+        runs.sort(key=lambda run: (Path(run[1]) / "log.jsonl").stat().st_mtime, reverse=True)
+        return [*bundled, *teachers], [("the teacher itself", NONE), *own, *students], runs
 
     def _labelled(self, path: Path) -> Choice:
         """Return the entry of a path, labelled by the part below its folder."""
@@ -156,13 +145,11 @@ class Models:
         """Return a request as a command, and as code for diffusers."""
         folder = self.teacher(request.teacher)
         student, own, _ = self.student(folder, request.lora)
-        config = self.teacher_config if Path(request.teacher).is_file() else ""
-        place: Path | str = student.path if student else NONE
         what = request.prompt, request.seed, request.settings
-        return (
-            as_command(*what, teacher=request.teacher, student=place, teacher_config=config),
-            as_code(*what, folder=folder, student=student, sampling=own.model_copy(update=request.settings)),
-        )
+        names: dict[str, Any] = {"teacher": request.teacher, "student": student.path if student else NONE}
+        names |= {"teacher_config": self.teacher_config} if Path(request.teacher).is_file() else {}
+        code = as_code(*what, folder=folder, student=student, sampling=own.model_copy(update=request.settings))
+        return as_command(*what, **names), code
 
     def preload(self, teacher: str, lora: str) -> None:
         """Load a model in the background.
@@ -173,7 +160,7 @@ class Models:
         folder = self.teacher(teacher)
         self._queue.submit(self._loaded.get, folder, self.student(folder, lora).lora)
 
-    def draw(self, request: Request, on_call: Callable[[], object] | None = None) -> Drawn:
+    def draw(self, request: Request, on_call: Callable[[], object] = lambda: None) -> Drawn:
         """Draw a picture, after those that were asked for before.
 
         Args:
@@ -184,24 +171,18 @@ class Models:
         """
         return self._queue.submit(self._draw, request, on_call).result()
 
-    def _draw(self, request: Request, on_call: Callable[[], object] | None) -> Drawn:
-        calls = 0
-
-        def count(done: int, _: int) -> None:
-            nonlocal calls
-            calls = done
+    def _draw(self, request: Request, on_call: Callable[[], object]) -> Drawn:
+        def check(*_: int) -> None:
             if self.closed:
                 raise InterruptedError
-            if on_call is not None:
-                on_call()
+            on_call()
 
         folder = self.teacher(request.teacher)
         model = self._loaded.get(folder, self.student(folder, request.lora).lora)
         begun = time.perf_counter()
-        (picture,) = model.draw(request.prompt, request.seed, **request.settings, on_call=count)
+        (picture,) = model.draw(request.prompt, request.seed, **request.settings, on_call=check)
         seconds = time.perf_counter() - begun
-        sampling, file = model.sampling_with(**request.settings), model.generator.lora
-        guided = sampling.omega > 0 and not folder.takes_guidance
-        names = {"teacher": teacher_name(folder.path), "student": student_name(file) if file else ""}
-        text = picture_settings(request.prompt, request.seed, sampling, picture.size, **names)
-        return Drawn(request, picture, seconds, calls * (1 + guided), text)
+        sampling = model.sampling_with(**request.settings)
+        evaluations = sampling.steps * (1 + (sampling.omega > 0 and not folder.takes_guidance))
+        text = model.png_text(request.prompt, request.seed, **request.settings)
+        return Drawn(request, picture, seconds, evaluations, text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import random
 import sys
 import traceback
@@ -17,36 +16,29 @@ from typing import Any
 import gradio as gr
 import numpy as np
 import pandas as pd
-from PIL import Image
+from PIL import Image, ImageOps
 
 from fewstep.common.config import as_pair
 from fewstep.common.errors import UserError
 from fewstep.inference.image_grid import labelled_grid, save_image
-from fewstep.inference.picture_files import next_number, numbered
+from fewstep.inference.picture_files import next_number, numbered, read_settings
 from fewstep.students.resolve import AUTO, NONE, teacher_sampling
 from fewstep.training.run_log import read_run
 from fewstep.web_app.models import Drawn, Models, Request
 
 CSS = """
 .gradio-container {max-width: 1400px !important}
-.picture img {width: 100%; object-fit: contain}
-#picture img {height: 440px}
-.line {min-height: 1.5em; font-variant-numeric: tabular-nums}
-.line p {margin: 0}
-.line .error {color: #dc2626}
+.picture img {width: 100%; object-fit: contain} #picture img {height: 440px}
+.line {min-height: 1.5em; font-variant-numeric: tabular-nums} .line p {margin: 0} .line .error {color: #dc2626}
 """
 COPY = "(text) => {navigator.clipboard?.writeText(text)}"
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # none fetched
 SHOWN = 60
 """Pictures of the gallery."""
-TILE = 192
-"""Largest side of a picture in a sheet, in pixels."""
+TILE = 192, 192
+"""Pixels that hold a picture of a sheet."""
 STEPS, GAMMAS = [1, 2, 3, 4, 6, 8], [0.0, 0.2, 0.3, 0.5, 0.8, 1.0]
 """What a sheet offers."""
-
-
-class SupersededError(Exception):
-    """A newer drawing has begun."""
 
 
 @dataclass
@@ -77,7 +69,7 @@ def guarded(outputs: int, work: Callable[..., Any]) -> Callable[..., Any]:
     """Return a handler that shows an error in the last of its outputs and leaves the others as they are."""
 
     def failed(error: Exception) -> tuple[Any, ...]:
-        if isinstance(error, SupersededError):
+        if isinstance(error, InterruptedError):  # by a newer drawing
             return (gr.skip(),) * outputs
         if not isinstance(error, UserError):  # the page goes on; the terminal gets the traceback
             traceback.print_exception(error, file=sys.stderr)
@@ -106,19 +98,19 @@ def summary(drawn: Drawn) -> str:
     return f"{drawn.evaluations} network evaluation{'s' * (drawn.evaluations > 1)} in {drawn.seconds:.2f} s"
 
 
+@dataclass(frozen=True)
 class Page:
     """Handlers of the page, each for the values of its inputs; the last output is a line of text.
 
-    Args:
+    Attributes:
         models: what is drawn with.
         kept: folder of the gallery.
     """
 
-    def __init__(self, models: Models, kept: Path) -> None:
-        self.models = models
-        self.kept = kept
+    models: Models
+    kept: Path
 
-    def defaults(self, teacher: str, lora: str) -> tuple[Any, ...]:
+    def defaults(self, teacher: str, lora: str = AUTO) -> tuple[Any, ...]:
         """Return menus and settings for a teacher and student, from the student's file."""
         folder = self.models.teacher(teacher)
         teachers, students, runs = self.models.menus(folder)
@@ -128,19 +120,13 @@ class Page:
         sizes = [f"{width}x{height}", f"{side * 3 // 2}x{side}", f"{side}x{side * 3 // 2}"]
         value = (student.path.name if student else NONE) if lora == AUTO else lora
         kind = student.record.get("method", "a student of another tool") if student else "the teacher itself"
-        return (
-            gr.update(choices=teachers),
-            gr.update(choices=students, value=value),
-            gr.update(choices=students),
-            gr.update(choices=runs),
-            gr.update(value=own.steps, minimum=own.calls_a_step, maximum=max(8, own.steps), step=own.calls_a_step),
-            gr.update(value=own.gamma, interactive=own.sampler == "sss"),
-            own.omega,
-            gr.update(choices=sizes, value=sizes[0]),
-            teachers_own.steps,
-            teachers_own.omega,
-            line(f"{kind}: {own.steps} steps by {own.sampler}, {sizes[0]}"),
-        )
+        menus = [gr.update(choices=each) for each in (teachers, students, students, runs)]
+        steps = gr.update(value=own.steps, minimum=own.calls_a_step, maximum=max(8, own.steps), step=own.calls_a_step)
+        gamma = gr.update(value=own.gamma, interactive=own.sampler == "sss")
+        settings = [steps, gamma, own.omega, gr.update(choices=sizes, value=sizes[0])]
+        about = line(f"{kind}: {own.steps} steps by {own.sampler}, {sizes[0]}")
+        menus[1]["value"] = value
+        return *menus, *settings, teachers_own.steps, teachers_own.omega, about
 
     def request(self, *values: Any) -> Request:
         """Return a request by the values of `inputs`."""
@@ -175,7 +161,7 @@ class Page:
 
         def check() -> None:
             if session.number != number:
-                raise SupersededError
+                raise InterruptedError
 
         request = replace(student.request, lora=NONE, steps=int(steps), gamma=None, omega=omega)
         teacher = self.models.draw(request, check)
@@ -189,12 +175,12 @@ class Page:
             changes = [(Path(name).name, {"lora": name, "gamma": None, "omega": None}) for name in students]
         heads = [f"{count} step{'s' * (count > 1)}" for count in steps]
         done: list[tuple[str, np.ndarray]] = []
+        if not steps or not changes:
+            raise UserError("choose steps, and gammas or students")
         for name, change in changes:
             row = [self.models.draw(replace(base, steps=count, **change)).picture for count in steps]
-            for picture in row:
-                picture.thumbnail((TILE, TILE))
-            done.append((name, np.stack([np.asarray(picture) for picture in row])))
-            yield labelled_grid(done, heads, max(1, TILE // row[0].width)), line(f"{len(done)} of {len(changes)} rows")
+            done.append((name, np.stack([np.asarray(ImageOps.contain(each, TILE)) for each in row])))
+            yield labelled_grid(done, heads, 1), line(f"{len(done)} of {len(changes)} rows")
 
     def watch(self, folder: str | None) -> tuple[Any, ...]:
         """Return curves, the newest grid and the state of a run."""
@@ -203,13 +189,10 @@ class Page:
         run = read_run(Path(self.models.check("run", folder)))
         names = [*dict.fromkeys(name for _, name, _ in run.quality), "quality", "quality"][:2]
         parts = [("loss", run.losses), *((name, [row for row in run.quality if row[1] == name]) for name in names)]
-        plots = [
-            gr.update(value=pd.DataFrame(rows, columns=["step", "figure", "value"]), title=name) for name, rows in parts
-        ]
-        best = "; best: " + ", ".join(f"{name} {value:.4g}" for name, value in run.best.items()) if run.best else ""
-        rate = f", {run.rate:.2f} s a step" if run.rate else ""
+        heads = ["step", "figure", "value"]
+        plots = [gr.update(value=pd.DataFrame(rows, columns=heads), title=name) for name, rows in parts]
         grid = Image.open(run.grid).convert("RGB") if run.grid else None
-        return *plots, grid, line(f"step {run.step} of {run.steps}{rate}{best}")
+        return *plots, grid, line(run.state)
 
     def keep(self, session: Session) -> tuple[Any, ...]:
         """Write the picture with its settings into the gallery."""
@@ -223,8 +206,7 @@ class Page:
 
     def restore(self, event: gr.SelectData) -> tuple[Any, ...]:
         """Return the settings inside a picture of the gallery."""
-        with Image.open(self.kept / Path(event.value["image"]["path"]).name) as picture:
-            found = json.loads(picture.text["fewstep"])  # type: ignore[attr-defined]
+        found = read_settings(self.kept / Path(event.value["image"]["path"]).name)
         own, size = found["sampling"], "{}x{}".format(*found["size"])
         about = f"{found['prompt']} | {found['student'] or 'no student'} on {found['teacher']}"
         return found["prompt"], found["seed"], own["steps"], own["gamma"], own["omega"], size, line(about)
@@ -274,8 +256,7 @@ def build(models: Models, kept: Path, teacher: str, lora: str, prompt: str) -> g
                 with gr.Tab("Draw"):
                     with gr.Row():
                         picture = image(elem_classes="picture", elem_id="picture")
-                        look: dict[str, Any] = {"elem_classes": "picture", "elem_id": "pair", "max_height": 440}
-                        pair = gr.ImageSlider(label="student | teacher", format="png", visible=False, **look)
+                        pair = gr.ImageSlider(label="student | teacher", format="png", visible=False, elem_id="pair")
                     status = words(elem_id="status")
                     beside = gr.Checkbox(label="teacher beside student", container=False, elem_id="beside")
                     with gr.Column(visible=False) as own:
@@ -284,8 +265,7 @@ def build(models: Models, kept: Path, teacher: str, lora: str, prompt: str) -> g
                             strong = slider(0, 15, 2.5, step=0.5, label="the teacher's guidance (omega)")
                         times = words(elem_id="times")
                     with gr.Row():
-                        again = button("new seed", elem_id="again")
-                        keep = button("keep in gallery", elem_id="keep")
+                        again, keep = button("new seed", elem_id="again"), button("keep in gallery", elem_id="keep")
                         command = button("copy as command", elem_id="command")
                         code = button("copy as diffusers code", elem_id="code")
                     copied = gr.Code(label="copied", visible=False, interactive=False, elem_id="copied")
@@ -304,31 +284,31 @@ def build(models: Models, kept: Path, teacher: str, lora: str, prompt: str) -> g
                     grid = image(elem_id="grid")
                     timer = gr.Timer(2, active=False)
                 with gr.Tab("Gallery"):
-                    tiled: dict[str, Any] = {"columns": 6, "fit_columns": False, "interactive": False}
+                    tiled: dict[str, Any] = {"columns": 6, "interactive": False, "buttons": ["download"]}
                     pictures = gr.Gallery(page.gallery, label=str(kept), elem_id="gallery", **tiled)
                     inside = words(elem_id="inside")
         inputs = [text, base, student, seed, steps, gamma, omega, size]
-        few: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        # gradio's own queue polls, a tenth of a second for each event; `models` has the one that counts
+        few: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
         newest: dict[str, Any] = {**few, "trigger_mode": "always_last"}
         draw, compare = guarded(2, page.draw), guarded(2, page.compare)
         drawn = [session, lock, *inputs], [picture, status]
         compared = [session, beside, more, strong], [pair, times]
         typed = [each.input for each in (text, seed, steps, gamma, omega, size)]
-        drawing = [gr.on(typed, draw, *drawn, **newest)]
-        renewed = again.click(lambda: random.randrange(2**31), None, seed, **few)
-        drawing.append(renewed.then(draw, *drawn, **few))
         settings = [base, student, several, run, steps, gamma, omega, size, more, strong, about]
-        for trigger in (blocks.load, base.input, student.input):
-            chosen = trigger(guarded(len(settings), page.defaults), [base, student], settings, **few)
-            drawing.append(chosen.then(draw, *drawn, **few))
         restored = [text, seed, steps, gamma, omega, size, inside]
-        found = pictures.select(guarded(len(restored), page.restore), None, restored, **few)
-        drawing.append(found.then(draw, *drawn, **few))
-        for event in drawing:
+        # another teacher begins with the student that fits it
+        triggers = (blocks.load, [base, student]), (student.input, [base, student]), (base.input, base)
+        defaults = guarded(len(settings), page.defaults)
+        changing = [trigger(defaults, given, settings, **few) for trigger, given in triggers]
+        changing.append(again.click(lambda: random.randrange(2**31), None, seed, **few))
+        changing.append(pictures.select(guarded(len(restored), page.restore), None, restored, **few))
+        for event in [gr.on(typed, draw, *drawn, **newest), *(each.then(draw, *drawn, **few) for each in changing)]:
             event.then(compare, *compared, **few)
         gr.on([beside.input, more.input, strong.input], compare, *compared, **newest)
         beside.change(lambda on: [gr.update(visible=on)] * 2, beside, [pair, own], **few)
-        start.click(guarded(2, page.sheet), [columns, rows, several, *inputs], [tiles, progress], **few)
+        sheet = [columns, rows, several, *inputs], [tiles, progress]
+        start.click(guarded(2, page.sheet), *sheet, **few | {"queue": True})
         gr.on([timer.tick, run.input], guarded(5, page.watch), run, [*plots, grid, state], **few)
         tabs.select(watching, None, timer, **few)
         keep.click(guarded(2, page.keep), session, [pictures, status], **few)

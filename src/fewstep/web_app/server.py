@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import tempfile
@@ -11,7 +12,6 @@ from typing import Any
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
-from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from fewstep.common.defaults import installed_world
@@ -27,22 +27,16 @@ POLICY = (
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket at an address; port 0 is a free one.
+    """Return a socket that listens at an address; port 0 is a free one.
 
     Raises:
         UserError: the port is in use, or the host is not this machine.
     """
-    place = socket.socket()
-    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        place.bind((host, port))
+        return socket.create_server((host, port))
     except (OSError, OverflowError) as error:
-        place.close()
-        field = "host" if isinstance(error, socket.gaierror) else "port"
-        raise UserError(
-            f"{field}: cannot listen at {host}:{port}: {error}; give another --{field}", field=field
-        ) from error
-    return place
+        field = "port" if getattr(error, "errno", errno.EACCES) in (errno.EADDRINUSE, errno.EACCES) else "host"
+        raise UserError(f"cannot listen at {host}:{port}: {error}; give another --{field}", field=field) from error
 
 
 def make_server(blocks: gr.Blocks, host: str, kept: Path) -> uvicorn.Server:
@@ -53,17 +47,12 @@ def make_server(blocks: gr.Blocks, host: str, kept: Path) -> uvicorn.Server:
     """
     gr.set_static_paths([kept])
     hosts = LOOPBACK if host in LOOPBACK else ["*"]  # a name of another site that leads to this machine is refused
-
-    async def with_policy(request: Any, answer: Any) -> Any:
-        response = await answer(request)
-        response.headers["content-security-policy"] = POLICY
-        return response
-
-    site = FastAPI(middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)], openapi_url=None)
-    site.middleware("http")(with_policy)
+    site = FastAPI(openapi_url=None)
+    site.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
     options: dict[str, Any] = {"footer_links": [], "run_history": False, "theme": THEME, "css": CSS}
     gr.mount_gradio_app(site, blocks, path="/", max_file_size=1, **options)  # nothing is uploaded
-    return uvicorn.Server(uvicorn.Config(site, log_level="critical", timeout_graceful_shutdown=1))
+    headers = [("content-security-policy", POLICY)]
+    return uvicorn.Server(uvicorn.Config(site, log_level="critical", timeout_graceful_shutdown=1, headers=headers))
 
 
 def serve(models: Models, kept: Path, teacher: str, lora: str, host: str, port: int) -> None:
