@@ -62,7 +62,7 @@ def test_validation_draws_evaluates_and_keeps_the_best(
     assert [(line["step"], line["validation/kid"]) for line in lines] == [(2, 0.5), (4, 0.3)]
     assert all(line["validation/to_teacher"] > 0 for line in lines)
     grids = sorted((tmp_path / "run" / "grids").iterdir())
-    assert [path.name for path in grids] == ["step-00000002.webp", "step-00000004.webp"]
+    assert [path.name for path in grids] == [f"step-{step:08d}.webp" for step in (0, 2, 4)]
     assert Image.open(grids[0]).width > 10 * 128
     best = tmp_path / "run" / "best"
     kept = read_json(best / "figures.json")

@@ -10,7 +10,6 @@ the same order. Before `common.accelerator.make_accelerator`, and with one proce
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, ParamSpec, TypeVar
@@ -22,6 +21,7 @@ from accelerate.utils import reduce
 from torch import Tensor
 
 from fewstep.common.errors import UserError
+from fewstep.common.messages import logger
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -48,7 +48,7 @@ def is_main() -> bool:
 def print_once(lines: Sequence[str]) -> None:
     """Print lines to stderr in the main process."""
     if lines and is_main():
-        print("\n".join(lines), file=sys.stderr)
+        logger.info("\n".join(lines))
 
 
 def sum_over_processes(values: Tensor) -> Tensor:

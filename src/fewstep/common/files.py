@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fewstep.common.errors import UserError
+from fewstep.common.messages import logger
 from fewstep.common.text import read_text
 
 OS_ERROR = re.compile(r"\[Errno \d+\] ([^:'\"()\[\]]+)|([^:'\"()\[\]]+) \(os error \d+\)")
@@ -222,7 +222,7 @@ def file_lock(place: Path, notice: str = "") -> Iterator[None]:
             lock.acquire(timeout=0)
         except Timeout:
             if notice:
-                print(notice, file=sys.stderr)
+                logger.info(notice)
             lock.acquire()
     try:
         yield

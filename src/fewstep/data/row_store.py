@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fewstep.common import distributed as processes
 from fewstep.common.distributed import fail_together
 from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_write, file_lock, short_digest, sweep
 from fewstep.common.mapped_tensors import MappedRows, MappedTensor, open_tensors
+from fewstep.common.messages import Bar
 from fewstep.common.tensors import save_tensors
 
 ROWS = "rows"
@@ -130,7 +130,7 @@ def fill(
             calls = batches.lists(wanted, _numbers(place))
         own = calls[(processes.rank() - turn) % processes.world_size() :: processes.world_size()]
         silent = len(calls) < 2 or not processes.is_main()
-        with fail_together(), tqdm(total=sum(map(len, own)), desc=title, unit=unit, disable=silent) as bar:
+        with fail_together(), Bar(total=sum(map(len, own)), desc=title, unit=unit, disable=silent) as bar:
             for rows in own:
                 keep_rows(place, rows, make(rows.tolist()))
                 bar.update(len(rows))

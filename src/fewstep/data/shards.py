@@ -20,10 +20,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from fewstep.common.errors import UserError
 from fewstep.common.files import read_mapping, short_digest, write_json
+from fewstep.common.messages import Bar
 from fewstep.data.captions import BESIDE, Matched, is_hidden, is_list, is_picture, kind_of, match, source_error
 from fewstep.data.images import SCALED, Captioned, PictureFiles
 from fewstep.data.pixels import HEAD, is_deep_png
@@ -173,7 +172,7 @@ def from_shards(shards: Sequence[str], size: int, cache: Path) -> Captioned:
     pictures: list[Member] = []
     captions: list[list[str]] = []
     left_out: Counter[str] = Counter()
-    for shard in tqdm(shards, desc="listing shards", unit="shard", disable=len(shards) == 1):
+    for shard in Bar(shards, desc="listing shards", unit="shard", disable=len(shards) == 1):
         version, listing = listed(shard, cache)
         for name, offset, length, deep, texts in listing.samples:
             pictures.append(Member(shard, version, name, offset, length, deep))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import shutil
-import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -24,6 +23,7 @@ from fewstep.common.device import pick_device
 from fewstep.common.distributed import any_process, fail_together, is_main
 from fewstep.common.errors import UserError
 from fewstep.common.files import cache_root, check_writable, hold_folder, sweep, write_json
+from fewstep.common.messages import logger
 from fewstep.common.tensors import digest
 from fewstep.data.buckets import BucketedLatents
 from fewstep.distillation.batches import fetch_of
@@ -40,7 +40,7 @@ from fewstep.distillation.validation import Validation
 from fewstep.methods.update_plan import start_from
 from fewstep.training.checkpoint import read_state
 from fewstep.training.loop import Trained, check_split, train
-from fewstep.training.run_folder import RunLog, check_same_run, checkpoints, last_step
+from fewstep.training.run_folder import Callback, RunLog, check_same_run, checkpoints, last_step
 
 
 def distill(
@@ -51,6 +51,7 @@ def distill(
     cache: Path | None = None,
     shared: Path | None = None,
     quiet: bool = False,
+    callback: Callback | None = None,
 ) -> Path:
     """Distil, resuming what `out` already holds; return the student's file.
 
@@ -61,6 +62,7 @@ def distill(
         inputs: what the config names, if it was read already.
         cache: folder for trajectories and a distance that is trained first; the run's own if left out.
         shared: folder of encodings and the teacher's pictures; `cache` if that is given, else the user's.
+        callback: called with step and figures of each log line and validation.
 
     Raises:
         UserError: anything wrong with the config, the files or the place, before training starts.
@@ -106,7 +108,15 @@ def distill(
             with ExitStack() as logged:
                 with fail_together():
                     log = logged.enter_context(
-                        RunLog(folder, stage, title=title, inputs=fingerprints, main=main, quiet=quiet)
+                        RunLog(
+                            folder,
+                            stage,
+                            title=title,
+                            inputs=fingerprints,
+                            main=main,
+                            quiet=quiet,
+                            callback=callback,
+                        )
                     )
                 trained = train_run(run, folder, shared, log, accelerator, announced)
             start, done = trained.weights["student"], done + trained.step
@@ -166,7 +176,7 @@ def announce(config: DistillConfig, inputs: Inputs, folder: Path, cache: Path, d
         if is_main():
             shutil.rmtree(place, ignore_errors=True)
     if is_main():
-        print("\n".join([f"writes to {folder}", *estimated.lines()]), file=sys.stderr)
+        logger.info("\n".join([f"writes to {folder}", *estimated.lines()]))
     estimated.check()
     return True
 
@@ -196,17 +206,12 @@ def train_run(
         estimated = estimate(run, plan, before, visits)
         estimated.check()
         if loud:
-            print("\n".join([f"writes to {out}", *estimated.lines()]), file=sys.stderr)
+            logger.info("\n".join([f"writes to {out}", *estimated.lines()]))
     if loud and config.method.reward.weight and config.loop.validate_every and not config.validation.scorer:
-        print(f"{log.title}: no scorer checks the trained one; name one by validation.scorer", file=sys.stderr)
-    validate, figures = None, dict[str, float]()
-    if config.loop.validate_every:
-        validation = Validation(run, out, cache)
-
-        def validate(step: int, weights: dict[str, dict[str, Tensor]]) -> Mapping[str, float]:
-            figures.update(validation(step, weights))
-            return figures
-
+        logger.info(f"{log.title}: no scorer checks the trained one; name one by validation.scorer")
+    validate = Validation(run, out, cache, log.picture) if config.loop.validate_every else None
+    if validate and not before:
+        validate.show_start()
     counted = counted_until(out)
     run.nfe_counter.clear()
     run.nfe_counter.update(counted.evaluations)
@@ -224,9 +229,7 @@ def train_run(
         write_json(out / "evaluations.json", {"steps": ended.steps, "a_sample_and_step": by_role})
         if loud and before < config.loop.steps:
             calls = in_words(by_role)
-            line = f"{log.title}: {calls} network evaluations a sample and step, counted over {ended.steps} steps"
-            quality = [f"{name.removeprefix('validation/')} {value:.4g}" for name, value in figures.items()]
-            print("; ".join([line, *quality]), file=sys.stderr)
+            logger.info(f"{log.title}: {calls} network evaluations a sample and step, over {ended.steps} steps")
     return trained
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fewstep.backbones.base import Backbone
 from fewstep.common import distributed as processes
@@ -24,6 +23,7 @@ from fewstep.common.distributed import any_process, gather_to_main, main_process
 from fewstep.common.errors import UserError
 from fewstep.common.files import short_digest
 from fewstep.common.mapped_tensors import MappedRows, MappedTensor, open_tensors
+from fewstep.common.messages import Bar
 from fewstep.common.random_streams import generator
 from fewstep.common.tensor_cache import keep, kept
 from fewstep.data.latents import LatentSet
@@ -225,7 +225,7 @@ def cached_trajectories(
     parts = [(number, first) for number in lacking for first in shards[number][::wide]]
     drawn: dict[int, list[Tensor]] = {number: [] for number in lacking}
     silent = not parts or not processes.is_main()
-    with tqdm(total=len(parts) * wide, desc="teacher trajectories", unit="trajectory", disable=silent) as bar:
+    with Bar(total=len(parts) * wide, desc="teacher trajectories", unit="trajectory", disable=silent) as bar:
         for turn in range(0, len(parts), processes.world_size()):
             own = min(
                 turn + processes.rank(), len(parts) - 1

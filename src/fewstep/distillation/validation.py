@@ -8,12 +8,13 @@ kept.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fewstep.common.compilation import eagerly
@@ -68,9 +69,12 @@ class Validation:
     Args:
         out: the run folder; its best/ holds the student of the lowest KID so far.
         cache: folder of the teacher's pictures and their features, which runs share.
+        show: called with the step and the grid of each validation, in the main process.
     """
 
-    def __init__(self, run: Run, out: Path, cache: Path) -> None:
+    def __init__(
+        self, run: Run, out: Path, cache: Path, show: Callable[[int, Image.Image], object] | None = None
+    ) -> None:
         self.config = run.config
         validation = run.config.validation
         # at the training size: its pictures are compared with real ones and the teacher's
@@ -83,6 +87,7 @@ class Validation:
         self.parameters = run.student.parameters("student")
         self.out = out
         self.cache = cache
+        self.show = show
         data = run.validation_data(max(REAL, validation.count))
         self.prompts = validation_prompts(run.config, run.source, [captions[0] for captions in data.captions])
         real = None if data.pictures is None else data.pictures.read(range(min(REAL, len(data))))
@@ -144,12 +149,33 @@ class Validation:
         own = {name: value.detach().clone() for name, value in self.parameters.items()}
         try:
             copy_role(student, self.parameters)
-            with eagerly(), lora_added(self.student.backbone.network, self.beside):
-                pictures = self.student.pictures(self.condition, self.seeds, self.student.sampling)
+            pictures = self._draw(self.seeds)
         finally:
             copy_role(own, self.parameters)
-        self.student.backbone.release_encoders()
         return on_main_process(self._evaluate)(step, student, pictures)
+
+    @torch.no_grad()
+    def show_start(self) -> None:
+        """Write the grid of the student before its first step, without figures."""
+        pictures = self._draw(self.seeds[:SHOWN])
+        if is_main():
+            self._write_grid(0, pictures)
+
+    def _draw(self, seeds: Sequence[int]) -> np.ndarray:
+        """Draw the first prompts from the seeds with the student's present weights."""
+        condition = {name: value[: len(seeds)] for name, value in self.condition.items()}
+        with eagerly(), lora_added(self.student.backbone.network, self.beside):
+            pictures = self.student.pictures(condition, seeds, self.student.sampling)
+        self.student.backbone.release_encoders()
+        return pictures
+
+    def _write_grid(self, step: int, pictures: np.ndarray) -> None:
+        """Write the first pictures above the teacher's."""
+        rows = [(f"step {step}", pictures[:SHOWN]), ("teacher", self.reference[:SHOWN])]
+        grid = labelled_grid(rows, self.prompts[:SHOWN])
+        save_image(grid, self.out / "grids" / f"step-{step:08d}.webp")
+        if self.show:
+            self.show(step, grid)
 
     def _evaluate(self, step: int, student: Mapping[str, Tensor], pictures: np.ndarray) -> Mapping[str, float]:
         """Compute the figures, write the grid and keep the best student."""
@@ -160,8 +186,7 @@ class Validation:
         }
         if self.held_out is not None:
             figures["held_out"] = mean_score(self.held_out, pictures, self.prompts)
-        rows = [(f"step {step}", pictures[:SHOWN]), ("teacher", self.reference[:SHOWN])]
-        save_image(labelled_grid(rows, self.prompts[:SHOWN]), self.out / "grids" / f"step-{step:08d}.webp")
+        self._write_grid(step, pictures)
         if figures["kid"] < self.best:
             self.best = figures["kid"]
             notes = {"step": step, **figures}

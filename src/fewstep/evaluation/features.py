@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from fewstep.common.errors import UserError
+from fewstep.common.messages import Bar
 from fewstep.common.tensor_cache import keep, kept
 from fewstep.common.tensors import load_tensors
 from fewstep.evaluation.metric import Array, Identity, Pictures, check_pictures
@@ -105,7 +105,7 @@ class Features:
 
     def _compute(self, pictures: Pictures) -> Array:
         hidden = not self.progress or len(pictures) < BAR_FROM
-        with tqdm(total=len(pictures), desc="features", unit="picture", disable=hidden, leave=False) as bar:
+        with Bar(total=len(pictures), desc="features", unit="picture", disable=hidden, leave=False) as bar:
             parts = []
             for start in range(0, len(pictures), BATCH):
                 parts.append(self.network(pictures[start : start + BATCH]))

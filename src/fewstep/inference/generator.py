@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fewstep.backbones.autoencoder import to_bytes
 from fewstep.backbones.base import Backbone, bad_weights, open_backbone
@@ -18,6 +17,7 @@ from fewstep.backbones.pipeline_folder import PipelineFolder, read_folder
 from fewstep.common.compilation import compile_networks
 from fewstep.common.distributed import fail_together, gather_to_main, is_main, local_rows, world_size
 from fewstep.common.errors import UserError
+from fewstep.common.messages import Bar
 from fewstep.common.tensors import finite
 from fewstep.diffusion.config import TEACHER_SAMPLING, Sampling
 from fewstep.diffusion.denoiser import BASE, Condition, Denoiser
@@ -100,7 +100,7 @@ class ImageGenerator:
         batch = self.batch or default_batch(height, width)
         parts = []
         silent = title is None or len(seeds) <= batch or not is_main()
-        bar = tqdm(total=len(seeds), desc=title, unit="picture", leave=False, disable=silent)
+        bar = Bar(total=len(seeds), desc=title, unit="picture", leave=False, disable=silent)
         with bar, self._led_away(sampling, shape):
             for start in range(0, len(seeds), batch):
                 count = min(batch, len(seeds) - start)

@@ -47,6 +47,10 @@ class LoopConfig(Config):
     keep: int = Field(2, ge=1, description="checkpoints kept")
     validate_every: int | None = Field(None, ge=1, description="steps between quality checks; null for none")
 
+    tracker: Literal["tensorboard", "wandb", "trackio", "none"] = Field(
+        "tensorboard", description="where figures and grids go beside log.jsonl: tensorboard, wandb, trackio or none"
+    )
+
     @model_validator(mode="after")
     def _whole(self) -> Self:
         check_batch(self.batch, self.accumulate)

@@ -124,8 +124,6 @@ def train(
                 figures = {key: value for u in updates for key, value in u.means.read().items()}
                 run.check_finite(now, [key for key, value in figures.items() if not math.isfinite(value)])
                 log.figures(now, figures)
-                if loss := next((name for name in figures if name.endswith("/loss")), None):  # of the first update
-                    bar.set_postfix_str(f"loss {figures[loss]:.4g}", refresh=False)
             bar.update()
 
             stops = stopping.update(bool(stop.number))

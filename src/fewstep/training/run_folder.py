@@ -1,27 +1,33 @@
-"""Run folders: resolved config, versions, figures, TensorBoard, checkpoints, pictures."""
+"""Run folders: resolved config, versions, figures, checkpoints, pictures."""
 
 from __future__ import annotations
 
 import json
 import platform
 import re
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
-from tqdm import tqdm
 
 from fewstep.common import core_yaml
 from fewstep.common.config import Config, first_difference, read_yaml
 from fewstep.common.errors import UserError
 from fewstep.common.files import hold_folder, read_json, read_mapping, sweep, write_json, write_text
+from fewstep.common.messages import Bar, logger
 from fewstep.common.run_inputs import Content, difference
 from fewstep.training.config import learning_rate
+from fewstep.training.tracker import Tracker
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Callback = Callable[[int, Mapping[str, float]], object]
+"""Function of a step and its figures."""
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
 """Name of a checkpoint's folder."""
@@ -55,6 +61,7 @@ class RunLog(ExitStack):
 
     Args:
         inputs: fingerprints of the run's inputs (base, encoders, data) by name; a resumed run must have the same.
+        callback: called with the figures of each step that is logged.
 
     Raises:
         UserError: the folder belongs to another run (`check_same_run`) or another process, or cannot be written to.
@@ -69,20 +76,26 @@ class RunLog(ExitStack):
         inputs: Mapping[str, Any] | None = None,
         main: bool = True,
         quiet: bool = False,
+        callback: Callback | None = None,
     ) -> None:
         super().__init__()
         self.folder = folder
         self.title = title
         self.main = main
         self.quiet = quiet
-        self._board: Any = None
+        self._callback = callback
+        self._bar: Bar | None = None
+        self._shown: dict[str, float] = {}
+        settings = config.model_dump(mode="json")
+        kind = (settings.get("loop") or {}).get("tracker", "tensorboard")
+        self._tracker = Tracker(kind, folder, settings)
         if not main:
             return
         with ExitStack() as opening:  # releases the folder if it cannot be opened
             opening.enter_context(hold_folder(folder))
             check_same_run(folder, config, inputs, later=True)
             sweep(folder)
-            write_text(folder / "config.yaml", core_yaml.dump(config.model_dump(mode="json")))
+            write_text(folder / "config.yaml", core_yaml.dump(settings))
             record_versions(folder / "versions.json")
             if inputs is not None:
                 write_json(folder / INPUTS, dict(inputs))
@@ -106,39 +119,40 @@ class RunLog(ExitStack):
         write_text(self._log, "".join(line + "\n" for line in lines))
 
     def figures(self, step: int, figures: Mapping[str, float]) -> None:
-        """Append figures to log.jsonl and TensorBoard."""
+        """Append figures to log.jsonl, pass them to tracker and callback, and show loss and quality in the bar."""
         if not self.main:
             return
         line = {"step": step, "time": round(time.time(), 1), **{k: float(f"{v:.8g}") for k, v in figures.items()}}
         with self._log.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
-        if self._board is None:
-            from torch.utils.tensorboard import SummaryWriter
+        self._tracker.figures(step, figures)
+        losses = [value for name, value in figures.items() if name.endswith("/loss")]
+        if losses:
+            self._shown["loss"] = losses[0]  # of the first update
+        self._shown |= {k.partition("/")[2]: v for k, v in figures.items() if k.startswith("validation/")}
+        if self._bar is not None:
+            self._bar.set_postfix_str(", ".join(f"{k} {v:.4g}" for k, v in self._shown.items()), refresh=False)
+        if self._callback is not None:
+            self._callback(step, figures)
 
-            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step)  # type: ignore[no-untyped-call]
-        for key, value in figures.items():
-            self._board.add_scalar(key, value, step)
+    def picture(self, step: int, picture: Image.Image) -> None:
+        """Pass a grid of pictures to the tracker."""
+        if self.main:
+            self._tracker.picture(step, "validation/grid", picture)
 
     @contextmanager
-    def progress(self, done: int, total: int) -> Iterator[tqdm[Any]]:
+    def progress(self, done: int, total: int) -> Iterator[Bar]:
         """Yield a progress bar over steps on stderr."""
-        if self.main and not self.quiet and 0 < done < total:
-            print(f"{self.title} goes on from step {done}", file=sys.stderr)
+        silent = self.quiet or not self.main
+        if not silent and 0 < done < total:
+            logger.info(f"{self.title} goes on from step {done}")
         try:
-            with tqdm(
-                total=total,
-                initial=done,
-                desc=self.title,
-                unit="step",
-                disable=self.quiet or not self.main,
-                mininterval=1.0,
-                dynamic_ncols=True,
-            ) as bar:
+            with Bar(total=total, initial=done, desc=self.title, unit="step", disable=silent, mininterval=1.0) as bar:
+                self._bar = bar
                 yield bar
         finally:
-            if self._board is not None:
-                self._board.close()
-                self._board = None
+            self._bar = None
+            self._tracker.close()
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -228,7 +242,7 @@ def _check_length(folder: Path, old: Any, new: Any) -> None:
         )
 
 
-SCHEDULE = ("steps", "log_every", "save_every", "keep", "validate_every")
+SCHEDULE = ("steps", "log_every", "save_every", "keep", "validate_every", "tracker")
 """Settings of the loop that do not change a step (`steps`: see `_check_length`)."""
 EXECUTION = ("accumulate", "shard", "compile")
 """Settings of the loop that change the rounding of a step alone."""

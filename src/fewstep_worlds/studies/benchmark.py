@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from fewstep.common import core_yaml
 from fewstep.common.defaults import world
 from fewstep.common.files import atomic_write, write_json, write_text
+from fewstep.common.messages import Bar
 from fewstep_worlds.report.claims import TEACHER_STEPS, claims, claims_table
 from fewstep_worlds.report.curves import draw_curves, gamma_curves
 from fewstep_worlds.report.page import write_report
@@ -55,7 +54,7 @@ def train(config: BenchmarkConfig, recipe: str, rate: float, seed: int, out: Pat
 def choose(comparison: Comparison, out: Path, name: str, candidates: Mapping[str, Sequence[Entry]]) -> str:
     """Return the candidate that is best by KID to real pictures; write all figures to <name>.json."""
     kids = {}
-    for key, entries in tqdm(candidates.items(), desc=f"choosing {name}", unit="candidate"):
+    for key, entries in Bar(candidates.items(), desc=f"choosing {name}", unit="candidate"):
         kids[key] = [comparison.measure(entry).figures["KID-Lite0"].value for entry in entries]
     best = best_by_rank(kids)
     write_json(out / f"{name}.json", {"kid": kids, "chosen": best, "n": len(comparison.store.prompts)})

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from fewstep.backbones.pipeline_folder import read_folder
 from fewstep.backbones.teachers import teacher_path
 from fewstep.common.defaults import world
 from fewstep.common.device import pick_device, pick_precision
 from fewstep.common.files import sha256
+from fewstep.common.messages import Bar
 from fewstep.common.provenance import commit, hardware
 from fewstep.common.tensor_cache import cached
 from fewstep.diffusion.config import TEACHER_SAMPLING, Sampling
@@ -259,7 +259,7 @@ class Comparison:
         row is then the figure of a perfect student. Entries in `diverse` get their diversity measured too.
         """
         rows = []
-        with tqdm(total=1 + len(entries), desc=f"comparison, seed {teacher.seed}", unit="row") as bar:
+        with Bar(total=1 + len(entries), desc=f"comparison, seed {teacher.seed}", unit="row") as bar:
             for entry in [teacher, *entries]:
                 bar.set_postfix_str(f"{entry.method} {entry.steps}")
                 rows.append(self.measure(entry, teacher, diverse=entry in diverse))

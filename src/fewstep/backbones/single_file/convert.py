@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from fewstep.backbones.single_file.recognise import Checkpoint, read_checkpoint
 from fewstep.backbones.single_file.vocabulary import clip_vocabulary
 from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_folder, cache_root, file_lock, read_mapping, write_json
+from fewstep.common.messages import logger
 
 
 def cache_folder() -> Path:
@@ -96,7 +96,7 @@ def _convert(checkpoint: Checkpoint, config: Path, part: Path) -> None:
         write_json(part / RECORD, checkpoint.record)
     _write_prediction(part, checkpoint)
     for line in lines:
-        print(line, file=sys.stderr)
+        logger.info(line)
 
 
 def _write_prediction(part: Path, checkpoint: Checkpoint) -> None:

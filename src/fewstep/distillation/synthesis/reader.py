@@ -8,7 +8,6 @@ from functools import cached_property
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.pipeline_folder import PipelineFolder
@@ -16,6 +15,7 @@ from fewstep.common.device import DTYPES
 from fewstep.common.errors import UserError
 from fewstep.common.files import sha256
 from fewstep.common.mapped_tensors import MappedRows, MappedTensor, Rows, map_tensors, open_tensors
+from fewstep.common.messages import Bar
 from fewstep.data.latents import LatentSet
 from fewstep.distillation.synthesis.planning import fingerprints
 from fewstep.distillation.synthesis.record import CONDITIONS, MANIFEST, PROMPTS, Plan, SynthesizedSet, is_whole
@@ -139,7 +139,7 @@ class Synthesis:
         """
         records = self.manifest.records
         total = sum(record.bytes for record in records)
-        with tqdm(total=total, desc="verifying", unit="B", unit_scale=True, disable=quiet) as bar:
+        with Bar(total=total, desc="verifying", unit="B", unit_scale=True, disable=quiet) as bar:
             for record in records:
                 if not is_whole(self.folder, record):
                     raise UserError(

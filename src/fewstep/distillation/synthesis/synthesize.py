@@ -5,7 +5,6 @@ On the CPU the settings and prompts decide every byte, in any number of processe
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fewstep.backbones.base import Backbone, open_backbone
 from fewstep.backbones.lengths import CutPrompts
@@ -25,6 +23,7 @@ from fewstep.common.device import DTYPES, pick_device, pick_precision
 from fewstep.common.distributed import fail_together, is_main, main_process_first, print_once
 from fewstep.common.files import atomic_folder, atomic_write, hold_folder, remove_folder, sweep, write_json, write_text
 from fewstep.common.mapped_tensors import map_tensors, write_rows
+from fewstep.common.messages import Bar, logger
 from fewstep.diffusion.denoiser import Condition
 from fewstep.diffusion.grid import end_time, training_grid
 from fewstep.diffusion.samplers import step_between
@@ -114,7 +113,7 @@ def synthesize(
             there = plan.shards - len(missing)
             cost = [*cost_of(config, lines, backbone.folder).lines()]
             cost += [f"there    {there} of {plan.shards} shards already"] if there else []
-            print("\n".join([f"writes to {out}", *cost]), file=sys.stderr)
+            logger.info("\n".join([f"writes to {out}", *cost]))
         number = {prompt: row for row, prompt in enumerate(distinct)}
         denoiser, settings = image_generator_of(backbone).denoiser, plan.settings
         step = partial(step_between, denoiser.path, solver=settings.solver)
@@ -150,13 +149,13 @@ def _missing(out: Path, plan: Plan, device: torch.device, silent: bool) -> list[
         records = read_records(out, plan)
         mine = range(processes.rank(), plan.shards, processes.world_size())
         fresh = not any((out / shard_name(number)).exists() for number in mine)
-        for number in tqdm(mine, desc="checking shards", unit="shard", disable=silent or fresh):
+        for number in Bar(mine, desc="checking shards", unit="shard", disable=silent or fresh):
             record = records.get(shard_name(number))
             if isinstance(record, ShardRecord) and record.samples == len(plan.items(number)) and is_whole(out, record):
                 continue
             absent[number] = 1
             if (out / shard_name(number)).exists():
-                print(f"{out / shard_name(number)} is broken or unfinished; it is drawn again", file=sys.stderr)
+                logger.info(f"{out / shard_name(number)} is broken or unfinished; it is drawn again")
     found: list[int] = processes.sum_over_processes(absent).nonzero().flatten().tolist()
     return found
 
@@ -208,7 +207,7 @@ def _conditions(out: Path, plan: Plan, distinct: Sequence[str], backbone: Backbo
     cut = CutPrompts(backbone)
 
     def parts() -> Iterator[Condition]:
-        with tqdm(total=len(distinct), desc="encoding prompts", unit="prompt", disable=silent) as bar:
+        with Bar(total=len(distinct), desc="encoding prompts", unit="prompt", disable=silent) as bar:
             for start in range(0, len(distinct), ENCODED):
                 some = distinct[start : start + ENCODED]
                 cut(some)
@@ -226,7 +225,7 @@ def _conditions(out: Path, plan: Plan, distinct: Sequence[str], backbone: Backbo
 def _draw(maker: ShardMaker, out: Path, missing: Sequence[int], silent: bool) -> None:
     """Draw the missing shards, each process its share; after each round a failure of one process stops all."""
     plan, count = maker.plan, processes.world_size()
-    with tqdm(
+    with Bar(
         total=sum(len(plan.items(number)) for number in missing),
         desc=f"drawing {plan.settings.kind}",
         unit="sample",

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fewstep.backbones.base import Backbone
 from fewstep.common.device import DTYPES, pick_precision
 from fewstep.common.distributed import main_process_first
+from fewstep.common.messages import Bar
 from fewstep.common.random_streams import generator
 from fewstep.common.rng import KeyedRng
 from fewstep.common.tensor_cache import cached
@@ -129,7 +129,7 @@ def make_pair_set(
 
     def all_shards() -> list[dict[str, Tensor]]:
         made = []
-        with tqdm(total=config.groups, desc="pairs of latents", unit="group", disable=quiet) as bar:
+        with Bar(total=config.groups, desc="pairs of latents", unit="group", disable=quiet) as bar:
             for start in range(0, config.groups, SHARD):
                 items = range(start, min(start + SHARD, config.groups))
 

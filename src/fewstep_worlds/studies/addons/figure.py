@@ -14,12 +14,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from fewstep.backbones.base import load_backbone
 from fewstep.backbones.teachers import teacher_path
 from fewstep.common.device import pick_device
 from fewstep.common.files import sha256, write_json, write_text
+from fewstep.common.messages import Bar
 from fewstep.common.provenance import commit, hardware
 from fewstep.evaluation.bootstrap import COVER, RESAMPLES, centred_interval, counts, paired_difference
 from fewstep.evaluation.metric import Array, Figure
@@ -179,7 +179,7 @@ def versatility(config: VersatilityConfig, out: Path) -> Path:
     reader, base = load_reader(root() / "reader").to(device), load_backbone(teacher_path(""), device)
     study, models = Study(config, out, base, reader, load_encoder(device)), columns(config)
     cells, shown, tables = [], [], []
-    with tqdm(TASKS.items(), desc="versatility", unit="add-on") as bar:
+    with Bar(TASKS.items(), desc="versatility", unit="add-on") as bar:
         for name, make in bar:
             bar.set_postfix_str(name)
             task = make(study)
