@@ -21,6 +21,7 @@ from cyclopts import App
 
 import fewstep
 from fewstep.commands import app as cli
+from fewstep.commands.distill import ending
 from fewstep.commands.recipes import recipes
 from fewstep.commands.renamed import current
 from fewstep.commands.verb import unwrapped
@@ -594,6 +595,44 @@ def test_help_is_light() -> None:
         for old in ("train-perceptual", "benchmark", "playground"):
             assert old not in done.stdout
     assert command("--version").stdout == fewstep.__version__
+    done = command("sample", "--help")
+    assert done.returncode == 0
+    assert "--prompt-file" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_command_imports_the_libraries_without_what_drawing_does_not_use() -> None:
+    code = """
+import sys
+from fewstep.common import light_imports
+light_imports.in_command = True
+light_imports.import_libraries()
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel
+print([name for name in light_imports.UNUSED if name in sys.modules])
+import peft
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
+
+
+def test_distill_ends_with_the_student_the_best_and_a_command_that_draws_with_it(tmp_path: Path) -> None:
+    run, student = tmp_path / "my run", tmp_path / "my run" / "student" / "a.safetensors"
+    (run / "best").mkdir(parents=True)
+    (run / "config.yaml").write_text("teacher: models/tiny\nloop: {steps: 4}\n")
+    rows = [{"step": 2, "student/loss": 0.5}, {"step": 2, "validation/kid": 0.125}, {"step": 4, "validation/kid": 0.75}]
+    (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "best" / "figures.json").write_text('{"step": 2, "kid": 0.125}')
+    lines = "\n".join(ending(student, {"quiet": False})).splitlines()
+    (kid,) = [line.split() for line in lines if line.startswith("kid")]
+    assert kid == ["kid", "0.75", "0.125"]
+    assert str(student) in lines[-3]
+    assert str(run / "best") in lines[-2]
+    words = shlex.split(lines[-1])[1:]
+    _, bound, _ = cli.app.parse_args(words[1:])
+    assert bound.arguments["lora"] == str(student)
+    assert bound.arguments["teacher"] == "models/tiny"
+    assert list(ending(student, {"quiet": True})) == []
 
 
 VERBS = {

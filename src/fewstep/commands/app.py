@@ -10,6 +10,7 @@ from fewstep.training import stopping
 BEFORE_IMPORTS = stopping.install_handlers(stopping.end_at_once)
 """Handlers before the imports below, which take half a second."""
 
+import logging
 import os
 import signal
 import sys
@@ -17,7 +18,7 @@ from importlib import metadata
 
 from cyclopts import App, CycloptsError, Group, Parameter
 
-from fewstep.commands.distill import distill, estimate
+from fewstep.commands.distill import distill, ending, estimate
 from fewstep.commands.draw_folder import draw_folder
 from fewstep.commands.evaluate import evaluate
 from fewstep.commands.evaluate import report as measured
@@ -33,6 +34,7 @@ from fewstep.commands.train_latent_lpips import rank_correlations, train_latent_
 from fewstep.commands.train_style import style_cost, train_style
 from fewstep.commands.verb import add, nothing, shown
 from fewstep.commands.web_app import app as web_app
+from fewstep.common import light_imports
 from fewstep.common.defaults import installed_world
 from fewstep.common.errors import UserError
 from fewstep.common.files import os_reason
@@ -55,7 +57,7 @@ app = App(
     result_action="return_value",
 )
 add(app, init, DISTIL, show=next_steps)
-add(app, distill, DISTIL, estimate=estimate)
+add(app, distill, DISTIL, show=ending, estimate=estimate)
 add(app, synthesize, DISTIL, estimate=synthesis_cost)
 add(app, train_latent_lpips, DISTIL, show=rank_correlations)
 add(app, train_adapter, DISTIL)
@@ -123,6 +125,7 @@ def run(arguments: list[str]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command: a UserError is one line and exit code 2, a signal one line and 128 + its number."""
+    light_imports.in_command = arguments is None
     try:
         with stopping.stoppable():
             _main(sys.argv[1:] if arguments is None else arguments)
@@ -133,6 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _main(arguments: list[str]) -> None:
     limit_spinning()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it looks for a package that nothing here needs
     try:
         run(arguments)
         sys.exit(0)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fewstep.commands.summary import table
 from fewstep.common.arguments import arguments_of, checked, with_options
 
 if TYPE_CHECKING:
@@ -26,6 +29,8 @@ def distill(
     device: str | None = None,
     precision: str | None = None,
     overrides: str | Sequence[str] = (),
+    quiet: bool = False,
+    callback: Callable[[int, Mapping[str, float]], object] | None = None,
 ) -> Path:
     """Distil a teacher into a few-step student.
 
@@ -47,6 +52,9 @@ def distill(
         device: auto, cpu or cuda; sets device.
         precision: precision of training, auto, fp32, bf16 or fp16; sets loop.precision.
         overrides: setting laid over recipe and config, key=value, e.g. optim.lr=3e-4. May be repeated.
+        quiet: no estimate and no progress bar; errors are raised as ever.
+        callback: function of a step and its figures, called at each log line and validation; what it raises ends the
+            run.
 
     Returns:
         The student's LoRA file, or its folder where the whole network is trained.
@@ -67,12 +75,12 @@ def distill(
     )
     from fewstep.distillation import distill as distillation
 
-    return distillation.distill(settings, place, inputs=inputs)
+    return distillation.distill(settings, place, inputs=inputs, quiet=quiet, callback=callback)
 
 
 @checked
 @arguments_of(distill)
-def estimate(**options: Any) -> list[Estimated]:
+def estimate(*, quiet: bool, callback: object, **options: Any) -> list[Estimated]:
     """Estimate time and memory of `distill` with the same arguments, stage by stage; write nothing.
 
     Raises:
@@ -82,6 +90,30 @@ def estimate(**options: Any) -> list[Estimated]:
     from fewstep.distillation.estimate_run import estimate_run
 
     return estimate_run(settings, inputs)
+
+
+def ending(student: Path, arguments: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines that `distill` ends with: figures, the student, the best one, and the next command."""
+    from fewstep.common.errors import UserError
+    from fewstep.training.run_log import read_run
+
+    out = next(place for place in (student, *student.parents) if place.name == "student").parent
+    own = max((out / "stages").glob("*"), default=out, key=lambda place: int(place.name.partition("-")[0]))
+    if arguments["quiet"]:
+        return
+    with suppress(UserError):
+        run = read_run(own)
+        last = {name: f"{value:.4g}" for _, name, value in [*run.losses, *run.quality]}
+        best = {name: f"{value:.4g}" for name, value in run.best.items() if isinstance(value, int | float)}
+        if last:
+            rows = [(name, last[name], best.get(name, "")) for name in last]
+            yield table(("", f"step {run.step}", f"best, step {best['step']}" if best else ""), rows)
+        yield f"student  {student}"
+        if best:
+            yield f"best     {own / 'best'}"
+    words = ["fewstep", "sample", "PROMPT", "--lora", str(student)]
+    teacher = run.teacher
+    yield f"next     {shlex.join([*words, *(['--teacher', teacher] if teacher else []), '--out', 'picture.png'])}"
 
 
 def _settings(
@@ -102,12 +134,13 @@ def _settings(
         UserError: a setting, the teacher, the data, the run folder or the installation does not allow it.
     """
     from fewstep.backbones.teachers import named_teacher, read_teacher
-    from fewstep.common.extras import VALIDATION_PACKAGES, check_installed
+    from fewstep.common.extras import check_installed
     from fewstep.common.files import check_writable
     from fewstep.distillation.checks import check_distillation
     from fewstep.distillation.config import resolve
     from fewstep.students.resolve import own_omega
     from fewstep.training.run_folder import check_same_run
+    from fewstep.training.tracker import check_tracker
 
     changes = with_options(overrides, {"data.source": prompt_file, "device": device, "loop.precision": precision})
     named = named_teacher(teacher, teacher_config)
@@ -119,9 +152,9 @@ def _settings(
     check_writable(place)
     check_same_run(place, settings, later=True)
     stages = settings.each_stage()
-    if any(stage.loop.validate_every for stage in stages):
-        check_installed("distill with loop.validate_every", VALIDATION_PACKAGES)
     quantized = [word for stage in stages for word in (stage.student.base, stage.optim.kind) if word.endswith("bit")]
+    for stage in stages:
+        check_tracker(stage.loop.tracker)
     if quantized:
         check_installed(f"distill with {quantized[0]}", ["bitsandbytes"], "quantize")
     return settings, inputs, place

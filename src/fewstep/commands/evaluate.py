@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fewstep.commands.sample import check_positive, check_seed, sampling_changes
+from fewstep.commands.summary import table
 from fewstep.common.arguments import checked
 from fewstep.common.errors import UserError
 from fewstep.evaluation.limits import FD_ADVISED, KID_FEWEST, find_real
@@ -132,6 +133,9 @@ def evaluate(
     check_sampling(drawn, base)
     check_writable(Path(out))
     check_packages(chosen, real is None, len(students) > 1)
+    from fewstep.common import light_imports
+
+    light_imports.import_libraries()
     from fewstep.common.device import pick_compute_dtype, pick_device
 
     place = pick_device(device)
@@ -202,13 +206,15 @@ def check_packages(chosen: Sequence[Chosen], bundled: bool, sweep: bool) -> None
         check_installed("FID", INCEPTION_PACKAGES, "fidelity")
 
 
-def figure_lines(figures: Mapping[str, Figure]) -> Iterator[str]:
-    """Yield a line for each figure: interval, n and floor (what real pictures get, or the teacher itself)."""
+def figure_table(figures: Mapping[str, Figure]) -> str:
+    """Return a table of figures: interval, n and floor (what real pictures get, or the teacher itself)."""
+    rows = []
     for name, figure in figures.items():
-        interval = f" [{figure.low:.4g}, {figure.high:.4g}]" if figure.low is not None else ""
+        interval = f"{figure.low:.4g} to {figure.high:.4g}" if figure.low is not None else ""
         whose = "the teacher's own" if figure.is_of("quality", "teacher") else "real pictures"
-        floor = f", {whose} {figure.floor:.4g}" if figure.floor is not None else ""
-        yield f"{name}: {figure.value:.4g}{interval} (n = {figure.n}{floor})"
+        floor = f"{whose} {figure.floor:.4g}" if figure.floor is not None else ""
+        rows.append((name, f"{figure.value:.4g}", interval, f"{figure.n}", floor))
+    return table(("figure", "value", "95 % interval", "n", "floor"), rows)
 
 
 def report(found: Mapping[str, Any], arguments: Mapping[str, Any]) -> Iterator[str]:
@@ -228,7 +234,7 @@ def report(found: Mapping[str, Any], arguments: Mapping[str, Any]) -> Iterator[s
 
 def usual_report(figures: Mapping[str, Figure], arguments: Mapping[str, Any]) -> Iterator[str]:
     """Yield the figures of the usual metrics in one setting, and why some are missing."""
-    yield from figure_lines(figures)
+    yield figure_table(figures)
     fd = figures.get("FD-Lite0")
     if fd is None:
         yield "FD-Lite0: omitted, biased below 500 pictures on either side"

@@ -154,6 +154,9 @@ def sample(
 
         read_adapter(adapter, folder)
     check_writable(path if in_folder else path.parent)
+    from fewstep.common import light_imports
+
+    light_imports.import_libraries()
     from fewstep.common.device import pick_compute_dtype, pick_device
 
     place = pick_device(device)

@@ -46,7 +46,6 @@ def train_latent_lpips(
     from fewstep.common.choices import check_device
     from fewstep.common.config import parse_overrides, validate
     from fewstep.common.defaults import world
-    from fewstep.common.extras import VALIDATION_PACKAGES, check_installed
     from fewstep.common.files import check_writable
     from fewstep.data.prompts import read_prompts
     from fewstep.methods.latent_lpips.settings import LatentLpipsTrainConfig, check_prompts
@@ -69,7 +68,6 @@ def train_latent_lpips(
     check_diffusion(folder)
     check_writable(Path(out))
     check_same_run(Path(out), config)
-    check_installed("train-latent-lpips", VALIDATION_PACKAGES)
     from fewstep.common.device import pick_device
 
     place = pick_device(device)

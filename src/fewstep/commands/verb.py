@@ -14,6 +14,22 @@ from cyclopts import App, Group, Parameter
 
 from fewstep.common.arguments import argument_types
 
+OPTION_GROUPS = {
+    name: Group(title, sort_key=place)
+    for place, (title, names) in enumerate(
+        {
+            "Model": "teacher teacher_config lora style style_scale adapter recipe config overrides",
+            "Input": "prompts prompt_file negative_prompt image strength real reference reference_omega split",
+            "Sampling": "steps gamma omega guidance_scale sampler width height seed count settings",
+            "Metrics": "suite metrics weights",
+            "Output": "out format scale form push quiet",
+            "Machine": "device precision compile batch host port dry_run",
+        }.items()
+    )
+    for name in names.split()
+}
+"""Option -> its heading in a verb's help; others are under Parameters."""
+
 
 def print_once(text: str) -> None:
     """Print text, once for all processes of a launch (`torchrun` gives each its RANK)."""
@@ -73,9 +89,12 @@ def add(
     parameters = [
         parameter.replace(annotation=option(name, kinds[name], parameter.default))
         for name, parameter in signature.parameters.items()
+        if not any(get_origin(member) is Callable for member in get_args(kinds[name]))  # of Python alone
     ]
     if estimate is not None:
-        dry = Annotated[bool, Parameter(negative=(), help="print the estimated cost and stop.")]
+        dry = Annotated[
+            bool, Parameter(negative=(), help="print the estimated cost and stop.", group=OPTION_GROUPS["dry_run"])
+        ]
         parameters.append(inspect.Parameter("dry_run", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=dry))
     command.__annotations__ = {}
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -100,6 +119,7 @@ def option(name: str, kind: Any, default: Any) -> Any:
             show_default=_default if default not in (None, "", ()) and default is not False else False,
             converter=_whole_numbers if items[:1] == [int] else _whole_number if int in members else None,
             consume_multiple=numbers or None,
+            group=OPTION_GROUPS.get(name),
         ),
     ]
 

