@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-all lint docs install clean
+.PHONY: demo test test-slow test-all lint docs install clean wheel
 
 install: $(STAMP)
 
@@ -44,6 +44,10 @@ $(VENV)/.docs: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt mkdocs-material 'mkdocstrings[python]'
 	touch $@
+
+# the wheel in dist/, tried in an empty environment outside the checkout
+wheel:
+	PYTHON=$(PYTHON) .ci/wheel
 
 clean:
 	rm -rf $(VENV) build dist site
