@@ -20,10 +20,12 @@ from fewstep.common.errors import UserError
 from fewstep.common.mapped_tensors import Rows
 from fewstep.common.rng import KeyedRng, order
 from fewstep.common.sharding import is_sharded
+from fewstep.diffusion.config import Guidance
 from fewstep.distillation.batches import fetch_of
 from fewstep.distillation.config import DistillConfig
 from fewstep.distillation.nfe_counter import in_words
 from fewstep.distillation.prepare import Run
+from fewstep.methods.config import ConsistencyConfig
 from fewstep.methods.cost import step_calls, step_cost
 from fewstep.training.live_bytes import LiveBytes
 from fewstep.training.student import unique_bytes
@@ -58,16 +60,25 @@ class ValidationCost:
         )
 
 
-def validation_cost(config: DistillConfig, seconds_per_step: float) -> ValidationCost | None:
-    """Return the cost of validation; None if the run has none."""
+def as_called(method: ConsistencyConfig, embedded: bool) -> ConsistencyConfig:
+    """Return a method as its calls are counted: a network that takes guidance as an input is called once for it."""
+    return method.model_copy(update={"guidance": Guidance(convention="none")}) if embedded else method
+
+
+def validation_cost(config: DistillConfig, seconds_per_step: float, *, embedded: bool = False) -> ValidationCost | None:
+    """Return the cost of validation; None if the run has none.
+
+    Args:
+        embedded: whether the network takes guidance as an input.
+    """
     every = config.loop.validate_every
     if not every:
         return None
-    pictures, sampling = config.validation.count, config.sampling
-    first = pictures * config.validation.teacher_steps * (2 if config.method.guidance.mean_omega > 0 else 1)
-    each = pictures * sampling.steps * (2 if sampling.omega > 0 else 1)
+    pictures, sampling, method = config.validation.count, config.sampling, as_called(config.method, embedded)
+    first = pictures * config.validation.teacher_steps * method.guidance.branches
+    each = pictures * sampling.steps * (2 if sampling.omega > 0 and not embedded else 1)
     count = math.ceil(config.loop.steps / every)
-    evaluations = config.loop.batch / processes.world_size() * step_cost(config.method)
+    evaluations = config.loop.batch / processes.world_size() * step_cost(method)
     return ValidationCost(first, each, count, (first + count * each) * seconds_per_step / evaluations)
 
 
@@ -226,6 +237,7 @@ def estimate(
             f"{activations / 2**30:.1f} GiB of activations at a time, and {free / 2**30:.1f} GiB are free; use "
             f"loop.accumulate = {parts}, or a smaller batch"
         )
+    embedded = run.backbone.embedded_guidance
     trained = {u.name: bytes_of(u.parameters.values()) for u in plan}
     held = sum(size * (3 + bool(u.optim.ema)) for u, size in zip(plan, trained.values(), strict=True))
     base = [p for name, p in networks[0].named_parameters() if "lora_" not in name]
@@ -237,9 +249,9 @@ def estimate(
         held,
         trained,
         kept_bytes(data.latents) + sum(kept_bytes(rows) for rows in data.table.values()),
-        step_calls(config.method),
+        step_calls(as_called(config.method, embedded)),
         activations,
         torch.cuda.max_memory_allocated(device) if on_gpu else None,
-        validation=validation_cost(config, spent),
+        validation=validation_cost(config, spent, embedded=embedded),
         too_large=too_large,
     )

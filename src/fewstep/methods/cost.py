@@ -112,7 +112,10 @@ def critic_start(config: ConsistencyConfig) -> float:
 
 
 def step_calls(config: ConsistencyConfig) -> Calls:
-    """Return the calls of a step by role: the start once, each update at its own rhythm."""
+    """Return the calls of a step by role, sorted: the start once, each update at its own rhythm.
+
+    Those of a target that is the student itself are the student's, as training counts them.
+    """
     before_critic: Calls = {"features": -critic_start(config)}
     updates = (
         (add(student_calls(config), before_critic), config.student_every),
@@ -120,7 +123,10 @@ def step_calls(config: ConsistencyConfig) -> Calls:
         (critic_calls(config), config.adversarial.every / (1 - critic_start(config))),
     )
     rates = ({role: count / every for role, count in calls.items()} for calls, every in updates)
-    return {role: count for role, count in add(start_calls(config), *rates).items() if count}
+    calls = add(start_calls(config), *rates)
+    if config.target == "self":
+        calls["student"] = calls.get("student", 0) + calls.pop("target", 0)
+    return {role: count for role, count in sorted(calls.items()) if count}
 
 
 def step_cost(config: ConsistencyConfig) -> float:
