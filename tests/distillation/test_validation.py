@@ -143,7 +143,7 @@ def test_the_estimate_adds_up(tiny_overrides: list[str]) -> None:
     assert lora.seconds == pytest.approx(100 * lora.seconds_per_step)
     latents, states = 16 * 4 * 8 * 8 * 4, 4 * (4 + 1) * 8 * 32 * 2  # of the 4 captions and the null one that it encodes
     assert lora.data_bytes == latents + states
-    assert lora.calls == {"student": 1, "target": 1, "teacher": 2}
+    assert lora.calls == {"student": 2, "teacher": 2}, "the target is the student"
     assert lora.encoding_seconds > 0
     assert len(lora.lines()) == 5  # data, time, memory, disk, calls
     full = ["student.kind=full", "method.target=ema", "optim.ema=0.9", "method.solver=dpmpp_2s"]
@@ -177,6 +177,9 @@ def test_checks_are_counted_and_timed_like_the_steps() -> None:
     # a step: teacher 2, target 1, student 1 and its backward pass 2
     assert checks.seconds == pytest.approx((10_000 + 3 * 400) / (32 * 6))
     assert "10000 network evaluations once for the teacher's pictures, 400 at each of 3 checks" in checks.line()
+    one = validation_cost(resolve("tcd", None, words), 1.0, embedded=True)
+    assert one is not None
+    assert one.first == 5_000, "a network that takes guidance as an input has one branch"
     assert validation_cost(resolve("tcd", None, ["loop.validate_every=null"]), 1.0) is None
 
 
@@ -233,3 +236,19 @@ def test_a_teacher_in_bf16_is_validated_and_rolled_out_in_it(watched: list[str],
         assert all(np.isfinite(judged))
         kept.append({path.name for kind in ("watch-*", "trajectories-*") for path in own.glob(kind)})
     assert len(kept[1]) == 2 * len(kept[0]) == (4 if recipe == "kd" else 2)
+
+
+def test_large_pictures_are_few() -> None:
+    """Above 256 pixels, of the teacher or the data, unless a number is given."""
+    counts = [
+        resolve("tcd", None, words, side=side).validation.count
+        for words, side in (
+            ([], None),
+            ([], 256),
+            ([], 512),
+            (["data.size=512"], 64),
+            (["data.size=128"], 512),
+            (["validation.count=100"], 512),
+        )
+    ]
+    assert counts == [256, 256, 32, 32, 256, 100]

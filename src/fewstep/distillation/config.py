@@ -20,6 +20,9 @@ from fewstep.methods.latent_lpips.settings import LatentLpipsTrainConfig
 from fewstep.methods.recipes import read_recipe, recipe_name
 from fewstep.training.config import LoopConfig, OptimConfig, StudentConfig
 
+SMALL, FEW = 256, 32
+"""Pixels a side above which validation draws few pictures, and how many: their teacher takes minutes for 256."""
+
 
 class ValidationConfig(Config):
     """Validation during training, every loop.validate_every steps."""
@@ -27,7 +30,7 @@ class ValidationConfig(Config):
     prompts: Annotated[str, Content("watched prompts")] = Field(
         "", description="prompt file or bundled list; empty for the data's own"
     )
-    count: int = Field(256, ge=16, description="pictures drawn at each validation")
+    count: int = Field(256, ge=16, description="pictures drawn at each validation; above 256 pixels 32 if omitted")
     seed: int = Field(1234, ge=0, le=2**62, description="seed of the first picture; the others count up")
     beside: Annotated[str, Content("beside")] = Field(
         "", description="a finished student, whose LoRA is added and whose settings are used to draw; empty for none"
@@ -213,11 +216,14 @@ def resolve(
     overrides: str | Sequence[str] = (),
     teacher: str | Path = "",
     omega: float | None = None,
+    side: int | None = None,
 ) -> DistillConfig:
     """Merge a recipe, a YAML file over it, dotted overrides over both, and the teacher if one is named.
 
     Args:
         omega: the teacher's own guidance, for `guided_at` where no method.guidance is given; None for the recipe's.
+        side: pixels a side that the teacher was trained at; above `SMALL`, validation draws `FEW` pictures where no
+            validation.count is given.
 
     Raises:
         UserError: unknown recipe or key, or an illegal value.
@@ -239,6 +245,8 @@ def resolve(
         data = merge(data, guided_at(omega, validate(DistillConfig, {**data, "stages": ()} if names[1:] else data)))
         for stage in data["stages"] if names[1:] else ():
             stage["method"] = guided_at(omega, resolve(stage["recipe"])).get("method", {})
+    if (changes.get("data", {}).get("size") or side or 0) > SMALL:
+        data = merge({"validation": {"count": FEW}}, data)
     return validate(DistillConfig, merge(data, {**changes, "recipe": ",".join(names)}))
 
 
