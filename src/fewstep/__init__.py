@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # type checkers and editors see the names; `import fewstep` s
     from fewstep.commands.evaluate import evaluate as evaluate
     from fewstep.commands.export import export_as as export_as
     from fewstep.commands.init import init as init
+    from fewstep.commands.report import report as report
     from fewstep.commands.sample import sample as sample
     from fewstep.commands.synthesize import read_synthesis as read_synthesis
     from fewstep.commands.synthesize import synthesis_cost as synthesis_cost
@@ -58,6 +59,7 @@ _MODULES = {
     "flow_map_scheduler_for": "inference.pipeline",
     "init": "commands.init",
     "read_synthesis": "commands.synthesize",
+    "report": "commands.report",
     "sample": "commands.sample",
     "scheduler_for": "inference.pipeline",
     "style_cost": "commands.train_style",

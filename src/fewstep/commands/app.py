@@ -27,6 +27,7 @@ from fewstep.commands.export import report as exported
 from fewstep.commands.init import init, next_steps
 from fewstep.commands.recipes import recipes
 from fewstep.commands.renamed import current
+from fewstep.commands.report import report
 from fewstep.commands.sample import sample
 from fewstep.commands.synthesize import synthesis_cost, synthesize
 from fewstep.commands.train_adapter import train_adapter
@@ -67,6 +68,7 @@ add(app, web_app, USE, show=nothing)
 add(app, export_as, USE, name="export", show=exported)
 add(app, evaluate, EVALUATE, show=measured)
 add(app, draw_folder, EVALUATE)
+add(app, report, EVALUATE)
 add(app, recipes, OTHER, show=shown)
 app.register_install_completion_command(group=OTHER, help="Install completion of verbs and options in this shell.")
 bundled = installed_world()

@@ -14,6 +14,7 @@ OPTIONS = {
     "train-adapter": {"--config": "--teacher-config"},
     "sample": {"--config": "--teacher-config"},
     "evaluate": {"--prompts": "--prompt-file", "--config": "--teacher-config"},
+    "report": {"--prompts": "--prompt-file"},
     "export": {"--prompt": "--prompts", "--config": "--teacher-config"},
 }
 """Verb -> old name of an option -> its name. A folder after `distill --config` is a --teacher-config too."""
