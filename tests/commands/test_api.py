@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from PIL import Image
 
 import fewstep
 from fewstep.commands import app as cli
+from fewstep.common.arguments import with_options
 from fewstep.common.errors import UserError
 from fewstep.common.files import read_json, write_json
+from fewstep.distillation.config import resolve
 from fewstep_worlds.common.location import root
 
 
@@ -35,7 +38,7 @@ def test_every_verb_stays_a_function() -> None:
 def test_an_estimate_can_be_repeated(tiny_overrides: list[str], tmp_path: Path) -> None:
     for _ in range(2):
         (estimated,) = fewstep.estimate("tcd", out=tmp_path / "run", overrides=tiny_overrides)
-        assert estimated.calls == {"student": 1, "target": 1, "teacher": 2}
+        assert estimated.calls == {"student": 2, "teacher": 2}
     assert not (tmp_path / "run").exists()
     few = tmp_path / "few"
     few.mkdir()
@@ -73,6 +76,36 @@ def test_settings_are_given_by_options_or_by_keys(tiny_pipeline: Path, tmp_path:
     for name, settings in (("b", {"steps": 3}), ("c", "steps=3"), ("d", ["steps=3"])):
         other = fewstep.sample("a red disc", out=tmp_path / f"{name}.png", steps=2, settings=settings, **few)
         np.testing.assert_array_equal(picture(by_option), picture(other))
+
+
+def test_settings_of_a_training_are_words_or_a_mapping(tiny_overrides: list[str], tmp_path: Path) -> None:
+    """A section is a mapping or a dotted name; what each gives is the same."""
+    keys = [word.partition("=")[0] for word in tiny_overrides]
+    plain = {key: word.partition("=")[2] for key, word in zip(keys, tiny_overrides) if key != "loop.steps"}
+    given: dict[str, Any] = {
+        **plain, "optim": {"lr": 1e-5, "ema": None}, "loop.steps": 5, "student.targets": ["to_q"], "loop": {"keep": 1}
+    }  # fmt: skip
+    words = [
+        *(f"{key}={value}" for key, value in plain.items()),
+        "optim.lr=1e-5", "optim.ema=null", "loop.steps=5", "student.targets=[to_q]", "loop.keep=1",
+    ]  # fmt: skip
+    assert resolve("tcd", None, with_options(given, {})) == resolve("tcd", None, words)
+    with pytest.raises(UserError) as error:
+        fewstep.distill("tcd", out=tmp_path / "run", overrides={"optim": {"rl": 1}})
+    assert error.value.field == "optim.rl"
+
+
+def test_guidance_is_given_once(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("an octopus\n")
+    both: dict[str, Any] = {"omega": 1.0, "guidance_scale": 2.0, "out": tmp_path / "out"}
+    for draw in (
+        lambda: fewstep.evaluate(prompt_file=prompts, **both),
+        lambda: fewstep.draw_folder("geneval", prompts, **both),
+    ):
+        with pytest.raises(UserError) as error:
+            draw()
+        assert error.value.field == "guidance_scale"
 
 
 def test_bundled_pictures_for_a_teacher_of_another_size(tiny_pipeline: Path, tmp_path: Path) -> None:

@@ -40,6 +40,19 @@ def test_pictures_equal_those_of_the_command(tiny_pipeline: Path, lora: Path, tm
     np.testing.assert_array_equal(np.asarray(model.draw("a red disc", 5, steps=2, gamma=0.6)[0]), student)
 
 
+def test_guidance_and_negative_prompts_are_those_of_the_command(tiny_pipeline: Path, tmp_path: Path) -> None:
+    model = fewstep.load(tiny_pipeline, None, device="cpu")
+    own = sampled(
+        tmp_path / "a.png", "a red disc", teacher=tiny_pipeline, steps=2, guidance_scale=4.0, negative_prompt="blue"
+    )
+    guided = {"steps": 2, "guidance_scale": 4.0}
+    np.testing.assert_array_equal(np.asarray(model.draw("a red disc", negative_prompt="blue", **guided)[0]), own)
+    assert (np.asarray(model.draw("a red disc", **guided)[0]) != own).any()
+    with pytest.raises(UserError) as refused:
+        model.draw("a red disc", omega=3.0, guidance_scale=4.0)
+    assert refused.value.field == "guidance_scale"
+
+
 def test_a_second_student_shares_the_encoders(tiny_pipeline: Path, lora: Path) -> None:
     model = fewstep.load(tiny_pipeline, lora, device="cpu")
     backbone, other = model.generator.backbone, model.with_lora(None).generator.backbone

@@ -28,7 +28,7 @@ def distill(
     prompt_file: Path | str | None = None,
     device: str | None = None,
     precision: str | None = None,
-    overrides: str | Sequence[str] = (),
+    overrides: Mapping[str, Any] | str | Sequence[str] = (),
     quiet: bool = False,
     callback: Callable[[int, Mapping[str, float]], object] | None = None,
 ) -> Path:
@@ -51,7 +51,8 @@ def distill(
             sets data.source.
         device: auto, cpu or cuda; sets device.
         precision: precision of training, auto, fp32, bf16 or fp16; sets loop.precision.
-        overrides: setting laid over recipe and config, key=value, e.g. optim.lr=3e-4. May be repeated.
+        overrides: setting laid over recipe and config, key=value, e.g. optim.lr=3e-4. May be repeated; in
+            Python also a mapping.
         quiet: no estimate and no progress bar; errors are raised as ever.
         callback: function of a step and its figures, called at each log line and validation; what it raises ends the
             run.
@@ -126,7 +127,7 @@ def _settings(
     prompt_file: Path | str | None,
     device: str | None,
     precision: str | None,
-    overrides: str | Sequence[str],
+    overrides: Mapping[str, Any] | str | Sequence[str],
 ) -> tuple[DistillConfig, Inputs, Path]:
     """Resolve and check the settings of a distillation, what they name, and its run folder.
 
@@ -146,7 +147,7 @@ def _settings(
     named = named_teacher(teacher, teacher_config)
     settings = resolve(recipe, config, changes, named)
     folder = read_teacher(settings.teacher)
-    settings = resolve(recipe, config, changes, named, own_omega(folder))
+    settings = resolve(recipe, config, changes, named, own_omega(folder), folder.picture_size)
     inputs = check_distillation(settings, folder)
     place = Path(out) if out else Path("runs") / Path(settings.recipe).stem.replace(",", "-")
     check_writable(place)

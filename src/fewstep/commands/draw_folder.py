@@ -24,6 +24,7 @@ def draw_folder(
     steps: int | None = None,
     gamma: float | None = None,
     omega: float | None = None,
+    guidance_scale: float | None = None,
     sampler: str | None = None,
     seed: int = 0,
     out: Path | str = "",
@@ -50,6 +51,7 @@ def draw_folder(
         steps: network evaluations of a picture.
         gamma: stochasticity of sampler sss, 0 to 1.
         omega: guidance in the papers' convention, diffusers' guidance_scale less 1; 0 for students.
+        guidance_scale: the same as diffusers counts it, omega + 1; up to 1 for none.
         sampler: sss, lcm, ddim, euler, heun, dpm_2, dpmpp_2s or sde_dpmpp_2m.
         seed: seed of the first picture; each further picture adds 1.
         out: folder; if omitted, runs/ and the layout's name.
@@ -70,16 +72,17 @@ def draw_folder(
     from fewstep.common.choices import check_choice, check_device
     from fewstep.common.files import check_writable
     from fewstep.evaluation.layouts import LAYOUTS
-    from fewstep.students.resolve import resolve_student
+    from fewstep.students.resolve import omega_given, resolve_student
 
     check_choice("layout", layout, LAYOUTS)
     check_device(device)
     check_positive("batch", batch)
+    scale = omega_given(omega, guidance_scale)
     kind = LAYOUTS[layout]
     items = kind.read(Path(prompts))
     check_seed(seed, kind.count * len(items))
     base = read_teacher(teacher, teacher_config)
-    changes = sampling_changes(settings, steps=steps, gamma=gamma, omega=omega, sampler=sampler)
+    changes = sampling_changes(settings, steps=steps, gamma=gamma, omega=scale, sampler=sampler)
     student, sampling, _ = resolve_student(base, lora, changes)
     folder = Path(out or f"runs/{layout}") / "pictures"
     check_writable(folder)

@@ -38,6 +38,7 @@ def evaluate(
     steps: int | Sequence[int] | None = None,
     gamma: float | Sequence[float] | None = None,
     omega: float | None = None,
+    guidance_scale: float | None = None,
     sampler: str | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -74,6 +75,7 @@ def evaluate(
         steps: network evaluations of a picture, one or several.
         gamma: stochasticity of sampler sss, 0 to 1, one or several.
         omega: guidance in the papers' convention, diffusers' guidance_scale less 1; 0 for students.
+        guidance_scale: the same as diffusers counts it, omega + 1; up to 1 for none.
         sampler: sss, lcm, ddim, euler, heun, dpm_2, dpmpp_2s or sde_dpmpp_2m.
         seed: seed of the first picture, and of the bootstrap; each further picture adds 1.
         device: auto, cpu or cuda.
@@ -99,10 +101,11 @@ def evaluate(
     from fewstep.data.prompts import read_prompts
     from fewstep.diffusion.config import Sampling
     from fewstep.evaluation.standard.registry import choose
-    from fewstep.students.resolve import end_point_sampling, resolve_student
+    from fewstep.students.resolve import end_point_sampling, omega_given, resolve_student
 
     check_device(device)
     check_positive("batch", batch)
+    omega = omega_given(omega, guidance_scale)
     prompts = read_prompts(prompt_file, "prompt_file")
     chosen = choose(suite, [metrics] if isinstance(metrics, str) else metrics, Path(weights) if weights else None)
     real_files = None if real is None else find_real(Path(real))

@@ -104,7 +104,7 @@ def sample(
     from fewstep.inference.image_grid import check_grid_size, check_picture_file, image_grid, save_image
     from fewstep.inference.picture_files import FORMATS, next_number, numbered, picture_settings, student_name
     from fewstep.students.lora_checks import check_lora
-    from fewstep.students.resolve import resolve_student
+    from fewstep.students.resolve import check_negative, omega_given, resolve_student
 
     named = [prompts] if isinstance(prompts, str) else prompts
     texts = [*named, *(read_prompts(prompt_file, "prompt_file") if prompt_file else [])]
@@ -135,15 +135,7 @@ def sample(
     if width or height:
         size = (width or size[0], height or size[1])
         sampling = sampling.model_copy(update={"size": size})
-    if negative_prompt and not sampling.omega and compile:
-        raise UserError(
-            "negative_prompt without guidance does not go with compile; remove one", field="negative_prompt"
-        )
-    if negative_prompt and (folder.takes_guidance or not (sampling.omega or folder.family.cross_attention)):
-        reason = (
-            "a network that takes guidance as an input" if folder.takes_guidance else "no cross-attention, omega = 0"
-        )
-        raise UserError(f"negative_prompt has no effect with {reason}; remove it", field="negative_prompt")
+    check_negative(negative_prompt, folder, sampling, compiled=compile)
     factor = scale or (1 if in_folder else max(1, 256 // size[0]))
     columns = count if len(texts) > 1 else min(count, 8)
     if not in_folder:
@@ -212,21 +204,6 @@ def sample(
 
 AT_ONCE = 64
 """Pictures of a folder that are drawn before they are written."""
-
-
-def omega_given(omega: float | None, guidance_scale: float | None) -> float | None:
-    """Return omega by either option; None for neither.
-
-    Raises:
-        UserError: both are given, or a scale below 0.
-    """
-    if guidance_scale is None:
-        return omega
-    if omega is not None:
-        raise UserError(f"guidance_scale = {guidance_scale:g} and omega = {omega:g} are one setting; remove one")
-    if not guidance_scale >= 0:
-        raise UserError(f"guidance_scale = {guidance_scale:g} must be at least 0")
-    return max(0.0, guidance_scale - 1)
 
 
 def sampling_changes(settings: Mapping[str, Any] | str | Sequence[str] | None, **options: object) -> Mapping[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ def synthesize(
     kind: str | None = None,
     device: str | None = None,
     precision: str | None = None,
-    overrides: str | Sequence[str] = (),
+    overrides: Mapping[str, Any] | str | Sequence[str] = (),
 ) -> Path:
     """Draw latents or trajectories from prompts with a teacher, for training without pictures.
 
@@ -43,7 +43,7 @@ def synthesize(
         kind: latents (end points; the default) or trajectories (every point).
         device: auto, cpu or cuda; sets device.
         precision: precision of the network, auto, fp32, bf16 or fp16; sets precision.
-        overrides: setting, key=value, e.g. guidance.high=14. May be repeated.
+        overrides: setting, key=value, e.g. guidance.high=14. May be repeated; in Python also a mapping.
 
     Returns:
         The folder.
@@ -88,7 +88,7 @@ def _settings(
     kind: str | None,
     device: str | None,
     precision: str | None,
-    overrides: str | Sequence[str],
+    overrides: Mapping[str, Any] | str | Sequence[str],
 ) -> tuple[SynthesisConfig, list[str], PipelineFolder]:
     """Resolve and check a synthesis: its settings, prompts and teacher.
 

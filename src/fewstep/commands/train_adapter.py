@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fewstep.common.arguments import checked, with_options
 
@@ -17,7 +18,7 @@ def train_adapter(
     teacher_config: Path | str = "",
     device: str = "auto",
     precision: str | None = None,
-    overrides: str | Sequence[str] = (),
+    overrides: Mapping[str, Any] | str | Sequence[str] = (),
 ) -> Path:
     """Train an adapter for prompts in other languages, for a teacher and its students, from text pairs alone.
 
@@ -33,7 +34,7 @@ def train_adapter(
         teacher_config: pipeline folder with the configs of a single-file teacher.
         device: auto, cpu or cuda.
         precision: precision of training, auto, fp32, bf16 or fp16; sets loop.precision.
-        overrides: setting, key=value, e.g. output_share=.5. May be repeated.
+        overrides: setting, key=value, e.g. output_share=.5. May be repeated; in Python also a mapping.
 
     Returns:
         The adapter's folder, `out`/adapter.

@@ -19,7 +19,7 @@ def train_latent_lpips(
     teacher_config: Path | str = "",
     device: str = "auto",
     precision: str | None = None,
-    overrides: str | Sequence[str] = (),
+    overrides: Mapping[str, Any] | str | Sequence[str] = (),
 ) -> Path:
     """Train a distance between latents that agrees with pixel features, for method.distance = latent_lpips.
 
@@ -33,7 +33,7 @@ def train_latent_lpips(
         teacher_config: pipeline folder with the configs of a single-file teacher.
         device: auto, cpu or cuda.
         precision: precision of training, auto, fp32, bf16 or fp16; sets loop.precision.
-        overrides: setting, key=value, e.g. loop.steps=1000. May be repeated.
+        overrides: setting, key=value, e.g. loop.steps=1000. May be repeated; in Python also a mapping.
 
     Returns:
         The folder of the distance.

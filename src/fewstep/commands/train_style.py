@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ def train_style(
     config: Path | str | None = None,
     device: str | None = None,
     precision: str | None = None,
-    overrides: str | Sequence[str] = (),
+    overrides: Mapping[str, Any] | str | Sequence[str] = (),
 ) -> Path:
     """Train a style on a teacher, as a LoRA to draw with beside a student's, in the student's few steps.
 
@@ -47,7 +47,8 @@ def train_style(
         config: YAML file laid over the recipe `style`.
         device: auto, cpu or cuda; sets device.
         precision: precision of training, auto, fp32, bf16 or fp16; sets loop.precision.
-        overrides: setting laid over recipe and config, key=value, e.g. student.rank=32. May be repeated.
+        overrides: setting laid over recipe and config, key=value, e.g. student.rank=32. May be repeated; in
+            Python also a mapping.
 
     Returns:
         The style's LoRA file.
@@ -83,7 +84,7 @@ def style_cost(**options: Any) -> list[Estimated]:
 def _overrides(
     pictures: Path | str,
     lora: Path | str | None,
-    overrides: str | Sequence[str],
+    overrides: Mapping[str, Any] | str | Sequence[str],
     teacher: Path | str,
     teacher_config: Path | str,
     config: Path | str | None,

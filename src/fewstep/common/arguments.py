@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, wraps
@@ -89,7 +90,21 @@ def arguments_of(like: Callable[P, Any]) -> Callable[[Callable[..., T]], Callabl
     return decorate
 
 
-def with_options(overrides: str | Sequence[str], options: Mapping[str, Any]) -> list[str]:
+def with_options(overrides: Mapping[str, Any] | str | Sequence[str], options: Mapping[str, Any]) -> list[str]:
     """Return overrides (`key=value`) that set the options which are given, then `overrides` over them."""
     given = [f"{key}={value}" for key, value in options.items() if value is not None]
+    if isinstance(overrides, Mapping):
+        return [*given, *dotted(overrides)]
     return [*given, *([overrides] if isinstance(overrides, str) else overrides)]
+
+
+def dotted(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return settings by name as overrides; a section may be a mapping, or a dotted name."""
+    found = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found += dotted(value, f"{prefix}{name}.")
+        else:
+            text = str(value) if isinstance(value, str | os.PathLike) else json.dumps(value)
+            found.append(f"{prefix}{name}={text}")
+    return found

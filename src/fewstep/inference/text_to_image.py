@@ -20,7 +20,7 @@ from fewstep.diffusion.denoiser import Condition, Denoiser
 from fewstep.inference.generator import ImageGenerator, default_batch, load_image_generator
 from fewstep.inference.picture_files import picture_settings, student_name
 from fewstep.students.lora_header import LoraHeader
-from fewstep.students.resolve import AUTO, changed_sampling, resolve_student
+from fewstep.students.resolve import AUTO, changed_sampling, check_negative, omega_given, resolve_student
 
 OnCall = Callable[[int, int], object]
 """(network calls done, network calls in all), after each of them; an exception ends the drawing."""
@@ -110,6 +110,8 @@ class TextToImage:
         steps: int | None = None,
         gamma: float | None = None,
         omega: float | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str = "",
         sampler: str | None = None,
         size: Sequence[int] | None = None,
         settings: Mapping[str, Any] | None = None,
@@ -117,7 +119,7 @@ class TextToImage:
     ) -> list[Image.Image]:
         """Draw pictures, equal to those of `fewstep sample`.
 
-        Example: pictures = fewstep.load().draw(["a doggy", "a kitty"], seeds=[3, 4], steps=4)
+        Example: pictures = fewstep.load().draw(["three frogs on yellow", "an octopus"], seeds=[3, 4], steps=4)
 
         Args:
             prompts: text to draw, one or several.
@@ -126,6 +128,8 @@ class TextToImage:
             steps: network evaluations of a picture.
             gamma: stochasticity of sampler sss, 0 to 1.
             omega: guidance in the papers' convention, diffusers' guidance_scale less 1; 0 for students.
+            guidance_scale: the same as diffusers counts it, omega + 1; up to 1 for none.
+            negative_prompt: text to lead away from: by guidance, or without it in the network's cross-attention.
             sampler: sss, lcm, ddim, euler, heun, dpm_2, dpmpp_2s or sde_dpmpp_2m.
             size: (width, height) in pixels.
             settings: other sampling settings by name.
@@ -138,10 +142,12 @@ class TextToImage:
             UserError: no prompt, seeds out of range or not one for each prompt, or as `sampling_with`.
         """
         texts, numbers = _paired([prompts] if isinstance(prompts, str) else list(prompts), seeds)
+        scale = omega_given(omega, guidance_scale)
         sampling = self.sampling_with(
-            steps=steps, gamma=gamma, omega=omega, sampler=sampler, size=size, settings=settings
+            steps=steps, gamma=gamma, omega=scale, sampler=sampler, size=size, settings=settings
         )
-        generator = self.generator
+        check_negative(negative_prompt, self.generator.backbone.folder, sampling, compiled=self.compiled)
+        generator = replace(self.generator, negative=negative_prompt)
         if on_call is not None:
             _, height, width = generator.backbone.shape_of(sampling.size)
             batches = -(-len(texts) // (generator.batch or default_batch(height, width)))

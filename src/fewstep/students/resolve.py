@@ -140,3 +140,35 @@ def end_point_sampling(folder: PipelineFolder) -> Sampling:
     if own.sampler == "lcm" and folder.consistency:  # no solver follows its trajectories
         return own
     return TEACHER_SAMPLING if own.sampler in ("sss", "lcm") else own
+
+
+def omega_given(omega: float | None, guidance_scale: float | None) -> float | None:
+    """Return omega by either option; None for neither.
+
+    Raises:
+        UserError: both are given, or a scale below 0.
+    """
+    if guidance_scale is None:
+        return omega
+    if omega is not None:
+        raise UserError(f"guidance_scale = {guidance_scale:g} and omega = {omega:g} are one setting; remove one")
+    if not guidance_scale >= 0:
+        raise UserError(f"guidance_scale = {guidance_scale:g} must be at least 0")
+    return max(0.0, guidance_scale - 1)
+
+
+def check_negative(prompt: str, folder: PipelineFolder, sampling: Sampling, *, compiled: bool) -> None:
+    """Refuse a negative prompt that the network cannot be drawn with.
+
+    Raises:
+        UserError: naming the reason.
+    """
+    if prompt and not sampling.omega and compiled:
+        raise UserError(
+            "negative_prompt without guidance does not go with compile; remove one", field="negative_prompt"
+        )
+    if prompt and (folder.takes_guidance or not (sampling.omega or folder.family.cross_attention)):
+        reason = (
+            "a network that takes guidance as an input" if folder.takes_guidance else "no cross-attention, omega = 0"
+        )
+        raise UserError(f"negative_prompt has no effect with {reason}; remove it", field="negative_prompt")
