@@ -18,17 +18,21 @@ OPTION_GROUPS = {
     name: Group(title, sort_key=place)
     for place, (title, names) in enumerate(
         {
-            "Model": "teacher teacher_config lora style style_scale adapter recipe config overrides",
-            "Input": "prompts prompt_file negative_prompt image strength real reference reference_omega split",
-            "Sampling": "steps gamma omega guidance_scale sampler width height seed count settings",
+            "Model": "teacher teacher_config lora style style_scale adapter student",
+            "Input": "prompts prompt_file negative_prompt pictures pairs folders image strength "
+            "real reference reference_omega split",
+            "Sampling": "steps gamma omega guidance_scale sampler width height seed count",
             "Metrics": "suite metrics weights",
+            "Settings": "recipe config overrides settings",
             "Output": "out format scale form push quiet",
             "Machine": "device precision compile batch host port dry_run",
         }.items()
     )
     for name in names.split()
 }
-"""Option -> its heading in a verb's help; others are under Parameters."""
+"""Option -> its heading in a verb's help."""
+FURTHER = Group("Further", sort_key=9)
+"""Heading of the other options."""
 
 
 def print_once(text: str) -> None:
@@ -119,7 +123,7 @@ def option(name: str, kind: Any, default: Any) -> Any:
             show_default=_default if default not in (None, "", ()) and default is not False else False,
             converter=_whole_numbers if items[:1] == [int] else _whole_number if int in members else None,
             consume_multiple=numbers or None,
-            group=OPTION_GROUPS.get(name),
+            group=OPTION_GROUPS.get(name, FURTHER),
         ),
     ]
 
