@@ -87,7 +87,7 @@ def type_keys(
     with served(build(models, kept, teacher, lora, ""), kept) as address, chromium() as driver:
         visitor = Visitor(driver, address)
         visitor.type(WORDS[0])
-        visitor.wait(lambda: "evaluations" in visitor.text("status"))
+        visitor.wait(lambda: "evaluations" in visitor.text("status") and visitor.picture().any())
         driver.execute_script(WATCH)
         failing = Failing(models, 0, figures)
         models.draw = failing.draw  # type: ignore[method-assign]
@@ -136,7 +136,10 @@ def main() -> None:
         found = type_keys(Models([kept]), "", "auto", Path(kept), options.keys, options.pause, options.every)
     ordered = sorted(found.latencies)
     print(f"key to picture: median {statistics.median(ordered):.0f} ms, longest {ordered[-1]:.0f} ms", end="; ")
-    print(f"drawing alone: median {statistics.median(found.computing):.0f} ms")
+    beyond = statistics.median(key - alone for key, alone in zip(found.latencies, found.computing))
+    print(
+        f"drawing alone: median {statistics.median(found.computing):.0f} ms; the rest of each: median {beyond:.0f} ms"
+    )
     print(
         f"{options.keys} keys: {found.drawn} pictures, {found.failed} injected errors, last picture {found.last:.0f} ms"
     )

@@ -25,13 +25,14 @@ FLAGS = (
 )
 WATCH = """
 window.shown = [];
+window.last = document.querySelector('#picture img').src;
 const area = document.querySelector('#prompt textarea');
 area.addEventListener('input', () => window.shown.push({text: area.value, typed: performance.now()}), true);
 new MutationObserver(async () => {
   const img = document.querySelector('#picture img');
   if (!img || img.src === window.last) return;
   window.last = img.src;
-  await img.decode();
+  await img.decode().catch(() => 0);
   window.shown.push({src: img.src, drawn: performance.now()});
 }).observe(document.body, {subtree: true, childList: true, attributes: true, attributeFilter: ['src']});
 """
