@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from diffusers import Flux2KleinPipeline
 
 from fewstep import synthesize
 from fewstep.backbones.base import load_backbone
@@ -20,8 +20,8 @@ from fewstep.diffusion.config import Sampling
 from fewstep.distillation import distill as distillation
 from fewstep.distillation.config import resolve
 from fewstep.inference.generator import load_image_generator
-from fewstep.inference.schedulers.few_step import SSSScheduler
 from support import tiny_pipelines
+from support.drawn import by_pipeline
 
 PROMPTS = ["a red disc", "blue"]
 SEEDS = [1, 2]
@@ -37,7 +37,10 @@ MADE: dict[str, tuple[str, dict[str, Any]]] = {
     "flux-dev": ("flux", {}),
     "flux-schnell": ("flux", {"guidance": False}),
     "sana": ("sana", {}),
+    **{name: (name, {}) for name in ("z_image", "qwen_image", "flux2", "chroma", "krea2", "anima")},
 }
+NEW = [pytest.param(name, marks=pytest.mark.slow) for name in [*MADE][-6:]]
+"""The newest families: of them `make test` compares latents, and `test_export` trains and exports one student each."""
 
 
 @pytest.fixture(scope="session")
@@ -46,28 +49,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, (kind, settings) in MADE.items():
         made[name] = tiny_pipelines.FAMILIES[kind](tmp_path_factory.mktemp(kind) / "tiny", **settings)
     return made
-
-
-def theirs(folder: Path, steps: int, guidance: float) -> Tensor:
-    """Latents by the pipeline itself, under our scheduler, deterministic: flows hand no generators on."""
-    import diffusers
-
-    kind = read_folder(folder).pipeline
-    more: dict[str, Any] = {"safety_checker": None} if kind == "StableDiffusionPipeline" else {}
-    pipe = getattr(diffusers, kind).from_pretrained(folder, local_files_only=True, **more)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = SSSScheduler.from_config(pipe.scheduler.config, gamma=0.0)
-    options: dict[str, Any] = {}
-    if kind.startswith(("PixArt", "Sana")):
-        options = {"use_resolution_binning": False, "clean_caption": False}
-    size = read_folder(folder).picture_size
-    latents: Tensor = pipe(
-        PROMPTS, num_inference_steps=steps, guidance_scale=guidance, output_type="latent", height=size, width=size,
-        generator=[torch.Generator("cpu").manual_seed(seed) for seed in SEEDS], **options,
-    ).images  # fmt: skip
-    if kind == "FluxPipeline":
-        latents = pipe._unpack_latents(latents, size, size, pipe.vae_scale_factor)
-    return latents
 
 
 @pytest.mark.slow
@@ -100,7 +81,7 @@ def test_latents_are_those_of_the_pipeline(name: str, folders: dict[str, Path]) 
         guidance = 3.5 if embedded and omega == 0 else 1 + omega
         sampling = Sampling(steps=3, gamma=0.0, omega=omega)
         ours = image_generator.latents(condition, SEEDS, sampling)
-        wanted = theirs(folders[name], 3, guidance)
+        wanted = by_pipeline(folders[name], PROMPTS, SEEDS, 3, guidance)
         assert float((ours - wanted).abs().max()) < 1e-4 * float(wanted.abs().max()), omega
     plain, other = (
         image_generator.latents(image_generator.encode([prompt] * 2), SEEDS, Sampling(steps=2)) for prompt in PROMPTS
@@ -108,7 +89,7 @@ def test_latents_are_those_of_the_pipeline(name: str, folders: dict[str, Path]) 
     assert not torch.allclose(plain, other, rtol=1e-3), "the prompt is read"
 
 
-@pytest.mark.parametrize("name", ["sdxl", "pixart-sigma", "sd3", "flux-dev", "sana"])
+@pytest.mark.parametrize("name", ["sdxl", "pixart-sigma", "sd3", "flux-dev", "sana", *NEW])
 def test_features_stop_early_and_follow_the_input(name: str, folders: dict[str, Path]) -> None:
     backbone = load_backbone(folders[name])
     condition = backbone.encode(PROMPTS)
@@ -128,26 +109,54 @@ def test_features_stop_early_and_follow_the_input(name: str, folders: dict[str, 
     assert float(change[0, 0]) > 3 * float(change[-1, -1])
 
 
-@pytest.mark.parametrize("name", ["sdxl", "pixart-sigma", "sd3", "flux-dev", "sana"])
+@pytest.mark.parametrize("name", ["sdxl", "pixart-sigma", "sd3", "flux-dev", "sana", *NEW])
 def test_pictures_go_through_the_autoencoder(name: str, folders: dict[str, Path]) -> None:
     """Latents are scaled and shifted as the pipeline does it, there and back."""
     backbone = load_backbone(folders[name])
     vae = backbone.vae
     latents = torch.randn(2, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    shift, scale = getattr(vae.config, "shift_factor", None) or 0.0, getattr(vae.config, "scaling_factor", None)
+    video = vae.config.get("temperal_downsample") is not None
+    if video:
+        shift, scale = (torch.tensor(vae.config[f"latents_{name}"])[:, None, None] for name in ("mean", "std"))
+        scale = 1 / scale
+    elif scale is None:  # FLUX.2's statistics
+        shift = vae.bn.running_mean[:, None, None]
+        scale = (vae.bn.running_var[:, None, None] + vae.config.batch_norm_eps) ** -0.5
+    patched = vae.config.get("patch_size") is not None
     with torch.no_grad():
-        wanted = vae.decode(latents / vae.config.scaling_factor + shift, return_dict=False)[0]
-        torch.testing.assert_close(backbone.decode(latents), wanted)
+        z = latents / scale + shift
+        z = z[:, :, None] if video else Flux2KleinPipeline._unpatchify_latents(z) if patched else z
+        wanted = vae.decode(z, return_dict=False)[0]
+        torch.testing.assert_close(backbone.decode(latents), wanted[:, :, 0] if video else wanted)
         pictures = backbone.to_pictures(latents)
         assert pictures.shape == (2, backbone.picture_size, backbone.picture_size, 3)
-        found = vae.encode(torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1)
+        own = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+        found = vae.encode(own[:, :, None] if video else own)
         means = found.latent_dist.mean if hasattr(found, "latent_dist") else found.latent
-        torch.testing.assert_close(backbone.to_latents(pictures), (means - shift) * vae.config.scaling_factor)
+        means = means[:, :, 0] if video else Flux2KleinPipeline._patchify_latents(means) if patched else means
+        torch.testing.assert_close(backbone.to_latents(pictures), (means - shift) * scale)
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_gradient_checkpointing_changes_nothing(name: str, folders: dict[str, Path]) -> None:
+    backbone = load_backbone(folders[name])
+    network: Any = backbone.network
+    condition, t = backbone.encode(PROMPTS), torch.full((2,), 0.5, dtype=torch.float64)
+    x = torch.randn(2, *backbone.latent_shape, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    found = []
+    for recomputed in (False, True):
+        if recomputed:
+            network.enable_gradient_checkpointing()
+        out = backbone.call(network, x, t, condition)
+        found.append((out.detach(), torch.autograd.grad(out.square().sum(), x)[0]))
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, plain)
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("kind", ["lora", "full"])
-@pytest.mark.parametrize("name", ["sd, v, zero terminal SNR", "sdxl", "pixart-sigma", "sd3", "flux-dev", "sana"])
+@pytest.mark.parametrize("name", ["sd, v, zero terminal SNR", "sdxl", "pixart-sigma", "sd3", "flux-dev", "sana", *NEW])
 def test_distilled_saved_and_drawn_again(
     name: str, kind: str, folders: dict[str, Path], picture_folder: Path, tmp_path: Path
 ) -> None:

@@ -23,6 +23,10 @@ CONFIGS = {
     "CLIPTextModelWithProjection": "CLIPTextConfig",
     "T5EncoderModel": "T5Config",
     "Gemma2Model": "Gemma2Config",
+    "Qwen3Model": "Qwen3Config",
+    "Qwen3ForCausalLM": "Qwen3Config",
+    "Qwen2_5_VLForConditionalGeneration": "Qwen2_5_VLConfig",
+    "Qwen3VLModel": "Qwen3VLConfig",
     "BertModel": "BertConfig",
 }
 REFUSED_SCHEDULERS = {
@@ -104,7 +108,7 @@ def test_every_supported_class_has_a_table() -> None:
         assert set(family.classes) <= config_keys.MODELS.keys()
         module, _, name = family.backbone.partition(":")
         backbone = getattr(importlib.import_module(module), name)
-        assert set(backbone.text_classes) <= config_keys.ENCODERS.keys()
+        assert set(backbone.text_classes) <= config_keys.ENCODERS.keys() | config_keys.MODELS.keys()
         assert backbone.text_classes, "another class of encoder would have no table"
     for pipeline, parts in config_keys.BY_PIPELINE.items():
         assert parts.keys() <= set(FAMILIES[pipeline].parts)

@@ -15,7 +15,11 @@ from fewstep.distillation.config import resolve
 from fewstep.distillation.estimate_run import estimate_run
 from support import tiny_pipelines
 
-KINDS = ["sd", "sdxl", "pixart", "sd3", "flux", "sana"]
+NEW = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("z_image", "qwen_image", "flux2", "chroma", "krea2", "anima")
+]
+KINDS = ["sd", "sdxl", "pixart", "sd3", "flux", "sana", *NEW]
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -22,15 +22,22 @@ from fewstep.distillation import distill as distillation
 from fewstep.distillation.config import resolve
 from fewstep.inference.generator import load_image_generator
 from fewstep.inference.pipeline import call_settings
-from fewstep.inference.schedulers.few_step import SSSScheduler
 from support import tiny_pipelines
+from support.drawn import by_pipeline
 from support.shapes import draw_shape
+
+NEW = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("z_image", "qwen_image", "flux2", "chroma", "krea2", "anima")
+]
+KINDS = ["sd", "sdxl", "pixart", "sd3", "flux", "sana", *NEW]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    kinds = ("sd", "sdxl", "pixart", "sd3", "flux", "sana")
-    return {kind: tiny_pipelines.FAMILIES[kind](tmp_path_factory.mktemp(kind) / "tiny") for kind in kinds}
+    return {
+        kind: tiny_pipelines.FAMILIES[kind](tmp_path_factory.mktemp(kind) / "tiny") for kind in tiny_pipelines.FAMILIES
+    }
 
 
 @pytest.fixture(scope="module")
@@ -163,11 +170,9 @@ def test_networks_see_the_shapes(
     assert all(abs(height * width - 64) <= 16 for height, width in seen)
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl", "pixart", "sd3", "flux", "sana"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_another_size_is_the_pipelines_own(kind: str, folders: dict[str, Path]) -> None:
     """Latents of a wide picture equal those of plain diffusers; a flow's shift is that of the trained size."""
-    import diffusers
-
     folder = folders[kind]
     image_generator = load_image_generator(folder)
     unit = max(32 if kind == "sana" else 8, image_generator.backbone.folder.unit)  # its pipeline needs multiples of 32
@@ -179,19 +184,7 @@ def test_another_size_is_the_pipelines_own(kind: str, folders: dict[str, Path]) 
         size[1] // image_generator.backbone.folder.scale,
         size[0] // image_generator.backbone.folder.scale,
     )
-    pipeline = image_generator.backbone.folder.pipeline
-    plain = {"safety_checker": None} if kind == "sd" else {}
-    pipe = getattr(diffusers, pipeline).from_pretrained(folder, local_files_only=True, **plain)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = SSSScheduler.from_config(image_generator.backbone.folder.noise, gamma=0.0)
-    more = {"use_resolution_binning": False, "clean_caption": False} if kind in ("pixart", "sana") else {}
-    guidance = 3.5 if kind == "flux" else 1.0
-    theirs = pipe(
-        ["a red disc"], width=size[0], height=size[1], num_inference_steps=2, guidance_scale=guidance,
-        generator=[torch.Generator("cpu").manual_seed(3)], output_type="latent", **more,
-    ).images  # fmt: skip
-    if kind == "flux":
-        theirs = pipe._unpack_latents(theirs, size[1], size[0], pipe.vae_scale_factor)
+    theirs = by_pipeline(folder, ["a red disc"], [3], 2, 3.5 if kind == "flux" else 1.0, size)
     assert float((ours - theirs).abs().max()) < 1e-4 * float(theirs.abs().max())
 
 

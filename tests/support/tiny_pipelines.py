@@ -51,6 +51,39 @@ def piece_tokenizer(kind: str) -> Any:
     return plain, len(vocabulary)
 
 
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n\n"
+    "{% endif %}{% endif %}"
+)
+"""A chat's template, of the shape of Qwen3's."""
+
+
+def qwen_tokenizer() -> tuple[Any, int]:
+    """Return a tokenizer of single bytes, of Qwen2's class, and the size of its vocabulary."""
+    from tokenizers import pre_tokenizers
+    from transformers import Qwen2Tokenizer
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {piece: i for i, piece in enumerate([*letters, "re", "red", *special])}
+    made = Qwen2Tokenizer(
+        vocab=vocabulary, merges=[("r", "e"), ("re", "d")], additional_special_tokens=special[1:],
+        eos_token="<|im_end|>", model_max_length=4096, chat_template=CHAT,
+    )  # fmt: skip
+    return made, len(vocabulary)
+
+
+def qwen3_text(vocabulary: int, width: int = 16, layers: int = 3, kind: str = "Qwen3Model") -> Any:
+    import transformers
+
+    config = transformers.Qwen3Config(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=16, num_hidden_layers=layers, head_dim=8,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=4096,
+    )  # fmt: skip
+    return getattr(transformers, kind)(config)
+
+
 def clip_text(projected: bool, width: int = 32, pooled: int = 32) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -83,10 +116,21 @@ def kl_vae(channels: int = 4, *, shift: float | None = None, scale: float = 0.18
 def save(pipe: Any, folder: Path) -> Path:
     """Write it as real folders are: the networks' last layers are not zero."""
     network = getattr(pipe, "unet", None) or pipe.transformer
-    last = network.conv_out if hasattr(network, "conv_out") else network.proj_out
+    places = ("conv_out", "proj_out", "all_final_layer.2-1.linear", "final_layer.linear")
+    last = next(layer for name, layer in network.named_modules() if name in places)
     with torch.no_grad():
         last.weight.normal_(0, 0.2)
-    pipe.save_pretrained(folder)
+        for name, parameter in network.named_parameters():
+            if name.startswith(("txt_in", "text_fusion.projector")) and parameter.dim() > 1:
+                parameter.normal_(0, 1)  # so that prompts matter
+    pipe.save_pretrained(str(folder))
+    return folder
+
+
+def at_side(folder: Path, side: int = 8) -> Path:
+    """Write the trained size of a transformer whose config is silent; the real ones' pictures are of 1024 pixels."""
+    config = folder / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "sample_size": side}), encoding="utf-8")
     return folder
 
 
@@ -200,10 +244,7 @@ def flux(folder: Path, *, guidance: bool = True) -> Path:
         text_encoder=clip_text(False), tokenizer=clip_tokenizer(folder.parent / "tok"),
         text_encoder_2=t5_text(vocabulary), tokenizer_2=tokenizer, transformer=transformer,
     )  # fmt: skip
-    save(pipe, folder)
-    config = folder / "transformer" / "config.json"  # the real one is silent, and pictures are of 1024 pixels
-    config.write_text(json.dumps({**json.loads(config.read_text()), "sample_size": 8}), encoding="utf-8")
-    return folder
+    return at_side(save(pipe, folder))
 
 
 def sana(folder: Path) -> Path:
@@ -237,6 +278,155 @@ def sana(folder: Path) -> Path:
     return save(pipe, folder)
 
 
+def z_image(folder: Path) -> Path:
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+
+    torch.manual_seed(8)
+    tokenizer, vocabulary = qwen_tokenizer()
+    transformer = ZImageTransformer2DModel(
+        in_channels=16, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
+        axes_dims=[4, 6, 6],
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in (transformer.x_pad_token, transformer.cap_pad_token):
+            parameter.normal_(0, 0.2)
+    pipe = ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0), vae=kl_vae(16, shift=0.1159, scale=0.3611),
+        text_encoder=qwen3_text(vocabulary), tokenizer=tokenizer, transformer=transformer,
+    )  # fmt: skip
+    return at_side(save(pipe, folder))
+
+
+def qwen_vae(channels: int = 16) -> Any:
+    """An autoencoder of video that halves three times."""
+    from diffusers import AutoencoderKLQwenImage
+
+    return AutoencoderKLQwenImage(base_dim=8, z_dim=channels, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+
+
+def qwen_vl_text(vocabulary: int, kind: str, layers: int = 2) -> Any:
+    """A vision and language model of Qwen's, its vision as small as can be."""
+    import transformers
+
+    text = {
+        "vocab_size": vocabulary, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": layers,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 4096,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 16}
+    if kind.startswith("Qwen3"):
+        text |= {"head_dim": 8}
+        text["rope_parameters"] |= {"mrope_interleaved": True}
+        vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    else:
+        vision |= {"fullatt_block_indexes": [0]}
+    name = "Qwen3VLConfig" if kind.startswith("Qwen3") else "Qwen2_5_VLConfig"
+    return getattr(transformers, kind)(getattr(transformers, name)(text_config=text, vision_config=vision))
+
+
+def qwen_image(folder: Path) -> Path:
+    from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
+
+    torch.manual_seed(9)
+    tokenizer, vocabulary = qwen_tokenizer()
+    transformer = QwenImageTransformer2DModel(
+        in_channels=64, out_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    pipe = QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+        ),
+        vae=qwen_vae(), text_encoder=qwen_vl_text(vocabulary, "Qwen2_5_VLForConditionalGeneration"),
+        tokenizer=tokenizer, transformer=transformer,
+    )  # fmt: skip
+    return at_side(save(pipe, folder))
+
+
+def flux2(folder: Path) -> Path:
+    import diffusers
+
+    torch.manual_seed(10)
+    tokenizer, vocabulary = qwen_tokenizer()
+    transformer = diffusers.Flux2Transformer2DModel(
+        in_channels=32, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=48, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8, 8), latent_channels=8, norm_num_groups=4, layers_per_block=1, sample_size=64
+    )
+    vae.bn.running_mean.normal_(0, 0.3)
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    pipe = diffusers.Flux2KleinPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True), vae=vae,
+        text_encoder=qwen3_text(vocabulary, layers=28, kind="Qwen3ForCausalLM"), tokenizer=tokenizer,
+        transformer=transformer,
+    )  # fmt: skip
+    return at_side(save(pipe, folder))
+
+
+def chroma(folder: Path) -> Path:
+    from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
+
+    torch.manual_seed(11)
+    tokenizer, vocabulary = piece_tokenizer("T5Tokenizer")
+    transformer = ChromaTransformer2DModel(
+        in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, axes_dims_rope=(4, 6, 6), approximator_num_channels=16, approximator_hidden_dim=32,
+        approximator_layers=1,
+    )  # fmt: skip
+    with torch.no_grad():
+        transformer.distilled_guidance_layer.out_proj.weight.mul_(0.3)
+    pipe = ChromaPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=kl_vae(16, shift=0.1159, scale=0.3611),
+        text_encoder=t5_text(vocabulary), tokenizer=tokenizer, transformer=transformer,
+    )  # fmt: skip
+    return at_side(save(pipe, folder))
+
+
+def krea2(folder: Path) -> Path:
+    from diffusers import FlowMatchEulerDiscreteScheduler, Krea2Pipeline, Krea2Transformer2DModel
+
+    torch.manual_seed(12)
+    tokenizer, vocabulary = qwen_tokenizer()
+    transformer = Krea2Transformer2DModel(
+        in_channels=64, num_layers=2, attention_head_dim=16, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=32, timestep_embed_dim=16, text_hidden_dim=16, num_text_layers=2,
+        text_num_attention_heads=2, text_num_key_value_heads=2, text_intermediate_size=16,
+        num_layerwise_text_blocks=1, num_refiner_text_blocks=1, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    pipe = Krea2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=6400), vae=qwen_vae(),
+        text_encoder=qwen_vl_text(vocabulary, "Qwen3VLModel"), tokenizer=tokenizer, transformer=transformer,
+        text_encoder_select_layers=(1, 2),
+    )  # fmt: skip
+    return at_side(save(pipe, folder))
+
+
+def anima(folder: Path) -> Path:
+    import diffusers
+
+    torch.manual_seed(13)
+    tokenizer, vocabulary = qwen_tokenizer()
+    t5_tokenizer, t5_vocabulary = piece_tokenizer("T5Tokenizer")
+    transformer = diffusers.CosmosTransformer3DModel(
+        in_channels=16, out_channels=16, num_attention_heads=2, attention_head_dim=16, num_layers=2, mlp_ratio=2.0,
+        text_embed_dim=16, adaln_lora_dim=8, max_size=(128, 32, 32), rope_scale=(1.0, 1.0, 1.0),
+        extra_pos_embed_type=None,
+    )  # fmt: skip
+    conditioner = diffusers.AnimaTextConditioner(
+        source_dim=16, target_dim=16, model_dim=16, num_layers=1, num_attention_heads=2,
+        target_vocab_size=t5_vocabulary,
+    )  # fmt: skip
+    pipe = diffusers.AnimaAutoBlocks().init_pipeline()
+    pipe.update_components(
+        text_encoder=qwen3_text(vocabulary), tokenizer=tokenizer, t5_tokenizer=t5_tokenizer, vae=qwen_vae(),
+        text_conditioner=conditioner, transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )  # fmt: skip
+    return at_side(save(pipe, folder))
+
+
 FAMILIES: dict[str, Callable[[Path], Path]] = {
     "sd": sd,
     "sdxl": sdxl,
@@ -244,4 +434,10 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "sd3": sd3,
     "flux": flux,
     "sana": sana,
+    "z_image": z_image,
+    "qwen_image": qwen_image,
+    "flux2": flux2,
+    "chroma": chroma,
+    "krea2": krea2,
+    "anima": anima,
 }

@@ -41,7 +41,9 @@ READS = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::mask
 COPIES = {"aten::_to_copy", "aten::copy_"}
 FAMILIES: dict[str, dict[str, Any]] = {
     "sd": {}, "sdxl": {}, "pixart": {"kind": "PixArtAlphaPipeline", "sizes": True}, "sd3": {}, "flux": {}, "sana": {},
+    "flux2": {}, "krea2": {}, "anima": {},
 }  # fmt: skip
+"""Z-Image and Qwen-Image read the lengths of texts, and Chroma's network in diffusers makes a tensor of the CPU's."""
 
 
 class Unwaiting(TorchDispatchMode):

@@ -18,7 +18,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fewstep.backbones.autoencoder import at_once, encode_pictures, from_network_scale, to_bytes
+from fewstep.backbones.autoencoder import at_once, decode, encode_pictures, of_video, to_bytes
+from fewstep.backbones.families import adapts
 from fewstep.backbones.loading import EnoughError, load_network, load_text, named, words_beyond
 from fewstep.backbones.pipeline_folder import PipelineFolder, read_folder
 from fewstep.backbones.scheduler_config import path_of, prediction_of
@@ -46,6 +47,13 @@ def outputs_of(parts: Sequence[nn.Module], run: Callable[[], object]) -> list[An
         for handle in handles:
             handle.remove()
     return found
+
+
+def numbered(targets: Sequence[str], network: nn.Module) -> list[str]:
+    """Return targets, with the network's own layers in the place of one that holds {i}."""
+    names = [name for name, _ in network.named_modules()]
+    every = [[name for name in names if adapts(each, name)] if "{i}" in each else [each] for each in targets]
+    return [name for some in every for name in some]
 
 
 class Backbone(ABC):
@@ -89,8 +97,8 @@ class Backbone(ABC):
         self.path = path_of(noise)
         self.latent_shape = folder.latent_shape
         self.picture_size = folder.picture_size
-        self.targets = list(folder.family.targets)
         self.network: nn.Module = load_network(folder, folder.network, dtype)
+        self.targets = numbered(folder.family.targets, self.network)
 
     def resize(self, size: int | None) -> None:
         """Set the size of pictures, pixels a side, that are drawn and learned; None for the trained one.
@@ -134,7 +142,9 @@ class Backbone(ABC):
     @cached_property
     def vae(self) -> Any:
         """The autoencoder, loaded at first use."""
-        return load_network(self.folder, "vae").to(self.device, memory_format=torch.channels_last)
+        vae = load_network(self.folder, "vae")
+        layout = torch.contiguous_format if of_video(vae) else torch.channels_last
+        return vae.to(self.device, memory_format=layout)
 
     @cached_property
     def readers(self) -> list[tuple[Any, Any]]:
@@ -236,6 +246,10 @@ class Backbone(ABC):
         """Rearrange noise [B, C, H, W] in drawing order to the order of the pipeline's own latents."""
         return noise
 
+    def from_pipeline(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """Return latents that the pipeline returns, for a picture of so many pixels, in the network's own form."""
+        return latents
+
     def time_embedding(self, network: nn.Module) -> nn.Module:
         """Return the module of a network that embeds the time."""
         return network.get_submodule(self.time_embedder)
@@ -243,8 +257,10 @@ class Backbone(ABC):
     @property
     def time_width(self) -> int:
         """Width of the time embedding."""
-        part: Any = self.time_embedding(self.network)
-        return int(part.linear_2.out_features)
+        part = self.time_embedding(self.network)
+        linear = [layer for layer in part.modules() if isinstance(layer, nn.Linear)]
+        last: Any = getattr(part, "linear_2", linear[-1])
+        return int(last.out_features)
 
     def embeds_guidance(self, network: nn.Module) -> bool:
         """Return whether a network has a layer that embeds w, the guidance omega in its condition."""
@@ -269,8 +285,7 @@ class Backbone(ABC):
         """Decode latents to pictures [N, 3, H, W] in about [-1, 1], with gradient."""
         vae = self.vae
         with named("decode latents by", self._parts("vae")):
-            decoded: Tensor = vae.decode(from_network_scale(vae, latents), return_dict=False)[0]
-            return decoded
+            return decode(vae, latents)
 
     @torch.no_grad()
     def decoded(self, latents: Tensor) -> Iterator[tuple[int, Tensor]]:

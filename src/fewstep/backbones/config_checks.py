@@ -49,7 +49,9 @@ def check_keys(
         if key not in keys.known and value is not None:
             unknown = "is an unknown key that may change what is computed; remove it if it does not"
             raise _wrong(file, key, value, unknown)
-        if key in config_keys.COUNTS & keys.known and value is not None and (type(value) is not int or value < 1):
+        numbers = value if isinstance(value, list) else [value]
+        counted = key in config_keys.COUNTS & keys.known and value is not None
+        if counted and not all(type(number) is int and number > 0 for number in numbers):
             raise _wrong(file, key, value, "must be a whole number above 0")
         if key != LIMITLESS and not _finite(value):
             raise _wrong(file, key, value, "is not finite; give a finite number")
@@ -106,12 +108,13 @@ def check_latents(config: Mapping[str, Any], file: Path) -> None:
     mean, deviation = config.get("latents_mean"), config.get("latents_std")
     if mean is None and deviation is None:
         return
+    channels = config.get("z_dim", config.get("latent_channels"))
     for key, values in (("latents_mean", mean), ("latents_std", deviation)):
         numbers = [value for value in values if isinstance(value, int | float)] if isinstance(values, list) else []
-        if len(numbers) != config.get("latent_channels") or numbers != values:
-            channels = f"{config.get('latent_channels')} latent channels"
+        if len(numbers) != channels or numbers != values:
+            named = f"{channels} latent channels"
             both = "beside the other of latents_mean and latents_std"
-            raise _wrong(file, key, values, f"must be one number for each of the {channels}, {both}")
+            raise _wrong(file, key, values, f"must be one number for each of the {named}, {both}")
     if not all(value > 0 for value in deviation or ()):
         raise _wrong(file, "latents_std", deviation, "must be above 0")
 

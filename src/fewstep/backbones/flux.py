@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.backbones.transformer import TransformerBackbone
+from fewstep.backbones.packed import PackedTransformer, pack, unpack
 from fewstep.diffusion.denoiser import Condition
 
 GUIDANCE = 3.5
 """The guidance that Flux's pipeline passes to its network by default; students get it too."""
 
 
-class Flux(TransformerBackbone):
+class Flux(PackedTransformer):
     """The condition holds "text" [B, tokens, width], "pooled" [B, width], and may hold "guidance" [B]."""
 
     text_classes = ("CLIPTextModel", "T5EncoderModel")
@@ -52,25 +52,6 @@ class Flux(TransformerBackbone):
             return_dict=False,
         )[0]
         return unpack(out, height, width)
-
-    def arranged(self, noise: Tensor) -> Tensor:
-        """Unpack noise: its pipeline draws noise, and steps, on packed latents."""
-        b, c, height, width = noise.shape
-        return unpack(noise.reshape(b, height // 2 * (width // 2), 4 * c), height // 2, width // 2)
-
-
-def pack(x: Tensor) -> Tensor:
-    """Pack [B, C, 2h, 2w] into tokens [B, h w, 4 C], one for each square of four points."""
-    b, c, height, width = x.shape
-    squares = x.reshape(b, c, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return squares.reshape(b, (height // 2) * (width // 2), 4 * c)
-
-
-def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Invert `pack`, for h x w tokens."""
-    b, _, c = tokens.shape
-    squares = tokens.reshape(b, height, width, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return squares.reshape(b, c // 4, 2 * height, 2 * width)
 
 
 def token_positions(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:

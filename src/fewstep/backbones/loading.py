@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -94,12 +95,11 @@ def text_class(folder: PipelineFolder, component: str, legal: Sequence[str]) -> 
     Raises:
         UserError: another class.
     """
-    import transformers
-
     name = folder.components[component][1]
-    if (legal and name not in legal) or not hasattr(transformers, name):
+    library: Any = importlib.import_module(folder.components[component][0])
+    if (legal and name not in legal) or not hasattr(library, name):
         raise UserError(f"{component} class {name!r} is not one of {', '.join(legal) or 'transformers'}")
-    return getattr(transformers, name)
+    return getattr(library, name)
 
 
 def load_text(
@@ -129,6 +129,9 @@ def load_text(
         with loading(str(words)):
             tokenizer = kinds[0].from_pretrained(words, local_files_only=True)
             check_merges(words, tokenizer.all_special_tokens)
+        if not hasattr(kinds[1], "config_class"):  # of diffusers: a network between text encoder and denoiser
+            found.append((tokenizer, load_network(folder, place.name, dtype).to(device)))
+            continue
         with loading(str(place)):
             encoder, info = kinds[1].from_pretrained(
                 place,
@@ -161,3 +164,13 @@ def words_beyond(tokenizer: Any, texts: Sequence[str], length: int) -> list[str]
         common = next((n for n, (a, b) in enumerate(zip(whole[i], ids, strict=False)) if a != b), len(ids))
         found[i] = tokenizer.decode(whole[i][common:], skip_special_tokens=True).strip()
     return found
+
+
+def load_part(folder: PipelineFolder, component: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Load a network of diffusers or transformers by itself, see `load_network`."""
+    kind = text_class(folder, component, ())
+    if not hasattr(kind, "config_class"):
+        return load_network(folder, component, dtype)
+    return kind.from_pretrained(
+        folder.path / component, local_files_only=True, use_safetensors=True, dtype=dtype
+    ).eval()

@@ -20,7 +20,8 @@ from fewstep.backbones.config_checks import (
     text_part,
 )
 from fewstep.backbones.families import CONSISTENCY, FAMILIES, Family
-from fewstep.backbones.scheduler_config import check_terminal_snr, with_static_shift
+from fewstep.backbones.latent_space import channels_of, scale_of
+from fewstep.backbones.scheduler_config import check_terminal_snr, flux2_mu, with_static_shift
 from fewstep.backbones.weight_files import check_weights, digest_of, weight_files
 from fewstep.common.choices import ExtraCondition
 from fewstep.common.errors import UserError, did_you_mean
@@ -29,8 +30,10 @@ from fewstep.common.files import read_mapping
 LIBRARIES = ("diffusers", "transformers")
 """Libraries that components come from; a folder may name code of its own, which is never run."""
 INDEX = "model_index.json"
-SETTINGS = ("*.json", "*.txt", "*.model")
-"""Config and vocabulary files of a component."""
+MODULAR_INDEX = "modular_model_index.json"
+"""The index of a modular pipeline; the places that it names for its components are not followed."""
+SETTINGS = ("*.json", "*.txt", "*.model", "*.jinja")
+"""Config and vocabulary files of a component, and the template of a chat's tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +77,11 @@ class PipelineFolder:
         """
         network, vae = self.config(self.network), self.config("vae")
         try:
-            channels = int(vae["latent_channels"])
+            channels = channels_of(vae)
             taken = int(network["in_channels"])
             given = int(network["out_channels"] or taken)
+            if self.family.packed > 1:
+                given *= int(network.get("patch_size") or 1) ** 2
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"the configs of {self.path} lack the size of pictures or latents: {error!r}") from error
         if taken != channels * self.family.packed:
@@ -121,10 +126,11 @@ class PipelineFolder:
         Raises:
             UserError: the configs lack the size of latents or the parameters of the shift.
         """
-        patch = int(self.config(self.network).get("patch_size") or 1)
         _, height, width = self.latent_shape
         try:
-            return with_static_shift(self.config("scheduler"), height * width // (self.family.packed * patch**2))
+            tokens, scheduler = height * width // self.patch**2, self.config("scheduler")
+            mu = flux2_mu(tokens) if self.family.kind == "flux2" else None
+            return with_static_shift(scheduler, tokens, mu)
         except (ArithmeticError, TypeError, ValueError) as error:
             raise UserError(
                 f"{self.config_file('scheduler')}: no shift follows from base_shift, max_shift, base_image_seq_len "
@@ -138,19 +144,23 @@ class PipelineFolder:
         Raises:
             UserError: the config lacks it.
         """
-        vae = self.config("vae")
-        levels = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")
-        if not isinstance(levels, list) or not levels:
+        scale = scale_of(self.config("vae"))
+        if scale is None:
             raise UserError(f"{self.path / 'vae'} has no block_out_channels in its config")
-        return 1 << (len(levels) - 1)  # each level but the last halves
+        return scale
+
+    @property
+    def patch(self) -> int:
+        """Latent points a side of one token of a transformer; 1 for a UNet."""
+        packed = math.isqrt(self.family.packed)
+        own = self.config(self.network).get("patch_size") or self.family.patch
+        return packed if packed > 1 else int(own[-1] if isinstance(own, list) else own)
 
     @property
     def unit(self) -> int:
         """Pixels that sides of pictures are multiples of, by the UNet's downsampling or the transformer's patches."""
-        network = self.config(self.network)
-        levels = network.get("block_out_channels")
-        points = 1 << (len(levels) - 1) if isinstance(levels, list) else int(network.get("patch_size") or 1)
-        return self.scale * max(points, math.isqrt(self.family.packed))
+        levels = self.config(self.network).get("block_out_channels")
+        return self.scale * (1 << (len(levels) - 1) if isinstance(levels, list) else self.patch)
 
     def check_size(self, field: str, size: tuple[int, int]) -> None:
         """Refuse a (width, height) in pixels that latents and their network cannot have.
@@ -159,7 +169,9 @@ class PipelineFolder:
             UserError: a side that is no multiple of `unit`, or larger than the network's position embeddings.
         """
         network = self.config(self.network)
-        most = int(network.get("pos_embed_max_size") or 0) * int(network.get("patch_size") or 1) * self.scale
+        tokens = network.get("pos_embed_max_size") or min(network.get("axes_lens", [0])[1:], default=0)
+        points = min(network.get("max_size", [0])[1:], default=0)  # a video's frames are first
+        most = int(tokens * self.patch or points) * self.scale
         for side in size:
             check_side(field, side, self.unit)
             if most and side > most:
@@ -226,6 +238,12 @@ class PipelineFolder:
         )
 
 
+def index_file(path: Path) -> Path:
+    """Return the index of a pipeline folder, which a modular one may have under a name of its own."""
+    own = path / MODULAR_INDEX
+    return own if own.is_file() and not (path / INDEX).is_file() else path / INDEX
+
+
 def check_side(field: str, size: int, unit: int) -> None:
     """Refuse a side in pixels that latents and their network cannot have.
 
@@ -248,7 +266,7 @@ def read_folder(path: Path | str, field: str = "teacher") -> PipelineFolder:
             config key that is not supported, or a network of other latents than its autoencoder's.
     """
     path = Path(path)
-    index = path / INDEX
+    index = index_file(path)
     what = f"{field} = {str(path)!r}"
     if not path.is_dir():
         reason = "is a file, not a pipeline folder" if path.exists() else "does not exist"
@@ -296,7 +314,7 @@ def folder_of(path: Path, index: Mapping[str, Any], what: str) -> PipelineFolder
     components = {
         key: (value[0], value[1])
         for key, value in index.items()
-        if isinstance(value, list) and len(value) == 2 and all(isinstance(word, str) for word in value)
+        if isinstance(value, list) and len(value) in (2, 3) and all(isinstance(word, str) for word in value[:2])
     }
     for component in FAMILIES[name].parts:
         if component not in components:
@@ -312,13 +330,14 @@ def _check_configs(folder: PipelineFolder, index: Mapping[str, Any]) -> None:
     """Refuse a folder with a config key that fewstep does not act on."""
     family, file_of = folder.family, folder.config_file
     named = {key: value for key, value in index.items() if value != [None, None]}
-    check_keys(config_keys.PIPELINES[folder.pipeline], named, folder.path / INDEX)
+    check_keys(config_keys.PIPELINES[folder.pipeline], named, index_file(folder.path))
     for component in (folder.network, "vae"):
         name, file = folder.components[component][1], file_of(component)
         check_model(name, component, read_mapping(file), file, folder.pipeline)
     check_latents(folder.config("vae"), file_of("vae"))
     for component in family.encoders:
-        keys = config_keys.ENCODERS.get(folder.components[component][1])
+        kind = folder.components[component][1]
+        keys = config_keys.ENCODERS.get(kind) or config_keys.MODELS.get(kind)
         if keys:  # a class without a table is refused when it is loaded
             check_keys(keys, text_part(read_mapping(file_of(component))), file_of(component))
     for component in family.tokenizers:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.backbones.families import CONSISTENCY
-from fewstep.backbones.pipeline_folder import INDEX, LIBRARIES, PipelineFolder
+from fewstep.backbones.modular import modular_index
+from fewstep.backbones.pipeline_folder import INDEX, LIBRARIES, MODULAR_INDEX, PipelineFolder
 from fewstep.backbones.scheduler_config import BETAS, is_flow
 from fewstep.backbones.weight_files import weight_files, weight_variant
 from fewstep.common.config import validate
@@ -43,14 +44,15 @@ def write_pipeline(place: Path, base: PipelineFolder, network: nn.Module, record
     from fewstep.common.tensors import check_finite
 
     saver: Any = network
-    index = loadable_index(base)
+    modular = base.family.modular
+    index = modular_index(base, final_path(place)) if modular else loadable_index(base)
     check_finite(network.state_dict(), f"{final_path(place) / base.network} was not written")
     for name in base.components:
-        if name != base.network and index[name][0] is not None:
+        if name != base.network and index.get(name, [None])[0] is not None:
             copy_component(base.path / name, place / name)
     if saver.config.get("time_cond_proj_dim") is not None:
         index |= _as_consistency(base, record, place)
-    write_json(place / INDEX, index)
+    write_json(place / (MODULAR_INDEX if modular else INDEX), index)
     copy_licences(base.path, place)
     saver.save_pretrained(place / base.network, safe_serialization=True)
     if record:

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from fewstep.backbones.families import FAMILIES
-from fewstep.backbones.pipeline_folder import INDEX, SETTINGS, PipelineFolder, read_folder
+from fewstep.backbones.pipeline_folder import INDEX, MODULAR_INDEX, SETTINGS, PipelineFolder, index_file, read_folder
 from fewstep.backbones.pipeline_writer import LICENCES
 from fewstep.backbones.single_file.convert import cache_folder, convert_single_file
 from fewstep.backbones.weight_files import ADVICE, VARIANTS, is_pickle, weight_files
@@ -109,17 +109,17 @@ def fetched(named: str) -> Path:
     from huggingface_hub import snapshot_download
 
     name, _, revision = named.partition("@")
+    names = (INDEX, MODULAR_INDEX, "README.md")
     try:
-        place = Path(snapshot_download(name, revision=revision or None, allow_patterns=[INDEX, "README.md", *LICENCES]))
-        if not (place / INDEX).is_file():
+        place = Path(snapshot_download(name, revision=revision or None, allow_patterns=[*names, *LICENCES]))
+        if not index_file(place).is_file():
             raise FileNotFoundError(f"it holds no {INDEX}")
-        kind = str(read_mapping(place / INDEX).get("_class_name"))
+        kind = str(read_mapping(index_file(place)).get("_class_name"))
         if kind not in FAMILIES:
             return place  # refused by its class when it is read, before its weights are fetched
         family = FAMILIES[kind]
         wanted = [
-            INDEX,
-            "README.md",
+            *names,
             *LICENCES,
             *(f"{part}/{pattern}" for part in family.parts for pattern in SETTINGS),
         ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.backbones import config_keys
 from fewstep.backbones.base import Backbone, outputs_of
+from fewstep.backbones.pipeline_folder import index_file
+from fewstep.common.files import read_mapping
 from fewstep.diffusion.denoiser import Condition
 
 FEATURE_BLOCKS = 4
@@ -22,6 +24,8 @@ class TransformerBackbone(Backbone):
     """A pipeline around a diffusion transformer of diffusers."""
 
     outlets: Sequence[str] = ("proj_out", "transformer_blocks")
+    picture_first = False
+    """Whether the picture's tokens stand before those of the text, or of padding."""
     prompts_at_once = 8  # T5-XXL's attention over 512 tokens of each is 64 MiB a prompt and product, in fp32
 
     @contextmanager
@@ -33,6 +37,9 @@ class TransformerBackbone(Backbone):
         kind = getattr(diffusers, self.folder.pipeline)
         wanted = [p for p in inspect.signature(kind.__init__).parameters.values() if p.name != "self"]
         parts: dict[str, Any] = {p.name: None for p in wanted if p.default is inspect.Parameter.empty}
+        index = read_mapping(index_file(self.folder.path))
+        settings = [key for key in config_keys.PIPELINES[self.folder.pipeline].read if index.get(key) is not None]
+        parts |= {key: index[key] for key in settings}
         for names, loaded in zip(zip(family.tokenizers, family.encoders, strict=True), self.readers, strict=True):
             parts |= dict(zip(names, loaded, strict=True))
         level = diffusers.utils.logging.get_verbosity()
@@ -67,19 +74,22 @@ class TransformerBackbone(Backbone):
 
     def blocks(self, network: nn.Module) -> list[nn.Module]:
         """Return the blocks whose outputs are `features`, in order."""
-        every: Any = network.transformer_blocks
+        return self.spread(network.transformer_blocks)
+
+    def spread(self, every: Any) -> list[nn.Module]:
+        """Return `FEATURE_BLOCKS` of a list of blocks, evenly spread, the last one included."""
         count = min(FEATURE_BLOCKS, len(every))
         return [every[(i + 1) * len(every) // count - 1] for i in range(count)]
 
     def features(self, network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> list[Tensor]:
         """Return the image tokens after some blocks as maps [B, width, h, w]; later blocks are not evaluated."""
-        config: Any = network.config
-        patch = int(getattr(config, "patch_size", 1) or 1) * math.isqrt(self.folder.family.packed)
-        height, width = x.shape[-2] // patch, x.shape[-1] // patch
+        height, width = (side // self.folder.patch for side in x.shape[-2:])
+        count = height * width
 
         def as_map(output: Any) -> Tensor:
-            tokens: Tensor = output[-1] if isinstance(output, tuple) else output  # text tokens are apart, or before
-            return tokens[:, -height * width :].transpose(1, 2).reshape(len(tokens), -1, height, width)
+            tokens: Tensor = output[-1] if isinstance(output, tuple) else output  # text tokens are apart, or beside
+            own = tokens[:, :count] if self.picture_first else tokens[:, -count:]
+            return own.transpose(1, 2).reshape(len(tokens), -1, height, width)
 
         return [as_map(each) for each in outputs_of(self.blocks(network), lambda: self.call(network, x, t, condition))]
 
@@ -89,3 +99,22 @@ class TransformerBackbone(Backbone):
         config: Any = self.network.config
         width = int(config.num_attention_heads) * int(config.attention_head_dim)
         return [width] * len(self.blocks(self.network))
+
+
+def padded(rows: Sequence[Tensor], length: int) -> Condition:
+    """Return states [tokens, width] of some texts as one tensor of `length` tokens each, with their mask."""
+    text = torch.stack([nn.functional.pad(row, (0, 0, 0, length - len(row))) for row in rows])
+    counts = torch.tensor([len(row) for row in rows], device=text.device)
+    return {"text": text, "mask": (torch.arange(length, device=text.device) < counts[:, None]).to(text.dtype)}
+
+
+def up_to_prompt(tokenizer: Any, prompt: str, **settings: bool) -> str:
+    """Return a prompt as the message of a chat, up to its end: what follows it is no word of the prompt.
+
+    Args:
+        settings: of the chat's template.
+    """
+    chat: str = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, **settings
+    )
+    return chat[: chat.rindex(prompt) + len(prompt)] if prompt in chat else chat

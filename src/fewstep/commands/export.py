@@ -65,7 +65,7 @@ def export_as(
         UserError: no such student or form, a form that cannot hold it, a folder that is not empty, a hub that refuses
             the upload; or the file that was read back differs from the student.
     """
-    from fewstep.backbones.pipeline_folder import read_folder
+    from fewstep.backbones.pipeline_folder import index_file, read_folder
     from fewstep.backbones.teachers import HUB_ID, read_teacher
     from fewstep.common.choices import check_choice, check_device
     from fewstep.common.files import check_writable
@@ -77,7 +77,7 @@ def export_as(
     check_device(device)
     if precision is not None:
         check_choice("precision", precision, ("fp32", "fp16", "bf16"))
-    whole = (Path(student) / "model_index.json").is_file()
+    whole = index_file(Path(student)).is_file()
     if whole and (teacher or teacher_config):
         field = "teacher" if teacher else "teacher_config"
         raise UserError(

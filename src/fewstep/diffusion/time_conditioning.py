@@ -87,7 +87,10 @@ class ExtraEmbeddingHook:
         self._handle = time_embedding.register_forward_hook(self._add)
 
     def _add(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        return output if self.addition is None else output + self.addition.to(output)
+        if self.addition is None:
+            return output
+        # some time embeddings have tokens, or one axis of them, between batch and width
+        return output + self.addition.to(output).reshape(len(output), *[1] * (output.dim() - 2), -1)
 
     @contextmanager
     def adding(self, addition: Tensor | None) -> Iterator[None]:

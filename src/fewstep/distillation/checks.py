@@ -14,7 +14,7 @@ from fewstep.backbones.checks import (
     check_times,
     index_count,
 )
-from fewstep.backbones.families import GUIDANCE_KEY, GUIDANCE_WIDTH
+from fewstep.backbones.families import GUIDANCE_KEY, GUIDANCE_WIDTH, adapts
 from fewstep.backbones.pipeline_folder import PipelineFolder, read_folder
 from fewstep.backbones.pipeline_writer import read_record
 from fewstep.backbones.teachers import read_teacher
@@ -218,7 +218,7 @@ def read_start(run: DistillConfig, folder: PipelineFolder) -> LoraHeader | Pipel
             raise UserError(
                 f"student.rank = {config.rank} differs from that of student.start = {config.start!r}; use {layer.a[0]}"
             )
-        if not any(module == target or module.endswith(f".{target}") for target in trained):
+        if not any(adapts(target, module) for target in trained):
             raise UserError(
                 f"student.targets leaves out {module}, which student.start = {config.start!r} adapts; use the targets "
                 "that it was trained with",

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from fewstep.backbones.families import CONSISTENCY
+from fewstep.backbones.families import CONSISTENCY, FAMILIES
 from fewstep.backbones.pipeline_folder import PipelineFolder
 from fewstep.backbones.teachers import HUB_ID, teacher_name
 from fewstep.common.text import read_table, read_text
@@ -134,7 +134,7 @@ def model_card(
         repo: owner/name that it is uploaded to, which diffusers loads it from; empty for its folder.
     """
     sampling: Mapping[str, Any] = record["sampling"]
-    guidance = record.get("guidance", {})
+    guidance, guided = record.get("guidance", {}), FAMILIES[pipeline].guided
     rows = {
         "method": record.get("method", "not recorded"),
         "network calls": sampling["steps"],
@@ -143,7 +143,7 @@ def model_card(
         "times": ", ".join(f"{t:g}" for t in record.get("times", [])),
         "grid, spacing": f"{sampling['grid']}, {sampling['spacing']}",
         "end point": sampling["end"],
-        "guidance": f"omega {guidance.get('omega', 0):g}, diffusers' guidance_scale {guidance.get('scale', 1):g}",
+        "guidance": f"omega {guidance.get('omega', 0):g}, {guided} {guidance.get('scale', 1):g} in diffusers",
         "prediction, path": f"{record.get('prediction')}, {record.get('path')}",
         "base": f"{pipeline}, {network} sha256 {str(record.get('base', ''))[:16] or 'not recorded'}",
     }
@@ -161,6 +161,7 @@ def model_card(
         "steps": sampling["steps"],
         "grid": sampling["grid"],
         "gamma": sampling["gamma"],
+        "guided": guided,
         "scale": guidance.get("scale", 1),
         "sampler": "LCM" if sampling["sampler"] == "lcm" else "TCD",
         "sigmas": [round(t / 1000, 6) for t in record.get("times", [])],
@@ -180,10 +181,11 @@ def model_card(
         words["other"] = _TEXT["other"][form].format_map(words)
     imported = "import peft\n" if form == "peft" and not extra else ""
     scheduler = plain_scheduler(record)
-    if scheduler and reader != "fewstep" and pipeline != CONSISTENCY:
+    plain = reader != "fewstep" and not FAMILIES[pipeline].modular
+    if scheduler and plain and pipeline != CONSISTENCY:
         code = _TEXT["schedulers"][scheduler].format_map(words)
         words["plain"] = _TEXT["plain"].format(code=f"{imported}{code}")
-    if extra or reader != "fewstep":
+    if (extra or reader != "fewstep") and not FAMILIES[pipeline].modular:
         own = "consistency" if pipeline == CONSISTENCY and form == "merged" else "other"
         words["flow_map"] = "" if beside_flow_map(record) else _TEXT["code"]["flow_map"].format_map(words)
         code = _TEXT["code"]["extra" if extra else own].format_map(words)

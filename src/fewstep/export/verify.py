@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fewstep.backbones.autoencoder import from_network_scale
+from fewstep.backbones.autoencoder import decode
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.families import CONSISTENCY
-from fewstep.backbones.loading import UNUSED, loading
+from fewstep.backbones.loading import UNUSED, load_part, loading, text_class
+from fewstep.backbones.modular import modular_latents, modular_pipeline
 from fewstep.backbones.pipeline_folder import PipelineFolder
 from fewstep.backbones.weight_files import weight_variant
 from fewstep.common.errors import UserError
@@ -112,7 +113,7 @@ def check_export(
         lora: the student's header; None for a whole pipeline.
         ours: the student's latents of the prompts and seeds, under `export.sampling`.
     """
-    theirs, layers, parts = drawn_again(export, prompts, seeds)
+    theirs, layers, parts = drawn_again(export, student.backbone, prompts, seeds)
     if lora is not None and export.form in ADAPTERS:
         return Checked(export.reader, len(lora.layers), layers, float(_apart(theirs, ours)), CLOSE[torch.float32])
     dtype = next(student.backbone.network.parameters()).dtype
@@ -131,9 +132,12 @@ def _apart(found: Tensor, own: Tensor) -> Tensor:
 
 
 def drawn_again(
-    export: Export, prompts: Sequence[str], seeds: Sequence[int]
+    export: Export, own: Backbone, prompts: Sequence[str], seeds: Sequence[int]
 ) -> tuple[Tensor, int, Mapping[str, nn.Module]]:
     """Draw with an export as its users do.
+
+    Args:
+        own: the student's backbone.
 
     Returns:
         latents, number of layers with an adapter, and the networks by their components' names.
@@ -155,10 +159,10 @@ def drawn_again(
     elif export.sampling == read_student(export.place)[1]:
         pipe.scheduler, settings = scheduler_for(export.place, pipe.scheduler.config), call_settings(export.place)
     else:
-        pipe.scheduler = SSSScheduler.from_config(pipe.scheduler.config, gamma=0.0)
+        pipe.scheduler = SSSScheduler.from_config(export.folder.noise, gamma=0.0)
         settings = {**call_settings(export.place), "num_inference_steps": export.sampling.steps}
     parts = {part: getattr(pipe, part) for part in export.folder.family.weighed}
-    return pipeline_latents(pipe, export.folder, prompts, seeds, settings), layers, parts
+    return pipeline_latents(pipe, own, prompts, seeds, settings), layers, parts
 
 
 def _read(export: Export) -> Any:
@@ -189,7 +193,11 @@ def _read(export: Export) -> Any:
 
 def _without(folder: PipelineFolder, index: Mapping[str, Any]) -> dict[str, None]:
     """Return the arguments that keep diffusers from loading components that pictures are not drawn with."""
-    named = {name for name, value in index.items() if isinstance(value, list | tuple) and len(value) == 2 and value[0]}
+    named = {
+        name
+        for name, value in index.items()
+        if isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(word, str) for word in value)
+    }
     checkers = {"safety_checker"} if folder.family.kind == "sd" else set()
     return dict.fromkeys(sorted(named - set(folder.family.parts) | checkers))
 
@@ -203,6 +211,13 @@ def load_pipeline(place: Path, folder: PipelineFolder, *, whole: bool = False) -
     """
     import diffusers
 
+    if folder.family.modular:
+        own = PipelineFolder(place, folder.pipeline, folder.family, folder.components)
+        words = {name: text_class(own, name, ()).from_pretrained(place / name) for name in own.family.tokenizers}
+        networks = {name: load_part(own, name) for name in own.family.weighed}
+        kind, config = own.components["scheduler"][1], own.config("scheduler")
+        scheduler = getattr(diffusers, kind).from_config(config)
+        return modular_pipeline(own, {**words, **networks, "scheduler": scheduler})
     less = _without(folder, read_mapping(place / "model_index.json"))
     if whole:
         less = {name: None for name in less if name == "safety_checker"}
@@ -213,20 +228,20 @@ def load_pipeline(place: Path, folder: PipelineFolder, *, whole: bool = False) -
 
 
 def pipeline_latents(
-    pipe: Any, folder: PipelineFolder, prompts: Sequence[str], seeds: Sequence[int], settings: dict[str, Any]
+    pipe: Any, backbone: Backbone, prompts: Sequence[str], seeds: Sequence[int], settings: dict[str, Any]
 ) -> Tensor:
     """Draw with a diffusers pipeline: latents [N, C, h, w], one CPU generator a picture, as `fewstep sample`."""
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     if hasattr(pipe.scheduler, "generator"):  # pipelines of flows pass none to their scheduler
         pipe.scheduler.generator = generators
-    given: dict[str, Any] = {"height": folder.picture_size, "width": folder.picture_size, **settings}
-    if folder.pipeline.startswith(("PixArt", "Sana")):
-        given |= {"use_resolution_binning": False, "clean_caption": False}
-    drawn: Tensor = pipe(list(prompts), generator=generators, output_type="latent", **given).images
-    if folder.pipeline.startswith("Flux"):
-        drawn = pipe._unpack_latents(drawn, given["height"], given["width"], pipe.vae_scale_factor)
-    return drawn.float().cpu()
+    size = backbone.folder.picture_size
+    given: dict[str, Any] = {"height": size, "width": size, **settings, **backbone.folder.family.call}
+    if backbone.folder.family.modular:
+        drawn = modular_latents(pipe, list(prompts), generators, given)
+    else:
+        drawn = pipe(prompt=list(prompts), generator=generators, output_type="latent", **given).images
+    return backbone.from_pipeline(drawn, given["height"], given["width"]).float().cpu()
 
 
 def parts_of(backbone: Backbone) -> dict[str, nn.Module]:
@@ -249,5 +264,4 @@ def tensors_of(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 def decoded(vae: Any, latents: Tensor) -> Tensor:
     """Decode a corner of the first picture, [1, 3, H, W], at the scale of the autoencoder's own config."""
     corner = latents[:1, :, :CORNER, :CORNER].to(vae.device)
-    picture: Tensor = vae.decode(from_network_scale(vae, corner), return_dict=False)[0]
-    return picture.float().cpu()
+    return decode(vae, corner).float().cpu()

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fewstep.backbones.families import FAMILIES
+from fewstep.backbones.pipeline_folder import index_file
 from fewstep.backbones.pipeline_writer import read_record
 from fewstep.backbones.scheduler_config import noise_difference
 from fewstep.common.arguments import checked
@@ -33,7 +35,7 @@ def read_student(student: Path | str) -> tuple[dict[str, Any], Sampling]:
         UserError: no such file, or one without settings.
     """
     place = student_of_run(Path(student))
-    record = read_record(place) if (place / "model_index.json").is_file() else read_lora_record(place)
+    record = read_record(place) if index_file(place).is_file() else read_lora_record(place)
     if not isinstance(record.get("sampling"), dict):
         raise UserError(f"student = {str(student)!r} has no settings in its metadata; use a student that fewstep wrote")
     return record, validate(Sampling, record["sampling"])
@@ -153,4 +155,6 @@ def call_settings(student: Path | str) -> dict[str, Any]:
     record, sampling = read_student(student)
     scale = (record.get("guidance") or {}).get("scale", 1.0 + sampling.omega)
     sized = {"width": sampling.size[0], "height": sampling.size[1]} if sampling.size else {}
-    return {"num_inference_steps": sampling.steps // sampling.calls_a_step, "guidance_scale": float(scale), **sized}
+    family = FAMILIES.get(str((record.get("base_model") or {}).get("pipeline")))
+    guided = family.guided if family else "guidance_scale"
+    return {"num_inference_steps": sampling.steps // sampling.calls_a_step, guided: float(scale), **sized}

@@ -59,17 +59,21 @@ def as_code(
         changes = "".join(f", {name}={value!r}" for name, value in settings.items())
         loaded = f"fewstep.load({str(folder.path)!r}, {str(student.path) if student else None!r})"
         return f"import fewstep\n\n(picture,) = {loaded}.draw({prompt!r}, {seed}{changes})\n"
-    scale = 1 + sampling.omega
+    scale = folder.family.unguided + sampling.omega
     if student and student.sampling and "omega" not in settings and not sampling.extra_conditioning:
-        scale = call_settings(student.file)["guidance_scale"]  # of a network that takes it as an input
-    arguments = {"num_inference_steps": sampling.steps // sampling.calls_a_step, "guidance_scale": scale}
+        scale = call_settings(student.file)[folder.family.guided]  # of a network that takes it as an input
+    arguments = {"num_inference_steps": sampling.steps // sampling.calls_a_step, folder.family.guided: scale}
     if sampling.size:
         arguments |= {"width": sampling.size[0], "height": sampling.size[1]}
     lines = ["import diffusers", "import fewstep", "import torch", "", *made]
     lines.append(f"generator = torch.Generator().manual_seed({seed})")
     if is_flow(folder.noise):  # its pipelines pass no generator to the scheduler
         lines.append("pipe.scheduler.generator = generator")
-    lines += ["picture = pipe(", f"    {prompt!r},", *(f"    {name}={value!r}," for name, value in arguments.items())]
+    lines += [
+        "picture = pipe(",
+        f"    prompt={prompt!r},",
+        *(f"    {name}={value!r}," for name, value in arguments.items()),
+    ]
     return "\n".join([*lines, "    generator=generator,", ").images[0]", ""])
 
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from fewstep.backbones.pipeline_folder import INDEX
+from fewstep.backbones.pipeline_folder import INDEX, MODULAR_INDEX
 from fewstep.backbones.teachers import ONE_FILE
 from fewstep.common.errors import UserError
 from fewstep.common.safetensors_header import metadata_record, read_safetensors_header
@@ -37,7 +37,7 @@ def find_models(places: Iterable[Path]) -> Iterator[Found]:
     """Yield what lies below some folders, in the order of the names; links to folders are not followed."""
     for place in places:
         for name, inner, files in os.walk(place):
-            path, pipeline = Path(name), INDEX in files
+            path, pipeline = Path(name), bool({INDEX, MODULAR_INDEX} & set(files))
             inner[:] = sorted(each for each in inner if not each.startswith(".") and each not in SKIPPED)
             if "log.jsonl" in files and "config.yaml" in files:
                 yield Found("run", path)

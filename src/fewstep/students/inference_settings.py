@@ -26,14 +26,15 @@ def inference_record(backbone: Backbone, sampling: Sampling, network: nn.Module 
         prediction, path, shift: what the network predicts, its noise path, and a flow's shift (1 elsewhere);
         times: the exact times of the calls, as the network's input (training indices; 1000 sigma on a flow);
         sigmas: the noise there, x_t = alpha x_0 + sigma eps, which identifies the scheduler's betas;
-        guidance: omega of (1 + omega) out(prompt) - omega out(null); `scale` as diffusers' guidance_scale (1 + omega,
-            or the guidance input); `told`: whether guidance is an input. A student whose UNet embeds w by itself is
-            `embedded`, its scale 1 + w.
+        guidance: omega of (1 + omega) out(prompt) - omega out(null); `scale` as the pipeline's argument of guidance
+            (mostly 1 + omega, or the guidance input); `told`: whether guidance is an input. A student whose UNet embeds
+            w by itself is `embedded`, its scale 1 + w.
     """
     count = sampling.steps // sampling.calls_a_step
     times = inference_times(backbone.path, count, grid=sampling.grid, spacing=sampling.spacing)
     embedded = backbone.embedded_guidance
-    scale = 1 + sampling.omega if sampling.omega or not embedded else backbone.default_guidance
+    plain = backbone.folder.family.unguided + sampling.omega
+    scale = plain if sampling.omega or not embedded else backbone.default_guidance
     guidance: dict[str, Any] = {"omega": sampling.omega, "scale": scale, "told": embedded}
     if sampling.w is not None and backbone.embeds_guidance(network or backbone.network):
         guidance |= {"scale": 1 + sampling.w, "told": True, "embedded": True}

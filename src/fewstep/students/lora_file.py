@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fewstep.backbones.pipeline_folder import index_file
 from fewstep.backbones.weight_files import ADVICE, first_pickle, is_pickle
 from fewstep.common.errors import UserError
 from fewstep.common.safetensors_header import is_safetensors, metadata_record, read_safetensors_header
@@ -25,7 +26,7 @@ def student_of_run(path: Path) -> Path:
     Raises:
         UserError: a run folder without a student, which the end of a run writes.
     """
-    if (path / "model_index.json").is_file() or any(path.glob("*.safetensors")) or not (path / "config.yaml").is_file():
+    if index_file(path).is_file() or any(path.glob("*.safetensors")) or not (path / "config.yaml").is_file():
         return path
     if not (path / "student").is_dir():
         raise UserError(f"{str(path)!r} is a run folder without a finished student; let the run finish, or give a LoRA")
@@ -40,7 +41,7 @@ def find_lora(path: Path) -> Path:
     """
     path = student_of_run(path)
     what = f"lora = {str(path)!r}"
-    if (path / "model_index.json").is_file():
+    if index_file(path).is_file():
         raise UserError(f"{what} is a whole pipeline; give it as the teacher, with lora = 'none'")
     file = path
     if path.is_dir():
