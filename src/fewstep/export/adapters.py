@@ -12,8 +12,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from fewstep.backbones.pipeline_folder import PipelineFolder
 from fewstep.backbones.single_file.sd_names import original_names
 from fewstep.common.files import write_json
 from fewstep.common.safetensors_header import Shape
@@ -21,7 +23,7 @@ from fewstep.common.tensors import save_tensors
 from fewstep.students.lora import folded, stored_matrices
 from fewstep.students.lora_file import FILE, METADATA, PEFT_CONFIG, PEFT_FILE
 from fewstep.students.lora_header import LoraHeader
-from fewstep.students.lora_keys import PEFT_PREFIX
+from fewstep.students.lora_keys import PEFT_PREFIX, original_places
 
 KOHYA_PREFIX = "lora_unet_"
 
@@ -106,23 +108,49 @@ def write_peft(folder: Path, pairs: Pairs, config: Mapping[str, Any], record: st
     return folder / PEFT_FILE
 
 
-def kohya_names(layers: Collection[str], every: Collection[str], family: str) -> dict[str, str]:
-    """Return layer -> its name in kohya's files: the original code's for XL, diffusers' for 1.x and 2.x."""
-    own = original_names(every) if family == "sdxl" else {name: name for name in every}
-    return {name: KOHYA_PREFIX + own[name].replace(".", "_") for name in layers}
+def kohya_layers(
+    lora: LoraHeader, pairs: Pairs, shapes: Mapping[str, Shape], folder: PipelineFolder
+) -> tuple[Pairs, dict[str, float]]:
+    """Return A, B and alpha of each layer of kohya's form, by its key.
+
+    Layers have the original code's names, those of Stable Diffusion 1.x and 2.x diffusers'. Where one layer there holds
+    several of diffusers (queries, keys and values of a transformer), its A is theirs one below the other and its B is
+    block-diagonal, of the sum of the ranks: the product is the same. Their scales are then folded into B.
+    """
+    every = [key.removesuffix(".weight") for key, shape in shapes.items() if key.endswith(".weight") and shape[1:]]
+    places: Mapping[str, tuple[tuple[str, ...], bool]] = original_places(every)
+    if folder.network == "unet":
+        own = original_names(every) if folder.family.kind == "sdxl" else {name: name for name in every}
+        places = {own[name]: ((name,), False) for name in pairs}
+    found, alphas = {}, {}
+    for place, (modules, swapped) in places.items():
+        held = [pairs.get(module) for module in modules]
+        if not any(held):
+            continue
+        key = KOHYA_PREFIX + place.replace(".", "_")
+        if len(modules) == 1:
+            a, b = pairs[modules[0]]
+            alphas[key] = lora.layers[modules[0]].scale * len(a)
+        else:
+            a = torch.cat([pair[0] for pair in held if pair])
+            parts = [
+                a.new_zeros(shapes[f"{module}.weight"][0], 0)
+                if pair is None
+                else folded(pair[1], lora.layers[module].scale)
+                for module, pair in zip(modules, held, strict=True)
+            ]
+            b = torch.block_diag(*parts)  # type: ignore[no-untyped-call]
+            alphas[key] = float(len(a))
+        found[key] = a, torch.cat(b.chunk(2)[::-1]) if swapped else b
+    return found, alphas
 
 
-def write_kohya(
-    file: Path, lora: LoraHeader, pairs: Pairs, config: Mapping[str, Any], names: Mapping[str, str], record: str
-) -> Path:
-    """Write kohya's form, with down, up and alpha for every layer; return the file."""
-    import torch
-
+def write_kohya(file: Path, pairs: Pairs, alphas: Mapping[str, float], config: Mapping[str, Any], record: str) -> Path:
+    """Write kohya's form, with down, up and alpha for every layer by its key; return the file."""
     tensors = {}
-    for name, (a, b) in pairs.items():
-        key, layer = names[name], lora.layers[name]
+    for key, (a, b) in pairs.items():
         tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = a, b
-        tensors[f"{key}.alpha"] = torch.tensor(layer.scale * layer.a[0], dtype=torch.float32)
+        tensors[f"{key}.alpha"] = torch.tensor(alphas[key], dtype=torch.float32)
     metadata = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(config["r"]),

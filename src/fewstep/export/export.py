@@ -18,7 +18,7 @@ from fewstep.common.device import DTYPES
 from fewstep.common.files import atomic_folder
 from fewstep.common.safetensors_header import read_safetensors_header
 from fewstep.common.tensors import save_tensors
-from fewstep.export.adapters import adapter_config, kohya_names, matrices, write_diffusers, write_kohya, write_peft
+from fewstep.export.adapters import adapter_config, kohya_layers, matrices, write_diffusers, write_kohya, write_peft
 from fewstep.export.formats import ADAPTERS, ExportForm, Reader
 from fewstep.export.model_card import CARD, PICTURES, model_card, origin_of
 from fewstep.export.verify import Checked, Export, check_export, provable
@@ -170,5 +170,5 @@ def write(
         return write_diffusers(place, lora, pairs, config, folder.network, text).name
     if form == "peft":
         return write_peft(place, pairs, config, text).name
-    names = kohya_names(lora.layers, every, folder.family.kind)
-    return write_kohya(place / f"{name}.safetensors", lora, pairs, config, names, text).name
+    own, alphas = kohya_layers(lora, pairs, shapes, folder)
+    return write_kohya(place / f"{name}.safetensors", own, alphas, config, text).name

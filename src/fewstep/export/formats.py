@@ -29,8 +29,10 @@ class Support(NamedTuple):
 _KOHYA = {
     "sd": Support("diffusers"),
     "sdxl": Support("diffusers"),
+    **dict.fromkeys(("z_image", "flux2"), Support("diffusers")),
+    **dict.fromkeys(("qwen_image", "chroma", "krea2", "anima"), Support("fewstep")),
     "sd3": Support(None, "diffusers has no reader of kohya's names for it; ComfyUI reads the diffusers form"),
-    "flux": Support(None, "kohya's form holds q, k and v in one matrix; ComfyUI reads the diffusers form"),
+    "flux": Support(None, "ComfyUI reads the diffusers form"),
 }
 
 

@@ -79,19 +79,16 @@ _OTHER_ADAPTERS = {
 }
 
 
-def _read_layers() -> dict[str, dict[str, tuple[str, ...]]]:
-    """Return family -> layer of the original code -> layers of diffusers that hold it, in the order of its rows."""
-    return {
-        family: {
-            table.get("original", "") + name: tuple(table.get("diffusers", "") + own for own in layers.split())
-            for table in tables
-            for name, layers in table["layers"].items()
-        }
-        for family, tables in read_table(__file__, "original_layers.yaml").items()
+_TABLES = read_table(__file__, "original_layers.yaml")
+_LAYERS = {
+    family: {
+        table.get("original", "") + name: tuple(table.get("diffusers", "") + own for own in layers.split())
+        for table in tables
+        for name, layers in table["layers"].items()
     }
-
-
-_LAYERS = _read_layers()
+    for family, tables in _TABLES.items()
+}
+"""Family -> layer of the original code -> layers of diffusers that hold it, in the order of its rows."""
 
 
 @dataclass
@@ -182,24 +179,32 @@ def _names(modules: Collection[str]) -> tuple[dict[str, _Place], dict[str, _Plac
 
 
 def _transformer_names(modules: Collection[str]) -> dict[str, _Place]:
-    """Map names in the original code of Flux, SD 3, PixArt and SANA to layers of a diffusers transformer.
+    """Map names in the original code of a transformer to the layers of diffusers, by the table of its family.
 
     A name is known if the network has all of its layers.
     """
     every = set(modules)
-    flux = any(module.startswith("single_transformer_blocks.") for module in modules)
-    joint = "transformer_blocks.0.attn.add_q_proj" in every
-    table = _LAYERS["flux" if flux else "sd3" if joint else "pixart"]
-    numbers = sorted({int(m.split(".")[1]) for m in modules if re.match(r"(single_)?transformer_blocks\.\d+\.", m)})
+    table = next((_LAYERS[family] for family, tables in _TABLES.items() if tables[0]["known_by"] in every), {})
+    numbers = sorted({int(number) for module in modules for number in re.findall(r"\.(\d+)\.", module)})
+    lasts = [int(number) for module in modules for number in re.findall(r"^transformer_blocks\.(\d+)\.", module)]
+    joint = table is _LAYERS["sd3"]
     found = {}
     for theirs, ours in table.items():
         for i in numbers if "{i}" in theirs else [0]:
             names = tuple(name.format(i=i) for name in ours)
             # where the original modulates by (shift, scale) and diffusers by (scale, shift)
-            last = joint and not flux and names == (f"transformer_blocks.{numbers[-1]}.norm1_context.linear",)
+            last = joint and names == (f"transformer_blocks.{max(lasts)}.norm1_context.linear",)
             if every.issuperset(names):
                 found[theirs.format(i=i)] = _Place(names, last or names == ("norm_out.linear",))
     return found
+
+
+def original_places(modules: Collection[str]) -> dict[str, tuple[tuple[str, ...], bool]]:
+    """Return layer of the original code -> the layers that it holds, in the order of its rows, and whether the halves
+    of its rows are in reverse order; every layer of the network is in one of them."""
+    found = {name: (place.modules, place.swapped) for name, place in _transformer_names(modules).items()}
+    held = {module for own, _ in found.values() for module in own}
+    return found | {module: ((module,), False) for module in modules if module not in held}
 
 
 def _read_key(key: str, file: Path) -> tuple[str, Part]:
