@@ -28,6 +28,7 @@ from fewstep.common.errors import NotFiniteError, UserError
 from fewstep.common.tensors import finite
 from fewstep.diffusion.denoiser import Condition
 from fewstep.diffusion.schedule import index_of
+from fewstep.diffusion.time_conditioning import embedding_width
 
 
 def outputs_of(parts: Sequence[nn.Module], run: Callable[[], object]) -> list[Any]:
@@ -257,10 +258,7 @@ class Backbone(ABC):
     @property
     def time_width(self) -> int:
         """Width of the time embedding."""
-        part = self.time_embedding(self.network)
-        linear = [layer for layer in part.modules() if isinstance(layer, nn.Linear)]
-        last: Any = getattr(part, "linear_2", linear[-1])
-        return int(last.out_features)
+        return embedding_width(self.time_embedding(self.network))
 
     def embeds_guidance(self, network: nn.Module) -> bool:
         """Return whether a network has a layer that embeds w, the guidance omega in its condition."""

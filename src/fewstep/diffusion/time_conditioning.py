@@ -79,6 +79,13 @@ class ExtraEmbedding(nn.Module):
         return torch.stack(parts).sum(0)
 
 
+def embedding_width(time_embedding: nn.Module) -> int:
+    """Return the width of a time embedding's output: that of `linear_2`, or of its last linear layer."""
+    layers = [layer for layer in time_embedding.modules() if isinstance(layer, nn.Linear)]
+    last: Any = getattr(time_embedding, "linear_2", layers[-1])
+    return int(last.out_features)
+
+
 class ExtraEmbeddingHook:
     """Forward hook that adds `addition` [B, width], where it is set, to the output of a network's time embedding."""
 

@@ -17,9 +17,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMix
 from torch import Tensor, nn
 
 from fewstep.backbones.families import FAMILIES
+from fewstep.backbones.pipeline_folder import index_file
 from fewstep.common.arguments import checked
 from fewstep.common.errors import UserError
-from fewstep.diffusion.time_conditioning import ExtraEmbedding, ExtraEmbeddingHook
+from fewstep.diffusion.time_conditioning import ExtraEmbedding, ExtraEmbeddingHook, embedding_width
 from fewstep.inference.pipeline import make_scheduler, read_student
 from fewstep.inference.schedulers.base import FewStepScheduler
 from fewstep.inference.schedulers.few_step import SSSScheduler
@@ -71,7 +72,7 @@ def denoiser_of(pipe: Any) -> tuple[nn.Module, nn.Module]:
 
 def _read_lora(network: nn.Module, student: Path) -> LoraHeader | None:
     """Read and check the header of a student's LoRA; None for a student that is a whole pipeline."""
-    if (student / "model_index.json").is_file():
+    if index_file(student).is_file():
         return None
     # PEFT renames the base's layers where other LoRAs are loaded already
     named = {name.replace(".base_layer", ""): value for name, value in network.state_dict().items()}
@@ -115,7 +116,7 @@ def attach(pipe: Any, student: Path | str, *, gamma: float | None = None) -> Any
         )
     scheduler = make_scheduler(record, sampling, pipe.scheduler.config, gamma, str(student), sss=AttachedScheduler)
     file = place if header is None else header.file
-    embedding = read_extra_embeddings(file, extra, int(time_embedding.linear_2.out_features))  # type: ignore[union-attr,arg-type]
+    embedding = read_extra_embeddings(file, extra, embedding_width(time_embedding))
     assert embedding is not None
     if header is not None:
         pipe.load_lora_weights(str(header.file.parent), weight_name=header.file.name)
@@ -150,7 +151,8 @@ def _condition(pipe: Any, embedding: ExtraEmbedding, w: float) -> None:
             unet = hasattr(pipe, "unet")  # transformers take scaled times
             timestep = (args[1] if len(args) > 1 else kwargs["timestep"]) if unet else None
             values["s"] = landing_of(pipe.scheduler, timestep)
-        embedding.to(sample.device)  # the pipeline may have moved since
+        first = sample[0] if isinstance(sample, list) else sample  # Z-Image's network takes a list of pictures
+        embedding.to(first.device)  # the pipeline may have moved since
         hook.addition = embedding(
             {n: torch.full((len(sample),), values[n], dtype=torch.float64) for n in embedding.parts}
         )
