@@ -35,9 +35,7 @@ KINDS = ["sd", "sdxl", "pixart", "sd3", "flux", "sana", *NEW]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {
-        kind: tiny_pipelines.FAMILIES[kind](tmp_path_factory.mktemp(kind) / "tiny") for kind in tiny_pipelines.FAMILIES
-    }
+    return tiny_pipelines.Lazily(lambda kind: tiny_pipelines.FAMILIES[kind](tmp_path_factory.mktemp(kind) / "tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ FLOWS = [name for name in MADE if not name.startswith(("sd", "pixart"))] + ["sd3
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {name: make(tmp_path_factory.mktemp("base") / "tiny") for name, make in MADE.items()}
+    return tiny_pipelines.Lazily(lambda name: MADE[name](tmp_path_factory.mktemp("base") / "tiny"))
 
 
 class Students(dict[tuple[str, str], Path]):

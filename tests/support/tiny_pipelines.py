@@ -441,3 +441,15 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "krea2": krea2,
     "anima": anima,
 }
+
+
+class Lazily(dict[str, Path]):
+    """Folders by name, each made when it is first asked for."""
+
+    def __init__(self, make: Callable[[str], Path]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, name: str) -> Path:
+        self[name] = self._make(name)
+        return self[name]
