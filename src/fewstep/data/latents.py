@@ -18,6 +18,7 @@ from fewstep.common.files import short_digest
 from fewstep.common.mapped_tensors import MappedRows, Rows
 from fewstep.common.rng import KeyedRng
 from fewstep.common.run_inputs import PARTS, items
+from fewstep.common.tensors import check_finite
 from fewstep.data.buckets import BucketedFiles, BucketedLatents
 from fewstep.data.images import Captioned, PictureSet
 from fewstep.data.row_store import Batches, fill, lacking, read_rows
@@ -169,7 +170,9 @@ def encode_captions(
     place, count = cache / key, len(captions)
 
     def half(states: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: state.half().cpu() for name, state in states.items()}
+        found = {name: state.half().cpu() for name, state in states.items()}
+        check_finite(found, "captions cannot be kept in fp16: the text encoder's states are too large or not finite")
+        return found
 
     def encode(some: Sequence[int]) -> dict[str, Tensor]:
         read = [captions[row] for row in some]
