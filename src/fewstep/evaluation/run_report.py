@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from fewstep.backbones.pipeline_folder import PipelineFolder
 from fewstep.common.config import validate
 from fewstep.common.files import read_json, write_text
+from fewstep.common.messages import Bar
 from fewstep.diffusion.config import Sampling
 from fewstep.inference.generator import load_image_generator
 from fewstep.students.lora_header import LoraHeader
@@ -108,7 +108,7 @@ def write_run_report(
     """
     columns, sheets = columns_of(shown), []
     seeds = range(seed, seed + len(prompts))
-    for column in tqdm(columns, desc="drawing", unit="network", leave=False):
+    for column in Bar(columns, desc="drawing", unit="network", leave=False):
         generator = load_image_generator(column.folder, column.lora, device, precision=precision, batch=batch)
         sheets.append(generator.draw(prompts, seeds, column.sampling, title=None))
     heads = [f"{html.escape(column.name)}<small>{cost_line(column)}</small>" for column in columns]
