@@ -68,7 +68,10 @@ def report(
     for one in shown[1:]:
         if one.teacher.path != shown[0].teacher.path:
             own, first = str(one.teacher.path), str(shown[0].teacher.path)
-            raise UserError(f"runs: the teacher of {one.name} is {own!r}, that of {shown[0].name} {first!r}; give one")
+            raise UserError(
+                f"runs: the teacher of {one.name} is {own!r}, that of {shown[0].name} {first!r}; give runs of one",
+                field="runs",
+            )
     check_writable(page.absolute().parent)
     from fewstep.common.device import pick_compute_dtype, pick_device
     from fewstep.evaluation.run_report import write_run_report
