@@ -36,7 +36,7 @@ STABLE_DIFFUSION: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_star
 KINDS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 COUNTS = range(1, 21)
 RIGHT_FOR_DDIM = [1, 2, 4, 5, 8, 10, 20]
-CLOSE = 1e-5
+CLOSE = 2e-5
 
 
 @dataclass(frozen=True)

@@ -267,7 +267,7 @@ def test_each_recipe_gets_the_same_budget_and_a_command_that_repeats_it(recipe: 
     spent = share.config.loop.steps * step_cost(share.config.method) * 64
     if share.config.method.start == "trajectory":
         spent += share.config.data.trajectories * 2 * 50
-    assert share.evaluations == spent
+    assert share.evaluations == pytest.approx(spent, abs=1)
     assert 0.98 * FamilyConfig().evaluations < spent <= FamilyConfig().evaluations
     words = shlex.split(share.command(recipe, Path("runs/x")))
     changes = [word for flag, word in pairwise(words) if flag == "-s"]

@@ -245,9 +245,11 @@ def resolve(
         data = merge(data, guided_at(omega, validate(DistillConfig, {**data, "stages": ()} if names[1:] else data)))
         for stage in data["stages"] if names[1:] else ():
             stage["method"] = guided_at(omega, resolve(stage["recipe"])).get("method", {})
-    if (changes.get("data", {}).get("size") or side or 0) > SMALL:
-        data = merge({"validation": {"count": FEW}}, data)
-    return validate(DistillConfig, merge(data, {**changes, "recipe": ",".join(names)}))
+    changes = {**changes, "recipe": ",".join(names)}
+    resolved = validate(DistillConfig, merge(data, changes))
+    if (resolved.data.size or side or 0) <= SMALL:
+        return resolved
+    return validate(DistillConfig, merge(merge({"validation": {"count": FEW}}, data), changes))
 
 
 def chained(names: Sequence[str]) -> dict[str, Any]:

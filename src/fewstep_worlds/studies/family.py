@@ -51,11 +51,15 @@ TSCD_STAGES = ", ".join(
 )
 CHANGES: Mapping[str, tuple[str, ...]] = {
     "ct": ("data.empty_prompts=0.1",),
+    "decoupled-dmd": ("method.k=1",),
+    "dmd2": ("method.k=1",),
     "ctm": ("data.empty_prompts=0.1", "method.target_decay=0.95"),
     "kd": ("method.k=49",),
     "mcm": ("method.k=2",),
     "pcm": ("method.k=2",),
     "shortcut": ("method.k=49",),
+    "smd": ("method.k=1",),
+    "tdm": ("method.k=1",),
     "tscd": (f"stages=[{TSCD_STAGES}]",),
 }
 """Recipe -> its changes to the shared settings.
