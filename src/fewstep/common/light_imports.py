@@ -25,6 +25,7 @@ def import_libraries() -> None:
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: not to be found
     try:
         import transformers.modeling_utils  # noqa: F401
+        from diffusers import AutoencoderKL  # noqa: F401  # the package itself is lazy
     finally:
         for name in hidden:
             del sys.modules[name]
