@@ -13,6 +13,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .negative_guidance import led_away
 from .sampling import (
+    PACKED,
     check_model,
     guidance_of,
     noise_after_the_first,
@@ -69,7 +70,7 @@ class FewStepStudent(io.ComfyNode):
         held = model.get_model_object("model_sampling")
         check_model(record, held)
         settings, scale = settings_of(record, steps, gamma), scale_of(held, record.get("shift"))
-        packed = record.get("base_model", {}).get("family") == "flux"
+        packed = record.get("base_model", {}).get("family") in PACKED
         weights = comfy.utils.load_torch_file(path, safe_load=True)
         student, _ = comfy.sd.load_lora_for_models(model, None, weights, strength, 0)
 

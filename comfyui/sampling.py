@@ -26,6 +26,8 @@ TLCM_TIMES = {
     8: (8, 7, 6, 5, 4, 3, 2, 1),
 }
 """TLCM's own times, in eighths of the path, by the number of calls."""
+PACKED = ("flux", "chroma", "krea2")
+"""Families whose pipelines draw a step's noise on packed latents."""
 TOTAL = 1000
 """Training times of a model."""
 

@@ -4,6 +4,7 @@ them, else narrow and short. Tokenizers are those of a checkout of ComfyUI."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,19 +16,29 @@ import transformers
 
 SIDE = 128
 """Trained size of the UNets, in pixels."""
-LAYERS = {"clip_config_bigg.json": 2, "text_encoders/t5_config_xxl.json": 1}
-"""Layers of the two large text encoders, which ComfyUI reads from these files of its own."""
+DETECTION = "model_detection.py"
+TEXT: dict[str, dict[str, int]] = {
+    "sd1_clip_config.json": {"num_hidden_layers": 3},
+    "clip_config_bigg.json": {"num_hidden_layers": 3},
+    "text_encoders/t5_config_xxl.json": {"num_layers": 2, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_heads": 4},
+}
+"""Sizes of the text encoders, which ComfyUI reads from these files of its own."""
+FLUX = {"context_in_dim": 64, "hidden_size": 48, "num_heads": 3, "axes_dim": [4, 6, 6]}
+"""Sizes of Flux, which are constants of ComfyUI's model_detection.py."""
 
 
 @contextmanager
-def short_encoders(comfy: Path) -> Iterator[None]:
-    """Write `LAYERS` into a checkout of ComfyUI, and its own numbers back at the end."""
-    kept = {comfy / "comfy" / name: (comfy / "comfy" / name).read_text(encoding="utf-8") for name in LAYERS}
+def small_sizes(comfy: Path) -> Iterator[None]:
+    """Write the small sizes into a checkout of ComfyUI, and its own at the end."""
+    root = comfy / "comfy"
+    kept = {file: file.read_text(encoding="utf-8") for file in [*(root / name for name in TEXT), root / DETECTION]}
     try:
-        for (file, text), layers in zip(kept.items(), LAYERS.values(), strict=True):
-            config = json.loads(text)
-            key = "num_layers" if "num_layers" in config else "num_hidden_layers"
-            file.write_text(json.dumps({**config, key: layers}), encoding="utf-8")
+        for name, sizes in TEXT.items():
+            (root / name).write_text(json.dumps({**json.loads(kept[root / name]), **sizes}), encoding="utf-8")
+        before, kind, after = kept[root / DETECTION].partition('dit_config["image_model"] = "flux"\n')
+        for name, size in FLUX.items():
+            after = re.sub(rf'(dit_config\["{name}"\] = ).+', rf"\g<1>{size}", after, count=1)
+        (root / DETECTION).write_text(before + kind + after, encoding="utf-8")
         yield
     finally:
         for file, text in kept.items():
@@ -41,11 +52,11 @@ def clip_tokenizer(comfy: Path, **settings: Any) -> Any:
 
 
 def clip_large() -> Any:
-    """Return a random CLIP ViT-L text encoder, whole."""
+    """Return a random CLIP ViT-L text encoder of few layers."""
     return transformers.CLIPTextModel(
         transformers.CLIPTextConfig(
-            vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-            projection_dim=768, bos_token_id=49406, eos_token_id=49407, pad_token_id=49407,
+            vocab_size=49408, hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768,
+            **TEXT["sd1_clip_config.json"], bos_token_id=49406, eos_token_id=49407, pad_token_id=49407,
         )
     )  # fmt: skip
 
@@ -55,7 +66,7 @@ def clip_big() -> Any:
     return transformers.CLIPTextModelWithProjection(
         transformers.CLIPTextConfig(
             vocab_size=49408, hidden_size=1280, intermediate_size=5120, num_attention_heads=20, projection_dim=1280,
-            num_hidden_layers=LAYERS["clip_config_bigg.json"], hidden_act="gelu",
+            **TEXT["clip_config_bigg.json"], hidden_act="gelu",
             bos_token_id=49406, eos_token_id=49407, pad_token_id=1,
         )
     )  # fmt: skip
@@ -107,15 +118,17 @@ def sdxl(comfy: Path) -> Any:
 
 
 def flux(comfy: Path) -> Any:
-    """Return a FLUX.1 dev with one block of each kind; its shift is that of 1024 pixels."""
+    """Return a FLUX.1 dev of small sizes; its shift is that of 1024 pixels."""
+    heads, axes = FLUX["num_heads"], FLUX["axes_dim"]
     transformer = diffusers.FluxTransformer2DModel(
-        patch_size=1, in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=128,
-        num_attention_heads=24, joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True,
+        patch_size=1, in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=sum(axes),
+        num_attention_heads=heads, joint_attention_dim=FLUX["context_in_dim"], pooled_projection_dim=768,
+        guidance_embeds=True, axes_dims_rope=tuple(axes),
     )  # fmt: skip
     t5 = transformers.T5EncoderModel(
         transformers.T5Config(
-            vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_heads=64, pad_token_id=0,
-            num_layers=LAYERS["text_encoders/t5_config_xxl.json"], feed_forward_proj="gated-gelu",
+            vocab_size=32128, pad_token_id=0, feed_forward_proj="gated-gelu",
+            **TEXT["text_encoders/t5_config_xxl.json"],
         )
     )  # fmt: skip
     tokenizer = transformers.T5TokenizerFast.from_pretrained(
