@@ -10,7 +10,6 @@ from fewstep.training import stopping
 BEFORE_IMPORTS = stopping.install_handlers(stopping.end_at_once)
 """Handlers before the imports below, which take half a second."""
 
-import logging
 import os
 import signal
 import sys
@@ -138,7 +137,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _main(arguments: list[str]) -> None:
     limit_spinning()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it looks for a package that nothing here needs
     try:
         run(arguments)
         sys.exit(0)

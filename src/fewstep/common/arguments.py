@@ -31,7 +31,9 @@ def _adapters(function: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """Return numbers and lists of numpy and torch as Python's, and paths of other libraries as `Path`."""
+    """Return ranges and numpy's and torch's numbers as Python's lists and numbers, other libraries' paths as `Path`."""
+    if isinstance(value, range):
+        return list(value)
     if hasattr(value, "shape") and hasattr(value, "tolist"):
         return value.tolist()
     return Path(value) if isinstance(value, os.PathLike) and not isinstance(value, Path) else value

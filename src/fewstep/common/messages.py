@@ -30,6 +30,9 @@ if not logger.handlers:
     logger.propagate = False
 
 
+logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)  # warns at import of a package it could use
+
+
 class _Lines(io.TextIOBase):
     """Stream that turns what a bar redraws into lines on stderr."""
 
