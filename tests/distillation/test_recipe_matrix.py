@@ -88,6 +88,7 @@ def test_a_recipe_from_end_to_end(
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("path", ["flow", "ve"])
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("recipe", rows())
