@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fewstep.backbones.base import Backbone
 from fewstep.backbones.recompute import recompute_blocks
+from fewstep.backbones.tiles import decode_tiles
 from fewstep.common.defaults import world
 from fewstep.common.errors import UserError
 from fewstep.common.files import sha256, short_digest
@@ -55,12 +56,17 @@ def pixels_of(backbone: Backbone, scorer: PreferenceScorer, x0: Tensor) -> int:
     return max(own, framing.size**2 if framing else 0)
 
 
-def make_reward(backbone: Backbone, scorer: PreferenceScorer, prompts: Sequence[str]) -> tuple[Reward, int]:
+def make_reward(
+    backbone: Backbone, scorer: PreferenceScorer, prompts: Sequence[str], tile: int | None = None
+) -> tuple[Reward, int]:
     """Return the reward, (x_0, prompt numbers of each scoring) -> scores, and the number of prompts.
 
     Pictures are decoded in fp32, once for all prompts that they are scored with. A batch of more than `MOST_PIXELS` is
     decoded and scored in parts that are recomputed in the backward pass, so that one part's activations are held at a
-    time. For a single picture of more pixels the decoder's blocks are recomputed too.
+    time. For a single picture, or tile, of more pixels the decoder's blocks are recomputed too.
+
+    Args:
+        tile: pixels a side of the tiles that pictures are decoded in; None for whole pictures.
 
     Raises:
         UserError: there is a single prompt, and the loss needs a wrong one beside it.
@@ -69,13 +75,15 @@ def make_reward(backbone: Backbone, scorer: PreferenceScorer, prompts: Sequence[
         raise UserError("data.source holds 1 prompt; method.reward needs at least 2", field="data.source")
     prepared = PreparedPrompts(scorer, prompts)
 
+    scale = backbone.folder.scale
+
     def scored(x0: Tensor, *rows: Mapping[str, Tensor]) -> list[Tensor]:
-        pictures = backbone.decode(x0)
+        pictures = decode_tiles(backbone.decode, x0, tile // scale, scale) if tile else backbone.decode(x0)
         return [scorer.score(pictures, own) for own in rows]
 
     def reward(x0: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:
         pixels = pixels_of(backbone, scorer, x0)
-        if pixels > MOST_PIXELS:
+        if min(pixels, tile**2 if tile else pixels) > MOST_PIXELS:
             recompute_blocks(backbone.vae.decoder)
         rows = [prepared.rows(which) for which in wanted]
         with torch.autocast(x0.device.type, enabled=False):
@@ -110,7 +118,7 @@ def load_frozen_networks(
         inputs["perceptual distance"] = sha256(latent_lpips / WEIGHTS)
     if config.method.reward.weight:
         scorer = load_named_scorer(config.method.reward.scorer, backbone.device)
-        frozen = replace(frozen, reward=make_reward(backbone, scorer, prompts))
+        frozen = replace(frozen, reward=make_reward(backbone, scorer, prompts, config.method.reward.tile))
         inputs["scorer"] = scorer.identity.weights_sha256
     return frozen, inputs
 

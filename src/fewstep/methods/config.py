@@ -129,6 +129,9 @@ class RewardConfig(Config):
     )
     s0: float | None = Field(None, description="score to reach with the right prompt; null for the scorer's default")
     s1: float = Field(0.0, description="score not to exceed with a wrong prompt")
+    tile: int | None = Field(
+        None, ge=128, description="pixels a side of the tiles that pictures are decoded in; null for whole pictures"
+    )
 
     @property
     def aim(self) -> float:
