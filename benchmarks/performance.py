@@ -28,7 +28,7 @@ limit_spinning()  # before torch
 import torch
 from perf.compiled import apart
 from perf.networks import folder_of
-from perf.peaks import exclusive, matrix_of, peak_of
+from perf.peaks import estimate_of, exclusive, matrix_of, peak_of
 from perf.sampling import time_sampling
 from perf.steps import time_steps
 from perf.synthesis import time_synthesis
@@ -107,6 +107,13 @@ def report_memory(task: Task) -> None:
     each("GiB that a step holds at most", task, lambda kind, who: exclusive(peak_of, kind, who) / 2**30)
 
 
+def report_estimate(task: Task) -> None:
+    """The memory of a step by the estimate, beside the measured one."""
+    counted, measured = exclusive(estimate_of, replace(task, kind="online"), "ours")
+    gib = (counted / 2**30, measured / 2**30)
+    print(f"\nour step: {gib[0]:.2f} GiB by the estimate, {gib[1]:.2f} measured: {counted / measured:.3f}", flush=True)
+
+
 def report_matrix(task: Task) -> None:
     """How much of a step is matrix work."""
     of = "operators' time" if task.device == "cpu" else "wall time"
@@ -119,6 +126,7 @@ KINDS: dict[str, Callable[[Task], None]] = {
     "sampling": report_sampling,
     "synthesis": report_synthesis,
     "memory": report_memory,
+    "estimate": report_estimate,
     "matrix": report_matrix,
     "compiled": report_compiled,
 }

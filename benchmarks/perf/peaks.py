@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import multiprocessing
 import os
 import re
@@ -14,6 +16,7 @@ import torch
 from torch.autograd.profiler_util import EventList
 from torch.profiler import ProfilerActivity, profile
 
+from fewstep.distillation.estimate import estimate
 from perf.ours import LossOf, go, make_ours
 from perf.task import WARM, Task, script_of
 from perf.timing import settled
@@ -88,6 +91,39 @@ def peak_of(task: Task, who: str) -> int:
 
     run(task, who, {WARM: begin, WARM + STEPS: end})
     return found[0]
+
+
+def estimate_of(task: Task, who: str) -> tuple[int, int]:
+    """Bytes that a step of ours holds at most by the estimate, and measured beside the imported libraries."""
+    import diffusers
+    import transformers
+
+    loaded = [diffusers.UNet2DConditionModel, diffusers.AutoencoderKL, transformers.CLIPTextModel]  # before the start
+    if any(word.endswith("bit") for word in task.more):
+        loaded.append(importlib.import_module("bitsandbytes"))
+    gpu = task.device.startswith("cuda")
+    resident(reset=True)
+    before = 0 if gpu else resident()
+    ours = make_ours(replace(task, rounds=2 - WARM - 1))  # two steps
+
+    def begin() -> None:
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats() if gpu else resident(reset=True)
+
+    def around(loss: LossOf) -> LossOf:
+        numbers = iter(range(10**9))
+
+        def watched(batch: Any, rng: Any) -> Any:
+            if next(numbers) == 1:  # the optimiser's states are there
+                begin()
+            return loss(batch, rng)
+
+        return watched
+
+    go(ours, around)
+    found = torch.cuda.max_memory_allocated() if gpu else resident() - before
+    del loaded
+    return estimate(ours.run, ours.run.update_plan()).step_bytes, found
 
 
 def matrix_of(task: Task, who: str) -> float:

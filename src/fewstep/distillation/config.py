@@ -128,6 +128,16 @@ class DistillConfig(StagedConfig):
                 derivative = f"method.tangent.derivative = {self.method.tangent.derivative!r}"
                 refuse(loop.shard, derivative, "loop.shard = True", "finite")
                 refuse(loop.compile, derivative, "loop.compile = True", "finite")
+        if self.student.offload:
+            apart = "student.offload = True"
+            refuse(not self.student.checkpointing, "student.checkpointing = False", apart, True)
+            refuse(self.student.base == "8bit", "student.base = '8bit'", apart, "4bit")  # its layers keep the matrix
+            refuse(loop.shard, apart, "loop.shard = True", False)
+            refuse(loop.compile, "loop.compile = True", apart, False)
+            refuse(bool(self.validation.beside), apart, beside, False)
+            tangent = f"method.tangent.derivative = {self.method.tangent.derivative!r}"
+            forward = self.method.continuous and self.method.tangent.derivative != "finite"
+            refuse(forward, tangent, apart, "finite")
         if loop.shard:
             split = "loop.shard = True"
             refuse(loop.compile, "loop.compile = True", split, False)

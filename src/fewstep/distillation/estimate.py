@@ -34,6 +34,9 @@ from fewstep.training.update import Update
 TIMED = 16
 """Samples of the timed step if a whole micro-batch does not fit: the run is refused, and its time is a hint."""
 
+MOMENTS = {"adamw": 2.0, "adamw_8bit": 0.5, "muon": 1.0}
+"""Bytes of an optimiser's moments over those of the weights; scales, and what Muon leaves to AdamW, are not counted."""
+
 
 @dataclass(frozen=True)
 class ValidationCost:
@@ -89,8 +92,8 @@ class Estimated:
     Attributes:
         seconds_per_step: one timed step (forward, backward), after one to warm up.
         seconds: the whole run without validation.
-        weights_bytes: all roles' weights, shared storage counted once.
-        base_bytes: those of the teacher, which all adapters share.
+        weights_bytes: all roles' weights, shared storage counted once; on the device if blocks are in main memory.
+        base_bytes: those of the teacher, which all adapters share; on the device, too.
         trained_bytes: gradients, optimiser states and averages of what is trained.
         trained: bytes of each update's trained weights, by name.
         data_bytes: cached latents and text states, on disk.
@@ -102,6 +105,7 @@ class Estimated:
         too_large: why a step does not fit into this machine's memory, and what fits; empty if it fits.
         name: of the stage; empty for a run without stages.
         data: a line on what is used of the source and what is left out; empty if unknown.
+        offloaded_bytes: the teacher's blocks in main memory (`student.offload`).
     """
 
     seconds_per_step: float
@@ -119,6 +123,12 @@ class Estimated:
     too_large: str = ""
     name: str = ""
     data: str = ""
+    offloaded_bytes: int = 0
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of the device that a step holds at most: weights, what is trained, and activations."""
+        return self.weights_bytes + self.trained_bytes + self.saved_bytes
 
     def check(self) -> None:
         """Refuse a step that does not fit into memory."""
@@ -130,7 +140,9 @@ class Estimated:
         first = f"; {self.encoding_seconds / 60:.1f} min of encoding before" if self.encoding_seconds else ""
         peak = ""
         if self.peak_bytes is not None:
-            peak = f"; {self.peak_bytes / 2**20:.0f} MiB in all at a step's peak, before the optimiser's states"
+            peak = f"; {self.peak_bytes / 2**20:.0f} measured at a step's peak, before the optimiser's states"
+        if self.offloaded_bytes:
+            peak += f"; {self.offloaded_bytes / 2**20:.0f} MiB of blocks in main memory"
         adapters = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in self.trained.items())
         return [
             *([f"stage    {self.name}"] if self.name else []),
@@ -138,7 +150,8 @@ class Estimated:
             f"time     {self.seconds / 60:.1f} min ({self.seconds_per_step:.2f} s a step, timed here){first}",
             f"memory   {self.weights_bytes / 2**20:.0f} MiB weights (the base {self.base_bytes / 2**20:.0f}, once for "
             f"all roles; trained: {adapters}), {self.trained_bytes / 2**20:.0f} MiB gradients, "
-            f"optimiser and averages, {self.saved_bytes / 2**20:.0f} MiB activations{peak}",
+            f"optimiser and averages, {self.saved_bytes / 2**20:.0f} MiB activations: "
+            f"{self.step_bytes / 2**20:.0f} MiB{peak}",
             f"disk     {self.data_bytes / 2**20:.0f} MiB latents and text states, read as they are needed",
             f"calls    network evaluations a sample and step: {in_words(self.calls)}",
             *([self.validation.line()] if self.validation else []),
@@ -185,7 +198,7 @@ def estimate(
     config, loop, data, networks, fetch = run.config, run.config.loop, run.data, run.networks, fetch_of(run)
     own = max(1, loop.batch // processes.world_size())
     micro = max(1, own // loop.accumulate)
-    device = next(networks[0].parameters()).device
+    device = run.backbone.device
     on_gpu = device.type == "cuda"
     visited = visits or partial(order, loop.seed, len(data.latents))
 
@@ -239,13 +252,15 @@ def estimate(
         )
     embedded = run.backbone.embedded_guidance
     trained = {u.name: bytes_of(u.parameters.values()) for u in plan}
-    held = sum(size * (3 + bool(u.optim.ema)) for u, size in zip(plan, trained.values(), strict=True))
-    base = [p for name, p in networks[0].named_parameters() if "lora_" not in name]
+    kept = {u.name: 1 + MOMENTS[u.optim.kind] + bool(u.optim.ema) for u in plan}
+    held = round(sum(size * kept[name] for name, size in trained.items()))
+    adapters = bytes_of(p for name, p in networks[0].named_parameters() if "lora_" in name)
+    apart, slots = (run.offloaded.storages, run.offloaded.device_bytes) if run.offloaded else (set(), 0)
     return Estimated(
         spent,
         spent * loop.steps,
-        unique_bytes(*networks),
-        bytes_of(base),
+        unique_bytes(*networks, apart=apart) + slots,
+        unique_bytes(networks[0], apart=apart) + slots - adapters,
         held,
         trained,
         kept_bytes(data.latents) + sum(kept_bytes(rows) for rows in data.table.values()),
@@ -254,4 +269,5 @@ def estimate(
         torch.cuda.max_memory_allocated(device) if on_gpu else None,
         validation=validation_cost(config, spent, embedded=embedded),
         too_large=too_large,
+        offloaded_bytes=run.offloaded.host_bytes if run.offloaded else 0,
     )

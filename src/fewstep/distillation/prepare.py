@@ -34,6 +34,7 @@ from fewstep.methods.adversarial import FeatureCritic
 from fewstep.methods.distances import network_distance_of
 from fewstep.methods.terms import FrozenNetworks
 from fewstep.methods.update_plan import make_update_plan, roles_of
+from fewstep.training.offload import OffloadedBlocks
 from fewstep.training.roles import networks_of
 from fewstep.training.student import Student, make_student
 from fewstep.training.update import Update
@@ -53,6 +54,7 @@ class Run:
         nfe_counter: counts the training's network evaluations.
         frozen: frozen networks of the loss beside the teacher.
         frozen_inputs: their fingerprints, among the run's inputs.
+        offloaded: the teacher's blocks in main memory, if they are there.
     """
 
     config: DistillConfig
@@ -66,6 +68,7 @@ class Run:
     nfe_counter: NfeCounter
     frozen: FrozenNetworks
     frozen_inputs: Mapping[str, str]
+    offloaded: OffloadedBlocks | None = None
 
     @property
     def counted(self) -> Denoiser:
@@ -229,10 +232,13 @@ def lay_out(config: DistillConfig, backbone: Backbone, encoded: EncodedData, lat
         compute,
         backbone.device,
     )
+    offloaded = None
+    if config.student.offload:
+        offloaded = OffloadedBlocks(backbone.network, backbone.device, student.roles.recompute)
     for network in [*networks_of(student.roles), *student.extra_conditioning.values()]:
         if config.loop.shard:
             shard(network, backbone.device, compute)
-        else:
+        elif not (offloaded and network is backbone.network):
             network.to(backbone.device)
     source, captioned, data, trajectories = encoded
     if config.loop.compile:
@@ -240,4 +246,5 @@ def lay_out(config: DistillConfig, backbone: Backbone, encoded: EncodedData, lat
         compile_networks(networks_of(student.roles), shapes=shapes)
     denoiser = Denoiser(student.call, backbone.path, backbone.prediction, backbone.embedded_guidance)
     frozen = load_frozen_networks(config, backbone, data.prompts, latent_lpips)
-    return Run(config, backbone, source, captioned, data, trajectories, student, denoiser, NfeCounter(), *frozen)
+    counter = NfeCounter()
+    return Run(config, backbone, source, captioned, data, trajectories, student, denoiser, counter, *frozen, offloaded)

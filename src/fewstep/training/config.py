@@ -87,6 +87,9 @@ class StudentConfig(Config):
     alpha: float | None = Field(None, gt=0, description="LoRA alpha; null for the rank, i.e. scale 1")
     targets: tuple[str, ...] | None = Field(None, description="adapted layers; null for the backbone's list")
     checkpointing: bool = Field(False, description="gradient checkpointing: less memory, one more forward")
+    offload: bool = Field(
+        False, description="keep the frozen network's blocks in main memory, two on the device at a time"
+    )
     base: BaseFormat = Field(
         "fp32", description="format of frozen weights: fp32, bf16, or 8bit, 4bit (their matrices, by bitsandbytes)"
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ def quantize(
     compute: torch.dtype,
     apart: Collection[nn.Module],
     device: torch.device | None = None,
+    stay: bool = True,
 ) -> None:
     """Convert a frozen network's weights in place.
 
@@ -26,7 +28,8 @@ def quantize(
         kept: fp32 for no change; bf16 for all weights; 8bit and 4bit for the matrices of linear layers.
         compute: dtype that layers in 4 bits compute in.
         apart: modules that are not quantized to 8 and 4 bits: time embedding and output layers.
-        device: where matrices are quantized, one after another, and stay; by default where they are.
+        device: where matrices are quantized, one after another; by default where they are.
+        stay: whether they stay there; else they return to where they were.
     """
     if kept == "bf16":
         network.to(torch.bfloat16)
@@ -35,7 +38,8 @@ def quantize(
         for parent in list(network.modules()):
             for name, child in list(parent.named_children()):
                 if type(child) is nn.Linear and id(child) not in spared:
-                    setattr(parent, name, _narrow(child, kept, compute, device))
+                    narrow = _narrow(child, kept, compute, device)
+                    setattr(parent, name, narrow if stay else narrow.to(child.weight.device))
         setattr(network, f"is_loaded_in_{kept}", True)  # PEFT chooses its layers by this
 
 
@@ -56,3 +60,13 @@ def _narrow(layer: nn.Linear, kept: BaseFormat, compute: torch.dtype, device: to
     if bias:
         narrow.bias = layer.bias
     return narrow.to(device or layer.weight.device).train(layer.training)
+
+
+def quantized_parts(parameter: nn.Parameter) -> Iterator[tuple[Any, str]]:
+    """Yield (owner, attribute) of the tensors beside a matrix in 4 bits: scales, their own scales, and codes."""
+    state = getattr(parameter, "quant_state", None)
+    if state is None:
+        return
+    yield from ((state, name) for name in ("absmax", "code"))
+    if state.nested:
+        yield from ((state, "offset"), (state.state2, "absmax"), (state.state2, "code"))

@@ -60,21 +60,23 @@ class AdapterRoles:
         named = resharded(self.network).named_parameters()
         return {n.replace(tag, "."): p for n, p in named if tag in n and "lora_" in n}
 
+    def recompute(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a block, and again in the backward pass, in the role of the first call."""
+        if torch.compiler.is_compiling():  # a graph is compiled for one role
+            return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False, **kwargs)
+        role = self._active
+
+        def again(*args: Any, **kwargs: Any) -> Any:
+            with self.use(role):
+                return block(*args, **kwargs)
+
+        return torch.utils.checkpoint.checkpoint(again, *args, use_reentrant=False, **kwargs)
+
     def checkpointing(self) -> None:
         """Turn on gradient checkpointing that re-enters the role."""
-
-        def run(block: Callable[..., Any], *args: Any) -> Any:
-            if torch.compiler.is_compiling():  # a graph is compiled for one role
-                return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
-            role = self._active
-
-            def again(*inputs: Any) -> Any:
-                with self.use(role):
-                    return block(*inputs)
-
-            return torch.utils.checkpoint.checkpoint(again, *args, use_reentrant=False)
-
-        self.network.enable_gradient_checkpointing(gradient_checkpointing_func=run)  # type: ignore[operator]
+        self.network.enable_gradient_checkpointing(  # type: ignore[operator]
+            gradient_checkpointing_func=self.recompute
+        )
 
 
 class SeparateRoles:
@@ -91,6 +93,10 @@ class SeparateRoles:
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
         """Return all weights of the role's network."""
         return dict(resharded(self.networks[role]).named_parameters())
+
+    def recompute(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a block, and again in the backward pass."""
+        return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False, **kwargs)
 
     def checkpointing(self) -> None:
         """Turn on gradient checkpointing in every network."""

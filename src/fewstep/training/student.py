@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from fewstep.common.sharding import local_part
 from fewstep.diffusion.denoiser import BASE, FAKE, Call, Condition
 from fewstep.diffusion.time_conditioning import EXTRA_PREFIX, ExtraEmbedding, ExtraEmbeddingHook, split_extra
 from fewstep.training.config import StudentConfig
-from fewstep.training.quantization import quantize
+from fewstep.training.quantization import quantize, quantized_parts
 from fewstep.training.roles import AdapterRoles, Roles, SeparateRoles, add_adapter, copy_role
 
 
@@ -106,7 +106,8 @@ def make_student(
             host.add_guidance_embedding(networks[role])
     if config.base != "fp32":
         outlet = host.network.get_submodule(host.outlets[0])
-        quantize(host.network, config.base, compute, [host.time_embedding(host.network), outlet], device)
+        wide = [host.time_embedding(host.network), outlet]
+        quantize(host.network, config.base, compute, wide, device, stay=not config.offload)
     if config.kind == "lora":
         targets = list(config.targets or host.targets)
         for role in roles:
@@ -125,7 +126,7 @@ def make_student(
             parameter.requires_grad_(role in (roles[0], FAKE))
         if role not in (roles[0], FAKE):
             copy_role(first, student.parameters(role))
-    if config.checkpointing:
+    if config.checkpointing and not (config.offload and config.kind == "lora"):  # whose blocks recompute themselves
         made.checkpointing()
     return student
 
@@ -149,11 +150,16 @@ def _call(host: Host, made: Roles, networks: Mapping[str, nn.Module], embeddings
     return call
 
 
-def unique_bytes(*networks: nn.Module) -> int:
-    """Return the bytes of distinct storage of all parameters of this process: a shared base counts once."""
+def unique_bytes(*networks: nn.Module, apart: Container[int] = ()) -> int:
+    """Return the bytes of distinct storage of all parameters of this process: a shared base counts once.
+
+    Args:
+        apart: addresses of storages that do not count.
+    """
     seen: dict[int, int] = {}
-    for network in networks:
-        for parameter in network.parameters():
-            storage: torch.UntypedStorage = local_part(parameter).untyped_storage()
+    for parameter in (p for network in networks for p in network.parameters()):
+        scales = (getattr(owner, name) for owner, name in quantized_parts(parameter))
+        for tensor in (parameter, *scales):
+            storage: torch.UntypedStorage = local_part(tensor).untyped_storage()
             seen[storage.data_ptr()] = storage.nbytes()
-    return sum(seen.values())
+    return sum(size for address, size in seen.items() if address not in apart)
