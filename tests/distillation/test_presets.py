@@ -50,6 +50,7 @@ def test_the_estimate_of_each_file_fits(model: str, memory: int, source: str) ->
     plan = Plan(
         "pictures" if source == "pictures" else "set" if drawn else "rollout",
         config.student.base,  # type: ignore[arg-type]
+        config.student.offload,
         config.student.rank,
         config.student.checkpointing,
         micro,
@@ -71,7 +72,7 @@ def test_more_memory_is_never_worse(model: str) -> None:
     plans = [plan for memory in MEMORY if (plan := choose(MODELS[model], memory, True))]
     for small, large in pairwise(plans):
         assert large.rank >= small.rank
-        assert (large.base, small.base) != ("4bit", "bf16")
+        assert large.rank > small.rank or large.offload <= small.offload
         assert large.validates >= small.validates
         assert large.micro_batch * (1 + 9 * (not large.checkpointing)) >= small.micro_batch
 
@@ -79,7 +80,7 @@ def test_more_memory_is_never_worse(model: str) -> None:
 def test_a_phase_that_is_too_large_does_not_fit() -> None:
     """The memory of each phase is counted with what else is held in it, by hand for one plan."""
     model = MODELS["sdxl"]
-    plan = Plan("pictures", "bf16", 16, True, 4, "fp32", True)
+    plan = Plan("pictures", "bf16", False, 16, True, 4, "fp32", True)
     held = phases(model, plan)
     adapter = 16 * model.adapter
     assert held["step"] * GIB == pytest.approx(
@@ -88,6 +89,9 @@ def test_a_phase_that_is_too_large_does_not_fit() -> None:
     most = max(held.values()) * GIB / 1e9
     assert fits(model, plan, int(most) + 1)
     assert not fits(model, plan, int(most))
+    moved = phases(model, plan._replace(offload=True))
+    blocks = model.weights - model.outside - 2 * model.largest
+    assert (held["step"] - moved["step"]) * GIB == pytest.approx(2 * blocks)
     narrow = phases(model, plan._replace(base="4bit"))
     left = 4 * (model.weights - model.matrices) + 0.56 * model.matrices
     assert (held["step"] - narrow["step"]) * GIB == pytest.approx(2 * model.weights - left)
@@ -152,6 +156,7 @@ def test_the_counts_are_those_of_the_real_networks(model: str, name: str) -> Non
     from torch import nn
 
     from fewstep.training.live_bytes import LiveBytes
+    from fewstep.training.offload import swapped_blocks
     from fewstep.training.roles import add_adapter
 
     shape, known = scale.SHAPES[name], MODELS[model]
@@ -159,6 +164,8 @@ def test_the_counts_are_those_of_the_real_networks(model: str, name: str) -> Non
         network = shape.network().requires_grad_(False)
         linear = sum(module.weight.numel() for module in network.modules() if type(module) is nn.Linear)
         assert sum(weight.numel() for weight in network.parameters()) == known.weights
+        blocks = [sum(weight.numel() for weight in block.parameters()) for block in swapped_blocks(network)]
+        assert (max(blocks), known.weights - sum(blocks)) == (known.largest, known.outside)
         assert known.matrices == pytest.approx(linear, rel=0.02)  # time embedding and output layers stay wide
         with torch.no_grad(), LiveBytes() as drawn:
             shape.call(network, 1)

@@ -63,7 +63,7 @@ def preset_yaml(model: Model, plan: Plan, names: Names, memory: int) -> str:
     }[plan.source]
     steps = commands(model, plan, names, memory)
     rollout = ["  start: rollout  # each sample starts on up to 8 of the teacher's steps from noise"]
-    quantized = "  # needs pip install 'fewstep[quantize]'" if plan.base == "4bit" else ""
+    offload = f"  offload: true  # blocks of the frozen network in main memory, {2 * model.weights / 1e9:.0f} GB"
     elsewhere = [
         f"# The LoRA is in {names.run}/student. Draw with it in ComfyUI, or in diffusers with offloading:",
         f"# `fewstep sample` holds {drawing(model):.0f} GiB, the encoders among them.",
@@ -81,8 +81,9 @@ def preset_yaml(model: Model, plan: Plan, names: Names, memory: int) -> str:
         *(rollout if plan.source == "rollout" else []),
         "student:",
         f"  rank: {plan.rank}",
-        f"  base: {plan.base}{quantized}",
+        f"  base: {plan.base}",
         f"  checkpointing: {str(plan.checkpointing).lower()}  # true saves memory and takes a quarter more time",
+        *([offload] if plan.offload else []),
         "data:",
         f"  source: {_quoted(source[0])}  # {source[1]}",
         f"  encoder_precision: {plan.encoder_precision}",

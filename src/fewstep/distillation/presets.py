@@ -48,6 +48,8 @@ class Model:
     guidance: tuple[float, float]
     weights: int
     matrices: int
+    largest: int
+    outside: int
     adapter: int
     held: float
     recomputed: float
@@ -66,8 +68,8 @@ class Model:
 
 Base = Literal["bf16", "4bit"]
 EncoderPrecision = Literal["fp32", "bf16"]
-Sizes = list[tuple[int, bool, int]]
-"""Rank, whether activations are recomputed, and samples of a micro-batch."""
+Sizes = list[tuple[int, bool, int, bool]]
+"""Rank, whether activations are recomputed, samples of a micro-batch, and whether blocks are in main memory."""
 
 
 class Plan(NamedTuple):
@@ -75,6 +77,7 @@ class Plan(NamedTuple):
 
     source: Source
     base: Base
+    offload: bool
     rank: int
     checkpointing: bool
     micro_batch: int
@@ -87,10 +90,17 @@ MODELS = {name: TypeAdapter(Model).validate_python(row) for name, row in _ROWS.i
 """Name -> model."""
 
 
+def base_bytes(model: Model, base: Base, offload: bool) -> float:
+    """Return the bytes of frozen weights on the GPU; with `offload` two blocks and what is outside of them."""
+    if base == "bf16":
+        return 2 * (2 * model.largest + model.outside if offload else model.weights)
+    return BYTES_4BIT * model.matrices + 4 * (model.weights - model.matrices)
+
+
 def phases(model: Model, plan: Plan) -> dict[str, float]:
     """Return the GiB that each phase of a plan holds on the GPU, by the phase's name."""
     bf16 = 2 * model.weights / GIB
-    base = bf16 if plan.base == "bf16" else (BYTES_4BIT * model.matrices + 4 * (model.weights - model.matrices)) / GIB
+    base = base_bytes(model, plan.base, plan.offload) / GIB
     adapter = plan.rank * model.adapter / GIB
     encoders = model.encoders * (4 if plan.encoder_precision == "fp32" else 2) / GIB
     autoencoder = 4 * model.autoencoder / GIB
@@ -129,16 +139,19 @@ def plans(pictures: bool) -> Iterator[Plan]:
         pictures: whether there are pictures; else prompts alone.
     """
     sources: tuple[Source, ...] = ("pictures",) if pictures else ("set", "rollout")
-    whole = [(64, False, size) for size in (BATCH, 16, 8)]
-    recomputed = [(rank, True, size) for rank in (64, 32, 16) for size in (BATCH, 16, 8, 4, 2)]
-    ample: list[tuple[Base, Sizes]] = [("bf16", [*whole, *recomputed]), ("4bit", recomputed)]
-    last: tuple[Base, Sizes] = ("4bit", [(rank, True, 1) for rank in (64, 32, 16, 8)])
+    whole: Sizes = [(64, False, size, False) for size in (BATCH, 16, 8)]
+    recomputed: Sizes = [
+        (rank, True, size, offload)
+        for rank in (64, 32, 16)
+        for size in (BATCH, 16, 8, 4, 2)
+        for offload in ((False, True) if size <= 4 else (False,))
+    ]
+    last: Sizes = [(rank, True, 1, True) for rank in (64, 32, 16, 8)]
     precisions: tuple[EncoderPrecision, ...] = ("fp32", "bf16")
     for source in sources:
-        for validates, (base, sizes) in [*product((True, False), ample), (True, last), (False, last)]:
-            for encoders in precisions:
-                for rank, checkpointing, size in sizes:
-                    yield Plan(source, base, rank, checkpointing, size, encoders, validates)
+        for sizes, validates in product(([*whole, *recomputed], last), (True, False)):
+            for (rank, checkpointing, size, offload), encoders in product(sizes, precisions):
+                yield Plan(source, "bf16", offload, rank, checkpointing, size, encoders, validates)
 
 
 def choose(model: Model, memory: int, pictures: bool) -> Plan | None:
