@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import tempfile
+import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -22,6 +23,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 import pytest
 
 from support.shapes import COLOURS, SHAPES, draw_shape
+
+STARTED = time.monotonic()
 
 WORDS = ["red", "green", "blue", "yellow", "disc", "square", "ring", "bar", "a", "on", "white", ",", "style"]
 
@@ -139,14 +142,34 @@ def sticker_sheets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Limit the time of a run, and choose what it begins with."""
+    parser.addoption("--minutes", type=float, default=float("inf"), help="skip tests that would begin later than this")
+    parser.addoption("--commit", default="0", help="hexadecimal number that chooses the first test; the order wraps")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test that would begin after the time limit."""
+    if time.monotonic() - STARTED > 60 * item.config.getoption("--minutes"):
+        pytest.skip("the time limit is over")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begin with another test for each commit, so that a time limit leaves out other tests each time."""
+    if session.items:
+        first = int(session.config.getoption("--commit"), 16) % len(session.items)
+        session.items[:] = session.items[first:] + session.items[:first]
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the sets of a `matrix` test slow that hold no value of a parameter for the first time."""
+    """Mark the sets of a `matrix` test that hold no value of a parameter for the first time as `exhaustive`."""
     seen: set[tuple[str, str, str]] = set()
     for item in items:
         if isinstance(item, pytest.Function) and item.get_closest_marker("matrix"):
             test = item.nodeid.partition("[")[0]
             values = {(test, name, repr(value)) for name, value in item.callspec.params.items()}
             if values <= seen:
-                item.add_marker("slow")
+                item.add_marker("exhaustive")
             seen |= values

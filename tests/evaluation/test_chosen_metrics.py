@@ -187,7 +187,7 @@ def test_what_is_refused_before_anything_is_drawn(
 
     assert refused("12 prompts; fid needs at least 500", "fid").field == "prompt_file"
     assert refused("compares with a teacher", "kid_teacher").field == "metrics"
-    assert refused("holds no folder 'ic9600'", suite="tcd").field == "weights"
+    assert refused("--skip-unavailable.*complexity: .*/ic9600; image_reward: ", suite="tcd").field == "weights"
     many = tmp_path / "many.txt"
     many.write_text("a red disc\n" * 500, encoding="utf-8")
     assert refused("16 pictures; fid needs at least 500", "fid", prompt_file=many, real=picture_folder).field == "real"
@@ -198,6 +198,22 @@ def test_what_is_refused_before_anything_is_drawn(
     assert caught.value.field == "steps"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     refused(r"torch_fidelity, which is not installed.*\[fidelity\]", "kid", real=picture_folder)
+
+
+def test_what_cannot_be_measured_is_named_and_the_rest_is(
+    prompt_file: Path, tiny_pipeline: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Missing weights and too few pictures; a run with nothing left to measure is refused."""
+    own = {"prompt_file": prompt_file, "lora": None, "teacher": str(tiny_pipeline), "steps": 1, "device": "cpu"}
+    chosen = ["clip", "complexity", "fid", "aesthetic"]
+    figures = api.evaluate(metrics=chosen, weights=weights, skip_unavailable=True, out=tmp_path / "out", **own)
+    assert list(figures) == ["CLIP score", "aesthetic v2"]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out")]
+    assert [line.split(":")[0] for line in lines] == ["left out complexity", "left out fid"]
+    for names, field in ((["complexity"], "weights"), (["fid"], "prompt_file")):
+        with pytest.raises(UserError) as caught:
+            api.evaluate(metrics=names, weights=weights, skip_unavailable=True, out=tmp_path / "none", **own)
+        assert caught.value.field == field
 
 
 def test_sets_are_compared_with_the_teachers_pictures() -> None:

@@ -37,14 +37,19 @@ def drawn(teacher: Path, lora: Path | None, prompt: str, seed: int, settings: di
     return np.asarray(picture)
 
 
-@pytest.mark.parametrize("lora", ["own", None])
+@pytest.mark.parametrize(("lora", "negative"), [("own", ""), ("own", '--it\'s "blue"'), (None, "")])
 def test_the_command_draws_the_same(
-    tiny_pipeline: Path, loras: dict[str, Path], lora: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_pipeline: Path,
+    loras: dict[str, Path],
+    lora: str | None,
+    negative: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     place = loras[lora] if lora else None
     settings = {"steps": 2, "size": (96, 64), **({"gamma": 0.7} if lora else {"omega": 1.5})}
-    text = as_command(HOSTILE, 11, settings, teacher=tiny_pipeline, student=place or "none")
+    text = as_command(HOSTILE, 11, settings, negative, teacher=tiny_pipeline, student=place or "none")
     words = subprocess.run(
         ["bash", "-c", f'fewstep() {{ printf "%s\\0" "$@"; }}\n{text}'], capture_output=True, text=True, check=True
     ).stdout.split("\0")[:-1]
@@ -54,20 +59,28 @@ def test_the_command_draws_the_same(
         cli.main([*words, "--scale", "1", "--device", "cpu"])
     assert ended.value.code == 0
     picture = np.asarray(Image.open("picture.png").convert("RGB"))
-    np.testing.assert_array_equal(picture, drawn(tiny_pipeline, place, HOSTILE, 11, settings))
+    expected = drawn(tiny_pipeline, place, HOSTILE, 11, settings | {"negative_prompt": negative})
+    np.testing.assert_array_equal(picture, expected)
 
 
-@pytest.mark.parametrize("lora", ["own", "other", None])
-def test_the_code_draws_the_same(tiny_pipeline: Path, loras: dict[str, Path], lora: str | None) -> None:
+@pytest.mark.parametrize(
+    ("lora", "negative", "omega"),
+    [("own", "", 0), ("other", "", 0), (None, "", 0), ("own", "it's blue", 0), ("own", "it's blue", 2.0)],
+)
+def test_the_code_draws_the_same(
+    tiny_pipeline: Path, loras: dict[str, Path], lora: str | None, negative: str, omega: float
+) -> None:
     """By diffusers for students, by fewstep for a teacher's solver."""
     place = loras[lora] if lora else None
     folder = read_folder(tiny_pipeline)
     settings = {"steps": 3, **({"gamma": 0.4, "size": (96, 64)} if lora else {"omega": 2.0})}
+    settings |= {"omega": omega} if omega else {}
     student, sampling, _ = resolve_student(folder, place, settings)
-    text = as_code("a red disc", 12, settings, folder=folder, student=student, sampling=sampling)
+    text = as_code("a red disc", 12, settings, negative, folder=folder, student=student, sampling=sampling)
     assert ("diffusers" in text) == (lora is not None)
     names: dict[str, Any] = {}
     exec(compile(text, "copied", "exec"), names)
+    settings |= {"negative_prompt": negative}
     picture, expected = np.asarray(names["picture"]), drawn(tiny_pipeline, place, "a red disc", 12, settings)
     assert picture.shape == expected.shape
     assert np.abs(picture.astype(int) - expected.astype(int)).max() <= 2

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+import fewstep
+
 pytest.importorskip("gradio", reason="the extra app is not installed")
 
 from fewstep.common.errors import UserError
@@ -18,7 +20,7 @@ from fewstep.web_app.models import Models, Request
 from fewstep.web_app.page import Page, Session, guarded
 from support.random_lora import random_lora
 
-TYPED = {"seed": 3, "steps": 2, "gamma": 0.3, "omega": 0.0, "size": "64x64"}
+TYPED = {"seed": 3, "steps": 2, "gamma": 0.3, "omega": 0.0, "size": "64x64", "negative": ""}
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +94,22 @@ def test_the_teachers_picture_stops_at_a_new_key(page: Page, place: Path) -> Non
         assert guarded(2, page.compare)(session, True, 3, 2.0)[0] == {"__type__": "update"}
 
 
+def test_pictures_are_led_away_from_the_negative_prompt(page: Page, place: Path) -> None:
+    """The student's at no guidance, and the teacher's beside it at its own."""
+    session, plain = Session(), Session()
+    page.draw(plain, True, *values(place))
+    page.draw(session, True, *values(place, negative="blue squares"))
+    model = fewstep.load(place / "teacher", place / "first", device="cpu")
+    assert session.drawn is not None
+    assert plain.drawn is not None
+    (expected,) = model.draw("three frogs", 3, steps=2, gamma=0.3, negative_prompt="blue squares")
+    np.testing.assert_array_equal(np.asarray(session.drawn.picture), np.asarray(expected))
+    assert session.drawn.picture.tobytes() != plain.drawn.picture.tobytes()
+    (_, teacher), _ = page.compare(session, True, 3, 2.0)
+    (_, without), _ = page.compare(plain, True, 3, 2.0)
+    assert teacher.tobytes() != without.tobytes()
+
+
 def test_a_sheet_shows_the_pictures_that_are_drawn_one_by_one(page: Page, place: Path) -> None:
     sheets = [sheet for sheet, _ in page.sheet([1, 2], [0.0, 1.0], [], *values(place))]
     assert len(sheets) == 2
@@ -109,11 +127,11 @@ def test_a_sheet_shows_the_pictures_that_are_drawn_one_by_one(page: Page, place:
 
 def test_kept_settings_are_restored(page: Page, place: Path) -> None:
     session = Session()
-    page.draw(session, True, *values(place, "a cat <b>above</b> a house", seed=8, gamma=0.7))
+    page.draw(session, True, *values(place, "a cat <b>above</b> a house", seed=8, gamma=0.7, negative=" blue "))
     files, _ = page.keep(session)
     event: Any = type("Event", (), {"value": {"image": {"path": files[0]}}})
     *restored, about = page.restore(event)
-    assert restored == ["a cat <b>above</b> a house", 8, 2, 0.7, 0.0, "64x64"]
+    assert restored == ["a cat <b>above</b> a house", "blue", 8, 2, 0.7, 0.0, "64x64"]
     assert "<b>" not in about
     assert session.drawn is not None
     assert json.loads(session.drawn.text["fewstep"])["student"] == "first"

@@ -197,15 +197,19 @@ def test_illegal_settings_are_refused_before_the_training(tmp_path: Path) -> Non
 def test_the_verb_draws_its_figure(tmp_path: Path) -> None:
     from PIL import Image
 
-    words = ["base_steps=3", "loop.steps=3", "count=200", "shown=200", "steps=[1,2]", "width=16", "loop.batch=16"]
-    figure = playground("lcm, tcd-s", out=tmp_path / "play", overrides=words)
+    words = ["base_steps=3", "count=200", "shown=200", "steps=[1,2]", "width=16", "loop.batch=16"]
+    figure = playground("lcm, tcd-s", out=tmp_path / "play", seeds=2, evaluations=3 * 16 * 5, overrides=words)
     with Image.open(figure) as image:
         assert image.size[0] > 500
     figures = read_json(tmp_path / "play" / "figures.json")
     assert figures.keys() == {"lcm", "tcd-s"}
-    assert len(figures["tcd-s"]["energy"]) == 6
+    one, other = (figures["tcd-s"][seed]["energy"] for seed in (0, 1))
+    assert len(one) == 6
+    assert one != other
     rows = (tmp_path / "play" / "table.md").read_text().splitlines()
     assert [row.split(" | ")[0] for row in rows[2:]] == ["| lcm", *["| tcd-s"] * 3]
+    assert f"{(one[0]['energy'] + other[0]['energy']) / 2:.4f}" in rows[3]
+    assert all(row.split(" | ")[-1].rstrip(" |") == "3" for row in rows[2:]), "three steps of 16 at 5 evaluations"
     with pytest.raises(UserError, match="tdc"):
         playground(["tdc"], out=tmp_path / "no")
     with pytest.raises(UserError) as error:

@@ -46,7 +46,9 @@ DISTIL, USE, EVALUATE, OTHER = (
 """Headings of the command's help."""
 app = App(
     "fewstep",
-    help="Distil a text-to-image diffusion model into one that needs 2 to 8 network evaluations; sample, measure it.",
+    help="Distil a text-to-image diffusion model into one that needs 2 to 8 network evaluations; sample, measure it."
+    '\n\nExample: fewstep sample "three frogs on yellow" --out frogs.png\n\n'
+    "Example: fewstep init --model sdxl --memory 24 --teacher PIPELINE --pictures pictures/",
     help_format="plaintext",
     version=lambda: metadata.version("fewstep"),
     group_commands=OTHER,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -34,6 +34,7 @@ def evaluate(
     suite: str | None = None,
     metrics: str | Sequence[str] = (),
     weights: Path | str | None = None,
+    skip_unavailable: bool = False,
     split: str = "",
     steps: int | Sequence[int] | None = None,
     gamma: float | Sequence[float] | None = None,
@@ -71,6 +72,8 @@ def evaluate(
         suite: columns of a paper's table, tcd, tlcm or sdxl, in place of the usual metrics.
         metrics: further standard metrics, such as fid, fid_teacher or clip:FOLDER; docs/guide/metrics.md lists them.
         weights: folder of the networks' folders; if omitted, weights in the cache, then the hub.
+        skip_unavailable: leave metrics out whose weights are missing, or for which pictures are too few or too small;
+            name each and its remedy, in place of refusing.
         split: name of the prompts and real pictures for the record, such as coco2017-val; if omitted, the files' names.
         steps: network evaluations of a picture, one or several.
         gamma: stochasticity of sampler sss, 0 to 1, one or several.
@@ -107,9 +110,11 @@ def evaluate(
     check_positive("batch", batch)
     omega = omega_given(omega, guidance_scale)
     prompts = read_prompts(prompt_file, "prompt_file")
-    chosen = choose(suite, [metrics] if isinstance(metrics, str) else metrics, Path(weights) if weights else None)
+    names, folders = [metrics] if isinstance(metrics, str) else metrics, Path(weights) if weights else None
+    chosen = choose(suite, names, folders, skip_unavailable=skip_unavailable)
     real_files = None if real is None else find_real(Path(real))
-    check_count(len(prompts), real_files, chosen)
+    if not chosen:
+        check_count(len(prompts), KID_FEWEST, "KID")
     check_seed(seed, 8 * len(prompts))
     folder = read_teacher(teacher, teacher_config)
     students = [
@@ -127,7 +132,9 @@ def evaluate(
         raise UserError(
             f"reference = {str(base.path)!r} draws {seen} pixels a side, the student {width}; use its teacher"
         )
-    check_chosen(chosen, width, other is not None)
+    many = len(prompts), None if real_files is None else len(real_files)
+    fits = partial(check_chosen, many=many, side=width, teacher=other is not None)
+    chosen = available(chosen, fits, skip_unavailable)
     if real is None and (not chosen or any(each.to_real for each in chosen)):
         check_world_size(width, "real")
     own = end_point_sampling(base)
@@ -170,43 +177,62 @@ def several(value: T | Sequence[T] | None) -> Sequence[T | None]:
     return value if isinstance(value, Sequence) and not isinstance(value, str) and value else [value]  # type: ignore[list-item]
 
 
-def check_count(prompts: int, real: Sequence[Path] | None, chosen: Sequence[Chosen]) -> None:
-    """Refuse fewer prompts, or fewer real pictures, than a metric needs pictures."""
-    from fewstep.evaluation.standard.registry import fewest_pictures
-
-    fewest, name = fewest_pictures(chosen) if chosen else (KID_FEWEST, "KID")
+def check_count(prompts: int, fewest: int, name: str) -> None:
+    """Refuse fewer prompts than a metric needs pictures."""
     if prompts < fewest:
         raise UserError(
             f"prompt_file holds {prompts} prompts; {name} needs at least {fewest} pictures", field="prompt_file"
         )
-    fewest, name = fewest_pictures(each for each in chosen if each.to_real)
-    if real is not None and len(real) < fewest:
-        raise UserError(f"real holds {len(real)} pictures; {name} needs at least {fewest}", field="real")
 
 
-def check_chosen(chosen: Sequence[Chosen], side: int, teacher: bool) -> None:
-    """Refuse metrics of pictures that are too small, or of a teacher where there is none."""
+def check_chosen(each: Chosen, *, many: tuple[int, int | None], side: int, teacher: bool) -> None:
+    """Refuse a metric of too few or too small pictures, of a teacher where there is none, or without its packages.
+
+    Args:
+        many: prompts, and real pictures of a folder.
+        side: of the pictures, in pixels.
+    """
+    from fewstep.common.extras import INCEPTION_PACKAGES, check_installed
     from fewstep.evaluation.standard.registry import TEACHER
 
-    for each in chosen:
-        if side < each.metric.smallest:
-            raise UserError(
-                f"metrics = {each.name!r} needs pictures of {each.metric.smallest} pixels a side, not {side}; use 'fid'"
-            )
-        if each.to_teacher and not teacher:
-            raise UserError(f"metrics = {each.name + TEACHER!r} compares with a teacher; give --lora or --reference")
+    prompts, real = many
+    check_count(prompts, each.metric.fewest, each.name)
+    if real is not None and each.to_real and real < each.metric.fewest:
+        raise UserError(f"real holds {real} pictures; {each.name} needs at least {each.metric.fewest}", field="real")
+    if side < each.metric.smallest:
+        raise UserError(
+            f"metrics = {each.name!r} needs pictures of {each.metric.smallest} pixels a side, not {side}; use 'fid'"
+        )
+    if each.to_teacher and not teacher:
+        raise UserError(f"metrics = {each.name + TEACHER!r} compares with a teacher; give --lora or --reference")
+    if "inception" in each.models:
+        check_installed("FID", INCEPTION_PACKAGES, "fidelity")
+
+
+def available(chosen: Sequence[Chosen], check: Callable[[Chosen], None], skip: bool) -> list[Chosen]:
+    """Return the metrics that pass a check; print a line for each other one, or raise its error if none is skipped."""
+    from fewstep.common.messages import logger
+
+    kept = []
+    for place, each in enumerate(chosen, 1):
+        try:
+            check(each)
+            kept.append(each)
+        except UserError as error:
+            if not skip or (place == len(chosen) and not kept):
+                raise
+            logger.info("left out %s: %s", each.column.metric, error)
+    return kept
 
 
 def check_packages(chosen: Sequence[Chosen], bundled: bool, sweep: bool) -> None:
     """Refuse metrics, and curves, whose packages are not installed."""
-    from fewstep.common.extras import INCEPTION_PACKAGES, check_installed
+    from fewstep.common.extras import check_installed
 
     if not chosen or (bundled and any(each.to_real for each in chosen)):
         check_installed("evaluate")
     elif sweep:
         check_installed("curves", ("matplotlib",))
-    if any("inception" in each.models for each in chosen):
-        check_installed("FID", INCEPTION_PACKAGES, "fidelity")
 
 
 def figure_table(figures: Mapping[str, Figure]) -> str:

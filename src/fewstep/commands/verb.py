@@ -22,7 +22,7 @@ OPTION_GROUPS = {
             "Input": "prompts prompt_file negative_prompt pictures pairs folders image strength "
             "real reference reference_omega split",
             "Sampling": "steps gamma omega guidance_scale sampler width height seed count",
-            "Metrics": "suite metrics weights",
+            "Metrics": "suite metrics weights skip_unavailable",
             "Settings": "recipe config overrides settings",
             "Output": "out format scale form push quiet",
             "Machine": "device precision compile batch host port dry_run",

@@ -19,6 +19,7 @@ def as_command(
     prompt: str,
     seed: int,
     settings: Mapping[str, Any],
+    negative_prompt: str = "",
     *,
     teacher: Path | str,
     student: Path | str,
@@ -27,13 +28,14 @@ def as_command(
     """Return the `fewstep sample` command that draws a picture, quoted for a shell.
 
     Args:
-        settings: arguments of `TextToImage.draw` by name.
+        settings: sampling settings by name, as of `TextToImage.draw`.
         teacher, student, teacher_config: arguments of the command; an empty one is left out.
     """
     words = ["fewstep", "sample", prompt, "--seed", str(seed)]
     named = {"teacher": str(teacher), "teacher-config": str(teacher_config), "lora": str(student)}
     for name, value in named.items():
         words += [f"--{name}", value] if value else []
+    words += [f"--negative-prompt={negative_prompt}"] if negative_prompt else []
     for name, value in settings.items():
         words += ["-s", f"{name}={'x'.join(map(str, value)) if name == 'size' else value}"]
     return shlex.join([*words, "--out", "picture.png"])
@@ -43,6 +45,7 @@ def as_code(
     prompt: str,
     seed: int,
     settings: Mapping[str, Any],
+    negative_prompt: str = "",
     *,
     folder: PipelineFolder,
     student: LoraHeader | None,
@@ -51,12 +54,12 @@ def as_code(
     """Return Python code that draws a picture with diffusers, up to rounding; with fewstep where diffusers cannot.
 
     Args:
-        settings: arguments of `TextToImage.draw` by name.
-        sampling: the settings with those changes.
+        settings: sampling settings by name, as of `TextToImage.draw`.
+        sampling: the student's or teacher's own with those changes.
     """
     made = _pipeline_lines(folder, student, sampling)
     if not made:
-        changes = "".join(f", {name}={value!r}" for name, value in settings.items())
+        changes = _keywords({**settings, **({"negative_prompt": negative_prompt} if negative_prompt else {})})
         loaded = f"fewstep.load({str(folder.path)!r}, {str(student.path) if student else None!r})"
         return f"import fewstep\n\n(picture,) = {loaded}.draw({prompt!r}, {seed}{changes})\n"
     scale = folder.family.unguided + sampling.omega
@@ -66,6 +69,10 @@ def as_code(
     if sampling.size:
         arguments |= {"width": sampling.size[0], "height": sampling.size[1]}
     lines = ["import diffusers", "import fewstep", "import torch", "", *made]
+    if negative_prompt and sampling.omega:
+        arguments["negative_prompt"] = negative_prompt
+    elif negative_prompt:
+        lines.append(f"fewstep.lead_away(pipe, {negative_prompt!r})")
     lines.append(f"generator = torch.Generator().manual_seed({seed})")
     if is_flow(folder.noise):  # its pipelines pass no generator to the scheduler
         lines.append("pipe.scheduler.generator = generator")

@@ -90,7 +90,7 @@ class TextToImage:
         named = {"steps": steps, "gamma": gamma, "omega": omega, "sampler": sampler, "size": size}
         return changed_sampling(self.sampling, {**named, **(settings or {})}, self.generator.backbone.folder)
 
-    def png_text(self, prompt: str, seed: int, **changes: Any) -> dict[str, str]:
+    def png_text(self, prompt: str, seed: int, *, negative_prompt: str = "", **changes: Any) -> dict[str, str]:
         """Return the text entries of a picture's PNG.
 
         Args:
@@ -99,7 +99,7 @@ class TextToImage:
         sampling, lora = self.sampling_with(**changes), self.generator.lora
         names = {"teacher": teacher_name(self.generator.backbone.folder.path)}
         names |= {"student": student_name(lora)} if lora else {}
-        return picture_settings(prompt, seed, sampling, sampling.size or self.size, **names)
+        return picture_settings(prompt, seed, sampling, sampling.size or self.size, negative=negative_prompt, **names)
 
     @checked
     def draw(

@@ -23,8 +23,6 @@ from fewstep.students.resolve import AUTO, NONE, ResolvedStudent, resolve_studen
 
 Choice = tuple[str, str]
 """(label, value) of a menu's entry."""
-KINDS = "teacher", "lora", "run"
-"""What the menus offer."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +37,11 @@ class Request:
     gamma: float | None = None
     omega: float | None = None
     size: tuple[int, int] | None = None
+    negative_prompt: str = ""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings that are given."""
+        """The sampling settings that are given."""
         named = "steps", "gamma", "omega", "size"
         return {name: value for name in named if (value := getattr(self, name)) is not None}
 
@@ -114,7 +113,8 @@ class Models:
         found = [one for one in find_models(self.places) if one.base in ("", base)]
         own = [(f"bundled {name}", name) for name in self.bundled_students if teacher.path.resolve() == self.bundled]
         bundled = [("bundled teacher", "")] if self.bundled else []
-        teachers, students, runs = ([self._labelled(one.path) for one in found if one.kind == kind] for kind in KINDS)
+        kinds = "teacher", "lora", "run"
+        teachers, students, runs = ([self._labelled(one.path) for one in found if one.kind == kind] for kind in kinds)
         runs.sort(key=lambda run: (Path(run[1]) / "log.jsonl").stat().st_mtime, reverse=True)
         return [*bundled, *teachers], [("the teacher itself", NONE), *own, *students], runs
 
@@ -145,7 +145,7 @@ class Models:
         """Return a request as a command, and as code for diffusers."""
         folder = self.teacher(request.teacher)
         student, own, _ = self.student(folder, request.lora)
-        what = request.prompt, request.seed, request.settings
+        what = request.prompt, request.seed, request.settings, request.negative_prompt
         names: dict[str, Any] = {"teacher": request.teacher, "student": student.path if student else NONE}
         names |= {"teacher_config": self.teacher_config} if Path(request.teacher).is_file() else {}
         code = as_code(*what, folder=folder, student=student, sampling=own.model_copy(update=request.settings))
@@ -180,9 +180,10 @@ class Models:
         folder = self.teacher(request.teacher)
         model = self._loaded.get(folder, self.student(folder, request.lora).lora)
         begun = time.perf_counter()
-        (picture,) = model.draw(request.prompt, request.seed, **request.settings, on_call=check)
+        given: dict[str, Any] = {"negative_prompt": request.negative_prompt, **request.settings}
+        (picture,) = model.draw(request.prompt, request.seed, **given, on_call=check)
         seconds = time.perf_counter() - begun
         sampling = model.sampling_with(**request.settings)
         evaluations = sampling.steps * (1 + (sampling.omega > 0 and not folder.takes_guidance))
-        text = model.png_text(request.prompt, request.seed, **request.settings)
+        text = model.png_text(request.prompt, request.seed, **given)
         return Drawn(request, picture, seconds, evaluations, text)

@@ -130,16 +130,15 @@ class Page:
 
     def request(self, *values: Any) -> Request:
         """Return a request by the values of `inputs`."""
-        prompt, teacher, lora, seed, steps, gamma, omega, size = values
+        prompt, teacher, lora, seed, steps, gamma, omega, size, negative = values
         folder = self.models.teacher(teacher)
         own = self.models.student(folder, lora).sampling
         pair = as_pair(size)
         if not isinstance(pair, tuple):
             raise UserError(f"size = {size!r} must be WIDTHxHEIGHT in pixels")
-        given = Request(prompt, teacher, lora, int(seed or 0), int(steps))
-        trained = own.size or (folder.picture_size, folder.picture_size)
+        changed = None if pair == (own.size or (folder.picture_size, folder.picture_size)) else pair
         gamma, omega = gamma if own.sampler == "sss" else None, omega if omega != own.omega else None
-        return replace(given, gamma=gamma, omega=omega, size=pair if pair != trained else None)
+        return Request(prompt, teacher, lora, int(seed or 0), int(steps), gamma, omega, changed, negative.strip())
 
     def draw(self, session: Session, locked: bool, *values: Any) -> tuple[Any, ...]:
         """Draw what is typed now."""
@@ -209,7 +208,8 @@ class Page:
         found = read_settings(self.kept / Path(event.value["image"]["path"]).name)
         own, size = found["sampling"], "{}x{}".format(*found["size"])
         about = f"{found['prompt']} | {found['student'] or 'no student'} on {found['teacher']}"
-        return found["prompt"], found["seed"], own["steps"], own["gamma"], own["omega"], size, line(about)
+        words = found["prompt"], found.get("negative_prompt", "")
+        return *words, found["seed"], own["steps"], own["gamma"], own["omega"], size, line(about)
 
     def copy(self, form: int, session: Session) -> tuple[Any, ...]:
         """Return the last picture as a command (0) or as code (1)."""
@@ -241,6 +241,7 @@ def build(models: Models, kept: Path, teacher: str, lora: str, prompt: str) -> g
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 text = gr.Textbox(prompt, label="prompt", lines=2, autofocus=True, elem_id="prompt")
+                negative = gr.Textbox("", label="negative prompt", elem_id="negative")
                 first = [(teacher or "bundled teacher", teacher)]
                 base = menu(first, value=teacher, label="teacher", elem_id="teacher")
                 student = menu([lora], value=lora, label="student", elem_id="student")
@@ -287,16 +288,16 @@ def build(models: Models, kept: Path, teacher: str, lora: str, prompt: str) -> g
                     tiled: dict[str, Any] = {"columns": 6, "interactive": False, "buttons": ["download"]}
                     pictures = gr.Gallery(page.gallery, label=str(kept), elem_id="gallery", **tiled)
                     inside = words(elem_id="inside")
-        inputs = [text, base, student, seed, steps, gamma, omega, size]
+        inputs = [text, base, student, seed, steps, gamma, omega, size, negative]
         # gradio's own queue polls, a tenth of a second for each event; `models` has the one that counts
         few: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
         newest: dict[str, Any] = {**few, "trigger_mode": "always_last"}
         draw, compare = guarded(2, page.draw), guarded(2, page.compare)
         drawn = [session, lock, *inputs], [picture, status]
         compared = [session, beside, more, strong], [pair, times]
-        typed = [each.input for each in (text, seed, steps, gamma, omega, size)]
+        typed = [each.input for each in (text, negative, seed, steps, gamma, omega, size)]
         settings = [base, student, several, run, steps, gamma, omega, size, more, strong, about]
-        restored = [text, seed, steps, gamma, omega, size, inside]
+        restored = [text, negative, seed, steps, gamma, omega, size, inside]
         # another teacher begins with the student that fits it
         triggers = (blocks.load, [base, student]), (student.input, [base, student]), (base.input, base)
         defaults = guarded(len(settings), page.defaults)
@@ -307,8 +308,8 @@ def build(models: Models, kept: Path, teacher: str, lora: str, prompt: str) -> g
             event.then(compare, *compared, **few)
         gr.on([beside.input, more.input, strong.input], compare, *compared, **newest)
         beside.change(lambda on: [gr.update(visible=on)] * 2, beside, [pair, own], **few)
-        sheet = [columns, rows, several, *inputs], [tiles, progress]
-        start.click(guarded(2, page.sheet), *sheet, **few | {"queue": True})
+        sheet = guarded(2, page.sheet)
+        start.click(sheet, [columns, rows, several, *inputs], [tiles, progress], **few | {"queue": True})
         gr.on([timer.tick, run.input], guarded(5, page.watch), run, [*plots, grid, state], **few)
         tabs.select(watching, None, timer, **few)
         keep.click(guarded(2, page.keep), session, [pictures, status], **few)

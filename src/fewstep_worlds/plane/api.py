@@ -19,35 +19,46 @@ def playground(
     recipes: str | Sequence[str] = ("lcm", "tcd", "ctm", "pcm"),
     *,
     out: Path | str = "runs/playground",
+    seeds: int = 1,
+    evaluations: int | None = None,
     overrides: str | Sequence[str] = (),
 ) -> Path:
     """Train recipes in the plane beside an exact teacher, a minute or so each, and draw what their jumps do.
 
-    Example: fewstep world playground --recipes lcm,tcd,tcd-s -s path=flow
+    Example: fewstep world playground --recipes lcm,tcd,tcd-s --seeds 3 --evaluations 300000 -s base=exact
 
     Args:
         recipes: recipes, separated by commas; a row of the figure each.
         out: folder for figure.webp, table.md, figures.json and the runs; stopped runs are resumed from it.
+        seeds: trainings of each recipe, with loop.seed and the numbers after it; figures are their means.
+        evaluations: network evaluations of each training, a backward pass being two; sets loop.steps of each recipe.
         overrides: setting, key=value, e.g. path=flow. May be repeated.
 
     Returns:
-        The figure.
+        The figure, of the first seed.
 
     Raises:
         UserError: an unknown recipe or key, or an illegal value, before any long work.
     """
+    from fewstep.common.errors import UserError
     from fewstep.common.files import check_writable
-    from fewstep_worlds.plane.settings import resolve_plane
+    from fewstep_worlds.plane.settings import equal_steps, resolve_plane
 
+    for field, value in (("seeds", seeds), ("evaluations", evaluations)):
+        if value is not None and value < 1:
+            raise UserError(f"{field} = {value} must be at least 1", field=field)
+    words = [overrides] if isinstance(overrides, str) else list(overrides)
     named = [recipes] if isinstance(recipes, str) else recipes
-    configs = [resolve_plane(name.strip(), overrides) for names in named for name in names.split(",")]
+    configs = [resolve_plane(name.strip(), words) for names in named for name in names.split(",")]
+    if evaluations:
+        configs = [resolve_plane(c.recipe, [*words, f"loop.steps={equal_steps(c, evaluations)}"]) for c in configs]
     check_writable(Path(out))
     check_installed("playground", ("matplotlib",))
 
-    return play(configs, Path(out))
+    return play(configs, Path(out), seeds)
 
 
-def play(recipes: Sequence[PlaneConfig], out: Path, quiet: bool = False) -> Path:
+def play(recipes: Sequence[PlaneConfig], out: Path, seeds: int = 1, quiet: bool = False) -> Path:
     """Train and measure each recipe, and write figure.webp, table.md and figures.json; return the figure's path."""
     from fewstep_worlds.plane.figure import draw_figure, table
     from fewstep_worlds.plane.train import check_run, measure, train_plane
@@ -56,9 +67,14 @@ def play(recipes: Sequence[PlaneConfig], out: Path, quiet: bool = False) -> Path
         check_run(config)
     done = []
     for config in recipes:
-        student = train_plane(config, out / config.recipe, quiet, out / "base")
-        done.append((student, measure(student)))
-    figures = {p.config.recipe: m.record() for p, m in done}
+        done.append([])
+        for number in range(seeds):
+            seed = config.loop.seed + number
+            seeded = config.model_copy(update={"loop": config.loop.model_copy(update={"seed": seed})})
+            name = f"-{seed}" if number else ""
+            student = train_plane(seeded, out / f"{config.recipe}{name}", quiet, out / f"base{name}")
+            done[-1].append((student, measure(student)))
+    figures = {runs[0][0].config.recipe: [measured.record() for _, measured in runs] for runs in done}
     write_text(out / "table.md", table(done))
     write_json(out / "figures.json", figures)
-    return draw_figure(done, out / "figure.webp")
+    return draw_figure([runs[0] for runs in done], out / "figure.webp")

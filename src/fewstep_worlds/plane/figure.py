@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -127,18 +128,30 @@ def draw_figure(runs: Sequence[tuple[PlaneRun, PlaneFigures]], path: Path) -> Pa
     return path
 
 
-def table(runs: Sequence[tuple[PlaneRun, PlaneFigures]]) -> str:
-    """Return the figures of every gamma, recall in brackets, the jump errors and the calls of a training step."""
-    steps = step_counts(runs)
+def table(recipes: Sequence[Sequence[tuple[PlaneRun, PlaneFigures]]]) -> str:
+    """Return the figures of every gamma, recall in brackets, the jump errors and the calls of a training step.
+
+    Args:
+        recipes: for each recipe, its trainings of one or more seeds: figures are means, with standard deviations.
+    """
+    steps = step_counts([run for runs in recipes for run in runs])
     columns = [f"{n} step{'s' if n > 1 else ''}" for n in steps]
     rows = []
-    for run, figures in runs:
-        calls = step_calls(run.config.method)
+    for runs in recipes:
+        config, measured = runs[0][0].config, [figures for _, figures in runs]
+        calls = step_calls(config.method)
         roles = ("student", "target", "teacher", *(("fake",) if "fake" in calls else ()))
         cost = " + ".join(f"{calls.get(role, 0):.3g}" for role in roles)
-        for gamma in figures.gammas:
-            at = {n: (figures.energy[n, gamma], figures.recall[n, gamma]) for n in run.config.steps}
-            cells = ["{:.4f} ({:.2g})".format(*at[n]) if n in at else "" for n in steps]
-            errors = [f"{figures.to_end:.3f}", f"{figures.between:.3f}", cost]
-            rows.append([run.config.recipe, "" if gamma is None else f"{gamma:g}", *cells, *errors])
-    return markdown(["recipe", "gamma", *columns, "one jump to the end", "trained jumps", "calls a step"], rows, left=2)
+        to_end, between = (mean(getattr(figures, name) for figures in measured) for name in ("to_end", "between"))
+        for gamma in measured[0].gammas:
+            cells = [_cell(measured, (n, gamma)) if n in config.steps else "" for n in steps]
+            errors = [f"{to_end:.3f}", f"{between:.3f}", cost, f"{config.loop.steps}"]
+            rows.append([config.recipe, "" if gamma is None else f"{gamma:g}", *cells, *errors])
+    head = ["recipe", "gamma", *columns, "one jump to the end", "trained jumps", "calls a step", "training steps"]
+    return markdown(head, rows, left=2)
+
+
+def _cell(measured: Sequence[PlaneFigures], key: tuple[int, float | None]) -> str:
+    energies = [figures.energy[key] for figures in measured]
+    spread = f" ± {stdev(energies):.4f}" if len(energies) > 1 else ""
+    return f"{mean(energies):.4f}{spread} ({mean(figures.recall[key] for figures in measured):.2g})"

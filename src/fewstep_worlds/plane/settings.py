@@ -13,6 +13,7 @@ from fewstep.diffusion.config import Guidance, Sampling
 from fewstep.distillation.config import check_grown, check_trained
 from fewstep.distillation.stages import Stage, StagedConfig
 from fewstep.methods.config import ConsistencyConfig
+from fewstep.methods.cost import step_cost
 from fewstep.methods.recipes import read_recipe
 from fewstep.training.config import LoopConfig, OptimConfig, StudentConfig
 
@@ -134,6 +135,13 @@ def resolve_plane(recipe: str, overrides: str | Sequence[str] = ()) -> PlaneConf
     }
     config = merge(merge(data, {"method": PLANE_CHANGES}), {**changes, "recipe": recipe})
     return validate(PlaneConfig, {**_measured(config), **config})
+
+
+def equal_steps(config: PlaneConfig, evaluations: int) -> int:
+    """Return the training steps that cost so many network evaluations, a backward pass being two; at least 1."""
+    stages = config.each_stage()
+    cost = sum(stage.loop.steps * stage.loop.batch * step_cost(stage.method) for stage in stages)
+    return max(round(config.loop.steps * evaluations / cost), 1)
 
 
 def _measured(config: dict[str, Any]) -> dict[str, Any]:

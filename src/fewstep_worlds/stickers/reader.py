@@ -23,6 +23,7 @@ from fewstep.common.tensors import load_tensors, save_tensors
 from fewstep.training.loss import Loss
 from fewstep.training.update import Batch, Update
 from fewstep_worlds.common.autoencoder import to_tensor
+from fewstep_worlds.common.networks import copy_weights
 from fewstep_worlds.common.training import ENDLESS, Weights, fit
 from fewstep_worlds.stickers.accuracy import scene_accuracy
 from fewstep_worlds.stickers.claim import Facts, facts_of, full_claim
@@ -211,10 +212,13 @@ def train_reader(config: ReaderConfig, out: Path, accelerator: Accelerator, fold
     """
     torch.manual_seed(config.loop.seed)
     reader, device = Reader(config), accelerator.device
+    if config.reader:
+        copy_weights(load_reader(Path(config.reader)), reader, "reader")
     speed_up(reader)
     reader.to(device)
 
     def fetch(items: np.ndarray, rng: KeyedRng) -> Batch:
+        items = items + config.first_scene
         pictures = to_tensor(workers.pictures(items))
         damaged = rng.chance("damaged", config.damaged).float()
         blur, noise = (damaged * rng.uniform(name, 0, getattr(config, name)).float() for name in ("blur", "noise"))

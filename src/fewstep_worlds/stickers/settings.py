@@ -50,6 +50,8 @@ class ReaderConfig(Config):
     damaged: float = Field(0.5, ge=0, le=1, description="share of pictures that are blurred and noised")
     blur: float = Field(1.2, ge=0, description="largest standard deviation of the blur, in pixels")
     noise: float = Field(0.2, ge=0, description="largest standard deviation of the noise, pictures being in [-1, 1]")
+    reader: str = Field("", description="folder of a reader of this shape to go on from; empty for a fresh one")
+    first_scene: int = Field(0, ge=0, description="number of the first scene: above those of its training")
     workers: int = Field(1, ge=0, description="processes that draw scenes; 0 for the training process")
     loop: LoopConfig = LoopConfig(
         steps=8000, batch=32, save_every=250, validate_every=1000, log_every=50, precision="bf16", seed=2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,6 +10,7 @@ from typing import Literal
 from fewstep.backbones.teachers import HUB_ID, hub_reason
 from fewstep.common.errors import UserError, did_you_mean
 from fewstep.common.files import cache_root
+from fewstep.common.messages import logger
 from fewstep.common.safetensors_header import read_safetensors_header
 from fewstep.evaluation.limits import FD_FEWEST, KID_FEWEST
 from fewstep.scorers.registry import (
@@ -41,26 +42,42 @@ class Network:
     Attributes:
         source: hub id, or the name of its folder in the folder of weights where the hub has pickles only.
         layout: of its files.
+        remedy: how its folder is filled; empty for a hub id.
     """
 
     source: str
     layout: FolderLayout
+    remedy: str = ""
 
 
 def _one_file(mark: str) -> FolderLayout:
     return FolderLayout(mark, tokenizer="", guide=GUIDE)
 
 
+def _convert(published: str) -> str:
+    return f"get {published} and convert it by tools/convert_weights.py"
+
+
 VIT_L_14, VIT_G_14 = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"
 NETWORKS = {
-    "inception": Network("inception", _one_file("Conv2d_1a_3x3.conv.weight")),
+    "inception": Network(
+        "inception",
+        _one_file("Conv2d_1a_3x3.conv.weight"),
+        _convert("pt_inception-2015-12-05-6726825d.pth (releases of mseitzer/pytorch-fid)"),
+    ),
     "clip": Network(VIT_L_14, CLIP_FOLDER),
-    "aesthetic": Network("aesthetic", _one_file("layers.0.weight")),
-    "ic9600": Network("ic9600", _one_file("b2_4_slam.linear.0.weight")),
+    "aesthetic": Network(
+        "aesthetic",
+        _one_file("layers.0.weight"),
+        _convert("sac+logos+ava1-l14-linearMSE.pth (christophschuhmann/improved-aesthetic-predictor)"),
+    ),
+    "ic9600": Network(
+        "ic9600", _one_file("b2_4_slam.linear.0.weight"), _convert("ck.pth (linked from tinglyfeng/IC9600)")
+    ),
     "pickscore": Network("yuvalkirstain/PickScore_v1", CLIP_FOLDER),
-    "hpsv2": Network("hpsv2", HPSV2_FOLDER),
-    "image_reward": Network("image_reward", IMAGE_REWARD_FOLDER),
-    "mps": Network("mps", MPS_FOLDER),
+    "hpsv2": Network("hpsv2", HPSV2_FOLDER, _convert("HPS_v2.1_compressed.pt (hub: xswu/HPSv2)")),
+    "image_reward": Network("image_reward", IMAGE_REWARD_FOLDER, _convert("ImageReward.pt (hub: THUDM/ImageReward)")),
+    "mps": Network("mps", MPS_FOLDER, "convert MPS_overall_checkpoint.pth as docs/guide/rewards.md#folders shows"),
 }
 
 
@@ -170,23 +187,44 @@ class Chosen:
         return self.metric.of == "real" and not self.to_teacher
 
 
-def choose(suite: str | None, names: Sequence[str], weights: Path | None = None) -> list[Chosen]:
+class MissingNetworkError(UserError):
+    """A network's files are nowhere."""
+
+
+def choose(
+    suite: str | None, names: Sequence[str], weights: Path | None = None, *, skip_unavailable: bool = False
+) -> list[Chosen]:
     """Return the metrics of a suite and of names, with their networks' files; fetch those that the hub has.
 
     Args:
         suite: key of `SUITES`.
         names: NAME, NAME_teacher or NAME:WHERE; WHERE is a folder, its name below `weights`, or a hub id.
         weights: folder of the networks' folders; None for $FEWSTEP_CACHE/weights.
+        skip_unavailable: leave metrics without their network out, and print a line for each.
 
     Raises:
-        UserError: an unknown name, or a network whose files are missing or belong to another.
+        UserError: an unknown name; a network whose files belong to another, or are missing: all of them in one line.
     """
     if suite is not None and suite not in SUITES:
         raise UserError(f"suite = {suite!r} must be one of {', '.join(SUITES)}{did_you_mean(suite, SUITES)}")
     columns: dict[str, Column] = {}
     for column in (*(SUITES[suite] if suite else ()), *(Column("", name) for name in names)):
         columns.setdefault(column.metric, column)
-    return [_chosen(column, weights or cache_root() / "weights") for column in columns.values()]
+    place = weights or cache_root() / "weights"
+    found, missing = [], []
+    for column in columns.values():
+        try:
+            found.append(_chosen(column, place))
+        except MissingNetworkError as error:
+            missing.append(f"{column.metric}: {error}")
+    if missing and not (skip_unavailable and found):
+        rest = ", or leave them out with --skip-unavailable" if found else ""
+        raise UserError(
+            f"weights = {str(place)!r} lacks networks; see {GUIDE}#weights{rest}. {'; '.join(missing)}", field="weights"
+        )
+    for line in missing:
+        logger.info("left out %s", line)
+    return found
 
 
 def _chosen(column: Column, weights: Path) -> Chosen:
@@ -207,22 +245,22 @@ def find_model(network: str, where: str, weights: Path) -> ModelFiles:
         where: a folder, its name below `weights`, or a hub id; "" for the network's own source.
 
     Raises:
-        UserError: there is no such folder, the hub cannot be reached, or a file is missing or belongs to another.
+        MissingNetworkError: there is no such folder, or the hub cannot be reached.
+        UserError: a file in it is missing or belongs to another.
     """
-    source, layout = where or NETWORKS[network].source, NETWORKS[network].layout
+    own = NETWORKS[network]
+    source, layout = where or own.source, own.layout
     places = [*([Path(where)] if where else []), weights / Path(source).name]
     folder = next((place for place in places if place.is_dir()), None)
     if folder is None and not HUB_ID.fullmatch(source):
-        raise UserError(
-            f"weights = {str(weights)!r} holds no folder {Path(source).name!r}, the network of {network}; see {GUIDE}",
-            field="weights",
-        )
-    files = find_files(folder or _fetched(network, source, weights), network, layout)
+        remedy = f"{where} is no folder" if where else f"{own.remedy}, into {weights / source}"
+        raise MissingNetworkError(remedy, field="weights")
+    files = find_files(folder or _fetched(source, weights), network, layout)
     published = read_safetensors_header(files.weights[0])[0].get(PUBLISHED)
     return ModelFiles(published or source, files)
 
 
-def _fetched(network: str, source: str, weights: Path) -> Path:
+def _fetched(source: str, weights: Path) -> Path:
     """Return the folder of a hub id, fetched if missing."""
     from huggingface_hub import snapshot_download
 
@@ -230,13 +268,6 @@ def _fetched(network: str, source: str, weights: Path) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(FETCHED)))
     except Exception as error:  # the hub's own classes change from version to version
-        raise UserError(
-            f"weights = {str(weights)!r} holds no folder {Path(source).name!r}, the network of {network}, and "
-            f"{source!r} could not be fetched from the hub: {hub_reason(error)}",
-            field="weights",
-        ) from error
-
-
-def fewest_pictures(chosen: Iterable[Chosen]) -> tuple[int, str]:
-    """Return how many pictures the metrics need, and the name of the one that needs the most."""
-    return max(((each.metric.fewest, each.name) for each in chosen), default=(1, ""))
+        place = weights / Path(source).name
+        reason = f"put {source} into {place}, which could not be fetched: {hub_reason(error)}"
+        raise MissingNetworkError(reason, field="weights") from error
