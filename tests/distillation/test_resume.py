@@ -198,8 +198,9 @@ def test_resuming_equals_going_on(
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_killed_at_ten_random_moments_and_inside_a_save(
-    tiny_overrides: list[str], tiny_cache: Path, tmp_path: Path
+@pytest.mark.parametrize("count", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_and_inside_a_save(
+    count: int, tiny_overrides: list[str], tiny_cache: Path, tmp_path: Path
 ) -> None:
     """kill -9 of the real command: the final LoRA equals an uninterrupted run's, byte for byte."""
     words = [
@@ -217,7 +218,7 @@ def test_killed_at_ten_random_moments_and_inside_a_save(
     ]
     environment = os.environ | {"PYTHONHASHSEED": "random"}
     done = subprocess.run(
-        [sys.executable, str(SUPPORT / "kill_harness.py"), str(tmp_path), *words],
+        [sys.executable, str(SUPPORT / "kill_harness.py"), str(tmp_path), str(count), *words],
         capture_output=True,
         text=True,
         env=environment,
@@ -226,9 +227,9 @@ def test_killed_at_ten_random_moments_and_inside_a_save(
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads(done.stdout.splitlines()[-1])
     kills = record["kills"]
-    assert len(kills) == 10, record
+    assert len(kills) == count, record
     assert None not in kills, record
-    assert max(kills) - min(kills) >= record["steps"] / 2, record
+    assert max(kills) - min(kills) >= record["steps"] / 4, record
     assert record["saving"], record
     assert record["removing"], record
     peace, fire = (tmp_path / name for name in ("peace", "fire"))

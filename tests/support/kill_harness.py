@@ -1,6 +1,6 @@
 """Runs `fewstep distill` again and again in forked children and kills each with signal 9. Not a test by itself.
 
-Usage: python kill_harness.py FOLDER OVERRIDE...
+Usage: python kill_harness.py FOLDER KILLS OVERRIDE...
 
 Imports are paid for once, in the parent, which never computes; each child is a fresh run of the command. Prints a
 JSON record: kills at random moments, kills inside a save, and where the two students lie.
@@ -30,7 +30,6 @@ from fewstep.distillation.estimate import Estimated
 from fewstep.training import checkpoint
 from support.pooled import Pooled
 
-RANDOM_KILLS = 10
 SEED = 20240229
 
 
@@ -155,8 +154,8 @@ def stuck_in_a_removal(marker: Path) -> Callable[[], None]:
     return patch
 
 
-def run(folder: Path, overrides: list[str]) -> dict[str, Any]:
-    """Train once in peace and once under fire."""
+def run(folder: Path, count: int, overrides: list[str]) -> dict[str, Any]:
+    """Train once in peace and once under fire: `count` kills, one at a random moment of each part of the run."""
     words = [word for override in overrides for word in ("-s", override)]
     log = folder / "children.log"
 
@@ -192,7 +191,7 @@ def run(folder: Path, overrides: list[str]) -> dict[str, Any]:
         return logged_step(fire)
 
     chance = random.Random(SEED)
-    moments = sorted(chance.uniform(0, steps - 2) for _ in range(RANDOM_KILLS))
+    moments = [chance.uniform(part, part + 1) * (steps - 2) / count for part in range(count)]
     kills = [interrupt_at(moment) for moment in moments]
     saving, removing = folder / "saving", folder / "removing"
     saved = interrupt(saving.exists, 0.01, stuck_in_a_save(saving))
@@ -205,4 +204,4 @@ def run(folder: Path, overrides: list[str]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(Path(sys.argv[1]), sys.argv[2:])))
+    print(json.dumps(run(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])))
