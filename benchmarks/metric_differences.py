@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -82,25 +83,21 @@ def inception_rows(weights: Path, folder: Path) -> Iterator[Row]:
     found = evaluate_pictures(ours, [""] * SET, [kid], Reference(theirs))[kid.identity.name].value
     yield "kid_legacy", "torch-fidelity's own number (fp32 kernel)", SET, abs(found / own_kid - 1), None
     network = standard.torch_fidelitys(weights)
-    kept: dict[tuple[int, str], torch.Tensor] = {}
 
     def features(pictures: Pictures, resize: str) -> torch.Tensor:
-        key = id(pictures), resize
-        if key not in kept:
-            kept[key] = standard.inception_features(network, pictures, resize)
-        return kept[key]
+        return standard.inception_features(network, pictures, resize)
 
+    clean = features(ours, "clean")
     large = [standard.some(SET, 320, 330, seed) for seed in (2, 3)]
-    for name, resize, sets in (
-        ("fid", "clean", (ours, theirs)),
-        ("fid_teacher", "clean", (ours, theirs)),
-        ("patch_fid", "patch", large),
-    ):
-        expected = standard.torch_fidelitys_fid(*(features(each, resize) for each in sets))
-        words = {"clean": "clean-fid's resize, ", "patch": "middle 299 pixels, "}[resize]
-        found = fid_of(name, weights, *sets)
-        yield name, f"{words}torch-fidelity's network and distance", SET, abs(found / expected - 1), None
-    rows = features(ours, "clean").double().numpy().reshape(3, 4, -1)
+    expected = standard.torch_fidelitys_fid(clean, features(theirs, "clean"))
+    words = "torch-fidelity's network and distance"
+    for name in ("fid", "fid_teacher"):
+        found = fid_of(name, weights, ours, theirs)
+        yield name, f"clean-fid's resize, {words}", SET, abs(found / expected - 1), None
+    expected = standard.torch_fidelitys_fid(*(features(each, "patch") for each in large))
+    found = fid_of("patch_fid", weights, large[0], large[1])
+    yield "patch_fid", f"middle 299 pixels, {words}", SET, abs(found / expected - 1), None
+    rows = clean.double().numpy().reshape(3, 4, -1)
     unit = rows / np.linalg.norm(rows, axis=-1, keepdims=True)
     pairs = [(i, j) for i in range(4) for j in range(i)]
     expected_of = np.array([np.mean([1 - each[i] @ each[j] for i, j in pairs]) for each in unit])
@@ -112,11 +109,11 @@ def main() -> None:
     """Print the table."""
     with tempfile.TemporaryDirectory() as folder:
         weights = standard.write_weights(Path(folder))
-        rows = [*inception_rows(weights, Path(folder)), *score_rows(weights)]
-    print(f"commit {commit()}; {hardware()}\n")
-    print("| metric | reference | pictures | in fp32 | in fp64 |\n| --- | --- | --- | --- | --- |")
-    for name, reference, n, narrow, wide in rows:
-        print(f"| `{name}` | {reference} | {n} | {narrow:.1e} | {'' if wide is None else f'{wide:.1e}'} |")
+        print(f"commit {commit()}; {hardware()}\n")
+        print("| metric | reference | pictures | in fp32 | in fp64 |\n| --- | --- | --- | --- | --- |")
+        for name, reference, n, narrow, wide in chain(score_rows(weights), inception_rows(weights, Path(folder))):
+            last = "" if wide is None else f"{wide:.1e}"
+            print(f"| `{name}` | {reference} | {n} | {narrow:.1e} | {last} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ def test_what_is_refused_before_anything_is_drawn(
 
     assert refused("12 prompts; fid needs at least 500", "fid").field == "prompt_file"
     assert refused("compares with a teacher", "kid_teacher").field == "metrics"
-    assert refused("--skip-unavailable.*complexity: .*/ic9600; image_reward: ", suite="tcd").field == "weights"
+    assert refused("complexity, image_reward, pickscore;.*--skip-unavailable", suite="tcd").field == "weights"
     many = tmp_path / "many.txt"
     many.write_text("a red disc\n" * 500, encoding="utf-8")
     assert refused("16 pictures; fid needs at least 500", "fid", prompt_file=many, real=picture_folder).field == "real"

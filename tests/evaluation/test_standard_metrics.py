@@ -246,8 +246,8 @@ def test_what_cannot_be_chosen(weights: Path, tmp_path: Path) -> None:
     assert refused("must be one of tcd, tlcm, sdxl", suite="tdc").field == "suite"
     assert refused("did you mean 'pickscore'", "pikscore").field == "metrics"
     assert refused("must be one of", "clip_teacher").field == "metrics"
-    assert refused(r"complexity: get ck\.pth .*/ic9600", "complexity", place=tmp_path).field == "weights"
-    assert refused("could not be fetched", "clip:nobody/nothing").field == "weights"
+    assert refused("networks of complexity;", "complexity", place=tmp_path).field == "weights"
+    assert refused("networks of clip:nobody/nothing;", "clip:nobody/nothing").field == "weights"
     refused("is not of 'aesthetic'", f"aesthetic:{weights / 'ic9600'}")
     (tmp_path / "inception").mkdir()
     (tmp_path / "inception" / "pt_inception.pth").write_bytes(b"x")

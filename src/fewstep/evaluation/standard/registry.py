@@ -200,10 +200,10 @@ def choose(
         suite: key of `SUITES`.
         names: NAME, NAME_teacher or NAME:WHERE; WHERE is a folder, its name below `weights`, or a hub id.
         weights: folder of the networks' folders; None for $FEWSTEP_CACHE/weights.
-        skip_unavailable: leave metrics without their network out, and print a line for each.
+        skip_unavailable: leave metrics without their network out.
 
     Raises:
-        UserError: an unknown name; a network whose files belong to another, or are missing: all of them in one line.
+        UserError: an unknown name; a network whose files belong to another; missing networks, with a line for each.
     """
     if suite is not None and suite not in SUITES:
         raise UserError(f"suite = {suite!r} must be one of {', '.join(SUITES)}{did_you_mean(suite, SUITES)}")
@@ -216,14 +216,14 @@ def choose(
         try:
             found.append(_chosen(column, place))
         except MissingNetworkError as error:
-            missing.append(f"{column.metric}: {error}")
+            missing.append(column.metric)
+            logger.info("%s %s: %s", "left out" if skip_unavailable else "missing", column.metric, error)
     if missing and not (skip_unavailable and found):
-        rest = ", or leave them out with --skip-unavailable" if found else ""
+        rest = "leave them out with --skip-unavailable" if found else "use the usual metrics, which need none"
         raise UserError(
-            f"weights = {str(place)!r} lacks networks; see {GUIDE}#weights{rest}. {'; '.join(missing)}", field="weights"
+            f"weights = {str(place)!r} lacks the networks of {', '.join(missing)}; bring them ({GUIDE}), or {rest}",
+            field="weights",
         )
-    for line in missing:
-        logger.info("left out %s", line)
     return found
 
 
