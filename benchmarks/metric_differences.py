@@ -89,7 +89,10 @@ def inception_rows(weights: Path, folder: Path) -> Iterator[Row]:
 
     clean = features(ours, "clean")
     large = [standard.some(SET, 320, 330, seed) for seed in (2, 3)]
-    expected = standard.torch_fidelitys_fid(clean, features(theirs, "clean"))
+    other = features(theirs, "clean")
+    found = evaluate_pictures(ours, [""] * SET, [metric_of("kid", weights)], Reference(theirs))["KID"].value
+    yield "kid", "its formula in fp64, torch-fidelity's network", SET, abs(found / standard.mmd(clean, other) - 1), None
+    expected = standard.torch_fidelitys_fid(clean, other)
     words = "torch-fidelity's network and distance"
     for name in ("fid", "fid_teacher"):
         found = fid_of(name, weights, ours, theirs)
@@ -101,8 +104,8 @@ def inception_rows(weights: Path, folder: Path) -> Iterator[Row]:
     unit = rows / np.linalg.norm(rows, axis=-1, keepdims=True)
     pairs = [(i, j) for i in range(4) for j in range(i)]
     expected_of = np.array([np.mean([1 - each[i] @ each[j] for i, j in pairs]) for each in unit])
-    read = metric_of("fid", weights).features(ours, ()).reshape(3, 4, -1)
-    yield "diversity", "its formula, pair by pair", SET, share(pairwise_distance(read), expected_of), None
+    found_of = pairwise_distance(metric_of("fid", weights).features(ours, ()).reshape(3, 4, -1))
+    yield "diversity", "its formula, pair by pair", SET, share(found_of, expected_of), None
 
 
 def main() -> None:

@@ -191,7 +191,7 @@ def inception_features(network: Any, pictures: Pictures, resize: str = "legacy")
     """Features of torch-fidelity's extractor: its own resize, clean-fid's in its place, or a patch without one."""
     x = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2)
     if resize == "patch":
-        top, left = ((side - 299) // 2 for side in x.shape[2:])
+        top, left = (round((side - 299) / 2) for side in x.shape[2:])  # as torchvision's CenterCrop
         x = x[:, :, top : top + 299, left : left + 299]
     with torch.no_grad():
         if resize != "clean":
@@ -224,6 +224,17 @@ def torch_fidelitys_fid(ours: Tensor, theirs: Tensor) -> float:
 
         stats = [fid_features_to_statistics(side.double()) for side in (ours, theirs)]
         return float(fid_statistics_to_metric(*stats, verbose=False)["frechet_inception_distance"])
+
+
+def mmd(ours: Tensor, theirs: Tensor) -> float:
+    """The unbiased squared distance of KID with the kernel (x . y / D + 1)^3, in fp64."""
+    x, y = ours.double(), theirs.double()
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    own = [(kernel(a, a).sum() - kernel(a, a).trace()) / (len(a) * (len(a) - 1)) for a in (x, y)]
+    return float(own[0] + own[1] - 2 * kernel(x, y).mean())
 
 
 def torch_fidelitys_numbers(weights: Path, ours: Pictures, theirs: Pictures, folder: Path) -> tuple[float, float]:
