@@ -68,7 +68,12 @@ def test_what_may_change_in_a_run_and_its_stages(tmp_path: Path) -> None:
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
         check_same_run(tmp_path, resolve(recipe, None, after))
 
-    for words in (["loop.accumulate=4"], ["loop.shard=true"], ["loop.compile=true"], ["student.checkpointing=true"]):
+    for words in (
+        ["loop.accumulate=4"],
+        ["loop.shard=true"],
+        ["loop.compile=true"],
+        ["student.checkpointing=true", "student.offload=true"],
+    ):
         check("tcd", [], words)
         check("tcd", words, [])
         check("tlcm", [], words)

@@ -77,6 +77,7 @@ def alike(place: Path, base: str = "fp32") -> OffloadedBlocks:
 
 
 FAST = {"sd", "sd3"}
+REST = sorted(set(tiny_pipelines.FAMILIES) - FAST)
 KINDS = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in tiny_pipelines.FAMILIES]
 
 
@@ -127,6 +128,17 @@ def test_two_blocks_are_resident_and_adapters_stay(tmp_path: Path) -> None:
     assert set(seen) == set(blocks)
     assert len(seen) == 2 * 4 * len(blocks), "student, teacher, target, and again in the backward pass"
     assert places == {name: weight.data_ptr() for name, weight in student.parameters("student").items()}
+
+
+@pytest.mark.parametrize("kind", ["sd", "sd3", *(pytest.param(kind, marks=pytest.mark.slow) for kind in REST)])
+def test_text_encoders_in_main_memory_read_the_same(kind: str, tmp_path: Path) -> None:
+    place = tiny_pipelines.FAMILIES[kind](tmp_path / kind)
+    plain, moved = load_backbone(place), load_backbone(place)
+    moved.text_offload = True
+    wanted, found = plain.encode(PROMPTS), moved.encode(PROMPTS)
+    assert all(weight.is_meta for encoder in moved.text_encoders for weight in encoder.parameters())
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(value, found[name]) for name, value in wanted.items())
 
 
 def test_a_block_that_followed_once_is_copied_ahead() -> None:

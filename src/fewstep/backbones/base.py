@@ -83,6 +83,8 @@ class Backbone(ABC):
     prompts_at_once = 256
     text_dtype = torch.float32
     """Type of the text encoders."""
+    text_offload = False
+    """Whether the text encoders' weights are in main memory."""
     text_classes: Sequence[str] = ()
     """Classes that a text encoder may be of; empty for any of transformers."""
     tokenizer_classes: Sequence[str] = ()
@@ -150,7 +152,8 @@ class Backbone(ABC):
     @cached_property
     def readers(self) -> list[tuple[Any, Any]]:
         """The tokenizers and text encoders in order, loaded at first use."""
-        return load_text(self.folder, self.device, self.tokenizer_classes, self.text_classes, self.text_dtype)
+        classes = self.tokenizer_classes, self.text_classes
+        return load_text(self.folder, self.device, *classes, self.text_dtype, offload=self.text_offload)
 
     @property
     def text_encoders(self) -> list[Any]:

@@ -108,11 +108,14 @@ def load_text(
     tokenizers: Sequence[str],
     encoders: Sequence[str],
     dtype: torch.dtype = torch.float32,
+    *,
+    offload: bool = False,
 ) -> list[tuple[Any, Any]]:
     """Load the pairs of tokenizer and text encoder, in the family's order; encoders on the device.
 
     Args:
         dtype: of the encoders.
+        offload: keep their weights in main memory; the device holds those of one layer while it runs.
         tokenizers, encoders: names of classes that they may be of; empty for any of transformers.
 
     Raises:
@@ -130,7 +133,7 @@ def load_text(
             tokenizer = kinds[0].from_pretrained(words, local_files_only=True)
             check_merges(words, tokenizer.all_special_tokens)
         if not hasattr(kinds[1], "config_class"):  # of diffusers: a network between text encoder and denoiser
-            found.append((tokenizer, load_network(folder, place.name, dtype).to(device)))
+            found.append((tokenizer, put(load_network(folder, place.name, dtype), device, offload)))
             continue
         with loading(str(place)):
             encoder, info = kinds[1].from_pretrained(
@@ -147,8 +150,17 @@ def load_text(
         most = getattr(encoder.config, "max_position_embeddings", tokenizer.model_max_length)
         with loading(str(words)):
             tokenizer.model_max_length = int(min(tokenizer.model_max_length, most))
-        found.append((tokenizer, encoder.to(device).eval().requires_grad_(False)))
+        found.append((tokenizer, put(encoder.eval().requires_grad_(False), device, offload)))
     return found
+
+
+def put(encoder: Any, device: torch.device, offload: bool) -> Any:
+    """Return an encoder that runs on the device, with its weights there or, layer by layer, in main memory."""
+    if not offload:
+        return encoder.to(device)
+    from accelerate import cpu_offload
+
+    return cpu_offload(encoder, device)
 
 
 def words_beyond(tokenizer: Any, texts: Sequence[str], length: int) -> list[str]:

@@ -122,6 +122,7 @@ def load_teacher(config: DistillConfig, teacher: PipelineFolder, device: torch.d
     shared = config.student.kind == "lora" and config.student.base == "bf16"
     backbone = open_backbone(teacher, device, torch.bfloat16 if shared else torch.float32)
     backbone.text_dtype = DTYPES[config.data.encoder_precision]
+    backbone.text_offload = config.student.offload
     backbone.resize(config.data.size)
     return backbone
 

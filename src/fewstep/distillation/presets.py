@@ -22,6 +22,8 @@ ASIDE = 1.5
 """GiB for the CUDA context and workspaces."""
 BYTES_4BIT = 0.56
 """Bytes of a weight in 4 bits, with its scales."""
+ENCODER_LAYER = 32128 * 4096
+"""Weights of the largest layer of a text encoder, which is there alone where blocks are in main memory: T5's tokens."""
 LEARNS = 4 + 4 + 8 + 4
 """Bytes of a learned weight: itself, its gradient, AdamW's moments and its average, all fp32."""
 AUTOENCODER = {"encode": 2.51, "decode": 3.0}
@@ -102,7 +104,9 @@ def phases(model: Model, plan: Plan) -> dict[str, float]:
     bf16 = 2 * model.weights / GIB
     base = base_bytes(model, plan.base, plan.offload) / GIB
     adapter = plan.rank * model.adapter / GIB
-    encoders = model.encoders * (4 if plan.encoder_precision == "fp32" else 2) / GIB
+    encoders = (
+        (ENCODER_LAYER if plan.offload else model.encoders) * (4 if plan.encoder_precision == "fp32" else 2) / GIB
+    )
     autoencoder = 4 * model.autoencoder / GIB
     sample = model.recomputed if plan.checkpointing else model.held
     rows = max(1, DRAWN_AT_ONCE // model.latent**2) * model.branches

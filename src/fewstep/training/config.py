@@ -88,7 +88,8 @@ class StudentConfig(Config):
     targets: tuple[str, ...] | None = Field(None, description="adapted layers; null for the backbone's list")
     checkpointing: bool = Field(False, description="gradient checkpointing: less memory, one more forward")
     offload: bool = Field(
-        False, description="keep the frozen network's blocks in main memory, two on the device at a time"
+        False,
+        description="keep the frozen network's blocks in main memory, two on the device at a time, and text encoders",
     )
     base: BaseFormat = Field(
         "fp32", description="format of frozen weights: fp32, bf16, or 8bit, 4bit (their matrices, by bitsandbytes)"
