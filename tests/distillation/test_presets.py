@@ -113,7 +113,15 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("model", "kind"), [("sd15", "sd"), ("sdxl", "sdxl"), ("sd3", "sd3"), ("flux", "flux")])
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        ("sd15", "sd"),
+        pytest.param("sdxl", "sdxl", marks=pytest.mark.slow),
+        pytest.param("sd3", "sd3", marks=pytest.mark.slow),
+        ("flux", "flux"),
+    ],
+)
 def test_each_file_trains(model: str, kind: str, picture_folder: Path, tmp_path: Path) -> None:
     """A tiny network of the class, two steps, in the formats of 16 GB."""
     teacher = tiny_pipelines.FAMILIES[kind](tmp_path / "teacher")

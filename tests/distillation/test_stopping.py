@@ -189,6 +189,7 @@ def test_a_stopped_distillation_goes_on_bit_for_bit(launches: tuple[Path, dict[s
         assert read_json(parts[0] / "evaluations.json") == read_json(parts[1] / "evaluations.json")
 
 
+@pytest.mark.slow
 def test_a_launch_is_estimated_before_it_encodes(launches: tuple[Path, dict[str, list[int]]]) -> None:
     folder, codes = launches
     assert codes["announced"] == [0, 0], (folder / "announced-1.log").read_text()[-2000:]
@@ -197,6 +198,7 @@ def test_a_launch_is_estimated_before_it_encodes(launches: tuple[Path, dict[str,
     assert not (folder / "announced" / "cache" / "estimate").exists()
 
 
+@pytest.mark.slow
 def test_all_processes_stop_at_the_same_step(launches: tuple[Path, dict[str, list[int]]]) -> None:
     """The signal reaches one of two; both save one checkpoint, from which the launch goes on as in one piece."""
     folder, codes = launches

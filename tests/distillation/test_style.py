@@ -100,6 +100,7 @@ def test_a_style_is_drawn_in_the_students_steps(
         assert np.abs(np.asarray(picture).astype(int) - wanted).max() <= 1
 
 
+@pytest.mark.slow
 def test_a_style_lowers_the_teachers_own_error(
     words: list[str], tiny_pipeline: Path, picture_folder: Path, tmp_path: Path
 ) -> None:

@@ -435,6 +435,7 @@ def test_killed_at_many_instants_it_ends_with_the_same_bytes(launches: tuple[Pat
     assert contents(folder / "moment") == whole
 
 
+@pytest.mark.slow
 def test_two_processes_draw_what_one_does(launches: tuple[Path, dict[str, Any]]) -> None:
     folder, record = launches
     assert record["two"] == [0, 0], (folder / "two-1.log").read_text()[-2000:]

@@ -80,6 +80,7 @@ def whole(words: list[str], tmp_path_factory: pytest.TempPathFactory, tiny_cache
     return config, out
 
 
+@pytest.mark.slow
 def test_no_picture_is_opened(
     words: list[str], whole: tuple[DistillConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -156,6 +156,7 @@ def test_the_estimate_adds_up(tiny_overrides: list[str]) -> None:
     assert twice.saved_bytes == pytest.approx(2 * lora.saved_bytes, rel=0.1), "activations grow with the batch"
 
 
+@pytest.mark.slow
 def test_the_estimate_of_stored_trajectories(tiny_overrides: list[str]) -> None:
     """A batch of them is drawn and timed; points are counted for all, captions once whatever their number."""
     few, many = (

@@ -108,6 +108,7 @@ def pooled_inception(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fewstep.common.extras.check_installed", lambda *_, **__: None)
 
 
+@pytest.mark.slow
 def test_a_teacher_is_drawn_once_and_from_other_noise(
     prompt_file: Path,
     tiny_pipeline: Path,

@@ -126,7 +126,7 @@ def by_card(code: str, base: Path, name: str) -> np.ndarray:
     return np.asarray(variables["picture"]).astype(int)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd3", pytest.param("flux", marks=pytest.mark.slow)])
 def test_eulers_scheduler_draws_a_flow_student_at_gamma_0(
     name: str, folders: dict[str, Path], picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,6 +45,7 @@ def script_for(teacher: Path, lora: Path, prompt: str) -> str:
     return script + AFTER
 
 
+@pytest.mark.slow
 def test_a_script_without_fewstep_draws_the_same_picture(tiny_pipeline: Path, tmp_path: Path) -> None:
     lora = random_lora(tiny_pipeline, tmp_path / "student")
     out, theirs = tmp_path / "ours.png", tmp_path / "theirs.png"

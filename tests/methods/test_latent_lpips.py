@@ -413,6 +413,7 @@ def test_a_finished_one_is_returned_and_another_refused(
         make_latent_lpips(config, backbone, PROMPTS[1:], made.parent, pixel=Blocky(), quiet=True)
 
 
+@pytest.mark.slow
 def test_pairs_that_were_cut_off_go_on(backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between shards and during training: the same bytes."""
     config = validate(LatentLpipsTrainConfig, TINY)

@@ -366,6 +366,7 @@ def test_each_stage_of_the_recipe_updates_its_roles_as_often_as_the_paper() -> N
     assert quick.loop.steps // quick.method.student_every == 200
 
 
+@pytest.mark.slow
 def test_the_fake_score_converges_to_the_students_exact_score() -> None:
     """A student that lands on a known Gaussian: the fake score, which starts as the teacher, becomes its."""
     path = PATHS["flow"]

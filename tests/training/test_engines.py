@@ -191,6 +191,7 @@ def test_a_compiled_run_learns_the_same(
         torch.testing.assert_close(folded[name], weight, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_compiled_generator_draws_the_same(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph and one shape, left-over pictures included: each is drawn as it would be in any other place."""
     from torch._dynamo.testing import CompileCounterWithBackend
