@@ -36,7 +36,7 @@ STABLE_DIFFUSION: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_star
 KINDS: dict[str, Prediction] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 COUNTS = (1, 2, 3, 4, 6, 7, 8, 11, 16, 20)
 RIGHT_FOR_DDIM = [1, 2, 4, 8, 20]
-CLOSE = 2e-5
+CLOSE = 5e-5  # the network enlarges what rounding changes, by 3e-5 in 14 steps on one processor
 
 
 @dataclass(frozen=True)

@@ -444,7 +444,7 @@ def test_damage_blurs_and_noises_by_so_much() -> None:
     torch.testing.assert_close(blurred[0], point[0])
     spread = (blurred[1, 0] + 1) / 2
     offsets = torch.arange(33.0) - 16
-    assert spread.sum().item() == pytest.approx(1, abs=1e-4)
+    assert spread.sum().item() == pytest.approx(1, abs=5e-4), "1,089 roundings of numbers near -1"
     assert (spread.sum(0) * offsets**2).sum().item() == pytest.approx(1.1**2, rel=0.01)
     noised = reader.damage(torch.zeros(2, 3, 33, 33), none, torch.tensor([0.0, 0.2]), noise)
     assert noised.flatten(1).std(1).tolist() == pytest.approx([0, 0.2], abs=0.01)
