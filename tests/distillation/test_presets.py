@@ -16,7 +16,19 @@ from fewstep.commands import app as cli
 from fewstep.common.errors import UserError
 from fewstep.distillation.config import resolve
 from fewstep.distillation.preset_file import Names, commands
-from fewstep.distillation.presets import ASIDE, BATCH, GIB, LEARNS, MEMORY, MODELS, Plan, choose, fits, phases
+from fewstep.distillation.presets import (
+    ASIDE,
+    BATCH,
+    GIB,
+    LEARNS,
+    MEMORY,
+    MODELS,
+    Plan,
+    base_bytes,
+    choose,
+    fits,
+    phases,
+)
 from support import tiny_pipelines
 
 
@@ -173,3 +185,14 @@ def test_the_counts_are_those_of_the_real_networks(model: str, name: str) -> Non
         assert scale.sample_holds(network, shape) / GIB == pytest.approx(known.held, rel=0.02)
         network.enable_gradient_checkpointing()
         assert scale.sample_holds(network, shape) / GIB == pytest.approx(known.recomputed, rel=0.02)
+
+
+@pytest.mark.slow
+def test_a_network_of_fewer_blocks_is_counted_as_the_whole() -> None:
+    import cards
+
+    one, known = cards.sizes_of(cards.MODELS["SD 3"]), MODELS["sd3"]
+    assert (one.weights, one.adapter) == (known.weights, known.adapter)
+    assert one.resident == 2 * known.largest + known.outside
+    assert one.sample / GIB == pytest.approx(known.recomputed, rel=0.05)
+    assert cards.bases(one)[2] == pytest.approx(base_bytes(known, "bf16", True) / GIB)

@@ -173,7 +173,7 @@ def test_bytes_are_those_of_two_blocks_and_the_rest(tiny_overrides: list[str], t
     """By hand, and in the estimate of a step, whose activations do not change."""
     found = {}
     for words in (["student.checkpointing=true"], ["student.checkpointing=true", "student.offload=true"]):
-        config = resolve("tcd", None, [*tiny_overrides, *words])
+        config = resolve("tcd", None, [*tiny_overrides, "loop.batch=2", *words])
         run = prepare(config, tiny_cache, CPU)
         found[len(words)] = run, estimate(run, run.update_plan())
     (whole, plain), (run, apart) = found[1], found[2]

@@ -75,7 +75,7 @@ class BlockMemory:
 
 def pin(memory: Tensor) -> None:
     """Pin main memory in place until its storage is freed; `pin_memory` would take the next power of two."""
-    cuda: Any = torch.cuda.cudart()
+    cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     torch.cuda.check_error(int(cuda.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)))
     weakref.finalize(memory.untyped_storage(), cuda.cudaHostUnregister, memory.data_ptr()).atexit = False
 
@@ -125,9 +125,9 @@ class OffloadedBlocks:
         if gpu:
             pin(memory)
         self._device, self._recompute = device, recompute
-        self._held = {b: BlockMemory(b, part) for b, part in zip(blocks, memory.split(sizes), strict=True)}
+        self._held = {b: BlockMemory(b, part) for b, part in zip(blocks, torch.split(memory, sizes), strict=True)}
         self._slots = [Slot(max(sizes), device) for _ in range(2)]
-        self._stream = torch.cuda.Stream(device) if gpu else None
+        self._stream = torch.cuda.Stream(device) if gpu else None  # type: ignore[no-untyped-call]
         self._last: tuple[nn.Module, bool] | None = None
         self._next: dict[tuple[nn.Module, bool], nn.Module] = {}
         self.host_bytes, self.device_bytes = sum(sizes), 2 * max(sizes)
