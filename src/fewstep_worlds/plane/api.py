@@ -71,8 +71,8 @@ def play(recipes: Sequence[PlaneConfig], out: Path, seeds: int = 1, quiet: bool 
         for number in range(seeds):
             seed = config.loop.seed + number
             seeded = config.model_copy(update={"loop": config.loop.model_copy(update={"seed": seed})})
-            name = f"-{seed}" if number else ""
-            student = train_plane(seeded, out / f"{config.recipe}{name}", quiet, out / f"base{name}")
+            folder = out / f"seed-{seed}" if number else out
+            student = train_plane(seeded, folder / config.recipe, quiet, folder / "base")
             done[-1].append((student, measure(student)))
     figures = {runs[0][0].config.recipe: [measured.record() for _, measured in runs] for runs in done}
     write_text(out / "table.md", table(done))
