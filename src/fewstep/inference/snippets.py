@@ -65,7 +65,10 @@ def as_code(
     scale = folder.family.unguided + sampling.omega
     if student and student.sampling and "omega" not in settings and not sampling.extra_conditioning:
         scale = call_settings(student.file)[folder.family.guided]  # of a network that takes it as an input
-    arguments = {"num_inference_steps": sampling.steps // sampling.calls_a_step, folder.family.guided: scale}
+    arguments: dict[str, Any] = {
+        "num_inference_steps": sampling.steps // sampling.calls_a_step,
+        folder.family.guided: scale,
+    }
     if sampling.size:
         arguments |= {"width": sampling.size[0], "height": sampling.size[1]}
     lines = ["import diffusers", "import fewstep", "import torch", "", *made]
