@@ -109,6 +109,7 @@ def ending(student: Path, arguments: Mapping[str, Any]) -> Iterator[str]:
         if last:
             rows = [(name, last[name], best.get(name, "")) for name in last]
             yield table(("", f"step {run.step}", f"best, step {best['step']}" if best else ""), rows)
+        yield from (f"alarm    {text}" for text in run.alarms)
         yield f"student  {student}"
         if best:
             yield f"best     {own / 'best'}"

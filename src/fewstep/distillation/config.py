@@ -39,6 +39,7 @@ class ValidationConfig(Config):
     scorer: Annotated[str, Content("held-out scorer")] = Field(
         "", description="a scorer that the training does not see, whose mean is reported: world or NAME:FOLDER"
     )
+    alarms: bool = Field(True, description="warn of saturation, collapse and the like, and keep best/ as it was")
 
 
 class LatentLpipsConfig(LatentLpipsTrainConfig):

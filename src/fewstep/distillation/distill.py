@@ -210,8 +210,8 @@ def train_run(
     if loud and config.method.reward.weight and config.loop.validate_every and not config.validation.scorer:
         logger.info(f"{log.title}: no scorer checks the trained one; name one by validation.scorer")
     validate = Validation(run, out, cache, log.picture) if config.loop.validate_every else None
-    if validate and not before:
-        validate.show_start()
+    if validate:  # the student still has its first weights, as the loop restores a checkpoint
+        validate.draw_start(show=not before)
     counted = counted_until(out)
     run.nfe_counter.clear()
     run.nfe_counter.update(counted.evaluations)

@@ -147,6 +147,8 @@ def figure_rows(shown: Sequence[Shown]) -> tuple[list[str], list[list[str]]]:
         yield from ((f"{name}, last", f"{value:.4g}") for name, value in {n: v for _, n, v in run.quality}.items())
         numbers = {name: value for name, value in run.best.items() if isinstance(value, int | float)}
         yield from ((f"{name}, best student", f"{value:.4g}") for name, value in numbers.items())
+        if run.alarms:
+            yield "alarms of the last validation", "<br>".join(map(html.escape, run.alarms))
 
     found = [dict(facts(one)) for one in shown]
     names = dict.fromkeys(name for facts_of in found for name in facts_of)

@@ -67,7 +67,8 @@ def discriminate(
 ) -> Loss:
     """Return the critic's loss: relu(1 - D(real)) + relu(1 + D(fake)), or softplus(-D(real)) + softplus(D(fake)).
 
-    R1 (arXiv 1801.04406) adds r1/2 |dD(real)/dx|^2.
+    R1 (arXiv 1801.04406) adds r1/2 |dD(real)/dx|^2. The log gets both mean logits, and the share of all pairs
+    (real, fake) that the critic ranks right: 0.5 is chance, whatever the logits' offset.
     """
     real_x = real[0].detach().requires_grad_(config.r1 > 0)
     # R1 needs a second derivative, which fused attention does not have
@@ -79,7 +80,12 @@ def discriminate(
     else:
         soft = torch.nn.functional.softplus
         per_sample = per_item(soft(-on_real)) + per_item(soft(on_fake))
-    scalars = {"real": on_real.detach().mean(), "fake": on_fake.detach().mean()}
+    above = per_item(on_real.detach())[:, None] - per_item(on_fake.detach())
+    scalars = {
+        "real": on_real.detach().mean(),
+        "fake": on_fake.detach().mean(),
+        "ranked": (0.5 + 0.5 * above.sign()).float().mean(),
+    }
     if config.r1:
         (slope,) = torch.autograd.grad(on_real.sum(), real_x, create_graph=True)
         per_sample = per_sample + config.r1 / 2 * slope.square().flatten(1).sum(1)

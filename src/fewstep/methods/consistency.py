@@ -134,7 +134,7 @@ def consistency_loss(
         if config.balance == "gradient" and outlet is not None:
             value = gradient_ratio(own, value, outlet, term.clip) * value
         per_sample = per_sample + term.weight * value
-    return Loss(per_sample.mean(), per_sample.detach(), t_share, scalars if terms else {})
+    return Loss(per_sample.mean(), per_sample.detach(), t_share, scalars | pair.scalars if terms else {})
 
 
 def critic_loss(pair: Pair, rng: KeyedRng, critic: Critic) -> Loss:

@@ -127,12 +127,15 @@ def score_gap(config: MatchingConfig, pair: Pair, points: Points, x0: Tensor, rn
 
     With `guidance_levels` the real score is unguided, and guidance is a term of its own at a level of its own, with its
     own normaliser: -omega (real x0 - real x0 without prompt) (Decoupled DMD, arXiv 2511.22677, eq 8).
+
+    The log gets the denoising errors of both scores on the points: the fake one's is the smaller where it tracks them.
     """
     path, teacher = pair.denoiser.path, pair.teacher
 
-    def noised(purpose: str, levels: Levels) -> tuple[Tensor, Tensor]:
+    def noised(purpose: str, levels: Levels) -> tuple[Tensor, Tensor, Tensor]:
         t = drawn_level(config, levels, pair, rng, f"{purpose} t")
-        return points.noised(path, t, rng.normal(f"{purpose} noise", tuple(x0.shape[1:]))), t
+        z = rng.normal(f"{purpose} noise", tuple(x0.shape[1:]))
+        return points.noised(path, t, z), t, z
 
     def normalised(gap: Tensor, t: Tensor, real: Tensor) -> Tensor:
         return expand(gap_factor(config.normaliser, path, t, x0, real), x0) * gap
@@ -141,12 +144,15 @@ def score_gap(config: MatchingConfig, pair: Pair, points: Points, x0: Tensor, rn
         teacher = replace(teacher, omega=torch.full_like(teacher.omega, config.omega))
     plain = teacher if teacher.omega is None else replace(teacher, omega=torch.zeros_like(teacher.omega))
     apart = config.guidance_levels is not None and teacher.omega is not None
-    x_t, t = noised("matching", config.levels)
+    x_t, t, z = noised("matching", config.levels)
     real = (plain if apart else teacher).denoise(x_t, t).x0
     fake = ConditionedDenoiser(pair.denoiser, pair.batch.condition, FAKE).denoise(x_t, t).x0
+    share, wanted = denoising_target(path, points, torch.maximum(t, points.at), z)
+    for name, found in (("fake_error", fake), ("teacher_error", real)):
+        pair.scalars[name] = l2(expand(share, found) * found - wanted).mean()
     gap = normalised(fake - real, t, real)
     if apart and config.guidance_levels is not None:
-        x_t, t = noised("guidance", config.guidance_levels)
+        x_t, t, _ = noised("guidance", config.guidance_levels)
         guided = teacher.denoise(x_t, t).x0
         gap = gap - normalised(guided - plain.denoise(x_t, t).x0, t, guided)
     return gap
@@ -182,24 +188,32 @@ def fake_points(config: MatchingConfig, pair: Pair) -> tuple[Tensor, Tensor]:
     return landed, matched_at(pair)
 
 
+def denoising_target(path: Path, points: Points, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return std/sigma_t, [B], and that times the x0 of points which were diffused to t by z, [B, ...].
+
+    Points at a noisy time s are noised from there, x_t = r x_s + std z with r = alpha_t/alpha_s: the score of these is
+    -E[z]/std, and so eps = sigma_t z/std, x0 = x_s/alpha_s - r sigma_s^2 z/(alpha_s std). The factor std/sigma_t is
+    denoising score matching's weight, which keeps the error finite as t comes to s (TDM, arXiv 2503.06674).
+    """
+    alpha_s, sigma_s, alpha, sigma = (part(when) for when in (points.at, t) for part in (path.alpha, path.sigma))
+    ratio = alpha / alpha_s
+    share = (1 - (ratio * sigma_s / sigma).square()).clamp(min=0).sqrt()
+    return share, expand(share / alpha_s, z) * points.x - expand(ratio * sigma_s.square() / (alpha_s * sigma), z) * z
+
+
 def fake_loss(config: MatchingConfig, pair: Pair, landed: Tensor, at: Tensor, rng: KeyedRng) -> Loss:
     """Return the fake score's denoising loss on the student's points: squared error of the network's own output.
 
     With an eps network it is noise prediction, as in the paper; the other predictions keep their own target.
 
-    Points at a noisy time s are noised from there, x_t = r x_s + std z with r = alpha_t/alpha_s: the score of these is
-    -E[z]/std, and so eps = sigma_t z/std, x0 = x_s/alpha_s - r sigma_s^2 z/(alpha_s std). The error is multiplied by
-    std/sigma_t, denoising score matching's weight, which keeps it finite as t comes to s (TDM, arXiv 2503.06674).
+    The error is multiplied by the factor of `denoising_target`.
     """
     denoiser, path = pair.denoiser, pair.denoiser.path
     points = points_of(pair, landed, at)
     t = torch.maximum(drawn_level(config, config.levels, pair, rng, "fake t"), points.at)
     z = rng.normal("fake noise", tuple(landed.shape[1:]))
     output = denoiser.call(points.noised(path, t, z), t, pair.batch.condition, FAKE).to(landed.dtype)
-    alpha_s, sigma_s, alpha, sigma = (part(when) for when in (points.at, t) for part in (path.alpha, path.sigma))
-    ratio = alpha / alpha_s
-    share = (1 - (ratio * sigma_s / sigma).square()).clamp(min=0).sqrt()  # std/sigma_t
-    x0 = expand(share / alpha_s, z) * points.x - expand(ratio * sigma_s.square() / (alpha_s * sigma), z) * z
-    wanted = target_of(denoiser.prediction, x0, z, expand(alpha, z), expand(sigma, z))
+    share, x0 = denoising_target(path, points, t, z)
+    wanted = target_of(denoiser.prediction, x0, z, expand(path.alpha(t), z), expand(path.sigma(t), z))
     per_sample = l2(expand(share, output) * output - wanted)
     return Loss(per_sample.mean(), per_sample.detach(), share_of(path, t))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -75,6 +75,7 @@ class Pair:
         x_nk: x_{t_n+k}, where both jumps start, [B, ...].
         clean, clean_at: data or samples that x_nk was noised from, [B, ...], and their time; None where there are none.
         noise: eps of noised data, [B, ...]; else None.
+        scalars: further scalars of the terms for the log, which the terms add.
     """
 
     config: ConsistencyConfig
@@ -90,3 +91,4 @@ class Pair:
     clean: Tensor | None = None
     clean_at: float | None = None
     noise: Tensor | None = None
+    scalars: dict[str, Tensor] = field(default_factory=dict)

@@ -259,7 +259,11 @@ def _step_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         return {k: v for k, v in part.items() if k not in names} if isinstance(part, Mapping) else part
 
     stages = config.get("stages")
-    result = {**config, "student": kept(config.get("student"), ["checkpointing", "offload"])}
+    result = {
+        **config,
+        "student": kept(config.get("student"), ["checkpointing", "offload"]),
+        "validation": kept(config.get("validation"), ["alarms"]),
+    }
     if stages:  # which depend on the number of steps
         free.remove("steps")
         own = [{**stage, "loop": kept(stage.get("loop"), free)} for stage in stages if isinstance(stage, Mapping)]

@@ -13,6 +13,8 @@ from fewstep.common.config import read_yaml
 from fewstep.common.errors import UserError
 from fewstep.common.files import read_json
 
+ALARMS = "alarms.json"
+"""File of the alarms of validations: step, name, value, limit and text of each."""
 MOST_POINTS = 400
 """Points of a curve; longer logs are thinned out."""
 
@@ -25,6 +27,7 @@ class Run:
         losses, quality: rows of (step, name, value).
         grid: the newest grid of pictures.
         best: figures of the best student.
+        alarms: those of the newest validation, one line each.
         rate: seconds a step, over the last log lines.
     """
 
@@ -37,13 +40,15 @@ class Run:
     grid: Path | None = None
     best: dict[str, Any] = field(default_factory=dict)
     teacher: str = ""
+    alarms: list[str] = field(default_factory=list)
 
     @property
     def state(self) -> str:
-        """The step, the rate and the best student's figures in a line."""
+        """The step, the rate, the best student's figures and the alarms in a line."""
         best = "; best: " + ", ".join(f"{name} {value:.4g}" for name, value in self.best.items()) if self.best else ""
         rate = f", {self.rate:.2f} s a step" if self.rate else ""
-        return f"step {self.step} of {self.steps}{rate}{best}"
+        alarms = "".join(f"; alarm: {text}" for text in self.alarms)
+        return f"step {self.step} of {self.steps}{rate}{best}{alarms}"
 
     @property
     def students(self) -> list[Path]:
@@ -62,7 +67,7 @@ def read_run(folder: Path) -> Run:
     config: Any = read_yaml(folder / "config.yaml")
     run = Run(folder, steps=int((config.get("loop") or {}).get("steps") or 0), teacher=str(config.get("teacher") or ""))
     times: list[tuple[int, float]] = []
-    for line in _lines(folder / "log.jsonl"):
+    for line in log_lines(folder / "log.jsonl"):
         run.step = step = int(line["step"])
         figures = {name: value for name, value in line.items() if isinstance(value, int | float)}
         run.losses += [(step, name, value) for name, value in figures.items() if name.endswith("/loss")]
@@ -76,10 +81,15 @@ def read_run(folder: Path) -> Run:
     run.grid = max((folder / "grids").glob("step-*.webp"), default=None)
     with suppress(UserError):
         run.best = dict(read_json(folder / "best" / "figures.json"))
+    with suppress(UserError):
+        newest = max((step for step, _, _ in run.quality), default=0)
+        run.alarms = [
+            f"{each['name']}: {each['text']}" for each in read_json(folder / ALARMS) if each["step"] == newest
+        ]
     return run
 
 
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
+def log_lines(file: Path) -> Iterator[dict[str, Any]]:
     """Yield the lines of a log; one that is still being written is skipped."""
     with suppress(OSError):
         for line in file.read_text(encoding="utf-8").splitlines():
