@@ -164,7 +164,7 @@ def test_healthy_runs_in_the_plane_raise_none(recipe: str, tmp_path: Path) -> No
 
 PLANTED: dict[str, tuple[str, list[str]]] = {
     "stuck": ("tcd", ["optim.lr=1e-12"]),
-    "fake score": ("dmd2", ["method.matching.lr=1e-12"]),
+    "fake score": ("dpdmd", ["method.matching.lr=1e-12", "optim.lr=1e-2"]),
     "critic at chance": ("ctm", ["method.adversarial.start=0", "method.adversarial.lr=1e-12"]),
 }
 
