@@ -147,7 +147,8 @@ def same_prompt(prompts: Sequence[str]) -> list[list[int]]:
 def thinned(pictures: Pictures) -> Pictures:
     """Return pictures of `SIDE` pixels a side or some more, by leaving out rows and columns of larger ones."""
     every = max(1, min(pictures.shape[1:3]) // SIDE)
-    return pictures[:, ::every, ::every]
+    thin: Pictures = pictures[:, ::every, ::every]
+    return thin
 
 
 def appearance(pictures: Pictures, features: Array, prompts: Sequence[str]) -> Appearance:

@@ -281,5 +281,6 @@ class Validation:
             notes = {"step": step, **figures}
             export_student(self.config, self.student.backbone, student, self.out / "best", notes)
             write_json(self.out / "best" / "figures.json", notes)
-        counted = {"alarms": len(alarms)} if self.raises else {}
-        return {f"validation/{name}": value for name, value in {**figures, **counted}.items()} | dict(logged)
+        if self.raises:
+            figures["alarms"] = float(len(alarms))
+        return {f"validation/{name}": value for name, value in figures.items()} | dict(logged)
