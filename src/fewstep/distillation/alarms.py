@@ -196,7 +196,7 @@ def picture_alarms(now: Figures, start: Figures, share: float) -> Iterator[Alarm
         yield raised("saturation", *max(found, key=lambda pair: pair[0] / pair[1]))
     if found := [pair for pair in under if pair]:
         yield raised("fading", *min(found, key=lambda pair: pair[0] / pair[1]))
-    if alike:
+    elif alike:  # grey pictures are alike for that reason alone
         yield raised("collapse", *alike)
     if now.get("moved", 1.0) < STUCK:
         yield raised("stuck", now["moved"], STUCK)
