@@ -161,7 +161,8 @@ def appearance(pictures: Pictures, features: Array, prompts: Sequence[str]) -> A
         clipped = ((low == 0) | (high == 255)) & (chroma >= COLOURED)
         sums += chroma.mean(), luminance.std(), clipped.mean()
     apart = [float(pairwise_distance(features[None, places])[0]) for places in same_prompt(prompts)]
-    return Appearance(*(sums / len(pictures)).tolist(), fmean(apart) if apart else None)
+    chroma, contrast, clipped = (sums / len(pictures)).tolist()
+    return Appearance(chroma, contrast, clipped, fmean(apart) if apart else None)
 
 
 def moved(now: Pictures, start: Pictures, teacher: Pictures) -> float:

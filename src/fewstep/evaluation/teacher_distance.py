@@ -12,7 +12,7 @@ from fewstep.evaluation.metric import Array, Identity, Pictures
 from fewstep.evaluation.per_picture import PerPictureMetric
 
 
-def pixel_rmse(ours: Array, theirs: Array) -> Array:
+def pixel_rmse(ours: Array | Pictures, theirs: Array | Pictures) -> Array:
     """Return the root mean squared difference of each pair of pictures, in 8-bit levels, [N, ...] -> float64 [N].
 
     Raises:

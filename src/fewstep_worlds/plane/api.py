@@ -12,6 +12,7 @@ from fewstep.common.files import write_json, write_text
 
 if TYPE_CHECKING:
     from fewstep_worlds.plane.settings import PlaneConfig
+    from fewstep_worlds.plane.train import PlaneFigures, PlaneRun
 
 
 @checked
@@ -65,7 +66,7 @@ def play(recipes: Sequence[PlaneConfig], out: Path, seeds: int = 1, quiet: bool 
 
     for config in recipes:
         check_run(config)
-    done = []
+    done: list[list[tuple[PlaneRun, PlaneFigures]]] = []
     for config in recipes:
         done.append([])
         for number in range(seeds):
