@@ -243,7 +243,8 @@ def test_killed_at_random_moments_and_inside_a_save(
     assert figures(peace) == figures(fire)
     kept = sorted(path.name for path in (peace / "best").iterdir())
     assert kept == ["figures.json", name]
-    for file in [*(Path("best") / found for found in kept), *(Path("grids") / f"step-{n:08d}.webp" for n in (3, steps))]:
+    grids = [Path("grids") / f"step-{n:08d}.webp" for n in (3, steps)]
+    for file in [*(Path("best") / found for found in kept), *grids]:
         assert (peace / file).read_bytes() == (fire / file).read_bytes(), file
     assert [p.name for p in (fire / "checkpoints").iterdir()] == [f"step-{steps:08d}"]
     assert [p.name for p in (fire / "student").iterdir()] == [name]
