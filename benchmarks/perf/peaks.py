@@ -105,6 +105,9 @@ def estimate_of(task: Task, who: str) -> tuple[int, int]:
     resident(reset=True)
     before = 0 if gpu else resident()
     ours = make_ours(replace(task, rounds=2 - WARM - 1))  # two steps
+    for network in ours.run.networks:
+        for tensor in (*network.parameters(), *network.buffers()):
+            tensor.data = tensor.data.clone()  # out of the mapped file, whose pages would count beside converted copies
 
     def begin() -> None:
         gc.collect()

@@ -102,8 +102,10 @@ def ending(student: Path, arguments: Mapping[str, Any]) -> Iterator[str]:
     own = max((out / "stages").glob("*"), default=out, key=lambda place: int(place.name.partition("-")[0]))
     if arguments["quiet"]:
         return
+    teacher = ""
     with suppress(UserError):
         run = read_run(own)
+        teacher = run.teacher
         last = {name: f"{value:.4g}" for _, name, value in [*run.losses, *run.quality]}
         best = {name: f"{value:.4g}" for name, value in run.best.items() if isinstance(value, int | float)}
         if last:
@@ -114,7 +116,6 @@ def ending(student: Path, arguments: Mapping[str, Any]) -> Iterator[str]:
         if best:
             yield f"best     {own / 'best'}"
     words = ["fewstep", "sample", "PROMPT", "--lora", str(student)]
-    teacher = run.teacher
     yield f"next     {shlex.join([*words, *(['--teacher', teacher] if teacher else []), '--out', 'picture.png'])}"
 
 
