@@ -93,8 +93,8 @@ def test_a_style_is_drawn_in_the_students_steps(
     run = distillation.prepare(resolve("style", None, words), tmp_path / "cache", torch.device("cpu"))
     ours = validation.Validation(run, tmp_path / "style", tmp_path / "cache")
     drawn = both.draw(ours.prompts, ours.seeds).astype(int)
-    assert np.abs(drawn - shown[-1]).max() <= 2
-    assert np.abs(drawn - alone.draw(ours.prompts, ours.seeds)).max() > 2
+    assert np.abs(drawn - shown[-1]).max() <= 4, "rounding"
+    assert np.abs(drawn - alone.draw(ours.prompts, ours.seeds)).max() > 4
     with Image.open(fewstep.sample(prompts[0], style=style, out=tmp_path / "a.png", scale=1, **named)) as picture:
         wanted = both.draw(prompts[:1], [0])[0].astype(int)
         assert np.abs(np.asarray(picture).astype(int) - wanted).max() <= 1
