@@ -181,7 +181,6 @@ def latents() -> dict[str, tuple[Tensor, Tensor]]:
     return {case.name: pair for case, pair in zip(CASES, zip(drawn[:half], drawn[half:]), strict=True)}
 
 
-@pytest.mark.matrix
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_equal_to_diffusers(latents: dict[str, tuple[Tensor, Tensor]], case: Case) -> None:
     assert difference(*latents[case.name]) < CLOSE

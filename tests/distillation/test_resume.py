@@ -203,9 +203,9 @@ def test_resuming_equals_going_on(
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-@pytest.mark.parametrize(("count", "steps"), [(2, 9), pytest.param(10, 18, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("count", "steps", "spread"), [(2, 9, 2), pytest.param(10, 18, 9, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_and_inside_a_save(
-    count: int, steps: int, tiny_overrides: list[str], tiny_cache: Path, tmp_path: Path
+    count: int, steps: int, spread: int, tiny_overrides: list[str], tiny_cache: Path, tmp_path: Path
 ) -> None:
     """kill -9 of the real command: the final LoRA equals an uninterrupted run's, byte for byte."""
     words = [
@@ -234,7 +234,7 @@ def test_killed_at_random_moments_and_inside_a_save(
     kills = record["kills"]
     assert len(kills) == count, record
     assert None not in kills, record
-    assert max(kills) - min(kills) >= (steps - 2) * (count - 1) / (2 * count), record
+    assert max(kills) - min(kills) >= spread, record
     assert record["saving"], record
     assert record["removing"], record
     peace, fire = (tmp_path / name for name in ("peace", "fire"))
