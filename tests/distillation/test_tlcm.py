@@ -373,7 +373,7 @@ def test_r1_is_taken_beside_fused_attention(tiny_pipeline: Path) -> None:
     """The teacher as it is loaded: fused attention has no second derivative, which R1's gradient is made of."""
     from fewstep.backbones.base import load_backbone
     from fewstep.methods.adversarial import FeatureCritic, discriminate
-    from fewstep.methods.config import AdversarialConfig
+    from fewstep.methods.term_config import AdversarialConfig
 
     backbone = load_backbone(tiny_pipeline)
     text = {"text": torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(0))}

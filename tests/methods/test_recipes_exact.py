@@ -20,11 +20,12 @@ from fewstep.diffusion.schedule import FlowMatching, Path, VarianceExploding, ex
 from fewstep.distillation.config import resolve
 from fewstep.methods import consistency
 from fewstep.methods import next_points as points
-from fewstep.methods.config import AdversarialConfig, ConsistencyConfig, TangentConfig
+from fewstep.methods.config import ConsistencyConfig
 from fewstep.methods.consistency import consistency_loss, critic_loss, make_pair
 from fewstep.methods.cost import critic_calls, start_calls, step_cost, student_calls
 from fewstep.methods.pair import MicroBatch, StoredPoints
 from fewstep.methods.recipes import names, rows
+from fewstep.methods.term_config import AdversarialConfig, TangentConfig
 from fewstep.methods.terms import FrozenNetworks, terms_of
 from fewstep.methods.times import draw_times
 from support.exact import Mixture, Wide, gaussian, three_modes, times_of

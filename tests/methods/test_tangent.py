@@ -30,10 +30,11 @@ from fewstep.diffusion.schedule import (
 )
 from fewstep.distillation.config import resolve
 from fewstep.methods import consistency, tangent
-from fewstep.methods.config import ConsistencyConfig, TangentConfig
+from fewstep.methods.config import ConsistencyConfig
 from fewstep.methods.consistency import consistency_loss, make_pair
 from fewstep.methods.distances import LearnedWeight
 from fewstep.methods.pair import MicroBatch, Pair
+from fewstep.methods.term_config import TangentConfig
 from fewstep.methods.times import draw_times
 from support.exact import gaussian, three_modes, times_of
 

@@ -23,7 +23,7 @@ from fewstep.diffusion.schedule import FlowMatching, Path, VarianceExploding, ad
 from fewstep.diffusion.solver import ddim
 from fewstep.distillation.config import resolve
 from fewstep.methods.adversarial import discriminate, generator_loss
-from fewstep.methods.config import AdversarialConfig, ConsistencyConfig
+from fewstep.methods.config import ConsistencyConfig
 from fewstep.methods.consistency import compared_at, consistency_loss, critic_loss, make_pair, student_landing
 from fewstep.methods.cost import fake_calls, start_calls, step_calls
 from fewstep.methods.distribution_matching import (
@@ -34,6 +34,7 @@ from fewstep.methods.distribution_matching import (
     matching_loss,
 )
 from fewstep.methods.pair import MicroBatch, Pair, StoredPoints
+from fewstep.methods.term_config import AdversarialConfig
 from fewstep.methods.terms import FrozenNetworks, other_prompts, reward_loss, terms_of
 from fewstep.methods.times import draw_times, in_turn
 from fewstep.methods.update_plan import PairCache

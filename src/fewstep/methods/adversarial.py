@@ -18,8 +18,8 @@ from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.denoiser import Condition
 from fewstep.diffusion.samplers import diffuse
 from fewstep.diffusion.schedule import Path
-from fewstep.methods.config import AdversarialConfig
 from fewstep.methods.distances import FeaturesOf
+from fewstep.methods.term_config import AdversarialConfig
 from fewstep.training.loss import Loss
 
 Critic = Callable[[Tensor, Tensor, Condition], Tensor]

@@ -20,10 +20,10 @@ from fewstep.diffusion.denoiser import FAKE
 from fewstep.diffusion.grid import end_time, inference_times
 from fewstep.diffusion.samplers import diffuse, sss_jumps
 from fewstep.diffusion.schedule import Path, expand, share_of, target_of
-from fewstep.methods.config import MatchingConfig
 from fewstep.methods.consistency import compared_at, student_landing
 from fewstep.methods.distances import huber_norm, implied_x0, l2, landing_derivative
 from fewstep.methods.pair import Pair
+from fewstep.methods.term_config import MatchingConfig
 from fewstep.training.loss import Loss
 
 MIN_GAP = 1e-6

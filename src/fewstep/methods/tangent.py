@@ -29,8 +29,8 @@ from fewstep.diffusion.conditioned import ConditionedDenoiser
 from fewstep.diffusion.denoiser import Call
 from fewstep.diffusion.jump import land
 from fewstep.diffusion.schedule import Estimate, Path, expand
-from fewstep.methods.config import TangentConfig
 from fewstep.methods.pair import Pair
+from fewstep.methods.term_config import TangentConfig
 
 WITHOUT_FORWARD_MODE: WeakSet[Call] = WeakSet()
 """Networks that an attempt has shown to have an operation without forward mode."""

@@ -23,11 +23,12 @@ from fewstep.diffusion.denoiser import Condition, Denoiser, extended
 from fewstep.diffusion.grid import training_grid
 from fewstep.diffusion.schedule import Path, add_noise, expand, index_of, share_of
 from fewstep.methods.adversarial import generator_loss, noised_for_critic
-from fewstep.methods.config import ConsistencyConfig, RewardConfig
+from fewstep.methods.config import ConsistencyConfig
 from fewstep.methods.consistency import Term
 from fewstep.methods.distances import NetworkDistance
 from fewstep.methods.distribution_matching import as_data, matching_loss
 from fewstep.methods.pair import Pair
+from fewstep.methods.term_config import RewardConfig
 from fewstep.training.loss import Loss
 
 Reward = Callable[[Tensor, Sequence[Tensor]], Sequence[Tensor]]
