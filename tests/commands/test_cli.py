@@ -244,6 +244,7 @@ def test_a_run_folder_of_another_config(refuse: Refuse, tiny_overrides: list[str
     assert "optim.lr (0.001, now 0.5)" in str(refuse("distill", "--out", "run", *words))
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_training(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny_overrides: list[str]
 ) -> None:

@@ -125,6 +125,7 @@ def test_a_mean_score_pairs_pictures_with_their_prompts() -> None:
     assert mean_score(Brightness(), pictures[:1], ["ab"]) == pytest.approx(1.0)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_held_out_scorer_is_reported(
     tiny_overrides: list[str], tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""Every recipe on a real pipeline, as LoRA and in full: trained, stopped, resumed, saved, reloaded, drawn with."""
+"""Every recipe on a real pipeline, as LoRA and in full: trained, saved, reloaded, drawn with; stopped and resumed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fewstep.common.files import read_json, write_json
 from fewstep.common.rng import KeyedRng
 from fewstep.common.tensors import digest, load_tensors
 from fewstep.distillation import distill as distillation
-from fewstep.distillation.config import resolve
+from fewstep.distillation.config import DistillConfig, resolve
 from fewstep.inference.generator import ImageGenerator, load_image_generator
 from fewstep.methods.recipes import rows
 from fewstep_worlds.plane.settings import resolve_plane
@@ -33,6 +33,11 @@ WITH_A_TARGET = [name for name in REGRESSED if not resolve(name).method.continuo
 """Recipes whose target can be held; a derivative is the student's own, and its gap is scaled to one length."""
 
 
+RESUMED = ("tcd", "ctm", "dmd2", "scm")
+"""Recipes that the fast tests stop and resume: no other update, a critic's, a fake score's, and a learned weight."""
+SLOW = pytest.mark.slow
+
+
 @pytest.fixture(scope="session")
 def teachers(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The tiny pipeline as a network of each kind, by its scheduler's word."""
@@ -46,11 +51,49 @@ def teachers(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     return found
 
 
+def small_config(recipe: str, kind: str, teacher: Path, overrides: list[str]) -> DistillConfig:
+    """Return four steps of a recipe, two of which update the student where its updates are rare."""
+    rare = resolve(recipe).method.student_every > 1
+    words = [*SMALL, f"student.kind={kind}", f"teacher={teacher}", *(["method.matching.every=2"] if rare else [])]
+    return resolve(recipe, None, [*overrides, *words])
+
+
+def weights(student: Path) -> list[str]:
+    """Return the digest of each file of weights."""
+    files = sorted((student if student.is_dir() else student.parent).rglob("*.safetensors"))
+    return [digest(load_tensors(file)) for file in files]
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize("word", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("recipe", rows())
-def test_a_recipe_from_end_to_end(
+def test_a_recipe_trains_and_draws(
+    recipe: str,
+    kind: str,
+    word: str,
+    tiny_overrides: list[str],
+    tiny_cache: Path,
+    teachers: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    """It draws by its own settings, and no longer what the teacher draws."""
+    config, teacher = small_config(recipe, kind, teachers[word], tiny_overrides), teachers[word]
+    student = distillation.distill(config, tmp_path / "run", cache=tiny_cache, quiet=True)
+    assert len(weights(student)) == {"lora": 1, "full": 3}[kind] + bool(config.method.extra_conditioning)
+
+    image_generator = load_image_generator(student) if kind == "full" else load_image_generator(teacher, student)
+    assert image_generator.sampling == config.sampling
+    drawn = image_generator.draw(["a red disc"], [3]).astype(float)
+    untaught = image_generator.sampling.model_copy(update={"extra_conditioning": ()})
+    assert np.abs(drawn - load_image_generator(teacher).draw(["a red disc"], [3], untaught)).max() > 0
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("word", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("recipe", [name if name in RESUMED else pytest.param(name, marks=SLOW) for name in rows()])
+def test_a_stopped_recipe_ends_where_it_would_have(
     recipe: str,
     kind: str,
     word: str,
@@ -60,31 +103,16 @@ def test_a_recipe_from_end_to_end(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Resumed from the middle it ends where the uninterrupted run ends, bit for bit; and it draws."""
-    teacher = teachers[word]
-    rare = resolve(recipe).method.student_every > 1  # two of the four steps then update the student
-    words = [*SMALL, f"student.kind={kind}", f"teacher={teacher}", *(["method.matching.every=2"] if rare else [])]
-    config = resolve(recipe, None, [*tiny_overrides, *words])
+    """Resumed from the middle it ends where the uninterrupted run ends, bit for bit."""
+    config = small_config(recipe, kind, teachers[word], tiny_overrides)
 
     def run(name: str) -> Path:
         return distillation.distill(config, tmp_path / name, cache=tiny_cache, quiet=True)
 
-    def weights(student: Path) -> list[str]:
-        files = sorted((student if student.is_dir() else student.parent).rglob("*.safetensors"))
-        return [digest(load_tensors(file)) for file in files]
-
     whole = weights(run("whole"))
-    stopped_in_call(monkeypatch, 2 if rare else 4, lambda: run("cut"))
+    stopped_in_call(monkeypatch, 2 if config.method.student_every > 1 else 4, lambda: run("cut"))
     assert list((tmp_path / "cut").rglob("step-*")), "something was kept"
-    student = run("cut")
-    assert weights(student) == whole
-    assert len(whole) == {"lora": 1, "full": 3}[kind] + bool(config.method.extra_conditioning)
-
-    image_generator = load_image_generator(student) if kind == "full" else load_image_generator(teacher, student)
-    assert image_generator.sampling == config.sampling
-    drawn = image_generator.draw(["a red disc"], [3]).astype(float)
-    untaught = image_generator.sampling.model_copy(update={"extra_conditioning": ()})
-    assert np.abs(drawn - load_image_generator(teacher).draw(["a red disc"], [3], untaught)).max() > 0
+    assert weights(run("cut")) == whole
 
 
 @pytest.mark.slow

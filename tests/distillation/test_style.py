@@ -63,6 +63,7 @@ def words(tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyP
     return [*tiny_overrides, "loop.validate_every=6", "validation.count=16", "validation.teacher_steps=2"]
 
 
+@pytest.mark.slow
 def test_a_style_is_drawn_in_the_students_steps(
     words: list[str], tiny_pipeline: Path, picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -436,6 +436,7 @@ def test_killed_at_many_instants_it_ends_with_the_same_bytes(launches: tuple[Pat
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_two_processes_draw_what_one_does(launches: tuple[Path, dict[str, Any]]) -> None:
     folder, record = launches
     assert record["two"] == [0, 0], (folder / "two-1.log").read_text()[-2000:]
@@ -444,6 +445,7 @@ def test_two_processes_draw_what_one_does(launches: tuple[Path, dict[str, Any]])
     assert not (folder / "two-1.did").exists()
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_where_one_of_two_was_killed(launches: tuple[Path, dict[str, Any]]) -> None:
     folder, record = launches
     assert record["cut"][1] == -9
@@ -453,6 +455,7 @@ def test_one_process_goes_on_where_one_of_two_was_killed(launches: tuple[Path, d
     assert contents(folder / "cut") == contents(folder / "peace")
 
 
+@pytest.mark.slow
 def test_what_fails_in_one_process_ends_all(launches: tuple[Path, dict[str, Any]]) -> None:
     folder, record = launches
     assert record["failed"] == [2, 2]

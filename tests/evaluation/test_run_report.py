@@ -40,6 +40,7 @@ def pictures(page: str) -> list[np.ndarray]:
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(code))).convert("RGB")) for code in codes]
 
 
+@pytest.mark.slow
 def test_columns_are_the_teacher_at_equal_cost_then_the_students_then_the_teacher(
     runs: list[Path], prompt_file: Path, tiny_pipeline: Path, tmp_path: Path
 ) -> None:

@@ -156,7 +156,10 @@ def test_another_networks_weights_are_refused(weights: Path, loader: Loader, tmp
 # ---------------------------------------------------------------------------------- CLIP and preferences
 
 
-@pytest.mark.parametrize("name", standard.SCORES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name == "complexity" else name for name in standard.SCORES],
+)
 def test_scores_are_the_references(weights: Path, name: str) -> None:
     """Of its model, weights and preprocessing, in fp64."""
     pictures = {"complexity": some(2), "hpsv2": some()}.get(name, some(3, 42, 42))

@@ -194,6 +194,7 @@ def test_illegal_settings_are_refused_before_the_training(tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_verb_draws_its_figure(tmp_path: Path) -> None:
     from PIL import Image
 
