@@ -23,7 +23,7 @@ demo: $(STAMP)
 # every recipe, backbone, export form, kill and resume once; `test-slow` is the rest that CI runs, `test-all` also the
 # remaining products of parameters
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -m "not slow and not exhaustive"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not exhaustive"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m "slow and not exhaustive" --durations 40 $(LIMIT)

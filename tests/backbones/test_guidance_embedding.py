@@ -187,7 +187,7 @@ def test_a_full_student_runs_unchanged_in_diffusers(kind: str, trained: Callable
         fewstep.attach(pipe, folder)
 
 
-@pytest.mark.parametrize("kind", ["sd", "xl"])
+@pytest.mark.parametrize("kind", ["sd", pytest.param("xl", marks=pytest.mark.slow)])
 def test_a_full_student_is_exported_and_read_back(
     kind: str, trained: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:

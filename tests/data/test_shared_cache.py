@@ -77,6 +77,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, int]:
     return counts
 
 
+@pytest.mark.slow
 def test_runs_share_what_they_encode(
     encoded: dict[str, int], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,6 +79,7 @@ def small(tiny_overrides: list[str], recipes: str, *words: str) -> DistillConfig
     return resolve(recipes, None, [*tiny_overrides, *own, *words])
 
 
+@pytest.mark.slow
 def test_a_chain_resumes_and_draws(
     tiny_overrides: list[str], tiny_cache: Path, tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

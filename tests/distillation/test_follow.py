@@ -63,7 +63,8 @@ def eight(tiny_overrides: list[str], tiny_cache: Path, tmp_path_factory: pytest.
     return distillation.distill(config, tmp_path_factory.mktemp("eight"), cache=tiny_cache, quiet=True)
 
 
-@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "full"])
 def test_a_student_is_distilled_further(
     kind: str, eight: Path, tiny_overrides: list[str], tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,6 +36,7 @@ def figures(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key != "time"} for line in lines]
 
 
+@pytest.mark.slow
 def test_how_a_step_is_computed_may_change(tiny_overrides: list[str], tiny_cache: Path, tmp_path: Path) -> None:
     """Resumed in two micro-batches, with checkpointing: the steps of the run that was not, and not those of another."""
     from fewstep.common.errors import UserError
@@ -151,7 +152,11 @@ def test_half_precision_learns_what_full_precision_learns(
 
 @pytest.mark.parametrize(
     ("recipe", "kind", "target"),
-    [("tcd", "lora", "self"), ("tcd", "full", "ema"), ("lcm", "lora", "ema"), ("lcm", "full", "self")],
+    [
+        ("tcd", "lora", "self"),
+        ("tcd", "full", "ema"),
+        *(pytest.param("lcm", *values, marks=pytest.mark.slow) for values in (("lora", "ema"), ("full", "self"))),
+    ],
 )
 def test_resuming_equals_going_on(
     recipe: str,
@@ -203,7 +208,7 @@ def test_resuming_equals_going_on(
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-@pytest.mark.parametrize(("count", "steps", "spread"), [(2, 9, 2), pytest.param(10, 18, 9, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("count", "steps", "spread"), [(2, 12, 2), pytest.param(10, 18, 9, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_and_inside_a_save(
     count: int, steps: int, spread: int, tiny_overrides: list[str], tiny_cache: Path, tmp_path: Path
 ) -> None:

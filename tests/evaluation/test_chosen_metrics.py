@@ -66,6 +66,7 @@ def sampled(pipeline: Path, seeds: Sequence[int], prompts: Sequence[str] = PROMP
     return generator.draw(prompts, seeds, Sampling(**(generator.sampling.model_dump() | changes)))
 
 
+@pytest.mark.slow
 def test_steps_by_gamma_are_a_table_with_curves(
     prompt_file: Path, tiny_pipeline: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

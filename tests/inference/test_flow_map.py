@@ -19,7 +19,7 @@ from support import tiny_pipelines
 WORDS = ["device=cpu", "student.rank=2", "loop.batch=2", "loop.steps=2", "loop.validate_every=null", "optim.lr=0.05"]
 
 
-@pytest.mark.parametrize("family", ["sd3", "sana"])
+@pytest.mark.parametrize("family", [pytest.param("sd3", marks=pytest.mark.slow), "sana"])
 def test_it_draws_what_we_draw(family: str, tmp_path: Path, picture_folder: Path, tiny_cache: Path) -> None:
     """By the scheduler that `attach` sets, and by FlowMapEulerDiscreteScheduler, whose next sigma the network gets."""
     import diffusers

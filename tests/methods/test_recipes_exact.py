@@ -203,6 +203,7 @@ def test_the_denoising_loss_wants_the_posterior_mean() -> None:
     assert bool((slope() > 0.01).all())
 
 
+@pytest.mark.slow
 def test_a_gan_alone_moves_a_wrong_student_to_the_right_distribution() -> None:
     """No consistency loss: a student that lands .8 beside the data, and too narrow, is brought to them."""
     from fewstep.methods.consistency import critic_loss

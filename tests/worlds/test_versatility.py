@@ -370,6 +370,7 @@ def test_a_projection_starts_from_what_captions_state() -> None:
     assert float((made - states).square().mean()) < 0.02 * float(states.var())
 
 
+@pytest.mark.slow
 def test_a_stopped_training_is_resumed(study: Study, tmp_path: Path) -> None:
     """Stopped after its last step, before it was written: the same bytes."""
 
