@@ -14,6 +14,7 @@ import copy
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -237,6 +238,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=RUNS, default=list(RUNS))
     options = parser.parse_args()
     comfy = options.comfyui.resolve()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # restores ComfyUI's files
     shutil.copytree(ROOT / "comfyui", comfy / "custom_nodes" / "fewstep", dirs_exist_ok=True)
     with small_sizes(comfy):
         results = [compare(kind, comfy, options.python, options.work / kind) for kind in options.kinds]
