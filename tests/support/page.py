@@ -138,10 +138,10 @@ class Visitor:
         area.send_keys(value, Keys.ENTER)
 
     def set(self, name: str, value: float) -> None:
-        """Set a number."""
+        """Set a number, which may have yet to appear."""
         from selenium.webdriver.common.keys import Keys
 
-        area = self.find(f"#{name} input[type=number]")
+        area = self.wait(lambda: self.find(f"#{name} input[type=number]"))
         area.send_keys(Keys.CONTROL, "a")
         area.send_keys(f"{value:g}", Keys.TAB)
 
