@@ -131,7 +131,8 @@ def test_what_a_person_types_is_text(visitor: Visitor, place: Path) -> None:
     """In the line of an error, in menus, in copied code, in the gallery and in its settings."""
     script = "<img src=x onerror=window.broken=1><script>window.broken=1</script>"
     visitor.type(script)
-    visitor.wait(lambda: "evaluations" in visitor.text("status"))
+    visitor.set("seed", 5)
+    visitor.wait(lambda: visitor.text("status").endswith("seed 5"))  # of the whole prompt: no picture follows
     visitor.click("keep")
     visitor.wait(lambda: "kept" in visitor.text("status"))
     visitor.click("command")
@@ -171,11 +172,8 @@ def test_a_sheet_of_steps_and_gamma(visitor: Visitor) -> None:
     visitor.tab("Sheet")
     visitor.click("sheet")
     visitor.wait(lambda: "3 of 3" in visitor.text("progress"))
-    size = visitor.driver.execute_script(
-        "const i = document.querySelector('#tiles img'); return [i.naturalWidth, i.naturalHeight]"
-    )
-    assert size[0] > 4 * 192
-    assert size[1] > 3 * 192
+    visitor.wait(lambda: visitor.find("#tiles img").get_property("naturalHeight") > 3 * 192)  # 0 until it is loaded
+    assert visitor.find("#tiles img").get_property("naturalWidth") > 4 * 192
 
 
 def test_a_run_is_watched_while_it_trains(visitor: Visitor, place: Path) -> None:
