@@ -35,6 +35,7 @@ def test_every_verb_stays_a_function() -> None:
     assert set(fewstep.__all__) <= set(dir(fewstep))
 
 
+@pytest.mark.slow
 def test_an_estimate_can_be_repeated(tiny_overrides: list[str], tmp_path: Path) -> None:
     for _ in range(2):
         (estimated,) = fewstep.estimate("tcd", out=tmp_path / "run", overrides=tiny_overrides)

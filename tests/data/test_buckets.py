@@ -147,6 +147,7 @@ def test_a_run_on_buckets_resumes_and_splits(
             torch.testing.assert_close(value.float(), other[name].float(), atol=5e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_networks_see_the_shapes(
     folders: dict[str, Path], shapes_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

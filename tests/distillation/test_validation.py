@@ -206,6 +206,7 @@ def test_an_estimate_leaves_the_student_alone(tiny_overrides: list[str], tiny_ca
         assert parameter.grad is None
 
 
+@pytest.mark.slow
 def test_weights_of_a_frozen_loss_network_are_no_activations(tiny_overrides: list[str], tiny_cache: Path) -> None:
     """A frozen network of 16 MB between the student and its loss: what is kept for the backward pass hardly grows."""
     from fewstep.distillation.estimate import estimate

@@ -39,6 +39,9 @@ MADE = {
     **{kind: tiny_pipelines.FAMILIES[kind] for kind in KINDS if kind != "sd"},
 }
 
+VARIANTS = ("flux schnell", "sd, v, zero terminal SNR")
+"""Bases that the fast tests have in another form."""
+SLOW = pytest.mark.slow
 
 NEW = ("z_image", "qwen_image", "flux2", "chroma", "krea2", "anima")
 FLOWS = [name for name in MADE if not name.startswith(("sd", "pixart"))] + ["sd3"]
@@ -76,7 +79,7 @@ def students(
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW) if name in VARIANTS else name for name in MADE])
 def test_what_is_written_is_read_back(
     name: str,
     form: ExportForm,
@@ -327,6 +330,7 @@ def test_half_precision_is_a_rounding(
         assert own.read_bytes() == (base / part / own.name).read_bytes()
 
 
+@pytest.mark.slow
 def test_settings_are_read_back_from_every_form(
     folders: dict[str, Path], students: dict[tuple[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,6 +60,7 @@ def test_it_draws_what_we_draw(family: str, tmp_path: Path, picture_folder: Path
     assert fewstep.flow_map_scheduler_for(file.parent).config.shift == scheduler.config.shift
 
 
+@pytest.mark.slow
 def test_other_students_are_refused(tiny_overrides: list[str], tiny_cache: Path, tmp_path: Path) -> None:
     words = [*tiny_overrides, "loop.steps=1"]
     for name, recipe in {"path": "tcd-s", "extra_conditioning": "tcd"}.items():

@@ -380,6 +380,7 @@ def made(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_from_prompts_and_a_teacher_alone(made: Path, backbone: Backbone) -> None:
     record = read_json(made / "perceptual.json")
     assert record["vae"] == backbone.folder.identity("vae")

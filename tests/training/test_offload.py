@@ -199,7 +199,8 @@ def distilled(words: list[str], out: Path, cache: Path) -> Mapping[str, Tensor]:
     return load_file(out / "checkpoints" / f"step-{config.loop.steps:08d}" / "student.safetensors")
 
 
-@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "full"])
 def test_a_run_may_be_resumed_with_its_blocks_in_main_memory(
     kind: str, tiny_overrides: list[str], tiny_cache: Path, tmp_path: Path
 ) -> None:

@@ -152,6 +152,7 @@ def test_the_demo_names_missing_parts_before_it_trains(small_world: Path, tmp_pa
     assert not (tmp_path / "demo" / "lcm").exists()
 
 
+@pytest.mark.slow
 def test_a_longer_student_does_not_resume_a_finished_one(small_world: Path, tmp_path: Path) -> None:
     """Under a cosine schedule the finished steps had other learning rates."""
     with (small_world / "distill.yaml").open("a") as stream:
