@@ -14,6 +14,7 @@ import torch
 from fewstep.common import core_yaml
 from fewstep.common.errors import UserError
 from fewstep.common.files import read_json, write_text
+from fewstep.common.run_log import log_lines, read_run
 from fewstep.distillation import distill as distillation
 from fewstep.distillation import validation
 from fewstep.distillation.alarms import (
@@ -32,7 +33,6 @@ from fewstep.distillation.config import resolve
 from fewstep.inference.generator import ImageGenerator
 from fewstep.methods.recipes import rows
 from fewstep.training.run_folder import check_same_run
-from fewstep.training.run_log import log_lines, read_run
 from fewstep_worlds.plane.settings import PlaneConfig, resolve_plane
 from fewstep_worlds.plane.train import draw_points, landing_end, set_up, train_plane
 from support.pooled import Pooled

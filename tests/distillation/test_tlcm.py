@@ -405,7 +405,7 @@ def test_stages_and_seeds_share_one_distance(tiny_pipeline: Path, monkeypatch: p
     from fewstep.data.images import from_prompts
     from fewstep.data.sources import PromptFile, WorldData
     from fewstep.distillation.frozen_networks import latent_lpips_folder
-    from fewstep.methods.latent_lpips import train
+    from fewstep.distillation.latent_lpips import train
 
     requests = []
 

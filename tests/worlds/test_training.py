@@ -286,7 +286,14 @@ def test_the_decoder_learns_and_a_given_encoder_stays(sticker_sheets: Path, tmp_
     given = tiny_vae()
     given.save_pretrained(tmp_path / "given")
     loop, optim = LoopConfig(steps=30, batch=8, save_every=30), OptimConfig(lr=3e-3)
-    words = {"encoder": str(tmp_path / "given"), "critic_share": 0.0, "perceptual": 0.0, "loop": loop, "optim": optim}
+    words = {
+        "autoencoder": str(tmp_path / "given"),
+        "decoder_only": True,
+        "critic_share": 0.0,
+        "perceptual": 0.0,
+        "loop": loop,
+        "optim": optim,
+    }
     config = TINY.model_copy(update=words)
     accelerator = make_accelerator("fp32", CPU)
     trained = autoencoder.train_autoencoder(config, tmp_path / "run", accelerator, sticker_sheets)

@@ -96,7 +96,7 @@ def estimate(*, quiet: bool, callback: object, **options: Any) -> list[Estimated
 def ending(student: Path, arguments: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines that `distill` ends with: figures, the student, the best one, and the next command."""
     from fewstep.common.errors import UserError
-    from fewstep.training.run_log import read_run
+    from fewstep.common.run_log import read_run
 
     out = next(place for place in (student, *student.parents) if place.name == "student").parent
     own = max((out / "stages").glob("*"), default=out, key=lambda place: int(place.name.partition("-")[0]))

@@ -47,9 +47,9 @@ def setting_lines() -> Iterator[str]:
     """Yield the settings of every verb."""
     from fewstep.common.defaults import installed_world
     from fewstep.distillation.config import DistillConfig
+    from fewstep.distillation.latent_lpips.settings import LatentLpipsTrainConfig
     from fewstep.distillation.synthesis.settings import SynthesisConfig
     from fewstep.inference.multilingual.settings import AdapterConfig
-    from fewstep.methods.latent_lpips.settings import LatentLpipsTrainConfig
 
     bundled = installed_world()
     verbs: dict[str, BaseModel] = {

@@ -89,9 +89,9 @@ def find_run(folder: Path, steps: int | None, gamma: float | None) -> Shown:
     """
     from fewstep.backbones.pipeline_folder import read_folder
     from fewstep.backbones.teachers import read_teacher
+    from fewstep.common.run_log import read_run
     from fewstep.evaluation.run_report import Shown
     from fewstep.students.resolve import resolve_student
-    from fewstep.training.run_log import read_run
 
     run = read_run(folder)
     if not run.students:

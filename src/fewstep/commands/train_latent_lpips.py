@@ -48,7 +48,7 @@ def train_latent_lpips(
     from fewstep.common.defaults import world
     from fewstep.common.files import check_writable
     from fewstep.data.prompts import read_prompts
-    from fewstep.methods.latent_lpips.settings import LatentLpipsTrainConfig, check_prompts
+    from fewstep.distillation.latent_lpips.settings import LatentLpipsTrainConfig, check_prompts
     from fewstep.training.run_folder import check_same_run
 
     check_device(device)
@@ -72,7 +72,7 @@ def train_latent_lpips(
 
     place = pick_device(device)
     from fewstep.backbones.base import open_backbone
-    from fewstep.methods.latent_lpips.train import make_latent_lpips
+    from fewstep.distillation.latent_lpips.train import make_latent_lpips
 
     backbone = open_backbone(folder, place)
     backbone.to_device()
@@ -86,7 +86,7 @@ def train_perceptual(*, prompts: Path | str | None = None, **options: Any) -> Pa
 
 def rank_correlations(folder: Path, arguments: Mapping[str, Any]) -> list[str]:
     """Return the lines that `train-latent-lpips` prints: agreement with pixel features on held-out pairs."""
-    from fewstep.methods.latent_lpips.network import read_record
+    from fewstep.distillation.latent_lpips.network import read_record
 
     heldout = read_record(folder)["heldout"]
     return [

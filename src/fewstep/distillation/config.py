@@ -14,9 +14,9 @@ from fewstep.common.errors import UserError
 from fewstep.common.run_inputs import Content
 from fewstep.data.config import DataConfig
 from fewstep.diffusion.config import GridSpec, Sampling
+from fewstep.distillation.latent_lpips.settings import LatentLpipsTrainConfig
 from fewstep.distillation.stages import Stage, StagedConfig
 from fewstep.methods.config import ConsistencyConfig
-from fewstep.methods.latent_lpips.settings import LatentLpipsTrainConfig
 from fewstep.methods.recipes import read_recipe, recipe_name
 from fewstep.training.config import LoopConfig, OptimConfig, StudentConfig
 

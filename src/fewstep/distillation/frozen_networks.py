@@ -23,7 +23,7 @@ from fewstep.common.files import sha256, short_digest
 from fewstep.data.sources import WorldData
 from fewstep.distillation.checks import Source
 from fewstep.distillation.config import DistillConfig
-from fewstep.methods.latent_lpips.settings import LatentLpipsTrainConfig
+from fewstep.distillation.latent_lpips.settings import LatentLpipsTrainConfig
 from fewstep.methods.terms import FrozenNetworks, Reward
 from fewstep.scorers.reward import PreferenceScorer
 
@@ -110,7 +110,7 @@ def load_frozen_networks(
     """
     frozen, inputs = FrozenNetworks(), {}
     if latent_lpips is not None:
-        from fewstep.methods.latent_lpips.network import WEIGHTS, load_latent_lpips
+        from fewstep.distillation.latent_lpips.network import WEIGHTS, load_latent_lpips
 
         vae = backbone.folder.identity("vae")
         network = load_latent_lpips(latent_lpips, backbone.latent_shape[0], vae, backbone.device)
@@ -135,7 +135,7 @@ def latent_lpips_folder(
         return None
     if config.latent_lpips.folder:
         return Path(config.latent_lpips.folder)
-    from fewstep.methods.latent_lpips.train import make_latent_lpips
+    from fewstep.distillation.latent_lpips.train import make_latent_lpips
 
     own = {name: getattr(config.latent_lpips, name) for name in LatentLpipsTrainConfig.model_fields}
     loop = config.latent_lpips.loop.model_copy(update={"precision": config.loop.precision})  # one precision a process

@@ -23,6 +23,7 @@ from fewstep.common.distributed import any_process, fail_together, is_main, main
 from fewstep.common.errors import UserError
 from fewstep.common.files import read_json, read_mapping, short_digest, write_json
 from fewstep.common.messages import logger
+from fewstep.common.run_log import ALARMS, log_lines
 from fewstep.common.tensor_cache import cached, keep, kept
 from fewstep.common.tensors import load_tensors
 from fewstep.diffusion.config import TEACHER_SAMPLING, Sampling
@@ -53,7 +54,6 @@ from fewstep.scorers.reward import PreferenceScorer
 from fewstep.students.lora import lora_added
 from fewstep.students.lora_checks import check_lora
 from fewstep.training.roles import copy_role
-from fewstep.training.run_log import ALARMS, log_lines
 
 SHOWN = 10
 """Number of prompts in the grid."""

@@ -17,11 +17,11 @@ from fewstep.backbones.pipeline_folder import PipelineFolder
 from fewstep.common.config import validate
 from fewstep.common.files import read_json, write_text
 from fewstep.common.messages import Bar
+from fewstep.common.run_log import Run
 from fewstep.diffusion.config import Sampling
 from fewstep.inference.generator import load_image_generator
 from fewstep.students.lora_header import LoraHeader
 from fewstep.students.resolve import end_point_sampling
-from fewstep.training.run_log import Run
 
 WIDEST = 256
 """Pixels a side of the page's pictures, at most."""

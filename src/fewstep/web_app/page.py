@@ -20,10 +20,10 @@ from PIL import Image, ImageOps
 
 from fewstep.common.config import as_pair
 from fewstep.common.errors import UserError
+from fewstep.common.run_log import read_run
 from fewstep.inference.image_grid import labelled_grid, save_image
 from fewstep.inference.picture_files import next_number, numbered, read_settings
 from fewstep.students.resolve import AUTO, NONE, teacher_sampling
-from fewstep.training.run_log import read_run
 from fewstep.web_app.models import Drawn, Models, Request
 
 CSS = """

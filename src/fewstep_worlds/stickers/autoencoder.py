@@ -153,8 +153,9 @@ def train_autoencoder(
     """
     torch.manual_seed(config.loop.seed)
     vae, critic = make_vae(config), make_critic(config.critic_channels)
-    if config.encoder:
-        copy_weights(load_vae(Path(config.encoder)), vae, "encoder")
+    if config.autoencoder:
+        copy_weights(load_vae(Path(config.autoencoder)), vae, "autoencoder")
+    if config.decoder_only:
         for part in (vae.encoder, vae.quant_conv):
             part.requires_grad_(False)
     trained = {name: weight for name, weight in vae.named_parameters() if weight.requires_grad}
@@ -174,7 +175,7 @@ def train_autoencoder(
         return metrics(averaged.eval())
 
     def fetch(items: np.ndarray, _: KeyedRng) -> Batch:
-        return {"pictures": to_tensor(scenes.pictures(items)).to(accelerator.device)}
+        return {"pictures": to_tensor(scenes.pictures(items + config.first_scene)).to(accelerator.device)}
 
     plan = [Update("vae", trained, losses.of_vae, config.optim)]
     if config.critic_share:
@@ -184,6 +185,6 @@ def train_autoencoder(
         weights = fit("autoencoder", plan, fetch, ENDLESS, out, config, config.loop, accelerator, inputs, evaluate)
     vae.load_state_dict(vae.state_dict() | weights["vae"])
     vae.cpu().eval()
-    if not config.encoder:
+    if not config.decoder_only:
         fold_statistics(vae, draw_scenes(REFERENCE_SEED, range(500), folder=folder))
     return vae

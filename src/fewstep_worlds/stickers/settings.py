@@ -16,9 +16,9 @@ from fewstep_worlds.common.settings import AutoencoderShape, UnetShape, check_gr
 class AutoencoderConfig(AutoencoderShape):
     """The teacher's autoencoder: 64x64 pictures to 16x16 latents of 4 channels."""
 
-    encoder: str = Field(
-        "", description="folder of a finished AutoencoderKL of this shape whose encoder is kept; its decoder is trained"
-    )
+    autoencoder: str = Field("", description="folder of a finished AutoencoderKL of this shape to go on from")
+    decoder_only: bool = Field(False, description="keep the encoder and so the latents; `autoencoder` must be given")
+    first_scene: int = Field(0, ge=0, description="number of the first scene: above those of its training")
     channels: tuple[int, ...] = Field((32, 64, 96), description="channels at each resolution")
     latent_channels: int = Field(4, ge=1, description="channels of a latent")
     groups: int = Field(8, ge=1, description="groups of the group norms")
@@ -39,6 +39,12 @@ class AutoencoderConfig(AutoencoderShape):
         lr=1e-3, betas=(0.9, 0.99), warmup=100, decay="cooldown", ema=0.999, weight_decay=0.01
     )
     critic_optim: OptimConfig = OptimConfig(lr=2e-4, betas=(0.5, 0.9), warmup=100)
+
+    @model_validator(mode="after")
+    def _has_an_encoder(self) -> Self:
+        if self.decoder_only and not self.autoencoder:
+            raise ValueError("decoder_only keeps the encoder of `autoencoder`, which is empty; name its folder")
+        return self
 
 
 class ReaderConfig(Config):

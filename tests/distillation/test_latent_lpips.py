@@ -22,17 +22,26 @@ from fewstep.common.errors import UserError
 from fewstep.common.files import read_json, write_json
 from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.schedule import VariancePreserving
+from fewstep.distillation.latent_lpips import network as networks
+from fewstep.distillation.latent_lpips import pair_set as pair_sets
+from fewstep.distillation.latent_lpips import train as training
+from fewstep.distillation.latent_lpips.network import LatentLPIPS, calibrate, group_distances, load_latent_lpips
+from fewstep.distillation.latent_lpips.pair_set import PairSet, distinct_prompts, draw_groups, split
+from fewstep.distillation.latent_lpips.pairs import (
+    KINDS,
+    MEMBERS,
+    PAIRS,
+    changes,
+    estimate_times,
+    partner,
+    patches,
+    shifted,
+)
+from fewstep.distillation.latent_lpips.pixel_features import Lite0Stages, decoder, pair_distances
+from fewstep.distillation.latent_lpips.rank_comparison import ENDS, compare_distances, draw_figure, rank_correlation
+from fewstep.distillation.latent_lpips.settings import LatentLpipsTrainConfig, NetworkConfig, PairConfig
+from fewstep.distillation.latent_lpips.train import fit, log_error, make_latent_lpips, pair_weights
 from fewstep.methods.distances import feature_distance
-from fewstep.methods.latent_lpips import network as networks
-from fewstep.methods.latent_lpips import pair_set as pair_sets
-from fewstep.methods.latent_lpips import train as training
-from fewstep.methods.latent_lpips.network import LatentLPIPS, calibrate, group_distances, load_latent_lpips
-from fewstep.methods.latent_lpips.pair_set import PairSet, distinct_prompts, draw_groups, split
-from fewstep.methods.latent_lpips.pairs import KINDS, MEMBERS, PAIRS, changes, estimate_times, partner, patches, shifted
-from fewstep.methods.latent_lpips.pixel_features import Lite0Stages, decoder, pair_distances
-from fewstep.methods.latent_lpips.rank_comparison import ENDS, compare_distances, draw_figure, rank_correlation
-from fewstep.methods.latent_lpips.settings import LatentLpipsTrainConfig, NetworkConfig, PairConfig
-from fewstep.methods.latent_lpips.train import fit, log_error, make_latent_lpips, pair_weights
 from fewstep.training.run_folder import RunLog, checkpoints
 
 SMALL = NetworkConfig(widths=(8, 12), blocks=(1, 1))

@@ -21,8 +21,7 @@ from fewstep.common.errors import UserError
 from fewstep.common.files import sweep
 from fewstep.common.rng import KeyedRng
 from fewstep.diffusion.schedule import expand
-from fewstep.evaluation.lite0 import Lite0Features
-from fewstep.methods.latent_lpips.network import (
+from fewstep.distillation.latent_lpips.network import (
     RECORD,
     LatentLPIPS,
     calibrate,
@@ -30,11 +29,12 @@ from fewstep.methods.latent_lpips.network import (
     read_record,
     save_latent_lpips,
 )
-from fewstep.methods.latent_lpips.pair_set import PairSet, latent_sampling, make_pair_set, pair_set_key
-from fewstep.methods.latent_lpips.pairs import KINDS, PAIRS
-from fewstep.methods.latent_lpips.pixel_features import Lite0Stages, PixelFeatures
-from fewstep.methods.latent_lpips.rank_comparison import ENDS, NAMED, RankComparison, compare_distances
-from fewstep.methods.latent_lpips.settings import LatentLpipsTrainConfig
+from fewstep.distillation.latent_lpips.pair_set import PairSet, latent_sampling, make_pair_set, pair_set_key
+from fewstep.distillation.latent_lpips.pairs import KINDS, PAIRS
+from fewstep.distillation.latent_lpips.pixel_features import Lite0Stages, PixelFeatures
+from fewstep.distillation.latent_lpips.rank_comparison import ENDS, NAMED, RankComparison, compare_distances
+from fewstep.distillation.latent_lpips.settings import LatentLpipsTrainConfig
+from fewstep.evaluation.lite0 import Lite0Features
 from fewstep.training.loop import train
 from fewstep.training.loss import Loss
 from fewstep.training.run_folder import RunLog
@@ -143,7 +143,7 @@ def make_latent_lpips(
                 comparison = compare_distances(network, pairs.latents[pairs.heldout], pairs.distances[pairs.heldout])
                 notes = {**describe(config, backbone, prompts, pixel, pairs, comparison), "key": key}
                 if find_spec("matplotlib"):
-                    from fewstep.methods.latent_lpips.rank_comparison import draw_figure
+                    from fewstep.distillation.latent_lpips.rank_comparison import draw_figure
 
                     draw_figure(comparison, out / "heldout.webp")
                 save_latent_lpips(target, network, backbone.folder.identity("vae"), notes)

@@ -21,7 +21,7 @@ from fewstep.common.config import validate
 from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_folder, read_mapping, sha256, write_json
 from fewstep.common.tensors import load_tensors, save_tensors
-from fewstep.methods.latent_lpips.settings import NetworkConfig
+from fewstep.distillation.latent_lpips.settings import NetworkConfig
 
 NORM_EPS = 1e-6
 """Added to squared lengths: smooth where a vector is 0."""

@@ -24,10 +24,10 @@ from fewstep.common.tensor_cache import cached
 from fewstep.diffusion.conditioned import ConditionedDenoiser
 from fewstep.diffusion.config import Sampling
 from fewstep.diffusion.denoiser import BASE, Condition
+from fewstep.distillation.latent_lpips.pairs import FEW, MEMBERS, PAIRS, changes, estimates, partner
+from fewstep.distillation.latent_lpips.pixel_features import Decode, PixelFeatures, decoder, pair_distances
+from fewstep.distillation.latent_lpips.settings import PairConfig, check_prompts
 from fewstep.inference.generator import ImageGenerator, image_generator_of
-from fewstep.methods.latent_lpips.pairs import FEW, MEMBERS, PAIRS, changes, estimates, partner
-from fewstep.methods.latent_lpips.pixel_features import Decode, PixelFeatures, decoder, pair_distances
-from fewstep.methods.latent_lpips.settings import PairConfig, check_prompts
 from fewstep.students.resolve import teacher_sampling
 
 SHARD = 16

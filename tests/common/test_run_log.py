@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fewstep.common.errors import UserError
-from fewstep.training.run_log import MOST_POINTS, read_run
+from fewstep.common.run_log import MOST_POINTS, read_run
 
 
 def run_folder(place: Path, lines: list[dict[str, object]], tail: str = "") -> Path:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fewstep.common.files import atomic_write
+from fewstep.distillation.latent_lpips.network import LatentLPIPS, group_distances
+from fewstep.distillation.latent_lpips.pairs import KINDS, PAIRS
 from fewstep.methods.distances import huber, l2
-from fewstep.methods.latent_lpips.network import LatentLPIPS, group_distances
-from fewstep.methods.latent_lpips.pairs import KINDS, PAIRS
 
 BATCH = 16
 """Groups whose distances are computed at once."""
