@@ -203,7 +203,7 @@ def test_a_sheet_has_a_row_a_prompt() -> None:
 def test_report_of_very_little(tmp_path: Path) -> None:
     rows = (Row("mine", 3, 0, {"FD-Lite0": Figure(1.0, None, None, 500)}),)
     page = Page(write_report(tmp_path / "r.html", Results("little", rows), []))
-    assert "not measured" in page.text
+    assert "The paper's claims" not in page.text, "none is decided"
     assert page.tags.count("img") == 2
 
 

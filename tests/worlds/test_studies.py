@@ -47,7 +47,7 @@ def test_the_demo_makes_students_a_table_and_a_page_and_goes_on_where_it_was(
 ) -> None:
     out = tmp_path / "demo"
     small = ["steps=2", "batch=2", "shown=6"]
-    assert demo.STEPS == (2, 4, 8, 20)
+    assert demo.STEPS == (2, 4, 8)
     assert demo.TEACHER_STEPS == 50
     monkeypatch.setattr(demo, "STEPS", (2, 4))
     monkeypatch.setattr(demo, "TEACHER_STEPS", TEACHER_STEPS)

@@ -32,7 +32,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device, field: str = "precision") -> Literal["fp32", "bf16", "fp16"]:
-    """Return the precision of a name; auto is bf16 on a GPU and on a CPU with AMX, else fp32.
+    """Return the precision of a name; auto is bf16 on a GPU and on a CPU with bf16 instructions, else fp32.
 
     Args:
         field: setting that holds the name, for errors.
@@ -45,9 +45,10 @@ def pick_precision(name: str, device: torch.device, field: str = "precision") ->
         raise UserError(f"{field} = 'fp16' needs a GPU; use 'bf16'")
     if name != "auto":
         return cast(Literal["fp32", "bf16", "fp16"], name)
-    # without AMX matrix units bf16 is slower than fp32 on a CPU
+    # a CPU without such instructions emulates bf16, slower than fp32
     cpuinfo = Path("/proc/cpuinfo")
-    fast = device.type == "cuda" or (cpuinfo.is_file() and "amx_bf16" in cpuinfo.read_text())
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.is_file() else set()
+    fast = device.type == "cuda" or flags & {"amx_bf16", "avx512_bf16"}
     return "bf16" if fast else "fp32"
 
 

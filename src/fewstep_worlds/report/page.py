@@ -22,11 +22,11 @@ from fewstep_worlds.report.curves import draw_curves, gamma_curves, step_curves
 from fewstep_worlds.report.frame import compared, headline, tidy
 from fewstep_worlds.report.results import Results
 from fewstep_worlds.report.tables import (
-    STEPS,
     WORDS,
     StepTable,
     decimals,
     gains,
+    measured_counts,
     step_table,
     table_blocks,
 )
@@ -76,7 +76,7 @@ def write_report(
     """
     from jinja2 import Environment, StrictUndefined
 
-    steps = tuple(n for n in STEPS if n in {row.steps for row in results.rows}) or STEPS
+    steps = measured_counts(results)
     blocks = table_blocks(results)
     tables = {by: [_html_table(step_table(results, names, steps, by)) for names in blocks] for by in WORDS}
     frame = compared(tidy(results, "nfe"))
@@ -91,7 +91,7 @@ def write_report(
         curves={by: _embedded(results, step_curves(results, by), word) for by, word in WORDS.items()},
         sweep=_embedded(results, gamma_curves(results), "gamma"),
         differences=_differences(results, frame, steps),
-        claims=claims(results, closed),
+        claims=[claim for claim in claims(results, closed) if claim.held is not None],
         scale=as_html(_scale(results)) if results.scale else "",
         identities=[identity for name in results.metrics for identity in results.identities(name)],
     )

@@ -93,6 +93,11 @@ def _block(
     return text + spreads.map(spread).astype(object), best, references | {"real pictures": printed(floor)}
 
 
+def measured_counts(results: Results) -> tuple[int, ...]:
+    """Return those of `STEPS` at which a row was measured; all of them where none was."""
+    return tuple(count for count in STEPS if count in {row.steps for row in results.rows}) or STEPS
+
+
 def table1(results: Results, metrics: Sequence[str], counts: Sequence[int] = STEPS, by: By = "nfe") -> str:
     """Return the table as Markdown, the best figure of each column in bold, with a line on each metric."""
     table = step_table(results, metrics, counts, by)
@@ -113,13 +118,13 @@ def tables(results: Results, counts: Sequence[int] = STEPS, metrics: Sequence[st
     return "\n".join(text for texts in both for text in texts)
 
 
-def terminal_table(results: Results, counts: Sequence[int] = STEPS) -> str:
+def terminal_table(results: Results) -> str:
     """Return the first metrics' tables by network evaluations as plain text of at most `WIDTH` columns."""
     names = default_metrics(results)
     texts = []
     for metrics in (names[:2], names[2:]):
         if metrics:
-            table = step_table(results, metrics, counts)
+            table = step_table(results, metrics, measured_counts(results))
             parts = (table.cells.rename_axis(index=None), table.references)
             texts += [part.to_string(line_width=WIDTH) for part in parts if len(part)]
     return "\n\n".join(texts)
