@@ -51,12 +51,15 @@ def load_unet(folder: Path) -> Any:
 
 
 def eps_loss(
-    unet: Any, path: VariancePreserving, latents: Tensor, states: Tensor, t: Tensor, eps: Tensor, min_snr: float
+    unet: Any, path: VariancePreserving, latents: Tensor, states: Tensor, t: Tensor, eps: Tensor, snr_power: float
 ) -> Loss:
-    """Return the Min-SNR-weighted squared error of the predicted noise (arXiv 2303.09556); t int64 [B]."""
+    """Return the squared error of the predicted noise, weighted by SNR(t)^-snr_power; t int64 [B].
+
+    A power of 1/2 is the debiased loss (arXiv 2310.08442): next to a constant weight it raises high noise,
+    where counts and places are decided.
+    """
     x_t = add_noise(path, latents, eps, t)
     predicted = unet(x_t, t.to(x_t.device, non_blocking=True), states, return_dict=False)[0].float()
     per_sample = (predicted - eps).square().mean((1, 2, 3))
-    snr = torch.exp(2 * path.log_snr(t))
-    weight = (snr.clamp(max=min_snr) / snr).to(per_sample)
+    weight = torch.exp(-2 * snr_power * path.log_snr(t)).to(per_sample)
     return Loss((weight * per_sample).mean(), per_sample, (t + 1) / (path.noisiest + 1))

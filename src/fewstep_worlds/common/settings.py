@@ -44,7 +44,7 @@ class UnetShape(Config):
     heads: int = Field(4, ge=1, description="attention heads")
     groups: int = Field(32, ge=1, description="groups of the group norms")
     prompt_dropout: float = Field(0.1, ge=0, le=1, description="share of empty prompts")
-    min_snr: float = Field(5.0, gt=0, description="gamma of the Min-SNR weight min(SNR, gamma)/SNR")
+    snr_power: float = Field(0.5, ge=0, le=1, description="p of the loss's weight SNR^-p; 0 for a constant weight")
 
     @model_validator(mode="after")
     def _divides(self) -> Self:

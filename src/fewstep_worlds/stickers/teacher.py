@@ -165,7 +165,7 @@ def train_teacher(
     def loss(batch: Batch, rng: KeyedRng) -> Loss:
         latents = batch["latents"]
         eps = rng.normal("noise", tuple(latents.shape[1:]))
-        return eps_loss(unet, path, latents, batch["states"], rng.integers("t", 0, total), eps, config.min_snr)
+        return eps_loss(unet, path, latents, batch["states"], rng.integers("t", 0, total), eps, config.snr_power)
 
     def evaluate(weights: Weights) -> dict[str, float]:
         nonlocal metrics
