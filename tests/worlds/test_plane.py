@@ -211,12 +211,32 @@ def test_the_verb_draws_its_figure(tmp_path: Path) -> None:
     assert [row.split(" | ")[0] for row in rows[2:]] == ["| lcm", *["| tcd-s"] * 3]
     assert f"{(one[0]['energy'] + other[0]['energy']) / 2:.4f}" in rows[3]
     assert all(row.split(" | ")[-1].rstrip(" |") == "3" for row in rows[2:]), "three steps of 16 at 5 evaluations"
+    assert all(row.split(" | ")[-2] == "0.0003" for row in rows[2:])
     with pytest.raises(UserError, match="tdc"):
         playground(["tdc"], out=tmp_path / "no")
     with pytest.raises(UserError) as error:
         playground("tcd", out=tmp_path / "no", overrides="pth=flow")
     assert error.value.field == "pth"
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.slow
+def test_a_rate_is_chosen_by_a_seed_that_is_not_measured(tmp_path: Path) -> None:
+    """A rate that moves nothing and one that wrecks the student lose to one that learns."""
+    words = ["base=exact", "count=200", "shown=500", "steps=[2,4]", "loop.steps=60", "loop.batch=64"]
+    playground("tcd", out=tmp_path, rates=[1e-9, 2e-3, 10.0], overrides=[*words, "gammas=[0]"])
+    record = read_json(tmp_path / "rates" / "tcd.json")
+    assert record["chosen"] == "0.002"
+    assert record["seed"] == 1
+    assert record["diverged"] == ["10"]
+    distances = record["distances"]
+    assert all(good < still for good, still in zip(distances["0.002"], distances["1e-09"], strict=True))
+    measured = [row["energy"] for row in read_json(tmp_path / "figures.json")["tcd"][0]["energy"]]
+    assert measured != distances["0.002"], "another seed"
+    assert measured[0] < distances["1e-09"][0]
+    with pytest.raises(UserError) as error:
+        playground("tcd", out=tmp_path / "no", rates=[0.0])
+    assert error.value.field == "rates"
 
 
 def test_recall_counts_modes_with_half_of_their_weight() -> None:

@@ -23,12 +23,12 @@ from fewstep.inference.generator import load_image_generator
 from fewstep.methods.cost import step_cost
 from fewstep.methods.recipes import rows
 from fewstep_worlds.common import location
+from fewstep_worlds.common.tables import best_by_rank
 from fewstep_worlds.report.claims import claims
 from fewstep_worlds.report.results import load_results
 from fewstep_worlds.stickers import metrics, world
 from fewstep_worlds.stickers.dataset import draw_scenes
 from fewstep_worlds.studies import api, benchmark, comparison, demo, family, sheets
-from fewstep_worlds.studies.benchmark import best_by_rank
 from fewstep_worlds.studies.settings import BenchmarkConfig, FamilyConfig
 from fewstep_worlds.studies.sheets import spread_rows
 from fewstep_worlds.studies.students import train_student

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ def playground(
     out: Path | str = "runs/playground",
     seeds: int = 1,
     evaluations: int | None = None,
+    rates: Sequence[float] = (),
     overrides: str | Sequence[str] = (),
 ) -> Path:
     """Train recipes in the plane beside an exact teacher, a minute or so each, and draw what their jumps do.
@@ -33,6 +35,7 @@ def playground(
         out: folder for figure.webp, table.md, figures.json and the runs; stopped runs are resumed from it.
         seeds: trainings of each recipe, with loop.seed and the numbers after it; figures are their means.
         evaluations: network evaluations of each training, a backward pass being two; sets loop.steps of each recipe.
+        rates: learning rates that each recipe chooses from, by trainings of a seed that is not measured.
         overrides: setting, key=value, e.g. path=flow. May be repeated.
 
     Returns:
@@ -48,6 +51,8 @@ def playground(
     for field, value in (("seeds", seeds), ("evaluations", evaluations)):
         if value is not None and value < 1:
             raise UserError(f"{field} = {value} must be at least 1", field=field)
+    if any(not 0 < rate < inf for rate in rates):
+        raise UserError(f"rates = {list(rates)} must be above 0", field="rates")
     words = [overrides] if isinstance(overrides, str) else list(overrides)
     named = [recipes] if isinstance(recipes, str) else recipes
     configs = [resolve_plane(name.strip(), words) for names in named for name in names.split(",")]
@@ -56,7 +61,44 @@ def playground(
     check_writable(Path(out))
     check_installed("playground", ("matplotlib",))
 
+    if rates:
+        configs = [choose_rate(config, rates, Path(out), config.loop.seed + seeds) for config in configs]
     return play(configs, Path(out), seeds)
+
+
+def choose_rate(config: PlaneConfig, rates: Sequence[float], out: Path, seed: int) -> PlaneConfig:
+    """Return the recipe with the learning rate that is best over all step counts; write rates/<recipe>.json.
+
+    Args:
+        seed: of the trainings that are compared.
+
+    Raises:
+        UserError: the recipe diverges at every rate.
+    """
+    from fewstep.common.errors import NotFiniteError, UserError
+    from fewstep_worlds.common.tables import best_by_rank
+    from fewstep_worlds.plane.train import measure, train_plane
+
+    candidates = {
+        f"{rate:g}": config.model_copy(update={"optim": config.optim.model_copy(update={"lr": rate})}) for rate in rates
+    }
+    loop = config.loop.model_copy(update={"seed": seed})
+    distances, diverged = {}, []
+    for rate, candidate in candidates.items():
+        folder = out / "rates" / f"{config.recipe}-{rate}"
+        try:
+            run = train_plane(candidate.model_copy(update={"loop": loop}), folder, base=out / "rates" / "base")
+        except NotFiniteError:
+            diverged.append(rate)
+            continue
+        figures = measure(run)
+        distances[rate] = [figures.best(steps)[1] for steps in config.steps]
+    if not distances:
+        raise UserError(f"rates = {diverged}: {config.recipe} diverges at all of them; give lower ones", field="rates")
+    best = best_by_rank(distances)
+    record = {"distances": distances, "diverged": diverged, "chosen": best, "seed": seed}
+    write_json(out / "rates" / f"{config.recipe}.json", record)
+    return candidates[best]
 
 
 def play(recipes: Sequence[PlaneConfig], out: Path, seeds: int = 1, quiet: bool = False) -> Path:

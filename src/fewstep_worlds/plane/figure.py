@@ -145,9 +145,9 @@ def table(recipes: Sequence[Sequence[tuple[PlaneRun, PlaneFigures]]]) -> str:
         to_end, between = (mean(getattr(figures, name) for figures in measured) for name in ("to_end", "between"))
         for gamma in measured[0].gammas:
             cells = [_cell(measured, (n, gamma)) if n in config.steps else "" for n in steps]
-            errors = [f"{to_end:.3f}", f"{between:.3f}", cost, f"{config.loop.steps}"]
+            errors = [f"{to_end:.3f}", f"{between:.3f}", cost, f"{config.optim.lr:g}", f"{config.loop.steps}"]
             rows.append([config.recipe, "" if gamma is None else f"{gamma:g}", *cells, *errors])
-    head = ["recipe", "gamma", *columns, "one jump to the end", "trained jumps", "calls a step", "training steps"]
+    head = ["recipe", "gamma", *columns, "one jump to the end", "trained jumps", "calls a step", "lr", "training steps"]
     return markdown(head, rows, left=2)
 
 

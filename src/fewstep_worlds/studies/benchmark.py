@@ -14,6 +14,7 @@ from fewstep.common import core_yaml
 from fewstep.common.defaults import world
 from fewstep.common.files import atomic_write, write_json, write_text
 from fewstep.common.messages import Bar
+from fewstep_worlds.common.tables import best_by_rank
 from fewstep_worlds.report.claims import TEACHER_STEPS, claims, claims_table
 from fewstep_worlds.report.curves import draw_curves, gamma_curves
 from fewstep_worlds.report.page import write_report
@@ -59,21 +60,6 @@ def choose(comparison: Comparison, out: Path, name: str, candidates: Mapping[str
     best = best_by_rank(kids)
     write_json(out / f"{name}.json", {"kid": kids, "chosen": best, "n": len(comparison.store.prompts)})
     return best
-
-
-def best_by_rank(kids: Mapping[str, Sequence[float]]) -> str:
-    """Return the candidate with the lowest mean rank over the columns, then with the lowest mean.
-
-    KID at 2 calls is tens of times that at 8, so a plain mean would decide by 2 calls alone.
-    """
-    columns = list(zip(*kids.values(), strict=True))
-
-    def rank(key: str) -> tuple[float, float]:
-        own = kids[key]
-        places = [sorted(column).index(value) for column, value in zip(columns, own, strict=True)]
-        return sum(places) / len(places), sum(own) / len(own)
-
-    return min(kids, key=rank)
 
 
 def choose_rate(config: BenchmarkConfig, recipe: str, validation: Comparison, out: Path) -> float:
