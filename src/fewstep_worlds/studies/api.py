@@ -123,7 +123,7 @@ def versatility(*, out: Path | str = "runs/versatility", overrides: str | Sequen
 
     Each add-on is made on the base, and then used with students that never saw it. Takes hours on a CPU.
 
-    Example: fewstep world versatility -s tlcm=runs/tlcm/student
+    Example: fewstep world versatility -s tlcm=runs/tlcm/student -s tasks=[style,img2img]
 
     Args:
         out: folder; a stopped run is resumed from it.
@@ -147,7 +147,7 @@ def versatility(*, out: Path | str = "runs/versatility", overrides: str | Sequen
                     "TLCM student",
                     field=field,
                 )
-    for part in ("reader", "reward"):
+    for part in ("reader", "reward") if "picture" in config.tasks else ("reader",):
         if not (root() / part).is_dir():
             raise UserError(
                 f"world = {str(root())!r} has no {part}/, which the study needs; set FEWSTEP_WORLD to the "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -64,9 +64,13 @@ class AddOnConfig(Config):
         return OptimConfig(lr=self.lr, warmup=20, decay="cosine")
 
 
+TaskName = Literal["community", "style", "edges", "shapes", "picture", "img2img", "inpainting", "super-resolution"]
+
+
 class VersatilityConfig(Config):
     """Settings of the add-ons study: students that were not trained on them."""
 
+    tasks: tuple[TaskName, ...] = Field(get_args(TaskName), min_length=1, description="rows of the table")
     tcd: str = Field("tcd", description="TCD student: tcd (bundled), a LoRA file or folder")
     tlcm: str = Field("", description="TLCM student: tlcm (bundled), a LoRA file or folder; empty to leave it out")
     steps: tuple[int, ...] = Field((2, 4, 8), description="network calls of the students")

@@ -177,12 +177,13 @@ def versatility(config: VersatilityConfig, out: Path) -> Path:
     """Make the add-ons, sample and measure; write table.md, cells.json and figure.webp, and return the tables' path."""
     device = pick_device("auto")
     reader, base = load_reader(root() / "reader").to(device), load_backbone(teacher_path(""), device)
-    study, models = Study(config, out, base, reader, load_encoder(device)), columns(config)
+    features = load_encoder(device) if "picture" in config.tasks else None
+    study, models = Study(config, out, base, reader, features), columns(config)
     cells, shown, tables = [], [], []
-    with Bar(TASKS.items(), desc="versatility", unit="add-on") as bar:
-        for name, make in bar:
+    with Bar(config.tasks, desc="versatility", unit="add-on") as bar:
+        for name in bar:
             bar.set_postfix_str(name)
-            task = make(study)
+            task = TASKS[name](study)
             own, sheets = measure_task(study, task, models)
             cells += own
             tables.append(table(own, task, study.restore(pictures_of(task.prompts))))

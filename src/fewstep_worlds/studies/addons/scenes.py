@@ -6,6 +6,7 @@ The base's own data has neither the arrangements of a community checkpoint nor t
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -17,9 +18,11 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fewstep.common.accelerator import make_accelerator
+from fewstep.common.files import atomic_folder
 from fewstep.common.random_streams import generator
 from fewstep.common.rng import KeyedRng
 from fewstep.common.tensors import digest
@@ -113,6 +116,16 @@ def draw(scenes: Iterable[Scene]) -> Pictures:
 def pictures_of(prompts: Sequence[Prompt]) -> Pictures:
     """Return the pictures of the scenes of prompts, uint8 [N, 64, 64, 3]."""
     return draw(prompt.scene for prompt in prompts)
+
+
+def write_captioned(folder: Path, prompts: Sequence[Prompt]) -> None:
+    """Write the pictures of prompts and metadata.jsonl, as `data.source` reads them."""
+    with atomic_folder(folder) as part:
+        lines = []
+        for number, (prompt, picture) in enumerate(zip(prompts, pictures_of(prompts), strict=True)):
+            Image.fromarray(picture).save(part / f"{number:05d}.png")
+            lines.append(json.dumps({"file_name": f"{number:05d}.png", "text": prompt.text}))
+        (part / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def silhouettes(pictures: Pictures, prompts: Sequence[Prompt]) -> npt.NDArray[np.bool_]:

@@ -31,7 +31,6 @@ from fewstep_worlds.studies.addons.training import (
     Examples,
     train_checkpoint,
     train_controlnet,
-    train_lora,
 )
 from fewstep_worlds.studies.settings import VersatilityConfig
 
@@ -89,24 +88,26 @@ class Study:
     Attributes:
         out: folder of runs and finished add-ons.
         reader: network that finds the facts of pictures; it trains nothing here.
-        features: pictures -> features [N, width], the IP-Adapter's input.
+        features: pictures -> features [N, width], the IP-Adapter's input; None where no task needs them.
     """
 
     config: VersatilityConfig
     out: Path
     base: Backbone
     reader: scenes.Reader
-    features: Callable[[Pictures], Tensor]
+    features: Callable[[Pictures], Tensor] | None
 
     @cached_property
     def _level(self) -> tuple[Tensor, Tensor]:
         """Mean of the features of training pictures, and their deviation from it."""
+        assert self.features is not None
         raw = self.features(scenes.pictures_of(scenes.training_prompts("open", range(FITTED))))
         return raw.mean(0), (raw - raw.mean(0)).std()
 
     def encoded(self, pictures: Pictures) -> Tensor:
         """Return features of pictures minus the mean of training pictures', at unit size on average, [N, width]."""
         mean, spread = self._level
+        assert self.features is not None
         return (self.features(pictures) - mean) / spread
 
     def restore(self, pictures: Pictures) -> Pictures:
@@ -185,11 +186,21 @@ def community(study: Study) -> Task:
 
 
 def style(study: Study) -> Task:
-    """Make a LoRA of the held-out style."""
-    place, prompts = study.made("style", "style", train_lora), study.prompts("style")
+    """Make a LoRA of the held-out style from a folder of captioned pictures, by `fewstep train-style`."""
+    from fewstep.commands.train_style import train_style
+
+    prompts, config = study.prompts("style"), study.config.style
+    folder = study.out / "style-pictures"
+    if not folder.is_dir():
+        scenes.write_captioned(folder, scenes.training_prompts("style", range(FITTED)))
+    settings = {
+        "loop": config.loop.model_dump(exclude_unset=True),
+        "optim": config.optim.model_dump(exclude_unset=True),
+    }
+    place = train_style(folder, lora=None, teacher=study.base.folder.path, out=study.out / "style", overrides=settings)
 
     def load(pipe: Any) -> None:
-        pipe.load_lora_weights(str(place), adapter_name="style")
+        pipe.load_lora_weights(str(place.parent), weight_name=place.name, adapter_name="style")
         pipe.set_adapters(pipe.get_list_adapters()["unet"])
 
     reader = scenes.train_style_reader(study.reader, study.config.style_reader, study.out / "runs" / "style-reader")

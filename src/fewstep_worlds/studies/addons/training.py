@@ -1,4 +1,4 @@
-"""Add-ons trained on the base with diffusers' and PEFT's own classes and the noise-prediction loss.
+"""Add-ons trained on the base with diffusers' own classes and the noise-prediction loss.
 
 Each is written in the format of its own loader. Students are not involved.
 """
@@ -104,24 +104,6 @@ def train_checkpoint(spec: AddOnTraining, place: Path) -> None:
     unet.to(memory_format=torch.contiguous_format)
     with atomic_folder(place) as part:
         pipeline("StableDiffusionPipeline", spec.base.folder.path, None, unet=unet).save_pretrained(part)
-
-
-def train_lora(spec: AddOnTraining, place: Path) -> None:
-    """Train a LoRA by PEFT and write it as `save_lora_weights` does."""
-    from diffusers import StableDiffusionPipeline
-    from diffusers.utils import convert_state_dict_to_diffusers
-    from peft import LoraConfig
-    from peft.utils import get_peft_model_state_dict
-
-    unet = frozen_network(spec.base)
-    with torch.random.fork_rng():
-        torch.manual_seed(spec.config.seed)
-        unet.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    trained = {name: weight for name, weight in unet.named_parameters() if weight.requires_grad}
-    train_weights(spec, trained, plain_prediction(unet))
-    with atomic_folder(place) as part:
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
-        StableDiffusionPipeline.save_lora_weights(part, unet_lora_layers=layers)
 
 
 def train_controlnet(spec: AddOnTraining, place: Path) -> None:
