@@ -503,10 +503,23 @@ def test_a_teacher_is_resumed_exactly_and_is_a_pipeline(sticker_sheets: Path, tm
     for name, tensor in weights[0].items():
         assert torch.equal(weights[1][name], tensor), name
     assert any(not torch.equal(weights[2][name], tensor) for name, tensor in weights[0].items())
+    file = Path("text_encoder") / "model.safetensors"
+    texts = [load_file(tmp_path / run / file) for run in ("whole", "resumed", "run/text")]
+    for name, tensor in texts[0].items():
+        assert torch.equal(texts[1][name], tensor), name
+        if not name.startswith("encoder.layer"):
+            assert torch.equal(texts[2][name], tensor), name
+        elif name.endswith("query.weight"):
+            assert not torch.equal(texts[2][name], tensor), name
+
+    frozen = config.model_copy(update={"train_text": False})
+    teacher.train_teacher(frozen, tmp_path / "run-frozen", tmp_path / "frozen", accelerator, sticker_sheets)
+    for name, tensor in load_file(tmp_path / "frozen" / file).items():
+        assert torch.equal(texts[2][name], tensor), name
 
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "whole", torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    encoders = teacher.Encoders(pipe.vae, tmp_path / "run" / "text", CPU)
+    encoders = teacher.Encoders(pipe.vae, tmp_path / "whole", CPU)
     prompts = ["three frogs on yellow", "a rocket"]
     noise = np.stack([generator(5, "stickers sample", i).standard_normal((4, 16, 16)) for i in range(2)])
     wanted = pipe(
@@ -577,7 +590,7 @@ def test_a_teacher_is_validated_on_unseen_prompts(tmp_path: Path, monkeypatch: p
     )
     encoders = teacher.Encoders(make_vae(TINY).eval(), root() / "teacher", CPU)
     metrics = teacher.TeacherMetrics(config, encoders, tmp_path, None, make_accelerator("fp32", CPU))
-    figures = metrics(denoiser.make_unet(config, 4, 16, 384, plain=1).eval())
+    figures = metrics(denoiser.make_unet(config, 4, 16, 384, plain=1).eval(), encoders)
     assert figures["fd"] == 500
     assert figures["autoencoder_psnr"] == 30
     assert figures["accuracy all"] == 0  # an untrained reader finds no sticker

@@ -321,7 +321,7 @@ def test_every_task_changes_what_base_and_student_draw(study: Study, teacher: Pa
         assert task.effect[1](pictures).shape == task.beside[1](pictures).shape == (8,)
     if name in ADD_ONS:
         changed = replace(study, config=study.config.model_copy(update={name: AddOnConfig(steps=7)}))
-        with pytest.raises(UserError, match="steps|batch"):
+        with pytest.raises(UserError, match=r"steps|batch"):
             TASKS[name](changed)
 
 

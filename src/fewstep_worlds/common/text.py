@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fewstep.common.errors import UserError
 from fewstep.common.files import atomic_folder, read_json
@@ -56,17 +57,23 @@ def trim_text(source: Path, target: Path, phrases: Sequence[str], tokens: int, l
     if layers is not None:
         encoder.encoder.layer = encoder.encoder.layer[:layers]
         encoder.config.num_hidden_layers = len(encoder.encoder.layer)
-    state = {name: value.half().contiguous() for name, value in encoder.state_dict().items()}
-    state[EMBEDDING] = state[EMBEDDING][[ids[piece] for piece in pieces]].contiguous()
+    state = dict(encoder.state_dict())
+    state[EMBEDDING] = state[EMBEDDING][[ids[piece] for piece in pieces]]
     encoder.config.vocab_size = len(pieces)
     with atomic_folder(target) as part:
         encoder.config.save_pretrained(part / "text_encoder")
-        save_tensors(part / "text_encoder" / "model.safetensors", state, metadata={"format": "pt"})
+        save_text_weights(part, state)
         (part / "tokenizer").mkdir()
         keep_pieces(full, pieces).save(str(part / "tokenizer" / "tokenizer.json"))
         settings = read_json(source / "tokenizer" / "tokenizer_config.json") | {"model_max_length": tokens}
         (part / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
         (part / "tokenizer" / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces), encoding="utf-8")
+
+
+def save_text_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
+    """Write the weights of a text encoder as fp16 to `folder`/text_encoder."""
+    half = {name: value.detach().half().cpu().contiguous() for name, value in state.items()}
+    save_tensors(folder / "text_encoder" / "model.safetensors", half, metadata={"format": "pt"})
 
 
 def keep_pieces(full: Any, pieces: Sequence[str]) -> Any:

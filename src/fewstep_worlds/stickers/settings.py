@@ -106,6 +106,7 @@ class TeacherConfig(UnetShape):
     autoencoder: str = Field("", description="folder of the finished AutoencoderKL")
     text: str = Field("", description="folder with the text_encoder/ and tokenizer/ to trim; empty for the bundled")
     text_layers: int = Field(2, ge=1, description="first layers of that text encoder that are kept")
+    train_text: bool = Field(True, description="train the text encoder's layers with the UNet; its embeddings are kept")
     reader: str = Field("", description="folder of a reader that measures validation samples; empty for none")
     unet: str = Field("", description="folder of a UNet of this shape to go on from; empty for a fresh one")
     first_scene: int = Field(0, ge=0, description="number of the first scene: above those that the UNet was trained on")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from fewstep.backbones.sd import encode_text
+from fewstep.backbones.unet import padded_tokens
 from fewstep.common.cpu_kernels import speed_up
 from fewstep.common.files import sha256
 from fewstep.common.random_streams import generator
@@ -25,7 +28,7 @@ from fewstep_worlds.common.denoiser import eps_loss, load_unet, make_unet
 from fewstep_worlds.common.location import root
 from fewstep_worlds.common.networks import copy_weights
 from fewstep_worlds.common.pipeline import SCHEDULER, write_teacher
-from fewstep_worlds.common.text import load_text_encoder, trim_text
+from fewstep_worlds.common.text import load_text_encoder, save_text_weights, trim_text
 from fewstep_worlds.common.training import ENDLESS, Weights, fit
 from fewstep_worlds.stickers.accuracy import scene_accuracy
 from fewstep_worlds.stickers.autoencoder import AutoencoderMetrics
@@ -47,8 +50,12 @@ TOKENS = 28
 """Tokens of a prompt, [CLS] and [SEP] included. 1 prompt of 1,000 is longer and is cut."""
 
 
+TEXT = "text_encoder."
+"""Prefix of the text encoder's weights among those that are trained."""
+
+
 class Encoders:
-    """The frozen autoencoder and text encoder, on one device."""
+    """The autoencoder and the text encoder, on one device."""
 
     def __init__(self, vae: Any, text: Path, device: torch.device) -> None:
         speed_up(vae)
@@ -56,6 +63,11 @@ class Encoders:
         self.vae = vae.requires_grad_(False).to(device)
         self.tokenizer, encoder = load_text_encoder(text)
         self.encoder = encoder.to(device)
+
+    def tokens(self, prompts: Sequence[str]) -> Tensor:
+        """Return token numbers, int64 [N, tokens], on the device."""
+        ids: Tensor = padded_tokens(self.tokenizer, prompts, self.device).input_ids
+        return ids
 
     def states(self, prompts: Sequence[str]) -> Tensor:
         """Return text states, float32 [N, tokens, width], on the device."""
@@ -105,18 +117,17 @@ class TeacherMetrics:
     ) -> None:
         self.config = config
         self.accelerator = accelerator
-        self.encoders = encoders
         self.prompts = unseen_prompts("open", config.validation_prompts, REFERENCE_SEED)
         self.reader = load_reader(Path(config.reader)) if config.reader else None
         self.real = AutoencoderMetrics(folder, cache, config.validation_prompts)
         self.floors = {f"autoencoder_{name}": value for name, value in self.real(encoders.vae).items()}
 
-    def __call__(self, unet: Any) -> dict[str, float]:
-        """Return the figures of a denoiser."""
+    def __call__(self, unet: Any, encoders: Encoders) -> dict[str, float]:
+        """Return the figures of a denoiser and its text encoder."""
         config, texts = self.config, [prompt.text for prompt in self.prompts]
         steps, omega = config.validation_steps, config.omega
         with self.accelerator.autocast():
-            pictures = draw(unet, self.encoders, texts, steps=steps, omega=omega, seed=REFERENCE_SEED)
+            pictures = draw(unet, encoders, texts, steps=steps, omega=omega, seed=REFERENCE_SEED)
         result = {"fd": self.real.fd(pictures), **self.floors}
         if self.reader:
             claims = [prompt.claim for prompt in self.prompts]
@@ -159,22 +170,36 @@ def train_teacher(
         pictures, prompts = workers.captioned(scenes + config.first_scene)
         empty = rng.chance("empty prompt", config.prompt_dropout).cpu().numpy()
         with accelerator.autocast():
-            latents, states = encoders.latents(pictures), encoders.states([*prompts, ""]).float()
-        return {"latents": latents[which], "states": states[np.where(empty, len(prompts), which)]}
+            latents = encoders.latents(pictures)
+        tokens = encoders.tokens([*prompts, ""])
+        return {"latents": latents[which], "tokens": tokens[np.where(empty, len(prompts), which)]}
 
     def loss(batch: Batch, rng: KeyedRng) -> Loss:
         latents = batch["latents"]
+        prompts, which = torch.unique(batch["tokens"], dim=0, return_inverse=True)
+        states = encoders.encoder(prompts)[0].float()[which]
         eps = rng.normal("noise", tuple(latents.shape[1:]))
-        return eps_loss(unet, path, latents, batch["states"], rng.integers("t", 0, total), eps, config.snr_power)
+        return eps_loss(unet, path, latents, states, rng.integers("t", 0, total), eps, config.snr_power)
+
+    def averaged(weights: Weights) -> tuple[Any, Encoders]:
+        own, found = copy.copy(encoders), make()
+        own.encoder = copy.deepcopy(encoders.encoder)
+        of_text = {name: value for name, value in weights["unet"].items() if name.startswith(TEXT)}
+        found.load_state_dict({name: value for name, value in weights["unet"].items() if name not in of_text})
+        text_weights = {name.removeprefix(TEXT): value for name, value in of_text.items()}
+        own.encoder.load_state_dict(own.encoder.state_dict() | text_weights)
+        return found.eval(), own
 
     def evaluate(weights: Weights) -> dict[str, float]:
         nonlocal metrics
         metrics = metrics or TeacherMetrics(config, encoders, out / "features", folder, accelerator)
-        averaged = make()
-        averaged.load_state_dict(weights["unet"])
-        return metrics(averaged.eval())
+        return metrics(*averaged(weights))
 
-    plan = [Update("unet", dict(unet.named_parameters()), loss, config.optim)]
+    trained = dict(unet.named_parameters())
+    if config.train_text:  # its embeddings are kept, so that words that no scene names stay near those that one does
+        layers = encoders.encoder.encoder.requires_grad_(True)
+        trained |= {f"{TEXT}encoder.{name}": weight for name, weight in layers.named_parameters()}
+    plan = [Update("unet", trained, loss, config.optim)]
     _, prompts = draw_captioned(TRAINING_SEED, np.arange(64), folder or sprite_folder())
     inputs = {
         "scenes": fingerprint(folder),
@@ -186,5 +211,8 @@ def train_teacher(
     with SceneWorkers(config.workers, folder=folder) as workers:
         validate = evaluate if config.validation_prompts else None
         weights = fit("denoiser", plan, fetch, ENDLESS, out, config, config.loop, accelerator, inputs, validate)
-    unet.load_state_dict(weights["unet"])
-    write_teacher(target, vae.cpu(), unet.cpu().eval(), text, config.omega)
+    unet, encoders = averaged(weights)
+    last = out / "text-trained"
+    shutil.copytree(text, last, dirs_exist_ok=True)
+    save_text_weights(last, encoders.encoder.state_dict())
+    write_teacher(target, vae.cpu(), unet.cpu(), last, config.omega)

@@ -194,7 +194,7 @@ def style(study: Study) -> Task:
     if not folder.is_dir():
         scenes.write_captioned(folder, scenes.training_prompts("style", range(FITTED)))
     settings = {
-        "loop": config.loop.model_dump(exclude_unset=True),
+        "loop": config.loop.model_dump(exclude_unset=True) | {"validate_every": None},
         "optim": config.optim.model_dump(exclude_unset=True),
     }
     place = train_style(folder, lora=None, teacher=study.base.folder.path, out=study.out / "style", overrides=settings)
