@@ -83,11 +83,6 @@ def psnr(restored: np.ndarray, real: np.ndarray) -> np.ndarray:
     return found
 
 
-def reconstruction_psnr(vae: Any, pictures: np.ndarray) -> float:
-    """Return the mean PSNR of pictures decoded from their posterior means, in dB."""
-    return float(psnr(restore(vae, pictures), pictures).mean())
-
-
 @torch.no_grad()
 def fold_statistics(vae: Any, pictures: np.ndarray, batch: int = 64) -> None:
     """Rescale the latent space, in place, so that each channel has mean 0 and variance 1 over `pictures`.
