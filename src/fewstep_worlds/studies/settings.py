@@ -21,7 +21,7 @@ Seed = Annotated[int, Field(ge=0, le=89)]
 class DemoConfig(Config):
     """The demo's budget: small enough for ten minutes on two cores."""
 
-    steps: int = Field(80, ge=1, description="optimiser steps of each student")
+    steps: int = Field(70, ge=1, description="optimiser steps of each student")
     batch: int = Field(64, ge=1, description="samples a step")
     lr: float = Field(1e-3, gt=0, description="learning rate of both students")
     prompts: int = Field(100, ge=100, description="prompts drawn and measured, at most those of the world's list")
