@@ -157,8 +157,11 @@ def bundled() -> Subject:
     config = json.loads((TEACHER / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     kind = {ours: theirs for theirs, ours in KINDS.items()}[backbone.prediction]
 
+    torch.manual_seed(0)
+    network = type(backbone.network).from_config(backbone.network.config).eval()  # a sharp one enlarges rounding more
+
     def call(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        return backbone.call(backbone.network, x, t, {"text": text})
+        return backbone.call(network, x, t, {"text": text})
 
     betas = {key: config[key] for key in STABLE_DIFFUSION}
     return Subject(call, text, null, backbone.latent_shape, betas, kind, (3,))
@@ -187,12 +190,12 @@ def test_equal_to_diffusers(latents: dict[str, tuple[Tensor, Tensor]], case: Cas
 
 
 def test_cases_cover_what_is_claimed(latents: dict[str, tuple[Tensor, Tensor]]) -> None:
-    """Every count of the four samplers, all results unlike each other, the two ends far apart."""
+    """Every count of the four samplers, results of several steps unlike each other, the two ends far apart."""
     assert len(latents) == len(CASES) == 4 * len(COUNTS) + 6 + 4 + 2
-    plain = [case for case in CASES if case.ours.omega == 0]
-    assert len({float(latents[case.name][0].double().sum()) for case in plain}) > 0.9 * len(plain)
+    several = [case for case in CASES if case.ours.omega == 0 and case.ours.steps > 1]
+    assert len({float(latents[case.name][0].double().sum()) for case in several}) == len(several)
     clean, index_0 = (latents[ddim(4, end=end).name][0] for end in ("clean", "index0"))
-    assert difference(index_0, clean) > 1e-3
+    assert difference(index_0, clean) > 10 * CLOSE
 
 
 def test_ddim_of_diffusers_leaves_its_list_where_the_count_does_not_divide_1000() -> None:
