@@ -158,10 +158,10 @@ def bundled() -> Subject:
     kind = {ours: theirs for theirs, ours in KINDS.items()}[backbone.prediction]
 
     torch.manual_seed(0)
-    network = type(backbone.network).from_config(backbone.network.config).eval()  # a sharp one enlarges rounding more
+    random = type(backbone.network).from_config(backbone.network.config).eval()  # a trained one enlarges rounding more
 
     def call(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        return backbone.call(network, x, t, {"text": text})
+        return x + 0.1 * backbone.call(random, x, t, {"text": text})  # noise and some structure: latents stay near 1
 
     betas = {key: config[key] for key in STABLE_DIFFUSION}
     return Subject(call, text, null, backbone.latent_shape, betas, kind, (3,))
@@ -195,7 +195,7 @@ def test_cases_cover_what_is_claimed(latents: dict[str, tuple[Tensor, Tensor]]) 
     several = [case for case in CASES if case.ours.omega == 0 and case.ours.steps > 1]
     assert len({float(latents[case.name][0].double().sum()) for case in several}) == len(several)
     clean, index_0 = (latents[ddim(4, end=end).name][0] for end in ("clean", "index0"))
-    assert difference(index_0, clean) > 10 * CLOSE
+    assert difference(index_0, clean) > 1e-3
 
 
 def test_ddim_of_diffusers_leaves_its_list_where_the_count_does_not_divide_1000() -> None:
